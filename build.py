@@ -1,0 +1,180 @@
+"""Compile csrc/ into one cffi extension per instruction set: gpt2c/_kernels_<name>.abi3.so.
+
+    python build.py              rebuild in place, after editing C   (--werror: warnings are errors)
+    python build.py --sanitize   the same with AddressSanitizer and UndefinedBehaviorSanitizer
+    pip install .                a wheel, through the hatchling hook at the bottom
+
+This is the only build logic. cffi generates the Python side of each extension from csrc/gpt2c.h,
+and the C compiler checks it against the same header. The result uses CPython's stable ABI: one
+wheel serves every CPython >= 3.11.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+
+# machine -> extension -> flags. gpt2c/backend.py asks the CPU for exactly these features before it
+# imports one.
+ISAS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {
+        "base": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    },
+    "aarch64": {"base": []},  # NEON is the baseline
+}
+# FMA only where it is written, and no -ffast-math: NaN stays NaN, sums keep their order.
+CFLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+]
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
+SANITIZE = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover",
+]
+
+
+def compiler() -> list[str]:
+    """Give the C compiler's command; end with one sentence if there is none."""
+    command = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(command[0]) is None:
+        sys.exit(
+            f"gpt2c needs a C compiler and found no {command[0]!r}: install one"
+            " (Debian and Ubuntu: apt-get install gcc libc6-dev) or name it in the variable CC"
+        )
+    return command
+
+
+def accepts(cc: list[str], flags: list[str]) -> bool:
+    """Whether the compiler compiles and links an empty program with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("int main(void) { return 0; }\n")
+        command = [*cc, *flags, str(source), "-o", str(Path(folder, "probe"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler command; show what it says, and end with one sentence if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        sys.exit(f"gpt2c: the C compiler failed: {shlex.join(command)}")
+
+
+def emit(name: str, path: Path) -> None:
+    """Write the C source of module gpt2c._kernels_<name>, which cffi generates from gpt2c.h."""
+    from cffi import FFI  # only here: `import build` by a curious tool needs nothing
+
+    header = (ROOT / "csrc/gpt2c.h").read_text()
+    ffi = FFI()
+    ffi.cdef("\n".join(line for line in header.splitlines() if not line.startswith("#")))
+    ffi.set_source(f"gpt2c._kernels_{name}", '#include "gpt2c.h"')
+    ffi.emit_c_code(str(path))
+
+
+def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]:
+    """Compile every instruction set that this platform and compiler know into `out`."""
+    cc = compiler()
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        sys.exit(
+            f"gpt2c needs Python's C headers, and {include} has no Python.h: install python3-dev"
+        )
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
+        platform.machine().lower(), platform.machine()
+    )
+    isas = ISAS.get(machine, {"base": []})
+    openmp = ["-fopenmp"] if accepts(cc, ["-fopenmp"]) else ["-Wno-unknown-pragmas"]
+    flags = [*CFLAGS, *openmp, f"-I{ROOT / 'csrc'}", *(SANITIZE if sanitize else [])]
+    strict = [*WARNINGS, *(["-Werror"] if werror else [])]
+    # Python's symbols are found in the process that loads the extension; only macOS must be told.
+    link = ["-shared", *openmp, *(SANITIZE if sanitize else [])]
+    link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    compiles: list[list[str]] = []
+    links: list[list[str]] = []
+    built: list[Path] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, isa in isas.items():
+            if not accepts(cc, isa):
+                print(
+                    f"gpt2c: {shlex.join(cc)} does not know {' '.join(isa)}: no {name} kernels",
+                    file=sys.stderr,
+                )
+                continue
+            generated = Path(folder, f"_kernels_{name}.c")
+            emit(name, generated)
+            objects = []
+            for source in [generated, *sorted((ROOT / "csrc").glob("*.c"))]:
+                objects.append(str(Path(folder, f"{name}-{source.stem}.o")))
+                if (
+                    source == generated
+                ):  # cffi's own code: the stable ABI, no isa flags, and its warnings are not ours
+                    own = ["-w", f"-I{include}", "-DPy_LIMITED_API=0x030B0000"]
+                else:
+                    own = [*isa, *strict, "-fvisibility=hidden"]
+                compiles.append([*cc, *flags, *own, "-c", str(source), "-o", objects[-1]])
+            library = Path(folder, f"_kernels_{name}.abi3.so")
+            links.append([*cc, *objects, *link, "-lm", "-o", str(library)])
+            built.append(library)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for commands in (compiles, links):
+                list(pool.map(run, commands))
+        return [Path(shutil.move(library, out / library.name)) for library in built]
+
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # python build.py needs cffi alone
+    pass
+else:
+
+    class KernelBuildHook(BuildHookInterface[Any]):
+        """Adds the extensions to a wheel, or puts them into gpt2c/ for an editable install."""
+
+        def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: D102
+            if version == "editable":
+                build(ROOT / "gpt2c")
+            else:
+                self.folder = tempfile.TemporaryDirectory()
+                for library in build(Path(self.folder.name)):
+                    build_data["force_include"][str(library)] = f"gpt2c/{library.name}"
+            target = os.environ.get("_PYTHON_HOST_PLATFORM") or sysconfig.get_platform()
+            build_data["pure_python"] = False
+            build_data["tag"] = f"cp311-abi3-{target.replace('-', '_').replace('.', '_')}"
+
+
+if __name__ == "__main__":
+    if __spec__ is not None:  # `python -m build` finds this file first when it runs in this folder
+        sys.exit(
+            "this is gpt2c's own build.py; for a wheel run `pip wheel .` or `python -P -m build`"
+        )
+    parser = argparse.ArgumentParser(description="compile csrc/ into gpt2c/_kernels_*.abi3.so")
+    parser.add_argument("--werror", action="store_true", help="warnings in csrc/ are errors")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="build with AddressSanitizer and UBSan"
+    )
+    options = parser.parse_args()
+    for path in build(ROOT / "gpt2c", options.werror, options.sanitize):
+        print(path.relative_to(ROOT))

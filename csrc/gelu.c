@@ -1,0 +1,36 @@
+/* out = x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3). Hendrycks and Gimpel 2016, arXiv:1606.08415.
+ *
+ * (1 + tanh(u)) / 2 is the logistic function s of 2u, so one exponential does: s = 1 / (1 + e^-2u). It never overflows:
+ * vf_exp is clamped, and for x far below 0 s is tiny, for x far above it is 1. */
+
+#include "internal.h"
+#include "vmath.h"
+
+static const float TWO_SQRT_2_OVER_PI = 1.59576912160573f;
+static const float CUBIC = 0.044715f;
+
+/* s(2u) */
+static inline vf gate(vf x) {
+    vf cubic = vf_fma(vf_mul(vf_set1(CUBIC), vf_mul(x, x)), x, x);
+    vf e = vf_exp(vf_mul(vf_set1(-TWO_SQRT_2_OVER_PI), cubic));
+    return vf_div(vf_set1(1.0f), vf_add(vf_set1(1.0f), e));
+}
+
+void gelu_forward(float *out, const float *x, int64_t n, int threads) {
+#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
+    for (int64_t i = 0; i < n; i += VF_LEN) {
+        vf xi = vf_load_n(x + i, n - i);
+        vf_store_n(out + i, vf_mul(xi, gate(xi)), n - i);
+    }
+}
+
+void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, int threads) {
+    /* out = x s(2u): dx = dout * (s + x s' 2u') with s' = s (1 - s) and u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2) */
+#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
+    for (int64_t i = 0; i < n; i += VF_LEN) {
+        vf xi = vf_load_n(x + i, n - i), s = gate(xi);
+        vf du = vf_mul(vf_set1(TWO_SQRT_2_OVER_PI), vf_fma(vf_set1(3.0f * CUBIC), vf_mul(xi, xi), vf_set1(1.0f)));
+        vf slope = vf_mul(vf_mul(s, vf_sub(vf_set1(1.0f), s)), vf_mul(xi, du));
+        vf_store_n(dx + i, vf_mul(vf_load_n(dout + i, n - i), vf_add(s, slope)), n - i);
+    }
+}

@@ -1,0 +1,110 @@
+/* gpt2c's kernels: every op of GPT-2, forward and backward, on memory that the caller owns.
+ *
+ * This header is the op list. build.py feeds it to cffi, so it holds plain declarations only; the NumPy reference
+ * (gpt2c/reference.py) and the binding (gpt2c/kernels.py) have the same ops with the same names and argument order,
+ * without what C must be told and arrays know: sizes, scratch, threads.
+ *
+ * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
+ * Order: outputs, inputs, scalars, scratch, sizes, threads. All arrays are C-contiguous float32 unless typed otherwise.
+ * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up. Activations and their
+ * gradients are written (=), with one exception that is said where it stands: layernorm_backward's dx.
+ * Same inputs and same thread count give the same bits. No kernel allocates, prints, exits or keeps state. */
+
+#ifndef GPT2C_H
+#define GPT2C_H
+
+#include <stdint.h>
+
+/* ---- the machine -------------------------------------------------------------------------------------------- */
+
+/* 1 if this CPU and operating system support the x86 feature ("avx2", "fma", "avx512f", ...), else 0. */
+int cpu_supports(const char *feature);
+
+/* 1 if the kernels were compiled with OpenMP, 0 if they are serial whatever `threads` says. */
+int has_openmp(void);
+
+/* Runs `iterations` rounds of independent fused multiply-adds in registers on each thread; returns the number of
+ * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set. */
+double fma_burn(int64_t iterations, int threads);
+
+/* Floats of scratch memory that the matmul and attention kernels need. */
+int64_t matmul_scratch_size(int threads);
+int64_t attention_scratch_size(int64_t HS, int threads);
+
+/* ---- encoder: token + position embedding -------------------------------------------------------------------- */
+
+/* out (B,T,C) = wte[idx] + wpe[0..T);  idx (B,T) in [0,V), wte (V,C), wpe (at least T,C). */
+void encoder_forward(float *out, const int32_t *idx, const float *wte, const float *wpe, int64_t B, int64_t T,
+                     int64_t C, int threads);
+
+/* dwte (V,C) += , dwpe (T..,C) += the rows of dout (B,T,C). */
+void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *idx, int64_t B, int64_t T, int64_t C,
+                      int threads);
+
+/* ---- layernorm ---------------------------------------------------------------------------------------------- */
+
+/* out (N,C) = (x - mean) * rstd * weight + bias;  mean, rstd (N) are kept for the backward pass. */
+void layernorm_forward(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
+                       float eps, int64_t N, int64_t C, int threads);
+
+/* dx (N,C) += (x is the residual stream: its gradient already holds what came past the branch), dweight, dbias (C) +=.
+ */
+void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
+                        const float *mean, const float *rstd, int64_t N, int64_t C, int threads);
+
+/* ---- matmul ------------------------------------------------------------------------------------------------- */
+
+/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), bias may be NULL. */
+void matmul_forward(float *out, const float *x, const float *weight, const float *bias, float *scratch, int64_t N,
+                    int64_t C, int64_t OC, int threads);
+
+/* dx (N,C) = dout weight, dweight (OC,C) += dout^T x, dbias (OC) += column sums of dout (N,OC); dbias may be NULL. */
+void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
+                     float *scratch, int64_t N, int64_t C, int64_t OC, int threads);
+
+/* ---- attention: causal, multi-head -------------------------------------------------------------------------- */
+
+/* out (B,T,C) from qkv (B,T,3C), where a row holds q, k, v of NH heads; lse (B,NH,T), the log of each row's softmax
+ * denominator, is all that the backward pass needs of the T x T scores. */
+void attention_forward(float *out, float *lse, const float *qkv, float *scratch, int64_t B, int64_t T, int64_t C,
+                       int64_t NH, int threads);
+
+/* dqkv (B,T,3C) from dout (B,T,C) and what the forward pass read and wrote. */
+void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int threads);
+
+/* ---- elementwise -------------------------------------------------------------------------------------------- */
+
+/* out (n) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the tanh form of GELU. */
+void gelu_forward(float *out, const float *x, int64_t n, int threads);
+
+/* dx (n) = dout * gelu'(x); dx may be dout. */
+void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, int threads);
+
+/* out (n) = x + branch; out may be x. */
+void residual_forward(float *out, const float *x, const float *branch, int64_t n, int threads);
+
+/* dx (n) = dout, dbranch (n) = dout; dx may be dout. */
+void residual_backward(float *dx, float *dbranch, const float *dout, int64_t n, int threads);
+
+/* ---- softmax + cross-entropy -------------------------------------------------------------------------------- */
+
+/* losses (N) = lse - logits[target] in nats, lse (N) = log(sum(exp(logits (N,V)))); target -1 is ignored: loss 0. */
+void crossentropy_forward(float *losses, float *lse, const float *logits, const int32_t *targets, int64_t N, int64_t V,
+                          int threads);
+
+/* dlogits (N,V) = (exp(logits - lse) - onehot(target)) * scale, rows of ignored targets are 0; dlogits may be logits.
+ */
+void crossentropy_backward(float *dlogits, const float *logits, const float *lse, const int32_t *targets, float scale,
+                           int64_t N, int64_t V, int threads);
+
+/* ---- optimizer ---------------------------------------------------------------------------------------------- */
+
+/* One AdamW step, t = 1, 2, ..., on n parameters: param, m, v are updated in place from grad * grad_scale. */
+void adamw_update(float *param, float *m, float *v, const float *grad, float learning_rate, double beta1, double beta2,
+                  float eps, float weight_decay, int64_t t, float grad_scale, int64_t n, int threads);
+
+/* The Euclidean norm of grad (n), summed in double in an order that does not depend on the thread count. */
+double global_norm(const float *grad, int64_t n, int threads);
+
+#endif

@@ -1,0 +1,74 @@
+/* out = (x - mean) * rstd * weight + bias over each row of C channels. Ba et al. 2016, arXiv:1607.06450.
+ *
+ * Bound by memory: a row of x comes once from memory and stays in the first-level cache for its three passes (mean,
+ * variance, output). The second pass also sums what the rounded mean missed: a mean of 1e4 over a deviation of 1 keeps
+ * its accuracy (corrected two-pass algorithm, Chan, Golub and LeVeque 1983). */
+
+#include "internal.h"
+
+void layernorm_forward(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
+                       float eps, int64_t N, int64_t C, int threads) {
+#pragma omp parallel for num_threads(team(threads, N *C)) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        const float *row = x + i * C;
+        vf sum = vf_set1(0.0f);
+        for (int64_t c = 0; c < C; c += VF_LEN) sum = vf_add(sum, vf_load_n(row + c, C - c));
+        float rough = vf_sum(sum) / (float)C;
+        vf rest = vf_set1(0.0f), squares = vf_set1(0.0f);
+        for (int64_t c = 0; c < C; c += VF_LEN) {
+            /* lanes past the end add 0, not the mean */
+            vf centred = vf_keep_n(vf_sub(vf_load_n(row + c, C - c), vf_set1(rough)), C - c);
+            rest = vf_add(rest, centred);
+            squares = vf_fma(centred, centred, squares);
+        }
+        float missed = vf_sum(rest) / (float)C;
+        mean[i] = rough + missed;
+        rstd[i] = 1.0f / sqrtf(fmaxf(vf_sum(squares) / (float)C - missed * missed, 0.0f) + eps);
+        vf m = vf_set1(mean[i]);
+        vf s = vf_set1(rstd[i]);
+        for (int64_t c = 0; c < C; c += VF_LEN) {
+            vf norm = vf_mul(vf_sub(vf_load_n(row + c, C - c), m), s);
+            vf_store_n(out + i * C + c, vf_fma(norm, vf_load_n(weight + c, C - c), vf_load_n(bias + c, C - c)), C - c);
+        }
+    }
+}
+
+void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
+                        const float *mean, const float *rstd, int64_t N, int64_t C, int threads) {
+    /* With norm = (x - mean) * rstd and dnorm = dout * weight:
+     * dx += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)), averages over the row. */
+#pragma omp parallel for num_threads(team(threads, N *C)) schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        const float *row = x + i * C, *drow = dout + i * C;
+        float *dxrow = dx + i * C;
+        vf m = vf_set1(mean[i]), s = vf_set1(rstd[i]);
+        vf sum = vf_set1(0.0f), product = vf_set1(0.0f);
+        for (int64_t c = 0; c < C; c += VF_LEN) {
+            vf norm = vf_mul(vf_sub(vf_load_n(row + c, C - c), m), s);
+            vf dnorm = vf_mul(vf_load_n(drow + c, C - c), vf_load_n(weight + c, C - c)); /* 0 past the end */
+            sum = vf_add(sum, dnorm);
+            product = vf_fma(dnorm, norm, product);
+        }
+        vf average = vf_set1(vf_sum(sum) / (float)C), norm_average = vf_set1(vf_sum(product) / (float)C);
+        for (int64_t c = 0; c < C; c += VF_LEN) {
+            vf norm = vf_mul(vf_sub(vf_load_n(row + c, C - c), m), s);
+            vf dnorm = vf_mul(vf_load_n(drow + c, C - c), vf_load_n(weight + c, C - c));
+            vf d = vf_sub(vf_sub(dnorm, average), vf_mul(norm, norm_average));
+            vf_store_n(dxrow + c, vf_fma(d, s, vf_load_n(dxrow + c, C - c)), C - c);
+        }
+    }
+    /* out = norm * weight + bias, so dweight += column sums of dout * norm, dbias += column sums of dout; a thread owns
+     * whole columns, so the order of the sums is fixed. */
+#pragma omp parallel for num_threads(team(threads, N *C)) schedule(static)
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        vf weights = vf_set1(0.0f), biases = vf_set1(0.0f);
+        for (int64_t i = 0; i < N; i++) {
+            vf d = vf_load_n(dout + i * C + c, C - c);
+            vf norm = vf_mul(vf_sub(vf_load_n(x + i * C + c, C - c), vf_set1(mean[i])), vf_set1(rstd[i]));
+            weights = vf_fma(d, norm, weights);
+            biases = vf_add(biases, d);
+        }
+        vf_store_n(dweight + c, vf_add(vf_load_n(dweight + c, C - c), weights), C - c);
+        vf_store_n(dbias + c, vf_add(vf_load_n(dbias + c, C - c), biases), C - c);
+    }
+}

@@ -1,0 +1,20 @@
+/* out = x + branch: the skip connection around a block. Its gradient goes both ways unchanged.
+ *
+ * Bound by memory: 3 floats an element. */
+
+#include "internal.h"
+
+void residual_forward(float *out, const float *x, const float *branch, int64_t n, int threads) {
+#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
+    for (int64_t i = 0; i < n; i += VF_LEN)
+        vf_store_n(out + i, vf_add(vf_load_n(x + i, n - i), vf_load_n(branch + i, n - i)), n - i);
+}
+
+void residual_backward(float *dx, float *dbranch, const float *dout, int64_t n, int threads) {
+#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
+    for (int64_t i = 0; i < n; i += VF_LEN) {
+        vf d = vf_load_n(dout + i, n - i);
+        vf_store_n(dx + i, d, n - i);
+        vf_store_n(dbranch + i, d, n - i);
+    }
+}

@@ -1,0 +1,50 @@
+/* What this machine has and what it can reach: CPU features, and the peak of its fused multiply-add units. */
+
+#include "internal.h"
+
+int cpu_supports(const char *feature) {
+#if defined(__x86_64__) || defined(__i386__)
+    /* The builtin wants literals; it also asks whether the operating system saves the wide registers. */
+    __builtin_cpu_init();
+    if (!strcmp(feature, "sse2")) return __builtin_cpu_supports("sse2") != 0;
+    if (!strcmp(feature, "avx2")) return __builtin_cpu_supports("avx2") != 0;
+    if (!strcmp(feature, "fma")) return __builtin_cpu_supports("fma") != 0;
+    if (!strcmp(feature, "avx512f")) return __builtin_cpu_supports("avx512f") != 0;
+    if (!strcmp(feature, "avx512bw")) return __builtin_cpu_supports("avx512bw") != 0;
+    if (!strcmp(feature, "avx512dq")) return __builtin_cpu_supports("avx512dq") != 0;
+    if (!strcmp(feature, "avx512vl")) return __builtin_cpu_supports("avx512vl") != 0;
+#else
+    (void)feature;
+#endif
+    return 0;
+}
+
+int has_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Independent sums in flight: latency (4 or 5 cycles) times units (2) must be covered, and SSE2 has 16 registers. */
+enum { CHAINS = 12 };
+
+double fma_burn(int64_t iterations, int threads) {
+    float total = 0.0f;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        const vf factor = vf_set1(0.999f), term = vf_set1(0.001f); /* converges to 1: no overflow, no denormals */
+        vf acc[CHAINS];
+        for (int j = 0; j < CHAINS; j++) acc[j] = vf_set1((float)j);
+        for (int64_t i = 0; i < iterations; i++)
+            for (int j = 0; j < CHAINS; j++) acc[j] = vf_fma(acc[j], factor, term);
+        for (int j = 0; j < CHAINS; j++) total += vf_sum(acc[j]);
+    }
+    /* The sums are finite, so this adds 0; without it the loop would be dead code. */
+    double done = (double)iterations * threads * CHAINS * VF_LEN * 2;
+#ifndef _OPENMP
+    done /= threads;
+#endif
+    return isfinite(total) ? done : 0.0;
+}

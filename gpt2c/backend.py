@@ -1,0 +1,121 @@
+"""Backends: which complete sets of ops this machine can run, and how one is chosen.
+
+A backend is an argument, never a global: the same model runs on any of them, and two can be
+compared side by side in one process. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import time
+from typing import cast
+
+from gpt2c import reference
+from gpt2c.kernels import Kernels
+
+# Fastest first. A set of kernels may be imported only on a CPU with all of its features, which are
+# those of the flags that build.py compiles it with.
+REQUIRES: dict[str, tuple[str, ...]] = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
+    "avx2": ("avx2", "fma"),
+    "base": (),
+    "numpy": (),
+}
+NAMES = tuple(REQUIRES)
+
+# gpt2c.reference has the same ops under the same names and signatures (a test compares them), so
+# that to a caller it is one more set of kernels.
+Backend = Kernels
+
+
+def why_missing(name: str) -> str:
+    """Say why this machine cannot run backend `name`; nothing ("") if it can."""
+    if name == "numpy":
+        return ""
+    try:
+        base = importlib.import_module("gpt2c._kernels_base").lib
+        lacking = [f for f in REQUIRES[name] if not base.cpu_supports(f.encode())]
+        if lacking:
+            return f"this CPU has no {', '.join(lacking)}"
+        importlib.import_module(f"gpt2c._kernels_{name}")
+    except ImportError as error:
+        return f"its kernels are not built or do not load ({error})"
+    return ""
+
+
+@functools.cache
+def backends() -> tuple[str, ...]:
+    """Name the backends that this machine can run, fastest first; "auto" means the first."""
+    return tuple(name for name in NAMES if not why_missing(name))
+
+
+def default_threads() -> int:
+    """Give GPT2C_NUM_THREADS, else OMP_NUM_THREADS, else the cores this process may run on.
+
+    Raises
+    ------
+    ValueError : a variable is set to something else than a whole number from 1
+    """
+    for variable in ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(variable)
+        if value:
+            if not value.isdecimal() or int(value) < 1:
+                raise ValueError(
+                    f"{variable} must be a whole number of threads from 1, got {value!r}"
+                )
+            return int(value)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@functools.cache
+def _load(name: str, threads: int) -> Backend:
+    return cast(Backend, reference) if name == "numpy" else Kernels(name, threads)
+
+
+def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
+    """Give the backend of this name.
+
+    Parameters
+    ----------
+    name : one of `backends()`, or "auto": GPT2C_BACKEND if that variable is set, else the fastest
+    threads : threads of each kernel, `default_threads()` if None; NumPy's own products use NumPy's
+        own threads
+
+    Raises
+    ------
+    ValueError : an unknown name, one that this machine cannot run, or less than one thread
+    """
+    threads = default_threads() if threads is None else threads
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if name == "auto":
+        name = os.environ.get("GPT2C_BACKEND") or "auto"
+    if name == "auto":
+        name = backends()[0]
+    if name not in backends():
+        why = why_missing(name) if name in NAMES else "unknown name"
+        raise ValueError(f"backend {name!r}: {why}; this machine has {', '.join(backends())}")
+    return _load(name, threads)
+
+
+@functools.cache
+def fma_peak(name: str, threads: int) -> float:
+    """Measure the peak of an instruction set's fused multiply-adds, in FLOP/s; takes 0.1 s.
+
+    The best of five short runs: on a shared machine the others say how busy it was. 0.0 for
+    "numpy", which has no kernels.
+    """
+    if name == "numpy":
+        return 0.0
+    kernels = get_backend(name, threads)
+    iterations, best = 200_000, 0.0
+    for _ in range(6):  # the first wakes the threads
+        start = time.perf_counter()
+        operations = kernels.fma_burn(iterations)
+        seconds = time.perf_counter() - start
+        best = max(best, operations / seconds)
+        iterations = max(iterations, int(iterations * 0.02 / seconds))
+    return best

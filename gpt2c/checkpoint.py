@@ -1,0 +1,270 @@
+"""Weights and trainer state on disk: a directory that Hugging Face's transformers loads as it is.
+
+    config.json           the configuration, Hugging Face's field names
+    model.safetensors     the weights, Hugging Face's GPT-2 names and layout
+    trainer.safetensors   of checkpoints: the optimizer's moments, the trainer's state as metadata
+
+Knows nothing about models: tensors are a dict of arrays, a configuration is a dict, and whether
+names and shapes fit is for the model to say. All it knows of GPT-2 is how Hugging Face's file
+differs from memory: four matrices are transposed, and names may have a prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gpt2c.files import atomic_path
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TRAINER_FILE = "trainer.safetensors"
+
+# Hugging Face's Conv1D stores these as (C, OC); memory has llm.c's (OC, C).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# The causal mask that older versions of transformers saved with the weights.
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+def save_weights(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write config.json and model.safetensors, both completely before either takes its name.
+
+    Parameters
+    ----------
+    directory : made if it does not exist
+    config : what config.json holds
+    tensors : name -> float array, Hugging Face's GPT-2 names without "transformer.", Linear weights
+        as (OC, C); they are stored in their own dtype
+    metadata : further strings for the header of model.safetensors
+
+    Raises
+    ------
+    OSError : a file cannot be written (no permission, a full disk, ...); what was there before is
+        as it was
+    ValueError : the configuration holds nan or infinity, which JSON has not
+    """
+    _save(Path(directory), config, tensors, metadata or {})
+
+
+def load_weights(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Tensors]:
+    """Read config.json and model.safetensors, whoever wrote them, into float32.
+
+    Names lose their "transformer." prefix, stored masks are ignored, Linear weights become (OC, C).
+    GPT-2 has one tensor for wte.weight and lm_head.weight: if a file has only the second, it is
+    taken for the first. float16, bfloat16 and float64 are converted.
+
+    Returns
+    -------
+    (config, tensors) : what config.json holds; name -> float32 array, the
+        caller's to keep; not all are contiguous
+
+    Raises
+    ------
+    FileNotFoundError : `directory` is not a directory or lacks one of the two files
+    ValueError : a file is damaged, a tensor is not of floats, or lm_head.weight differs from
+        wte.weight; the message names the file, the tensor and the reason
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory; one with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
+        )
+    config = _read_config(directory / CONFIG_FILE)
+    path = directory / WEIGHTS_FILE
+    stored, _ = _read_tensors(path)
+    tensors: Tensors = {}
+    for stored_name, tensor in stored.items():
+        name = stored_name.removeprefix("transformer.")
+        if name in tensors:
+            raise ValueError(
+                f"{path}: {name} is there twice, with and without the prefix transformer."
+            )
+        tensors[name] = _transpose(name, tensor)
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not np.array_equal(tensors.setdefault("wte.weight", head), head):
+        raise ValueError(
+            f"{path}: lm_head.weight differs from wte.weight; wanted GPT-2's one tensor for both"
+        )
+    return config, tensors
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+    trainer_tensors: Mapping[str, NDArray[Any]],
+    trainer_state: Mapping[str, Any],
+) -> None:
+    """Write weights and trainer state, all files completely before the first takes its name.
+
+    Both .safetensors files carry the step, so that `load_checkpoint` sees a pair that does not
+    belong together (a power cut between two renames, or other weights saved over a run's).
+
+    Parameters
+    ----------
+    directory, config, tensors : see `save_weights`
+    trainer_tensors : name -> float32 array, stored as they are (the optimizer's m and v)
+    trainer_state : anything JSON can hold, with the number of steps taken as the int "step"
+
+    Raises
+    ------
+    OSError : see `save_weights`
+    ValueError : there is no "step", or config or state hold nan or infinity
+    """
+    if "step" not in trainer_state:
+        raise ValueError("trainer_state must hold the number of steps taken as 'step'")
+    metadata = {"step": str(trainer_state["step"])}
+    _save(Path(directory), config, tensors, metadata, trainer_tensors, trainer_state)
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str],
+) -> tuple[dict[str, Any], Tensors, Tensors, dict[str, Any]]:
+    """Read what `save_checkpoint` wrote.
+
+    Returns
+    -------
+    (config, tensors, trainer_tensors, trainer_state)
+
+    Raises
+    ------
+    FileNotFoundError : `directory` lacks one of the three files
+    ValueError : a file is damaged, or weights and trainer state are not of the same step
+    """
+    config, tensors = load_weights(directory)
+    path = Path(directory) / TRAINER_FILE
+    trainer_tensors, metadata = _read_tensors(path)
+    try:
+        state = json.loads(metadata["state"])
+        step = str(state["step"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no trainer state that can be read: {error!r}") from error
+    weights_path = Path(directory) / WEIGHTS_FILE
+    weights_step = _read_metadata(weights_path).get("step", "unknown")
+    if weights_step != step:
+        raise ValueError(
+            f"{weights_path} is of step {weights_step} but {path} of step {step}: wanted two files "
+            "of one save; put back the other half, or start a new run from the weights"
+        )
+    return config, tensors, trainer_tensors, state
+
+
+def _save(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str],
+    trainer_tensors: Mapping[str, NDArray[Any]] | None = None,
+    trainer_state: Mapping[str, Any] | None = None,
+) -> None:
+    config_text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    state_text = json.dumps(trainer_state, allow_nan=False)
+    stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:  # the renames happen as it closes, after everything is written
+        if trainer_tensors is not None:
+            temporary = files.enter_context(atomic_path(directory / TRAINER_FILE))
+            _write_tensors(temporary, trainer_tensors, {"state": state_text})
+        temporary = files.enter_context(atomic_path(directory / WEIGHTS_FILE))
+        # Without "format" transformers refuses the file.
+        _write_tensors(temporary, stored, {"format": "pt", **metadata})
+        temporary = files.enter_context(atomic_path(directory / CONFIG_FILE))
+        temporary.write_text(config_text, encoding="utf-8")
+
+
+def _transpose(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+    """View memory's (OC, C) as the file's (C, OC) or the other way; other tensors pass."""
+    return tensor.T if name.endswith(TRANSPOSED) else tensor
+
+
+def _write_tensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: dict[str, str]
+) -> None:
+    # safetensors puts a file of its own in place, readable by its owner only whatever the umask is.
+    path.touch()
+    mode = path.stat().st_mode
+    # It also writes memory as it lies, so an array that is not contiguous would come out scrambled.
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a model directory has {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
+def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read a safetensors file into float32, without masks; opening it checks sizes and offsets."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist (weights are read from safetensors, never from pickles)"
+        )
+    tensors: Tensors = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():
+                if name.endswith(BUFFERS):
+                    continue
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in FLOAT_DTYPES:
+                    raise ValueError(
+                        f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(FLOAT_DTYPES)}"
+                    )
+                tensor = _read_bfloat16(path, name) if dtype == "BF16" else file.get_tensor(name)
+                with np.errstate(over="raise"):
+                    tensors[name] = tensor.astype(np.float32, copy=False)
+            return tensors, file.metadata() or {}
+    except FloatingPointError as error:
+        raise ValueError(f"{path}: {name} holds numbers beyond the range of float32") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _read_bfloat16(path: Path, name: str) -> NDArray[np.float32]:
+    """Read a bfloat16 tensor, a type that NumPy and so safetensors.numpy lack.
+
+    The file, which safetensors has checked before, is an 8-byte little-endian length, a JSON header
+    of that length, then the tensors' bytes. A bfloat16 is the upper half of a float32.
+    """
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))[name]
+        begin, end = entry["data_offsets"]
+        file.seek(8 + header_size + begin)
+        halves = np.frombuffer(file.read(end - begin), dtype="<u2")
+    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])

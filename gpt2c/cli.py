@@ -1,0 +1,259 @@
+"""The command line: arguments in, doors called, one line for an error a user can cause.
+
+Knows nothing that the doors do not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
+from gpt2c.baselines import bits_per_byte
+from gpt2c.data import prepare, read_text, read_tokens, split_documents
+from gpt2c.demo import demo, describe
+from gpt2c.model import GPT2
+from gpt2c.settings import TrainSettings, read_recipe
+from gpt2c.tokenizer import Tokenizer
+from gpt2c.train import TrainResult, evaluate, train
+
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `gpt2c`; return its exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except (
+        BrokenPipeError
+    ):  # the reader (head, less) has gone: nothing more to say, and no second complaint at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("gpt2c: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"gpt2c: {text}", file=sys.stderr)
+    except ValueError as error:
+        print(f"gpt2c: {error}", file=sys.stderr)
+    except MemoryError as error:
+        print(f"gpt2c: not enough memory: {error}", file=sys.stderr)
+    return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Give the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="gpt2c", description="Train and run GPT-2 on an ordinary CPU."
+    )
+    version = importlib.metadata.version("gpt2c")
+    top.add_argument("--version", action="version", version=f"gpt2c {version}")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    verb = _verb(verbs, "demo", run_demo, "the main job: text to tokens to a model to text")
+    verb.add_argument("--text", type=Path, help="learn this file instead of Python's documentation")
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    _add_settings(verb)
+
+    verb = _verb(verbs, "prepare", run_prepare, "text files to token files")
+    verb.add_argument(
+        "text", type=Path, nargs="+", help="UTF-8 files; <|endoftext|> splits documents"
+    )
+    verb.add_argument("--out", type=Path, required=True, help="directory for the token files")
+    verb.add_argument(
+        "--tokenizer", default="gpt2", help="gpt2 (default), bytes, bpe:SIZE or a directory"
+    )
+    verb.add_argument("--val-fraction", type=float, default=0.1, help="share held out (0.1)")
+    verb.add_argument("--seed", type=int, default=1337, help="of the choice of what is held out")
+    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+
+    verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
+    verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
+    verb.add_argument("--out", type=Path, required=True, help="the run's directory")
+    verb.add_argument("--config", type=Path, help="a TOML recipe; flags override it")
+    verb.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    _add_settings(verb)
+
+    verb = _verb(verbs, "eval", run_eval, "loss, perplexity and bits per byte on held-out text")
+    verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
+    verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
+    verb.add_argument("--batch-size", type=int, default=8, help="rows at a time (8)")
+    verb.add_argument("--backend", default="auto", help="default: the fastest")
+
+    verb = _verb(verbs, "generate", run_generate, "continue a text")
+    verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
+    verb.add_argument("--prompt", default="", help="the start of the text (default: none)")
+    verb.add_argument(
+        "--max-new-tokens", type=int, default=200, help="the most tokens to add (200)"
+    )
+    verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (0.8)")
+    verb.add_argument("--top-k", type=int, help="draw among the K likeliest tokens only")
+    verb.add_argument("--top-p", type=float, help="draw among the likeliest with this share only")
+    verb.add_argument("--seed", type=int, help="the same seed draws the same text")
+    verb.add_argument("--backend", default="auto", help="default: the fastest")
+
+    _verb(verbs, "info", run_info, "CPU, backends, threads, versions")
+    return top
+
+
+def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
+    """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
+    group = verb.add_argument_group("settings of the run", "names of a TOML recipe's keys")
+    for field in dataclasses.fields(TrainSettings):
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            f"--{field.name}",
+            dest=field.name,
+            type=type(field.default),
+            default=argparse.SUPPRESS,
+            metavar=type(field.default).__name__.upper(),
+            help=f"{field.metadata['help']} ({field.default})".replace("%", "%%"),
+        )
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`gpt2c demo`."""
+    result = demo(options.text, options.out, _given(options), options.overwrite)
+    return (
+        _interrupted(result, options.out / "data", options.out / "run") if result.interrupted else 0
+    )
+
+
+def run_prepare(options: argparse.Namespace) -> int:
+    """`gpt2c prepare`."""
+    documents = [part for path in options.text for part in split_documents(read_text(path))]
+    prepared = prepare(
+        documents,
+        options.out,
+        options.tokenizer,
+        options.val_fraction,
+        options.seed,
+        options.overwrite,
+    )
+    print(f"{prepared.documents:,} documents, {describe(prepared)}")
+    print(
+        f"{options.out}: {prepared.train_tokens:,} tokens to train, {prepared.val_tokens:,} to"
+        f" validate, vocabulary {prepared.vocab_size:,}"
+    )
+    return 0
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """`gpt2c train`."""
+    recipe = read_recipe(options.config) if options.config else {}
+    given = recipe | _given(options)
+    result = train(options.data, options.out, given, options.resume, options.overwrite)
+    if result.interrupted:
+        return _interrupted(result, options.data, options.out)
+    print(
+        f"{options.out}: {result.step} steps in {result.seconds:.0f} s,"
+        f" validation loss {result.val_loss:.4f} nats/token"
+    )
+    return 0
+
+
+def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
+    print(
+        f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
+        f" gpt2c train --data {data} --out {out} --resume"
+    )
+    return INTERRUPTED
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """`gpt2c eval`."""
+    model = GPT2.from_pretrained(options.model, options.backend)
+    tokenizer = Tokenizer.from_pretrained(options.data)
+    tokens = read_tokens(options.data / "val.bin", model.config.vocab_size)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{options.data} has a vocabulary of {tokenizer.vocab_size} tokens and {options.model}"
+            f" one of {model.config.vocab_size}: they do not belong together"
+        )
+    loss = evaluate(model, tokens, options.batch_size, model.config.n_positions)
+    scored = tokens[1:]  # the first token has nothing before it to be predicted from
+    size = int(tokenizer.token_lengths[scored].sum())
+    bits = bits_per_byte(loss * len(scored), size)
+    print(f"loss {loss:.4f} nats/token  perplexity {math.exp(loss):.2f}  bits per byte {bits:.4f}")
+    return 0
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """`gpt2c generate`."""
+    model = GPT2.from_pretrained(options.model, options.backend)
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    prompt = tokenizer.encode(options.prompt) or [tokenizer.eot]
+    steps = model.stream(
+        [prompt],
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        stop=tokenizer.eot,
+    )
+    ids = (int(step[0]) for step in steps)
+    sys.stdout.write(options.prompt)
+    for piece in tokenizer.stream(token for token in ids if token != tokenizer.eot):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return 0
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """`gpt2c info`."""
+    threads = default_threads()
+    print(f"{'gpt2c':<12}{importlib.metadata.version('gpt2c')}")
+    print(f"{'Python':<12}{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("numpy", "cffi", "tiktoken", "safetensors"):
+        print(f"{package:<12}{importlib.metadata.version(package)}")
+    print(f"{'CPU':<12}{_cpu_name()}")
+    print(f"{'threads':<12}{threads}")
+    chosen = get_backend().name
+    for name in NAMES:
+        state = why_missing(name)
+        if not state and name != "numpy":
+            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
+        print(f"{'backend':<12}{name:<8}{state}{'  <- chosen' if name == chosen else ''}")
+    return 0
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""GPT2Config: the numbers that fix a GPT-2's shape, under Hugging Face's names.
+
+Knows nothing about arrays or backends. Used by model and train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# What config.json may say of the arithmetic, and what gpt2c computes. A model that says otherwise
+# is refused.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False, True),  # the order of the same products
+    "tie_word_embeddings": (True,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Shape of a GPT-2; the defaults are GPT-2 124M.
+
+    Parameters
+    ----------
+    vocab_size, n_positions : V tokens, T positions at most
+    n_embd, n_layer, n_head : C channels, L layers, NH heads; n_head divides n_embd
+    n_inner : channels inside the MLP, 4 * n_embd if None
+    layer_norm_epsilon : added to the variance
+    initializer_range : standard deviation of fresh weights
+    eos_token_id : the end-of-text token if there is one; it also stands for the start of a text
+
+    Raises
+    ------
+    ValueError : a number is not a whole number from 1, or n_head does not divide n_embd
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(self, name)
+            if name == "n_inner" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}"
+            )
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not (0 < value < math.inf):
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        eos = self.eos_token_id
+        if eos is not None and not (isinstance(eos, int) and 0 <= eos < self.vocab_size):
+            raise ValueError(f"eos_token_id must be in [0, {self.vocab_size}), got {eos!r}")
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
+        """Read Hugging Face's config.json; keys that do not touch the arithmetic are passed over.
+
+        Dropout is one of them: gpt2c trains and runs without.
+
+        Raises
+        ------
+        ValueError : not a GPT-2, or one whose formulae gpt2c does not have
+        """
+        if entries.get("model_type", "gpt2") != "gpt2":
+            raise ValueError(
+                f"config.json: model_type must be 'gpt2', got {entries['model_type']!r}"
+            )
+        for name, known in FIXED.items():
+            if entries.get(name, known[0]) not in known:
+                raise ValueError(f"config.json: {name} must be {known[0]!r}, got {entries[name]!r}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known_entries = {name: value for name, value in entries.items() if name in fields}
+        eos = known_entries.get("eos_token_id")
+        if isinstance(eos, int) and eos >= known_entries.get("vocab_size", cls.vocab_size):
+            known_entries["eos_token_id"] = (
+                None  # Hugging Face's default, 50256, in a smaller model
+            )
+        return cls(**known_entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what config.json must hold so that transformers builds the same model."""
+        arithmetic = {name: known[0] for name, known in FIXED.items()}
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        names = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+        return (
+            names
+            | dataclasses.asdict(self)
+            | {"bos_token_id": self.eos_token_id}
+            | arithmetic
+            | dropout
+        )
+
+    @property
+    def inner(self) -> int:
+        """Channels inside the MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter: those of 2 dimensions, which AdamW decays, come first.
+
+        Names are Hugging Face's without "transformer."; Linear weights are (OC, C), as in llm.c.
+        """
+        V, T, C, F = self.vocab_size, self.n_positions, self.n_embd, self.inner
+        shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (T, C)}
+        for layer in range(self.n_layer):
+            h = f"h.{layer}."
+            shapes |= {h + "ln_1.weight": (C,), h + "ln_1.bias": (C,)}
+            shapes |= {h + "attn.c_attn.weight": (3 * C, C), h + "attn.c_attn.bias": (3 * C,)}
+            shapes |= {h + "attn.c_proj.weight": (C, C), h + "attn.c_proj.bias": (C,)}
+            shapes |= {h + "ln_2.weight": (C,), h + "ln_2.bias": (C,)}
+            shapes |= {h + "mlp.c_fc.weight": (F, C), h + "mlp.c_fc.bias": (F,)}
+            shapes |= {h + "mlp.c_proj.weight": (C, F), h + "mlp.c_proj.bias": (C,)}
+        shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+        return dict(sorted(shapes.items(), key=lambda item: -len(item[1])))
+
+    def activation_shapes(
+        self, B: int, T: int, keep: bool, logits_floats: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of all that a forward pass writes, in its order, then a backward pass.
+
+        Without `keep` there is no backward pass, and one layer's worth serves all layers. Of the
+        logits (N, V) there are as many rows as fit into `logits_floats`, at least one.
+        """
+        N, C, F, V = B * T, self.n_embd, self.inner, self.vocab_size
+        shapes: dict[str, tuple[int, ...]] = {"encoded": (N, C), "branch": (N, C)}
+        for layer in range(self.n_layer if keep else 1):
+            h = f"h.{layer}."
+            shapes |= {h + "ln_1": (N, C), h + "ln_1.mean": (N,), h + "ln_1.rstd": (N,)}
+            shapes |= {h + "qkv": (N, 3 * C), h + "att": (N, C), h + "lse": (B, self.n_head, T)}
+            shapes |= {h + "middle": (N, C)}
+            shapes |= {h + "ln_2": (N, C), h + "ln_2.mean": (N,), h + "ln_2.rstd": (N,)}
+            shapes |= {h + "fc": (N, F), h + "gelu": (N, F), h + "out": (N, C)}
+        shapes |= {"ln_f": (N, C), "ln_f.mean": (N,), "ln_f.rstd": (N,)}
+        if keep:
+            shapes |= {"logits": (max(1, min(N, logits_floats // V)), V)}
+            shapes |= {"losses": (N,), "lse": (N,)}
+            shapes |= {"stream": (N, C), "d_branch": (N, C), "d_ln": (N, C), "d_att": (N, C)}
+            shapes |= {"d_qkv": (N, 3 * C), "d_fc": (N, F)}
+        return shapes
+
+    def num_parameters(self) -> int:
+        """Count the parameters; the lm_head is wte and counts once."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def flops_per_token(self, T: int) -> float:
+        """Count the floating-point operations, forward and backward, of a token among T tokens.
+
+        A matrix of n weights costs 2n operations a token forward and 4n backward (the gradients of
+        input and weight). A query sees T/2 keys on average, and each costs 2C operations for q k^T
+        and as many for p v, times 3 for forward and backward. Kaplan et al. 2020, arXiv:2001.08361;
+        PaLM, arXiv:2204.02311, with the causal half counted only. Softmax, layernorm, GELU and
+        recomputation are not counted.
+        """
+        C, F = self.n_embd, self.inner
+        weights = self.n_layer * (4 * C * C + 2 * C * F) + self.vocab_size * C
+        attention = self.n_layer * 2 * C * T
+        return 6.0 * weights + 3.0 * attention

@@ -1,0 +1,118 @@
+"""The main job: text -> tokenizer -> token files -> training -> a model that compresses and writes.
+
+Without a text of the user's it learns the documentation that every Python carries. Used by cli.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
+from gpt2c.corpus import python_documentation
+from gpt2c.data import Prepared, prepare, read_text, read_tokens, split_documents
+from gpt2c.files import claim_directory
+from gpt2c.model import GPT2
+from gpt2c.settings import read_recipe
+from gpt2c.tokenizer import Tokenizer
+from gpt2c.train import TrainResult, evaluate, train
+
+SAMPLES = 3
+SAMPLE_TOKENS = 96
+
+
+def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool) -> TrainResult:
+    """Run the main job and show each step; return how the training ended.
+
+    Parameters
+    ----------
+    text : a text file of the user's, or None for the Python documentation
+    out : gets data/ (token files) and run/ (the model)
+    given : settings that differ from the demo's recipe
+    overwrite : `out` may exist and hold something
+
+    Raises
+    ------
+    OSError, ValueError : the text cannot be read or is too short, or `out` cannot be written
+    """
+    start = time.perf_counter()
+    documents = python_documentation() if text is None else split_documents(read_text(text))
+    claim_directory(out, overwrite)
+    data, run = out / "data", out / "run"
+    with importlib.resources.as_file(
+        importlib.resources.files("gpt2c") / "recipes/demo.toml"
+    ) as path:
+        settings = read_recipe(path) | dict(given)
+
+    show("text", "this Python's own documentation" if text is None else str(text))
+    prepared = prepare(documents, data, "bpe:4096", overwrite=overwrite)
+    show("documents", f"{prepared.documents:,} of {describe(prepared)}")
+    show("tokenizer", f"BPE trained on them, {prepared.vocab_size:,} tokens")
+    result = train(data, run, settings, overwrite=overwrite)
+    if result.interrupted:
+        return result
+    model = GPT2.from_pretrained(run)
+    compare(model, data, prepared)
+    write_samples(model, Tokenizer.from_pretrained(run))
+    print()
+    show(
+        "loss curve",
+        str(run / "loss.png") if result.has_plot else 'pip install "gpt2c[plot]" draws one',
+    )
+    show("time", f"{time.perf_counter() - start:.0f} s in all, {result.seconds:.0f} s of training")
+    print(f'\nGo on with: gpt2c generate {run} --prompt "The string"')
+    return result
+
+
+def show(name: str, text: str) -> None:
+    """Print a line of the demo's left and right column."""
+    print(f"{name:<12}{text}", flush=True)
+
+
+def describe(prepared: Prepared) -> str:
+    """Say how much text there is and how it was split."""
+    size = (prepared.train_bytes + prepared.val_bytes) / 1e6
+    share = prepared.val_bytes / (prepared.train_bytes + prepared.val_bytes)
+    held_out = "the tail" if prepared.tail_held_out else "whole documents"
+    return f"{size:.2f} MB; {share:.0%} of it, {held_out}, is held out for validation"
+
+
+def compare(model: GPT2, data: Path, prepared: Prepared) -> None:
+    """Print a table of the model, xz and a bigram model on the held-out text."""
+    tokenizer = Tokenizer.from_pretrained(data)
+    tokens, held_out = read_tokens(data / "train.bin"), read_tokens(data / "val.bin")
+    block_size = model.config.n_positions
+    loss = evaluate(model, held_out, max(1, 2048 // block_size), block_size)
+    scored = len(held_out) - 1
+    bigram = bigram_nats(tokens, held_out, tokenizer.vocab_size)
+    xz = xz_bits_per_byte(_text(tokenizer, tokens), _text(tokenizer, held_out))
+    size = prepared.val_bytes
+    print(f"\n{'on the held-out text':<24}{'nats/token':>12}{'bits/byte':>12}")
+    print(f"{'GPT-2, this run':<24}{loss:>12.3f}{bits_per_byte(loss * scored, size):>12.3f}")
+    print(f"{'bigram model':<24}{bigram / scored:>12.3f}{bits_per_byte(bigram, size):>12.3f}")
+    print(f"{'xz -9 after the rest':<24}{'':>12}{xz:>12.3f}", flush=True)
+
+
+def _text(tokenizer: Tokenizer, tokens: np.ndarray[Any, Any]) -> bytes:
+    """Give the text of a token file without its end-of-text marks."""
+    return tokenizer.decode(tokens[tokens != tokenizer.eot]).encode()
+
+
+def write_samples(model: GPT2, tokenizer: Tokenizer) -> None:
+    """Print texts that the model makes up from an empty page."""
+    for seed in range(SAMPLES):
+        print(f"\n--- sample {seed + 1} ---")
+        steps = model.stream(
+            [[tokenizer.eot]], SAMPLE_TOKENS, 0.8, top_k=50, seed=seed, stop=tokenizer.eot
+        )
+        ids = (int(step[0]) for step in steps)
+        for piece in tokenizer.stream(token for token in ids if token != tokenizer.eot):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()

@@ -1,0 +1,190 @@
+"""The binding: the ops of gpt2c.reference on the C kernels of one instruction set.
+
+Each method hands pointers and sizes to the C function of the same name and returns when it has
+written its outputs; what the op means stands in `gpt2c.reference`. Arrays must be C-contiguous
+float32 (int32 for idx and targets) of the shapes given there: the doors, `gpt2c.ops` and
+`gpt2c.model`, see to it once. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from typing import Any
+
+from numpy.typing import NDArray
+
+from gpt2c.memory import aligned_zeros
+
+Array = NDArray[Any]
+
+
+class Kernels:
+    """One compiled set of kernels with a fixed number of threads.
+
+    Parameters
+    ----------
+    name : "base", "avx2" or "avx512"; the CPU must have its features, or importing it ends the
+        process
+    threads : how many threads each kernel uses
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        module = importlib.import_module(f"gpt2c._kernels_{name}")
+        self.name = name
+        self.threads = threads
+        self._lib = module.lib
+        self._from_buffer = module.ffi.from_buffer
+        self._null = module.ffi.NULL
+        # The GIL is released while C runs, so each Python thread needs scratch of its own.
+        self._local = threading.local()
+
+    def _f(self, array: Array | None) -> Any:
+        return self._null if array is None else self._from_buffer("float[]", array)
+
+    def _i(self, array: Array) -> Any:
+        return self._from_buffer("int32_t[]", array)
+
+    def _scratch(self, size: int) -> Any:
+        scratch = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.size < size:
+            scratch = self._local.scratch = aligned_zeros(size)
+        return self._f(scratch)
+
+    def fma_burn(self, iterations: int) -> float:
+        """Run multiply-adds in registers on all threads; return the operations done."""
+        return float(self._lib.fma_burn(iterations, self.threads))
+
+    def encoder_forward(self, out: Array, idx: Array, wte: Array, wpe: Array) -> None:
+        """See `gpt2c.reference.encoder_forward`."""
+        B, T, C = out.shape
+        self._lib.encoder_forward(
+            self._f(out), self._i(idx), self._f(wte), self._f(wpe), B, T, C, self.threads
+        )
+
+    def encoder_backward(self, dwte: Array, dwpe: Array, dout: Array, idx: Array) -> None:
+        """See `gpt2c.reference.encoder_backward`."""
+        B, T, C = dout.shape
+        self._lib.encoder_backward(
+            self._f(dwte), self._f(dwpe), self._f(dout), self._i(idx), B, T, C, self.threads
+        )
+
+    def layernorm_forward(
+        self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array, eps: float
+    ) -> None:
+        """See `gpt2c.reference.layernorm_forward`."""
+        N, C = x.shape
+        f = self._f
+        self._lib.layernorm_forward(
+            f(out), f(mean), f(rstd), f(x), f(weight), f(bias), eps, N, C, self.threads
+        )
+
+    def layernorm_backward(
+        self,
+        dx: Array,
+        dweight: Array,
+        dbias: Array,
+        dout: Array,
+        x: Array,
+        weight: Array,
+        mean: Array,
+        rstd: Array,
+    ) -> None:
+        """See `gpt2c.reference.layernorm_backward`."""
+        N, C = x.shape
+        arrays = (dx, dweight, dbias, dout, x, weight, mean, rstd)
+        self._lib.layernorm_backward(*map(self._f, arrays), N, C, self.threads)
+
+    def matmul_forward(self, out: Array, x: Array, weight: Array, bias: Array | None) -> None:
+        """See `gpt2c.reference.matmul_forward`."""
+        OC, C = weight.shape
+        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
+        arrays = (out, x, weight, bias)
+        self._lib.matmul_forward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
+
+    def matmul_backward(
+        self, dx: Array, dweight: Array, dbias: Array | None, dout: Array, x: Array, weight: Array
+    ) -> None:
+        """See `gpt2c.reference.matmul_backward`."""
+        OC, C = weight.shape
+        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
+        arrays = (dx, dweight, dbias, dout, x, weight)
+        self._lib.matmul_backward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
+
+    def attention_forward(self, out: Array, lse: Array, qkv: Array) -> None:
+        """See `gpt2c.reference.attention_forward`."""
+        B, T, C = out.shape
+        NH = lse.shape[1]
+        scratch = self._scratch(self._lib.attention_scratch_size(C // NH, self.threads))
+        arrays = (out, lse, qkv)
+        self._lib.attention_forward(*map(self._f, arrays), scratch, B, T, C, NH, self.threads)
+
+    def attention_backward(
+        self, dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array
+    ) -> None:
+        """See `gpt2c.reference.attention_backward`."""
+        B, T, C = out.shape
+        NH = lse.shape[1]
+        scratch = self._scratch(self._lib.attention_scratch_size(C // NH, self.threads))
+        arrays = (dqkv, dout, qkv, out, lse)
+        self._lib.attention_backward(*map(self._f, arrays), scratch, B, T, C, NH, self.threads)
+
+    def gelu_forward(self, out: Array, x: Array) -> None:
+        """See `gpt2c.reference.gelu_forward`."""
+        self._lib.gelu_forward(self._f(out), self._f(x), x.size, self.threads)
+
+    def gelu_backward(self, dx: Array, dout: Array, x: Array) -> None:
+        """See `gpt2c.reference.gelu_backward`."""
+        self._lib.gelu_backward(self._f(dx), self._f(dout), self._f(x), x.size, self.threads)
+
+    def residual_forward(self, out: Array, x: Array, branch: Array) -> None:
+        """See `gpt2c.reference.residual_forward`."""
+        self._lib.residual_forward(self._f(out), self._f(x), self._f(branch), x.size, self.threads)
+
+    def residual_backward(self, dx: Array, dbranch: Array, dout: Array) -> None:
+        """See `gpt2c.reference.residual_backward`."""
+        arrays = (dx, dbranch, dout)
+        self._lib.residual_backward(*map(self._f, arrays), dout.size, self.threads)
+
+    def crossentropy_forward(
+        self, losses: Array, lse: Array, logits: Array, targets: Array
+    ) -> None:
+        """See `gpt2c.reference.crossentropy_forward`."""
+        N, V = logits.shape
+        f = self._f
+        self._lib.crossentropy_forward(
+            f(losses), f(lse), f(logits), self._i(targets), N, V, self.threads
+        )
+
+    def crossentropy_backward(
+        self, dlogits: Array, logits: Array, lse: Array, targets: Array, scale: float
+    ) -> None:
+        """See `gpt2c.reference.crossentropy_backward`."""
+        N, V = logits.shape
+        f = self._f
+        self._lib.crossentropy_backward(
+            f(dlogits), f(logits), f(lse), self._i(targets), scale, N, V, self.threads
+        )
+
+    def adamw_update(
+        self,
+        param: Array,
+        m: Array,
+        v: Array,
+        grad: Array,
+        learning_rate: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        t: int,
+        grad_scale: float,
+    ) -> None:
+        """See `gpt2c.reference.adamw_update`."""
+        scalars = (learning_rate, beta1, beta2, eps, weight_decay, t, grad_scale)
+        arrays = (param, m, v, grad)
+        self._lib.adamw_update(*map(self._f, arrays), *scalars, param.size, self.threads)
+
+    def global_norm(self, grad: Array) -> float:
+        """See `gpt2c.reference.global_norm`."""
+        return float(self._lib.global_norm(self._f(grad), grad.size, self.threads))

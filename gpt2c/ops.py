@@ -1,0 +1,263 @@
+"""Every op of GPT-2 on plain NumPy arrays, on any backend: checked arguments, new results.
+
+    y, mean, rstd = gpt2c.ops.layernorm_forward(x, weight, bias, backend="avx2")
+
+What each op computes stands in `gpt2c.reference`. Arrays must be C-contiguous float32 (backend
+"numpy" takes float64 as well), token ids int32. Gradients come back as they are, not added to
+anything. Every function raises ValueError if an array has another dtype, layout or shape, a token
+id is out of range, or the backend is unknown. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.backend import Backend, get_backend
+
+Array = NDArray[Any]
+
+
+def _open(backend: str, **arrays: tuple[Array, str]) -> tuple[Backend, dict[str, int]]:
+    """Check arrays against shapes written in letters; give the backend and the size of each letter.
+
+    A letter means the same size in every shape; "3C" is three times C.
+    """
+    ops = get_backend(backend)
+    dtypes = ("float32", "float64") if ops.name == "numpy" else ("float32",)
+    dtype = next(
+        (a.dtype for a, _ in arrays.values() if getattr(a, "dtype", None) in dtypes), dtypes[0]
+    )
+    sizes: dict[str, int] = {}
+    for name, (array, letters) in arrays.items():
+        wanted = letters.split()
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name} must be a NumPy array, got {type(array).__name__}")
+        if array.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} for backend {ops.name!r}, got {array.dtype}")
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} must be C-contiguous: pass np.ascontiguousarray({name})")
+        fits = array.ndim == len(wanted) and array.size > 0
+        for letter, size in zip(wanted, array.shape, strict=False):
+            factor, letter = (3, letter[1:]) if letter.startswith("3") else (1, letter)
+            fits = fits and sizes.setdefault(letter, size // factor) * factor == size
+        if not fits:
+            shape = ", ".join(
+                f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in wanted
+            )
+            raise ValueError(f"{name} must have shape ({shape}), none of them 0, got {array.shape}")
+    return ops, sizes
+
+
+def _ids(name: str, ids: Array, shape: tuple[int, ...], low: int, high: int) -> None:
+    """Check token ids: int32 of this shape in [low, high)."""
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or not ids.flags.c_contiguous:
+        raise ValueError(
+            f"{name} must be a C-contiguous int32 array, got {getattr(ids, 'dtype', type(ids))}"
+        )
+    if ids.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {ids.shape}")
+    if ids.min() < low or ids.max() >= high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {ids.min()} .. {ids.max()}")
+
+
+def encoder_forward(idx: Array, wte: Array, wpe: Array, backend: str = "auto") -> Array:
+    """Give wte[idx] + wpe, (B, T, C), for idx (B, T), wte (V, C), wpe (at least T, C)."""
+    ops, s = _open(backend, wte=(wte, "V C"), wpe=(wpe, "P C"))
+    B, T = _batch_shape(idx, s["P"])
+    _ids("idx", idx, (B, T), 0, s["V"])
+    out = np.empty((B, T, s["C"]), wte.dtype)
+    ops.encoder_forward(out, idx, wte, wpe)
+    return out
+
+
+def _batch_shape(idx: Array, positions: int) -> tuple[int, int]:
+    shape = np.shape(idx)
+    if len(shape) != 2 or 0 in shape or shape[1] > positions:
+        raise ValueError(
+            f"idx must have shape (B, T) with 1 <= T <= {positions}, B >= 1, got {shape}"
+        )
+    return shape
+
+
+def encoder_backward(
+    dout: Array, idx: Array, vocab_size: int, n_positions: int, backend: str = "auto"
+) -> tuple[Array, Array]:
+    """Give dwte (vocab_size, C), dwpe (n_positions, C) for dout (B, T, C), idx (B, T)."""
+    ops, s = _open(backend, dout=(dout, "B T C"))
+    _batch_shape(idx, n_positions)
+    _ids("idx", idx, (s["B"], s["T"]), 0, vocab_size)
+    dwte, dwpe = (np.zeros((rows, s["C"]), dout.dtype) for rows in (vocab_size, n_positions))
+    ops.encoder_backward(dwte, dwpe, dout, idx)
+    return dwte, dwpe
+
+
+def layernorm_forward(
+    x: Array, weight: Array, bias: Array, eps: float = 1e-5, backend: str = "auto"
+) -> tuple[Array, Array, Array]:
+    """Give out (N, C), mean (N,), rstd (N,) for x (N, C), weight and bias (C,)."""
+    ops, s = _open(backend, x=(x, "N C"), weight=(weight, "C"), bias=(bias, "C"))
+    out, mean, rstd = np.empty_like(x), np.empty(s["N"], x.dtype), np.empty(s["N"], x.dtype)
+    ops.layernorm_forward(out, mean, rstd, x, weight, bias, eps)
+    return out, mean, rstd
+
+
+def layernorm_backward(
+    dout: Array, x: Array, weight: Array, mean: Array, rstd: Array, backend: str = "auto"
+) -> tuple[Array, Array, Array]:
+    """Give dx (N, C), dweight (C,), dbias (C,)."""
+    ops, _ = _open(
+        backend,
+        x=(x, "N C"),
+        dout=(dout, "N C"),
+        weight=(weight, "C"),
+        mean=(mean, "N"),
+        rstd=(rstd, "N"),
+    )
+    dx, dweight, dbias = np.zeros_like(x), np.zeros_like(weight), np.zeros_like(weight)
+    ops.layernorm_backward(dx, dweight, dbias, dout, x, weight, mean, rstd)
+    return dx, dweight, dbias
+
+
+def matmul_forward(
+    x: Array, weight: Array, bias: Array | None = None, backend: str = "auto"
+) -> Array:
+    """Give x weight^T + bias, (N, OC), for x (N, C), weight (OC, C), bias (OC,) or None."""
+    arrays = {"x": (x, "N C"), "weight": (weight, "OC C")}
+    ops, s = _open(backend, **arrays, **({} if bias is None else {"bias": (bias, "OC")}))
+    out = np.empty((s["N"], s["OC"]), x.dtype)
+    ops.matmul_forward(out, x, weight, bias)
+    return out
+
+
+def matmul_backward(
+    dout: Array, x: Array, weight: Array, backend: str = "auto"
+) -> tuple[Array, Array, Array]:
+    """Give dx (N, C), dweight (OC, C), dbias (OC,) for dout (N, OC)."""
+    ops, s = _open(backend, x=(x, "N C"), weight=(weight, "OC C"), dout=(dout, "N OC"))
+    dx, dweight, dbias = np.empty_like(x), np.zeros_like(weight), np.zeros(s["OC"], x.dtype)
+    ops.matmul_backward(dx, dweight, dbias, dout, x, weight)
+    return dx, dweight, dbias
+
+
+def attention_forward(qkv: Array, n_head: int, backend: str = "auto") -> tuple[Array, Array]:
+    """Give out (B, T, C) and lse (B, n_head, T) for qkv (B, T, 3C)."""
+    ops, s = _open(backend, qkv=(qkv, "B T 3C"))
+    if n_head < 1 or s["C"] % n_head:
+        raise ValueError(f"n_head must divide C={s['C']}, got {n_head}")
+    out = np.empty((s["B"], s["T"], s["C"]), qkv.dtype)
+    lse = np.empty((s["B"], n_head, s["T"]), qkv.dtype)
+    ops.attention_forward(out, lse, qkv)
+    return out, lse
+
+
+def attention_backward(
+    dout: Array, qkv: Array, out: Array, lse: Array, backend: str = "auto"
+) -> Array:
+    """Give dqkv (B, T, 3C) for dout (B, T, C) and what the forward pass read and gave."""
+    ops, s = _open(
+        backend,
+        dout=(dout, "B T C"),
+        qkv=(qkv, "B T 3C"),
+        out=(out, "B T C"),
+        lse=(lse, "B NH T"),
+    )
+    if s["C"] % s["NH"]:
+        raise ValueError(f"lse (B, NH, T) must have an NH that divides C={s['C']}, got {s['NH']}")
+    dqkv = np.empty_like(qkv)
+    ops.attention_backward(dqkv, dout, qkv, out, lse)
+    return dqkv
+
+
+def gelu_forward(x: Array, backend: str = "auto") -> Array:
+    """Give the tanh form of GELU of x, any shape."""
+    ops, _ = _open(backend, x=(x, _any(x)))
+    out = np.empty_like(x)
+    ops.gelu_forward(out, x)
+    return out
+
+
+def gelu_backward(dout: Array, x: Array, backend: str = "auto") -> Array:
+    """Give dx for dout and x of one shape."""
+    ops, _ = _open(backend, x=(x, _any(x)), dout=(dout, _any(x)))
+    dx = np.empty_like(x)
+    ops.gelu_backward(dx, dout, x)
+    return dx
+
+
+def _any(x: Array) -> str:
+    """Letters for whatever shape x has."""
+    return " ".join(f"d{axis}" for axis in range(np.ndim(x)))
+
+
+def residual_forward(x: Array, branch: Array, backend: str = "auto") -> Array:
+    """Give x + branch, of one shape."""
+    ops, _ = _open(backend, x=(x, _any(x)), branch=(branch, _any(x)))
+    out = np.empty_like(x)
+    ops.residual_forward(out, x, branch)
+    return out
+
+
+def residual_backward(dout: Array, backend: str = "auto") -> tuple[Array, Array]:
+    """Give dx and dbranch, both dout."""
+    ops, _ = _open(backend, dout=(dout, _any(dout)))
+    dx, dbranch = np.empty_like(dout), np.empty_like(dout)
+    ops.residual_backward(dx, dbranch, dout)
+    return dx, dbranch
+
+
+def crossentropy_forward(
+    logits: Array, targets: Array, backend: str = "auto"
+) -> tuple[Array, Array]:
+    """Give losses (N,) in nats, 0 where targets (N,) is -1, and lse (N,) for logits (N, V)."""
+    ops, s = _open(backend, logits=(logits, "N V"))
+    _ids("targets", targets, (s["N"],), -1, s["V"])
+    losses, lse = np.empty(s["N"], logits.dtype), np.empty(s["N"], logits.dtype)
+    ops.crossentropy_forward(losses, lse, logits, targets)
+    return losses, lse
+
+
+def crossentropy_backward(
+    logits: Array, lse: Array, targets: Array, scale: float = 1.0, backend: str = "auto"
+) -> Array:
+    """Give dlogits (N, V) of `scale` times the sum of the losses."""
+    ops, s = _open(backend, logits=(logits, "N V"), lse=(lse, "N"))
+    _ids("targets", targets, (s["N"],), -1, s["V"])
+    dlogits = np.empty_like(logits)
+    ops.crossentropy_backward(dlogits, logits, lse, targets, scale)
+    return dlogits
+
+
+def adamw_update(
+    param: Array,
+    m: Array,
+    v: Array,
+    grad: Array,
+    learning_rate: float = 3e-4,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    t: int = 1,
+    grad_scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Array, Array, Array]:
+    """Give param, m, v after AdamW's step t = 1, 2, ..., all of one shape."""
+    letters = _any(param)
+    ops, _ = _open(
+        backend, param=(param, letters), m=(m, letters), v=(v, letters), grad=(grad, letters)
+    )
+    if t < 1:
+        raise ValueError(f"t must be at least 1, got {t}")
+    param, m, v = param.copy(), m.copy(), v.copy()
+    scalars = (learning_rate, beta1, beta2, eps, weight_decay, t, grad_scale)
+    ops.adamw_update(param, m, v, grad, *scalars)
+    return param, m, v
+
+
+def global_norm(grad: Array, backend: str = "auto") -> float:
+    """Give the Euclidean norm of a gradient of any shape."""
+    ops, _ = _open(backend, grad=(grad, _any(grad)))
+    return ops.global_norm(grad)

@@ -1,0 +1,51 @@
+"""What a person sees while a loop runs: a bar on a terminal, plain lines elsewhere.
+
+Knows nothing about what runs. Used by train.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows a count of steps with figures beside it.
+
+    Parameters
+    ----------
+    start, total : the first step's number and the last's
+    interval : where no one watches, every so many steps are a line
+    """
+
+    def __init__(self, start: int, total: int, interval: int) -> None:
+        self._interval = interval
+        self._total = total
+        watched = sys.stdout.isatty()
+        layout = "{n_fmt}/{total_fmt} |{bar}| {postfix} [{elapsed}<{remaining}]"
+        self._bar = (
+            tqdm(initial=start, total=total, bar_format=layout, file=sys.stdout)
+            if watched
+            else None
+        )
+
+    def step(self, step: int, figures: str) -> None:
+        """Show that `step` steps are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self._interval == 0 or step == self._total:
+            print(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}", flush=True)
+
+    def line(self, text: str) -> None:
+        """Show a line that stays."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,133 @@
+"""TrainSettings: all that a training run can be told, by a TOML recipe or flags of those names.
+
+Names are nanoGPT's. Knows nothing about models or files but the recipe. Used by train and cli.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpt2c.optimizer import SCHEDULES, Schedule
+
+T = TypeVar("T")
+
+# A resumed run must keep these: they fix the weights' shapes and the order of the data.
+FIXED_BY_RUN = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+
+
+def setting(default: T, text: str) -> T:
+    """Make a dataclass field with a default and a line of help."""
+    field: T = dataclasses.field(default=default, metadata={"help": text})
+    return field
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """A training run. The defaults are a model of about 4 million parameters on short text.
+
+    Raises
+    ------
+    ValueError : a number is out of its range (what the model and the schedule need, they check)
+    """
+
+    n_layer: int = setting(4, "layers")
+    n_head: int = setting(4, "heads of attention")
+    n_embd: int = setting(256, "channels")
+    block_size: int = setting(256, "tokens in a row of a batch, and the model's n_positions")
+    batch_size: int = setting(8, "rows in a batch")
+    gradient_accumulation_steps: int = setting(1, "batches in a step of the optimizer")
+    max_iters: int = setting(1000, "steps of the optimizer")
+    learning_rate: float = setting(1e-3, "the highest learning rate")
+    min_lr: float = setting(1e-4, "the lowest, at the end")
+    warmup_iters: int = setting(100, "steps of linear warm-up")
+    schedule: str = setting("cosine", f"one of {', '.join(SCHEDULES)}")
+    decay_fraction: float = setting(0.2, "wsd: the share of all steps that decays")
+    step_size: int = setting(1000, "step: so many steps between two drops of the learning rate")
+    gamma: float = setting(0.1, "step: the factor of a drop")
+    weight_decay: float = setting(0.1, "AdamW's, on matrices only")
+    beta1: float = setting(0.9, "AdamW's memory of gradients")
+    beta2: float = setting(0.95, "AdamW's memory of squared gradients")
+    grad_clip: float = setting(1.0, "clip the global gradient norm to this; 0 does not clip")
+    eval_interval: int = setting(100, "steps between two evaluations; 0 only at the end")
+    eval_iters: int = setting(0, "batches of an evaluation; 0 all of the validation tokens")
+    log_interval: int = setting(10, "steps between two lines where no one watches a terminal")
+    save_interval: int = setting(0, "steps between two checkpoints; 0 only at the end")
+    seed: int = setting(1337, "of the weights and the order of the data")
+    backend: str = setting("auto", "auto, avx512, avx2, base or numpy")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            wanted, value = type(field.default), getattr(self, field.name)
+            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not wanted:
+                raise ValueError(
+                    f"{field.name} must be {wanted.__name__}, got {type(value).__name__} {value!r}"
+                )
+        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        self.learning_rates()
+
+    def learning_rates(self) -> Schedule:
+        """Give the schedule of learning rates; a warm-up longer than the run is cut to it."""
+        return Schedule(
+            self.schedule,
+            self.learning_rate,
+            self.max_iters,
+            min(self.warmup_iters, self.max_iters),
+            self.min_lr,
+            self.decay_fraction,
+            self.step_size,
+            self.gamma,
+        )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read the settings that a TOML file names.
+
+    Raises
+    ------
+    OSError : the file is missing or unreadable
+    ValueError : it is not TOML, or names a setting that there is not
+    """
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    unknown = sorted(entries.keys() - known)
+    if unknown:
+        raise ValueError(f"{path}: no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    return entries
+
+
+def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
+    """Give the settings of a run that goes on: what it had, changed by what is given now.
+
+    Raises
+    ------
+    ValueError : `given` changes what a run cannot change; `source` names the run
+    """
+    for name in FIXED_BY_RUN:
+        if name in given and given[name] != stored[name]:
+            raise ValueError(
+                f"{source} was trained with {name}={stored[name]}, so it cannot go on with"
+                f" {given[name]}; drop that setting, or train into another directory"
+            )
+    return TrainSettings(**{**stored, **given})

@@ -1,0 +1,88 @@
+"""What tests share: backends, random numbers, guarded memory, data files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt2c.backend import NAMES, backends, get_backend
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+if (DATA / "tiktoken-cache").is_dir():  # else tiktoken downloads its vocabularies
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken-cache"))
+
+
+@pytest.fixture(params=NAMES)
+def backend_name(request: pytest.FixtureRequest) -> str:
+    """Name every backend in turn; one that this machine cannot run is a skip that says so."""
+    if request.param not in backends():
+        pytest.skip(f"backend {request.param!r} does not run here, only {', '.join(backends())}")
+    return request.param
+
+
+@pytest.fixture
+def backend(backend_name: str) -> Any:
+    """Give every backend in turn."""
+    return get_backend(backend_name)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Give the same random numbers in every run."""
+    return np.random.default_rng(1337)
+
+
+@pytest.fixture
+def data_file() -> Callable[[str], Path]:
+    """Give the path of a file of the shared data, or skip the test where it is absent."""
+
+    def find(name: str) -> Path:
+        if not (DATA / name).exists():
+            pytest.skip(f"{DATA / name} is not there")
+        return DATA / name
+
+    return find
+
+
+class Guarded:
+    """Copies of arrays where a kernel that strays is caught.
+
+    Each copy stands between guards and starts one float past a multiple of 64 bytes, the alignment
+    that vector code would like. A guard is a quiet NaN that nothing computes: `check` shows that it
+    was written over, and the result shows that it was read and used.
+    """
+
+    PATTERN = np.uint32(0x7FC0FFEE)
+    FLOATS = 16  # the longest vector
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[np.ndarray, int, int]] = []
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        """Give a guarded copy of an array of 4-byte numbers."""
+        buffer = np.full(array.size + 4 * self.FLOATS, self.PATTERN)
+        start = self.FLOATS + (-(buffer.ctypes.data // 4)) % self.FLOATS + 1
+        self._buffers.append((buffer, start, start + array.size))
+        copy = buffer[start : start + array.size].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+    def check(self) -> None:
+        """Fail if a guard was written."""
+        for buffer, start, stop in self._buffers:
+            assert (buffer[:start] == self.PATTERN).all(), "memory before an array was written"
+            assert (buffer[stop:] == self.PATTERN).all(), "memory after an array was written"
+
+
+@pytest.fixture
+def guarded() -> Iterator[Guarded]:
+    """Give guarded memory, and check the guards when the test is over."""
+    memory = Guarded()
+    yield memory
+    memory.check()

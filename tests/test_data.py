@@ -1,0 +1,460 @@
+"""Token files, hold-out, batches and Python's documentation: nothing lost, nothing seen twice."""
+
+import errno
+import os
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2c import corpus, files
+from gpt2c.corpus import python_documentation
+from gpt2c.data import (
+    Batches,
+    prepare,
+    read_text,
+    read_tokens,
+    split_documents,
+    split_validation,
+    windows,
+    write_tokens,
+)
+from gpt2c.tokenizer import Tokenizer
+
+BYTES = Tokenizer.from_name("bytes")
+
+
+def make_documents(count=40):
+    return [f"Document {n}.\n" + f"line {n} of it\n" * (1 + 7 * n % 11) for n in range(count)]
+
+
+# --- texts -----------------------------------------------------------------------------------
+
+
+def test_read_text_keeps_the_text_as_it_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("é\r\nb\n".encode())
+    assert read_text(path) == "é\r\nb\n"
+
+
+def test_read_text_errors(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(FileNotFoundError, match=r"a\.txt does not exist"):
+        read_text(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.txt is empty"):
+        read_text(path)
+    path.write_bytes(b"abc\xe9def")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 3 is 0xe9"):
+        read_text(path)
+
+
+def test_split_documents():
+    assert split_documents("<|endoftext|>a\n<|endoftext|> \n<|endoftext|>b") == ["a\n", "b"]
+    assert split_documents("no marker") == ["no marker"]
+    assert split_documents(" \n") == []
+
+
+# --- hold-out --------------------------------------------------------------------------------
+
+
+def test_whole_documents_are_held_out():
+    documents = make_documents()
+    train, val = split_validation(documents, 0.1, seed=1)
+    assert sorted(train + val) == sorted(documents)
+    assert not set(train) & set(val)
+    share = sum(map(len, val)) / sum(map(len, documents))
+    assert 0.05 <= share <= 0.1
+
+
+def test_hold_out_is_given_by_the_seed():
+    documents = make_documents()
+    assert split_validation(documents, 0.1, seed=1) == split_validation(documents, 0.1, seed=1)
+    assert split_validation(documents, 0.1, seed=1) != split_validation(documents, 0.1, seed=2)
+
+
+def test_copies_of_a_document_stay_together():
+    documents = make_documents(30) * 3
+    train, val = split_validation(documents, 0.2, seed=3)
+    assert not set(train) & set(val)
+    assert len(train) + len(val) == len(documents)
+
+
+def test_the_tail_of_a_single_document_is_held_out_at_a_line_break():
+    text = "".join(f"line {n}\n" for n in range(100))
+    (head,), (tail,) = split_validation([text], 0.1, seed=1)
+    assert head + tail == text
+    assert head.endswith("\n")
+    assert 0.1 <= len(tail) / len(text) < 0.12
+
+
+def test_the_tail_without_line_breaks_near_is_cut_anywhere():
+    text = "a\n" + "b" * 998
+    (head,), (tail,) = split_validation([text], 0.1, seed=1)
+    assert (len(head), len(tail)) == (900, 100)
+
+
+def test_few_large_documents_lose_a_tail_not_a_document():
+    documents = ["a\n" * 500, "b\n" * 600, "c\n"]
+    train, val = split_validation(documents, 0.1, seed=1)
+    assert len(train) == 3
+    assert train[1] + val[0] == documents[1]
+
+
+@given(
+    st.lists(st.text(alphabet="ab \n", max_size=30), max_size=8),
+    st.floats(0.01, 0.99),
+    st.integers(0, 5),
+)
+def test_a_split_loses_nothing(documents, fraction, seed):
+    try:
+        train, val = split_validation(documents, fraction, seed)
+    except ValueError:
+        return
+    assert train
+    assert val
+    if len(train) + len(val) == len(documents):
+        assert sorted(train + val) == sorted(documents)
+        assert not set(train) & set(val)
+    else:
+        assert sum(before != after for before, after in zip(documents, train, strict=True)) >= 1
+        assert any(head + val[0] in documents for head in train)
+
+
+@pytest.mark.parametrize(
+    ("documents", "fraction", "message"),
+    [
+        ([], 0.1, "no text"),
+        (["", " \n"], 0.1, "no text"),
+        (["a"], 0.1, "too short"),
+        (["text"], 0.0, "between 0 and 1, not 0.0"),
+        (["text"], 1.0, "between 0 and 1, not 1.0"),
+        (["text"], float("nan"), "between 0 and 1, not nan"),
+    ],
+)
+def test_nothing_to_hold_out(documents, fraction, message):
+    with pytest.raises(ValueError, match=message):
+        split_validation(documents, fraction, seed=1)
+
+
+# --- token files -----------------------------------------------------------------------------
+
+
+def test_token_file_is_an_llm_c_shard(tmp_path):
+    path = tmp_path / "a.bin"
+    write_tokens(path, [0, 1, 65535])
+    content = path.read_bytes()
+    header = np.frombuffer(content[:1024], dtype="<i4")
+    assert header[:3].tolist() == [20240520, 1, 3]
+    assert not header[3:].any()
+    assert content[1024:] == b"\x00\x00\x01\x00\xff\xff"
+
+
+def test_read_tokens_gives_what_was_written_and_cannot_change_it(tmp_path):
+    path = tmp_path / "a.bin"
+    write_tokens(path, np.arange(1000))
+    tokens = read_tokens(path, vocab_size=1000)
+    assert isinstance(tokens, np.memmap)
+    assert tokens.dtype == np.uint16
+    np.testing.assert_array_equal(tokens, np.arange(1000))
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+def test_token_outside_the_vocabulary(tmp_path):
+    path = tmp_path / "a.bin"
+    write_tokens(path, [1, 300, 2])
+    with pytest.raises(ValueError, match="holds token 300, outside a vocabulary of 300"):
+        read_tokens(path, vocab_size=300)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "not float64"),
+        (np.zeros(0, dtype=np.int64), "would hold 0 tokens"),
+        ([-1, 2], "between 0 and 65535, not -1 and 2"),
+        ([65536], "between 0 and 65535"),
+        ([0.5], "array of integers, not float64"),
+        ([[1, 2]], r"array of integers, not int64 \(1, 2\)"),
+    ],
+)
+def test_tokens_that_cannot_be_written(tmp_path, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        write_tokens(tmp_path / "a.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(content, **fields):
+    header = np.frombuffer(content[:1024], dtype="<i4").copy()
+    for name, value in fields.items():
+        header[{"magic": 0, "version": 1, "count": 2}[name]] = value
+    return header.tobytes() + content[1024:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "not an llm.c token file"),
+        (lambda content: content[:3], "not an llm.c token file"),
+        (lambda content: content[1024:], "nanoGPT's .bin without a header is not accepted"),
+        (lambda content: content[:1000], "truncated: 1000 bytes"),
+        (lambda content: content[:-2], "has 1042 bytes; its 10 tokens need 1044"),
+        (lambda content: content + b"\0", "has 1045 bytes; its 10 tokens need 1044"),
+        (lambda content: damaged(content, magic=20240801), "starts with 20240801"),
+        (lambda content: damaged(content, version=7), "version 7; version 1 is wanted"),
+        (lambda content: damaged(content, count=0), "holds 0 tokens"),
+        (lambda content: damaged(content, count=-5), "holds -5 tokens"),
+        (lambda content: damaged(content, count=2**31 - 1), "its 2147483647 tokens need"),
+    ],
+)
+def test_damaged_token_file(tmp_path, damage, message):
+    path = tmp_path / "a.bin"
+    write_tokens(path, np.arange(10))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read_tokens(path)
+
+
+def test_missing_token_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist; make it with"):
+        read_tokens(tmp_path / "a.bin")
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_tokens(tmp_path / "old.bin", [1])
+    before = (tmp_path / "old.bin").read_bytes()
+    monkeypatch.setattr(files.os, "fsync", full)
+    for name in ("old.bin", "new.bin"):
+        with pytest.raises(OSError, match="No space"):
+            write_tokens(tmp_path / name, [2, 3])
+    assert [path.name for path in tmp_path.iterdir()] == ["old.bin"]
+    assert (tmp_path / "old.bin").read_bytes() == before
+
+
+# --- prepare ---------------------------------------------------------------------------------
+
+
+def test_prepare_writes_what_the_documents_say(tmp_path):
+    documents = [*make_documents(), "é😀 <|endoftext|> in a text"]
+    out = tmp_path / "data"
+    prepared = prepare(documents, out, "bytes", val_fraction=0.2, seed=1)
+    expected = split_validation(documents, 0.2, seed=1)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "merges.txt",
+        "tokenizer_config.json",
+        "train.bin",
+        "val.bin",
+        "vocab.json",
+    ]
+    tokenizer = Tokenizer.from_pretrained(out)
+    for name, texts in zip(("train", "val"), expected, strict=True):
+        tokens = read_tokens(out / f"{name}.bin", tokenizer.vocab_size)
+        starts = np.flatnonzero(tokens == tokenizer.eot)
+        parts = np.split(tokens, starts)[1:]  # before the first end of text there is nothing
+        assert starts[0] == 0
+        assert [tokenizer.decode(part[1:]) for part in parts] == texts
+        assert getattr(prepared, f"{name}_tokens") == len(tokens)
+        assert getattr(prepared, f"{name}_bytes") == sum(len(text.encode()) for text in texts)
+        assert tokenizer.token_lengths[tokens].sum() == getattr(prepared, f"{name}_bytes")
+    assert (prepared.documents, prepared.vocab_size) == (41, 257)
+    assert not prepared.tail_held_out
+
+
+def test_prepare_says_when_it_held_out_a_tail(tmp_path):
+    assert prepare(["a line\n" * 50], tmp_path / "data", BYTES).tail_held_out
+
+
+def test_prepare_is_deterministic(tmp_path):
+    for name in "ab":
+        prepare(make_documents(), tmp_path / name, "bpe:300", seed=7)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_bpe_is_trained_on_training_documents_only(tmp_path):
+    documents = make_documents()
+    train, _ = split_validation(documents, 0.1, seed=1)
+    prepare(documents, tmp_path, "bpe:300", seed=1)
+    trained = Tokenizer.from_pretrained(tmp_path)
+    assert trained._ranks == Tokenizer.train(train, 300)._ranks
+    assert trained._ranks != Tokenizer.train(documents, 300)._ranks
+
+
+def test_prepare_takes_a_directory_as_tokenizer(tmp_path):
+    Tokenizer.train(["some text"], 260).save_pretrained(tmp_path / "tokenizer")
+    prepared = prepare(make_documents(), tmp_path / "data", str(tmp_path / "tokenizer"))
+    assert prepared.vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    "spec", ["bpe:", "bpe:many", "bpe:-1", "bpe:²", "bpe:70000", "bpe:100", "x"]
+)
+def test_prepare_refuses_a_bad_tokenizer_before_it_writes(tmp_path, spec):
+    with pytest.raises(ValueError, match=r"tokenizer 'bpe:|at least 257|neither a directory"):
+        prepare(make_documents(), tmp_path / "data", spec)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepare_refuses_a_vocabulary_that_uint16_cannot_hold(tmp_path):
+    class Large:
+        vocab_size = 65537
+
+    with pytest.raises(ValueError, match="65537 tokens; token files hold at most 65536"):
+        prepare(make_documents(), tmp_path / "data", Large())
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepare_overwrites_only_when_told(tmp_path):
+    prepare(make_documents(), tmp_path, "bytes")
+    before = (tmp_path / "train.bin").read_bytes()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        prepare(make_documents(50), tmp_path, "bytes")
+    assert (tmp_path / "train.bin").read_bytes() == before
+    prepare(make_documents(50), tmp_path, "bytes", overwrite=True)
+    assert (tmp_path / "train.bin").read_bytes() != before
+
+
+def test_a_failed_overwrite_leaves_no_training_file_of_another_tokenizer(tmp_path, monkeypatch):
+    prepare(make_documents(), tmp_path, "bytes")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        prepare(make_documents(), tmp_path, "bpe:300", overwrite=True)
+    assert not (tmp_path / "train.bin").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+def test_batches_are_shifted_by_one(tmp_path):
+    write_tokens(tmp_path / "a.bin", np.arange(1000))
+    x, y = Batches(read_tokens(tmp_path / "a.bin"), batch_size=3, block_size=8, seed=1).batch(5)
+    assert x.shape == y.shape == (3, 8)
+    assert x.dtype == y.dtype == np.int32
+    assert type(x) is type(y) is np.ndarray
+    assert x.flags.c_contiguous and y.flags.c_contiguous
+    np.testing.assert_array_equal(y, x + 1)
+    np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+
+
+@given(N=st.integers(1, 200), B=st.integers(1, 4), T=st.integers(1, 9), seed=st.integers(0, 2**63))
+def test_an_epoch_visits_each_token_once(N, B, T, seed):
+    tokens = np.arange(N, dtype=np.uint16)
+    if N < B * T + 1:
+        with pytest.raises(ValueError, match=f"^{N} tokens are too few .* needs {B * T + 1}"):
+            Batches(tokens, B, T, seed)
+        return
+    batches = Batches(tokens, B, T, seed)
+    per_epoch = batches.windows_per_epoch
+    rows = np.concatenate([batches.batch(step)[0] for step in range(3 * per_epoch // B + 1)])
+    for epoch in range(3):
+        seen = np.sort(rows[epoch * per_epoch : (epoch + 1) * per_epoch].ravel())
+        np.testing.assert_array_equal(seen, np.arange(seen[0], seen[0] + per_epoch * T))
+        assert seen[0] < T
+    assert N - per_epoch * T <= 2 * T  # hardly anything is left out
+
+
+def test_epochs_differ_in_order_and_offset():
+    batches = Batches(np.arange(1000, dtype=np.uint16), batch_size=1, block_size=16, seed=3)
+    starts = np.array(
+        [batches.batch(step)[0][0, 0] for step in range(20 * batches.windows_per_epoch)]
+    ).reshape(20, -1)
+    assert len(set(map(tuple, starts.tolist()))) == 20
+    assert len(set((starts % 16)[:, 0].tolist())) > 5
+
+
+def test_a_batch_depends_on_seed_and_step_only():
+    tokens = np.arange(500, dtype=np.uint16)
+    forward = Batches(tokens, 4, 10, seed=1)
+    expected = [forward.batch(step)[0] for step in range(60)]
+    backward = Batches(tokens, 4, 10, seed=1)
+    for step in reversed(range(60)):
+        np.testing.assert_array_equal(backward.batch(step)[0], expected[step])
+    other = Batches(tokens, 4, 10, seed=2)
+    assert any((other.batch(step)[0] != expected[step]).any() for step in range(3))
+
+
+def test_the_order_is_the_same_on_every_machine_and_version():
+    x, _ = Batches(np.arange(100, dtype=np.uint16), batch_size=6, block_size=8, seed=1337).batch(0)
+    assert x[:, 0].tolist() == [83, 43, 11, 51, 59, 67]
+
+
+@given(N=st.integers(0, 100), B=st.integers(1, 4), T=st.integers(1, 9))
+def test_windows_cover_each_target_once(N, B, T):
+    tokens = np.arange(100, 100 + N, dtype=np.uint16)
+    if N < 2:
+        with pytest.raises(ValueError, match=f"{N} tokens are too few"):
+            windows(tokens, B, T)
+        return
+    batches = list(windows(tokens, B, T))
+    assert all(
+        array.shape == (B, T) and array.dtype == np.int32 for pair in batches for array in pair
+    )
+    x, y = (np.concatenate([pair[i].ravel() for pair in batches]) for i in (0, 1))
+    np.testing.assert_array_equal(y[: N - 1], tokens[1:])
+    np.testing.assert_array_equal(x[: N - 1], tokens[:-1])
+    assert (y[N - 1 :] == -1).all()
+    assert (x[N - 1 :] == 0).all()
+    assert len(y) - (N - 1) < B * T
+
+
+# --- Python's documentation ------------------------------------------------------------------
+
+
+def test_python_documentation():
+    documents = python_documentation()
+    size = sum(len(document.encode()) for document in documents)
+    assert len(documents) > 300
+    assert size > 1_000_000
+    assert all(document.strip() for document in documents)
+    assert len(set(documents)) == len(documents)
+    assert documents == python_documentation()
+
+
+def test_excerpts_of_topics_are_dropped():
+    long = (
+        "Statements\n***\n\nThe if statement.\n\nIt has else.\n\nIt has elif.\n\nThe for statement."
+    )
+    short = 'The "if" statement\n***\n\nIt has else.\n\nIt has elif.'
+    assert corpus._without_excerpts([short, long, "Other"]) == [long, "Other"]
+
+
+def test_sources_leave_tests_and_packages_out(tmp_path):
+    for name in ("b.py", "a.py", "test/c.py", "json/tests/d.py", "site-packages/e.py", "json/f.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("", encoding="utf-8")
+    found = [path.relative_to(tmp_path).as_posix() for path in corpus._sources(tmp_path)]
+    assert found == ["a.py", "b.py", "json/f.py"]
+
+
+def test_docstrings_come_in_the_order_of_the_source(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text(
+        '"""Module."""\nclass A:\n  """Class."""\n  def f(self):\n    """Method.\n\n'
+        '       More.\n    """\nif True:\n  async def g():\n    r"""Function."""\nx = "\\d"\n',
+        encoding="utf-8",
+    )
+    assert list(corpus._docstrings(path)) == ["Module.", "Class.", "Method.\n\nMore.", "Function."]
+
+
+@pytest.mark.parametrize("source", [b"def f(:\n", b"x = '\xff'\n", b"\0"])
+def test_sources_that_do_not_parse_are_skipped(tmp_path, source):
+    (tmp_path / "a.py").write_bytes(source)
+    assert list(corpus._docstrings(tmp_path / "a.py")) == []
+
+
+def test_python_without_its_documentation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(OSError, match=r"no pydoc_data.*--text FILE"):
+        python_documentation()

@@ -1,0 +1,190 @@
+"""AdamW against a plain float64 loop, and the corners of every schedule."""
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gpt2c import reference
+from gpt2c.optimizer import SCHEDULES, AdamW, Schedule
+
+
+def make_model(size=37, decay_size=25, seed=0):
+    rng = np.random.default_rng(seed)
+    return SimpleNamespace(
+        backend=reference,
+        flat_parameters=rng.normal(size=size).astype(np.float32),
+        flat_gradients=rng.normal(size=size).astype(np.float32),
+        decay_size=decay_size,
+    )
+
+
+@pytest.mark.parametrize("decay_size", [0, 25, 37])
+@pytest.mark.parametrize("grad_clip", [None, 0.5, 1e9])
+def test_adamw_matches_a_plain_loop(decay_size, grad_clip):
+    model = make_model(decay_size=decay_size)
+    lr, beta1, beta2, eps, weight_decay = 1e-2, 0.9, 0.95, 1e-8, 0.1
+    optimizer = AdamW(model, lr, (beta1, beta2), eps, weight_decay)
+    param = model.flat_parameters.astype(np.float64)
+    m, v = np.zeros_like(param), np.zeros_like(param)
+    rng = np.random.default_rng(1)
+    for t in range(1, 11):
+        grad = rng.normal(size=param.size).astype(np.float32)
+        model.flat_gradients[...] = grad
+        norm = math.sqrt(sum(float(g) ** 2 for g in grad))
+        scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (norm + 1e-6))
+        for i in range(param.size):
+            g = float(grad[i]) * scale
+            m[i] = beta1 * m[i] + (1 - beta1) * g
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g
+            direction = (m[i] / (1 - beta1**t)) / (math.sqrt(v[i] / (1 - beta2**t)) + eps)
+            decay = weight_decay if i < decay_size else 0.0
+            param[i] -= lr * (direction + decay * param[i])
+        assert optimizer.step(grad_clip=grad_clip) == pytest.approx(norm, rel=1e-12)
+        assert optimizer.steps == t
+    np.testing.assert_allclose(model.flat_parameters, param, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(optimizer.m, m, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(optimizer.v, v, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_is_about_the_learning_rate():
+    # Adam's first step is lr * sign(gradient) whatever the gradient's size.
+    model = make_model()
+    before = model.flat_parameters.copy()
+    AdamW(model, weight_decay=0.0).step(learning_rate=0.25)
+    moved = before - model.flat_parameters
+    np.testing.assert_allclose(moved, 0.25 * np.sign(model.flat_gradients), rtol=1e-5)
+
+
+def test_only_the_first_part_decays():
+    model = make_model()
+    model.flat_gradients[...] = 0
+    before = model.flat_parameters.copy()
+    AdamW(model, learning_rate=0.5, weight_decay=0.1).step()
+    np.testing.assert_allclose(model.flat_parameters[:25], before[:25] * 0.95, rtol=1e-6)
+    np.testing.assert_array_equal(model.flat_parameters[25:], before[25:])
+
+
+def test_resuming_from_m_v_steps_is_bit_equal():
+    whole, first = make_model(), make_model()
+    one = AdamW(whole)
+    one.step()
+    one.step()
+    before = AdamW(first)
+    before.step()
+    after = AdamW(first)
+    after.m[...], after.v[...], after.steps = before.m, before.v, before.steps
+    after.step()
+    np.testing.assert_array_equal(whole.flat_parameters, first.flat_parameters)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_gradient_leaves_everything_alone(bad):
+    model = make_model()
+    optimizer = AdamW(model)
+    optimizer.step()
+    saved = [a.copy() for a in (model.flat_parameters, optimizer.m, optimizer.v)]
+    model.flat_gradients[3] = bad
+    with pytest.raises(ValueError, match=r"gradient norm is \w+ at step 2"):
+        optimizer.step(grad_clip=1.0)
+    for a, b in zip((model.flat_parameters, optimizer.m, optimizer.v), saved, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert optimizer.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("betas", (1.0, 0.9)),
+        ("betas", (0.9, -0.1)),
+        ("betas", (0.9,)),
+        ("eps", 0.0),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=name):
+        AdamW(make_model(), **{name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_grad_clip_out_of_range(value):
+    with pytest.raises(ValueError, match="grad_clip"):
+        AdamW(make_model()).step(grad_clip=value)
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+
+def make_schedule(kind, **overrides):
+    settings = {
+        "learning_rate": 1.0,
+        "max_iters": 110,
+        "warmup_iters": 10,
+        "min_lr": 0.1,
+        "decay_fraction": 0.2,
+        "step_size": 20,
+        "gamma": 0.5,
+    }
+    return Schedule(kind, **(settings | overrides))
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_warm_up_rises_and_never_falls_back(kind):
+    schedule = make_schedule(kind)
+    rates = [schedule(step) for step in range(200)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    assert rates[10] == pytest.approx(1.0)  # the first step after the warm-up is still the highest
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert min(rates[10:]) >= 0.1 and max(rates) <= 1.0 + 1e-15
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("constant", {10: 1.0, 109: 1.0, 500: 1.0}),
+        ("linear", {35: 0.775, 60: 0.55, 109: 0.109, 110: 0.1, 500: 0.1}),
+        ("cosine", {60: 0.55, 35: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 110: 0.1, 500: 0.1}),
+        ("wsd", {87: 1.0, 88: 1.0, 99: 0.1 + 0.9 * (1 - math.sqrt(0.5)), 110: 0.1, 500: 0.1}),
+        ("step", {29: 1.0, 30: 0.5, 49: 0.5, 50: 0.25, 70: 0.125, 90: 0.1, 500: 0.1}),
+    ],
+)
+def test_corner_values(kind, values):
+    schedule = make_schedule(kind)
+    assert {step: schedule(step) for step in values} == pytest.approx(values)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("max_iters", [1, 2, 3])
+def test_short_runs(kind, max_iters):
+    for warmup_iters in range(max_iters + 1):
+        schedule = make_schedule(kind, max_iters=max_iters, warmup_iters=warmup_iters)
+        assert all(0 < schedule(step) <= 1.0 for step in range(max_iters + 2))
+        assert schedule(0) == pytest.approx(1 / max(warmup_iters, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -1.0),
+        ("min_lr", 2.0),
+        ("warmup_iters", 111),
+        ("warmup_iters", -1),
+        ("decay_fraction", 0.0),
+        ("step_size", 0),
+        ("gamma", 1.5),
+    ],
+)
+def test_schedule_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=name):
+        make_schedule("cosine", **{name: value})
+
+
+def test_an_unknown_schedule_lists_the_known():
+    with pytest.raises(ValueError, match="constant, linear, cosine, wsd, step, got 'triangle'"):
+        make_schedule("triangle")

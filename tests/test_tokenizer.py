@@ -1,0 +1,315 @@
+"""Round trips, GPT-2's known ids, transformers' agreement, streaming, damaged files."""
+
+import errno
+import json
+import math
+import os
+import tempfile
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2c import files
+from gpt2c.tokenizer import Tokenizer
+
+SAMPLE = (
+    "The quick brown fox jumps over the lazy dog; they're quick, aren't they?\n\n"
+    "  It's 2024:\tnaïve café, 日本語, 😀👩‍👩‍👧.\r\n\x00\x85\xa0\u2028 end   \n   "
+) * 3
+BYTES = Tokenizer.from_name("bytes")
+BPE = Tokenizer.train([SAMPLE, "low lower lowest newer newest wider"], 400)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    try:
+        return Tokenizer.from_name("gpt2")
+    except OSError as error:
+        pytest.skip(f"GPT-2's vocabulary is not reachable: {error}")
+
+
+@pytest.fixture(params=["bytes", "bpe", "gpt2"])
+def tokenizer(request):
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2")
+    return {"bytes": BYTES, "bpe": BPE}[request.param]
+
+
+def test_sizes(tokenizer):
+    assert tokenizer.eot == tokenizer.vocab_size - 1
+    assert BYTES.vocab_size == 257
+    assert 257 < BPE.vocab_size <= 400
+
+
+def test_decode_undoes_encode(tokenizer):
+    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
+
+
+@given(st.text(max_size=60))
+def test_decode_undoes_encode_of_any_text(text):
+    for tokenizer in (BYTES, BPE):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert BYTES.encode(text) == list(text.encode())
+
+
+def test_gpt2_known_ids(gpt2):
+    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
+    assert gpt2.encode("hello world") == [31373, 995]
+    assert gpt2.encode("Hello, I'm a language model,") == [
+        15496,
+        11,
+        314,
+        1101,
+        257,
+        3303,
+        2746,
+        11,
+    ]
+    assert gpt2.encode(SAMPLE) == tiktoken.get_encoding("gpt2").encode_ordinary(SAMPLE)
+    assert gpt2.decode([gpt2.eot]) == "<|endoftext|>"
+
+
+def test_end_of_text_in_a_text_is_ordinary(tokenizer):
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eot not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_encode_batch_agrees_with_encode(tokenizer):
+    texts = ["", SAMPLE, "a<|endoftext|>b", "x"]
+    batch = tokenizer.encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+
+
+def test_token_lengths_count_bytes(tokenizer):
+    lengths = tokenizer.token_lengths
+    assert lengths.shape == (tokenizer.vocab_size,)
+    assert lengths.dtype == np.int64
+    assert lengths[tokenizer.encode(SAMPLE)].sum() == len(SAMPLE.encode())
+    assert lengths[tokenizer.eot] == 0
+    assert (np.delete(lengths, tokenizer.eot) > 0).all()
+
+
+def test_stream_waits_for_whole_characters():
+    pieces = list(BYTES.stream(BYTES.encode("a😀é")))
+    assert pieces == ["a", "😀", "é"]
+
+
+@given(st.lists(st.integers(0, 256), max_size=40))
+def test_stream_joined_is_decode(ids):
+    assert "".join(BYTES.stream(ids)) == BYTES.decode(ids)
+
+
+def test_stream_ends_an_unfinished_character():
+    assert list(BYTES.stream("é".encode()[:1])) == ["\ufffd"]
+
+
+@pytest.mark.parametrize("token_id", [-1, 257, 2**40])
+def test_ids_outside_the_vocabulary(token_id):
+    with pytest.raises(ValueError, match=r"outside the vocabulary \(0 to 256\)"):
+        BYTES.decode([65, token_id])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        list(BYTES.stream([65, token_id]))
+
+
+def test_training_is_deterministic():
+    texts = [SAMPLE, SAMPLE[::-1]]
+    assert Tokenizer.train(texts, 350)._ranks == Tokenizer.train(texts, 350)._ranks
+
+
+def test_training_learns_the_commonest_pair_first():
+    assert Tokenizer.train(["aabaab xxaab"], 258).encode("aab")[0] == 256
+
+
+def test_training_on_little_text_gives_a_smaller_vocabulary():
+    assert Tokenizer.train(["ab"], 1000).vocab_size == 258
+    assert Tokenizer.train([], 1000).vocab_size == 257
+
+
+@pytest.mark.parametrize("vocab_size", [256, 0, -1])
+def test_training_needs_room_for_the_bytes(vocab_size):
+    with pytest.raises(ValueError, match="at least 257"):
+        Tokenizer.train(["text"], vocab_size)
+
+
+def test_a_run_of_spaces_too_long_to_split():
+    text = "a" + " " * 400_000
+    for use in (BYTES.encode, lambda text: BYTES.encode_batch([text])):
+        with pytest.raises(ValueError, match="400000 or more whitespace"):
+            use(text)
+    with pytest.raises(ValueError, match="400000 or more whitespace"):
+        Tokenizer.train([text], 300)
+    assert BYTES.decode(BYTES.encode(text[:-1])) == text[:-1]
+
+
+def test_names_and_specs(tmp_path, monkeypatch):
+    BPE.save_pretrained(tmp_path)
+    assert Tokenizer.from_spec("bytes").vocab_size == 257
+    assert Tokenizer.from_spec(str(tmp_path)).vocab_size == BPE.vocab_size
+    with pytest.raises(ValueError, match="known names are gpt2, bytes"):
+        Tokenizer.from_name("gpt3")
+    with pytest.raises(ValueError, match="neither a directory nor one of gpt2, bytes"):
+        Tokenizer.from_spec(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="gpt2c prepare --tokenizer bpe:512"):
+        Tokenizer.from_spec("bpe:512")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), ValueError("Hash mismatch")])
+def test_gpt2_offline_says_what_else_there_is(monkeypatch, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(OSError, match=r"TIKTOKEN_CACHE_DIR.*'bytes' or 'bpe:4096'"):
+        Tokenizer.from_name("gpt2")
+
+
+def test_saved_and_loaded_gives_the_same_ids(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "new" / "directory")
+    loaded = Tokenizer.from_pretrained(tmp_path / "new" / "directory")
+    assert loaded._ranks == tokenizer._ranks
+    assert (loaded.vocab_size, loaded.eot) == (tokenizer.vocab_size, tokenizer.eot)
+    assert loaded.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+
+
+def test_gpt2_files_are_openai_s(gpt2, tmp_path):
+    gpt2.save_pretrained(tmp_path)
+    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    assert merges[:4] == ["#version: 0.2", "Ġ t", "Ġ a", "h e"]
+    assert len(merges) == 50002
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert (vocabulary["!"], vocabulary["Ġthe"], vocabulary["<|endoftext|>"]) == (0, 262, 50256)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(alphabet="ab", min_size=1, max_size=80), st.integers(257, 290))
+def test_merges_are_recovered_from_any_training(text, vocab_size):
+    """Runs of one letter overlap themselves, the hard case for recovering merges."""
+    tokenizer = Tokenizer.train([text], vocab_size)
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        assert Tokenizer.from_pretrained(directory)._ranks == tokenizer._ranks
+
+
+def test_recovering_merges_is_fast_for_long_tokens(tmp_path):
+    tokenizer = Tokenizer.train(["a" * 2**15], 300)
+    assert math.log2(tokenizer.token_lengths.max()) == 15
+    tokenizer.save_pretrained(tmp_path)
+
+
+def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    assert theirs.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == tokenizer.eot
+
+
+def test_end_of_text_may_have_any_id(tmp_path):
+    """Vocabularies trained by Hugging Face's tokenizers often give it id 0."""
+    BPE.save_pretrained(tmp_path)
+    path = tmp_path / "vocab.json"
+    vocabulary = json.loads(path.read_bytes())
+    moved = {token: token_id + 1 for token, token_id in vocabulary.items()}
+    moved["<|endoftext|>"] = 0
+    path.write_text(json.dumps(moved), encoding="utf-8")
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert loaded.eot == 0
+    assert loaded.encode(SAMPLE) == [token_id + 1 for token_id in BPE.encode(SAMPLE)]
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_missing_file(tmp_path, name):
+    BPE.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_file_that_is_not_utf8(tmp_path, name):
+    BPE.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(b"{\xff}")
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 at byte 1"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.pop("<|endoftext|>"), r"has no <\|endoftext\|>"),
+        (lambda v: v.update(a=v["b"]), "must number its"),
+        (lambda v: v.update(a=-1), "must number its"),
+        (lambda v: v.update(a="1"), "tokens and their ids"),
+        (lambda v: v.update(a=True), "tokens and their ids"),
+        (lambda v: v.update({"a b": len(v)}), "stands for no byte"),
+        (lambda v: v.update({"zzzz": v.pop("a")}), "lacks 1 of the 256 single bytes"),
+        (lambda v: v.update({"zzzz": len(v)}), "in the order of their ids"),
+        (lambda v: v.update({"": len(v)}), "in the order of their ids"),
+    ],
+)
+def test_damaged_vocabulary(tmp_path, change, message):
+    BPE.save_pretrained(tmp_path)
+    path = tmp_path / "vocab.json"
+    vocabulary = json.loads(path.read_bytes())
+    change(vocabulary)
+    path.write_text(json.dumps(vocabulary), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[1, 2]", "[" * 100_000])
+def test_vocabulary_that_is_no_json_object(tmp_path, content):
+    BPE.save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text(content, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"vocab\.json (is not valid JSON|must be one JSON object)"
+    ):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:-1], "in the order of their ids"),
+        (lambda lines: [*lines[:-2], lines[-1], lines[-2]], "in the order of their ids"),
+        (lambda lines: [*lines, "a"], "two tokens separated by a space"),
+        (lambda lines: [*lines, "a b c"], "two tokens separated by a space"),
+        (lambda lines: [*lines, "日 本"], "two tokens separated by a space"),
+        (lambda lines: [*lines, ""], "two tokens separated by a space"),
+    ],
+)
+def test_damaged_merges(tmp_path, change, message):
+    BPE.save_pretrained(tmp_path)
+    path = tmp_path / "merges.txt"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    path.write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_merges_that_use_a_token_before_it_is_made(tmp_path):
+    tokenizer = Tokenizer.train(["abab abab abab"], 259)
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "merges.txt"
+    assert path.read_text(encoding="utf-8").split("\n")[1:3] == ["a b", "ab ab"]
+    path.write_text("#version: 0.2\na b\naba b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="merge 2 uses a token that no earlier merge has made"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    BYTES.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(source, destination):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        BPE.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
