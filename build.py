@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -165,11 +166,20 @@ else:
             build_data["tag"] = f"cp311-abi3-{target.replace('-', '_').replace('.', '_')}"
 
 
+def run_namesake() -> None:
+    """Hand over to the package `build`: in this folder `python -m build` finds this file first."""
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    sys.modules.pop("build", None)
+    try:
+        runpy.run_module("build", run_name="__main__", alter_sys=True)
+    except ImportError as error:
+        sys.exit(f"{error}: pip install build")
+
+
 if __name__ == "__main__":
-    if __spec__ is not None:  # `python -m build` finds this file first when it runs in this folder
-        sys.exit(
-            "this is gpt2c's own build.py; for a wheel run `pip wheel .` or `python -P -m build`"
-        )
+    if __spec__ is not None:  # started as `python -m build`, not as `python build.py`
+        run_namesake()
+        sys.exit()
     parser = argparse.ArgumentParser(description="compile csrc/ into gpt2c/_kernels_*.abi3.so")
     parser.add_argument("--werror", action="store_true", help="warnings in csrc/ are errors")
     parser.add_argument(

@@ -1,0 +1,58 @@
+# Every target sets up what it needs in a virtual environment of its own: .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench sanitize parity clean
+
+# The main job: text -> tokens -> training -> model -> text, about two minutes on two cores.
+demo: $(VENV)/installed
+	$(BIN)/gpt2c demo --overwrite
+
+test: $(VENV)/installed-test
+	$(BIN)/python -W error -m pytest
+
+lint: $(VENV)/installed-test $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h
+	$(BIN)/mypy
+	$(BIN)/python build.py --werror
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,stddev --benchmark-group-by=group
+
+# The kernel tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
+sanitize: $(VENV)/installed-test
+	sh tests/sanitize.sh $(abspath $(BIN)/python)
+
+# Against PyTorch and transformers, in an environment of its own: neither is ever needed by gpt2c.
+parity: .venv-parity/installed
+	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml build.py $(wildcard csrc/*)
+	$(PIP) --editable '.[plot]'
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) --group test cffi
+	touch $@
+
+$(VENV)/installed-lint: $(VENV)/installed-test
+	$(PIP) --group lint hatchling
+	touch $@
+
+.venv-parity/installed: pyproject.toml build.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	.venv-parity/bin/python -m pip install --quiet torch==2.13.0
+	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-parity runs dist gpt2c/*.so

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Build the kernels with AddressSanitizer and UndefinedBehaviorSanitizer in a copy of this tree and run the kernel tests.
+# Usage: sh tests/sanitize.sh PYTHON
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r "$root/csrc" "$root/gpt2c" "$root/tests" "$root/build.py" "$root/pyproject.toml" "$copy"
+rm -f "$copy"/gpt2c/*.so
+cd "$copy"
+"$1" build.py --sanitize
+# The interpreter itself is not instrumented: the runtime must come first, and Python's own leaks are not ours.
+LD_PRELOAD="$(${CC:-cc} -print-file-name=libasan.so) $(${CC:-cc} -print-file-name=libubsan.so)" \
+ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$copy" \
+    "$1" -m pytest -q -p no:cacheprovider tests/test_kernels.py

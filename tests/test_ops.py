@@ -1,0 +1,309 @@
+"""The ops on plain arrays: right on every backend, and no bad argument gets through."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import OPS, Case, Shape, normalised_error
+
+from gpt2c import ops, reference
+from gpt2c.backend import backends
+
+SHAPES: dict[str, Shape] = {
+    "encoder": {"B": 2, "T": 5, "C": 7, "V": 11},
+    "layernorm": {"N": 3, "C": 17},
+    "matmul": {"N": 5, "C": 9, "OC": 21},
+    "attention": {"B": 2, "T": 9, "NH": 3, "HS": 5},
+    "crossentropy": {"N": 6, "V": 19},
+}
+GIVEN = {"vocab_size": 11, "n_positions": 7, "n_head": 3}  # sizes that no array of the call has
+ELEMENTWISE = ("gelu", "residual", "adamw", "global")  # any shape will do
+
+
+def kind(name: str) -> str:
+    return name.split("_")[0]
+
+
+PUBLIC = {
+    name: function
+    for name, function in inspect.getmembers(ops, inspect.isfunction)
+    if function.__module__ == ops.__name__ and not name.startswith("_")
+}
+
+
+def solved(name: str, dtype: type = np.float32) -> tuple[dict[str, Any], list[Any]]:
+    """Give an op's arguments by name, floats of this type, and the reference's float64 outputs."""
+    arguments = Case(name, SHAPES.get(kind(name), {"n": 35})).arguments()
+    names = inspect.signature(getattr(reference, name)).parameters
+    outputs = arguments[: OPS[name].outputs]
+    wanted = inspect.signature(PUBLIC[name]).parameters
+    given = {key: value for key, value in GIVEN.items() if key in wanted}
+    for key, value in zip(names, arguments, strict=True):
+        if key in wanted:  # param, m and v of AdamW are inputs and outputs
+            floats = isinstance(value, np.ndarray) and value.dtype == np.float64
+            given[key] = value.astype(dtype) if floats else value
+        elif isinstance(value, np.ndarray):
+            value[...] = 0  # gradients that accumulate start here
+    result = getattr(reference, name)(*arguments)
+    return given, outputs or [result]
+
+
+def results_of(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    results = PUBLIC[name](**arguments)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def refused(name: str, arguments: dict[str, Any]) -> str:
+    """Give the message with which an op refuses its arguments: one line, one sentence."""
+    with pytest.raises(ValueError) as error:
+        PUBLIC[name](**arguments)
+    message = str(error.value)
+    assert not re.search(r"\n|\. [A-Z]", message), message
+    return message
+
+
+def arrays_of(name: str) -> list[str]:
+    return [key for key, value in solved(name)[0].items() if isinstance(value, np.ndarray)]
+
+
+EVERY = pytest.mark.parametrize("name", PUBLIC)
+EVERY_ARRAY = pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name in PUBLIC for argument in arrays_of(name)]
+)
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def test_ops_are_those_of_the_reference() -> None:
+    assert PUBLIC.keys() == OPS.keys()
+    for name, function in PUBLIC.items():
+        inputs = set(inspect.signature(getattr(reference, name)).parameters)
+        assert set(inspect.signature(function).parameters) <= inputs | GIVEN.keys() | {"backend"}
+
+
+@EVERY
+def test_results_are_the_references(name: str, backend_name: str) -> None:
+    arguments, expected = solved(name)
+    arrays = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
+    before = {key: value.tobytes() for key, value in arrays.items()}
+    for value in arrays.values():
+        value.flags.writeable = False  # such as those of a file in memory
+    results = results_of(name, arguments | {"backend": backend_name})
+    for result, right in zip(results, expected, strict=True):
+        assert np.shape(result) == np.shape(right)
+        assert normalised_error(result, right) <= OPS[name].rtol
+        assert name == "global_norm" or result.dtype == np.float32
+        assert not any(np.shares_memory(result, value) for value in arrays.values())
+    assert before == {key: value.tobytes() for key, value in arrays.items()}
+
+
+@EVERY
+def test_numpy_computes_in_float64(name: str) -> None:
+    arguments, expected = solved(name, np.float64)
+    results = results_of(name, arguments | {"backend": "numpy"})
+    for result, right in zip(results, expected, strict=True):
+        assert np.array_equal(result, right)
+        assert name == "global_norm" or result.dtype == np.float64
+
+
+@EVERY
+def test_auto_is_the_default(name: str) -> None:
+    arguments, _ = solved(name)
+    default, auto = results_of(name, arguments), results_of(name, arguments | {"backend": "auto"})
+    for a, b in zip(default, auto, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_matmul_may_have_no_bias(backend_name: str) -> None:
+    arguments, _ = solved("matmul_forward")
+    bias = arguments.pop("bias")
+    without = ops.matmul_forward(**arguments, backend=backend_name)
+    assert np.array_equal(
+        without, ops.matmul_forward(**arguments, bias=np.zeros_like(bias), backend=backend_name)
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 5)])
+def test_elementwise_ops_take_any_shape(
+    shape: tuple[int, ...], backend_name: str, rng: np.random.Generator
+) -> None:
+    x = np.asarray(rng.standard_normal(shape), np.float32)
+    assert ops.gelu_forward(x, backend=backend_name).shape == shape
+    assert ops.residual_forward(x, x, backend=backend_name).shape == shape
+    assert all(a.shape == shape for a in ops.adamw_update(x, x, x * x, x, backend=backend_name))
+    assert ops.global_norm(x, backend=backend_name) == pytest.approx(np.linalg.norm(x.ravel()))
+
+
+# ---- bad arguments -------------------------------------------------------------------------------
+
+
+@EVERY_ARRAY
+@pytest.mark.parametrize("dtype", ["f2", ">f4", "i8", "c8", "O", "U1"])
+def test_another_dtype_is_refused(name: str, argument: str, dtype: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    arguments[argument] = np.zeros(arguments[argument].shape, dtype)
+    message = refused(name, arguments | {"backend": backend_name})
+    assert message.startswith(argument) and str(np.dtype(dtype)) in message
+
+
+@EVERY
+def test_float64_is_for_numpy(name: str, backend_name: str) -> None:
+    if backend_name == "numpy":
+        pytest.skip("numpy computes in float64")
+    arguments, _ = solved(name, np.float64)
+    assert "float32" in refused(name, arguments | {"backend": backend_name})
+
+
+@EVERY_ARRAY
+def test_floats_of_two_sizes_are_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    floats = [value for value in arguments.values() if getattr(value, "dtype", None) == np.float32]
+    if arguments[argument].dtype == np.int32 or (len(floats) == 1 and backend_name == "numpy"):
+        pytest.skip("no float, or the only one")
+    arguments[argument] = arguments[argument].astype(np.float64)
+    assert "float64" in refused(name, arguments | {"backend": backend_name})
+
+
+@EVERY_ARRAY
+def test_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    right = arguments[argument]
+    wide = np.repeat(right, 2, axis=-1)
+    arguments[argument] = wide[..., ::2]
+    assert np.array_equal(arguments[argument], right)
+    message = refused(name, arguments | {"backend": backend_name})
+    assert message.startswith(argument) and "contiguous" in message
+    if right.ndim > 1:  # right shape, wrong order
+        arguments[argument] = np.asfortranarray(right)
+        assert refused(name, arguments | {"backend": backend_name}).startswith(argument)
+
+
+@EVERY_ARRAY
+def test_empty_arrays_are_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    arguments[argument] = arguments[argument][:0]
+    assert refused(name, arguments | {"backend": backend_name}).startswith(argument)
+
+
+@EVERY_ARRAY
+def test_what_is_no_array_is_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    for wrong in (arguments[argument].tolist(), 1.0, "text", None):
+        if not (argument == "bias" and wrong is None and name == "matmul_forward"):
+            bad = arguments | {argument: wrong, "backend": backend_name}
+            assert refused(name, bad).startswith(argument)
+
+
+@EVERY_ARRAY
+@pytest.mark.parametrize("axes", ["more", "fewer"])
+def test_another_number_of_axes_is_refused(
+    name: str, argument: str, axes: str, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    arrays = arrays_of(name)
+    if kind(name) in ELEMENTWISE and len(arrays) == 1:
+        pytest.skip("any shape will do")
+    right = arguments[argument]
+    arguments[argument] = right[None] if axes == "more" else right[0, ...].copy()
+    message = refused(name, arguments | {"backend": backend_name})
+    named = arrays if kind(name) in ELEMENTWISE else [argument]
+    assert message.startswith(tuple(named))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "axis"),
+    [
+        ("encoder_forward", "wpe", 1),
+        ("encoder_backward", "idx", 0),
+        ("encoder_backward", "idx", 1),
+        ("layernorm_forward", "weight", 0),
+        ("layernorm_forward", "bias", 0),
+        ("layernorm_backward", "dout", 0),
+        ("layernorm_backward", "dout", 1),
+        ("layernorm_backward", "weight", 0),
+        ("layernorm_backward", "mean", 0),
+        ("layernorm_backward", "rstd", 0),
+        ("matmul_forward", "weight", 1),
+        ("matmul_forward", "bias", 0),
+        ("matmul_backward", "weight", 1),
+        ("matmul_backward", "dout", 0),
+        ("matmul_backward", "dout", 1),
+        ("attention_forward", "qkv", 2),
+        ("attention_backward", "qkv", 0),
+        ("attention_backward", "qkv", 1),
+        ("attention_backward", "qkv", 2),
+        ("attention_backward", "out", 0),
+        ("attention_backward", "out", 1),
+        ("attention_backward", "out", 2),
+        ("attention_backward", "lse", 0),
+        ("attention_backward", "lse", 1),  # 4 heads do not divide 15 channels
+        ("attention_backward", "lse", 2),
+        ("gelu_backward", "dout", 0),
+        ("residual_forward", "branch", 0),
+        ("crossentropy_forward", "targets", 0),
+        ("crossentropy_backward", "targets", 0),
+        ("crossentropy_backward", "lse", 0),
+        ("adamw_update", "m", 0),
+        ("adamw_update", "v", 0),
+        ("adamw_update", "grad", 0),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    name: str, argument: str, axis: int, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    right = arguments[argument]
+    one_more = np.concatenate([right, right.take([0], axis)], axis)
+    message = refused(name, arguments | {argument: one_more, "backend": backend_name})
+    assert message.startswith(argument)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "wrong"),
+    [
+        *(("encoder_forward", "idx", token) for token in (-1, 11, 2**31 - 1)),
+        *(("encoder_backward", "idx", token) for token in (-1, 11, -(2**31))),
+        *(("crossentropy_forward", "targets", token) for token in (-2, 19, 2**31 - 1)),
+        *(("crossentropy_backward", "targets", token) for token in (-2, 19, -(2**31))),
+    ],
+)
+def test_ids_out_of_range_are_refused(
+    name: str, argument: str, wrong: int, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    arguments[argument].flat[-1] = wrong
+    message = refused(name, arguments | {"backend": backend_name})
+    assert message.startswith(argument) and str(wrong) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("encoder_forward", {"wpe": np.zeros((4, 7), np.float32)}, "idx"),  # T = 5
+        ("encoder_backward", {"n_positions": 4}, "idx"),
+        ("encoder_backward", {"n_positions": 0}, "idx"),
+        ("encoder_backward", {"vocab_size": 0}, "idx"),
+        ("attention_forward", {"n_head": 0}, "n_head"),
+        ("attention_forward", {"n_head": -1}, "n_head"),
+        ("attention_forward", {"n_head": 2}, "n_head"),  # C = 15
+        ("attention_forward", {"n_head": 30}, "n_head"),
+        ("adamw_update", {"t": 0}, "t must"),
+        ("adamw_update", {"t": -1}, "t must"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(
+    name: str, changes: dict[str, Any], named: str, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    assert refused(name, arguments | changes | {"backend": backend_name}).startswith(named)
+
+
+@EVERY
+def test_an_unknown_backend_is_refused(name: str) -> None:
+    arguments, _ = solved(name)
+    message = refused(name, arguments | {"backend": "cuda"})
+    assert "'cuda'" in message and message.endswith(", ".join(backends()))
