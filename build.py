@@ -107,9 +107,10 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
         platform.machine().lower(), platform.machine()
     )
     isas = ISAS.get(machine, {"base": []})
-    openmp = ["-fopenmp"] if accepts(cc, ["-fopenmp"]) else ["-Wno-unknown-pragmas"]
+    openmp = ["-fopenmp"] if accepts(cc, ["-fopenmp"]) else []  # else the kernels are serial
     flags = [*CFLAGS, *openmp, f"-I{ROOT / 'csrc'}", *(SANITIZE if sanitize else [])]
     strict = [*WARNINGS, *(["-Werror"] if werror else [])]
+    strict += [] if openmp else ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
     # Python's symbols are found in the process that loads the extension; only macOS must be told.
     link = ["-shared", *openmp, *(SANITIZE if sanitize else [])]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []

@@ -23,7 +23,8 @@ void layernorm_forward(float *out, float *mean, float *rstd, const float *x, con
         }
         float missed = vf_sum(rest) / (float)C;
         mean[i] = rough + missed;
-        rstd[i] = 1.0f / sqrtf(fmaxf(vf_sum(squares) / (float)C - missed * missed, 0.0f) + eps);
+        float variance = vf_sum(squares) / (float)C - missed * missed;
+        rstd[i] = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps); /* unlike fmaxf this lets NaN through */
         vf m = vf_set1(mean[i]);
         vf s = vf_set1(rstd[i]);
         for (int64_t c = 0; c < C; c += VF_LEN) {

@@ -1,0 +1,556 @@
+"""The model on every backend: gradients against calculus, batches, memory, text and files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import normalised_error
+from safetensors.numpy import load_file, save_file
+
+from gpt2c import GPT2, AdamW, GPT2Config
+from gpt2c.backend import get_backend
+
+V, C, NH, L, T, B = 97, 30, 3, 2, 29, 3
+ODD = GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=NH, n_inner=71)
+TINY = GPT2Config(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=2)
+# float32 against float64: some hundred roundings of 6e-8 add up, in loss and gradients alike
+RTOL = 1e-5
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def odd_model(backend: Any, config: GPT2Config = ODD, seed: int = 1) -> GPT2:
+    """Give a model all of whose parameters are random, biases and layernorm weights too."""
+    model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
+    for name, parameter in model.parameters.items():
+        noise = rng.standard_normal(parameter.shape, np.float32)
+        parameter += np.float32(0.1) * noise if "ln" in name else np.float32(0.05) * noise
+    return model
+
+
+def batch_of(rng: np.random.Generator, B: int = B, T: int = T, V: int = V) -> Batch:
+    ids = rng.integers(0, V, (B, T + 1))
+    return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+
+def solve(model: GPT2, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """Give the loss and fresh gradients of their own memory."""
+    model.zero_grad()
+    loss = model.loss(*batch)
+    model.backward()
+    return loss, {name: gradient.copy() for name, gradient in model.gradients.items()}
+
+
+def check_gradients(actual: Any, expected: Any, rtol: float = RTOL) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        error = normalised_error(gradient, expected[name])
+        assert error <= rtol, f"gradient of {name}: error {error:.1e}"
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
+    """Give a function from a model to its copy in float64: the same code, on wider memory."""
+
+    def copy(model: GPT2) -> GPT2:
+        monkeypatch.setattr("gpt2c.model.aligned_zeros", np.zeros)
+        wide = GPT2(model.config, seed=None, backend="numpy")
+        wide.load_parameters(model.parameters, "a copy")
+        assert wide.flat_parameters.dtype == wide.flat_gradients.dtype == np.float64
+        return wide
+
+    return copy
+
+
+def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
+    """Give the message of a ValueError: one line, one sentence."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments, **keywords)
+    message = str(error.value)
+    assert not re.search(r"\n|\. [A-Z]", message), message
+    return message
+
+
+# ---- fresh models --------------------------------------------------------------------------------
+
+
+def test_a_fresh_model_knows_nothing(backend: Any, rng: np.random.Generator) -> None:
+    loss = GPT2(ODD, backend=backend).loss(*batch_of(rng))
+    assert abs(loss - math.log(V)) < 0.05
+
+
+def test_fresh_weights_are_gpt2s() -> None:
+    config = GPT2Config(vocab_size=500, n_positions=64, n_embd=96, n_layer=8, n_head=4)
+    for name, parameter in GPT2(config).parameters.items():
+        if parameter.ndim == 1:
+            assert (parameter == (1 if re.search(r"ln_\w+\.weight", name) else 0)).all(), name
+            continue
+        std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+        spread = 5 / math.sqrt(parameter.size)  # five standard deviations of the estimates
+        assert abs(parameter.mean() / std) < spread, name
+        assert abs(parameter.std() / std - 1) < spread / math.sqrt(2), name
+
+
+def test_seeds_give_weights() -> None:
+    one, same, other = (GPT2(TINY, seed=seed).flat_parameters for seed in (1, 1, 2))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert not GPT2(TINY, seed=None).flat_parameters.any()
+
+
+def test_weights_do_not_depend_on_the_backend(backend: Any) -> None:
+    model = GPT2(TINY, seed=1, backend=backend)
+    assert np.array_equal(model.flat_parameters, GPT2(TINY, seed=1).flat_parameters)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_views_cover_the_flat_buffers() -> None:
+    model = GPT2(ODD, seed=None)
+    shapes = ODD.parameter_shapes()
+    for views, flat in [
+        (model.parameters, model.flat_parameters),
+        (model.gradients, model.flat_gradients),
+    ]:
+        assert {name: view.shape for name, view in views.items()} == shapes
+        for view in views.values():
+            assert view.dtype == np.float32 and view.flags.c_contiguous
+            assert view.ctypes.data % 64 == 0 and np.shares_memory(view, flat)
+            assert not view.any(), "another view wrote here"
+            view.fill(1)
+        padding = flat.size - ODD.num_parameters()
+        assert np.count_nonzero(flat == 0) == padding < 16 * len(views)
+    for name, view in model.parameters.items():
+        view.fill(2)
+        decays = (model.flat_parameters[: model.decay_size] == 2).any()
+        assert decays == (view.ndim == 2), name
+        view.fill(1)
+
+
+def test_padding_stays_zero(backend: Any, rng: np.random.Generator) -> None:
+    model = odd_model(backend)
+    optimizer, batch = AdamW(model), batch_of(rng)
+    for _ in range(2):
+        solve(model, batch)
+        optimizer.step()
+    for views, flat in [
+        (model.parameters, model.flat_parameters),
+        (model.gradients, model.flat_gradients),
+    ]:
+        for view in views.values():
+            view.fill(0)
+        assert not flat.any()
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+SHAPES = [(B, T), (B, 1), (1, T), (1, 1), (2, 17)]
+CONFIGS = [ODD, TINY, GPT2Config(vocab_size=5, n_positions=3, n_embd=1, n_layer=1, n_head=1)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["odd", "tiny", "least"])
+def test_gradients_are_derivatives(
+    config: GPT2Config, exact: Callable[[GPT2], GPT2], rng: np.random.Generator
+) -> None:
+    """Central differences of the loss along random directions, tensor by tensor, in float64.
+
+    With a step h their error is about h^2 from curvature and 1e-16 / h from rounding, so 1e-10.
+    """
+    h = 1e-5
+    model = exact(odd_model("numpy", config))
+    idx, targets = batch_of(rng, B, config.n_positions, config.vocab_size)
+    targets[0, 1:] = -1
+    _, gradients = solve(model, (idx, targets))
+    for name, parameter in model.parameters.items():
+        start, direction = parameter.copy(), rng.standard_normal(parameter.shape)
+        losses = []
+        for step in (h, -h):
+            parameter[...] = start + step * direction
+            losses.append(model.loss(idx, targets))
+        parameter[...] = start
+        numeric = (losses[0] - losses[1]) / (2 * h)
+        size = np.abs(gradients[name] * direction).sum()
+        assert abs(numeric - (gradients[name] * direction).sum()) < 1e-7 * size + 1e-10, name
+
+
+@pytest.mark.parametrize(("B", "T"), SHAPES)
+def test_backends_agree_with_float64(
+    B: int, T: int, backend: Any, exact: Callable[[GPT2], GPT2], rng: np.random.Generator
+) -> None:
+    model, batch = odd_model(backend), batch_of(rng, B, T)
+    loss, gradients = solve(model, batch)
+    expected_loss, expected = solve(exact(model), batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    check_gradients(gradients, expected)
+
+
+def test_a_batch_is_the_mean_of_its_halves(backend: Any, rng: np.random.Generator) -> None:
+    model, (idx, targets) = odd_model(backend), batch_of(rng, B=4)
+    loss, whole = solve(model, (idx, targets))
+    model.zero_grad()
+    losses = []
+    for half in (slice(0, 2), slice(2, 4)):
+        losses.append(model.loss(idx[half], targets[half]))
+        model.backward(scale=0.5)
+    assert np.mean(losses) == pytest.approx(loss, rel=1e-6)
+    check_gradients(model.gradients, whole)
+
+
+def test_ignored_targets_do_not_count(backend: Any, rng: np.random.Generator) -> None:
+    model, (idx, targets) = odd_model(backend), batch_of(rng, B=2)
+    loss, gradients = solve(model, (idx[:1, :11], targets[:1, :11]))
+    targets[0, 11:] = targets[1] = -1  # later tokens and other rows do not touch what is left
+    padded_loss, padded = solve(model, (idx, targets))
+    assert padded_loss == pytest.approx(loss, rel=1e-6)
+    check_gradients(padded, gradients)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, B * T - 1, B * T])
+def test_blocks_of_logits_make_no_difference(
+    rows: int, backend: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (idx, targets) = odd_model(backend), batch_of(rng)
+    targets[0, 5:9] = -1
+    loss, gradients = solve(model, (idx, targets))
+    monkeypatch.setattr("gpt2c.model.LOGITS_FLOATS", rows * V + 1)
+    block_loss, block_gradients = solve(odd_model(backend), (idx, targets))
+    assert block_loss == pytest.approx(loss, rel=1e-6)
+    check_gradients(block_gradients, gradients)
+
+
+# ---- the order of calls --------------------------------------------------------------------------
+
+
+def test_backward_needs_a_loss_of_its_own(backend: Any, rng: np.random.Generator) -> None:
+    model, batch = odd_model(backend), batch_of(rng)
+    for call in (
+        lambda: None,
+        lambda: solve(model, batch),
+        lambda: (model.loss(*batch), model(batch[0])),
+        lambda: (model.loss(*batch), model.generate(batch[0], 1)),
+    ):
+        call()
+        before = model.flat_gradients.copy()
+        assert "loss" in refused(model.backward)
+        assert np.array_equal(model.flat_gradients, before)
+
+
+def test_other_batches_leave_nothing_behind(backend: Any, rng: np.random.Generator) -> None:
+    fresh, model = odd_model(backend), odd_model(backend)
+    batch = batch_of(rng, 2, 5)
+    expected_loss, expected = solve(fresh, batch)
+    for B, T in SHAPES:  # larger and smaller ones
+        solve(model, batch_of(rng, B, T))
+    model(batch_of(rng)[0])
+    loss, gradients = solve(model, batch)
+    assert loss == expected_loss
+    check_gradients(gradients, expected, rtol=0)
+
+
+def test_a_loss_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
+    model, other, batch = odd_model(backend), odd_model(backend, seed=2), batch_of(rng)
+    first = model.loss(*batch)
+    model.load_parameters(other.parameters, "another model")
+    assert model.loss(*batch) == other.loss(*batch) != first
+
+
+def test_a_batch_may_change_after_its_loss(backend: Any, rng: np.random.Generator) -> None:
+    model, batch = odd_model(backend), batch_of(rng)
+    _, expected = solve(model, batch)
+    model.zero_grad()
+    idx, targets = (np.ascontiguousarray(ids, np.int32) for ids in batch)
+    model.loss(idx, targets)
+    idx[...], targets[...] = 0, 0  # a loader that fills one array again and again
+    model.backward()
+    check_gradients(model.gradients, expected, rtol=0)
+
+
+def test_gradients_accumulate_until_zero_grad(backend: Any, rng: np.random.Generator) -> None:
+    model, batch = odd_model(backend), batch_of(rng)
+    _, once = solve(model, batch)
+    model.loss(*batch)
+    model.backward()
+    check_gradients(model.gradients, {name: 2 * gradient for name, gradient in once.items()}, 1e-6)
+    model.zero_grad()
+    assert not model.flat_gradients.any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_runs_repeat_bit_for_bit(threads: int, backend_name: str, rng: np.random.Generator) -> None:
+    batches = [batch_of(rng) for _ in range(3)]
+
+    def run() -> tuple[list[float], bytes]:
+        model = GPT2(ODD, seed=3, backend=get_backend(backend_name, threads=threads))
+        optimizer, losses = AdamW(model, learning_rate=1e-3), []
+        for batch in batches:
+            losses.append(solve(model, batch)[0])
+            optimizer.step(grad_clip=1.0)
+        return losses, model.flat_parameters.tobytes()
+
+    assert run() == run()
+
+
+def test_one_batch_is_learnt_by_heart(backend: Any, rng: np.random.Generator) -> None:
+    config = GPT2Config(vocab_size=31, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    model, batch = GPT2(config, backend=backend), batch_of(rng, 2, 16, 31)
+    optimizer = AdamW(model, learning_rate=1e-2, weight_decay=0.0)
+    losses = []
+    while len(losses) < 200 and min(losses, default=1.0) >= 0.01:
+        losses.append(solve(model, batch)[0])
+        optimizer.step(grad_clip=1.0)
+    assert losses[-1] < 0.01 < losses[0]
+
+
+# ---- logits and text -----------------------------------------------------------------------------
+
+
+def test_logits_agree_with_the_loss(backend: Any, rng: np.random.Generator) -> None:
+    model, (idx, targets) = odd_model(backend), batch_of(rng)
+    logits = model(idx)
+    assert logits.shape == (B, T, V) and logits.dtype == np.float32
+    wide = logits.astype(np.float64)
+    chosen = np.take_along_axis(wide, targets[..., None], axis=2)[..., 0]
+    loss = (np.log(np.exp(wide).sum(axis=2)) - chosen).mean()
+    assert model.loss(idx, targets) == pytest.approx(loss, rel=1e-6)
+    kept = logits.copy()
+    model(idx[::-1])
+    assert np.array_equal(logits, kept), "logits have memory of their own"
+
+
+def test_logits_see_no_later_token(backend: Any, rng: np.random.Generator) -> None:
+    model, (idx, _) = odd_model(backend), batch_of(rng)
+    changed = idx.copy()
+    changed[:, 20:] = (changed[:, 20:] + 1) % V
+    before, after = model(idx), model(changed)
+    assert np.array_equal(before[:, :20], after[:, :20])
+    assert not np.array_equal(before[:, 20:], after[:, 20:])
+    assert normalised_error(model(idx[:, :7]), before[:, :7]) <= 1e-6
+
+
+def test_greedy_text_is_the_largest_logit(backend: Any, rng: np.random.Generator) -> None:
+    model, prompt = odd_model(backend), batch_of(rng, 2, 4)[0]
+    text = model.generate(prompt, 10, temperature=0)
+    assert text.shape == (2, 14) and text.dtype == np.int64
+    assert np.array_equal(text[:, :4], prompt)
+    assert np.array_equal(text[:, 4:], model(text)[:, 3:-1].argmax(axis=2))
+    assert np.array_equal(text, model.generate(prompt, 10, temperature=0, seed=5))
+    for row in range(2):
+        alone = model.generate(prompt[row : row + 1], 10, temperature=0)
+        assert np.array_equal(alone[0], text[row])
+    steps = list(model.stream(prompt, 10, temperature=0))
+    assert np.array_equal(np.stack(steps, axis=1), text[:, 4:])
+
+
+def test_seeds_give_texts(backend: Any, rng: np.random.Generator) -> None:
+    model, prompt = odd_model(backend), batch_of(rng, 2, 4)[0]
+    one, same, other = (model.generate(prompt, 12, top_k=50, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert ((0 <= one) & (one < V)).all()
+
+
+def test_long_texts_see_the_last_positions(backend: Any, rng: np.random.Generator) -> None:
+    model, prompt = odd_model(backend), batch_of(rng, 1, T + 8)[0]
+    text = model.generate(prompt, 5, temperature=0)
+    for end in range(T + 8, T + 13):
+        assert text[0, end] == model(text[:, end - T : end])[0, -1].argmax()
+
+
+def test_text_stops(backend: Any, rng: np.random.Generator) -> None:
+    model, prompt = odd_model(backend), batch_of(rng, 1, 4)[0]
+    free = model.generate(prompt, 10, temperature=0)[0, 4:]
+    end = int(np.flatnonzero(free == free[2])[0]) + 1  # the third token may have come before
+    for stop in (int(free[2]), [int(free[2])], {int(free[2]), V + 1}):
+        text = model.generate(prompt, 10, temperature=0, stop=stop)
+        assert np.array_equal(text[0, 4:], free[:end])
+    assert np.array_equal(model.generate(prompt, 0), prompt)
+
+
+# ---- bad batches ---------------------------------------------------------------------------------
+
+GOOD = np.zeros((2, 3), np.int64)
+BAD_IDS = {
+    "floats": GOOD.astype(float),
+    "booleans": GOOD.astype(bool),
+    "text": [["a", "b"]],
+    "nothing": None,
+    "too large": GOOD + V,
+    "far too large": GOOD + 2**32,  # 0 as int32
+    "far too small": GOOD - 2**32,
+    "huge": [[2**70]],
+}
+BAD_IDX = BAD_IDS | {
+    "negative": GOOD - 1,
+    "one axis": GOOD[0],
+    "three axes": GOOD[None],
+    "no rows": GOOD[:0],
+    "no columns": GOOD[:, :0],
+    "a number": 1,
+}
+
+
+@pytest.mark.parametrize("wrong", [*BAD_IDX, "too long"])
+def test_bad_idx_is_refused(wrong: str, backend: Any) -> None:
+    model, idx = odd_model(backend), {**BAD_IDX, "too long": np.zeros((1, T + 1), int)}[wrong]
+    for call in (model, lambda ids: model.loss(ids, ids)):
+        assert refused(call, idx).startswith("idx")
+    if wrong != "too long":
+        assert refused(model.generate, idx, 1).startswith("idx")
+        assert refused(model.stream, idx, 1).startswith("idx")
+
+
+@pytest.mark.parametrize("wrong", [*BAD_IDS, "below -1", "another shape", "flat", "all ignored"])
+def test_bad_targets_are_refused(wrong: str, backend: Any) -> None:
+    more = {"below -1": GOOD - 2, "another shape": GOOD.T, "flat": GOOD[0], "all ignored": GOOD - 1}
+    message = refused(odd_model(backend).loss, GOOD, {**BAD_IDS, **more}[wrong])
+    assert message.startswith("targets")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i4", ">i4", "u4", "i8", "u8"])
+def test_ids_may_be_any_whole_numbers(dtype: str, backend: Any, rng: np.random.Generator) -> None:
+    model, (idx, targets) = odd_model(backend), batch_of(rng)
+    expected = model.loss(idx, targets)
+    assert model.loss(idx.astype(dtype), targets.astype(dtype)) == expected
+    assert model.loss(idx.tolist(), np.asfortranarray(targets)) == expected
+    assert np.array_equal(model.generate(idx.astype(dtype), 2, 0), model.generate(idx, 2, 0))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    assert "'cuda'" in refused(GPT2, TINY, backend="cuda")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_comes_back(backend: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+    model, batch = odd_model(backend), batch_of(rng)
+    model.save_pretrained(tmp_path / "model")
+    copy = GPT2.from_pretrained(tmp_path / "model", backend=backend)
+    assert copy.config == ODD
+    assert copy.flat_parameters.tobytes() == model.flat_parameters.tobytes()
+    assert copy.loss(*batch) == model.loss(*batch)
+    assert copy.backend is model.backend
+
+
+@pytest.mark.parametrize("name", ["wpe.weight", "h.1.attn.c_attn.bias", "h.0.mlp.c_fc.weight"])
+@pytest.mark.parametrize("wrong", ["missing", "another shape"])
+def test_tensors_that_do_not_fit_are_refused(name: str, wrong: str, tmp_path: Path) -> None:
+    odd_model("numpy").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (stored,) = (key for key in tensors if key.endswith(name))
+    tensor = tensors.pop(stored)
+    if wrong == "another shape":
+        tensors[stored] = np.ascontiguousarray(tensor[1:])
+    save_file(tensors, file)
+    message = refused(GPT2.from_pretrained, tmp_path)
+    assert str(tmp_path) in message and name in message
+
+
+@pytest.mark.parametrize("name", ["h.2.ln_1.weight", "score.weight", "h.0.attn.c_attn.scale"])
+def test_unknown_tensors_are_refused(name: str, tmp_path: Path) -> None:
+    odd_model("numpy").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {name: np.ones(C, np.float32)}, file)
+    assert name in refused(GPT2.from_pretrained, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_layer": 1}, {"n_layer": 3}, {"n_embd": 33}, {"vocab_size": V + 1}, {"n_inner": None}],
+)
+def test_another_config_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    odd_model("numpy").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert str(tmp_path) in refused(GPT2.from_pretrained, tmp_path)
+
+
+def test_refused_tensors_change_nothing() -> None:
+    model, other = odd_model("numpy"), dict(odd_model("numpy", seed=2).parameters)
+    before = model.flat_parameters.copy()
+    other["ln_f.bias"] = np.zeros(C + 1, np.float32)
+    assert "ln_f.bias" in refused(model.load_parameters, other, "a test")
+    assert np.array_equal(model.flat_parameters, before)
+
+
+# ---- config --------------------------------------------------------------------------------------
+
+WHOLE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, None])
+def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
+    if not (name == "n_inner" and value is None):
+        assert refused(GPT2Config, **{name: value}).startswith(name)
+        assert refused(GPT2Config.from_dict, {name: value, "eos_token_id": 5}).startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_embd", 770),  # 12 heads do not divide it
+        *(("layer_norm_epsilon", value) for value in (0, -1e-5, math.inf, math.nan, "1e-5", None)),
+        *(("initializer_range", value) for value in (0, -1, math.inf, math.nan, None)),
+        *(("eos_token_id", value) for value in (-1, 50257, 1.0, [5])),
+    ],
+)
+def test_bad_settings_are_refused(name: str, value: Any) -> None:
+    assert refused(GPT2Config, **{name: value}).startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_type", "llama"),
+        ("activation_function", "relu"),
+        ("activation_function", "gelu"),  # the other form
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_other_models_are_refused(name: str, value: Any) -> None:
+    message = refused(GPT2Config.from_dict, {name: value})
+    assert name in message and repr(value) in message
+
+
+def test_config_makes_the_round_trip() -> None:
+    for config in (GPT2Config(), ODD, GPT2Config(eos_token_id=50256, layer_norm_epsilon=1e-6)):
+        text = json.dumps(config.to_dict())
+        assert GPT2Config.from_dict(json.loads(text)) == config
+
+
+def test_hugging_faces_gpt2_is_the_default() -> None:
+    """The config.json of openai-community/gpt2, as published."""
+    published = json.loads("""{
+      "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+      "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+      "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768,
+      "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1,
+      "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
+      "summary_type": "cls_index", "summary_use_proj": true,
+      "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}},
+      "vocab_size": 50257
+    }""")
+    assert GPT2Config.from_dict(published) == GPT2Config(eos_token_id=50256)
+    assert GPT2Config.from_dict(published | {"vocab_size": 256}).eos_token_id is None
+
+
+def test_gpt2_has_124m_parameters() -> None:
+    config = GPT2Config()
+    assert config.num_parameters() == 124_439_808
+    assert sum(map(math.prod, config.parameter_shapes().values())) == 124_439_808
+    assert config.inner == 3072
+
+
+@pytest.mark.parametrize(("T", "gigaflops"), [(1024, 0.798), (64, 0.745)])
+def test_flops_per_token(T: int, gigaflops: float) -> None:
+    assert GPT2Config().flops_per_token(T) == pytest.approx(gigaflops * 1e9, rel=1e-3)

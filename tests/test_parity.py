@@ -1,0 +1,312 @@
+"""PyTorch and transformers compute the same: logits, losses, gradients, ten steps, and each op.
+
+The weights are random, biases and layernorms too. Errors are max|a - b| / max|b| over a tensor.
+Both sides compute in float32 and round differently, by 6e-8 at each of thousands of operations.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import normalised_error
+
+from gpt2c import GPT2, AdamW, GPT2Config, ops
+from gpt2c.backend import get_backend
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # they are not ours
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed, nor is it needed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{category}:{package}")
+    for category in ("DeprecationWarning", "FutureWarning", "UserWarning")
+    for package in ("torch", "transformers")
+]
+
+LOGITS, GRADIENT, STEP, OP = 1e-5, 1e-4, 1e-4, 1e-5  # largest errors allowed
+IGNORED = -100  # PyTorch's; gpt2c's is -1
+
+SMALL = GPT2Config(vocab_size=97, n_positions=29, n_embd=30, n_layer=3, n_head=3, n_inner=71)
+ODD = GPT2Config(vocab_size=101, n_positions=64, n_embd=84, n_layer=2, n_head=7)
+GPT2_124M = GPT2Config()
+
+# Conv1D keeps (C, OC), gpt2c (OC, C)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def torch_model(config: GPT2Config, seed: int = 0) -> Any:
+    """Build a GPT-2 in transformers, without dropout, all of its parameters random."""
+    entries = {
+        **{name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd")},
+        **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_inner")},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+    }
+    settings = transformers.GPT2Config(**entries, attn_implementation="eager")
+    model = transformers.GPT2LMHeadModel(settings).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "ln_" in name:
+                parameter += 0.2 * noise
+            else:
+                parameter.copy_(noise * (0.05 if parameter.ndim == 2 else 0.1))
+    return model
+
+
+def batch_of(config: GPT2Config, B: int, T: int, seed: int = 0) -> Batch:
+    """Give token ids and targets; about a tenth of the targets is ignored."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, config.vocab_size, (B, T + 1))
+    return ids[:, :-1], np.where(rng.random((B, T)) < 0.1, -1, ids[:, 1:])
+
+
+def torch_loss(model: Any, batch: Batch) -> tuple[Any, Any]:
+    """Give logits and loss."""
+    idx, targets = batch
+    logits = model(torch.tensor(idx)).logits
+    labels = torch.tensor(np.where(targets == -1, IGNORED, targets))
+    return logits, torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+    )
+
+
+def named(tensors: Any) -> dict[str, np.ndarray]:
+    """Give tensors under gpt2c's names and in its layout."""
+    return {
+        name.removeprefix("transformer."): tensor.detach().numpy().T
+        if name.endswith(TRANSPOSED)
+        else tensor.detach().numpy()
+        for name, tensor in tensors
+    }
+
+
+def assert_close(name: str, actual: Any, expected: Any, bound: float) -> None:
+    error = normalised_error(actual, expected)
+    assert error <= bound, f"{name}: error {error:.1e}, allowed is {bound:.0e}"
+
+
+@dataclass
+class Pair:
+    """One model on both sides."""
+
+    torch: Any
+    gpt2c: GPT2
+
+    def check_gradients(self, batch: Batch) -> None:
+        """Compare logits, loss and every gradient of a batch."""
+        logits, loss = torch_loss(self.torch, batch)
+        assert_close("logits", self.gpt2c(batch[0]), logits.detach().numpy(), LOGITS)
+        self.torch.zero_grad()
+        loss.backward()
+        self.gpt2c.zero_grad()
+        assert self.gpt2c.loss(*batch) == pytest.approx(loss.item(), rel=LOGITS)
+        self.gpt2c.backward()
+        expected = named((n, p.grad) for n, p in self.torch.named_parameters())
+        assert self.gpt2c.gradients.keys() == expected.keys()
+        for name, gradient in self.gpt2c.gradients.items():
+            assert_close(f"gradient of {name}", gradient, expected[name], GRADIENT)
+
+    def check_steps(self, batches: list[Batch]) -> None:
+        """Compare the losses and gradient norms of steps of AdamW on the same batches."""
+        parameters = list(self.torch.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        rate, betas = 1e-3, (0.9, 0.95)
+        theirs = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8)
+        ours = AdamW(self.gpt2c, rate, betas, eps=1e-8, weight_decay=0.1)
+        for step, batch in enumerate(batches):
+            theirs.zero_grad()
+            loss = torch_loss(self.torch, batch)[1]
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            theirs.step()
+            self.gpt2c.zero_grad()
+            own_loss = self.gpt2c.loss(*batch)
+            self.gpt2c.backward()
+            own_norm = ours.step(grad_clip=1.0)
+            assert_close(f"loss of step {step}", own_loss, loss.item(), STEP)
+            assert_close(f"gradient norm of step {step}", own_norm, norm.item(), 10 * STEP)
+
+
+def pair(config: GPT2Config, backend: str) -> Pair:
+    """Build a model in transformers, save it, and load it here."""
+    model = torch_model(config)
+    with tempfile.TemporaryDirectory() as directory:  # not pytest's, which stays: 0.5 GB
+        model.save_pretrained(directory)
+        own = GPT2.from_pretrained(directory, backend=backend)
+    return Pair(model, own)
+
+
+# ---- whole models --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+def test_small_models_agree(config: GPT2Config, backend_name: str) -> None:
+    both = pair(config, backend_name)
+    assert both.gpt2c.config.to_dict() | {"n_inner": 0} == config.to_dict() | {
+        "n_inner": 0,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+    }
+    weights = named(both.torch.named_parameters())
+    assert weights.keys() == both.gpt2c.parameters.keys()
+    for name, parameter in both.gpt2c.parameters.items():
+        assert np.array_equal(parameter, weights[name]), name
+    for B, T in [(2, config.n_positions), (3, 1), (1, 17)]:
+        both.check_gradients(batch_of(config, B, T))
+    both.check_steps([batch_of(config, 2, config.n_positions, seed) for seed in range(10)])
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Pair]:
+    """Give GPT-2 124M on the backend that runs by default."""
+    yield pair(GPT2_124M, get_backend().name)
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 64), (2, 128)])
+def test_124m_agrees(B: int, T: int, whole: Pair) -> None:
+    whole.check_gradients(batch_of(GPT2_124M, B, T))
+
+
+def test_124m_trains_alike(whole: Pair) -> None:  # the last: it changes the weights
+    whole.check_steps([batch_of(GPT2_124M, 1, 64, seed) for seed in range(10)])
+
+
+def test_transformers_loads_what_we_save(backend_name: str, tmp_path: Path) -> None:
+    own, idx = GPT2(SMALL, backend=backend_name), batch_of(SMALL, 2, 29)[0]
+    rng = np.random.default_rng(1)
+    for parameter in own.parameters.values():
+        parameter += np.float32(0.1) * rng.standard_normal(parameter.shape, np.float32)
+    own.save_pretrained(tmp_path)
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not report[kind], f"{kind}: {report[kind]}"
+    model.eval()
+    for name, weight in named(model.named_parameters()).items():
+        assert np.array_equal(own.parameters[name], weight), name
+    assert_close("logits", own(idx), model(torch.tensor(idx)).logits.detach().numpy(), LOGITS)
+    greedy = model.generate(
+        torch.tensor(idx[:, :9]), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    assert np.array_equal(own.generate(idx[:, :9], 12, temperature=0), greedy.numpy())
+
+
+# ---- each op -------------------------------------------------------------------------------------
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def tensors(*arrays: np.ndarray) -> list[Any]:
+    """Give float64 tensors that want a gradient: PyTorch is exact, compared with what it checks."""
+    return [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in arrays]
+
+
+def check(actual: Any, *expected: Any) -> None:
+    for position, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(f"output {position}", a, b.detach().numpy(), OP)
+
+
+def test_embedding(backend_name: str, rng: np.random.Generator) -> None:
+    wte, wpe, dout = normal(rng, 31, 17), normal(rng, 9, 17), normal(rng, 3, 7, 17)
+    idx = rng.integers(0, 31, (3, 7), np.int32)
+    t_wte, t_wpe = tensors(wte, wpe)
+    embed = torch.nn.functional.embedding
+    out = embed(torch.tensor(idx), t_wte) + embed(torch.arange(7), t_wpe)
+    out.backward(torch.tensor(dout))
+    check([ops.encoder_forward(idx, wte, wpe, backend_name)], out)
+    check(ops.encoder_backward(dout, idx, 31, 9, backend_name), t_wte.grad, t_wpe.grad)
+
+
+def test_layernorm(backend_name: str, rng: np.random.Generator) -> None:
+    x, weight, bias, dout = normal(rng, 7, 33), normal(rng, 33), normal(rng, 33), normal(rng, 7, 33)
+    given = tensors(x, weight, bias)
+    expected = torch.nn.functional.layer_norm(given[0], (33,), *given[1:], eps=1e-5)
+    expected.backward(torch.tensor(dout))
+    out, mean, rstd = ops.layernorm_forward(x, weight, bias, 1e-5, backend_name)
+    check([out], expected)
+    gradients = ops.layernorm_backward(dout, x, weight, mean, rstd, backend_name)
+    check(gradients, *(tensor.grad for tensor in given))
+
+
+def test_linear(backend_name: str, rng: np.random.Generator) -> None:
+    x, weight, bias, dout = normal(rng, 9, 35), normal(rng, 21, 35), normal(rng, 21), None
+    given, dout = tensors(x, weight, bias), normal(rng, 9, 21)
+    expected = torch.nn.functional.linear(*given)
+    expected.backward(torch.tensor(dout))
+    check([ops.matmul_forward(x, weight, bias, backend_name)], expected)
+    check(ops.matmul_backward(dout, x, weight, backend_name), *(tensor.grad for tensor in given))
+
+
+def test_attention(backend_name: str, rng: np.random.Generator) -> None:
+    B, T, NH, HS = 2, 37, 3, 19
+    qkv, dout = normal(rng, B, T, 3 * NH * HS), normal(rng, B, T, NH * HS)
+    (given,) = tensors(qkv)
+    heads = [part.view(B, T, NH, HS).transpose(1, 2) for part in given.split(NH * HS, dim=2)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(*heads, is_causal=True).transpose(1, 2).reshape(B, T, NH * HS)
+    expected.backward(torch.tensor(dout))
+    out, lse = ops.attention_forward(qkv, NH, backend_name)
+    check([out], expected)
+    check([ops.attention_backward(dout, qkv, out, lse, backend_name)], given.grad)
+
+
+def test_gelu(backend_name: str, rng: np.random.Generator) -> None:
+    x, dout = 3 * normal(rng, 1003), normal(rng, 1003)
+    (given,) = tensors(x)
+    expected = torch.nn.functional.gelu(given, approximate="tanh")
+    expected.backward(torch.tensor(dout))
+    check([ops.gelu_forward(x, backend_name)], expected)
+    check([ops.gelu_backward(dout, x, backend_name)], given.grad)
+
+
+def test_cross_entropy(backend_name: str, rng: np.random.Generator) -> None:
+    logits, targets = 3 * normal(rng, 11, 97), rng.integers(0, 97, 11, np.int32)
+    targets[[2, 7]] = -1
+    (given,) = tensors(logits)
+    labels = torch.tensor(np.where(targets == -1, IGNORED, targets), dtype=torch.int64)
+    expected = torch.nn.functional.cross_entropy(
+        given, labels, ignore_index=IGNORED, reduction="none"
+    )
+    (expected.sum() / 9).backward()
+    losses, lse = ops.crossentropy_forward(logits, targets, backend_name)
+    check([losses, lse], expected, given.logsumexp(dim=1))
+    dlogits = ops.crossentropy_backward(logits, lse, targets, 1 / 9, backend_name)
+    check([dlogits], given.grad)
+
+
+def test_adamw(backend_name: str, rng: np.random.Generator) -> None:
+    param = normal(rng, 133)
+    (given,) = tensors(param)
+    theirs = torch.optim.AdamW([given], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    m, v = np.zeros_like(param), np.zeros_like(param)
+    for t in range(1, 6):
+        grad = normal(rng, 133)
+        given.grad = torch.tensor(grad, dtype=torch.float64)
+        theirs.step()
+        settings = {"learning_rate": 0.1, "weight_decay": 0.1, "t": t, "backend": backend_name}
+        param, m, v = ops.adamw_update(param, m, v, grad, **settings)
+        state = theirs.state[given]
+        check([param, m, v], given, state["exp_avg"], state["exp_avg_sq"])
+
+
+def test_global_norm(backend_name: str, rng: np.random.Generator) -> None:
+    grad = normal(rng, 1003)
+    expected = torch.linalg.vector_norm(torch.tensor(grad, dtype=torch.float64))
+    check([ops.global_norm(grad, backend_name)], expected)
