@@ -24,6 +24,8 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "numpy": (),
 }
 NAMES = tuple(REQUIRES)
+# OpenMP may end the process when it cannot start a thread, so no number goes to it unchecked.
+MAX_THREADS = 1024
 
 # gpt2c.reference has the same ops under the same names and signatures (a test compares them), so
 # that to a caller it is one more set of kernels.
@@ -56,16 +58,18 @@ def default_threads() -> int:
 
     Raises
     ------
-    ValueError : a variable is set to something else than a whole number from 1
+    ValueError : a variable is set to something else than a whole number in [1, MAX_THREADS]
     """
     for variable in ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(variable)
         if value:
-            if not value.isdecimal() or int(value) < 1:
+            first = value.split(",")[0]  # OpenMP's list is for nested parallelism: not ours
+            if not first.isdecimal() or not 1 <= int(first) <= MAX_THREADS:
                 raise ValueError(
-                    f"{variable} must be a whole number of threads from 1, got {value!r}"
+                    f"{variable} must be a whole number of threads from 1 to {MAX_THREADS},"
+                    f" got {value!r}"
                 )
-            return int(value)
+            return int(first)
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -86,11 +90,11 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
 
     Raises
     ------
-    ValueError : an unknown name, one that this machine cannot run, or less than one thread
+    ValueError : an unknown name, one that this machine cannot run, or threads out of range
     """
     threads = default_threads() if threads is None else threads
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    if not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads must be in [1, {MAX_THREADS}], got {threads}")
     if name == "auto":
         name = os.environ.get("GPT2C_BACKEND") or "auto"
     if name == "auto":

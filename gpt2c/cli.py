@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
         print(f"gpt2c: {text}", file=sys.stderr)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # a number too large for C, or for a float
         print(f"gpt2c: {error}", file=sys.stderr)
     except MemoryError as error:
         print(f"gpt2c: not enough memory: {error}", file=sys.stderr)
@@ -178,9 +179,10 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
+    command = ["gpt2c", "train", "--data", str(data), "--out", str(out), "--resume"]
     print(
         f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
-        f" gpt2c train --data {data} --out {out} --resume"
+        f" {shlex.join(command)}"
     )
     return INTERRUPTED
 

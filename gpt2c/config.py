@@ -87,8 +87,8 @@ class GPT2Config:
                 raise ValueError(f"config.json: {name} must be {known[0]!r}, got {entries[name]!r}")
         fields = {field.name for field in dataclasses.fields(cls)}
         known_entries = {name: value for name, value in entries.items() if name in fields}
-        eos = known_entries.get("eos_token_id")
-        if isinstance(eos, int) and eos >= known_entries.get("vocab_size", cls.vocab_size):
+        eos, V = known_entries.get("eos_token_id"), known_entries.get("vocab_size", cls.vocab_size)
+        if isinstance(eos, int) and isinstance(V, int) and eos >= V:
             known_entries["eos_token_id"] = (
                 None  # Hugging Face's default, 50256, in a smaller model
             )

@@ -332,11 +332,14 @@ class GPT2:
 
 
 def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
-    """Give `ids` as C-contiguous int32; refuse what is not whole numbers in [low, high)."""
-    array = np.asarray(ids)
+    """Copy `ids` as C-contiguous int32; refuse what is not whole numbers in [low, high)."""
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # nested lists of different lengths
+        raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be whole numbers, got dtype {array.dtype}")
     if array.size and not (low <= array.min() and array.max() < high):
         wrong = array[(array < low) | (array >= high)].flat[0]
         raise ValueError(f"{name}: token id {wrong} is not in [{low}, {high})")
-    return np.ascontiguousarray(array, np.int32)
+    return np.array(array, np.int32, order="C")  # backward reads it when the caller may not keep it

@@ -76,11 +76,17 @@ class TrainSettings:
                 raise ValueError(
                     f"{field.name} must be {wanted.__name__}, got {type(value).__name__} {value!r}"
                 )
-        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "log_interval"):
+        for name in (
+            "block_size",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_iters",
+            "log_interval",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nan is not, either
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.learning_rates()
 

@@ -101,6 +101,8 @@ def train(
     else:
         settings = resumed(stored[3]["settings"], given or {}, str(out))
     tokenizer = Tokenizer.from_pretrained(data)
+    if resume:
+        _check_tokenizer(data, out)
     tokens = read_tokens(data / "train.bin", tokenizer.vocab_size)
     val_tokens = read_tokens(data / "val.bin", tokenizer.vocab_size)
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
@@ -182,6 +184,16 @@ def _loop(
     return TrainResult(run.step, settings.max_iters, run.val_loss, seconds, has_plot)
 
 
+def _check_tokenizer(data: Path, out: Path) -> None:
+    """Refuse to go on with tokens that mean something else: two vocabularies may be of one size."""
+    for name in ("vocab.json", "merges.txt"):
+        if (data / name).read_bytes() != (out / name).read_bytes():
+            raise ValueError(
+                f"{data} has another tokenizer than the run {out}: {name} differs; go on with the"
+                " data that it was trained on"
+            )
+
+
 class _Run:
     """A run directory and what is in it."""
 
@@ -200,6 +212,9 @@ class _Run:
         self.metrics: list[dict[str, Any]] = []
 
     def start(self) -> None:
+        # Without its trainer's state an overwritten run cannot be resumed by mistake for this one.
+        for name in (checkpoint.TRAINER_FILE, checkpoint.WEIGHTS_FILE, "loss.png"):
+            (self.out / name).unlink(missing_ok=True)
         self.tokenizer.save_pretrained(self.out)
         self._write_metrics()
 

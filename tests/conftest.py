@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def data_file() -> Callable[[str], Path]:
         return DATA / name
 
     return find
+
+
+def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
+    """Give the message of a ValueError: one line, one sentence."""
+    with pytest.raises(ValueError) as error:
+        call(*arguments, **keywords)
+    message = str(error.value)
+    assert not re.search(r"\n|\. [A-Z]", message), message
+    return message
 
 
 class Guarded:

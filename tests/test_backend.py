@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from conftest import refused
 
 from gpt2c import backend as backend_module
 from gpt2c import reference
@@ -29,15 +30,6 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the choice to the tests, whatever variables they are run with."""
     for variable in ("GPT2C_BACKEND", *THREAD_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
-
-
-def refused(name: str = "auto", threads: int | None = None) -> str:
-    """Give the message with which a backend is refused: one line, one sentence."""
-    with pytest.raises(ValueError) as error:
-        get_backend(name, threads)
-    message = str(error.value)
-    assert not re.search(r"\n|\. [A-Z]", message), message
-    return message
 
 
 # ---- names and choosing --------------------------------------------------------------------------
@@ -76,11 +68,11 @@ def test_the_variable_may_say_nothing(value: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["avx1024", "", "AVX2", "numpy ", "_base"])
 def test_an_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = refused(name)
+    message = refused(get_backend, name)
     assert repr(name) in message and message.endswith(", ".join(backends()))
     if name:
         monkeypatch.setenv("GPT2C_BACKEND", name)
-        assert repr(name) in refused()
+        assert repr(name) in refused(get_backend)
 
 
 @pytest.fixture
@@ -112,12 +104,12 @@ def test_a_cpu_gets_what_it_can_run(
     cpu.has = has
     assert backends() == expected
     for name in set(NAMES) - set(expected):
-        message = refused(name)
+        message = refused(get_backend, name)
         assert repr(name) in message and message.endswith(", ".join(expected))
         assert f"no {', '.join(f for f in REQUIRES[name] if f not in has)};" in message
     if lacking:
         better = NAMES[NAMES.index(expected[0]) - 1]
-        assert f"no {lacking};" in refused(better)
+        assert f"no {lacking};" in refused(get_backend, better)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "numpy"])
@@ -126,7 +118,7 @@ def test_kernels_that_are_not_built_are_refused(name: str, monkeypatch: pytest.M
     backends.cache_clear()
     try:
         assert name not in backends() and "numpy" in backends()
-        message = refused(name)
+        message = refused(get_backend, name)
         assert repr(name) in message and message.endswith(", ".join(backends()))
     finally:
         backends.cache_clear()
@@ -157,13 +149,13 @@ def test_bad_thread_variables_are_refused(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    message = refused()
+    message = refused(get_backend)
     assert message.startswith(variable) and repr(value) in message
 
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_less_than_one_thread_is_refused(threads: int, backend_name: str) -> None:
-    assert refused(backend_name, threads).startswith("threads")
+    assert refused(get_backend, backend_name, threads).startswith("threads")
 
 
 def test_kernels_get_their_threads(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:

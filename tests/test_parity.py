@@ -27,7 +27,7 @@ with warnings.catch_warnings():
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{category}:{package}")
-    for category in ("DeprecationWarning", "FutureWarning", "UserWarning")
+    for category in ("DeprecationWarning", "FutureWarning")
     for package in ("torch", "transformers")
 ]
 
@@ -132,14 +132,16 @@ class Pair:
             theirs.zero_grad()
             loss = torch_loss(self.torch, batch)[1]
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            # clip_grad_norm_ sums in float32: at 124M it gives a norm that is off by 1e-4 and more
+            norm = sum(p.grad.double().square().sum().item() for p in parameters) ** 0.5
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             theirs.step()
             self.gpt2c.zero_grad()
             own_loss = self.gpt2c.loss(*batch)
             self.gpt2c.backward()
             own_norm = ours.step(grad_clip=1.0)
             assert_close(f"loss of step {step}", own_loss, loss.item(), STEP)
-            assert_close(f"gradient norm of step {step}", own_norm, norm.item(), 10 * STEP)
+            assert_close(f"gradient norm of step {step}", own_norm, norm, STEP)
 
 
 def pair(config: GPT2Config, backend: str) -> Pair:
@@ -246,7 +248,7 @@ def test_layernorm(backend_name: str, rng: np.random.Generator) -> None:
 
 
 def test_linear(backend_name: str, rng: np.random.Generator) -> None:
-    x, weight, bias, dout = normal(rng, 9, 35), normal(rng, 21, 35), normal(rng, 21), None
+    x, weight, bias = normal(rng, 9, 35), normal(rng, 21, 35), normal(rng, 21)
     given, dout = tensors(x, weight, bias), normal(rng, 9, 21)
     expected = torch.nn.functional.linear(*given)
     expected.backward(torch.tensor(dout))

@@ -1,0 +1,155 @@
+"""build.py: what it compiles with, what comes out, and one sentence where it cannot."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import gpt2c
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(gpt2c.__file__).parent
+EXTENSIONS = sorted(PACKAGE.glob("_kernels_*"))
+UNSAFE = ("-march=", "-mtune=", "-mcpu=", "-ffast-math", "-Ofast", "-funsafe-math", "-ffinite-math")
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "build.py").exists(), reason="no build.py: not a source tree"
+)
+
+
+@pytest.fixture
+def build() -> ModuleType:
+    """Give build.py as a module, without running it."""
+    spec = importlib.util.spec_from_file_location("gpt2c_build", ROOT / "build.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Give a copy of what build.py reads, so that nothing here is written over."""
+    shutil.copy(ROOT / "build.py", tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "gpt2c").mkdir()
+    return tmp_path
+
+
+def header_functions() -> list[str]:
+    """List the functions that gpt2c.h declares."""
+    header = (ROOT / "csrc" / "gpt2c.h").read_text()
+    return sorted(re.findall(r"^(?:void|int|int64_t|double) (\w+)\(", header, re.MULTILINE))
+
+
+def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "CC")}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment | variables
+    )
+
+
+# ---- where it cannot build -----------------------------------------------------------------------
+
+
+def test_no_compiler_is_one_sentence(copy: Path) -> None:
+    done = run([sys.executable, "build.py"], copy, CC="/nonexistent/cc -m64")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("gpt2c needs a C compiler and found no '/nonexistent/cc': ")
+    assert done.stderr.count("\n") == 1
+    assert not list((copy / "gpt2c").iterdir())
+
+
+def test_python_m_build_reaches_its_namesake() -> None:
+    """In this folder `python -m build` finds build.py before the package of that name."""
+    before = set(ROOT.iterdir())
+    done = run([sys.executable, "-m", "build", "--version"], ROOT)
+    if done.returncode == 0:
+        assert re.match(r"build \d", done.stdout)
+    assert set(ROOT.iterdir()) == before
+
+
+def test_python_m_build_without_its_namesake(copy: Path) -> None:
+    done = run([sys.executable, "-S", "-m", "build"], copy)  # without site-packages
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "No module named build: pip install build\n"
+
+
+# ---- what it compiles with -----------------------------------------------------------------------
+
+
+def test_no_flag_changes_arithmetic_or_ties_to_this_machine(build: ModuleType) -> None:
+    flags = [*build.CFLAGS, *build.WARNINGS, *build.SANITIZE]
+    flags += [flag for isas in build.ISAS.values() for isa in isas.values() for flag in isa]
+    assert "-ffp-contract=off" in build.CFLAGS
+    assert not [flag for flag in flags if flag.startswith(UNSAFE)]
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_every_command_of_a_build(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compiled: the commands are written down, and their outputs are empty files."""
+    commands: list[list[str]] = []
+
+    def note(command: list[str]) -> None:
+        commands.append(command)
+        Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build, "run", note)
+    built = build.build(tmp_path, werror=True)
+    assert [path.parent for path in built] == [tmp_path] * len(built)
+    assert all(path.name.endswith(".abi3.so") for path in built)
+    assert not [flag for command in commands for flag in command if flag.startswith(UNSAFE)]
+    sources = sorted((ROOT / "csrc").glob("*.c"))
+    compiles = [command for command in commands if "-c" in command]
+    assert len(compiles) == len(built) * (len(sources) + 1)
+    for command in compiles:
+        generated = Path(command[command.index("-c") + 1]).parent != ROOT / "csrc"
+        assert ("-DPy_LIMITED_API=0x030B0000" in command) is generated
+        assert ("-Werror" in command) is not generated
+        assert ("-fvisibility=hidden" in command) is not generated
+        if generated:  # runs before it is known what the CPU can do
+            assert not [flag for flag in command if flag.startswith(("-mavx", "-mfma"))]
+
+
+# ---- what comes out ------------------------------------------------------------------------------
+
+
+def test_cffi_reads_the_whole_header(build: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("cffi")
+    assert len(header_functions()) > 15
+    build.emit("probe", tmp_path / "probe.c")
+    generated = (tmp_path / "probe.c").read_text()
+    assert sorted(set(re.findall(r"_cffi_d_(\w+)\(", generated))) == header_functions()
+
+
+@pytest.mark.skipif(not EXTENSIONS, reason="no kernels are built")
+def test_extensions_are_of_the_stable_abi_and_show_every_function() -> None:
+    assert "_kernels_base.abi3.so" in [path.name for path in EXTENSIONS]
+    assert all(path.name.endswith(".abi3.so") for path in EXTENSIONS)
+    base = importlib.import_module("gpt2c._kernels_base")  # needs no more than any CPU has
+    assert sorted(dir(base.lib)) == header_functions()
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
+@pytest.mark.parametrize("path", EXTENSIONS, ids=lambda path: path.name)
+def test_extensions_export_their_init_alone(path: Path) -> None:
+    """Else the loader could bind one instruction set's calls to the kernels of another."""
+    done = subprocess.run(
+        ["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert [name for name in names if name not in ("_init", "_fini")] == [
+        f"PyInit_{path.name.partition('.')[0]}"
+    ]

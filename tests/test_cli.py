@@ -1,0 +1,425 @@
+"""The command line: each verb does its job, and each mistake of a user's costs one line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2c.backend import NAMES, backends, default_threads
+from gpt2c.cli import main
+from gpt2c.config import GPT2Config
+from gpt2c.data import read_tokens, write_tokens
+from gpt2c.model import GPT2
+from gpt2c.tokenizer import Tokenizer
+
+Capture = pytest.CaptureFixture[str]
+COMMAND = [sys.executable, "-W", "error", "-m", "gpt2c.cli"]
+TINY = (
+    "--n-layer 1 --n-head 2 --n_embd 16 --block-size 16 --batch_size 4 --max-iters 20"
+    " --warmup-iters 2 --learning-rate 1e-2"
+)
+TEXT = "<|endoftext|>".join(
+    f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a directory with a text, its tokens, a run, and everything a user may have broken."""
+    path = tmp_path_factory.mktemp("world")
+    text = path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    assert main(f"prepare {text} --out {path}/data --tokenizer bytes".split()) == 0
+    assert main(f"train --data {path}/data --out {path}/run {TINY}".split()) == 0
+    (path / "empty.txt").touch()
+    (path / "blank.txt").write_text(" \n")
+    (path / "short.txt").write_text("a")
+    (path / "latin1.txt").write_bytes(b"caf\xe9")
+    (path / "folder").mkdir()
+    (path / "bad.toml").write_text("n_layer = = 1\n")
+    (path / "unknown.toml").write_text("n_layers = 1\n")
+    (path / "type.toml").write_text('n_layer = "one"\n')
+    (path / "huge.toml").write_text(f"learning_rate = {10**400}\n")
+
+    tokens = (path / "data" / "train.bin").read_bytes()
+    for name, content in (
+        ("magic", b"\0" * 4 + tokens[4:]),
+        ("truncated", tokens[:-1]),
+        ("count", tokens[:8] + (7).to_bytes(4, "little") + tokens[12:]),
+        ("header", tokens[:100]),
+    ):
+        shutil.copytree(path / "data", path / name)
+        for split in ("train.bin", "val.bin"):
+            (path / name / split).write_bytes(content)
+    shutil.copytree(path / "data", path / "beyond")
+    for split in ("train.bin", "val.bin"):
+        write_tokens(path / "beyond" / split, np.arange(300))
+    Tokenizer.train([TEXT], 260).save_pretrained(path / "bpe")
+    for split in ("train.bin", "val.bin"):
+        write_tokens(path / "bpe" / split, np.arange(200))
+
+    weights = (path / "run" / "model.safetensors").read_bytes()
+    config = json.loads((path / "run" / "config.json").read_text())
+    for name in ("corrupt", "other", "weights", "notext"):
+        shutil.copytree(path / "run", path / name)
+    (path / "corrupt" / "model.safetensors").write_bytes(weights[:-100])
+    (path / "other" / "config.json").write_text(json.dumps(config | {"n_embd": 32}))
+    (path / "weights" / "trainer.safetensors").unlink()
+    (path / "notext" / "vocab.json").unlink()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("GPT2C_BACKEND", "GPT2C_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def gpt2c(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> Callable[[str], tuple[int, str, str]]:
+    """Give `gpt2c` in the world, as (exit code, standard output, standard error)."""
+    monkeypatch.chdir(world)
+
+    def run(arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main(arguments.split())
+        except SystemExit as stop:  # argparse's
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def crafted(directory: Path, likeliest: int) -> str:
+    """Save a model of bytes that always says the same; return its directory."""
+    model = GPT2(GPT2Config(257, n_positions=8, n_embd=2, n_layer=1, n_head=1), seed=None)
+    model.parameters["ln_f.bias"][0] = 1
+    model.parameters["wte.weight"][likeliest, 0] = 10
+    model.save_pretrained(directory)
+    Tokenizer.from_name("bytes").save_pretrained(directory)
+    return str(directory)
+
+
+# ---- prepare, train ------------------------------------------------------------------------------
+
+
+def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:
+    code, out, err = gpt2c(
+        f"prepare text.txt text.txt --out {tmp_path}/data --tokenizer bpe:270 --val-fraction 0.3"
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("60 documents, 0.01 MB; ")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "data")
+    assert f"vocabulary {tokenizer.vocab_size}\n" in out
+    train, val = (read_tokens(tmp_path / "data" / f"{name}.bin") for name in ("train", "val"))
+    assert f"{len(train):,} tokens to train, {len(val):,} to validate" in out
+    assert 0.2 < len(val) / (len(train) + len(val)) < 0.35
+
+
+def test_flags_override_the_recipe(gpt2c, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("n_layer = 2\nn_head = 2\nn_embd = 8\nblock_size = 8\nmax_iters = 2\n")
+    run = f"train --data data --config {recipe} --n_embd 16 --n-layer 1 --save_interval=1"
+    code, out, err = gpt2c(f"{run} --out {tmp_path}/run")
+    assert (code, err) == (0, "")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [config[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")] == [
+        1,
+        2,
+        16,
+        8,
+    ]
+    assert re.search(r"2 steps in \d+ s, validation loss \d\.\d{4} nats/token\n$", out)
+
+
+def test_every_setting_is_a_flag_with_help(gpt2c) -> None:
+    code, out, _ = gpt2c("train --help")
+    assert code == 0
+    for flag in ("--n-layer INT", "--grad-clip FLOAT", "--schedule STR", "(cosine)", "--resume"):
+        assert flag in out
+
+
+# ---- eval ----------------------------------------------------------------------------------------
+
+
+def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
+    model = GPT2.from_pretrained(world / "run")
+    tokens = read_tokens(world / "data" / "val.bin").astype(np.int64)
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        x, y = tokens[start : start + 16][: len(tokens) - 1 - start], tokens[start + 1 : start + 17]
+        logits = model(x[None])[0].astype(np.float64)
+        nats += float((np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]).sum())
+    loss = nats / (len(tokens) - 1)
+    size = int((tokens[1:] != 256).sum())  # the tokenizer is bytes; the mark of 256 is no text
+    assert 0 < size < len(tokens) - 1
+    for flags in ("", " --batch-size 3 --backend numpy"):
+        code, out, err = gpt2c(f"eval run --data data{flags}")
+        assert (code, err) == (0, "")
+        shown = re.fullmatch(r"loss (\S+) nats/token  perplexity (\S+)  bits per byte (\S+)\n", out)
+        assert shown
+        expected = [loss, math.exp(loss), nats / math.log(2) / size]
+        assert [float(text) for text in shown.groups()] == pytest.approx(expected, abs=6e-3)
+        assert float(shown[1]) == pytest.approx(loss, abs=1e-4)
+        assert float(shown[3]) == pytest.approx(expected[2], abs=1e-4)
+
+
+# ---- generate ------------------------------------------------------------------------------------
+
+
+def test_a_seed_draws_the_same_text(gpt2c) -> None:
+    texts = [gpt2c(f"generate run --prompt the --seed {seed}")[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("the") and text.endswith("\n") for text in texts)
+
+
+def test_temperature_0_needs_no_seed(gpt2c) -> None:
+    texts = {gpt2c("generate run --prompt a --temperature 0 --top-k 1")[1] for _ in range(3)}
+    assert len(texts) == 1
+
+
+def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
+    x = crafted(tmp_path / "x", ord("x"))
+    assert gpt2c(f"generate {x} --temperature 0 --prompt ab --max-new-tokens 5") == (
+        0,
+        "abxxxxx\n",
+        "",
+    )
+    assert gpt2c(f"generate {x} --temperature 0 --max-new-tokens 3")[1] == "xxx\n"
+    assert gpt2c(f"generate {x} --prompt ab --max-new-tokens 0")[1] == "ab\n"
+    end = crafted(tmp_path / "end", 256)
+    assert gpt2c(f"generate {end} --temperature 0 --prompt ab") == (0, "ab\n", "")
+
+
+# ---- info, version -------------------------------------------------------------------------------
+
+
+def test_info(gpt2c, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = gpt2c("info")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[1] for row in rows if row[0] == "backend"] == list(NAMES)
+    assert [row[1] for row in rows if row[-1] == "chosen"] == [backends()[0]]
+    assert ["threads", str(default_threads())] in rows
+    monkeypatch.setenv("GPT2C_BACKEND", "numpy")
+    monkeypatch.setenv("GPT2C_NUM_THREADS", "1")
+    rows = [line.split() for line in gpt2c("info")[1].splitlines()]
+    assert [row[1] for row in rows if row[-1] == "chosen"] == ["numpy"]
+    assert ["threads", "1"] in rows
+
+
+def test_version(gpt2c) -> None:
+    assert gpt2c("--version") == (0, f"gpt2c {importlib.metadata.version('gpt2c')}\n", "")
+
+
+# ---- the user's mistakes -------------------------------------------------------------------------
+
+TRAIN = f"train --out new {TINY}"
+MISTAKES = [
+    ("prepare missing.txt --out new", r"missing\.txt does not exist"),
+    ("prepare empty.txt --out new", r"empty\.txt is empty"),
+    ("prepare blank.txt --out new", "there is no text"),
+    ("prepare short.txt --out new --tokenizer bytes", "too short to hold out"),
+    ("prepare latin1.txt --out new", "is not UTF-8: byte 3 is 0xe9"),
+    ("prepare folder --out new", "folder: Is a directory"),
+    ("prepare text.txt --out run --tokenizer bytes", "run exists and is not empty"),
+    ("prepare text.txt --out text.txt --tokenizer bytes", r"text\.txt is a file"),
+    ("prepare text.txt --out text.txt/new --tokenizer bytes", r"text\.txt/new: Not a directory"),
+    ("prepare text.txt --out new --tokenizer abacus", "neither a directory nor one of gpt2, bytes"),
+    ("prepare text.txt --out new --tokenizer folder", r"vocab\.json does not exist"),
+    ("prepare text.txt --out new --tokenizer bpe:x", "must name a vocabulary size"),
+    ("prepare text.txt --out new --tokenizer bpe:99", "at least 257"),
+    ("prepare text.txt --out new --tokenizer bpe:99999", "asks for too many tokens"),
+    ("prepare text.txt --out new --tokenizer bytes --val-fraction 0", "between 0 and 1, not 0"),
+    ("prepare text.txt --out new --tokenizer bytes --val-fraction 1", "between 0 and 1, not 1"),
+    ("prepare text.txt --out new --tokenizer bytes --val-fraction nan", "0 and 1, not nan"),
+    ("prepare text.txt --out new --tokenizer bytes --seed -1", "non-negative|at least 0"),
+    (f"{TRAIN} --data missing", r"missing/vocab\.json does not exist"),
+    (f"{TRAIN} --data text.txt", r"text\.txt/vocab\.json: Not a directory"),
+    (f"{TRAIN} --data magic", r"magic/train\.bin is not an llm\.c token file"),
+    (f"{TRAIN} --data truncated", r"truncated/train\.bin has \d+ bytes; its \d+ tokens need"),
+    (f"{TRAIN} --data count", r"count/train\.bin has \d+ bytes; its 7 tokens need 1038"),
+    (f"{TRAIN} --data header", r"header/train\.bin is truncated"),
+    (f"{TRAIN} --data beyond", "holds token 299, outside a vocabulary of 257"),
+    (f"{TRAIN} --data data --batch-size 1000", "too few for one batch of 1000 x 16"),
+    (f"{TRAIN} --data data --n-head 3", "n_embd must be divisible by n_head, got 16 and 3"),
+    (f"{TRAIN} --data data --n-layer 0", "n_layer must be a whole number from 1, got 0"),
+    (f"{TRAIN} --data data --block-size 0", "block_size must be at least 1, got 0"),
+    (f"{TRAIN} --data data --max-iters 0", "max_iters must be at least 1, got 0"),
+    (f"{TRAIN} --data data --seed -1", "seed must be at least 0, got -1"),
+    (f"{TRAIN} --data data --learning-rate nan", "learning_rate must be finite"),
+    (f"{TRAIN} --data data --learning-rate 1e-5", r"min_lr must be in .*got 0\.0001"),
+    (f"{TRAIN} --data data --grad-clip nan", "grad_clip must be at least 0, got nan"),
+    (f"{TRAIN} --data data --beta1 1", "betas must be two numbers"),
+    (f"{TRAIN} --data data --schedule zigzag", "schedule must be one of constant, linear, cosine"),
+    (f"{TRAIN} --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
+    (f"{TRAIN} --data data --n-embd 1000000000000", "[Mm]emory|too large|exceeded"),
+    (f"{TRAIN} --data data --n-embd 1000000000000000000000", "[Mm]emory|too large|exceeded"),
+    (f"{TRAIN} --data data --config missing.toml", r"missing\.toml: No such file"),
+    (f"{TRAIN} --data data --config folder", "folder: Is a directory"),
+    (f"{TRAIN} --data data --config bad.toml", r"bad\.toml is not TOML"),
+    (f"{TRAIN} --data data --config latin1.txt", r"latin1\.txt is not TOML"),
+    (f"{TRAIN} --data data --config unknown.toml", "no setting 'n_layers'; there are backend, "),
+    ("train --data data --out new --config type.toml", "n_layer must be int, got str 'one'"),
+    ("train --data data --out new --config huge.toml", "too large"),
+    (f"train --data data {TINY} --out run", "run exists and is not empty"),
+    (f"train --data data {TINY} --out text.txt", r"text\.txt is a file"),
+    ("train --data data --out new --resume", "new is not a directory"),
+    ("train --data data --out folder --resume", r"config\.json does not exist"),
+    ("train --data data --out weights --resume", r"trainer\.safetensors does not exist"),
+    ("train --data data --out corrupt --resume", "is not a whole safetensors file"),
+    ("train --data data --out other --resume", "another config"),
+    ("train --data bpe --out run --resume", "another tokenizer"),
+    ("train --data data --out run --resume --n-layer 2", "was trained with n_layer=1"),
+    ("eval missing --data data", "missing is not a directory"),
+    ("eval text.txt --data data", r"text\.txt is not a directory"),
+    ("eval folder --data data", r"config\.json does not exist"),
+    ("eval corrupt --data data", "is not a whole safetensors file"),
+    ("eval other --data data", r"wte\.weight must be \(257, 32\) .*got \(257, 16\)"),
+    ("eval run --data missing", r"missing/vocab\.json does not exist"),
+    ("eval run --data magic", r"magic/val\.bin is not an llm\.c token file"),
+    ("eval run --data truncated", r"truncated/val\.bin has \d+ bytes"),
+    ("eval run --data beyond", "holds token 299, outside a vocabulary of 257"),
+    ("eval run --data bpe", "do not belong together"),
+    ("eval run --data data --batch-size 0", "--batch-size must be at least 1, got 0"),
+    ("eval run --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
+    ("generate missing", "missing is not a directory"),
+    ("generate corrupt", "is not a whole safetensors file"),
+    ("generate other", r"wte\.weight must be"),
+    ("generate notext", r"vocab\.json does not exist"),
+    ("generate run --temperature -1", "temperature must be finite and at least 0"),
+    ("generate run --temperature nan", "temperature must be finite and at least 0"),
+    ("generate run --top-k 0", "top_k must be at least 1"),
+    ("generate run --top-p 0", "top_p must be above 0"),
+    ("generate run --top-p 1.5", "top_p must be above 0 and at most 1"),
+    ("generate run --max-new-tokens -1", "max_new_tokens must be at least 0"),
+    ("generate run --seed -1", "non-negative|at least 0"),
+    ("generate run --backend abacus", "'abacus'"),
+    ("demo --text missing.txt --out new", r"missing\.txt does not exist"),
+    ("demo --text folder --out new", "folder: Is a directory"),
+    ("demo --text empty.txt --out new", r"empty\.txt is empty"),
+    ("demo --text text.txt --out run", "run exists and is not empty"),
+]
+
+
+def tree(root: Path) -> dict[Path, bytes | None]:
+    """Give every file's content and every directory."""
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), MISTAKES, ids=[row[0] for row in MISTAKES])
+def test_a_mistake_costs_one_line_and_writes_nothing(
+    gpt2c, world: Path, arguments: str, wanted: str
+) -> None:
+    before = tree(world)
+    code, out, err = gpt2c(arguments)
+    assert code == 2
+    assert err.startswith("gpt2c: ")
+    assert (err.count("\n"), err[-1]) == (1, "\n")
+    assert re.search(wanted, err), err
+    assert out.strip() == ""
+    assert tree(world) == before
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9" * 12])
+def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("GPT2C_NUM_THREADS", value)
+    code, _, err = gpt2c("eval run --data data")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("gpt2c: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "fly", "train", "generate run --top-k x", "train --n-layer 1.5", "info now"]
+)
+def test_what_argparse_refuses(gpt2c, arguments: str) -> None:
+    code, out, err = gpt2c(arguments)
+    assert (code, out) == (2, "")
+    assert "usage: gpt2c" in err
+
+
+# ---- real processes ------------------------------------------------------------------------------
+
+
+def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
+    for arguments in (
+        f"prepare text.txt --out {tmp_path}/data --tokenizer bytes",
+        f"train --data {tmp_path}/data --out {tmp_path}/run {TINY} --log-interval 5",
+        f"eval {tmp_path}/run --data {tmp_path}/data",
+        f"generate {tmp_path}/run --prompt the --max-new-tokens 3",
+    ):
+        done = subprocess.run(
+            [*COMMAND, *arguments.split()], capture_output=True, text=True, cwd=world
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("\n")
+        assert not re.search(r"[\r\x1b]", done.stdout)
+        if arguments.startswith("train"):
+            steps = re.findall(r"^step +(\d+)/20  loss ", done.stdout, re.MULTILINE)
+            assert steps == ["5", "10", "15", "20"]
+
+
+def test_a_process_with_a_mistake(world: Path) -> None:
+    done = subprocess.run([*COMMAND, "eval", "missing", "--data", "data"], capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"gpt2c: missing is not a directory")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["info", "generate run", "eval run --data data", f"train --data data --out OUT {TINY}"],
+)
+def test_a_reader_that_has_gone(world: Path, tmp_path: Path, arguments: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*COMMAND, *arguments.replace("OUT", str(tmp_path / "run")).split()],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            cwd=world,
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == b""
+
+
+def test_a_terminal_has_a_bar(world: Path, tmp_path: Path) -> None:
+    termios = pytest.importorskip("termios")
+    terminal, child_side = os.openpty()
+    termios.tcsetwinsize(child_side, (24, 100))  # in one of no size tqdm shows nothing
+    child = subprocess.Popen(
+        [*COMMAND, *f"train --data data --out {tmp_path}/run {TINY}".split()],
+        stdout=child_side,
+        stderr=subprocess.PIPE,
+        cwd=world,
+    )
+    os.close(child_side)
+    shown = b""
+    try:
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    except OSError:  # how Linux says that the child has closed its side
+        pass
+    os.close(terminal)
+    assert child.communicate(timeout=60)[1] == b""
+    assert child.returncode == 0
+    text = shown.decode()
+    assert re.search(r"\r20/20 \|█+\| .*loss \d.*tokens/s", text)
+    assert "validation loss" in text
+    assert "step 10/20" not in text

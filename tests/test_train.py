@@ -1,0 +1,494 @@
+"""Training: the loss falls, a seed fixes every bit, and a run that is stopped loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt2c import train as train_module
+from gpt2c.checkpoint import load_checkpoint
+from gpt2c.cli import main
+from gpt2c.config import GPT2Config
+from gpt2c.data import prepare
+from gpt2c.model import GPT2
+from gpt2c.optimizer import SCHEDULES, AdamW
+from gpt2c.progress import Progress
+from gpt2c.settings import TrainSettings, read_recipe, resumed
+from gpt2c.train import TrainResult, evaluate
+
+TINY: dict[str, Any] = {
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "batch_size": 4,
+    "max_iters": 20,
+    "learning_rate": 1e-2,
+    "min_lr": 1e-3,
+    "warmup_iters": 4,
+    "eval_interval": 0,
+    "log_interval": 1000,
+}
+DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
+FILES = ("model.safetensors", "trainer.safetensors", "config.json", "vocab.json", "merges.txt")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give prepared data that no test changes."""
+    path = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(DOCUMENTS, path, "bytes")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the picture, which takes longer than all else; two tests put it back."""
+    monkeypatch.setattr(train_module, "plot_loss", lambda metrics, path: False)
+
+
+def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
+    """Train with TINY settings and these changes; a resumed run is given the changes alone."""
+    given = changes if resume else TINY | changes
+    return train_module.train(data, out, given, resume=resume)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl without what depends on the time of day."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = ("step", "loss", "learning_rate", "grad_norm", "val_loss")
+    return [{k: v for k, v in json.loads(line).items() if k in kept} for line in lines]
+
+
+def content(path: Path) -> Any:
+    """Give a file's bytes; of safetensors' the header apart, as its keys are in no fixed order."""
+    whole = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return whole
+    start = 8 + int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8:start]), whole[start:]
+
+
+def same_run(a: Path, b: Path, names: tuple[str, ...] = FILES) -> None:
+    """Check that two runs are the same to the last bit."""
+    assert metrics(a) == metrics(b)
+    for name in names:
+        assert content(a / name) == content(b / name), name
+
+
+def nothing_half_written(out: Path) -> None:
+    known = {*FILES, "tokenizer_config.json", "metrics.jsonl", "loss.png"}
+    assert {path.name for path in out.iterdir()} <= known
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
+    """Give a way to have something happen in the middle of a step, before it is logged."""
+    original = Progress.step
+
+    def arrange(wanted: int, action: Callable[[], Any]) -> None:
+        def step(self: Progress, step: int, figures: str) -> None:
+            original(self, step, figures)
+            if step == wanted:
+                action()
+
+        monkeypatch.setattr(Progress, "step", step)
+
+    return arrange
+
+
+def power_cut() -> None:
+    raise RuntimeError("power cut")
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss(data: Path, tmp_path: Path) -> None:
+    result = train(data, tmp_path / "run", max_iters=60, eval_interval=30)
+    entries = metrics(tmp_path / "run")
+    assert [entry["step"] for entry in entries] == list(range(1, 61))
+    assert entries[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # it knows nothing yet
+    assert entries[-1]["loss"] < 3.5
+    evaluated = {entry["step"]: entry["val_loss"] for entry in entries if "val_loss" in entry}
+    assert list(evaluated) == [30, 60]
+    assert result.val_loss == evaluated[60] < evaluated[30]
+    assert (result.step, result.max_iters, result.interrupted) == (60, 60, False)
+    nothing_half_written(tmp_path / "run")
+
+
+def test_a_seed_fixes_every_bit(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(data, tmp_path / name, seed=seed, eval_interval=7)
+    same_run(tmp_path / "a", tmp_path / "b")
+    assert metrics(tmp_path / "a")[0]["loss"] != metrics(tmp_path / "c")[0]["loss"]
+
+
+def test_a_bad_backend_or_shape_claims_no_directory(data: Path, tmp_path: Path) -> None:
+    for changes in ({"backend": "abacus"}, {"n_head": 3}, {"batch_size": 10**6}, {"beta1": 1.5}):
+        with pytest.raises(ValueError):
+            train(data, tmp_path / "run", **changes)
+        assert not (tmp_path / "run").exists()
+
+
+def test_accumulated_batches_are_one_big_batch(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "big", batch_size=8, max_iters=10)
+    train(data, tmp_path / "small", batch_size=2, gradient_accumulation_steps=4, max_iters=10)
+    big, small = metrics(tmp_path / "big"), metrics(tmp_path / "small")
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(
+            [entry[name] for entry in big], [entry[name] for entry in small], rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_are_applied(data: Path, tmp_path: Path, schedule: str) -> None:
+    train(data, tmp_path / "run", schedule=schedule, max_iters=9, step_size=2, gamma=0.5)
+    rates = [entry["learning_rate"] for entry in metrics(tmp_path / "run")]
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    low, span = 1e-3, 9e-3
+    expected = {
+        "constant": [1e-2] * 5,
+        "linear": [1e-2 - span * i / 5 for i in range(5)],
+        "cosine": [low + span * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)],
+        "wsd": [1e-2] * 4 + [low + span * (1 - math.sqrt(1 / 2))],  # its last 2 of 9 decay
+        "step": [1e-2, 1e-2, 5e-3, 5e-3, 2.5e-3],
+    }[schedule]
+    assert rates[4:] == pytest.approx(expected)
+
+
+def test_a_warm_up_longer_than_the_run_is_cut(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", max_iters=5, warmup_iters=100)
+    assert metrics(tmp_path / "run")[-1]["learning_rate"] == pytest.approx(1e-2)
+
+
+def test_a_run_that_diverges_says_so(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gradient norm is nan .*lower the learning rate"):
+        train(data, tmp_path / "run", learning_rate=1e30)
+
+
+def test_steps_go_through_adamw(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = AdamW.step
+
+    def step(self: AdamW, learning_rate: float, grad_clip: float | None) -> float:
+        seen.append((self.betas, self.weight_decay, grad_clip))
+        return original(self, learning_rate, grad_clip)
+
+    monkeypatch.setattr(AdamW, "step", step)
+    settings = {"beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "max_iters": 1}
+    train(data, tmp_path / "clipped", **settings, grad_clip=0.5)
+    train(data, tmp_path / "free", **settings, grad_clip=0)
+    assert seen == [((0.8, 0.9), 0.2, 0.5), ((0.8, 0.9), 0.2, None)]
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def test_evaluate_counts_every_token_once(rng: np.random.Generator) -> None:
+    model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    model.flat_parameters += 0.3 * rng.standard_normal(model.flat_parameters.size)
+    tokens = rng.integers(0, 11, 61).astype(np.uint16)  # 60 targets: 7 windows of 8 and half of one
+    losses = []
+    for start in range(0, 60, 8):
+        x, y = tokens[start : min(start + 8, 60)], tokens[start + 1 : start + 9]
+        logits = model(x[None].astype(np.int32))[0].astype(np.float64)
+        log_sum = np.log(np.exp(logits).sum(axis=1))
+        losses += list(log_sum - logits[np.arange(len(y)), y])
+    assert len(losses) == 60
+    for batch_size in (1, 3, 100):
+        assert evaluate(model, tokens, batch_size, 8) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert evaluate(model, tokens, 3, 8, eval_iters=2) == pytest.approx(
+        np.mean(losses[:48]), rel=1e-5
+    )
+
+
+# ---- stop and go on ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a run of 20 steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "plot_loss", lambda metrics, path: False)
+        train(data, out, save_interval=10)
+    return out
+
+
+def test_resume_after_a_power_cut_is_the_run_that_had_none(
+    data: Path, whole: Path, tmp_path: Path, at_step: Any
+) -> None:
+    out = tmp_path / "run"
+    at_step(14, power_cut)
+    with pytest.raises(RuntimeError):
+        train(data, out, save_interval=10)
+    assert len(metrics(out)) == 13
+    assert load_checkpoint(out)[3]["step"] == 10
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 14, "lo')  # the cut came in the middle of a line
+    at_step(0, power_cut)  # never
+    assert train(data, out, resume=True).step == 20
+    same_run(out, whole)
+    nothing_half_written(out)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(
+    data: Path, whole: Path, tmp_path: Path, at_step: Any
+) -> None:
+    before, out = signal.getsignal(signal.SIGINT), tmp_path / "run"
+    at_step(7, lambda: signal.raise_signal(signal.SIGINT))
+    result = train(data, out, save_interval=10)
+    assert (result.step, result.interrupted) == (7, True)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(metrics(out)) == 7
+    at_step(0, power_cut)  # never
+    assert not train(data, out, resume=True).interrupted
+    same_run(out, whole)
+
+
+def test_the_second_ctrl_c_does_not_wait(
+    data: Path, tmp_path: Path, at_step: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    at_step(7, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *flags]) == 130
+    assert capsys.readouterr().err == "gpt2c: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    nothing_half_written(tmp_path / "run")
+
+
+def test_training_in_a_thread(data: Path, whole: Path, tmp_path: Path) -> None:
+    thread = threading.Thread(target=train, args=(data, tmp_path), kwargs={"save_interval": 10})
+    thread.start()
+    thread.join()
+    same_run(tmp_path, whole)
+
+
+def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
+    """Nothing but the number of steps may differ, so that is read from what the process says."""
+    settings = TINY | {"schedule": "constant", "max_iters": 10**6, "log_interval": 1}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    out = tmp_path / "a run"  # the space must survive a copy of the command to a shell
+    command = [sys.executable, "-W", "error", "-m", "gpt2c.cli"]
+    child = subprocess.Popen(
+        [*command, "train", "--data", str(data), "--out", str(out), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout
+    assert child.stdout.readline().startswith("step ")
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=60)
+    assert (child.returncode, errors) == (130, "")
+    message, _, advice = output.splitlines()[-1].partition("; go on with: ")
+    step = int(message.split()[5])
+    assert message == f"stopped and saved after step {step} of 1000000"
+    program, *arguments = shlex.split(advice)
+    assert program == "gpt2c"
+    assert arguments == ["train", "--data", str(data), "--out", str(out), "--resume"]
+    assert main([*arguments, "--max-iters", str(step + 5)]) == 0
+    train(data, tmp_path / "whole", schedule="constant", max_iters=step + 5, log_interval=1)
+    same_run(out, tmp_path / "whole")
+
+
+def test_a_finished_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    train(data, parts, schedule="constant", max_iters=5)
+    weights = content(parts / "model.safetensors")
+    assert train(data, parts, resume=True).step == 5  # nothing is left to do
+    assert content(parts / "model.safetensors") == weights
+    train(data, parts, resume=True, max_iters=9)
+    train(data, whole, schedule="constant", max_iters=9)
+    assert content(parts / "model.safetensors") == content(whole / "model.safetensors")
+    entries = metrics(parts)
+    assert entries[4].pop("val_loss")  # it was the last step once
+    assert entries == metrics(whole)
+
+
+def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    prepare(DOCUMENTS, tmp_path / "own", "bpe:270")
+    prepare([text.replace("cat", "dog") for text in DOCUMENTS], tmp_path / "same size", "bpe:270")
+    train(tmp_path / "own", out, max_iters=3)
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    for changes, wanted in (
+        ({"n_embd": 32}, r"was trained with n_embd=16, so it cannot go on with 32; drop that"),
+        ({"seed": 5}, r"was trained with seed=1337"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            train(tmp_path / "own", out, resume=True, **changes)
+    for other in (data, tmp_path / "same size"):
+        with pytest.raises(ValueError, match=r"has another tokenizer than the run [^\n]*$"):
+            train(other, out, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    (out / "config.json").write_text(
+        (out / "config.json").read_text().replace('"n_positions": 16', '"n_positions": 8')
+    )
+    with pytest.raises(ValueError, match="holds a model of another config"):
+        train(tmp_path / "own", out, resume=True)
+
+
+# ---- the directory -------------------------------------------------------------------------------
+
+
+def test_a_directory_that_holds_something_is_refused(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(FileExistsError, match="is not empty; name another directory or pass"):
+        train(data, whole)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == files
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        train(data, tmp_path / "file")
+
+
+def test_overwrite_replaces_a_run(data: Path, tmp_path: Path, at_step: Any) -> None:
+    old, fresh = tmp_path / "old", tmp_path / "fresh"
+    train(data, old, seed=5)
+    train(data, fresh)
+    train_module.train(data, old, TINY, overwrite=True)
+    same_run(old, fresh)
+    at_step(3, power_cut)
+    with pytest.raises(RuntimeError):
+        train_module.train(data, old, TINY, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="does not exist"):  # the run that was overwritten
+        train(data, old, resume=True)
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+from gpt2c.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000], ids=["metrics", "checkpoint"])
+def test_a_disk_that_is_full_leaves_the_old_checkpoint(
+    data: Path, tmp_path: Path, limit: int
+) -> None:
+    pytest.importorskip("resource")
+    out = tmp_path / "run"
+    train(data, out, save_interval=10, max_iters=10)
+    files = {name: (out / name).read_bytes() for name in FILES}
+    command = [sys.executable, "-B", "-c", LIMITED.format(limit=limit), "train", "--resume"]
+    command += ["--data", str(data), "--out", str(out), "--max-iters", "12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpt2c: ")
+    assert done.stderr.count("\n") == 1
+    assert {name: (out / name).read_bytes() for name in FILES} == files
+    nothing_half_written(out)
+    assert train(data, out, resume=True, max_iters=20).step == 20
+    assert [entry["step"] for entry in metrics(out)] == list(range(1, 21))
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def test_the_loss_is_drawn(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.undo()
+    assert train(data, tmp_path / "run", eval_interval=5).has_plot
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_no_matplotlib_is_no_error(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert not train(data, tmp_path / "run").has_plot
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_the_recipes_are_settings() -> None:
+    recipes = list((Path(__file__).resolve().parents[1] / "gpt2c" / "recipes").glob("*.toml"))
+    assert recipes
+    for path in recipes:
+        TrainSettings(**read_recipe(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"n_layer": "1"}, "n_layer must be int, got str '1'"),
+        ({"n_layer": True}, "n_layer must be int, got bool True"),
+        ({"n_layer": 1.0}, r"n_layer must be int, got float 1\.0"),
+        ({"beta1": True}, "beta1 must be float, got bool"),
+        ({"schedule": 1}, "schedule must be str, got int 1"),
+        ({"schedule": "zigzag"}, "schedule must be one of"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"max_iters": -1}, "max_iters must be at least 1, got -1"),
+        ({"log_interval": 0}, "log_interval must be at least 1, got 0"),
+        ({"eval_interval": -1}, "eval_interval must be at least 0, got -1"),
+        ({"save_interval": -1}, "save_interval must be at least 0, got -1"),
+        ({"grad_clip": -0.5}, r"grad_clip must be at least 0, got -0\.5"),
+        ({"grad_clip": math.nan}, "grad_clip must be at least 0, got nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be finite"),
+        ({"min_lr": 1.0}, "min_lr must be in"),
+        ({"warmup_iters": -1}, "warmup_iters must be in"),
+        ({"decay_fraction": 0.0}, "decay_fraction must be in"),
+        ({"gamma": 2.0}, "gamma must be in"),
+        ({"step_size": 0}, "step_size must be at least 1"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted) as error:
+        TrainSettings(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("learning_rate = 1\n")
+    value = TrainSettings(**read_recipe(recipe)).learning_rate
+    assert (value, type(value)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"n_layer = = 1", "recipe.toml is not TOML: "),
+        (b"n_layer = 1\nn_layer = 2", "recipe.toml is not TOML: "),
+        (b"n_layer = '\xe9'", "recipe.toml is not TOML: "),
+        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_size, "),
+        (b"[model]\nn_layer = 1", "recipe.toml: no setting 'model'"),
+    ],
+)
+def test_a_recipe_that_is_none(tmp_path: Path, content: bytes, wanted: str) -> None:
+    (tmp_path / "recipe.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=wanted) as error:
+        read_recipe(tmp_path / "recipe.toml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_resumed_run_keeps_its_settings() -> None:
+    stored = {"n_layer": 2, "max_iters": 10, "seed": 3}
+    settings = resumed(stored, {"max_iters": 20, "n_layer": 2}, "runs/a")
+    assert (settings.n_layer, settings.max_iters, settings.seed) == (2, 20, 3)
+    with pytest.raises(ValueError, match="runs/a was trained with n_layer=2, so it cannot go on"):
+        resumed(stored, {"n_layer": 3}, "runs/a")
