@@ -58,7 +58,7 @@ SANITIZE = [
 
 def compiler() -> list[str]:
     """Give the C compiler's command; end with one sentence if there is none."""
-    command = shlex.split(os.environ.get("CC") or "cc")
+    command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(command[0]) is None:
         sys.exit(
             f"gpt2c needs a C compiler and found no {command[0]!r}: install one"
@@ -119,7 +119,7 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
     built: list[Path] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, isa in isas.items():
-            if not accepts(cc, isa):
+            if isa and not accepts(cc, isa):  # of `base`, the compiler's own message says more
                 print(
                     f"gpt2c: {shlex.join(cc)} does not know {' '.join(isa)}: no {name} kernels",
                     file=sys.stderr,

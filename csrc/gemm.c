@@ -9,7 +9,7 @@
  *     for each KC of the sum:                   all threads pack B together
  *       for each MB rows of C:                  all threads pack A together
  *         for each MC x NT tile, in parallel:     packed A: MC x KC, in the second-level cache
- *           for each NR columns, each MR rows:      packed B: NR x KC, in the first-level cache
+ *           for each NR columns, each MR rows:      packed B: NR x KC
  *             microkernel
  *
  * Every element of C is summed in the same order whatever the thread count is. */
@@ -30,11 +30,11 @@ enum { MR = 4, NV = 2 };
 enum { NR = NV * VF_LEN };
 
 enum {
-    KC = 256,     /* NR x KC of B (32 KB with AVX-512) and MR x KC of A (12 KB) share the first-level cache */
-    MC = 16 * MR, /* MC x KC of A: 192 KB with AVX-512, in the second-level cache */
-    MB = 64 * MR, /* rows packed at a time: 768 KB with AVX-512 */
-    NT = 8 * NR,  /* columns a tile: small enough that 16 threads find work in a 1024 x 768 product */
-    NC = 64 * NR  /* columns packed at a time: 2 MB with AVX-512 */
+    KC = 384, /* deep enough that C is read and written seldom; MR x KC of A (18 KB) stays in the first-level cache */
+    MC = 16 * MR, /* MC x KC of A: 288 KB with AVX-512, in the second-level cache beside NT x KC of B (192 KB) */
+    MB = 64 * MR, /* rows packed at a time: 1.2 MB with AVX-512 */
+    NT = 4 * NR,  /* columns a tile: small enough that 16 threads find work in a 1024 x 768 product */
+    NC = 64 * NR  /* columns packed at a time: 3 MB with AVX-512 */
 };
 
 int64_t matmul_scratch_size(int threads) {
@@ -101,6 +101,8 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
     vf acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = vf_set1(0.0f);
+    for (int64_t i = 0; i < m; i++) /* C is far away: its lines come while the products are computed */
+        for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VF_LEN, 0);
     for (int64_t k = 0; k < kc; k++, a += MR, b += NR) {
         vf bk[NV];
         for (int j = 0; j < NV; j++) bk[j] = vf_load(b + j * VF_LEN);
@@ -129,7 +131,7 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
     }
 }
 
-/* c (m x n) from packed a and b: B's panel stays in the first-level cache while A's panels pass. */
+/* c (m x n) from packed a and b: a panel of B stays while the panels of A pass. */
 static void multiply_packed(float *c, int64_t ldc, const float *a, const float *b, int64_t m, int64_t n, int64_t kc,
                             Epilogue epilogue) {
     const float *bias = epilogue.bias;

@@ -207,6 +207,18 @@ def _write_tensors(
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Make equal weights equal files: safetensors writes the metadata in an order of chance."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(text.encode().ljust(size))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def split_validation(
         raise ValueError(f"the share of validation text must lie between 0 and 1, not {fraction}")
     if not any(document.strip() for document in documents):
         raise ValueError("there is no text: every document is blank")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     budget = fraction * sum(map(len, documents))
     copies = Counter(documents)
     distinct = list(copies)

@@ -19,7 +19,7 @@ from gpt2c.corpus import python_documentation
 from gpt2c.data import Prepared, prepare, read_text, read_tokens, split_documents
 from gpt2c.files import claim_directory
 from gpt2c.model import GPT2
-from gpt2c.settings import read_recipe
+from gpt2c.settings import TrainSettings, read_recipe
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
 
@@ -42,13 +42,15 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     OSError, ValueError : the text cannot be read or is too short, or `out` cannot be written
     """
     start = time.perf_counter()
+    recipe = importlib.resources.files("gpt2c") / "recipes/demo.toml"
+    with importlib.resources.as_file(recipe) as path:
+        settings = read_recipe(path) | dict(given)
+    TrainSettings(**settings)  # what is wrong shows before anything is written
     documents = python_documentation() if text is None else split_documents(read_text(text))
+    if not documents:
+        raise ValueError(f"{text} holds nothing but blanks")
     claim_directory(out, overwrite)
     data, run = out / "data", out / "run"
-    with importlib.resources.as_file(
-        importlib.resources.files("gpt2c") / "recipes/demo.toml"
-    ) as path:
-        settings = read_recipe(path) | dict(given)
 
     show("text", "this Python's own documentation" if text is None else str(text))
     prepared = prepare(documents, data, "bpe:4096", overwrite=overwrite)

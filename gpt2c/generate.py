@@ -121,6 +121,8 @@ def stream(
         not finite
     """
     _check_settings(temperature, top_k, top_p)
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be at least 0, or None for a fresh one, got {seed}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     idx = np.asarray(idx)

@@ -6,6 +6,7 @@ Knows nothing about what runs. Used by train.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -36,14 +37,15 @@ class Progress:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self._interval == 0 or step == self._total:
-            print(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}", flush=True)
+            self.line(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}")
 
     def line(self, text: str) -> None:
         """Show a line that stays."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:
-            print(text, flush=True)
+            with suppress(BrokenPipeError):  # a reader that left (head) must not end the work
+                print(text, flush=True)
 
     def close(self) -> None:
         """End the bar."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpt2c.config import GPT2Config
 from gpt2c.optimizer import SCHEDULES, Schedule
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class TrainSettings:
 
     Raises
     ------
-    ValueError : a number is out of its range (what the model and the schedule need, they check)
+    ValueError : a number is out of its range, also what the model's config and the schedule refuse
     """
 
     n_layer: int = setting(4, "layers")
@@ -89,6 +90,18 @@ class TrainSettings:
             if not getattr(self, name) >= 0:  # nan is not, either
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.learning_rates()
+        self.model_config(vocab_size=1)
+
+    def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
+        """Give the model's config for a tokenizer."""
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=self.block_size,
+            n_embd=self.n_embd,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            eos_token_id=eos_token_id,
+        )
 
     def learning_rates(self) -> Schedule:
         """Give the schedule of learning rates; a warm-up longer than the run is cut to it."""

@@ -99,28 +99,29 @@ def train(
     if stored is None:
         settings = TrainSettings(**(given or {}))
     else:
+        missing = {"settings", "train_tokens", "val_loss"} - stored[3].keys()
+        if missing:
+            raise ValueError(f"{out / checkpoint.TRAINER_FILE} lacks {', '.join(sorted(missing))}")
         settings = resumed(stored[3]["settings"], given or {}, str(out))
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(data, out)
     tokens = read_tokens(data / "train.bin", tokenizer.vocab_size)
     val_tokens = read_tokens(data / "val.bin", tokenizer.vocab_size)
+    if stored is not None and stored[3]["train_tokens"] != len(tokens):
+        raise ValueError(
+            f"{data} has {len(tokens)} training tokens and the run {out} was trained on"
+            f" {stored[3]['train_tokens']}; go on with the data that it was trained on"
+        )
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
-    config = GPT2Config(
-        vocab_size=tokenizer.vocab_size,
-        n_positions=settings.block_size,
-        n_embd=settings.n_embd,
-        n_layer=settings.n_layer,
-        n_head=settings.n_head,
-        eos_token_id=tokenizer.eot,
-    )
+    config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
     model = GPT2(config, settings.seed if stored is None else None, settings.backend)
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    run = _Run(out, settings, model, optimizer, tokenizer)
+    run = _Run(out, settings, model, optimizer, tokenizer, len(tokens))
     if stored is None:
         claim_directory(out, overwrite)
         run.start()
@@ -204,9 +205,10 @@ class _Run:
         model: GPT2,
         optimizer: AdamW,
         tokenizer: Tokenizer,
+        train_tokens: int,
     ) -> None:
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
-        self.tokenizer = tokenizer
+        self.tokenizer, self.train_tokens = tokenizer, train_tokens
         self.step = 0
         self.val_loss = math.nan
         self.metrics: list[dict[str, Any]] = []
@@ -234,7 +236,12 @@ class _Run:
             )
         self.model.load_parameters(tensors, str(self.out))
         for name in ("m", "v"):
-            getattr(self.optimizer, name)[...] = moments[name]
+            moment = getattr(self.optimizer, name)
+            if name not in moments or moments[name].shape != moment.shape:
+                raise ValueError(
+                    f"{self.out / checkpoint.TRAINER_FILE}: {name} must have shape {moment.shape}"
+                )
+            moment[...] = moments[name]
         self.step = self.optimizer.steps = state["step"]
         self.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
         path = self.out / "metrics.jsonl"
@@ -260,6 +267,7 @@ class _Run:
             "step": self.step,
             "val_loss": None if math.isnan(self.val_loss) else self.val_loss,
             "settings": dataclasses.asdict(self.settings),
+            "train_tokens": self.train_tokens,
         }
         moments = {"m": self.optimizer.m, "v": self.optimizer.v}
         config = self.model.config.to_dict()

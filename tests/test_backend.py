@@ -209,7 +209,7 @@ ARROWS: dict[str, set[str]] = {
     "baselines": set(),
     "plot": {"files"},
     "progress": set(),
-    "settings": {"optimizer"},
+    "settings": {"config", "optimizer"},
     "train": (RUN - {"baselines"}) | {"checkpoint", "optimizer", "plot", "progress"},
     "demo": RUN | {"corpus", "train"},
     "cli": RUN | {"demo", "train"},  # nothing imports cli

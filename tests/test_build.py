@@ -71,11 +71,11 @@ def test_no_compiler_is_one_sentence(copy: Path) -> None:
 
 def test_python_m_build_reaches_its_namesake() -> None:
     """In this folder `python -m build` finds build.py before the package of that name."""
-    before = set(ROOT.iterdir())
+    if not importlib.util.find_spec("pyproject_hooks"):  # which comes with that package alone
+        pytest.skip("the package build is not installed")
     done = run([sys.executable, "-m", "build", "--version"], ROOT)
-    if done.returncode == 0:
-        assert re.match(r"build \d", done.stdout)
-    assert set(ROOT.iterdir()) == before
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"build \d", done.stdout)
 
 
 def test_python_m_build_without_its_namesake(copy: Path) -> None:

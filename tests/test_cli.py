@@ -104,11 +104,14 @@ def gpt2c(
     return run
 
 
-def crafted(directory: Path, likeliest: int) -> str:
-    """Save a model of bytes that always says the same; return its directory."""
+def crafted(directory: Path, third: int, later: int) -> str:
+    """Save a model of bytes that sees positions only: a third token, then always another."""
     model = GPT2(GPT2Config(257, n_positions=8, n_embd=2, n_layer=1, n_head=1), seed=None)
-    model.parameters["ln_f.bias"][0] = 1
-    model.parameters["wte.weight"][likeliest, 0] = 10
+    model.parameters["ln_f.weight"][...] = 1
+    model.parameters["wpe.weight"][...] = -100, 100
+    model.parameters["wpe.weight"][1] = 100, -100
+    model.parameters["wte.weight"][later] = -9, 9
+    model.parameters["wte.weight"][third] = 9, -9
     model.save_pretrained(directory)
     Tokenizer.from_name("bytes").save_pretrained(directory)
     return str(directory)
@@ -193,16 +196,15 @@ def test_temperature_0_needs_no_seed(gpt2c) -> None:
 
 
 def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
-    x = crafted(tmp_path / "x", ord("x"))
-    assert gpt2c(f"generate {x} --temperature 0 --prompt ab --max-new-tokens 5") == (
-        0,
-        "abxxxxx\n",
-        "",
-    )
-    assert gpt2c(f"generate {x} --temperature 0 --max-new-tokens 3")[1] == "xxx\n"
-    assert gpt2c(f"generate {x} --prompt ab --max-new-tokens 0")[1] == "ab\n"
-    end = crafted(tmp_path / "end", 256)
-    assert gpt2c(f"generate {end} --temperature 0 --prompt ab") == (0, "ab\n", "")
+    model = crafted(tmp_path / "cx", ord("c"), ord("x"))
+    for flags, text in (
+        ("--prompt ab --max-new-tokens 9", "abcxxxxxxxx\n"),
+        ("--prompt ab --max-new-tokens 0", "ab\n"),
+        ("--max-new-tokens 3", "xcx\n"),  # the start of a text is one token
+    ):
+        assert gpt2c(f"generate {model} --temperature 0 {flags}") == (0, text, "")
+    model = crafted(tmp_path / "end", 256, ord("x"))
+    assert gpt2c(f"generate {model} --temperature 0 --prompt ab") == (0, "ab\n", "")
 
 
 # ---- info, version -------------------------------------------------------------------------------
@@ -393,6 +395,7 @@ def test_a_reader_that_has_gone(world: Path, tmp_path: Path, arguments: str) -> 
             stdout=writer,
             stderr=subprocess.PIPE,
             cwd=world,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         )
     finally:
         os.close(writer)
