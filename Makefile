@@ -32,7 +32,7 @@ parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(BIN)/python pyproject.toml build.py $(wildcard csrc/*)
 	$(PIP) --editable '.[plot]'
@@ -48,7 +48,7 @@ $(VENV)/installed-lint: $(VENV)/installed-test
 	touch $@
 
 .venv-parity/installed: pyproject.toml build.py $(wildcard csrc/*)
-	$(PYTHON) -m venv .venv-parity
+	$(PYTHON) -m venv .venv-parity || { rm -rf .venv-parity; exit 1; }
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	.venv-parity/bin/python -m pip install --quiet torch==2.13.0
 	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57'

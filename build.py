@@ -117,7 +117,8 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
     compiles: list[list[str]] = []
     links: list[list[str]] = []
     built: list[Path] = []
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the result: taking its name is then one step, which a user of the old file survives.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as folder:
         for name, isa in isas.items():
             if isa and not accepts(cc, isa):  # of `base`, the compiler's own message says more
                 print(
@@ -143,7 +144,9 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for commands in (compiles, links):
                 list(pool.map(run, commands))
-        return [Path(shutil.move(library, out / library.name)) for library in built]
+        for library in built:
+            os.replace(library, out / library.name)
+    return [out / library.name for library in built]
 
 
 try:

@@ -29,8 +29,9 @@ void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, int 
 #pragma omp parallel for num_threads(team(threads, n)) schedule(static)
     for (int64_t i = 0; i < n; i += VF_LEN) {
         vf xi = vf_load_n(x + i, n - i), s = gate(xi);
-        vf du = vf_mul(vf_set1(TWO_SQRT_2_OVER_PI), vf_fma(vf_set1(3.0f * CUBIC), vf_mul(xi, xi), vf_set1(1.0f)));
-        vf slope = vf_mul(vf_mul(s, vf_sub(vf_set1(1.0f), s)), vf_mul(xi, du));
+        vf near = vf_min(vf_set1(32.0f), vf_max(vf_set1(-32.0f), xi)); /* beyond, s' is 0 and x u' must not overflow */
+        vf du = vf_mul(vf_set1(TWO_SQRT_2_OVER_PI), vf_fma(vf_set1(3.0f * CUBIC), vf_mul(near, near), vf_set1(1.0f)));
+        vf slope = vf_mul(vf_mul(s, vf_sub(vf_set1(1.0f), s)), vf_mul(near, du));
         vf_store_n(dx + i, vf_mul(vf_load_n(dout + i, n - i), vf_add(s, slope)), n - i);
     }
 }

@@ -37,10 +37,8 @@ enum {
     NC = 64 * NR  /* columns packed at a time: 3 MB with AVX-512 */
 };
 
-int64_t matmul_scratch_size(int threads) {
-    (void)threads; /* the packed blocks are shared by all threads */
-    return (int64_t)KC * (MB + NC);
-}
+/* The packed blocks are shared by all threads. */
+int64_t matmul_scratch_size(void) { return (int64_t)KC * (MB + NC); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 

@@ -20,15 +20,12 @@
 /* 1 if this CPU and operating system support the x86 feature ("avx2", "fma", "avx512f", ...), else 0. */
 int cpu_supports(const char *feature);
 
-/* 1 if the kernels were compiled with OpenMP, 0 if they are serial whatever `threads` says. */
-int has_openmp(void);
-
 /* Runs `iterations` rounds of independent fused multiply-adds in registers on each thread; returns the number of
  * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set. */
 double fma_burn(int64_t iterations, int threads);
 
 /* Floats of scratch memory that the matmul and attention kernels need. */
-int64_t matmul_scratch_size(int threads);
+int64_t matmul_scratch_size(void);
 int64_t attention_scratch_size(int64_t HS, int threads);
 
 /* ---- encoder: token + position embedding -------------------------------------------------------------------- */

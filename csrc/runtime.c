@@ -19,32 +19,20 @@ int cpu_supports(const char *feature) {
     return 0;
 }
 
-int has_openmp(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 /* Independent sums in flight: latency (4 or 5 cycles) times units (2) must be covered, and SSE2 has 16 registers. */
 enum { CHAINS = 12 };
 
 double fma_burn(int64_t iterations, int threads) {
-    float total = 0.0f;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
+    double total = 0.0, done = 0.0;
+#pragma omp parallel num_threads(threads) reduction(+ : total, done)
     {
         const vf factor = vf_set1(0.999f), term = vf_set1(0.001f); /* converges to 1: no overflow, no denormals */
         vf acc[CHAINS];
         for (int j = 0; j < CHAINS; j++) acc[j] = vf_set1((float)j);
         for (int64_t i = 0; i < iterations; i++)
             for (int j = 0; j < CHAINS; j++) acc[j] = vf_fma(acc[j], factor, term);
-        for (int j = 0; j < CHAINS; j++) total += vf_sum(acc[j]);
+        for (int j = 0; j < CHAINS; j++) total += (double)vf_sum(acc[j]);
+        done += (double)iterations * CHAINS * VF_LEN * 2; /* by as many threads as there were */
     }
-    /* The sums are finite, so this adds 0; without it the loop would be dead code. */
-    double done = (double)iterations * threads * CHAINS * VF_LEN * 2;
-#ifndef _OPENMP
-    done /= threads;
-#endif
-    return isfinite(total) ? done : 0.0;
+    return isfinite(total) ? done : 0.0; /* the sums are finite; a result nobody reads would be compiled away */
 }

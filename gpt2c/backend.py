@@ -15,7 +15,7 @@ from typing import cast
 from gpt2c import reference
 from gpt2c.kernels import Kernels
 
-# Fastest first. A set of kernels may be imported only on a CPU with all of its features, which are
+# Fastest first. A set of kernels runs only on a CPU with all of its features, which are
 # those of the flags that build.py compiles it with.
 REQUIRES: dict[str, tuple[str, ...]] = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
@@ -71,7 +71,7 @@ def default_threads() -> int:
                 )
             return int(first)
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(MAX_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 @functools.cache
@@ -99,6 +99,8 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
         name = os.environ.get("GPT2C_BACKEND") or "auto"
     if name == "auto":
         name = backends()[0]
+        if name == "numpy":  # hundreds of times slower: nobody should get it unasked
+            raise ValueError(f"no kernels here: {why_missing('base')}; ask for 'numpy' by name")
     if name not in backends():
         why = why_missing(name) if name in NAMES else "unknown name"
         raise ValueError(f"backend {name!r}: {why}; this machine has {', '.join(backends())}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gpt2c.files import atomic_path
+from gpt2c.files import atomic_paths
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -153,7 +152,7 @@ def load_checkpoint(
     trainer_tensors, metadata = _read_tensors(path)
     try:
         state = json.loads(metadata["state"])
-        step = str(state["step"])
+        step = str(int(state["step"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no trainer state that can be read: {error!r}") from error
     weights_path = Path(directory) / WEIGHTS_FILE
@@ -178,15 +177,13 @@ def _save(
     state_text = json.dumps(trainer_state, allow_nan=False)
     stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:  # the renames happen as it closes, after everything is written
+    names = [WEIGHTS_FILE, CONFIG_FILE, *([] if trainer_tensors is None else [TRAINER_FILE])]
+    with atomic_paths(*(directory / name for name in names)) as (weights, config_file, *trainer):
         if trainer_tensors is not None:
-            temporary = files.enter_context(atomic_path(directory / TRAINER_FILE))
-            _write_tensors(temporary, trainer_tensors, {"state": state_text})
-        temporary = files.enter_context(atomic_path(directory / WEIGHTS_FILE))
+            _write_tensors(trainer[0], trainer_tensors, {"state": state_text})
         # Without "format" transformers refuses the file.
-        _write_tensors(temporary, stored, {"format": "pt", **metadata})
-        temporary = files.enter_context(atomic_path(directory / CONFIG_FILE))
-        temporary.write_text(config_text, encoding="utf-8")
+        _write_tensors(weights, stored, {"format": "pt", **metadata})
+        config_file.write_text(config_text, encoding="utf-8")
 
 
 def _transpose(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
@@ -216,9 +213,10 @@ def _sort_metadata(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-        file.seek(8)
-        file.write(text.encode().ljust(size))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # it always is: safetensors writes no spaces but the padding
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

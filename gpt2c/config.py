@@ -148,10 +148,9 @@ class GPT2Config:
             shapes |= {h + "ln_2": (N, C), h + "ln_2.mean": (N,), h + "ln_2.rstd": (N,)}
             shapes |= {h + "fc": (N, F), h + "gelu": (N, F), h + "out": (N, C)}
         shapes |= {"ln_f": (N, C), "ln_f.mean": (N,), "ln_f.rstd": (N,)}
+        shapes |= {"logits": (max(1, min(N, logits_floats // V)), V), "losses": (N,), "lse": (N,)}
         if keep:
-            shapes |= {"logits": (max(1, min(N, logits_floats // V)), V)}
-            shapes |= {"losses": (N,), "lse": (N,)}
-            shapes |= {"stream": (N, C), "d_branch": (N, C), "d_ln": (N, C), "d_att": (N, C)}
+            shapes |= {"d_stream": (N, C), "d_branch": (N, C), "d_ln": (N, C), "d_att": (N, C)}
             shapes |= {"d_qkv": (N, 3 * C), "d_fc": (N, F)}
         return shapes
 

@@ -6,6 +6,7 @@ Without a text of the user's it learns the documentation that every Python carri
 from __future__ import annotations
 
 import importlib.resources
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2c.backend import get_backend
 from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
 from gpt2c.corpus import python_documentation
 from gpt2c.data import Prepared, prepare, read_text, read_tokens, split_documents
@@ -45,7 +47,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     recipe = importlib.resources.files("gpt2c") / "recipes/demo.toml"
     with importlib.resources.as_file(recipe) as path:
         settings = read_recipe(path) | dict(given)
-    TrainSettings(**settings)  # what is wrong shows before anything is written
+    get_backend(TrainSettings(**settings).backend)  # a mistake shows before anything is written
     documents = python_documentation() if text is None else split_documents(read_text(text))
     if not documents:
         raise ValueError(f"{text} holds nothing but blanks")
@@ -56,7 +58,12 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     prepared = prepare(documents, data, "bpe:4096", overwrite=overwrite)
     show("documents", f"{prepared.documents:,} of {describe(prepared)}")
     show("tokenizer", f"BPE trained on them, {prepared.vocab_size:,} tokens")
-    result = train(data, run, settings, overwrite=overwrite)
+    try:
+        result = train(data, run, settings, overwrite=overwrite)
+    except ValueError:
+        if not run.exists():  # the text was too short: another try must not need --overwrite
+            shutil.rmtree(data)
+        raise
     if result.interrupted:
         return result
     model = GPT2.from_pretrained(run)
@@ -65,7 +72,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     print()
     show(
         "loss curve",
-        str(run / "loss.png") if result.has_plot else 'pip install "gpt2c[plot]" draws one',
+        str(run / "loss.png") if result.has_plot else "none: pip install matplotlib draws one",
     )
     show("time", f"{time.perf_counter() - start:.0f} s in all, {result.seconds:.0f} s of training")
     print(f'\nGo on with: gpt2c generate {run} --prompt "The string"')

@@ -12,26 +12,37 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success rename it to `path`, on failure remove it.
+def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
+    """Give a temporary path beside each path; on success rename them all, on failure remove them.
+
+    No file is renamed before all of them are on disk, so a full disk leaves every one as it was.
 
     Raises
     ------
-    OSError : the file cannot be written (no such directory, no permission, a full disk); `path` is
-        as it was
+    OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the content must be on disk before the name points to it
-        os.replace(temporary, path)
+        yield temporaries
+        for temporary in temporaries:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
     except OSError as error:
         if error.filename is None and error.errno is not None:  # a full disk does not say where
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, error.strerror, str(paths[0])) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path for one file; see `atomic_paths`."""
+    with atomic_paths(path) as (temporary,):
+        yield temporary
 
 
 def claim_directory(path: Path, overwrite: bool) -> None:

@@ -98,7 +98,7 @@ class Kernels:
     def matmul_forward(self, out: Array, x: Array, weight: Array, bias: Array | None) -> None:
         """See `gpt2c.reference.matmul_forward`."""
         OC, C = weight.shape
-        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
+        scratch = self._scratch(self._lib.matmul_scratch_size())
         arrays = (out, x, weight, bias)
         self._lib.matmul_forward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
 
@@ -107,7 +107,7 @@ class Kernels:
     ) -> None:
         """See `gpt2c.reference.matmul_backward`."""
         OC, C = weight.shape
-        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
+        scratch = self._scratch(self._lib.matmul_scratch_size())
         arrays = (dx, dweight, dbias, dout, x, weight)
         self._lib.matmul_backward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
 

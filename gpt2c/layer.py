@@ -33,7 +33,7 @@ def layernorm_backward(
     """Add to the stream's gradient what comes back through a layernorm, whose own is d_ln."""
     weight, bias = name + ".weight", name + ".bias"
     mean, rstd = a[s + ".mean"], a[s + ".rstd"]
-    ops.layernorm_backward(a["stream"], g[weight], g[bias], a["d_ln"], x, p[weight], mean, rstd)
+    ops.layernorm_backward(a["d_stream"], g[weight], g[bias], a["d_ln"], x, p[weight], mean, rstd)
 
 
 def layer_forward(
@@ -59,8 +59,8 @@ def layer_forward(
 
 
 def layer_backward(ops: Backend, p: Arrays, g: Arrays, a: Arrays, h: str, x: Array) -> None:
-    """Go back over the lines of `layer_forward` on x: the gradient of the stream is a["stream"]."""
-    B, stream = len(a[h + "lse"]), a["stream"]
+    """Go back over the lines of `layer_forward` on x; a["d_stream"] goes from out's to x's."""
+    B, stream = len(a[h + "lse"]), a["d_stream"]
 
     def linear(d_source: str, name: str, d_out: str, source: str) -> None:
         weight, bias = h + name + ".weight", h + name + ".bias"

@@ -145,13 +145,14 @@ class GPT2:
         self.backend.matmul_forward(rows, final, self.parameters["wte.weight"], None)
         return logits
 
-    def loss(self, idx: ArrayLike, targets: ArrayLike) -> float:
+    def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
         """Mean cross-entropy in nats per token; keeps what `backward` needs.
 
         Parameters
         ----------
         idx : (B, T) token ids in [0, V), T <= n_positions
         targets : (B, T), the token that follows each: already shifted; -1 is ignored
+        keep : False if no backward will follow, which takes one layer's memory instead of all
 
         Raises
         ------
@@ -159,9 +160,9 @@ class GPT2:
         """
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape)
-        self._forward(tokens, keep=True)
+        self._forward(tokens, keep)
         count = int(np.count_nonzero(wanted >= 0))
-        self._pending = (tokens, wanted, count)
+        self._pending = (tokens, wanted, count) if keep else None
         a = self._activations
         for rows in self._blocks(wanted.size):
             logits = self._logits(rows)
@@ -221,7 +222,7 @@ class GPT2:
         idx, targets, count = self._pending
         self._pending = None
         ops, p, g, a = self.backend, self.parameters, self.gradients, self._activations
-        stream = a["stream"]  # the gradient of the residual stream, from the last layer down
+        stream = a["d_stream"]  # the gradient of the residual stream, from the last layer down
         blocks = self._blocks(targets.size)
         for rows in reversed(
             blocks

@@ -37,8 +37,8 @@ def _open(backend: str, **arrays: tuple[Array, str]) -> tuple[Backend, dict[str,
             raise ValueError(f"{name} must be a NumPy array, got {type(array).__name__}")
         if array.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} for backend {ops.name!r}, got {array.dtype}")
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{name} must be C-contiguous: pass np.ascontiguousarray({name})")
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            raise ValueError(f"{name} must be C-contiguous and aligned: pass {name}.copy()")
         fits = array.ndim == len(wanted) and array.size > 0
         for letter, size in zip(wanted, array.shape, strict=False):
             factor, letter = (3, letter[1:]) if letter.startswith("3") else (1, letter)
@@ -53,10 +53,11 @@ def _open(backend: str, **arrays: tuple[Array, str]) -> tuple[Backend, dict[str,
 
 def _ids(name: str, ids: Array, shape: tuple[int, ...], low: int, high: int) -> None:
     """Check token ids: int32 of this shape in [low, high)."""
-    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or not ids.flags.c_contiguous:
-        raise ValueError(
-            f"{name} must be a C-contiguous int32 array, got {getattr(ids, 'dtype', type(ids))}"
-        )
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32:
+        kind = getattr(ids, "dtype", type(ids).__name__)
+        raise ValueError(f"{name} must be an int32 NumPy array, got {kind}")
+    if not (ids.flags.c_contiguous and ids.flags.aligned):
+        raise ValueError(f"{name} must be C-contiguous and aligned: pass {name}.copy()")
     if ids.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {ids.shape}")
     if ids.min() < low or ids.max() >= high:

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture, where matplotlib is installed (pip install gpt2c[plot]).
+"""The loss curve of a run as a picture, where matplotlib is installed (the extra [plot]).
 
 Knows nothing about models: it reads metrics.jsonl. Used by train.
 """

@@ -24,7 +24,7 @@ class Progress:
         self._interval = interval
         self._total = total
         watched = sys.stdout.isatty()
-        layout = "{n_fmt}/{total_fmt} |{bar}| {postfix} [{elapsed}<{remaining}]"
+        layout = "{n_fmt}/{total_fmt} |{bar}| {desc} [{elapsed}<{remaining}]"
         self._bar = (
             tqdm(initial=start, total=total, bar_format=layout, file=sys.stdout)
             if watched
@@ -34,7 +34,7 @@ class Progress:
     def step(self, step: int, figures: str) -> None:
         """Show that `step` steps are done."""
         if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.set_description_str(figures, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self._interval == 0 or step == self._total:
             self.line(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}")

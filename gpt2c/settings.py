@@ -89,6 +89,9 @@ class TrainSettings:
         for name in ("eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"):
             if not getattr(self, name) >= 0:  # nan is not, either
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         self.learning_rates()
         self.model_config(vocab_size=1)
 
@@ -143,6 +146,9 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
     ------
     ValueError : `given` changes what a run cannot change; `source` names the run
     """
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    if not isinstance(stored, Mapping) or stored.keys() ^ known:
+        raise ValueError(f"{source} holds the settings of another gpt2c: start a new run")
     for name in FIXED_BY_RUN:
         if name in given and given[name] != stored[name]:
             raise ValueError(

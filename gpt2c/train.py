@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,7 @@ def evaluate(
         if eval_iters and i == eval_iters:
             break
         scored = int(np.count_nonzero(y >= 0))
-        total += model.loss(x, y) * scored
+        total += model.loss(x, y, keep=False) * scored
         count += scored
     return total / count
 
@@ -87,7 +88,8 @@ def train(
     out : the run
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
-    resume : go on from the checkpoint in `out`: the result is that of a run never interrupted
+    resume : go on from the checkpoint in `out`: on the same backend with the same number of threads
+        the result is, to the bit, that of a run never interrupted
     overwrite : `out` may exist and hold something
 
     Raises
@@ -99,7 +101,7 @@ def train(
     if stored is None:
         settings = TrainSettings(**(given or {}))
     else:
-        missing = {"settings", "train_tokens", "val_loss"} - stored[3].keys()
+        missing = {"settings", "data", "val_loss"} - stored[3].keys()
         if missing:
             raise ValueError(f"{out / checkpoint.TRAINER_FILE} lacks {', '.join(sorted(missing))}")
         settings = resumed(stored[3]["settings"], given or {}, str(out))
@@ -108,10 +110,10 @@ def train(
         _check_tokenizer(data, out)
     tokens = read_tokens(data / "train.bin", tokenizer.vocab_size)
     val_tokens = read_tokens(data / "val.bin", tokenizer.vocab_size)
-    if stored is not None and stored[3]["train_tokens"] != len(tokens):
+    fingerprint = _fingerprint(tokens)
+    if stored is not None and stored[3]["data"] != fingerprint:
         raise ValueError(
-            f"{data} has {len(tokens)} training tokens and the run {out} was trained on"
-            f" {stored[3]['train_tokens']}; go on with the data that it was trained on"
+            f"{data} does not hold the training tokens of the run {out}: go on with those"
         )
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
@@ -121,7 +123,7 @@ def train(
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    run = _Run(out, settings, model, optimizer, tokenizer, len(tokens))
+    run = _Run(out, settings, model, optimizer, tokenizer, fingerprint)
     if stored is None:
         claim_directory(out, overwrite)
         run.start()
@@ -129,6 +131,11 @@ def train(
         run.restore(*stored)
     with _interruptible() as interrupted:
         return _loop(run, batches, val_tokens, interrupted)
+
+
+def _fingerprint(tokens: Tokens) -> list[int]:
+    """Tell one token file from another: its length and a checksum of its first million tokens."""
+    return [len(tokens), zlib.crc32(tokens[: 1 << 20].tobytes())]
 
 
 def _loop(
@@ -205,10 +212,10 @@ class _Run:
         model: GPT2,
         optimizer: AdamW,
         tokenizer: Tokenizer,
-        train_tokens: int,
+        fingerprint: list[int],
     ) -> None:
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
-        self.tokenizer, self.train_tokens = tokenizer, train_tokens
+        self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.step = 0
         self.val_loss = math.nan
         self.metrics: list[dict[str, Any]] = []
@@ -246,8 +253,11 @@ class _Run:
         self.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
         path = self.out / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        entries_read = (json.loads(line) for line in lines if line.endswith("}"))
-        self.metrics = [entry for entry in entries_read if entry["step"] <= self.step]
+        try:
+            entries_read = [json.loads(line) for line in lines if line.endswith("}")]
+            self.metrics = [entry for entry in entries_read if entry["step"] <= self.step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: delete it and resume") from error
         self._write_metrics()
 
     def _write_metrics(self) -> None:
@@ -267,7 +277,7 @@ class _Run:
             "step": self.step,
             "val_loss": None if math.isnan(self.val_loss) else self.val_loss,
             "settings": dataclasses.asdict(self.settings),
-            "train_tokens": self.train_tokens,
+            "data": self.fingerprint,
         }
         moments = {"m": self.optimizer.m, "v": self.optimizer.v}
         config = self.model.config.to_dict()

@@ -10,6 +10,8 @@ rm -f "$copy"/gpt2c/*.so
 cd "$copy"
 "$1" build.py --sanitize
 # The interpreter itself is not instrumented: the runtime must come first, and Python's own leaks are not ours.
-LD_PRELOAD="$(${CC:-cc} -print-file-name=libasan.so) $(${CC:-cc} -print-file-name=libubsan.so)" \
+runtime=$(${CC:-cc} -print-file-name=libasan.so)
+case $runtime in /*) ;; *) echo "${CC:-cc} has no libasan.so: install gcc's sanitizers" >&2; exit 1 ;; esac
+LD_PRELOAD="$runtime $(${CC:-cc} -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$copy" \
     "$1" -m pytest -q -p no:cacheprovider tests/test_kernels.py

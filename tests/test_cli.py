@@ -266,7 +266,7 @@ MISTAKES = [
     (f"{TRAIN} --data data --learning-rate nan", "learning_rate must be finite"),
     (f"{TRAIN} --data data --learning-rate 1e-5", r"min_lr must be in .*got 0\.0001"),
     (f"{TRAIN} --data data --grad-clip nan", "grad_clip must be at least 0, got nan"),
-    (f"{TRAIN} --data data --beta1 1", "betas must be two numbers"),
+    (f"{TRAIN} --data data --beta1 1", "beta1 must be in"),
     (f"{TRAIN} --data data --schedule zigzag", "schedule must be one of constant, linear, cosine"),
     (f"{TRAIN} --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
     (f"{TRAIN} --data data --n-embd 1000000000000", "[Mm]emory|too large|exceeded"),

@@ -174,6 +174,18 @@ def test_row_ops_pass_nan_on(C: int, backend: Any) -> None:
         assert np.isfinite(np.delete(result, row, axis=0)).all(), f"{name}: the NaN spread"
 
 
+def test_gelu_does_not_overflow(backend_name: str) -> None:
+    if backend_name == "numpy":
+        pytest.skip("in float32 the reference's x^3 overflows; the kernels' must not")
+    backend = get_backend(backend_name)
+    x = np.array([-1e18, -1e12, -1e5, 1e5, 1e12, 1e18], np.float32)
+    out, dx = np.empty_like(x), np.empty_like(x)
+    backend.gelu_forward(out, x)
+    backend.gelu_backward(dx, np.ones_like(x), x)
+    assert np.array_equal(out[3:], x[3:]) and np.array_equal(dx[3:], np.ones(3, np.float32))
+    assert (np.abs(dx[:3]) < 1e-30).all() and (np.abs(out[:3]) < 1e-18).all()
+
+
 @pytest.mark.parametrize(("N", "C", "OC"), [(3, 5, 7), (13, 33, 40), (7, 300, 18)])
 def test_matmul_passes_nan_on(N: int, C: int, OC: int, backend: Any) -> None:
     x, weight = np.ones((N, C), np.float32), np.zeros((OC, C), np.float32)

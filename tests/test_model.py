@@ -470,3 +470,11 @@ def test_refused_tensors_change_nothing() -> None:
     other["ln_f.bias"] = np.zeros(C + 1, np.float32)
     assert "ln_f.bias" in refused(model.load_parameters, other, "a test")
     assert np.array_equal(model.flat_parameters, before)
+
+
+def test_a_loss_that_keeps_nothing_is_the_same(backend: Any, rng: np.random.Generator) -> None:
+    model = odd_model(backend)
+    x, y = batch_of(rng)
+    kept = model.loss(x, y)
+    assert model.loss(x, y, keep=False) == kept
+    assert "call loss" in refused(model.backward)

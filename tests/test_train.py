@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shlex
@@ -478,8 +479,11 @@ def test_a_recipe_that_is_none(tmp_path: Path, content: bytes, wanted: str) -> N
 
 
 def test_a_resumed_run_keeps_its_settings() -> None:
-    stored = {"n_layer": 2, "max_iters": 10, "seed": 3}
+    stored = dataclasses.asdict(TrainSettings(n_layer=2, max_iters=10, seed=3))
     settings = resumed(stored, {"max_iters": 20, "n_layer": 2}, "runs/a")
     assert (settings.n_layer, settings.max_iters, settings.seed) == (2, 20, 3)
     with pytest.raises(ValueError, match="runs/a was trained with n_layer=2, so it cannot go on"):
         resumed(stored, {"n_layer": 3}, "runs/a")
+    for strange in ({}, {**stored, "dropout": 0.1}, [], None):
+        with pytest.raises(ValueError, match="runs/a holds the settings of another gpt2c"):
+            resumed(strange, {}, "runs/a")
