@@ -335,7 +335,7 @@ class Batches:
 
 
 def windows(
-    tokens: NDArray[np.uint16], batch_size: int, block_size: int
+    tokens: NDArray[np.uint16], batch_size: int, block_size: int, overlap: int = 0
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Cut tokens into batches for evaluation: all but the first are targets, once, in order.
 
@@ -344,30 +344,32 @@ def windows(
     tokens : (N,) token ids
     batch_size : B, windows in a batch
     block_size : T, tokens in a window
+    overlap : so many tokens of each window stood in the one before; they are context, not targets
+        again, so that every target has at least `overlap` tokens before it
 
     Returns
     -------
-    iterator of (x, y), both (B,T) int32; what the last batch has too much is x = 0 and y = -1
-    (ignored)
+    iterator of (x, y), both (B,T) int32; where there is no target, y = -1 (ignored)
 
     Raises
     ------
-    ValueError : fewer than two tokens
+    ValueError : fewer than two tokens, or overlap is not in [0, block_size)
     """
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens are too few to evaluate on; at least 2 are needed")
-    shape, step = (batch_size, block_size), batch_size * block_size
-
-    def padded(ids: NDArray[np.uint16], padding: int) -> NDArray[np.int32]:
-        row = np.full(step, padding, dtype=np.int32)
-        row[: len(ids)] = ids
-        return row.reshape(shape)
-
+    if not 0 <= overlap < block_size:
+        raise ValueError(f"overlap must be in [0, block_size = {block_size}), got {overlap}")
     last = len(tokens) - 1
-    return (
-        (
-            padded(tokens[start : min(start + step, last)], 0),
-            padded(tokens[start + 1 : start + 1 + step], -1),
-        )
-        for start in range(0, last, step)
-    )
+    starts = range(0, max(1, last - overlap), block_size - overlap)
+
+    def batch(first: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        x = np.zeros((batch_size, block_size), np.int32)
+        y = np.full((batch_size, block_size), -1, np.int32)
+        for row, start in enumerate(starts[first : first + batch_size]):
+            end = min(start + block_size, last)
+            x[row, : end - start] = tokens[start:end]
+            y[row, : end - start] = tokens[start + 1 : end + 1]
+            y[row, : overlap if start else 0] = -1
+        return x, y
+
+    return (batch(first) for first in range(0, len(starts), batch_size))

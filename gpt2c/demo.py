@@ -97,7 +97,9 @@ def compare(model: GPT2, data: Path, prepared: Prepared) -> None:
     tokenizer = Tokenizer.from_pretrained(data)
     tokens, held_out = read_tokens(data / "train.bin"), read_tokens(data / "val.bin")
     block_size = model.config.n_positions
-    loss = evaluate(model, held_out, max(1, 2048 // block_size), block_size)
+    # xz sees all that came before; the model at least half of its window, not a cut in mid-sentence
+    rows, overlap = max(1, 2048 // block_size), block_size // 2
+    loss = evaluate(model, held_out, rows, block_size, overlap=overlap)
     scored = len(held_out) - 1
     bigram = bigram_nats(tokens, held_out, tokenizer.vocab_size)
     xz = xz_bits_per_byte(_text(tokenizer, tokens), _text(tokenizer, held_out))

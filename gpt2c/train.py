@@ -54,7 +54,12 @@ class TrainResult:
 
 
 def evaluate(
-    model: GPT2, tokens: Tokens, batch_size: int, block_size: int, eval_iters: int = 0
+    model: GPT2,
+    tokens: Tokens,
+    batch_size: int,
+    block_size: int,
+    eval_iters: int = 0,
+    overlap: int = 0,
 ) -> float:
     """Give the mean loss over consecutive windows of `tokens`, in nats per token.
 
@@ -62,9 +67,10 @@ def evaluate(
     ----------
     batch_size, block_size : B windows of T tokens at a time
     eval_iters : so many batches only; 0 all
+    overlap : tokens of context that a window shares with the one before, see `data.windows`
     """
     total, count = 0.0, 0
-    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size)):
+    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size, overlap)):
         if eval_iters and i == eval_iters:
             break
         scored = int(np.count_nonzero(y >= 0))
