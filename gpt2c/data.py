@@ -69,10 +69,11 @@ def split_validation(
 ) -> tuple[list[str], list[str]]:
     """Hold out about `fraction` of the characters for validation: (training, validation) documents.
 
-    Whole documents, chosen by `seed`, as many as fit; copies of a document stay together, so that
-    no held-out text is trained on. Where that gives less than half of what was asked (one document,
-    or few large ones), the tail of the longest document is held out instead, cut at a line break if
-    there is one: then there are more documents after than before.
+    Whole documents, chosen by `seed`, as many as fit, none of them more than a quarter of what is
+    held out as long as there are enough of those; copies of a document stay together, so that no
+    held-out text is trained on. Where whole documents give less than half of what was asked (one
+    document, or few large ones), the tail of the longest document is held out instead, cut at a
+    line break if there is one: then there are more documents after than before.
 
     Raises
     ------
@@ -87,18 +88,22 @@ def split_validation(
     budget = fraction * sum(map(len, documents))
     copies = Counter(documents)
     distinct = list(copies)
-    held_out: set[str] = set()
-    size = 0
-    for index in _shuffled([seed], len(distinct))[0]:
-        document = distinct[index]
-        if size + len(document) * copies[document] <= budget:
-            held_out.add(document)
-            size += len(document) * copies[document]
-    if size >= budget / 2:
-        return (
-            [document for document in documents if document not in held_out],
-            [document for document in documents if document in held_out],
-        )
+    order = _shuffled([seed], len(distinct))[0]
+    # First without the largest: one document that fills the share would speak for all the others.
+    for largest in (budget / 4, budget):
+        held_out: set[str] = set()
+        size = 0
+        for index in order:
+            document = distinct[index]
+            length = len(document) * copies[document]
+            if length <= largest and size + length <= budget:
+                held_out.add(document)
+                size += length
+        if size >= budget / 2:
+            return (
+                [document for document in documents if document not in held_out],
+                [document for document in documents if document in held_out],
+            )
     longest = max(distinct, key=len)
     size = max(1, round(min(budget, max(fraction, 0.5) * len(longest))))
     cut = len(longest) - size
