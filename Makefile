@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint bench sanitize parity clean
 
-# The main job: text -> tokens -> training -> model -> text, about two minutes on two cores.
+# The main job: text -> tokens -> training -> model -> text, two to three minutes on two cores.
 demo: $(VENV)/installed
 	$(BIN)/gpt2c demo --overwrite
 
