@@ -13,14 +13,14 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
 from gpt2c.baselines import bits_per_byte
 from gpt2c.data import prepare, read_text, read_tokens, split_documents
-from gpt2c.demo import demo, describe
+from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.model import GPT2
 from gpt2c.settings import TrainSettings, read_recipe
 from gpt2c.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--text", type=Path, help="learn this file instead of Python's documentation")
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    _add_settings(verb)
+    _add_settings(verb, demo_recipe())
 
     verb = _verb(verbs, "prepare", run_prepare, "text files to token files")
     verb.add_argument(
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--config", type=Path, help="a TOML recipe; flags override it")
     verb.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    _add_settings(verb)
+    _add_settings(verb, {})
 
     verb = _verb(verbs, "eval", run_eval, "loss, perplexity and bits per byte on held-out text")
     verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
@@ -117,18 +117,19 @@ def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser
     return verb
 
 
-def _add_settings(verb: argparse.ArgumentParser) -> None:
+def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
     """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
     group = verb.add_argument_group("settings of the run", "names of a TOML recipe's keys")
     for field in dataclasses.fields(TrainSettings):
         group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            f"--{field.name}",
+            *dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}")),
             dest=field.name,
             type=type(field.default),
             default=argparse.SUPPRESS,
             metavar=type(field.default).__name__.upper(),
-            help=f"{field.metadata['help']} ({field.default})".replace("%", "%%"),
+            help=f"{field.metadata['help']} ({defaults.get(field.name, field.default)})".replace(
+                "%", "%%"
+            ),
         )
 
 

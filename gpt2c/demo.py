@@ -44,9 +44,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     OSError, ValueError : the text cannot be read or is too short, or `out` cannot be written
     """
     start = time.perf_counter()
-    recipe = importlib.resources.files("gpt2c") / "recipes/demo.toml"
-    with importlib.resources.as_file(recipe) as path:
-        settings = read_recipe(path) | dict(given)
+    settings = demo_recipe() | dict(given)
     get_backend(TrainSettings(**settings).backend)  # a mistake shows before anything is written
     documents = python_documentation() if text is None else split_documents(read_text(text))
     if not documents:
@@ -79,6 +77,13 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     return result
 
 
+def demo_recipe() -> dict[str, Any]:
+    """Give the demo's settings, where they differ from the defaults."""
+    recipe = importlib.resources.files("gpt2c") / "recipes/demo.toml"
+    with importlib.resources.as_file(recipe) as path:
+        return read_recipe(path)
+
+
 def show(name: str, text: str) -> None:
     """Print a line of the demo's left and right column."""
     print(f"{name:<12}{text}", flush=True)
@@ -107,7 +112,11 @@ def compare(model: GPT2, data: Path, prepared: Prepared) -> None:
     print(f"\n{'on the held-out text':<24}{'nats/token':>12}{'bits/byte':>12}")
     print(f"{'GPT-2, this run':<24}{loss:>12.3f}{bits_per_byte(loss * scored, size):>12.3f}")
     print(f"{'bigram model':<24}{bigram / scored:>12.3f}{bits_per_byte(bigram, size):>12.3f}")
-    print(f"{'xz -9 after the rest':<24}{'':>12}{xz:>12.3f}", flush=True)
+    print(f"{'xz -9 after the rest':<24}{'':>12}{xz:>12.3f}")
+    print(
+        "(GPT-2 sees at least half a window before each token, xz all the training text)",
+        flush=True,
+    )
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray[Any, Any]) -> bytes:

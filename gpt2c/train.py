@@ -111,6 +111,10 @@ def train(
         if missing:
             raise ValueError(f"{out / checkpoint.TRAINER_FILE} lacks {', '.join(sorted(missing))}")
         settings = resumed(stored[3]["settings"], given or {}, str(out))
+    if not data.is_dir():
+        raise FileNotFoundError(
+            f"{data} is not a directory of token files; gpt2c prepare makes one"
+        )
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(data, out)

@@ -250,8 +250,11 @@ MISTAKES = [
     ("prepare text.txt --out new --tokenizer bytes --val-fraction 1", "between 0 and 1, not 1"),
     ("prepare text.txt --out new --tokenizer bytes --val-fraction nan", "0 and 1, not nan"),
     ("prepare text.txt --out new --tokenizer bytes --seed -1", "non-negative|at least 0"),
-    (f"{TRAIN} --data missing", r"missing/vocab\.json does not exist"),
-    (f"{TRAIN} --data text.txt", r"text\.txt/vocab\.json: Not a directory"),
+    (
+        f"{TRAIN} --data missing",
+        r"missing is not a directory of token files; gpt2c prepare makes one",
+    ),
+    (f"{TRAIN} --data text.txt", r"text\.txt is not a directory of token files"),
     (f"{TRAIN} --data magic", r"magic/train\.bin is not an llm\.c token file"),
     (f"{TRAIN} --data truncated", r"truncated/train\.bin has \d+ bytes; its \d+ tokens need"),
     (f"{TRAIN} --data count", r"count/train\.bin has \d+ bytes; its 7 tokens need 1038"),
