@@ -5,12 +5,14 @@
  * rows of A (NR of B) interleaved, so that every step of the microkernel reads MR + NR consecutive floats and does
  * MR * NR multiply-adds. Edges are packed with zeros: the microkernel never sees a partial tile.
  *
- *   for each NC columns of C:                 packed B: NC x KC, in the last-level cache
- *     for each KC of the sum:                   all threads pack B together
- *       for each MB rows of C:                  all threads pack A together
- *         for each MC x NT tile, in parallel:     packed A: MC x KC, in the second-level cache
- *           for each NR columns, each MR rows:      packed B: NR x KC
- *             microkernel
+ *   for each KC of the sum:
+ *     for each MB rows of C:                  all threads pack A together: MB x KC, in the last-level cache
+ *       for each NT columns, in parallel:       a thread packs B for itself: NT x KC, in its second-level cache
+ *         for each MR rows, each NR columns:      packed A: MR x KC, in the first-level cache
+ *           microkernel
+ *
+ * B, the weights of a linear layer, is read once from memory for MB rows of C, and while the microkernel computes on
+ * one block of it, the lines of the thread's next block are called into the cache (Ahead).
  *
  * Every element of C is summed in the same order whatever the thread count is. */
 
@@ -29,53 +31,39 @@ enum { MR = 4, NV = 2 };
 #endif
 enum { NR = NV * VF_LEN };
 
+/* In brackets the bytes with AVX-512. */
 enum {
-    KC = 384, /* deep enough that C is read and written seldom; MR x KC of A (18 KB) stays in the first-level cache */
-    MC = 16 * MR, /* MC x KC of A: 288 KB with AVX-512, in the second-level cache beside NT x KC of B (192 KB) */
-    MB = 64 * MR, /* rows packed at a time: 1.2 MB with AVX-512 */
-    NT = 4 * NR,  /* columns a tile: small enough that 16 threads find work in a 1024 x 768 product */
-    NC = 64 * NR  /* columns packed at a time: 3 MB with AVX-512 */
+    KC = 768,     /* deep, so that C is read and written seldom; MR x KC of A (36 KB) is used for NT / NR tiles */
+    MB = 86 * MR, /* rows packed at a time (3 MB); many, since each row of C uses a packed B once */
+    NT = 4 * NR,  /* columns a thread packs at a time (384 KB) */
+    UNROLL = 8,   /* steps of the microkernel for which one line is called into the cache */
+    GROUP = 8     /* panels of A packed together */
 };
 
-/* The packed blocks are shared by all threads. */
-int64_t matmul_scratch_size(void) { return (int64_t)KC * (MB + NC); }
+int64_t matmul_scratch_size(int threads) { return (int64_t)KC * (MB + (int64_t)threads * NT); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
-/* rows[VF_LEN] becomes its transpose: log2(VF_LEN) times, zip row i with row i + VF_LEN/2 (the perfect shuffle). */
-static inline void transpose(vf rows[VF_LEN]) {
-    for (int stage = 1; stage < VF_LEN; stage *= 2) {
-        vf zipped[VF_LEN];
-        for (int i = 0; i < VF_LEN / 2; i++) {
-            zipped[2 * i] = vf_zip_lo(rows[i], rows[i + VF_LEN / 2]);
-            zipped[2 * i + 1] = vf_zip_hi(rows[i], rows[i + VF_LEN / 2]);
-        }
-        for (int i = 0; i < VF_LEN; i++) rows[i] = zipped[i];
+/* Panels of `width` (MR or NR) rows for n rows of x: panels[p * kc + k * width + i] = x(p + i, k), p a multiple of
+ * width, i < width, k < kc; rows from n on are 0. */
+static inline __attribute__((always_inline)) void pack(float *restrict panels, Operand x, int64_t n, int64_t kc,
+                                                       const int64_t width) {
+    enum { NEAR = 8 }; /* how many k before its turn a line is called into the cache */
+    if (x.k_stride == 1) {
+        for (int64_t p = 0; p < n; p += width)
+            transpose(panels + p * kc, width, x.data + p * x.stride, x.stride, min64(width, n - p), kc, width);
+        return;
     }
-}
-
-/* panel[k * width + i] = x(i, k) for i < width, k < kc; rows from n on are 0. `width` is MR or NR. */
-static inline __attribute__((always_inline)) void pack_panel(float *restrict panel, Operand x, int64_t n, int64_t kc,
-                                                             int64_t width) {
-    for (int64_t i = 0; i < width; i += VF_LEN) {
-        int64_t lanes = width - i, valid = min64(lanes, n - i);
-        if (valid <= 0) { /* a whole vector of padding */
-            for (int64_t k = 0; k < kc; k++) vf_store_n(panel + k * width + i, vf_set1(0.0f), lanes);
-        } else if (x.k_stride != 1) { /* rows are contiguous: copy */
-            const float *source = x.data + i;
-            for (int64_t k = 0; k < kc; k++)
-                vf_store_n(panel + k * width + i, vf_load_n(source + k * x.k_stride, valid), lanes);
-        } else { /* k is contiguous: transpose VF_LEN x VF_LEN at a time */
-            const float *source = x.data + i * x.stride;
-            for (int64_t k = 0; k < kc; k += VF_LEN) {
-                vf rows[VF_LEN];
-                for (int64_t r = 0; r < VF_LEN; r++)
-                    rows[r] = r < valid ? vf_load_n(source + r * x.stride + k, kc - k) : vf_set1(0.0f);
-                transpose(rows);
-                for (int64_t s = 0; s < min64(VF_LEN, kc - k); s++)
-                    vf_store_n(panel + (k + s) * width + i, rows[s], lanes);
+    for (int64_t k = 0; k < kc; k++) { /* the rows of a k are contiguous: a copy, in the order of memory */
+        const float *source = x.data + k * x.k_stride;
+        if (k + NEAR < kc)
+            for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(source + NEAR * x.k_stride + i);
+        for (int64_t p = 0; p < n; p += width)
+            for (int64_t i = 0; i < width; i += VF_LEN) {
+                const int64_t left = n - p - i;
+                vf row = left <= 0 ? vf_set1(0.0f) : vf_load_n(source + p + i, min64(left, width - i));
+                vf_store_n(panels + p * kc + k * width + i, row, width - i);
             }
-        }
     }
 }
 
@@ -83,6 +71,28 @@ static inline __attribute__((always_inline)) void pack_panel(float *restrict pan
 static inline Operand shifted(Operand x, int64_t row, int64_t k) {
     x.data += row * x.stride + k * x.k_stride;
     return x;
+}
+
+/* Memory that will be wanted soon: `runs` runs of `length` floats, `stride` apart, of which the first is at `next`. */
+typedef struct {
+    const float *next, *end;
+    int64_t runs, length, stride;
+} Ahead;
+
+static inline void call_a_line(Ahead *ahead) {
+    if (ahead->runs <= 0) return;
+    __builtin_prefetch(ahead->next, 0, 2);
+    ahead->next += LINE;
+    if (ahead->next < ahead->end) return;
+    ahead->next = ahead->end - ahead->length + ahead->stride;
+    ahead->end += ahead->stride;
+    ahead->runs--;
+}
+
+/* What packing n rows and kc columns of x will read. */
+static Ahead to_be_packed(Operand x, int64_t n, int64_t kc) {
+    return x.k_stride == 1 ? (Ahead){x.data, x.data + kc, n, kc, x.stride}
+                           : (Ahead){x.data, x.data + n, kc, n, x.k_stride};
 }
 
 /* ---- microkernel -------------------------------------------------------------------------------------------- */
@@ -93,22 +103,31 @@ typedef struct {
     int accumulate;
 } Epilogue;
 
+/* acc += MR of a times NR of b */
+static inline __attribute__((always_inline)) void multiply_add(vf acc[MR][NV], const float *a, const float *b) {
+    vf bk[NV];
+    for (int j = 0; j < NV; j++) bk[j] = vf_load(b + j * VF_LEN);
+    for (int i = 0; i < MR; i++) {
+        vf ai = vf_set1(a[i]);
+        for (int j = 0; j < NV; j++) acc[i][j] = vf_fma(ai, bk[j], acc[i][j]);
+    }
+}
+
 /* c[0..m)[0..n) (ldc) from packed panels a (kc x MR) and b (kc x NR); m <= MR, n <= NR. */
 static inline void microkernel(float *restrict c, int64_t ldc, const float *restrict a, const float *restrict b,
-                               int64_t kc, int64_t m, int64_t n, Epilogue epilogue) {
+                               int64_t kc, int64_t m, int64_t n, Epilogue epilogue, Ahead *ahead) {
     vf acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = vf_set1(0.0f);
     for (int64_t i = 0; i < m; i++) /* C is far away: its lines come while the products are computed */
         for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VF_LEN, 0);
-    for (int64_t k = 0; k < kc; k++, a += MR, b += NR) {
-        vf bk[NV];
-        for (int j = 0; j < NV; j++) bk[j] = vf_load(b + j * VF_LEN);
-        for (int i = 0; i < MR; i++) {
-            vf ai = vf_set1(a[i]);
-            for (int j = 0; j < NV; j++) acc[i][j] = vf_fma(ai, bk[j], acc[i][j]);
-        }
+    int64_t k = 0;
+    for (; k + UNROLL <= kc; k += UNROLL, a += UNROLL * MR, b += UNROLL * NR) {
+        call_a_line(ahead);
+#pragma GCC unroll 8
+        for (int u = 0; u < UNROLL; u++) multiply_add(acc, a + u * MR, b + u * NR);
     }
+    for (; k < kc; k++, a += MR, b += NR) multiply_add(acc, a, b);
     if (m == MR && n == NR) {
         for (int j = 0; j < NV; j++) {
             vf add = epilogue.bias ? vf_load(epilogue.bias + j * VF_LEN) : vf_set1(0.0f);
@@ -129,55 +148,73 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
     }
 }
 
-/* c (m x n) from packed a and b: a panel of B stays while the panels of A pass. */
+/* c (m x n) from packed a and b: a panel of A stays in the nearest cache while the panels of B pass. */
 static void multiply_packed(float *c, int64_t ldc, const float *a, const float *b, int64_t m, int64_t n, int64_t kc,
-                            Epilogue epilogue) {
+                            Epilogue epilogue, Ahead ahead) {
     const float *bias = epilogue.bias;
-    for (int64_t j = 0; j < n; j += NR) {
-        if (bias) epilogue.bias = bias + j;
-        for (int64_t i = 0; i < m; i += MR)
-            microkernel(c + i * ldc + j, ldc, a + i * kc, b + j * kc, kc, min64(MR, m - i), min64(NR, n - j), epilogue);
-    }
+    for (int64_t i = 0; i < m; i += MR)
+        for (int64_t j = 0; j < n; j += NR) {
+            if (bias) epilogue.bias = bias + j;
+            microkernel(c + i * ldc + j, ldc, a + i * kc, b + j * kc, kc, min64(MR, m - i), min64(NR, n - j), epilogue,
+                        &ahead);
+        }
 }
 
-/* ---- the two products --------------------------------------------------------------------------------------- */
+/* ---- the product -------------------------------------------------------------------------------------------- */
+
+/* C in tasks: nt columns by mt rows of a block of MB rows. */
+typedef struct {
+    int64_t nt, mt, columns, count;
+} Tasks;
+
+/* Wide tasks, since a task packs its own B; yet some for each thread, so that all end together. Only where columns are
+ * too few for the threads are rows divided, and B packed more than once. */
+static Tasks divide(int64_t rows, int64_t N, int threads) {
+    const int64_t panels = ceil_div(N, NR), wanted = 3 * threads;
+    const int64_t wide = panels / (4 * threads);
+    Tasks tasks;
+    tasks.nt = NR * (wide < 1 ? 1 : min64(wide, NT / NR));
+    tasks.columns = ceil_div(N, tasks.nt);
+    const int64_t parts = tasks.columns >= wanted ? 1 : ceil_div(wanted, tasks.columns);
+    tasks.mt = round_up(ceil_div(rows, min64(parts, ceil_div(rows, 16 * MR))), MR);
+    tasks.count = tasks.columns * ceil_div(rows, tasks.mt);
+    return tasks;
+}
 
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, int threads) {
-    float *packed_a = scratch, *packed_b = scratch + (int64_t)MB * KC;
+    const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), UNROLL); /* KC or less, in equal parts */
+    float *packed_a = scratch;
+    int64_t taken = 0;
 #pragma omp parallel num_threads(team(threads, M * N * K / 16))
-    for (int64_t jc = 0; jc < N; jc += NC) {
-        int64_t nc = min64(NC, N - jc);
-        for (int64_t pc = 0; pc < K; pc += KC) {
-            int64_t kc = min64(KC, K - pc);
-            Epilogue epilogue = {pc == 0 && bias ? bias + jc : NULL, accumulate || pc > 0};
-#pragma omp for schedule(static) nowait
-            for (int64_t j = 0; j < nc; j += NR) pack_panel(packed_b + j * kc, shifted(b, jc + j, pc), nc - j, kc, NR);
+    {
+        float *packed_b = scratch + (int64_t)KC * (MB + (int64_t)omp_get_thread_num() * NT);
+        for (int64_t pc = 0; pc < K; pc += depth)
             for (int64_t ic = 0; ic < M; ic += MB) {
-                int64_t mb = min64(MB, M - ic);
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < mb; i += MR)
-                    pack_panel(packed_a + i * kc, shifted(a, ic + i, pc), mb - i, kc, MR);
-                int64_t rows = ceil_div(mb, MC), columns = ceil_div(nc, NT);
+                const int64_t kc = min64(depth, K - pc), mb = min64(MB, M - ic);
+                const Tasks tasks = divide(mb, N, threads);
 #pragma omp for schedule(dynamic)
-                for (int64_t tile = 0; tile < rows * columns; tile++) {
-                    int64_t i = tile / columns * MC, j = tile % columns * NT;
-                    Epilogue here = epilogue;
-                    if (here.bias) here.bias += j;
-                    multiply_packed(c + (ic + i) * ldc + jc + j, ldc, packed_a + i * kc, packed_b + j * kc,
-                                    min64(MC, mb - i), min64(NT, nc - j), kc, here);
+                for (int64_t i = 0; i < mb; i += GROUP * MR)
+                    pack(packed_a + i * kc, shifted(a, ic + i, pc), min64(GROUP * MR, mb - i), kc, MR);
+                /* Who is free takes the next task, and knows by then which one will follow it. */
+                int64_t task, following;
+#pragma omp atomic capture
+                task = taken++;
+                for (; task < tasks.count; task = following) {
+#pragma omp atomic capture
+                    following = taken++;
+                    const int64_t j = task % tasks.columns * tasks.nt, i = task / tasks.columns * tasks.mt;
+                    const int64_t next_j = following % tasks.columns * tasks.nt, n = min64(tasks.nt, N - j);
+                    Ahead ahead = {0};
+                    if (following < tasks.count)
+                        ahead = to_be_packed(shifted(b, next_j, pc), min64(tasks.nt, N - next_j), kc);
+                    pack(packed_b, shifted(b, j, pc), n, kc, NR);
+                    multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.mt, mb - i),
+                                    n, kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, ahead);
                 }
+#pragma omp barrier
+#pragma omp single
+                taken = 0;
             }
-        }
     }
-}
-
-int64_t gemm_tile_scratch_size(int64_t M, int64_t N, int64_t K) { return (round_up(M, MR) + round_up(N, NR)) * K; }
-
-void gemm_tile(float *c, int64_t ldc, Operand a, Operand b, int accumulate, int64_t M, int64_t N, int64_t K,
-               float *scratch) {
-    float *packed_a = scratch, *packed_b = scratch + round_up(M, MR) * K;
-    for (int64_t i = 0; i < M; i += MR) pack_panel(packed_a + i * K, shifted(a, i, 0), M - i, K, MR);
-    for (int64_t j = 0; j < N; j += NR) pack_panel(packed_b + j * K, shifted(b, j, 0), N - j, K, NR);
-    multiply_packed(c, ldc, packed_a, packed_b, M, N, K, (Epilogue){NULL, accumulate});
 }

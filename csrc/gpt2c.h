@@ -25,8 +25,8 @@ int cpu_supports(const char *feature);
 double fma_burn(int64_t iterations, int threads);
 
 /* Floats of scratch memory that the matmul and attention kernels need. */
-int64_t matmul_scratch_size(void);
-int64_t attention_scratch_size(int64_t HS, int threads);
+int64_t matmul_scratch_size(int threads);
+int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
 
 /* ---- encoder: token + position embedding -------------------------------------------------------------------- */
 
@@ -66,7 +66,7 @@ void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout,
 void attention_forward(float *out, float *lse, const float *qkv, float *scratch, int64_t B, int64_t T, int64_t C,
                        int64_t NH, int threads);
 
-/* dqkv (B,T,3C) from dout (B,T,C) and what the forward pass read and wrote. */
+/* dqkv (B,T,3C) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
                         float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int threads);
 

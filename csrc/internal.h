@@ -16,9 +16,26 @@ static inline int omp_get_thread_num(void) { return 0; }
 /* Threads worth waking for `work` elements: below this, starting them costs more than they save. */
 static inline int team(int threads, int64_t work) { return work < 16384 ? 1 : threads; }
 
+enum { LINE = 16 }; /* floats of a cache line */
+
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/* to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns; 0 for rows <= r < width. */
+static inline __attribute__((always_inline)) void transpose(float *restrict to, int64_t to_stride,
+                                                            const float *restrict from, int64_t from_stride,
+                                                            int64_t rows, int64_t columns, const int64_t width) {
+    for (int64_t r = 0; r < width; r += VF_LEN)
+        for (int64_t c = 0; c < columns; c += VF_LEN) {
+            vf block[VF_LEN];
+            for (int64_t i = 0; i < VF_LEN; i++)
+                block[i] = r + i < rows ? vf_load_n(from + (r + i) * from_stride + c, columns - c) : vf_set1(0.0f);
+            vf_transpose(block);
+            for (int64_t i = 0; i < min64(VF_LEN, columns - c); i++)
+                vf_store_n(to + (c + i) * to_stride + r, block[i], width - r);
+        }
+}
 
 /* One operand of a product: element (i, k), where k is summed over, is at data[i * stride + k * k_stride].
  * Either stride or k_stride is 1. Transposition is only a matter of strides; packing makes it disappear. */
@@ -30,10 +47,5 @@ typedef struct {
 /* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, plus what c held if `accumulate`. */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, int threads);
-
-/* The same on one thread for small M, N, K, whose packed operands fit in the cache: gemm_tile_scratch_size floats. */
-void gemm_tile(float *c, int64_t ldc, Operand a, Operand b, int accumulate, int64_t M, int64_t N, int64_t K,
-               float *scratch);
-int64_t gemm_tile_scratch_size(int64_t M, int64_t N, int64_t K);
 
 #endif

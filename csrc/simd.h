@@ -1,8 +1,9 @@
 /* One vector of floats. A kernel written with these runs with 16, 8, 4 or 1 lanes: the compiler's flags decide.
  *
  * This is the only file that names an instruction set's intrinsics. `..._part` and `..._n` touch the first n lanes only
- * and read the others as 0; part wants 0 < n < VF_LEN, n any n > 0. vf_max(a, b) and vf_min(a, b) give b where either
- * is NaN on x86 and NaN on NEON, so a constant stands first and a NaN in the data survives. */
+ * and read the others as 0; part wants 0 < n < VF_LEN, n any n > 0. vf_first_n(a, b, n), 0 <= n <= VF_LEN, has n lanes
+ * of a and then b's. vf_max(a, b) and vf_min(a, b) give b where either is NaN on x86 and NaN on NEON, so a constant
+ * stands first and a NaN in the data survives. */
 
 #ifndef SIMD_H
 #define SIMD_H
@@ -29,6 +30,7 @@ static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); } /
 static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf vf_sqrt(vf a) { return _mm512_sqrt_ps(a); }
+static inline vf vf_first_n(vf a, vf b, int64_t n) { return _mm512_mask_mov_ps(b, vf_mask(n), a); }
 static inline float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 /* a * 2^k, where k is the integer in the low bits of t = k + 1.5*2^23: added to the exponent field. */
@@ -65,6 +67,7 @@ static inline vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 static inline vf vf_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+static inline vf vf_first_n(vf a, vf b, int64_t n) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(vf_mask(n))); }
 static inline float vf_sum(vf a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -136,6 +139,13 @@ static inline vf vf_scale2(vf a, vf t) {
 static inline vf vf_zip_lo(vf a, vf b) { return vzip1q_f32(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return vzip2q_f32(a, b); }
 #endif
+static inline vf vf_first_n(vf a, vf b, int64_t n) {
+    float lanes[8];
+    vf_store(lanes, b);
+    vf_store(lanes + 4, a);
+    memcpy(lanes, lanes + 4, (size_t)n * sizeof(float));
+    return vf_load(lanes);
+}
 static inline vf vf_load_part(const float *p, int64_t n) {
     float lanes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     memcpy(lanes, p, (size_t)n * sizeof(float));
@@ -152,6 +162,7 @@ typedef float vf;
 #define VF_LEN 1
 static inline vf vf_load(const float *p) { return *p; }
 static inline void vf_store(float *p, vf x) { *p = x; }
+static inline vf vf_first_n(vf a, vf b, int64_t n) { return n > 0 ? a : b; }
 static inline vf vf_load_part(const float *p, int64_t n) { return n > 0 ? *p : 0.0f; } /* one lane has no parts */
 static inline void vf_store_part(float *p, vf x, int64_t n) {
     if (n > 0) *p = x;
@@ -195,10 +206,17 @@ static inline void vf_store_n(float *p, vf x, int64_t n) {
         vf_store_part(p, x, n);
 }
 /* x with the lanes from n on set to 0. */
-static inline vf vf_keep_n(vf x, int64_t n) {
-    float lanes[VF_LEN] = {0.0f};
-    vf_store_n(lanes, x, n);
-    return n >= VF_LEN ? x : vf_load(lanes);
+static inline vf vf_keep_n(vf x, int64_t n) { return n >= VF_LEN ? x : vf_first_n(x, vf_set1(0.0f), n); }
+/* rows[VF_LEN] becomes its transpose: log2(VF_LEN) times, zip row i with row i + VF_LEN/2 (the perfect shuffle). */
+static inline void vf_transpose(vf rows[VF_LEN]) {
+    for (int stage = 1; stage < VF_LEN; stage *= 2) {
+        vf zipped[VF_LEN];
+        for (int i = 0; i < VF_LEN / 2; i++) {
+            zipped[2 * i] = vf_zip_lo(rows[i], rows[i + VF_LEN / 2]);
+            zipped[2 * i + 1] = vf_zip_hi(rows[i], rows[i + VF_LEN / 2]);
+        }
+        for (int i = 0; i < VF_LEN; i++) rows[i] = zipped[i];
+    }
 }
 
 #endif

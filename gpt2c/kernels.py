@@ -98,7 +98,7 @@ class Kernels:
     def matmul_forward(self, out: Array, x: Array, weight: Array, bias: Array | None) -> None:
         """See `gpt2c.reference.matmul_forward`."""
         OC, C = weight.shape
-        scratch = self._scratch(self._lib.matmul_scratch_size())
+        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
         arrays = (out, x, weight, bias)
         self._lib.matmul_forward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
 
@@ -107,7 +107,7 @@ class Kernels:
     ) -> None:
         """See `gpt2c.reference.matmul_backward`."""
         OC, C = weight.shape
-        scratch = self._scratch(self._lib.matmul_scratch_size())
+        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
         arrays = (dx, dweight, dbias, dout, x, weight)
         self._lib.matmul_backward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
 
@@ -115,7 +115,7 @@ class Kernels:
         """See `gpt2c.reference.attention_forward`."""
         B, T, C = out.shape
         NH = lse.shape[1]
-        scratch = self._scratch(self._lib.attention_scratch_size(C // NH, self.threads))
+        scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
         arrays = (out, lse, qkv)
         self._lib.attention_forward(*map(self._f, arrays), scratch, B, T, C, NH, self.threads)
 
@@ -125,7 +125,7 @@ class Kernels:
         """See `gpt2c.reference.attention_backward`."""
         B, T, C = out.shape
         NH = lse.shape[1]
-        scratch = self._scratch(self._lib.attention_scratch_size(C // NH, self.threads))
+        scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
         arrays = (dqkv, dout, qkv, out, lse)
         self._lib.attention_backward(*map(self._f, arrays), scratch, B, T, C, NH, self.threads)
 
