@@ -6,7 +6,8 @@
  *
  * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
  * Order: outputs, inputs, scalars, scratch, sizes, threads. All arrays are C-contiguous float32 unless typed otherwise.
- * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up. Activations and their
+ * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward's are
+ * written when asked. Activations and their
  * gradients are written (=), with one exception that is said where it stands: layernorm_backward's dx.
  * Same inputs and same thread count give the same bits. No kernel allocates, prints, exits or keeps state. */
 
@@ -55,9 +56,10 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
 void matmul_forward(float *out, const float *x, const float *weight, const float *bias, float *scratch, int64_t N,
                     int64_t C, int64_t OC, int threads);
 
-/* dx (N,C) = dout weight, dweight (OC,C) += dout^T x, dbias (OC) += column sums of dout (N,OC); dbias may be NULL. */
+/* dweight (OC,C) += dout^T x, dbias (OC) += column sums of dout (N,OC), both written instead if `accumulate` is 0; then
+ * dx (N,C) = dout weight. dbias may be NULL, dx may be x. */
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                     float *scratch, int64_t N, int64_t C, int64_t OC, int threads);
+                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, int threads);
 
 /* ---- attention: causal, multi-head -------------------------------------------------------------------------- */
 

@@ -9,20 +9,32 @@ void matmul_forward(float *out, const float *x, const float *weight, const float
     gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, N, OC, C, scratch, threads);
 }
 
-/* dbias (OC) += column sums of dout (N,OC); a thread owns whole columns, so the order of the sums is fixed. */
-static void add_column_sums(float *restrict dbias, const float *restrict dout, int64_t N, int64_t OC, int threads) {
+/* A thread sums so many vectors of a row at a time: four cache lines, which come together. */
+enum { STRIP = 4 };
+
+/* dbias (OC) (+)= column sums of dout (N,OC); a thread owns whole columns, so the order of the sums is fixed. */
+static void column_sums(float *restrict dbias, const float *restrict dout, int accumulate, int64_t N, int64_t OC,
+                        int threads) {
 #pragma omp parallel for num_threads(team(threads, N *OC)) schedule(static)
-    for (int64_t j = 0; j < OC; j += VF_LEN) {
-        vf sum = vf_set1(0.0f);
-        for (int64_t i = 0; i < N; i++) sum = vf_add(sum, vf_load_n(dout + i * OC + j, OC - j));
-        vf_store_n(dbias + j, vf_add(vf_load_n(dbias + j, OC - j), sum), OC - j);
+    for (int64_t j = 0; j < OC; j += STRIP * VF_LEN) {
+        const int64_t n = min64(STRIP * VF_LEN, OC - j);
+        vf sums[STRIP];
+        for (int s = 0; s < STRIP; s++) sums[s] = vf_set1(0.0f);
+        for (int64_t i = 0; i < N; i++)
+            for (int64_t s = 0; s * VF_LEN < n; s++)
+                sums[s] = vf_add(sums[s], vf_load_n(dout + i * OC + j + s * VF_LEN, n - s * VF_LEN));
+        for (int64_t s = 0; s * VF_LEN < n; s++) {
+            float *to = dbias + j + s * VF_LEN;
+            const int64_t left = n - s * VF_LEN;
+            vf_store_n(to, accumulate ? vf_add(vf_load_n(to, left), sums[s]) : sums[s], left);
+        }
     }
 }
 
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                     float *scratch, int64_t N, int64_t C, int64_t OC, int threads) {
-    /* out = x weight^T, so dx = dout weight (summed over OC) and dweight += dout^T x (summed over N) */
+                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, int threads) {
+    /* out = x weight^T, so dweight += dout^T x (summed over N) and dx = dout weight (summed over OC) */
+    gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, OC, C, N, scratch, threads);
+    if (dbias) column_sums(dbias, dout, accumulate, N, OC, threads);
     gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, N, C, OC, scratch, threads);
-    gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, 1, OC, C, N, scratch, threads);
-    if (dbias) add_column_sums(dbias, dout, N, OC, threads);
 }

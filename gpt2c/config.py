@@ -130,30 +130,6 @@ class GPT2Config:
         shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
         return dict(sorted(shapes.items(), key=lambda item: -len(item[1])))
 
-    def activation_shapes(
-        self, B: int, T: int, keep: bool, logits_floats: int
-    ) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of all that a forward pass writes, in its order, then a backward pass.
-
-        Without `keep` there is no backward pass, and one layer's worth serves all layers. Of the
-        logits (N, V) there are as many rows as fit into `logits_floats`, at least one.
-        """
-        N, C, F, V = B * T, self.n_embd, self.inner, self.vocab_size
-        shapes: dict[str, tuple[int, ...]] = {"encoded": (N, C), "branch": (N, C)}
-        for layer in range(self.n_layer if keep else 1):
-            h = f"h.{layer}."
-            shapes |= {h + "ln_1": (N, C), h + "ln_1.mean": (N,), h + "ln_1.rstd": (N,)}
-            shapes |= {h + "qkv": (N, 3 * C), h + "att": (N, C), h + "lse": (B, self.n_head, T)}
-            shapes |= {h + "middle": (N, C)}
-            shapes |= {h + "ln_2": (N, C), h + "ln_2.mean": (N,), h + "ln_2.rstd": (N,)}
-            shapes |= {h + "fc": (N, F), h + "gelu": (N, F), h + "out": (N, C)}
-        shapes |= {"ln_f": (N, C), "ln_f.mean": (N,), "ln_f.rstd": (N,)}
-        shapes |= {"logits": (max(1, min(N, logits_floats // V)), V), "losses": (N,), "lse": (N,)}
-        if keep:
-            shapes |= {"d_stream": (N, C), "d_branch": (N, C), "d_ln": (N, C), "d_att": (N, C)}
-            shapes |= {"d_qkv": (N, 3 * C), "d_fc": (N, F)}
-        return shapes
-
     def num_parameters(self) -> int:
         """Count the parameters; the lm_head is wte and counts once."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())

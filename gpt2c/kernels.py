@@ -103,13 +103,21 @@ class Kernels:
         self._lib.matmul_forward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
 
     def matmul_backward(
-        self, dx: Array, dweight: Array, dbias: Array | None, dout: Array, x: Array, weight: Array
+        self,
+        dx: Array,
+        dweight: Array,
+        dbias: Array | None,
+        dout: Array,
+        x: Array,
+        weight: Array,
+        accumulate: bool = True,
     ) -> None:
         """See `gpt2c.reference.matmul_backward`."""
         OC, C = weight.shape
         scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
         arrays = (dx, dweight, dbias, dout, x, weight)
-        self._lib.matmul_backward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
+        sizes = (x.shape[0], C, OC, self.threads)
+        self._lib.matmul_backward(*map(self._f, arrays), accumulate, scratch, *sizes)
 
     def attention_forward(self, out: Array, lse: Array, qkv: Array) -> None:
         """See `gpt2c.reference.attention_forward`."""

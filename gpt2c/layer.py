@@ -2,8 +2,8 @@
 
     y = x + attention(ln_1(x)),   out = y + mlp(ln_2(y))
 
-Written on ops and named arrays: p parameters, g gradients, a activations; `h` is the layer's prefix
-in p and g, `s` its prefix in a. Knows nothing about the rest of the model. Used by model.
+Written on ops and named arrays: p parameters, g gradients, a activations, `h` the layer's prefix in
+all three. Knows nothing about the rest of the model. Used by model.
 """
 
 from __future__ import annotations
@@ -21,60 +21,80 @@ def batched(rows: Array, B: int) -> Array:
     return rows.reshape(B, -1, rows.shape[-1])
 
 
-def layernorm(ops: Backend, p: Arrays, a: Arrays, name: str, s: str, x: Array, eps: float) -> None:
-    """Write a[s], a[s.mean], a[s.rstd]: the layernorm called `name` of x (N, C)."""
+def layernorm(ops: Backend, p: Arrays, a: Arrays, name: str, x: Array, eps: float) -> None:
+    """Write a[name], a[name.mean], a[name.rstd]: the layernorm called `name` of x (N, C)."""
     weight, bias = p[name + ".weight"], p[name + ".bias"]
-    ops.layernorm_forward(a[s], a[s + ".mean"], a[s + ".rstd"], x, weight, bias, eps)
+    ops.layernorm_forward(a[name], a[name + ".mean"], a[name + ".rstd"], x, weight, bias, eps)
 
 
-def layernorm_backward(
-    ops: Backend, p: Arrays, g: Arrays, a: Arrays, name: str, s: str, x: Array
+def layernorm_backward(ops: Backend, p: Arrays, g: Arrays, a: Arrays, name: str, x: Array) -> None:
+    """Add to the stream's gradient what comes back through a layernorm, whose own is a[name]."""
+    weight, bias, stats = name + ".weight", name + ".bias", (a[name + ".mean"], a[name + ".rstd"])
+    ops.layernorm_backward(a["d_stream"], g[weight], g[bias], a[name], x, p[weight], *stats)
+
+
+def linear(ops: Backend, p: Arrays, out: Array, name: str, x: Array) -> None:
+    """Write out (N, OC): the linear layer called `name` of x (N, C)."""
+    ops.matmul_forward(out, x, p[name + ".weight"], p[name + ".bias"])
+
+
+def hidden_forward(ops: Backend, p: Arrays, a: Arrays, h: str, x: Array, eps: float) -> None:
+    """Run the layer on x (N, C) up to the MLP's hidden channels, all that backward needs."""
+    B = len(a[h + "lse"])
+    layernorm(ops, p, a, h + "ln_1", x, eps)
+    linear(ops, p, a[h + "qkv"], h + "attn.c_attn", a[h + "ln_1"])
+    ops.attention_forward(batched(a[h + "att"], B), a[h + "lse"], batched(a[h + "qkv"], B))
+    linear(ops, p, a["branch"], h + "attn.c_proj", a[h + "att"])
+    ops.residual_forward(a[h + "middle"], x, a["branch"])
+    layernorm(ops, p, a, h + "ln_2", a[h + "middle"], eps)
+    linear(ops, p, a[h + "fc"], h + "mlp.c_fc", a[h + "ln_2"])
+    ops.gelu_forward(a[h + "gelu"], a[h + "fc"])
+
+
+def layer_forward(ops: Backend, p: Arrays, a: Arrays, h: str, x: Array, eps: float) -> Array:
+    """Run the layer on x (N, C) and give its output, a[h + "out"]."""
+    hidden_forward(ops, p, a, h, x, eps)
+    linear(ops, p, a["branch"], h + "mlp.c_proj", a[h + "gelu"])
+    ops.residual_forward(a[h + "out"], a[h + "middle"], a["branch"])
+    return a[h + "out"]
+
+
+def recompute_forward(
+    ops: Backend, p: Arrays, a: Arrays, h: str, x: Array, eps: float, recompute: str | None
 ) -> None:
-    """Add to the stream's gradient what comes back through a layernorm, whose own is d_ln."""
-    weight, bias = name + ".weight", name + ".bias"
-    mean, rstd = a[s + ".mean"], a[s + ".rstd"]
-    ops.layernorm_backward(a["d_stream"], g[weight], g[bias], a["d_ln"], x, p[weight], mean, rstd)
+    """Compute again what the policy did not keep: by the same ops, so the same bits."""
+    if recompute == "light":
+        layernorm(ops, p, a, h + "ln_1", x, eps)
+        layernorm(ops, p, a, h + "ln_2", a[h + "middle"], eps)
+        ops.gelu_forward(a[h + "gelu"], a[h + "fc"])
+    elif recompute == "full":
+        hidden_forward(ops, p, a, h, x, eps)
 
 
-def layer_forward(
-    ops: Backend, p: Arrays, a: Arrays, h: str, s: str, x: Array, eps: float
-) -> Array:
-    """Run the layer on x (N, C) and give its output, a[s + "out"]."""
-    B = len(a[s + "lse"])
+def layer_backward(
+    ops: Backend, p: Arrays, g: Arrays, a: Arrays, h: str, x: Array, accumulate: bool
+) -> None:
+    """Go back over the lines of `layer_forward` on x; a["d_stream"] goes from out's to x's.
 
-    def linear(out: str, name: str, source: str) -> None:
-        ops.matmul_forward(a[out], a[source], p[h + name + ".weight"], p[h + name + ".bias"])
-
-    layernorm(ops, p, a, h + "ln_1", s + "ln_1", x, eps)
-    linear(s + "qkv", "attn.c_attn", s + "ln_1")
-    ops.attention_forward(batched(a[s + "att"], B), a[s + "lse"], batched(a[s + "qkv"], B))
-    linear("branch", "attn.c_proj", s + "att")
-    ops.residual_forward(a[s + "middle"], x, a["branch"])
-    layernorm(ops, p, a, h + "ln_2", s + "ln_2", a[s + "middle"], eps)
-    linear(s + "fc", "mlp.c_fc", s + "ln_2")
-    ops.gelu_forward(a[s + "gelu"], a[s + "fc"])
-    linear("branch", "mlp.c_proj", s + "gelu")
-    ops.residual_forward(a[s + "out"], a[s + "middle"], a["branch"])
-    return a[s + "out"]
-
-
-def layer_backward(ops: Backend, p: Arrays, g: Arrays, a: Arrays, h: str, x: Array) -> None:
-    """Go back over the lines of `layer_forward` on x; a["d_stream"] goes from out's to x's."""
+    The gradient of an activation takes its memory where nothing needs the activation any more, so
+    the layer's activations are gone afterwards. Without `accumulate` the weights' gradients are
+    written. A skip connection's gradient goes both ways as it is: the stream's is the branch's.
+    """
     B, stream = len(a[h + "lse"]), a["d_stream"]
 
-    def linear(d_source: str, name: str, d_out: str, source: str) -> None:
-        weight, bias = h + name + ".weight", h + name + ".bias"
-        ops.matmul_backward(a[d_source], g[weight], g[bias], a[d_out], a[h + source], p[weight])
+    def linear_backward(d_source: Array, name: str, d_out: Array, source: Array) -> None:
+        dw, db, weight = g[h + name + ".weight"], g[h + name + ".bias"], p[h + name + ".weight"]
+        ops.matmul_backward(d_source, dw, db, d_out, source, weight, accumulate)
 
-    ops.residual_backward(stream, a["d_branch"], stream)
-    linear("d_fc", "mlp.c_proj", "d_branch", "gelu")
-    ops.gelu_backward(a["d_fc"], a["d_fc"], a[h + "fc"])
-    linear("d_ln", "mlp.c_fc", "d_fc", "ln_2")
-    layernorm_backward(ops, p, g, a, h + "ln_2", h + "ln_2", a[h + "middle"])
-    ops.residual_backward(stream, a["d_branch"], stream)
-    linear("d_att", "attn.c_proj", "d_branch", "att")
-    d_qkv, d_att = batched(a["d_qkv"], B), batched(a["d_att"], B)
-    qkv, att = batched(a[h + "qkv"], B), batched(a[h + "att"], B)
-    ops.attention_backward(d_qkv, d_att, qkv, att, a[h + "lse"])
-    linear("d_ln", "attn.c_attn", "d_qkv", "ln_1")
-    layernorm_backward(ops, p, g, a, h + "ln_1", h + "ln_1", x)
+    ln_1, qkv, att = a[h + "ln_1"], a[h + "qkv"], a[h + "att"]
+    ln_2, gelu = a[h + "ln_2"], a[h + "gelu"]
+    linear_backward(gelu, "mlp.c_proj", stream, gelu)
+    ops.gelu_backward(gelu, gelu, a[h + "fc"])
+    linear_backward(ln_2, "mlp.c_fc", gelu, ln_2)
+    layernorm_backward(ops, p, g, a, h + "ln_2", a[h + "middle"])
+    d_att = ln_2  # att itself is needed beside its gradient
+    linear_backward(d_att, "attn.c_proj", stream, att)
+    d_att, qkv_3d = batched(d_att, B), batched(qkv, B)
+    ops.attention_backward(qkv_3d, d_att, qkv_3d, batched(att, B), a[h + "lse"])
+    linear_backward(ln_1, "attn.c_attn", qkv, ln_1)
+    layernorm_backward(ops, p, g, a, h + "ln_1", x)

@@ -3,6 +3,10 @@
 The model owns its memory, three flat buffers with named views (parameters, gradients, activations),
 and calls ops in the order of the formula; it computes nothing itself. A layer is in layer.py. Knows
 nothing about text, training or the instruction set.
+
+Two things are done for speed. The gradient of the lm_head is computed with the loss, a block of
+logits at a time, for a (B,T,V) that is never whole is not there for a later pass. And zero_grad
+only notes that the gradients are void: the next backward writes where it would add.
 """
 
 from __future__ import annotations
@@ -15,16 +19,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c import checkpoint, generate
+from gpt2c.activations import Activations
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
-from gpt2c.layer import batched, layer_backward, layer_forward, layernorm, layernorm_backward
+from gpt2c.layer import (
+    batched,
+    layer_backward,
+    layer_forward,
+    layernorm,
+    layernorm_backward,
+    recompute_forward,
+)
 from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views
 
 IntArray = NDArray[np.int32]
-
-LOGITS_FLOATS = (
-    1 << 24
-)  # 64 MB: the loss never holds more logits than this, (B,T,V) would be 0.8 GB at 4 x 1024
 
 
 class GPT2:
@@ -35,6 +43,9 @@ class GPT2:
     config : its shape
     seed : of the fresh weights; None leaves them 0, to be filled by the caller
     backend : a name of `gpt2c.backends()`, "auto", or a backend
+    recompute : what backward computes again instead of keeping it: None nothing, "light" the
+        outputs of layernorm and GELU, "full" all but the residual stream between layers (Chen et
+        al. 2016, arXiv:1604.06174). The results are the same to the bit
 
     Attributes
     ----------
@@ -45,26 +56,34 @@ class GPT2:
 
     Raises
     ------
-    ValueError : an unknown backend
+    ValueError : an unknown backend or recompute
 
     Source: Radford et al. 2019; openai/gpt-2 for formulae, karpathy/llm.c for the memory.
     """
 
     def __init__(
-        self, config: GPT2Config, seed: int | None = 1337, backend: str | Backend = "auto"
+        self,
+        config: GPT2Config,
+        seed: int | None = 1337,
+        backend: str | Backend = "auto",
+        recompute: str | None = None,
     ) -> None:
         self.config = config
+        self.recompute = recompute
         self.backend = get_backend(backend) if isinstance(backend, str) else backend
         self._eps = config.layer_norm_epsilon
         shapes = config.parameter_shapes()
         offsets = aligned_offsets(shapes)
         self.flat_parameters = aligned_zeros(offsets[""])
-        self.flat_gradients = aligned_zeros(offsets[""])
+        self._flat_gradients = aligned_zeros(offsets[""])
         self.parameters = named_views(self.flat_parameters, shapes)
-        self.gradients = named_views(self.flat_gradients, shapes)
+        self._gradients = named_views(self._flat_gradients, shapes)
         self.decay_size = next(offsets[name] for name, shape in shapes.items() if len(shape) == 1)
-        self._memory = aligned_zeros(0)
-        self._pending: tuple[IntArray, IntArray, int] | None = None
+        self._void = True  # the gradients count as 0, whatever their memory holds
+        self._memory = Activations(config, recompute)
+        self._activations: dict[str, Array] = {}
+        self._d_head = aligned_zeros(0)  # of the last loss, for wte: its memory, or void gradients'
+        self._pending: IntArray | None = None  # the tokens of a loss that backward has not seen
         if seed is not None:
             self._initialise(seed)
 
@@ -161,50 +180,73 @@ class GPT2:
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape)
         self._forward(tokens, keep)
+        if keep:
+            self._pending = tokens
+            wte = self._gradients["wte.weight"]
+            if self._void:
+                self._d_head = wte
+            elif self._d_head is wte or self._d_head.shape != wte.shape:
+                self._d_head = aligned_zeros(wte.size).reshape(wte.shape)
+        ops, a, wte = self.backend, self._activations, self.parameters["wte.weight"]
         count = int(np.count_nonzero(wanted >= 0))
-        self._pending = (tokens, wanted, count) if keep else None
-        a = self._activations
-        for rows in self._blocks(wanted.size):
-            logits = self._logits(rows)
-            self.backend.crossentropy_forward(
-                a["losses"][rows], a["lse"][rows], logits, wanted[rows]
-            )
+        blocks = -(-wanted.size // len(a["logits"]))
+        size = -(-wanted.size // blocks)
+        for start in range(0, wanted.size, size):
+            rows = slice(start, min(start + size, wanted.size))
+            x, logits = a["ln_f"][rows], a["logits"][: rows.stop - rows.start]
+            losses, lse = a["losses"][rows], a["lse"][rows]
+            ops.matmul_forward(logits, x, wte, None)
+            ops.crossentropy_forward(losses, lse, logits, wanted[rows])
+            if keep:
+                ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
+                ops.matmul_backward(x, self._d_head, None, logits, x, wte, accumulate=start > 0)
         return float(a["losses"].sum(dtype=np.float64) / count)
-
-    def _blocks(self, N: int) -> list[slice]:
-        """Rows whose logits are computed together."""
-        size = max(1, LOGITS_FLOATS // self.config.vocab_size)
-        return [slice(start, min(start + size, N)) for start in range(0, N, size)]
-
-    def _logits(self, rows: slice) -> Array:
-        """lm_head: the logits of some rows of ln_f's output, in shared memory."""
-        a = self._activations
-        logits = a["logits"][: rows.stop - rows.start]
-        self.backend.matmul_forward(logits, a["ln_f"][rows], self.parameters["wte.weight"], None)
-        return logits
 
     def _forward(self, idx: IntArray, keep: bool) -> Array:
         """Run embedding, layers and final layernorm; return ln_f's output (N, C).
 
-        With `keep`, every layer's activations stay for the backward pass; without, all layers use
-        those of layer 0.
+        With `keep`, what the backward pass needs of every layer stays.
         """
         self._pending = None
         B, T = idx.shape
-        self._allocate(B, T, keep)
+        self._activations = {}  # the old views go first, so that memory which must grow is let go
+        self._activations = self._memory.lay_out(B, T, keep)
         ops, p, a, eps = self.backend, self.parameters, self._activations, self._eps
         x = a["encoded"]
         ops.encoder_forward(batched(x, B), idx, p["wte.weight"], p["wpe.weight"])
         for layer in range(self.config.n_layer):
-            x = layer_forward(ops, p, a, f"h.{layer}.", f"h.{layer if keep else 0}.", x, eps)
-        layernorm(ops, p, a, "ln_f", "ln_f", x, eps)
+            x = layer_forward(ops, p, a, f"h.{layer}.", x, eps)
+        layernorm(ops, p, a, "ln_f", x, eps)
         return a["ln_f"]
 
     # ---- backward --------------------------------------------------------------------------------
 
+    @property
+    def gradients(self) -> dict[str, Array]:
+        """Name -> float32 view into `flat_gradients`."""
+        self._settle()
+        return self._gradients
+
+    @property
+    def flat_gradients(self) -> Array:
+        """All gradients, laid out as `flat_parameters`."""
+        self._settle()
+        return self._flat_gradients
+
     def zero_grad(self) -> None:
-        """Set every gradient to 0."""
-        self.flat_gradients.fill(0.0)
+        """Set every gradient to 0: at once for who asks for `gradients`, without work for backward.
+
+        Views taken earlier keep their numbers until then.
+        """
+        self._void = True
+
+    def _settle(self) -> None:
+        """Let the memory of void gradients hold zeros."""
+        if self._void:
+            if self._pending is not None and self._d_head is self._gradients["wte.weight"]:
+                self._d_head = self._d_head.copy()
+            self._flat_gradients.fill(0.0)
+            self._void = False
 
     def backward(self, scale: float = 1.0) -> None:
         """Add the gradient of `scale` times the last loss to `gradients`.
@@ -219,41 +261,38 @@ class GPT2:
             raise ValueError(
                 "backward needs a loss: call loss(idx, targets) before each backward()"
             )
-        idx, targets, count = self._pending
-        self._pending = None
-        ops, p, g, a = self.backend, self.parameters, self.gradients, self._activations
-        stream = a["d_stream"]  # the gradient of the residual stream, from the last layer down
-        blocks = self._blocks(targets.size)
-        for rows in reversed(
-            blocks
-        ):  # the last block's logits are still there, the others are made again
-            logits = (
-                self._logits(rows) if rows != blocks[-1] else a["logits"][: rows.stop - rows.start]
-            )
-            ops.crossentropy_backward(logits, logits, a["lse"][rows], targets[rows], scale / count)
-            ops.matmul_backward(
-                a["d_ln"][rows], g["wte.weight"], None, logits, a["ln_f"][rows], p["wte.weight"]
-            )
-        stream.fill(0.0)
-        layernorm_backward(ops, p, g, a, "ln_f", "ln_f", a[f"h.{self.config.n_layer - 1}.out"])
+        idx, accumulate = self._pending, not self._void
+        self._pending, self._void = None, False
+        ops, p, g, a = self.backend, self.parameters, self._gradients, self._activations
+        self._backward_head(scale, accumulate)
+        if not accumulate:  # those that no op writes
+            self._flat_gradients[self.decay_size :].fill(0.0)
+            g["wpe.weight"].fill(0.0)
+        a["d_stream"].fill(0.0)
+        layernorm_backward(ops, p, g, a, "ln_f", a[f"h.{self.config.n_layer - 1}.out"])
         for layer in reversed(range(self.config.n_layer)):
-            x = a[f"h.{layer - 1}.out"] if layer else a["encoded"]
-            layer_backward(ops, p, g, a, f"h.{layer}.", x)
-        ops.encoder_backward(g["wte.weight"], g["wpe.weight"], batched(stream, len(idx)), idx)
+            h, x = f"h.{layer}.", a[f"h.{layer - 1}.out"] if layer else a["encoded"]
+            recompute_forward(ops, p, a, h, x, self._eps, self.recompute)
+            layer_backward(ops, p, g, a, h, x, accumulate)
+        d_encoded = batched(a["d_stream"], len(idx))
+        ops.encoder_backward(g["wte.weight"], g["wpe.weight"], d_encoded, idx)
 
-    # ---- memory ----------------------------------------------------------------------------------
+    def _backward_head(self, scale: float, accumulate: bool) -> None:
+        """Bring in what `loss` has computed: the gradients of wte and, in its place, of ln_f."""
+        wte, d_head, d_final = (
+            self._gradients["wte.weight"],
+            self._d_head,
+            self._activations["ln_f"],
+        )
+        if scale != 1.0:
+            np.multiply(d_head, np.float32(scale), out=d_head)
+            np.multiply(d_final, np.float32(scale), out=d_final)
+        if accumulate:
+            self.backend.residual_forward(wte, wte, d_head)
+        elif d_head is not wte:
+            np.copyto(wte, d_head)
 
-    def _allocate(self, B: int, T: int, keep: bool) -> None:
-        """Lay out the activations of a (B, T) batch; the buffer grows when it must."""
-        shapes = self.config.activation_shapes(B, T, keep, LOGITS_FLOATS)
-        size = aligned_offsets(shapes)[""]
-        if size > self._memory.size:
-            self._activations: dict[
-                str, Array
-            ] = {}  # the old views go first, and with them the old buffer
-            self._memory = aligned_zeros(0)
-            self._memory = aligned_zeros(size)
-        self._activations = named_views(self._memory, shapes)
+    # ---- input -----------------------------------------------------------------------------------
 
     def _check_tokens(self, idx: ArrayLike) -> IntArray:
         ids = check_ids(idx, "idx", 0, self.config.vocab_size)

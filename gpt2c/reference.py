@@ -152,26 +152,32 @@ def matmul_forward(out: Array, x: Array, weight: Array, bias: Array | None) -> N
 
 
 def matmul_backward(
-    dx: Array, dweight: Array, dbias: Array | None, dout: Array, x: Array, weight: Array
+    dx: Array,
+    dweight: Array,
+    dbias: Array | None,
+    dout: Array,
+    x: Array,
+    weight: Array,
+    accumulate: bool = True,
 ) -> None:
-    """Write the gradient of a linear layer's input; add those of its parameters.
+    """Add the gradients of a linear layer's parameters; write that of its input.
 
-    dx = dout weight,   dweight += dout^T x,   dbias += the column sums of dout
+    dweight += dout^T x,   dbias += the column sums of dout,   dx = dout weight
 
     Parameters
     ----------
-    dx : (N, C), written
+    dx : (N, C), written; may be x
     dweight : (OC, C), accumulated
     dbias : (OC,), accumulated, or None where the layer has no bias
     dout : (N, OC)
-    x : (N, C)
-    weight : (OC, C)
+    x, weight : (N, C), (OC, C)
+    accumulate : False writes dweight and dbias, which spares setting them to 0 before
     """
     # out = x weight^T + bias
-    dx[...] = dout @ weight
-    dweight += dout.T @ x
+    dweight[...] = dout.T @ x + (dweight if accumulate else 0)
     if dbias is not None:
-        dbias += dout.sum(axis=0)
+        dbias[...] = dout.sum(axis=0) + (dbias if accumulate else 0)
+    dx[...] = dout @ weight
 
 
 # ---- attention: causal, multi-head ---------------------------------------------------------------
@@ -222,7 +228,7 @@ def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Ar
 
     Parameters
     ----------
-    dqkv : (B, T, 3C), written
+    dqkv : (B, T, 3C), written; may be qkv
     dout : (B, T, C)
     qkv, out, lse : what the forward pass read and wrote
     """
@@ -232,15 +238,14 @@ def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Ar
     dout, out = _heads(dout, NH), _heads(out, NH)
     p = np.exp(_causal_scores(q, k) - lse[..., None])
     # out = p v
-    dv[...] = p.swapaxes(2, 3) @ dout
     dp = dout @ v.swapaxes(2, 3)
     # p = softmax(scores): dscores = p * (dp - sum(p * dp)), where the sum over keys of p * dp
     # equals the sum over channels of dout * out
     dscores = p * (dp - (dout * out).sum(axis=3, keepdims=True))
     # scores = q k^T / sqrt(HS)
     dscores /= math.sqrt(q.shape[3])
-    dq[...] = dscores @ k
-    dk[...] = dscores.swapaxes(2, 3) @ q
+    dq[...], dk[...] = dscores @ k, dscores.swapaxes(2, 3) @ q
+    dv[...] = p.swapaxes(2, 3) @ dout
 
 
 # ---- elementwise ---------------------------------------------------------------------------------

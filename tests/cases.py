@@ -138,10 +138,13 @@ def matmul_forward(rng: Any, N: int, C: int, OC: int, bias: bool = True) -> list
     return [unwritten(N, OC), x, weight, normal(rng, OC) if bias else None]
 
 
-def matmul_backward(rng: Any, N: int, C: int, OC: int, bias: bool = True) -> list[Any]:
-    dweight, dbias = normal(rng, OC, C), normal(rng, OC) if bias else None
+def matmul_backward(
+    rng: Any, N: int, C: int, OC: int, bias: bool = True, accumulate: bool = True
+) -> list[Any]:
+    held = normal if accumulate else lambda rng, *shape: unwritten(*shape)
+    dweight, dbias = held(rng, OC, C), held(rng, OC) if bias else None
     dout, x, weight = normal(rng, N, OC), normal(rng, N, C), normal(rng, OC, C)
-    return [unwritten(N, C), dweight, dbias, dout, x, weight]
+    return [unwritten(N, C), dweight, dbias, dout, x, weight, accumulate]
 
 
 def attention_forward(
@@ -249,14 +252,15 @@ LAYERNORM = shapes("N C", ROWS) + shapes(
     "N C kind",
     [(5, C, kind) for C in (33, 768) for kind in ("large", "offset", "constant", "zero")],
 )
-# around the tiles and panels of a blocked matmul, in each of its three sizes
+# around the panels, tiles and blocks of a matmul, in each of its three sizes
 PANELS = (95, 96, 97, 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 768, 769)
+BLOCKS = (343, 344, 345, 515, 516, 517, 1031, 1032, 1033, 1535, 1536, 1537)
 TILES = (*VECTOR_EDGES, 6, 11, 12, 13, 14, 23, 24, 25, 47, 48, 49)
 MATMUL = shapes(
     "N C OC",
     [
-        *((7, C, 18) for C in (*VECTOR_EDGES, *PANELS)),
-        *((N, 24, 20) for N in (*TILES, *PANELS)),
+        *((7, C, 18) for C in (*VECTOR_EDGES, *PANELS, *BLOCKS)),
+        *((N, 24, 20) for N in (*TILES, *PANELS, *BLOCKS)),
         *((13, 24, OC) for OC in (*TILES, *PANELS)),
         *((1, C, 1) for C in (1, 16, 17)),
         *((1, 768, 2304), (4, 768, 3072), (5, 3072, 768), (65, 768, 768), (97, 385, 257)),
@@ -308,7 +312,16 @@ OPS: dict[str, Op] = {
     ),
     "layernorm_backward": Op(3, FEW, layernorm_backward, LAYERNORM),
     "matmul_forward": Op(1, SUM, matmul_forward, [*MATMUL, *shapes("N C OC", [(3, 768, 50257)])]),
-    "matmul_backward": Op(3, SUM, matmul_backward, [*MATMUL, *shapes("N C OC", [(3, 64, 50257)])]),
+    "matmul_backward": Op(
+        3,
+        SUM,
+        matmul_backward,
+        [
+            *MATMUL,
+            *shapes("N C OC", [(3, 64, 50257)]),
+            *({**shape, "accumulate": False} for shape in MATMUL),
+        ],
+    ),
     # scores of hundreds are rounded by 1e-5 and more, and that is the relative error of their exp
     "attention_forward": Op(2, SUM, attention_forward, ATTENTION, {"saturated": 1e-4}),
     "attention_backward": Op(1, SUM, attention_backward, ATTENTION, {"saturated": 1e-4}),
@@ -326,6 +339,8 @@ CASES = [Case(name, shape) for name, op in OPS.items() for shape in op.shapes]
 
 # op: (output, input that it may be), by position
 ALIASES = {
+    "matmul_backward": (0, 4),
+    "attention_backward": (0, 2),
     "gelu_backward": (0, 1),
     "residual_forward": (0, 1),
     "residual_backward": (0, 2),

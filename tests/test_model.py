@@ -16,6 +16,7 @@ from conftest import refused
 from safetensors.numpy import load_file, save_file
 
 from gpt2c import GPT2, AdamW, GPT2Config
+from gpt2c.activations import bytes_needed
 from gpt2c.backend import get_backend
 
 V, C, NH, L, T, B = 97, 30, 3, 2, 29, 3
@@ -61,7 +62,8 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
     """Give a function from a model to its copy in float64: the same code, on wider memory."""
 
     def copy(model: GPT2) -> GPT2:
-        monkeypatch.setattr("gpt2c.model.aligned_zeros", np.zeros)
+        for module in ("model", "activations"):
+            monkeypatch.setattr(f"gpt2c.{module}.aligned_zeros", np.zeros)
         wide = GPT2(model.config, seed=None, backend="numpy")
         wide.load_parameters(model.parameters, "a copy")
         assert wide.flat_parameters.dtype == wide.flat_gradients.dtype == np.float64
@@ -211,7 +213,7 @@ def test_blocks_of_logits_make_no_difference(
     model, (idx, targets) = odd_model(backend), batch_of(rng)
     targets[0, 5:9] = -1
     loss, gradients = solve(model, (idx, targets))
-    monkeypatch.setattr("gpt2c.model.LOGITS_FLOATS", rows * V + 1)
+    monkeypatch.setattr("gpt2c.activations.LOGITS_FLOATS", rows * V + 1)
     block_loss, block_gradients = solve(odd_model(backend), (idx, targets))
     assert block_loss == pytest.approx(loss, rel=1e-6)
     check_gradients(block_gradients, gradients)
@@ -272,6 +274,83 @@ def test_gradients_accumulate_until_zero_grad(backend: Any, rng: np.random.Gener
     check_gradients(model.gradients, {name: 2 * gradient for name, gradient in once.items()}, 1e-6)
     model.zero_grad()
     assert not model.flat_gradients.any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "zero loss back",
+        "loss zero back",
+        "zero loss look back",
+        "zero loss zero back",
+        "loss loss back",
+    ],
+)
+def test_the_order_of_calls_makes_no_difference(
+    order: str, scale: float, backend: Any, rng: np.random.Generator
+) -> None:
+    """A loss computes a part of the gradients: it must not be seen before backward."""
+    model, (first, second) = odd_model(backend), (batch_of(rng), batch_of(rng))
+    once = solve(odd_model(backend), second)[1]
+    held = solve(model, first)[1]
+    for call in order.split():
+        if call == "loss":
+            seen = None if model._void else model.flat_gradients.copy()
+            model.loss(*second)
+            assert seen is None or np.array_equal(model.flat_gradients, seen)
+        elif call == "look":
+            assert not model.flat_gradients.any()
+        else:
+            {"zero": model.zero_grad, "back": lambda: model.backward(scale)}[call]()
+    kept = held if order == "loss loss back" else dict.fromkeys(held, np.float32(0))
+    expected = {name: kept[name] + np.float32(scale) * once[name] for name in once}
+    check_gradients(model.gradients, expected, 1e-6)
+
+
+def test_a_loss_for_its_own_sake_leaves_gradients_alone(
+    backend: Any, rng: np.random.Generator
+) -> None:
+    model, batch = odd_model(backend), batch_of(rng)
+    model.zero_grad()
+    for keep in (True, False):
+        model.loss(*batch, keep=keep)
+    assert not model.flat_gradients.any()
+    _, gradients = solve(model, batch)
+    model.loss(*batch)
+    check_gradients(model.gradients, gradients, rtol=0)
+
+
+@pytest.mark.parametrize("recompute", ["light", "full"])
+def test_recompute_gives_the_same_bits(
+    recompute: str, backend: Any, rng: np.random.Generator
+) -> None:
+    batches = [batch_of(rng, B, T) for B, T in [(3, 9), (1, 2), (3, 9)]]
+
+    def run(policy: str | None) -> tuple[list[float], GPT2]:
+        model = GPT2(ODD, seed=3, backend=backend, recompute=policy)
+        optimizer, losses = AdamW(model, learning_rate=0.01), []
+        for batch in batches:
+            losses.append(solve(model, batch)[0])
+            optimizer.step()
+        return losses, model
+
+    (losses, model), (same_losses, same) = run(None), run(recompute)
+    assert losses == same_losses
+    assert np.array_equal(model.flat_parameters, same.flat_parameters)
+    assert np.array_equal(model.flat_gradients, same.flat_gradients)
+
+
+def test_recompute_needs_less_memory() -> None:
+    plain, light, full = (bytes_needed(GPT2Config(), 4, 1024, r) for r in (None, "light", "full"))
+    per_token_and_channel = 4 * 4096 * 768 * 4  # of 4 channels of one layer, in bytes
+    assert plain - light > 11 * per_token_and_channel  # 6 of 16 channels in 11 of 12 layers
+    assert light - full > 2 * 11 * per_token_and_channel
+    assert full < 2.7e9 and light < 3.8e9 and plain < 4.9e9
+
+
+def test_an_unknown_recompute_lists_the_known() -> None:
+    assert "'light', 'full'" in refused(lambda: GPT2(TINY, recompute="some"))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
