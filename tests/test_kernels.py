@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import ALIASES, CASES, OPS, Case, normalised_error
+from cases import ALIASES, CASES, Case
 from conftest import Guarded
 
 from gpt2c import reference
 from gpt2c.backend import NAMES, get_backend
+from gpt2c.cases import OPS, normalised_error
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "gpt2c.h"
 MACHINE = {"fma_burn"}  # functions of the header that are not ops

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import normalised_error
 from conftest import refused
 from safetensors.numpy import load_file, save_file
 
 from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.activations import bytes_needed
 from gpt2c.backend import get_backend
+from gpt2c.cases import normalised_error
 
 V, C, NH, L, T, B = 97, 30, 3, 2, 29, 3
 ODD = GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=NH, n_inner=71)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import OPS, Case, Shape, normalised_error
+from cases import Case
 from conftest import refused
 
 from gpt2c import ops, reference
 from gpt2c.backend import backends
+from gpt2c.cases import OPS, Shape, normalised_error
 
 SHAPES: dict[str, Shape] = {
     "encoder": {"B": 2, "T": 5, "C": 7, "V": 11},

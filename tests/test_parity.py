@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import normalised_error
 
 from gpt2c import GPT2, AdamW, GPT2Config, ops
 from gpt2c.backend import get_backend
+from gpt2c.cases import normalised_error
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
