@@ -25,6 +25,9 @@ int cpu_supports(const char *feature);
  * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set. */
 double fma_burn(int64_t iterations, int threads);
 
+/* Reads data (n) once; returns the sum of it. The caller times it: 4n / seconds is the bandwidth of memory. */
+double memory_read(const float *data, int64_t n, int threads);
+
 /* Floats of scratch memory that the matmul and attention kernels need. */
 int64_t matmul_scratch_size(int threads);
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);

@@ -36,3 +36,18 @@ double fma_burn(int64_t iterations, int threads) {
     }
     return isfinite(total) ? done : 0.0; /* the sums are finite; a result nobody reads would be compiled away */
 }
+
+/* Bytes on their way: 8 vectors a step, and slices that are equal in size, whatever the thread count. */
+enum { STREAMS = 8 };
+
+double memory_read(const float *data, int64_t n, int threads) {
+    double total = 0.0;
+#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
+    for (int64_t i = 0; i < n / (STREAMS * VF_LEN); i++) {
+        const float *from = data + i * STREAMS * VF_LEN;
+        vf sum = vf_load(from);
+        for (int j = 1; j < STREAMS; j++) sum = vf_add(sum, vf_load(from + j * VF_LEN));
+        total += (double)vf_sum(sum);
+    }
+    return total;
+}

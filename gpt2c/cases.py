@@ -95,13 +95,14 @@ def _encoder_backward(rng: Any, B: int, T: int, C: int, V: int) -> list[Any]:
 
 
 def _layernorm_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
-    x = {
+    makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, N, C),
         "large": lambda: _normal(rng, N, C, scale=1e4),
         "offset": lambda: _rounded(_normal(rng, N, C) + 1e4),
         "constant": lambda: np.repeat(_normal(rng, N, 1), C, axis=1),
         "zero": lambda: np.zeros((N, C)),
-    }[kind]()
+    }
+    x = makers[kind]()
     weight, bias = _normal(rng, C), _normal(rng, C)
     return [_unwritten(N, C), _unwritten(N), _unwritten(N), x, weight, bias, EPS]
 
@@ -146,13 +147,14 @@ def _attention_backward(
 
 
 def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
-    x = {
+    makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, n),
         "wide": lambda: np.linspace(-10, 10, n),  # from where it is 0 to where it is x
         "huge": lambda: rng.uniform(-1e4, 1e4, n),
         "tiny": lambda: 10 ** rng.uniform(-44, -30, n) * rng.choice([-1, 1], n),  # and denormals
         "zero": lambda: np.zeros(n),
-    }[kind]()
+    }
+    x = makers[kind]()
     return [_unwritten(n), _rounded(x)]
 
 
@@ -170,12 +172,13 @@ def _residual_backward(rng: Any, n: int) -> list[Any]:
 
 
 def _crossentropy_forward(rng: Any, N: int, V: int, kind: str = "normal") -> list[Any]:
-    logits = {
+    makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, N, V),
         "ignored": lambda: _normal(rng, N, V),
         "equal": lambda: np.repeat(_normal(rng, N, 1), V, axis=1),
         "spread": lambda: _rounded(rng.uniform(-1e4, 1e4, (N, V))),
-    }[kind]()
+    }
+    logits = makers[kind]()
     targets = _tokens(rng, V, N)
     targets[2::3] = -1
     targets[0] = V - 1
@@ -246,8 +249,8 @@ OPS: dict[str, Op] = {
         2, FEW, _encoder_backward, ENCODER, lambda B, T, C, V: (2 * B * T * C, 12 * B * T * C)
     ),
     "layernorm_forward": Op(3, FEW, _layernorm_forward, ROWS, lambda N, C: (8 * N * C, 8 * N * C)),
-    "layernorm_backward": Op(
-        3, FEW, _layernorm_backward, ROWS, lambda N, C: (16 * N * C, 16 * N * C)
+    "layernorm_backward": Op(  # dweight and dbias are sums over rows
+        3, SUM, _layernorm_backward, ROWS, lambda N, C: (16 * N * C, 16 * N * C)
     ),
     "matmul_forward": Op(
         1,

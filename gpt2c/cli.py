@@ -19,9 +19,21 @@ from typing import Any
 
 from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
 from gpt2c.baselines import bits_per_byte
+from gpt2c.bench import Result, bench_ops, bench_train, check_threads, choose_rows
+from gpt2c.config import GPT2Config
 from gpt2c.data import prepare, read_text, read_tokens, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
+from gpt2c.machine import cpu_name, measure_ceilings
 from gpt2c.model import GPT2
+from gpt2c.report import (
+    as_markdown,
+    as_text,
+    draw,
+    machine_lines,
+    ops_table,
+    train_table,
+    write_json,
+)
 from gpt2c.settings import TrainSettings, read_recipe
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
@@ -106,6 +118,25 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-p", type=float, help="draw among the likeliest with this share only")
     verb.add_argument("--seed", type=int, help="the same seed draws the same text")
     verb.add_argument("--backend", default="auto", help="default: the fastest")
+
+    verb = _verb(verbs, "bench", run_bench, "backends and PyTorch side by side, verified, in turn")
+    verb.add_argument("what", choices=["ops", "train"], help="every op, or a whole training step")
+    verb.add_argument("--backends", metavar="A,B", help="rows: default all, and PyTorch if there")
+    verb.add_argument("--threads", type=int, help="threads of every row (default: see gpt2c info)")
+    verb.add_argument("--quick", action="store_true", help="fewer shapes and samples")
+    verb.add_argument(
+        "--shape",
+        action="append",
+        metavar="BxT",
+        help="train: a batch of B rows of T tokens; may be repeated (4x64)",
+    )
+    verb.add_argument("--recompute", choices=["light", "full"], help="train: keep less memory")
+    verb.add_argument("--torch-compile", action="store_true", help="train: torch.compile as a row")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
+    verb.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw a roofline (ops) or bars (train)"
+    )
+    verb.add_argument("--report", type=Path, metavar="FILE.md", help="add the tables in Markdown")
 
     _verb(verbs, "info", run_info, "CPU, backends, threads, versions")
     return top
@@ -231,6 +262,47 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(options: argparse.Namespace) -> int:
+    """`gpt2c bench`."""
+    threads, warning = check_threads(options.threads)
+    names = choose_rows(options.backends, options.torch_compile and options.what == "train")
+    shapes = [_shape(text) for text in options.shape or ["4x64"]]
+    if warning:
+        print(f"gpt2c: {warning}", file=sys.stderr)
+    ceilings = measure_ceilings(threads)
+    report = [*machine_lines(ceilings), ""]
+    print("\n".join(report), flush=True)
+
+    def show(results: list[Result]) -> None:
+        heading, table = (ops_table if options.what == "ops" else train_table)(results, ceilings)
+        print(as_text(heading, table) + "\n", flush=True)
+        report.append(as_markdown(heading, table))
+
+    if options.what == "ops":
+        results, verdict = bench_ops(names, ceilings, options.quick, show)
+    else:
+        results, verdict = bench_train(
+            names, ceilings, GPT2Config(), shapes, options.recompute, options.quick, show
+        )
+    print(verdict)
+    if options.json:
+        write_json(options.json, ceilings, results, verdict)
+    if options.report:
+        with open(options.report, "a", encoding="utf-8") as file:
+            file.write("\n".join([f"## gpt2c bench {options.what}", "", *report, verdict, "", ""]))
+    if options.plot:
+        draw(options.plot, results, ceilings)
+    wrong = [r for r in results if r.note.startswith("WRONG")]
+    return 1 if wrong else 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, length = text.partition("x")
+    if not (rows.isdecimal() and length.isdecimal() and int(rows) and int(length)):
+        raise ValueError(f"--shape must be rows x tokens, such as 4x64, got {text!r}")
+    return int(rows), int(length)
+
+
 def run_info(options: argparse.Namespace) -> int:
     """`gpt2c info`."""
     threads = default_threads()
@@ -238,7 +310,7 @@ def run_info(options: argparse.Namespace) -> int:
     print(f"{'Python':<12}{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("numpy", "cffi", "tiktoken", "safetensors"):
         print(f"{package:<12}{importlib.metadata.version(package)}")
-    print(f"{'CPU':<12}{_cpu_name()}")
+    print(f"{'CPU':<12}{cpu_name()}")
     print(f"{'threads':<12}{threads}")
     chosen = get_backend().name
     for name in NAMES:
@@ -247,15 +319,6 @@ def run_info(options: argparse.Namespace) -> int:
             state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
         print(f"{'backend':<12}{name:<8}{state}{'  <- chosen' if name == chosen else ''}")
     return 0
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ class Kernels:
         """Run multiply-adds in registers on all threads; return the operations done."""
         return float(self._lib.fma_burn(iterations, self.threads))
 
+    def memory_read(self, data: Array) -> float:
+        """Read all of `data` once; return its sum, in no certain order."""
+        return float(self._lib.memory_read(self._f(data), data.size, self.threads))
+
     def encoder_forward(self, out: Array, idx: Array, wte: Array, wpe: Array) -> None:
         """See `gpt2c.reference.encoder_forward`."""
         B, T, C = out.shape

@@ -1,0 +1,359 @@
+"""The benchmark: rows (backends, PyTorch) in turn on the same work, verified, then timed.
+
+Each row is a process of its own (gpt2c.worker); this file starts them, lets them take turns, and
+keeps what they measured. What people read is made of it by gpt2c.report. Used by cli.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from gpt2c.activations import bytes_needed
+from gpt2c.backend import NAMES, backends, get_backend, why_missing
+from gpt2c.cases import OPS
+from gpt2c.config import GPT2Config
+from gpt2c.machine import Ceilings, Quiet, free_bytes
+
+# PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
+TUNED = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in [
+        ("hugetlb", 1),
+        ("mmap_threshold", 8589934592),
+        ("trim_threshold", 34359738368),
+        ("mmap_max", 0),
+    ]
+)
+TORCH = ("torch", "torch-tuned", "torch-compile")  # as installed; tuned; tuned and compiled
+ROUNDS, QUICK_ROUNDS, ROW_SECONDS = 9, 3, 6.0
+STEP_ROUNDS, QUICK_STEP_ROUNDS, ROW_STEP_SECONDS = 7, 3, 40.0
+PROCESS_BYTES = 150_000_000  # Python, NumPy and the libraries of a worker
+
+
+@dataclasses.dataclass
+class Result:
+    """What one row did on one piece of work.
+
+    Attributes
+    ----------
+    group : the work: an op and its shape, or "train 4 x 64"
+    row : a backend or PyTorch
+    seconds : of each sample, in the order taken; empty if there are none
+    note : why there are none
+    facts : what was counted beside: error, flops, bytes, tokens, loss, peak_memory
+    """
+
+    group: str
+    row: str
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    note: str = ""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Median of the samples, in seconds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float(high - low) / 2 / self.median
+
+
+class WorkerError(ValueError):
+    """A row's process ended."""
+
+
+class Row:
+    """A worker process.
+
+    Parameters
+    ----------
+    name : a backend, or one of TORCH
+    threads : that it may use
+
+    Raises
+    ------
+    WorkerError : it does not start
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        environment = dict(os.environ)
+        if name in TORCH[1:]:
+            environment["GLIBC_TUNABLES"] = TUNED
+        self.name = name
+        self._stderr = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpt2c.worker", name, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=environment,
+        )
+        self.ask("hello")
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and wait for the answer.
+
+        Raises
+        ------
+        WorkerError : the process ended instead
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            self._stderr.seek(0)
+            said = self._stderr.read().strip().splitlines()
+            raise WorkerError(said[-1] if said else f"its process ended with code {code}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Row:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+
+def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
+    """Name the rows: those given, comma-separated, or all backends of this machine and PyTorch.
+
+    Raises
+    ------
+    ValueError : a name is unknown, or the machine cannot run it
+    """
+    if given is None:
+        return [*reversed(backends()), *(TORCH if compile_torch else TORCH[:2])]
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in TORCH:
+            if name not in NAMES:
+                known = ", ".join([*reversed(NAMES), *TORCH])
+                raise ValueError(f"there is no backend {name!r} to measure; there are {known}")
+            if name not in backends():
+                raise ValueError(f"backend {name!r}: {why_missing(name)}")
+    if not names:
+        raise ValueError("--backends names none")
+    return [*names, *(TORCH[2:] if compile_torch and TORCH[2] not in names else ())]
+
+
+def torch_version() -> str:
+    """Give PyTorch's version, "" where it is not installed."""
+    return importlib.metadata.version("torch") if importlib.util.find_spec("torch") else ""
+
+
+def _start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
+    for name in names:
+        if name in TORCH and not torch_version():
+            yield Result("", name, note="not installed: pip install torch")
+            continue
+        try:
+            yield stack.enter_context(Row(name, threads))
+        except WorkerError as error:
+            yield Result("", name, note=str(error))
+
+
+def bench_ops(
+    names: Sequence[str],
+    ceilings: Ceilings,
+    quick: bool,
+    show: Callable[[list[Result]], None],
+) -> tuple[list[Result], str]:
+    """Time every op, forward and backward, on every row.
+
+    Parameters
+    ----------
+    names : the rows
+    ceilings : of the machine
+    quick : the first shape of each op and fewer samples
+    show : is given the results of an op as soon as they are there
+
+    Returns
+    -------
+    all results, and how quiet the machine was
+    """
+    done: list[Result] = []
+    quiet = Quiet(ceilings.threads)
+    with ExitStack() as stack:
+        started = list(_start(names, ceilings.threads, stack))
+        for name, op in OPS.items():
+            for shape in op.shapes[: 1 if quick else None]:
+                flops, size = op.cost(**shape)
+                letters = " ".join(f"{key}={value}" for key, value in shape.items())
+                group = f"{name} {letters}"
+                facts = {"flops": flops, "bytes": size}
+                ready = [
+                    _ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
+                    for row in started
+                ]
+                rounds = QUICK_ROUNDS if quick else ROUNDS
+                _take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet)
+                show(ready)
+                done += ready
+    return done, quiet.verdict()
+
+
+def bench_train(
+    names: Sequence[str],
+    ceilings: Ceilings,
+    config: GPT2Config,
+    shapes: Sequence[tuple[int, int]],
+    recompute: str | None,
+    quick: bool,
+    show: Callable[[list[Result]], None],
+) -> tuple[list[Result], str]:
+    """Time a whole training step, optimizer and clipping included, on every row.
+
+    Parameters
+    ----------
+    names, ceilings, quick, show : as for `bench_ops`
+    config : of the model
+    shapes : (B, T) of the batches
+    recompute : see `GPT2`; PyTorch's rows keep everything
+
+    Raises
+    ------
+    ValueError : the rows together need more memory than is free
+    """
+    for B, T in shapes:
+        if T > config.n_positions:
+            raise ValueError(f"T = {T} is more than the model's n_positions, {config.n_positions}")
+        _check_memory(
+            [n for n in names if n not in TORCH or torch_version()], config, B, T, recompute
+        )
+    done: list[Result] = []
+    quiet = Quiet(ceilings.threads)
+    for B, T in shapes:
+        group = f"train {B} x {T}"
+        facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
+        arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
+        with ExitStack() as stack:  # new processes for each shape: the peak of memory is theirs
+            started = list(_start(names, ceilings.threads, stack))
+            ready = [
+                _ready(row, group, facts, lambda row: row.ask("train", **arguments))  # noqa: B023
+                for row in started
+            ]
+            _take_turns(started, ready, "step", 1, 0.0, quiet)  # first steps fill memory, compile
+            for result in ready:
+                result.facts["first_loss"] = result.facts.get("loss")
+                result.seconds.clear()
+            rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
+            _take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet)
+        _compare_losses(ready)
+        show(ready)
+        done += ready
+    return done, quiet.verdict()
+
+
+def _ready(
+    row: Row | Result, group: str, facts: dict[str, Any], ask: Callable[[Row], dict[str, Any]]
+) -> Result:
+    """Let a row prepare and verify its work; a result without it says in its note why."""
+    if isinstance(row, Result):
+        return Result(group, row.row, note=row.note, facts=dict(facts))
+    result = Result(group, row.name, facts=dict(facts))
+    try:
+        answer = ask(row)
+    except WorkerError as error:
+        result.note = str(error)
+        return result
+    result.note = answer.get("missing", "")
+    if not result.note:
+        result.facts["error"] = answer["error"]
+        if not answer["error"] <= answer["rtol"]:  # not `>`: NaN is wrong, too
+            result.note = f"WRONG: error {answer['error']:.1e}, allowed is {answer['rtol']:.1e}"
+    return result
+
+
+def _take_turns(
+    rows: Sequence[Row | Result],
+    results: Sequence[Result],
+    command: str,
+    rounds: int,
+    limit: float,
+    quiet: Quiet,
+) -> None:
+    """Sample each row once a round; a row that has had `limit` seconds sits out, after two."""
+    for _ in range(rounds):
+        quiet.listen()
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(row, Result) or result.note:
+                continue
+            if len(result.seconds) >= 2 and sum(result.seconds) > limit:
+                continue
+            try:
+                answer = row.ask(command)
+            except WorkerError as error:
+                result.note = str(error)
+                continue
+            result.seconds.append(answer.pop("seconds"))
+            result.facts |= answer
+            time.sleep(0.015)  # until the row's idle threads have stopped spinning
+
+
+def _compare_losses(results: list[Result]) -> None:
+    """Strike out a row whose loss on the same weights and tokens is not the others'."""
+    losses = [r.facts["first_loss"] for r in results if r.facts.get("first_loss") is not None]
+    for result in results:
+        loss = result.facts.get("first_loss")
+        if loss is not None and not abs(loss - np.median(losses)) <= 1e-4 * np.median(losses):
+            result.note = f"WRONG: first loss {loss:.5f}, the others' is {np.median(losses):.5f}"
+            result.seconds.clear()
+
+
+def _check_memory(
+    names: Sequence[str], config: GPT2Config, B: int, T: int, recompute: str | None
+) -> None:
+    """Refuse work that would not fit: all rows hold their model at the same time."""
+    free = free_bytes()
+    if free is None:
+        return
+    logits = 4 * B * T * config.vocab_size
+    scores = 4 * B * config.n_head * T * T
+    needed = 0
+    for name in names:
+        own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES
+        # PyTorch holds logits, their log-softmax and a gradient; NumPy a few T x T matrices
+        needed += own + (3 * logits if name in TORCH else 4 * scores if name == "numpy" else 0)
+    if needed > free:
+        raise ValueError(
+            f"{B} x {T} tokens on {', '.join(names)} together need {needed / 1e9:.1f} GB"
+            f" ({needed:,} bytes), {free / 1e9:.1f} GB are free: take fewer rows or a smaller shape"
+        )
+
+
+def check_threads(threads: int | None) -> tuple[int, str]:
+    """Give the number of threads, and a warning if it is more than this process has cores.
+
+    Raises
+    ------
+    ValueError : out of range
+    """
+    count = get_backend("auto", threads).threads
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    warning = f"warning: {count} threads share the {cores} cores that this process may use"
+    return count, warning if count > cores else ""

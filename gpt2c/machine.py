@@ -1,0 +1,118 @@
+"""The machine: what it is, and the ceilings of every benchmark, measured here and now.
+
+Knows backends, nothing of models. Used by bench and cli.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt2c.backend import backends, fma_peak, get_backend
+from gpt2c.memory import aligned_zeros
+
+FLOATS = 1 << 26  # 256 MB: more than any last-level cache
+BURN_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches with `threads` threads.
+
+    Attributes
+    ----------
+    peak : backend -> FLOP/s of its multiply-adds, registers only
+    bandwidth : number of threads -> bytes/s from and to memory, reading alone or adding in place,
+        whichever moves more
+    """
+
+    threads: int
+    peak: dict[str, float]
+    bandwidth: dict[int, float]
+
+    def seconds(self, backend: str, flops: float, size: float) -> float:
+        """Give the least time that so many operations on so many bytes can take.
+
+        NumPy and PyTorch choose their instructions themselves: they have the highest peak.
+        """
+        peak = self.peak.get(backend, max(self.peak.values()))
+        return max(flops / peak, size / self.bandwidth[self.threads])
+
+
+def measure_ceilings(threads: int) -> Ceilings:
+    """Measure the peak of every backend's multiply-adds, and memory with 1, 2, 4 ... threads."""
+    peak = {name: fma_peak(name, threads) for name in backends() if name != "numpy"}
+    data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
+    data.fill(0.0)
+    other.fill(0.0)
+    counts = sorted({min(2**i, threads) for i in range(threads.bit_length() + 1)})
+    bandwidth = {}
+    for count in counts:
+        kernels, best = get_backend("auto", count), 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            kernels.memory_read(data)
+            middle = time.perf_counter()
+            kernels.residual_forward(data, data, other)
+            end = time.perf_counter()
+            best = max(best, data.nbytes / (middle - start), 3 * data.nbytes / (end - middle))
+        bandwidth[count] = best
+    return Ceilings(threads, peak, bandwidth)
+
+
+class Quiet:
+    """Watches how evenly the machine works: the same multiply-adds again and again.
+
+    Parameters
+    ----------
+    threads : as the benchmark's
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._kernels = get_backend("auto", threads)
+        self._iterations = 100_000
+        self._seconds: list[float] = []
+        self.listen()
+        self._iterations = int(self._iterations * BURN_SECONDS / self._seconds.pop())
+
+    def listen(self) -> None:
+        """Time them once more."""
+        start = time.perf_counter()
+        self._kernels.fma_burn(max(1, self._iterations))
+        self._seconds.append(time.perf_counter() - start)
+
+    def verdict(self) -> str:
+        """Say how far apart the middle half of the timings lies."""
+        low, high = np.percentile(self._seconds, [25, 75])
+        spread = high / low - 1
+        text = f"the same {BURN_SECONDS * 1e3:.0f} ms of multiply-adds varied by {spread:.0%}"
+        return f"NOISY MACHINE: {text}" if spread > 0.1 else f"quiet machine: {text}"
+
+
+def cpu_name() -> str:
+    """Give the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")
+
+
+def free_bytes() -> int | None:
+    """Give the memory that a new process may take, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

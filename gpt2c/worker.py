@@ -1,0 +1,177 @@
+"""A row of a benchmark: a process that verifies one backend, or PyTorch, and times it on command.
+
+    python -m gpt2c.worker ROW THREADS         JSON commands in, JSON answers out, a line each
+
+A process each, because then the rows' threads do not wait on each other's, memory is counted row by
+row, and PyTorch's allocator can be set. Who sends the commands is gpt2c.bench.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpt2c import reference
+from gpt2c.backend import get_backend
+from gpt2c.cases import OPS, normalised_error
+from gpt2c.config import GPT2Config
+from gpt2c.model import GPT2
+from gpt2c.optimizer import AdamW
+
+SAMPLE_SECONDS = 0.02  # a sample is as many calls as take so long, at least one
+TINY = GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=3)
+LEARNING_RATE, GRAD_CLIP = 1e-3, 1.0
+# PyTorch sums tens of millions of squares in float32.
+TORCH_RTOL = {"global_norm": 1e-2}
+# Of a training step: float32 sums of another order, and AdamW's quotients of small numbers.
+TRAIN_RTOL = 1e-3
+
+
+class Worker:
+    """One row.
+
+    Parameters
+    ----------
+    row : a backend's name, or "torch...": PyTorch, compiled if the name says "compile"
+    threads : that it may use
+    """
+
+    def __init__(self, row: str, threads: int) -> None:
+        self._row, self._threads = row, threads
+        self._call: Callable[[], Any] = lambda: None
+        if row.startswith("torch"):
+            import torch
+
+            torch.set_num_threads(threads)
+            self._facts = {"version": torch.__version__}
+        else:
+            self._backend = get_backend(row, threads)
+            self._facts = {}
+
+    def hello(self) -> dict[str, Any]:
+        """Say that the row can run, and what it is."""
+        return self._facts
+
+    def op(self, name: str, shape: dict[str, Any]) -> dict[str, Any]:
+        """Get an op ready and compare its results with the reference's, in float64."""
+        op = OPS[name]
+        wide = op.make(np.random.default_rng(zlib.crc32(f"{name} {shape}".encode())), **shape)
+        if name != "adamw_update":
+            for output in wide[: op.outputs]:
+                if output is not None:
+                    output[...] = 0  # what is accumulated: PyTorch gives the sum's new part alone
+        narrow = [_narrow(argument) for argument in wide]
+        if self._row.startswith("torch"):
+            from gpt2c.peers import torch_op
+
+            call = torch_op(name, narrow)
+            if call is None:
+                return {"missing": "PyTorch has no such op"}
+            results = [None if r is None else r.detach().numpy().copy() for r in call()]
+            rtol = TORCH_RTOL.get(name, max(op.rtol, 1e-5))
+        else:
+            run = getattr(self._backend, name)
+            call = lambda: run(*narrow)  # noqa: E731
+            result = call()
+            results = narrow[: op.outputs] or [result]
+            results = [None if r is None else np.array(r) for r in results]
+            rtol = op.rtol
+        expected = getattr(reference, name)(*wide)
+        wanted = wide[: op.outputs] or [expected]
+        errors = [
+            normalised_error(a, b)
+            for a, b in zip(results, wanted, strict=True)
+            if a is not None and b is not None
+        ]
+        self._call = call
+        return {"error": max(errors), "rtol": rtol}
+
+    def sample(self) -> dict[str, Any]:
+        """Time the op that is ready: seconds of a call, after one that warms up."""
+        self._call()
+        calls, start = 0, time.perf_counter()
+        while True:
+            self._call()
+            calls += 1
+            seconds = time.perf_counter() - start
+            if seconds >= SAMPLE_SECONDS:
+                return {"seconds": seconds / calls}
+
+    def train(
+        self, config: dict[str, Any], B: int, T: int, recompute: str | None
+    ) -> dict[str, Any]:
+        """Get a model ready; compare three steps of a small one with the numpy backend's."""
+        small = _batch(TINY, 2, 16)
+        checked, step = self._step(TINY, small, recompute), _own_step("numpy", TINY, small, None)
+        losses = [(checked(), step()) for _ in range(3)]
+        error = max(abs(a - b) / abs(b) for a, b in losses)
+        given = GPT2Config(**config)
+        self._call = self._step(given, _batch(given, B, T), recompute)
+        return {"error": error, "rtol": TRAIN_RTOL}
+
+    def step(self) -> dict[str, Any]:
+        """Time one training step."""
+        start = time.perf_counter()
+        loss = self._call()
+        seconds = time.perf_counter() - start
+        unit = 1024 if sys.platform == "linux" else 1  # macOS counts bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"seconds": seconds, "loss": loss, "peak_memory": memory}
+
+    def _step(
+        self, config: GPT2Config, batch: tuple[Any, Any], recompute: str | None
+    ) -> Callable[[], float]:
+        if not self._row.startswith("torch"):
+            return _own_step(self._backend, config, batch, recompute)
+        from gpt2c.peers import torch_step
+
+        parameters = GPT2(config, backend="numpy").parameters
+        compiled = "compile" in self._row
+        return torch_step(config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled)
+
+
+def _narrow(argument: Any) -> Any:
+    is_wide = isinstance(argument, np.ndarray) and argument.dtype == np.float64
+    return argument.astype(np.float32) if is_wide else argument
+
+
+def _batch(config: GPT2Config, B: int, T: int) -> tuple[Any, Any]:
+    """Random tokens: speed does not depend on their values."""
+    tokens = np.random.default_rng(1337).integers(0, config.vocab_size, (B, T + 1), np.int32)
+    return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+
+def _own_step(
+    backend: Any, config: GPT2Config, batch: tuple[Any, Any], recompute: str | None
+) -> Callable[[], float]:
+    model = GPT2(config, backend=backend, recompute=recompute)
+    optimizer = AdamW(model, learning_rate=LEARNING_RATE)
+
+    def step() -> float:
+        model.zero_grad()
+        loss = model.loss(*batch)
+        model.backward()
+        optimizer.step(grad_clip=GRAD_CLIP)
+        return loss
+
+    return step
+
+
+def main() -> None:
+    """Obey until the commands end."""
+    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = getattr(worker, command.pop("do"))(**command)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
