@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+REPORT := bench-report.md
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint bench sanitize parity clean
@@ -20,8 +21,12 @@ lint: $(VENV)/installed-test $(VENV)/installed-lint
 	$(BIN)/mypy
 	$(BIN)/python build.py --werror
 
+# A quick set of both benchmarks, and a report of it. PyTorch is a row where .venv has it.
 bench: $(VENV)/installed-test
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,stddev --benchmark-group-by=group
+	printf '# Benchmark\n\n' > $(REPORT)
+	$(BIN)/gpt2c bench ops --quick --report $(REPORT)
+	$(BIN)/gpt2c bench train --quick --report $(REPORT)
+	@echo "report: $(REPORT)"
 
 # The kernel tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 sanitize: $(VENV)/installed-test
@@ -55,4 +60,4 @@ $(VENV)/installed-lint: $(VENV)/installed-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-parity runs dist gpt2c/*.so
+	rm -rf $(VENV) .venv-parity runs dist gpt2c/*.so $(REPORT)

@@ -6,15 +6,26 @@ from typing import Any
 
 import pytest
 
-from gpt2c.backend import NAMES, backends, default_threads, fma_peak, get_backend
+from gpt2c.backend import NAMES, backends, default_threads, fma_peak
+from gpt2c.worker import Worker
+
+
+@pytest.fixture
+def threads() -> int:
+    return default_threads()
 
 
 @pytest.fixture(params=NAMES)
-def backend(request: pytest.FixtureRequest, benchmark: Any) -> Any:
+def backend_name(request: pytest.FixtureRequest, threads: int, benchmark: Any) -> str:
     """Give every backend in turn; its instruction set's measured peak goes into extra_info."""
-    if request.param not in backends():
-        pytest.skip(f"backend {request.param!r} does not run here, only {', '.join(backends())}")
-    threads = default_threads()
-    peak = fma_peak(request.param, threads)
+    name: str = request.param
+    if name not in backends():
+        pytest.skip(f"backend {name!r} does not run here, only {', '.join(backends())}")
+    peak = fma_peak(name, threads)
     benchmark.extra_info |= {"threads": threads, "peak_gflops": round(peak / 1e9, 1)}
-    return get_backend(request.param)
+    return name
+
+
+@pytest.fixture
+def worker(backend_name: str, threads: int) -> Worker:
+    return Worker(backend_name, threads)

@@ -124,7 +124,7 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
     int64_t k = 0;
     for (; k + UNROLL <= kc; k += UNROLL, a += UNROLL * MR, b += UNROLL * NR) {
         call_a_line(ahead);
-#pragma GCC unroll 8
+#pragma GCC unroll 1 /* 16 registers spill in longer bodies */
         for (int u = 0; u < UNROLL; u++) multiply_add(acc, a + u * MR, b + u * NR);
     }
     for (; k < kc; k++, a += MR, b += NR) multiply_add(acc, a, b);

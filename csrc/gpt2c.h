@@ -25,7 +25,7 @@ int cpu_supports(const char *feature);
  * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set. */
 double fma_burn(int64_t iterations, int threads);
 
-/* Reads data (n) once; returns the sum of it. The caller times it: 4n / seconds is the bandwidth of memory. */
+/* Reads data (n) once and returns its sum. The caller times it: 4n / seconds is the bandwidth of reading memory. */
 double memory_read(const float *data, int64_t n, int threads);
 
 /* Floats of scratch memory that the matmul and attention kernels need. */

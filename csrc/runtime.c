@@ -37,7 +37,7 @@ double fma_burn(int64_t iterations, int threads) {
     return isfinite(total) ? done : 0.0; /* the sums are finite; a result nobody reads would be compiled away */
 }
 
-/* Bytes on their way: 8 vectors a step, and slices that are equal in size, whatever the thread count. */
+/* Vectors a step; what is left of n at the end, less than a step, is not read. */
 enum { STREAMS = 8 };
 
 double memory_read(const float *data, int64_t n, int threads) {

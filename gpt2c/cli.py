@@ -34,7 +34,7 @@ from gpt2c.report import (
     train_table,
     write_json,
 )
-from gpt2c.settings import TrainSettings, read_recipe
+from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
 
@@ -96,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
     verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
     verb.add_argument("--out", type=Path, required=True, help="the run's directory")
-    verb.add_argument("--config", type=Path, help="a TOML recipe; flags override it")
+    verb.add_argument(
+        "--config", help="a TOML file, or demo or shakespeare-char; flags override it"
+    )
     verb.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     _add_settings(verb, {})
@@ -198,7 +200,7 @@ def run_prepare(options: argparse.Namespace) -> int:
 
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c train`."""
-    recipe = read_recipe(options.config) if options.config else {}
+    recipe = read_recipe(find_recipe(options.config)) if options.config else {}
     given = recipe | _given(options)
     result = train(options.data, options.out, given, options.resume, options.overwrite)
     if result.interrupted:

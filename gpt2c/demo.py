@@ -5,7 +5,6 @@ Without a text of the user's it learns the documentation that every Python carri
 
 from __future__ import annotations
 
-import importlib.resources
 import shutil
 import sys
 import time
@@ -21,7 +20,7 @@ from gpt2c.corpus import python_documentation
 from gpt2c.data import Prepared, prepare, read_text, read_tokens, split_documents
 from gpt2c.files import claim_directory
 from gpt2c.model import GPT2
-from gpt2c.settings import TrainSettings, read_recipe
+from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
 
@@ -79,9 +78,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
 
 def demo_recipe() -> dict[str, Any]:
     """Give the demo's settings, where they differ from the defaults."""
-    recipe = importlib.resources.files("gpt2c") / "recipes/demo.toml"
-    with importlib.resources.as_file(recipe) as path:
-        return read_recipe(path)
+    return read_recipe(find_recipe("demo"))
 
 
 def show(name: str, text: str) -> None:

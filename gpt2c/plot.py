@@ -128,6 +128,36 @@ def plot_speed(
     _finish(figure, axes, path)
 
 
+def plot_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, path: Path
+) -> None:
+    """Draw lines over a logarithmic axis of powers of 2; a label with a comma is dashed.
+
+    Parameters
+    ----------
+    lines : label -> points (x, y)
+    path : the PNG file to write
+
+    Raises
+    ------
+    ValueError : matplotlib is missing
+    """
+    figure, axes = _figure((8, 4.5))
+    solid = [label for label in lines if "," not in label]
+    colors = dict(zip(solid, _colors(len(solid) + 2)[2:], strict=True))
+    for label, points in lines.items():
+        style = "--" if "," in label else "o-"
+        color = colors[label.split(",")[0]]
+        axes.plot(*zip(*points, strict=True), style, color=color, label=label, ms=4, linewidth=1.4)
+    axes.set_xscale("log", base=2)
+    places = sorted({x for points in lines.values() for x, _ in points})
+    axes.set_xticks(places, [f"{x:.0f}" for x in places])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    _finish(figure, axes, path)
+
+
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

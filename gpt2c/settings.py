@@ -67,6 +67,7 @@ class TrainSettings:
     save_interval: int = setting(0, "steps between two checkpoints; 0 only at the end")
     seed: int = setting(1337, "of the weights and the order of the data")
     backend: str = setting("auto", "auto, avx512, avx2, base or numpy")
+    recompute: str = setting("none", "none, light or full: trade time for memory")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -92,6 +93,8 @@ class TrainSettings:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.recompute not in ("none", "light", "full"):
+            raise ValueError(f"recompute must be none, light or full, got {self.recompute!r}")
         self.learning_rates()
         self.model_config(vocab_size=1)
 
@@ -118,6 +121,22 @@ class TrainSettings:
             self.step_size,
             self.gamma,
         )
+
+
+def find_recipe(name: str) -> Path:
+    """Give the TOML file of this name, or else the recipe of this name that comes with gpt2c.
+
+    Raises
+    ------
+    OSError : there is neither
+    """
+    path, shipped = Path(name), Path(__file__).parent / "recipes"
+    if path.exists():
+        return path
+    if not (shipped / f"{name}.toml").is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in shipped.glob("*.toml")))
+        raise FileNotFoundError(f"{name}: no such recipe; gpt2c comes with {known}")
+    return shipped / f"{name}.toml"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

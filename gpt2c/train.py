@@ -127,7 +127,9 @@ def train(
         )
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
-    model = GPT2(config, settings.seed if stored is None else None, settings.backend)
+    seed = settings.seed if stored is None else None
+    recompute = None if settings.recompute == "none" else settings.recompute
+    model = GPT2(config, seed, settings.backend, recompute)
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),

@@ -274,7 +274,7 @@ MISTAKES = [
     (f"{TRAIN} --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
     (f"{TRAIN} --data data --n-embd 1000000000000", "[Mm]emory|too large|exceeded"),
     (f"{TRAIN} --data data --n-embd 1000000000000000000000", "[Mm]emory|too large|exceeded"),
-    (f"{TRAIN} --data data --config missing.toml", r"missing\.toml: No such file"),
+    (f"{TRAIN} --data data --config missing.toml", r"missing\.toml: no such recipe"),
     (f"{TRAIN} --data data --config folder", "folder: Is a directory"),
     (f"{TRAIN} --data data --config bad.toml", r"bad\.toml is not TOML"),
     (f"{TRAIN} --data data --config latin1.txt", r"latin1\.txt is not TOML"),

@@ -6,6 +6,7 @@ Both sides compute in float32 and round differently, by 6e-8 at each of thousand
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_bench import small_shape
 
 from gpt2c import GPT2, AdamW, GPT2Config, ops
 from gpt2c.backend import get_backend
-from gpt2c.cases import normalised_error
+from gpt2c.cases import OPS, normalised_error
+from gpt2c.worker import TINY, Worker
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
@@ -312,3 +315,27 @@ def test_global_norm(backend_name: str, rng: np.random.Generator) -> None:
     grad = normal(rng, 1003)
     expected = torch.linalg.vector_norm(torch.tensor(grad, dtype=torch.float64))
     check([ops.global_norm(grad, backend_name)], expected)
+
+
+# ---- PyTorch as a row of the benchmark -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_pytorch_row_computes_the_op(name: str) -> None:
+    worker = Worker("torch", 1)
+    answer = worker.op(name, small_shape(name))
+    if "missing" in answer:
+        assert name == "residual_backward"
+    else:
+        assert answer["error"] <= answer["rtol"]
+        assert worker.sample()["seconds"] > 0
+
+
+def test_pytorch_row_trains_as_ours_do() -> None:
+    worker = Worker("torch", 1)
+    answer = worker.train(dataclasses.asdict(TINY), 2, 8, None)
+    assert answer["error"] <= answer["rtol"]
+    ours = Worker("base", 1)
+    ours.train(dataclasses.asdict(TINY), 2, 8, None)
+    for _ in range(3):
+        assert worker.step()["loss"] == pytest.approx(ours.step()["loss"], rel=1e-4)

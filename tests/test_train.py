@@ -25,7 +25,7 @@ from gpt2c.data import prepare
 from gpt2c.model import GPT2
 from gpt2c.optimizer import SCHEDULES, AdamW
 from gpt2c.progress import Progress
-from gpt2c.settings import TrainSettings, read_recipe, resumed
+from gpt2c.settings import TrainSettings, find_recipe, read_recipe, resumed
 from gpt2c.train import TrainResult, evaluate
 
 TINY: dict[str, Any] = {
@@ -420,6 +420,17 @@ def test_the_recipes_are_settings() -> None:
     assert recipes
     for path in recipes:
         TrainSettings(**read_recipe(path))
+        assert find_recipe(path.stem) == path
+
+
+def test_a_file_stands_before_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").write_text("n_layer = 3")
+    assert read_recipe(find_recipe("demo")) == {"n_layer": 3}
+    with pytest.raises(FileNotFoundError, match="other: no such recipe; .* demo, shakespeare-char"):
+        find_recipe("other")
 
 
 @pytest.mark.parametrize(

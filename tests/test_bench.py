@@ -1,0 +1,261 @@
+"""The benchmark: what it refuses, what it verifies, what it prints. Its timings are not tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from gpt2c import GPT2Config, bench, report
+from gpt2c.backend import backends, get_backend
+from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
+from gpt2c.cases import OPS
+from gpt2c.cli import main
+from gpt2c.machine import Ceilings, Quiet, cpu_name, free_bytes, measure_ceilings
+from gpt2c.worker import TINY, Worker
+
+CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
+SMALL: dict[str, dict[str, Any]] = {
+    "encoder": {"B": 2, "T": 5, "C": 24, "V": 11},
+    "layernorm": {"N": 7, "C": 40},
+    "matmul": {"N": 7, "C": 12, "OC": 20},
+    "attention": {"B": 2, "T": 9, "NH": 2, "HS": 8},
+    "crossentropy": {"N": 6, "V": 50},
+}
+
+
+def small_shape(name: str) -> dict[str, Any]:
+    shape = SMALL.get(name.split("_")[0], {"n": 100})
+    return {**shape, "accumulate": False} if name == "matmul_backward" else shape
+
+
+# ---- a row ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_worker_verifies_and_times_every_op(name: str, backend_name: str) -> None:
+    worker = Worker(backend_name, 1)
+    answer = worker.op(name, small_shape(name))
+    assert answer["error"] <= answer["rtol"]
+    assert 0 < worker.sample()["seconds"] < 10
+
+
+def test_a_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker("base", 1)
+    right = worker._backend.gelu_forward
+
+    class Wrong:
+        def gelu_forward(self, out: Any, x: Any) -> None:
+            right(out, x)
+            out[3] += 0.01
+
+    monkeypatch.setattr(worker, "_backend", Wrong())
+    answer = worker.op("gelu_forward", {"n": 50})
+    assert answer["error"] > answer["rtol"]
+
+
+@pytest.mark.parametrize("recompute", [None, "light", "full"])
+def test_a_worker_trains(recompute: str | None) -> None:
+    worker = Worker("base", 1)
+    answer = worker.train(dataclasses.asdict(TINY), 2, 8, recompute)
+    assert answer["error"] <= answer["rtol"]
+    first, second = worker.step(), worker.step()
+    assert second["loss"] < first["loss"]
+    assert first["peak_memory"] > 10e6 and first["seconds"] > 0
+
+
+def test_a_row_that_ends_says_why() -> None:
+    with Row("base", 1) as row:
+        assert row.ask("op", name="gelu_forward", shape={"n": 10})["error"] < 1e-5
+        with pytest.raises(WorkerError, match="no_such_op"):
+            row.ask("op", name="no_such_op", shape={})
+        with pytest.raises(WorkerError):
+            row.ask("sample")
+
+
+# ---- taking turns --------------------------------------------------------------------------------
+
+
+def test_ops_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "torch_version", lambda: "")
+    one = {"gelu_forward": dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}, {"n": 9}])}
+    monkeypatch.setattr(bench, "OPS", one)
+    shown: list[list[Result]] = []
+    results, verdict = bench_ops(["numpy", "base", "torch"], CEILINGS, True, shown.append)
+    assert shown == [results] and "machine" in verdict
+    assert [(r.row, r.group) for r in results] == [
+        (row, "gelu_forward n=999") for row in ("numpy", "base", "torch")
+    ]
+    assert [len(r.seconds) for r in results] == [bench.QUICK_ROUNDS, bench.QUICK_ROUNDS, 0]
+    assert "not installed" in results[2].note
+    assert results[0].facts["flops"] == 18 * 999
+
+
+def test_training_steps_take_turns() -> None:
+    results, _ = bench_train(
+        ["numpy", "base"], CEILINGS, TINY, [(1, 8), (2, 32)], "full", True, lambda _: None
+    )
+    assert [r.group for r in results] == ["train 1 x 8"] * 2 + ["train 2 x 32"] * 2
+    for r in results:
+        assert not r.note and len(r.seconds) == bench.QUICK_STEP_ROUNDS
+        assert math.isclose(r.facts["first_loss"], math.log(TINY.vocab_size), rel_tol=0.05)
+    assert results[2].facts["tokens"] == 64
+
+
+@pytest.mark.parametrize("error", [0.5, math.nan])
+def test_a_wrong_row_is_not_timed(error: float) -> None:
+    class Liar(Row):
+        def __init__(self) -> None:
+            self.name = "liar"
+
+        def ask(self, do: str, **_: Any) -> dict[str, Any]:
+            assert do != "sample", "a wrong result was timed"
+            return {"error": error, "rtol": 1e-6}
+
+    liar = Liar()
+    result = bench._ready(liar, "op", {}, lambda row: row.ask("op"))
+    bench._take_turns([liar], [result], "sample", 2, 1.0, Quiet(1))
+    assert result.note.startswith("WRONG") and not result.seconds
+
+
+def test_rows_whose_losses_differ_are_struck_out() -> None:
+    losses = [5.0, 5.0001, 5.1, 5.0]
+    results = [
+        Result("train", str(i), [1.0], facts={"first_loss": x}) for i, x in enumerate(losses)
+    ]
+    bench._compare_losses(results)
+    assert [bool(r.note) for r in results] == [False, False, True, False]
+    assert not results[2].seconds
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_too_much_memory_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_start", lambda *_: pytest.fail("it started"))
+    message = refused(
+        bench_train, ["base"], CEILINGS, GPT2Config(), [(4096, 1024)], None, True, print
+    )
+    assert "bytes" in message and "are free" in message
+    message = refused(bench_train, ["base"], CEILINGS, TINY, [(1, 33)], None, True, print)
+    assert "n_positions" in message
+
+
+def test_memory_is_that_of_all_rows() -> None:
+    free = free_bytes()
+    assert free is not None
+    one = bench.bytes_needed(GPT2Config(), 4, 64) + bench.PROCESS_BYTES
+    many = ["base"] * (free // one + 1)
+    assert str(many[0]) in refused(bench._check_memory, many, GPT2Config(), 4, 64, None)
+
+
+def test_unknown_rows_list_the_known() -> None:
+    assert "torch-tuned" in refused(bench.choose_rows, "base,cuda")
+    assert "none" in refused(bench.choose_rows, " , ")
+    assert bench.choose_rows("base, torch") == ["base", "torch"]
+    assert bench.choose_rows("base", True) == ["base", "torch-compile"]
+    assert set(bench.choose_rows(None)) == {*backends(), "torch", "torch-tuned"}
+
+
+def test_threads_are_checked() -> None:
+    assert "0" in refused(bench.check_threads, 0)
+    assert bench.check_threads(1) == (1, "")
+    cores = len(os.sched_getaffinity(0))
+    count, warning = bench.check_threads(cores + 1)
+    assert count == cores + 1 and f"{cores + 1} threads" in warning and f"{cores} cores" in warning
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--shape 4", "--shape 0x64", "--shape x", "--threads 0", "--backends cuda", "--shape 1x1025"],
+)
+def test_bad_arguments_are_one_line(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", "--backends", "base", *arguments.split()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("gpt2c: ")
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+def test_ceilings_are_measured() -> None:
+    ceilings = measure_ceilings(2)
+    assert ceilings.peak.keys() == set(backends()) - {"numpy"}
+    assert ceilings.bandwidth.keys() == {1, 2}
+    assert all(1e9 < size < 1e13 for size in ceilings.bandwidth.values())
+    assert cpu_name()
+
+
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 5000])
+def test_memory_is_read_to_the_last_whole_step(n: int, backend_name: str) -> None:
+    if backend_name == "numpy":
+        pytest.skip("numpy has no kernels")
+    steps = {"base": 32, "avx2": 64, "avx512": 128}[backend_name]
+    kernels = get_backend(backend_name, 2)
+    assert kernels.memory_read(np.ones(n, np.float32)) == n // steps * steps
+
+
+def test_a_ceiling_is_arithmetic_or_memory() -> None:
+    assert CEILINGS.seconds("base", 50e9, 1e9) == 1.0
+    assert CEILINGS.seconds("torch", 50e9, 1e9) == 0.5  # the highest peak
+    assert CEILINGS.seconds("avx2", 1e9, 20e9) == 2.0
+
+
+def test_noise_is_told() -> None:
+    quiet = Quiet(1)
+    quiet._seconds = [1.0, 1.01, 1.0, 1.02]
+    assert quiet.verdict().startswith("quiet")
+    quiet._seconds = [1.0, 1.5, 1.0, 2.0]
+    assert quiet.verdict().startswith("NOISY")
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+
+
+def op_results() -> list[Result]:
+    facts = {"flops": 1e9, "bytes": 1e6}
+    return [
+        Result("matmul N=1", "numpy", [0.1, 0.2, 0.4], facts=facts),
+        Result("matmul N=1", "avx2", [0.02, 0.02, 0.02], facts=facts),
+        Result("matmul N=1", "torch", note="not installed", facts=facts),
+    ]
+
+
+def test_a_table_of_an_op() -> None:
+    heading, table = report.ops_table(op_results(), CEILINGS)
+    assert "arithmetic" in heading and "1.0 GFLOP" in heading and "1.0 MB" in heading
+    assert table[2] == ["avx2", "20.000", "0%", "50.0", "50%", "10.00"]
+    lines = report.as_text(heading, table).splitlines()
+    assert len({len(line) for line in lines[1:4]}) == 1, "columns do not line up"
+    assert lines[4].split() == ["torch", "not", "installed"]
+    assert report.as_markdown(heading, table).count("|") > 20
+
+
+def test_a_table_of_training() -> None:
+    facts = {"flops": 1e9, "tokens": 100, "peak_memory": 2e9}
+    results = [
+        Result("train 1 x 100", "avx2", [0.02] * 3, facts=facts),
+        Result("train 1 x 100", "torch", [0.05] * 3, facts=facts),
+        Result("train 1 x 100", "torch-tuned", [0.04] * 3, facts=facts),
+    ]
+    _, table = report.train_table(results, CEILINGS)
+    assert table[1] == ["avx2", "0.020", "0%", "5,000.0", "50%", "2.00", "2.00"]
+
+
+def test_json_and_pictures_are_written(tmp_path: Path) -> None:
+    report.write_json(tmp_path / "a.json", CEILINGS, op_results(), "quiet")
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["results"][1]["median"] == 0.02 and content["peak_flops"]["base"] == 50e9
+    report.draw(tmp_path / "roof.png", op_results(), CEILINGS)
+    trained = [Result("train 1 x 9", "avx2", [0.1], facts={"tokens": 9, "flops": 1.0})]
+    report.draw(tmp_path / "bars.png", trained, CEILINGS)
+    for name in ("roof.png", "bars.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "nothing" in refused(report.draw, tmp_path / "x.png", op_results()[2:], CEILINGS)
