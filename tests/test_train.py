@@ -429,7 +429,9 @@ def test_a_file_stands_before_a_shipped_recipe(
     monkeypatch.chdir(tmp_path)
     Path("demo").write_text("n_layer = 3")
     assert read_recipe(find_recipe("demo")) == {"n_layer": 3}
-    with pytest.raises(FileNotFoundError, match="other: no such recipe; .* demo, shakespeare-char"):
+    with pytest.raises(
+        FileNotFoundError, match=r"other: no such recipe; .* demo, shakespeare-char"
+    ):
         find_recipe("other")
 
 
