@@ -36,7 +36,7 @@ enum {
     KC = 768,     /* deep, so that C is read and written seldom; MR x KC of A (36 KB) is used for NT / NR tiles */
     MB = 86 * MR, /* rows packed at a time (3 MB); many, since each row of C uses a packed B once */
     NT = 4 * NR,  /* columns a thread packs at a time (384 KB) */
-    UNROLL = 8,   /* steps of the microkernel for which one line is called into the cache */
+    PACE = 8,     /* steps of the microkernel for which one line is called into the cache */
     GROUP = 8     /* panels of A packed together */
 };
 
@@ -122,10 +122,10 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
     for (int64_t i = 0; i < m; i++) /* C is far away: its lines come while the products are computed */
         for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VF_LEN, 0);
     int64_t k = 0;
-    for (; k + UNROLL <= kc; k += UNROLL, a += UNROLL * MR, b += UNROLL * NR) {
+    for (; k + PACE <= kc; k += PACE, a += PACE * MR, b += PACE * NR) {
         call_a_line(ahead);
-#pragma GCC unroll 1 /* 16 registers spill in longer bodies */
-        for (int u = 0; u < UNROLL; u++) multiply_add(acc, a + u * MR, b + u * NR);
+#pragma GCC unroll 1 /* 16 registers would spill */
+        for (int u = 0; u < PACE; u++) multiply_add(acc, a + u * MR, b + u * NR);
     }
     for (; k < kc; k++, a += MR, b += NR) multiply_add(acc, a, b);
     if (m == MR && n == NR) {
@@ -183,7 +183,7 @@ static Tasks divide(int64_t rows, int64_t N, int threads) {
 
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, int threads) {
-    const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), UNROLL); /* KC or less, in equal parts */
+    const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), PACE); /* KC or less, in equal parts */
     float *packed_a = scratch;
     int64_t taken = 0;
 #pragma omp parallel num_threads(team(threads, M * N * K / 16))

@@ -5,7 +5,9 @@ Knows nothing about what the names mean. Used by model; the optimizer sees the f
 
 from __future__ import annotations
 
+import mmap as _mmap
 from collections.abc import Mapping
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +15,34 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector
+HUGE_PAGE = 1 << 21  # bytes, on x86-64 and most ARM systems
+MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
 
 def aligned_zeros(size: int) -> Array:
-    """Zeros (size,) float32 that start on a cache line."""
-    padded = np.zeros(
-        size + ALIGNMENT, np.float32
-    )  # the pages are taken from the system when first touched
-    start = -padded.ctypes.data // 4 % ALIGNMENT
-    return padded[start : start + size]
+    """Zeros (size,) float32 that start on a cache line, large ones on a huge page.
+
+    The system is asked for huge pages: with small ones, a product of matrices spends a part of its
+    time looking up where they are. Pages are taken from it when first touched.
+
+    Raises
+    ------
+    MemoryError : there is not so much
+    """
+    size_bytes, border = 4 * size, 4 * ALIGNMENT
+    if size_bytes < HUGE_PAGE:
+        memory = np.zeros(size_bytes + border, np.uint8)
+    else:
+        border = HUGE_PAGE
+        try:
+            mapped = mmap(-1, size_bytes + border, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+            if MADV_HUGEPAGE is not None:
+                mapped.madvise(MADV_HUGEPAGE)
+        except OSError as error:
+            raise MemoryError(f"{size_bytes:,} bytes are wanted: {error.strerror}") from error
+        memory = np.frombuffer(mapped, np.uint8)
+    start = -memory.ctypes.data % border
+    return memory[start : start + size_bytes].view(np.float32)
 
 
 def aligned_offsets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
