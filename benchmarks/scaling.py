@@ -37,7 +37,9 @@ def main() -> None:
         for T in LENGTHS:
             B = max(1, 1024 // T)
             with Row(backend, count) as row:
-                row.ask("train", config=dataclasses.asdict(config), B=B, T=T, recompute=None)
+                shape = {"config": dataclasses.asdict(config), "B": B, "T": T}
+                answer = row.ask("train", **shape, recompute=None)
+                assert answer["error"] <= answer["rtol"]
                 row.ask("step")
                 seconds = statistics.median(row.ask("step")["seconds"] for _ in range(ROUNDS))
             floor = config.flops_per_token(T) / peak

@@ -20,10 +20,14 @@ enum { TILE = 64 };
 /* A microkernel's tile is ROWS x WIDTH; with two vectors of the right side it must fit the registers, 32 or 16. */
 #if VF_LEN == 16
 enum { ROWS = 8 };
+#elif VF_LEN == 1
+enum { ROWS = 2 };
 #else
 enum { ROWS = 4 };
 #endif
 enum { WIDTH = 2 * VF_LEN };
+/* What a ROWS of keys reads of a WIDTH of queries was written for all of it, or for none. */
+_Static_assert(WIDTH % ROWS == 0 && TILE % WIDTH == 0, "tiles of attention must nest");
 
 /* A head's channels in scratch: padded with zeros to whole vectors. */
 static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }

@@ -1,4 +1,4 @@
-/* C (+)= A B^T with every transposition hidden in packing: the one matrix product of the library.
+/* C (+)= A B^T with every transposition hidden in packing: the matrix product of the linear layers.
  *
  * Method: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with BLIS's names.
  * A microkernel keeps an MR x NR tile of C in registers and walks packed panels of A and B, KC deep. A panel holds MR

@@ -6,9 +6,9 @@
  *
  * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
  * Order: outputs, inputs, scalars, scratch, sizes, threads. All arrays are C-contiguous float32 unless typed otherwise.
- * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward's are
- * written when asked. Activations and their
- * gradients are written (=), with one exception that is said where it stands: layernorm_backward's dx.
+ * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward writes
+ * its own when asked. Activations and their gradients are written (=), with one exception that is said where it stands:
+ * layernorm_backward's dx.
  * Same inputs and same thread count give the same bits. No kernel allocates, prints, exits or keeps state. */
 
 #ifndef GPT2C_H
@@ -25,7 +25,8 @@ int cpu_supports(const char *feature);
  * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set. */
 double fma_burn(int64_t iterations, int threads);
 
-/* Reads data (n) once and returns its sum. The caller times it: 4n / seconds is the bandwidth of reading memory. */
+/* Reads data (n) once, up to a last part of less than 1 KB, and returns the sum of what it read. The caller times it:
+ * 4n / seconds is the bandwidth of reading memory. */
 double memory_read(const float *data, int64_t n, int threads);
 
 /* Floats of scratch memory that the matmul and attention kernels need. */

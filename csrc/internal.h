@@ -1,4 +1,4 @@
-/* What the kernels share and Python does not see: threads, and the matrix product that matmul and attention stand on.
+/* What the kernels share and Python does not see: threads, transposition, and the matrix product of gemm.c.
  */
 
 #ifndef INTERNAL_H

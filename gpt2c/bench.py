@@ -25,7 +25,7 @@ from gpt2c.activations import bytes_needed
 from gpt2c.backend import NAMES, backends, get_backend, why_missing
 from gpt2c.cases import OPS
 from gpt2c.config import GPT2Config
-from gpt2c.machine import Ceilings, Quiet, free_bytes
+from gpt2c.machine import Ceilings, Quiet, fastest, free_bytes, usable_cores
 
 # PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
 TUNED = ":".join(
@@ -92,7 +92,9 @@ class Row:
     """
 
     def __init__(self, name: str, threads: int) -> None:
-        environment = dict(os.environ)
+        # NumPy's products have threads of their own
+        limits = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        environment = os.environ | limits
         if name in TORCH[1:]:
             environment["GLIBC_TUNABLES"] = TUNED
         self.name = name
@@ -105,7 +107,11 @@ class Row:
             text=True,
             env=environment,
         )
-        self.ask("hello")
+        try:
+            self.ask("hello")
+        except WorkerError:
+            self.close()
+            raise
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send a command and wait for the answer.
@@ -129,13 +135,17 @@ class Row:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
     def __enter__(self) -> Row:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._stderr.close()
+        self.close()
 
 
 def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
@@ -173,7 +183,7 @@ def _start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row
         try:
             yield stack.enter_context(Row(name, threads))
         except WorkerError as error:
-            yield Result("", name, note=str(error))
+            yield Result("", name, note=f"FAILED: {error}")
 
 
 def bench_ops(
@@ -194,7 +204,16 @@ def bench_ops(
     Returns
     -------
     all results, and how quiet the machine was
+
+    Raises
+    ------
+    ValueError : the rows together need more memory than is free
     """
+    largest = max(
+        op.cost(**shape)[1] for op in OPS.values() for shape in op.shapes[: 1 if quick else None]
+    )
+    # each row keeps its arguments; the one that verifies has them twice more, twice as wide
+    _refuse(int(largest) * (len(names) + 4), f"ops on {', '.join(names)} together")
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
     with ExitStack() as stack:
@@ -211,6 +230,9 @@ def bench_ops(
                 ]
                 rounds = QUICK_ROUNDS if quick else ROUNDS
                 _take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet)
+                for i, result in enumerate(ready):
+                    if result.note.startswith("FAILED") and isinstance(started[i], Row):
+                        started[i] = Result("", result.row, note=f"its process ended in {name}")
                 show(ready)
                 done += ready
     return done, quiet.verdict()
@@ -247,7 +269,7 @@ def bench_train(
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
     for B, T in shapes:
-        group = f"train {B} x {T}"
+        group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
         facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
         arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
         with ExitStack() as stack:  # new processes for each shape: the peak of memory is theirs
@@ -278,7 +300,7 @@ def _ready(
     try:
         answer = ask(row)
     except WorkerError as error:
-        result.note = str(error)
+        result.note = f"FAILED: {error}"
         return result
     result.note = answer.get("missing", "")
     if not result.note:
@@ -307,7 +329,7 @@ def _take_turns(
             try:
                 answer = row.ask(command)
             except WorkerError as error:
-                result.note = str(error)
+                result.note = f"FAILED: {error}"
                 continue
             result.seconds.append(answer.pop("seconds"))
             result.facts |= answer
@@ -315,12 +337,15 @@ def _take_turns(
 
 
 def _compare_losses(results: list[Result]) -> None:
-    """Strike out a row whose loss on the same weights and tokens is not the others'."""
-    losses = [r.facts["first_loss"] for r in results if r.facts.get("first_loss") is not None]
-    for result in results:
-        loss = result.facts.get("first_loss")
-        if loss is not None and not abs(loss - np.median(losses)) <= 1e-4 * np.median(losses):
-            result.note = f"WRONG: first loss {loss:.5f}, the others' is {np.median(losses):.5f}"
+    """Strike out a row whose loss on the same weights and tokens is not that of the first row.
+
+    The first has been compared with the reference on a small model, as all rows have.
+    """
+    found = [r for r in results if r.facts.get("first_loss") is not None]
+    for result in found:
+        loss, wanted = result.facts["first_loss"], found[0].facts["first_loss"]
+        if not abs(loss - wanted) <= 1e-4 * abs(wanted):  # not `>`: NaN is wrong, too
+            result.note = f"WRONG: first loss {loss:.5f}, that of {found[0].row} is {wanted:.5f}"
             result.seconds.clear()
 
 
@@ -328,20 +353,25 @@ def _check_memory(
     names: Sequence[str], config: GPT2Config, B: int, T: int, recompute: str | None
 ) -> None:
     """Refuse work that would not fit: all rows hold their model at the same time."""
-    free = free_bytes()
-    if free is None:
-        return
     logits = 4 * B * T * config.vocab_size
     scores = 4 * B * config.n_head * T * T
     needed = 0
     for name in names:
         own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES
-        # PyTorch holds logits, their log-softmax and a gradient; NumPy a few T x T matrices
-        needed += own + (3 * logits if name in TORCH else 4 * scores if name == "numpy" else 0)
+        if name in TORCH:  # it holds logits, their log-softmax and a gradient
+            own += 3 * logits
+        elif name == "numpy":  # a few T x T matrices, and what AdamW computes on the way
+            own += max(4 * scores, 6 * 4 * config.num_parameters())
+        needed += own
+    _refuse(needed, f"{B} x {T} tokens on {', '.join(names)} together")
+
+
+def _refuse(needed: int, what: str) -> None:
+    free = free_bytes()
     if needed > free:
         raise ValueError(
-            f"{B} x {T} tokens on {', '.join(names)} together need {needed / 1e9:.1f} GB"
-            f" ({needed:,} bytes), {free / 1e9:.1f} GB are free: take fewer rows or a smaller shape"
+            f"{what} need {needed / 1e9:.1f} GB ({needed:,} bytes), {free / 1e9:.1f} GB are free:"
+            " take fewer rows or a smaller shape"
         )
 
 
@@ -352,8 +382,7 @@ def check_threads(threads: int | None) -> tuple[int, str]:
     ------
     ValueError : out of range
     """
-    count = get_backend("auto", threads).threads
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = get_backend(fastest(), threads).threads
+    cores = usable_cores()
     warning = f"warning: {count} threads share the {cores} cores that this process may use"
     return count, warning if count > cores else ""

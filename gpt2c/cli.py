@@ -25,6 +25,7 @@ from gpt2c.data import prepare, read_text, read_tokens, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.machine import cpu_name, measure_ceilings
 from gpt2c.model import GPT2
+from gpt2c.plot import can_plot
 from gpt2c.report import (
     as_markdown,
     as_text,
@@ -42,7 +43,10 @@ INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `gpt2c`; return its exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    """Run `gpt2c`; return its exit code.
+
+    0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's, 130 for Ctrl-C.
+    """
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -122,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--backend", default="auto", help="default: the fastest")
 
     verb = _verb(verbs, "bench", run_bench, "backends and PyTorch side by side, verified, in turn")
-    verb.add_argument("what", choices=["ops", "train"], help="every op, or a whole training step")
+    verb.add_argument(
+        "what", metavar="ops|train", choices=["ops", "train"], help="every op, or a training step"
+    )
     verb.add_argument("--backends", metavar="A,B", help="rows: default all, and PyTorch if there")
     verb.add_argument("--threads", type=int, help="threads of every row (default: see gpt2c info)")
     verb.add_argument("--quick", action="store_true", help="fewer shapes and samples")
@@ -190,7 +196,8 @@ def run_prepare(options: argparse.Namespace) -> int:
         options.seed,
         options.overwrite,
     )
-    print(f"{prepared.documents:,} documents, {describe(prepared)}")
+    plural = "" if prepared.documents == 1 else "s"
+    print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")
     print(
         f"{options.out}: {prepared.train_tokens:,} tokens to train, {prepared.val_tokens:,} to"
         f" validate, vocabulary {prepared.vocab_size:,}"
@@ -269,6 +276,13 @@ def run_bench(options: argparse.Namespace) -> int:
     threads, warning = check_threads(options.threads)
     names = choose_rows(options.backends, options.torch_compile and options.what == "train")
     shapes = [_shape(text) for text in options.shape or ["4x64"]]
+    if options.what == "ops" and (options.shape or options.recompute or options.torch_compile):
+        raise ValueError("--shape, --recompute and --torch-compile belong to bench train")
+    for path in (options.json, options.plot, options.report):
+        if path and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no directory {path.parent}")
+    if options.plot and not can_plot():
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if warning:
         print(f"gpt2c: {warning}", file=sys.stderr)
     ceilings = measure_ceilings(threads)
@@ -294,8 +308,8 @@ def run_bench(options: argparse.Namespace) -> int:
             file.write("\n".join([f"## gpt2c bench {options.what}", "", *report, verdict, "", ""]))
     if options.plot:
         draw(options.plot, results, ceilings)
-    wrong = [r for r in results if r.note.startswith("WRONG")]
-    return 1 if wrong else 0
+    failed = any(r.note.startswith(("WRONG", "FAILED")) for r in results)
+    return 1 if failed or not any(r.seconds for r in results) else 0
 
 
 def _shape(text: str) -> tuple[int, int]:

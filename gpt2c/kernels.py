@@ -56,7 +56,7 @@ class Kernels:
         return float(self._lib.fma_burn(iterations, self.threads))
 
     def memory_read(self, data: Array) -> float:
-        """Read all of `data` once; return its sum, in no certain order."""
+        """Read `data` once, up to a last part below 1 KB; return the sum of what was read."""
         return float(self._lib.memory_read(self._f(data), data.size, self.threads))
 
     def encoder_forward(self, out: Array, idx: Array, wte: Array, wpe: Array) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gpt2c.backend import backends, fma_peak, get_backend
+from gpt2c.backend import backends, fma_peak, get_backend, why_missing
 from gpt2c.memory import aligned_zeros
 
 FLOATS = 1 << 26  # 256 MB: more than any last-level cache
@@ -27,7 +28,7 @@ class Ceilings:
     Attributes
     ----------
     peak : backend -> FLOP/s of its multiply-adds, registers only
-    bandwidth : number of threads -> bytes/s from and to memory, reading alone or adding in place,
+    bandwidth : number of threads, up to all cores -> bytes/s from and to memory, reading alone or adding in place,
         whichever moves more
     """
 
@@ -41,7 +42,24 @@ class Ceilings:
         NumPy and PyTorch choose their instructions themselves: they have the highest peak.
         """
         peak = self.peak.get(backend, max(self.peak.values()))
-        return max(flops / peak, size / self.bandwidth[self.threads])
+        return max(flops / peak, size / self.full_bandwidth)
+
+    @property
+    def full_bandwidth(self) -> float:
+        """Bytes/s with as many threads as there are, or cores."""
+        return self.bandwidth[max(self.bandwidth)]
+
+
+def fastest() -> str:
+    """Name the fastest backend, whatever GPT2C_BACKEND says.
+
+    Raises
+    ------
+    ValueError : there are no kernels to measure with
+    """
+    if backends()[0] == "numpy":
+        raise ValueError(f"a benchmark needs the kernels: {why_missing('base')}")
+    return backends()[0]
 
 
 def measure_ceilings(threads: int) -> Ceilings:
@@ -50,10 +68,11 @@ def measure_ceilings(threads: int) -> Ceilings:
     data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
     data.fill(0.0)
     other.fill(0.0)
-    counts = sorted({min(2**i, threads) for i in range(threads.bit_length() + 1)})
+    most = min(threads, usable_cores())
+    counts = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
     bandwidth = {}
     for count in counts:
-        kernels, best = get_backend("auto", count), 0.0
+        kernels, best = get_backend(fastest(), count), 0.0
         for _ in range(5):
             start = time.perf_counter()
             kernels.memory_read(data)
@@ -74,7 +93,7 @@ class Quiet:
     """
 
     def __init__(self, threads: int) -> None:
-        self._kernels = get_backend("auto", threads)
+        self._kernels = get_backend(fastest(), threads)
         self._iterations = 100_000
         self._seconds: list[float] = []
         self.listen()
@@ -94,6 +113,12 @@ class Quiet:
         return f"NOISY MACHINE: {text}" if spread > 0.1 else f"quiet machine: {text}"
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     """Give the processor's name."""
     try:
@@ -104,15 +129,15 @@ def cpu_name() -> str:
     return next(named, platform.processor() or "unknown")
 
 
-def free_bytes() -> int | None:
-    """Give the memory that a new process may take, None where the system does not say."""
-    try:
+def free_bytes() -> int:
+    """Give the memory that new processes may take: the system's, or less in a container."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
+        free = int(available.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap as _mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import numpy as np
@@ -36,10 +37,11 @@ def aligned_zeros(size: int) -> Array:
         border = HUGE_PAGE
         try:
             mapped = mmap(-1, size_bytes + border, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-            if MADV_HUGEPAGE is not None:
-                mapped.madvise(MADV_HUGEPAGE)
         except OSError as error:
             raise MemoryError(f"{size_bytes:,} bytes are wanted: {error.strerror}") from error
+        if MADV_HUGEPAGE is not None:
+            with suppress(OSError):  # a system without them says so
+                mapped.madvise(MADV_HUGEPAGE)
         memory = np.frombuffer(mapped, np.uint8)
     start = -memory.ctypes.data % border
     return memory[start : start + size_bytes].view(np.float32)

@@ -82,7 +82,8 @@ class GPT2:
         self._void = True  # the gradients count as 0, whatever their memory holds
         self._memory = Activations(config, recompute)
         self._activations: dict[str, Array] = {}
-        self._d_head = aligned_zeros(0)  # of the last loss, for wte: its memory, or void gradients'
+        self._spare_memory = aligned_zeros(0)
+        self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
         self._pending: IntArray | None = None  # the tokens of a loss that backward has not seen
         if seed is not None:
             self._initialise(seed)
@@ -181,12 +182,7 @@ class GPT2:
         wanted = self._check_targets(targets, tokens.shape)
         self._forward(tokens, keep)
         if keep:
-            self._pending = tokens
-            wte = self._gradients["wte.weight"]
-            if self._void:
-                self._d_head = wte
-            elif self._d_head is wte or self._d_head.shape != wte.shape:
-                self._d_head = aligned_zeros(wte.size).reshape(wte.shape)
+            self._d_head = self._gradients["wte.weight"] if self._void else self._spare()
         ops, a, wte = self.backend, self._activations, self.parameters["wte.weight"]
         count = int(np.count_nonzero(wanted >= 0))
         blocks = -(-wanted.size // len(a["logits"]))
@@ -200,7 +196,15 @@ class GPT2:
             if keep:
                 ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
                 ops.matmul_backward(x, self._d_head, None, logits, x, wte, accumulate=start > 0)
+        self._pending = tokens if keep else None
         return float(a["losses"].sum(dtype=np.float64) / count)
+
+    def _spare(self) -> Array:
+        """Give memory of wte's shape beside the gradients, where they must not be touched."""
+        wte = self._gradients["wte.weight"]
+        if self._spare_memory.size != wte.size:
+            self._spare_memory = aligned_zeros(wte.size)
+        return self._spare_memory.reshape(wte.shape)
 
     def _forward(self, idx: IntArray, keep: bool) -> Array:
         """Run embedding, layers and final layernorm; return ln_f's output (N, C).
@@ -236,7 +240,7 @@ class GPT2:
     def zero_grad(self) -> None:
         """Set every gradient to 0: at once for who asks for `gradients`, without work for backward.
 
-        Views taken earlier keep their numbers until then.
+        What views taken earlier hold is void until then.
         """
         self._void = True
 
@@ -244,7 +248,9 @@ class GPT2:
         """Let the memory of void gradients hold zeros."""
         if self._void:
             if self._pending is not None and self._d_head is self._gradients["wte.weight"]:
-                self._d_head = self._d_head.copy()
+                spare = self._spare()
+                np.copyto(spare, self._d_head)
+                self._d_head = spare
             self._flat_gradients.fill(0.0)
             self._void = False
 

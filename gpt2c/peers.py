@@ -1,7 +1,8 @@
 """PyTorch beside gpt2c: its way of every op and of a training step, for benchmarks only.
 
 The one file that imports torch, and only a benchmark's worker imports this file. Written as PyTorch
-is best used: fused attention and AdamW, gradients set to None, native backward functions.
+is best used: fused attention and AdamW, gradients set to None, native backward functions. What it
+returns it allocates, as it does in training: encoder_backward a whole (V, C) of zeros, too.
 """
 
 from __future__ import annotations

@@ -5,11 +5,23 @@ They need matplotlib, the extra [plot]. Knows nothing about models. Used by trai
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2c.files import atomic_path
+
+# A row has its colour in every picture; others take those that are left.
+COLORS = {
+    "numpy": "#b9b9b9",
+    "base": "#7fb069",
+    "avx2": "#4a90c2",
+    "avx512": "#1f3f77",
+    "torch": "#e8a838",
+    "torch-tuned": "#c8451b",
+    "torch-compile": "#7d3c98",
+}
 
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
@@ -72,11 +84,10 @@ def plot_roofline(
     """
     figure, axes = _figure((10, 6))
     rows = list(dict.fromkeys(row for _, row, _, _ in points))
-    colors = dict(zip(rows, _colors(len(rows)), strict=True))
     left, right = 0.04, 3000.0
     for name, peak in peaks.items():
         ridge = peak / bandwidth
-        color = colors.get(name, "#999999")
+        color = COLORS[name]
         axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color=color, linewidth=1)
         axes.annotate(f"{name} {peak / 1e9:,.0f} GFLOP/s", (right, peak), (-4, 4), ha="right",
                       textcoords="offset points", color=color, fontsize=8)  # fmt: skip
@@ -84,7 +95,7 @@ def plot_roofline(
                   textcoords="offset points", fontsize=8, rotation=38)  # fmt: skip
     for row in rows:
         mine = [(x, y) for _, name, x, y in points if name == row]
-        axes.plot(*zip(*mine, strict=True), "o", color=colors[row], ms=5, alpha=0.8, label=row)
+        axes.plot(*zip(*mine, strict=True), "o", color=COLORS[row], ms=5, alpha=0.8, label=row)
     for op in dict.fromkeys(op for op, *_ in points):  # forward above its points, backward below
         forward = not op.endswith("_backward")
         x, y = (max if forward else min)(
@@ -93,7 +104,9 @@ def plot_roofline(
         axes.annotate(op.replace("_", " "), (x, y), (0, 6 if forward else -6), ha="center",
                       va="bottom" if forward else "top", textcoords="offset points", fontsize=6,
                       rotation=70, color="#555555")  # fmt: skip
+    speeds = [y for *_, y in points]
     axes.set(xscale="log", yscale="log", xlim=(left, right))
+    axes.set_ylim(min(speeds) / 5, max(*speeds, *peaks.values()) * 4)
     axes.set_xlabel("arithmetic intensity, operations per byte of memory")
     axes.set_ylabel("operations a second")
     _finish(figure, axes, path)
@@ -117,9 +130,10 @@ def plot_speed(
     figure, axes = _figure((9, 4.5))
     rows = list(dict.fromkeys(row for group in groups.values() for row in group))
     width = 0.8 / len(rows)
-    for i, (row, color) in enumerate(zip(rows, _colors(len(rows)), strict=True)):
+    for i, row in enumerate(rows):
         places = [place + (i - (len(rows) - 1) / 2) * width for place in range(len(groups))]
         values = [group.get(row, 0.0) for group in groups.values()]
+        color = COLORS.get(row, "#555555")
         bars = axes.bar(places, values, width * 0.92, color=color, label=row)
         axes.bar_label(bars, [f"{v:,.0f}" if v else "" for v in values], fontsize=7, padding=2)
     axes.set_xticks(range(len(groups)), list(groups))
@@ -144,7 +158,7 @@ def plot_lines(
     """
     figure, axes = _figure((8, 4.5))
     solid = [label for label in lines if "," not in label]
-    colors = dict(zip(solid, _colors(len(solid) + 2)[2:], strict=True))
+    colors = dict(zip(solid, list(COLORS.values())[2:], strict=False))
     for label, points in lines.items():
         style = "--" if "," in label else "o-"
         color = colors[label.split(",")[0]]
@@ -158,6 +172,11 @@ def plot_lines(
     _finish(figure, axes, path)
 
 
+def can_plot() -> bool:
+    """Whether matplotlib is there."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -169,15 +188,10 @@ def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _colors(count: int) -> list[str]:
-    colors = ["#b9b9b9", "#7fb069", "#4a90c2", "#1f3f77", "#e8a838", "#c8451b", "#7d3c98"]
-    return [colors[i % len(colors)] for i in range(count)]
-
-
 def _finish(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(color="#e5e5e5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=8, frameon=False, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -44,16 +44,16 @@ def ops_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table
     heading = f"{results[0].group}   ({_count(flops)}FLOP, {_count(size)}B: {bound} is the limit)"
     unit, work = ("GB/s", size) if by_memory else ("GFLOP/s", flops)
     numpy = next((r.median for r in results if r.row == "numpy" and r.seconds), None)
-    table = [["", "ms", "±", unit, "of ceiling", "x numpy"]]
+    table = [["", "ms", "±", unit, "of ceiling", *(["x numpy"] if numpy else [])]]
     for r in results:
         if not r.seconds or r.note:
             table.append([r.row, r.note])
             continue
         share = ceilings.seconds(r.row, flops, size) / r.median
-        ratio = f"{numpy / r.median:.2f}" if numpy else ""
+        ratio = [f"{numpy / r.median:.2f}"] if numpy else []
         rate = f"{work / r.median / 1e9:,.1f}"
         table.append(
-            [r.row, f"{r.median * 1e3:,.3f}", f"{r.spread:.0%}", rate, f"{share:.0%}", ratio]
+            [r.row, f"{r.median * 1e3:,.3f}", f"{r.spread:.0%}", rate, f"{share:.0%}", *ratio]
         )
     return heading, table
 
@@ -133,7 +133,9 @@ def draw(path: Path, results: Sequence[Result], ceilings: Ceilings) -> None:
             for r in timed
             if (flops := r.facts["flops"])
         ]
-        plot_roofline(points, ceilings.peak, ceilings.bandwidth[ceilings.threads], path)
+        shown = {row for _, row, _, _ in points}
+        roofs = {name: peak for name, peak in ceilings.peak.items() if name in shown}
+        plot_roofline(points, roofs or ceilings.peak, ceilings.full_bandwidth, path)
         return
     groups: dict[str, dict[str, float]] = {}
     for r in timed:

@@ -219,7 +219,7 @@ ARROWS: dict[str, set[str]] = {
     "settings": {"config", "optimizer"},
     "train": (RUN - {"baselines"}) | {"checkpoint", "optimizer", "plot", "progress"},
     "demo": RUN | {"corpus", "train"},
-    "cli": RUN | {"bench", "demo", "machine", "report", "train"},  # nothing imports cli
+    "cli": RUN | {"bench", "demo", "machine", "plot", "report", "train"},  # nothing imports cli
     "__init__": LIBRARY,
 }
 DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
