@@ -45,7 +45,8 @@ INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `gpt2c`; return its exit code.
 
-    0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's, 130 for Ctrl-C.
+    0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's, 130
+    for Ctrl-C.
     """
     options = parser().parse_args(arguments)
     try:

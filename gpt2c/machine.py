@@ -28,8 +28,8 @@ class Ceilings:
     Attributes
     ----------
     peak : backend -> FLOP/s of its multiply-adds, registers only
-    bandwidth : number of threads, up to all cores -> bytes/s from and to memory, reading alone or adding in place,
-        whichever moves more
+    bandwidth : number of threads, up to all cores -> bytes/s from and to memory, reading alone or
+        adding in place, whichever moves more
     """
 
     threads: int

@@ -116,7 +116,9 @@ def test_training_steps_take_turns() -> None:
     results, _ = bench_train(
         ["numpy", "base"], CEILINGS, TINY, [(1, 8), (2, 32)], "full", True, lambda _: None
     )
-    assert [r.group for r in results] == ["train 1 x 8"] * 2 + ["train 2 x 32"] * 2
+    assert [r.group for r in results] == ["train 1 x 8, recompute full"] * 2 + [
+        "train 2 x 32, recompute full"
+    ] * 2
     for r in results:
         assert not r.note and len(r.seconds) == bench.QUICK_STEP_ROUNDS
         assert math.isclose(r.facts["first_loss"], math.log(TINY.vocab_size), rel_tol=0.05)
