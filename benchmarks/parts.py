@@ -151,11 +151,14 @@ def main() -> None:
     theirs = pytorch(config, idx, targets, threads) if importlib.util.find_spec("torch") else {}
     peak, bandwidth = max(ceilings.peak.values()), ceilings.bandwidth[threads]
     print(f"{B} x {T}, {threads} threads, {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s\n")
-    print("| part | floor, ms | gpt2c, ms | PyTorch, ms |\n|---|---:|---:|---:|")
+    names, rows = ["floor", "gpt2c"], [backend.floor, backend.seconds]
+    if theirs:
+        names, rows = [*names, "PyTorch"], [*rows, theirs]
+    print("| part | " + " | ".join(f"{name}, ms" for name in names) + " |")
+    print("|---|" + "---:|" * len(rows))
     parts = sorted(backend.seconds, key=lambda part: -backend.seconds[part])
     parts.sort(key=lambda part: part == "the rest")
-    columns = [[row.get(part, 0.0) / STEPS * 1e3 for part in parts]
-               for row in (backend.floor, backend.seconds, theirs)]  # fmt: skip
+    columns = [[row.get(part, 0.0) / STEPS * 1e3 for part in parts] for row in rows]
     for part, *values in zip(parts, *columns, strict=True):
         print(f"| {part.replace('_', ' ')} | " + " | ".join(f"{v:,.1f}" for v in values) + " |")
     print("| **sum** | " + " | ".join(f"**{sum(column):,.0f}**" for column in columns) + " |")

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpt2c.files import atomic_path
 
-# A row has its colour in every picture; others take those that are left.
+# A row has its colour in every picture; one that is not of the benchmark's is grey.
 COLORS = {
     "numpy": "#b9b9b9",
     "base": "#7fb069",

@@ -28,7 +28,8 @@ class Case:
 
     @property
     def rtol(self) -> float:
-        return RTOL_OF.get((self.name, self.shape.get("kind")), self.op.rtol)
+        usual = RTOL_OF.get((self.name, None), self.op.rtol)
+        return RTOL_OF.get((self.name, self.shape.get("kind")), usual)
 
     def arguments(self) -> list[Any]:
         """Make the arguments, the same ones every time."""
@@ -117,8 +118,10 @@ SHAPES: dict[str, list[Shape]] = {
     "global_norm": NORM,
 }
 
-# Kinds of values that need a tolerance of their own.
+# Kinds of values that need a tolerance of their own; None is for all others.
 RTOL_OF = {
+    # GPT-2's shapes have sums over 4096 rows, these over 257 at most
+    ("layernorm_backward", None): 2e-6,
     # the mean is rounded by 6e-8 of itself: 1e4 times more beside a deviation of 1;
     # and where the variance is 0, rstd = 316 multiplies it
     ("layernorm_forward", "offset"): 1e-3,

@@ -61,6 +61,19 @@ def test_a_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer["error"] > answer["rtol"]
 
 
+def test_a_worker_sees_an_element_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker("base", 1)
+
+    class Lazy:
+        def crossentropy_backward(self, dlogits: Any, *rest: Any) -> None:
+            """Write nothing: rows of ignored targets would be right as zeros."""
+
+    monkeypatch.setattr(worker, "_backend", Lazy())
+    answer = worker.op("crossentropy_backward", {"N": 3, "V": 8})
+    assert not answer["error"] <= answer["rtol"]
+    assert math.isnan(answer["error"])
+
+
 def test_a_worker_sees_a_nan_in_any_output(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker("base", 1)
     right = worker._backend.layernorm_forward
