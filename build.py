@@ -27,13 +27,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # machine -> extension -> flags. gpt2c/backend.py asks the CPU for exactly these features before it
 # imports one.
 ISAS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "base": [],
-        "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512vnni": [*AVX512, "-mavx512vnni"],
     },
     "aarch64": {"base": []},  # NEON is the baseline
 }

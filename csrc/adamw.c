@@ -17,11 +17,11 @@ void adamw_update(float *param, float *m, float *v, const float *grad, float lea
         vf g = vf_mul(vf_load_n(grad + i, n - i), vf_set1(grad_scale));
         vf p = vf_load_n(param + i, n - i);
         vf mi = vf_fma(b1, vf_load_n(m + i, n - i), vf_mul(c1, g));
-        vf vi = vf_fma(b2, vf_load_n(v + i, n - i), vf_mul(c2, vf_mul(g, g)));
-        vf root = vf_add(vf_sqrt(vf_mul(vi, v_correction)), vf_set1(eps));
+        vf second = vf_fma(b2, vf_load_n(v + i, n - i), vf_mul(c2, vf_mul(g, g)));
+        vf root = vf_add(vf_sqrt(vf_mul(second, v_correction)), vf_set1(eps));
         vf step = vf_fma(vf_set1(weight_decay), p, vf_div(vf_mul(mi, m_correction), root));
         vf_store_n(m + i, mi, n - i);
-        vf_store_n(v + i, vi, n - i);
+        vf_store_n(v + i, second, n - i);
         vf_store_n(param + i, vf_sub(p, vf_mul(vf_set1(learning_rate), step)), n - i);
     }
 }

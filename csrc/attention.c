@@ -129,18 +129,18 @@ static void sum_over_queries(float *sums, Block block, const float *weights, con
 
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
-/* One block of queries: out (rows x HS, row stride C) and lse (rows), against all keys they may see. */
-static void attend(float *out, float *lse, const float *qkv, int64_t first, int64_t rows, int64_t C, int64_t HS,
-                   float *scratch) {
+/* One block of queries q (rows x HS, row stride 3C), the first at position `first`: out (row stride C) and, unless NULL,
+ * lse (rows), against all keys that they may see, of which the row stride is `stride`. */
+static void attend(float *out, float *lse, const float *q, const float *keys, const float *values, int64_t stride,
+                   int64_t first, int64_t rows, int64_t C, int64_t HS, float *scratch) {
     float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS;
     float maximum[TILE], denominator[TILE];
-    const int64_t stride = 3 * C;
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
-    transpose(q_t, TILE, qkv + first * stride, stride, rows, HS, TILE);
+    transpose(q_t, TILE, q, 3 * C, rows, HS, TILE);
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
-        const float *k = qkv + key * stride + C, *v = k + C;
+        const float *k = keys + key * stride, *v = values + key * stride;
         score(p, block, (Left){k, stride, 1}, q_t, HS);
         for (int64_t j = 0; j < TILE; j += VF_LEN) {
             const vf before = vf_load(maximum + j);
@@ -169,7 +169,8 @@ static void attend(float *out, float *lse, const float *qkv, int64_t first, int6
         for (int64_t c = 0; c < HS; c++) vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), inverse));
     }
     transpose(out, C, out_t, TILE, HS, rows, HS);
-    for (int64_t i = 0; i < rows; i++) lse[i] = maximum[i] + logf(denominator[i]);
+    if (lse)
+        for (int64_t i = 0; i < rows; i++) lse[i] = maximum[i] + logf(denominator[i]);
 }
 
 void attention_forward(float *out, float *lse, const float *qkv, float *scratch, int64_t B, int64_t T, int64_t C,
@@ -179,8 +180,31 @@ void attention_forward(float *out, float *lse, const float *qkv, float *scratch,
     for (int64_t task = 0; task < B * NH * blocks; task++) {
         /* longest rows of blocks first, so that the short ones fill the gaps at the end */
         const int64_t first = (blocks - 1 - task / (B * NH)) * TILE, b = task % (B * NH) / NH, h = task % NH;
-        attend(out + (b * T + first) * C + h * HS, lse + (b * NH + h) * T + first, qkv + b * T * 3 * C + h * HS, first,
-               min64(TILE, T - first), C, HS, scratch + omp_get_thread_num() * share(T, HS));
+        const float *q = qkv + b * T * 3 * C + h * HS;
+        attend(out + (b * T + first) * C + h * HS, lse + (b * NH + h) * T + first, q + first * 3 * C, q + C, q + 2 * C,
+               3 * C, first, min64(TILE, T - first), C, HS, scratch + omp_get_thread_num() * share(T, HS));
+    }
+}
+
+void cache_attention_forward(float *out, float *keys, float *values, const float *qkv, int64_t position, float *scratch,
+                             int64_t T, int64_t C, int64_t NH, int64_t P, int threads) {
+    const int64_t HS = C / NH, blocks = ceil_div(T, TILE);
+    const size_t row = (size_t)HS * sizeof(float);
+#pragma omp parallel num_threads(team(threads, T * C))
+    {
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < NH; h++)
+            for (int64_t t = 0; t < T; t++) {
+                const float *from = qkv + t * 3 * C + h * HS;
+                memcpy(keys + (h * P + position + t) * HS, from + C, row);
+                memcpy(values + (h * P + position + t) * HS, from + 2 * C, row);
+            }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < NH * blocks; task++) {
+            const int64_t first = (blocks - 1 - task / NH) * TILE, h = task % NH;
+            attend(out + first * C + h * HS, NULL, qkv + first * 3 * C + h * HS, keys + h * P * HS, values + h * P * HS,
+                   HS, position + first, min64(TILE, T - first), C, HS, scratch + omp_get_thread_num() * share(P, HS));
+        }
     }
 }
 

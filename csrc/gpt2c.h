@@ -65,6 +65,57 @@ void matmul_forward(float *out, const float *x, const float *weight, const float
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                      int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, int threads);
 
+/* ---- reading a model: linear layers of 32, 16 and 8 bits, attention over a cache, a step of decoding ---------- */
+
+/* The type of a weight. FP16 is IEEE's half, without NaN and infinity; INT8 is 8 bits without sign, 128 too large, and
+ * needs a scale for each of its rows. */
+enum { FP32, FP16, INT8 };
+
+/* out (C,R) = x (R,C)^T: linear weights in files are (C,OC). */
+void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, int threads);
+
+/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), bias may be NULL. INT8: scale (OC), and each row of x is rounded to
+ * 8 bits with a scale of its own. C at most 65536 for INT8. */
+void linear_forward(float *out, const float *x, const void *weight, const float *scale, const float *bias, int type,
+                    float *scratch, int64_t N, int64_t C, int64_t OC, int threads);
+int64_t linear_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads);
+
+/* Attention of T new tokens that stand at `position` and after it in their text: their k and v go to rows position..
+ * of keys and values (NH,P,HS), and out (T,C) is what their q in qkv (T,3C) attend to among the rows up to their own.
+ * scratch: attention_scratch_size(P, HS, threads). */
+void cache_attention_forward(float *out, float *keys, float *values, const float *qkv, int64_t position, float *scratch,
+                             int64_t T, int64_t C, int64_t NH, int64_t P, int threads);
+
+/* A linear layer: weight (OC,C) of `type`, scale (OC) for INT8, bias (OC) or NULL. */
+typedef struct {
+    const void *weight;
+    const float *scale, *bias;
+    int64_t C, OC;
+    int type;
+} Linear;
+
+typedef struct {
+    const float *ln_1_weight, *ln_1_bias, *ln_2_weight, *ln_2_bias;
+    Linear c_attn, attn_proj, c_fc, mlp_proj;
+} Layer;
+
+/* A model to be read: L layers, inner channels F; wte is the lm_head as well. */
+typedef struct {
+    Linear wte;
+    const float *wpe, *ln_f_weight, *ln_f_bias;
+    const Layer *layers;
+    int64_t L, NH, F;
+    float eps;
+} Decoder;
+
+/* One more token for N texts at once, N small: logits (N,V) of what follows tokens (N), which stand at positions (N) in
+ * the texts whose keys and values are slots (N), all different, of keys and values (L,S,NH,P,HS). The same bits for a
+ * text alone and among others. */
+void decode_step(float *logits, float *keys, float *values, const int32_t *tokens, const int32_t *slots,
+                 const int32_t *positions, const Decoder *model, float *scratch, int64_t N, int64_t S, int64_t P,
+                 int threads);
+int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int threads);
+
 /* ---- attention: causal, multi-head -------------------------------------------------------------------------- */
 
 /* out (B,T,C) from qkv (B,T,3C), where a row holds q, k, v of NH heads; lse (B,NH,T), the log of each row's softmax

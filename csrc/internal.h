@@ -1,5 +1,4 @@
-/* What the kernels share and Python does not see: threads, transposition, and the matrix product of gemm.c.
- */
+/* What the kernels share and Python does not see: threads, transposition, the products of gemm.c and linear.c. */
 
 #ifndef INTERNAL_H
 #define INTERNAL_H
@@ -11,6 +10,7 @@
 #include <omp.h>
 #else
 static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_get_num_threads(void) { return 1; }
 #endif
 
 /* Threads worth waking for `work` elements: below this, starting them costs more than they save. */
@@ -47,5 +47,25 @@ typedef struct {
 /* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, plus what c held if `accumulate`. */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, int threads);
+
+/* Rows of 8 bits: row i is scales[i] * values[i * stride ...], and sums[i] the sum of its values. */
+typedef struct {
+    float *scales;
+    int32_t *sums;
+    int8_t *values;
+    int64_t stride;
+} Quantized;
+
+/* Floats that N rows of C need, and such rows there. */
+int64_t quantized_size(int64_t N, int64_t C);
+Quantized quantized_in(float *memory, int64_t N, int64_t C);
+
+/* Row i of q becomes x (C); NaN or infinity in x makes its scale NaN. */
+void quantize_row(Quantized q, const float *x, int64_t i, int64_t C);
+
+/* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`; `from` is a multiple of VF_LEN. x (N,C), or
+ * for INT8 the same rows as q. One thread's work: threads call it for columns of their own. */
+void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
+                    int64_t to, int accumulate);
 
 #endif

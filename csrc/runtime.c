@@ -9,10 +9,12 @@ int cpu_supports(const char *feature) {
     if (!strcmp(feature, "sse2")) return __builtin_cpu_supports("sse2") != 0;
     if (!strcmp(feature, "avx2")) return __builtin_cpu_supports("avx2") != 0;
     if (!strcmp(feature, "fma")) return __builtin_cpu_supports("fma") != 0;
+    if (!strcmp(feature, "f16c")) return __builtin_cpu_supports("f16c") != 0;
     if (!strcmp(feature, "avx512f")) return __builtin_cpu_supports("avx512f") != 0;
     if (!strcmp(feature, "avx512bw")) return __builtin_cpu_supports("avx512bw") != 0;
     if (!strcmp(feature, "avx512dq")) return __builtin_cpu_supports("avx512dq") != 0;
     if (!strcmp(feature, "avx512vl")) return __builtin_cpu_supports("avx512vl") != 0;
+    if (!strcmp(feature, "avx512vnni")) return __builtin_cpu_supports("avx512vnni") != 0;
 #else
     (void)feature;
 #endif

@@ -3,7 +3,10 @@
  * This is the only file that names an instruction set's intrinsics. `..._part` and `..._n` touch the first n lanes only
  * and read the others as 0; part wants 0 < n < VF_LEN, n any n > 0. vf_first_n(a, b, n), 0 <= n <= VF_LEN, has n lanes
  * of a and then b's. vf_max(a, b) and vf_min(a, b) give b where either is NaN on x86 and NaN on NEON, so a constant
- * stands first and a NaN in the data survives. */
+ * stands first and a NaN in the data survives.
+ *
+ * For weights of 8 bits: vi is VF_LEN sums of 32 bits, vb VB_LEN numbers of 8 bits, and vi_dot adds the products of two
+ * vb, each product to one of the sums. Nothing saturates, so that every instruction set gives the same integers. */
 
 #ifndef SIMD_H
 #define SIMD_H
@@ -46,8 +49,31 @@ static inline vf vf_zip_hi(vf a, vf b) {
     const __m512i lanes = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     return _mm512_permutex2var_ps(a, lanes, b);
 }
+static inline vf vf_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+typedef __m512i vi;
+static inline vi vi_zero(void) { return _mm512_setzero_si512(); }
+static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vf vi_bits(vi a) { return _mm512_castsi512_ps(a); }
+static inline vi vi_of_bits(vf a) { return _mm512_castps_si512(a); }
+static inline vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
+typedef __m512i vb;
+#if defined(__AVX512VNNI__)
+#define VB_LEN 64
+static inline vb vb_load_unsigned(const uint8_t *p) { return _mm512_loadu_si512(p); }
+static inline vb vb_load_signed(const int8_t *p) { return _mm512_loadu_si512(p); }
+static inline vi vi_dot(vi sum, vb a, vb b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#else
+#define VB_LEN 32
+static inline vb vb_load_unsigned(const uint8_t *p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+}
+static inline vb vb_load_signed(const int8_t *p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+}
+static inline vi vi_dot(vi sum, vb a, vb b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#endif
 
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 typedef __m256 vf;
 #define VF_LEN 8
@@ -87,6 +113,20 @@ static inline vf vf_zip_lo(vf a, vf b) {
 static inline vf vf_zip_hi(vf a, vf b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
+static inline vf vf_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+typedef __m256i vi;
+static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
+static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vf vi_bits(vi a) { return _mm256_castsi256_ps(a); }
+static inline vi vi_of_bits(vf a) { return _mm256_castps_si256(a); }
+static inline vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
+typedef __m256i vb;
+#define VB_LEN 16
+static inline vb vb_load_unsigned(const uint8_t *p) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+}
+static inline vb vb_load_signed(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+static inline vi vi_dot(vi sum, vb a, vb b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #elif defined(__SSE2__) || defined(__ARM_NEON)
 #define VF_LEN 4
@@ -117,6 +157,29 @@ static inline vf vf_scale2(vf a, vf t) {
 }
 static inline vf vf_zip_lo(vf a, vf b) { return _mm_unpacklo_ps(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return _mm_unpackhi_ps(a, b); }
+static inline vf vf_load_half(const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
+    const __m128i h = _mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
+    const __m128i sign = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x8000)), 16);
+    const __m128i rest = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x7fff)), 13);
+    const vf x = _mm_mul_ps(_mm_castsi128_ps(rest), vf_set1(0x1p112f));
+    return _mm_or_ps(x, _mm_castsi128_ps(sign));
+}
+typedef __m128i vi;
+static inline vi vi_zero(void) { return _mm_setzero_si128(); }
+static inline vi vi_add(vi a, vi b) { return _mm_add_epi32(a, b); }
+static inline vf vi_bits(vi a) { return _mm_castsi128_ps(a); }
+static inline vi vi_of_bits(vf a) { return _mm_castps_si128(a); }
+static inline vf vi_to_vf(vi a) { return _mm_cvtepi32_ps(a); }
+typedef __m128i vb;
+#define VB_LEN 8
+static inline vb vb_load_unsigned(const uint8_t *p) {
+    return _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
+}
+static inline vb vb_load_signed(const int8_t *p) {
+    const __m128i x = _mm_loadl_epi64((const __m128i *)p);
+    return _mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8);
+}
+static inline vi vi_dot(vi sum, vb a, vb b) { return _mm_add_epi32(sum, _mm_madd_epi16(a, b)); }
 #else
 #include <arm_neon.h>
 typedef float32x4_t vf;
@@ -138,6 +201,20 @@ static inline vf vf_scale2(vf a, vf t) {
 }
 static inline vf vf_zip_lo(vf a, vf b) { return vzip1q_f32(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return vzip2q_f32(a, b); }
+static inline vf vf_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+typedef int32x4_t vi;
+static inline vi vi_zero(void) { return vdupq_n_s32(0); }
+static inline vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
+static inline vf vi_bits(vi a) { return vreinterpretq_f32_s32(a); }
+static inline vi vi_of_bits(vf a) { return vreinterpretq_s32_f32(a); }
+static inline vf vi_to_vf(vi a) { return vcvtq_f32_s32(a); }
+typedef int16x8_t vb;
+#define VB_LEN 8
+static inline vb vb_load_unsigned(const uint8_t *p) { return vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p))); }
+static inline vb vb_load_signed(const int8_t *p) { return vmovl_s8(vld1_s8(p)); }
+static inline vi vi_dot(vi sum, vb a, vb b) {
+    return vmlal_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), vget_high_s16(a), vget_high_s16(b));
+}
 #endif
 static inline vf vf_first_n(vf a, vf b, int64_t n) {
     float lanes[8];
@@ -194,6 +271,31 @@ static inline vf vf_zip_hi(vf a, vf b) {
     (void)a;
     return b;
 }
+static inline vf vf_load_half(const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
+    const uint32_t rest = (uint32_t)(*p & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &rest, 4);
+    return (*p & 0x8000 ? -x : x) * 0x1p112f;
+}
+typedef int32_t vi;
+static inline vi vi_zero(void) { return 0; }
+static inline vi vi_add(vi a, vi b) { return a + b; }
+static inline vf vi_to_vf(vi a) { return (float)a; }
+static inline vf vi_bits(vi a) {
+    float x;
+    memcpy(&x, &a, 4);
+    return x;
+}
+static inline vi vi_of_bits(vf a) {
+    int32_t x;
+    memcpy(&x, &a, 4);
+    return x;
+}
+typedef int32_t vb;
+#define VB_LEN 1
+static inline vb vb_load_unsigned(const uint8_t *p) { return *p; }
+static inline vb vb_load_signed(const int8_t *p) { return *p; }
+static inline vi vi_dot(vi sum, vb a, vb b) { return sum + a * b; }
 #endif
 
 /* The loop of every row: for (i = 0; i < n; i += VF_LEN) with vf_load_n(p + i, n - i), so that the last, partial vector
@@ -217,6 +319,42 @@ static inline void vf_transpose(vf rows[VF_LEN]) {
         }
         for (int i = 0; i < VF_LEN; i++) rows[i] = zipped[i];
     }
+}
+
+/* Lane i is the sum of the lanes of rows[i], always added in the same order: neighbours are zipped, half as many remain.
+ */
+static inline vf vf_sums(vf rows[VF_LEN]) {
+    for (int count = VF_LEN / 2; count > 0; count /= 2)
+        for (int i = 0; i < count; i++)
+            rows[i] = vf_add(vf_zip_lo(rows[i], rows[i + count]), vf_zip_hi(rows[i], rows[i + count]));
+    return rows[0];
+}
+static inline vi vi_sums(vi rows[VF_LEN]) {
+    for (int count = VF_LEN / 2; count > 0; count /= 2)
+        for (int i = 0; i < count; i++) {
+            const vf a = vi_bits(rows[i]), b = vi_bits(rows[i + count]);
+            rows[i] = vi_add(vi_of_bits(vf_zip_lo(a, b)), vi_of_bits(vf_zip_hi(a, b)));
+        }
+    return rows[0];
+}
+/* The first n numbers from p, and zeros: of the last part of a row. */
+static inline vf vf_load_half_n(const uint16_t *p, int64_t n) {
+    uint16_t lanes[VF_LEN] = {0};
+    if (n >= VF_LEN) return vf_load_half(p);
+    memcpy(lanes, p, (size_t)n * sizeof(uint16_t));
+    return vf_load_half(lanes);
+}
+static inline vb vb_load_unsigned_n(const uint8_t *p, int64_t n) {
+    uint8_t bytes[VB_LEN] = {0};
+    if (n >= VB_LEN) return vb_load_unsigned(p);
+    memcpy(bytes, p, (size_t)n);
+    return vb_load_unsigned(bytes);
+}
+static inline vb vb_load_signed_n(const int8_t *p, int64_t n) {
+    int8_t bytes[VB_LEN] = {0};
+    if (n >= VB_LEN) return vb_load_signed(p);
+    memcpy(bytes, p, (size_t)n);
+    return vb_load_signed(bytes);
 }
 
 #endif

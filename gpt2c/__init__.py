@@ -10,9 +10,23 @@ output channels. Losses are in nats per token.
 from gpt2c import ops
 from gpt2c.backend import backends
 from gpt2c.config import GPT2Config
+from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.optimizer import AdamW, Schedule
+from gpt2c.quantized import QuantizedGPT2
+from gpt2c.sampling import GenerationConfig
 from gpt2c.tokenizer import Tokenizer
 
-__all__ = ["GPT2", "AdamW", "GPT2Config", "Schedule", "Tokenizer", "backends", "ops"]
+__all__ = [
+    "GPT2",
+    "AdamW",
+    "GPT2Config",
+    "GenerationConfig",
+    "Generator",
+    "QuantizedGPT2",
+    "Schedule",
+    "Tokenizer",
+    "backends",
+    "ops",
+]
 __version__ = "0.1.0"

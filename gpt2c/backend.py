@@ -17,9 +17,12 @@ from gpt2c.kernels import Kernels
 
 # Fastest first. A set of kernels runs only on a CPU with all of its features, which are
 # those of the flags that build.py compiles it with.
+AVX2 = ("avx2", "fma", "f16c")
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *AVX2)
 REQUIRES: dict[str, tuple[str, ...]] = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
-    "avx2": ("avx2", "fma"),
+    "avx512vnni": (*AVX512, "avx512vnni"),  # as avx512, and products of 8 bits
+    "avx512": AVX512,
+    "avx2": AVX2,
     "base": (),
     "numpy": (),
 }

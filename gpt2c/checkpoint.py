@@ -33,6 +33,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # The causal mask that older versions of transformers saved with the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "U8": "|u1"}
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -71,8 +72,8 @@ def load_weights(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Ten
 
     Returns
     -------
-    (config, tensors) : what config.json holds; name -> float32 array, the
-        caller's to keep; not all are contiguous
+    (config, tensors) : what config.json holds; name -> float32 array, read-only where the file's
+        own memory is mapped; not all are contiguous
 
     Raises
     ------
@@ -80,13 +81,8 @@ def load_weights(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Ten
     ValueError : a file is damaged, a tensor is not of floats, or lm_head.weight differs from
         wte.weight; the message names the file, the tensor and the reason
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} is not a directory; one with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
-        )
-    config = _read_config(directory / CONFIG_FILE)
-    path = directory / WEIGHTS_FILE
+    config = read_config(directory)
+    path = Path(directory) / WEIGHTS_FILE
     stored, _ = _read_tensors(path)
     tensors: Tensors = {}
     for stored_name, tensor in stored.items():
@@ -102,6 +98,57 @@ def load_weights(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Ten
             f"{path}: lm_head.weight differs from wte.weight; wanted GPT-2's one tensor for both"
         )
     return config, tensors
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read config.json alone; see `load_weights` for errors."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory; one with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
+        )
+    return _read_config(directory / CONFIG_FILE)
+
+
+def save_as_they_are(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+) -> None:
+    """Write weights in memory's layout and dtypes, under memory's names; see `save_weights`."""
+    directory = Path(directory)
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_paths(directory / WEIGHTS_FILE, directory / CONFIG_FILE) as (weights, config_file):
+        _write_tensors(weights, tensors, {"format": "gpt2c"})
+        config_file.write_text(text, encoding="utf-8")
+
+
+def load_as_they_are(directory: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    """Map the weights that `save_as_they_are` wrote: name -> read-only array."""
+    stored, _ = _map_tensors(Path(directory) / WEIGHTS_FILE)
+    return {name: tensor for name, (_, tensor) in stored.items()}
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, NDArray[Any]], source: str
+) -> None:
+    """Refuse tensors that are not those of `shapes`; `source` names them in errors.
+
+    Raises
+    ------
+    ValueError : a tensor is missing, unknown or of another shape
+    """
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{source}: tensor {name} is missing")
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{source}: tensor {name} must be {shape} for its config, got {tensors[name].shape}"
+            )
+    unknown = sorted(tensors.keys() - shapes.keys())
+    if unknown:
+        raise ValueError(f"{source}: a GPT-2 has no tensor {unknown[0]}")
 
 
 def save_checkpoint(
@@ -238,43 +285,55 @@ def _read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read a safetensors file into float32, without masks; opening it checks sizes and offsets."""
+def _map_tensors(path: Path) -> tuple[dict[str, tuple[str, NDArray[Any]]], dict[str, str]]:
+    """Map a safetensors file: name -> (dtype in the file, read-only array), and its metadata.
+
+    Masks are left out.
+
+    The library checks the file, its sizes and offsets; it would copy every tensor, and NumPy lacks
+    its BF16, which comes as uint16. The format: an 8-byte little-endian length, a JSON header of
+    that length, then the tensors' bytes.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist (weights are read from safetensors, never from pickles)"
         )
-    tensors: Tensors = {}
     try:
         with safe_open(path, framework="np") as file:
-            for name in file.keys():
-                if name.endswith(BUFFERS):
-                    continue
-                dtype = file.get_slice(name).get_dtype()
-                if dtype not in FLOAT_DTYPES:
-                    raise ValueError(
-                        f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(FLOAT_DTYPES)}"
-                    )
-                tensor = _read_bfloat16(path, name) if dtype == "BF16" else file.get_tensor(name)
-                with np.errstate(over="raise"):
-                    tensors[name] = tensor.astype(np.float32, copy=False)
-            return tensors, file.metadata() or {}
-    except FloatingPointError as error:
-        raise ValueError(f"{path}: {name} holds numbers beyond the range of float32") from error
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _read_bfloat16(path: Path, name: str) -> NDArray[np.float32]:
-    """Read a bfloat16 tensor, a type that NumPy and so safetensors.numpy lack.
-
-    The file, which safetensors has checked before, is an 8-byte little-endian length, a JSON header
-    of that length, then the tensors' bytes. A bfloat16 is the upper half of a float32.
-    """
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(header_size))[name]
+    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if name.endswith(BUFFERS):
+            continue
+        dtype = entry["dtype"]
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(DTYPES)}")
         begin, end = entry["data_offsets"]
-        file.seek(8 + header_size + begin)
-        halves = np.frombuffer(file.read(end - begin), dtype="<u2")
-    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+        data = mapped[start + begin : start + end].view(DTYPES[dtype])
+        tensors[name] = dtype, data.reshape(entry["shape"])
+    return tensors, metadata
+
+
+def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read a safetensors file as float32; what is float32 there stays mapped."""
+    stored, metadata = _map_tensors(path)
+    tensors: Tensors = {}
+    for name, (dtype, tensor) in stored.items():
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(FLOAT_DTYPES)}"
+            )
+        if dtype == "BF16":  # the upper half of a float32
+            tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
+        try:
+            with np.errstate(over="raise"):
+                tensors[name] = tensor.astype(np.float32, copy=False)
+        except FloatingPointError as error:
+            raise ValueError(f"{path}: {name} holds numbers beyond the range of float32") from error
+    return tensors, metadata

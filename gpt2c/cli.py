@@ -17,24 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt2c import cli_bench, cli_generate
 from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
 from gpt2c.baselines import bits_per_byte
-from gpt2c.bench import Result, bench_ops, bench_train, check_threads, choose_rows
-from gpt2c.config import GPT2Config
 from gpt2c.data import prepare, read_text, read_tokens, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
-from gpt2c.machine import cpu_name, measure_ceilings
-from gpt2c.model import GPT2
-from gpt2c.plot import can_plot
-from gpt2c.report import (
-    as_markdown,
-    as_text,
-    draw,
-    machine_lines,
-    ops_table,
-    train_table,
-    write_json,
-)
+from gpt2c.machine import cpu_name
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
@@ -112,41 +100,18 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
     verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
     verb.add_argument("--batch-size", type=int, default=8, help="rows at a time (8)")
+    verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
     verb.add_argument("--backend", default="auto", help="default: the fastest")
 
-    verb = _verb(verbs, "generate", run_generate, "continue a text")
-    verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
-    verb.add_argument("--prompt", default="", help="the start of the text (default: none)")
-    verb.add_argument(
-        "--max-new-tokens", type=int, default=200, help="the most tokens to add (200)"
+    cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, "continue a text"))
+    cli_bench.add_flags(
+        _verb(
+            verbs,
+            "bench",
+            cli_bench.run_bench,
+            "backends and PyTorch side by side, verified, in turn",
+        )
     )
-    verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (0.8)")
-    verb.add_argument("--top-k", type=int, help="draw among the K likeliest tokens only")
-    verb.add_argument("--top-p", type=float, help="draw among the likeliest with this share only")
-    verb.add_argument("--seed", type=int, help="the same seed draws the same text")
-    verb.add_argument("--backend", default="auto", help="default: the fastest")
-
-    verb = _verb(verbs, "bench", run_bench, "backends and PyTorch side by side, verified, in turn")
-    verb.add_argument(
-        "what", metavar="ops|train", choices=["ops", "train"], help="every op, or a training step"
-    )
-    verb.add_argument("--backends", metavar="A,B", help="rows: default all, and PyTorch if there")
-    verb.add_argument("--threads", type=int, help="threads of every row (default: see gpt2c info)")
-    verb.add_argument("--quick", action="store_true", help="fewer shapes and samples")
-    verb.add_argument(
-        "--shape",
-        action="append",
-        metavar="BxT",
-        help="train: a batch of B rows of T tokens; may be repeated (4x64)",
-    )
-    verb.add_argument("--recompute", choices=["light", "full"], help="train: keep less memory")
-    verb.add_argument("--torch-compile", action="store_true", help="train: torch.compile as a row")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
-    verb.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw a roofline (ops) or bars (train)"
-    )
-    verb.add_argument("--report", type=Path, metavar="FILE.md", help="add the tables in Markdown")
-
     _verb(verbs, "info", run_info, "CPU, backends, threads, versions")
     return top
 
@@ -231,7 +196,7 @@ def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     """`gpt2c eval`."""
-    model = GPT2.from_pretrained(options.model, options.backend)
+    model = cli_generate.open_model(options.model, options.backend, options.quantize)
     tokenizer = Tokenizer.from_pretrained(options.data)
     tokens = read_tokens(options.data / "val.bin", model.config.vocab_size)
     if options.batch_size < 1:
@@ -247,77 +212,6 @@ def run_eval(options: argparse.Namespace) -> int:
     bits = bits_per_byte(loss * len(scored), size)
     print(f"loss {loss:.4f} nats/token  perplexity {math.exp(loss):.2f}  bits per byte {bits:.4f}")
     return 0
-
-
-def run_generate(options: argparse.Namespace) -> int:
-    """`gpt2c generate`."""
-    model = GPT2.from_pretrained(options.model, options.backend)
-    tokenizer = Tokenizer.from_pretrained(options.model)
-    prompt = tokenizer.encode(options.prompt) or [tokenizer.eot]
-    steps = model.stream(
-        [prompt],
-        options.max_new_tokens,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        options.seed,
-        stop=tokenizer.eot,
-    )
-    ids = (int(step[0]) for step in steps)
-    sys.stdout.write(options.prompt)
-    for piece in tokenizer.stream(token for token in ids if token != tokenizer.eot):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print()
-    return 0
-
-
-def run_bench(options: argparse.Namespace) -> int:
-    """`gpt2c bench`."""
-    threads, warning = check_threads(options.threads)
-    names = choose_rows(options.backends, options.torch_compile and options.what == "train")
-    shapes = [_shape(text) for text in options.shape or ["4x64"]]
-    if options.what == "ops" and (options.shape or options.recompute or options.torch_compile):
-        raise ValueError("--shape, --recompute and --torch-compile belong to bench train")
-    for path in (options.json, options.plot, options.report):
-        if path and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no directory {path.parent}")
-    if options.plot and not can_plot():
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    if warning:
-        print(f"gpt2c: {warning}", file=sys.stderr)
-    ceilings = measure_ceilings(threads)
-    report = [*machine_lines(ceilings), ""]
-    print("\n".join(report), flush=True)
-
-    def show(results: list[Result]) -> None:
-        heading, table = (ops_table if options.what == "ops" else train_table)(results, ceilings)
-        print(as_text(heading, table) + "\n", flush=True)
-        report.append(as_markdown(heading, table))
-
-    if options.what == "ops":
-        results, verdict = bench_ops(names, ceilings, options.quick, show)
-    else:
-        results, verdict = bench_train(
-            names, ceilings, GPT2Config(), shapes, options.recompute, options.quick, show
-        )
-    print(verdict)
-    if options.json:
-        write_json(options.json, ceilings, results, verdict)
-    if options.report:
-        with open(options.report, "a", encoding="utf-8") as file:
-            file.write("\n".join([f"## gpt2c bench {options.what}", "", *report, verdict, "", ""]))
-    if options.plot:
-        draw(options.plot, results, ceilings)
-    failed = any(r.note.startswith(("WRONG", "FAILED")) for r in results)
-    return 1 if failed or not any(r.seconds for r in results) else 0
-
-
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, length = text.partition("x")
-    if not (rows.isdecimal() and length.isdecimal() and int(rows) and int(length)):
-        raise ValueError(f"--shape must be rows x tokens, such as 4x64, got {text!r}")
-    return int(rows), int(length)
 
 
 def run_info(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
 from gpt2c.corpus import python_documentation
 from gpt2c.data import Prepared, prepare, read_text, read_tokens, split_documents
 from gpt2c.files import claim_directory
+from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.tokenizer import Tokenizer
@@ -125,11 +126,10 @@ def write_samples(model: GPT2, tokenizer: Tokenizer) -> None:
     """Print texts that the model makes up from an empty page."""
     for seed in range(SAMPLES):
         print(f"\n--- sample {seed + 1} ---")
-        steps = model.stream(
-            [[tokenizer.eot]], SAMPLE_TOKENS, 0.8, top_k=50, seed=seed, stop=tokenizer.eot
+        pieces = Generator(model, tokenizer).stream(
+            "", max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
         )
-        ids = (int(step[0]) for step in steps)
-        for piece in tokenizer.stream(token for token in ids if token != tokenizer.eot):
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()

@@ -1,160 +1,186 @@
-"""From logits to tokens: sampling, and the loop that feeds each token back.
+"""The decoding loop: texts that grow by a token a step, each with its own random numbers and end.
 
-Knows nothing about models and tokenizers: it is given a function from token ids to the logits of
-the token that follows.
+Knows a decoder, which reads tokens and gives logits, and nothing about weights or strings. What is
+here serves one call's batch; gpt2c.engine lets requests join and leave.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.sampling import GenerationConfig, choose
 
-def sample(
-    logits: NDArray[Any],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    """Draw one token per row from softmax(logits / temperature).
+Watch = Callable[[int], bool]
+Step = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.float64]]
 
-    The order is Hugging Face's: temperature, then `top_k`, then `top_p`. One uniform number is
-    drawn per row (none when greedy), so a row's token depends on its place in the batch but not on
-    the other rows' logits.
+
+class Reader(Protocol):
+    """What generate wants of a `gpt2c.decoder.Decoder`."""
+
+    capacity: int
+
+    def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> NDArray[Any]: ...  # noqa: D102
+    def step(  # noqa: D102
+        self, tokens: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[np.int32]
+    ) -> NDArray[Any]: ...
+    def copy(self, source: int, target: int, length: int) -> None: ...  # noqa: D102
+
+
+class Text:
+    """One text that is being written.
 
     Parameters
     ----------
-    logits : (B, V) floats, computed with in float64
-    temperature : 0 takes the largest logit (the first of equals), 1 the model's own distribution
-    top_k : keep the k largest logits (of equals the lower ids), None keeps all
-    top_p : keep the most probable tokens until their probability reaches top_p, always at least one
-        (nucleus sampling, Holtzman et al., arXiv:1904.09751), None keeps all
-    rng : where the uniform numbers come from
+    prompt : token ids to begin with, at least one
+    settings : how it goes on; max_new_tokens is at least 1
+    ends : ids that end it
+    slot : its place in the decoder
+    number : which of the texts of one call it is: each has random numbers of its own
+    watch : told each new token; True ends the text
 
-    Returns
-    -------
-    (B,) int64 token ids
-
-    Raises
-    ------
-    ValueError : a setting is out of range, or logits are not 2-D or hold nan or infinity
+    Attributes
+    ----------
+    tokens : prompt and new token ids
+    count : how many are new
+    ended : why it is over: "end" (an id of `ends`, or as `watch` said) or "length" (no more tokens
+        were wanted, or fit); None while it goes on
+    logprob : of the newest token, nats, if settings.logprobs
+    position : how many of the last tokens the decoder has read
     """
-    _check_settings(temperature, top_k, top_p)
-    logits = np.asarray(logits, dtype=np.float64)
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits of shape (B, V) are wanted, got {logits.shape}")
-    if not np.isfinite(logits).all():
-        raise ValueError(
-            "logits hold nan or infinity; the model's weights have diverged or are damaged"
-        )
-    if temperature == 0:
-        return np.asarray(np.argmax(logits, axis=1), dtype=np.int64)
-    draws = rng.random(len(logits))
-    tokens = [
-        _sample_row(row, temperature, top_k, top_p, draw)
-        for row, draw in zip(logits, draws, strict=True)
-    ]
-    return np.array(tokens, dtype=np.int64)
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationConfig,
+        ends: Collection[int],
+        slot: int,
+        number: int = 0,
+        watch: Watch | None = None,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.count = 0
+        self.ended: str | None = None
+        self.logprob = 0.0
+        self.position = 0
+        self.slot = slot
+        self._settings = settings
+        self._ends = ends
+        self._watch = watch
+        seed = None if settings.seed is None else (settings.seed, number)
+        self._rng = np.random.default_rng(seed)
+
+    def choose(self, logits: NDArray[Any]) -> int:
+        """Append the token that follows, given the logits (V,); note whether the text is over."""
+        settings = self._settings
+        forbidden = self._ends if self.count < settings.min_new_tokens else ()
+        token = choose(logits, settings, self._rng, self.tokens, forbidden)
+        if settings.logprobs:
+            largest = float(logits.max())
+            total = np.exp(logits - largest, dtype=np.float64).sum()
+            self.logprob = float(logits[token]) - largest - math.log(total)
+        self.tokens.append(token)
+        self.count += 1
+        if (self._watch is not None and self._watch(token)) or token in self._ends:
+            self.ended = "end"
+        elif self.count == settings.max_new_tokens:
+            self.ended = "length"
+        return token
+
+    def make_room(self, capacity: int) -> bool:
+        """Before the newest token is read: if the context is full, forget or end; True if forgot.
+
+        A position's vector is part of every key, so what stays must be read again from the start:
+        half the context, or this would come with every token.
+        """
+        if self.position < capacity:
+            return False
+        if self._settings.on_full == "stop":
+            self.ended = "length"
+            return False
+        self.position = 0
+        return True
 
 
-def _sample_row(
-    logits: NDArray[np.float64],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    draw: float,
-) -> int:
-    """Invert the cumulative distribution of one row, logits (V,), at `draw` in [0, 1)."""
-    candidates = np.arange(len(logits))
-    if top_k is not None and top_k < len(logits):
-        # A partition is several times cheaper than sorting a whole vocabulary; all equals at the
-        # cut pass it, the sort below decides among them.
-        candidates = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
-    if top_k is not None or top_p is not None:
-        # A stable sort breaks ties by id, the same on every machine.
-        candidates = candidates[np.argsort(-logits[candidates], kind="stable")][:top_k]
-    # A tiny temperature sends all but the largest to exp(-inf) = 0.
-    with np.errstate(over="ignore"):
-        weights = np.exp((logits[candidates] - logits.max()) / temperature)
-    cumulative = np.cumsum(weights)
-    if top_p is not None:
-        cumulative = cumulative[: np.searchsorted(cumulative, top_p * cumulative[-1]) + 1]
-    return int(candidates[np.searchsorted(cumulative, draw * cumulative[-1], side="right")])
+def read_prompt(decoder: Reader, texts: Sequence[Text]) -> None:
+    """Read the prompt that some texts share, once, and let each choose what follows."""
+    first = texts[0]
+    tokens = np.array(first.tokens, np.int32)
+    logits = decoder.read(tokens, first.slot, 0)
+    for text in texts:
+        if text is not first:
+            decoder.copy(first.slot, text.slot, len(tokens))
+        text.position = len(tokens)
+        text.choose(logits)
+
+
+def step(decoder: Reader, texts: Sequence[Text]) -> None:
+    """Read the newest token of each text and let it choose the next; each has one that is unread.
+
+    A text that fills its context, and must not slide, ends here without a token.
+    """
+    going = []
+    for text in texts:
+        if text.make_room(decoder.capacity):
+            kept = np.array(text.tokens[-max(1, decoder.capacity // 2) :], np.int32)
+            text.position = len(kept)
+            text.choose(decoder.read(kept, text.slot, 0))
+        elif text.ended is None:
+            going.append(text)
+    if not going:
+        return
+    tokens = np.array([text.tokens[-1] for text in going], np.int32)
+    slots = np.array([text.slot for text in going], np.int32)
+    positions = np.array([text.position for text in going], np.int32)
+    for text, logits in zip(going, decoder.step(tokens, slots, positions), strict=True):
+        text.position += 1
+        text.choose(logits)
 
 
 def stream(
-    next_logits: Callable[[NDArray[np.int64]], NDArray[Any]],
-    idx: NDArray[Any],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    stop: int | Collection[int] | None = None,
-) -> Iterator[NDArray[np.int64]]:
-    """Continue a batch of prompts, yielding each step's tokens as soon as they are drawn.
+    decoder: Reader,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    ends: Collection[int],
+    watches: Sequence[Watch] | None = None,
+) -> Iterator[Step]:
+    """Continue prompts together, yielding each step's tokens as soon as they are chosen.
 
-    A row that has produced a stop token goes on producing that token; when every row has, the loop
-    ends. The stop token itself is yielded.
+    A text that is over repeats its last token; when every text is, the loop ends. The token that
+    ends a text is yielded.
 
     Parameters
     ----------
-    next_logits : maps all token ids so far, (B, T) int64, to the logits (B, V) of what follows
-    idx : (B, T) ints, the prompts, T >= 1
-    max_new_tokens : the most tokens to add to each row
-    temperature, top_k, top_p : see `sample`
-    seed : the same seed and logits give the same tokens; None takes a fresh seed from the system
-    stop : a token id, or several, that end a row; None goes on to `max_new_tokens`
+    decoder : with a slot for each text
+    prompts : token ids, at least one each
+    settings, ends : see `Text`
+    watches : one for each text, in the order of the rows
 
     Returns
     -------
-    an iterator of (B,) int64 arrays
-
-    Raises
-    ------
-    ValueError : an argument is out of range (at the call, not at the first token), or logits are
-        not finite
+    an iterator of (B,) int64 token ids, B = len(prompts) * num_return_sequences; with logprobs of
+    pairs, the second (B,) float64, 0 for texts that are over
     """
-    _check_settings(temperature, top_k, top_p)
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be at least 0, or None for a fresh one, got {seed}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    idx = np.asarray(idx)
-    if idx.ndim != 2 or idx.size == 0 or idx.dtype.kind not in "iu":
-        raise ValueError(
-            "idx must be integer token ids of shape (B, T) with T >= 1, "
-            f"got shape {idx.shape} and dtype {idx.dtype}"
-        )
-    stop_ids = [] if stop is None else list(stop) if isinstance(stop, Collection) else [stop]
-
-    def steps() -> Iterator[NDArray[np.int64]]:
-        rng = np.random.default_rng(seed)
-        ids = idx.astype(np.int64)
-        stopped = np.zeros(len(ids), dtype=bool)
-        for _ in range(max_new_tokens):
-            drawn = sample(next_logits(ids), temperature, top_k, top_p, rng)
-            tokens = np.where(stopped, ids[:, -1], drawn)
-            ids = np.concatenate([ids, tokens[:, None]], axis=1)
-            stopped |= np.isin(tokens, stop_ids)
-            yield tokens
-            if stopped.all():
-                return
-
-    return steps()
-
-
-def _check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None to keep every token, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_p must be above 0 and at most 1, or None to keep every token, got {top_p}"
-        )
+    copies = settings.num_return_sequences
+    texts = [
+        Text(prompt, settings, ends, slot, slot, watches[slot] if watches else None)
+        for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(copies))
+    ]
+    if settings.max_new_tokens == 0:
+        return
+    for first in range(0, len(texts), copies):
+        read_prompt(decoder, texts[first : first + copies])
+    count = 1
+    while any(text.count == count for text in texts):
+        ids = np.array([text.tokens[-1] for text in texts], np.int64)
+        if settings.logprobs:
+            new = [text.logprob if text.count == count else 0.0 for text in texts]
+            yield ids, np.array(new)
+        else:
+            yield ids
+        step(decoder, [text for text in texts if text.ended is None])
+        count += 1

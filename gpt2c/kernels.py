@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ class Kernels:
         self.name = name
         self.threads = threads
         self._lib = module.lib
+        self._ffi = module.ffi
         self._from_buffer = module.ffi.from_buffer
         self._null = module.ffi.NULL
         # The GIL is released while C runs, so each Python thread needs scratch of its own.
@@ -123,6 +125,38 @@ class Kernels:
         sizes = (x.shape[0], C, OC, self.threads)
         self._lib.matmul_backward(*map(self._f, arrays), accumulate, scratch, *sizes)
 
+    def matrix_transpose(self, out: Array, x: Array) -> None:
+        """See `gpt2c.reference_reading.matrix_transpose`."""
+        self._lib.matrix_transpose(self._f(out), self._f(x), *x.shape, self.threads)
+
+    def linear_forward(
+        self, out: Array, x: Array, weight: Array, scale: Array | None, bias: Array | None
+    ) -> None:
+        """See `gpt2c.reference_reading.linear_forward`."""
+        OC, C = weight.shape
+        kind = self._kind(weight)
+        sizes = (x.shape[0], C, OC)
+        scratch = self._scratch(self._lib.linear_scratch_size(*sizes, kind, self.threads))
+        f, data = self._f, self._from_buffer(weight)
+        self._lib.linear_forward(
+            f(out), f(x), data, f(scale), f(bias), kind, scratch, *sizes, self.threads
+        )
+
+    def _kind(self, weight: Array) -> int:
+        """Give C's name of a weight's dtype."""
+        lib = self._lib
+        return int({"float32": lib.FP32, "float16": lib.FP16, "uint8": lib.INT8}[weight.dtype.name])
+
+    def cache_attention_forward(
+        self, out: Array, keys: Array, values: Array, qkv: Array, position: int
+    ) -> None:
+        """See `gpt2c.reference_reading.cache_attention_forward`."""
+        T, C = out.shape
+        NH, P, HS = keys.shape
+        scratch = self._scratch(self._lib.attention_scratch_size(P, HS, self.threads))
+        arrays = map(self._f, (out, keys, values, qkv))
+        self._lib.cache_attention_forward(*arrays, position, scratch, T, C, NH, P, self.threads)
+
     def attention_forward(self, out: Array, lse: Array, qkv: Array) -> None:
         """See `gpt2c.reference.attention_forward`."""
         B, T, C = out.shape
@@ -200,3 +234,70 @@ class Kernels:
     def global_norm(self, grad: Array) -> float:
         """See `gpt2c.reference.global_norm`."""
         return float(self._lib.global_norm(self._f(grad), grad.size, self.threads))
+
+    # ---- a step of decoding, in one call ---------------------------------------------------------
+
+    def bind_decoder(self, p: Mapping[str, Array], n_layer: int, n_head: int, eps: float) -> Any:
+        """Give `decode_step` a model whose parameters are `p`; they must outlive what is given."""
+
+        def linear(name: str) -> dict[str, Any]:
+            weight = p[name + ".weight"]
+            scale, bias = self._f(p.get(name + ".scale")), self._f(p.get(name + ".bias"))
+            OC, C = weight.shape
+            data = self._from_buffer(weight)
+            kept.extend((data, scale, bias))
+            return {
+                **{"weight": data, "scale": scale, "bias": bias},
+                **{"C": C, "OC": OC, "type": self._kind(weight)},
+            }
+
+        def floats(*names: str) -> dict[str, Any]:
+            data = {name.replace(".", "_"): self._f(p[prefix + name]) for name in names}
+            kept.extend(data.values())
+            return data
+
+        kept: list[Any] = []  # a C struct does not keep what it points at
+        layers = []
+        for layer in range(n_layer):
+            prefix = f"h.{layer}."
+            layers.append(
+                {
+                    **floats("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"),
+                    **{"c_attn": linear(prefix + "attn.c_attn")},
+                    **{"attn_proj": linear(prefix + "attn.c_proj")},
+                    **{"c_fc": linear(prefix + "mlp.c_fc")},
+                    **{"mlp_proj": linear(prefix + "mlp.c_proj")},
+                }
+            )
+        prefix = ""
+        wpe, F = floats("wpe.weight")["wpe_weight"], layers[0]["c_fc"]["OC"]
+        kept.append(self._ffi.new("Layer[]", layers))
+        numbers = {"layers": kept[-1], "L": n_layer, "NH": n_head, "F": F, "eps": eps}
+        entries = {"wte": linear("wte"), "wpe": wpe, **floats("ln_f.weight", "ln_f.bias")}
+        return self._ffi.new("Decoder *", entries | numbers), kept
+
+    def decode_step(
+        self,
+        logits: Array,
+        keys: Array,
+        values: Array,
+        tokens: Array,
+        slots: Array,
+        positions: Array,
+        model: Any,
+    ) -> None:
+        """Read one more token of each of N texts, all in one call.
+
+        Parameters
+        ----------
+        logits : (N, V), written: of what follows each token
+        keys, values : (L, S, NH, P, HS), the texts' caches; a row of each is written
+        tokens, slots, positions : (N,) int32, each text's token, its cache in [0, S), no two the
+            same, and where the token stands in it, in [0, P)
+        model : of `bind_decoder`
+        """
+        f, i, N = self._f, self._i, len(tokens)
+        _, S, _, P, _ = keys.shape
+        scratch = self._scratch(self._lib.decode_scratch_size(model[0], N, P, self.threads))
+        arrays = (f(logits), f(keys), f(values), i(tokens), i(slots), i(positions))
+        self._lib.decode_step(*arrays, model[0], scratch, N, S, P, self.threads)

@@ -6,9 +6,11 @@ Knows nothing about what the names mean. Used by model; the optimizer sees the f
 from __future__ import annotations
 
 import mmap as _mmap
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,3 +69,17 @@ def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         )
         for name, shape in shapes.items()
     }
+
+
+def free_bytes() -> int:
+    """Give the memory that new processes may take: the system's, or less in a container."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        free = int(available.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free

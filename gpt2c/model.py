@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Mapping
+from typing import overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from gpt2c import checkpoint, generate
+from gpt2c import checkpoint
 from gpt2c.activations import Activations
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
+from gpt2c.language_model import IntArray, LanguageModel
 from gpt2c.layer import (
     batched,
     layer_backward,
@@ -31,12 +33,11 @@ from gpt2c.layer import (
     recompute_forward,
 )
 from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views
+from gpt2c.quantized import QuantizedGPT2, stored_method
 
-IntArray = NDArray[np.int32]
 
-
-class GPT2:
-    """A GPT-2 with its gradients.
+class GPT2(LanguageModel):
+    """A GPT-2 with its gradients; what it can read and write is `LanguageModel`'s.
 
     Parameters
     ----------
@@ -68,9 +69,8 @@ class GPT2:
         backend: str | Backend = "auto",
         recompute: str | None = None,
     ) -> None:
-        self.config = config
+        super().__init__(config, get_backend(backend) if isinstance(backend, str) else backend)
         self.recompute = recompute
-        self.backend = get_backend(backend) if isinstance(backend, str) else backend
         self._eps = config.layer_norm_epsilon
         shapes = config.parameter_shapes()
         offsets = aligned_offsets(shapes)
@@ -100,21 +100,50 @@ class GPT2:
             else:
                 parameter.fill(1.0 if ".weight" in name else 0.0)
 
+    @overload
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], backend: str | Backend = "auto") -> GPT2:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], backend: str | Backend = ..., quantize: None = ...
+    ) -> GPT2: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], backend: str | Backend = ..., *, quantize: str
+    ) -> QuantizedGPT2: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = "auto",
+        quantize: str | None = None,
+    ) -> GPT2 | QuantizedGPT2:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
+
+        Parameters
+        ----------
+        path : the directory
+        backend : see `GPT2`
+        quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
 
         Raises
         ------
         OSError : a file is missing or unreadable
-        ValueError : a file is damaged, or its tensors are not those of its config
+        ValueError : a file is damaged, or its tensors are not those of its config; an unknown
+            quantize, or another than that of weights which are stored so
         """
+        if quantize is not None:
+            return QuantizedGPT2.from_pretrained(path, quantize, backend)
+        method = stored_method(checkpoint.read_config(path))
+        if method is not None:
+            raise ValueError(f"{os.fspath(path)} holds {method} weights: pass quantize={method!r}")
         entries, tensors = checkpoint.load_weights(path)
         model = cls(GPT2Config.from_dict(entries), seed=None, backend=backend)
         model.load_parameters(tensors, f"{os.fspath(path)}")
         return model
 
-    def load_parameters(self, tensors: dict[str, Array], source: str) -> None:
+    def load_parameters(self, tensors: Mapping[str, Array], source: str) -> None:
         """Copy tensors into the parameters; `source` names them in errors.
 
         Raises
@@ -122,19 +151,13 @@ class GPT2:
         ValueError : a tensor is missing, unknown or of another shape; the parameters are as they
             were
         """
+        checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
         for name, parameter in self.parameters.items():
-            if name not in tensors:
-                raise ValueError(f"{source}: tensor {name} is missing")
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{source}: tensor {name} must be {parameter.shape} for its config,"
-                    f" got {tensors[name].shape}"
-                )
-        unknown = sorted(tensors.keys() - self.parameters.keys())
-        if unknown:
-            raise ValueError(f"{source}: a GPT-2 has no tensor {unknown[0]}")
-        for name, parameter in self.parameters.items():
-            parameter[...] = tensors[name]
+            tensor = tensors[name]
+            if tensor.ndim == 2 and tensor.flags.f_contiguous:
+                self.backend.matrix_transpose(parameter, tensor.T)
+            else:
+                parameter[...] = tensor
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, which transformers loads as they are.
@@ -179,7 +202,7 @@ class GPT2:
         ValueError : another shape, not whole numbers, an id out of range, every target ignored
         """
         tokens = self._check_tokens(idx)
-        wanted = self._check_targets(targets, tokens.shape)
+        wanted = self._check_targets(targets, tokens.shape).reshape(-1)
         self._forward(tokens, keep)
         if keep:
             self._d_head = self._gradients["wte.weight"] if self._void else self._spare()
@@ -297,95 +320,3 @@ class GPT2:
             self.backend.residual_forward(wte, wte, d_head)
         elif d_head is not wte:
             np.copyto(wte, d_head)
-
-    # ---- input -----------------------------------------------------------------------------------
-
-    def _check_tokens(self, idx: ArrayLike) -> IntArray:
-        ids = check_ids(idx, "idx", 0, self.config.vocab_size)
-        if ids.ndim != 2 or ids.size == 0:
-            raise ValueError(f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}")
-        if ids.shape[1] > self.config.n_positions:
-            raise ValueError(
-                f"idx has rows of {ids.shape[1]} tokens, n_positions is {self.config.n_positions}"
-            )
-        return ids
-
-    def _check_targets(self, targets: ArrayLike, shape: tuple[int, ...]) -> IntArray:
-        ids = check_ids(targets, "targets", -1, self.config.vocab_size)
-        if ids.shape != shape:
-            raise ValueError(f"targets must have the shape of idx, {shape}, got {ids.shape}")
-        if not (ids >= 0).any():
-            raise ValueError("targets are all -1 (ignored): there is nothing to take the mean of")
-        return ids.reshape(-1)
-
-    # ---- generation ------------------------------------------------------------------------------
-
-    def stream(
-        self,
-        idx: ArrayLike,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: int | Collection[int] | None = None,
-    ) -> Iterator[NDArray[np.int64]]:
-        """Continue prompts and yield the new tokens (B,) of each step as soon as they are drawn.
-
-        Parameters
-        ----------
-        idx : (B, T) token ids; when they outgrow n_positions, the model sees the last n_positions
-            of them
-        max_new_tokens : the most tokens to add
-        temperature : divides the logits; 0 takes the likeliest token
-        top_k : draw among the k likeliest tokens only
-        top_p : draw among the fewest likeliest tokens whose probabilities reach p only
-        seed : the same seed draws the same tokens; None a fresh one
-        stop : one token id or several that end a row
-
-        Raises
-        ------
-        ValueError : an argument is out of range (at once, not at the first token)
-        """
-        ids = check_ids(idx, "idx", 0, self.config.vocab_size)
-        return generate.stream(
-            self._next_logits, ids, max_new_tokens, temperature, top_k, top_p, seed, stop
-        )
-
-    def generate(
-        self,
-        idx: ArrayLike,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: int | Collection[int] | None = None,
-    ) -> NDArray[np.int64]:
-        """Continue prompts (B, T) and give (B, T + new) token ids; see `stream` for arguments."""
-        steps = self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop)
-        prompt = np.asarray(idx, np.int64)
-        return np.concatenate([prompt, *(step[:, None] for step in steps)], axis=1)
-
-    def _next_logits(self, idx: NDArray[np.int64]) -> Array:
-        """Logits (B, V) of the token that follows each row."""
-        tokens = self._check_tokens(idx[:, -self.config.n_positions :])
-        final = batched(self._forward(tokens, keep=False), len(tokens))
-        last = np.ascontiguousarray(final[:, -1])
-        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
-        self.backend.matmul_forward(logits, last, self.parameters["wte.weight"], None)
-        return logits
-
-
-def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
-    """Copy `ids` as C-contiguous int32; refuse what is not whole numbers in [low, high)."""
-    try:
-        array = np.asarray(ids)
-    except ValueError as error:  # nested lists of different lengths
-        raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be whole numbers, got dtype {array.dtype}")
-    if array.size and not (low <= array.min() and array.max() < high):
-        wrong = array[(array < low) | (array >= high)].flat[0]
-        raise ValueError(f"{name}: token id {wrong} is not in [{low}, {high})")
-    return np.array(array, np.int32, order="C")  # backward reads it when the caller may not keep it

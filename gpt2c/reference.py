@@ -1,22 +1,19 @@
 """The specification: every op of GPT-2, forward and backward, in plain NumPy.
 
-The C kernels have the same ops with the same names, argument order and meaning (csrc/gpt2c.h), and
-the tests compare them with this file. It is also a backend of its own, "numpy", for a machine
-without the kernels. It computes in the dtype of the arrays it is given: float32 to train, float64
-for gradient checks. It is written to be read: attention holds its whole T x T matrix, and nothing
-is blocked or fused.
+The C kernels have the same ops (csrc/gpt2c.h), and the tests compare them with this file. It is
+also a backend, "numpy". It computes in the dtype of the arrays it is given: float32 to train,
+float64 for gradient checks. It is written to be read: attention holds its whole T x T matrix, and
+nothing is blocked or fused. The ops that only read a model stand in `gpt2c.reference_reading`.
 
 Every op writes into arrays that the caller made, outputs first; sizes come from their shapes.
 Gradients of parameters (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up.
 Activations and their gradients are written (=), except the dx of `layernorm_backward`. Each
-backward function stands below its forward function and quotes the line that it differentiates;
-dy always means the gradient of the loss by y.
+backward function quotes the line that it differentiates; dy is the gradient of the loss by y.
 
 Letters: B batch, T time, C channels, V vocabulary, NH heads, HS = C/NH head size, OC output
 channels, N = B*T rows.
 
-Knows nothing about models, backends or C, and checks nothing that NumPy does not check. Used by
-`gpt2c.backend` and the tests.
+Knows nothing about models, backends or C, and checks nothing that NumPy does not check.
 """
 
 from __future__ import annotations
@@ -26,6 +23,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gpt2c.reference_reading import (  # noqa: F401
+    cache_attention_forward,
+    linear_forward,
+    matrix_transpose,
+)
 
 Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]

@@ -294,7 +294,7 @@ class Tokenizer:
         ------
         ValueError : an id outside the vocabulary
         """
-        return b"".join(map(self._token_bytes, ids)).decode(errors="replace")
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` piece by piece, each as soon as its characters are complete.
@@ -307,7 +307,7 @@ class Tokenizer:
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in ids:
-            if piece := decoder.decode(self._token_bytes(token_id)):
+            if piece := decoder.decode(self.token_bytes(token_id)):
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
@@ -319,7 +319,13 @@ class Tokenizer:
         lengths[self.eot] = 0
         return lengths
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
+        """Give the bytes that a token stands for.
+
+        Raises
+        ------
+        ValueError : an id outside the vocabulary
+        """
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(
                 f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})"

@@ -31,6 +31,7 @@ from gpt2c.model import GPT2
 from gpt2c.optimizer import AdamW
 from gpt2c.plot import plot_loss
 from gpt2c.progress import Progress
+from gpt2c.quantized import QuantizedGPT2
 from gpt2c.settings import TrainSettings, resumed
 from gpt2c.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ class TrainResult:
 
 
 def evaluate(
-    model: GPT2,
+    model: GPT2 | QuantizedGPT2,
     tokens: Tokens,
     batch_size: int,
     block_size: int,

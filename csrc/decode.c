@@ -1,0 +1,173 @@
+/* One more token for each of N texts: a whole pass through the model in one call, for few rows.
+ *
+ * Bound by memory: every weight is read once for all texts, and each text's keys and values once. The pass is a chain of
+ * about 80 short stages, so it is one parallel region: all threads walk through it together and wait for each other
+ * where a stage needs what others computed. Rows, columns of a layer's output and heads are divided among threads; the
+ * arithmetic of a row does not depend on the others.
+ *
+ * What each stage computes stands with its op: encoder.c, layernorm.c, linear.c, attention.c, gelu.c. */
+
+#include "internal.h"
+#include "vmath.h"
+
+/* ---- one query over the cache ------------------------------------------------------------------------------- */
+
+/* out (vectors * VF_LEN, or `width` of one vector) = sum over n of weights (n) times values (n, row stride HS). */
+static inline __attribute__((always_inline)) void weighted_sum(float *out, const float *weights, const float *values,
+                                                               int64_t n, int64_t HS, int64_t width,
+                                                               const int vectors) {
+    enum { MOST = 4 };
+    vf acc[MOST];
+    for (int k = 0; k < vectors; k++) acc[k] = vf_set1(0.0f);
+    for (int64_t t = 0; t < n; t++)
+        for (int k = 0; k < vectors; k++)
+            acc[k] = vf_fma(vf_set1(weights[t]), vf_load_n(values + t * HS + k * VF_LEN, width - k * VF_LEN), acc[k]);
+    for (int k = 0; k < vectors; k++) vf_store_n(out + k * VF_LEN, acc[k], width - k * VF_LEN);
+}
+
+/* out (HS) = softmax(q keys^T / sqrt(HS)) values over n keys (n x HS) and values; scores has room for n. */
+static void attend(float *out, const float *q, const float *keys, const float *values, int64_t n, int64_t HS,
+                   float *scores) {
+    const Linear by_keys = {keys, NULL, NULL, HS, n, FP32};
+    const vf scale = vf_set1(1.0f / sqrtf((float)HS));
+    linear_columns(scores, &by_keys, q, NULL, 1, 0, n, 0);
+    vf highest = vf_set1(-INFINITY), sum = vf_set1(0.0f);
+    for (int64_t t = 0; t < n; t += VF_LEN) {
+        const vf score = vf_mul(vf_load_n(scores + t, n - t), scale);
+        highest = vf_max(highest, vf_first_n(score, vf_set1(-INFINITY), min64(VF_LEN, n - t)));
+        vf_store_n(scores + t, score, n - t);
+    }
+    highest = vf_set1(vf_hmax(highest));
+    for (int64_t t = 0; t < n; t += VF_LEN) {
+        const vf e = vf_keep_n(vf_exp(vf_sub(vf_load_n(scores + t, n - t), highest)), n - t);
+        sum = vf_add(sum, e);
+        vf_store_n(scores + t, e, n - t);
+    }
+    int64_t c = 0;
+    for (; c + 4 * VF_LEN <= HS; c += 4 * VF_LEN) weighted_sum(out + c, scores, values + c, n, HS, 4 * VF_LEN, 4);
+    for (; c < HS; c += VF_LEN) weighted_sum(out + c, scores, values + c, n, HS, min64(VF_LEN, HS - c), 1);
+    const vf inverse = vf_set1(1.0f / vf_sum(sum));
+    for (c = 0; c < HS; c += VF_LEN) vf_store_n(out + c, vf_mul(vf_load_n(out + c, HS - c), inverse), HS - c);
+}
+
+/* ---- stages: the part of one thread among `threads` ----------------------------------------------------------- */
+
+typedef struct {
+    int thread, threads;
+} Member;
+
+/* The part of [0, n) that is a member's: whole multiples of `grain`, as even as they can be. */
+static void part_of(Member member, int64_t n, int64_t grain, int64_t *from, int64_t *to) {
+    const int64_t grains = ceil_div(n, grain);
+    *from = min64(n, grains * member.thread / member.threads * grain);
+    *to = min64(n, grains * (member.thread + 1) / member.threads * grain);
+}
+
+/* out (C) = the token's row of wte + its position's row of wpe. */
+static void embed(float *out, const Linear *wte, const float *position, int32_t token) {
+    const int64_t C = wte->C, row = token * C;
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        const int64_t n = C - c;
+        vf w;
+        if (wte->type == INT8) {
+            float lanes[VF_LEN] = {0.0f};
+            for (int64_t k = 0; k < min64(VF_LEN, n); k++)
+                lanes[k] = (float)(((const uint8_t *)wte->weight)[row + c + k] - 128);
+            w = vf_mul(vf_load(lanes), vf_set1(wte->scale[token]));
+        } else if (wte->type == FP16) {
+            w = vf_load_half_n((const uint16_t *)wte->weight + row + c, n);
+        } else {
+            w = vf_load_n((const float *)wte->weight + row + c, n);
+        }
+        vf_store_n(out + c, vf_add(w, vf_load_n(position + c, n)), n);
+    }
+}
+
+/* Rows [from, to) of q become those of x (N,C), if the weights of the layer to come are integers. */
+static void prepare(Quantized q, const float *x, int64_t from, int64_t to, const Linear *layer) {
+    if (layer->type != INT8) return;
+    for (int64_t i = from; i < to; i++) quantize_row(q, x + i * layer->C, i, layer->C);
+}
+
+/* A member's columns of out (N,OC) (+)= layer(x), for rows x that are ready in q too. */
+static void linear(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int accumulate,
+                   Member member) {
+    int64_t from, to;
+    part_of(member, layer->OC, VF_LEN, &from, &to);
+    linear_columns(out, layer, x, q, N, from, to, accumulate);
+}
+
+/* ---- the step ------------------------------------------------------------------------------------------------- */
+
+static int64_t widest(const Decoder *model) { return model->F > 3 * model->wte.C ? model->F : 3 * model->wte.C; }
+
+int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int threads) {
+    return N * (3 * model->wte.C + widest(model)) + quantized_size(N, widest(model)) + threads * P;
+}
+
+void decode_step(float *logits, float *keys, float *values, const int32_t *tokens, const int32_t *slots,
+                 const int32_t *positions, const Decoder *model, float *scratch, int64_t N, int64_t S, int64_t P,
+                 int threads) {
+    const int64_t C = model->wte.C, F = model->F, NH = model->NH, HS = C / NH;
+    float *x = scratch, *normed = x + N * C, *att = normed + N * C, *wide = att + N * C;
+    float *eight_bits = wide + N * widest(model), *scores = eight_bits + quantized_size(N, widest(model));
+    const Quantized q = quantized_in(eight_bits, N, C), q_wide = quantized_in(eight_bits, N, F);
+#pragma omp parallel num_threads(threads)
+    {
+        const Member me = {omp_get_thread_num(), omp_get_num_threads()};
+        int64_t row, rows_end, head, heads_end, column, columns_end;
+        part_of(me, N, 1, &row, &rows_end);
+        part_of(me, N * NH, 1, &head, &heads_end);
+        part_of(me, F, VF_LEN, &column, &columns_end);
+        for (int64_t i = row; i < rows_end; i++)
+            embed(x + i * C, &model->wte, model->wpe + positions[i] * C, tokens[i]);
+        for (int64_t l = 0; l < model->L; l++) {
+            const Layer *layer = model->layers + l;
+            float mean, rstd;
+            for (int64_t i = row; i < rows_end; i++)
+                layernorm_forward(normed + i * C, &mean, &rstd, x + i * C, layer->ln_1_weight, layer->ln_1_bias,
+                                  model->eps, 1, C, 1);
+            prepare(q, normed, row, rows_end, &layer->c_attn);
+#pragma omp barrier
+            linear(wide, &layer->c_attn, normed, &q, N, 0, me);
+#pragma omp barrier
+            for (int64_t task = head; task < heads_end; task++) {
+                const int64_t i = task / NH, h = task % NH, t = positions[i];
+                const int64_t start = ((l * S + slots[i]) * NH + h) * P * HS;
+                const float *qkv = wide + i * 3 * C + h * HS;
+                memcpy(keys + start + t * HS, qkv + C, (size_t)HS * sizeof(float));
+                memcpy(values + start + t * HS, qkv + 2 * C, (size_t)HS * sizeof(float));
+                attend(att + i * C + h * HS, qkv, keys + start, values + start, t + 1, HS, scores + me.thread * P);
+            }
+#pragma omp barrier
+            if (layer->attn_proj.type == INT8) {
+                prepare(q, att, row, rows_end, &layer->attn_proj);
+#pragma omp barrier
+            }
+            linear(x, &layer->attn_proj, att, &q, N, 1, me);
+#pragma omp barrier
+            for (int64_t i = row; i < rows_end; i++)
+                layernorm_forward(normed + i * C, &mean, &rstd, x + i * C, layer->ln_2_weight, layer->ln_2_bias,
+                                  model->eps, 1, C, 1);
+            prepare(q, normed, row, rows_end, &layer->c_fc);
+#pragma omp barrier
+            linear(wide, &layer->c_fc, normed, &q, N, 0, me);
+            for (int64_t i = 0; i < N; i++)
+                gelu_forward(wide + i * F + column, wide + i * F + column, columns_end - column, 1);
+#pragma omp barrier
+            if (layer->mlp_proj.type == INT8) {
+                prepare(q_wide, wide, row, rows_end, &layer->mlp_proj);
+#pragma omp barrier
+            }
+            linear(x, &layer->mlp_proj, wide, &q_wide, N, 1, me);
+#pragma omp barrier
+        }
+        float mean, rstd;
+        for (int64_t i = row; i < rows_end; i++)
+            layernorm_forward(normed + i * C, &mean, &rstd, x + i * C, model->ln_f_weight, model->ln_f_bias, model->eps,
+                              1, C, 1);
+        prepare(q, normed, row, rows_end, &model->wte);
+#pragma omp barrier
+        linear(logits, &model->wte, normed, &q, N, 0, me);
+    }
+}

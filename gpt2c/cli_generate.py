@@ -1,0 +1,110 @@
+"""`gpt2c generate`: flags in, text out. Knows nothing that the doors do not know; used by cli."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt2c.checkpoint import read_config
+from gpt2c.generator import Generator
+from gpt2c.model import GPT2
+from gpt2c.quantized import QuantizedGPT2, stored_method
+from gpt2c.sampling import GenerationConfig
+from gpt2c.tokenizer import Tokenizer
+
+
+def add_flags(verb: argparse.ArgumentParser) -> None:
+    """Say what `gpt2c generate` takes."""
+    verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
+    verb.add_argument("--prompt", default="", help="the start of the text (default: none)")
+    verb.add_argument("--interactive", action="store_true", help="continue each line typed")
+    verb.add_argument("--num-samples", type=int, default=1, help="write so many texts together (1)")
+    verb.add_argument(
+        "--max-new-tokens", type=int, default=200, help="the most tokens to add (200)"
+    )
+    verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (0.8)")
+    verb.add_argument("--top-k", type=int, help="draw among the K likeliest tokens only")
+    verb.add_argument("--top-p", type=float, help="draw among the likeliest with this share only")
+    verb.add_argument("--min-p", type=float, help="draw among those at least P times the likeliest")
+    verb.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (1)"
+    )
+    verb.add_argument(
+        "--no-repeat-ngram-size", type=int, default=0, help="never repeat N tokens (0: may)"
+    )
+    verb.add_argument("--stop", action="append", help="end before this text; may be repeated")
+    verb.add_argument("--seed", type=int, help="the same seed draws the same text")
+    verb.add_argument(
+        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, not exactly the same"
+    )
+    verb.add_argument("--backend", default="auto", help="default: the fastest")
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """`gpt2c generate`."""
+    start = time.perf_counter()
+    model = open_model(options.model, options.backend, options.quantize)
+    generator = Generator(model, Tokenizer.from_pretrained(options.model))
+    loaded = time.perf_counter() - start
+    names = {field.name for field in dataclasses.fields(GenerationConfig)}
+    settings = {name: value for name, value in vars(options).items() if name in names}
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}")
+    if options.interactive and (options.prompt or options.num_samples > 1):
+        raise ValueError("--interactive asks for prompts: give no --prompt and no --num-samples")
+    start = time.perf_counter()
+    if options.interactive:
+        _converse(generator, settings)
+    elif options.num_samples == 1:
+        pieces = generator.stream(options.prompt, **settings)
+        sys.stdout.write(options.prompt)
+        _write(pieces)
+    else:
+        texts = generator.generate(
+            options.prompt, num_return_sequences=options.num_samples, **settings
+        )
+        for number, text in enumerate(texts, start=1):
+            print(f"--- sample {number} ---\n{options.prompt}{text}")
+    seconds = time.perf_counter() - start
+    sys.stdout.flush()
+    print(
+        f"{generator.count} tokens in {seconds:.2f} s,"
+        f" {generator.count / seconds:.1f} tokens/s (loaded in {loaded:.2f} s)",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _write(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def _converse(generator: Generator, settings: dict[str, Any]) -> None:
+    """Continue each line that is typed, until the end of the input; Ctrl-C ends a text only."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        try:
+            _write(generator.stream(line, **settings))
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            print(f"gpt2c: {error}", file=sys.stderr)
+
+
+def open_model(path: Path, backend: str, quantize: str | None) -> GPT2 | QuantizedGPT2:
+    """Load a model, quantized if asked for or if it was saved so."""
+    quantize = quantize or stored_method(read_config(path))
+    if quantize is None:
+        return GPT2.from_pretrained(path, backend)
+    return GPT2.from_pretrained(path, backend, quantize=quantize)

@@ -1,0 +1,198 @@
+"""Decoder: a model that is read, token after token, with the keys and values of what it has read.
+
+Reading a text costs one pass over the weights for each chunk of it, not for the whole text again
+for each token. Two ways lead through the layers: `_read`, op by op, which is the specification and
+reads many tokens of one text; and the kernels' `decode_step`, one call for one token of each of
+several texts. A row's arithmetic does not depend on what is read beside it.
+
+Knows what a GPT-2 computes, nothing about sampling or text. Used by generate, engine and scoring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.backend import Backend
+from gpt2c.config import GPT2Config
+from gpt2c.kernels import Kernels
+from gpt2c.memory import Array, aligned_zeros, free_bytes
+from gpt2c.reference_reading import MIDDLE
+
+# Rows read at a time: enough for the arithmetic to outweigh the weights, few enough to stay cached.
+CHUNK = 256
+LOGITS_ROWS = 64  # of a text that is scored: 13 MB at V = 50257
+
+
+class Decoder:
+    """A model's weights with caches for some texts.
+
+    Parameters
+    ----------
+    config : the model's
+    parameters : name -> array as `GPT2.parameters`; Linear weights and wte may be float16, or uint8
+        with a float32 array "....scale" beside them
+    backend : that computes
+    slots : how many texts there are room for
+    capacity : how many tokens of each, n_positions at most
+
+    Attributes
+    ----------
+    keys, values : (L, slots, NH, capacity, HS) float32
+
+    Raises
+    ------
+    MemoryError : the caches do not fit
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        parameters: Mapping[str, NDArray[Any]],
+        backend: Backend,
+        slots: int,
+        capacity: int,
+    ) -> None:
+        self.config = config
+        self.slots, self.capacity = slots, capacity
+        self._parameters = parameters
+        self._backend = backend
+        HS = config.n_embd // config.n_head
+        shape = (config.n_layer, slots, config.n_head, capacity, HS)
+        size, free = 2 * math.prod(shape) + slots * config.vocab_size, free_bytes()
+        if 4 * size > free:
+            raise MemoryError(
+                f"{slots} texts of {capacity} tokens need {4 * size:,} bytes of keys and values,"
+                f" {free:,} are free"
+            )
+        memory = aligned_zeros(2 * math.prod(shape))
+        self.keys, self.values = memory.reshape(2, *shape)
+        self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
+        self._chunk: dict[str, Array] = {}
+        self._bound = None
+        if isinstance(backend, Kernels):
+            eps = config.layer_norm_epsilon
+            self._bound = backend.bind_decoder(parameters, config.n_layer, config.n_head, eps)
+
+    def step(
+        self, tokens: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[np.int32]
+    ) -> Array:
+        """Read one more token of each of N texts; give the logits (N, V) of what follows.
+
+        They are void after the next call. Nothing is checked: ids must be in the vocabulary, slots
+        different, positions below the capacity.
+
+        Parameters
+        ----------
+        tokens, slots, positions : (N,) int32
+        """
+        logits = self._logits[: len(tokens)]
+        if self._bound is None:
+            for row, token, slot, position in zip(logits, tokens, slots, positions, strict=True):
+                row[...] = self.read(np.array([token], np.int32), int(slot), int(position))
+        else:
+            self._backend.decode_step(
+                logits, self.keys, self.values, tokens, slots, positions, self._bound
+            )
+        return logits
+
+    def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
+        """Read T more tokens of one text; give the logits (V,) of what follows the last.
+
+        Parameters
+        ----------
+        tokens : (T,) int32, at least one
+        slot : the text's
+        position : where the first of them stands; position + T is at most the capacity
+        """
+        for rows in self.hidden(tokens, slot, position):
+            last = rows[-1:]
+        logits = np.empty((1, self.config.vocab_size), np.float32)
+        self.logits(logits, last)
+        row: Array = logits[0]
+        return row
+
+    def hidden(self, tokens: NDArray[np.int32], slot: int, position: int) -> Iterator[Array]:
+        """Read tokens as `read` does; give ln_f's output (at most CHUNK, C), chunk after chunk.
+
+        A chunk is void when the next one is asked for.
+        """
+        for start in range(0, len(tokens), CHUNK):
+            yield self._read(tokens[start : start + CHUNK], slot, position + start)
+
+    def logits(self, out: Array, rows: Array) -> None:
+        """Write the lm_head's output (N, V) of rows (N, C) of `hidden`."""
+        self._linear(out, "wte", rows)
+
+    def losses(self, tokens: NDArray[np.int32], targets: NDArray[np.int32]) -> Array:
+        """Read a text (T,) in slot 0; give -log p (T,), in nats, of the target at each position."""
+        out = np.empty(len(tokens), np.float32)
+        lse = np.empty_like(out)
+        start = 0
+        for rows in self.hidden(tokens, 0, 0):
+            for part in np.array_split(rows, -(-len(rows) // LOGITS_ROWS)):
+                end = start + len(part)
+                logits = self._memory("logits", len(part), self.config.vocab_size)
+                self.logits(logits, part)
+                self._backend.crossentropy_forward(
+                    out[start:end], lse[start:end], logits, targets[start:end]
+                )
+                start = end
+        return out
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let one text begin with the first `length` tokens of another."""
+        for cache in (self.keys, self.values):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
+
+    def _linear(self, out: Array, name: str, x: Array) -> None:
+        p = self._parameters
+        weight, scale, bias = p[name + ".weight"], p.get(name + ".scale"), p.get(name + ".bias")
+        self._backend.linear_forward(out, x, weight, scale, bias)
+
+    def _layernorm(self, out: Array, name: str, x: Array) -> None:
+        stats = self._memory("stats", 2, len(x))
+        p, eps = self._parameters, self.config.layer_norm_epsilon
+        self._backend.layernorm_forward(
+            out, stats[0], stats[1], x, p[name + ".weight"], p[name + ".bias"], eps
+        )
+
+    def _read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
+        """Pass T tokens through the layers, op by op; give ln_f's output (T, C)."""
+        ops, T, C = self._backend, len(tokens), self.config.n_embd
+        x, normed, att, branch = (self._memory(name, T, C) for name in ("x", "normed", "att", "b"))
+        qkv, fc = self._memory("qkv", T, 3 * C), self._memory("fc", T, self.config.inner)
+        np.add(self._embed(tokens), self._parameters["wpe.weight"][position : position + T], out=x)
+        for layer in range(self.config.n_layer):
+            h = f"h.{layer}."
+            self._layernorm(normed, h + "ln_1", x)
+            self._linear(qkv, h + "attn.c_attn", normed)
+            keys, values = self.keys[layer, slot], self.values[layer, slot]
+            ops.cache_attention_forward(att, keys, values, qkv, position)
+            self._linear(branch, h + "attn.c_proj", att)
+            ops.residual_forward(x, x, branch)
+            self._layernorm(normed, h + "ln_2", x)
+            self._linear(fc, h + "mlp.c_fc", normed)
+            ops.gelu_forward(fc, fc)
+            self._linear(branch, h + "mlp.c_proj", fc)
+            ops.residual_forward(x, x, branch)
+        self._layernorm(normed, "ln_f", x)
+        return normed
+
+    def _embed(self, tokens: NDArray[np.int32]) -> Array:
+        rows = self._parameters["wte.weight"][tokens].astype(np.float32)
+        scale = self._parameters.get("wte.scale")
+        if scale is not None:
+            rows = (rows - np.float32(MIDDLE)) * scale[tokens, None]
+        return rows
+
+    def _memory(self, name: str, rows: int, columns: int) -> Array:
+        """Give memory (rows, columns), the same for the same name."""
+        size = rows * columns
+        if name not in self._chunk or self._chunk[name].size < size:
+            self._chunk[name] = aligned_zeros(size)
+        return self._chunk[name][:size].reshape(rows, columns)

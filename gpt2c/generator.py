@@ -1,0 +1,166 @@
+"""Generator: strings in, strings out; a model and a tokenizer together.
+
+    generator = gpt2c.Generator(model, tokenizer)
+    for piece in generator.stream("Once upon", max_new_tokens=50, stop=["."]):
+        print(piece, end="", flush=True)
+
+A character may span tokens, and so may a stop string: a piece is given when it is certain.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gpt2c.language_model import LanguageModel
+from gpt2c.sampling import GenerationConfig
+from gpt2c.tokenizer import Tokenizer
+
+
+class Writer:
+    """Turns the tokens of one text into its characters, up to the first stop string.
+
+    Parameters
+    ----------
+    tokenizer : of the tokens
+    stops : strings that end the text; they are not part of it
+    least : how many tokens must have come before one may
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], least: int) -> None:
+        self.count = 0
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._least = least
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._certain = ""  # and not yet taken
+        self._open = ""  # may be the beginning of a stop string
+        self._stopped = False
+
+    def __call__(self, token: int) -> bool:
+        """Add a token; say whether a stop string is there."""
+        self.count += 1
+        if token != self._tokenizer.eot:
+            self._open += self._decode(self._tokenizer.token_bytes(token))
+        held = 0
+        if self.count >= self._least:
+            places = [self._open.find(stop) for stop in self._stops]
+            found = [place for place in places if place >= 0]
+            if found:
+                self._open, self._stopped = self._open[: min(found)], True
+            else:
+                held = max((_overlap(self._open, stop) for stop in self._stops), default=0)
+        size = len(self._open) - held
+        self._certain += self._open[:size]
+        self._open = self._open[size:]
+        return self._stopped
+
+    def take(self, last: bool = False) -> str:
+        """Give the characters that are certain since the last time; with `last` all there are."""
+        if last and not self._stopped:
+            self._certain += self._open + self._decode(b"", final=True)
+        piece, self._certain = self._certain, ""
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Count the characters at the end of text that could begin `stop`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+class Generator:
+    """Continues texts.
+
+    Parameters
+    ----------
+    model : a `GPT2` or `QuantizedGPT2`
+    tokenizer : its tokenizer
+
+    Attributes
+    ----------
+    count : tokens generated so far, by all calls
+
+    Raises
+    ------
+    ValueError : model and tokenizer have vocabularies of different sizes
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        if model.config.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model"
+                f" {model.config.vocab_size}: they do not belong together"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.count = 0
+
+    def generate(self, prompt: str | Sequence[str], **settings: Any) -> Any:
+        """Continue one text or several together.
+
+        Parameters
+        ----------
+        prompt : a string, or several; an empty one starts a text
+        settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and
+            eos_token_id is the tokenizer's end of text unless given
+
+        Returns
+        -------
+        what follows the prompt, up to the end or a stop string: a string; for several prompts, or
+        num_return_sequences above 1, a list of them
+
+        Raises
+        ------
+        ValueError : a setting is out of range, a prompt is longer than the context
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        writers, steps, copies = self._begin(prompts, settings)
+        for _ in steps:
+            pass
+        self.count += sum(writer.count for writer in writers)
+        texts = [writer.take(last=True) for writer in writers]
+        return texts[0] if isinstance(prompt, str) and copies == 1 else texts
+
+    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+        """Continue one text, giving each piece as soon as it is certain; see `generate`.
+
+        No piece ends within a character.
+
+        Raises
+        ------
+        ValueError : at once, not at the first piece
+        """
+        writers, steps, copies = self._begin([prompt], settings)
+        if copies > 1:
+            raise ValueError("stream gives one text: num_return_sequences is for generate")
+
+        def pieces() -> Iterator[str]:
+            for _ in steps:
+                self.count += 1
+                if piece := writers[0].take():
+                    yield piece
+            if piece := writers[0].take(last=True):
+                yield piece
+
+        return pieces()
+
+    def _begin(
+        self, prompts: Sequence[str], settings: dict[str, Any]
+    ) -> tuple[list[Writer], Iterator[Any], int]:
+        stop = settings.pop("stop", None)
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        for text in stops:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop must be strings of at least one character, got {text!r}")
+        config = GenerationConfig(**{"eos_token_id": self.tokenizer.eot} | settings)
+        if config.logprobs:
+            raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
+        ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+        copies = config.num_return_sequences
+        writers = [
+            Writer(self.tokenizer, stops, config.min_new_tokens) for _ in range(len(ids) * copies)
+        ]
+        steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers)
+        return writers, steps, copies

@@ -1,0 +1,247 @@
+"""LanguageModel: what any GPT-2 can do that can be read, whatever its weights are stored in.
+
+    generate, stream    continue prompts
+    logprobs            how likely a text is, token by token
+
+Checks what users give; the work is the decoder's and generate's. Knows nothing about training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gpt2c import generate
+from gpt2c.backend import Backend
+from gpt2c.config import GPT2Config
+from gpt2c.decoder import Decoder
+from gpt2c.generate import Step, Watch
+from gpt2c.memory import Array
+from gpt2c.sampling import GenerationConfig
+
+IntArray = NDArray[np.int32]
+
+
+class LanguageModel:
+    """A GPT-2 with weights of any kind.
+
+    Parameters
+    ----------
+    config : its shape
+    backend : that computes
+
+    Attributes
+    ----------
+    parameters : name -> array, see `gpt2c.decoder.Decoder`; a subclass has them
+    """
+
+    parameters: Mapping[str, NDArray[Any]]
+
+    def __init__(self, config: GPT2Config, backend: Backend) -> None:
+        self.config = config
+        self.backend = backend
+
+    def decoder(self, slots: int = 1, capacity: int | None = None) -> Decoder:
+        """Give memory to read texts with: so many of them, so many tokens each (n_positions).
+
+        Raises
+        ------
+        MemoryError : it does not fit
+        """
+        capacity = self.config.n_positions if capacity is None else capacity
+        return Decoder(self.config, self.parameters, self.backend, slots, capacity)
+
+    def stream(
+        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+    ) -> Iterator[Step]:
+        """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
+
+        A row that is over repeats its last token. Rows do not influence each other: each comes out
+        as it would alone, whatever the others' lengths.
+
+        Parameters
+        ----------
+        idx : B prompts of token ids, (B, T) or a list of lists of different lengths, up to
+            n_positions tokens; one without tokens starts from eos_token_id of the config
+        max_new_tokens : the most tokens to add
+        settings : the other fields of `gpt2c.GenerationConfig`: temperature, top_k, top_p, min_p,
+            seed, stop and so on
+
+        Returns
+        -------
+        an iterator of (B * num_return_sequences,) int64; with logprobs=True of pairs with (B *
+        num_return_sequences,) float64 log-probabilities in nats
+
+        Raises
+        ------
+        ValueError : an argument is out of range (at once, not at the first token)
+        TypeError : an unknown setting
+        MemoryError : the keys and values of so many texts do not fit
+        """
+        config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        return self.continue_prompts(self.check_prompts(idx), config)
+
+    def continue_prompts(
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        watches: Sequence[Watch] | None = None,
+    ) -> Iterator[Step]:
+        """Do the work of `stream`; `watches` are told the rows' tokens, see `generate.Text`."""
+        ends = config.ends(self.config.vocab_size)
+        longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
+        capacity = min(longest, self.config.n_positions)
+        decoder = self.decoder(len(prompts) * config.num_return_sequences, capacity)
+        return generate.stream(decoder, prompts, config, ends, watches)
+
+    def generate(
+        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+    ) -> Any:
+        """Continue prompts, with the arguments of `stream`.
+
+        Returns
+        -------
+        (B * num_return_sequences, T + new) int64 token ids if all prompts are as long: rows that
+        ended early repeat their last token. Else a list of arrays, each up to its end. With
+        logprobs=True a pair: that, and the log-probabilities (B * num_return_sequences, new)
+        float64, 0 after the end
+        """
+        config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        prompts = self.check_prompts(idx)
+        given = idx if isinstance(idx, np.ndarray) else list(idx)  # type: ignore[arg-type]
+        rows = [
+            np.asarray(row, np.int64) for row in given for _ in range(config.num_return_sequences)
+        ]
+        steps = list(self.continue_prompts(prompts, config))
+        tokens = [step[0] if isinstance(step, tuple) else step for step in steps]
+        new = np.stack(tokens, axis=1) if steps else np.empty((len(rows), 0), np.int64)
+        ends = list(config.ends(self.config.vocab_size))
+        if len({len(row) for row in rows}) == 1:
+            out: Any = np.concatenate([np.stack(rows), new], axis=1)
+        else:
+            out = []
+            for row, added in zip(rows, new, strict=True):
+                last = np.flatnonzero(np.isin(added, ends))
+                out.append(np.concatenate([row, added[: last[0] + 1 if len(last) else None]]))
+        if not config.logprobs:
+            return out
+        pairs = [step[1] for step in steps]
+        return out, np.stack(pairs, axis=1) if pairs else np.empty((len(rows), 0))
+
+    def check_prompts(self, idx: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
+        """Give prompts as lists of token ids; an empty one becomes eos_token_id.
+
+        Raises
+        ------
+        ValueError : no prompts, not whole numbers, an id out of range, longer than n_positions
+        """
+        if isinstance(idx, list | tuple) and all(isinstance(row, list | tuple) for row in idx):
+            rows = [
+                check_ids(row or np.empty(0, int), "idx", 0, self.config.vocab_size) for row in idx
+            ]
+        else:
+            array = check_ids(idx, "idx", 0, self.config.vocab_size)
+            if array.ndim != 2:
+                raise ValueError(f"idx must be (B, T) token ids, got shape {array.shape}")
+            rows = list(array)
+        if not rows:
+            raise ValueError("idx must hold at least one prompt, got none")
+        for row in rows:
+            if row.ndim != 1:
+                raise ValueError(f"idx must be (B, T) token ids, got a row of shape {row.shape}")
+            if len(row) > self.config.n_positions:
+                raise ValueError(
+                    f"idx: a prompt has {len(row)} tokens, n_positions is {self.config.n_positions}"
+                )
+        start = self.config.eos_token_id
+        if start is None and any(len(row) == 0 for row in rows):
+            raise ValueError(
+                "idx: a prompt is empty, and the config has no eos_token_id to start from"
+            )
+        return [row.tolist() or [start] for row in rows]
+
+    def _check_tokens(self, idx: ArrayLike) -> IntArray:
+        ids = check_ids(idx, "idx", 0, self.config.vocab_size)
+        if ids.ndim != 2 or ids.size == 0:
+            raise ValueError(f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}")
+        if ids.shape[1] > self.config.n_positions:
+            raise ValueError(
+                f"idx has rows of {ids.shape[1]} tokens, n_positions is {self.config.n_positions}"
+            )
+        return ids
+
+    def __call__(self, idx: ArrayLike) -> Array:
+        """Logits (B, T, V) float32 of the next token at every position, in memory of their own.
+
+        Parameters
+        ----------
+        idx : (B, T) token ids in [0, V), T <= n_positions
+
+        Raises
+        ------
+        ValueError : another shape, not whole numbers, an id out of range
+        """
+        tokens = self._check_tokens(idx)
+        logits = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
+        decoder = self.decoder(1, tokens.shape[1])
+        for row, out in zip(tokens, logits, strict=True):
+            start = 0
+            for hidden in decoder.hidden(row, 0, 0):
+                decoder.logits(out[start : start + len(hidden)], hidden)
+                start += len(hidden)
+        return logits
+
+    def logprobs(self, idx: ArrayLike) -> Array:
+        """Give the log-probability of each token after those before it, (B, T-1) float32, nats.
+
+        Parameters
+        ----------
+        idx : (B, T) token ids, 2 <= T <= n_positions
+
+        Raises
+        ------
+        ValueError : another shape, not whole numbers, an id out of range
+        """
+        tokens = self._check_tokens(idx)
+        if tokens.shape[1] < 2:
+            raise ValueError("idx: rows of at least 2 tokens are wanted, the first is not scored")
+        decoder = self.decoder(1, tokens.shape[1] - 1)
+        return np.stack([-decoder.losses(row[:-1], row[1:]) for row in tokens])
+
+    def mean_loss(self, idx: ArrayLike, targets: ArrayLike) -> float:
+        """Mean nats per token of targets (B, T), already shifted; -1 is ignored. Keeps nothing.
+
+        Raises
+        ------
+        ValueError : another shape, not whole numbers, an id out of range, every target ignored
+        """
+        tokens = self._check_tokens(idx)
+        wanted = self._check_targets(targets, tokens.shape)
+        decoder = self.decoder(1, tokens.shape[1])
+        losses = [decoder.losses(*pair) for pair in zip(tokens, wanted, strict=True)]
+        return float(np.sum(losses, dtype=np.float64) / np.count_nonzero(wanted >= 0))
+
+    def _check_targets(self, targets: ArrayLike, shape: tuple[int, ...]) -> IntArray:
+        ids = check_ids(targets, "targets", -1, self.config.vocab_size)
+        if ids.shape != shape:
+            raise ValueError(f"targets must have the shape of idx, {shape}, got {ids.shape}")
+        if not (ids >= 0).any():
+            raise ValueError("targets are all -1 (ignored): there is nothing to take the mean of")
+        return ids
+
+
+def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
+    """Copy `ids` as C-contiguous int32; refuse what is not whole numbers in [low, high)."""
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # nested lists of different lengths
+        raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be whole numbers, got dtype {array.dtype}")
+    if array.size and not (low <= array.min() and array.max() < high):
+        wrong = array[(array < low) | (array >= high)].flat[0]
+        raise ValueError(f"{name}: token id {wrong} is not in [{low}, {high})")
+    return np.array(array, np.int32, order="C")  # backward reads it when the caller may not keep it

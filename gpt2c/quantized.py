@@ -1,0 +1,193 @@
+"""QuantizedGPT2: a model to read only, whose weights take 8 or 16 bits each.
+
+Reading a model is as fast as its weights come from memory, so a quarter of the bytes is up to four
+times the speed. int8 rounds each row of a matrix to 255 steps of its own largest weight; fp16 keeps
+11 bits of each. What the layers compute with them stands in `gpt2c.reference_reading`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gpt2c import checkpoint
+from gpt2c.backend import Backend, get_backend
+from gpt2c.config import GPT2Config
+from gpt2c.language_model import LanguageModel
+from gpt2c.memory import Array, aligned_zeros
+from gpt2c.reference_reading import MIDDLE
+
+STEPS = 127  # from 0 to a row's largest weight, and as many below 0
+DTYPES = {"int8": np.uint8, "fp16": np.float16}
+LONGEST = 65536  # sums of so many products of 8 bits fit 32
+ENTRY = "quantization_config"  # of config.json, as Hugging Face calls it
+
+
+class QuantizedGPT2(LanguageModel):
+    """A GPT-2 whose wte and Linear weights are int8 or fp16; it is read, not trained.
+
+    Parameters
+    ----------
+    config : its shape
+    method : "int8" or "fp16"
+    backend : a name of `gpt2c.backends()`, "auto", or a backend
+
+    Attributes
+    ----------
+    parameters : name -> array; of int8 uint8 weights, 128 too large, and beside "x.weight" its
+        rows' factors "x.scale", float32; of fp16 float16 weights. Vectors and wpe stay float32
+
+    Raises
+    ------
+    ValueError : an unknown method or backend; int8 with more than 65536 channels
+    """
+
+    def __init__(self, config: GPT2Config, method: str, backend: str | Backend = "auto") -> None:
+        super().__init__(config, get_backend(backend) if isinstance(backend, str) else backend)
+        if method not in DTYPES:
+            raise ValueError(f"quantize must be one of {', '.join(DTYPES)}, got {method!r}")
+        if method == "int8" and config.inner > LONGEST:
+            raise ValueError(f"int8 weights have at most {LONGEST} channels, got {config.inner}")
+        self.method = method
+        self.parameters = _lay_out(config, method)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        method: str,
+        backend: str | Backend = "auto",
+    ) -> QuantizedGPT2:
+        """Load a directory of `save_pretrained`, or one of a GPT-2, whose weights are rounded.
+
+        Raises
+        ------
+        OSError : a file is missing or unreadable
+        ValueError : a file is damaged, or holds weights of another method
+        """
+        entries, source = checkpoint.read_config(path), os.fspath(path)
+        stored = stored_method(entries)
+        model = cls(GPT2Config.from_dict(entries), method, backend)
+        if stored is None:
+            model._quantize(checkpoint.load_weights(path)[1], source)
+        elif stored == method:
+            model._take(checkpoint.load_as_they_are(path), source)
+        else:
+            raise ValueError(
+                f"{source} holds {stored} weights, which cannot become {method}: start from the"
+                " directory that they were made of"
+            )
+        return model
+
+    def _quantize(self, tensors: Mapping[str, Array], source: str) -> None:
+        """Round float32 tensors into the parameters."""
+        checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{source}: {name} holds nan or infinity, which have no 8 bits")
+            parameter = self.parameters[name]
+            if parameter.dtype == np.uint8:
+                scale = self.parameters[name.removesuffix("weight") + "scale"]
+                round_rows(parameter, scale, tensor)
+            else:
+                with np.errstate(over="ignore"):
+                    parameter[...] = tensor
+                if not np.isfinite(parameter).all():
+                    raise ValueError(f"{source}: {name} holds numbers beyond fp16's range, 65504")
+
+    def _take(self, tensors: Mapping[str, NDArray[Any]], source: str) -> None:
+        """Copy quantized tensors into the parameters."""
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        checkpoint.check_shapes(shapes, tensors, source)
+        for name, parameter in self.parameters.items():
+            if tensors[name].dtype != parameter.dtype:
+                raise ValueError(
+                    f"{source}: {name} must be {parameter.dtype}, got {tensors[name].dtype}"
+                )
+            parameter[...] = tensors[name]
+            if parameter.dtype != np.uint8 and not np.isfinite(parameter).all():
+                raise ValueError(f"{source}: {name} holds nan or infinity")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors, as they are: for gpt2c, not for transformers.
+
+        Raises
+        ------
+        OSError : they cannot be written; what was there before is intact
+        """
+        entry = {"quant_method": "gpt2c", "weights": self.method}
+        config = self.config.to_dict() | {ENTRY: entry}
+        checkpoint.save_as_they_are(directory, config, self.parameters)
+
+    def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = False) -> float:
+        """Mean nats per token; keep=True is refused, as `backward` is.
+
+        Raises
+        ------
+        ValueError : see `LanguageModel.losses`
+        """
+        if keep:
+            self.backward()
+        return self.mean_loss(idx, targets)
+
+    def backward(self, scale: float = 1.0) -> None:
+        """Refuse.
+
+        Raises
+        ------
+        ValueError : always
+        """
+        raise ValueError(
+            f"a model with {self.method} weights has no gradients: load it without quantize to"
+            " train it"
+        )
+
+
+def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.floating[Any]]) -> None:
+    """Write weight (OC, C) and scale (OC,): scale * (weight - 128) is tensor, nearly.
+
+    A row's largest number becomes 127 steps up or down, 0 stays 0.
+    """
+    scale[...] = np.abs(tensor).max(axis=1) / np.float32(STEPS)
+    steps = np.where(scale > 0, scale, np.float32(1))[:, None]
+    weight[...] = np.rint(tensor / steps) + MIDDLE
+
+
+def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
+    """Give uninitialised parameters in one piece of memory: pages are large, rows aligned."""
+    wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
+    for name, shape in config.parameter_shapes().items():
+        small = len(shape) == 2 and name != "wpe.weight"
+        wanted[name] = (shape, np.dtype(DTYPES[method] if small else np.float32))
+        if small and method == "int8":
+            wanted[name.removesuffix("weight") + "scale"] = (shape[:1], np.dtype(np.float32))
+    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
+    lines = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+    memory = aligned_zeros(sum(lines.values()) // 4).view(np.uint8)
+    parameters, start = {}, 0
+    for name, (shape, dtype) in wanted.items():
+        parameters[name] = memory[start : start + sizes[name]].view(dtype).reshape(shape)
+        start += lines[name]
+    return parameters
+
+
+def stored_method(entries: Mapping[str, Any]) -> str | None:
+    """Give what config.json's entries say of quantized weights: the method, None for none.
+
+    Raises
+    ------
+    ValueError : weights that were quantized by others
+    """
+    entry = entries.get(ENTRY)
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or entry.get("quant_method") != "gpt2c":
+        raise ValueError(f"config.json: {ENTRY} must be gpt2c's own, got {entry!r}")
+    method = entry.get("weights")
+    if method not in DTYPES:
+        raise ValueError(f"config.json: {ENTRY} must have weights {' or '.join(DTYPES)}")
+    return str(method)

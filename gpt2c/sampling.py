@@ -1,0 +1,224 @@
+"""From logits to a token: what may be drawn, and the draw.
+
+    scores = logits, less of what the text has already, nothing that must not come yet
+    p = softmax(scores / temperature), the unlikely ones cut off
+
+Names, meaning and order are Hugging Face's (transformers.GenerationConfig and its logits
+processors). Knows nothing about models and tokenizers. Used by generate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How a text is continued.
+
+    Parameters
+    ----------
+    max_new_tokens, min_new_tokens : the most tokens to add, and how many must come before the end
+    do_sample : False takes the likeliest token each time, as temperature=0 does
+    temperature : divides the logits; 1 is the model's own distribution
+    top_k : draw among the k likeliest tokens only (of equals the lower ids)
+    top_p : draw among the fewest likeliest tokens whose probabilities reach p, at least one
+        (nucleus sampling, Holtzman et al., arXiv:1904.09751)
+    min_p : draw among the tokens at least p times as likely as the likeliest (Nguyen et al.,
+        arXiv:2407.01082)
+    repetition_penalty : above 1 makes tokens that the text has already less likely: their logits
+        are divided by it, negative ones multiplied (Keskar et al., arXiv:1909.05858)
+    no_repeat_ngram_size : n forbids the tokens that would end n tokens which the text has already
+    num_return_sequences : continue each prompt so many times
+    eos_token_id : a token id or several that end a text
+    stop : token ids that end a text as well; strings are for `gpt2c.Generator`
+    seed : the same seed draws the same tokens; None a fresh one
+    logprobs : give the log-probability, in nats, that the model itself gave to each token as well
+    on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
+
+    Raises
+    ------
+    ValueError : a value is out of range; the message names it
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_return_sequences: int = 1
+    eos_token_id: int | Collection[int] | None = None
+    stop: int | Collection[int] | None = None
+    seed: int | None = None
+    logprobs: bool = False
+    on_full: str = "slide"
+
+    def __post_init__(self) -> None:
+        least = {"max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
+        least |= {"num_return_sequences": 1, "top_k": 1, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            optional = name in ("top_k", "seed")
+            if optional and value is None:
+                continue
+            if not isinstance(value, int | np.integer) or value < low:
+                none = ", or None" if optional else ""
+                raise ValueError(f"{name} must be at least {low}{none}, got {value!r}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens},"
+                f" got {self.min_new_tokens}"
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, or None, got {value}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}"
+            )
+        if self.on_full not in ("slide", "stop"):
+            raise ValueError(f"on_full must be 'slide' or 'stop', got {self.on_full!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return not self.do_sample or self.temperature == 0
+
+    def ends(self, vocab_size: int) -> frozenset[int]:
+        """Give the ids that end a text.
+
+        Raises
+        ------
+        ValueError : one of them is no token id
+        """
+        ids: set[int] = set()
+        for name in ("eos_token_id", "stop"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, str):
+                value = [value]
+            for token in value if isinstance(value, Collection) else [value]:
+                if isinstance(token, str):
+                    raise ValueError(
+                        f"{name} must be token ids, got {token!r}: gpt2c.Generator knows strings"
+                    )
+                if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+                    raise ValueError(f"{name}: {token!r} is not a token id in [0, {vocab_size})")
+                ids.add(int(token))
+        return frozenset(ids)
+
+
+def penalised(
+    logits: NDArray[Any],
+    settings: GenerationConfig,
+    text: Sequence[int],
+    forbidden: Collection[int],
+) -> NDArray[Any]:
+    """Give logits (V,) after the text so far has been looked at; the ones given are unchanged.
+
+    Parameters
+    ----------
+    logits : (V,) floats
+    settings : repetition_penalty and no_repeat_ngram_size are used
+    text : the token ids so far, prompt and new
+    forbidden : ids that must not come now
+    """
+    if not forbidden and settings.repetition_penalty == 1 and not settings.no_repeat_ngram_size:
+        return logits
+    scores = logits.copy()
+    if settings.repetition_penalty != 1:
+        seen = np.unique(np.asarray(text, np.int64))
+        penalty = settings.repetition_penalty
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    n = settings.no_repeat_ngram_size
+    if n and len(text) >= n:
+        ngrams = np.lib.stride_tricks.sliding_window_view(np.asarray(text, np.int64), n)
+        begun = (ngrams[:, :-1] == text[len(text) - n + 1 :]).all(axis=1)
+        scores[ngrams[begun, -1]] = -np.inf
+    scores[list(forbidden)] = -np.inf
+    return scores
+
+
+def distribution(
+    logits: NDArray[Any], settings: GenerationConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Give the tokens that may be drawn and their probabilities, up to a common factor.
+
+    Temperature comes first, then top_k, then top_p of what is left, then min_p.
+
+    Parameters
+    ----------
+    logits : (V,) floats; -inf is a token that cannot come
+    settings : with a temperature above 0
+
+    Returns
+    -------
+    (ids, weights) : (K,) int64, (K,) float64; likeliest first if top_k or top_p are set
+    """
+    top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
+    ids = np.arange(len(logits))
+    if top_k is not None and top_k < len(logits):
+        # A partition is several times cheaper than sorting a whole vocabulary; all equals at the
+        # cut pass it, the sort below decides among them.
+        ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+    if top_k is not None or top_p is not None:
+        # A stable sort breaks ties by id, the same on every machine.
+        ids = ids[np.argsort(-logits[ids], kind="stable")][:top_k]
+    # A tiny temperature sends all but the largest to exp(-inf) = 0.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / settings.temperature)
+    if top_p is not None:
+        cumulative = np.cumsum(weights)
+        count = int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1
+        ids, weights = ids[:count], weights[:count]
+    if min_p is not None:
+        likely = weights >= min_p * weights.max()
+        ids, weights = ids[likely], weights[likely]
+    return ids, weights
+
+
+def choose(
+    logits: NDArray[Any],
+    settings: GenerationConfig,
+    rng: np.random.Generator,
+    text: Sequence[int] = (),
+    forbidden: Collection[int] = (),
+) -> int:
+    """Give the next token: the likeliest (the first of equals), or a draw by one random number.
+
+    Parameters
+    ----------
+    logits : (V,) floats of what follows the text
+    text, forbidden : see `penalised`
+
+    Raises
+    ------
+    ValueError : logits hold nan or infinity, or every token is forbidden
+    """
+    if not math.isfinite(logits[logits.argmax()]):  # nan counts as the largest
+        raise ValueError(
+            "logits hold nan or infinity; the model's weights have diverged or are damaged"
+        )
+    scores = penalised(logits, settings, text, forbidden)
+    likeliest = int(scores.argmax())
+    if scores is not logits and scores[likeliest] == -np.inf:
+        raise ValueError("no token is left to continue with: no_repeat_ngram_size forbids them all")
+    if settings.greedy:
+        return likeliest
+    ids, weights = distribution(scores, settings)
+    cumulative = np.cumsum(weights)
+    return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
