@@ -21,20 +21,21 @@ lint: $(VENV)/installed-test $(VENV)/installed-lint
 	$(BIN)/mypy
 	$(BIN)/python build.py --werror
 
-# A quick set of both benchmarks, and a report of it. PyTorch is a row where .venv has it.
+# A quick set of the three benchmarks, and a report of it. PyTorch is a row where .venv has it.
 bench: $(VENV)/installed-test
 	printf '# Benchmark\n\n' > $(REPORT)
 	$(BIN)/gpt2c bench ops --quick --report $(REPORT)
 	$(BIN)/gpt2c bench train --quick --report $(REPORT)
+	$(BIN)/gpt2c bench generate --quick --report $(REPORT)
 	@echo "report: $(REPORT)"
 
 # The kernel tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 sanitize: $(VENV)/installed-test
 	sh tests/sanitize.sh $(abspath $(BIN)/python)
 
-# Against PyTorch and transformers, in an environment of its own: neither is ever needed by gpt2c.
+# Against PyTorch, transformers and lm-evaluation-harness, in an environment of its own: gpt2c needs none of them.
 parity: .venv-parity/installed
-	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py
+	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -56,7 +57,7 @@ $(VENV)/installed-lint: $(VENV)/installed-test
 	$(PYTHON) -m venv .venv-parity || { rm -rf .venv-parity; exit 1; }
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	.venv-parity/bin/python -m pip install --quiet torch==2.13.0
-	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57'
+	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57' lm_eval accelerate
 	touch $@
 
 clean:

@@ -129,8 +129,8 @@ static void sum_over_queries(float *sums, Block block, const float *weights, con
 
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
-/* One block of queries q (rows x HS, row stride 3C), the first at position `first`: out (row stride C) and, unless NULL,
- * lse (rows), against all keys that they may see, of which the row stride is `stride`. */
+/* One block of queries q (rows x HS, row stride 3C), the first at position `first`: out (row stride C) and, unless
+ * NULL, lse (rows), against all keys that they may see, of which the row stride is `stride`. */
 static void attend(float *out, float *lse, const float *q, const float *keys, const float *values, int64_t stride,
                    int64_t first, int64_t rows, int64_t C, int64_t HS, float *scratch) {
     float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS;
@@ -190,7 +190,7 @@ void cache_attention_forward(float *out, float *keys, float *values, const float
                              int64_t T, int64_t C, int64_t NH, int64_t P, int threads) {
     const int64_t HS = C / NH, blocks = ceil_div(T, TILE);
     const size_t row = (size_t)HS * sizeof(float);
-#pragma omp parallel num_threads(team(threads, T * C))
+#pragma omp parallel num_threads(team(threads, T *C))
     {
 #pragma omp for schedule(static)
         for (int64_t h = 0; h < NH; h++)

@@ -1,7 +1,7 @@
 /* One more token for each of N texts: a whole pass through the model in one call, for few rows.
  *
- * Bound by memory: every weight is read once for all texts, and each text's keys and values once. The pass is a chain of
- * about 80 short stages, so it is one parallel region: all threads walk through it together and wait for each other
+ * Bound by memory: every weight is read once for all texts, and each text's keys and values once. The pass is a chain
+ * of about 80 short stages, so it is one parallel region: all threads walk through it together and wait for each other
  * where a stage needs what others computed. Rows, columns of a layer's output and heads are divided among threads; the
  * arithmetic of a row does not depend on the others.
  *

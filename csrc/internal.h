@@ -63,8 +63,8 @@ Quantized quantized_in(float *memory, int64_t N, int64_t C);
 /* Row i of q becomes x (C); NaN or infinity in x makes its scale NaN. */
 void quantize_row(Quantized q, const float *x, int64_t i, int64_t C);
 
-/* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`; `from` is a multiple of VF_LEN. x (N,C), or
- * for INT8 the same rows as q. One thread's work: threads call it for columns of their own. */
+/* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`; `from` is a multiple of VF_LEN. x (N,C),
+ * or for INT8 the same rows as q. One thread's work: threads call it for columns of their own. */
 void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
                     int64_t to, int accumulate);
 

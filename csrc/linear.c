@@ -1,21 +1,23 @@
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), for reading a model: weights of 32, 16 or 8 bits, few rows.
  *
- * With few rows the weights are read once and little is done with each: the speed is that of memory, and smaller weights
- * are faster. So every weight is used where it lies, row by row, for all rows of x at once: a tile is some rows of weight
- * times one or two rows of x, each pair a sum in a vector of its own, and the sums of a tile are added up together. A
- * pair's sum has the same order whatever the tile: a row of x gets the same bits alone and among others.
+ * With few rows the weights are read once and little is done with each: the speed is that of memory, and smaller
+ * weights are faster. So every weight is used where it lies, row by row, for all rows of x at once: a tile is some rows
+ * of weight times one or four rows of x, each pair a sum in a vector of its own, and the sums of a tile are added up
+ * together. A pair's sum has the same order whatever the tile: a row of x gets the same bits alone and among others.
  *
  * INT8: weight = scale (weight8 - 128), a scale for each of its rows. A row of x is rounded to 8 bits as well, with a
- * scale of its own (dynamic quantization, as in Dettmers et al. 2022, arXiv:2208.07339, without outliers kept apart), so
- * that products and sums are of integers, exact, and the same on every instruction set:
- * sum(weight8 - 128) x8 = sum(weight8 x8) - 128 sum(x8).
+ * scale of its own (dynamic quantization, as in Dettmers et al. 2022, arXiv:2208.07339, without outliers kept apart),
+ * so that products and sums are of integers, exact, and the same on every instruction set: sum(weight8 - 128) x8 =
+ * sum(weight8 x8) - 128 sum(x8).
  *
  * With many rows the arithmetic decides. FP32 and FP16 then go through gemm.c; INT8 has four times the products in an
  * instruction and stays here. */
 
 #include "internal.h"
 
-enum { PAIR = VF_LEN > 1 ? 2 : 1 }; /* rows of x in a tile where there are as many */
+/* Rows of x in a tile where there are as many, and of weight in a part of a tile: what is summed at the same time, and
+ * where it lies, must fit the registers. */
+enum { QUAD = VF_LEN >= 4 ? 4 : 1, PART = VF_LEN >= 8 ? 8 : VF_LEN };
 
 /* ---- x in 8 bits -------------------------------------------------------------------------------------------- */
 
@@ -32,7 +34,7 @@ void quantize_row(Quantized q, const float *x, int64_t i, int64_t C) {
         highest = vf_max(highest, vf_max(xc, vf_sub(vf_set1(0.0f), xc)));
         poison = vf_fma(xc, vf_set1(0.0f), poison); /* NaN if x holds NaN or infinity, else 0 */
     }
-    const float largest = vf_hmax(highest), inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    const float largest = vf_hmax(highest), inverse = largest > 1e-36f ? 127.0f / largest : 0.0f; /* finite */
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
     int8_t *to = q.values + i * q.stride;
     int32_t sum = 0;
@@ -53,90 +55,165 @@ static inline __attribute__((always_inline)) vf load_float(const void *weight, i
     return type == FP16 ? vf_load_half_n((const uint16_t *)weight + i, n) : vf_load_n((const float *)weight + i, n);
 }
 
-/* sums[r * outs + o] of VF_LEN pairs: row r < rows of x times row j + o of weight, o < outs = VF_LEN / rows. Rows of
- * weight from OC on count as its last. */
-static inline __attribute__((always_inline)) vf float_tile(const void *weight, int64_t j, int64_t OC, const float *x,
-                                                           int64_t ldx, int64_t C, const int rows, const int type) {
-    const int outs = VF_LEN / rows;
-    int64_t start[VF_LEN];
-    vf acc[VF_LEN];
-    for (int o = 0; o < outs; o++) start[o] = min64(j + o, OC - 1) * C;
-    for (int i = 0; i < VF_LEN; i++) acc[i] = vf_set1(0.0f);
-    for (int64_t c = 0; c < C; c += VF_LEN) {
-        const int64_t n = C - c;
-        vf xc[PAIR];
-        for (int r = 0; r < rows; r++) xc[r] = vf_load_n(x + r * ldx + c, n);
-        for (int o = 0; o < outs; o++) {
-            const vf w = load_float(weight, start[o] + c, n, type);
-            for (int r = 0; r < rows; r++) acc[r * outs + o] = vf_fma(w, xc[r], acc[r * outs + o]);
-        }
-    }
-    return vf_sums(acc);
+/* The weights of the next tiles lie behind those of this one: a few lines of them are called into the cache at each
+ * step, evenly, so that memory never rests. `next` is the line whose turn it is. */
+static inline __attribute__((always_inline)) void call_lines(const char **next, const int lines) {
+    enum { BYTES = LINE * sizeof(float) };
+    for (int i = 0; i < lines; i++) __builtin_prefetch(*next + i * BYTES, 0, 3);
+    *next += lines * BYTES;
 }
 
-static inline __attribute__((always_inline)) vi int8_tile(const uint8_t *weight, int64_t j, int64_t OC, const int8_t *x,
-                                                          int64_t ldx, int64_t C, const int rows) {
-    const int outs = VF_LEN / rows;
-    const uint8_t *w[VF_LEN];
-    vi acc[VF_LEN];
-    for (int o = 0; o < outs; o++) w[o] = weight + min64(j + o, OC - 1) * C;
-    for (int i = 0; i < VF_LEN; i++) acc[i] = vi_zero();
-    for (int64_t c = 0; c < C; c += VB_LEN) {
-        const int64_t n = C - c;
-        vb xc[PAIR];
-        for (int r = 0; r < rows; r++) xc[r] = vb_load_signed_n(x + r * ldx + c, n);
-        for (int o = 0; o < outs; o++) {
-            const vb wc = vb_load_unsigned_n(w[o] + c, n);
-            for (int r = 0; r < rows; r++) acc[r * outs + o] = vi_dot(acc[r * outs + o], wc, xc[r]);
-        }
+static inline int64_t weight_size(int type) { return type == INT8 ? 1 : type == FP16 ? 2 : 4; }
+
+/* acc[r * outs + o] += weight row o . row r of x, n channels from c on, at most a vector's; w and x point at the rows.
+ */
+static inline __attribute__((always_inline)) void float_products(vf *acc, const void *const *w, const float *x,
+                                                                 int64_t ldx, int64_t c, int64_t n, const int outs,
+                                                                 const int rows, const int type) {
+    vf wc[PART];
+    for (int o = 0; o < outs; o++) {
+        wc[o] = load_float(w[o], c, n, type);
     }
-    return vi_sums(acc);
+    for (int r = 0; r < rows; r++) {
+        const vf xc = vf_load_n(x + r * ldx + c, n);
+        for (int o = 0; o < outs; o++) acc[r * outs + o] = vf_fma(wc[o], xc, acc[r * outs + o]);
+    }
+}
+
+static inline __attribute__((always_inline)) void int8_products(vi *acc, const void *const *w, const int8_t *x,
+                                                                int64_t ldx, int64_t c, int64_t n, const int outs,
+                                                                const int rows) {
+    vb wc[PART];
+    for (int o = 0; o < outs; o++) {
+        wc[o] = vb_load_unsigned_n((const uint8_t *)w[o] + c, n);
+    }
+    for (int r = 0; r < rows; r++) {
+        const vb xc = vb_load_signed_n(x + r * ldx + c, n);
+        for (int o = 0; o < outs; o++) acc[r * outs + o] = vi_dot(acc[r * outs + o], wc[o], xc);
+    }
 }
 
 /* out (rows x outs of the tile at row i, column j) = sums, scaled and with bias, or added to what out holds. */
-static inline __attribute__((always_inline)) void finish(float *out, int64_t ldo, vf sums, const Linear *layer,
-                                                         const Quantized *q, int64_t i, int64_t j, int accumulate,
-                                                         const int rows) {
+static inline __attribute__((always_inline)) void finish(float *out, vf sums, const Linear *layer, const Quantized *q,
+                                                         int64_t i, int64_t j, const int64_t n, int accumulate,
+                                                         const int rows, const int type) {
     const int outs = VF_LEN / rows;
-    float lanes[VF_LEN];
+    float lanes[VF_LEN] = {0.0f};
+    if (type == INT8) {
+        for (int r = 0; r < rows; r++)
+            for (int64_t o = 0; o < n; o++) lanes[r * outs + o] = q->scales[i + r] * layer->scale[j + o];
+        sums = vf_mul(sums, vf_load(lanes));
+    }
+    if (layer->bias) {
+        for (int r = 0; r < rows; r++)
+            for (int64_t o = 0; o < n; o++) lanes[r * outs + o] = layer->bias[j + o];
+        sums = vf_add(sums, vf_load(lanes));
+    }
     vf_store(lanes, sums);
-    const int64_t n = min64(outs, layer->OC - j);
-    for (int r = 0; r < rows; r++)
-        for (int64_t o = 0; o < n; o++) {
-            float y = lanes[r * outs + o], *to = out + (i + r) * ldo + j + o;
-            if (q) y *= q->scales[i + r] * layer->scale[j + o];
-            if (layer->bias) y += layer->bias[j + o];
-            *to = accumulate ? *to + y : y;
-        }
+    for (int r = 0; r < rows; r++) {
+        float *to = out + (i + r) * layer->OC + j;
+        if (accumulate)
+            for (int64_t o = 0; o < n; o++) to[o] += lanes[r * outs + o];
+        else
+            memcpy(to, lanes + r * outs, (size_t)n * sizeof(float));
+    }
 }
 
-static inline __attribute__((always_inline)) void tile(float *out, const Linear *layer, const float *x,
-                                                       const Quantized *q, int64_t i, int64_t j, int accumulate,
-                                                       const int rows, const int type) {
-    const int64_t OC = layer->OC, C = layer->C;
+/* `outs` rows of weight from row j on; beyond the last, that row once more. */
+static inline __attribute__((always_inline)) void find_rows(const void *w[PART], const Linear *layer, int64_t j,
+                                                            const int outs, const int type) {
+    const int64_t row = layer->C * weight_size(type);
+    for (int o = 0; o < outs; o++) w[o] = (const char *)layer->weight + min64(j + o, layer->OC - 1) * row;
+}
+
+/* acc = the sums of outs * rows pairs, each in a vector of its own. */
+static inline __attribute__((always_inline)) void sum_floats(vf *acc, const Linear *layer, const float *x, int64_t j,
+                                                             const char **next, const int lines, const int outs,
+                                                             const int rows, const int type) {
+    const int64_t C = layer->C;
+    const void *w[PART];
+    int64_t c = 0;
+    find_rows(w, layer, j, outs, type);
+    for (int k = 0; k < outs * rows; k++) acc[k] = vf_set1(0.0f);
+    for (; c + VF_LEN <= C; c += VF_LEN) {
+        call_lines(next, lines);
+        float_products(acc, w, x, C, c, VF_LEN, outs, rows, type);
+    }
+    if (c < C) float_products(acc, w, x, C, c, C - c, outs, rows, type);
+}
+
+static inline __attribute__((always_inline)) void sum_int8(vi *acc, const Linear *layer, const Quantized *q, int64_t i,
+                                                           int64_t j, const char **next, const int lines,
+                                                           const int outs, const int rows) {
+    const int64_t C = layer->C;
+    const int8_t *x = q->values + i * q->stride;
+    const void *w[PART];
+    int64_t c = 0;
+    find_rows(w, layer, j, outs, INT8);
+    for (int r = 0; r < rows; r++) /* the weights are 128 too large */
+        for (int o = 0; o < outs; o++) acc[r * outs + o] = vi_first(-128 * q->sums[i + r]);
+    for (; c + VB_LEN <= C; c += VB_LEN) {
+        call_lines(next, lines);
+        int8_products(acc, w, x, q->stride, c, VB_LEN, outs, rows);
+    }
+    if (c < C) int8_products(acc, w, x, q->stride, c, C - c, outs, rows);
+}
+
+/* A tile: VF_LEN pairs, rows i.. of x times columns j.. of out. */
+static inline __attribute__((always_inline)) void quad_tile(float *out, const Linear *layer, const float *x,
+                                                            const Quantized *q, int64_t i, int64_t j, int accumulate,
+                                                            const char **next, const int lines, const int type) {
+    enum { OUTS = VF_LEN / QUAD };
     vf sums;
     if (type == INT8) {
-        vi pairs = int8_tile(layer->weight, j, OC, q->values + i * q->stride, q->stride, C, rows);
-        int32_t missed[VF_LEN]; /* the weights are 128 too large */
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; o < VF_LEN / rows; o++) missed[r * (VF_LEN / rows) + o] = -128 * q->sums[i + r];
-        vf bits;
-        memcpy(&bits, missed, sizeof bits);
-        sums = vi_to_vf(vi_add(pairs, vi_of_bits(bits)));
+        vi acc[VF_LEN];
+        sum_int8(acc, layer, q, i, j, next, lines, OUTS, QUAD);
+        sums = vi_to_vf(vi_sums(acc));
     } else {
-        sums = float_tile(layer->weight, j, OC, x + i * C, C, C, rows, type);
+        vf acc[VF_LEN];
+        sum_floats(acc, layer, x + i * layer->C, j, next, lines, OUTS, QUAD, type);
+        sums = vf_sums(acc);
     }
-    finish(out, OC, sums, layer, q, i, j, accumulate, rows);
+    if (layer->OC - j >= OUTS)
+        finish(out, sums, layer, q, i, j, OUTS, accumulate, QUAD, type);
+    else
+        finish(out, sums, layer, q, i, j, layer->OC - j, accumulate, QUAD, type);
+}
+
+static inline __attribute__((always_inline)) void single_tile(float *out, const Linear *layer, const float *x,
+                                                              const Quantized *q, int64_t i, int64_t j, int accumulate,
+                                                              const char **next, const int type) {
+    vf sums;
+    if (type == INT8) {
+        vi acc[VF_LEN];
+        for (int o = 0; o < VF_LEN; o += PART) sum_int8(acc + o, layer, q, i, j + o, next, PART, PART, 1);
+        sums = vi_to_vf(vi_sums(acc));
+    } else {
+        vf acc[VF_LEN];
+        for (int o = 0; o < VF_LEN; o += PART)
+            sum_floats(acc + o, layer, x + i * layer->C, j + o, next, PART, PART, 1, type);
+        sums = vf_sums(acc);
+    }
+    if (layer->OC - j >= VF_LEN)
+        finish(out, sums, layer, q, i, j, VF_LEN, accumulate, 1, type);
+    else
+        finish(out, sums, layer, q, i, j, layer->OC - j, accumulate, 1, type);
 }
 
 static inline __attribute__((always_inline)) void columns(float *out, const Linear *layer, const float *x,
                                                           const Quantized *q, int64_t N, int64_t from, int64_t to,
                                                           int accumulate, const int type) {
+    const int64_t quads = QUAD > 1 ? N / QUAD : 0;
     for (int64_t j = from; j < to; j += VF_LEN) {
-        if (N > 1)
-            for (int64_t part = j; part < min64(j + VF_LEN, to); part += VF_LEN / PAIR)
-                for (int64_t i = 0; i + PAIR <= N; i += PAIR) tile(out, layer, x, q, i, part, accumulate, PAIR, type);
-        if (N == 1 || N % PAIR) tile(out, layer, x, q, N - 1, j, accumulate, 1, type);
+        const char *next = (const char *)layer->weight + (j + VF_LEN) * layer->C * weight_size(type);
+        for (int64_t k = j; k < min64(j + VF_LEN, to) && quads > 0; k += VF_LEN / QUAD) {
+            if (quads == 1)
+                quad_tile(out, layer, x, q, 0, k, accumulate, &next, VF_LEN / QUAD, type);
+            else
+                for (int64_t i = 0; i < quads; i++)
+                    quad_tile(out, layer, x, q, i * QUAD, k, accumulate, &next, (VF_LEN / QUAD + 1) / 2, type);
+        }
+        for (int64_t i = quads * QUAD; i < N; i++) single_tile(out, layer, x, q, i, j, accumulate, &next, type);
     }
 }
 

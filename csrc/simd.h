@@ -51,7 +51,7 @@ static inline vf vf_zip_hi(vf a, vf b) {
 }
 static inline vf vf_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 typedef __m512i vi;
-static inline vi vi_zero(void) { return _mm512_setzero_si512(); }
+static inline vi vi_first(int32_t a) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(a)); } /* a, 0, 0, ... */
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline vf vi_bits(vi a) { return _mm512_castsi512_ps(a); }
 static inline vi vi_of_bits(vf a) { return _mm512_castps_si512(a); }
@@ -61,7 +61,10 @@ typedef __m512i vb;
 #define VB_LEN 64
 static inline vb vb_load_unsigned(const uint8_t *p) { return _mm512_loadu_si512(p); }
 static inline vb vb_load_signed(const int8_t *p) { return _mm512_loadu_si512(p); }
-static inline vi vi_dot(vi sum, vb a, vb b) { return _mm512_dpbusd_epi32(sum, a, b); }
+static inline vi vi_dot(vi sum, vb a, vb b) { /* by its intrinsic gcc 12 copies every sum to and fro */
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+    return sum;
+}
 #else
 #define VB_LEN 32
 static inline vb vb_load_unsigned(const uint8_t *p) {
@@ -115,7 +118,7 @@ static inline vf vf_zip_hi(vf a, vf b) {
 }
 static inline vf vf_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 typedef __m256i vi;
-static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
+static inline vi vi_first(int32_t a) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(a)); }
 static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 static inline vf vi_bits(vi a) { return _mm256_castsi256_ps(a); }
 static inline vi vi_of_bits(vf a) { return _mm256_castps_si256(a); }
@@ -157,7 +160,8 @@ static inline vf vf_scale2(vf a, vf t) {
 }
 static inline vf vf_zip_lo(vf a, vf b) { return _mm_unpacklo_ps(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return _mm_unpackhi_ps(a, b); }
-static inline vf vf_load_half(const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
+static inline vf vf_load_half(
+    const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
     const __m128i h = _mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
     const __m128i sign = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x8000)), 16);
     const __m128i rest = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x7fff)), 13);
@@ -165,7 +169,7 @@ static inline vf vf_load_half(const uint16_t *p) { /* fp16's exponent and mantis
     return _mm_or_ps(x, _mm_castsi128_ps(sign));
 }
 typedef __m128i vi;
-static inline vi vi_zero(void) { return _mm_setzero_si128(); }
+static inline vi vi_first(int32_t a) { return _mm_cvtsi32_si128(a); }
 static inline vi vi_add(vi a, vi b) { return _mm_add_epi32(a, b); }
 static inline vf vi_bits(vi a) { return _mm_castsi128_ps(a); }
 static inline vi vi_of_bits(vf a) { return _mm_castps_si128(a); }
@@ -203,7 +207,7 @@ static inline vf vf_zip_lo(vf a, vf b) { return vzip1q_f32(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return vzip2q_f32(a, b); }
 static inline vf vf_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 typedef int32x4_t vi;
-static inline vi vi_zero(void) { return vdupq_n_s32(0); }
+static inline vi vi_first(int32_t a) { return vsetq_lane_s32(a, vdupq_n_s32(0), 0); }
 static inline vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
 static inline vf vi_bits(vi a) { return vreinterpretq_f32_s32(a); }
 static inline vi vi_of_bits(vf a) { return vreinterpretq_s32_f32(a); }
@@ -271,14 +275,15 @@ static inline vf vf_zip_hi(vf a, vf b) {
     (void)a;
     return b;
 }
-static inline vf vf_load_half(const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
+static inline vf vf_load_half(
+    const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
     const uint32_t rest = (uint32_t)(*p & 0x7fff) << 13;
     float x;
     memcpy(&x, &rest, 4);
     return (*p & 0x8000 ? -x : x) * 0x1p112f;
 }
 typedef int32_t vi;
-static inline vi vi_zero(void) { return 0; }
+static inline vi vi_first(int32_t a) { return a; }
 static inline vi vi_add(vi a, vi b) { return a + b; }
 static inline vf vi_to_vf(vi a) { return (float)a; }
 static inline vf vi_bits(vi a) {
@@ -321,16 +326,21 @@ static inline void vf_transpose(vf rows[VF_LEN]) {
     }
 }
 
-/* Lane i is the sum of the lanes of rows[i], always added in the same order: neighbours are zipped, half as many remain.
+/* Lane i is the sum of the lanes of rows[i], always added in the same order: neighbours are zipped, half as many
+ * remain.
  */
 static inline vf vf_sums(vf rows[VF_LEN]) {
+#pragma GCC unroll 4
     for (int count = VF_LEN / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
         for (int i = 0; i < count; i++)
             rows[i] = vf_add(vf_zip_lo(rows[i], rows[i + count]), vf_zip_hi(rows[i], rows[i + count]));
     return rows[0];
 }
 static inline vi vi_sums(vi rows[VF_LEN]) {
+#pragma GCC unroll 4
     for (int count = VF_LEN / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
         for (int i = 0; i < count; i++) {
             const vf a = vi_bits(rows[i]), b = vi_bits(rows[i + count]);
             rows[i] = vi_add(vi_of_bits(vf_zip_lo(a, b)), vi_of_bits(vf_zip_hi(a, b)));

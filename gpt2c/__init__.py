@@ -10,6 +10,7 @@ output channels. Losses are in nats per token.
 from gpt2c import ops
 from gpt2c.backend import backends
 from gpt2c.config import GPT2Config
+from gpt2c.engine import Engine
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.optimizer import AdamW, Schedule
@@ -20,6 +21,7 @@ from gpt2c.tokenizer import Tokenizer
 __all__ = [
     "GPT2",
     "AdamW",
+    "Engine",
     "GPT2Config",
     "GenerationConfig",
     "Generator",

@@ -176,7 +176,8 @@ def torch_version() -> str:
     return importlib.metadata.version("torch") if importlib.util.find_spec("torch") else ""
 
 
-def _start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
+def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
+    """Start the rows' processes; one that cannot be is a result that says why."""
     for name in names:
         if name in TORCH and not torch_version():
             yield Result("", name, note="not installed: pip install torch")
@@ -214,11 +215,11 @@ def bench_ops(
         op.cost(**shape)[1] for op in OPS.values() for shape in op.shapes[: 1 if quick else None]
     )
     # each row keeps its arguments; the one that verifies has them twice more, twice as wide
-    _refuse(int(largest) * (len(names) + 4), f"ops on {', '.join(names)} together")
+    refuse(int(largest) * (len(names) + 4), f"ops on {', '.join(names)} together")
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
     with ExitStack() as stack:
-        started = list(_start(names, ceilings.threads, stack))
+        started = list(start(names, ceilings.threads, stack))
         for name, op in OPS.items():
             for shape in op.shapes[: 1 if quick else None]:
                 flops, size = op.cost(**shape)
@@ -226,11 +227,11 @@ def bench_ops(
                 group = f"{name} {letters}"
                 facts = {"flops": flops, "bytes": size}
                 ready = [
-                    _ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
+                    get_ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
                     for row in started
                 ]
                 rounds = QUICK_ROUNDS if quick else ROUNDS
-                _take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet)
+                take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet)
                 for i, result in enumerate(ready):
                     if result.note.startswith("FAILED") and isinstance(started[i], Row):
                         started[i] = Result("", result.row, note=f"its process ended in {name}")
@@ -274,24 +275,24 @@ def bench_train(
         facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
         arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
         with ExitStack() as stack:  # new processes for each shape: the peak of memory is theirs
-            started = list(_start(names, ceilings.threads, stack))
+            started = list(start(names, ceilings.threads, stack))
             ready = [
-                _ready(row, group, facts, lambda row: row.ask("train", **arguments))  # noqa: B023
+                get_ready(row, group, facts, lambda row: row.ask("train", **arguments))  # noqa: B023
                 for row in started
             ]
-            _take_turns(started, ready, "step", 1, 0.0, quiet)  # first steps fill memory, compile
+            take_turns(started, ready, "step", 1, 0.0, quiet)  # first steps fill memory, compile
             for result in ready:
                 result.facts["first_loss"] = result.facts.get("loss")
                 result.seconds.clear()
             rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
-            _take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet)
+            take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet)
         _compare_losses(ready)
         show(ready)
         done += ready
     return done, quiet.verdict()
 
 
-def _ready(
+def get_ready(
     row: Row | Result, group: str, facts: dict[str, Any], ask: Callable[[Row], dict[str, Any]]
 ) -> Result:
     """Let a row prepare and verify its work; a result without it says in its note why."""
@@ -311,7 +312,7 @@ def _ready(
     return result
 
 
-def _take_turns(
+def take_turns(
     rows: Sequence[Row | Result],
     results: Sequence[Result],
     command: str,
@@ -364,10 +365,11 @@ def _check_memory(
         elif name == "numpy":  # a few T x T matrices, and what AdamW computes on the way
             own += max(4 * scores, 6 * 4 * config.num_parameters())
         needed += own
-    _refuse(needed, f"{B} x {T} tokens on {', '.join(names)} together")
+    refuse(needed, f"{B} x {T} tokens on {', '.join(names)} together")
 
 
-def _refuse(needed: int, what: str) -> None:
+def refuse(needed: int, what: str) -> None:
+    """Refuse what needs more bytes than are free."""
     free = free_bytes()
     if needed > free:
         raise ValueError(

@@ -1,9 +1,10 @@
 """One table of cases: for every op its arguments, tolerance, cost, and shapes of GPT-2's.
 
 It drives the kernel tests and the benchmarks: `OPS[name].make(rng, **shape)` gives an op's
-arguments for any shape, outputs first, in float64 or int32. Outputs that are written hold NaN, so
-that an element left out shows; outputs that are accumulated or updated hold numbers. All floats are
-representable in float32, so that the float64 reference and a float32 kernel start from the same.
+arguments for any shape, outputs first, in float64 or int32, small weights in their own types.
+Outputs that are written hold NaN, so that an element left out shows; outputs that are accumulated
+or updated hold numbers. All floats are representable in float32, so that the float64 reference and
+a float32 kernel start from the same.
 
 The metric is the normalised error max|a - b| / max|b| over one output, b being the float64
 reference: what a sum loses to rounding grows with the size of its terms, not with the size of an
@@ -129,6 +130,42 @@ def _matmul_backward(
     return [_unwritten(N, C), dweight, dbias, dout, x, weight, accumulate]
 
 
+def _matrix_transpose(rng: Any, R: int, C: int) -> list[Any]:
+    return [_unwritten(C, R), _normal(rng, R, C)]
+
+
+def _linear_forward(
+    rng: Any, N: int, C: int, OC: int, kind: str = "float32", bias: bool = True
+) -> list[Any]:
+    x, weight, scale = _normal(rng, N, C), _normal(rng, OC, C), None
+    if kind == "float16":
+        weight = weight.astype(np.float16)
+    elif kind == "uint8":
+        weight, scale = rng.integers(1, 256, (OC, C), np.uint8), _rounded(rng.uniform(0.5, 1.5, OC))
+        # No number of x lies near the border of two of its 127 steps, where rounding in float64 and
+        # in float32 could part; the largest of a row fixes the size of the steps.
+        steps = rng.integers(-126, 127, (N, C)) + rng.uniform(-0.4, 0.4, (N, C))
+        steps[np.arange(N), rng.integers(0, C, N)] = rng.choice([-127, 127], N)
+        x = _rounded(steps * rng.uniform(0.005, 0.02, (N, 1)))
+    return [_unwritten(N, OC), x, weight, scale, _normal(rng, OC) if bias else None]
+
+
+def _cache_attention_forward(
+    rng: Any, T: int, NH: int, HS: int, position: int, P: int, kind: str = "normal"
+) -> list[Any]:
+    scale = 10.0 if kind == "saturated" else 1.0
+    keys, values = _normal(rng, NH, P, HS, scale=scale), _normal(rng, NH, P, HS)
+    for cache in (keys, values):
+        cache[:, position : position + T] = np.nan  # written; what stands before and after is kept
+    return [
+        _unwritten(T, NH * HS),
+        keys,
+        values,
+        _normal(rng, T, 3 * NH * HS, scale=scale),
+        position,
+    ]
+
+
 def _attention_forward(
     rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal"
 ) -> list[Any]:
@@ -236,6 +273,18 @@ ATTENTION: list[Shape] = [
     {"B": 1, "T": 1024, "NH": 12, "HS": 64},
     {"B": 4, "T": 64, "NH": 12, "HS": 64},
 ]
+TRANSPOSE: list[Shape] = [{"R": 768, "C": 3072}, {"R": 3072, "C": 768}]
+# a token, as many as are read together, and a piece of a prompt
+LINEAR: list[Shape] = [
+    {"N": N, "C": 768, "OC": OC, "kind": kind}
+    for N, OC in [(1, 3072), (1, 50257), (8, 3072), (256, 3072)]
+    for kind in ("float32", "float16", "uint8")
+]
+WEIGHT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
+CACHE: list[Shape] = [
+    {"T": 1, "NH": 12, "HS": 64, "position": 1023, "P": 1024},
+    {"T": 256, "NH": 12, "HS": 64, "position": 768, "P": 1024},
+]
 LOGITS: list[Shape] = [{"N": 512, "V": 50257}]
 HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
 STREAM: list[Shape] = [{"n": 4096 * 768}]
@@ -265,6 +314,26 @@ OPS: dict[str, Op] = {
         _matmul_backward,
         [{**shape, "accumulate": False} for shape in MATMUL],
         lambda N, C, OC, accumulate: (4 * N * C * OC, 8 * (N * C + OC * C) + 4 * N * OC),
+    ),
+    "matrix_transpose": Op(1, COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
+    # with weights of 8 bits the sums are of integers, exact; what is left is a few roundings
+    "linear_forward": Op(
+        1,
+        SUM,
+        _linear_forward,
+        LINEAR,
+        lambda N, C, OC, kind: (2 * N * C * OC, 4 * N * (C + OC) + WEIGHT_BYTES[kind] * OC * C),
+    ),
+    # what the T queries may see of the cache; keys and values come from memory once
+    "cache_attention_forward": Op(
+        3,
+        SUM,
+        _cache_attention_forward,
+        CACHE,
+        lambda T, NH, HS, position, P: (
+            4 * NH * HS * (T * position + T * (T + 1) // 2),
+            8 * NH * HS * (position + 3 * T),
+        ),
     ),
     # the causal half; backward makes the scores once more, which is not counted
     "attention_forward": Op(

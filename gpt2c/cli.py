@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import math
 import os
 import platform
 import shlex
@@ -17,15 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_generate
+from gpt2c import cli_bench, cli_eval, cli_generate
 from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
-from gpt2c.baselines import bits_per_byte
-from gpt2c.data import prepare, read_text, read_tokens, split_documents
+from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.machine import cpu_name
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
-from gpt2c.tokenizer import Tokenizer
-from gpt2c.train import TrainResult, evaluate, train
+from gpt2c.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
@@ -96,13 +93,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     _add_settings(verb, {})
 
-    verb = _verb(verbs, "eval", run_eval, "loss, perplexity and bits per byte on held-out text")
-    verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
-    verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
-    verb.add_argument("--batch-size", type=int, default=8, help="rows at a time (8)")
-    verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
-    verb.add_argument("--backend", default="auto", help="default: the fastest")
-
+    text = "loss, perplexity and bits per byte on held-out text; right answers to questions"
+    cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text))
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, "continue a text"))
     cli_bench.add_flags(
         _verb(
@@ -194,26 +186,6 @@ def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
     return INTERRUPTED
 
 
-def run_eval(options: argparse.Namespace) -> int:
-    """`gpt2c eval`."""
-    model = cli_generate.open_model(options.model, options.backend, options.quantize)
-    tokenizer = Tokenizer.from_pretrained(options.data)
-    tokens = read_tokens(options.data / "val.bin", model.config.vocab_size)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{options.data} has a vocabulary of {tokenizer.vocab_size} tokens and {options.model}"
-            f" one of {model.config.vocab_size}: they do not belong together"
-        )
-    loss = evaluate(model, tokens, options.batch_size, model.config.n_positions)
-    scored = tokens[1:]  # the first token has nothing before it to be predicted from
-    size = int(tokenizer.token_lengths[scored].sum())
-    bits = bits_per_byte(loss * len(scored), size)
-    print(f"loss {loss:.4f} nats/token  perplexity {math.exp(loss):.2f}  bits per byte {bits:.4f}")
-    return 0
-
-
 def run_info(options: argparse.Namespace) -> int:
     """`gpt2c info`."""
     threads = default_threads()
@@ -228,7 +200,7 @@ def run_info(options: argparse.Namespace) -> int:
         state = why_missing(name)
         if not state and name != "numpy":
             state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
-        print(f"{'backend':<12}{name:<8}{state}{'  <- chosen' if name == chosen else ''}")
+        print(f"{'backend':<12}{name:<12}{state}{'  <- chosen' if name == chosen else ''}")
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from gpt2c.bench import Result, bench_ops, bench_train, check_threads, choose_rows
+from gpt2c.bench_generate import bench_generate, choose_generate_rows
 from gpt2c.config import GPT2Config
 from gpt2c.machine import measure_ceilings
 from gpt2c.plot import can_plot
@@ -14,19 +15,29 @@ from gpt2c.report import (
     as_markdown,
     as_text,
     draw,
+    generate_table,
     machine_lines,
     ops_table,
     train_table,
     write_json,
 )
 
+TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
+
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Say what `gpt2c bench` takes."""
     verb.add_argument(
-        "what", metavar="ops|train", choices=["ops", "train"], help="every op, or a training step"
+        "what",
+        metavar="ops|train|generate",
+        choices=["ops", "train", "generate"],
+        help="every op, a training step, or reading and writing text",
     )
-    verb.add_argument("--backends", metavar="A,B", help="rows: default all, and PyTorch if there")
+    verb.add_argument(
+        "--backends",
+        metavar="A,B",
+        help="rows: default all, and PyTorch if there; generate: avx2:int8 names the weights",
+    )
     verb.add_argument("--threads", type=int, help="threads of every row (default: see gpt2c info)")
     verb.add_argument("--quick", action="store_true", help="fewer shapes and samples")
     verb.add_argument(
@@ -38,18 +49,19 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--recompute", choices=["light", "full"], help="train: keep less memory")
     verb.add_argument("--torch-compile", action="store_true", help="train: torch.compile as a row")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
-    verb.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw a roofline (ops) or bars (train)"
-    )
+    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a roofline (ops) or bars")
     verb.add_argument("--report", type=Path, metavar="FILE.md", help="add the tables in Markdown")
 
 
 def run_bench(options: argparse.Namespace) -> int:
     """`gpt2c bench`."""
     threads, warning = check_threads(options.threads)
-    names = choose_rows(options.backends, options.torch_compile and options.what == "train")
+    if options.what == "generate":
+        names = choose_generate_rows(options.backends, options.quick)
+    else:
+        names = choose_rows(options.backends, options.torch_compile and options.what == "train")
     shapes = [_shape(text) for text in options.shape or ["4x64"]]
-    if options.what == "ops" and (options.shape or options.recompute or options.torch_compile):
+    if options.what != "train" and (options.shape or options.recompute or options.torch_compile):
         raise ValueError("--shape, --recompute and --torch-compile belong to bench train")
     for path in (options.json, options.plot, options.report):
         if path and not path.absolute().parent.is_dir():
@@ -63,12 +75,14 @@ def run_bench(options: argparse.Namespace) -> int:
     print("\n".join(report), flush=True)
 
     def show(results: list[Result]) -> None:
-        heading, table = (ops_table if options.what == "ops" else train_table)(results, ceilings)
+        heading, table = TABLES[options.what](results, ceilings)
         print(as_text(heading, table) + "\n", flush=True)
         report.append(as_markdown(heading, table))
 
     if options.what == "ops":
         results, verdict = bench_ops(names, ceilings, options.quick, show)
+    elif options.what == "generate":
+        results, verdict = bench_generate(names, ceilings, GPT2Config(), options.quick, show)
     else:
         results, verdict = bench_train(
             names, ceilings, GPT2Config(), shapes, options.recompute, options.quick, show

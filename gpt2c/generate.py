@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gpt2c.sampling import GenerationConfig, choose
 
+IntArray = NDArray[np.int32]
 Watch = Callable[[int], bool]
 Step = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.float64]]
 
@@ -24,10 +25,8 @@ class Reader(Protocol):
 
     capacity: int
 
-    def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> NDArray[Any]: ...  # noqa: D102
-    def step(  # noqa: D102
-        self, tokens: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[np.int32]
-    ) -> NDArray[Any]: ...
+    def read(self, tokens: IntArray, slot: int, position: int) -> NDArray[Any]: ...  # noqa: D102
+    def step(self, tokens: IntArray, slots: IntArray, positions: IntArray) -> NDArray[Any]: ...  # noqa: D102
     def copy(self, source: int, target: int, length: int) -> None: ...  # noqa: D102
 
 
@@ -91,19 +90,22 @@ class Text:
             self.ended = "length"
         return token
 
-    def make_room(self, capacity: int) -> bool:
-        """Before the newest token is read: if the context is full, forget or end; True if forgot.
+    def make_room(self, capacity: int) -> IntArray:
+        """Before the newest token is read: if the context is full, forget or end.
 
         A position's vector is part of every key, so what stays must be read again from the start:
         half the context, or this would come with every token.
+
+        Returns
+        -------
+        the tokens to read again, the newest among them: (T,) int32, none if there is room
         """
-        if self.position < capacity:
-            return False
-        if self._settings.on_full == "stop":
+        if self.position == capacity and self._settings.on_full == "stop":
             self.ended = "length"
-            return False
+        if self.position < capacity or self.ended is not None:
+            return np.empty(0, np.int32)
         self.position = 0
-        return True
+        return np.array(self.tokens[-max(1, capacity // 2) :], np.int32)
 
 
 def read_prompt(decoder: Reader, texts: Sequence[Text]) -> None:
@@ -118,6 +120,17 @@ def read_prompt(decoder: Reader, texts: Sequence[Text]) -> None:
         text.choose(logits)
 
 
+def read_newest(decoder: Reader, texts: Sequence[Text]) -> NDArray[Any]:
+    """Read the newest token of each text, all at once; give the logits (N, V) of what follows."""
+    tokens = np.array([text.tokens[-1] for text in texts], np.int32)
+    slots = np.array([text.slot for text in texts], np.int32)
+    positions = np.array([text.position for text in texts], np.int32)
+    logits = decoder.step(tokens, slots, positions)
+    for text in texts:
+        text.position += 1
+    return logits
+
+
 def step(decoder: Reader, texts: Sequence[Text]) -> None:
     """Read the newest token of each text and let it choose the next; each has one that is unread.
 
@@ -125,20 +138,15 @@ def step(decoder: Reader, texts: Sequence[Text]) -> None:
     """
     going = []
     for text in texts:
-        if text.make_room(decoder.capacity):
-            kept = np.array(text.tokens[-max(1, decoder.capacity // 2) :], np.int32)
+        kept = text.make_room(decoder.capacity)
+        if len(kept):
             text.position = len(kept)
             text.choose(decoder.read(kept, text.slot, 0))
         elif text.ended is None:
             going.append(text)
-    if not going:
-        return
-    tokens = np.array([text.tokens[-1] for text in going], np.int32)
-    slots = np.array([text.slot for text in going], np.int32)
-    positions = np.array([text.position for text in going], np.int32)
-    for text, logits in zip(going, decoder.step(tokens, slots, positions), strict=True):
-        text.position += 1
-        text.choose(logits)
+    if going:
+        for text, logits in zip(going, read_newest(decoder, going), strict=True):
+            text.choose(logits)
 
 
 def stream(

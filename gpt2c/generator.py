@@ -25,7 +25,7 @@ class Writer:
     ----------
     tokenizer : of the tokens
     stops : strings that end the text; they are not part of it
-    least : how many tokens must have come before one may
+    least : how many tokens must have come before one may begin
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], least: int) -> None:
@@ -41,10 +41,10 @@ class Writer:
     def __call__(self, token: int) -> bool:
         """Add a token; say whether a stop string is there."""
         self.count += 1
-        if token != self._tokenizer.eot:
+        if token != self._tokenizer.eot and token < self._tokenizer.vocab_size:  # or padding
             self._open += self._decode(self._tokenizer.token_bytes(token))
         held = 0
-        if self.count >= self._least:
+        if self.count > self._least:
             places = [self._open.find(stop) for stop in self._stops]
             found = [place for place in places if place >= 0]
             if found:
@@ -84,7 +84,7 @@ class Generator:
 
     Raises
     ------
-    ValueError : model and tokenizer have vocabularies of different sizes
+    ValueError : the tokenizer has tokens that the model has not; a model may have more, as padding
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -150,7 +150,8 @@ class Generator:
         self, prompts: Sequence[str], settings: dict[str, Any]
     ) -> tuple[list[Writer], Iterator[Any], int]:
         stop = settings.pop("stop", None)
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        several = isinstance(stop, list | tuple | set | frozenset)
+        stops = list(stop) if several else [] if stop is None else [stop]
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be strings of at least one character, got {text!r}")
@@ -159,8 +160,8 @@ class Generator:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
         ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
         copies = config.num_return_sequences
-        writers = [
-            Writer(self.tokenizer, stops, config.min_new_tokens) for _ in range(len(ids) * copies)
-        ]
+        writers: list[Writer] = []
         steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers)
+        for _ in range(len(ids) * copies):  # now that so many are known to fit
+            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens))
         return writers, steps, copies

@@ -111,11 +111,11 @@ class LanguageModel:
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
         prompts = self.check_prompts(idx)
+        steps = list(self.continue_prompts(prompts, config))
         given = idx if isinstance(idx, np.ndarray) else list(idx)  # type: ignore[arg-type]
         rows = [
             np.asarray(row, np.int64) for row in given for _ in range(config.num_return_sequences)
         ]
-        steps = list(self.continue_prompts(prompts, config))
         tokens = [step[0] if isinstance(step, tuple) else step for step in steps]
         new = np.stack(tokens, axis=1) if steps else np.empty((len(rows), 0), np.int64)
         ends = list(config.ends(self.config.vocab_size))
@@ -138,10 +138,9 @@ class LanguageModel:
         ------
         ValueError : no prompts, not whole numbers, an id out of range, longer than n_positions
         """
-        if isinstance(idx, list | tuple) and all(isinstance(row, list | tuple) for row in idx):
-            rows = [
-                check_ids(row or np.empty(0, int), "idx", 0, self.config.vocab_size) for row in idx
-            ]
+        if isinstance(idx, list | tuple) and all(_is_row(row) for row in idx):
+            given = [row if len(row) else np.empty(0, int) for row in idx]
+            rows = [check_ids(row, "idx", 0, self.config.vocab_size) for row in given]
         else:
             array = check_ids(idx, "idx", 0, self.config.vocab_size)
             if array.ndim != 2:
@@ -231,6 +230,10 @@ class LanguageModel:
         if not (ids >= 0).any():
             raise ValueError("targets are all -1 (ignored): there is nothing to take the mean of")
         return ids
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim > 0)
 
 
 def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:

@@ -3,9 +3,10 @@
     y, mean, rstd = gpt2c.ops.layernorm_forward(x, weight, bias, backend="avx2")
 
 What each op computes stands in `gpt2c.reference`. Arrays must be C-contiguous float32 (backend
-"numpy" takes float64 as well), token ids int32. Gradients come back as they are, not added to
-anything. Every function raises ValueError if an array has another dtype, layout or shape, a token
-id is out of range, or the backend is unknown. Knows nothing about models.
+"numpy" takes float64 as well), token ids int32; the weights of `linear_forward` may be smaller.
+Gradients come back as they are, not added to anything. Every function raises ValueError if an array
+has another dtype, layout or shape, a token id is out of range, or the backend is unknown. Knows
+nothing about models.
 """
 
 from __future__ import annotations
@@ -16,27 +17,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.backend import Backend, get_backend
+from gpt2c.reference_reading import LONGEST
 
 Array = NDArray[Any]
 
 
-def _open(backend: str, **arrays: tuple[Array, str]) -> tuple[Backend, dict[str, int]]:
+def _open(
+    backend: str, **arrays: tuple[Array, str] | tuple[Array, str, tuple[str, ...]]
+) -> tuple[Backend, dict[str, int]]:
     """Check arrays against shapes written in letters; give the backend and the size of each letter.
 
-    A letter means the same size in every shape; "3C" is three times C.
+    A letter means the same size in every shape; "3C" is three times C. All arrays are of one float
+    type, but those that come with dtypes of their own.
     """
     ops = get_backend(backend)
     dtypes = ("float32", "float64") if ops.name == "numpy" else ("float32",)
-    dtype = next(
-        (a.dtype for a, _ in arrays.values() if getattr(a, "dtype", None) in dtypes), dtypes[0]
+    common = next(
+        (a.dtype.name for a, *_ in arrays.values() if getattr(a, "dtype", None) in dtypes),
+        dtypes[0],
     )
     sizes: dict[str, int] = {}
-    for name, (array, letters) in arrays.items():
-        wanted = letters.split()
+    for name, (array, letters, *own) in arrays.items():
+        wanted, allowed = letters.split(), own[0] if own else (common,)
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{name} must be a NumPy array, got {type(array).__name__}")
-        if array.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype} for backend {ops.name!r}, got {array.dtype}")
+        if array.dtype not in [np.dtype(dtype) for dtype in allowed]:
+            kinds = " or ".join(allowed)
+            raise ValueError(f"{name} must be {kinds} for backend {ops.name!r}, got {array.dtype}")
         if not (array.flags.c_contiguous and array.flags.aligned):
             raise ValueError(f"{name} must be C-contiguous and aligned: pass {name}.copy()")
         fits = array.ndim == len(wanted) and array.size > 0
@@ -141,6 +148,62 @@ def matmul_backward(
     dx, dweight, dbias = np.empty_like(x), np.zeros_like(weight), np.zeros(s["OC"], x.dtype)
     ops.matmul_backward(dx, dweight, dbias, dout, x, weight)
     return dx, dweight, dbias
+
+
+def matrix_transpose(x: Array, backend: str = "auto") -> Array:
+    """Give x^T (C, R) for x (R, C)."""
+    ops, s = _open(backend, x=(x, "R C"))
+    out = np.empty((s["C"], s["R"]), x.dtype)
+    ops.matrix_transpose(out, x)
+    return out
+
+
+def linear_forward(
+    x: Array,
+    weight: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """Give x W^T + bias, (N, OC), for x (N, C), weight (OC, C), bias (OC,) or None.
+
+    weight is as x, float16, or uint8 with scale (OC,): then W is scale * (weight - 128), and x is
+    rounded to 8 bits too.
+    """
+    dtype = getattr(weight, "dtype", None)
+    if scale is None and dtype == np.uint8:
+        raise ValueError("scale must be given for weights of 8 bits")
+    small = ("uint8",) if scale is not None else (str(getattr(x, "dtype", "float32")), "float16")
+    given = {"scale": (scale, "OC"), "bias": (bias, "OC")}
+    vectors = {name: pair for name, pair in given.items() if pair[0] is not None}
+    ops, s = _open(backend, x=(x, "N C"), weight=(weight, "OC C", small), **vectors)  # type: ignore[arg-type]
+    if dtype == np.float16 and not np.isfinite(weight).all():
+        raise ValueError("weight holds nan or infinity, which weights of 16 bits must not")
+    if dtype == np.uint8 and s["C"] > LONGEST:
+        raise ValueError(f"weight must have at most {LONGEST} channels of 8 bits, got {s['C']}")
+    out = np.empty((s["N"], s["OC"]), x.dtype)
+    ops.linear_forward(out, x, weight, scale, bias)
+    return out
+
+
+def cache_attention_forward(
+    qkv: Array, keys: Array, values: Array, position: int, backend: str = "auto"
+) -> tuple[Array, Array, Array]:
+    """Give out (T, C), keys and values for qkv (T, 3C) of tokens from `position` on.
+
+    keys, values (NH, P, HS) hold those of the tokens before; the new ones' stand in the result.
+    """
+    shape = "NH P HS"
+    ops, s = _open(backend, qkv=(qkv, "T 3C"), keys=(keys, shape), values=(values, shape))
+    if s["NH"] * s["HS"] != s["C"]:
+        raise ValueError(f"keys must have NH * HS = C={s['C']}, got {s['NH']} * {s['HS']}")
+    if not 0 <= position <= s["P"] - s["T"]:
+        raise ValueError(
+            f"position must be in [0, {s['P'] - s['T']}] for {s['T']} tokens, got {position}"
+        )
+    out, keys, values = np.empty((s["T"], s["C"]), qkv.dtype), keys.copy(), values.copy()
+    ops.cache_attention_forward(out, keys, values, qkv, position)
+    return out, keys, values
 
 
 def attention_forward(qkv: Array, n_head: int, backend: str = "auto") -> tuple[Array, Array]:

@@ -19,11 +19,10 @@ from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
 from gpt2c.language_model import LanguageModel
 from gpt2c.memory import Array, aligned_zeros
-from gpt2c.reference_reading import MIDDLE
+from gpt2c.reference_reading import LONGEST, MIDDLE, TINY
 
 STEPS = 127  # from 0 to a row's largest weight, and as many below 0
 DTYPES = {"int8": np.uint8, "fp16": np.float16}
-LONGEST = 65536  # sums of so many products of 8 bits fit 32
 ENTRY = "quantization_config"  # of config.json, as Hugging Face calls it
 
 
@@ -73,7 +72,7 @@ class QuantizedGPT2(LanguageModel):
         stored = stored_method(entries)
         model = cls(GPT2Config.from_dict(entries), method, backend)
         if stored is None:
-            model._quantize(checkpoint.load_weights(path)[1], source)
+            model._round(checkpoint.load_weights(path)[1], source)
         elif stored == method:
             model._take(checkpoint.load_as_they_are(path), source)
         else:
@@ -83,7 +82,19 @@ class QuantizedGPT2(LanguageModel):
             )
         return model
 
-    def _quantize(self, tensors: Mapping[str, Array], source: str) -> None:
+    @classmethod
+    def from_model(cls, model: LanguageModel, method: str) -> QuantizedGPT2:
+        """Round the weights of a `GPT2`, which stays as it is.
+
+        Raises
+        ------
+        ValueError : an unknown method, or weights that cannot be rounded
+        """
+        quantized = cls(model.config, method, model.backend)
+        quantized._round(model.parameters, "the model")
+        return quantized
+
+    def _round(self, tensors: Mapping[str, Array], source: str) -> None:
         """Round float32 tensors into the parameters."""
         checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
         for name, tensor in tensors.items():
@@ -150,9 +161,10 @@ class QuantizedGPT2(LanguageModel):
 def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.floating[Any]]) -> None:
     """Write weight (OC, C) and scale (OC,): scale * (weight - 128) is tensor, nearly.
 
-    A row's largest number becomes 127 steps up or down, 0 stays 0.
+    A row's largest number becomes 127 steps up or down, 0 stays 0; a row below TINY becomes 0.
     """
-    scale[...] = np.abs(tensor).max(axis=1) / np.float32(STEPS)
+    largest = np.abs(tensor).max(axis=1)
+    scale[...] = np.where(largest > TINY, largest, 0) / np.float32(STEPS)
     steps = np.where(scale > 0, scale, np.float32(1))[:, None]
     weight[...] = np.rint(tensor / steps) + MIDDLE
 
@@ -188,6 +200,6 @@ def stored_method(entries: Mapping[str, Any]) -> str | None:
     if not isinstance(entry, dict) or entry.get("quant_method") != "gpt2c":
         raise ValueError(f"config.json: {ENTRY} must be gpt2c's own, got {entry!r}")
     method = entry.get("weights")
-    if method not in DTYPES:
+    if method not in tuple(DTYPES):  # a list, say, cannot be looked up
         raise ValueError(f"config.json: {ENTRY} must have weights {' or '.join(DTYPES)}")
     return str(method)

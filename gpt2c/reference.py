@@ -24,11 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.reference_reading import (  # noqa: F401
-    cache_attention_forward,
-    linear_forward,
-    matrix_transpose,
-)
+from gpt2c.reference_reading import cache_attention_forward, linear_forward, matrix_transpose  # noqa: F401
 
 Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating[Any]]
 
 MIDDLE = 128  # a weight of 8 bits has no sign: 0 is stored as this
+LONGEST = 65536  # channels: the sums of so many products of 8 bits fit 32
+TINY = 1e-36  # a row with nothing larger counts as zeros: 127 / largest stays finite in float32
 
 
 def matrix_transpose(out: NDArray[Any], x: NDArray[Any]) -> None:
@@ -46,7 +48,7 @@ def linear_forward(
     ----------
     out : (N, OC), written
     x : (N, C)
-    weight : (OC, C), float32, float16 without nan and infinity, or uint8
+    weight : (OC, C), float32, float16 without nan and infinity, or uint8, then C <= LONGEST
     scale : (OC,) for uint8, else None
     bias : (OC,), or None for none
 
@@ -56,10 +58,10 @@ def linear_forward(
     if weight.dtype == np.uint8:
         assert scale is not None
         largest = np.abs(x).max(axis=1, keepdims=True)
-        inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
+        inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > TINY)
         with np.errstate(invalid="ignore"):  # nan and infinity in a row make its scale nan
             x8 = np.rint(x * inverse).astype(np.int64)
-            x_scale = largest / x.dtype.type(127) + 0 * x.sum(axis=1, keepdims=True)
+            x_scale = largest / x.dtype.type(127) + (0 * x).sum(axis=1, keepdims=True)
         sums = x8 @ (weight.astype(np.int64) - MIDDLE).T
         out[...] = sums.astype(x.dtype) * (x_scale * scale)
     else:

@@ -82,6 +82,34 @@ def train_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Tab
     return f"{results[0].group}   (B x T tokens a step)", table
 
 
+def generate_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
+    """Give the heading and table of one work: ms a call, tokens/s, and how near the limit."""
+    prefill = results[0].group.startswith("prefill")
+    rate, limit = ("GFLOP/s", "of fp32 peak") if prefill else ("GB/s", "of bandwidth")
+    peers = [r.median for r in results if r.row == "transformers" and r.seconds]
+    columns = ["", "ms", "±", "tokens/s", rate, limit]
+    table = [[*columns, "x transformers"] if peers else columns]
+    for r in results:
+        if not r.seconds or r.note:
+            table.append([r.row, r.note])
+            continue
+        work = r.facts["flops" if prefill else "bytes"] / r.median
+        backend = r.row.partition(":")[0]
+        ceiling = 1 / ceilings.seconds(backend, 1, 0) if prefill else ceilings.full_bandwidth
+        table.append(
+            [
+                r.row,
+                f"{r.median * 1e3:,.2f}",
+                f"{r.spread:.0%}",
+                f"{r.facts['tokens'] / r.median:,.1f}",
+                f"{work / 1e9:,.1f}",
+                f"{work / ceiling:.0%}",
+                *([f"{peers[0] / r.median:.2f}"] if peers else []),
+            ]
+        )
+    return results[0].group, table
+
+
 def _count(number: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -140,7 +168,9 @@ def draw(path: Path, results: Sequence[Result], ceilings: Ceilings) -> None:
     groups: dict[str, dict[str, float]] = {}
     for r in timed:
         groups.setdefault(r.group, {})[r.row] = r.facts["tokens"] / r.median
-    title = f"GPT-2 124M, fp32, AdamW included: {cpu_name()}, {ceilings.threads} threads"
+    trained = timed[0].group.startswith("train")
+    title = "GPT-2 124M, " + ("fp32, AdamW included" if trained else "reading and writing")
+    title += f": {cpu_name()}, {ceilings.threads} threads"
     plot_speed(groups, "tokens a second", path, title)
 
 

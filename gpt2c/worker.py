@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,11 @@ from gpt2c import reference
 from gpt2c.backend import get_backend
 from gpt2c.cases import OPS, normalised_error
 from gpt2c.config import GPT2Config
+from gpt2c.language_model import LanguageModel
+from gpt2c.machine import fastest
 from gpt2c.model import GPT2
 from gpt2c.optimizer import AdamW
+from gpt2c.quantized import DTYPES, QuantizedGPT2
 
 SAMPLE_SECONDS = 0.02  # a sample is as many calls as take so long, at least one
 TINY = GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=3)
@@ -34,6 +38,10 @@ TORCH_RTOL = {"global_norm": 1e-2}
 # Of three training steps' losses: float32 sums of another order, and AdamW's quotients of small
 # numbers; the bound of the parity tests.
 TRAIN_RTOL = 1e-4
+# Of logits: float32 sums of another order; of int8 an activation that lies between two steps, of
+# which there are 127, may be rounded the other way.
+READ_RTOL = {"fp32": 1e-5, "int8": 0.05}
+SOME = 8  # calls before the texts begin again: a short way from T, so that T says what is read
 
 
 class Worker:
@@ -41,19 +49,20 @@ class Worker:
 
     Parameters
     ----------
-    row : a backend's name, or "torch...": PyTorch, compiled if the name says "compile"
+    row : a backend's name, with ":int8" and the like for its weights; "torch...": PyTorch, compiled
+        if the name says "compile"; or "transformers"
     threads : that it may use
     """
 
     def __init__(self, row: str, threads: int) -> None:
-        self._row = row
+        self._row, _, self._precision = row.partition(":")
         self._call: Callable[[], Any] = lambda: None
-        if row.startswith("torch"):
+        if row.startswith(("torch", "transformers")):
             import torch
 
             torch.set_num_threads(threads)
         else:
-            self._backend = get_backend(row, threads)
+            self._backend = get_backend(self._row, threads)
 
     def hello(self) -> dict[str, Any]:
         """Answer, which says that the row can run."""
@@ -137,6 +146,56 @@ class Worker:
         parameters = GPT2(config, backend="numpy").parameters
         compiled = "compile" in self._row
         return torch_step(config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled)
+
+    def generate(self, what: str, config: dict[str, Any], B: int, T: int) -> dict[str, Any]:
+        """Get a model ready to be read; compare a small one's logits with the numpy backend's.
+
+        Parameters
+        ----------
+        what : "prefill" of T tokens, or "decode": a token more of B texts of T tokens
+        """
+        small = (what, TINY, min(B, 2), 16)
+        found, wanted = self._reader(*small)(), _own_reader("numpy", self._precision, *small)()
+        error = normalised_error(found, wanted)
+        self._call = self._reader(what, GPT2Config(**config), B, T)
+        return {"error": error, "rtol": READ_RTOL.get(self._precision, READ_RTOL["fp32"])}
+
+    def _reader(self, what: str, config: GPT2Config, B: int, T: int) -> Callable[[], Any]:
+        if self._row != "transformers":
+            return _own_reader(self._backend, self._precision, what, config, B, T)
+        from gpt2c.peers_generate import transformers_reader
+
+        parameters = GPT2(config, backend=fastest()).parameters
+        return transformers_reader(config, parameters, what, _texts(config, B, T), SOME)
+
+
+def _own_reader(
+    backend: Any, precision: str, what: str, config: GPT2Config, B: int, T: int
+) -> Callable[[], Any]:
+    """Give a call that reads a prompt, or a token more of each text, and returns logits.
+
+    The texts grow for SOME calls, then begin again.
+    """
+    model: LanguageModel = GPT2(config, backend=backend)
+    if precision in DTYPES:
+        model = QuantizedGPT2.from_model(model, precision)
+    texts = _texts(config, B, T)
+    decoder = model.decoder(B, T + SOME)
+    if what == "prefill":
+        return lambda: decoder.read(texts[0], 0, 0)
+    for slot, text in enumerate(texts):
+        decoder.read(text, slot, 0)
+    slots, calls = np.arange(B, dtype=np.int32), count()
+
+    def step() -> Any:
+        position = T + next(calls) % SOME
+        return decoder.step(texts[:, position % T].copy(), slots, np.full(B, position, np.int32))
+
+    return step
+
+
+def _texts(config: GPT2Config, B: int, T: int) -> Any:
+    return np.random.default_rng(7).integers(0, config.vocab_size, (B, T), np.int32)
 
 
 def _narrow(argument: Any) -> Any:

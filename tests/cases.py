@@ -78,6 +78,45 @@ ATTENTION = shapes(
     + [(1, 19, 2, HS) for HS in VECTOR_EDGES]
     + [(1, 64, 12, 64), (2, 256, 1, 64), (1, 300, 2, 64), (1, 257, 1, 64)],
 ) + shapes("B T NH HS kind", [(2, 40, 2, 64, "saturated"), (1, 130, 1, 33, "saturated")])
+# around the 64 x 64 blocks, and vectors
+TRANSPOSE = shapes(
+    "R C",
+    [(768, 130), (63, 65), (64, 64), (130, 97)]
+    + [pair for n in (*VECTOR_EDGES[:-1], 127, 128, 129) for pair in ((n, 5), (5, n))],
+)
+# around vectors of floats and, with weights of 8 bits, steps of 8, 16, 32 and 64; tiles of 4 rows;
+# 16 rows, up to which small weights are used where they lie; 64 columns and 128 rows of a task
+LINEAR = shapes(
+    "N C OC kind",
+    [
+        (N, C, OC, kind)
+        for kind in ("float32", "float16", "uint8")
+        for N, C, OC in [
+            *((5, C, 5) for C in (*VECTOR_EDGES, 127, 128, 129)),
+            *((N, 21, 19) for N in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 127, 128, 129, 257)),
+            *(
+                (N, 24, OC)
+                for N in (1, 6)
+                for OC in (1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 129)
+            ),
+            *((1, 768, 2304), (4, 3072, 768), (130, 385, 257), (17, 770, 66)),
+        ]
+    ],
+) + shapes(
+    "N C OC kind bias",
+    [(N, 33, 18, kind, False) for N in (3, 17) for kind in ("float32", "float16", "uint8")],
+)
+# blocks of 64 queries against blocks of 64 keys, from everywhere in a block; room left, and none
+CACHE = shapes(
+    "T NH HS position P",
+    [
+        (T, 2, 16, position, position + T + position % 2)
+        for T in (1, 2, 3, 17, 63, 64, 65, 100, 129)
+        for position in (0, 1, 63, 64, 65, 100)
+    ]
+    + [(T, 3, HS, 70, 80) for T in (1, 5) for HS in (*VECTOR_EDGES[:-1], 130)]
+    + [(1, 12, 64, 255, 256), (64, 12, 64, 130, 256)],
+) + shapes("T NH HS position P kind", [(T, 2, 64, 70, 200, "saturated") for T in (1, 65)])
 CROSSENTROPY = shapes(
     "N V", [*((5, V) for V in VECTOR_EDGES), (1, 257), (97, 65), (3, 50257), (1, 50257)]
 ) + shapes(
@@ -106,6 +145,9 @@ SHAPES: dict[str, list[Shape]] = {
         *shapes("N C OC", [(3, 64, 50257)]),
         *({**shape, "accumulate": False} for shape in MATMUL),
     ],
+    "matrix_transpose": TRANSPOSE,
+    "linear_forward": [*LINEAR, *shapes("N C OC", [(2, 64, 50257)])],
+    "cache_attention_forward": CACHE,
     "attention_forward": ATTENTION,
     "attention_backward": ATTENTION,
     "gelu_forward": GELU,
@@ -126,9 +168,12 @@ RTOL_OF = {
     # and where the variance is 0, rstd = 316 multiplies it
     ("layernorm_forward", "offset"): 1e-3,
     ("layernorm_forward", "constant"): 1e-4,
+    # sums of integers are exact; the product of two scales, that with a sum, and a bias are rounded
+    ("linear_forward", "uint8"): 1e-6,
     # scores of hundreds are rounded by 1e-5 and more, and that is the relative error of their exp
     ("attention_forward", "saturated"): 1e-4,
     ("attention_backward", "saturated"): 1e-4,
+    ("cache_attention_forward", "saturated"): 1e-4,
 }
 
 CASES = [Case(name, shape) for name in OPS for shape in SHAPES[name]]

@@ -63,31 +63,36 @@ def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
 class Guarded:
     """Copies of arrays where a kernel that strays is caught.
 
-    Each copy stands between guards and starts one float past a multiple of 64 bytes, the alignment
-    that vector code would like. A guard is a quiet NaN that nothing computes: `check` shows that it
-    was written over, and the result shows that it was read and used.
+    Each copy stands between guards and starts one element past a multiple of 64 bytes, the
+    alignment that vector code would like. A guard is a quiet NaN that nothing computes, in float32
+    and float16: `check` shows that it was written over, and the result shows that it was read and
+    used.
     """
 
     PATTERN = np.uint32(0x7FC0FFEE)
-    FLOATS = 16  # the longest vector
+    GUARD = 64  # bytes: the longest vector
 
     def __init__(self) -> None:
         self._buffers: list[tuple[np.ndarray, int, int]] = []
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """Give a guarded copy of an array of 4-byte numbers."""
-        buffer = np.full(array.size + 4 * self.FLOATS, self.PATTERN)
-        start = self.FLOATS + (-(buffer.ctypes.data // 4)) % self.FLOATS + 1
-        self._buffers.append((buffer, start, start + array.size))
-        copy = buffer[start : start + array.size].view(array.dtype).reshape(array.shape)
+        """Give a guarded copy of an array of numbers of 4 bytes, 2 or 1."""
+        buffer = self._guards(array.nbytes + 4 * self.GUARD)
+        start = self.GUARD + -buffer.ctypes.data % self.GUARD + array.itemsize
+        self._buffers.append((buffer, start, start + array.nbytes))
+        copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
         return copy
+
+    def _guards(self, size: int) -> np.ndarray:
+        return np.full(-(-size // 4), self.PATTERN).view(np.uint8)
 
     def check(self) -> None:
         """Fail if a guard was written."""
         for buffer, start, stop in self._buffers:
-            assert (buffer[:start] == self.PATTERN).all(), "memory before an array was written"
-            assert (buffer[stop:] == self.PATTERN).all(), "memory after an array was written"
+            guards = self._guards(buffer.nbytes)
+            assert (buffer[:start] == guards[:start]).all(), "memory before an array was written"
+            assert (buffer[stop:] == guards[stop:]).all(), "memory after an array was written"
 
 
 @pytest.fixture

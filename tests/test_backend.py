@@ -17,7 +17,7 @@ from conftest import refused
 
 from gpt2c import backend as backend_module
 from gpt2c import reference
-from gpt2c.backend import NAMES, REQUIRES, backends, default_threads, get_backend
+from gpt2c.backend import AVX2, AVX512, NAMES, REQUIRES, backends, default_threads, get_backend
 from gpt2c.kernels import Kernels
 
 PACKAGE = Path(backend_module.__file__).parent
@@ -81,7 +81,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     fake = SimpleNamespace(has=set())
     lib = SimpleNamespace(cpu_supports=lambda feature: feature.decode() in fake.has)
     monkeypatch.setitem(sys.modules, "gpt2c._kernels_base", SimpleNamespace(lib=lib))
-    for name in ("avx2", "avx512"):  # an empty module: importing the real one could end the process
+    for name in set(NAMES) - {"base", "numpy"}:  # importing the real ones could end the process
         monkeypatch.setitem(sys.modules, f"gpt2c._kernels_{name}", ModuleType(name))
     backends.cache_clear()
     yield fake
@@ -91,11 +91,14 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 @pytest.mark.parametrize(
     ("has", "expected", "lacking"),
     [
-        (set(), ("base", "numpy"), "avx2, fma"),
-        ({"avx2"}, ("base", "numpy"), "fma"),
-        ({"avx2", "fma"}, ("avx2", "base", "numpy"), "avx512f, avx512bw, avx512dq, avx512vl"),
-        ({"avx2", "fma", "avx512f"}, ("avx2", "base", "numpy"), "avx512bw, avx512dq, avx512vl"),
-        ({*REQUIRES["avx512"]}, NAMES, ""),
+        (set(), ("base", "numpy"), "avx2, fma, f16c"),
+        ({"avx2"}, ("base", "numpy"), "fma, f16c"),
+        ({"avx2", "fma"}, ("base", "numpy"), "f16c"),
+        ({*AVX2}, ("avx2", "base", "numpy"), "avx512f, avx512bw, avx512dq, avx512vl"),
+        ({*AVX2, "avx512f"}, ("avx2", "base", "numpy"), "avx512bw, avx512dq, avx512vl"),
+        ({*AVX512}, ("avx512", "avx2", "base", "numpy"), "avx512vnni"),
+        ({*AVX2, "avx512vnni"}, ("avx2", "base", "numpy"), "avx512f, avx512bw, avx512dq, avx512vl"),
+        ({*REQUIRES["avx512vnni"]}, NAMES, ""),
     ],
 )
 def test_a_cpu_gets_what_it_can_run(
@@ -187,28 +190,42 @@ def test_kernels_are_compiled_for_what_the_cpu_is_asked() -> None:
 # ---- the package ---------------------------------------------------------------------------------
 
 LIBRARY = {"backend", "config", "model", "ops", "optimizer", "tokenizer"}
+READING = {"generator", "quantized", "sampling"}
 RUN = {"backend", "baselines", "config", "data", "files", "model", "settings", "tokenizer"}
 
 # module: modules of gpt2c that it may import. A module knows nothing about those not listed.
 ARROWS: dict[str, set[str]] = {
-    "reference": set(),
+    "reference_reading": set(),
+    "reference": {"reference_reading"},
     "memory": set(),
     "kernels": {"memory"},
     "backend": {"kernels", "reference"},
-    "ops": {"backend"},
+    "ops": {"backend", "reference_reading"},
     "cases": {"reference"},
     "machine": {"backend", "memory"},
     "peers": {"config"},
-    "worker": {"backend", "cases", "config", "model", "optimizer", "peers", "reference"},
-    "bench": {"activations", "backend", "cases", "config", "machine"},  # and it starts workers
+    "peers_generate": {"checkpoint", "config"},
+    "worker": {"backend", "cases", "config", "language_model", "machine", "model", "optimizer"}
+    | {"peers", "peers_generate", "quantized", "reference"},
+    # and it starts workers
+    "bench": {"activations", "backend", "cases", "config", "machine", "memory"},
+    "bench_generate": {"backend", "bench", "config", "machine"},
     "report": {"bench", "files", "machine", "plot"},
     "config": set(),
     "files": set(),
     "checkpoint": {"files"},
-    "generate": set(),
+    "sampling": set(),
+    "generate": {"sampling"},
+    "decoder": {"backend", "config", "kernels", "memory", "reference_reading"},
+    "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
+    "quantized": {"backend", "checkpoint", "config", "language_model", "memory"}
+    | {"reference_reading"},
+    "engine": {"decoder", "generate", "language_model", "sampling"},
+    "generator": {"language_model", "sampling", "tokenizer"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
-    "model": {"activations", "backend", "checkpoint", "config", "generate", "layer", "memory"},
+    "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
+    | {"memory", "quantized"},
     "optimizer": set(),
     "tokenizer": {"files"},
     "data": {"files", "tokenizer"},
@@ -217,10 +234,17 @@ ARROWS: dict[str, set[str]] = {
     "plot": {"files"},
     "progress": set(),
     "settings": {"config", "optimizer"},
-    "train": (RUN - {"baselines"}) | {"checkpoint", "optimizer", "plot", "progress"},
-    "demo": RUN | {"corpus", "train"},
-    "cli": RUN | {"bench", "demo", "machine", "plot", "report", "train"},  # nothing imports cli
-    "__init__": LIBRARY,
+    "train": (RUN - {"baselines"}) | {"checkpoint", "optimizer", "plot", "progress", "quantized"},
+    "demo": RUN | {"corpus", "generator", "train"},
+    "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
+    "cli_generate": {"checkpoint", "model", "tokenizer"} | READING,
+    "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
+    "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
+    "cli_eval": {"baselines", "cli_generate", "data", "model", "progress", "quantized"}
+    | {"scoring", "tokenizer", "train"},
+    "cli": RUN
+    | {"cli_bench", "cli_eval", "cli_generate", "demo", "machine", "train"},  # nothing imports cli
+    "__init__": LIBRARY | READING | {"engine"},
 }
 DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
 LIMIT = 400  # lines
@@ -254,9 +278,12 @@ def test_every_module_is_in_the_table() -> None:
 def test_imports_go_one_way(module: str) -> None:
     own, other = imports(PACKAGE / f"{module}.py")
     assert own <= ARROWS[module]
-    allowed = {"numpy"} if module == "reference" else DEPENDENCIES
+    allowed = {"numpy"} if module.startswith("reference") else DEPENDENCIES
     allowed = allowed | ({"matplotlib"} if module == "plot" else set())
-    allowed = allowed | ({"torch"} if module in ("peers", "worker") else set())  # a benchmark's row
+    torch = {"torch"} if module in ("peers", "peers_generate", "worker") else set()
+    torch |= {"transformers"} if module == "peers_generate" else set()
+    allowed = allowed | torch  # a benchmark's rows
+    allowed = allowed | ({"lm_eval"} if module == "lm_eval" else set())
     assert other - sys.stdlib_module_names <= allowed
 
 

@@ -29,6 +29,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "matmul": {"N": 7, "C": 12, "OC": 20},
     "attention": {"B": 2, "T": 9, "NH": 2, "HS": 8},
     "crossentropy": {"N": 6, "V": 50},
+    "linear": {"N": 7, "C": 12, "OC": 20, "kind": "uint8"},
+    "matrix": {"R": 9, "C": 14},
+    "cache": {"T": 5, "NH": 2, "HS": 8, "position": 3, "P": 9},
 }
 
 
@@ -150,8 +153,8 @@ def test_a_wrong_row_is_not_timed(error: float) -> None:
             return {"error": error, "rtol": 1e-6}
 
     liar = Liar()
-    result = bench._ready(liar, "op", {}, lambda row: row.ask("op"))
-    bench._take_turns([liar], [result], "sample", 2, 1.0, Quiet(1))
+    result = bench.get_ready(liar, "op", {}, lambda row: row.ask("op"))
+    bench.take_turns([liar], [result], "sample", 2, 1.0, Quiet(1))
     assert result.note.startswith("WRONG") and not result.seconds
 
 
@@ -204,7 +207,7 @@ def test_ops_on_the_command_line(
 
 
 def test_too_much_memory_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_start", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("it started"))
     message = refused(
         bench_train, ["base"], CEILINGS, GPT2Config(), [(4096, 1024)], None, True, print
     )
@@ -271,7 +274,7 @@ def test_ceilings_are_measured() -> None:
 def test_memory_is_read_to_the_last_whole_step(n: int, backend_name: str) -> None:
     if backend_name == "numpy":
         pytest.skip("numpy has no kernels")
-    steps = {"base": 32, "avx2": 64, "avx512": 128}[backend_name]
+    steps = {"base": 32, "avx2": 64, "avx512": 128, "avx512vnni": 128}[backend_name]
     kernels = get_backend(backend_name, 2)
     assert kernels.memory_read(np.ones(n, np.float32)) == n // steps * steps
 

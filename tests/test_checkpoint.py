@@ -1,5 +1,6 @@
 """Round trips bit for bit, Hugging Face's layout, damaged files, and writes that really fail."""
 
+import gc
 import json
 import os
 import struct
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gpt2c.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from gpt2c.checkpoint import (
+    load_as_they_are,
+    load_checkpoint,
+    load_weights,
+    read_config,
+    save_as_they_are,
+    save_checkpoint,
+    save_weights,
+)
 
 C, V, T = 4, 7, 5
 CONFIG = {"n_embd": C, "vocab_size": V, "n_positions": T, "layer_norm_epsilon": 1e-5}
@@ -178,6 +187,73 @@ def test_numbers_beyond_float32_are_refused(directory):
     store(directory, {"wte.weight": np.full((2, 2), 1e300)})
     with pytest.raises(ValueError, match=r"wte\.weight holds numbers beyond the range"):
         load_weights(directory)
+
+
+# ---- mapped memory -------------------------------------------------------------------------------
+
+
+def test_float32_stays_in_the_file(directory):
+    tensors = load_weights(directory)[1]
+    for name, tensor in tensors.items():
+        assert not tensor.flags.writeable, f"{name}: writing here would be lost, or harm others"
+        assert tensor.flags.f_contiguous if name in TRANSPOSED else tensor.flags.c_contiguous
+        with pytest.raises(ValueError, match="read-only"):
+            tensor[...] = 0
+    store(directory, {name: t.astype(np.float16) for name, t in stored_tensors(directory).items()})
+    assert all(tensor.flags.writeable for tensor in load_weights(directory)[1].values())
+
+
+def test_a_file_that_is_replaced_does_no_harm(directory):
+    """A save renames a whole file into its place: who has the old one mapped keeps it."""
+    old = load_weights(directory)[1]
+    for seed in (1, 2):
+        save_weights(directory, CONFIG, make_tensors(seed=seed))
+        assert_same(load_weights(directory)[1], make_tensors(seed=seed))
+        assert_same(old, make_tensors())
+    save_weights(directory, CONFIG, old)  # back into the directory that they came from
+    assert_same(load_weights(directory)[1], make_tensors())
+    (directory / "model.safetensors").unlink()
+    assert_same(old, make_tensors())
+
+
+def test_tensors_outlive_what_they_came_with(directory):
+    bias = load_weights(directory)[1]["ln_f.bias"]
+    gc.collect()
+    assert np.array_equal(bias, make_tensors()["ln_f.bias"])
+
+
+def test_a_tensor_may_start_anywhere(directory):
+    """A header of any length, after which nothing is aligned; tensors without numbers too."""
+    values = np.arange(6, dtype="<f4")
+    for spaces in range(8):
+        header = {
+            "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},
+            "wte.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+            "one": {"dtype": "F32", "shape": [], "data_offsets": [24, 28]},
+        }
+        text = json.dumps(header).encode() + b" " * spaces
+        write_raw(directory / "model.safetensors", text, values.tobytes() + struct.pack("<f", 9))
+        tensors = load_weights(directory)[1]
+        assert np.array_equal(tensors["wte.weight"], values.reshape(2, 3))
+        assert tensors["empty"].shape == (0, 3) and tensors["one"] == 9
+
+
+def test_weights_as_they_are_come_back(tmp_path):
+    tensors = {
+        "a.weight": np.arange(12, dtype=np.uint8).reshape(3, 4),
+        "attn.c_attn.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "a.scale": np.ones(3, np.float32),
+    }
+    save_as_they_are(tmp_path, CONFIG, tensors)
+    loaded = load_as_they_are(tmp_path)
+    assert loaded.keys() == tensors.keys() and read_config(tmp_path) == CONFIG
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and not loaded[name].flags.writeable
+        np.testing.assert_array_equal(loaded[name], tensor)
+    with pytest.raises(ValueError, match=r"a\.weight has dtype U8; wanted one of F32"):
+        load_weights(tmp_path)
+    save_as_they_are(tmp_path, CONFIG, {"a.scale": np.zeros(2, np.float32)})
+    np.testing.assert_array_equal(loaded["a.scale"], np.ones(3))
 
 
 # ---- missing and damaged files -------------------------------------------------------------------

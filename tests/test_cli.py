@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from gpt2c.backend import NAMES, backends, default_threads
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
 from gpt2c.data import read_tokens, write_tokens
+from gpt2c.generator import Generator
 from gpt2c.model import GPT2
+from gpt2c.quantized import QuantizedGPT2
 from gpt2c.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -77,6 +80,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "other" / "config.json").write_text(json.dumps(config | {"n_embd": 32}))
     (path / "weights" / "trainer.safetensors").unlink()
     (path / "notext" / "vocab.json").unlink()
+    shutil.copytree(path / "run", path / "mixed")
+    Tokenizer.train([TEXT], 260).save_pretrained(path / "mixed")
     return path
 
 
@@ -183,6 +188,8 @@ def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
 
 # ---- generate ------------------------------------------------------------------------------------
 
+SPEED = r"(\d+) tokens in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
+
 
 def test_a_seed_draws_the_same_text(gpt2c) -> None:
     texts = [gpt2c(f"generate run --prompt the --seed {seed}")[1] for seed in (1, 1, 2)]
@@ -202,9 +209,108 @@ def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
         ("--prompt ab --max-new-tokens 0", "ab\n"),
         ("--max-new-tokens 3", "xcx\n"),  # the start of a text is one token
     ):
-        assert gpt2c(f"generate {model} --temperature 0 {flags}") == (0, text, "")
+        code, out, err = gpt2c(f"generate {model} --temperature 0 {flags}")
+        assert (code, out) == (0, text)
+        assert int(re.fullmatch(SPEED, err)[1]) == len(out) - len("\n") - (2 if "ab" in text else 0)
     model = crafted(tmp_path / "end", 256, ord("x"))
-    assert gpt2c(f"generate {model} --temperature 0 --prompt ab") == (0, "ab\n", "")
+    assert gpt2c(f"generate {model} --temperature 0 --prompt ab")[:2] == (0, "ab\n")
+
+
+def test_generate_ends_before_a_stop_string(gpt2c, tmp_path: Path) -> None:
+    model = crafted(tmp_path, ord("c"), ord("x"))
+    for stops, text, count in (
+        ("--stop xx", "abc", 3),
+        ("--stop q --stop cx", "ab", 2),
+        ("--stop q", "abcxxx", 4),
+        ("--stop c --stop x", "ab", 1),
+    ):
+        code, out, err = gpt2c(
+            f"generate {model} --temperature 0 --prompt ab --max-new-tokens 4 {stops}"
+        )
+        assert (code, out) == (0, text + "\n") and int(re.fullmatch(SPEED, err)[1]) == count
+
+
+def test_generate_has_the_filters(gpt2c, tmp_path: Path) -> None:
+    """Each of them against the one text that this model would write without."""
+    model = crafted(tmp_path, ord("c"), ord("x"))
+    command = f"generate {model} --prompt ab --max-new-tokens 4 --seed 1"
+    plain = gpt2c(f"{command} --temperature 0")[1]
+    assert plain == "abcxxx\n"
+    for flags in ("--top-k 1", "--top-p 0.001", "--min-p 1"):
+        assert gpt2c(f"{command} --temperature 100 {flags}")[1] == plain
+    assert gpt2c(f"{command} --temperature 100")[1] != plain
+    text = gpt2c(f"{command} --temperature 0 --no-repeat-ngram-size 1")[1].strip()
+    assert text.startswith("abcx") and len(set(text)) == len(text) == 6
+    assert gpt2c(f"{command} --temperature 0.8")[1] == plain  # the likeliest is far ahead
+    assert gpt2c(f"{command} --temperature 0.8 --repetition-penalty 1000")[1] != plain
+
+
+def test_generate_writes_several_texts(gpt2c, world: Path) -> None:
+    command = "generate run --prompt the --max-new-tokens 8 --seed 3"
+    code, out, err = gpt2c(f"{command} --num-samples 3")
+    pattern = "".join(rf"--- sample {number} ---\n(the.*)\n" for number in (1, 2, 3))
+    texts = re.fullmatch(pattern, out, re.DOTALL)
+    assert code == 0 and texts and len(set(texts.groups())) == 3
+    assert int(re.fullmatch(SPEED, err)[1]) <= 24
+    assert gpt2c(command)[1] == f"{texts[1]}\n"
+    generator = Generator(GPT2.from_pretrained(world / "run"), Tokenizer.from_pretrained("run"))
+    expected = generator.generate(
+        "the", max_new_tokens=8, seed=3, temperature=0.8, num_return_sequences=3
+    )
+    assert [f"the{text}" for text in expected] == list(texts.groups())
+
+
+@pytest.mark.parametrize("method", ["int8", "fp16"])
+def test_generate_with_smaller_weights(gpt2c, world: Path, tmp_path: Path, method: str) -> None:
+    model = QuantizedGPT2.from_model(GPT2.from_pretrained(world / "run"), method)
+    model.save_pretrained(tmp_path / "small")
+    tokenizer = Tokenizer.from_pretrained("run")
+    tokenizer.save_pretrained(tmp_path / "small")
+    settings = "--prompt the --max-new-tokens 8 --temperature 0"
+    expected = Generator(model, tokenizer).generate("the", max_new_tokens=8, temperature=0)
+    for arguments in (
+        f"run --quantize {method}",
+        f"{tmp_path}/small",  # what it holds needs no flag
+        f"{tmp_path}/small --quantize {method}",
+        f"run --quantize {method} --backend numpy",
+    ):
+        code, out, err = gpt2c(f"generate {arguments} {settings}")
+        assert (code, out) == (0, f"the{expected}\n") and re.fullmatch(SPEED, err)
+    other = {"int8": "fp16", "fp16": "int8"}[method]
+    code, out, err = gpt2c(f"generate {tmp_path}/small --quantize {other}")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"holds {method} weights, which cannot become {other}" in err
+
+
+def test_each_line_typed_is_continued(
+    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = crafted(tmp_path, ord("c"), ord("x"))
+    command = f"generate {model} --interactive --temperature 0 --max-new-tokens 3"
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nfar too long\nab"))
+    code, out, err = gpt2c(command)
+    assert (code, out) == (0, "cxx\nxcx\ncxx\n")
+    wrong, speed = err.splitlines(keepends=True)
+    assert wrong == "gpt2c: idx: a prompt has 12 tokens, n_positions is 8\n"
+    assert int(re.fullmatch(SPEED, speed)[1]) == 9
+
+
+def test_ctrl_c_ends_a_text_and_not_the_conversation(
+    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = crafted(tmp_path, ord("c"), ord("x"))
+    right = Generator.stream
+
+    def stream(self: Generator, prompt: str, **settings: object) -> Iterator[str]:
+        for number, piece in enumerate(right(self, prompt, **settings)):
+            if prompt == "stop" and number == 1:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(Generator, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("stop\nab\n"))
+    code, out, _ = gpt2c(f"generate {model} --interactive --temperature 0 --max-new-tokens 3")
+    assert (code, out) == (0, "x\ncxx\n")
 
 
 # ---- info, version -------------------------------------------------------------------------------
@@ -312,6 +418,21 @@ MISTAKES = [
     ("generate run --top-p 0", "top_p must be above 0"),
     ("generate run --top-p 1.5", "top_p must be above 0 and at most 1"),
     ("generate run --max-new-tokens -1", "max_new_tokens must be at least 0"),
+    ("generate run --min-p 0", "min_p must be above 0"),
+    ("generate run --min-p nan", "min_p must be above 0"),
+    ("generate run --repetition-penalty 0", "repetition_penalty must be finite and above 0"),
+    ("generate run --no-repeat-ngram-size -1", "no_repeat_ngram_size must be at least 0"),
+    ("generate run --num-samples 0", "--num-samples must be at least 1, got 0"),
+    ("generate run --num-samples 1000000000", "not enough memory: 1000000000 texts of 16 tokens"),
+    ("generate run --num-samples 2 --top-k 0", "top_k must be at least 1"),
+    ("generate run --interactive --prompt a", "--interactive asks for prompts"),
+    ("generate run --interactive --num-samples 2", "--interactive asks for prompts"),
+    ("generate run --prompt seventeen-letters", "17 tokens, n_positions is 16"),
+    ("generate run --stop= ", "stop must be strings of at least one character"),
+    ("generate mixed", "do not belong together"),
+    ("generate missing --quantize int8", "missing is not a directory"),
+    ("generate corrupt --quantize int8", "is not a whole safetensors file"),
+    ("generate other --quantize fp16", r"wte\.weight must be"),
     ("generate run --seed -1", "non-negative|at least 0"),
     ("generate run --backend abacus", "'abacus'"),
     ("demo --text missing.txt --out new", r"missing\.txt does not exist"),
@@ -349,7 +470,11 @@ def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: 
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "fly", "train", "generate run --top-k x", "train --n-layer 1.5", "info now"]
+    "arguments",
+    [
+        *("", "fly", "train", "generate run --top-k x", "train --n-layer 1.5", "info now"),
+        *("generate run --quantize int4", "generate run --stop", "generate run --num-samples two"),
+    ],
 )
 def test_what_argparse_refuses(gpt2c, arguments: str) -> None:
     code, out, err = gpt2c(arguments)
@@ -370,7 +495,8 @@ def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
         done = subprocess.run(
             [*COMMAND, *arguments.split()], capture_output=True, text=True, cwd=world
         )
-        assert (done.returncode, done.stderr) == (0, "")
+        speed = SPEED if arguments.startswith("generate") else ""
+        assert done.returncode == 0 and re.fullmatch(speed, done.stderr)
         assert done.stdout.endswith("\n")
         assert not re.search(r"[\r\x1b]", done.stdout)
         if arguments.startswith("train"):

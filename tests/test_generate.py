@@ -1,222 +1,294 @@
-"""Sampling at its limits and against its distribution; the decoding loop, its seeds and stops."""
+"""The decoding loop: what the decoder is asked to read, seeds, ends, contexts that fill up."""
 
-from types import SimpleNamespace
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
-from gpt2c.generate import sample, stream
+from gpt2c.generate import Text, read_prompt, step, stream
+from gpt2c.sampling import GenerationConfig
 
-VOCAB = 11
-
-
-def make_logits(rows=1, seed=0):
-    return np.random.default_rng(seed).normal(size=(rows, VOCAB)).astype(np.float32) * 2
+V = 11
+Logits = Callable[[list[int]], np.ndarray]
 
 
-def softmax(logits):
-    p = np.exp(logits - logits.max())
-    return p / p.sum()
-
-
-def frequencies(logits, draws=40_000, **settings):
-    """Share of each token among `draws` samples of one row of logits."""
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
-    rng = np.random.default_rng(7)
-    tokens = sample(np.repeat(logits, draws, axis=0), rng=rng, **settings)
-    return np.bincount(tokens, minlength=VOCAB) / draws
-
-
-def assert_distributed(share, p, draws=40_000):
-    """Chi-square within 5 standard deviations, and nothing that has no probability."""
-    kept = p > 0
-    assert share[~kept].sum() == 0
-    chi2 = draws * ((share - p)[kept] ** 2 / p[kept]).sum()
-    freedom = kept.sum() - 1
-    assert chi2 <= freedom + 5 * np.sqrt(2 * freedom)
-
-
-# ---- sample --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0},
-        {"temperature": 1e-320},
-        {"top_k": 1},
-        {"top_p": 1e-9},
-        {"temperature": 0, "top_k": 3, "top_p": 0.9},
-    ],
-)
-def test_limits_are_greedy(settings):
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
-    logits = make_logits(rows=50)
-    logits[3] = 0  # all equal: the first
-    logits[4, [2, 6]] = 9  # a tie: the first of the two
-    if settings["temperature"] == 1e-320:
-        logits = np.delete(logits, [3, 4], axis=0)  # a temperature chooses freely among equals
-    tokens = sample(logits, rng=np.random.default_rng(0), **settings)
-    assert tokens.dtype == np.int64 and tokens.shape == (len(logits),)
-    np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_follow_the_softmax(temperature):
-    logits = make_logits()
-    p = softmax(logits[0].astype(np.float64) / temperature)
-    assert_distributed(frequencies(logits, temperature=temperature), p)
-
-
-@pytest.mark.parametrize("top_k", [2, 5, VOCAB, VOCAB + 100])
-def test_top_k_keeps_the_k_largest(top_k):
-    logits = make_logits()
-    p = softmax(logits[0].astype(np.float64))
-    p[np.argsort(-p)[top_k:]] = 0
-    assert_distributed(frequencies(logits, top_k=top_k), p / p.sum())
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.05, 1), (0.39, 1), (0.41, 2), (0.79, 3), (0.81, 4), (1.0, 5)]
-)
-def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
-    p = np.array([0.1, 0.4, 0.1, 0.2, 0.2])
-    expected = np.zeros(VOCAB)
-    largest_first = [1, 3, 4, 0, 2][:kept]
-    expected[largest_first] = p[largest_first] / p[largest_first].sum()
-    logits = np.full((1, VOCAB), -1000.0)
-    logits[0, :5] = np.log(p)
-    assert_distributed(frequencies(logits, top_p=top_p), expected)
-
-
-def test_top_p_sees_what_top_k_left():
-    # Of 0.4 0.3 0.2 0.1, top_k=2 leaves 4/7 and 3/7: the first alone reaches 0.5.
-    logits = np.log([[0.4, 0.3, 0.2, 0.1]])
-    share = frequencies(logits, top_k=2, top_p=0.5)
-    assert share[0] == 1
-
-
-def test_equal_logits_are_cut_to_k():
-    share = frequencies(np.zeros((1, VOCAB)), top_k=3)
-    expected = np.zeros(VOCAB)
-    expected[:3] = 1 / 3
-    assert_distributed(share, expected)
-
-
-def test_a_row_does_not_see_the_others():
-    logits = make_logits(rows=4)
-    settings = {"temperature": 1.0, "top_k": 5, "top_p": 0.9}
-    together = sample(logits, rng=np.random.default_rng(3), **settings)
-    logits[:3] = make_logits(rows=3, seed=9)
-    other = sample(logits, rng=np.random.default_rng(3), **settings)
-    assert together[3] == other[3]
-
-
-@pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (np.nextafter(1, 0), 2)])
-def test_extreme_draws_take_no_impossible_token(draw, token):
-    rng = SimpleNamespace(random=lambda rows: np.full(rows, draw))
-    logits = np.array([[-1e4, 0.0, 0.0, -1e4]])
-    assert sample(logits, 1.0, None, None, rng) == [token]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_logits_must_be_finite(bad, temperature):
-    logits = make_logits(rows=2)
-    logits[1, 4] = bad
-    with pytest.raises(ValueError, match="nan or infinity"):
-        sample(logits, temperature, None, None, np.random.default_rng(0))
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 0), (1, 2, 3)])
-def test_logits_must_be_two_dimensional(shape):
-    with pytest.raises(ValueError, match=r"\(B, V\)"):
-        sample(np.zeros(shape), 1.0, None, None, np.random.default_rng(0))
-
-
-# ---- stream --------------------------------------------------------------------------------------
-
-
-def successor(ids):
-    """Logits that make (last token + 1) mod VOCAB certain."""
-    logits = np.zeros((len(ids), VOCAB))
-    logits[np.arange(len(ids)), (ids[:, -1] + 1) % VOCAB] = 100
+def successor(seen: list[int]) -> np.ndarray:
+    """Logits that make (last token + 1) mod V certain."""
+    logits = np.zeros(V)
+    logits[(seen[-1] + 1) % V] = 1e4
     return logits
 
 
-def random_logits(ids):
-    """Logits that depend on every token so far."""
-    return np.concatenate([make_logits(seed=int(row @ np.arange(1, len(row) + 1))) for row in ids])
+def random_logits(seen: list[int]) -> np.ndarray:
+    """Logits that depend on every token so far and on its place."""
+    key = sum(place * (token + 1) for place, token in enumerate(seen, start=1))
+    return np.random.default_rng(key).normal(size=V) * 2
 
 
-def tokens_of(*args, **kwargs):
+class FakeReader:
+    """A decoder that checks what it is asked and remembers it; its logits are a function's."""
+
+    def __init__(self, logits: Logits = successor, slots: int = 4, capacity: int = 200) -> None:
+        self.capacity = capacity
+        self.seen: list[list[int]] = [[] for _ in range(slots)]
+        self.calls: list[tuple[Any, ...]] = []
+        self._logits = logits
+        self._out = np.empty((slots, V))
+
+    def read(self, tokens: np.ndarray, slot: int, position: int) -> np.ndarray:
+        assert tokens.dtype == np.int32 and tokens.ndim == 1 and len(tokens) > 0
+        assert position <= len(self.seen[slot]), "a gap before what is read"
+        assert position + len(tokens) <= self.capacity
+        self.calls.append(("read", slot, position, len(tokens)))
+        self.seen[slot][position:] = tokens.tolist()
+        return self._logits(self.seen[slot])
+
+    def step(self, tokens: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        assert tokens.dtype == slots.dtype == positions.dtype == np.int32
+        assert tokens.shape == slots.shape == positions.shape == (len(set(slots.tolist())),)
+        self.calls.append(("step", *slots.tolist()))
+        self._out[...] = np.nan  # what an earlier call gave is void
+        for row, (token, slot, position) in enumerate(zip(tokens, slots, positions, strict=True)):
+            assert position == len(self.seen[slot]) < self.capacity
+            self.seen[slot].append(int(token))
+            self._out[row] = self._logits(self.seen[slot])
+        return self._out[: len(tokens)]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.calls.append(("copy", source, target, length))
+        self.seen[target][:] = self.seen[source][:length]
+
+
+def tokens_of(
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    reader: FakeReader | None = None,
+    logits: Logits = successor,
+    ends: Sequence[int] = (),
+    **settings: Any,
+) -> np.ndarray:
     """All steps of a stream as (B, steps)."""
-    return np.stack(list(stream(*args, **kwargs)), axis=1)
+    config = GenerationConfig(max_new_tokens=count, **settings)
+    reader = reader or FakeReader(logits)
+    return np.stack(list(stream(reader, prompts, config, ends)), axis=1)
 
 
-def test_each_token_is_fed_back():
-    idx = np.array([[5, 0], [5, 8]], dtype=np.int32)
-    out = tokens_of(successor, idx, 5)
+# ---- each token is read once ---------------------------------------------------------------------
+
+
+def test_each_token_is_fed_back() -> None:
+    prompts = [[5, 0], [5, 8]]
+    out = tokens_of(prompts, 5)
     np.testing.assert_array_equal(out, [[1, 2, 3, 4, 5], [9, 10, 0, 1, 2]])
     assert out.dtype == np.int64
-    np.testing.assert_array_equal(idx, [[5, 0], [5, 8]])
+    assert prompts == [[5, 0], [5, 8]]
 
 
-def test_the_function_sees_all_tokens_so_far():
-    lengths = []
-
-    def next_logits(ids):
-        lengths.append(ids.shape[1])
-        return successor(ids)
-
-    tokens_of(next_logits, [[1, 2, 3]], 4)
-    assert lengths == [3, 4, 5, 6]
+def test_all_tokens_so_far_were_read_and_each_once() -> None:
+    reader = FakeReader()
+    tokens_of([[1, 2, 3], [7]], 4, reader)
+    assert reader.seen[:2] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]], "the last is never read"
+    reads, steps = [("read", 0, 0, 3), ("read", 1, 0, 1)], [("step", 0, 1)] * 3
+    assert reader.calls == reads + steps
 
 
-def test_seeds_reproduce():
-    idx = np.zeros((2, 1), dtype=np.int64)
-    first = tokens_of(random_logits, idx, 30, seed=1)
-    np.testing.assert_array_equal(first, tokens_of(random_logits, idx, 30, seed=1))
-    assert (first != tokens_of(random_logits, idx, 30, seed=2)).any()
-    assert (first != tokens_of(random_logits, idx, 30)).any()
+def test_the_first_token_costs_the_prompts_alone() -> None:
+    reader = FakeReader()
+    steps = stream(reader, [[1, 2]], GenerationConfig(max_new_tokens=9), ())
+    assert not reader.calls
+    assert next(steps) == [3] and reader.calls == [("read", 0, 0, 2)]
 
 
-@pytest.mark.parametrize("stop", [3, np.int64(3), [3], {3, 7}, (7, 3), np.array([3])])
-def test_a_stop_token_is_yielded_and_ends_the_loop(stop):
-    np.testing.assert_array_equal(tokens_of(successor, [[0]], 100, stop=stop), [[1, 2, 3]])
+def test_a_text_that_is_over_is_not_read() -> None:
+    reader = FakeReader()
+    tokens_of([[0], [4], [1]], 6, reader, ends=[3])
+    steps = [call[1:] for call in reader.calls if call[0] == "step"]
+    assert steps == [(0, 1, 2), (0, 1), (1,), (1,), (1,)]
 
 
-def test_a_stopped_row_repeats_its_stop_token():
-    out = tokens_of(successor, [[0], [4]], 100, stop={2, 9})
+def test_no_new_tokens() -> None:
+    reader = FakeReader()
+    assert list(stream(reader, [[0]], GenerationConfig(max_new_tokens=0), ())) == []
+    assert not reader.calls
+
+
+# ---- seeds ---------------------------------------------------------------------------------------
+
+
+def test_seeds_reproduce() -> None:
+    prompts = [[0], [0]]
+    first = tokens_of(prompts, 30, logits=random_logits, seed=1)
+    assert np.array_equal(first, tokens_of(prompts, 30, logits=random_logits, seed=1))
+    assert (first != tokens_of(prompts, 30, logits=random_logits, seed=2)).any()
+    assert (first != tokens_of(prompts, 30, logits=random_logits)).any()
+    assert (first[0] != first[1]).any(), "equal prompts have random numbers of their own"
+
+
+def test_a_text_does_not_see_the_others() -> None:
+    settings: dict[str, Any] = {"logits": random_logits, "seed": 5, "top_k": 7, "top_p": 0.9}
+    together = tokens_of([[1, 2], [3], [4, 5, 6]], 20, **settings)
+    assert np.array_equal(together[0], tokens_of([[1, 2]], 20, **settings)[0])
+    other = tokens_of([[9, 9, 9, 9], [3], [0]], 20, **settings)
+    assert np.array_equal(together[1], other[1]) and (together[0] != other[0]).any()
+    ended = tokens_of([[1, 2], [3], [4, 5, 6]], 20, ends=[int(together[0, 0])], **settings)
+    assert (ended[0] == together[0, 0]).all(), "it has ended and draws no more"
+    count = next((k for k, t in enumerate(together[1]) if t == together[0, 0]), 20)
+    assert np.array_equal(together[1, :count], ended[1, :count])
+
+
+# ---- ends ----------------------------------------------------------------------------------------
+
+
+def test_a_token_that_ends_is_yielded_and_ends_the_loop() -> None:
+    np.testing.assert_array_equal(tokens_of([[0]], 100, ends={3, 7}), [[1, 2, 3]])
+
+
+def test_a_text_that_is_over_repeats_its_last_token() -> None:
+    out = tokens_of([[0], [4]], 100, ends={2, 9})
     np.testing.assert_array_equal(out, [[1, 2, 2, 2, 2], [5, 6, 7, 8, 9]])
 
 
-def test_a_stop_token_in_the_prompt_does_not_stop():
-    np.testing.assert_array_equal(tokens_of(successor, [[3]], 2, stop=3), [[4, 5]])
+def test_an_end_in_the_prompt_ends_nothing() -> None:
+    np.testing.assert_array_equal(tokens_of([[2, 3]], 2, ends={3, 2}), [[4, 5]])
 
 
-def test_no_new_tokens():
-    assert list(stream(successor, [[0]], 0)) == []
+@pytest.mark.parametrize(("least", "count"), [(0, 1), (1, 8), (7, 8), (8, 12), (12, 12)])
+def test_no_end_before_min_new_tokens(least: int, count: int) -> None:
+    """The first token and the eighth would be the end; the next likeliest comes in its stead."""
+
+    def logits(seen: list[int]) -> np.ndarray:
+        scores = np.zeros(V)
+        scores[[1, 2]] = 1, (2 if len(seen) % 7 == 1 else 0)
+        return scores
+
+    out = tokens_of([[0]], 12, logits=logits, ends={2}, min_new_tokens=least, temperature=0)
+    assert out.tolist() == [[1] * (count - 1) + [2 if count < 12 else 1]]
+
+
+def test_watches_are_told_their_rows_tokens_and_may_end_them() -> None:
+    told: list[list[int]] = [[], [], []]
+
+    def watch(row: int, last: int) -> Callable[[int], bool]:
+        return lambda token: told[row].append(token) or token == last
+
+    watches = [watch(0, 3), watch(1, V), watch(2, 6)]
+    config = GenerationConfig(max_new_tokens=5)
+    out = np.stack(list(stream(FakeReader(), [[0], [1], [4]], config, {5}, watches)), axis=1)
+    assert told == [[1, 2, 3], [2, 3, 4, 5], [5]]
+    np.testing.assert_array_equal(out, [[1, 2, 3, 3], [2, 3, 4, 5], [5, 5, 5, 5]])
+
+
+# ---- several texts of a prompt -------------------------------------------------------------------
+
+
+def test_a_prompt_is_read_once_for_all_its_texts() -> None:
+    reader = FakeReader(random_logits, slots=6)
+    out = tokens_of([[1, 2, 3], [4]], 10, reader, num_return_sequences=3, seed=0)
+    assert out.shape == (6, 10)
+    copies = [("copy", 0, 1, 3), ("copy", 0, 2, 3), ("copy", 3, 4, 1), ("copy", 3, 5, 1)]
+    assert reader.calls[:6] == [("read", 0, 0, 3), *copies[:2], ("read", 3, 0, 1), *copies[2:]]
+    assert len({tuple(row) for row in out}) == 6
+    one_by_one = tokens_of(
+        [[1, 2, 3]] * 3 + [[4]] * 3, 10, FakeReader(random_logits, slots=6), seed=0
+    )
+    assert np.array_equal(out, one_by_one)
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models_own() -> None:
+    config = GenerationConfig(
+        max_new_tokens=12, logprobs=True, seed=3, temperature=0.7, top_k=4, repetition_penalty=1.5
+    )
+    ends = {2, 5}
+    steps = list(stream(FakeReader(random_logits), [[1, 2], [9]], config, ends))
+    ids, logprobs = (np.stack([pair[part] for pair in steps], axis=1) for part in (0, 1))  # type: ignore[index]
+    assert ids.dtype == np.int64 and logprobs.dtype == np.float64
+    ended = False
+    for row, prompt in enumerate([[1, 2], [9]]):
+        text, over = list(prompt), False
+        for token, logprob in zip(ids[row].tolist(), logprobs[row], strict=True):
+            if over:
+                assert logprob == 0 and token == text[-1]
+                continue
+            logits = random_logits(text)
+            expected = logits[token] - np.log(np.exp(logits).sum())
+            assert logprob == pytest.approx(expected, rel=1e-12)
+            text.append(token)
+            over = token in ends
+        ended = ended or over
+    assert ended, "the test is to see a text that is over"
+
+
+# ---- a full context ------------------------------------------------------------------------------
+
+
+def slid(prompt: list[int], count: int, capacity: int) -> list[int]:
+    """Continue greedily, forgetting all but the last half where one more token would not fit."""
+    text, seen = list(prompt), list(prompt)
+    for _ in range(count):
+        text.append(int(random_logits(seen).argmax()))
+        seen = [*seen, text[-1]] if len(seen) < capacity else text[-max(1, capacity // 2) :]
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 7, 8])
+def test_a_full_context_forgets_its_first_half(capacity: int) -> None:
+    prompts = [[3] * length for length in range(1, capacity + 1)]
+    reader = FakeReader(random_logits, slots=capacity, capacity=capacity)
+    out = tokens_of(prompts, 30, reader, temperature=0)
+    for row, prompt in zip(out, prompts, strict=True):
+        assert row.tolist() == slid(prompt, 30, capacity)
+    again = [call[3] for call in reader.calls[len(prompts) :] if call[0] == "read"]
+    assert set(again) == {max(1, capacity // 2)}
+    if capacity > 2:
+        assert len(again) <= capacity * -(-30 // (capacity - capacity // 2)), "not with each token"
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 7])
+def test_a_full_context_ends_the_text_if_so_wished(capacity: int) -> None:
+    for length in range(1, capacity + 1):
+        reader = FakeReader(random_logits, capacity=capacity)
+        out = tokens_of([[3] * length], 30, reader, temperature=0, on_full="stop")
+        count = capacity - length + 1  # what follows the last token that fits is still given
+        assert out[0].tolist() == slid([3] * length, 30, capacity)[:count]
+
+
+def test_texts_fill_their_contexts_one_after_the_other() -> None:
+    reader = FakeReader(capacity=6)
+    out = tokens_of([[0, 1, 2, 3], [0], [0, 1]], 9, reader, on_full="stop")
+    lengths = [3, 6, 5]
+    for row, start, length in zip(out, [4, 1, 2], lengths, strict=True):
+        expected = (start + np.arange(length)) % V
+        assert np.array_equal(row[:length], expected) and (row[length:] == expected[-1]).all()
+    assert out.shape == (3, 6)
+
+
+# ---- one text ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("ends", "watch", "on_full", "why", "count"),
     [
-        ("temperature", -0.1),
-        ("temperature", np.nan),
-        ("temperature", np.inf),
-        ("top_k", 0),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_p", np.nan),
-        ("max_new_tokens", -1),
-        ("idx", [1, 2]),
-        ("idx", [[]]),
-        ("idx", [[0.5]]),
+        ((), None, "slide", "length", 4),
+        ((), None, "stop", "length", 3),
+        ((2,), None, "slide", "end", 2),
+        ((), lambda token: token == 1, "slide", "end", 1),
+        ((4,), None, "slide", "end", 4),  # both at once
     ],
 )
-def test_bad_arguments_are_refused_at_the_call(name, value):
-    arguments = {"idx": [[0]], "max_new_tokens": 1} | {name: value}
-    with pytest.raises(ValueError, match=name):
-        stream(successor, **arguments)
+def test_a_text_knows_why_it_is_over(
+    ends: tuple[int, ...], watch: Any, on_full: str, why: str, count: int
+) -> None:
+    config = GenerationConfig(max_new_tokens=4, on_full=on_full)
+    reader = FakeReader(capacity=3)
+    text = Text([0], config, ends, slot=0, watch=watch)
+    read_prompt(reader, [text])
+    while text.ended is None:
+        step(reader, [text])
+    assert (text.ended, text.count) == (why, count)
+    assert text.tokens == list(range(count + 1))

@@ -15,13 +15,15 @@ import pytest
 from cases import ALIASES, CASES, Case
 from conftest import Guarded
 
-from gpt2c import reference
+from gpt2c import reference, reference_reading
 from gpt2c.backend import NAMES, get_backend
 from gpt2c.cases import OPS, normalised_error
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "gpt2c.h"
-MACHINE = {"fma_burn", "memory_read"}  # functions of the header that are not ops
-TOLD = {"scratch", "threads", "B", "T", "C", "N", "n", "V", "NH", "OC"}  # C is told, arrays know
+# functions of the header that are not ops; decode_step is many at once, see test_decoder
+NO_OPS = {"fma_burn", "memory_read", "decode_step"}
+SIZES = {"B", "T", "C", "N", "n", "V", "NH", "OC", "P", "R"}
+TOLD = {"scratch", "threads", "type", *SIZES}  # C is told, arrays know
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:
@@ -33,7 +35,8 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 REFERENCE_OPS = {
     name: function
     for name, function in inspect.getmembers(reference, inspect.isfunction)
-    if function.__module__ == reference.__name__ and not name.startswith("_")
+    if function.__module__ in (reference.__name__, reference_reading.__name__)
+    and not name.startswith("_")
 }
 
 
@@ -216,6 +219,143 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
         assert np.isfinite(out[1]).all() and np.isfinite(out[0, :, HS:]).all(), "it spread"
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (3, 40), (6, 17), (17, 33), (130, 70)])
+def test_linear_passes_what_is_no_number_on(
+    N: int, C: int, kind: str, bad: float, backend: Any, rng: np.random.Generator
+) -> None:
+    """With weights of 8 bits, whose integers know no NaN, the scale of the row must carry it."""
+    shape = {"N": N, "C": C, "OC": 21, "kind": kind}
+    arguments = [narrow(a) for a in OPS["linear_forward"].make(rng, **shape)]
+    row = N // 2
+    arguments[1][row, C - 1] = bad
+    with np.errstate(invalid="ignore"):  # the reference computes inf - inf
+        backend.linear_forward(*arguments)
+    out = arguments[0]
+    assert not np.isfinite(out[row]).any()
+    assert np.isnan(out[row]).all() or kind != "uint8"
+    assert np.isfinite(np.delete(out, row, axis=0)).all(), "it spread"
+
+
+@pytest.mark.parametrize(("T", "position"), [(1, 0), (1, 100), (20, 50), (70, 64)])
+def test_cache_attention_passes_nan_on(
+    T: int, position: int, backend: Any, rng: np.random.Generator
+) -> None:
+    NH, HS, P = 2, 8, 200
+    C, end, before = NH * HS, position + T, position // 2
+    for part, first in [("q", 0), ("k", T // 2), ("v", T // 2), ("keys", 0), ("values", 0)]:
+        if part in ("keys", "values") and position == 0:
+            continue
+        caches = rng.standard_normal((2, NH, P, HS), np.float32)
+        caches[:, :, position:] = np.nan  # to be written up to the end, never read beyond
+        qkv, out = rng.standard_normal((T, 3 * C), np.float32), np.zeros((T, C), np.float32)
+        if part in ("keys", "values"):
+            caches[int(part == "values"), 0, before, 0] = np.nan
+        else:
+            qkv[first, "qkv".index(part) * C] = np.nan
+        backend.cache_attention_forward(out, *caches, qkv, position)
+        rows = slice(first, first + 1) if part == "q" else slice(first, T)
+        channels = slice(0, 1) if part in ("v", "values") else slice(0, HS)
+        assert np.isnan(out[rows, channels]).all(), f"a NaN in {part} was lost"
+        assert np.isfinite(out[:, HS:]).all(), "it spread"
+        assert np.isnan(caches[:, :, end:]).all() and np.isfinite(caches[:, 1, :end]).all()
+
+
+# ---- weights of 16 and 8 bits --------------------------------------------------------------------
+
+
+def narrow(argument: Any) -> Any:
+    is_wide = isinstance(argument, np.ndarray) and argument.dtype == np.float64
+    return argument.astype(np.float32) if is_wide else argument
+
+
+def linear(backend: Any, *inputs: Any) -> np.ndarray:
+    out = np.full((len(inputs[0]), len(inputs[1])), np.nan, np.float32)
+    backend.linear_forward(out, *inputs)
+    return out
+
+
+@pytest.mark.parametrize("N", [16, 17])  # read where it lies, and widened first
+def test_every_half_is_exact(N: int, backend: Any) -> None:
+    """Denormals too: from 6e-8 on, where fp16 has no exponent of its own any more."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(-1, 16)
+    x = np.zeros((N, 16), np.float32)
+    x[np.arange(16), np.arange(16)] = 1
+    assert np.array_equal(linear(backend, x, halves, None, None)[:16].T, halves)
+    column = halves.reshape(-1, 1)  # rows of one, which fill no vector
+    assert np.array_equal(
+        linear(backend, np.ones((N, 1), np.float32), column, None, None)[0], column[:, 0]
+    )
+
+
+@pytest.mark.parametrize(("N", "C", "OC"), [(1, 768, 40), (5, 333, 17), (130, 65, 9)])
+def test_8_bits_round_as_the_reference_in_float32(
+    N: int, C: int, OC: int, backend: Any, rng: np.random.Generator
+) -> None:
+    """Any x, where a number may lie between two steps, even in the middle: those go to the even.
+
+    Had one number gone to another step, its row would differ by that step times a weight: by more
+    than 1/127 of 1/C of the largest sum there can be, 1e-5 at C = 768. What may differ are a few
+    roundings after the sums, each of 6e-8.
+    """
+    weight, scale = rng.integers(1, 256, (OC, C), np.uint8), rng.random(OC, np.float32)
+    x = rng.standard_normal((N, C), np.float32)
+    x[0] = rng.integers(-254, 255, C) / 2  # steps and what is just between them
+    x[0, 0] = 127
+    expected = linear(reference, x, weight, scale, None)
+    assert normalised_error(linear(backend, x, weight, scale, None), expected) <= 3e-7
+
+
+def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
+    """At the most channels and the largest numbers; 128 x 127 x 65536 is 63.5 x 2^24: exact."""
+    C = 65536
+    weight = np.repeat(np.array([[0], [255], [1]], np.uint8), C, axis=1)
+    x = np.repeat(np.array([[127], [-127]], np.float32), C, axis=1)
+    out = linear(backend, x, weight, np.ones(3, np.float32), None)
+    expected = np.array([[-128, 127, -127]]) * np.array([[127], [-127]]) * C
+    assert np.array_equal(out, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-40, 1e-37, 1e-36, 1e-30, 1e30, 3e38])
+def test_8_bits_for_small_and_large_rows(
+    largest: float, backend: Any, rng: np.random.Generator
+) -> None:
+    """The factor 127 / largest must not become infinite; rows below 1e-36 may count as zeros."""
+    weight, bias = rng.integers(1, 256, (7, 33), np.uint8), rng.standard_normal(7, np.float32)
+    scale = np.full(7, 1e-3, np.float32)
+    x = rng.uniform(-1, 1, (3, 33)).astype(np.float32)
+    x[1] *= np.float32(largest)
+    out, others = linear(backend, x, weight, scale, bias), [0, 2]
+    wide = x.astype(np.float64) @ (scale[:, None] * (weight.astype(np.float64) - 128)).T + bias
+    for row in range(3):  # half a step in each of 33 channels, times the largest weight
+        bound = 33 * float(np.abs(x[row]).max()) / 254 * 128e-3 + 1e-6
+        assert (np.abs(out[row] - wide[row]) <= bound).all()
+    assert np.array_equal(linear(backend, x[others], weight, scale, bias), out[others])
+    if largest < 1e-36:
+        assert np.array_equal(out[1], bias)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("C", [24, 100])
+def test_a_row_gets_the_same_bits_alone_and_among_others(
+    kind: str, C: int, backend_name: str, rng: np.random.Generator
+) -> None:
+    """For as many rows as are read together; NumPy's own products do not promise it."""
+    if backend_name == "numpy" and kind != "uint8":
+        pytest.skip("NumPy's products of one row and of several are summed in another order")
+    shape = {"N": 16, "C": C, "OC": 70, "kind": kind}
+    _, x, *rest = (narrow(a) for a in OPS["linear_forward"].make(rng, **shape))
+    for threads in (1, 2):
+        backend = get_backend(backend_name, threads)
+        together = linear(backend, x, *rest)
+        for N in range(1, 16):
+            assert np.array_equal(linear(backend, x[:N], *rest), together[:N])
+        for row in range(16):
+            assert np.array_equal(linear(backend, x[row : row + 1], *rest)[0], together[row])
+
+
 # ---- one list of ops -----------------------------------------------------------------------------
 
 
@@ -239,7 +379,7 @@ def test_header_has_the_ops_of_the_reference() -> None:
     declared = {
         name: [argument.split()[-1].lstrip("*") for argument in arguments.split(",")]
         for name, arguments in found
-        if name not in MACHINE
+        if name not in NO_OPS
     }
     assert declared.keys() == REFERENCE_OPS.keys()
     for name, arguments in declared.items():

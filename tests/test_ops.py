@@ -19,6 +19,9 @@ SHAPES: dict[str, Shape] = {
     "layernorm": {"N": 3, "C": 17},
     "matmul": {"N": 5, "C": 9, "OC": 21},
     "attention": {"B": 2, "T": 9, "NH": 3, "HS": 5},
+    "matrix": {"R": 5, "C": 9},
+    "linear": {"N": 5, "C": 9, "OC": 21, "kind": "uint8"},
+    "cache": {"T": 5, "NH": 3, "HS": 5, "position": 4, "P": 11},
     "crossentropy": {"N": 6, "V": 19},
 }
 GIVEN = {"vocab_size": 11, "n_positions": 7, "n_head": 3}  # sizes that no array of the call has
@@ -119,6 +122,37 @@ def test_a_matmul_may_have_no_bias(backend_name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_linear_layer_may_have_no_scale_and_no_bias(dtype: type, backend_name: str) -> None:
+    arguments, _ = solved("matmul_forward")
+    x, weight, bias = arguments["x"], arguments["weight"].astype(dtype), arguments["bias"]
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
+    out = ops.linear_forward(x, weight, backend=backend_name)
+    assert out.dtype == np.float32 and normalised_error(out, expected) <= 4e-6
+    out = ops.linear_forward(x, weight, bias=bias, backend=backend_name)
+    assert normalised_error(out, expected + bias) <= 4e-6
+
+
+def test_weights_that_are_no_numbers_are_refused_where_they_must_be(backend_name: str) -> None:
+    x, weight = np.ones((2, 3), np.float32), np.ones((4, 3), np.float16)
+    for bad in (np.nan, np.inf, -np.inf):
+        weight[3, 2] = bad
+        assert refused(ops.linear_forward, x, weight, backend=backend_name).startswith("weight")
+    wide = ops.linear_forward(x, weight.astype(np.float32), backend=backend_name)
+    assert not np.isfinite(wide[:, 3]).any() and np.isfinite(wide[:, :3]).all()
+
+
+def test_too_many_channels_of_8_bits_are_refused(backend_name: str) -> None:
+    scale = np.ones(1, np.float32)
+    for channels in (65536, 65537):
+        x, weight = np.ones((1, channels), np.float32), np.full((1, channels), 130, np.uint8)
+        if channels == 65536:
+            out = ops.linear_forward(x, weight, scale, backend=backend_name)
+            assert out[0, 0] == pytest.approx(2 * channels, rel=1e-6)
+        else:
+            assert "65536" in refused(ops.linear_forward, x, weight, scale, backend=backend_name)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3, 5)])
 def test_elementwise_ops_take_any_shape(
     shape: tuple[int, ...], backend_name: str, rng: np.random.Generator
@@ -154,7 +188,7 @@ def test_float64_is_for_numpy(name: str, backend_name: str) -> None:
 def test_floats_of_two_sizes_are_refused(name: str, argument: str, backend_name: str) -> None:
     arguments, _ = solved(name)
     floats = [value for value in arguments.values() if getattr(value, "dtype", None) == np.float32]
-    if arguments[argument].dtype == np.int32 or (len(floats) == 1 and backend_name == "numpy"):
+    if arguments[argument].dtype != np.float32 or (len(floats) == 1 and backend_name == "numpy"):
         pytest.skip("no float, or the only one")
     arguments[argument] = arguments[argument].astype(np.float64)
     assert "float64" in refused(PUBLIC[name], **arguments | {"backend": backend_name})
@@ -166,7 +200,7 @@ def test_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
     right = arguments[argument]
     wide = np.repeat(right, 2, axis=-1)
     arguments[argument] = wide[..., ::2]
-    assert np.array_equal(arguments[argument], right)
+    assert np.array_equal(arguments[argument], right, equal_nan=True)
     message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
     assert message.startswith(argument) and "contiguous" in message
     if right.ndim > 1:  # right shape, wrong order
@@ -185,7 +219,8 @@ def test_empty_arrays_are_refused(name: str, argument: str, backend_name: str) -
 def test_what_is_no_array_is_refused(name: str, argument: str, backend_name: str) -> None:
     arguments, _ = solved(name)
     for wrong in (arguments[argument].tolist(), 1.0, "text", None):
-        if not (argument == "bias" and wrong is None and name == "matmul_forward"):
+        optional = argument == "bias" and name in ("matmul_forward", "linear_forward")
+        if not (optional and wrong is None):
             bad = arguments | {argument: wrong, "backend": backend_name}
             assert refused(PUBLIC[name], **bad).startswith(argument)
 
@@ -234,6 +269,13 @@ def test_another_number_of_axes_is_refused(
         ("attention_backward", "lse", 0),
         ("attention_backward", "lse", 1),  # 4 heads do not divide 15 channels
         ("attention_backward", "lse", 2),
+        ("linear_forward", "weight", 1),
+        ("linear_forward", "scale", 0),
+        ("linear_forward", "bias", 0),
+        ("cache_attention_forward", "qkv", 1),
+        ("cache_attention_forward", "values", 0),
+        ("cache_attention_forward", "values", 1),
+        ("cache_attention_forward", "values", 2),
         ("gelu_backward", "dout", 0),
         ("residual_forward", "branch", 0),
         ("crossentropy_forward", "targets", 0),
@@ -283,6 +325,11 @@ def test_ids_out_of_range_are_refused(
         ("attention_forward", {"n_head": -1}, "n_head"),
         ("attention_forward", {"n_head": 2}, "n_head"),  # C = 15
         ("attention_forward", {"n_head": 30}, "n_head"),
+        ("cache_attention_forward", {"position": -1}, "position"),
+        ("cache_attention_forward", {"position": 7}, "position"),  # T = 5, P = 11
+        ("cache_attention_forward", {"qkv": np.zeros((5, 48), np.float32)}, "keys"),  # C = 15
+        ("linear_forward", {"scale": None}, "scale"),
+        ("linear_forward", {"weight": np.zeros((21, 9), np.float32)}, "weight must be uint8"),
         ("adamw_update", {"t": 0}, "t must"),
         ("adamw_update", {"t": -1}, "t must"),
     ],

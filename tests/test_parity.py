@@ -1,4 +1,4 @@
-"""PyTorch and transformers compute the same: logits, losses, gradients, ten steps, and each op.
+"""PyTorch and transformers compute the same: logits, losses, gradients, ten steps, texts, each op.
 
 The weights are random, biases and layernorms too. Errors are max|a - b| / max|b| over a tensor.
 Both sides compute in float32 and round differently, by 6e-8 at each of thousands of operations.
@@ -21,6 +21,7 @@ from test_bench import small_shape
 from gpt2c import GPT2, AdamW, GPT2Config, ops
 from gpt2c.backend import get_backend
 from gpt2c.cases import OPS, normalised_error
+from gpt2c.sampling import GenerationConfig, distribution, penalised
 from gpt2c.worker import TINY, Worker
 
 with warnings.catch_warnings():
@@ -211,6 +212,127 @@ def test_transformers_loads_what_we_save(backend_name: str, tmp_path: Path) -> N
     assert np.array_equal(own.generate(idx[:, :9], 12, temperature=0), greedy.numpy())
 
 
+# ---- texts ---------------------------------------------------------------------------------------
+
+END = 0  # of torch_model
+
+GREEDY: list[dict[str, Any]] = [
+    {},
+    {"eos_token_id": END},
+    {"eos_token_id": [END, 7, 50], "min_new_tokens": 6},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.8, "no_repeat_ngram_size": 4},
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2, "eos_token_id": [3, 9], "min_new_tokens": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def wordy() -> Iterator[Any]:
+    """Give a model in transformers whose greedy texts do not settle on one token, and its files."""
+    model = torch_model(ODD, seed=3)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(6)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        yield model, directory
+
+
+def ended(row: np.ndarray, start: int, ends: Any) -> list[int]:
+    """Give a text up to its first end after `start`."""
+    places = np.flatnonzero(np.isin(row[start:], ends))
+    return row[: start + places[0] + 1 if len(places) else None].tolist()
+
+
+def their_texts(model: Any, prompts: list[np.ndarray], **settings: Any) -> list[np.ndarray]:
+    """Continue prompts in transformers: shorter ones are padded on the left, and masked."""
+    longest = max(map(len, prompts))
+    padded = [np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]
+    mask = [np.arange(longest) >= longest - len(prompt) for prompt in prompts]
+    out = model.generate(
+        torch.tensor(np.stack(padded)),
+        attention_mask=torch.tensor(np.stack(mask).astype(np.int64)),
+        do_sample=False,
+        pad_token_id=END,
+        **settings,
+    )
+    return [row[longest - len(p) :] for row, p in zip(out.numpy(), prompts, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [(11, 11, 11, 11), (1, 5, 17, 40)], ids=str)
+@pytest.mark.parametrize("settings", GREEDY, ids=str)
+def test_greedy_texts_agree(
+    settings: dict[str, Any], lengths: tuple[int, ...], wordy: Any, backend_name: str
+) -> None:
+    theirs, directory = wordy
+    own = GPT2.from_pretrained(directory, backend=backend_name)
+    rng, ends = np.random.default_rng(4), settings.get("eos_token_id", -1)
+    prompts = [rng.integers(0, ODD.vocab_size, length) for length in lengths]
+    # their penalties see padding as if it were text: then one prompt at a time
+    alone = {"repetition_penalty", "no_repeat_ngram_size"} & settings.keys()
+    batches = [[prompt] for prompt in prompts] if alone else [prompts]
+    settings = {"max_new_tokens": 24, **settings}
+    rows = [row for batch in batches for row in their_texts(theirs, batch, **settings)]
+    texts = own.generate(prompts, temperature=0, **settings)
+    for text, row, start in zip(texts, rows, lengths, strict=True):
+        assert ended(text, start, ends) == ended(row, start, ends)
+    assert len({tuple(text[-5:]) for text in texts}) > 1
+
+
+PROCESSORS: list[dict[str, Any]] = [
+    *({"temperature": value} for value in (0.3, 1.0, 2.5)),
+    *({"top_k": value} for value in (1, 5, 96, 97, 500)),
+    *({"top_p": value} for value in (0.05, 0.5, 0.9, 0.999)),
+    *({"min_p": value} for value in (0.01, 0.2, 0.9)),
+    *({"repetition_penalty": value} for value in (0.7, 1.2, 3.0)),
+    *({"no_repeat_ngram_size": value} for value in (1, 2, 3, 5)),
+    *({"min_new_tokens": value} for value in (1, 4, 5)),
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.9},
+    {"temperature": 1.8, "top_k": 50, "top_p": 0.95, "min_p": 0.05},
+    {"temperature": 0.5, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "top_p": 0.8},
+    {"min_new_tokens": 9, "top_k": 3, "repetition_penalty": 1.1},
+]
+
+
+def processors(settings: dict[str, Any], prompt: int, ends: list[int]) -> Any:
+    """Give transformers' own, in the order in which its generate applies them."""
+    makers: dict[str, Any] = {
+        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": transformers.NoRepeatNGramLogitsProcessor,
+        "min_new_tokens": lambda least: transformers.MinNewTokensLengthLogitsProcessor(
+            prompt, least, ends, device="cpu"
+        ),
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    return [make(settings[name]) for name, make in makers.items() if name in settings]
+
+
+@pytest.mark.parametrize("settings", PROCESSORS, ids=str)
+def test_what_may_be_drawn_agrees(settings: dict[str, Any]) -> None:
+    """The same tokens, and probabilities to what float32, in which they compute, can hold."""
+    V, prompt, ends = 97, 6, [11, 12]
+    config = GenerationConfig(**settings)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(size=V).astype(np.float32) * 3
+        text = rng.integers(0, 8, 10)  # a text of few tokens, which repeats itself; 4 are new
+        logits[ends] = logits.max() + np.array([1, 2], np.float32)
+        scores = torch.tensor(logits[None])
+        for process in processors(settings, prompt, ends):
+            scores = process(torch.tensor(text[None]), scores)
+        expected = torch.softmax(scores.double(), dim=1)[0].numpy()
+        forbidden = ends if len(text) - prompt < config.min_new_tokens else []
+        ids, weights = distribution(penalised(logits, config, text.tolist(), forbidden), config)
+        p = np.zeros(V)
+        p[ids] = weights / weights.sum()
+        assert np.array_equal(p > 0, expected > 0)
+        np.testing.assert_allclose(p, expected, rtol=2e-5)  # logits of 30, rounded by 6e-8 of that
+
+
 # ---- each op -------------------------------------------------------------------------------------
 
 
@@ -257,6 +379,31 @@ def test_linear(backend_name: str, rng: np.random.Generator) -> None:
     expected.backward(torch.tensor(dout))
     check([ops.matmul_forward(x, weight, bias, backend_name)], expected)
     check(ops.matmul_backward(dout, x, weight, backend_name), *(tensor.grad for tensor in given))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_small_linear(dtype: type, backend_name: str, rng: np.random.Generator) -> None:
+    for N in (1, 5, 40):
+        x, weight, bias = normal(rng, N, 35), normal(rng, 21, 35).astype(dtype), normal(rng, 21)
+        expected = torch.nn.functional.linear(*tensors(x, weight, bias))
+        check([ops.linear_forward(x, weight, None, bias, backend_name)], expected)
+
+
+def test_cache_attention(backend_name: str, rng: np.random.Generator) -> None:
+    NH, HS, P = 3, 19, 90
+    keys, values = normal(rng, NH, P, HS), normal(rng, NH, P, HS)
+    for T, position in [(1, 0), (1, 70), (20, 65), (25, 0)]:
+        qkv, end = normal(rng, T, 3 * NH * HS), position + T
+        q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)
+        before = [cache[:, :position] for cache in (keys, values)]
+        k, v = (np.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
+        visible = torch.tensor(np.tril(np.ones((T, end), np.bool_), k=position))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        expected = attend(*tensors(q, k, v), attn_mask=visible).transpose(0, 1).reshape(T, NH * HS)
+        out, *caches = ops.cache_attention_forward(qkv, keys, values, position, backend_name)
+        check([out], expected)
+        for cache, new in zip(caches, (k, v), strict=True):
+            assert np.array_equal(cache[:, :end], new)
 
 
 def test_attention(backend_name: str, rng: np.random.Generator) -> None:
@@ -320,12 +467,21 @@ def test_global_norm(backend_name: str, rng: np.random.Generator) -> None:
 # ---- PyTorch as a row of the benchmark -----------------------------------------------------------
 
 
+# autograd hands the gradient on; the rest has weights and caches of gpt2c's own kinds
+NOT_IN_PYTORCH = {
+    "residual_backward",
+    "matrix_transpose",
+    "linear_forward",
+    "cache_attention_forward",
+}
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_pytorch_row_computes_the_op(name: str) -> None:
     worker = Worker("torch", 1)
     answer = worker.op(name, small_shape(name))
     if "missing" in answer:
-        assert name == "residual_backward"
+        assert name in NOT_IN_PYTORCH
     else:
         assert answer["error"] <= answer["rtol"]
         assert worker.sample()["seconds"] > 0

@@ -347,4 +347,5 @@ def test_float32_is_never_widened(case: Case) -> None:
         for a in case.arguments()
     ]
     getattr(reference, case.name)(*arguments)
-    assert Watched.seen <= {np.dtype(np.float32), np.dtype(np.bool_)}
+    exact = {np.int64} if case.shape.get("kind") == "uint8" else set()  # sums of integers
+    assert Watched.seen <= {np.dtype(dtype) for dtype in (np.float32, np.bool_, *exact)}

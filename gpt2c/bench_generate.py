@@ -1,0 +1,138 @@
+"""The benchmark of reading and writing text: prefill, and decoding of one text and of eight.
+
+Rows are backends with each kind of weights, and transformers where it is installed; how they take
+turns stands in gpt2c.bench. Used by cli_bench.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from gpt2c.backend import backends
+from gpt2c.bench import (
+    PROCESS_BYTES,
+    QUICK_ROUNDS,
+    ROUNDS,
+    Result,
+    Row,
+    choose_rows,
+    get_ready,
+    refuse,
+    start,
+    take_turns,
+)
+from gpt2c.config import GPT2Config
+from gpt2c.machine import Ceilings, Quiet, fastest
+
+PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
+TRANSFORMERS = "transformers"
+PROMPT = 512  # tokens that are read at once
+CONTEXT = 32  # tokens before those that are written
+WORKS = (("prefill", 1, PROMPT), ("decode", 1, CONTEXT), ("decode", 8, CONTEXT))
+ROW_SECONDS = 4.0
+
+
+def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
+    """Name the rows: backends, those given or all, each with fp32, fp16 and int8 weights.
+
+    "avx2:int8" names one. NumPy is there with fp32 alone unless it is asked for; quick takes the
+    fastest backend only.
+
+    Raises
+    ------
+    ValueError : an unknown backend or precision, or one that the machine cannot run
+    """
+    if given is None:
+        names = [fastest()] if quick else [name for name in reversed(backends()) if name != "numpy"]
+        rows = [f"{name}:{precision}" for name in names for precision in PRECISIONS]
+        return [*([] if quick else ["numpy:fp32"]), *rows, TRANSFORMERS]
+    rows = []
+    for name in given.split(","):
+        backend, _, precision = name.strip().partition(":")
+        if backend == TRANSFORMERS:
+            rows.append(backend)
+            continue
+        if precision and precision not in PRECISIONS:
+            raise ValueError(f"{name!r}: the precisions are {', '.join(PRECISIONS)}")
+        choose_rows(backend)
+        rows += [f"{backend}:{kind}" for kind in ([precision] if precision else PRECISIONS)]
+    return rows
+
+
+def bench_generate(
+    names: Sequence[str],
+    ceilings: Ceilings,
+    config: GPT2Config,
+    quick: bool,
+    show: Callable[[list[Result]], None],
+) -> tuple[list[Result], str]:
+    """Time prefill and steps of decoding on every row.
+
+    Parameters
+    ----------
+    names : the rows, of `choose_generate_rows`
+    ceilings : of the machine
+    config : of the model
+    quick : fewer samples
+    show : is given the results of each work as soon as they are there
+
+    Returns
+    -------
+    all results, and how quiet the machine was
+
+    Raises
+    ------
+    ValueError : the rows together need more memory than is free
+    """
+    size = 4 * config.num_parameters()
+    refuse(len(names) * (2 * size + PROCESS_BYTES), f"{', '.join(names)} together")
+    done: list[Result] = []
+    quiet = Quiet(ceilings.threads)
+    installed = importlib.util.find_spec(TRANSFORMERS) is not None
+    with ExitStack() as stack:
+        started = list(start(names, ceilings.threads, stack))
+        for i, name in enumerate(names):
+            if name == TRANSFORMERS and not installed:
+                started[i] = Result("", name, note="not installed: pip install torch transformers")
+        for what, B, T in WORKS:
+            group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
+            tokens = T if what == "prefill" else B
+            arguments: dict[str, Any] = {
+                "what": what,
+                "config": dataclasses.asdict(config),
+                "B": B,
+                "T": T,
+            }
+            ask = functools.partial(Row.ask, do="generate", **arguments)
+            ready = [get_ready(row, group, {"tokens": tokens}, ask) for row in started]
+            for result in ready:
+                precision = result.row.partition(":")[2] or "fp32"
+                result.facts |= counted(config, what, B, T, PRECISIONS[precision])
+            rounds = QUICK_ROUNDS if quick else ROUNDS
+            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet)
+            show(ready)
+            done += ready
+    return done, quiet.verdict()
+
+
+def counted(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str, float]:
+    """Count a call's operations, and the bytes of weights, keys and values that it reads.
+
+    Parameters
+    ----------
+    what : "prefill" of T tokens, or "decode" of a token each of B texts of T tokens and a few
+    size : bytes of a weight
+    """
+    C, V = config.n_embd, config.vocab_size
+    matrices = config.n_layer * (4 * C * C + 2 * C * config.inner)
+    if what == "prefill":  # half of the T x T scores; the lm_head for the last token only
+        flops = 2 * matrices * T + 2 * V * C + config.n_layer * 2 * C * T * T
+        return {"flops": flops, "bytes": size * (matrices + V * C)}
+    cache = B * config.n_layer * 2 * C * T
+    flops = B * 2 * (matrices + V * C) + 2 * cache
+    return {"flops": flops, "bytes": size * (matrices + V * C) + 4 * cache}

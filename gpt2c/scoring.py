@@ -1,0 +1,336 @@
+"""Scoring: how likely a model finds texts: perplexity of long ones, and choices between endings.
+
+    loss, perplexity = scoring.perplexity(model, tokens, stride=512)
+    right = scoring.answer(model, scoring.read_questions("val.jsonl", tokenizer, 1024))
+    (acc, error), (acc_norm, error_norm) = scoring.accuracy(right)
+
+Everything goes through `Scorer`, which reads what texts have in common once. Knows nothing about
+training. Used by cli and lm_eval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gpt2c.data import read_text
+from gpt2c.decoder import LOGITS_ROWS
+from gpt2c.language_model import IntArray, LanguageModel, check_ids
+from gpt2c.memory import Array
+from gpt2c.tokenizer import Tokenizer
+
+Watch = Callable[[int, int, str], None]  # so many done, of so many, figures
+
+
+class Scorer:
+    """Gives the log-probabilities of tokens, one text after another.
+
+    The beginning that a text shares with the one before it is not read again: the endings of one
+    context, sorted texts. Weights must not change meanwhile.
+
+    Parameters
+    ----------
+    model : a `GPT2` or `QuantizedGPT2`
+    capacity : how many tokens are read at most, one less than a text may have; None n_positions
+
+    Raises
+    ------
+    MemoryError : keys and values of so many tokens do not fit
+    """
+
+    def __init__(self, model: LanguageModel, capacity: int | None = None) -> None:
+        self._backend = model.backend
+        self._decoder = model.decoder(1, capacity)
+        self._known = np.empty(0, np.int32)  # what the decoder has read
+        self._logits = np.empty((LOGITS_ROWS, model.config.vocab_size), np.float32)
+
+    def __call__(self, tokens: IntArray, first: int) -> tuple[Array, NDArray[np.bool_]]:
+        """Score tokens[first:], each after all those before it.
+
+        Nothing is checked: tokens are in the vocabulary and capacity + 1 at most, first is from 1
+        to T - 1.
+
+        Returns
+        -------
+        (logprobs, likeliest) : (T - first,) float32, nats; whether each was the likeliest token
+
+        Raises
+        ------
+        ValueError : the model's weights give nan or infinity
+        """
+        read, targets = tokens[:-1], tokens[first:]
+        same = min(len(self._known), first - 1)
+        differs = np.flatnonzero(self._known[:same] != read[:same])
+        same = int(differs[0]) if len(differs) else same
+        self._known = self._known[:same]  # all that is certain if what follows is interrupted
+        for _ in self._decoder.hidden(read[same : first - 1], 0, same):
+            pass  # of the context only the keys and values are wanted
+        losses = np.empty(len(targets), np.float32)
+        lse, likeliest = np.empty_like(losses), np.empty(len(targets), np.bool_)
+        start = 0
+        for rows in self._decoder.hidden(read[first - 1 :], 0, first - 1):
+            for part in np.array_split(rows, -(-len(rows) // LOGITS_ROWS)):
+                end = start + len(part)
+                logits, wanted = self._logits[: len(part)], targets[start:end]
+                self._decoder.logits(logits, part)
+                self._backend.crossentropy_forward(
+                    losses[start:end], lse[start:end], logits, wanted
+                )
+                likeliest[start:end] = logits.argmax(axis=1) == wanted
+                start = end
+        if not np.isfinite(losses).all():
+            raise ValueError("the model gives nan: its weights have diverged or are damaged")
+        self._known = read.copy()
+        return -losses, likeliest
+
+
+# ---- long texts ----------------------------------------------------------------------------------
+
+
+def token_logprobs(
+    model: LanguageModel,
+    tokens: ArrayLike,
+    stride: int | None = None,
+    max_length: int | None = None,
+    watch: Watch | None = None,
+) -> NDArray[np.float64]:
+    """Give the log-probability of each token of a long text, (N,) in nats, by a sliding window.
+
+    A window of `max_length` tokens moves by `stride`. The first scores all of its tokens but the
+    first, each later one its last `stride`: all have max_length - stride tokens before them or
+    more. A token that no window scores is nan: the first of the text and, if stride is max_length,
+    of each window.
+
+    Parameters
+    ----------
+    model : a `GPT2` or `QuantizedGPT2`
+    tokens : (N,) token ids
+    stride : from 1, the best and slowest, to max_length; None half of it
+    max_length : tokens in a window; None n_positions. One more is possible, as the last is not read
+    watch : told after each window how many are done, of how many, and the loss so far
+
+    Raises
+    ------
+    ValueError : not whole numbers, an id out of range, fewer than two; stride or max_length out of
+        range; the model's weights give nan or infinity
+
+    Source: "Perplexity of fixed-length models", Hugging Face's guide. There the means of windows
+    are averaged, here each token counts the same.
+    """
+    ids = check_ids(tokens, "tokens", 0, model.config.vocab_size)
+    if ids.ndim != 1:
+        raise ValueError(f"tokens must be (N,) token ids, got shape {ids.shape}")
+    if len(ids) < 2:
+        raise ValueError(f"{len(ids)} tokens are too few to score: at least 2 are needed")
+    most = model.config.n_positions
+    length = most if max_length is None else max_length
+    if not 2 <= length <= most + 1:
+        raise ValueError(f"max_length must be from 2 to n_positions + 1 = {most + 1}, got {length}")
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride must be from 1 to the window's {length} tokens, got {stride}")
+    out = np.full(len(ids), np.nan)
+    scorer = Scorer(model, min(length, len(ids)) - 1)
+    starts = range(0, max(1, len(ids) - length + stride), stride)
+    done, count, nats = 0, 0, 0.0  # tokens that windows have passed, those scored, their sum
+    for number, start in enumerate(starts, start=1):
+        end = min(start + length, len(ids))
+        first = max(done, start + 1)
+        if first < end:  # else one token is left, and has none before it
+            out[first:end] = scorer(ids[start:end], first - start)[0]
+        done, count, nats = end, count + end - first, nats - float(out[first:end].sum())
+        if watch:
+            watch(number, len(starts), f"loss {nats / count:.4f}")
+    return out
+
+
+def perplexity(
+    model: LanguageModel,
+    tokens: ArrayLike,
+    stride: int | None = None,
+    max_length: int | None = None,
+) -> tuple[float, float]:
+    """Give (loss, perplexity) of a long text by a sliding window, with `token_logprobs`' arguments.
+
+    The loss is in nats per token, the mean over the tokens that are scored; perplexity is its
+    exponential.
+
+    Raises
+    ------
+    ValueError : see `token_logprobs`
+    """
+    loss = -float(np.nanmean(token_logprobs(model, tokens, stride, max_length)))
+    return loss, math.exp(loss)
+
+
+# ---- choices -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context, endings that may follow it, and which of them is right: token ids."""
+
+    context: tuple[int, ...]
+    endings: tuple[tuple[int, ...], ...]
+    label: int
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[int], list[int]]:
+    """Encode a context and what follows it as one text; give the tokens of both.
+
+    Spaces at the context's end belong to the ending, for a token begins with its space. An empty
+    context is the end of the text before.
+    """
+    kept = context.rstrip()
+    if not kept:
+        return [tokenizer.eot], tokenizer.encode(context + ending)
+    before = tokenizer.encode(kept)
+    return before, tokenizer.encode(context + ending)[len(before) :]
+
+
+def read_questions(
+    path: str | os.PathLike[str], tokenizer: Tokenizer, n_positions: int
+) -> list[Question]:
+    """Read questions, one JSON object a line, with HellaSwag's names of the fields.
+
+    {"ctx": "She opened the door and", "endings": ["left.", "flew.", "rained."], "label": 0}
+
+    A space is put between context and ending if neither brings one. Other fields are ignored.
+
+    Parameters
+    ----------
+    path : a text file
+    tokenizer : the model's
+    n_positions : of the model; context and ending must fit
+
+    Raises
+    ------
+    OSError : the file is missing or cannot be read
+    ValueError : it holds no questions, or a line is none: the message names it
+    """
+    questions = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                questions.append(_question(line, tokenizer, n_positions))
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from None
+    if not questions:
+        raise ValueError(f"{os.fspath(path)} holds no questions, only blank lines")
+    return questions
+
+
+def _question(line: str, tokenizer: Tokenizer, n_positions: int) -> Question:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"a JSON object is wanted, got {type(fields).__name__}")
+    if missing := [name for name in ("ctx", "endings", "label") if name not in fields]:
+        raise ValueError(f"the field {missing[0]} is missing")
+    context, endings, label = fields["ctx"], fields["endings"], fields["label"]
+    if not isinstance(context, str):
+        raise ValueError(f"ctx must be a string, got {type(context).__name__}")
+    if not isinstance(endings, list) or len(endings) < 2:
+        got = len(endings) if isinstance(endings, list) else type(endings).__name__
+        raise ValueError(f"endings must be a list of at least 2 strings, got {got}")
+    for number, ending in enumerate(endings):
+        if not isinstance(ending, str) or not ending.strip():
+            raise ValueError(f"ending {number} must be a string that is not blank, got {ending!r}")
+    if isinstance(label, str) and label.isascii() and label.isdecimal():
+        label = int(label)  # as in some of HellaSwag's files
+    if type(label) is not int or not 0 <= label < len(endings):
+        raise ValueError(
+            f"label must be a whole number from 0 to {len(endings) - 1}, got {label!r}"
+        )
+    pairs = []
+    for number, ending in enumerate(endings):
+        apart = not context or context[-1].isspace() or ending[0].isspace()
+        pairs.append(encode_pair(tokenizer, context, ending if apart else " " + ending))
+        size = len(pairs[-1][0]) + len(pairs[-1][1])
+        if size > n_positions + 1:  # the last is not read
+            raise ValueError(
+                f"ctx and ending {number} have {size} tokens, at most n_positions + 1 ="
+                f" {n_positions + 1} can be scored"
+            )
+    return Question(tuple(pairs[0][0]), tuple(tuple(pair[1]) for pair in pairs), label)
+
+
+def answer(
+    model: LanguageModel, questions: Sequence[Question], watch: Watch | None = None
+) -> NDArray[np.bool_]:
+    """Answer questions; say which answers are right, (Q, 2): by sum and by mean.
+
+    By sum the ending with the largest log-probability is chosen; by mean the one with the largest
+    per token, as in llm.c, so that long endings are not at a loss. (lm-evaluation-harness divides
+    by characters for its acc_norm, by bytes for acc_bytes.) Of equals the first is chosen. The
+    context is read once for all endings.
+
+    Parameters
+    ----------
+    model : a `GPT2` or `QuantizedGPT2`
+    questions : of `read_questions`
+    watch : told after each question how many are done, of how many, and the shares so far
+
+    Raises
+    ------
+    ValueError : no questions, more tokens than fit or none, an id out of range, or the model's
+        weights give nan or infinity
+    """
+    if not questions:
+        raise ValueError("at least one question is wanted, got none")
+    sizes = [_check_question(question, model) for question in questions]
+    scorer = Scorer(model, max(sizes) - 1)
+    right = np.empty((len(questions), 2), np.bool_)
+    for number, question in enumerate(questions, start=1):
+        logprobs = ending_logprobs(scorer, question)
+        means = logprobs / [len(ending) for ending in question.endings]
+        right[number - 1] = [scores.argmax() == question.label for scores in (logprobs, means)]
+        if watch:
+            acc, acc_norm = right[:number].mean(axis=0)
+            watch(number, len(questions), f"acc {acc:.4f}  acc_norm {acc_norm:.4f}")
+    return right
+
+
+def _check_question(question: Question, model: LanguageModel) -> int:
+    """Give the tokens of the context and its longest ending, if they can be scored."""
+    lengths = [len(ending) for ending in question.endings]
+    if not question.context or not lengths or not min(lengths):
+        raise ValueError("a question must have endings, all of them and the context not empty")
+    size = len(question.context) + max(lengths)
+    if size > model.config.n_positions + 1:
+        raise ValueError(
+            f"a question has {size} tokens with an ending, at most n_positions + 1 ="
+            f" {model.config.n_positions + 1} can be scored"
+        )
+    for ids in (question.context, *question.endings):
+        check_ids(ids, "a question", 0, model.config.vocab_size)
+    return size
+
+
+def ending_logprobs(scorer: Scorer, question: Question) -> NDArray[np.float64]:
+    """Give the log-probability of each ending, (E,), summed over its tokens; nothing is checked."""
+    first = len(question.context)
+    rows = [np.array(question.context + ending, np.int32) for ending in question.endings]
+    return np.array([scorer(row, first)[0].sum(dtype=np.float64) for row in rows])
+
+
+def accuracy(right: NDArray[Any]) -> list[tuple[float, float]]:
+    """Give (share, standard error) of each column of (Q, K) right answers.
+
+    The error is of the mean, from the sample's variance with Q - 1; nan for one question.
+    """
+    count = len(right)
+    shares = [float(share) for share in right.mean(axis=0)]
+    return [
+        (share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan)
+        for share in shares
+    ]

@@ -1,0 +1,366 @@
+"""Reading with a cache: the same logits as the whole forward pass, and each text by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Guarded
+
+from gpt2c import GPT2, GPT2Config
+from gpt2c.backend import get_backend
+from gpt2c.cases import normalised_error
+from gpt2c.decoder import Decoder
+from gpt2c.kernels import Kernels
+from gpt2c.language_model import LanguageModel
+from gpt2c.quantized import QuantizedGPT2
+from gpt2c.reference_reading import MIDDLE
+
+V, T = 97, 140
+ODD = GPT2Config(vocab_size=V, n_positions=T, n_embd=60, n_layer=2, n_head=3, n_inner=71)
+FLAT = GPT2Config(vocab_size=7, n_positions=20, n_embd=128, n_layer=1, n_head=2)
+LEAST = GPT2Config(vocab_size=5, n_positions=3, n_embd=1, n_layer=1, n_head=1)
+KINDS = ["fp32", "fp16", "int8"]
+
+# The same sums in another order: some hundred roundings of 6e-8 add up.
+RTOL = 1e-5
+# One token read op by op and in one call: the products are the same, a softmax is summed otherwise.
+STEP = 2e-6
+# With weights of 8 bits activations are rounded too, and one between two steps of 127 may go to
+# either, after a rounding in float32 that was another: a hundredth of a number of some, which
+# everything after it then sees. Few texts of this length meet such a number, so the rows as a whole
+# must agree as closely as without, and no row by less than some steps.
+FLIP = 0.05
+
+
+def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
+    """Compare logits (..., V), a text's rows of them each by itself."""
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, a.shape[-1])
+    errors = np.abs(a - b).max(axis=1) / np.abs(b).max()
+    if kind == "int8":
+        assert errors.max() <= FLIP and np.median(errors) <= rtol, errors
+    else:
+        assert errors.max() <= rtol, errors  # a NaN is no less
+
+
+def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int = 1) -> Any:
+    """Give a model all of whose parameters are random."""
+    model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
+    for name, parameter in model.parameters.items():
+        size = np.float32(0.1 if "ln" in name else 0.05)
+        parameter += size * rng.standard_normal(parameter.shape, np.float32)
+    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+
+
+def widened(model: LanguageModel) -> GPT2:
+    """Give the GPT2 whose weights are what a model's small weights stand for."""
+    wide, p = GPT2(model.config, seed=None, backend=model.backend), model.parameters
+    for name, parameter in wide.parameters.items():
+        parameter[...] = p[name]
+        if p[name].dtype == np.uint8:
+            parameter -= MIDDLE
+            parameter *= p[name.removesuffix("weight") + "scale"][:, None]
+    return wide
+
+
+def texts(rng: np.random.Generator, *shape: int, V: int = V) -> np.ndarray:
+    return rng.integers(0, V, shape, np.int32)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def read(decoder: Decoder, tokens: np.ndarray, *sizes: int, slot: int = 0) -> np.ndarray:
+    """Read a text in pieces of these sizes; give all logits (T, V)."""
+    logits, start = [], 0
+    for size in sizes:
+        for rows in decoder.hidden(tokens[start : start + size], slot, start):
+            logits.append(np.full((len(rows), decoder.config.vocab_size), np.nan, np.float32))
+            decoder.logits(logits[-1], rows)
+        start += size
+    assert start == len(tokens)
+    return np.concatenate(logits)
+
+
+def step_through(decoder: Decoder, tokens: np.ndarray, start: int = 0) -> np.ndarray:
+    """Read texts (N, T) in slots 0.. token by token from `start` on; give those logits."""
+    N, length = tokens.shape
+    slots = np.arange(N, dtype=np.int32)
+    steps = [
+        decoder.step(tokens[:, t].copy(), slots, np.full(N, t, np.int32)).copy()
+        for t in range(start, length)
+    ]
+    return np.stack(steps, axis=1)
+
+
+def windows(length: int) -> list[tuple[int, int]]:
+    """Give the parts of a text that are read token by token: its ends, and around 64 and 128."""
+    parts = [(0, 5), (62, 66), (127, 131), (length - 2, length)]
+    return [(start, stop) for start, stop in parts if 0 <= start and stop <= length]
+
+
+# ---- cached is uncached --------------------------------------------------------------------------
+
+PIECES = [
+    (T,),
+    (1, T - 1),
+    (T - 1, 1),
+    (63, 1, 64, T - 128),
+    (64, 64, T - 128),
+    (65, T - 65),
+    (*(1,) * 18, *(5,) * 4, T - 38),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_in_pieces_is_the_forward_pass(
+    kind: str, backend: Any, rng: np.random.Generator
+) -> None:
+    model, tokens = make(backend, kind), texts(rng, T)
+    expected = widened(model)(tokens[None])[0]
+    if kind == "int8":  # what its layers read is rounded too, by up to half of each step
+        whole = read(model.decoder(), tokens, T)
+        assert normalised_error(whole, expected) <= FLIP
+        expected = whole
+    for sizes in PIECES:
+        agree(kind, read(model.decoder(), tokens, *sizes), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [ODD, FLAT, LEAST], ids=["odd", "flat", "least"])
+def test_steps_are_the_forward_pass(
+    config: GPT2Config, kind: str, backend: Any, rng: np.random.Generator
+) -> None:
+    model = make(backend, kind, config)
+    tokens = texts(rng, 3, config.n_positions, V=config.vocab_size)
+    expected, exact = model(tokens), widened(model)(tokens)
+    for start, stop in windows(config.n_positions):
+        decoder = model.decoder(3)
+        if start:
+            for slot, text in enumerate(tokens):
+                decoder.read(text[:start], slot, 0)
+        logits = step_through(decoder, tokens[:, :stop], start)
+        agree(kind, logits, expected[:, start:stop])
+        if kind != "int8":
+            agree(kind, logits, exact[:, start:stop])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random.Generator) -> None:
+    """The call for all layers against the ops one by one, on the same cache each time."""
+    model, tokens = make(backend, kind), texts(rng, T)
+    decoder = model.decoder()
+    stepped, ops = [], []
+    for start, stop in windows(T):
+        if start:
+            decoder.read(tokens[:start], 0, 0)
+        for t in range(start, stop):
+            token = tokens[t : t + 1]
+            stepped.append(decoder.step(token, ints(0), ints(t))[0].copy())
+            keys, values = decoder.keys[:, 0, :, t].copy(), decoder.values[:, 0, :, t].copy()
+            decoder.keys[:, 0, :, t] = decoder.values[:, 0, :, t] = np.nan
+            ops.append(decoder.read(token, 0, t))
+            if kind != "int8":
+                assert normalised_error(decoder.keys[:, 0, :, t], keys) <= STEP
+                assert normalised_error(decoder.values[:, 0, :, t], values) <= STEP
+    agree(kind, np.stack(stepped), np.stack(ops), STEP)
+
+
+def test_a_prompt_of_several_chunks(
+    backend: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = make(backend), texts(rng, T)
+    expected = read(model.decoder(), tokens, T)
+    for chunk in (1, 31, 64, T - 1, T, T + 1):
+        monkeypatch.setattr("gpt2c.decoder.CHUNK", chunk)
+        agree("fp32", read(model.decoder(), tokens, T), expected)
+        agree("fp32", model.decoder().read(tokens, 0, 0)[None], expected[-1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_the_logits(
+    kind: str, backend: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = make(backend, kind), texts(rng, T + 1)
+    logits = read(model.decoder(), tokens[:-1], T).astype(np.float64)
+    expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(T), tokens[1:]]
+    expected[7] = 0
+    targets = tokens[1:].copy()
+    targets[7] = -1  # ignored
+    for chunk, rows in [(256, 64), (33, 5), (T, T), (1, 1)]:
+        monkeypatch.setattr("gpt2c.decoder.CHUNK", chunk)
+        monkeypatch.setattr("gpt2c.decoder.LOGITS_ROWS", rows)
+        losses = model.decoder().losses(tokens[:-1], targets)
+        assert losses.dtype == np.float32 and losses[7] == 0
+        agree(kind, losses[:, None], expected[:, None])
+
+
+# ---- texts side by side --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 9, 17])
+def test_a_text_gets_the_same_bits_alone_and_among_others(
+    N: int, kind: str, backend: Any, rng: np.random.Generator
+) -> None:
+    """Texts of other lengths, in slots of any order, and some that have ended."""
+    model, slots = make(backend, kind), rng.permutation(N + 2)[:N].astype(np.int32)
+    lengths = rng.integers(1, T - 4, N)
+    lengths[0] = 64
+    tokens = [texts(rng, length + 4) for length in lengths]
+    together, alone = model.decoder(N + 2), [model.decoder() for _ in range(N)]
+    for text, slot, length, one in zip(tokens, slots, lengths, alone, strict=True):
+        first = together.read(text[:length], int(slot), 0)
+        assert np.array_equal(first, one.read(text[:length], 0, 0))
+    for new in range(4):
+        rows = [row for row in rng.permutation(N) if row != new + 1]  # one each time is left out
+        now = [int(lengths[row]) for row in rows]
+        newest = ints(*(tokens[row][length] for row, length in zip(rows, now, strict=True)))
+        logits = together.step(newest, slots[rows], ints(*now))
+        assert logits.shape == (len(rows), V) and logits.dtype == np.float32
+        for row, length, out in zip(rows, now, logits, strict=True):
+            expected = alone[row].step(ints(tokens[row][length]), ints(0), ints(length))
+            assert np.array_equal(out, expected[0]), f"row {row} of {N}"
+            lengths[row] += 1
+
+
+def test_a_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Generator) -> None:
+    """What it does not read is NaN, and stays it."""
+    model, tokens = make(backend), texts(rng, 10)
+    decoder = model.decoder(3, 10)
+    for cache in (decoder.keys, decoder.values):
+        cache[...] = np.nan
+    expected = read(model.decoder(), tokens, 10)
+    agree("fp32", read(decoder, tokens[:4], 4, slot=1), expected[:4])
+    for t in range(4, 8):
+        agree("fp32", decoder.step(ints(tokens[t]), ints(1), ints(t)), expected[t : t + 1])
+    for cache in (decoder.keys, decoder.values):
+        assert np.isfinite(cache[:, 1, :, :8]).all()
+        assert np.isnan(cache[:, [0, 2]]).all() and np.isnan(cache[:, 1, :, 8:]).all()
+
+
+def test_a_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generator) -> None:
+    model, (first, second) = make(backend), texts(rng, 2, 20)
+    decoder = model.decoder(3)
+    decoder.keys[:, 2] = decoder.values[:, 2] = np.nan
+    decoder.read(first[:12], 0, 0)
+    decoder.read(first[12:], 0, 12)
+    decoder.copy(0, 2, 12)
+    fresh = model.decoder()
+    fresh.read(first[:12], 0, 0)
+    expected = fresh.read(second[12:], 0, 12)
+    assert np.array_equal(decoder.read(second[12:], 2, 12), expected)
+    again = decoder.step(first[19:], ints(0), ints(19))  # the other goes on as before
+    agree("fp32", again, read(model.decoder(), first, 20)[-1:])
+
+
+def test_a_slot_may_be_used_again(backend: Any, rng: np.random.Generator) -> None:
+    model, (first, second) = make(backend), texts(rng, 2, 30)
+    decoder = model.decoder(2, 30)
+    decoder.read(first, 1, 0)
+    again = decoder.read(second[:17], 1, 0)
+    assert np.array_equal(again, model.decoder(1, 17).read(second[:17], 0, 0))
+
+
+def test_capacity_changes_nothing(backend: Any, rng: np.random.Generator) -> None:
+    model, tokens = make(backend), texts(rng, 2, 67)
+    roomy, tight = model.decoder(2), model.decoder(2, 67)
+    assert tight.capacity == 67 and roomy.capacity == T
+    for decoder in (roomy, tight):
+        for slot in (0, 1):
+            decoder.read(tokens[slot, :60], slot, 0)
+    assert np.array_equal(step_through(tight, tokens, 60), step_through(roomy, tokens, 60))
+
+
+def test_decoders_do_not_share_memory(backend: Any, rng: np.random.Generator) -> None:
+    models = [make(backend, seed=1), make(backend, "int8", seed=2), make(backend, "fp16", seed=1)]
+    tokens = texts(rng, 2, 9)
+    expected = [step_through(model.decoder(2), tokens) for model in models]
+    decoders = [model.decoder(2) for model in models]
+    slots = np.arange(2, dtype=np.int32)
+    for t in range(9):
+        for decoder, logits in zip(decoders, expected, strict=True):
+            out = decoder.step(tokens[:, t].copy(), slots, np.full(2, t, np.int32))
+            assert np.array_equal(out, logits[:, t])
+
+
+def test_a_decoder_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
+    model, other, tokens = make(backend, seed=1), make(backend, seed=2), texts(rng, 1, 5)
+    decoder = model.decoder()
+    first = step_through(decoder, tokens)
+    model.load_parameters(other.parameters, "another model")
+    expected = step_through(other.decoder(), tokens)
+    assert np.array_equal(step_through(decoder, tokens), expected)
+    assert not np.array_equal(first, expected)
+
+
+# ---- threads and memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_do_not_change_a_bit(
+    kind: str, backend_name: str, rng: np.random.Generator
+) -> None:
+    """Threads share rows, columns and heads; each sum is one thread's.
+
+    256 channels and 130 tokens are enough work for every op to wake its threads.
+    """
+    if backend_name == "numpy":
+        pytest.skip("numpy has threads of its own")
+    config = GPT2Config(vocab_size=300, n_positions=150, n_embd=256, n_layer=1, n_head=4)
+    tokens, results = texts(rng, 5, 134, V=300), []
+    for threads in (1, 2, 3):
+        decoder = make(get_backend(backend_name, threads), kind, config).decoder(5)
+        prompts = [decoder.read(row[:130], slot, 0) for slot, row in enumerate(tokens)]
+        results.append((np.stack(prompts), step_through(decoder, tokens, 130)))
+    for prompts, steps in results[1:]:
+        assert np.array_equal(prompts, results[0][0]) and np.array_equal(steps, results[0][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [ODD, FLAT, LEAST], ids=["odd", "flat", "least"])
+def test_a_step_stays_in_its_memory(
+    config: GPT2Config,
+    kind: str,
+    backend: Any,
+    guarded: Guarded,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that C is given is guarded and unaligned, and scratch memory is full of NaN."""
+    if not isinstance(backend, Kernels):
+        pytest.skip("numpy has no memory of C's")
+    config = dataclasses.replace(config, n_positions=min(config.n_positions, 9))
+    model, tokens = (
+        make(backend, kind, config),
+        texts(rng, 3, config.n_positions, V=config.vocab_size),
+    )
+    expected = step_through(model.decoder(3), tokens)
+    model.parameters = {name: guarded.copy(array) for name, array in model.parameters.items()}
+    decoder = model.decoder(3)
+    decoder.keys, decoder.values = guarded.copy(decoder.keys), guarded.copy(decoder.values)
+    decoder._logits = guarded.copy(np.full_like(decoder._logits, np.nan))
+    scratch: dict[int, Any] = {}
+
+    def exactly(size: int) -> Any:
+        if size not in scratch:
+            scratch[size] = guarded.copy(np.full(size, np.nan, np.float32))
+        return backend._f(scratch[size])
+
+    monkeypatch.setattr(backend, "_scratch", exactly)
+    assert np.array_equal(step_through(decoder, tokens), expected)
+    assert len(scratch) == 1
+
+
+@pytest.mark.parametrize("slots", [1, 1000])
+def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("numpy")
+    needed = 4 * slots * (2 * 2 * 60 * T + V)
+    monkeypatch.setattr("gpt2c.decoder.free_bytes", lambda: needed)
+    model.decoder(slots)
+    monkeypatch.setattr("gpt2c.decoder.free_bytes", lambda: needed - 1)
+    with pytest.raises(MemoryError, match=rf"{slots} texts of {T} tokens need {needed:,} bytes"):
+        model.decoder(slots)

@@ -1,0 +1,325 @@
+"""Strings in, strings out: stop strings, characters that span tokens, several texts together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
+from gpt2c.backend import get_backend
+from gpt2c.language_model import LanguageModel
+
+BYTES = Tokenizer.from_name("bytes")
+END = BYTES.eot  # 256
+
+
+class Script:
+    """A decoder for which each text goes on as was written down."""
+
+    def __init__(self, answers: dict[bytes, bytes], slots: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._answers = answers
+        self._left: list[Iterator[int]] = [iter(()) for _ in range(slots)]
+
+    def _logits(self, slot: int) -> np.ndarray:
+        logits = np.zeros(257)
+        logits[next(self._left[slot], END)] = 1e4
+        return logits
+
+    def read(self, tokens: np.ndarray, slot: int, position: int) -> np.ndarray:
+        assert position == 0
+        self._left[slot] = iter(self._answers[bytes(t for t in tokens.tolist() if t != END)])
+        return self._logits(slot)
+
+    def step(self, tokens: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return np.stack([self._logits(slot) for slot in slots])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        rest = list(self._left[source])
+        self._left[source], self._left[target] = iter(rest), iter(rest)
+
+
+class Scripted(LanguageModel):
+    """A model of bytes that answers prompts as was written down, then ends the text."""
+
+    def __init__(self, answers: dict[bytes, bytes]) -> None:
+        config = GPT2Config(257, n_positions=400, n_embd=1, n_layer=1, n_head=1)
+        super().__init__(config, get_backend("numpy"))
+        self._answers = answers
+
+    def decoder(self, slots: int = 1, capacity: int | None = None) -> Any:
+        return Script(self._answers, slots, capacity or 400)
+
+
+def answering(answer: str | bytes) -> Generator:
+    answer = answer.encode() if isinstance(answer, str) else answer
+    return Generator(Scripted({b"": answer, b"ab": answer}), BYTES)
+
+
+def both_ways(answer: str | bytes, **settings: Any) -> str:
+    """Give the text, the same from `generate` and from the pieces of `stream`."""
+    generator = answering(answer)
+    text = generator.generate("ab", max_new_tokens=300, **settings)
+    pieces = list(generator.stream("ab", max_new_tokens=300, **settings))
+    assert "".join(pieces) == text and all(pieces), "no piece is empty"
+    return str(text)
+
+
+# ---- characters ----------------------------------------------------------------------------------
+
+WORLD = "naïve café, 你好, 😀!\u2028é̂\n"
+
+
+def test_a_text_goes_up_to_the_end_token() -> None:
+    assert both_ways("cd") == "cd"
+    assert both_ways("") == ""
+    assert both_ways(WORLD) == WORLD
+
+
+def test_each_piece_is_a_whole_character_as_soon_as_it_is_whole() -> None:
+    pieces = answering(WORLD).stream("ab", max_new_tokens=300)
+    assert list(pieces) == list(WORLD)
+    pieces = answering("é" + "x" * 99).stream("ab", max_new_tokens=300)
+    assert next(pieces) == "é"
+
+
+def test_a_text_that_ends_within_a_character_shows_it() -> None:
+    generator = answering("a你b")
+    for count, text in [(0, ""), (1, "a"), (2, "a\ufffd"), (3, "a\ufffd"), (4, "a你"), (9, "a你b")]:
+        assert generator.generate("ab", max_new_tokens=count) == text
+        assert "".join(generator.stream("ab", max_new_tokens=count)) == text
+
+
+@given(st.binary(max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_a_text(answer: bytes) -> None:
+    """What is no UTF-8 becomes U+FFFD, the same as when all bytes are there at once."""
+    assert both_ways(answer) == answer.decode(errors="replace")
+
+
+def test_the_end_token_is_no_text() -> None:
+    generator = answering("cd")
+    assert generator.generate("ab", max_new_tokens=9, eos_token_id=None) == "cd"
+    assert generator.count == 9, "it went on, with end tokens"
+
+
+def test_another_token_may_be_the_end() -> None:
+    assert both_ways("cd.ef", eos_token_id=ord(".")) == "cd."
+    assert both_ways("cd.ef", eos_token_id=[ord("."), ord("d")]) == "cd"
+
+
+# ---- stop strings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "text"),
+    [
+        ("one. two", ".", "one"),
+        ("one. two", ["! ", ". "], "one"),
+        ("one", "x", "one"),
+        ("one", [], "one"),
+        ("one", None, "one"),
+        ("stop", "stop", ""),
+        ("a stop", "stop", "a "),
+        ("a sto", "stop", "a sto"),  # it only began
+        ("aaab", "aab", "a"),
+        ("ababac", "abac", "ab"),
+        ("xyz", ["yz", "xyz"], ""),  # of those that are there at once, the first in the text
+        ("abcd", ["bcd", "b"], "a"),  # the first that is there
+        ("user: hi", ["\nuser:", "user:"], ""),
+        ("你好。再见", "。", "你好"),
+        ("你好。再见", "再见", "你好。"),
+        ("日本", "本", "日"),
+        ("日木", "本", "日木"),  # 本 and 木 begin with the same byte
+        ("né", "é", "n"),
+        ("a\ufffdb", "\ufffd", "a"),
+        ("line\n\nline", "\n\n", "line"),
+        ("<|endoftext|>", "<|end", ""),
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it(answer: str, stop: Any, text: str) -> None:
+    assert both_ways(answer, stop=stop) == text
+
+
+def expected_text(answer: str, stops: Sequence[str], least: int = 0) -> str:
+    """Give the text up to the stop string that is complete first, none of the first characters."""
+    for end in range(len(answer) + 1):
+        found = [answer[:end].find(stop, least) for stop in stops]
+        if any(place >= 0 for place in found):
+            return answer[: min(place for place in found if place >= 0)]
+    return answer
+
+
+ABC = st.text("abé", max_size=12)
+STOPS = st.lists(st.text("abé", min_size=1, max_size=4), max_size=3)
+
+
+@given(ABC, STOPS)
+@settings(max_examples=400, deadline=None)
+def test_any_stop_strings(answer: str, stops: list[str]) -> None:
+    assert both_ways(answer, stop=stops) == expected_text(answer, stops)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+       st.integers(0, 6))  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_no_stop_string_begins_before_min_new_tokens(
+    answer: str, stops: list[str], least: int
+) -> None:
+    answer += "a" * max(0, least - len(answer))  # else the end token is what may not come
+    expected = expected_text(answer, stops, least)
+    assert both_ways(answer, stop=stops, min_new_tokens=least) == expected
+
+
+def test_no_end_comes_before_min_new_tokens() -> None:
+    """A random token comes where the end is forbidden, for there the script has nothing to say."""
+    text = both_ways("ab.cd.ef", eos_token_id=ord("."), min_new_tokens=5, seed=1)
+    assert re.fullmatch(r"ab[^.]cd\.", text)
+    text = answering("ab").generate("ab", min_new_tokens=5, max_new_tokens=5, top_k=1)
+    assert text == "ab\0\0\0", "the first of equals"
+
+
+def test_what_may_begin_a_stop_string_waits() -> None:
+    pieces = answering("one <b> two <br> x").stream("ab", max_new_tokens=300, stop="<br>")
+    assert list(pieces) == [*"one ", "<b>", *" two "]
+    pieces = answering("a<b").stream("ab", max_new_tokens=300, stop="<br>")
+    assert list(pieces) == ["a", "<b"], "at the end there is nothing to wait for"
+
+
+def test_a_stop_string_ends_the_work_too() -> None:
+    generator = answering("one. two")
+    generator.generate("ab", max_new_tokens=300, stop=".")
+    assert generator.count == 4
+
+
+@pytest.mark.parametrize("wrong", ["", [""], ["a", ""], [1], 3, [b"a"], [None]])
+def test_bad_stop_strings_are_refused(wrong: Any) -> None:
+    for call in (answering("x").generate, answering("x").stream):
+        assert refused(call, "ab", stop=wrong).startswith("stop")
+
+
+# ---- several texts -------------------------------------------------------------------------------
+
+
+def small(backend: Any = "auto", V: int = 257, eos: int | None = END) -> GPT2:
+    config = GPT2Config(
+        V, n_positions=40, n_embd=24, n_layer=2, n_head=2, initializer_range=0.3, eos_token_id=eos
+    )
+    return GPT2(config, seed=4, backend=backend)
+
+
+PROMPTS = ["a", "", "the cat sat on the mat", "你好", "ab" * 20]
+
+
+def test_prompts_of_other_lengths_come_out_as_alone(backend: Any) -> None:
+    generator = Generator(small(backend), BYTES)
+    settings = {"max_new_tokens": 30, "temperature": 0}  # the last prompt's context is full
+    together = generator.generate(PROMPTS, **settings)
+    assert together == [generator.generate(prompt, **settings) for prompt in PROMPTS]
+    assert together == ["".join(generator.stream(prompt, **settings)) for prompt in PROMPTS]
+    assert len(set(together)) > 1
+
+
+def test_a_text_does_not_see_the_others(backend: Any) -> None:
+    generator = Generator(small(backend), BYTES)
+    settings = {"max_new_tokens": 20, "seed": 3, "top_k": 40}
+    together = generator.generate(PROMPTS, **settings)
+    assert together == generator.generate(PROMPTS, **settings)
+    assert together[0] == generator.generate(PROMPTS[0], **settings)
+    assert together[2] == generator.generate(["x", "y" * 30, PROMPTS[2]], **settings)[2]
+    assert together != generator.generate(PROMPTS, **settings | {"seed": 4})
+    others = generator.generate(PROMPTS, **settings, stop=[together[0][1]])
+    assert others[0] == together[0][:1]
+    assert others[2] == together[2].split(together[0][1])[0], "each has stop strings of its own"
+
+
+def test_texts_know_their_own_ends() -> None:
+    generator = Generator(Scripted({b"1": b"one.", b"2": b"", b"3": b"three. x"}), BYTES)
+    assert generator.generate(["1", "2", "3"], max_new_tokens=50, stop=".") == ["one", "", "three"]
+    assert generator.count == 4 + 1 + 6
+
+
+def test_several_texts_of_a_prompt(backend: Any) -> None:
+    generator = Generator(small(backend), BYTES)
+    settings = {"max_new_tokens": 15, "seed": 3}
+    texts = generator.generate("ab", num_return_sequences=3, **settings)
+    assert len(texts) == 3 == len(set(texts)) and texts[0] == generator.generate("ab", **settings)
+    assert texts == generator.generate(["ab"] * 3, **settings)
+    both = generator.generate(["ab", "c"], num_return_sequences=3, **settings)
+    assert both[:3] == texts and len(both) == 6
+
+
+def test_one_prompt_in_a_list_gives_a_list() -> None:
+    generator = answering("cd")
+    assert generator.generate(["ab"]) == ["cd"]
+    assert generator.generate(("ab",)) == ["cd"]
+    assert generator.generate("ab", num_return_sequences=2) == ["cd", "cd"]
+
+
+def test_an_empty_prompt_starts_a_text() -> None:
+    for eos in (END, None):  # a config may know no end of text: the tokenizer does
+        model = small(eos=eos)
+        text = Generator(model, BYTES).generate("", max_new_tokens=12, temperature=0)
+        ids = model.generate([[END]], 12, temperature=0, stop=END)[0, 1:]
+        assert text == BYTES.decode(token for token in ids if token != END)
+
+
+def test_a_model_may_have_padding() -> None:
+    """Tokens that the tokenizer has not, as in vocabularies filled up to a round number."""
+    model = small(V=300)
+    model.parameters["wte.weight"][:257] = 0
+    generator = Generator(model, BYTES)
+    assert generator.generate("ab", max_new_tokens=5, top_k=3, seed=0) == ""
+    assert generator.count == 5
+
+
+# ---- counting, mistakes --------------------------------------------------------------------------
+
+
+def test_tokens_are_counted() -> None:
+    generator = answering("cd")
+    generator.generate("ab")
+    assert generator.count == 3  # the end is a token
+    list(generator.stream("ab"))
+    assert generator.count == 6
+    pieces = generator.stream("ab")
+    next(pieces)
+    assert generator.count == 7
+
+
+def test_mistakes_are_refused_before_any_work() -> None:
+    generator = Generator(small(), BYTES)
+    for wrong, message in [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"eos_token_id": 257}, "eos_token_id"),
+        ({"logprobs": True}, "logprobs belong to tokens"),
+        ({"num_return_sequences": 0}, "num_return_sequences"),
+    ]:
+        for call in (generator.generate, generator.stream):
+            assert refused(call, "ab", **wrong).startswith(message)
+    for call in (generator.generate, generator.stream):
+        assert "41 tokens, n_positions is 40" in refused(call, "x" * 41)
+        with pytest.raises(TypeError, match="beam"):
+            call("ab", beam=5)
+    assert "num_return_sequences" in refused(generator.stream, "ab", num_return_sequences=2)
+    assert "at least one prompt" in refused(generator.generate, [])
+    assert generator.count == 0
+
+
+def test_far_too_many_texts_are_refused_at_once() -> None:
+    with pytest.raises(MemoryError, match="1000000000 texts"):
+        Generator(small(), BYTES).generate("ab", num_return_sequences=10**9)
+
+
+def test_another_models_tokenizer_is_refused() -> None:
+    message = refused(Generator, small(V=256, eos=None), BYTES)
+    assert "257 tokens" in message and "256" in message and "do not belong together" in message
