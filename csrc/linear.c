@@ -15,9 +15,10 @@
 
 #include "internal.h"
 
-/* Rows of x in a tile where there are as many, and of weight in a part of a tile: what is summed at the same time, and
- * where it lies, must fit the registers. */
-enum { QUAD = VF_LEN >= 4 ? 4 : 1, PART = VF_LEN >= 8 ? 8 : VF_LEN };
+/* A tile is QUAD rows of x times OUTS of weight, VF_LEN pairs, where there are as many rows of x; else one row of x
+ * times VF_LEN of weight, PART at a time: what is read at the same time stays in the registers, and in the order of
+ * memory. */
+enum { QUAD = VF_LEN >= 4 ? 4 : 1, OUTS = VF_LEN / QUAD, PART = VF_LEN > 1 ? 2 : 1, MOST = OUTS > PART ? OUTS : PART };
 
 /* ---- x in 8 bits -------------------------------------------------------------------------------------------- */
 
@@ -55,12 +56,12 @@ static inline __attribute__((always_inline)) vf load_float(const void *weight, i
     return type == FP16 ? vf_load_half_n((const uint16_t *)weight + i, n) : vf_load_n((const float *)weight + i, n);
 }
 
-/* The weights of the next tiles lie behind those of this one: a few lines of them are called into the cache at each
- * step, evenly, so that memory never rests. `next` is the line whose turn it is. */
-static inline __attribute__((always_inline)) void call_lines(const char **next, const int lines) {
-    enum { BYTES = LINE * sizeof(float) };
-    for (int i = 0; i < lines; i++) __builtin_prefetch(*next + i * BYTES, 0, 3);
-    *next += lines * BYTES;
+/* The weights of the next tiles lie behind those of this one. Some of them are called into the cache at each step,
+ * evenly, so that memory never rests: `count` times what a step reads of a row. `next` is whose turn it is. */
+static inline __attribute__((always_inline)) void call(const char **next, const int count, const int type) {
+    const int bytes = type == INT8 ? VB_LEN : VF_LEN * (type == FP16 ? 2 : 4);
+    for (int i = 0; i < count; i++) __builtin_prefetch(*next + i * bytes, 0, 3);
+    *next += count * bytes;
 }
 
 static inline int64_t weight_size(int type) { return type == INT8 ? 1 : type == FP16 ? 2 : 4; }
@@ -70,7 +71,7 @@ static inline int64_t weight_size(int type) { return type == INT8 ? 1 : type == 
 static inline __attribute__((always_inline)) void float_products(vf *acc, const void *const *w, const float *x,
                                                                  int64_t ldx, int64_t c, int64_t n, const int outs,
                                                                  const int rows, const int type) {
-    vf wc[PART];
+    vf wc[MOST];
     for (int o = 0; o < outs; o++) {
         wc[o] = load_float(w[o], c, n, type);
     }
@@ -83,7 +84,7 @@ static inline __attribute__((always_inline)) void float_products(vf *acc, const 
 static inline __attribute__((always_inline)) void int8_products(vi *acc, const void *const *w, const int8_t *x,
                                                                 int64_t ldx, int64_t c, int64_t n, const int outs,
                                                                 const int rows) {
-    vb wc[PART];
+    vb wc[MOST];
     for (int o = 0; o < outs; o++) {
         wc[o] = vb_load_unsigned_n((const uint8_t *)w[o] + c, n);
     }
@@ -120,7 +121,7 @@ static inline __attribute__((always_inline)) void finish(float *out, vf sums, co
 }
 
 /* `outs` rows of weight from row j on; beyond the last, that row once more. */
-static inline __attribute__((always_inline)) void find_rows(const void *w[PART], const Linear *layer, int64_t j,
+static inline __attribute__((always_inline)) void find_rows(const void *w[MOST], const Linear *layer, int64_t j,
                                                             const int outs, const int type) {
     const int64_t row = layer->C * weight_size(type);
     for (int o = 0; o < outs; o++) w[o] = (const char *)layer->weight + min64(j + o, layer->OC - 1) * row;
@@ -128,32 +129,32 @@ static inline __attribute__((always_inline)) void find_rows(const void *w[PART],
 
 /* acc = the sums of outs * rows pairs, each in a vector of its own. */
 static inline __attribute__((always_inline)) void sum_floats(vf *acc, const Linear *layer, const float *x, int64_t j,
-                                                             const char **next, const int lines, const int outs,
+                                                             const char **next, const int count, const int outs,
                                                              const int rows, const int type) {
     const int64_t C = layer->C;
-    const void *w[PART];
+    const void *w[MOST];
     int64_t c = 0;
     find_rows(w, layer, j, outs, type);
     for (int k = 0; k < outs * rows; k++) acc[k] = vf_set1(0.0f);
     for (; c + VF_LEN <= C; c += VF_LEN) {
-        call_lines(next, lines);
+        call(next, count, type);
         float_products(acc, w, x, C, c, VF_LEN, outs, rows, type);
     }
     if (c < C) float_products(acc, w, x, C, c, C - c, outs, rows, type);
 }
 
 static inline __attribute__((always_inline)) void sum_int8(vi *acc, const Linear *layer, const Quantized *q, int64_t i,
-                                                           int64_t j, const char **next, const int lines,
+                                                           int64_t j, const char **next, const int count,
                                                            const int outs, const int rows) {
     const int64_t C = layer->C;
     const int8_t *x = q->values + i * q->stride;
-    const void *w[PART];
+    const void *w[MOST];
     int64_t c = 0;
     find_rows(w, layer, j, outs, INT8);
     for (int r = 0; r < rows; r++) /* the weights are 128 too large */
         for (int o = 0; o < outs; o++) acc[r * outs + o] = vi_first(-128 * q->sums[i + r]);
     for (; c + VB_LEN <= C; c += VB_LEN) {
-        call_lines(next, lines);
+        call(next, count, INT8);
         int8_products(acc, w, x, q->stride, c, VB_LEN, outs, rows);
     }
     if (c < C) int8_products(acc, w, x, q->stride, c, C - c, outs, rows);
@@ -162,16 +163,15 @@ static inline __attribute__((always_inline)) void sum_int8(vi *acc, const Linear
 /* A tile: VF_LEN pairs, rows i.. of x times columns j.. of out. */
 static inline __attribute__((always_inline)) void quad_tile(float *out, const Linear *layer, const float *x,
                                                             const Quantized *q, int64_t i, int64_t j, int accumulate,
-                                                            const char **next, const int lines, const int type) {
-    enum { OUTS = VF_LEN / QUAD };
+                                                            const char **next, const int count, const int type) {
     vf sums;
     if (type == INT8) {
         vi acc[VF_LEN];
-        sum_int8(acc, layer, q, i, j, next, lines, OUTS, QUAD);
+        sum_int8(acc, layer, q, i, j, next, count, OUTS, QUAD);
         sums = vi_to_vf(vi_sums(acc));
     } else {
         vf acc[VF_LEN];
-        sum_floats(acc, layer, x + i * layer->C, j, next, lines, OUTS, QUAD, type);
+        sum_floats(acc, layer, x + i * layer->C, j, next, count, OUTS, QUAD, type);
         sums = vf_sums(acc);
     }
     if (layer->OC - j >= OUTS)
@@ -206,12 +206,12 @@ static inline __attribute__((always_inline)) void columns(float *out, const Line
     const int64_t quads = QUAD > 1 ? N / QUAD : 0;
     for (int64_t j = from; j < to; j += VF_LEN) {
         const char *next = (const char *)layer->weight + (j + VF_LEN) * layer->C * weight_size(type);
-        for (int64_t k = j; k < min64(j + VF_LEN, to) && quads > 0; k += VF_LEN / QUAD) {
+        for (int64_t k = j; k < min64(j + VF_LEN, to) && quads > 0; k += OUTS) {
             if (quads == 1)
-                quad_tile(out, layer, x, q, 0, k, accumulate, &next, VF_LEN / QUAD, type);
+                quad_tile(out, layer, x, q, 0, k, accumulate, &next, OUTS, type);
             else
                 for (int64_t i = 0; i < quads; i++)
-                    quad_tile(out, layer, x, q, i * QUAD, k, accumulate, &next, (VF_LEN / QUAD + 1) / 2, type);
+                    quad_tile(out, layer, x, q, i * QUAD, k, accumulate, &next, (OUTS + 1) / 2, type);
         }
         for (int64_t i = quads * QUAD; i < N; i++) single_tile(out, layer, x, q, i, j, accumulate, &next, type);
     }
@@ -227,46 +227,111 @@ void linear_columns(float *out, const Linear *layer, const float *x, const Quant
         columns(out, layer, x, NULL, N, from, to, accumulate, FP32);
 }
 
+/* ---- many rows, in 8 bits ------------------------------------------------------------------------------------ */
+
+#ifdef VB_FOURS
+/* With many rows of x the products are the work, and sums across lanes cost as much again. So columns lie in the lanes:
+ * weights are packed, four channels of each column side by side, and met by the same four of a row of x. */
+enum { TALL = 8, WIDE = 2, STRIP = WIDE * VF_LEN, FOUR = 4 };
+
+static int64_t packed_size(int64_t C) { return C / FOUR * STRIP; }
+
+/* Columns [j, j + n), n <= STRIP, of out (N,OC); C is a multiple of FOUR. */
+static void strip(float *out, const Linear *layer, Quantized q, int64_t N, int64_t j, int64_t n, float *packed) {
+    const int64_t C = layer->C, OC = layer->OC;
+    for (int64_t v = 0; v < n; v += VF_LEN) /* four bytes move as a float would */
+        transpose(packed + v, STRIP, (const float *)((const uint8_t *)layer->weight + (j + v) * C), C / FOUR,
+                  min64(VF_LEN, n - v), C / FOUR, VF_LEN);
+    for (int64_t i = 0; i < N; i += TALL) {
+        vi acc[TALL][WIDE];
+        const int8_t *x[TALL];
+        for (int r = 0; r < TALL; r++) { /* beyond the last row, it once more */
+            x[r] = q.values + min64(i + r, N - 1) * q.stride;
+            for (int v = 0; v < WIDE; v++) acc[r][v] = vi_set1(-128 * q.sums[min64(i + r, N - 1)]);
+        }
+        const uint8_t *w = (const uint8_t *)packed;
+        for (int64_t c = 0; c < C; c += FOUR, w += WIDE * VB_LEN) {
+            vb wc[WIDE];
+            for (int v = 0; v < WIDE; v++) wc[v] = vb_load_unsigned(w + v * VB_LEN);
+            for (int r = 0; r < TALL; r++) {
+                const vb xc = vb_four(x[r] + c);
+                for (int v = 0; v < WIDE; v++) acc[r][v] = vi_dot(acc[r][v], wc[v], xc);
+            }
+        }
+        for (int r = 0; r < TALL; r++)
+            for (int v = 0; v < WIDE; v++) {
+                const int64_t left = n - v * VF_LEN, column = j + v * VF_LEN;
+                if (i + r >= N || left <= 0) continue;
+                vf y = vi_to_vf(acc[r][v]);
+                y = vf_mul(y, vf_mul(vf_set1(q.scales[i + r]), vf_load_n(layer->scale + column, left)));
+                if (layer->bias) y = vf_add(y, vf_load_n(layer->bias + column, left));
+                vf_store_n(out + (i + r) * OC + column, y, left);
+            }
+    }
+}
+#else
+enum { STRIP = VF_LEN, FOUR = 1 };
+static int64_t packed_size(int64_t C) { return 0 * C; }
+static void strip(float *out, const Linear *layer, Quantized q, int64_t N, int64_t j, int64_t n, float *packed) {
+    (void)packed;
+    linear_columns(out, layer, NULL, &q, N, j, j + n, 0);
+}
+#endif
+
 /* ---- the layer ---------------------------------------------------------------------------------------------- */
 
 enum {
     FEW = 16,   /* rows up to which reading weights costs more than the arithmetic */
-    ROWS = 128, /* rows of x in 8 bits that a task multiplies: they stay in the second-level cache */
+    ROWS = 128, /* rows of x that a task multiplies: they stay in the second-level cache */
     COLUMNS = 64
 };
 
 int64_t linear_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads) {
-    if (type == INT8) return quantized_size(N, C);
+    if (type == INT8) return quantized_size(N, C) + threads * packed_size(C);
     return N <= FEW ? 0 : matmul_scratch_size(threads) + (type == FP16 ? OC * C : 0);
+}
+
+/* Many rows, FP32 or FP16: the second is made the first. */
+static void linear_by_gemm(float *out, const float *x, const Linear *layer, float *scratch, int64_t N, int threads) {
+    const int64_t size = layer->OC * layer->C;
+    const float *weight = layer->weight;
+    if (layer->type == FP16) {
+        float *wide = scratch + matmul_scratch_size(threads);
+#pragma omp parallel for num_threads(team(threads, size)) schedule(static)
+        for (int64_t i = 0; i < size; i += VF_LEN)
+            vf_store_n(wide + i, load_float(layer->weight, i, size - i, FP16), size - i);
+        weight = wide;
+    }
+    matmul_forward(out, x, weight, layer->bias, scratch, N, layer->C, layer->OC, threads);
 }
 
 void linear_forward(float *out, const float *x, const void *weight, const float *scale, const float *bias, int type,
                     float *scratch, int64_t N, int64_t C, int64_t OC, int threads) {
     const Linear layer = {weight, scale, bias, C, OC, type};
     if (type != INT8 && N > FEW) {
-        float *wide = scratch + matmul_scratch_size(threads);
-        if (type == FP16) {
-#pragma omp parallel for num_threads(team(threads, OC *C)) schedule(static)
-            for (int64_t i = 0; i < OC * C; i += VF_LEN)
-                vf_store_n(wide + i, load_float(weight, i, OC * C - i, FP16), OC * C - i);
-        }
-        matmul_forward(out, x, type == FP16 ? wide : weight, bias, scratch, N, C, OC, threads);
+        linear_by_gemm(out, x, &layer, scratch, N, threads);
         return;
     }
     const Quantized q = quantized_in(scratch, N, C);
+    const int strips = type == INT8 && N > FEW && C % FOUR == 0;
+    const int64_t rows = strips ? N : ROWS, columns_each = strips ? STRIP : COLUMNS,
+                  across = ceil_div(OC, columns_each);
 #pragma omp parallel num_threads(team(threads, N * C * OC / 16))
     {
+        float *packed = scratch + quantized_size(N, C) + omp_get_thread_num() * packed_size(C);
         if (type == INT8) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < N; i++) quantize_row(q, x + i * C, i, C);
         }
-        const int64_t across = ceil_div(OC, COLUMNS);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < across * ceil_div(N, ROWS); task++) {
-            const int64_t j = task % across * COLUMNS, i = task / across * ROWS;
+        for (int64_t task = 0; task < across * ceil_div(N, rows); task++) {
+            const int64_t j = task % across * columns_each, i = task / across * rows, n = min64(columns_each, OC - j);
             const Quantized part = {q.scales + i, q.sums + i, q.values + i * q.stride, q.stride};
-            linear_columns(out + i * OC, &layer, x + i * C, type == INT8 ? &part : NULL, min64(ROWS, N - i), j,
-                           min64(j + COLUMNS, OC), 0);
+            if (strips)
+                strip(out, &layer, q, N, j, n, packed);
+            else
+                linear_columns(out + i * OC, &layer, x + i * C, type == INT8 ? &part : NULL, min64(rows, N - i), j,
+                               j + n, 0);
         }
     }
 }

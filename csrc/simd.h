@@ -65,6 +65,13 @@ static inline vi vi_dot(vi sum, vb a, vb b) { /* by its intrinsic gcc 12 copies 
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
     return sum;
 }
+#define VB_FOURS /* lane i of vi_dot is the sum of the products 4i to 4i + 3; four bytes can be in all lanes: */
+static inline vb vb_four(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+static inline vi vi_set1(int32_t a) { return _mm512_set1_epi32(a); }
 #else
 #define VB_LEN 32
 static inline vb vb_load_unsigned(const uint8_t *p) {

@@ -38,14 +38,15 @@ class Kernels:
         self._ffi = module.ffi
         self._from_buffer = module.ffi.from_buffer
         self._null = module.ffi.NULL
+        self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
         # The GIL is released while C runs, so each Python thread needs scratch of its own.
         self._local = threading.local()
 
     def _f(self, array: Array | None) -> Any:
-        return self._null if array is None else self._from_buffer("float[]", array)
+        return self._null if array is None else self._from_buffer(self._floats, array)
 
     def _i(self, array: Array) -> Any:
-        return self._from_buffer("int32_t[]", array)
+        return self._from_buffer(self._ints, array)
 
     def _scratch(self, size: int) -> Any:
         scratch = getattr(self._local, "scratch", None)

@@ -167,28 +167,35 @@ def distribution(
 
     Returns
     -------
-    (ids, weights) : (K,) int64, (K,) float64; likeliest first if top_k or top_p are set
+    (ids, weights) : (K,) int64 ascending, (K,) float64
     """
     top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
-    ids = np.arange(len(logits))
-    if top_k is not None and top_k < len(logits):
-        # A partition is several times cheaper than sorting a whole vocabulary; all equals at the
-        # cut pass it, the sort below decides among them.
-        ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
-    if top_k is not None or top_p is not None:
-        # A stable sort breaks ties by id, the same on every machine.
-        ids = ids[np.argsort(-logits[ids], kind="stable")][:top_k]
+    ids = np.arange(len(logits)) if top_k is None else likeliest(logits, top_k)
     # A tiny temperature sends all but the largest to exp(-inf) = 0.
     with np.errstate(over="ignore"):
         weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / settings.temperature)
     if top_p is not None:
-        cumulative = np.cumsum(weights)
+        cumulative = np.cumsum(np.sort(weights)[::-1])
         count = int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1
-        ids, weights = ids[:count], weights[:count]
+        kept = likeliest(weights, count)
+        ids, weights = ids[kept], weights[kept]
     if min_p is not None:
         likely = weights >= min_p * weights.max()
         ids, weights = ids[likely], weights[likely]
     return ids, weights
+
+
+def likeliest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Give the places of the largest values in order of place; of equals the first are taken.
+
+    Without an argsort, which would take longer for a whole vocabulary than reading the token.
+    """
+    if count >= len(values):
+        return np.arange(len(values))
+    cut = np.partition(values, -count)[-count]
+    taken = values > cut
+    taken[np.flatnonzero(values == cut)[: count - np.count_nonzero(taken)]] = True
+    return np.flatnonzero(taken)
 
 
 def choose(
