@@ -10,8 +10,8 @@
  * so that products and sums are of integers, exact, and the same on every instruction set: sum(weight8 - 128) x8 =
  * sum(weight8 x8) - 128 sum(x8).
  *
- * With many rows the arithmetic decides. FP32 and FP16 then go through gemm.c; INT8 has four times the products in an
- * instruction and stays here. */
+ * With many rows the arithmetic decides. FP32 and FP16 then go through gemm.c; INT8 has more products in an instruction
+ * and stays here, with columns in the lanes where the instruction set has sums of four products. */
 
 #include "internal.h"
 
