@@ -112,7 +112,8 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
     float *x = scratch, *normed = x + N * C, *att = normed + N * C, *wide = att + N * C;
     float *eight_bits = wide + N * widest(model), *scores = eight_bits + quantized_size(N, widest(model));
     const Quantized q = quantized_in(eight_bits, N, C), q_wide = quantized_in(eight_bits, N, F);
-#pragma omp parallel num_threads(threads)
+    /* Of a small model the stages are shorter than waiting for each other is. */
+#pragma omp parallel num_threads(N * C * F < 200000 ? 1 : threads)
     {
         const Member me = {omp_get_thread_num(), omp_get_num_threads()};
         int64_t row, rows_end, head, heads_end, column, columns_end;

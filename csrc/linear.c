@@ -283,26 +283,31 @@ static void strip(float *out, const Linear *layer, Quantized q, int64_t N, int64
 enum {
     FEW = 16,   /* rows up to which reading weights costs more than the arithmetic */
     ROWS = 128, /* rows of x that a task multiplies: they stay in the second-level cache */
-    COLUMNS = 64
+    COLUMNS = 64,
+    PANEL = 3072 /* rows of weight that are FP32 at the same time */
 };
 
 int64_t linear_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads) {
     if (type == INT8) return quantized_size(N, C) + threads * packed_size(C);
-    return N <= FEW ? 0 : matmul_scratch_size(threads) + (type == FP16 ? OC * C : 0);
+    return N <= FEW ? 0 : matmul_scratch_size(threads) + (type == FP16 ? min64(OC, PANEL) * C : 0);
 }
 
-/* Many rows, FP32 or FP16: the second is made the first. */
+/* Many rows, FP32 or FP16: PANEL rows of weight at a time become the first. */
 static void linear_by_gemm(float *out, const float *x, const Linear *layer, float *scratch, int64_t N, int threads) {
-    const int64_t size = layer->OC * layer->C;
-    const float *weight = layer->weight;
-    if (layer->type == FP16) {
-        float *wide = scratch + matmul_scratch_size(threads);
+    const int64_t C = layer->C, OC = layer->OC;
+    if (layer->type == FP32) {
+        matmul_forward(out, x, layer->weight, layer->bias, scratch, N, C, OC, threads);
+        return;
+    }
+    float *wide = scratch + matmul_scratch_size(threads);
+    for (int64_t j = 0; j < OC; j += PANEL) {
+        const int64_t n = min64(PANEL, OC - j), size = n * C;
 #pragma omp parallel for num_threads(team(threads, size)) schedule(static)
         for (int64_t i = 0; i < size; i += VF_LEN)
-            vf_store_n(wide + i, load_float(layer->weight, i, size - i, FP16), size - i);
-        weight = wide;
+            vf_store_n(wide + i, vf_load_half_n((const uint16_t *)layer->weight + j * C + i, size - i), size - i);
+        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){wide, C, 1}, layer->bias ? layer->bias + j : NULL, 0, N, n, C,
+             scratch, threads);
     }
-    matmul_forward(out, x, weight, layer->bias, scratch, N, layer->C, layer->OC, threads);
 }
 
 void linear_forward(float *out, const float *x, const void *weight, const float *scale, const float *bias, int type,

@@ -18,6 +18,7 @@ from gpt2c.bench import (
     PROCESS_BYTES,
     QUICK_ROUNDS,
     ROUNDS,
+    TORCH,
     Result,
     Row,
     choose_rows,
@@ -59,6 +60,8 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
             continue
         if precision and precision not in PRECISIONS:
             raise ValueError(f"{name!r}: the precisions are {', '.join(PRECISIONS)}")
+        if backend in TORCH:
+            raise ValueError(f"{name!r} trains: the row to compare with here is {TRANSFORMERS}")
         choose_rows(backend)
         rows += [f"{backend}:{kind}" for kind in ([precision] if precision else PRECISIONS)]
     return rows

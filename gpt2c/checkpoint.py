@@ -316,7 +316,10 @@ def _map_tensors(path: Path) -> tuple[dict[str, tuple[str, NDArray[Any]]], dict[
             raise ValueError(f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(DTYPES)}")
         begin, end = entry["data_offsets"]
         data = mapped[start + begin : start + end].view(DTYPES[dtype])
-        tensors[name] = dtype, data.reshape(entry["shape"])
+        try:
+            tensors[name] = dtype, data.reshape(entry["shape"])
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: {name} has a shape that cannot be: {error}") from None
     return tensors, metadata
 
 

@@ -58,8 +58,9 @@ def run_generate(options: argparse.Namespace) -> int:
     if options.interactive and (options.prompt or options.num_samples > 1):
         raise ValueError("--interactive asks for prompts: give no --prompt and no --num-samples")
     start = time.perf_counter()
+    seconds = 0.0
     if options.interactive:
-        _converse(generator, settings)
+        seconds = _converse(generator, settings)
     elif options.num_samples == 1:
         pieces = generator.stream(options.prompt, **settings)
         sys.stdout.write(options.prompt)
@@ -70,7 +71,7 @@ def run_generate(options: argparse.Namespace) -> int:
         )
         for number, text in enumerate(texts, start=1):
             print(f"--- sample {number} ---\n{options.prompt}{text}")
-    seconds = time.perf_counter() - start
+    seconds = seconds or time.perf_counter() - start
     sys.stdout.flush()
     print(
         f"{generator.count} tokens in {seconds:.2f} s,"
@@ -87,19 +88,27 @@ def _write(pieces: Iterator[str]) -> None:
     print()
 
 
-def _converse(generator: Generator, settings: dict[str, Any]) -> None:
-    """Continue each line that is typed, until the end of the input; Ctrl-C ends a text only."""
+def _converse(generator: Generator, settings: dict[str, Any]) -> float:
+    """Continue each line that is typed, until the end of the input; Ctrl-C ends a text only.
+
+    Returns the seconds of writing, without those of typing.
+    """
+    seconds = 0.0
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
-            return
+            if sys.stdin.isatty():
+                print()
+            return seconds
+        start = time.perf_counter()
         try:
             _write(generator.stream(line, **settings))
         except KeyboardInterrupt:
             print()
         except ValueError as error:
             print(f"gpt2c: {error}", file=sys.stderr)
+        seconds += time.perf_counter() - start
 
 
 def open_model(path: Path, backend: str, quantize: str | None) -> GPT2 | QuantizedGPT2:

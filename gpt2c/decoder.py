@@ -3,7 +3,7 @@
 Reading a text costs one pass over the weights for each chunk of it, not for the whole text again
 for each token. Two ways lead through the layers: `_read`, op by op, which is the specification and
 reads many tokens of one text; and the kernels' `decode_step`, one call for one token of each of
-several texts. A row's arithmetic does not depend on what is read beside it.
+several texts, in which a row's bits do not depend on the others.
 
 Knows what a GPT-2 computes, nothing about sampling or text. Used by generate, engine and scoring.
 """
@@ -46,6 +46,7 @@ class Decoder:
 
     Raises
     ------
+    ValueError : slots or capacity out of range, parameters that are not the config's
     MemoryError : the caches do not fit
     """
 
@@ -57,6 +58,13 @@ class Decoder:
         slots: int,
         capacity: int,
     ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        if not 1 <= capacity <= config.n_positions:
+            raise ValueError(
+                f"capacity must be in [1, {config.n_positions}], n_positions, got {capacity}"
+            )
+        check_parameters(config, parameters)
         self.config = config
         self.slots, self.capacity = slots, capacity
         self._parameters = parameters
@@ -83,13 +91,23 @@ class Decoder:
     ) -> Array:
         """Read one more token of each of N texts; give the logits (N, V) of what follows.
 
-        They are void after the next call. Nothing is checked: ids must be in the vocabulary, slots
-        different, positions below the capacity.
+        They are void after the next call. What the arrays hold is not checked: ids must be in the
+        vocabulary, slots different, positions below the capacity.
 
         Parameters
         ----------
-        tokens, slots, positions : (N,) int32
+        tokens, slots, positions : (N,) int32, N <= slots
+
+        Raises
+        ------
+        ValueError : arrays of another shape or dtype
         """
+        for ids in (tokens, slots, positions):
+            if ids.dtype != np.int32 or ids.shape != (len(tokens),) or len(ids) > self.slots:
+                raise ValueError(
+                    f"a step takes int32 arrays (N,), N at most {self.slots}, got {ids.dtype}"
+                    f" {ids.shape}"
+                )
         logits = self._logits[: len(tokens)]
         if self._bound is None:
             for row, token, slot, position in zip(logits, tokens, slots, positions, strict=True):
@@ -108,7 +126,13 @@ class Decoder:
         tokens : (T,) int32, at least one
         slot : the text's
         position : where the first of them stands; position + T is at most the capacity
+
+        Raises
+        ------
+        ValueError : the tokens do not fit
         """
+        if len(tokens) == 0:
+            raise ValueError("at least one token is wanted, got none")
         for rows in self.hidden(tokens, slot, position):
             last = rows[-1:]
         logits = np.empty((1, self.config.vocab_size), np.float32)
@@ -119,8 +143,15 @@ class Decoder:
     def hidden(self, tokens: NDArray[np.int32], slot: int, position: int) -> Iterator[Array]:
         """Read tokens as `read` does; give ln_f's output (at most CHUNK, C), chunk after chunk.
 
-        A chunk is void when the next one is asked for.
+        A chunk is void when the next one is asked for. Ids must be in the vocabulary: that is not
+        checked.
         """
+        end = position + len(tokens)
+        if not (0 <= slot < self.slots and 0 <= position <= end <= self.capacity):
+            raise ValueError(
+                f"{len(tokens)} tokens at {position} in slot {slot} do not fit"
+                f" {self.slots} texts of {self.capacity} tokens"
+            )
         for start in range(0, len(tokens), CHUNK):
             yield self._read(tokens[start : start + CHUNK], slot, position + start)
 
@@ -196,3 +227,30 @@ class Decoder:
         if name not in self._chunk or self._chunk[name].size < size:
             self._chunk[name] = aligned_zeros(size)
         return self._chunk[name][:size].reshape(rows, columns)
+
+
+def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse parameters that the kernels could not read as `config` says: whoever made them.
+
+    Raises
+    ------
+    ValueError : an array is missing, or of another shape, dtype or layout
+    """
+    for name, shape in config.parameter_shapes().items():
+        wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {name: (shape, ("float32",))}
+        if len(shape) == 2 and name != "wpe.weight":
+            wanted[name] = (shape, ("float32", "float16", "uint8"))
+            scale = name.removesuffix("weight") + "scale"
+            if name in parameters and parameters[name].dtype == np.uint8:
+                wanted[scale] = (shape[:1], ("float32",))
+        for key, (size, dtypes) in wanted.items():
+            array = parameters.get(key)
+            if array is None:
+                raise ValueError(f"parameter {key} is missing")
+            if array.shape != size or array.dtype.name not in dtypes:
+                raise ValueError(
+                    f"parameter {key} must be {' or '.join(dtypes)} {size},"
+                    f" got {array.dtype} {array.shape}"
+                )
+            if not array.flags.c_contiguous:
+                raise ValueError(f"parameter {key} must be C-contiguous: pass a copy")

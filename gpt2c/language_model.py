@@ -124,6 +124,8 @@ class LanguageModel:
         else:
             out = []
             for row, added in zip(rows, new, strict=True):
+                if config.on_full == "stop":  # the last token is not read, so it needs no place
+                    added = added[: self.config.n_positions + 1 - max(1, len(row))]
                 last = np.flatnonzero(np.isin(added, ends))
                 out.append(np.concatenate([row, added[: last[0] + 1 if len(last) else None]]))
         if not config.logprobs:

@@ -45,7 +45,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     Raises
     ------
-    ValueError : model and tokenizer have vocabularies of different sizes
+    ValueError : the tokenizer has more tokens than the model
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:

@@ -154,7 +154,7 @@ class GPT2(LanguageModel):
         checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
         for name, parameter in self.parameters.items():
             tensor = tensors[name]
-            if tensor.ndim == 2 and tensor.flags.f_contiguous:
+            if tensor.ndim == 2 and tensor.dtype == np.float32 and tensor.flags.f_contiguous:
                 self.backend.matrix_transpose(parameter, tensor.T)
             else:
                 parameter[...] = tensor

@@ -90,6 +90,8 @@ class QuantizedGPT2(LanguageModel):
         ------
         ValueError : an unknown method, or weights that cannot be rounded
         """
+        if isinstance(model, QuantizedGPT2):
+            raise ValueError(f"the model has {model.method} weights already: start from a GPT2")
         quantized = cls(model.config, method, model.backend)
         quantized._round(model.parameters, "the model")
         return quantized
@@ -170,7 +172,7 @@ def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.float
 
 
 def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
-    """Give uninitialised parameters in one piece of memory: pages are large, rows aligned."""
+    """Give parameters of zeros in one piece of memory: pages are large, rows aligned."""
     wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
     for name, shape in config.parameter_shapes().items():
         small = len(shape) == 2 and name != "wpe.weight"

@@ -85,9 +85,9 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, or None, got {value}")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
             raise ValueError(
-                f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}"
+                f"repetition_penalty must be from 0.001 to 1000, got {self.repetition_penalty}"
             )
         if self.on_full not in ("slide", "stop"):
             raise ValueError(f"on_full must be 'slide' or 'stop', got {self.on_full!r}")
@@ -223,7 +223,9 @@ def choose(
     scores = penalised(logits, settings, text, forbidden)
     likeliest = int(scores.argmax())
     if scores is not logits and scores[likeliest] == -np.inf:
-        raise ValueError("no token is left to continue with: no_repeat_ngram_size forbids them all")
+        raise ValueError(
+            "no token is left to continue with: no_repeat_ngram_size and min_new_tokens forbid all"
+        )
     if settings.greedy:
         return likeliest
     ids, weights = distribution(scores, settings)

@@ -33,6 +33,7 @@ def test_rows_are_backends_with_each_kind_of_weights() -> None:
     ]
     assert "fp32, fp16, int8" in refused(bench_generate.choose_generate_rows, "base:fp8", False)
     assert "'abacus'" in refused(bench_generate.choose_generate_rows, "abacus:int8", False)
+    assert "transformers" in refused(bench_generate.choose_generate_rows, "torch", False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -63,7 +64,7 @@ def test_works_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["base:fp32", "base:int8", "transformers"]
     shown: list[list[Result]] = []
     results, verdict = bench_generate.bench_generate(rows, CEILINGS, TINY, True, shown.append)
-    assert [r for group in shown for r in group] == results and "machine" in verdict
+    assert [r for group in shown for r in group] == results and "machine" in verdict.lower()
     assert [(r.row, r.group) for r in results] == [
         (row, group) for group in ("prefill 16 tokens", "decode, batch 2") for row in rows
     ]
@@ -108,3 +109,22 @@ def test_mistakes_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["bench", "generate", *arguments.split()]) == 2
         err = capsys.readouterr().err
         assert err.startswith("gpt2c: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 8)])
+def test_what_is_timed_is_what_is_verified(
+    what: str, B: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker("base:int8", 1)
+    name = "linear_forward" if what == "prefill" else "decode_step"
+    right = getattr(worker._backend, name)
+
+    def wrong_for_many(*arguments: Any) -> None:
+        right(*arguments)
+        out = arguments[0]
+        if len(out) > (16 if what == "prefill" else 4):  # as only the products of many rows
+            out *= 1.5
+
+    monkeypatch.setattr(worker._backend, name, wrong_for_many)
+    answer = worker.generate(what, dataclasses.asdict(TINY), B, 9)
+    assert answer["error"] > answer["rtol"]

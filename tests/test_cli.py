@@ -420,7 +420,7 @@ MISTAKES = [
     ("generate run --max-new-tokens -1", "max_new_tokens must be at least 0"),
     ("generate run --min-p 0", "min_p must be above 0"),
     ("generate run --min-p nan", "min_p must be above 0"),
-    ("generate run --repetition-penalty 0", "repetition_penalty must be finite and above 0"),
+    ("generate run --repetition-penalty 0", "repetition_penalty must be from 0.001 to 1000"),
     ("generate run --no-repeat-ngram-size -1", "no_repeat_ngram_size must be at least 0"),
     ("generate run --num-samples 0", "--num-samples must be at least 1, got 0"),
     ("generate run --num-samples 1000000000", "not enough memory: 1000000000 texts of 16 tokens"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Guarded
+from conftest import Guarded, refused
 
 from gpt2c import GPT2, GPT2Config
 from gpt2c.backend import get_backend
@@ -364,3 +364,51 @@ def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("gpt2c.decoder.free_bytes", lambda: needed - 1)
     with pytest.raises(MemoryError, match=rf"{slots} texts of {T} tokens need {needed:,} bytes"):
         model.decoder(slots)
+
+
+# ---- what never reaches C ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slots", "capacity", "named"), [(0, 4, "slots"), (-1, 4, "slots"), (1, 0, "capacity")]
+)
+def test_room_for_nothing_is_refused(slots: int, capacity: int, named: str) -> None:
+    model = GPT2(ODD, backend="numpy")
+    assert refused(model.decoder, slots, capacity).startswith(named)
+    assert "n_positions" in refused(model.decoder, 1, ODD.n_positions + 1)
+
+
+def test_tokens_that_do_not_fit_are_refused(backend: Any) -> None:
+    decoder = GPT2(ODD, backend=backend).decoder(2, 4)
+    before = decoder.keys.tobytes(), decoder.values.tobytes()
+    ids = np.arange(5, dtype=np.int32)
+    for tokens, slot, position in (
+        *((ids, 0, 0), (ids[:2], 0, 3), (ids[:1], 2, 0), (ids[:1], -1, 0)),
+        *((ids[:1], 0, -1), (ids, 1, 1)),
+    ):
+        assert "do not fit" in refused(decoder.read, tokens, slot, position)
+    assert "at least one" in refused(decoder.read, ids[:0], 0, 0)
+    three = np.zeros(3, np.int32)
+    assert "at most 2" in refused(decoder.step, three, three, three)
+    wide = np.zeros(2, np.int64)
+    assert "int64" in refused(decoder.step, wide, wide, wide)
+    assert (decoder.keys.tobytes(), decoder.values.tobytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("wte.scale", None, "missing"),
+        ("h.0.mlp.c_fc.weight", lambda a: a[:3], "must be"),
+        ("h.1.ln_1.bias", lambda a: a.astype(np.float64), "float64"),
+        ("h.0.attn.c_attn.scale", lambda a: a[:-1], "must be"),
+        ("h.0.attn.c_proj.weight", np.asfortranarray, "contiguous"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(name: str, change: Any, said: str) -> None:
+    model = QuantizedGPT2.from_model(GPT2(ODD), "int8")
+    array = model.parameters.pop(name)
+    if change is not None:
+        model.parameters[name] = change(array)
+    message = refused(model.generate, [[1]], 2)
+    assert name in message and said in message

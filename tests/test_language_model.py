@@ -295,3 +295,12 @@ def test_far_too_many_texts_are_refused_at_once() -> None:
         with pytest.raises(MemoryError, match="1000000000 texts"):
             call([[1]], num_return_sequences=10**9)
     assert time.perf_counter() - start < 1
+
+
+def test_a_text_that_is_full_ends_alone_and_among_others() -> None:
+    model, settings = GPT2(CONFIG, backend="base"), {"temperature": 0, "on_full": "stop"}
+    prompts = [[1] * (model.config.n_positions - 2), [2, 3]]
+    together = model.generate(prompts, 9, **settings)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert np.array_equal(row, model.generate([prompt], 9, **settings)[0])
+    assert len(together[0]) == model.config.n_positions + 1

@@ -565,3 +565,12 @@ def test_a_loss_that_keeps_nothing_is_the_same(backend: Any, rng: np.random.Gene
     kept = model.loss(x, y)
     assert model.loss(x, y, keep=False) == kept
     assert "call loss" in refused(model.backward)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_parameters_of_another_dtype_are_converted(dtype: Any, backend: Any) -> None:
+    model, other = odd_model(backend), odd_model("numpy", seed=2)
+    wanted = {name: p.astype(dtype) for name, p in other.parameters.items()}
+    model.load_parameters({n: np.asfortranarray(p) for n, p in wanted.items()}, "a test")
+    for name, parameter in model.parameters.items():
+        assert np.array_equal(parameter, wanted[name].astype(np.float32))
