@@ -1,7 +1,7 @@
 /* One more token for each of N texts: a whole pass through the model in one call, for few rows.
  *
  * Bound by memory: every weight is read once for all texts, and each text's keys and values once. The pass is a chain
- * of about 80 short stages, so it is one parallel region: all threads walk through it together and wait for each other
+ * of about 90 short stages, so it is one parallel region: all threads walk through it together and wait for each other
  * where a stage needs what others computed. Rows, columns of a layer's output and heads are divided among threads; the
  * arithmetic of a row does not depend on the others.
  *
@@ -89,6 +89,16 @@ static void prepare(Quantized q, const float *x, int64_t from, int64_t to, const
     for (int64_t i = from; i < to; i++) quantize_row(q, x + i * layer->C, i, layer->C);
 }
 
+/* Rows [from, to) of out and q become the layernorm of those of x (N,C), ready for `layer`. */
+static void normalise(float *out, Quantized q, const float *x, const float *weight, const float *bias, float eps,
+                      int64_t from, int64_t to, const Linear *layer) {
+    const int64_t C = layer->C;
+    float mean, rstd;
+    for (int64_t i = from; i < to; i++)
+        layernorm_forward(out + i * C, &mean, &rstd, x + i * C, weight, bias, eps, 1, C, 1);
+    prepare(q, out, from, to, layer);
+}
+
 /* A member's columns of out (N,OC) (+)= layer(x), for rows x that are ready in q too. */
 static void linear(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int accumulate,
                    Member member) {
@@ -124,11 +134,7 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
             embed(x + i * C, &model->wte, model->wpe + positions[i] * C, tokens[i]);
         for (int64_t l = 0; l < model->L; l++) {
             const Layer *layer = model->layers + l;
-            float mean, rstd;
-            for (int64_t i = row; i < rows_end; i++)
-                layernorm_forward(normed + i * C, &mean, &rstd, x + i * C, layer->ln_1_weight, layer->ln_1_bias,
-                                  model->eps, 1, C, 1);
-            prepare(q, normed, row, rows_end, &layer->c_attn);
+            normalise(normed, q, x, layer->ln_1_weight, layer->ln_1_bias, model->eps, row, rows_end, &layer->c_attn);
 #pragma omp barrier
             linear(wide, &layer->c_attn, normed, &q, N, 0, me);
 #pragma omp barrier
@@ -147,10 +153,7 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
             }
             linear(x, &layer->attn_proj, att, &q, N, 1, me);
 #pragma omp barrier
-            for (int64_t i = row; i < rows_end; i++)
-                layernorm_forward(normed + i * C, &mean, &rstd, x + i * C, layer->ln_2_weight, layer->ln_2_bias,
-                                  model->eps, 1, C, 1);
-            prepare(q, normed, row, rows_end, &layer->c_fc);
+            normalise(normed, q, x, layer->ln_2_weight, layer->ln_2_bias, model->eps, row, rows_end, &layer->c_fc);
 #pragma omp barrier
             linear(wide, &layer->c_fc, normed, &q, N, 0, me);
             for (int64_t i = 0; i < N; i++)
@@ -163,11 +166,7 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
             linear(x, &layer->mlp_proj, wide, &q_wide, N, 1, me);
 #pragma omp barrier
         }
-        float mean, rstd;
-        for (int64_t i = row; i < rows_end; i++)
-            layernorm_forward(normed + i * C, &mean, &rstd, x + i * C, model->ln_f_weight, model->ln_f_bias, model->eps,
-                              1, C, 1);
-        prepare(q, normed, row, rows_end, &model->wte);
+        normalise(normed, q, x, model->ln_f_weight, model->ln_f_bias, model->eps, row, rows_end, &model->wte);
 #pragma omp barrier
         linear(logits, &model->wte, normed, &q, N, 0, me);
     }

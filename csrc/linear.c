@@ -1,4 +1,4 @@
-/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), for reading a model: weights of 32, 16 or 8 bits, few rows.
+/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), for reading a model: weights of 32, 16 or 8 bits.
  *
  * With few rows the weights are read once and little is done with each: the speed is that of memory, and smaller
  * weights are faster. So every weight is used where it lies, row by row, for all rows of x at once: a tile is some rows
@@ -72,9 +72,7 @@ static inline __attribute__((always_inline)) void float_products(vf *acc, const 
                                                                  int64_t ldx, int64_t c, int64_t n, const int outs,
                                                                  const int rows, const int type) {
     vf wc[MOST];
-    for (int o = 0; o < outs; o++) {
-        wc[o] = load_float(w[o], c, n, type);
-    }
+    for (int o = 0; o < outs; o++) wc[o] = load_float(w[o], c, n, type);
     for (int r = 0; r < rows; r++) {
         const vf xc = vf_load_n(x + r * ldx + c, n);
         for (int o = 0; o < outs; o++) acc[r * outs + o] = vf_fma(wc[o], xc, acc[r * outs + o]);
@@ -85,9 +83,7 @@ static inline __attribute__((always_inline)) void int8_products(vi *acc, const v
                                                                 int64_t ldx, int64_t c, int64_t n, const int outs,
                                                                 const int rows) {
     vb wc[MOST];
-    for (int o = 0; o < outs; o++) {
-        wc[o] = vb_load_unsigned_n((const uint8_t *)w[o] + c, n);
-    }
+    for (int o = 0; o < outs; o++) wc[o] = vb_load_unsigned_n((const uint8_t *)w[o] + c, n);
     for (int r = 0; r < rows; r++) {
         const vb xc = vb_load_signed_n(x + r * ldx + c, n);
         for (int o = 0; o < outs; o++) acc[r * outs + o] = vi_dot(acc[r * outs + o], wc[o], xc);

@@ -70,6 +70,20 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
+def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer with tokens that the model has not; a model may have more, as padding.
+
+    Raises
+    ------
+    ValueError : they do not belong together
+    """
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model"
+            f" {model.config.vocab_size}: they do not belong together"
+        )
+
+
 class Generator:
     """Continues texts.
 
@@ -88,11 +102,7 @@ class Generator:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        if model.config.vocab_size < tokenizer.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model"
-                f" {model.config.vocab_size}: they do not belong together"
-            )
+        check_vocabulary(model, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.count = 0

@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
-from gpt2c.generator import Writer
+from gpt2c.generator import Writer, check_vocabulary
 from gpt2c.language_model import LanguageModel
 from gpt2c.sampling import GenerationConfig
 from gpt2c.scoring import Scorer
@@ -50,11 +50,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__()
-        if model.config.vocab_size < tokenizer.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model"
-                f" {model.config.vocab_size}: they do not belong together"
-            )
+        check_vocabulary(model, tokenizer)
         self.model = model
         self.tokenizer = tokenizer
 

@@ -171,16 +171,7 @@ class GPT2(LanguageModel):
     # ---- forward ---------------------------------------------------------------------------------
 
     def __call__(self, idx: ArrayLike) -> Array:
-        """Logits (B, T, V) float32 of the next token at every position, in memory of their own.
-
-        Parameters
-        ----------
-        idx : (B, T) token ids in [0, V), T <= n_positions
-
-        Raises
-        ------
-        ValueError : another shape, not whole numbers, an id out of range
-        """
+        """Logits (B, T, V), see `LanguageModel.__call__`; all rows pass the layers together."""
         tokens = self._check_tokens(idx)
         final = self._forward(tokens, keep=False)
         logits = np.empty((*tokens.shape, self.config.vocab_size), np.float32)

@@ -141,7 +141,7 @@ class QuantizedGPT2(LanguageModel):
 
         Raises
         ------
-        ValueError : see `LanguageModel.losses`
+        ValueError : see `LanguageModel.mean_loss`
         """
         if keep:
             self.backward()

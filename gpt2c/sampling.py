@@ -221,13 +221,13 @@ def choose(
             "logits hold nan or infinity; the model's weights have diverged or are damaged"
         )
     scores = penalised(logits, settings, text, forbidden)
-    likeliest = int(scores.argmax())
-    if scores is not logits and scores[likeliest] == -np.inf:
+    best = int(scores.argmax())
+    if scores is not logits and scores[best] == -np.inf:
         raise ValueError(
             "no token is left to continue with: no_repeat_ngram_size and min_new_tokens forbid all"
         )
     if settings.greedy:
-        return likeliest
+        return best
     ids, weights = distribution(scores, settings)
     cumulative = np.cumsum(weights)
     return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
