@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from gpt2c.files import atomic_paths
+from gpt2c.files import atomic_paths, read_json
+from gpt2c.tensorfile import Tensors, map_tensors, read_metadata, read_tensors, write_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -32,10 +31,6 @@ TRAINER_FILE = "trainer.safetensors"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # The causal mask that older versions of transformers saved with the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "U8": "|u1"}
-
-Tensors = dict[str, NDArray[np.float32]]
 
 
 def save_weights(
@@ -83,7 +78,7 @@ def load_weights(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Ten
     """
     config = read_config(directory)
     path = Path(directory) / WEIGHTS_FILE
-    stored, _ = _read_tensors(path)
+    stored, _ = read_tensors(path, BUFFERS)
     tensors: Tensors = {}
     for stored_name, tensor in stored.items():
         name = stored_name.removeprefix("transformer.")
@@ -120,13 +115,13 @@ def save_as_they_are(
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     with atomic_paths(directory / WEIGHTS_FILE, directory / CONFIG_FILE) as (weights, config_file):
-        _write_tensors(weights, tensors, {"format": "gpt2c"})
+        write_tensors(weights, tensors, {"format": "gpt2c"})
         config_file.write_text(text, encoding="utf-8")
 
 
 def load_as_they_are(directory: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     """Map the weights that `save_as_they_are` wrote: name -> read-only array."""
-    stored, _ = _map_tensors(Path(directory) / WEIGHTS_FILE)
+    stored, _ = map_tensors(Path(directory) / WEIGHTS_FILE)
     return {name: tensor for name, (_, tensor) in stored.items()}
 
 
@@ -196,14 +191,14 @@ def load_checkpoint(
     """
     config, tensors = load_weights(directory)
     path = Path(directory) / TRAINER_FILE
-    trainer_tensors, metadata = _read_tensors(path)
+    trainer_tensors, metadata = read_tensors(path)
     try:
         state = json.loads(metadata["state"])
         step = str(int(state["step"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no trainer state that can be read: {error!r}") from error
     weights_path = Path(directory) / WEIGHTS_FILE
-    weights_step = _read_metadata(weights_path).get("step", "unknown")
+    weights_step = read_metadata(weights_path).get("step", "unknown")
     if weights_step != step:
         raise ValueError(
             f"{weights_path} is of step {weights_step} but {path} of step {step}: wanted two files "
@@ -227,9 +222,9 @@ def _save(
     names = [WEIGHTS_FILE, CONFIG_FILE, *([] if trainer_tensors is None else [TRAINER_FILE])]
     with atomic_paths(*(directory / name for name in names)) as (weights, config_file, *trainer):
         if trainer_tensors is not None:
-            _write_tensors(trainer[0], trainer_tensors, {"state": state_text})
+            write_tensors(trainer[0], trainer_tensors, {"state": state_text})
         # Without "format" transformers refuses the file.
-        _write_tensors(weights, stored, {"format": "pt", **metadata})
+        write_tensors(weights, stored, {"format": "pt", **metadata})
         config_file.write_text(config_text, encoding="utf-8")
 
 
@@ -238,105 +233,9 @@ def _transpose(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
     return tensor.T if name.endswith(TRANSPOSED) else tensor
 
 
-def _write_tensors(
-    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: dict[str, str]
-) -> None:
-    # safetensors puts a file of its own in place, readable by its owner only whatever the umask is.
-    path.touch()
-    mode = path.stat().st_mode
-    # It also writes memory as it lies, so an array that is not contiguous would come out scrambled.
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
-    _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Make equal weights equal files: safetensors writes the metadata in an order of chance."""
-    with open(path, "rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # it always is: safetensors writes no spaces but the padding
-            file.seek(8)
-            file.write(text.ljust(size))
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; a model directory has {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    return config
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="np") as file:
-        return file.metadata() or {}
-
-
-def _map_tensors(path: Path) -> tuple[dict[str, tuple[str, NDArray[Any]]], dict[str, str]]:
-    """Map a safetensors file: name -> (dtype in the file, read-only array), and its metadata.
-
-    Masks are left out.
-
-    The library checks the file, its sizes and offsets; it would copy every tensor, and NumPy lacks
-    its BF16, which comes as uint16. The format: an 8-byte little-endian length, a JSON header of
-    that length, then the tensors' bytes.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist (weights are read from safetensors, never from pickles)"
-        )
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    header = json.loads(mapped[8:start].tobytes())
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if name.endswith(BUFFERS):
-            continue
-        dtype = entry["dtype"]
-        if dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(DTYPES)}")
-        begin, end = entry["data_offsets"]
-        data = mapped[start + begin : start + end].view(DTYPES[dtype])
-        try:
-            tensors[name] = dtype, data.reshape(entry["shape"])
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: {name} has a shape that cannot be: {error}") from None
-    return tensors, metadata
-
-
-def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read a safetensors file as float32; what is float32 there stays mapped."""
-    stored, metadata = _map_tensors(path)
-    tensors: Tensors = {}
-    for name, (dtype, tensor) in stored.items():
-        if dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(FLOAT_DTYPES)}"
-            )
-        if dtype == "BF16":  # the upper half of a float32
-            tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
-        try:
-            with np.errstate(over="raise"):
-                tensors[name] = tensor.astype(np.float32, copy=False)
-        except FloatingPointError as error:
-            raise ValueError(f"{path}: {name} holds numbers beyond the range of float32") from error
-    return tensors, metadata
+    return read_json(path)

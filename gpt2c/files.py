@@ -1,14 +1,20 @@
 """Files that are whole or absent: every result is written under a temporary name, then renamed.
 
-Knows nothing about what is in the files. Used by data, tokenizer, checkpoint and train.
+And JSON that a stranger may have written. Knows nothing about what is in the files. Used by data,
+tokenizer, checkpoint and train.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
 
 
 @contextmanager
@@ -60,3 +66,40 @@ def claim_directory(path: Path, overwrite: bool) -> None:
             f"{path} exists and is not empty; name another directory or pass --overwrite"
         )
     path.mkdir(parents=True, exist_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that must hold one JSON object.
+
+    Raises
+    ------
+    OSError : it is missing or unreadable
+    ValueError : it is not JSON (nan and infinity are not), or not an object; a key is there twice
+    """
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes; JSON of at most {LARGEST_JSON:,} is read")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """Parse one JSON object; `source` names it in errors. See `read_json`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):  # the readers of a file might disagree on which one counts
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r} is there twice")
+    return entries
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")

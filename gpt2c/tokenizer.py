@@ -346,13 +346,8 @@ def _read(path: Path) -> str:
 
 def _read_vocabulary(path: Path) -> tuple[dict[bytes, int], int]:
     """Read and check `vocab.json`: (bytes of each token -> id, id of `<|endoftext|>`)."""
-    try:
-        vocabulary = json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(vocabulary, dict) or any(
-        type(token_id) is not int for token_id in vocabulary.values()
-    ):
+    vocabulary = files.parse_json(_read(path), str(path))
+    if any(type(token_id) is not int for token_id in vocabulary.values()):
         raise ValueError(f"{path} must be one JSON object of tokens and their ids")
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ValueError(

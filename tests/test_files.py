@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
+from gpt2c import files
 from gpt2c.files import atomic_paths, claim_directory
 
 
@@ -51,3 +53,43 @@ def test_a_directory_is_claimed_once(tmp_path: Path) -> None:
     claim_directory(tmp_path / "x" / "y", overwrite=True)
     with pytest.raises(NotADirectoryError, match="is a file"):
         claim_directory(tmp_path / "x" / "y" / "file", overwrite=True)
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"a": 1', "not valid JSON"),
+        (b'{"a": 1} x', "Extra data"),
+        (b"\xff\xff", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": 1, "b": 2, "a": 1}', "'a' is there twice"),
+        (b'{"x": {"b": 2, "b": 1}}', "'b' is there twice"),
+        (b"[1]", "must hold a JSON object, got list"),
+        (b"null", "must hold a JSON object, got NoneType"),
+    ],
+)
+def test_json_that_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    message = refused(files.read_json, path)
+    assert str(path) in message and said in message
+
+
+def test_json_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with open(path, "wb") as file:
+        file.truncate(files.LARGEST_JSON + 1)  # takes no space
+    assert "is read" in refused(files.read_json, path)
+
+
+def test_json_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": [1, {"a": 2.5}], "é": null}', encoding="utf-8")
+    assert files.read_json(path) == {"a": [1, {"a": 2.5}], "é": None}
