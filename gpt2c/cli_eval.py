@@ -14,6 +14,7 @@ from gpt2c import scoring
 from gpt2c.baselines import bits_per_byte
 from gpt2c.cli_generate import open_model
 from gpt2c.data import read_tokens
+from gpt2c.generator import check_vocabulary
 from gpt2c.model import GPT2
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
@@ -62,11 +63,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def _questions(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> list[scoring.Question]:
     tokenizer = Tokenizer.from_pretrained(options.model)
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"{options.model} has a tokenizer of {tokenizer.vocab_size} tokens and a model of"
-            f" {model.config.vocab_size}: they do not belong together"
-        )
+    check_vocabulary(model, tokenizer)
     return scoring.read_questions(options.choices, tokenizer, model.config.n_positions)
 
 

@@ -159,21 +159,35 @@ class Decoder:
         """Write the lm_head's output (N, V) of rows (N, C) of `hidden`."""
         self._linear(out, "wte", rows)
 
-    def losses(self, tokens: NDArray[np.int32], targets: NDArray[np.int32]) -> Array:
-        """Read a text (T,) in slot 0; give -log p (T,), in nats, of the target at each position."""
-        out = np.empty(len(tokens), np.float32)
-        lse = np.empty_like(out)
+    def losses(
+        self, tokens: NDArray[np.int32], targets: NDArray[np.int32], position: int = 0
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Read a text's tokens (T,) from `position` on in slot 0, and look up what follows each.
+
+        Parameters
+        ----------
+        tokens, targets : (T,) int32; -1 is a target to ignore
+
+        Returns
+        -------
+        (losses, likeliest) : (T,) float32, -log p of each target in nats, 0 where it is ignored;
+            (T,) whether it was the likeliest token
+        """
+        losses = np.empty(len(tokens), np.float32)
+        lse, likeliest = np.empty_like(losses), np.empty(len(tokens), np.bool_)
         start = 0
-        for rows in self.hidden(tokens, 0, 0):
+        for rows in self.hidden(tokens, 0, position):
             for part in np.array_split(rows, -(-len(rows) // LOGITS_ROWS)):
                 end = start + len(part)
                 logits = self._memory("logits", len(part), self.config.vocab_size)
+                wanted = targets[start:end]
                 self.logits(logits, part)
                 self._backend.crossentropy_forward(
-                    out[start:end], lse[start:end], logits, targets[start:end]
+                    losses[start:end], lse[start:end], logits, wanted
                 )
+                likeliest[start:end] = logits.argmax(axis=1) == wanted
                 start = end
-        return out
+        return losses, likeliest
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let one text begin with the first `length` tokens of another."""

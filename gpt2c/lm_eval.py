@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval import utils
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from gpt2c.generator import Writer, check_vocabulary
@@ -23,6 +20,15 @@ from gpt2c.language_model import LanguageModel
 from gpt2c.sampling import GenerationConfig
 from gpt2c.scoring import Scorer
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gpt2c.lm_eval is an adapter for lm-evaluation-harness: pip install lm_eval", name="lm_eval"
+    ) from error
 
 MAX_GEN_TOKS = 256  # where a task says nothing
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same

@@ -76,7 +76,7 @@ class AdamW:
 
     Raises
     ------
-    ValueError : a setting is out of range
+    ValueError : a setting is out of range, or the model has no gradients
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
+        if not hasattr(model, "flat_gradients"):
+            raise ValueError(
+                f"AdamW needs a model with gradients, a GPT2 loaded without quantize, got"
+                f" {type(model).__name__}"
+            )
         _check_learning_rate(learning_rate)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.data import read_text
-from gpt2c.decoder import LOGITS_ROWS
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
 from gpt2c.memory import Array
 from gpt2c.tokenizer import Tokenizer
@@ -46,10 +45,8 @@ class Scorer:
     """
 
     def __init__(self, model: LanguageModel, capacity: int | None = None) -> None:
-        self._backend = model.backend
         self._decoder = model.decoder(1, capacity)
         self._known = np.empty(0, np.int32)  # what the decoder has read
-        self._logits = np.empty((LOGITS_ROWS, model.config.vocab_size), np.float32)
 
     def __call__(self, tokens: IntArray, first: int) -> tuple[Array, NDArray[np.bool_]]:
         """Score tokens[first:], each after all those before it.
@@ -72,19 +69,7 @@ class Scorer:
         self._known = self._known[:same]  # all that is certain if what follows is interrupted
         for _ in self._decoder.hidden(read[same : first - 1], 0, same):
             pass  # of the context only the keys and values are wanted
-        losses = np.empty(len(targets), np.float32)
-        lse, likeliest = np.empty_like(losses), np.empty(len(targets), np.bool_)
-        start = 0
-        for rows in self._decoder.hidden(read[first - 1 :], 0, first - 1):
-            for part in np.array_split(rows, -(-len(rows) // LOGITS_ROWS)):
-                end = start + len(part)
-                logits, wanted = self._logits[: len(part)], targets[start:end]
-                self._decoder.logits(logits, part)
-                self._backend.crossentropy_forward(
-                    losses[start:end], lse[start:end], logits, wanted
-                )
-                likeliest[start:end] = logits.argmax(axis=1) == wanted
-                start = end
+        losses, likeliest = self._decoder.losses(read[first - 1 :], targets, first - 1)
         if not np.isfinite(losses).all():
             raise ValueError("the model gives nan: its weights have diverged or are damaged")
         self._known = read.copy()

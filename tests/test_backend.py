@@ -241,7 +241,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_generate": {"checkpoint", "model", "tokenizer"} | READING,
     "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "cli_generate", "data", "model", "progress", "quantized"}
+    "cli_eval": {"baselines", "cli_generate", "data", "generator", "model", "progress", "quantized"}
     | {"scoring", "tokenizer", "train"},
     "cli": RUN
     | {"cli_bench", "cli_eval", "cli_generate", "demo", "machine", "train"},  # nothing imports cli

@@ -193,7 +193,8 @@ def test_losses_are_those_of_the_logits(
     for chunk, rows in [(256, 64), (33, 5), (T, T), (1, 1)]:
         monkeypatch.setattr("gpt2c.decoder.CHUNK", chunk)
         monkeypatch.setattr("gpt2c.decoder.LOGITS_ROWS", rows)
-        losses = model.decoder().losses(tokens[:-1], targets)
+        losses, likeliest = model.decoder().losses(tokens[:-1], targets)
+        np.testing.assert_array_equal(likeliest, logits.argmax(axis=1) == targets)
         assert losses.dtype == np.float32 and losses[7] == 0
         agree(kind, losses[:, None], expected[:, None])
 

@@ -170,6 +170,7 @@ def test_it_is_read_and_not_trained(method: str, rng: np.random.Generator) -> No
     for call in (model.backward, lambda: model.loss(idx, idx, keep=True)):
         message = refused(call)
         assert method in message and "no gradients" in message and "without quantize" in message
+    assert "loaded without quantize, got QuantizedGPT2" in refused(AdamW, model)
     assert model.loss(idx, idx, keep=False) == model.mean_loss(idx, idx) == before
     assert refused(model.loss, idx + V, idx).startswith("idx")
     assert refused(model.loss, idx, idx[:1]).startswith("targets")

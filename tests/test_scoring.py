@@ -589,7 +589,7 @@ MISTAKES = [
     ("eval run --choices missing.jsonl", r"missing\.jsonl does not exist"),
     ("eval run --choices data", "data: Is a directory"),
     ("eval run --choices long.jsonl", r"line 1: ctx and ending 1 have 21 tokens"),
-    ("eval other --choices few.jsonl", "tokenizer of 269 tokens and a model of 257: they do not"),
+    ("eval other --choices few.jsonl", "tokenizer has 269 tokens and the model 257: they do not"),
     ("eval data --choices few.jsonl", r"config\.json does not exist"),
 ]
 
