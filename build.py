@@ -115,6 +115,11 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
     """Compile every instruction set that this platform and compiler know into `out`."""
     if target().startswith("win"):
         sys.exit("gpt2c does not run on Windows itself: install it in WSL, the Linux in Windows")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        sys.exit(
+            "gpt2c is built for CPython's stable ABI, which free-threaded Python does not have:"
+            " take the ordinary Python of this version"
+        )
     cc = compiler()
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").is_file():
