@@ -75,7 +75,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def unpack(sdist: Path, where: Path) -> Path:
     with tarfile.open(sdist) as archive:
-        archive.extractall(where, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # new in 3.11.4
+        archive.extractall(where)
     (source,) = where.iterdir()
     return source
 
