@@ -9,18 +9,15 @@ import argparse
 import dataclasses
 import importlib.metadata
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_eval, cli_generate
-from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
+from gpt2c import cli_bench, cli_eval, cli_generate, cli_info
 from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
-from gpt2c.machine import cpu_name
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.train import TrainResult, train
 
@@ -104,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
             "backends and PyTorch side by side, verified, in turn",
         )
     )
-    _verb(verbs, "info", run_info, "CPU, backends, threads, versions")
+    cli_info.add_flags(_verb(verbs, "info", cli_info.run_info, "CPU, backends, threads, versions"))
     return top
 
 
@@ -184,24 +181,6 @@ def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
         f" {shlex.join(command)}"
     )
     return INTERRUPTED
-
-
-def run_info(options: argparse.Namespace) -> int:
-    """`gpt2c info`."""
-    threads = default_threads()
-    print(f"{'gpt2c':<12}{importlib.metadata.version('gpt2c')}")
-    print(f"{'Python':<12}{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("numpy", "cffi", "tiktoken", "safetensors"):
-        print(f"{package:<12}{importlib.metadata.version(package)}")
-    print(f"{'CPU':<12}{cpu_name()}")
-    print(f"{'threads':<12}{threads}")
-    chosen = get_backend().name
-    for name in NAMES:
-        state = why_missing(name)
-        if not state and name != "numpy":
-            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
-        print(f"{'backend':<12}{name:<12}{state}{'  <- chosen' if name == chosen else ''}")
-    return 0
 
 
 if __name__ == "__main__":

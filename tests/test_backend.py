@@ -243,8 +243,11 @@ ARROWS: dict[str, set[str]] = {
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"baselines", "cli_generate", "data", "generator", "model", "progress", "quantized"}
     | {"scoring", "tokenizer", "train"},
-    "cli": RUN
-    | {"cli_bench", "cli_eval", "cli_generate", "demo", "machine", "train"},  # nothing imports cli
+    "cli_info": {"backend", "machine", "memory"},
+    "cli": (RUN - {"backend"})
+    | {"cli_bench", "cli_eval", "cli_generate", "cli_info", "demo"}
+    | {"train"},
+    "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }
 DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}

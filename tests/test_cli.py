@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2c.backend import NAMES, backends, default_threads
+from gpt2c.backend import backends
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
 from gpt2c.data import read_tokens, write_tokens
@@ -313,21 +313,7 @@ def test_ctrl_c_ends_a_text_and_not_the_conversation(
     assert (code, out) == (0, "x\ncxx\n")
 
 
-# ---- info, version -------------------------------------------------------------------------------
-
-
-def test_info(gpt2c, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, err = gpt2c("info")
-    assert (code, err) == (0, "")
-    rows = [line.split() for line in out.splitlines()]
-    assert [row[1] for row in rows if row[0] == "backend"] == list(NAMES)
-    assert [row[1] for row in rows if row[-1] == "chosen"] == [backends()[0]]
-    assert ["threads", str(default_threads())] in rows
-    monkeypatch.setenv("GPT2C_BACKEND", "numpy")
-    monkeypatch.setenv("GPT2C_NUM_THREADS", "1")
-    rows = [line.split() for line in gpt2c("info")[1].splitlines()]
-    assert [row[1] for row in rows if row[-1] == "chosen"] == ["numpy"]
-    assert ["threads", "1"] in rows
+# ---- version -------------------------------------------------------------------------------------
 
 
 def test_version(gpt2c) -> None:
@@ -531,15 +517,17 @@ def test_a_reader_that_has_gone(world: Path, tmp_path: Path, arguments: str) -> 
     assert done.stderr == b""
 
 
-def test_a_terminal_has_a_bar(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its size
+def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None:
     termios = pytest.importorskip("termios")
     terminal, child_side = os.openpty()
-    termios.tcsetwinsize(child_side, (24, 100))  # in one of no size tqdm shows nothing
+    termios.tcsetwinsize(child_side, (24, columns))
     child = subprocess.Popen(
         [*COMMAND, *f"train --data data --out {tmp_path}/run {TINY}".split()],
         stdout=child_side,
         stderr=subprocess.PIPE,
         cwd=world,
+        env={k: v for k, v in os.environ.items() if k != "COLUMNS"},
     )
     os.close(child_side)
     shown = b""
