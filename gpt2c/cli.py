@@ -81,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--val-fraction", type=float, default=0.1, help="share held out (0.1)")
     verb.add_argument("--seed", type=int, default=1337, help="of the choice of what is held out")
+    verb.add_argument(
+        "--shard-tokens", type=int, default=0, help="split the training tokens so (0: one file)"
+    )
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
     verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
@@ -153,6 +156,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         options.val_fraction,
         options.seed,
         options.overwrite,
+        options.shard_tokens,
     )
     plural = "" if prepared.documents == 1 else "s"
     print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")

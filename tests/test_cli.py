@@ -20,10 +20,10 @@ import pytest
 from gpt2c.backend import NAMES, backends, default_threads
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
-from gpt2c.data import read_tokens, write_tokens
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2
+from gpt2c.tokenfile import read_tokens, write_tokens
 from gpt2c.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]

@@ -15,12 +15,11 @@ from gpt2c.data import (
     Batches,
     prepare,
     read_text,
-    read_tokens,
     split_documents,
     split_validation,
     windows,
-    write_tokens,
 )
+from gpt2c.tokenfile import read_tokens, write_tokens
 from gpt2c.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_name("bytes")
@@ -139,104 +138,6 @@ def test_nothing_to_hold_out(documents, fraction, message):
         split_validation(documents, fraction, seed=1)
 
 
-# --- token files -----------------------------------------------------------------------------
-
-
-def test_token_file_is_an_llm_c_shard(tmp_path):
-    path = tmp_path / "a.bin"
-    write_tokens(path, [0, 1, 65535])
-    content = path.read_bytes()
-    header = np.frombuffer(content[:1024], dtype="<i4")
-    assert header[:3].tolist() == [20240520, 1, 3]
-    assert not header[3:].any()
-    assert content[1024:] == b"\x00\x00\x01\x00\xff\xff"
-
-
-def test_read_tokens_gives_what_was_written_and_cannot_change_it(tmp_path):
-    path = tmp_path / "a.bin"
-    write_tokens(path, np.arange(1000))
-    tokens = read_tokens(path, vocab_size=1000)
-    assert isinstance(tokens, np.memmap)
-    assert tokens.dtype == np.uint16
-    np.testing.assert_array_equal(tokens, np.arange(1000))
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 1
-
-
-def test_token_outside_the_vocabulary(tmp_path):
-    path = tmp_path / "a.bin"
-    write_tokens(path, [1, 300, 2])
-    with pytest.raises(ValueError, match="holds token 300, outside a vocabulary of 300"):
-        read_tokens(path, vocab_size=300)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ([], "not float64"),
-        (np.zeros(0, dtype=np.int64), "would hold 0 tokens"),
-        ([-1, 2], "between 0 and 65535, not -1 and 2"),
-        ([65536], "between 0 and 65535"),
-        ([0.5], "array of integers, not float64"),
-        ([[1, 2]], r"array of integers, not int64 \(1, 2\)"),
-    ],
-)
-def test_tokens_that_cannot_be_written(tmp_path, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        write_tokens(tmp_path / "a.bin", tokens)
-    assert not list(tmp_path.iterdir())
-
-
-def damaged(content, **fields):
-    header = np.frombuffer(content[:1024], dtype="<i4").copy()
-    for name, value in fields.items():
-        header[{"magic": 0, "version": 1, "count": 2}[name]] = value
-    return header.tobytes() + content[1024:]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda content: b"", "not an llm.c token file"),
-        (lambda content: content[:3], "not an llm.c token file"),
-        (lambda content: content[1024:], "nanoGPT's .bin without a header is not accepted"),
-        (lambda content: content[:1000], "truncated: 1000 bytes"),
-        (lambda content: content[:-2], "has 1042 bytes; its 10 tokens need 1044"),
-        (lambda content: content + b"\0", "has 1045 bytes; its 10 tokens need 1044"),
-        (lambda content: damaged(content, magic=20240801), "starts with 20240801"),
-        (lambda content: damaged(content, version=7), "version 7; version 1 is wanted"),
-        (lambda content: damaged(content, count=0), "holds 0 tokens"),
-        (lambda content: damaged(content, count=-5), "holds -5 tokens"),
-        (lambda content: damaged(content, count=2**31 - 1), "its 2147483647 tokens need"),
-    ],
-)
-def test_damaged_token_file(tmp_path, damage, message):
-    path = tmp_path / "a.bin"
-    write_tokens(path, np.arange(10))
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=message):
-        read_tokens(path)
-
-
-def test_missing_token_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist; make it with"):
-        read_tokens(tmp_path / "a.bin")
-
-
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    write_tokens(tmp_path / "old.bin", [1])
-    before = (tmp_path / "old.bin").read_bytes()
-    monkeypatch.setattr(files.os, "fsync", full)
-    for name in ("old.bin", "new.bin"):
-        with pytest.raises(OSError, match="No space"):
-            write_tokens(tmp_path / name, [2, 3])
-    assert [path.name for path in tmp_path.iterdir()] == ["old.bin"]
-    assert (tmp_path / "old.bin").read_bytes() == before
-
-
 # --- prepare ---------------------------------------------------------------------------------
 
 
@@ -338,7 +239,7 @@ def test_a_failed_overwrite_leaves_no_training_file_of_another_tokenizer(tmp_pat
 
 def test_batches_are_shifted_by_one(tmp_path):
     write_tokens(tmp_path / "a.bin", np.arange(1000))
-    x, y = Batches(read_tokens(tmp_path / "a.bin"), batch_size=3, block_size=8, seed=1).batch(5)
+    x, y = Batches([read_tokens(tmp_path / "a.bin")], batch_size=3, block_size=8, seed=1).batch(5)
     assert x.shape == y.shape == (3, 8)
     assert x.dtype == y.dtype == np.int32
     assert type(x) is type(y) is np.ndarray
@@ -352,9 +253,9 @@ def test_an_epoch_visits_each_token_once(N, B, T, seed):
     tokens = np.arange(N, dtype=np.uint16)
     if N < B * T + 1:
         with pytest.raises(ValueError, match=f"^{N} tokens are too few .* needs {B * T + 1}"):
-            Batches(tokens, B, T, seed)
+            Batches([tokens], B, T, seed)
         return
-    batches = Batches(tokens, B, T, seed)
+    batches = Batches([tokens], B, T, seed)
     per_epoch = batches.windows_per_epoch
     rows = np.concatenate([batches.batch(step)[0] for step in range(3 * per_epoch // B + 1)])
     for epoch in range(3):
@@ -365,7 +266,7 @@ def test_an_epoch_visits_each_token_once(N, B, T, seed):
 
 
 def test_epochs_differ_in_order_and_offset():
-    batches = Batches(np.arange(1000, dtype=np.uint16), batch_size=1, block_size=16, seed=3)
+    batches = Batches([np.arange(1000, dtype=np.uint16)], batch_size=1, block_size=16, seed=3)
     starts = np.array(
         [batches.batch(step)[0][0, 0] for step in range(20 * batches.windows_per_epoch)]
     ).reshape(20, -1)
@@ -375,17 +276,19 @@ def test_epochs_differ_in_order_and_offset():
 
 def test_a_batch_depends_on_seed_and_step_only():
     tokens = np.arange(500, dtype=np.uint16)
-    forward = Batches(tokens, 4, 10, seed=1)
+    forward = Batches([tokens], 4, 10, seed=1)
     expected = [forward.batch(step)[0] for step in range(60)]
-    backward = Batches(tokens, 4, 10, seed=1)
+    backward = Batches([tokens], 4, 10, seed=1)
     for step in reversed(range(60)):
         np.testing.assert_array_equal(backward.batch(step)[0], expected[step])
-    other = Batches(tokens, 4, 10, seed=2)
+    other = Batches([tokens], 4, 10, seed=2)
     assert any((other.batch(step)[0] != expected[step]).any() for step in range(3))
 
 
 def test_the_order_is_the_same_on_every_machine_and_version():
-    x, _ = Batches(np.arange(100, dtype=np.uint16), batch_size=6, block_size=8, seed=1337).batch(0)
+    x, _ = Batches([np.arange(100, dtype=np.uint16)], batch_size=6, block_size=8, seed=1337).batch(
+        0
+    )
     assert x[:, 0].tolist() == [83, 43, 11, 51, 59, 67]
 
 
@@ -394,9 +297,9 @@ def test_windows_cover_each_target_once(N, B, T):
     tokens = np.arange(100, 100 + N, dtype=np.uint16)
     if N < 2:
         with pytest.raises(ValueError, match=f"{N} tokens are too few"):
-            windows(tokens, B, T)
+            windows([tokens], B, T)
         return
-    batches = list(windows(tokens, B, T))
+    batches = list(windows([tokens], B, T))
     assert all(
         array.shape == (B, T) and array.dtype == np.int32 for pair in batches for array in pair
     )
@@ -464,7 +367,7 @@ def test_python_without_its_documentation(monkeypatch):
 def test_overlapping_windows_score_every_token_once(count: int, T: int, overlap: int) -> None:
     tokens = np.arange(count, dtype=np.uint16)
     scored = []
-    for x, y in windows(tokens, 3, T, overlap):
+    for x, y in windows([tokens], 3, T, overlap):
         rows, columns = np.nonzero(y >= 0)
         assert np.array_equal(x[rows, columns] + 1, y[rows, columns])  # the token before its target
         assert all(
@@ -477,4 +380,4 @@ def test_overlapping_windows_score_every_token_once(count: int, T: int, overlap:
 @pytest.mark.parametrize("overlap", [-1, 4, 5])
 def test_an_overlap_leaves_room_for_targets(overlap: int) -> None:
     with pytest.raises(ValueError, match=r"overlap must be in \[0, block_size = 4\)"):
-        windows(np.arange(9, dtype=np.uint16), 1, 4, overlap)
+        windows([np.arange(9, dtype=np.uint16)], 1, 4, overlap)
