@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_eval, cli_generate
+from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate
 from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
 from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
@@ -99,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     text = "loss, perplexity and bits per byte on held-out text; right answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text))
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, "continue a text"))
+    text = "a model, tokenizer or token files for llm.c, llama.cpp, nanoGPT or transformers"
+    cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
     cli_bench.add_flags(
         _verb(
             verbs,

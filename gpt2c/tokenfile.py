@@ -133,6 +133,11 @@ def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> 
     return tokens
 
 
+def has_header(path: Path) -> bool:
+    """Whether a token file starts as llm.c's; see `read_tokens` for errors."""
+    return int.from_bytes(_open(path)[0][:4], "little") == MAGIC
+
+
 def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
     """List a split's token files, `*train*.bin` or `*val*.bin`, in the order of their names.
 

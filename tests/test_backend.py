@@ -224,10 +224,14 @@ ARROWS: dict[str, set[str]] = {
     | {"reference_reading"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
     "generator": {"language_model", "sampling", "tokenizer"},
+    "llmc": {"config", "files", "memory"},
+    "gguf_export": {"config", "files", "memory", "tokenizer"},
+    "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
+    | {"tokenizer"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
     "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
-    | {"memory", "quantized"},
+    | {"llmc", "memory", "quantized"},
     "optimizer": set(),
     "tokenizer": {"files"},
     "tokenfile": {"files"},
@@ -240,13 +244,22 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines"}) | {"checkpoint", "optimizer", "plot", "progress", "quantized"},
     "demo": RUN | {"corpus", "generator", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
+    "cli_convert": {"convert", "llmc"},
     "cli_generate": {"checkpoint", "model", "tokenizer"} | READING,
     "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"baselines", "cli_generate", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli": RUN
-    | {"cli_bench", "cli_eval", "cli_generate", "demo", "machine", "train"},  # nothing imports cli
+    | {
+        "cli_bench",
+        "cli_convert",
+        "cli_eval",
+        "cli_generate",
+        "demo",
+        "machine",
+        "train",
+    },  # nothing imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }
 DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
@@ -287,6 +300,7 @@ def test_imports_go_one_way(module: str) -> None:
     torch |= {"transformers"} if module == "peers_generate" else set()
     allowed = allowed | torch  # a benchmark's rows
     allowed = allowed | ({"lm_eval"} if module == "lm_eval" else set())
+    allowed = allowed | ({"gguf"} if module == "gguf_export" else set())
     assert other - sys.stdlib_module_names <= allowed
 
 
