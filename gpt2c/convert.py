@@ -148,12 +148,12 @@ def _refuse_dtype(dtype: str | None, dst: Path, what: str) -> None:
         raise ValueError(f"--dtype {dtype} is for weights, and {dst} is to hold {what}")
 
 
-def _claim(paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuse files that are there, unless `overwrite`; make the directory of the others."""
-    for path in paths:
+def _claim(dst: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Refuse to replace DST, or `names` in that directory, unless `overwrite`."""
+    for path in [dst / name for name in names] or [dst]:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; name another place or pass --overwrite")
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    dst.parent.mkdir(parents=True, exist_ok=True)
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     method = stored_method(read_config(src)) if src.is_dir() else None
     if method is not None:
         raise ValueError(f"{src} holds {method} weights: convert the model that they were made of")
-    _claim([dst] if suffix else [dst / CONFIG_FILE, dst / WEIGHTS_FILE], overwrite)
+    _claim(dst, () if suffix else (CONFIG_FILE, WEIGHTS_FILE), overwrite)
     model = GPT2.from_pretrained(src)
     if suffix == ".bin":
         llmc.write_model(dst, model.config, model.parameters, dtype)
@@ -191,7 +191,7 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
 
 
 def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str:
-    _claim([dst] if suffix else [dst / name for name in _TOKENIZER_FILES], overwrite)
+    _claim(dst, () if suffix else _TOKENIZER_FILES, overwrite)
     if Path(src).is_file():
         tokenizer = Tokenizer(*llmc.read_tokenizer(src))
     elif Path(src).is_dir():
@@ -223,7 +223,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
         raise ValueError(f"{src} and {dst}: of token files both are directories or both FILE.bin")
     if not src.is_dir():
         headed, shards = _open_tokens([src])
-        _claim([dst], overwrite)
+        _claim(dst, (), overwrite)
         if headed:
             write_nanogpt(dst, shards)
         else:
@@ -234,7 +234,8 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     if not found:
         raise FileNotFoundError(f"{src} has no token files train.bin or val.bin")
     there = [path for split in splits for path in find_shards(dst, split)]
-    _claim(there or [dst / "val.bin"], overwrite)
+    _claim(dst, [path.name for path in there] or ["val.bin"], overwrite)
+    dst.mkdir(exist_ok=True)
     for path in there:
         path.unlink()
     for split, (headed, shards) in found.items():  # val comes last, as from `gpt2c prepare`

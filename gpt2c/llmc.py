@@ -53,7 +53,7 @@ PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
 # What to do with a ckpt.pt of nanoGPT's, for whom PyTorch may read it. There is one Linear weight
 # (OC, C) where Hugging Face has (C, OC), and bias=False leaves the biases out.
 EXPORT = """\
-import json, os, torch
+import json, pathlib, torch
 from safetensors.torch import save_file
 
 saved = torch.load("ckpt.pt", map_location="cpu")
@@ -66,11 +66,11 @@ for name, tensor in saved["model"].items():
         tensors.setdefault(name[:-6] + "bias", torch.zeros(len(tensor)))
         tensor = tensor.T if tensor.ndim == 2 else tensor
     tensors[name] = tensor.contiguous()
-os.makedirs("model", exist_ok=True)
+pathlib.Path("model").mkdir(exist_ok=True)
 save_file(tensors, "model/model.safetensors", {"format": "pt"})
 config = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
 config |= {"model_type": "gpt2", "n_positions": args["block_size"]}
-json.dump(config, open("model/config.json", "w"))
+pathlib.Path("model/config.json").write_text(json.dumps(config))
 """
 
 

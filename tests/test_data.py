@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from gpt2c.data import (
     split_validation,
     windows,
 )
-from gpt2c.tokenfile import read_tokens, write_tokens
+from gpt2c.tokenfile import find_shards, read_shards, read_tokens, write_tokens
 from gpt2c.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_name("bytes")
@@ -171,6 +172,33 @@ def test_prepare_says_when_it_held_out_a_tail(tmp_path):
     assert prepare(["a line\n" * 50], tmp_path / "data", BYTES).tail_held_out
 
 
+def test_prepare_in_shards_loses_no_token(tmp_path):
+    whole = prepare(make_documents(), tmp_path / "one", "bytes")
+    prepared = prepare(make_documents(), tmp_path / "many", "bytes", shard_tokens=500)
+    assert prepared == whole
+    names = [path.name for path in find_shards(tmp_path / "many", "train")]
+    assert names == [f"train_{n:06d}.bin" for n in range(1, len(names) + 1)] and len(names) > 2
+    shards = read_shards(tmp_path / "many", "train", 257)
+    assert {len(shard) for shard in shards[:-1]} == {500} and 0 < len(shards[-1]) <= 500
+    np.testing.assert_array_equal(
+        np.concatenate(shards), read_tokens(tmp_path / "one" / "train.bin")
+    )
+    for name in ("val.bin", "vocab.json"):
+        one, many = ((tmp_path / kind / name).read_bytes() for kind in ("one", "many"))
+        assert one == many
+
+
+def test_prepare_leaves_no_shard_of_another_preparation(tmp_path):
+    prepare(make_documents(), tmp_path, "bytes", shard_tokens=500)
+    write_tokens(tmp_path / "old_val_000000.bin", [1])
+    prepare(make_documents(), tmp_path, "bytes", overwrite=True)
+    assert [path.name for path in find_shards(tmp_path, "train")] == ["train.bin"]
+    assert [path.name for path in find_shards(tmp_path, "val")] == ["val.bin"]
+    with pytest.raises(ValueError, match="shard_tokens must be at least 1, or 0"):
+        prepare(make_documents(), tmp_path / "new", "bytes", shard_tokens=-1)
+    assert not (tmp_path / "new").exists()
+
+
 def test_prepare_is_deterministic(tmp_path):
     for name in "ab":
         prepare(make_documents(), tmp_path / name, "bpe:300", seed=7)
@@ -285,6 +313,58 @@ def test_a_batch_depends_on_seed_and_step_only():
     assert any((other.batch(step)[0] != expected[step]).any() for step in range(3))
 
 
+@pytest.mark.parametrize(
+    ("N", "B", "T", "seed", "checksum"),
+    [
+        (1000, 3, 8, 1, 3518575241),
+        (25, 3, 8, 5, 650623262),
+        (41, 5, 8, 2**63, 3181805142),
+        (5000, 4, 64, 1337, 608227338),
+    ],
+)
+def test_one_shard_gives_what_it_gave_before_there_were_shards(N, B, T, seed, checksum):
+    tokens = (np.arange(N) * 7919 % 65521).astype(np.uint16)
+    batches = Batches([tokens], B, T, seed)
+    content = b"".join(batches.batch(step)[0].tobytes() for step in range(40))
+    assert zlib.crc32(content) == checksum
+
+
+@given(
+    lengths=st.lists(st.integers(1, 80), min_size=1, max_size=5),
+    B=st.integers(1, 4),
+    T=st.integers(1, 9),
+    seed=st.integers(0, 2**63),
+)
+def test_an_epoch_is_one_permutation_of_the_windows_of_all_shards(lengths, B, T, seed):
+    # Shard n holds 1000 n, 1000 n + 1, ..., so a token tells where it stood.
+    shards = [np.arange(1000 * n, 1000 * n + N, dtype=np.uint16) for n, N in enumerate(lengths)]
+    if sum((N - 1) // T for N in lengths) < B:
+        with pytest.raises(ValueError, match=f"{sum(lengths)} tokens.*too few"):
+            Batches(shards, B, T, seed)
+        return
+    batches = Batches(shards, B, T, seed)
+    per_epoch = batches.windows_per_epoch
+    pairs = [batches.batch(step) for step in range(2 * per_epoch // B + 1)]
+    x, y = (np.concatenate([pair[i] for pair in pairs])[: 2 * per_epoch] for i in (0, 1))
+    np.testing.assert_array_equal(x // 1000 * np.ones_like(x), np.repeat(x[:, :1] // 1000, T, 1))
+    np.testing.assert_array_equal(y, x + 1)  # within one shard, targets too
+    for epoch in (x[:per_epoch], x[per_epoch:]):
+        for n, N in enumerate(lengths):
+            seen = np.sort(epoch[epoch[:, 0] // 1000 == n].ravel())
+            if len(seen):
+                np.testing.assert_array_equal(seen, np.arange(seen[0], seen[0] + len(seen)))
+            assert N - len(seen) <= 2 * T  # hardly anything of a shard is left out
+    again = Batches(shards, B, T, seed)
+    for step in (len(pairs) - 1, 0):
+        np.testing.assert_array_equal(again.batch(step)[0], pairs[step][0])
+
+
+def test_an_epoch_mixes_shards():
+    shards = [np.arange(1000 * n, 1000 * n + 400, dtype=np.uint16) for n in range(3)]
+    x, _ = Batches(shards, batch_size=12, block_size=8, seed=1).batch(0)
+    assert set((x[:, 0] // 1000).tolist()) == {0, 1, 2}
+
+
 def test_the_order_is_the_same_on_every_machine_and_version():
     x, _ = Batches([np.arange(100, dtype=np.uint16)], batch_size=6, block_size=8, seed=1337).batch(
         0
@@ -309,6 +389,17 @@ def test_windows_cover_each_target_once(N, B, T):
     assert (y[N - 1 :] == -1).all()
     assert (x[N - 1 :] == 0).all()
     assert len(y) - (N - 1) < B * T
+
+
+def test_windows_lie_within_one_shard():
+    shards = [np.array(ids, np.uint16) for ids in ([1, 2, 3, 4, 5, 6], [9], [11, 12])]
+    (x, y), (x2, y2) = windows(shards, 2, 3)
+    assert x.tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert y.tolist() == [[2, 3, 4], [5, 6, -1]]
+    assert x2.tolist() == [[11, 0, 0], [0, 0, 0]]
+    assert y2.tolist() == [[12, -1, -1], [-1, -1, -1]]
+    with pytest.raises(ValueError, match="2 tokens are too few"):
+        windows(shards[1:2] * 2, 2, 3)
 
 
 # --- Python's documentation ------------------------------------------------------------------

@@ -5,10 +5,16 @@ import os
 
 import numpy as np
 import pytest
+from conftest import refused
 
 from gpt2c import files
 from gpt2c.tokenfile import (
+    find_shards,
+    read_nanogpt,
+    read_shards,
     read_tokens,
+    write_nanogpt,
+    write_shards,
     write_tokens,
 )
 
@@ -106,3 +112,69 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
             write_tokens(tmp_path / name, [2, 3])
     assert [path.name for path in tmp_path.iterdir()] == ["old.bin"]
     assert (tmp_path / "old.bin").read_bytes() == before
+
+
+# --- shards ----------------------------------------------------------------------------------
+
+
+def test_shards_come_in_the_order_of_their_names(tmp_path):
+    for number in (10, 2, 1):
+        write_tokens(tmp_path / f"fineweb_train_{number:06d}.bin", [number])
+    write_tokens(tmp_path / "fineweb_val_000000.bin", [7, 8])
+    for name in (".train_hidden.bin", "train.txt", "other.bin"):
+        (tmp_path / name).write_bytes(b"no token file")
+    (tmp_path / "train_folder.bin").mkdir()
+    assert [shard.tolist() for shard in read_shards(tmp_path, "train")] == [[1], [2], [10]]
+    assert [shard.tolist() for shard in read_shards(tmp_path, "val")] == [[7, 8]]
+
+
+def test_a_name_that_says_both_is_refused(tmp_path):
+    write_tokens(tmp_path / "retrieval_train_000001.bin", [1])
+    for split in ("train", "val"):
+        assert "says both train and val" in refused(find_shards, tmp_path, split)
+
+
+def test_a_missing_split_and_a_bad_shard_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"val\.bin does not exist.*gpt2c prepare"):
+        read_shards(tmp_path, "val")
+    write_shards(tmp_path, "train", np.arange(10), 4)
+    assert "train_000003.bin holds token 9" in refused(read_shards, tmp_path, "train", 9)
+
+
+def test_shards_hold_what_was_given(tmp_path):
+    assert [path.name for path in write_shards(tmp_path, "val", [5, 6])] == ["val.bin"]
+    paths = write_shards(tmp_path, "train", np.arange(10), 4)
+    assert [path.name for path in paths] == [f"train_00000{n}.bin" for n in (1, 2, 3)]
+    assert [read_tokens(path).tolist() for path in paths] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert write_shards(tmp_path, "train", [1, 2], 2) == [tmp_path / "train.bin"]
+    assert "would hold 0 tokens" in refused(write_shards, tmp_path, "val", np.zeros(0, int), 4)
+
+
+# --- nanoGPT ---------------------------------------------------------------------------------
+
+
+def test_nanogpts_files_have_no_header(tmp_path):
+    tokens = np.array([50256, 0, 65535], np.uint16)
+    write_nanogpt(tmp_path / "train.bin", [tokens[:2], tokens[2:]])
+    assert (tmp_path / "train.bin").read_bytes() == tokens.astype("<u2").tobytes()
+    found = read_nanogpt(tmp_path / "train.bin")
+    assert found.tolist() == tokens.tolist() and not found.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has 0 bytes"),
+        (b"\1\2\3", "has 3 bytes"),
+        ((20240520).to_bytes(4, "little") + b"\0" * 1020, "has llm.c's header"),
+    ],
+)
+def test_what_cannot_be_nanogpts(tmp_path, content, message):
+    (tmp_path / "a.bin").write_bytes(content)
+    assert message in refused(read_nanogpt, tmp_path / "a.bin")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train.bin")
+    for read in (read_tokens, read_nanogpt):
+        assert "not a regular file" in refused(read, tmp_path / "train.bin")
