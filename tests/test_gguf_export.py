@@ -198,7 +198,7 @@ def test_llama_cpp_writes_what_a_trained_model_writes(bpe: Tokenizer, tmp_path: 
     prompt = ids[:5].tolist()
     ours = model.generate([prompt], 120, temperature=0)[0].tolist()
     agree(engine, model, ours)
-    assert len(set(ours)) > 10 and bpe.decode(ours[:60]) in TEXT, "it has learned the text"
+    assert bpe.decode(ours).startswith(TEXT[:60]), "it has learned the text"
     tokens = engine.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
     assert [next(tokens) for _ in range(120)] == ours[5:]
 
