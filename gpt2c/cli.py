@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_eval, cli_generate, cli_info
+from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info
 from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
@@ -78,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--val-fraction", type=float, default=0.1, help="share held out (0.1)")
     verb.add_argument("--seed", type=int, default=1337, help="of the choice of what is held out")
+    verb.add_argument(
+        "--shard-tokens", type=int, default=0, help="split the training tokens so (0: one file)"
+    )
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
     verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
@@ -93,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
     text = "loss, perplexity and bits per byte on held-out text; right answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text))
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, "continue a text"))
+    text = "a model, tokenizer or token files for llm.c, llama.cpp, nanoGPT or transformers"
+    cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
     cli_bench.add_flags(
         _verb(
             verbs,
@@ -150,6 +155,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         options.val_fraction,
         options.seed,
         options.overwrite,
+        options.shard_tokens,
     )
     plural = "" if prepared.documents == 1 else "s"
     print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")

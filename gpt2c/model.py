@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gpt2c import checkpoint
+from gpt2c import checkpoint, llmc
 from gpt2c.activations import Activations
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
@@ -123,7 +124,7 @@ class GPT2(LanguageModel):
 
         Parameters
         ----------
-        path : the directory
+        path : the directory, or an llm.c model .bin
         backend : see `GPT2`
         quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
 
@@ -133,6 +134,12 @@ class GPT2(LanguageModel):
         ValueError : a file is damaged, or its tensors are not those of its config; an unknown
             quantize, or another than that of weights which are stored so
         """
+        file = Path(path)
+        if file.suffix in (".bin", *llmc.PICKLES) and file.is_file():
+            config, weights = llmc.read_model(file)
+            model = cls(config, seed=None, backend=backend)
+            model.load_parameters(weights, str(file))
+            return model if quantize is None else QuantizedGPT2.from_model(model, quantize)
         if quantize is not None:
             return QuantizedGPT2.from_pretrained(path, quantize, backend)
         method = stored_method(checkpoint.read_config(path))

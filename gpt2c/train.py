@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from gpt2c import checkpoint
 from gpt2c.backend import fma_peak
 from gpt2c.config import GPT2Config
-from gpt2c.data import Batches, read_tokens, windows
+from gpt2c.data import Batches, windows
 from gpt2c.files import atomic_path, claim_directory
 from gpt2c.model import GPT2
 from gpt2c.optimizer import AdamW
@@ -33,9 +33,10 @@ from gpt2c.plot import plot_loss
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
 from gpt2c.settings import TrainSettings, resumed
+from gpt2c.tokenfile import read_shards
 from gpt2c.tokenizer import Tokenizer
 
-Tokens = NDArray[np.uint16]
+Tokens = list[NDArray[np.uint16]]  # one array for each shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def train(
 
     Parameters
     ----------
-    data : what `gpt2c prepare` made: train.bin, val.bin, the tokenizer's files
+    data : what `gpt2c prepare` made: train.bin, val.bin or shards of them, the tokenizer's files
     out : the run
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
@@ -119,8 +120,8 @@ def train(
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(data, out)
-    tokens = read_tokens(data / "train.bin", tokenizer.vocab_size)
-    val_tokens = read_tokens(data / "val.bin", tokenizer.vocab_size)
+    tokens = read_shards(data, "train", tokenizer.vocab_size)
+    val_tokens = read_shards(data, "val", tokenizer.vocab_size)
     fingerprint = _fingerprint(tokens)
     if stored is not None and stored[3]["data"] != fingerprint:
         raise ValueError(
@@ -147,8 +148,8 @@ def train(
 
 
 def _fingerprint(tokens: Tokens) -> list[int]:
-    """Tell one token file from another: its length and a checksum of its first million tokens."""
-    return [len(tokens), zlib.crc32(tokens[: 1 << 20].tobytes())]
+    """Tell token files from others: each one's length and a checksum of its first million."""
+    return [n for shard in tokens for n in (len(shard), zlib.crc32(shard[: 1 << 20].tobytes()))]
 
 
 def _loop(

@@ -191,7 +191,8 @@ def test_kernels_are_compiled_for_what_the_cpu_is_asked() -> None:
 
 LIBRARY = {"backend", "config", "model", "ops", "optimizer", "tokenizer"}
 READING = {"generator", "quantized", "sampling"}
-RUN = {"backend", "baselines", "config", "data", "files", "model", "settings", "tokenizer"}
+RUN = {"backend", "baselines", "config", "data", "files", "model", "settings", "tokenfile"}
+RUN |= {"tokenizer"}
 
 # module: modules of gpt2c that it may import. A module knows nothing about those not listed.
 ARROWS: dict[str, set[str]] = {
@@ -223,13 +224,18 @@ ARROWS: dict[str, set[str]] = {
     | {"reference_reading"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
     "generator": {"language_model", "sampling", "tokenizer"},
+    "llmc": {"config", "files", "memory"},
+    "gguf_export": {"config", "files", "memory", "tokenizer"},
+    "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
+    | {"tokenizer"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
     "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
-    | {"memory", "quantized"},
+    | {"llmc", "memory", "quantized"},
     "optimizer": set(),
     "tokenizer": {"files"},
-    "data": {"files", "tokenizer"},
+    "tokenfile": {"files"},
+    "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
     "baselines": set(),
     "plot": {"files"},
@@ -238,14 +244,15 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines"}) | {"checkpoint", "optimizer", "plot", "progress", "quantized"},
     "demo": RUN | {"corpus", "generator", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
+    "cli_convert": {"convert", "llmc"},
     "cli_generate": {"checkpoint", "model", "tokenizer"} | READING,
     "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "cli_generate", "data", "generator", "model", "progress", "quantized"}
-    | {"scoring", "tokenizer", "train"},
+    "cli_eval": {"baselines", "cli_generate", "generator", "model", "progress", "quantized"}
+    | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "machine", "memory"},
     "cli": (RUN - {"backend"})
-    | {"cli_bench", "cli_eval", "cli_generate", "cli_info", "demo"}
+    | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "demo"}
     | {"train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
@@ -288,6 +295,7 @@ def test_imports_go_one_way(module: str) -> None:
     torch |= {"transformers"} if module == "peers_generate" else set()
     allowed = allowed | torch  # a benchmark's rows
     allowed = allowed | ({"lm_eval"} if module == "lm_eval" else set())
+    allowed = allowed | ({"gguf"} if module == "gguf_export" else set())
     assert other - sys.stdlib_module_names <= allowed
 
 

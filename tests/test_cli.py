@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2c import scoring
 from gpt2c.backend import backends
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
-from gpt2c.data import read_tokens, write_tokens
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2
+from gpt2c.tokenfile import read_tokens, write_tokens
 from gpt2c.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -123,6 +124,34 @@ def crafted(directory: Path, third: int, later: int) -> str:
 
 
 # ---- prepare, train ------------------------------------------------------------------------------
+
+
+def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    prepare = f"prepare text.txt --out {data} --tokenizer bytes"
+    assert gpt2c(f"{prepare} --shard-tokens 900")[0] == 0
+    whole = np.concatenate([read_tokens(path) for path in sorted(data.glob("train_*.bin"))])
+    assert np.array_equal(whole, read_tokens(world / "data" / "train.bin"))
+    val = read_tokens(data / "val.bin")
+    (data / "val.bin").unlink()
+    write_tokens(data / "val_000001.bin", val[:100])
+    write_tokens(data / "val_000002.bin", val[100:])
+    assert gpt2c(f"train --data {data} --out {run} {TINY}")[0] == 0
+    model = GPT2.from_pretrained(run)
+    nats, parts = 0.0, (val[:100], val[100:])
+    for part in parts:
+        for start in range(0, len(part) - 1, 16):
+            x, y = part[start : min(start + 16, len(part) - 1)], part[start + 1 : start + 17]
+            nats += model.loss([x], [y], keep=False) * len(y)
+    code, out, _ = gpt2c(f"eval {run} --data {data}")
+    assert code == 0 and f"loss {nats / (len(val) - 2):.4f} nats/token" in out
+    strided = np.concatenate([scoring.token_logprobs(model, part, 8) for part in parts])
+    code, out, _ = gpt2c(f"eval {run} --data {data} --stride 8")
+    assert code == 0 and f"loss {-np.nanmean(strided):.4f} nats/token" in out
+    last = sorted(data.glob("train_*.bin"))[-1]
+    write_tokens(last, read_tokens(last)[::-1].copy())
+    code, _, err = gpt2c(f"train --data {data} --out {run} --resume --max-iters 30")
+    assert code == 2 and "does not hold the training tokens" in err
 
 
 def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:

@@ -202,8 +202,8 @@ def test_evaluate_counts_every_token_once(rng: np.random.Generator) -> None:
         losses += list(log_sum - logits[np.arange(len(y)), y])
     assert len(losses) == 60
     for batch_size in (1, 3, 100):
-        assert evaluate(model, tokens, batch_size, 8) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert evaluate(model, tokens, 3, 8, eval_iters=2) == pytest.approx(
+        assert evaluate(model, [tokens], batch_size, 8) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert evaluate(model, [tokens], 3, 8, eval_iters=2) == pytest.approx(
         np.mean(losses[:48]), rel=1e-5
     )
 
