@@ -220,13 +220,13 @@ ARROWS: dict[str, set[str]] = {
     "decoder": {"backend", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
     "quantized": {"backend", "checkpoint", "config", "language_model", "memory"}
-    | {"reference_reading"},
+    | {"reference_reading", "tensorfile"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
     "generator": {"language_model", "sampling", "tokenizer"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
     "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
-    | {"memory", "quantized"},
+    | {"memory", "quantized", "tensorfile"},
     "optimizer": set(),
     "tokenizer": {"files"},
     "data": {"files", "tokenizer"},
