@@ -20,13 +20,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.files import atomic_paths, read_json
+from gpt2c.files import atomic_paths, read_json, shown
 from gpt2c.tensorfile import (
     FLOAT_DTYPES,
     AnyTensor,
@@ -188,7 +187,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".safetensors":
-        raise ValueError(f"{path} is neither a directory nor a .safetensors file")
+        raise ValueError(f"{path} is not a directory, nor a .safetensors file")
     directory = path.parent if path.is_file() else path
     if not directory.is_dir():
         raise FileNotFoundError(
@@ -201,7 +200,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     config, generation = read_json(directory / CONFIG_FILE), directory / GENERATION_FILE
     if config.get("eos_token_id") is None and generation.is_file():
-        config["eos_token_id"] = read_json(generation).get("eos_token_id")
+        eos = read_json(generation).get("eos_token_id")
+        config |= {} if eos is None else {"eos_token_id": eos}
     return config
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from reprlib import repr as shown
 from typing import Any
+
+from gpt2c.files import shown
 
 # What config.json may say of the arithmetic, and what gpt2c computes: the first is what it writes.
 # A model that says otherwise is refused.

@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
+LONGEST_VALUE = 120  # characters of a stranger's value in an error
 
 
 @contextmanager
@@ -91,6 +93,14 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{source} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def shown(value: object) -> str:
+    """Give a value for an error: one printable line, cut where a stranger made it long or deep."""
+    short = Repr()
+    short.maxlevel, short.maxstring = 3, LONGEST_VALUE
+    text = short.repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -139,11 +139,12 @@ class GPT2(LanguageModel):
         """
         if quantize is not None:
             return QuantizedGPT2.from_pretrained(path, quantize, backend)
-        method = stored_method(checkpoint.read_config(path))
+        entries, source = checkpoint.read_config(path), os.fspath(path)
+        method = stored_method(entries)
         if method is not None:
-            raise ValueError(f"{os.fspath(path)} holds {method} weights: pass quantize={method!r}")
-        entries, tensors = checkpoint.load_weights(path)
-        config, source = GPT2Config.from_dict(entries), os.fspath(path)
+            raise ValueError(f"{source} holds {method} weights: pass quantize={method!r}")
+        config = GPT2Config.from_dict(entries)
+        tensors = checkpoint.load_weights(path)[1]
         checkpoint.check_shapes(config.parameter_shapes(), tensors, source)
         model = cls(config, seed=None, backend=backend)
         model.load_parameters(tensors, source)
