@@ -24,6 +24,7 @@ from gpt2c.reference_reading import LONGEST, MIDDLE, TINY
 from gpt2c.tensorfile import StoredTensor
 
 STEPS = 127  # from 0 to a row's largest weight, and as many below 0
+ROWS = 1024  # rounded at a time, so that what is computed on the way stays small
 DTYPES = {"int8": np.uint8, "fp16": np.float16}
 ENTRY = "quantization_config"  # of config.json, as Hugging Face calls it
 
@@ -177,10 +178,12 @@ def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.float
 
     A row's largest number becomes 127 steps up or down, 0 stays 0; a row below TINY becomes 0.
     """
-    largest = np.abs(tensor).max(axis=1)
-    scale[...] = np.where(largest > TINY, largest, 0) / np.float32(STEPS)
-    steps = np.where(scale > 0, scale, np.float32(1))[:, None]
-    weight[...] = np.rint(tensor / steps) + MIDDLE
+    for start in range(0, len(tensor), ROWS):
+        rows = slice(start, start + ROWS)
+        largest = np.abs(tensor[rows]).max(axis=1)
+        scale[rows] = np.where(largest > TINY, largest, 0) / np.float32(STEPS)
+        steps = np.where(scale[rows] > 0, scale[rows], np.float32(1))[:, None]
+        weight[rows] = np.rint(tensor[rows] / steps) + MIDDLE
 
 
 def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...], Any]]:
