@@ -178,7 +178,7 @@ def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {shown(error)}") from error
     mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
     text = mapped[8 : 8 + size].tobytes()
     if not text.startswith(b"{"):

@@ -103,3 +103,5 @@ def test_a_strangers_value_is_shown_in_a_line() -> None:
     for value in ("\n\x1b" * 999, 10**4000, ["x" * 99] * 99, {"\n": deep}, deep, list(range(999))):
         text = files.shown(value)
         assert len(text) <= files.LONGEST_VALUE and text.isprintable()
+    assert files.shown(ValueError("bad `\x1b[31m`")) == r"bad `\x1b[31m`"
+    assert len(files.shown(ValueError("x" * 999))) == files.LONGEST_VALUE

@@ -234,6 +234,8 @@ def test_saved_weights_come_back_bit_for_bit(stored: tuple[str, Path], backend: 
     idx = np.arange(12).reshape(2, 6)
     assert np.array_equal(model(idx), expected(idx))
     model.save_pretrained(path)  # over itself
+    one = GPT2.from_pretrained(path / "model.safetensors", backend, quantize=method)
+    assert np.array_equal(one(idx), expected(idx))
     again = GPT2.from_pretrained(path, backend, quantize=method)
     assert np.array_equal(again(idx), expected(idx))
 
