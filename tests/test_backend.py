@@ -212,8 +212,8 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"activations", "backend", "cases", "config", "machine", "memory"},
     "bench_generate": {"backend", "bench", "config", "machine"},
     "report": {"bench", "files", "machine", "plot"},
-    "config": set(),
     "files": set(),
+    "config": {"files"},
     "tensorfile": {"files"},
     "checkpoint": {"files", "tensorfile"},
     "sampling": set(),
@@ -221,7 +221,7 @@ ARROWS: dict[str, set[str]] = {
     "decoder": {"backend", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
     "quantized": {"backend", "checkpoint", "config", "language_model", "memory"}
-    | {"reference_reading"},
+    | {"reference_reading", "tensorfile"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
     "generator": {"language_model", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory"},
@@ -231,7 +231,7 @@ ARROWS: dict[str, set[str]] = {
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
     "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
-    | {"llmc", "memory", "quantized"},
+    | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": set(),
     "tokenizer": {"files"},
     "tokenfile": {"files"},

@@ -42,7 +42,10 @@ TINY: dict[str, Any] = {
     "log_interval": 1000,
 }
 DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
-FILES = ("model.safetensors", "trainer.safetensors", "config.json", "vocab.json", "merges.txt")
+FILES = (
+    *("model.safetensors", "trainer.safetensors", "config.json", "generation_config.json"),
+    *("vocab.json", "merges.txt"),
+)
 
 
 @pytest.fixture(scope="module")
