@@ -19,7 +19,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gpt2c import checkpoint
+from gpt2c import checkpoint, hub
 from gpt2c.activations import Activations
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
@@ -103,13 +103,22 @@ class GPT2(LanguageModel):
     @overload
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], backend: str | Backend = ..., quantize: None = ...
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = ...,
+        quantize: None = ...,
+        revision: str | None = ...,
     ) -> GPT2: ...
 
     @overload
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], backend: str | Backend = ..., *, quantize: str
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = ...,
+        *,
+        quantize: str,
+        revision: str | None = ...,
     ) -> QuantizedGPT2: ...
 
     @classmethod
@@ -118,21 +127,24 @@ class GPT2(LanguageModel):
         path: str | os.PathLike[str],
         backend: str | Backend = "auto",
         quantize: str | None = None,
+        revision: str | None = None,
     ) -> GPT2 | QuantizedGPT2:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
         Parameters
         ----------
-        path : the directory
+        path : the directory, or a model's name on the hub, such as gpt2; see `gpt2c.hub.find`
         backend : see `GPT2`
         quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
+        revision : of a model on the hub: a branch, tag or commit
 
         Raises
         ------
-        OSError : a file is missing or unreadable
+        OSError : a file is missing or unreadable, or the hub has it not
         ValueError : a file is damaged, or its tensors are not those of its config; an unknown
             quantize, or another than that of weights which are stored so
         """
+        path = hub.find(path, revision)
         if quantize is not None:
             return QuantizedGPT2.from_pretrained(path, quantize, backend)
         method = stored_method(checkpoint.read_config(path))

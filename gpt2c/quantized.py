@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c import checkpoint
+from gpt2c import checkpoint, hub
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
 from gpt2c.language_model import LanguageModel
@@ -60,14 +60,18 @@ class QuantizedGPT2(LanguageModel):
         path: str | os.PathLike[str],
         method: str,
         backend: str | Backend = "auto",
+        revision: str | None = None,
     ) -> QuantizedGPT2:
-        """Load a directory of `save_pretrained`, or one of a GPT-2, whose weights are rounded.
+        """Load a directory of `save_pretrained`, or a GPT-2, whose weights are rounded.
+
+        See `GPT2.from_pretrained`.
 
         Raises
         ------
         OSError : a file is missing or unreadable
         ValueError : a file is damaged, or holds weights of another method
         """
+        path = hub.find(path, revision)
         entries, source = checkpoint.read_config(path), os.fspath(path)
         stored = stored_method(entries)
         model = cls(GPT2Config.from_dict(entries), method, backend)

@@ -213,22 +213,25 @@ ARROWS: dict[str, set[str]] = {
     "report": {"bench", "files", "machine", "plot"},
     "config": set(),
     "files": set(),
+    "hub": set(),
     "tensorfile": {"files"},
     "checkpoint": {"files", "tensorfile"},
     "sampling": set(),
     "generate": {"sampling"},
     "decoder": {"backend", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
-    "quantized": {"backend", "checkpoint", "config", "language_model", "memory"}
+    "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
     | {"reference_reading"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
-    "generator": {"language_model", "sampling", "tokenizer"},
+    "generator": {"backend", "checkpoint", "hub", "language_model", "model", "quantized"}
+    | {"sampling", "tokenizer"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
-    "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
+    "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}
     | {"memory", "quantized"},
     "optimizer": set(),
-    "tokenizer": {"files"},
+    "tokenizer_files": {"files"},
+    "tokenizer": {"hub", "tokenizer_files"},
     "data": {"files", "tokenizer"},
     "corpus": set(),
     "baselines": set(),
@@ -238,10 +241,10 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines"}) | {"checkpoint", "optimizer", "plot", "progress", "quantized"},
     "demo": RUN | {"corpus", "generator", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
-    "cli_generate": {"checkpoint", "model", "tokenizer"} | READING,
+    "cli_generate": {"generator", "sampling"},
     "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "cli_generate", "data", "model", "progress", "quantized"}
+    "cli_eval": {"baselines", "data", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenizer", "train"},
     "cli": RUN
     | {"cli_bench", "cli_eval", "cli_generate", "demo", "machine", "train"},  # nothing imports cli
@@ -285,6 +288,7 @@ def test_imports_go_one_way(module: str) -> None:
     torch |= {"transformers"} if module == "peers_generate" else set()
     allowed = allowed | torch  # a benchmark's rows
     allowed = allowed | ({"lm_eval"} if module == "lm_eval" else set())
+    allowed = allowed | ({"huggingface_hub"} if module == "hub" else set())
     assert other - sys.stdlib_module_names <= allowed
 
 
