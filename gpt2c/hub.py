@@ -54,13 +54,14 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         return path
     try:
         import huggingface_hub
-    except ImportError:
+
+        _guard(huggingface_hub.get_session())
+    except (ImportError, AttributeError):  # not there, or older
         raise FileNotFoundError(
             f"{source} is no file or directory here, and to fetch a model of that name from the hub"
-            " huggingface_hub is needed: pip install 'gpt2c[hub]'"
+            " huggingface_hub 1.0 or newer is needed: pip install 'gpt2c[hub]'"
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
-    _guard(huggingface_hub.get_session())
     try:
         directory = Path(
             huggingface_hub.snapshot_download(

@@ -280,36 +280,35 @@ def _check_merges(ranks: dict[bytes, int], merges: list[Merge], name: str, vocab
             f"{name} does not make the tokens of {vocab} in the order of their ids; take both from"
             " one tokenizer"
         )
-    halves: dict[bytes, Merge] = {}
-    for number, (first, second) in enumerate(merges, start=1):
-        if any(len(half) != 1 and half not in halves for half in (first, second)):
+    made_at = ranks | dict.fromkeys((bytes([byte]) for byte in range(256)), -1)
+    halves = dict(zip(made, merges, strict=True))
+    for number, (token, (first, second)) in enumerate(halves.items(), start=1):
+        limit = ranks[token]
+        if made_at.get(first, limit) >= limit or made_at.get(second, limit) >= limit:
             raise ValueError(f"{name}: merge {number} uses a token that no earlier merge has made")
-        if not _is_made_so(first, second, ranks, halves):
+        if not _comes_to(first, second, limit, made_at, halves):
             raise ValueError(
                 f"{name}: merge {number} never comes to pass: earlier ones take its bytes apart"
             )
-        halves[first + second] = first, second
 
 
-def _is_made_so(
-    first: bytes, second: bytes, ranks: dict[bytes, int], halves: dict[bytes, Merge]
+def _comes_to(
+    first: bytes, second: bytes, limit: int, made_at: dict[bytes, int], halves: dict[bytes, Merge]
 ) -> bool:
-    """Say whether the bytes of a token come to these two parts before they become one.
+    """Say whether the bytes of a token come to these two parts under all merges before `limit`.
 
     Undoes the merges of both parts, the last one first: at no time may what stands on the two sides
     of the border have been an earlier merge. Source: github/rust-gems, bpe, is_valid_token_pair.
     """
-    limit = ranks[first + second]
-    while True:
-        if ranks.get(first + second, limit) < limit:
-            return False
-        made = [ranks[part] if len(part) > 1 else -1 for part in (first, second)]
-        if made[0] > made[1]:
-            limit, first = made[0], halves[first][1]
-        elif made[1] >= 0:
-            limit, second = made[1] + 1, halves[second][0]  # of two that are alike, the left first
+    while made_at.get(first + second, limit) >= limit:
+        left, right = made_at[first], made_at[second]
+        if left > right:
+            limit, first = left, halves[first][1]
+        elif right >= 0:
+            limit, second = right + 1, halves[second][0]  # of two that are alike, the left first
         else:
             return True
+    return False
 
 
 # ---- writing -------------------------------------------------------------------------------------

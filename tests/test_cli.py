@@ -136,6 +136,21 @@ def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:
     train, val = (read_tokens(tmp_path / "data" / f"{name}.bin") for name in ("train", "val"))
     assert f"{len(train):,} tokens to train, {len(val):,} to validate" in out
     assert 0.2 < len(val) / (len(train) + len(val)) < 0.35
+    assert ("too little for 270 tokens" in out) == (tokenizer.vocab_size < 270)
+
+
+@pytest.mark.parametrize(("size", "said"), [("258", False), ("999", True)])
+def test_prepare_says_that_a_text_gives_fewer_tokens(
+    gpt2c, tmp_path: Path, size: str, said: bool
+) -> None:
+    (tmp_path / "text.txt").write_text("abababab\n" * 99, encoding="utf-8")
+    code, out, _ = gpt2c(
+        f"prepare {tmp_path}/text.txt --out {tmp_path}/data --tokenizer bpe:{size}"
+    )
+    got = Tokenizer.from_pretrained(tmp_path / "data").vocab_size
+    assert code == 0 and (got < int(size)) == said
+    assert (f"repeats too little for {size} tokens: {got} is all" in out) == said
+    assert out.endswith(f"vocabulary {got}\n"), "the last line is for scripts"
 
 
 def test_flags_override_the_recipe(gpt2c, tmp_path: Path) -> None:

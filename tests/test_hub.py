@@ -11,6 +11,7 @@ import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -404,9 +405,11 @@ def test_what_is_no_name_is_a_path(source: Any) -> None:
         GPT2.from_pretrained(source)
 
 
-def test_without_the_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", [None, ModuleType("huggingface_hub")])
+def test_without_the_client(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is not there, or one without what is needed of it, as before 1.0."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     with pytest.raises(FileNotFoundError, match=r"no file or .*pip install 'gpt2c\[hub\]'$"):
         hub.find("gpt3")
 
