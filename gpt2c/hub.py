@@ -56,10 +56,10 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         import huggingface_hub
 
         _guard(huggingface_hub.get_session())
-    except (ImportError, AttributeError):  # not there, or older
+    except (ImportError, AttributeError):  # not there, or of before 1.0
         raise FileNotFoundError(
             f"{source} is no file or directory here, and to fetch a model of that name from the hub"
-            " huggingface_hub 1.0 or newer is needed: pip install 'gpt2c[hub]'"
+            " huggingface_hub 1.24 or newer is needed: pip install 'gpt2c[hub]'"
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:
