@@ -48,7 +48,7 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     ValueError : a revision of what is not on the hub, or a name or an answer that cannot be
     """
     path = Path(source)
-    if path.exists() or not isinstance(source, str) or not is_name(source):
+    if os.path.lexists(path) or not isinstance(source, str) or not is_name(source):
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for a name on the hub; {path} is a path")
         return path
