@@ -74,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, required=True, help="directory for the token files")
     verb.add_argument(
-        "--tokenizer", default="gpt2", help="gpt2 (default), bytes, bpe:SIZE or a directory"
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2 (default), bytes, bpe:SIZE, a directory or a name on the hub (user/name)",
     )
     verb.add_argument("--val-fraction", type=float, default=0.1, help="share held out (0.1)")
     verb.add_argument("--seed", type=int, default=1337, help="of the choice of what is held out")
@@ -159,6 +161,12 @@ def run_prepare(options: argparse.Namespace) -> int:
     )
     plural = "" if prepared.documents == 1 else "s"
     print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")
+    wanted = options.tokenizer.removeprefix("bpe:")
+    if wanted != options.tokenizer and int(wanted) > prepared.vocab_size:
+        print(
+            f"the text repeats too little for {int(wanted):,} tokens:"
+            f" {prepared.vocab_size:,} is all that can be learned from it"
+        )
     print(
         f"{options.out}: {prepared.train_tokens:,} tokens to train, {prepared.val_tokens:,} to"
         f" validate, vocabulary {prepared.vocab_size:,}"

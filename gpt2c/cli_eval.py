@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c import scoring
+from gpt2c import hub, scoring
 from gpt2c.baselines import bits_per_byte
-from gpt2c.cli_generate import open_model
-from gpt2c.generator import check_vocabulary
+from gpt2c.generator import check_vocabulary, open_model
 from gpt2c.model import GPT2
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
@@ -27,7 +26,9 @@ LINES = 20  # of progress, where no one watches
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Say what `gpt2c eval` takes."""
-    verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
+    verb.add_argument(
+        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
+    )
     verb.add_argument("--data", type=Path, help="what gpt2c prepare made: its held-out text")
     verb.add_argument(
         "--stride",
@@ -52,6 +53,7 @@ def run_eval(options: argparse.Namespace) -> int:
         raise ValueError("eval needs --data, --choices or both: there is nothing to score")
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
+    options.model = hub.find(options.model)  # once, for the model and its tokenizer
     model = open_model(options.model, options.backend, options.quantize)
     questions = _questions(options, model) if options.choices else []
     if options.data:

@@ -7,20 +7,17 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from gpt2c.checkpoint import read_config
 from gpt2c.generator import Generator
-from gpt2c.model import GPT2
-from gpt2c.quantized import QuantizedGPT2, stored_method
 from gpt2c.sampling import GenerationConfig
-from gpt2c.tokenizer import Tokenizer
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Say what `gpt2c generate` takes."""
-    verb.add_argument("model", type=Path, metavar="RUN", help="a run or any GPT-2 directory")
+    verb.add_argument(
+        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
+    )
     verb.add_argument("--prompt", default="", help="the start of the text (default: none)")
     verb.add_argument("--interactive", action="store_true", help="continue each line typed")
     verb.add_argument("--num-samples", type=int, default=1, help="write so many texts together (1)")
@@ -48,8 +45,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
 def run_generate(options: argparse.Namespace) -> int:
     """`gpt2c generate`."""
     start = time.perf_counter()
-    model = open_model(options.model, options.backend, options.quantize)
-    generator = Generator(model, Tokenizer.from_pretrained(options.model))
+    generator = Generator.from_pretrained(options.model, options.backend, options.quantize)
     loaded = time.perf_counter() - start
     names = {field.name for field in dataclasses.fields(GenerationConfig)}
     settings = {name: value for name, value in vars(options).items() if name in names}
@@ -109,11 +105,3 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
         except ValueError as error:
             print(f"gpt2c: {error}", file=sys.stderr)
         seconds += time.perf_counter() - start
-
-
-def open_model(path: Path, backend: str, quantize: str | None) -> GPT2 | QuantizedGPT2:
-    """Load a model, quantized if asked for or if it was saved so."""
-    quantize = quantize or stored_method(read_config(path))
-    if quantize is None:
-        return GPT2.from_pretrained(path, backend)
-    return GPT2.from_pretrained(path, backend, quantize=quantize)

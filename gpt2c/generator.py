@@ -1,6 +1,6 @@
 """Generator: strings in, strings out; a model and a tokenizer together.
 
-    generator = gpt2c.Generator(model, tokenizer)
+    generator = gpt2c.Generator.from_pretrained("gpt2")  # or Generator(model, tokenizer)
     for piece in generator.stream("Once upon", max_new_tokens=50, stop=["."]):
         print(piece, end="", flush=True)
 
@@ -10,10 +10,16 @@ A character may span tokens, and so may a stop string: a piece is given when it 
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gpt2c import hub
+from gpt2c.backend import Backend
+from gpt2c.checkpoint import read_config
 from gpt2c.language_model import LanguageModel
+from gpt2c.model import GPT2
+from gpt2c.quantized import QuantizedGPT2, stored_method
 from gpt2c.sampling import GenerationConfig
 from gpt2c.tokenizer import Tokenizer
 
@@ -84,6 +90,17 @@ def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
         )
 
 
+def open_model(
+    path: str | os.PathLike[str], backend: str | Backend = "auto", quantize: str | None = None
+) -> GPT2 | QuantizedGPT2:
+    """Load a model, quantized if asked for or if it was saved so; see `GPT2.from_pretrained`."""
+    path = hub.find(path)
+    quantize = quantize or stored_method(read_config(path))
+    if quantize is None:
+        return GPT2.from_pretrained(path, backend)
+    return GPT2.from_pretrained(path, backend, quantize=quantize)
+
+
 class Generator:
     """Continues texts.
 
@@ -106,6 +123,29 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.count = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | os.PathLike[str],
+        backend: str | Backend = "auto",
+        quantize: str | None = None,
+        revision: str | None = None,
+    ) -> Generator:
+        """Load a model and its tokenizer together, from a directory or the hub.
+
+        Parameters
+        ----------
+        path_or_name, backend, revision : see `GPT2.from_pretrained`
+        quantize : as there; a model that was saved quantized is loaded so
+
+        Raises
+        ------
+        OSError : a file is missing or cannot be read or downloaded
+        ValueError : a file is damaged, or model and tokenizer do not belong together
+        """
+        path = hub.find(path_or_name, revision)
+        return cls(open_model(path, backend, quantize), Tokenizer.from_pretrained(path))
 
     def generate(self, prompt: str | Sequence[str], **settings: Any) -> Any:
         """Continue one text or several together.

@@ -20,7 +20,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c import checkpoint, llmc
+from gpt2c import checkpoint, hub, llmc
 from gpt2c.activations import Activations
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
@@ -105,13 +105,22 @@ class GPT2(LanguageModel):
     @overload
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], backend: str | Backend = ..., quantize: None = ...
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = ...,
+        quantize: None = ...,
+        revision: str | None = ...,
     ) -> GPT2: ...
 
     @overload
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], backend: str | Backend = ..., *, quantize: str
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = ...,
+        *,
+        quantize: str,
+        revision: str | None = ...,
     ) -> QuantizedGPT2: ...
 
     @classmethod
@@ -120,6 +129,7 @@ class GPT2(LanguageModel):
         path: str | os.PathLike[str],
         backend: str | Backend = "auto",
         quantize: str | None = None,
+        revision: str | None = None,
     ) -> GPT2 | QuantizedGPT2:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
@@ -128,16 +138,19 @@ class GPT2(LanguageModel):
         Parameters
         ----------
         path : the directory, whose weights may be in shards with an index; or a .safetensors file
-            beside its config.json; or an llm.c model .bin
+            beside its config.json; or an llm.c model .bin; or a name on the hub, such as gpt2, see
+            `gpt2c.hub.find`
         backend : see `GPT2`
         quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
+        revision : of a model on the hub: a branch, tag or commit
 
         Raises
         ------
-        OSError : a file is missing or unreadable
+        OSError : a file is missing or unreadable, or the hub has it not
         ValueError : a file is damaged, or its tensors are not those of its config; an unknown
             quantize, or another than that of weights which are stored so
         """
+        path = hub.find(path, revision)
         file = Path(path)
         if file.suffix in (".bin", *llmc.PICKLES) and file.is_file():
             config, weights = llmc.read_model(file)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c import checkpoint
+from gpt2c import checkpoint, hub
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
 from gpt2c.language_model import LanguageModel
@@ -63,6 +63,7 @@ class QuantizedGPT2(LanguageModel):
         path: str | os.PathLike[str],
         method: str,
         backend: str | Backend = "auto",
+        revision: str | None = None,
     ) -> QuantizedGPT2:
         """Load what `save_pretrained` wrote, or a GPT-2, whose weights are rounded one at a time.
 
@@ -73,6 +74,7 @@ class QuantizedGPT2(LanguageModel):
         OSError : a file is missing or unreadable
         ValueError : a file is damaged, or holds weights of another method
         """
+        path = hub.find(path, revision)
         entries, source = checkpoint.read_config(path), os.fspath(path)
         stored, config = stored_method(entries), GPT2Config.from_dict(entries)
         if stored is None:

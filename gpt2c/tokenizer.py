@@ -1,8 +1,8 @@
-"""Tokenizer: text <-> token ids, by byte-pair encoding in GPT-2's own file format.
+"""Tokenizer: text <-> token ids, by byte-pair encoding.
 
-tiktoken encodes, rustbpe trains; this file joins them and reads and writes `vocab.json` and
-`merges.txt`, so that one directory serves gpt2c and transformers alike. There are three kinds of
-vocabulary and one class: GPT-2's own, plain bytes (no merges), and one trained on the spot.
+tiktoken encodes, rustbpe trains; this file joins them. There are three kinds of vocabulary and one
+class: GPT-2's own, plain bytes (no merges), and one trained on the spot. How they are kept, so that
+one directory serves gpt2c and transformers alike, is in tokenizer_files.py.
 
 Knows nothing about models, token files or documents.
 """
@@ -10,12 +10,11 @@ Knows nothing about models, token files or documents.
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,9 @@ import rustbpe
 import tiktoken
 from numpy.typing import NDArray
 
-from gpt2c import files
+from gpt2c import hub, tokenizer_files
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT = tokenizer_files.END_OF_TEXT
 # How GPT-2 cuts text before any merge (openai/gpt-2:src/encoder.py): contractions, words, numbers,
 # the rest, spaces.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,64 +32,7 @@ NAMES = ("gpt2", "bytes")
 # tiktoken and rustbpe match the pattern with a stack of about a million entries and panic beyond;
 # stay well below.
 _MAX_SPACES = 400_000
-
-
-def _byte_characters() -> list[str]:
-    """One printable character for each byte, as in openai/gpt-2:src/encoder.py:bytes_to_unicode."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
-
-
-_CHARACTERS = _byte_characters()
-_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
-
-
-def _to_characters(token: bytes) -> str:
-    return "".join(_CHARACTERS[byte] for byte in token)
-
-
-def _to_bytes(characters: str) -> bytes:
-    return bytes(_BYTES[character] for character in characters)
-
-
-def _merge_everywhere(parts: list[bytes], first: bytes, second: bytes) -> list[bytes]:
-    """Join each `first` that is followed by `second`, from left to right."""
-    merged = []
-    i = 0
-    while i < len(parts):
-        width = 2 if parts[i : i + 2] == [first, second] else 1
-        merged.append(b"".join(parts[i : i + width]))
-        i += width
-    return merged
-
-
-def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Recover the merge that made `token`: what its bytes come to under all earlier merges.
-
-    Raises
-    ------
-    ValueError : no sequence of earlier merges leads to `token`
-    """
-    parts = [token[i : i + 1] for i in range(len(token))]
-    limit = ranks[token]
-    while len(parts) > 2:
-        first, second = min(pairwise(parts), key=lambda pair: ranks.get(pair[0] + pair[1], limit))
-        if ranks.get(first + second, limit) >= limit:
-            raise ValueError(f"token {limit} ({token!r}) cannot be made from the tokens before it")
-        parts = _merge_everywhere(parts, first, second)
-    return parts[0], parts[1]
-
-
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """All merges, in the order in which they apply."""
-    return [
-        _halves(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1
-    ]
+_PATIENCE = 30  # seconds for tiktoken's download of 1.5 MB, which itself would wait for ever
 
 
 def _check_spaces(text: str) -> None:
@@ -111,12 +53,17 @@ class Tokenizer:
     ranks : bytes of each token -> its id; the 256 single bytes, then merged tokens in the order of
         their merges
     eot : id of `<|endoftext|>`, the one id from 0 to len(ranks) that `ranks` leaves free
+    merges : the halves of each merged token, in the order of their ids; None recovers them
+        when the tokenizer is saved
     """
 
-    def __init__(self, ranks: dict[bytes, int], eot: int) -> None:
+    def __init__(
+        self, ranks: dict[bytes, int], eot: int, merges: list[tuple[bytes, bytes]] | None = None
+    ) -> None:
         self.eot = eot
         self.vocab_size = len(ranks) + 1
         self._ranks = ranks
+        self._merges = merges
         self._tokens = [END_OF_TEXT.encode()] * self.vocab_size
         for token, token_id in ranks.items():
             self._tokens[token_id] = token
@@ -130,42 +77,28 @@ class Tokenizer:
 
         Parameters
         ----------
-        name : "gpt2" (50257 tokens; tiktoken downloads them once) or "bytes" (256 bytes and
-            `<|endoftext|>`)
+        name : "gpt2" (50257 tokens) or "bytes" (256 bytes and `<|endoftext|>`). GPT-2's are looked
+            for in tiktoken's cache (TIKTOKEN_CACHE_DIR), which keeps what tiktoken downloads, then
+            in a directory called gpt2, then on the hub and in its cache
 
         Raises
         ------
         ValueError : unknown name
-        OSError : GPT-2's vocabulary is neither in tiktoken's cache nor to be downloaded
+        OSError : GPT-2's vocabulary is in none of these places
         """
         if name == "bytes":
             return cls({bytes([byte]): byte for byte in range(256)}, eot=256)
         if name == "gpt2":
-            try:
-                encoding = tiktoken.get_encoding("gpt2")
-            except (
-                OSError,
-                ValueError,
-            ) as error:  # no network, no permission; or a download that is not the file
-                raise OSError(
-                    "GPT-2's vocabulary is not cached and could not be downloaded "
-                    f"({type(error).__name__}); point TIKTOKEN_CACHE_DIR to a directory that holds "
-                    "it, or choose the tokenizer 'bytes' or 'bpe:4096', which need no download"
-                ) from error
-            eot = encoding.eot_token
-            return cls(
-                {encoding.decode_single_token_bytes(token_id): token_id for token_id in range(eot)},
-                eot,
-            )
+            return cls(*_gpt2())
         raise ValueError(f"unknown tokenizer {name!r}; known names are {', '.join(NAMES)}")
 
     @classmethod
     def from_spec(cls, spec: str) -> Tokenizer:
-        """Make the tokenizer that a user names: "gpt2", "bytes" or a directory.
+        """Make the tokenizer that a user names: "gpt2", "bytes", a directory, or one on the hub.
 
         Raises
         ------
-        ValueError : neither a known name nor a directory; "bpe:N", which must be trained on a text
+        ValueError : none of these; "bpe:N", which must be trained on a text
         OSError : the vocabulary cannot be read or downloaded
         """
         if spec in NAMES:
@@ -175,10 +108,11 @@ class Tokenizer:
                 f"tokenizer {spec!r} must be trained on a text first: "
                 f"`gpt2c prepare --tokenizer {spec}`"
             )
-        if Path(spec).is_dir():
+        if Path(spec).is_dir() or ("/" in spec and hub.is_name(spec)):
             return cls.from_pretrained(spec)
         raise ValueError(
-            f"tokenizer {spec!r} is neither a directory nor one of {', '.join(NAMES)}, bpe:N"
+            f"tokenizer {spec!r} is neither a directory nor one of {', '.join(NAMES)}, bpe:N, nor a"
+            " name on the hub such as user/name"
         )
 
     @classmethod
@@ -211,57 +145,38 @@ class Tokenizer:
         return cls(ranks, eot=len(ranks))
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Read `vocab.json` and `merges.txt`, written by `save_pretrained`, transformers or OpenAI.
+    def from_pretrained(
+        cls, path_or_name: str | os.PathLike[str], revision: str | None = None
+    ) -> Tokenizer:
+        """Read the tokenizer of a directory, or of a model on the hub.
+
+        Parameters
+        ----------
+        path_or_name : a directory with vocab.json and merges.txt, or tokenizer.json, written by
+            `save_pretrained`, transformers or OpenAI; or a name, see `gpt2c.hub.find`
+        revision : of a model on the hub
 
         Raises
         ------
-        OSError : a file is missing or cannot be read
-        ValueError : a file is corrupt, or the two do not belong together
+        OSError : a file is missing or cannot be read or downloaded
+        ValueError : a file is corrupt, asks for what tiktoken does not do, or two do not belong
+            together
         """
-        vocab_path, merges_path = Path(directory) / "vocab.json", Path(directory) / "merges.txt"
-        ranks, eot = _read_vocabulary(vocab_path)
-        merges = _read_merges(merges_path)
-        made = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) != 1]
-        if made != [first + second for first, second in merges]:
-            raise ValueError(
-                f"{merges_path} does not make the tokens of {vocab_path} in the order of "
-                "their ids; take both files from one tokenizer"
-            )
-        known = {bytes([byte]) for byte in range(256)}
-        for line, (first, second) in enumerate(merges, start=1):
-            if first not in known or second not in known:
-                raise ValueError(
-                    f"{merges_path}: merge {line} uses a token that no earlier merge has made"
-                )
-            known.add(first + second)
-        return cls(ranks, eot)
+        return cls(*tokenizer_files.read(hub.find(path_or_name, revision, weights=False)))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers loads.
 
         Raises
         ------
-        OSError : the directory cannot be made or written
+        OSError : the directory cannot be made or written; what was there before is intact
         """
-        directory = Path(directory)
-        vocabulary, merges = self.vocab_and_merges()
-        directory.mkdir(parents=True, exist_ok=True)
-        config = {
-            "tokenizer_class": "GPT2Tokenizer",
-            "add_prefix_space": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-        }
-        contents = {
-            "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-            "merges.txt": "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges),
-            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        }
-        for name, content in contents.items():
-            with files.atomic_path(directory / name) as temporary:
-                temporary.write_bytes(content.encode())
+        tokenizer_files.write(Path(directory), self._vocabulary())
+
+    def _vocabulary(self) -> tokenizer_files.Vocabulary:
+        if self._merges is None:
+            self._merges = tokenizer_files.recover_merges(self._ranks)
+        return tokenizer_files.Vocabulary(self._ranks, self.eot, self._merges)
 
     def vocab_and_merges(self) -> tuple[dict[str, int], list[str]]:
         """Give what `vocab.json` and `merges.txt` say, a printable character for each byte.
@@ -270,11 +185,7 @@ class Tokenizer:
         ------
         ValueError : a token cannot be made from those before it
         """
-        tokens = [*map(_to_characters, self._tokens)]
-        tokens[self.eot] = END_OF_TEXT
-        pairs = _merges(self._ranks)
-        merges = [f"{_to_characters(first)} {_to_characters(second)}" for first, second in pairs]
-        return {token: token_id for token_id, token in enumerate(tokens)}, merges
+        return tokenizer_files.vocab_and_merges(self._vocabulary())
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids; "<|endoftext|>" in it is ordinary text, never the token."""
@@ -339,53 +250,42 @@ class Tokenizer:
         return self._tokens[token_id]
 
 
-def _read(path: Path) -> str:
+def _gpt2() -> tuple[dict[bytes, int], int]:
+    """Give GPT-2's own vocabulary, from wherever it can be had, and the id of `<|endoftext|>`."""
     try:
-        return path.read_bytes().decode()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist; a tokenizer is a vocab.json and a merges.txt"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
-
-
-def _read_vocabulary(path: Path) -> tuple[dict[bytes, int], int]:
-    """Read and check `vocab.json`: (bytes of each token -> id, id of `<|endoftext|>`)."""
-    vocabulary = files.parse_json(_read(path), str(path))
-    if any(type(token_id) is not int for token_id in vocabulary.values()):
-        raise ValueError(f"{path} must be one JSON object of tokens and their ids")
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise ValueError(
-            f"{path} must number its {len(vocabulary)} tokens from 0 to {len(vocabulary) - 1}, "
-            "each once"
-        )
-    if END_OF_TEXT not in vocabulary:
-        raise ValueError(f"{path} has no {END_OF_TEXT}")
-    eot = vocabulary.pop(END_OF_TEXT)
+        encoding = _from_tiktoken()
+        eot = encoding.eot_token
+        return {encoding.decode_single_token_bytes(token): token for token in range(eot)}, eot
+    except (OSError, ValueError) as error:  # no network, no permission; or not the file
+        reason = type(error).__name__
     try:
-        ranks = {_to_bytes(token): token_id for token, token_id in vocabulary.items()}
-    except KeyError as error:
-        raise ValueError(f"{path} has a character that stands for no byte: {error}") from None
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the 256 single bytes, the first of them {missing[0]}"
-        )
+        ranks, eot, _ = tokenizer_files.read(hub.find("gpt2", weights=False))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            "GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR says where), which"
+            f" could not download it ({reason}), and not to be had from the hub ({error}); name a"
+            " directory with its vocab.json and merges.txt, or choose the tokenizer 'bytes' or"
+            " 'bpe:4096', which need no download"
+        ) from error
+    if (len(ranks), eot) != (50256, 50256):
+        raise ValueError(f"gpt2 has {len(ranks) + 1} tokens where GPT-2 has 50257")
     return ranks, eot
 
 
-def _read_merges(path: Path) -> list[tuple[bytes, bytes]]:
-    """Read `merges.txt`: after a version line, two halves on each line."""
-    lines = _read(path).removesuffix("\n").split("\n")
-    merges = []
-    for number, line in enumerate(lines, start=1):
-        if number == 1 and line.startswith("#version"):
-            continue
+def _from_tiktoken() -> tiktoken.Encoding:
+    """Let tiktoken read or download GPT-2's vocabulary, but no longer than `_PATIENCE`."""
+    done: list[tiktoken.Encoding | Exception] = []
+
+    def fetch() -> None:
         try:
-            first, second = map(_to_bytes, line.split(" "))
-        except (KeyError, ValueError):
-            raise ValueError(
-                f"{path}, line {number}: two tokens separated by a space are wanted"
-            ) from None
-        merges.append((first, second))
-    return merges
+            done.append(tiktoken.get_encoding("gpt2"))
+        except Exception as error:
+            done.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    result = done[0] if done else TimeoutError(f"no answer within {_PATIENCE} seconds")
+    if isinstance(result, Exception):
+        raise result
+    return result

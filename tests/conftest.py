@@ -17,6 +17,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 if (DATA / "tiktoken-cache").is_dir():  # else tiktoken downloads its vocabularies
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken-cache"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub; test_hub.py has its own
 
 
 @pytest.fixture(params=NAMES)

@@ -214,26 +214,29 @@ ARROWS: dict[str, set[str]] = {
     "report": {"bench", "files", "machine", "plot"},
     "files": set(),
     "config": {"files"},
+    "hub": set(),
     "tensorfile": {"files"},
     "checkpoint": {"files", "tensorfile"},
     "sampling": set(),
     "generate": {"sampling"},
     "decoder": {"backend", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
-    "quantized": {"backend", "checkpoint", "config", "language_model", "memory"}
+    "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
     | {"reference_reading", "tensorfile"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
-    "generator": {"language_model", "sampling", "tokenizer"},
+    "generator": {"backend", "checkpoint", "hub", "language_model", "model", "quantized"}
+    | {"sampling", "tokenizer"},
     "llmc": {"config", "files", "memory"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
     "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
     | {"tokenizer"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
-    "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
+    "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}
     | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": set(),
-    "tokenizer": {"files"},
+    "tokenizer_files": {"files"},
+    "tokenizer": {"hub", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
@@ -245,10 +248,10 @@ ARROWS: dict[str, set[str]] = {
     "demo": RUN | {"corpus", "generator", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
     "cli_convert": {"convert", "llmc"},
-    "cli_generate": {"checkpoint", "model", "tokenizer"} | READING,
+    "cli_generate": {"generator", "sampling"},
     "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "cli_generate", "generator", "model", "progress", "quantized"}
+    "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "machine", "memory"},
     "cli": (RUN - {"backend"})
@@ -296,6 +299,7 @@ def test_imports_go_one_way(module: str) -> None:
     allowed = allowed | torch  # a benchmark's rows
     allowed = allowed | ({"lm_eval"} if module == "lm_eval" else set())
     allowed = allowed | ({"gguf"} if module == "gguf_export" else set())
+    allowed = allowed | ({"huggingface_hub"} if module == "hub" else set())
     assert other - sys.stdlib_module_names <= allowed
 
 

@@ -165,6 +165,21 @@ def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:
     train, val = (read_tokens(tmp_path / "data" / f"{name}.bin") for name in ("train", "val"))
     assert f"{len(train):,} tokens to train, {len(val):,} to validate" in out
     assert 0.2 < len(val) / (len(train) + len(val)) < 0.35
+    assert ("too little for 270 tokens" in out) == (tokenizer.vocab_size < 270)
+
+
+@pytest.mark.parametrize(("size", "said"), [("258", False), ("999", True)])
+def test_prepare_says_that_a_text_gives_fewer_tokens(
+    gpt2c, tmp_path: Path, size: str, said: bool
+) -> None:
+    (tmp_path / "text.txt").write_text("abababab\n" * 99, encoding="utf-8")
+    code, out, _ = gpt2c(
+        f"prepare {tmp_path}/text.txt --out {tmp_path}/data --tokenizer bpe:{size}"
+    )
+    got = Tokenizer.from_pretrained(tmp_path / "data").vocab_size
+    assert code == 0 and (got < int(size)) == said
+    assert (f"repeats too little for {size} tokens: {got} is all" in out) == said
+    assert out.endswith(f"vocabulary {got}\n"), "the last line is for scripts"
 
 
 def test_flags_override_the_recipe(gpt2c, tmp_path: Path) -> None:
@@ -411,7 +426,7 @@ MISTAKES = [
     ("train --data data --out other --resume", "another config"),
     ("train --data bpe --out run --resume", "another tokenizer"),
     ("train --data data --out run --resume --n-layer 2", "was trained with n_layer=1"),
-    ("eval missing --data data", "missing is not a directory"),
+    ("eval missing --data data", "missing is no file or directory here"),
     ("eval text.txt --data data", r"text\.txt is not a directory"),
     ("eval folder --data data", r"config\.json does not exist"),
     ("eval corrupt --data data", "is not a whole safetensors file"),
@@ -423,7 +438,7 @@ MISTAKES = [
     ("eval run --data bpe", "do not belong together"),
     ("eval run --data data --batch-size 0", "--batch-size must be at least 1, got 0"),
     ("eval run --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
-    ("generate missing", "missing is not a directory"),
+    ("generate missing", "missing is no file or directory here"),
     ("generate corrupt", "is not a whole safetensors file"),
     ("generate other", r"wte\.weight must be"),
     ("generate notext", r"vocab\.json does not exist"),
@@ -445,7 +460,7 @@ MISTAKES = [
     ("generate run --prompt seventeen-letters", "17 tokens, n_positions is 16"),
     ("generate run --stop= ", "stop must be strings of at least one character"),
     ("generate mixed", "do not belong together"),
-    ("generate missing --quantize int8", "missing is not a directory"),
+    ("generate missing --quantize int8", "missing is no file or directory here"),
     ("generate corrupt --quantize int8", "is not a whole safetensors file"),
     ("generate other --quantize fp16", r"wte\.weight must be"),
     ("generate run --seed -1", "non-negative|at least 0"),
@@ -522,7 +537,7 @@ def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
 def test_a_process_with_a_mistake(world: Path) -> None:
     done = subprocess.run([*COMMAND, "eval", "missing", "--data", "data"], capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"gpt2c: missing is not a directory")
+    assert done.stderr.startswith(b"gpt2c: missing is no file or directory here")
     assert done.stderr.count(b"\n") == 1
 
 

@@ -145,16 +145,20 @@ def test_models_that_llm_c_has_not(changes: Any, message: str, tmp_path: Path) -
         ({"version": 1}, "version 1; version 3 or 5 is wanted"),
         ({"version": -3}, "version -3"),
         ({"version": 5}, "needs"),
-        ({"max_seq_len": 0}, "n_positions must be a whole number from 1, got 0"),
+        ({"max_seq_len": 0}, "n_positions must be a whole number from 1 to 2147483647, got 0"),
         ({"max_seq_len": 7}, "needs"),
-        ({"vocab_size": -1}, "vocab_size must be a whole number from 1, got -1"),
+        ({"vocab_size": -1}, "vocab_size must be a whole number from 1 to 2147483647, got -1"),
         ({"vocab_size": 257}, "padded_vocab_size is 256, less than its vocab_size, 257"),
-        ({"num_layers": 0}, "n_layer must be a whole number from 1, got 0"),
-        ({"num_layers": 2**31 - 1}, "needs"),  # would take terabytes if it were believed
+        ({"num_layers": 0}, "n_layer must be a whole number from 1 to 10000, got 0"),
+        (
+            {"num_layers": 2**31 - 1},
+            "n_layer must be a whole number from 1 to 10000, got 2147483647",
+        ),
+        ({"num_layers": 10000}, "needs"),
         ({"num_heads": 3}, "n_embd must be divisible by n_head, got 8 and 3"),
-        ({"num_heads": -2}, "n_head must be a whole number from 1, got -2"),
-        ({"channels": 0}, "n_embd must be a whole number from 1, got 0"),
-        ({"channels": 2**31 - 2, "num_layers": 2**31 - 1}, "needs"),  # beyond 64 bits
+        ({"num_heads": -2}, "n_head must be a whole number from 1 to 2147483647, got -2"),
+        ({"channels": 0}, "n_embd must be a whole number from 1 to 2147483647, got 0"),
+        ({"channels": 2**31 - 2, "num_layers": 10000}, "needs"),  # beyond 64 bits
         ({"padded_vocab_size": -1}, "padded_vocab_size is -1"),
         ({"padded_vocab_size": 2**31 - 1}, "needs"),
     ],

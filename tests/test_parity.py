@@ -19,7 +19,7 @@ import pytest
 from conftest import refused
 from test_bench import small_shape
 
-from gpt2c import GPT2, AdamW, GPT2Config, ops
+from gpt2c import GPT2, AdamW, GPT2Config, Tokenizer, ops
 from gpt2c.backend import get_backend
 from gpt2c.cases import OPS, normalised_error
 from gpt2c.config import FIXED
@@ -636,3 +636,82 @@ def test_pytorch_row_trains_as_ours_do() -> None:
     ours.train(dataclasses.asdict(TINY), 2, 8, None)
     for _ in range(3):
         assert worker.step()["loss"] == pytest.approx(ours.step()["loss"], rel=1e-4)
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+TEXTS = [
+    "",
+    " ",
+    "hello world",
+    "  two spaces,   three, and at the end  ",
+    " " * 300 + "x" + "\t" * 50,
+    "they're we've I'll he'd it's I'm DON'T",
+    "😀👩‍👩‍👧 naïve café e\u0301 日本語 ١٢٣ 2024",
+    "line\nbreaks\r\n\n\n and\x00control\x85characters\u2028",
+    "\ufeffmark <|endoftext> |endoftext|> x" * 9,
+]
+
+
+@pytest.fixture(params=["bytes", "bpe", "gpt2"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Give every kind of tokenizer."""
+    if request.param == "bpe":
+        return Tokenizer.train([text * 2 for text in TEXTS], 330)
+    try:
+        return Tokenizer.from_name(request.param)
+    except OSError as error:
+        pytest.skip(f"GPT-2's vocabulary is not reachable: {error}")
+
+
+def same_ids(own: Tokenizer, theirs: Any) -> None:
+    """Check that texts get the same ids, both ways, and that the end of text is the same token."""
+    assert (len(theirs), theirs.eos_token_id) == (own.vocab_size, own.eot)
+    for text in TEXTS:
+        ids = own.encode(text)
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == own.decode(ids)
+    text = "a<|endoftext|> b"  # theirs looks for the token in a text, ours takes it for text
+    assert theirs.encode(text) == [*own.encode("a"), own.eot, *own.encode(" b")]
+    assert theirs.encode(text, split_special_tokens=True) == own.encode(text)
+
+
+def test_transformers_reads_our_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_positions=8, n_embd=4, n_layer=1, n_head=1
+    )
+    GPT2(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for theirs in (transformers.AutoTokenizer, transformers.GPT2TokenizerFast):
+        same_ids(tokenizer, theirs.from_pretrained(tmp_path))
+
+
+def test_we_read_transformers_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Version 5 leaves tokenizer.json alone, older ones all three files."""
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "tokenizer.json").exists()
+    own = Tokenizer.from_pretrained(tmp_path / "theirs")
+    same_ids(own, theirs)
+    own.save_pretrained(tmp_path / "back")
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / name).read_bytes()
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(tmp_path / "more")
+    with pytest.raises(ValueError, match=r"tokenizer\.json adds token \"\[PAD\]\""):
+        Tokenizer.from_pretrained(tmp_path / "more")
+
+
+def test_we_read_what_tokenizers_trained(tmp_path: Path) -> None:
+    """Its special tokens come first, and its byte alphabet has an order of its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(TEXTS, 400, 2, False, special_tokens=["<|endoftext|>"])
+    trained.save_model(str(tmp_path))
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    own = Tokenizer.from_pretrained(tmp_path)
+    assert own.eot == 0
+    same_ids(own, theirs)
+    theirs.save_pretrained(tmp_path / "fast")
+    same_ids(Tokenizer.from_pretrained(tmp_path / "fast"), theirs)

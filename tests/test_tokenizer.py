@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -153,17 +155,51 @@ def test_names_and_specs(tmp_path, monkeypatch):
         Tokenizer.from_name("gpt3")
     with pytest.raises(ValueError, match="neither a directory nor one of gpt2, bytes"):
         Tokenizer.from_spec(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="nor a name on the hub such as user/name"):
+        Tokenizer.from_spec("abacus")
+    with pytest.raises(OSError, match="some/name is no file or directory here"):
+        Tokenizer.from_spec("some/name")
     with pytest.raises(ValueError, match="gpt2c prepare --tokenizer bpe:512"):
         Tokenizer.from_spec("bpe:512")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route"), ValueError("Hash mismatch")])
-def test_gpt2_offline_says_what_else_there_is(monkeypatch, error):
-    def fail(name):
+def forever(name):
+    time.sleep(60)
+
+
+def failing(error):
+    def fail(*arguments, **keywords):
         raise error
 
-    monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    with pytest.raises(OSError, match=r"TIKTOKEN_CACHE_DIR.*'bytes' or 'bpe:4096'"):
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("get_encoding", "reason"),
+    [
+        (failing(ConnectionError("no route")), "ConnectionError"),
+        (failing(ValueError("Hash mismatch")), "ValueError"),
+        (forever, "TimeoutError"),  # a server that takes a connection and says nothing
+    ],
+)
+def test_gpt2_offline_says_what_else_there_is(monkeypatch, get_encoding, reason):
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    monkeypatch.setattr("gpt2c.tokenizer._PATIENCE", 0.1)
+    monkeypatch.setattr("gpt2c.hub.find", failing(OSError("gpt2 is not there")))
+    with pytest.raises(OSError) as error:
+        Tokenizer.from_name("gpt2")
+    places = rf"TIKTOKEN_CACHE_DIR.*\({reason}\).* the hub \(gpt2 is not there\).* a directory with"
+    assert re.search(f"{places}.*'bytes' or 'bpe:4096'", str(error.value))
+    assert not re.search(r"\n|\. [A-Z]", str(error.value))
+
+
+def test_gpt2_from_a_directory_of_that_name(gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiktoken, "get_encoding", failing(ConnectionError("no route")))
+    gpt2.save_pretrained("gpt2")
+    assert Tokenizer.from_name("gpt2").encode(SAMPLE) == gpt2.encode(SAMPLE)
+    BPE.save_pretrained("gpt2")
+    with pytest.raises(ValueError, match=r"gpt2 has \d+ tokens where GPT-2 has 50257"):
         Tokenizer.from_name("gpt2")
 
 

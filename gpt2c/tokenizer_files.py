@@ -1,0 +1,392 @@
+"""Vocabularies as files: `vocab.json` with `merges.txt`, or `tokenizer.json`, read and written.
+
+The first two are OpenAI's for GPT-2, the third is that of Hugging Face's tokenizers. A file is read
+only if tiktoken will make the same ids of every text as transformers does from that file; what
+would change them (a normalizer, added tokens, ...) is refused by name.
+
+Knows nothing about what is done with a vocabulary. Used by tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt2c import files
+
+END_OF_TEXT = "<|endoftext|>"
+LARGEST = 1 << 25  # bytes of a file: GPT-2's have 1.4 million
+VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
+CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
+
+# What the parts of tokenizer.json may hold. Any of ANY leaves the ids as they are, or is looked at
+# by itself.
+ANY = None
+ROOT = {
+    "version": (None, "1.0"),
+    "truncation": ANY,  # transformers sets this and padding anew for each call
+    "padding": ANY,
+    "added_tokens": ANY,
+    "normalizer": (None,),
+    "pre_tokenizer": ANY,
+    "post_processor": ANY,
+    "decoder": ANY,
+    "model": ANY,
+}
+PRE_TOKENIZER = {
+    "type": ("ByteLevel",),
+    "add_prefix_space": (False,),
+    "trim_offsets": ANY,
+    "use_regex": (None, True),
+}
+MODEL = {
+    "type": (None, "BPE"),
+    "dropout": (None, 0),
+    "unk_token": (None, END_OF_TEXT),  # with all 256 bytes no text is unknown
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": ANY,
+    "byte_fallback": (None, False),
+    "ignore_merges": (None, False),
+    "vocab": ANY,
+    "merges": ANY,
+}
+
+Merge = tuple[bytes, bytes]
+
+
+class Vocabulary(NamedTuple):
+    """A byte-level BPE.
+
+    ranks : bytes of each token -> its id, all but `<|endoftext|>`
+    eot : id of `<|endoftext|>`
+    merges : the halves of each token of more than one byte, in the order of their ids
+    """
+
+    ranks: dict[bytes, int]
+    eot: int
+    merges: list[Merge]
+
+
+def _byte_characters() -> list[str]:
+    """One printable character for each byte, as in openai/gpt-2:src/encoder.py:bytes_to_unicode."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+
+
+_CHARACTERS = _byte_characters()
+_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
+
+
+def _to_characters(token: bytes) -> str:
+    return "".join(_CHARACTERS[byte] for byte in token)
+
+
+def _to_bytes(characters: str) -> bytes:
+    return bytes(_BYTES[character] for character in characters)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read(directory: Path) -> Vocabulary:
+    """Read the vocabulary of a directory.
+
+    Where tokenizer.json stands beside vocab.json and merges.txt they must agree: transformers reads
+    the one, other programs the others, and neither knows that it may be wrong.
+
+    Raises
+    ------
+    OSError : a file is missing or cannot be read
+    ValueError : a file is damaged, asks for what changes the ids, or does not agree with another
+    """
+    vocab_path, merges_path = directory / VOCAB, directory / MERGES
+    json_path = directory / TOKENIZER
+    if os.path.lexists(json_path):  # a link that leads nowhere is no absent file
+        vocabulary = _read_tokenizer_json(json_path)
+        if os.path.lexists(vocab_path) and os.path.lexists(merges_path):
+            if vocabulary != _read_pair(vocab_path, merges_path):
+                raise ValueError(
+                    f"{json_path} is another tokenizer than {VOCAB} and {MERGES} beside it; remove"
+                    " what is not the model's"
+                )
+    else:
+        vocabulary = _read_pair(vocab_path, merges_path)
+    _check_neighbours(directory, vocabulary.eot)
+    return vocabulary
+
+
+def _read(path: Path) -> str:
+    try:
+        content = files.read_bytes(path, LARGEST)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} does not exist; a tokenizer is a {VOCAB} and a {MERGES}, or a {TOKENIZER}"
+        ) from None
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
+    return text
+
+
+def _read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
+    ranks, eot = _parse_vocabulary(files.parse_json(_read(vocab_path), str(vocab_path)), vocab_path)
+    lines = _read(merges_path).removesuffix("\n").split("\n")
+    start = int(lines[0].startswith("#version"))
+    merges = [
+        _parse_merge(line.removesuffix("\r").split(" "), f"{merges_path}, line {number}")
+        for number, line in enumerate(lines[start:], start=start + 1)
+    ]
+    _check_merges(ranks, merges, str(merges_path), str(vocab_path))
+    return Vocabulary(ranks, eot, merges)
+
+
+def _read_tokenizer_json(path: Path) -> Vocabulary:
+    root = _part(path, "", files.parse_json(_read(path), str(path)), ROOT)
+    _part(path, "pre_tokenizer", root.get("pre_tokenizer"), PRE_TOKENIZER)
+    model = _part(path, "model", root.get("model"), MODEL)
+    processor, decoder = root.get("post_processor"), root.get("decoder")
+    adds_nothing = {"type": "TemplateProcessing", "special_tokens": {}}
+    if not (_is(processor, {"type": "ByteLevel"}) or _is(processor, adds_nothing)):
+        raise ValueError(f"{path}: post_processor may add tokens; only one that adds none is read")
+    if not _is(decoder, {"type": "ByteLevel"}):
+        raise ValueError(f"{path}: decoder must be ByteLevel")
+    vocab, merges, added = model.get("vocab"), model.get("merges"), root.get("added_tokens") or []
+    if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
+        raise ValueError(f"{path} needs model.vocab, an object, and model.merges, an array")
+    tokens = [
+        (token.get("content"), token.get("id")) if isinstance(token, dict) else (token, None)
+        for token in added
+    ]
+    ranks, eot = _parse_vocabulary(
+        {token: token_id for token, token_id in tokens if token == END_OF_TEXT} | vocab, path
+    )
+    _check_added(path, tokens, eot)
+    pairs = [
+        _parse_merge(
+            merge.split(" ") if isinstance(merge, str) else merge, f"{path}: model.merges[{number}]"
+        )
+        for number, merge in enumerate(merges)
+    ]
+    _check_merges(ranks, pairs, f"{path}: model.merges", "model.vocab")
+    return Vocabulary(ranks, eot, pairs)
+
+
+def _part(
+    path: Path, name: str, part: Any, allowed: Mapping[str, tuple[Any, ...] | None]
+) -> dict[str, Any]:
+    """Give a part of tokenizer.json if all its entries are allowed."""
+    if not isinstance(part, dict):
+        raise ValueError(f"{path}: {name} must be an object, got {json.dumps(part)[:40]}")
+    for key in [*allowed, *part]:
+        values = allowed.get(key, ())
+        if values is not ANY and part.get(key) not in values:
+            wanted = " or ".join(json.dumps(value) for value in values) or "no such entry"
+            raise ValueError(
+                f"{path}: {f'{name}.{key}'.lstrip('.')} must be {wanted}, as in GPT-2, got"
+                f" {json.dumps(part.get(key))[:40]}"
+            )
+    return part
+
+
+def _is(part: Any, wanted: Mapping[str, Any]) -> bool:
+    """Say whether a part is absent or has what is wanted."""
+    return part is None or (
+        isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
+    )
+
+
+def _check_neighbours(directory: Path, eot: int) -> None:
+    """Refuse what transformers would read beside the vocabulary and change the ids for."""
+    if os.path.lexists(path := directory / CONFIG):
+        config = files.parse_json(_read(path), str(path))
+        for key in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+            if config.get(key):
+                raise ValueError(f"{path}: {key} must be false, got {json.dumps(config[key])[:40]}")
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise ValueError(f"{path}: added_tokens_decoder must be an object")
+        _check_added(
+            path,
+            [
+                (token.get("content") if isinstance(token, dict) else token, token_id)
+                for token_id, token in decoder.items()
+            ],
+            str(eot),
+        )
+    if os.path.lexists(path := directory / ADDED):
+        _check_added(path, files.parse_json(_read(path), str(path)).items(), eot)
+
+
+def _check_added(path: Path, added: Iterable[tuple[Any, Any]], eot: int | str) -> None:
+    for token, token_id in added:
+        if token != END_OF_TEXT or token_id != eot:
+            raise ValueError(
+                f"{path} adds token {json.dumps(token)[:40]} as {json.dumps(token_id)[:40]}; only"
+                f" {END_OF_TEXT} may be added, as {eot}"
+            )
+
+
+def _parse_vocabulary(vocabulary: dict[str, Any], path: Path) -> tuple[dict[bytes, int], int]:
+    """Check tokens and ids: (bytes of each token -> id, id of `<|endoftext|>`)."""
+    if any(type(token_id) is not int for token_id in vocabulary.values()):
+        raise ValueError(f"{path} must be one JSON object of tokens and their ids")
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError(
+            f"{path} must number its {len(vocabulary)} tokens from 0 to {len(vocabulary) - 1}, "
+            "each once"
+        )
+    if END_OF_TEXT not in vocabulary:
+        raise ValueError(f"{path} has no {END_OF_TEXT}")
+    eot = vocabulary.pop(END_OF_TEXT)
+    try:
+        ranks = {_to_bytes(token): token_id for token, token_id in vocabulary.items()}
+    except KeyError as error:
+        raise ValueError(f"{path} has a character that stands for no byte: {error}") from None
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the 256 single bytes, the first of them {missing[0]}"
+        )
+    return ranks, eot
+
+
+def _parse_merge(halves: Any, place: str) -> Merge:
+    try:
+        if not all(isinstance(half, str) for half in halves):
+            raise TypeError
+        first, second = map(_to_bytes, halves)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{place}: two tokens separated by a space are wanted") from None
+    return first, second
+
+
+def _check_merges(ranks: dict[bytes, int], merges: list[Merge], name: str, vocab: str) -> None:
+    """Check that tiktoken, which knows no merges but only tokens, does what the merges say."""
+    made = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) != 1]
+    if made != [first + second for first, second in merges]:
+        raise ValueError(
+            f"{name} does not make the tokens of {vocab} in the order of their ids; take both from"
+            " one tokenizer"
+        )
+    made_at = ranks | dict.fromkeys((bytes([byte]) for byte in range(256)), -1)
+    halves = dict(zip(made, merges, strict=True))
+    for number, (token, (first, second)) in enumerate(halves.items(), start=1):
+        limit = ranks[token]
+        if made_at.get(first, limit) >= limit or made_at.get(second, limit) >= limit:
+            raise ValueError(f"{name}: merge {number} uses a token that no earlier merge has made")
+        if not _comes_to(first, second, limit, made_at, halves):
+            raise ValueError(
+                f"{name}: merge {number} never comes to pass: earlier ones take its bytes apart"
+            )
+
+
+def _comes_to(
+    first: bytes, second: bytes, limit: int, made_at: dict[bytes, int], halves: dict[bytes, Merge]
+) -> bool:
+    """Say whether the bytes of a token come to these two parts under all merges before `limit`.
+
+    Undoes the merges of both parts, the last one first: at no time may what stands on the two sides
+    of the border have been an earlier merge. Source: github/rust-gems, bpe, is_valid_token_pair.
+    """
+    while made_at.get(first + second, limit) >= limit:
+        left, right = made_at[first], made_at[second]
+        if left > right:
+            limit, first = left, halves[first][1]
+        elif right >= 0:
+            limit, second = right + 1, halves[second][0]  # of two that are alike, the left first
+        else:
+            return True
+    return False
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]:
+    """Give what vocab.json and merges.txt say, a printable character for each byte."""
+    ids = {_to_characters(token): token_id for token, token_id in vocabulary.ranks.items()}
+    ids[END_OF_TEXT] = vocabulary.eot
+    merges = [
+        f"{_to_characters(first)} {_to_characters(second)}" for first, second in vocabulary.merges
+    ]
+    return dict(sorted(ids.items(), key=lambda item: item[1])), merges
+
+
+def write(directory: Path, vocabulary: Vocabulary) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json, all of them or none.
+
+    transformers makes the rest of these. What it would read in their place goes.
+
+    Raises
+    ------
+    OSError : the directory cannot be made or written
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab, merges = vocab_and_merges(vocabulary)
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+    }
+    contents = {
+        VOCAB: json.dumps(vocab, ensure_ascii=False),
+        MERGES: "".join(f"{line}\n" for line in ("#version: 0.2", *merges)),
+        CONFIG: json.dumps(config, indent=2) + "\n",
+    }
+    with files.atomic_paths(*(directory / name for name in contents)) as temporaries:
+        for temporary, content in zip(temporaries, contents.values(), strict=True):
+            temporary.write_bytes(content.encode())
+    for name in (TOKENIZER, ADDED):
+        (directory / name).unlink(missing_ok=True)
+
+
+# ---- merges from tokens --------------------------------------------------------------------------
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[Merge]:
+    """Give all merges, in the order in which they apply, of a vocabulary that came without.
+
+    Raises
+    ------
+    ValueError : no sequence of earlier merges leads to a token
+    """
+    return [
+        _halves(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1
+    ]
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> Merge:
+    """Recover the merge that made `token`: what its bytes come to under all earlier merges."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    limit = ranks[token]
+    while len(parts) > 2:
+        first, second = min(pairwise(parts), key=lambda pair: ranks.get(pair[0] + pair[1], limit))
+        if ranks.get(first + second, limit) >= limit:
+            raise ValueError(f"token {limit} ({token!r}) cannot be made from the tokens before it")
+        parts = _merge_everywhere(parts, first, second)
+    return parts[0], parts[1]
+
+
+def _merge_everywhere(parts: list[bytes], first: bytes, second: bytes) -> list[bytes]:
+    """Join each `first` that is followed by `second`, from left to right."""
+    merged = []
+    i = 0
+    while i < len(parts):
+        width = 2 if parts[i : i + 2] == [first, second] else 1
+        merged.append(b"".join(parts[i : i + width]))
+        i += width
+    return merged

@@ -1,0 +1,369 @@
+"""Vocabularies as files: three formats, what they may say, and what strangers write into them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2c import Tokenizer, tokenizer_files
+from gpt2c.tokenizer_files import END_OF_TEXT, LARGEST, Vocabulary, read, recover_merges, write
+
+BPE = Tokenizer.train(["low lower lowest newer newest wider, it's a naïve test 日本"] * 3, 300)
+BYTES = Tokenizer.from_name("bytes")
+FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """Give a directory with vocab.json and merges.txt."""
+    BPE.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def fast(directory: Path, merges_as: type = list) -> dict[str, Any]:
+    """Give what transformers 5 writes into tokenizer.json for the vocabulary of a directory."""
+    vocab = json.loads((directory / "vocab.json").read_bytes())
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    special = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special | dict.fromkeys(["single_word", "lstrip", "rstrip"], False)],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [line if merges_as is str else line.split(" ") for line in lines],
+        },
+    }
+
+
+def change(path: Path, how: Change) -> None:
+    """Change an object in a file."""
+    entries = json.loads(path.read_bytes())
+    how(entries)
+    path.write_text(json.dumps(entries), encoding="utf-8")
+
+
+# ---- tokenizer.json ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merges_as", [str, list])
+@pytest.mark.parametrize("alone", [True, False])
+def test_tokenizer_json_is_read(pair: Path, merges_as: type, alone: bool) -> None:
+    """Merges are "a b" in older files; alone, as transformers 5 leaves it, or beside the others."""
+    (pair / "tokenizer.json").write_text(json.dumps(fast(pair, merges_as)), encoding="utf-8")
+    if alone:
+        (pair / "vocab.json").unlink()
+        (pair / "merges.txt").unlink()
+    loaded = Tokenizer.from_pretrained(pair)
+    assert loaded._vocabulary() == BPE._vocabulary()
+    assert loaded.encode("it's the lowest") == BPE.encode("it's the lowest")
+
+
+def older(root: dict[str, Any]) -> None:
+    """Leave out what the tokenizer.json of gpt2 on the hub has not."""
+    for name in ("type", "byte_fallback", "ignore_merges"):
+        del root["model"][name]
+    del root["pre_tokenizer"]["use_regex"]
+    root["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        older,
+        lambda root: root.update(post_processor=None, decoder=None),
+        lambda root: root.update(truncation={"max_length": 5}, padding={"pad_id": 0}),
+        lambda root: root["model"].update(unk_token=END_OF_TEXT, dropout=0.0),
+        lambda root: root["model"]["vocab"].pop(END_OF_TEXT),  # added_tokens have it
+        lambda root: root.pop("added_tokens"),
+    ],
+)
+def test_what_leaves_the_ids_as_they_are(pair: Path, how: Change) -> None:
+    root = fast(pair)
+    how(root)
+    (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    assert read(pair) == BPE._vocabulary()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda r: r.update(version="2.0"), 'version must be null or "1.0"'),
+        (lambda r: r.update(normalizer={"type": "NFC"}), "normalizer must be null"),
+        (lambda r: r.update(surprise=1), "surprise must be no such entry"),
+        (lambda r: r.update(pre_tokenizer=None), "pre_tokenizer must be an object, got null"),
+        (lambda r: r["pre_tokenizer"].update(type="Metaspace"), 'type must be "ByteLevel"'),
+        (
+            lambda r: r["pre_tokenizer"].update(add_prefix_space=True),
+            "add_prefix_space must be false",
+        ),
+        (lambda r: r["pre_tokenizer"].update(use_regex=False), "use_regex must be null or true"),
+        (lambda r: r["pre_tokenizer"].update(pretokenizers=[]), "pretokenizers must be no such"),
+        (
+            lambda r: r["post_processor"].update(special_tokens={"<s>": {}}),
+            "post_processor may add tokens",
+        ),
+        (lambda r: r.update(post_processor={"type": "RobertaProcessing"}), "may add tokens"),
+        (lambda r: r.update(post_processor=[]), "may add tokens"),
+        (lambda r: r.update(decoder={"type": "WordPiece"}), "decoder must be ByteLevel"),
+        (lambda r: r.update(model=[]), r"model must be an object, got \[\]"),
+        (lambda r: r["model"].update(type="Unigram"), 'model.type must be null or "BPE"'),
+        (lambda r: r["model"].update(dropout=0.1), "model.dropout must be null or 0"),
+        (lambda r: r["model"].update(unk_token="[UNK]"), "model.unk_token must be null or"),
+        (lambda r: r["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+        (lambda r: r["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
+        (lambda r: r["model"].update(byte_fallback=True), "model.byte_fallback must be"),
+        (lambda r: r["model"].update(ignore_merges=True), "model.ignore_merges must be"),
+        (lambda r: r["model"].update(vocab=[]), "needs model.vocab, an object"),
+        (lambda r: r["model"].update(merges={}), "model.merges, an array"),
+        (lambda r: r.update(added_tokens={"a": 1}), "needs model.vocab"),
+        (
+            lambda r: r["added_tokens"].append({"id": 300, "content": "[PAD]"}),
+            r'adds token "\[PAD\]" as 300; only <\|endoftext\|> may be added',
+        ),
+        (lambda r: r["added_tokens"].append("[PAD]"), r'adds token "\[PAD\]" as null'),
+        (lambda r: r["added_tokens"][0].update(id=3), "as 3; only"),
+        (lambda r: r["model"]["merges"].append(["a", 1]), r"merges\[\d+\]: two tokens"),
+        (lambda r: r["model"]["merges"].append("a"), "two tokens separated by a space"),
+        (lambda r: r["model"]["merges"].append(7), "two tokens separated by a space"),
+        (lambda r: r["model"]["merges"].append(None), "two tokens separated by a space"),
+        (lambda r: r["model"]["merges"].pop(), "does not make the tokens of model.vocab"),
+        (lambda r: r["model"]["vocab"].update(a=10**30), "must number its"),
+        (
+            lambda r: r["model"]["vocab"].update({"\ud800": len(r["model"]["vocab"])}),
+            "stands for no byte",
+        ),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_changes_the_ids_is_refused(
+    pair: Path, how: Change, message: str, alone: bool
+) -> None:
+    """Beside files that would do, too: transformers would read this one."""
+    root = fast(pair)
+    how(root)
+    (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    if alone:
+        (pair / "vocab.json").unlink()
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_pretrained(pair)
+    assert str(error.value).startswith(f"{pair}/tokenizer.json")
+    assert len(str(error.value)) < 400
+
+
+def test_files_that_disagree_are_refused(pair: Path) -> None:
+    other = pair / "other"
+    Tokenizer.train(["another text, another text"], 262).save_pretrained(other)
+    (pair / "tokenizer.json").write_text(json.dumps(fast(other)), encoding="utf-8")
+    assert "is another tokenizer than vocab.json and merges.txt" in refused(read, pair)
+
+
+def test_saving_takes_away_what_would_disagree(pair: Path) -> None:
+    (pair / "tokenizer.json").write_text(json.dumps(fast(pair)), encoding="utf-8")
+    (pair / "added_tokens.json").write_text("{}", encoding="utf-8")
+    BYTES.save_pretrained(pair)
+    assert read(pair) == BYTES._vocabulary()
+    assert {path.name for path in pair.iterdir()} == {*FILES} - {
+        "tokenizer.json",
+        "added_tokens.json",
+    }
+
+
+def test_a_failed_save_takes_nothing_away(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pair / "tokenizer.json").write_text(json.dumps(fast(pair)), encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in pair.iterdir()}
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tokenizer_files.files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        BYTES.save_pretrained(pair)
+    assert {path.name: path.read_bytes() for path in pair.iterdir()} == before
+
+
+# ---- what stands beside a vocabulary -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_max_length": 1024, "add_prefix_space": False, "add_bos_token": False}, None),
+        ({"added_tokens_decoder": {"EOT": {"content": END_OF_TEXT}}}, None),
+        ({"add_prefix_space": True}, "add_prefix_space must be false, got true"),
+        ({"add_bos_token": True}, "add_bos_token must be false"),
+        ({"added_tokens_decoder": {"300": {"content": "[PAD]"}}}, r'adds token "\[PAD\]" as "300"'),
+        ({"added_tokens_decoder": {"0": {"content": END_OF_TEXT}}}, 'as "0"; only'),
+        ({"added_tokens_decoder": ["[PAD]"]}, "added_tokens_decoder must be an object"),
+    ],
+)
+def test_tokenizer_config(pair: Path, config: dict[str, Any], message: str | None) -> None:
+    text = json.dumps(config).replace("EOT", str(BPE.eot))
+    (pair / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    if message is None:
+        assert read(pair) == BPE._vocabulary()
+    else:
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{message}"):
+            read(pair)
+
+
+def test_added_tokens(pair: Path) -> None:
+    path = pair / "added_tokens.json"
+    path.write_text(json.dumps({END_OF_TEXT: BPE.eot}), encoding="utf-8")
+    assert read(pair) == BPE._vocabulary()
+    path.write_text(json.dumps({"[PAD]": 300}), encoding="utf-8")
+    assert 'adds token "[PAD]" as 300' in refused(read, pair)
+
+
+# ---- hostile files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbf{}", "byte order mark"),
+        (b"\xff\xfe{\0}\0", "not UTF-8 at byte 0"),
+        (b'{"a": 1, "a": 2}', "is there twice|two tokens"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON|does not make"),
+        (b"[" * 100_000, "not valid JSON|two tokens"),
+        (b"\0" * 100, "not valid JSON|two tokens"),
+        (b'{"a": NaN}', "NaN is no number|does not make"),
+        (b"7", "must hold a JSON object|two tokens"),
+    ],
+)
+def test_bad_content(pair: Path, name: str, content: bytes, message: str) -> None:
+    (pair / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*({message})"):
+        Tokenizer.from_pretrained(pair)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_huge_file_is_not_read(pair: Path, name: str) -> None:
+    with open(pair / name, "wb") as file:
+        file.truncate(LARGEST + 1)  # no bytes on disk, and none in memory
+    assert refused(Tokenizer.from_pretrained, pair).startswith(
+        f"{pair / name} has 33,554,433 bytes"
+    )
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["pipe", "directory", "nowhere", "circle", "device"])
+def test_what_is_no_file(pair: Path, name: str, kind: str) -> None:
+    """Nothing waits, nothing is taken for absent."""
+    path = pair / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to({"nowhere": "absent", "circle": name, "device": "/dev/zero"}[kind])
+    with pytest.raises(OSError, match=name):
+        Tokenizer.from_pretrained(pair)
+
+
+def test_lines_that_end_as_on_windows(pair: Path) -> None:
+    path = pair / "merges.txt"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read(pair) == BPE._vocabulary()
+    path.write_bytes(path.read_bytes().removeprefix(b"#version: 0.2\r\n"))
+    assert read(pair) == BPE._vocabulary(), "openai/gpt-2's first line may be missing"
+
+
+def test_a_huge_token(tmp_path: Path) -> None:
+    """Read and written in no more time than its size asks for."""
+    ranks = BYTES._ranks | {b"a" * 2 ** (i + 1): 257 + i for i in range(20)}
+    halves = [(b"a" * 2**i, b"a" * 2**i) for i in range(20)]
+    write(tmp_path, Vocabulary(ranks, 256, halves))
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert loaded.encode("a" * (2**20 + 2)) == [276, 257]
+    loaded.save_pretrained(tmp_path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=12), st.text("abc"))
+def test_merges_that_tiktoken_would_not_make(picks: list[tuple[int, int]], text: str) -> None:
+    """It knows tokens, not merges: accepted are those that its own way of merging gives back."""
+    known, halves = [b"a", b"b", b"c"], {}
+    for i, j in picks:
+        first, second = known[i % len(known)], known[j % len(known)]
+        if first + second not in halves:
+            halves[first + second] = first, second
+            known.append(first + second)
+    ranks = BYTES._ranks | {token: 257 + i for i, token in enumerate(halves)}
+    try:
+        same = recover_merges(ranks) == [*halves.values()]
+    except ValueError:
+        same = False
+    try:
+        tokenizer_files._check_merges(ranks, [*halves.values()], "merges.txt", "vocab.json")
+    except ValueError as error:
+        assert "never comes to pass" in str(error) and not same
+    else:
+        assert same
+        parts = [byte.encode() for byte in text]  # what the merges say, one after the other
+        for first, second in halves.values():
+            parts = tokenizer_files._merge_everywhere(parts, first, second)
+        assert [ranks[part] for part in parts] == Tokenizer(ranks, 256).encode(text)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(FILES[:3]), st.data())
+def test_mutations(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    """Bytes changed, cut or doubled anywhere: a vocabulary that works, or a sentence."""
+    directory = tmp_path_factory.mktemp("mutated")
+    BPE.save_pretrained(directory)
+    if name == "tokenizer.json":
+        content = bytearray(json.dumps(fast(directory)).encode())
+        (directory / "vocab.json").unlink()
+    else:
+        content = bytearray((directory / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        to = data.draw(st.integers(at, min(len(content), at + 9)))
+        content[at:to] = data.draw(st.binary(max_size=9) | st.just(bytes(content[at:to] * 2)))
+    (directory / name).write_bytes(content)
+    try:
+        tokenizer = Tokenizer.from_pretrained(directory)
+    except (ValueError, OSError) as error:
+        assert str(error).startswith(str(directory)) and "\n" not in str(error)
+    else:
+        assert tokenizer.decode(tokenizer.encode("it's the lowest")) == "it's the lowest"
+        tokenizer.save_pretrained(directory)
