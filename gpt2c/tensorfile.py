@@ -83,6 +83,9 @@ def map_tensors(
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    except MemoryError as error:
+        size = path.stat().st_size
+        raise MemoryError(f"{path} cannot be mapped, {size:,} bytes: {error}") from error
     mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
     start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
     header = parse_json(mapped[8:start].tobytes(), f"{path}: its header")
