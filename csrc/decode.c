@@ -94,8 +94,7 @@ static void normalise(float *out, Quantized q, const float *x, const float *weig
                       int64_t from, int64_t to, const Linear *layer) {
     const int64_t C = layer->C;
     float mean, rstd;
-    for (int64_t i = from; i < to; i++)
-        layernorm_forward(out + i * C, &mean, &rstd, x + i * C, weight, bias, eps, 1, C, 1);
+    for (int64_t i = from; i < to; i++) layernorm_row(out + i * C, &mean, &rstd, x + i * C, weight, bias, eps, C);
     prepare(q, out, from, to, layer);
 }
 
@@ -156,8 +155,7 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
             normalise(normed, q, x, layer->ln_2_weight, layer->ln_2_bias, model->eps, row, rows_end, &layer->c_fc);
 #pragma omp barrier
             linear(wide, &layer->c_fc, normed, &q, N, 0, me);
-            for (int64_t i = 0; i < N; i++)
-                gelu_forward(wide + i * F + column, wide + i * F + column, columns_end - column, 1);
+            for (int64_t i = 0; i < N; i++) gelu_part(wide + i * F, wide + i * F, column, columns_end);
 #pragma omp barrier
             if (layer->mlp_proj.type == INT8) {
                 prepare(q_wide, wide, row, rows_end, &layer->mlp_proj);

@@ -16,12 +16,17 @@ static inline vf gate(vf x) {
     return vf_div(vf_set1(1.0f), vf_add(vf_set1(1.0f), e));
 }
 
-void gelu_forward(float *out, const float *x, int64_t n, int threads) {
-#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
-    for (int64_t i = 0; i < n; i += VF_LEN) {
-        vf xi = vf_load_n(x + i, n - i);
-        vf_store_n(out + i, vf_mul(xi, gate(xi)), n - i);
+void gelu_part(float *out, const float *x, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i += VF_LEN) {
+        vf xi = vf_load_n(x + i, to - i);
+        vf_store_n(out + i, vf_mul(xi, gate(xi)), to - i);
     }
+}
+
+void gelu_forward(float *out, const float *x, int64_t n, int threads) {
+    enum { PART = 64 * VF_LEN };
+#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
+    for (int64_t i = 0; i < n; i += PART) gelu_part(out, x, i, min64(n, i + PART));
 }
 
 void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, int threads) {

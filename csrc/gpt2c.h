@@ -29,6 +29,19 @@ double fma_burn(int64_t iterations, int threads);
  * 4n / seconds is the bandwidth of reading memory. */
 double memory_read(const float *data, int64_t n, int threads);
 
+/* OpenMP ends the process where it can have no thread or no memory, and a fork leaves its threads behind, for which the
+ * child would wait for ever. So the caller asks before each kernel, and lets the threads go before it forks.
+ *
+ * 1 if there is the memory to start a kernel on so many threads, a few KB, else 0. */
+int has_room(int threads);
+
+/* Starts the threads that kernels called from here with so many will use, or none if the system does not give them all.
+ * Returns how many there can be. */
+int start_threads(int threads);
+
+/* Ends the threads that wait here for the next kernel. 0, or another number if that cannot be done now. */
+int release_threads(void);
+
 /* Floats of scratch memory that the matmul and attention kernels need. */
 int64_t matmul_scratch_size(int threads);
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);

@@ -48,6 +48,12 @@ typedef struct {
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, int threads);
 
+/* One thread's work of layernorm_forward, a row, and of gelu_forward: decode_step is parallel already, and each
+ * parallel region inside of another takes memory from the system. */
+void layernorm_row(float *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
+                   float eps, int64_t C);
+void gelu_part(float *out, const float *x, int64_t from, int64_t to);
+
 /* Rows of 8 bits: row i is scales[i] * values[i * stride ...], and sums[i] the sum of its values. */
 typedef struct {
     float *scales;

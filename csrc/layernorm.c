@@ -6,32 +6,34 @@
 
 #include "internal.h"
 
+void layernorm_row(float *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
+                   float eps, int64_t C) {
+    vf sum = vf_set1(0.0f);
+    for (int64_t c = 0; c < C; c += VF_LEN) sum = vf_add(sum, vf_load_n(row + c, C - c));
+    float rough = vf_sum(sum) / (float)C;
+    vf rest = vf_set1(0.0f), squares = vf_set1(0.0f);
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        /* lanes past the end add 0, not the mean */
+        vf centred = vf_keep_n(vf_sub(vf_load_n(row + c, C - c), vf_set1(rough)), C - c);
+        rest = vf_add(rest, centred);
+        squares = vf_fma(centred, centred, squares);
+    }
+    float missed = vf_sum(rest) / (float)C;
+    *mean = rough + missed;
+    float variance = vf_sum(squares) / (float)C - missed * missed;
+    *rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps); /* unlike fmaxf this lets NaN through */
+    vf m = vf_set1(*mean);
+    vf s = vf_set1(*rstd);
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        vf norm = vf_mul(vf_sub(vf_load_n(row + c, C - c), m), s);
+        vf_store_n(out + c, vf_fma(norm, vf_load_n(weight + c, C - c), vf_load_n(bias + c, C - c)), C - c);
+    }
+}
+
 void layernorm_forward(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
                        float eps, int64_t N, int64_t C, int threads) {
 #pragma omp parallel for num_threads(team(threads, N *C)) schedule(static)
-    for (int64_t i = 0; i < N; i++) {
-        const float *row = x + i * C;
-        vf sum = vf_set1(0.0f);
-        for (int64_t c = 0; c < C; c += VF_LEN) sum = vf_add(sum, vf_load_n(row + c, C - c));
-        float rough = vf_sum(sum) / (float)C;
-        vf rest = vf_set1(0.0f), squares = vf_set1(0.0f);
-        for (int64_t c = 0; c < C; c += VF_LEN) {
-            /* lanes past the end add 0, not the mean */
-            vf centred = vf_keep_n(vf_sub(vf_load_n(row + c, C - c), vf_set1(rough)), C - c);
-            rest = vf_add(rest, centred);
-            squares = vf_fma(centred, centred, squares);
-        }
-        float missed = vf_sum(rest) / (float)C;
-        mean[i] = rough + missed;
-        float variance = vf_sum(squares) / (float)C - missed * missed;
-        rstd[i] = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps); /* unlike fmaxf this lets NaN through */
-        vf m = vf_set1(mean[i]);
-        vf s = vf_set1(rstd[i]);
-        for (int64_t c = 0; c < C; c += VF_LEN) {
-            vf norm = vf_mul(vf_sub(vf_load_n(row + c, C - c), m), s);
-            vf_store_n(out + i * C + c, vf_fma(norm, vf_load_n(weight + c, C - c), vf_load_n(bias + c, C - c)), C - c);
-        }
-    }
+    for (int64_t i = 0; i < N; i++) layernorm_row(out + i * C, mean + i, rstd + i, x + i * C, weight, bias, eps, C);
 }
 
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,

@@ -1,6 +1,10 @@
-/* What this machine has and what it can reach: CPU features, and the peak of its fused multiply-add units. */
+/* What this machine has and what it can reach: CPU features, threads, and the peak of its fused multiply-add units. */
 
 #include "internal.h"
+#ifdef _OPENMP
+#include <pthread.h>
+#include <stdlib.h>
+#endif
 
 int cpu_supports(const char *feature) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -20,6 +24,50 @@ int cpu_supports(const char *feature) {
 #endif
     return 0;
 }
+
+/* ---- threads --------------------------------------------------------------------------------------------------- */
+
+#ifdef _OPENMP
+int has_room(int threads) {
+    /* What OpenMP is about to take from the same place, and more: about 300 bytes for each thread. */
+    void *volatile room = malloc(4096 + 512 * (size_t)threads);
+    const int found = room != NULL;
+    free(room);
+    return found;
+}
+
+static void *wait_for(void *gate) {
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+int start_threads(int threads) {
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER; /* closed until all are there, so that they are there together */
+    pthread_t others[threads];
+    int count = 1;
+    pthread_mutex_lock(&gate);
+    while (count < threads && pthread_create(&others[count], NULL, wait_for, &gate) == 0) count++;
+    pthread_mutex_unlock(&gate);
+    for (int i = 1; i < count; i++) pthread_join(others[i], NULL);
+    if (count < threads) return count;
+    int started = 0; /* an empty region would be compiled away; fewer are OMP_THREAD_LIMIT's or OMP_DYNAMIC's wish */
+#pragma omp parallel num_threads(threads) reduction(+ : started)
+    started++;
+    return started > 0 ? threads : 0;
+}
+
+int release_threads(void) { return omp_pause_resource_all(omp_pause_hard); }
+#else
+int has_room(int threads) {
+    (void)threads;
+    return 1;
+}
+int start_threads(int threads) { return threads; }
+int release_threads(void) { return 0; }
+#endif
+
+/* ---- peaks ----------------------------------------------------------------------------------------------------- */
 
 /* Independent sums in flight: latency (4 or 5 cycles) times units (2) must be covered, and SSE2 has 16 registers. */
 enum { CHAINS = 12 };

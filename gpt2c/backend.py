@@ -27,7 +27,7 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "numpy": (),
 }
 NAMES = tuple(REQUIRES)
-# OpenMP may end the process when it cannot start a thread, so no number goes to it unchecked.
+# More are a mistake; whether the system gives so many, kernels.py asks before the first kernel.
 MAX_THREADS = 1024
 THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -91,23 +92,24 @@ class Decoder:
     ) -> Array:
         """Read one more token of each of N texts; give the logits (N, V) of what follows.
 
-        They are void after the next call. What the arrays hold is not checked: ids must be in the
-        vocabulary, slots different, positions below the capacity.
+        They are void after the next call.
 
         Parameters
         ----------
-        tokens, slots, positions : (N,) int32, N <= slots
+        tokens, slots, positions : (N,) int32, N <= slots, all slots different
 
         Raises
         ------
-        ValueError : arrays of another shape or dtype
+        ValueError : arrays of another shape or dtype, or a number in them out of range
         """
-        for ids in (tokens, slots, positions):
-            if ids.dtype != np.int32 or ids.shape != (len(tokens),) or len(ids) > self.slots:
-                raise ValueError(
-                    f"a step takes int32 arrays (N,), N at most {self.slots}, got {ids.dtype}"
-                    f" {ids.shape}"
-                )
+        if len(tokens) > self.slots:
+            raise ValueError(f"a step takes at most {self.slots} tokens, got {len(tokens)}")
+        limits = (self.config.vocab_size, self.slots, self.capacity)
+        named = zip(("tokens", "slots", "positions"), (tokens, slots, positions), strict=True)
+        for (name, ids), limit in zip(named, limits, strict=True):
+            check_row(name, ids, len(tokens), 0, limit)
+        if len(set(slots.tolist())) < len(slots):
+            raise ValueError(f"slots must all be different, got {slots.tolist()}")
         logits = self._logits[: len(tokens)]
         if self._bound is None:
             for row, token, slot, position in zip(logits, tokens, slots, positions, strict=True):
@@ -129,7 +131,7 @@ class Decoder:
 
         Raises
         ------
-        ValueError : the tokens do not fit
+        ValueError : the tokens do not fit, or are not int32 (T,) in the vocabulary
         """
         if len(tokens) == 0:
             raise ValueError("at least one token is wanted, got none")
@@ -143,9 +145,15 @@ class Decoder:
     def hidden(self, tokens: NDArray[np.int32], slot: int, position: int) -> Iterator[Array]:
         """Read tokens as `read` does; give ln_f's output (at most CHUNK, C), chunk after chunk.
 
-        A chunk is void when the next one is asked for. Ids must be in the vocabulary: that is not
-        checked.
+        A chunk is void when the next one is asked for.
+
+        Raises
+        ------
+        ValueError : the tokens do not fit, or are not int32 (T,) in the vocabulary
+        TypeError : slot or position is no whole number
         """
+        check_row("tokens", tokens, len(tokens), 0, self.config.vocab_size)
+        slot, position = int(index(slot)), int(index(position))
         end = position + len(tokens)
         if not (0 <= slot < self.slots and 0 <= position <= end <= self.capacity):
             raise ValueError(
@@ -156,7 +164,21 @@ class Decoder:
             yield self._read(tokens[start : start + CHUNK], slot, position + start)
 
     def logits(self, out: Array, rows: Array) -> None:
-        """Write the lm_head's output (N, V) of rows (N, C) of `hidden`."""
+        """Write the lm_head's output (N, V) of rows (N, C) of `hidden`.
+
+        Raises
+        ------
+        ValueError : arrays of another shape, dtype or layout, or out cannot be written
+        """
+        V, C = self.config.vocab_size, self.config.n_embd
+        for name, array, columns in (("out", out, V), ("rows", rows, C)):
+            if array.dtype != np.float32 or array.shape != (len(rows), columns):
+                raise ValueError(
+                    f"{name} must be float32 {(len(rows), columns)}, got {array.dtype}"
+                    f" {array.shape}"
+                )
+        if not (out.flags.carray and rows.flags.c_contiguous and rows.flags.aligned):
+            raise ValueError("out and rows must be C-contiguous and aligned, and out writeable")
         self._linear(out, "wte", rows)
 
     def losses(
@@ -172,7 +194,12 @@ class Decoder:
         -------
         (losses, likeliest) : (T,) float32, -log p of each target in nats, 0 where it is ignored;
             (T,) whether it was the likeliest token
+
+        Raises
+        ------
+        ValueError : as `hidden`, or targets that are not as many, or not in [-1, V)
         """
+        check_row("targets", targets, len(tokens), -1, self.config.vocab_size)
         losses = np.empty(len(tokens), np.float32)
         lse, likeliest = np.empty_like(losses), np.empty(len(tokens), np.bool_)
         start = 0
@@ -243,6 +270,23 @@ class Decoder:
         return self._chunk[name][:size].reshape(rows, columns)
 
 
+def check_row(name: str, ids: NDArray[np.int32], size: int, low: int, high: int) -> None:
+    """Refuse what is not (size,) int32 numbers in [low, high), which C could not use.
+
+    Raises
+    ------
+    ValueError : another shape, dtype or layout, or a number out of range
+    """
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.shape != (size,):
+        came = (getattr(ids, "dtype", type(ids).__name__), getattr(ids, "shape", ""))
+        raise ValueError(f"{name} must be an int32 array ({size},), got {came[0]} {came[1]}")
+    if not (ids.flags.c_contiguous and ids.flags.aligned):
+        raise ValueError(f"{name} must be C-contiguous and aligned: pass {name}.copy()")
+    numbers = ids.tolist()  # of few numbers a list is searched faster than an array
+    if numbers and not (low <= min(numbers) and max(numbers) < high):
+        raise ValueError(f"{name} must be in [{low}, {high}), got {min(numbers)} .. {max(numbers)}")
+
+
 def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:
     """Refuse parameters that the kernels could not read as `config` says: whoever made them.
 
@@ -261,10 +305,10 @@ def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]])
             array = parameters.get(key)
             if array is None:
                 raise ValueError(f"parameter {key} is missing")
-            if array.shape != size or array.dtype.name not in dtypes:
+            if array.shape != size or array.dtype not in [np.dtype(name) for name in dtypes]:
                 raise ValueError(
                     f"parameter {key} must be {' or '.join(dtypes)} {size},"
                     f" got {array.dtype} {array.shape}"
                 )
-            if not array.flags.c_contiguous:
-                raise ValueError(f"parameter {key} must be C-contiguous: pass a copy")
+            if not (array.flags.c_contiguous and array.flags.aligned):
+                raise ValueError(f"parameter {key} must be C-contiguous and aligned: pass a copy")

@@ -14,8 +14,10 @@ is what `model.generate` gives for it alone. Knows nothing about strings and soc
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
@@ -134,7 +136,7 @@ class Engine:
     So many run at a time, so many more wait, in the order they came; one more is refused at once
     with `EngineFull`. What is wrong with one request ends that one; an error in what they share
     ends those that run, and the engine goes on with the rest. Close it when it is no longer needed,
-    best by `with`; the end of the program closes it too. A child of a fork has no engine.
+    best by `with`; the end of the program closes it too. The child of a fork finds it closed.
 
     Parameters
     ----------
@@ -163,12 +165,11 @@ class Engine:
         self.slots, self.queue = slots, queue
         self.capacity = most if capacity is None else capacity
         self._model = model
-        self._closed = False
+        self._closed = ""  # why
         # Requests in the order they came: the first `slots` of them run. What threads share of
         # them and of an engine changes under the lock only, and under it nothing takes long.
         self._live: list[Request] = []
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        self._unlock()
         decoder = model.decoder(slots, self.capacity)
         # A daemon, or the end of the program would wait for it before it calls `close`.
         self._thread = threading.Thread(
@@ -176,6 +177,11 @@ class Engine:
         )
         self._thread.start()
         atexit.register(self.close)
+        _ENGINES.add(self)
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
 
     def submit(self, idx: Sequence[int], max_new_tokens: int = 64, **settings: Any) -> Request:
         """Ask for the continuation of one prompt; return at once.
@@ -204,7 +210,7 @@ class Engine:
         request = Request(self, text, config.logprobs)
         with self._lock:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                raise RuntimeError(self._closed)
             if max_new_tokens == 0:
                 request.ended = "length"
                 return request
@@ -219,15 +225,18 @@ class Engine:
 
     def close(self) -> None:
         """End the engine, and its requests with an error; a second time nothing happens."""
+        self._close("the engine is closed", "the engine was closed before the request was done")
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _close(self, closed: str, ended: str) -> None:
+        """Say so to who comes later, and to who waits."""
         with self._lock:
-            self._closed = True
+            self._closed = self._closed or closed
             live = list(self._live)
             self._work.notify()
         for request in live:
-            error = RuntimeError("the engine was closed before the request was done")
-            self._end(request, "error", error)
-        self._thread.join()
-        atexit.unregister(self.close)
+            self._end(request, "error", RuntimeError(ended))
 
     def __enter__(self) -> Engine:
         return self
@@ -335,3 +344,17 @@ class Engine:
             yield
         except Exception as error:
             self._end(request, "error", error)
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Close the engines in the child: their thread, which may have held the lock, is not here."""
+    why = "the engine stayed in the process that was forked: start one in the child"
+    for engine in list(_ENGINES):
+        engine._unlock()
+        engine._close(why, why)
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -9,6 +9,7 @@ float32 (int32 for idx and targets) of the shapes given there: the doors, `gpt2c
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,44 @@ from numpy.typing import NDArray
 from gpt2c.memory import aligned_zeros
 
 Array = NDArray[Any]
+
+
+class Team(threading.local):
+    """OpenMP's threads that wait for the next kernel of this Python thread: `size` with itself."""
+
+    size = 1
+
+    def start(self, lib: Any, size: int) -> None:
+        """Start so many, or refuse: OpenMP ends the process when it cannot start a thread.
+
+        Raises
+        ------
+        OSError : the system does not give so many threads
+        """
+        self.release()
+        if not lib.has_room(size):
+            raise MemoryError(f"a few KB are wanted to start {size} threads, and are not there")
+        available = lib.start_threads(size)
+        if available < size:
+            raise OSError(
+                f"{size} threads are wanted and the system gives {available}: set GPT2C_NUM_THREADS"
+                " to fewer, or raise its limit of processes (ulimit -u) or of memory (ulimit -v)"
+            )
+        self.size = size
+
+    def release(self) -> None:
+        """Let them go, before a fork: they would stay behind, and the child wait for them.
+
+        Those of others too, who may share OpenMP's library with the kernels: PyTorch does.
+        """
+        for lib in LIBRARIES[:1]:
+            lib.release_threads()
+        self.size = 1
+
+
+LIBRARIES: list[Any] = []  # the kernels that are loaded; they share OpenMP's library
+TEAM = Team()
+os.register_at_fork(before=TEAM.release)
 
 
 class Kernels:
@@ -35,12 +74,27 @@ class Kernels:
         self.name = name
         self.threads = threads
         self._lib = module.lib
+        LIBRARIES.append(module.lib)
         self._ffi = module.ffi
         self._from_buffer = module.ffi.from_buffer
         self._null = module.ffi.NULL
         self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
         # The GIL is released while C runs, so each Python thread needs scratch of its own.
         self._local = threading.local()
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Call a kernel, once there is what OpenMP needs for it.
+
+        Raises
+        ------
+        OSError, MemoryError : OpenMP would end the process
+        """
+        kernel = getattr(self._lib, name)
+        if TEAM.size != self.threads > 1:
+            TEAM.start(self._lib, self.threads)
+        if not self._lib.has_room(self.threads):
+            raise MemoryError(f"a few KB are wanted to start {name}, and are not there")
+        return kernel(*arguments)
 
     def _f(self, array: Array | None) -> Any:
         return self._null if array is None else self._from_buffer(self._floats, array)
@@ -56,35 +110,31 @@ class Kernels:
 
     def fma_burn(self, iterations: int) -> float:
         """Run multiply-adds in registers on all threads; return the operations done."""
-        return float(self._lib.fma_burn(iterations, self.threads))
+        return float(self._call("fma_burn", iterations, self.threads))
 
     def memory_read(self, data: Array) -> float:
         """Read `data` once, up to a last part below 1 KB; return the sum of what was read."""
-        return float(self._lib.memory_read(self._f(data), data.size, self.threads))
+        return float(self._call("memory_read", self._f(data), data.size, self.threads))
 
     def encoder_forward(self, out: Array, idx: Array, wte: Array, wpe: Array) -> None:
         """See `gpt2c.reference.encoder_forward`."""
         B, T, C = out.shape
-        self._lib.encoder_forward(
-            self._f(out), self._i(idx), self._f(wte), self._f(wpe), B, T, C, self.threads
-        )
+        arrays = (self._f(out), self._i(idx), self._f(wte), self._f(wpe))
+        self._call("encoder_forward", *arrays, B, T, C, self.threads)
 
     def encoder_backward(self, dwte: Array, dwpe: Array, dout: Array, idx: Array) -> None:
         """See `gpt2c.reference.encoder_backward`."""
         B, T, C = dout.shape
-        self._lib.encoder_backward(
-            self._f(dwte), self._f(dwpe), self._f(dout), self._i(idx), B, T, C, self.threads
-        )
+        arrays = (self._f(dwte), self._f(dwpe), self._f(dout), self._i(idx))
+        self._call("encoder_backward", *arrays, B, T, C, self.threads)
 
     def layernorm_forward(
         self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array, eps: float
     ) -> None:
         """See `gpt2c.reference.layernorm_forward`."""
         N, C = x.shape
-        f = self._f
-        self._lib.layernorm_forward(
-            f(out), f(mean), f(rstd), f(x), f(weight), f(bias), eps, N, C, self.threads
-        )
+        arrays = (out, mean, rstd, x, weight, bias)
+        self._call("layernorm_forward", *map(self._f, arrays), eps, N, C, self.threads)
 
     def layernorm_backward(
         self,
@@ -100,14 +150,14 @@ class Kernels:
         """See `gpt2c.reference.layernorm_backward`."""
         N, C = x.shape
         arrays = (dx, dweight, dbias, dout, x, weight, mean, rstd)
-        self._lib.layernorm_backward(*map(self._f, arrays), N, C, self.threads)
+        self._call("layernorm_backward", *map(self._f, arrays), N, C, self.threads)
 
     def matmul_forward(self, out: Array, x: Array, weight: Array, bias: Array | None) -> None:
         """See `gpt2c.reference.matmul_forward`."""
         OC, C = weight.shape
         scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
-        arrays = (out, x, weight, bias)
-        self._lib.matmul_forward(*map(self._f, arrays), scratch, x.shape[0], C, OC, self.threads)
+        arrays, sizes = (out, x, weight, bias), (x.shape[0], C, OC, self.threads)
+        self._call("matmul_forward", *map(self._f, arrays), scratch, *sizes)
 
     def matmul_backward(
         self,
@@ -124,11 +174,11 @@ class Kernels:
         scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
         arrays = (dx, dweight, dbias, dout, x, weight)
         sizes = (x.shape[0], C, OC, self.threads)
-        self._lib.matmul_backward(*map(self._f, arrays), accumulate, scratch, *sizes)
+        self._call("matmul_backward", *map(self._f, arrays), accumulate, scratch, *sizes)
 
     def matrix_transpose(self, out: Array, x: Array) -> None:
         """See `gpt2c.reference_reading.matrix_transpose`."""
-        self._lib.matrix_transpose(self._f(out), self._f(x), *x.shape, self.threads)
+        self._call("matrix_transpose", self._f(out), self._f(x), *x.shape, self.threads)
 
     def linear_forward(
         self, out: Array, x: Array, weight: Array, scale: Array | None, bias: Array | None
@@ -139,9 +189,8 @@ class Kernels:
         sizes = (x.shape[0], C, OC)
         scratch = self._scratch(self._lib.linear_scratch_size(*sizes, kind, self.threads))
         f, data = self._f, self._from_buffer(weight)
-        self._lib.linear_forward(
-            f(out), f(x), data, f(scale), f(bias), kind, scratch, *sizes, self.threads
-        )
+        arrays = (f(out), f(x), data, f(scale), f(bias))
+        self._call("linear_forward", *arrays, kind, scratch, *sizes, self.threads)
 
     def _kind(self, weight: Array) -> int:
         """Give C's name of a weight's dtype."""
@@ -156,7 +205,7 @@ class Kernels:
         NH, P, HS = keys.shape
         scratch = self._scratch(self._lib.attention_scratch_size(P, HS, self.threads))
         arrays = map(self._f, (out, keys, values, qkv))
-        self._lib.cache_attention_forward(*arrays, position, scratch, T, C, NH, P, self.threads)
+        self._call("cache_attention_forward", *arrays, position, scratch, T, C, NH, P, self.threads)
 
     def attention_forward(self, out: Array, lse: Array, qkv: Array) -> None:
         """See `gpt2c.reference.attention_forward`."""
@@ -164,7 +213,7 @@ class Kernels:
         NH = lse.shape[1]
         scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
         arrays = (out, lse, qkv)
-        self._lib.attention_forward(*map(self._f, arrays), scratch, B, T, C, NH, self.threads)
+        self._call("attention_forward", *map(self._f, arrays), scratch, B, T, C, NH, self.threads)
 
     def attention_backward(
         self, dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array
@@ -174,44 +223,41 @@ class Kernels:
         NH = lse.shape[1]
         scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
         arrays = (dqkv, dout, qkv, out, lse)
-        self._lib.attention_backward(*map(self._f, arrays), scratch, B, T, C, NH, self.threads)
+        self._call("attention_backward", *map(self._f, arrays), scratch, B, T, C, NH, self.threads)
 
     def gelu_forward(self, out: Array, x: Array) -> None:
         """See `gpt2c.reference.gelu_forward`."""
-        self._lib.gelu_forward(self._f(out), self._f(x), x.size, self.threads)
+        self._call("gelu_forward", self._f(out), self._f(x), x.size, self.threads)
 
     def gelu_backward(self, dx: Array, dout: Array, x: Array) -> None:
         """See `gpt2c.reference.gelu_backward`."""
-        self._lib.gelu_backward(self._f(dx), self._f(dout), self._f(x), x.size, self.threads)
+        self._call("gelu_backward", self._f(dx), self._f(dout), self._f(x), x.size, self.threads)
 
     def residual_forward(self, out: Array, x: Array, branch: Array) -> None:
         """See `gpt2c.reference.residual_forward`."""
-        self._lib.residual_forward(self._f(out), self._f(x), self._f(branch), x.size, self.threads)
+        arrays = (out, x, branch)
+        self._call("residual_forward", *map(self._f, arrays), x.size, self.threads)
 
     def residual_backward(self, dx: Array, dbranch: Array, dout: Array) -> None:
         """See `gpt2c.reference.residual_backward`."""
         arrays = (dx, dbranch, dout)
-        self._lib.residual_backward(*map(self._f, arrays), dout.size, self.threads)
+        self._call("residual_backward", *map(self._f, arrays), dout.size, self.threads)
 
     def crossentropy_forward(
         self, losses: Array, lse: Array, logits: Array, targets: Array
     ) -> None:
         """See `gpt2c.reference.crossentropy_forward`."""
         N, V = logits.shape
-        f = self._f
-        self._lib.crossentropy_forward(
-            f(losses), f(lse), f(logits), self._i(targets), N, V, self.threads
-        )
+        arrays = (*map(self._f, (losses, lse, logits)), self._i(targets))
+        self._call("crossentropy_forward", *arrays, N, V, self.threads)
 
     def crossentropy_backward(
         self, dlogits: Array, logits: Array, lse: Array, targets: Array, scale: float
     ) -> None:
         """See `gpt2c.reference.crossentropy_backward`."""
         N, V = logits.shape
-        f = self._f
-        self._lib.crossentropy_backward(
-            f(dlogits), f(logits), f(lse), self._i(targets), scale, N, V, self.threads
-        )
+        arrays = (*map(self._f, (dlogits, logits, lse)), self._i(targets))
+        self._call("crossentropy_backward", *arrays, scale, N, V, self.threads)
 
     def adamw_update(
         self,
@@ -230,11 +276,11 @@ class Kernels:
         """See `gpt2c.reference.adamw_update`."""
         scalars = (learning_rate, beta1, beta2, eps, weight_decay, t, grad_scale)
         arrays = (param, m, v, grad)
-        self._lib.adamw_update(*map(self._f, arrays), *scalars, param.size, self.threads)
+        self._call("adamw_update", *map(self._f, arrays), *scalars, param.size, self.threads)
 
     def global_norm(self, grad: Array) -> float:
         """See `gpt2c.reference.global_norm`."""
-        return float(self._lib.global_norm(self._f(grad), grad.size, self.threads))
+        return float(self._call("global_norm", self._f(grad), grad.size, self.threads))
 
     # ---- a step of decoding, in one call ---------------------------------------------------------
 
@@ -301,4 +347,4 @@ class Kernels:
         _, S, _, P, _ = keys.shape
         scratch = self._scratch(self._lib.decode_scratch_size(model[0], N, P, self.threads))
         arrays = (f(logits), f(keys), f(values), i(tokens), i(slots), i(positions))
-        self._lib.decode_step(*arrays, model[0], scratch, N, S, P, self.threads)
+        self._call("decode_step", *arrays, model[0], scratch, N, S, P, self.threads)

@@ -246,7 +246,9 @@ def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
         raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be whole numbers, got dtype {array.dtype}")
+    copy = np.empty(array.shape, np.int32)  # what is too large is so before all of it was read
     if array.size and not (low <= array.min() and array.max() < high):
         wrong = array[(array < low) | (array >= high)].flat[0]
         raise ValueError(f"{name}: token id {wrong} is not in [{low}, {high})")
-    return np.array(array, np.int32, order="C")  # backward reads it when the caller may not keep it
+    copy[...] = array  # backward reads it when the caller may not keep it
+    return copy

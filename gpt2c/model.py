@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -78,8 +81,9 @@ class GPT2(LanguageModel):
         offsets = aligned_offsets(shapes)
         self.flat_parameters = aligned_zeros(offsets[""])
         self._flat_gradients = aligned_zeros(offsets[""])
-        self.parameters = named_views(self.flat_parameters, shapes)
-        self._gradients = named_views(self._flat_gradients, shapes)
+        # C trusts their shapes: what they hold may be changed, not what they are.
+        self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
+        self._gradients = MappingProxyType(named_views(self._flat_gradients, shapes))
         self.decay_size = next(offsets[name] for name, shape in shapes.items() if len(shape) == 1)
         self._void = True  # the gradients count as 0, whatever their memory holds
         self._memory = Activations(config, recompute)
@@ -87,6 +91,7 @@ class GPT2(LanguageModel):
         self._spare_memory = aligned_zeros(0)
         self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
         self._pending: IntArray | None = None  # the tokens of a loss that backward has not seen
+        self._busy = threading.Lock()
         if seed is not None:
             self._initialise(seed)
 
@@ -204,10 +209,11 @@ class GPT2(LanguageModel):
     def __call__(self, idx: ArrayLike) -> Array:
         """Logits (B, T, V), see `LanguageModel.__call__`; all rows pass the layers together."""
         tokens = self._check_tokens(idx)
-        final = self._forward(tokens, keep=False)
         logits = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
         rows = logits.reshape(-1, self.config.vocab_size)
-        self.backend.matmul_forward(rows, final, self.parameters["wte.weight"], None)
+        with self._alone():
+            final = self._forward(tokens, keep=False)
+            self.backend.matmul_forward(rows, final, self.parameters["wte.weight"], None)
         return logits
 
     def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
@@ -222,27 +228,42 @@ class GPT2(LanguageModel):
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range, every target ignored
+        RuntimeError : another thread computes with this model
         """
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape).reshape(-1)
-        self._forward(tokens, keep)
-        if keep:
-            self._d_head = self._gradients["wte.weight"] if self._void else self._spare()
-        ops, a, wte = self.backend, self._activations, self.parameters["wte.weight"]
-        count = int(np.count_nonzero(wanted >= 0))
-        blocks = -(-wanted.size // len(a["logits"]))
-        size = -(-wanted.size // blocks)
-        for start in range(0, wanted.size, size):
-            rows = slice(start, min(start + size, wanted.size))
-            x, logits = a["ln_f"][rows], a["logits"][: rows.stop - rows.start]
-            losses, lse = a["losses"][rows], a["lse"][rows]
-            ops.matmul_forward(logits, x, wte, None)
-            ops.crossentropy_forward(losses, lse, logits, wanted[rows])
+        with self._alone():
+            self._forward(tokens, keep)
             if keep:
-                ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
-                ops.matmul_backward(x, self._d_head, None, logits, x, wte, accumulate=start > 0)
-        self._pending = tokens if keep else None
-        return float(a["losses"].sum(dtype=np.float64) / count)
+                self._d_head = self._gradients["wte.weight"] if self._void else self._spare()
+            ops, a, wte = self.backend, self._activations, self.parameters["wte.weight"]
+            count = int(np.count_nonzero(wanted >= 0))
+            blocks = -(-wanted.size // len(a["logits"]))
+            size = -(-wanted.size // blocks)
+            for start in range(0, wanted.size, size):
+                rows = slice(start, min(start + size, wanted.size))
+                x, logits = a["ln_f"][rows], a["logits"][: rows.stop - rows.start]
+                losses, lse = a["losses"][rows], a["lse"][rows]
+                ops.matmul_forward(logits, x, wte, None)
+                ops.crossentropy_forward(losses, lse, logits, wanted[rows])
+                if keep:
+                    ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
+                    ops.matmul_backward(x, self._d_head, None, logits, x, wte, accumulate=start > 0)
+            self._pending = tokens if keep else None
+            return float(a["losses"].sum(dtype=np.float64) / count)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse a second thread: it would write over the first one's activations."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread computes with this model: let one wait for the other, or give each"
+                " thread a model; generate and logprobs have memory of their own"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _spare(self) -> Array:
         """Give memory of wte's shape beside the gradients, where they must not be touched."""
@@ -271,7 +292,7 @@ class GPT2(LanguageModel):
     # ---- backward --------------------------------------------------------------------------------
 
     @property
-    def gradients(self) -> dict[str, Array]:
+    def gradients(self) -> Mapping[str, Array]:
         """Name -> float32 view into `flat_gradients`."""
         self._settle()
         return self._gradients
@@ -307,26 +328,28 @@ class GPT2(LanguageModel):
         Raises
         ------
         ValueError : no loss was computed since the last backward
+        RuntimeError : another thread computes with this model
         """
-        if self._pending is None:
-            raise ValueError(
-                "backward needs a loss: call loss(idx, targets) before each backward()"
-            )
-        idx, accumulate = self._pending, not self._void
-        self._pending, self._void = None, False
-        ops, p, g, a = self.backend, self.parameters, self._gradients, self._activations
-        self._backward_head(scale, accumulate)
-        if not accumulate:  # those that no op writes
-            self._flat_gradients[self.decay_size :].fill(0.0)
-            g["wpe.weight"].fill(0.0)
-        a["d_stream"].fill(0.0)
-        layernorm_backward(ops, p, g, a, "ln_f", a[f"h.{self.config.n_layer - 1}.out"])
-        for layer in reversed(range(self.config.n_layer)):
-            h, x = f"h.{layer}.", a[f"h.{layer - 1}.out"] if layer else a["encoded"]
-            recompute_forward(ops, p, a, h, x, self._eps, self.recompute)
-            layer_backward(ops, p, g, a, h, x, accumulate)
-        d_encoded = batched(a["d_stream"], len(idx))
-        ops.encoder_backward(g["wte.weight"], g["wpe.weight"], d_encoded, idx)
+        with self._alone():
+            if self._pending is None:
+                raise ValueError(
+                    "backward needs a loss: call loss(idx, targets) before each backward()"
+                )
+            idx, accumulate = self._pending, not self._void
+            self._pending, self._void = None, False
+            ops, p, g, a = self.backend, self.parameters, self._gradients, self._activations
+            self._backward_head(scale, accumulate)
+            if not accumulate:  # those that no op writes
+                self._flat_gradients[self.decay_size :].fill(0.0)
+                g["wpe.weight"].fill(0.0)
+            a["d_stream"].fill(0.0)
+            layernorm_backward(ops, p, g, a, "ln_f", a[f"h.{self.config.n_layer - 1}.out"])
+            for layer in reversed(range(self.config.n_layer)):
+                h, x = f"h.{layer}.", a[f"h.{layer - 1}.out"] if layer else a["encoded"]
+                recompute_forward(ops, p, a, h, x, self._eps, self.recompute)
+                layer_backward(ops, p, g, a, h, x, accumulate)
+            d_encoded = batched(a["d_stream"], len(idx))
+            ops.encoder_backward(g["wte.weight"], g["wpe.weight"], d_encoded, idx)
 
     def _backward_head(self, scale: float, accumulate: bool) -> None:
         """Bring in what `loss` has computed: the gradients of wte and, in its place, of ln_f."""

@@ -11,6 +11,7 @@ nothing about models.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,13 @@ def _ids(name: str, ids: Array, shape: tuple[int, ...], low: int, high: int) -> 
         raise ValueError(f"{name} must be in [{low}, {high}), got {ids.min()} .. {ids.max()}")
 
 
+def _numbers(**numbers: float) -> None:
+    """Check numbers that C takes as floats."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or (isinstance(number, int) and abs(number) > 2**1000):
+            raise ValueError(f"{name} must be a number, and not too large, got {number!r:.50}")
+
+
 def encoder_forward(idx: Array, wte: Array, wpe: Array, backend: str = "auto") -> Array:
     """Give wte[idx] + wpe, (B, T, C), for idx (B, T), wte (V, C), wpe (at least T, C)."""
     ops, s = _open(backend, wte=(wte, "V C"), wpe=(wpe, "P C"))
@@ -107,6 +115,7 @@ def layernorm_forward(
 ) -> tuple[Array, Array, Array]:
     """Give out (N, C), mean (N,), rstd (N,) for x (N, C), weight and bias (C,)."""
     ops, s = _open(backend, x=(x, "N C"), weight=(weight, "C"), bias=(bias, "C"))
+    _numbers(eps=eps)
     out, mean, rstd = np.empty_like(x), np.empty(s["N"], x.dtype), np.empty(s["N"], x.dtype)
     ops.layernorm_forward(out, mean, rstd, x, weight, bias, eps)
     return out, mean, rstd
@@ -289,6 +298,7 @@ def crossentropy_backward(
     """Give dlogits (N, V) of `scale` times the sum of the losses."""
     ops, s = _open(backend, logits=(logits, "N V"), lse=(lse, "N"))
     _ids("targets", targets, (s["N"],), -1, s["V"])
+    _numbers(scale=scale)
     dlogits = np.empty_like(logits)
     ops.crossentropy_backward(dlogits, logits, lse, targets, scale)
     return dlogits
@@ -313,8 +323,12 @@ def adamw_update(
     ops, _ = _open(
         backend, param=(param, letters), m=(m, letters), v=(v, letters), grad=(grad, letters)
     )
-    if t < 1:
-        raise ValueError(f"t must be at least 1, got {t}")
+    if not 1 <= t < 2**63:
+        raise ValueError(f"t must be in [1, 2**63), got {t!r:.50}")
+    _numbers(learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps)
+    _numbers(weight_decay=weight_decay, grad_scale=grad_scale)
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1!r:.50} and {beta2!r:.50}")
     param, m, v = param.copy(), m.copy(), v.copy()
     scalars = (learning_rate, beta1, beta2, eps, weight_decay, t, grad_scale)
     ops.adamw_update(param, m, v, grad, *scalars)

@@ -179,6 +179,10 @@ def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
             pass
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {shown(error)}") from error
+    except MemoryError as error:
+        raise MemoryError(
+            f"{path} cannot be mapped, {path.stat().st_size:,} bytes: {error}"
+        ) from error
     mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
     text = mapped[8 : 8 + size].tobytes()
     if not text.startswith(b"{"):

@@ -393,6 +393,22 @@ def test_tokens_that_do_not_fit_are_refused(backend: Any) -> None:
     assert "at most 2" in refused(decoder.step, three, three, three)
     wide = np.zeros(2, np.int64)
     assert "int64" in refused(decoder.step, wide, wide, wide)
+    right = {"tokens": ids[:2], "slots": ids[:2], "positions": ids[:2]}
+    for name, limit in (("tokens", ODD.vocab_size), ("slots", 2), ("positions", 4)):
+        for wrong in (-1, limit, 2**31 - 1):
+            message = refused(decoder.step, **right | {name: np.array([0, wrong], np.int32)})
+            assert message.startswith(f"{name} must be in [0, {limit})") and str(wrong) in message
+    assert "different" in refused(decoder.step, **right | {"slots": np.ones(2, np.int32)})
+    gaps = np.zeros(4, np.int32)[::2]
+    assert "contiguous" in refused(decoder.step, **right | {"positions": gaps})
+    for wrong in (-1, ODD.vocab_size):
+        assert "tokens" in refused(decoder.read, np.array([wrong], np.int32), 0, 0)
+        assert "targets" in refused(decoder.losses, ids[:1], np.array([wrong * 2], np.int32))
+    out, rows = np.zeros((1, ODD.vocab_size), np.float32), np.zeros((1, ODD.n_embd), np.float32)
+    for bad in (out[:, :-1], out.astype(np.float64), np.repeat(out, 2, 0)):
+        assert refused(decoder.logits, bad, rows).startswith("out")
+    out.flags.writeable = False
+    assert "writeable" in refused(decoder.logits, out, rows)
     assert (decoder.keys.tobytes(), decoder.values.tobytes()) == before
 
 

@@ -574,3 +574,12 @@ def test_parameters_of_another_dtype_are_converted(dtype: Any, backend: Any) -> 
     model.load_parameters({n: np.asfortranarray(p) for n, p in wanted.items()}, "a test")
     for name, parameter in model.parameters.items():
         assert np.array_equal(parameter, wanted[name].astype(np.float32))
+
+
+def test_parameters_may_be_filled_and_not_replaced() -> None:
+    """C trusts their sizes."""
+    model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3))
+    model.parameters["ln_f.bias"][...] = 2
+    for arrays in (model.parameters, model.gradients):
+        with pytest.raises(TypeError, match="item assignment"):
+            arrays["ln_f.bias"] = np.zeros(1, np.float32)  # type: ignore[index]

@@ -24,7 +24,11 @@ SHAPES: dict[str, Shape] = {
     "cache": {"T": 5, "NH": 3, "HS": 5, "position": 4, "P": 11},
     "crossentropy": {"N": 6, "V": 19},
 }
-GIVEN = {"vocab_size": 11, "n_positions": 7, "n_head": 3}  # sizes that no array of the call has
+GIVEN = {  # sizes that no array of the call has
+    "vocab_size": lambda shape: shape["V"],
+    "n_positions": lambda shape: shape["T"] + 2,
+    "n_head": lambda shape: shape["NH"],
+}
 ELEMENTWISE = ("gelu", "residual", "adamw", "global")  # any shape will do
 
 
@@ -39,13 +43,16 @@ PUBLIC = {
 }
 
 
-def solved(name: str, dtype: type = np.float32) -> tuple[dict[str, Any], list[Any]]:
+def solved(
+    name: str, dtype: type = np.float32, shape: Shape | None = None
+) -> tuple[dict[str, Any], list[Any]]:
     """Give an op's arguments by name, floats of this type, and the reference's float64 outputs."""
-    arguments = Case(name, SHAPES.get(kind(name), {"n": 35})).arguments()
+    shape = shape or SHAPES.get(kind(name), {"n": 35})
+    arguments = Case(name, shape).arguments()
     names = inspect.signature(getattr(reference, name)).parameters
     outputs = arguments[: OPS[name].outputs]
     wanted = inspect.signature(PUBLIC[name]).parameters
-    given = {key: value for key, value in GIVEN.items() if key in wanted}
+    given = {key: size(shape) for key, size in GIVEN.items() if key in wanted}
     for key, value in zip(names, arguments, strict=True):
         if key in wanted:  # param, m and v of AdamW are inputs and outputs
             floats = isinstance(value, np.ndarray) and value.dtype == np.float64
