@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
 
@@ -68,6 +69,42 @@ def claim_directory(path: Path, overwrite: bool) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes, if it is one: a pipe or a device might never end.
+
+    Raises
+    ------
+    OSError : it is missing, unreadable, a directory, a pipe or a device
+    """
+
+    def at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # else a pipe waits for a writer
+
+    with open(path, "rb", opener=at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is a pipe or a device; a file is wanted")
+        yield file
+
+
+def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
+    """Read a whole file of at most `most` bytes.
+
+    Raises
+    ------
+    OSError : see `open_file`; it grows or shrinks while it is read
+    ValueError : it has more
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{path} has {size:,} bytes; such a file has at most {most:,}")
+        content = file.read(size + 1)
+    if len(content) != size:
+        raise OSError(f"{path} changed while it was read")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that must hold one JSON object.
 
@@ -76,10 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
     OSError : it is missing or unreadable
     ValueError : it is not JSON (nan and infinity are not), or not an object; a key is there twice
     """
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise ValueError(f"{path} has {size:,} bytes; JSON of at most {LARGEST_JSON:,} is read")
-    return parse_json(path.read_bytes(), str(path))
+    return parse_json(read_bytes(path), str(path))
 
 
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:

@@ -86,7 +86,37 @@ def test_json_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with open(path, "wb") as file:
         file.truncate(files.LARGEST_JSON + 1)  # takes no space
-    assert "is read" in refused(files.read_json, path)
+    assert f"at most {files.LARGEST_JSON:,}" in refused(files.read_json, path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(OSError, match=f"{name} is a pipe or a device"):
+            files.read_bytes(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        files.read_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_a_file_that_changes_meanwhile_is_refused(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, look = tmp_path / "x", os.fstat
+    path.write_bytes(bytes(5))
+
+    def look_then_change(descriptor: int) -> os.stat_result:
+        found.append(look(descriptor))
+        if len(found) == 2:  # the first asked whether it is a file, the second how large it is
+            os.truncate(path, size)
+        return found[-1]
+
+    found: list[os.stat_result] = []
+    monkeypatch.setattr(os, "fstat", look_then_change)
+    with pytest.raises(OSError, match="changed while it was read"):
+        files.read_bytes(path)
 
 
 def test_json_is_read(tmp_path: Path) -> None:
