@@ -65,6 +65,9 @@ class TrainSettings:
     eval_iters: int = setting(0, "batches of an evaluation; 0 all of the validation tokens")
     log_interval: int = setting(10, "steps between two lines where no one watches a terminal")
     save_interval: int = setting(0, "steps between two checkpoints; 0 only at the end")
+    keep: int = setting(1, "so many of the newest checkpoints stay")
+    skip_nonfinite: bool = setting(False, "leave out a step with nan in it instead of stopping")
+    tensorboard: bool = setting(False, "write TensorBoard's event files too")
     seed: int = setting(1337, "of the weights and the order of the data")
     backend: str = setting("auto", "auto, avx512, avx2, base or numpy")
     recompute: str = setting("none", "none, light or full: trade time for memory")
@@ -84,6 +87,7 @@ class TrainSettings:
             "gradient_accumulation_steps",
             "max_iters",
             "log_interval",
+            "keep",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
