@@ -57,7 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Give a temporary directory beside `path`, which takes its name on success, whole and on disk.
 
-    On failure it is removed. A directory of files that has the name already is removed before.
+    On failure it is removed. What has the name already is removed first.
 
     Raises
     ------
@@ -65,37 +65,41 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     temporary = _temporary(path)
     with naming(path):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a dead process that had this one's id
+        _delete(temporary)  # of a dead process that had this one's id
         temporary.mkdir()
         try:
             yield temporary
             for file in sorted(temporary.iterdir()):
                 _sync(file)
             _sync(temporary)
-            if path.exists():
-                remove_directory(path)
+            if os.path.lexists(path):
+                remove(path)
             os.rename(temporary, path)
             _sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_directory(path: Path) -> None:
-    """Remove a directory, which loses its name before anything in it is gone."""
+def remove(path: Path) -> None:
+    """Remove a directory, which loses its name before anything in it is gone; or a file."""
     temporary = path.with_name(f".{path.name}.removed.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _delete(temporary)
     os.rename(path, temporary)
-    shutil.rmtree(temporary)
+    _delete(temporary)
 
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what processes that were killed left half-written; no living one may write there."""
     for path in list(directory.iterdir()):
         if TEMPORARY.fullmatch(path.name):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:

@@ -118,12 +118,12 @@ def _metric(metrics: Sequence[Mapping[str, Any]], name: str) -> Metric:
 def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
     """Average each value with its neighbours before and after it, so that nothing is drawn late.
 
-    Those are a fortieth of all on each side, at least 3 (where there are so many). At both ends,
+    Those are a fortieth of all on each side, at least 10 (where there are so many). At both ends,
     which lack neighbours, a line through the first and the last window stands for the average: a
     filter of Savitzky and Golay (1964), of the first order.
     """
     numbers = np.asarray(values, np.float64)
-    side = min(max(3, len(numbers) // 40), (len(numbers) - 1) // 2)
+    side = min(max(10, len(numbers) // 40), (len(numbers) - 1) // 2)
     if side < 1:
         return numbers
     window = 2 * side + 1

@@ -26,7 +26,7 @@ from typing import Any
 from gpt2c import trainer_state
 from gpt2c.checkpoint import WEIGHTS_FILE
 from gpt2c.config import GPT2Config
-from gpt2c.files import atomic_path, read_json, remove_directory, remove_leftovers
+from gpt2c.files import atomic_path, read_json, remove, remove_leftovers
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import Metrics, read_metrics
 from gpt2c.model import GPT2
@@ -97,6 +97,20 @@ def read_record(out: Path) -> dict[str, Any]:
     return record
 
 
+def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
+    """Refuse a run of another model before there is one.
+
+    Raises
+    ------
+    ValueError : `entries`, of the file `source`, are not those of `config`
+    """
+    if not isinstance(entries, dict) or GPT2Config.from_dict(entries) != config:
+        raise ValueError(
+            f"{source} holds a model of another config than its settings and this data's tokenizer"
+            f" give: {entries}, wanted {config}"
+        )
+
+
 class Run:
     """A run that this process alone goes on with: its model and optimizer, and its directory.
 
@@ -141,7 +155,7 @@ class Run:
             (self.out / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, EVENTS):
             if (self.out / name).is_dir():
-                remove_directory(self.out / name)
+                remove(self.out / name)
         self._open()
 
     def restore(self, record: Mapping[str, Any], found: Checkpoint | None) -> None:
@@ -149,16 +163,8 @@ class Run:
 
         Raises
         ------
-        ValueError : run.json or the checkpoint is of another model
+        ValueError : the checkpoint's moments are not of this model's size
         """
-        config = self.model.config
-        for source, entries in ((self.out / RUN_FILE, record["config"]),
-                                *([(found.path, found.config)] if found else [])):  # fmt: skip
-            if not isinstance(entries, dict) or GPT2Config.from_dict(entries) != config:
-                raise ValueError(
-                    f"{source} holds a model of another config than its settings and this data's"
-                    f" tokenizer give: {entries}, wanted {config}"
-                )
         here = self._record()
         if (record["backend"], record["threads"]) != (here["backend"], here["threads"]):
             before = f"{record['backend']} with {record['threads']} threads"
@@ -192,6 +198,7 @@ class Run:
         self.tokenizer.save_pretrained(self.out)
         if self.saved:
             self._publish(self.saved)
+            trainer_state.prune(self.saved, self.settings.keep)
         path = self.out / METRICS_FILE
         self._metrics = Metrics(path, self.step, report)
         self._events: Events | None = None

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gpt2c import trainer_state
 from gpt2c.backend import fma_peak
 from gpt2c.data import Batches, read_tokens, windows
-from gpt2c.files import claim_directory
+from gpt2c.files import claim_directory, read_bytes
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import read_metrics
 from gpt2c.model import GPT2
@@ -32,7 +32,7 @@ from gpt2c.optimizer import AdamW, NonFiniteGradient
 from gpt2c.plot import plot_loss
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
-from gpt2c.run import CHECKPOINTS, Run, locked, read_record, report
+from gpt2c.run import CHECKPOINTS, RUN_FILE, Run, check_config, locked, read_record, report
 from gpt2c.settings import TrainSettings, resumed
 from gpt2c.tensorboard import check_tensorboard
 from gpt2c.tokenizer import Tokenizer
@@ -156,8 +156,13 @@ def _prepare(
             f"{data} does not hold the training tokens of the run {out}: go on with those"
         )
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
-    found = trainer_state.newest(out / CHECKPOINTS, report) if resume else None
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
+    found = None
+    if record is not None:
+        check_config(out / RUN_FILE, record["config"], config)
+        found = trainer_state.newest(out / CHECKPOINTS, report)
+    if found is not None:
+        check_config(found.path, found.config, config)
     seed = settings.seed if found is None else None
     recompute = None if settings.recompute == "none" else settings.recompute
     model = GPT2(config, seed, settings.backend, recompute)
@@ -292,7 +297,7 @@ def _check_tokenizer(data: Path, out: Path) -> None:
     """Refuse to go on with tokens that mean something else: two vocabularies may be of one size."""
     for name in ("vocab.json", "merges.txt"):
         # One that a kill at the start left out comes with the next start.
-        if (out / name).exists() and (data / name).read_bytes() != (out / name).read_bytes():
+        if (out / name).exists() and read_bytes(data / name) != read_bytes(out / name):
             raise ValueError(
                 f"{data} has another tokenizer than the run {out}: {name} differs; go on with the"
                 " data that it was trained on"

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.checkpoint import load_weights, save_weights
-from gpt2c.files import atomic_directory, open_file, read_json, remove_directory
+from gpt2c.files import atomic_directory, open_file, read_json, remove
 from gpt2c.tensorfile import read_tensors, write_tensors
 
 VERSION = 1
@@ -110,11 +110,19 @@ def save(
         content = {"version": VERSION, "sha256": _sum_of(summed), **summed}
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
-    done = [old for old in _steps(directory) if int(old.name) <= state.step]
-    # One of a later step was not whole when the run went on from an earlier one, and never will be.
-    for old in set(_steps(directory)) - set(done[:keep]):
-        remove_directory(old)
+    prune(path, keep)
     return path
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Remove the checkpoints beside the newest whole one but the `keep` newest up to it.
+
+    One of a later step was not whole when the run went on from this one, and never will be.
+    """
+    paths = _steps(newest.parent)
+    done = [path for path in paths if int(path.name) <= int(newest.name)]
+    for path in set(paths) - set(done[:keep]):
+        remove(path)
 
 
 def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
@@ -170,12 +178,15 @@ def _read(path: Path) -> Checkpoint:
     summed = {name: content[name] for name in ("state", "files")}
     if content["sha256"] != _sum_of(summed):
         raise ValueError(f"{STATE_FILE} is damaged: it has not the SHA-256 that it says")
-    for name, wanted in content["files"].items():
+    files = content["files"]
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise ValueError(f"{STATE_FILE} lists no files")
+    for name, wanted in files.items():
         if name != os.path.basename(name):
             raise ValueError(f"{STATE_FILE} names a file that is not beside it: {name!r}")
         size = (path / name).stat().st_size
-        if size != wanted["size"]:
-            raise ValueError(f"{name} has {size:,} bytes, not {wanted['size']:,}")
+        if size != wanted.get("size"):
+            raise ValueError(f"{name} has {size} bytes, not {wanted.get('size')!r}")
         if _sum(path / name) != wanted:
             raise ValueError(f"{name} is damaged: it has not the SHA-256 that {STATE_FILE} says")
     try:

@@ -239,7 +239,7 @@ ARROWS: dict[str, set[str]] = {
     "trainer_state": {"checkpoint", "files", "tensorfile"},
     "run": {"checkpoint", "config", "files", "metrics", "model", "optimizer", "settings"}
     | {"tensorboard", "tokenizer", "trainer_state"},
-    "settings": {"config", "optimizer"},
+    "settings": {"config", "files", "optimizer"},
     "train": (RUN - {"baselines", "config"})
     | {"metrics", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
