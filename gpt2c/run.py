@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from gpt2c import trainer_state
@@ -89,8 +90,9 @@ def read_record(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {out} holds no run that can go on")
     record = read_json(path)
-    if record.get("version") != VERSION:
-        raise ValueError(f"{path}: version must be {VERSION}, got {record.get('version')!r}")
+    version = record.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path}: version must be {VERSION}, got {shown(version)}")
     for name in ("settings", "config", "data", "backend", "threads"):
         if name not in record:
             raise ValueError(f"{path} lacks {name}")
@@ -104,10 +106,14 @@ def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
     ------
     ValueError : `entries`, of the file `source`, are not those of `config`
     """
-    if not isinstance(entries, dict) or GPT2Config.from_dict(entries) != config:
+    try:
+        found = GPT2Config.from_dict(entries) if isinstance(entries, dict) else None
+    except ValueError as error:
+        raise ValueError(f"{source}: its config cannot be: {error}") from None
+    if found != config:
         raise ValueError(
             f"{source} holds a model of another config than its settings and this data's tokenizer"
-            f" give: {entries}, wanted {config}"
+            f" give: {found}, wanted {config}"
         )
 
 

@@ -139,9 +139,9 @@ def checked(name: str, value: Any) -> Any:
     ValueError : it is
     """
     wanted = type(DEFAULTS[name])
+    if type(value) is int and value.bit_length() > 1000:  # for a float, and perhaps to be shown
+        raise ValueError(f"{name} is too large: a number of {value.bit_length():,} bits")
     if wanted is float and type(value) is int:
-        if abs(value) > 2**1000:
-            raise ValueError(f"{name} is too large for a float: {shown(value)}")
         value = float(value)
     if type(value) is not wanted:
         kind = type(value).__name__
@@ -203,15 +203,15 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
         `source` names the run
     """
     if not isinstance(stored, Mapping) or stored.keys() ^ DEFAULTS.keys():
-        raise ValueError(f"{source} holds the settings of another gpt2c: start a new run")
+        raise ValueError(f"{source}: its settings are another gpt2c's: start a new run")
     try:
         TrainSettings(**stored)
     except ValueError as error:
-        raise ValueError(f"{source} holds settings that cannot be: {error}") from None
+        raise ValueError(f"{source}: its settings cannot be: {error}") from None
     for name in FIXED_BY_RUN:
         if name in given and given[name] != stored[name]:
             raise ValueError(
-                f"{source} was trained with {name}={stored[name]}, so it cannot go on with"
+                f"{source}: the run was trained with {name}={stored[name]}, so it cannot go on with"
                 f" {given[name]}; drop that setting, or train into another directory"
             )
     return TrainSettings(**{**stored, **given})

@@ -138,7 +138,7 @@ def _prepare(
     if record is None:
         settings = TrainSettings(**given)
     else:
-        settings = resumed(record["settings"], given, str(out))
+        settings = resumed(record["settings"], given, str(out / RUN_FILE))
     if settings.tensorboard:
         check_tensorboard()
     if not data.is_dir():
@@ -153,7 +153,8 @@ def _prepare(
     fingerprint = _fingerprint(tokens)
     if record is not None and record["data"] != fingerprint:
         raise ValueError(
-            f"{data} does not hold the training tokens of the run {out}: go on with those"
+            f"{data} does not hold the training tokens of the run {out}, as data in {RUN_FILE} has"
+            " them: go on with those"
         )
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)

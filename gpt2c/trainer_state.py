@@ -18,12 +18,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.checkpoint import load_weights, save_weights
+from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
 from gpt2c.files import atomic_directory, open_file, read_json, remove
 from gpt2c.tensorfile import read_tensors, write_tensors
 
@@ -59,13 +60,15 @@ class TrainerState:
         for name, most in (("step", 10**15 - 1), ("skipped", self.step)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= most:
-                raise ValueError(f"{name} must be a whole number in [0, {most}], got {value!r}")
+                raise ValueError(
+                    f"{name} must be a whole number in [0, {most}], got {shown(value)}"
+                )
         for name in ("seconds", "val_loss"):
             value = getattr(self, name)
             if value is None and name == "val_loss":
                 continue
             if type(value) is not float or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+                raise ValueError(f"{name} must be finite and at least 0, got {shown(value)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,27 +175,34 @@ def _steps(directory: Path) -> list[Path]:
 
 def _read(path: Path) -> Checkpoint:
     content = read_json(path / STATE_FILE)
-    if content.keys() != {"version", "sha256", "state", "files"} or content["version"] != VERSION:
-        version = content.get("version")
-        raise ValueError(f"{STATE_FILE} is of version {version!r}, wanted {VERSION}")
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{STATE_FILE} is of version {shown(version)}, wanted {VERSION}")
+    if content.keys() != {"version", "sha256", "state", "files"}:
+        raise ValueError(f"{STATE_FILE} must hold version, sha256, state and files")
     summed = {name: content[name] for name in ("state", "files")}
     if content["sha256"] != _sum_of(summed):
         raise ValueError(f"{STATE_FILE} is damaged: it has not the SHA-256 that it says")
     files = content["files"]
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise ValueError(f"{STATE_FILE} lists no files")
+        raise ValueError(f"{STATE_FILE}: files must be an object of objects")
+    missing = {CONFIG_FILE, WEIGHTS_FILE, MOMENTS_FILE} - files.keys()
+    if missing:
+        raise ValueError(f"{STATE_FILE}: files lacks {min(missing)}")
     for name, wanted in files.items():
         if name != os.path.basename(name):
-            raise ValueError(f"{STATE_FILE} names a file that is not beside it: {name!r}")
+            raise ValueError(f"{STATE_FILE} names a file that is not beside it: {shown(name)}")
         size = (path / name).stat().st_size
         if size != wanted.get("size"):
-            raise ValueError(f"{name} has {size} bytes, not {wanted.get('size')!r}")
+            raise ValueError(f"{name} has {size} bytes, not {shown(wanted.get('size'))}")
         if _sum(path / name) != wanted:
             raise ValueError(f"{name} is damaged: it has not the SHA-256 that {STATE_FILE} says")
     try:
         state = TrainerState(**content["state"])
     except TypeError as error:
         raise ValueError(f"{STATE_FILE} has a state of other fields: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{STATE_FILE}: {error}") from None
     if int(path.name) != state.step:
         raise ValueError(f"{STATE_FILE} is of step {state.step}")
     config, tensors = load_weights(path)

@@ -459,7 +459,7 @@ def test_a_file_stands_before_a_shipped_recipe(
             {"max_iters": 2**31},
             "max_iters is too large: at most 2147483647 is wanted, got 2147483648",
         ),
-        ({"learning_rate": 10**400}, r"learning_rate is too large for a float: 10000\d+\.\.\."),
+        ({"learning_rate": 10**400}, r"learning_rate is too large: a number of 1,329 bits"),
         ({"learning_rate": math.inf}, "learning_rate must be finite"),
         ({"min_lr": 1.0}, "min_lr must be in"),
         ({"warmup_iters": -1}, "warmup_iters must be in"),
@@ -497,8 +497,12 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"tensorboard = 1", "recipe.toml: tensorboard must be bool, got int 1"),
         (b"beta1 = nan", "recipe.toml: beta1 must be finite, got nan"),
         (b"learning_rate = -inf", "recipe.toml: learning_rate must be finite, got -inf"),
-        (b"learning_rate = 1" + b"0" * 400, "recipe.toml: learning_rate is too large for a float"),
+        (b"learning_rate = 1" + b"0" * 400, "recipe.toml: learning_rate is too large"),
         (b"max_iters = 9223372036854775807", "recipe.toml: max_iters is too large: at most "),
+        (
+            b"n_layer = 0x" + b"f" * 5000,
+            "recipe.toml: n_layer is too large: a number of 20,000 bits",
+        ),
         (b"n_layer = " + b"9" * 5000, "recipe.toml is not TOML: "),
         (b"n_layer = " + b"[" * 5000, "recipe.toml is not TOML: "),
         (b"#" * (1 << 21), "recipe.toml has 2,097,152 bytes"),
@@ -515,8 +519,10 @@ def test_a_resumed_run_keeps_its_settings() -> None:
     stored = dataclasses.asdict(TrainSettings(n_layer=2, max_iters=10, seed=3))
     settings = resumed(stored, {"max_iters": 20, "n_layer": 2}, "runs/a")
     assert (settings.n_layer, settings.max_iters, settings.seed) == (2, 20, 3)
-    with pytest.raises(ValueError, match="runs/a was trained with n_layer=2, so it cannot go on"):
+    with pytest.raises(
+        ValueError, match="runs/a: the run was trained with n_layer=2, so it cannot go on"
+    ):
         resumed(stored, {"n_layer": 3}, "runs/a")
     for strange in ({}, {**stored, "dropout": 0.1}, [], None):
-        with pytest.raises(ValueError, match="runs/a holds the settings of another gpt2c"):
+        with pytest.raises(ValueError, match="runs/a: its settings are another gpt2c"):
             resumed(strange, {}, "runs/a")

@@ -127,14 +127,21 @@ DAMAGES: list[tuple[Any, str]] = [
     (state(val_loss="low"), "val_loss must be finite and at least 0"),
     (state(more=1), "has a state of other fields"),
     (
-        lambda path: rewrite(path / "state.json", files=lambda old: {"../x": old["config.json"]}),
+        lambda path: rewrite(
+            path / "state.json", files=lambda old: old | {"../x": old["config.json"]}
+        ),
         r"names a file that is not beside it: '\.\./x'",
     ),
-    (lambda path: rewrite(path / "state.json", files=lambda old: []), "lists no files"),
+    (
+        lambda path: rewrite(path / "state.json", files=lambda old: []),
+        "files must be an object of objects",
+    ),
     (
         lambda path: rewrite(path / "state.json", files=lambda old: {"config.json": 1}),
-        "lists no fi",
+        "files must be an object",
     ),
+    (lambda path: rewrite(path / "state.json", files=lambda old: {}), "files lacks config.json"),
+    (lambda path: rewrite(path / "state.json", version=lambda old: True), "is of version True"),
     (lambda path: rewrite(path / "state.json", state=lambda old: [1]), "has a state of other fiel"),
 ]
 
