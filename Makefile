@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 REPORT := bench-report.md
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench sanitize parity clean
+.PHONY: demo test lint bench sanitize parity wheel clean
 
 # The main job: text -> tokens -> training -> model -> text, two to three minutes on two cores.
 demo: $(VENV)/installed
@@ -35,7 +35,22 @@ sanitize: $(VENV)/installed-test
 
 # Against PyTorch, transformers and lm-evaluation-harness, in an environment of its own: gpt2c needs none of them.
 parity: .venv-parity/installed
-	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py
+	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py tests/test_llmc.py \
+		tests/test_installs.py::test_beside_other_users_of_openmp
+
+# The wheel for others, dist/*.whl: made from the sdist, with OpenMP's runtime in it, checked, and tried in an environment
+# of its own. The same tree and compiler give the same bytes.
+wheel: export SOURCE_DATE_EPOCH ?= 1580601600
+wheel: $(VENV)/installed-wheel
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --outdir dist/plain
+	mv dist/plain/*.tar.gz dist
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist dist/plain/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	.venv-wheel/bin/python tests/smoke.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -50,7 +65,11 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed-test
-	$(PIP) --group lint hatchling
+	$(PIP) --group lint
+	touch $@
+
+$(VENV)/installed-wheel: $(VENV)/installed-test
+	$(PIP) --group wheel
 	touch $@
 
 .venv-parity/installed: pyproject.toml build.py $(wildcard csrc/*)
@@ -61,4 +80,4 @@ $(VENV)/installed-lint: $(VENV)/installed-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-parity runs dist gpt2c/*.so $(REPORT)
+	rm -rf $(VENV) .venv-parity .venv-wheel runs dist gpt2c/*.so $(REPORT)

@@ -3,6 +3,7 @@
     python build.py              rebuild in place, after editing C   (--werror: warnings are errors)
     python build.py --sanitize   the same with AddressSanitizer and UndefinedBehaviorSanitizer
     pip install .                a wheel, through the hatchling hook at the bottom
+    make wheel                   the same with OpenMP's runtime inside, checked
 
 This is the only build logic. cffi generates the Python side of each extension from csrc/gpt2c.h,
 and the C compiler checks it against the same header. The result uses CPython's stable ABI: one
@@ -98,19 +99,38 @@ def emit(name: str, path: Path) -> None:
     ffi.emit_c_code(str(path))
 
 
+def target() -> str:
+    """Name the platform that is built for, as "linux-x86_64" or "macosx-11.0-arm64".
+
+    It is this one, or what setuptools and cibuildwheel set to cross-compile.
+    """
+    name = os.environ.get("_PYTHON_HOST_PLATFORM") or sysconfig.get_platform()
+    if name.endswith("-universal2"):  # python.org's for macOS: both halves, the compiler makes one
+        arm = platform.machine() == "arm64"  # which began with macOS 11
+        return "macosx-11.0-arm64" if arm else name.replace("universal2", "x86_64")
+    return name
+
+
 def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]:
     """Compile every instruction set that this platform and compiler know into `out`."""
+    if target().startswith("win"):
+        sys.exit("gpt2c does not run on Windows itself: install it in WSL, the Linux in Windows")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        sys.exit(
+            "gpt2c is built for CPython's stable ABI, which free-threaded Python does not have:"
+            " take the ordinary Python of this version"
+        )
     cc = compiler()
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").is_file():
         sys.exit(
             f"gpt2c needs Python's C headers, and {include} has no Python.h: install python3-dev"
         )
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
-        platform.machine().lower(), platform.machine()
-    )
-    isas = ISAS.get(machine, {"base": []})
-    openmp = ["-fopenmp"] if accepts(cc, ["-fopenmp"]) else []  # else the kernels are serial
+    machine = target().rpartition("-")[2]
+    isas = ISAS.get({"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine), {"base": []})
+    openmp = ["-fopenmp"] if accepts(cc, ["-fopenmp"]) else []
+    if not openmp:  # Apple's clang has none
+        print(f"gpt2c: {shlex.join(cc)} has no OpenMP: kernels of one thread", file=sys.stderr)
     flags = [*CFLAGS, *openmp, f"-I{ROOT / 'csrc'}", *(SANITIZE if sanitize else [])]
     strict = [*WARNINGS, *(["-Werror"] if werror else [])]
     strict += [] if openmp else ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
@@ -138,6 +158,9 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
                     source == generated
                 ):  # cffi's own code: the stable ABI, no isa flags, and its warnings are not ours
                     own = ["-w", f"-I{include}", "-DPy_LIMITED_API=0x030B0000"]
+                    # Its asserts name the file: without the folder's name, the same bytes come out
+                    # of every build.
+                    own.append(f"-ffile-prefix-map={folder}=.")
                 else:
                     own = [*isa, *strict, "-fvisibility=hidden"]
                 compiles.append([*cc, *flags, *own, "-c", str(source), "-o", objects[-1]])
@@ -168,9 +191,8 @@ else:
                 self.folder = tempfile.TemporaryDirectory()
                 for library in build(Path(self.folder.name)):
                     build_data["force_include"][str(library)] = f"gpt2c/{library.name}"
-            target = os.environ.get("_PYTHON_HOST_PLATFORM") or sysconfig.get_platform()
             build_data["pure_python"] = False
-            build_data["tag"] = f"cp311-abi3-{target.replace('-', '_').replace('.', '_')}"
+            build_data["tag"] = f"cp311-abi3-{target().replace('-', '_').replace('.', '_')}"
 
 
 def run_namesake() -> None:

@@ -29,6 +29,7 @@ REQUIRES: dict[str, tuple[str, ...]] = {
 NAMES = tuple(REQUIRES)
 # OpenMP may end the process when it cannot start a thread, so no number goes to it unchecked.
 MAX_THREADS = 1024
+THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
 
 # gpt2c.reference has the same ops under the same names and signatures (a test compares them), so
 # that to a caller it is one more set of kernels.
@@ -63,7 +64,7 @@ def default_threads() -> int:
     ------
     ValueError : a variable is set to something else than a whole number in [1, MAX_THREADS]
     """
-    for variable in ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS"):
+    for variable in THREAD_VARIABLES:
         value = os.environ.get(variable)
         if value:
             first = value.split(",")[0]  # OpenMP's list is for nested parallelism: not ours

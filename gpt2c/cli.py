@@ -9,18 +9,15 @@ import argparse
 import dataclasses
 import importlib.metadata
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_eval, cli_generate, cli_plot
-from gpt2c.backend import NAMES, default_threads, fma_peak, get_backend, why_missing
+from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_plot
 from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
-from gpt2c.machine import cpu_name
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.train import TrainResult, train
 
@@ -81,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--val-fraction", type=float, default=0.1, help="share held out (0.1)")
     verb.add_argument("--seed", type=int, default=1337, help="of the choice of what is held out")
+    verb.add_argument(
+        "--shard-tokens", type=int, default=0, help="split the training tokens so (0: one file)"
+    )
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
     verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
@@ -98,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, "continue a text"))
     text = "draw metrics.jsonl: loss, learning rate, gradient norm, tokens a second"
     cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
+    text = "a model, tokenizer or token files for llm.c, llama.cpp, nanoGPT or transformers"
+    cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
     cli_bench.add_flags(
         _verb(
             verbs,
@@ -106,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
             "backends and PyTorch side by side, verified, in turn",
         )
     )
-    _verb(verbs, "info", run_info, "CPU, backends, threads, versions")
+    cli_info.add_flags(_verb(verbs, "info", cli_info.run_info, "CPU, backends, threads, versions"))
     return top
 
 
@@ -156,6 +158,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         options.val_fraction,
         options.seed,
         options.overwrite,
+        options.shard_tokens,
     )
     plural = "" if prepared.documents == 1 else "s"
     print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")
@@ -191,24 +194,6 @@ def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
         f" {shlex.join(command)}"
     )
     return INTERRUPTED
-
-
-def run_info(options: argparse.Namespace) -> int:
-    """`gpt2c info`."""
-    threads = default_threads()
-    print(f"{'gpt2c':<12}{importlib.metadata.version('gpt2c')}")
-    print(f"{'Python':<12}{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("numpy", "cffi", "tiktoken", "safetensors"):
-        print(f"{package:<12}{importlib.metadata.version(package)}")
-    print(f"{'CPU':<12}{cpu_name()}")
-    print(f"{'threads':<12}{threads}")
-    chosen = get_backend().name
-    for name in NAMES:
-        state = why_missing(name)
-        if not state and name != "numpy":
-            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
-        print(f"{'backend':<12}{name:<12}{state}{'  <- chosen' if name == chosen else ''}")
-    return 0
 
 
 if __name__ == "__main__":

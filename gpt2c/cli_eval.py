@@ -13,11 +13,11 @@ import numpy as np
 from gpt2c import scoring
 from gpt2c.baselines import bits_per_byte
 from gpt2c.cli_generate import open_model
-from gpt2c.data import read_tokens
 from gpt2c.generator import check_vocabulary
 from gpt2c.model import GPT2
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
+from gpt2c.tokenfile import read_shards
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import evaluate
 
@@ -69,7 +69,7 @@ def _questions(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> list
 
 def _eval_data(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> None:
     tokenizer = Tokenizer.from_pretrained(options.data)
-    tokens = read_tokens(options.data / "val.bin", model.config.vocab_size)
+    shards = read_shards(options.data, "val", model.config.vocab_size)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     if tokenizer.vocab_size != model.config.vocab_size:
@@ -77,13 +77,20 @@ def _eval_data(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> None
             f"{options.data} has a vocabulary of {tokenizer.vocab_size} tokens and {options.model}"
             f" one of {model.config.vocab_size}: they do not belong together"
         )
-    scored = tokens[1:]  # the first token has nothing before it to be predicted from
+    shards = [tokens for tokens in shards if len(tokens) > 1] or shards
     if options.stride is None:
-        loss = evaluate(model, tokens, options.batch_size, model.config.n_positions)
+        loss = evaluate(model, shards, options.batch_size, model.config.n_positions)
+        # the first token of a shard has nothing before it to be predicted from
+        scored = np.concatenate([tokens[1:] for tokens in shards])
     else:
         with _progress() as watch:
-            logprobs = scoring.token_logprobs(model, tokens, options.stride, watch=watch)
-        scored, loss = tokens[~np.isnan(logprobs)], -float(np.nanmean(logprobs))
+            parts = [
+                scoring.token_logprobs(model, tokens, options.stride, watch=watch)
+                for tokens in shards
+            ]
+        logprobs = np.concatenate(parts)
+        scored = np.concatenate(shards)[~np.isnan(logprobs)]
+        loss = -float(np.nanmean(logprobs))
     size = int(tokenizer.token_lengths[scored].sum())
     bits = bits_per_byte(loss * len(scored), size)
     print(f"loss {loss:.4f} nats/token  perplexity {math.exp(loss):.2f}  bits per byte {bits:.4f}")

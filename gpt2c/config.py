@@ -10,15 +10,35 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# What config.json may say of the arithmetic, and what gpt2c computes. A model that says otherwise
-# is refused.
+from gpt2c.files import shown
+
+# What config.json may say of the arithmetic, and what gpt2c computes: the first is what it writes.
+# A model that says otherwise is refused.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+    "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], None),  # others have other heads
+    "activation_function": (  # names of the tanh form
+        *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
+        *("gelu_fast", "gelu_accurate"),
+    ),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False, True),  # the order of the same products
+    "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+
+# What transformers reads as well.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+LARGEST = 2**31 - 1  # token ids and positions are int32
+MOST_LAYERS = 10_000  # names and shapes are listed before any memory is asked for
+# What float32 holds with room for what is computed of it.
+RANGES = {"layer_norm_epsilon": (1e-37, 1.0), "initializer_range": (1e-37, 1e4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +56,8 @@ class GPT2Config:
 
     Raises
     ------
-    ValueError : a number is not a whole number from 1, or n_head does not divide n_embd
+    ValueError : a size is not a whole number from 1 to 2**31 - 1 (n_layer: 10,000), n_head does not
+        divide n_embd, or another number is out of its range
     """
 
     vocab_size: int = 50257
@@ -51,56 +72,76 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            value = getattr(self, name)
+            value, most = getattr(self, name), MOST_LAYERS if name == "n_layer" else LARGEST
             if name == "n_inner" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+            if not (type(value) is int and 1 <= value <= most):  # a bool is an int, too
+                raise ValueError(
+                    f"{name} must be a whole number from 1 to {most}, got {shown(value)}"
+                )
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}"
             )
-        for name in ("layer_norm_epsilon", "initializer_range"):
+        for name, (least, greatest) in RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not (0 < value < math.inf):
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and least <= value <= greatest):
+                raise ValueError(
+                    f"{name} must be a number from {least:g} to {greatest:g}, got {shown(value)}"
+                )
         eos = self.eos_token_id
-        if eos is not None and not (isinstance(eos, int) and 0 <= eos < self.vocab_size):
-            raise ValueError(f"eos_token_id must be in [0, {self.vocab_size}), got {eos!r}")
+        if eos is not None and not (type(eos) is int and 0 <= eos < self.vocab_size):
+            raise ValueError(f"eos_token_id must be in [0, {self.vocab_size}), got {shown(eos)}")
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
         """Read Hugging Face's config.json; keys that do not touch the arithmetic are passed over.
 
-        Dropout is one of them: gpt2c trains and runs without.
+        Dropout is one of them: gpt2c trains and runs without. Of several eos_token_id the first
+        counts, as transformers pads with it; one outside of the vocabulary is none.
 
         Raises
         ------
-        ValueError : not a GPT-2, or one whose formulae gpt2c does not have
+        ValueError : not a GPT-2, one whose formulae gpt2c does not have, or a field that cannot be
         """
         if entries.get("model_type", "gpt2") != "gpt2":
             raise ValueError(
-                f"config.json: model_type must be 'gpt2', got {entries['model_type']!r}"
+                f"config.json: model_type must be 'gpt2', got {shown(entries['model_type'])}"
             )
         for name, known in FIXED.items():
             if entries.get(name, known[0]) not in known:
-                raise ValueError(f"config.json: {name} must be {known[0]!r}, got {entries[name]!r}")
+                wanted = " or ".join(map(repr, known))
+                raise ValueError(
+                    f"config.json: {name} must be {wanted}, got {shown(entries[name])}"
+                )
         fields = {field.name for field in dataclasses.fields(cls)}
         known_entries = {name: value for name, value in entries.items() if name in fields}
+        for alias, name in ALIASES.items():
+            if (
+                alias in entries
+                and known_entries.setdefault(name, entries[alias]) != entries[alias]
+            ):
+                raise ValueError(
+                    f"config.json: {alias} and {name} are one number, got {shown(entries[alias])}"
+                    f" and {shown(entries[name])}"
+                )
         eos, V = known_entries.get("eos_token_id"), known_entries.get("vocab_size", cls.vocab_size)
-        if isinstance(eos, int) and isinstance(V, int) and eos >= V:
-            known_entries["eos_token_id"] = (
-                None  # Hugging Face's default, 50256, in a smaller model
-            )
-        return cls(**known_entries)
+        if isinstance(eos, list) and eos:
+            eos = eos[0]
+        if type(eos) is int and type(V) is int and eos >= V:
+            eos = None  # Hugging Face's default, 50256, in a smaller model
+        try:
+            return cls(**known_entries | {"eos_token_id": eos})
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Give what config.json must hold so that transformers builds the same model."""
         arithmetic = {name: known[0] for name, known in FIXED.items()}
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        names = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
         return (
-            names
+            {"model_type": "gpt2"}
             | dataclasses.asdict(self)
             | {"bos_token_id": self.eos_token_id}
             | arithmetic

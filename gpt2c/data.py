@@ -1,29 +1,27 @@
-"""Token files and batches: documents -> `train.bin`, `val.bin` -> (x, y) arrays of token ids.
+"""Documents and batches: documents -> token files -> (x, y) arrays of token ids.
 
-A token file is an llm.c shard. Which tokens a step sees depends on nothing but the seed and the
-step, so a resumed run needs no saved position.
+Which tokens a step sees depends on nothing but the seed and the step, so a resumed run needs no
+saved position.
 
-Knows nothing about models, nor about how text becomes tokens: that is the tokenizer's.
+Knows nothing about models, nor about how text becomes tokens (that is the tokenizer's) or how
+tokens lie in a file (tokenfile's).
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from gpt2c import files
+from gpt2c.tokenfile import MAX_VOCABULARY, Tokens, find_shards, write_shards, write_tokens
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
-
-# The header of karpathy/llm.c:dev/data/data_common.py: 256 int32, of which three are used.
-_MAGIC, _VERSION, _HEADER_BYTES = 20240520, 1, 256 * 4
-_MAX_TOKENS = 2**31 - 1  # the count is an int32
-_MAX_VOCABULARY = 2**16  # a token is a uint16
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -138,6 +136,7 @@ def prepare(
     val_fraction: float = 0.1,
     seed: int = 1337,
     overwrite: bool = False,
+    shard_tokens: int = 0,
 ) -> Prepared:
     """Write documents as token files: `out`/train.bin, `out`/val.bin and the tokenizer's files.
 
@@ -149,28 +148,35 @@ def prepare(
         tokens on the training documents only
     val_fraction : share of the characters held out, see `split_validation`
     seed : chooses the documents held out
-    overwrite : whether `out` may hold something already
+    overwrite : whether `out` may hold something already; its token files are replaced
+    shard_tokens : the most tokens in a file of training tokens, which are then several,
+        train_000001.bin and so on; 0 puts all into one
 
     Raises
     ------
-    ValueError : nothing to hold out, a bad spec, or a vocabulary of more than 65536 tokens
+    ValueError : nothing to hold out, a bad spec, a vocabulary of more than 65536 tokens, or a
+        negative `shard_tokens`
     OSError : `out` is not empty, or cannot be written
     """
+    if shard_tokens < 0:
+        raise ValueError(f"shard_tokens must be at least 1, or 0 for one file, got {shard_tokens}")
     train, val = split_validation(documents, val_fraction, seed)
     if isinstance(tokenizer, str):
         tokenizer = _tokenizer_from_spec(tokenizer, train)
-    if tokenizer.vocab_size > _MAX_VOCABULARY:
+    if tokenizer.vocab_size > MAX_VOCABULARY:
         raise ValueError(
             f"the vocabulary has {tokenizer.vocab_size} tokens; "
-            f"token files hold at most {_MAX_VOCABULARY}"
+            f"token files hold at most {MAX_VOCABULARY}"
         )
     train_tokens, val_tokens = _encode(train, tokenizer), _encode(val, tokenizer)
     files.claim_directory(out, overwrite)
-    # train.bin goes first and comes last: a directory that has it never mixes two preparations.
-    (out / "train.bin").unlink(missing_ok=True)
+    # val.bin goes first and comes last: a directory that has it never mixes two preparations, nor
+    # lacks some of its shards.
+    for path in [*find_shards(out, "val"), *find_shards(out, "train")]:
+        path.unlink()
     tokenizer.save_pretrained(out)
+    write_shards(out, "train", train_tokens, shard_tokens)
     write_tokens(out / "val.bin", val_tokens)
-    write_tokens(out / "train.bin", train_tokens)
     return Prepared(
         documents=len(documents),
         train_tokens=len(train_tokens),
@@ -188,10 +194,10 @@ def _tokenizer_from_spec(spec: str, train: list[str]) -> Tokenizer:
     size = spec.removeprefix("bpe:")
     if not (size.isascii() and size.isdecimal()):
         raise ValueError(f"tokenizer {spec!r} must name a vocabulary size, such as bpe:4096")
-    if int(size) > _MAX_VOCABULARY:
+    if int(size) > MAX_VOCABULARY:
         raise ValueError(
             f"tokenizer {spec!r} asks for too many tokens; "
-            f"token files hold at most {_MAX_VOCABULARY}"
+            f"token files hold at most {MAX_VOCABULARY}"
         )
     return Tokenizer.train(train, int(size))
 
@@ -203,154 +209,87 @@ def _encode(documents: list[str], tokenizer: Tokenizer) -> NDArray[np.uint16]:
     return np.concatenate(pieces)
 
 
-def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike) -> None:
-    """Write token ids (N,) as an llm.c shard: 256 little-endian int32 of header, then N uint16.
-
-    Raises
-    ------
-    ValueError : no tokens, too many, or an id outside 0 to 65535
-    OSError : the file cannot be written; what was there before is unchanged
-    """
-    path, array = Path(path), np.asarray(tokens)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"tokens for {path} must be a (N,) array of integers, not {array.dtype} {array.shape}"
-        )
-    if not 0 < len(array) <= _MAX_TOKENS:
-        raise ValueError(
-            f"{path} would hold {len(array)} tokens; a token file holds 1 to {_MAX_TOKENS}"
-        )
-    if array.min() < 0 or array.max() >= _MAX_VOCABULARY:
-        raise ValueError(
-            f"tokens for {path} must lie between 0 and 65535, not {array.min()} and {array.max()}"
-        )
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = _MAGIC, _VERSION, len(array)
-    with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(header.tobytes())
-        array.astype("<u2").tofile(file)
-
-
-def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> NDArray[np.uint16]:
-    """Open an llm.c shard: a read-only (N,) uint16 array mapped from the file.
-
-    Parameters
-    ----------
-    path : the file
-    vocab_size : when given, every token is checked to lie below it
-
-    Raises
-    ------
-    OSError : the file is missing or cannot be read
-    ValueError : not an llm.c shard, truncated, or a token outside the vocabulary
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            header = file.read(_HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"token file {path} does not exist; make it with `gpt2c prepare`"
-        ) from None
-    if (magic := int.from_bytes(header[:4], "little")) != _MAGIC:
-        raise ValueError(
-            f"{path} is not an llm.c token file: it starts with {magic}, not {_MAGIC} "
-            "(nanoGPT's .bin without a header is not accepted; "
-            "make token files with `gpt2c prepare`)"
-        )
-    if len(header) < _HEADER_BYTES:
-        raise ValueError(
-            f"{path} is truncated: {size} bytes, fewer than the {_HEADER_BYTES} of its header"
-        )
-    version, count = (int(number) for number in np.frombuffer(header, dtype="<i4")[1:3])
-    if version != _VERSION:
-        raise ValueError(
-            f"{path} is a token file of version {version}; version {_VERSION} is wanted"
-        )
-    if count < 1:
-        raise ValueError(f"{path} says that it holds {count} tokens; at least one is wanted")
-    if size != _HEADER_BYTES + 2 * count:
-        raise ValueError(
-            f"{path} has {size} bytes; its {count} tokens need {_HEADER_BYTES + 2 * count}"
-        )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=_HEADER_BYTES, shape=(count,))
-    if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
-        raise ValueError(
-            f"{path} holds token {largest}, outside a vocabulary of {vocab_size}; "
-            "is it another tokenizer's?"
-        )
-    return tokens
-
-
 class Batches:
     """Training batches: every epoch visits all windows of T tokens once, in an order of its own.
 
-    An epoch is a permutation of back-to-back windows, which start at an offset below T, so that
-    epochs cut the text differently. Both are given by the seed and the epoch. Batches run on across
-    the border of two epochs.
+    An epoch is a permutation of the back-to-back windows of all shards. In each shard they start at
+    an offset below T, so that epochs cut the text differently. Both are given by the seed and the
+    epoch. Batches run on across the border of two epochs; a window lies within one shard.
 
     Parameters
     ----------
-    tokens : (N,) token ids
+    shards : (N,) token ids each
     batch_size : B, windows in a batch
     block_size : T, tokens in a window
     seed : of permutations and offsets, not negative
 
     Raises
     ------
-    ValueError : fewer than B*T + 1 tokens
+    ValueError : too few tokens for B windows; one shard needs B*T + 1
     """
 
     def __init__(
-        self, tokens: NDArray[np.uint16], batch_size: int, block_size: int, seed: int
+        self, shards: Sequence[Tokens], batch_size: int, block_size: int, seed: int
     ) -> None:
-        needed = batch_size * block_size + 1
-        if len(tokens) < needed:
+        self.shards = [np.asarray(shard) for shard in shards]
+        lengths = np.array([len(shard) for shard in shards], np.int64)
+        # As many windows as fit after any offset; tokens for hardly one batch have fewer offsets.
+        counts = np.maximum(lengths // block_size - 1, 0)
+        if counts.sum() < batch_size:
+            counts = np.maximum((lengths - 1) // block_size, 0)
+        if counts.sum() < batch_size:
+            several = f" in {len(shards)} shards" if len(shards) > 1 else ""
             raise ValueError(
-                f"{len(tokens)} tokens are too few for one batch of {batch_size} x {block_size}, "
-                f"which needs {needed}; add text, or lower batch_size or block_size"
+                f"{lengths.sum()} tokens{several} are too few for one batch of {batch_size} x "
+                f"{block_size}, which needs {batch_size * block_size + 1} in one shard; add text, "
+                "or lower batch_size or block_size"
             )
-        self.tokens = tokens
         self.batch_size = batch_size
         self.block_size = block_size
         self.seed = seed
-        # As many windows as fit after any offset; tokens for hardly one batch have fewer offsets.
-        self.windows_per_epoch = max(batch_size, len(tokens) // block_size - 1)
-        self._offsets = min(block_size, len(tokens) - self.windows_per_epoch * block_size)
-        self._starts: dict[int, NDArray[np.int64]] = {}
+        self.windows_per_epoch = int(counts.sum())
+        self._ends = np.cumsum(counts)  # of the shards, in windows
+        self._firsts = self._ends - counts
+        self._offsets = np.clip(lengths - counts * block_size, 1, block_size).tolist()
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def batch(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the batch of a step, from 0: x and y, both (B,T) int32, y one token ahead of x."""
-        windows = range(step * self.batch_size, (step + 1) * self.batch_size)
-        starts = [
-            self._epoch(n // self.windows_per_epoch)[n % self.windows_per_epoch] for n in windows
-        ]
-        index = np.array(starts)[:, None] + np.arange(self.block_size + 1)
-        rows = self.tokens[index].astype(np.int32)
+        rows = np.empty((self.batch_size, self.block_size + 1), np.int32)
+        for row, n in enumerate(range(step * self.batch_size, (step + 1) * self.batch_size)):
+            shard, starts = self._epoch(n // self.windows_per_epoch)
+            window = n % self.windows_per_epoch
+            start = starts[window]
+            rows[row] = self.shards[shard[window]][start : start + self.block_size + 1]
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Where the windows of an epoch start, in its order; kept for the two a batch may touch."""
-        if epoch not in self._starts:
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Say where the windows of an epoch are, in its order: shards, and starts in them.
+
+        Kept for the two epochs that a batch may touch.
+        """
+        if epoch not in self._epochs:
             order, number = _shuffled([self.seed, epoch], self.windows_per_epoch)
-            self._starts = {key: starts for key, starts in self._starts.items() if key == epoch - 1}
-            self._starts[epoch] = order * self.block_size + number % self._offsets
-        return self._starts[epoch]
+            shard = np.searchsorted(self._ends, order, side="right")
+            offsets = np.array([number % offset for offset in self._offsets], np.int64)
+            starts = (order - self._firsts[shard]) * self.block_size + offsets[shard]
+            self._epochs = {key: kept for key, kept in self._epochs.items() if key == epoch - 1}
+            self._epochs[epoch] = shard, starts
+        return self._epochs[epoch]
 
 
 def windows(
-    tokens: NDArray[np.uint16], batch_size: int, block_size: int, overlap: int = 0
+    shards: Sequence[Tokens], batch_size: int, block_size: int, overlap: int = 0
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Cut tokens into batches for evaluation: all but the first are targets, once, in order.
+    """Cut shards into batches for evaluation: all but a shard's first token are targets, in order.
 
     Parameters
     ----------
-    tokens : (N,) token ids
+    shards : (N,) token ids each; a window lies within one
     batch_size : B, windows in a batch
     block_size : T, tokens in a window
     overlap : so many tokens of each window stood in the one before; they are context, not targets
-        again, so that every target has at least `overlap` tokens before it
+        again, so that every target has at least `overlap` tokens of its shard before it
 
     Returns
     -------
@@ -358,23 +297,28 @@ def windows(
 
     Raises
     ------
-    ValueError : fewer than two tokens, or overlap is not in [0, block_size)
+    ValueError : no shard has two tokens, or overlap is not in [0, block_size)
     """
-    if len(tokens) < 2:
-        raise ValueError(f"{len(tokens)} tokens are too few to evaluate on; at least 2 are needed")
+    if not any(len(tokens) > 1 for tokens in shards):
+        total = sum(map(len, shards))
+        raise ValueError(f"{total} tokens are too few to evaluate on; at least 2 are needed")
     if not 0 <= overlap < block_size:
         raise ValueError(f"overlap must be in [0, block_size = {block_size}), got {overlap}")
-    last = len(tokens) - 1
-    starts = range(0, max(1, last - overlap), block_size - overlap)
+    places = (
+        (tokens, start)
+        for tokens in shards
+        if len(tokens) > 1
+        for start in range(0, max(1, len(tokens) - 1 - overlap), block_size - overlap)
+    )
 
-    def batch(first: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def batch(rows: list[tuple[Tokens, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         x = np.zeros((batch_size, block_size), np.int32)
         y = np.full((batch_size, block_size), -1, np.int32)
-        for row, start in enumerate(starts[first : first + batch_size]):
-            end = min(start + block_size, last)
+        for row, (tokens, start) in enumerate(rows):
+            end = min(start + block_size, len(tokens) - 1)
             x[row, : end - start] = tokens[start:end]
             y[row, : end - start] = tokens[start + 1 : end + 1]
             y[row, : overlap if start else 0] = -1
         return x, y
 
-    return (batch(first) for first in range(0, len(starts), batch_size))
+    return map(batch, iter(lambda: list(islice(places, batch_size)), []))

@@ -17,11 +17,12 @@ import numpy as np
 from gpt2c.backend import get_backend
 from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
 from gpt2c.corpus import python_documentation
-from gpt2c.data import Prepared, prepare, read_text, read_tokens, split_documents
+from gpt2c.data import Prepared, prepare, read_text, split_documents
 from gpt2c.files import claim_directory
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
+from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
 
@@ -102,7 +103,7 @@ def compare(model: GPT2, data: Path, prepared: Prepared) -> None:
     block_size = model.config.n_positions
     # xz sees all that came before; the model at least half of its window, not a cut in mid-sentence
     rows, overlap = max(1, 2048 // block_size), block_size // 2
-    loss = evaluate(model, held_out, rows, block_size, overlap=overlap)
+    loss = evaluate(model, [held_out], rows, block_size, overlap=overlap)
     scored = len(held_out) - 1
     bigram = bigram_nats(tokens, held_out, tokenizer.vocab_size)
     xz = xz_bits_per_byte(_text(tokenizer, tokens), _text(tokenizer, held_out))

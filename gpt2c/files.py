@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, BinaryIO
 
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
+LONGEST_VALUE = 120  # characters of a stranger's value in an error
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `_temporary` makes
 
 
@@ -206,11 +208,23 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     return value
 
 
+def shown(value: object) -> str:
+    """Give a value, or what an error says, for an error: one printable line.
+
+    It is cut where a stranger made it long or deep.
+    """
+    short = Repr()
+    short.maxlevel, short.maxstring = 3, LONGEST_VALUE
+    text = str(value) if isinstance(value, Exception) else short.repr(value)
+    cut = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):  # the readers of a file might disagree on which one counts
         counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"{counts.most_common(1)[0][0]!r} is there twice")
+        raise ValueError(f"{shown(counts.most_common(1)[0][0])} is there twice")
     return entries
 
 

@@ -5,6 +5,7 @@ Knows nothing about what the names mean. Used by model; the optimizer sees the f
 
 from __future__ import annotations
 
+import math
 import mmap as _mmap
 import os
 from collections.abc import Mapping
@@ -36,7 +37,9 @@ def aligned_zeros(size: int) -> Array:
     if size_bytes < HUGE_PAGE:
         memory = np.zeros(size_bytes + border, np.uint8)
     else:
-        border = HUGE_PAGE
+        border, free = HUGE_PAGE, free_bytes()
+        if size_bytes > free:  # the system may promise more, and end the process when it is used
+            raise MemoryError(f"{size_bytes:,} bytes are wanted, {free:,} are free")
         try:
             mapped = mmap(-1, size_bytes + border, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         except OSError as error:
@@ -54,8 +57,7 @@ def aligned_offsets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     offsets, end = {}, 0
     for name, shape in shapes.items():
         offsets[name] = end
-        size = int(np.prod(shape, dtype=np.int64))
-        end += -(-size // ALIGNMENT) * ALIGNMENT
+        end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
     offsets[""] = end
     return offsets
 
@@ -64,9 +66,7 @@ def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     """View `flat` as arrays, one for each name, in the order of `shapes`."""
     offsets = aligned_offsets(shapes)
     return {
-        name: flat[offsets[name] : offsets[name] + int(np.prod(shape, dtype=np.int64))].reshape(
-            shape
-        )
+        name: flat[offsets[name] : offsets[name] + math.prod(shape)].reshape(shape)
         for name, shape in shapes.items()
     }
 
@@ -81,5 +81,9 @@ def free_bytes() -> int:
     with suppress(OSError, ValueError):  # "max" is no number: no limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        # Files that were read count as used, but make room for whoever asks.
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
+        free = min(free, limit - used)
     return free

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import overload
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from gpt2c import checkpoint
+from gpt2c import checkpoint, llmc
 from gpt2c.activations import Activations
 from gpt2c.backend import Backend, get_backend
 from gpt2c.config import GPT2Config
@@ -34,6 +35,7 @@ from gpt2c.layer import (
 )
 from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views
 from gpt2c.quantized import QuantizedGPT2, stored_method
+from gpt2c.tensorfile import StoredTensor
 
 
 class GPT2(LanguageModel):
@@ -121,9 +123,12 @@ class GPT2(LanguageModel):
     ) -> GPT2 | QuantizedGPT2:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
+        The files' names and shapes are compared with the config before any memory is asked for.
+
         Parameters
         ----------
-        path : the directory
+        path : the directory, whose weights may be in shards with an index; or a .safetensors file
+            beside its config.json; or an llm.c model .bin
         backend : see `GPT2`
         quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
 
@@ -133,18 +138,29 @@ class GPT2(LanguageModel):
         ValueError : a file is damaged, or its tensors are not those of its config; an unknown
             quantize, or another than that of weights which are stored so
         """
+        file = Path(path)
+        if file.suffix in (".bin", *llmc.PICKLES) and file.is_file():
+            config, weights = llmc.read_model(file)
+            model = cls(config, seed=None, backend=backend)
+            model.load_parameters(weights, str(file))
+            return model if quantize is None else QuantizedGPT2.from_model(model, quantize)
         if quantize is not None:
             return QuantizedGPT2.from_pretrained(path, quantize, backend)
-        method = stored_method(checkpoint.read_config(path))
+        entries, source = checkpoint.read_config(path), os.fspath(path)
+        method = stored_method(entries)
         if method is not None:
-            raise ValueError(f"{os.fspath(path)} holds {method} weights: pass quantize={method!r}")
-        entries, tensors = checkpoint.load_weights(path)
-        model = cls(GPT2Config.from_dict(entries), seed=None, backend=backend)
-        model.load_parameters(tensors, f"{os.fspath(path)}")
+            raise ValueError(f"{source} holds {method} weights: pass quantize={method!r}")
+        config = GPT2Config.from_dict(entries)
+        tensors = checkpoint.load_weights(path)[1]
+        checkpoint.check_shapes(config.parameter_shapes(), tensors, source)
+        model = cls(config, seed=None, backend=backend)
+        model.load_parameters(tensors, source)
         return model
 
-    def load_parameters(self, tensors: Mapping[str, Array], source: str) -> None:
-        """Copy tensors into the parameters; `source` names them in errors.
+    def load_parameters(
+        self, tensors: Mapping[str, Array] | Mapping[str, StoredTensor], source: str
+    ) -> None:
+        """Copy tensors into the parameters, one at a time; `source` names them in errors.
 
         Raises
         ------
@@ -153,14 +169,16 @@ class GPT2(LanguageModel):
         """
         checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
         for name, parameter in self.parameters.items():
-            tensor = tensors[name]
-            if tensor.ndim == 2 and tensor.dtype == np.float32 and tensor.flags.f_contiguous:
-                self.backend.matrix_transpose(parameter, tensor.T)
-            else:
-                parameter[...] = tensor
+            self._fill(parameter, np.asarray(tensors[name]))
+
+    def _fill(self, parameter: Array, tensor: NDArray[Any]) -> None:
+        if tensor.ndim == 2 and tensor.dtype == np.float32 and tensor.flags.f_contiguous:
+            self.backend.matrix_transpose(parameter, tensor.T)
+        else:
+            parameter[...] = tensor
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, which transformers loads as they are.
+        """Write config.json, generation_config.json and model.safetensors, as transformers does.
 
         Raises
         ------

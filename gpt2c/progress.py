@@ -5,6 +5,7 @@ Knows nothing about what runs. Used by train.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import suppress
 
@@ -26,7 +27,13 @@ class Progress:
         watched = sys.stdout.isatty()
         layout = "{n_fmt}/{total_fmt} |{bar}| {desc} [{elapsed}<{remaining}]"
         self._bar = (
-            tqdm(initial=start, total=total, bar_format=layout, file=sys.stdout)
+            tqdm(
+                initial=start,
+                total=total,
+                bar_format=layout,
+                file=sys.stdout,
+                ncols=shutil.get_terminal_size().columns,  # tqdm draws nothing where that is 0
+            )
             if watched
             else None
         )

@@ -7,6 +7,7 @@ times the speed. int8 rounds each row of a matrix to 255 steps of its own larges
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -20,8 +21,10 @@ from gpt2c.config import GPT2Config
 from gpt2c.language_model import LanguageModel
 from gpt2c.memory import Array, aligned_zeros
 from gpt2c.reference_reading import LONGEST, MIDDLE, TINY
+from gpt2c.tensorfile import StoredTensor
 
 STEPS = 127  # from 0 to a row's largest weight, and as many below 0
+ROWS = 1024  # rounded at a time, so that what is computed on the way stays small
 DTYPES = {"int8": np.uint8, "fp16": np.float16}
 ENTRY = "quantization_config"  # of config.json, as Hugging Face calls it
 
@@ -61,7 +64,9 @@ class QuantizedGPT2(LanguageModel):
         method: str,
         backend: str | Backend = "auto",
     ) -> QuantizedGPT2:
-        """Load a directory of `save_pretrained`, or one of a GPT-2, whose weights are rounded.
+        """Load what `save_pretrained` wrote, or a GPT-2, whose weights are rounded one at a time.
+
+        See `GPT2.from_pretrained` for path.
 
         Raises
         ------
@@ -69,17 +74,23 @@ class QuantizedGPT2(LanguageModel):
         ValueError : a file is damaged, or holds weights of another method
         """
         entries, source = checkpoint.read_config(path), os.fspath(path)
-        stored = stored_method(entries)
-        model = cls(GPT2Config.from_dict(entries), method, backend)
+        stored, config = stored_method(entries), GPT2Config.from_dict(entries)
         if stored is None:
-            model._round(checkpoint.load_weights(path)[1], source)
-        elif stored == method:
-            model._take(checkpoint.load_as_they_are(path), source)
-        else:
+            floats = checkpoint.load_weights(path)[1]
+            checkpoint.check_shapes(config.parameter_shapes(), floats, source)
+            model = cls(config, method, backend)
+            model._round(floats, source)
+            return model
+        if stored != method:
             raise ValueError(
                 f"{source} holds {stored} weights, which cannot become {method}: start from the"
                 " directory that they were made of"
             )
+        tensors = checkpoint.load_as_they_are(path)
+        shapes = {name: shape for name, (shape, _) in _layout(config, method).items()}
+        checkpoint.check_shapes(shapes, tensors, source)
+        model = cls(config, method, backend)
+        model._take(tensors, source)
         return model
 
     @classmethod
@@ -96,26 +107,28 @@ class QuantizedGPT2(LanguageModel):
         quantized._round(model.parameters, "the model")
         return quantized
 
-    def _round(self, tensors: Mapping[str, Array], source: str) -> None:
-        """Round float32 tensors into the parameters."""
-        checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
-        for name, tensor in tensors.items():
-            if not np.isfinite(tensor).all():
-                raise ValueError(f"{source}: {name} holds nan or infinity, which have no 8 bits")
-            parameter = self.parameters[name]
-            if parameter.dtype == np.uint8:
-                scale = self.parameters[name.removesuffix("weight") + "scale"]
-                round_rows(parameter, scale, tensor)
-            else:
-                with np.errstate(over="ignore"):
-                    parameter[...] = tensor
-                if not np.isfinite(parameter).all():
-                    raise ValueError(f"{source}: {name} holds numbers beyond fp16's range, 65504")
+    def _round(
+        self, tensors: Mapping[str, Array] | Mapping[str, StoredTensor], source: str
+    ) -> None:
+        """Round tensors, whose shapes fit, into the parameters."""
+        for name in tensors:
+            self._round_one(name, np.asarray(tensors[name]), source)
+
+    def _round_one(self, name: str, tensor: Array, source: str) -> None:
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{source}: {name} holds nan or infinity, which have no 8 bits")
+        parameter = self.parameters[name]
+        if parameter.dtype == np.uint8:
+            scale = self.parameters[name.removesuffix("weight") + "scale"]
+            round_rows(parameter, scale, tensor)
+        else:
+            with np.errstate(over="ignore"):
+                parameter[...] = tensor
+            if not np.isfinite(parameter).all():
+                raise ValueError(f"{source}: {name} holds numbers beyond fp16's range, 65504")
 
     def _take(self, tensors: Mapping[str, NDArray[Any]], source: str) -> None:
-        """Copy quantized tensors into the parameters."""
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        checkpoint.check_shapes(shapes, tensors, source)
+        """Copy quantized tensors, whose shapes fit, into the parameters."""
         for name, parameter in self.parameters.items():
             if tensors[name].dtype != parameter.dtype:
                 raise ValueError(
@@ -165,21 +178,29 @@ def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.float
 
     A row's largest number becomes 127 steps up or down, 0 stays 0; a row below TINY becomes 0.
     """
-    largest = np.abs(tensor).max(axis=1)
-    scale[...] = np.where(largest > TINY, largest, 0) / np.float32(STEPS)
-    steps = np.where(scale > 0, scale, np.float32(1))[:, None]
-    weight[...] = np.rint(tensor / steps) + MIDDLE
+    for start in range(0, len(tensor), ROWS):
+        rows = slice(start, start + ROWS)
+        largest = np.abs(tensor[rows]).max(axis=1)
+        scale[rows] = np.where(largest > TINY, largest, 0) / np.float32(STEPS)
+        steps = np.where(scale[rows] > 0, scale[rows], np.float32(1))[:, None]
+        weight[rows] = np.rint(tensor[rows] / steps) + MIDDLE
 
 
-def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
-    """Give parameters of zeros in one piece of memory: pages are large, rows aligned."""
+def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Give name -> (shape, dtype) of the parameters."""
     wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
     for name, shape in config.parameter_shapes().items():
         small = len(shape) == 2 and name != "wpe.weight"
         wanted[name] = (shape, np.dtype(DTYPES[method] if small else np.float32))
         if small and method == "int8":
             wanted[name.removesuffix("weight") + "scale"] = (shape[:1], np.dtype(np.float32))
-    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
+    return wanted
+
+
+def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
+    """Give parameters of zeros in one piece of memory: pages are large, rows aligned."""
+    wanted = _layout(config, method)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
     lines = {name: -(-size // 64) * 64 for name, size in sizes.items()}
     memory = aligned_zeros(sum(lines.values()) // 4).view(np.uint8)
     parameters, start = {}, 0

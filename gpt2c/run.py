@@ -21,13 +21,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 from gpt2c import trainer_state
 from gpt2c.checkpoint import WEIGHTS_FILE
 from gpt2c.config import GPT2Config
-from gpt2c.files import atomic_path, read_json, remove, remove_leftovers
+from gpt2c.files import atomic_path, read_json, remove, remove_leftovers, shown
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import Metrics, read_metrics
 from gpt2c.model import GPT2

@@ -10,11 +10,10 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any, TypeVar
 
 from gpt2c.config import GPT2Config
-from gpt2c.files import read_bytes
+from gpt2c.files import read_bytes, shown
 from gpt2c.optimizer import SCHEDULES, Schedule
 
 T = TypeVar("T")
@@ -41,7 +40,9 @@ LEAST = dict.fromkeys(
         "keep",
     ),
     1,
-) | dict.fromkeys(("eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"), 0)
+) | dict.fromkeys(
+    ("warmup_iters", "eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"), 0
+)
 GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than anyone waits
 LARGEST_RECIPE = 1 << 20  # bytes
 
@@ -149,7 +150,10 @@ def checked(name: str, value: Any) -> Any:
     if name in LEAST and not value >= LEAST[name]:  # nan is not, either
         raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}")
     if wanted is int and value > GREATEST:
-        raise ValueError(f"{name} is too large: at most {GREATEST} is wanted, got {shown(value)}")
+        least = LEAST.get(name, 1)
+        raise ValueError(
+            f"{name} must be a whole number from {least} to {GREATEST}, got {shown(value)}"
+        )
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return value

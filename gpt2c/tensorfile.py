@@ -1,32 +1,92 @@
 """One safetensors file: its tensors mapped or as float32, and written so that equal is equal.
 
 Knows nothing about models, only the format: an 8-byte little-endian length, a JSON header of that
-length, then the tensors' bytes. Used by checkpoint.
+length, then the tensors' bytes. The library checks lengths, sizes and offsets: tensors follow each
+other without gaps and end with the file. What it lets pass, and two readers might read differently,
+is refused here: names that are there twice, fields that nobody knows. Used by checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gpt2c.files import parse_json
+from gpt2c.files import parse_json, shown
 
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "U8": "|u1"}
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor in the header
+
+LARGEST_HEADER = 1 << 25  # bytes: 10,000 layers have 12 MB of names and shapes
+LONGEST_NAME = 256  # characters
+MOST_DIMENSIONS = 32  # of an array in every version of NumPy
+LARGEST_DIMENSION = 1 << 47  # numbers: the address space; only beside a 0 can one be larger
 
 Tensors = dict[str, NDArray[np.float32]]
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: dict[str, str]
-) -> None:
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor of a mapped file, whose shape is known and whose numbers are read when asked for.
+
+    `np.asarray(tensor)` gives them as float32, as with a dataset of h5py: F32 stays in the file's
+    memory, which is read-only, others are converted, anew each time.
+
+    Parameters
+    ----------
+    path, name : where it comes from, for errors
+    dtype : safetensors' word for it
+    data : read-only array in the file; BF16, which NumPy lacks, comes as uint16
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    data: NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in memory's order."""
+        return self.data.shape
+
+    @property
+    def T(self) -> StoredTensor:
+        """Its transpose, without touching a number."""
+        return StoredTensor(self.path, self.name, self.dtype, self.data.T)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Give float32.
+
+        Raises
+        ------
+        ValueError : it holds numbers beyond the range of float32
+        """
+        array: NDArray[Any]
+        if self.dtype == "BF16":  # the upper half of a float32
+            array = np.left_shift(self.data, 16, dtype=np.uint32).view(np.float32)
+        else:
+            try:
+                with np.errstate(over="raise"):
+                    array = self.data.astype(np.float32, copy=False)
+            except FloatingPointError as error:
+                raise ValueError(
+                    f"{self.path}: {self.name} holds numbers beyond the range of float32"
+                ) from error
+        return array.astype(dtype or np.float32, copy=bool(copy))
+
+
+AnyTensor = NDArray[Any] | StoredTensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, AnyTensor], metadata: dict[str, str]) -> None:
     """Write tensors in their own dtypes.
 
     Raises
@@ -59,64 +119,86 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the strings that the header holds beside the tensors."""
-    with safe_open(path, framework="np") as file:
-        return file.metadata() or {}
+    """Read the strings that the header holds beside the tensors; see `map_tensors` for errors."""
+    return _map(path)[0].get("__metadata__") or {}
 
 
 def map_tensors(
-    path: Path, ignored: tuple[str, ...] = ()
-) -> tuple[dict[str, tuple[str, NDArray[Any]]], dict[str, str]]:
-    """Map a safetensors file: name -> (dtype in the file, read-only array), and its metadata.
+    path: Path, ignored: tuple[str, ...] = (), dtypes: tuple[str, ...] = FLOAT_DTYPES
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Map a safetensors file: its tensors by name, and its metadata. No number is read.
 
-    Names that end with one of `ignored` are left out.
+    Parameters
+    ----------
+    path : the file
+    ignored : tensors whose names end with one of these are left out, whatever they are
+    dtypes : those that the others may have
 
-    The library checks the file, its sizes and offsets; it would copy every tensor, and NumPy lacks
-    its BF16, which comes as uint16.
+    Raises
+    ------
+    FileNotFoundError : there is no such file
+    ValueError : it is damaged, or a tensor has another dtype; the message names file and tensor
     """
+    header, data = _map(path)
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {}
+    for name, entry in header.items():
+        _check(path, name, entry)
+        if name.endswith(ignored):
+            continue
+        dtype = entry["dtype"]
+        if dtype not in dtypes:
+            raise ValueError(f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(dtypes)}")
+        begin, end = entry["data_offsets"]
+        array = data[begin:end].view(DTYPES[dtype]).reshape(entry["shape"])
+        tensors[name] = StoredTensor(path, name, dtype, array)
+    return tensors, metadata
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read a safetensors file as float32; what is float32 there stays mapped."""
+    stored, metadata = map_tensors(path)
+    return {name: np.asarray(tensor) for name, tensor in stored.items()}, metadata
+
+
+def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Give the header of a file that the library finds whole, and all bytes after it, mapped."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist (weights are read from safetensors, never from pickles)"
         )
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > LARGEST_HEADER:
+        raise ValueError(
+            f"{path} is not a whole safetensors file: its header would have {size:,} bytes; at most"
+            f" {LARGEST_HEADER:,} are read"
+        )
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+        with safe_open(path, framework="np"):
+            pass
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {shown(error)}") from error
     mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    header = parse_json(mapped[8:start].tobytes(), f"{path}: its header")
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if name.endswith(ignored):
-            continue
-        dtype = entry["dtype"]
-        if dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(DTYPES)}")
-        begin, end = entry["data_offsets"]
-        data = mapped[start + begin : start + end].view(DTYPES[dtype])
-        try:
-            tensors[name] = dtype, data.reshape(entry["shape"])
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: {name} has a shape that cannot be: {error}") from None
-    return tensors, metadata
+    text = mapped[8 : 8 + size].tobytes()
+    if not text.startswith(b"{"):
+        raise ValueError(f"{path} is not a whole safetensors file: its header must start with {{")
+    return parse_json(text, f"{path}: its header"), mapped[8 + size :]
 
 
-def read_tensors(path: Path, ignored: tuple[str, ...] = ()) -> tuple[Tensors, dict[str, str]]:
-    """Read a safetensors file as float32; what is float32 there stays mapped."""
-    stored, metadata = map_tensors(path, ignored)
-    tensors: Tensors = {}
-    for name, (dtype, tensor) in stored.items():
-        if dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"{path}: {name} has dtype {dtype}; wanted one of {', '.join(FLOAT_DTYPES)}"
-            )
-        if dtype == "BF16":  # the upper half of a float32
-            tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
-        try:
-            with np.errstate(over="raise"):
-                tensors[name] = tensor.astype(np.float32, copy=False)
-        except FloatingPointError as error:
-            raise ValueError(f"{path}: {name} holds numbers beyond the range of float32") from error
-    return tensors, metadata
+def _check(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Refuse a tensor that the library lets pass; what is left can be printed and given a shape."""
+    if not (0 < len(name) <= LONGEST_NAME and name.isprintable()):
+        raise ValueError(
+            f"{path}: a tensor's name must be 1 to {LONGEST_NAME} characters that can be printed,"
+            f" got {shown(name)}"
+        )
+    if entry.keys() != FIELDS:
+        unknown = shown(min(entry.keys() - FIELDS))
+        raise ValueError(f"{path}: {name} has a field {unknown}, which safetensors has not")
+    shape = entry["shape"]
+    if len(shape) > MOST_DIMENSIONS or max(shape, default=0) > LARGEST_DIMENSION:
+        raise ValueError(
+            f"{path}: {name} has a shape that cannot be, {shown(shape)}; wanted at most"
+            f" {MOST_DIMENSIONS} dimensions of at most {LARGEST_DIMENSION:,}"
+        )

@@ -245,15 +245,8 @@ class Tokenizer:
         OSError : the directory cannot be made or written
         """
         directory = Path(directory)
+        vocabulary, merges = self.vocab_and_merges()
         directory.mkdir(parents=True, exist_ok=True)
-        vocabulary = {
-            END_OF_TEXT if token_id == self.eot else _to_characters(token): token_id
-            for token_id, token in enumerate(self._tokens)
-        }
-        merges = "".join(
-            f"{_to_characters(first)} {_to_characters(second)}\n"
-            for first, second in _merges(self._ranks)
-        )
         config = {
             "tokenizer_class": "GPT2Tokenizer",
             "add_prefix_space": False,
@@ -263,12 +256,25 @@ class Tokenizer:
         }
         contents = {
             "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-            "merges.txt": "#version: 0.2\n" + merges,
+            "merges.txt": "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges),
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
         }
         for name, content in contents.items():
             with files.atomic_path(directory / name) as temporary:
                 temporary.write_bytes(content.encode())
+
+    def vocab_and_merges(self) -> tuple[dict[str, int], list[str]]:
+        """Give what `vocab.json` and `merges.txt` say, a printable character for each byte.
+
+        Raises
+        ------
+        ValueError : a token cannot be made from those before it
+        """
+        tokens = [*map(_to_characters, self._tokens)]
+        tokens[self.eot] = END_OF_TEXT
+        pairs = _merges(self._ranks)
+        merges = [f"{_to_characters(first)} {_to_characters(second)}" for first, second in pairs]
+        return {token: token_id for token_id, token in enumerate(tokens)}, merges
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids; "<|endoftext|>" in it is ordinary text, never the token."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gpt2c import trainer_state
 from gpt2c.backend import fma_peak
-from gpt2c.data import Batches, read_tokens, windows
+from gpt2c.data import Batches, windows
 from gpt2c.files import claim_directory, read_bytes
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import read_metrics
@@ -35,9 +35,10 @@ from gpt2c.quantized import QuantizedGPT2
 from gpt2c.run import CHECKPOINTS, RUN_FILE, Run, check_config, locked, read_record, report
 from gpt2c.settings import TrainSettings, resumed
 from gpt2c.tensorboard import check_tensorboard
+from gpt2c.tokenfile import read_shards
 from gpt2c.tokenizer import Tokenizer
 
-Tokens = NDArray[np.uint16]
+Tokens = list[NDArray[np.uint16]]  # one array for each shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def train(
 
     Parameters
     ----------
-    data : what `gpt2c prepare` made: train.bin, val.bin, the tokenizer's files
+    data : what `gpt2c prepare` made: train.bin, val.bin or shards of them, the tokenizer's files
     out : the run
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
@@ -148,8 +149,8 @@ def _prepare(
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(data, out)
-    tokens = read_tokens(data / "train.bin", tokenizer.vocab_size)
-    val_tokens = read_tokens(data / "val.bin", tokenizer.vocab_size)
+    tokens = read_shards(data, "train", tokenizer.vocab_size)
+    val_tokens = read_shards(data, "val", tokenizer.vocab_size)
     fingerprint = _fingerprint(tokens)
     if record is not None and record["data"] != fingerprint:
         raise ValueError(
@@ -183,8 +184,8 @@ def _prepare(
 
 
 def _fingerprint(tokens: Tokens) -> list[int]:
-    """Tell one token file from another: its length and a checksum of its first million tokens."""
-    return [len(tokens), zlib.crc32(tokens[: 1 << 20].tobytes())]
+    """Tell token files from others: each one's length and a checksum of its first million."""
+    return [n for shard in tokens for n in (len(shard), zlib.crc32(shard[: 1 << 20].tobytes()))]
 
 
 def _loop(

@@ -18,14 +18,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
-from gpt2c.files import atomic_directory, open_file, read_json, remove
+from gpt2c.files import atomic_directory, open_file, read_json, remove, shown
 from gpt2c.tensorfile import read_tensors, write_tensors
 
 VERSION = 1

@@ -191,7 +191,8 @@ def test_kernels_are_compiled_for_what_the_cpu_is_asked() -> None:
 
 LIBRARY = {"backend", "config", "model", "ops", "optimizer", "tokenizer"}
 READING = {"generator", "quantized", "sampling"}
-RUN = {"backend", "baselines", "config", "data", "files", "model", "settings", "tokenizer"}
+RUN = {"backend", "baselines", "config", "data", "files", "model", "settings", "tokenfile"}
+RUN |= {"tokenizer"}
 
 # module: modules of gpt2c that it may import. A module knows nothing about those not listed.
 ARROWS: dict[str, set[str]] = {
@@ -211,8 +212,8 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"activations", "backend", "cases", "config", "machine", "memory"},
     "bench_generate": {"backend", "bench", "config", "machine"},
     "report": {"bench", "files", "machine", "plot"},
-    "config": set(),
     "files": set(),
+    "config": {"files"},
     "tensorfile": {"files"},
     "checkpoint": {"files", "tensorfile"},
     "sampling": set(),
@@ -220,16 +221,21 @@ ARROWS: dict[str, set[str]] = {
     "decoder": {"backend", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
     "quantized": {"backend", "checkpoint", "config", "language_model", "memory"}
-    | {"reference_reading"},
+    | {"reference_reading", "tensorfile"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
     "generator": {"language_model", "sampling", "tokenizer"},
+    "llmc": {"config", "files", "memory"},
+    "gguf_export": {"config", "files", "memory", "tokenizer"},
+    "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
+    | {"tokenizer"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
     "model": {"activations", "backend", "checkpoint", "config", "language_model", "layer"}
-    | {"memory", "quantized"},
+    | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": set(),
     "tokenizer": {"files"},
-    "data": {"files", "tokenizer"},
+    "tokenfile": {"files"},
+    "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
     "baselines": set(),
     "plot": {"files"},
@@ -245,14 +251,18 @@ ARROWS: dict[str, set[str]] = {
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN | {"corpus", "generator", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
+    "cli_convert": {"convert", "llmc"},
     "cli_plot": {"metrics", "plot"},
     "cli_generate": {"checkpoint", "model", "tokenizer"} | READING,
     "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "cli_generate", "data", "generator", "model", "progress", "quantized"}
-    | {"scoring", "tokenizer", "train"},
-    "cli": RUN | {"cli_bench", "cli_eval", "cli_generate", "cli_plot", "demo", "machine", "train"},
-    # nothing imports cli
+    "cli_eval": {"baselines", "cli_generate", "generator", "model", "progress", "quantized"}
+    | {"scoring", "tokenfile", "tokenizer", "train"},
+    "cli_info": {"backend", "machine", "memory"},
+    "cli": (RUN - {"backend"})
+    | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
+    | {"demo", "train"},
+    "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }
 DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
@@ -294,6 +304,7 @@ def test_imports_go_one_way(module: str) -> None:
     torch |= {"transformers"} if module == "peers_generate" else set()
     allowed = allowed | torch  # a benchmark's rows
     allowed = allowed | ({"lm_eval"} if module == "lm_eval" else set())
+    allowed = allowed | ({"gguf"} if module == "gguf_export" else set())
     assert other - sys.stdlib_module_names <= allowed
 
 

@@ -19,6 +19,7 @@ import gpt2c
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(gpt2c.__file__).parent
 EXTENSIONS = sorted(PACKAGE.glob("_kernels_*"))
+Capture = pytest.CaptureFixture[str]
 UNSAFE = ("-march=", "-mtune=", "-mcpu=", "-ffast-math", "-Ofast", "-funsafe-math", "-ffinite-math")
 
 pytestmark = pytest.mark.skipif(
@@ -84,6 +85,23 @@ def test_python_m_build_without_its_namesake(copy: Path) -> None:
     assert done.stderr == "No module named build: pip install build\n"
 
 
+@pytest.mark.parametrize("platform", ["win32", "win-amd64", "win-arm64"])
+def test_windows_is_refused(
+    build: ModuleType, tmp_path: Path, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", platform)
+    with pytest.raises(SystemExit, match="does not run on Windows itself: install it in WSL"):
+        build.build(tmp_path)
+
+
+def test_free_threaded_python_is_refused(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build.sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED")
+    with pytest.raises(SystemExit, match="stable ABI, which free-threaded Python does not have"):
+        build.build(tmp_path)
+
+
 # ---- what it compiles with -----------------------------------------------------------------------
 
 
@@ -121,6 +139,55 @@ def test_every_command_of_a_build(
         assert ("-fvisibility=hidden" in command) is not generated
         if generated:  # runs before it is known what the CPU can do
             assert not [flag for flag in command if flag.startswith(("-mavx", "-mfma"))]
+
+
+@pytest.mark.parametrize(
+    ("says", "machine", "target"),
+    [
+        ("linux-x86_64", "x86_64", "linux-x86_64"),
+        ("macosx-11.0-arm64", "arm64", "macosx-11.0-arm64"),
+        # python.org's Python for macOS holds both halves, its compiler makes one; pip takes arm64
+        # from macOS 11 on.
+        ("macosx-10.13-universal2", "arm64", "macosx-11.0-arm64"),
+        ("macosx-10.13-universal2", "x86_64", "macosx-10.13-x86_64"),
+    ],
+)
+def test_what_is_built_for(
+    build: ModuleType, says: str, machine: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("_PYTHON_HOST_PLATFORM", raising=False)
+    monkeypatch.setattr(build.sysconfig, "get_platform", lambda: says)
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    assert build.target() == target
+
+
+def test_a_compiler_without_openmp(
+    build: ModuleType, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as Apple's clang: the kernels are serial, and that is said."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    pytest.importorskip("cffi")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build, "accepts", lambda cc, flags: False)  # nor any instruction set
+    monkeypatch.setattr(build, "CFLAGS", ["-std=gnu11", "-fPIC"])  # quicker
+    (built,) = build.build(tmp_path, werror=True)
+    said = capsys.readouterr().err
+    assert built.name == "_kernels_base.abi3.so" and "has no OpenMP: kernels of one thread" in said
+    needed = subprocess.run(["nm", "-D", str(built)], capture_output=True, text=True).stdout
+    assert "PyInit" in needed and "GOMP" not in needed
+
+
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-gcc"), reason="no gcc-aarch64-linux-gnu")
+def test_arm_kernels_compile_without_a_warning(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cffi")
+    monkeypatch.setenv("CC", "aarch64-linux-gnu-gcc")
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    (built,) = build.build(tmp_path, werror=True)
+    assert built.name == "_kernels_base.abi3.so"
+    assert built.read_bytes()[18:20] == (183).to_bytes(2, "little")  # ELF's number of aarch64
 
 
 # ---- what comes out ------------------------------------------------------------------------------

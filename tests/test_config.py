@@ -15,11 +15,22 @@ WHOLE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, None])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", True, None, 2**31, 10**4000, [4], {}])
 def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
     if not (name == "n_inner" and value is None):
         assert refused(GPT2Config, **{name: value}).startswith(name)
-        assert refused(GPT2Config.from_dict, {name: value, "eos_token_id": 5}).startswith(name)
+        message = refused(GPT2Config.from_dict, {name: value, "eos_token_id": 5})
+        assert message.startswith(f"config.json: {name} must be a whole number from 1 to")
+        assert len(message) < 200  # not all the digits of a stranger
+
+
+def test_sizes_may_be_large() -> None:
+    """As large as int32, which costs nothing until memory is asked for."""
+    config = GPT2Config(2**31 - 1, n_positions=2**31 - 1, n_layer=10_000)
+    assert config.num_parameters() == sum(map(math.prod, config.parameter_shapes().values()))
+    assert refused(GPT2Config, n_layer=10_001).startswith(
+        "n_layer must be a whole number from 1 to"
+    )
 
 
 @pytest.mark.parametrize(
@@ -27,8 +38,10 @@ def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
     [
         ("n_embd", 770),  # 12 heads do not divide it
         *(("layer_norm_epsilon", value) for value in (0, -1e-5, math.inf, math.nan, "1e-5", None)),
+        *(("layer_norm_epsilon", value) for value in (True, 1e300, 10**400, 1.1, 1e-40, [], {})),
         *(("initializer_range", value) for value in (0, -1, math.inf, math.nan, None)),
-        *(("eos_token_id", value) for value in (-1, 50257, 1.0, [5])),
+        *(("initializer_range", value) for value in (True, 1e39, 10**400, 1e-40, "0.02")),
+        *(("eos_token_id", value) for value in (-1, 50257, 1.0, [5], True, False, "5")),
     ],
 )
 def test_bad_settings_are_refused(name: str, value: Any) -> None:
@@ -41,6 +54,16 @@ def test_bad_settings_are_refused(name: str, value: Any) -> None:
         ("model_type", "llama"),
         ("activation_function", "relu"),
         ("activation_function", "gelu"),  # the other form
+        ("activation_function", "quick_gelu"),
+        ("activation_function", None),
+        ("activation_function", ["gelu_new"]),
+        ("add_cross_attention", True),
+        ("architectures", ["GPT2ForSequenceClassification"]),
+        ("architectures", ["GPT2ForTokenClassification"]),
+        ("architectures", ["GPT2DoubleHeadsModel"]),
+        ("architectures", ["GPT2LMHeadCustomModel"]),
+        ("architectures", "GPT2LMHeadModel"),
+        ("architectures", []),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),
         ("tie_word_embeddings", False),
@@ -48,7 +71,63 @@ def test_bad_settings_are_refused(name: str, value: Any) -> None:
 )
 def test_other_models_are_refused(name: str, value: Any) -> None:
     message = refused(GPT2Config.from_dict, {name: value})
-    assert name in message and repr(value) in message
+    assert message.startswith(f"config.json: {name} must be") and repr(value) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("architectures", ["GPT2Model"]), ("architectures", None), ("reorder_and_upcast_attn", True)]
+    + [("activation_function", f"gelu_{f}") for f in ("new", "pytorch_tanh", "fast", "accurate")],
+)
+def test_the_same_formulae_under_other_names(name: str, value: Any) -> None:
+    assert GPT2Config.from_dict({name: value}) == GPT2Config()
+
+
+def test_a_strangers_value_is_not_repeated_at_length() -> None:
+    for name in ("model_type", "activation_function", "architectures", "n_embd", "eos_token_id"):
+        for value in ("x" * 10**6, ["x"] * 10**5, {"x\n" * 9999: 1}):
+            assert len(refused(GPT2Config.from_dict, {name: value})) < 400
+
+
+ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"} | {
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_transformers_other_names_for_sizes(alias: str, name: str) -> None:
+    """Passed over, num_attention_heads would give a model of 12 heads that says something else."""
+    expected = GPT2Config(**{name: 24})
+    assert (
+        GPT2Config.from_dict({alias: 24}) == GPT2Config.from_dict({alias: 24, name: 24}) == expected
+    )
+    message = refused(GPT2Config.from_dict, {alias: 24, name: 36})
+    assert message == f"config.json: {alias} and {name} are one number, got 24 and 36"
+    assert refused(GPT2Config.from_dict, {alias: "24"}).startswith(f"config.json: {name} must be")
+
+
+@pytest.mark.parametrize(
+    ("stored", "eos"),
+    [
+        (7, 7),
+        ([7], 7),
+        ([7, 8], 7),
+        (None, None),
+        (50257, None),
+        (10**30, None),
+        ([60000, 1], None),
+    ],
+)
+def test_the_end_of_a_text(stored: Any, eos: int | None) -> None:
+    assert GPT2Config.from_dict({"eos_token_id": stored}).eos_token_id == eos
+
+
+@pytest.mark.parametrize("stored", [-1, True, "7", [], [True], [[7]], {"a": 7}, 7.0])
+def test_an_end_that_is_no_token(stored: Any) -> None:
+    assert refused(GPT2Config.from_dict, {"eos_token_id": stored}).startswith(
+        "config.json: eos_tok"
+    )
 
 
 def test_config_makes_the_round_trip() -> None:
@@ -77,11 +156,21 @@ def test_hugging_faces_gpt2_is_the_default() -> None:
     assert GPT2Config.from_dict(published | {"vocab_size": 256}).eos_token_id is None
 
 
-def test_gpt2_has_124m_parameters() -> None:
-    config = GPT2Config()
-    assert config.num_parameters() == 124_439_808
-    assert sum(map(math.prod, config.parameter_shapes().values())) == 124_439_808
-    assert config.inner == 3072
+@pytest.mark.parametrize(
+    ("n_layer", "n_head", "n_embd", "parameters"),
+    [
+        (12, 12, 768, 124_439_808),  # gpt2
+        (24, 16, 1024, 354_823_168),  # gpt2-medium
+        (36, 20, 1280, 774_030_080),  # gpt2-large
+        (48, 25, 1600, 1_557_611_200),  # gpt2-xl
+    ],
+)
+def test_the_four_sizes_of_gpt2(n_layer: int, n_head: int, n_embd: int, parameters: int) -> None:
+    """Their config.json on the hub differ in three numbers; the sums are transformers' own."""
+    config = GPT2Config.from_dict({"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd})
+    assert config.num_parameters() == parameters
+    assert sum(map(math.prod, config.parameter_shapes().values())) == parameters
+    assert config.inner == 4 * n_embd and (config.vocab_size, config.n_positions) == (50257, 1024)
 
 
 @pytest.mark.parametrize(("T", "gigaflops"), [(1024, 0.798), (64, 0.745)])

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -15,12 +16,11 @@ from gpt2c.data import (
     Batches,
     prepare,
     read_text,
-    read_tokens,
     split_documents,
     split_validation,
     windows,
-    write_tokens,
 )
+from gpt2c.tokenfile import find_shards, read_shards, read_tokens, write_tokens
 from gpt2c.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_name("bytes")
@@ -139,104 +139,6 @@ def test_nothing_to_hold_out(documents, fraction, message):
         split_validation(documents, fraction, seed=1)
 
 
-# --- token files -----------------------------------------------------------------------------
-
-
-def test_token_file_is_an_llm_c_shard(tmp_path):
-    path = tmp_path / "a.bin"
-    write_tokens(path, [0, 1, 65535])
-    content = path.read_bytes()
-    header = np.frombuffer(content[:1024], dtype="<i4")
-    assert header[:3].tolist() == [20240520, 1, 3]
-    assert not header[3:].any()
-    assert content[1024:] == b"\x00\x00\x01\x00\xff\xff"
-
-
-def test_read_tokens_gives_what_was_written_and_cannot_change_it(tmp_path):
-    path = tmp_path / "a.bin"
-    write_tokens(path, np.arange(1000))
-    tokens = read_tokens(path, vocab_size=1000)
-    assert isinstance(tokens, np.memmap)
-    assert tokens.dtype == np.uint16
-    np.testing.assert_array_equal(tokens, np.arange(1000))
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 1
-
-
-def test_token_outside_the_vocabulary(tmp_path):
-    path = tmp_path / "a.bin"
-    write_tokens(path, [1, 300, 2])
-    with pytest.raises(ValueError, match="holds token 300, outside a vocabulary of 300"):
-        read_tokens(path, vocab_size=300)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ([], "not float64"),
-        (np.zeros(0, dtype=np.int64), "would hold 0 tokens"),
-        ([-1, 2], "between 0 and 65535, not -1 and 2"),
-        ([65536], "between 0 and 65535"),
-        ([0.5], "array of integers, not float64"),
-        ([[1, 2]], r"array of integers, not int64 \(1, 2\)"),
-    ],
-)
-def test_tokens_that_cannot_be_written(tmp_path, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        write_tokens(tmp_path / "a.bin", tokens)
-    assert not list(tmp_path.iterdir())
-
-
-def damaged(content, **fields):
-    header = np.frombuffer(content[:1024], dtype="<i4").copy()
-    for name, value in fields.items():
-        header[{"magic": 0, "version": 1, "count": 2}[name]] = value
-    return header.tobytes() + content[1024:]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda content: b"", "not an llm.c token file"),
-        (lambda content: content[:3], "not an llm.c token file"),
-        (lambda content: content[1024:], "nanoGPT's .bin without a header is not accepted"),
-        (lambda content: content[:1000], "truncated: 1000 bytes"),
-        (lambda content: content[:-2], "has 1042 bytes; its 10 tokens need 1044"),
-        (lambda content: content + b"\0", "has 1045 bytes; its 10 tokens need 1044"),
-        (lambda content: damaged(content, magic=20240801), "starts with 20240801"),
-        (lambda content: damaged(content, version=7), "version 7; version 1 is wanted"),
-        (lambda content: damaged(content, count=0), "holds 0 tokens"),
-        (lambda content: damaged(content, count=-5), "holds -5 tokens"),
-        (lambda content: damaged(content, count=2**31 - 1), "its 2147483647 tokens need"),
-    ],
-)
-def test_damaged_token_file(tmp_path, damage, message):
-    path = tmp_path / "a.bin"
-    write_tokens(path, np.arange(10))
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=message):
-        read_tokens(path)
-
-
-def test_missing_token_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist; make it with"):
-        read_tokens(tmp_path / "a.bin")
-
-
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    write_tokens(tmp_path / "old.bin", [1])
-    before = (tmp_path / "old.bin").read_bytes()
-    monkeypatch.setattr(files.os, "fsync", full)
-    for name in ("old.bin", "new.bin"):
-        with pytest.raises(OSError, match="No space"):
-            write_tokens(tmp_path / name, [2, 3])
-    assert [path.name for path in tmp_path.iterdir()] == ["old.bin"]
-    assert (tmp_path / "old.bin").read_bytes() == before
-
-
 # --- prepare ---------------------------------------------------------------------------------
 
 
@@ -268,6 +170,33 @@ def test_prepare_writes_what_the_documents_say(tmp_path):
 
 def test_prepare_says_when_it_held_out_a_tail(tmp_path):
     assert prepare(["a line\n" * 50], tmp_path / "data", BYTES).tail_held_out
+
+
+def test_prepare_in_shards_loses_no_token(tmp_path):
+    whole = prepare(make_documents(), tmp_path / "one", "bytes")
+    prepared = prepare(make_documents(), tmp_path / "many", "bytes", shard_tokens=500)
+    assert prepared == whole
+    names = [path.name for path in find_shards(tmp_path / "many", "train")]
+    assert names == [f"train_{n:06d}.bin" for n in range(1, len(names) + 1)] and len(names) > 2
+    shards = read_shards(tmp_path / "many", "train", 257)
+    assert {len(shard) for shard in shards[:-1]} == {500} and 0 < len(shards[-1]) <= 500
+    np.testing.assert_array_equal(
+        np.concatenate(shards), read_tokens(tmp_path / "one" / "train.bin")
+    )
+    for name in ("val.bin", "vocab.json"):
+        one, many = ((tmp_path / kind / name).read_bytes() for kind in ("one", "many"))
+        assert one == many
+
+
+def test_prepare_leaves_no_shard_of_another_preparation(tmp_path):
+    prepare(make_documents(), tmp_path, "bytes", shard_tokens=500)
+    write_tokens(tmp_path / "old_val_000000.bin", [1])
+    prepare(make_documents(), tmp_path, "bytes", overwrite=True)
+    assert [path.name for path in find_shards(tmp_path, "train")] == ["train.bin"]
+    assert [path.name for path in find_shards(tmp_path, "val")] == ["val.bin"]
+    with pytest.raises(ValueError, match="shard_tokens must be at least 1, or 0"):
+        prepare(make_documents(), tmp_path / "new", "bytes", shard_tokens=-1)
+    assert not (tmp_path / "new").exists()
 
 
 def test_prepare_is_deterministic(tmp_path):
@@ -338,7 +267,7 @@ def test_a_failed_overwrite_leaves_no_training_file_of_another_tokenizer(tmp_pat
 
 def test_batches_are_shifted_by_one(tmp_path):
     write_tokens(tmp_path / "a.bin", np.arange(1000))
-    x, y = Batches(read_tokens(tmp_path / "a.bin"), batch_size=3, block_size=8, seed=1).batch(5)
+    x, y = Batches([read_tokens(tmp_path / "a.bin")], batch_size=3, block_size=8, seed=1).batch(5)
     assert x.shape == y.shape == (3, 8)
     assert x.dtype == y.dtype == np.int32
     assert type(x) is type(y) is np.ndarray
@@ -352,9 +281,9 @@ def test_an_epoch_visits_each_token_once(N, B, T, seed):
     tokens = np.arange(N, dtype=np.uint16)
     if N < B * T + 1:
         with pytest.raises(ValueError, match=f"^{N} tokens are too few .* needs {B * T + 1}"):
-            Batches(tokens, B, T, seed)
+            Batches([tokens], B, T, seed)
         return
-    batches = Batches(tokens, B, T, seed)
+    batches = Batches([tokens], B, T, seed)
     per_epoch = batches.windows_per_epoch
     rows = np.concatenate([batches.batch(step)[0] for step in range(3 * per_epoch // B + 1)])
     for epoch in range(3):
@@ -365,7 +294,7 @@ def test_an_epoch_visits_each_token_once(N, B, T, seed):
 
 
 def test_epochs_differ_in_order_and_offset():
-    batches = Batches(np.arange(1000, dtype=np.uint16), batch_size=1, block_size=16, seed=3)
+    batches = Batches([np.arange(1000, dtype=np.uint16)], batch_size=1, block_size=16, seed=3)
     starts = np.array(
         [batches.batch(step)[0][0, 0] for step in range(20 * batches.windows_per_epoch)]
     ).reshape(20, -1)
@@ -375,17 +304,71 @@ def test_epochs_differ_in_order_and_offset():
 
 def test_a_batch_depends_on_seed_and_step_only():
     tokens = np.arange(500, dtype=np.uint16)
-    forward = Batches(tokens, 4, 10, seed=1)
+    forward = Batches([tokens], 4, 10, seed=1)
     expected = [forward.batch(step)[0] for step in range(60)]
-    backward = Batches(tokens, 4, 10, seed=1)
+    backward = Batches([tokens], 4, 10, seed=1)
     for step in reversed(range(60)):
         np.testing.assert_array_equal(backward.batch(step)[0], expected[step])
-    other = Batches(tokens, 4, 10, seed=2)
+    other = Batches([tokens], 4, 10, seed=2)
     assert any((other.batch(step)[0] != expected[step]).any() for step in range(3))
 
 
+@pytest.mark.parametrize(
+    ("N", "B", "T", "seed", "checksum"),
+    [
+        (1000, 3, 8, 1, 3518575241),
+        (25, 3, 8, 5, 650623262),
+        (41, 5, 8, 2**63, 3181805142),
+        (5000, 4, 64, 1337, 608227338),
+    ],
+)
+def test_one_shard_gives_what_it_gave_before_there_were_shards(N, B, T, seed, checksum):
+    tokens = (np.arange(N) * 7919 % 65521).astype(np.uint16)
+    batches = Batches([tokens], B, T, seed)
+    content = b"".join(batches.batch(step)[0].tobytes() for step in range(40))
+    assert zlib.crc32(content) == checksum
+
+
+@given(
+    lengths=st.lists(st.integers(1, 80), min_size=1, max_size=5),
+    B=st.integers(1, 4),
+    T=st.integers(1, 9),
+    seed=st.integers(0, 2**63),
+)
+def test_an_epoch_is_one_permutation_of_the_windows_of_all_shards(lengths, B, T, seed):
+    # Shard n holds 1000 n, 1000 n + 1, ..., so a token tells where it stood.
+    shards = [np.arange(1000 * n, 1000 * n + N, dtype=np.uint16) for n, N in enumerate(lengths)]
+    if sum((N - 1) // T for N in lengths) < B:
+        with pytest.raises(ValueError, match=f"{sum(lengths)} tokens.*too few"):
+            Batches(shards, B, T, seed)
+        return
+    batches = Batches(shards, B, T, seed)
+    per_epoch = batches.windows_per_epoch
+    pairs = [batches.batch(step) for step in range(2 * per_epoch // B + 1)]
+    x, y = (np.concatenate([pair[i] for pair in pairs])[: 2 * per_epoch] for i in (0, 1))
+    np.testing.assert_array_equal(x // 1000 * np.ones_like(x), np.repeat(x[:, :1] // 1000, T, 1))
+    np.testing.assert_array_equal(y, x + 1)  # within one shard, targets too
+    for epoch in (x[:per_epoch], x[per_epoch:]):
+        for n, N in enumerate(lengths):
+            seen = np.sort(epoch[epoch[:, 0] // 1000 == n].ravel())
+            if len(seen):
+                np.testing.assert_array_equal(seen, np.arange(seen[0], seen[0] + len(seen)))
+            assert N - len(seen) <= 2 * T  # hardly anything of a shard is left out
+    again = Batches(shards, B, T, seed)
+    for step in (len(pairs) - 1, 0):
+        np.testing.assert_array_equal(again.batch(step)[0], pairs[step][0])
+
+
+def test_an_epoch_mixes_shards():
+    shards = [np.arange(1000 * n, 1000 * n + 400, dtype=np.uint16) for n in range(3)]
+    x, _ = Batches(shards, batch_size=12, block_size=8, seed=1).batch(0)
+    assert set((x[:, 0] // 1000).tolist()) == {0, 1, 2}
+
+
 def test_the_order_is_the_same_on_every_machine_and_version():
-    x, _ = Batches(np.arange(100, dtype=np.uint16), batch_size=6, block_size=8, seed=1337).batch(0)
+    x, _ = Batches([np.arange(100, dtype=np.uint16)], batch_size=6, block_size=8, seed=1337).batch(
+        0
+    )
     assert x[:, 0].tolist() == [83, 43, 11, 51, 59, 67]
 
 
@@ -394,9 +377,9 @@ def test_windows_cover_each_target_once(N, B, T):
     tokens = np.arange(100, 100 + N, dtype=np.uint16)
     if N < 2:
         with pytest.raises(ValueError, match=f"{N} tokens are too few"):
-            windows(tokens, B, T)
+            windows([tokens], B, T)
         return
-    batches = list(windows(tokens, B, T))
+    batches = list(windows([tokens], B, T))
     assert all(
         array.shape == (B, T) and array.dtype == np.int32 for pair in batches for array in pair
     )
@@ -406,6 +389,17 @@ def test_windows_cover_each_target_once(N, B, T):
     assert (y[N - 1 :] == -1).all()
     assert (x[N - 1 :] == 0).all()
     assert len(y) - (N - 1) < B * T
+
+
+def test_windows_lie_within_one_shard():
+    shards = [np.array(ids, np.uint16) for ids in ([1, 2, 3, 4, 5, 6], [9], [11, 12])]
+    (x, y), (x2, y2) = windows(shards, 2, 3)
+    assert x.tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert y.tolist() == [[2, 3, 4], [5, 6, -1]]
+    assert x2.tolist() == [[11, 0, 0], [0, 0, 0]]
+    assert y2.tolist() == [[12, -1, -1], [-1, -1, -1]]
+    with pytest.raises(ValueError, match="2 tokens are too few"):
+        windows(shards[1:2] * 2, 2, 3)
 
 
 # --- Python's documentation ------------------------------------------------------------------
@@ -464,7 +458,7 @@ def test_python_without_its_documentation(monkeypatch):
 def test_overlapping_windows_score_every_token_once(count: int, T: int, overlap: int) -> None:
     tokens = np.arange(count, dtype=np.uint16)
     scored = []
-    for x, y in windows(tokens, 3, T, overlap):
+    for x, y in windows([tokens], 3, T, overlap):
         rows, columns = np.nonzero(y >= 0)
         assert np.array_equal(x[rows, columns] + 1, y[rows, columns])  # the token before its target
         assert all(
@@ -477,4 +471,4 @@ def test_overlapping_windows_score_every_token_once(count: int, T: int, overlap:
 @pytest.mark.parametrize("overlap", [-1, 4, 5])
 def test_an_overlap_leaves_room_for_targets(overlap: int) -> None:
     with pytest.raises(ValueError, match=r"overlap must be in \[0, block_size = 4\)"):
-        windows(np.arange(9, dtype=np.uint16), 1, 4, overlap)
+        windows([np.arange(9, dtype=np.uint16)], 1, 4, overlap)

@@ -15,10 +15,10 @@ import pytest
 
 from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
 from gpt2c.cli import main
-from gpt2c.data import read_tokens
 from gpt2c.demo import SAMPLES
 from gpt2c.model import GPT2
 from gpt2c.progress import Progress
+from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import evaluate
 
@@ -51,7 +51,7 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
     table = rows(output)
     assert list(table) == ["GPT-2, this run", "bigram model", "xz -9 after the rest"]
     tokens = read_tokens(out / "data" / "val.bin", 4096)
-    loss = evaluate(GPT2.from_pretrained(out / "run"), tokens, 128, 16, overlap=8)
+    loss = evaluate(GPT2.from_pretrained(out / "run"), [tokens], 128, 16, overlap=8)
     text = tokenizer.decode(tokens[tokens != tokenizer.eot]).encode()
     bits = loss * (len(tokens) - 1) / math.log(2) / len(text)
     assert table["GPT-2, this run"] == pytest.approx([loss, bits], abs=1e-3)

@@ -161,3 +161,15 @@ def test_leftovers_are_removed_and_claim_nothing(tmp_path: Path) -> None:
     assert kept == ["elsewhere", "here", "mine"]
     with pytest.raises(FileExistsError):
         files.claim_directory(tmp_path, overwrite=False)
+
+
+def test_a_strangers_value_is_shown_in_a_line() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert files.shown("x") == "'x'" and files.shown([1, {"a": None}]) == "[1, {'a': None}]"
+    for value in ("\n\x1b" * 999, 10**4000, ["x" * 99] * 99, {"\n": deep}, deep, list(range(999))):
+        text = files.shown(value)
+        assert len(text) <= files.LONGEST_VALUE and text.isprintable()
+    assert files.shown(ValueError("bad `\x1b[31m`")) == r"bad `\x1b[31m`"
+    assert len(files.shown(ValueError("x" * 999))) == files.LONGEST_VALUE

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import refused
 from test_bench import small_shape
 
 from gpt2c import GPT2, AdamW, GPT2Config, ops
 from gpt2c.backend import get_backend
 from gpt2c.cases import OPS, normalised_error
+from gpt2c.config import FIXED
 from gpt2c.sampling import GenerationConfig, distribution, penalised
 from gpt2c.worker import TINY, Worker
 
@@ -28,6 +30,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
     torch = pytest.importorskip("torch", reason="PyTorch is not installed, nor is it needed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from safetensors.torch import save_file
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{category}:{package}")
@@ -210,6 +213,144 @@ def test_transformers_loads_what_we_save(backend_name: str, tmp_path: Path) -> N
         torch.tensor(idx[:, :9]), max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     assert np.array_equal(own.generate(idx[:, :9], 12, temperature=0), greedy.numpy())
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def save_state(model: Any, directory: Path, change: Any) -> None:
+    """Save a model whose tensors, by transformers' names, were changed."""
+    model.save_pretrained(directory)
+    file = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    change(tensors)
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"}
+    )
+
+
+SAVES: dict[str, Any] = {
+    "one file": lambda m, d: m.save_pretrained(d),
+    "shards": lambda m, d: m.save_pretrained(d, max_shard_size="40KB"),
+    "float16": lambda m, d: m.half().save_pretrained(d),
+    "bfloat16": lambda m, d: m.bfloat16().save_pretrained(d),
+    "bfloat16 shards": lambda m, d: m.bfloat16().save_pretrained(d, max_shard_size="20KB"),
+    "float64": lambda m, d: m.double().save_pretrained(d),
+    "no prefix": lambda m, d: m.transformer.save_pretrained(d),
+    "no prefix, float16 shards": lambda m, d: m.transformer.half().save_pretrained(
+        d, max_shard_size="20KB"
+    ),
+    "lm_head twice": lambda m, d: save_state(m, d, lambda t: None),
+    "lm_head only": lambda m, d: save_state(m, d, lambda t: t.pop("transformer.wte.weight")),
+    "masks": lambda m, d: save_state(
+        m,
+        d,
+        lambda t: t.update(
+            {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 29, 29).bool() for i in range(3)}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_what_transformers_saves_is_the_same_model(save: str, tmp_path: Path) -> None:
+    """Weights to the bit, and logits: stored in 16 bits, as transformers widens them to float32."""
+    SAVES[save](torch_model(SMALL), tmp_path)
+    assert ("shards" in save) == (len(list(tmp_path.glob("*.safetensors"))) > 2)
+    own = GPT2.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    for name, weight in named(theirs.named_parameters()).items():
+        assert np.array_equal(own.parameters[name], weight), name
+    idx = batch_of(SMALL, 2, 29)[0]
+    assert_close("logits", own(idx), theirs(torch.tensor(idx)).logits.detach().numpy(), LOGITS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"activation_function": name} for name in FIXED["activation_function"]),
+        {"reorder_and_upcast_attn": True},
+        {"layer_norm_epsilon": 1e-3},
+        {"n_inner": 40},
+    ],
+    ids=str,
+)
+def test_variants_that_are_read_compute_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Every name of the activation that is accepted is a name of the same function."""
+    theirs = torch_model(dataclasses.replace(SMALL, n_inner=changes.get("n_inner", 71)))
+    config = transformers.GPT2Config(**theirs.config.to_dict() | changes)
+    config._attn_implementation = "eager"
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.load_state_dict(theirs.state_dict())
+    model.save_pretrained(tmp_path)
+    assert all(getattr(model.config, name) == value for name, value in changes.items())
+    own, idx = GPT2.from_pretrained(tmp_path), batch_of(SMALL, 2, 29)[0]
+    assert_close("logits", own(idx), model(torch.tensor(idx)).logits.detach().numpy(), LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "said"),
+    [
+        ({"activation_function": "gelu"}, "GPT2LMHeadModel", "activation_function must be"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "GPT2LMHeadModel", "scale_attn_by_inverse"),
+        ({"scale_attn_weights": False}, "GPT2LMHeadModel", "scale_attn_weights must be True"),
+        ({"add_cross_attention": True}, "GPT2LMHeadModel", "add_cross_attention must be False"),
+        ({"tie_word_embeddings": False}, "GPT2LMHeadModel", "tie_word_embeddings must be True"),
+        ({}, "GPT2ForSequenceClassification", "architectures must be"),
+        ({}, "GPT2ForTokenClassification", "architectures must be"),
+        ({}, "GPT2ForQuestionAnswering", "architectures must be"),
+        ({}, "GPT2DoubleHeadsModel", "architectures must be"),
+    ],
+    ids=str,
+)
+def test_other_models_are_refused_by_name(
+    changes: dict[str, Any], model: str, said: str, tmp_path: Path
+) -> None:
+    config = transformers.GPT2Config(**torch_model(SMALL).config.to_dict() | changes)
+    getattr(transformers, model)(config).save_pretrained(tmp_path)
+    for quantize in (None, "int8"):
+        assert said in refused(GPT2.from_pretrained, tmp_path, quantize=quantize)
+
+
+@pytest.mark.parametrize("end", [None, 0, 96])
+def test_a_saved_models_texts_end_alike(end: int | None, tmp_path: Path) -> None:
+    """transformers' generate takes the end from generation_config.json, and says nothing of it."""
+    own = GPT2(dataclasses.replace(SMALL, eos_token_id=end), seed=3)
+    own.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.generation_config.eos_token_id == theirs.generation_config.bos_token_id == end
+    assert theirs.config.eos_token_id == end
+    theirs.save_pretrained(tmp_path / "again")
+    assert GPT2.from_pretrained(tmp_path / "again").config == own.config
+    idx = batch_of(SMALL, 1, 9)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mask = torch.ones(idx.shape, dtype=torch.int64)
+        text = theirs.generate(
+            torch.tensor(idx), attention_mask=mask, max_new_tokens=9, do_sample=False
+        )
+    stop = {} if end is None else {"eos_token_id": end}
+    expected = own.generate(idx, 9, temperature=0, **stop)[0]
+    ends = -1 if end is None else end
+    assert ended(text.numpy()[0], 9, ends) == ended(np.asarray(expected), 9, ends)
+
+
+SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280)}
+
+
+@pytest.mark.parametrize(("L", "NH", "C"), [*SIZES.values(), (48, 25, 1600)], ids=[*SIZES, "1558M"])
+def test_the_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
+    """On PyTorch's meta device, which allocates nothing."""
+    config = GPT2Config(n_layer=L, n_head=NH, n_embd=C)
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_dict()))
+    shapes = {
+        name.removeprefix("transformer."): tuple(p.shape)[:: -1 if name.endswith(TRANSPOSED) else 1]
+        for name, p in model.named_parameters()
+    }
+    assert shapes == config.parameter_shapes()
 
 
 # ---- texts ---------------------------------------------------------------------------------------

@@ -235,8 +235,32 @@ def test_saved_weights_come_back_bit_for_bit(stored: tuple[str, Path], backend: 
     idx = np.arange(12).reshape(2, 6)
     assert np.array_equal(model(idx), expected(idx))
     model.save_pretrained(path)  # over itself
+    one = GPT2.from_pretrained(path / "model.safetensors", backend, quantize=method)
+    assert np.array_equal(one(idx), expected(idx))
     again = GPT2.from_pretrained(path, backend, quantize=method)
     assert np.array_equal(again(idx), expected(idx))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_of_16_bits_are_rounded_as_their_numbers(method: str, tmp_path: Path) -> None:
+    """Through the same door as a GPT2: shards, a prefix, float16; and a single file."""
+    model = make()
+    for parameter in model.parameters.values():
+        parameter[...] = parameter.astype(np.float16)
+    expected = QuantizedGPT2.from_model(model, method).parameters
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored = {f"transformer.{name}": array.astype("f2") for name, array in stored.items()}
+    (tmp_path / "model.safetensors").unlink()
+    for number, (name, array) in enumerate(stored.items()):
+        save_file({name: array}, tmp_path / f"{number}.safetensors")
+    index = {"weight_map": {name: f"{n}.safetensors" for n, name in enumerate(stored)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(stored, tmp_path / "whole.safetensors")
+    for path in (tmp_path, tmp_path / "whole.safetensors"):
+        loaded = GPT2.from_pretrained(path, quantize=method)
+        for name, parameter in expected.items():
+            assert np.array_equal(loaded.parameters[name], parameter), name
 
 
 def test_config_json_says_what_the_weights_are(stored: tuple[str, Path]) -> None:

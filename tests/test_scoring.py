@@ -15,7 +15,6 @@ from conftest import refused
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.cli import main
-from gpt2c.data import write_tokens
 from gpt2c.decoder import Decoder
 from gpt2c.language_model import LanguageModel
 from gpt2c.scoring import (
@@ -29,6 +28,7 @@ from gpt2c.scoring import (
     read_questions,
     token_logprobs,
 )
+from gpt2c.tokenfile import write_tokens
 from gpt2c.train import evaluate
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
@@ -260,7 +260,7 @@ def test_defaults_and_kinds_of_tokens(text) -> None:
 def test_windows_side_by_side_are_those_of_evaluate(text) -> None:
     model = random_model()
     loss, _ = perplexity(model, text, stride=16, max_length=17)  # the 17th is not read
-    assert loss == pytest.approx(evaluate(model, text.astype(np.uint16), 2, 16), rel=1e-5)
+    assert loss == pytest.approx(evaluate(model, [text.astype(np.uint16)], 2, 16), rel=1e-5)
 
 
 def test_a_watch_is_told_of_every_window(text) -> None:
@@ -538,7 +538,7 @@ def test_eval_slides(gpt2c, world: Path, stride: int, flags: str) -> None:
 def test_eval_without_a_stride_is_as_it_was(gpt2c, world: Path) -> None:
     tokens = np.random.default_rng(5).integers(0, 257, 90)
     tokens[40] = 256
-    loss = evaluate(GPT2.from_pretrained(world / "run"), tokens.astype(np.uint16), 8, 16)
+    loss = evaluate(GPT2.from_pretrained(world / "run"), [tokens.astype(np.uint16)], 8, 16)
     code, out, err = gpt2c("eval run --data data")
     assert (code, err) == (0, "")
     shown = re.fullmatch(RESULT, out)

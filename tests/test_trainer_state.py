@@ -19,7 +19,8 @@ from gpt2c.checkpoint import load_weights
 from gpt2c.trainer_state import TrainerState, newest, save
 
 CONFIG = {"n_embd": 4, "model_type": "gpt2"}
-FILES = ["config.json", "model.safetensors", "state.json", "trainer.safetensors"]
+FILES = ["config.json", "generation_config.json", "model.safetensors", "state.json"]
+FILES += ["trainer.safetensors"]
 
 
 def arrays(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,290 @@
+"""`gpt2c info`: what is installed, what this machine has; --verbose: what a bug report needs.
+
+Nothing here fails for a fact that a system does not tell, nothing prints a secret, and packages
+that gpt2c does not need are asked for their version without being imported. Used by cli.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import locale
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from gpt2c.backend import (
+    NAMES,
+    REQUIRES,
+    THREAD_VARIABLES,
+    default_threads,
+    fma_peak,
+    get_backend,
+    why_missing,
+)
+from gpt2c.machine import cpu_name, usable_cores
+from gpt2c.memory import free_bytes
+
+Row = tuple[str, str]  # a name, and what there is to say
+
+SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
+PACKAGES = (
+    *("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"),
+    *("matplotlib", "huggingface_hub", "gguf", "tensorboard", "torch", "transformers", "lm_eval"),
+)
+# Variables that change what gpt2c or the libraries under it do.
+VARIABLES = re.compile(
+    r"(GPT2C|OMP|GOMP|KMP|OPENBLAS|MKL|HF|HUGGING_FACE|TRANSFORMERS|TQDM|MALLOC)_\w*|PYTHON\w*"
+    r"|LD_LIBRARY_PATH|LD_PRELOAD|TIKTOKEN_CACHE_DIR|DATA_GYM_CACHE_DIR|TMPDIR|XDG_CACHE_HOME|TERM"
+    r"|COLUMNS|(?i:https?|all|no)_(?i:proxy)"
+)
+SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD"}  # a word of a variable's name: no value is shown
+# tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
+GPT2_FILES = (
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+)
+CGROUP = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60  # bytes: how cgroup's first version writes that there is no limit
+
+
+def add_flags(verb: argparse.ArgumentParser) -> None:
+    """Say what `gpt2c info` takes."""
+    verb.add_argument("--verbose", action="store_true", help="all that a bug report needs")
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """`gpt2c info`."""
+    threads = _threads()
+    rows: list[Row] = [
+        ("gpt2c", version("gpt2c")),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((package, version(package)) for package in SHORT),
+        ("CPU", cpu_name()),
+        ("threads", str(threads)),
+        *backend_rows(threads),
+    ]
+    if options.verbose:
+        rows = [
+            *install_rows(),
+            *((package, version(package)) for package in PACKAGES),
+            ("NumPy's BLAS", _blas()),
+            *system_rows(),
+            *cpu_rows(),
+            *memory_rows(),
+            *thread_rows(threads),
+            *backend_rows(threads),
+            *environment_rows(),
+        ]
+    width = max(12, 2 + max(len(name) for name, _ in rows))
+    for name, text in rows:
+        print(f"{name:<{width}}{text}".rstrip())
+    return 0
+
+
+def version(package: str) -> str:
+    """Give a package's version, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def read(path: Path) -> str:
+    """Give what a file of the system's says, or nothing where it is not there."""
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8").strip()
+    return ""
+
+
+def _threads() -> int | str:
+    try:
+        return default_threads()
+    except ValueError as error:  # a variable; what else is wrong should be seen all the same
+        return f"none: {error}"
+
+
+def backend_rows(threads: int | str) -> list[Row]:
+    """Say of every backend what it reaches, or why it does not run here."""
+    chosen, problem = "", ""
+    try:
+        chosen = get_backend().name
+    except ValueError as error:
+        problem = str(error)
+    rows = []
+    for name in NAMES:
+        state = why_missing(name)
+        if not state and name != "numpy" and isinstance(threads, int):
+            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
+        mark = "  <- chosen" if name == chosen else ""
+        rows.append(("backend", f"{name:<12}{state}{mark}"))
+    return rows + ([("backend", f"none chosen: {problem}")] if problem else [])
+
+
+def install_rows() -> list[Row]:
+    """Say which gpt2c this is, how it was installed and built, and by which Python it runs."""
+    package = Path(__file__).parent
+    rows = [("gpt2c", f"{version('gpt2c')} in {package}"), ("installed", _installed())]
+    for library in sorted(package.glob("_kernels_*")):
+        content = library.read_bytes()
+        compiler = re.search(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+", content)
+        built = compiler[0].decode() if compiler else "unknown compiler"
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        rows.append(("file", f"{library.name}  {len(content):,} bytes  sha256 {digest}  {built}"))
+    for library in sorted(package.parent.glob("gpt2c.libs/*")):
+        rows.append(("file", f"{library.name}  {library.stat().st_size:,} bytes"))
+    lock = "GIL" if getattr(sys, "_is_gil_enabled", lambda: True)() else "no GIL"
+    python = f"{' '.join(sys.version.split())}, {sys.maxsize.bit_length() + 1} bits, {lock}"
+    rows += [("Python", python), ("executable", sys.executable)]
+    return rows
+
+
+def _installed() -> str:
+    """Say by which tool, from where and for which platforms, as the package's metadata has it."""
+    try:
+        files = importlib.metadata.distribution("gpt2c")
+    except importlib.metadata.PackageNotFoundError:
+        return "no: imported from a folder"
+    facts = [f"by {(files.read_text('INSTALLER') or 'an unknown tool').strip()}"]
+    facts += [f"tag {tag}" for tag in re.findall(r"Tag: (\S+)", files.read_text("WHEEL") or "")]
+    with suppress(ValueError, AttributeError):
+        origin = json.loads(files.read_text("direct_url.json") or "{}")
+        facts += ["editable"] if origin.get("dir_info", {}).get("editable") else []
+        facts += [f"from {without_password(origin['url'])}"] if "url" in origin else []
+    return ", ".join(facts)
+
+
+def _blas() -> str:
+    with suppress(Exception):  # NumPy promises no layout of this
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return f"{blas['name']} {blas['version']}"
+    return "unknown"
+
+
+def system_rows() -> list[Row]:
+    """Say which operating system this is, and what standard output is."""
+    name = f"{platform.system()} {platform.mac_ver()[0]}".strip()
+    with suppress(OSError):
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    libc = "unknown"
+    with suppress(OSError, ValueError, AttributeError):  # other systems do not know the name
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or "unknown"
+    terminal = "no terminal"
+    if sys.stdout.isatty():
+        size = shutil.get_terminal_size()
+        terminal = f"a terminal of {size.columns} x {size.lines}"
+    encoding = f"{sys.stdout.encoding}, locale {locale.getlocale()[0]}"
+    return [
+        ("system", name),
+        ("kernel", f"{platform.system()} {platform.release()} {platform.version()}"),
+        ("libc", libc),
+        ("output", f"{terminal}, {encoding}"),
+    ]
+
+
+def cpu_rows() -> list[Row]:
+    """Say what the processor is and has, of what the backends ask for."""
+    rows = [("CPU", f"{cpu_name()}, {platform.machine()}")]
+    features = dict.fromkeys(f for name in reversed(NAMES) for f in REQUIRES[name])
+    try:
+        has = importlib.import_module("gpt2c._kernels_base").lib.cpu_supports
+        known = {feature: bool(has(feature.encode())) for feature in features}
+        for name, wanted in (("CPU has", True), ("CPU lacks", False)):
+            found = " ".join(feature for feature in features if known[feature] is wanted)
+            rows.append((name, found or "none of these"))
+    except ImportError:
+        rows.append(("CPU has", "unknown: no kernels to ask"))
+    caches = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (read(index / part) for part in ("level", "type", "size"))
+        caches.append(f"L{level} {kind.lower()} {size}")
+    rows.append(("caches", ", ".join(caches) or "unknown"))
+    load = "unknown"
+    with suppress(OSError, AttributeError):
+        load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    rows += [
+        ("cores", f"{os.cpu_count()}, of which {usable_cores()} for this process"),
+        ("cgroup's cores", _cores_limit()),
+        ("load", f"{load} (1, 5, 15 minutes)"),
+    ]
+    return rows
+
+
+def _cores_limit() -> str:
+    quota, _, period = read(CGROUP / "cpu.max").partition(" ")
+    if not quota:  # cgroup's first version
+        quota = read(CGROUP / "cpu/cpu.cfs_quota_us")
+        period = read(CGROUP / "cpu/cpu.cfs_period_us")
+    with suppress(ValueError, ZeroDivisionError):
+        return f"{int(quota) / int(period):g}" if int(quota) > 0 else "no limit"
+    return "no limit" if quota == "max" else "unknown"
+
+
+def memory_rows() -> list[Row]:
+    """Say how much memory there is, and what bounds it."""
+    total = "unknown"
+    with suppress(OSError, ValueError):
+        total = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e6:,.0f} MB"
+    limit = read(CGROUP / "memory.max") or read(CGROUP / "memory/memory.limit_in_bytes")
+    if limit.isdecimal():
+        limit = f"{int(limit) / 1e6:,.0f} MB" if int(limit) < UNLIMITED else "no limit"
+    space = "unknown"
+    with suppress(ImportError):
+        resource = importlib.import_module("resource")
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        space = "no limit" if soft == resource.RLIM_INFINITY else f"{soft / 1e6:,.0f} MB"
+    pages = re.search(r"\[(\w+)\]", read(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
+    return [
+        ("memory", f"{total}, {free_bytes() / 1e6:,.0f} MB free"),
+        ("cgroup's memory", {"max": "no limit", "": "unknown"}.get(limit, limit)),
+        ("address space", space),
+        ("huge pages", pages[1] if pages else "unknown"),
+    ]
+
+
+def thread_rows(threads: int | str) -> list[Row]:
+    """Say how many threads kernels use, why, and which runtime gives how many of them."""
+    if isinstance(threads, str):
+        return [("threads", threads)]
+    variables = (f"from {name}" for name in THREAD_VARIABLES if os.environ.get(name))
+    why = next(variables, "the cores that this process may run on")
+    rows = [("threads", f"{threads}, {why}")]
+    if why_missing("base"):
+        return [*rows, ("OpenMP", "unknown: no kernels to ask")]
+    # The operations done are those of as many threads as there were.
+    one, all_ = (get_backend("base", count).fma_burn(1000) for count in (1, threads))
+    loaded = re.findall(r"/\S*/lib\w*omp\w*[-.]\S*", read(Path("/proc/self/maps")))
+    runtime = ", ".join(dict.fromkeys(loaded)) or "none found"
+    return [*rows, ("OpenMP", f"{runtime}; {all_ / one:.0f} of {threads} threads start")]
+
+
+def environment_rows() -> list[Row]:
+    """Say which variables are set that change something, without secrets, and tiktoken's cache."""
+    rows = [("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "unset")]
+    for name, value in sorted(os.environ.items()):
+        if not VARIABLES.fullmatch(name) or name == "HF_TOKEN":
+            continue
+        secret = SECRETS & set(name.upper().split("_"))
+        rows.append((name, "set" if secret else repr(without_password(value))))
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
+    state = "no cache: TIKTOKEN_CACHE_DIR is empty"
+    if folder != "":
+        whole = all((cache / name).is_file() for name in GPT2_FILES)
+        state = f"{cache} has {'' if whole else 'not '}GPT-2's vocabulary"
+    return [*rows, ("tiktoken's cache", state)]
+
+
+def without_password(text: str) -> str:
+    """Take user names and passwords out of the addresses in a text."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)

@@ -1,0 +1,229 @@
+"""`gpt2c info`: every row, on any machine, and no secret among them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2c import backend, cli_info
+from gpt2c.backend import NAMES, REQUIRES, THREAD_VARIABLES, backends, default_threads
+from gpt2c.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("GPT2C_BACKEND", *THREAD_VARIABLES):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def info(capsys: Capture):
+    """Give what `gpt2c info ...` says, as rows of a name and the rest."""
+
+    def run(*flags: str) -> list[tuple[str, str]]:
+        assert main(["info", *flags]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        lines = out.splitlines()
+        # Aligned: a column of names, two blanks at least, a column that starts where the first does
+        start = re.match(r"gpt2c +", lines[0]).end()  # type: ignore[union-attr]
+        assert all(len(line) <= start or line[start - 2 : start] == "  " for line in lines)
+        assert all(line[start : start + 1] != " " for line in lines)
+        return [(line[:start].strip(), line[start:]) for line in lines]
+
+    return run
+
+
+def test_info(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = info()
+    shown = [text.split() for name, text in rows if name == "backend"]
+    assert [words[0] for words in shown] == list(NAMES)
+    assert [words[0] for words in shown if words[-1] == "chosen"] == [backends()[0]]
+    assert ("threads", str(default_threads())) in rows
+    monkeypatch.setenv("GPT2C_BACKEND", "numpy")
+    monkeypatch.setenv("GPT2C_NUM_THREADS", "1")
+    rows = info()
+    assert ("backend", "numpy         <- chosen") in rows and ("threads", "1") in rows
+
+
+def test_verbose_names_all_that_a_report_needs(info) -> None:
+    rows = info("--verbose")
+    facts = dict(reversed(rows))  # of several rows of a name, the first
+    for package in ("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"):
+        assert facts[package] == importlib.metadata.version(package)
+    for name in cli_info.PACKAGES:
+        assert re.fullmatch(r"not installed|\d\S*", facts[name])
+    assert facts["Python"].startswith(platform.python_version())
+    assert (
+        facts["gpt2c"]
+        == f"{importlib.metadata.version('gpt2c')} in {Path(backend.__file__).parent}"
+    )
+    assert facts["kernel"].startswith(platform.system())
+    assert facts["executable"] == sys.executable
+    assert facts["threads"] == f"{default_threads()}, the cores that this process may run on"
+    wanted = {*facts["CPU has"].split(), *facts["CPU lacks"].split()} - {"none", "of", "these"}
+    assert wanted == {feature for needs in REQUIRES.values() for feature in needs}
+    for name in ("installed", "libc", "output", "caches", "cores", "cgroup's cores", "load"):
+        assert facts[name], name
+    for name in ("memory", "cgroup's memory", "address space", "huge pages", "NumPy's BLAS"):
+        assert facts[name], name
+    kernels = [text for name, text in rows if name == "file" and "_kernels_" in text]
+    assert len(kernels) == len(list(Path(backend.__file__).parent.glob("_kernels_*")))
+    assert all(re.search(r"[\d,]{6,} bytes  sha256 [0-9a-f]{12}  \S", text) for text in kernels)
+
+
+@pytest.mark.skipif("base" not in backends(), reason="no kernels here")
+def test_openmps_threads_are_counted(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    facts = dict(info("--verbose"))
+    assert facts["threads"] == "3, from OMP_NUM_THREADS"
+    started = re.search(r"; (\d+) of 3 threads start$", facts["OpenMP"])
+    assert started and int(started[1]) in (1, 3), "1: a compiler without OpenMP"
+    if Path("/proc/self/maps").exists():
+        assert ("omp" in facts["OpenMP"].partition(";")[0]) == (started[1] == "3")
+
+
+def test_the_environment_without_its_secrets(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {
+        "GPT2C_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HOME": "/a b",
+        "HF_HUB_OFFLINE": "",
+        "TIKTOKEN_CACHE_DIR": "/nowhere",
+    }
+    for name, value in shown.items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_KEY", "UNRELATED_VARIABLE"):
+        monkeypatch.setenv(name, "hf_s3cret")
+    for name in ("HF_ENDPOINT", "https_proxy"):
+        monkeypatch.setenv(name, "http://me:hf_s3cret@host:1/x")
+    rows = info("--verbose")
+    facts = dict(rows)
+    assert "s3cret" not in str(rows) and "UNRELATED_VARIABLE" not in facts
+    assert {name: facts[name] for name in shown} == {k: repr(v) for k, v in shown.items()}
+    assert facts["HF_TOKEN"] == facts["HUGGING_FACE_HUB_TOKEN"] == facts["HF_API_KEY"] == "set"
+    assert facts["HF_ENDPOINT"] == facts["https_proxy"] == "'http://***@host:1/x'"
+    assert facts["tiktoken's cache"] == "/nowhere has not GPT-2's vocabulary"
+    monkeypatch.delenv("HF_TOKEN")
+    assert ("HF_TOKEN", "unset") in info("--verbose")
+
+
+def test_tiktokens_cache(info, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in cli_info.GPT2_FILES:
+        assert dict(info("--verbose"))["tiktoken's cache"].endswith("has not GPT-2's vocabulary")
+        (tmp_path / name).touch()
+    facts = dict(info("--verbose"))
+    assert facts["tiktoken's cache"] == f"{tmp_path} has GPT-2's vocabulary"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    assert "is empty" in dict(info("--verbose"))["tiktoken's cache"]
+
+
+def test_a_system_that_tells_nothing(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No /proc, no /sys, no /etc, as on other systems: the rows say so, and nothing fails."""
+
+    def gone() -> dict[str, str]:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    elsewhere = Path("/nowhere")  # where /proc and /sys are
+    original = Path.read_text
+    names = [name for name, _ in info("--verbose")]
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, **how: original(
+            elsewhere if path.is_relative_to("/proc") or path.is_relative_to("/sys") else path,
+            **how,
+        ),
+    )
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    monkeypatch.setattr(platform, "freedesktop_os_release", gone)
+    for name in ("sched_getaffinity", "getloadavg", "confstr"):
+        monkeypatch.delattr(os, name, raising=False)
+    facts = dict(info("--verbose"))
+    assert list(facts) == list(dict.fromkeys(name for name in names if name != "file"))
+    for name in ("caches", "huge pages", "cgroup's cores", "cgroup's memory", "libc"):
+        assert facts[name] == "unknown"
+    assert facts["load"].startswith("unknown")
+
+
+def test_what_is_wrong_is_a_row(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs this has a problem: every fact is shown all the same."""
+    monkeypatch.setenv("GPT2C_NUM_THREADS", "many")
+    facts = dict(info("--verbose"))
+    assert re.match(r"none: GPT2C_NUM_THREADS must be .*, got 'many'$", facts["threads"])
+    assert facts["backend"].startswith("none chosen: GPT2C_NUM_THREADS must be")
+    monkeypatch.delenv("GPT2C_NUM_THREADS")
+    for name in NAMES:
+        monkeypatch.setitem(sys.modules, f"gpt2c._kernels_{name}", None)  # their import fails
+    backends.cache_clear()
+    try:
+        rows = info("--verbose")
+    finally:
+        monkeypatch.undo()
+        backends.cache_clear()
+    assert rows[-1][0] == "tiktoken's cache"
+    facts = dict(rows)
+    assert facts["backend"].startswith("none chosen: no kernels here")
+    assert facts["CPU has"] == facts["OpenMP"] == "unknown: no kernels to ask"
+
+
+def test_nothing_is_imported_for_its_version() -> None:
+    """Torch takes seconds and starts threads; so do others."""
+    code = """
+import sys
+from gpt2c.cli import main
+main(["info", "--verbose"])
+print(*({"torch", "transformers", "matplotlib", "huggingface_hub", "gguf"} & sys.modules.keys()))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.endswith("\n\n")
+
+
+def test_python_m_gpt2c() -> None:
+    command = [sys.executable, "-W", "error", "-m", "gpt2c"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    version = importlib.metadata.version("gpt2c")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"gpt2c {version}\n", "")
+    done = subprocess.run([*command, "fly"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage: gpt2c ")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "by an unknown tool"),
+        ({"INSTALLER": "pip\n", "WHEEL": "Tag: cp311-abi3-any\n"}, "by pip, tag cp311-abi3-any"),
+        (
+            {
+                "INSTALLER": "uv",
+                "direct_url.json": json.dumps(
+                    {"url": "file://u:p@host/x", "dir_info": {"editable": True}}
+                ),
+            },
+            "by uv, editable, from file://***@host/x",
+        ),
+        ({"direct_url.json": "{"}, "by an unknown tool"),
+        ({"direct_url.json": "[]"}, "by an unknown tool"),
+    ],
+)
+def test_how_it_was_installed(files, said: str, info, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distribution(importlib.metadata.PathDistribution):
+        def read_text(self, name: str) -> str | None:  # type: ignore[override]
+            return files.get(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Distribution(Path()))
+    assert cli_info._installed() == said

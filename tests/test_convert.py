@@ -1,0 +1,219 @@
+"""gpt2c convert: what one project wrote is read by another, and a wish in doubt is not guessed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2c import convert
+from gpt2c.cli import main
+from gpt2c.config import GPT2Config
+from gpt2c.model import GPT2
+from gpt2c.quantized import QuantizedGPT2
+from gpt2c.tokenfile import read_nanogpt, read_shards, read_tokens, write_shards, write_tokens
+from gpt2c.tokenizer import Tokenizer
+
+Run = Callable[[str], tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a directory with one of everything that can be converted."""
+    path = tmp_path_factory.mktemp("originals")
+    tokenizer = Tokenizer.train(["the cat sat on the mat. the dog didn't. " * 9], 270)
+    config = GPT2Config(tokenizer.vocab_size, 8, 32, 2, 2, eos_token_id=tokenizer.eot)
+    model = GPT2(config, seed=1)
+    model.save_pretrained(path / "run")
+    QuantizedGPT2.from_model(model, "fp16").save_pretrained(path / "fp16")
+    for name in ("run", "data", "vocabulary"):
+        tokenizer.save_pretrained(path / name)
+    write_shards(path / "data", "train", np.arange(250), 100)
+    write_tokens(path / "data" / "val.bin", [3, 1, 2])
+    (path / "nano").mkdir()
+    np.arange(250, dtype="<u2").tofile(path / "nano" / "train.bin")
+    np.array([3, 1, 2], "<u2").tofile(path / "nano" / "val.bin")
+    (path / "out").mkdir()
+    (path / "out" / "ckpt.pt").write_bytes(b"PK\3\4")
+    (path / "empty").mkdir()
+    (path / "notes.txt").write_text("nothing to convert")
+    return path
+
+
+@pytest.fixture
+def world(originals: Path, tmp_path: Path) -> Path:
+    """Give a copy of them."""
+    return shutil.copytree(originals, tmp_path / "world")
+
+
+@pytest.fixture
+def run(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Give `gpt2c convert` among them, as (exit code, standard output, standard error)."""
+    monkeypatch.chdir(world)
+
+    def call(arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["convert", *arguments.split()])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
+    assert run("run model.bin") == (0, "model.bin: llm.c's model, 34,368 parameters, fp32\n", "")
+    assert run("run my_tokenizer.bin")[1] == "my_tokenizer.bin: llm.c's tokenizer, 270 tokens\n"
+    assert run("model.bin back")[1] == "back: Hugging Face's model, 34,368 parameters, float32\n"
+    assert run("my_tokenizer.bin back")[1] == "back: Hugging Face's tokenizer, 270 tokens\n"
+    before, after = contents(world / "run"), contents(world / "back")
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"config.json"}:  # llm.c's file does not say which token ends
+        assert before[name] == after[name], name
+    assert GPT2.from_pretrained("back").config.eos_token_id is None
+
+
+def test_bf16_is_half_as_large_and_rounded(run: Run, world: Path) -> None:
+    assert run("run model.bin")[0] == run("run half.bin --dtype bf16")[0] == 0
+    sizes = [(world / name).stat().st_size - 1024 for name in ("model.bin", "half.bin")]
+    assert sizes[0] == 2 * sizes[1]
+    full, half = (GPT2.from_pretrained(name).flat_parameters for name in ("model.bin", "half.bin"))
+    # 8 bits of each number are left: rounding changes it by 2**-8 of itself at most.
+    np.testing.assert_allclose(half, full, rtol=2**-8, atol=0)
+    assert (half != full).any()
+    assert run("half.bin again.bin --dtype bf16")[0] == 0
+    assert (world / "again.bin").read_bytes() == (world / "half.bin").read_bytes()
+
+
+def test_names_and_directories_are_tokenizers(run: Run, world: Path) -> None:
+    for source in ("vocabulary", "data", "run"):
+        assert run(f"{source} {source}_tokenizer.bin")[0] == 0
+    assert len({(world / f"{s}_tokenizer.bin").read_bytes() for s in ("vocabulary", "data")}) == 1
+    assert run("vocabulary any.bin")[1] == "any.bin: llm.c's tokenizer, 270 tokens\n"
+    assert run("bytes plain.bin")[1] == "plain.bin: llm.c's tokenizer, 257 tokens\n"
+    assert run("bytes directory")[1] == "directory: Hugging Face's tokenizer, 257 tokens\n"
+    assert Tokenizer.from_pretrained("directory").vocab_size == 257
+
+
+def test_nanogpts_token_files_get_a_header_and_lose_it(run: Run, world: Path) -> None:
+    said = "a.bin: 250 tokens, llm.c's\n"
+    assert run("nano/train.bin a.bin --format nanogpt") == (0, said, "")
+    assert read_tokens("a.bin").tolist() == list(range(250))
+    said = "b.bin: 250 tokens, nanoGPT's, without a header\n"
+    assert run("a.bin b.bin --format nanogpt") == (0, said, "")
+    assert (world / "b.bin").read_bytes() == (world / "nano" / "train.bin").read_bytes()
+
+
+def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "new: train: 250 tokens, llm.c's; val: 3 tokens, llm.c's\n"
+    assert run("nano new --format nanogpt") == (0, said, "")
+    assert read_tokens("new/val.bin").tolist() == [3, 1, 2]
+    monkeypatch.setattr(convert, "SHARD_TOKENS", 100)
+    assert run("nano new --format nanogpt --overwrite") == (0, said, "")
+    shards = read_shards("new", "train")
+    assert [len(shard) for shard in shards] == [100, 100, 50], "and the file of before is gone"
+    assert run("data old --format nanogpt")[0] == 0
+    assert read_nanogpt("old/train.bin").tolist() == list(range(250))
+    assert contents(Path("old")) == contents(Path("nano"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run model.txt", "model.txt: its name must say what to write"),
+        ("run other", "run is a directory of Hugging Face's layout as other would be"),
+        ("run run", "run and run are the same"),
+        ("none model.bin", "none does not exist, nor is it one of gpt2, bytes"),
+        ("empty model.bin", "empty holds no config.json, vocab.json or token files"),
+        ("notes.txt model.bin", "notes.txt starts with none of llm.c's magic numbers"),
+        ("nano/train.bin model.bin", "say --format nanogpt"),
+        ("nano model.bin", "--format nanogpt"),
+        ("data/val.bin model.bin", "data/val.bin has llm.c's token files and nothing else"),
+        ("data model.bin", "data has a tokenizer and token files, and model.bin could be of"),
+        ("data/val.bin directory", "--format nanogpt"),
+        ("vocabulary model.gguf", "vocabulary holds no model that model.gguf could be made of"),
+        ("bytes model.gguf", "bytes holds no model"),
+        ("out model.bin", "out/ckpt.pt is a pickle"),
+        ("out/ckpt.pt model.bin", "out/ckpt.pt is a pickle"),
+        ("out/ckpt.pt a.bin --format nanogpt", "out/ckpt.pt is a pickle"),
+        ("run model.bin --dtype q8_0", "model.bin takes fp32, bf16, not --dtype q8_0"),
+        ("run model.gguf --dtype bf16", "model.gguf takes f32, f16, q8_0, not --dtype bf16"),
+        ("bytes a.bin --dtype fp32", "--dtype fp32 is for weights"),
+        ("nano new --format nanogpt --dtype fp32", "--dtype fp32 is for weights"),
+        ("nano a.bin --format nanogpt", "of token files both are directories or both FILE.bin"),
+        ("nano/val.bin new --format nanogpt", "both are directories or both FILE.bin"),
+        ("nano/val.bin a.gguf --format nanogpt", "both are directories or both FILE.bin"),
+        ("none a.bin --format nanogpt", "token file none does not exist"),
+        ("empty new --format nanogpt", "empty has no token files train.bin or val.bin"),
+        ("fp16 model.bin", "fp16 holds fp16 weights: convert the model that they were made of"),
+        ("data/val.bin data/val.bin", "are the same"),
+    ],
+)
+def test_wishes_that_cannot_be_met(run: Run, world: Path, arguments: str, message: str) -> None:
+    before = contents(world)
+    code, out, err = run(arguments)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+    assert contents(world) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "run there.bin",
+        "run there_tokenizer.bin",
+        "first.bin run",
+        "bytes vocabulary",
+        "nano/val.bin there.bin --format nanogpt",
+        "nano data --format nanogpt",
+        "run there.gguf",
+    ],
+)
+def test_nothing_is_overwritten_unasked(run: Run, world: Path, arguments: str) -> None:
+    if arguments.endswith("gguf") and not importlib.util.find_spec("gguf"):
+        pytest.skip("writing GGUF needs the gguf package")
+    assert run("run first.bin")[0] == 0
+    for name in ("there.bin", "there_tokenizer.bin", "there.gguf"):
+        (world / name).write_bytes(b"of value")
+    before = contents(world)
+    code, _, err = run(arguments)
+    assert code == 2 and "exists; name another place or pass --overwrite" in err
+    assert contents(world) == before
+    assert run(f"{arguments} --overwrite")[0] == 0
+    assert contents(world) != before
+
+
+def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
+    assert run("run model.bin")[0] == 0
+    (world / "model.bin").write_bytes((world / "model.bin").read_bytes()[:-1])
+    (world / "nano" / "val.bin").write_bytes(b"odd")
+    before = contents(world)
+    assert "model.bin has" in run("model.bin run --overwrite")[2]
+    assert "val.bin has 3 bytes" in run("nano data --format nanogpt --overwrite")[2]
+    assert contents(world) == before
+
+
+def test_a_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:
+    assert run("bytes a.bin")[0] == 0
+    content = bytearray((world / "a.bin").read_bytes())
+    content[8:12] = (258).to_bytes(4, "little")
+    (world / "a.bin").write_bytes(content + b"\3xyz")
+    code, _, err = run("a.bin new")
+    assert code == 2 and "a.bin: its ids are not in the order of a BPE's merges" in err
+    assert not (world / "new").exists()
+
+
+def test_help_shows_the_way_out_of_a_pickle(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert 'saved = torch.load("ckpt.pt"' in capsys.readouterr().out

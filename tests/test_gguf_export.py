@@ -1,0 +1,227 @@
+"""GGUF: the file says what the model is, and llama.cpp, where there is one, computes the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from gpt2c.config import GPT2Config
+from gpt2c.gguf_export import write_gguf
+from gpt2c.model import GPT2
+from gpt2c.optimizer import AdamW
+from gpt2c.tokenizer import Tokenizer
+
+TEXT = "the cat didn't sit on the mat, and the dog wouldn't sit on the cat. " * 20
+# Contractions, numbers, spaces of all kinds, bytes above 127, and what looks like a special token.
+PUZZLE = "I'll say it's 12345 naïve  café — 東京 🙂\n\n  don't we've \t x<|endoftext|>\u00a0end  "
+
+
+def make(tokenizer: Tokenizer, more: int = 0, **changes: Any) -> GPT2:
+    """Give a model whose logits are far apart, so that the likeliest token is no accident."""
+    shape = {"n_positions": 128, "n_embd": 96, "n_layer": 3, "n_head": 4} | changes
+    config = GPT2Config(tokenizer.vocab_size + more, eos_token_id=tokenizer.eot, **shape)
+    model = GPT2(config, seed=3)
+    noise = np.random.default_rng(0).standard_normal(model.flat_parameters.size)
+    model.flat_parameters += 0.08 * noise.astype(np.float32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return Tokenizer.train([TEXT], 300)
+
+
+def gguf_of(path: Path, model: GPT2, tokenizer: Tokenizer, dtype: str = "f32") -> Path:
+    """Write a file, or skip the test where the gguf package is not installed."""
+    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
+    write_gguf(path, model.config, model.parameters, tokenizer, dtype)
+    return path
+
+
+def test_the_file_says_what_the_model_is(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make(bpe, more=2, n_inner=64, layer_norm_epsilon=1e-6)
+    path = gguf_of(tmp_path / "model.gguf", model, bpe)
+    reader = __import__("gguf").GGUFReader(path)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    V = bpe.vocab_size
+    wanted = {
+        "general.architecture": "gpt2",
+        "general.file_type": 0,
+        "gpt2.context_length": 128,
+        "gpt2.embedding_length": 96,
+        "gpt2.feed_forward_length": 64,
+        "gpt2.block_count": 3,
+        "gpt2.attention.head_count": 4,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": bpe.eot,
+        "tokenizer.ggml.eos_token_id": bpe.eot,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.tokens": [*bpe.vocab_and_merges()[0], f"[PAD{V}]", f"[PAD{V + 1}]"],
+        "tokenizer.ggml.token_type": [1] * (V - 1) + [3] + [5] * 2,  # normal, control, unused
+        "tokenizer.ggml.merges": bpe.vocab_and_merges()[1],
+    }
+    assert {name: values[name] for name in wanted} == wanted
+    assert np.float32(values["gpt2.attention.layer_norm_epsilon"]) == np.float32(1e-6)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(tensors) == len(model.parameters)
+    for name, ours in (
+        ("token_embd.weight", "wte.weight"),
+        ("position_embd.weight", "wpe.weight"),
+        ("blk.2.attn_norm.bias", "h.2.ln_1.bias"),
+        ("blk.0.attn_qkv.weight", "h.0.attn.c_attn.weight"),
+        ("blk.1.ffn_down.weight", "h.1.mlp.c_proj.weight"),
+        ("output_norm.weight", "ln_f.weight"),
+    ):
+        assert np.array_equal(tensors[name], model.parameters[ours]), name
+
+
+@pytest.mark.parametrize(("dtype", "file_type", "stored"), [("f16", 1, "F16"), ("q8_0", 7, "Q8_0")])
+def test_matrices_take_fewer_bits(
+    bpe: Tokenizer, tmp_path: Path, dtype: str, file_type: int, stored: str
+) -> None:
+    path = gguf_of(tmp_path / "model.gguf", make(bpe), bpe, dtype)
+    reader = __import__("gguf").GGUFReader(path)
+    assert reader.fields["general.file_type"].contents() == file_type
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    for name, kind in kinds.items():
+        is_matrix = name.endswith("weight") and "norm" not in name and "position" not in name
+        assert kind == (stored if is_matrix else "F32"), name
+
+
+@pytest.mark.parametrize("changes", [{"n_embd": 48, "n_inner": 64}, {"n_inner": 100}])
+def test_q8_0_needs_rows_of_whole_blocks(changes: Any, bpe: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
+    model, path = make(bpe, **changes), tmp_path / "model.gguf"
+    message = refused(write_gguf, path, model.config, model.parameters, bpe, "q8_0")
+    name, width = ("n_embd", 48) if "n_embd" in changes else ("n_inner", 100)
+    assert f"multiple of 32 weights, and {name} is {width}; take f16" in message
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "message"),
+    [
+        ("f16", 65600.0, "wte.weight holds nan or numbers beyond 65504, which F16 has not"),
+        ("q8_0", np.nan, "which Q8_0 has not"),
+        ("f64", 0.0, "one of f32, f16, q8_0, not f64"),
+    ],
+)
+def test_numbers_that_a_dtype_has_not(
+    dtype: str, number: float, message: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
+    model, path = make(bpe), tmp_path / "model.gguf"
+    model.parameters["wte.weight"][5, 5] = number
+    assert message in refused(write_gguf, path, model.config, model.parameters, bpe, dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_larger_tokenizer_is_anothers(bpe: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
+    model = make(Tokenizer.from_name("bytes"))
+    arguments = (tmp_path / "model.gguf", model.config, model.parameters, bpe)
+    message = refused(write_gguf, *arguments)
+    assert f"tokenizer has {bpe.vocab_size} tokens and the model 257" in message
+
+
+def test_without_the_package_it_is_named(
+    bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    model = make(bpe)
+    with pytest.raises(OSError, match=r"needs the gguf package: pip install 'gpt2c\[gguf\]'"):
+        write_gguf(tmp_path / "model.gguf", model.config, model.parameters, bpe)
+
+
+# llama.cpp takes GELU from a table of float16, so logits of some 3 in size are 1e-3 to 2e-3 away.
+DISTANCE = 5e-3
+
+# ---- llama.cpp -----------------------------------------------------------------------------------
+
+
+def llama(path: Path) -> Any:
+    """Open a file with llama.cpp; its keys and values are float32, as gpt2c's."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is what reads the file")
+    return llama_cpp.Llama(
+        str(path), n_ctx=128, n_threads=1, type_k=0, type_v=0, logits_all=True, verbose=False
+    )
+
+
+def agree(engine: Any, model: GPT2, text: list[int], distance: float = DISTANCE) -> None:
+    """Compare the logits after every token of a text, and the likeliest where it is no tie."""
+    engine.reset()
+    engine.eval(text)
+    theirs, ours = engine.scores[: len(text)], model([text])[0]
+    np.testing.assert_allclose(theirs, ours, atol=distance)
+    second, first = np.sort(ours, axis=1)[:, -2:].T
+    sure = first - second > 2 * distance
+    assert sure.mean() > 0.8, "most are no ties"
+    assert np.array_equal(theirs.argmax(axis=1)[sure], ours.argmax(axis=1)[sure])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bpe", {}),
+        ("bpe", {"more": 5}),
+        ("bpe", {"n_embd": 42, "n_head": 6, "n_inner": 50}),  # heads of 7
+        ("bytes", {}),
+    ],
+)
+def test_llama_cpp_computes_the_same(
+    kind: str, changes: Any, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer = bpe if kind == "bpe" else Tokenizer.from_name("bytes")
+    model = make(tokenizer, **changes)
+    engine = llama(gguf_of(tmp_path / "model.gguf", model, tokenizer))
+    agree(engine, model, model.generate([tokenizer.encode(TEXT)[:20]], 100, seed=1)[0].tolist())
+
+
+def test_llama_cpp_writes_what_a_trained_model_writes(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = GPT2(make(bpe).config, seed=3)
+    optimizer = AdamW(model, learning_rate=3e-3)
+    ids = np.array(bpe.encode(TEXT))
+    starts = np.random.default_rng(1).integers(0, len(ids) - 101, (60, 4))
+    for rows in starts:
+        batch = ids[rows[:, None] + np.arange(101)]
+        model.zero_grad()
+        model.loss(batch[:, :-1], batch[:, 1:])
+        model.backward()
+        optimizer.step(grad_clip=1.0)
+    engine = llama(gguf_of(tmp_path / "model.gguf", model, bpe))
+    prompt = ids[:5].tolist()
+    ours = model.generate([prompt], 120, temperature=0)[0].tolist()
+    agree(engine, model, ours)
+    assert bpe.decode(ours).startswith(TEXT[:60]), "it has learned the text"
+    tokens = engine.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+    assert [next(tokens) for _ in range(120)] == ours[5:]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_llama_cpp_reads_the_same_tokens(kind: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    tokenizer = bpe if kind == "bpe" else Tokenizer.from_name("bytes")
+    engine = llama(gguf_of(tmp_path / "model.gguf", make(tokenizer), tokenizer))
+    for text in (PUZZLE, TEXT, PUZZLE.upper(), " ", "\n \n"):
+        ids = tokenizer.encode(text)
+        assert engine.tokenize(text.encode(), add_bos=True, special=False) == ids
+        assert engine.detokenize(ids) == text.encode()
+    ends = engine.tokenize(b"<|endoftext|>", add_bos=True, special=True)
+    assert ends == [tokenizer.eot] == [engine.token_eos()] == [engine.token_bos()]
+
+
+@pytest.mark.parametrize(("dtype", "distance"), [("f16", 0.01), ("q8_0", 0.15)])
+def test_llama_cpp_nearly_agrees_with_fewer_bits(
+    dtype: str, distance: float, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    """Logits of some 3 in size; f16 keeps 11 bits of a weight, q8_0 8 of 32 weights' largest."""
+    model = make(bpe)
+    engine = llama(gguf_of(tmp_path / "model.gguf", model, bpe, dtype))
+    text = bpe.encode(TEXT)[:60]
+    engine.eval(text)
+    np.testing.assert_allclose(engine.scores[:60], model([text])[0], atol=distance)

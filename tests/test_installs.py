@@ -1,0 +1,253 @@
+"""What is shipped, and where it runs: sdist and wheel, CPUs of the past, other users of OpenMP.
+
+Interpreters are tried with the wheel that `make wheel` makes: see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt2c
+from gpt2c.backend import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(gpt2c.__file__).parent
+SMOKE = Path(__file__).with_name("smoke.py")
+QEMU = shutil.which("qemu-x86_64")
+TOP = {"build.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+TOP |= {"LICENSE", ".clang-format", ".gitignore", "PKG-INFO"}
+FOLDERS = ("csrc", "gpt2c", "tests", "benchmarks")
+
+
+def python(*arguments: str, emulator: tuple[str, ...] = (), **variables: str) -> str:
+    """Run this Python in a new process on these modules; give what it prints."""
+    # OpenBLAS's choice of instructions is for the real CPU, not for an emulated one.
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "GPT2C_"))}
+    plain |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | variables
+    done = subprocess.run(
+        [*emulator, sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=plain,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    return done.stdout
+
+
+# ---- sdist and wheel -----------------------------------------------------------------------------
+
+
+def hatch(source: Path, target: str, out: Path, **variables: str) -> Path:
+    """Build an sdist or a wheel of a source tree, with the builders that are installed."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)],
+        cwd=source,
+        env=os.environ | variables,
+        capture_output=True,
+        check=True,
+    )
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (ROOT / "build.py").exists():
+        pytest.skip("no build.py: not a source tree")
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed")
+    return hatch(ROOT, "sdist", tmp_path_factory.mktemp("sdist"))
+
+
+def unpack(sdist: Path, where: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # new in 3.11.4
+        archive.extractall(where)
+    (source,) = where.iterdir()
+    return source
+
+
+def test_the_sdist_is_the_source_and_nothing_else(sdist: Path) -> None:
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *FOLDERS]
+    done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or not done.stdout:
+        pytest.skip("no git, or not a clone: nothing says what the source is")
+    source = {name for name in done.stdout.splitlines() if (ROOT / name).exists()}
+    with tarfile.open(sdist) as archive:
+        assert {name.partition("/")[2] for name in archive.getnames()} == source | TOP
+
+
+def test_the_sdist_makes_itself(sdist: Path, tmp_path: Path) -> None:
+    again = hatch(unpack(sdist, tmp_path / "source"), "sdist", tmp_path / "again")
+    assert (again.name, again.read_bytes()) == (sdist.name, sdist.read_bytes())
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_the_wheel_is_the_same_from_anywhere_and_holds_what_it_must(
+    sdist: Path, tmp_path: Path
+) -> None:
+    """Two folders, one of them with what a developer leaves behind, and the same bytes."""
+    quick = tmp_path / "cc"  # what it compiles is another's test
+    quick.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
+    quick.chmod(0o755)
+    wheels = []
+    for name in ("clean", "used"):
+        source = unpack(sdist, tmp_path / name)
+        if name == "used":
+            for left in ("_kernels_old.abi3.so", ".build-x/y.c", "__pycache__/cli.cpython-311.pyc"):
+                (source / "gpt2c" / left).parent.mkdir(exist_ok=True)
+                (source / "gpt2c" / left).write_bytes(b"\x7fELF")
+        wheels.append(hatch(source, "wheel", tmp_path / f"{name}-out", CC=str(quick)))
+    first, second = wheels
+    assert re.fullmatch(r"gpt2c-[\d.]+-cp311-abi3-\w+\.whl", first.name)
+    assert (first.name, first.read_bytes()) == (second.name, second.read_bytes())
+    with zipfile.ZipFile(first) as wheel:
+        names = {name for name in wheel.namelist() if not name.startswith("gpt2c/_kernels_")}
+        kernels = sorted(set(wheel.namelist()) - names)
+        metadata = {name.rpartition("/")[2]: name for name in names if ".dist-info/" in name}
+        tag = wheel.read(metadata["WHEEL"]).decode()
+        needs = wheel.read(metadata["METADATA"]).decode()
+        content = b"".join(wheel.read(name) for name in kernels)
+    python_files = {f"gpt2c/{path.name}" for path in (ROOT / "gpt2c").glob("*.py")}
+    recipes = {f"gpt2c/recipes/{path.name}" for path in (ROOT / "gpt2c/recipes").glob("*.toml")}
+    assert recipes and names - set(metadata.values()) == python_files | recipes | {"gpt2c/py.typed"}
+    wanted = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE"}
+    assert metadata.keys() == wanted
+    assert "Root-Is-Purelib: false" in tag and re.findall(r"Tag: (.*)", tag) == [first.stem[12:]]
+    assert "Requires-Python: >=3.11" in needs
+    built = {path.name for path in PACKAGE.glob("_kernels_*")}
+    assert {name.removeprefix("gpt2c/") for name in kernels} == built
+    assert str(tmp_path).encode() not in content and b"/.build-" not in content
+
+
+# ---- CPUs ----------------------------------------------------------------------------------------
+
+
+def emulated(test):  # type: ignore[no-untyped-def]
+    """Skip where a CPU cannot be emulated."""
+    for missing, reason in (
+        (QEMU is None, "no qemu-x86_64: Debian and Ubuntu have qemu-user"),
+        (platform.machine() != "x86_64", "emulates x86-64 on x86-64"),
+        ("base" not in backends(), "no kernels are built"),
+    ):
+        test = pytest.mark.skipif(missing, reason=reason)(test)
+    return test
+
+
+# NumPy's wheels need SSE4.2, which Nehalem (2008) was the first to have.
+CPUS = [("Nehalem", "base"), ("Haswell,-fma,-f16c", "base"), ("Haswell", "avx2")]
+
+
+@emulated
+@pytest.mark.parametrize(("cpu", "expected"), CPUS, ids=[cpu for cpu, _ in CPUS])
+def test_an_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path) -> None:
+    """What needs a newer CPU ends the process there, as on a real one (next test)."""
+    if expected not in backends():
+        pytest.skip(f"{expected} does not run here, to be compared with")
+    there, here = tmp_path / "there.npz", tmp_path / "here.npz"
+    python(str(SMOKE), str(there), emulator=(str(QEMU), "-cpu", cpu))
+    python(str(SMOKE), str(here), GPT2C_BACKEND=expected)
+    with np.load(there) as one, np.load(here) as other:
+        assert one["backend"] == other["backend"] == expected
+        assert one.files == other.files and len(one.files) > 20
+        assert not [name for name in one.files if not np.array_equal(one[name], other[name])]
+
+
+@emulated
+def test_the_emulator_refuses_what_the_cpu_lacks() -> None:
+    if not (PACKAGE / "_kernels_avx2.abi3.so").exists():
+        pytest.skip("no avx2 kernels are built")
+    code = "import sys, importlib as i; sys.path[:0] = [sys.argv[1]]; k = i.import_module"
+    code += "('_kernels_' + sys.argv[2]); print(k.lib.fma_burn(1, 1) > 0)"
+    for name, right in (("base", 0), ("avx2", -signal.SIGILL)):
+        command = [str(QEMU), "-cpu", "Nehalem", sys.executable, "-c", code, str(PACKAGE), name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == right, done.stderr
+        assert (done.stdout == "True\n") is (right == 0)
+
+
+# ---- other users of OpenMP -----------------------------------------------------------------------
+
+TOGETHER = """
+import importlib, sys, threading
+from pathlib import Path
+import numpy as np
+
+first, second, third = sys.argv[1:]
+for name in (first, second, third):
+    importlib.import_module(name)
+import gpt2c, torch
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+config = gpt2c.GPT2Config(vocab_size=256, n_positions=128, n_embd=128, n_layer=3, n_head=4)
+idx = np.arange(8 * 128).reshape(8, 128) * 7 % 256
+x = np.random.default_rng(0).standard_normal((2000, 8))
+
+def ours(steps=1):
+    model = gpt2c.GPT2(config, backend=gpt2c.backend.get_backend(threads=2))
+    for _ in range(steps):
+        model.loss(idx, idx)
+        model.zero_grad()
+        model.backward()
+    return model.flat_gradients.tobytes()
+
+def torchs():
+    t = torch.arange(512 * 512, dtype=torch.float32).reshape(512, 512) / 1e5
+    return float((t @ t).relu().softmax(-1).sum())
+
+def sklearns():
+    return HistGradientBoostingRegressor(max_iter=5).fit(x, x[:, 0]).predict(x).tobytes()
+
+def seconds():  # of CPU, for each thread
+    stats = Path("/proc/self/task").glob("*/schedstat")
+    return {path.parent.name: int(path.read_text().split()[0]) / 1e9 for path in stats}
+
+alone = ours(), torchs(), sklearns()
+for _ in range(2):  # in turn
+    assert (ours(), torchs(), sklearns()) == alone
+# The pools of the others sleep while ours works: two threads do nearly all of it.
+before = seconds()
+assert ours(8) == alone[0]
+spent = sorted((s - before.get(thread, 0.0) for thread, s in seconds().items()), reverse=True)
+assert sum(spent[2:]) < 0.1 * sum(spent), spent
+# And at the same time.
+wrong = []
+def other():
+    for _ in range(3):
+        if (torchs(), sklearns()) != alone[1:]:
+            wrong.append("theirs")
+thread = threading.Thread(target=other)
+thread.start()
+while thread.is_alive():
+    if ours() != alone[0]:
+        wrong.append("ours")
+thread.join()
+assert not wrong, wrong
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+print("right with", len(libraries), "libgomp")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for threads' times")
+@pytest.mark.parametrize("first", ["gpt2c", "torch", "sklearn"])
+def test_beside_other_users_of_openmp(first: str) -> None:
+    """PyTorch and scikit-learn bring OpenMP runtimes of their own, whoever is imported first."""
+    for name in ("torch", "sklearn"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    order = sorted(("gpt2c", "torch", "sklearn"), key=lambda name: name != first)
+    assert python("-c", TOGETHER, *order).startswith("right with ")

@@ -1,0 +1,180 @@
+"""Token files: what is written is read, and a damaged, foreign or ambiguous file is refused."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from gpt2c import files
+from gpt2c.tokenfile import (
+    find_shards,
+    read_nanogpt,
+    read_shards,
+    read_tokens,
+    write_nanogpt,
+    write_shards,
+    write_tokens,
+)
+
+
+def test_token_file_is_an_llm_c_shard(tmp_path):
+    path = tmp_path / "a.bin"
+    write_tokens(path, [0, 1, 65535])
+    content = path.read_bytes()
+    header = np.frombuffer(content[:1024], dtype="<i4")
+    assert header[:3].tolist() == [20240520, 1, 3]
+    assert not header[3:].any()
+    assert content[1024:] == b"\x00\x00\x01\x00\xff\xff"
+
+
+def test_read_tokens_gives_what_was_written_and_cannot_change_it(tmp_path):
+    path = tmp_path / "a.bin"
+    write_tokens(path, np.arange(1000))
+    tokens = read_tokens(path, vocab_size=1000)
+    assert isinstance(tokens, np.memmap)
+    assert tokens.dtype == np.uint16
+    np.testing.assert_array_equal(tokens, np.arange(1000))
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+def test_token_outside_the_vocabulary(tmp_path):
+    path = tmp_path / "a.bin"
+    write_tokens(path, [1, 300, 2])
+    with pytest.raises(ValueError, match="holds token 300, outside a vocabulary of 300"):
+        read_tokens(path, vocab_size=300)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "not float64"),
+        (np.zeros(0, dtype=np.int64), "would hold 0 tokens"),
+        ([-1, 2], "between 0 and 65535, not -1 and 2"),
+        ([65536], "between 0 and 65535"),
+        ([0.5], "array of integers, not float64"),
+        ([[1, 2]], r"array of integers, not int64 \(1, 2\)"),
+    ],
+)
+def test_tokens_that_cannot_be_written(tmp_path, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        write_tokens(tmp_path / "a.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(content, **fields):
+    header = np.frombuffer(content[:1024], dtype="<i4").copy()
+    for name, value in fields.items():
+        header[{"magic": 0, "version": 1, "count": 2}[name]] = value
+    return header.tobytes() + content[1024:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "not an llm.c token file"),
+        (lambda content: content[:3], "not an llm.c token file"),
+        (lambda content: content[1024:], "nanoGPT's .bin without a header is not accepted"),
+        (lambda content: content[:1000], "truncated: 1000 bytes"),
+        (lambda content: content[:-2], "has 1042 bytes; its 10 tokens need 1044"),
+        (lambda content: content + b"\0", "has 1045 bytes; its 10 tokens need 1044"),
+        (lambda content: damaged(content, magic=20240801), "starts with 20240801"),
+        (lambda content: damaged(content, version=7), "version 7; version 1 is wanted"),
+        (lambda content: damaged(content, count=0), "holds 0 tokens"),
+        (lambda content: damaged(content, count=-5), "holds -5 tokens"),
+        (lambda content: damaged(content, count=2**31 - 1), "its 2147483647 tokens need"),
+    ],
+)
+def test_damaged_token_file(tmp_path, damage, message):
+    path = tmp_path / "a.bin"
+    write_tokens(path, np.arange(10))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read_tokens(path)
+
+
+def test_missing_token_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist; make it with"):
+        read_tokens(tmp_path / "a.bin")
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_tokens(tmp_path / "old.bin", [1])
+    before = (tmp_path / "old.bin").read_bytes()
+    monkeypatch.setattr(files.os, "fsync", full)
+    for name in ("old.bin", "new.bin"):
+        with pytest.raises(OSError, match="No space"):
+            write_tokens(tmp_path / name, [2, 3])
+    assert [path.name for path in tmp_path.iterdir()] == ["old.bin"]
+    assert (tmp_path / "old.bin").read_bytes() == before
+
+
+# --- shards ----------------------------------------------------------------------------------
+
+
+def test_shards_come_in_the_order_of_their_names(tmp_path):
+    for number in (10, 2, 1):
+        write_tokens(tmp_path / f"fineweb_train_{number:06d}.bin", [number])
+    write_tokens(tmp_path / "fineweb_val_000000.bin", [7, 8])
+    for name in (".train_hidden.bin", "train.txt", "other.bin"):
+        (tmp_path / name).write_bytes(b"no token file")
+    (tmp_path / "train_folder.bin").mkdir()
+    assert [shard.tolist() for shard in read_shards(tmp_path, "train")] == [[1], [2], [10]]
+    assert [shard.tolist() for shard in read_shards(tmp_path, "val")] == [[7, 8]]
+
+
+def test_a_name_that_says_both_is_refused(tmp_path):
+    write_tokens(tmp_path / "retrieval_train_000001.bin", [1])
+    for split in ("train", "val"):
+        assert "says both train and val" in refused(find_shards, tmp_path, split)
+
+
+def test_a_missing_split_and_a_bad_shard_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"val\.bin does not exist.*gpt2c prepare"):
+        read_shards(tmp_path, "val")
+    write_shards(tmp_path, "train", np.arange(10), 4)
+    assert "train_000003.bin holds token 9" in refused(read_shards, tmp_path, "train", 9)
+
+
+def test_shards_hold_what_was_given(tmp_path):
+    assert [path.name for path in write_shards(tmp_path, "val", [5, 6])] == ["val.bin"]
+    paths = write_shards(tmp_path, "train", np.arange(10), 4)
+    assert [path.name for path in paths] == [f"train_00000{n}.bin" for n in (1, 2, 3)]
+    assert [read_tokens(path).tolist() for path in paths] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert write_shards(tmp_path, "train", [1, 2], 2) == [tmp_path / "train.bin"]
+    assert "would hold 0 tokens" in refused(write_shards, tmp_path, "val", np.zeros(0, int), 4)
+
+
+# --- nanoGPT ---------------------------------------------------------------------------------
+
+
+def test_nanogpts_files_have_no_header(tmp_path):
+    tokens = np.array([50256, 0, 65535], np.uint16)
+    write_nanogpt(tmp_path / "train.bin", [tokens[:2], tokens[2:]])
+    assert (tmp_path / "train.bin").read_bytes() == tokens.astype("<u2").tobytes()
+    found = read_nanogpt(tmp_path / "train.bin")
+    assert found.tolist() == tokens.tolist() and not found.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has 0 bytes"),
+        (b"\1\2\3", "has 3 bytes"),
+        ((20240520).to_bytes(4, "little") + b"\0" * 1020, "has llm.c's header"),
+    ],
+)
+def test_what_cannot_be_nanogpts(tmp_path, content, message):
+    (tmp_path / "a.bin").write_bytes(content)
+    assert message in refused(read_nanogpt, tmp_path / "a.bin")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train.bin")
+    for read in (read_tokens, read_nanogpt):
+        assert "not a regular file" in refused(read, tmp_path / "train.bin")
