@@ -1,11 +1,9 @@
-"""Weights and trainer state on disk: a directory that Hugging Face's transformers loads as it is.
+"""Weights on disk: a directory that Hugging Face's transformers loads as it is.
 
     config.json                    the configuration, Hugging Face's field names
     generation_config.json         where texts start and end, for transformers' generate
     model.safetensors              the weights, Hugging Face's GPT-2 names and layout; or
     model.safetensors.index.json   which tensor is in which shard: read, never written
-    trainer.safetensors            of checkpoints: the optimizer's moments, the trainer's state as
-                                   metadata
 
 A directory may come from anyone: what one file says is compared with the others before it is used.
 Knows nothing about models: tensors are a dict, a configuration is a dict, and whether names and
@@ -30,10 +28,7 @@ from gpt2c.tensorfile import (
     FLOAT_DTYPES,
     AnyTensor,
     StoredTensor,
-    Tensors,
     map_tensors,
-    read_metadata,
-    read_tensors,
     write_tensors,
 )
 
@@ -41,7 +36,6 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TRAINER_FILE = "trainer.safetensors"
 
 # Hugging Face's Conv1D stores these as (C, OC); memory has llm.c's (OC, C).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -250,84 +244,18 @@ def check_shapes(
         raise ValueError(f"{source}: a GPT-2 has no tensor {unknown[0]}")
 
 
-def save_checkpoint(
-    directory: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    tensors: Mapping[str, NDArray[Any]],
-    trainer_tensors: Mapping[str, NDArray[Any]],
-    trainer_state: Mapping[str, Any],
-) -> None:
-    """Write weights and trainer state, all files completely before the first takes its name.
-
-    Both .safetensors files carry the step, so that `load_checkpoint` sees a pair that does not
-    belong together (a power cut between two renames, or other weights saved over a run's).
-
-    Parameters
-    ----------
-    directory, config, tensors : see `save_weights`
-    trainer_tensors : name -> float32 array, stored as they are (the optimizer's m and v)
-    trainer_state : anything JSON can hold, with the number of steps taken as the int "step"
-
-    Raises
-    ------
-    OSError : see `save_weights`
-    ValueError : there is no "step", or config or state hold nan or infinity
-    """
-    if "step" not in trainer_state:
-        raise ValueError("trainer_state must hold the number of steps taken as 'step'")
-    metadata = {"step": str(trainer_state["step"])}
-    _save(Path(directory), config, tensors, metadata, trainer_tensors, trainer_state)
-
-
-def load_checkpoint(
-    directory: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, StoredTensor], Tensors, dict[str, Any]]:
-    """Read what `save_checkpoint` wrote.
-
-    Returns
-    -------
-    (config, tensors, trainer_tensors, trainer_state)
-
-    Raises
-    ------
-    FileNotFoundError : `directory` lacks one of the three files
-    ValueError : a file is damaged, or weights and trainer state are not of the same step
-    """
-    config, tensors = load_weights(directory)
-    path = Path(directory) / TRAINER_FILE
-    trainer_tensors, metadata = read_tensors(path)
-    try:
-        state = json.loads(metadata["state"])
-        step = str(int(state["step"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no trainer state that can be read: {error!r}") from error
-    weights_path = Path(directory) / WEIGHTS_FILE
-    weights_step = read_metadata(weights_path).get("step", "unknown")
-    if weights_step != step:
-        raise ValueError(
-            f"{weights_path} is of step {weights_step} but {path} of step {step}: wanted two files "
-            "of one save; put back the other half, or start a new run from the weights"
-        )
-    return config, tensors, trainer_tensors, state
-
-
 def _save(
     directory: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, AnyTensor],
     metadata: Mapping[str, str],
-    trainer_tensors: Mapping[str, NDArray[Any]] | None = None,
-    trainer_state: Mapping[str, Any] | None = None,
 ) -> None:
     texts = _texts(config)
-    state_text = json.dumps(trainer_state, allow_nan=False)
     stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    names = [*texts, WEIGHTS_FILE, *([] if trainer_tensors is None else [TRAINER_FILE])]
+    names = [*texts, WEIGHTS_FILE]
     with atomic_paths(*(directory / name for name in names)) as temporary:
         files = dict(zip(names, temporary, strict=True))
-        if trainer_tensors is not None:
-            write_tensors(files[TRAINER_FILE], trainer_tensors, {"state": state_text})
         # Without "format" transformers refuses the file.
         write_tensors(files[WEIGHTS_FILE], stored, {"format": "pt", **metadata})
         for name, text in texts.items():

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info
+from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_plot
 from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
@@ -98,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     text = "loss, perplexity and bits per byte on held-out text; right answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text))
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, "continue a text"))
+    text = "draw metrics.jsonl: loss, learning rate, gradient norm, tokens a second"
+    cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
     text = "a model, tokenizer or token files for llm.c, llama.cpp, nanoGPT or transformers"
     cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
     cli_bench.add_flags(
@@ -122,12 +124,13 @@ def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) ->
     """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
     group = verb.add_argument_group("settings of the run", "names of a TOML recipe's keys")
     for field in dataclasses.fields(TrainSettings):
+        kind = type(field.default)
+        value = {"type": kind, "metavar": kind.__name__.upper()}
         group.add_argument(
             *dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}")),
             dest=field.name,
-            type=type(field.default),
             default=argparse.SUPPRESS,
-            metavar=type(field.default).__name__.upper(),
+            **({"action": argparse.BooleanOptionalAction} if kind is bool else value),
             help=f"{field.metadata['help']} ({defaults.get(field.name, field.default)})".replace(
                 "%", "%%"
             ),
@@ -181,10 +184,14 @@ def run_train(options: argparse.Namespace) -> int:
     result = train(options.data, options.out, given, options.resume, options.overwrite)
     if result.interrupted:
         return _interrupted(result, options.data, options.out)
-    print(
-        f"{options.out}: {result.step} steps in {result.seconds:.0f} s,"
-        f" validation loss {result.val_loss:.4f} nats/token"
-    )
+    steps = result.step - result.started
+    done = f"{steps} steps in {result.seconds:.0f} s"
+    if not steps:
+        done = f"was finished already, after {result.step} steps (a larger --max-iters goes on)"
+    elif result.started:
+        done += f", {result.step} in all"
+    skipped = f" ({result.skipped} skipped)" if result.skipped else ""
+    print(f"{options.out}: {done}{skipped}, validation loss {result.val_loss:.4f} nats/token")
     return 0
 
 

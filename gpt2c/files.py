@@ -1,13 +1,15 @@
 """Files that are whole or absent: every result is written under a temporary name, then renamed.
 
-And JSON that a stranger may have written. Knows nothing about what is in the files. Used by data,
-tokenizer, checkpoint and train.
+And JSON that a stranger may have written. Knows nothing about what is in the files. Used by all
+that read or write files.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from typing import Any, BinaryIO
 
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
 LONGEST_VALUE = 120  # characters of a stranger's value in an error
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `_temporary` makes
 
 
 @contextmanager
@@ -30,21 +33,19 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
     ------
     OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
-    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
-    try:
-        yield temporaries
-        for temporary in temporaries:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        for temporary, path in zip(temporaries, paths, strict=True):
-            os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:  # a full disk does not say where
-            raise OSError(error.errno, error.strerror, str(paths[0])) from error
-        raise
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+    temporaries = [_temporary(path) for path in paths]
+    with naming(paths[0]):
+        try:
+            yield temporaries
+            for temporary in temporaries:
+                _sync(temporary)
+            for temporary, path in zip(temporaries, paths, strict=True):
+                os.replace(temporary, path)
+            for directory in dict.fromkeys(path.parent for path in paths):
+                _sync(directory)
+        finally:
+            for temporary in temporaries:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -54,8 +55,85 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
 
 
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory beside `path`, which takes its name on success, whole and on disk.
+
+    On failure it is removed. What has the name already is removed first.
+
+    Raises
+    ------
+    OSError : a file cannot be written (no such directory, no permission, a full disk)
+    """
+    temporary = _temporary(path)
+    with naming(path):
+        _delete(temporary)  # of a dead process that had this one's id
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in sorted(temporary.iterdir()):
+                _sync(file)
+            _sync(temporary)
+            if os.path.lexists(path):
+                remove(path)
+            os.rename(temporary, path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory, which loses its name before anything in it is gone; or a file."""
+    temporary = path.with_name(f".{path.name}.removed.{os.getpid()}.tmp")
+    _delete(temporary)
+    os.rename(path, temporary)
+    _delete(temporary)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what processes that were killed left half-written; no living one may write there."""
+    for path in list(directory.iterdir()):
+        if TEMPORARY.fullmatch(path.name):
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no directories
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of the disk say where it was: a full one does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def claim_directory(path: Path, overwrite: bool) -> None:
     """Make an output directory; refuse one that holds something unless `overwrite`.
+
+    What a process that was killed left half-written does not count.
 
     Raises
     ------
@@ -64,7 +142,8 @@ def claim_directory(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an output directory is wanted")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    if not overwrite and not all(map(TEMPORARY.fullmatch, names)):
         raise FileExistsError(
             f"{path} exists and is not empty; name another directory or pass --overwrite"
         )

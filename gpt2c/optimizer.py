@@ -50,6 +50,10 @@ class FlatModel(Protocol):
     def decay_size(self) -> int: ...  # noqa: D102
 
 
+class NonFiniteGradient(ValueError):
+    """The gradients' norm is nan or infinite: `AdamW.step` has changed nothing."""
+
+
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101), PyTorch's form.
 
@@ -123,8 +127,8 @@ class AdamW:
 
         Raises
         ------
-        ValueError : a setting is out of range, or the norm is not finite; parameters and moments
-            are as they were
+        ValueError : a setting is out of range, or (a NonFiniteGradient) the norm is not finite;
+            parameters and moments are as they were
         """
         learning_rate = self.learning_rate if learning_rate is None else learning_rate
         _check_learning_rate(learning_rate)
@@ -133,7 +137,7 @@ class AdamW:
         model = self.model
         norm = float(model.backend.global_norm(model.flat_gradients))
         if not math.isfinite(norm):
-            raise ValueError(
+            raise NonFiniteGradient(
                 f"the gradient norm is {norm} at step {self.steps + 1}, so the weights were left "
                 "as they were; lower the learning rate"
             )

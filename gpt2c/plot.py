@@ -1,6 +1,7 @@
-"""Pictures: the loss curve of a run, the roofline and the bars of a benchmark.
+"""Pictures: the curves of runs, the roofline and the bars of a benchmark.
 
-They need matplotlib, the extra [plot]. Knows nothing about models. Used by train and cli.
+They need matplotlib, the extra [plot]. Knows nothing about models. Used by train, report
+and the command line.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c.files import atomic_path
 
@@ -24,6 +28,12 @@ COLORS = {
 }
 
 
+# The lines of runs, in the order in which they are named.
+RUN_COLORS = ("#1f5a9e", "#c8451b", "#3f8f4f", "#7d3c98", "#e8a838", "#16a3a3", "#8c564b")
+
+Metric = tuple[list[int], list[float]]
+
+
 def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draw training and validation loss over the steps; return False where matplotlib is missing.
 
@@ -32,21 +42,23 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     metrics : the objects of metrics.jsonl
     path : the PNG file to write
     """
-    steps = [entry["step"] for entry in metrics if "loss" in entry]
-    losses = [entry["loss"] for entry in metrics if "loss" in entry]
-    evaluated = [(entry["step"], entry["val_loss"]) for entry in metrics if "val_loss" in entry]
-
     try:
-        figure, axes = _figure((8, 4.5))
+        figure = _figure((8, 4.5))
     except ValueError:
         return False
+    axes = figure.add_subplot()
+    steps, losses = _metric(metrics, "loss")
     axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="training, each step")
-    axes.plot(steps, _smoothed(losses), color="#1f5a9e", linewidth=1.6, label="training, smoothed")
-    if evaluated:
-        last_step, last = evaluated[-1]
-        axes.plot(*zip(*evaluated, strict=True), "o-", color="#c8451b", ms=4, label="validation")
+    axes.plot(steps, smoothed(losses), color="#1f5a9e", linewidth=1.6, label="training, smoothed")
+    steps, losses = _metric(metrics, "val_loss")
+    if steps:
+        axes.plot(steps, losses, "o-", color="#c8451b", ms=4, label="validation")
         axes.annotate(
-            f"{last:.2f}", (last_step, last), (0, 9), textcoords="offset points", ha="center"
+            f"{losses[-1]:.2f}",
+            (steps[-1], losses[-1]),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
         )
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
@@ -54,13 +66,71 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     return True
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential average over about 20 values, freed of its start."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average, weight = 0.95 * average + 0.05 * value, 0.95 * weight + 0.05
-        result.append(average / weight)
-    return result
+def plot_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw loss, learning rate, gradient norm and speed of runs over one another.
+
+    Parameters
+    ----------
+    runs : name -> the objects of metrics.jsonl
+    path : the PNG file to write
+
+    Raises
+    ------
+    ValueError : matplotlib is missing
+    """
+    figure = _figure((11, 7))
+    panels = {
+        "loss": "loss, nats per token",
+        "learning_rate": "learning rate",
+        "grad_norm": "gradient norm before clipping",
+        "tokens_per_second": "tokens a second",
+    }
+    grid = dict(zip(panels, figure.subplots(2, 2).flat, strict=True))
+    handles = []
+    for i, (name, metrics) in enumerate(runs.items()):
+        color = RUN_COLORS[i % len(RUN_COLORS)]
+        for metric, axes in grid.items():
+            steps, values = _metric(metrics, metric)
+            if metric == "learning_rate":
+                axes.plot(steps, values, color=color, linewidth=1.4)
+                continue
+            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+            axes.plot(steps, smoothed(values), color=color, linewidth=1.4)
+        handles += grid["loss"].plot([], [], color=color, label=name)
+        steps, values = _metric(metrics, "val_loss")
+        grid["loss"].plot(steps, values, "o--", color=color, ms=4, mec="white", linewidth=1)
+    for metric, axes in grid.items():
+        axes.set_xlabel("step")
+        axes.set_ylabel(panels[metric])
+        _tidy(axes)
+    grid["tokens_per_second"].set_ylim(bottom=0)
+    grid["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
+    handles += grid["loss"].plot([], [], "o--", color="#777777", ms=4, label="validation")
+    _legend_and_save(figure, path, handles)
+
+
+def _metric(metrics: Sequence[Mapping[str, Any]], name: str) -> Metric:
+    """Give the steps that have a number of this name, and the numbers."""
+    found = [(entry["step"], entry[name]) for entry in metrics if entry.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
+    """Average each value with its neighbours before and after it, so that nothing is drawn late.
+
+    Those are a fortieth of all on each side, at least 10 (where there are so many). At both ends,
+    which lack neighbours, a line through the first and the last window stands for the average: a
+    filter of Savitzky and Golay (1964), of the first order.
+    """
+    numbers = np.asarray(values, np.float64)
+    side = min(max(10, len(numbers) // 40), (len(numbers) - 1) // 2)
+    if side < 1:
+        return numbers
+    window = 2 * side + 1
+    x = np.arange(window)
+    first, last = (np.polyfit(x, part, 1) for part in (numbers[:window], numbers[-window:]))
+    middle = np.convolve(numbers, np.full(window, 1 / window), "valid")
+    return np.concatenate([np.polyval(first, x[:side]), middle, np.polyval(last, x[side + 1 :])])
 
 
 def plot_roofline(
@@ -82,7 +152,8 @@ def plot_roofline(
     ------
     ValueError : matplotlib is missing
     """
-    figure, axes = _figure((10, 6))
+    figure = _figure((10, 6))
+    axes = figure.add_subplot()
     rows = list(dict.fromkeys(row for _, row, _, _ in points))
     left, right = 0.04, 3000.0
     for name, peak in peaks.items():
@@ -127,7 +198,8 @@ def plot_speed(
     ------
     ValueError : matplotlib is missing
     """
-    figure, axes = _figure((9, 4.5))
+    figure = _figure((9, 4.5))
+    axes = figure.add_subplot()
     rows = list(dict.fromkeys(row for group in groups.values() for row in group))
     width = 0.8 / len(rows)
     for i, row in enumerate(rows):
@@ -156,7 +228,8 @@ def plot_lines(
     ------
     ValueError : matplotlib is missing
     """
-    figure, axes = _figure((8, 4.5))
+    figure = _figure((8, 4.5))
+    axes = figure.add_subplot()
     solid = [label for label in lines if "," not in label]
     colors = dict(zip(solid, list(COLORS.values())[2:], strict=False))
     for label, points in lines.items():
@@ -177,7 +250,7 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -185,13 +258,24 @@ def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
         raise ValueError("a picture needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure
 
 
-def _finish(figure: Any, axes: Any, path: Path) -> None:
+def _tidy(axes: Any) -> None:
     axes.grid(color="#e5e5e5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=8, frameon=False, fontsize=8)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    _tidy(axes)
+    _legend_and_save(figure, path, axes.get_legend_handles_labels()[0])
+
+
+def _legend_and_save(figure: Any, path: Path, handles: Sequence[Any]) -> None:
+    columns = 8 if sum(len(handle.get_label()) for handle in handles) < 100 else 2
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -6,12 +6,14 @@ Names are nanoGPT's. Knows nothing about models or files but the recipe. Used by
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2c.config import GPT2Config
+from gpt2c.files import read_bytes, shown
 from gpt2c.optimizer import SCHEDULES, Schedule
 
 T = TypeVar("T")
@@ -26,6 +28,23 @@ FIXED_BY_RUN = (
     "gradient_accumulation_steps",
     "seed",
 )
+
+
+LEAST = dict.fromkeys(
+    (
+        "block_size",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "max_iters",
+        "log_interval",
+        "keep",
+    ),
+    1,
+) | dict.fromkeys(
+    ("warmup_iters", "eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"), 0
+)
+GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than anyone waits
+LARGEST_RECIPE = 1 << 20  # bytes
 
 
 def setting(default: T, text: str) -> T:
@@ -65,31 +84,16 @@ class TrainSettings:
     eval_iters: int = setting(0, "batches of an evaluation; 0 all of the validation tokens")
     log_interval: int = setting(10, "steps between two lines where no one watches a terminal")
     save_interval: int = setting(0, "steps between two checkpoints; 0 only at the end")
+    keep: int = setting(1, "so many of the newest checkpoints stay")
+    skip_nonfinite: bool = setting(False, "leave out a step with nan in it instead of stopping")
+    tensorboard: bool = setting(False, "write TensorBoard's event files too")
     seed: int = setting(1337, "of the weights and the order of the data")
     backend: str = setting("auto", "auto, avx512, avx2, base or numpy")
     recompute: str = setting("none", "none, light or full: trade time for memory")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            wanted, value = type(field.default), getattr(self, field.name)
-            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not wanted:
-                raise ValueError(
-                    f"{field.name} must be {wanted.__name__}, got {type(value).__name__} {value!r}"
-                )
-        for name in (
-            "block_size",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_iters",
-            "log_interval",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"):
-            if not getattr(self, name) >= 0:  # nan is not, either
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in DEFAULTS:
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -123,6 +127,38 @@ class TrainSettings:
         )
 
 
+DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(TrainSettings)
+}
+
+
+def checked(name: str, value: Any) -> Any:
+    """Give a setting as its type has it; refuse another type and what is out of range by itself.
+
+    Raises
+    ------
+    ValueError : it is
+    """
+    wanted = type(DEFAULTS[name])
+    if type(value) is int and value.bit_length() > 1000:  # for a float, and perhaps to be shown
+        raise ValueError(f"{name} is too large: a number of {value.bit_length():,} bits")
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        kind = type(value).__name__
+        raise ValueError(f"{name} must be {wanted.__name__}, got {kind} {shown(value)}")
+    if name in LEAST and not value >= LEAST[name]:  # nan is not, either
+        raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}")
+    if wanted is int and value > GREATEST:
+        least = LEAST.get(name, 1)
+        raise ValueError(
+            f"{name} must be a whole number from {least} to {GREATEST}, got {shown(value)}"
+        )
+    if wanted is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
 def find_recipe(name: str) -> Path:
     """Give the TOML file of this name, or else the recipe of this name that comes with gpt2c.
 
@@ -145,17 +181,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises
     ------
     OSError : the file is missing or unreadable
-    ValueError : it is not TOML, or names a setting that there is not
+    ValueError : it is not TOML, names a setting that there is not, or has one that cannot be
     """
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    unknown = sorted(entries.keys() - known)
+        entries = tomllib.loads(read_bytes(path, LARGEST_RECIPE).decode())
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    unknown = sorted(entries.keys() - DEFAULTS.keys())
     if unknown:
-        raise ValueError(f"{path}: no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    return entries
+        raise ValueError(
+            f"{path}: no setting {shown(unknown[0])}; there are {', '.join(sorted(DEFAULTS))}"
+        )
+    try:
+        return {name: checked(name, value) for name, value in entries.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
@@ -163,15 +203,19 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
 
     Raises
     ------
-    ValueError : `given` changes what a run cannot change; `source` names the run
+    ValueError : the run's settings are damaged, or `given` changes what a run cannot change;
+        `source` names the run
     """
-    known = {field.name for field in dataclasses.fields(TrainSettings)}
-    if not isinstance(stored, Mapping) or stored.keys() ^ known:
-        raise ValueError(f"{source} holds the settings of another gpt2c: start a new run")
+    if not isinstance(stored, Mapping) or stored.keys() ^ DEFAULTS.keys():
+        raise ValueError(f"{source}: its settings are another gpt2c's: start a new run")
+    try:
+        TrainSettings(**stored)
+    except ValueError as error:
+        raise ValueError(f"{source}: its settings cannot be: {error}") from None
     for name in FIXED_BY_RUN:
         if name in given and given[name] != stored[name]:
             raise ValueError(
-                f"{source} was trained with {name}={stored[name]}, so it cannot go on with"
+                f"{source}: the run was trained with {name}={stored[name]}, so it cannot go on with"
                 f" {given[name]}; drop that setting, or train into another directory"
             )
     return TrainSettings(**{**stored, **given})

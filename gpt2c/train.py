@@ -1,38 +1,40 @@
 """The training loop: batch -> loss -> backward -> step -> log -> checkpoint; and evaluation.
 
-A run is a directory that transformers can load as it is (config.json, model.safetensors, the
-tokenizer's files), and beside them trainer.safetensors, metrics.jsonl and loss.png. Knows nothing
-about text.
+What a step does depends on its number, the settings and the data alone, and on the weights and
+moments before it; so a run goes on from a checkpoint (run.py) as if it had not stopped. Knows
+nothing about text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c import checkpoint
+from gpt2c import trainer_state
 from gpt2c.backend import fma_peak
-from gpt2c.config import GPT2Config
 from gpt2c.data import Batches, windows
-from gpt2c.files import atomic_path, claim_directory
+from gpt2c.files import claim_directory, read_bytes
+from gpt2c.metrics import FILE as METRICS_FILE
+from gpt2c.metrics import read_metrics
 from gpt2c.model import GPT2
-from gpt2c.optimizer import AdamW
+from gpt2c.optimizer import AdamW, NonFiniteGradient
 from gpt2c.plot import plot_loss
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
+from gpt2c.run import CHECKPOINTS, RUN_FILE, Run, check_config, locked, read_record, report
 from gpt2c.settings import TrainSettings, resumed
+from gpt2c.tensorboard import check_tensorboard
 from gpt2c.tokenfile import read_shards
 from gpt2c.tokenizer import Tokenizer
 
@@ -41,10 +43,16 @@ Tokens = list[NDArray[np.uint16]]  # one array for each shard
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps done, validation loss in nats per token, seconds of this call."""
+    """How a run ended: steps done, validation loss in nats per token, seconds of this call.
+
+    `started` is the step that this call began after, `skipped` counts the run's steps without an
+    update.
+    """
 
     step: int
     max_iters: int
+    started: int
+    skipped: int
     val_loss: float
     seconds: float
     has_plot: bool
@@ -96,23 +104,44 @@ def train(
     out : the run
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
-    resume : go on from the checkpoint in `out`: on the same backend with the same number of threads
-        the result is, to the bit, that of a run never interrupted
+    resume : go on from the newest whole checkpoint in `out`, or from the first step if there is
+        none yet: on the same backend with the same number of threads the result is, to the bit,
+        that of a run never interrupted. With another `max_iters` or schedule, the steps done keep
+        their learning rates and those to come have the new schedule's.
     overwrite : `out` may exist and hold something
 
     Raises
     ------
-    OSError : a file is missing, damaged or cannot be written; an output directory is not empty
-    ValueError : settings, data and checkpoint do not fit each other
+    OSError : a file is missing, damaged or cannot be written; an output directory is not empty;
+        another process trains into `out`
+    ValueError : settings, data and checkpoint do not fit each other, or a loss or gradient is not
+        finite: then nothing was updated with it, and the checkpoints are as they were
     """
-    stored = checkpoint.load_checkpoint(out) if resume else None
-    if stored is None:
-        settings = TrainSettings(**(given or {}))
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked(out))
+        run, batches, val_tokens = _prepare(data, out, given or {}, resume, overwrite, stack)
+        stack.callback(run.close)
+        with _interruptible() as interrupted:
+            return _loop(run, batches, val_tokens, interrupted)
+
+
+def _prepare(
+    data: Path,
+    out: Path,
+    given: Mapping[str, Any],
+    resume: bool,
+    overwrite: bool,
+    stack: ExitStack,
+) -> tuple[Run, Batches, Tokens]:
+    """Check all that can be checked before anything is written, then open the run."""
+    record = read_record(out) if resume else None
+    if record is None:
+        settings = TrainSettings(**given)
     else:
-        missing = {"settings", "data", "val_loss"} - stored[3].keys()
-        if missing:
-            raise ValueError(f"{out / checkpoint.TRAINER_FILE} lacks {', '.join(sorted(missing))}")
-        settings = resumed(stored[3]["settings"], given or {}, str(out))
+        settings = resumed(record["settings"], given, str(out / RUN_FILE))
+    if settings.tensorboard:
+        check_tensorboard()
     if not data.is_dir():
         raise FileNotFoundError(
             f"{data} is not a directory of token files; gpt2c prepare makes one"
@@ -123,13 +152,20 @@ def train(
     tokens = read_shards(data, "train", tokenizer.vocab_size)
     val_tokens = read_shards(data, "val", tokenizer.vocab_size)
     fingerprint = _fingerprint(tokens)
-    if stored is not None and stored[3]["data"] != fingerprint:
+    if record is not None and record["data"] != fingerprint:
         raise ValueError(
-            f"{data} does not hold the training tokens of the run {out}: go on with those"
+            f"{data} does not hold the training tokens of the run {out}, as data in {RUN_FILE} has"
+            " them: go on with those"
         )
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
-    seed = settings.seed if stored is None else None
+    found = None
+    if record is not None:
+        check_config(out / RUN_FILE, record["config"], config)
+        found = trainer_state.newest(out / CHECKPOINTS, report)
+    if found is not None:
+        check_config(found.path, found.config, config)
+    seed = settings.seed if found is None else None
     recompute = None if settings.recompute == "none" else settings.recompute
     model = GPT2(config, seed, settings.backend, recompute)
     optimizer = AdamW(
@@ -137,14 +173,14 @@ def train(
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    run = _Run(out, settings, model, optimizer, tokenizer, fingerprint)
-    if stored is None:
+    run = Run(out, settings, model, optimizer, tokenizer, fingerprint)
+    if record is None:
         claim_directory(out, overwrite)
+        stack.enter_context(locked(out))
         run.start()
     else:
-        run.restore(*stored)
-    with _interruptible() as interrupted:
-        return _loop(run, batches, val_tokens, interrupted)
+        run.restore(record, found)
+    return run, batches, val_tokens
 
 
 def _fingerprint(tokens: Tokens) -> list[int]:
@@ -153,12 +189,13 @@ def _fingerprint(tokens: Tokens) -> list[int]:
 
 
 def _loop(
-    run: _Run, batches: Batches, val_tokens: Tokens, interrupted: threading.Event
+    run: Run, batches: Batches, val_tokens: Tokens, interrupted: threading.Event
 ) -> TrainResult:
-    settings, model = run.settings, run.model
+    settings, model, started = run.settings, run.model, run.step
     schedule = settings.learning_rates()
-    accumulate = settings.gradient_accumulation_steps
-    tokens_per_step = settings.batch_size * settings.block_size * accumulate
+    tokens_per_step = (
+        settings.batch_size * settings.block_size * settings.gradient_accumulation_steps
+    )
     flops = model.config.flops_per_token(settings.block_size)
     peak = fma_peak(model.backend.name, getattr(model.backend, "threads", 1))
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
@@ -166,136 +203,107 @@ def _loop(
     try:
         while run.step < settings.max_iters and not interrupted.is_set():
             began = time.perf_counter()
-            model.zero_grad()
-            loss = 0.0
-            for micro in range(accumulate):
-                x, y = batches.batch(run.step * accumulate + micro)
-                loss += model.loss(x, y) / accumulate
-                model.backward(scale=1 / accumulate)
             learning_rate = schedule(run.step)
-            norm = run.optimizer.step(learning_rate, settings.grad_clip or None)
+            loss, norm, fault = _update(run, batches, learning_rate)
+            if fault:
+                _skip(run, fault, progress)
             run.step += 1
-            speed = tokens_per_step / (time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            run.seconds += seconds
+            speed = tokens_per_step / seconds
             entry = {
                 "step": run.step,
                 "loss": loss,
                 "learning_rate": learning_rate,
                 "grad_norm": norm,
+                "tokens": run.step * tokens_per_step,
+                "tokens_per_second": round(speed, 1),
             }
-            entry["tokens_per_second"] = round(speed, 1)
             figures = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
             if peak:
                 entry["share_of_peak"] = round(flops * speed / peak, 4)
                 figures += f"  {flops * speed / peak:.0%} of peak"
+            if settings.skip_nonfinite:
+                entry["skipped"] = run.skipped
             progress.step(run.step, figures)
             last = run.step == settings.max_iters
             if last or (settings.eval_interval and run.step % settings.eval_interval == 0):
-                run.val_loss = evaluate(
-                    model, val_tokens, settings.batch_size, settings.block_size, settings.eval_iters
-                )
-                entry["val_loss"] = run.val_loss
+                entry["val_loss"] = _validate(run, val_tokens)
                 progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
             run.log(entry)
-            if settings.save_interval and run.step % settings.save_interval == 0 and not last:
+            if settings.save_interval and run.step % settings.save_interval == 0:
                 run.save()
     finally:
         progress.close()
     run.save()
     seconds = time.perf_counter() - start
-    has_plot = plot_loss(run.metrics, run.out / "loss.png")
-    return TrainResult(run.step, settings.max_iters, run.val_loss, seconds, has_plot)
+    has_plot = plot_loss(read_metrics(run.out / METRICS_FILE), run.out / "loss.png")
+    return TrainResult(
+        run.step, settings.max_iters, started, run.skipped, run.val_loss, seconds, has_plot
+    )
+
+
+def _update(run: Run, batches: Batches, learning_rate: float) -> tuple[float, float, str]:
+    """Take the next step: its loss, its gradients' norm, and what is not finite.
+
+    Where something is not finite, nothing was updated.
+    """
+    settings, model = run.settings, run.model
+    accumulate = settings.gradient_accumulation_steps
+    model.zero_grad()
+    loss = 0.0
+    for micro in range(accumulate):
+        x, y = batches.batch(run.step * accumulate + micro)
+        loss += model.loss(x, y) / accumulate
+        if not math.isfinite(loss):
+            return loss, math.nan, f"the loss is {loss}"
+        model.backward(scale=1 / accumulate)
+    try:
+        return loss, run.optimizer.step(learning_rate, settings.grad_clip or None), ""
+    except NonFiniteGradient:
+        for name, gradient in model.gradients.items():
+            bad = gradient[~np.isfinite(gradient)]
+            if bad.size:
+                return loss, math.nan, f"the gradient of {name} holds {bad[0]}"
+        raise
+
+
+def _skip(run: Run, fault: str, progress: Progress) -> None:
+    """Count a step that is left out, or stop the run."""
+    step = run.step + 1
+    if not run.settings.skip_nonfinite:
+        raise ValueError(
+            f"{fault} at step {step}, so the run stopped before its update; {run.last_good()};"
+            " lower the learning rate, or leave such steps out with --skip-nonfinite"
+        )
+    run.skipped += 1
+    progress.line(f"step {step}: {fault}, so nothing is updated ({run.skipped} skipped by now)")
+
+
+def _validate(run: Run, val_tokens: Tokens) -> float:
+    """Evaluate; a model that is lost stops the run before it takes a good one's place."""
+    settings = run.settings
+    val_loss = evaluate(
+        run.model, val_tokens, settings.batch_size, settings.block_size, settings.eval_iters
+    )
+    if not math.isfinite(val_loss):
+        raise ValueError(
+            f"the validation loss is {val_loss} after step {run.step}, so its weights were not"
+            f" saved; {run.last_good()}; lower the learning rate"
+        )
+    run.val_loss = val_loss
+    return val_loss
 
 
 def _check_tokenizer(data: Path, out: Path) -> None:
     """Refuse to go on with tokens that mean something else: two vocabularies may be of one size."""
     for name in ("vocab.json", "merges.txt"):
-        if (data / name).read_bytes() != (out / name).read_bytes():
+        # One that a kill at the start left out comes with the next start.
+        if (out / name).exists() and read_bytes(data / name) != read_bytes(out / name):
             raise ValueError(
                 f"{data} has another tokenizer than the run {out}: {name} differs; go on with the"
                 " data that it was trained on"
             )
-
-
-class _Run:
-    """A run directory and what is in it."""
-
-    def __init__(
-        self,
-        out: Path,
-        settings: TrainSettings,
-        model: GPT2,
-        optimizer: AdamW,
-        tokenizer: Tokenizer,
-        fingerprint: list[int],
-    ) -> None:
-        self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
-        self.tokenizer, self.fingerprint = tokenizer, fingerprint
-        self.step = 0
-        self.val_loss = math.nan
-        self.metrics: list[dict[str, Any]] = []
-
-    def start(self) -> None:
-        # Without its trainer's state an overwritten run cannot be resumed by mistake for this one.
-        for name in (checkpoint.TRAINER_FILE, checkpoint.WEIGHTS_FILE, "loss.png"):
-            (self.out / name).unlink(missing_ok=True)
-        self.tokenizer.save_pretrained(self.out)
-        self._write_metrics()
-
-    def restore(
-        self,
-        entries: Mapping[str, Any],
-        tensors: dict[str, Any],
-        moments: Mapping[str, Any],
-        state: Mapping[str, Any],
-    ) -> None:
-        """Take over a checkpoint; what metrics.jsonl says of steps after it is dropped."""
-        found = GPT2Config.from_dict(entries)
-        if found != self.model.config:
-            raise ValueError(
-                f"{self.out} holds a model of another config than its settings and this data's"
-                f" tokenizer give: {found}, wanted {self.model.config}"
-            )
-        self.model.load_parameters(tensors, str(self.out))
-        for name in ("m", "v"):
-            moment = getattr(self.optimizer, name)
-            if name not in moments or moments[name].shape != moment.shape:
-                raise ValueError(
-                    f"{self.out / checkpoint.TRAINER_FILE}: {name} must have shape {moment.shape}"
-                )
-            moment[...] = moments[name]
-        self.step = self.optimizer.steps = state["step"]
-        self.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        try:
-            entries_read = [json.loads(line) for line in lines if line.endswith("}")]
-            self.metrics = [entry for entry in entries_read if entry["step"] <= self.step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: delete it and resume") from error
-        self._write_metrics()
-
-    def _write_metrics(self) -> None:
-        with atomic_path(self.out / "metrics.jsonl") as temporary:
-            lines = (json.dumps(entry) + "\n" for entry in self.metrics)
-            temporary.write_text("".join(lines), encoding="utf-8")
-
-    def log(self, entry: dict[str, Any]) -> None:
-        """Add an object to metrics.jsonl; closing the file flushes it."""
-        self.metrics.append(entry)
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def save(self) -> None:
-        """Write the model and all that a resumed run needs."""
-        state = {
-            "step": self.step,
-            "val_loss": None if math.isnan(self.val_loss) else self.val_loss,
-            "settings": dataclasses.asdict(self.settings),
-            "data": self.fingerprint,
-        }
-        moments = {"m": self.optimizer.m, "v": self.optimizer.v}
-        config = self.model.config.to_dict()
-        checkpoint.save_checkpoint(self.out, config, self.model.parameters, moments, state)
 
 
 @contextmanager

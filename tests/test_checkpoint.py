@@ -19,11 +19,9 @@ from gpt2c import GPT2, GPT2Config, QuantizedGPT2
 from gpt2c.checkpoint import (
     check_shapes,
     load_as_they_are,
-    load_checkpoint,
     load_weights,
     read_config,
     save_as_they_are,
-    save_checkpoint,
     save_weights,
 )
 
@@ -47,12 +45,6 @@ TRANSPOSED = [name for name in SHAPES if ".c_" in name and name.endswith("weight
 def make_tensors(seed=0):
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
-
-
-def make_trainer(step, seed=5):
-    rng = np.random.default_rng(seed)
-    moments = {name: rng.normal(size=50).astype(np.float32) for name in ("m", "v")}
-    return moments, {"step": step, "rng": np.random.default_rng(3).bit_generator.state}
 
 
 def assert_same(tensors, expected):
@@ -586,67 +578,20 @@ def test_a_config_that_json_cannot_hold_leaves_the_old_files(directory):
     assert_same(load_weights(directory)[1], make_tensors())
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def test_checkpoint_round_trip(tmp_path):
-    moments, state = make_trainer(step=12)
-    save_checkpoint(tmp_path, CONFIG, make_tensors(), moments, state)
-    config, tensors, loaded_moments, loaded_state = load_checkpoint(tmp_path)
-    assert (config, loaded_state) == (CONFIG, state)
-    assert_same(tensors, make_tensors())
-    assert_same(loaded_moments, moments)
-    assert_same(load_weights(tmp_path)[1], make_tensors())  # a checkpoint is a model directory
-
-
-def test_two_halves_of_different_steps_are_refused(tmp_path):
-    save_checkpoint(tmp_path / "a", CONFIG, make_tensors(), *make_trainer(step=10))
-    save_checkpoint(tmp_path / "b", CONFIG, make_tensors(), *make_trainer(step=20))
-    os.replace(tmp_path / "b" / "model.safetensors", tmp_path / "a" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"of step 20 but .*trainer\.safetensors of step 10"):
-        load_checkpoint(tmp_path / "a")
-
-
-def test_weights_saved_over_a_runs_are_refused(tmp_path):
-    save_checkpoint(tmp_path, CONFIG, make_tensors(), *make_trainer(step=10))
-    save_weights(tmp_path, CONFIG, make_tensors(seed=1))
-    with pytest.raises(ValueError, match="of step unknown but"):
-        load_checkpoint(tmp_path)
-
-
-def test_a_directory_without_trainer_state(directory):
-    with pytest.raises(FileNotFoundError, match=r"trainer\.safetensors does not exist"):
-        load_checkpoint(directory)
-
-
-@pytest.mark.parametrize("metadata", [None, {"state": "{"}, {"state": "[]"}, {"state": "{}"}])
-def test_a_trainer_file_without_state(directory, metadata):
-    save_file({"m": np.zeros(3)}, directory / "trainer.safetensors", metadata=metadata)
-    with pytest.raises(ValueError, match=r"trainer\.safetensors holds no trainer state"):
-        load_checkpoint(directory)
-
-
-def test_the_state_must_have_a_step(tmp_path):
-    with pytest.raises(ValueError, match="'step'"):
-        save_checkpoint(tmp_path, CONFIG, make_tensors(), {}, {})
-
-
 # ---- writes that fail ----------------------------------------------------------------------------
 
 FAILING_SAVE = """
 import resource, signal, sys
 import numpy as np
-from gpt2c.checkpoint import save_checkpoint, save_weights
+from gpt2c.checkpoint import save_weights
 
 directory, limited = sys.argv[1:]
 large, small = np.ones(5000, np.float32), np.ones(5, np.float32)
-sizes = {"config": (small, small), "model": (large, small), "trainer": (small, large)}
 config = {"text": "x" * 20000} if limited == "config" else {}
-weights, moments = sizes[limited]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead of killing
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 try:
-    save_checkpoint(directory, config, {"wte.weight": weights}, {"m": moments}, {"step": 2})
+    save_weights(directory, config, {"wte.weight": large if limited == "model" else small})
 except OSError as error:
     print(error)
 else:
@@ -655,10 +600,9 @@ else:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
-@pytest.mark.parametrize("limited", ["config", "model", "trainer"])
+@pytest.mark.parametrize("limited", ["config", "model"])
 def test_a_failing_write_leaves_the_old_files(tmp_path, limited):
-    moments, state = make_trainer(step=1)
-    save_checkpoint(tmp_path, CONFIG, make_tensors(), moments, state)
+    save_weights(tmp_path, CONFIG, make_tensors())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     root = Path(__file__).parent.parent
     result = subprocess.run(
@@ -671,7 +615,6 @@ def test_a_failing_write_leaves_the_old_files(tmp_path, limited):
     assert result.returncode == 0, result.stderr
     assert "File too large" in result.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert load_checkpoint(tmp_path)[3] == state
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):

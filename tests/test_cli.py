@@ -75,11 +75,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     weights = (path / "run" / "model.safetensors").read_bytes()
     config = json.loads((path / "run" / "config.json").read_text())
-    for name in ("corrupt", "other", "weights", "notext"):
+    for name in ("corrupt", "other", "weights", "notext", "damaged"):
         shutil.copytree(path / "run", path / name)
     (path / "corrupt" / "model.safetensors").write_bytes(weights[:-100])
     (path / "other" / "config.json").write_text(json.dumps(config | {"n_embd": 32}))
-    (path / "weights" / "trainer.safetensors").unlink()
+    (path / "weights" / "run.json").unlink()
+    (newest,) = (path / "damaged" / "checkpoints").iterdir()
+    (newest / "model.safetensors").write_bytes(weights[:-100])
     (path / "notext" / "vocab.json").unlink()
     shutil.copytree(path / "run", path / "mixed")
     Tokenizer.train([TEXT], 260).save_pretrained(path / "mixed")
@@ -420,10 +422,18 @@ MISTAKES = [
     (f"train --data data {TINY} --out run", "run exists and is not empty"),
     (f"train --data data {TINY} --out text.txt", r"text\.txt is a file"),
     ("train --data data --out new --resume", "new is not a directory"),
-    ("train --data data --out folder --resume", r"config\.json does not exist"),
-    ("train --data data --out weights --resume", r"trainer\.safetensors does not exist"),
-    ("train --data data --out corrupt --resume", "is not a whole safetensors file"),
-    ("train --data data --out other --resume", "another config"),
+    (
+        "train --data data --out folder --resume",
+        r"run\.json does not exist: .*no run that can go on",
+    ),
+    ("train --data data --out weights --resume", r"weights/run\.json does not exist"),
+    (
+        "train --data data --out damaged --resume",
+        r"no checkpoint .*model\.safetensors has \d+ bytes",
+    ),
+    ("plot missing", r"missing/metrics\.jsonl does not exist"),
+    ("plot run folder", r"folder/metrics\.jsonl does not exist"),
+    ("plot run --out missing/picture.png", "missing/"),
     ("train --data bpe --out run --resume", "another tokenizer"),
     ("train --data data --out run --resume --n-layer 2", "was trained with n_layer=1"),
     ("eval missing --data data", "missing is no file or directory here"),

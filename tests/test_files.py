@@ -125,6 +125,44 @@ def test_json_is_read(tmp_path: Path) -> None:
     assert files.read_json(path) == {"a": [1, {"a": 2.5}], "é": None}
 
 
+# ---- directories that are whole or absent --------------------------------------------------------
+
+
+def test_a_directory_comes_whole_in_the_place_of_another(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with files.atomic_directory(tmp_path / "a") as temporary:
+            (temporary / content).write_text(content)
+            assert temporary.parent == tmp_path and files.TEMPORARY.fullmatch(temporary.name)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/new"]
+
+
+def test_a_directory_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    with files.atomic_directory(tmp_path / "a") as temporary:
+        (temporary / "old").touch()
+    with pytest.raises(OSError, match="a") as error, files.atomic_directory(tmp_path / "a") as new:
+        (new / "new").touch()
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "old"]
+
+
+def test_leftovers_are_removed_and_claim_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".a.77.tmp").mkdir()
+    (tmp_path / ".a.77.tmp" / "part").touch()
+    (tmp_path / ".b.json.78.tmp").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / ".c.79.tmp").symlink_to(tmp_path / "elsewhere")
+    files.claim_directory(tmp_path / "here", overwrite=False)
+    files.remove_leftovers(tmp_path / "here")
+    files.remove_leftovers(tmp_path)
+    kept = sorted(path.name for path in tmp_path.rglob("*"))
+    assert kept == ["elsewhere", "here", "mine"]
+    with pytest.raises(FileExistsError):
+        files.claim_directory(tmp_path, overwrite=False)
+
+
 def test_a_strangers_value_is_shown_in_a_line() -> None:
     deep: list[object] = []
     for _ in range(100_000):

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kills import TINY
 
 from gpt2c import train as train_module
-from gpt2c.checkpoint import load_checkpoint
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
 from gpt2c.data import prepare
@@ -28,22 +28,9 @@ from gpt2c.progress import Progress
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe, resumed
 from gpt2c.train import TrainResult, evaluate
 
-TINY: dict[str, Any] = {
-    "n_layer": 1,
-    "n_head": 2,
-    "n_embd": 16,
-    "block_size": 16,
-    "batch_size": 4,
-    "max_iters": 20,
-    "learning_rate": 1e-2,
-    "min_lr": 1e-3,
-    "warmup_iters": 4,
-    "eval_interval": 0,
-    "log_interval": 1000,
-}
 DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
 FILES = (
-    *("model.safetensors", "trainer.safetensors", "config.json", "generation_config.json"),
+    *("model.safetensors", "config.json", "generation_config.json"),
     *("vocab.json", "merges.txt"),
 )
 
@@ -80,11 +67,20 @@ def same_run(a: Path, b: Path, names: tuple[str, ...] = FILES) -> None:
     assert metrics(a) == metrics(b)
     for name in names:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    (newest,), (other,) = ((out / "checkpoints").iterdir() for out in (a, b))
+    assert newest.name == other.name
+    moments = "trainer.safetensors"
+    assert (newest / moments).read_bytes() == (other / moments).read_bytes()
+
+
+def everything(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def nothing_half_written(out: Path) -> None:
-    known = {*FILES, "tokenizer_config.json", "metrics.jsonl", "loss.png"}
-    assert {path.name for path in out.iterdir()} <= known
+    known = {*FILES, "tokenizer_config.json", "metrics.jsonl", "loss.png", "run.json"}
+    assert {path.name for path in out.iterdir()} <= known | {"checkpoints"}
+    assert all(path.name.isdecimal() for path in (out / "checkpoints").glob("*"))
 
 
 @pytest.fixture
@@ -169,7 +165,7 @@ def test_a_warm_up_longer_than_the_run_is_cut(data: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_that_diverges_says_so(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gradient norm is nan .*lower the learning rate"):
+    with pytest.raises(ValueError, match=r"loss is nan at step 2, .*lower the learning rate"):
         train(data, tmp_path / "run", learning_rate=1e30)
 
 
@@ -232,7 +228,7 @@ def test_resume_after_a_power_cut_is_the_run_that_had_none(
     with pytest.raises(RuntimeError):
         train(data, out, save_interval=10)
     assert len(metrics(out)) == 13
-    assert load_checkpoint(out)[3]["step"] == 10
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000010"]
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 14, "lo')  # the cut came in the middle of a line
     at_step(0, power_cut)  # never
@@ -321,7 +317,7 @@ def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -
     prepare(DOCUMENTS, tmp_path / "own", "bpe:270")
     prepare([text.replace("cat", "dog") for text in DOCUMENTS], tmp_path / "same size", "bpe:270")
     train(tmp_path / "own", out, max_iters=3)
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    files = everything(out)
     for changes, wanted in (
         ({"n_embd": 32}, r"was trained with n_embd=16, so it cannot go on with 32; drop that"),
         ({"seed": 5}, r"was trained with seed=1337"),
@@ -331,9 +327,9 @@ def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -
     for other in (data, tmp_path / "same size"):
         with pytest.raises(ValueError, match=r"has another tokenizer than the run [^\n]*$"):
             train(other, out, resume=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
-    (out / "config.json").write_text(
-        (out / "config.json").read_text().replace('"n_positions": 16', '"n_positions": 8')
+    assert everything(out) == files
+    (out / "run.json").write_text(
+        (out / "run.json").read_text().replace('"n_positions": 16', '"n_positions": 8')
     )
     with pytest.raises(ValueError, match="holds a model of another config"):
         train(tmp_path / "own", out, resume=True)
@@ -345,10 +341,10 @@ def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -
 def test_a_directory_that_holds_something_is_refused(
     data: Path, whole: Path, tmp_path: Path
 ) -> None:
-    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    files = everything(whole)
     with pytest.raises(FileExistsError, match="is not empty; name another directory or pass"):
         train(data, whole)
-    assert {path.name: path.read_bytes() for path in whole.iterdir()} == files
+    assert everything(whole) == files
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file"):
         train(data, tmp_path / "file")
@@ -363,8 +359,9 @@ def test_overwrite_replaces_a_run(data: Path, tmp_path: Path, at_step: Any) -> N
     at_step(3, power_cut)
     with pytest.raises(RuntimeError):
         train_module.train(data, old, TINY, overwrite=True)
-    with pytest.raises(FileNotFoundError, match="does not exist"):  # the run that was overwritten
-        train(data, old, resume=True)
+    at_step(0, power_cut)  # never
+    train(data, old, resume=True)  # and not the run that was overwritten
+    same_run(old, fresh)
 
 
 LIMITED = """
@@ -382,14 +379,15 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(
     pytest.importorskip("resource")
     out = tmp_path / "run"
     train(data, out, save_interval=10, max_iters=10)
-    files = {name: (out / name).read_bytes() for name in FILES}
+    (newest,) = (out / "checkpoints").iterdir()
+    files = everything(newest) | {out / name: (out / name).read_bytes() for name in FILES}
     command = [sys.executable, "-B", "-c", LIMITED.format(limit=limit), "train", "--resume"]
     command += ["--data", str(data), "--out", str(out), "--max-iters", "12"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("gpt2c: ")
     assert done.stderr.count("\n") == 1
-    assert {name: (out / name).read_bytes() for name in FILES} == files
+    assert {path: path.read_bytes() for path in files} == files
     nothing_half_written(out)
     assert train(data, out, resume=True, max_iters=20).step == 20
     assert [entry["step"] for entry in metrics(out)] == list(range(1, 21))
@@ -456,9 +454,18 @@ def test_a_file_stands_before_a_shipped_recipe(
         ({"save_interval": -1}, "save_interval must be at least 0, got -1"),
         ({"grad_clip": -0.5}, r"grad_clip must be at least 0, got -0\.5"),
         ({"grad_clip": math.nan}, "grad_clip must be at least 0, got nan"),
+        ({"grad_clip": math.inf}, "grad_clip must be finite, got inf"),
+        ({"gamma": math.nan}, "gamma must be finite, got nan"),
+        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"skip_nonfinite": 1}, "skip_nonfinite must be bool, got int 1"),
+        (
+            {"max_iters": 2**31},
+            "max_iters must be a whole number from 1 to 2147483647, got 2147483648",
+        ),
+        ({"learning_rate": 10**400}, r"learning_rate is too large: a number of 1,329 bits"),
         ({"learning_rate": math.inf}, "learning_rate must be finite"),
         ({"min_lr": 1.0}, "min_lr must be in"),
-        ({"warmup_iters": -1}, "warmup_iters must be in"),
+        ({"warmup_iters": -1}, "warmup_iters must be at least 0, got -1"),
         ({"decay_fraction": 0.0}, "decay_fraction must be in"),
         ({"gamma": 2.0}, "gamma must be in"),
         ({"step_size": 0}, "step_size must be at least 1"),
@@ -485,6 +492,26 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = '\xe9'", "recipe.toml is not TOML: "),
         (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_size, "),
         (b"[model]\nn_layer = 1", "recipe.toml: no setting 'model'"),
+        (b"n_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
+        (b"n_layer = true", "recipe.toml: n_layer must be int, got bool True"),
+        (b"n_layer = 1e3", r"recipe.toml: n_layer must be int, got float 1000\.0"),
+        (b"n_layer = [1]", r"recipe.toml: n_layer must be int, got list \[1\]"),
+        (b"n_layer = 1999-12-31", "recipe.toml: n_layer must be int, got date"),
+        (b"tensorboard = 1", "recipe.toml: tensorboard must be bool, got int 1"),
+        (b"beta1 = nan", "recipe.toml: beta1 must be finite, got nan"),
+        (b"learning_rate = -inf", "recipe.toml: learning_rate must be finite, got -inf"),
+        (b"learning_rate = 1" + b"0" * 400, "recipe.toml: learning_rate is too large"),
+        (
+            b"max_iters = 9223372036854775807",
+            "recipe.toml: max_iters must be a whole number from 1 to 2147483647, got 92",
+        ),
+        (
+            b"n_layer = 0x" + b"f" * 5000,
+            "recipe.toml: n_layer is too large: a number of 20,000 bits",
+        ),
+        (b"n_layer = " + b"9" * 5000, "recipe.toml is not TOML: "),
+        (b"n_layer = " + b"[" * 5000, "recipe.toml is not TOML: "),
+        (b"#" * (1 << 21), "recipe.toml has 2,097,152 bytes"),
     ],
 )
 def test_a_recipe_that_is_none(tmp_path: Path, content: bytes, wanted: str) -> None:
@@ -498,8 +525,10 @@ def test_a_resumed_run_keeps_its_settings() -> None:
     stored = dataclasses.asdict(TrainSettings(n_layer=2, max_iters=10, seed=3))
     settings = resumed(stored, {"max_iters": 20, "n_layer": 2}, "runs/a")
     assert (settings.n_layer, settings.max_iters, settings.seed) == (2, 20, 3)
-    with pytest.raises(ValueError, match="runs/a was trained with n_layer=2, so it cannot go on"):
+    with pytest.raises(
+        ValueError, match="runs/a: the run was trained with n_layer=2, so it cannot go on"
+    ):
         resumed(stored, {"n_layer": 3}, "runs/a")
     for strange in ({}, {**stored, "dropout": 0.1}, [], None):
-        with pytest.raises(ValueError, match="runs/a holds the settings of another gpt2c"):
+        with pytest.raises(ValueError, match="runs/a: its settings are another gpt2c"):
             resumed(strange, {}, "runs/a")

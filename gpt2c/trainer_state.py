@@ -1,0 +1,223 @@
+"""Checkpoints of a trainer: the newest one that is whole takes a run on, to the bit.
+
+    00000040/config.json, model.safetensors   the model of step 40, as transformers loads it
+    00000040/trainer.safetensors              the optimizer's moments, m and v
+    00000040/state.json                       the counts, and size and SHA-256 of the other files
+
+A checkpoint has its name when all of it is on the disk, and not before. Knows nothing about models:
+tensors are named arrays, a configuration is a dict. Used by run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
+from gpt2c.files import atomic_directory, open_file, read_json, remove, shown
+from gpt2c.tensorfile import read_tensors, write_tensors
+
+VERSION = 1
+MOMENTS_FILE = "trainer.safetensors"
+STATE_FILE = "state.json"
+MOMENTS = ("m", "v")
+_NAME = re.compile(r"\d{8,15}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """Where a run is, beside its tensors: all else follows from its settings and the step.
+
+    Parameters
+    ----------
+    step : steps done, skipped ones too
+    skipped : of them, those that updated nothing; the optimizer has taken step - skipped
+    seconds : spent in steps, by every process that the run had
+    val_loss : the last evaluation's, in nats per token; None before the first
+
+    Raises
+    ------
+    ValueError : a number of another type or range
+    """
+
+    step: int
+    skipped: int = 0
+    seconds: float = 0.0
+    val_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, most in (("step", 10**15 - 1), ("skipped", self.step)):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= most:
+                raise ValueError(
+                    f"{name} must be a whole number in [0, {most}], got {shown(value)}"
+                )
+        for name in ("seconds", "val_loss"):
+            value = getattr(self, name)
+            if value is None and name == "val_loss":
+                continue
+            if type(value) is not float or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {shown(value)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What `newest` found: see `save` for the parts. Tensors may be mapped from the files."""
+
+    path: Path
+    state: TrainerState
+    config: dict[str, Any]
+    tensors: Mapping[str, Any]
+    moments: Mapping[str, Any]
+
+
+def save(
+    directory: Path,
+    state: TrainerState,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+    moments: Mapping[str, NDArray[np.float32]],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`; give its path.
+
+    Parameters
+    ----------
+    directory : of the run's checkpoints, made if it does not exist
+    config, tensors : see `checkpoint.save_weights`
+    moments : m and v, the optimizer's, stored as they are
+    keep : at least 1
+
+    Raises
+    ------
+    OSError : it cannot be written (a full disk, ...); the checkpoints there are as they were
+    """
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{state.step:08d}"
+    with atomic_directory(path) as temporary:
+        save_weights(temporary, config, tensors)
+        write_tensors(temporary / MOMENTS_FILE, moments, {"format": "gpt2c"})
+        files = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
+        summed = {"state": dataclasses.asdict(state), "files": files}
+        content = {"version": VERSION, "sha256": _sum_of(summed), **summed}
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+    prune(path, keep)
+    return path
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Remove the checkpoints beside the newest whole one but the `keep` newest up to it.
+
+    One of a later step was not whole when the run went on from this one, and never will be.
+    """
+    paths = _steps(newest.parent)
+    done = [path for path in paths if int(path.name) <= int(newest.name)]
+    for path in set(paths) - set(done[:keep]):
+        remove(path)
+
+
+def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole; None if there is none at all.
+
+    Parameters
+    ----------
+    report : told, in a line each, which newer ones were passed over and why
+
+    Raises
+    ------
+    OSError : one is not to be read by this user
+    ValueError : there are checkpoints, but none is whole
+    """
+    faults = []
+    for path in _steps(directory):
+        try:
+            found = _read(path)
+        except PermissionError:
+            raise
+        except (OSError, ValueError) as error:
+            faults.append(f"{path} is not whole: {error}")
+            continue
+        for fault in faults:
+            report(f"{fault}; going on from {found.path}")
+        return found
+    if faults:
+        raise ValueError(
+            f"no checkpoint of the run can be read ({faults[0]}); delete {directory} to begin the"
+            " run again from its first step"
+        )
+    return None
+
+
+def model_files(path: Path) -> list[Path]:
+    """Give the files of a checkpoint that are the model's, the weights last."""
+    return sorted(file for file in path.iterdir() if file.name not in (MOMENTS_FILE, STATE_FILE))
+
+
+def _steps(directory: Path) -> list[Path]:
+    """Give the checkpoints, the newest first, whole or not."""
+    if not directory.is_dir():
+        return []
+    paths = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(path.name), reverse=True)
+
+
+def _read(path: Path) -> Checkpoint:
+    content = read_json(path / STATE_FILE)
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{STATE_FILE} is of version {shown(version)}, wanted {VERSION}")
+    if content.keys() != {"version", "sha256", "state", "files"}:
+        raise ValueError(f"{STATE_FILE} must hold version, sha256, state and files")
+    summed = {name: content[name] for name in ("state", "files")}
+    if content["sha256"] != _sum_of(summed):
+        raise ValueError(f"{STATE_FILE} is damaged: it has not the SHA-256 that it says")
+    files = content["files"]
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise ValueError(f"{STATE_FILE}: files must be an object of objects")
+    missing = {CONFIG_FILE, WEIGHTS_FILE, MOMENTS_FILE} - files.keys()
+    if missing:
+        raise ValueError(f"{STATE_FILE}: files lacks {min(missing)}")
+    for name, wanted in files.items():
+        if name != os.path.basename(name):
+            raise ValueError(f"{STATE_FILE} names a file that is not beside it: {shown(name)}")
+        size = (path / name).stat().st_size
+        if size != wanted.get("size"):
+            raise ValueError(f"{name} has {size} bytes, not {shown(wanted.get('size'))}")
+        if _sum(path / name) != wanted:
+            raise ValueError(f"{name} is damaged: it has not the SHA-256 that {STATE_FILE} says")
+    try:
+        state = TrainerState(**content["state"])
+    except TypeError as error:
+        raise ValueError(f"{STATE_FILE} has a state of other fields: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{STATE_FILE}: {error}") from None
+    if int(path.name) != state.step:
+        raise ValueError(f"{STATE_FILE} is of step {state.step}")
+    config, tensors = load_weights(path)
+    moments, _ = read_tensors(path / MOMENTS_FILE)
+    if set(moments) != set(MOMENTS):
+        raise ValueError(f"{MOMENTS_FILE} must hold m and v, got {', '.join(sorted(moments))}")
+    return Checkpoint(path, state, config, tensors, moments)
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    with open_file(path) as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _sum_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

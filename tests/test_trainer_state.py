@@ -1,0 +1,213 @@
+"""Checkpoints: what was saved comes back to the bit, what is not whole is passed over by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+from safetensors.numpy import save_file
+
+from gpt2c import trainer_state
+from gpt2c.checkpoint import load_weights
+from gpt2c.trainer_state import TrainerState, newest, save
+
+CONFIG = {"n_embd": 4, "model_type": "gpt2"}
+FILES = ["config.json", "generation_config.json", "model.safetensors", "state.json"]
+FILES += ["trainer.safetensors"]
+
+
+def arrays(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give weights and moments."""
+    rng = np.random.default_rng(seed)
+    weights = {"wte.weight": (7, 4), "h.0.attn.c_attn.weight": (12, 4), "ln_f.bias": (4,)}
+    drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in weights.items()}
+    return drawn, {name: rng.standard_normal(80, np.float32) for name in ("m", "v")}
+
+
+def put(directory: Path, step: int, keep: int = 9, **state: Any) -> Path:
+    return save(directory, TrainerState(step, **state), CONFIG, *arrays(step), keep=keep)
+
+
+def found(directory: Path) -> tuple[int, list[str]]:
+    """Give the step of the newest whole checkpoint, and what was said of the others."""
+    lines: list[str] = []
+    checkpoint = newest(directory, lines.append)
+    assert checkpoint is not None
+    return checkpoint.state.step, lines
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """Give a directory with checkpoints of the steps 10, 20 and 30."""
+    for step in (10, 20, 30):
+        put(tmp_path / "checkpoints", step)
+    return tmp_path / "checkpoints"
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    state = TrainerState(40, skipped=3, seconds=1.25, val_loss=2 / 3)
+    weights, moments = arrays(1)
+    path = save(tmp_path / "checkpoints", state, CONFIG, weights, moments, keep=1)
+    assert path == tmp_path / "checkpoints" / "00000040"
+    assert sorted(file.name for file in path.iterdir()) == FILES
+    checkpoint = newest(path.parent, pytest.fail)
+    assert checkpoint is not None
+    assert (checkpoint.path, checkpoint.state, checkpoint.config) == (path, state, CONFIG)
+    for read, written in ((checkpoint.tensors, weights), (checkpoint.moments, moments)):
+        assert read.keys() == written.keys()
+        assert all(np.array_equal(np.asarray(read[name]), written[name]) for name in written)
+    assert load_weights(path)[0] == CONFIG  # a checkpoint is a model directory
+
+
+def test_the_newest_n_stay(three: Path) -> None:
+    assert [path.name for path in sorted(three.iterdir())] == ["00000010", "00000020", "00000030"]
+    put(three, 40, keep=2)
+    assert [path.name for path in sorted(three.iterdir())] == ["00000030", "00000040"]
+    assert found(three) == (40, [])
+
+
+def test_there_may_be_none(tmp_path: Path) -> None:
+    assert newest(tmp_path / "checkpoints", pytest.fail) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".00000010.77.tmp").mkdir()
+    (tmp_path / "checkpoints" / "notes").touch()
+    assert newest(tmp_path / "checkpoints", pytest.fail) is None
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change a state.json as someone would who makes the checksum right."""
+    content = json.loads(path.read_text())
+    for name, change in changes.items():
+        content[name] = change(content[name])
+    summed = {name: content[name] for name in ("state", "files")}
+    content["sha256"] = trainer_state._sum_of(summed)
+    path.write_text(json.dumps(content))
+
+
+def state(**changes: Any) -> Any:
+    return lambda path: rewrite(path / "state.json", state=lambda old: old | changes)
+
+
+DAMAGES: list[tuple[Any, str]] = [
+    (lambda path: (path / "state.json").unlink(), "state.json"),
+    (lambda path: (path / "state.json").write_bytes(b""), r"state\.json is not valid JSON"),
+    (lambda path: (path / "state.json").write_text("[]"), "must hold a JSON object"),
+    (lambda path: (path / "state.json").write_text("{}"), "is of version None, wanted 1"),
+    (lambda path: (path / "state.json").write_text("[" * 10**5), "is not valid JSON"),
+    (lambda path: rewrite(path / "state.json", version=lambda old: 2), "is of version 2, wanted 1"),
+    (lambda path: flip(path / "state.json", -120), r"state\.json"),
+    (lambda path: (path / "trainer.safetensors").unlink(), r"trainer\.safetensors"),
+    (lambda path: os.truncate(path / "trainer.safetensors", 100), "has 100 bytes, not "),
+    (lambda path: os.truncate(path / "model.safetensors", 0), "has 0 bytes, not "),
+    (
+        lambda path: flip(path / "model.safetensors", -1),
+        r"model\.safetensors is damaged: it has not",
+    ),
+    (lambda path: flip(path / "trainer.safetensors", 500), r"trainer\.safetensors is damaged"),
+    (lambda path: flip(path / "config.json", 5), r"config\.json is damaged"),
+    (lambda path: [f.unlink() for f in path.iterdir()], r"state\.json"),
+    (lambda path: [shutil.rmtree(path), path.touch()], r"state\.json"),
+    (state(step=31), "is of step 31"),
+    (state(step="30"), "step must be a whole number"),
+    (state(step=True), "step must be a whole number"),
+    (state(skipped=31), "skipped must be a whole number in"),
+    (state(seconds=-1.0), "seconds must be finite and at least 0"),
+    (state(val_loss="low"), "val_loss must be finite and at least 0"),
+    (state(more=1), "has a state of other fields"),
+    (
+        lambda path: rewrite(
+            path / "state.json", files=lambda old: old | {"../x": old["config.json"]}
+        ),
+        r"names a file that is not beside it: '\.\./x'",
+    ),
+    (
+        lambda path: rewrite(path / "state.json", files=lambda old: []),
+        "files must be an object of objects",
+    ),
+    (
+        lambda path: rewrite(path / "state.json", files=lambda old: {"config.json": 1}),
+        "files must be an object",
+    ),
+    (lambda path: rewrite(path / "state.json", files=lambda old: {}), "files lacks config.json"),
+    (lambda path: rewrite(path / "state.json", version=lambda old: True), "is of version True"),
+    (lambda path: rewrite(path / "state.json", state=lambda old: [1]), "has a state of other fiel"),
+]
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(three: Path, damage: Any, reason: str) -> None:
+    damage(three / "00000030")
+    step, lines = found(three)
+    assert step == 20
+    (line,) = lines
+    assert line.startswith(f"{three / '00000030'} is not whole: ") and "\n" not in line
+    assert line.endswith(f"; going on from {three / '00000020'}")
+    assert re.search(reason, line), line
+    put(three, 30)  # the step is done again
+    assert found(three) == (30, [])
+
+
+def test_moments_that_are_none(three: Path) -> None:
+    path = three / "00000030"
+    save_file({"m": np.zeros(3, np.float32)}, path / "trainer.safetensors")
+    sums = trainer_state._sum(path / "trainer.safetensors")
+    rewrite(path / "state.json", files=lambda old: old | {"trainer.safetensors": sums})
+    step, lines = found(three)
+    assert step == 20 and "trainer.safetensors must hold m and v, got m" in lines[0]
+
+
+def test_none_is_whole(three: Path) -> None:
+    for path in three.iterdir():
+        flip(path / "model.safetensors", -1)
+    message = refused(newest, three, pytest.fail)
+    assert message.startswith("no checkpoint of the run can be read (")
+    assert "00000030 is not whole: model.safetensors is damaged" in message
+    assert message.endswith(f"delete {three} to begin the run again from its first step")
+
+
+def test_one_that_was_passed_over_goes_with_the_next(three: Path) -> None:
+    """It must not count as one of the newest, or the whole one would be removed in its favour."""
+    os.truncate(three / "00000030" / "model.safetensors", 0)
+    put(three, 25, keep=1)
+    assert [path.name for path in three.iterdir()] == ["00000025"]
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next save would remove it, and it may be whole."""
+
+    def forbidden(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(trainer_state, "read_json", forbidden)
+    with pytest.raises(PermissionError):
+        newest(three, pytest.fail)
+
+
+def test_a_save_that_fails_leaves_what_there_was(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = {path: path.stat().st_mtime_ns for path in three.rglob("*")}
+    monkeypatch.setattr(trainer_state, "write_tensors", full)
+    with pytest.raises(OSError, match="00000040") as error:
+        put(three, 40, keep=1)
+    assert error.value.strerror == "No space left on device"
+    assert {path: path.stat().st_mtime_ns for path in three.rglob("*")} == before
+    assert found(three) == (30, [])
