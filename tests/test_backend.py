@@ -257,7 +257,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"generator", "sampling"},
     "cli_plot": {"metrics", "plot"},
-    "scoring": {"data", "decoder", "language_model", "memory", "tokenizer"},
+    "scoring": {"data", "decoder", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
