@@ -10,7 +10,6 @@ training. Used by cli and lm_eval.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.data import read_text
+from gpt2c.files import parse_json
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
 from gpt2c.memory import Array
 from gpt2c.tokenizer import Tokenizer
@@ -213,12 +213,7 @@ def read_questions(
 
 
 def _question(line: str, tokenizer: Tokenizer, n_positions: int) -> Question:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"a JSON object is wanted, got {type(fields).__name__}")
+    fields = parse_json(line, "the question")
     if missing := [name for name in ("ctx", "endings", "label") if name not in fields]:
         raise ValueError(f"the field {missing[0]} is missing")
     context, endings, label = fields["ctx"], fields["endings"], fields["label"]

@@ -49,6 +49,16 @@ def test_read_text_errors(tmp_path):
     path.write_bytes(b"abc\xe9def")
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 3 is 0xe9"):
         read_text(path)
+    with pytest.raises(OSError, match=r"/dev/zero is a device"):
+        read_text("/dev/zero")
+
+
+def test_a_text_may_come_through_a_pipe():
+    read, write = os.pipe()  # as of a shell's <(zcat book.gz)
+    os.write(write, b"abc")
+    os.close(write)
+    assert read_text(f"/dev/fd/{read}") == "abc"
+    os.close(read)
 
 
 def test_split_documents():
