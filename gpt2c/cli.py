@@ -22,6 +22,7 @@ from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+LONGEST = 2000  # characters of an error that are shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,13 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpt2c: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        print(f"gpt2c: {text}", file=sys.stderr)
+        named = error.filename and error.strerror
+        _complain(f"{error.filename}: {error.strerror}" if named else str(error))
     except (ValueError, OverflowError) as error:  # a number too large for C, or for a float
-        print(f"gpt2c: {error}", file=sys.stderr)
+        _complain(str(error))
     except MemoryError as error:
-        print(f"gpt2c: not enough memory: {error}", file=sys.stderr)
+        _complain(f"not enough memory: {error}")
     return 2
+
+
+def _complain(text: str) -> None:
+    """Print one line, whatever the names in a stranger's file do to a terminal."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST])
+    print(f"gpt2c: {shown}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -418,7 +418,7 @@ MISTAKES = [
     (f"{TRAIN} --data data --config latin1.txt", r"latin1\.txt is not TOML"),
     (f"{TRAIN} --data data --config unknown.toml", "no setting 'n_layers'; there are backend, "),
     ("train --data data --out new --config type.toml", "n_layer must be int, got str 'one'"),
-    ("train --data data --out new --config huge.toml", "too large"),
+    ("train --data data --out new --config huge.toml", "number that is too large"),
     (f"train --data data {TINY} --out run", "run exists and is not empty"),
     (f"train --data data {TINY} --out text.txt", r"text\.txt is a file"),
     ("train --data data --out new --resume", "new is not a directory"),
@@ -597,3 +597,10 @@ def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None
     assert re.search(r"\r20/20 \|█+\| .*loss \d.*tokens/s", text)
     assert "validation loss" in text
     assert "step 10/20" not in text
+
+
+def test_an_error_is_one_line_whatever_a_name_holds(gpt2c) -> None:
+    name = "\x1b[2J\u202e" + 9999 * "x"
+    code, out, err = gpt2c(f"train --data data --out new --config {name}")
+    assert (code, out) == (2, "") and len(err) < 2100
+    assert err.startswith(r"gpt2c: \x1b[2J\u202exxx") and err.endswith("xxx...\n")
