@@ -429,3 +429,11 @@ def test_parameters_that_do_not_fit_are_refused(name: str, change: Any, said: st
         model.parameters[name] = change(array)
     message = refused(model.generate, [[1]], 2)
     assert name in message and said in message
+
+
+@pytest.mark.parametrize("weights", [(np.inf, -np.inf), (3e38, 3e38), (np.nan, 0)])
+def test_damaged_weights_are_an_error_and_no_warning(weights: tuple[float, float]) -> None:
+    model = make(get_backend("base"))
+    model.parameters["wte.weight"][:], model.parameters["wpe.weight"][:] = weights
+    with pytest.raises(ValueError, match="diverged or are damaged"):
+        model.generate([[1, 2]], max_new_tokens=1)
