@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 REPORT := bench-report.md
+FUZZ_SECONDS := 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench sanitize parity wheel clean
+.PHONY: demo test fuzz lint bench sanitize parity wheel clean
 
 # The main job: text -> tokens -> training -> model -> text, two to three minutes on two cores.
 demo: $(VENV)/installed
@@ -13,6 +14,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -W error -m pytest
+
+# Spoiled files for every reader, ten minutes on all cores; what is found stays in fuzz-findings/.
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -W error tests/fuzz.py --seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/installed-test $(VENV)/installed-lint
 	$(BIN)/ruff check .
@@ -80,4 +85,4 @@ $(VENV)/installed-wheel: $(VENV)/installed-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-parity .venv-wheel runs dist gpt2c/*.so $(REPORT)
+	rm -rf $(VENV) .venv-parity .venv-wheel runs dist gpt2c/*.so $(REPORT) fuzz-findings

@@ -1,0 +1,405 @@
+"""Every reader of gpt2c with good files, and ways to spoil them: what test_hostile and fuzz share.
+
+To add a reader, put one entry into READERS: `make` writes good files into an empty directory,
+`read` is the public door, `use` does with the result what a user would. The fuzzers spoil its files
+from then on. Hand-made bad files for it go into test_hostile.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import gpt2c.train
+from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer, scoring
+from gpt2c.data import Batches, prepare, read_text, read_tokens, split_documents, write_tokens
+from gpt2c.settings import TrainSettings, read_recipe
+from gpt2c.train import train
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+SECONDS = 20  # for what takes milliseconds, on a busy machine
+MEMORY = 4 << 30  # bytes; no good file here needs a hundredth
+TEXT = "the cat sat on the mat, the dog on the log. "
+
+# ---- what may come out ---------------------------------------------------------------------------
+
+
+class HangError(Exception):
+    """A reader took longer than it may."""
+
+
+@contextmanager
+def limits(
+    seconds: int = SECONDS, memory: int = MEMORY, late: type[BaseException] = HangError
+) -> Iterator[None]:
+    """End what takes too long with `late` and what takes too much memory with MemoryError."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise late(f"more than {seconds} seconds")
+
+    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    if sys.platform == "linux":  # others do not say what is taken already
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, before[1]))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A public door that reads files.
+
+    Parameters
+    ----------
+    make : writes good files into an empty directory
+    read : reads the directory; may raise ValueError or OSError with a file's name, nothing else
+    use : takes what `read` gave; may raise ValueError
+    files : which of the good files are to be spoiled
+    """
+
+    make: Callable[[Path], object]
+    read: Callable[[Path], Any]
+    use: Callable[[Any], object]
+    files: str = "*"
+
+    def spoilable(self, directory: Path) -> list[str]:
+        """Name the files to be spoiled, relative to the directory that holds them."""
+        found = [path for path in directory.rglob(self.files) if path.is_file()]
+        return sorted(str(path.relative_to(directory)) for path in found)
+
+
+def attempt(reader: Reader, directory: Path) -> str:
+    """Read and use a directory; say "read" or "refused", or raise what must not come out."""
+    try:
+        value = reader.read(directory)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        names = [directory.name, *(path.name for path in directory.rglob("*"))]
+        assert any(name in message for name in names), f"names no file: {message[:300]}"
+        return "refused"
+    try:
+        reader.use(value)
+    except ValueError:  # weights that give nan, say
+        return "refused"
+    return "read"
+
+
+# ---- the readers ---------------------------------------------------------------------------------
+
+CONFIG = GPT2Config(vocab_size=262, n_positions=8, n_embd=4, n_layer=1, n_head=2, eos_token_id=261)
+
+
+def tokenizer() -> Tokenizer:
+    """Make a small one; each call makes the same."""
+    return Tokenizer.train([TEXT], CONFIG.vocab_size)
+
+
+def make_model(directory: Path) -> None:
+    GPT2(CONFIG, backend="numpy").save_pretrained(directory)
+
+
+def make_foreign(directory: Path) -> None:
+    """Write a model as transformers once did: prefixed names, buffers, a second head, two types."""
+    make_model(directory)
+    path = directory / "model.safetensors"
+    tensors = {f"transformer.{name}": tensor for name, tensor in load_file(path).items()}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    tensors["transformer.h.0.attn.bias"] = np.tril(np.ones((1, 1, 8, 8), np.uint8))
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"].astype(np.float16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    header, body = split(path.read_bytes())
+    entries = json.loads(header)
+    entries["transformer.wpe.weight"]["dtype"] = "BF16"  # other numbers, of the same size
+    path.write_bytes(joined(json.dumps(entries).encode(), body))
+
+
+def make_quantized(method: str) -> Callable[[Path], None]:
+    def make(directory: Path) -> None:
+        model = GPT2(CONFIG, backend="numpy")
+        QuantizedGPT2.from_model(model, method).save_pretrained(directory)
+
+    return make
+
+
+def use_model(model: GPT2 | QuantizedGPT2) -> None:
+    ids = np.arange(3)[None] % model.config.vocab_size
+    with mock.patch.object(sys, "stdout"):
+        model(ids[:, : model.config.n_positions])
+    model.generate(ids[:, :1], max_new_tokens=2, temperature=0)
+
+
+def use_tokenizer(made: Tokenizer) -> None:
+    text = TEXT + "\0 é \U0001f600\n"
+    assert made.decode(made.encode(text)) == text
+    assert len(made.token_lengths) == made.vocab_size
+    "".join(made.stream(range(made.vocab_size)))
+
+
+def make_tokens(directory: Path) -> None:
+    write_tokens(directory / "train.bin", np.arange(300) % CONFIG.vocab_size)
+
+
+def use_tokens(tokens: np.ndarray) -> None:
+    assert tokens.max() < CONFIG.vocab_size
+    Batches(tokens, batch_size=2, block_size=8, seed=0).batch(len(tokens))
+
+
+def make_recipe(directory: Path) -> None:
+    text = 'n_layer = 1\nn_head = 2\nn_embd = 4\nlearning_rate = 1e-2 # a\nschedule = "cosine"\n'
+    (directory / "recipe.toml").write_text(text + "max_iters = 2_000\nbackend = 'auto'\n")
+
+
+def use_recipe(entries: dict[str, Any]) -> None:
+    settings = TrainSettings(**entries)
+    settings.learning_rates()(settings.max_iters // 2)
+
+
+RUN = dict(n_layer=1, n_head=2, n_embd=4, block_size=8, batch_size=2, max_iters=2, backend="base")
+
+
+def make_run(directory: Path) -> None:
+    prepare([TEXT] * 9 + [TEXT + "?"], directory / "data", tokenizer(), val_fraction=0.2)
+    resume(directory, **RUN)
+
+
+def resume(directory: Path, **settings: Any) -> None:
+    """Go on for one more step, or begin with settings."""
+    going_on = not settings
+    given = settings or {"max_iters": 3, "backend": "base"}
+    with mock.patch.object(sys, "stdout"), mock.patch.object(gpt2c.train, "plot_loss"):
+        train(directory / "data", directory / "run", given, resume=going_on)
+
+
+def make_questions(directory: Path) -> None:
+    questions = [
+        {"ctx": "a b", "endings": ["c", " d", "é"], "label": 1},
+        {"ctx": "", "endings": ["no", "yes"], "label": "0", "ind": 24},
+    ]
+    text = "\n".join(map(json.dumps, questions)) + "\n"
+    (directory / "questions.jsonl").write_text(text, encoding="utf-8")
+
+
+def use_questions(questions: list[scoring.Question]) -> None:
+    config = GPT2Config(vocab_size=257, n_positions=16, n_embd=4, n_layer=1, n_head=2)
+    scoring.answer(GPT2(config), questions)
+
+
+def make_text(directory: Path) -> None:
+    (directory / "text.txt").write_text(f"{TEXT}é\n<|endoftext|>{TEXT}\n", encoding="utf-8")
+
+
+READERS = {
+    "model": Reader(make_model, GPT2.from_pretrained, use_model),
+    "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model),
+    "rounded": Reader(make_foreign, lambda d: GPT2.from_pretrained(d, quantize="int8"), use_model),
+    "int8": Reader(
+        make_quantized("int8"), lambda d: GPT2.from_pretrained(d, quantize="int8"), use_model
+    ),
+    "fp16": Reader(
+        make_quantized("fp16"), lambda d: GPT2.from_pretrained(d, quantize="fp16"), use_model
+    ),
+    "tokenizer": Reader(
+        lambda d: tokenizer().save_pretrained(d), Tokenizer.from_pretrained, use_tokenizer
+    ),
+    "tokens": Reader(
+        make_tokens, lambda d: read_tokens(d / "train.bin", CONFIG.vocab_size), use_tokens
+    ),
+    "recipe": Reader(make_recipe, lambda d: read_recipe(d / "recipe.toml"), use_recipe),
+    "run": Reader(make_run, resume, lambda _: None, files="run/*"),
+    "questions": Reader(
+        make_questions,
+        lambda d: scoring.read_questions(d / "questions.jsonl", Tokenizer.from_name("bytes"), 16),
+        use_questions,
+    ),
+    "text": Reader(make_text, lambda d: read_text(d / "text.txt"), split_documents),
+}
+
+# ---- safetensors and JSON by hand ----------------------------------------------------------------
+
+
+def split(content: bytes) -> tuple[bytes, bytes]:
+    """Give a safetensors file's header and what follows it."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content[8:end], content[end:]
+
+
+def joined(header: bytes, body: bytes) -> bytes:
+    """Make a safetensors file of a header and what follows it."""
+    return len(header).to_bytes(8, "little") + header + body
+
+
+class Pairs(list[tuple[str, Any]]):
+    """A JSON object that may have a key twice."""
+
+
+def dumps(value: Any) -> str:
+    """Write JSON with Pairs and without a thought for what is allowed."""
+    if isinstance(value, Pairs):
+        return "{" + ",".join(f"{json.dumps(key)}:{dumps(item)}" for key, item in value) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(dumps, value)) + "]"
+    return value.decode() if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False)
+
+
+# ---- spoiling ------------------------------------------------------------------------------------
+
+NUMBERS = [
+    *(0, 1, -1, 2, 3, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**16, 2**24, 2**31 - 1, 2**31),
+    *(-(2**31), 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 20240520, 20240326),
+]
+# as they may stand in JSON or TOML, and some that may not
+WORDS = [
+    *(b"-1", b"0", b"-0", b"1.5", b"1e999", b"-1e999", b"1e-999", b"NaN", b"nan", b"Infinity"),
+    *(b"inf", b"true", b"false", b"null", b'""', b'"1"', b'"gpt2"', b"[]", b"{}", b"[[0]]", b"1e3"),
+    *(b"9" * 5000, b"0x" + b"f" * 5000, b"1979-05-27", b'"\\ud800"', b'"\\u0000"', b'"../x"'),
+    *(b"[" * 3000 + b"]" * 3000, b"[" * 90 + b"]" * 90, b'{"a":' * 9999),
+    *(b"\xef\xbb\xbf", b"\xff", b"\r\n", b"\0", b"\n", b" "),
+    *(str(number).encode() for number in NUMBERS),
+]
+INTEGER = re.compile(rb"-?\d+")
+WORD = re.compile(rb'"[^"\n]*"|[^\s"]+')
+
+
+def spoiled(name: str, content: bytes) -> st.SearchStrategy[bytes]:
+    """Give a file's content with one to three changes, each made for what the file is."""
+
+    @st.composite
+    def changed(draw: Draw) -> bytes:
+        new = content
+        for _ in range(draw(st.integers(1, 3))):
+            change = draw(st.sampled_from(CHANGES + STRUCTURED.get(Path(name).suffix, [])))
+            new = change(draw, new)
+        return new
+
+    return changed()
+
+
+def _span(draw: Draw, content: bytes) -> tuple[int, int]:
+    start = draw(st.integers(0, len(content)))
+    return start, draw(st.integers(start, min(len(content), start + 4096)))
+
+
+def _truncate(draw: Draw, content: bytes) -> bytes:
+    return content[: draw(st.integers(0, len(content)))]
+
+
+def _flip(draw: Draw, content: bytes) -> bytes:
+    new = bytearray(content or b"\0")
+    for _ in range(draw(st.integers(1, 4))):
+        new[draw(st.integers(0, len(new) - 1))] ^= 1 << draw(st.integers(0, 7))
+    return bytes(new)
+
+
+def _splice(draw: Draw, content: bytes) -> bytes:
+    """Put one piece in the place of another."""
+    (a, b), (c, d) = _span(draw, content), _span(draw, content)
+    return content[:c] + content[a:b] + content[d:]
+
+
+def _grow(draw: Draw, content: bytes) -> bytes:
+    """Put in something new, or a piece many times."""
+    at, (a, b) = draw(st.integers(0, len(content))), _span(draw, content)
+    new = draw(st.binary(min_size=1, max_size=16)) if draw(st.booleans()) else content[a:b]
+    return content[:at] + new * draw(st.sampled_from([1, 2, 100])) + content[at:]
+
+
+def _number(draw: Draw, content: bytes) -> bytes:
+    """Put a number that is the edge of something over 1 to 8 bytes, often at the beginning."""
+    width = draw(st.sampled_from([1, 2, 4, 8]))
+    step = draw(st.sampled_from([1, width]))
+    last = max(0, len(content) - width)
+    at = draw(st.integers(0, min(last, draw(st.sampled_from([64, 1024, last]))))) // step * step
+    value = draw(st.sampled_from(NUMBERS)) % 256**width
+    return content[:at] + value.to_bytes(width, "little") + content[at + width :]
+
+
+def _word(draw: Draw, content: bytes) -> bytes:
+    """Put one of WORDS, or a word from elsewhere in the file, in the place of a number or word."""
+    found = list(draw(st.sampled_from([INTEGER, WORD])).finditer(content))
+    if not found:
+        return draw(st.sampled_from(WORDS)) + content
+    place = draw(st.sampled_from(found))
+    word = draw(st.sampled_from(WORDS) | st.sampled_from([match[0] for match in found]))
+    return content[: place.start()] + word + content[place.end() :]
+
+
+def _line(draw: Draw, content: bytes) -> bytes:
+    """Take a line away, write one twice, or let two change places."""
+    lines = content.split(b"\n")
+    a, b = (draw(st.integers(0, len(lines) - 1)) for _ in range(2))
+    what = draw(st.sampled_from(["take", "twice", "change"]))
+    if what == "change":
+        lines[a], lines[b] = lines[b], lines[a]
+    else:
+        lines[a : a + 1] = [lines[a]] * (2 if what == "twice" else 0)
+    return b"\n".join(lines)
+
+
+def _json(draw: Draw, content: bytes) -> bytes:
+    """Change one entry of what is JSON: its value, its key, its place, whether it is there."""
+    try:
+        top = json.loads(content, object_pairs_hook=Pairs)
+        found = [(holder, i) for holder in _holders(top) for i in range(len(holder))]
+    except (ValueError, RecursionError):  # spoiled already
+        found = []
+    if not found:
+        return _word(draw, content)
+    (holder, i), (other, j) = draw(st.sampled_from(found)), draw(st.sampled_from(found))
+    key, value = holder[i] if isinstance(holder, Pairs) else ("x", holder[i])
+    key_there, value_there = other[j] if isinstance(other, Pairs) else ("x", other[j])
+    what = draw(st.sampled_from(["word", "word", "value", "key", "new key", "take", "twice"]))
+    if what == "word":
+        word = draw(st.sampled_from(WORDS))
+        value = word if word.isascii() else word.decode("latin1")
+    elif what == "value":
+        value = copy.deepcopy(value_there)  # it may be what holds this one
+    elif what == "key":
+        key = key_there
+    elif what == "new key":
+        key = draw(st.sampled_from(["", "\n", "\0", "\ud800", "../x", key + "\u202e", "é" * 99]))
+    entry = (key, value) if isinstance(holder, Pairs) else value
+    holder[i : i + 1] = [entry] * {"take": 0, "twice": 2}.get(what, 1)
+    return dumps(top).encode(errors="surrogatepass")
+
+
+def _holders(value: Any) -> Iterator[list[Any]]:
+    if isinstance(value, list):
+        yield value
+        for item in value:
+            yield from _holders(item[1] if isinstance(value, Pairs) else item)
+
+
+def _json_line(draw: Draw, content: bytes) -> bytes:
+    lines = content.split(b"\n")
+    i = draw(st.integers(0, len(lines) - 1))
+    lines[i] = _json(draw, lines[i])
+    return b"\n".join(lines)
+
+
+def _header(draw: Draw, content: bytes) -> bytes:
+    header, body = split(content)
+    return joined(_json(draw, header), body)
+
+
+CHANGES = [_truncate, _flip, _splice, _grow, _number, _word, _line]
+STRUCTURED = {".json": [_json] * 7, ".jsonl": [_json_line] * 7, ".safetensors": [_header] * 14}
