@@ -75,12 +75,14 @@ class Reader:
     read : reads the directory; may raise ValueError or OSError with a file's name, nothing else
     use : takes what `read` gave; may raise ValueError
     files : which of the good files are to be spoiled
+    optional : those of them without which it goes on
     """
 
     make: Callable[[Path], object]
     read: Callable[[Path], Any]
     use: Callable[[Any], object]
     files: str = "*"
+    optional: tuple[str, ...] = ()
 
     def spoilable(self, directory: Path) -> list[str]:
         """Name the files to be spoiled, relative to the directory that holds them."""
@@ -219,13 +221,22 @@ READERS = {
         make_quantized("fp16"), lambda d: GPT2.from_pretrained(d, quantize="fp16"), use_model
     ),
     "tokenizer": Reader(
-        lambda d: tokenizer().save_pretrained(d), Tokenizer.from_pretrained, use_tokenizer
+        lambda d: tokenizer().save_pretrained(d),
+        Tokenizer.from_pretrained,
+        use_tokenizer,
+        optional=("tokenizer_config.json",),
     ),
     "tokens": Reader(
         make_tokens, lambda d: read_tokens(d / "train.bin", CONFIG.vocab_size), use_tokens
     ),
     "recipe": Reader(make_recipe, lambda d: read_recipe(d / "recipe.toml"), use_recipe),
-    "run": Reader(make_run, resume, lambda _: None, files="run/*"),
+    "run": Reader(
+        make_run,
+        resume,
+        lambda _: None,
+        files="run/*",
+        optional=("run/tokenizer_config.json", "run/metrics.jsonl"),
+    ),
     "questions": Reader(
         make_questions,
         lambda d: scoring.read_questions(d / "questions.jsonl", Tokenizer.from_name("bytes"), 16),
