@@ -44,13 +44,11 @@ class HangError(Exception):
 
 
 @contextmanager
-def limits(
-    seconds: int = SECONDS, memory: int = MEMORY, late: type[BaseException] = HangError
-) -> Iterator[None]:
-    """End what takes too long with `late` and what takes too much memory with MemoryError."""
+def limits(seconds: int = SECONDS, memory: int = MEMORY) -> Iterator[None]:
+    """End what takes too long with HangError and what takes too much with MemoryError."""
 
     def stop(signum: int, frame: object) -> None:
-        raise late(f"more than {seconds} seconds")
+        raise HangError(f"more than {seconds} seconds")
 
     before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
     if sys.platform == "linux":  # others do not say what is taken already

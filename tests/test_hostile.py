@@ -379,7 +379,7 @@ def test_what_stands_in_place_of_a_file_is_refused(
         path = directory / name
         path.unlink()
         put(path)
-        with limits(5):
+        with limits():
             outcome = attempt(READERS[reader], directory)
         fine = name in READERS[reader].optional or (put is Path.touch and name in EMPTY)
         assert outcome == "refused" or fine, name
