@@ -119,14 +119,18 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
     return a is b or np.array_equal(a, b, equal_nan=True)
 
 
-def _map_weights(path: Path) -> dict[str, StoredTensor]:
-    """Map what transformers would load: the file, else the one of its directory, else shards."""
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """Give what transformers would load: the file, else the one of its directory, else an index."""
+    path = Path(path)
     if path.is_file():
-        return map_tensors(path, BUFFERS)[0]
-    index = path / INDEX_FILE
-    if not index.is_file() or (path / WEIGHTS_FILE).exists():
-        return map_tensors(path / WEIGHTS_FILE, BUFFERS)[0]
-    return _map_shards(index)
+        return path
+    whole, index = path / WEIGHTS_FILE, path / INDEX_FILE
+    return index if index.is_file() and not whole.exists() else whole
+
+
+def _map_weights(path: Path) -> dict[str, StoredTensor]:
+    file = weights_file(path)
+    return _map_shards(file) if file.name == INDEX_FILE else map_tensors(file, BUFFERS)[0]
 
 
 def _map_shards(index: Path) -> dict[str, StoredTensor]:
@@ -193,7 +197,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f" {WEIGHTS_FILE}"
         )
     config, generation = read_json(directory / CONFIG_FILE), directory / GENERATION_FILE
-    if config.get("eos_token_id") is None and generation.is_file():
+    if config.get("eos_token_id") is None and os.path.lexists(generation):
         eos = read_json(generation).get("eos_token_id")
         config |= {} if eos is None else {"eos_token_id": eos}
     return config

@@ -164,7 +164,7 @@ class GPT2(LanguageModel):
             return model if quantize is None else QuantizedGPT2.from_model(model, quantize)
         if quantize is not None:
             return QuantizedGPT2.from_pretrained(path, quantize, backend)
-        entries, source = checkpoint.read_config(path), os.fspath(path)
+        entries, source = checkpoint.read_config(path), str(checkpoint.weights_file(path))
         method = stored_method(entries)
         if method is not None:
             raise ValueError(f"{source} holds {method} weights: pass quantize={method!r}")

@@ -75,7 +75,7 @@ class QuantizedGPT2(LanguageModel):
         ValueError : a file is damaged, or holds weights of another method
         """
         path = hub.find(path, revision)
-        entries, source = checkpoint.read_config(path), os.fspath(path)
+        entries, source = checkpoint.read_config(path), str(checkpoint.weights_file(path))
         stored, config = stored_method(entries), GPT2Config.from_dict(entries)
         if stored is None:
             floats = checkpoint.load_weights(path)[1]

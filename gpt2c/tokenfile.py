@@ -148,7 +148,7 @@ def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
     ValueError : the name of a file says both train and val
     """
     names = Path(directory).glob(f"*{split}*.bin")
-    paths = sorted(path for path in names if path.name[0] != "." and path.is_file())
+    paths = sorted(path for path in names if path.name[0] != ".")
     for path in paths:
         if "train" in path.name and "val" in path.name:
             raise ValueError(

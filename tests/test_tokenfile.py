@@ -123,9 +123,11 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
     write_tokens(tmp_path / "fineweb_val_000000.bin", [7, 8])
     for name in (".train_hidden.bin", "train.txt", "other.bin"):
         (tmp_path / name).write_bytes(b"no token file")
-    (tmp_path / "train_folder.bin").mkdir()
     assert [shard.tolist() for shard in read_shards(tmp_path, "train")] == [[1], [2], [10]]
     assert [shard.tolist() for shard in read_shards(tmp_path, "val")] == [[7, 8]]
+    (tmp_path / "train_3.bin").symlink_to("/mnt/disk-that-is-not-there/train_3.bin")
+    with pytest.raises(FileNotFoundError, match=r"train_3\.bin does not exist"):
+        read_shards(tmp_path, "train")  # rather than fewer tokens
 
 
 def test_a_name_that_says_both_is_refused(tmp_path):
