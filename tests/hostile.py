@@ -25,9 +25,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import gpt2c.train
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer, scoring
-from gpt2c.data import Batches, prepare, read_text, read_tokens, split_documents, write_tokens
+from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer, llmc, scoring
+from gpt2c.convert import convert
+from gpt2c.data import Batches, prepare, read_text, split_documents
 from gpt2c.settings import TrainSettings, read_recipe
+from gpt2c.tokenfile import (
+    read_nanogpt,
+    read_shards,
+    read_tokens,
+    write_nanogpt,
+    write_shards,
+    write_tokens,
+)
 from gpt2c.train import train
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -118,6 +127,13 @@ def make_model(directory: Path) -> None:
     GPT2(CONFIG, backend="numpy").save_pretrained(directory)
 
 
+def make_generation(directory: Path) -> None:
+    """Write a model whose end of text is in generation_config.json alone."""
+    make_model(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+
+
 def make_foreign(directory: Path) -> None:
     """Write a model as transformers once did: prefixed names, buffers, a second head, two types."""
     make_model(directory)
@@ -133,6 +149,22 @@ def make_foreign(directory: Path) -> None:
     path.write_bytes(joined(json.dumps(entries).encode(), body))
 
 
+def make_sharded(directory: Path) -> None:
+    """Write a model in two files and an index, as transformers does with a large one."""
+    make_model(directory)
+    whole = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    parts = {
+        f"model-0000{part}-of-00002.safetensors": sorted(whole)[part - 1 :: 2] for part in (1, 2)
+    }
+    for file, names in parts.items():
+        save_file({n: whole[n] for n in names}, directory / file, metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in whole.values())
+    places = {name: file for file, names in parts.items() for name in names}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
 def make_quantized(method: str) -> Callable[[Path], None]:
     def make(directory: Path) -> None:
         model = GPT2(CONFIG, backend="numpy")
@@ -141,11 +173,56 @@ def make_quantized(method: str) -> Callable[[Path], None]:
     return make
 
 
+def quantized(method: str) -> Callable[[Path], QuantizedGPT2]:
+    return lambda directory: GPT2.from_pretrained(directory, quantize=method)
+
+
 def use_model(model: GPT2 | QuantizedGPT2) -> None:
     ids = np.arange(3)[None] % model.config.vocab_size
     with mock.patch.object(sys, "stdout"):
         model(ids[:, : model.config.n_positions])
     model.generate(ids[:, :1], max_new_tokens=2, temperature=0)
+
+
+def make_one_tokenizer(directory: Path) -> None:
+    """Write tokenizer.json, as transformers' fast tokenizers do, and what stands beside it."""
+    made = tokenizer()
+    made.save_pretrained(directory)
+    vocabulary = json.loads((directory / "vocab.json").read_text())
+    merges = (directory / "merges.txt").read_text().splitlines()[1:]
+    special = {"id": made.eot, "content": "<|endoftext|>", "single_word": False, "lstrip": False}
+    special |= {"rstrip": False, "normalized": True, "special": True}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    one = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": level,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": [merge.split(" ") for merge in merges],
+        },
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(one, ensure_ascii=False))
+    (directory / "vocab.json").unlink()
+    (directory / "merges.txt").unlink()
 
 
 def use_tokenizer(made: Tokenizer) -> None:
@@ -161,7 +238,35 @@ def make_tokens(directory: Path) -> None:
 
 def use_tokens(tokens: np.ndarray) -> None:
     assert tokens.max() < CONFIG.vocab_size
-    Batches(tokens, batch_size=2, block_size=8, seed=0).batch(len(tokens))
+    Batches([tokens], batch_size=2, block_size=8, seed=0).batch(len(tokens))
+
+
+def make_shards(directory: Path) -> None:
+    write_shards(directory, "train", np.arange(300) % CONFIG.vocab_size, shard_tokens=200)
+
+
+def make_nanogpt(directory: Path) -> None:
+    write_nanogpt(directory / "train.bin", [np.arange(50, dtype=np.uint16)])
+
+
+def make_llmc(dtype: str) -> Callable[[Path], None]:
+    def make(directory: Path) -> None:
+        model = GPT2(CONFIG, backend="numpy")
+        llmc.write_model(directory / "model.bin", CONFIG, model.parameters, dtype)
+
+    return make
+
+
+def make_llmc_tokenizer(directory: Path) -> None:
+    made = tokenizer()
+    tokens = [made.token_bytes(token_id) for token_id in range(made.vocab_size)]
+    llmc.write_tokenizer(directory / "tokenizer.bin", tokens, made.eot)
+
+
+def convert_all(directory: Path, **options: Any) -> None:
+    """Convert whatever the directory holds, in both directions that there are."""
+    for path in sorted(directory.iterdir()):
+        convert(str(path), directory / "out", overwrite=True, **options)
 
 
 def make_recipe(directory: Path) -> None:
@@ -208,16 +313,15 @@ def make_text(directory: Path) -> None:
     (directory / "text.txt").write_text(f"{TEXT}é\n<|endoftext|>{TEXT}\n", encoding="utf-8")
 
 
+SPARE = ("generation_config.json",)  # which counts if config.json lacks what it says
 READERS = {
-    "model": Reader(make_model, GPT2.from_pretrained, use_model),
-    "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model),
-    "rounded": Reader(make_foreign, lambda d: GPT2.from_pretrained(d, quantize="int8"), use_model),
-    "int8": Reader(
-        make_quantized("int8"), lambda d: GPT2.from_pretrained(d, quantize="int8"), use_model
-    ),
-    "fp16": Reader(
-        make_quantized("fp16"), lambda d: GPT2.from_pretrained(d, quantize="fp16"), use_model
-    ),
+    "model": Reader(make_model, GPT2.from_pretrained, use_model, optional=SPARE),
+    "generation": Reader(make_generation, GPT2.from_pretrained, use_model, "generation*"),
+    "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model, optional=SPARE),
+    "sharded": Reader(make_sharded, GPT2.from_pretrained, use_model, optional=SPARE),
+    "rounded": Reader(make_foreign, quantized("int8"), use_model, optional=SPARE),
+    "int8": Reader(make_quantized("int8"), quantized("int8"), use_model, optional=SPARE),
+    "fp16": Reader(make_quantized("fp16"), quantized("fp16"), use_model, optional=SPARE),
     "tokenizer": Reader(
         lambda d: tokenizer().save_pretrained(d),
         Tokenizer.from_pretrained,
@@ -233,13 +337,36 @@ READERS = {
         resume,
         lambda _: None,
         files="run/*",
-        optional=("run/tokenizer_config.json", "run/metrics.jsonl"),
+        optional=("run/tokenizer_config.json", "run/generation_config.json", "run/metrics.jsonl"),
     ),
     "questions": Reader(
         make_questions,
         lambda d: scoring.read_questions(d / "questions.jsonl", Tokenizer.from_name("bytes"), 16),
         use_questions,
     ),
+    "shards": Reader(
+        make_shards,
+        lambda d: read_shards(d, "train", CONFIG.vocab_size),
+        lambda t: [use_tokens(x) for x in t],
+    ),
+    "nanogpt": Reader(make_nanogpt, lambda d: read_nanogpt(d / "train.bin"), lambda t: t.max()),
+    "nanogpt_convert": Reader(
+        make_nanogpt, lambda d: convert(str(d), d / "out", format="nanogpt", overwrite=True), len
+    ),
+    "llmc": Reader(make_llmc("fp32"), lambda d: GPT2.from_pretrained(d / "model.bin"), use_model),
+    "llmc_bf16": Reader(
+        make_llmc("bf16"),
+        lambda d: GPT2.from_pretrained(d / "model.bin", quantize="int8"),
+        use_model,
+    ),
+    "llmc_convert": Reader(make_llmc("fp32"), convert_all, lambda _: None),
+    "llmc_tokenizer": Reader(
+        make_llmc_tokenizer,
+        lambda d: Tokenizer(*llmc.read_tokenizer(d / "tokenizer.bin")),
+        use_tokenizer,
+    ),
+    "llmc_tokenizer_convert": Reader(make_llmc_tokenizer, convert_all, lambda _: None),
+    "one_tokenizer": Reader(make_one_tokenizer, Tokenizer.from_pretrained, use_tokenizer),
     "text": Reader(make_text, lambda d: read_text(d / "text.txt"), split_documents),
 }
 

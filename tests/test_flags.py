@@ -103,8 +103,6 @@ def test_every_verb_with_a_number_is_called() -> None:
 @pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
 def test_bad_numbers(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = flag.lstrip("-").replace("-", "_")
-    if name == "n_layer":
-        pytest.skip("found, and mended on the branch formats")
     for value in FEW if verb == "demo" else VALUES:
         try:
             with limits(60), interrupted() if name in LONG else nullcontext():
