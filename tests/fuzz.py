@@ -137,7 +137,7 @@ def fuzz(readers: list[str], seconds: float, number: int, out: Path) -> int:
         findings.update((task[1], signature.splitlines()[0]) for signature in found)
         total = totals[task[1]]
         print(
-            f"{task[1]:<12}{total['inputs']:>9,} inputs{total['read']:>9,} read"
+            f"{task[1]:<24}{total['inputs']:>9,} inputs{total['read']:>9,} read"
             f"{total['refused']:>9,} refused{len(findings):>4} findings in all",
             flush=True,
         )

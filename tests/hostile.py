@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import gpt2c.train
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer, llmc, scoring
+from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer, llmc, scoring, trainer_state
 from gpt2c.convert import convert
 from gpt2c.data import Batches, prepare, read_text, split_documents
+from gpt2c.files import read_json
+from gpt2c.metrics import read_metrics
 from gpt2c.settings import TrainSettings, read_recipe
 from gpt2c.tokenfile import (
     read_nanogpt,
@@ -295,6 +297,34 @@ def resume(directory: Path, **settings: Any) -> None:
         train(directory / "data", directory / "run", given, resume=going_on)
 
 
+def resume_mended(directory: Path) -> None:
+    """Resume when the checkpoint's sums are those of what is there: what they would keep away."""
+    for path in (directory / "run" / "checkpoints").glob("*/state.json"):
+        try:
+            content = read_json(path)
+            content["files"] = {
+                name: trainer_state._sum(path.parent / name) for name in content["files"]
+            }
+            summed = {name: content[name] for name in ("state", "files")}
+            content["sha256"] = trainer_state._sum_of(summed)
+        except (LookupError, TypeError, AttributeError, ValueError, OSError, RecursionError):
+            continue
+        path.write_text(json.dumps(content))
+    resume(directory)
+
+
+def make_metrics(directory: Path) -> None:
+    numbers = [{"step": step, "loss": 4.1 / step, "val_loss": None} for step in range(1, 6)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(n) + "\n" for n in numbers))
+
+
+def use_metrics(entries: list[dict[str, Any]]) -> None:
+    assert [entry["step"] for entry in entries] == sorted({entry["step"] for entry in entries})
+    assert all(
+        float(v) < float("inf") for entry in entries for v in entry.values() if v is not None
+    )
+
+
 def make_questions(directory: Path) -> None:
     questions = [
         {"ctx": "a b", "endings": ["c", " d", "é"], "label": 1},
@@ -314,6 +344,13 @@ def make_text(directory: Path) -> None:
 
 
 SPARE = ("generation_config.json",)  # which counts if config.json lacks what it says
+# What training writes anew from the data and the newest checkpoint, and what that can spare.
+RUN_COPIES = (
+    *("run/config.json", "run/generation_config.json", "run/model.safetensors", "run/vocab.json"),
+    *("run/merges.txt", "run/tokenizer_config.json", "run/metrics.jsonl"),
+    "run/checkpoints/00000002/generation_config.json",
+)
+
 READERS = {
     "model": Reader(make_model, GPT2.from_pretrained, use_model, optional=SPARE),
     "generation": Reader(make_generation, GPT2.from_pretrained, use_model, "generation*"),
@@ -332,13 +369,8 @@ READERS = {
         make_tokens, lambda d: read_tokens(d / "train.bin", CONFIG.vocab_size), use_tokens
     ),
     "recipe": Reader(make_recipe, lambda d: read_recipe(d / "recipe.toml"), use_recipe),
-    "run": Reader(
-        make_run,
-        resume,
-        lambda _: None,
-        files="run/*",
-        optional=("run/tokenizer_config.json", "run/generation_config.json", "run/metrics.jsonl"),
-    ),
+    "run": Reader(make_run, resume, lambda _: None, "run/**/*", RUN_COPIES),
+    "mended": Reader(make_run, resume_mended, lambda _: None, "run/**/*", RUN_COPIES),
     "questions": Reader(
         make_questions,
         lambda d: scoring.read_questions(d / "questions.jsonl", Tokenizer.from_name("bytes"), 16),
@@ -367,6 +399,7 @@ READERS = {
     ),
     "llmc_tokenizer_convert": Reader(make_llmc_tokenizer, convert_all, lambda _: None),
     "one_tokenizer": Reader(make_one_tokenizer, Tokenizer.from_pretrained, use_tokenizer),
+    "metrics": Reader(make_metrics, lambda d: read_metrics(d / "metrics.jsonl"), use_metrics),
     "text": Reader(make_text, lambda d: read_text(d / "text.txt"), split_documents),
 }
 
