@@ -47,10 +47,7 @@ SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 
 
 def save_weights(
-    directory: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    tensors: Mapping[str, AnyTensor],
-    metadata: Mapping[str, str] | None = None,
+    directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
 ) -> None:
     """Write the configuration and model.safetensors, all completely before one takes its name.
 
@@ -63,7 +60,6 @@ def save_weights(
     config : what config.json holds
     tensors : name -> float array, Hugging Face's GPT-2 names without "transformer.", Linear weights
         as (OC, C); they are stored in their own dtype
-    metadata : further strings for the header of model.safetensors
 
     Raises
     ------
@@ -71,7 +67,8 @@ def save_weights(
         as it was
     ValueError : the configuration holds nan or infinity, which JSON has not
     """
-    _save(Path(directory), config, tensors, metadata or {})
+    stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
+    _save(Path(directory), config, stored, "pt")  # without it transformers refuses the file
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -204,19 +201,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_as_they_are(
-    directory: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    tensors: Mapping[str, NDArray[Any]],
+    directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
 ) -> None:
     """Write weights in memory's layout and dtypes, under memory's names; see `save_weights`."""
-    directory = Path(directory)
-    texts = _texts(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic_paths(directory / WEIGHTS_FILE, *(directory / name for name in texts)) as files:
-        write_tensors(files[0], tensors, {"format": "gpt2c"})
-        for file, text in zip(files[1:], texts.values(), strict=True):
-            file.write_text(text, encoding="utf-8")
-    _remove_shards(directory)
+    _save(Path(directory), config, tensors, "gpt2c")
 
 
 def load_as_they_are(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
@@ -249,21 +237,14 @@ def check_shapes(
 
 
 def _save(
-    directory: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, AnyTensor],
-    metadata: Mapping[str, str],
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, AnyTensor], format: str
 ) -> None:
     texts = _texts(config)
-    stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    names = [*texts, WEIGHTS_FILE]
-    with atomic_paths(*(directory / name for name in names)) as temporary:
-        files = dict(zip(names, temporary, strict=True))
-        # Without "format" transformers refuses the file.
-        write_tensors(files[WEIGHTS_FILE], stored, {"format": "pt", **metadata})
-        for name, text in texts.items():
-            files[name].write_text(text, encoding="utf-8")
+    with atomic_paths(*(directory / name for name in (WEIGHTS_FILE, *texts))) as files:
+        write_tensors(files[0], tensors, {"format": format})
+        for file, text in zip(files[1:], texts.values(), strict=True):
+            file.write_text(text, encoding="utf-8")
     _remove_shards(directory)
 
 

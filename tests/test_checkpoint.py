@@ -83,7 +83,7 @@ def test_the_file_has_hugging_faces_layout(directory):
 
 
 def test_saving_over_replaces(directory):
-    save_weights(str(directory), CONFIG | {"n_layer": 9}, make_tensors(seed=1), {"note": "x"})
+    save_weights(str(directory), CONFIG | {"n_layer": 9}, make_tensors(seed=1))
     config, tensors = load_weights(str(directory))
     assert config["n_layer"] == 9
     assert_same(tensors, make_tensors(seed=1))
