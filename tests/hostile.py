@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import resource
 import signal
@@ -105,7 +106,7 @@ def attempt(reader: Reader, directory: Path) -> str:
         value = reader.read(directory)
     except (ValueError, OSError) as error:
         message = str(error)
-        names = [directory.name, *(path.name for path in directory.rglob("*"))]
+        names = [directory.name, *(path.name for path in directory.rglob("*.*"))]
         assert any(name in message for name in names), f"names no file: {message[:300]}"
         return "refused"
     try:
@@ -181,8 +182,7 @@ def quantized(method: str) -> Callable[[Path], QuantizedGPT2]:
 
 def use_model(model: GPT2 | QuantizedGPT2) -> None:
     ids = np.arange(3)[None] % model.config.vocab_size
-    with mock.patch.object(sys, "stdout"):
-        model(ids[:, : model.config.n_positions])
+    model(ids[:, : model.config.n_positions])
     model.generate(ids[:, :1], max_new_tokens=2, temperature=0)
 
 
@@ -265,10 +265,10 @@ def make_llmc_tokenizer(directory: Path) -> None:
     llmc.write_tokenizer(directory / "tokenizer.bin", tokens, made.eot)
 
 
-def convert_all(directory: Path, **options: Any) -> None:
-    """Convert whatever the directory holds, in both directions that there are."""
-    for path in sorted(directory.iterdir()):
-        convert(str(path), directory / "out", overwrite=True, **options)
+def converted(name: str, format: str | None = None) -> Callable[[Path], str]:
+    """Give what converts a file into a directory or, if it is nanoGPT's, another file."""
+    out = "out.bin" if format else "out"
+    return lambda d: convert(str(d / name), d / out, format, overwrite=True)
 
 
 def make_recipe(directory: Path) -> None:
@@ -320,9 +320,8 @@ def make_metrics(directory: Path) -> None:
 
 def use_metrics(entries: list[dict[str, Any]]) -> None:
     assert [entry["step"] for entry in entries] == sorted({entry["step"] for entry in entries})
-    assert all(
-        float(v) < float("inf") for entry in entries for v in entry.values() if v is not None
-    )
+    numbers = [value for entry in entries for value in entry.values() if value is not None]
+    assert all(map(math.isfinite, numbers))
 
 
 def make_questions(directory: Path) -> None:
@@ -382,22 +381,20 @@ READERS = {
         lambda t: [use_tokens(x) for x in t],
     ),
     "nanogpt": Reader(make_nanogpt, lambda d: read_nanogpt(d / "train.bin"), lambda t: t.max()),
-    "nanogpt_convert": Reader(
-        make_nanogpt, lambda d: convert(str(d), d / "out", format="nanogpt", overwrite=True), len
-    ),
+    "nanogpt_convert": Reader(make_nanogpt, converted("train.bin", "nanogpt"), len),
     "llmc": Reader(make_llmc("fp32"), lambda d: GPT2.from_pretrained(d / "model.bin"), use_model),
     "llmc_bf16": Reader(
         make_llmc("bf16"),
         lambda d: GPT2.from_pretrained(d / "model.bin", quantize="int8"),
         use_model,
     ),
-    "llmc_convert": Reader(make_llmc("fp32"), convert_all, lambda _: None),
+    "llmc_convert": Reader(make_llmc("fp32"), converted("model.bin"), len),
     "llmc_tokenizer": Reader(
         make_llmc_tokenizer,
         lambda d: Tokenizer(*llmc.read_tokenizer(d / "tokenizer.bin")),
         use_tokenizer,
     ),
-    "llmc_tokenizer_convert": Reader(make_llmc_tokenizer, convert_all, lambda _: None),
+    "llmc_tokenizer_convert": Reader(make_llmc_tokenizer, converted("tokenizer.bin"), len),
     "one_tokenizer": Reader(make_one_tokenizer, Tokenizer.from_pretrained, use_tokenizer),
     "metrics": Reader(make_metrics, lambda d: read_metrics(d / "metrics.jsonl"), use_metrics),
     "text": Reader(make_text, lambda d: read_text(d / "text.txt"), split_documents),

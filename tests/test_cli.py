@@ -418,7 +418,7 @@ MISTAKES = [
     (f"{TRAIN} --data data --config latin1.txt", r"latin1\.txt is not TOML"),
     (f"{TRAIN} --data data --config unknown.toml", "no setting 'n_layers'; there are backend, "),
     ("train --data data --out new --config type.toml", "n_layer must be int, got str 'one'"),
-    ("train --data data --out new --config huge.toml", "number that is too large"),
+    ("train --data data --out new --config huge.toml", "too large"),
     (f"train --data data {TINY} --out run", "run exists and is not empty"),
     (f"train --data data {TINY} --out text.txt", r"text\.txt is a file"),
     ("train --data data --out new --resume", "new is not a directory"),
