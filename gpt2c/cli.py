@@ -209,7 +209,3 @@ def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
         f" {shlex.join(command)}"
     )
     return INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

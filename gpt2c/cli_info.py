@@ -17,7 +17,6 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,13 +33,14 @@ from gpt2c.backend import (
 )
 from gpt2c.machine import cpu_name, usable_cores
 from gpt2c.memory import free_bytes
+from gpt2c.tokenizer import tiktoken_cache
 
 Row = tuple[str, str]  # a name, and what there is to say
 
 SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
 PACKAGES = (
     *("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"),
-    *("matplotlib", "huggingface_hub", "gguf", "tensorboard", "torch", "transformers", "lm_eval"),
+    *("matplotlib", "huggingface_hub", "gguf", "tensorboardX", "torch", "transformers", "lm_eval"),
 )
 # Variables that change what gpt2c or the libraries under it do.
 VARIABLES = re.compile(
@@ -49,11 +49,6 @@ VARIABLES = re.compile(
     r"|COLUMNS|(?i:https?|all|no)_(?i:proxy)"
 )
 SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD"}  # a word of a variable's name: no value is shown
-# tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
-GPT2_FILES = (
-    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-)
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60  # bytes: how cgroup's first version writes that there is no limit
 
@@ -275,16 +270,16 @@ def environment_rows() -> list[Row]:
         if not VARIABLES.fullmatch(name) or name == "HF_TOKEN":
             continue
         secret = SECRETS & set(name.upper().split("_"))
+        if name.lower().endswith("_proxy"):  # may be an address without its scheme
+            value = value.rpartition("@")[2]
         rows.append((name, "set" if secret else repr(without_password(value))))
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
+    cache, whole = tiktoken_cache()
     state = "no cache: TIKTOKEN_CACHE_DIR is empty"
-    if folder != "":
-        whole = all((cache / name).is_file() for name in GPT2_FILES)
+    if cache is not None:
         state = f"{cache} has {'' if whole else 'not '}GPT-2's vocabulary"
     return [*rows, ("tiktoken's cache", state)]
 
 
 def without_password(text: str) -> str:
     """Take user names and passwords out of the addresses in a text."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+    return re.sub(r"//[^/\s]*@", "//***@", text)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ TOKENIZER += ["added_tokens.json"]
 def is_name(source: str) -> bool:
     """Say whether a model on the hub could be called so."""
     return NAME.fullmatch(source) is not None
+
+
+def is_offline() -> bool:
+    """Say whether the user wants no network: HF_HUB_OFFLINE, as huggingface_hub reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def find(source: str | os.PathLike[str], revision: str | None = None, weights: bool = True) -> Path:
@@ -55,7 +62,7 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     try:
         import huggingface_hub
 
-        _guard(huggingface_hub.get_session())
+        session = huggingface_hub.get_session()
     except (ImportError, AttributeError):  # not there, or of before 1.0
         raise FileNotFoundError(
             f"{source} is no file or directory here, and to fetch a model of that name from the hub"
@@ -63,11 +70,12 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:
-        directory = Path(
-            huggingface_hub.snapshot_download(
-                source, revision=revision, allow_patterns=wanted, tqdm_class=_bar()
+        with _guarded(session):
+            directory = Path(
+                huggingface_hub.snapshot_download(
+                    source, revision=revision, allow_patterns=wanted, tqdm_class=_bar()
+                )
             )
-        )
     except MemoryError:
         raise
     except Exception as error:  # its HTTP library's are neither OSError nor ValueError
@@ -91,18 +99,22 @@ def _bar() -> Any:
     return Bar
 
 
-def _guard(session: Any) -> None:
+@contextmanager
+def _guarded(session: Any) -> Iterator[None]:
     """Make the client (2.4 at least) give up on a hub that is silent, and refuse one that lies.
 
     It asks for listings without a timeout. And while it checks the names of files, it calls a blob
     as the server's ETag says and a listing as the commit that the server names, wherever they lead.
     """
-    hooks = session.event_hooks
-    if _check_response not in hooks["response"]:
-        session.event_hooks = {
-            "request": [*hooks["request"], _check_request],
-            "response": [*hooks["response"], _check_response],
-        }
+    before = session.event_hooks
+    session.event_hooks = {
+        "request": [*before["request"], _check_request],
+        "response": [*before["response"], _check_response],
+    }
+    try:
+        yield
+    finally:  # it is the whole process's client
+        session.event_hooks = before
 
 
 def _check_request(request: Any) -> None:

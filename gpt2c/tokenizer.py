@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,11 @@ NAMES = ("gpt2", "bytes")
 # tiktoken and rustbpe match the pattern with a stack of about a million entries and panic beyond;
 # stay well below.
 _MAX_SPACES = 400_000
+# tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
+_GPT2_FILES = (
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+)
 _PATIENCE = 30  # seconds for tiktoken's download of 1.5 MB, which itself would wait for ever
 
 
@@ -250,17 +256,33 @@ class Tokenizer:
         return self._tokens[token_id]
 
 
+def tiktoken_cache() -> tuple[Path | None, bool]:
+    """Give the directory where tiktoken keeps files, if any, and whether GPT-2's are there."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if folder == "":
+        return None, False
+    cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
+    return cache, all((cache / name).is_file() for name in _GPT2_FILES)
+
+
 def _gpt2() -> tuple[dict[bytes, int], int]:
-    """Give GPT-2's own vocabulary, from wherever it can be had, and the id of `<|endoftext|>`."""
-    try:
-        encoding = _from_tiktoken()
-        eot = encoding.eot_token
-        return {encoding.decode_single_token_bytes(token): token for token in range(eot)}, eot
-    except (OSError, ValueError) as error:  # no network, no permission; or not the file
-        reason = type(error).__name__
+    """Give GPT-2's own vocabulary and the id of `<|endoftext|>`.
+
+    What is on this machine comes first, tiktoken's cache and then a directory; then the network.
+    """
+    reason = "HF_HUB_OFFLINE is set"
+    if tiktoken_cache()[1] or not (Path("gpt2").is_dir() or hub.is_offline()):
+        try:
+            encoding = _from_tiktoken()
+            eot = encoding.eot_token
+            return {encoding.decode_single_token_bytes(token): token for token in range(eot)}, eot
+        except (OSError, ValueError) as error:  # no network, no permission; or not the file
+            reason = type(error).__name__
     try:
         ranks, eot, _ = tokenizer_files.read(hub.find("gpt2", weights=False))
     except (OSError, ValueError) as error:
+        if Path("gpt2").is_dir():
+            raise
         raise OSError(
             "GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR says where), which"
             f" could not download it ({reason}), and not to be had from the hub ({error}); name a"

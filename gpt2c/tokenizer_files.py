@@ -325,9 +325,10 @@ def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]
 
 
 def write(directory: Path, vocabulary: Vocabulary) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json, all of them or none.
+    """Write vocab.json, merges.txt and tokenizer_config.json, all before one takes its name.
 
-    transformers makes the rest of these. What it would read in their place goes.
+    transformers makes the rest of these. What it would read in their place goes then: a kill just
+    before leaves files that disagree, and `read` says so.
 
     Raises
     ------

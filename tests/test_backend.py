@@ -261,7 +261,7 @@ ARROWS: dict[str, set[str]] = {
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
-    "cli_info": {"backend", "machine", "memory"},
+    "cli_info": {"backend", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
     | {"demo", "train"},

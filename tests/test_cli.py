@@ -28,7 +28,7 @@ from gpt2c.tokenfile import read_tokens, write_tokens
 from gpt2c.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
-COMMAND = [sys.executable, "-W", "error", "-m", "gpt2c.cli"]
+COMMAND = [sys.executable, "-W", "error", "-m", "gpt2c"]
 TINY = (
     "--n-layer 1 --n-head 2 --n_embd 16 --block-size 16 --batch_size 4 --max-iters 20"
     " --warmup-iters 2 --learning-rate 1e-2"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2c import backend, cli_info
+from gpt2c import backend, cli_info, tokenizer
 from gpt2c.backend import NAMES, REQUIRES, THREAD_VARIABLES, backends, default_threads
 from gpt2c.cli import main
 
@@ -61,6 +61,9 @@ def test_verbose_names_all_that_a_report_needs(info) -> None:
     facts = dict(reversed(rows))  # of several rows of a name, the first
     for package in ("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"):
         assert facts[package] == importlib.metadata.version(package)
+    extras = importlib.metadata.requires("gpt2c") or []
+    named = {re.split(r"[>=<; ]", requirement)[0] for requirement in extras}
+    assert named and named <= set(cli_info.PACKAGES)
     for name in cli_info.PACKAGES:
         assert re.fullmatch(r"not installed|\d\S*", facts[name])
     assert facts["Python"].startswith(platform.python_version())
@@ -105,14 +108,16 @@ def test_the_environment_without_its_secrets(info, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_KEY", "UNRELATED_VARIABLE"):
         monkeypatch.setenv(name, "hf_s3cret")
-    for name in ("HF_ENDPOINT", "https_proxy"):
-        monkeypatch.setenv(name, "http://me:hf_s3cret@host:1/x")
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:hf_s3cret@hf_s3cret@host:1/x@y")
+    monkeypatch.setenv("https_proxy", "me:hf_s3cret@host:1")
+    monkeypatch.setenv("HTTP_PROXY", "http://me:hf_s3cret@host:1")
     rows = info("--verbose")
     facts = dict(rows)
     assert "s3cret" not in str(rows) and "UNRELATED_VARIABLE" not in facts
     assert {name: facts[name] for name in shown} == {k: repr(v) for k, v in shown.items()}
     assert facts["HF_TOKEN"] == facts["HUGGING_FACE_HUB_TOKEN"] == facts["HF_API_KEY"] == "set"
-    assert facts["HF_ENDPOINT"] == facts["https_proxy"] == "'http://***@host:1/x'"
+    assert facts["HF_ENDPOINT"] == "'http://***@host:1/x@y'"
+    assert facts["https_proxy"] == facts["HTTP_PROXY"] == "'host:1'"
     assert facts["tiktoken's cache"] == "/nowhere has not GPT-2's vocabulary"
     monkeypatch.delenv("HF_TOKEN")
     assert ("HF_TOKEN", "unset") in info("--verbose")
@@ -120,7 +125,7 @@ def test_the_environment_without_its_secrets(info, monkeypatch: pytest.MonkeyPat
 
 def test_tiktokens_cache(info, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    for name in cli_info.GPT2_FILES:
+    for name in tokenizer._GPT2_FILES:
         assert dict(info("--verbose"))["tiktoken's cache"].endswith("has not GPT-2's vocabulary")
         (tmp_path / name).touch()
     facts = dict(info("--verbose"))

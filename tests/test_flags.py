@@ -169,7 +169,7 @@ def test_bad_files(
 @pytest.mark.parametrize("call", ["generate bad", "eval bad --data data"])
 def test_bad_files_in_a_process(call: str, bad_file: Any) -> None:
     bad_file("bad/model.safetensors", (2**63).to_bytes(8, "little"))
-    command = [sys.executable, "-W", "error", "-m", "gpt2c.cli", *call.split()]
+    command = [sys.executable, "-W", "error", "-m", "gpt2c", *call.split()]
     path = os.pathsep.join(os.path.abspath(part) for part in sys.path if part)
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=60

@@ -252,10 +252,10 @@ def test_the_command_line(client: Client) -> None:
         f"generate {REPO} --prompt hello --max-new-tokens 3",
         f"eval {REPO} --choices {choices}",
     ):
-        done = client.run("-m", "gpt2c.cli", *arguments.split())
+        done = client.run("-m", "gpt2c", *arguments.split())
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(("hello", "acc "))
-    done = client.run("-m", "gpt2c.cli", *f"generate {REPO}x --prompt hello".split())
+    done = client.run("-m", "gpt2c", *f"generate {REPO}x --prompt hello".split())
     assert done.returncode == 2
     assert re.fullmatch(
         rf"gpt2c: {REPO}x is neither a file or directory here nor .*\n", done.stderr
@@ -357,7 +357,7 @@ def test_an_identifier_that_leads_outside(client: Client, trick: str, depth: int
 @needs_client
 def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[str, bytes]) -> None:
     files["config.json"] = b'{"n_layer": 1, "n_layer": 2}'
-    done = client.run("-m", "gpt2c.cli", "generate", REPO)
+    done = client.run("-m", "gpt2c", "generate", REPO)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "config.json is not valid JSON: 'n_layer' is there twice" in done.stderr
 

@@ -183,6 +183,7 @@ def failing(error):
     ],
 )
 def test_gpt2_offline_says_what_else_there_is(monkeypatch, get_encoding, reason):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     monkeypatch.setattr("gpt2c.tokenizer._PATIENCE", 0.1)
     monkeypatch.setattr("gpt2c.hub.find", failing(OSError("gpt2 is not there")))
@@ -193,8 +194,19 @@ def test_gpt2_offline_says_what_else_there_is(monkeypatch, get_encoding, reason)
     assert not re.search(r"\n|\. [A-Z]", str(error.value))
 
 
+def test_gpt2_asks_no_network_where_none_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("it was asked"))
+    monkeypatch.setattr("gpt2c.hub.find", failing(OSError("gpt2 is not there")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match=r"TIKTOKEN_CACHE_DIR.*\(HF_HUB_OFFLINE is set\)"):
+        Tokenizer.from_name("gpt2")
+
+
 def test_gpt2_from_a_directory_of_that_name(gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken, "get_encoding", failing(ConnectionError("no route")))
     gpt2.save_pretrained("gpt2")
     assert Tokenizer.from_name("gpt2").encode(SAMPLE) == gpt2.encode(SAMPLE)

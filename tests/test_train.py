@@ -275,7 +275,7 @@ def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
     settings = TINY | {"schedule": "constant", "max_iters": 10**6, "log_interval": 1}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     out = tmp_path / "a run"  # the space must survive a copy of the command to a shell
-    command = [sys.executable, "-W", "error", "-m", "gpt2c.cli"]
+    command = [sys.executable, "-W", "error", "-m", "gpt2c"]
     child = subprocess.Popen(
         [*command, "train", "--data", str(data), "--out", str(out), *flags],
         stdout=subprocess.PIPE,

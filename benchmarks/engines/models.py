@@ -1,12 +1,14 @@
 """Write what every engine of the race reads, from one set of random GPT-2 124M weights (seed 0).
 
-python benchmarks/engines/models.py [DIRECTORY]      # default: engines-models
+    python benchmarks/engines/models.py [DIRECTORY]      # default: engines-models
 
-gpt2                              transformers; made when it is not there
-gpt2c-fp32, gpt2c-fp16, gpt2c-int8
-onnx/gpt2-fp32.onnx, gpt2-int8.onnx
-ct2/float32, ct2/int8
-gguf/gpt2-f32.gguf, gpt2-f16.gguf, gpt2-q8_0.gguf
+    gpt2                              transformers'; made when it is not there
+    gpt2c-fp32, gpt2c-fp16, gpt2c-int8
+    gguf/gpt2-f32.gguf, gpt2-f16.gguf, gpt2-q8_0.gguf
+    onnx/gpt2-fp32.onnx, gpt2-int8.onnx
+    ct2/float32, ct2/int8
+
+Takes a minute and 4 GB.
 """
 
 import copy
@@ -15,8 +17,11 @@ import sys
 
 import numpy as np
 import torch
-from engines import HEADS, LAYERS, MODELS, POSITIONS, VOCAB
+from engines import HEADS, LAYERS, MODELS, VOCAB
 from transformers import GPT2Config, GPT2LMHeadModel
+
+import gpt2c
+from gpt2c.gguf_export import write_gguf
 
 WIDTH, EPS = 768, 1e-5
 
@@ -161,9 +166,8 @@ def ct2(model, root):
     from ctranslate2.converters.transformers import GPT2Loader
 
     for kind in "float32", "int8":
-        spec = GPT2Loader().get_model_spec(
-            copy.deepcopy(model)
-        )  # quantising writes into the model's own arrays
+        # Quantising writes into the model's own arrays.
+        spec = GPT2Loader().get_model_spec(copy.deepcopy(model))
         spec.register_vocabulary([str(i) for i in range(VOCAB)])
         end = str(VOCAB - 1)
         spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = end
@@ -173,80 +177,26 @@ def ct2(model, root):
         spec.save(str(root / kind))
 
 
-def gguf_file(w, path, kind):
-    """GGUF of architecture gpt2. The vocabulary is left out ("none"): no peer here tokenizes."""
-    import gguf
-
-    out = gguf.GGUFWriter(str(path), "gpt2")
-    out.add_name("gpt2-124m-random")
-    out.add_block_count(LAYERS)
-    out.add_context_length(POSITIONS)
-    out.add_embedding_length(WIDTH)
-    out.add_feed_forward_length(4 * WIDTH)
-    out.add_head_count(HEADS)
-    out.add_layer_norm_eps(EPS)
-    out.add_vocab_size(VOCAB)
-    out.add_tokenizer_model("none")
-    types = {
-        "f32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
-        "f16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
-        "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
-    }
-    file_type, tensor_type = types[kind]
-    out.add_file_type(file_type)
-
-    def matrix(name, array):
-        array = np.ascontiguousarray(array, np.float32)
-        if kind == "f32":
-            out.add_tensor(name, array)
-        else:
-            out.add_tensor(name, gguf.quants.quantize(array, tensor_type), raw_dtype=tensor_type)
-
-    def plain(name, array):
-        out.add_tensor(name, np.ascontiguousarray(array, np.float32))
-
-    matrix("token_embd.weight", w["wte.weight"])
-    plain("position_embd.weight", w["wpe.weight"])
-    for i in range(LAYERS):
-        for theirs, ours in (("attn_norm", "ln_1"), ("ffn_norm", "ln_2")):
-            for part in "weight", "bias":
-                plain(f"blk.{i}.{theirs}.{part}", w[f"h.{i}.{ours}.{part}"])
-        for theirs, ours in (
-            ("attn_qkv", "attn.c_attn"),
-            ("attn_output", "attn.c_proj"),
-            ("ffn_up", "mlp.c_fc"),
-            ("ffn_down", "mlp.c_proj"),
-        ):
-            matrix(f"blk.{i}.{theirs}.weight", w[f"h.{i}.{ours}.weight"].T)
-            plain(f"blk.{i}.{theirs}.bias", w[f"h.{i}.{ours}.bias"])
-    for part in "weight", "bias":
-        plain(f"output_norm.{part}", w[f"ln_f.{part}"])
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-
-
 def ours(root):
-    import gpt2c
-
     model = gpt2c.GPT2.from_pretrained(root / "gpt2")
     model.save_pretrained(root / "gpt2c-fp32")
     for kind in "fp16", "int8":
         gpt2c.QuantizedGPT2.from_model(model, kind).save_pretrained(root / f"gpt2c-{kind}")
+    tokenizer = gpt2c.Tokenizer.from_name("bytes")  # no engine here tokenizes
+    for kind in "f32", "f16", "q8_0":
+        path = root / f"gguf/gpt2-{kind}.gguf"
+        write_gguf(path, model.config, model.parameters, tokenizer, kind)
 
 
 def main():
     root = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else MODELS)
     model, w = weights(root)
+    for folder in "onnx", "gguf":
+        (root / folder).mkdir(exist_ok=True)
     ours(root)
-    (root / "onnx").mkdir(exist_ok=True)
-    (root / "gguf").mkdir(exist_ok=True)
     onnx_fp32(w, str(root / "onnx/gpt2-fp32.onnx"))
     onnx_int8(str(root / "onnx/gpt2-fp32.onnx"), str(root / "onnx/gpt2-int8.onnx"))
     ct2(model, root / "ct2")
-    for kind in "f32", "f16", "q8_0":
-        gguf_file(w, root / f"gguf/gpt2-{kind}.gguf", kind)
 
 
 if __name__ == "__main__":
