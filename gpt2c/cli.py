@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib.metadata
 import os
 import shlex
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's, 130
     for Ctrl-C.
     """
-    options = parser().parse_args(arguments)
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        options.verb.error(_unknown_flag(unknown[0], options.verb))
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OverflowError) as error:  # a number too large for C, or for a float
         _complain(str(error))
     except MemoryError as error:
-        _complain(f"not enough memory: {error}")
+        _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
     return 2
 
 
@@ -121,9 +124,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _unknown_flag(flag: str, verb: argparse.ArgumentParser) -> str:
+    name = flag.partition("=")[0]
+    near = difflib.get_close_matches(name, verb._option_string_actions, n=1)
+    return f"unrecognized argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, verb=verb)
     return verb
 
 

@@ -70,6 +70,10 @@ def _questions(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> list
 
 
 def _eval_data(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> None:
+    if not options.data.is_dir():
+        raise FileNotFoundError(
+            f"{options.data} is not a directory of token files; gpt2c prepare makes one"
+        )
     tokenizer = Tokenizer.from_pretrained(options.data)
     shards = read_shards(options.data, "val", model.config.vocab_size)
     if options.batch_size < 1:
@@ -103,9 +107,14 @@ def _eval_choices(questions: list[scoring.Question], model: GPT2 | QuantizedGPT2
         right = scoring.answer(model, questions, watch)
     (acc, error), (acc_norm, error_norm) = scoring.accuracy(right)
     print(
-        f"acc {acc:.4f} +/- {error:.4f}  acc_norm {acc_norm:.4f} +/- {error_norm:.4f} (per token)"
+        f"acc {_share(acc, error)}  acc_norm {_share(acc_norm, error_norm)} (per token)"
         f"  questions {len(questions)}"
     )
+
+
+def _share(value: float, error: float) -> str:
+    """Write a share and its standard error, which one question has not."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} +/- {error:.4f}"
 
 
 @contextmanager

@@ -78,10 +78,12 @@ def run_generate(options: argparse.Namespace) -> int:
 
 
 def _write(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print()
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # an error stands on a line of its own
+        print()
 
 
 def _converse(generator: Generator, settings: dict[str, Any]) -> float:
@@ -99,9 +101,12 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
             return seconds
         start = time.perf_counter()
         try:
-            _write(generator.stream(line, **settings))
+            pieces = generator.stream(line, **settings)
+            if not sys.stdin.isatty():  # then nobody has seen it
+                sys.stdout.write(line)
+            _write(pieces)
         except KeyboardInterrupt:
-            print()
+            pass
         except ValueError as error:
             print(f"gpt2c: {error}", file=sys.stderr)
         seconds += time.perf_counter() - start

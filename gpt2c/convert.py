@@ -27,11 +27,13 @@ from gpt2c.tokenfile import (
     has_header,
     read_nanogpt,
     read_tokens,
+    remove_shards,
     write_nanogpt,
     write_shards,
     write_tokens,
 )
 from gpt2c.tokenizer import NAMES, Tokenizer
+from gpt2c.tokenizer_files import has_tokenizer
 
 FORMATS = ("nanogpt",)
 DTYPES = (*llmc.DTYPES, *GGUF_DTYPES)
@@ -111,7 +113,7 @@ def _kinds(src: str) -> set[str]:
     if path.is_dir():
         held = {
             "model": (path / CONFIG_FILE).exists(),
-            "tokenizer": (path / "vocab.json").exists(),
+            "tokenizer": has_tokenizer(path),
             "tokens": bool(find_shards(path, "train") or find_shards(path, "val")),
         }
         kinds = {kind for kind, there in held.items() if there}
@@ -138,6 +140,8 @@ def _kind_of_bin(src: str, dst: Path, kinds: set[str]) -> str:
             f"{src} has a tokenizer and token files, and {dst} could be of either: name it"
             " tokenizer.bin, or a directory, with --format nanogpt"
         )
+    if "tokenizer" in dst.name and "tokenizer" not in kinds:
+        raise ValueError(f"{src} has no tokenizer that {dst} could be made of")
     if "tokenizer" in kinds and ("tokenizer" in dst.name or "model" not in kinds):
         return "tokenizer"
     return "model"
@@ -165,9 +169,10 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
         takes = f"takes {', '.join(known)}" if known else "is float32"
         raise ValueError(f"{dst} {takes}, not --dtype {dtype}")
     dtype = dtype or (known[0] if known else "float32")
-    if suffix == ".gguf" and not (src / "vocab.json").exists():
+    if suffix == ".gguf" and not has_tokenizer(src):
         raise ValueError(
-            f"{src} has no tokenizer, which a GGUF holds too: convert both into one directory first"
+            f"{src} has no tokenizer, which a GGUF holds too: make a directory of both first, with"
+            f" gpt2c convert {src} DIR and gpt2c convert TOKENIZER DIR"
         )
     method = stored_method(read_config(src)) if src.is_dir() else None
     if method is not None:
@@ -184,7 +189,13 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     else:
         model.save_pretrained(dst)
         what = "Hugging Face's model"
-    return f"{dst}: {what}, {model.config.num_parameters():,} parameters, {dtype}"
+    more = "" if suffix else _missing_tokenizer(dst)
+    return f"{dst}: {what}, {model.config.num_parameters():,} parameters, {dtype}{more}"
+
+
+def _missing_tokenizer(dst: Path) -> str:
+    """Say what a directory still needs."""
+    return "" if has_tokenizer(dst) else f"; no tokenizer yet: gpt2c convert TOKENIZER {dst}"
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
@@ -236,14 +247,14 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     there = [path for split in splits for path in find_shards(dst, split)]
     _claim(dst, [path.name for path in there] or ["val.bin"], overwrite)
     dst.mkdir(exist_ok=True)
-    for path in there:
-        path.unlink()
+    remove_shards(dst)
     for split, (headed, shards) in found.items():  # val comes last, as from `gpt2c prepare`
         if headed:
             write_nanogpt(dst / f"{split}.bin", shards)
         else:
             write_shards(dst, split, shards[0], SHARD_TOKENS)
-    return f"{dst}: " + "; ".join(f"{split}: {_describe(*found[split])}" for split in found)
+    written = "; ".join(f"{split}: {_describe(*found[split])}" for split in found)
+    return f"{dst}: {written}{_missing_tokenizer(dst)}"
 
 
 def _open_tokens(paths: list[Path]) -> tuple[bool, list[Tokens]]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import files
-from gpt2c.tokenfile import MAX_VOCABULARY, Tokens, find_shards, write_shards, write_tokens
+from gpt2c.tokenfile import MAX_VOCABULARY, Tokens, remove_shards, write_shards, write_tokens
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
 
 
@@ -163,6 +163,7 @@ def prepare(
     """
     if shard_tokens < 0:
         raise ValueError(f"shard_tokens must be at least 1, or 0 for one file, got {shard_tokens}")
+    files.check_directory(out, overwrite)
     train, val = split_validation(documents, val_fraction, seed)
     if isinstance(tokenizer, str):
         tokenizer = _tokenizer_from_spec(tokenizer, train)
@@ -175,8 +176,7 @@ def prepare(
     files.claim_directory(out, overwrite)
     # val.bin goes first and comes last: a directory that has it never mixes two preparations, nor
     # lacks some of its shards.
-    for path in [*find_shards(out, "val"), *find_shards(out, "train")]:
-        path.unlink()
+    remove_shards(out)
     tokenizer.save_pretrained(out)
     write_shards(out, "train", train_tokens, shard_tokens)
     write_tokens(out / "val.bin", val_tokens)

@@ -140,6 +140,12 @@ def claim_directory(path: Path, overwrite: bool) -> None:
     FileExistsError : `path` is not empty and `overwrite` is false
     NotADirectoryError : `path` is a file
     """
+    check_directory(path, overwrite)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def check_directory(path: Path, overwrite: bool) -> None:
+    """Do the refusing of `claim_directory` alone, before long work."""
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an output directory is wanted")
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
@@ -147,7 +153,6 @@ def claim_directory(path: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{path} exists and is not empty; name another directory or pass --overwrite"
         )
-    path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -160,12 +165,18 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """
 
     def at_once(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # else a pipe waits for a writer
+        return os.open(name, flags | os.O_NONBLOCK)  # else a pipe waits for a writer
 
     with open(path, "rb", opener=at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(f"{path} is a pipe or a device; a file is wanted")
         yield file
+
+
+def read_header(path: Path, most: int) -> tuple[bytes, int]:
+    """Give a file's first bytes, at most `most`, and its size; see `open_file` for errors."""
+    with open_file(path) as file:
+        return file.read(most), os.fstat(file.fileno()).st_size
 
 
 def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gpt2c import hub
+from gpt2c import hub, llmc
 from gpt2c.backend import Backend
 from gpt2c.checkpoint import read_config
 from gpt2c.language_model import LanguageModel
@@ -95,7 +95,8 @@ def open_model(
 ) -> GPT2 | QuantizedGPT2:
     """Load a model, quantized if asked for or if it was saved so; see `GPT2.from_pretrained`."""
     path = hub.find(path)
-    quantize = quantize or stored_method(read_config(path))
+    if quantize is None and not llmc.is_llmc(path):
+        quantize = stored_method(read_config(path))
     if quantize is None:
         return GPT2.from_pretrained(path, backend)
     return GPT2.from_pretrained(path, backend, quantize=quantize)

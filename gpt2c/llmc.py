@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c import files
 from gpt2c.config import GPT2Config
-from gpt2c.files import atomic_path
 from gpt2c.memory import Array
+from gpt2c.tensorfile import from_bf16
 
 MODEL_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
 DTYPES = {"fp32": 3, "bf16": 5}  # and the version of the file; both have padded vocabularies
@@ -49,6 +50,8 @@ _TENSORS = (
 # What llm.c has as constants, in the files or in the formulae.
 _GPT2_TOKENS, _EPSILON, _END_OF_TEXT = 50257, 1e-5, b"<|endoftext|>"
 
+_MOST_TOKENS = 2**16  # a token is a uint16
+
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
 # What to do with a ckpt.pt of nanoGPT's, for whom PyTorch may read it. There is one Linear weight
 # (OC, C) where Hugging Face has (C, OC), and bias=False leaves the biases out.
@@ -74,19 +77,21 @@ pathlib.Path("model/config.json").write_text(json.dumps(config))
 """
 
 
+def is_llmc(path: Path) -> bool:
+    """Whether `read_model` is who knows a path: llm.c's file, or a pickle, to say why it is not."""
+    return path.suffix in (".bin", *PICKLES) and path.is_file()
+
+
 def read_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
     """Give the first 1024 bytes of a file, or all, and its size; refuse a pickle.
 
     Raises
     ------
-    OSError : the file is missing or cannot be read
-    ValueError : it is not a regular file; it is a pickle or, what PyTorch makes of one, a zip
+    OSError : the file is missing or cannot be read, or is a pipe or a device
+    ValueError : it is a pickle or, what PyTorch makes of one, a zip
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting
-        raise ValueError(f"{path} is not a regular file; an llm.c file is wanted")
-    with open(path, "rb") as file:
-        header, size = file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
+    header, size = files.read_header(path, _HEADER_BYTES)
     pickled = header[:1] == b"\x80" and header[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     if path.suffix in PICKLES or header[:4] == b"PK\3\4" or pickled:
         raise ValueError(
@@ -153,8 +158,8 @@ def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, NDAr
         shape = shapes[name] if name != "wte.weight" else (rows, config.n_embd)
         end = start + math.prod(shape)
         tensor = flat[start:end].reshape(shape)[: shapes[name][0]]
-        if not is_fp32:  # bf16 is the upper half of a float32
-            tensor = (tensor.astype(np.uint32) << 16).view(np.float32)
+        if not is_fp32:
+            tensor = from_bf16(tensor)
         tensors[name], start = tensor, end
     return config, tensors
 
@@ -192,7 +197,7 @@ def write_model(
     header = np.zeros(256, "<i4")
     sizes = [getattr(config, name) for name in _FIELDS]
     header[:8] = MODEL_MAGIC, DTYPES[dtype], *sizes, rows
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(header.tobytes())
         for name in _names(config.n_layer):
             _write(file, tensors[name], dtype)
@@ -251,7 +256,9 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[bytes, int], int]
     path = Path(path)
     header, size = read_header(path)
     version, count, eot = _numbers(path, header, TOKENIZER_MAGIC, "tokenizer", (1, 2))[1:4]
-    if not 0 < count <= (size - _HEADER_BYTES) // 2 or size > _HEADER_BYTES + 256 * count:
+    if not 0 < count <= _MOST_TOKENS:
+        raise ValueError(f"{path} says that it has {count} tokens; 1 to {_MOST_TOKENS} are read")
+    if not count <= (size - _HEADER_BYTES) // 2 or size > _HEADER_BYTES + 256 * count:
         raise ValueError(
             f"{path} has {size} bytes; its {count} tokens of 1 to 255 bytes need"
             f" {_HEADER_BYTES + 2 * count} to {_HEADER_BYTES + 256 * count}"
@@ -263,7 +270,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[bytes, int], int]
     if not 0 <= eot < count:
         raise ValueError(f"{path}: its eot_token is {eot}, not one of {count} tokens")
     ranks: dict[bytes, int] = {}
-    content, start = path.read_bytes(), _HEADER_BYTES
+    content, start = files.read_bytes(path, size), _HEADER_BYTES
     for token_id in range(count):
         end = start + 1 + (content[start] if start < len(content) else 0)
         token = content[start + 1 : end]
@@ -305,5 +312,5 @@ def write_tokenizer(path: Path, tokens: Sequence[bytes], eot: int) -> None:
                 f"{path}: token {token_id} has {len(token)} bytes; llm.c's tokens have at most 255"
             )
     body = b"".join(bytes([len(token)]) + token for token in tokens)
-    with atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         temporary.write_bytes(header.tobytes() + body)

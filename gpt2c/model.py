@@ -16,7 +16,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -156,11 +155,10 @@ class GPT2(LanguageModel):
             quantize, or another than that of weights which are stored so
         """
         path = hub.find(path, revision)
-        file = Path(path)
-        if file.suffix in (".bin", *llmc.PICKLES) and file.is_file():
-            config, weights = llmc.read_model(file)
+        if llmc.is_llmc(path):
+            config, weights = llmc.read_model(path)
             model = cls(config, seed=None, backend=backend)
-            model.load_parameters(weights, str(file))
+            model.load_parameters(weights, str(path))
             return model if quantize is None else QuantizedGPT2.from_model(model, quantize)
         if quantize is not None:
             return QuantizedGPT2.from_pretrained(path, quantize, backend)

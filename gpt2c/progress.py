@@ -25,14 +25,16 @@ class Progress:
         self._interval = interval
         self._total = total
         watched = sys.stdout.isatty()
-        layout = "{n_fmt}/{total_fmt} |{bar}| {desc} [{elapsed}<{remaining}]"
+        layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc} |{bar}|"  # narrow: no bar
+        size = shutil.get_terminal_size()  # tqdm draws nothing on terminals that say 0
         self._bar = (
             tqdm(
                 initial=start,
                 total=total,
                 bar_format=layout,
                 file=sys.stdout,
-                ncols=shutil.get_terminal_size().columns,  # tqdm draws nothing where that is 0
+                ncols=size.columns,
+                nrows=size.lines,
             )
             if watched
             else None

@@ -88,7 +88,7 @@ class TrainSettings:
     skip_nonfinite: bool = setting(False, "leave out a step with nan in it instead of stopping")
     tensorboard: bool = setting(False, "write TensorBoard's event files too")
     seed: int = setting(1337, "of the weights and the order of the data")
-    backend: str = setting("auto", "auto, avx512, avx2, base or numpy")
+    backend: str = setting("auto", "auto or a name that gpt2c info lists")
     recompute: str = setting("none", "none, light or full: trade time for memory")
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gpt2c.files import parse_json, shown
+from gpt2c.files import parse_json, read_header, shown
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "U8": "|u1"}
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
@@ -70,8 +70,8 @@ class StoredTensor:
         ValueError : it holds numbers beyond the range of float32
         """
         array: NDArray[Any]
-        if self.dtype == "BF16":  # the upper half of a float32
-            array = np.left_shift(self.data, 16, dtype=np.uint32).view(np.float32)
+        if self.dtype == "BF16":
+            array = from_bf16(self.data)
         else:
             try:
                 with np.errstate(over="raise"):
@@ -84,6 +84,12 @@ class StoredTensor:
 
 
 AnyTensor = NDArray[Any] | StoredTensor
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Widen bfloat16 numbers, which are the upper halves of float32's."""
+    wide: NDArray[np.float32] = np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+    return wide
 
 
 def write_tensors(path: Path, tensors: Mapping[str, AnyTensor], metadata: dict[str, str]) -> None:
@@ -116,11 +122,6 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:  # it always is: safetensors writes no spaces but the padding
             file.seek(8)
             file.write(text.ljust(size))
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read the strings that the header holds beside the tensors; see `map_tensors` for errors."""
-    return _map(path)[0].get("__metadata__") or {}
 
 
 def map_tensors(
@@ -167,8 +168,7 @@ def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         raise FileNotFoundError(
             f"{path} does not exist (weights are read from safetensors, never from pickles)"
         )
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+    size = int.from_bytes(read_header(path, 8)[0], "little")
     if size > LARGEST_HEADER:
         raise ValueError(
             f"{path} is not a whole safetensors file: its header would have {size:,} bytes; at most"

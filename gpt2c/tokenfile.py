@@ -1,7 +1,7 @@
 """Token files: llm.c's shards, mapped and written, and nanoGPT's files, which have no header.
 
-    train.bin     or shards of it, train_000001.bin, fineweb_train_000002.bin: any *train*.bin
-    val.bin       or any *val*.bin
+    train.bin     or shards of it, train_000001.bin, fineweb_train_000002.bin
+    val.bin       or tiny_shakespeare_val.bin: the split is a word of the name
 
 Knows nothing about text, models or batches. Used by data, train and convert.
 """
@@ -9,6 +9,7 @@ Knows nothing about text, models or batches. Used by data, train and convert.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,22 +140,35 @@ def has_header(path: Path) -> bool:
 
 
 def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
-    """List a split's token files, `*train*.bin` or `*val*.bin`, in the order of their names.
+    """List a split's token files, as train.bin or fineweb_val_000001.bin, in the order of names.
 
-    Names that begin with a dot are passed over, as by a shell. The list may be empty.
+    The split is a word of the name: a pretrained.bin is none of them. Names that begin with a dot
+    are passed over, as by a shell. The list may be empty.
 
     Raises
     ------
     ValueError : the name of a file says both train and val
     """
     names = Path(directory).glob(f"*{split}*.bin")
-    paths = sorted(path for path in names if path.name[0] != ".")
+    paths = sorted(path for path in names if path.name[0] != "." and split in _words(path))
     for path in paths:
-        if "train" in path.name and "val" in path.name:
+        if {"train", "val"} <= _words(path):
             raise ValueError(
                 f"{path} says both train and val, so it could be of either: rename it to say one"
             )
     return paths
+
+
+def remove_shards(directory: str | os.PathLike[str]) -> None:
+    """Remove the token files of both splits, those of val first; others of such names stay."""
+    splits: tuple[Split, ...] = ("val", "train")
+    for path in [path for split in splits for path in find_shards(directory, split)]:
+        if path.stem in splits or has_header(path):
+            path.unlink()
+
+
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", path.stem.lower()))
 
 
 def read_shards(
@@ -209,11 +223,8 @@ def write_nanogpt(path: Path, shards: list[Tokens]) -> None:
 
 def _open(path: Path) -> tuple[bytes, int]:
     """Give the first bytes of a file, as many as a header has, and its size."""
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting
-        raise ValueError(f"{path} is not a regular file; a token file is wanted")
     try:
-        with open(path, "rb") as file:
-            return file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
+        return files.read_header(path, _HEADER_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"token file {path} does not exist; make it with `gpt2c prepare`"

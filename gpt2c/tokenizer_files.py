@@ -98,6 +98,11 @@ def _to_bytes(characters: str) -> bytes:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a path is a directory with a tokenizer in it, whole or not."""
+    return any((path / name).exists() for name in (VOCAB, TOKENIZER))
+
+
 def read(directory: Path) -> Vocabulary:
     """Read the vocabulary of a directory.
 

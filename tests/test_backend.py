@@ -224,12 +224,12 @@ ARROWS: dict[str, set[str]] = {
     "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
     | {"reference_reading", "tensorfile"},
     "engine": {"decoder", "generate", "language_model", "sampling"},
-    "generator": {"backend", "checkpoint", "hub", "language_model", "model", "quantized"}
+    "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "model", "quantized"}
     | {"sampling", "tokenizer"},
-    "llmc": {"config", "files", "memory"},
+    "llmc": {"config", "files", "memory", "tensorfile"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
     "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
-    | {"tokenizer"},
+    | {"tokenizer", "tokenizer_files"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
     "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}

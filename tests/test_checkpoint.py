@@ -89,7 +89,6 @@ def test_saving_over_replaces(directory):
     assert_same(tensors, make_tensors(seed=1))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 def test_files_have_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
@@ -599,7 +598,6 @@ else:
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
 @pytest.mark.parametrize("limited", ["config", "model"])
 def test_a_failing_write_leaves_the_old_files(tmp_path, limited):
     save_weights(tmp_path, CONFIG, make_tensors())

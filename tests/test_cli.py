@@ -335,9 +335,11 @@ def test_each_line_typed_is_continued(
     command = f"generate {model} --interactive --temperature 0 --max-new-tokens 3"
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nfar too long\nab"))
     code, out, err = gpt2c(command)
-    assert (code, out) == (0, "cxx\nxcx\ncxx\n")
+    assert (code, out) == (0, "abcxx\nxcx\nabcxx\n")
     wrong, speed = err.splitlines(keepends=True)
-    assert wrong == "gpt2c: idx: a prompt has 12 tokens, n_positions is 8\n"
+    assert (
+        wrong == "gpt2c: idx: a prompt has 12 tokens, and this model reads at most n_positions, 8\n"
+    )
     assert int(re.fullmatch(SPEED, speed)[1]) == 9
 
 
@@ -356,7 +358,7 @@ def test_ctrl_c_ends_a_text_and_not_the_conversation(
     monkeypatch.setattr(Generator, "stream", stream)
     monkeypatch.setattr("sys.stdin", io.StringIO("stop\nab\n"))
     code, out, _ = gpt2c(f"generate {model} --interactive --temperature 0 --max-new-tokens 3")
-    assert (code, out) == (0, "x\ncxx\n")
+    assert (code, out) == (0, "stopx\nabcxx\n")
 
 
 # ---- version -------------------------------------------------------------------------------------
@@ -441,7 +443,7 @@ MISTAKES = [
     ("eval folder --data data", r"config\.json does not exist"),
     ("eval corrupt --data data", "is not a whole safetensors file"),
     ("eval other --data data", r"wte\.weight must be \(257, 32\) .*got \(257, 16\)"),
-    ("eval run --data missing", r"missing/vocab\.json does not exist"),
+    ("eval run --data missing", r"missing is not a directory of token files; gpt2c prepare"),
     ("eval run --data magic", r"magic/val\.bin is not an llm\.c token file"),
     ("eval run --data truncated", r"truncated/val\.bin has \d+ bytes"),
     ("eval run --data beyond", "holds token 299, outside a vocabulary of 257"),
@@ -467,7 +469,10 @@ MISTAKES = [
     ("generate run --num-samples 2 --top-k 0", "top_k must be at least 1"),
     ("generate run --interactive --prompt a", "--interactive asks for prompts"),
     ("generate run --interactive --num-samples 2", "--interactive asks for prompts"),
-    ("generate run --prompt seventeen-letters", "17 tokens, n_positions is 16"),
+    (
+        "generate run --prompt seventeen-letters",
+        "this model reads at most n_positions, 16",
+    ),
     ("generate run --stop= ", "stop must be strings of at least one character"),
     ("generate mixed", "do not belong together"),
     ("generate missing --quantize int8", "missing is no file or directory here"),
@@ -594,7 +599,7 @@ def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None
     assert child.communicate(timeout=60)[1] == b""
     assert child.returncode == 0
     text = shown.decode()
-    assert re.search(r"\r20/20 \|█+\| .*loss \d.*tokens/s", text)
+    assert re.search(r"\r20/20 \[.*\] loss \d.*tokens/s.* \|█+\|", text)
     assert "validation loss" in text
     assert "step 10/20" not in text
 

@@ -74,7 +74,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
     assert run("run model.bin") == (0, "model.bin: llm.c's model, 34,368 parameters, fp32\n", "")
     assert run("run my_tokenizer.bin")[1] == "my_tokenizer.bin: llm.c's tokenizer, 270 tokens\n"
-    assert run("model.bin back")[1] == "back: Hugging Face's model, 34,368 parameters, float32\n"
+    written = "back: Hugging Face's model, 34,368 parameters, float32"
+    more = "; no tokenizer yet: gpt2c convert TOKENIZER back"
+    assert run("model.bin back")[1] == f"{written}{more}\n"
     assert run("my_tokenizer.bin back")[1] == "back: Hugging Face's tokenizer, 270 tokens\n"
     before, after = contents(world / "run"), contents(world / "back")
     assert before.keys() == after.keys()
@@ -116,7 +118,8 @@ def test_nanogpts_token_files_get_a_header_and_lose_it(run: Run, world: Path) ->
 
 
 def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "new: train: 250 tokens, llm.c's; val: 3 tokens, llm.c's\n"
+    said = "new: train: 250 tokens, llm.c's; val: 3 tokens, llm.c's"
+    said += "; no tokenizer yet: gpt2c convert TOKENIZER new\n"
     assert run("nano new --format nanogpt") == (0, said, "")
     assert read_tokens("new/val.bin").tolist() == [3, 1, 2]
     monkeypatch.setattr(convert, "SHARD_TOKENS", 100)

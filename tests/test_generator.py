@@ -307,7 +307,7 @@ def test_mistakes_are_refused_before_any_work() -> None:
         for call in (generator.generate, generator.stream):
             assert refused(call, "ab", **wrong).startswith(message)
     for call in (generator.generate, generator.stream):
-        assert "41 tokens, n_positions is 40" in refused(call, "x" * 41)
+        assert "41 tokens, and this model reads at most n_positions, 40" in refused(call, "x" * 41)
         with pytest.raises(TypeError, match="beam"):
             call("ab", beam=5)
     assert "num_return_sequences" in refused(generator.stream, "ab", num_return_sequences=2)

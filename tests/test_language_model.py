@@ -12,6 +12,7 @@ from conftest import refused
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2
 
 V, T, END = 37, 16, 36
+LONG = f", and this model reads at most n_positions, {T}"
 CONFIG = GPT2Config(
     V, n_positions=T, n_embd=24, n_layer=2, n_head=3, initializer_range=0.3, eos_token_id=END
 )
@@ -232,9 +233,21 @@ GOOD = [[1, 2], [3]]
     [
         ([], {}, "idx must hold at least one prompt, got none"),
         ((), {}, "idx must hold at least one prompt, got none"),
-        ([[0] * (T + 1)], {}, f"idx: a prompt has {T + 1} tokens, n_positions is {T}"),
-        ([[1], [0] * (T + 9)], {}, f"idx: a prompt has {T + 9} tokens, n_positions is {T}"),
-        (np.zeros((2, T + 1), int), {}, f"idx: a prompt has {T + 1} tokens, n_positions is {T}"),
+        (
+            [[0] * (T + 1)],
+            {},
+            f"idx: a prompt has {T + 1} tokens, and this model reads at most n_positions, {T}",
+        ),
+        (
+            [[1], [0] * (T + 9)],
+            {},
+            f"idx: a prompt has {T + 9} tokens, and this model reads at most n_positions, {T}",
+        ),
+        (
+            np.zeros((2, T + 1), int),
+            {},
+            f"idx: a prompt has {T + 1} tokens, and this model reads at most n_positions, {T}",
+        ),
         ([[1], [V]], {}, f"idx: token id {V} is not in [0, {V})"),
         ([[1], [2, -1]], {}, f"idx: token id -1 is not in [0, {V})"),
         ([[1], [0.5]], {}, "idx must be whole numbers, got dtype float64"),

@@ -215,10 +215,11 @@ def test_pickles_are_refused_with_a_way_out(tmp_path: Path, name: str, content: 
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
-
     os.mkfifo(tmp_path / "a.bin")  # opened, it would wait for a writer
-    assert "not a regular file" in refused(read_model, tmp_path / "a.bin")
-    assert "not a regular file" in refused(read_tokenizer, tmp_path)
+    with pytest.raises(OSError, match="is a pipe or a device"):
+        read_model(tmp_path / "a.bin")
+    with pytest.raises(IsADirectoryError):
+        read_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_model(tmp_path / "none.bin")
 
@@ -306,9 +307,12 @@ def test_a_token_of_256_bytes_has_no_room(tmp_path: Path) -> None:
         (b"", "starts with 0, not 20240328"),
         (tokenizer_by_hand(TOKENS)[:500], "truncated: 500 bytes"),
         (tokenizer_by_hand(TOKENS, version=3), "version 3; version 1 or 2"),
-        (tokenizer_by_hand(TOKENS, count=0), "its 0 tokens"),
-        (tokenizer_by_hand(TOKENS, count=-7), "its -7 tokens"),
-        (tokenizer_by_hand(TOKENS, count=2**31 - 1), "its 2147483647 tokens"),
+        (tokenizer_by_hand(TOKENS, count=0), "it has 0 tokens; 1 to 65536 are read"),
+        (tokenizer_by_hand(TOKENS, count=-7), "it has -7 tokens; 1 to 65536 are read"),
+        (
+            tokenizer_by_hand(TOKENS, count=2**31 - 1),
+            "it has 2147483647 tokens; 1 to 65536",
+        ),
         (tokenizer_by_hand(TOKENS, count=260), "token 259 of 260 is empty or cut off"),
         (tokenizer_by_hand(TOKENS, count=258), "4 bytes after its last token"),
         (tokenizer_by_hand(TOKENS)[:-1], "token 258 of 259 is empty or cut off"),

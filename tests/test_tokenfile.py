@@ -13,6 +13,7 @@ from gpt2c.tokenfile import (
     read_nanogpt,
     read_shards,
     read_tokens,
+    remove_shards,
     write_nanogpt,
     write_shards,
     write_tokens,
@@ -130,8 +131,22 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
         read_shards(tmp_path, "train")  # rather than fewer tokens
 
 
+def test_a_split_is_a_word_of_the_name(tmp_path):
+    for name in ("pretrained.bin", "retrieval_train_1.bin", "my-evaluation.bin", "Train.bin"):
+        write_tokens(tmp_path / name, [1])
+    (tmp_path / "gpt2_train.bin").write_bytes(b"a model, perhaps")
+    assert [path.name for path in find_shards(tmp_path, "train")] == [
+        "gpt2_train.bin",
+        "retrieval_train_1.bin",
+    ]
+    assert find_shards(tmp_path, "val") == []
+    remove_shards(tmp_path)  # token files only
+    left = ["Train.bin", "gpt2_train.bin", "my-evaluation.bin", "pretrained.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
 def test_a_name_that_says_both_is_refused(tmp_path):
-    write_tokens(tmp_path / "retrieval_train_000001.bin", [1])
+    write_tokens(tmp_path / "val_train_000001.bin", [1])
     for split in ("train", "val"):
         assert "says both train and val" in refused(find_shards, tmp_path, split)
 
@@ -179,4 +194,5 @@ def test_what_cannot_be_nanogpts(tmp_path, content, message):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "train.bin")
     for read in (read_tokens, read_nanogpt):
-        assert "not a regular file" in refused(read, tmp_path / "train.bin")
+        with pytest.raises(OSError, match="is a pipe or a device"):
+            read(tmp_path / "train.bin")
