@@ -17,12 +17,20 @@ from conftest import refused
 
 from gpt2c import backend as backend_module
 from gpt2c import reference
-from gpt2c.backend import AVX2, AVX512, NAMES, REQUIRES, backends, default_threads, get_backend
+from gpt2c.backend import (
+    AVX2,
+    AVX512,
+    NAMES,
+    REQUIRES,
+    THREAD_VARIABLES,
+    backends,
+    default_threads,
+    get_backend,
+)
 from gpt2c.kernels import Kernels
 
 PACKAGE = Path(backend_module.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
-THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 @pytest.fixture(autouse=True)
@@ -199,9 +207,10 @@ ARROWS: dict[str, set[str]] = {
     "reference_reading": set(),
     "reference": {"reference_reading"},
     "memory": set(),
+    "checks": set(),
     "kernels": {"memory"},
-    "backend": {"kernels", "reference"},
-    "ops": {"backend", "reference_reading"},
+    "backend": {"checks", "kernels", "reference"},
+    "ops": {"backend", "checks", "reference_reading"},
     "cases": {"reference"},
     "machine": {"backend", "memory"},
     "peers": {"config"},
@@ -219,11 +228,11 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"files", "tensorfile"},
     "sampling": set(),
     "generate": {"sampling"},
-    "decoder": {"backend", "config", "kernels", "memory", "reference_reading"},
+    "decoder": {"backend", "checks", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
     "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
     | {"reference_reading", "tensorfile"},
-    "engine": {"decoder", "generate", "language_model", "sampling"},
+    "engine": {"checks", "decoder", "generate", "language_model", "sampling"},
     "generator": {"backend", "checkpoint", "hub", "language_model", "model", "quantized"}
     | {"sampling", "tokenizer"},
     "llmc": {"config", "files", "memory"},

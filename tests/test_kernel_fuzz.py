@@ -264,7 +264,7 @@ DOORS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "submit": submit,
     "step": step,
     "read": lambda model, a: model.decoder(2).read(a["row"], a["slot"], a["position"]),
-    "losses": lambda model, a: model.decoder().losses(a["row"], a["wanted"])[0],
+    "losses": lambda model, a: model.decoder().losses(a["row"], a["wanted"]),
 }
 
 
