@@ -95,8 +95,8 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
 
     Raises
     ------
-    ValueError : an unknown name, one that this machine cannot run, or threads no whole number or out of
-        range
+    ValueError : an unknown name, one that this machine cannot run, or threads that are no whole
+        number or out of range
     """
     threads = default_threads() if threads is None else whole("threads", threads)
     if not 1 <= threads <= MAX_THREADS:

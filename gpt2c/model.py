@@ -85,7 +85,7 @@ class GPT2(LanguageModel):
         offsets = aligned_offsets(shapes)
         self.flat_parameters = aligned_zeros(offsets[""])
         self._flat_gradients = aligned_zeros(offsets[""])
-        # C trusts the shapes of those it gets. Others get views of their own, to change the numbers.
+        # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
         self._parameters = named_views(self.flat_parameters, shapes)
         self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
         self._gradients = named_views(self._flat_gradients, shapes)
