@@ -30,8 +30,8 @@ double fma_burn(int64_t iterations, int threads);
 double memory_read(const float *data, int64_t n, int threads);
 
 /* OpenMP ends the process where it can have no thread or no memory, and a fork leaves its threads behind, for which the
- * child would wait for ever. So the caller sees to it before each kernel that the few KB are there which starting one takes, starts the
- * threads, for one caller at a time, and lets them go before it forks.
+ * child would wait for ever. So the caller sees to it before each kernel that the few KB are there which starting one
+ * takes, starts the threads, for one caller at a time, and lets them go before it forks.
  *
  * Starts the threads that kernels called from here with so many will use, or none if the system does not give them all.
  * Returns how many there can be. stack_size: the bytes of OpenMP's stacks, 0 for the system's default. */

@@ -31,7 +31,8 @@ def stack_size() -> int:
         value = os.environ.get(variable, "").strip()
         if found := re.fullmatch(r"(\d{1,18})\s*([bkmg]?)", value, re.ASCII | re.IGNORECASE):
             size = int(found[1]) << {"b": 0, "k": 10, "m": 20, "g": 30}[found[2].lower() or "k"]
-            return size if size < 2**63 else 0
+            if size < 2**63:
+                return size
     return 0
 
 

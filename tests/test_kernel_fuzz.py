@@ -189,9 +189,9 @@ def test_any_shape_gets_the_references_result(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if len(arrays_of(name)) > 1])
 def test_of_what_no_memory_holds_the_shape_is_refused(name: str) -> None:
-    """A copy would be no help."""
+    """A copy would be no help. (Some sizes of the first array are free.)"""
     arguments, _ = solved(name)
-    for key in arrays_of(name):
+    for key in arrays_of(name)[1:]:
         huge = resized(arguments[key], arguments[key].ndim - 1, LARGE[0])
         assert "copy" not in refused(PUBLIC[name], **arguments | {key: huge})
 
@@ -220,14 +220,7 @@ CONFIGS = [
     GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_layer=L, n_head=NH, n_inner=F)
     for V, P, C, L, NH, F in [
         *((5, 3, 2, 1, 1, 1), (37, 9, 24, 2, 3, None), (70, 17, 65, 1, 5, 33)),
-        (
-            70,
-            9,
-            256,
-            1,
-            4,
-            None,
-        ),  # steps of it, N * C * F from 200,000 on, are shared among threads
+        (70, 9, 256, 1, 4, None),  # threads share a step of it: N * C * F is 200,000 or more
     ]
 ]
 
