@@ -26,6 +26,9 @@ REFUSALS = (ValueError, TypeError, MemoryError, OSError)
 # How precise a kernel is, test_kernels says. Here a number may lie between two that cancel, which
 # costs it digits; from another place of the memory it would be another number altogether.
 TOLERANCE = 1e-3
+# Of the widest model so many numbers are rounded to 8 bits that now and then one, all but between
+# two, goes the other way: by 1/127 of the largest in its row, among the 256 that are summed.
+ROUNDED = 1e-2
 
 fuzzed = settings(
     max_examples=int(os.environ.get("GPT2C_FUZZ_EXAMPLES", "15")),
@@ -42,10 +45,10 @@ def numbers_may_be_none() -> Iterator[None]:
         yield
 
 
-def same(result: Any, expected: Any) -> bool:
+def same(result: Any, expected: Any, tolerance: float = TOLERANCE) -> bool:
     a, b = np.asarray(result, np.float64), np.asarray(expected, np.float64)
     largest = np.abs(b).max(initial=1)
-    return a.shape == b.shape and bool((np.abs(a - b) <= TOLERANCE * largest).all())
+    return a.shape == b.shape and bool((np.abs(a - b) <= tolerance * largest).all())
 
 
 VALID = st.sampled_from([True, False])  # the simplest, which is tried first, is valid
@@ -231,7 +234,8 @@ ASKED = ("max_new_tokens", "do_sample", "on_full")  # in their own way, or they 
 @cache
 def model_of(number: int, stored: str, backend: str) -> Any:
     model = GPT2(CONFIGS[number], seed=number, backend=get_backend(backend, 2))
-    model.flat_parameters *= 10  # so that no two logits are as good as equal
+    # So that no two logits are as good as equal; much more, and rounding would decide the softmax.
+    model.flat_parameters *= min(10, 50 / CONFIGS[number].n_embd ** 0.5)
     return model if stored == "fp32" else QuantizedGPT2.from_model(model, stored)
 
 
@@ -326,7 +330,7 @@ def test_any_ids_get_the_references_result_or_a_refusal(door: str, stored: str) 
         if arguments["settings"].get("seed", 1) is None:  # drawn, so others
             return
         for result, right in zip(results, expected, strict=True):
-            assert same(result, right)
+            assert same(result, right, ROUNDED if (number, stored) == (3, "int8") else TOLERANCE)
 
     check()
     assert taken
