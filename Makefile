@@ -41,7 +41,7 @@ sanitize: $(VENV)/installed-test
 # Against PyTorch, transformers and lm-evaluation-harness, in an environment of its own: gpt2c needs none of them.
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py tests/test_llmc.py \
-		tests/test_installs.py::test_beside_other_users_of_openmp tests/test_processes.py::test_beside_torch_and_scikit_learn
+		tests/test_processes.py::test_beside_torch_and_scikit_learn
 
 # The wheel for others, dist/*.whl: made from the sdist, with OpenMP's runtime in it, checked, and tried in an environment
 # of its own. The same tree and compiler give the same bytes.

@@ -30,14 +30,12 @@ double fma_burn(int64_t iterations, int threads);
 double memory_read(const float *data, int64_t n, int threads);
 
 /* OpenMP ends the process where it can have no thread or no memory, and a fork leaves its threads behind, for which the
- * child would wait for ever. So the caller asks before each kernel, and lets the threads go before it forks.
+ * child would wait for ever. So the caller sees to it before each kernel that the few KB are there which starting one
+ * takes, starts the threads, for one caller at a time, and lets them go before it forks.
  *
- * 1 if there is the memory to start a kernel on so many threads, a few KB, else 0. */
-int has_room(int threads);
-
-/* Starts the threads that kernels called from here with so many will use, or none if the system does not give them all.
- * Returns how many there can be. */
-int start_threads(int threads);
+ * Starts the threads that kernels called from here with so many will use, or none if the system does not give them all.
+ * Returns how many there can be. stack_size: the bytes of OpenMP's stacks, 0 for the system's default. */
+int start_threads(int threads, int64_t stack_size);
 
 /* Ends the threads that wait here for the next kernel. 0, or another number if that cannot be done now. */
 int release_threads(void);

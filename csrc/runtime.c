@@ -3,7 +3,6 @@
 #include "internal.h"
 #ifdef _OPENMP
 #include <pthread.h>
-#include <stdlib.h>
 #endif
 
 int cpu_supports(const char *feature) {
@@ -28,28 +27,24 @@ int cpu_supports(const char *feature) {
 /* ---- threads --------------------------------------------------------------------------------------------------- */
 
 #ifdef _OPENMP
-int has_room(int threads) {
-    /* What OpenMP is about to take from the same place, and more: about 300 bytes for each thread. */
-    void *volatile room = malloc(4096 + 512 * (size_t)threads);
-    const int found = room != NULL;
-    free(room);
-    return found;
-}
-
 static void *wait_for(void *gate) {
     pthread_mutex_lock(gate);
     pthread_mutex_unlock(gate);
     return NULL;
 }
 
-int start_threads(int threads) {
+int start_threads(int threads, int64_t stack_size) {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return 1;
+    if (stack_size > 0) (void)pthread_attr_setstacksize(&attributes, (size_t)stack_size); /* OpenMP, too, passes over */
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER; /* closed until all are there, so that they are there together */
     pthread_t others[threads];
     int count = 1;
     pthread_mutex_lock(&gate);
-    while (count < threads && pthread_create(&others[count], NULL, wait_for, &gate) == 0) count++;
+    while (count < threads && pthread_create(&others[count], &attributes, wait_for, &gate) == 0) count++;
     pthread_mutex_unlock(&gate);
     for (int i = 1; i < count; i++) pthread_join(others[i], NULL);
+    pthread_attr_destroy(&attributes);
     if (count < threads) return count;
     int started = 0; /* an empty region would be compiled away; fewer are OMP_THREAD_LIMIT's or OMP_DYNAMIC's wish */
 #pragma omp parallel num_threads(threads) reduction(+ : started)
@@ -59,11 +54,10 @@ int start_threads(int threads) {
 
 int release_threads(void) { return omp_pause_resource_all(omp_pause_hard); }
 #else
-int has_room(int threads) {
-    (void)threads;
-    return 1;
+int start_threads(int threads, int64_t stack_size) {
+    (void)stack_size;
+    return threads;
 }
-int start_threads(int threads) { return threads; }
 int release_threads(void) { return 0; }
 #endif
 

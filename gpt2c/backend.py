@@ -13,6 +13,7 @@ import time
 from typing import cast
 
 from gpt2c import reference
+from gpt2c.checks import whole
 from gpt2c.kernels import Kernels
 
 # Fastest first. A set of kernels runs only on a CPU with all of its features, which are
@@ -94,9 +95,10 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
 
     Raises
     ------
-    ValueError : an unknown name, one that this machine cannot run, or threads out of range
+    ValueError : an unknown name, one that this machine cannot run, or threads that are no whole
+        number or out of range
     """
-    threads = default_threads() if threads is None else threads
+    threads = default_threads() if threads is None else whole("threads", threads)
     if not 1 <= threads <= MAX_THREADS:
         raise ValueError(f"threads must be in [1, {MAX_THREADS}], got {threads}")
     if name == "auto":

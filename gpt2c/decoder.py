@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.backend import Backend
+from gpt2c.checks import check_int32, check_layout, whole
 from gpt2c.config import GPT2Config
 from gpt2c.kernels import Kernels
 from gpt2c.memory import Array, aligned_zeros, free_bytes
@@ -47,7 +47,8 @@ class Decoder:
 
     Raises
     ------
-    ValueError : slots or capacity out of range, parameters that are not the config's
+    ValueError : slots or capacity no whole number or out of range, parameters that are not the
+        config's
     MemoryError : the caches do not fit
     """
 
@@ -59,12 +60,15 @@ class Decoder:
         slots: int,
         capacity: int,
     ) -> None:
+        slots, capacity = whole("slots", slots), whole("capacity", capacity)
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if not 1 <= capacity <= config.n_positions:
             raise ValueError(
                 f"capacity must be in [1, {config.n_positions}], n_positions, got {capacity}"
             )
+        # Views of its own: C trusts their shapes, whatever becomes of those that others hold.
+        parameters = {name: array.view() for name, array in parameters.items()}
         check_parameters(config, parameters)
         self.config = config
         self.slots, self.capacity = slots, capacity
@@ -80,6 +84,7 @@ class Decoder:
             )
         memory = aligned_zeros(2 * math.prod(shape))
         self.keys, self.values = memory.reshape(2, *shape)
+        self._keys, self._values = memory.reshape(2, *shape)
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
         self._chunk: dict[str, Array] = {}
         self._bound = None
@@ -107,7 +112,7 @@ class Decoder:
         limits = (self.config.vocab_size, self.slots, self.capacity)
         named = zip(("tokens", "slots", "positions"), (tokens, slots, positions), strict=True)
         for (name, ids), limit in zip(named, limits, strict=True):
-            check_row(name, ids, len(tokens), 0, limit)
+            check_int32(name, ids, (len(tokens),), 0, limit)
         if len(set(slots.tolist())) < len(slots):
             raise ValueError(f"slots must all be different, got {slots.tolist()}")
         logits = self._logits[: len(tokens)]
@@ -116,7 +121,7 @@ class Decoder:
                 row[...] = self.read(np.array([token], np.int32), int(slot), int(position))
         else:
             self._backend.decode_step(
-                logits, self.keys, self.values, tokens, slots, positions, self._bound
+                logits, self._keys, self._values, tokens, slots, positions, self._bound
             )
         return logits
 
@@ -149,11 +154,11 @@ class Decoder:
 
         Raises
         ------
-        ValueError : the tokens do not fit, or are not int32 (T,) in the vocabulary
-        TypeError : slot or position is no whole number
+        ValueError : the tokens do not fit, or are not int32 (T,) in the vocabulary; slot or
+            position is no whole number
         """
-        check_row("tokens", tokens, len(tokens), 0, self.config.vocab_size)
-        slot, position = int(index(slot)), int(index(position))
+        check_int32("tokens", tokens, (len(tokens),), 0, self.config.vocab_size)
+        slot, position = whole("slot", slot), whole("position", position)
         end = position + len(tokens)
         if not (0 <= slot < self.slots and 0 <= position <= end <= self.capacity):
             raise ValueError(
@@ -182,26 +187,29 @@ class Decoder:
         self._linear(out, "wte", rows)
 
     def losses(
-        self, tokens: NDArray[np.int32], targets: NDArray[np.int32], position: int = 0
-    ) -> tuple[Array, NDArray[np.bool_]]:
+        self,
+        tokens: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        position: int = 0,
+        likeliest: NDArray[np.bool_] | None = None,
+    ) -> Array:
         """Read a text's tokens (T,) from `position` on in slot 0, and look up what follows each.
 
         Parameters
         ----------
         tokens, targets : (T,) int32; -1 is a target to ignore
+        likeliest : (T,), written where it is given: whether each target was the likeliest token
 
         Returns
         -------
-        (losses, likeliest) : (T,) float32, -log p of each target in nats, 0 where it is ignored;
-            (T,) whether it was the likeliest token
+        (T,) float32, -log p of each target in nats, 0 where it is ignored
 
         Raises
         ------
         ValueError : as `hidden`, or targets that are not as many, or not in [-1, V)
         """
-        check_row("targets", targets, len(tokens), -1, self.config.vocab_size)
-        losses = np.empty(len(tokens), np.float32)
-        lse, likeliest = np.empty_like(losses), np.empty(len(tokens), np.bool_)
+        check_int32("targets", targets, (len(tokens),), -1, self.config.vocab_size)
+        losses, lse = np.empty((2, len(tokens)), np.float32)
         start = 0
         for rows in self.hidden(tokens, 0, position):
             for part in np.array_split(rows, -(-len(rows) // LOGITS_ROWS)):
@@ -212,9 +220,10 @@ class Decoder:
                 self._backend.crossentropy_forward(
                     losses[start:end], lse[start:end], logits, wanted
                 )
-                likeliest[start:end] = logits.argmax(axis=1) == wanted
+                if likeliest is not None:
+                    likeliest[start:end] = logits.argmax(axis=1) == wanted
                 start = end
-        return losses, likeliest
+        return losses
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let one text begin with the first `length` tokens of another."""
@@ -244,7 +253,7 @@ class Decoder:
             h = f"h.{layer}."
             self._layernorm(normed, h + "ln_1", x)
             self._linear(qkv, h + "attn.c_attn", normed)
-            keys, values = self.keys[layer, slot], self.values[layer, slot]
+            keys, values = self._keys[layer, slot], self._values[layer, slot]
             ops.cache_attention_forward(att, keys, values, qkv, position)
             self._linear(branch, h + "attn.c_proj", att)
             ops.residual_forward(x, x, branch)
@@ -271,23 +280,6 @@ class Decoder:
         return self._chunk[name][:size].reshape(rows, columns)
 
 
-def check_row(name: str, ids: NDArray[np.int32], size: int, low: int, high: int) -> None:
-    """Refuse what is not (size,) int32 numbers in [low, high), which C could not use.
-
-    Raises
-    ------
-    ValueError : another shape, dtype or layout, or a number out of range
-    """
-    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.shape != (size,):
-        came = (getattr(ids, "dtype", type(ids).__name__), getattr(ids, "shape", ""))
-        raise ValueError(f"{name} must be an int32 array ({size},), got {came[0]} {came[1]}")
-    if not (ids.flags.c_contiguous and ids.flags.aligned):
-        raise ValueError(f"{name} must be C-contiguous and aligned: pass {name}.copy()")
-    numbers = ids.tolist()  # of few numbers a list is searched faster than an array
-    if numbers and not (low <= min(numbers) and max(numbers) < high):
-        raise ValueError(f"{name} must be in [{low}, {high}), got {min(numbers)} .. {max(numbers)}")
-
-
 def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:
     """Refuse parameters that the kernels could not read as `config` says: whoever made them.
 
@@ -311,5 +303,4 @@ def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]])
                     f"parameter {key} must be {' or '.join(dtypes)} {size},"
                     f" got {array.dtype} {array.shape}"
                 )
-            if not (array.flags.c_contiguous and array.flags.aligned):
-                raise ValueError(f"parameter {key} must be C-contiguous and aligned: pass a copy")
+            check_layout(f"parameter {key}", array)

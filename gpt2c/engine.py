@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.checks import whole
 from gpt2c.decoder import CHUNK, Decoder
 from gpt2c.generate import Text, read_newest
 from gpt2c.language_model import LanguageModel, check_ids
@@ -148,7 +149,7 @@ class Engine:
 
     Raises
     ------
-    ValueError : slots, queue or capacity is out of range
+    ValueError : slots, queue or capacity is no whole number or out of range
     MemoryError : the keys and values of so many texts do not fit
     """
 
@@ -156,20 +157,21 @@ class Engine:
         self, model: LanguageModel, slots: int = 8, queue: int = 64, capacity: int | None = None
     ) -> None:
         most = model.config.n_positions
+        slots, queue = whole("slots", slots), whole("queue", queue)
+        capacity = most if capacity is None else whole("capacity", capacity)
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if queue < 0:
             raise ValueError(f"queue must be at least 0, got {queue}")
-        if capacity is not None and not 1 <= capacity <= most:
+        if not 1 <= capacity <= most:
             raise ValueError(f"capacity must be in [1, {most}], n_positions, got {capacity}")
-        self.slots, self.queue = slots, queue
-        self.capacity = most if capacity is None else capacity
+        self.slots, self.queue, self.capacity = slots, queue, capacity
         self._model = model
-        self._closed = ""  # why
+        self._why_closed = ""  # nothing while it is open
         # Requests in the order they came: the first `slots` of them run. What threads share of
         # them and of an engine changes under the lock only, and under it nothing takes long.
         self._live: list[Request] = []
-        self._unlock()
+        self._make_locks()
         decoder = model.decoder(slots, self.capacity)
         # A daemon, or the end of the program would wait for it before it calls `close`.
         self._thread = threading.Thread(
@@ -179,7 +181,7 @@ class Engine:
         atexit.register(self.close)
         _ENGINES.add(self)
 
-    def _unlock(self) -> None:
+    def _make_locks(self) -> None:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
 
@@ -209,8 +211,8 @@ class Engine:
         text = Text(prompt, config, config.ends(self._model.config.vocab_size), slot=-1)
         request = Request(self, text, config.logprobs)
         with self._lock:
-            if self._closed:
-                raise RuntimeError(self._closed)
+            if self._why_closed:
+                raise RuntimeError(self._why_closed)
             if max_new_tokens == 0:
                 request.ended = "length"
                 return request
@@ -232,7 +234,7 @@ class Engine:
     def _close(self, closed: str, ended: str) -> None:
         """Say so to who comes later, and to who waits."""
         with self._lock:
-            self._closed = self._closed or closed
+            self._why_closed = self._why_closed or closed
             live = list(self._live)
             self._work.notify()
         for request in live:
@@ -274,9 +276,9 @@ class Engine:
     def _serve(self, decoder: Decoder) -> None:
         while True:
             with self._lock:
-                while not self._live and not self._closed:
+                while not self._live and not self._why_closed:
                     self._work.wait()
-                if self._closed:
+                if self._why_closed:
                     return
                 running = self._live[: self.slots]
             self._seat(running)
@@ -353,7 +355,7 @@ def _after_fork() -> None:
     """Close the engines in the child: their thread, which may have held the lock, is not here."""
     why = "the engine stayed in the process that was forked: start one in the child"
     for engine in list(_ENGINES):
-        engine._unlock()
+        engine._make_locks()
         engine._close(why, why)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,20 @@ from numpy.typing import NDArray
 from gpt2c.memory import aligned_zeros
 
 Array = NDArray[Any]
+
+
+def stack_size() -> int:
+    """Give the bytes of a stack that OMP_STACKSIZE or GOMP_STACKSIZE asks for, as libgomp reads it.
+
+    0 is the system's default, which it takes where it cannot read them.
+    """
+    for variable in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
+        value = os.environ.get(variable, "").strip()
+        if found := re.fullmatch(r"(\d{1,18})\s*([bkmg]?)", value, re.ASCII | re.IGNORECASE):
+            size = int(found[1]) << {"b": 0, "k": 10, "m": 20, "g": 30}[found[2].lower() or "k"]
+            if size < 2**63:
+                return size
+    return 0
 
 
 class Team(threading.local):
@@ -34,9 +49,8 @@ class Team(threading.local):
         OSError : the system does not give so many threads
         """
         self.release()
-        if not lib.has_room(size):
-            raise MemoryError(f"a few KB are wanted to start {size} threads, and are not there")
-        available = lib.start_threads(size)
+        with _starting:  # two at once would each find what is there for one
+            available = lib.start_threads(size, stack_size())
         if available < size:
             raise OSError(
                 f"{size} threads are wanted and the system gives {available}: set GPT2C_NUM_THREADS"
@@ -49,14 +63,21 @@ class Team(threading.local):
 
         Those of others too, who may share OpenMP's library with the kernels: PyTorch does.
         """
-        for lib in LIBRARIES[:1]:
-            lib.release_threads()
+        if _loaded is not None:
+            _loaded.release_threads()
         self.size = 1
 
 
-LIBRARIES: list[Any] = []  # the kernels that are loaded; they share OpenMP's library
+def _after_fork() -> None:
+    """Let the child start threads, whoever was about to at the fork."""
+    global _starting
+    _starting = threading.Lock()
+
+
+_loaded: Any = None  # some kernels: all share OpenMP's library
+_starting = threading.Lock()
 TEAM = Team()
-os.register_at_fork(before=TEAM.release)
+os.register_at_fork(before=TEAM.release, after_in_child=_after_fork)
 
 
 class Kernels:
@@ -70,11 +91,13 @@ class Kernels:
     """
 
     def __init__(self, name: str, threads: int) -> None:
+        global _loaded
         module = importlib.import_module(f"gpt2c._kernels_{name}")
         self.name = name
         self.threads = threads
-        self._lib = module.lib
-        LIBRARIES.append(module.lib)
+        self._lib = _loaded = module.lib
+        # Bytes, more than OpenMP takes to start a kernel: about 300 for each thread.
+        self._room = 4096 + 512 * threads
         self._ffi = module.ffi
         self._from_buffer = module.ffi.from_buffer
         self._null = module.ffi.NULL
@@ -83,17 +106,21 @@ class Kernels:
         self._local = threading.local()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call a kernel, once there is what OpenMP needs for it.
+        """Call a kernel, once there is what OpenMP needs for it, or the process would end.
 
         Raises
         ------
-        OSError, MemoryError : OpenMP would end the process
+        OSError : the system does not give so many threads
+        MemoryError : nor the memory to start them, or the kernel
         """
         kernel = getattr(self._lib, name)
-        if TEAM.size != self.threads > 1:
-            TEAM.start(self._lib, self.threads)
-        if not self._lib.has_room(self.threads):
-            raise MemoryError(f"a few KB are wanted to start {name}, and are not there")
+        try:
+            if TEAM.size != self.threads > 1:
+                bytearray(self._room)
+                TEAM.start(self._lib, self.threads)
+            bytearray(self._room)  # and it is free again, for OpenMP to take
+        except MemoryError as error:
+            raise MemoryError(f"{self._room:,} bytes are wanted to start {name}") from error
         return kernel(*arguments)
 
     def _f(self, array: Array | None) -> Any:

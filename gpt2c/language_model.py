@@ -211,7 +211,7 @@ class LanguageModel:
         if tokens.shape[1] < 2:
             raise ValueError("idx: rows of at least 2 tokens are wanted, the first is not scored")
         decoder = self.decoder(1, tokens.shape[1] - 1)
-        return np.stack([-decoder.losses(row[:-1], row[1:])[0] for row in tokens])
+        return np.stack([-decoder.losses(row[:-1], row[1:]) for row in tokens])
 
     def mean_loss(self, idx: ArrayLike, targets: ArrayLike) -> float:
         """Mean nats per token of targets (B, T), already shifted; -1 is ignored. Keeps nothing.
@@ -223,7 +223,7 @@ class LanguageModel:
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape)
         decoder = self.decoder(1, tokens.shape[1])
-        losses = [decoder.losses(*pair)[0] for pair in zip(tokens, wanted, strict=True)]
+        losses = [decoder.losses(*pair) for pair in zip(tokens, wanted, strict=True)]
         return float(np.sum(losses, dtype=np.float64) / np.count_nonzero(wanted >= 0))
 
     def _check_targets(self, targets: ArrayLike, shape: tuple[int, ...]) -> IntArray:

@@ -22,6 +22,15 @@ ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector
 HUGE_PAGE = 1 << 21  # bytes, on x86-64 and most ARM systems
 MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
+MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+GROUPS = (  # versions 2 and 1: limit, what is used, and how much of that are files
+    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
+    (
+        *("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
+
 
 def aligned_zeros(size: int) -> Array:
     """Zeros (size,) float32 that start on a cache line, large ones on a huge page.
@@ -74,16 +83,14 @@ def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 def free_bytes() -> int:
     """Give the memory that new processes may take: the system's, or less in a container."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-        free = int(available.split()[1]) * 1024
-    with suppress(OSError, ValueError):  # "max" is no number: no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        # Files that were read count as used, but make room for whoever asks.
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used -= int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
-        free = min(free, limit - used)
-    return free
+    with suppress(OSError, KeyError, ValueError):
+        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
+        kilobytes = {name: value.split()[0] for name, value in (line.split(":") for line in lines)}
+        free = 1024 * (int(kilobytes["MemAvailable"]) + int(kilobytes.get("SwapFree", 0)))
+    for limit, used, stat, files in GROUPS:
+        with suppress(OSError, ValueError):  # another version, or "max", no number: no limit
+            room = int((GROUP / limit).read_text()) - int((GROUP / used).read_text())
+            # Files that were read count as used, but make room for whoever asks.
+            counts = dict(line.split() for line in (GROUP / stat).read_text().splitlines())
+            free = min(free, room + sum(int(counts.get(name, 0)) for name in files))
+    return max(0, free)

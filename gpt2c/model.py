@@ -62,6 +62,10 @@ class GPT2(LanguageModel):
     Raises
     ------
     ValueError : an unknown backend or recompute
+    MemoryError : parameters and gradients do not fit
+
+    One thread computes at a time: a second is refused, with a RuntimeError, by loss, backward and
+    logits. AdamW is not guarded so: who steps in one thread must not compute in another.
 
     Source: Radford et al. 2019; openai/gpt-2 for formulae, karpathy/llm.c for the memory.
     """
@@ -80,24 +84,27 @@ class GPT2(LanguageModel):
         offsets = aligned_offsets(shapes)
         self.flat_parameters = aligned_zeros(offsets[""])
         self._flat_gradients = aligned_zeros(offsets[""])
-        # C trusts their shapes: what they hold may be changed, not what they are.
+        # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
+        self._parameters = named_views(self.flat_parameters, shapes)
         self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
-        self._gradients = MappingProxyType(named_views(self._flat_gradients, shapes))
+        self._gradients = named_views(self._flat_gradients, shapes)
+        self._public_gradients = MappingProxyType(named_views(self._flat_gradients, shapes))
         self.decay_size = next(offsets[name] for name, shape in shapes.items() if len(shape) == 1)
         self._void = True  # the gradients count as 0, whatever their memory holds
         self._memory = Activations(config, recompute)
         self._activations: dict[str, Array] = {}
         self._spare_memory = aligned_zeros(0)
         self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
-        self._pending: IntArray | None = None  # the tokens of a loss that backward has not seen
-        self._busy = threading.Lock()
+        # The tokens of a loss that backward has not seen, and the thread that computed it.
+        self._pending: tuple[IntArray, threading.Thread] | None = None
+        self._claims: dict[object, threading.Thread] = {}  # who computes, or waits for a refusal
         if seed is not None:
             self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
         """Fill as GPT-2: normal weights, smaller where 2L of them add up, biases 0."""
         rng = np.random.default_rng(seed)
-        for name, parameter in self.parameters.items():
+        for name, parameter in self._parameters.items():
             if parameter.ndim == 2:
                 rng.standard_normal(out=parameter, dtype=np.float32)
                 parameter *= self.config.initializer_range
@@ -184,7 +191,7 @@ class GPT2(LanguageModel):
             were
         """
         checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
-        for name, parameter in self.parameters.items():
+        for name, parameter in self._parameters.items():
             self._fill(parameter, np.asarray(tensors[name]))
 
     def _fill(self, parameter: Array, tensor: NDArray[Any]) -> None:
@@ -200,7 +207,7 @@ class GPT2(LanguageModel):
         ------
         OSError : they cannot be written; what was there before is intact
         """
-        checkpoint.save_weights(directory, self.config.to_dict(), self.parameters)
+        checkpoint.save_weights(directory, self.config.to_dict(), self._parameters)
 
     # ---- forward ---------------------------------------------------------------------------------
 
@@ -210,8 +217,8 @@ class GPT2(LanguageModel):
         logits = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
         rows = logits.reshape(-1, self.config.vocab_size)
         with self._alone():
-            final = self._forward(tokens, keep=False)
-            self.backend.matmul_forward(rows, final, self.parameters["wte.weight"], None)
+            a = self._forward(tokens, keep=False)
+            self.backend.matmul_forward(rows, a["ln_f"], self._parameters["wte.weight"], None)
         return logits
 
     def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
@@ -227,14 +234,15 @@ class GPT2(LanguageModel):
         ------
         ValueError : another shape, not whole numbers, an id out of range, every target ignored
         RuntimeError : another thread computes with this model
+        MemoryError, OSError : the activations do not fit, or the threads cannot start
         """
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape).reshape(-1)
         with self._alone():
-            self._forward(tokens, keep)
+            a = self._forward(tokens, keep)
             if keep:
                 self._d_head = self._gradients["wte.weight"] if self._void else self._spare()
-            ops, a, wte = self.backend, self._activations, self.parameters["wte.weight"]
+            ops, wte = self.backend, self._parameters["wte.weight"]
             count = int(np.count_nonzero(wanted >= 0))
             blocks = -(-wanted.size // len(a["logits"]))
             size = -(-wanted.size // blocks)
@@ -247,21 +255,36 @@ class GPT2(LanguageModel):
                 if keep:
                     ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
                     ops.matmul_backward(x, self._d_head, None, logits, x, wte, accumulate=start > 0)
-            self._pending = tokens if keep else None
+            self._pending = (tokens, threading.current_thread()) if keep else None
             return float(a["losses"].sum(dtype=np.float64) / count)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse a second thread: it would write over the first one's activations."""
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(
-                "another thread computes with this model: let one wait for the other, or give each"
-                " thread a model; generate and logprobs have memory of their own"
-            )
+        """Refuse a second thread: it would write over the first one's activations.
+
+        No lock: Ctrl-C may come before a `with` has noted that it has one, and a fork may leave its
+        owner behind. A claim that stands for nobody any more counts for nothing.
+        """
+        me, claim = threading.current_thread(), object()
         try:
+            self._claims[claim] = me  # this and the other steps are whole, whoever else takes them
+            for other, thread in list(self._claims.items()):
+                if other is claim:
+                    break  # the first of the claims that stand
+                if thread is not me and thread in threading.enumerate():
+                    raise RuntimeError(
+                        "another thread computes with this model: let one wait for the other, or"
+                        " give each thread a model; generate and logprobs have memory of their own"
+                    )
+                self._claims.pop(other, None)
             yield
+            if claim not in self._claims:
+                raise RuntimeError(
+                    "the handler of a signal computed with this model in the middle of this: call"
+                    " it again"
+                )
         finally:
-            self._busy.release()
+            self._claims.pop(claim, None)
 
     def _spare(self) -> Array:
         """Give memory of wte's shape beside the gradients, where they must not be touched."""
@@ -270,8 +293,8 @@ class GPT2(LanguageModel):
             self._spare_memory = aligned_zeros(wte.size)
         return self._spare_memory.reshape(wte.shape)
 
-    def _forward(self, idx: IntArray, keep: bool) -> Array:
-        """Run embedding, layers and final layernorm; return ln_f's output (N, C).
+    def _forward(self, idx: IntArray, keep: bool) -> dict[str, Array]:
+        """Run embedding, layers and final layernorm; return the activations.
 
         With `keep`, what the backward pass needs of every layer stays.
         """
@@ -279,13 +302,13 @@ class GPT2(LanguageModel):
         B, T = idx.shape
         self._activations = {}  # the old views go first, so that memory which must grow is let go
         self._activations = self._memory.lay_out(B, T, keep)
-        ops, p, a, eps = self.backend, self.parameters, self._activations, self._eps
+        ops, p, a, eps = self.backend, self._parameters, self._activations, self._eps
         x = a["encoded"]
         ops.encoder_forward(batched(x, B), idx, p["wte.weight"], p["wpe.weight"])
         for layer in range(self.config.n_layer):
             x = layer_forward(ops, p, a, f"h.{layer}.", x, eps)
         layernorm(ops, p, a, "ln_f", x, eps)
-        return a["ln_f"]
+        return a
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -293,13 +316,13 @@ class GPT2(LanguageModel):
     def gradients(self) -> Mapping[str, Array]:
         """Name -> float32 view into `flat_gradients`."""
         self._settle()
-        return self._gradients
+        return self._public_gradients
 
     @property
     def flat_gradients(self) -> Array:
         """All gradients, laid out as `flat_parameters`."""
         self._settle()
-        return self._flat_gradients
+        return self._flat_gradients[:]
 
     def zero_grad(self) -> None:
         """Set every gradient to 0: at once for who asks for `gradients`, without work for backward.
@@ -326,16 +349,22 @@ class GPT2(LanguageModel):
         Raises
         ------
         ValueError : no loss was computed since the last backward
-        RuntimeError : another thread computes with this model
+        RuntimeError : another thread computes with this model, or has computed the last loss
+        MemoryError, OSError : a kernel cannot start
         """
         with self._alone():
             if self._pending is None:
                 raise ValueError(
                     "backward needs a loss: call loss(idx, targets) before each backward()"
                 )
-            idx, accumulate = self._pending, not self._void
+            (idx, thread), accumulate = self._pending, not self._void
+            if thread is not threading.current_thread():
+                raise RuntimeError(
+                    "another thread computed the last loss of this model: call loss(idx, targets)"
+                    " and backward() in one thread"
+                )
             self._pending, self._void = None, False
-            ops, p, g, a = self.backend, self.parameters, self._gradients, self._activations
+            ops, p, g, a = self.backend, self._parameters, self._gradients, self._activations
             self._backward_head(scale, accumulate)
             if not accumulate:  # those that no op writes
                 self._flat_gradients[self.decay_size :].fill(0.0)

@@ -11,6 +11,7 @@ nothing about models.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.backend import Backend, get_backend
+from gpt2c.checks import check_int32, check_layout, whole
 from gpt2c.reference_reading import LONGEST
 
 Array = NDArray[Any]
@@ -45,8 +47,6 @@ def _open(
         if array.dtype not in [np.dtype(dtype) for dtype in allowed]:
             kinds = " or ".join(allowed)
             raise ValueError(f"{name} must be {kinds} for backend {ops.name!r}, got {array.dtype}")
-        if not (array.flags.c_contiguous and array.flags.aligned):
-            raise ValueError(f"{name} must be C-contiguous and aligned: pass {name}.copy()")
         fits = array.ndim == len(wanted) and array.size > 0
         for letter, size in zip(wanted, array.shape, strict=False):
             factor, letter = (3, letter[1:]) if letter.startswith("3") else (1, letter)
@@ -56,34 +56,26 @@ def _open(
                 f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in wanted
             )
             raise ValueError(f"{name} must have shape ({shape}), none of them 0, got {array.shape}")
+    for name, (array, *_) in arrays.items():  # after the shapes: of the wrong one no copy helps
+        check_layout(name, array)
     return ops, sizes
-
-
-def _ids(name: str, ids: Array, shape: tuple[int, ...], low: int, high: int) -> None:
-    """Check token ids: int32 of this shape in [low, high)."""
-    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32:
-        kind = getattr(ids, "dtype", type(ids).__name__)
-        raise ValueError(f"{name} must be an int32 NumPy array, got {kind}")
-    if not (ids.flags.c_contiguous and ids.flags.aligned):
-        raise ValueError(f"{name} must be C-contiguous and aligned: pass {name}.copy()")
-    if ids.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {ids.shape}")
-    if ids.min() < low or ids.max() >= high:
-        raise ValueError(f"{name} must be in [{low}, {high}), got {ids.min()} .. {ids.max()}")
 
 
 def _numbers(**numbers: float) -> None:
     """Check numbers that C takes as floats."""
     for name, number in numbers.items():
-        if not isinstance(number, Real) or (isinstance(number, int) and abs(number) > 2**1000):
-            raise ValueError(f"{name} must be a number, and not too large, got {number!r:.50}")
+        with suppress(OverflowError):
+            if isinstance(number, Real):
+                float(number)
+                continue
+        raise ValueError(f"{name} must be a number, and not too large, got {number!r:.50}")
 
 
 def encoder_forward(idx: Array, wte: Array, wpe: Array, backend: str = "auto") -> Array:
     """Give wte[idx] + wpe, (B, T, C), for idx (B, T), wte (V, C), wpe (at least T, C)."""
     ops, s = _open(backend, wte=(wte, "V C"), wpe=(wpe, "P C"))
     B, T = _batch_shape(idx, s["P"])
-    _ids("idx", idx, (B, T), 0, s["V"])
+    check_int32("idx", idx, (B, T), 0, s["V"])
     out = np.empty((B, T, s["C"]), wte.dtype)
     ops.encoder_forward(out, idx, wte, wpe)
     return out
@@ -103,8 +95,9 @@ def encoder_backward(
 ) -> tuple[Array, Array]:
     """Give dwte (vocab_size, C), dwpe (n_positions, C) for dout (B, T, C), idx (B, T)."""
     ops, s = _open(backend, dout=(dout, "B T C"))
+    vocab_size, n_positions = whole("vocab_size", vocab_size), whole("n_positions", n_positions)
     _batch_shape(idx, n_positions)
-    _ids("idx", idx, (s["B"], s["T"]), 0, vocab_size)
+    check_int32("idx", idx, (s["B"], s["T"]), 0, vocab_size)
     dwte, dwpe = (np.zeros((rows, s["C"]), dout.dtype) for rows in (vocab_size, n_positions))
     ops.encoder_backward(dwte, dwpe, dout, idx)
     return dwte, dwpe
@@ -206,6 +199,7 @@ def cache_attention_forward(
     ops, s = _open(backend, qkv=(qkv, "T 3C"), keys=(keys, shape), values=(values, shape))
     if s["NH"] * s["HS"] != s["C"]:
         raise ValueError(f"keys must have NH * HS = C={s['C']}, got {s['NH']} * {s['HS']}")
+    position = whole("position", position)
     if not 0 <= position <= s["P"] - s["T"]:
         raise ValueError(
             f"position must be in [0, {s['P'] - s['T']}] for {s['T']} tokens, got {position}"
@@ -218,6 +212,7 @@ def cache_attention_forward(
 def attention_forward(qkv: Array, n_head: int, backend: str = "auto") -> tuple[Array, Array]:
     """Give out (B, T, C) and lse (B, n_head, T) for qkv (B, T, 3C)."""
     ops, s = _open(backend, qkv=(qkv, "B T 3C"))
+    n_head = whole("n_head", n_head)
     if n_head < 1 or s["C"] % n_head:
         raise ValueError(f"n_head must divide C={s['C']}, got {n_head}")
     out = np.empty((s["B"], s["T"], s["C"]), qkv.dtype)
@@ -286,7 +281,7 @@ def crossentropy_forward(
 ) -> tuple[Array, Array]:
     """Give losses (N,) in nats, 0 where targets (N,) is -1, and lse (N,) for logits (N, V)."""
     ops, s = _open(backend, logits=(logits, "N V"))
-    _ids("targets", targets, (s["N"],), -1, s["V"])
+    check_int32("targets", targets, (s["N"],), -1, s["V"])
     losses, lse = np.empty(s["N"], logits.dtype), np.empty(s["N"], logits.dtype)
     ops.crossentropy_forward(losses, lse, logits, targets)
     return losses, lse
@@ -297,7 +292,7 @@ def crossentropy_backward(
 ) -> Array:
     """Give dlogits (N, V) of `scale` times the sum of the losses."""
     ops, s = _open(backend, logits=(logits, "N V"), lse=(lse, "N"))
-    _ids("targets", targets, (s["N"],), -1, s["V"])
+    check_int32("targets", targets, (s["N"],), -1, s["V"])
     _numbers(scale=scale)
     dlogits = np.empty_like(logits)
     ops.crossentropy_backward(dlogits, logits, lse, targets, scale)
@@ -323,7 +318,7 @@ def adamw_update(
     ops, _ = _open(
         backend, param=(param, letters), m=(m, letters), v=(v, letters), grad=(grad, letters)
     )
-    if not 1 <= t < 2**63:
+    if not 1 <= whole("t", t) < 2**63:
         raise ValueError(f"t must be in [1, 2**63), got {t!r:.50}")
     _numbers(learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps)
     _numbers(weight_decay=weight_decay, grad_scale=grad_scale)

@@ -69,7 +69,8 @@ class Scorer:
         self._known = self._known[:same]  # all that is certain if what follows is interrupted
         for _ in self._decoder.hidden(read[same : first - 1], 0, same):
             pass  # of the context only the keys and values are wanted
-        losses, likeliest = self._decoder.losses(read[first - 1 :], targets, first - 1)
+        likeliest = np.empty(len(targets), np.bool_)
+        losses = self._decoder.losses(read[first - 1 :], targets, first - 1, likeliest)
         if not np.isfinite(losses).all():
             raise ValueError("the model gives nan: its weights have diverged or are damaged")
         self._known = read.copy()

@@ -193,7 +193,8 @@ def test_losses_are_those_of_the_logits(
     for chunk, rows in [(256, 64), (33, 5), (T, T), (1, 1)]:
         monkeypatch.setattr("gpt2c.decoder.CHUNK", chunk)
         monkeypatch.setattr("gpt2c.decoder.LOGITS_ROWS", rows)
-        losses, likeliest = model.decoder().losses(tokens[:-1], targets)
+        likeliest = np.empty(len(targets), bool)
+        losses = model.decoder().losses(tokens[:-1], targets, likeliest=likeliest)
         np.testing.assert_array_equal(likeliest, logits.argmax(axis=1) == targets)
         assert losses.dtype == np.float32 and losses[7] == 0
         agree(kind, losses[:, None], expected[:, None])
@@ -342,7 +343,7 @@ def test_a_step_stays_in_its_memory(
     expected = step_through(model.decoder(3), tokens)
     model.parameters = {name: guarded.copy(array) for name, array in model.parameters.items()}
     decoder = model.decoder(3)
-    decoder.keys, decoder.values = guarded.copy(decoder.keys), guarded.copy(decoder.values)
+    decoder._keys, decoder._values = guarded.copy(decoder.keys), guarded.copy(decoder.values)
     decoder._logits = guarded.copy(np.full_like(decoder._logits, np.nan))
     scratch: dict[int, Any] = {}
 
@@ -371,9 +372,13 @@ def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("slots", "capacity", "named"), [(0, 4, "slots"), (-1, 4, "slots"), (1, 0, "capacity")]
+    ("slots", "capacity", "named"),
+    [
+        *((0, 4, "slots"), (-1, 4, "slots"), (1, 0, "capacity")),
+        *((1.5, 4, "slots"), (True, 4, "slots"), (1, "4", "capacity")),
+    ],
 )
-def test_room_for_nothing_is_refused(slots: int, capacity: int, named: str) -> None:
+def test_room_for_nothing_is_refused(slots: Any, capacity: Any, named: str) -> None:
     model = GPT2(ODD, backend="numpy")
     assert refused(model.decoder, slots, capacity).startswith(named)
     assert "n_positions" in refused(model.decoder, 1, ODD.n_positions + 1)
@@ -389,6 +394,8 @@ def test_tokens_that_do_not_fit_are_refused(backend: Any) -> None:
     ):
         assert "do not fit" in refused(decoder.read, tokens, slot, position)
     assert "at least one" in refused(decoder.read, ids[:0], 0, 0)
+    assert refused(decoder.read, ids, 0.0, 0).startswith("slot must be a whole number")
+    assert refused(decoder.read, ids, 0, True).startswith("position must be a whole number")
     three = np.zeros(3, np.int32)
     assert "at most 2" in refused(decoder.step, three, three, three)
     wide = np.zeros(2, np.int64)
@@ -437,3 +444,35 @@ def test_damaged_weights_are_an_error_and_no_warning(weights: tuple[float, float
     model.parameters["wte.weight"][:], model.parameters["wpe.weight"][:] = weights
     with pytest.raises(ValueError, match="diverged or are damaged"):
         model.generate([[1, 2]], max_new_tokens=1)
+
+
+def test_what_nobody_wants_is_not_looked_for() -> None:
+    """The likeliest of 50,257 tokens costs more than the loss of one."""
+    decoder = GPT2(ODD, backend="numpy").decoder()
+    tokens, asked = np.arange(5, dtype=np.int32), 0
+
+    class Logits(np.ndarray):
+        def argmax(self, *arguments: Any, **keywords: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return super().argmax(*arguments, **keywords)
+
+    memory = decoder._memory
+    decoder._memory = lambda name, *shape: memory(name, *shape).view(Logits)  # type: ignore[method-assign]
+    losses, likeliest = decoder.losses(tokens, tokens), np.empty(5, bool)
+    assert asked == 0
+    assert np.array_equal(decoder.losses(tokens, tokens, likeliest=likeliest), losses)
+    assert asked == 1
+
+
+def test_a_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
+    model = QuantizedGPT2.from_model(GPT2(ODD, backend=backend), "int8")
+    ids = np.arange(3, dtype=np.int32)
+    expected = model.decoder().read(ids, 0, 0)
+    decoder = model.decoder()
+    for name in ("wte.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_attn.scale"):
+        model.parameters[name].shape = (1, -1)
+    decoder.keys.shape = decoder.values.shape = (1, -1)
+    assert np.array_equal(decoder.read(ids, 0, 0), expected)
+    zero = np.zeros(1, np.int32)
+    assert np.isfinite(decoder.step(zero, zero, zero + 3)).all()

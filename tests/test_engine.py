@@ -579,3 +579,11 @@ print(type(next(iter(request))).__name__)
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=WAIT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "int\n", "")
+
+
+@pytest.mark.parametrize("name", ["slots", "queue", "capacity"])
+@pytest.mark.parametrize("wrong", [1.5, True, "2", [3]])
+def test_room_that_is_no_whole_number_is_refused(name, wrong):
+    config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3)
+    model = gpt2c.GPT2(config)
+    assert refused(Engine, model, **{name: wrong}).startswith(f"{name} must be a whole number")

@@ -1,4 +1,4 @@
-"""What is shipped, and where it runs: sdist and wheel, CPUs of the past, other users of OpenMP.
+"""What is shipped, and where it runs: sdist and wheel, CPUs of the past.
 
 Interpreters are tried with the wheel that `make wheel` makes: see CONTRIBUTING.md.
 """
@@ -178,76 +178,3 @@ def test_the_emulator_refuses_what_the_cpu_lacks() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == right, done.stderr
         assert (done.stdout == "True\n") is (right == 0)
-
-
-# ---- other users of OpenMP -----------------------------------------------------------------------
-
-TOGETHER = """
-import importlib, sys, threading
-from pathlib import Path
-import numpy as np
-
-first, second, third = sys.argv[1:]
-for name in (first, second, third):
-    importlib.import_module(name)
-import gpt2c, torch
-from sklearn.ensemble import HistGradientBoostingRegressor
-
-config = gpt2c.GPT2Config(vocab_size=256, n_positions=128, n_embd=128, n_layer=3, n_head=4)
-idx = np.arange(8 * 128).reshape(8, 128) * 7 % 256
-x = np.random.default_rng(0).standard_normal((2000, 8))
-
-def ours(steps=1):
-    model = gpt2c.GPT2(config, backend=gpt2c.backend.get_backend(threads=2))
-    for _ in range(steps):
-        model.loss(idx, idx)
-        model.zero_grad()
-        model.backward()
-    return model.flat_gradients.tobytes()
-
-def torchs():
-    t = torch.arange(512 * 512, dtype=torch.float32).reshape(512, 512) / 1e5
-    return float((t @ t).relu().softmax(-1).sum())
-
-def sklearns():
-    return HistGradientBoostingRegressor(max_iter=5).fit(x, x[:, 0]).predict(x).tobytes()
-
-def seconds():  # of CPU, for each thread
-    stats = Path("/proc/self/task").glob("*/schedstat")
-    return {path.parent.name: int(path.read_text().split()[0]) / 1e9 for path in stats}
-
-alone = ours(), torchs(), sklearns()
-for _ in range(2):  # in turn
-    assert (ours(), torchs(), sklearns()) == alone
-# The pools of the others sleep while ours works: two threads do nearly all of it.
-before = seconds()
-assert ours(8) == alone[0]
-spent = sorted((s - before.get(thread, 0.0) for thread, s in seconds().items()), reverse=True)
-assert sum(spent[2:]) < 0.1 * sum(spent), spent
-# And at the same time.
-wrong = []
-def other():
-    for _ in range(3):
-        if (torchs(), sklearns()) != alone[1:]:
-            wrong.append("theirs")
-thread = threading.Thread(target=other)
-thread.start()
-while thread.is_alive():
-    if ours() != alone[0]:
-        wrong.append("ours")
-thread.join()
-assert not wrong, wrong
-libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
-print("right with", len(libraries), "libgomp")
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for threads' times")
-@pytest.mark.parametrize("first", ["gpt2c", "torch", "sklearn"])
-def test_beside_other_users_of_openmp(first: str) -> None:
-    """PyTorch and scikit-learn bring OpenMP runtimes of their own, whoever is imported first."""
-    for name in ("torch", "sklearn"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    order = sorted(("gpt2c", "torch", "sklearn"), key=lambda name: name != first)
-    assert python("-c", TOGETHER, *order).startswith("right with ")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -583,3 +586,107 @@ def test_parameters_may_be_filled_and_not_replaced() -> None:
     for arrays in (model.parameters, model.gradients):
         with pytest.raises(TypeError, match="item assignment"):
             arrays["ln_f.bias"] = np.zeros(1, np.float32)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight", "ln_f.bias"])
+def test_arrays_whose_shape_is_changed_in_place_do_not_reach_c(name: str, backend: Any) -> None:
+    model, idx = odd_model(backend, TINY), np.arange(8).reshape(2, 4)
+    logits, (loss, gradients) = model(idx), solve(model, (idx, idx + 1))
+    for arrays in (model.parameters, model.gradients):
+        arrays[name].shape = (1, -1)
+    model.flat_gradients.shape = (2, -1)
+    assert np.array_equal(model(idx), logits)
+    model.zero_grad()
+    assert model.loss(idx, idx + 1) == loss
+    model.backward()
+    for key, gradient in model.gradients.items():
+        assert np.array_equal(gradient.ravel(), gradients[key].ravel())
+    assert name in refused(model.generate, idx, 2)
+
+
+# ---- threads and interrupts ----------------------------------------------------------------------
+
+
+def in_thread(call: Callable[[], Any]) -> Any:
+    out: list[Any] = []
+
+    def work() -> None:
+        try:
+            out.append(call())
+        except BaseException as error:
+            out.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return out[0]
+
+
+def interrupted_at(number: int, call: Callable[[], Any]) -> bool:
+    """Call; raise KeyboardInterrupt before the bytecode of this number around the claim, if any."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        code = frame.f_code
+        if code.co_name != "_alone" and not code.co_filename.endswith("contextlib.py"):
+            return trace if code.co_name == "<lambda>" else None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        if event == "opcode" and count == number:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_no_interrupt_keeps_a_model() -> None:
+    idx = np.arange(8).reshape(2, 4)
+    model = odd_model(get_backend("base", 1), TINY)
+    expected, number = model.loss(idx, idx), 1
+    while interrupted_at(number, lambda: model.loss(idx, idx)):
+        assert model.loss(idx, idx) == expected, number  # the same thread has it again
+        assert in_thread(lambda: model.loss(idx, idx)) == expected, number  # and then any
+        gone = in_thread(lambda n=number: interrupted_at(n, lambda: model.loss(idx, idx)))
+        assert gone is True and model.loss(idx, idx) == expected, number  # of one that is gone
+        assert not model._claims
+        number += 1
+    assert number > 50, "the claim is what is interrupted"
+
+
+def test_a_signals_handler_in_the_middle_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    idx = np.arange(8).reshape(2, 4)
+    model = odd_model("numpy", TINY)
+    forward, expected = model._forward, model.loss(idx, idx)
+
+    def handled(*arguments: Any) -> Any:
+        activations = forward(*arguments)
+        monkeypatch.setattr(model, "_forward", forward)
+        assert model.loss(idx, idx) == expected
+        return activations
+
+    monkeypatch.setattr(model, "_forward", handled)
+    with pytest.raises(RuntimeError, match="handler of a signal"):
+        model.loss(idx, idx)
+    assert model.loss(idx, idx) == expected
+
+
+def test_backward_is_for_the_thread_of_the_loss() -> None:
+    a, b = np.arange(8).reshape(2, 4), np.arange(4).reshape(1, 4)
+    model = odd_model("numpy", TINY)
+    model.loss(a, a)
+    assert in_thread(lambda: model.loss(b, b)) > 0
+    with pytest.raises(RuntimeError, match="another thread computed the last loss"):
+        model.backward()
+    assert not any(gradient.any() for gradient in model.gradients.values())
+    model.loss(a, a)
+    model.backward()

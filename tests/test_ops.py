@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -339,6 +340,14 @@ def test_ids_out_of_range_are_refused(
         ("linear_forward", {"weight": np.zeros((21, 9), np.float32)}, "weight must be uint8"),
         ("adamw_update", {"t": 0}, "t must"),
         ("adamw_update", {"t": -1}, "t must"),
+        ("adamw_update", {"t": 1.5}, "t must be a whole number"),
+        ("adamw_update", {"t": True}, "t must be a whole number"),
+        ("adamw_update", {"eps": Fraction(10**400)}, "eps must be a number"),
+        ("layernorm_forward", {"eps": Fraction(10**400)}, "eps must be a number"),
+        ("attention_forward", {"n_head": 1.0}, "n_head must be a whole number"),
+        ("encoder_backward", {"vocab_size": 11.0}, "vocab_size must be a whole number"),
+        ("encoder_backward", {"n_positions": True}, "n_positions must be a whole number"),
+        ("cache_attention_forward", {"position": 4.0}, "position must be a whole number"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(

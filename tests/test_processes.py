@@ -69,6 +69,11 @@ def in_child(call, *arguments):
         time.sleep(0.002)
     assert status == 0, f"the child ended with status {status:#x}"
 
+def seconds():
+    "Give the seconds of CPU that each thread has spent."
+    stats = Path("/proc/self/task").glob("*/schedstat")
+    return {path.parent.name: int(path.read_text().split()[0]) / 1e9 for path in stats}
+
 def threads():
     return len(os.listdir("/proc/self/task"))
 
@@ -160,6 +165,9 @@ def test_a_fork_while_another_thread_computes() -> None:
     run("""
 expected, over = train(1), False
 model = gpt2c.GPT2(config)
+loss = model.loss(idx, idx)
+model.backward()
+gradient = model.flat_gradients.tobytes()
 
 def work():
     while not over:
@@ -169,12 +177,11 @@ def work():
 worker = threading.Thread(target=work)
 worker.start()
 
-def child():
-    try:
-        model.loss(idx, idx)
-    except RuntimeError as error:  # the worker was in the middle of it
-        assert "another thread" in str(error)
-    return train(1) == expected
+def child():  # where the worker, which was in the middle of it, is not
+    model.zero_grad()
+    fresh = model.loss(idx, idx)
+    model.backward()
+    return fresh == loss and model.flat_gradients.tobytes() == gradient and train(1) == expected
 
 for _ in range(10):
     in_child(child)
@@ -416,6 +423,56 @@ assert model.loss(idx, idx) > 0
     )
 
 
+@pytest.mark.parametrize("variable", ["OMP_STACKSIZE", "GOMP_STACKSIZE"])
+def test_stacks_of_the_size_asked_for_that_do_not_fit_are_an_error(variable: str) -> None:
+    run(
+        """
+model = gpt2c.GPT2(config)
+limit_memory(256 << 20)  # room for a stack of the default size, 8 MB
+error = refused(model.loss, idx, idx)
+assert isinstance(error, OSError) and "2 threads are wanted" in str(error), error
+limit_memory(None)
+assert model.loss(idx, idx) > 0
+""",
+        **{variable: "512M"},  # type: ignore[arg-type]
+    )
+
+
+def test_threads_that_start_at_once_do_not_take_each_others_memory() -> None:
+    """Each team fits alone; the second must find what the first has left, not what was there."""
+    run(
+        """
+config = gpt2c.GPT2Config(vocab_size=300, n_positions=32, n_embd=64, n_layer=1, n_head=4)
+models = [gpt2c.GPT2(config) for _ in range(3)]
+for model in models:
+    model(idx)
+gpt2c.kernels.TEAM.release()
+threading.stack_size(1 << 20)
+limit_memory(120 << 20)  # a team takes 56 MB, and each Python thread its 1 MB
+barrier, started, refusals = threading.Barrier(3), [], []
+
+def work(model):
+    barrier.wait()
+    try:
+        model(idx)
+        started.append(1)
+    except (MemoryError, OSError) as error:
+        refusals.append(error)
+    barrier.wait()  # the teams stay until each has tried
+
+for _ in range(40):
+    workers = [threading.Thread(target=work, args=(model,)) for model in models]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+assert started and refusals, (len(started), refusals)
+""",
+        threads=8,
+        MALLOC_ARENA_MAX="1",  # else each Python thread's own takes 64 MB or more
+    )
+
+
 # Each stage is given less than it takes; then what is smaller must work, under the same limit.
 STAGES = {
     "a model": ("", "gpt2c.GPT2(large)", "gpt2c.GPT2(config)"),
@@ -555,6 +612,10 @@ expected = ours()
 theirs = [call() for call in others]
 for _ in range(3):  # in turn
     assert ours() == expected and [call() for call in others] == theirs
+before = seconds()
+ours()
+spent = sorted((s - before.get(thread, 0) for thread, s in seconds().items()), reverse=True)
+assert sum(spent[2:]) < 0.1 * sum(spent), "the pools of the others do not sleep"
 with ThreadPoolExecutor(5) as pool:  # at once
     for _ in range(3):
         futures = [pool.submit(train, 1, 5) for _ in range(2)] + [pool.submit(c) for c in others]

@@ -1,0 +1,54 @@
+"""What users give: whole numbers, and arrays that C can read as they are.
+
+Each refuses the rest with one sentence that names the argument. Knows nothing about what they mean.
+"""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def whole(name: str, number: Any) -> int:
+    """Give a whole number as an int.
+
+    Raises
+    ------
+    ValueError : it is none, or a bool
+    """
+    try:
+        if not isinstance(number, bool | np.bool_):
+            return int(index(number))
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a whole number, got {number!r:.50}")
+
+
+def check_layout(name: str, array: NDArray[Any]) -> None:
+    """Refuse what C could not walk over.
+
+    Raises
+    ------
+    ValueError : it is not C-contiguous or not aligned
+    """
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        raise ValueError(f"{name} must be C-contiguous and aligned: pass its .copy()")
+
+
+def check_int32(name: str, ids: Any, shape: tuple[int, ...], low: int, high: int) -> None:
+    """Refuse what is not int32 numbers in [low, high) of this shape.
+
+    Raises
+    ------
+    ValueError : another type, shape or layout, or a number out of range
+    """
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.shape != shape:
+        came = (getattr(ids, "dtype", type(ids).__name__), getattr(ids, "shape", ""))
+        raise ValueError(f"{name} must be an int32 array {shape}, got {came[0]} {came[1]}")
+    check_layout(name, ids)
+    numbers = ids.ravel().tolist()  # of few numbers a list is searched faster than an array
+    if numbers and not (low <= min(numbers) and max(numbers) < high):
+        raise ValueError(f"{name} must be in [{low}, {high}), got {min(numbers)} .. {max(numbers)}")
