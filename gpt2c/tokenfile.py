@@ -3,7 +3,7 @@
     train.bin     or shards of it, train_000001.bin, fineweb_train_000002.bin: any *train*.bin
     val.bin       or any *val*.bin
 
-Knows nothing about text, models or batches. Used by data, train and convert.
+Knows nothing about text, models or batches.
 """
 
 from __future__ import annotations

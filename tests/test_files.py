@@ -31,7 +31,7 @@ def test_a_full_disk_leaves_every_file_as_it_was(
     with pytest.raises(OSError, match="No space left") as error, atomic_paths(*paths) as new:
         for path in new:
             path.write_text("new")
-    assert error.value.filename == str(paths[0])
+    assert error.value.filename == str(paths[failing - 1])
     assert sorted(tmp_path.iterdir()) == paths
     assert [path.read_text() for path in paths] == ["old"] * 3
 
