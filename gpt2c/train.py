@@ -47,8 +47,8 @@ _SUMMED = 1 << 20  # tokens of a checksum's block
 class TrainResult:
     """How a run ended: steps done, validation loss in nats per token, seconds of this call.
 
-    The loss is nan if the weights as they are were not evaluated, `started` is the step that this call began after, `skipped` counts the run's steps without an
-    update.
+    `started` is the step that this call began after, `skipped` counts the run's steps without an
+    update. The loss is nan where the weights, as they are, were not evaluated.
     """
 
     step: int

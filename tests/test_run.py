@@ -149,6 +149,15 @@ def test_a_kill_of_a_run_that_goes_on_between_any_two_operations(
     assert result["points"] > 40
 
 
+def test_a_kill_of_a_run_that_overwrites_one_of_another_tokenizer(
+    data: Path, tmp_path: Path
+) -> None:
+    prepare(DOCUMENTS, tmp_path / "other", "bpe:270")
+    settings = {"max_iters": 1}
+    result = kills(data, tmp_path, what="points", settings=settings, other=str(tmp_path / "other"))
+    assert result["points"] > 50
+
+
 def test_a_kill_at_any_moment(data: Path, tmp_path: Path) -> None:
     settings = {"max_iters": 20, "save_interval": 1, "eval_interval": 7}
     result = kills(data, tmp_path, what="moments", settings=settings, kills=12)
