@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.metadata
+import math
 import os
 import shlex
 import sys
@@ -206,8 +207,11 @@ def run_train(options: argparse.Namespace) -> int:
         done = f"was finished already, after {result.step} steps (a larger --max-iters goes on)"
     elif result.started:
         done += f", {result.step} in all"
-    skipped = f" ({result.skipped} skipped)" if result.skipped else ""
-    print(f"{options.out}: {done}{skipped}, validation loss {result.val_loss:.4f} nats/token")
+    if result.skipped:
+        done += f" ({result.skipped} skipped)"
+    if not math.isnan(result.val_loss):  # of a run stopped before, these weights have none
+        done += f", validation loss {result.val_loss:.4f} nats/token"
+    print(f"{options.out}: {done}")
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from gpt2c.metrics import FILE, read_metrics
-from gpt2c.plot import plot_runs
+from gpt2c.plot import RUNS_FILE, plot_runs
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
@@ -19,6 +19,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
 
 def run_plot(options: argparse.Namespace) -> int:
     """`gpt2c plot`."""
+    out = options.out or options.runs[0] / RUNS_FILE
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: a picture is a PNG file; give --out a name that ends in .png")
     runs = {}
     for path in options.runs:
         if not (path / FILE).is_file():
@@ -27,7 +30,6 @@ def run_plot(options: argparse.Namespace) -> int:
         if not entries:
             raise ValueError(f"{path / FILE} holds no step that can be drawn")
         runs[str(path)] = entries
-    out = options.out or options.runs[0] / "plot.png"
     plot_runs(runs, out)
     print(out)
     return 0

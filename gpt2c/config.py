@@ -1,6 +1,6 @@
 """GPT2Config: the numbers that fix a GPT-2's shape, under Hugging Face's names.
 
-Knows nothing about arrays or backends. Used by model and train.
+Knows nothing about arrays or backends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Files that are whole or absent: every result is written under a temporary name, then renamed.
 
-And JSON that a stranger may have written. Knows nothing about what is in the files. Used by all
-that read or write files.
+And JSON that a stranger may have written. Knows nothing about what is in the files.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import Repr
@@ -34,11 +33,13 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
     OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
     temporaries = [_temporary(path) for path in paths]
-    with naming(paths[0]):
+    meant = dict(zip(temporaries, paths, strict=True))
+    with naming(paths[0], meant):
         try:
             yield temporaries
             for temporary in temporaries:
-                _sync(temporary)
+                with naming(temporary):
+                    _sync(temporary)
             for temporary, path in zip(temporaries, paths, strict=True):
                 os.replace(temporary, path)
             for directory in dict.fromkeys(path.parent for path in paths):
@@ -66,7 +67,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
     temporary = _temporary(path)
-    with naming(path):
+    with naming(path, {temporary: path}):
         _delete(temporary)  # of a dead process that had this one's id
         temporary.mkdir()
         try:
@@ -120,14 +121,27 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have an error of the disk say where it was: a full one does not."""
+def naming(path: Path, meant: Mapping[Path, Path] | None = None) -> Iterator[None]:
+    """Have an error of the disk say where it was: a full one does not.
+
+    Parameters
+    ----------
+    path : named where the error names none
+    meant : temporary path -> the one that its user knows, which is named in its place, or in which
+        a file is
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        if error.errno is None:
+            raise
+        name = str(path) if error.filename is None else str(error.filename)
+        for temporary, known in (meant or {}).items():
+            if name == str(temporary) or name.startswith(f"{temporary}{os.sep}"):
+                name = str(known) + name[len(str(temporary)) :]
+        if name == error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, name) from error
 
 
 def claim_directory(path: Path, overwrite: bool) -> None:

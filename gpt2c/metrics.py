@@ -3,7 +3,7 @@
     {"step": 40, "loss": 4.1, "learning_rate": 0.001, "grad_norm": 0.7, "tokens": 81920, ...}
 
 Knows nothing about what the numbers mean, but that each step has one line and that a number which
-JSON cannot hold is null. Used by run, train, tensorboard and cli_plot.
+JSON cannot hold is null.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from gpt2c.files import atomic_path, naming, open_file, parse_json
 
 FILE = "metrics.jsonl"
+DAMAGED = f"{FILE}.damaged"
 _LONGEST = 1 << 16  # bytes of a line; what is longer is not one of ours
 
 
@@ -51,7 +52,7 @@ class Metrics:
                     kept, last = kept + 1, entry["step"]
                     file.write(line)
             if bad and kept < step:
-                damaged = path.with_name(f"{FILE}.damaged")
+                damaged = path.with_name(DAMAGED)
                 with atomic_path(damaged) as copy:
                     shutil.copyfile(path, copy)
                 report(

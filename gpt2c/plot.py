@@ -1,7 +1,6 @@
 """Pictures: the curves of runs, the roofline and the bars of a benchmark.
 
-They need matplotlib, the extra [plot]. Knows nothing about models. Used by train, report
-and the command line.
+They need matplotlib, the extra [plot]. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -15,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files import atomic_path
+
+# In a run's directory: what train draws, and what `gpt2c plot` does.
+LOSS_FILE = "loss.png"
+RUNS_FILE = "plot.png"
 
 # A row has its colour in every picture; one that is not of the benchmark's is grey.
 COLORS = {
@@ -274,8 +277,10 @@ def _finish(figure: Any, axes: Any, path: Path) -> None:
 
 def _legend_and_save(figure: Any, path: Path, handles: Sequence[Any]) -> None:
     columns = 8 if sum(len(handle.get_label()) for handle in handles) < 100 else 2
-    figure.legend(
+    legend = figure.legend(
         handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8
     )
+    for text in legend.get_texts():  # a run may be called what would be a broken formula
+        text.set_parse_math(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

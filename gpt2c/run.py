@@ -2,11 +2,11 @@
 
     run.json                          settings, config and a mark of the data: first, before step 1
     checkpoints/00000040/             see trainer_state
-    config.json, model.safetensors    of the newest checkpoint, and with the tokenizer's files a
-                                      model that transformers loads as it is
+    config.json, model.safetensors    copies of the newest checkpoint's, and with the tokenizer's
+                                      files a model that transformers loads as it is
     metrics.jsonl, tensorboard/       see metrics and tensorboard
 
-Knows nothing about batches, losses or schedules. Used by train.
+Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2c import trainer_state
-from gpt2c.checkpoint import WEIGHTS_FILE
+from gpt2c import tokenizer_files, trainer_state
+from gpt2c.checkpoint import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE
 from gpt2c.config import GPT2Config
 from gpt2c.files import atomic_path, read_json, remove, remove_leftovers, shown
+from gpt2c.metrics import DAMAGED as METRICS_DAMAGED
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import Metrics, read_metrics
 from gpt2c.model import GPT2
 from gpt2c.optimizer import AdamW
+from gpt2c.plot import LOSS_FILE, RUNS_FILE
 from gpt2c.settings import TrainSettings
 from gpt2c.tensorboard import Events
 from gpt2c.tokenizer import Tokenizer
@@ -40,6 +42,13 @@ VERSION = 1
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
+# What a run leaves at the top of its directory beside run.json, its tokenizer's files among it: a
+# later run must not be taken for one with that tokenizer.
+_FILES = (
+    *(CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DAMAGED),
+    *(tokenizer_files.VOCAB, tokenizer_files.MERGES, tokenizer_files.TOKENIZER),
+    *(tokenizer_files.CONFIG, tokenizer_files.ADDED, LOSS_FILE, RUNS_FILE),
+)
 
 
 @contextmanager
@@ -129,8 +138,9 @@ class Run:
     ----------
     step, skipped : steps done, and those of them that updated nothing
     seconds : spent in steps
-    val_loss : the last evaluation's; nan before the first
+    val_loss : of the weights as they are; nan if those were not evaluated
     saved : the newest checkpoint, None before the first
+    good : the newest with whose weights a finite loss was computed; the older ones stay until then
     """
 
     def __init__(
@@ -148,6 +158,7 @@ class Run:
         self.seconds = 0.0
         self.val_loss = math.nan
         self.saved: Path | None = None
+        self.good: Path | None = None
         self.saved_step = -1
 
     def start(self) -> None:
@@ -156,7 +167,7 @@ class Run:
         run.json goes first and comes first: with it a run can go on, without it none can be
         mistaken for another.
         """
-        for name in (RUN_FILE, WEIGHTS_FILE, METRICS_FILE, "loss.png"):
+        for name in (RUN_FILE, *_FILES):
             (self.out / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, EVENTS):
             if (self.out / name).is_dir():
@@ -190,6 +201,7 @@ class Run:
             self.optimizer.steps = state.step - state.skipped
             self.val_loss = math.nan if state.val_loss is None else state.val_loss
             self.saved, self.saved_step = found.path, state.step
+            self.good = trainer_state.before(found.path)
         self._open()
 
     def _open(self) -> None:
@@ -203,7 +215,7 @@ class Run:
         self.tokenizer.save_pretrained(self.out)
         if self.saved:
             self._publish(self.saved)
-            trainer_state.prune(self.saved, self.settings.keep)
+            self._confirm_evaluated()
         path = self.out / METRICS_FILE
         self._metrics = Metrics(path, self.step, report)
         self._events: Events | None = None
@@ -250,12 +262,26 @@ class Run:
             self.model.config.to_dict(),
             self.model.parameters,
             {name: getattr(self.optimizer, name) for name in trainer_state.MOMENTS},
-            self.settings.keep,
         )
         self.saved_step = self.step
         self._publish(self.saved)
+        self._confirm_evaluated()
         if self._events:
             self._events.flush()
+
+    def confirm(self) -> None:
+        """Let the newest checkpoint take the older ones' place: its weights gave a finite loss.
+
+        Weights may be finite and lost. The first loss after a save is of the weights that were
+        saved, and nothing is updated with one that is not finite.
+        """
+        if self.saved and self.saved != self.good:
+            self.good = self.saved
+            trainer_state.prune(self.good, self.settings.keep)
+
+    def _confirm_evaluated(self) -> None:
+        if not math.isnan(self.val_loss):
+            self.confirm()
 
     def _check_finite(self) -> None:
         """Refuse to put a model aside for one that is lost; the norm is one pass over memory."""
@@ -268,22 +294,23 @@ class Run:
                 )
 
     def last_good(self) -> str:
-        """Say where the last checkpoint is, for an error."""
+        """Say where the last good checkpoint is, for an error."""
         if self.saved is None:
             return "there is no checkpoint yet (--save-interval makes some)"
-        return f"the last good checkpoint is {self.saved}"
+        if self.good is None:
+            return f"there is no good checkpoint: {self.saved} gives no finite loss"
+        if self.good != self.saved:
+            return f"the last good checkpoint is {self.good} (delete {self.saved} to go on from it)"
+        return f"the last good checkpoint is {self.good}"
 
     def _publish(self, checkpoint: Path) -> None:
-        """Give the directory the model of a checkpoint: a second name of the same file."""
+        """Give the directory the model of a checkpoint.
+
+        A copy and no link: what other programs write there must not reach the checkpoint.
+        """
         for source in trainer_state.model_files(checkpoint):
-            path = self.out / source.name
-            if path.exists() and path.samefile(source):
-                continue
-            with atomic_path(path) as temporary:
-                try:
-                    os.link(source, temporary)
-                except OSError:  # a file system without links
-                    shutil.copyfile(source, temporary)
+            with atomic_path(self.out / source.name) as temporary:
+                shutil.copyfile(source, temporary)
 
     def close(self) -> None:
         """Close the files."""

@@ -1,6 +1,6 @@
 """TrainSettings: all that a training run can be told, by a TOML recipe or flags of those names.
 
-Names are nanoGPT's. Knows nothing about models or files but the recipe. Used by train and cli.
+Names are nanoGPT's. Knows nothing about models or files but the recipe.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Knows nothing about models, only the format: an 8-byte little-endian length, a JSON header of that
 length, then the tensors' bytes. The library checks lengths, sizes and offsets: tensors follow each
 other without gaps and end with the file. What it lets pass, and two readers might read differently,
-is refused here: names that are there twice, fields that nobody knows. Used by checkpoint.
+is refused here: names that are there twice, fields that nobody knows.
 """
 
 from __future__ import annotations

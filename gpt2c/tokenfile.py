@@ -3,7 +3,7 @@
     train.bin     or shards of it, train_000001.bin, fineweb_train_000002.bin
     val.bin       or tiny_shakespeare_val.bin: the split is a word of the name
 
-Knows nothing about text, models or batches. Used by data, train and convert.
+Knows nothing about text, models or batches.
 """
 
 from __future__ import annotations

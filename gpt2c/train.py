@@ -2,7 +2,7 @@
 
 What a step does depends on its number, the settings and the data alone, and on the weights and
 moments before it; so a run goes on from a checkpoint (run.py) as if it had not stopped. Knows
-nothing about text.
+tokens; their tokenizer is only compared and handed on.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from gpt2c import trainer_state
 from gpt2c.backend import fma_peak
 from gpt2c.data import Batches, windows
-from gpt2c.files import claim_directory, read_bytes
+from gpt2c.files import claim_directory
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import read_metrics
 from gpt2c.model import GPT2
 from gpt2c.optimizer import AdamW, NonFiniteGradient
-from gpt2c.plot import plot_loss
+from gpt2c.plot import LOSS_FILE, plot_loss
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
 from gpt2c.run import CHECKPOINTS, RUN_FILE, Run, check_config, locked, read_record, report
@@ -39,6 +39,8 @@ from gpt2c.tokenfile import read_shards
 from gpt2c.tokenizer import Tokenizer
 
 Tokens = list[NDArray[np.uint16]]  # one array for each shard
+MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
+_SUMMED = 1 << 20  # tokens of a checksum's block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class TrainResult:
     """How a run ended: steps done, validation loss in nats per token, seconds of this call.
 
     `started` is the step that this call began after, `skipped` counts the run's steps without an
-    update.
+    update. The loss is nan where the weights, as they are, were not evaluated.
     """
 
     step: int
@@ -115,8 +117,13 @@ def train(
     OSError : a file is missing, damaged or cannot be written; an output directory is not empty;
         another process trains into `out`
     ValueError : settings, data and checkpoint do not fit each other, or a loss or gradient is not
-        finite: then nothing was updated with it, and the checkpoints are as they were
+        finite: then nothing was updated with it, and the checkpoints are as they were; `resume` and
+        `overwrite` together
     """
+    if resume and overwrite:
+        raise ValueError(
+            f"--resume goes on with the run in {out} and --overwrite removes it: give one of them"
+        )
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(out))
@@ -148,14 +155,14 @@ def _prepare(
         )
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
-        _check_tokenizer(data, out)
+        _check_tokenizer(tokenizer, data, out)
     tokens = read_shards(data, "train", tokenizer.vocab_size)
     val_tokens = read_shards(data, "val", tokenizer.vocab_size)
-    fingerprint = _fingerprint(tokens)
+    fingerprint = {"train": _fingerprint(tokens), "val": _fingerprint(val_tokens)}
     if record is not None and record["data"] != fingerprint:
         raise ValueError(
-            f"{data} does not hold the training tokens of the run {out}, as data in {RUN_FILE} has"
-            " them: go on with those"
+            f"{data} does not hold the training and validation tokens of the run {out}, as data in"
+            f" {RUN_FILE} has them: go on with those"
         )
     batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
@@ -184,60 +191,67 @@ def _prepare(
 
 
 def _fingerprint(tokens: Tokens) -> list[int]:
-    """Tell token files from others: each one's length and a checksum of its first million."""
-    return [n for shard in tokens for n in (len(shard), zlib.crc32(shard[: 1 << 20].tobytes()))]
+    """Tell token files from others: each one's length and a checksum of all of it."""
+    marks = []
+    for shard in tokens:
+        checksum = 0
+        for start in range(0, len(shard), _SUMMED):
+            checksum = zlib.crc32(shard[start : start + _SUMMED].tobytes(), checksum)
+        marks += [len(shard), checksum]
+    return marks
 
 
 def _loop(
     run: Run, batches: Batches, val_tokens: Tokens, interrupted: threading.Event
 ) -> TrainResult:
-    settings, model, started = run.settings, run.model, run.step
+    settings, started = run.settings, run.step
     schedule = settings.learning_rates()
-    tokens_per_step = (
-        settings.batch_size * settings.block_size * settings.gradient_accumulation_steps
-    )
-    flops = model.config.flops_per_token(settings.block_size)
-    peak = fma_peak(model.backend.name, getattr(model.backend, "threads", 1))
+    backend = run.model.backend
+    peak = fma_peak(backend.name, getattr(backend, "threads", 1))
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
+    skips = _Skips(run, progress)
     start = time.perf_counter()
     try:
-        while run.step < settings.max_iters and not interrupted.is_set():
+        # What was skipped may be the fault of weights that are lost, so it does not end in a save.
+        while run.step < settings.max_iters and (skips.in_a_row or not interrupted.is_set()):
             began = time.perf_counter()
             learning_rate = schedule(run.step)
             loss, norm, fault = _update(run, batches, learning_rate)
-            if fault:
-                _skip(run, fault, progress)
+            if math.isfinite(loss):
+                run.confirm()
+            skips.count(fault)
             run.step += 1
+            run.val_loss = math.nan
             seconds = time.perf_counter() - began
             run.seconds += seconds
-            speed = tokens_per_step / seconds
             entry = {
                 "step": run.step,
                 "loss": loss,
                 "learning_rate": learning_rate,
                 "grad_norm": norm,
-                "tokens": run.step * tokens_per_step,
-                "tokens_per_second": round(speed, 1),
+                **_speed(run, seconds, peak),
             }
-            figures = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
-            if peak:
-                entry["share_of_peak"] = round(flops * speed / peak, 4)
-                figures += f"  {flops * speed / peak:.0%} of peak"
             if settings.skip_nonfinite:
                 entry["skipped"] = run.skipped
-            progress.step(run.step, figures)
+            progress.step(run.step, _figures(entry))
             last = run.step == settings.max_iters
-            if last or (settings.eval_interval and run.step % settings.eval_interval == 0):
-                entry["val_loss"] = _validate(run, val_tokens)
-                progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
+            evaluated = last or _due(run.step, settings.eval_interval)
+            if evaluated:
+                run.val_loss = entry["val_loss"] = evaluate(
+                    *(run.model, val_tokens, settings.batch_size, settings.block_size),
+                    settings.eval_iters,
+                )
             run.log(entry)
-            if settings.save_interval and run.step % settings.save_interval == 0:
+            if evaluated:
+                _check_validation(run)
+                progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
+            if not fault and _due(run.step, settings.save_interval):
                 run.save()
     finally:
         progress.close()
     run.save()
     seconds = time.perf_counter() - start
-    has_plot = plot_loss(read_metrics(run.out / METRICS_FILE), run.out / "loss.png")
+    has_plot = plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
     return TrainResult(
         run.step, settings.max_iters, started, run.skipped, run.val_loss, seconds, has_plot
     )
@@ -268,42 +282,81 @@ def _update(run: Run, batches: Batches, learning_rate: float) -> tuple[float, fl
         raise
 
 
-def _skip(run: Run, fault: str, progress: Progress) -> None:
-    """Count a step that is left out, or stop the run."""
-    step = run.step + 1
-    if not run.settings.skip_nonfinite:
-        raise ValueError(
-            f"{fault} at step {step}, so the run stopped before its update; {run.last_good()};"
-            " lower the learning rate, or leave such steps out with --skip-nonfinite"
-        )
-    run.skipped += 1
-    progress.line(f"step {step}: {fault}, so nothing is updated ({run.skipped} skipped by now)")
+def _due(step: int, interval: int) -> bool:
+    """Whether what is done every so many steps is due; 0 is never."""
+    return bool(interval) and step % interval == 0
 
 
-def _validate(run: Run, val_tokens: Tokens) -> float:
-    """Evaluate; a model that is lost stops the run before it takes a good one's place."""
+def _speed(run: Run, seconds: float, peak: float) -> dict[str, Any]:
+    """Give what a step's metrics say of its speed; `peak` in operations a second, 0 unknown."""
     settings = run.settings
-    val_loss = evaluate(
-        run.model, val_tokens, settings.batch_size, settings.block_size, settings.eval_iters
-    )
-    if not math.isfinite(val_loss):
+    tokens = settings.batch_size * settings.block_size * settings.gradient_accumulation_steps
+    entry = {"tokens": run.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
+    if peak:
+        flops = run.model.config.flops_per_token(settings.block_size) * tokens
+        entry["share_of_peak"] = round(flops / seconds / peak, 4)
+    return entry
+
+
+def _figures(entry: Mapping[str, Any]) -> str:
+    """Give a step's metrics for a line."""
+    share = f"  {entry['share_of_peak']:.0%} of peak" if "share_of_peak" in entry else ""
+    return f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s{share}"
+
+
+class _Skips:
+    """Counts the steps that are left out, or stops the run."""
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self._run, self._progress = run, progress
+        self.in_a_row = 0
+        self._quiet_until = 0
+
+    def count(self, fault: str) -> None:
+        """Take note of the next step, with what is not finite of it, or "" where all is."""
+        if not fault:
+            self.in_a_row = 0
+            return
+        run, step = self._run, self._run.step + 1
+        self.in_a_row += 1
+        if not run.settings.skip_nonfinite:
+            raise ValueError(
+                f"{fault} at step {step}, so the run stopped before its update; {run.last_good()};"
+                " lower the learning rate, or leave such steps out with --skip-nonfinite"
+            )
+        if self.in_a_row == MOST_SKIPPED:
+            raise ValueError(
+                f"{fault} at step {step}, the {MOST_SKIPPED}th in a row that would be skipped, so"
+                f" the run stopped; {run.last_good()}; lower the learning rate"
+            )
+        run.skipped += 1
+        if step >= self._quiet_until:
+            self._quiet_until = step + run.settings.log_interval
+            self._progress.line(
+                f"step {step}: {fault}, so nothing is updated ({run.skipped} skipped by now)"
+            )
+
+
+def _check_validation(run: Run) -> None:
+    """Stop the run of a model that is lost before it takes a good one's place."""
+    if not math.isfinite(run.val_loss):
         raise ValueError(
-            f"the validation loss is {val_loss} after step {run.step}, so its weights were not"
+            f"the validation loss is {run.val_loss} after step {run.step}, so its weights were not"
             f" saved; {run.last_good()}; lower the learning rate"
         )
-    run.val_loss = val_loss
-    return val_loss
 
 
-def _check_tokenizer(data: Path, out: Path) -> None:
+def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
     """Refuse to go on with tokens that mean something else: two vocabularies may be of one size."""
-    for name in ("vocab.json", "merges.txt"):
-        # One that a kill at the start left out comes with the next start.
-        if (out / name).exists() and read_bytes(data / name) != read_bytes(out / name):
-            raise ValueError(
-                f"{data} has another tokenizer than the run {out}: {name} differs; go on with the"
-                " data that it was trained on"
-            )
+    try:
+        own = Tokenizer.from_pretrained(out)
+    except FileNotFoundError:  # what a kill at the start left out comes with the next start
+        return
+    if own.vocab_and_merges() != tokenizer.vocab_and_merges():
+        raise ValueError(
+            f"{data} has another tokenizer than the run {out}: go on with the data that it was"
+            " trained on"
+        )
 
 
 @contextmanager

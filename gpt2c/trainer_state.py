@@ -5,7 +5,7 @@
     00000040/state.json                       the counts, and size and SHA-256 of the other files
 
 A checkpoint has its name when all of it is on the disk, and not before. Knows nothing about models:
-tensors are named arrays, a configuration is a dict. Used by run.
+tensors are named arrays, a configuration is a dict.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
-from gpt2c.files import atomic_directory, open_file, read_json, remove, shown
+from gpt2c.files import atomic_directory, naming, open_file, read_json, remove, shown
 from gpt2c.tensorfile import read_tensors, write_tensors
 
 VERSION = 1
@@ -87,16 +88,14 @@ def save(
     config: Mapping[str, Any],
     tensors: Mapping[str, NDArray[Any]],
     moments: Mapping[str, NDArray[np.float32]],
-    keep: int,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`; give its path.
+    """Write a checkpoint beside the others; give its path.
 
     Parameters
     ----------
     directory : of the run's checkpoints, made if it does not exist
     config, tensors : see `checkpoint.save_weights`
     moments : m and v, the optimizer's, stored as they are
-    keep : at least 1
 
     Raises
     ------
@@ -112,23 +111,26 @@ def save(
         content = {"version": VERSION, "sha256": _sum_of(summed), **summed}
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
-    prune(path, keep)
     return path
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Remove the checkpoints beside the newest whole one but the `keep` newest up to it.
-
-    One of a later step was not whole when the run went on from this one, and never will be.
-    """
-    paths = _steps(newest.parent)
-    done = [path for path in paths if int(path.name) <= int(newest.name)]
-    for path in set(paths) - set(done[:keep]):
+    """Remove the checkpoints up to `newest` but the last `keep`, at least 1; the oldest first."""
+    done = [path for path in _steps(newest.parent) if int(path.name) <= int(newest.name)]
+    for path in reversed(done[keep:]):
         remove(path)
+
+
+def before(checkpoint: Path) -> Path | None:
+    """Give the checkpoint before one, None if it is the first."""
+    older = [p for p in _steps(checkpoint.parent) if int(p.name) < int(checkpoint.name)]
+    return older[0] if older else None
 
 
 def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
     """Read the newest checkpoint that is whole; None if there is none at all.
+
+    Newer ones, which lack a file or hold another content than was written, are renamed aside.
 
     Parameters
     ----------
@@ -136,25 +138,29 @@ def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
 
     Raises
     ------
-    OSError : one is not to be read by this user
-    ValueError : there are checkpoints, but none is whole
+    OSError : one cannot be read though its files are there (no permission, a failing disk): it may
+        be whole
+    ValueError : there are checkpoints, but none is whole; one is of another version
     """
-    faults = []
+    faults = {}
     for path in _steps(directory):
         try:
-            found = _read(path)
-        except PermissionError:
+            with naming(path):
+                found = _read(path)
+        except _OtherVersion:
             raise
-        except (OSError, ValueError) as error:
-            faults.append(f"{path} is not whole: {error}")
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            faults[path] = f"{path} is not whole: {error}"
             continue
-        for fault in faults:
-            report(f"{fault}; going on from {found.path}")
+        for damaged, fault in faults.items():
+            aside = _aside(damaged)
+            report(f"{fault}; it is kept as {aside.name}, going on from {found.path}")
         return found
     if faults:
+        first = next(iter(faults.values()))
         raise ValueError(
-            f"no checkpoint of the run can be read ({faults[0]}); delete {directory} to begin the"
-            " run again from its first step"
+            f"no checkpoint of the run can be read ({first}); delete {directory} to begin the run"
+            " again from its first step"
         )
     return None
 
@@ -172,30 +178,33 @@ def _steps(directory: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name), reverse=True)
 
 
+def _aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that neither a later one takes its name nor it is removed."""
+    names = (f"{path.name}.damaged{n if n > 1 else ''}" for n in count(1))
+    free = next(name for name in names if not os.path.lexists(path.with_name(name)))
+    return path.rename(path.with_name(free))
+
+
+class _OtherVersion(ValueError):
+    """A checkpoint that another gpt2c wrote: not damaged."""
+
+
 def _read(path: Path) -> Checkpoint:
     content = read_json(path / STATE_FILE)
     version = content.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is int and version != VERSION:
+        raise _OtherVersion(
+            f"{path / STATE_FILE} is of version {shown(version)}, wanted {VERSION}: go on with the"
+            f" gpt2c that wrote it, or move {path} away"
+        )
+    if type(version) is not int:
         raise ValueError(f"{STATE_FILE} is of version {shown(version)}, wanted {VERSION}")
     if content.keys() != {"version", "sha256", "state", "files"}:
         raise ValueError(f"{STATE_FILE} must hold version, sha256, state and files")
     summed = {name: content[name] for name in ("state", "files")}
     if content["sha256"] != _sum_of(summed):
         raise ValueError(f"{STATE_FILE} is damaged: it has not the SHA-256 that it says")
-    files = content["files"]
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise ValueError(f"{STATE_FILE}: files must be an object of objects")
-    missing = {CONFIG_FILE, WEIGHTS_FILE, MOMENTS_FILE} - files.keys()
-    if missing:
-        raise ValueError(f"{STATE_FILE}: files lacks {min(missing)}")
-    for name, wanted in files.items():
-        if name != os.path.basename(name):
-            raise ValueError(f"{STATE_FILE} names a file that is not beside it: {shown(name)}")
-        size = (path / name).stat().st_size
-        if size != wanted.get("size"):
-            raise ValueError(f"{name} has {size} bytes, not {shown(wanted.get('size'))}")
-        if _sum(path / name) != wanted:
-            raise ValueError(f"{name} is damaged: it has not the SHA-256 that {STATE_FILE} says")
+    _check_files(path, content["files"])
     try:
         state = TrainerState(**content["state"])
     except TypeError as error:
@@ -209,6 +218,23 @@ def _read(path: Path) -> Checkpoint:
     if set(moments) != set(MOMENTS):
         raise ValueError(f"{MOMENTS_FILE} must hold m and v, got {', '.join(sorted(moments))}")
     return Checkpoint(path, state, config, tensors, moments)
+
+
+def _check_files(path: Path, files: Any) -> None:
+    """Compare the files of a checkpoint with what its state says of them: sizes, then SHA-256."""
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise ValueError(f"{STATE_FILE}: files must be an object of objects")
+    missing = {CONFIG_FILE, WEIGHTS_FILE, MOMENTS_FILE} - files.keys()
+    if missing:
+        raise ValueError(f"{STATE_FILE}: files lacks {min(missing)}")
+    for name, wanted in files.items():
+        if name != os.path.basename(name):
+            raise ValueError(f"{STATE_FILE} names a file that is not beside it: {shown(name)}")
+        size = (path / name).stat().st_size
+        if size != wanted.get("size"):
+            raise ValueError(f"{name} has {size} bytes, not {shown(wanted.get('size'))}")
+        if _sum(path / name) != wanted:
+            raise ValueError(f"{name} is damaged: it has not the SHA-256 that {STATE_FILE} says")
 
 
 def _sum(path: Path) -> dict[str, Any]:

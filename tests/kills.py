@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
 }
 
 # What a save or a start does to the disk, one call after the other.
-OPERATIONS = ("fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "write")
+OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "write")
 LOGGED = ("step", "loss", "learning_rate", "grad_norm", "val_loss", "tokens", "skipped")
 
 
@@ -57,7 +57,7 @@ def main(job: dict[str, Any]) -> Any:
     train_module.fma_peak = lambda name, threads: 0.0
     kinds = {"points": points, "moments": moments, "exact": exact}
     return kinds[job.pop("what")](
-        **{k: Path(v) if k in ("data", "out") else v for k, v in job.items()}
+        **{k: Path(v) if k in ("data", "out", "other") else v for k, v in job.items()}
     )
 
 
@@ -152,33 +152,61 @@ def counted(kill_at: int, log: Path) -> None:
         watch(name)
 
 
-def points(data: Path, out: Path, settings: dict[str, Any], first: int = 0) -> dict[str, int]:
-    """Kill a run before each of its operations; with `first`, one that goes on after that step."""
+def points(
+    data: Path, out: Path, settings: dict[str, Any], first: int = 0, other: Path | None = None
+) -> dict[str, int]:
+    """Kill a run before each of its operations.
+
+    With `first`, one that goes on after that step; with `other`, one that overwrites a run of that
+    data.
+    """
 
     def begin(path: Path) -> None:
         if first:
             ended(child(lambda: stopped(data, path, settings, first)))
+        if other:
+            shutil.copytree(out / "old", path)
 
     def attempt(path: Path, kill_at: int) -> int:
         def action() -> None:
             counted(kill_at, out / "count")
-            resume = bool(first)
-            train_module.train(data, path, full(settings, resume), resume=resume)
+            resume, overwrite = bool(first), bool(other)
+            given = full(settings, resume)
+            train_module.train(data, path, given, resume=resume, overwrite=overwrite)
 
         return ended(child(action))
 
     out.mkdir()
+    if other:
+        trained(other, out / "old", settings)
+        for name in ("plot.png", "loss.png", "metrics.jsonl.damaged", "added_tokens.json"):
+            (out / "old" / name).write_text("{}")
     begin(out / "whole")
     assert attempt(out / "whole", 0) == 0
+    if other:
+        trained(data, out / "fresh", settings)
+        same(out / "whole", out / "fresh")
     total = int((out / "count").read_text())
     for k in range(1, total + 1):
         path = out / f"{k}"
         begin(path)
         assert attempt(path, k) == -signal.SIGKILL
-        gone_on(data, path, settings)
+        if other and not begun(path, out / "whole"):
+            assert attempt(path, 0) == 0
+        else:
+            gone_on(data, path, settings)
         same(path, out / "whole")
         shutil.rmtree(path)
     return {"points": total}
+
+
+def begun(out: Path, whole: Path) -> bool:
+    """Whether a directory is of a run on this data; one to be overwritten may not be."""
+    records = [path / "run.json" for path in (out, whole)]
+    if not records[0].exists():
+        return False
+    a, b = (json.loads(path.read_text())["data"] for path in records)
+    return bool(a == b)
 
 
 def stopped(data: Path, out: Path, settings: dict[str, Any], step: int) -> None:

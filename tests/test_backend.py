@@ -289,7 +289,7 @@ ARROWS: dict[str, set[str]] = {
     "tensorboard": {"files"},
     "trainer_state": {"checkpoint", "files", "tensorfile"},
     "run": {"checkpoint", "config", "files", "metrics", "model", "optimizer", "settings"}
-    | {"tensorboard", "tokenizer", "trainer_state"},
+    | {"plot", "tensorboard", "tokenizer", "tokenizer_files", "trainer_state"},
     "settings": {"config", "files", "optimizer"},
     "train": (RUN - {"baselines", "config"})
     | {"metrics", "optimizer", "plot", "progress"}

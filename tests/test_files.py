@@ -31,7 +31,7 @@ def test_a_full_disk_leaves_every_file_as_it_was(
     with pytest.raises(OSError, match="No space left") as error, atomic_paths(*paths) as new:
         for path in new:
             path.write_text("new")
-    assert error.value.filename == str(paths[0])
+    assert error.value.filename == str(paths[failing - 1])
     assert sorted(tmp_path.iterdir()) == paths
     assert [path.read_text() for path in paths] == ["old"] * 3
 
@@ -53,6 +53,30 @@ def test_a_directory_is_claimed_once(tmp_path: Path) -> None:
     claim_directory(tmp_path / "x" / "y", overwrite=True)
     with pytest.raises(NotADirectoryError, match="is a file"):
         claim_directory(tmp_path / "x" / "y" / "file", overwrite=True)
+
+
+def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+    """And not the temporary one, which its user never sees; of several, the one that failed."""
+    missing = tmp_path / "no" / "such"
+    with pytest.raises(FileNotFoundError) as error, atomic_paths(tmp_path / "a", missing) as new:
+        for path in new:
+            path.write_text("new")
+    assert error.value.filename == str(missing)
+    with pytest.raises(FileNotFoundError) as error, files.atomic_directory(missing):
+        pass
+    assert error.value.filename == str(missing)
+    with pytest.raises(FileNotFoundError) as error, files.atomic_directory(tmp_path / "d") as new:
+        (new / "sub" / "file").touch()
+    assert error.value.filename == str(tmp_path / "d" / "sub" / "file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(OSError) as error, atomic_paths(tmp_path / "full") as (path,):
+        path.touch()  # a file cannot replace a directory
+    assert error.value.filename == str(tmp_path / "full")
+    other = tmp_path / "other"
+    with pytest.raises(FileNotFoundError) as error, atomic_paths(tmp_path / "a"):
+        other.read_text()  # what is none of ours keeps its name
+    assert error.value.filename == str(other)
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

@@ -113,6 +113,32 @@ def test_runs_are_drawn_over_one_another(tmp_path: Path, figures: list[Any]) -> 
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c", "validation"]
 
 
+def test_every_line_of_runs_shows_its_numbers(tmp_path: Path, figures: list[Any]) -> None:
+    runs = {"a": entries(40), "b": entries(20, 2.0)}
+    plot_runs(runs, tmp_path / "plot.png")
+    panels = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+    for name, axes in zip(panels, figures[0].axes, strict=True):
+        wanted = []
+        for metrics in runs.values():
+            points = [(m["step"], m[name]) for m in metrics if m[name] is not None]
+            steps, values = (list(part) for part in zip(*points, strict=True))
+            wanted.append((steps, values))
+            if name != "learning_rate":
+                wanted.append((steps, list(smoothed(values))))
+            if name == "loss":
+                evaluated = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
+                wanted.append(tuple(list(part) for part in zip(*evaluated, strict=True)))
+        drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+        assert [line for line in drawn if line[0]] == wanted  # those of the legend are empty
+
+
+def test_the_name_of_a_run_is_no_formula(tmp_path: Path, figures: list[Any]) -> None:
+    plot_runs({"r$x_{1$": entries(3), "$a$": entries(3)}, tmp_path / "plot.png")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["r$x_{1$", "$a$"]
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+
+
 def test_the_loss_of_a_run(tmp_path: Path, figures: list[Any]) -> None:
     assert plot_loss(entries(40), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
@@ -137,6 +163,11 @@ def test_the_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["plot", str(a), str(b), "--out", str(tmp_path / "both.png")]) == 0
     for path in (a / "plot.png", tmp_path / "both.png"):
         assert path.read_bytes().startswith(PNG)
+    for name in ("k1.svg", "k1"):
+        out = tmp_path / name
+        assert main(["plot", str(a), "--out", str(out)]) == 2
+        message = f"gpt2c: {out}: a picture is a PNG file; give --out a name that ends in .png\n"
+        assert capsys.readouterr().err == message and not out.exists()
     empty = run("empty", [])
     assert main(["plot", str(empty)]) == 2
     message = f"gpt2c: {empty / 'metrics.jsonl'} holds no step that can be drawn\n"

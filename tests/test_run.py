@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from conftest import refused
 from kills import TINY, contents
 
 from gpt2c import run as run_module
-from gpt2c import tensorboard
+from gpt2c import tensorboard, trainer_state
 from gpt2c import train as train_module
 from gpt2c.cli import main
 from gpt2c.data import Batches, prepare
@@ -96,8 +97,6 @@ def kills(data: Path, tmp_path: Path, **job: Any) -> Any:
     text = json.dumps(job | {"data": str(data), "out": str(tmp_path / "kills")})
     command = [sys.executable, "-W", "error", str(script), text]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if "train.bin does not exist" in done.stderr:
-        pytest.skip("training tokens are read from train.bin alone")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -149,6 +148,15 @@ def test_a_kill_of_a_run_that_goes_on_between_any_two_operations(
     settings = {"max_iters": 4, "save_interval": 2, "eval_interval": 2}
     result = kills(data, tmp_path, what="points", settings=settings, first=3)
     assert result["points"] > 40
+
+
+def test_a_kill_of_a_run_that_overwrites_one_of_another_tokenizer(
+    data: Path, tmp_path: Path
+) -> None:
+    prepare(DOCUMENTS, tmp_path / "other", "bpe:270")
+    settings = {"max_iters": 1}
+    result = kills(data, tmp_path, what="points", settings=settings, other=str(tmp_path / "other"))
+    assert result["points"] > 50
 
 
 def test_a_kill_at_any_moment(data: Path, tmp_path: Path) -> None:
@@ -225,27 +233,36 @@ def test_the_newest_whole_checkpoint_counts(
     assert (result.started, result.step) == (10, 20)
     lines = [line for line in capsys.readouterr().out.splitlines() if "is not whole" in line]
     assert [Path(line.split()[0]).name for line in lines] == ["00000020", "00000015"]
+    kept = [out / "checkpoints" / f"{name}.damaged" for name in names[1:]]
+    assert all((path / "trainer.safetensors").stat().st_size == 5 for path in kept)
+    for path in kept:
+        shutil.rmtree(path)
     same(out, whole)
 
 
 def test_the_directory_is_the_newest_checkpoints_model(data: Path, whole: Path) -> None:
     newest = whole / "checkpoints" / "00000020"
     for name in ("model.safetensors", "config.json"):
-        assert (whole / name).samefile(newest / name)
+        assert (whole / name).read_bytes() == (newest / name).read_bytes()
     assert GPT2.from_pretrained(whole).config == GPT2.from_pretrained(newest).config
 
 
-def test_a_file_system_without_links(
-    data: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_other_programs_write_does_not_reach_the_checkpoint(
+    data: Path, tmp_path: Path, whole: Path
 ) -> None:
-    def link(source: Path, target: Path) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", link)
-    train(data, tmp_path / "run", save_interval=5)
-    newest = tmp_path / "run" / "checkpoints" / "00000020"
-    assert not (tmp_path / "run" / "model.safetensors").samefile(newest / "model.safetensors")
-    same(tmp_path / "run", whole)
+    """`open(path, "w")` writes into the file that is there, and into every link to it."""
+    out = tmp_path / "run"
+    train(data, out, save_interval=5)
+    inodes = {path.stat().st_ino for path in (out / "checkpoints").rglob("*")}
+    # A run goes on by these; the others are only written.
+    read = (*("run.json", "metrics.jsonl"), *("vocab.json", "merges.txt", "tokenizer_config.json"))
+    for path in [path for path in out.iterdir() if path.is_file()]:
+        assert path.stat().st_ino not in inodes, path
+        content = path.read_text() if path.name in read else "ruined"
+        with open(path, "w") as file:
+            file.write(content)
+    train(data, out, resume=True)
+    same(out, whole)
 
 
 def test_other_weights_saved_over_a_runs_do_not_touch_it(
@@ -285,8 +302,9 @@ def test_another_backend_is_told(
         ({"learning_rate": 10**400}, "learning_rate is too large"),
         ({"config": 7}, "holds a model of another config"),
         ({"config": {"n_layer": 2}}, "holds a model of another config"),
-        ({"data": [1, 2]}, "does not hold the training tokens"),
-        ({"data": None}, "does not hold the training tokens"),
+        ({"data": [1, 2]}, "does not hold the training and validation"),
+        ({"data": None}, "does not hold the training and validation"),
+        ({"data": {"train": []}}, "does not hold the training and validation"),
     ],
 )
 def test_a_damaged_record(data: Path, tmp_path: Path, cut: Any, content: Any, wanted: str) -> None:
@@ -397,7 +415,8 @@ def test_a_step_that_is_not_finite_stops_before_its_update(
         " with --skip-nonfinite"
     )
     assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == list(range(1, 14))
-    assert (out / "model.safetensors").samefile(out / "checkpoints/00000010/model.safetensors")
+    content = (out / "model.safetensors").read_bytes()
+    assert content == (out / "checkpoints" / "00000010" / "model.safetensors").read_bytes()
 
 
 def test_without_a_checkpoint_the_error_says_so(data: Path, tmp_path: Path, poisoned: Any) -> None:
@@ -422,7 +441,7 @@ def test_a_step_left_out_updates_nothing_and_is_counted(
         log(self, entry)
 
     monkeypatch.setattr(run_module.Run, "log", logged)
-    result = train(data, tmp_path / "run", skip_nonfinite=True)
+    result = train(data, tmp_path / "run", skip_nonfinite=True, log_interval=1)
     assert (result.step, result.skipped) == (20, 3)
     for step in (6, 14, 15):
         assert norms[step - 1] == norms[step - 2]
@@ -466,6 +485,179 @@ def test_a_model_that_is_lost_takes_no_good_ones_place(
         f"the last good checkpoint is {out / 'checkpoints' / '00000006'}; lower the learning rate"
     )
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000006"]
+
+
+@pytest.fixture
+def ruined(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Give a way to have the update of a step leave weights that are finite and of no use."""
+
+    def arrange(at: int) -> None:
+        def ruin(self: AdamW, *arguments: Any) -> float:
+            norm = step(self, *arguments)
+            if self.steps == at:
+                self.model.flat_parameters[:] = 1e30
+            return norm
+
+        monkeypatch.setattr(AdamW, "step", ruin)
+
+    step = AdamW.step
+    return arrange
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_ruined_checkpoint_takes_no_good_ones_place(
+    data: Path, tmp_path: Path, whole: Path, ruined: Any, resume: bool
+) -> None:
+    """Its weights are finite, but no loss that comes from them is."""
+    ruined(10)
+    out = tmp_path / "run"
+    bad, good = out / "checkpoints" / "00000010", out / "checkpoints" / "00000005"
+    message = refused(train, data, out, save_interval=5)
+    if resume:
+        message = refused(train, data, out, resume=True)
+    assert "at step 11, so the run stopped before its update; the last good checkpoint is" in (
+        message
+    )
+    assert f" is {good} (delete {bad} to go on from it); " in message
+    assert checkpoints(out) == ["00000005", "00000010"]
+    shutil.rmtree(bad)
+    ruined(0)  # never
+    train(data, out, resume=True)
+    same(out, whole)
+
+
+def test_the_first_checkpoint_may_be_ruined(data: Path, tmp_path: Path, ruined: Any) -> None:
+    ruined(5)
+    message = refused(train, data, tmp_path / "run", save_interval=5)
+    bad = tmp_path / "run" / "checkpoints" / "00000005"
+    assert f"; there is no good checkpoint: {bad} gives no finite loss; " in message
+
+
+def test_an_older_checkpoint_goes_when_the_newer_one_is_known_to_be_good(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[int, list[str]] = {}
+    log = run_module.Run.log
+
+    def logged(self: run_module.Run, entry: dict[str, Any]) -> None:
+        log(self, entry)
+        if (self.out / "checkpoints").is_dir():
+            found[self.step] = checkpoints(self.out)
+
+    monkeypatch.setattr(run_module.Run, "log", logged)
+    save = trainer_state.save
+
+    def saved(*arguments: Any) -> Path:
+        path = save(*arguments)
+        found[-int(path.name)] = checkpoints(path.parent.parent)
+        return path
+
+    monkeypatch.setattr(trainer_state, "save", saved)
+    train(data, tmp_path / "run", save_interval=5, max_iters=10)
+    assert found[-5] == found[6] == found[10] == ["00000005"]
+    assert found[-10] == ["00000005", "00000010"]  # not before the last evaluation was heard
+    assert checkpoints(tmp_path / "run") == ["00000010"]
+
+
+def test_nothing_is_saved_right_after_a_skipped_step(
+    data: Path, tmp_path: Path, poisoned: Any
+) -> None:
+    poisoned((10,), "loss", math.nan)
+    out = tmp_path / "run"
+    settings = {"skip_nonfinite": True, "save_interval": 5, "keep": 9}
+    assert train(data, out, **settings).skipped == 1
+    assert checkpoints(out) == ["00000005", "00000015", "00000020"]
+
+
+def test_ctrl_c_waits_for_a_step_that_is_not_skipped(
+    data: Path, tmp_path: Path, poisoned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned((7, 8), "loss", math.nan)
+    step = Progress.step
+
+    def interrupt(self: Progress, now: int, figures: str) -> None:
+        step(self, now, figures)
+        if now == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "step", interrupt)
+    result = train(data, tmp_path / "run", skip_nonfinite=True)
+    assert (result.step, result.skipped, result.interrupted) == (9, 2, True)
+    assert checkpoints(tmp_path / "run") == ["00000009"]
+
+
+def test_a_run_that_only_skips_is_stopped(
+    data: Path, tmp_path: Path, ruined: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ruined(6)
+    out, most = tmp_path / "run", train_module.MOST_SKIPPED
+    settings = {"skip_nonfinite": True, "save_interval": 5, "max_iters": 200, "log_interval": 8}
+    message = refused(train, data, out, **settings)
+    good = out / "checkpoints" / "00000005"
+    assert (
+        f" at step {6 + most}, the {most}th in a row that would be skipped, so the run" in message
+    )
+    assert message.endswith(f"; the last good checkpoint is {good}; lower the learning rate")
+    assert checkpoints(out) == ["00000005"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is updated" in line]
+    assert [line.split(":")[0] for line in lines] == ["step 7", "step 15", "step 23"]
+
+
+def test_the_step_whose_evaluation_fails_is_logged(data: Path, tmp_path: Path, ruined: Any) -> None:
+    ruined(9)
+    message = refused(train, data, tmp_path / "run", max_iters=9)
+    assert message.startswith("the validation loss is ") and "after step 9" in message
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["step"] == 9 and last["loss"] and last["val_loss"] is None
+
+
+# ---- the order of what reaches the disk ----------------------------------------------------------
+
+
+def test_a_save_is_on_the_disk_before_the_last_one_goes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves is what was synced, in the order in which it was renamed."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("what a descriptor is of is read from /proc")
+    out, done = tmp_path / "run", []  # (operation, path), as seen from the run's directory
+
+    def name(path: Any) -> str:
+        path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path
+        return re.sub(r"/\.(\w+)(\.\w+)?\.\d+\.tmp", r"/new \1\2", "/" + os.path.relpath(path, out))
+
+    def watch(module: Any, operation: str, which: int = 0) -> None:
+        original = getattr(module, operation)
+
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            done.append((operation, name(arguments[which])))
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(module, operation, watched)
+
+    train(data, out, max_iters=5)
+    for module, operation, which in (
+        *((os, "fsync", 0), (os, "replace", 1), (os, "rename", 1), (os, "unlink", 0)),
+        (shutil, "rmtree", 0),
+    ):
+        watch(module, operation, which)
+    train(data, out, resume=True, max_iters=6)
+    place = {step: i for i, step in enumerate(done)}
+    renamed = place["rename", "/checkpoints/00000006"]
+    new = "/checkpoints/new 00000006"
+    files = {path.name for path in (out / "checkpoints" / "00000006").iterdir()}
+    assert len(files) == 5
+    assert all(place["fsync", f"{new}/{file}"] < place["fsync", new] for file in files)
+    assert place["fsync", new] < renamed < place["fsync", "/checkpoints"]
+    assert place["fsync", "/metrics.jsonl"] < renamed
+    published = place["replace", "/model.safetensors"]
+    assert place["fsync", "/checkpoints"] < place["fsync", "/new model.safetensors"] < published
+    old = [at for at, (_, path) in enumerate(done) if "00000005" in path]
+    assert old and min(old) > published, "the last checkpoint goes after all else"
 
 
 # ---- a full disk ---------------------------------------------------------------------------------

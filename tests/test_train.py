@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -333,6 +334,84 @@ def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -
     )
     with pytest.raises(ValueError, match="holds a model of another config"):
         train(tmp_path / "own", out, resume=True)
+
+
+def change_last_token(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + (content[-2] ^ 1).to_bytes() + content[-1:])
+
+
+def cut_last_token(path: Path) -> None:
+    content = bytearray(path.read_bytes())[:-2]
+    content[8:12] = (int.from_bytes(content[8:12], "little") - 1).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("change", [change_last_token, cut_last_token])
+def test_resume_refuses_other_tokens(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Any
+) -> None:
+    monkeypatch.setattr(train_module, "_SUMMED", 100)  # so that there is more than one block
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    train(copy, tmp_path / "run", max_iters=3)
+    change(copy / name)
+    with pytest.raises(ValueError, match="does not hold the training and validation tokens of"):
+        train(copy, tmp_path / "run", resume=True, max_iters=4)
+    train(data, tmp_path / "run", resume=True, max_iters=4)
+
+
+def test_the_same_tokenizer_in_other_files_goes_on(data: Path, tmp_path: Path) -> None:
+    """White space, and tokenizer.json in place of the pair."""
+    plain, json_only = tmp_path / "own", tmp_path / "json"
+    prepare(DOCUMENTS, plain, "bpe:270")
+    shutil.copytree(plain, json_only)
+    vocab = json.loads((plain / "vocab.json").read_text())
+    merges = (plain / "merges.txt").read_text().splitlines()[1:]
+    added = {"id": vocab["<|endoftext|>"], "content": "<|endoftext|>", "special": True}
+    added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = True
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [added],
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
+        "decoder": byte_level, "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False, "vocab": vocab, "merges": merges,
+        },
+    }  # fmt: skip
+    (json_only / "tokenizer.json").write_text(json.dumps(content))
+    (plain / "vocab.json").write_text(json.dumps(vocab, indent=2))
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (json_only / name).unlink()
+    for i, directory in enumerate((plain, json_only)):
+        train(directory, tmp_path / f"run {i}", max_iters=2)
+        assert train(directory, tmp_path / f"run {i}", resume=True, max_iters=3).step == 3
+    (tmp_path / "run 0" / "merges.txt").unlink()  # as a kill at the start might leave it
+    assert train(json_only, tmp_path / "run 0", resume=True, max_iters=4).step == 4
+
+
+def test_resume_and_overwrite_exclude_each_other(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", max_iters=2)
+    files = everything(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"--resume .* and --overwrite .*: give one of them$"):
+        train_module.train(data, tmp_path / "run", {}, resume=True, overwrite=True)
+    assert everything(tmp_path / "run") == files
+
+
+def test_a_finished_run_that_was_not_evaluated_has_no_figure(
+    data: Path, tmp_path: Path, at_step: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    at_step(7, lambda: signal.raise_signal(signal.SIGINT))
+    assert train(data, out, eval_interval=3).step == 7
+    capsys.readouterr()
+    command = ["train", "--data", str(data), "--out", str(out), "--resume", "--max-iters", "7"]
+    assert main(command) == 0
+    line = f"{out}: was finished already, after 7 steps (a larger --max-iters goes on)\n"
+    assert capsys.readouterr().out == line
 
 
 # ---- the directory -------------------------------------------------------------------------------

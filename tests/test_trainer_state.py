@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 from gpt2c import trainer_state
 from gpt2c.checkpoint import load_weights
-from gpt2c.trainer_state import TrainerState, newest, save
+from gpt2c.trainer_state import TrainerState, before, newest, prune, save
 
 CONFIG = {"n_embd": 4, "model_type": "gpt2"}
 FILES = ["config.json", "generation_config.json", "model.safetensors", "state.json"]
@@ -31,8 +32,8 @@ def arrays(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return drawn, {name: rng.standard_normal(80, np.float32) for name in ("m", "v")}
 
 
-def put(directory: Path, step: int, keep: int = 9, **state: Any) -> Path:
-    return save(directory, TrainerState(step, **state), CONFIG, *arrays(step), keep=keep)
+def put(directory: Path, step: int, **state: Any) -> Path:
+    return save(directory, TrainerState(step, **state), CONFIG, *arrays(step))
 
 
 def found(directory: Path) -> tuple[int, list[str]]:
@@ -54,7 +55,7 @@ def three(tmp_path: Path) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     state = TrainerState(40, skipped=3, seconds=1.25, val_loss=2 / 3)
     weights, moments = arrays(1)
-    path = save(tmp_path / "checkpoints", state, CONFIG, weights, moments, keep=1)
+    path = save(tmp_path / "checkpoints", state, CONFIG, weights, moments)
     assert path == tmp_path / "checkpoints" / "00000040"
     assert sorted(file.name for file in path.iterdir()) == FILES
     checkpoint = newest(path.parent, pytest.fail)
@@ -68,7 +69,9 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_the_newest_n_stay(three: Path) -> None:
     assert [path.name for path in sorted(three.iterdir())] == ["00000010", "00000020", "00000030"]
-    put(three, 40, keep=2)
+    path = put(three, 40)
+    assert before(path) == three / "00000030" and before(three / "00000010") is None
+    prune(path, 2)
     assert [path.name for path in sorted(three.iterdir())] == ["00000030", "00000040"]
     assert found(three) == (40, [])
 
@@ -107,7 +110,6 @@ DAMAGES: list[tuple[Any, str]] = [
     (lambda path: (path / "state.json").write_text("[]"), "must hold a JSON object"),
     (lambda path: (path / "state.json").write_text("{}"), "is of version None, wanted 1"),
     (lambda path: (path / "state.json").write_text("[" * 10**5), "is not valid JSON"),
-    (lambda path: rewrite(path / "state.json", version=lambda old: 2), "is of version 2, wanted 1"),
     (lambda path: flip(path / "state.json", -120), r"state\.json"),
     (lambda path: (path / "trainer.safetensors").unlink(), r"trainer\.safetensors"),
     (lambda path: os.truncate(path / "trainer.safetensors", 100), "has 100 bytes, not "),
@@ -154,10 +156,29 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, damage: Any, reason: s
     assert step == 20
     (line,) = lines
     assert line.startswith(f"{three / '00000030'} is not whole: ") and "\n" not in line
-    assert line.endswith(f"; going on from {three / '00000020'}")
+    end = f"; it is kept as 00000030.damaged, going on from {three / '00000020'}"
+    assert line.endswith(end)
     assert re.search(reason, line), line
-    put(three, 30)  # the step is done again
+    prune(put(three, 30), 1)  # the step is done again
+    assert sorted(path.name for path in three.iterdir()) == ["00000030", "00000030.damaged"]
     assert found(three) == (30, [])
+
+
+def test_one_that_is_damaged_again_is_kept_beside_the_first(three: Path) -> None:
+    for _ in range(2):
+        (three / "00000030" / "state.json").write_text("")
+        assert found(three)[0] == 20
+        put(three, 30)
+    names = [path.name for path in sorted(three.iterdir())][2:]
+    assert names == ["00000030", "00000030.damaged", "00000030.damaged2"]
+
+
+def test_one_of_another_version_is_not_passed_over(three: Path) -> None:
+    rewrite(three / "00000030" / "state.json", version=lambda old: 2)
+    before = {path: path.stat().st_mtime_ns for path in three.rglob("*")}
+    message = refused(newest, three, pytest.fail)
+    assert f"{three / '00000030' / 'state.json'} is of version 2, wanted 1" in message
+    assert {path: path.stat().st_mtime_ns for path in three.rglob("*")} == before
 
 
 def test_moments_that_are_none(three: Path) -> None:
@@ -178,24 +199,26 @@ def test_none_is_whole(three: Path) -> None:
     assert message.endswith(f"delete {three} to begin the run again from its first step")
 
 
-def test_one_that_was_passed_over_goes_with_the_next(three: Path) -> None:
-    """It must not count as one of the newest, or the whole one would be removed in its favour."""
-    os.truncate(three / "00000030" / "model.safetensors", 0)
-    put(three, 25, keep=1)
-    assert [path.name for path in three.iterdir()] == ["00000025"]
+def test_a_later_one_does_not_count_as_one_of_the_newest(three: Path) -> None:
+    prune(put(three, 25), 1)
+    assert sorted(path.name for path in three.iterdir()) == ["00000025", "00000030"]
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(
-    three: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["read_json", "_sum"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
+    three: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
-    """The next save would remove it, and it may be whole."""
+    """It may be whole. Most errors of a read do not say of which file."""
 
-    def forbidden(path: Path) -> Any:
-        raise PermissionError(13, "Permission denied", str(path))
+    def failing(path: Path) -> Any:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(trainer_state, "read_json", forbidden)
-    with pytest.raises(PermissionError):
+    monkeypatch.setattr(trainer_state, name, failing)
+    with pytest.raises(OSError) as error:
         newest(three, pytest.fail)
+    assert error.value.errno == number and error.value.filename == str(three / "00000030")
+    assert sorted(path.name for path in three.iterdir()) == ["00000010", "00000020", "00000030"]
 
 
 def test_a_save_that_fails_leaves_what_there_was(
@@ -207,7 +230,7 @@ def test_a_save_that_fails_leaves_what_there_was(
     before = {path: path.stat().st_mtime_ns for path in three.rglob("*")}
     monkeypatch.setattr(trainer_state, "write_tensors", full)
     with pytest.raises(OSError, match="00000040") as error:
-        put(three, 40, keep=1)
+        put(three, 40)
     assert error.value.strerror == "No space left on device"
     assert {path: path.stat().st_mtime_ns for path in three.rglob("*")} == before
     assert found(three) == (30, [])
