@@ -44,7 +44,7 @@ class TrainerState:
     step : steps done, skipped ones too
     skipped : of them, those that updated nothing; the optimizer has taken step - skipped
     seconds : spent in steps, by every process that the run had
-    val_loss : the last evaluation's, in nats per token; None before the first
+    val_loss : of these weights, in nats per token; None if they were not evaluated
 
     Raises
     ------

@@ -153,7 +153,7 @@ def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path)
     last = sorted(data.glob("train_*.bin"))[-1]
     write_tokens(last, read_tokens(last)[::-1].copy())
     code, _, err = gpt2c(f"train --data {data} --out {run} --resume --max-iters 30")
-    assert code == 2 and "does not hold the training tokens" in err
+    assert code == 2 and "does not hold the training and validation tokens" in err
 
 
 def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:
