@@ -102,6 +102,11 @@ class TrainSettings:
         self.learning_rates()
         self.model_config(vocab_size=1)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a step of the optimizer."""
+        return self.batch_size * self.block_size * self.gradient_accumulation_steps
+
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
         """Give the model's config for a tokenizer."""
         return GPT2Config(

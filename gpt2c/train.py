@@ -129,6 +129,8 @@ def train(
             stack.enter_context(locked(out))
         run, batches, val_tokens = _prepare(data, out, given or {}, resume, overwrite, stack)
         stack.callback(run.close)
+        if run.step < run.settings.max_iters:
+            report(_describe(run, batches))
         with _interruptible() as interrupted:
             return _loop(run, batches, val_tokens, interrupted)
 
@@ -190,6 +192,19 @@ def _prepare(
     return run, batches, val_tokens
 
 
+def _describe(run: Run, batches: Batches) -> str:
+    """Say what is about to be trained, and what may not be meant."""
+    settings, config = run.settings, run.model.config
+    text = (
+        f"{config.num_parameters():,} parameters, backend {run.model.backend.name};"
+        f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens, an epoch has"
+        f" {batches.windows_per_epoch * settings.block_size:,}"
+    )
+    if settings.warmup_iters >= settings.max_iters > 1:
+        text += f"; all of it is warm-up (warmup_iters {settings.warmup_iters:,})"
+    return text
+
+
 def _fingerprint(tokens: Tokens) -> list[int]:
     """Tell token files from others: each one's length and a checksum of all of it."""
     marks = []
@@ -231,6 +246,10 @@ def _loop(
                 "grad_norm": norm,
                 **_speed(run, seconds, peak),
             }
+            if entry.get("share_of_peak", 0) > 1:  # the machine was busy when it was measured
+                del entry["share_of_peak"]
+                fma_peak.cache_clear()
+                peak = fma_peak(backend.name, getattr(backend, "threads", 1))
             if settings.skip_nonfinite:
                 entry["skipped"] = run.skipped
             progress.step(run.step, _figures(entry))
@@ -290,7 +309,7 @@ def _due(step: int, interval: int) -> bool:
 def _speed(run: Run, seconds: float, peak: float) -> dict[str, Any]:
     """Give what a step's metrics say of its speed; `peak` in operations a second, 0 unknown."""
     settings = run.settings
-    tokens = settings.batch_size * settings.block_size * settings.gradient_accumulation_steps
+    tokens = settings.tokens_per_step
     entry = {"tokens": run.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
     if peak:
         flops = run.model.config.flops_per_token(settings.block_size) * tokens

@@ -284,6 +284,7 @@ def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert child.stdout
+    assert "parameters, backend" in child.stdout.readline()
     assert child.stdout.readline().startswith("step ")
     child.send_signal(signal.SIGINT)
     output, errors = child.communicate(timeout=60)
