@@ -283,11 +283,14 @@ def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert child.stdout
-    assert "parameters, backend" in child.stdout.readline()
-    assert child.stdout.readline().startswith("step ")
-    child.send_signal(signal.SIGINT)
-    output, errors = child.communicate(timeout=60)
+    try:
+        assert child.stdout
+        assert "parameters, backend" in child.stdout.readline()
+        assert child.stdout.readline().startswith("step ")
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert (child.returncode, errors) == (130, "")
     message, _, advice = output.splitlines()[-1].partition("; go on with: ")
     step = int(message.split()[5])
