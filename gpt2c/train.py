@@ -221,8 +221,8 @@ def _loop(
 ) -> TrainResult:
     settings, started = run.settings, run.step
     schedule = settings.learning_rates()
-    backend = run.model.backend
-    peak = fma_peak(backend.name, getattr(backend, "threads", 1))
+    kernels = run.model.backend.name, getattr(run.model.backend, "threads", 1)
+    peak = fma_peak(*kernels)
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
     skips = _Skips(run, progress)
     start = time.perf_counter()
@@ -249,7 +249,7 @@ def _loop(
             if entry.get("share_of_peak", 0) > 1:  # the machine was busy when it was measured
                 del entry["share_of_peak"]
                 fma_peak.cache_clear()
-                peak = fma_peak(backend.name, getattr(backend, "threads", 1))
+                peak = fma_peak(*kernels)
             if settings.skip_nonfinite:
                 entry["skipped"] = run.skipped
             progress.step(run.step, _figures(entry))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -269,6 +270,19 @@ def test_training_in_a_thread(data: Path, whole: Path, tmp_path: Path) -> None:
     thread.start()
     thread.join()
     same_run(tmp_path, whole)
+
+
+def test_a_peak_that_a_step_passes_is_measured_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where other programs kept the machine busy at the start."""
+    peaks = iter([1.0, 1e18])
+    measure = functools.cache(lambda name, threads: next(peaks))
+    monkeypatch.setattr("gpt2c.train.fma_peak", measure)
+    train(data, tmp_path, max_iters=3)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    shares = [json.loads(line).get("share_of_peak") for line in lines]
+    assert shares[0] is None and all(share < 1 for share in shares[1:]) and len(shares) == 3
 
 
 def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
