@@ -41,7 +41,7 @@ sanitize: $(VENV)/installed-test
 # Against PyTorch, transformers and lm-evaluation-harness, in an environment of its own: gpt2c needs none of them.
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py tests/test_llmc.py \
-		tests/test_processes.py::test_beside_torch_and_scikit_learn
+		tests/test_processes.py::test_beside_torch_and_scikit_learn tests/test_run.py::test_tensorboard_reads_them
 
 # The wheel for others, dist/*.whl: made from the sdist, with OpenMP's runtime in it, checked, and tried in an environment
 # of its own. The same tree and compiler give the same bytes.
@@ -81,7 +81,7 @@ $(VENV)/installed-wheel: $(VENV)/installed-test
 	$(PYTHON) -m venv .venv-parity || { rm -rf .venv-parity; exit 1; }
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	.venv-parity/bin/python -m pip install --quiet torch==2.13.0
-	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57' lm_eval accelerate
+	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57' lm_eval accelerate tensorboard
 	touch $@
 
 clean:
