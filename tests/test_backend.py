@@ -311,7 +311,6 @@ ARROWS: dict[str, set[str]] = {
     "__init__": LIBRARY | READING | {"engine"},
 }
 DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
-LIMIT = 400  # lines
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
@@ -361,17 +360,6 @@ def test_the_table_has_no_circle() -> None:
         assert ready, f"these import each other: {', '.join(left)}"
         for module in ready:
             del left[module]
-
-
-FILES = sorted(
-    [*PACKAGE.glob("*.py"), *ROOT.glob("csrc/*.[ch]"), *ROOT.glob("build.py")],
-    key=lambda path: path.name,
-)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_files_can_be_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LIMIT
 
 
 def python(code: str) -> str:
