@@ -43,8 +43,8 @@ parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py tests/test_llmc.py \
 		tests/test_processes.py::test_beside_torch_and_scikit_learn tests/test_run.py::test_tensorboard_reads_them
 
-# The wheel for others, dist/*.whl: made from the sdist, with OpenMP's runtime in it, checked, and tried in an environment
-# of its own. The same tree and compiler give the same bytes.
+# The wheel for others, dist/*.whl: made from the sdist, checked, and tried in an environment of its own. The same tree
+# and compiler give the same bytes.
 wheel: export SOURCE_DATE_EPOCH ?= 1580601600
 wheel: $(VENV)/installed-wheel
 	rm -rf dist .venv-wheel

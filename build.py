@@ -3,7 +3,7 @@
     python build.py              rebuild in place, after editing C   (--werror: warnings are errors)
     python build.py --sanitize   the same with AddressSanitizer and UndefinedBehaviorSanitizer
     pip install .                a wheel, through the hatchling hook at the bottom
-    make wheel                   the same with OpenMP's runtime inside, checked
+    make wheel                   the same, checked
 
 This is the only build logic. cffi generates the Python side of each extension from csrc/gpt2c.h,
 and the C compiler checks it against the same header. The result uses CPython's stable ABI: one
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -88,14 +89,46 @@ def run(command: list[str]) -> None:
         sys.exit(f"gpt2c: the C compiler failed: {shlex.join(command)}")
 
 
+# A kernel in csrc/gpt2c.h: what it returns, its name, its parameters before `Team *team`.
+KERNEL = re.compile(r"^(void|double) (\w+)\(([^;]*),\s*Team \*team\);", re.MULTILINE)
+
+
+def call_together(kernel: re.Match[str]) -> str:
+    """Write what Python calls a kernel by: the same parameters, but a pool in place of the team.
+
+    All threads of the pool run the kernel, so its arguments are put where all of them find them.
+    """
+    result, name, parameters = kernel[1], kernel[2], " ".join(kernel[3].split())
+    names = [parameter.split()[-1].lstrip("*") for parameter in parameters.split(",")]
+    members = "".join(f"    {parameter.strip()};\n" for parameter in parameters.split(","))
+    call = f"{name}({', '.join(f'a->{n}' for n in names)}, team)"
+    if result == "void":
+        fields, run, give = members, f"{call};", ""
+    else:  # each thread gets the result, the caller's is returned
+        fields = f"{members}    {result} result;\n"
+        run = f"const {result} result = {call};\n    if (team->member == 0) a->result = result;"
+        give = "    return a.result;\n"
+    return (
+        f"typedef struct {{\n{fields}}} {name}_arguments;\n"
+        f"static void {name}_member(void *given, Team *team) {{\n"
+        f"    {name}_arguments *a = given;\n    {run}\n}}\n"
+        f"static {result} {name}_together({parameters}, Pool *pool) {{\n"
+        f"    {name}_arguments a = {{{', '.join(names)}}};\n"
+        f"    run_together(pool, {name}_member, &a);\n{give}}}\n"
+        f"#define {name} {name}_together\n"
+    )
+
+
 def emit(name: str, path: Path) -> None:
     """Write the C source of module gpt2c._kernels_<name>, which cffi generates from gpt2c.h."""
     from cffi import FFI  # only here: `import build` by a curious tool needs nothing
 
     header = (ROOT / "csrc/gpt2c.h").read_text()
+    callers = "\n".join(call_together(kernel) for kernel in KERNEL.finditer(header))
+    declarations = KERNEL.sub(r"\1 \2(\3, Pool *pool);", header)
     ffi = FFI()
-    ffi.cdef("\n".join(line for line in header.splitlines() if not line.startswith("#")))
-    ffi.set_source(f"gpt2c._kernels_{name}", '#include "gpt2c.h"')
+    ffi.cdef("\n".join(line for line in declarations.splitlines() if not line.startswith("#")))
+    ffi.set_source(f"gpt2c._kernels_{name}", f'#include "gpt2c.h"\n#include "team.h"\n\n{callers}')
     ffi.emit_c_code(str(path))
 
 
@@ -128,14 +161,10 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
         )
     machine = target().rpartition("-")[2]
     isas = ISAS.get({"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine), {"base": []})
-    openmp = ["-fopenmp"] if accepts(cc, ["-fopenmp"]) else []
-    if not openmp:  # Apple's clang has none
-        print(f"gpt2c: {shlex.join(cc)} has no OpenMP: kernels of one thread", file=sys.stderr)
-    flags = [*CFLAGS, *openmp, f"-I{ROOT / 'csrc'}", *(SANITIZE if sanitize else [])]
+    flags = [*CFLAGS, "-pthread", f"-I{ROOT / 'csrc'}", *(SANITIZE if sanitize else [])]
     strict = [*WARNINGS, *(["-Werror"] if werror else [])]
-    strict += [] if openmp else ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
     # Python's symbols are found in the process that loads the extension; only macOS must be told.
-    link = ["-shared", *openmp, *(SANITIZE if sanitize else [])]
+    link = ["-shared", "-pthread", *(SANITIZE if sanitize else [])]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     compiles: list[list[str]] = []
     links: list[list[str]] = []

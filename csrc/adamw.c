@@ -5,15 +5,15 @@
 #include "internal.h"
 
 void adamw_update(float *param, float *m, float *v, const float *grad, float learning_rate, double beta1, double beta2,
-                  float eps, float weight_decay, int64_t t, float grad_scale, int64_t n, int threads) {
+                  float eps, float weight_decay, int64_t t, float grad_scale, int64_t n, Team *team) {
     /* m_hat = m / (1 - beta1^t) and v_hat = v / (1 - beta2^t) undo the start from 0; in double, since 1 - beta^t
      * cancels */
     const vf b1 = vf_set1((float)beta1), c1 = vf_set1((float)(1.0 - beta1));
     const vf b2 = vf_set1((float)beta2), c2 = vf_set1((float)(1.0 - beta2));
     const vf m_correction = vf_set1((float)(1.0 / (1.0 - pow(beta1, (double)t))));
     const vf v_correction = vf_set1((float)(1.0 / (1.0 - pow(beta2, (double)t))));
-#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
-    for (int64_t i = 0; i < n; i += VF_LEN) {
+    for_shared (vector, ceil_div(n, VF_LEN), worth(VF_LEN), team) {
+        const int64_t i = vector * VF_LEN;
         vf g = vf_mul(vf_load_n(grad + i, n - i), vf_set1(grad_scale));
         vf p = vf_load_n(param + i, n - i);
         vf mi = vf_fma(b1, vf_load_n(m + i, n - i), vf_mul(c1, g));
@@ -26,23 +26,21 @@ void adamw_update(float *param, float *m, float *v, const float *grad, float lea
     }
 }
 
-/* Partial sums: fixed in number, so that the order of the sum does not depend on the threads; LANES of them advance
- * side by side, which is what lets the compiler use vectors. */
-enum { SLICES = 64, LANES = 16 };
+/* Of a slice LANES sums advance side by side, which is what lets the compiler use vectors. */
+enum { LANES = 16 };
 
-double global_norm(const float *grad, int64_t n, int threads) {
-    double partial[SLICES], total = 0.0;
-    int64_t length = round_up(ceil_div(n, SLICES), LANES);
-#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
-    for (int64_t slice = 0; slice < SLICES; slice++) {
+double global_norm(const float *grad, double *sums, int64_t n, Team *team) {
+    double total = 0.0;
+    const int64_t length = round_up(ceil_div(n, SLICES), LANES);
+    for_shared (slice, SLICES, worth(length), team) {
         int64_t i = min64(n, slice * length), end = min64(n, i + length);
         double lanes[LANES] = {0.0}, sum = 0.0;
         for (; i + LANES <= end; i += LANES)
             for (int l = 0; l < LANES; l++) lanes[l] += (double)grad[i + l] * (double)grad[i + l];
         for (; i < end; i++) sum += (double)grad[i] * (double)grad[i];
         for (int l = 0; l < LANES; l++) sum += lanes[l];
-        partial[slice] = sum;
+        sums[slice] = sum;
     }
-    for (int slice = 0; slice < SLICES; slice++) total += partial[slice];
+    for (int slice = 0; slice < SLICES; slice++) total += sums[slice];
     return sqrt(total);
 }

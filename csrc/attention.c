@@ -174,37 +174,31 @@ static void attend(float *out, float *lse, const float *q, const float *keys, co
 }
 
 void attention_forward(float *out, float *lse, const float *qkv, float *scratch, int64_t B, int64_t T, int64_t C,
-                       int64_t NH, int threads) {
+                       int64_t NH, Team *team) {
     const int64_t HS = C / NH, blocks = ceil_div(T, TILE);
-#pragma omp parallel for num_threads(team(threads, B * T * C)) schedule(dynamic)
-    for (int64_t task = 0; task < B * NH * blocks; task++) {
-        /* longest rows of blocks first, so that the short ones fill the gaps at the end */
-        const int64_t first = (blocks - 1 - task / (B * NH)) * TILE, b = task % (B * NH) / NH, h = task % NH;
+    for_shared (task, B * NH * blocks, worth(min64(T, TILE) * HS), team) {
+        /* a head's longest row of blocks first, so that a short one comes last */
+        const int64_t first = (blocks - 1 - task % blocks) * TILE, b = task / blocks / NH, h = task / blocks % NH;
         const float *q = qkv + b * T * 3 * C + h * HS;
         attend(out + (b * T + first) * C + h * HS, lse + (b * NH + h) * T + first, q + first * 3 * C, q + C, q + 2 * C,
-               3 * C, first, min64(TILE, T - first), C, HS, scratch + omp_get_thread_num() * share(T, HS));
+               3 * C, first, min64(TILE, T - first), C, HS, scratch + team->member * share(T, HS));
     }
 }
 
 void cache_attention_forward(float *out, float *keys, float *values, const float *qkv, int64_t position, float *scratch,
-                             int64_t T, int64_t C, int64_t NH, int64_t P, int threads) {
+                             int64_t T, int64_t C, int64_t NH, int64_t P, Team *team) {
     const int64_t HS = C / NH, blocks = ceil_div(T, TILE);
     const size_t row = (size_t)HS * sizeof(float);
-#pragma omp parallel num_threads(team(threads, T *C))
-    {
-#pragma omp for schedule(static)
-        for (int64_t h = 0; h < NH; h++)
-            for (int64_t t = 0; t < T; t++) {
-                const float *from = qkv + t * 3 * C + h * HS;
-                memcpy(keys + (h * P + position + t) * HS, from + C, row);
-                memcpy(values + (h * P + position + t) * HS, from + 2 * C, row);
-            }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < NH * blocks; task++) {
-            const int64_t first = (blocks - 1 - task / NH) * TILE, h = task % NH;
-            attend(out + first * C + h * HS, NULL, qkv + first * 3 * C + h * HS, keys + h * P * HS, values + h * P * HS,
-                   HS, position + first, min64(TILE, T - first), C, HS, scratch + omp_get_thread_num() * share(P, HS));
+    for_shared (h, NH, worth(T * HS), team)
+        for (int64_t t = 0; t < T; t++) {
+            const float *from = qkv + t * 3 * C + h * HS;
+            memcpy(keys + (h * P + position + t) * HS, from + C, row);
+            memcpy(values + (h * P + position + t) * HS, from + 2 * C, row);
         }
+    for_shared (task, NH * blocks, worth(min64(T, TILE) * HS), team) {
+        const int64_t first = (blocks - 1 - task % blocks) * TILE, h = task / blocks;
+        attend(out + first * C + h * HS, NULL, qkv + first * 3 * C + h * HS, keys + h * P * HS, values + h * P * HS, HS,
+               position + first, min64(TILE, T - first), C, HS, scratch + team->member * share(P, HS));
     }
 }
 
@@ -271,13 +265,12 @@ static void attend_backward(float *dqkv, const float *dout, const float *qkv, co
 }
 
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int threads) {
+                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, Team *team) {
     const int64_t HS = C / NH;
-#pragma omp parallel for num_threads(team(threads, B * T * C)) schedule(dynamic)
-    for (int64_t task = 0; task < B * NH; task++) {
+    for_shared (task, B * NH, worth(T * HS), team) {
         const int64_t b = task / NH, h = task % NH;
         attend_backward(dqkv + b * T * 3 * C + h * HS, dout + b * T * C + h * HS, qkv + b * T * 3 * C + h * HS,
                         out + b * T * C + h * HS, lse + (b * NH + h) * T, T, C, HS,
-                        scratch + omp_get_thread_num() * share(T, HS));
+                        scratch + team->member * share(T, HS));
     }
 }

@@ -7,9 +7,8 @@
 #include "vmath.h"
 
 void crossentropy_forward(float *losses, float *lse, const float *logits, const int32_t *targets, int64_t N, int64_t V,
-                          int threads) {
-#pragma omp parallel for num_threads(team(threads, N *V)) schedule(static)
-    for (int64_t i = 0; i < N; i++) {
+                          Team *team) {
+    for_shared (i, N, worth(V), team) {
         const float *row = logits + i * V;
         float highest = row[0];
         vf maximum = vf_set1(row[0]);
@@ -28,9 +27,8 @@ void crossentropy_forward(float *losses, float *lse, const float *logits, const 
 }
 
 void crossentropy_backward(float *dlogits, const float *logits, const float *lse, const int32_t *targets, float scale,
-                           int64_t N, int64_t V, int threads) {
-#pragma omp parallel for num_threads(team(threads, N *V)) schedule(static)
-    for (int64_t i = 0; i < N; i++) {
+                           int64_t N, int64_t V, Team *team) {
+    for_shared (i, N, worth(V), team) {
         const float *row = logits + i * V;
         float *drow = dlogits + i * V;
         if (targets[i] < 0) {

@@ -1,14 +1,16 @@
 /* One more token for each of N texts: a whole pass through the model in one call, for few rows.
  *
  * Bound by memory: every weight is read once for all texts, and each text's keys and values once. The pass is a chain
- * of about 90 short stages, so it is one parallel region: all threads walk through it together and wait for each other
- * where a stage needs what others computed. Rows, columns of a layer's output and heads are divided among threads; the
+ * of about 90 short stages, each a loop that the threads share: over rows, columns of a layer's output, or heads. The
  * arithmetic of a row does not depend on the others.
  *
  * What each stage computes stands with its op: encoder.c, layernorm.c, linear.c, attention.c, gelu.c. */
 
 #include "internal.h"
 #include "vmath.h"
+
+/* Products that are worth a task: of a small model the stages are shorter than waiting for each other is. */
+enum { WORTH = 100000 };
 
 /* ---- one query over the cache ------------------------------------------------------------------------------- */
 
@@ -50,18 +52,7 @@ static void attend(float *out, const float *q, const float *keys, const float *v
     for (c = 0; c < HS; c += VF_LEN) vf_store_n(out + c, vf_mul(vf_load_n(out + c, HS - c), inverse), HS - c);
 }
 
-/* ---- stages: the part of one thread among `threads` ----------------------------------------------------------- */
-
-typedef struct {
-    int thread, threads;
-} Member;
-
-/* The part of [0, n) that is a member's: whole multiples of `grain`, as even as they can be. */
-static void part_of(Member member, int64_t n, int64_t grain, int64_t *from, int64_t *to) {
-    const int64_t grains = ceil_div(n, grain);
-    *from = min64(n, grains * member.thread / member.threads * grain);
-    *to = min64(n, grains * (member.thread + 1) / member.threads * grain);
-}
+/* ---- stages ---------------------------------------------------------------------------------------------------- */
 
 /* out (C) = the token's row of wte + its position's row of wpe. */
 static void embed(float *out, const Linear *wte, const float *position, int32_t token) {
@@ -83,27 +74,33 @@ static void embed(float *out, const Linear *wte, const float *position, int32_t 
     }
 }
 
-/* Rows [from, to) of q become those of x (N,C), if the weights of the layer to come are integers. */
-static void prepare(Quantized q, const float *x, int64_t from, int64_t to, const Linear *layer) {
-    if (layer->type != INT8) return;
-    for (int64_t i = from; i < to; i++) quantize_row(q, x + i * layer->C, i, layer->C);
+/* q becomes x (N,C), if the weights of the layer to come are integers. */
+static void prepare(Quantized q, const float *x, int64_t N, const Linear *layer, Team *team) {
+    if (layer->type == INT8)
+        for_shared (i, N, worth(layer->C), team) quantize_row(q, x + i * layer->C, i, layer->C);
 }
 
-/* Rows [from, to) of out and q become the layernorm of those of x (N,C), ready for `layer`. */
+/* out (N,C) and q become the layernorm of x (N,C), ready for `layer`. */
 static void normalise(float *out, Quantized q, const float *x, const float *weight, const float *bias, float eps,
-                      int64_t from, int64_t to, const Linear *layer) {
+                      int64_t N, const Linear *layer, Team *team) {
     const int64_t C = layer->C;
-    float mean, rstd;
-    for (int64_t i = from; i < to; i++) layernorm_row(out + i * C, &mean, &rstd, x + i * C, weight, bias, eps, C);
-    prepare(q, out, from, to, layer);
+    for_shared (i, N, worth(C), team) {
+        float mean, rstd;
+        layernorm_row(out + i * C, &mean, &rstd, x + i * C, weight, bias, eps, C);
+        if (layer->type == INT8) quantize_row(q, out + i * C, i, C);
+    }
 }
 
-/* A member's columns of out (N,OC) (+)= layer(x), for rows x that are ready in q too. */
-static void linear(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int accumulate,
-                   Member member) {
-    int64_t from, to;
-    part_of(member, layer->OC, VF_LEN, &from, &to);
-    linear_columns(out, layer, x, q, N, from, to, accumulate);
+/* out (N,OC) (+)= layer(x), or its GELU, for rows x that are ready in q too. */
+enum { WRITE, ADD, GELU };
+static void linear(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int then,
+                   Team *team) {
+    const int64_t OC = layer->OC;
+    for_shared (vector, ceil_div(OC, VF_LEN), 1 + WORTH / (N * layer->C * VF_LEN), team) {
+        const int64_t from = vector * VF_LEN, to = min64(OC, from + VF_LEN);
+        linear_columns(out, layer, x, q, N, from, to, then == ADD);
+        for (int64_t i = 0; i < N && then == GELU; i++) gelu_part(out + i * OC, out + i * OC, from, to);
+    }
 }
 
 /* ---- the step ------------------------------------------------------------------------------------------------- */
@@ -116,56 +113,33 @@ int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int thre
 
 void decode_step(float *logits, float *keys, float *values, const int32_t *tokens, const int32_t *slots,
                  const int32_t *positions, const Decoder *model, float *scratch, int64_t N, int64_t S, int64_t P,
-                 int threads) {
+                 Team *team) {
     const int64_t C = model->wte.C, F = model->F, NH = model->NH, HS = C / NH;
     float *x = scratch, *normed = x + N * C, *att = normed + N * C, *wide = att + N * C;
     float *eight_bits = wide + N * widest(model), *scores = eight_bits + quantized_size(N, widest(model));
     const Quantized q = quantized_in(eight_bits, N, C), q_wide = quantized_in(eight_bits, N, F);
-    /* Of a small model the stages are shorter than waiting for each other is. */
-#pragma omp parallel num_threads(N * C * F < 200000 ? 1 : threads)
-    {
-        const Member me = {omp_get_thread_num(), omp_get_num_threads()};
-        int64_t row, rows_end, head, heads_end, column, columns_end;
-        part_of(me, N, 1, &row, &rows_end);
-        part_of(me, N * NH, 1, &head, &heads_end);
-        part_of(me, F, VF_LEN, &column, &columns_end);
-        for (int64_t i = row; i < rows_end; i++)
-            embed(x + i * C, &model->wte, model->wpe + positions[i] * C, tokens[i]);
-        for (int64_t l = 0; l < model->L; l++) {
-            const Layer *layer = model->layers + l;
-            normalise(normed, q, x, layer->ln_1_weight, layer->ln_1_bias, model->eps, row, rows_end, &layer->c_attn);
-#pragma omp barrier
-            linear(wide, &layer->c_attn, normed, &q, N, 0, me);
-#pragma omp barrier
-            for (int64_t task = head; task < heads_end; task++) {
-                const int64_t i = task / NH, h = task % NH, t = positions[i];
-                const int64_t start = ((l * S + slots[i]) * NH + h) * P * HS;
-                const float *qkv = wide + i * 3 * C + h * HS;
-                memcpy(keys + start + t * HS, qkv + C, (size_t)HS * sizeof(float));
-                memcpy(values + start + t * HS, qkv + 2 * C, (size_t)HS * sizeof(float));
-                attend(att + i * C + h * HS, qkv, keys + start, values + start, t + 1, HS, scores + me.thread * P);
-            }
-#pragma omp barrier
-            if (layer->attn_proj.type == INT8) {
-                prepare(q, att, row, rows_end, &layer->attn_proj);
-#pragma omp barrier
-            }
-            linear(x, &layer->attn_proj, att, &q, N, 1, me);
-#pragma omp barrier
-            normalise(normed, q, x, layer->ln_2_weight, layer->ln_2_bias, model->eps, row, rows_end, &layer->c_fc);
-#pragma omp barrier
-            linear(wide, &layer->c_fc, normed, &q, N, 0, me);
-            for (int64_t i = 0; i < N; i++) gelu_part(wide + i * F, wide + i * F, column, columns_end);
-#pragma omp barrier
-            if (layer->mlp_proj.type == INT8) {
-                prepare(q_wide, wide, row, rows_end, &layer->mlp_proj);
-#pragma omp barrier
-            }
-            linear(x, &layer->mlp_proj, wide, &q_wide, N, 1, me);
-#pragma omp barrier
+    int64_t longest = 0;
+    for (int64_t i = 0; i < N; i++) longest = positions[i] >= longest ? positions[i] + 1 : longest;
+    for_shared (i, N, worth(C), team) embed(x + i * C, &model->wte, model->wpe + positions[i] * C, tokens[i]);
+    for (int64_t l = 0; l < model->L; l++) {
+        const Layer *layer = model->layers + l;
+        normalise(normed, q, x, layer->ln_1_weight, layer->ln_1_bias, model->eps, N, &layer->c_attn, team);
+        linear(wide, &layer->c_attn, normed, &q, N, WRITE, team);
+        for_shared (head, N * NH, 1 + WORTH / (2 * longest * HS), team) {
+            const int64_t i = head / NH, h = head % NH, t = positions[i];
+            const int64_t start = ((l * S + slots[i]) * NH + h) * P * HS;
+            const float *qkv = wide + i * 3 * C + h * HS;
+            memcpy(keys + start + t * HS, qkv + C, (size_t)HS * sizeof(float));
+            memcpy(values + start + t * HS, qkv + 2 * C, (size_t)HS * sizeof(float));
+            attend(att + i * C + h * HS, qkv, keys + start, values + start, t + 1, HS, scores + team->member * P);
         }
-        normalise(normed, q, x, model->ln_f_weight, model->ln_f_bias, model->eps, row, rows_end, &model->wte);
-#pragma omp barrier
-        linear(logits, &model->wte, normed, &q, N, 0, me);
+        prepare(q, att, N, &layer->attn_proj, team);
+        linear(x, &layer->attn_proj, att, &q, N, ADD, team);
+        normalise(normed, q, x, layer->ln_2_weight, layer->ln_2_bias, model->eps, N, &layer->c_fc, team);
+        linear(wide, &layer->c_fc, normed, &q, N, GELU, team);
+        prepare(q_wide, wide, N, &layer->mlp_proj, team);
+        linear(x, &layer->mlp_proj, wide, &q_wide, N, ADD, team);
     }
+    normalise(normed, q, x, model->ln_f_weight, model->ln_f_bias, model->eps, N, &model->wte, team);
+    linear(logits, &model->wte, normed, &q, N, WRITE, team);
 }

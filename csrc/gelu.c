@@ -23,16 +23,15 @@ void gelu_part(float *out, const float *x, int64_t from, int64_t to) {
     }
 }
 
-void gelu_forward(float *out, const float *x, int64_t n, int threads) {
+void gelu_forward(float *out, const float *x, int64_t n, Team *team) {
     enum { PART = 64 * VF_LEN };
-#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
-    for (int64_t i = 0; i < n; i += PART) gelu_part(out, x, i, min64(n, i + PART));
+    for_shared (part, ceil_div(n, PART), worth(PART), team) gelu_part(out, x, part * PART, min64(n, (part + 1) * PART));
 }
 
-void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, int threads) {
+void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, Team *team) {
     /* out = x s(2u): dx = dout * (s + x s' 2u') with s' = s (1 - s) and u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2) */
-#pragma omp parallel for num_threads(team(threads, n)) schedule(static)
-    for (int64_t i = 0; i < n; i += VF_LEN) {
+    for_shared (vector, ceil_div(n, VF_LEN), worth(VF_LEN), team) {
+        const int64_t i = vector * VF_LEN;
         vf xi = vf_load_n(x + i, n - i), s = gate(xi);
         vf near = vf_min(vf_set1(32.0f), vf_max(vf_set1(-32.0f), xi)); /* beyond, s' is 0 and x u' must not overflow */
         vf du = vf_mul(vf_set1(TWO_SQRT_2_OVER_PI), vf_fma(vf_set1(3.0f * CUBIC), vf_mul(near, near), vf_set1(1.0f)));

@@ -182,39 +182,25 @@ static Tasks divide(int64_t rows, int64_t N, int threads) {
 }
 
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
-          int64_t K, float *scratch, int threads) {
+          int64_t K, float *scratch, Team *team) {
     const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), PACE); /* KC or less, in equal parts */
-    float *packed_a = scratch;
-    int64_t taken = 0;
-#pragma omp parallel num_threads(team(threads, M * N * K / 16))
-    {
-        float *packed_b = scratch + (int64_t)KC * (MB + (int64_t)omp_get_thread_num() * NT);
-        for (int64_t pc = 0; pc < K; pc += depth)
-            for (int64_t ic = 0; ic < M; ic += MB) {
-                const int64_t kc = min64(depth, K - pc), mb = min64(MB, M - ic);
-                const Tasks tasks = divide(mb, N, threads);
-#pragma omp for schedule(dynamic)
-                for (int64_t i = 0; i < mb; i += GROUP * MR)
-                    pack(packed_a + i * kc, shifted(a, ic + i, pc), min64(GROUP * MR, mb - i), kc, MR);
-                /* Who is free takes the next task, and knows by then which one will follow it. */
-                int64_t task, following;
-#pragma omp atomic capture
-                task = taken++;
-                for (; task < tasks.count; task = following) {
-#pragma omp atomic capture
-                    following = taken++;
-                    const int64_t j = task % tasks.columns * tasks.nt, i = task / tasks.columns * tasks.mt;
-                    const int64_t next_j = following % tasks.columns * tasks.nt, n = min64(tasks.nt, N - j);
-                    Ahead ahead = {0};
-                    if (following < tasks.count)
-                        ahead = to_be_packed(shifted(b, next_j, pc), min64(tasks.nt, N - next_j), kc);
-                    pack(packed_b, shifted(b, j, pc), n, kc, NR);
-                    multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.mt, mb - i),
-                                    n, kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, ahead);
-                }
-#pragma omp barrier
-#pragma omp single
-                taken = 0;
+    float *packed_a = scratch, *packed_b = scratch + (int64_t)KC * (MB + (int64_t)team->member * NT);
+    for (int64_t pc = 0; pc < K; pc += depth)
+        for (int64_t ic = 0; ic < M; ic += MB) {
+            const int64_t kc = min64(depth, K - pc), mb = min64(MB, M - ic);
+            const Tasks tasks = divide(mb, N, team->threads);
+            for_shared (group, ceil_div(mb, GROUP * MR), worth(GROUP * MR * kc), team) {
+                const int64_t i = group * GROUP * MR;
+                pack(packed_a + i * kc, shifted(a, ic + i, pc), min64(GROUP * MR, mb - i), kc, MR);
             }
-    }
+            for_shared (task, tasks.count, worth(tasks.mt * tasks.nt * kc / 16), team) {
+                const int64_t j = task % tasks.columns * tasks.nt, i = task / tasks.columns * tasks.mt;
+                const int64_t next_j = (task + 1) % tasks.columns * tasks.nt, n = min64(tasks.nt, N - j);
+                /* The task that most likely follows. */
+                const Ahead ahead = to_be_packed(shifted(b, next_j, pc), min64(tasks.nt, N - next_j), kc);
+                pack(packed_b, shifted(b, j, pc), n, kc, NR);
+                multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.mt, mb - i), n,
+                                kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, ahead);
+            }
+        }
 }

@@ -2,43 +2,46 @@
  *
  * This header is the op list. build.py feeds it to cffi, so it holds plain declarations only; the NumPy reference
  * (gpt2c/reference.py) and the binding (gpt2c/kernels.py) have the same ops with the same names and argument order,
- * without what C must be told and arrays know: sizes, scratch, threads.
+ * without what C must be told and arrays know: sizes, scratch, the team of threads (team.h). Python hands a pool where
+ * a kernel has a team; build.py generates the function between.
  *
  * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
- * Order: outputs, inputs, scalars, scratch, sizes, threads. All arrays are C-contiguous float32 unless typed otherwise.
+ * Order: outputs, inputs, scalars, scratch, sizes, team. All arrays are C-contiguous float32 unless typed otherwise.
  * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward writes
  * its own when asked. Activations and their gradients are written (=), with one exception that is said where it stands:
  * layernorm_backward's dx.
- * Same inputs and same thread count give the same bits. No kernel allocates, prints, exits or keeps state. */
+ * Same inputs give the same bits, whoever computes what. No kernel allocates, prints, exits or keeps state. */
 
 #ifndef GPT2C_H
 #define GPT2C_H
 
 #include <stdint.h>
 
+typedef struct Pool Pool;
+typedef struct Team Team;
+
 /* ---- the machine -------------------------------------------------------------------------------------------- */
 
 /* 1 if this CPU and operating system support the x86 feature ("avx2", "fma", "avx512f", ...), else 0. */
 int cpu_supports(const char *feature);
 
-/* Runs `iterations` rounds of independent fused multiply-adds in registers on each thread; returns the number of
- * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set. */
-double fma_burn(int64_t iterations, int threads);
+/* Runs `iterations` rounds of independent fused multiply-adds in registers for each thread; returns the number of
+ * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set.
+ * sums (threads) is scratch. */
+double fma_burn(double *sums, int64_t iterations, Team *team);
 
 /* Reads data (n) once, up to a last part of less than 1 KB, and returns the sum of what it read. The caller times it:
- * 4n / seconds is the bandwidth of reading memory. */
-double memory_read(const float *data, int64_t n, int threads);
+ * 4n / seconds is the bandwidth of reading memory. sums (SLICES) is scratch. */
+enum { SLICES = 64 };
+double memory_read(const float *data, double *sums, int64_t n, Team *team);
 
-/* OpenMP ends the process where it can have no thread or no memory, and a fork leaves its threads behind, for which the
- * child would wait for ever. So the caller sees to it before each kernel that the few KB are there which starting one
- * takes, starts the threads, for one caller at a time, and lets them go before it forks.
- *
- * Starts the threads that kernels called from here with so many will use, or none if the system does not give them all.
- * Returns how many there can be. stack_size: the bytes of OpenMP's stacks, 0 for the system's default. */
-int start_threads(int threads, int64_t stack_size);
-
-/* Ends the threads that wait here for the next kernel. 0, or another number if that cannot be done now. */
-int release_threads(void);
+/* A pool is memory for `threads` threads that run kernels together, the caller among them: pool_size bytes, which start
+ * on a cache line. pool_start starts the others and returns how many there are in all, or the lower number for which
+ * the system had room, and then none runs. pool_stop ends them; the memory is then the caller's again. One thread at a
+ * time may call kernels with a pool, and a child of a fork, which has its memory but not its threads, none. */
+int64_t pool_size(int threads);
+int pool_start(Pool *pool, int threads);
+void pool_stop(Pool *pool);
 
 /* Floats of scratch memory that the matmul and attention kernels need. */
 int64_t matmul_scratch_size(int threads);
@@ -48,33 +51,33 @@ int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
 
 /* out (B,T,C) = wte[idx] + wpe[0..T);  idx (B,T) in [0,V), wte (V,C), wpe (at least T,C). */
 void encoder_forward(float *out, const int32_t *idx, const float *wte, const float *wpe, int64_t B, int64_t T,
-                     int64_t C, int threads);
+                     int64_t C, Team *team);
 
 /* dwte (V,C) += , dwpe (T..,C) += the rows of dout (B,T,C). */
 void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *idx, int64_t B, int64_t T, int64_t C,
-                      int threads);
+                      Team *team);
 
 /* ---- layernorm ---------------------------------------------------------------------------------------------- */
 
 /* out (N,C) = (x - mean) * rstd * weight + bias;  mean, rstd (N) are kept for the backward pass. */
 void layernorm_forward(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
-                       float eps, int64_t N, int64_t C, int threads);
+                       float eps, int64_t N, int64_t C, Team *team);
 
 /* dx (N,C) += (x is the residual stream: its gradient already holds what came past the branch), dweight, dbias (C) +=.
  */
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                        const float *mean, const float *rstd, int64_t N, int64_t C, int threads);
+                        const float *mean, const float *rstd, int64_t N, int64_t C, Team *team);
 
 /* ---- matmul ------------------------------------------------------------------------------------------------- */
 
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), bias may be NULL. */
 void matmul_forward(float *out, const float *x, const float *weight, const float *bias, float *scratch, int64_t N,
-                    int64_t C, int64_t OC, int threads);
+                    int64_t C, int64_t OC, Team *team);
 
 /* dweight (OC,C) += dout^T x, dbias (OC) += column sums of dout (N,OC), both written instead if `accumulate` is 0; then
  * dx (N,C) = dout weight. dbias may be NULL, dx may be x. */
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, int threads);
+                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* ---- reading a model: linear layers of 32, 16 and 8 bits, attention over a cache, a step of decoding ---------- */
 
@@ -83,19 +86,19 @@ void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout,
 enum { FP32, FP16, INT8 };
 
 /* out (C,R) = x (R,C)^T: linear weights in files are (C,OC). */
-void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, int threads);
+void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team);
 
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), bias may be NULL. INT8: scale (OC), and each row of x is rounded to
  * 8 bits with a scale of its own. C at most 65536 for INT8. */
 void linear_forward(float *out, const float *x, const void *weight, const float *scale, const float *bias, int type,
-                    float *scratch, int64_t N, int64_t C, int64_t OC, int threads);
+                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 int64_t linear_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads);
 
 /* Attention of T new tokens that stand at `position` and after it in their text: their k and v go to rows position..
  * of keys and values (NH,P,HS), and out (T,C) is what their q in qkv (T,3C) attend to among the rows up to their own.
  * scratch: attention_scratch_size(P, HS, threads). */
 void cache_attention_forward(float *out, float *keys, float *values, const float *qkv, int64_t position, float *scratch,
-                             int64_t T, int64_t C, int64_t NH, int64_t P, int threads);
+                             int64_t T, int64_t C, int64_t NH, int64_t P, Team *team);
 
 /* A linear layer: weight (OC,C) of `type`, scale (OC) for INT8, bias (OC) or NULL. */
 typedef struct {
@@ -124,7 +127,7 @@ typedef struct {
  * text alone and among others. */
 void decode_step(float *logits, float *keys, float *values, const int32_t *tokens, const int32_t *slots,
                  const int32_t *positions, const Decoder *model, float *scratch, int64_t N, int64_t S, int64_t P,
-                 int threads);
+                 Team *team);
 int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int threads);
 
 /* ---- attention: causal, multi-head -------------------------------------------------------------------------- */
@@ -132,44 +135,44 @@ int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int thre
 /* out (B,T,C) from qkv (B,T,3C), where a row holds q, k, v of NH heads; lse (B,NH,T), the log of each row's softmax
  * denominator, is all that the backward pass needs of the T x T scores. */
 void attention_forward(float *out, float *lse, const float *qkv, float *scratch, int64_t B, int64_t T, int64_t C,
-                       int64_t NH, int threads);
+                       int64_t NH, Team *team);
 
 /* dqkv (B,T,3C) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int threads);
+                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, Team *team);
 
 /* ---- elementwise -------------------------------------------------------------------------------------------- */
 
 /* out (n) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the tanh form of GELU. */
-void gelu_forward(float *out, const float *x, int64_t n, int threads);
+void gelu_forward(float *out, const float *x, int64_t n, Team *team);
 
 /* dx (n) = dout * gelu'(x); dx may be dout. */
-void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, int threads);
+void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, Team *team);
 
 /* out (n) = x + branch; out may be x. */
-void residual_forward(float *out, const float *x, const float *branch, int64_t n, int threads);
+void residual_forward(float *out, const float *x, const float *branch, int64_t n, Team *team);
 
 /* dx (n) = dout, dbranch (n) = dout; dx may be dout. */
-void residual_backward(float *dx, float *dbranch, const float *dout, int64_t n, int threads);
+void residual_backward(float *dx, float *dbranch, const float *dout, int64_t n, Team *team);
 
 /* ---- softmax + cross-entropy -------------------------------------------------------------------------------- */
 
 /* losses (N) = lse - logits[target] in nats, lse (N) = log(sum(exp(logits (N,V)))); target -1 is ignored: loss 0. */
 void crossentropy_forward(float *losses, float *lse, const float *logits, const int32_t *targets, int64_t N, int64_t V,
-                          int threads);
+                          Team *team);
 
 /* dlogits (N,V) = (exp(logits - lse) - onehot(target)) * scale, rows of ignored targets are 0; dlogits may be logits.
  */
 void crossentropy_backward(float *dlogits, const float *logits, const float *lse, const int32_t *targets, float scale,
-                           int64_t N, int64_t V, int threads);
+                           int64_t N, int64_t V, Team *team);
 
 /* ---- optimizer ---------------------------------------------------------------------------------------------- */
 
 /* One AdamW step, t = 1, 2, ..., on n parameters: param, m, v are updated in place from grad * grad_scale. */
 void adamw_update(float *param, float *m, float *v, const float *grad, float learning_rate, double beta1, double beta2,
-                  float eps, float weight_decay, int64_t t, float grad_scale, int64_t n, int threads);
+                  float eps, float weight_decay, int64_t t, float grad_scale, int64_t n, Team *team);
 
-/* The Euclidean norm of grad (n), summed in double in an order that does not depend on the thread count. */
-double global_norm(const float *grad, int64_t n, int threads);
+/* The Euclidean norm of grad (n), summed in double in an order that n alone decides. sums (SLICES) is scratch. */
+double global_norm(const float *grad, double *sums, int64_t n, Team *team);
 
 #endif

@@ -1,20 +1,11 @@
-/* What the kernels share and Python does not see: threads, transposition, the products of gemm.c and linear.c. */
+/* What the kernels share and Python does not see: transposition, the products of gemm.c and linear.c. */
 
 #ifndef INTERNAL_H
 #define INTERNAL_H
 
 #include "gpt2c.h"
 #include "simd.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_thread_num(void) { return 0; }
-static inline int omp_get_num_threads(void) { return 1; }
-#endif
-
-/* Threads worth waking for `work` elements: below this, starting them costs more than they save. */
-static inline int team(int threads, int64_t work) { return work < 16384 ? 1 : threads; }
+#include "team.h"
 
 enum { LINE = 16 }; /* floats of a cache line */
 
@@ -46,10 +37,9 @@ typedef struct {
 
 /* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, plus what c held if `accumulate`. */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
-          int64_t K, float *scratch, int threads);
+          int64_t K, float *scratch, Team *team);
 
-/* One thread's work of layernorm_forward, a row, and of gelu_forward: decode_step is parallel already, and each
- * parallel region inside of another takes memory from the system. */
+/* A row of layernorm_forward, and elements [from, to) of gelu_forward. */
 void layernorm_row(float *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
                    float eps, int64_t C);
 void gelu_part(float *out, const float *x, int64_t from, int64_t to);

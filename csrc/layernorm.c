@@ -31,17 +31,15 @@ void layernorm_row(float *out, float *mean, float *rstd, const float *row, const
 }
 
 void layernorm_forward(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
-                       float eps, int64_t N, int64_t C, int threads) {
-#pragma omp parallel for num_threads(team(threads, N *C)) schedule(static)
-    for (int64_t i = 0; i < N; i++) layernorm_row(out + i * C, mean + i, rstd + i, x + i * C, weight, bias, eps, C);
+                       float eps, int64_t N, int64_t C, Team *team) {
+    for_shared (i, N, worth(C), team) layernorm_row(out + i * C, mean + i, rstd + i, x + i * C, weight, bias, eps, C);
 }
 
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                        const float *mean, const float *rstd, int64_t N, int64_t C, int threads) {
+                        const float *mean, const float *rstd, int64_t N, int64_t C, Team *team) {
     /* With norm = (x - mean) * rstd and dnorm = dout * weight:
      * dx += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)), averages over the row. */
-#pragma omp parallel for num_threads(team(threads, N *C)) schedule(static)
-    for (int64_t i = 0; i < N; i++) {
+    for_shared (i, N, worth(C), team) {
         const float *row = x + i * C, *drow = dout + i * C;
         float *dxrow = dx + i * C;
         vf m = vf_set1(mean[i]), s = vf_set1(rstd[i]);
@@ -60,10 +58,10 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
             vf_store_n(dxrow + c, vf_fma(d, s, vf_load_n(dxrow + c, C - c)), C - c);
         }
     }
-    /* out = norm * weight + bias, so dweight += column sums of dout * norm, dbias += column sums of dout; a thread owns
+    /* out = norm * weight + bias, so dweight += column sums of dout * norm, dbias += column sums of dout; a task has
      * whole columns, so the order of the sums is fixed. */
-#pragma omp parallel for num_threads(team(threads, N *C)) schedule(static)
-    for (int64_t c = 0; c < C; c += VF_LEN) {
+    for_shared (vector, ceil_div(C, VF_LEN), worth(N * VF_LEN), team) {
+        const int64_t c = vector * VF_LEN;
         vf weights = vf_set1(0.0f), biases = vf_set1(0.0f);
         for (int64_t i = 0; i < N; i++) {
             vf d = vf_load_n(dout + i * C + c, C - c);

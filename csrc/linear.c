@@ -289,59 +289,55 @@ int64_t linear_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int thre
 }
 
 /* Many rows, FP32 or FP16: PANEL rows of weight at a time become the first. */
-static void linear_by_gemm(float *out, const float *x, const Linear *layer, float *scratch, int64_t N, int threads) {
+static void linear_by_gemm(float *out, const float *x, const Linear *layer, float *scratch, int64_t N, Team *team) {
     const int64_t C = layer->C, OC = layer->OC;
     if (layer->type == FP32) {
-        matmul_forward(out, x, layer->weight, layer->bias, scratch, N, C, OC, threads);
+        matmul_forward(out, x, layer->weight, layer->bias, scratch, N, C, OC, team);
         return;
     }
-    float *wide = scratch + matmul_scratch_size(threads);
+    float *wide = scratch + matmul_scratch_size(team->threads);
     for (int64_t j = 0; j < OC; j += PANEL) {
         const int64_t n = min64(PANEL, OC - j), size = n * C;
-#pragma omp parallel for num_threads(team(threads, size)) schedule(static)
-        for (int64_t i = 0; i < size; i += VF_LEN)
+        for_shared (vector, ceil_div(size, VF_LEN), worth(VF_LEN), team) {
+            const int64_t i = vector * VF_LEN;
             vf_store_n(wide + i, vf_load_half_n((const uint16_t *)layer->weight + j * C + i, size - i), size - i);
+        }
         gemm(out + j, OC, (Operand){x, C, 1}, (Operand){wide, C, 1}, layer->bias ? layer->bias + j : NULL, 0, N, n, C,
-             scratch, threads);
+             scratch, team);
     }
 }
 
 void linear_forward(float *out, const float *x, const void *weight, const float *scale, const float *bias, int type,
-                    float *scratch, int64_t N, int64_t C, int64_t OC, int threads) {
+                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
     const Linear layer = {weight, scale, bias, C, OC, type};
     if (type != INT8 && N > FEW) {
-        linear_by_gemm(out, x, &layer, scratch, N, threads);
+        linear_by_gemm(out, x, &layer, scratch, N, team);
         return;
     }
     const Quantized q = quantized_in(scratch, N, C);
     const int strips = type == INT8 && N > FEW && C % FOUR == 0;
     const int64_t rows = strips ? N : ROWS, columns_each = strips ? STRIP : COLUMNS,
                   across = ceil_div(OC, columns_each);
-#pragma omp parallel num_threads(team(threads, N * C * OC / 16))
-    {
-        float *packed = scratch + quantized_size(N, C) + omp_get_thread_num() * packed_size(C);
-        if (type == INT8) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < N; i++) quantize_row(q, x + i * C, i, C);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < across * ceil_div(N, rows); task++) {
-            const int64_t j = task % across * columns_each, i = task / across * rows, n = min64(columns_each, OC - j);
-            const Quantized part = {q.scales + i, q.sums + i, q.values + i * q.stride, q.stride};
-            if (strips)
-                strip(out, &layer, q, N, j, n, packed);
-            else
-                linear_columns(out + i * OC, &layer, x + i * C, type == INT8 ? &part : NULL, min64(rows, N - i), j,
-                               j + n, 0);
-        }
+    float *packed = scratch + quantized_size(N, C) + team->member * packed_size(C);
+    if (type == INT8)
+        for_shared (i, N, worth(C), team) quantize_row(q, x + i * C, i, C);
+    for_shared (task, across * ceil_div(N, rows), worth(columns_each * min64(rows, N) * C / 16), team) {
+        const int64_t j = task % across * columns_each, i = task / across * rows, n = min64(columns_each, OC - j);
+        const Quantized part = {q.scales + i, q.sums + i, q.values + i * q.stride, q.stride};
+        if (strips)
+            strip(out, &layer, q, N, j, n, packed);
+        else
+            linear_columns(out + i * OC, &layer, x + i * C, type == INT8 ? &part : NULL, min64(rows, N - i), j, j + n,
+                           0);
     }
 }
 
-void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, int threads) {
+void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team) {
     enum { BLOCK = 64 };
-#pragma omp parallel for num_threads(team(threads, R *C)) schedule(static)
-    for (int64_t c = 0; c < C; c += BLOCK)
+    for_shared (column, ceil_div(C, BLOCK), worth(R * BLOCK), team) {
+        const int64_t c = column * BLOCK;
         for (int64_t r = 0; r < R; r += BLOCK)
             transpose(out + c * R + r, R, x + r * C + c, C, min64(BLOCK, R - r), min64(BLOCK, C - c),
                       min64(BLOCK, R - r));
+    }
 }

@@ -5,19 +5,18 @@
 #include "internal.h"
 
 void matmul_forward(float *out, const float *x, const float *weight, const float *bias, float *scratch, int64_t N,
-                    int64_t C, int64_t OC, int threads) {
-    gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, N, OC, C, scratch, threads);
+                    int64_t C, int64_t OC, Team *team) {
+    gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, N, OC, C, scratch, team);
 }
 
-/* A thread sums so many vectors of a row at a time: four cache lines, which come together. */
+/* A task sums so many vectors of a row at a time: four cache lines, which come together. */
 enum { STRIP = 4 };
 
-/* dbias (OC) (+)= column sums of dout (N,OC); a thread owns whole columns, so the order of the sums is fixed. */
+/* dbias (OC) (+)= column sums of dout (N,OC); a task has whole columns, so the order of the sums is fixed. */
 static void column_sums(float *restrict dbias, const float *restrict dout, int accumulate, int64_t N, int64_t OC,
-                        int threads) {
-#pragma omp parallel for num_threads(team(threads, N *OC)) schedule(static)
-    for (int64_t j = 0; j < OC; j += STRIP * VF_LEN) {
-        const int64_t n = min64(STRIP * VF_LEN, OC - j);
+                        Team *team) {
+    for_shared (strip, ceil_div(OC, STRIP * VF_LEN), worth(N * STRIP * VF_LEN), team) {
+        const int64_t j = strip * STRIP * VF_LEN, n = min64(STRIP * VF_LEN, OC - j);
         vf sums[STRIP];
         for (int s = 0; s < STRIP; s++) sums[s] = vf_set1(0.0f);
         for (int64_t i = 0; i < N; i++)
@@ -32,9 +31,9 @@ static void column_sums(float *restrict dbias, const float *restrict dout, int a
 }
 
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, int threads) {
+                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
     /* out = x weight^T, so dweight += dout^T x (summed over N) and dx = dout weight (summed over OC) */
-    gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, OC, C, N, scratch, threads);
-    if (dbias) column_sums(dbias, dout, accumulate, N, OC, threads);
-    gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, N, C, OC, scratch, threads);
+    gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, OC, C, N, scratch, team);
+    if (dbias) column_sums(dbias, dout, accumulate, N, OC, team);
+    gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, N, C, OC, scratch, team);
 }

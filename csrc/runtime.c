@@ -1,9 +1,6 @@
-/* What this machine has and what it can reach: CPU features, threads, and the peak of its fused multiply-add units. */
+/* What this machine has and what it can reach: CPU features, the peak of its fused multiply-add units, memory. */
 
 #include "internal.h"
-#ifdef _OPENMP
-#include <pthread.h>
-#endif
 
 int cpu_supports(const char *feature) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -24,74 +21,42 @@ int cpu_supports(const char *feature) {
     return 0;
 }
 
-/* ---- threads --------------------------------------------------------------------------------------------------- */
-
-#ifdef _OPENMP
-static void *wait_for(void *gate) {
-    pthread_mutex_lock(gate);
-    pthread_mutex_unlock(gate);
-    return NULL;
-}
-
-int start_threads(int threads, int64_t stack_size) {
-    pthread_attr_t attributes;
-    if (pthread_attr_init(&attributes) != 0) return 1;
-    if (stack_size > 0) (void)pthread_attr_setstacksize(&attributes, (size_t)stack_size); /* OpenMP, too, passes over */
-    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER; /* closed until all are there, so that they are there together */
-    pthread_t others[threads];
-    int count = 1;
-    pthread_mutex_lock(&gate);
-    while (count < threads && pthread_create(&others[count], &attributes, wait_for, &gate) == 0) count++;
-    pthread_mutex_unlock(&gate);
-    for (int i = 1; i < count; i++) pthread_join(others[i], NULL);
-    pthread_attr_destroy(&attributes);
-    if (count < threads) return count;
-    int started = 0; /* an empty region would be compiled away; fewer are OMP_THREAD_LIMIT's or OMP_DYNAMIC's wish */
-#pragma omp parallel num_threads(threads) reduction(+ : started)
-    started++;
-    return started > 0 ? threads : 0;
-}
-
-int release_threads(void) { return omp_pause_resource_all(omp_pause_hard); }
-#else
-int start_threads(int threads, int64_t stack_size) {
-    (void)stack_size;
-    return threads;
-}
-int release_threads(void) { return 0; }
-#endif
-
 /* ---- peaks ----------------------------------------------------------------------------------------------------- */
 
 /* Independent sums in flight: latency (4 or 5 cycles) times units (2) must be covered, and SSE2 has 16 registers. */
 enum { CHAINS = 12 };
 
-double fma_burn(int64_t iterations, int threads) {
-    double total = 0.0, done = 0.0;
-#pragma omp parallel num_threads(threads) reduction(+ : total, done)
-    {
+double fma_burn(double *sums, int64_t iterations, Team *team) {
+    for_shared (i, team->threads, 1, team) {
         const vf factor = vf_set1(0.999f), term = vf_set1(0.001f); /* converges to 1: no overflow, no denormals */
         vf acc[CHAINS];
         for (int j = 0; j < CHAINS; j++) acc[j] = vf_set1((float)j);
-        for (int64_t i = 0; i < iterations; i++)
+        for (int64_t k = 0; k < iterations; k++)
             for (int j = 0; j < CHAINS; j++) acc[j] = vf_fma(acc[j], factor, term);
-        for (int j = 0; j < CHAINS; j++) total += (double)vf_sum(acc[j]);
-        done += (double)iterations * CHAINS * VF_LEN * 2; /* by as many threads as there were */
+        sums[i] = 0.0;
+        for (int j = 0; j < CHAINS; j++) sums[i] += (double)vf_sum(acc[j]);
     }
-    return isfinite(total) ? done : 0.0; /* the sums are finite; a result nobody reads would be compiled away */
+    double total = 0.0;
+    for (int i = 0; i < team->threads; i++) total += sums[i];
+    /* the sums are finite; a result nobody reads would be compiled away */
+    return isfinite(total) ? (double)team->threads * (double)iterations * CHAINS * VF_LEN * 2 : 0.0;
 }
 
 /* Vectors a step; what is left of n at the end, less than a step, is not read. */
 enum { STREAMS = 8 };
 
-double memory_read(const float *data, int64_t n, int threads) {
-    double total = 0.0;
-#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
-    for (int64_t i = 0; i < n / (STREAMS * VF_LEN); i++) {
-        const float *from = data + i * STREAMS * VF_LEN;
-        vf sum = vf_load(from);
-        for (int j = 1; j < STREAMS; j++) sum = vf_add(sum, vf_load(from + j * VF_LEN));
-        total += (double)vf_sum(sum);
+double memory_read(const float *data, double *sums, int64_t n, Team *team) {
+    const int64_t steps = n / (STREAMS * VF_LEN);
+    for_shared (slice, SLICES, 1, team) {
+        sums[slice] = 0.0;
+        for (int64_t i = steps * slice / SLICES; i < steps * (slice + 1) / SLICES; i++) {
+            const float *from = data + i * STREAMS * VF_LEN;
+            vf sum = vf_load(from);
+            for (int j = 1; j < STREAMS; j++) sum = vf_add(sum, vf_load(from + j * VF_LEN));
+            sums[slice] += (double)vf_sum(sum);
+        }
     }
+    double total = 0.0;
+    for (int slice = 0; slice < SLICES; slice++) total += sums[slice];
     return total;
 }

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.memory import aligned_zeros
@@ -22,62 +22,38 @@ from gpt2c.memory import aligned_zeros
 Array = NDArray[Any]
 
 
-def stack_size() -> int:
-    """Give the bytes of a stack that OMP_STACKSIZE or GOMP_STACKSIZE asks for, as libgomp reads it.
+class Pool:
+    """Threads that run kernels together, the caller among them: csrc/team.c, on memory from here.
 
-    0 is the system's default, which it takes where it cannot read them.
+    Parameters
+    ----------
+    lib, ffi : of the kernels
+    threads : how many
+
+    Raises
+    ------
+    OSError : the system does not give so many threads
     """
-    for variable in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
-        value = os.environ.get(variable, "").strip()
-        if found := re.fullmatch(r"(\d{1,18})\s*([bkmg]?)", value, re.ASCII | re.IGNORECASE):
-            size = int(found[1]) << {"b": 0, "k": 10, "m": 20, "g": 30}[found[2].lower() or "k"]
-            if size < 2**63:
-                return size
-    return 0
 
-
-class Team(threading.local):
-    """OpenMP's threads that wait for the next kernel of this Python thread: `size` with itself."""
-
-    size = 1
-
-    def start(self, lib: Any, size: int) -> None:
-        """Start so many, or refuse: OpenMP ends the process when it cannot start a thread.
-
-        Raises
-        ------
-        OSError : the system does not give so many threads
-        """
-        self.release()
-        with _starting:  # two at once would each find what is there for one
-            available = lib.start_threads(size, stack_size())
-        if available < size:
+    def __init__(self, lib: Any, ffi: Any, threads: int) -> None:
+        size = -(-lib.pool_size(threads) // 4)
+        self._memory = ffi.from_buffer(aligned_zeros(size))
+        self.pointer = ffi.cast("Pool *", self._memory)
+        self.process = os.getpid()
+        self._stop = None
+        started = lib.pool_start(self.pointer, threads)
+        if started < threads:
             raise OSError(
-                f"{size} threads are wanted and the system gives {available}: set GPT2C_NUM_THREADS"
-                " to fewer, or raise its limit of processes (ulimit -u) or of memory (ulimit -v)"
+                f"{threads} threads are wanted and the system gives {started}: set"
+                " GPT2C_NUM_THREADS to fewer, or raise its limit of processes (ulimit -u) or of"
+                " memory (ulimit -v)"
             )
-        self.size = size
+        self._stop = lib.pool_stop
 
-    def release(self) -> None:
-        """Let them go, before a fork: they would stay behind, and the child wait for them.
-
-        Those of others too, who may share OpenMP's library with the kernels: PyTorch does.
-        """
-        if _loaded is not None:
-            _loaded.release_threads()
-        self.size = 1
-
-
-def _after_fork() -> None:
-    """Let the child start threads, whoever was about to at the fork."""
-    global _starting
-    _starting = threading.Lock()
-
-
-_loaded: Any = None  # some kernels: all share OpenMP's library
-_starting = threading.Lock()
-TEAM = Team()
-os.register_at_fork(before=TEAM.release, after_in_child=_after_fork)
+    def __del__(self) -> None:
+        """End the threads, unless this is a child that never had them."""
+        if self._stop is not None and self.process == os.getpid():
+            self._stop(self.pointer)
 
 
 class Kernels:
@@ -91,37 +67,34 @@ class Kernels:
     """
 
     def __init__(self, name: str, threads: int) -> None:
-        global _loaded
         module = importlib.import_module(f"gpt2c._kernels_{name}")
         self.name = name
         self.threads = threads
-        self._lib = _loaded = module.lib
-        # Bytes, more than OpenMP takes to start a kernel: about 300 for each thread.
-        self._room = 4096 + 512 * threads
+        self._lib = module.lib
         self._ffi = module.ffi
         self._from_buffer = module.ffi.from_buffer
         self._null = module.ffi.NULL
         self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
-        # The GIL is released while C runs, so each Python thread needs scratch of its own.
+        self._doubles = module.ffi.typeof("double[]")
+        # The GIL is released while C runs, so each Python thread needs a pool and scratch of its
+        # own.
         self._local = threading.local()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call a kernel, once there is what OpenMP needs for it, or the process would end.
+        """Call a kernel on this Python thread's pool.
 
         Raises
         ------
         OSError : the system does not give so many threads
-        MemoryError : nor the memory to start them, or the kernel
+        MemoryError : nor the memory for them
         """
-        kernel = getattr(self._lib, name)
-        try:
-            if TEAM.size != self.threads > 1:
-                bytearray(self._room)
-                TEAM.start(self._lib, self.threads)
-            bytearray(self._room)  # and it is free again, for OpenMP to take
-        except MemoryError as error:
-            raise MemoryError(f"{self._room:,} bytes are wanted to start {name}") from error
-        return kernel(*arguments)
+        pool = getattr(self._local, "pool", None)
+        if pool is None or pool.process != os.getpid():  # a fork takes no threads along
+            pool = self._local.pool = Pool(self._lib, self._ffi, self.threads)
+        return getattr(self._lib, name)(*arguments, pool.pointer)
+
+    def _sums(self, size: int) -> Any:
+        return self._from_buffer(self._doubles, np.empty(size))
 
     def _f(self, array: Array | None) -> Any:
         return self._null if array is None else self._from_buffer(self._floats, array)
@@ -137,23 +110,24 @@ class Kernels:
 
     def fma_burn(self, iterations: int) -> float:
         """Run multiply-adds in registers on all threads; return the operations done."""
-        return float(self._call("fma_burn", iterations, self.threads))
+        return float(self._call("fma_burn", self._sums(self.threads), iterations))
 
     def memory_read(self, data: Array) -> float:
         """Read `data` once, up to a last part below 1 KB; return the sum of what was read."""
-        return float(self._call("memory_read", self._f(data), data.size, self.threads))
+        sums = self._sums(self._lib.SLICES)
+        return float(self._call("memory_read", self._f(data), sums, data.size))
 
     def encoder_forward(self, out: Array, idx: Array, wte: Array, wpe: Array) -> None:
         """See `gpt2c.reference.encoder_forward`."""
         B, T, C = out.shape
         arrays = (self._f(out), self._i(idx), self._f(wte), self._f(wpe))
-        self._call("encoder_forward", *arrays, B, T, C, self.threads)
+        self._call("encoder_forward", *arrays, B, T, C)
 
     def encoder_backward(self, dwte: Array, dwpe: Array, dout: Array, idx: Array) -> None:
         """See `gpt2c.reference.encoder_backward`."""
         B, T, C = dout.shape
         arrays = (self._f(dwte), self._f(dwpe), self._f(dout), self._i(idx))
-        self._call("encoder_backward", *arrays, B, T, C, self.threads)
+        self._call("encoder_backward", *arrays, B, T, C)
 
     def layernorm_forward(
         self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array, eps: float
@@ -161,7 +135,7 @@ class Kernels:
         """See `gpt2c.reference.layernorm_forward`."""
         N, C = x.shape
         arrays = (out, mean, rstd, x, weight, bias)
-        self._call("layernorm_forward", *map(self._f, arrays), eps, N, C, self.threads)
+        self._call("layernorm_forward", *map(self._f, arrays), eps, N, C)
 
     def layernorm_backward(
         self,
@@ -177,13 +151,13 @@ class Kernels:
         """See `gpt2c.reference.layernorm_backward`."""
         N, C = x.shape
         arrays = (dx, dweight, dbias, dout, x, weight, mean, rstd)
-        self._call("layernorm_backward", *map(self._f, arrays), N, C, self.threads)
+        self._call("layernorm_backward", *map(self._f, arrays), N, C)
 
     def matmul_forward(self, out: Array, x: Array, weight: Array, bias: Array | None) -> None:
         """See `gpt2c.reference.matmul_forward`."""
         OC, C = weight.shape
         scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
-        arrays, sizes = (out, x, weight, bias), (x.shape[0], C, OC, self.threads)
+        arrays, sizes = (out, x, weight, bias), (x.shape[0], C, OC)
         self._call("matmul_forward", *map(self._f, arrays), scratch, *sizes)
 
     def matmul_backward(
@@ -200,12 +174,12 @@ class Kernels:
         OC, C = weight.shape
         scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
         arrays = (dx, dweight, dbias, dout, x, weight)
-        sizes = (x.shape[0], C, OC, self.threads)
+        sizes = (x.shape[0], C, OC)
         self._call("matmul_backward", *map(self._f, arrays), accumulate, scratch, *sizes)
 
     def matrix_transpose(self, out: Array, x: Array) -> None:
         """See `gpt2c.reference_reading.matrix_transpose`."""
-        self._call("matrix_transpose", self._f(out), self._f(x), *x.shape, self.threads)
+        self._call("matrix_transpose", self._f(out), self._f(x), *x.shape)
 
     def linear_forward(
         self, out: Array, x: Array, weight: Array, scale: Array | None, bias: Array | None
@@ -217,7 +191,7 @@ class Kernels:
         scratch = self._scratch(self._lib.linear_scratch_size(*sizes, kind, self.threads))
         f, data = self._f, self._from_buffer(weight)
         arrays = (f(out), f(x), data, f(scale), f(bias))
-        self._call("linear_forward", *arrays, kind, scratch, *sizes, self.threads)
+        self._call("linear_forward", *arrays, kind, scratch, *sizes)
 
     def _kind(self, weight: Array) -> int:
         """Give C's name of a weight's dtype."""
@@ -232,7 +206,7 @@ class Kernels:
         NH, P, HS = keys.shape
         scratch = self._scratch(self._lib.attention_scratch_size(P, HS, self.threads))
         arrays = map(self._f, (out, keys, values, qkv))
-        self._call("cache_attention_forward", *arrays, position, scratch, T, C, NH, P, self.threads)
+        self._call("cache_attention_forward", *arrays, position, scratch, T, C, NH, P)
 
     def attention_forward(self, out: Array, lse: Array, qkv: Array) -> None:
         """See `gpt2c.reference.attention_forward`."""
@@ -240,7 +214,7 @@ class Kernels:
         NH = lse.shape[1]
         scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
         arrays = (out, lse, qkv)
-        self._call("attention_forward", *map(self._f, arrays), scratch, B, T, C, NH, self.threads)
+        self._call("attention_forward", *map(self._f, arrays), scratch, B, T, C, NH)
 
     def attention_backward(
         self, dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array
@@ -250,25 +224,25 @@ class Kernels:
         NH = lse.shape[1]
         scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
         arrays = (dqkv, dout, qkv, out, lse)
-        self._call("attention_backward", *map(self._f, arrays), scratch, B, T, C, NH, self.threads)
+        self._call("attention_backward", *map(self._f, arrays), scratch, B, T, C, NH)
 
     def gelu_forward(self, out: Array, x: Array) -> None:
         """See `gpt2c.reference.gelu_forward`."""
-        self._call("gelu_forward", self._f(out), self._f(x), x.size, self.threads)
+        self._call("gelu_forward", self._f(out), self._f(x), x.size)
 
     def gelu_backward(self, dx: Array, dout: Array, x: Array) -> None:
         """See `gpt2c.reference.gelu_backward`."""
-        self._call("gelu_backward", self._f(dx), self._f(dout), self._f(x), x.size, self.threads)
+        self._call("gelu_backward", self._f(dx), self._f(dout), self._f(x), x.size)
 
     def residual_forward(self, out: Array, x: Array, branch: Array) -> None:
         """See `gpt2c.reference.residual_forward`."""
         arrays = (out, x, branch)
-        self._call("residual_forward", *map(self._f, arrays), x.size, self.threads)
+        self._call("residual_forward", *map(self._f, arrays), x.size)
 
     def residual_backward(self, dx: Array, dbranch: Array, dout: Array) -> None:
         """See `gpt2c.reference.residual_backward`."""
         arrays = (dx, dbranch, dout)
-        self._call("residual_backward", *map(self._f, arrays), dout.size, self.threads)
+        self._call("residual_backward", *map(self._f, arrays), dout.size)
 
     def crossentropy_forward(
         self, losses: Array, lse: Array, logits: Array, targets: Array
@@ -276,7 +250,7 @@ class Kernels:
         """See `gpt2c.reference.crossentropy_forward`."""
         N, V = logits.shape
         arrays = (*map(self._f, (losses, lse, logits)), self._i(targets))
-        self._call("crossentropy_forward", *arrays, N, V, self.threads)
+        self._call("crossentropy_forward", *arrays, N, V)
 
     def crossentropy_backward(
         self, dlogits: Array, logits: Array, lse: Array, targets: Array, scale: float
@@ -284,7 +258,7 @@ class Kernels:
         """See `gpt2c.reference.crossentropy_backward`."""
         N, V = logits.shape
         arrays = (*map(self._f, (dlogits, logits, lse)), self._i(targets))
-        self._call("crossentropy_backward", *arrays, scale, N, V, self.threads)
+        self._call("crossentropy_backward", *arrays, scale, N, V)
 
     def adamw_update(
         self,
@@ -303,11 +277,12 @@ class Kernels:
         """See `gpt2c.reference.adamw_update`."""
         scalars = (learning_rate, beta1, beta2, eps, weight_decay, t, grad_scale)
         arrays = (param, m, v, grad)
-        self._call("adamw_update", *map(self._f, arrays), *scalars, param.size, self.threads)
+        self._call("adamw_update", *map(self._f, arrays), *scalars, param.size)
 
     def global_norm(self, grad: Array) -> float:
         """See `gpt2c.reference.global_norm`."""
-        return float(self._call("global_norm", self._f(grad), grad.size, self.threads))
+        sums = self._sums(self._lib.SLICES)
+        return float(self._call("global_norm", self._f(grad), sums, grad.size))
 
     # ---- a step of decoding, in one call ---------------------------------------------------------
 
@@ -374,4 +349,4 @@ class Kernels:
         _, S, _, P, _ = keys.shape
         scratch = self._scratch(self._lib.decode_scratch_size(model[0], N, P, self.threads))
         arrays = (f(logits), f(keys), f(values), i(tokens), i(slots), i(positions))
-        self._call("decode_step", *arrays, model[0], scratch, N, S, P, self.threads)
+        self._call("decode_step", *arrays, model[0], scratch, N, S, P)

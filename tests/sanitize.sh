@@ -10,6 +10,9 @@ cp -r "$root/csrc" "$root/gpt2c" "$root/tests" "$root/build.py" "$root/pyproject
 rm -f "$copy"/gpt2c/*.so
 cd "$copy"
 "$1" build.py --sanitize
+# Its threads under ThreadSanitizer, without Python.
+${CC:-cc} -std=gnu11 -O1 -g -fsanitize=thread -pthread -Icsrc tests/threads.c csrc/team.c -o threads
+./threads
 # The interpreter itself is not instrumented: the runtime must come first, and Python's own leaks are not ours.
 runtime=$(${CC:-cc} -print-file-name=libasan.so)
 case $runtime in /*) ;; *) echo "${CC:-cc} has no libasan.so: install gcc's sanitizers" >&2; exit 1 ;; esac

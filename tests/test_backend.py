@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import refused
 
@@ -28,7 +27,7 @@ from gpt2c.backend import (
     default_threads,
     get_backend,
 )
-from gpt2c.kernels import Kernels, stack_size
+from gpt2c.kernels import Kernels
 
 PACKAGE = Path(backend_module.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,33 +182,6 @@ def test_kernels_get_their_threads(backend_name: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("wrong", [2.0, True, "2"])
 def test_threads_that_are_no_whole_number_are_refused(wrong: object) -> None:
     assert refused(get_backend, "auto", wrong).startswith("threads must be a whole number")
-
-
-@pytest.mark.parametrize(
-    ("value", "size"),
-    [
-        *(("512M", 2**29), ("4g", 2**32), (" 100 ", 102400), ("10 k", 10240), ("7B", 7)),
-        *(("", 0), ("3x", 0), ("-1", 0), ("1.5M", 0), ("9" * 18 + "G", 0)),
-    ],
-)
-def test_stacks_are_of_the_size_that_openmp_takes(
-    value: str, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_STACKSIZE", value)
-    monkeypatch.delenv("GOMP_STACKSIZE", raising=False)
-    assert stack_size() == size
-    monkeypatch.setenv("GOMP_STACKSIZE", "1M")
-    assert stack_size() == (size or 2**20)
-
-
-def test_memory_that_a_kernel_lacks_is_said_in_bytes() -> None:
-    if backends()[0] == "numpy":
-        pytest.skip("no kernels are built")
-    kernels, data = Kernels("base", 2), np.ones(3, np.float32)
-    assert kernels.global_norm(data) > 0
-    kernels._room = 1 << 60  # more than anybody has
-    with pytest.raises(MemoryError, match=f"{1 << 60:,} bytes are wanted to start global_norm"):
-        kernels.global_norm(data)
 
 
 # ---- build.py and backend.py agree ---------------------------------------------------------------

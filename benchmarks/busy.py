@@ -1,0 +1,124 @@
+"""Tokens/s beside other programs: 0, 1 and 2 busy loops, with all threads and with one.
+
+    python benchmarks/busy.py                     # a table for each size; about ten minutes
+    python benchmarks/busy.py --checkout ../old   # with a row for another clone, built in place
+
+A busy loop is a process that computes and never sleeps: a video call, or another training. Rows
+are processes of their own that take turns, a sample each; the figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# name: layers, channels, heads, vocabulary, B, T; or of a text that is written: B = 0
+SIZES = {
+    "2 layers, 192 channels": (2, 192, 6, 4096, 4, 128),
+    "6 layers, 384 channels": (6, 384, 6, 4096, 4, 128),
+    "124M, 4 x 64": (12, 768, 12, 50257, 4, 64),
+    "decoding, 2 layers, 192 channels": (2, 192, 6, 4096, 0, 256),
+    "decoding, 124M": (12, 768, 12, 50257, 0, 256),
+}
+WORKER = """
+import sys, time
+import numpy as np
+import gpt2c
+
+L, C, NH, V, B, T = map(int, sys.argv[1:])
+config = gpt2c.GPT2Config(n_layer=L, n_embd=C, n_head=NH, vocab_size=V, n_positions=max(T, 64))
+model = gpt2c.GPT2(config, seed=1)
+rng = np.random.default_rng(1)
+if B:
+    optimizer = gpt2c.AdamW(model)
+    idx = rng.integers(0, V, (B, T)).astype(np.int32)
+
+    def work():
+        model.zero_grad()
+        model.loss(idx, idx)
+        model.backward()
+        optimizer.step(grad_clip=1.0)
+        return B * T
+else:
+
+    def work():
+        return model.generate([[1, 2, 3]], 32, temperature=0)[0].size - 3
+
+
+work()
+print("ready", flush=True)
+for line in sys.stdin:
+    tokens, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < float(line):
+        tokens += work()
+    print(tokens / seconds, flush=True)
+"""
+
+
+@contextmanager
+def busy(loops: int) -> Iterator[None]:
+    """Run so many programs that never sleep."""
+    command = [sys.executable, "-c", "while True: pass"]
+    programs = [subprocess.Popen(command) for _ in range(loops)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def start(size: tuple[int, ...], checkout: Path, threads: int | None) -> subprocess.Popen[str]:
+    """Start a row's process and wait until it is warm."""
+    variables = {**os.environ, "PYTHONPATH": str(checkout)}
+    if threads is not None:
+        variables["GPT2C_NUM_THREADS"] = str(threads)
+    command = [sys.executable, "-c", WORKER, *map(str, size)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    row = subprocess.Popen(command, env=variables, text=True, bufsize=1, **pipes)
+    if row.stdout is None or row.stdout.readline() != "ready\n":
+        sys.exit(f"the row of {checkout} does not start")
+    return row
+
+
+def main() -> None:
+    """Measure every size and print a table for each."""
+    parser = argparse.ArgumentParser(description="tokens/s beside 0, 1 and 2 busy loops")
+    parser.add_argument("--checkout", type=Path, action="append", default=[], help="another clone")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
+    parser.add_argument("--sizes", help="only those whose name holds this text")
+    options = parser.parse_args()
+    rounds, seconds = (3, 1.0) if options.quick else (7, 2.0)
+    for name, size in SIZES.items():
+        if options.sizes and options.sizes not in name:
+            continue
+        rows = {"all threads": start(size, ROOT, None), "one thread": start(size, ROOT, 1)}
+        for checkout in options.checkout:
+            rows[str(checkout)] = start(size, checkout.resolve(), None)
+        print(f"\n{name}, tokens/s with 0, 1 and 2 busy loops")
+        medians: dict[str, list[float]] = {label: [] for label in rows}
+        for loops in range(3):
+            samples: dict[str, list[float]] = {label: [] for label in rows}
+            with busy(loops):
+                for _ in range(rounds):
+                    for label, row in rows.items():
+                        assert row.stdin is not None and row.stdout is not None
+                        row.stdin.write(f"{seconds}\n")
+                        samples[label].append(float(row.stdout.readline()))
+            for label in rows:
+                medians[label].append(statistics.median(samples[label]))
+        for label, row in rows.items():
+            print(f"  {label:24}" + "".join(f"{median:>12,.0f}" for median in medians[label]))
+            row.kill()
+            row.wait()
+
+
+if __name__ == "__main__":
+    main()
