@@ -80,13 +80,14 @@ static int is_called(Pool *pool, uint32_t seen) {
 }
 
 static void wait_until(Ready ready, Pool *pool, uint32_t seen, Bed *bed) {
-    const int64_t start = nanoseconds();
+    int64_t until = 0;
     do {
         for (int i = 0; i < 32; i++) {
             if (ready(pool, seen)) return;
             pause_briefly();
         }
-    } while (nanoseconds() - start < SPIN);
+        if (until == 0) until = nanoseconds() + SPIN;
+    } while (nanoseconds() < until);
     pthread_mutex_lock(&bed->mutex);
     atomic_fetch_add(&bed->sleepers, 1); /* before looking once more: who changes something looks for sleepers after */
     while (!ready(pool, seen)) pthread_cond_wait(&bed->changed, &bed->mutex);
