@@ -97,6 +97,7 @@ def test_the_sdist_makes_itself(sdist: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.slow
 def test_the_wheel_is_the_same_from_anywhere_and_holds_what_it_must(
     sdist: Path, tmp_path: Path
 ) -> None:
