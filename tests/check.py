@@ -32,8 +32,10 @@ def output(*command: str) -> list[str]:
 
 def changed(since: str | None) -> list[str]:
     """Return the paths that differ from a commit, and the new ones that git does not ignore."""
-    branches = ([since],) if since else (["HEAD", "main"], ["HEAD", "origin/main"], ["HEAD"])
-    base = next((found for names in branches if (found := output("git", "merge-base", *names))), [])
+    commits = [since] if since else ["main", "origin/main", "HEAD"]
+    base = next(
+        (found for name in commits if (found := output("git", "merge-base", "HEAD", name))), []
+    )
     if not base:
         sys.exit(f"make check compares with a commit, and git finds no {since or 'HEAD'} here")
     different = output("git", "diff", "--name-only", "--diff-filter=d", base[0])
