@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo test check fuzz lint bench sanitize parity lowest wheel clean
 
-# gpt2c, in a virtual environment of its own.
+# gpt2c, with what draws pictures and writes llama.cpp's files.
 setup: $(VENV)/installed
 	@echo 'ready: . $(BIN)/activate puts gpt2c on your path'
 
@@ -77,7 +77,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(BIN)/python pyproject.toml build.py $(wildcard csrc/*)
-	$(PIP) --editable '.[plot]'
+	$(PIP) --editable '.[plot,gguf]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
