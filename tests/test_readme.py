@@ -28,17 +28,15 @@ TINY = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 32 --batch-size 4"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="no README.md: not a source tree")
 
 
-def blocks() -> Iterator[tuple[str, str]]:
+def blocks(path: Path = README) -> Iterator[tuple[str, str]]:
     """Return the language and the text of each block of code in README."""
-    for match in re.finditer(
-        r"^```(\w*)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL
-    ):
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", path.read_text("utf-8"), re.M | re.S):
         yield match[1], match[2]
 
 
-def lines() -> list[str]:
+def lines(path: Path = README) -> list[str]:
     """Return the lines of README's shell blocks, comments that stand alone left out."""
-    shell = "".join(text for language, text in blocks() if language == "sh")
+    shell = "".join(text for language, text in blocks(path) if language == "sh")
     found = re.sub(r"\\\n", " ", shell).splitlines()
     return [line for line in found if line.strip() and not line.lstrip().startswith("#")]
 
@@ -95,14 +93,22 @@ def test_lines_that_take_minutes_have_flags_that_exist() -> None:
         parser().parse_args(shlex.split(line)[1:])
 
 
+def test_the_chinese_introduction_has_lines_of_readme_alone() -> None:
+    chinese = ROOT / "README.zh.md"
+    if not chinese.exists():
+        pytest.skip("no README.zh.md: an sdist")
+    known = {line.partition("#")[0].strip() for line in lines()}
+    assert lines(chinese) and not [line for line in lines(chinese) if line not in known]
+
+
 def test_every_target_of_make_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    named = re.findall(r"`make (\w+)|^make (\w+)", README.read_text(), re.MULTILINE)
+    named = re.findall(r"`make (\w+)|^make (\w+)", README.read_text("utf-8"), re.MULTILINE)
     targets = {one or other for one, other in named}
     assert {"setup", "demo", "test"} <= targets
     assert not [t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)]
 
 
 def test_every_file_that_is_linked_exists() -> None:
-    paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text())
+    paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text("utf-8"))
     assert paths and not [path for path in paths if not (ROOT / path).exists()]
