@@ -282,6 +282,7 @@ ARROWS: dict[str, set[str]] = {
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
+    "figures": set(),
     "baselines": set(),
     "plot": {"files"},
     "progress": set(),
@@ -299,9 +300,9 @@ ARROWS: dict[str, set[str]] = {
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"generator", "sampling"},
     "cli_plot": {"metrics", "plot"},
-    "scoring": {"data", "decoder", "files", "language_model", "memory", "tokenizer"},
+    "scoring": {"data", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
+    "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
