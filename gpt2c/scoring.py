@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.data import read_text
-from gpt2c.files import parse_json
+from gpt2c.files import parse_json, read_text
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
 from gpt2c.memory import Array
 from gpt2c.tokenizer import Tokenizer
