@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_plot
-from gpt2c.data import prepare, read_text, split_documents
+from gpt2c.data import prepare, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
+from gpt2c.files import read_text
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.train import TrainResult, train
 

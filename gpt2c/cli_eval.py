@@ -142,7 +142,7 @@ def _check_tokenizer(
             file=sys.stderr,
         )
         return
-    if own.vocab_and_merges() != tokenizer.vocab_and_merges():
+    if not own.same_vocabulary(tokenizer):
         raise ValueError(
             f"{options.data} was made with another tokenizer than that of {options.model}{apart}"
         )

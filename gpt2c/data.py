@@ -9,8 +9,6 @@ tokens lie in a file (tokenfile's).
 
 from __future__ import annotations
 
-import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,31 +21,6 @@ from numpy.typing import NDArray
 from gpt2c import files
 from gpt2c.tokenfile import MAX_VOCABULARY, Tokens, remove_shards, write_shards, write_tokens
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 text file as it is, line endings included; it may be a pipe.
-
-    Raises
-    ------
-    OSError : the file is missing, cannot be read, or is a device
-    ValueError : the file is empty or not UTF-8
-    """
-    try:
-        if stat.S_ISCHR(os.stat(path).st_mode):  # /dev/zero has no end
-            raise OSError(f"text file {path} is a device; a file or a pipe is wanted")
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"text file {path} does not exist") from None
-    if not content:
-        raise ValueError(f"text file {path} is empty")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text file {path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}; "
-            "convert it to UTF-8"
-        ) from None
 
 
 def split_documents(text: str) -> list[str]:

@@ -17,8 +17,8 @@ import numpy as np
 from gpt2c.backend import get_backend
 from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
 from gpt2c.corpus import python_documentation
-from gpt2c.data import Prepared, prepare, read_text, split_documents
-from gpt2c.files import claim_directory
+from gpt2c.data import Prepared, prepare, split_documents
+from gpt2c.files import claim_directory, read_text
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.data import read_text
 from gpt2c.figures import figures
-from gpt2c.files import parse_json
+from gpt2c.files import parse_json, read_text
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
 from gpt2c.memory import Array
 from gpt2c.tokenizer import Tokenizer
@@ -228,7 +227,7 @@ def read_questions(
     """
     questions = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
-        line = line.removeprefix("\ufeff")  # of each file that was joined into this one
+        line = line.removeprefix("\ufeff")  # of a file that was joined to another
         if line.strip():
             try:
                 questions.append(_question(line, tokenizer, n_positions))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2c.config import GPT2Config
-from gpt2c.files import read_bytes, shown
+from gpt2c.files import decode, read_bytes, shown
 from gpt2c.optimizer import SCHEDULES, Schedule
 
 T = TypeVar("T")
@@ -188,8 +188,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     OSError : the file is missing or unreadable
     ValueError : it is not TOML, names a setting that there is not, or has one that cannot be
     """
+    text = decode(read_bytes(path, LARGEST_RECIPE), str(path))
     try:
-        entries = tomllib.loads(read_bytes(path, LARGEST_RECIPE).decode())
+        entries = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number with too many digits
         raise ValueError(f"{path} is not TOML: {error}") from None
     unknown = sorted(entries.keys() - DEFAULTS.keys())

@@ -10,6 +10,7 @@ Knows nothing about models, token files or documents.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 import re
 import tempfile
@@ -185,6 +186,18 @@ class Tokenizer:
         if self._merges is None:
             self._merges = tokenizer_files.recover_merges(self._ranks)
         return tokenizer_files.Vocabulary(self._ranks, self.eot, self._merges)
+
+    def same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether two tokenizers agree: the same ids for every text, the same text for every id."""
+        return (self._ranks, self.eot) == (other._ranks, other.eot)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same 32 hexadecimal digits for tokenizers that agree, see `same_vocabulary`."""
+        digest = hashlib.blake2b(f"{self.eot} ".encode(), digest_size=16)
+        for token in self._tokens:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
 
     def vocab_and_merges(self) -> tuple[dict[str, int], list[str]]:
         """Give what `vocab.json` and `merges.txt` say, a printable character for each byte.

@@ -137,13 +137,7 @@ def _read(path: Path) -> str:
         raise FileNotFoundError(
             f"{path} does not exist; a tokenizer is a {VOCAB} and a {MERGES}, or a {TOKENIZER}"
         ) from None
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
-    if text.startswith("\ufeff"):
-        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
-    return text
+    return files.decode(content, str(path))
 
 
 def _read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
@@ -151,7 +145,7 @@ def _read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
     lines = _read(merges_path).removesuffix("\n").split("\n")
     start = int(lines[0].startswith("#version"))
     merges = [
-        _parse_merge(line.removesuffix("\r").split(" "), f"{merges_path}, line {number}")
+        _parse_merge(line.split(" "), f"{merges_path}, line {number}")
         for number, line in enumerate(lines[start:], start=start + 1)
     ]
     _check_merges(ranks, merges, str(merges_path), str(vocab_path))

@@ -417,7 +417,7 @@ MISTAKES = [
     (f"{TRAIN} --data data --config missing.toml", r"missing\.toml: no such recipe"),
     (f"{TRAIN} --data data --config folder", "folder: Is a directory"),
     (f"{TRAIN} --data data --config bad.toml", r"bad\.toml is not TOML"),
-    (f"{TRAIN} --data data --config latin1.txt", r"latin1\.txt is not TOML"),
+    (f"{TRAIN} --data data --config latin1.txt", r"latin1\.txt is not UTF-8: byte \d+ is 0x"),
     (f"{TRAIN} --data data --config unknown.toml", "no setting 'n_layers'; there are backend, "),
     ("train --data data --out new --config type.toml", "n_layer must be int, got str 'one'"),
     ("train --data data --out new --config huge.toml", "too large"),

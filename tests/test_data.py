@@ -15,7 +15,6 @@ from gpt2c.corpus import python_documentation
 from gpt2c.data import (
     Batches,
     prepare,
-    read_text,
     split_documents,
     split_validation,
     windows,
@@ -31,34 +30,6 @@ def make_documents(count=40):
 
 
 # --- texts -----------------------------------------------------------------------------------
-
-
-def test_read_text_keeps_the_text_as_it_is(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes("é\r\nb\n".encode())
-    assert read_text(path) == "é\r\nb\n"
-
-
-def test_read_text_errors(tmp_path):
-    path = tmp_path / "a.txt"
-    with pytest.raises(FileNotFoundError, match=r"a\.txt does not exist"):
-        read_text(path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a\.txt is empty"):
-        read_text(path)
-    path.write_bytes(b"abc\xe9def")
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 3 is 0xe9"):
-        read_text(path)
-    with pytest.raises(OSError, match=r"/dev/zero is a device"):
-        read_text("/dev/zero")
-
-
-def test_a_text_may_come_through_a_pipe():
-    read, write = os.pipe()  # as of a shell's <(zcat book.gz)
-    os.write(write, b"abc")
-    os.close(write)
-    assert read_text(f"/dev/fd/{read}") == "abc"
-    os.close(read)
 
 
 def test_split_documents():
