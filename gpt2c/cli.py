@@ -11,13 +11,13 @@ import difflib
 import importlib.metadata
 import math
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_plot
+from gpt2c.command import command
 from gpt2c.data import prepare, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.files import read_text
@@ -217,9 +217,8 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
-    command = ["gpt2c", "train", "--data", str(data), "--out", str(out), "--resume"]
     print(
         f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
-        f" {shlex.join(command)}"
+        f" {command('train', '--data', data, '--out', out, '--resume')}"
     )
     return INTERRUPTED

@@ -282,6 +282,7 @@ ARROWS: dict[str, set[str]] = {
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
+    "command": set(),
     "figures": set(),
     "baselines": set(),
     "plot": {"files"},
@@ -295,7 +296,7 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines", "config"})
     | {"metrics", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN | {"corpus", "generator", "train"},
+    "demo": RUN | {"command", "corpus", "figures", "generator", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"generator", "sampling"},
@@ -307,7 +308,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_info": {"backend", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"demo", "train"},
+    | {"command", "demo", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }
