@@ -42,9 +42,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         "--stride",
         type=int,
         metavar="N",
-        help="with --data: slide a window of the model's length by N tokens, so that each token has"
-        " at least the window's others before it: slower, and a lower loss (default: windows side"
-        " by side, as training evaluates)",
+        help="with --data: slide a window of n_positions tokens by N, so that each token has at"
+        " least n_positions - N before it: slower, and mostly a lower loss (default: windows side"
+        " by side as in training, which N = n_positions gives too)",
     )
     verb.add_argument(
         "--choices",

@@ -30,7 +30,7 @@ from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
 
 SAMPLES = 3
-SAMPLING = {"max_new_tokens": 96, "temperature": 0.8, "top_k": 50}
+SAMPLING = {"max_new_tokens": 96, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.15}
 LOOKED_AT = 100_000  # held-out tokens among which prompts are looked for
 # Three words of at least four, or the beginning of words that no spaces set apart.
 OPENING = re.compile(r"\b[^\W\d_]\w{,15}(?: \w{1,15}){2}(?= \w)|\b[^\W\d_a-zA-Z]{2,6}(?=\w{2})")
@@ -150,7 +150,7 @@ def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens)
         f"bits/byte: what a byte of text takes, compressed with the model. GPT-2 reads windows of"
         f" {block_size} tokens\nside by side, as in training and gpt2c eval; xz has all of the"
         f" training text before it.\nOn text that it was trained on, GPT-2's loss is {seen:.3f}:"
-        f" what is better there, it has learned by heart.",
+        " the difference is what it has learned by heart.",
         flush=True,
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gpt2c.checks import whole
 from gpt2c.figures import figures
 from gpt2c.files import parse_json, read_text
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
@@ -128,10 +129,10 @@ def token_logprobs(
             " nothing before it"
         )
     most = model.config.n_positions
-    length = most if max_length is None else max_length
+    length = most if max_length is None else whole("max_length", max_length)
     if not 2 <= length <= most + 1:
         raise ValueError(f"max_length must be from 2 to n_positions + 1 = {most + 1}, got {length}")
-    stride = max(1, length // 2) if stride is None else stride
+    stride = max(1, length // 2) if stride is None else whole("stride", stride)
     if not 1 <= stride <= min(length, most):
         raise ValueError(
             f"stride must be from 1 to the window's {min(length, most)} tokens, got {stride}"

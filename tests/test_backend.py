@@ -301,7 +301,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"generator", "sampling"},
     "cli_plot": {"metrics", "plot"},
-    "scoring": {"decoder", "figures", "files", "language_model", "memory", "tokenizer"},
+    "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,8 @@ def test_what_windows_refuse(text) -> None:
         ({"stride": 0}, "stride must be from 1 to the window's 16 tokens, got 0"),
         ({"stride": 17}, "to the window's 16 tokens, got 17"),
         ({"stride": 5, "max_length": 4}, "to the window's 4 tokens, got 5"),
+        ({"stride": 2.0}, "stride must be a whole number"),
+        ({"max_length": "16"}, "max_length must be a whole number"),
         ({"stride": 17, "max_length": 17}, "to the window's 16 tokens, got 17"),
         ({"max_length": 1}, "max_length must be from 2 to n_positions + 1 = 17, got 1"),
         ({"max_length": 18}, "n_positions + 1 = 17, got 18"),
@@ -509,6 +513,13 @@ def test_what_answer_refuses() -> None:
     assert "has 18 tokens with an ending, at most n_positions + 1 = 17" in refused(
         answer, uniform(), [long]
     )
+
+
+def test_the_adapter_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "gpt2c.lm_eval", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match="adapter for lm-evaluation-harness: pip install"):
+        importlib.import_module("gpt2c.lm_eval")
 
 
 # ---- gpt2c eval ----------------------------------------------------------------------------------
