@@ -118,17 +118,16 @@ def show(name: str, text: str) -> None:
 def describe(prepared: Prepared) -> str:
     """Return how much text there is and how it was split."""
     size = prepared.train_bytes + prepared.val_bytes
-    held_out = "the tail" if prepared.tail_held_out else "whole documents"
     share = prepared.val_bytes / size
-    return f"{_shown(size)}; {share:.0%} of it, {held_out}, is held out for validation"
+    held_out = "the tail" if prepared.tail_held_out else "whole documents"
+    return f"{_size(size)}; {share:.0%} of it, {held_out}, is held out for validation"
 
 
-def _shown(size: int) -> str:
-    """Return a number of bytes in the unit that suits it."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size / 1e3:.1f} kB" if size >= 1e3 else f"{size} bytes"
+def _size(count: int) -> str:
+    """Write a number of bytes as people do."""
+    if count < 1000:
+        return f"{count} bytes"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
 
 
 def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens) -> None:

@@ -151,14 +151,7 @@ def test_warm_up_keeps_its_share(given: dict[str, int], warmup: int) -> None:
 
 
 def test_sizes_have_a_unit_that_suits_them() -> None:
-    for size, shown in (
-        *(
-            (999, "999 bytes"),
-            (2600, "2.6 kB"),
-            (1_996_000, "2.00 MB"),
-            (12_345_678_900, "12.35 GB"),
-        ),
-    ):
+    for size, shown in ((999, "999 bytes"), (2600, "2.6 kB"), (1_996_000, "2.00 MB")):
         prepared = Prepared(1, 0, 0, size - size // 10, size // 10, 300, tail_held_out=True)
         assert describe(prepared) == f"{shown}; 10% of it, the tail, is held out for validation"
 
