@@ -17,11 +17,12 @@ import numpy as np
 from gpt2c.backend import get_backend
 from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
 from gpt2c.corpus import python_documentation
-from gpt2c.data import Prepared, prepare, split_documents
+from gpt2c.data import Prepared, prepare
 from gpt2c.files import claim_directory, read_text
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
+from gpt2c.textfiles import split_documents
 from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
@@ -90,10 +91,17 @@ def show(name: str, text: str) -> None:
 
 def describe(prepared: Prepared) -> str:
     """Say how much text there is and how it was split."""
-    size = (prepared.train_bytes + prepared.val_bytes) / 1e6
-    share = prepared.val_bytes / (prepared.train_bytes + prepared.val_bytes)
+    size = prepared.train_bytes + prepared.val_bytes
+    share = prepared.val_bytes / size
     held_out = "the tail" if prepared.tail_held_out else "whole documents"
-    return f"{size:.2f} MB; {share:.0%} of it, {held_out}, is held out for validation"
+    return f"{_size(size)}; {share:.0%} of it, {held_out}, is held out for validation"
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes as people do."""
+    if count < 1000:
+        return f"{count} bytes"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
 
 
 def compare(model: GPT2, data: Path, prepared: Prepared) -> None:
