@@ -19,12 +19,13 @@ from gpt2c.backend import get_backend
 from gpt2c.baselines import bigram_nats, xz_bits_per_byte
 from gpt2c.command import command
 from gpt2c.corpus import python_documentation
-from gpt2c.data import Prepared, prepare, split_documents
+from gpt2c.data import Prepared, prepare
 from gpt2c.figures import figures
 from gpt2c.files import claim_directory, read_text
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
+from gpt2c.textfiles import split_documents
 from gpt2c.tokenfile import Tokens, read_tokens
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
 from gpt2c.train import TrainResult, evaluate, train

@@ -27,7 +27,7 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `_temporary` makes
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `temporary_path` makes
 
 
 @contextmanager
@@ -40,18 +40,18 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
     ------
     OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
-    temporaries = [_temporary(path) for path in paths]
+    temporaries = [temporary_path(path) for path in paths]
     meant = dict(zip(temporaries, paths, strict=True))
     with naming(paths[0], meant):
         try:
             yield temporaries
             for temporary in temporaries:
                 with naming(temporary):
-                    _sync(temporary)
+                    sync(temporary)
             for temporary, path in zip(temporaries, paths, strict=True):
                 os.replace(temporary, path)
             for directory in dict.fromkeys(path.parent for path in paths):
-                _sync(directory)
+                sync(directory)
         finally:
             for temporary in temporaries:
                 temporary.unlink(missing_ok=True)
@@ -74,19 +74,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     ------
     OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     with naming(path, {temporary: path}):
         _delete(temporary)  # of a dead process that had this one's id
         temporary.mkdir()
         try:
             yield temporary
             for file in sorted(temporary.iterdir()):
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             if os.path.lexists(path):
                 remove(path)
             os.rename(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -113,11 +113,12 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
+    """Return the name beside a path under which this process writes what is to be there."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
         return  # Windows opens no directories

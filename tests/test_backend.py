@@ -278,7 +278,9 @@ ARROWS: dict[str, set[str]] = {
     | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": set(),
     "tokenizer_files": {"files"},
-    "tokenizer": {"hub", "tokenizer_files"},
+    "bpe_trainer": set(),
+    "tokenizer": {"bpe_trainer", "hub", "tokenizer_files"},
+    "textfiles": {"files", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
@@ -296,11 +298,12 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines", "config"})
     | {"metrics", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN | {"command", "corpus", "figures", "generator", "train"},
+    "demo": RUN | {"command", "corpus", "figures", "generator", "textfiles", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"generator", "sampling"},
     "cli_plot": {"metrics", "plot"},
+    "cli_prepare": {"data", "demo", "textfiles"},
     "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
@@ -308,7 +311,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_info": {"backend", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"command", "demo", "train"},
+    | {"cli_prepare", "command", "demo", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }

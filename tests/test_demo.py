@@ -152,7 +152,10 @@ def test_warm_up_keeps_its_share(given: dict[str, int], warmup: int) -> None:
 
 def test_sizes_have_a_unit_that_suits_them() -> None:
     for size, shown in ((999, "999 bytes"), (2600, "2.6 kB"), (1_996_000, "2.00 MB")):
-        prepared = Prepared(1, 0, 0, size - size // 10, size // 10, 300, tail_held_out=True)
+        sizes = {"train_bytes": size - size // 10, "val_bytes": size // 10, "vocab_size": 300}
+        counts = dict.fromkeys(("documents", "train_documents", "val_documents"), 1)
+        tokens = {"train_tokens": 9, "val_tokens": 1}
+        prepared = Prepared(**sizes, **counts, **tokens, tail_held_out=True)
         assert describe(prepared) == f"{shown}; 10% of it, the tail, is held out for validation"
 
 
