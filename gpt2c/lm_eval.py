@@ -172,9 +172,10 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         n_positions unless given. max_length counts the context's tokens too.
         """
         out = []
-        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
+        every = [self._settings(request.args[1]) for request in requests]  # a mistake costs no work
+        watched = tqdm(requests, desc="generate_until", disable=disable_tqdm)
+        for request, (until, settings, total) in zip(watched, every, strict=True):
             context, wanted = request.args
-            until, settings, total = self._settings(wanted)
             room = self.max_length - settings.max_new_tokens
             prompt = self.tok_encode(context)[-room:] or [self.eot_token_id]
             left = max(0, min(settings.max_new_tokens, total - len(prompt)))

@@ -231,7 +231,7 @@ def test_answers_are_kept_for_the_cache(lm: GPT2LM, monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_what_is_refused(lm: GPT2LM, model: GPT2) -> None:
+def test_what_is_refused(lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     def generate(**settings: Any) -> str:
         return refused(
             lm.generate_until, requests("generate_until", [("a", settings)]), disable_tqdm=True
@@ -245,6 +245,11 @@ def test_what_is_refused(lm: GPT2LM, model: GPT2) -> None:
     for name, value in (("penalty_alpha", 0.6), ("typical_p", 0.9), ("num_return_sequences", 2)):
         assert f"gpt2c has no {name}={value}" in generate(**{name: value})
     assert "top_p must be " in generate(do_sample=True, top_p=1.5)
+    asked: list[str] = []
+    monkeypatch.setattr(lm.cache_hook, "add_partial", lambda kind, *_: asked.append(kind))
+    pairs = [("a", {"max_gen_toks": 3}), ("a", {"num_beams": 4})]
+    assert "num_beams=4" in refused(lm.generate_until, requests("generate_until", pairs), True)
+    assert not asked, "a mistake in the last request showed after the work of the first"
     large = Tokenizer.train([TEXT * 2 + "bad mad sad"] * 9, 310)
     assert "do not belong together" in refused(GPT2LM, model, large)
 
