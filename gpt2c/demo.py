@@ -85,7 +85,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
         str(run / "loss.png") if result.has_plot else "none: pip install matplotlib draws one",
     )
     show("time", f"{time.perf_counter() - start:.0f} s in all, {result.seconds:.0f} s of training")
-    show("again", command("eval", run, "--data", data))
+    show("evaluate", command("eval", run, "--data", data))
     print(f"\nGo on with: {command('generate', run, '--prompt', prompts[0])}")
     return result
 

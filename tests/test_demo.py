@@ -75,7 +75,7 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
 
     # one loss, wherever it is shown
     assert f"step 3: validation loss {loss:.4f} nats/token" in lines
-    again = next(line for line in lines if line.startswith("again "))
+    again = next(line for line in lines if line.startswith("evaluate "))
     assert main(shlex.split(again)[2:]) == 0
     assert capsys.readouterr().out.startswith(f"loss {loss:.4f} nats/token")
     of_training = re.search(r"that it was trained on, GPT-2's loss is (\d\.\d{3}):", output)
