@@ -31,7 +31,7 @@ from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
 
 SAMPLES = 3
-SAMPLING = {"max_new_tokens": 96, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.15}
+SAMPLE_TOKENS = 96
 LOOKED_AT = 100_000  # held-out tokens among which prompts are looked for
 # Three words of at least four, or the beginning of words that no spaces set apart.
 OPENING = re.compile(r"\b[^\W\d_]\w{,15}(?: \w{1,15}){2}(?= \w)|\b[^\W\d_a-zA-Z]{2,6}(?=\w{2})")
@@ -182,7 +182,16 @@ def write_samples(generator: Generator, prompts: list[str]) -> None:
     """Print how the model continues the prompts."""
     for seed, prompt in enumerate(prompts):
         print(f"\n--- sample {seed + 1} ---\n{prompt}", end="")
-        for piece in generator.stream(prompt, seed=seed, **SAMPLING):
+        # a small model repeats itself, so what it has written is less likely again
+        pieces = generator.stream(
+            prompt,
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=0.7,
+            top_p=0.9,
+            repetition_penalty=1.15,
+            seed=seed,
+        )
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
