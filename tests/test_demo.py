@@ -19,11 +19,9 @@ from gpt2c.cli import main
 from gpt2c.command import command
 from gpt2c.data import Prepared
 from gpt2c.demo import SAMPLES, demo_settings, describe, openings
-from gpt2c.model import GPT2
 from gpt2c.progress import Progress
 from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
-from gpt2c.train import evaluate
 
 Capture = pytest.CaptureFixture[str]
 ROW = re.compile(r"^(GPT-2, this run|bigram model|xz -9 after the rest) +([\d.]+)(?: +([\d.]+))?$")
@@ -64,29 +62,26 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
 
     table = rows(output)
     assert list(table) == ["GPT-2, this run", "bigram model", "xz -9 after the rest"]
-    tokens = read_tokens(out / "data" / "val.bin", 4096)
-    model = GPT2.from_pretrained(out / "run")
-    loss = evaluate(model, [tokens], 128, 16)
-    text = tokenizer.decode(tokens[tokens != tokenizer.eot]).encode()
-    bits = loss * (len(tokens) - 1) / math.log(2) / len(text)
+    evaluate = next(line for line in lines if line.startswith("evaluate "))
+    assert main([*shlex.split(evaluate)[2:], "--batch-size", "128"]) == 0
+    figures = re.fullmatch(r"loss (\S+) nats/token .* byte (\S+)\n", capsys.readouterr().out)
+    assert figures, "the command of the demo does not give figures"
+    loss, bits = map(float, figures.groups())
     assert table["GPT-2, this run"] == pytest.approx([loss, bits], abs=1e-3)
+    assert f"step 3: validation loss {loss:.4f} nats/token" in lines, "there are two losses"
     assert 3 < table["bigram model"][0] < loss  # three steps have taught the model nothing
     assert 1 < table["xz -9 after the rest"][0] < 3
-
-    # one loss, wherever it is shown
-    assert f"step 3: validation loss {loss:.4f} nats/token" in lines
-    again = next(line for line in lines if line.startswith("evaluate "))
-    assert main(shlex.split(again)[2:]) == 0
-    assert capsys.readouterr().out.startswith(f"loss {loss:.4f} nats/token")
     of_training = re.search(r"that it was trained on, GPT-2's loss is (\d\.\d{3}):", output)
     assert of_training
     assert float(of_training[1]) == pytest.approx(loss, abs=0.2)  # nothing is known by heart yet
 
     assert len(follow(output, capsys).split()) == 3
+    tokens = read_tokens(out / "data" / "val.bin", 4096)
+    text = tokenizer.decode(tokens[tokens != tokenizer.eot])
     prompts = openings(tokenizer, tokens, 16)
     assert len(set(prompts)) == SAMPLES == 3
     for number, prompt in enumerate(prompts, start=1):
-        assert prompt.encode() in text, "it does not stand in the held-out text"
+        assert prompt in text, "it does not stand in the held-out text"
         assert lines[lines.index(f"--- sample {number} ---") + 1].startswith(prompt)
 
 
