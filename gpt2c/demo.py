@@ -186,9 +186,9 @@ def write_samples(generator: Generator, prompts: list[str]) -> None:
         pieces = generator.stream(
             prompt,
             max_new_tokens=SAMPLE_TOKENS,
-            temperature=0.7,
-            top_p=0.9,
-            repetition_penalty=1.15,
+            temperature=0.8,
+            top_k=30,
+            repetition_penalty=1.1,
             seed=seed,
         )
         for piece in pieces:

@@ -47,6 +47,7 @@ def follow(output: str, capsys: Capture) -> str:
     return words[-1]
 
 
+@pytest.mark.slow
 def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), *TINY]) == 0
