@@ -36,6 +36,7 @@ END_OF_TEXT = tokenizer_files.END_OF_TEXT
 # the rest, spaces.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NAMES = ("gpt2", "bytes")
+SMALLEST = 257  # tokens of a vocabulary: 256 bytes and END_OF_TEXT
 WINDOW = 1 << 16  # characters that tiktoken is given at a time
 # What the pattern's \\s matches. Python's own \\s and isspace know four more, 0x1c to 0x1f.
 _SPACES = (
@@ -218,12 +219,17 @@ class Tokenizer:
         """
         if spec in NAMES:
             return cls.from_name(spec)
+        if not spec:
+            raise ValueError(
+                f"the name of the tokenizer is empty; name one of {', '.join(NAMES)}, bpe:N, a"
+                " directory, or one on the hub such as user/name"
+            )
         if spec.startswith("bpe:"):
             raise ValueError(
                 f"tokenizer {spec!r} must be trained on a text first: "
                 f"`gpt2c prepare --tokenizer {spec}`"
             )
-        if spec and (Path(spec).is_dir() or ("/" in spec and hub.is_name(spec))):
+        if Path(spec).is_dir() or ("/" in spec and hub.is_name(spec)):
             return cls.from_pretrained(spec)
         raise ValueError(
             f"tokenizer {spec!r} is neither a directory nor one of {', '.join(NAMES)}, bpe:N, nor a"
@@ -254,9 +260,10 @@ class Tokenizer:
         Of a run of more than `WINDOW` characters without whitespace, parts of that size are learned
         from.
         """
-        if vocab_size < 257:
+        if vocab_size < SMALLEST:
             raise ValueError(
-                f"vocab_size is {vocab_size}; at least 257 are needed (256 bytes and {END_OF_TEXT})"
+                f"vocab_size is {vocab_size}; at least {SMALLEST} are needed"
+                f" (256 bytes and {END_OF_TEXT})"
             )
 
         def windows() -> Iterator[str]:
