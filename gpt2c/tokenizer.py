@@ -46,6 +46,7 @@ _SPACES = (
 # tiktoken matches the pattern with a stack of about a million entries and panics beyond; stay well
 # below.
 _MAX_SPACES = 400_000
+_ROOM = 1 << 26  # bytes that must be free: tiktoken ends the process where memory does
 _TRIES = 16  # places to cut a long run of letters that are tried before the window grows
 # tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
 _GPT2_FILES = (
@@ -260,6 +261,7 @@ class Tokenizer:
         Of a run of more than `WINDOW` characters without whitespace, parts of that size are learned
         from.
         """
+        bytearray(_ROOM)
         if vocab_size < SMALLEST:
             raise ValueError(
                 f"vocab_size is {vocab_size}; at least {SMALLEST} are needed"
@@ -407,7 +409,9 @@ class Tokenizer:
         Raises
         ------
         ValueError : see `encode`
+        MemoryError : hardly any memory is left
         """
+        bytearray(_ROOM)
         workers = os.cpu_count() or 1
         waiting: deque[Future[list[tuple[int, NDArray[np.uint32]]]]] = deque()
         pool = ThreadPoolExecutor(workers)  # tiktoken works outside the interpreter's lock
