@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gpt2c import files
 from gpt2c.tokenfile import MAX_VOCABULARY, Split, Tokens, TokenWriter, remove_shards
-from gpt2c.tokenizer import Tokenizer, split_text
+from gpt2c.tokenizer import SMALLEST, Tokenizer, split_text
 
 # A document is a string, or comes as strings to be joined, which are read before the next document.
 Document = str | Iterable[str]
@@ -190,7 +190,8 @@ def _cut(
     """
 
     def pieces() -> Iterator[str]:
-        return _pieces(next(islice(documents, index, None)))
+        for document in islice(documents, index, index + 1):
+            yield from _pieces(document)
 
     size = max(1, round(min(budget, max(fraction, 0.5) * length)))
     place = length - size
@@ -267,9 +268,13 @@ def prepare(
     files.check_directory(out, overwrite)
     if isinstance(documents, Iterator):  # which could be read but once
         documents = ["".join(_pieces(document)) for document in documents]
+    size_to_learn = 0
+    if isinstance(tokenizer, str):  # a mistake shows before long work
+        size_to_learn = _size_to_learn(tokenizer)
+        tokenizer = Tokenizer.from_spec("bytes" if size_to_learn else tokenizer)
     held_out = split_validation(documents, val_fraction, seed)
-    if isinstance(tokenizer, str):
-        tokenizer = _tokenizer_from_spec(tokenizer, documents, held_out)
+    if size_to_learn:
+        tokenizer = _learned(documents, held_out, size_to_learn)
     if tokenizer.vocab_size > MAX_VOCABULARY:
         raise ValueError(
             f"the vocabulary has {tokenizer.vocab_size} tokens; "
@@ -306,22 +311,29 @@ def _claimed(out: Path, overwrite: bool) -> Iterator[None]:
         raise
 
 
-def _tokenizer_from_spec(spec: str, documents: Iterable[Document], held_out: HoldOut) -> Tokenizer:
+def _size_to_learn(spec: str) -> int:
+    """Return the number of tokens of a tokenizer that is to be trained, or 0 for another's spec."""
     if not spec.startswith("bpe:"):
-        return Tokenizer.from_spec(spec)
+        return 0
     size = spec.removeprefix("bpe:")
     if not (size.isascii() and size.isdecimal()):
         raise ValueError(f"tokenizer {spec!r} must name a vocabulary size, such as bpe:4096")
-    if int(size) > MAX_VOCABULARY:
+    if len(size) > 9 or int(size) > MAX_VOCABULARY:
         raise ValueError(
-            f"tokenizer {spec!r} asks for too many tokens; "
+            f"tokenizer {spec!r:.40} asks for too many tokens; "
             f"token files hold at most {MAX_VOCABULARY}"
         )
+    if int(size) < SMALLEST:
+        raise ValueError(f"tokenizer {spec!r} has too few tokens; at least {SMALLEST} are needed")
+    return int(size)
+
+
+def _learned(documents: Iterable[Document], held_out: HoldOut, vocab_size: int) -> Tokenizer:
     parts = held_out.parts(documents)
     train: Iterator[Iterator[str]] = (pieces for split, pieces in parts if split == "train")
     if held_out.bytes > LEARNED:
         train = _sample(train, LEARNED / held_out.bytes)
-    return Tokenizer.train_on_pieces(train, int(size))
+    return Tokenizer.train_on_pieces(train, vocab_size)
 
 
 def _sample(texts: Iterable[Iterator[str]], share: float) -> Iterator[Iterator[str]]:

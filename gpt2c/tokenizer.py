@@ -36,6 +36,7 @@ END_OF_TEXT = tokenizer_files.END_OF_TEXT
 # the rest, spaces.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NAMES = ("gpt2", "bytes")
+SMALLEST = 257  # tokens of a vocabulary: 256 bytes and END_OF_TEXT
 WINDOW = 1 << 16  # characters that tiktoken is given at a time
 # What the pattern's \\s matches. Python's own \\s and isspace know four more, 0x1c to 0x1f.
 _SPACES = (
@@ -45,6 +46,7 @@ _SPACES = (
 # tiktoken matches the pattern with a stack of about a million entries and panics beyond; stay well
 # below.
 _MAX_SPACES = 400_000
+_ROOM = 1 << 26  # bytes that must be free: tiktoken ends the process where memory does
 _TRIES = 16  # places to cut a long run of letters that are tried before the window grows
 # tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
 _GPT2_FILES = (
@@ -218,12 +220,17 @@ class Tokenizer:
         """
         if spec in NAMES:
             return cls.from_name(spec)
+        if not spec:
+            raise ValueError(
+                f"the name of the tokenizer is empty; name one of {', '.join(NAMES)}, bpe:N, a"
+                " directory, or one on the hub such as user/name"
+            )
         if spec.startswith("bpe:"):
             raise ValueError(
                 f"tokenizer {spec!r} must be trained on a text first: "
                 f"`gpt2c prepare --tokenizer {spec}`"
             )
-        if spec and (Path(spec).is_dir() or ("/" in spec and hub.is_name(spec))):
+        if Path(spec).is_dir() or ("/" in spec and hub.is_name(spec)):
             return cls.from_pretrained(spec)
         raise ValueError(
             f"tokenizer {spec!r} is neither a directory nor one of {', '.join(NAMES)}, bpe:N, nor a"
@@ -254,9 +261,11 @@ class Tokenizer:
         Of a run of more than `WINDOW` characters without whitespace, parts of that size are learned
         from.
         """
-        if vocab_size < 257:
+        bytearray(_ROOM)
+        if vocab_size < SMALLEST:
             raise ValueError(
-                f"vocab_size is {vocab_size}; at least 257 are needed (256 bytes and {END_OF_TEXT})"
+                f"vocab_size is {vocab_size}; at least {SMALLEST} are needed"
+                f" (256 bytes and {END_OF_TEXT})"
             )
 
         def windows() -> Iterator[str]:
@@ -400,7 +409,9 @@ class Tokenizer:
         Raises
         ------
         ValueError : see `encode`
+        MemoryError : hardly any memory is left
         """
+        bytearray(_ROOM)
         workers = os.cpu_count() or 1
         waiting: deque[Future[list[tuple[int, NDArray[np.uint32]]]]] = deque()
         pool = ThreadPoolExecutor(workers)  # tiktoken works outside the interpreter's lock
