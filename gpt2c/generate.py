@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gpt2c.sampling import GenerationConfig, choose
 
 IntArray = NDArray[np.int32]
-Watch = Callable[[int], bool]
+Watch = Callable[[int, NDArray[Any]], bool]  # a new token, the logits (V,) it was chosen from
 Step = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
@@ -40,7 +40,7 @@ class Text:
     ends : ids that end it
     slot : its place in the decoder
     number : which of the texts of one call it is: each has random numbers of its own
-    watch : told each new token; True ends the text
+    watch : told each new token, with the logits that it was chosen from; True ends the text
 
     Attributes
     ----------
@@ -79,12 +79,10 @@ class Text:
         forbidden = self._ends if self.count < settings.min_new_tokens else ()
         token = choose(logits, settings, self._rng, self.tokens, forbidden)
         if settings.logprobs:
-            largest = float(logits.max())
-            total = np.exp(logits - largest, dtype=np.float64).sum()
-            self.logprob = float(logits[token]) - largest - math.log(total)
+            self.logprob = logprob(logits, token)
         self.tokens.append(token)
         self.count += 1
-        if (self._watch is not None and self._watch(token)) or token in self._ends:
+        if (self._watch is not None and self._watch(token, logits)) or token in self._ends:
             self.ended = "end"
         elif self.count == settings.max_new_tokens:
             self.ended = "length"
@@ -106,6 +104,13 @@ class Text:
             return np.empty(0, np.int32)
         self.position = 0
         return np.array(self.tokens[-max(1, capacity // 2) :], np.int32)
+
+
+def logprob(logits: NDArray[Any], token: int) -> float:
+    """Return the log-probability, in nats, of a token under the softmax of logits (V,)."""
+    largest = float(logits.max())
+    total = np.exp(logits - largest, dtype=np.float64).sum()
+    return float(logits[token]) - largest - math.log(total)
 
 
 def read_prompt(decoder: Reader, texts: Sequence[Text]) -> None:

@@ -10,18 +10,44 @@ A character may span tokens, and so may a stop string: a piece is given when it 
 from __future__ import annotations
 
 import codecs
+import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c import hub, llmc
 from gpt2c.backend import Backend
 from gpt2c.checkpoint import read_config
+from gpt2c.checks import whole
+from gpt2c.generate import logprob
 from gpt2c.language_model import LanguageModel
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2, stored_method
-from gpt2c.sampling import GenerationConfig
+from gpt2c.sampling import GenerationConfig, likeliest
 from gpt2c.tokenizer import Tokenizer
+
+Look = Callable[[int, NDArray[Any]], None]
+
+
+class Token(NamedTuple):
+    """A token that was generated, and how likely the model held it and others.
+
+    Attributes
+    ----------
+    id : of the token
+    data : the bytes that it stands for, which may be a part of a character
+    probability : the model's own, the softmax of its logits: before temperature, top_k, top_p,
+        min_p and penalties
+    candidates : (id, probability) of the likeliest tokens, the likeliest first
+    """
+
+    id: int
+    data: bytes
+    probability: float
+    candidates: list[tuple[int, float]]
 
 
 class Writer:
@@ -32,21 +58,27 @@ class Writer:
     tokenizer : of the tokens
     stops : strings that end the text; they are not part of it
     least : how many tokens must have come before one may begin
+    look : told each token and the logits (V,) that it was chosen from
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], least: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], least: int, look: Look | None = None
+    ) -> None:
         self.count = 0
         self._tokenizer = tokenizer
         self._stops = stops
         self._least = least
+        self._look = look
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._certain = ""  # and not yet taken
         self._open = ""  # may be the beginning of a stop string
         self._stopped = False
 
-    def __call__(self, token: int) -> bool:
+    def __call__(self, token: int, logits: NDArray[Any]) -> bool:
         """Add a token; say whether a stop string is there."""
         self.count += 1
+        if self._look is not None:
+            self._look(token, logits)
         if token != self._tokenizer.eot and token < self._tokenizer.vocab_size:  # or padding
             self._open += self._decode(self._tokenizer.token_bytes(token))
         held = 0
@@ -164,10 +196,10 @@ class Generator:
 
         Raises
         ------
-        ValueError : a setting is out of range, a prompt is longer than the context
+        ValueError : a setting is out of range, a prompt is no string or longer than the context
+        TypeError : an unknown setting
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        writers, steps, copies = self._begin(prompts, settings)
+        writers, steps, copies = self._begin(_strings(prompt), settings)
         for _ in steps:
             pass
         self.count += sum(writer.count for writer in writers)
@@ -183,9 +215,7 @@ class Generator:
         ------
         ValueError : at once, not at the first piece
         """
-        writers, steps, copies = self._begin([prompt], settings)
-        if copies > 1:
-            raise ValueError("stream gives one text: num_return_sequences is for generate")
+        writers, steps = self._begin_one(prompt, settings)
 
         def pieces() -> Iterator[str]:
             for _ in steps:
@@ -197,8 +227,53 @@ class Generator:
 
         return pieces()
 
+    def tokens(self, prompt: str, candidates: int = 5, **settings: Any) -> Iterator[Token]:
+        """Continue one text token by token, with how likely each one was; see `generate`.
+
+        The token that ends the text, or completes a stop string, comes as well.
+
+        Parameters
+        ----------
+        prompt, settings : see `generate`
+        candidates : how many of the likeliest tokens are named beside each
+
+        Raises
+        ------
+        ValueError : at once, not at the first token
+        """
+        if whole("candidates", candidates) < 0:
+            raise ValueError(f"candidates must be at least 0, got {candidates}")
+        new: list[Token] = []
+
+        def look(token: int, logits: NDArray[Any]) -> None:
+            best = likeliest(logits, candidates) if candidates else np.empty(0, np.int64)
+            best = best[np.argsort(-logits[best], kind="stable")]
+            pairs = [(int(i), math.exp(logprob(logits, int(i)))) for i in best]
+            known = token < self.tokenizer.vocab_size  # or padding
+            data = self.tokenizer.token_bytes(token) if known else b""
+            new.append(Token(token, data, math.exp(logprob(logits, token)), pairs))
+
+        _, steps = self._begin_one(prompt, settings, look)
+
+        def tokens() -> Iterator[Token]:
+            for _ in steps:
+                self.count += 1
+                yield new.pop(0)
+
+        return tokens()
+
+    def _begin_one(
+        self, prompt: str, settings: dict[str, Any], look: Look | None = None
+    ) -> tuple[list[Writer], Iterator[Any]]:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a string, got {type(prompt).__name__}")
+        writers, steps, copies = self._begin([prompt], settings, look)
+        if copies > 1:
+            raise ValueError("this gives one text: num_return_sequences is for generate")
+        return writers, steps
+
     def _begin(
-        self, prompts: Sequence[str], settings: dict[str, Any]
+        self, prompts: Sequence[str], settings: dict[str, Any], look: Look | None = None
     ) -> tuple[list[Writer], Iterator[Any], int]:
         stop = settings.pop("stop", None)
         several = isinstance(stop, list | tuple | set | frozenset)
@@ -214,5 +289,20 @@ class Generator:
         writers: list[Writer] = []
         steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers)
         for _ in range(len(ids) * copies):  # now that so many are known to fit
-            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens))
+            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, look))
         return writers, steps, copies
+
+
+def _strings(prompt: Any) -> list[str]:
+    """Return one prompt or several as a list of strings."""
+    one = isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable)
+    prompts = [prompt] if one else list(prompt)
+    for text in prompts:
+        if not isinstance(text, str):
+            hint = (
+                ", which model.generate continues"
+                if isinstance(text, np.ndarray | np.integer | int)
+                else ""
+            )
+            raise ValueError(f"prompt must be a string or a list of them, got {text!r:.50}{hint}")
+    return prompts

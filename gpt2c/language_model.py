@@ -155,8 +155,9 @@ class LanguageModel:
                 raise ValueError(f"idx must be (B, T) token ids, got a row of shape {row.shape}")
             if len(row) > self.config.n_positions:
                 raise ValueError(
-                    f"idx: a prompt has {len(row):,} tokens, and this model reads at most"
-                    f" n_positions, {self.config.n_positions:,}"
+                    f"the prompt is {len(row):,} tokens; this model's context is"
+                    f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or its"
+                    f" last {self.config.n_positions:,} tokens at most"
                 )
         start = self.config.eos_token_id
         if start is None and any(len(row) == 0 for row in rows):
