@@ -107,7 +107,7 @@ def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[s
         elif equals or flags[name].nargs not in (None, "?"):
             taken.append(argument)
         elif flags[name].nargs == "?":  # a number may follow, and nothing else
-            number = left and left[-1].isdecimal()
+            number = left and left[-1].removeprefix("-").isdecimal()
             taken.append(f"{name}={left.pop() if number else flags[name].const}")
         elif not left or (name not in ANY_TEXT and left[-1].partition("=")[0] in {*flags, "--"}):
             taken.append(argument)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from gpt2c.convert import DTYPES, FORMATS, convert
 from gpt2c.llmc import EXPORT
@@ -33,7 +32,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help="a run or other GPT-2 directory, llm.c's model or tokenizer .bin, token files, or a"
         " tokenizer's name",
     )
-    verb.add_argument("dst", type=Path, metavar="DST", help="FILE.bin, FILE.gguf or a directory")
+    verb.add_argument("dst", metavar="DST", help="FILE.bin, FILE.gguf or a directory")
     verb.add_argument(
         "--format", choices=FORMATS, help="the side that has no header is a token file of nanoGPT's"
     )

@@ -64,7 +64,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help=r"end before this text; may be repeated; \n, \t, \r and \\ are escapes",
     )
     verb.add_argument(
-        "--seed", type=int, help="the same seed draws the same text (-1 or none: another each time)"
+        "--seed", type=int, help="the same seed draws the same text (default: another each time)"
     )
     verb.add_argument(
         "--show-probabilities",

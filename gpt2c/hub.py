@@ -51,13 +51,21 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     Raises
     ------
     OSError : the hub has no such model or no safetensors of it, or cannot be reached and the cache
-        has it not; huggingface_hub is not installed
+        does not have it; huggingface_hub is not installed; a directory that could be a name on the
+        hub does not hold what is wanted
     ValueError : a revision of what is not on the hub, or a name or an answer that cannot be
     """
     path = Path(source)
     if os.path.lexists(path) or not isinstance(source, str) or not is_name(source):
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for a name on the hub; {path} is a path")
+        wanted = CONFIG[:1] if weights else [TOKENIZER[0], "tokenizer.json"]
+        hides = isinstance(source, str) and is_name(source) and path.is_dir()
+        if hides and not any((path / name).exists() for name in wanted):
+            raise FileNotFoundError(
+                f"{path / wanted[0]} does not exist, and the directory {source} here hides a model"
+                " of that name on the hub: name another directory, or rename this one"
+            )
         return path
     try:
         import huggingface_hub

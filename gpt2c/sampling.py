@@ -46,7 +46,7 @@ class GenerationConfig:
     num_return_sequences : continue each prompt so many times
     eos_token_id : a token id or several that end a text
     stop : token ids that end a text as well; strings are for `gpt2c.Generator`
-    seed : the same seed draws the same tokens; None or -1 takes a fresh one
+    seed : the same seed draws the same tokens; None takes a fresh one
     logprobs : give the log-probability, in nats, that the model itself gave to each token as well
     on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
     num_beams, typical_p : of transformers; 1, its default, is taken
@@ -96,14 +96,13 @@ class GenerationConfig:
         for name, one in (("num_beams", num_beams), ("typical_p", typical_p)):
             if one is not None and one != 1:
                 raise ValueError(f"{name} must be 1, for gpt2c has nothing like it, got {one!r}")
-        if self.seed is not None and whole("seed", self.seed) == -1:
-            object.__setattr__(self, "seed", None)  # llama.cpp's word for a fresh one
         least = {"max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
         least |= {"num_return_sequences": 1, "top_k": 0, "seed": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not (name in ("top_k", "seed") and value is None) and whole(name, value) < low:
-                raise ValueError(f"{name} must be at least {low}, got {value!r}")
+                fresh = ", or left out for a fresh one" if name == "seed" else ""
+                raise ValueError(f"{name} must be at least {low}{fresh}, got {value!r}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens},"

@@ -171,8 +171,8 @@ def test_no_end_before_min_new_tokens(least: int, count: int) -> None:
 def test_watches_are_told_their_rows_tokens_and_may_end_them() -> None:
     told: list[list[int]] = [[], [], []]
 
-    def watch(row: int, last: int) -> Callable[[int], bool]:
-        return lambda token: told[row].append(token) or token == last
+    def watch(row: int, last: int) -> Callable[[int, np.ndarray], bool]:
+        return lambda token, logits: told[row].append(token) or token == last
 
     watches = [watch(0, 3), watch(1, V), watch(2, 6)]
     config = GenerationConfig(max_new_tokens=5)
@@ -277,7 +277,7 @@ def test_texts_fill_their_contexts_one_after_the_other() -> None:
         ((), None, "slide", "length", 4),
         ((), None, "stop", "length", 3),
         ((2,), None, "slide", "end", 2),
-        ((), lambda token: token == 1, "slide", "end", 1),
+        ((), lambda token, logits: token == logits.argmax() == 1, "slide", "end", 1),
         ((4,), None, "slide", "end", 4),  # both at once
     ],
 )

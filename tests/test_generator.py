@@ -300,7 +300,7 @@ def test_mistakes_are_refused_before_any_work() -> None:
     generator = Generator(small(), BYTES)
     for wrong, message in [
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": 2}, "top_p"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"eos_token_id": 257}, "eos_token_id"),
         ({"logprobs": True}, "logprobs belong to tokens"),
@@ -309,7 +309,7 @@ def test_mistakes_are_refused_before_any_work() -> None:
         for call in (generator.generate, generator.stream):
             assert refused(call, "ab", **wrong).startswith(message)
     for call in (generator.generate, generator.stream):
-        assert "41 tokens, and this model reads at most n_positions, 40" in refused(call, "x" * 41)
+        assert "is 41 tokens; this model's context is 40" in refused(call, "x" * 41)
         with pytest.raises(TypeError, match="beam"):
             call("ab", beam=5)
     assert "num_return_sequences" in refused(generator.stream, "ab", num_return_sequences=2)
