@@ -14,7 +14,14 @@ from typing import Any
 from gpt2c.data import read_text
 from gpt2c.generator import Generator
 from gpt2c.sampling import GenerationConfig
-from gpt2c.terminal import padded, spelled, visible, well_formed, write_pieces
+from gpt2c.terminal import (
+    padded,
+    spelled,
+    text_is_lost,
+    visible,
+    well_formed,
+    write_pieces,
+)
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 CELL = 14  # columns of a piece in the table of probabilities; a longer one takes more
@@ -115,6 +122,8 @@ def run_generate(options: argparse.Namespace) -> int:
             print(f"--- sample {number} ---\n{visible(prompt + text)}")
     seconds = seconds or time.perf_counter() - start
     sys.stdout.flush()
+    if text_is_lost():
+        return 0
     print(
         f"{generator.count} tokens in {seconds:.2f} s,"
         f" {generator.count / seconds:.1f} tokens/s (loaded in {loaded:.2f} s)",
@@ -151,7 +160,7 @@ def _write_table(
             data = generator.tokenizer.token_bytes(other) if known else b""
             cells.append(_cell(data, probability))
         print(f"{token.id:>6}  {'   '.join(cells)}", flush=True)
-        if getattr(sys.stdout, "lost", None) is not None:
+        if text_is_lost():
             break
 
 
@@ -174,7 +183,7 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
             " Ctrl-D the program.",
             file=sys.stderr,
         )
-    while getattr(sys.stdout, "lost", None) is None:
+    while not text_is_lost():
         try:
             line = input("> " if typed else "")
         except EOFError:

@@ -151,7 +151,7 @@ def _kinds(src: str) -> set[str]:
         for pickle in sorted(path.glob("*.pt")) if not kinds else []:
             llmc.read_header(pickle)  # says what to do instead
         if not kinds:
-            hidden = f"; this directory hides the tokenizer called {src}" if src in NAMES else ""
+            hidden = f"; the directory {src} here hides the tokenizer" if src in NAMES else ""
             raise ValueError(
                 f"{src} holds no {CONFIG_FILE}, vocab.json or token files to convert{hidden}"
             )

@@ -12,8 +12,8 @@ from __future__ import annotations
 import codecs
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from gpt2c.generate import logprob
 from gpt2c.language_model import LanguageModel
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2, stored_method
-from gpt2c.sampling import GenerationConfig, likeliest
+from gpt2c.sampling import GenerationConfig, TextSettings, likeliest
 from gpt2c.tokenizer import Tokenizer
 
 Look = Callable[[int, NDArray[Any]], None]
@@ -180,7 +180,40 @@ class Generator:
         path = hub.find(path_or_name, revision)
         return cls(open_model(path, backend, quantize), Tokenizer.from_pretrained(path))
 
-    def generate(self, prompt: str | Sequence[str], **settings: Any) -> Any:
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        num_return_sequences: Literal[1] = 1,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        num_return_sequences: int = 1,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_return_sequences: int = 1,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> str | list[str]: ...
+
+    def generate(self, prompt: str | Sequence[str], **settings: Any) -> str | list[str]:
         """Continue one text or several together.
 
         Parameters
@@ -206,7 +239,14 @@ class Generator:
         texts = [writer.take(last=True) for writer in writers]
         return texts[0] if isinstance(prompt, str) and copies == 1 else texts
 
-    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> Iterator[str]:
         """Continue one text, giving each piece as soon as it is certain; see `generate`.
 
         No piece ends within a character.
@@ -215,7 +255,8 @@ class Generator:
         ------
         ValueError : at once, not at the first piece
         """
-        writers, steps = self._begin_one(prompt, settings)
+        given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
+        writers, steps = self._begin_one(prompt, given)
 
         def pieces() -> Iterator[str]:
             for _ in steps:
@@ -227,7 +268,15 @@ class Generator:
 
         return pieces()
 
-    def tokens(self, prompt: str, candidates: int = 5, **settings: Any) -> Iterator[Token]:
+    def tokens(
+        self,
+        prompt: str,
+        candidates: int = 5,
+        *,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> Iterator[Token]:
         """Continue one text token by token, with how likely each one was; see `generate`.
 
         The token that ends the text, or completes a stop string, comes as well.
@@ -253,7 +302,8 @@ class Generator:
             data = self.tokenizer.token_bytes(token) if known else b""
             new.append(Token(token, data, math.exp(logprob(logits, token)), pairs))
 
-        _, steps = self._begin_one(prompt, settings, look)
+        given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
+        _, steps = self._begin_one(prompt, given, look)
 
         def tokens() -> Iterator[Token]:
             for _ in steps:

@@ -34,6 +34,14 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
+def hidden(directory: Path) -> str:
+    """Return the rest of a sentence about a directory that lacks a file: which name it hides."""
+    name = str(directory)
+    if not is_name(name):
+        return ""
+    return f"; the directory {name} here hides a model of that name on the hub"
+
+
 def find(source: str | os.PathLike[str], revision: str | None = None, weights: bool = True) -> Path:
     """Give the path of a model, downloaded if it must be.
 
@@ -51,21 +59,13 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     Raises
     ------
     OSError : the hub has no such model or no safetensors of it, or cannot be reached and the cache
-        does not have it; huggingface_hub is not installed; a directory that could be a name on the
-        hub does not hold what is wanted
+        does not have it; huggingface_hub is not installed
     ValueError : a revision of what is not on the hub, or a name or an answer that cannot be
     """
     path = Path(source)
     if os.path.lexists(path) or not isinstance(source, str) or not is_name(source):
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for a name on the hub; {path} is a path")
-        wanted = CONFIG[:1] if weights else [TOKENIZER[0], "tokenizer.json"]
-        hides = isinstance(source, str) and is_name(source) and path.is_dir()
-        if hides and not any((path / name).exists() for name in wanted):
-            raise FileNotFoundError(
-                f"{path / wanted[0]} does not exist, and the directory {source} here hides a model"
-                " of that name on the hub: name another directory, or rename this one"
-            )
         return path
     try:
         import huggingface_hub

@@ -9,7 +9,7 @@ Checks what users give; the work is the decoder's and generate's. Knows nothing 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ from gpt2c.config import GPT2Config
 from gpt2c.decoder import Decoder
 from gpt2c.generate import Step, Watch
 from gpt2c.memory import Array
-from gpt2c.sampling import GenerationConfig
+from gpt2c.sampling import GenerationConfig, Settings
 
 IntArray = NDArray[np.int32]
 
@@ -55,7 +55,10 @@ class LanguageModel:
         return Decoder(self.config, self.parameters, self.backend, slots, capacity)
 
     def stream(
-        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **settings: Unpack[Settings],
     ) -> Iterator[Step]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
 
@@ -98,7 +101,10 @@ class LanguageModel:
         return generate.stream(decoder, prompts, config, ends, watches)
 
     def generate(
-        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **settings: Unpack[Settings],
     ) -> Any:
         """Continue prompts, with the arguments of `stream`.
 

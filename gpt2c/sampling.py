@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,36 @@ from gpt2c.checks import number, whole
 MEANT = {"stop_strings": "stop", "stop_token_ids": "stop", "n": "num_return_sequences"}
 MEANT |= dict.fromkeys(("max_length", "max_tokens", "max_gen_toks"), "max_new_tokens")
 MEANT |= {"min_length": "min_new_tokens"}
+
+
+class TextSettings(TypedDict, total=False):
+    """`GenerationConfig`'s settings for texts: a type checker then knows their names and types."""
+
+    min_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    eos_token_id: int | Collection[int] | None
+    seed: int | None
+    on_full: str
+    num_beams: int
+    typical_p: float
+    use_cache: bool | None
+    early_stopping: bool | str | None
+    length_penalty: float | None
+    pad_token_id: int | None
+
+
+class Settings(TextSettings, total=False):
+    """`GenerationConfig`'s settings for token ids, but for max_new_tokens."""
+
+    num_return_sequences: int
+    stop: int | Collection[int] | None
+    logprobs: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -172,6 +172,11 @@ def visible(text: str) -> str:
     return CONTROLS.sub("\ufffd", text) if sys.stdout.isatty() else text
 
 
+def text_is_lost() -> bool:
+    """Return whether standard output dropped text: then more of it is for nobody."""
+    return getattr(sys.stdout, "lost", None) is not None
+
+
 def write_pieces(pieces: Iterable[str]) -> None:
     """Write a model's text to standard output as it comes, and a newline.
 
@@ -181,7 +186,7 @@ def write_pieces(pieces: Iterable[str]) -> None:
         for piece in pieces:
             sys.stdout.write(visible(piece))
             sys.stdout.flush()
-            if getattr(sys.stdout, "lost", None) is not None:
+            if text_is_lost():
                 break
     finally:  # an error stands on a line of its own
         print()

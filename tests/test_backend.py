@@ -258,7 +258,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"files"},
     "hub": set(),
     "tensorfile": {"files"},
-    "checkpoint": {"files", "tensorfile"},
+    "checkpoint": {"files", "hub", "tensorfile"},
     "sampling": {"checks"},
     "generate": {"sampling"},
     "decoder": {"backend", "checks", "config", "kernels", "memory", "reference_reading"},
@@ -277,7 +277,7 @@ ARROWS: dict[str, set[str]] = {
     "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}
     | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": set(),
-    "tokenizer_files": {"files"},
+    "tokenizer_files": {"files", "hub"},
     "tokenizer": {"hub", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},

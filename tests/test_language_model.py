@@ -12,7 +12,6 @@ from conftest import refused
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2
 
 V, T, END = 37, 16, 36
-LONG = f", and this model reads at most n_positions, {T}"
 CONFIG = GPT2Config(
     V, n_positions=T, n_embd=24, n_layer=2, n_head=3, initializer_range=0.3, eos_token_id=END
 )

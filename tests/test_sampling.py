@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c.sampling import GenerationConfig, choose, distribution, penalised
+from gpt2c.sampling import GenerationConfig, Settings, TextSettings, choose, distribution, penalised
 
 V = 11
 DRAWS = 2000
@@ -345,6 +345,16 @@ def test_an_unknown_setting_is_told_which_was_meant(name: str, meant: str) -> No
     with pytest.raises(TypeError) as error:
         GenerationConfig(**{name: 5})
     assert str(error.value).startswith(f"GenerationConfig has no setting {name!r}; {meant}")
+
+
+def test_type_checkers_know_every_setting() -> None:
+    known = GenerationConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
+    assert Settings.__annotations__.keys() == known
+    assert known - TextSettings.__annotations__.keys() == {
+        "num_return_sequences",
+        "stop",
+        "logprobs",
+    }
 
 
 def test_settings_do_not_change() -> None:
