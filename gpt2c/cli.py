@@ -13,6 +13,7 @@ import math
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_
 from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
-from gpt2c.terminal import Door, open_door
+from gpt2c.terminal import Door, open_door, well_formed
 from gpt2c.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for text lost that was the result, 130 for Ctrl-C. All text passes `gpt2c.terminal`: a reader
     that has gone, or a terminal, is no error, nor is anything that standard error does not take.
     """
-    with open_door() as out:
+    with open_door() as out, warnings.catch_warnings():
+        if not sys.warnoptions:  # libraries warn programmers, not those who type commands
+            warnings.simplefilter("ignore")
         return _run(list(sys.argv[1:] if arguments is None else arguments), out)
 
 
@@ -75,7 +78,7 @@ def _run(arguments: list[str], out: Door) -> int:
     except OSError as error:
         named = error.filename and error.strerror
         _complain(f"{error.filename}: {error.strerror}" if named else str(error))
-    except (ValueError, OverflowError) as error:  # a number too large for C, or for a float
+    except (ValueError, OverflowError, Warning) as error:  # a number too large for C or a float
         _complain(str(error))
     except MemoryError as error:
         _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
@@ -118,7 +121,7 @@ def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[s
 
 def _complain(text: str) -> None:
     """Print one line, whatever the names in a stranger's file do to a terminal."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST])
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in well_formed(text[:LONGEST]))
     print(f"gpt2c: {shown}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
 
 

@@ -300,7 +300,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"data", "generator", "sampling", "terminal"},
     "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
-    "cli_plot": {"metrics", "plot"},
+    "cli_plot": {"metrics", "plot", "terminal"},
     "scoring": {"data", "decoder", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}

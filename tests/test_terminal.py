@@ -6,10 +6,12 @@ import errno
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,40 @@ def test_another_encoding_of_the_environments_is_kept(monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xc4\xe3"), encoding="gbk"))
     with open_door():
         assert sys.stdin.read() == "你"
+
+
+def test_input_that_does_not_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    monkeypatch.setattr("sys.stdin", open(reader, encoding="utf-8"))
+    later = threading.Timer(0.1, lambda: (os.write(writer, b"text\n"), os.close(writer)))
+    later.start()
+    with sys.stdin, open_door():
+        assert input() == "text"
+    later.join()
+
+
+def test_warnings_are_for_programmers(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def warn(options: object) -> int:
+        warnings.warn("a library\nis old", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("gpt2c.cli_info.run_info", warn)
+    assert main(["info"]) == 0
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.warnoptions", ["error"])
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "gpt2c: a library\\nis old\n"
+
+
+@pytest.mark.parametrize("name", ["r\udcfc", "模"])
+def test_a_run_of_any_name_is_drawn(name: str, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("matplotlib")
+    shutil.copytree("run", tmp_path / name)
+    assert main(["plot", str(tmp_path / name)]) == 0
+    assert (tmp_path / name / "plot.png").is_file()
+    assert main(["plot", str(tmp_path / f"{name}no")]) == 2
+    assert "\\udc" not in capsys.readouterr().err
 
 
 # ---- characters ----------------------------------------------------------------------------------
