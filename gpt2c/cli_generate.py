@@ -27,8 +27,18 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 CELL = 14  # columns of a piece in the table of probabilities; a longer one takes more
 
 
+EPILOG = r"""examples:
+  gpt2c generate runs/demo/run --prompt "The string"
+  gpt2c generate runs/demo/run --temperature 0 --stop "\n" --prompt -  < start.txt
+  gpt2c generate runs/demo/run --interactive
+  gpt2c generate runs/demo/run --prompt "The string" --show-probabilities 3
+"""
+
+
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Say what `gpt2c generate` takes."""
+    verb.formatter_class = argparse.RawDescriptionHelpFormatter
+    verb.epilog = EPILOG
     verb.add_argument(
         "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
     )
@@ -43,12 +53,14 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue each line of standard input, each as a new text: nothing is remembered",
     )
-    verb.add_argument("--num-samples", type=int, default=1, help="write so many texts together (1)")
+    verb.add_argument("--num-samples", type=int, default=1, help="how many texts to write (1)")
     verb.add_argument(
-        "--max-new-tokens", type=int, default=200, help="the most tokens to add (200)"
+        "--max-new-tokens", type=int, default=200, help="maximum number of new tokens (200)"
     )
-    verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (0.8)")
-    verb.add_argument("--top-k", type=int, help="draw among the K likeliest tokens only (0: all)")
+    verb.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)"
+    )
+    verb.add_argument("--top-k", type=int, help="draw among the K likeliest tokens (0: all)")
     verb.add_argument(
         "--top-p",
         type=float,
@@ -60,10 +72,16 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help="draw among tokens at least P times as likely as the likeliest (0: all)",
     )
     verb.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (1)"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1: make repeated tokens less likely (1: off)",
     )
     verb.add_argument(
-        "--no-repeat-ngram-size", type=int, default=0, help="never repeat N tokens (0: may)"
+        "--no-repeat-ngram-size",
+        type=int,
+        default=0,
+        help="forbid repeating any N tokens in a row (0: off)",
     )
     verb.add_argument(
         "--stop",
@@ -82,7 +100,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help="a table: each token, how likely the model held it, and the K (5) likeliest",
     )
     verb.add_argument(
-        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, not exactly the same"
+        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
     )
     verb.add_argument("--backend", default="auto", help="default: the fastest")
 
