@@ -193,9 +193,11 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
     """
     seconds = 0.0
     typed = sys.stdin.isatty()
-    if typed:
+    seen = typed and sys.stdout.isatty()  # what is typed stands beside what is written
+    if seen:
         with suppress(ImportError):
             import readline  # noqa: F401  input() edits lines with it
+    if typed:
         print(
             "Each line is the start of a new text; nothing is remembered. Ctrl-C ends a text,"
             " Ctrl-D the program.",
@@ -203,15 +205,15 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
         )
     while not text_is_lost():
         try:
-            line = input("> " if typed else "")
+            line = input("> " if seen else "")
         except EOFError:
-            if typed:
+            if seen:
                 print()
             break
         start = time.perf_counter()
         try:
             pieces = generator.stream(line, **settings)
-            if not typed:  # then nobody has seen it
+            if not seen:
                 sys.stdout.write(visible(line))
             write_pieces(pieces)
         except KeyboardInterrupt:

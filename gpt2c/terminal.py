@@ -131,6 +131,11 @@ def open_door() -> Iterator[Door]:
     -------
     (in a with statement) the door of sys.stdout; when it ends, both streams are as before
     """
+    for descriptor in range(3):  # else a file of ours gets the number, and a library writes to it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     before = sys.stdin, sys.stdout, sys.stderr
     sys.stdout, sys.stderr = out, errors = Door(sys.stdout), Door(sys.stderr)
     if sys.stdin is None:

@@ -532,6 +532,12 @@ def test_a_shells_redirections(arguments: str, redirections: str, code: int) -> 
     assert done.returncode == code and b"Traceback" not in done.stderr
 
 
+def test_no_file_gets_a_closed_streams_number() -> None:
+    code = "import os; from gpt2c.terminal import open_door\nwith open_door(): print(os.dup(0) > 2)"
+    command = ["sh", "-c", '"$@" 2>&- <&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, timeout=60).stdout == b"True\n"
+
+
 def in_a_terminal(
     arguments: str, talk: Callable[[int, Callable[[bytes], bytes]], None]
 ) -> tuple[int, bytes]:
