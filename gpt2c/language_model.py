@@ -152,7 +152,8 @@ class LanguageModel:
         else:
             array = check_ids(idx, "idx", 0, self.config.vocab_size)
             if array.ndim != 2:
-                raise ValueError(f"idx must be (B, T) token ids, got shape {array.shape}")
+                hint = "; pass [idx] for one prompt" if array.ndim == 1 else ""
+                raise ValueError(f"idx must be (B, T) token ids, got shape {array.shape}{hint}")
             rows = list(array)
         if not rows:
             raise ValueError("idx must hold at least one prompt, got none")
@@ -175,7 +176,10 @@ class LanguageModel:
     def _check_tokens(self, idx: ArrayLike) -> IntArray:
         ids = check_ids(idx, "idx", 0, self.config.vocab_size)
         if ids.ndim != 2 or ids.size == 0:
-            raise ValueError(f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}")
+            hint = "; pass [idx] for one row" if ids.ndim == 1 and ids.size else ""
+            raise ValueError(
+                f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}{hint}"
+            )
         if ids.shape[1] > self.config.n_positions:
             raise ValueError(
                 f"idx has rows of {ids.shape[1]} tokens, n_positions is {self.config.n_positions}"
