@@ -50,6 +50,7 @@ class Door(io.TextIOBase):
         self.lost: OSError | None = None
         self._stream = stream
         self._pending = ""
+        self._stuck = False
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.errors = getattr(stream, "errors", None) or "replace"
         self._encoder = codecs.getincrementalencoder(self.encoding)(self.errors)
@@ -74,6 +75,7 @@ class Door(io.TextIOBase):
         try:
             if self._file is None:
                 self._stream.write(text)
+                self._stream.flush()
             else:
                 self._send(memoryview(self._encode(text)))
         except OSError as error:
@@ -94,11 +96,12 @@ class Door(io.TextIOBase):
         while data:
             written = self._file.write(data)
             if written is None:  # it is full and does not wait
-                stuck = isinstance(self.lost, BlockingIOError)  # one wait is enough
-                patience = None if self.needed else 0 if stuck else PATIENCE
-                if not select.select([], [self._file], [], patience)[1]:
+                patience = None if self.needed else 0 if self._stuck else PATIENCE
+                self._stuck = not select.select([], [self._file], [], patience)[1]
+                if self._stuck:  # one wait is enough until it takes something again
                     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             data = data[written or 0 :]
+        self._stuck = False
 
     @property
     def reader_left(self) -> bool:
