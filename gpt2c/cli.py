@@ -69,7 +69,7 @@ def _run(arguments: list[str], out: Door) -> int:
         code: int = options.run(options)
         out.flush()
         if code == 0 and out.needed and out.lost and not out.reader_left:
-            _complain(f"standard output: {out.lost.strerror}: some of the text is lost")
+            _complain(f"standard output: {out.lost.strerror or out.lost}: some of the text is lost")
             code = 2
         return code
     except KeyboardInterrupt:
