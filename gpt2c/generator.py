@@ -10,9 +10,8 @@ A character may span tokens, and so may a stop string: a piece is given when it 
 from __future__ import annotations
 
 import codecs
-import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
@@ -22,14 +21,12 @@ from gpt2c import hub, llmc
 from gpt2c.backend import Backend
 from gpt2c.checkpoint import read_config
 from gpt2c.checks import whole
-from gpt2c.generate import logprob
+from gpt2c.generate import Look
 from gpt2c.language_model import LanguageModel
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2, stored_method
 from gpt2c.sampling import GenerationConfig, TextSettings, likeliest
 from gpt2c.tokenizer import Tokenizer
-
-Look = Callable[[int, NDArray[Any]], None]
 
 
 class Token(NamedTuple):
@@ -58,27 +55,21 @@ class Writer:
     tokenizer : of the tokens
     stops : strings that end the text; they are not part of it
     least : how many tokens must have come before one may begin
-    look : told each token and the logits (V,) that it was chosen from
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], least: int, look: Look | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], least: int) -> None:
         self.count = 0
         self._tokenizer = tokenizer
         self._stops = stops
         self._least = least
-        self._look = look
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._certain = ""  # and not yet taken
         self._open = ""  # may be the beginning of a stop string
         self._stopped = False
 
-    def __call__(self, token: int, logits: NDArray[Any]) -> bool:
+    def __call__(self, token: int) -> bool:
         """Add a token; say whether a stop string is there."""
         self.count += 1
-        if self._look is not None:
-            self._look(token, logits)
         if token != self._tokenizer.eot and token < self._tokenizer.vocab_size:  # or padding
             self._open += self._decode(self._tokenizer.token_bytes(token))
         held = 0
@@ -295,12 +286,14 @@ class Generator:
         new: list[Token] = []
 
         def look(token: int, logits: NDArray[Any]) -> None:
+            shares = np.exp(logits.astype(np.float64) - logits.max())
+            shares /= shares.sum()
             best = likeliest(logits, candidates) if candidates else np.empty(0, np.int64)
             best = best[np.argsort(-logits[best], kind="stable")]
-            pairs = [(int(i), math.exp(logprob(logits, int(i)))) for i in best]
+            pairs = list(zip(best.tolist(), shares[best].tolist(), strict=True))
             known = token < self.tokenizer.vocab_size  # or padding
             data = self.tokenizer.token_bytes(token) if known else b""
-            new.append(Token(token, data, math.exp(logprob(logits, token)), pairs))
+            new.append(Token(token, data, float(shares[token]), pairs))
 
         given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
         _, steps = self._begin_one(prompt, given, look)
@@ -337,9 +330,9 @@ class Generator:
         ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
         copies = config.num_return_sequences
         writers: list[Writer] = []
-        steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers)
+        steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers, look)
         for _ in range(len(ids) * copies):  # now that so many are known to fit
-            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, look))
+            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens))
         return writers, steps, copies
 
 

@@ -18,7 +18,7 @@ from gpt2c import generate
 from gpt2c.backend import Backend
 from gpt2c.config import GPT2Config
 from gpt2c.decoder import Decoder
-from gpt2c.generate import Step, Watch
+from gpt2c.generate import Look, Step, Watch
 from gpt2c.memory import Array
 from gpt2c.sampling import GenerationConfig, Settings
 
@@ -92,13 +92,14 @@ class LanguageModel:
         prompts: list[list[int]],
         config: GenerationConfig,
         watches: Sequence[Watch] | None = None,
+        look: Look | None = None,
     ) -> Iterator[Step]:
-        """Do the work of `stream`; `watches` are told the rows' tokens, see `generate.Text`."""
+        """Do the work of `stream`; `watches` and `look` are told of tokens, see `generate.Text`."""
         ends = config.ends(self.config.vocab_size)
         longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
         capacity = min(longest, self.config.n_positions)
         decoder = self.decoder(len(prompts) * config.num_return_sequences, capacity)
-        return generate.stream(decoder, prompts, config, ends, watches)
+        return generate.stream(decoder, prompts, config, ends, watches, look)
 
     def generate(
         self,

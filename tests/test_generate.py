@@ -171,14 +171,24 @@ def test_no_end_before_min_new_tokens(least: int, count: int) -> None:
 def test_watches_are_told_their_rows_tokens_and_may_end_them() -> None:
     told: list[list[int]] = [[], [], []]
 
-    def watch(row: int, last: int) -> Callable[[int, np.ndarray], bool]:
-        return lambda token, logits: told[row].append(token) or token == last
+    def watch(row: int, last: int) -> Callable[[int], bool]:
+        return lambda token: told[row].append(token) or token == last
 
     watches = [watch(0, 3), watch(1, V), watch(2, 6)]
     config = GenerationConfig(max_new_tokens=5)
     out = np.stack(list(stream(FakeReader(), [[0], [1], [4]], config, {5}, watches)), axis=1)
     assert told == [[1, 2, 3], [2, 3, 4, 5], [5]]
     np.testing.assert_array_equal(out, [[1, 2, 3, 3], [2, 3, 4, 5], [5, 5, 5, 5]])
+
+
+def test_a_look_sees_what_each_token_was_chosen_from() -> None:
+    seen: list[tuple[int, int]] = []
+    config = GenerationConfig(max_new_tokens=3)
+    steps = stream(
+        FakeReader(), [[0]], config, (), look=lambda *pair: seen.append((pair[0], pair[1].argmax()))
+    )
+    assert [step.tolist() for step in steps] == [[1], [2], [3]]
+    assert seen == [(1, 1), (2, 2), (3, 3)]
 
 
 # ---- several texts of a prompt -------------------------------------------------------------------
@@ -277,7 +287,7 @@ def test_texts_fill_their_contexts_one_after_the_other() -> None:
         ((), None, "slide", "length", 4),
         ((), None, "stop", "length", 3),
         ((2,), None, "slide", "end", 2),
-        ((), lambda token, logits: token == logits.argmax() == 1, "slide", "end", 1),
+        ((), lambda token: token == 1, "slide", "end", 1),
         ((4,), None, "slide", "end", 4),  # both at once
     ],
 )
