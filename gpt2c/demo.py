@@ -9,7 +9,6 @@ import dataclasses
 import math
 import re
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from gpt2c.files import claim_directory, read_text
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
+from gpt2c.terminal import write_pieces
 from gpt2c.textfiles import split_documents
 from gpt2c.tokenfile import Tokens, read_tokens
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
@@ -191,7 +191,4 @@ def write_samples(generator: Generator, prompts: list[str]) -> None:
             repetition_penalty=1.1,
             seed=seed,
         )
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        print()
+        write_pieces(pieces)
