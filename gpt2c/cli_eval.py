@@ -45,6 +45,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=8, help="rows at a time, side by side (8)")
     verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
     verb.add_argument("--backend", default="auto", help="default: the fastest")
+    verb.add_argument(
+        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+    )
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -54,7 +57,8 @@ def run_eval(options: argparse.Namespace) -> int:
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
     options.model = hub.find(options.model)  # once, for the model and its tokenizer
-    model = open_model(options.model, options.backend, options.quantize)
+    threads = options.threads or None
+    model = open_model(options.model, options.backend, options.quantize, threads)
     questions = _questions(options, model) if options.choices else []
     if options.data:
         _eval_data(options, model)

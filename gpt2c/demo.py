@@ -46,7 +46,8 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     """
     start = time.perf_counter()
     settings = demo_recipe() | dict(given)
-    get_backend(TrainSettings(**settings).backend)  # a mistake shows before anything is written
+    checked = TrainSettings(**settings)  # a mistake shows before anything is written
+    get_backend(checked.backend, checked.threads or None)
     documents = python_documentation() if text is None else split_documents(read_text(text))
     if not documents:
         raise ValueError(f"{text} holds nothing but blanks")

@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -24,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gpt2c import checkpoint, hub, llmc
 from gpt2c.activations import Activations
-from gpt2c.backend import Backend, get_backend
+from gpt2c.backend import Backend, as_backend, same_backend
 from gpt2c.config import GPT2Config
 from gpt2c.language_model import IntArray, LanguageModel
 from gpt2c.layer import (
@@ -35,7 +36,7 @@ from gpt2c.layer import (
     layernorm_backward,
     recompute_forward,
 )
-from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views
+from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.quantized import QuantizedGPT2, stored_method
 from gpt2c.tensorfile import StoredTensor
 
@@ -48,6 +49,8 @@ class GPT2(LanguageModel):
     config : its shape
     seed : of the fresh weights; None leaves them 0, to be filled by the caller
     backend : a name of `gpt2c.backends()`, "auto", or a backend
+    threads : that compute, with a backend's name; None is GPT2C_NUM_THREADS, else OMP_NUM_THREADS,
+        else as many as the machine allows, see `gpt2c info`
     recompute : what backward computes again instead of keeping it: None nothing, "light" the
         outputs of layernorm and GELU, "full" all but the residual stream between layers (Chen et
         al. 2016, arXiv:1604.06174). The results are the same to the bit
@@ -56,13 +59,17 @@ class GPT2(LanguageModel):
     ----------
     parameters, gradients : name -> float32 view into `flat_parameters`, `flat_gradients`; names and
         order of `GPT2Config.parameter_shapes`. Gradients accumulate from backward to backward until
-        `zero_grad`.
+        `zero_grad`; their memory is asked for when they are needed first.
     decay_size : the first so many floats of the flat buffers belong to tensors of 2 dimensions
 
     Raises
     ------
-    ValueError : an unknown backend or recompute
-    MemoryError : parameters and gradients do not fit
+    ValueError : an unknown backend or recompute, threads out of range
+    MemoryError : the parameters do not fit, or later the gradients
+
+    `copy.copy` and `copy.deepcopy` return a model of its own with the same parameters and
+    gradients, `pickle` takes one to another process; a loss that waits for its backward stays
+    behind. Where the backend does not run, an unpickled model computes on "auto", with a warning.
 
     One thread computes at a time: a second is refused, with a RuntimeError, by loss, backward and
     logits. AdamW is not guarded so: who steps in one thread must not compute in another.
@@ -76,19 +83,22 @@ class GPT2(LanguageModel):
         seed: int | None = 1337,
         backend: str | Backend = "auto",
         recompute: str | None = None,
+        threads: int | None = None,
     ) -> None:
-        super().__init__(config, get_backend(backend) if isinstance(backend, str) else backend)
+        super().__init__(config, as_backend(backend, threads))
         self.recompute = recompute
         self._eps = config.layer_norm_epsilon
         shapes = config.parameter_shapes()
         offsets = aligned_offsets(shapes)
+        require(
+            f"a model of {config.num_parameters():,} parameters",
+            {"weights": 4 * offsets[""]},
+            'take a smaller one, or read it with quantize="int8", which takes a quarter',
+        )
         self.flat_parameters = aligned_zeros(offsets[""])
-        self._flat_gradients = aligned_zeros(offsets[""])
         # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
         self._parameters = named_views(self.flat_parameters, shapes)
         self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
-        self._gradients = named_views(self._flat_gradients, shapes)
-        self._public_gradients = MappingProxyType(named_views(self._flat_gradients, shapes))
         self.decay_size = next(offsets[name] for name, shape in shapes.items() if len(shape) == 1)
         self._void = True  # the gradients count as 0, whatever their memory holds
         self._memory = Activations(config, recompute)
@@ -121,6 +131,7 @@ class GPT2(LanguageModel):
         backend: str | Backend = ...,
         quantize: None = ...,
         revision: str | None = ...,
+        threads: int | None = ...,
     ) -> GPT2: ...
 
     @overload
@@ -132,6 +143,7 @@ class GPT2(LanguageModel):
         *,
         quantize: str,
         revision: str | None = ...,
+        threads: int | None = ...,
     ) -> QuantizedGPT2: ...
 
     @classmethod
@@ -141,6 +153,7 @@ class GPT2(LanguageModel):
         backend: str | Backend = "auto",
         quantize: str | None = None,
         revision: str | None = None,
+        threads: int | None = None,
     ) -> GPT2 | QuantizedGPT2:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
@@ -151,7 +164,7 @@ class GPT2(LanguageModel):
         path : the directory, whose weights may be in shards with an index; or a .safetensors file
             beside its config.json; or an llm.c model .bin; or a name on the hub, such as gpt2, see
             `gpt2c.hub.find`
-        backend : see `GPT2`
+        backend, threads : see `GPT2`
         quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
         revision : of a model on the hub: a branch, tag or commit
 
@@ -164,11 +177,11 @@ class GPT2(LanguageModel):
         path = hub.find(path, revision)
         if llmc.is_llmc(path):
             config, weights = llmc.read_model(path)
-            model = cls(config, seed=None, backend=backend)
+            model = cls(config, seed=None, backend=backend, threads=threads)
             model.load_parameters(weights, str(path))
             return model if quantize is None else QuantizedGPT2.from_model(model, quantize)
         if quantize is not None:
-            return QuantizedGPT2.from_pretrained(path, quantize, backend)
+            return QuantizedGPT2.from_pretrained(path, quantize, backend, threads=threads)
         entries, source = checkpoint.read_config(path), str(checkpoint.weights_file(path))
         method = stored_method(entries)
         if method is not None:
@@ -176,7 +189,7 @@ class GPT2(LanguageModel):
         config = GPT2Config.from_dict(entries)
         tensors = checkpoint.load_weights(path)[1]
         checkpoint.check_shapes(config.parameter_shapes(), tensors, source)
-        model = cls(config, seed=None, backend=backend)
+        model = cls(config, seed=None, backend=backend, threads=threads)
         model.load_parameters(tensors, source)
         return model
 
@@ -209,17 +222,33 @@ class GPT2(LanguageModel):
         """
         checkpoint.save_weights(directory, self.config.to_dict(), self._parameters)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of."""
+        return {
+            "config": self.config,
+            "backend": (self.backend.name, getattr(self.backend, "threads", None)),
+            "recompute": self.recompute,
+            "parameters": self.flat_parameters,
+            "gradients": None if self._void else self._flat_gradients,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a model with memory of its own."""
+        backend = same_backend(*state["backend"])
+        GPT2.__init__(self, state["config"], None, backend, state["recompute"])
+        self.flat_parameters[...] = state["parameters"]
+        if state["gradients"] is not None:
+            self._flat_gradients[...] = state["gradients"]
+            self._void = False
+
     # ---- forward ---------------------------------------------------------------------------------
 
-    def __call__(self, idx: ArrayLike) -> Array:
-        """Logits (B, T, V), see `LanguageModel.__call__`; all rows pass the layers together."""
-        tokens = self._check_tokens(idx)
-        logits = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
+    def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
+        """See `LanguageModel._read_all`; all rows pass the layers together."""
         rows = logits.reshape(-1, self.config.vocab_size)
         with self._alone():
-            a = self._forward(tokens, keep=False)
+            a = self._forward(tokens, keep=False, states=states)
             self.backend.matmul_forward(rows, a["ln_f"], self._parameters["wte.weight"], None)
-        return logits
 
     def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
         """Mean cross-entropy in nats per token; keeps what `backward` needs.
@@ -293,10 +322,11 @@ class GPT2(LanguageModel):
             self._spare_memory = aligned_zeros(wte.size)
         return self._spare_memory.reshape(wte.shape)
 
-    def _forward(self, idx: IntArray, keep: bool) -> dict[str, Array]:
+    def _forward(self, idx: IntArray, keep: bool, states: Array | None = None) -> dict[str, Array]:
         """Run embedding, layers and final layernorm; return the activations.
 
-        With `keep`, what the backward pass needs of every layer stays.
+        With `keep`, what the backward pass needs of every layer stays. `states` (L + 1, B, T, C),
+        where it is given, gets the residual stream before each layer and ln_f's output.
         """
         self._pending = None
         B, T = idx.shape
@@ -306,11 +336,31 @@ class GPT2(LanguageModel):
         x = a["encoded"]
         ops.encoder_forward(batched(x, B), idx, p["wte.weight"], p["wpe.weight"])
         for layer in range(self.config.n_layer):
+            if states is not None:
+                states[layer] = batched(x, B)
             x = layer_forward(ops, p, a, f"h.{layer}.", x, eps)
         layernorm(ops, p, a, "ln_f", x, eps)
+        if states is not None:
+            states[-1] = batched(a["ln_f"], B)
         return a
 
     # ---- backward --------------------------------------------------------------------------------
+
+    @cached_property
+    def _flat_gradients(self) -> Array:
+        size = self.flat_parameters.size
+        what = f"training a model of {self.config.num_parameters():,} parameters"
+        require(what, {"gradients": 4 * size}, "take a smaller one")
+        return aligned_zeros(size)
+
+    @cached_property
+    def _gradients(self) -> Mapping[str, Array]:
+        return named_views(self._flat_gradients, self.config.parameter_shapes())
+
+    @cached_property
+    def _public_gradients(self) -> Mapping[str, Array]:
+        views = named_views(self._flat_gradients, self.config.parameter_shapes())
+        return MappingProxyType(views)
 
     @property
     def gradients(self) -> Mapping[str, Array]:

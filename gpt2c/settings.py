@@ -41,7 +41,16 @@ LEAST = dict.fromkeys(
     ),
     1,
 ) | dict.fromkeys(
-    ("warmup_iters", "eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"), 0
+    (
+        "warmup_iters",
+        "eval_interval",
+        "eval_iters",
+        "save_interval",
+        "seed",
+        "grad_clip",
+        "threads",
+    ),
+    0,
 )
 GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than anyone waits
 LARGEST_RECIPE = 1 << 20  # bytes
@@ -89,6 +98,7 @@ class TrainSettings:
     tensorboard: bool = setting(False, "write TensorBoard's event files too")
     seed: int = setting(1337, "of the weights and the order of the data")
     backend: str = setting("auto", "auto or a name that gpt2c info lists")
+    threads: int = setting(0, "threads that compute; 0 as many as the machine allows")
     recompute: str = setting("none", "none, light or full: trade time for memory")
 
     def __post_init__(self) -> None:
@@ -106,6 +116,11 @@ class TrainSettings:
     def tokens_per_step(self) -> int:
         """Tokens in a step of the optimizer."""
         return self.batch_size * self.block_size * self.gradient_accumulation_steps
+
+    @property
+    def recomputation(self) -> str | None:
+        """What GPT2 calls `recompute`."""
+        return None if self.recompute == "none" else self.recompute
 
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
         """Give the model's config for a tokenizer."""

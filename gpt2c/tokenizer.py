@@ -77,6 +77,9 @@ class Tokenizer:
             "gpt2c", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: eot}
         )
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size:,} tokens, {END_OF_TEXT} is {self.eot})"
+
     @classmethod
     def from_name(cls, name: str) -> Tokenizer:
         """Make the tokenizer called `name`.
