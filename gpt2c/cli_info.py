@@ -239,7 +239,9 @@ def _why(threads: int | str) -> str:
         return threads
     variables = (f"from {name}" for name in THREAD_VARIABLES if os.environ.get(name))
     why = (
-        "as the CPU quota allows" if usable_cores() < AFFINITY else "the cores that this process may run on"
+        "as the CPU quota allows"
+        if usable_cores() < AFFINITY
+        else "the cores that this process may run on"
     )
     return f"{threads}, {next(variables, why)}"
 

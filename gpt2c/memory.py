@@ -22,6 +22,7 @@ Array = NDArray[np.float32]
 
 ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector
 HUGE_PAGE = 1 << 21  # bytes, on x86-64 and most ARM systems
+UNASKED = HUGE_PAGE  # bytes that are always there: asking takes longer than using them
 MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
 # The large arrays that there are. A system counts their pages when they are touched first.
@@ -49,7 +50,7 @@ def require(what: str, parts: Mapping[str, int], mend: str) -> None:
     MemoryError : it does not fit
     """
     total = sum(parts.values())
-    if total < HUGE_PAGE:  # asking takes longer than such work
+    if total < UNASKED:
         return
     free = available_bytes()
     if total > free:
@@ -61,7 +62,7 @@ def require(what: str, parts: Mapping[str, int], mend: str) -> None:
 
 def megabytes(size: float) -> str:
     """Write a number of bytes for a person."""
-    return f"{size / 1e6:,.0f} MB" if size >= 1e7 or not size else f"{size / 1e6:,.2g} MB"
+    return f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
 
 
 def _untouched() -> int:

@@ -18,8 +18,8 @@ from gpt2c.backend import backends, get_backend
 from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
 from gpt2c.cases import OPS
 from gpt2c.cli import main
-from gpt2c.machine import Ceilings, Quiet, cpu_name, measure_ceilings
 from gpt2c.limits import free_bytes
+from gpt2c.machine import Ceilings, Quiet, cpu_name, measure_ceilings
 from gpt2c.worker import TINY, Worker
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})

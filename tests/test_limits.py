@@ -283,5 +283,7 @@ def test_ulimits(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, free in ((resource.RLIMIT_AS, 24 * 1024), (resource.RLIMIT_DATA, 724 * 1024)):
         soft = {kind: (1024 * 1024, -1)}
         none = (resource.RLIM_INFINITY,) * 2
-        monkeypatch.setattr(resource, "getrlimit", lambda k, soft=soft, none=none: soft.get(k, none))
+        monkeypatch.setattr(
+            resource, "getrlimit", lambda k, soft=soft, none=none: soft.get(k, none)
+        )
         assert free_bytes(root=made) == free_bytes(1000, made) == free
