@@ -122,7 +122,8 @@ def backend_rows(threads: int | str) -> list[Row]:
     for name in NAMES:
         state = why_missing(name)
         if not state and name != "numpy" and isinstance(threads, int):
-            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
+            team = f"{threads} thread{'s' if threads > 1 else ''}"
+            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {team}"
         mark = "  <- chosen" if name == chosen else ""
         rows.append(("backend", f"{name:<12}{state}{mark}"))
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])

@@ -14,6 +14,7 @@ from gpt2c.config import GPT2Config
 from gpt2c.memory import available_bytes, megabytes, require
 from gpt2c.settings import TrainSettings
 
+PYTHON = 48 << 20  # bytes that it takes later: what it imports, the picture, lists and texts
 SCRATCH = 3 << 20  # bytes of a thread: what its kernels pack, and its stack
 
 
@@ -31,6 +32,7 @@ def training_parts(config: GPT2Config, settings: TrainSettings, threads: int) ->
     if settings.gradient_accumulation_steps > 1:  # the next batch's of wte is computed beside it
         parts["gradients"] += 4 * math.prod(shapes["wte.weight"])
     parts["threads"] = SCRATCH * threads
+    parts["Python"] = PYTHON
     parts["a save"] = 4 * max(map(math.prod, shapes.values()))  # a copy of one tensor
     return parts
 

@@ -254,7 +254,7 @@ GOOD = [[1, 2], [3]]
         ([[1], ["a"]], {}, "idx must be whole numbers"),
         ([[1], [[2]]], {}, "idx must be (B, T) token ids, got a row of shape (1, 1)"),
         ([[1], [[2], [3, 4]]], {}, "idx must be an array of whole numbers"),
-        ([1, 2], {}, "idx must be (B, T) token ids, got shape (2,)"),
+        ([1, 2], {}, "idx must be (B, T) token ids, got shape (2,): for one text pass ids[None]"),
         ([np.array(1)], {}, "idx must be (B, T) token ids, got shape (1,)"),
         (GOOD, {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         (GOOD, {"min_new_tokens": 65}, "min_new_tokens must be at most max_new_tokens, 64, got 65"),
