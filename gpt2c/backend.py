@@ -6,6 +6,7 @@ compared side by side in one process. Knows nothing about models.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import os
@@ -140,6 +141,10 @@ def same_backend(name: str, threads: int | None) -> Backend:
         backend = get_backend("auto", threads)
         warnings.warn(f"{error}; on {backend.name} the bits are others", stacklevel=4)
         return backend
+
+
+# What holds kernels can be copied and pickled: they are looked up by name again.
+copyreg.pickle(Kernels, lambda kernels: (same_backend, (kernels.name, kernels.threads)))
 
 
 @functools.cache

@@ -32,7 +32,15 @@ from gpt2c.backend import (
     get_backend,
     why_missing,
 )
-from gpt2c.limits import AFFINITY, cpu_quota, free_bytes, memory_limit, usable_cores
+from gpt2c.limits import (
+    AFFINITY,
+    CORES,
+    cpu_quota,
+    free_bytes,
+    memory_limit,
+    total_bytes,
+    usable_cores,
+)
 from gpt2c.machine import cpu_name
 from gpt2c.memory import megabytes
 from gpt2c.tokenizer import tiktoken_cache
@@ -221,14 +229,14 @@ def _cores() -> str:
     """Say how many cores there are, and how much of them this process may use."""
     quota = cpu_quota()
     limit = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.3g}"
-    return f"{os.cpu_count()}, of which {AFFINITY} for this process, {limit}"
+    return f"{CORES}, of which {AFFINITY} for this process, {limit}"
 
 
 def _memory() -> str:
     """Say how much memory there is, and how much of it is left to this process."""
     total = "unknown"
     with suppress(OSError, ValueError):
-        total = megabytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        total = megabytes(total_bytes())
     limit = memory_limit()
     bound = "no cgroup limit" if limit == math.inf else f"a cgroup limit of {megabytes(limit)}"
     return f"{total}, of which {megabytes(free_bytes())} free for this process, {bound}"

@@ -26,9 +26,10 @@ UNLIMITED = 1 << 60  # bytes: version 1 writes a number beyond it where there is
 def _affinity() -> int:
     """Count the cores that this thread may run on."""
     asked = getattr(os, "sched_getaffinity", None)
-    return len(asked(0)) if asked else os.cpu_count() or 1
+    return len(asked(0)) if asked else CORES
 
 
+CORES = os.cpu_count() or 1
 # As it was when gpt2c was imported: an OpenMP library that is told to bind threads (OMP_PROC_BIND)
 # binds this one to a single core when it loads, and the others to the rest. A forked child has the
 # same number; a process that restricts itself later says how many threads it wants.
@@ -71,12 +72,17 @@ def free_bytes(promised: int = 0, root: Path = ROOT) -> int:
     return max(0, int(min(min(counted) - promised, *_process_rooms(root))))
 
 
+def total_bytes() -> int:
+    """Return the bytes of memory that are built into the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def system_bytes(root: Path = ROOT) -> int:
     """Return what the whole system has left, swap included, or all it has where it does not say."""
     kilobytes = _table(root / "proc/meminfo")
     free = 1024 * (kilobytes.get("MemAvailable", 0) + kilobytes.get("SwapFree", 0))
     if "MemAvailable" not in kilobytes:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = total_bytes()
     if _read(root / "proc/sys/vm/overcommit_memory") == "2" and "CommitLimit" in kilobytes:
         free = min(free, 1024 * (kilobytes["CommitLimit"] - kilobytes.get("Committed_AS", 0)))
     return free

@@ -37,7 +37,7 @@ from gpt2c.layer import (
     recompute_forward,
 )
 from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views, require
-from gpt2c.quantized import QuantizedGPT2, stored_method
+from gpt2c.quantized import QuantizedGPT2, converted_bytes, stored_method
 from gpt2c.tensorfile import StoredTensor
 
 
@@ -93,7 +93,7 @@ class GPT2(LanguageModel):
         require(
             f"a model of {config.num_parameters():,} parameters",
             {"weights": 4 * offsets[""]},
-            'take a smaller one, or read it with quantize="int8", which takes a quarter',
+            'take a smaller one, or, to read it, quantize="int8" (--quantize int8), a quarter of it',
         )
         self.flat_parameters = aligned_zeros(offsets[""])
         # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
@@ -202,8 +202,10 @@ class GPT2(LanguageModel):
         ------
         ValueError : a tensor is missing, unknown or of another shape; the parameters are as they
             were
+        MemoryError : a tensor of another dtype does not fit beside them
         """
         checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
+        require("loading the weights", converted_bytes(tensors), 'take quantize="int8"')
         for name, parameter in self._parameters.items():
             self._fill(parameter, np.asarray(tensors[name]))
 

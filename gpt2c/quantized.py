@@ -140,6 +140,9 @@ class QuantizedGPT2(LanguageModel):
         self, tensors: Mapping[str, Array] | Mapping[str, StoredTensor], source: str
     ) -> None:
         """Round tensors, whose shapes fit, into the parameters."""
+        require(
+            "rounding the weights", converted_bytes(tensors), "close what else takes memory here"
+        )
         for name in tensors:
             self._round_one(name, np.asarray(tensors[name]), source)
 
@@ -200,6 +203,16 @@ class QuantizedGPT2(LanguageModel):
             f"a model with {self.method} weights has no gradients: load it without quantize to"
             " train it"
         )
+
+
+def converted_bytes(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """Return the memory for stored tensors that are not of float32: they pass one at a time."""
+    sizes = [
+        4 * math.prod(tensor.shape)
+        for tensor in tensors.values()
+        if isinstance(tensor, StoredTensor) and tensor.dtype != "F32"
+    ]
+    return {"a tensor in float32": max(sizes, default=0)}
 
 
 def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.floating[Any]]) -> None:

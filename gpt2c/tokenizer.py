@@ -24,6 +24,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from gpt2c import hub, tokenizer_files
+from gpt2c.limits import usable_cores
 
 END_OF_TEXT = tokenizer_files.END_OF_TEXT
 # How GPT-2 cuts text before any merge (openai/gpt-2:src/encoder.py): contractions, words, numbers,
@@ -210,9 +211,8 @@ class Tokenizer:
             _check_spaces(text)
             return self._encoding.encode_to_numpy(text, disallowed_special=())
 
-        with ThreadPoolExecutor(
-            os.cpu_count()
-        ) as pool:  # tiktoken works outside the interpreter's lock
+        # tiktoken works outside the interpreter's lock
+        with ThreadPoolExecutor(usable_cores()) as pool:
             return list(pool.map(encode_one, texts))
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -291,7 +291,7 @@ ARROWS: dict[str, set[str]] = {
     | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": {"memory"},
     "tokenizer_files": {"files"},
-    "tokenizer": {"hub", "tokenizer_files"},
+    "tokenizer": {"hub", "limits", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
@@ -365,6 +365,13 @@ def test_imports_go_one_way(module: str) -> None:
     allowed = allowed | ({"gguf"} if module == "gguf_export" else set())
     allowed = allowed | ({"huggingface_hub"} if module == "hub" else set())
     assert other - sys.stdlib_module_names <= allowed
+
+
+def test_what_the_machine_allows_is_asked_in_one_place() -> None:
+    """Who asks elsewhere finds other cores after OpenMP has bound a thread, and no quotas."""
+    asks = r"cpu_count|sched_getaffinity|SC_(PHYS|NPROC)|sys/fs/cgroup|RLIMIT_(AS|DATA)"
+    asking = {path.stem for path in PACKAGE.glob("*.py") if re.search(asks, path.read_text())}
+    assert asking == {"limits", "cli_info"}  # which shows each of them
 
 
 def test_the_table_has_no_circle() -> None:

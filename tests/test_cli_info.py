@@ -96,7 +96,7 @@ def test_what_limits_this_process_is_said(info, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(backend, "usable_cores", lambda: 2)
     monkeypatch.setattr(cli_info, "memory_limit", lambda: 300_000_000)
     monkeypatch.setattr(cli_info, "free_bytes", lambda: 120_000_000)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(cli_info, "CORES", 8)
     for flags in ((), ("--verbose",)):
         facts = dict(info(*flags))
         assert facts["cores"] == "8, of which 4 for this process, a CPU quota of 1.5"

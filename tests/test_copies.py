@@ -196,6 +196,12 @@ def test_a_model_of_another_machine_takes_the_backend_that_there_is(kind: str) -
     np.testing.assert_allclose(other(IDX), model(IDX), rtol=0.05, atol=1e-2)
 
 
+def test_kernels_are_themselves_in_a_copy(backend: Any, copied: Any) -> None:
+    if backend.name == "numpy":
+        pytest.skip("numpy is a module")
+    assert copied({"held": [backend]})["held"][0] is backend
+
+
 # ---- printed -------------------------------------------------------------------------------------
 
 

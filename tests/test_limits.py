@@ -150,7 +150,7 @@ def test_affinity_without_a_system_that_tells(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
     assert limits._affinity() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert limits._affinity() == os.cpu_count()
+    assert limits._affinity() == limits.CORES == os.cpu_count()
 
 
 def test_groups_are_named_from_the_own_one_upwards(root: Root) -> None:

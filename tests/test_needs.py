@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2c import GPT2, AdamW, GPT2Config, needs
+from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2, needs
 from gpt2c.cli import main
 from gpt2c.data import prepare
 from gpt2c.memory import aligned_offsets
 from gpt2c.needs import check_training, training_parts
 from gpt2c.settings import TrainSettings
+from gpt2c.tensorfile import StoredTensor
 
 SETTINGS = TrainSettings(n_layer=3, n_head=2, n_embd=48, block_size=32, batch_size=16)
 CONFIG = SETTINGS.model_config(257, 256)
@@ -117,6 +118,25 @@ def test_the_parts_are_listed(free: Callable[[int], None]) -> None:
         r" pass --recompute full with --batch-size \d, or lower --block-size$",
         str(error.value),
     ), str(error.value)
+
+
+def test_a_tensor_that_is_converted_on_the_way_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2(CONFIG)
+    tensors = {
+        name: StoredTensor(Path("file"), name, "F16", parameter.astype(np.float16))
+        for name, parameter in model.parameters.items()
+    }
+    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
+    largest = 4 * max(tensor.data.size for tensor in tensors.values())
+    quantized = QuantizedGPT2(CONFIG, "int8")
+    for load in (model.load_parameters, quantized._round):
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: largest - 1)
+        with pytest.raises(MemoryError, match=r"a tensor in float32 0\.0 MB; 0\.0 MB are free"):
+            load(tensors, "a file")
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: largest)
+        load(tensors, "a file")
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: 0)
+        load(model.parameters, "a model")
 
 
 def test_nothing_is_written_by_a_run_that_does_not_fit(
