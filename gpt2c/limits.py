@@ -69,7 +69,7 @@ def free_bytes(promised: int = 0, root: Path = ROOT) -> int:
         count what is touched, do not know of them
     """
     counted = [system_bytes(root), *(room for _, room in _groups(root))]
-    return max(0, int(min(min(counted) - promised, *_process_rooms(root))))
+    return max(0, int(min(min(counted) - promised, *_rooms_of_promises(root))))
 
 
 def total_bytes() -> int:
@@ -83,8 +83,6 @@ def system_bytes(root: Path = ROOT) -> int:
     free = 1024 * (kilobytes.get("MemAvailable", 0) + kilobytes.get("SwapFree", 0))
     if "MemAvailable" not in kilobytes:
         free = total_bytes()
-    if _read(root / "proc/sys/vm/overcommit_memory") == "2" and "CommitLimit" in kilobytes:
-        free = min(free, 1024 * (kilobytes["CommitLimit"] - kilobytes.get("Committed_AS", 0)))
     return free
 
 
@@ -113,9 +111,16 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
         yield min(limits), min(limits) - (int(used) if used.isdecimal() else 0) + files
 
 
-def _process_rooms(root: Path) -> Iterator[float]:
-    """Yield what ulimit leaves of the address space and of the data; it counts promises."""
+def _rooms_of_promises(root: Path) -> Iterator[float]:
+    """Yield what those leave who count what is promised, not what is touched.
+
+    They are ulimit, for the address space and for the data, and a system that promises no more than
+    it has.
+    """
     yield math.inf
+    kilobytes = _table(root / "proc/meminfo")
+    if _read(root / "proc/sys/vm/overcommit_memory") == "2" and "CommitLimit" in kilobytes:
+        yield 1024 * (kilobytes["CommitLimit"] - kilobytes.get("Committed_AS", 0))
     with suppress(ImportError):  # another system
         resource = importlib.import_module("resource")
         kilobytes = _table(root / "proc/self/status")

@@ -93,7 +93,7 @@ class GPT2(LanguageModel):
         require(
             f"a model of {config.num_parameters():,} parameters",
             {"weights": 4 * offsets[""]},
-            'take a smaller one, or, to read it, quantize="int8" (--quantize int8), a quarter of it',
+            'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
         )
         self.flat_parameters = aligned_zeros(offsets[""])
         # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
