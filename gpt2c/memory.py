@@ -22,6 +22,7 @@ Array = NDArray[np.float32]
 
 ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector
 HUGE_PAGE = 1 << 21  # bytes, on x86-64 and most ARM systems
+RESERVE = 16 << 20  # bytes: for lists, imports, threads, all that is not asked for here
 UNASKED = HUGE_PAGE  # bytes that are always there: asking takes longer than using them
 MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
@@ -30,8 +31,11 @@ _given: WeakValueDictionary[int, mmap] = WeakValueDictionary()
 
 
 def available_bytes() -> int:
-    """Return the memory that may still be asked for: less what is given and not yet touched."""
-    return free_bytes(_untouched())
+    """Return the memory that may still be asked for.
+
+    It is what is free, less what is given and not yet touched, less what Python itself takes.
+    """
+    return max(0, free_bytes(_untouched()) - RESERVE)
 
 
 def require(what: str, parts: Mapping[str, int], mend: str) -> None:

@@ -14,7 +14,7 @@ from gpt2c.config import GPT2Config
 from gpt2c.memory import available_bytes, megabytes, require
 from gpt2c.settings import TrainSettings
 
-PYTHON = 48 << 20  # bytes that it takes later: what it imports, the picture, lists and texts
+PYTHON = 32 << 20  # bytes that it takes later: the picture, what it imports for that
 SCRATCH = 3 << 20  # bytes of a thread: what its kernels pack, and its stack
 
 

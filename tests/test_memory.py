@@ -42,7 +42,7 @@ def test_too_much_is_a_memory_error() -> None:
 
 def test_what_is_given_counts_until_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system counts what was touched; what was only promised is not free any more, either."""
-    monkeypatch.setattr(memory, "free_bytes", lambda promised: 40 * HUGE_PAGE - promised)
+    monkeypatch.setattr(memory, "free_bytes", lambda promised: 50 * HUGE_PAGE - promised)
     before = available_bytes()
     size = 10 * HUGE_PAGE
     array = aligned_zeros(size // 4)
