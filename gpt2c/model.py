@@ -16,7 +16,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -39,6 +38,15 @@ from gpt2c.layer import (
 from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.quantized import QuantizedGPT2, converted_bytes, stored_method
 from gpt2c.tensorfile import StoredTensor
+
+
+class _Gradients:
+    """The gradients' memory: flat, as views whose shapes C trusts, and as views for others."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.flat = aligned_zeros(aligned_offsets(shapes)[""])
+        self.own = named_views(self.flat, shapes)
+        self.public = MappingProxyType(named_views(self.flat, shapes))
 
 
 class GPT2(LanguageModel):
@@ -100,6 +108,7 @@ class GPT2(LanguageModel):
         self._parameters = named_views(self.flat_parameters, shapes)
         self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
         self.decay_size = next(offsets[name] for name, shape in shapes.items() if len(shape) == 1)
+        self._made_grads: _Gradients | None = None
         self._void = True  # the gradients count as 0, whatever their memory holds
         self._memory = Activations(config, recompute)
         self._activations: dict[str, Array] = {}
@@ -231,7 +240,7 @@ class GPT2(LanguageModel):
             "backend": (self.backend.name, getattr(self.backend, "threads", None)),
             "recompute": self.recompute,
             "parameters": self.flat_parameters,
-            "gradients": None if self._void else self._flat_gradients,
+            "gradients": None if self._void else self._grads.flat,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -240,7 +249,7 @@ class GPT2(LanguageModel):
         GPT2.__init__(self, state["config"], None, backend, state["recompute"])
         self.flat_parameters[...] = state["parameters"]
         if state["gradients"] is not None:
-            self._flat_gradients[...] = state["gradients"]
+            self._grads.flat[...] = state["gradients"]
             self._void = False
 
     # ---- forward ---------------------------------------------------------------------------------
@@ -272,7 +281,7 @@ class GPT2(LanguageModel):
         with self._alone():
             a = self._forward(tokens, keep)
             if keep:
-                self._d_head = self._gradients["wte.weight"] if self._void else self._spare()
+                self._d_head = self._grads.own["wte.weight"] if self._void else self._spare()
             ops, wte = self.backend, self._parameters["wte.weight"]
             count = int(np.count_nonzero(wanted >= 0))
             blocks = -(-wanted.size // len(a["logits"]))
@@ -319,7 +328,7 @@ class GPT2(LanguageModel):
 
     def _spare(self) -> Array:
         """Give memory of wte's shape beside the gradients, where they must not be touched."""
-        wte = self._gradients["wte.weight"]
+        wte = self._grads.own["wte.weight"]
         if self._spare_memory.size != wte.size:
             self._spare_memory = aligned_zeros(wte.size)
         return self._spare_memory.reshape(wte.shape)
@@ -348,33 +357,27 @@ class GPT2(LanguageModel):
 
     # ---- backward --------------------------------------------------------------------------------
 
-    @cached_property
-    def _flat_gradients(self) -> Array:
-        size = self.flat_parameters.size
-        what = f"training a model of {self.config.num_parameters():,} parameters"
-        require(what, {"gradients": 4 * size}, "take a smaller one")
-        return aligned_zeros(size)
-
-    @cached_property
-    def _gradients(self) -> Mapping[str, Array]:
-        return named_views(self._flat_gradients, self.config.parameter_shapes())
-
-    @cached_property
-    def _public_gradients(self) -> Mapping[str, Array]:
-        views = named_views(self._flat_gradients, self.config.parameter_shapes())
-        return MappingProxyType(views)
+    @property
+    def _grads(self) -> _Gradients:
+        if self._made_grads is None:
+            config = self.config
+            what = f"training a model of {config.num_parameters():,} parameters"
+            sizes = {"gradients": self.flat_parameters.nbytes}
+            require(what, sizes, "take a smaller one")
+            self._made_grads = _Gradients(config.parameter_shapes())
+        return self._made_grads
 
     @property
     def gradients(self) -> Mapping[str, Array]:
         """Name -> float32 view into `flat_gradients`."""
         self._settle()
-        return self._public_gradients
+        return self._grads.public
 
     @property
     def flat_gradients(self) -> Array:
         """All gradients, laid out as `flat_parameters`."""
         self._settle()
-        return self._flat_gradients[:]
+        return self._grads.flat[:]
 
     def zero_grad(self) -> None:
         """Set every gradient to 0: at once for who asks for `gradients`, without work for backward.
@@ -386,11 +389,11 @@ class GPT2(LanguageModel):
     def _settle(self) -> None:
         """Let the memory of void gradients hold zeros."""
         if self._void:
-            if self._pending is not None and self._d_head is self._gradients["wte.weight"]:
+            if self._pending is not None and self._d_head is self._grads.own["wte.weight"]:
                 spare = self._spare()
                 np.copyto(spare, self._d_head)
                 self._d_head = spare
-            self._flat_gradients.fill(0.0)
+            self._grads.flat.fill(0.0)
             self._void = False
 
     def backward(self, scale: float = 1.0) -> None:
@@ -416,10 +419,10 @@ class GPT2(LanguageModel):
                     " and backward() in one thread"
                 )
             self._pending, self._void = None, False
-            ops, p, g, a = self.backend, self._parameters, self._gradients, self._activations
+            ops, p, g, a = self.backend, self._parameters, self._grads.own, self._activations
             self._backward_head(scale, accumulate)
             if not accumulate:  # those that no op writes
-                self._flat_gradients[self.decay_size :].fill(0.0)
+                self._grads.flat[self.decay_size :].fill(0.0)
                 g["wpe.weight"].fill(0.0)
             a["d_stream"].fill(0.0)
             layernorm_backward(ops, p, g, a, "ln_f", a[f"h.{self.config.n_layer - 1}.out"])
@@ -433,7 +436,7 @@ class GPT2(LanguageModel):
     def _backward_head(self, scale: float, accumulate: bool) -> None:
         """Bring in what `loss` has computed: the gradients of wte and, in its place, of ln_f."""
         wte, d_head, d_final = (
-            self._gradients["wte.weight"],
+            self._grads.own["wte.weight"],
             self._d_head,
             self._activations["ln_f"],
         )
