@@ -229,7 +229,7 @@ def _cores() -> str:
     """Say how many cores there are, and how much of them this process may use."""
     quota = cpu_quota()
     limit = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.3g}"
-    return f"{CORES}, of which {AFFINITY} for this process, {limit}"
+    return f"{CORES}, of which {len(AFFINITY)} for this process, {limit}"
 
 
 def _memory() -> str:
@@ -249,7 +249,7 @@ def _why(threads: int | str) -> str:
     variables = (f"from {name}" for name in THREAD_VARIABLES if os.environ.get(name))
     why = (
         "as the CPU quota allows"
-        if usable_cores() < AFFINITY
+        if usable_cores() < len(AFFINITY)
         else "the cores that this process may run on"
     )
     return f"{threads}, {next(variables, why)}"

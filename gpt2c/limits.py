@@ -23,16 +23,16 @@ ROOT = Path("/")
 UNLIMITED = 1 << 60  # bytes: version 1 writes a number beyond it where there is no limit
 
 
-def _affinity() -> int:
-    """Count the cores that this thread may run on."""
+def _affinity() -> frozenset[int]:
+    """Return the cores that this thread may run on, by their numbers."""
     asked = getattr(os, "sched_getaffinity", None)
-    return len(asked(0)) if asked else CORES
+    return frozenset(asked(0) if asked else range(CORES))
 
 
 CORES = os.cpu_count() or 1
 # As it was when gpt2c was imported: an OpenMP library that is told to bind threads (OMP_PROC_BIND)
 # binds this one to a single core when it loads, and the others to the rest. A forked child has the
-# same number; a process that restricts itself later says how many threads it wants.
+# same; a process that restricts itself later says how many threads it wants.
 AFFINITY = _affinity()
 
 
@@ -46,7 +46,7 @@ def usable_cores(root: Path = ROOT) -> int:
     rest of a period, so that they do half as much again as one.
     """
     quota = cpu_quota(root)
-    return AFFINITY if quota == math.inf else max(1, min(AFFINITY, math.ceil(quota)))
+    return len(AFFINITY) if quota == math.inf else max(1, min(len(AFFINITY), math.ceil(quota)))
 
 
 def cpu_quota(root: Path = ROOT) -> float:

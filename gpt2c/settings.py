@@ -42,13 +42,8 @@ LEAST = dict.fromkeys(
     1,
 ) | dict.fromkeys(
     (
-        "warmup_iters",
-        "eval_interval",
-        "eval_iters",
-        "save_interval",
-        "seed",
-        "grad_clip",
-        "threads",
+        *("warmup_iters", "eval_interval", "eval_iters", "save_interval"),
+        *("seed", "grad_clip", "threads"),
     ),
     0,
 )

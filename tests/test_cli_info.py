@@ -90,7 +90,7 @@ def test_verbose_names_all_that_a_report_needs(info) -> None:
 
 
 def test_what_limits_this_process_is_said(info, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_info, "AFFINITY", 4)
+    monkeypatch.setattr(cli_info, "AFFINITY", frozenset(range(4)))
     monkeypatch.setattr(cli_info, "cpu_quota", lambda: 1.5)
     monkeypatch.setattr(cli_info, "usable_cores", lambda: 2)
     monkeypatch.setattr(backend, "usable_cores", lambda: 2)

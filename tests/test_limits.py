@@ -140,7 +140,7 @@ def test_cpu_quotas(
 def test_threads_are_no_more_than_affinity_and_quota(
     affinity: int, quota: str, threads: int, root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "AFFINITY", affinity)
+    monkeypatch.setattr(limits, "AFFINITY", frozenset(range(affinity)))
     made = root("0::/", [v2()], {f"{G}/cpu.max": f"{quota} 100000"})
     usable_cores.cache_clear()  # of another test's root it may have an answer
     assert usable_cores(made) == threads
@@ -148,9 +148,9 @@ def test_threads_are_no_more_than_affinity_and_quota(
 
 def test_affinity_without_a_system_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    assert limits._affinity() == 3
+    assert limits._affinity() == {0, 3, 5}
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert limits._affinity() == limits.CORES == os.cpu_count()
+    assert limits._affinity() == set(range(os.cpu_count() or 1))
 
 
 def test_groups_are_named_from_the_own_one_upwards(root: Root) -> None:
