@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,9 +20,9 @@ from gpt2c import generate
 from gpt2c.backend import Backend
 from gpt2c.config import GPT2Config
 from gpt2c.decoder import Decoder
-from gpt2c.generate import Step, Watch
+from gpt2c.generate import Look, Step, Watch
 from gpt2c.memory import Array, require
-from gpt2c.sampling import GenerationConfig
+from gpt2c.sampling import GenerationConfig, Settings
 
 IntArray = NDArray[np.int32]
 
@@ -76,7 +76,10 @@ class LanguageModel:
         return Decoder(self.config, self.parameters, self.backend, slots, capacity)
 
     def stream(
-        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **settings: Unpack[Settings],
     ) -> Iterator[Step]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
 
@@ -110,16 +113,20 @@ class LanguageModel:
         prompts: list[list[int]],
         config: GenerationConfig,
         watches: Sequence[Watch] | None = None,
+        look: Look | None = None,
     ) -> Iterator[Step]:
-        """Do the work of `stream`; `watches` are told the rows' tokens, see `generate.Text`."""
+        """Do the work of `stream`; `watches` and `look` are told of tokens, see `generate.Text`."""
         ends = config.ends(self.config.vocab_size)
         longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
         capacity = min(longest, self.config.n_positions)
         decoder = self.decoder(len(prompts) * config.num_return_sequences, capacity)
-        return generate.stream(decoder, prompts, config, ends, watches)
+        return generate.stream(decoder, prompts, config, ends, watches, look)
 
     def generate(
-        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **settings: Unpack[Settings],
     ) -> Any:
         """Continue prompts, with the arguments of `stream`.
 
@@ -178,8 +185,9 @@ class LanguageModel:
                 raise ValueError(f"idx must be (B, T) token ids, got a row of shape {row.shape}")
             if len(row) > self.config.n_positions:
                 raise ValueError(
-                    f"idx: a prompt has {len(row):,} tokens, and this model reads at most"
-                    f" n_positions, {self.config.n_positions:,}"
+                    f"the prompt is {len(row):,} tokens; this model's context is"
+                    f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or its"
+                    f" last {self.config.n_positions:,} tokens at most"
                 )
         start = self.config.eos_token_id
         if start is None and any(len(row) == 0 for row in rows):
@@ -330,7 +338,7 @@ def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
         array = np.asarray(ids)
     except ValueError as error:  # nested lists of different lengths
         raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":  # an empty list is float64
         raise ValueError(f"{name} must be whole numbers, got dtype {array.dtype}")
     copy = np.empty(array.shape, np.int32)  # what is too large is so before all of it was read
     if array.size and not (low <= array.min() and array.max() < high):

@@ -271,8 +271,8 @@ ARROWS: dict[str, set[str]] = {
     "config": {"files"},
     "hub": set(),
     "tensorfile": {"files"},
-    "checkpoint": {"files", "tensorfile"},
-    "sampling": set(),
+    "checkpoint": {"files", "hub", "tensorfile"},
+    "sampling": {"checks"},
     "generate": {"sampling"},
     "decoder": {"backend", "checks", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
@@ -280,7 +280,7 @@ ARROWS: dict[str, set[str]] = {
     | {"reference_reading", "tensorfile"},
     "engine": {"checks", "decoder", "generate", "language_model", "sampling"},
     "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "memory", "model"}
-    | {"quantized", "sampling", "tokenizer"},
+    | {"checks", "generate", "quantized", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory", "tensorfile"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
     "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
@@ -290,11 +290,15 @@ ARROWS: dict[str, set[str]] = {
     "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}
     | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": {"memory"},
-    "tokenizer_files": {"files"},
-    "tokenizer": {"hub", "limits", "tokenizer_files"},
+    "tokenizer_files": {"files", "hub"},
+    "bpe_trainer": set(),
+    "tokenizer": {"bpe_trainer", "hub", "limits", "tokenizer_files"},
+    "textfiles": {"files", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
+    "command": set(),
+    "figures": set(),
     "baselines": set(),
     "plot": {"files"},
     "progress": set(),
@@ -308,19 +312,22 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines", "config"})
     | {"metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN | {"corpus", "generator", "train"},
+    "demo": RUN | {"command", "corpus", "figures", "generator", "terminal", "textfiles", "train"},
+    "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
     "cli_convert": {"convert", "llmc"},
-    "cli_generate": {"generator", "sampling"},
-    "cli_plot": {"metrics", "plot"},
-    "scoring": {"data", "decoder", "files", "language_model", "memory", "tokenizer"},
+    "cli_generate": {"files", "generator", "sampling", "terminal"},
+    "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
+    "cli_plot": {"metrics", "plot", "terminal"},
+    "cli_prepare": {"data", "demo", "textfiles"},
+    "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
+    "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "limits", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"demo", "train"},
+    | {"cli_prepare", "cli_tokens", "command", "demo", "terminal", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }
