@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.limits import unbound
 from gpt2c.memory import aligned_zeros
 
 Array = NDArray[Any]
@@ -36,12 +37,12 @@ class Pool:
     """
 
     def __init__(self, lib: Any, ffi: Any, threads: int) -> None:
-        size = -(-lib.pool_size(threads) // 4)
-        self._memory = ffi.from_buffer(aligned_zeros(size))
-        self.pointer = ffi.cast("Pool *", self._memory)
+        self._stop = None  # nothing to stop, until they are there
         self.process = os.getpid()
-        self._stop = None
-        started = lib.pool_start(self.pointer, threads)
+        self._memory = ffi.from_buffer(aligned_zeros(-(-lib.pool_size(threads) // 4)))
+        self.pointer = ffi.cast("Pool *", self._memory)
+        with unbound():
+            started = lib.pool_start(self.pointer, threads)
         if started < threads:
             raise OSError(
                 f"{threads} threads are wanted and the system gives {started}: set"

@@ -266,6 +266,22 @@ assert threads() == before
 """)
 
 
+def test_threads_leave_the_core_that_openmp_bound_this_one_to() -> None:
+    run(
+        """
+cores = os.sched_getaffinity(0)
+if len(cores) == 1:
+    sys.exit()
+os.sched_setaffinity(0, {min(cores)})  # as OpenMP does with the thread that loads it
+train(1)
+allowed = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+assert len(allowed) > 1 and allowed.count(cores) == len(allowed) - 1, allowed
+assert os.sched_getaffinity(0) == {min(cores)}
+""",
+        OMP_PROC_BIND="true",
+    )
+
+
 def test_bits_do_not_depend_on_the_threads() -> None:
     """A task is whole sums, and tasks are cut by sizes: for 1, 2, 3 and more threads than cores."""
     run("""
@@ -547,7 +563,7 @@ def fails():
     {fails}
 for _ in range(2):
     error = refused(fails)
-    assert re.search(r"[0-9] (bytes|[KMG]iB)|threads", str(error)), repr(error)
+    assert re.search(r"[0-9] (bytes|MB|[KMG]iB)|threads", str(error)), repr(error)
 {works}
 limit_memory(None)
 assert model.loss(idx, idx) == expected
