@@ -626,6 +626,10 @@ def test_a_resumed_run_keeps_its_settings() -> None:
         ValueError, match="runs/a: the run was trained with n_layer=2, so it cannot go on"
     ):
         resumed(stored, {"n_layer": 3}, "runs/a")
+    older = {name: value for name, value in stored.items() if name != "batch_order"}
+    assert stored["batch_order"] == 2 and resumed(older, {}, "runs/a").batch_order == 1
+    with pytest.raises(ValueError, match="trained with batch_order=1, so it cannot go on with 2"):
+        resumed(older, {"batch_order": 2}, "runs/a")
     for strange in ({}, {**stored, "dropout": 0.1}, [], None):
         with pytest.raises(ValueError, match="runs/a: its settings are another gpt2c"):
             resumed(strange, {}, "runs/a")
