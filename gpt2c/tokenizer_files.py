@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2c import files
+from gpt2c import files, hub
 
 END_OF_TEXT = "<|endoftext|>"
 # What ends a text where a vocabulary has no <|endoftext|> and no file names an eos_token.
@@ -147,6 +147,7 @@ def _read(path: Path) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} does not exist; a tokenizer is a {VOCAB} and a {MERGES}, or a {TOKENIZER}"
+            f"{hub.hidden(path.parent)}"
         ) from None
     return files.decode(content, str(path))
 

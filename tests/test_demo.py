@@ -36,6 +36,7 @@ def rows(output: str) -> dict[str, list[float]]:
 # ---- the demo ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), *TINY]) == 0
@@ -69,7 +70,7 @@ def test_a_text_of_the_users(tmp_path: Path, capsys: Capture) -> None:
     assert main(arguments) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"text        {text}\n")
-    assert "1 of 0.01 MB; " in output
+    assert "1 of 11.0 kB; " in output
     assert "the tail, is held out for validation" in output
     assert len(rows(output)) == 3
     assert main(arguments) == 2

@@ -366,6 +366,7 @@ def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[s
 
 
 @needs_client
+@pytest.mark.slow
 def test_gpt2s_vocabulary_from_the_hub(client: Client, tmp_path: Path) -> None:
     """Where tiktoken's cache is empty and its server not to be reached."""
     try:
@@ -394,6 +395,28 @@ def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(hub.find, "gpt2", "v1") == (
         "revision 'v1' is for a name on the hub; gpt2 is a path"
     )
+
+
+def test_a_directory_that_hides_a_name_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "gpt2").mkdir()
+    hint = "; the directory gpt2 here hides a model of that name on the hub"
+    for read, name in (
+        (GPT2.from_pretrained, "config.json"),
+        (Generator.from_pretrained, "config.json"),
+        (Tokenizer.from_pretrained, "vocab.json"),
+        (Tokenizer.from_spec, "vocab.json"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            read("gpt2")
+        assert str(error.value).startswith(f"gpt2/{name} does not exist")
+        assert str(error.value).endswith(hint)
+        with pytest.raises((OSError, ValueError)) as error:
+            read(str(tmp_path / "gpt2"))
+        assert "hides a model" not in str(error.value), "it was a path"
 
 
 @pytest.mark.parametrize(

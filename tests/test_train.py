@@ -285,6 +285,7 @@ def test_a_peak_that_a_step_passes_is_measured_again(
     assert shares[0] is None and all(share < 1 for share in shares[1:]) and len(shares) == 3
 
 
+@pytest.mark.slow
 def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
     """Nothing but the number of steps may differ, so that is read from what the process says."""
     settings = TINY | {"schedule": "constant", "max_iters": 10**6, "log_interval": 1}
@@ -375,6 +376,9 @@ def test_resume_refuses_other_tokens(
     shutil.copytree(data, copy)
     train(copy, tmp_path / "run", max_iters=3)
     change(copy / name)
+    with pytest.raises(ValueError, match=f"{name} is not the file that manifest.json"):
+        train(copy, tmp_path / "run", resume=True, max_iters=4)
+    (copy / "manifest.json").unlink()  # as a directory that prepare did not write
     with pytest.raises(ValueError, match="does not hold the training and validation tokens of"):
         train(copy, tmp_path / "run", resume=True, max_iters=4)
     train(data, tmp_path / "run", resume=True, max_iters=4)
@@ -587,7 +591,7 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = = 1", "recipe.toml is not TOML: "),
         (b"n_layer = 1\nn_layer = 2", "recipe.toml is not TOML: "),
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
-        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_size, "),
+        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_order, "),
         (b"[model]\nn_layer = 1", "recipe.toml: no setting 'model'"),
         (b"n_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (b"n_layer = true", "recipe.toml: n_layer must be int, got bool True"),
