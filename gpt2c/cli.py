@@ -11,7 +11,6 @@ import difflib
 import importlib.metadata
 import math
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from gpt2c import (
     cli_prepare,
     cli_tokens,
 )
+from gpt2c.command import command
 from gpt2c.demo import demo, demo_recipe
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.terminal import Door, open_door, well_formed
@@ -243,9 +243,8 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
-    command = ["gpt2c", "train", "--data", str(data), "--out", str(out), "--resume"]
     print(
         f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
-        f" {shlex.join(command)}"
+        f" {command('train', '--data', data, '--out', out, '--resume')}"
     )
     return INTERRUPTED

@@ -284,6 +284,8 @@ ARROWS: dict[str, set[str]] = {
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
+    "command": set(),
+    "figures": set(),
     "baselines": set(),
     "plot": {"files"},
     "progress": set(),
@@ -296,7 +298,7 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines", "config"})
     | {"metrics", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN | {"corpus", "generator", "terminal", "textfiles", "train"},
+    "demo": RUN | {"command", "corpus", "figures", "generator", "terminal", "textfiles", "train"},
     "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
     "cli_convert": {"convert", "llmc"},
@@ -304,14 +306,14 @@ ARROWS: dict[str, set[str]] = {
     "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
     "cli_prepare": {"data", "demo", "textfiles"},
     "cli_plot": {"metrics", "plot", "terminal"},
-    "scoring": {"data", "decoder", "files", "language_model", "memory", "tokenizer"},
+    "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
+    "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"cli_prepare", "cli_tokens", "demo", "terminal", "train"},
+    | {"cli_prepare", "cli_tokens", "command", "demo", "terminal", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }

@@ -139,7 +139,7 @@ def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path)
     assert np.array_equal(whole, read_tokens(world / "data" / "train.bin"))
     val = read_tokens(data / "val.bin")
     (data / "val.bin").unlink()
-    (data / "manifest.json").unlink()  # as a directory that prepare did not write
+    (data / "manifest.json").unlink()  # it would miss val.bin, and not know the shards
     write_tokens(data / "val_000001.bin", val[:100])
     write_tokens(data / "val_000002.bin", val[100:])
     assert gpt2c(f"train --data {data} --out {run} {TINY}")[0] == 0

@@ -335,13 +335,13 @@ def test_a_finished_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
 def test_a_run_from_before_there_was_an_order_keeps_its_own(data: Path, tmp_path: Path) -> None:
     """run.json of such a run lacks batch_order, which was 1."""
     whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
-    train(data, whole, schedule="constant", batch_order=1, max_iters=6)
-    train(data, parts, schedule="constant", batch_order=1, max_iters=3)
+    train(data, whole, schedule="constant", warmup_iters=0, batch_order=1, max_iters=6)
+    train(data, parts, schedule="constant", warmup_iters=0, batch_order=1, max_iters=3)
     record = json.loads((parts / "run.json").read_text(encoding="utf-8"))
     assert record["settings"].pop("batch_order") == 1
     (parts / "run.json").write_text(json.dumps(record), encoding="utf-8")
     train(data, parts, resume=True, max_iters=6)
-    train(data, new, schedule="constant", max_iters=6)
+    train(data, new, schedule="constant", warmup_iters=0, max_iters=6)
     weights = [(out / "model.safetensors").read_bytes() for out in (whole, parts, new)]
     assert weights[0] == weights[1] != weights[2]
 
