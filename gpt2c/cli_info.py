@@ -31,7 +31,7 @@ from gpt2c.backend import (
     get_backend,
     why_missing,
 )
-from gpt2c.machine import cpu_name, usable_cores
+from gpt2c.machine import compiler, cpu_name, usable_cores
 from gpt2c.memory import free_bytes
 from gpt2c.tokenizer import tiktoken_cache
 
@@ -131,9 +131,7 @@ def install_rows() -> list[Row]:
     package = Path(__file__).parent
     rows = [("gpt2c", f"{version('gpt2c')} in {package}"), ("installed", _installed())]
     for library in sorted(package.glob("_kernels_*")):
-        content = library.read_bytes()
-        compiler = re.search(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+", content)
-        built = compiler[0].decode() if compiler else "unknown compiler"
+        content, built = library.read_bytes(), compiler(library)
         digest = hashlib.sha256(content).hexdigest()[:12]
         rows.append(("file", f"{library.name}  {len(content):,} bytes  sha256 {digest}  {built}"))
     for library in sorted(package.parent.glob("gpt2c.libs/*")):

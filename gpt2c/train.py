@@ -182,7 +182,8 @@ def _prepare(
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    run = Run(out, settings, model, optimizer, tokenizer, fingerprint)
+    sizes = {"train": _token_size(tokens, tokenizer), "val": _token_size(val_tokens, tokenizer)}
+    run = Run(out, settings, model, optimizer, tokenizer, fingerprint, sizes)
     if record is None:
         claim_directory(out, overwrite)
         stack.enter_context(locked(out))
@@ -214,6 +215,15 @@ def _fingerprint(tokens: Tokens) -> list[int]:
             checksum = zlib.crc32(shard[start : start + _SUMMED].tobytes(), checksum)
         marks += [len(shard), checksum]
     return marks
+
+
+def _token_size(tokens: Tokens, tokenizer: Tokenizer) -> float:
+    """Give the mean number of bytes of a token."""
+    lengths, size = tokenizer.token_lengths, 0
+    for shard in tokens:
+        for start in range(0, len(shard), _SUMMED):
+            size += int(lengths[shard[start : start + _SUMMED]].sum())
+    return size / sum(map(len, tokens))
 
 
 def _loop(
