@@ -47,8 +47,8 @@ HELP = {
         "B sequences of T tokens, N rows in all, C channels, OC output channels, NH heads of HS"
         " channels, V tokens of the vocabulary, R rows of a matrix, n numbers; position, P: where"
         " in a cache of what length. ± is half the distance of the quartiles. The ceiling is the"
-        " least time that an op's operations or bytes can take on this machine: above 100 %% data came"
-        " from a cache.",
+        " least time that an op's operations or bytes can take on this machine: above 100 % data"
+        " came from a cache, or the machine was busy when the ceiling was measured.",
     ),
     "train": (
         "a whole training step of GPT-2 124M, clipping and AdamW included",
@@ -56,7 +56,7 @@ HELP = {
         " that the row's process had.",
     ),
     "generate": (
-        "GPT-2 124M reads 512 tokens (prefill), and writes 1 and 8 texts (decode)",
+        "GPT-2 124M reading 512 tokens (prefill), and writing 1 and 8 texts (decode)",
         "Rows: each backend with fp32, fp16 and int8 weights, and where they are installed"
         " transformers, onnxruntime, ctranslate2 and llama.cpp (llama-cpp-python); --quick takes"
         " the fastest backend and transformers, and transformers-compile is measured where"
@@ -67,22 +67,24 @@ HELP = {
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Say what `gpt2c bench` takes: a kind of work, and flags before it or after."""
-    _add_flags(verb, "", None)
+    _add_flags(verb, "")
     kinds = verb.add_subparsers(dest="what", required=True, metavar="ops|train|generate")
     for what, (text, more) in HELP.items():
         kind = kinds.add_parser(what, help=text, description=f"Measure {text}.", epilog=more)
         kind.set_defaults(verb=kind)
-        _add_flags(kind, what, argparse.SUPPRESS)
+        _add_flags(kind, what)
 
 
-def _add_flags(parser: argparse.ArgumentParser, what: str, default: Any) -> None:
+def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the flags of a kind of work, of all for ""; what is another's is not in its help."""
 
     def add(flag: str, text: str, only: str = "", **more: Any) -> None:
         is_shown = not only or what in ("", only)
         prefix = f"{only}: " if only and not what else ""
         text = prefix + text if is_shown else argparse.SUPPRESS
-        parser.add_argument(flag, help=text, default=default, **more)
+        # a flag that does not follow the kind of work must not undo one that stands before it
+        given: dict[str, Any] = {"default": argparse.SUPPRESS} if what else {}
+        parser.add_argument(flag, help=text, **more, **given)
 
     rows = "rows to measure, commas between (default: all that run here)"
     rows += "; avx2:int8 names the weights" if what in ("", "generate") else ""
@@ -106,11 +108,9 @@ def run_bench(options: argparse.Namespace) -> int:
     """`gpt2c bench`."""
     threads, warning = check_threads(options.threads)
     if options.what == "generate":
-        names = choose_generate_rows(options.backends, bool(options.quick))
+        names = choose_generate_rows(options.backends, options.quick)
     else:
-        names = choose_rows(
-            options.backends, bool(options.torch_compile) and options.what == "train"
-        )
+        names = choose_rows(options.backends, options.torch_compile and options.what == "train")
     shapes = [_shape(text) for text in options.shape or ["4x64"]]
     if options.what != "train" and (options.shape or options.recompute or options.torch_compile):
         raise ValueError("--shape, --recompute and --torch-compile belong to bench train")
@@ -158,6 +158,7 @@ def run_bench(options: argparse.Namespace) -> int:
             )
     finally:
         watch.close()
+    ceilings = ceilings.best(measure_ceilings(threads))  # other programs may have come or gone
     if works[options.what] > 1:
         tables.append(summary_table(results, ceilings))
         print(as_text(*tables[-1]) + "\n")

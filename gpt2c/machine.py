@@ -48,6 +48,12 @@ class Ceilings:
         peak = self.peak.get(backend, max(self.peak.values()))
         return max(flops / peak, size / self.full_bandwidth)
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """Give the highest of what was measured here and at another time, with as many threads."""
+        peak = {name: max(peak, other.peak[name]) for name, peak in self.peak.items()}
+        bandwidth = {n: max(size, other.bandwidth[n]) for n, size in self.bandwidth.items()}
+        return Ceilings(self.threads, peak, bandwidth)
+
     @property
     def full_bandwidth(self) -> float:
         """Bytes/s with as many threads as there are, or cores."""
@@ -68,6 +74,7 @@ def fastest() -> str:
 
 def measure_ceilings(threads: int) -> Ceilings:
     """Measure the peak of every backend's multiply-adds, and memory with 1, 2, 4 ... threads."""
+    fma_peak.cache_clear()  # the machine may have been busy when they were measured last
     peak = {name: fma_peak(name, threads) for name in backends() if name != "numpy"}
     data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
     data.fill(0.0)
