@@ -141,25 +141,34 @@ def run_bench(options: argparse.Namespace) -> int:
     watch = _Shown(works[options.what])
     tables: list[tuple[str, list[list[str]]]] = []
 
-    def show(results: list[Result]) -> None:
-        tables.append(TABLES[options.what](results, ceilings))
+    results: list[Result] = []
+    interrupted = False
+
+    def show(found: list[Result]) -> None:
+        results.extend(found)
+        tables.append(TABLES[options.what](found, ceilings))
         watch.print(as_text(*tables[-1]) + "\n")
 
     try:
         if options.what == "ops":
-            results, verdict = bench_ops(names, ceilings, options.quick, show, watch)
+            _, verdict = bench_ops(names, ceilings, options.quick, show, watch)
         elif options.what == "generate":
             config = GPT2Config()
-            results, verdict = bench_generate(names, ceilings, config, options.quick, show, watch)
+            _, verdict = bench_generate(names, ceilings, config, options.quick, show, watch)
         else:
-            results, verdict = bench_train(
+            _, verdict = bench_train(
                 *(names, ceilings, GPT2Config(), shapes, options.recompute, options.quick),
                 *(show, watch),
             )
+    except KeyboardInterrupt:  # what was measured by now was minutes of work
+        if not results:
+            raise
+        interrupted = True
+        verdict = f"STOPPED by Ctrl-C after {len(tables)} of {watch.total} pieces of work"
     finally:
         watch.close()
     ceilings = ceilings.best(measure_ceilings(threads))  # other programs may have come or gone
-    if works[options.what] > 1:
+    if len(tables) > 1:
         tables.append(summary_table(results, ceilings))
         print(as_text(*tables[-1]) + "\n")
     if old is not None:
@@ -174,6 +183,8 @@ def run_bench(options: argparse.Namespace) -> int:
             file.write("\n".join([*parts, *(as_markdown(*table) for table in tables), "", ""]))
     if options.plot:
         draw(options.plot, results, ceilings, verdict)
+    if interrupted:
+        raise KeyboardInterrupt
     failed = any(r.note.startswith(("WRONG", "FAILED")) for r in results)
     return 1 if failed or not any(r.seconds for r in results) else 0
 
@@ -182,7 +193,7 @@ class _Shown(Watch):
     """Shows how far a benchmark is: a bar where a person watches, lines elsewhere."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._number = total, 0
+        self.total, self._number = total, 0
         layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
         self._bar = (
             tqdm(total=total, bar_format=layout, file=sys.stderr, dynamic_ncols=True, leave=False)
@@ -195,7 +206,7 @@ class _Shown(Watch):
         """See `Watch.work`."""
         self._number, self._group = self._number + 1, group
         if self._bar is None:
-            print(f"measuring {self._number} of {self._total}: {group}", file=sys.stderr)
+            print(f"measuring {self._number} of {self.total}: {group}", file=sys.stderr)
         else:
             self._bar.update(self._number - 1 - self._bar.n)
             self._bar.set_description_str(group)

@@ -21,6 +21,7 @@ from gpt2c.gguf_export import write_gguf
 from gpt2c.tokenizer import Tokenizer
 
 Parameters = Mapping[str, NDArray[Any]]
+BATCH = 512  # tokens that llama.cpp reads at once, at least
 ROOM = 128  # the length of a cache is a multiple of this
 GGUF = {"fp32": "f32", "fp16": "f16", "int8": "q8_0"}  # llama.cpp's names of the kinds of weights
 
@@ -446,7 +447,7 @@ class LlamaCpp(Peer):
         B, T = self.texts.shape
         given = c.llama_context_default_params()
         given.n_ctx, given.n_seq_max = B * self.room, B
-        given.n_batch = given.n_ubatch = B * T
+        given.n_batch = given.n_ubatch = max(B * T, BATCH)
         given.n_threads = given.n_threads_batch = self.threads
         given.flash_attn_type = 1  # faster with all kinds of weights, most with many texts
         given.no_perf = True

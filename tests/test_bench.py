@@ -626,3 +626,18 @@ def test_the_picture_says_where_and_when(tmp_path: Path, monkeypatch: pytest.Mon
     day = datetime.now().date().isoformat()
     assert titles[0] == f"{cpu_name()}, 1 thread, {day}, NOISY MACHINE"
     assert titles[1].endswith(f"\n{cpu_name()}, 1 thread, {day}")
+
+
+def test_an_interrupted_run_writes_what_it_has(
+    gelu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(names: Any, ceilings: Any, quick: Any, show: Any, watch: Any) -> Any:
+        show(op_results())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_bench, "bench_ops", interrupted)
+    path = tmp_path / "a.json"
+    assert main(["bench", "ops", "--backends", "base", "--json", str(path)]) == 130
+    assert "STOPPED by Ctrl-C after 1 of 2" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert content["noise"].startswith("STOPPED") and len(content["results"]) == 3
