@@ -43,7 +43,10 @@ KINDS = {"fp32": (1.0, ""), "fp16": (0.65, "//"), "int8": (0.4, "..")}
 UNKNOWN = "#1c1c1c"
 
 # The lines of runs, in the order in which they are named.
-RUN_COLORS = ("#1f5a9e", "#c8451b", "#3f8f4f", "#7d3c98", "#e8a838", "#16a3a3", "#8c564b")
+RUN_COLORS = (
+    *("#1f5a9e", "#c8451b", "#3f8f4f", "#7d3c98", "#e8a838", "#16a3a3", "#8c564b"),
+    *("#d16ba5", "#6b6b6b", "#8fb339", "#38b6ff", "#2b2b2b"),
+)
 POINTS = 2000  # of a curve that are drawn: the picture has fewer columns
 LONGEST = 48  # characters of a run's name in a legend
 
@@ -144,16 +147,16 @@ def plot_runs(
         grid["tokens_per_second"].set_ylim(bottom=0)
         grid["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
         losses = [
-            (*_metric(metrics, "loss"), *_metric(metrics, "val_loss")) for metrics in runs.values()
+            [_metric(found, name) for name in ("loss", "val_loss")] for found in runs.values()
         ]
-        twins, handles = _twins(losses), []
+        twins, handles = _twins([loss for loss, _ in losses]), []
         for i, label in enumerate(labels):
             style = {"color": RUN_COLORS[i % len(RUN_COLORS)], "ls": _dashes(twins, i)}
             handles += grid["loss"].plot([], [], lw=1.6, label=label, **style)
         if any(_metric(metrics, "val_loss")[0] for metrics in runs.values()):
             handles += grid["loss"].plot([], [], "o-", color="#777777", ms=4, label="validation")
-        for i, first in enumerate(twins):
-            if first != i:
+        for i, first in enumerate(map(losses.index, losses)):
+            if first != i and any(losses[i][0]):
                 text = f"{labels[i]} is identical to {labels[first]}"
                 handles += grid["loss"].plot([], [], " ", label=text)
         title = labels[0] if len(labels) == 1 else f"{len(labels)} runs"
@@ -176,9 +179,18 @@ def shorten(names: Sequence[str]) -> list[str]:
     return cut if len(set(cut)) == len(set(short)) else short
 
 
-def _twins(curves: Sequence[Any]) -> list[int]:
-    """Give for each curve the number of the first one that it is equal to, often its own."""
-    return [curves.index(curve) if any(curve) else i for i, curve in enumerate(curves)]
+def _twins(curves: Sequence[Metric]) -> list[int]:
+    """Give for each curve the number of the first one that it lies on, often its own."""
+    return [
+        next((j for j in range(i) if _lies_on(curve, curves[j])), i)
+        for i, curve in enumerate(curves)
+    ]
+
+
+def _lies_on(one: Metric, other: Metric) -> bool:
+    """Whether two curves are the same as far as the shorter one goes."""
+    count = min(len(one[0]), len(other[0]))
+    return count > 0 and [a[:count] for a in one] == [b[:count] for b in other]
 
 
 def _dashes(twins: Sequence[int], i: int) -> Any:

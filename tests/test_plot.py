@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import picture, plot
+from gpt2c import Tokenizer, picture, plot
 from gpt2c.backend import NAMES
 from gpt2c.bench import TORCH
 from gpt2c.bench_generate import ENGINES
 from gpt2c.cli import main
 from gpt2c.plot import plot_loss, plot_runs, shorten, smoothed
+from gpt2c.tokenfile import read_shards
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -242,6 +243,17 @@ def test_identical_runs_are_both_seen(tmp_path: Path, figures: list[Any]) -> Non
         assert list(first.get_ydata()) == list(third.get_ydata())
 
 
+@pytest.mark.parametrize("steps", [(20, 40), (40, 20)])
+def test_a_longer_run_does_not_hide_a_shorter_one(
+    tmp_path: Path, figures: list[Any], steps: tuple[int, int]
+) -> None:
+    plot_runs({name: entries(n) for name, n in zip("ab", steps, strict=True)}, tmp_path / "p.png")
+    rates = figures[0].axes[1].get_lines()
+    assert [line.get_linestyle() for line in rates] == ["-", "--"]
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "validation"]
+
+
 def test_runs_without_a_number_are_not_identical(tmp_path: Path, figures: list[Any]) -> None:
     nothing = [{"step": 1, "loss": None}]
     plot_runs({"a": nothing, "b": nothing}, tmp_path / "plot.png")
@@ -307,8 +319,6 @@ def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path, figures: l
 
 def tokenized(path: Path, text: str, bytes_per_token: Any) -> Path:
     """Give a run the tokenizer of a text, and a run.json."""
-    from gpt2c import Tokenizer
-
     Tokenizer.train([text], 270).save_pretrained(path)
     (path / "run.json").write_text(json.dumps({"bytes_per_token": bytes_per_token}))
     return path
@@ -329,6 +339,33 @@ def test_losses_of_different_tokenizers_are_in_bits_per_byte(
     figures.clear()
     assert main(["plot", str(a), str(a.parent / "a")]) == 0  # one tokenizer: as ever
     assert "nats per token (" in figures[0].axes[0].get_ylabel()
+
+
+def test_training_writes_how_long_its_tokens_are(tmp_path: Path, figures: list[Any]) -> None:
+    from gpt2c.data import prepare
+    from gpt2c.train import train
+
+    text = "the cat sat on the mat. " * 40
+    small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 1}
+    losses, sizes = [], []
+    for name in ("bytes", "bpe:262"):
+        data, out = tmp_path / name / "data", tmp_path / name / "run"
+        prepared = prepare([text[:-99], text[-99:]], data, name, val_fraction=0.1)
+        losses.append(train(data, out, {**small, "max_iters": 2}).val_loss)
+        sizes.append(json.loads((out / "run.json").read_text())["bytes_per_token"])
+        tokens = read_shards(data, "val")[0]
+        decoded = Tokenizer.from_pretrained(data).decode(tokens).encode()
+        size = len(decoded.replace(b"<|endoftext|>", b""))
+        assert sizes[-1]["val"] == pytest.approx(size / len(tokens))
+        assert prepared.vocab_size in (257, 262)
+    assert 0.9 < sizes[0]["train"] < 1 < sizes[1]["train"]
+    figures.clear()
+    assert main(["plot", *(str(tmp_path / name / "run") for name in ("bytes", "bpe:262"))]) == 0
+    loss = figures[0].axes[0]
+    assert loss.get_ylabel() == "loss, bits per byte (lower is better)"
+    drawn = [line for line in loss.get_lines() if line.get_mec() == "white"]
+    for line, value, size in zip(drawn, losses, sizes, strict=True):
+        assert line.get_ydata()[-1] == pytest.approx(value / math.log(2) / size["val"])
 
 
 @pytest.mark.parametrize("sizes", [None, {"train": 2.0}, {"train": 0, "val": 1}, "x"])
