@@ -206,6 +206,15 @@ def _describe(run: Run, batches: Batches) -> str:
     return text
 
 
+def _token_size(tokens: Tokens, tokenizer: Tokenizer) -> float:
+    """Give the mean number of bytes of a token."""
+    lengths, size = tokenizer.token_lengths, 0
+    for shard in tokens:
+        for start in range(0, len(shard), _SUMMED):
+            size += int(lengths[shard[start : start + _SUMMED]].sum())
+    return size / sum(map(len, tokens))
+
+
 def _fingerprint(tokens: Tokens) -> list[int]:
     """Tell token files from others: each one's length and a checksum of all of it."""
     marks = []
@@ -215,15 +224,6 @@ def _fingerprint(tokens: Tokens) -> list[int]:
             checksum = zlib.crc32(shard[start : start + _SUMMED].tobytes(), checksum)
         marks += [len(shard), checksum]
     return marks
-
-
-def _token_size(tokens: Tokens, tokenizer: Tokenizer) -> float:
-    """Give the mean number of bytes of a token."""
-    lengths, size = tokenizer.token_lengths, 0
-    for shard in tokens:
-        for start in range(0, len(shard), _SUMMED):
-            size += int(lengths[shard[start : start + _SUMMED]].sum())
-    return size / sum(map(len, tokens))
 
 
 def _loop(
