@@ -59,8 +59,7 @@ def run_plot(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     lacking = plot_runs({str(path): entries for path, entries in runs.items()}, out, unit)
-    if lacking:
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in lacking)
+    if shown := "".join(c for c in lacking if c.isprintable()):  # a control character has no font
         print(
             f"gpt2c: no font here has {shown}: the picture shows their codes; install a font"
             " such as Noto Sans CJK",
