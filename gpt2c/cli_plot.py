@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2c.figures import figures
 from gpt2c.files import read_json
 from gpt2c.metrics import FILE, read_metrics
 from gpt2c.plot import RUNS_FILE, plot_runs, shorten
@@ -101,7 +102,7 @@ def _in_bits(entries: Entries, sizes: dict[str, float]) -> Entries:
     found = []
     for entry in entries:
         losses = {
-            name: entry[name] / math.log(2) / size
+            name: figures(entry[name], 1).bits_per_token / size
             for name, size in splits.items()
             if entry.get(name) is not None
         }
