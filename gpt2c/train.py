@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import trainer_state
-from gpt2c.backend import fma_peak
+from gpt2c.backend import fma_peak, get_backend
 from gpt2c.data import Batches, windows
 from gpt2c.files import claim_directory
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import read_metrics
 from gpt2c.model import GPT2
+from gpt2c.needs import check_training
 from gpt2c.optimizer import AdamW, NonFiniteGradient
 from gpt2c.plot import LOSS_FILE, plot_loss
 from gpt2c.progress import Progress
@@ -177,9 +178,10 @@ def _prepare(
         found = trainer_state.newest(out / CHECKPOINTS, report)
     if found is not None:
         check_config(found.path, found.config, config)
+    backend = get_backend(settings.backend, settings.threads or None)
+    check_training(config, settings, getattr(backend, "threads", 1), resumed=resume)
     seed = settings.seed if found is None else None
-    recompute = None if settings.recompute == "none" else settings.recompute
-    model = GPT2(config, seed, settings.backend, recompute)
+    model = GPT2(config, seed, backend, settings.recomputation)
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),
