@@ -21,7 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import files
-from gpt2c.tokenfile import MAX_VOCABULARY, Tokens, remove_shards, write_shards, write_tokens
+from gpt2c.tokenfile import (
+    MAX_VOCABULARY,
+    StoredTokens,
+    Tokens,
+    remove_shards,
+    write_shards,
+    write_tokens,
+)
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
 
 
@@ -232,9 +239,9 @@ class Batches:
     """
 
     def __init__(
-        self, shards: Sequence[Tokens], batch_size: int, block_size: int, seed: int
+        self, shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int, seed: int
     ) -> None:
-        self.shards = [np.asarray(shard) for shard in shards]
+        self.shards = list(shards)
         lengths = np.array([len(shard) for shard in shards], np.int64)
         # As many windows as fit after any offset; tokens for hardly one batch have fewer offsets.
         counts = np.maximum(lengths // block_size - 1, 0)
@@ -282,7 +289,7 @@ class Batches:
 
 
 def windows(
-    shards: Sequence[Tokens], batch_size: int, block_size: int, overlap: int = 0
+    shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int, overlap: int = 0
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Cut shards into batches for evaluation: all but a shard's first token are targets, in order.
 
@@ -314,7 +321,7 @@ def windows(
         for start in range(0, max(1, len(tokens) - 1 - overlap), block_size - overlap)
     )
 
-    def batch(rows: list[tuple[Tokens, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def batch(rows: list[tuple[Tokens | StoredTokens, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         x = np.zeros((batch_size, block_size), np.int32)
         y = np.full((batch_size, block_size), -1, np.int32)
         for row, (tokens, start) in enumerate(rows):
