@@ -321,7 +321,9 @@ def windows(
         for start in range(0, max(1, len(tokens) - 1 - overlap), block_size - overlap)
     )
 
-    def batch(rows: list[tuple[Tokens | StoredTokens, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def batch(
+        rows: list[tuple[Tokens | StoredTokens, int]],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         x = np.zeros((batch_size, block_size), np.int32)
         y = np.full((batch_size, block_size), -1, np.int32)
         for row, (tokens, start) in enumerate(rows):

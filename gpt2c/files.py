@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
 LONGEST_VALUE = 120  # characters of a stranger's value in an error
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `_temporary` makes
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `temporary_path` makes
 # What file systems answer (FUSE, NFS, CIFS, 9p, overlays) that do not have what was asked for. A
 # disk that fails or is full says something else.
 REFUSALS = frozenset(
@@ -60,7 +60,7 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
     ------
     OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
-    temporaries = [_temporary(path) for path in paths]
+    temporaries = [temporary_path(path) for path in paths]
     meant = dict(zip(temporaries, paths, strict=True))
     with naming(paths[0], meant):
         try:
@@ -94,7 +94,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     ------
     OSError : a file cannot be written (no such directory, no permission, a full disk)
     """
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     with naming(path, {temporary: path}):
         _delete(temporary)  # of a dead process that had this one's id
         temporary.mkdir()
@@ -135,7 +135,8 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
+    """Give the name beside a path that what is written for it has until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 

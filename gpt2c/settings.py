@@ -41,8 +41,14 @@ LEAST = dict.fromkeys(
     ),
     1,
 ) | dict.fromkeys(
-    ("warmup_iters", "eval_interval", "eval_iters", "save_interval", "seed", "grad_clip"), 0
+    (
+        *("warmup_iters", "eval_interval", "eval_iters", "save_interval", "save_minutes"),
+        *("seed", "grad_clip"),
+    ),
+    0,
 )
+# What a run of before a setting was there had in its place, where that is not the default.
+OLDER: dict[str, Any] = {}
 GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than anyone waits
 LARGEST_RECIPE = 1 << 20  # bytes
 
@@ -83,7 +89,8 @@ class TrainSettings:
     eval_interval: int = setting(100, "steps between two evaluations; 0 only at the end")
     eval_iters: int = setting(0, "batches of an evaluation; 0 all of the validation tokens")
     log_interval: int = setting(10, "steps between two lines where no one watches a terminal")
-    save_interval: int = setting(0, "steps between two checkpoints; 0 only at the end")
+    save_interval: int = setting(0, "steps between two checkpoints; 0 for save_minutes alone")
+    save_minutes: float = setting(10.0, "minutes between two; 0 for save_interval alone")
     keep: int = setting(1, "so many of the newest checkpoints stay")
     skip_nonfinite: bool = setting(False, "leave out a step with nan in it instead of stopping")
     tensorboard: bool = setting(False, "write TensorBoard's event files too")
@@ -206,13 +213,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
     """Give the settings of a run that goes on: what it had, changed by what is given now.
 
+    A setting that the run lacks, as it began before there was one, has the value of that time.
+
     Raises
     ------
     ValueError : the run's settings are damaged, or `given` changes what a run cannot change;
         `source` names the run
     """
-    if not isinstance(stored, Mapping) or stored.keys() ^ DEFAULTS.keys():
-        raise ValueError(f"{source}: its settings are another gpt2c's: start a new run")
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{source}: its settings must be an object, got {shown(stored)}")
+    unknown = sorted(stored.keys() - DEFAULTS.keys())
+    if unknown:
+        raise ValueError(
+            f"{source}: its settings are another gpt2c's, for this one has no"
+            f" {shown(unknown[0])}: go on with that one, or start a new run"
+        )
+    lacking = [name for name in FIXED_BY_RUN if name not in stored]
+    if lacking:
+        raise ValueError(f"{source}: its settings lack {lacking[0]}: start a new run")
+    stored = DEFAULTS | OLDER | dict(stored)
     try:
         TrainSettings(**stored)
     except ValueError as error:

@@ -285,6 +285,7 @@ ARROWS: dict[str, set[str]] = {
     "baselines": set(),
     "plot": {"files"},
     "progress": set(),
+    "load": set(),
     "metrics": {"files"},
     "tensorboard": {"files"},
     "trainer_state": {"checkpoint", "files", "tensorfile"},
@@ -292,7 +293,7 @@ ARROWS: dict[str, set[str]] = {
     | {"plot", "tensorboard", "tokenizer", "tokenizer_files", "trainer_state"},
     "settings": {"config", "files", "optimizer"},
     "train": (RUN - {"baselines", "config"})
-    | {"metrics", "optimizer", "plot", "progress"}
+    | {"load", "metrics", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN | {"corpus", "generator", "train"},
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},

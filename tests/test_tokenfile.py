@@ -34,7 +34,6 @@ def test_read_tokens_gives_what_was_written_and_cannot_change_it(tmp_path):
     path = tmp_path / "a.bin"
     write_tokens(path, np.arange(1000))
     tokens = read_tokens(path, vocab_size=1000)
-    assert isinstance(tokens, np.memmap)
     assert tokens.dtype == np.uint16
     np.testing.assert_array_equal(tokens, np.arange(1000))
     with pytest.raises(ValueError, match="read-only"):
@@ -124,8 +123,8 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
     write_tokens(tmp_path / "fineweb_val_000000.bin", [7, 8])
     for name in (".train_hidden.bin", "train.txt", "other.bin"):
         (tmp_path / name).write_bytes(b"no token file")
-    assert [shard.tolist() for shard in read_shards(tmp_path, "train")] == [[1], [2], [10]]
-    assert [shard.tolist() for shard in read_shards(tmp_path, "val")] == [[7, 8]]
+    assert [shard[:].tolist() for shard in read_shards(tmp_path, "train")] == [[1], [2], [10]]
+    assert [shard[:].tolist() for shard in read_shards(tmp_path, "val")] == [[7, 8]]
     (tmp_path / "train_3.bin").symlink_to("/mnt/disk-that-is-not-there/train_3.bin")
     with pytest.raises(FileNotFoundError, match=r"train_3\.bin does not exist"):
         read_shards(tmp_path, "train")  # rather than fewer tokens

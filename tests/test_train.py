@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from kills import TINY
 
+from gpt2c import settings as settings_module
 from gpt2c import train as train_module
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
@@ -91,6 +92,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]
     original = Progress.step
 
     def arrange(wanted: int, action: Callable[[], Any]) -> None:
+        if action is power_cut:  # which saves nothing
+            monkeypatch.setattr(train_module, "_rescue", lambda *run: None)
+
         def step(self: Progress, step: int, figures: str) -> None:
             original(self, step, figures)
             if step == wanted:
@@ -626,6 +630,20 @@ def test_a_resumed_run_keeps_its_settings() -> None:
         ValueError, match="runs/a: the run was trained with n_layer=2, so it cannot go on"
     ):
         resumed(stored, {"n_layer": 3}, "runs/a")
-    for strange in ({}, {**stored, "dropout": 0.1}, [], None):
-        with pytest.raises(ValueError, match="runs/a: its settings are another gpt2c"):
+    for strange, wanted in (
+        ({}, "lack n_layer: start a new run"),
+        ({**stored, "dropout": 0.1}, "are another gpt2c's, for this one has no 'dropout': go on"),
+        ([], r"must be an object, got \[\]"),
+        (None, "must be an object, got None"),
+    ):
+        with pytest.raises(ValueError, match=f"runs/a: its settings {wanted}"):
             resumed(strange, {}, "runs/a")
+
+
+def test_a_setting_that_a_run_lacks_is_that_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = dataclasses.asdict(TrainSettings(n_layer=2, keep=3))
+    del stored["save_minutes"], stored["gamma"]
+    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3)
+    monkeypatch.setattr(settings_module, "OLDER", {"gamma": 0.25})
+    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3, gamma=0.25)
+    assert resumed(stored, {"gamma": 0.5}, "runs/a").gamma == 0.5
