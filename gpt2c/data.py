@@ -25,6 +25,7 @@ from gpt2c.tokenfile import (
     MAX_VOCABULARY,
     StoredTokens,
     Tokens,
+    alone,
     remove_shards,
     write_shards,
     write_tokens,
@@ -166,11 +167,24 @@ def prepare(
     ------
     ValueError : nothing to hold out, a bad spec, a vocabulary of more than 65536 tokens, or a
         negative `shard_tokens`
-    OSError : `out` is not empty, or cannot be written
+    OSError : `out` is not empty, or cannot be written; another process trains on what it holds
     """
     if shard_tokens < 0:
         raise ValueError(f"shard_tokens must be at least 1, or 0 for one file, got {shard_tokens}")
     files.check_directory(out, overwrite)
+    with alone(out):
+        return _prepare(*(documents, out, tokenizer, val_fraction, seed, overwrite, shard_tokens))
+
+
+def _prepare(
+    documents: list[str],
+    out: Path,
+    tokenizer: Tokenizer | str,
+    val_fraction: float,
+    seed: int,
+    overwrite: bool,
+    shard_tokens: int,
+) -> Prepared:
     train, val = split_validation(documents, val_fraction, seed)
     if isinstance(tokenizer, str):
         tokenizer = _tokenizer_from_spec(tokenizer, train)

@@ -21,6 +21,7 @@ from gpt2c.data import Prepared, prepare, read_text, split_documents
 from gpt2c.files import claim_directory
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
+from gpt2c.run import locked
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
@@ -52,6 +53,9 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
         raise ValueError(f"{text} holds nothing but blanks")
     claim_directory(out, overwrite)
     data, run = out / "data", out / "run"
+    if run.is_dir():  # before its data are replaced: nothing trains into it
+        with locked(run):
+            pass
 
     show("text", "this Python's own documentation" if text is None else str(text))
     prepared = prepare(documents, data, "bpe:4096", overwrite=overwrite)

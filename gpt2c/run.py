@@ -49,7 +49,7 @@ from gpt2c.trainer_state import Checkpoint, TrainerState
 
 VERSION = 1
 RUN_FILE = "run.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = tokenizer_files.CHECKPOINTS
 EVENTS = "tensorboard"
 # What a run leaves at the top of its directory beside run.json, its tokenizer's files among it: a
 # later run must not be taken for one with that tokenizer.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,6 +233,21 @@ def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
                 f"{path} says both train and val, so it could be of either: rename it to say one"
             )
     return paths
+
+
+def alone(out: Path) -> AbstractContextManager[None]:
+    """Have a directory of token files to oneself, if it exists, so that nothing trains on them.
+
+    Raises
+    ------
+    BlockingIOError : something does
+    """
+    if not out.is_dir():
+        return nullcontext()
+    return files.locked(
+        out,
+        f"another process trains on {out}, or prepares it: wait for it, or name another directory",
+    )
 
 
 def remove_shards(directory: str | os.PathLike[str]) -> None:

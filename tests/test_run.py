@@ -559,8 +559,8 @@ def test_an_older_checkpoint_goes_when_the_newer_one_is_known_to_be_good(
 
     monkeypatch.setattr(trainer_state, "save", saved)
     train(data, tmp_path / "run", save_interval=5, max_iters=10)
-    assert found[-5] == found[6] == found[10] == ["00000005"]
-    assert found[-10] == ["00000005", "00000010"]  # not before the last evaluation was heard
+    assert found[-5] == found[6] == ["00000005"]
+    assert found[-10] == found[10] == ["00000005", "00000010"]  # the last evaluation is not heard
     assert checkpoints(tmp_path / "run") == ["00000010"]
 
 
