@@ -282,6 +282,8 @@ class Run:
             temporary.write_text(text, encoding="utf-8")
         (self.out / CHECKPOINTS).mkdir(exist_ok=True)
         remove_leftovers(self.out / CHECKPOINTS)
+        if self.saved:
+            remove_leftovers(self.saved)
         self.tokenizer.save_pretrained(self.out)
         if self.saved and not self.entry:
             self._publish(self.saved)

@@ -654,8 +654,11 @@ def test_a_save_is_on_the_disk_before_the_last_one_goes(
     assert len(files) == 5
     assert all(place["fsync", f"{new}/{file}"] < place["fsync", new] for file in files)
     assert place["fsync", new] < renamed < place["fsync", "/checkpoints"]
-    assert place["fsync", "/metrics.jsonl"] < renamed
+    assert done.index(("fsync", "/metrics.jsonl")) < renamed  # of the steps before
+    amended = place["replace", "/checkpoints/00000006/state.json"]
+    assert renamed < place["fsync", "/metrics.jsonl"] < amended  # of the evaluated step
     published = place["replace", "/model.safetensors"]
+    assert amended < published
     assert place["fsync", "/checkpoints"] < place["fsync", "/new model.safetensors"] < published
     old = [at for at, (_, path) in enumerate(done) if "00000005" in path]
     assert old and min(old) > published, "the last checkpoint goes after all else"
