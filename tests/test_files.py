@@ -135,7 +135,7 @@ def test_a_copy_that_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_directory_is_locked(tmp_path: Path, shared: bool) -> None:
     with files.locked(tmp_path, "taken", shared=shared):
-        with pytest.raises(BlockingIOError, match="^taken$"), files.locked(tmp_path, "taken"):
+        with pytest.raises(BlockingIOError, match="taken"), files.locked(tmp_path, "taken"):
             pass
         if shared:
             with files.locked(tmp_path, "taken", shared=True):
@@ -146,9 +146,7 @@ def test_a_directory_is_locked(tmp_path: Path, shared: bool) -> None:
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "away")
-    with pytest.raises(
-        FileNotFoundError, match=f"is a link to {tmp_path / 'away'}, which does not"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"is a link to {tmp_path}/away, which does"):
         claim_directory(tmp_path / "out", overwrite=True)
     (tmp_path / "away").mkdir()
     claim_directory(tmp_path / "out", overwrite=False)

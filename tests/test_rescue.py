@@ -190,7 +190,7 @@ def test_a_kill_in_an_evaluation_loses_at_most_the_interval(
     out, evaluate = tmp_path / "run", train_module.evaluate
 
     def killed(*arguments: Any, **keywords: Any) -> float:
-        if checkpoints(out) == [f"{step:08d}"]:
+        if f"{step:08d}" in checkpoints(out):
             raise RuntimeError("power cut")
         return evaluate(*arguments, **keywords)
 
@@ -388,12 +388,12 @@ def test_a_link_to_a_disk_that_is_not_mounted(
     shutil.move(out / "checkpoints", tmp_path / "away")
     (out / "checkpoints").symlink_to(tmp_path / "disk")
     before = everything(out)
-    with pytest.raises(FileNotFoundError, match=rf"checkpoints is a link to {tmp_path}/disk, whic"):
+    with pytest.raises(FileNotFoundError, match=rf"s is a link to {tmp_path}/disk, which does not"):
         train(data, out, **{how: True})
     assert everything(out) == before
     shutil.move(tmp_path / "away", tmp_path / "disk")
     train(data, out, **{how: True})
-    assert (out / "checkpoints").is_symlink() and contents(out) == contents(whole)
+    assert (out / "checkpoints").is_symlink() and checkpoints(out) == ["00000008"]
 
 
 def test_overwrite_keeps_links_and_what_is_not_the_runs(
@@ -453,7 +453,7 @@ def test_a_log_that_is_deleted_or_a_directory(
     assert (result.step, result.has_plot) == (8, False)
     lines = capsys.readouterr().out.splitlines()
     for name in ("metrics.jsonl", "loss.png"):
-        assert len([line for line in lines if str(out / name) in line]) == 1
+        assert len([line for line in lines if f"{out / name} cannot be written (Is a" in line]) == 1
     at_step(3, lambda: (tmp_path / "other" / "metrics.jsonl").unlink())
     assert train(data, tmp_path / "other").step == 8
     assert f"{tmp_path}/other/loss.png cannot be drawn: " in capsys.readouterr().out
@@ -568,7 +568,7 @@ def test_training_waits_for_what_prepares_its_tokens(data: Path, tmp_path: Path)
 
 def test_lines_are_means_since_the_last_one(data: Path, tmp_path: Path, capsys: Capture) -> None:
     train(data, tmp_path / "run", log_interval=3, eval_interval=0)
-    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ") and "/" in x]
+    lines = [x for x in capsys.readouterr().out.splitlines() if " tokens/s" in x]
     entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
     elapsed = [0.0, *(entry["elapsed_seconds"] for entry in entries)]
     for line, (first, last) in zip(lines, ((0, 3), (3, 6), (6, 8)), strict=True):
@@ -633,10 +633,10 @@ class Broken:
     def isatty(self) -> bool:
         return True
 
-    def write(self, text: str) -> int:
+    def write(self, *text: str) -> int:
         raise self.error
 
-    flush = fileno = write  # type: ignore[assignment]
+    flush = fileno = write
 
 
 @pytest.mark.parametrize(
