@@ -136,7 +136,7 @@ def _delete(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Give the name beside a path that what is written for it has until it is whole."""
+    """Return the name beside a path that what is written for it has until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -207,7 +207,7 @@ def check_link(path: Path) -> None:
 
 
 def through(path: Path) -> Path:
-    """Give what a link leads to, so that a file which takes its place leaves the link."""
+    """Return what a link leads to, so that a file which takes its place leaves the link."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -254,7 +254,7 @@ def locked(directory: Path, refusal: str, shared: bool = False) -> Iterator[None
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
-    """Give a file's bytes, read-only: mapped, or read where the file system maps none.
+    """Return a file's bytes, read-only: mapped, or read where the file system maps none.
 
     Raises
     ------

@@ -18,16 +18,21 @@ class Load:
     Parameters
     ----------
     threads : of this process's kernels
+
+    Attributes
+    ----------
+    cores : that this process may use, 0 where the system does not say
     """
 
     def __init__(self, threads: int) -> None:
         affinity = getattr(os, "sched_getaffinity", None)
         self._cores = affinity(0) if affinity else set()
+        self.cores = len(self._cores)
         self._threads = threads
         self._last = self._look()
 
     def others(self) -> float:
-        """Give how many cores other programs used since the last look.
+        """Return how many cores other programs used since the last look.
 
         0 where they left this process's threads a core each, where a look would be too short yet,
         and where the system does not say.
@@ -38,11 +43,11 @@ class Load:
             return 0.0
         others = ((busy - self._last[1]) - (own - self._last[2])) / seconds
         self._last = now, busy, own
-        crowded = others + self._threads > len(self._cores) + LEAST / 2
+        crowded = others + self._threads > self.cores + LEAST / 2
         return others if others >= LEAST and crowded else 0.0
 
     def _look(self) -> tuple[float, float, float]:
-        """Give the time, seconds of work of the cores, and seconds of work of this process."""
+        """Return the time, seconds of work of the cores, and seconds of work of this process."""
         busy = 0.0
         try:
             for line in STAT.read_text(encoding="utf-8").splitlines():

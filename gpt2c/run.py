@@ -277,14 +277,11 @@ class Run:
     def _open(self) -> None:
         """Make the directory whole, whatever it lacks, and open the metrics."""
         remove_leftovers(self.out)
-        with atomic_path(self.out / RUN_FILE) as temporary:
-            text = json.dumps(self._record(), indent=2, allow_nan=False) + "\n"
-            temporary.write_text(text, encoding="utf-8")
+        self._write_facts()
         (self.out / CHECKPOINTS).mkdir(exist_ok=True)
         remove_leftovers(self.out / CHECKPOINTS)
         if self.saved:
             remove_leftovers(self.saved)
-        self.tokenizer.save_pretrained(self.out)
         if self.saved and not self.entry:
             self._publish(self.saved)
             self._confirm_evaluated()
@@ -294,6 +291,13 @@ class Run:
         if self.settings.tensorboard:
             with self._logging(self.out / EVENTS):
                 self._events = Events(self.out / EVENTS, read_metrics(path))
+
+    def _write_facts(self) -> None:
+        """Write what a run goes on by beside its checkpoints."""
+        with atomic_path(self.out / RUN_FILE) as temporary:
+            text = json.dumps(self._record(), indent=2, allow_nan=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+        self.tokenizer.save_pretrained(self.out)
 
     @contextmanager
     def _logging(self, path: Path) -> Iterator[None]:
@@ -341,6 +345,9 @@ class Run:
             return
         self.tried_step = self.step
         self._check_finite()
+        if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._write_facts()
         self._sync()
         self.saved = trainer_state.save(
             self.out / CHECKPOINTS,

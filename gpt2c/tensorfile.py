@@ -131,7 +131,7 @@ def _dtype(tensor: AnyTensor) -> np.dtype[Any]:
 
 
 def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Give the numbers of an array in order, as contiguous arrays; only what is none is copied."""
+    """Yield the numbers of an array in order, as contiguous arrays; only what is none is copied."""
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     if array.flags.c_contiguous or not array.ndim:
         yield np.ascontiguousarray(array)

@@ -184,7 +184,7 @@ def _check_vocabulary(path: Path, tokens: Tokens | StoredTokens, vocab_size: int
 
 
 def _count(path: Path) -> int:
-    """Give how many tokens an llm.c shard holds; see `read_tokens` for errors."""
+    """Return how many tokens an llm.c shard holds; see `read_tokens` for errors."""
     header, size = _open(path)
     if (magic := int.from_bytes(header[:4], "little")) != MAGIC:
         raise ValueError(

@@ -105,7 +105,7 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def home(directory: Path) -> Path:
-    """Give the directory whose tokenizer a model has: its own or, of a run's checkpoint, the run's.
+    """Return the directory with a model's tokenizer: its own or, of a run's checkpoint, the run's.
 
     A checkpoint is RUN/checkpoints/00000040, and has none of its own.
     """

@@ -326,7 +326,7 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
                 recent.clear()
             if not crowded and (others := load.others()):
                 crowded = True
-                progress.line(_crowded(others, kernels[1]))
+                progress.line(_crowded(others, load.cores, kernels[1]))
             due = _due(run.step, settings.save_interval) or (
                 settings.save_minutes and time.monotonic() - saved > 60 * settings.save_minutes
             )
@@ -417,10 +417,11 @@ def _draw(run: Run) -> bool:
         return False
 
 
-def _crowded(others: float, threads: int) -> str:
+def _crowded(others: float, cores: int, threads: int) -> str:
     """Say that other programs are in the way, and what can be done."""
     fewer = " (fewer threads may be faster then: GPT2C_NUM_THREADS=1)" if threads > 1 else ""
-    return f"other programs use {others:.1f} of the cores that this run has, so it is slower{fewer}"
+    used = f"{others:.1f} of the {cores} cores that this run has"
+    return f"other programs use {used}, so it is slower{fewer}"
 
 
 def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
@@ -486,7 +487,7 @@ class _Recent:
         self._steps.clear()
 
     def figures(self, peak: float) -> str:
-        """Give them for a line; the loss is that of the steps that have one."""
+        """Return them for a line; the loss is that of the steps that have one."""
         losses, seconds = zip(*self._steps, strict=True)
         finite = [loss for loss in losses if math.isfinite(loss)]
         loss = sum(finite) / len(finite) if finite else math.nan

@@ -118,7 +118,7 @@ def save(
 
 
 def amend(path: Path, state: TrainerState) -> None:
-    """Give a checkpoint another state: what was learned of its weights after they were saved.
+    """Replace the state of a checkpoint: what was learned of its weights after they were saved.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def clear(directory: Path) -> None:
 
 
 def size_bytes(parameters: int) -> int:
-    """Give the size of a checkpoint of so many parameters: float32 weights and two moments."""
+    """Return the size of a checkpoint of so many parameters: float32 weights and two moments."""
     return 4 * parameters * (1 + len(MOMENTS))
 
 

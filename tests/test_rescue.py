@@ -418,6 +418,17 @@ def test_overwrite_keeps_links_and_what_is_not_the_runs(
     ]
 
 
+def test_a_directory_that_is_deleted_meanwhile_is_made_again(
+    data: Path, tmp_path: Path, whole: Path, at_step: Any
+) -> None:
+    out = tmp_path / "run"
+    at_step(3, lambda: shutil.rmtree(out))
+    train(data, out)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    at_step(3, lambda: None)
+    assert train(data, out, resume=True, max_iters=10).step == 10
+
+
 # ---- logs and pictures ---------------------------------------------------------------------------
 
 
@@ -585,7 +596,7 @@ def test_other_programs_are_told_of_once(
 ) -> None:
     monkeypatch.setattr(Load, "others", lambda self: 1.25)
     train(data, tmp_path / "run")
-    assert capsys.readouterr().out.count("other programs use 1.2 of the cores that this run") == 1
+    assert capsys.readouterr().out.count("other programs use 1.2 of the ") == 1
 
 
 def test_load_is_what_the_cores_did_less_the_own_work(
