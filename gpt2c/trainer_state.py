@@ -73,7 +73,10 @@ class TrainerState:
             if type(value) is not float or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {shown(value)}")
         if self.entry is not None:
-            if not isinstance(self.entry, dict) or self.entry.get("step") != self.step:
+            kinds = (
+                {type(v) for v in self.entry.values()} if isinstance(self.entry, dict) else {str}
+            )
+            if not kinds <= {int, float} or self.entry.get("step") != self.step:
                 raise ValueError(f"entry must be the metrics of the step, got {shown(self.entry)}")
 
 

@@ -708,7 +708,7 @@ def test_states_come_back() -> None:
     entry = {"step": 4, "loss": 1.5}
     state = trainer_state.TrainerState(4, entry=entry)
     assert trainer_state.TrainerState(**dataclasses.asdict(state)) == state
-    for bad in ({"step": 5}, {}, [1], 7):
+    for bad in ({"step": 5}, {}, [1], 7, {"step": 4, "loss": "low"}, {"step": 4, "loss": [1]}):
         assert "entry must be the metrics of the step" in refused(
             trainer_state.TrainerState, 4, 0, 0.0, None, bad
         )
