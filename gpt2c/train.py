@@ -557,7 +557,7 @@ def _tell_defaults(stored: Mapping[str, Any], settings: TrainSettings, out: Path
     lacking = [name for name in DEFAULTS if name not in stored]
     if lacking:
         taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
-        report(f"{out / RUN_FILE} is another version's and lacks settings: {taken} are taken")
+        report(f"{out / RUN_FILE} is another version's; what it lacks is taken as {taken}")
 
 
 @contextmanager

@@ -307,7 +307,7 @@ def test_a_run_of_before_a_setting_goes_on(
     del record["settings"]["save_minutes"]
     (out / "run.json").write_text(json.dumps(record))
     goes_on(data, out, whole, monkeypatch)
-    assert "lacks settings: save_minutes=10.0 are taken\n" in capsys.readouterr().out
+    assert "version's; what it lacks is taken as save_minutes=10.0\n" in capsys.readouterr().out
     record["settings"]["rope"] = True
     (out / "run.json").write_text(json.dumps(record))
     assert "this one has no 'rope'" in refused(train, data, out, resume=True)
