@@ -6,14 +6,23 @@ REPORT := bench-report.md
 FUZZ_SECONDS := 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fuzz lint bench sanitize parity wheel clean
+.PHONY: setup demo test check fuzz lint bench sanitize parity lowest wheel clean
 
-# The main job: text -> tokens -> training -> model -> text, two to three minutes on two cores.
+# gpt2c, with what draws pictures and writes llama.cpp's files.
+setup: $(VENV)/installed
+	@echo 'ready: . $(BIN)/activate puts gpt2c on your path'
+
+# The main job: text -> tokens -> training -> model -> text, three to five minutes on two cores.
 demo: $(VENV)/installed
 	$(BIN)/gpt2c demo --overwrite
 
 test: $(VENV)/installed-test
-	$(BIN)/python -W error -m pytest
+	$(BIN)/python -W error -m pytest -n 2 --dist worksteal
+
+# While you work: what your change touches is linted, built and tested, in less than a minute for one kernel or one
+# command. It compares with main, or with the commit SINCE.
+check: $(VENV)/installed-lint
+	@$(BIN)/python tests/check.py $(SINCE)
 
 # Spoiled files for every reader, ten minutes on all cores; what is found stays in fuzz-findings/.
 fuzz: $(VENV)/installed-test
@@ -43,6 +52,13 @@ parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py tests/test_llmc.py \
 		tests/test_processes.py::test_beside_torch_and_scikit_learn tests/test_run.py::test_tensorboard_reads_them
 
+# Tests of what meets other packages, with the oldest of them that pyproject.toml allows.
+lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/test_backend.py tests/test_checkpoint.py \
+		tests/test_cli.py tests/test_data.py tests/test_generate.py tests/test_gguf_export.py tests/test_hub.py \
+		tests/test_metrics.py tests/test_model.py tests/test_plot.py tests/test_tensorfile.py tests/test_tokenizer.py \
+		tests/test_tokenizer_files.py
+
 # The wheel for others, dist/*.whl: made from the sdist, with OpenMP's runtime in it, checked, and tried in an environment
 # of its own. The same tree and compiler give the same bytes.
 wheel: export SOURCE_DATE_EPOCH ?= 1580601600
@@ -61,7 +77,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(BIN)/python pyproject.toml build.py $(wildcard csrc/*)
-	$(PIP) --editable '.[plot]'
+	$(PIP) --editable '.[plot,gguf]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
@@ -84,5 +100,11 @@ $(VENV)/installed-wheel: $(VENV)/installed-test
 	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57' lm_eval accelerate tensorboard
 	touch $@
 
+.venv-lowest/installed: pyproject.toml tests/lowest.txt build.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv-lowest || { rm -rf .venv-lowest; exit 1; }
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	.venv-lowest/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable . --group test
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-parity .venv-wheel runs dist gpt2c/*.so $(REPORT) fuzz-findings
+	rm -rf $(VENV) .venv-parity .venv-wheel .venv-lowest .build runs dist gpt2c/*.so $(REPORT) fuzz-findings

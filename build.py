@@ -1,6 +1,7 @@
 """Compile csrc/ into one cffi extension per instruction set: gpt2c/_kernels_<name>.abi3.so.
 
     python build.py              rebuild in place, after editing C   (--werror: warnings are errors)
+    python build.py --isa avx2   the same for one instruction set; the others stay as they are
     python build.py --sanitize   the same with AddressSanitizer and UndefinedBehaviorSanitizer
     pip install .                a wheel, through the hatchling hook at the bottom
     make wheel                   the same with OpenMP's runtime inside, checked
@@ -8,13 +9,19 @@
 This is the only build logic. cffi generates the Python side of each extension from csrc/gpt2c.h,
 and the C compiler checks it against the same header. The result uses CPython's stable ABI: one
 wheel serves every CPython >= 3.11.
+
+A build in place compiles only what changed: .build/ keeps each object under the hash of all that it
+is made from. A wheel and a sanitized build are always compiled from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -22,11 +29,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / ".build"
+KEPT = 1000  # objects in it: about twenty builds, 25 MB
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
@@ -80,12 +90,70 @@ def accepts(cc: list[str], flags: list[str]) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def run(command: list[str]) -> None:
-    """Run a compiler command; show what it says, and end with one sentence if it fails."""
+def run(command: list[str]) -> bool:
+    """Run a compiler command, show its messages, and return whether there were none.
+
+    If it fails, the build ends with one sentence.
+    """
     done = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(done.stderr)
     if done.returncode:
         sys.exit(f"gpt2c: the C compiler failed: {shlex.join(command)}")
+    return not done.stderr
+
+
+def included(source: Path) -> list[Path]:
+    """Return a C file and the files of csrc/ that it includes, directly or through another."""
+    found = [source]
+    for path in found:  # which grows as we go
+        for name in re.findall(r'^\s*#\s*include\s+"(.+?)"', path.read_text(), re.MULTILINE):
+            header = ROOT / "csrc" / name
+            if header not in found and header.is_file():
+                found.append(header)
+    return found
+
+
+def content_hash(key: str, source: Path) -> str:
+    """Hash all that an object is made from: `key`, the source, the headers that it includes."""
+    content = hashlib.sha256(key.encode())
+    for path in included(source):
+        content.update(b"\0" + path.name.encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()
+
+
+def make_object(command: list[str], source: Path, output: Path, key: str | None) -> None:
+    """Compile `source` into `output`, or copy what an earlier build made of the same things.
+
+    Parameters
+    ----------
+    command : the compiler and its flags, without input and output
+    key : what the object depends on beside the files; None compiles it afresh and keeps nothing
+    """
+    compile_it = [*command, "-c", str(source), "-o", str(output)]
+    if key is None:
+        run(compile_it)
+        return
+    content = content_hash(key, source)
+    kept = CACHE / f"{content}.o"
+    try:
+        shutil.copyfile(kept, output)  # no question first: another build may remove it meanwhile
+        os.utime(kept)
+    except OSError:
+        silent = run(compile_it)  # else it is not kept: the next build shows the warning again
+        if silent and content == content_hash(key, source):  # nobody edited it meanwhile
+            with contextlib.suppress(OSError):  # a cache that cannot be written is none
+                CACHE.mkdir(exist_ok=True)
+                part = CACHE / f"{output.parent.name}-{output.name}"
+                shutil.copyfile(output, part)
+                os.replace(part, kept)
+
+
+def trim_cache() -> None:
+    """Remove the objects that were not used for longest, and what a killed build left."""
+    with contextlib.suppress(OSError):  # another build does the same
+        kept = sorted(CACHE.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in kept[KEPT:]:
+            path.unlink()
 
 
 def emit(name: str, path: Path) -> None:
@@ -111,8 +179,22 @@ def target() -> str:
     return name
 
 
-def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]:
-    """Compile every instruction set that this platform and compiler know into `out`."""
+def build(
+    out: Path,
+    werror: bool = False,
+    sanitize: bool = False,
+    wanted: Sequence[str] = (),
+    incremental: bool = False,
+) -> list[Path]:
+    """Compile the kernels into `out` and return the paths of the extensions.
+
+    Parameters
+    ----------
+    werror : warnings in csrc/ are errors
+    sanitize : with AddressSanitizer and UndefinedBehaviorSanitizer
+    wanted : names of instruction sets; without any, all that this platform and compiler know
+    incremental : take objects that an earlier build left in .build/, and leave new ones there
+    """
     if target().startswith("win"):
         sys.exit("gpt2c does not run on Windows itself: install it in WSL, the Linux in Windows")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -128,50 +210,60 @@ def build(out: Path, werror: bool = False, sanitize: bool = False) -> list[Path]
         )
     machine = target().rpartition("-")[2]
     isas = ISAS.get({"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine), {"base": []})
+    for name in wanted:
+        if name not in isas:
+            sys.exit(f"gpt2c: no instruction set {name!r} for {machine}: {', '.join(isas)}")
     openmp = ["-fopenmp"] if accepts(cc, ["-fopenmp"]) else []
     if not openmp:  # Apple's clang has none
         print(f"gpt2c: {shlex.join(cc)} has no OpenMP: kernels of one thread", file=sys.stderr)
-    flags = [*CFLAGS, *openmp, f"-I{ROOT / 'csrc'}", *(SANITIZE if sanitize else [])]
-    strict = [*WARNINGS, *(["-Werror"] if werror else [])]
+    flags = [*CFLAGS, *openmp, *(SANITIZE if sanitize else [])]
+    strict = [*WARNINGS]
     strict += [] if openmp else ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]
     # Python's symbols are found in the process that loads the extension; only macOS must be told.
     link = ["-shared", *openmp, *(SANITIZE if sanitize else [])]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    compiles: list[list[str]] = []
+    version = subprocess.run([*cc, "--version"], capture_output=True, text=True).stdout
+    compiles: list[tuple[list[str], Path, Path, str | None]] = []
     links: list[list[str]] = []
     built: list[Path] = []
     # Beside the result: taking its name is then one step, which a user of the old file survives.
     with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as folder:
         for name, isa in isas.items():
+            if wanted and name not in wanted:
+                continue
             if isa and not accepts(cc, isa):  # of `base`, the compiler's own message says more
-                print(
-                    f"gpt2c: {shlex.join(cc)} does not know {' '.join(isa)}: no {name} kernels",
-                    file=sys.stderr,
-                )
+                refusal = f"{shlex.join(cc)} does not know {' '.join(isa)}: no {name} kernels"
+                if wanted:
+                    sys.exit(f"gpt2c: {refusal}")
+                print(f"gpt2c: {refusal}", file=sys.stderr)
                 continue
             generated = Path(folder, f"_kernels_{name}.c")
             emit(name, generated)
             objects = []
             for source in [generated, *sorted((ROOT / "csrc").glob("*.c"))]:
-                objects.append(str(Path(folder, f"{name}-{source.stem}.o")))
-                if (
-                    source == generated
-                ):  # cffi's own code: the stable ABI, no isa flags, and its warnings are not ours
-                    own = ["-w", f"-I{include}", "-DPy_LIMITED_API=0x030B0000"]
-                    # Its asserts name the file: without the folder's name, the same bytes come out
-                    # of every build.
-                    own.append(f"-ffile-prefix-map={folder}=.")
+                objects.append(Path(folder, f"{name}-{source.stem}.o"))
+                if source == generated:  # cffi's own code: the stable ABI, no isa flags, and its
+                    # warnings are not ours
+                    own = [*flags, "-w", f"-I{include}", "-DPy_LIMITED_API=0x030B0000"]
                 else:
-                    own = [*isa, *strict, "-fvisibility=hidden"]
-                compiles.append([*cc, *flags, *own, "-c", str(source), "-o", objects[-1]])
+                    own = [*flags, *isa, *strict, "-fvisibility=hidden"]
+                key = "\0".join([version, sys.version, *cc, *own])
+                # Not in the key, for they change no byte: where the files are, and -Werror.
+                # cffi's asserts name their file: without the folder's name, the same bytes come out
+                # of every build.
+                own += [f"-I{ROOT / 'csrc'}", f"-ffile-prefix-map={folder}=."]
+                own += ["-Werror"] if werror and source != generated else []
+                compiles.append(([*cc, *own], source, objects[-1], key if incremental else None))
             library = Path(folder, f"_kernels_{name}.abi3.so")
-            links.append([*cc, *objects, *link, "-lm", "-o", str(library)])
+            links.append([*cc, *map(str, objects), *link, "-lm", "-o", str(library)])
             built.append(library)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for commands in (compiles, links):
-                list(pool.map(run, commands))
+            list(pool.map(lambda each: make_object(*each), compiles))
+            list(pool.map(run, links))
         for library in built:
             os.replace(library, out / library.name)
+    if incremental:
+        trim_cache()
     return [out / library.name for library in built]
 
 
@@ -186,7 +278,7 @@ else:
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: D102
             if version == "editable":
-                build(ROOT / "gpt2c")
+                build(ROOT / "gpt2c", incremental=True)
             else:
                 self.folder = tempfile.TemporaryDirectory()
                 for library in build(Path(self.folder.name)):
@@ -214,6 +306,19 @@ if __name__ == "__main__":
     parser.add_argument(
         "--sanitize", action="store_true", help="build with AddressSanitizer and UBSan"
     )
+    parser.add_argument(
+        "--isa",
+        action="extend",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME",
+        help="build this instruction set alone (base, avx2, ...); more with commas",
+    )
     options = parser.parse_args()
-    for path in build(ROOT / "gpt2c", options.werror, options.sanitize):
+    paths = build(
+        ROOT / "gpt2c", options.werror, options.sanitize, options.isa, not options.sanitize
+    )
+    for path in paths:
         print(path.relative_to(ROOT))
+    for path in sorted(set((ROOT / "gpt2c").glob("_kernels_*.abi3.so")) - set(paths)):
+        print(f"{path.relative_to(ROOT)} stays as it was")

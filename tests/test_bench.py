@@ -186,6 +186,7 @@ def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert results[1].note.startswith("FAILED") and "ended in gelu_forward" in results[3].note
 
 
+@pytest.mark.slow
 def test_ops_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

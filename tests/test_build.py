@@ -119,9 +119,10 @@ def test_every_command_of_a_build(
     """Nothing is compiled: the commands are written down, and their outputs are empty files."""
     commands: list[list[str]] = []
 
-    def note(command: list[str]) -> None:
+    def note(command: list[str]) -> bool:
         commands.append(command)
         Path(command[command.index("-o") + 1]).touch()
+        return True
 
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(build, "run", note)
@@ -188,6 +189,192 @@ def test_arm_kernels_compile_without_a_warning(
     (built,) = build.build(tmp_path, werror=True)
     assert built.name == "_kernels_base.abi3.so"
     assert built.read_bytes()[18:20] == (183).to_bytes(2, "little")  # ELF's number of aarch64
+
+
+# ---- only what changed ---------------------------------------------------------------------------
+
+
+class Compiler:
+    """A build in a copy of the tree whose compiler writes down what it was asked for.
+
+    Its "object" is the text of the source and of the flags; its "library" is its objects in a row.
+    """
+
+    def __init__(self, build: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.build, self.root = build, root
+        self.compiled: list[str] = []
+        self.silent = True
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(build, "ROOT", root)
+        monkeypatch.setattr(build, "CACHE", root / ".build")
+        monkeypatch.setattr(build, "accepts", lambda cc, flags: True)
+        monkeypatch.setattr(build, "target", lambda: "linux-x86_64")
+        monkeypatch.setattr(build, "run", self.run)
+
+    def run(self, command: list[str]) -> bool:
+        output = Path(command[command.index("-o") + 1])
+        if "-c" in command:
+            self.compiled.append(output.name)
+            source = Path(command[command.index("-c") + 1])
+            flags = [part for part in command if not str(part).startswith("/")]
+            output.write_text(f"{source.read_text()} {flags[:-2]}")
+        else:
+            output.write_text("".join(Path(p).read_text() for p in command if p.endswith(".o")))
+        return self.silent
+
+    def __call__(self, *arguments: object, **keywords: object) -> list[str]:
+        """Build, and return the names of the objects that were compiled."""
+        self.compiled.clear()
+        keywords = {"incremental": True, "wanted": ["base", "avx2"], **keywords}
+        self.build.build(self.root / "gpt2c", *arguments, **keywords)
+        return sorted(self.compiled)
+
+    def library(self, name: str) -> str:
+        return (self.root / "gpt2c" / f"_kernels_{name}.abi3.so").read_text()
+
+
+@pytest.fixture
+def compiler(build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    pytest.importorskip("cffi")
+    return Compiler(build, copy, monkeypatch)
+
+
+def test_a_second_build_compiles_what_changed(compiler: Compiler, copy: Path) -> None:
+    sources = {path.stem for path in (copy / "csrc").glob("*.c")}
+    everything = sorted(
+        f"{isa}-{stem}.o" for isa in ("avx2", "base") for stem in {f"_kernels_{isa}", *sources}
+    )
+    assert compiler() == everything
+    first = compiler.library("avx2")
+    assert compiler() == []
+    assert compiler.library("avx2") == first
+
+    gelu = copy / "csrc" / "gelu.c"
+    text = gelu.read_text()
+    gelu.write_text(f"{text}// new\n")
+    assert compiler() == ["avx2-gelu.o", "base-gelu.o"]
+    assert "// new" in compiler.library("avx2") and "// new" in compiler.library("base")
+    os.utime(gelu)  # the time of a file says nothing
+    assert compiler() == []
+    gelu.write_text(text)
+    assert compiler() == []  # the content is one that was built before
+    assert compiler.library("avx2") == first
+
+
+def test_a_header_counts_for_those_that_include_it(compiler: Compiler, copy: Path) -> None:
+    compiler(wanted=["avx2"])
+    header = copy / "csrc" / "vmath.h"
+    header.write_text(f"{header.read_text()}// new\n")
+    users = [p for p in (copy / "csrc").glob("*.c") if '#include "vmath.h"' in p.read_text()]
+    assert 0 < len(users) < len(list((copy / "csrc").glob("*.c")))
+    assert compiler(wanted=["avx2"]) == sorted(f"avx2-{path.stem}.o" for path in users)
+    header = copy / "csrc" / "gpt2c.h"  # which all include through internal.h, and cffi's code
+    header.write_text(f"{header.read_text()}// new\n")
+    assert len(compiler(wanted=["avx2"])) == len(list((copy / "csrc").glob("*.c"))) + 1
+
+
+def test_flags_and_the_compilers_version_count(
+    compiler: Compiler, build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = compiler()
+    assert compiler(werror=True) == []  # a kept object had no warning
+    monkeypatch.setattr(build, "CFLAGS", [*build.CFLAGS, "-O2"])
+    assert compiler() == everything
+    version = subprocess.CompletedProcess([], 0, stdout="cc 99", stderr="")
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: version)
+    assert compiler() == everything
+
+
+def test_an_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
+    compiler.silent = False
+    everything = compiler()
+    assert compiler() == everything
+    compiler.silent = True
+    assert compiler() == everything
+    assert compiler() == []
+
+
+def test_a_source_that_is_edited_while_it_compiles_is_not_kept(
+    compiler: Compiler, copy: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the older content would name an object of the newer."""
+    gelu = copy / "csrc" / "gelu.c"
+    text = gelu.read_text()
+
+    def save(command: list[str]) -> bool:
+        if str(gelu) in command:
+            gelu.write_text(f"{text}// new\n")
+        return compiler.run(command)
+
+    monkeypatch.setattr(build, "run", save)
+    compiler(wanted=["base"])
+    monkeypatch.setattr(build, "run", compiler.run)
+    gelu.write_text(text)
+    assert compiler(wanted=["base"]) == ["base-gelu.o"]
+    assert "// new" not in compiler.library("base")
+
+
+def test_wheels_and_sanitized_builds_keep_nothing(compiler: Compiler, copy: Path) -> None:
+    everything = compiler()
+    shutil.rmtree(copy / ".build")
+    assert compiler(incremental=False) == everything
+    assert compiler(sanitize=True, incremental=False) == everything
+    assert not (copy / ".build").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_none(compiler: Compiler, copy: Path) -> None:
+    (copy / ".build").touch()
+    everything = compiler()
+    assert compiler() == everything
+
+
+def test_the_cache_has_a_bound(
+    compiler: Compiler, copy: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = compiler()
+    monkeypatch.setattr(build, "KEPT", len(everything))
+    for path in (copy / ".build").iterdir():
+        os.utime(path, (0, 0))
+    gelu = copy / "csrc" / "gelu.c"
+    gelu.write_text(f"{gelu.read_text()}// new\n")
+    compiler()
+    assert len(list((copy / ".build").iterdir())) == len(everything)
+    assert compiler() == []  # what went is what no build used
+
+
+def test_one_instruction_set(copy: Path) -> None:
+    """By the command line; the file of another set is left alone."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    pytest.importorskip("cffi")
+    for path in (copy / "csrc").glob("*.c"):  # quicker: cffi's part alone, which needs no linker
+        path.unlink()
+    (copy / "gpt2c" / "_kernels_other.abi3.so").write_text("as it was")
+    done = run([sys.executable, "build.py", "--isa", "base,base", "--isa", "base"], copy)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()[-2:]
+    assert said[0] == "gpt2c/_kernels_base.abi3.so"
+    assert said[1] == "gpt2c/_kernels_other.abi3.so stays as it was"
+    assert (copy / "gpt2c" / "_kernels_other.abi3.so").read_text() == "as it was"
+    assert len(list((copy / ".build").iterdir())) == 1
+    done = run([sys.executable, "build.py", "--isa", "avx1024"], copy)
+    assert done.returncode == 1
+    assert re.fullmatch(r"gpt2c: no instruction set 'avx1024' for \w+: base.*\n", done.stderr)
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know(
+    build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sets: it is left out. Asked for by name: the build ends."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build, "accepts", lambda cc, flags: False)
+    monkeypatch.setattr(build, "target", lambda: "linux-x86_64")
+    with pytest.raises(SystemExit, match=r"^gpt2c: cc does not know -mavx2 -mfma -mf16c: no avx2"):
+        build.build(copy / "gpt2c", wanted=["avx2"])
 
 
 # ---- what comes out ------------------------------------------------------------------------------

@@ -415,6 +415,7 @@ def test_windows_lie_within_one_shard():
 # --- Python's documentation ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_python_documentation():
     documents = python_documentation()
     size = sum(len(document.encode()) for document in documents)

@@ -36,6 +36,7 @@ def rows(output: str) -> dict[str, list[float]]:
 # ---- the demo ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), *TINY]) == 0

@@ -163,6 +163,7 @@ STOPS = st.lists(st.text("abé", min_size=1, max_size=4), max_size=3)
 
 @given(ABC, STOPS)
 @settings(max_examples=400, deadline=None)
+@pytest.mark.slow
 def test_any_stop_strings(answer: str, stops: list[str]) -> None:
     assert both_ways(answer, stop=stops) == expected_text(answer, stops)
 
@@ -170,6 +171,7 @@ def test_any_stop_strings(answer: str, stops: list[str]) -> None:
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
        st.integers(0, 6))  # fmt: skip
 @settings(max_examples=300, deadline=None)
+@pytest.mark.slow
 def test_no_stop_string_begins_before_min_new_tokens(
     answer: str, stops: list[str], least: int
 ) -> None:

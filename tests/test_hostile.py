@@ -565,6 +565,7 @@ INPUTS = 100  # of each reader, always the same: about 20 seconds in all
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.slow
 def test_mutations(reader: str, tmp_path: Path) -> None:
     counts, findings = fuzz.start_round(reader, 1, INPUTS, tmp_path)
     texts = [path.read_text()[-2000:] for path in tmp_path.glob("*/finding.txt")]

@@ -366,6 +366,7 @@ def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[s
 
 
 @needs_client
+@pytest.mark.slow
 def test_gpt2s_vocabulary_from_the_hub(client: Client, tmp_path: Path) -> None:
     """Where tiktoken's cache is empty and its server not to be reached."""
     try:

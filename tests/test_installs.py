@@ -28,7 +28,7 @@ PACKAGE = Path(gpt2c.__file__).parent
 SMOKE = Path(__file__).with_name("smoke.py")
 QEMU = shutil.which("qemu-x86_64")
 TOP = {"build.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
-TOP |= {"LICENSE", ".clang-format", ".gitignore", "PKG-INFO"}
+TOP |= {"LICENSE", "README.zh.md", ".clang-format", ".gitignore", "PKG-INFO"}
 FOLDERS = ("csrc", "gpt2c", "tests", "benchmarks")
 
 
@@ -97,6 +97,7 @@ def test_the_sdist_makes_itself(sdist: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.slow
 def test_the_wheel_is_the_same_from_anywhere_and_holds_what_it_must(
     sdist: Path, tmp_path: Path
 ) -> None:

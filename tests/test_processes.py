@@ -509,6 +509,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_memory_that_is_not_there_is_an_error(stage: str) -> None:
     before, fails, works = STAGES[stage]
     run(f"""

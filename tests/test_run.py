@@ -121,6 +121,7 @@ def shards(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_forty_steps_are_twenty_and_a_kill_and_twenty(
     data: Path, shards: Path, tmp_path: Path
 ) -> None:
@@ -137,12 +138,14 @@ def test_forty_steps_are_twenty_and_a_kill_and_twenty(
     assert result == {"runs": 10, "batches": 5 * 40 + 5 * 120}
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_operations(data: Path, tmp_path: Path) -> None:
     settings = {"max_iters": 3, "save_interval": 2, "eval_interval": 2}
     result = kills(data, tmp_path, what="points", settings=settings)
     assert result["points"] > 60  # two saves and what begins a run
 
 
+@pytest.mark.slow
 def test_a_kill_of_a_run_that_goes_on_between_any_two_operations(
     data: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +154,7 @@ def test_a_kill_of_a_run_that_goes_on_between_any_two_operations(
     assert result["points"] > 40
 
 
+@pytest.mark.slow
 def test_a_kill_of_a_run_that_overwrites_one_of_another_tokenizer(
     data: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +164,7 @@ def test_a_kill_of_a_run_that_overwrites_one_of_another_tokenizer(
     assert result["points"] > 50
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment(data: Path, tmp_path: Path) -> None:
     settings = {"max_iters": 20, "save_interval": 1, "eval_interval": 7}
     result = kills(data, tmp_path, what="moments", settings=settings, kills=12)
@@ -677,6 +682,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize("limit", [1_000, 4_000, 25_000, 40_000])
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     data: Path, tmp_path: Path, whole: Path, cut: Any, limit: int
 ) -> None:

@@ -51,6 +51,7 @@ def test_decode_undoes_encode(tokenizer):
 
 
 @given(st.text(max_size=60))
+@pytest.mark.slow
 def test_decode_undoes_encode_of_any_text(text):
     for tokenizer in (BYTES, BPE):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -204,6 +205,7 @@ def test_gpt2_asks_no_network_where_none_is_wanted(tmp_path, monkeypatch):
         Tokenizer.from_name("gpt2")
 
 
+@pytest.mark.slow
 def test_gpt2_from_a_directory_of_that_name(gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))

@@ -305,6 +305,7 @@ def test_lines_that_end_as_on_windows(pair: Path) -> None:
     assert read(pair) == BPE._vocabulary(), "openai/gpt-2's first line may be missing"
 
 
+@pytest.mark.slow
 def test_a_huge_token(tmp_path: Path) -> None:
     """Read and written in no more time than its size asks for."""
     ranks = BYTES._ranks | {b"a" * 2 ** (i + 1): 257 + i for i in range(20)}
@@ -344,6 +345,7 @@ def test_merges_that_tiktoken_would_not_make(picks: list[tuple[int, int]], text:
 
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from(FILES[:3]), st.data())
+@pytest.mark.slow
 def test_mutations(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:

@@ -289,6 +289,7 @@ def test_a_peak_that_a_step_passes_is_measured_again(
     assert shares[0] is None and all(share < 1 for share in shares[1:]) and len(shares) == 3
 
 
+@pytest.mark.slow
 def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
     """Nothing but the number of steps may differ, so that is read from what the process says."""
     settings = TINY | {"schedule": "constant", "max_iters": 10**6, "log_interval": 1}

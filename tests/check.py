@@ -1,0 +1,144 @@
+"""Lint, build and test what a change touches, and say what that left out: `make check`.
+
+    python tests/check.py [SINCE]    SINCE: the commit to compare with; without it, where this
+                                     branch left main
+
+A change to one kernel or one command takes less than a minute on two cores. It is for the way
+there; `make lint test` is what a change must pass.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+PYTHON = sys.executable
+PYTEST = [PYTHON, "-W", "error", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
+OF_OPS = ("test_kernels.py", "test_ops.py", "test_kernel_fuzz.py")  # each test names its op
+OF_MODELS = ("test_model.py", "test_decoder.py")  # all ops at work together
+PARTS = {"gemm.c": "matmul.c"}  # a file without an op of its own: the file whose ops it computes
+NOT_HERE = ("test_parity.py",)  # make parity
+
+
+def output(*command: str) -> list[str]:
+    """Return the lines that a command prints, none if it fails."""
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
+
+
+def changed(since: str | None) -> list[str]:
+    """Return the paths that differ from a commit, and the new ones that git does not ignore."""
+    commits = [since] if since else ["main", "origin/main", "HEAD"]
+    base = next(
+        (found for name in commits if (found := output("git", "merge-base", "HEAD", name))), []
+    )
+    if not base:
+        sys.exit(f"make check compares with a commit, and git finds no {since or 'HEAD'} here")
+    different = output("git", "diff", "--name-only", "--diff-filter=d", base[0])
+    return sorted({*different, *output("git", "ls-files", "--others", "--exclude-standard")})
+
+
+def importers(module: str) -> set[str]:
+    """Return the test files that import a module of gpt2c's or of the tests'."""
+    package, _, name = module.rpartition(".")
+    direct = rf"^\s*(from|import) {re.escape(module)}\b"
+    member = rf"^\s*from {re.escape(package)} import .*\b{name}\b" if package else direct
+    return {
+        path.name
+        for path in TESTS.glob("test_*.py")
+        if re.search(f"{direct}|{member}", path.read_text(), re.MULTILINE)
+    }
+
+
+def callers(verb: str) -> set[str]:
+    """Return the test files that run a verb of the command line."""
+    call = rf'"{verb}( |",)|gpt2c {verb}\b'
+    return {path.name for path in TESTS.glob("test_*.py") if re.search(call, path.read_text())}
+
+
+def ops(source: Path) -> list[str]:
+    """Return the functions of csrc/gpt2c.h that a C file defines."""
+    source = source.with_name(PARTS.get(source.name, source.name))
+    declared = re.findall(r"^\w+ (\w+)\(", (ROOT / "csrc/gpt2c.h").read_text(), re.MULTILINE)
+    defined = re.findall(r"^\w+ (\w+)\(", source.read_text(), re.MULTILINE)
+    return [name for name in defined if name in declared]
+
+
+def tests_of(name: str) -> set[str]:
+    """Return the test files that a changed file concerns, csrc/ apart."""
+    path = Path(name)
+    if name == "build.py":
+        return {"test_build.py"}
+    if name == "README.md":
+        return {"test_readme.py"}
+    if path.match("tests/test_*.py"):
+        return {path.name}
+    if path.match("tests/*.py"):
+        return importers(path.stem)
+    if path.match("gpt2c/recipes/*.toml"):
+        return tests_of("gpt2c/settings.py")
+    if path.match("gpt2c/**/*.py") or path.match("gpt2c/*.py"):
+        module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        found = {p.name for p in TESTS.glob(f"test_{path.stem}.py")} | importers(module)
+        return found | (callers(path.stem[4:]) if path.stem.startswith("cli_") else set())
+    return set()
+
+
+def lint(names: list[str]) -> list[list[str]]:
+    """Return the commands that check the changed files without running them."""
+    python = [name for name in names if name.endswith(".py")]
+    c = [name for name in names if name.startswith("csrc/") and name.endswith((".c", ".h"))]
+    commands = []
+    if python:
+        commands += [[PYTHON, "-m", "ruff", "check", *python]]
+        commands += [[PYTHON, "-m", "ruff", "format", "--check", *python]]
+    if any(name == "build.py" or name.startswith("gpt2c/") for name in python):
+        commands.append([PYTHON, "-m", "mypy"])
+    if c:
+        commands.append([str(Path(PYTHON).with_name("clang-format")), "--dry-run", "--Werror", *c])
+    if c or "build.py" in names:
+        commands.append([PYTHON, "build.py", "--werror"])
+    return commands
+
+
+def test(names: Iterable[str]) -> list[list[str]]:
+    """Return the commands that run the tests of the changed files."""
+    names = list(names)
+    kernels = [ROOT / name for name in names if re.fullmatch(r"csrc/\w+\.[ch]", name)]
+    of_each = [ops(path) if path.suffix == ".c" else [] for path in kernels]
+    files = set().union(*map(tests_of, names)) - set(NOT_HERE)
+    commands = []
+    if kernels:
+        files |= {*OF_OPS, *OF_MODELS} if not all(of_each) else set(OF_MODELS)
+        names_of_ops = sorted({name for found in of_each for name in found})
+        if all(of_each):  # else: what all kernels share
+            commands.append([*(f"tests/{n}" for n in OF_OPS), "-k", " or ".join(names_of_ops)])
+    if files:
+        commands.append([f"tests/{name}" for name in sorted(files)])
+    return [[*PYTEST, "-m", "not slow", *arguments] for arguments in commands]
+
+
+def main() -> None:
+    names = changed(sys.argv[1] if len(sys.argv) > 1 else None)
+    if not names:
+        print("make check: nothing changed")
+        return
+    print("changed:", *names, flush=True)
+    tests, failed = test(names), 0
+    for command in [*lint(names), *tests]:
+        print("\n$", *(Path(part).name if part == PYTHON else part for part in command), flush=True)
+        code = subprocess.run(command, cwd=ROOT).returncode
+        failed += code not in (0, 5 if command in tests else 0)  # 5: no test of that name
+    run = {part.partition("/")[2] for command in tests for part in command}
+    left = sorted(path.name for path in TESTS.glob("test_*.py") if path.name not in run)
+    print("\nleft out: tests marked slow;", f"{len(left)} files of tests:", *left)
+    print("`make lint test` runs everything")
+    sys.exit(f"make check: {failed} failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
