@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c import hub
 from gpt2c.files import atomic_paths, read_json, shown
 from gpt2c.tensorfile import (
     FLOAT_DTYPES,
@@ -191,7 +192,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{directory / CONFIG_FILE} does not exist; a model directory has {CONFIG_FILE} and"
-            f" {WEIGHTS_FILE}"
+            f" {WEIGHTS_FILE}{hub.hidden(directory)}"
         )
     config, generation = read_json(directory / CONFIG_FILE), directory / GENERATION_FILE
     if config.get("eos_token_id") is None and os.path.lexists(generation):

@@ -5,6 +5,8 @@ Each refuses the rest with one sentence that names the argument. Knows nothing a
 
 from __future__ import annotations
 
+from contextlib import suppress
+from numbers import Real
 from operator import index
 from typing import Any
 
@@ -25,6 +27,19 @@ def whole(name: str, number: Any) -> int:
     except TypeError:
         pass
     raise ValueError(f"{name} must be a whole number, got {number!r:.50}")
+
+
+def number(name: str, value: Any) -> float:
+    """Return a number as a float.
+
+    Raises
+    ------
+    ValueError : it is none, a bool, or too large for a float
+    """
+    if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
+        with suppress(OverflowError):
+            return float(value)
+    raise ValueError(f"{name} must be a number, got {value!r:.50}")
 
 
 def check_layout(name: str, array: NDArray[Any]) -> None:

@@ -10,68 +10,127 @@ import dataclasses
 import difflib
 import importlib.metadata
 import math
-import os
+import re
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_plot
+from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_plot, cli_tokens
 from gpt2c.data import prepare, read_text, split_documents
 from gpt2c.demo import demo, demo_recipe, describe
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
+from gpt2c.terminal import Door, open_door, well_formed
 from gpt2c.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 LONGEST = 2000  # characters of an error that are shown
+ANY_TEXT = ("--prompt", "--stop")  # flags whose value may be any text, another flag's name too
+FLAG = re.compile("--[A-Za-z][A-Za-z0-9_-]*")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which would drop a value of two dashes."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings == ["--"] and action.option_strings:
+            return "--"
+        return super()._get_values(action, arg_strings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `gpt2c`; return its exit code.
 
-    0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's, 130
-    for Ctrl-C.
+    0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's or
+    for text lost that was the result, 130 for Ctrl-C. All text passes `gpt2c.terminal`: a reader
+    that has gone, or a terminal, is no error, nor is anything that standard error does not take.
     """
-    options, unknown = parser().parse_known_args(arguments)
+    with open_door() as out, warnings.catch_warnings():
+        if not sys.warnoptions:  # libraries warn programmers, not those who type commands
+            warnings.simplefilter("ignore")
+        return _run(list(sys.argv[1:] if arguments is None else arguments), out)
+
+
+def _run(arguments: list[str], out: Door) -> int:
+    top = parser()
+    if not arguments:
+        top.print_help()
+        return 0
+    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    if verb := verbs.get(arguments[0]):
+        arguments[1:] = _for_argparse(arguments[1:], verb)
+    options, unknown = top.parse_known_args(arguments)
     if unknown:
         options.verb.error(_unknown_flag(unknown[0], options.verb))
+    out.needed = options.shows
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
+        out.flush()
+        if code == 0 and out.needed and out.lost and not out.reader_left:
+            _complain(f"standard output: {out.lost.strerror or out.lost}: some of the text is lost")
+            code = 2
         return code
-    except (
-        BrokenPipeError
-    ):  # the reader (head, less) has gone: nothing more to say, and no second complaint at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("gpt2c: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         named = error.filename and error.strerror
         _complain(f"{error.filename}: {error.strerror}" if named else str(error))
-    except (ValueError, OverflowError) as error:  # a number too large for C, or for a float
+    except (ValueError, OverflowError, Warning) as error:  # a number too large for C or a float
         _complain(str(error))
     except MemoryError as error:
         _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
     return 2
 
 
+def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[str]:
+    """Return a verb's arguments as argparse takes them: --n_layer as --n-layer, values joined.
+
+    argparse takes a value that begins with a dash only if it is joined to its flag, as in
+    --prompt=-->. One that is itself a flag of the verb is a value where any text may be.
+    """
+    flags = verb._option_string_actions
+    texts: list[str] = []  # arguments that are no flags, of a verb that takes any text as these
+    taken: list[str] = []
+    left = list(reversed(arguments))
+    while left:
+        argument = left.pop()
+        name, equals, _ = argument.partition("=")
+        dashed = name.replace("_", "-")
+        if name not in flags and name.startswith("--") and dashed in flags:
+            argument, name = dashed + argument[len(name) :], dashed
+        if argument == "--":
+            texts += reversed(left)
+            break
+        if name not in flags:
+            is_text = verb.get_default("any_text") and not FLAG.fullmatch(name)
+            (texts if is_text else taken).append(argument)
+        elif equals or flags[name].nargs not in (None, "?"):
+            taken.append(argument)
+        elif flags[name].nargs == "?":  # a number may follow, and nothing else
+            number = left and left[-1].removeprefix("-").isdecimal()
+            taken.append(f"{name}={left.pop() if number else flags[name].const}")
+        elif not left or (name not in ANY_TEXT and left[-1].partition("=")[0] in {*flags, "--"}):
+            taken.append(argument)
+        else:
+            taken.append(f"{name}={left.pop()}")
+    return [*taken, "--", *texts] if texts else taken
+
+
 def _complain(text: str) -> None:
     """Print one line, whatever the names in a stranger's file do to a terminal."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST])
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in well_formed(text[:LONGEST]))
     print(f"gpt2c: {shown}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Give the whole command line."""
-    top = argparse.ArgumentParser(
-        prog="gpt2c", description="Train and run GPT-2 on an ordinary CPU."
-    )
+    """Return the whole command line."""
+    top = Parser(prog="gpt2c", description="Train and run GPT-2 on an ordinary CPU.")
     version = importlib.metadata.version("gpt2c")
     top.add_argument("--version", action="version", version=f"gpt2c {version}")
-    verbs = top.add_subparsers(required=True, metavar="VERB")
+    verbs = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     verb = _verb(verbs, "demo", run_demo, "the main job: text to tokens to a model to text")
     verb.add_argument("--text", type=Path, help="learn this file instead of Python's documentation")
@@ -107,21 +166,19 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(verb, {})
 
     text = "loss, perplexity and bits per byte on held-out text; right answers to questions"
-    cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text))
-    cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, "continue a text"))
+    cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
+    text = "continue a text"
+    cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, text, shows=True))
+    text = "show a text as a tokenizer cuts it: pieces, ids, bytes"
+    cli_tokens.add_flags(_verb(verbs, "tokens", cli_tokens.run_tokens, text, shows=True))
     text = "draw metrics.jsonl: loss, learning rate, gradient norm, tokens a second"
     cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
     text = "a model, tokenizer or token files for llm.c, llama.cpp, nanoGPT or transformers"
     cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
-    cli_bench.add_flags(
-        _verb(
-            verbs,
-            "bench",
-            cli_bench.run_bench,
-            "backends and PyTorch side by side, verified, in turn",
-        )
-    )
-    cli_info.add_flags(_verb(verbs, "info", cli_info.run_info, "CPU, backends, threads, versions"))
+    text = "backends and PyTorch side by side, verified, in turn"
+    cli_bench.add_flags(_verb(verbs, "bench", cli_bench.run_bench, text, shows=True))
+    text = "CPU, backends, threads, versions"
+    cli_info.add_flags(_verb(verbs, "info", cli_info.run_info, text, shows=True))
     return top
 
 
@@ -131,9 +188,12 @@ def _unknown_flag(flag: str, verb: argparse.ArgumentParser) -> str:
     return f"unrecognized argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+def _verb(
+    verbs: Any, name: str, run: Any, text: str, shows: bool = False
+) -> argparse.ArgumentParser:
+    """Add a verb; `shows` means that what it writes to standard output is its result."""
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
-    verb.set_defaults(run=run, verb=verb)
+    verb.set_defaults(run=run, verb=verb, shows=shows)
     return verb
 
 
@@ -144,7 +204,7 @@ def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) ->
         kind = type(field.default)
         value = {"type": kind, "metavar": kind.__name__.upper()}
         group.add_argument(
-            *dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}")),
+            f"--{field.name.replace('_', '-')}",
             dest=field.name,
             default=argparse.SUPPRESS,
             **({"action": argparse.BooleanOptionalAction} if kind is bool else value),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from gpt2c.convert import DTYPES, FORMATS, convert
 from gpt2c.llmc import EXPORT
@@ -16,7 +15,7 @@ gpt2c convert RUN tokenizer.bin                 llm.c's tokenizer, where the nam
 gpt2c convert gpt2 DIR                          GPT-2's tokenizer as Hugging Face's files
 gpt2c convert DATA DIR --format nanogpt         token files: nanoGPT's to llm.c's, or back
 
-A ckpt.pt of nanoGPT's is a pickle, which gpt2c does not read. Where there is PyTorch, these lines
+nanoGPT's ckpt.pt is a pickle, which gpt2c does not read. Where there is PyTorch, these lines
 make of it a directory "model" (nanoGPT computes GELU itself, GPT-2 an approximation of it, so the
 losses differ in the third place or so):
 
@@ -33,9 +32,11 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help="a run or other GPT-2 directory, llm.c's model or tokenizer .bin, token files, or a"
         " tokenizer's name",
     )
-    verb.add_argument("dst", type=Path, metavar="DST", help="FILE.bin, FILE.gguf or a directory")
+    verb.add_argument("dst", metavar="DST", help="FILE.bin, FILE.gguf or a directory")
     verb.add_argument(
-        "--format", choices=FORMATS, help="the side that has no header is a token file of nanoGPT's"
+        "--format",
+        choices=FORMATS,
+        help="read or write nanoGPT's token files, which have no header",
     )
     verb.add_argument(
         "--dtype", choices=DTYPES, help="fp32 or bf16 for llm.c, f32, f16 or q8_0 for GGUF"

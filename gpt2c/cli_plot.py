@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpt2c.metrics import FILE, read_metrics
 from gpt2c.plot import RUNS_FILE, plot_runs
+from gpt2c.terminal import well_formed
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def run_plot(options: argparse.Namespace) -> int:
         entries = read_metrics(path / FILE)
         if not entries:
             raise ValueError(f"{path / FILE} holds no step that can be drawn")
-        runs[str(path)] = entries
+        runs[well_formed(str(path))] = entries
     plot_runs(runs, out)
     print(out)
     return 0

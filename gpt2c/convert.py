@@ -10,6 +10,7 @@ name. Knows nothing about the formats themselves. Used by cli_convert.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,31 @@ from gpt2c.tokenizer_files import has_tokenizer
 
 FORMATS = ("nanogpt",)
 DTYPES = (*llmc.DTYPES, *GGUF_DTYPES)
+# Suffixes of files that convert does not write: no name that a directory is meant to have.
+OTHERS = {
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".safetensors",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".npy",
+}
+OTHERS |= {
+    ".ggml",
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".toml",
+    ".model",
+    ".tiktoken",
+    ".zip",
+    ".tar",
+    ".gz",
+}
 SHARD_TOKENS = 10**8  # as karpathy/llm.c:dev/data/fineweb.py
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 _KINDS = {MAGIC: "tokens", llmc.MODEL_MAGIC: "model", llmc.TOKENIZER_MAGIC: "tokenizer"}
@@ -45,7 +71,7 @@ _KINDS = {MAGIC: "tokens", llmc.MODEL_MAGIC: "model", llmc.TOKENIZER_MAGIC: "tok
 
 def convert(
     src: str,
-    dst: Path,
+    dst: str | os.PathLike[str],
     format: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -55,7 +81,8 @@ def convert(
     Parameters
     ----------
     src : a file, a directory, or a tokenizer's name
-    dst : a directory (an existing one, or a name without suffix), FILE.bin or FILE.gguf
+    dst : FILE.bin, FILE.gguf, or a directory: an existing one, a name that ends in a slash, or one
+        without the suffix of another kind of file
     format : "nanogpt": SRC are token files, and nanoGPT's is the side that has no header
     dtype : of the weights in DST: fp32 (default) or bf16 of llm.c's, f32 (default), f16 or q8_0 of
         GGUF
@@ -70,14 +97,18 @@ def convert(
     OSError : a file is missing or cannot be read or written, or is there already
     ValueError : SRC is damaged, or nothing that DST could be made of
     """
-    source = Path(src)
+    directory = os.fspath(dst).endswith("/")
+    source, dst = Path(src), Path(dst)
     if source.exists() and dst.exists() and source.samefile(dst):
         raise ValueError(f"{src} and {dst} are the same: name another place to write to")
-    suffix = "" if dst.is_dir() else dst.suffix
-    if suffix not in ("", ".bin", ".gguf"):
+    suffix = "" if directory or dst.is_dir() else dst.suffix
+    if suffix.lower() in OTHERS:
         raise ValueError(
             f"{dst}: its name must say what to write, FILE.bin (llm.c's), FILE.gguf or a directory"
+            f" ({dst}/ is one)"
         )
+    if suffix not in (".bin", ".gguf"):  # a dot in a directory's name, as in model-0.1
+        suffix = ""
     if format == "nanogpt":
         _refuse_dtype(dtype, dst, "token files")
         return _convert_tokens(source, dst, suffix, overwrite)
@@ -121,7 +152,10 @@ def _kinds(src: str) -> set[str]:
         for pickle in sorted(path.glob("*.pt")) if not kinds else []:
             llmc.read_header(pickle)  # says what to do instead
         if not kinds:
-            raise ValueError(f"{src} holds no {CONFIG_FILE}, vocab.json or token files to convert")
+            hidden = f"; the directory {src} here hides the tokenizer" if src in NAMES else ""
+            raise ValueError(
+                f"{src} holds no {CONFIG_FILE}, vocab.json or token files to convert{hidden}"
+            )
         return kinds
     if path.suffix == ".safetensors":
         return {"model"}

@@ -6,7 +6,6 @@ Without a text of the user's it learns the documentation that every Python carri
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.run import locked
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
+from gpt2c.terminal import write_pieces
 from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
@@ -134,7 +134,4 @@ def write_samples(model: GPT2, tokenizer: Tokenizer) -> None:
         pieces = Generator(model, tokenizer).stream(
             "", max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
         )
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        print()
+        write_pieces(pieces)

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from gpt2c.checks import whole
 from gpt2c.decoder import CHUNK, Decoder
 from gpt2c.generate import Text, read_newest
 from gpt2c.language_model import LanguageModel, check_ids
-from gpt2c.sampling import GenerationConfig
+from gpt2c.sampling import GenerationConfig, Settings
 
 Token = int | tuple[int, float]
 
@@ -185,7 +185,9 @@ class Engine:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
 
-    def submit(self, idx: Sequence[int], max_new_tokens: int = 64, **settings: Any) -> Request:
+    def submit(
+        self, idx: Sequence[int], max_new_tokens: int = 64, **settings: Unpack[Settings]
+    ) -> Request:
         """Ask for the continuation of one prompt; return at once.
 
         Parameters

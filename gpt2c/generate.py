@@ -17,6 +17,7 @@ from gpt2c.sampling import GenerationConfig, choose
 
 IntArray = NDArray[np.int32]
 Watch = Callable[[int], bool]
+Look = Callable[[int, NDArray[Any]], None]
 Step = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
@@ -41,6 +42,7 @@ class Text:
     slot : its place in the decoder
     number : which of the texts of one call it is: each has random numbers of its own
     watch : told each new token; True ends the text
+    look : told each new token and the logits (V,) that it was chosen from
 
     Attributes
     ----------
@@ -60,6 +62,7 @@ class Text:
         slot: int,
         number: int = 0,
         watch: Watch | None = None,
+        look: Look | None = None,
     ) -> None:
         self.tokens = list(prompt)
         self.count = 0
@@ -70,6 +73,7 @@ class Text:
         self._settings = settings
         self._ends = ends
         self._watch = watch
+        self._look = look
         seed = None if settings.seed is None else (settings.seed, number)
         self._rng = np.random.default_rng(seed)
 
@@ -82,6 +86,8 @@ class Text:
             largest = float(logits.max())
             total = np.exp(logits - largest, dtype=np.float64).sum()
             self.logprob = float(logits[token]) - largest - math.log(total)
+        if self._look is not None:
+            self._look(token, logits)
         self.tokens.append(token)
         self.count += 1
         if (self._watch is not None and self._watch(token)) or token in self._ends:
@@ -155,6 +161,7 @@ def stream(
     settings: GenerationConfig,
     ends: Collection[int],
     watches: Sequence[Watch] | None = None,
+    look: Look | None = None,
 ) -> Iterator[Step]:
     """Continue prompts together, yielding each step's tokens as soon as they are chosen.
 
@@ -165,7 +172,7 @@ def stream(
     ----------
     decoder : with a slot for each text
     prompts : token ids, at least one each
-    settings, ends : see `Text`
+    settings, ends, look : see `Text`
     watches : one for each text, in the order of the rows
 
     Returns
@@ -175,7 +182,7 @@ def stream(
     """
     copies = settings.num_return_sequences
     texts = [
-        Text(prompt, settings, ends, slot, slot, watches[slot] if watches else None)
+        Text(prompt, settings, ends, slot, slot, watches[slot] if watches else None, look)
         for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(copies))
     ]
     if settings.max_new_tokens == 0:

@@ -11,17 +11,40 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Unpack, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c import hub, llmc
 from gpt2c.backend import Backend
 from gpt2c.checkpoint import read_config
+from gpt2c.checks import whole
+from gpt2c.generate import Look
 from gpt2c.language_model import LanguageModel
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2, stored_method
-from gpt2c.sampling import GenerationConfig
+from gpt2c.sampling import GenerationConfig, TextSettings, likeliest
 from gpt2c.tokenizer import Tokenizer
+
+
+class Token(NamedTuple):
+    """A token that was generated, and how likely the model held it and others.
+
+    Attributes
+    ----------
+    id : of the token
+    data : the bytes that it stands for, which may be a part of a character
+    probability : the model's own, the softmax of its logits: before temperature, top_k, top_p,
+        min_p and penalties
+    candidates : (id, probability) of the likeliest tokens, the likeliest first
+    """
+
+    id: int
+    data: bytes
+    probability: float
+    candidates: list[tuple[int, float]]
 
 
 class Writer:
@@ -148,7 +171,40 @@ class Generator:
         path = hub.find(path_or_name, revision)
         return cls(open_model(path, backend, quantize), Tokenizer.from_pretrained(path))
 
-    def generate(self, prompt: str | Sequence[str], **settings: Any) -> Any:
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        num_return_sequences: Literal[1] = 1,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        num_return_sequences: int = 1,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_return_sequences: int = 1,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> str | list[str]: ...
+
+    def generate(self, prompt: str | Sequence[str], **settings: Any) -> str | list[str]:
         """Continue one text or several together.
 
         Parameters
@@ -164,17 +220,24 @@ class Generator:
 
         Raises
         ------
-        ValueError : a setting is out of range, a prompt is longer than the context
+        ValueError : a setting is out of range, a prompt is no string or longer than the context
+        TypeError : an unknown setting
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        writers, steps, copies = self._begin(prompts, settings)
+        writers, steps, copies = self._begin(_strings(prompt), settings)
         for _ in steps:
             pass
         self.count += sum(writer.count for writer in writers)
         texts = [writer.take(last=True) for writer in writers]
         return texts[0] if isinstance(prompt, str) and copies == 1 else texts
 
-    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> Iterator[str]:
         """Continue one text, giving each piece as soon as it is certain; see `generate`.
 
         No piece ends within a character.
@@ -183,9 +246,8 @@ class Generator:
         ------
         ValueError : at once, not at the first piece
         """
-        writers, steps, copies = self._begin([prompt], settings)
-        if copies > 1:
-            raise ValueError("stream gives one text: num_return_sequences is for generate")
+        given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
+        writers, steps = self._begin_one(prompt, given)
 
         def pieces() -> Iterator[str]:
             for _ in steps:
@@ -197,8 +259,64 @@ class Generator:
 
         return pieces()
 
+    def tokens(
+        self,
+        prompt: str,
+        candidates: int = 5,
+        *,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int = 64,
+        **settings: Unpack[TextSettings],
+    ) -> Iterator[Token]:
+        """Continue one text token by token, with how likely each one was; see `generate`.
+
+        The token that ends the text, or completes a stop string, comes as well.
+
+        Parameters
+        ----------
+        prompt, settings : see `generate`
+        candidates : how many of the likeliest tokens are named beside each
+
+        Raises
+        ------
+        ValueError : at once, not at the first token
+        """
+        if whole("candidates", candidates) < 0:
+            raise ValueError(f"candidates must be at least 0, got {candidates}")
+        new: list[Token] = []
+
+        def look(token: int, logits: NDArray[Any]) -> None:
+            shares = np.exp(logits.astype(np.float64) - logits.max())
+            shares /= shares.sum()
+            best = likeliest(logits, candidates) if candidates else np.empty(0, np.int64)
+            best = best[np.argsort(-logits[best], kind="stable")]
+            pairs = list(zip(best.tolist(), shares[best].tolist(), strict=True))
+            known = token < self.tokenizer.vocab_size  # or padding
+            data = self.tokenizer.token_bytes(token) if known else b""
+            new.append(Token(token, data, float(shares[token]), pairs))
+
+        given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
+        _, steps = self._begin_one(prompt, given, look)
+
+        def tokens() -> Iterator[Token]:
+            for _ in steps:
+                self.count += 1
+                yield new.pop(0)
+
+        return tokens()
+
+    def _begin_one(
+        self, prompt: str, settings: dict[str, Any], look: Look | None = None
+    ) -> tuple[list[Writer], Iterator[Any]]:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a string, got {type(prompt).__name__}")
+        writers, steps, copies = self._begin([prompt], settings, look)
+        if copies > 1:
+            raise ValueError("this gives one text: num_return_sequences is for generate")
+        return writers, steps
+
     def _begin(
-        self, prompts: Sequence[str], settings: dict[str, Any]
+        self, prompts: Sequence[str], settings: dict[str, Any], look: Look | None = None
     ) -> tuple[list[Writer], Iterator[Any], int]:
         stop = settings.pop("stop", None)
         several = isinstance(stop, list | tuple | set | frozenset)
@@ -212,7 +330,22 @@ class Generator:
         ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
         copies = config.num_return_sequences
         writers: list[Writer] = []
-        steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers)
+        steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers, look)
         for _ in range(len(ids) * copies):  # now that so many are known to fit
             writers.append(Writer(self.tokenizer, stops, config.min_new_tokens))
         return writers, steps, copies
+
+
+def _strings(prompt: Any) -> list[str]:
+    """Return one prompt or several as a list of strings."""
+    one = isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable)
+    prompts = [prompt] if one else list(prompt)
+    for text in prompts:
+        if not isinstance(text, str):
+            hint = (
+                ", which model.generate continues"
+                if isinstance(text, np.ndarray | np.integer | int)
+                else ""
+            )
+            raise ValueError(f"prompt must be a string or a list of them, got {text!r:.50}{hint}")
+    return prompts

@@ -34,6 +34,14 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
+def hidden(directory: Path) -> str:
+    """Return the rest of a sentence about a directory that lacks a file: which name it hides."""
+    name = str(directory)
+    if not is_name(name):
+        return ""
+    return f"; the directory {name} here hides a model of that name on the hub"
+
+
 def find(source: str | os.PathLike[str], revision: str | None = None, weights: bool = True) -> Path:
     """Give the path of a model, downloaded if it must be.
 
@@ -51,7 +59,7 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     Raises
     ------
     OSError : the hub has no such model or no safetensors of it, or cannot be reached and the cache
-        has it not; huggingface_hub is not installed
+        does not have it; huggingface_hub is not installed
     ValueError : a revision of what is not on the hub, or a name or an answer that cannot be
     """
     path = Path(source)

@@ -9,7 +9,7 @@ Checks what users give; the work is the decoder's and generate's. Knows nothing 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,9 +18,9 @@ from gpt2c import generate
 from gpt2c.backend import Backend
 from gpt2c.config import GPT2Config
 from gpt2c.decoder import Decoder
-from gpt2c.generate import Step, Watch
+from gpt2c.generate import Look, Step, Watch
 from gpt2c.memory import Array
-from gpt2c.sampling import GenerationConfig
+from gpt2c.sampling import GenerationConfig, Settings
 
 IntArray = NDArray[np.int32]
 
@@ -55,7 +55,10 @@ class LanguageModel:
         return Decoder(self.config, self.parameters, self.backend, slots, capacity)
 
     def stream(
-        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **settings: Unpack[Settings],
     ) -> Iterator[Step]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
 
@@ -89,16 +92,20 @@ class LanguageModel:
         prompts: list[list[int]],
         config: GenerationConfig,
         watches: Sequence[Watch] | None = None,
+        look: Look | None = None,
     ) -> Iterator[Step]:
-        """Do the work of `stream`; `watches` are told the rows' tokens, see `generate.Text`."""
+        """Do the work of `stream`; `watches` and `look` are told of tokens, see `generate.Text`."""
         ends = config.ends(self.config.vocab_size)
         longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
         capacity = min(longest, self.config.n_positions)
         decoder = self.decoder(len(prompts) * config.num_return_sequences, capacity)
-        return generate.stream(decoder, prompts, config, ends, watches)
+        return generate.stream(decoder, prompts, config, ends, watches, look)
 
     def generate(
-        self, idx: ArrayLike | Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **settings: Unpack[Settings],
     ) -> Any:
         """Continue prompts, with the arguments of `stream`.
 
@@ -146,7 +153,8 @@ class LanguageModel:
         else:
             array = check_ids(idx, "idx", 0, self.config.vocab_size)
             if array.ndim != 2:
-                raise ValueError(f"idx must be (B, T) token ids, got shape {array.shape}")
+                hint = "; pass [idx] for one prompt" if array.ndim == 1 else ""
+                raise ValueError(f"idx must be (B, T) token ids, got shape {array.shape}{hint}")
             rows = list(array)
         if not rows:
             raise ValueError("idx must hold at least one prompt, got none")
@@ -155,8 +163,9 @@ class LanguageModel:
                 raise ValueError(f"idx must be (B, T) token ids, got a row of shape {row.shape}")
             if len(row) > self.config.n_positions:
                 raise ValueError(
-                    f"idx: a prompt has {len(row):,} tokens, and this model reads at most"
-                    f" n_positions, {self.config.n_positions:,}"
+                    f"the prompt is {len(row):,} tokens; this model's context is"
+                    f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or its"
+                    f" last {self.config.n_positions:,} tokens at most"
                 )
         start = self.config.eos_token_id
         if start is None and any(len(row) == 0 for row in rows):
@@ -168,7 +177,10 @@ class LanguageModel:
     def _check_tokens(self, idx: ArrayLike) -> IntArray:
         ids = check_ids(idx, "idx", 0, self.config.vocab_size)
         if ids.ndim != 2 or ids.size == 0:
-            raise ValueError(f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}")
+            hint = "; pass [idx] for one row" if ids.ndim == 1 and ids.size else ""
+            raise ValueError(
+                f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}{hint}"
+            )
         if ids.shape[1] > self.config.n_positions:
             raise ValueError(
                 f"idx has rows of {ids.shape[1]} tokens, n_positions is {self.config.n_positions}"

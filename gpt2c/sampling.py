@@ -10,12 +10,50 @@ processors). Knows nothing about models and tokenizers. Used by generate.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gpt2c.checks import number, whole
+
+# Others' names of what GenerationConfig calls otherwise.
+MEANT = {"stop_strings": "stop", "stop_token_ids": "stop", "n": "num_return_sequences"}
+MEANT |= dict.fromkeys(("max_length", "max_tokens", "max_gen_toks"), "max_new_tokens")
+MEANT |= {"min_length": "min_new_tokens"}
+
+
+class TextSettings(TypedDict, total=False):
+    """`GenerationConfig`'s settings for texts: a type checker then knows their names and types."""
+
+    min_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    eos_token_id: int | Collection[int] | None
+    seed: int | None
+    on_full: str
+    num_beams: int
+    typical_p: float
+    use_cache: bool | None
+    early_stopping: bool | str | None
+    length_penalty: float | None
+    pad_token_id: int | None
+
+
+class Settings(TextSettings, total=False):
+    """`GenerationConfig`'s settings for token ids, but for max_new_tokens."""
+
+    num_return_sequences: int
+    stop: int | Collection[int] | None
+    logprobs: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,24 +65,28 @@ class GenerationConfig:
     max_new_tokens, min_new_tokens : the most tokens to add, and how many must come before the end
     do_sample : False takes the likeliest token each time, as temperature=0 does
     temperature : divides the logits; 1 is the model's own distribution
-    top_k : draw among the k likeliest tokens only (of equals the lower ids)
+    top_k : draw among the k likeliest tokens only (of equals the lower ids); None or 0 is off
     top_p : draw among the fewest likeliest tokens whose probabilities reach p, at least one
-        (nucleus sampling, Holtzman et al., arXiv:1904.09751)
+        (nucleus sampling, Holtzman et al., arXiv:1904.09751); None or 1 is off, 0 keeps one token
     min_p : draw among the tokens at least p times as likely as the likeliest (Nguyen et al.,
-        arXiv:2407.01082)
+        arXiv:2407.01082); None or 0 is off
     repetition_penalty : above 1 makes tokens that the text has already less likely: their logits
         are divided by it, negative ones multiplied (Keskar et al., arXiv:1909.05858)
     no_repeat_ngram_size : n forbids the tokens that would end n tokens which the text has already
     num_return_sequences : continue each prompt so many times
     eos_token_id : a token id or several that end a text
     stop : token ids that end a text as well; strings are for `gpt2c.Generator`
-    seed : the same seed draws the same tokens; None a fresh one
+    seed : the same seed draws the same tokens; None takes a fresh one
     logprobs : give the log-probability, in nats, that the model itself gave to each token as well
     on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
+    num_beams, typical_p : of transformers; 1, its default, is taken
+    use_cache, early_stopping, length_penalty, pad_token_id : of transformers; any value is taken,
+        for none changes what one token at a time without padding gives
 
     Raises
     ------
-    ValueError : a value is out of range; the message names it
+    ValueError : a value is out of range or of another type; the message names the setting
+    TypeError : an unknown setting; the message names the one that was probably meant
     """
 
     max_new_tokens: int = 64
@@ -63,32 +105,53 @@ class GenerationConfig:
     logprobs: bool = False
     on_full: str = "slide"
 
-    def __post_init__(self) -> None:
+    num_beams: dataclasses.InitVar[int] = 1
+    typical_p: dataclasses.InitVar[float] = 1.0
+    use_cache: dataclasses.InitVar[bool | None] = True
+    early_stopping: dataclasses.InitVar[bool | str | None] = False
+    length_penalty: dataclasses.InitVar[float | None] = 1.0
+    pad_token_id: dataclasses.InitVar[int | None] = None
+
+    def __new__(cls, **settings: Any) -> GenerationConfig:
+        """Refuse an unknown setting with the name that was probably meant."""
+        known = cls.__dataclass_fields__
+        for name in settings.keys() - known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = MEANT.get(name) or (near[0] if near else None)
+            hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}"
+            raise TypeError(f"GenerationConfig has no setting {name!r}; {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self, num_beams: Any, typical_p: Any, *unused: Any) -> None:
+        for name, one in (("num_beams", num_beams), ("typical_p", typical_p)):
+            if one is not None and one != 1:
+                raise ValueError(f"{name} must be 1, for gpt2c has nothing like it, got {one!r}")
         least = {"max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
-        least |= {"num_return_sequences": 1, "top_k": 1, "seed": 0}
+        least |= {"num_return_sequences": 1, "top_k": 0, "seed": 0}
         for name, low in least.items():
             value = getattr(self, name)
-            optional = name in ("top_k", "seed")
-            if optional and value is None:
-                continue
-            if not isinstance(value, int | np.integer) or value < low:
-                none = ", or None" if optional else ""
-                raise ValueError(f"{name} must be at least {low}{none}, got {value!r}")
+            if not (name in ("top_k", "seed") and value is None) and whole(name, value) < low:
+                fresh = ", or left out for a fresh one" if name == "seed" else ""
+                raise ValueError(f"{name} must be at least {low}{fresh}, got {value!r}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens},"
                 f" got {self.min_new_tokens}"
             )
-        if not 0 <= self.temperature < math.inf:
+        if not 0 <= number("temperature", self.temperature) < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, or None, got {value}")
-        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            if value is not None and not 0 <= number(name, value) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        if not 1e-3 <= number("repetition_penalty", self.repetition_penalty) <= 1e3:
             raise ValueError(
                 f"repetition_penalty must be from 0.001 to 1000, got {self.repetition_penalty}"
             )
+        for name in ("do_sample", "logprobs"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"{name} must be True or False, got {value!r:.50}")
         if self.on_full not in ("slide", "stop"):
             raise ValueError(f"on_full must be 'slide' or 'stop', got {self.on_full!r}")
 
@@ -170,7 +233,7 @@ def distribution(
     (ids, weights) : (K,) int64 ascending, (K,) float64
     """
     top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
-    ids = np.arange(len(logits)) if top_k is None else likeliest(logits, top_k)
+    ids = likeliest(logits, top_k) if top_k else np.arange(len(logits))
     # A tiny temperature sends all but the largest to exp(-inf) = 0.
     with np.errstate(over="ignore"):
         weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / settings.temperature)

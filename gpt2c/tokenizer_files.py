@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2c import files
+from gpt2c import files, hub
 
 END_OF_TEXT = "<|endoftext|>"
 LARGEST = 1 << 25  # bytes of a file: GPT-2's have 1.4 million
@@ -147,6 +147,7 @@ def _read(path: Path) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} does not exist; a tokenizer is a {VOCAB} and a {MERGES}, or a {TOKENIZER}"
+            f"{hub.hidden(path.parent)}"
         ) from None
     try:
         text = content.decode()

@@ -258,8 +258,8 @@ ARROWS: dict[str, set[str]] = {
     "config": {"files"},
     "hub": set(),
     "tensorfile": {"files"},
-    "checkpoint": {"files", "tensorfile"},
-    "sampling": set(),
+    "checkpoint": {"files", "hub", "tensorfile"},
+    "sampling": {"checks"},
     "generate": {"sampling"},
     "decoder": {"backend", "checks", "config", "kernels", "memory", "reference_reading"},
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
@@ -267,7 +267,7 @@ ARROWS: dict[str, set[str]] = {
     | {"reference_reading", "tensorfile"},
     "engine": {"checks", "decoder", "generate", "language_model", "sampling"},
     "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "model", "quantized"}
-    | {"sampling", "tokenizer"},
+    | {"checks", "generate", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory", "tensorfile"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
     "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
@@ -277,7 +277,7 @@ ARROWS: dict[str, set[str]] = {
     "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}
     | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": set(),
-    "tokenizer_files": {"files"},
+    "tokenizer_files": {"files", "hub"},
     "tokenizer": {"hub", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
@@ -295,11 +295,13 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines", "config"})
     | {"load", "metrics", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN | {"corpus", "generator", "run", "train"},
+    "demo": RUN | {"corpus", "generator", "run", "terminal", "train"},
+    "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
     "cli_convert": {"convert", "llmc"},
-    "cli_generate": {"generator", "sampling"},
-    "cli_plot": {"metrics", "plot"},
+    "cli_generate": {"data", "generator", "sampling", "terminal"},
+    "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
+    "cli_plot": {"metrics", "plot", "terminal"},
     "scoring": {"data", "decoder", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
@@ -307,7 +309,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_info": {"backend", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"demo", "train"},
+    | {"cli_tokens", "demo", "terminal", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }

@@ -338,7 +338,8 @@ def test_each_line_typed_is_continued(
     assert (code, out) == (0, "abcxx\nxcx\nabcxx\n")
     wrong, speed = err.splitlines(keepends=True)
     assert (
-        wrong == "gpt2c: idx: a prompt has 12 tokens, and this model reads at most n_positions, 8\n"
+        wrong == "gpt2c: the prompt is 12 tokens; this model's context is 8 (n_positions): give a"
+        " shorter prompt, or its last 8 tokens at most\n"
     )
     assert int(re.fullmatch(SPEED, speed)[1]) == 9
 
@@ -456,22 +457,25 @@ MISTAKES = [
     ("generate notext", r"vocab\.json does not exist"),
     ("generate run --temperature -1", "temperature must be finite and at least 0"),
     ("generate run --temperature nan", "temperature must be finite and at least 0"),
-    ("generate run --top-k 0", "top_k must be at least 1"),
-    ("generate run --top-p 0", "top_p must be above 0"),
-    ("generate run --top-p 1.5", "top_p must be above 0 and at most 1"),
+    ("generate run --top-k -1", "top_k must be at least 0"),
+    ("generate run --top-p 1.5", "top_p must be from 0 to 1"),
     ("generate run --max-new-tokens -1", "max_new_tokens must be at least 0"),
-    ("generate run --min-p 0", "min_p must be above 0"),
-    ("generate run --min-p nan", "min_p must be above 0"),
+    ("generate run --min-p nan", "min_p must be from 0 to 1"),
     ("generate run --repetition-penalty 0", "repetition_penalty must be from 0.001 to 1000"),
     ("generate run --no-repeat-ngram-size -1", "no_repeat_ngram_size must be at least 0"),
     ("generate run --num-samples 0", "--num-samples must be at least 1, got 0"),
     ("generate run --num-samples 1000000000", "not enough memory: 1000000000 texts of 16 tokens"),
-    ("generate run --num-samples 2 --top-k 0", "top_k must be at least 1"),
+    ("generate run --num-samples 2 --top-k -1", "top_k must be at least 0"),
+    ("generate run --prompt a --prompt-file text.txt", "two starts of one text"),
+    ("generate run --prompt-file missing.txt", r"missing\.txt does not exist"),
+    ("generate run --show-probabilities --num-samples 2", "is for one text"),
+    ("generate run --show-probabilities -3", "candidates must be at least 0, got -3"),
+    ("tokens a --tokenizer abacus", "neither a directory nor one of gpt2, bytes"),
     ("generate run --interactive --prompt a", "--interactive asks for prompts"),
     ("generate run --interactive --num-samples 2", "--interactive asks for prompts"),
     (
         "generate run --prompt seventeen-letters",
-        "this model reads at most n_positions, 16",
+        "the prompt is 17 tokens; this model's context is 16",
     ),
     ("generate run --stop= ", "stop must be strings of at least one character"),
     ("generate mixed", "do not belong together"),
@@ -517,7 +521,7 @@ def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: 
 @pytest.mark.parametrize(
     "arguments",
     [
-        *("", "fly", "train", "generate run --top-k x", "train --n-layer 1.5", "info now"),
+        *("fly", "train", "tokens", "generate run --top-k x", "train --n-layer 1.5", "info now"),
         *("generate run --quantize int4", "generate run --stop", "generate run --num-samples two"),
     ],
 )

@@ -131,6 +131,22 @@ def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert contents(Path("old")) == contents(Path("nano"))
 
 
+def test_a_directory_may_have_a_dot_in_its_name(run: Run) -> None:
+    assert run("run model.bin")[0] == 0
+    for name in ("model-0.1", "model-0.2/", "my.model.v2", "slash.bin/", "pickle.pt/"):
+        code, out, err = run(f"model.bin {name}")
+        assert (code, err) == (0, "") and out.startswith(
+            f"{name.rstrip('/')}: Hugging Face's model"
+        )
+        assert Path(name, "model.safetensors").is_file()
+
+
+def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
+    Path("gpt2").mkdir()
+    code, _, err = run("gpt2 tokenizer.bin")
+    assert code == 2 and err.endswith("; the directory gpt2 here hides the tokenizer\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -441,7 +441,7 @@ def test_many_threads_at_once(backend_name):
         ((np.zeros((2, 0), int),), {}, "one prompt"),
         (([[1], [2, 3]],), {}, "idx"),
         (([],), {}, "eos_token_id"),
-        ((ids(POSITIONS + 1),), {}, f"at most n_positions, {POSITIONS}"),
+        ((ids(POSITIONS + 1),), {}, f"context is {POSITIONS} (n_positions)"),
         (([1], -1), {}, "max_new_tokens"),
         (([1], 2.5), {}, "max_new_tokens"),
         (([1],), {"temperature": -1}, "temperature"),

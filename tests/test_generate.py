@@ -181,6 +181,16 @@ def test_watches_are_told_their_rows_tokens_and_may_end_them() -> None:
     np.testing.assert_array_equal(out, [[1, 2, 3, 3], [2, 3, 4, 5], [5, 5, 5, 5]])
 
 
+def test_a_look_sees_what_each_token_was_chosen_from() -> None:
+    seen: list[tuple[int, int]] = []
+    config = GenerationConfig(max_new_tokens=3)
+    steps = stream(
+        FakeReader(), [[0]], config, (), look=lambda *pair: seen.append((pair[0], pair[1].argmax()))
+    )
+    assert [step.tolist() for step in steps] == [[1], [2], [3]]
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
 # ---- several texts of a prompt -------------------------------------------------------------------
 
 

@@ -282,6 +282,35 @@ def test_a_model_may_have_padding() -> None:
     assert generator.count == 5
 
 
+# ---- how likely each token was -------------------------------------------------------------------
+
+
+def test_tokens_have_the_models_own_probabilities(backend: Any) -> None:
+    generator = Generator(small(backend), BYTES)
+    settings = {"max_new_tokens": 12, "seed": 3, "temperature": 2.0, "top_k": 40}
+    tokens = list(generator.tokens("ab", 4, **settings))
+    assert generator.count == len(tokens) == 12
+    text = b"".join(token.data for token in tokens if token.id != END).decode(errors="replace")
+    assert text == generator.generate("ab", **settings)
+    ids = BYTES.encode("ab")
+    for token in tokens:
+        logits = generator.model([ids])[0, -1].astype(np.float64)
+        p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        assert token.probability == pytest.approx(p[token.id], rel=1e-4)
+        assert [i for i, _ in token.candidates] == np.argsort(-p, kind="stable")[:4].tolist()
+        assert [q for _, q in token.candidates] == pytest.approx(np.sort(p)[:-5:-1], rel=1e-4)
+        assert token.data == BYTES.token_bytes(token.id)
+        ids.append(token.id)
+
+
+def test_the_token_that_ends_a_text_comes_as_well() -> None:
+    generator = answering("one. two")
+    assert [token.id for token in generator.tokens("ab", stop=".")] == [*b"one."]
+    assert [token.id for token in answering("cd").tokens("ab", 0)] == [*b"cd", END]
+    assert [token.candidates for token in answering("c").tokens("ab", 0)] == [[], []]
+    assert all(len(token.candidates) == 257 for token in answering("c").tokens("ab", 999))
+
+
 # ---- counting, mistakes --------------------------------------------------------------------------
 
 
@@ -300,7 +329,7 @@ def test_mistakes_are_refused_before_any_work() -> None:
     generator = Generator(small(), BYTES)
     for wrong, message in [
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": 2}, "top_p"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"eos_token_id": 257}, "eos_token_id"),
         ({"logprobs": True}, "logprobs belong to tokens"),
@@ -308,13 +337,34 @@ def test_mistakes_are_refused_before_any_work() -> None:
     ]:
         for call in (generator.generate, generator.stream):
             assert refused(call, "ab", **wrong).startswith(message)
-    for call in (generator.generate, generator.stream):
-        assert "41 tokens, and this model reads at most n_positions, 40" in refused(call, "x" * 41)
+    assert refused(generator.tokens, "ab", -1) == "candidates must be at least 0, got -1"
+    for call in (generator.generate, generator.stream, generator.tokens):
+        assert "is 41 tokens; this model's context is 40" in refused(call, "x" * 41)
         with pytest.raises(TypeError, match="beam"):
             call("ab", beam=5)
     assert "num_return_sequences" in refused(generator.stream, "ab", num_return_sequences=2)
     assert "at least one prompt" in refused(generator.generate, [])
     assert generator.count == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "got"),
+    [
+        (b"abc", "b'abc'"),
+        (None, "None"),
+        (5, "5, which model.generate continues"),
+        ([1, 2], "1, which model.generate continues"),
+        (np.arange(3), ", which model.generate continues"),
+        (["a", None], "None"),
+        ([b"a"], "b'a'"),
+    ],
+)
+def test_a_prompt_is_a_string(prompt: Any, got: str) -> None:
+    message = refused(answering("").generate, prompt)
+    assert message.startswith("prompt must be a string or a list of them, got ")
+    assert message.endswith(got)
+    for call in (answering("").stream, answering("").tokens):
+        assert refused(call, prompt).startswith("prompt must be a string, got ")
 
 
 def test_far_too_many_texts_are_refused_at_once() -> None:

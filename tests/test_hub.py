@@ -397,6 +397,28 @@ def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_directory_that_hides_a_name_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "gpt2").mkdir()
+    hint = "; the directory gpt2 here hides a model of that name on the hub"
+    for read, name in (
+        (GPT2.from_pretrained, "config.json"),
+        (Generator.from_pretrained, "config.json"),
+        (Tokenizer.from_pretrained, "vocab.json"),
+        (Tokenizer.from_spec, "vocab.json"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            read("gpt2")
+        assert str(error.value).startswith(f"gpt2/{name} does not exist")
+        assert str(error.value).endswith(hint)
+        with pytest.raises((OSError, ValueError)) as error:
+            read(str(tmp_path / "gpt2"))
+        assert "hides a model" not in str(error.value), "it was a path"
+
+
 @pytest.mark.parametrize(
     "source", ["./gpt2", "/gpt2", "a/b/c", "~/gpt2", "-x", "a b", Path("gpt3")]
 )

@@ -12,7 +12,6 @@ from conftest import refused
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2
 
 V, T, END = 37, 16, 36
-LONG = f", and this model reads at most n_positions, {T}"
 CONFIG = GPT2Config(
     V, n_positions=T, n_embd=24, n_layer=2, n_head=3, initializer_range=0.3, eos_token_id=END
 )
@@ -236,17 +235,17 @@ GOOD = [[1, 2], [3]]
         (
             [[0] * (T + 1)],
             {},
-            f"idx: a prompt has {T + 1} tokens, and this model reads at most n_positions, {T}",
+            f"the prompt is {T + 1} tokens; this model's context is {T} (n_positions): give a",
         ),
         (
             [[1], [0] * (T + 9)],
             {},
-            f"idx: a prompt has {T + 9} tokens, and this model reads at most n_positions, {T}",
+            f"the prompt is {T + 9} tokens; this model's context is {T} (n_positions): give a",
         ),
         (
             np.zeros((2, T + 1), int),
             {},
-            f"idx: a prompt has {T + 1} tokens, and this model reads at most n_positions, {T}",
+            f"the prompt is {T + 1} tokens; this model's context is {T} (n_positions): give a",
         ),
         ([[1], [V]], {}, f"idx: token id {V} is not in [0, {V})"),
         ([[1], [2, -1]], {}, f"idx: token id -1 is not in [0, {V})"),
@@ -254,16 +253,16 @@ GOOD = [[1, 2], [3]]
         ([[1], ["a"]], {}, "idx must be whole numbers"),
         ([[1], [[2]]], {}, "idx must be (B, T) token ids, got a row of shape (1, 1)"),
         ([[1], [[2], [3, 4]]], {}, "idx must be an array of whole numbers"),
-        ([1, 2], {}, "idx must be (B, T) token ids, got shape (2,)"),
+        ([1, 2], {}, "idx must be (B, T) token ids, got shape (2,); pass [idx] for one"),
         ([np.array(1)], {}, "idx must be (B, T) token ids, got shape (1,)"),
         (GOOD, {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         (GOOD, {"min_new_tokens": 65}, "min_new_tokens must be at most max_new_tokens, 64, got 65"),
         (GOOD, {"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
         (GOOD, {"temperature": np.nan}, "temperature must be finite and at least 0, got nan"),
-        (GOOD, {"top_k": 0}, "top_k must be at least 1, or None, got 0"),
-        (GOOD, {"top_p": 0.0}, "top_p must be above 0 and at most 1, or None, got 0.0"),
-        (GOOD, {"top_p": 1.01}, "top_p must be above 0 and at most 1, or None, got 1.01"),
-        (GOOD, {"min_p": 2}, "min_p must be above 0 and at most 1, or None, got 2"),
+        (GOOD, {"temperature": "0.7"}, "temperature must be a number, got '0.7'"),
+        (GOOD, {"top_k": -1}, "top_k must be at least 0, got -1"),
+        (GOOD, {"top_p": 1.01}, "top_p must be from 0 to 1, got 1.01"),
+        (GOOD, {"min_p": 2}, "min_p must be from 0 to 1, got 2"),
         (GOOD, {"stop": V}, f"stop: {V} is not a token id in [0, {V})"),
         (GOOD, {"stop": [1, -1]}, f"stop: -1 is not a token id in [0, {V})"),
         (GOOD, {"eos_token_id": V}, f"eos_token_id: {V} is not a token id in [0, {V})"),
@@ -283,6 +282,8 @@ def test_unknown_settings_are_refused(idle: Any) -> None:
     for call in (idle.generate, idle.stream):
         with pytest.raises(TypeError, match="beams"):
             call(GOOD, 5, beams=3)
+        with pytest.raises(TypeError, match=r"'max_length'; did you mean max_new_tokens\?"):
+            call(GOOD, max_length=5)
         with pytest.raises(TypeError):  # only max_new_tokens goes without its name
             call(GOOD, 5, 0.7)
 

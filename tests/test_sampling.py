@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c.sampling import GenerationConfig, choose, distribution, penalised
+from gpt2c.sampling import GenerationConfig, Settings, TextSettings, choose, distribution, penalised
 
 V = 11
 DRAWS = 2000
@@ -272,11 +275,16 @@ def test_if_all_is_forbidden_nothing_is_chosen() -> None:
     [
         ("max_new_tokens", [-1, 1.5, None, "many"]),
         ("min_new_tokens", [-1, 2.0, 65]),  # more than max_new_tokens
-        ("temperature", [-0.1, np.nan, np.inf]),
-        ("top_k", [0, -1, 2.5]),
-        ("top_p", [0.0, -0.5, 1.1, np.nan, np.inf]),
-        ("min_p", [0.0, -0.5, 1.1, np.nan]),
-        ("repetition_penalty", [0.0, -1.0, np.nan, np.inf]),
+        ("max_new_tokens", [True]),
+        ("temperature", [-0.1, np.nan, np.inf, "0.7", None, True, [1.0]]),
+        ("top_k", [-1, 2.5, "5"]),
+        ("top_p", [-0.5, 1.1, np.nan, np.inf, "0.7"]),
+        ("min_p", [-0.5, 1.1, np.nan, "0.1"]),
+        ("repetition_penalty", [0.0, -1.0, np.nan, np.inf, None, "1"]),
+        ("do_sample", ["no", None, 1]),
+        ("logprobs", [5, None]),
+        ("num_beams", [4, 0, "1"]),
+        ("typical_p", [0.5]),
         ("no_repeat_ngram_size", [-1, 1.5]),
         ("num_return_sequences", [0, -1, 1.5, None]),
         ("seed", [-1, 0.5]),
@@ -295,12 +303,58 @@ def test_settings_out_of_range_are_refused(name: str, values: list[Any]) -> None
         {"max_new_tokens": 0},
         {"max_new_tokens": np.int64(3), "min_new_tokens": 3},
         {"temperature": 0, "top_p": 1, "min_p": 1, "top_k": np.int32(1)},
+        {"top_p": np.float32(0), "min_p": 0.0, "top_k": 0},
         {"repetition_penalty": 1e-3, "no_repeat_ngram_size": 1, "seed": 0, "on_full": "stop"},
     ],
 )
 def test_settings_at_their_limits_are_taken(settings: dict[str, Any]) -> None:
     config = GenerationConfig(**settings)
     assert {name: getattr(config, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    "off", [{"top_k": 0}, {"min_p": 0}, {"top_p": 1}, {"top_k": None, "min_p": None, "top_p": None}]
+)
+def test_what_is_off_cuts_nothing_off(off: dict[str, Any]) -> None:
+    logits = make_logits()
+    np.testing.assert_allclose(probabilities(logits, **off), softmax(logits), rtol=1e-12)
+
+
+def test_top_p_of_0_keeps_one_token() -> None:
+    logits = make_logits()
+    assert probabilities(logits, top_p=0)[logits.argmax()] == 1
+
+
+def test_the_neighbours_words_for_the_default_are_taken() -> None:
+    defaults = {"num_beams": 1, "use_cache": False, "early_stopping": True, "length_penalty": 2.0}
+    config = GenerationConfig(**defaults, pad_token_id=50256, typical_p=1.0)
+    assert config == GenerationConfig() == dataclasses.replace(config)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_length", "did you mean max_new_tokens?"),
+        ("stop_strings", "did you mean stop?"),
+        ("temprature", "did you mean temperature?"),
+        ("xyz", "there are do_sample, "),
+    ],
+)
+def test_an_unknown_setting_is_told_which_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(TypeError) as error:
+        GenerationConfig(**{name: 5})
+    assert str(error.value).startswith(f"GenerationConfig has no setting {name!r}; {meant}")
+
+
+def test_type_checkers_know_every_setting() -> None:
+    known = GenerationConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
+    assert Settings.__annotations__.keys() == known
+    assert known - TextSettings.__annotations__.keys() == {
+        "num_return_sequences",
+        "stop",
+        "logprobs",
+    }
 
 
 def test_settings_do_not_change() -> None:
