@@ -1,24 +1,17 @@
 """What a language model must beat: xz and a bigram model, on the same held-out text.
 
 A language model is a compressor: coding a text with its probabilities takes loss / ln(2) bits a
-token. So all three are compared in bits per byte of the text. Knows nothing about GPT-2. Used by
-demo.
+token. So all three are compared in bits per byte of the text. Independent of GPT-2. Used by demo.
 """
 
 from __future__ import annotations
 
 import lzma
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.uint16]
-
-
-def bits_per_byte(nats: float, size: int) -> float:
-    """Convert the summed loss over a text of `size` bytes."""
-    return nats / math.log(2) / size
 
 
 def xz_bits_per_byte(history: bytes, text: bytes) -> float:

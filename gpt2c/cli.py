@@ -11,16 +11,24 @@ import difflib
 import importlib.metadata
 import math
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2c import cli_bench, cli_convert, cli_eval, cli_generate, cli_info, cli_plot, cli_tokens
-from gpt2c.data import prepare, read_text, split_documents
-from gpt2c.demo import demo, demo_recipe, describe
+from gpt2c import (
+    cli_bench,
+    cli_convert,
+    cli_eval,
+    cli_generate,
+    cli_info,
+    cli_plot,
+    cli_prepare,
+    cli_tokens,
+)
+from gpt2c.command import command
+from gpt2c.demo import demo, demo_recipe
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.terminal import Door, open_door, well_formed
 from gpt2c.train import TrainResult, train
@@ -138,22 +146,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     _add_settings(verb, demo_recipe())
 
-    verb = _verb(verbs, "prepare", run_prepare, "text files to token files")
-    verb.add_argument(
-        "text", type=Path, nargs="+", help="UTF-8 files; <|endoftext|> splits documents"
-    )
-    verb.add_argument("--out", type=Path, required=True, help="directory for the token files")
-    verb.add_argument(
-        "--tokenizer",
-        default="gpt2",
-        help="gpt2 (default), bytes, bpe:SIZE, a directory or a name on the hub (user/name)",
-    )
-    verb.add_argument("--val-fraction", type=float, default=0.1, help="share held out (0.1)")
-    verb.add_argument("--seed", type=int, default=1337, help="of the choice of what is held out")
-    verb.add_argument(
-        "--shard-tokens", type=int, default=0, help="split the training tokens so (0: one file)"
-    )
-    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    text = "text files to token files"
+    cli_prepare.add_flags(_verb(verbs, "prepare", cli_prepare.run_prepare, text))
 
     verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
     verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
@@ -227,33 +221,6 @@ def run_demo(options: argparse.Namespace) -> int:
     )
 
 
-def run_prepare(options: argparse.Namespace) -> int:
-    """`gpt2c prepare`."""
-    documents = [part for path in options.text for part in split_documents(read_text(path))]
-    prepared = prepare(
-        documents,
-        options.out,
-        options.tokenizer,
-        options.val_fraction,
-        options.seed,
-        options.overwrite,
-        options.shard_tokens,
-    )
-    plural = "" if prepared.documents == 1 else "s"
-    print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")
-    wanted = options.tokenizer.removeprefix("bpe:")
-    if wanted != options.tokenizer and int(wanted) > prepared.vocab_size:
-        print(
-            f"the text repeats too little for {int(wanted):,} tokens:"
-            f" {prepared.vocab_size:,} is all that can be learned from it"
-        )
-    print(
-        f"{options.out}: {prepared.train_tokens:,} tokens to train, {prepared.val_tokens:,} to"
-        f" validate, vocabulary {prepared.vocab_size:,}"
-    )
-    return 0
-
-
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c train`."""
     recipe = read_recipe(find_recipe(options.config)) if options.config else {}
@@ -276,9 +243,8 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
-    command = ["gpt2c", "train", "--data", str(data), "--out", str(out), "--resume"]
     print(
         f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
-        f" {shlex.join(command)}"
+        f" {command('train', '--data', data, '--out', out, '--resume')}"
     )
     return INTERRUPTED

@@ -1,17 +1,16 @@
-"""`gpt2c eval`: flags in, figures out. Knows nothing that the doors do not know; used by cli."""
+"""`gpt2c eval`: flags in, figures out. Used by cli."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from gpt2c import hub, scoring
-from gpt2c.baselines import bits_per_byte
+from gpt2c.figures import MEANING, figures
 from gpt2c.generator import check_vocabulary, open_model
 from gpt2c.model import GPT2
 from gpt2c.progress import Progress
@@ -20,12 +19,21 @@ from gpt2c.tokenfile import read_shards
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.train import evaluate
 
+Model = GPT2 | QuantizedGPT2
 LONG = 50  # windows or questions that take long enough for progress to be shown
 LINES = 20  # of progress, where no one watches
 
 
+HELP = f"""\
+{MEANING}. All tokens of the held-out text are scored but the first of each file, which has nothing
+before it; --stride scores the same ones, each with more of the text before it. acc is the share of
+right answers where the likeliest ending is chosen, acc_norm where the likeliest per character is
+(both as in lm-evaluation-harness), acc_per_token where the likeliest per token is."""
+
+
 def add_flags(verb: argparse.ArgumentParser) -> None:
-    """Say what `gpt2c eval` takes."""
+    """Add the flags of `gpt2c eval`."""
+    verb.epilog = HELP
     verb.add_argument(
         "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
     )
@@ -33,8 +41,10 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--stride",
         type=int,
-        help="with --data: slide a window of the model's length by so many tokens (default: windows"
-        " side by side)",
+        metavar="N",
+        help="with --data: slide a window of n_positions tokens by N, so that each token has at"
+        " least n_positions - N before it: slower, and mostly a lower loss (default: windows side"
+        " by side as in training, which N = n_positions gives too)",
     )
     verb.add_argument(
         "--choices",
@@ -42,7 +52,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help='questions as of HellaSwag, {"ctx": "", "endings": ["", ""], "label": 0} a line',
     )
-    verb.add_argument("--batch-size", type=int, default=8, help="rows at a time, side by side (8)")
+    verb.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
     verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
     verb.add_argument("--backend", default="auto", help="default: the fastest")
 
@@ -53,61 +63,97 @@ def run_eval(options: argparse.Namespace) -> int:
         raise ValueError("eval needs --data, --choices or both: there is nothing to score")
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
-    options.model = hub.find(options.model)  # once, for the model and its tokenizer
-    model = open_model(options.model, options.backend, options.quantize)
-    questions = _questions(options, model) if options.choices else []
+    path = hub.find(options.model)  # once, for the model and its tokenizer
+    model = open_model(path, options.backend, options.quantize)
+    questions = _questions(options.choices, path, model) if options.choices else []
     if options.data:
-        _eval_data(options, model)
+        _eval_data(options, path, model)
     if questions:
         _eval_choices(questions, model)
     return 0
 
 
-def _questions(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> list[scoring.Question]:
-    tokenizer = Tokenizer.from_pretrained(options.model)
+def _questions(choices: Path, path: Path, model: Model) -> list[scoring.Question]:
+    tokenizer = Tokenizer.from_pretrained(path)
     check_vocabulary(model, tokenizer)
-    return scoring.read_questions(options.choices, tokenizer, model.config.n_positions)
+    return scoring.read_questions(choices, tokenizer, model.config.n_positions)
 
 
-def _eval_data(options: argparse.Namespace, model: GPT2 | QuantizedGPT2) -> None:
+def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
     if not options.data.is_dir():
         raise FileNotFoundError(
             f"{options.data} is not a directory of token files; gpt2c prepare makes one"
         )
-    tokenizer = Tokenizer.from_pretrained(options.data)
-    shards = read_shards(options.data, "val", model.config.vocab_size)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{options.data} has a vocabulary of {tokenizer.vocab_size} tokens and {options.model}"
-            f" one of {model.config.vocab_size}: they do not belong together"
-        )
+    tokenizer = Tokenizer.from_pretrained(options.data)
+    _check_tokenizer(options, path, model, tokenizer)
+    shards = read_shards(options.data, "val", tokenizer.vocab_size)
     shards = [tokens for tokens in shards if len(tokens) > 1] or shards
+    scored = [tokens[1:] for tokens in shards]  # the first has nothing before it
+    count = sum(map(len, scored))
     if options.stride is None:
-        loss = evaluate(model, shards, options.batch_size, model.config.n_positions)
-        # the first token of a shard has nothing before it to be predicted from
-        scored = np.concatenate([tokens[1:] for tokens in shards])
+        nats = count * evaluate(model, shards, options.batch_size, model.config.n_positions)
     else:
         with _progress() as watch:
-            parts = [
-                scoring.token_logprobs(model, tokens, options.stride, watch=watch)
+            nats = -sum(
+                float(scoring.token_logprobs(model, tokens, options.stride, watch=watch)[1:].sum())
                 for tokens in shards
-            ]
-        logprobs = np.concatenate(parts)
-        scored = np.concatenate(shards)[~np.isnan(logprobs)]
-        loss = -float(np.nanmean(logprobs))
-    size = int(tokenizer.token_lengths[scored].sum())
-    bits = bits_per_byte(loss * len(scored), size)
-    print(f"loss {loss:.4f} nats/token  perplexity {math.exp(loss):.2f}  bits per byte {bits:.4f}")
+            )
+    lengths = tokenizer.token_lengths
+    found = figures(nats, count, sum(int(lengths[tokens].sum()) for tokens in scored))
+    # of a text that the model has no idea of, a perplexity has hundreds of digits
+    perplexity = f"{found.perplexity:{'.2f' if found.perplexity < 1e9 else '.4g'}}"
+    bits = "none, as the text has no bytes"
+    if not math.isnan(found.bits_per_byte):
+        bits = f"{found.bits_per_byte:.4f}"
+    print(f"loss {found.loss:.4f} nats/token  perplexity {perplexity}  bits per byte {bits}")
 
 
-def _eval_choices(questions: list[scoring.Question], model: GPT2 | QuantizedGPT2) -> None:
+def _check_tokenizer(
+    options: argparse.Namespace, path: Path, model: Model, tokenizer: Tokenizer
+) -> None:
+    """Refuse data whose tokens mean something else to the model.
+
+    A model may have more tokens than its tokenizer, as padding. One without a tokenizer beside it
+    is taken for the data's if it has a token for each of the data's, and the same end of text.
+    """
+    apart = (
+        ": they do not belong together; make data with the model's own tokenizer (gpt2c prepare"
+        " --tokenizer DIRECTORY)"
+    )
+    size, end = model.config.vocab_size, model.config.eos_token_id
+    if size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{options.data} has a vocabulary of {tokenizer.vocab_size} tokens and {options.model}"
+            f" one of {size}{apart}"
+        )
+    try:
+        own = Tokenizer.from_pretrained(path)
+    except FileNotFoundError as error:
+        if end is not None and end < size and end != tokenizer.eot:
+            raise ValueError(
+                f"{options.data} has {tokenizer.eot} for its end of text and {options.model}"
+                f" {end}{apart}"
+            ) from None
+        print(
+            f"gpt2c: only the sizes of the vocabularies could be compared, {tokenizer.vocab_size}"
+            f" of {options.data} and {size} of {options.model}: {error}",
+            file=sys.stderr,
+        )
+        return
+    if not own.same_vocabulary(tokenizer):
+        raise ValueError(
+            f"{options.data} was made with another tokenizer than that of {options.model}{apart}"
+        )
+
+
+def _eval_choices(questions: list[scoring.Question], model: Model) -> None:
     with _progress() as watch:
         right = scoring.answer(model, questions, watch)
-    (acc, error), (acc_norm, error_norm) = scoring.accuracy(right)
+    acc, acc_norm, acc_per_token = (_share(*pair) for pair in scoring.accuracy(right))
     print(
-        f"acc {_share(acc, error)}  acc_norm {_share(acc_norm, error_norm)} (per token)"
+        f"acc {acc}  acc_norm {acc_norm} (per character)  acc_per_token {acc_per_token}"
         f"  questions {len(questions)}"
     )
 

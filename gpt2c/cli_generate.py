@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2c.data import read_text
+from gpt2c.files import read_text
 from gpt2c.generator import Generator
 from gpt2c.sampling import GenerationConfig
 from gpt2c.terminal import (

@@ -9,12 +9,13 @@ tokens lie in a file (tokenfile's).
 
 from __future__ import annotations
 
-import os
-import stat
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import hashlib
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,44 +24,22 @@ from numpy.typing import NDArray
 from gpt2c import files
 from gpt2c.tokenfile import (
     MAX_VOCABULARY,
+    Split,
     StoredTokens,
     Tokens,
+    TokenWriter,
     alone,
     remove_shards,
-    write_shards,
-    write_tokens,
 )
-from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2c.tokenizer import SMALLEST, Tokenizer, split_text
 
+# A document is a string, or comes as strings to be joined, which are read before the next document.
+Document = str | Iterable[str]
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 text file as it is, line endings included; it may be a pipe.
-
-    Raises
-    ------
-    OSError : the file is missing, cannot be read, or is a device
-    ValueError : the file is empty or not UTF-8
-    """
-    try:
-        if stat.S_ISCHR(os.stat(path).st_mode):  # /dev/zero has no end
-            raise OSError(f"text file {path} is a device; a file or a pipe is wanted")
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"text file {path} does not exist") from None
-    if not content:
-        raise ValueError(f"text file {path} is empty")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text file {path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}; "
-            "convert it to UTF-8"
-        ) from None
-
-
-def split_documents(text: str) -> list[str]:
-    """Split a text at each "<|endoftext|>"; drop blank parts, keep the others as they are."""
-    return [document for document in text.split(END_OF_TEXT) if document.strip()]
+LEARNED = 1 << 24  # bytes of text that a tokenizer is learned from, at most
+# Windows of a shard from which on an epoch may have one more than its tokens need, so that epochs
+# cut the text in more ways.
+_MANY = 16
 
 
 def _shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
@@ -73,16 +52,89 @@ def _shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
     return np.argsort(bits[:-1], kind="stable"), int(bits[-1])
 
 
-def split_validation(
-    documents: list[str], fraction: float, seed: int
-) -> tuple[list[str], list[str]]:
-    """Hold out about `fraction` of the characters for validation: (training, validation) documents.
+@dataclass(frozen=True)
+class HoldOut:
+    """What of some documents is validation text: whole documents, or the tail of one.
+
+    validation : for each document whether it is held out, (D,) bool
+    divided : for each document whether it is, or is a copy of, the one whose tail is held out
+    head : characters of that document that are trained on
+    characters, bytes : of all documents; bytes are of UTF-8
+    """
+
+    validation: NDArray[np.bool_]
+    divided: NDArray[np.bool_]
+    head: int
+    characters: int
+    bytes: int
+
+    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Iterator[str]]]:
+        """Divide the documents into texts to train on and to validate on, each in pieces.
+
+        Raises
+        ------
+        OSError : they are not what they were when this was chosen
+        """
+        characters, number, tail_is_due = 0, -1, True
+
+        def counted(pieces: Iterable[str]) -> Iterator[str]:
+            nonlocal characters
+            for piece in pieces:
+                characters += len(piece)
+                yield piece
+
+        for number, document in enumerate(documents):
+            if number == len(self.validation):
+                break
+            pieces = counted(_pieces(document))
+            if self.divided[number]:
+                head = _Head(pieces, self.head)
+                yield "train", iter(head)
+                if tail_is_due:  # that of a copy is left out
+                    tail_is_due = False
+                    yield "val", head.rest()
+            else:
+                yield "val" if self.validation[number] else "train", pieces
+            deque(pieces, 0)  # what is not wanted is counted, too
+        if (number + 1, characters) != (len(self.validation), self.characters):
+            raise OSError("the text changed while it was read: prepare it again")
+
+
+class _Head:
+    """The first characters of a text in pieces, then the rest."""
+
+    def __init__(self, pieces: Iterator[str], size: int) -> None:
+        self._pieces = pieces
+        self._size = size
+
+    def __iter__(self) -> Iterator[str]:
+        left = self._size
+        for piece in self._pieces:
+            if len(piece) >= left:
+                self._pieces = chain([piece[left:]], self._pieces)
+                yield piece[:left]
+                return
+            left -= len(piece)
+            yield piece
+
+    def rest(self) -> Iterator[str]:
+        return self._pieces
+
+
+def _pieces(document: Document) -> Iterator[str]:
+    return split_text([document] if isinstance(document, str) else document)
+
+
+def split_validation(documents: Iterable[Document], fraction: float, seed: int) -> HoldOut:
+    """Hold out about `fraction` of the characters for validation.
 
     Whole documents, chosen by `seed`, as many as fit, none of them more than a quarter of what is
     held out as long as there are enough of those; copies of a document stay together, so that no
     held-out text is trained on. Where whole documents give less than half of what was asked (one
     document, or few large ones), the tail of the longest document is held out instead, cut at a
-    line break if there is one: then there are more documents after than before.
+    line break if there is one: then there are more texts after than before.
+
+    Documents are read, and none of them is kept; 24 bytes for each are.
 
     Raises
     ------
@@ -90,41 +142,82 @@ def split_validation(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the share of validation text must lie between 0 and 1, not {fraction}")
-    if not any(document.strip() for document in documents):
-        raise ValueError("there is no text: every document is blank")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-    budget = fraction * sum(map(len, documents))
-    copies = Counter(documents)
-    distinct = list(copies)
+    keys, sizes, size_in_bytes, blank = array("Q"), array("q"), 0, True
+    for document in documents:
+        digest, size = hashlib.blake2b(digest_size=8), 0
+        for piece in _pieces(document):
+            content = piece.encode()
+            digest.update(content)
+            size += len(piece)
+            size_in_bytes += len(content)
+            blank = blank and not piece.strip()
+        keys.append(int.from_bytes(digest.digest(), "little"))
+        sizes.append(size)
+    if blank:
+        raise ValueError("there is no text: every document is blank")
+    lengths = np.array(sizes, np.int64)
+    # Distinct documents in the order in which they come first, and how often each is there.
+    _, first, of, copies = np.unique(
+        np.array(keys, np.uint64), return_index=True, return_inverse=True, return_counts=True
+    )
+    places = np.argsort(first, kind="stable")
+    rank = np.empty_like(places)
+    rank[places] = np.arange(len(places))
+    of = rank[of.ravel()]
+    distinct = lengths[first[places]]
+    total = distinct * copies[places]
+    budget = fraction * int(lengths.sum())
     order = _shuffled([seed], len(distinct))[0]
+    nothing = np.zeros(len(lengths), bool)
     # First without the largest: one document that fills the share would speak for all the others.
     for largest in (budget / 4, budget):
-        held_out: set[str] = set()
+        held_out = np.zeros(len(distinct), bool)
         size = 0
-        for index in order:
-            document = distinct[index]
-            length = len(document) * copies[document]
-            if length <= largest and size + length <= budget:
-                held_out.add(document)
-                size += length
+        candidates = order[total[order] <= largest]
+        for index, more in zip(candidates.tolist(), total[candidates].tolist(), strict=True):
+            if size + more <= budget:
+                held_out[index] = True
+                size += more
         if size >= budget / 2:
-            return (
-                [document for document in documents if document not in held_out],
-                [document for document in documents if document in held_out],
-            )
-    longest = max(distinct, key=len)
-    size = max(1, round(min(budget, max(fraction, 0.5) * len(longest))))
-    cut = len(longest) - size
-    line_break = longest.rfind("\n", max(1, cut - size), cut)  # at most `size` away
-    cut = line_break + 1 or cut
-    head, tail = longest[:cut], longest[cut:]
-    if not head.strip() or not tail.strip():
+            return HoldOut(held_out[of], nothing, 0, int(lengths.sum()), size_in_bytes)
+    longest = int(distinct.argmax())
+    head = _cut(documents, int(first[places[longest]]), int(distinct[longest]), fraction, budget)
+    return HoldOut(nothing, of == longest, head, int(lengths.sum()), size_in_bytes)
+
+
+def _cut(
+    documents: Iterable[Document], index: int, length: int, fraction: float, budget: float
+) -> int:
+    """Choose how many characters of one document are trained on; the tail is held out.
+
+    Raises
+    ------
+    ValueError : one of both would be blank
+    """
+
+    def pieces() -> Iterator[str]:
+        for document in islice(documents, index, index + 1):
+            yield from _pieces(document)
+
+    size = max(1, round(min(budget, max(fraction, 0.5) * length)))
+    place = length - size
+    cut, start = place, 0
+    least = max(1, place - size)  # a line break at most `size` away
+    for piece in pieces():
+        line_break = piece.rfind("\n", max(0, least - start), max(0, place - start))
+        if line_break >= 0:
+            cut = start + line_break + 1
+        start += len(piece)
+    head = _Head(pieces(), cut)
+    has_head = any([bool(piece.strip()) for piece in head])
+    has_tail = any([bool(piece.strip()) for piece in head.rest()])
+    if not has_head or not has_tail:
         raise ValueError(
-            f"a text of {len(longest)} characters is too short to hold out {fraction:g} "
-            "of it; add text"
+            f"a text of {length} characters is too short to hold out {fraction:g} of it; add text"
         )
-    return [head if document == longest else document for document in documents], [tail]
+    return cut
 
 
 @dataclass(frozen=True)
@@ -132,6 +225,8 @@ class Prepared:
     """What `prepare` wrote. Bytes are of UTF-8; tokens count one `<|endoftext|>` a document."""
 
     documents: int
+    train_documents: int
+    val_documents: int
     train_tokens: int
     val_tokens: int
     train_bytes: int
@@ -141,7 +236,7 @@ class Prepared:
 
 
 def prepare(
-    documents: list[str],
+    documents: Iterable[Document],
     out: Path,
     tokenizer: Tokenizer | str,
     val_fraction: float = 0.1,
@@ -151,12 +246,17 @@ def prepare(
 ) -> Prepared:
     """Write documents as token files: `out`/train.bin, `out`/val.bin and the tokenizer's files.
 
+    The files are written as documents are read, so that texts of any size take little memory;
+    `out` is as it was until all of them are there. manifest.json lists them.
+
     Parameters
     ----------
-    documents : texts, each preceded by `<|endoftext|>` in the files, as in llm.c
+    documents : texts, each preceded by `<|endoftext|>` in the files, as in llm.c; within one it is
+        ordinary text. They are iterated several times
     out : directory to make
     tokenizer : a tokenizer or its spec: "gpt2", "bytes", a directory, or "bpe:N" to train one of N
-        tokens on the training documents only
+        tokens on the training documents only; of more than 16 MiB of text, on parts of it that lie
+        evenly in it and are 16 MiB together
     val_fraction : share of the characters held out, see `split_validation`
     seed : chooses the documents held out
     overwrite : whether `out` may hold something already; its token files are replaced
@@ -167,85 +267,165 @@ def prepare(
     ------
     ValueError : nothing to hold out, a bad spec, a vocabulary of more than 65536 tokens, or a
         negative `shard_tokens`
-    OSError : `out` is not empty, or cannot be written; another process trains on what it holds
+    OSError : `out` is not empty, or cannot be written; the documents changed meanwhile; another
+        process trains on what `out` holds
     """
     if shard_tokens < 0:
         raise ValueError(f"shard_tokens must be at least 1, or 0 for one file, got {shard_tokens}")
+    if isinstance(documents, str):
+        raise ValueError("documents must be several texts, got one string; put it into a list")
     files.check_directory(out, overwrite)
-    with alone(out):
-        return _prepare(*(documents, out, tokenizer, val_fraction, seed, overwrite, shard_tokens))
-
-
-def _prepare(
-    documents: list[str],
-    out: Path,
-    tokenizer: Tokenizer | str,
-    val_fraction: float,
-    seed: int,
-    overwrite: bool,
-    shard_tokens: int,
-) -> Prepared:
-    train, val = split_validation(documents, val_fraction, seed)
-    if isinstance(tokenizer, str):
-        tokenizer = _tokenizer_from_spec(tokenizer, train)
+    with alone(out):  # what trains on it speaks before long work, and again before anything goes
+        pass
+    if isinstance(documents, Iterator):  # which could be read but once
+        documents = ["".join(_pieces(document)) for document in documents]
+    size_to_learn = 0
+    if isinstance(tokenizer, str):  # a mistake shows before long work
+        size_to_learn = _size_to_learn(tokenizer)
+        tokenizer = Tokenizer.from_spec("bytes" if size_to_learn else tokenizer)
+    held_out = split_validation(documents, val_fraction, seed)
+    if size_to_learn:
+        tokenizer = _learned(documents, held_out, size_to_learn)
     if tokenizer.vocab_size > MAX_VOCABULARY:
         raise ValueError(
             f"the vocabulary has {tokenizer.vocab_size} tokens; "
             f"token files hold at most {MAX_VOCABULARY}"
         )
-    train_tokens, val_tokens = _encode(train, tokenizer), _encode(val, tokenizer)
+    with _claimed(out, overwrite), alone(out), TokenWriter(out, shard_tokens) as writer:
+        prepared = _encode(documents, held_out, tokenizer, writer)
+        writer.finish()
+        # val.bin goes first and comes last: a directory that has it never mixes two preparations,
+        # nor lacks some of its shards.
+        remove_shards(out)
+        tokenizer.save_pretrained(out)
+        writer.publish(
+            {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+            {
+                "train": {"documents": prepared.train_documents, "bytes": prepared.train_bytes},
+                "val": {"documents": prepared.val_documents, "bytes": prepared.val_bytes},
+            },
+        )
+    return prepared
+
+
+@contextmanager
+def _claimed(out: Path, overwrite: bool) -> Iterator[None]:
+    """Claim a directory; where that made it and the work fails, remove it."""
+    new = not out.exists()
     files.claim_directory(out, overwrite)
-    # val.bin goes first and comes last: a directory that has it never mixes two preparations, nor
-    # lacks some of its shards.
-    remove_shards(out)
-    tokenizer.save_pretrained(out)
-    write_shards(out, "train", train_tokens, shard_tokens)
-    write_tokens(out / "val.bin", val_tokens)
-    return Prepared(
-        documents=len(documents),
-        train_tokens=len(train_tokens),
-        val_tokens=len(val_tokens),
-        train_bytes=sum(len(document.encode()) for document in train),
-        val_bytes=sum(len(document.encode()) for document in val),
-        vocab_size=tokenizer.vocab_size,
-        tail_held_out=len(train) + len(val) > len(documents),
-    )
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
-def _tokenizer_from_spec(spec: str, train: list[str]) -> Tokenizer:
+def _size_to_learn(spec: str) -> int:
+    """Return the number of tokens of a tokenizer that is to be trained, or 0 for another's spec."""
     if not spec.startswith("bpe:"):
-        return Tokenizer.from_spec(spec)
+        return 0
     size = spec.removeprefix("bpe:")
     if not (size.isascii() and size.isdecimal()):
         raise ValueError(f"tokenizer {spec!r} must name a vocabulary size, such as bpe:4096")
-    if int(size) > MAX_VOCABULARY:
+    if len(size) > 9 or int(size) > MAX_VOCABULARY:
         raise ValueError(
-            f"tokenizer {spec!r} asks for too many tokens; "
+            f"tokenizer {spec!r:.40} asks for too many tokens; "
             f"token files hold at most {MAX_VOCABULARY}"
         )
-    return Tokenizer.train(train, int(size))
+    if int(size) < SMALLEST:
+        raise ValueError(f"tokenizer {spec!r} has too few tokens; at least {SMALLEST} are needed")
+    return int(size)
 
 
-def _encode(documents: list[str], tokenizer: Tokenizer) -> NDArray[np.uint16]:
-    pieces: list[NDArray[np.uint16]] = []
-    for ids in tokenizer.encode_batch(documents):
-        pieces += [np.array([tokenizer.eot], dtype=np.uint16), ids.astype(np.uint16)]
-    return np.concatenate(pieces)
+def _learned(documents: Iterable[Document], held_out: HoldOut, vocab_size: int) -> Tokenizer:
+    parts = held_out.parts(documents)
+    train: Iterator[Iterator[str]] = (pieces for split, pieces in parts if split == "train")
+    if held_out.bytes > LEARNED:
+        train = _sample(train, LEARNED / held_out.bytes)
+    return Tokenizer.train_on_pieces(train, vocab_size)
+
+
+def _sample(texts: Iterable[Iterator[str]], share: float) -> Iterator[Iterator[str]]:
+    """Leave out pieces of texts so that this share of them is left, evenly."""
+    seen = taken = 0
+
+    def chosen(pieces: Iterator[str]) -> Iterator[str]:
+        nonlocal seen, taken
+        for piece in pieces:
+            seen += len(piece)
+            if taken + len(piece) <= share * seen:
+                taken += len(piece)
+                yield piece
+
+    return map(chosen, texts)
+
+
+def _encode(
+    documents: Iterable[Document], held_out: HoldOut, tokenizer: Tokenizer, writer: TokenWriter
+) -> Prepared:
+    splits: tuple[Split, Split] = ("train", "val")
+    of = bytearray()  # for each text, which of them it belongs to
+    texts, tokens, sizes = ({split: 0 for split in splits} for _ in range(3))
+
+    def measured(split: Split, pieces: Iterator[str]) -> Iterator[str]:
+        for piece in pieces:
+            sizes[split] += len(piece.encode())
+            yield piece
+
+    def all_texts() -> Iterator[Iterator[str]]:
+        for split, pieces in held_out.parts(documents):
+            of.append(splits.index(split))
+            yield measured(split, pieces)
+
+    last = -1
+    start = np.array([tokenizer.eot], np.uint16)
+    for number, ids in tokenizer.encode_pieces(all_texts()):
+        split = splits[of[number]]
+        if number != last:
+            last = number
+            texts[split] += 1
+            tokens[split] += 1
+            writer.write(split, start)
+        tokens[split] += len(ids)
+        writer.write(split, ids)
+    return Prepared(
+        documents=len(held_out.validation),
+        train_documents=texts["train"],
+        val_documents=texts["val"],
+        train_tokens=tokens["train"],
+        val_tokens=tokens["val"],
+        train_bytes=sizes["train"],
+        val_bytes=sizes["val"],
+        vocab_size=tokenizer.vocab_size,
+        tail_held_out=bool(held_out.divided.any()),
+    )
 
 
 class Batches:
-    """Training batches: every epoch visits all windows of T tokens once, in an order of its own.
+    """Training batches: in every epoch each token of a shard but its first is a target.
 
-    An epoch is a permutation of the back-to-back windows of all shards. In each shard they start at
-    an offset below T, so that epochs cut the text differently. Both are given by the seed and the
-    epoch. Batches run on across the border of two epochs; a window lies within one shard.
+    An epoch is a permutation of windows of T tokens, which lie within one shard each and cover it;
+    they cut it at places that differ from epoch to epoch. Permutation and places are given by the
+    seed and the epoch. Where a shard's tokens do not fill its windows, the first or the last ones
+    overlap, so that a few tokens come twice in an epoch. Batches run on across the border of two
+    epochs.
 
     Parameters
     ----------
-    shards : (N,) token ids each
+    shards : (N,) token ids each; one of fewer than T + 1 tokens is left out
     batch_size : B, windows in a batch
     block_size : T, tokens in a window
-    seed : of permutations and offsets, not negative
+    seed : of permutations and places, not negative
+    order : 2; 1 is that of runs before there was this: windows side by side, which miss up to T
+        tokens at the end of a shard, and a shard of fewer than 2 T tokens altogether
+
+    Attributes
+    ----------
+    windows_per_epoch : of all shards
+    targets_per_epoch : tokens that are a target in an epoch, each counted once
+    left_out : the number of shards that are left out
 
     Raises
     ------
@@ -253,28 +433,52 @@ class Batches:
     """
 
     def __init__(
-        self, shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int, seed: int
+        self,
+        shards: Sequence[Tokens | StoredTokens],
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        order: int = 2,
     ) -> None:
         self.shards = list(shards)
         lengths = np.array([len(shard) for shard in shards], np.int64)
-        # As many windows as fit after any offset; tokens for hardly one batch have fewer offsets.
-        counts = np.maximum(lengths // block_size - 1, 0)
-        if counts.sum() < batch_size:
-            counts = np.maximum((lengths - 1) // block_size, 0)
-        if counts.sum() < batch_size:
+        full = np.maximum((lengths - 1) // block_size, 0)
+        if full.sum() < batch_size:
             several = f" in {len(shards)} shards" if len(shards) > 1 else ""
             raise ValueError(
                 f"{lengths.sum()} tokens{several} are too few for one batch of {batch_size} x "
                 f"{block_size}, which needs {batch_size * block_size + 1} in one shard; add text, "
                 "or lower batch_size or block_size"
             )
+        if order == 1:
+            # As many as fit after any offset; tokens for hardly one batch have fewer offsets.
+            counts = np.maximum(lengths // block_size - 1, 0)
+            if counts.sum() < batch_size:
+                counts = full
+            shifts = np.clip(lengths - counts * block_size, 1, block_size)
+            least_shifts = np.zeros_like(lengths)
+            self.targets_per_epoch = int(counts.sum()) * block_size
+        else:
+            counts = np.where(full > 0, -(-(lengths - 1) // block_size), 0)
+            # Windows side by side may begin up to `spare` tokens before the shard; those that do
+            # are moved into it, and so is the last. With one window more, another range of places
+            # has neither the first two nor the last two at one place.
+            spare = np.maximum(counts * block_size - (lengths - 1), 0)
+            more = (counts >= _MANY) & (block_size - spare - 1 > spare + 1)
+            counts += more
+            shifts = np.where(more, block_size - spare - 1, spare + 1)
+            least_shifts = np.where(more, spare + 1, 0)
+            self.targets_per_epoch = int((lengths - 1)[full > 0].sum())
+        self._shifts = [*zip(least_shifts.tolist(), shifts.tolist(), strict=True)]
+        self._direction = 1 if order == 1 else -1
+        self.left_out = int((counts == 0).sum())
         self.batch_size = batch_size
         self.block_size = block_size
         self.seed = seed
         self.windows_per_epoch = int(counts.sum())
+        self._last_starts = np.maximum(lengths - 1 - block_size, 0)
         self._ends = np.cumsum(counts)  # of the shards, in windows
         self._firsts = self._ends - counts
-        self._offsets = np.clip(lengths - counts * block_size, 1, block_size).tolist()
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def batch(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -295,8 +499,10 @@ class Batches:
         if epoch not in self._epochs:
             order, number = _shuffled([self.seed, epoch], self.windows_per_epoch)
             shard = np.searchsorted(self._ends, order, side="right")
-            offsets = np.array([number % offset for offset in self._offsets], np.int64)
-            starts = (order - self._firsts[shard]) * self.block_size + offsets[shard]
+            shifts = np.array([least + number % count for least, count in self._shifts], np.int64)
+            starts = (order - self._firsts[shard]) * self.block_size
+            starts += self._direction * shifts[shard]
+            starts = np.clip(starts, 0, self._last_starts[shard])
             self._epochs = {key: kept for key, kept in self._epochs.items() if key == epoch - 1}
             self._epochs[epoch] = shard, starts
         return self._epochs[epoch]

@@ -5,30 +5,37 @@ Without a text of the user's it learns the documentation that every Python carri
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gpt2c.backend import get_backend
-from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
+from gpt2c.baselines import bigram_nats, xz_bits_per_byte
+from gpt2c.command import command
 from gpt2c.corpus import python_documentation
-from gpt2c.data import Prepared, prepare, read_text, split_documents
-from gpt2c.files import claim_directory
+from gpt2c.data import Prepared, prepare
+from gpt2c.figures import figures
+from gpt2c.files import claim_directory, read_text
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
 from gpt2c.run import locked
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.terminal import write_pieces
-from gpt2c.tokenfile import read_tokens
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.textfiles import split_documents
+from gpt2c.tokenfile import Tokens, read_tokens
+from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
 from gpt2c.train import TrainResult, evaluate, train
 
 SAMPLES = 3
 SAMPLE_TOKENS = 96
+LOOKED_AT = 100_000  # held-out tokens among which prompts are looked for
+# Three words of at least four, or the beginning of words that no spaces set apart.
+OPENING = re.compile(r"\b[^\W\d_]\w{,15}(?: \w{1,15}){2}(?= \w)|\b[^\W\d_a-zA-Z]{2,6}(?=\w{2})")
 
 
 def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool) -> TrainResult:
@@ -46,8 +53,8 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     OSError, ValueError : the text cannot be read or is too short, or `out` cannot be written
     """
     start = time.perf_counter()
-    settings = demo_recipe() | dict(given)
-    get_backend(TrainSettings(**settings).backend)  # a mistake shows before anything is written
+    settings = demo_settings(given)
+    get_backend(settings["backend"])  # a mistake shows before anything is written
     documents = python_documentation() if text is None else split_documents(read_text(text))
     if not documents:
         raise ValueError(f"{text} holds nothing but blanks")
@@ -61,6 +68,8 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     prepared = prepare(documents, data, "bpe:4096", overwrite=overwrite)
     show("documents", f"{prepared.documents:,} of {describe(prepared)}")
     show("tokenizer", f"BPE trained on them, {prepared.vocab_size:,} tokens")
+    guess = math.log(prepared.vocab_size)
+    show("loss", f"in nats per token: 0 if it was certain, {guess:.1f} for a guess among all")
     try:
         result = train(data, run, settings, overwrite=overwrite)
     except ValueError:
@@ -69,21 +78,40 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
         raise
     if result.interrupted:
         return result
-    model = GPT2.from_pretrained(run)
-    compare(model, data, prepared)
-    write_samples(model, Tokenizer.from_pretrained(run))
+    model, tokenizer = GPT2.from_pretrained(run), Tokenizer.from_pretrained(run)
+    tokens, held_out = read_tokens(data / "train.bin"), read_tokens(data / "val.bin")
+    compare(model, tokenizer, tokens, held_out)
+    prompts = openings(tokenizer, held_out, model.config.n_positions)
+    write_samples(Generator(model, tokenizer), prompts)
     print()
     show(
         "loss curve",
         str(run / "loss.png") if result.has_plot else "none: pip install matplotlib draws one",
     )
     show("time", f"{time.perf_counter() - start:.0f} s in all, {result.seconds:.0f} s of training")
-    print(f'\nGo on with: gpt2c generate {run} --prompt "The string"')
+    show("evaluate", command("eval", run, "--data", data))
+    print(f"\nGo on with: {command('generate', run, '--prompt', prompts[0])}")
     return result
 
 
+def demo_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the demo's recipe with what is given instead; warm-up keeps its share of the steps.
+
+    Raises
+    ------
+    ValueError : a setting is out of range
+    """
+    recipe = demo_recipe()
+    settings = dataclasses.asdict(TrainSettings(**recipe | dict(given)))
+    if "warmup_iters" not in given:
+        settings["warmup_iters"] = (
+            recipe["warmup_iters"] * settings["max_iters"] // recipe["max_iters"]
+        )
+    return settings
+
+
 def demo_recipe() -> dict[str, Any]:
-    """Give the demo's settings, where they differ from the defaults."""
+    """Return the demo's settings, where they differ from the defaults."""
     return read_recipe(find_recipe("demo"))
 
 
@@ -93,45 +121,78 @@ def show(name: str, text: str) -> None:
 
 
 def describe(prepared: Prepared) -> str:
-    """Say how much text there is and how it was split."""
-    size = (prepared.train_bytes + prepared.val_bytes) / 1e6
-    share = prepared.val_bytes / (prepared.train_bytes + prepared.val_bytes)
+    """Return how much text there is and how it was split."""
+    size = prepared.train_bytes + prepared.val_bytes
+    share = prepared.val_bytes / size
     held_out = "the tail" if prepared.tail_held_out else "whole documents"
-    return f"{size:.2f} MB; {share:.0%} of it, {held_out}, is held out for validation"
+    return f"{_size(size)}; {share:.0%} of it, {held_out}, is held out for validation"
 
 
-def compare(model: GPT2, data: Path, prepared: Prepared) -> None:
+def _size(count: int) -> str:
+    """Write a number of bytes as people do."""
+    if count < 1000:
+        return f"{count} bytes"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
+
+
+def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens) -> None:
     """Print a table of the model, xz and a bigram model on the held-out text."""
-    tokenizer = Tokenizer.from_pretrained(data)
-    tokens, held_out = read_tokens(data / "train.bin"), read_tokens(data / "val.bin")
-    block_size = model.config.n_positions
-    # xz sees all that came before; the model at least half of its window, not a cut in mid-sentence
-    rows, overlap = max(1, 2048 // block_size), block_size // 2
-    loss = evaluate(model, [held_out], rows, block_size, overlap=overlap)
-    scored = len(held_out) - 1
-    bigram = bigram_nats(tokens, held_out, tokenizer.vocab_size)
+    block_size, size = model.config.n_positions, int(tokenizer.token_lengths[held_out[1:]].sum())
+    rows, count = max(1, 2048 // block_size), len(held_out) - 1
+    gpt2 = figures(count * evaluate(model, [held_out], rows, block_size), count, size)
+    bigram = figures(bigram_nats(tokens, held_out, tokenizer.vocab_size), count, size)
     xz = xz_bits_per_byte(_text(tokenizer, tokens), _text(tokenizer, held_out))
-    size = prepared.val_bytes
+    piece = 8 * block_size  # as much of the training text as is held out, from all over it
+    step = max(piece, len(tokens) * piece // len(held_out))
+    pieces = [tokens[start : start + piece] for start in range(0, len(tokens), step)]
+    seen = evaluate(model, pieces, rows, block_size)
     print(f"\n{'on the held-out text':<24}{'nats/token':>12}{'bits/byte':>12}")
-    print(f"{'GPT-2, this run':<24}{loss:>12.3f}{bits_per_byte(loss * scored, size):>12.3f}")
-    print(f"{'bigram model':<24}{bigram / scored:>12.3f}{bits_per_byte(bigram, size):>12.3f}")
+    print(f"{'GPT-2, this run':<24}{gpt2.loss:>12.3f}{gpt2.bits_per_byte:>12.3f}")
+    print(f"{'bigram model':<24}{bigram.loss:>12.3f}{bigram.bits_per_byte:>12.3f}")
     print(f"{'xz -9 after the rest':<24}{'':>12}{xz:>12.3f}")
     print(
-        "(GPT-2 sees at least half a window before each token, xz all the training text)",
+        f"bits/byte: what a byte of text takes, compressed with the model. GPT-2 reads windows of"
+        f" {block_size} tokens\nside by side, as in training and gpt2c eval; xz has all of the"
+        f" training text before it.\nOn text that it was trained on, GPT-2's loss is {seen:.3f}:"
+        " the difference is what it has learned by heart.",
         flush=True,
     )
 
 
-def _text(tokenizer: Tokenizer, tokens: np.ndarray[Any, Any]) -> bytes:
-    """Give the text of a token file without its end-of-text marks."""
+def _text(tokenizer: Tokenizer, tokens: Tokens) -> bytes:
+    """Return the text of a token file without its end-of-text marks."""
     return tokenizer.decode(tokens[tokens != tokenizer.eot]).encode()
 
 
-def write_samples(model: GPT2, tokenizer: Tokenizer) -> None:
-    """Print texts that the model makes up from an empty page."""
-    for seed in range(SAMPLES):
-        print(f"\n--- sample {seed + 1} ---")
-        pieces = Generator(model, tokenizer).stream(
-            "", max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
+def openings(tokenizer: Tokenizer, held_out: Tokens, most: int) -> list[str]:
+    """Return `SAMPLES` beginnings of lines, from all over the held-out text, as prompts.
+
+    They are a few words, or letters where words are not set apart, so that a shell takes them as
+    they are; and of at most `most` tokens.
+    """
+    text = tokenizer.decode(held_out[:LOOKED_AT]).replace(END_OF_TEXT, "\n")
+    matches = map(OPENING.search, text.splitlines())
+    found = list(dict.fromkeys(match[0] for match in matches if match))
+    if not found:  # no line has four words
+        found = re.findall(r"\w{1,12}", text) or [""]
+    prompts = [found[number * len(found) // SAMPLES] for number in range(SAMPLES)]
+    for number in range(SAMPLES):
+        while len(tokenizer.encode(prompts[number])) > most:
+            prompts[number] = prompts[number][:-1]
+    return prompts
+
+
+def write_samples(generator: Generator, prompts: list[str]) -> None:
+    """Print how the model continues the prompts."""
+    for seed, prompt in enumerate(prompts):
+        print(f"\n--- sample {seed + 1} ---\n{prompt}", end="")
+        # a small model repeats itself, so what it has written is less likely again
+        pieces = generator.stream(
+            prompt,
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=0.8,
+            top_k=30,
+            repetition_penalty=1.1,
+            seed=seed,
         )
         write_pieces(pieces)

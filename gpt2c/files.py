@@ -1,10 +1,11 @@
 """Files that are whole or absent: every result is written under a temporary name, then renamed.
 
-And JSON that a stranger may have written. Knows nothing about what is in the files.
+And text and JSON that a stranger may have written. Knows nothing about what is in the files.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import json
@@ -25,6 +26,13 @@ from numpy.typing import NDArray
 
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
 LONGEST_VALUE = 120  # characters of a stranger's value in an error
+# A longer mark comes before one that it begins with: UTF-32's begins with UTF-16's.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `temporary_path` makes
 # What file systems answer (FUSE, NFS, CIFS, 9p, overlays) that do not have what was asked for. A
 # disk that fails or is full says something else.
@@ -67,11 +75,11 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
             yield temporaries
             for temporary in temporaries:
                 with naming(temporary):
-                    _sync(temporary)
+                    sync(temporary)
             for temporary, path in zip(temporaries, paths, strict=True):
                 os.replace(temporary, path)
             for directory in dict.fromkeys(path.parent for path in paths):
-                _sync(directory)
+                sync(directory)
         finally:
             for temporary in temporaries:
                 temporary.unlink(missing_ok=True)
@@ -101,12 +109,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in sorted(temporary.iterdir()):
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             if os.path.lexists(path):
                 remove(path)
             os.rename(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -140,7 +148,7 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk, where that can be had."""
     with refinement():
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -323,6 +331,66 @@ def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
     return content
 
 
+def decode(content: bytes, source: str) -> str:
+    """Decode UTF-8 text, as Windows' editors write it too.
+
+    A byte order mark at its start is dropped, and each line that ends in CR LF ends in LF.
+
+    Parameters
+    ----------
+    source : names the text in errors
+
+    Raises
+    ------
+    ValueError : it is not UTF-8
+    """
+    check_encoding(content, source)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(source, error, 0) from None
+    return text.replace("\r\n", "\n")
+
+
+def check_encoding(start: bytes, source: str) -> None:
+    """Refuse a text by its first bytes (4 are enough) where they are another encoding's mark.
+
+    Raises
+    ------
+    ValueError : it is UTF-16 or UTF-32
+    """
+    for mark, encoding in _MARKS.items():
+        if start.startswith(mark):
+            raise ValueError(f"{source} is {encoding}, not UTF-8; save it as UTF-8")
+
+
+def not_utf8(source: str, error: UnicodeDecodeError, offset: int) -> ValueError:
+    """Return what to raise for bytes that are not UTF-8; `offset` is where they begin in a file."""
+    byte = error.object[error.start]
+    place = f"byte {offset + error.start:,} is 0x{byte:02x}"
+    return ValueError(f"{source} is not UTF-8: {place}; convert it to UTF-8")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file, see `decode`; it may be a pipe.
+
+    Raises
+    ------
+    OSError : the file is missing, cannot be read, or is a device
+    ValueError : the file holds no text or is not UTF-8
+    """
+    try:
+        if stat.S_ISCHR(os.stat(path).st_mode):  # /dev/zero has no end
+            raise OSError(f"text file {path} is a device; a file or a pipe is wanted")
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"text file {path} does not exist") from None
+    text = decode(content, f"text file {path}")
+    if not text:
+        raise ValueError(f"text file {path} is empty")
+    return text
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that must hold one JSON object.
 
@@ -336,6 +404,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """Parse one JSON object; `source` names it in errors. See `read_json`."""
+    if isinstance(text, bytes):
+        text = decode(text, source)
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:

@@ -257,7 +257,7 @@ def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
         array = np.asarray(ids)
     except ValueError as error:  # nested lists of different lengths
         raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":  # an empty list is float64
         raise ValueError(f"{name} must be whole numbers, got dtype {array.dtype}")
     copy = np.empty(array.shape, np.int32)  # what is too large is so before all of it was read
     if array.size and not (low <= array.min() and array.max() < high):

@@ -3,12 +3,14 @@
     lm = gpt2c.lm_eval.GPT2LM(model, tokenizer)
     lm_eval.simple_evaluate(lm, tasks=["hellaswag"])
 
-Encodes, truncates and slides as the harness' own HFLM does, so that figures can be compared.
-Nothing else of gpt2c knows this module or needs the harness.
+Encodes, truncates and slides as the harness' own HFLM does, so that figures can be compared. What
+HFLM ends a whole evaluation for is scored here: a continuation that has no tokens of its own, or
+more than the model reads. Nothing else of gpt2c imports this module or needs the harness.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,23 +28,32 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 except ModuleNotFoundError as error:
+    if error.name != "lm_eval":  # it is installed, and lacks something
+        raise
     raise ModuleNotFoundError(
         "gpt2c.lm_eval is an adapter for lm-evaluation-harness: pip install lm_eval", name="lm_eval"
     ) from error
 
 MAX_GEN_TOKS = 256  # where a task says nothing
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same
-OTHERS = {"top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "seed"}
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}
+OTHERS = {"repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "eos_token_id"}
+# transformers' settings of one text that is neither searched for with beams nor padded: those that
+# change nothing, whatever they are, and those that change nothing as long as they say so.
+WITHOUT_EFFECT = {"use_cache", "pad_token_id", "bos_token_id", "early_stopping", "length_penalty"}
+NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "typical_p"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("min_length", "encoder_no_repeat_ngram_size", "output_scores"), 0),
+    **dict.fromkeys(("return_dict_in_generate", "output_logits", "renormalize_logits"), 0),
+}
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
     """A model and its tokenizer, as the harness wants them.
-
-    `loglikelihood`, of (context, continuation), is TemplateLM's: it encodes both as one text, with
-    spaces at the context's end given to the continuation and the end-of-text token for an empty
-    context, and calls `_loglikelihood_tokens`.
 
     Parameters
     ----------
@@ -77,33 +88,62 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         first, *others = map(self.tokenizer.encode, string.split(END_OF_TEXT))
         return first + [token for part in others for token in (self.tokenizer.eot, *part)]
 
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-probability after its context, and whether it is greedy.
+
+        A continuation longer than n_positions is scored piece by piece, each piece with as much
+        before it as fits. An empty one is certain: 0.0, True.
+        """
+        rows: list[Request] = [
+            (request.args, *self._encode_pair(*request.args)) for request in requests
+        ]
+        return self._loglikelihood_tokens(rows, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode both as one text, and split its tokens where those of the context alone end.
+
+        Spaces at the context's end belong to the continuation. An empty context is the end-of-text
+        token, which the continuation may begin with. Where no token is left to the continuation, as
+        the context's last one took it in, the two are encoded each by itself.
+        """
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        before, whole = self.tok_encode(kept), self.tok_encode(kept + continuation)
+        if not before:
+            start = whole[:1] == [self.eot_token_id]
+            return [self.eot_token_id], whole[start:]
+        return before, whole[len(before) :] or self.tok_encode(continuation)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Give the log-probability of each continuation, and whether it is the greedy one.
-
-        What does not fit n_positions is cut from the left.
-        """
-        rows = []
-        for _, context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
-                raise ValueError(
-                    f"a continuation must have from 1 to n_positions = {self.max_length} tokens,"
-                    f" got {len(continuation)}"
-                )
-            rows.append(((context or [self.eot_token_id]) + continuation)[-self.max_length - 1 :])
+        """Score token ids; what does not fit n_positions is cut from the context's left."""
+        pieces = [self._pieces(*request[1:]) for request in requests]
         scorer = Scorer(self.model)
-        answers = [(0.0, False)] * len(rows)
+        answers = [(0.0, True)] * len(pieces)
         # Sorted, texts stand beside those that begin as they do, and what they share is read once.
-        order = sorted(range(len(rows)), key=rows.__getitem__)
+        order = sorted(range(len(pieces)), key=pieces.__getitem__)
         for i in tqdm(order, desc="loglikelihood", disable=disable_tqdm):
-            strings, _, continuation = requests[i]
-            row = np.array(rows[i], np.int32)
-            logprobs, likeliest = scorer(row, len(row) - len(continuation))
-            answers[i] = (float(logprobs.sum(dtype=np.float64)), bool(likeliest.all()))
-            if strings is not None:  # None is a window of loglikelihood_rolling
+            for tokens, first in pieces[i]:
+                logprobs, likeliest = scorer(np.array(tokens, np.int32), first)
+                total, greedy = answers[i]
+                total += float(logprobs.sum(dtype=np.float64))
+                answers[i] = total, greedy and bool(likeliest.all())
+            if (strings := requests[i][0]) is not None:  # None: a window of loglikelihood_rolling
                 self.cache_hook.add_partial("loglikelihood", strings, answers[i])
         return answers
+
+    def _pieces(self, context: list[int], continuation: list[int]) -> list[tuple[list[int], int]]:
+        """Cut a text into what is read at once, with the place of the first token to score."""
+        row, most = (context or [self.eot_token_id]) + continuation, self.max_length
+        pieces = []
+        for start in range(len(row) - len(continuation), len(row), most):
+            end = min(start + most, len(row))
+            begin = max(0, end - most - 1)  # the last token is not read
+            pieces.append((row[begin:end], start - begin))
+        return pieces
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -129,14 +169,21 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         """Continue contexts, greedily unless a task wants samples, up to one of its `until`.
 
         A context is cut from the left to leave room for max_gen_toks tokens, 256 or half of
-        n_positions unless given.
+        n_positions unless given. max_length counts the context's tokens too.
         """
         out = []
-        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
+        every = [self._settings(request.args[1]) for request in requests]  # a mistake costs no work
+        watched = tqdm(requests, desc="generate_until", disable=disable_tqdm)
+        for request, (until, settings, total) in zip(watched, every, strict=True):
             context, wanted = request.args
-            until, settings = self._settings(wanted)
             room = self.max_length - settings.max_new_tokens
             prompt = self.tok_encode(context)[-room:] or [self.eot_token_id]
+            left = max(0, min(settings.max_new_tokens, total - len(prompt)))
+            settings = dataclasses.replace(
+                settings,
+                max_new_tokens=left,
+                min_new_tokens=min(settings.min_new_tokens, left),
+            )
             writer = Writer(self.tokenizer, until, 0)
             for _ in self.model.continue_prompts([prompt], settings, [writer]):
                 pass
@@ -144,29 +191,32 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("generate_until", (context, wanted), out[-1])
         return out
 
-    def _settings(self, wanted: dict[str, Any]) -> tuple[list[str], GenerationConfig]:
-        """Turn a task's generation_kwargs into stop strings and gpt2c's settings."""
-        entries = dict(wanted)
-        until = entries.pop("until", None) or []
+    def _settings(self, wanted: dict[str, Any]) -> tuple[list[str], GenerationConfig, int]:
+        """Turn a task's generation_kwargs into stop strings, gpt2c's settings and max_length."""
+        entries = {name: value for name, value in wanted.items() if value is not None}
+        until = entries.pop("until", [])
         stops = [until] if isinstance(until, str) else list(until)
-        lengths = [entries.pop(name, None) for name in LENGTHS]
+        lengths = [entries.pop(name) for name in LENGTHS if name in entries]
+        total = entries.pop("max_length", self.max_length)
         default = min(MAX_GEN_TOKS, self.max_length // 2)
-        length = next((int(value) for value in lengths if value is not None), default)
+        length = int(lengths[0]) if lengths else default
         if not 0 <= length < self.max_length:
             raise ValueError(
                 f"max_gen_toks must leave room for a context in n_positions = {self.max_length}"
                 f" tokens, got {length}"
             )
-        sample, temperature = entries.pop("do_sample", None), entries.pop("temperature", None)
-        if sample is None:
-            sample = bool(temperature)
-        if unknown := entries.keys() - OTHERS:
-            raise ValueError(f"generation_kwargs: gpt2c has no {', '.join(sorted(unknown))}")
+        if not entries.pop("do_sample", bool(entries.get("temperature"))):
+            entries = {name: value for name, value in entries.items() if name not in SAMPLING}
+            entries["temperature"] = 0.0
+        for name in WITHOUT_EFFECT:
+            entries.pop(name, None)
+        for name, neutral in NEUTRAL.items():
+            if name in entries and entries[name] == neutral:
+                del entries[name]
+        if unknown := sorted(entries.keys() - SAMPLING - OTHERS):
+            got = ", ".join(f"{name}={entries[name]!r}" for name in unknown)
+            raise ValueError(f"generation_kwargs: gpt2c has no {got}; take it out of the task")
         config = GenerationConfig(
-            max_new_tokens=length,
-            do_sample=sample,
-            temperature=(1.0 if temperature is None else float(temperature)) if sample else 1.0,
-            eos_token_id=self.eot_token_id,
-            **entries,
+            **{"max_new_tokens": length, "eos_token_id": self.eot_token_id} | entries
         )
-        return [stop for stop in stops if stop], config
+        return [stop for stop in stops if stop], config, int(total)

@@ -2,10 +2,11 @@
 
     loss, perplexity = scoring.perplexity(model, tokens, stride=512)
     right = scoring.answer(model, scoring.read_questions("val.jsonl", tokenizer, 1024))
-    (acc, error), (acc_norm, error_norm) = scoring.accuracy(right)
+    for name, (share, error) in zip(scoring.METRICS, scoring.accuracy(right), strict=True):
+        print(name, share, error)
 
-Everything goes through `Scorer`, which reads what texts have in common once. Knows nothing about
-training. Used by cli and lm_eval.
+Everything goes through `Scorer`, which reads what texts have in common once. Independent of
+training. Used by cli_eval and lm_eval.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.data import read_text
-from gpt2c.files import parse_json
+from gpt2c.checks import whole
+from gpt2c.figures import figures
+from gpt2c.files import parse_json, read_text
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
 from gpt2c.memory import Array
 from gpt2c.tokenizer import Tokenizer
 
-Watch = Callable[[int, int, str], None]  # so many done, of so many, figures
+Watch = Callable[[int, int, str], None]  # how many are done, of how many, figures to show
+METRICS = ("acc", "acc_norm", "acc_per_token")  # the columns of `answer`
 
 
 class Scorer:
-    """Gives the log-probabilities of tokens, one text after another.
+    """Scores tokens, one text after another.
 
     The beginning that a text shares with the one before it is not read again: the endings of one
     context, sorted texts. Weights must not change meanwhile.
@@ -72,7 +75,9 @@ class Scorer:
         likeliest = np.empty(len(targets), np.bool_)
         losses = self._decoder.losses(read[first - 1 :], targets, first - 1, likeliest)
         if not np.isfinite(losses).all():
-            raise ValueError("the model gives nan: its weights have diverged or are damaged")
+            raise ValueError(
+                "the model gives nan or infinity: its weights have diverged or are damaged"
+            )
         self._known = read.copy()
         return -losses, likeliest
 
@@ -87,19 +92,23 @@ def token_logprobs(
     max_length: int | None = None,
     watch: Watch | None = None,
 ) -> NDArray[np.float64]:
-    """Give the log-probability of each token of a long text, (N,) in nats, by a sliding window.
+    """Return the log-probability of each token of a long text, (N,) in nats, by a sliding window.
 
-    A window of `max_length` tokens moves by `stride`. The first scores all of its tokens but the
-    first, each later one its last `stride`: all have max_length - stride tokens before them or
-    more. A token that no window scores is nan: the first of the text and, if stride is max_length,
-    of each window.
+    A window of `max_length` tokens moves by `stride`. The first window scores all of its tokens but
+    the first, each later one its last `stride`. So every token of the text is scored once, with at
+    least max_length - stride tokens before it, but for the first: it has none, and is nan.
+
+    With a stride of max_length a window has one token more, for the first is context. At most
+    n_positions are read, as the last token of a window never is: windows of stride n_positions are
+    those of `gpt2c.train.evaluate`, side by side.
 
     Parameters
     ----------
     model : a `GPT2` or `QuantizedGPT2`
     tokens : (N,) token ids
-    stride : from 1, the best and slowest, to max_length; None half of it
-    max_length : tokens in a window; None n_positions. One more is possible, as the last is not read
+    stride : from 1, the best and slowest, to max_length, at most n_positions; None half of
+        max_length
+    max_length : tokens in a window, from 2 to n_positions + 1; None n_positions
     watch : told after each window how many are done, of how many, and the loss so far
 
     Raises
@@ -114,26 +123,32 @@ def token_logprobs(
     if ids.ndim != 1:
         raise ValueError(f"tokens must be (N,) token ids, got shape {ids.shape}")
     if len(ids) < 2:
-        raise ValueError(f"{len(ids)} tokens are too few to score: at least 2 are needed")
+        plural = "" if len(ids) == 1 else "s"
+        raise ValueError(
+            f"{len(ids)} token{plural} cannot be scored: at least 2 are needed, as the first has"
+            " nothing before it"
+        )
     most = model.config.n_positions
-    length = most if max_length is None else max_length
+    length = most if max_length is None else whole("max_length", max_length)
     if not 2 <= length <= most + 1:
         raise ValueError(f"max_length must be from 2 to n_positions + 1 = {most + 1}, got {length}")
-    stride = max(1, length // 2) if stride is None else stride
-    if not 1 <= stride <= length:
-        raise ValueError(f"stride must be from 1 to the window's {length} tokens, got {stride}")
+    stride = max(1, length // 2) if stride is None else whole("stride", stride)
+    if not 1 <= stride <= min(length, most):
+        raise ValueError(
+            f"stride must be from 1 to the window's {min(length, most)} tokens, got {stride}"
+        )
+    length = max(length, stride + 1)
     out = np.full(len(ids), np.nan)
     scorer = Scorer(model, min(length, len(ids)) - 1)
     starts = range(0, max(1, len(ids) - length + stride), stride)
-    done, count, nats = 0, 0, 0.0  # tokens that windows have passed, those scored, their sum
+    done, nats = 1, 0.0  # tokens that need no more score, the sum of their losses
     for number, start in enumerate(starts, start=1):
         end = min(start + length, len(ids))
-        first = max(done, start + 1)
-        if first < end:  # else one token is left, and has none before it
-            out[first:end] = scorer(ids[start:end], first - start)[0]
-        done, count, nats = end, count + end - first, nats - float(out[first:end].sum())
+        out[done:end] = scorer(ids[start:end], done - start)[0]
+        nats -= float(out[done:end].sum())
+        done = end
         if watch:
-            watch(number, len(starts), f"loss {nats / count:.4f}")
+            watch(number, len(starts), f"loss {figures(nats, done - 1).loss:.4f}")
     return out
 
 
@@ -143,17 +158,18 @@ def perplexity(
     stride: int | None = None,
     max_length: int | None = None,
 ) -> tuple[float, float]:
-    """Give (loss, perplexity) of a long text by a sliding window, with `token_logprobs`' arguments.
+    """Return (loss, perplexity) of a long text by a sliding window; see `token_logprobs`.
 
-    The loss is in nats per token, the mean over the tokens that are scored; perplexity is its
-    exponential.
+    The loss is in nats per token, the mean over all tokens but the first; perplexity is its
+    exponential, inf where that is too large for a float.
 
     Raises
     ------
-    ValueError : see `token_logprobs`
+    ValueError : see `token_logprobs`; a text of fewer than two tokens among it
     """
-    loss = -float(np.nanmean(token_logprobs(model, tokens, stride, max_length)))
-    return loss, math.exp(loss)
+    logprobs = token_logprobs(model, tokens, stride, max_length)[1:]
+    loss, exponential, *_ = figures(-float(logprobs.sum()), len(logprobs))
+    return loss, exponential
 
 
 # ---- choices -------------------------------------------------------------------------------------
@@ -161,24 +177,33 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Question:
-    """A context, endings that may follow it, and which of them is right: token ids."""
+    """A context, endings that may follow it, and which of them is right: token ids.
+
+    `characters` are the lengths of the endings as they were written, before a space was put in
+    front of them.
+    """
 
     context: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     label: int
+    characters: tuple[int, ...]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[int], list[int]]:
-    """Encode a context and what follows it as one text; give the tokens of both.
+    """Encode a context and what follows it as one text; return the tokens of both.
 
     Spaces at the context's end belong to the ending, for a token begins with its space. An empty
-    context is the end of the text before.
+    context is the end of the text before. Where one token would hold the end of the context and the
+    beginning of the ending, each is encoded by itself.
     """
     kept = context.rstrip()
+    whole = tokenizer.encode(context + ending)
     if not kept:
-        return [tokenizer.eot], tokenizer.encode(context + ending)
+        return [tokenizer.eot], whole
     before = tokenizer.encode(kept)
-    return before, tokenizer.encode(context + ending)[len(before) :]
+    if whole[: len(before)] != before:
+        return before, tokenizer.encode(context[len(kept) :] + ending)
+    return before, whole[len(before) :]
 
 
 def read_questions(
@@ -203,6 +228,7 @@ def read_questions(
     """
     questions = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # of a file that was joined to another
         if line.strip():
             try:
                 questions.append(_question(line, tokenizer, n_positions))
@@ -242,18 +268,23 @@ def _question(line: str, tokenizer: Tokenizer, n_positions: int) -> Question:
                 f"ctx and ending {number} have {size} tokens, at most n_positions + 1 ="
                 f" {n_positions + 1} can be scored"
             )
-    return Question(tuple(pairs[0][0]), tuple(tuple(pair[1]) for pair in pairs), label)
+    return Question(
+        tuple(pairs[0][0]),
+        tuple(tuple(pair[1]) for pair in pairs),
+        label,
+        tuple(map(len, endings)),
+    )
 
 
 def answer(
     model: LanguageModel, questions: Sequence[Question], watch: Watch | None = None
 ) -> NDArray[np.bool_]:
-    """Answer questions; say which answers are right, (Q, 2): by sum and by mean.
+    """Answer questions; return which answers are right, (Q, 3), a column for each of `METRICS`.
 
-    By sum the ending with the largest log-probability is chosen; by mean the one with the largest
-    per token, as in llm.c, so that long endings are not at a loss. (lm-evaluation-harness divides
-    by characters for its acc_norm, by bytes for acc_bytes.) Of equals the first is chosen. The
-    context is read once for all endings.
+    acc chooses the ending with the largest log-probability, acc_norm the one with the largest per
+    character, acc_per_token the one with the largest per token, so that long endings are not at a
+    loss. acc and acc_norm are lm-evaluation-harness' metrics of these names; llm.c calls
+    acc_per_token acc_norm. Of equals the first is chosen. The context is read once for all endings.
 
     Parameters
     ----------
@@ -263,29 +294,39 @@ def answer(
 
     Raises
     ------
-    ValueError : no questions, more tokens than fit or none, an id out of range, or the model's
-        weights give nan or infinity
+    ValueError : no questions, more tokens than fit or none, an id or a label out of range, or the
+        model's weights give nan or infinity
     """
     if not questions:
         raise ValueError("at least one question is wanted, got none")
     sizes = [_check_question(question, model) for question in questions]
     scorer = Scorer(model, max(sizes) - 1)
-    right = np.empty((len(questions), 2), np.bool_)
+    right = np.empty((len(questions), len(METRICS)), np.bool_)
     for number, question in enumerate(questions, start=1):
         logprobs = ending_logprobs(scorer, question)
-        means = logprobs / [len(ending) for ending in question.endings]
-        right[number - 1] = [scores.argmax() == question.label for scores in (logprobs, means)]
+        tokens = [len(ending) for ending in question.endings]
+        scores = logprobs, logprobs / question.characters, logprobs / tokens
+        right[number - 1] = [score.argmax() == question.label for score in scores]
         if watch:
-            acc, acc_norm = right[:number].mean(axis=0)
-            watch(number, len(questions), f"acc {acc:.4f}  acc_norm {acc_norm:.4f}")
+            shares = zip(METRICS, right[:number].mean(axis=0), strict=True)
+            watch(number, len(questions), "  ".join(f"{name} {x:.4f}" for name, x in shares))
     return right
 
 
 def _check_question(question: Question, model: LanguageModel) -> int:
-    """Give the tokens of the context and its longest ending, if they can be scored."""
+    """Return the tokens of the context and its longest ending, if they can be scored."""
     lengths = [len(ending) for ending in question.endings]
     if not question.context or not lengths or not min(lengths):
         raise ValueError("a question must have endings, all of them and the context not empty")
+    if not 0 <= question.label < len(lengths):
+        raise ValueError(
+            f"a question's label must be from 0 to {len(lengths) - 1}, got {question.label}"
+        )
+    if len(question.characters) != len(lengths) or min(question.characters) < 1:
+        raise ValueError(
+            f"a question's characters must be {len(lengths)} numbers of at least 1, one for each"
+            f" ending, got {question.characters}"
+        )
     size = len(question.context) + max(lengths)
     if size > model.config.n_positions + 1:
         raise ValueError(
@@ -298,18 +339,24 @@ def _check_question(question: Question, model: LanguageModel) -> int:
 
 
 def ending_logprobs(scorer: Scorer, question: Question) -> NDArray[np.float64]:
-    """Give the log-probability of each ending, (E,), summed over its tokens; nothing is checked."""
+    """Return the log-probability of each ending, (E,), summed over its tokens; checks nothing."""
     first = len(question.context)
     rows = [np.array(question.context + ending, np.int32) for ending in question.endings]
     return np.array([scorer(row, first)[0].sum(dtype=np.float64) for row in rows])
 
 
 def accuracy(right: NDArray[Any]) -> list[tuple[float, float]]:
-    """Give (share, standard error) of each column of (Q, K) right answers.
+    """Return (share, standard error) of each column of (Q, K) right answers.
 
     The error is of the mean, from the sample's variance with Q - 1; nan for one question.
+
+    Raises
+    ------
+    ValueError : no answers
     """
     count = len(right)
+    if not count:
+        raise ValueError("at least one answer is wanted, got none")
     shares = [float(share) for share in right.mean(axis=0)]
     return [
         (share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan)

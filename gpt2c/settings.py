@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2c.config import GPT2Config
-from gpt2c.files import read_bytes, shown
+from gpt2c.files import decode, read_bytes, shown
 from gpt2c.optimizer import SCHEDULES, Schedule
 
 T = TypeVar("T")
@@ -27,7 +27,10 @@ FIXED_BY_RUN = (
     "batch_size",
     "gradient_accumulation_steps",
     "seed",
+    "batch_order",
 )
+# What a run of before a setting was there had in its place, where that is not the default.
+OLDER: dict[str, Any] = {"batch_order": 1}
 
 
 LEAST = dict.fromkeys(
@@ -47,8 +50,6 @@ LEAST = dict.fromkeys(
     ),
     0,
 )
-# What a run of before a setting was there had in its place, where that is not the default.
-OLDER: dict[str, Any] = {}
 GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than anyone waits
 LARGEST_RECIPE = 1 << 20  # bytes
 
@@ -95,6 +96,7 @@ class TrainSettings:
     skip_nonfinite: bool = setting(False, "leave out a step with nan in it instead of stopping")
     tensorboard: bool = setting(False, "write TensorBoard's event files too")
     seed: int = setting(1337, "of the weights and the order of the data")
+    batch_order: int = setting(2, "2 trains every token; 1 is that of runs that lack this setting")
     backend: str = setting("auto", "auto or a name that gpt2c info lists")
     recompute: str = setting("none", "none, light or full: trade time for memory")
 
@@ -106,6 +108,8 @@ class TrainSettings:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.recompute not in ("none", "light", "full"):
             raise ValueError(f"recompute must be none, light or full, got {self.recompute!r}")
+        if self.batch_order not in (1, 2):
+            raise ValueError(f"batch_order must be 1 or 2, got {self.batch_order}")
         self.learning_rates()
         self.model_config(vocab_size=1)
 
@@ -195,8 +199,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     OSError : the file is missing or unreadable
     ValueError : it is not TOML, names a setting that there is not, or has one that cannot be
     """
+    text = decode(read_bytes(path, LARGEST_RECIPE), str(path))
     try:
-        entries = tomllib.loads(read_bytes(path, LARGEST_RECIPE).decode())
+        entries = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number with too many digits
         raise ValueError(f"{path} is not TOML: {error}") from None
     unknown = sorted(entries.keys() - DEFAULTS.keys())
@@ -228,10 +233,11 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
             f"{source}: its settings are another gpt2c's, for this one has no"
             f" {shown(unknown[0])}: go on with that one, or start a new run"
         )
+    stored = {**OLDER, **stored}
     lacking = [name for name in FIXED_BY_RUN if name not in stored]
     if lacking:
         raise ValueError(f"{source}: its settings lack {lacking[0]}: start a new run")
-    stored = DEFAULTS | OLDER | dict(stored)
+    stored = DEFAULTS | stored
     try:
         TrainSettings(**stored)
     except ValueError as error:

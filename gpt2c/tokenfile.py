@@ -2,15 +2,19 @@
 
     train.bin     or shards of it, train_000001.bin, fineweb_train_000002.bin
     val.bin       or tiny_shakespeare_val.bin: the split is a word of the name
+    manifest.json what `gpt2c prepare` wrote, to know when another file is among it
 
 Knows nothing about text, models or batches.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import weakref
+import zlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +31,9 @@ Split = Literal["train", "val"]
 MAGIC, _VERSION, _HEADER_BYTES = 20240520, 1, 256 * 4
 _MAX_TOKENS = 2**31 - 1  # the count is an int32
 MAX_VOCABULARY = 2**16  # a token is a uint16
-_CHECKED = 1 << 20  # tokens that are read at a time to be checked
+MANIFEST = "manifest.json"
+_MANIFEST_VERSION = 1
+_BLOCK = 1 << 20  # tokens that are written, summed up or checked at a time
 
 
 class StoredTokens:
@@ -121,11 +127,15 @@ def _write_all(paths: list[Path], pieces: list[NDArray[Any]]) -> None:
         _check(path, tokens)
     with files.atomic_paths(*paths) as temporaries:
         for temporary, tokens in zip(temporaries, pieces, strict=True):
-            header = np.zeros(256, dtype="<i4")
-            header[:3] = MAGIC, _VERSION, len(tokens)
             with open(temporary, "wb") as file:
-                file.write(header.tobytes())
+                file.write(_header(len(tokens)))
                 file.write(np.ascontiguousarray(tokens, "<u2").data)
+
+
+def _header(count: int) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, _VERSION, count
+    return header.tobytes()
 
 
 def _check(path: Path, tokens: NDArray[Any]) -> None:
@@ -141,6 +151,129 @@ def _check(path: Path, tokens: NDArray[Any]) -> None:
         raise ValueError(
             f"tokens for {path} must lie between 0 and 65535, not {tokens.min()} and {tokens.max()}"
         )
+
+
+class TokenWriter:
+    """Writes the token files of both splits as their tokens come, in little memory.
+
+    The files have temporary names until `publish`. Use it as a context, which removes what was not
+    published.
+
+    Parameters
+    ----------
+    directory : exists
+    shard_tokens : the most tokens in a file of training tokens, which are then several,
+        train_000001.bin and so on; 0 puts all into one
+
+    Raises
+    ------
+    OSError : a file cannot be written
+    """
+
+    def __init__(self, directory: Path, shard_tokens: int = 0) -> None:
+        self._directory = directory
+        self._most = {"train": shard_tokens or _MAX_TOKENS, "val": _MAX_TOKENS}
+        self._files: dict[Split, list[_TokenFile]] = {"train": [], "val": []}
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._all():
+            file.drop()
+
+    def _all(self) -> list[_TokenFile]:
+        return [*self._files["train"], *self._files["val"]]
+
+    def write(self, split: Split, tokens: NDArray[Any]) -> None:
+        """Append token ids (N,), from 0 to 65535, to a split."""
+        files_ = self._files[split]
+        while len(tokens):
+            if not files_ or files_[-1].count == self._most[split]:
+                if files_:
+                    files_[-1].finish()
+                name = f"{split}_{len(files_) + 1:06d}.bin"
+                files_.append(_TokenFile(self._directory / name))
+            room = self._most[split] - files_[-1].count
+            files_[-1].append(tokens[:room].astype("<u2"))
+            tokens = tokens[room:]
+
+    def finish(self) -> None:
+        """Put all that was written on the disk."""
+        for file in self._all():
+            file.finish()
+
+    def publish(self, facts: Mapping[str, Any], splits: Mapping[Split, Mapping[str, Any]]) -> None:
+        """Let the files take their names, and write the manifest; val.bin comes last.
+
+        What `remove_shards` removes must be gone.
+
+        Parameters
+        ----------
+        facts, splits : what the manifest says beside the files, of all and of each split
+        """
+        self.finish()
+        manifest: dict[str, Any] = {"version": _MANIFEST_VERSION, **facts}
+        for split, files_ in self._files.items():
+            if len(files_) == 1:
+                files_[0].path = self._directory / f"{split}.bin"
+            entries = [
+                {"name": file.path.name, "tokens": file.count, "crc32": file.checksum}
+                for file in files_
+            ]
+            manifest[split] = {**splits[split], "files": entries}
+        for file in self._files["train"]:
+            file.publish()
+        with files.atomic_path(self._directory / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for file in self._files["val"]:
+            file.publish()
+        files.sync(self._directory)
+
+
+class _TokenFile:
+    """A token file that is being written, of a name to come; its header is written at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = files.temporary_path(path)
+        self._waiting: list[NDArray[Any]] = []
+        self._waiting_tokens = 0
+        self.count = self.checksum = 0
+        with files.naming(path):
+            self._file = open(self._temporary, "wb")
+            self._file.write(bytes(_HEADER_BYTES))
+
+    def append(self, tokens: NDArray[Any]) -> None:
+        self._waiting.append(tokens)
+        self._waiting_tokens += len(tokens)
+        self.count += len(tokens)
+        if self._waiting_tokens >= _BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            content = np.concatenate(self._waiting).tobytes()
+            self._waiting, self._waiting_tokens = [], 0
+            self.checksum = zlib.crc32(content, self.checksum)
+            with files.naming(self.path):
+                self._file.write(content)
+
+    def finish(self) -> None:
+        if not self._file.closed:
+            self._flush()
+            with files.naming(self.path):
+                self._file.seek(0)
+                self._file.write(_header(self.count))
+                self._file.close()
+                files.sync(self._temporary)
+
+    def publish(self) -> None:
+        os.replace(self._temporary, self.path)
+
+    def drop(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokens:
@@ -174,8 +307,8 @@ def open_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> 
 def _check_vocabulary(path: Path, tokens: Tokens | StoredTokens, vocab_size: int | None) -> None:
     if vocab_size is None:
         return
-    parts = range(0, len(tokens), _CHECKED)
-    largest = max(int(tokens[start : start + _CHECKED].max()) for start in parts)
+    parts = range(0, len(tokens), _BLOCK)
+    largest = max(int(tokens[start : start + _BLOCK].max()) for start in parts)
     if largest >= vocab_size:
         raise ValueError(
             f"{path} holds token {largest}, outside a vocabulary of {vocab_size}; "
@@ -251,8 +384,12 @@ def alone(out: Path) -> AbstractContextManager[None]:
 
 
 def remove_shards(directory: str | os.PathLike[str]) -> None:
-    """Remove the token files of both splits, those of val first; others of such names stay."""
+    """Remove the token files of both splits, their manifest first, then those of val.
+
+    Others of such names stay.
+    """
     splits: tuple[Split, ...] = ("val", "train")
+    (Path(directory) / MANIFEST).unlink(missing_ok=True)
     for path in [path for split in splits for path in find_shards(directory, split)]:
         if path.stem in splits or has_header(path):
             path.unlink()
@@ -263,22 +400,93 @@ def _words(path: Path) -> set[str]:
 
 
 def read_shards(
-    directory: str | os.PathLike[str], split: Split, vocab_size: int | None = None
+    directory: str | os.PathLike[str],
+    split: Split,
+    vocab_size: int | None = None,
+    fingerprint: str | None = None,
 ) -> list[StoredTokens]:
     """Open the token files of a split, see `find_shards` and `open_tokens`.
 
+    Where a manifest says what `gpt2c prepare` wrote, they must be that: all of it and no other.
+    Directories of llm.c's or nanoGPT's have none.
+
+    Parameters
+    ----------
+    fingerprint : of the tokenizer that the tokens should be of, see `Tokenizer.fingerprint`;
+        compared where there is a manifest
+
     Raises
     ------
-    OSError : there is none, or one cannot be read
-    ValueError : one is damaged, or not an llm.c shard
+    OSError : there is none, one cannot be read, or one that the manifest names is missing
+    ValueError : one is damaged, not an llm.c shard, or not of the preparation or tokenizer
     """
+    directory = Path(directory)
     paths = find_shards(directory, split)
+    manifest = _read_manifest(directory)
+    for name in manifest[split] if manifest else ():
+        if directory / name not in paths:
+            raise FileNotFoundError(
+                f"token file {directory / name} is missing: {MANIFEST} says that gpt2c prepare"
+                " wrote it; put it back, or prepare the text again"
+            )
     if not paths:
         raise FileNotFoundError(
-            f"token file {Path(directory) / split}.bin does not exist, nor another *{split}*.bin; "
+            f"token file {directory / split}.bin does not exist, nor another *{split}*.bin; "
             "make it with `gpt2c prepare`"
         )
-    return [open_tokens(path, vocab_size) for path in paths]
+    shards = [open_tokens(path, vocab_size) for path in paths]
+    if manifest:
+        for path, tokens in zip(paths, shards, strict=True):
+            _check_listed(path, tokens, manifest[split])
+        if fingerprint is not None and manifest["tokenizer"] != fingerprint:
+            raise ValueError(
+                f"the token files of {directory} are of another tokenizer than the one given, as"
+                f" {MANIFEST} says; give the tokenizer that they were prepared with, or prepare the"
+                " text again"
+            )
+    return shards
+
+
+def _check_listed(path: Path, tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a token file that is not the one that the manifest, name -> (tokens, crc), lists."""
+    checksum = 0
+    for start in range(0, len(tokens), _BLOCK):
+        checksum = zlib.crc32(tokens[start : start + _BLOCK].tobytes(), checksum)
+    if listed.get(path.name) == (len(tokens), checksum):
+        return
+    others = [name for name in listed if name != path.name]
+    beside = f", which belongs to {others[0]}" if others else ""
+    if path.name not in listed:
+        what = f"is no file of the preparation that {MANIFEST} beside it lists{beside}"
+    else:
+        what = (
+            f"is not the file that {MANIFEST} beside it lists under that name{beside}: it is of"
+            " another preparation, or was changed"
+        )
+    raise ValueError(
+        f"{path} {what}; put it elsewhere or prepare the text again, or remove {MANIFEST} if it is"
+        " meant"
+    )
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Read what `gpt2c prepare` wrote: its tokenizer, and for each split name -> (tokens, crc)."""
+    path = directory / MANIFEST
+    if not os.path.lexists(path):
+        return None
+    entries = files.read_json(path)
+    if (version := entries.get("version")) != _MANIFEST_VERSION:
+        raise ValueError(f"{path}: version must be {_MANIFEST_VERSION}, got {files.shown(version)}")
+    try:
+        found: dict[str, Any] = {"tokenizer": str(entries["tokenizer"])}
+        for split in ("train", "val"):
+            found[split] = {
+                str(file["name"]): (int(file["tokens"]), int(file["crc32"]))
+                for file in entries[split]["files"]
+            }
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"{path} is damaged; prepare the text again, or remove it") from None
+    return found
 
 
 def read_nanogpt(path: str | os.PathLike[str]) -> Tokens:

@@ -2,7 +2,8 @@
 
 The first two are OpenAI's for GPT-2, the third is that of Hugging Face's tokenizers. A file is read
 only if tiktoken will make the same ids of every text as transformers does from that file; what
-would change them (a normalizer, added tokens, ...) is refused by name.
+would change them (a normalizer, a prefix space, ...) is refused by name. One difference is meant:
+the name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text.
 
 Knows nothing about what is done with a vocabulary. Used by tokenizer.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os.path
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +21,15 @@ from typing import Any, NamedTuple
 from gpt2c import files, hub
 
 END_OF_TEXT = "<|endoftext|>"
+# What ends a text where a vocabulary has no <|endoftext|> and no file names an eos_token.
+_OTHER_ENDS = ("</s>", "<eos>", "[EOS]")
+# A token of vocab.json that no merge makes is special if it is written like one.
+_SPECIAL = re.compile(r"<\S+>|\[\w+\]")
+MOST_SPECIAL = 10_000  # tiktoken looks for them with one regular expression
 LARGEST = 1 << 25  # bytes of a file: GPT-2's have 1.4 million
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
+_ROLES = "special_tokens_map.json"
 CHECKPOINTS = "checkpoints"  # a run's directory of models without a tokenizer of their own
 
 # What the parts of tokenizer.json may hold. Any of ANY leaves the ids as they are, or is looked at
@@ -47,7 +55,7 @@ PRE_TOKENIZER = {
 MODEL = {
     "type": (None, "BPE"),
     "dropout": (None, 0),
-    "unk_token": (None, END_OF_TEXT),  # with all 256 bytes no text is unknown
+    "unk_token": ANY,  # with all 256 bytes no text is unknown
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
     "fuse_unk": ANY,
@@ -63,14 +71,16 @@ Merge = tuple[bytes, bytes]
 class Vocabulary(NamedTuple):
     """A byte-level BPE.
 
-    ranks : bytes of each token -> its id, all but `<|endoftext|>`
-    eot : id of `<|endoftext|>`
-    merges : the halves of each token of more than one byte, in the order of their ids
+    ranks : bytes of each ordinary token -> its id
+    eot : id of the token that ends a text, `<|endoftext|>` in most
+    merges : the halves of each ordinary token of more than one byte, in the order of their ids
+    special : the other tokens, as `<|endoftext|>` and `[PAD]`: name -> id
     """
 
     ranks: dict[bytes, int]
     eot: int
     merges: list[Merge]
+    special: dict[str, int]
 
 
 def _byte_characters() -> list[str]:
@@ -127,17 +137,18 @@ def read(directory: Path) -> Vocabulary:
     """
     vocab_path, merges_path = directory / VOCAB, directory / MERGES
     json_path = directory / TOKENIZER
-    if os.path.lexists(json_path):  # a link that leads nowhere is no absent file
-        vocabulary = _read_tokenizer_json(json_path)
-        if os.path.lexists(vocab_path) and os.path.lexists(merges_path):
-            if vocabulary != _read_pair(vocab_path, merges_path):
-                raise ValueError(
-                    f"{json_path} is another tokenizer than {VOCAB} and {MERGES} beside it; remove"
-                    " what is not the model's"
-                )
-    else:
-        vocabulary = _read_pair(vocab_path, merges_path)
-    _check_neighbours(directory, vocabulary.eot)
+    config = _read_config(directory)
+    if not os.path.lexists(json_path):  # a link that leads nowhere is no absent file
+        return _read_pair(vocab_path, merges_path, _added_beside(directory, config), config)
+    root = files.parse_json(_read(json_path), str(json_path))
+    added = _added_beside(directory, config, root)
+    vocabulary = _parse_tokenizer_json(json_path, root, added, config)
+    if os.path.lexists(vocab_path) and os.path.lexists(merges_path):
+        if vocabulary != _read_pair(vocab_path, merges_path, added, config):
+            raise ValueError(
+                f"{json_path} is another tokenizer than {VOCAB} and {MERGES} beside it; remove"
+                " what is not the model's"
+            )
     return vocabulary
 
 
@@ -149,29 +160,28 @@ def _read(path: Path) -> str:
             f"{path} does not exist; a tokenizer is a {VOCAB} and a {MERGES}, or a {TOKENIZER}"
             f"{hub.hidden(path.parent)}"
         ) from None
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
-    if text.startswith("\ufeff"):
-        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
-    return text
+    return files.decode(content, str(path))
 
 
-def _read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
-    ranks, eot = _parse_vocabulary(files.parse_json(_read(vocab_path), str(vocab_path)), vocab_path)
+def _read_pair(
+    vocab_path: Path, merges_path: Path, added: dict[str, int], config: Mapping[str, Any]
+) -> Vocabulary:
+    ids = files.parse_json(_read(vocab_path), str(vocab_path))
     lines = _read(merges_path).removesuffix("\n").split("\n")
     start = int(lines[0].startswith("#version"))
     merges = [
-        _parse_merge(line.removesuffix("\r").split(" "), f"{merges_path}, line {number}")
+        _parse_merge(line.split(" "), f"{merges_path}, line {number}")
         for number, line in enumerate(lines[start:], start=start + 1)
     ]
+    ranks, eot, special = _parse_vocabulary(ids, merges, added, config, vocab_path)
     _check_merges(ranks, merges, str(merges_path), str(vocab_path))
-    return Vocabulary(ranks, eot, merges)
+    return Vocabulary(ranks, eot, merges, special)
 
 
-def _read_tokenizer_json(path: Path) -> Vocabulary:
-    root = _part(path, "", files.parse_json(_read(path), str(path)), ROOT)
+def _parse_tokenizer_json(
+    path: Path, root: dict[str, Any], added: dict[str, int], config: Mapping[str, Any]
+) -> Vocabulary:
+    _part(path, "", root, ROOT)
     _part(path, "pre_tokenizer", root.get("pre_tokenizer"), PRE_TOKENIZER)
     model = _part(path, "model", root.get("model"), MODEL)
     processor, decoder = root.get("post_processor"), root.get("decoder")
@@ -180,25 +190,18 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
         raise ValueError(f"{path}: post_processor may add tokens; only one that adds none is read")
     if not _is(decoder, {"type": "ByteLevel"}):
         raise ValueError(f"{path}: decoder must be ByteLevel")
-    vocab, merges, added = model.get("vocab"), model.get("merges"), root.get("added_tokens") or []
-    if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError(f"{path} needs model.vocab, an object, and model.merges, an array")
-    tokens = [
-        (token.get("content"), token.get("id")) if isinstance(token, dict) else (token, None)
-        for token in added
-    ]
-    ranks, eot = _parse_vocabulary(
-        {token: token_id for token, token_id in tokens if token == END_OF_TEXT} | vocab, path
-    )
-    _check_added(path, tokens, eot)
     pairs = [
         _parse_merge(
             merge.split(" ") if isinstance(merge, str) else merge, f"{path}: model.merges[{number}]"
         )
         for number, merge in enumerate(merges)
     ]
+    ranks, eot, special = _parse_vocabulary(vocab, pairs, added, config, path)
     _check_merges(ranks, pairs, f"{path}: model.merges", "model.vocab")
-    return Vocabulary(ranks, eot, pairs)
+    return Vocabulary(ranks, eot, pairs, special)
 
 
 def _part(
@@ -225,58 +228,119 @@ def _is(part: Any, wanted: Mapping[str, Any]) -> bool:
     )
 
 
-def _check_neighbours(directory: Path, eot: int) -> None:
-    """Refuse what transformers would read beside the vocabulary and change the ids for."""
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json, if there is one; refuse what would change the ids.
+
+    Its `eos_token` is that of special_tokens_map.json where it has none.
+    """
+    config: dict[str, Any] = {}
     if os.path.lexists(path := directory / CONFIG):
         config = files.parse_json(_read(path), str(path))
         for key in ("add_prefix_space", "add_bos_token", "add_eos_token"):
             if config.get(key):
                 raise ValueError(f"{path}: {key} must be false, got {json.dumps(config[key])[:40]}")
-        decoder = config.get("added_tokens_decoder") or {}
-        if not isinstance(decoder, dict):
-            raise ValueError(f"{path}: added_tokens_decoder must be an object")
-        _check_added(
-            path,
-            [
-                (token.get("content") if isinstance(token, dict) else token, token_id)
-                for token_id, token in decoder.items()
-            ],
-            str(eot),
-        )
+    if "eos_token" not in config and os.path.lexists(path := directory / _ROLES):
+        config["eos_token"] = files.parse_json(_read(path), str(path)).get("eos_token")
+    return config
+
+
+def _added_beside(
+    directory: Path, config: Mapping[str, Any], root: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Collect the tokens that are added to a vocabulary, name -> id; the files must agree.
+
+    They are those of tokenizer_config.json, added_tokens.json and of `root`, tokenizer.json.
+    """
+    found: list[tuple[Path, Any, Any]] = []
+    path = directory / CONFIG
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{path}: added_tokens_decoder must be an object")
+    for key, token in decoder.items():
+        token_id = int(key) if re.fullmatch(r"[0-9]{1,9}", key) else key
+        found.append((path, _content(token), token_id))
     if os.path.lexists(path := directory / ADDED):
-        _check_added(path, files.parse_json(_read(path), str(path)).items(), eot)
+        ids = files.parse_json(_read(path), str(path))
+        found += [(path, token, token_id) for token, token_id in ids.items()]
+    if root is not None:
+        path = directory / TOKENIZER
+        tokens = root.get("added_tokens") or []
+        if not isinstance(tokens, list):
+            raise ValueError(f"{path}: added_tokens must be an array")
+        for token in tokens:
+            token_id = token.get("id") if isinstance(token, dict) else None
+            found.append((path, _content(token), token_id))
+    added: dict[str, int] = {}
+    for path, token, token_id in found:
+        what = f"{path} adds token {json.dumps(token)[:40]} as {json.dumps(token_id)[:40]}"
+        if not isinstance(token, str) or not _is_text(token) or type(token_id) is not int:
+            raise ValueError(f"{what}; a name and a whole number are wanted")
+        if added.setdefault(token, token_id) != token_id:
+            raise ValueError(f"{what}, which is {added[token]} elsewhere")
+    return added
 
 
-def _check_added(path: Path, added: Iterable[tuple[Any, Any]], eot: int | str) -> None:
-    for token, token_id in added:
-        if token != END_OF_TEXT or token_id != eot:
+def _content(token: Any) -> Any:
+    """Return the name of a token, which may be an object with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is not empty and has no lone surrogates, which no bytes stand for."""
+    return name != "" and not re.search("[\ud800-\udfff]", name)
+
+
+def _parse_vocabulary(
+    vocabulary: dict[str, Any],
+    merges: list[Merge],
+    added: dict[str, int],
+    config: Mapping[str, Any],
+    path: Path,
+) -> tuple[dict[bytes, int], int, dict[str, int]]:
+    """Check tokens and ids: (bytes of each ordinary token -> id, id of the end, special tokens)."""
+    for name, token_id in added.items():
+        if vocabulary.setdefault(name, token_id) != token_id:
             raise ValueError(
-                f"{path} adds token {json.dumps(token)[:40]} as {json.dumps(token_id)[:40]}; only"
-                f" {END_OF_TEXT} may be added, as {eot}"
+                f"{path} has token {json.dumps(name)[:40]} as {json.dumps(vocabulary[name])[:40]},"
+                f" and a file beside it or an entry in it adds it as {token_id}"
             )
-
-
-def _parse_vocabulary(vocabulary: dict[str, Any], path: Path) -> tuple[dict[bytes, int], int]:
-    """Check tokens and ids: (bytes of each token -> id, id of `<|endoftext|>`)."""
     if any(type(token_id) is not int for token_id in vocabulary.values()):
         raise ValueError(f"{path} must be one JSON object of tokens and their ids")
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ValueError(
-            f"{path} must number its {len(vocabulary)} tokens from 0 to {len(vocabulary) - 1}, "
-            "each once"
+            f"{path} must number its {len(vocabulary)} tokens, added ones among them, from 0 to"
+            f" {len(vocabulary) - 1}, each once"
         )
-    if END_OF_TEXT not in vocabulary:
-        raise ValueError(f"{path} has no {END_OF_TEXT}")
-    eot = vocabulary.pop(END_OF_TEXT)
+    ordinary = {_to_characters(first + second) for first, second in merges}.union(_BYTES)
+    special = {}
+    for name, token_id in vocabulary.items():
+        if name in ordinary:
+            if name in added:
+                raise ValueError(
+                    f"{path} has the added token {json.dumps(name)[:40]} as an ordinary one, too"
+                )
+        elif name in added or (_SPECIAL.fullmatch(name) and _is_text(name)):
+            special[name] = token_id
+    if len(special) > MOST_SPECIAL:
+        raise ValueError(f"{path} has {len(special):,} special tokens; at most {MOST_SPECIAL:,}")
+    named = _content(config.get("eos_token"))
+    ends = [name for name in (END_OF_TEXT, named, *_OTHER_ENDS) if isinstance(name, str)]
+    end = next((name for name in ends if name in special), None)
+    if end is None:
+        raise ValueError(f"{path} has no {END_OF_TEXT}, nor does {CONFIG} name an eos_token of it")
     try:
-        ranks = {_to_bytes(token): token_id for token, token_id in vocabulary.items()}
+        ranks = {
+            _to_bytes(token): token_id
+            for token, token_id in vocabulary.items()
+            if token not in special
+        }
     except KeyError as error:
         raise ValueError(f"{path} has a character that stands for no byte: {error}") from None
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(
             f"{path} lacks {len(missing)} of the 256 single bytes, the first of them {missing[0]}"
         )
-    return ranks, eot
+    return ranks, special[end], special
 
 
 def _parse_merge(halves: Any, place: str) -> Merge:
@@ -334,7 +398,7 @@ def _comes_to(
 def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]:
     """Give what vocab.json and merges.txt say, a printable character for each byte."""
     ids = {_to_characters(token): token_id for token, token_id in vocabulary.ranks.items()}
-    ids[END_OF_TEXT] = vocabulary.eot
+    ids |= vocabulary.special
     merges = [
         f"{_to_characters(first)} {_to_characters(second)}" for first, second in vocabulary.merges
     ]
@@ -353,13 +417,20 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     vocab, merges = vocab_and_merges(vocabulary)
-    config = {
+    end = next(name for name, i in vocabulary.special.items() if i == vocabulary.eot)
+    config: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
     }
+    if vocabulary.special.keys() != {END_OF_TEXT}:
+        as_it_is = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        config["added_tokens_decoder"] = {
+            str(token_id): {"content": name, **as_it_is, "special": True}
+            for name, token_id in vocabulary.special.items()
+        }
     contents = {
         VOCAB: json.dumps(vocab, ensure_ascii=False),
         MERGES: "".join(f"{line}\n" for line in ("#version: 0.2", *merges)),

@@ -179,15 +179,18 @@ def _prepare(
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(tokenizer, data, out)
-    tokens = read_shards(data, "train", tokenizer.vocab_size)
-    val_tokens = read_shards(data, "val", tokenizer.vocab_size)
+    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint
+    tokens = read_shards(data, "train", *vocabulary)
+    val_tokens = read_shards(data, "val", *vocabulary)
     fingerprint = {"train": _fingerprint(tokens), "val": _fingerprint(val_tokens)}
     if record is not None and record["data"] != fingerprint:
         raise ValueError(
             f"{data} does not hold the training and validation tokens of the run {out}, as data in"
             f" {RUN_FILE} has them: go on with those"
         )
-    batches = Batches(tokens, settings.batch_size, settings.block_size, settings.seed)
+    batches = Batches(
+        tokens, settings.batch_size, settings.block_size, settings.seed, settings.batch_order
+    )
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
     found = None
     if record is not None:
@@ -225,8 +228,13 @@ def _describe(run: Run, batches: Batches) -> str:
     text = (
         f"{config.num_parameters():,} parameters, backend {run.model.backend.name};"
         f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens, an epoch has"
-        f" {batches.windows_per_epoch * settings.block_size:,}"
+        f" {batches.targets_per_epoch:,}"
     )
+    if batches.left_out:
+        text += (
+            f"; {batches.left_out} of {len(batches.shards)} shards have fewer than block_size + 1 ="
+            f" {settings.block_size + 1:,} tokens and are left out"
+        )
     if settings.warmup_iters >= settings.max_iters > 1:
         text += f"; all of it is warm-up (warmup_iters {settings.warmup_iters:,})"
     return text

@@ -28,10 +28,11 @@ from safetensors.numpy import load_file, save_file
 import gpt2c.train
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer, llmc, scoring, trainer_state
 from gpt2c.convert import convert
-from gpt2c.data import Batches, prepare, read_text, split_documents
-from gpt2c.files import read_json
+from gpt2c.data import Batches, prepare
+from gpt2c.files import read_json, read_text
 from gpt2c.metrics import read_metrics
 from gpt2c.settings import TrainSettings, read_recipe
+from gpt2c.textfiles import split_documents
 from gpt2c.tokenfile import (
     read_nanogpt,
     read_shards,

@@ -278,10 +278,14 @@ ARROWS: dict[str, set[str]] = {
     | {"llmc", "memory", "quantized", "tensorfile"},
     "optimizer": set(),
     "tokenizer_files": {"files", "hub"},
-    "tokenizer": {"hub", "tokenizer_files"},
+    "bpe_trainer": set(),
+    "tokenizer": {"bpe_trainer", "hub", "tokenizer_files"},
+    "textfiles": {"files", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
+    "command": set(),
+    "figures": set(),
     "baselines": set(),
     "plot": {"files"},
     "progress": set(),
@@ -295,21 +299,23 @@ ARROWS: dict[str, set[str]] = {
     "train": (RUN - {"baselines", "config"})
     | {"load", "metrics", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN | {"corpus", "generator", "run", "terminal", "train"},
+    "demo": RUN
+    | {"command", "corpus", "figures", "generator", "run", "terminal", "textfiles", "train"},
     "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "plot", "report"},
     "cli_convert": {"convert", "llmc"},
-    "cli_generate": {"data", "generator", "sampling", "terminal"},
+    "cli_generate": {"files", "generator", "sampling", "terminal"},
     "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
     "cli_plot": {"metrics", "plot", "terminal"},
-    "scoring": {"data", "decoder", "files", "language_model", "memory", "tokenizer"},
+    "cli_prepare": {"data", "demo", "textfiles"},
+    "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"baselines", "generator", "hub", "model", "progress", "quantized"}
+    "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"cli_tokens", "demo", "terminal", "train"},
+    | {"cli_prepare", "cli_tokens", "command", "demo", "terminal", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": LIBRARY | READING | {"engine"},
 }

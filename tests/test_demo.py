@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 import re
+import shlex
 import signal
 from fractions import Fraction
 from itertools import pairwise
@@ -13,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2c.baselines import bigram_nats, bits_per_byte, xz_bits_per_byte
+from gpt2c.baselines import bigram_nats, xz_bits_per_byte
 from gpt2c.cli import main
-from gpt2c.demo import SAMPLES
-from gpt2c.model import GPT2
+from gpt2c.command import command
+from gpt2c.data import Prepared
+from gpt2c.demo import SAMPLES, demo_settings, describe, openings
 from gpt2c.progress import Progress
 from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
-from gpt2c.train import evaluate
 
 Capture = pytest.CaptureFixture[str]
 ROW = re.compile(r"^(GPT-2, this run|bigram model|xz -9 after the rest) +([\d.]+)(?: +([\d.]+))?$")
@@ -36,6 +37,16 @@ def rows(output: str) -> dict[str, list[float]]:
 # ---- the demo ------------------------------------------------------------------------------------
 
 
+def follow(output: str, capsys: Capture) -> str:
+    """Run the command of the demo's last line; return its prompt, which its text begins with."""
+    _, line = output.splitlines()[-1].split("Go on with: ")
+    words = shlex.split(line)
+    assert words[:2] == ["gpt2c", "generate"] and words[-2] == "--prompt"
+    assert main([*words[1:], "--seed", "1", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith(words[-1])
+    return words[-1]
+
+
 @pytest.mark.slow
 def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "demo"
@@ -44,41 +55,123 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
     assert errors == ""
     lines = output.splitlines()
     assert lines[0] == "text        this Python's own documentation"
-    assert lines[-1] == f'Go on with: gpt2c generate {out}/run --prompt "The string"'
-    assert len(re.findall(r"^--- sample \d ---$", output, re.MULTILINE)) == SAMPLES == 3
     tokenizer = Tokenizer.from_pretrained(out / "run")
     assert tokenizer.vocab_size == 4096
+    assert (
+        lines[3] == "loss        in nats per token: 0 if it was certain, 8.3 for a guess among all"
+    )
 
     table = rows(output)
     assert list(table) == ["GPT-2, this run", "bigram model", "xz -9 after the rest"]
-    tokens = read_tokens(out / "data" / "val.bin", 4096)
-    loss = evaluate(GPT2.from_pretrained(out / "run"), [tokens], 128, 16, overlap=8)
-    text = tokenizer.decode(tokens[tokens != tokenizer.eot]).encode()
-    bits = loss * (len(tokens) - 1) / math.log(2) / len(text)
+    evaluate = next(line for line in lines if line.startswith("evaluate "))
+    assert main([*shlex.split(evaluate)[2:], "--batch-size", "128"]) == 0
+    figures = re.fullmatch(r"loss (\S+) nats/token .* byte (\S+)\n", capsys.readouterr().out)
+    assert figures, "the command of the demo does not give figures"
+    loss, bits = map(float, figures.groups())
     assert table["GPT-2, this run"] == pytest.approx([loss, bits], abs=1e-3)
+    assert f"step 3: validation loss {loss:.4f} nats/token" in lines, "there are two losses"
     assert 3 < table["bigram model"][0] < loss  # three steps have taught the model nothing
     assert 1 < table["xz -9 after the rest"][0] < 3
+    of_training = re.search(r"that it was trained on, GPT-2's loss is (\d\.\d{3}):", output)
+    assert of_training
+    assert float(of_training[1]) == pytest.approx(loss, abs=0.2)  # nothing is known by heart yet
 
-    assert main(["generate", str(out / "run"), "--prompt", "The string", "--seed", "1"]) == 0
-    assert capsys.readouterr().out.startswith("The string")
+    assert len(follow(output, capsys).split()) == 3
+    tokens = read_tokens(out / "data" / "val.bin", 4096)
+    text = tokenizer.decode(tokens[tokens != tokenizer.eot])
+    prompts = openings(tokenizer, tokens, 16)
+    assert len(set(prompts)) == SAMPLES == 3
+    for number, prompt in enumerate(prompts, start=1):
+        assert prompt in text, "it does not stand in the held-out text"
+        assert lines[lines.index(f"--- sample {number} ---") + 1].startswith(prompt)
 
 
 def test_a_text_of_the_users(tmp_path: Path, capsys: Capture) -> None:
-    text, out = tmp_path / "text.txt", tmp_path / "demo"
+    text, out = tmp_path / "text.txt", tmp_path / "it's a demo"
     text.write_text("".join(f"{n} cats sat on {n * n} mats.\n" for n in range(400)))
     arguments = ["demo", "--text", str(text), "--out", str(out), *TINY]
     assert main(arguments) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"text        {text}\n")
-    assert "1 of 0.01 MB; " in output
+    assert "1 of 11.0 kB; " in output
     assert "the tail, is held out for validation" in output
+    assert "warm-up" not in output
     assert len(rows(output)) == 3
+    assert re.fullmatch(r"cats sat on", follow(output, capsys))
     assert main(arguments) == 2
     assert capsys.readouterr().err.endswith(
         "is not empty; name another directory or pass --overwrite\n"
     )
     assert main([*arguments, "--overwrite", "--max-iters", "2"]) == 0
     assert "2/2" in capsys.readouterr().out
+
+
+def test_a_chinese_text(tmp_path: Path, capsys: Capture) -> None:
+    text, out = tmp_path / "\u4e66.txt", tmp_path / "\u6a21\u578b"
+    line = "\u4eca\u5929,\u5c0f\u660e\u5728\u516c\u56ed\u91cc\u770b\u4e66\u3002\n"
+    text.write_text(line * 300, encoding="utf-8")
+    assert main(["demo", "--text", str(text), "--out", str(out), *TINY]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert follow(output, capsys) == line[3:9]
+
+
+def test_prompts_are_words_of_the_held_out_text() -> None:
+    tokenizer = Tokenizer.from_name("bytes")
+
+    def of(text: str, most: int = 64) -> list[str]:
+        return openings(tokenizer, np.array(tokenizer.encode(text), np.uint16), most)
+
+    lines = [f"# {word} one two three" for word in ("zero", "it's", "- 'a", "--b", "x_y")]
+    assert of("\n".join(lines)) == ["zero one two", "s one two", "b one two"]
+    assert of("too short\n", 64) == ["too", "too", "short"]
+    assert of("$(reboot); `ls` \x1b[31m\n&&") == ["reboot", "ls", "31m"]
+    assert of(" \n.;") == ["", "", ""]
+    assert of("zero one two three", most=6) == ["zero o"] * 3
+    assert of("\u5c0f\u660e\u5728\u516c\u56ed\u91cc\u770b\u4e66", most=7) == ["\u5c0f\u660e"] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ({}, 400),
+        ({"max_iters": 300}, 30),
+        ({"max_iters": 3}, 0),
+        ({"max_iters": 20_000}, 2000),
+        ({"max_iters": 300, "warmup_iters": 200}, 200),
+    ],
+)
+def test_warm_up_keeps_its_share(given: dict[str, int], warmup: int) -> None:
+    assert demo_settings(given)["warmup_iters"] == warmup
+    assert demo_settings(given)["max_iters"] == given.get("max_iters", 4000)
+
+
+def test_sizes_have_a_unit_that_suits_them() -> None:
+    for size, shown in ((999, "999 bytes"), (2600, "2.6 kB"), (1_996_000, "2.00 MB")):
+        sizes = {"train_bytes": size - size // 10, "val_bytes": size // 10, "vocab_size": 300}
+        counts = dict.fromkeys(("documents", "train_documents", "val_documents"), 1)
+        tokens = {"train_tokens": 9, "val_tokens": 1}
+        prepared = Prepared(**sizes, **counts, **tokens, tail_held_out=True)
+        assert describe(prepared) == f"{shown}; 10% of it, the tail, is held out for validation"
+
+
+def test_a_command_calls_the_program_as_it_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "gpt2c"
+    program.parent.mkdir()
+    program.touch(0o755)
+    monkeypatch.setattr("sys.orig_argv", ["python3", "-m", "gpt2c", "demo"])
+    for argument, path, expected in (
+        (str(program), str(program.parent), "gpt2c"),
+        (str(program), str(tmp_path), str(program)),
+        (".venv/bin/gpt2c", str(program.parent), ".venv/bin/gpt2c"),
+        ("/somewhere/gpt2c/__main__.py", str(program.parent), "python3 -m gpt2c"),
+        ("/somewhere/pytest", str(tmp_path), "gpt2c"),
+    ):
+        monkeypatch.setattr("sys.argv", [argument])
+        monkeypatch.setenv("PATH", path)
+        assert command("eval", Path("a b"), "it's") == f"{expected} eval 'a b' 'it'\"'\"'s'"
 
 
 def test_ctrl_c_names_the_command_that_goes_on(
@@ -97,10 +190,6 @@ def test_ctrl_c_names_the_command_that_goes_on(
 
 
 # ---- baselines -----------------------------------------------------------------------------------
-
-
-def test_bits_per_byte() -> None:
-    assert bits_per_byte(10 * 8 * math.log(2), 10) == pytest.approx(8)
 
 
 def test_xz_knows_what_it_has_seen(rng: np.random.Generator) -> None:

@@ -161,7 +161,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
         (b"", "not valid JSON"),
         (b'{"a": 1', "not valid JSON"),
         (b'{"a": 1} x', "Extra data"),
-        (b"\xff\xff", "not valid JSON"),
+        (b"\xff\xff", "is not UTF-8: byte 0 is 0xff"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"a": NaN}', "NaN is no number"),
@@ -270,3 +270,60 @@ def test_a_strangers_value_is_shown_in_a_line() -> None:
         assert len(text) <= files.LONGEST_VALUE and text.isprintable()
     assert files.shown(ValueError("bad `\x1b[31m`")) == r"bad `\x1b[31m`"
     assert len(files.shown(ValueError("x" * 999))) == files.LONGEST_VALUE
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("é\nb\n".encode(), "é\nb\n"),
+        ("é\r\nb\r\n\r\n".encode(), "é\nb\n\n"),
+        (b"a\rb\r\r\n", "a\rb\r\n"),  # a CR alone is no line end of Windows'
+        ("今天\r\n".encode("utf-8-sig"), "今天\n"),
+        ("a\ufeffb".encode(), "a\ufeffb"),  # a mark at the start only
+    ],
+)
+def test_text_as_editors_write_it(tmp_path, content, text):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert files.read_text(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        ("".encode("utf-8-sig"), "is empty"),  # the mark alone
+        (b"abc\xe9def", "is not UTF-8: byte 3 is 0xe9; convert it to UTF-8"),
+        ("今天".encode("gbk"), "is not UTF-8: byte 0 is 0xbd; convert it to UTF-8"),
+        ("ab".encode("utf-16"), "is UTF-16, not UTF-8; save it as UTF-8"),
+        (b"\xfe\xff\0a", "is UTF-16, not UTF-8; save it as UTF-8"),
+        ("ab".encode("utf-32"), "is UTF-32, not UTF-8; save it as UTF-8"),
+    ],
+)
+def test_text_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert f"a.txt {message}" in refused(files.read_text, tmp_path / "a.txt")
+
+
+def test_what_is_no_text_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.txt does not exist"):
+        files.read_text(tmp_path / "a.txt")
+    with pytest.raises(OSError, match=r"/dev/zero is a device"):
+        files.read_text("/dev/zero")
+
+
+def test_a_text_may_come_through_a_pipe():
+    read, write = os.pipe()  # as of a shell's <(zcat book.gz)
+    os.write(write, b"abc")
+    os.close(write)
+    assert files.read_text(f"/dev/fd/{read}") == "abc"
+    os.close(read)
+
+
+def test_json_as_windows_editors_write_it(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{\r\n"a": 1}\r\n')
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+    (tmp_path / "a.json").write_bytes('{"a": 1}'.encode("utf-16"))
+    assert "a.json is UTF-16, not UTF-8" in refused(files.read_json, tmp_path / "a.json")

@@ -332,7 +332,7 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
     ("questions", "questions.jsonl", "blank", raw(b"\n \n\r\n"), "no questions"),
     ("questions", "questions.jsonl", "cut", size(lambda n: n - 5), "line 2"),
     ("questions", "questions.jsonl", "not UTF-8", swap(b"c", b"\xff"), "UTF-8"),
-    ("questions", "questions.jsonl", "a mark", lambda c: b"\xef\xbb\xbf" + c, "line 1"),
+    ("questions", "questions.jsonl", "a mark in a line", swap("{", "{\ufeff"), "line 1"),
     ("questions", "questions.jsonl", "two on a line", lambda c: c.replace(b"\n", b""), "line 1"),
     ("questions", "questions.jsonl", "a label twice", swap("{", '{"label": 0, '), "'label'"),
     ("questions", "questions.jsonl", "label 2^63", swap('"label": 1', f'"label": {2**63}'), "labe"),

@@ -112,6 +112,40 @@ def test_loglikelihood(kind: str) -> None:
     assert answers[-1][1] is True and answers[0][1] is False
 
 
+def test_no_pair_ends_a_batch(lm: GPT2LM, model: GPT2) -> None:
+    """The harness' own class has an assert for each of these, and loses all that was done."""
+    merged = [("the c", "at"), ("th", "e"), ("t", "he"), ("the cat s", "at"), ("the c ", "at")]
+    empty = [("the cat", ""), ("", ""), ("", "<|endoftext|>")]
+    long = [("the", TEXT[:40].upper()), ("", "z" * 24), ("the", "z" * 25), ("", "z" * 60)]
+    asked = [PAIRS[0], *merged, *empty, *long, PAIRS[1]]
+    answers = lm.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
+    alone = lm.loglikelihood(requests("loglikelihood", PAIRS[:2]), disable_tqdm=True)
+    assert (answers[0], answers[-1]) == (pytest.approx(alone[0]), pytest.approx(alone[1]))
+    scores = dict(zip(asked, answers, strict=True))
+    for context, continuation in merged:
+        kept = context.rstrip()
+        before = TOKENIZER.encode(kept)
+        after = TOKENIZER.encode(context[len(kept) :] + continuation)
+        tokens = np.array(before + after)
+        likely = distribution(model, tokens[:-1])[len(before) - 1 :]
+        expected = likely[np.arange(len(after)), after].sum()
+        greedy = (likely.argmax(axis=1) == after).all()
+        assert scores[context, continuation] == (pytest.approx(expected, abs=1e-4), greedy)
+    for context, continuation in merged[:-1]:
+        assert len(TOKENIZER.encode(context + continuation)) <= len(TOKENIZER.encode(context))
+    for pair in empty:
+        assert scores[pair] == (0.0, True), "what is empty is certain"
+    for context, continuation in long:
+        row = [*(TOKENIZER.encode(context) or [TOKENIZER.eot]), *TOKENIZER.encode(continuation)]
+        expected, start = 0.0, len(row) - len(TOKENIZER.encode(continuation))
+        while start < len(row):
+            end = min(start + 24, len(row))
+            window = np.array(row[max(0, end - 25) : end])
+            expected += by_hand(model, window)[start - end :].sum()
+            start = end
+        assert scores[context, continuation] == (pytest.approx(expected, abs=1e-3), False)
+
+
 def test_loglikelihood_rolling(lm: GPT2LM, model: GPT2) -> None:
     answers = lm.loglikelihood_rolling(requests("loglikelihood_rolling", TEXTS), disable_tqdm=True)
     assert answers[-1] == 0
@@ -150,6 +184,20 @@ def test_generate_until(lm: GPT2LM, model: GPT2) -> None:
         )
         assert ask(context, max_gen_toks=9, do_sample=False, temperature=2.0) == text
         assert ask(context) == TOKENIZER.decode(continued(context, 12)), "half of 24 by default"
+    plain = ask("the cat", max_gen_toks=9)
+    for neutral in (
+        *({"num_beams": 1}, {"num_beams": None}, {"use_cache": True}, {"use_cache": False}),
+        *({"early_stopping": True}, {"pad_token_id": 0}, {"pad_token_id": None}, {"until": None}),
+        *({"eos_token_id": TOKENIZER.eot}, {"length_penalty": 2.0}, {"num_return_sequences": 1}),
+        *({"typical_p": 1.0}, {"min_length": 0}, {"repetition_penalty": 1.0}, {"max_length": None}),
+        *({"do_sample": False, "top_p": 0.0, "top_k": 0, "temperature": 0.7}, {"do_sample": None}),
+        *({"temperature": 0, "top_p": 0.9, "min_p": 0.1, "seed": 3}, {"no_repeat_ngram_size": 0}),
+    ):
+        assert ask("the cat", **{"max_gen_toks": 9} | neutral) == plain, neutral
+    for total, new in ((9, 9 - len(TOKENIZER.encode("the cat"))), (1000, 12), (2, 0), (0, 0)):
+        text = TOKENIZER.decode(continued("the cat", new)) if new else ""
+        assert ask("the cat", max_length=total) == text, "the context is a part of it"
+    assert ask("the cat", max_length=1, min_new_tokens=3) == ""
     drawn = [
         ask("the", max_gen_toks=9, temperature=5.0, seed=seed, top_k=100) for seed in (1, 1, 2)
     ]
@@ -183,7 +231,7 @@ def test_answers_are_kept_for_the_cache(lm: GPT2LM, monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_what_is_refused(lm: GPT2LM, model: GPT2) -> None:
+def test_what_is_refused(lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
     def generate(**settings: Any) -> str:
         return refused(
             lm.generate_until, requests("generate_until", [("a", settings)]), disable_tqdm=True
@@ -191,13 +239,17 @@ def test_what_is_refused(lm: GPT2LM, model: GPT2) -> None:
 
     assert "n_positions = 24 tokens, got 24" in generate(max_gen_toks=24)
     assert "got -1" in generate(max_gen_toks=-1)
-    assert generate(num_beams=2, foo=1) == "generation_kwargs: gpt2c has no foo, num_beams"
-    assert "top_p must be above 0" in generate(do_sample=True, top_p=0.0)
-    for continuation in ("", "z" * 25):
-        message = refused(
-            lm.loglikelihood, requests("loglikelihood", [("a", continuation)]), disable_tqdm=True
-        )
-        assert message.endswith(f"from 1 to n_positions = 24 tokens, got {len(continuation)}")
+    assert generate(num_beams=4, foo="x", use_cache=True).startswith(
+        "generation_kwargs: gpt2c has no foo='x', num_beams=4; "
+    )
+    for name, value in (("penalty_alpha", 0.6), ("typical_p", 0.9), ("num_return_sequences", 2)):
+        assert f"gpt2c has no {name}={value}" in generate(**{name: value})
+    assert "top_p must be " in generate(do_sample=True, top_p=1.5)
+    asked: list[str] = []
+    monkeypatch.setattr(lm.cache_hook, "add_partial", lambda kind, *_: asked.append(kind))
+    pairs = [("a", {"max_gen_toks": 3}), ("a", {"num_beams": 4})]
+    assert "num_beams=4" in refused(lm.generate_until, requests("generate_until", pairs), True)
+    assert not asked, "a mistake in the last request showed after the work of the first"
     large = Tokenizer.train([TEXT * 2 + "bad mad sad"] * 9, 310)
     assert "do not belong together" in refused(GPT2LM, model, large)
 

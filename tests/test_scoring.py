@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import math
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from gpt2c.cli import main
 from gpt2c.decoder import Decoder
 from gpt2c.language_model import LanguageModel
 from gpt2c.scoring import (
+    METRICS,
     Question,
     Scorer,
     accuracy,
@@ -28,7 +33,7 @@ from gpt2c.scoring import (
     read_questions,
     token_logprobs,
 )
-from gpt2c.tokenfile import write_tokens
+from gpt2c.tokenfile import read_tokens, write_tokens
 from gpt2c.train import evaluate
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
@@ -176,7 +181,9 @@ def test_diverged_weights_are_refused(text) -> None:
     model = random_model()
     model.parameters["ln_f.bias"][3] = np.nan
     assert "weights have diverged or are damaged" in refused(token_logprobs, model, text)
-    assert "diverged" in refused(answer, model, [Question((1,), ((2,), (3,)), 0)])
+    assert "diverged" in refused(answer, model, [Question((1,), ((2,), (3,)), 0, (1, 1))])
+    model.parameters["ln_f.bias"][3] = np.inf
+    assert "nan or infinity" in refused(perplexity, model, text)
 
 
 # ---- long texts ----------------------------------------------------------------------------------
@@ -212,12 +219,12 @@ def test_windows_slide_as_in_the_guide(
     text, kind: str, count: int, stride: int, max_length: int
 ) -> None:
     model, tokens = random_model(kind=kind), text[:count]
-    expected = guide(model, tokens, stride, max_length)
+    # where the guide's windows touch, its first tokens have no context and are not scored
+    expected = guide(model, tokens, stride, max(max_length, stride + 1))
     logprobs = token_logprobs(model, tokens, stride, max_length)
     assert (logprobs.shape, logprobs.dtype) == ((count,), np.float64)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-5)
-    unscored = range(0, count, stride) if stride == max_length else [0]
-    assert np.flatnonzero(np.isnan(logprobs)).tolist() == list(unscored)
+    assert np.flatnonzero(np.isnan(logprobs)).tolist() == [0]
     loss = -np.nanmean(expected)
     assert perplexity(model, tokens, stride, max_length) == pytest.approx(
         (loss, np.exp(loss)), rel=1e-5
@@ -257,10 +264,21 @@ def test_defaults_and_kinds_of_tokens(text) -> None:
     assert np.isfinite(token_logprobs(model, text, max_length=2)[1:]).all()
 
 
+def test_a_perplexity_may_be_infinite(text) -> None:
+    model = random_model()
+    model.parameters["ln_f.weight"][...] *= 1e5
+    loss, infinite = perplexity(model, text, 8)
+    assert loss == pytest.approx(-token_logprobs(model, text, 8)[1:].mean())
+    assert loss > 1000 and infinite == math.inf
+
+
 def test_windows_side_by_side_are_those_of_evaluate(text) -> None:
     model = random_model()
-    loss, _ = perplexity(model, text, stride=16, max_length=17)  # the 17th is not read
-    assert loss == pytest.approx(evaluate(model, [text.astype(np.uint16)], 2, 16), rel=1e-5)
+    for count in (2, 16, 17, 18, 33, 34, 45):
+        expected = evaluate(model, [text[:count].astype(np.uint16)], 2, 16)
+        for max_length in (None, 17):  # the 17th is not read
+            loss, _ = perplexity(model, text[:count], 16, max_length)
+            assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_watch_is_told_of_every_window(text) -> None:
@@ -280,12 +298,18 @@ def test_what_windows_refuse(text) -> None:
         ({"stride": 0}, "stride must be from 1 to the window's 16 tokens, got 0"),
         ({"stride": 17}, "to the window's 16 tokens, got 17"),
         ({"stride": 5, "max_length": 4}, "to the window's 4 tokens, got 5"),
+        ({"stride": 2.0}, "stride must be a whole number"),
+        ({"max_length": "16"}, "max_length must be a whole number"),
+        ({"stride": 17, "max_length": 17}, "to the window's 16 tokens, got 17"),
         ({"max_length": 1}, "max_length must be from 2 to n_positions + 1 = 17, got 1"),
         ({"max_length": 18}, "n_positions + 1 = 17, got 18"),
     ):
         assert message in refused(token_logprobs, model, text, **wrong)
         assert message in refused(perplexity, model, text, **wrong)
-    assert "1 tokens are too few" in refused(token_logprobs, model, text[:1])
+    for call in (token_logprobs, perplexity):
+        assert "1 token cannot be scored: at least 2" in refused(call, model, text[:1])
+        for nothing in ([], text[:0]):
+            assert "0 tokens cannot be scored: at least 2" in refused(call, model, nothing)
     assert "got shape (1, 45)" in refused(token_logprobs, model, text[None])
     assert "token id 61 is not in [0, 61)" in refused(token_logprobs, model, [1, 61])
     assert "whole numbers, got dtype float64" in refused(token_logprobs, model, [1.0, 2.0])
@@ -323,6 +347,11 @@ def test_read_questions(tmp_path: Path) -> None:
     assert (third.context, third.endings) == ((256,), ((ord("x"),), (10, ord("y"))))
     assert fourth.context == (256,), "U+2028 is a space, and ends no line"
     assert [q.label for q in (first, second, third, fourth)] == [0, 2, 1, 0]
+    assert first.characters == second.characters == (3, 9, 6), "without the space put in front"
+    assert (third.characters, fourth.characters) == ((1, 2), (1, 1))
+    content = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content + b"\r\n\xef\xbb\xbf" + content)
+    assert read_questions(path, BYTES, 64) == [first, second, third, fourth] * 2
 
 
 WRONG: list[tuple[Any, str]] = [
@@ -369,6 +398,10 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
     assert (
         refused(read_questions, path, BYTES, 64) == f"{path} holds no questions, only blank lines"
     )
+    path.write_bytes(b"\xef\xbb\xbf\r\n")
+    assert "holds no questions" in refused(read_questions, path, BYTES, 64)
+    path.write_bytes(b"")
+    assert "is empty" in refused(read_questions, path, BYTES, 64)
     path.write_bytes(b"\xff")
     assert "is not UTF-8" in refused(read_questions, path, BYTES, 64)
 
@@ -395,6 +428,10 @@ def test_a_pair_is_one_text() -> None:
             assert before + after == tokenizer.encode(context + ending)
         else:
             assert (before, after) == ([tokenizer.eot], tokenizer.encode("the"))
+    assert len(tokenizer.encode("the cat")) == 2, "the text has taught it nothing"
+    for context, ending in (("the c", "at"), ("the ca", "t sat"), ("t", "he")):
+        before, after = encode_pair(tokenizer, context, ending)  # no token ends between them
+        assert (before, after) == (tokenizer.encode(context), tokenizer.encode(ending))
     cat, sat = encode_pair(tokenizer, "the cat ", "sat")
     assert (tokenizer.decode(cat), tokenizer.decode(sat)) == ("the cat", " sat")
 
@@ -408,15 +445,20 @@ def test_answers_are_those_of_whole_texts(backend_name: str, kind: str, text, re
         n = int(rng.integers(1, 9))
         context = tuple(rng.integers(0, 61, n).tolist())
         endings = tuple(tuple(rng.integers(0, 61, rng.integers(1, 8)).tolist()) for _ in range(4))
-        questions.append(Question(context, endings, number % 4))
+        characters = tuple(rng.integers(1, 30, 4).tolist())
+        questions.append(Question(context, endings, number % 4, characters))
         sums = [by_hand(model, np.array(context + ending))[n - 1 :].sum() for ending in endings]
         np.testing.assert_allclose(
             ending_logprobs(Scorer(model), questions[-1]), sums, rtol=1e-5, atol=1e-5
         )
-        means = [total / len(ending) for total, ending in zip(sums, endings, strict=True)]
-        expected.append([np.argmax(scores) == number % 4 for scores in (sums, means)])
-    assert 0 < np.sum(expected) < 24
-    assert any(by_sum != by_mean for by_sum, by_mean in expected), "nothing is shown of means"
+        by_character = np.array(sums) / characters
+        by_token = [total / len(ending) for total, ending in zip(sums, endings, strict=True)]
+        expected.append(
+            [np.argmax(scores) == number % 4 for scores in (sums, by_character, by_token)]
+        )
+    assert 0 < np.sum(expected) < 36
+    columns = np.array(expected).T.tolist()
+    assert all(columns.count(column) == 1 for column in columns), "they cannot be told apart"
     reads.clear()
     told: list[tuple[int, int, str]] = []
     right = answer(model, questions, lambda *figures: told.append(figures))
@@ -425,18 +467,19 @@ def test_answers_are_those_of_whole_texts(backend_name: str, kind: str, text, re
     assert sum(count for _, count in reads) <= sum(
         len(q.context) - 1 + sum(map(len, q.endings)) for q in questions
     )
-    (acc, _), (acc_norm, _) = accuracy(right)
-    assert told[-1] == (12, 12, f"acc {acc:.4f}  acc_norm {acc_norm:.4f}")
+    shares = zip(METRICS, accuracy(right), strict=True)
+    assert told[-1] == (12, 12, "  ".join(f"{name} {share:.4f}" for name, (share, _) in shares))
 
 
 def test_choices_by_hand() -> None:
-    # each token costs log(61): the sum prefers the shortest ending, the mean the first of equals
+    # Each token costs log(61). The sum is best for the fewest tokens; per character the endings
+    # cost 3/4, 2/2 and 3/7 of it; per token all cost the same, so the first is chosen.
     endings = ((1, 2, 3), (4, 5), (6, 7, 8))
-    questions = [Question((9,), endings, label) for label in (0, 1, 2)]
+    questions = [Question((9,), endings, label, (4, 2, 7)) for label in (0, 1, 2)]
     right = answer(uniform(), questions)
-    assert right.tolist() == [[False, True], [True, False], [False, False]]
+    assert right.tolist() == [[False, False, True], [True, False, False], [False, True, False]]
     third = math.sqrt(1 / 3 * 2 / 3 / 2)
-    assert accuracy(right) == [pytest.approx((1 / 3, third))] * 2
+    assert accuracy(right) == [pytest.approx((1 / 3, third))] * 3
 
 
 def test_the_error_is_that_of_a_mean(rng) -> None:
@@ -452,42 +495,90 @@ def test_the_error_is_that_of_a_mean(rng) -> None:
 def test_what_answer_refuses() -> None:
     assert "at least one question" in refused(answer, uniform(), [])
     for question in (
-        Question((), ((1,),), 0),
-        Question((1,), ((2,), ()), 0),
-        Question((1,), (), 0),
+        Question((), ((1,),), 0, (1,)),
+        Question((1,), ((2,), ()), 0, (1, 1)),
+        Question((1,), (), 0, ()),
     ):
         assert "all of them and the context not empty" in refused(answer, uniform(), [question])
-    wrong = Question((1,), ((2,), (61,)), 0)
+    for label in (-1, 2):
+        wrong = Question((1,), ((2,), (3,)), label, (1, 1))
+        assert f"label must be from 0 to 1, got {label}" in refused(answer, uniform(), [wrong])
+    for characters in ((1,), (1, 0), (1, 2, 3)):
+        wrong = Question((1,), ((2,), (3,)), 0, characters)
+        assert "must be 2 numbers of at least 1" in refused(answer, uniform(), [wrong])
+    wrong = Question((1,), ((2,), (61,)), 0, (1, 1))
     assert "a question: token id 61 is not in [0, 61)" in refused(answer, uniform(), [wrong])
-    long = Question((1,) * 10, ((2,) * 7, (3,) * 8), 0)
+    assert "at least one answer is wanted" in refused(accuracy, np.empty((0, 3), bool))
+    long = Question((1,) * 10, ((2,) * 7, (3,) * 8), 0, (1, 1))
     assert "has 18 tokens with an ending, at most n_positions + 1 = 17" in refused(
         answer, uniform(), [long]
     )
 
 
+def test_the_adapter_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "gpt2c.lm_eval", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match="adapter for lm-evaluation-harness: pip install"):
+        importlib.import_module("gpt2c.lm_eval")
+
+
 # ---- gpt2c eval ----------------------------------------------------------------------------------
 
 RESULT = r"loss (\S+) nats/token  perplexity (\S+)  bits per byte (\S+)\n"
-ANSWERS = r"acc (\S+) \+/- (\S+)  acc_norm (\S+) \+/- (\S+) \(per token\)  questions (\d+)\n"
+ANSWERS = (
+    r"acc (\S+) \+/- (\S+)  acc_norm (\S+) \+/- (\S+) \(per character\)"
+    r"  acc_per_token (\S+) \+/- (\S+)  questions (\d+)\n"
+)
+
+
+def padded_model(model: GPT2, vocab_size: int) -> GPT2:
+    """Return the model with more rows of the token table than there are tokens, of zeros."""
+    padded = GPT2(dataclasses.replace(model.config, vocab_size=vocab_size), seed=None)
+    for name, parameter in model.parameters.items():
+        padded.parameters[name][: len(parameter)] = parameter
+    return padded
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a directory with a run, held-out tokens and questions."""
     path = tmp_path_factory.mktemp("world")
-    random_model(GPT2Config(257, n_positions=16, n_embd=24, n_layer=1, n_head=3)).save_pretrained(
-        path / "run"
-    )
+    config = GPT2Config(257, n_positions=16, n_embd=24, n_layer=1, n_head=3, eos_token_id=256)
+    random_model(config).save_pretrained(path / "run")
     for directory in ("run", "data"):
         BYTES.save_pretrained(path / directory)
     tokens = np.random.default_rng(5).integers(0, 257, 90)  # with an end of text, of 0 bytes
     tokens[40] = 256
     write_tokens(path / "data" / "val.bin", tokens)
-    few = [GOOD | {"label": label, "endings": ["sat", "ran far", "ate"]} for label in (0, 1, 2, 2)]
+    endings = ["sat", "ran far", "\u00e9\u00e9\u00e9"]  # 3, 7 and 3 characters, 4, 8 and 7 tokens
+    few = [GOOD | {"label": label, "endings": endings} for label in (0, 1, 2, 2)]
     lines(path / "few.jsonl", *few)
     lines(path / "many.jsonl", *few * 15)
     lines(path / "bad.jsonl", *few, GOOD | {"label": 9})
     lines(path / "long.jsonl", GOOD | {"ctx": "a cat, a dog"})
+    model = GPT2.from_pretrained(path / "run")
+    for name in ("sure", "diverged", "padded", "alone", "alone-padded"):
+        shutil.copytree(path / "run", path / name)
+    for name in ("alone", "alone-padded"):
+        (path / name / "vocab.json").unlink()
+    model.parameters["ln_f.weight"][...] *= 1e5
+    model.save_pretrained(path / "sure")
+    model.parameters["ln_f.weight"][3] = np.nan
+    model.save_pretrained(path / "diverged")
+    padded = padded_model(GPT2.from_pretrained(path / "run"), 320)
+    for name in ("padded", "alone-padded"):
+        padded.save_pretrained(path / name)
+    # another tokenizer of the same size: the bytes' ids stand the other way round
+    Tokenizer({bytes([255 - i]): i for i in range(256)}, 256).save_pretrained(path / "reversed")
+    for name in ("reversed", "beyond", "ends", "ended"):
+        if name != "reversed":
+            BYTES.save_pretrained(path / name)
+        write_tokens(path / name / "val.bin", tokens)
+    write_tokens(path / "beyond" / "val.bin", [*range(9), 300])
+    write_tokens(path / "ends" / "val.bin", [256] * 9)
+    write_tokens(path / "ended" / "val.bin", [256])
+    Tokenizer({bytes([(i + 1) % 256]): i for i in range(1, 257)}, 0).save_pretrained(path / "first")
+    write_tokens(path / "first" / "val.bin", tokens)
     large = Tokenizer.train(["the cat sat on the mat"] * 5, 270)
     (path / "other").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -521,10 +612,10 @@ def test_eval_slides(gpt2c, world: Path, stride: int, flags: str) -> None:
         model = QuantizedGPT2.from_model(model, flags.split()[1])
     tokens = np.random.default_rng(5).integers(0, 257, 90)
     tokens[40] = 256
-    logprobs = guide(model, tokens, stride, 16)
+    logprobs = guide(model, tokens, stride, max(16, stride + 1))
     scored = ~np.isnan(logprobs)
     nats, size = -np.nansum(logprobs), int((tokens[scored] != 256).sum())
-    assert size < scored.sum() <= 89
+    assert size < scored.sum() == 89
     code, out, err = gpt2c(f"eval run --data data --stride {stride}{flags}")
     assert (code, err) == (0, "")
     shown = re.search(f"(?:^|\n){RESULT}$", out)
@@ -547,25 +638,72 @@ def test_eval_without_a_stride_is_as_it_was(gpt2c, world: Path) -> None:
     assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
 
 
+def test_a_stride_of_the_context_is_windows_side_by_side(gpt2c) -> None:
+    assert gpt2c("eval run --data data --stride 16") == gpt2c("eval run --data data")
+
+
+def test_eval_of_a_padded_vocabulary(gpt2c, world: Path) -> None:
+    tokens = read_tokens(world / "data" / "val.bin")
+    model = padded_model(GPT2.from_pretrained(world / "run"), 320)
+    loss = evaluate(model, [tokens], 8, 16)
+    assert loss > evaluate(GPT2.from_pretrained(world / "run"), [tokens], 8, 16)
+    for flags in ("", " --stride 16"):
+        code, out, err = gpt2c(f"eval padded --data data{flags}")
+        assert (code, err) == (0, "")
+        shown = re.fullmatch(RESULT, out)
+        assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
+
+
+def test_eval_says_that_it_could_compare_sizes_only(gpt2c) -> None:
+    for name, size, like in (("alone", 257, "run"), ("alone-padded", 320, "padded")):
+        code, out, err = gpt2c(f"eval {name} --data data")
+        assert (code, out) == (0, gpt2c(f"eval {like} --data data")[1])
+        assert err.count("\n") == 1 and err.startswith(
+            f"gpt2c: only the sizes of the vocabularies could be compared, 257 of data and {size}"
+            f" of {name}: "
+        )
+
+
+def test_eval_of_an_infinite_perplexity(gpt2c, world: Path) -> None:
+    tokens = read_tokens(world / "data" / "val.bin")
+    loss = evaluate(GPT2.from_pretrained(world / "sure"), [tokens], 8, 16)
+    for flags in ("", " --stride 16"):
+        code, out, err = gpt2c(f"eval sure --data data{flags}")
+        shown = re.fullmatch(RESULT, out)
+        assert (code, err) == (0, "") and shown
+        assert float(shown[1]) == pytest.approx(loss, rel=1e-5) and loss > 1000
+        assert shown[2] == "inf"
+        bits = loss * 89 / math.log(2) / np.count_nonzero(tokens[1:] != 256)
+        assert float(shown[3]) == pytest.approx(bits, rel=1e-5)
+
+
+def test_eval_of_tokens_without_bytes(gpt2c, world: Path) -> None:
+    loss = evaluate(GPT2.from_pretrained(world / "run"), [np.full(9, 256, np.uint16)], 8, 16)
+    code, out, err = gpt2c("eval run --data ends")
+    assert (code, err) == (0, "")
+    shown = re.fullmatch(r"loss (\S+) nats/token  perplexity \S+  bits per byte none, as .*\n", out)
+    assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
+
+
 @pytest.mark.parametrize("flags", ["", " --quantize int8", " --quantize fp16 --backend numpy"])
 def test_eval_answers(gpt2c, world: Path, flags: str) -> None:
     model = GPT2.from_pretrained(world / "run")
     if flags:
         model = QuantizedGPT2.from_model(model, flags.split()[1])
     sums = []
-    for ending in (" sat", " ran far", " ate"):
+    for ending in (" sat", " ran far", " \u00e9\u00e9\u00e9"):
         row = np.array(list(b"a cat" + ending.encode()))
         sums.append(by_hand(model, row)[4:].sum())
-    best, best_norm = np.argmax(sums), np.argmax(np.array(sums) / [4, 8, 4])
     labels = np.array([0, 1, 2, 2])
-    acc, acc_norm = (labels == best).mean(), (labels == best_norm).mean()
+    expected = []
+    for lengths in ((1, 1, 1), (3, 7, 3), (4, 8, 7)):
+        share = (labels == np.argmax(np.array(sums) / lengths)).mean()
+        expected += [share, math.sqrt(share * (1 - share) / 3)]
     code, out, err = gpt2c(f"eval run --choices few.jsonl{flags}")
     assert (code, err) == (0, "")
     shown = re.fullmatch(ANSWERS, out)
     assert shown
-    errors = [math.sqrt(share * (1 - share) / 3) for share in (acc, acc_norm)]
-    expected = [acc, errors[0], acc_norm, errors[1], 4]
-    assert [float(text) for text in shown.groups()] == pytest.approx(expected, abs=1e-4)
+    assert [float(text) for text in shown.groups()] == pytest.approx([*expected, 4], abs=1e-4)
 
 
 def test_eval_shows_progress_and_does_both(gpt2c) -> None:
@@ -573,8 +711,8 @@ def test_eval_shows_progress_and_does_both(gpt2c) -> None:
     code, out, err = gpt2c("eval run --data data --choices many.jsonl")
     assert (code, err) == (0, "")
     assert out.startswith(data)
-    steps = re.findall(r"^step +(\d+)/60  acc \d\.\d{4}  acc_norm \d\.\d{4}$", out, re.MULTILINE)
-    assert steps == [str(step) for step in range(3, 61, 3)]
+    steps = re.findall(r"^step +(\d+)/60((?:  acc\w* \d\.\d{4}){3})$", out, re.MULTILINE)
+    assert [step for step, _ in steps] == [str(step) for step in range(3, 61, 3)]
     last = out.splitlines()[-1]
     assert re.fullmatch(ANSWERS, last + "\n")
     assert last.split()[1] == few.split()[1] and last.endswith("questions 60")
@@ -593,6 +731,17 @@ MISTAKES = [
     ("eval run --choices long.jsonl", r"line 1: ctx and ending 1 have 21 tokens"),
     ("eval other --choices few.jsonl", "tokenizer has 269 tokens and the model 257: they do not"),
     ("eval data --choices few.jsonl", r"config\.json does not exist"),
+    ("eval diverged --data data", "the loss is nan: the model's weights have diverged"),
+    ("eval diverged --data data --stride 4", "weights have diverged or are damaged"),
+    ("eval diverged --choices few.jsonl", "weights have diverged or are damaged"),
+    ("eval run --data reversed", "^gpt2c: reversed .* another tokenizer than that of run: they do"),
+    ("eval run --data reversed --stride 4", "prepare --tokenizer DIRECTORY"),
+    ("eval padded --data reversed", "reversed was made with another tokenizer than that of padded"),
+    ("eval padded --data beyond", r"beyond/val\.bin holds token 300, outside a vocabulary of 257"),
+    ("eval run --data other", "other has a vocabulary of 269 tokens and run one of 257: they do"),
+    ("eval alone --data other", "other has a vocabulary of 269 tokens and alone one of 257"),
+    ("eval alone --data first", "first has 0 for its end of text and alone 256: they do not"),
+    ("eval run --data ended", "1 tokens are too few to evaluate on; at least 2 are needed"),
 ]
 
 

@@ -284,7 +284,7 @@ def test_missing_file(tmp_path, name):
 def test_file_that_is_not_utf8(tmp_path, name):
     BPE.save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(b"{\xff}")
-    with pytest.raises(ValueError, match=f"{name} is not UTF-8 at byte 1"):
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8: byte 1 is 0xff"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -33,8 +33,8 @@ def pair(tmp_path: Path) -> Path:
 
 def fast(directory: Path, merges_as: type = list) -> dict[str, Any]:
     """Give what transformers 5 writes into tokenizer.json for the vocabulary of a directory."""
-    vocab = json.loads((directory / "vocab.json").read_bytes())
-    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8-sig"))
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     special = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
     return {
         "version": "1.0",
@@ -256,8 +256,7 @@ def test_added_tokens(pair: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xef\xbb\xbf{}", "byte order mark"),
-        (b"\xff\xfe{\0}\0", "not UTF-8 at byte 0"),
+        (b"\xff\xfe{\0}\0", "is UTF-16, not UTF-8"),
         (b'{"a": 1, "a": 2}', "is there twice|two tokens"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON|does not make"),
         (b"[" * 100_000, "not valid JSON|two tokens"),
@@ -297,10 +296,16 @@ def test_what_is_no_file(pair: Path, name: str, kind: str) -> None:
         Tokenizer.from_pretrained(pair)
 
 
-def test_lines_that_end_as_on_windows(pair: Path) -> None:
-    path = pair / "merges.txt"
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+def test_files_as_windows_editors_write_them(pair: Path) -> None:
+    for name in ("vocab.json", "tokenizer_config.json", "merges.txt"):
+        content = (pair / name).read_bytes()
+        (pair / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
     assert read(pair) == BPE._vocabulary()
+    text = "\ufeff" + json.dumps(fast(pair, str))
+    (pair / "tokenizer.json").write_text(text, encoding="utf-8")
+    assert read(pair) == BPE._vocabulary()
+    path = pair / "merges.txt"
+    path.write_bytes(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     path.write_bytes(path.read_bytes().removeprefix(b"#version: 0.2\r\n"))
     assert read(pair) == BPE._vocabulary(), "openai/gpt-2's first line may be missing"
 

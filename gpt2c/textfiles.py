@@ -1,0 +1,269 @@
+"""Users' texts, read piece by piece: plain files, JSONL, directories, standard input.
+
+A file of any size takes no more memory than a small one. Knows nothing about tokens. Used by
+cli_prepare.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain, takewhile
+from pathlib import Path
+from typing import BinaryIO
+
+from gpt2c import files
+from gpt2c.tokenizer_files import END_OF_TEXT
+
+PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
+JSON_LINES = (".jsonl", ".ndjson")
+_PIECE = 1 << 16  # bytes
+_LONGEST = 1 << 26  # bytes of a line of JSONL, which is read whole
+
+
+def split_documents(text: str) -> list[str]:
+    """Split a text at each "<|endoftext|>"; drop blank parts, keep the others as they are."""
+    return ["".join(pieces) for pieces in _documents(_at_marks([text]))]
+
+
+class TextFiles:
+    """The documents of text files, in order: each time it is iterated, they are read again.
+
+    A document is an iterator of pieces (strings), which is read before the next one. In a plain
+    text "<|endoftext|>" ends a document, and so does the end of a file; in JSONL each line is an
+    object with a document in one field. Blank documents are left out. Lines that end in CR LF, as
+    on Windows, end in LF.
+
+    Parameters
+    ----------
+    paths : files, which may be pipes; "-", standard input; and directories, of which all files
+        with the endings PLAIN and JSON_LINES are read, those of directories in them too, sorted by
+        name, but none whose name begins with a dot
+    field : the field of JSONL, None for "text". With a field, what has none of those endings is
+        JSONL, too
+
+    Attributes
+    ----------
+    names : the files
+
+    Raises
+    ------
+    OSError : a file is missing, cannot be read, is a device, or changes while it is read
+    ValueError : a file is empty or not UTF-8, a line is not JSON or lacks the field, or a
+        directory has no texts
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], field: str | None = None) -> None:
+        self._field = field
+        self._stack = ExitStack()
+        self._kept: dict[str, BinaryIO] = {}  # what can be read but once
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._may_be_empty: set[str] = set()
+        self.names: list[str] = []
+        try:
+            for given in paths:
+                path = os.fspath(given)
+                if path != "-" and os.path.isdir(path):
+                    found = list(map(str, _texts_in(Path(path))))
+                    self._may_be_empty.update(found)
+                    self.names += found
+                else:
+                    self.names.append(path)
+                    self._keep(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> TextFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of copies of what came through pipes."""
+        self._stack.close()
+
+    def _keep(self, name: str) -> None:
+        """Copy to a temporary file what can be read but once; refuse what has no end."""
+        if name == "-":
+            source: BinaryIO = sys.stdin.buffer
+        else:
+            try:
+                mode = os.stat(name).st_mode
+            except FileNotFoundError:
+                raise FileNotFoundError(f"text file {name} does not exist") from None
+            if stat.S_ISCHR(mode):  # /dev/zero
+                raise OSError(f"text file {name} is a device; a file or a pipe is wanted")
+            if not stat.S_ISFIFO(mode):
+                return
+            source = self._stack.enter_context(open(name, "rb"))
+        copy = self._stack.enter_context(tempfile.TemporaryFile())
+        with files.naming(Path(tempfile.gettempdir())):
+            shutil.copyfileobj(source, copy)
+        self._kept[name] = copy
+
+    def __iter__(self) -> Iterator[Iterator[str]]:
+        """Yield the documents, each an iterator of its pieces."""
+        for name in self.names:
+            lines = name.endswith(JSON_LINES)
+            if self._field is not None and not name.endswith(PLAIN):
+                lines = True
+            with self._open(name) as file:
+                flow = self._lines(name, file) if lines else self._plain(name, file)
+                yield from _documents(flow)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[BinaryIO]:
+        """Open a file, the same as the time before."""
+        if name in self._kept:
+            self._kept[name].seek(0)
+            yield self._kept[name]
+            return
+        with files.open_file(Path(name)) as file:
+            self._check_same(name, file)
+            yield file
+            self._check_same(name, file)
+
+    def _check_same(self, name: str, file: BinaryIO) -> None:
+        status = os.fstat(file.fileno())
+        mark = (status.st_size, status.st_mtime_ns)
+        if self._seen.setdefault(name, mark) != mark:
+            raise OSError(f"text file {name} changed while it was read")
+
+    def _plain(self, name: str, file: BinaryIO) -> Iterator[str | None]:
+        """Yield pieces of text, and None where a document ends."""
+        source = _source(name)
+        pieces = _decoded(file, source)
+        first = next(pieces, None)
+        if first is None:
+            if name not in self._may_be_empty:
+                raise ValueError(f"{source} is empty")
+            return
+        yield from _at_marks(chain([first], pieces))
+
+    def _lines(self, name: str, file: BinaryIO) -> Iterator[str | None]:
+        """Yield the texts of JSONL, and None where a document ends."""
+        wanted = self._field or "text"
+        number = 0
+        while line := file.readline(_LONGEST + 1):
+            number += 1
+            source = f"{_source(name)}, line {number:,}"
+            if len(line) > _LONGEST:
+                raise ValueError(f"{source} has more than {_LONGEST:,} bytes")
+            text = files.decode(line, source)
+            if not text.strip():
+                continue
+            try:
+                entry = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{source} is not valid JSON: {error}") from None
+            if not isinstance(entry, dict):
+                raise ValueError(f"{source} must be a JSON object, got {type(entry).__name__}")
+            if wanted not in entry:
+                there = ", ".join(files.shown(key) for key in list(entry)[:8]) or "none"
+                raise ValueError(
+                    f"{source} has no field {files.shown(wanted)}; its fields are {there}: choose"
+                    " one with --text-field"
+                )
+            document = entry[wanted]
+            if not isinstance(document, str):
+                raise ValueError(
+                    f"{source}: {files.shown(wanted)} must be a string, got"
+                    f" {type(document).__name__}"
+                )
+            yield from _at_marks([document.replace("\r\n", "\n")])
+        if not number and name not in self._may_be_empty:
+            raise ValueError(f"{_source(name)} is empty")
+
+
+def _source(name: str) -> str:
+    return "standard input" if name == "-" else f"text file {name}"
+
+
+def _texts_in(directory: Path) -> list[Path]:
+    """Find the texts of a directory, sorted."""
+
+    def complain(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, subfolders, names in os.walk(directory, onerror=complain):
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        found += [
+            Path(folder, name)
+            for name in names
+            if name[0] != "." and name.endswith(PLAIN + JSON_LINES)
+        ]
+    if not found:
+        endings = ", ".join(f"*{ending}" for ending in PLAIN + JSON_LINES)
+        raise ValueError(f"directory {directory} has no text files ({endings})")
+    return sorted(found)
+
+
+def _decoded(file: BinaryIO, source: str) -> Iterator[str]:
+    """Decode a file piece by piece, as `files.decode` does all of it; no piece is empty."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    content = file.read(_PIECE)
+    files.check_encoding(content[:4], source)
+    offset = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    content = content[offset:]
+    held = ""  # a CR whose LF may be the next piece's
+    ended = False
+    while not ended:
+        following = file.read(_PIECE)
+        ended = not following
+        kept = len(decoder.getstate()[0])
+        try:
+            text = held + decoder.decode(content, final=ended)
+        except UnicodeDecodeError as error:
+            raise files.not_utf8(source, error, offset - kept) from None
+        offset += len(content)
+        held = "\r" if text.endswith("\r") and not ended else ""
+        text = text[: len(text) - len(held)].replace("\r\n", "\n")
+        if text:
+            yield text
+        content = following
+
+
+def _at_marks(pieces: Iterable[str]) -> Iterator[str | None]:
+    """Yield pieces, and None where a document ends: at each "<|endoftext|>" and at the end.
+
+    The mark may begin in one piece and end in another.
+    """
+    held = ""
+    for piece in pieces:
+        *whole, held = (held + piece).split(END_OF_TEXT)
+        for text in whole:
+            yield text
+            yield None
+        starts = range(max(0, len(held) - len(END_OF_TEXT) + 1), len(held))
+        place = next((i for i in starts if END_OF_TEXT.startswith(held[i:])), len(held))
+        yield held[:place]
+        held = held[place:]
+    yield held
+    yield None
+
+
+def _documents(flow: Iterator[str | None]) -> Iterator[Iterator[str]]:
+    """Gather pieces into documents; those with nothing but blanks are left out."""
+    blank: list[str] = []
+    for piece in flow:
+        if piece is None:
+            blank = []
+        elif not piece.strip():
+            blank.append(piece)
+        else:
+            rest = takewhile(lambda piece: piece is not None, flow)
+            document = (piece for piece in chain(blank, [piece], rest) if piece)
+            blank = []
+            yield document
+            deque(document, 0)  # what its reader left
