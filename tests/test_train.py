@@ -593,7 +593,7 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = = 1", "recipe.toml is not TOML: "),
         (b"n_layer = 1\nn_layer = 2", "recipe.toml is not TOML: "),
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
-        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_size, "),
+        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_order, b"),
         (b"[model]\nn_layer = 1", "recipe.toml: no setting 'model'"),
         (b"n_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (b"n_layer = true", "recipe.toml: n_layer must be int, got bool True"),
