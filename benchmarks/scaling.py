@@ -8,7 +8,6 @@ GPT-2 124M with 4096 positions, the fastest backend, whole training steps of at 
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from gpt2c import GPT2Config
 from gpt2c.backend import backends, fma_peak
 from gpt2c.bench import Row
+from gpt2c.limits import usable_cores
 from gpt2c.machine import cpu_name
 from gpt2c.plot import plot_lines
 
@@ -25,7 +25,7 @@ ROUNDS = 3
 
 def main() -> None:
     config = GPT2Config(n_positions=max(LENGTHS))
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     counts = sorted({min(2**i, cores) for i in range(cores.bit_length() + 1)})
     backend = backends()[0]
     lines: dict[str, list[tuple[float, float]]] = {}

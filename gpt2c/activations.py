@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gpt2c.config import GPT2Config
-from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views
+from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 
 # The loss never holds more logits than this, 104 MB; (B,T,V) would be 0.8 GB at 4 x 1024.
 LOGITS_FLOATS = 26_000_000
@@ -82,6 +82,10 @@ class Activations:
             if size > self._memory.size:
                 self._layouts.clear()  # the views go first, and with them the old buffer
                 self._memory = aligned_zeros(0)
+                mend = "take fewer or shorter rows"
+                if keep and self._recompute != "full":
+                    mend += ", or a model with recompute='full'"
+                require(f"a batch of {B:,} x {T:,} tokens", {"activations": 4 * size}, mend)
                 self._memory = aligned_zeros(size)
             views = named_views(self._memory, shapes)
             for layer in range(self._config.n_layer):
@@ -92,8 +96,20 @@ class Activations:
         return self._layouts[B, T, keep]
 
 
-def bytes_needed(config: GPT2Config, B: int, T: int, recompute: str | None = None) -> int:
-    """Count the bytes of parameters, gradients, AdamW's moments and a batch's activations."""
-    parameters = aligned_offsets(config.parameter_shapes())[""]
+def parts_needed(
+    config: GPT2Config, B: int, T: int, recompute: str | None = None
+) -> dict[str, int]:
+    """Return the bytes of what a model, AdamW and a batch need: name -> bytes."""
+    parameters = 4 * aligned_offsets(config.parameter_shapes())[""]
     shapes = activation_shapes(config, B, T, KEPT[recompute])
-    return 4 * (4 * parameters + aligned_offsets(shapes)[""])
+    return {
+        "weights": parameters,
+        "gradients": parameters,
+        "moments": 2 * parameters,
+        "activations": 4 * aligned_offsets(shapes)[""],
+    }
+
+
+def bytes_needed(config: GPT2Config, B: int, T: int, recompute: str | None = None) -> int:
+    """Return the sum of `parts_needed`."""
+    return sum(parts_needed(config, B, T, recompute).values())

@@ -6,15 +6,18 @@ compared side by side in one process. Knows nothing about models.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib
 import os
 import time
+import warnings
 from typing import cast
 
 from gpt2c import reference
 from gpt2c.checks import whole
 from gpt2c.kernels import Kernels
+from gpt2c.limits import usable_cores
 
 # Fastest first. A set of kernels runs only on a CPU with all of its features, which are
 # those of the flags that build.py compiles it with.
@@ -59,7 +62,7 @@ def backends() -> tuple[str, ...]:
 
 
 def default_threads() -> int:
-    """Give GPT2C_NUM_THREADS, else OMP_NUM_THREADS, else the cores this process may run on.
+    """Return GPT2C_NUM_THREADS, else OMP_NUM_THREADS, else `gpt2c.limits.usable_cores`.
 
     Raises
     ------
@@ -75,8 +78,7 @@ def default_threads() -> int:
                     f" got {value!r}"
                 )
             return int(first)
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(MAX_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return min(MAX_THREADS, usable_cores())
 
 
 @functools.cache
@@ -111,6 +113,38 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
         why = why_missing(name) if name in NAMES else "unknown name"
         raise ValueError(f"backend {name!r}: {why}; this machine has {', '.join(backends())}")
     return _load(name, threads)
+
+
+def as_backend(backend: str | Backend, threads: int | None = None) -> Backend:
+    """Return a backend that is given as such or by its name, with so many threads.
+
+    Raises
+    ------
+    ValueError : see `get_backend`; threads for a backend that has its own
+    """
+    if isinstance(backend, str):
+        return get_backend(backend, threads)
+    if threads is not None:
+        raise ValueError(f"threads is for a backend's name, got {threads} and a whole backend")
+    return backend
+
+
+def same_backend(name: str, threads: int | None) -> Backend:
+    """Return the backend that a copied or pickled model was on.
+
+    It may come from another machine, whose backend this CPU cannot run: then it is "auto", with a
+    warning. The number of threads, on which the bits depend, stays.
+    """
+    try:
+        return get_backend(name, threads)
+    except ValueError as error:
+        backend = get_backend("auto", threads)
+        warnings.warn(f"{error}; on {backend.name} the bits are others", stacklevel=4)
+        return backend
+
+
+# What holds kernels can be copied and pickled: they are looked up by name again.
+copyreg.pickle(Kernels, lambda kernels: (same_backend, (kernels.name, kernels.threads)))
 
 
 @functools.cache

@@ -25,8 +25,8 @@ from gpt2c.activations import bytes_needed
 from gpt2c.backend import NAMES, backends, get_backend, why_missing
 from gpt2c.cases import OPS
 from gpt2c.config import GPT2Config
-from gpt2c.machine import Ceilings, Quiet, fastest, usable_cores
-from gpt2c.memory import free_bytes
+from gpt2c.limits import free_bytes, usable_cores
+from gpt2c.machine import Ceilings, Quiet, fastest
 
 # PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
 TUNED = ":".join(

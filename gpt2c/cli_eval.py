@@ -55,6 +55,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
     verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
     verb.add_argument("--backend", default="auto", help="default: the fastest")
+    verb.add_argument(
+        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+    )
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -64,7 +67,7 @@ def run_eval(options: argparse.Namespace) -> int:
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
     path = hub.find(options.model)  # once, for the model and its tokenizer
-    model = open_model(path, options.backend, options.quantize)
+    model = open_model(path, options.backend, options.quantize, options.threads or None)
     questions = _questions(options.choices, path, model) if options.choices else []
     if options.data:
         _eval_data(options, path, model)

@@ -103,12 +103,17 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
     )
     verb.add_argument("--backend", default="auto", help="default: the fastest")
+    verb.add_argument(
+        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+    )
 
 
 def run_generate(options: argparse.Namespace) -> int:
     """`gpt2c generate`."""
     start = time.perf_counter()
-    generator = Generator.from_pretrained(options.model, options.backend, options.quantize)
+    generator = Generator.from_pretrained(
+        options.model, options.backend, options.quantize, threads=options.threads or None
+    )
     loaded = time.perf_counter() - start
     names = {field.name for field in dataclasses.fields(GenerationConfig)}
     settings = {name: value for name, value in vars(options).items() if name in names}

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import json
 import locale
+import math
 import os
 import platform
 import re
@@ -31,8 +32,17 @@ from gpt2c.backend import (
     get_backend,
     why_missing,
 )
-from gpt2c.machine import cpu_name, usable_cores
-from gpt2c.memory import free_bytes
+from gpt2c.limits import (
+    AFFINITY,
+    CORES,
+    cpu_quota,
+    free_bytes,
+    memory_limit,
+    total_bytes,
+    usable_cores,
+)
+from gpt2c.machine import cpu_name
+from gpt2c.memory import megabytes
 from gpt2c.tokenizer import tiktoken_cache
 
 Row = tuple[str, str]  # a name, and what there is to say
@@ -49,8 +59,6 @@ VARIABLES = re.compile(
     r"|COLUMNS|(?i:https?|all|no)_(?i:proxy)"
 )
 SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD"}  # a word of a variable's name: no value is shown
-CGROUP = Path("/sys/fs/cgroup")
-UNLIMITED = 1 << 60  # bytes: how cgroup's first version writes that there is no limit
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
@@ -66,7 +74,9 @@ def run_info(options: argparse.Namespace) -> int:
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((package, version(package)) for package in SHORT),
         ("CPU", cpu_name()),
-        ("threads", str(threads)),
+        ("cores", _cores()),
+        ("memory", _memory()),
+        ("threads", _why(threads)),
         *backend_rows(threads),
     ]
     if options.verbose:
@@ -120,7 +130,8 @@ def backend_rows(threads: int | str) -> list[Row]:
     for name in NAMES:
         state = why_missing(name)
         if not state and name != "numpy" and isinstance(threads, int):
-            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {threads} threads"
+            team = f"{threads} thread{'s' if threads > 1 else ''}"
+            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {team}"
         mark = "  <- chosen" if name == chosen else ""
         rows.append(("backend", f"{name:<12}{state}{mark}"))
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])
@@ -208,41 +219,55 @@ def cpu_rows() -> list[Row]:
     with suppress(OSError, AttributeError):
         load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     rows += [
-        ("cores", f"{os.cpu_count()}, of which {usable_cores()} for this process"),
-        ("cgroup's cores", _cores_limit()),
+        ("cores", _cores()),
         ("load", f"{load} (1, 5, 15 minutes)"),
     ]
     return rows
 
 
-def _cores_limit() -> str:
-    quota, _, period = read(CGROUP / "cpu.max").partition(" ")
-    if not quota:  # cgroup's first version
-        quota = read(CGROUP / "cpu/cpu.cfs_quota_us")
-        period = read(CGROUP / "cpu/cpu.cfs_period_us")
-    with suppress(ValueError, ZeroDivisionError):
-        return f"{int(quota) / int(period):g}" if int(quota) > 0 else "no limit"
-    return "no limit" if quota == "max" else "unknown"
+def _cores() -> str:
+    """Say how many cores there are, and how much of them this process may use."""
+    quota = cpu_quota()
+    limit = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.3g}"
+    return f"{CORES}, of which {len(AFFINITY)} for this process, {limit}"
+
+
+def _memory() -> str:
+    """Say how much memory there is, and how much of it is left to this process."""
+    total = "unknown"
+    with suppress(OSError, ValueError):
+        total = megabytes(total_bytes())
+    limit = memory_limit()
+    bound = "no cgroup limit" if limit == math.inf else f"a cgroup limit of {megabytes(limit)}"
+    return f"{total}, of which {megabytes(free_bytes())} free for this process, {bound}"
+
+
+def _why(threads: int | str) -> str:
+    """Say how many threads kernels use, and why."""
+    if isinstance(threads, str):
+        return threads
+    variables = (f"from {name}" for name in THREAD_VARIABLES if os.environ.get(name))
+    why = (
+        "as the CPU quota allows"
+        if usable_cores() < len(AFFINITY)
+        else "the cores that this process may run on"
+    )
+    return f"{threads}, {next(variables, why)}"
 
 
 def memory_rows() -> list[Row]:
     """Say how much memory there is, and what bounds it."""
-    total = "unknown"
-    with suppress(OSError, ValueError):
-        total = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e6:,.0f} MB"
-    limit = read(CGROUP / "memory.max") or read(CGROUP / "memory/memory.limit_in_bytes")
-    if limit.isdecimal():
-        limit = f"{int(limit) / 1e6:,.0f} MB" if int(limit) < UNLIMITED else "no limit"
-    space = "unknown"
-    with suppress(ImportError):
-        resource = importlib.import_module("resource")
-        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        space = "no limit" if soft == resource.RLIM_INFINITY else f"{soft / 1e6:,.0f} MB"
+    spaces = {}
+    for name, limit in (("address space", "RLIMIT_AS"), ("data", "RLIMIT_DATA")):
+        spaces[name] = "unknown"
+        with suppress(ImportError):
+            resource = importlib.import_module("resource")
+            soft = resource.getrlimit(getattr(resource, limit))[0]
+            spaces[name] = "no limit" if soft == resource.RLIM_INFINITY else megabytes(soft)
     pages = re.search(r"\[(\w+)\]", read(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
     return [
-        ("memory", f"{total}, {free_bytes() / 1e6:,.0f} MB free"),
-        ("cgroup's memory", {"max": "no limit", "": "unknown"}.get(limit, limit)),
-        ("address space", space),
+        ("memory", _memory()),
+        *((f"limit of {name}", text) for name, text in spaces.items()),
         ("huge pages", pages[1] if pages else "unknown"),
     ]
 
@@ -251,9 +276,7 @@ def thread_rows(threads: int | str) -> list[Row]:
     """Say how many threads kernels use, why, and which runtime gives how many of them."""
     if isinstance(threads, str):
         return [("threads", threads)]
-    variables = (f"from {name}" for name in THREAD_VARIABLES if os.environ.get(name))
-    why = next(variables, "the cores that this process may run on")
-    rows = [("threads", f"{threads}, {why}")]
+    rows = [("threads", _why(threads))]
     if why_missing("base"):
         return [*rows, ("OpenMP", "unknown: no kernels to ask")]
     # The operations done are those of as many threads as there were.

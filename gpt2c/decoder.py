@@ -21,7 +21,7 @@ from gpt2c.backend import Backend
 from gpt2c.checks import check_int32, check_layout, whole
 from gpt2c.config import GPT2Config
 from gpt2c.kernels import Kernels
-from gpt2c.memory import Array, aligned_zeros, free_bytes
+from gpt2c.memory import Array, aligned_zeros, require
 from gpt2c.reference_reading import MIDDLE
 
 # Rows read at a time: enough for the arithmetic to outweigh the weights, few enough to stay cached.
@@ -76,12 +76,12 @@ class Decoder:
         self._backend = backend
         HS = config.n_embd // config.n_head
         shape = (config.n_layer, slots, config.n_head, capacity, HS)
-        size, free = 2 * math.prod(shape) + slots * config.vocab_size, free_bytes()
-        if 4 * size > free:
-            raise MemoryError(
-                f"{slots} texts of {capacity} tokens need {4 * size:,} bytes of keys and values,"
-                f" {free:,} are free"
-            )
+        sizes = {
+            "keys and values": 2 * 4 * math.prod(shape),
+            "logits": 4 * slots * config.vocab_size,
+        }
+        texts = f"{slots:,} text{'s' if slots > 1 else ''} of {capacity:,} tokens"
+        require(f"reading {texts}", sizes, "take fewer texts or tokens")
         memory = aligned_zeros(2 * math.prod(shape))
         self.keys, self.values = memory.reshape(2, *shape)
         self._keys, self._values = memory.reshape(2, *shape)
@@ -147,10 +147,22 @@ class Decoder:
         row: Array = logits[0]
         return row
 
-    def hidden(self, tokens: NDArray[np.int32], slot: int, position: int) -> Iterator[Array]:
+    def hidden(
+        self,
+        tokens: NDArray[np.int32],
+        slot: int,
+        position: int,
+        states: Array | None = None,
+    ) -> Iterator[Array]:
         """Read tokens as `read` does; give ln_f's output (at most CHUNK, C), chunk after chunk.
 
         A chunk is void when the next one is asked for.
+
+        Parameters
+        ----------
+        tokens, slot, position : see `read`
+        states : (L + 1, T, C) float32, written where it is given: the residual stream before each
+            layer, and ln_f's output
 
         Raises
         ------
@@ -166,7 +178,10 @@ class Decoder:
                 f" {self.slots} texts of {self.capacity} tokens"
             )
         for start in range(0, len(tokens), CHUNK):
-            yield self._read(tokens[start : start + CHUNK], slot, position + start)
+            part = slice(start, start + CHUNK)
+            yield self._read(
+                tokens[part], slot, position + start, None if states is None else states[:, part]
+            )
 
     def logits(self, out: Array, rows: Array) -> None:
         """Write the lm_head's output (N, V) of rows (N, C) of `hidden`.
@@ -242,7 +257,9 @@ class Decoder:
             out, stats[0], stats[1], x, p[name + ".weight"], p[name + ".bias"], eps
         )
 
-    def _read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
+    def _read(
+        self, tokens: NDArray[np.int32], slot: int, position: int, states: Array | None
+    ) -> Array:
         """Pass T tokens through the layers, op by op; give ln_f's output (T, C)."""
         ops, T, C = self._backend, len(tokens), self.config.n_embd
         x, normed, att, branch = (self._memory(name, T, C) for name in ("x", "normed", "att", "b"))
@@ -251,6 +268,8 @@ class Decoder:
             np.add(self._embed(tokens), self._parameters["wpe.weight"][position:][:T], out=x)
         for layer in range(self.config.n_layer):
             h = f"h.{layer}."
+            if states is not None:
+                states[layer] = x
             self._layernorm(normed, h + "ln_1", x)
             self._linear(qkv, h + "attn.c_attn", normed)
             keys, values = self._keys[layer, slot], self._values[layer, slot]
@@ -263,6 +282,8 @@ class Decoder:
             self._linear(branch, h + "mlp.c_proj", fc)
             ops.residual_forward(x, x, branch)
         self._layernorm(normed, "ln_f", x)
+        if states is not None:
+            states[-1] = normed
         return normed
 
     def _embed(self, tokens: NDArray[np.int32]) -> Array:

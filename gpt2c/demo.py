@@ -54,7 +54,8 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     """
     start = time.perf_counter()
     settings = demo_settings(given)
-    get_backend(settings["backend"])  # a mistake shows before anything is written
+    # A mistake shows before anything is written.
+    get_backend(settings["backend"], settings["threads"] or None)
     documents = python_documentation() if text is None else split_documents(read_text(text))
     if not documents:
         raise ValueError(f"{text} holds nothing but blanks")

@@ -23,6 +23,7 @@ from gpt2c.checkpoint import read_config
 from gpt2c.checks import whole
 from gpt2c.generate import Look
 from gpt2c.language_model import LanguageModel
+from gpt2c.memory import Array
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2, stored_method
 from gpt2c.sampling import GenerationConfig, TextSettings, likeliest
@@ -114,15 +115,18 @@ def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
 
 
 def open_model(
-    path: str | os.PathLike[str], backend: str | Backend = "auto", quantize: str | None = None
+    path: str | os.PathLike[str],
+    backend: str | Backend = "auto",
+    quantize: str | None = None,
+    threads: int | None = None,
 ) -> GPT2 | QuantizedGPT2:
     """Load a model, quantized if asked for or if it was saved so; see `GPT2.from_pretrained`."""
     path = hub.find(path)
     if quantize is None and not llmc.is_llmc(path):
         quantize = stored_method(read_config(path))
     if quantize is None:
-        return GPT2.from_pretrained(path, backend)
-    return GPT2.from_pretrained(path, backend, quantize=quantize)
+        return GPT2.from_pretrained(path, backend, threads=threads)
+    return GPT2.from_pretrained(path, backend, quantize=quantize, threads=threads)
 
 
 class Generator:
@@ -148,6 +152,9 @@ class Generator:
         self.tokenizer = tokenizer
         self.count = 0
 
+    def __repr__(self) -> str:
+        return f"Generator({self.model!r}, {self.tokenizer!r})"
+
     @classmethod
     def from_pretrained(
         cls,
@@ -155,12 +162,13 @@ class Generator:
         backend: str | Backend = "auto",
         quantize: str | None = None,
         revision: str | None = None,
+        threads: int | None = None,
     ) -> Generator:
         """Load a model and its tokenizer together, from a directory or the hub.
 
         Parameters
         ----------
-        path_or_name, backend, revision : see `GPT2.from_pretrained`
+        path_or_name, backend, revision, threads : see `GPT2.from_pretrained`
         quantize : as there; a model that was saved quantized is loaded so
 
         Raises
@@ -169,7 +177,7 @@ class Generator:
         ValueError : a file is damaged, or model and tokenizer do not belong together
         """
         path = hub.find(path_or_name, revision)
-        return cls(open_model(path, backend, quantize), Tokenizer.from_pretrained(path))
+        return cls(open_model(path, backend, quantize, threads), Tokenizer.from_pretrained(path))
 
     @overload
     def generate(
@@ -229,6 +237,26 @@ class Generator:
         self.count += sum(writer.count for writer in writers)
         texts = [writer.take(last=True) for writer in writers]
         return texts[0] if isinstance(prompt, str) and copies == 1 else texts
+
+    def embed(self, texts: str | Sequence[str]) -> Array:
+        """Return a vector for each text, see `gpt2c.GPT2.embed`; an empty text is its end's mark.
+
+        Parameters
+        ----------
+        texts : a string, or several
+
+        Returns
+        -------
+        (C,) float32 for a string, (N, C) for N of them
+
+        Raises
+        ------
+        ValueError : no texts, or one longer than the context
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        ids = [self.tokenizer.encode(text) or [self.tokenizer.eot] for text in several]
+        vectors = self.model.embed(ids)
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def stream(
         self,

@@ -2,14 +2,16 @@
 
     generate, stream    continue prompts
     logprobs            how likely a text is, token by token
+    embed               a vector for each text
 
 Checks what users give; the work is the decoder's and generate's. Knows nothing about training.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +21,7 @@ from gpt2c.backend import Backend
 from gpt2c.config import GPT2Config
 from gpt2c.decoder import Decoder
 from gpt2c.generate import Look, Step, Watch
-from gpt2c.memory import Array
+from gpt2c.memory import Array, require
 from gpt2c.sampling import GenerationConfig, Settings
 
 IntArray = NDArray[np.int32]
@@ -39,10 +41,29 @@ class LanguageModel:
     """
 
     parameters: Mapping[str, NDArray[Any]]
+    _weights: tuple[str, ...] = ()  # of what kind they are, where they are not float32
 
     def __init__(self, config: GPT2Config, backend: Backend) -> None:
         self.config = config
         self.backend = backend
+
+    def __repr__(self) -> str:
+        config, backend = self.config, self.backend
+        size = config.num_parameters()
+        facts = [
+            f"{config.n_layer} layer{'s' if config.n_layer > 1 else ''}",
+            f"{config.n_embd} channels",
+            f"{size / 1e6:,.0f}M parameters" if size >= 1e7 else f"{size:,} parameters",
+            *self._weights,
+            backend.name,
+        ]
+        if threads := getattr(backend, "threads", 0):
+            facts.append(f"{threads} thread{'s' if threads > 1 else ''}")
+        return f"{type(self).__name__}({', '.join(facts)})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a model of its own: what a plain copy is, too."""
+        return copy.copy(self)
 
     def decoder(self, slots: int = 1, capacity: int | None = None) -> Decoder:
         """Give memory to read texts with: so many of them, so many tokens each (n_positions).
@@ -153,8 +174,9 @@ class LanguageModel:
         else:
             array = check_ids(idx, "idx", 0, self.config.vocab_size)
             if array.ndim != 2:
-                hint = "; pass [idx] for one prompt" if array.ndim == 1 else ""
-                raise ValueError(f"idx must be (B, T) token ids, got shape {array.shape}{hint}")
+                raise ValueError(
+                    f"idx must be (B, T) token ids, got shape {array.shape}{_one_row(array)}"
+                )
             rows = list(array)
         if not rows:
             raise ValueError("idx must hold at least one prompt, got none")
@@ -177,9 +199,8 @@ class LanguageModel:
     def _check_tokens(self, idx: ArrayLike) -> IntArray:
         ids = check_ids(idx, "idx", 0, self.config.vocab_size)
         if ids.ndim != 2 or ids.size == 0:
-            hint = "; pass [idx] for one row" if ids.ndim == 1 and ids.size else ""
             raise ValueError(
-                f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}{hint}"
+                f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}{_one_row(ids)}"
             )
         if ids.shape[1] > self.config.n_positions:
             raise ValueError(
@@ -187,26 +208,81 @@ class LanguageModel:
             )
         return ids
 
-    def __call__(self, idx: ArrayLike) -> Array:
-        """Logits (B, T, V) float32 of the next token at every position, in memory of their own.
+    @overload
+    def __call__(self, idx: ArrayLike, hidden_states: Literal[False] = ...) -> Array: ...
+
+    @overload
+    def __call__(self, idx: ArrayLike, hidden_states: Literal[True]) -> tuple[Array, Array]: ...
+
+    @overload
+    def __call__(self, idx: ArrayLike, hidden_states: bool) -> Array | tuple[Array, Array]: ...
+
+    def __call__(self, idx: ArrayLike, hidden_states: bool = False) -> Array | tuple[Array, Array]:
+        """Return the logits of the next token at every position, in memory of their own.
 
         Parameters
         ----------
         idx : (B, T) token ids in [0, V), T <= n_positions
+        hidden_states : return what lies between the layers, too
+
+        Returns
+        -------
+        logits (B, T, V) float32; with hidden_states a pair of them and states (L + 1, B, T, C)
+        float32, as transformers' output_hidden_states has them: states[0] is the embeddings,
+        states[i] what layer i has written, and states[L], the last, ln_f of that
 
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range
+        MemoryError : the results do not fit
         """
         tokens = self._check_tokens(idx)
-        logits = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
+        V, C, L = self.config.vocab_size, self.config.n_embd, self.config.n_layer
+        sizes = {"logits": 4 * tokens.size * V}
+        sizes["hidden states"] = 4 * (L + 1) * tokens.size * C if hidden_states else 0
+        require(f"a result for {tokens.size:,} tokens", sizes, "take fewer or shorter rows")
+        logits = np.empty((*tokens.shape, V), np.float32)
+        states = np.empty((L + 1, *tokens.shape, C), np.float32) if hidden_states else None
+        self._read_all(tokens, logits, states)
+        return logits if states is None else (logits, states)
+
+    def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
+        """Write logits (B, T, V) and, where they are given, states (L + 1, B, T, C)."""
         decoder = self.decoder(1, tokens.shape[1])
-        for row, out in zip(tokens, logits, strict=True):
-            start = 0
-            for hidden in decoder.hidden(row, 0, 0):
-                decoder.logits(out[start : start + len(hidden)], hidden)
+        for b, row in enumerate(tokens):
+            start, own = 0, None if states is None else states[:, b]
+            for hidden in decoder.hidden(row, 0, 0, own):
+                decoder.logits(logits[b, start : start + len(hidden)], hidden)
                 start += len(hidden)
-        return logits
+
+    def embed(self, idx: ArrayLike | Sequence[Sequence[int]]) -> Array:
+        """Return a vector for each text: the mean of its tokens' last hidden states, ln_f's output.
+
+        It is not normalised; the cosine of two of them says how alike their texts are. A text's
+        vector does not depend on the others.
+
+        Parameters
+        ----------
+        idx : N texts of token ids, (N, T) or a list of lists of different lengths, up to
+            n_positions tokens; one without tokens counts as eos_token_id of the config
+
+        Returns
+        -------
+        (N, C) float32
+
+        Raises
+        ------
+        ValueError : no texts, not whole numbers, an id out of range, longer than n_positions
+        MemoryError : the keys and values of the longest do not fit
+        """
+        texts = self.check_prompts(idx)
+        decoder = self.decoder(1, max(map(len, texts)))
+        vectors = np.empty((len(texts), self.config.n_embd), np.float32)
+        for vector, text in zip(vectors, texts, strict=True):
+            chunks = decoder.hidden(np.array(text, np.int32), 0, 0)
+            sums = [chunk.sum(axis=0, dtype=np.float64) for chunk in chunks]
+            vector[...] = np.sum(sums, axis=0) / len(text)
+        return vectors
 
     def logprobs(self, idx: ArrayLike) -> Array:
         """Give the log-probability of each token after those before it, (B, T-1) float32, nats.
@@ -245,6 +321,11 @@ class LanguageModel:
         if not (ids >= 0).any():
             raise ValueError("targets are all -1 (ignored): there is nothing to take the mean of")
         return ids
+
+
+def _one_row(ids: NDArray[Any]) -> str:
+    """Say how one text is passed where several are wanted."""
+    return ": for one text pass ids[None], or [ids]" if ids.ndim == 1 and ids.size else ""
 
 
 def _is_row(row: Any) -> bool:

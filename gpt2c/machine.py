@@ -5,7 +5,6 @@ Knows backends, nothing of models. Used by bench and cli.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2c.backend import backends, fma_peak, get_backend, why_missing
+from gpt2c.limits import usable_cores
 from gpt2c.memory import aligned_zeros
 
 FLOATS = 1 << 26  # 256 MB: more than any last-level cache
@@ -110,12 +110,6 @@ class Quiet:
         spread = high / low - 1
         text = f"the same {BURN_SECONDS * 1e3:.0f} ms of multiply-adds varied by {spread:.0%}"
         return f"NOISY MACHINE: {text}" if spread > 0.1 else f"quiet machine: {text}"
-
-
-def usable_cores() -> int:
-    """Count the cores that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

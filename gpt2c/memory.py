@@ -5,31 +5,87 @@ Knows nothing about what the names mean. Used by model; the optimizer sees the f
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap as _mmap
-import os
 from collections.abc import Mapping
 from contextlib import suppress
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
-from pathlib import Path
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gpt2c.limits import free_bytes
 
 Array = NDArray[np.float32]
 
 ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector
 HUGE_PAGE = 1 << 21  # bytes, on x86-64 and most ARM systems
+RESERVE = 16 << 20  # bytes: for lists, imports, threads, all that is not asked for here
+UNASKED = HUGE_PAGE  # bytes that are always there: asking takes longer than using them
 MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
-MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-GROUPS = (  # versions 2 and 1: limit, what is used, and how much of that are files
-    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
-    (
-        *("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-        ("total_active_file", "total_inactive_file"),
-    ),
-)
+# The large arrays that there are. A system counts their pages when they are touched first.
+_given: WeakValueDictionary[int, mmap] = WeakValueDictionary()
+
+
+def available_bytes() -> int:
+    """Return the memory that may still be asked for.
+
+    It is what is free, less what is given and not yet touched, less what Python itself takes.
+    """
+    return max(0, free_bytes(_untouched()) - RESERVE)
+
+
+def require(what: str, parts: Mapping[str, int], mend: str) -> None:
+    """Refuse work that does not fit, before any of its memory is asked for.
+
+    A system may promise more than it has, and end the process when that is used.
+
+    Parameters
+    ----------
+    what : in the error's words, "a model"
+    parts : name -> bytes
+    mend : what to do where it does not fit
+
+    Raises
+    ------
+    MemoryError : it does not fit
+    """
+    total = sum(parts.values())
+    if total < UNASKED:
+        return
+    free = available_bytes()
+    if total > free:
+        listed = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
+        raise MemoryError(
+            f"{what} needs {megabytes(total)}: {listed}; {megabytes(free)} are free: {mend}"
+        )
+
+
+def megabytes(size: float) -> str:
+    """Write a number of bytes for a person."""
+    return f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
+
+
+def _untouched() -> int:
+    """Count the bytes of large arrays that no memory stands behind yet, their borders aside."""
+    resident = getattr(ctypes.CDLL(None), "mincore", None)
+    if resident is None:
+        return 0
+    size_bytes = 0
+    for reference in _given.valuerefs():
+        mapped = reference()
+        if mapped is None:
+            continue
+        pages = np.empty(-(-len(mapped) // PAGESIZE), np.uint8)
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        asked = (ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)))
+        if resident(*asked, ctypes.c_void_p(pages.ctypes.data)) == 0:
+            absent = PAGESIZE * int(np.count_nonzero(pages & 1 == 0))
+            size_bytes += max(0, absent - HUGE_PAGE)
+    return size_bytes
 
 
 def aligned_zeros(size: int) -> Array:
@@ -46,8 +102,8 @@ def aligned_zeros(size: int) -> Array:
     if size_bytes < HUGE_PAGE:
         memory = np.zeros(size_bytes + border, np.uint8)
     else:
-        border, free = HUGE_PAGE, free_bytes()
-        if size_bytes > free:  # the system may promise more, and end the process when it is used
+        border, free = HUGE_PAGE, available_bytes()
+        if size_bytes > free:  # see `require`, which asks for all that belongs together
             raise MemoryError(f"{size_bytes:,} bytes are wanted, {free:,} are free")
         try:
             mapped = mmap(-1, size_bytes + border, flags=MAP_PRIVATE | MAP_ANONYMOUS)
@@ -56,6 +112,7 @@ def aligned_zeros(size: int) -> Array:
         if MADV_HUGEPAGE is not None:
             with suppress(OSError):  # a system without them says so
                 mapped.madvise(MADV_HUGEPAGE)
+        _given[id(mapped)] = mapped
         memory = np.frombuffer(mapped, np.uint8)
     start = -memory.ctypes.data % border
     return memory[start : start + size_bytes].view(np.float32)
@@ -78,19 +135,3 @@ def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         name: flat[offsets[name] : offsets[name] + math.prod(shape)].reshape(shape)
         for name, shape in shapes.items()
     }
-
-
-def free_bytes() -> int:
-    """Give the memory that new processes may take: the system's, or less in a container."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, KeyError, ValueError):
-        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
-        kilobytes = {name: value.split()[0] for name, value in (line.split(":") for line in lines)}
-        free = 1024 * (int(kilobytes["MemAvailable"]) + int(kilobytes.get("SwapFree", 0)))
-    for limit, used, stat, files in GROUPS:
-        with suppress(OSError, ValueError):  # another version, or "max", no number: no limit
-            room = int((GROUP / limit).read_text()) - int((GROUP / used).read_text())
-            # Files that were read count as used, but make room for whoever asks.
-            counts = dict(line.split() for line in (GROUP / stat).read_text().splitlines())
-            free = min(free, room + sum(int(counts.get(name, 0)) for name in files))
-    return max(0, free)

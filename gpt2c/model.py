@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gpt2c import checkpoint, hub, llmc
 from gpt2c.activations import Activations
-from gpt2c.backend import Backend, get_backend
+from gpt2c.backend import Backend, as_backend, same_backend
 from gpt2c.config import GPT2Config
 from gpt2c.language_model import IntArray, LanguageModel
 from gpt2c.layer import (
@@ -35,9 +35,18 @@ from gpt2c.layer import (
     layernorm_backward,
     recompute_forward,
 )
-from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views
-from gpt2c.quantized import QuantizedGPT2, stored_method
+from gpt2c.memory import Array, aligned_offsets, aligned_zeros, named_views, require
+from gpt2c.quantized import QuantizedGPT2, converted_bytes, stored_method
 from gpt2c.tensorfile import StoredTensor
+
+
+class _Gradients:
+    """The gradients' memory: flat, as views whose shapes C trusts, and as views for others."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.flat = aligned_zeros(aligned_offsets(shapes)[""])
+        self.own = named_views(self.flat, shapes)
+        self.public = MappingProxyType(named_views(self.flat, shapes))
 
 
 class GPT2(LanguageModel):
@@ -48,6 +57,8 @@ class GPT2(LanguageModel):
     config : its shape
     seed : of the fresh weights; None leaves them 0, to be filled by the caller
     backend : a name of `gpt2c.backends()`, "auto", or a backend
+    threads : that compute, with a backend's name; None is GPT2C_NUM_THREADS, else OMP_NUM_THREADS,
+        else as many as the machine allows, see `gpt2c info`
     recompute : what backward computes again instead of keeping it: None nothing, "light" the
         outputs of layernorm and GELU, "full" all but the residual stream between layers (Chen et
         al. 2016, arXiv:1604.06174). The results are the same to the bit
@@ -56,13 +67,17 @@ class GPT2(LanguageModel):
     ----------
     parameters, gradients : name -> float32 view into `flat_parameters`, `flat_gradients`; names and
         order of `GPT2Config.parameter_shapes`. Gradients accumulate from backward to backward until
-        `zero_grad`.
+        `zero_grad`; their memory is asked for when they are needed first.
     decay_size : the first so many floats of the flat buffers belong to tensors of 2 dimensions
 
     Raises
     ------
-    ValueError : an unknown backend or recompute
-    MemoryError : parameters and gradients do not fit
+    ValueError : an unknown backend or recompute, threads out of range
+    MemoryError : the parameters do not fit, or later the gradients
+
+    `copy.copy` and `copy.deepcopy` return a model of its own with the same parameters and
+    gradients, `pickle` takes one to another process; a loss that waits for its backward stays
+    behind. Where the backend does not run, an unpickled model computes on "auto", with a warning.
 
     One thread computes at a time: a second is refused, with a RuntimeError, by loss, backward and
     logits. AdamW is not guarded so: who steps in one thread must not compute in another.
@@ -76,20 +91,24 @@ class GPT2(LanguageModel):
         seed: int | None = 1337,
         backend: str | Backend = "auto",
         recompute: str | None = None,
+        threads: int | None = None,
     ) -> None:
-        super().__init__(config, get_backend(backend) if isinstance(backend, str) else backend)
+        super().__init__(config, as_backend(backend, threads))
         self.recompute = recompute
         self._eps = config.layer_norm_epsilon
         shapes = config.parameter_shapes()
         offsets = aligned_offsets(shapes)
+        require(
+            f"a model of {config.num_parameters():,} parameters",
+            {"weights": 4 * offsets[""]},
+            'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
+        )
         self.flat_parameters = aligned_zeros(offsets[""])
-        self._flat_gradients = aligned_zeros(offsets[""])
         # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
         self._parameters = named_views(self.flat_parameters, shapes)
         self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
-        self._gradients = named_views(self._flat_gradients, shapes)
-        self._public_gradients = MappingProxyType(named_views(self._flat_gradients, shapes))
         self.decay_size = next(offsets[name] for name, shape in shapes.items() if len(shape) == 1)
+        self._made_grads: _Gradients | None = None
         self._void = True  # the gradients count as 0, whatever their memory holds
         self._memory = Activations(config, recompute)
         self._activations: dict[str, Array] = {}
@@ -121,6 +140,7 @@ class GPT2(LanguageModel):
         backend: str | Backend = ...,
         quantize: None = ...,
         revision: str | None = ...,
+        threads: int | None = ...,
     ) -> GPT2: ...
 
     @overload
@@ -132,6 +152,7 @@ class GPT2(LanguageModel):
         *,
         quantize: str,
         revision: str | None = ...,
+        threads: int | None = ...,
     ) -> QuantizedGPT2: ...
 
     @classmethod
@@ -141,6 +162,7 @@ class GPT2(LanguageModel):
         backend: str | Backend = "auto",
         quantize: str | None = None,
         revision: str | None = None,
+        threads: int | None = None,
     ) -> GPT2 | QuantizedGPT2:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
@@ -151,7 +173,7 @@ class GPT2(LanguageModel):
         path : the directory, whose weights may be in shards with an index; or a .safetensors file
             beside its config.json; or an llm.c model .bin; or a name on the hub, such as gpt2, see
             `gpt2c.hub.find`
-        backend : see `GPT2`
+        backend, threads : see `GPT2`
         quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
         revision : of a model on the hub: a branch, tag or commit
 
@@ -164,11 +186,11 @@ class GPT2(LanguageModel):
         path = hub.find(path, revision)
         if llmc.is_llmc(path):
             config, weights = llmc.read_model(path)
-            model = cls(config, seed=None, backend=backend)
+            model = cls(config, seed=None, backend=backend, threads=threads)
             model.load_parameters(weights, str(path))
             return model if quantize is None else QuantizedGPT2.from_model(model, quantize)
         if quantize is not None:
-            return QuantizedGPT2.from_pretrained(path, quantize, backend)
+            return QuantizedGPT2.from_pretrained(path, quantize, backend, threads=threads)
         entries, source = checkpoint.read_config(path), str(checkpoint.weights_file(path))
         method = stored_method(entries)
         if method is not None:
@@ -176,7 +198,7 @@ class GPT2(LanguageModel):
         config = GPT2Config.from_dict(entries)
         tensors = checkpoint.load_weights(path)[1]
         checkpoint.check_shapes(config.parameter_shapes(), tensors, source)
-        model = cls(config, seed=None, backend=backend)
+        model = cls(config, seed=None, backend=backend, threads=threads)
         model.load_parameters(tensors, source)
         return model
 
@@ -189,8 +211,10 @@ class GPT2(LanguageModel):
         ------
         ValueError : a tensor is missing, unknown or of another shape; the parameters are as they
             were
+        MemoryError : a tensor of another dtype does not fit beside them
         """
         checkpoint.check_shapes(self.config.parameter_shapes(), tensors, source)
+        require("loading the weights", converted_bytes(tensors), 'take quantize="int8"')
         for name, parameter in self._parameters.items():
             self._fill(parameter, np.asarray(tensors[name]))
 
@@ -209,17 +233,33 @@ class GPT2(LanguageModel):
         """
         checkpoint.save_weights(directory, self.config.to_dict(), self._parameters)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of."""
+        return {
+            "config": self.config,
+            "backend": (self.backend.name, getattr(self.backend, "threads", None)),
+            "recompute": self.recompute,
+            "parameters": self.flat_parameters,
+            "gradients": None if self._void else self._grads.flat,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a model with memory of its own."""
+        backend = same_backend(*state["backend"])
+        GPT2.__init__(self, state["config"], None, backend, state["recompute"])
+        self.flat_parameters[...] = state["parameters"]
+        if state["gradients"] is not None:
+            self._grads.flat[...] = state["gradients"]
+            self._void = False
+
     # ---- forward ---------------------------------------------------------------------------------
 
-    def __call__(self, idx: ArrayLike) -> Array:
-        """Logits (B, T, V), see `LanguageModel.__call__`; all rows pass the layers together."""
-        tokens = self._check_tokens(idx)
-        logits = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
+    def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
+        """See `LanguageModel._read_all`; all rows pass the layers together."""
         rows = logits.reshape(-1, self.config.vocab_size)
         with self._alone():
-            a = self._forward(tokens, keep=False)
+            a = self._forward(tokens, keep=False, states=states)
             self.backend.matmul_forward(rows, a["ln_f"], self._parameters["wte.weight"], None)
-        return logits
 
     def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
         """Mean cross-entropy in nats per token; keeps what `backward` needs.
@@ -241,7 +281,7 @@ class GPT2(LanguageModel):
         with self._alone():
             a = self._forward(tokens, keep)
             if keep:
-                self._d_head = self._gradients["wte.weight"] if self._void else self._spare()
+                self._d_head = self._grads.own["wte.weight"] if self._void else self._spare()
             ops, wte = self.backend, self._parameters["wte.weight"]
             count = int(np.count_nonzero(wanted >= 0))
             blocks = -(-wanted.size // len(a["logits"]))
@@ -288,15 +328,16 @@ class GPT2(LanguageModel):
 
     def _spare(self) -> Array:
         """Give memory of wte's shape beside the gradients, where they must not be touched."""
-        wte = self._gradients["wte.weight"]
+        wte = self._grads.own["wte.weight"]
         if self._spare_memory.size != wte.size:
             self._spare_memory = aligned_zeros(wte.size)
         return self._spare_memory.reshape(wte.shape)
 
-    def _forward(self, idx: IntArray, keep: bool) -> dict[str, Array]:
+    def _forward(self, idx: IntArray, keep: bool, states: Array | None = None) -> dict[str, Array]:
         """Run embedding, layers and final layernorm; return the activations.
 
-        With `keep`, what the backward pass needs of every layer stays.
+        With `keep`, what the backward pass needs of every layer stays. `states` (L + 1, B, T, C),
+        where it is given, gets the residual stream before each layer and ln_f's output.
         """
         self._pending = None
         B, T = idx.shape
@@ -306,23 +347,37 @@ class GPT2(LanguageModel):
         x = a["encoded"]
         ops.encoder_forward(batched(x, B), idx, p["wte.weight"], p["wpe.weight"])
         for layer in range(self.config.n_layer):
+            if states is not None:
+                states[layer] = batched(x, B)
             x = layer_forward(ops, p, a, f"h.{layer}.", x, eps)
         layernorm(ops, p, a, "ln_f", x, eps)
+        if states is not None:
+            states[-1] = batched(a["ln_f"], B)
         return a
 
     # ---- backward --------------------------------------------------------------------------------
 
     @property
+    def _grads(self) -> _Gradients:
+        if self._made_grads is None:
+            config = self.config
+            what = f"training a model of {config.num_parameters():,} parameters"
+            sizes = {"gradients": self.flat_parameters.nbytes}
+            require(what, sizes, "take a smaller one")
+            self._made_grads = _Gradients(config.parameter_shapes())
+        return self._made_grads
+
+    @property
     def gradients(self) -> Mapping[str, Array]:
         """Name -> float32 view into `flat_gradients`."""
         self._settle()
-        return self._public_gradients
+        return self._grads.public
 
     @property
     def flat_gradients(self) -> Array:
         """All gradients, laid out as `flat_parameters`."""
         self._settle()
-        return self._flat_gradients[:]
+        return self._grads.flat[:]
 
     def zero_grad(self) -> None:
         """Set every gradient to 0: at once for who asks for `gradients`, without work for backward.
@@ -334,11 +389,11 @@ class GPT2(LanguageModel):
     def _settle(self) -> None:
         """Let the memory of void gradients hold zeros."""
         if self._void:
-            if self._pending is not None and self._d_head is self._gradients["wte.weight"]:
+            if self._pending is not None and self._d_head is self._grads.own["wte.weight"]:
                 spare = self._spare()
                 np.copyto(spare, self._d_head)
                 self._d_head = spare
-            self._flat_gradients.fill(0.0)
+            self._grads.flat.fill(0.0)
             self._void = False
 
     def backward(self, scale: float = 1.0) -> None:
@@ -364,10 +419,10 @@ class GPT2(LanguageModel):
                     " and backward() in one thread"
                 )
             self._pending, self._void = None, False
-            ops, p, g, a = self.backend, self._parameters, self._gradients, self._activations
+            ops, p, g, a = self.backend, self._parameters, self._grads.own, self._activations
             self._backward_head(scale, accumulate)
             if not accumulate:  # those that no op writes
-                self._flat_gradients[self.decay_size :].fill(0.0)
+                self._grads.flat[self.decay_size :].fill(0.0)
                 g["wpe.weight"].fill(0.0)
             a["d_stream"].fill(0.0)
             layernorm_backward(ops, p, g, a, "ln_f", a[f"h.{self.config.n_layer - 1}.out"])
@@ -381,7 +436,7 @@ class GPT2(LanguageModel):
     def _backward_head(self, scale: float, accumulate: bool) -> None:
         """Bring in what `loss` has computed: the gradients of wte and, in its place, of ln_f."""
         wte, d_head, d_final = (
-            self._gradients["wte.weight"],
+            self._grads.own["wte.weight"],
             self._d_head,
             self._activations["ln_f"],
         )

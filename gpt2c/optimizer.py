@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.memory import aligned_zeros, require
+
 
 class OptimizerOps(Protocol):
     """The two backend ops that an optimizer needs."""
@@ -81,6 +83,10 @@ class AdamW:
     Raises
     ------
     ValueError : a setting is out of range, or the model has no gradients
+    MemoryError : gradients and moments do not fit
+
+    `copy.deepcopy` and `pickle` take the model along: copy both together, as a pair, and the copied
+    optimizer updates the copied model.
     """
 
     def __init__(
@@ -108,9 +114,16 @@ class AdamW:
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
-        self.m = np.zeros_like(model.flat_parameters)
-        self.v = np.zeros_like(model.flat_parameters)
+        size = model.flat_parameters.size
+        what = f"AdamW for {size:,} numbers"
+        require(what, {"moments": 2 * 4 * size}, "take a smaller model")
+        self.m, self.v = aligned_zeros(size), aligned_zeros(size)
         self.steps = 0
+
+    def __repr__(self) -> str:
+        settings = f"learning_rate={self.learning_rate}, betas={self.betas}, eps={self.eps}"
+        settings += f", weight_decay={self.weight_decay}, steps={self.steps}"
+        return f"AdamW({self.model!r}, {settings})"
 
     def step(self, learning_rate: float | None = None, grad_clip: float | None = None) -> float:
         """Take one step along the model's gradients; they are not cleared.

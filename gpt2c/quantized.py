@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c import checkpoint, hub
-from gpt2c.backend import Backend, get_backend
+from gpt2c.backend import Backend, as_backend, same_backend
 from gpt2c.config import GPT2Config
 from gpt2c.language_model import LanguageModel
-from gpt2c.memory import Array, aligned_zeros
+from gpt2c.memory import Array, aligned_zeros, require
 from gpt2c.reference_reading import LONGEST, MIDDLE, TINY
 from gpt2c.tensorfile import StoredTensor
 
@@ -36,7 +36,7 @@ class QuantizedGPT2(LanguageModel):
     ----------
     config : its shape
     method : "int8" or "fp16"
-    backend : a name of `gpt2c.backends()`, "auto", or a backend
+    backend, threads : see `gpt2c.GPT2`
 
     Attributes
     ----------
@@ -46,15 +46,25 @@ class QuantizedGPT2(LanguageModel):
     Raises
     ------
     ValueError : an unknown method or backend; int8 with more than 65536 channels
+    MemoryError : the weights do not fit
+
+    It is copied and pickled as a `gpt2c.GPT2` is.
     """
 
-    def __init__(self, config: GPT2Config, method: str, backend: str | Backend = "auto") -> None:
-        super().__init__(config, get_backend(backend) if isinstance(backend, str) else backend)
+    def __init__(
+        self,
+        config: GPT2Config,
+        method: str,
+        backend: str | Backend = "auto",
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(config, as_backend(backend, threads))
         if method not in DTYPES:
             raise ValueError(f"quantize must be one of {', '.join(DTYPES)}, got {method!r}")
         if method == "int8" and config.inner > LONGEST:
             raise ValueError(f"int8 weights have at most {LONGEST} channels, got {config.inner}")
         self.method = method
+        self._weights = (method,)
         self.parameters = _lay_out(config, method)
 
     @classmethod
@@ -64,6 +74,7 @@ class QuantizedGPT2(LanguageModel):
         method: str,
         backend: str | Backend = "auto",
         revision: str | None = None,
+        threads: int | None = None,
     ) -> QuantizedGPT2:
         """Load what `save_pretrained` wrote, or a GPT-2, whose weights are rounded one at a time.
 
@@ -80,7 +91,7 @@ class QuantizedGPT2(LanguageModel):
         if stored is None:
             floats = checkpoint.load_weights(path)[1]
             checkpoint.check_shapes(config.parameter_shapes(), floats, source)
-            model = cls(config, method, backend)
+            model = cls(config, method, backend, threads)
             model._round(floats, source)
             return model
         if stored != method:
@@ -91,7 +102,7 @@ class QuantizedGPT2(LanguageModel):
         tensors = checkpoint.load_as_they_are(path)
         shapes = {name: shape for name, (shape, _) in _layout(config, method).items()}
         checkpoint.check_shapes(shapes, tensors, source)
-        model = cls(config, method, backend)
+        model = cls(config, method, backend, threads)
         model._take(tensors, source)
         return model
 
@@ -109,10 +120,29 @@ class QuantizedGPT2(LanguageModel):
         quantized._round(model.parameters, "the model")
         return quantized
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of."""
+        return {
+            "config": self.config,
+            "method": self.method,
+            "backend": (self.backend.name, getattr(self.backend, "threads", None)),
+            "parameters": dict(self.parameters),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a model with memory of its own."""
+        backend = same_backend(*state["backend"])
+        QuantizedGPT2.__init__(self, state["config"], state["method"], backend)
+        for name, parameter in self.parameters.items():
+            parameter[...] = state["parameters"][name]
+
     def _round(
         self, tensors: Mapping[str, Array] | Mapping[str, StoredTensor], source: str
     ) -> None:
         """Round tensors, whose shapes fit, into the parameters."""
+        require(
+            "rounding the weights", converted_bytes(tensors), "close what else takes memory here"
+        )
         for name in tensors:
             self._round_one(name, np.asarray(tensors[name]), source)
 
@@ -175,6 +205,16 @@ class QuantizedGPT2(LanguageModel):
         )
 
 
+def converted_bytes(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """Return the memory for stored tensors that are not of float32: they pass one at a time."""
+    sizes = [
+        4 * math.prod(tensor.shape)
+        for tensor in tensors.values()
+        if isinstance(tensor, StoredTensor) and tensor.dtype != "F32"
+    ]
+    return {"a tensor in float32": max(sizes, default=0)}
+
+
 def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.floating[Any]]) -> None:
     """Write weight (OC, C) and scale (OC,): scale * (weight - 128) is tensor, nearly.
 
@@ -204,6 +244,9 @@ def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
     wanted = _layout(config, method)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
     lines = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+    weights = {"weights": sum(lines.values())}
+    mend = "take a smaller one" + (', or quantize="int8"' if method != "int8" else "")
+    require(f"a model of {config.num_parameters():,} parameters", weights, mend)
     memory = aligned_zeros(sum(lines.values()) // 4).view(np.uint8)
     parameters, start = {}, 0
     for name, (shape, dtype) in wanted.items():

@@ -46,7 +46,7 @@ LEAST = dict.fromkeys(
 ) | dict.fromkeys(
     (
         *("warmup_iters", "eval_interval", "eval_iters", "save_interval", "save_minutes"),
-        *("seed", "grad_clip"),
+        *("seed", "grad_clip", "threads"),
     ),
     0,
 )
@@ -98,6 +98,7 @@ class TrainSettings:
     seed: int = setting(1337, "of the weights and the order of the data")
     batch_order: int = setting(2, "2 trains every token; 1 is that of runs that lack this setting")
     backend: str = setting("auto", "auto or a name that gpt2c info lists")
+    threads: int = setting(0, "threads that compute; 0 as many as the machine allows")
     recompute: str = setting("none", "none, light or full: trade time for memory")
 
     def __post_init__(self) -> None:
@@ -117,6 +118,11 @@ class TrainSettings:
     def tokens_per_step(self) -> int:
         """Tokens in a step of the optimizer."""
         return self.batch_size * self.block_size * self.gradient_accumulation_steps
+
+    @property
+    def recomputation(self) -> str | None:
+        """What GPT2 calls `recompute`."""
+        return None if self.recompute == "none" else self.recompute
 
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
         """Give the model's config for a tokenizer."""

@@ -30,6 +30,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from gpt2c import bpe_trainer, hub, tokenizer_files
+from gpt2c.limits import usable_cores
 
 END_OF_TEXT = tokenizer_files.END_OF_TEXT
 # How GPT-2 cuts text before any merge (openai/gpt-2:src/encoder.py): contractions, words, numbers,
@@ -187,6 +188,9 @@ class Tokenizer:
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
         )
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size:,} tokens, {END_OF_TEXT} is {self.eot})"
 
     @classmethod
     def from_name(cls, name: str) -> Tokenizer:
@@ -413,7 +417,7 @@ class Tokenizer:
         MemoryError : hardly any memory is left
         """
         bytearray(_ROOM)
-        workers = os.cpu_count() or 1
+        workers = usable_cores()
         waiting: deque[Future[list[tuple[int, NDArray[np.uint32]]]]] = deque()
         pool = ThreadPoolExecutor(workers)  # tiktoken works outside the interpreter's lock
         try:

@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from gpt2c import files, trainer_state
-from gpt2c.backend import fma_peak
+from gpt2c.backend import fma_peak, get_backend
 from gpt2c.data import Batches, windows
 from gpt2c.files import claim_directory, shown, through
 from gpt2c.load import Load
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import read_metrics
 from gpt2c.model import GPT2
+from gpt2c.needs import check_training
 from gpt2c.optimizer import AdamW, NonFiniteGradient
 from gpt2c.plot import LOSS_FILE, plot_loss
 from gpt2c.progress import Progress
@@ -201,9 +202,10 @@ def _prepare(
             check_never_saved(out)
     if found is not None:
         check_config(found.path, found.config, config)
+    backend = get_backend(settings.backend, settings.threads or None)
+    check_training(config, settings, getattr(backend, "threads", 1), resumed=resume)
     seed = settings.seed if found is None else None
-    recompute = None if settings.recompute == "none" else settings.recompute
-    model = GPT2(config, seed, settings.backend, recompute)
+    model = GPT2(config, seed, backend, settings.recomputation)
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),
@@ -427,7 +429,7 @@ def _draw(run: Run) -> bool:
 
 def _crowded(others: float, cores: int, threads: int) -> str:
     """Say that other programs are in the way, and what can be done."""
-    fewer = " (fewer threads may be faster then: GPT2C_NUM_THREADS=1)" if threads > 1 else ""
+    fewer = " (fewer threads may be faster then: --threads 1)" if threads > 1 else ""
     used = f"{others:.1f} of the {cores} cores that this run has"
     return f"other programs use {used}, so it is slower{fewer}"
 

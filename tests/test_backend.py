@@ -29,6 +29,7 @@ from gpt2c.backend import (
     get_backend,
 )
 from gpt2c.kernels import Kernels, stack_size
+from gpt2c.limits import usable_cores
 
 PACKAGE = Path(backend_module.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,11 +140,22 @@ def test_kernels_that_are_not_built_are_refused(name: str, monkeypatch: pytest.M
 # ---- threads -------------------------------------------------------------------------------------
 
 
-def test_threads_are_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    assert default_threads() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert default_threads() == os.cpu_count()
+def test_threads_are_what_the_machine_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_threads() == usable_cores()
+    monkeypatch.setattr(backend_module, "usable_cores", lambda: 5000)
+    assert default_threads() == backend_module.MAX_THREADS
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="one core: no thread can be bound to another")
+@pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
+def test_threads_that_openmp_binds_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It binds the first thread to one core, when it loads or later: the others have theirs."""
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    code = """
+from gpt2c.backend import get_backend
+print(*(get_backend(name).threads for name in ("auto", "base", "auto")))
+"""
+    assert python(code).split() == [str(usable_cores())] * 3
 
 
 def test_the_own_variable_outweighs_openmps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,19 +251,20 @@ RUN |= {"tokenizer"}
 ARROWS: dict[str, set[str]] = {
     "reference_reading": set(),
     "reference": {"reference_reading"},
-    "memory": set(),
+    "limits": set(),
+    "memory": {"limits"},
     "checks": set(),
     "kernels": {"memory"},
-    "backend": {"checks", "kernels", "reference"},
+    "backend": {"checks", "kernels", "limits", "reference"},
     "ops": {"backend", "checks", "reference_reading"},
     "cases": {"reference"},
-    "machine": {"backend", "memory"},
+    "machine": {"backend", "limits", "memory"},
     "peers": {"config"},
     "peers_generate": {"checkpoint", "config"},
     "worker": {"backend", "cases", "config", "language_model", "machine", "model", "optimizer"}
     | {"peers", "peers_generate", "quantized", "reference"},
     # and it starts workers
-    "bench": {"activations", "backend", "cases", "config", "machine", "memory"},
+    "bench": {"activations", "backend", "cases", "config", "limits", "machine"},
     "bench_generate": {"backend", "bench", "config", "machine"},
     "report": {"bench", "files", "machine", "plot"},
     "files": set(),
@@ -266,8 +279,8 @@ ARROWS: dict[str, set[str]] = {
     "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
     | {"reference_reading", "tensorfile"},
     "engine": {"checks", "decoder", "generate", "language_model", "sampling"},
-    "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "model", "quantized"}
-    | {"checks", "generate", "sampling", "tokenizer"},
+    "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "memory", "model"}
+    | {"checks", "generate", "quantized", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory", "tensorfile"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
     "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
@@ -276,10 +289,10 @@ ARROWS: dict[str, set[str]] = {
     "layer": {"backend", "memory"},
     "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}
     | {"llmc", "memory", "quantized", "tensorfile"},
-    "optimizer": set(),
+    "optimizer": {"memory"},
     "tokenizer_files": {"files", "hub"},
     "bpe_trainer": set(),
-    "tokenizer": {"bpe_trainer", "hub", "tokenizer_files"},
+    "tokenizer": {"bpe_trainer", "hub", "limits", "tokenizer_files"},
     "textfiles": {"files", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
@@ -296,8 +309,9 @@ ARROWS: dict[str, set[str]] = {
     "run": {"checkpoint", "config", "files", "metrics", "model", "optimizer", "settings"}
     | {"plot", "tensorboard", "tokenizer", "tokenizer_files", "trainer_state"},
     "settings": {"config", "files", "optimizer"},
+    "needs": {"activations", "config", "memory", "settings"},
     "train": (RUN - {"baselines", "config"})
-    | {"load", "metrics", "optimizer", "plot", "progress"}
+    | {"load", "metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN
     | {"command", "corpus", "figures", "generator", "run", "terminal", "textfiles", "train"},
@@ -312,7 +326,7 @@ ARROWS: dict[str, set[str]] = {
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
-    "cli_info": {"backend", "machine", "memory", "tokenizer"},
+    "cli_info": {"backend", "limits", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
     | {"cli_prepare", "cli_tokens", "command", "demo", "terminal", "train"},
@@ -360,6 +374,13 @@ def test_imports_go_one_way(module: str) -> None:
     allowed = allowed | ({"gguf"} if module == "gguf_export" else set())
     allowed = allowed | ({"huggingface_hub"} if module == "hub" else set())
     assert other - sys.stdlib_module_names <= allowed
+
+
+def test_what_the_machine_allows_is_asked_in_one_place() -> None:
+    """Who asks elsewhere finds other cores after OpenMP has bound a thread, and no quotas."""
+    asks = r"cpu_count|sched_getaffinity|SC_(PHYS|NPROC)|sys/fs/cgroup|RLIMIT_(AS|DATA)"
+    asking = {path.stem for path in PACKAGE.glob("*.py") if re.search(asks, path.read_text())}
+    assert asking == {"limits", "cli_info"}  # which shows each of them
 
 
 def test_the_table_has_no_circle() -> None:

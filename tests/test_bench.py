@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from gpt2c.backend import backends, get_backend
 from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
 from gpt2c.cases import OPS
 from gpt2c.cli import main
+from gpt2c.limits import free_bytes, usable_cores
 from gpt2c.machine import Ceilings, Quiet, cpu_name, measure_ceilings
-from gpt2c.memory import free_bytes
 from gpt2c.worker import TINY, Worker
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
@@ -239,7 +238,7 @@ def test_unknown_rows_list_the_known() -> None:
 def test_threads_are_checked() -> None:
     assert "0" in refused(bench.check_threads, 0)
     assert bench.check_threads(1) == (1, "")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     count, warning = bench.check_threads(cores + 1)
     assert count == cores + 1 and f"{cores + 1} threads" in warning and f"{cores} cores" in warning
 
@@ -267,7 +266,7 @@ def test_ops_refuse_what_is_not_theirs(arguments: str, capsys: pytest.CaptureFix
 
 
 def test_ceilings_are_measured() -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     ceilings = measure_ceilings(cores + 1)
     assert ceilings.peak.keys() == set(backends()) - {"numpy"}
     assert 1 in ceilings.bandwidth and max(ceilings.bandwidth) == cores

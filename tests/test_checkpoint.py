@@ -534,7 +534,7 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path, dtype):
 def test_a_model_beyond_the_memory_is_refused():
     config = GPT2Config(2**31 - 1, n_positions=2**31 - 1, n_embd=2**31 - 1, n_head=1, n_layer=9999)
     for make in (GPT2, lambda config: QuantizedGPT2(config, "fp16")):
-        with pytest.raises(MemoryError, match=r"^[\d,]{20,} bytes are wanted, [\d,]+ are free$"):
+        with pytest.raises(MemoryError, match=r"^a model of [\d,]{20,} parameters needs"):
             make(config)
 
 

@@ -414,7 +414,10 @@ MISTAKES = [
     (f"{TRAIN} --data data --beta1 1", "beta1 must be in"),
     (f"{TRAIN} --data data --schedule zigzag", "schedule must be one of constant, linear, cosine"),
     (f"{TRAIN} --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
-    (f"{TRAIN} --data data --n-embd 100000000", "[0-9,]+ bytes are wanted, [0-9,]+ are free"),
+    (
+        f"{TRAIN} --data data --n-embd 100000000",
+        "not enough memory: training needs [0-9,]+ MB: weights .* are free: lower --n-layer",
+    ),
     (f"{TRAIN} --data data --n-embd 1000000000000", "n_embd must be .* from 1 to 2147483647, got"),
     (f"{TRAIN} --data data --config missing.toml", r"missing\.toml: no such recipe"),
     (f"{TRAIN} --data data --config folder", "folder: Is a directory"),
@@ -465,7 +468,10 @@ MISTAKES = [
     ("generate run --repetition-penalty 0", "repetition_penalty must be from 0.001 to 1000"),
     ("generate run --no-repeat-ngram-size -1", "no_repeat_ngram_size must be at least 0"),
     ("generate run --num-samples 0", "--num-samples must be at least 1, got 0"),
-    ("generate run --num-samples 1000000000", "not enough memory: 1000000000 texts of 16 tokens"),
+    (
+        "generate run --num-samples 1000000000",
+        "not enough memory: reading 1,000,000,000 texts of 16 tokens",
+    ),
     ("generate run --num-samples 2 --top-k -1", "top_k must be at least 0"),
     ("generate run --prompt a --prompt-file text.txt", "two starts of one text"),
     ("generate run --prompt-file missing.txt", r"missing\.txt does not exist"),
@@ -614,3 +620,34 @@ def test_an_error_is_one_line_whatever_a_name_holds(gpt2c) -> None:
     code, out, err = gpt2c(f"train --data data --out new --config {name}")
     assert (code, out) == (2, "") and len(err) < 2100
     assert err.startswith(r"gpt2c: \x1b[2J\u202exxx") and err.endswith("xxx...\n")
+
+
+@pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
+def test_threads_are_a_flag(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """0 is as many as the machine allows, which is also what no flag says."""
+    seen = []
+    loaded = GPT2.from_pretrained
+
+    def load(*arguments: object, **keywords: object) -> object:
+        model = loaded(*arguments, **keywords)  # type: ignore[call-overload]
+        seen.append(model.backend.threads)
+        return model
+
+    monkeypatch.setattr(GPT2, "from_pretrained", load)
+    monkeypatch.setattr("gpt2c.backend.default_threads", lambda: 2)
+    shutil.copytree(world / "run", tmp_path / "run")
+    for flag, threads in (("--threads 3", 3), ("--threads 0", 2), ("", 2)):
+        train = f"train --data {world}/data --out {tmp_path}/new --overwrite {TINY} --max-iters 1"
+        assert main(f"{train} {flag}".split()) == 0
+        assert json.loads((tmp_path / "new" / "run.json").read_text())["threads"] == threads
+        assert main(f"generate {tmp_path}/run --max-new-tokens 1 {flag}".split()) == 0
+        assert main(f"eval {tmp_path}/run --data {world}/data {flag}".split()) == 0
+        assert seen[-2:] == [threads, threads]
+    capsys.readouterr()
+    for verb in (f"generate {tmp_path}/run", f"eval {tmp_path}/run --data {world}/data"):
+        assert main(f"{verb} --threads 9999".split()) == 2
+        assert capsys.readouterr().err == "gpt2c: threads must be in [1, 1024], got 9999\n"
+    assert main(f"{train} --threads -1".split()) == 2
+    assert capsys.readouterr().err == "gpt2c: threads must be at least 0, got -1\n"

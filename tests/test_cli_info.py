@@ -49,11 +49,15 @@ def test_info(info, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [text.split() for name, text in rows if name == "backend"]
     assert [words[0] for words in shown] == list(NAMES)
     assert [words[0] for words in shown if words[-1] == "chosen"] == [backends()[0]]
-    assert ("threads", str(default_threads())) in rows
+    why = "the cores that this process may run on"
+    assert ("threads", f"{default_threads()}, {why}") in rows
     monkeypatch.setenv("GPT2C_BACKEND", "numpy")
     monkeypatch.setenv("GPT2C_NUM_THREADS", "1")
     rows = info()
-    assert ("backend", "numpy         <- chosen") in rows and ("threads", "1") in rows
+    assert ("backend", "numpy         <- chosen") in rows and (
+        "threads",
+        "1, from GPT2C_NUM_THREADS",
+    ) in rows
 
 
 def test_verbose_names_all_that_a_report_needs(info) -> None:
@@ -76,13 +80,29 @@ def test_verbose_names_all_that_a_report_needs(info) -> None:
     assert facts["threads"] == f"{default_threads()}, the cores that this process may run on"
     wanted = {*facts["CPU has"].split(), *facts["CPU lacks"].split()} - {"none", "of", "these"}
     assert wanted == {feature for needs in REQUIRES.values() for feature in needs}
-    for name in ("installed", "libc", "output", "caches", "cores", "cgroup's cores", "load"):
+    for name in ("installed", "libc", "output", "caches", "cores", "load", "memory"):
         assert facts[name], name
-    for name in ("memory", "cgroup's memory", "address space", "huge pages", "NumPy's BLAS"):
+    for name in ("limit of address space", "limit of data", "huge pages", "NumPy's BLAS"):
         assert facts[name], name
     kernels = [text for name, text in rows if name == "file" and "_kernels_" in text]
     assert len(kernels) == len(list(Path(backend.__file__).parent.glob("_kernels_*")))
     assert all(re.search(r"[\d,]{6,} bytes  sha256 [0-9a-f]{12}  \S", text) for text in kernels)
+
+
+def test_what_limits_this_process_is_said(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_info, "AFFINITY", frozenset(range(4)))
+    monkeypatch.setattr(cli_info, "cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(cli_info, "usable_cores", lambda: 2)
+    monkeypatch.setattr(backend, "usable_cores", lambda: 2)
+    monkeypatch.setattr(cli_info, "memory_limit", lambda: 300_000_000)
+    monkeypatch.setattr(cli_info, "free_bytes", lambda: 120_000_000)
+    monkeypatch.setattr(cli_info, "CORES", 8)
+    for flags in ((), ("--verbose",)):
+        facts = dict(info(*flags))
+        assert facts["cores"] == "8, of which 4 for this process, a CPU quota of 1.5"
+        assert facts["threads"] == "2, as the CPU quota allows"
+        said = ", of which 120 MB free for this process, a cgroup limit of 300 MB"
+        assert facts["memory"].endswith(said)
 
 
 @pytest.mark.skipif("base" not in backends(), reason="no kernels here")
@@ -157,7 +177,9 @@ def test_a_system_that_tells_nothing(info, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delattr(os, name, raising=False)
     facts = dict(info("--verbose"))
     assert list(facts) == list(dict.fromkeys(name for name in names if name != "file"))
-    for name in ("caches", "huge pages", "cgroup's cores", "cgroup's memory", "libc"):
+    assert facts["cores"].endswith("no CPU quota")
+    assert facts["memory"].endswith("no cgroup limit")
+    for name in ("caches", "huge pages", "libc"):
         assert facts[name] == "unknown"
     assert facts["load"].startswith("unknown")
 

@@ -361,10 +361,12 @@ def test_a_step_stays_in_its_memory(
 def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("numpy")
     needed = 4 * slots * (2 * 2 * 60 * T + V)
-    monkeypatch.setattr("gpt2c.decoder.free_bytes", lambda: needed)
+    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
+    monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: needed)
     model.decoder(slots)
-    monkeypatch.setattr("gpt2c.decoder.free_bytes", lambda: needed - 1)
-    with pytest.raises(MemoryError, match=rf"{slots} texts of {T} tokens need {needed:,} bytes"):
+    monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: needed - 1)
+    texts = f"{slots:,} texts?"
+    with pytest.raises(MemoryError, match=rf"^reading {texts} of {T} tokens needs .*: keys and"):
         model.decoder(slots)
 
 

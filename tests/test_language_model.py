@@ -253,7 +253,7 @@ GOOD = [[1, 2], [3]]
         ([[1], ["a"]], {}, "idx must be whole numbers"),
         ([[1], [[2]]], {}, "idx must be (B, T) token ids, got a row of shape (1, 1)"),
         ([[1], [[2], [3, 4]]], {}, "idx must be an array of whole numbers"),
-        ([1, 2], {}, "idx must be (B, T) token ids, got shape (2,); pass [idx] for one"),
+        ([1, 2], {}, "idx must be (B, T) token ids, got shape (2,): for one text pass ids[None]"),
         ([np.array(1)], {}, "idx must be (B, T) token ids, got shape (1,)"),
         (GOOD, {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         (GOOD, {"min_new_tokens": 65}, "min_new_tokens must be at most max_new_tokens, 64, got 65"),
@@ -292,21 +292,22 @@ def test_unknown_settings_are_refused(idle: Any) -> None:
 def test_texts_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what their caches need: for prompt and new tokens, at most n_positions, of all texts."""
     model = make(kind=kind)
+    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
     per_token, logits = 2 * CONFIG.n_layer * CONFIG.n_embd, V
     for count, capacity in [(3, 5), (1000, T)]:
         needed = 4 * 4 * (per_token * capacity + logits)  # of two prompts, twice
-        monkeypatch.setattr("gpt2c.decoder.free_bytes", lambda needed=needed: needed)
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda needed=needed: needed)
         model.generate(GOOD, count, num_return_sequences=2, stop=list(range(V)))
-        monkeypatch.setattr("gpt2c.decoder.free_bytes", lambda needed=needed: needed - 1)
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda needed=needed: needed - 1)
         for call in (model.generate, model.stream):
-            with pytest.raises(MemoryError, match=f"^4 texts of {capacity} tokens need"):
+            with pytest.raises(MemoryError, match=f"^reading 4 texts of {capacity} tokens needs"):
                 call(GOOD, count, num_return_sequences=2)
 
 
 def test_far_too_many_texts_are_refused_at_once() -> None:
     start = time.perf_counter()
     for call in (make().generate, make().stream):
-        with pytest.raises(MemoryError, match="1000000000 texts"):
+        with pytest.raises(MemoryError, match="reading 1,000,000,000 texts"):
             call([[1]], num_return_sequences=10**9)
     assert time.perf_counter() - start < 1
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from gpt2c import memory
-from gpt2c.memory import ALIGNMENT, HUGE_PAGE, aligned_zeros, free_bytes
+from gpt2c.memory import ALIGNMENT, HUGE_PAGE, aligned_zeros, available_bytes
 
 EDGE = HUGE_PAGE // 4
 
@@ -42,40 +40,40 @@ def test_too_much_is_a_memory_error() -> None:
         aligned_zeros(1 << 58)
 
 
-V1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"
-V2 = "memory.max", "memory.current", "memory.stat"
-UNLIMITED = 9223372036854771712  # what version 1 says
-FILES_1 = "cache 9\ninactive_file 1\ntotal_inactive_file 300\ntotal_active_file 200"
-FILES_2 = "anon 9\ninactive_file 300\nactive_file 200"
+def test_what_is_given_counts_until_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system counts what was touched; what was only promised is not free any more, either."""
+    monkeypatch.setattr(memory, "free_bytes", lambda promised: 50 * HUGE_PAGE - promised)
+    before = available_bytes()
+    size = 10 * HUGE_PAGE
+    array = aligned_zeros(size // 4)
+    assert available_bytes() == before - size
+    array[: array.size // 2].fill(1)
+    assert abs(available_bytes() - (before - size // 2)) <= HUGE_PAGE
+    array.fill(1)
+    assert before - available_bytes() <= HUGE_PAGE
+    del array
+    assert available_bytes() == before
+    kept = [aligned_zeros(size // 4) for _ in range(before // size)]
+    with pytest.raises(MemoryError, match=f"^{size:,} bytes are wanted, [\\d,]+ are free$"):
+        aligned_zeros(size // 4)
+    del kept
 
 
-@pytest.mark.parametrize(
-    ("meminfo", "names", "group", "free"),
-    [
-        ("MemTotal: 9 kB\nMemAvailable: 7 kB\nSwapTotal: 9 kB\nSwapFree: 3 kB\n", V2, None, 10240),
-        ("MemTotal: 9 kB\nMemAvailable: 7 kB\n", V2, None, 7168),  # without swap
-        ("MemAvailable: 7 kB\nHugePages_Total: 0\n", V2, ("max", 5000, FILES_2), 7168),
-        ("MemAvailable: 7 kB\n", V2, (5000, 4000, FILES_2), 1500),
-        ("MemAvailable: 7 kB\n", V2, (4000, 5000, FILES_2), 0),  # over its limit, for a moment
-        ("MemAvailable: 7 kB\n", V1, (5000, 4000, FILES_1), 1500),
-        ("MemAvailable: 7 kB\n", V1, (UNLIMITED, 4000, FILES_1), 7168),
-    ],
-)
-def test_free_is_what_system_and_group_have(
-    meminfo: str,
-    names: tuple[str, ...],
-    group: tuple[object, ...] | None,
-    free: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "meminfo").write_text(meminfo)
-    (tmp_path / "memory").mkdir()
-    for name, content in zip(names, group or (), strict=False):
-        (tmp_path / name).write_text(f"{content}\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "GROUP", tmp_path)
-    assert free_bytes() == free
-    if not free:
-        with pytest.raises(MemoryError, match="0 are free"):
-            aligned_zeros(EDGE)
+def test_a_system_that_does_not_say_what_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = aligned_zeros(EDGE)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert memory._untouched() == 0
+    assert not array.any()
+
+
+def test_work_that_does_not_fit_is_refused_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 900_000_000)
+    parts = {"weights": 300_000_000, "gradients": 600_000_000, "nothing": 0}
+    memory.require("training", parts, "lower it")
+    parts["moments"] = 1
+    with pytest.raises(MemoryError) as error:
+        memory.require("training", parts, "lower it")
+    assert str(error.value) == (
+        "training needs 900 MB: weights 300 MB, gradients 600 MB, moments 0.0 MB; 900 MB are"
+        " free: lower it"
+    )

@@ -179,6 +179,20 @@ def test_small_models_agree(config: GPT2Config, backend_name: str) -> None:
     both.check_steps([batch_of(config, 2, config.n_positions, seed) for seed in range(10)])
 
 
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+def test_hidden_states_agree(config: GPT2Config, backend_name: str) -> None:
+    both, (idx, _) = pair(config, backend_name), batch_of(config, 2, 17)
+    with torch.no_grad():
+        expected = both.torch(torch.tensor(idx), output_hidden_states=True).hidden_states
+    logits, states = both.gpt2c(idx, hidden_states=True)
+    assert np.array_equal(logits, both.gpt2c(idx))
+    assert len(states) == len(expected) == config.n_layer + 1
+    for layer, (own, state) in enumerate(zip(states, expected, strict=True)):
+        assert_close(f"state {layer}", own, state.numpy(), LOGITS)
+    for row, vector in zip(expected[-1], both.gpt2c.embed(idx), strict=True):
+        assert_close("embedding", vector, row.mean(dim=0).numpy(), LOGITS)
+
+
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Pair]:
     """Give GPT-2 124M on the backend that runs by default."""

@@ -540,7 +540,7 @@ def fails():
     {fails}
 for _ in range(2):
     error = refused(fails)
-    assert re.search(r"[0-9] (bytes|[KMG]iB)|threads", str(error)), repr(error)
+    assert re.search(r"[0-9] (bytes|MB|[KMG]iB)|threads", str(error)), repr(error)
 {works}
 limit_memory(None)
 assert model.loss(idx, idx) == expected

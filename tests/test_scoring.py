@@ -132,10 +132,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     noted: list[tuple[int, int]] = []
     real = Decoder.hidden
 
-    def hidden(self: Decoder, tokens: Any, slot: int, position: int) -> Iterator[Any]:
+    def hidden(
+        self: Decoder, tokens: Any, slot: int, position: int, states: Any = None
+    ) -> Iterator[Any]:
         if len(tokens):
             noted.append((position, len(tokens)))
-        return real(self, tokens, slot, position)
+        return real(self, tokens, slot, position, states)
 
     monkeypatch.setattr(Decoder, "hidden", hidden)
     return noted

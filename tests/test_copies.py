@@ -1,0 +1,261 @@
+"""What is copied, pickled and printed: models, optimizers, tokenizers; and threads= anywhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from gpt2c import GPT2, AdamW, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c.backend import backends
+
+CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
+IDX = np.arange(12).reshape(2, 6)
+TARGETS = IDX + 1
+KINDS = ["fp32", "fp16", "int8"]
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{f"pickle {n}": lambda it, n=n: pickle.loads(pickle.dumps(it, n)) for n in (2, 5)},
+}
+
+
+@pytest.fixture(params=COPIES)
+def copied(request: pytest.FixtureRequest) -> Any:
+    """Give every way to copy, in turn."""
+    return COPIES[request.param]
+
+
+def make(kind: str = "fp32", backend: Any = "auto", **settings: Any) -> Any:
+    model = GPT2(CONFIG, seed=3, backend=backend, **settings)
+    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+
+
+def train(model: GPT2, optimizer: AdamW, steps: int = 2) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        model.zero_grad()
+        losses.append(model.loss(IDX, TARGETS))
+        model.backward()
+        optimizer.step(grad_clip=1.0)
+    return losses
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_gives_the_same_bits_in_memory_of_its_own(
+    kind: str, copied: Any, backend: Any
+) -> None:
+    model = make(kind, backend)
+    logits = model(IDX)
+    other = copied(model)
+    assert type(other) is type(model) and other.config == model.config
+    assert repr(other) == repr(model)
+    assert other.backend is model.backend
+    assert np.array_equal(other(IDX), logits)
+    for name, parameter in other.parameters.items():
+        assert parameter.dtype == model.parameters[name].dtype
+        assert not np.shares_memory(parameter, model.parameters[name])
+        assert parameter.ctypes.data % 64 == 0, name
+        parameter[...] = 1
+    assert np.array_equal(model(IDX), logits)
+    assert other.generate(IDX, 2).shape == (2, 8)
+
+
+def test_what_is_trained_leaves_its_copy_alone(copied: Any) -> None:
+    """A reference model, or the moving average of weights."""
+    model = make()
+    reference = copied(model)
+    logits = model(IDX)
+    train(model, AdamW(model, learning_rate=0.1))
+    assert not np.array_equal(model(IDX), logits)
+    assert np.array_equal(reference(IDX), logits)
+    reference.flat_parameters[...] *= 0.5
+    reference.flat_parameters[...] += 0.5 * model.flat_parameters
+
+
+@pytest.mark.parametrize("recompute", [None, "light", "full"])
+def test_a_copied_pair_trains_on_to_the_same_bits(
+    recompute: str | None, copied: Any, backend: Any
+) -> None:
+    model = make("fp32", backend, recompute=recompute)
+    optimizer = AdamW(model, learning_rate=0.05)
+    train(model, optimizer)
+    if copied is copy.copy:  # of each alone: the optimizer stays with the model that it has
+        assert copied(optimizer).model is model
+        return
+    pair = {"model": model, "optimizer": optimizer}
+    other = copied(pair)
+    assert other["optimizer"].model is other["model"] is not model
+    assert other["model"].recompute == recompute and other["optimizer"].steps == 2
+    losses = train(model, optimizer)
+    moments = optimizer.m.copy(), optimizer.v.copy()
+    assert train(other["model"], other["optimizer"]) == losses
+    assert np.array_equal(other["model"].flat_parameters, model.flat_parameters)
+    for moment, same in zip(moments, (other["optimizer"].m, other["optimizer"].v), strict=True):
+        assert np.array_equal(moment, same)
+
+
+def test_gradients_are_copied_unless_they_are_void(copied: Any) -> None:
+    model = make()
+    model.loss(IDX, TARGETS)
+    pending = copied(model)
+    assert "needs a loss" in refused(pending.backward)
+    assert not pending.flat_gradients.any()
+    model.backward()
+    other = copied(model)
+    assert np.array_equal(other.flat_gradients, model.flat_gradients)
+    for each in (model, other):
+        each.loss(IDX, TARGETS)
+        each.backward()
+    assert np.array_equal(other.flat_gradients, model.flat_gradients), "both add to what was there"
+    model.zero_grad()
+    assert not copied(model).flat_gradients.any()
+    assert other.flat_gradients.any()
+
+
+def test_a_model_that_is_read_asks_for_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    zeros = np.zeros
+
+    def seen(size: int) -> Any:
+        sizes.append(size)
+        return zeros(size, np.float32)
+
+    monkeypatch.setattr("gpt2c.model.aligned_zeros", seen)
+    model = make()
+    copy.deepcopy(model)(IDX)
+    model.generate(IDX, 2)
+    model.loss(IDX, TARGETS, keep=False)
+    assert sizes.count(model.flat_parameters.size) == 2, "the two models' parameters"
+    model.loss(IDX, TARGETS)
+    assert sizes.count(model.flat_parameters.size) == 3
+
+
+def test_a_loaded_model_is_copied(tmp_path: Path, copied: Any) -> None:
+    make().save_pretrained(tmp_path)
+    model = GPT2.from_pretrained(tmp_path)
+    logits = model(IDX)
+    other = copied(model)
+    (tmp_path / "model.safetensors").unlink()
+    assert np.array_equal(other(IDX), logits)
+    other.flat_parameters.fill(0)
+    assert np.array_equal(model(IDX), logits)
+
+
+def test_a_generator_is_copied(copied: Any) -> None:
+    tokenizer = Tokenizer.from_name("bytes")
+    config = GPT2Config(vocab_size=257, n_positions=32, n_embd=24, n_layer=1, n_head=3)
+    generator = Generator(GPT2(config), tokenizer)
+    text = generator.generate("abc", max_new_tokens=5, temperature=0)
+    other = copied(generator)
+    assert other.generate("abc", max_new_tokens=5, temperature=0) == text
+    assert copied(tokenizer).encode("abc") == tokenizer.encode("abc")
+    assert copied(config) == config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_process_computes_the_same(kind: str, tmp_path: Path) -> None:
+    """As a worker of multiprocessing's spawn does."""
+    if kind == "fp16":
+        pytest.skip("a process is dear, and int8 has two arrays where this has one")
+    model = make(kind, threads=1)
+    file = tmp_path / "model.pickle"
+    file.write_bytes(pickle.dumps((model, IDX)))
+    code = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    model, idx = pickle.load(file)
+with open(sys.argv[1], "wb") as file:
+    pickle.dump((model, model(idx)), file)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, str(file)], check=True)
+    other, logits = pickle.loads(file.read_bytes())
+    assert np.array_equal(logits, model(IDX)) and np.array_equal(other(IDX), logits)
+    assert repr(other) == repr(model)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
+def test_a_model_of_another_machine_takes_the_backend_that_there_is(kind: str) -> None:
+    model = make(kind, "base", threads=3)
+    state = model.__getstate__() | {"backend": ("avx1024", 3)}
+    other = type(model).__new__(type(model))
+    with pytest.warns(UserWarning, match="'avx1024': unknown name; .* the bits are others"):
+        other.__setstate__(state)
+    assert (other.backend.name, other.backend.threads) == (backends()[0], 3)
+    np.testing.assert_allclose(other(IDX), model(IDX), rtol=0.05, atol=1e-2)
+
+
+def test_kernels_are_themselves_in_a_copy(backend: Any, copied: Any) -> None:
+    if backend.name == "numpy":
+        pytest.skip("numpy is a module")
+    assert copied({"held": [backend]})["held"][0] is backend
+
+
+# ---- printed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
+def test_what_is_printed() -> None:
+    model = make("fp32", "base", threads=2)
+    size = f"{CONFIG.num_parameters():,} parameters"
+    assert repr(model) == f"GPT2(2 layers, 24 channels, {size}, base, 2 threads)"
+    quantized = QuantizedGPT2.from_model(model, "int8")
+    assert repr(quantized) == (
+        f"QuantizedGPT2(2 layers, 24 channels, {size}, int8, base, 2 threads)"
+    )
+    optimizer = AdamW(model, learning_rate=0.01)
+    train(model, optimizer, 1)
+    assert repr(optimizer) == (
+        f"AdamW({model!r}, learning_rate=0.01, betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1,"
+        " steps=1)"
+    )
+    tokenizer = Tokenizer.from_name("bytes")
+    assert repr(tokenizer) == "Tokenizer(257 tokens, <|endoftext|> is 256)"
+    config = GPT2Config(vocab_size=257, n_positions=4, n_embd=4, n_layer=1, n_head=1)
+    small = GPT2(config, None, "base", threads=1)
+    assert repr(Generator(small, tokenizer)) == f"Generator({small!r}, {tokenizer!r})"
+    assert "(1 layer, 4 channels" in repr(small) and repr(small).endswith("base, 1 thread)")
+    assert repr(GPT2(CONFIG, backend="numpy")).endswith(f"{size}, numpy)")
+
+
+def test_a_size_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    monkeypatch.setattr(GPT2Config, "num_parameters", lambda config: 124_439_808)
+    assert "124M parameters" in repr(model)
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
+def test_threads_are_an_argument_at_every_door(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_name("bytes")
+    config = GPT2Config(vocab_size=257, n_positions=16, n_embd=24, n_layer=1, n_head=3)
+    model = GPT2(config, threads=3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    opened = [
+        model,
+        GPT2.from_pretrained(tmp_path, threads=3),
+        GPT2.from_pretrained(tmp_path, "base", quantize="int8", threads=3),
+        QuantizedGPT2(config, "fp16", threads=3),
+        QuantizedGPT2.from_pretrained(tmp_path, "fp16", threads=3),
+        QuantizedGPT2.from_model(model, "int8"),
+        Generator.from_pretrained(tmp_path, threads=3).model,
+        Generator.from_pretrained(tmp_path, quantize="int8", threads=3).model,
+    ]
+    assert [each.backend.threads for each in opened] == [3] * len(opened)
+    for wrong in (0, -1, 1.5, "2", True):
+        assert refused(GPT2, config, threads=wrong).startswith("threads must be")
+    assert "whole backend" in refused(GPT2, config, backend=model.backend, threads=2)

@@ -1,0 +1,153 @@
+"""Needs: what a run takes is what it then has, and what does not fit is refused with the mend."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2, needs
+from gpt2c.cli import main
+from gpt2c.data import prepare
+from gpt2c.memory import aligned_offsets
+from gpt2c.needs import check_training, training_parts
+from gpt2c.settings import TrainSettings
+from gpt2c.tensorfile import StoredTensor
+
+SETTINGS = TrainSettings(n_layer=3, n_head=2, n_embd=48, block_size=32, batch_size=16)
+CONFIG = SETTINGS.model_config(257, 256)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Give a function that says how many bytes are free."""
+
+    def say(size: int) -> None:
+        for module in ("needs", "memory"):
+            monkeypatch.setattr(f"gpt2c.{module}.available_bytes", lambda: size)
+
+    return say
+
+
+def need(settings: TrainSettings = SETTINGS, **changes: Any) -> int:
+    return sum(training_parts(CONFIG, dataclasses.replace(settings, **changes), 2).values())
+
+
+def refusal(settings: TrainSettings = SETTINGS, **how: Any) -> str:
+    with pytest.raises(MemoryError) as error:
+        check_training(CONFIG, settings, 2, **how)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_takes_what_was_said(recompute: str, accumulate: int) -> None:
+    settings = dataclasses.replace(
+        SETTINGS, recompute=recompute, gradient_accumulation_steps=accumulate
+    )
+    parts = training_parts(CONFIG, settings, 2)
+    model = GPT2(CONFIG, recompute=settings.recomputation)
+    optimizer = AdamW(model)
+    idx = np.arange(16 * 32).reshape(16, 32) % 257
+    model.zero_grad()
+    for _ in range(accumulate):
+        model.loss(idx, idx)
+        model.backward()
+    optimizer.step()
+    model.loss(idx, idx, keep=False)
+    assert parts["weights"] == model.flat_parameters.nbytes
+    assert parts["gradients"] == model.flat_gradients.nbytes + model._spare_memory.nbytes
+    assert parts["moments"] == optimizer.m.nbytes + optimizer.v.nbytes
+    assert parts["activations"] == model._memory._memory.nbytes
+    assert parts["a save"] == model.parameters["wte.weight"].nbytes
+    assert aligned_offsets(CONFIG.parameter_shapes())[""] == model.flat_parameters.size
+
+
+def test_a_run_that_fits_just_so_is_taken(free: Callable[[int], None]) -> None:
+    free(need())
+    check_training(CONFIG, SETTINGS, 2)
+    free(need() - 1)
+    assert refusal().startswith("training needs ")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 15])
+@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+def test_the_largest_batch_is_named(rows: int, recompute: str, free: Callable[[int], None]) -> None:
+    settings = dataclasses.replace(SETTINGS, recompute=recompute)
+    free(need(settings, batch_size=rows + 1) - 1)
+    said = refusal(settings)
+    assert f"lower --batch-size to {rows} (a row takes 0." in said
+    check_training(CONFIG, dataclasses.replace(settings, batch_size=rows), 2)
+    assert ("--recompute full" in said) == (recompute != "full")
+
+
+def test_recomputing_is_named_where_it_helps(free: Callable[[int], None]) -> None:
+    free(need(recompute="full"))
+    assert re.search(r", or pass --recompute full, or lower --block-size$", refusal())
+    free(need(recompute="full", batch_size=5))
+    assert ", or pass --recompute full with --batch-size 5, or lower" in refusal()
+    free(need(recompute="full", batch_size=1))
+    assert "are free: pass --recompute full with --batch-size 1, or lower --block-" in refusal()
+    free(need(recompute="full", batch_size=1) - 1)
+    assert refusal().endswith("are free: lower --n-layer, --n-embd or --block-size")
+    free(0)
+    assert "; 0.0 MB are free: lower --n-layer" in refusal()
+
+
+def test_a_run_that_goes_on_keeps_its_batches(free: Callable[[int], None]) -> None:
+    free(need(recompute="full"))
+    assert refusal(resumed=True).endswith("are free: pass --recompute full")
+    free(need(recompute="full") - 1)
+    assert refusal(resumed=True).endswith("are free: go on where more memory is free")
+
+
+def test_the_parts_are_listed(free: Callable[[int], None]) -> None:
+    config = GPT2Config()
+    settings = TrainSettings(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=4)
+    free(2_500_000_000)
+    with pytest.raises(MemoryError) as error:
+        check_training(config, settings, 2)
+    assert re.match(
+        r"training needs 4,\d{3} MB: weights 498 MB, gradients 498 MB, moments 996 MB,"
+        r" activations 2,\d{3} MB, threads 6.3 MB, Python 34 MB, a save 154 MB; 2,500 MB are free:"
+        r" pass --recompute full with --batch-size \d, or lower --block-size$",
+        str(error.value),
+    ), str(error.value)
+
+
+def test_a_tensor_that_is_converted_on_the_way_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2(CONFIG)
+    tensors = {
+        name: StoredTensor(Path("file"), name, "F16", parameter.astype(np.float16))
+        for name, parameter in model.parameters.items()
+    }
+    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
+    largest = 4 * max(tensor.data.size for tensor in tensors.values())
+    quantized = QuantizedGPT2(CONFIG, "int8")
+    for load in (model.load_parameters, quantized._round):
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: largest - 1)
+        with pytest.raises(MemoryError, match=r"a tensor in float32 0\.0 MB; 0\.0 MB are free"):
+            load(tensors, "a file")
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: largest)
+        load(tensors, "a file")
+        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: 0)
+        load(model.parameters, "a model")
+
+
+def test_nothing_is_written_by_a_run_that_does_not_fit(
+    free: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(["the cat sat on the mat. " * 60], tmp_path / "data", "bytes")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kept").touch()
+    free(needs.PYTHON)
+    flags = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 2 --overwrite"
+    assert main(f"train --data {tmp_path}/data --out {tmp_path}/run {flags}".split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gpt2c: not enough memory: training needs ") and said.count("\n") == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
