@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from gpt2c.limits import AFFINITY
+
 STAT = Path("/proc/stat")
 SECONDS = 3.0  # of a look: the system counts in hundredths
 LEAST = 0.3  # cores: less are what any system does beside
@@ -21,13 +23,11 @@ class Load:
 
     Attributes
     ----------
-    cores : that this process may use, 0 where the system does not say
+    cores : that this process may use
     """
 
     def __init__(self, threads: int) -> None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        self._cores = affinity(0) if affinity else set()
-        self.cores = len(self._cores)
+        self.cores = len(AFFINITY)
         self._threads = threads
         self._last = self._look()
 
@@ -52,7 +52,7 @@ class Load:
         try:
             for line in STAT.read_text(encoding="utf-8").splitlines():
                 name, *columns = line.split()
-                if name.removeprefix("cpu").isdecimal() and int(name[3:]) in self._cores:
+                if name.removeprefix("cpu").isdecimal() and int(name[3:]) in AFFINITY:
                     counts = [int(column) for column in columns[:8]]  # guests are in the others
                     busy += sum(n for i, n in enumerate(counts) if i not in _IDLE)
             busy /= os.sysconf("SC_CLK_TCK")

@@ -302,7 +302,7 @@ ARROWS: dict[str, set[str]] = {
     "baselines": set(),
     "plot": {"files"},
     "progress": set(),
-    "load": set(),
+    "load": {"limits"},
     "metrics": {"files"},
     "tensorboard": {"files"},
     "trainer_state": {"checkpoint", "files", "tensorfile"},
