@@ -47,7 +47,7 @@ _SPACES = (
 # tiktoken matches the pattern with a stack of about a million entries and panics beyond; stay well
 # below.
 _MAX_SPACES = 400_000
-_ROOM = 1 << 26  # bytes that must be free: tiktoken ends the process where memory does
+_ROOM = 1 << 27  # bytes that must be free: tiktoken ends the process where memory does
 _TRIES = 16  # places to cut a long run of letters that are tried before the window grows
 # tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
 _GPT2_FILES = (

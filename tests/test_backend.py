@@ -320,8 +320,8 @@ ARROWS: dict[str, set[str]] = {
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"files", "generator", "sampling", "terminal"},
     "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
-    "cli_plot": {"metrics", "plot", "terminal"},
     "cli_prepare": {"data", "demo", "textfiles"},
+    "cli_plot": {"metrics", "plot", "terminal"},
     "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}

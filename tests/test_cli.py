@@ -50,6 +50,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "blank.txt").write_text(" \n")
     (path / "short.txt").write_text("a")
     (path / "latin1.txt").write_bytes(b"caf\xe9")
+    (path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
+    (path / "utf16.txt").write_text("a text", encoding="utf-16")
+    (path / "chat.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
     (path / "folder").mkdir()
     (path / "bad.toml").write_text("n_layer = = 1\n")
     (path / "unknown.toml").write_text("n_layers = 1\n")
@@ -162,13 +165,49 @@ def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:
         f"prepare text.txt text.txt --out {tmp_path}/data --tokenizer bpe:270 --val-fraction 0.3"
     )
     assert (code, err) == (0, "")
-    assert out.startswith("60 documents, 0.01 MB; ")
+    assert out.startswith("60 documents, 7.1 kB; ")
     tokenizer = Tokenizer.from_pretrained(tmp_path / "data")
     assert f"vocabulary {tokenizer.vocab_size}\n" in out
     train, val = (read_tokens(tmp_path / "data" / f"{name}.bin") for name in ("train", "val"))
     assert f"{len(train):,} tokens to train, {len(val):,} to validate" in out
     assert 0.2 < len(val) / (len(train) + len(val)) < 0.35
     assert ("too little for 270 tokens" in out) == (tokenizer.vocab_size < 270)
+
+
+def test_prepare_needs_no_network_and_no_tokenizer(gpt2c, tmp_path: Path) -> None:
+    code, out, err = gpt2c(f"prepare text.txt --out {tmp_path}/data")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "data")
+    assert (code, err) == (0, "") and 257 < tokenizer.vocab_size < 4096
+    assert f"too little for 4,096 tokens: {tokenizer.vocab_size} is all" in out
+
+
+def test_prepare_reads_directories_jsonl_and_standard_input(
+    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.txt").write_bytes("今天天气很好。\r\n".encode("utf-8-sig") * 20)
+    lines = [json.dumps({"text": f"document {n}. ", "n": n}) for n in range(30)]
+    (folder / "more" / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    command = f"--out {tmp_path}/data --tokenizer bytes --overwrite"
+    code, out, err = gpt2c(f"prepare {folder} {command}")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"2 files, {folder}/a.txt to {folder}/more/b.jsonl\n31 documents, ")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "data")
+    text = tokenizer.decode(read_tokens(tmp_path / "data" / "train.bin"))
+    assert "今天天气很好。\n" in text and "\r" not in text and '"' not in text
+    stdin = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, out, err = gpt2c(f"prepare - --text-field text {command}")
+    assert (code, err) == (0, "") and out.startswith("30 documents, ")
+    code, out, err = gpt2c(f"prepare {folder}/more/b.jsonl --text-field n {command}")
+    assert code == 2 and "line 1: 'n' must be a string, got int" in err
+
+
+def test_prepare_takes_the_tokenizer_of_a_run(gpt2c, tmp_path: Path) -> None:
+    assert gpt2c(f"prepare text.txt --out {tmp_path}/data --tokenizer run")[0] == 0
+    own, run = Tokenizer.from_pretrained(tmp_path / "data"), Tokenizer.from_pretrained("run")
+    assert own.same_vocabulary(run)
 
 
 @pytest.mark.parametrize(("size", "said"), [("258", False), ("999", True)])
@@ -379,7 +418,11 @@ MISTAKES = [
     ("prepare blank.txt --out new", "there is no text"),
     ("prepare short.txt --out new --tokenizer bytes", "too short to hold out"),
     ("prepare latin1.txt --out new", "is not UTF-8: byte 3 is 0xe9"),
-    ("prepare folder --out new", "folder: Is a directory"),
+    ("prepare folder --out new", r"folder has no text files \(\*\.txt, "),
+    ("prepare text.txt --out new --tokenizer=", "the name of the tokenizer is empty"),
+    ("prepare bom.txt --out new", r"bom\.txt is empty"),
+    ("prepare utf16.txt --out new", r"utf16\.txt is UTF-16, not UTF-8; save it as UTF-8"),
+    ("prepare chat.jsonl --out new", r"chat\.jsonl, line 1 has no field 'text'; .* 'prompt'"),
     ("prepare text.txt --out run --tokenizer bytes", "run exists and is not empty"),
     ("prepare text.txt --out text.txt --tokenizer bytes", r"text\.txt is a file"),
     ("prepare text.txt --out text.txt/new --tokenizer bytes", r"text\.txt/new: Not a directory"),

@@ -111,6 +111,7 @@ def shards(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
     shutil.copytree(data, copy)
     content = (copy / "train.bin").read_bytes()
     (copy / "train.bin").unlink()
+    (copy / "manifest.json").unlink()
     header, tokens = (
         np.frombuffer(content[:1024], "<i4").copy(),
         np.frombuffer(content[1024:], "<u2"),

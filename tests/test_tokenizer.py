@@ -1,21 +1,25 @@
 """Round trips, GPT-2's known ids, transformers' agreement, streaming, damaged files."""
 
 import errno
+import io
 import json
 import math
 import os
 import re
+import signal
+import subprocess
 import tempfile
 import time
 
 import numpy as np
 import pytest
 import tiktoken
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2c import files
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.tokenizer import Tokenizer, tiktoken_cache
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog; they're quick, aren't they?\n\n"
@@ -85,6 +89,138 @@ def test_encode_batch_agrees_with_encode(tokenizer):
     texts = ["", SAMPLE, "a<|endoftext|>b", "x"]
     batch = tokenizer.encode_batch(texts)
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\ude00b", "\ud83d\ude00", "x" * 9 + "\udfff"])
+def test_surrogates_are_the_same_at_every_door(text):
+    """A pair is the character that it stands for; a lone one, as JSON may have it, is U+FFFD."""
+    wanted = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert BYTES.encode(text) == list(wanted.encode())
+    assert BYTES.encode_batch([text, "a"])[0].tolist() == list(wanted.encode())
+    pieces = BYTES.encode_pieces([list(text)])
+    assert [token for _, ids in pieces for token in ids.tolist()] == list(wanted.encode())
+    assert Tokenizer.train([text * 9], 270).same_vocabulary(Tokenizer.train([wanted * 9], 270))
+
+
+def test_one_text_and_several_are_not_confused():
+    assert "encode_batch takes several" in refused(BPE.encode, ["a", "b"])
+    assert "got bytes" in refused(BPE.encode, b"a")
+    for use in (BPE.encode_batch, lambda text: Tokenizer.train(text, 300)):
+        assert "put it into a list" in refused(use, "one text")
+        assert "texts must be strings, got int" in refused(use, [1])
+
+
+def test_special_tokens_are_encoded_where_they_are_allowed(tokenizer):
+    text = "a<|endoftext|><|endoftext|> b"
+    wanted = [*tokenizer.encode("a"), tokenizer.eot, tokenizer.eot, *tokenizer.encode(" b")]
+    assert tokenizer.encode(text, allowed_special="all") == wanted
+    assert tokenizer.encode(text, allowed_special={"<|endoftext|>"}) == wanted
+    assert "'[PAD]' is none of the special tokens <|endoftext|>" in refused(
+        tokenizer.encode, text, {"[PAD]"}
+    )
+
+
+NASTY = [
+    "word " * 90,
+    "\n\n  \t a  b\u3000c\x1c d\x85 " * 20,
+    "it's don't we'll 'tis'll've " * 15,
+    "x" * 500,
+    "ab" * 250,
+    "1234567890" * 40,
+    "今天天气很好我们去公园" * 30,
+    "今天,小明在公园里看书。" * 20,
+    "😀é日\u0301" * 60,
+    " " * 300 + "end",
+    "!?'" * 100 + "don'tll" * 40,
+]
+
+
+@pytest.mark.parametrize("window", [16, 40])
+@pytest.mark.parametrize("text", NASTY)
+def test_a_text_in_windows_has_the_ids_of_the_whole(tokenizer, text, window, monkeypatch):
+    whole = tokenizer._encoding.encode_ordinary(text)
+    monkeypatch.setattr("gpt2c.tokenizer.WINDOW", window)
+    monkeypatch.setattr(tokenizer, "_window", window)
+    assert tokenizer.encode(text) == whole
+    pieces = ([text[i : i + size] for i in range(0, len(text), size)] for size in (1, 7, 1000))
+    found = {0: [], 1: [], 2: []}
+    for number, ids in tokenizer.encode_pieces(pieces):
+        found[number] += ids.tolist()
+    assert list(found.values()) == [whole] * 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab' \n1日。\x1c", max_size=200), st.integers(12, 40))
+def test_any_text_in_windows_has_the_ids_of_the_whole(text, window):
+    tokenizer = Tokenizer(BPE._ranks, BPE.eot)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2c.tokenizer.WINDOW", window)
+        tokenizer._window = window
+        assert tokenizer.encode(text) == BPE._encoding.encode_ordinary(text)
+
+
+def test_a_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
+    """In a process of its own where it is large, which gives the same tokens."""
+    texts = [SAMPLE * 20, "low lower lowest newer newest wider " * 50]
+    whole = Tokenizer.train(texts, 400)
+    monkeypatch.setattr("gpt2c.tokenizer.WINDOW", 64)
+    assert Tokenizer.train(texts, 400).same_vocabulary(whole)
+    monkeypatch.setattr("gpt2c.bpe_trainer._SMALL", 100)
+    assert Tokenizer.train(texts, 400).same_vocabulary(whole)
+
+
+def test_a_trainer_that_is_interrupted_is_ended(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def watched(*arguments, **keywords):
+        started.append(popen(*arguments, **keywords))
+        return started[0]
+
+    def texts():
+        yield "some text " * 1000
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt2c.bpe_trainer._SMALL", 100)
+    monkeypatch.setattr(subprocess, "Popen", watched)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(texts(), 300)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_trainer_that_memory_ends_is_a_memory_error(monkeypatch):
+    class Ended:
+        stdin, returncode = io.BytesIO(), -signal.SIGABRT
+
+        def communicate(self):
+            return b"", b"memory allocation of 16 bytes failed"
+
+    monkeypatch.setattr("gpt2c.bpe_trainer._SMALL", 100)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Ended())
+    with pytest.raises(MemoryError, match="too little to learn a tokenizer"):
+        Tokenizer.train(["some text " * 100], 300)
+
+
+def test_tokenizers_agree_by_content():
+    assert BYTES.same_vocabulary(Tokenizer.from_name("bytes"))
+    assert BYTES.fingerprint == Tokenizer.from_name("bytes").fingerprint
+    a, b = (Tokenizer.train([text * 9], 262) for text in ("abcdef abc ", "uvwxyz uvw "))
+    assert a.vocab_size == b.vocab_size and not a.same_vocabulary(b)
+    assert a.fingerprint != b.fingerprint and len(a.fingerprint) == 32
+
+
+def test_a_name_that_is_empty():
+    for use in (Tokenizer.from_spec, Tokenizer.from_pretrained):
+        assert "the name of the tokenizer is empty" in refused(use, "")
+
+
+def test_a_cache_that_may_not_be_looked_into_is_passed_over(monkeypatch, tmp_path):
+    def forbidden(path, *arguments, **keywords):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "stat", forbidden)
+    assert tiktoken_cache() == (tmp_path, False)
 
 
 def test_token_lengths_count_bytes(tokenizer):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from gpt2c import Tokenizer, tokenizer_files
 from gpt2c.tokenizer_files import END_OF_TEXT, LARGEST, Vocabulary, read, recover_merges, write
 
-BPE = Tokenizer.train(["low lower lowest newer newest wider, it's a naïve test 日本"] * 3, 300)
+TEXTS = ["low lower lowest newer newest wider, it's a naïve test 日本"] * 3
+BPE = Tokenizer.train(TEXTS, 300)  # of 293 tokens, <|endoftext|> the last
 BYTES = Tokenizer.from_name("bytes")
 FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
 
@@ -143,20 +144,29 @@ def test_what_leaves_the_ids_as_they_are(pair: Path, how: Change) -> None:
         (lambda r: r.update(model=[]), r"model must be an object, got \[\]"),
         (lambda r: r["model"].update(type="Unigram"), 'model.type must be null or "BPE"'),
         (lambda r: r["model"].update(dropout=0.1), "model.dropout must be null or 0"),
-        (lambda r: r["model"].update(unk_token="[UNK]"), "model.unk_token must be null or"),
         (lambda r: r["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
         (lambda r: r["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
         (lambda r: r["model"].update(byte_fallback=True), "model.byte_fallback must be"),
         (lambda r: r["model"].update(ignore_merges=True), "model.ignore_merges must be"),
         (lambda r: r["model"].update(vocab=[]), "needs model.vocab, an object"),
         (lambda r: r["model"].update(merges={}), "model.merges, an array"),
-        (lambda r: r.update(added_tokens={"a": 1}), "needs model.vocab"),
+        (lambda r: r.update(added_tokens={"a": 1}), "added_tokens must be an array"),
         (
-            lambda r: r["added_tokens"].append({"id": 300, "content": "[PAD]"}),
-            r'adds token "\[PAD\]" as 300; only <\|endoftext\|> may be added',
+            lambda r: r["added_tokens"].append({"id": 294, "content": "[PAD]"}),
+            "must number its 294 tokens, added ones among them, from 0 to 293",
         ),
-        (lambda r: r["added_tokens"].append("[PAD]"), r'adds token "\[PAD\]" as null'),
-        (lambda r: r["added_tokens"][0].update(id=3), "as 3; only"),
+        (
+            lambda r: r["added_tokens"].append({"id": 7, "content": "[PAD]"}),
+            "must number its 294 tokens",
+        ),
+        (
+            lambda r: r["added_tokens"].append({"id": 64, "content": "a"}),
+            'has (the added )?token "a" as',
+        ),
+        (lambda r: r["added_tokens"].append("[PAD]"), 'adds token "" as null|as null; a name and'),
+        (lambda r: r["added_tokens"][0].update(id=3), "has token .* as 292, and .* adds it as 3"),
+        (lambda r: r["added_tokens"].append({"id": 293, "content": ""}), "a name and a whole"),
+        (lambda r: r["added_tokens"].append({"id": 293, "content": "<\ud800>"}), "a name and a"),
         (lambda r: r["model"]["merges"].append(["a", 1]), r"merges\[\d+\]: two tokens"),
         (lambda r: r["model"]["merges"].append("a"), "two tokens separated by a space"),
         (lambda r: r["model"]["merges"].append(7), "two tokens separated by a space"),
@@ -187,7 +197,8 @@ def test_what_changes_the_ids_is_refused(
 
 def test_files_that_disagree_are_refused(pair: Path) -> None:
     other = pair / "other"
-    Tokenizer.train(["another text, another text"], 262).save_pretrained(other)
+    Tokenizer.train(TEXTS, 280).save_pretrained(pair)
+    Tokenizer.train([text.upper() for text in TEXTS], 280).save_pretrained(other)
     (pair / "tokenizer.json").write_text(json.dumps(fast(other)), encoding="utf-8")
     assert "is another tokenizer than vocab.json and merges.txt" in refused(read, pair)
 
@@ -226,8 +237,11 @@ def test_a_failed_save_takes_nothing_away(pair: Path, monkeypatch: pytest.Monkey
         ({"added_tokens_decoder": {"EOT": {"content": END_OF_TEXT}}}, None),
         ({"add_prefix_space": True}, "add_prefix_space must be false, got true"),
         ({"add_bos_token": True}, "add_bos_token must be false"),
-        ({"added_tokens_decoder": {"300": {"content": "[PAD]"}}}, r'adds token "\[PAD\]" as "300"'),
-        ({"added_tokens_decoder": {"0": {"content": END_OF_TEXT}}}, 'as "0"; only'),
+        ({"added_tokens_decoder": {"9": {"content": END_OF_TEXT}}}, "adds it as 9"),
+        (
+            {"added_tokens_decoder": {"x": {"content": "[PAD]"}}},
+            'as "x"; a name and a whole number',
+        ),
         ({"added_tokens_decoder": ["[PAD]"]}, "added_tokens_decoder must be an object"),
     ],
 )
@@ -237,16 +251,96 @@ def test_tokenizer_config(pair: Path, config: dict[str, Any], message: str | Non
     if message is None:
         assert read(pair) == BPE._vocabulary()
     else:
-        with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{message}"):
+        with pytest.raises(ValueError, match=message):
             read(pair)
 
 
-def test_added_tokens(pair: Path) -> None:
-    path = pair / "added_tokens.json"
-    path.write_text(json.dumps({END_OF_TEXT: BPE.eot}), encoding="utf-8")
-    assert read(pair) == BPE._vocabulary()
-    path.write_text(json.dumps({"[PAD]": 300}), encoding="utf-8")
-    assert 'adds token "[PAD]" as 300' in refused(read, pair)
+PAD = {"content": "[PAD]", "special": True, "lstrip": False}
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder", "all"])
+def test_added_tokens_are_special_ids(pair: Path, where: str) -> None:
+    """As fine-tunes of GPT-2 have them; transformers writes them into one to three files."""
+    root = fast(pair)
+    if where != "added_tokens_decoder":
+        text = json.dumps({END_OF_TEXT: BPE.eot, "[PAD]": 293})
+        (pair / "added_tokens.json").write_text(text, encoding="utf-8")
+    if where != "added_tokens.json":
+        entries = {"293": PAD, str(BPE.eot): END_OF_TEXT}
+        change(
+            pair / "tokenizer_config.json",
+            lambda config: config.update(added_tokens_decoder=entries, pad_token="[PAD]"),
+        )
+    if where == "all":
+        root["added_tokens"].append(PAD | {"id": 293})
+        (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    loaded = Tokenizer.from_pretrained(pair)
+    assert loaded.special_tokens == {END_OF_TEXT: BPE.eot, "[PAD]": 293}
+    assert (loaded.vocab_size, loaded.eot) == (294, BPE.eot)
+    ids = loaded.encode("low[PAD] lower")
+    assert ids == BPE.encode("low[PAD] lower") and 293 not in ids
+    assert loaded.encode("low[PAD]", allowed_special="all") == [*BPE.encode("low"), 293]
+    assert loaded.decode([*BPE.encode("low"), 293]) == "low[PAD]"
+    assert loaded.token_lengths[293] == 0
+    assert not loaded.same_vocabulary(BPE) and loaded.fingerprint != BPE.fingerprint
+    again = pair / "again"
+    loaded.save_pretrained(again)
+    assert Tokenizer.from_pretrained(again).same_vocabulary(loaded)
+    assert Tokenizer.from_pretrained(again).fingerprint == loaded.fingerprint
+    config = json.loads((again / "tokenizer_config.json").read_bytes())
+    assert config["added_tokens_decoder"]["293"]["content"] == "[PAD]"
+
+
+def in_front(pair: Path, names: list[str]) -> None:
+    """Give special tokens the first ids, in the place of <|endoftext|>."""
+
+    def moved(vocab: dict[str, int]) -> None:
+        del vocab[END_OF_TEXT]
+        ids = {token: i + len(names) for token, i in vocab.items()}
+        vocab.clear()
+        vocab.update({name: i for i, name in enumerate(names)} | ids)
+
+    change(pair / "vocab.json", moved)
+
+
+def test_special_tokens_in_front(pair: Path) -> None:
+    """As tokenizers' ByteLevelBPETokenizer saves them: nothing but the two files names them."""
+    in_front(pair, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    (pair / "tokenizer_config.json").unlink()
+    loaded = Tokenizer.from_pretrained(pair)
+    assert loaded.special_tokens == {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
+    assert (loaded.eot, loaded.vocab_size) == (2, BPE.vocab_size + 4)
+    text = "the lowest <mask> naïve 日本"
+    assert loaded.encode(text) == [token + 5 for token in BPE.encode(text)]
+    assert loaded.decode([0, *loaded.encode(text), 4]) == f"<s>{text}<mask>"
+    loaded.save_pretrained(pair)
+    assert Tokenizer.from_pretrained(pair).same_vocabulary(loaded)
+    assert json.loads((pair / "tokenizer_config.json").read_bytes())["eos_token"] == "</s>"
+
+
+def test_a_file_may_name_what_ends_a_text(pair: Path) -> None:
+    in_front(pair, ["<start>", "<stop>"])
+    message = refused(read, pair)
+    assert "has no <|endoftext|>, nor does tokenizer_config.json name an eos_token of it" in message
+    change(pair / "tokenizer_config.json", lambda c: c.update(eos_token={"content": "<stop>"}))
+    assert read(pair).eot == 1
+    change(pair / "tokenizer_config.json", lambda c: c.pop("eos_token"))
+    (pair / "special_tokens_map.json").write_text('{"eos_token": "<start>"}', encoding="utf-8")
+    assert read(pair).eot == 0
+
+
+def test_added_tokens_that_disagree(pair: Path) -> None:
+    (pair / "added_tokens.json").write_text('{"[PAD]": 294, "[SEP]": 293}', encoding="utf-8")
+    change(
+        pair / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"293": "[PAD]"})
+    )
+    assert 'adds token "[PAD]" as 294, which is 293 elsewhere' in refused(read, pair)
+
+
+def test_too_many_special_tokens(pair: Path) -> None:
+    ids = {f"<extra_{i}>": 293 + i for i in range(10_001)}
+    (pair / "added_tokens.json").write_text(json.dumps(ids), encoding="utf-8")
+    assert "has 10,002 special tokens; at most 10,000" in refused(read, pair)
 
 
 # ---- hostile files -------------------------------------------------------------------------------
@@ -315,7 +409,7 @@ def test_a_huge_token(tmp_path: Path) -> None:
     """Read and written in no more time than its size asks for."""
     ranks = BYTES._ranks | {b"a" * 2 ** (i + 1): 257 + i for i in range(20)}
     halves = [(b"a" * 2**i, b"a" * 2**i) for i in range(20)]
-    write(tmp_path, Vocabulary(ranks, 256, halves))
+    write(tmp_path, Vocabulary(ranks, 256, halves, {END_OF_TEXT: 256}))
     loaded = Tokenizer.from_pretrained(tmp_path)
     assert loaded.encode("a" * (2**20 + 2)) == [276, 257]
     loaded.save_pretrained(tmp_path)

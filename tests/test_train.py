@@ -336,6 +336,20 @@ def test_a_finished_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
     assert entries == metrics(whole)
 
 
+def test_a_run_from_before_there_was_an_order_keeps_its_own(data: Path, tmp_path: Path) -> None:
+    """run.json of such a run lacks batch_order, which was 1."""
+    whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
+    train(data, whole, schedule="constant", warmup_iters=0, batch_order=1, max_iters=6)
+    train(data, parts, schedule="constant", warmup_iters=0, batch_order=1, max_iters=3)
+    record = json.loads((parts / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"].pop("batch_order") == 1
+    (parts / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    train(data, parts, resume=True, max_iters=6)
+    train(data, new, schedule="constant", warmup_iters=0, max_iters=6)
+    weights = [(out / "model.safetensors").read_bytes() for out in (whole, parts, new)]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     prepare(DOCUMENTS, tmp_path / "own", "bpe:270")
@@ -378,9 +392,11 @@ def test_resume_refuses_other_tokens(
     monkeypatch.setattr(train_module, "_SUMMED", 100)  # so that there is more than one block
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    (copy / "manifest.json").unlink()  # which would say so too
     train(copy, tmp_path / "run", max_iters=3)
     change(copy / name)
+    with pytest.raises(ValueError, match=f"{name} is not the file that manifest.json"):
+        train(copy, tmp_path / "run", resume=True, max_iters=4)
+    (copy / "manifest.json").unlink()  # as a directory that prepare did not write
     with pytest.raises(ValueError, match="does not hold the training and validation tokens of"):
         train(copy, tmp_path / "run", resume=True, max_iters=4)
     train(data, tmp_path / "run", resume=True, max_iters=4)
@@ -593,7 +609,7 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = = 1", "recipe.toml is not TOML: "),
         (b"n_layer = 1\nn_layer = 2", "recipe.toml is not TOML: "),
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
-        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_order, b"),
+        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_order, "),
         (b"[model]\nn_layer = 1", "recipe.toml: no setting 'model'"),
         (b"n_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (b"n_layer = true", "recipe.toml: n_layer must be int, got bool True"),
@@ -632,6 +648,10 @@ def test_a_resumed_run_keeps_its_settings() -> None:
         ValueError, match="runs/a: the run was trained with n_layer=2, so it cannot go on"
     ):
         resumed(stored, {"n_layer": 3}, "runs/a")
+    older = {name: value for name, value in stored.items() if name != "batch_order"}
+    assert stored["batch_order"] == 2 and resumed(older, {}, "runs/a").batch_order == 1
+    with pytest.raises(ValueError, match="trained with batch_order=1, so it cannot go on with 2"):
+        resumed(older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
         ({}, "lack n_layer: start a new run"),
         ({**stored, "dropout": 0.1}, "are another gpt2c's, for this one has no 'dropout': go on"),

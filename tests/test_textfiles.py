@@ -1,0 +1,164 @@
+"""Users' texts: whatever the pieces, the same documents; what is no text is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2c import textfiles
+from gpt2c.textfiles import TextFiles, split_documents
+
+
+def read(*paths: Any, field: str | None = None) -> list[str]:
+    """Give the documents of files; each time they are read they are the same."""
+    with TextFiles(paths, field) as texts:
+        first = ["".join(pieces) for pieces in texts]
+        assert ["".join(pieces) for pieces in texts] == first
+    return first
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textfiles, "_PIECE", 5)
+
+
+def test_split_documents() -> None:
+    assert split_documents("<|endoftext|>a\n<|endoftext|> \n<|endoftext|>b") == ["a\n", "b"]
+    assert split_documents("no marker") == ["no marker"]
+    assert split_documents(" \n") == []
+
+
+@given(
+    st.lists(st.sampled_from(["<|endoftext|>", "<|end", "<", " ", "a", "\n", "|>"]), max_size=12),
+    st.integers(1, 14),
+)
+def test_a_mark_may_lie_in_two_pieces(parts: list[str], size: int) -> None:
+    text = "".join(parts)
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    found = ["".join(document) for document in textfiles._documents(textfiles._at_marks(pieces))]
+    assert found == [part for part in text.split("<|endoftext|>") if part.strip()]
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        ("今天 é😀\r\nb\r\n".encode("utf-8-sig"), ["今天 é😀\nb\n"]),
+        (b"a\rb\r\r\nc\r", ["a\rb\r\nc\r"]),
+        (b"one<|endoftext|>  \n <|endoftext|>\n\n two", ["one", "\n\n two"]),
+        (b" \n" * 20, []),
+    ],
+)
+def test_plain_files(tmp_path: Path, small_pieces: None, content: bytes, documents: Any) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    assert read(tmp_path / "a.txt") == documents
+    assert read(tmp_path / "a.txt", tmp_path / "a.txt") == documents * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.txt is empty"),
+        ("".encode("utf-8-sig"), "a.txt is empty"),
+        (b"123456789 \xe9 and more", "a.txt is not UTF-8: byte 10 is 0xe9"),
+        ("今天今天今".encode()[:-1], "a.txt is not UTF-8: byte 12 is 0xe4"),
+        ("今天".encode("utf-8-sig") + b"\xff", "a.txt is not UTF-8: byte 9 is 0xff"),
+        ("今天".encode("gbk"), "a.txt is not UTF-8: byte 0 is 0xbd"),
+        ("今天".encode("utf-16"), "a.txt is UTF-16, not UTF-8; save it as UTF-8"),
+    ],
+)
+def test_what_is_no_plain_text(
+    tmp_path: Path, small_pieces: None, content: bytes, message: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    assert message in refused(read, tmp_path / "a.txt")
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    entries = [{"text": "今天\r\nb", "id": 1}, {"id": 2, "text": " "}, {"text": "a<|endoftext|>c"}]
+    lines = [json.dumps(entries[0]), "", *map(json.dumps, entries[1:])]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert read(tmp_path / "a.jsonl") == ["今天\nb", "a", "c"]
+    (tmp_path / "b.data").write_text('{"answer": "yes", "score": NaN}\n', encoding="utf-8")
+    (tmp_path / "c.txt").write_text("plain", encoding="utf-8")
+    assert read(tmp_path / "b.data", tmp_path / "c.txt", field="answer") == ["yes", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"prompt": "a", "completion": "b"}',
+            " has no field 'text'; its fields are 'prompt', 'com",
+        ),
+        ("{}", " has no field 'text'; its fields are none: choose one with --text-field"),
+        ('{"text": 7}', ": 'text' must be a string, got int"),
+        ("[1]", " must be a JSON object, got list"),
+        ('{"text": "a"', " is not valid JSON: "),
+        ("[" * 100_000, " is not valid JSON: "),
+    ],
+)
+def test_what_is_no_jsonl(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n', encoding="utf-8")
+    assert f"a.jsonl, line 3{message}" in refused(read, tmp_path / "a.jsonl")
+
+
+def test_directories(tmp_path: Path) -> None:
+    for name, content in {
+        "b.txt": "b",
+        "a.md": "a",
+        "sub/c.rst": "c",
+        "sub/empty.txt": "",
+        "sub/d.jsonl": '{"text": "d"}',
+        ".hidden.txt": "no",
+        ".git/e.txt": "no",
+        "picture.png": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read(tmp_path) == ["a", "b", "c", "d"]
+    with TextFiles([tmp_path]) as texts:
+        assert [Path(name).name for name in texts.names] == [
+            *("a.md", "b.txt", "c.rst", "d.jsonl", "empty.txt")
+        ]
+    (tmp_path / "none").mkdir()
+    message = refused(read, tmp_path / "none")
+    assert "none has no text files (*.txt, *.text, *.md, " in message
+
+
+def test_standard_input_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin = SimpleNamespace(buffer=io.BytesIO("今天<|endoftext|>b".encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert read("-") == ["今天", "b"]
+    stdin.buffer = io.BytesIO(b'{"a": "b"}\n')
+    assert read("-", field="a") == ["b"]
+    stdin.buffer = io.BytesIO(b"")
+    assert refused(read, "-") == "standard input is empty"
+    reading, writing = os.pipe()  # as of a shell's <(zcat book.gz)
+    os.write(writing, b"abc")
+    os.close(writing)
+    assert read(f"/dev/fd/{reading}") == ["abc"]
+    os.close(reading)
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"text file .*a\.txt does not exist"):
+        read(tmp_path / "a.txt")
+    with pytest.raises(OSError, match="/dev/zero is a device"):
+        read("/dev/zero")
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    with TextFiles([path]) as texts:
+        list(map("".join, texts))
+        path.write_text("abcd")
+        with pytest.raises(OSError, match=r"a\.txt changed while it was read"):
+            list(map("".join, texts))
