@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gpt2c.bench import describe
 from gpt2c.cases import OPS
 from gpt2c.worker import Worker
 
@@ -22,7 +23,7 @@ WORK = [(name, shape) for name, op in OPS.items() for shape in op.shapes]
 def test_op(name: str, shape: dict[str, Any], worker: Worker, benchmark: Any) -> None:
     answer = worker.op(name, shape)
     assert answer["error"] <= answer["rtol"]
-    benchmark.group = f"{name} {' '.join(f'{letter}={size}' for letter, size in shape.items())}"
+    benchmark.group = f"{name} {describe(shape)}"
     flops, size = OPS[name].cost(**shape)
     benchmark.extra_info |= {"flops": flops, "bytes": size, "error": answer["error"]}
     benchmark(worker._call)

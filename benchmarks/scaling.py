@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
+from datetime import date
 from pathlib import Path
 
 from gpt2c import GPT2Config
@@ -33,7 +34,7 @@ def main() -> None:
     for count in counts:
         peak = fma_peak(backend, count)
         label = f"{count} thread{'s' if count > 1 else ''}"
-        ideal = f"{label}, at peak"
+        ideal = f"{label}, if all were multiply-adds at peak"
         for T in LENGTHS:
             B = max(1, 1024 // T)
             with Row(backend, count) as row:
@@ -49,7 +50,10 @@ def main() -> None:
             print(
                 f"{label:<10} {B:>3} x {T:<5} {token * 1e3:8.3f} {floor / token:6.0%}", flush=True
             )
-    plot_lines(lines, "T, tokens in a row", "ms per token", Path(sys.argv[1]))
+    title = f"GPT-2 124M, training, {backend}: {cpu_name()}, {date.today().isoformat()}"
+    plot_lines(
+        lines, "T, tokens in a row", "ms per token (lower is better)", Path(sys.argv[1]), title
+    )
 
 
 if __name__ == "__main__":

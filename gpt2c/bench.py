@@ -7,7 +7,6 @@ keeps what they measured. What people read is made of it by gpt2c.report. Used b
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -39,6 +38,25 @@ TUNED = ":".join(
     ]
 )
 TORCH = ("torch", "torch-tuned", "torch-compile")  # as installed; tuned; tuned and compiled
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+# CTranslate2 computes in a thread of its own, so libgomp counts three threads on two CPUs and
+# hardly spins between parallel regions; "active" makes that ten times longer, which is worth a
+# factor of 1.5 to 2 with int8. The second keeps it from spinning at rest.
+ENVIRONMENT = {
+    "transformers": _OFFLINE,
+    "transformers-compile": _OFFLINE,
+    "ctranslate2": {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"},
+}
+_TORCH, _TRANSFORMERS = ("torch", "torch"), ("transformers", "transformers")
+_ONNX = (("onnxruntime", "onnxruntime"), ("onnx", "onnx"))
+# row -> the modules that it needs, and what pip calls them
+NEEDS = {
+    **dict.fromkeys(TORCH, (_TORCH,)),
+    **dict.fromkeys(("transformers", "transformers-compile"), (_TORCH, _TRANSFORMERS)),
+    "llama.cpp": (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")),
+    "onnxruntime": _ONNX,
+    "ctranslate2": (("ctranslate2", "ctranslate2"),),
+}
 ROUNDS, QUICK_ROUNDS, ROW_SECONDS = 9, 3, 6.0
 STEP_ROUNDS, QUICK_STEP_ROUNDS, ROW_STEP_SECONDS = 7, 3, 40.0
 PROCESS_BYTES = 150_000_000  # Python, NumPy and the libraries of a worker
@@ -75,6 +93,19 @@ class Result:
         return float(high - low) / 2 / self.median
 
 
+class Watch:
+    """Is told how far a benchmark is; this one shows nothing."""
+
+    def work(self, group: str) -> None:
+        """Say that a piece of work begins."""
+
+    def now(self, text: str) -> None:
+        """Say what is being done for it."""
+
+
+UNWATCHED = Watch()
+
+
 class WorkerError(ValueError):
     """A row's process ended."""
 
@@ -94,10 +125,12 @@ class Row:
 
     def __init__(self, name: str, threads: int) -> None:
         # NumPy's products have threads of their own
-        limits = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+        limits = dict.fromkeys(names, str(threads))
         environment = os.environ | limits
         if name in TORCH[1:]:
             environment["GLIBC_TUNABLES"] = TUNED
+        environment |= ENVIRONMENT.get(name.partition(":")[0], {})
         self.name = name
         self._stderr = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -158,7 +191,7 @@ def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
     """
     if given is None:
         return [*reversed(backends()), *(TORCH if compile_torch else TORCH[:2])]
-    names = [name.strip() for name in given.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     for name in names:
         if name not in TORCH:
             if name not in NAMES:
@@ -171,16 +204,17 @@ def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
     return [*names, *(TORCH[2:] if compile_torch and TORCH[2] not in names else ())]
 
 
-def torch_version() -> str:
-    """Give PyTorch's version, "" where it is not installed."""
-    return importlib.metadata.version("torch") if importlib.util.find_spec("torch") else ""
+def lacks(name: str) -> str:
+    """Name the packages, as pip does, that a row needs and that are not installed; "" for none."""
+    needed = NEEDS.get(name.partition(":")[0], ())
+    return " ".join(pip for module, pip in needed if importlib.util.find_spec(module) is None)
 
 
 def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
     """Start the rows' processes; one that cannot be is a result that says why."""
     for name in names:
-        if name in TORCH and not torch_version():
-            yield Result("", name, note="not installed: pip install torch")
+        if lacking := lacks(name):
+            yield Result("", name, note=f"not installed: pip install {lacking}")
             continue
         try:
             yield stack.enter_context(Row(name, threads))
@@ -188,11 +222,29 @@ def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row 
             yield Result("", name, note=f"FAILED: {error}")
 
 
+def ops_work(quick: bool) -> list[tuple[str, dict[str, Any]]]:
+    """List the ops and shapes of `bench_ops`."""
+    return [
+        (name, shape) for name, op in OPS.items() for shape in op.shapes[: 1 if quick else None]
+    ]
+
+
+def describe(shape: dict[str, Any]) -> str:
+    """Write a shape for people: its letters, the type of weights, what happens to gradients."""
+    words: dict[Any, str] = {False: "gradients written", True: "gradients added to"}
+    words |= {"float32": "fp32 weights", "float16": "fp16 weights", "uint8": "int8 weights"}
+    return " ".join(
+        words[size] if letter in ("kind", "accumulate") else f"{letter}={size}"
+        for letter, size in shape.items()
+    )
+
+
 def bench_ops(
     names: Sequence[str],
     ceilings: Ceilings,
     quick: bool,
     show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
 ) -> tuple[list[Result], str]:
     """Time every op, forward and backward, on every row.
 
@@ -202,6 +254,7 @@ def bench_ops(
     ceilings : of the machine
     quick : the first shape of each op and fewer samples
     show : is given the results of an op as soon as they are there
+    watch : is told how far this is: `ops_work` says how many pieces of work there are
 
     Returns
     -------
@@ -211,32 +264,29 @@ def bench_ops(
     ------
     ValueError : the rows together need more memory than is free
     """
-    largest = max(
-        op.cost(**shape)[1] for op in OPS.values() for shape in op.shapes[: 1 if quick else None]
-    )
+    largest = max(OPS[name].cost(**shape)[1] for name, shape in ops_work(quick))
     # each row keeps its arguments; the one that verifies has them twice more, twice as wide
     refuse(int(largest) * (len(names) + 4), f"ops on {', '.join(names)} together")
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
     with ExitStack() as stack:
         started = list(start(names, ceilings.threads, stack))
-        for name, op in OPS.items():
-            for shape in op.shapes[: 1 if quick else None]:
-                flops, size = op.cost(**shape)
-                letters = " ".join(f"{key}={value}" for key, value in shape.items())
-                group = f"{name} {letters}"
-                facts = {"flops": flops, "bytes": size}
-                ready = [
-                    get_ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
-                    for row in started
-                ]
-                rounds = QUICK_ROUNDS if quick else ROUNDS
-                take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet)
-                for i, result in enumerate(ready):
-                    if result.note.startswith("FAILED") and isinstance(started[i], Row):
-                        started[i] = Result("", result.row, note=f"its process ended in {name}")
-                show(ready)
-                done += ready
+        for name, shape in ops_work(quick):
+            flops, size = OPS[name].cost(**shape)
+            group = f"{name} {describe(shape)}"
+            watch.work(group)
+            facts = {"flops": flops, "bytes": size}
+            ready = [
+                get_ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
+                for row in started
+            ]
+            rounds = QUICK_ROUNDS if quick else ROUNDS
+            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
+            for i, result in enumerate(ready):
+                if result.note.startswith("FAILED") and isinstance(started[i], Row):
+                    started[i] = Result("", result.row, note=f"its process ended in {name}")
+            show(ready)
+            done += ready
     return done, quiet.verdict()
 
 
@@ -248,12 +298,13 @@ def bench_train(
     recompute: str | None,
     quick: bool,
     show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
 ) -> tuple[list[Result], str]:
     """Time a whole training step, optimizer and clipping included, on every row.
 
     Parameters
     ----------
-    names, ceilings, quick, show : as for `bench_ops`
+    names, ceilings, quick, show, watch : as for `bench_ops`
     config : of the model
     shapes : (B, T) of the batches
     recompute : see `GPT2`; PyTorch's rows keep everything
@@ -265,13 +316,12 @@ def bench_train(
     for B, T in shapes:
         if T > config.n_positions:
             raise ValueError(f"T = {T} is more than the model's n_positions, {config.n_positions}")
-        _check_memory(
-            [n for n in names if n not in TORCH or torch_version()], config, B, T, recompute
-        )
+        _check_memory([name for name in names if not lacks(name)], config, B, T, recompute)
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
     for B, T in shapes:
         group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
+        watch.work(group)
         facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
         arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
         with ExitStack() as stack:  # new processes for each shape: the peak of memory is theirs
@@ -280,12 +330,14 @@ def bench_train(
                 get_ready(row, group, facts, lambda row: row.ask("train", **arguments))  # noqa: B023
                 for row in started
             ]
-            take_turns(started, ready, "step", 1, 0.0, quiet)  # first steps fill memory, compile
+            take_turns(
+                started, ready, "step", 1, 0.0, quiet, watch
+            )  # first steps fill memory, compile
             for result in ready:
                 result.facts["first_loss"] = result.facts.get("loss")
                 result.seconds.clear()
             rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
-            take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet)
+            take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet, watch)
         _compare_losses(ready)
         show(ready)
         done += ready
@@ -319,15 +371,17 @@ def take_turns(
     rounds: int,
     limit: float,
     quiet: Quiet,
+    watch: Watch = UNWATCHED,
 ) -> None:
     """Sample each row once a round; a row that has had `limit` seconds sits out, after two."""
-    for _ in range(rounds):
+    for number in range(rounds):
         quiet.listen()
         for row, result in zip(rows, results, strict=True):
             if isinstance(row, Result) or result.note:
                 continue
             if len(result.seconds) >= 2 and sum(result.seconds) > limit:
                 continue
+            watch.now(f"round {number + 1} of {rounds}: {row.name}")
             try:
                 answer = row.ask(command)
             except WorkerError as error:
@@ -387,5 +441,6 @@ def check_threads(threads: int | None) -> tuple[int, str]:
     """
     count = get_backend(fastest(), threads).threads
     cores = usable_cores()
-    warning = f"warning: {count} threads share the {cores} cores that this process may use"
+    plural = "" if cores == 1 else "s"
+    warning = f"warning: {count} threads share the {cores} core{plural} that this process may use"
     return count, warning if count > cores else ""

@@ -1,14 +1,13 @@
 """The benchmark of reading and writing text: prefill, and decoding of one text and of eight.
 
-Rows are backends with each kind of weights, and transformers where it is installed; how they take
-turns stands in gpt2c.bench. Used by cli_bench.
+Rows are backends with each kind of weights, and the engines beside gpt2c that are installed; how
+they take turns stands in gpt2c.bench. Used by cli_bench.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,10 +18,13 @@ from gpt2c.bench import (
     QUICK_ROUNDS,
     ROUNDS,
     TORCH,
+    UNWATCHED,
     Result,
     Row,
+    Watch,
     choose_rows,
     get_ready,
+    lacks,
     refuse,
     start,
     take_turns,
@@ -31,7 +33,13 @@ from gpt2c.config import GPT2Config
 from gpt2c.machine import Ceilings, Quiet, fastest
 
 PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
-TRANSFORMERS = "transformers"
+TRANSFORMERS = ("transformers", "transformers-compile")
+# Engines beside gpt2c -> the kinds of weights that they are measured with
+ENGINES = {
+    "onnxruntime": ("fp32", "int8"),
+    "ctranslate2": ("fp32", "int8"),
+    "llama.cpp": ("fp32", "fp16", "int8"),
+}
 PROMPT = 512  # tokens that are read at once
 CONTEXT = 32  # tokens before those that are written
 WORKS = (("prefill", 1, PROMPT), ("decode", 1, CONTEXT), ("decode", 8, CONTEXT))
@@ -39,10 +47,11 @@ ROW_SECONDS = 4.0
 
 
 def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
-    """Name the rows: backends, those given or all, each with fp32, fp16 and int8 weights.
+    """Name the rows: backends and engines, those given or all, with each of their weights.
 
-    "avx2:int8" names one. NumPy is there with fp32 alone unless it is asked for; quick takes the
-    fastest backend only.
+    "avx2:int8" names one. NumPy is there with fp32 alone unless it is asked for, and
+    transformers-compile, which takes minutes to start, only if it is; quick takes the fastest
+    backend and transformers.
 
     Raises
     ------
@@ -51,20 +60,27 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
     if given is None:
         names = [fastest()] if quick else [name for name in reversed(backends()) if name != "numpy"]
         rows = [f"{name}:{precision}" for name in names for precision in PRECISIONS]
-        return [*([] if quick else ["numpy:fp32"]), *rows, TRANSFORMERS]
+        if quick:
+            return [*rows, TRANSFORMERS[0]]
+        others = [f"{name}:{kind}" for name, kinds in ENGINES.items() for kind in kinds]
+        return ["numpy:fp32", *rows, TRANSFORMERS[0], *others]
     rows = []
     for name in given.split(","):
-        backend, _, precision = name.strip().partition(":")
-        if backend == TRANSFORMERS:
-            rows.append(backend)
+        row, _, precision = name.strip().partition(":")
+        if row in TRANSFORMERS and not precision:
+            rows.append(row)
             continue
-        if precision and precision not in PRECISIONS:
-            raise ValueError(f"{name!r}: the precisions are {', '.join(PRECISIONS)}")
-        if backend in TORCH:
-            raise ValueError(f"{name!r} trains: the row to compare with here is {TRANSFORMERS}")
-        choose_rows(backend)
-        rows += [f"{backend}:{kind}" for kind in ([precision] if precision else PRECISIONS)]
-    return rows
+        if row in TORCH:
+            raise ValueError(f"{name!r} trains: the row to compare with here is {TRANSFORMERS[0]}")
+        if row in TRANSFORMERS:
+            raise ValueError(f"{name!r}: {row} is measured with fp32 alone, and named {row}")
+        kinds = ENGINES.get(row, tuple(PRECISIONS))
+        if precision and precision not in kinds:
+            raise ValueError(f"{name!r}: the precisions are {', '.join(kinds)}")
+        if row not in ENGINES:
+            choose_rows(row)
+        rows += [f"{row}:{kind}" for kind in ([precision] if precision else kinds)]
+    return list(dict.fromkeys(rows))
 
 
 def bench_generate(
@@ -73,6 +89,7 @@ def bench_generate(
     config: GPT2Config,
     quick: bool,
     show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
 ) -> tuple[list[Result], str]:
     """Time prefill and steps of decoding on every row.
 
@@ -83,6 +100,7 @@ def bench_generate(
     config : of the model
     quick : fewer samples
     show : is given the results of each work as soon as they are there
+    watch : is told how far this is, of as many works as WORKS has
 
     Returns
     -------
@@ -93,17 +111,16 @@ def bench_generate(
     ValueError : the rows together need more memory than is free
     """
     size = 4 * config.num_parameters()
-    refuse(len(names) * (2 * size + PROCESS_BYTES), f"{', '.join(names)} together")
+    # an engine's file may lie in memory, too, and is read into it
+    models = sum(4 if name.partition(":")[0] in ENGINES else 2 for name in names if not lacks(name))
+    refuse(models * size + len(names) * PROCESS_BYTES, f"{', '.join(names)} together")
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
-    installed = importlib.util.find_spec(TRANSFORMERS) is not None
     with ExitStack() as stack:
         started = list(start(names, ceilings.threads, stack))
-        for i, name in enumerate(names):
-            if name == TRANSFORMERS and not installed:
-                started[i] = Result("", name, note="not installed: pip install torch transformers")
         for what, B, T in WORKS:
             group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
+            watch.work(group)
             tokens = T if what == "prefill" else B
             arguments: dict[str, Any] = {
                 "what": what,
@@ -112,12 +129,13 @@ def bench_generate(
                 "T": T,
             }
             ask = functools.partial(Row.ask, do="generate", **arguments)
+            watch.now("each row makes its model, which is verified")
             ready = [get_ready(row, group, {"tokens": tokens}, ask) for row in started]
             for result in ready:
                 precision = result.row.partition(":")[2] or "fp32"
                 result.facts |= counted(config, what, B, T, PRECISIONS[precision])
             rounds = QUICK_ROUNDS if quick else ROUNDS
-            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet)
+            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
             show(ready)
             done += ready
     return done, quiet.verdict()

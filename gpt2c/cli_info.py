@@ -41,7 +41,7 @@ from gpt2c.limits import (
     total_bytes,
     usable_cores,
 )
-from gpt2c.machine import cpu_name
+from gpt2c.machine import compiler, cpu_name
 from gpt2c.memory import megabytes
 from gpt2c.tokenizer import tiktoken_cache
 
@@ -142,9 +142,7 @@ def install_rows() -> list[Row]:
     package = Path(__file__).parent
     rows = [("gpt2c", f"{version('gpt2c')} in {package}"), ("installed", _installed())]
     for library in sorted(package.glob("_kernels_*")):
-        content = library.read_bytes()
-        compiler = re.search(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+", content)
-        built = compiler[0].decode() if compiler else "unknown compiler"
+        content, built = library.read_bytes(), compiler(library)
         digest = hashlib.sha256(content).hexdigest()[:12]
         rows.append(("file", f"{library.name}  {len(content):,} bytes  sha256 {digest}  {built}"))
     for library in sorted(package.parent.glob("gpt2c.libs/*")):

@@ -6,6 +6,8 @@ Knows backends, nothing of models. Used by bench and cli.
 from __future__ import annotations
 
 import platform
+import re
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from gpt2c.memory import aligned_zeros
 
 FLOATS = 1 << 26  # 256 MB: more than any last-level cache
 BURN_SECONDS = 0.005
+# /proc/cpuinfo's numbers of a processor: x86's, then ARM's
+CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+COMPILER = re.compile(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,12 @@ class Ceilings:
         peak = self.peak.get(backend, max(self.peak.values()))
         return max(flops / peak, size / self.full_bandwidth)
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """Give the highest of what was measured here and at another time, with as many threads."""
+        peak = {name: max(peak, other.peak[name]) for name, peak in self.peak.items()}
+        bandwidth = {n: max(size, other.bandwidth[n]) for n, size in self.bandwidth.items()}
+        return Ceilings(self.threads, peak, bandwidth)
+
     @property
     def full_bandwidth(self) -> float:
         """Bytes/s with as many threads as there are, or cores."""
@@ -63,6 +74,7 @@ def fastest() -> str:
 
 def measure_ceilings(threads: int) -> Ceilings:
     """Measure the peak of every backend's multiply-adds, and memory with 1, 2, 4 ... threads."""
+    fma_peak.cache_clear()  # the machine may have been busy when they were measured last
     peak = {name: fma_peak(name, threads) for name in backends() if name != "numpy"}
     data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
     data.fill(0.0)
@@ -113,10 +125,41 @@ class Quiet:
 
 
 def cpu_name() -> str:
-    """Give the processor's name."""
+    """Give the processor's name; family, model and stepping too where it names no product."""
+    facts = cpu_facts()
+    name = facts.get("model name") or platform.processor() or "unknown"
+    numbers = [f"{key.split()[-1]} {facts[key]}" for key in CPU_NUMBERS if key in facts]
+    says_little = not any(character.isdigit() for character in name)
+    return f"{name} ({', '.join(numbers)})" if says_little and numbers else name
+
+
+def cpu_facts() -> dict[str, str]:
+    """Give what Linux says of the first core, its name and numbers; {} where it says nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
+    return {key: facts[key] for key in ("model name", *CPU_NUMBERS) if facts.get(key)}
+
+
+def compiler(library: Path) -> str:
+    """Give the compiler that a built library names in itself."""
+    found = COMPILER.search(library.read_bytes())
+    return found[0].decode() if found else "unknown compiler"
+
+
+def commit() -> str:
+    """Give the commit of the clone that this gpt2c lies in, "+" for changes; "" without one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            [*command, "--dirty=+"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()

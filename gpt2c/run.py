@@ -192,6 +192,8 @@ class Run:
     out : the directory, `locked`
     settings, model, optimizer, tokenizer : of the run
     data : what JSON can hold of the data, to know it again
+    bytes_per_token : of the texts of "train" and "val", by which runs with different tokenizers
+        are compared
 
     Attributes
     ----------
@@ -212,9 +214,11 @@ class Run:
         optimizer: AdamW,
         tokenizer: Tokenizer,
         data: Any,
+        bytes_per_token: Mapping[str, float],
     ) -> None:
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
         self.tokenizer, self.data = tokenizer, data
+        self.bytes_per_token = bytes_per_token
         self.step = self.skipped = 0
         self.seconds = 0.0
         self.val_loss = math.nan
@@ -316,6 +320,7 @@ class Run:
             "settings": dataclasses.asdict(self.settings),
             "config": self.model.config.to_dict(),
             "data": self.data,
+            "bytes_per_token": self.bytes_per_token,
             "backend": self.model.backend.name,
             "threads": getattr(self.model.backend, "threads", 1),
         }

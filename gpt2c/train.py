@@ -211,7 +211,8 @@ def _prepare(
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    run = Run(out, settings, model, optimizer, tokenizer, fingerprint)
+    sizes = {"train": _token_size(tokens, tokenizer), "val": _token_size(val_tokens, tokenizer)}
+    run = Run(out, settings, model, optimizer, tokenizer, fingerprint, sizes)
     if record is None:
         claim_directory(out, overwrite)
         stack.enter_context(locked(out))
@@ -240,6 +241,15 @@ def _describe(run: Run, batches: Batches) -> str:
     if settings.warmup_iters >= settings.max_iters > 1:
         text += f"; all of it is warm-up (warmup_iters {settings.warmup_iters:,})"
     return text
+
+
+def _token_size(tokens: Shards, tokenizer: Tokenizer) -> float:
+    """Give the mean number of bytes of a token."""
+    lengths, size = tokenizer.token_lengths, 0
+    for shard in tokens:
+        for start in range(0, len(shard), _SUMMED):
+            size += int(lengths[shard[start : start + _SUMMED]].sum())
+    return size / sum(map(len, tokens))
 
 
 def _fingerprint(tokens: Shards) -> list[int]:

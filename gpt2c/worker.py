@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ TRAIN_RTOL = 1e-4
 # Of logits: float32 sums of another order; of int8 an activation that lies between two steps, of
 # which there are 127, may be rounded the other way.
 READ_RTOL = {"fp32": 1e-5, "int8": 0.05}
+# The engines beside gpt2c. What they are verified with is as wide as their files want it, and
+# compared with float32: their int8 rounds activations by a factor for a whole row or matrix, and
+# llama.cpp keeps keys and values in 16 bits.
+ENGINES = ("transformers", "transformers-compile", "onnxruntime", "ctranslate2", "llama.cpp")
+SMALL = GPT2Config(vocab_size=320, n_positions=32, n_embd=128, n_layer=2, n_head=2)
+ENGINES_RTOL = {"llama.cpp:fp32": 1e-2, "llama.cpp:fp16": 1e-2, "llama.cpp:int8": 0.1}
+ENGINES_RTOL |= {"onnxruntime:int8": 0.3, "ctranslate2:int8": 0.3}
 SOME = 8  # calls before the texts begin again: a short way from T, so that T says what is read
 
 
@@ -50,18 +58,19 @@ class Worker:
     Parameters
     ----------
     row : a backend's name, with ":int8" and the like for its weights; "torch...": PyTorch, compiled
-        if the name says "compile"; or "transformers"
+        if the name says "compile"; or one of ENGINES, with ":int8" and the like
     threads : that it may use
     """
 
     def __init__(self, row: str, threads: int) -> None:
         self._row, _, self._precision = row.partition(":")
         self._call: Callable[[], Any] = lambda: None
-        if row.startswith(("torch", "transformers")):
+        self._threads = threads
+        if row.startswith("torch"):
             import torch
 
             torch.set_num_threads(threads)
-        else:
+        elif self._row not in ENGINES:
             self._backend = get_backend(self._row, threads)
 
     def hello(self) -> dict[str, Any]:
@@ -105,7 +114,9 @@ class Worker:
         return {"error": float(np.max(errors)), "rtol": rtol}  # NaN, where one is
 
     def sample(self) -> dict[str, Any]:
-        """Time the op that is ready: seconds of a call, after one that warms up."""
+        """Time what is ready: seconds of a call, after one that warms up; and memory, in bytes."""
+        if self._row in ENGINES:
+            return {"seconds": self._call.seconds(), "memory": _resident()}  # type: ignore[attr-defined]
         self._call()
         calls, start = 0, time.perf_counter()
         while True:
@@ -113,7 +124,7 @@ class Worker:
             calls += 1
             seconds = time.perf_counter() - start
             if seconds >= SAMPLE_SECONDS:
-                return {"seconds": seconds / calls}
+                return {"seconds": seconds / calls, "memory": _resident()}
 
     def train(
         self, config: dict[str, Any], B: int, T: int, recompute: str | None
@@ -154,19 +165,35 @@ class Worker:
         ----------
         what : "prefill" of T tokens, or "decode": a token more of B texts of T tokens
         """
-        small = (what, TINY, B, TINY.n_positions - SOME)  # more rows than few, as in what is timed
-        found, wanted = self._reader(*small)(), _own_reader("numpy", self._precision, *small)()
-        error = normalised_error(found, wanted)
+        tiny = SMALL if self._row in ENGINES else TINY
+        small = (what, tiny, B, tiny.n_positions - SOME)  # more rows than few, as in what is timed
+        if self._row in ENGINES:
+            rtol = ENGINES_RTOL.get(f"{self._row}:{self._precision}", READ_RTOL["fp32"])
+            wanted = _own_reader("numpy", "fp32", *small)()
+        else:
+            rtol = READ_RTOL.get(self._precision, READ_RTOL["fp32"])
+            wanted = _own_reader("numpy", self._precision, *small)()
+        error = normalised_error(self._reader(*small)(), wanted)
         self._call = self._reader(what, GPT2Config(**config), B, T)
-        return {"error": error, "rtol": READ_RTOL.get(self._precision, READ_RTOL["fp32"])}
+        return {"error": error, "rtol": rtol}
 
     def _reader(self, what: str, config: GPT2Config, B: int, T: int) -> Callable[[], Any]:
-        if self._row != "transformers":
+        if self._row not in ENGINES:
             return _own_reader(self._backend, self._precision, what, config, B, T)
-        from gpt2c.peers_generate import transformers_reader
+        from gpt2c.peers_generate import PEERS
 
-        parameters = GPT2(config, backend=fastest()).parameters
-        return transformers_reader(config, parameters, what, _texts(config, B, T), SOME)
+        parameters, texts = GPT2(config, backend=fastest()).parameters, _texts(config, B, T)
+        made = PEERS[self._row]
+        return made(config, parameters, self._precision, what, texts, SOME, self._threads)
+
+
+def _resident() -> int:
+    """Give the bytes of memory that this process has; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * resource.getpagesize()
 
 
 def _own_reader(

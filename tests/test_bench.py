@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shutil
+import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2Config, bench, report
+from gpt2c import GPT2Config, bench, cli_bench, machine, report
 from gpt2c.backend import backends, get_backend
 from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
 from gpt2c.cases import OPS
@@ -114,7 +118,7 @@ def test_a_row_that_ends_says_why() -> None:
 
 
 def test_ops_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "torch_version", lambda: "")
+    monkeypatch.setattr(bench, "lacks", lambda name: "torch" if name == "torch" else "")
     one = {"gelu_forward": dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}, {"n": 9}])}
     monkeypatch.setattr(bench, "OPS", one)
     shown: list[list[Result]] = []
@@ -196,12 +200,10 @@ def test_ops_on_the_command_line(
     command += f" --plot {files['png']} --report {files['md']}"
     assert main(command.split()) == 0
     out = capsys.readouterr().out
-    assert (
-        "GFLOP/s" in out
-        and "gelu_forward n=999" in out
-        and "machine" in out.splitlines()[-1].lower()
-    )
+    assert "GFLOP/s" in out and "gelu_forward n=999" in out
+    assert "machine" in out.splitlines()[-1].lower()
     assert all(path.stat().st_size > 100 for path in files.values())
+    assert "machine" in files["md"].read_text().splitlines()[2].lower(), "the verdict comes first"
     monkeypatch.setattr(Row, "ask", lambda *_, **__: {"error": math.nan, "rtol": 1.0})
     assert main(["bench", "ops", "--quick", "--backends", "base", "--threads", "1"]) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -312,6 +314,7 @@ def op_results() -> list[Result]:
 def test_a_table_of_an_op() -> None:
     heading, table = report.ops_table(op_results(), CEILINGS)
     assert "arithmetic" in heading and "1.0 GFLOP" in heading and "1.0 MB" in heading
+    assert table[0] == ["", "ms", "±", "GFLOP/s", "% of ceiling", "times as fast as numpy"]
     assert table[2] == ["avx2", "20.000", "0%", "50.0", "50%", "10.00"]
     lines = report.as_text(heading, table).splitlines()
     assert len({len(line) for line in lines[1:4]}) == 1, "columns do not line up"
@@ -327,6 +330,8 @@ def test_a_table_of_training() -> None:
         Result("train 1 x 100", "torch-tuned", [0.04] * 3, facts=facts),
     ]
     _, table = report.train_table(results, CEILINGS)
+    assert table[0][-1] == "times as fast as best PyTorch" and table[0][4] == "% of peak"
+    assert report.train_table(results[:1], CEILINGS)[1][0][-1] == "times as fast as avx2"
     assert table[1] == ["avx2", "0.020", "0%", "5,000.0", "50%", "2.00", "2.00"]
 
 
@@ -334,9 +339,306 @@ def test_json_and_pictures_are_written(tmp_path: Path) -> None:
     report.write_json(tmp_path / "a.json", CEILINGS, op_results(), "quiet")
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["results"][1]["median"] == 0.02 and content["peak_flops"]["base"] == 50e9
+    pytest.importorskip("matplotlib")
     report.draw(tmp_path / "roof.png", op_results(), CEILINGS)
     trained = [Result("train 1 x 9", "avx2", [0.1], facts={"tokens": 9, "flops": 1.0})]
     report.draw(tmp_path / "bars.png", trained, CEILINGS)
     for name in ("roof.png", "bars.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "nothing" in refused(report.draw, tmp_path / "x.png", op_results()[2:], CEILINGS)
+
+
+def test_the_machine_is_a_small_table() -> None:
+    ceilings = Ceilings(2, {"avx512vnni": 108e9, "base": 42e9}, {1: 53e9, 2: 45e9})
+    first, *table = report.machine_lines(ceilings)
+    assert first.startswith(f"{cpu_name()}, 2 threads; gpt2c ")
+    assert [line.split() for line in table] == [
+        ["peak", "of", "GFLOP/s", "memory", "with", "GB/s"],
+        ["avx512vnni", "108", "1", "thread", "53"],
+        ["base", "42", "2", "threads", "45"],
+    ]
+    assert ", 1 thread; " in report.machine_lines(CEILINGS)[0]
+
+
+def test_a_processor_without_a_number_is_told_by_its_family(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts = {"model name": "AMD EPYC", "cpu family": "26", "model": "2", "stepping": "1"}
+    monkeypatch.setattr(machine, "cpu_facts", lambda: facts)
+    assert cpu_name() == "AMD EPYC (family 26, model 2, stepping 1)"
+    facts["model name"] = "AMD EPYC 9355"
+    assert cpu_name() == "AMD EPYC 9355"
+    facts.clear()
+    assert cpu_name()
+
+
+def test_a_summary_of_ops() -> None:
+    facts = {"flops": 1e9, "bytes": 1e6}
+    more = [
+        Result("gelu n=9", "numpy", [0.08], facts=facts),
+        Result("gelu n=9", "avx2", [0.02], facts=facts),
+        Result("gelu n=9", "torch", note="PyTorch has no such op", facts=facts),
+        Result("norm n=9", "numpy", note="WRONG: error 1.0e+00", facts=facts),
+        Result("norm n=9", "avx2", [0.02], facts=facts),
+    ]
+    heading, table = report.summary_table([*op_results(), *more], CEILINGS)
+    assert heading == "summary: times as fast as numpy / % of ceiling"
+    assert table == [
+        ["", "numpy", "avx2", "torch"],
+        ["matmul N=1", "1.0 / 5%", "10.0 / 50%", "-"],
+        ["gelu n=9", "1.0 / 12%", "4.0 / 50%", "-"],
+        ["norm n=9", "WRONG", "50%", "-"],
+        ["geometric mean", "1.0", "6.3", "-"],
+    ]
+
+
+def test_a_summary_of_tokens() -> None:
+    results = [
+        Result(f"train 1 x {T}", row, [0.1 / i], facts={"tokens": T, "flops": 1.0})
+        for T in (8, 16)
+        for i, row in enumerate(("avx2", "torch"), 1)
+    ]
+    assert report.summary_table(results, CEILINGS) == (
+        "summary: tokens a second",
+        [
+            ["", "train 1 x 8", "train 1 x 16"],
+            ["avx2", "80.0", "160.0"],
+            ["torch", "160.0", "320.0"],
+        ],
+    )
+
+
+# ---- the JSON file, and a later run compared with it ---------------------------------------------
+
+
+def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
+    wrong = Result("gelu n=9", "base", note="WRONG", facts={"error": math.nan, "flops": 1.0})
+    results = [*op_results(), wrong]
+    report.write_json(tmp_path / "a.json", CEILINGS, results, "NOISY MACHINE: so")
+    text = (tmp_path / "a.json").read_text()
+    assert "NaN" not in text
+    content = json.loads(text)
+    assert list(content)[:3] == ["schema", "kind", "noise"]
+    assert (content["schema"], content["kind"]) == (report.SCHEMA, "ops")
+    assert content["noise"] == "NOISY MACHINE: so" and content["threads"] == 1
+    assert datetime.fromisoformat(content["date"]).tzinfo is not None
+    assert content["versions"].keys() >= {"gpt2c", "Python", "numpy"}
+    assert content["cpu"] == machine.cpu_facts() and content["commit"] == machine.commit()
+    assert content["compiler"] == "unknown compiler" or re.search("GCC|clang", content["compiler"])
+    assert content["results"][-1]["facts"]["error"] is None
+
+
+def test_the_commit_is_that_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(machine.__file__).resolve().parents[1]
+    if (root / ".git").exists() and shutil.which("git"):
+        assert re.fullmatch(r"[0-9a-f]{40}\+?", machine.commit())
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "gpt2c" / "machine.py"))
+    assert machine.commit() == ""
+
+
+def test_an_older_file_is_compared(tmp_path: Path) -> None:
+    path, facts = tmp_path / "old.json", {"flops": 1.0, "bytes": 1.0}
+    older = [
+        Result("gelu n=9", "avx2", [0.04], facts=facts),
+        Result("gelu n=9", "base", [0.08], facts=facts),
+    ]
+    report.write_json(path, CEILINGS, older, "NOISY MACHINE")
+    old = report.read_old(path, "ops")
+    newer = [
+        Result("gelu n=9", "avx2", [0.02], facts=facts),
+        Result("gelu n=9", "numpy", [0.1], facts=facts),
+    ]
+    heading, table = report.comparison(path, old, newer, 2)
+    assert heading.startswith(f"compared with {path} (") and report.NOISY in heading
+    assert "other threads: 1" in heading and "other cpu" not in heading
+    assert table == [
+        ["", "old, ms", "new, ms", "times as fast as old"],
+        ["gelu n=9  avx2", "40.000", "20.000", "2.00"],
+        ["gelu n=9  numpy", "not in the old"],
+        ["gelu n=9  base", "not measured now"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": None}, "no schema"),
+        ({"schema": 99}, "schema 99"),
+        ({"schema": True}, "schema"),
+        ({"kind": "train"}, "gpt2c bench 'train'"),
+        ({"results": 5}, "results"),
+        ({"results": [{"group": "a", "row": "b", "median": 0}]}, "results"),
+        ({"results": [{"group": "a", "row": "b", "median": "x"}]}, "results"),
+        ({"results": [{"row": "b"}]}, "results"),
+        ({"results": [{"group": [], "row": "b"}]}, "results"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_the_start(
+    change: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli_bench, "measure_ceilings", lambda *_: pytest.fail("it started"))
+    path = tmp_path / "old.json"
+    report.write_json(path, CEILINGS, op_results(), "quiet")
+    content = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    assert main(["bench", "ops", "--backends", "base", "--compare", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert str(path) in err and said in err and err.count("\n") == 1
+
+
+def test_a_file_that_is_no_json_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").write_text("{")
+    for name in ("a", "nothing"):
+        assert main(["bench", "ops", "--compare", str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert str(tmp_path / name) in err and err.count("\n") == 1
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be two pieces of work, and a machine that is measured at once."""
+    op = dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}, {"n": 99}])
+    monkeypatch.setattr(bench, "OPS", {"gelu_forward": op})
+    monkeypatch.setattr(cli_bench, "measure_ceilings", lambda threads: CEILINGS)
+
+
+def test_a_run_on_the_command_line(
+    gelu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_bench, "lacks", lambda name: "torch" if "torch" in name else "")
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    path = tmp_path / "a.json"
+    command = ["bench", "ops", "--backends", "numpy,base,base,torch,torch-tuned", "--threads", "1"]
+    assert main([*command, "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("not installed") == 1
+    assert "not installed: torch, torch-tuned (pip install torch)" in out
+    assert out.count("summary: times as fast as numpy / % of ceiling") == 1
+    assert "measuring 1 of 2: gelu_forward n=999\nmeasuring 2 of 2: gelu_forward n=99\n" in err
+    assert main([*command, "--compare", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"compared with {path}" in out and out.count("gelu_forward n=99  base") == 1
+
+
+def test_only_what_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_bench, "lacks", lambda name: "torch")
+    assert main(["bench", "ops", "--backends", "torch"]) == 2
+    assert capsys.readouterr().err == "gpt2c: not installed: torch (pip install torch)\n"
+
+
+def test_a_noisy_machine_is_told_first_as_well(
+    gelu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Quiet, "verdict", lambda self: "NOISY MACHINE: so")
+    assert main(["bench", "ops", "--quick", "--backends", "base", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("NOISY MACHINE") and lines[-1].startswith("NOISY MACHINE")
+
+
+@pytest.mark.parametrize("what", ["ops", "train", "generate"])
+def test_each_kind_has_a_help_of_its_own(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", what, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: gpt2c bench {what}" in out and "--compare OLD.json" in out and "%%" not in out
+    assert ("--shape" in out) == ("--torch-compile" in out) == (what == "train")
+
+
+def test_flags_stand_before_the_kind_or_after(gelu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def measured(names: Any, ceilings: Any, quick: Any, show: Any, watch: Any) -> Any:
+        seen.append((list(names), quick))
+        show(op_results())
+        return [], "quiet"
+
+    monkeypatch.setattr(cli_bench, "bench_ops", measured)
+    for command in ("--quick --backends base ops", "ops --quick --backends base"):
+        assert main(["bench", *command.split()]) == 0
+    assert main(["bench", "--backends", "numpy", "ops", "--backends", "base"]) == 0
+    assert seen == [(["base"], True)] * 2 + [(["base"], False)]
+
+
+def test_outputs_are_refused_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_bench, "measure_ceilings", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(cli_bench, "why_not", lambda: "a picture needs matplotlib: so")
+    commands = {
+        f"--json {tmp_path}": "is a directory",
+        f"--plot {tmp_path}": "is a directory",
+        f"--plot {tmp_path}/a.svg": "name in .png",
+        f"--plot {tmp_path}/a.png": "--plot: a picture needs matplotlib",
+        f"--report {tmp_path}/b/a.md": "there is no directory",
+    }
+    for flags, said in commands.items():
+        assert main(["bench", "ops", *flags.split()]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+
+
+def test_a_person_who_watches_sees_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = cli_bench._Shown(19)
+    shown.work("gelu_forward n=9")
+    shown.work("gelu_backward n=9")
+    shown.now("round 2 of 9: avx2")
+    shown.print("a table")
+    shown.close()
+    out, err = capsys.readouterr()
+    assert out == "a table\n"
+    assert "1/19" in err and "gelu_backward n=9: round 2 of 9: avx2" in err
+    assert "measuring" not in err
+
+
+def test_shapes_are_written_for_people() -> None:
+    work = [bench.describe(shape) for _, shape in bench.ops_work(False)]
+    assert "N=1 C=768 OC=3072 int8 weights" in work
+    assert "N=1024 C=768 OC=3072 gradients written" in work
+    assert not any("kind" in text or "True" in text or "False" in text for text in work)
+
+
+def test_peaks_are_the_best_of_two_measurements() -> None:
+    busy = Ceilings(1, {"avx2": 3e9, "base": 60e9}, {1: 20e9})
+    assert CEILINGS.best(busy) == Ceilings(1, {"avx2": 100e9, "base": 60e9}, {1: 20e9})
+
+
+def test_the_picture_says_where_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    for name in ("plot_shares", "plot_speed"):
+        monkeypatch.setattr(report, name, lambda *arguments: titles.append(arguments[-1]))
+    report.draw(tmp_path / "a.png", op_results(), CEILINGS, "NOISY MACHINE: so")
+    trained = [Result("train 1 x 9", "avx2", [0.1], facts={"tokens": 9, "flops": 1.0})]
+    report.draw(tmp_path / "b.png", trained, CEILINGS)
+    day = datetime.now().date().isoformat()
+    assert titles[0] == f"{cpu_name()}, 1 thread, {day}, NOISY MACHINE"
+    assert titles[1].endswith(f"\n{cpu_name()}, 1 thread, {day}")
+
+
+def test_an_interrupted_run_writes_what_it_has(
+    gelu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(names: Any, ceilings: Any, quick: Any, show: Any, watch: Any) -> Any:
+        show(op_results())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_bench, "bench_ops", interrupted)
+    path = tmp_path / "a.json"
+    assert main(["bench", "ops", "--backends", "base", "--json", str(path)]) == 130
+    assert "STOPPED by Ctrl-C after 1 of 2" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert content["noise"].startswith("STOPPED") and len(content["results"]) == 3

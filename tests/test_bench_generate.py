@@ -6,31 +6,46 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import bench_generate, report
+from gpt2c import bench, bench_generate, report, worker
 from gpt2c.backend import backends
-from gpt2c.bench import QUICK_ROUNDS, Result
+from gpt2c.bench import QUICK_ROUNDS, Result, Row
+from gpt2c.bench_generate import ENGINES, choose_generate_rows
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
 from gpt2c.machine import Ceilings
-from gpt2c.worker import TINY, Worker
+from gpt2c.peers_generate import PEERS, Peer
+from gpt2c.worker import SMALL, TINY, Worker
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
 
 
 def test_rows_are_backends_with_each_kind_of_weights() -> None:
     rows = bench_generate.choose_generate_rows(None, quick=False)
-    assert rows[0] == "numpy:fp32" and rows[-1] == "transformers"
-    assert set(rows[1:-1]) == {
-        f"{name}:{kind}" for name in backends()[:-1] for kind in ("fp32", "fp16", "int8")
-    }
+    own = {f"{name}:{kind}" for name in backends()[:-1] for kind in ("fp32", "fp16", "int8")}
+    assert rows[0] == "numpy:fp32" and set(rows[1 : 1 + len(own)]) == own
+    assert rows[1 + len(own) :] == [
+        *("transformers", "onnxruntime:fp32", "onnxruntime:int8", "ctranslate2:fp32"),
+        *("ctranslate2:int8", "llama.cpp:fp32", "llama.cpp:fp16", "llama.cpp:int8"),
+    ]
     quick = bench_generate.choose_generate_rows(None, quick=True)
-    assert quick == [f"{backends()[0]}:{kind}" for kind in ("fp32", "fp16", "int8")] + rows[-1:]
+    kinds = ("fp32", "fp16", "int8")
+    assert quick == [*(f"{backends()[0]}:{kind}" for kind in kinds), "transformers"]
     assert bench_generate.choose_generate_rows("base:int8, numpy", False) == [
         *("base:int8", "numpy:fp32", "numpy:fp16", "numpy:int8")
     ]
+    assert bench_generate.choose_generate_rows(
+        "llama.cpp:fp16,onnxruntime, transformers-compile,llama.cpp", False
+    ) == [
+        *("llama.cpp:fp16", "onnxruntime:fp32", "onnxruntime:int8", "transformers-compile"),
+        *("llama.cpp:fp32", "llama.cpp:int8"),
+    ]
+    choose = bench_generate.choose_generate_rows
+    assert "fp32, int8" in refused(choose, "onnxruntime:fp16", False)
+    assert "fp32 alone" in refused(choose, "transformers:int8", False)
     assert "fp32, fp16, int8" in refused(bench_generate.choose_generate_rows, "base:fp8", False)
     assert "'abacus'" in refused(bench_generate.choose_generate_rows, "abacus:int8", False)
     assert "transformers" in refused(bench_generate.choose_generate_rows, "torch", False)
@@ -60,7 +75,7 @@ def test_a_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_works_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_generate, "WORKS", (("prefill", 1, 16), ("decode", 2, 4)))
-    monkeypatch.setattr(bench_generate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "lacks", lambda name: "torch" if name == "transformers" else "")
     rows = ["base:fp32", "base:int8", "transformers"]
     shown: list[list[Result]] = []
     results, verdict = bench_generate.bench_generate(rows, CEILINGS, TINY, True, shown.append)
@@ -90,7 +105,7 @@ def test_what_is_counted() -> None:
 
 
 def test_a_table() -> None:
-    facts = {"flops": 1e9, "bytes": 1e8, "tokens": 8}
+    facts = {"flops": 1e9, "bytes": 1e8, "tokens": 8, "memory": 300_000_000}
     results = [
         Result("decode, batch 8", "avx2:int8", [0.02] * 3, facts=facts),
         Result("decode, batch 8", "transformers", [0.05] * 3, facts=facts),
@@ -98,7 +113,8 @@ def test_a_table() -> None:
     ]
     heading, table = report.generate_table(results, CEILINGS)
     assert heading == "decode, batch 8"
-    assert table[1] == ["avx2:int8", "20.00", "0%", "400.0", "5.0", "50%", "2.50"]
+    assert table[0][-3:] == ["% of bandwidth", "memory, MB", "times as fast as best PyTorch"]
+    assert table[1] == ["avx2:int8", "20.00", "0%", "400.0", "5.0", "50%", "300", "2.50"]
     assert table[3] == ["numpy:fp32", "FAILED: no"]
     results = [Result("prefill 512 tokens", r.row, r.seconds, r.note, r.facts) for r in results]
     assert report.generate_table(results, CEILINGS)[1][1][4:6] == ["50.0", "50%"]
@@ -128,3 +144,55 @@ def test_what_is_timed_is_what_is_verified(
     monkeypatch.setattr(worker._backend, name, wrong_for_many)
     answer = worker.generate(what, dataclasses.asdict(TINY), B, 9)
     assert answer["error"] > answer["rtol"]
+
+
+# ---- the engines beside gpt2c --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", choose_generate_rows(None, quick=False)[-8:])
+@pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 1), ("decode", 3)])
+def test_an_engine_computes_what_gpt2c_does(row: str, what: str, B: int) -> None:
+    if lacking := bench.lacks(row):
+        pytest.skip(f"not installed: {lacking}")
+    with Row(row, 2) as process:
+        answer = process.ask("generate", what=what, config=dataclasses.asdict(SMALL), B=B, T=20)
+        assert answer["error"] <= answer["rtol"]
+        found = process.ask("sample")
+    assert 0 < found["seconds"] < 60 and found["memory"] > 1e7
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode"])
+def test_an_engine_is_timed_on_the_texts_that_it_was_given(what: str) -> None:
+    """Prompts are read before the steps are timed, which feed the texts' tokens one by one."""
+    seen: list[Any] = []
+
+    class Fake(Peer):
+        def load(self, parameters: Any, directory: Any) -> None:
+            assert directory.is_dir()
+
+        def prompt(self) -> Any:
+            seen.append("prompt")
+            return np.arange(6.0).reshape(2, 3)
+
+        def step(self, ids: Any, past: int) -> Any:
+            seen.append((ids.tolist(), past))
+            return np.ones((2, 3))
+
+    texts = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
+    peer = Fake(TINY, {}, "fp32", what, texts, 2, 1)
+    assert peer.room >= 3 + 2 + 1
+    logits = peer()
+    assert logits.shape == ((3,) if what == "prefill" else (2, 3))
+    seen.clear()
+    assert peer.seconds() >= 0
+    steps = [([1, 4], 3), ([2, 5], 4), ([3, 6], 5)]
+    assert seen == ["prompt", *(steps if what == "decode" else [])]
+
+
+def test_every_engine_has_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(PEERS) == set(worker.ENGINES) == {*bench_generate.TRANSFORMERS, *ENGINES}
+    assert set(PEERS) <= set(bench.NEEDS)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert bench.lacks("llama.cpp:int8") == "llama-cpp-python gguf"
+    assert bench.lacks("transformers-compile") == "torch transformers"
+    assert bench.lacks("avx2:int8") == bench.lacks("numpy") == ""

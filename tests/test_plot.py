@@ -1,9 +1,11 @@
-"""Pictures of runs: what is drawn where, and a smoothed line that is not late."""
+"""Pictures: what is drawn where, text that can be read, a smoothed line that invents nothing."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,13 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import plot
+from gpt2c import Tokenizer, picture, plot
+from gpt2c.backend import NAMES
+from gpt2c.bench import TORCH
+from gpt2c.bench_generate import ENGINES
 from gpt2c.cli import main
-from gpt2c.plot import plot_loss, plot_runs, smoothed
+from gpt2c.plot import plot_loss, plot_runs, shorten, smoothed
+from gpt2c.tokenfile import read_shards
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -55,17 +61,34 @@ def test_a_straight_line_stays_where_it_is(count: int) -> None:
 
 def test_noise_is_averaged(rng: np.random.Generator) -> None:
     noise = rng.standard_normal(4000)
-    # A mean of 201 numbers has 1/sqrt(201) = 0.07 of their deviation, the line's end twice that.
-    assert np.std(smoothed(list(noise))[100:-100]) < 0.1
-    assert np.abs(smoothed(list(noise))).max() < 0.5
+    # A median of 201 numbers has sqrt(pi / 2 / 201) = 0.09 of their deviation.
+    assert np.std(smoothed(list(noise))[100:-100]) < 0.12
+    assert np.abs(smoothed(list(noise))[100:-100]).max() < 0.5
 
 
 def test_it_falls_with_the_loss() -> None:
     """The first hundred steps, where the loss falls fastest, are drawn without a lag."""
     loss = 4 + 5 * np.exp(-np.arange(400) / 50)
-    # A line over 10 steps to each side misses the end of a parabola by 10^2 / 3 of its curvature,
-    # which is 5 / 50^2.
-    assert np.abs(smoothed(list(loss)) - loss).max() < 0.067
+    np.testing.assert_allclose(smoothed(list(loss)), loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 30, 400])
+def test_a_curve_begins_and_ends_in_its_own_points(count: int, rng: np.random.Generator) -> None:
+    values = 8.3 - np.log1p(np.arange(count)) + 0.2 * rng.standard_normal(count)
+    smooth = smoothed(list(values))
+    assert (smooth[0], smooth[-1]) == (values[0], values[-1])
+    assert values.min() <= smooth.min() and smooth.max() <= values.max()
+
+
+def test_a_jump_is_no_ramp() -> None:
+    """A slow first step must not bend the speed of those after it, nor one step's the others'."""
+    speed = [2000.0] * 2 + [28_000.0] * 200 + [76_000.0] + [28_000.0] * 50
+    assert set(smoothed(speed)) == {2000.0, 28_000.0}
+
+
+def test_a_long_run_is_smoothed_as_a_short_one(rng: np.random.Generator) -> None:
+    line = np.linspace(9, 3, 1_000_000)
+    np.testing.assert_allclose(smoothed(line), line, rtol=1e-9)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -76,13 +99,13 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect what is drawn."""
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
-    original = plot._figure
+    original = plot.make_figure
 
     def figure(size: tuple[float, float]) -> Any:
         drawn.append(original(size))
         return drawn[-1]
 
-    monkeypatch.setattr(plot, "_figure", figure)
+    monkeypatch.setattr(plot, "make_figure", figure)
     return drawn
 
 
@@ -95,8 +118,9 @@ def test_runs_are_drawn_over_one_another(tmp_path: Path, figures: list[Any]) -> 
         "loss",
         "learning rate",
         "gradient norm before clipping",
-        "tokens a second",
+        "tokens a second (higher is better)",
     ]
+    assert loss.get_ylabel() == "loss, nats per token (lower is better)"
     rates = rate.get_lines()
     assert [list(line.get_xdata()) for line in rates] == [
         list(range(1, n + 1)) for n in (40, 20, 1)
@@ -104,9 +128,7 @@ def test_runs_are_drawn_over_one_another(tmp_path: Path, figures: list[Any]) -> 
     assert len({line.get_color() for line in rates}) == 3
     raw = [line for line in loss.get_lines() if line.get_alpha() == 0.3]
     assert [step for step in raw[0].get_xdata()] == [n for n in range(1, 41) if n % 3]
-    evaluated = [
-        line for line in loss.get_lines() if line.get_linestyle() == "--" and len(line.get_xdata())
-    ]
+    evaluated = [line for line in loss.get_lines() if line.get_marker() == "o"][:2]
     assert list(evaluated[0].get_xdata()) == list(range(5, 41, 5))
     assert list(evaluated[0].get_ydata()) == [4 / n + 1 for n in range(5, 41, 5)]
     (legend,) = figures[0].legends
@@ -159,7 +181,12 @@ def test_the_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     pytest.importorskip("matplotlib")
     a, b = run("a", entries(9)), run("b", entries(5))
     assert main(["plot", str(a)]) == 0
-    assert capsys.readouterr().out == f"{a / 'plot.png'}\n"
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith(
+        "9 steps, training loss 0.5000 (lowest 0.5000) nats per token, validation loss 1.8000"
+        " (lowest 1.8000) nats per token, 500 tokens/s"
+    )
+    assert out[1:] == [f"{a / 'plot.png'}"]
     assert main(["plot", str(a), str(b), "--out", str(tmp_path / "both.png")]) == 0
     for path in (a / "plot.png", tmp_path / "both.png"):
         assert path.read_bytes().startswith(PNG)
@@ -179,9 +206,295 @@ def test_without_matplotlib(
 ) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    wanted = "a picture needs matplotlib: pip install matplotlib"
+    wanted = "a picture needs matplotlib: pip install 'gpt2c[plot]'"
     assert refused(plot_runs, {"a": entries(3)}, tmp_path / "plot.png") == wanted
     assert main(["plot", str(run("a", entries(3)))]) == 2
     assert capsys.readouterr().err == f"gpt2c: {wanted}\n"
     assert not plot_loss(entries(3), tmp_path / "loss.png")
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_matplotlib_that_does_not_load_is_a_sentence(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Any:
+        raise ValueError("a picture needs matplotlib, which does not load: another NumPy's")
+
+    monkeypatch.setattr(picture, "_style", broken)
+    assert main(["plot", str(run("a", entries(3)))]) == 2
+    assert capsys.readouterr().err.startswith("gpt2c: a picture needs matplotlib, which does not")
+
+
+# ---- runs that lie on each other -----------------------------------------------------------------
+
+
+def test_identical_runs_are_both_seen(tmp_path: Path, figures: list[Any]) -> None:
+    runs = {"x/a/run": entries(40), "x/b/run": entries(40, 2.0), "x/c/run": entries(40)}
+    plot_runs(runs, tmp_path / "plot.png")
+    (legend,) = figures[0].legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["a", "b", "c", "validation", "c is identical to a"]
+    for axes in figures[0].axes:
+        first, _, third = [
+            line for line in axes.get_lines() if line.get_lw() == 1.4 and len(line.get_xdata())
+        ]
+        assert first.get_linestyle() == "-" and third.get_linestyle() == "--"
+        assert first.get_color() != third.get_color()
+        assert list(first.get_ydata()) == list(third.get_ydata())
+
+
+@pytest.mark.parametrize("steps", [(20, 40), (40, 20)])
+def test_a_longer_run_does_not_hide_a_shorter_one(
+    tmp_path: Path, figures: list[Any], steps: tuple[int, int]
+) -> None:
+    plot_runs({name: entries(n) for name, n in zip("ab", steps, strict=True)}, tmp_path / "p.png")
+    rates = figures[0].axes[1].get_lines()
+    assert [line.get_linestyle() for line in rates] == ["-", "--"]
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "validation"]
+
+
+def test_runs_without_a_number_are_not_identical(tmp_path: Path, figures: list[Any]) -> None:
+    nothing = [{"step": 1, "loss": None}]
+    plot_runs({"a": nothing, "b": nothing}, tmp_path / "plot.png")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["runs/demo/run"], ["demo/run"]),
+        (["run"], ["run"]),
+        (["runs/demo/run", "runs/zh/run"], ["demo", "zh"]),
+        (["/a/b/run1", "/a/b/run2"], ["run1", "run2"]),
+        (["a", "a/b"], ["a", "a/b"]),
+        (["x" * 100, "y"], ["x" * 23 + "…" + "x" * 23, "y"]),
+        (["x" * 100 + "1" + "x" * 100, "x" * 201], ["x" * 100 + "1" + "x" * 100, "x" * 201]),
+    ],
+)
+def test_names_are_shortened_to_what_tells_them_apart(names: list[str], short: list[str]) -> None:
+    assert shorten(names) == short
+
+
+# ---- strange runs --------------------------------------------------------------------------------
+
+
+def test_a_single_step_is_a_dot(tmp_path: Path, figures: list[Any]) -> None:
+    plot_runs({"a": entries(1)}, tmp_path / "plot.png")
+    assert plot_loss(entries(1), tmp_path / "loss.png")
+    lines = [line for figure in figures for axes in figure.axes for line in axes.get_lines()]
+    assert all(line.get_marker() == "o" for line in lines if len(line.get_xdata()) == 1)
+
+
+def test_no_step_is_an_empty_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot_loss([], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_what_is_no_number_is_left_out(run: Any, tmp_path: Path, figures: list[Any]) -> None:
+    good = json.dumps(entries(1)[0])
+    path = run("a", entries(2)) / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 3, "loss": NaN}\n{"step": 4, "loss": Infinity}\n{"step": 5, "lo\n')
+        file.write('[1]\n\x00\x00\n{"step": 6, "loss": "x"}\n{"step": 7, "loss": 1e308}\n')
+        file.write('{"step": 8, "loss": 2.5, "grad_norm": 1e307}\n' + good)
+    assert main(["plot", str(path.parent)]) == 0
+    each = figures[0].axes[0].get_lines()[0]
+    assert (list(each.get_xdata()), list(each.get_ydata())) == ([1, 2, 8], [4.0, 2.0, 2.5])
+
+
+def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path, figures: list[Any]) -> None:
+    metrics = [{"step": n, "loss": 3.0 + (n == 77_777) - (n == 5)} for n in range(1, 100_001)]
+    plot_runs({"a": metrics}, tmp_path / "plot.png")
+    each = figures[0].axes[0].get_lines()[0]
+    steps, losses = list(each.get_xdata()), list(each.get_ydata())
+    assert len(steps) < 5000 and (steps[0], steps[-1]) == (1, 100_000)
+    assert losses[steps.index(77_777)] == 4.0 and losses[steps.index(5)] == 2.0
+
+
+# ---- losses of different tokenizers --------------------------------------------------------------
+
+
+def tokenized(path: Path, text: str, bytes_per_token: Any) -> Path:
+    """Give a run the tokenizer of a text, and a run.json."""
+    Tokenizer.train([text], 270).save_pretrained(path)
+    (path / "run.json").write_text(json.dumps({"bytes_per_token": bytes_per_token}))
+    return path
+
+
+def test_losses_of_different_tokenizers_are_in_bits_per_byte(
+    run: Any, figures: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = tokenized(run("a", entries(20)), "to be or not to be " * 9, {"train": 2.0, "val": 4.0})
+    b = tokenized(run("b", entries(20)), "the cat sat " * 9, {"train": 1.0, "val": 1.0})
+    assert main(["plot", str(a), str(b)]) == 0
+    loss = figures[0].axes[0]
+    assert loss.get_ylabel() == "loss, bits per byte (lower is better)"
+    first, _, validation = loss.get_lines()[:3]
+    assert first.get_ydata()[0] == pytest.approx(4.0 / math.log(2) / 2)
+    assert validation.get_ydata()[0] == pytest.approx((4.0 / 5 + 1) / math.log(2) / 4)
+    assert "bits per byte" in capsys.readouterr().out
+    figures.clear()
+    assert main(["plot", str(a), str(a.parent / "a")]) == 0  # one tokenizer: as ever
+    assert "nats per token (" in figures[0].axes[0].get_ylabel()
+
+
+def test_training_writes_how_long_its_tokens_are(tmp_path: Path, figures: list[Any]) -> None:
+    from gpt2c.data import prepare
+    from gpt2c.train import train
+
+    text = "the cat sat on the mat. " * 40
+    small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 1}
+    losses, sizes = [], []
+    for name in ("bytes", "bpe:262"):
+        data, out = tmp_path / name / "data", tmp_path / name / "run"
+        prepared = prepare([text[:-99], text[-99:]], data, name, val_fraction=0.1)
+        losses.append(train(data, out, {**small, "max_iters": 2}).val_loss)
+        sizes.append(json.loads((out / "run.json").read_text())["bytes_per_token"])
+        tokens = read_shards(data, "val")[0]
+        decoded = Tokenizer.from_pretrained(data).decode(tokens).encode()
+        size = len(decoded.replace(b"<|endoftext|>", b""))
+        assert sizes[-1]["val"] == pytest.approx(size / len(tokens))
+        assert prepared.vocab_size in (257, 262)
+    assert 0.9 < sizes[0]["train"] < 1 < sizes[1]["train"]
+    figures.clear()
+    assert main(["plot", *(str(tmp_path / name / "run") for name in ("bytes", "bpe:262"))]) == 0
+    loss = figures[0].axes[0]
+    assert loss.get_ylabel() == "loss, bits per byte (lower is better)"
+    drawn = [line for line in loss.get_lines() if line.get_mec() == "white"]
+    for line, value, size in zip(drawn, losses, sizes, strict=True):
+        assert line.get_ydata()[-1] == pytest.approx(value / math.log(2) / size["val"])
+
+
+@pytest.mark.parametrize("sizes", [None, {"train": 2.0}, {"train": 0, "val": 1}, "x"])
+def test_losses_that_must_not_be_compared_say_so(
+    run: Any, figures: list[Any], sizes: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = tokenized(run("a", entries(20)), "to be or not to be " * 9, {"train": 2.0, "val": 4.0})
+    b = tokenized(run("b", entries(20)), "the cat sat " * 9, sizes)
+    assert main(["plot", str(a), str(b)]) == 0
+    assert "tokenizers differ, do not compare" in figures[0].axes[0].get_ylabel()
+    assert str(b) in capsys.readouterr().err
+
+
+# ---- text that can be read -----------------------------------------------------------------------
+
+
+def texts_of(figure: Any) -> list[str]:
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_what_no_font_has_is_written_as_its_code(
+    run: Any,
+    figures: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a machine whose only font is matplotlib's own."""
+    monkeypatch.setattr(
+        picture, "_lacking", lambda name, characters: {c for c in characters if ord(c) > 0x2E7F}
+    )
+    path = run("模型", entries(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["plot", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("模型/plot.png\n") and "no font here has 模型" in err
+    assert any("\\u6a21\\u578b" in text for text in texts_of(figures[0]))
+    assert not any("模" in text for text in texts_of(figures[0]))
+
+
+def test_strange_names_neither_warn_nor_end(
+    run: Any, tmp_path: Path, figures: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = ["中文", "a\x07b", "$x_{1$", "हिन्दी 😀", "two\nlines", "caf\udce9", "\ufdd0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lacking = plot_runs({name: entries(3) for name in names}, tmp_path / "p.png")
+        assert plot_loss(entries(3), run("运行", []) / "loss.png")
+    assert {"\x07", "\udce9", "\ufdd0"} <= set(lacking)
+    assert any("\\udce9" in text for text in texts_of(figures[0]))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_font_with_chinese_is_taken_where_there_is_one() -> None:
+    pytest.importorskip("matplotlib")
+    with picture.drawing():
+        families, lacking = picture._fonts(set("模型 run"))
+    if lacking:
+        pytest.skip("no font here has Chinese")
+    assert families[0] == "DejaVu Sans" and len(families) > 1
+    assert not any(picture.BOXES.search(name) for name in families)
+
+
+def test_the_style_of_the_user_is_left_alone(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "No Such Font"}):
+        plot_runs({"a": entries(3)}, tmp_path / "plot.png")
+        assert matplotlib.rcParams["text.usetex"]
+
+
+# ---- benchmarks ----------------------------------------------------------------------------------
+
+ROWS = (*NAMES, *TORCH, "transformers", "transformers-compile", "llm.c")
+ROWS += tuple(f"{name}:{kind}" for name in (*NAMES, *ENGINES) for kind in ("fp32", "fp16", "int8"))
+
+
+def test_every_row_has_a_colour_of_its_own() -> None:
+    colors = {row: plot.color(row) for row in ROWS}
+    assert len(set(colors.values())) == len({row.removesuffix(":fp32") for row in ROWS})
+    assert {name.partition(":")[0] for name in ROWS} == plot.COLORS.keys()
+    assert plot.color("neon") not in colors.values()
+
+
+def test_shares_of_every_row_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
+    shares = {f"op {n}": {row: 0.01 * (n + i) for i, row in enumerate(ROWS)} for n in range(3)}
+    del shares["op 1"]["torch"]
+    plot.plot_shares(shares, tmp_path / "ops.png", "a machine, 2 threads, a day")
+    (axes,) = figures[0].axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines.keys() >= {plot.row_label(row) for row in ROWS}
+    assert list(lines["gpt2c avx512vnni int8"].get_xdata()) == pytest.approx(
+        [100 * shares[op]["avx512vnni:int8"] for op in shares]
+    )
+    assert len(lines["torch"].get_xdata()) == 2
+    assert axes.get_title() == "a machine, 2 threads, a day"
+
+
+def test_bars_of_every_row_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
+    groups = {work: {row: 10.0 + i for i, row in enumerate(ROWS)} for work in ("a", "b", "c")}
+    del groups["c"]["llm.c"]
+    plot.plot_speed(groups, "tokens a second", tmp_path / "bars.png", "a machine")
+    for axes, work in zip(figures[0].axes, groups, strict=True):
+        assert len(axes.patches) == len(ROWS) and axes.get_title() == work
+        assert axes.get_xlabel() == "tokens a second (higher is better)"
+        colors = {patch.get_facecolor()[:3] for patch in axes.patches}
+        assert len(colors) == len({row.removesuffix(":fp32") for row in ROWS})
+    values = [text.get_text() for text in figures[0].axes[2].texts]
+    assert values.count(" not measured") == 1
+
+
+def test_no_two_labels_of_a_benchmark_overlap(tmp_path: Path, figures: list[Any]) -> None:
+    speeds = {work: {row: 1000.0 + i for i, row in enumerate(ROWS)} for work in ("a", "b")}
+    plot.plot_speed(speeds, "tokens a second", tmp_path / "bars.png", "a machine")
+    shares = {f"op {n}": {row: 0.5 for row in ROWS} for n in range(40)}
+    plot.plot_shares(shares, tmp_path / "ops.png", "a machine")
+    for figure in figures:
+        for axes in figure.axes:
+            labels = [*axes.texts, *axes.get_yticklabels(), axes.title]
+            boxes = [text.get_window_extent() for text in labels if text.get_text()]
+            for i, box in enumerate(boxes):
+                assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_lines_of_many_threads_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for count in (1, 2, 4, 8, 16, 32, 64, 96):
+        lines[f"{count} threads"] = lines[f"{count} threads, at peak"] = [(64, 2.0), (128, 1.0)]
+    plot.plot_lines(lines, "T", "ms per token", tmp_path / "lines.png", "a machine")
+    solid, dashed = figures[0].axes[0].get_lines()[:2]
+    assert solid.get_color() == dashed.get_color() and dashed.get_linestyle() == "--"
