@@ -7,16 +7,20 @@ Letters, everywhere: B batch, T time, C channels, V vocabulary, L layers, NH hea
 output channels. Losses are in nats per token.
 """
 
-from gpt2c import ops
-from gpt2c.backend import backends
-from gpt2c.config import GPT2Config
-from gpt2c.engine import Engine
-from gpt2c.generator import Generator
-from gpt2c.model import GPT2
-from gpt2c.optimizer import AdamW, Schedule
-from gpt2c.quantized import QuantizedGPT2
-from gpt2c.sampling import GenerationConfig
-from gpt2c.tokenizer import Tokenizer
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2c import ops
+    from gpt2c.backend import backends
+    from gpt2c.config import GPT2Config
+    from gpt2c.engine import Engine
+    from gpt2c.generator import Generator
+    from gpt2c.model import GPT2
+    from gpt2c.optimizer import AdamW, Schedule
+    from gpt2c.quantized import QuantizedGPT2
+    from gpt2c.sampling import GenerationConfig
+    from gpt2c.tokenizer import Tokenizer
 
 __all__ = [
     "GPT2",
@@ -32,3 +36,32 @@ __all__ = [
     "ops",
 ]
 __version__ = "0.1.0"
+
+# Where each name is from; what is not used is not imported, and the command line begins at once.
+_HOMES = {
+    "GPT2": "model",
+    "AdamW": "optimizer",
+    "Engine": "engine",
+    "GPT2Config": "config",
+    "GenerationConfig": "sampling",
+    "Generator": "generator",
+    "QuantizedGPT2": "quantized",
+    "Schedule": "optimizer",
+    "Tokenizer": "tokenizer",
+    "backends": "backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the package, or a module of it, when it is asked for."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"gpt2c.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"gpt2c.{name}"):
+        return importlib.import_module(f"gpt2c.{name}")
+    raise AttributeError(f"module 'gpt2c' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

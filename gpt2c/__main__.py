@@ -1,8 +1,18 @@
-"""`python -m gpt2c`: the command line where its script is not on the path."""
+"""`gpt2c` and `python -m gpt2c`: the command line, which Ctrl-C may end while it is imported."""
 
 import sys
 
-from gpt2c.cli import main
+
+def run() -> int:
+    """Run the command line; return its exit code."""
+    try:
+        from gpt2c.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("gpt2c: interrupted", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

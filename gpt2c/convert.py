@@ -24,6 +24,7 @@ from gpt2c.tokenfile import (
     MAGIC,
     Split,
     Tokens,
+    alone,
     find_shards,
     has_header,
     read_nanogpt,
@@ -281,12 +282,13 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     there = [path for split in splits for path in find_shards(dst, split)]
     _claim(dst, [path.name for path in there] or ["val.bin"], overwrite)
     dst.mkdir(exist_ok=True)
-    remove_shards(dst)
-    for split, (headed, shards) in found.items():  # val comes last, as from `gpt2c prepare`
-        if headed:
-            write_nanogpt(dst / f"{split}.bin", shards)
-        else:
-            write_shards(dst, split, shards[0], SHARD_TOKENS)
+    with alone(dst):
+        remove_shards(dst)
+        for split, (headed, shards) in found.items():  # val comes last, as from `gpt2c prepare`
+            if headed:
+                write_nanogpt(dst / f"{split}.bin", shards)
+            else:
+                write_shards(dst, split, shards[0], SHARD_TOKENS)
     written = "; ".join(f"{split}: {_describe(*found[split])}" for split in found)
     return f"{dst}: {written}{_missing_tokenizer(dst)}"
 

@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import files
-from gpt2c.tokenfile import MAX_VOCABULARY, Split, Tokens, TokenWriter, remove_shards
+from gpt2c.tokenfile import (
+    MAX_VOCABULARY,
+    Split,
+    StoredTokens,
+    Tokens,
+    TokenWriter,
+    alone,
+    remove_shards,
+)
 from gpt2c.tokenizer import SMALLEST, Tokenizer, split_text
 
 # A document is a string, or comes as strings to be joined, which are read before the next document.
@@ -259,13 +267,16 @@ def prepare(
     ------
     ValueError : nothing to hold out, a bad spec, a vocabulary of more than 65536 tokens, or a
         negative `shard_tokens`
-    OSError : `out` is not empty, or cannot be written; the documents changed meanwhile
+    OSError : `out` is not empty, or cannot be written; the documents changed meanwhile; another
+        process trains on what `out` holds
     """
     if shard_tokens < 0:
         raise ValueError(f"shard_tokens must be at least 1, or 0 for one file, got {shard_tokens}")
     if isinstance(documents, str):
         raise ValueError("documents must be several texts, got one string; put it into a list")
     files.check_directory(out, overwrite)
+    with alone(out):  # what trains on it speaks before long work, and again before anything goes
+        pass
     if isinstance(documents, Iterator):  # which could be read but once
         documents = ["".join(_pieces(document)) for document in documents]
     size_to_learn = 0
@@ -280,7 +291,7 @@ def prepare(
             f"the vocabulary has {tokenizer.vocab_size} tokens; "
             f"token files hold at most {MAX_VOCABULARY}"
         )
-    with _claimed(out, overwrite), TokenWriter(out, shard_tokens) as writer:
+    with _claimed(out, overwrite), alone(out), TokenWriter(out, shard_tokens) as writer:
         prepared = _encode(documents, held_out, tokenizer, writer)
         writer.finish()
         # val.bin goes first and comes last: a directory that has it never mixes two preparations,
@@ -423,13 +434,13 @@ class Batches:
 
     def __init__(
         self,
-        shards: Sequence[Tokens],
+        shards: Sequence[Tokens | StoredTokens],
         batch_size: int,
         block_size: int,
         seed: int,
         order: int = 2,
     ) -> None:
-        self.shards = [np.asarray(shard) for shard in shards]
+        self.shards = list(shards)
         lengths = np.array([len(shard) for shard in shards], np.int64)
         full = np.maximum((lengths - 1) // block_size, 0)
         if full.sum() < batch_size:
@@ -498,7 +509,7 @@ class Batches:
 
 
 def windows(
-    shards: Sequence[Tokens], batch_size: int, block_size: int, overlap: int = 0
+    shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int, overlap: int = 0
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Cut shards into batches for evaluation: all but a shard's first token are targets, in order.
 
@@ -530,7 +541,9 @@ def windows(
         for start in range(0, max(1, len(tokens) - 1 - overlap), block_size - overlap)
     )
 
-    def batch(rows: list[tuple[Tokens, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def batch(
+        rows: list[tuple[Tokens | StoredTokens, int]],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         x = np.zeros((batch_size, block_size), np.int32)
         y = np.full((batch_size, block_size), -1, np.int32)
         for row, (tokens, start) in enumerate(rows):

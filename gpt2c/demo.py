@@ -23,6 +23,7 @@ from gpt2c.figures import figures
 from gpt2c.files import claim_directory, read_text
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
+from gpt2c.run import locked
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.terminal import write_pieces
 from gpt2c.textfiles import split_documents
@@ -60,6 +61,9 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
         raise ValueError(f"{text} holds nothing but blanks")
     claim_directory(out, overwrite)
     data, run = out / "data", out / "run"
+    if run.is_dir():  # before its data are replaced: nothing trains into it
+        with locked(run):
+            pass
 
     show("text", "this Python's own documentation" if text is None else str(text))
     prepared = prepare(documents, data, "bpe:4096", overwrite=overwrite)

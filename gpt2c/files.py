@@ -6,7 +6,10 @@ And text and JSON that a stranger may have written. Knows nothing about what is 
 from __future__ import annotations
 
 import codecs
+import errno
+import fcntl
 import json
+import mmap
 import os
 import re
 import shutil
@@ -18,6 +21,9 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
 LONGEST_VALUE = 120  # characters of a stranger's value in an error
 # A longer mark comes before one that it begins with: UTF-32's begins with UTF-16's.
@@ -28,6 +34,28 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `temporary_path` makes
+# What file systems answer (FUSE, NFS, CIFS, 9p, overlays) that do not have what was asked for. A
+# disk that fails or is full says something else.
+REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EPERM", "EACCES", "ENODEV", "ENOTTY"),
+        *("EBADF", "EISDIR", "EXDEV", "ENOLCK"),
+    )
+)
+
+
+@contextmanager
+def refinement() -> Iterator[None]:
+    """Do what makes work safer or faster, but is no part of it: a refusal does not end the work.
+
+    An error that says more than a refusal passes: a disk that is full, one that fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
 
 
 @contextmanager
@@ -95,7 +123,9 @@ def remove(path: Path) -> None:
     """Remove a directory, which loses its name before anything in it is gone; or a file."""
     temporary = path.with_name(f".{path.name}.removed.{os.getpid()}.tmp")
     _delete(temporary)
-    os.rename(path, temporary)
+    with refinement():  # a container's file system may rename no directory of its image
+        os.rename(path, temporary)
+    _delete(path)
     _delete(temporary)
 
 
@@ -114,19 +144,18 @@ def _delete(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the name beside a path under which this process writes what is to be there."""
+    """Return the name beside a path that what is written for it has until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # Windows opens no directories
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until a file, or the names in a directory, are on the disk, where that can be had."""
+    with refinement():
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -144,10 +173,13 @@ def naming(path: Path, meant: Mapping[Path, Path] | None = None) -> Iterator[Non
     except OSError as error:
         if error.errno is None:
             raise
-        name = str(path) if error.filename is None else str(error.filename)
+        # Of a copy the second name is the file that could not be written.
+        names = [str(name) for name in (error.filename2, error.filename) if name is not None]
+        name = names[-1] if names else str(path)
         for temporary, known in (meant or {}).items():
-            if name == str(temporary) or name.startswith(f"{temporary}{os.sep}"):
-                name = str(known) + name[len(str(temporary)) :]
+            for own in names:
+                if own == str(temporary) or own.startswith(f"{temporary}{os.sep}"):
+                    name = str(known) + own[len(str(temporary)) :]
         if name == error.filename:
             raise
         raise OSError(error.errno, error.strerror, name) from error
@@ -161,14 +193,35 @@ def claim_directory(path: Path, overwrite: bool) -> None:
     Raises
     ------
     FileExistsError : `path` is not empty and `overwrite` is false
+    FileNotFoundError : `path` is a link that leads nowhere
     NotADirectoryError : `path` is a file
     """
     check_directory(path, overwrite)
     path.mkdir(parents=True, exist_ok=True)
 
 
+def check_link(path: Path) -> None:
+    """Refuse a link to a directory that is not there: it may be of a disk that is not mounted.
+
+    Raises
+    ------
+    FileNotFoundError : `path` is one
+    """
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist: make or mount that"
+            " directory, or remove the link"
+        )
+
+
+def through(path: Path) -> Path:
+    """Return what a link leads to, so that a file which takes its place leaves the link."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def check_directory(path: Path, overwrite: bool) -> None:
     """Do the refusing of `claim_directory` alone, before long work."""
+    check_link(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an output directory is wanted")
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
@@ -176,6 +229,64 @@ def check_directory(path: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{path} exists and is not empty; name another directory or pass --overwrite"
         )
+
+
+@contextmanager
+def locked(directory: Path, refusal: str, shared: bool = False) -> Iterator[None]:
+    """Have a directory to oneself; the lock ends with the process, however it ends.
+
+    The directory itself is locked, so that there is no file to be left over. A file system that has
+    no such lock gives none.
+
+    Parameters
+    ----------
+    directory : exists
+    refusal : what the error says
+    shared : have it beside others who share it
+
+    Raises
+    ------
+    BlockingIOError : another process has it
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(refusal) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def map_file(path: Path) -> NDArray[np.uint8]:
+    """Return a file's bytes, read-only: mapped, or read where the file system maps none.
+
+    Raises
+    ------
+    OSError : see `open_file`
+    MemoryError : there is no room for them
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return np.empty(0, np.uint8)
+        try:
+            with refinement():
+                # Private, for some file systems share none; and nothing is ever written to it.
+                memory = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ)
+                return np.frombuffer(memory, np.uint8)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise MemoryError(f"{path} cannot be mapped, {size:,} bytes: {error}") from error
+        content = np.fromfile(file, np.uint8, size)
+    if len(content) != size:
+        raise OSError(f"{path} changed while it was read")
+    content.flags.writeable = False
+    return content
 
 
 @contextmanager

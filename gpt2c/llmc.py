@@ -151,7 +151,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, NDAr
     wanted = _HEADER_BYTES + (4 if is_fp32 else 2) * _count(config, rows)
     if size != wanted:
         raise ValueError(f"{path} has {size} bytes; the model of its header needs {wanted}")
-    flat = np.asarray(np.memmap(path, "<f4" if is_fp32 else "<u2", "r", offset=_HEADER_BYTES))
+    flat = files.map_file(path)[_HEADER_BYTES:].view("<f4" if is_fp32 else "<u2")
     tensors, start = {}, 0
     shapes = config.parameter_shapes()
     for name in _names(config.n_layer):
@@ -208,7 +208,7 @@ def write_model(
 
 def _write(file: Any, tensor: Array, dtype: str) -> None:
     plain = np.ascontiguousarray(tensor, "<f4")
-    (plain if dtype == "fp32" else round_bf16(plain)).tofile(file)
+    file.write((plain if dtype == "fp32" else round_bf16(plain)).data)
 
 
 def round_bf16(tensor: Array) -> NDArray[np.uint16]:

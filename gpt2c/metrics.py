@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2c.files import atomic_path, naming, open_file, parse_json
+from gpt2c.files import atomic_path, naming, open_file, parse_json, refinement, through
 
 FILE = "metrics.jsonl"
 DAMAGED = f"{FILE}.damaged"
@@ -42,7 +42,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, step: int, report: Callable[[str], Any]) -> None:
-        self.path = path
+        self.path = path = through(path)
         kept = bad = last = 0
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             for line, entry in _lines(path):
@@ -60,6 +60,7 @@ class Metrics:
                     f" it was is {damaged}"
                 )
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._cut = False  # whether the last line is not whole
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write one line; a float that is not finite becomes null."""
@@ -67,14 +68,16 @@ class Metrics:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in entry.items()
         }
-        line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        line = b"\n" * self._cut + json.dumps(finite, allow_nan=False).encode() + b"\n"
         with naming(self.path):
             while line:
-                line = line[os.write(self._descriptor, line) :]
+                written = os.write(self._descriptor, line)
+                line = line[written:]
+                self._cut = bool(line)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
-        with naming(self.path):
+        with naming(self.path), refinement():
             os.fsync(self._descriptor)
 
     def close(self) -> None:

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from contextlib import suppress
 
 from tqdm import tqdm
 
+# What a terminal says that has gone, a reader that left, a full disk, a stream that was closed or
+# cannot encode a character. None of it may end the work that is shown.
+_UNSHOWN = (OSError, ValueError)
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    monitor_interval = 0  # no thread, whose errors nobody would catch
+
 
 class Progress:
     """Shows a count of steps with figures beside it.
+
+    What cannot be shown is dropped.
 
     Parameters
     ----------
@@ -23,40 +34,47 @@ class Progress:
 
     def __init__(self, start: int, total: int, interval: int) -> None:
         self._interval = interval
-        self._total = total
-        watched = sys.stdout.isatty()
+        self._start, self._total = start, total
+        self._began = time.monotonic()
         layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc} |{bar}|"  # narrow: no bar
         size = shutil.get_terminal_size()  # tqdm draws nothing on terminals that say 0
-        self._bar = (
-            tqdm(
-                initial=start,
-                total=total,
-                bar_format=layout,
-                file=sys.stdout,
-                ncols=size.columns,
-                nrows=size.lines,
-            )
-            if watched
-            else None
-        )
+        self._bar: _Bar | None = None
+        with suppress(*_UNSHOWN):
+            if sys.stdout is not None and sys.stdout.isatty():
+                self._bar = _Bar(
+                    initial=start,
+                    total=total,
+                    bar_format=layout,
+                    file=sys.stdout,
+                    ncols=size.columns,
+                    nrows=size.lines,
+                )
 
-    def step(self, step: int, figures: str) -> None:
-        """Show that `step` steps are done."""
+    def step(self, step: int, figures: str) -> bool:
+        """Show that `step` steps are done; return whether their figures are a line that stays."""
         if self._bar is not None:
-            self._bar.set_description_str(figures, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif step % self._interval == 0 or step == self._total:
-            self.line(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}")
+            with suppress(*_UNSHOWN):
+                self._bar.set_description_str(figures, refresh=False)
+                self._bar.update(step - self._bar.n)
+            return False
+        if step % self._interval and step != self._total:
+            return False
+        pace = (time.monotonic() - self._began) / max(1, step - self._start)
+        left = pace * (self._total - step)
+        until = f"  {tqdm.format_interval(left)} left" if step < self._total else ""
+        self.line(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}{until}")
+        return True
 
     def line(self, text: str) -> None:
         """Show a line that stays."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            with suppress(BrokenPipeError):  # a reader that left (head) must not end the work
+        with suppress(*_UNSHOWN):
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+            else:
                 print(text, flush=True)
 
     def close(self) -> None:
         """End the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(*_UNSHOWN):
+                self._bar.close()

@@ -12,21 +12,30 @@ Knows nothing about batches or schedules, and of losses only whether the weights
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import errno
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2c import tokenizer_files, trainer_state
+from gpt2c import files, tokenizer_files, trainer_state
+from gpt2c import tensorboard as event_files
 from gpt2c.checkpoint import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE
 from gpt2c.config import GPT2Config
-from gpt2c.files import atomic_path, read_json, remove, remove_leftovers, shown
+from gpt2c.files import (
+    atomic_path,
+    check_link,
+    read_json,
+    remove,
+    remove_leftovers,
+    shown,
+    through,
+)
 from gpt2c.metrics import DAMAGED as METRICS_DAMAGED
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import Metrics, read_metrics
@@ -40,23 +49,21 @@ from gpt2c.trainer_state import Checkpoint, TrainerState
 
 VERSION = 1
 RUN_FILE = "run.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = tokenizer_files.CHECKPOINTS
 EVENTS = "tensorboard"
 # What a run leaves at the top of its directory beside run.json, its tokenizer's files among it: a
 # later run must not be taken for one with that tokenizer.
 _FILES = (
-    *(CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE, METRICS_FILE, METRICS_DAMAGED),
+    *(CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE),
     *(tokenizer_files.VOCAB, tokenizer_files.MERGES, tokenizer_files.TOKENIZER),
-    *(tokenizer_files.CONFIG, tokenizer_files.ADDED, LOSS_FILE, RUNS_FILE),
+    *(tokenizer_files.CONFIG, tokenizer_files.ADDED),
 )
+# Of these a user may have made links to another place, which stay.
+_LOGS = (METRICS_FILE, METRICS_DAMAGED, LOSS_FILE, RUNS_FILE)
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Have a run's directory to oneself; the lock ends with the process, however it ends.
-
-    The directory itself is locked, so that there is no file to be left over. A network file system
-    that has no such lock gives none.
+def locked(out: Path) -> AbstractContextManager[None]:
+    """Have a run's directory to oneself; see `files.locked`.
 
     Raises
     ------
@@ -64,26 +71,21 @@ def locked(out: Path) -> Iterator[None]:
     BlockingIOError : another process trains into it
     """
     if not out.is_dir():
+        check_link(out)
         raise FileNotFoundError(f"{out} is not a directory; a run that can go on is one")
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"another process is training into {out}: wait for it, or name another directory"
-            ) from None
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+    return files.locked(
+        out, f"another process is training into {out}: wait for it, or name another directory"
+    )
 
 
 def report(line: str) -> None:
-    """Tell a person what happened to a run."""
-    with suppress(BrokenPipeError):  # a reader that left (head) must not end the work
+    """Tell a person what happened to a run; where no one can be told, the work goes on."""
+    with suppress(OSError, ValueError):  # a terminal or reader that left, a full disk, a closed one
         print(line, flush=True)
+
+
+class LostModel(ValueError):
+    """Weights, moments or what came of them are not finite: they are not worth to be kept."""
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -105,6 +107,63 @@ def read_record(out: Path) -> dict[str, Any]:
         if name not in record:
             raise ValueError(f"{path} lacks {name}")
     return record
+
+
+def check_save(out: Path, parameters: int, overwrite: bool) -> None:
+    """Try what a save will do in an existing run's directory, before hours of work rest on it.
+
+    Raises
+    ------
+    OSError : its checkpoints cannot be written: a link that leads nowhere, no permission, or less
+        room on the disk than a checkpoint of so many parameters and a copy of its weights take
+    """
+    directory = out / CHECKPOINTS
+    check_link(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; the directory of checkpoints is wanted")
+    place = directory if directory.is_dir() else out  # where it will be made
+    for parent in dict.fromkeys((out, place)):
+        trial = files.temporary_path(parent / "trial")
+        try:
+            with files.naming(parent, {trial: parent}):
+                trial.mkdir(exist_ok=True)
+                (trial / "file").write_bytes(b"can be written")
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    # What an overwritten run leaves goes first.
+    left = sum(path.lstat().st_size for path in directory.glob("*/*")) if overwrite else 0
+    wanted = {place: trainer_state.size_bytes(parameters), out: 4 * parameters}
+    if os.stat(out).st_dev == os.stat(place).st_dev:
+        wanted = {place: trainer_state.size_bytes(parameters) + 4 * parameters}
+    for parent, size in wanted.items():
+        disk = shutil.disk_usage(parent)
+        if disk.total and disk.free + left < size:  # some file systems say 0 of all
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint needs {size:,} bytes and {disk.free + left:,} are free: make room,"
+                " or name another directory",
+                str(parent),
+            )
+
+
+def check_never_saved(out: Path) -> None:
+    """Refuse to begin a run again, in whose directory no checkpoint was found, but that had one.
+
+    Raises
+    ------
+    FileNotFoundError : it had
+    """
+    steps = 0
+    with suppress(OSError):
+        steps = len(read_metrics(out / METRICS_FILE))
+    # One that was killed before its first save has an empty directory for checkpoints and no model.
+    if (out / WEIGHTS_FILE).exists() or (steps and not (out / CHECKPOINTS).is_dir()):
+        raise FileNotFoundError(
+            f"{out} has done {steps:,} steps, but {out / CHECKPOINTS} holds no checkpoint to go on"
+            " from: put it back, or begin the run again with --overwrite"
+        )
+    if steps:
+        report(f"{out} had no checkpoint yet: it begins again with its first step")
 
 
 def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
@@ -143,6 +202,8 @@ class Run:
     val_loss : of the weights as they are; nan if those were not evaluated
     saved : the newest checkpoint, None before the first
     good : the newest with whose weights a finite loss was computed; the older ones stay until then
+    entry : metrics of the last step that are not logged yet, for its evaluation is still to be done
+    torn : whether an update was begun and did not end: the weights are of no step
     """
 
     def __init__(
@@ -163,19 +224,27 @@ class Run:
         self.val_loss = math.nan
         self.saved: Path | None = None
         self.good: Path | None = None
-        self.saved_step = -1
+        self.saved_step = self.tried_step = -1
+        self.entry: dict[str, Any] | None = None
+        self.torn = False
+        self._metrics: Metrics | None = None
+        self._events: Events | None = None
+        self._told: set[str] = set()
 
     def start(self) -> None:
-        """Begin the directory anew; what an overwritten run left is removed.
+        """Begin the directory anew; what an overwritten run left is removed, but a user's links.
 
         run.json goes first and comes first: with it a run can go on, without it none can be
         mistaken for another.
         """
         for name in (RUN_FILE, *_FILES):
             (self.out / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, EVENTS):
-            if (self.out / name).is_dir():
-                remove(self.out / name)
+        for name in _LOGS:
+            with self._logging(self.out / name):
+                through(self.out / name).unlink(missing_ok=True)
+        if (self.out / CHECKPOINTS).is_dir():
+            trainer_state.clear(self.out / CHECKPOINTS)
+        event_files.clear(self.out / EVENTS)
         self._open()
 
     def restore(self, record: Mapping[str, Any], found: Checkpoint | None) -> None:
@@ -204,6 +273,7 @@ class Run:
             self.step, self.skipped, self.seconds = state.step, state.skipped, state.seconds
             self.optimizer.steps = state.step - state.skipped
             self.val_loss = math.nan if state.val_loss is None else state.val_loss
+            self.entry = state.entry
             self.saved, self.saved_step = found.path, state.step
             self.good = trainer_state.before(found.path)
         self._open()
@@ -211,20 +281,38 @@ class Run:
     def _open(self) -> None:
         """Make the directory whole, whatever it lacks, and open the metrics."""
         remove_leftovers(self.out)
-        if (self.out / CHECKPOINTS).is_dir():
-            remove_leftovers(self.out / CHECKPOINTS)
+        self._write_facts()
+        (self.out / CHECKPOINTS).mkdir(exist_ok=True)
+        remove_leftovers(self.out / CHECKPOINTS)
+        if self.saved:
+            remove_leftovers(self.saved)
+        if self.saved and not self.entry:
+            self._publish(self.saved)
+            self._confirm_evaluated()
+        path = self.out / METRICS_FILE
+        with self._logging(path):
+            self._metrics = Metrics(path, self.step - bool(self.entry), report)
+        if self.settings.tensorboard:
+            with self._logging(self.out / EVENTS):
+                self._events = Events(self.out / EVENTS, read_metrics(path))
+
+    def _write_facts(self) -> None:
+        """Write what a run goes on by beside its checkpoints."""
         with atomic_path(self.out / RUN_FILE) as temporary:
             text = json.dumps(self._record(), indent=2, allow_nan=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
         self.tokenizer.save_pretrained(self.out)
-        if self.saved:
-            self._publish(self.saved)
-            self._confirm_evaluated()
-        path = self.out / METRICS_FILE
-        self._metrics = Metrics(path, self.step, report)
-        self._events: Events | None = None
-        if self.settings.tensorboard:
-            self._events = Events(self.out / EVENTS, read_metrics(path))
+
+    @contextmanager
+    def _logging(self, path: Path) -> Iterator[None]:
+        """Write to a log, for which a run does not stop: what went wrong is told once."""
+        try:
+            yield
+        except OSError as error:
+            if path.name not in self._told:
+                self._told.add(path.name)
+                reason = error.strerror or error
+                report(f"{path} cannot be written ({reason}): the run goes on without it")
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -238,41 +326,76 @@ class Run:
         }
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Write a step's metrics, which the run's time and the day's are added to."""
+        """Write the last step's metrics, which the run's time and the day's are added to."""
         entry |= {"elapsed_seconds": round(self.seconds, 4), "time": round(time.time(), 3)}
-        self._metrics.append(entry)
+        if self._metrics:
+            with self._logging(self.out / METRICS_FILE):
+                self._metrics.append(entry)
         if self._events:
-            self._events.append(entry)
+            with self._logging(self.out / EVENTS):
+                self._events.append(entry)
+        self.entry = None
 
     def save(self) -> None:
-        """Write a checkpoint and let the directory's own model be that one.
+        """Write a checkpoint, and let the directory's own model be that one.
+
+        Where the step's evaluation is still to be done, the model there stays until it is.
 
         Raises
         ------
         OSError : it cannot be written; the last one is whole
-        ValueError : a parameter or moment is not finite, so the last checkpoint is the better one
+        LostModel : a parameter or moment is not finite, so the last checkpoint is the better one
         """
         if self.step == self.saved_step:
             return
+        self.tried_step = self.step
         self._check_finite()
-        self._metrics.sync()  # before the checkpoint is there, the lines up to it are
+        if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._write_facts()
+        self._sync()
         self.saved = trainer_state.save(
             self.out / CHECKPOINTS,
-            TrainerState(
-                self.step,
-                self.skipped,
-                self.seconds,
-                None if math.isnan(self.val_loss) else self.val_loss,
-            ),
+            self._state(),
             self.model.config.to_dict(),
             self.model.parameters,
             {name: getattr(self.optimizer, name) for name in trainer_state.MOMENTS},
         )
         self.saved_step = self.step
-        self._publish(self.saved)
-        self._confirm_evaluated()
-        if self._events:
-            self._events.flush()
+        if not self.entry:
+            self.publish()
+
+    def evaluated(self) -> None:
+        """Tell the checkpoint of this step, if there is one, what its evaluation gave."""
+        if self.saved and self.step == self.saved_step:
+            self._sync()
+            trainer_state.amend(self.saved, self._state())
+            self.publish()
+
+    def forget(self) -> None:
+        """Remove the checkpoint of this step, whose evaluation shows that the model is lost."""
+        if self.saved and self.step == self.saved_step and self.saved != self.good:
+            remove(self.saved)
+            self.saved, self.saved_step = self.good, -1
+
+    def publish(self) -> None:
+        """Let the directory's own model be that of the newest checkpoint."""
+        if self.saved:
+            self._publish(self.saved)
+            self._confirm_evaluated()
+            if self._events:
+                with self._logging(self.out / EVENTS):
+                    self._events.flush()
+
+    def _state(self) -> TrainerState:
+        val_loss = None if math.isnan(self.val_loss) else self.val_loss
+        return TrainerState(self.step, self.skipped, self.seconds, val_loss, self.entry)
+
+    def _sync(self) -> None:
+        """Have the lines up to a checkpoint on the disk before it is there."""
+        if self._metrics:
+            with self._logging(self.out / METRICS_FILE):
+                self._metrics.sync()
 
     def confirm(self) -> None:
         """Let the newest checkpoint take the older ones' place: its weights gave a finite loss.
@@ -293,7 +416,7 @@ class Run:
         arrays = {"weights": self.model.flat_parameters, "moment m": self.optimizer.m}
         for name, array in {**arrays, "moment v": self.optimizer.v}.items():
             if not math.isfinite(self.model.backend.global_norm(array)):
-                raise ValueError(
+                raise LostModel(
                     f"the {name} of step {self.step} are not finite, so they were not saved;"
                     f" {self.last_good()}; lower the learning rate"
                 )
@@ -319,6 +442,7 @@ class Run:
 
     def close(self) -> None:
         """Close the files."""
-        self._metrics.close()
-        if self._events:
-            self._events.close()
+        for log, name in ((self._metrics, METRICS_FILE), (self._events, EVENTS)):
+            if log:
+                with self._logging(self.out / name):
+                    log.close()

@@ -29,8 +29,8 @@ FIXED_BY_RUN = (
     "seed",
     "batch_order",
 )
-# The values that runs had before there was such a setting.
-OLDER = {"batch_order": 1}
+# What a run of before a setting was there had in its place, where that is not the default.
+OLDER: dict[str, Any] = {"batch_order": 1}
 
 
 LEAST = dict.fromkeys(
@@ -45,7 +45,7 @@ LEAST = dict.fromkeys(
     1,
 ) | dict.fromkeys(
     (
-        *("warmup_iters", "eval_interval", "eval_iters", "save_interval"),
+        *("warmup_iters", "eval_interval", "eval_iters", "save_interval", "save_minutes"),
         *("seed", "grad_clip", "threads"),
     ),
     0,
@@ -90,7 +90,8 @@ class TrainSettings:
     eval_interval: int = setting(100, "steps between two evaluations; 0 only at the end")
     eval_iters: int = setting(0, "batches of an evaluation; 0 all of the validation tokens")
     log_interval: int = setting(10, "steps between two lines where no one watches a terminal")
-    save_interval: int = setting(0, "steps between two checkpoints; 0 only at the end")
+    save_interval: int = setting(0, "steps between two checkpoints; 0 for save_minutes alone")
+    save_minutes: float = setting(10.0, "minutes between two; 0 for save_interval alone")
     keep: int = setting(1, "so many of the newest checkpoints stay")
     skip_nonfinite: bool = setting(False, "leave out a step with nan in it instead of stopping")
     tensorboard: bool = setting(False, "write TensorBoard's event files too")
@@ -223,14 +224,26 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
     """Give the settings of a run that goes on: what it had, changed by what is given now.
 
+    A setting that the run lacks, as it began before there was one, has the value of that time.
+
     Raises
     ------
     ValueError : the run's settings are damaged, or `given` changes what a run cannot change;
         `source` names the run
     """
-    if not isinstance(stored, Mapping) or {**OLDER, **stored}.keys() ^ DEFAULTS.keys():
-        raise ValueError(f"{source}: its settings are another gpt2c's: start a new run")
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{source}: its settings must be an object, got {shown(stored)}")
+    unknown = sorted(stored.keys() - DEFAULTS.keys())
+    if unknown:
+        raise ValueError(
+            f"{source}: its settings are another gpt2c's, for this one has no"
+            f" {shown(unknown[0])}: go on with that one, or start a new run"
+        )
     stored = {**OLDER, **stored}
+    lacking = [name for name in FIXED_BY_RUN if name not in stored]
+    if lacking:
+        raise ValueError(f"{source}: its settings lack {lacking[0]}: start a new run")
+    stored = DEFAULTS | stored
     try:
         TrainSettings(**stored)
     except ValueError as error:

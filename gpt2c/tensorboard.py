@@ -8,7 +8,6 @@ event tells a TensorBoard that is watching to forget what it read before. Used b
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,14 @@ from typing import Any
 from gpt2c.files import naming
 
 FLUSHED = 10.0  # seconds after which who watches sees a step
+PREFIX = "events"  # of a file's name
 NOT_SCALARS = ("step", "time")
+
+
+def clear(directory: Path) -> None:
+    """Remove the event files of a directory; what else is in it, or it, stays."""
+    for path in directory.glob(f"{PREFIX}*"):
+        path.unlink()
 
 
 class Events:
@@ -42,11 +48,10 @@ class Events:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self.directory, self._flushed = directory, time.monotonic()
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir()
+        clear(directory)
         with naming(directory):
-            self._writer = EventsWriter(str(directory / "events"))
+            directory.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(directory / PREFIX))
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._writer.write_event(event_pb2.Event(step=0, session_log=start))
         for entry in entries:

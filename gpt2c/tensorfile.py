@@ -9,22 +9,23 @@ is refused here: names that are there twice, fields that nobody knows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, deserialize, safe_open
 
-from gpt2c.files import parse_json, read_header, shown
+from gpt2c.files import REFUSALS, map_file, naming, parse_json, read_header, shown
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "U8": "|u1"}
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor in the header
 
+PIECE = 1 << 22  # bytes of a tensor that are copied at a time
 LARGEST_HEADER = 1 << 25  # bytes: 10,000 layers have 12 MB of names and shapes
 LONGEST_NAME = 256  # characters
 MOST_DIMENSIONS = 32  # of an array in every version of NumPy
@@ -93,35 +94,51 @@ def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, AnyTensor], metadata: dict[str, str]) -> None:
-    """Write tensors in their own dtypes.
+    """Write tensors in their own dtypes, a `StoredTensor` as float32.
+
+    Written here and not by the library, which has all of them in memory a second time. A tensor
+    that does not lie in memory as it does in the file, a transpose, is copied a piece at a time, so
+    that a save needs next to no memory. Equal tensors make equal files: the widest numbers come
+    first, which aligns them all, then the order is that of names.
 
     Raises
     ------
     OSError : the file cannot be written
     """
-    # safetensors puts a file of its own in place, readable by its owner only whatever the umask is.
-    path.touch()
-    mode = path.stat().st_mode
-    # It also writes memory as it lies, so an array that is not contiguous would come out scrambled.
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
-    _sort_metadata(path)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    dtypes = {name: _dtype(tensor) for name, tensor in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    end = 0
+    for name in names:
+        begin, dtype, shape = end, dtypes[name], tensors[name].shape
+        end += dtype.itemsize * math.prod(shape)
+        header[name] = {
+            "dtype": f"{dtype.kind.upper()}{8 * dtype.itemsize}",
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with naming(path), open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for piece in _pieces(np.asarray(tensors[name])):
+                file.write(piece.data)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Make equal weights equal files: safetensors writes the metadata in an order of chance."""
-    with open(path, "rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # it always is: safetensors writes no spaces but the padding
-            file.seek(8)
-            file.write(text.ljust(size))
+def _dtype(tensor: AnyTensor) -> np.dtype[Any]:
+    return np.dtype(np.float32) if isinstance(tensor, StoredTensor) else tensor.dtype
+
+
+def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield the numbers of an array in order, as contiguous arrays; only what is none is copied."""
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    if array.flags.c_contiguous or not array.ndim:
+        yield np.ascontiguousarray(array)
+        return
+    rows = max(1, PIECE // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+        yield np.ascontiguousarray(array[start : start + rows])
 
 
 def map_tensors(
@@ -174,16 +191,19 @@ def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
             f"{path} is not a whole safetensors file: its header would have {size:,} bytes; at most"
             f" {LARGEST_HEADER:,} are read"
         )
+    mapped = map_file(path)
     try:
-        with safe_open(path, framework="np"):
-            pass
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            deserialize(mapped.tobytes())  # type: ignore[no-untyped-call]  # the same checks, where nothing can be mapped
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {shown(error)}") from error
     except MemoryError as error:
-        raise MemoryError(
-            f"{path} cannot be mapped, {path.stat().st_size:,} bytes: {error}"
-        ) from error
-    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        raise MemoryError(f"{path} cannot be mapped, {len(mapped):,} bytes: {error}") from error
     text = mapped[8 : 8 + size].tobytes()
     if not text.startswith(b"{"):
         raise ValueError(f"{path} is not a whole safetensors file: its header must start with {{")

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gpt2c import files
 
@@ -31,7 +33,58 @@ _MAX_TOKENS = 2**31 - 1  # the count is an int32
 MAX_VOCABULARY = 2**16  # a token is a uint16
 MANIFEST = "manifest.json"
 _MANIFEST_VERSION = 1
-_BLOCK = 1 << 20  # tokens that are written, or summed up, at a time
+_BLOCK = 1 << 20  # tokens that are written, summed up or checked at a time
+
+
+class StoredTokens:
+    """The tokens of a file, (N,) uint16, read when a slice or all of them are asked for.
+
+    They are read and not mapped: where a mapped file is cut short meanwhile, the system ends the
+    process. The file stays open, so one that is replaced is still the one that was opened.
+
+    Parameters
+    ----------
+    path : the file
+    start : bytes before the first token
+    count : N
+    """
+
+    dtype = np.dtype(np.uint16)
+
+    def __init__(self, path: Path, start: int, count: int) -> None:
+        self.path, self._start, self.shape = path, start, (count,)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Tokens:
+        """Read tokens that lie one after the other.
+
+        Raises
+        ------
+        OSError : the file cannot be read, or has been cut short
+        """
+        first, last, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError(f"stored tokens are read one after the other, not by steps of {step}")
+        tokens = np.empty(max(0, last - first), "<u2")
+        left, place = tokens.data.cast("B"), self._start + 2 * first
+        with files.naming(self.path):
+            while left:
+                size = os.preadv(self._descriptor, [left], place)
+                if not size:
+                    raise OSError(
+                        f"{self.path} was cut short while it was read: tokens {first:,} to"
+                        f" {last:,} of {len(self):,} are not there any more"
+                    )
+                left, place = left[size:], place + size
+        return tokens
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Read all tokens; see `__getitem__` for errors."""
+        return self[:].astype(dtype or np.uint16, copy=False)
 
 
 def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike) -> None:
@@ -76,7 +129,7 @@ def _write_all(paths: list[Path], pieces: list[NDArray[Any]]) -> None:
         for temporary, tokens in zip(temporaries, pieces, strict=True):
             with open(temporary, "wb") as file:
                 file.write(_header(len(tokens)))
-                tokens.astype("<u2", copy=False).tofile(file)
+                file.write(np.ascontiguousarray(tokens, "<u2").data)
 
 
 def _header(count: int) -> bytes:
@@ -224,7 +277,7 @@ class _TokenFile:
 
 
 def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokens:
-    """Open an llm.c shard: a read-only (N,) uint16 array mapped from the file.
+    """Open an llm.c shard: a read-only (N,) uint16 array, mapped from the file where that can be.
 
     Parameters
     ----------
@@ -237,6 +290,34 @@ def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> 
     ValueError : not an llm.c shard, truncated, or a token outside the vocabulary
     """
     path = Path(path)
+    _count(path)
+    tokens = files.map_file(path)[_HEADER_BYTES:].view("<u2")
+    _check_vocabulary(path, tokens, vocab_size)
+    return tokens
+
+
+def open_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> StoredTokens:
+    """Open an llm.c shard whose tokens are read when they are needed; see `read_tokens`."""
+    path = Path(path)
+    tokens = StoredTokens(path, _HEADER_BYTES, _count(path))
+    _check_vocabulary(path, tokens, vocab_size)
+    return tokens
+
+
+def _check_vocabulary(path: Path, tokens: Tokens | StoredTokens, vocab_size: int | None) -> None:
+    if vocab_size is None:
+        return
+    parts = range(0, len(tokens), _BLOCK)
+    largest = max(int(tokens[start : start + _BLOCK].max()) for start in parts)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} holds token {largest}, outside a vocabulary of {vocab_size}; "
+            "is it another tokenizer's?"
+        )
+
+
+def _count(path: Path) -> int:
+    """Return how many tokens an llm.c shard holds; see `read_tokens` for errors."""
     header, size = _open(path)
     if (magic := int.from_bytes(header[:4], "little")) != MAGIC:
         raise ValueError(
@@ -259,13 +340,7 @@ def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> 
         raise ValueError(
             f"{path} has {size} bytes; its {count} tokens need {_HEADER_BYTES + 2 * count}"
         )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=_HEADER_BYTES, shape=(count,))
-    if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
-        raise ValueError(
-            f"{path} holds token {largest}, outside a vocabulary of {vocab_size}; "
-            "is it another tokenizer's?"
-        )
-    return tokens
+    return count
 
 
 def has_header(path: Path) -> bool:
@@ -293,6 +368,21 @@ def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
     return paths
 
 
+def alone(out: Path) -> AbstractContextManager[None]:
+    """Have a directory of token files to oneself, if it exists, so that nothing trains on them.
+
+    Raises
+    ------
+    BlockingIOError : something does
+    """
+    if not out.is_dir():
+        return nullcontext()
+    return files.locked(
+        out,
+        f"another process trains on {out}, or prepares it: wait for it, or name another directory",
+    )
+
+
 def remove_shards(directory: str | os.PathLike[str]) -> None:
     """Remove the token files of both splits, their manifest first, then those of val.
 
@@ -314,8 +404,8 @@ def read_shards(
     split: Split,
     vocab_size: int | None = None,
     fingerprint: str | None = None,
-) -> list[Tokens]:
-    """Open the token files of a split, see `find_shards` and `read_tokens`.
+) -> list[StoredTokens]:
+    """Open the token files of a split, see `find_shards` and `open_tokens`.
 
     Where a manifest says what `gpt2c prepare` wrote, they must be that: all of it and no other.
     Directories of llm.c's or nanoGPT's have none.
@@ -344,7 +434,7 @@ def read_shards(
             f"token file {directory / split}.bin does not exist, nor another *{split}*.bin; "
             "make it with `gpt2c prepare`"
         )
-    shards = [read_tokens(path, vocab_size) for path in paths]
+    shards = [open_tokens(path, vocab_size) for path in paths]
     if manifest:
         for path, tokens in zip(paths, shards, strict=True):
             _check_listed(path, tokens, manifest[split])
@@ -357,7 +447,7 @@ def read_shards(
     return shards
 
 
-def _check_listed(path: Path, tokens: Tokens, listed: Mapping[str, tuple[int, int]]) -> None:
+def _check_listed(path: Path, tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -> None:
     """Refuse a token file that is not the one that the manifest, name -> (tokens, crc), lists."""
     checksum = 0
     for start in range(0, len(tokens), _BLOCK):
@@ -415,7 +505,7 @@ def read_nanogpt(path: str | os.PathLike[str]) -> Tokens:
         raise ValueError(f"{path} has llm.c's header: it is not one of nanoGPT's token files")
     if size == 0 or size % 2:
         raise ValueError(f"{path} has {size} bytes; tokens of 2 bytes each are wanted")
-    return np.memmap(path, dtype="<u2", mode="r", shape=(size // 2,))
+    return files.map_file(path).view("<u2")
 
 
 def write_nanogpt(path: Path, shards: list[Tokens]) -> None:
@@ -427,7 +517,7 @@ def write_nanogpt(path: Path, shards: list[Tokens]) -> None:
     """
     with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
         for tokens in shards:
-            tokens.astype("<u2", copy=False).tofile(file)
+            file.write(np.ascontiguousarray(tokens, "<u2").data)
 
 
 def _open(path: Path) -> tuple[bytes, int]:

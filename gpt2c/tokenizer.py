@@ -293,8 +293,8 @@ class Tokenizer:
         Parameters
         ----------
         path_or_name : a directory with vocab.json and merges.txt, or tokenizer.json, written by
-            `save_pretrained`, transformers or OpenAI; a model's file beside them; or a name, see
-            `gpt2c.hub.find`
+            `save_pretrained`, transformers or OpenAI; a model's file beside them; a checkpoint of a
+            run, which has them; or a name, see `gpt2c.hub.find`
         revision : of a model on the hub
 
         Raises
@@ -306,7 +306,8 @@ class Tokenizer:
         if not os.fspath(path_or_name):
             raise ValueError("the name of the tokenizer is empty; a directory is wanted, or a name")
         path = hub.find(path_or_name, revision, weights=False)
-        return cls(*tokenizer_files.read(path.parent if path.is_file() else path))
+        directory = path.parent if path.is_file() else path
+        return cls(*tokenizer_files.read(tokenizer_files.home(directory)))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers loads.

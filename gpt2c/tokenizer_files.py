@@ -30,6 +30,7 @@ LARGEST = 1 << 25  # bytes of a file: GPT-2's have 1.4 million
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 _ROLES = "special_tokens_map.json"
+CHECKPOINTS = "checkpoints"  # a run's directory of models without a tokenizer of their own
 
 # What the parts of tokenizer.json may hold. Any of ANY leaves the ids as they are, or is looked at
 # by itself.
@@ -111,6 +112,16 @@ def _to_bytes(characters: str) -> bytes:
 def has_tokenizer(path: Path) -> bool:
     """Whether a path is a directory with a tokenizer in it, whole or not."""
     return any((path / name).exists() for name in (VOCAB, TOKENIZER))
+
+
+def home(directory: Path) -> Path:
+    """Return the directory with a model's tokenizer: its own or, of a run's checkpoint, the run's.
+
+    A checkpoint is RUN/checkpoints/00000040, and has none of its own.
+    """
+    parent = Path(os.path.abspath(directory)).parent
+    is_checkpoint = parent.name == CHECKPOINTS and not has_tokenizer(directory)
+    return parent.parent if is_checkpoint and has_tokenizer(parent.parent) else directory
 
 
 def read(directory: Path) -> Vocabulary:

@@ -13,18 +13,19 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gpt2c import trainer_state
+from gpt2c import files, trainer_state
 from gpt2c.backend import fma_peak, get_backend
 from gpt2c.data import Batches, windows
-from gpt2c.files import claim_directory
+from gpt2c.files import claim_directory, shown, through
+from gpt2c.load import Load
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import read_metrics
 from gpt2c.model import GPT2
@@ -33,13 +34,27 @@ from gpt2c.optimizer import AdamW, NonFiniteGradient
 from gpt2c.plot import LOSS_FILE, plot_loss
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
-from gpt2c.run import CHECKPOINTS, RUN_FILE, Run, check_config, locked, read_record, report
-from gpt2c.settings import TrainSettings, resumed
+from gpt2c.run import (
+    CHECKPOINTS,
+    RUN_FILE,
+    LostModel,
+    Run,
+    check_config,
+    check_never_saved,
+    check_save,
+    locked,
+    read_record,
+    report,
+)
+from gpt2c.settings import DEFAULTS, TrainSettings, resumed
 from gpt2c.tensorboard import check_tensorboard
-from gpt2c.tokenfile import read_shards
+from gpt2c.tokenfile import StoredTokens, Tokens, read_shards
 from gpt2c.tokenizer import Tokenizer
 
-Tokens = list[NDArray[np.uint16]]  # one array for each shard
+Shards = Sequence[Tokens | StoredTokens]
+# What ends a program that does not listen: Ctrl-C, kill and timeout, a terminal that closes, what a
+# cluster sends before a job's time is over.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
 MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
 _SUMMED = 1 << 20  # tokens of a checksum's block
 
@@ -49,7 +64,8 @@ class TrainResult:
     """How a run ended: steps done, validation loss in nats per token, seconds of this call.
 
     `started` is the step that this call began after, `skipped` counts the run's steps without an
-    update. The loss is nan where the weights, as they are, were not evaluated.
+    update. The loss is nan where the weights, as they are, were not evaluated. `interrupted` says
+    whether a signal such as Ctrl-C ended the run before its last step or that one's evaluation.
     """
 
     step: int
@@ -59,20 +75,17 @@ class TrainResult:
     val_loss: float
     seconds: float
     has_plot: bool
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the run before its last step."""
-        return self.step < self.max_iters
+    interrupted: bool
 
 
 def evaluate(
     model: GPT2 | QuantizedGPT2,
-    tokens: Tokens,
+    tokens: Shards,
     batch_size: int,
     block_size: int,
     eval_iters: int = 0,
     overlap: int = 0,
+    check: Callable[[], None] | None = None,
 ) -> float:
     """Give the mean loss over consecutive windows of `tokens`, in nats per token.
 
@@ -81,9 +94,12 @@ def evaluate(
     batch_size, block_size : B windows of T tokens at a time
     eval_iters : so many batches only; 0 all
     overlap : tokens of context that a window shares with the one before, see `data.windows`
+    check : called before each batch; what it raises ends the evaluation
     """
     total, count = 0.0, 0
     for i, (x, y) in enumerate(windows(tokens, batch_size, block_size, overlap)):
+        if check:
+            check()
         if eval_iters and i == eval_iters:
             break
         scored = int(np.count_nonzero(y >= 0))
@@ -107,16 +123,17 @@ def train(
     out : the run
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
-    resume : go on from the newest whole checkpoint in `out`, or from the first step if there is
-        none yet: on the same backend with the same number of threads the result is, to the bit,
-        that of a run never interrupted. With another `max_iters` or schedule, the steps done keep
-        their learning rates and those to come have the new schedule's.
+    resume : go on from the newest whole checkpoint in `out`, or from the first step if the run was
+        stopped before it had one: on the same backend with the same number of threads the result
+        is, to the bit, that of a run never interrupted. With another `max_iters` or schedule, the
+        steps done keep their learning rates and those to come have the new schedule's.
     overwrite : `out` may exist and hold something
 
     Raises
     ------
     OSError : a file is missing, damaged or cannot be written; an output directory is not empty;
-        another process trains into `out`
+        another process trains into `out` or prepares `data`; the run's checkpoints are gone. An
+        error that comes after steps were done, and that is none of the weights', ends in a save
     ValueError : settings, data and checkpoint do not fit each other, or a loss or gradient is not
         finite: then nothing was updated with it, and the checkpoints are as they were; `resume` and
         `overwrite` together
@@ -132,8 +149,8 @@ def train(
         stack.callback(run.close)
         if run.step < run.settings.max_iters:
             report(_describe(run, batches))
-        with _interruptible() as interrupted:
-            return _loop(run, batches, val_tokens, interrupted)
+        with _interruptible() as stop:
+            return _loop(run, batches, val_tokens, stop)
 
 
 def _prepare(
@@ -143,19 +160,23 @@ def _prepare(
     resume: bool,
     overwrite: bool,
     stack: ExitStack,
-) -> tuple[Run, Batches, Tokens]:
+) -> tuple[Run, Batches, Shards]:
     """Check all that can be checked before anything is written, then open the run."""
     record = read_record(out) if resume else None
     if record is None:
         settings = TrainSettings(**given)
     else:
         settings = resumed(record["settings"], given, str(out / RUN_FILE))
+        _tell_defaults(record["settings"], settings, out)
     if settings.tensorboard:
         check_tensorboard()
     if not data.is_dir():
         raise FileNotFoundError(
             f"{data} is not a directory of token files; gpt2c prepare makes one"
         )
+    if not (out.is_dir() and out.samefile(data)):
+        held = f"another process prepares {data}: wait for it, or name another directory"
+        stack.enter_context(files.locked(data, held, shared=True))
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(tokenizer, data, out)
@@ -175,7 +196,10 @@ def _prepare(
     found = None
     if record is not None:
         check_config(out / RUN_FILE, record["config"], config)
+        files.check_link(out / CHECKPOINTS)
         found = trainer_state.newest(out / CHECKPOINTS, report)
+        if found is None:
+            check_never_saved(out)
     if found is not None:
         check_config(found.path, found.config, config)
     backend = get_backend(settings.backend, settings.threads or None)
@@ -192,8 +216,11 @@ def _prepare(
     if record is None:
         claim_directory(out, overwrite)
         stack.enter_context(locked(out))
+        check_save(out, config.num_parameters(), overwrite)
         run.start()
     else:
+        if found is None or found.state.step < settings.max_iters or found.state.entry:
+            check_save(out, config.num_parameters(), overwrite)
         run.restore(record, found)
     return run, batches, val_tokens
 
@@ -216,7 +243,7 @@ def _describe(run: Run, batches: Batches) -> str:
     return text
 
 
-def _token_size(tokens: Tokens, tokenizer: Tokenizer) -> float:
+def _token_size(tokens: Shards, tokenizer: Tokenizer) -> float:
     """Give the mean number of bytes of a token."""
     lengths, size = tokenizer.token_lengths, 0
     for shard in tokens:
@@ -225,7 +252,7 @@ def _token_size(tokens: Tokens, tokenizer: Tokenizer) -> float:
     return size / sum(map(len, tokens))
 
 
-def _fingerprint(tokens: Tokens) -> list[int]:
+def _fingerprint(tokens: Shards) -> list[int]:
     """Tell token files from others: each one's length and a checksum of all of it."""
     marks = []
     for shard in tokens:
@@ -236,71 +263,189 @@ def _fingerprint(tokens: Tokens) -> list[int]:
     return marks
 
 
-def _loop(
-    run: Run, batches: Batches, val_tokens: Tokens, interrupted: threading.Event
-) -> TrainResult:
+class Stop:
+    """What a signal asks for, see `_interruptible`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no second Ctrl-C cut an update or a save in half."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def check(self) -> None:
+        """End an evaluation, which the run begins with when it goes on.
+
+        Raises
+        ------
+        StoppedError : a signal has come
+        """
+        if self.asked:
+            raise StoppedError
+
+    def receive(self, signum: int, frame: object) -> None:
+        """Take note of a signal; a second Ctrl-C does not wait for the end of the step."""
+        if self.asked and signum == signal.SIGINT and not self._held:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class StoppedError(Exception):
+    """A signal came during an evaluation."""
+
+
+def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
     settings, started = run.settings, run.step
     schedule = settings.learning_rates()
     kernels = run.model.backend.name, getattr(run.model.backend, "threads", 1)
     peak = fma_peak(*kernels)
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
     skips = _Skips(run, progress)
-    start = time.perf_counter()
+    recent, load = _Recent(run), Load(kernels[1])
+    start = saved = time.monotonic()
+    crowded = False
     try:
+        if run.entry:
+            _evaluate_and_log(run, val_tokens, progress, stop, stop.check)
         # What was skipped may be the fault of weights that are lost, so it does not end in a save.
-        while run.step < settings.max_iters and (skips.in_a_row or not interrupted.is_set()):
+        while run.step < settings.max_iters and (skips.in_a_row or not stop.asked):
             began = time.perf_counter()
             learning_rate = schedule(run.step)
-            loss, norm, fault = _update(run, batches, learning_rate)
-            if math.isfinite(loss):
-                run.confirm()
-            skips.count(fault)
-            run.step += 1
-            run.val_loss = math.nan
-            seconds = time.perf_counter() - began
-            run.seconds += seconds
-            entry = {
-                "step": run.step,
-                "loss": loss,
-                "learning_rate": learning_rate,
-                "grad_norm": norm,
-                **_speed(run, seconds, peak),
-            }
-            if entry.get("share_of_peak", 0) > 1:  # the machine was busy when it was measured
-                del entry["share_of_peak"]
+            loss, fault = _gradients(run, batches)
+            with stop.held():
+                if math.isfinite(loss):
+                    run.confirm()
+                norm, fault = (math.nan, fault) if fault else _update(run, learning_rate)
+                skips.count(fault)
+                run.step += 1
+                run.torn = False
+                run.val_loss = math.nan
+                seconds = time.perf_counter() - began
+                run.seconds += seconds
+                run.entry = {
+                    "step": run.step,
+                    "loss": loss,
+                    "learning_rate": learning_rate,
+                    "grad_norm": norm,
+                    **_speed(run, seconds, peak),
+                }
+                if settings.skip_nonfinite:
+                    run.entry["skipped"] = run.skipped
+            if run.entry.get("share_of_peak", 0) > 1:  # the machine was busy when it was measured
+                del run.entry["share_of_peak"]
                 fma_peak.cache_clear()
                 peak = fma_peak(*kernels)
-            if settings.skip_nonfinite:
-                entry["skipped"] = run.skipped
-            progress.step(run.step, _figures(entry))
-            last = run.step == settings.max_iters
-            evaluated = last or _due(run.step, settings.eval_interval)
-            if evaluated:
-                run.val_loss = entry["val_loss"] = evaluate(
-                    *(run.model, val_tokens, settings.batch_size, settings.block_size),
-                    settings.eval_iters,
-                )
-            run.log(entry)
-            if evaluated:
-                _check_validation(run)
-                progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
-            if not fault and _due(run.step, settings.save_interval):
-                run.save()
+            recent.add(loss, seconds)
+            if progress.step(run.step, recent.figures(peak)):
+                recent.clear()
+            if not crowded and (others := load.others()):
+                crowded = True
+                progress.line(_crowded(others, load.cores, kernels[1]))
+            due = _due(run.step, settings.save_interval) or (
+                settings.save_minutes and time.monotonic() - saved > 60 * settings.save_minutes
+            )
+            if not _evaluation_is_due(run):
+                _log(run)
+            elif run.step == settings.max_iters:
+                due = True
+            if due and not fault:  # before an evaluation, which may take long
+                _save(run, stop)
+                saved = time.monotonic()
+            if run.entry:
+                check = None if fault else stop.check
+                _evaluate_and_log(run, val_tokens, progress, stop, check)
+    except StoppedError:
+        pass
+    except BaseException as error:
+        if not (isinstance(error, LostModel) or skips.in_a_row):
+            _rescue(run, stop, progress)
+        raise
     finally:
         progress.close()
-    run.save()
-    seconds = time.perf_counter() - start
-    has_plot = plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
+    _save(run, stop, last=True)
+    seconds = time.monotonic() - start
     return TrainResult(
-        run.step, settings.max_iters, started, run.skipped, run.val_loss, seconds, has_plot
+        *(run.step, settings.max_iters, started, run.skipped, run.val_loss, seconds),
+        has_plot=_draw(run),
+        interrupted=run.step < settings.max_iters or run.entry is not None,
     )
 
 
-def _update(run: Run, batches: Batches, learning_rate: float) -> tuple[float, float, str]:
-    """Take the next step: its loss, its gradients' norm, and what is not finite.
+def _evaluation_is_due(run: Run) -> bool:
+    return run.step == run.settings.max_iters or _due(run.step, run.settings.eval_interval)
 
-    Where something is not finite, nothing was updated.
-    """
+
+def _evaluate_and_log(
+    run: Run,
+    val_tokens: Shards,
+    progress: Progress,
+    stop: Stop,
+    check: Callable[[], None] | None,
+) -> None:
+    """End a step whose evaluation is due, by the settings as they are now."""
+    settings, entry = run.settings, run.entry
+    assert entry
+    evaluated = _evaluation_is_due(run)
+    if evaluated:
+        run.val_loss = entry["val_loss"] = evaluate(
+            *(run.model, val_tokens, settings.batch_size, settings.block_size),
+            settings.eval_iters,
+            check=check,
+        )
+    _log(run)
+    if evaluated:
+        _check_validation(run)
+        progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
+    with stop.held():
+        run.evaluated()
+
+
+def _log(run: Run) -> None:
+    assert run.entry
+    run.log(run.entry)
+    run.entry = None
+
+
+def _save(run: Run, stop: Stop, last: bool = False) -> None:
+    with stop.held():
+        run.save()
+        if last and run.entry:
+            run.publish()
+
+
+def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
+    """Save on the way out of an error that is none of the weights'; that error is to be told."""
+    if run.torn or run.step in (run.saved_step, run.tried_step, 0):
+        return
+    with suppress(OSError, ValueError, MemoryError):
+        _save(run, stop, last=True)
+        progress.line(f"saved after step {run.step}, to go on from with --resume")
+
+
+def _draw(run: Run) -> bool:
+    """Draw the loss; a picture that cannot be drawn is no failure of the run."""
+    try:
+        return plot_loss(read_metrics(run.out / METRICS_FILE), through(run.out / LOSS_FILE))
+    except Exception as error:
+        report(f"{run.out / LOSS_FILE} cannot be drawn: {shown(error)}")
+        return False
+
+
+def _crowded(others: float, cores: int, threads: int) -> str:
+    """Say that other programs are in the way, and what can be done."""
+    fewer = " (fewer threads may be faster then: --threads 1)" if threads > 1 else ""
+    used = f"{others:.1f} of the {cores} cores that this run has"
+    return f"other programs use {used}, so it is slower{fewer}"
+
+
+def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
+    """Compute the next step's loss and gradients; return the loss, and what is not finite of it."""
     settings, model = run.settings, run.model
     accumulate = settings.gradient_accumulation_steps
     model.zero_grad()
@@ -309,15 +454,24 @@ def _update(run: Run, batches: Batches, learning_rate: float) -> tuple[float, fl
         x, y = batches.batch(run.step * accumulate + micro)
         loss += model.loss(x, y) / accumulate
         if not math.isfinite(loss):
-            return loss, math.nan, f"the loss is {loss}"
+            return loss, f"the loss is {loss}"
         model.backward(scale=1 / accumulate)
+    return loss, ""
+
+
+def _update(run: Run, learning_rate: float) -> tuple[float, str]:
+    """Update the weights; return the gradients' norm, and what is not finite of them.
+
+    Where something is not finite, nothing was updated.
+    """
+    run.torn = True
     try:
-        return loss, run.optimizer.step(learning_rate, settings.grad_clip or None), ""
+        return run.optimizer.step(learning_rate, run.settings.grad_clip or None), ""
     except NonFiniteGradient:
-        for name, gradient in model.gradients.items():
+        for name, gradient in run.model.gradients.items():
             bad = gradient[~np.isfinite(gradient)]
             if bad.size:
-                return loss, math.nan, f"the gradient of {name} holds {bad[0]}"
+                return math.nan, f"the gradient of {name} holds {bad[0]}"
         raise
 
 
@@ -337,10 +491,29 @@ def _speed(run: Run, seconds: float, peak: float) -> dict[str, Any]:
     return entry
 
 
-def _figures(entry: Mapping[str, Any]) -> str:
-    """Give a step's metrics for a line."""
-    share = f"  {entry['share_of_peak']:.0%} of peak" if "share_of_peak" in entry else ""
-    return f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s{share}"
+class _Recent:
+    """The means since the last line that was printed; on a terminal, of as many steps at most."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._steps: deque[tuple[float, float]] = deque(maxlen=run.settings.log_interval)
+
+    def add(self, loss: float, seconds: float) -> None:
+        """Take note of a step."""
+        self._steps.append((loss, seconds))
+
+    def clear(self) -> None:
+        """Begin anew, after a line."""
+        self._steps.clear()
+
+    def figures(self, peak: float) -> str:
+        """Return them for a line; the loss is that of the steps that have one."""
+        losses, seconds = zip(*self._steps, strict=True)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        loss = sum(finite) / len(finite) if finite else math.nan
+        speed = _speed(self._run, sum(seconds) / len(seconds), peak)
+        share = f"  {speed['share_of_peak']:.0%} of peak" if "share_of_peak" in speed else ""
+        return f"loss {loss:.3f}  {speed['tokens_per_second']:,.0f} tokens/s{share}"
 
 
 class _Skips:
@@ -359,12 +532,12 @@ class _Skips:
         run, step = self._run, self._run.step + 1
         self.in_a_row += 1
         if not run.settings.skip_nonfinite:
-            raise ValueError(
+            raise LostModel(
                 f"{fault} at step {step}, so the run stopped before its update; {run.last_good()};"
                 " lower the learning rate, or leave such steps out with --skip-nonfinite"
             )
         if self.in_a_row == MOST_SKIPPED:
-            raise ValueError(
+            raise LostModel(
                 f"{fault} at step {step}, the {MOST_SKIPPED}th in a row that would be skipped, so"
                 f" the run stopped; {run.last_good()}; lower the learning rate"
             )
@@ -379,9 +552,10 @@ class _Skips:
 def _check_validation(run: Run) -> None:
     """Stop the run of a model that is lost before it takes a good one's place."""
     if not math.isfinite(run.val_loss):
-        raise ValueError(
+        run.forget()
+        raise LostModel(
             f"the validation loss is {run.val_loss} after step {run.step}, so its weights were not"
-            f" saved; {run.last_good()}; lower the learning rate"
+            f" kept; {run.last_good()}; lower the learning rate"
         )
 
 
@@ -398,23 +572,30 @@ def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
         )
 
 
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Make the first Ctrl-C set an event, so that no step is cut in half; the second interrupts.
+def _tell_defaults(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -> None:
+    """Say which settings a run of another version had not."""
+    lacking = [name for name in DEFAULTS if name not in stored]
+    if lacking:
+        taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
+        report(f"{out / RUN_FILE} is another version's; what it lacks is taken as {taken}")
 
+
+@contextmanager
+def _interruptible() -> Iterator[Stop]:
+    """Make signals ask for a stop, so that no step is cut in half; a second Ctrl-C interrupts.
+
+    What a program handles itself, or ignores as under nohup, stays as it is, but for Ctrl-C.
     Signals reach the main thread only; elsewhere nothing is changed.
     """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def request(signum: int, frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, request)
+    stop = Stop()
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        for number in numbers:
+            if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop.receive)
     try:
-        yield event
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

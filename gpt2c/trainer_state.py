@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
-from gpt2c.files import atomic_directory, naming, open_file, read_json, remove, shown
+from gpt2c.files import atomic_directory, atomic_path, naming, open_file, read_json, remove, shown
 from gpt2c.tensorfile import read_tensors, write_tensors
 
 VERSION = 1
@@ -45,6 +46,7 @@ class TrainerState:
     skipped : of them, those that updated nothing; the optimizer has taken step - skipped
     seconds : spent in steps, by every process that the run had
     val_loss : of these weights, in nats per token; None if they were not evaluated
+    entry : the step's metrics, if they are not in metrics.jsonl yet: an evaluation is to be done
 
     Raises
     ------
@@ -55,6 +57,7 @@ class TrainerState:
     skipped: int = 0
     seconds: float = 0.0
     val_loss: float | None = None
+    entry: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, most in (("step", 10**15 - 1), ("skipped", self.step)):
@@ -69,6 +72,12 @@ class TrainerState:
                 continue
             if type(value) is not float or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {shown(value)}")
+        if self.entry is not None:
+            kinds = (
+                {type(v) for v in self.entry.values()} if isinstance(self.entry, dict) else {str}
+            )
+            if not kinds <= {int, float} or self.entry.get("step") != self.step:
+                raise ValueError(f"entry must be the metrics of the step, got {shown(self.entry)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +116,27 @@ def save(
         save_weights(temporary, config, tensors)
         write_tensors(temporary / MOMENTS_FILE, moments, {"format": "gpt2c"})
         files = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
-        summed = {"state": dataclasses.asdict(state), "files": files}
-        content = {"version": VERSION, "sha256": _sum_of(summed), **summed}
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+        (temporary / STATE_FILE).write_text(_text(state, files), encoding="utf-8")
     return path
+
+
+def amend(path: Path, state: TrainerState) -> None:
+    """Replace the state of a checkpoint: what was learned of its weights after they were saved.
+
+    Raises
+    ------
+    OSError : it cannot be written; the checkpoint is as it was
+    """
+    text = _text(state, read_json(path / STATE_FILE)["files"])
+    with atomic_path(path / STATE_FILE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _text(state: TrainerState, files: Mapping[str, Any]) -> str:
+    fields = {k: v for k, v in dataclasses.asdict(state).items() if k != "entry" or v is not None}
+    summed = {"state": fields, "files": files}
+    content = {"version": VERSION, "sha256": _sum_of(summed), **summed}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def prune(newest: Path, keep: int) -> None:
@@ -119,6 +144,18 @@ def prune(newest: Path, keep: int) -> None:
     done = [path for path in _steps(newest.parent) if int(path.name) <= int(newest.name)]
     for path in reversed(done[keep:]):
         remove(path)
+
+
+def clear(directory: Path) -> None:
+    """Remove all checkpoints, damaged ones too; what else is in the directory, or it, stays."""
+    for path in list(directory.iterdir()):
+        if _NAME.fullmatch(path.name.partition(".damaged")[0]):
+            remove(path)
+
+
+def size_bytes(parameters: int) -> int:
+    """Return the size of a checkpoint of so many parameters: float32 weights and two moments."""
+    return 4 * parameters * (1 + len(MOMENTS))
 
 
 def before(checkpoint: Path) -> Path | None:
@@ -159,8 +196,8 @@ def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
     if faults:
         first = next(iter(faults.values()))
         raise ValueError(
-            f"no checkpoint of the run can be read ({first}); delete {directory} to begin the run"
-            " again from its first step"
+            f"no checkpoint of the run can be read ({first}); put a whole one into {directory}, or"
+            " begin the run again with --overwrite"
         )
     return None
 
@@ -182,7 +219,8 @@ def _aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that neither a later one takes its name nor it is removed."""
     names = (f"{path.name}.damaged{n if n > 1 else ''}" for n in count(1))
     free = next(name for name in names if not os.path.lexists(path.with_name(name)))
-    return path.rename(path.with_name(free))
+    shutil.move(path, path.with_name(free))  # a copy, where a directory cannot be renamed
+    return path.with_name(free)
 
 
 class _OtherVersion(ValueError):

@@ -240,7 +240,7 @@ def make_tokens(directory: Path) -> None:
 
 
 def use_tokens(tokens: np.ndarray) -> None:
-    assert tokens.max() < CONFIG.vocab_size
+    assert np.asarray(tokens).max() < CONFIG.vocab_size
     Batches([tokens], batch_size=2, block_size=8, seed=0).batch(len(tokens))
 
 

@@ -275,6 +275,7 @@ ARROWS: dict[str, set[str]] = {
     "picture": {"files"},
     "plot": {"picture"},
     "progress": set(),
+    "load": {"limits"},
     "metrics": {"files"},
     "tensorboard": {"files"},
     "trainer_state": {"checkpoint", "files", "tensorfile"},
@@ -283,9 +284,10 @@ ARROWS: dict[str, set[str]] = {
     "settings": {"config", "files", "optimizer"},
     "needs": {"activations", "config", "memory", "settings"},
     "train": (RUN - {"baselines", "config"})
-    | {"metrics", "needs", "optimizer", "plot", "progress"}
+    | {"load", "metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN | {"command", "corpus", "figures", "generator", "terminal", "textfiles", "train"},
+    "demo": RUN
+    | {"command", "corpus", "figures", "generator", "run", "terminal", "textfiles", "train"},
     "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "picture", "report"},
     "cli_convert": {"convert", "llmc"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -77,6 +78,78 @@ def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error, atomic_paths(tmp_path / "a"):
         other.read_text()  # what is none of ours keeps its name
     assert error.value.filename == str(other)
+
+
+# ---- file systems that refuse a refinement -------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM])
+def test_a_refused_fsync_does_not_end_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with files.atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    with files.atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "b").write_text("new")
+    assert (tmp_path / "a").read_text() == (tmp_path / "d" / "b").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_failed_fsync_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError) as error, files.atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert error.value.errno == number and error.value.filename == str(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_renamed_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a container's image, on an overlay."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+    monkeypatch.setattr(os, "rename", refuse)
+    files.remove(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """And not what is copied, as shutil has it."""
+    with pytest.raises(OSError) as error, files.atomic_path(tmp_path / "to") as temporary:
+        raise OSError(errno.ENOSPC, "No space left", str(tmp_path / "from"), None, str(temporary))
+    assert error.value.filename == str(tmp_path / "to") and error.value.filename2 is None
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_directory_is_locked(tmp_path: Path, shared: bool) -> None:
+    with files.locked(tmp_path, "taken", shared=shared):
+        with pytest.raises(BlockingIOError, match="taken"), files.locked(tmp_path, "taken"):
+            pass
+        if shared:
+            with files.locked(tmp_path, "taken", shared=True):
+                pass
+    with files.locked(tmp_path, "taken"):
+        pass
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=f"is a link to {tmp_path}/away, which does"):
+        claim_directory(tmp_path / "out", overwrite=True)
+    (tmp_path / "away").mkdir()
+    claim_directory(tmp_path / "out", overwrite=False)
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

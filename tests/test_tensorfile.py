@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import tracemalloc
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import refused
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from gpt2c import files, tensorfile
 from gpt2c.tensorfile import (
     LARGEST_HEADER,
     StoredTensor,
@@ -279,3 +281,69 @@ def test_a_stored_tensor_says_where_it_is_from(path: Path) -> None:
     tensor = map_tensors(path)[0]["a"].T
     assert isinstance(tensor, StoredTensor) and tensor.shape == (3, 2)
     assert (tensor.path, tensor.name, tensor.dtype) == (path, "a", "F64")
+
+
+# ---- next to no memory, and any file system ------------------------------------------------------
+
+
+def test_a_transpose_is_written_a_piece_at_a_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorfile, "PIECE", 1 << 12)
+    wide = np.arange(1 << 18, dtype=np.float32).reshape(256, 1024)
+    tensors = {"plain": wide, "turned": wide.T, "empty": wide[:0].T, "one": np.float32([7])[0:1]}
+    tracemalloc.start()
+    write_tensors(path, tensors, {"format": "pt"})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < wide.nbytes / 4
+    stored = load_file(path)
+    assert all(np.array_equal(stored[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2", "f8", "u1", "u2", "i8", ">f4"])
+def test_what_is_written_is_what_the_library_writes(dtype: str, path: Path) -> None:
+    values = np.arange(12).astype(dtype).reshape(3, 4)
+    write_tensors(path, {"b": values, "a": values.T, "c": values[:0]}, {"k": "v"})
+    stored = load_file(path)
+    assert stored["a"].dtype == np.dtype(dtype).newbyteorder("=")
+    assert np.array_equal(stored["a"], values.T) and np.array_equal(stored["b"], values)
+    assert stored["c"].shape == (0, 4)
+
+
+def test_a_full_disk_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.symlink_to("/dev/full")
+    if not path.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        write_tensors(path, {"a": np.zeros(1 << 16, np.float32)}, {})
+    assert error.value.filename == str(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.ENOTSUP])
+def test_a_file_system_that_maps_nothing_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    write_tensors(path, {"a": values}, {})
+
+    def refuse(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(files.mmap, "mmap", refuse)
+    monkeypatch.setattr(tensorfile, "safe_open", refuse)
+    read = read_tensors(path)[0]["a"]
+    assert np.array_equal(read, values) and not read.flags.writeable
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "is not a whole safetensors file" in refused(read_tensors, path)
+
+
+def test_a_disk_that_fails_is_no_refusal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensors(path, {"a": np.zeros(3, np.float32)}, {})
+
+    def fail(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.mmap, "mmap", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_tensors(path)

@@ -1,6 +1,7 @@
 """Token files: what is written is read, and a damaged, foreign or ambiguous file is refused."""
 
 import errno
+import io
 import os
 
 import numpy as np
@@ -34,7 +35,6 @@ def test_read_tokens_gives_what_was_written_and_cannot_change_it(tmp_path):
     path = tmp_path / "a.bin"
     write_tokens(path, np.arange(1000))
     tokens = read_tokens(path, vocab_size=1000)
-    assert isinstance(tokens, np.memmap)
     assert tokens.dtype == np.uint16
     np.testing.assert_array_equal(tokens, np.arange(1000))
     with pytest.raises(ValueError, match="read-only"):
@@ -124,8 +124,8 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
     write_tokens(tmp_path / "fineweb_val_000000.bin", [7, 8])
     for name in (".train_hidden.bin", "train.txt", "other.bin"):
         (tmp_path / name).write_bytes(b"no token file")
-    assert [shard.tolist() for shard in read_shards(tmp_path, "train")] == [[1], [2], [10]]
-    assert [shard.tolist() for shard in read_shards(tmp_path, "val")] == [[7, 8]]
+    assert [shard[:].tolist() for shard in read_shards(tmp_path, "train")] == [[1], [2], [10]]
+    assert [shard[:].tolist() for shard in read_shards(tmp_path, "val")] == [[7, 8]]
     (tmp_path / "train_3.bin").symlink_to("/mnt/disk-that-is-not-there/train_3.bin")
     with pytest.raises(FileNotFoundError, match=r"train_3\.bin does not exist"):
         read_shards(tmp_path, "train")  # rather than fewer tokens
@@ -196,3 +196,48 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     for read in (read_tokens, read_nanogpt):
         with pytest.raises(OSError, match="is a pipe or a device"):
             read(tmp_path / "train.bin")
+
+
+# ---- tokens that are read when they are needed ---------------------------------------------------
+
+
+def test_stored_tokens_are_those_of_the_file(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.arange(1000))
+    (tokens,) = read_shards(tmp_path, "train", vocab_size=1000)
+    whole = np.arange(1000)
+    assert len(tokens) == 1000 and np.asarray(tokens).dtype == np.uint16
+    for part in (slice(3, 20), slice(None), slice(-5, None), slice(990, 5000), slice(7, 7)):
+        assert np.array_equal(tokens[part], whole[part])
+    assert np.array_equal(np.concatenate([tokens, tokens[1:]]), np.r_[whole, whole[1:]])
+    with pytest.raises(ValueError, match="not by steps of 2"):
+        tokens[::2]
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
+    """A mapped one would end the process."""
+    path = tmp_path / "train.bin"
+    write_tokens(path, np.arange(1000))
+    (tokens,) = read_shards(tmp_path, "train")
+    os.truncate(path, 1024 + 2 * 100)
+    assert np.array_equal(tokens[:100], np.arange(100))
+    with pytest.raises(OSError, match=f"^{path} was cut short while it was read: tokens 90 to 110"):
+        tokens[90:110]
+
+
+def test_a_file_that_is_replaced_is_still_the_one_that_was_opened(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.arange(1000))
+    (tokens,) = read_shards(tmp_path, "train")
+    write_tokens(tmp_path / "train.bin", [1, 2])
+    assert np.array_equal(tokens[:], np.arange(1000))
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("builtins.open", lambda *arguments: Full())
+    for write in (write_tokens, lambda path, tokens: write_nanogpt(path, [np.asarray(tokens)])):
+        with pytest.raises(OSError, match="No space left") as error:
+            write(tmp_path / "a.bin", [1, 2])
+        assert error.value.filename == str(tmp_path / "a.bin")

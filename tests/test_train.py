@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from kills import TINY
 
+from gpt2c import settings as settings_module
 from gpt2c import train as train_module
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
@@ -91,6 +92,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]
     original = Progress.step
 
     def arrange(wanted: int, action: Callable[[], Any]) -> None:
+        if action is power_cut:  # which saves nothing
+            monkeypatch.setattr(train_module, "_rescue", lambda *run: None)
+
         def step(self: Progress, step: int, figures: str) -> None:
             original(self, step, figures)
             if step == wanted:
@@ -310,8 +314,8 @@ def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
     message, _, advice = output.splitlines()[-1].partition("; go on with: ")
     step = int(message.split()[5])
     assert message == f"stopped and saved after step {step} of 1000000"
-    program, *arguments = shlex.split(advice)
-    assert program == "gpt2c"
+    program, arguments = shlex.split(advice)[:3], shlex.split(advice)[3:]
+    assert program == [sys.executable, "-m", "gpt2c"]  # as it was called
     assert arguments == ["train", "--data", str(data), "--out", str(out), "--resume"]
     assert main([*arguments, "--max-iters", str(step + 5)]) == 0
     train(data, tmp_path / "whole", schedule="constant", max_iters=step + 5, log_interval=1)
@@ -648,6 +652,20 @@ def test_a_resumed_run_keeps_its_settings() -> None:
     assert stored["batch_order"] == 2 and resumed(older, {}, "runs/a").batch_order == 1
     with pytest.raises(ValueError, match="trained with batch_order=1, so it cannot go on with 2"):
         resumed(older, {"batch_order": 2}, "runs/a")
-    for strange in ({}, {**stored, "dropout": 0.1}, [], None):
-        with pytest.raises(ValueError, match="runs/a: its settings are another gpt2c"):
+    for strange, wanted in (
+        ({}, "lack n_layer: start a new run"),
+        ({**stored, "dropout": 0.1}, "are another gpt2c's, for this one has no 'dropout': go on"),
+        ([], r"must be an object, got \[\]"),
+        (None, "must be an object, got None"),
+    ):
+        with pytest.raises(ValueError, match=f"runs/a: its settings {wanted}"):
             resumed(strange, {}, "runs/a")
+
+
+def test_a_setting_that_a_run_lacks_is_that_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = dataclasses.asdict(TrainSettings(n_layer=2, keep=3))
+    del stored["save_minutes"], stored["gamma"]
+    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3)
+    monkeypatch.setattr(settings_module, "OLDER", {"gamma": 0.25})
+    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3, gamma=0.25)
+    assert resumed(stored, {"gamma": 0.5}, "runs/a").gamma == 0.5

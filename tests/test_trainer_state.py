@@ -196,7 +196,9 @@ def test_none_is_whole(three: Path) -> None:
     message = refused(newest, three, pytest.fail)
     assert message.startswith("no checkpoint of the run can be read (")
     assert "00000030 is not whole: model.safetensors is damaged" in message
-    assert message.endswith(f"delete {three} to begin the run again from its first step")
+    assert message.endswith(
+        f"; put a whole one into {three}, or begin the run again with --overwrite"
+    )
 
 
 def test_a_later_one_does_not_count_as_one_of_the_newest(three: Path) -> None:
