@@ -77,12 +77,12 @@ def busy(loops: int) -> Iterator[None]:
 
 def start(size: tuple[int, ...], checkout: Path, threads: int | None) -> subprocess.Popen[str]:
     """Start a row's process and wait until it is warm."""
-    variables = {**os.environ, "PYTHONPATH": str(checkout)}
+    variables = dict(os.environ)
     if threads is not None:
         variables["GPT2C_NUM_THREADS"] = str(threads)
     command = [sys.executable, "-c", WORKER, *map(str, size)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    row = subprocess.Popen(command, env=variables, text=True, bufsize=1, **pipes)
+    row = subprocess.Popen(command, cwd=checkout, env=variables, text=True, bufsize=1, **pipes)
     if row.stdout is None or row.stdout.readline() != "ready\n":
         sys.exit(f"the row of {checkout} does not start")
     return row

@@ -162,22 +162,20 @@ static void multiply_packed(float *c, int64_t ldc, const float *a, const float *
 
 /* ---- the product -------------------------------------------------------------------------------------------- */
 
-/* C in tasks: nt columns by mt rows of a block of MB rows. */
+/* C in tasks: nt columns by mt rows of a block of MB rows, all rows of the first columns first. */
 typedef struct {
-    int64_t nt, mt, columns, count;
+    int64_t nt, mt, rows, count; /* rows: tasks above each other */
 } Tasks;
 
-/* Wide tasks, since a task packs its own B; yet some for each thread, so that all end together. Only where columns are
- * too few for the threads are rows divided, and B packed more than once. */
-static Tasks divide(int64_t rows, int64_t N, int threads) {
-    const int64_t panels = ceil_div(N, NR), wanted = 3 * threads;
-    const int64_t wide = panels / (4 * threads);
+/* Wide tasks, since B is packed for each nt columns; low ones, so that nobody waits long for the last. */
+static Tasks divide(int64_t mb, int64_t N, int64_t kc, int threads) {
+    enum { PRODUCTS = 1 << 20 }; /* of a task: some ten microseconds */
+    const int64_t wide = ceil_div(N, NR) / (4 * threads);
     Tasks tasks;
     tasks.nt = NR * (wide < 1 ? 1 : min64(wide, NT / NR));
-    tasks.columns = ceil_div(N, tasks.nt);
-    const int64_t parts = tasks.columns >= wanted ? 1 : ceil_div(wanted, tasks.columns);
-    tasks.mt = round_up(ceil_div(rows, min64(parts, ceil_div(rows, 16 * MR))), MR);
-    tasks.count = tasks.columns * ceil_div(rows, tasks.mt);
+    tasks.mt = round_up(min64(mb, ceil_div(PRODUCTS, tasks.nt * kc)), MR);
+    tasks.rows = ceil_div(mb, tasks.mt);
+    tasks.count = ceil_div(N, tasks.nt) * tasks.rows;
     return tasks;
 }
 
@@ -188,17 +186,20 @@ void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int ac
     for (int64_t pc = 0; pc < K; pc += depth)
         for (int64_t ic = 0; ic < M; ic += MB) {
             const int64_t kc = min64(depth, K - pc), mb = min64(MB, M - ic);
-            const Tasks tasks = divide(mb, N, team->threads);
+            const Tasks tasks = divide(mb, N, kc, team->threads);
+            int64_t packed = -1; /* the columns that are in packed_b */
             for_shared (group, ceil_div(mb, GROUP * MR), worth(GROUP * MR * kc), team) {
                 const int64_t i = group * GROUP * MR;
                 pack(packed_a + i * kc, shifted(a, ic + i, pc), min64(GROUP * MR, mb - i), kc, MR);
             }
             for_shared (task, tasks.count, worth(tasks.mt * tasks.nt * kc / 16), team) {
-                const int64_t j = task % tasks.columns * tasks.nt, i = task / tasks.columns * tasks.mt;
-                const int64_t next_j = (task + 1) % tasks.columns * tasks.nt, n = min64(tasks.nt, N - j);
-                /* The task that most likely follows. */
-                const Ahead ahead = to_be_packed(shifted(b, next_j, pc), min64(tasks.nt, N - next_j), kc);
-                pack(packed_b, shifted(b, j, pc), n, kc, NR);
+                const int64_t i = task % tasks.rows * tasks.mt, j = task / tasks.rows * tasks.nt;
+                const int64_t next_j = (task + 1) / tasks.rows * tasks.nt, n = min64(tasks.nt, N - j);
+                Ahead ahead = {0};
+                if (next_j > j && next_j < N) /* what most likely follows */
+                    ahead = to_be_packed(shifted(b, next_j, pc), min64(tasks.nt, N - next_j), kc);
+                if (packed != j) pack(packed_b, shifted(b, j, pc), n, kc, NR);
+                packed = j;
                 multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.mt, mb - i), n,
                                 kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, ahead);
             }
