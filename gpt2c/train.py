@@ -346,7 +346,7 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
                 recent.clear()
             if not crowded and (others := load.others()):
                 crowded = True
-                progress.line(_crowded(others, load.cores, kernels[1]))
+                progress.line(_crowded(others, load.cores))
             due = _due(run.step, settings.save_interval) or (
                 settings.save_minutes and time.monotonic() - saved > 60 * settings.save_minutes
             )
@@ -437,11 +437,10 @@ def _draw(run: Run) -> bool:
         return False
 
 
-def _crowded(others: float, cores: int, threads: int) -> str:
-    """Say that other programs are in the way, and what can be done."""
-    fewer = " (fewer threads may be faster then: --threads 1)" if threads > 1 else ""
-    used = f"{others:.1f} of the {cores} cores that this run has"
-    return f"other programs use {used}, so it is slower{fewer}"
+def _crowded(others: float, cores: int) -> str:
+    """Say that other programs are in the way."""
+    used = f"{others:.1f} of the {cores} cores that this run may use"
+    return f"other programs use {used}, so it is slower"
 
 
 def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
