@@ -118,6 +118,7 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
     float *x = scratch, *normed = x + N * C, *att = normed + N * C, *wide = att + N * C;
     float *eight_bits = wide + N * widest(model), *scores = eight_bits + quantized_size(N, widest(model));
     const Quantized q = quantized_in(eight_bits, N, C), q_wide = quantized_in(eight_bits, N, F);
+    if (N == 0) return;
     int64_t longest = 0;
     for (int64_t i = 0; i < N; i++) longest = positions[i] >= longest ? positions[i] + 1 : longest;
     for_shared (i, N, worth(C), team) embed(x + i * C, &model->wte, model->wpe + positions[i] * C, tokens[i]);

@@ -7,9 +7,9 @@
  *
  *   for each KC of the sum:
  *     for each MB rows of C:                  all threads pack A together: MB x KC, in the last-level cache
- *       for each NT columns, in parallel:       a thread packs B for itself: NT x KC, in its second-level cache
- *         for each MR rows, each NR columns:      packed A: MR x KC, in the first-level cache
- *           microkernel
+ *       for each NT columns and some rows, in parallel: a thread packs B for itself: NT x KC, in its second-level
+ * cache, unless it has it from the rows before for each MR rows, each NR columns:      packed A: MR x KC, in the
+ * first-level cache microkernel
  *
  * B, the weights of a linear layer, is read once from memory for MB rows of C, and while the microkernel computes on
  * one block of it, the lines of the thread's next block are called into the cache (Ahead).

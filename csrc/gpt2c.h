@@ -6,7 +6,8 @@
  * a kernel has a team; build.py generates the function between.
  *
  * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
- * Order: outputs, inputs, scalars, scratch, sizes, team. All arrays are C-contiguous float32 unless typed otherwise.
+ * Order: outputs, inputs, scalars, scratch, sizes, team. All arrays are C-contiguous float32 unless typed otherwise,
+ * all sizes positive, but N of decode_step, which may be 0.
  * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward writes
  * its own when asked. Activations and their gradients are written (=), with one exception that is said where it stands:
  * layernorm_backward's dx.

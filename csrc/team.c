@@ -199,11 +199,9 @@ static void *work(void *given) {
         wait_until(is_called, pool, seen, &pool->idle);
         if (atomic_load(&pool->stopping)) return NULL;
         if (!enter(pool)) continue;
-        if (atomic_load(&pool->call) != seen) {
-            seen = atomic_load(&pool->call);
-            Team team = {pool, seat->member, pool->threads, 1, pool->first_stage};
-            pool->kernel(pool->arguments, &team);
-        }
+        seen = atomic_load(&pool->call);
+        Team team = {pool, seat->member, pool->threads, 1, pool->first_stage};
+        pool->kernel(pool->arguments, &team);
         if (atomic_fetch_sub(&pool->members, 1) == 1) wake(&pool->waiting);
     }
 }
@@ -221,12 +219,15 @@ int pool_start(Pool *pool, int threads) {
     memset(pool, 0, (size_t)pool_size(threads));
     make_bed(&pool->idle);
     make_bed(&pool->waiting);
-    pool->threads = threads;
+    pool->threads = 1; /* until the others are there */
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes) != 0) return 1;
+    pool->threads = threads;                             /* before the first of them looks */
     (void)pthread_attr_setstacksize(&attributes, STACK); /* else the system's default */
-    sigset_t all, before;                                /* signals are for the program's own threads */
+    sigset_t all, before; /* signals are for the program's own threads, but for a fault of the thread itself */
+    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
     sigfillset(&all);
+    for (int i = 0; i < 4; i++) sigdelset(&all, faults[i]);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int started = 1;
     for (; started < threads; started++) {

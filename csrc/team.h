@@ -48,7 +48,7 @@ int next_task(Loop *loop); /* 1, and [from, to) is to be done; or 0, and all of 
         for (int64_t i = loop_##i.from, end_##i = loop_##i.to; i < end_##i; i++)
 
 /* Rows of `size` elements that are worth a task: below this, handing it over costs more than it saves. */
-static inline int64_t worth(int64_t size) { return size < 8192 ? 8192 / size : 1; }
+static inline int64_t worth(int64_t size) { return size < 1 ? 8192 : size < 8192 ? 8192 / size : 1; }
 
 /* Runs a kernel on the pool's threads; the callers are generated from gpt2c.h (build.py). */
 void run_together(Pool *pool, void (*kernel)(void *arguments, Team *team), void *arguments);

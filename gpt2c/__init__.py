@@ -10,6 +10,8 @@ output channels. Losses are in nats per token.
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from gpt2c import limits as limits  # now: the cores are those from before others bind this thread
+
 if TYPE_CHECKING:
     from gpt2c import ops
     from gpt2c.backend import backends

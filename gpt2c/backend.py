@@ -133,7 +133,7 @@ def same_backend(name: str, threads: int | None) -> Backend:
     """Return the backend that a copied or pickled model was on.
 
     It may come from another machine, whose backend this CPU cannot run: then it is "auto", with a
-    warning. The number of threads, on which the bits depend, stays.
+    warning. The number of threads stays.
     """
     try:
         return get_backend(name, threads)

@@ -91,7 +91,7 @@ def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     tokenizer = Tokenizer.from_pretrained(options.data)
     _check_tokenizer(options, path, model, tokenizer)
-    shards = read_shards(options.data, "val", tokenizer.vocab_size)
+    shards = read_shards(options.data, "val", tokenizer.vocab_size, tokenizer.fingerprint)
     shards = [tokens for tokens in shards if len(tokens) > 1] or shards
     scored = [tokens[1:] for tokens in shards]  # the first has nothing before it
     count = sum(map(len, scored))

@@ -73,8 +73,8 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     show("loss", f"in nats per token: 0 if it was certain, {guess:.1f} for a guess among all")
     try:
         result = train(data, run, settings, overwrite=overwrite)
-    except ValueError:
-        if not run.exists():  # the text was too short: another try must not need --overwrite
+    except (ValueError, OSError, MemoryError):
+        if not run.exists():  # refused before it began: another try must not need --overwrite
             shutil.rmtree(data)
         raise
     if result.interrupted:

@@ -59,11 +59,9 @@ def unbound() -> Iterator[None]:
             os.sched_setaffinity(0, bound)
 
 
-@functools.cache
+@functools.cache  # the answer is in files
 def usable_cores(root: Path = ROOT) -> int:
     """Return how many threads can compute at a time: the affinity, or less by a CPU quota.
-
-    Asked once, so that models which a program makes one after the other are of the same bits.
 
     A quota of one core and a half counts as two: two threads that use it up pause together for the
     rest of a period, so that they do half as much again as one.

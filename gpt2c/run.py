@@ -406,7 +406,10 @@ class Run:
         """
         if self.saved and self.saved != self.good:
             self.good = self.saved
-            trainer_state.prune(self.good, self.settings.keep)
+            try:
+                trainer_state.prune(self.good, self.settings.keep)
+            except OSError as error:  # the newest is whole: what stays is tried again with the next
+                report(f"older checkpoints cannot be removed: {error}")
 
     def _confirm_evaluated(self) -> None:
         if not math.isnan(self.val_loss):

@@ -24,7 +24,7 @@ import numpy as np
 from gpt2c import files, trainer_state
 from gpt2c.backend import fma_peak, get_backend
 from gpt2c.data import Batches, windows
-from gpt2c.files import claim_directory, shown, through
+from gpt2c.files import claim_directory, shown
 from gpt2c.load import Load
 from gpt2c.metrics import FILE as METRICS_FILE
 from gpt2c.metrics import read_metrics
@@ -124,8 +124,8 @@ def train(
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
     resume : go on from the newest whole checkpoint in `out`, or from the first step if the run was
-        stopped before it had one: on the same backend with the same number of threads the result
-        is, to the bit, that of a run never interrupted. With another `max_iters` or schedule, the
+        stopped before it had one: on the same backend the result is, to the bit, that of a run
+        never interrupted. With another `max_iters` or schedule, the
         steps done keep their learning rates and those to come have the new schedule's.
     overwrite : `out` may exist and hold something
 
@@ -431,7 +431,7 @@ def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
 def _draw(run: Run) -> bool:
     """Draw the loss; a picture that cannot be drawn is no failure of the run."""
     try:
-        return plot_loss(read_metrics(run.out / METRICS_FILE), through(run.out / LOSS_FILE))
+        return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
     except Exception as error:
         report(f"{run.out / LOSS_FILE} cannot be drawn: {shown(error)}")
         return False

@@ -13,12 +13,6 @@ COMMANDS = sorted(path.stem[4:] for path in (ROOT / "gpt2c").glob("**/cli_*.py")
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not a source tree")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*.c")), ids=lambda path: path.name)
-def test_ops_of_a_kernel(path: Path) -> None:
-    for name in check.ops(path):
-        assert f" {name}(" in (ROOT / "csrc" / "gpt2c.h").read_text()
-
-
 def test_a_kernel_asks_for_the_tests_of_its_ops() -> None:
     assert check.ops(ROOT / "csrc/layernorm.c") == ["layernorm_forward", "layernorm_backward"]
     assert check.ops(ROOT / "csrc/gemm.c") == check.ops(ROOT / "csrc/matmul.c") != []
@@ -26,6 +20,18 @@ def test_a_kernel_asks_for_the_tests_of_its_ops() -> None:
     names = "gelu_backward or gelu_forward or residual_backward or residual_forward"
     assert of_ops[of_ops.index("-k") + 1] == names
     assert "tests/test_kernels.py" in of_ops and "tests/test_model.py" in of_models
+
+
+def test_ops_of_a_file() -> None:
+    assert check.ops(ROOT / "csrc/team.c") == []
+    assert check.ops(ROOT / "csrc/decode.c") == ["decode_step"]
+    assert check.ops(ROOT / "csrc/linear.c") == ["linear_forward", "matrix_transpose"]
+
+
+@pytest.mark.parametrize("name", ["csrc/team.c", "csrc/team.h"])
+def test_the_threads_ask_for_the_tests_of_all_kernels(name: str) -> None:
+    (command,) = check.test([name])
+    assert "-k" not in command and "tests/test_kernels.py" in command
 
 
 def test_what_kernels_share_asks_for_the_tests_of_all() -> None:

@@ -478,3 +478,9 @@ def test_a_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
     assert np.array_equal(decoder.read(ids, 0, 0), expected)
     zero = np.zeros(1, np.int32)
     assert np.isfinite(decoder.step(zero, zero, zero + 3)).all()
+
+
+def test_a_step_of_no_text_is_nothing(backend: Any) -> None:
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    none = np.empty(0, np.int32)
+    assert GPT2(config, backend=backend).decoder(2).step(none, none, none).shape == (0, 11)

@@ -659,7 +659,7 @@ class Broken:
         Broken(ValueError("I/O operation on closed file")),
         Broken(UnicodeEncodeError("ascii", "ü", 0, 1, "ordinal not in range")),
     ],
-    ids=repr,
+    ids=["none", "vanished", "no reader", "full", "closed", "ascii"],
 )
 def test_a_terminal_that_is_gone_ends_no_run(
     data: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, stream: Any
