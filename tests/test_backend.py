@@ -304,7 +304,7 @@ ARROWS: dict[str, set[str]] = {
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
     | {"cli_prepare", "cli_tokens", "command", "demo", "terminal", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
-    "__init__": LIBRARY | READING | {"engine"},
+    "__init__": {"limits"} | LIBRARY | READING | {"engine"},
 }
 DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
 

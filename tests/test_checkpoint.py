@@ -554,11 +554,13 @@ def test_a_missing_file_is_named(directory, name):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"\xff\xfe", b'{"a": ' + b"[" * 100_000, b"[1, 2]", b"3"]
+    "text", [b"", b"{", b"\xff\xff", b'{"a": ' + b"[" * 100_000, b"[1, 2]", b"3"]
 )
 def test_a_damaged_config(directory, text):
     (directory / "config.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|must hold a JSON obj)"):
+    with pytest.raises(
+        ValueError, match=r"config\.json (is not (valid JSON|UTF-8)|must hold a JSON)"
+    ):
         load_weights(directory)
 
 

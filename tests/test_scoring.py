@@ -713,7 +713,9 @@ def test_eval_shows_progress_and_does_both(gpt2c) -> None:
     code, out, err = gpt2c("eval run --data data --choices many.jsonl")
     assert (code, err) == (0, "")
     assert out.startswith(data)
-    steps = re.findall(r"^step +(\d+)/60((?:  acc\w* \d\.\d{4}){3})$", out, re.MULTILINE)
+    steps = re.findall(
+        r"^step +(\d+)/60((?:  acc\w* \d\.\d{4}){3})(?:  \S+ left)?$", out, re.MULTILINE
+    )
     assert [step for step, _ in steps] == [str(step) for step in range(3, 61, 3)]
     last = out.splitlines()[-1]
     assert re.fullmatch(ANSWERS, last + "\n")
