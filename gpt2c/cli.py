@@ -11,9 +11,12 @@ import difflib
 import importlib.metadata
 import math
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with open_door() as out, warnings.catch_warnings():
         if not sys.warnoptions:  # libraries warn programmers, not those who type commands
             warnings.simplefilter("ignore")
-        return _run(list(sys.argv[1:] if arguments is None else arguments), out)
+        with _ended_as_by_ctrl_c():
+            return _run(list(sys.argv[1:] if arguments is None else arguments), out)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let a signal that ends the process end the work first, so that nothing is left half-written.
+
+    One that is ignored, as nohup does, stays ignored; training has handlers of its own.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    ends = [signal.SIGTERM, signal.SIGHUP] if main_thread else []
+    changed = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(arguments: list[str], out: Door) -> int:

@@ -291,20 +291,22 @@ def prepare(
             f"the vocabulary has {tokenizer.vocab_size} tokens; "
             f"token files hold at most {MAX_VOCABULARY}"
         )
-    with _claimed(out, overwrite), alone(out), TokenWriter(out, shard_tokens) as writer:
-        prepared = _encode(documents, held_out, tokenizer, writer)
-        writer.finish()
-        # val.bin goes first and comes last: a directory that has it never mixes two preparations,
-        # nor lacks some of its shards.
-        remove_shards(out)
-        tokenizer.save_pretrained(out)
-        writer.publish(
-            {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-            {
-                "train": {"documents": prepared.train_documents, "bytes": prepared.train_bytes},
-                "val": {"documents": prepared.val_documents, "bytes": prepared.val_bytes},
-            },
-        )
+    with _claimed(out, overwrite), alone(out):
+        files.remove_leftovers(out)  # of a kill
+        with TokenWriter(out, shard_tokens) as writer:
+            prepared = _encode(documents, held_out, tokenizer, writer)
+            writer.finish()
+            # val.bin goes first and comes last: a directory that has it never mixes two
+            # preparations, nor lacks some of its shards.
+            remove_shards(out)
+            tokenizer.save_pretrained(out)
+            writer.publish(
+                {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+                {
+                    "train": {"documents": prepared.train_documents, "bytes": prepared.train_bytes},
+                    "val": {"documents": prepared.val_documents, "bytes": prepared.val_bytes},
+                },
+            )
     return prepared
 
 

@@ -227,6 +227,10 @@ class Engine:
             self._work.notify()
         return request
 
+    def __reduce__(self) -> Any:
+        """Refuse to be copied or pickled: a copy would have no thread that serves it."""
+        raise TypeError("an Engine cannot be copied or pickled: make another one of its model")
+
     def close(self) -> None:
         """End the engine, and its requests with an error; a second time nothing happens."""
         self._close("the engine is closed", "the engine was closed before the request was done")

@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 PATIENCE = 0.5  # seconds for a stream that does not wait and is full
-CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but for tab and newline, DEL, C1
+# C0 but for tab and newline, DEL, C1; separators of lines, and what turns the direction of a line
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 NAMED = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\"}
 
 

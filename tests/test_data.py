@@ -3,8 +3,12 @@
 import errno
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -643,3 +647,24 @@ def test_overlapping_windows_score_every_token_once(count: int, T: int, overlap:
 def test_an_overlap_leaves_room_for_targets(overlap: int) -> None:
     with pytest.raises(ValueError, match=r"overlap must be in \[0, block_size = 4\)"):
         windows([np.arange(9, dtype=np.uint16)], 1, 4, overlap)
+
+
+def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / ".train.bin.12345.tmp").write_bytes(b"half")
+    prepare(["a b c " * 50, "d e f " * 50], out, "bytes", val_fraction=0.5)
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_prepare_as_ctrl_c_does(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "gpt2c", "prepare", "-", "--out", str(tmp_path / "data")]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--tokenizer", "bytes"], **pipes) as process:  # type: ignore[call-overload]
+        process.stdin.write("some text " * 100_000)  # more than a pipe holds: it is being read
+        time.sleep(0.5)  # until it waits for more: one just before a wait is seen after it
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr.read() == "gpt2c: interrupted\n"
+    assert not (tmp_path / "data").exists()

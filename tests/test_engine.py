@@ -1,6 +1,8 @@
 """The engine: requests come and go, each as it would be alone; what ends one, and what ends it."""
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -587,3 +589,12 @@ def test_room_that_is_no_whole_number_is_refused(name, wrong):
     config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3)
     model = gpt2c.GPT2(config)
     assert refused(Engine, model, **{name: wrong}).startswith(f"{name} must be a whole number")
+
+
+def test_an_engine_is_not_copied() -> None:
+    """A copy would take requests that no thread serves."""
+    config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    with Engine(gpt2c.GPT2(config), slots=1) as engine:
+        for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="an Engine cannot be copied or pickled"):
+                duplicate(engine)

@@ -336,6 +336,15 @@ def test_a_models_controls_reach_a_file_and_no_terminal(
             assert "ab\ufffd\ufffd\ufffd\n" in sys.stdout.getvalue()  # type: ignore[attr-defined]
 
 
+def test_what_turns_a_line_around_is_no_text_for_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "a\u202eb\u2066c\u2028d 你好 é\t\n"
+    assert visible(text) == text  # not a terminal
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert visible(text) == "a\ufffdb\ufffdc\ufffdd 你好 é\t\n"
+
+
 def test_each_line_is_answered_whatever_its_bytes(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
