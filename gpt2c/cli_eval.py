@@ -145,7 +145,7 @@ def _check_tokenizer(
             file=sys.stderr,
         )
         return
-    if not own.same_vocabulary(tokenizer):
+    if not own.covers(tokenizer):
         raise ValueError(
             f"{options.data} was made with another tokenizer than that of {options.model}{apart}"
         )

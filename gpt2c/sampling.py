@@ -179,7 +179,8 @@ class GenerationConfig:
                     raise ValueError(
                         f"{name} must be token ids, got {token!r}: gpt2c.Generator knows strings"
                     )
-                if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+                number = isinstance(token, int | np.integer) and not isinstance(token, bool)
+                if not number or not 0 <= token < vocab_size:
                     raise ValueError(f"{name}: {token!r} is not a token id in [0, {vocab_size})")
                 ids.add(int(token))
         return frozenset(ids)

@@ -329,6 +329,14 @@ class Tokenizer:
             *(other._ranks, other.eot, other.special_tokens),
         )
 
+    def covers(self, other: Tokenizer) -> bool:
+        """Whether each token of `other` is here too, under its id; this one may add special ones.
+
+        A model that was fine-tuned with a [PAD], say, reads the tokens of the one that it was.
+        """
+        same = (self._ranks, self.eot) == (other._ranks, other.eot)
+        return same and other.special_tokens.items() <= self.special_tokens.items()
+
     @property
     def fingerprint(self) -> str:
         """The same 32 hexadecimal digits for tokenizers that agree, see `same_vocabulary`."""

@@ -387,3 +387,9 @@ def test_ends_that_are_no_ids_are_refused(wrong: Any) -> None:
 @pytest.mark.parametrize("text", [".", ["."], [1, "."]])
 def test_strings_are_the_generators(text: Any) -> None:
     assert "gpt2c.Generator" in refused(GenerationConfig(stop=text).ends, 5)
+
+
+def test_a_truth_value_is_no_token() -> None:
+    for name in ("eos_token_id", "stop"):
+        config = GenerationConfig(**{name: True})
+        assert refused(config.ends, V).startswith(f"{name}: True is not a token id")

@@ -499,3 +499,13 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         BPE.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_tokenizer_covers_one_that_has_no_more() -> None:
+    base = Tokenizer.from_name("bytes")
+    special = {**base.special_tokens, "[PAD]": 257}
+    more = Tokenizer(base._ranks, base.eot, special=special)
+    assert more.covers(base) and more.covers(more) and not base.covers(more)
+    assert not more.same_vocabulary(base)
+    other = {"<|endoftext|>": 257, "[PAD]": 256}
+    assert not Tokenizer(base._ranks, 257, special=other).covers(base)
