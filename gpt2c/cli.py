@@ -214,7 +214,15 @@ def _verb(
     """Add a verb; `shows` means that what it writes to standard output is its result."""
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     verb.set_defaults(run=run, verb=verb, shows=shows)
+    verb.register("type", Path, _path)
     return verb
+
+
+def _path(text: str) -> Path:
+    """Return an argument as a path; an empty one would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
+    return Path(text)
 
 
 def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:

@@ -560,6 +560,14 @@ def test_a_mistake_costs_one_line_and_writes_nothing(
     assert tree(world) == before
 
 
+@pytest.mark.parametrize("verb", ["prepare text.txt", "train --data data", "demo"])
+def test_an_empty_path_is_not_the_current_directory(gpt2c, world: Path, verb: str) -> None:
+    before = tree(world)
+    code, _, err = gpt2c(f"{verb} --overwrite --out=")
+    assert code == 2 and "--out: it is empty" in err
+    assert tree(world) == before
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9" * 12])
 def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("GPT2C_NUM_THREADS", value)
