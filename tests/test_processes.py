@@ -645,7 +645,7 @@ with ThreadPoolExecutor(5) as pool:  # at once
         futures = [pool.submit(train, 1, 5) for _ in range(2)] + [pool.submit(c) for c in others]
         assert [future.result() for future in futures] == [expected] * 2 + theirs
 by_torch()
-in_child(lambda: train(1, 5) == expected and by_torch() == theirs[1])
+in_child(lambda: train(1, 5) == expected)  # PyTorch itself would hang there, with or without us
 in_thread(lambda: (by_torch(), in_child(lambda: train(1, 5) == expected)))
 assert ours() == expected
 """,
