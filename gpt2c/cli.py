@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with open_door() as out, warnings.catch_warnings():
         if not sys.warnoptions:  # libraries warn programmers, not those who type commands
             warnings.simplefilter("ignore")
-        with _ended_as_by_ctrl_c():
-            return _run(list(sys.argv[1:] if arguments is None else arguments), out)
+        return _run(list(sys.argv[1:] if arguments is None else arguments), out)
 
 
 @contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
     """Let a signal that ends the process end the work first, so that nothing is left half-written.
 
-    One that is ignored, as nohup does, stays ignored; training has handlers of its own.
+    One that is ignored, as nohup does, stays ignored.
     """
 
     def stop(signum: int, frame: object) -> None:
@@ -100,7 +99,9 @@ def _run(arguments: list[str], out: Door) -> int:
         options.verb.error(_unknown_flag(unknown[0], options.verb))
     out.needed = options.shows
     try:
-        code: int = options.run(options)
+        trains = options.run in (run_train, run_demo)  # which have handlers of their own
+        with nullcontext() if trains else _ended_as_by_ctrl_c():
+            code: int = options.run(options)
         out.flush()
         if code == 0 and out.needed and out.lost and not out.reader_left:
             _complain(f"standard output: {out.lost.strerror or out.lost}: some of the text is lost")
