@@ -255,7 +255,7 @@ ARROWS: dict[str, set[str]] = {
     | {"checks", "generate", "quantized", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory", "tensorfile"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
-    "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
+    "convert": {"checkpoint", "files", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
     | {"tokenizer", "tokenizer_files"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
