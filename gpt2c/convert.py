@@ -11,8 +11,11 @@ name. Knows nothing about the formats themselves. Used by cli_convert.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from gpt2c import llmc
 from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -92,7 +95,7 @@ def convert(
 
     Returns
     -------
-    what was written, in a line
+    what was written, in a line; weights that are not finite are told on standard error
 
     Raises
     ------
@@ -230,8 +233,21 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     else:
         model.save_pretrained(dst)
         what = "Hugging Face's model"
+    _warn(src, dst, model)
     more = "" if suffix else _missing_tokenizer(dst)
     return f"{dst}: {what}, {model.config.num_parameters():,} parameters, {dtype}{more}"
+
+
+def _warn(src: Path, dst: Path, model: GPT2) -> None:
+    """Say on standard error if weights are not finite: a user may want to look at them there."""
+    lost = [name for name, tensor in model.parameters.items() if not np.isfinite(tensor).all()]
+    if lost:
+        others = f" and {len(lost) - 1} more" if lost[1:] else ""
+        print(
+            f"gpt2c: warning: {src} has nan or infinity in {lost[0]}{others}, and so has {dst}: the"
+            " model has diverged or is damaged",
+            file=sys.stderr,
+        )
 
 
 def _missing_tokenizer(dst: Path) -> str:

@@ -332,6 +332,38 @@ def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
     assert contents(world) == before
 
 
+@pytest.mark.parametrize("dst", ["new", "model.bin", "half.bin --dtype bf16", "model.gguf"])
+def test_weights_that_are_not_finite_are_told(run: Run, world: Path, dst: str) -> None:
+    """And converted all the same: eval and generate refuse such a model."""
+    if dst.endswith("gguf") and not importlib.util.find_spec("gguf"):
+        pytest.skip("writing GGUF needs the gguf package")
+    name, source = dst.split()[0], "first.bin" if dst == "new" else "run"
+    model = GPT2.from_pretrained("run")
+    model.parameters["h.1.ln_2.bias"][3] = np.nan
+    for lost in ("h.1.ln_2.bias", "h.0.attn.c_attn.weight and 1 more"):
+        model.save_pretrained("run")
+        if source != "run":
+            assert run(f"run {source} --overwrite")[0] == 0
+        code, out, err = run(f"{source} {dst} --overwrite")
+        assert code == 0 and out.startswith(f"{name}: ") and Path(name).exists()
+        assert err == (
+            f"gpt2c: warning: {source} has nan or infinity in {lost}, and so has {name}: the model"
+            " has diverged or is damaged\n"
+        )
+        model.parameters["h.0.attn.c_attn.weight"][0, 0] = -np.inf
+
+
+def test_a_format_that_has_no_nan_refuses_it(run: Run) -> None:
+    if not importlib.util.find_spec("gguf"):
+        pytest.skip("writing GGUF needs the gguf package")
+    model = GPT2.from_pretrained("run")
+    model.parameters["wte.weight"][0, 0] = np.nan
+    model.save_pretrained("run")
+    code, _, err = run("run model.gguf --dtype q8_0")
+    assert code == 2 and "wte.weight holds nan" in err and err.count("\n") == 1
+    assert not Path("model.gguf").exists()
+
+
 def test_a_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:
     assert run("bytes a.bin")[0] == 0
     content = bytearray((world / "a.bin").read_bytes())
