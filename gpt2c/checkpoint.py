@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import hub
-from gpt2c.files import atomic_paths, read_json, shown
+from gpt2c.files import atomic_paths, claim_directory, read_json, shown
 from gpt2c.tensorfile import (
     FLOAT_DTYPES,
     AnyTensor,
@@ -241,7 +241,7 @@ def _save(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, AnyTensor], format: str
 ) -> None:
     texts = _texts(config)
-    directory.mkdir(parents=True, exist_ok=True)
+    claim_directory(directory, overwrite=True)
     with atomic_paths(*(directory / name for name in (WEIGHTS_FILE, *texts))) as files:
         write_tensors(files[0], tensors, {"format": format})
         for file, text in zip(files[1:], texts.values(), strict=True):

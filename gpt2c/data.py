@@ -298,7 +298,7 @@ def prepare(
             writer.finish()
             # val.bin goes first and comes last: a directory that has it never mixes two
             # preparations, nor lacks some of its shards.
-            remove_shards(out)
+            remove_shards(out, writer.names())
             tokenizer.save_pretrained(out)
             writer.publish(
                 {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},

@@ -415,7 +415,7 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
     ------
     OSError : the directory cannot be made or written
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    files.claim_directory(directory, overwrite=True)
     vocab, merges = vocab_and_merges(vocabulary)
     end = next(name for name, i in vocabulary.special.items() if i == vocabulary.eot)
     config: dict[str, Any] = {

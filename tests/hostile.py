@@ -34,7 +34,7 @@ from gpt2c.metrics import read_metrics
 from gpt2c.settings import TrainSettings, read_recipe
 from gpt2c.textfiles import split_documents
 from gpt2c.tokenfile import (
-    read_nanogpt,
+    open_nanogpt,
     read_shards,
     read_tokens,
     write_nanogpt,
@@ -381,7 +381,7 @@ READERS = {
         lambda d: read_shards(d, "train", CONFIG.vocab_size),
         lambda t: [use_tokens(x) for x in t],
     ),
-    "nanogpt": Reader(make_nanogpt, lambda d: read_nanogpt(d / "train.bin"), lambda t: t.max()),
+    "nanogpt": Reader(make_nanogpt, lambda d: open_nanogpt(d / "train.bin"), lambda t: t[:].max()),
     "nanogpt_convert": Reader(make_nanogpt, converted("train.bin", "nanogpt"), len),
     "llmc": Reader(make_llmc("fp32"), lambda d: GPT2.from_pretrained(d / "model.bin"), use_model),
     "llmc_bf16": Reader(

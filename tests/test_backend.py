@@ -236,8 +236,8 @@ ARROWS: dict[str, set[str]] = {
     "worker": {"backend", "cases", "config", "language_model", "machine", "model", "optimizer"}
     | {"peers", "peers_generate", "quantized", "reference"},
     # and it starts workers
-    "bench": {"activations", "backend", "cases", "config", "limits", "machine"},
-    "bench_generate": {"backend", "bench", "config", "machine"},
+    "bench": {"activations", "backend", "cases", "config", "limits", "machine", "memory"},
+    "bench_generate": {"backend", "bench", "config", "machine", "memory"},
     "report": {"bench", "files", "machine", "plot"},
     "files": set(),
     "config": {"files"},
@@ -255,7 +255,7 @@ ARROWS: dict[str, set[str]] = {
     | {"checks", "generate", "quantized", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory", "tensorfile"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
-    "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
+    "convert": {"checkpoint", "files", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
     | {"tokenizer", "tokenizer_files"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},

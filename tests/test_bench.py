@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2Config, bench, cli_bench, machine, report
+from gpt2c import GPT2Config, bench, cli_bench, machine, memory, report
 from gpt2c.backend import backends, get_backend
 from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
 from gpt2c.cases import OPS
 from gpt2c.cli import main
-from gpt2c.limits import free_bytes, usable_cores
+from gpt2c.limits import usable_cores
 from gpt2c.machine import Ceilings, Quiet, cpu_name, measure_ceilings
+from gpt2c.memory import megabytes
 from gpt2c.worker import TINY, Worker
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
@@ -214,19 +215,33 @@ def test_ops_on_the_command_line(
 
 def test_too_much_memory_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("it started"))
-    message = refused(
-        bench_train, ["base"], CEILINGS, GPT2Config(), [(4096, 1024)], None, True, print
+    shapes = [(4096, 1024)]
+    with pytest.raises(MemoryError) as error:
+        bench_train(["base", "numpy"], CEILINGS, GPT2Config(), shapes, None, True, print)
+    number = r"[\d,]+ MB"
+    assert re.fullmatch(
+        f"a benchmark of 4096 x 1024 tokens needs {number}: base {number}, numpy {number};"
+        f" {number} are free: take fewer rows or a smaller shape",
+        str(error.value),
     )
-    assert "bytes" in message and "are free" in message
     message = refused(bench_train, ["base"], CEILINGS, TINY, [(1, 33)], None, True, print)
     assert "n_positions" in message
 
 
-def test_memory_is_that_of_all_rows() -> None:
-    free = free_bytes()
+def test_memory_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     one = bench.bytes_needed(GPT2Config(), 4, 64) + bench.PROCESS_BYTES
-    many = ["base"] * (free // one + 1)
-    assert str(many[0]) in refused(bench._check_memory, many, GPT2Config(), 4, 64, None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * one - 1)
+    bench._check_memory(["base"], GPT2Config(), 4, 64, None)
+    each = megabytes(one)
+    with pytest.raises(MemoryError, match=f"{megabytes(2 * one)}: base {each}, avx2 {each};"):
+        bench._check_memory(["base", "avx2"], GPT2Config(), 4, 64, None)
+
+
+def test_ops_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    with pytest.raises(MemoryError, match=r"^a benchmark of ops needs .*: base .*, what verifies"):
+        bench_ops(["base"], CEILINGS, True, print)
 
 
 def test_unknown_rows_list_the_known() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -248,6 +249,35 @@ def test_a_failed_overwrite_leaves_what_was_there(tmp_path, monkeypatch):
             prepare(make_documents(), out, "bpe:300", overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not (tmp_path.parent / "new").exists()
+
+
+@pytest.mark.parametrize("parent", [".", "/dev/shm"])
+def test_links_stay_when_data_is_prepared_again(tmp_path, parent):
+    """Of another file system, too: there the files are moved before the old ones go."""
+    if not Path(parent).is_dir():
+        pytest.skip(f"no {parent} here")
+    with tempfile.TemporaryDirectory(dir=tmp_path / parent) as name:
+        disk, out = Path(name), tmp_path / "out"
+        out.mkdir()
+        links = ["train_000001.bin", "train_000002.bin", "val.bin", "manifest.json", "vocab.json"]
+        for name in links:
+            (out / name).symlink_to(disk / name)
+        for documents in (make_documents(), make_documents(30)):
+            prepare(documents, out, "bytes", overwrite=True, shard_tokens=1000)
+            prepare(documents, tmp_path / "plain", "bytes", overwrite=True, shard_tokens=1000)
+            assert all((out / name).is_symlink() for name in links)
+            assert sorted(os.listdir(disk)) == sorted(links)
+            wanted = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
+            assert {path.name: path.read_bytes() for path in out.iterdir()} == wanted
+        prepare(make_documents(), out, "bytes", overwrite=True)
+        assert read_shards(out, "train") and not (out / "train_000001.bin").is_symlink()
+        before = (out / "train.bin").read_bytes()
+        (out / "val.bin").unlink()
+        (out / "val.bin").symlink_to("train.bin")
+        with pytest.raises(OSError, match="lead to one file: remove the link"):
+            prepare(make_documents(30), out, "bytes", overwrite=True)
+        assert (out / "train.bin").read_bytes() == before
+        assert not [name for name in [*os.listdir(out), *os.listdir(disk)] if name[0] == "."]
 
 
 def test_a_kill_leaves_no_mixture_of_two_preparations(tmp_path, monkeypatch):

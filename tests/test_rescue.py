@@ -418,6 +418,61 @@ def test_overwrite_keeps_links_and_what_is_not_the_runs(
     ]
 
 
+MODEL = ("model.safetensors", "config.json", "generation_config.json", "run.json")
+MODEL += ("vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_links_of_the_model_stay(data: Path, tmp_path: Path, how: str) -> None:
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    train(data, out, max_iters=4)
+    disk.mkdir()
+    for name in MODEL:
+        shutil.move(out / name, disk / name)
+        (out / name).symlink_to(disk / name)
+    (disk / "tokenizer.json").write_text("another's")
+    if how == "overwrite":
+        (out / "tokenizer.json").symlink_to(disk / "tokenizer.json")
+    before = everything(out)
+    disk.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        train(data, out, **{how: True})
+    (tmp_path / "away").rename(disk)
+    assert everything(out) == before
+    train(data, out, **{how: True, "max_iters": 8})
+    assert all((out / name).is_symlink() for name in MODEL)
+    assert sorted(os.listdir(disk)) == sorted([*MODEL, "tokenizer.json"])
+    assert not (out / "tokenizer.json").is_symlink()
+    assert (disk / "tokenizer.json").read_text() == "another's"
+    for name in MODEL[:3]:
+        assert (disk / name).read_bytes() == (out / "checkpoints/00000008" / name).read_bytes()
+    GPT2.from_pretrained(out).save_pretrained(out)
+    assert all((out / name).is_symlink() for name in MODEL)
+
+
+def test_a_link_to_a_checkpoint_is_not_written_through(
+    data: Path, tmp_path: Path, whole: Path
+) -> None:
+    """On another disk, too, where the directory of checkpoints is a link."""
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    out.mkdir()
+    (out / "checkpoints").symlink_to(disk)
+    train(data, out, max_iters=4, overwrite=True, keep=9)
+    kept = everything(disk / "00000004")
+    for name in ("model.safetensors", "config.json"):
+        (out / name).unlink()
+        (out / name).symlink_to(f"checkpoints/00000004/{name}")
+    train(data, out, resume=True, max_iters=8)
+    assert everything(disk / "00000004") == kept and not (out / "model.safetensors").is_symlink()
+    newest = (disk / "00000008" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == newest
+    (out / "model.safetensors").unlink()
+    (out / "model.safetensors").symlink_to(disk / "00000004" / "model.safetensors")
+    GPT2.from_pretrained(whole).save_pretrained(out)
+    assert everything(disk / "00000004") == kept
+
+
 def test_a_directory_that_is_deleted_meanwhile_is_made_again(
     data: Path, tmp_path: Path, whole: Path, at_step: Any
 ) -> None:
