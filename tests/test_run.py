@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import DOCUMENTS, refused
 from kills import TINY, contents
 
 from gpt2c import run as run_module
@@ -34,22 +34,7 @@ from gpt2c.progress import Progress
 from gpt2c.run import locked, read_record
 from gpt2c.train import TrainResult
 
-DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give prepared data that no test changes."""
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(DOCUMENTS, path, "bytes")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes longer than all else, the picture and the measure of the peak."""
-    monkeypatch.setattr(train_module, "plot_loss", lambda metrics, path: False)
-    monkeypatch.setattr(train_module, "fma_peak", lambda name, threads: 0.0)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:

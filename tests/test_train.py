@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import DOCUMENTS, draw_nothing
 from kills import TINY
 
 from gpt2c import settings as settings_module
@@ -31,25 +32,12 @@ from gpt2c.progress import Progress
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe, resumed
 from gpt2c.train import TrainResult, evaluate
 
-DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
 FILES = (
     *("model.safetensors", "config.json", "generation_config.json"),
     *("vocab.json", "merges.txt"),
 )
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give prepared data that no test changes."""
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(DOCUMENTS, path, "bytes")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the picture, which takes longer than all else; two tests put it back."""
-    monkeypatch.setattr(train_module, "plot_loss", lambda metrics, path: False)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
@@ -221,7 +209,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a run of 20 steps that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "plot_loss", lambda metrics, path: False)
+        draw_nothing(patch)
         train(data, out, save_interval=10)
     return out
 
