@@ -564,7 +564,7 @@ def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
         own = Tokenizer.from_pretrained(out)
     except FileNotFoundError:  # what a kill at the start left out comes with the next start
         return
-    if own.vocab_and_merges() != tokenizer.vocab_and_merges():
+    if own.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{data} has another tokenizer than the run {out}: go on with the data that it was"
             " trained on"
