@@ -33,7 +33,7 @@ from gpt2c import (
 from gpt2c.command import command
 from gpt2c.demo import demo, demo_recipe
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
-from gpt2c.terminal import Door, open_door, well_formed
+from gpt2c.terminal import Door, one_line, open_door
 from gpt2c.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -155,9 +155,7 @@ def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[s
 
 
 def _complain(text: str) -> None:
-    """Print one line, whatever the names in a stranger's file do to a terminal."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in well_formed(text[:LONGEST]))
-    print(f"gpt2c: {shown}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
+    print(f"gpt2c: {one_line(text[:LONGEST])}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

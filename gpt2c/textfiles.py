@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -18,13 +17,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gpt2c import files
-from gpt2c.tokenizer_files import END_OF_TEXT
+from gpt2c.metrics import FILE as METRICS
+from gpt2c.terminal import one_line
+from gpt2c.tokenizer_files import END_OF_TEXT, MERGES
 
 PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
+OWN = (METRICS, MERGES)  # what gpt2c writes with such endings, and no text
 _PIECE = 1 << 16  # bytes
 _LONGEST = 1 << 26  # bytes of a line of JSONL, which is read whole
 
@@ -46,7 +48,8 @@ class TextFiles:
     ----------
     paths : files, which may be pipes; "-", standard input; and directories, of which all files
         with the endings PLAIN and JSON_LINES are read, those of directories in them too, sorted by
-        name, but none whose name begins with a dot
+        name, but none whose name begins with a dot. A line on standard error names what of a
+        directory is left out: what cannot be read, is no file, or has a name of OWN
     field : the field of JSONL, None for "text". With a field, what has none of those endings is
         JSONL, too
 
@@ -95,7 +98,7 @@ class TextFiles:
     def _keep(self, name: str) -> None:
         """Copy to a temporary file what can be read but once; refuse what has no end."""
         if name == "-":
-            source: BinaryIO = sys.stdin.buffer
+            source: Any = sys.stdin.buffer
         else:
             try:
                 mode = os.stat(name).st_mode
@@ -108,7 +111,10 @@ class TextFiles:
             source = self._stack.enter_context(open(name, "rb"))
         copy = self._stack.enter_context(tempfile.TemporaryFile())
         with files.naming(Path(tempfile.gettempdir())):
-            shutil.copyfileobj(source, copy)
+            # A read after the end would have a person at a terminal press Ctrl-D again.
+            while content := source.read1(_PIECE):
+                copy.write(content)
+            copy.flush()
         self._kept[name] = copy
 
     def __iter__(self) -> Iterator[Iterator[str]]:
@@ -192,21 +198,45 @@ def _source(name: str) -> str:
 def _texts_in(directory: Path) -> list[Path]:
     """Find the texts of a directory, sorted."""
 
-    def complain(error: OSError) -> None:
-        raise error
+    def leave_out_folder(error: OSError) -> None:
+        if error.filename == str(directory):
+            raise error
+        _leave_out(error.filename, f"it cannot be read ({error.strerror})")
 
     found = []
-    for folder, subfolders, names in os.walk(directory, onerror=complain):
+    for folder, subfolders, names in os.walk(directory, onerror=leave_out_folder):
         subfolders[:] = [name for name in subfolders if name[0] != "."]
-        found += [
-            Path(folder, name)
-            for name in names
-            if name[0] != "." and name.endswith(PLAIN + JSON_LINES)
-        ]
+        for path in (Path(folder, name) for name in subfolders):
+            if path.is_symlink():  # it may lead to a directory that is read already, in a circle
+                _leave_out(path, "it is a link to a directory")
+        for path in (Path(folder, name) for name in names):
+            if path.name[0] == "." or not path.name.endswith(PLAIN + JSON_LINES):
+                continue
+            if reason := _no_text(path):
+                _leave_out(path, reason)
+            else:
+                found.append(path)
     if not found:
         endings = ", ".join(f"*{ending}" for ending in PLAIN + JSON_LINES)
         raise ValueError(f"directory {directory} has no text files ({endings})")
     return sorted(found)
+
+
+def _no_text(path: Path) -> str:
+    """Say why a file of a directory cannot be read as a text, "" if it can."""
+    if path.name in OWN:
+        return "gpt2c writes such a file itself"
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if not stat.S_ISREG(mode):
+        return "it is a pipe, a socket or a device"
+    return "" if os.access(path, os.R_OK) else "it may not be read"
+
+
+def _leave_out(path: str | Path, reason: str) -> None:
+    print(f"gpt2c: {one_line(str(path))} is left out: {reason}", file=sys.stderr)
 
 
 def _decoded(file: BinaryIO, source: str) -> Iterator[str]:

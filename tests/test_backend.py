@@ -265,7 +265,7 @@ ARROWS: dict[str, set[str]] = {
     "tokenizer_files": {"files", "hub"},
     "bpe_trainer": set(),
     "tokenizer": {"bpe_trainer", "hub", "limits", "tokenizer_files"},
-    "textfiles": {"files", "tokenizer_files"},
+    "textfiles": {"files", "metrics", "terminal", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
