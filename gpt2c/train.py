@@ -12,7 +12,6 @@ import math
 import signal
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -56,7 +55,6 @@ Shards = Sequence[Tokens | StoredTokens]
 # cluster sends before a job's time is over.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
 MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
-_SUMMED = 1 << 20  # tokens of a checksum's block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +178,7 @@ def _prepare(
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(tokenizer, data, out)
-    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint
+    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.token_lengths
     tokens = read_shards(data, "train", *vocabulary)
     val_tokens = read_shards(data, "val", *vocabulary)
     fingerprint = {"train": _fingerprint(tokens), "val": _fingerprint(val_tokens)}
@@ -211,7 +209,7 @@ def _prepare(
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    sizes = {"train": _token_size(tokens, tokenizer), "val": _token_size(val_tokens, tokenizer)}
+    sizes = {"train": _token_size(tokens), "val": _token_size(val_tokens)}
     run = Run(out, settings, model, optimizer, tokenizer, fingerprint, sizes)
     if record is None:
         claim_directory(out, overwrite)
@@ -243,24 +241,14 @@ def _describe(run: Run, batches: Batches) -> str:
     return text
 
 
-def _token_size(tokens: Shards, tokenizer: Tokenizer) -> float:
-    """Give the mean number of bytes of a token."""
-    lengths, size = tokenizer.token_lengths, 0
-    for shard in tokens:
-        for start in range(0, len(shard), _SUMMED):
-            size += int(lengths[shard[start : start + _SUMMED]].sum())
-    return size / sum(map(len, tokens))
+def _token_size(tokens: Sequence[StoredTokens]) -> float:
+    """Return the mean number of bytes of a token."""
+    return sum(shard.text_bytes for shard in tokens) / sum(map(len, tokens))
 
 
-def _fingerprint(tokens: Shards) -> list[int]:
+def _fingerprint(tokens: Sequence[StoredTokens]) -> list[int]:
     """Tell token files from others: each one's length and a checksum of all of it."""
-    marks = []
-    for shard in tokens:
-        checksum = 0
-        for start in range(0, len(shard), _SUMMED):
-            checksum = zlib.crc32(shard[start : start + _SUMMED].tobytes(), checksum)
-        marks += [len(shard), checksum]
-    return marks
+    return [mark for shard in tokens for mark in (len(shard), shard.checksum)]
 
 
 class Stop:

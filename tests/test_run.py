@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,38 @@ def shards(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
         header[2] = len(part)
         (copy / f"train_{i:06d}.bin").write_bytes(header.tobytes() + part.tobytes())
     return copy
+
+
+def test_the_marks_of_the_data_stay_as_old_runs_have_them(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file's length and CRC, one after the other; and how many bytes a token has."""
+    monkeypatch.setattr("gpt2c.tokenfile._BLOCK", 100)  # so that there is more than one block
+    train(shards, tmp_path / "run", max_iters=1)
+    record = read_record(tmp_path / "run")
+    for split in ("train", "val"):
+        contents = [p.read_bytes()[1024:] for p in sorted(shards.glob(f"{split}*.bin"))]
+        marks = [mark for part in contents for mark in (len(part) // 2, zlib.crc32(part))]
+        assert record["data"][split] == marks
+        tokens = np.frombuffer(b"".join(contents), "<u2")
+        assert record["bytes_per_token"][split] == (tokens < 256).mean()  # but END_OF_TEXT
+
+
+def test_a_start_reads_each_token_file_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, read = os.preadv, [0]
+
+    def counted(*arguments: Any) -> int:
+        size = preadv(*arguments)
+        read[0] += size
+        return size
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with pytest.raises(ValueError, match="too few for one batch"):
+        train(data, tmp_path / "run", block_size=1 << 20)
+    sizes = [(data / f"{split}.bin").stat().st_size - 1024 for split in ("train", "val")]
+    assert read == [sum(sizes)]
 
 
 @pytest.mark.slow

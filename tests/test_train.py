@@ -377,7 +377,7 @@ def cut_last_token(path: Path) -> None:
 def test_resume_refuses_other_tokens(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Any
 ) -> None:
-    monkeypatch.setattr(train_module, "_SUMMED", 100)  # so that there is more than one block
+    monkeypatch.setattr("gpt2c.tokenfile._BLOCK", 100)  # so that there is more than one block
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     train(copy, tmp_path / "run", max_iters=3)
