@@ -13,7 +13,6 @@ import hashlib
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -291,7 +290,7 @@ def prepare(
             f"the vocabulary has {tokenizer.vocab_size} tokens; "
             f"token files hold at most {MAX_VOCABULARY}"
         )
-    with _claimed(out, overwrite), alone(out):
+    with files.claimed(out, overwrite), alone(out):
         files.remove_leftovers(out)  # of a kill
         with TokenWriter(out, shard_tokens) as writer:
             prepared = _encode(documents, held_out, tokenizer, writer)
@@ -308,20 +307,6 @@ def prepare(
                 },
             )
     return prepared
-
-
-@contextmanager
-def _claimed(out: Path, overwrite: bool) -> Iterator[None]:
-    """Claim a directory; where that made it and the work fails, remove it."""
-    new = not out.exists()
-    files.claim_directory(out, overwrite)
-    try:
-        yield
-    except BaseException:
-        if new:
-            with suppress(OSError):
-                out.rmdir()
-        raise
 
 
 def _size_to_learn(spec: str) -> int:

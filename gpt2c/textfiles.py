@@ -31,11 +31,6 @@ _PIECE = 1 << 16  # bytes
 _LONGEST = 1 << 26  # bytes of a line of JSONL, which is read whole
 
 
-def split_documents(text: str) -> list[str]:
-    """Split a text at each "<|endoftext|>"; drop blank parts, keep the others as they are."""
-    return ["".join(pieces) for pieces in _documents(_at_marks([text]))]
-
-
 class TextFiles:
     """The documents of text files, in order: each time it is iterated, they are read again.
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from gpt2c import files, trainer_state
 from gpt2c.backend import fma_peak, get_backend
+from gpt2c.config import GPT2Config
 from gpt2c.data import Batches, windows
 from gpt2c.files import claim_directory, shown
 from gpt2c.load import Load
@@ -112,6 +113,7 @@ def train(
     given: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    held: bool = False,
 ) -> TrainResult:
     """Train a GPT-2 on prepared data into a run directory.
 
@@ -126,6 +128,7 @@ def train(
         never interrupted. With another `max_iters` or schedule, the
         steps done keep their learning rates and those to come have the new schedule's.
     overwrite : `out` may exist and hold something
+    held : `out` is the caller's, see `reserved`
 
     Raises
     ------
@@ -143,12 +146,47 @@ def train(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(out))
-        run, batches, val_tokens = _prepare(data, out, given or {}, resume, overwrite, stack)
+        run, batches, val_tokens = _prepare(data, out, given or {}, resume, overwrite, held, stack)
         stack.callback(run.close)
         if run.step < run.settings.max_iters:
             report(_describe(run, batches))
         with _interruptible() as stop:
             return _loop(run, batches, val_tokens, stop)
+
+
+@contextmanager
+def reserved(
+    out: Path, given: Mapping[str, Any], vocab_size: int, overwrite: bool
+) -> Iterator[None]:
+    """Have a run's directory for a `train` that comes after long work, so that it refuses before.
+
+    The directory is locked, and made if need be; it is removed where the work fails.
+
+    Parameters
+    ----------
+    out, given, overwrite : see `train`
+    vocab_size : the most tokens that the tokenizer will have
+
+    Raises
+    ------
+    OSError, ValueError : see `train`
+    MemoryError : the training does not fit into memory
+    """
+    settings = TrainSettings(**given)
+    config = settings.model_config(vocab_size)
+    _fitting_backend(settings, config)
+    with files.claimed(out, overwrite), locked(out):
+        check_save(out, config.num_parameters(), overwrite)
+        yield
+
+
+def _fitting_backend(settings: TrainSettings, config: GPT2Config, resumed: bool = False) -> Any:
+    """Return the backend of a run that this machine has all for."""
+    if settings.tensorboard:
+        check_tensorboard()
+    backend = get_backend(settings.backend, settings.threads or None)
+    check_training(config, settings, getattr(backend, "threads", 1), resumed)
+    return backend
 
 
 def _prepare(
@@ -157,6 +195,7 @@ def _prepare(
     given: Mapping[str, Any],
     resume: bool,
     overwrite: bool,
+    held: bool,
     stack: ExitStack,
 ) -> tuple[Run, Batches, Shards]:
     """Check all that can be checked before anything is written, then open the run."""
@@ -166,15 +205,13 @@ def _prepare(
     else:
         settings = resumed(record["settings"], given, str(out / RUN_FILE))
         _tell_defaults(record["settings"], settings, out)
-    if settings.tensorboard:
-        check_tensorboard()
     if not data.is_dir():
         raise FileNotFoundError(
             f"{data} is not a directory of token files; gpt2c prepare makes one"
         )
     if not (out.is_dir() and out.samefile(data)):
-        held = f"another process prepares {data}: wait for it, or name another directory"
-        stack.enter_context(files.locked(data, held, shared=True))
+        refusal = f"another process prepares {data}: wait for it, or name another directory"
+        stack.enter_context(files.locked(data, refusal, shared=True))
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(tokenizer, data, out)
@@ -200,8 +237,7 @@ def _prepare(
             check_never_saved(out)
     if found is not None:
         check_config(found.path, found.config, config)
-    backend = get_backend(settings.backend, settings.threads or None)
-    check_training(config, settings, getattr(backend, "threads", 1), resumed=resume)
+    backend = _fitting_backend(settings, config, resume)
     seed = settings.seed if found is None else None
     model = GPT2(config, seed, backend, settings.recomputation)
     optimizer = AdamW(
@@ -212,8 +248,9 @@ def _prepare(
     sizes = {"train": _token_size(tokens), "val": _token_size(val_tokens)}
     run = Run(out, settings, model, optimizer, tokenizer, fingerprint, sizes)
     if record is None:
-        claim_directory(out, overwrite)
-        stack.enter_context(locked(out))
+        if not held:
+            claim_directory(out, overwrite)
+            stack.enter_context(locked(out))
         check_save(out, config.num_parameters(), overwrite)
         run.start()
     else:

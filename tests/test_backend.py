@@ -283,7 +283,7 @@ ARROWS: dict[str, set[str]] = {
     | {"plot", "tensorboard", "tokenizer", "tokenizer_files", "trainer_state"},
     "settings": {"config", "files", "optimizer"},
     "needs": {"activations", "config", "memory", "settings"},
-    "train": (RUN - {"baselines", "config"})
+    "train": (RUN - {"baselines"})
     | {"load", "metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN

@@ -535,9 +535,14 @@ MISTAKES = [
     ("generate run --seed -1", "non-negative|at least 0"),
     ("generate run --backend abacus", "'abacus'"),
     ("demo --text missing.txt --out new", r"missing\.txt does not exist"),
-    ("demo --text folder --out new", "folder: Is a directory"),
+    ("demo --text folder --out new/sub", r"folder has no text files \(\*\.txt, "),
     ("demo --text empty.txt --out new", r"empty\.txt is empty"),
     ("demo --text text.txt --out run", "run exists and is not empty"),
+    ("demo --text text.txt --out new --backend abacus", "abacus"),
+    ("demo --text blank.txt --out new", "there is no text"),
+    ("demo --text short.txt --out new", "too short to hold out"),
+    ("demo --text text.txt --out new --n-head 3 --n-embd 7", "n_embd"),
+    ("demo --text text.txt --out new --batch-size 9999 --n-embd 99999999 --n-head 1", "memory"),
 ]
 
 

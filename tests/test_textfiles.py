@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2c import textfiles
-from gpt2c.textfiles import TextFiles, split_documents
+from gpt2c.textfiles import TextFiles
 
 
 def read(*paths: Any, field: str | None = None) -> list[str]:
@@ -32,12 +32,6 @@ def read(*paths: Any, field: str | None = None) -> list[str]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfiles, "_PIECE", 5)
-
-
-def test_split_documents() -> None:
-    assert split_documents("<|endoftext|>a\n<|endoftext|> \n<|endoftext|>b") == ["a\n", "b"]
-    assert split_documents("no marker") == ["no marker"]
-    assert split_documents(" \n") == []
 
 
 @given(
@@ -58,6 +52,7 @@ def test_a_mark_may_lie_in_two_pieces(parts: list[str], size: int) -> None:
         (b"a\rb\r\r\nc\r", ["a\rb\r\nc\r"]),
         (b"one<|endoftext|>  \n <|endoftext|>\n\n two", ["one", "\n\n two"]),
         (b" \n" * 20, []),
+        (b"<|endoftext|>a\n<|endoftext|> \n<|endoftext|>b", ["a\n", "b"]),
     ],
 )
 def test_plain_files(tmp_path: Path, small_pieces: None, content: bytes, documents: Any) -> None:
