@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -242,6 +242,7 @@ def prepare(
     seed: int = 1337,
     overwrite: bool = False,
     shard_tokens: int = 0,
+    stage: Callable[[str], None] = lambda name: None,
 ) -> Prepared:
     """Write documents as token files: `out`/train.bin, `out`/val.bin and the tokenizer's files.
 
@@ -261,6 +262,7 @@ def prepare(
     overwrite : whether `out` may hold something already; its token files are replaced
     shard_tokens : the most tokens in a file of training tokens, which are then several,
         train_000001.bin and so on; 0 puts all into one
+    stage : told what the documents are iterated for, before they are
 
     Raises
     ------
@@ -282,8 +284,10 @@ def prepare(
     if isinstance(tokenizer, str):  # a mistake shows before long work
         size_to_learn = _size_to_learn(tokenizer)
         tokenizer = Tokenizer.from_spec("bytes" if size_to_learn else tokenizer)
+    stage("reading")
     held_out = split_validation(documents, val_fraction, seed)
     if size_to_learn:
+        stage("learning tokens")
         tokenizer = _learned(documents, held_out, size_to_learn)
     if tokenizer.vocab_size > MAX_VOCABULARY:
         raise ValueError(
@@ -293,6 +297,7 @@ def prepare(
     with files.claimed(out, overwrite), alone(out):
         files.remove_leftovers(out)  # of a kill
         with TokenWriter(out, shard_tokens) as writer:
+            stage("encoding")
             prepared = _encode(documents, held_out, tokenizer, writer)
             writer.finish()
             # val.bin goes first and comes last: a directory that has it never mixes two

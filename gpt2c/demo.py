@@ -22,6 +22,7 @@ from gpt2c.figures import figures
 from gpt2c.files import claimed
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
+from gpt2c.progress import Reading
 from gpt2c.settings import find_recipe, read_recipe, recipe_settings
 from gpt2c.terminal import write_pieces
 from gpt2c.textfiles import TextFiles
@@ -80,8 +81,7 @@ def _learn(
     with ExitStack() as stack:
         stack.enter_context(claimed(out, overwrite))
         stack.enter_context(reserved(run, settings, VOCABULARY, overwrite))
-        texts = stack.enter_context(TextFiles([text])) if text else python_documentation()
-        prepared = prepare(texts, data, f"bpe:{VOCABULARY}", overwrite=overwrite)
+        prepared = _prepare(text, data, overwrite)
         show("text", str(text or "this Python's own documentation"))
         show("documents", f"{prepared.documents:,} of {describe(prepared)}")
         show("tokenizer", f"BPE trained on them, {prepared.vocab_size:,} tokens")
@@ -143,6 +143,14 @@ def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens)
         " the difference is what it has learned by heart.",
         flush=True,
     )
+
+
+def _prepare(text: Path | None, data: Path, overwrite: bool) -> Prepared:
+    spec = f"bpe:{VOCABULARY}"
+    if text is None:
+        return prepare(python_documentation(), data, spec, overwrite=overwrite)
+    with Reading() as reading, TextFiles([text], watch=reading.read) as texts:
+        return prepare(texts, data, spec, overwrite=overwrite, stage=reading.stage)
 
 
 class _Text:

@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, takewhile
 from pathlib import Path
@@ -47,6 +47,8 @@ class TextFiles:
         directory is left out: what cannot be read, is no file, or has a name of OWN
     field : the field of JSONL, None for "text". With a field, what has none of those endings is
         JSONL, too
+    watch : told as the files are read, again and again: how many bytes were read since that
+        began, and how many all have, 0 where that is not known yet, as of a pipe
 
     Attributes
     ----------
@@ -59,8 +61,13 @@ class TextFiles:
         directory has no texts
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], field: str | None = None) -> None:
-        self._field = field
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        field: str | None = None,
+        watch: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._field, self._watch = field, watch
         self._stack = ExitStack()
         self._kept: dict[str, BinaryIO] = {}  # what can be read but once
         self._seen: dict[str, tuple[int, int]] = {}
@@ -76,6 +83,7 @@ class TextFiles:
                 else:
                     self.names.append(path)
                     self._keep(path)
+            self._size = sum(map(self._size_of, self.names))
         except BaseException:
             self.close()
             raise
@@ -109,18 +117,39 @@ class TextFiles:
             # A read after the end would have a person at a terminal press Ctrl-D again.
             while content := source.read1(_PIECE):
                 copy.write(content)
+                if self._watch:
+                    self._watch(copy.tell(), 0)
             copy.flush()
         self._kept[name] = copy
 
     def __iter__(self) -> Iterator[Iterator[str]]:
         """Yield the documents, each an iterator of its pieces."""
+        before = 0
         for name in self.names:
             lines = name.endswith(JSON_LINES)
             if self._field is not None and not name.endswith(PLAIN):
                 lines = True
             with self._open(name) as file:
                 flow = self._lines(name, file) if lines else self._plain(name, file)
-                yield from _documents(flow)
+                yield from _documents(self._watched(flow, file, before))
+                before += file.tell()
+
+    def _watched(
+        self, flow: Iterator[str | None], file: BinaryIO, before: int
+    ) -> Iterator[str | None]:
+        """Tell how much was read with each piece."""
+        told = -_PIECE
+        for piece in flow:
+            if self._watch and file.tell() - told >= _PIECE:  # lines of JSONL are short
+                told = file.tell()
+                self._watch(before + told, self._size)
+            yield piece
+        if self._watch:
+            self._watch(before + file.tell(), self._size)
+
+    def _size_of(self, name: str) -> int:
+        kept = self._kept.get(name)
+        return os.stat(name if kept is None else kept.fileno()).st_size
 
     @contextmanager
     def _open(self, name: str) -> Iterator[BinaryIO]:

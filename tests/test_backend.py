@@ -287,13 +287,13 @@ ARROWS: dict[str, set[str]] = {
     | {"load", "metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN
-    | {"command", "corpus", "figures", "generator", "run", "terminal", "textfiles", "train"},
+    | {"command", "corpus", "figures", "generator", "progress", "terminal", "textfiles", "train"},
     "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "picture", "report"},
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"files", "generator", "sampling", "terminal"},
     "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
-    "cli_prepare": {"data", "demo", "textfiles"},
+    "cli_prepare": {"data", "demo", "progress", "textfiles"},
     "cli_plot": {"figures", "files", "metrics", "plot", "run", "terminal", "tokenizer"},
     "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},

@@ -256,3 +256,21 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         path.write_text("abcd")
         with pytest.raises(OSError, match=r"a\.txt changed while it was read"):
             list(map("".join, texts))
+
+
+def test_what_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textfiles, "_PIECE", 10)
+    (tmp_path / "a.txt").write_text("0123456789" * 4)
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' * 5)  # of 14 bytes
+    stdin = SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(b"x" * 25)))  # type: ignore[type-var]
+    monkeypatch.setattr(sys, "stdin", stdin)
+    told: list[tuple[int, int]] = []
+    with TextFiles(["-", tmp_path], watch=lambda *counts: told.append(counts)) as texts:
+        assert told == [(10, 0), (20, 0), (25, 0)]
+        for _ in range(2):
+            told.clear()
+            list(map("".join, texts))
+            done = [done for done, _ in told]
+            assert {total for _, total in told} == {25 + 40 + 70}
+            assert done == sorted(done) and {25, 65, 79, 93, 135} <= {*done}
+            assert len(done) < 20
