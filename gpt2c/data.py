@@ -36,6 +36,7 @@ from gpt2c.tokenizer import SMALLEST, Tokenizer, split_text
 Document = str | Iterable[str]
 
 LEARNED = 1 << 24  # bytes of text that a tokenizer is learned from, at most
+_SOME = 1 << 16  # documents that are looked at at a time
 # Windows of a shard from which on an epoch may have one more than its tokens need, so that epochs
 # cut the text in more ways.
 _MANY = 16
@@ -133,7 +134,7 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
     document, or few large ones), the tail of the longest document is held out instead, cut at a
     line break if there is one: then there are more texts after than before.
 
-    Documents are read, and none of them is kept; 24 bytes for each are.
+    Documents are read, and none of them is kept; about a hundred bytes for each are.
 
     Raises
     ------
@@ -175,10 +176,12 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
         held_out = np.zeros(len(distinct), bool)
         size = 0
         candidates = order[total[order] <= largest]
-        for index, more in zip(candidates.tolist(), total[candidates].tolist(), strict=True):
-            if size + more <= budget:
-                held_out[index] = True
-                size += more
+        for start in range(0, len(candidates), _SOME):  # a list of all of them would be large
+            some = candidates[start : start + _SOME]
+            for index, more in zip(some.tolist(), total[some].tolist(), strict=True):
+                if size + more <= budget:
+                    held_out[index] = True
+                    size += more
         if size >= budget / 2:
             return HoldOut(held_out[of], nothing, 0, int(lengths.sum()), size_in_bytes)
     longest = int(distinct.argmax())

@@ -28,6 +28,7 @@ PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
 OWN = (METRICS, MERGES)  # what gpt2c writes with such endings, and no text
 _PIECE = 1 << 16  # bytes
+_MOST_BLANK = 1 << 20  # characters that are kept until it is seen whether a document has others
 _LONGEST = 1 << 26  # bytes of a line of JSONL, which is read whole
 
 
@@ -308,12 +309,15 @@ def _at_marks(pieces: Iterable[str]) -> Iterator[str | None]:
 
 
 def _documents(flow: Iterator[str | None]) -> Iterator[Iterator[str]]:
-    """Gather pieces into documents; those with nothing but blanks are left out."""
+    """Gather pieces into documents; those with nothing but blanks are left out.
+
+    But one of more than `_MOST_BLANK`, which no tokenizer takes, is not left out.
+    """
     blank: list[str] = []
     for piece in flow:
         if piece is None:
             blank = []
-        elif not piece.strip():
+        elif not piece.strip() and sum(map(len, blank)) < _MOST_BLANK:
             blank.append(piece)
         else:
             rest = takewhile(lambda piece: piece is not None, flow)

@@ -61,6 +61,18 @@ def test_plain_files(tmp_path: Path, small_pieces: None, content: bytes, documen
     assert read(tmp_path / "a.txt", tmp_path / "a.txt") == documents * 2
 
 
+def test_blanks_without_end_are_not_kept(
+    tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textfiles, "_MOST_BLANK", 12)
+    (tmp_path / "a.txt").write_text(" " * 9 + "<|endoftext|>" + " " * 21 + "a", encoding="utf-8")
+    with TextFiles([tmp_path / "a.txt"]) as texts:
+        pieces = [list(document) for document in texts]
+    assert list(map("".join, pieces)) == [" " * 21 + "a"]
+    (tmp_path / "b.txt").write_text("\n" * 100, encoding="utf-8")
+    assert read(tmp_path / "b.txt") == ["\n" * 100]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
