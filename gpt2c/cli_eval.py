@@ -91,10 +91,12 @@ def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     tokenizer = Tokenizer.from_pretrained(options.data)
     _check_tokenizer(options, path, model, tokenizer)
-    shards = read_shards(options.data, "val", tokenizer.vocab_size, tokenizer.fingerprint)
+    lengths = tokenizer.token_lengths
+    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, lengths
+    shards = read_shards(options.data, "val", *vocabulary)
     shards = [tokens for tokens in shards if len(tokens) > 1] or shards
-    scored = [tokens[1:] for tokens in shards]  # the first has nothing before it
-    count = sum(map(len, scored))
+    count = sum(len(tokens) - 1 for tokens in shards)  # the first has nothing before it
+    size = sum(tokens.text_bytes - int(lengths[tokens[:1]][0]) for tokens in shards)
     if options.stride is None:
         nats = count * evaluate(model, shards, options.batch_size, model.config.n_positions)
     else:
@@ -103,8 +105,7 @@ def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
                 float(scoring.token_logprobs(model, tokens, options.stride, watch=watch)[1:].sum())
                 for tokens in shards
             )
-    lengths = tokenizer.token_lengths
-    found = figures(nats, count, sum(int(lengths[tokens].sum()) for tokens in scored))
+    found = figures(nats, count, size)
     # of a text that the model has no idea of, a perplexity has hundreds of digits
     perplexity = f"{found.perplexity:{'.2f' if found.perplexity < 1e9 else '.4g'}}"
     bits = "none, as the text has no bytes"

@@ -16,7 +16,7 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, BinaryIO
@@ -201,6 +201,23 @@ def claim_directory(path: Path, overwrite: bool) -> None:
     """
     check_directory(path, overwrite)
     path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def claimed(path: Path, overwrite: bool) -> Iterator[None]:
+    """Claim a directory for work; where the work fails and leaves it empty, what was made goes.
+
+    See `claim_directory` for errors.
+    """
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        claim_directory(path, overwrite)
+        yield
+    except BaseException:
+        for directory in made:
+            with suppress(OSError):
+                directory.rmdir()
+        raise
 
 
 def check_link(path: Path) -> None:

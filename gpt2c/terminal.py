@@ -172,6 +172,11 @@ def well_formed(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def one_line(text: str) -> str:
+    """Return text as one printable line, whatever a stranger's name would do to a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in well_formed(text))
+
+
 def visible(text: str) -> str:
     """Return text as standard output may have it: unchanged, but on a terminal without controls.
 

@@ -49,9 +49,15 @@ class StoredTokens:
     path : the file
     start : bytes before the first token
     count : N
+
+    Attributes
+    ----------
+    checksum, text_bytes : set by `open_tokens`: the CRC of the tokens, and how many bytes of text
+        they stand for, 0 where the tokens' lengths were not given
     """
 
     dtype = np.dtype(np.uint16)
+    checksum = text_bytes = 0
 
     def __init__(self, path: Path, start: int, count: int) -> None:
         self.path, self._start, self.shape = path, start, (count,)
@@ -343,18 +349,34 @@ def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> 
     return open_tokens(path, vocab_size)[:]
 
 
-def open_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> StoredTokens:
-    """Open an llm.c shard whose tokens are read when they are needed; see `read_tokens`."""
+def open_tokens(
+    path: str | os.PathLike[str],
+    vocab_size: int | None = None,
+    lengths: NDArray[np.int64] | None = None,
+) -> StoredTokens:
+    """Open an llm.c shard whose tokens are read when they are needed; see `read_tokens`.
+
+    All of it is read once, for what the attributes say.
+
+    Parameters
+    ----------
+    lengths : bytes of text in each token of the vocabulary, (V,)
+    """
     path = Path(path)
     tokens = StoredTokens(path, _HEADER_BYTES, _count(path))
+    largest = 0
+    for start in range(0, len(tokens), _BLOCK):
+        block = tokens[start : start + _BLOCK]
+        tokens.checksum = zlib.crc32(block.data, tokens.checksum)
+        largest = max(largest, int(block.max()))
+        if lengths is not None and largest < len(lengths):
+            tokens.text_bytes += int(lengths[block].sum())
     if vocab_size is not None:
-        _check_vocabulary(path, tokens, vocab_size)
+        _check_vocabulary(path, largest, vocab_size)
     return tokens
 
 
-def _check_vocabulary(path: Path, tokens: StoredTokens, vocab_size: int) -> None:
-    parts = range(0, len(tokens), _BLOCK)
-    largest = max(int(tokens[start : start + _BLOCK].max()) for start in parts)
+def _check_vocabulary(path: Path, largest: int, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise ValueError(
             f"{path} holds token {largest}, outside a vocabulary of {vocab_size}; "
@@ -460,6 +482,7 @@ def read_shards(
     split: Split,
     vocab_size: int | None = None,
     fingerprint: str | None = None,
+    lengths: NDArray[np.int64] | None = None,
 ) -> list[StoredTokens]:
     """Open the token files of a split, see `find_shards` and `open_tokens`.
 
@@ -470,6 +493,7 @@ def read_shards(
     ----------
     fingerprint : of the tokenizer that the tokens should be of, see `Tokenizer.fingerprint`;
         compared where there is a manifest
+    lengths : see `open_tokens`
 
     Raises
     ------
@@ -490,10 +514,10 @@ def read_shards(
             f"token file {directory / split}.bin does not exist, nor another *{split}*.bin; "
             "make it with `gpt2c prepare`"
         )
-    shards = [open_tokens(path, vocab_size) for path in paths]
+    shards = [open_tokens(path, vocab_size, lengths) for path in paths]
     if manifest:
-        for path, tokens in zip(paths, shards, strict=True):
-            _check_listed(path, tokens, manifest[split])
+        for tokens in shards:
+            _check_listed(tokens, manifest[split])
         if fingerprint is not None and manifest["tokenizer"] != fingerprint:
             raise ValueError(
                 f"the token files of {directory} are of another tokenizer than the one given, as"
@@ -503,12 +527,10 @@ def read_shards(
     return shards
 
 
-def _check_listed(path: Path, tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -> None:
+def _check_listed(tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -> None:
     """Refuse a token file that is not the one that the manifest, name -> (tokens, crc), lists."""
-    checksum = 0
-    for start in range(0, len(tokens), _BLOCK):
-        checksum = zlib.crc32(tokens[start : start + _BLOCK].tobytes(), checksum)
-    if listed.get(path.name) == (len(tokens), checksum):
+    path = tokens.path
+    if listed.get(path.name) == (len(tokens), tokens.checksum):
         return
     others = [name for name in listed if name != path.name]
     beside = f", which belongs to {others[0]}" if others else ""

@@ -323,12 +323,6 @@ class Tokenizer:
             self._merges = tokenizer_files.recover_merges(self._ranks)
         return tokenizer_files.Vocabulary(self._ranks, self.eot, self._merges, self.special_tokens)
 
-    def same_vocabulary(self, other: Tokenizer) -> bool:
-        """Whether two tokenizers agree: the same ids for every text, the same text for every id."""
-        return (self._ranks, self.eot, self.special_tokens) == (
-            *(other._ranks, other.eot, other.special_tokens),
-        )
-
     def covers(self, other: Tokenizer) -> bool:
         """Whether each token of `other` is here too, under its id; this one may add special ones.
 
@@ -339,7 +333,10 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """The same 32 hexadecimal digits for tokenizers that agree, see `same_vocabulary`."""
+        """32 hexadecimal digits, the same for tokenizers that agree and for no others.
+
+        They agree where every text has the same ids, every id the same text, and `eot` is the same.
+        """
         special = sorted(self.special_tokens.values())
         digest = hashlib.blake2b(f"{self.eot} {special}".encode(), digest_size=16)
         for token in self._tokens:

@@ -265,7 +265,7 @@ ARROWS: dict[str, set[str]] = {
     "tokenizer_files": {"files", "hub"},
     "bpe_trainer": set(),
     "tokenizer": {"bpe_trainer", "hub", "limits", "tokenizer_files"},
-    "textfiles": {"files", "tokenizer_files"},
+    "textfiles": {"files", "metrics", "terminal", "tokenizer_files"},
     "tokenfile": {"files"},
     "data": {"files", "tokenfile", "tokenizer"},
     "corpus": set(),
@@ -283,17 +283,17 @@ ARROWS: dict[str, set[str]] = {
     | {"plot", "tensorboard", "tokenizer", "tokenizer_files", "trainer_state"},
     "settings": {"config", "files", "optimizer"},
     "needs": {"activations", "config", "memory", "settings"},
-    "train": (RUN - {"baselines", "config"})
+    "train": (RUN - {"baselines"})
     | {"load", "metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN
-    | {"command", "corpus", "figures", "generator", "run", "terminal", "textfiles", "train"},
+    | {"command", "corpus", "figures", "generator", "progress", "terminal", "textfiles", "train"},
     "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "picture", "report"},
     "cli_convert": {"convert", "llmc"},
     "cli_generate": {"files", "generator", "sampling", "terminal"},
     "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
-    "cli_prepare": {"data", "demo", "textfiles"},
+    "cli_prepare": {"data", "demo", "progress", "textfiles"},
     "cli_plot": {"figures", "files", "metrics", "plot", "run", "terminal", "tokenizer"},
     "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
     "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},

@@ -207,7 +207,7 @@ def test_prepare_reads_directories_jsonl_and_standard_input(
 def test_prepare_takes_the_tokenizer_of_a_run(gpt2c, tmp_path: Path) -> None:
     assert gpt2c(f"prepare text.txt --out {tmp_path}/data --tokenizer run")[0] == 0
     own, run = Tokenizer.from_pretrained(tmp_path / "data"), Tokenizer.from_pretrained("run")
-    assert own.same_vocabulary(run)
+    assert own.fingerprint == run.fingerprint
 
 
 @pytest.mark.parametrize(("size", "said"), [("258", False), ("999", True)])
@@ -535,9 +535,14 @@ MISTAKES = [
     ("generate run --seed -1", "non-negative|at least 0"),
     ("generate run --backend abacus", "'abacus'"),
     ("demo --text missing.txt --out new", r"missing\.txt does not exist"),
-    ("demo --text folder --out new", "folder: Is a directory"),
+    ("demo --text folder --out new/sub", r"folder has no text files \(\*\.txt, "),
     ("demo --text empty.txt --out new", r"empty\.txt is empty"),
     ("demo --text text.txt --out run", "run exists and is not empty"),
+    ("demo --text text.txt --out new --backend abacus", "abacus"),
+    ("demo --text blank.txt --out new", "there is no text"),
+    ("demo --text short.txt --out new", "too short to hold out"),
+    ("demo --text text.txt --out new --n-head 3 --n-embd 7", "n_embd"),
+    ("demo --text text.txt --out new --batch-size 9999 --n-embd 99999999 --n-head 1", "memory"),
 ]
 
 

@@ -415,7 +415,7 @@ def test_token_files_of_another_tokenizer_are_refused(tmp_path):
     prepare(make_documents(), tmp_path, "bpe:300")
     own = Tokenizer.from_pretrained(tmp_path)
     other = Tokenizer.train([text.upper() for text in make_documents()], 300)
-    assert own.vocab_size == other.vocab_size and not own.same_vocabulary(other)
+    assert own.vocab_size == other.vocab_size and own.fingerprint != other.fingerprint
     assert read_shards(tmp_path, "val", 300, own.fingerprint)
     message = refused(read_shards, tmp_path, "val", 300, other.fingerprint)
     assert "are of another tokenizer than the one given, as manifest.json says" in message

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import refused
+from conftest import DOCUMENTS, draw_nothing, refused
 from kills import TINY, contents
 
 from gpt2c import files, trainer_state
@@ -32,23 +32,9 @@ from gpt2c.optimizer import AdamW
 from gpt2c.progress import Progress
 from gpt2c.train import TrainResult
 
-DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
 Capture = pytest.CaptureFixture[str]
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give prepared data that no test changes."""
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(DOCUMENTS, path, "bytes")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes longer than all else, the picture and the measure of the peak."""
-    monkeypatch.setattr(train_module, "plot_loss", lambda metrics, path: False)
-    monkeypatch.setattr(train_module, "fma_peak", lambda name, threads: 0.0)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
@@ -62,8 +48,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a run of 8 steps that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "plot_loss", lambda metrics, path: False)
-        patch.setattr(train_module, "fma_peak", lambda name, threads: 0.0)
+        draw_nothing(patch)
         train(data, out)
     return out
 
@@ -100,7 +85,7 @@ def checkpoints(out: Path) -> list[str]:
 def goes_on(data: Path, out: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> TrainResult:
     """Resume as a user would, and compare all bits with the run that was left alone."""
     monkeypatch.undo()
-    no_picture.__wrapped__(monkeypatch)  # type: ignore[attr-defined]
+    draw_nothing(monkeypatch)
     result = train(data, out, resume=True)
     assert contents(out) == contents(whole)
     return result
@@ -334,7 +319,7 @@ def test_a_save_is_tried_before_the_first_step(
     assert error.value.filename == str(out)
     assert everything(out) == before
     monkeypatch.undo()
-    no_picture.__wrapped__(monkeypatch)  # type: ignore[attr-defined]
+    draw_nothing(monkeypatch)
     train(data, out, overwrite=overwrite)  # a fresh directory was left empty
     assert contents(out) == contents(whole)
 

@@ -99,7 +99,10 @@ def test_surrogates_are_the_same_at_every_door(text):
     assert BYTES.encode_batch([text, "a"])[0].tolist() == list(wanted.encode())
     pieces = BYTES.encode_pieces([list(text)])
     assert [token for _, ids in pieces for token in ids.tolist()] == list(wanted.encode())
-    assert Tokenizer.train([text * 9], 270).same_vocabulary(Tokenizer.train([wanted * 9], 270))
+    assert (
+        Tokenizer.train([text * 9], 270).fingerprint
+        == Tokenizer.train([wanted * 9], 270).fingerprint
+    )
 
 
 def test_one_text_and_several_are_not_confused():
@@ -164,9 +167,9 @@ def test_a_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
     texts = [SAMPLE * 20, "low lower lowest newer newest wider " * 50]
     whole = Tokenizer.train(texts, 400)
     monkeypatch.setattr("gpt2c.tokenizer.WINDOW", 64)
-    assert Tokenizer.train(texts, 400).same_vocabulary(whole)
+    assert Tokenizer.train(texts, 400).fingerprint == whole.fingerprint
     monkeypatch.setattr("gpt2c.bpe_trainer._SMALL", 100)
-    assert Tokenizer.train(texts, 400).same_vocabulary(whole)
+    assert Tokenizer.train(texts, 400).fingerprint == whole.fingerprint
 
 
 def test_a_trainer_that_is_interrupted_is_ended(monkeypatch):
@@ -202,10 +205,9 @@ def test_a_trainer_that_memory_ends_is_a_memory_error(monkeypatch):
 
 
 def test_tokenizers_agree_by_content():
-    assert BYTES.same_vocabulary(Tokenizer.from_name("bytes"))
     assert BYTES.fingerprint == Tokenizer.from_name("bytes").fingerprint
     a, b = (Tokenizer.train([text * 9], 262) for text in ("abcdef abc ", "uvwxyz uvw "))
-    assert a.vocab_size == b.vocab_size and not a.same_vocabulary(b)
+    assert a.vocab_size == b.vocab_size
     assert a.fingerprint != b.fingerprint and len(a.fingerprint) == 32
 
 
@@ -506,6 +508,6 @@ def test_a_tokenizer_covers_one_that_has_no_more() -> None:
     special = {**base.special_tokens, "[PAD]": 257}
     more = Tokenizer(base._ranks, base.eot, special=special)
     assert more.covers(base) and more.covers(more) and not base.covers(more)
-    assert not more.same_vocabulary(base)
+    assert more.fingerprint != base.fingerprint
     other = {"<|endoftext|>": 257, "[PAD]": 256}
     assert not Tokenizer(base._ranks, 257, special=other).covers(base)

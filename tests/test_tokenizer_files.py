@@ -282,10 +282,9 @@ def test_added_tokens_are_special_ids(pair: Path, where: str) -> None:
     assert loaded.encode("low[PAD]", allowed_special="all") == [*BPE.encode("low"), 293]
     assert loaded.decode([*BPE.encode("low"), 293]) == "low[PAD]"
     assert loaded.token_lengths[293] == 0
-    assert not loaded.same_vocabulary(BPE) and loaded.fingerprint != BPE.fingerprint
+    assert loaded.fingerprint != BPE.fingerprint
     again = pair / "again"
     loaded.save_pretrained(again)
-    assert Tokenizer.from_pretrained(again).same_vocabulary(loaded)
     assert Tokenizer.from_pretrained(again).fingerprint == loaded.fingerprint
     config = json.loads((again / "tokenizer_config.json").read_bytes())
     assert config["added_tokens_decoder"]["293"]["content"] == "[PAD]"
@@ -314,7 +313,7 @@ def test_special_tokens_in_front(pair: Path) -> None:
     assert loaded.encode(text) == [token + 5 for token in BPE.encode(text)]
     assert loaded.decode([0, *loaded.encode(text), 4]) == f"<s>{text}<mask>"
     loaded.save_pretrained(pair)
-    assert Tokenizer.from_pretrained(pair).same_vocabulary(loaded)
+    assert Tokenizer.from_pretrained(pair).fingerprint == loaded.fingerprint
     assert json.loads((pair / "tokenizer_config.json").read_bytes())["eos_token"] == "</s>"
 
 
