@@ -29,6 +29,17 @@ def whole(name: str, number: Any) -> int:
     raise ValueError(f"{name} must be a whole number, got {number!r:.50}")
 
 
+def whole_or_float(name: str, number: Any) -> int:
+    """Return a whole number as an int; 2.0, as some readers of JSON give it, is one.
+
+    Raises
+    ------
+    ValueError : it is none, or a bool
+    """
+    is_float = isinstance(number, float | np.floating)
+    return int(number) if is_float and number.is_integer() else whole(name, number)
+
+
 def number(name: str, value: Any) -> float:
     """Return a number as a float.
 

@@ -186,7 +186,7 @@ class Engine:
         self._work = threading.Condition(self._lock)
 
     def submit(
-        self, idx: Sequence[int], max_new_tokens: int = 64, **settings: Unpack[Settings]
+        self, idx: Sequence[int], max_new_tokens: int | None = 64, **settings: Unpack[Settings]
     ) -> Request:
         """Ask for the continuation of one prompt; return at once.
 
@@ -209,13 +209,13 @@ class Engine:
                 "a request is one text: num_return_sequences must be 1, got"
                 f" {config.num_return_sequences}; submit the prompt as many times"
             )
-        prompt = self._check(idx, max_new_tokens)
+        prompt = self._check(idx, config.max_new_tokens)
         text = Text(prompt, config, config.ends(self._model.config.vocab_size), slot=-1)
         request = Request(self, text, config.logprobs)
         with self._lock:
             if self._why_closed:
                 raise RuntimeError(self._why_closed)
-            if max_new_tokens == 0:
+            if config.max_new_tokens == 0:
                 request.ended = "length"
                 return request
             if len(self._live) == self.slots + self.queue:

@@ -184,9 +184,9 @@ class Generator:
         self,
         prompt: str,
         *,
-        num_return_sequences: Literal[1] = 1,
+        num_return_sequences: Literal[1] | None = 1,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[TextSettings],
     ) -> str: ...
 
@@ -195,9 +195,9 @@ class Generator:
         self,
         prompt: list[str] | tuple[str, ...],
         *,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[TextSettings],
     ) -> list[str]: ...
 
@@ -206,9 +206,9 @@ class Generator:
         self,
         prompt: str | Sequence[str],
         *,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[TextSettings],
     ) -> str | list[str]: ...
 
@@ -263,7 +263,7 @@ class Generator:
         prompt: str,
         *,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[TextSettings],
     ) -> Iterator[str]:
         """Continue one text, giving each piece as soon as it is certain; see `generate`.
@@ -293,7 +293,7 @@ class Generator:
         candidates: int = 5,
         *,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[TextSettings],
     ) -> Iterator[Token]:
         """Continue one text token by token, with how likely each one was; see `generate`.

@@ -78,7 +78,7 @@ class LanguageModel:
     def stream(
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[Settings],
     ) -> Iterator[Step]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
@@ -125,7 +125,7 @@ class LanguageModel:
     def generate(
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[Settings],
     ) -> Any:
         """Continue prompts, with the arguments of `stream`.

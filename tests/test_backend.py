@@ -296,7 +296,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_prepare": {"data", "demo", "textfiles"},
     "cli_plot": {"figures", "files", "metrics", "plot", "run", "terminal", "tokenizer"},
     "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
-    "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
+    "lm_eval": {"checks", "language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "limits", "machine", "memory", "tokenizer"},
