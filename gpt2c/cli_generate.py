@@ -179,9 +179,7 @@ def _write_table(
     for token in tokens:
         cells = [_cell(token.data, token.probability)]
         for other, probability in token.candidates:
-            known = other < generator.tokenizer.vocab_size
-            data = generator.tokenizer.token_bytes(other) if known else b""
-            cells.append(_cell(data, probability))
+            cells.append(_cell(generator.tokenizer.token_bytes(other), probability))
         print(f"{token.id:>6}  {'   '.join(cells)}", flush=True)
         if text_is_lost():
             break

@@ -31,6 +31,7 @@ from gpt2c.decoder import CHUNK, Decoder
 from gpt2c.generate import Text, read_newest
 from gpt2c.language_model import LanguageModel, check_ids
 from gpt2c.sampling import GenerationConfig, Settings
+from gpt2c.tokenizer import Tokenizer
 
 Token = int | tuple[int, float]
 
@@ -146,15 +147,22 @@ class Engine:
     queue : how many more may wait
     capacity : the most tokens of a request, prompt and new, that it accepts; with n_positions, or
         None, a text may outgrow it, see on_full of `gpt2c.GenerationConfig`
+    tokenizer : the model's; ids that it has not, of a padded model, then never come
 
     Raises
     ------
-    ValueError : slots, queue or capacity is no whole number or out of range
+    ValueError : slots, queue or capacity is no whole number or out of range, or the tokenizer has
+        tokens that the model has not
     MemoryError : the keys and values of so many texts do not fit
     """
 
     def __init__(
-        self, model: LanguageModel, slots: int = 8, queue: int = 64, capacity: int | None = None
+        self,
+        model: LanguageModel,
+        slots: int = 8,
+        queue: int = 64,
+        capacity: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         most = model.config.n_positions
         slots, queue = whole("slots", slots), whole("queue", queue)
@@ -167,6 +175,7 @@ class Engine:
             raise ValueError(f"capacity must be in [1, {most}], n_positions, got {capacity}")
         self.slots, self.queue, self.capacity = slots, queue, capacity
         self._model = model
+        self._unused = [] if tokenizer is None else tokenizer.unused_ids(model.config.vocab_size)
         self._why_closed = ""  # nothing while it is open
         # Requests in the order they came: the first `slots` of them run. What threads share of
         # them and of an engine changes under the lock only, and under it nothing takes long.
@@ -210,7 +219,8 @@ class Engine:
                 f" {config.num_return_sequences}; submit the prompt as many times"
             )
         prompt = self._check(idx, config.max_new_tokens)
-        text = Text(prompt, config, config.ends(self._model.config.vocab_size), slot=-1)
+        ends = config.ends(self._model.config.vocab_size)
+        text = Text(prompt, config, ends, slot=-1, unused=self._unused)
         request = Request(self, text, config.logprobs)
         with self._lock:
             if self._why_closed:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gpt2c import hub, llmc
 from gpt2c.backend import Backend
-from gpt2c.checkpoint import read_config
+from gpt2c.checkpoint import read_config, read_ends
 from gpt2c.checks import whole
 from gpt2c.generate import Look
 from gpt2c.language_model import LanguageModel
@@ -56,13 +56,17 @@ class Writer:
     tokenizer : of the tokens
     stops : strings that end the text; they are not part of it
     least : how many tokens must have come before one may begin
+    silent : tokens that are no text
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], least: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], least: int, silent: Collection[int]
+    ) -> None:
         self.count = 0
         self._tokenizer = tokenizer
         self._stops = stops
         self._least = least
+        self._silent = silent
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._certain = ""  # and not yet taken
         self._open = ""  # may be the beginning of a stop string
@@ -71,7 +75,7 @@ class Writer:
     def __call__(self, token: int) -> bool:
         """Add a token; say whether a stop string is there."""
         self.count += 1
-        if token != self._tokenizer.eot and token < self._tokenizer.vocab_size:  # or padding
+        if token not in self._silent:
             self._open += self._decode(self._tokenizer.token_bytes(token))
         held = 0
         if self.count > self._least:
@@ -100,20 +104,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
-def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer with tokens that the model has not; a model may have more, as padding.
-
-    Raises
-    ------
-    ValueError : they do not belong together
-    """
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model"
-            f" {model.config.vocab_size}: they do not belong together"
-        )
-
-
 def open_model(
     path: str | os.PathLike[str],
     backend: str | Backend = "auto",
@@ -136,20 +126,30 @@ class Generator:
     ----------
     model : a `GPT2` or `QuantizedGPT2`
     tokenizer : its tokenizer
+    eos_token_id : a token id or several that end a text where a call says nothing; None is the
+        tokenizer's end of text
 
     Attributes
     ----------
     count : tokens generated so far, by all calls
+    eos_token_id : see above
 
     Raises
     ------
-    ValueError : the tokenizer has tokens that the model has not; a model may have more, as padding
+    ValueError : the tokenizer has tokens that the model has not; a model may have more, as padding,
+        which never come
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        check_vocabulary(model, tokenizer)
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        eos_token_id: int | Collection[int] | None = None,
+    ) -> None:
+        self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eot if eos_token_id is None else eos_token_id
         self.count = 0
 
     def __repr__(self) -> str:
@@ -166,6 +166,9 @@ class Generator:
     ) -> Generator:
         """Load a model and its tokenizer together, from a directory or the hub.
 
+        A text ends at the eos_token_id of generation_config.json, one or several, as in
+        transformers; where there is none, at the tokenizer's end of text.
+
         Parameters
         ----------
         path_or_name, backend, revision, threads : see `GPT2.from_pretrained`
@@ -177,7 +180,14 @@ class Generator:
         ValueError : a file is damaged, or model and tokenizer do not belong together
         """
         path = hub.find(path_or_name, revision)
-        return cls(open_model(path, backend, quantize, threads), Tokenizer.from_pretrained(path))
+        model, tokenizer = (
+            open_model(path, backend, quantize, threads),
+            Tokenizer.from_pretrained(path),
+        )
+        ends = [] if llmc.is_llmc(path) else read_ends(path)
+        # transformers' default, 50256, says nothing in a smaller vocabulary
+        known = [token for token in ends if 0 <= token < tokenizer.vocab_size]
+        return cls(model, tokenizer, known or None)
 
     @overload
     def generate(
@@ -219,7 +229,7 @@ class Generator:
         ----------
         prompt : a string, or several; an empty one starts a text
         settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and
-            eos_token_id is the tokenizer's end of text unless given
+            eos_token_id is the generator's unless given
 
         Returns
         -------
@@ -318,9 +328,9 @@ class Generator:
             shares /= shares.sum()
             best = likeliest(logits, candidates) if candidates else np.empty(0, np.int64)
             best = best[np.argsort(-logits[best], kind="stable")]
+            best = best[logits[best] > -np.inf]  # no padding
             pairs = list(zip(best.tolist(), shares[best].tolist(), strict=True))
-            known = token < self.tokenizer.vocab_size  # or padding
-            data = self.tokenizer.token_bytes(token) if known else b""
+            data = self.tokenizer.token_bytes(token)
             new.append(Token(token, data, float(shares[token]), pairs))
 
         given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
@@ -352,15 +362,18 @@ class Generator:
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be strings of at least one character, got {text!r}")
-        config = GenerationConfig(**{"eos_token_id": self.tokenizer.eot} | settings)
+        config = GenerationConfig(**{"eos_token_id": self.eos_token_id} | settings)
         if config.logprobs:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
         ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
         copies = config.num_return_sequences
         writers: list[Writer] = []
-        steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers, look)
+        prompts_ids = self.model.check_prompts(ids)
+        steps = self.model.continue_prompts(prompts_ids, config, writers, look, self._unused)
+        special = {*self.tokenizer.special_tokens.values()}
+        silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
         for _ in range(len(ids) * copies):  # now that so many are known to fit
-            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens))
+            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, silent))
         return writers, steps, copies
 
 

@@ -114,13 +114,14 @@ class LanguageModel:
         config: GenerationConfig,
         watches: Sequence[Watch] | None = None,
         look: Look | None = None,
+        unused: Sequence[int] = (),
     ) -> Iterator[Step]:
-        """Do the work of `stream`; `watches` and `look` are told of tokens, see `generate.Text`."""
+        """Do the work of `stream`; for `watches`, `look` and `unused` see `generate.Text`."""
         ends = config.ends(self.config.vocab_size)
         longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
         capacity = min(longest, self.config.n_positions)
         decoder = self.decoder(len(prompts) * config.num_return_sequences, capacity)
-        return generate.stream(decoder, prompts, config, ends, watches, look)
+        return generate.stream(decoder, prompts, config, ends, watches, look, unused)
 
     def generate(
         self,

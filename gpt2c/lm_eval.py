@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2c.checks import whole_or_float
-from gpt2c.generator import Writer, check_vocabulary
+from gpt2c.generator import Writer
 from gpt2c.language_model import LanguageModel
 from gpt2c.sampling import OFF, GenerationConfig, TextSettings
 from gpt2c.scoring import Scorer
@@ -58,7 +58,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__()
-        check_vocabulary(model, tokenizer)
+        self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
 
@@ -175,8 +175,8 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
                 max_new_tokens=left,
                 min_new_tokens=min(settings.min_new_tokens, left),
             )
-            writer = Writer(self.tokenizer, until, 0)
-            for _ in self.model.continue_prompts([prompt], settings, [writer]):
+            writer = Writer(self.tokenizer, until, 0, {self.eot_token_id})
+            for _ in self.model.continue_prompts([prompt], settings, [writer], None, self._unused):
                 pass
             out.append(writer.take(last=True))
             self.cache_hook.add_partial("generate_until", (context, wanted), out[-1])

@@ -152,11 +152,12 @@ class Tokenizer:
     merges : the halves of each merged token, in the order of their ids; None recovers them
         when the tokenizer is saved
     special : name -> id of the special tokens, that of `eot` among them; None if that is the only
-        one. Ordinary and special tokens have the ids from 0 on, each once
+        one. Ordinary and special tokens have the ids from 0 on, each once; special ones may leave
+        ids out
 
     Attributes
     ----------
-    vocab_size : the number of tokens
+    vocab_size : one more than the highest id: the number of tokens, unless ids are left out
     eot : see above. `[tokenizer.eot, *tokenizer.encode(text)]` is a text as models are trained on
     special_tokens : see `special`. `decode` writes their names; `encode` takes a name in a text for
         ordinary text unless it is allowed
@@ -171,7 +172,7 @@ class Tokenizer:
     ) -> None:
         self.eot = eot
         self.special_tokens = {END_OF_TEXT: eot} if special is None else special
-        self.vocab_size = len(ranks) + len(self.special_tokens)
+        self.vocab_size = max(*ranks.values(), *self.special_tokens.values()) + 1
         self._ranks = ranks
         self._merges = merges
         self._tokens = [b""] * self.vocab_size
@@ -190,7 +191,8 @@ class Tokenizer:
         )
 
     def __repr__(self) -> str:
-        return f"Tokenizer({self.vocab_size:,} tokens, {END_OF_TEXT} is {self.eot})"
+        count = len(self._ranks) + len(self.special_tokens)
+        return f"Tokenizer({count:,} tokens, {END_OF_TEXT} is {self.eot})"
 
     @classmethod
     def from_name(cls, name: str) -> Tokenizer:
@@ -563,6 +565,21 @@ class Tokenizer:
         if rest := decoder.decode(b"", final=True):
             yield rest
 
+    def unused_ids(self, vocab_size: int) -> list[int]:
+        """Return the ids below `vocab_size`, a model's, that no token has: those of padded rows.
+
+        Raises
+        ------
+        ValueError : the model has fewer tokens
+        """
+        if vocab_size < self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}: they do"
+                " not belong together"
+            )
+        left_out = [token_id for token_id, token in enumerate(self._tokens) if not token]
+        return [*left_out, *range(self.vocab_size, vocab_size)]
+
     @property
     def token_lengths(self) -> NDArray[np.int64]:
         """Bytes of text in each token, (V,) int64; 0 for special tokens. For bits per byte."""
@@ -579,7 +596,9 @@ class Tokenizer:
             raise ValueError(
                 f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})"
             )
-        return self._tokens[token_id]
+        if not (token := self._tokens[token_id]):
+            raise ValueError(f"token id {token_id} is one that the vocabulary leaves out")
+        return token
 
 
 def _several(texts: Iterable[str]) -> Iterator[str]:

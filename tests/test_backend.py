@@ -250,7 +250,7 @@ ARROWS: dict[str, set[str]] = {
     "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
     "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
     | {"reference_reading", "tensorfile"},
-    "engine": {"checks", "decoder", "generate", "language_model", "sampling"},
+    "engine": {"checks", "decoder", "generate", "language_model", "sampling", "tokenizer"},
     "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "memory", "model"}
     | {"checks", "generate", "quantized", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory", "tensorfile"},

@@ -53,6 +53,28 @@ def alone(model, prompt, count, **settings):
     return out[0, len(prompt) :]
 
 
+@pytest.mark.parametrize("settings", [GREEDY, {"seed": 1, "logprobs": True}])
+def test_padding_never_comes_where_the_tokenizer_is_known(settings):
+    tokenizer = gpt2c.Tokenizer.from_name("bytes")
+    model, larger = (make_model(vocab_size=size) for size in (257, 320))
+    for name, parameter in larger.parameters.items():
+        parameter[: len(model.parameters[name])] = model.parameters[name]
+    larger.parameters["wte.weight"][257:] = 3 * model.parameters["wte.weight"][107]
+    with Engine(larger, tokenizer=tokenizer) as engine, Engine(larger) as other:
+        without = other.submit([65], 30, **settings).result(WAIT)
+        assert (np.array(without) >= 257).any()
+        for prompt in ([65], list(range(30)), [300]):  # its own ids may be anything
+            got = engine.submit(prompt, 20, **settings).result(WAIT)
+            tokens = got[0] if "logprobs" in settings else got
+            assert len(tokens) == 20 and (tokens < 257).all()
+        expected = alone(model, [65], 20, **settings)
+        got = engine.submit([65], 20, **settings).result(WAIT)
+        for one, own in zip(np.atleast_2d(got), np.atleast_2d(expected), strict=True):
+            np.testing.assert_allclose(one, own, atol=1e-4)
+    with pytest.raises(ValueError, match="has 257 tokens and the model 61"):
+        Engine(make_model(), tokenizer=tokenizer)
+
+
 class Gate:
     """A decoder whose calls wait until the test lets them through, and are noted."""
 
