@@ -48,6 +48,10 @@ class Token(NamedTuple):
     candidates: list[tuple[int, float]]
 
 
+class _Settings(TextSettings, total=False):
+    allowed_special: Collection[str] | Literal["all"]
+
+
 class Writer:
     """Turns the tokens of one text into its characters, up to the first stop string.
 
@@ -197,7 +201,7 @@ class Generator:
         num_return_sequences: Literal[1] | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[TextSettings],
+        **settings: Unpack[_Settings],
     ) -> str: ...
 
     @overload
@@ -208,7 +212,7 @@ class Generator:
         num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[TextSettings],
+        **settings: Unpack[_Settings],
     ) -> list[str]: ...
 
     @overload
@@ -219,7 +223,7 @@ class Generator:
         num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[TextSettings],
+        **settings: Unpack[_Settings],
     ) -> str | list[str]: ...
 
     def generate(self, prompt: str | Sequence[str], **settings: Any) -> str | list[str]:
@@ -227,9 +231,11 @@ class Generator:
 
         Parameters
         ----------
-        prompt : a string, or several; an empty one starts a text
+        prompt : a string, or several; an empty one starts a text. `model.generate` continues
+            token ids
         settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and
-            eos_token_id is the generator's unless given
+            eos_token_id is the generator's unless given. allowed_special, as of
+            `Tokenizer.encode`: names of special tokens, or "all", that are these in the prompt
 
         Returns
         -------
@@ -274,7 +280,7 @@ class Generator:
         *,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[TextSettings],
+        **settings: Unpack[_Settings],
     ) -> Iterator[str]:
         """Continue one text, giving each piece as soon as it is certain; see `generate`.
 
@@ -304,7 +310,7 @@ class Generator:
         *,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[TextSettings],
+        **settings: Unpack[_Settings],
     ) -> Iterator[Token]:
         """Continue one text token by token, with how likely each one was; see `generate`.
 
@@ -357,6 +363,7 @@ class Generator:
         self, prompts: Sequence[str], settings: dict[str, Any], look: Look | None = None
     ) -> tuple[list[Writer], Iterator[Any], int]:
         stop = settings.pop("stop", None)
+        allowed = settings.pop("allowed_special", ())
         several = isinstance(stop, list | tuple | set | frozenset)
         stops = list(stop) if several else [] if stop is None else [stop]
         for text in stops:
@@ -365,7 +372,7 @@ class Generator:
         config = GenerationConfig(**{"eos_token_id": self.eos_token_id} | settings)
         if config.logprobs:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
-        ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+        ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
         copies = config.num_return_sequences
         writers: list[Writer] = []
         prompts_ids = self.model.check_prompts(ids)

@@ -376,11 +376,7 @@ class Tokenizer:
             raise ValueError(
                 f"text must be a string, got {type(text).__name__}; encode_batch takes several"
             )
-        allowed = self.special_tokens if allowed_special == "all" else set(allowed_special)
-        if unknown := [name for name in allowed if name not in self.special_tokens]:
-            raise ValueError(
-                f"{unknown[0]!r} is none of the special tokens {', '.join(self.special_tokens)}"
-            )
+        allowed = self._allowed(allowed_special)
         if not allowed:
             return [
                 token for window in self._windows([text]) for token in self._ids(window).tolist()
@@ -392,6 +388,19 @@ class Tokenizer:
             ids += self.encode(part)
             ids += [] if name is None else [self.special_tokens[name]]
         return ids
+
+    def _allowed(self, names: Collection[str] | Literal["all"]) -> Collection[str]:
+        if isinstance(names, str):
+            names = self.special_tokens if names == "all" else [names]
+        if not isinstance(names, Collection):
+            raise ValueError(
+                f"allowed_special must be names of special tokens or 'all', got {names!r:.50}"
+            )
+        if unknown := [name for name in names if name not in self.special_tokens]:
+            raise ValueError(
+                f"{unknown[0]!r} is none of the special tokens {', '.join(self.special_tokens)}"
+            )
+        return names
 
     def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.uint32]]:
         """Encode many texts in parallel; each gives an array of the ids that `encode` gives.

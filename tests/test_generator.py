@@ -313,6 +313,24 @@ def test_a_prompt_of_a_padded_model_may_be_whatever_its_ids_are() -> None:
     assert "[PAD]" not in Generator(larger, tokenizer, 290).generate("ab", seed=1)
 
 
+# ---- special tokens in a prompt ------------------------------------------------------------------
+
+
+def test_a_prompt_may_have_special_tokens() -> None:
+    mark = "<|endoftext|>"
+    model = Scripted({b"ab": b"the token", f"a{mark}b".encode(): b"the text"})
+    generator = Generator(model, BYTES)
+    prompt = f"a{mark}b"
+    assert generator.generate(prompt) == "the text"
+    for allowed in ("all", [mark]):
+        assert generator.generate(prompt, allowed_special=allowed) == "the token"
+        assert generator.generate([prompt, "ab"], allowed_special=allowed) == ["the token"] * 2
+        assert "".join(generator.stream(prompt, allowed_special=allowed)) == "the token"
+        data = [token.data for token in generator.tokens(prompt, allowed_special=allowed)]
+        assert b"".join(data) == f"the token{mark}".encode()
+    assert "'[PAD]' is none of" in refused(generator.generate, "a", allowed_special=["[PAD]"])
+
+
 # ---- where a text ends ---------------------------------------------------------------------------
 
 

@@ -115,9 +115,15 @@ def test_special_tokens_are_encoded_where_they_are_allowed(tokenizer):
     wanted = [*tokenizer.encode("a"), tokenizer.eot, tokenizer.eot, *tokenizer.encode(" b")]
     assert tokenizer.encode(text, allowed_special="all") == wanted
     assert tokenizer.encode(text, allowed_special={"<|endoftext|>"}) == wanted
-    assert "'[PAD]' is none of the special tokens <|endoftext|>" in refused(
-        tokenizer.encode, text, {"[PAD]"}
-    )
+    assert tokenizer.encode(text, allowed_special="<|endoftext|>") == wanted
+    for names in ({"[PAD]"}, "[PAD]", ["<|endoftext|>", "[PAD]"]):
+        assert "'[PAD]' is none of the special tokens <|endoftext|>" in refused(
+            tokenizer.encode, text, names
+        )
+    message = "allowed_special must be names of special tokens or 'all', got "
+    for wrong in (5, True, None):
+        assert refused(tokenizer.encode, text, wrong) == f"{message}{wrong!r}"
+    assert "5 is none of the special tokens" in refused(tokenizer.encode, text, [5])
 
 
 NASTY = [
