@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gpt2c.checks import counted
 from gpt2c.files import read_text
 from gpt2c.generator import Generator
 from gpt2c.sampling import GenerationConfig
@@ -158,7 +159,7 @@ def run_generate(options: argparse.Namespace) -> int:
     if text_is_lost():
         return 0
     print(
-        f"{generator.count} tokens in {seconds:.2f} s,"
+        f"{counted(generator.count, 'token')} in {seconds:.2f} s,"
         f" {generator.count / seconds:.1f} tokens/s (loaded in {loaded:.2f} s)",
         file=sys.stderr,
     )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gpt2c.checks import counted
 from gpt2c.terminal import (
     PLAIN,
     colored,
@@ -53,8 +54,8 @@ def run_tokens(options: argparse.Namespace) -> int:
     ids = tokenizer.encode(text, "all" if options.special else ())
     data = [tokenizer.token_bytes(token) for token in ids]
     print(
-        f"{name}, a vocabulary of {tokenizer.vocab_size:,}: {_count(len(ids), 'token')},"
-        f" {_count(len(text), 'character')}, {_count(len(text.encode()), 'byte')}"
+        f"{name}, a vocabulary of {tokenizer.vocab_size:,}: {counted(len(ids), 'token')},"
+        f" {counted(len(text), 'character')}, {counted(len(text.encode()), 'byte')}"
     )
     if not ids:
         return 0
@@ -66,10 +67,6 @@ def run_tokens(options: argparse.Namespace) -> int:
         hexadecimal = "bytes" if part is None else part.hex(" ").upper()
         print(f"{token:>{digits}}  {padded(piece, width)}  {hexadecimal}")
     return 0
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def whole_characters(data: Sequence[bytes]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.checks import whole
+from gpt2c.checks import check_kind, counted, number, whole
 from gpt2c.decoder import CHUNK, Decoder
 from gpt2c.generate import Text, read_newest
 from gpt2c.language_model import LanguageModel, check_ids
@@ -64,6 +64,9 @@ class Request:
         # Readers share no lock with the engine: Ctrl-C in one of them cannot leave it locked.
         self._readers: list[SimpleQueue[None]] = []
 
+    def __repr__(self) -> str:
+        return f"Request({counted(len(self._tokens), 'new token')}, {self.ended or 'goes on'})"
+
     @property
     def done(self) -> bool:
         """Whether it is over."""
@@ -96,10 +99,11 @@ class Request:
         Raises
         ------
         TimeoutError : it goes on after so many seconds
-        ValueError : its logits hold nan or infinity, or no token is left to continue with
+        ValueError : its logits hold nan or infinity, or no token is left to continue with; timeout
+            is no number
         RuntimeError : the engine was closed before
         """
-        until = None if timeout is None else time.monotonic() + timeout
+        until = None if timeout is None else time.monotonic() + number("timeout", timeout)
         with self._news() as news:
             while not self.done:
                 try:
@@ -164,6 +168,7 @@ class Engine:
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
+        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
         most = model.config.n_positions
         slots, queue = whole("slots", slots), whole("queue", queue)
         capacity = most if capacity is None else whole("capacity", capacity)
@@ -175,7 +180,10 @@ class Engine:
             raise ValueError(f"capacity must be in [1, {most}], n_positions, got {capacity}")
         self.slots, self.queue, self.capacity = slots, queue, capacity
         self._model = model
-        self._unused = [] if tokenizer is None else tokenizer.unused_ids(model.config.vocab_size)
+        self._unused: list[int] = []
+        if tokenizer is not None:
+            check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
+            self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self._why_closed = ""  # nothing while it is open
         # Requests in the order they came: the first `slots` of them run. What threads share of
         # them and of an engine changes under the lock only, and under it nothing takes long.
@@ -230,12 +238,16 @@ class Engine:
                 return request
             if len(self._live) == self.slots + self.queue:
                 raise EngineFull(
-                    f"the engine is full: {self.slots} requests run and {self.queue} wait, which"
-                    " is all it has room for; try again later"
+                    f"the engine is full: it has room for {counted(self.slots, 'request')} at a"
+                    f" time and {self.queue} more that wait; try again later"
                 )
             self._live.append(request)
             self._work.notify()
         return request
+
+    def __repr__(self) -> str:
+        sizes = f"slots={self.slots}, queue={self.queue}, capacity={self.capacity}"
+        return f"Engine({self._model!r}, {sizes}{', closed' if self._why_closed else ''})"
 
     def __reduce__(self) -> Any:
         """Refuse to be copied or pickled: a copy would have no thread that serves it."""
@@ -272,7 +284,7 @@ class Engine:
         prompt = self._model.check_prompts(ids[None])[0]
         if self.capacity < min(len(prompt) + max_new_tokens, self._model.config.n_positions):
             raise ValueError(
-                f"idx: {len(prompt)} tokens and {max_new_tokens} new ones are more than the"
+                f"idx: {counted(len(prompt), 'token')} and {max_new_tokens} new are more than the"
                 f" engine's capacity, {self.capacity}"
             )
         return prompt

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gpt2c import hub, llmc
 from gpt2c.backend import Backend
 from gpt2c.checkpoint import read_config, read_ends
-from gpt2c.checks import whole
+from gpt2c.checks import check_kind, whole
 from gpt2c.generate import Look
 from gpt2c.language_model import LanguageModel
 from gpt2c.memory import Array
@@ -150,6 +150,8 @@ class Generator:
         tokenizer: Tokenizer,
         eos_token_id: int | Collection[int] | None = None,
     ) -> None:
+        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
+        check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
         self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
@@ -247,7 +249,7 @@ class Generator:
         ValueError : a setting is out of range, a prompt is no string or longer than the context
         TypeError : an unknown setting
         """
-        writers, steps, copies = self._begin(_strings(prompt), settings)
+        writers, steps, copies = self._begin(_strings("prompt", prompt, "generate"), settings)
         for _ in steps:
             pass
         self.count += sum(writer.count for writer in writers)
@@ -269,7 +271,7 @@ class Generator:
         ------
         ValueError : no texts, or one longer than the context
         """
-        several = [texts] if isinstance(texts, str) else list(texts)
+        several = _strings("texts", texts, "embed")
         ids = [self.tokenizer.encode(text) or [self.tokenizer.eot] for text in several]
         vectors = self.model.embed(ids)
         return vectors[0] if isinstance(texts, str) else vectors
@@ -384,16 +386,15 @@ class Generator:
         return writers, steps, copies
 
 
-def _strings(prompt: Any) -> list[str]:
-    """Return one prompt or several as a list of strings."""
-    one = isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable)
-    prompts = [prompt] if one else list(prompt)
-    for text in prompts:
+def _strings(name: str, texts: Any, door: str) -> list[str]:
+    """Return one text or several as a list; `door` is the model's, which takes token ids."""
+    one = isinstance(texts, str | bytes) or not isinstance(texts, Iterable)
+    several = [texts] if one else list(texts)
+    if not several:
+        raise ValueError(f"{name} must be a string or a list of at least one, got none")
+    for text in several:
         if not isinstance(text, str):
-            hint = (
-                ", which model.generate continues"
-                if isinstance(text, np.ndarray | np.integer | int)
-                else ""
-            )
-            raise ValueError(f"prompt must be a string or a list of them, got {text!r:.50}{hint}")
-    return prompts
+            is_id = isinstance(text, np.ndarray | np.integer | int)
+            hint = f", which is for model.{door}" if is_id else ""
+            raise ValueError(f"{name} must be a string or a list of them, got {text!r:.50}{hint}")
+    return several

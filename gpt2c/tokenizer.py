@@ -30,6 +30,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from gpt2c import bpe_trainer, hub, tokenizer_files
+from gpt2c.checks import check_kind, whole
 from gpt2c.limits import usable_cores
 
 END_OF_TEXT = tokenizer_files.END_OF_TEXT
@@ -224,6 +225,7 @@ class Tokenizer:
         ValueError : none of these; "bpe:N", which must be trained on a text
         OSError : the vocabulary cannot be read or downloaded
         """
+        check_kind("the name of the tokenizer", spec, str, "a string")
         if spec in NAMES:
             return cls.from_name(spec)
         if not spec:
@@ -268,7 +270,7 @@ class Tokenizer:
         from.
         """
         bytearray(_ROOM)
-        if vocab_size < SMALLEST:
+        if whole("vocab_size", vocab_size) < SMALLEST:
             raise ValueError(
                 f"vocab_size is {vocab_size}; at least {SMALLEST} are needed"
                 f" (256 bytes and {END_OF_TEXT})"
@@ -327,6 +329,7 @@ class Tokenizer:
 
     def same_vocabulary(self, other: Tokenizer) -> bool:
         """Whether two tokenizers agree: the same ids for every text, the same text for every id."""
+        check_kind("other", other, Tokenizer, "a Tokenizer")
         return (self._ranks, self.eot, self.special_tokens) == (
             *(other._ranks, other.eot, other.special_tokens),
         )
@@ -336,6 +339,7 @@ class Tokenizer:
 
         A model that was fine-tuned with a [PAD], say, reads the tokens of the one that it was.
         """
+        check_kind("other", other, Tokenizer, "a Tokenizer")
         same = (self._ranks, self.eot) == (other._ranks, other.eot)
         return same and other.special_tokens.items() <= self.special_tokens.items()
 
@@ -554,9 +558,9 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : an id outside the vocabulary
+        ValueError : what is no token id, or one outside the vocabulary
         """
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        return b"".join(map(self.token_bytes, _ids(ids))).decode(errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` piece by piece, each as soon as its characters are complete.
@@ -565,10 +569,10 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : an id outside the vocabulary
+        ValueError : what is no token id, or one outside the vocabulary
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token_id in ids:
+        for token_id in _ids(ids):
             if piece := decoder.decode(self.token_bytes(token_id)):
                 yield piece
         if rest := decoder.decode(b"", final=True):
@@ -581,7 +585,7 @@ class Tokenizer:
         ------
         ValueError : the model has fewer tokens
         """
-        if vocab_size < self.vocab_size:
+        if whole("vocab_size", vocab_size) < self.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}: they do"
                 " not belong together"
@@ -599,8 +603,9 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : an id outside the vocabulary
+        ValueError : what is no token id, or one outside the vocabulary
         """
+        token_id = whole("a token id", token_id)
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(
                 f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})"
@@ -610,10 +615,20 @@ class Tokenizer:
         return token
 
 
+def _ids(ids: Iterable[int]) -> Iterator[int]:
+    """Return an iterator of token ids; refuse what has none."""
+    try:
+        return iter(ids)
+    except TypeError:  # among them an array without dimensions
+        raise ValueError(f"ids must be several token ids, got {ids!r:.50}") from None
+
+
 def _several(texts: Iterable[str]) -> Iterator[str]:
     """Yield texts; refuse one that is given in their place, which would be taken for characters."""
     if isinstance(texts, str):
         raise ValueError("texts must be several strings, got one; put it into a list")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be several strings, got {texts!r:.50}")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"texts must be strings, got {type(text).__name__}")

@@ -71,8 +71,18 @@ def test_padding_never_comes_where_the_tokenizer_is_known(settings):
         got = engine.submit([65], 20, **settings).result(WAIT)
         for one, own in zip(np.atleast_2d(got), np.atleast_2d(expected), strict=True):
             np.testing.assert_allclose(one, own, atol=1e-4)
+    assert refused(Engine, 5) == "model must be a GPT2 or QuantizedGPT2, got 5"
+    assert refused(Engine, make_model(), tokenizer=5) == "tokenizer must be a Tokenizer, got 5"
     with pytest.raises(ValueError, match="has 257 tokens and the model 61"):
         Engine(make_model(), tokenizer=tokenizer)
+
+
+def test_a_timeout_is_a_number():
+    with Engine(make_model()) as engine:
+        request = engine.submit([1], 1)
+        for wrong in ("1", True):
+            assert refused(request.result, wrong) == f"timeout must be a number, got {wrong!r}"
+        request.result(WAIT)
 
 
 class Gate:
@@ -242,7 +252,10 @@ def test_a_smaller_capacity_gives_the_same_or_refuses():
         np.testing.assert_array_equal(request.result(WAIT), alone(model, ids(12), 8, seed=1))
         for T, count in [(12, 9), (21, 1), (1, 64)]:
             message = refused(engine.submit, ids(T), count)
-            assert f"{T} tokens" in message and message.endswith("capacity, 20")
+            assert (
+                f"idx: {T} token{'s' * (T > 1)} and {count} new are more" in message
+                and message.endswith("capacity, 20")
+            )
 
 
 def test_no_new_tokens_and_no_prompt():
@@ -418,7 +431,8 @@ def test_a_full_engine_says_so_at_once(slots, places, gated):
     requests = [engine.submit(ids(4), 3, seed=1) for _ in range(slots + places)]
     with pytest.raises(EngineFull) as error:
         engine.submit(ids(4), 3)
-    assert f"{slots} requests run and {places} wait" in str(error.value)
+    running = {1: "1 request", 2: "2 requests"}[slots]
+    assert f"room for {running} at a time and {places} more that wait" in str(error.value)
     assert isinstance(error.value, RuntimeError)
     gate.open()
     for request in requests:

@@ -450,7 +450,19 @@ def test_mistakes_are_refused_before_any_work() -> None:
         with pytest.raises(TypeError, match="beam"):
             call("ab", beam=5)
     assert "num_return_sequences" in refused(generator.stream, "ab", num_return_sequences=2)
-    assert "at least one prompt" in refused(generator.generate, [])
+    for door, name in ((generator.generate, "prompt"), (generator.embed, "texts")):
+        for nothing in ([], (), iter([])):
+            message = f"{name} must be a string or a list of at least one, got none"
+            assert refused(door, nothing) == message
+    for wrong, got in ((5, "5, which is for model.embed"), (None, "None"), (b"ab", "b'ab'")):
+        assert (
+            refused(generator.embed, wrong)
+            == f"texts must be a string or a list of them, got {got}"
+        )
+    assert refused(Generator, BYTES, small()).startswith(
+        "model must be a GPT2 or QuantizedGPT2, got T"
+    )
+    assert refused(Generator, small(), "gpt2") == "tokenizer must be a Tokenizer, got 'gpt2'"
     assert generator.count == 0
 
 
@@ -459,9 +471,9 @@ def test_mistakes_are_refused_before_any_work() -> None:
     [
         (b"abc", "b'abc'"),
         (None, "None"),
-        (5, "5, which model.generate continues"),
-        ([1, 2], "1, which model.generate continues"),
-        (np.arange(3), ", which model.generate continues"),
+        (5, "5, which is for model.generate"),
+        ([1, 2], "1, which is for model.generate"),
+        (np.arange(3), ", which is for model.generate"),
         (["a", None], "None"),
         ([b"a"], "b'a'"),
     ],
