@@ -327,7 +327,7 @@ def _parse_vocabulary(
             f"{path} must number its {size} tokens, added ones among them, from 0 to {size - 1},"
             " each once; only special tokens may have higher ids"
         )
-    if (unused := ids[-1] + 1 - size) > MOST_UNUSED:
+    if (unused := max(ids, default=-1) + 1 - size) > MOST_UNUSED:
         raise ValueError(
             f"{path} has {size} tokens and the id {ids[-1]}; at most {MOST_UNUSED:,} ids below a"
             f" special token's may be unused, got {unused:,}"

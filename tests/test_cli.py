@@ -274,7 +274,7 @@ def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
 
 # ---- generate ------------------------------------------------------------------------------------
 
-SPEED = r"(\d+) tokens in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
+SPEED = r"(\d+) tokens? in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
 
 
 def test_a_seed_draws_the_same_text(gpt2c) -> None:
