@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt2c import hub, scoring
 from gpt2c.figures import MEANING, figures
-from gpt2c.generator import check_vocabulary, open_model
+from gpt2c.generator import open_model
 from gpt2c.model import GPT2
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
@@ -78,7 +78,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def _questions(choices: Path, path: Path, model: Model) -> list[scoring.Question]:
     tokenizer = Tokenizer.from_pretrained(path)
-    check_vocabulary(model, tokenizer)
+    tokenizer.unused_ids(model.config.vocab_size)  # refuses another model's
     return scoring.read_questions(choices, tokenizer, model.config.n_positions)
 
 

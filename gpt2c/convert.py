@@ -267,7 +267,11 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
     else:
         tokenizer = Tokenizer.from_name(src)
     if suffix:
-        tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        unused = set(tokenizer.unused_ids(tokenizer.vocab_size))  # the file has a name for each id
+        tokens = [
+            f"[PAD{token_id}]".encode() if token_id in unused else tokenizer.token_bytes(token_id)
+            for token_id in range(tokenizer.vocab_size)
+        ]
         llmc.write_tokenizer(dst, tokens, tokenizer.eot)
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
     try:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import files
+from gpt2c.checks import counted
 from gpt2c.tokenfile import (
     MAX_VOCABULARY,
     Split,
@@ -217,7 +218,8 @@ def _cut(
     has_tail = any([bool(piece.strip()) for piece in head.rest()])
     if not has_head or not has_tail:
         raise ValueError(
-            f"a text of {length} characters is too short to hold out {fraction:g} of it; add text"
+            f"a text of {counted(length, 'character')} is too short to hold out {fraction:g} of it;"
+            " add text"
         )
     return cut
 
@@ -440,10 +442,12 @@ class Batches:
         full = np.maximum((lengths - 1) // block_size, 0)
         if full.sum() < batch_size:
             several = f" in {len(shards)} shards" if len(shards) > 1 else ""
+            total = int(lengths.sum())
             raise ValueError(
-                f"{lengths.sum()} tokens{several} are too few for one batch of {batch_size} x "
-                f"{block_size}, which needs {batch_size * block_size + 1} in one shard; add text, "
-                "or lower batch_size or block_size"
+                f"{counted(total, 'token')}{several} {'is' if total == 1 else 'are'} too few for"
+                f" one batch of {batch_size} x {block_size}, which needs"
+                f" {batch_size * block_size + 1} in one shard; add text, or lower batch_size or"
+                " block_size"
             )
         if order == 1:
             # As many as fit after any offset; tokens for hardly one batch have fewer offsets.
@@ -475,6 +479,10 @@ class Batches:
         self._ends = np.cumsum(counts)  # of the shards, in windows
         self._firsts = self._ends - counts
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def __repr__(self) -> str:
+        of = f"batch_size={self.batch_size}, block_size={self.block_size}, seed={self.seed}"
+        return f"Batches({counted(len(self.shards), 'shard')}, {of})"
 
     def batch(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the batch of a step, from 0: x and y, both (B,T) int32, y one token ahead of x."""
@@ -526,7 +534,10 @@ def windows(
     """
     if not any(len(tokens) > 1 for tokens in shards):
         total = sum(map(len, shards))
-        raise ValueError(f"{total} tokens are too few to evaluate on; at least 2 are needed")
+        raise ValueError(
+            f"{counted(total, 'token')} {'is' if total == 1 else 'are'} too few to evaluate on; at"
+            " least 2 are needed"
+        )
     if not 0 <= overlap < block_size:
         raise ValueError(f"overlap must be in [0, block_size = {block_size}), got {overlap}")
     places = (

@@ -81,6 +81,9 @@ class Kernels:
         # own.
         self._local = threading.local()
 
+    def __repr__(self) -> str:
+        return f"Kernels({self.name!r}, threads={self.threads})"
+
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call a kernel on this Python thread's pool.
 

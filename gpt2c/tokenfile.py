@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gpt2c import files
+from gpt2c.checks import counted
 
 Tokens = NDArray[np.uint16]
 Split = Literal["train", "val"]
@@ -63,6 +64,9 @@ class StoredTokens:
         self.path, self._start, self.shape = path, start, (count,)
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
+
+    def __repr__(self) -> str:
+        return f"StoredTokens({str(self.path)!r}, {counted(len(self), 'token')})"
 
     def __len__(self) -> int:
         return self.shape[0]

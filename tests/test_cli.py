@@ -274,7 +274,7 @@ def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
 
 # ---- generate ------------------------------------------------------------------------------------
 
-SPEED = r"(\d+) tokens in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
+SPEED = r"(\d+) tokens? in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
 
 
 def test_a_seed_draws_the_same_text(gpt2c) -> None:
@@ -300,6 +300,28 @@ def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
         assert int(re.fullmatch(SPEED, err)[1]) == len(out) - len("\n") - (2 if "ab" in text else 0)
     model = crafted(tmp_path / "end", 256, ord("x"))
     assert gpt2c(f"generate {model} --temperature 0 --prompt ab")[:2] == (0, "ab\n")
+
+
+def test_special_tokens_are_tokens_if_so_wished(
+    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = crafted(tmp_path, ord("c"), ord("x")), "<|endoftext|>b"
+    command = f"generate {model} --temperature 0 --max-new-tokens 3"
+    code, _, err = gpt2c(f"{command} --prompt {prompt}")
+    assert code == 2 and "the prompt is 14 tokens" in err
+    (tmp_path / "prompt").write_text(prompt)
+    for given in (f"--prompt {prompt}", f"--prompt-file {tmp_path / 'prompt'}"):
+        assert gpt2c(f"{command} --special {given}")[:2] == (0, f"{prompt}cxx\n")
+    several = gpt2c(f"{command} --special --prompt {prompt} --num-samples 2")[1]
+    assert several == "".join(f"--- sample {n} ---\n{prompt}cxx\n" for n in (1, 2))
+    table = gpt2c(f"{command} --special --prompt {prompt} --show-probabilities 0")[1]
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["99", "120", "120"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\nab\n"))
+    assert gpt2c(f"{command} --special --interactive")[1] == f"{prompt}cxx\nabcxx\n"
+    out = gpt2c(f"tokens {prompt} --tokenizer bytes --special")[1].splitlines()
+    assert out[0] == "bytes, a vocabulary of 257: 2 tokens, 14 characters, 14 bytes"
+    assert out[2] == "<|endoftext|>|b" and out[5].startswith("256  '<|endoftext|>'  3C 7C")
+    assert "14 tokens" in gpt2c(f"tokens {prompt} --tokenizer bytes")[1]
 
 
 def test_generate_ends_before_a_stop_string(gpt2c, tmp_path: Path) -> None:

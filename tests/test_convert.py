@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2c import convert
+from gpt2c import convert, llmc
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
 from gpt2c.model import GPT2
@@ -115,6 +115,18 @@ def test_names_and_directories_are_tokenizers(run: Run, world: Path) -> None:
     assert run("bytes plain.bin")[1] == "plain.bin: llm.c's tokenizer, 257 tokens\n"
     assert run("bytes directory")[1] == "directory: Hugging Face's tokenizer, 257 tokens\n"
     assert Tokenizer.from_pretrained("directory").vocab_size == 257
+
+
+def test_ids_that_are_left_out_have_names_in_llmcs_file(run: Run, world: Path) -> None:
+    special = {"<|endoftext|>": 256, "[PAD]": 259}
+    Tokenizer({bytes([i]): i for i in range(256)}, 256, special=special).save_pretrained("left")
+    assert run("left left.bin")[1] == "left.bin: llm.c's tokenizer, 260 tokens\n"
+    tokenizer = Tokenizer(*llmc.read_tokenizer("left.bin"))
+    assert [tokenizer.token_bytes(i) for i in (257, 258, 259)] == [
+        b"[PAD257]",
+        b"[PAD258]",
+        b"[PAD]",
+    ]
 
 
 def test_nanogpts_token_files_get_a_header_and_lose_it(run: Run, world: Path) -> None:

@@ -111,6 +111,30 @@ def test_one_text_and_several_are_not_confused():
     for use in (BPE.encode_batch, lambda text: Tokenizer.train(text, 300)):
         assert "put it into a list" in refused(use, "one text")
         assert "texts must be strings, got int" in refused(use, [1])
+        assert refused(use, 5) == "texts must be several strings, got 5"
+
+
+@pytest.mark.parametrize("wrong", [5, None, 1.5, True, np.array(5), np.int64(5)])
+def test_one_id_is_not_several(wrong):
+    for decode in (BPE.decode, lambda ids: list(BPE.stream(ids))):
+        assert refused(decode, wrong) == f"ids must be several token ids, got {wrong!r}"
+
+
+@pytest.mark.parametrize("wrong", ["a", 1.5, 1.0, None, True, [1], np.float64(1), np.array([1, 2])])
+def test_an_id_is_a_whole_number(wrong):
+    message = f"a token id must be a whole number, got {wrong!r}"
+    for decode in (BPE.decode, lambda ids: list(BPE.stream(ids))):
+        assert refused(decode, [0, wrong]) == message
+    assert refused(BPE.token_bytes, wrong) == message
+
+
+def test_what_is_no_tokenizer_and_no_size():
+    for method in (BPE.same_vocabulary, BPE.covers):
+        assert refused(method, "gpt2") == "other must be a Tokenizer, got 'gpt2'"
+    assert refused(Tokenizer.from_spec, 5) == "the name of the tokenizer must be a string, got 5"
+    for wrong in ("300", 300.5, None):
+        message = f"vocab_size must be a whole number, got {wrong!r}"
+        assert refused(Tokenizer.train, ["a"], wrong) == message == refused(BPE.unused_ids, wrong)
 
 
 def test_special_tokens_are_encoded_where_they_are_allowed(tokenizer):
@@ -118,9 +142,15 @@ def test_special_tokens_are_encoded_where_they_are_allowed(tokenizer):
     wanted = [*tokenizer.encode("a"), tokenizer.eot, tokenizer.eot, *tokenizer.encode(" b")]
     assert tokenizer.encode(text, allowed_special="all") == wanted
     assert tokenizer.encode(text, allowed_special={"<|endoftext|>"}) == wanted
-    assert "'[PAD]' is none of the special tokens <|endoftext|>" in refused(
-        tokenizer.encode, text, {"[PAD]"}
-    )
+    assert tokenizer.encode(text, allowed_special="<|endoftext|>") == wanted
+    for names in ({"[PAD]"}, "[PAD]", ["<|endoftext|>", "[PAD]"]):
+        assert "'[PAD]' is none of the special tokens <|endoftext|>" in refused(
+            tokenizer.encode, text, names
+        )
+    message = "allowed_special must be names of special tokens or 'all', got "
+    for wrong in (5, True, None):
+        assert refused(tokenizer.encode, text, wrong) == f"{message}{wrong!r}"
+    assert "5 is none of the special tokens" in refused(tokenizer.encode, text, [5])
 
 
 NASTY = [
