@@ -57,7 +57,8 @@ class LanguageModel:
             *self._weights,
             backend.name,
         ]
-        if threads := getattr(backend, "threads", 0):
+        threads = backend.threads
+        if backend.name != "numpy":  # whose threads are NumPy's
             facts.append(f"{threads} thread{'s' if threads > 1 else ''}")
         return f"{type(self).__name__}({', '.join(facts)})"
 

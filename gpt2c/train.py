@@ -203,7 +203,7 @@ def _prepare(
     if found is not None:
         check_config(found.path, found.config, config)
     backend = get_backend(settings.backend, settings.threads or None)
-    check_training(config, settings, getattr(backend, "threads", 1), resumed=resume)
+    check_training(config, settings, backend.threads, resumed=resume)
     seed = settings.seed if found is None else None
     model = GPT2(config, seed, backend, settings.recomputation)
     optimizer = AdamW(
@@ -303,7 +303,7 @@ class StoppedError(Exception):
 def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
     settings, started = run.settings, run.step
     schedule = settings.learning_rates()
-    kernels = run.model.backend.name, getattr(run.model.backend, "threads", 1)
+    kernels = run.model.backend.name, run.model.backend.threads
     peak = fma_peak(*kernels)
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
     skips = _Skips(run, progress)
