@@ -228,6 +228,7 @@ ARROWS: dict[str, set[str]] = {
     "memory": {"limits"},
     "checks": set(),
     "op": set(),
+    "plain": set(),
     "kernels": {"limits", "memory", "op"},
     "backend": {"checks", "kernels", "limits", "op", "reference"},
     "ops": {"backend", "checks", "op", "reference", "reference_reading"},
