@@ -9,13 +9,15 @@ Letters: B sequences, T tokens of each, C channels, V vocabulary, NH heads of HS
 Source: Radford et al. 2019 (GPT-2); Vaswani et al. 2017, arXiv:1706.03762.
 """
 
+# mypy: no-warn-return-any
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 
@@ -107,13 +109,12 @@ def gelu_backward(dout: Array, x: Array) -> Array:
     """Return dx, of the shape of x."""
     tanh = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
     slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
-    dx: Array = dout * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope)
-    return dx
+    return dout * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope)
 
 
 def softmax(x: Array) -> Array:
     """Turn scores into probabilities: positive, and the last axis sums to 1."""
-    e: Array = np.exp(x - x.max(-1, keepdims=True))
+    e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
