@@ -22,7 +22,7 @@ import numpy as np
 
 from gpt2c.activations import bytes_needed
 from gpt2c.backend import NAMES, backends, get_backend, why_missing
-from gpt2c.cases import OPS
+from gpt2c.cases import EXAMPLES
 from gpt2c.config import GPT2Config
 from gpt2c.limits import usable_cores
 from gpt2c.machine import Ceilings, Quiet, fastest
@@ -227,7 +227,9 @@ def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row 
 def ops_work(quick: bool) -> list[tuple[str, dict[str, Any]]]:
     """List the ops and shapes of `bench_ops`."""
     return [
-        (name, shape) for name, op in OPS.items() for shape in op.shapes[: 1 if quick else None]
+        (name, shape)
+        for name, op in EXAMPLES.items()
+        for shape in op.shapes[: 1 if quick else None]
     ]
 
 
@@ -266,7 +268,7 @@ def bench_ops(
     ------
     MemoryError : the rows together need more than is free
     """
-    largest = max(OPS[name].cost(**shape)[1] for name, shape in ops_work(quick))
+    largest = max(EXAMPLES[name].cost(**shape)[1] for name, shape in ops_work(quick))
     # each row keeps its arguments; the one that verifies has them twice more, twice as wide
     needed = dict.fromkeys(names, int(largest)) | {"what verifies them": 4 * int(largest)}
     require("a benchmark of ops", needed, FEWER)
@@ -275,7 +277,7 @@ def bench_ops(
     with ExitStack() as stack:
         started = list(start(names, ceilings.threads, stack))
         for name, shape in ops_work(quick):
-            flops, size = OPS[name].cost(**shape)
+            flops, size = EXAMPLES[name].cost(**shape)
             group = f"{name} {describe(shape)}"
             watch.work(group)
             facts = {"flops": flops, "bytes": size}

@@ -58,8 +58,8 @@ class LanguageModel:
             *self._weights,
             backend.name,
         ]
-        if threads := getattr(backend, "threads", 0):
-            facts.append(counted(threads, "thread"))
+        if backend.name != "numpy":  # whose threads are NumPy's
+            facts.append(counted(backend.threads, "thread"))
         return f"{type(self).__name__}({', '.join(facts)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -326,7 +326,7 @@ class Run:
             "data": self.data,
             "bytes_per_token": self.bytes_per_token,
             "backend": self.model.backend.name,
-            "threads": getattr(self.model.backend, "threads", 1),
+            "threads": self.model.backend.threads,
         }
 
     def log(self, entry: dict[str, Any]) -> None:

@@ -185,7 +185,7 @@ def _fitting_backend(settings: TrainSettings, config: GPT2Config, resumed: bool 
     if settings.tensorboard:
         check_tensorboard()
     backend = get_backend(settings.backend, settings.threads or None)
-    check_training(config, settings, getattr(backend, "threads", 1), resumed)
+    check_training(config, settings, backend.threads, resumed)
     return backend
 
 
@@ -328,7 +328,7 @@ class StoppedError(Exception):
 def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
     settings, started = run.settings, run.step
     schedule = settings.learning_rates()
-    kernels = run.model.backend.name, getattr(run.model.backend, "threads", 1)
+    kernels = run.model.backend.name, run.model.backend.threads
     peak = fma_peak(*kernels)
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
     skips = _Skips(run, progress)

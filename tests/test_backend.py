@@ -58,7 +58,8 @@ def test_auto_is_the_fastest() -> None:
 
 
 def test_numpy_is_the_reference() -> None:
-    assert get_backend("numpy") is reference
+    numpy = get_backend("numpy")
+    assert numpy.gelu_forward is reference.gelu_forward and numpy.threads == 1
 
 
 def test_the_variable_is_what_auto_means(
@@ -226,15 +227,17 @@ ARROWS: dict[str, set[str]] = {
     "limits": set(),
     "memory": {"limits"},
     "checks": set(),
-    "kernels": {"limits", "memory"},
-    "backend": {"checks", "kernels", "limits", "reference"},
-    "ops": {"backend", "checks", "reference_reading"},
-    "cases": {"reference"},
+    "op": set(),
+    "plain": set(),
+    "kernels": {"limits", "memory", "op"},
+    "backend": {"checks", "kernels", "limits", "op", "reference"},
+    "ops": {"backend", "checks", "op", "reference", "reference_reading"},
+    "cases": {"op", "reference"},
     "machine": {"backend", "limits", "memory"},
     "peers": {"config"},
     "peers_generate": {"checkpoint", "config", "gguf_export", "tokenizer"},
     "worker": {"backend", "cases", "config", "language_model", "machine", "model", "optimizer"}
-    | {"peers", "peers_generate", "quantized", "reference"},
+    | {"op", "peers", "peers_generate", "quantized", "reference"},
     # and it starts workers
     "bench": {"activations", "backend", "cases", "config", "limits", "machine", "memory"},
     "bench_generate": {"backend", "bench", "config", "machine", "memory"},

@@ -19,7 +19,7 @@ from conftest import refused
 from gpt2c import GPT2Config, bench, cli_bench, machine, memory, report
 from gpt2c.backend import backends, get_backend
 from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
-from gpt2c.cases import OPS
+from gpt2c.cases import EXAMPLES
 from gpt2c.cli import main
 from gpt2c.limits import usable_cores
 from gpt2c.machine import Ceilings, Quiet, cpu_name, measure_ceilings
@@ -47,7 +47,7 @@ def small_shape(name: str) -> dict[str, Any]:
 # ---- a row ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_worker_verifies_and_times_every_op(name: str, backend_name: str) -> None:
     worker = Worker(backend_name, 1)
     answer = worker.op(name, small_shape(name))
@@ -120,8 +120,10 @@ def test_a_row_that_ends_says_why() -> None:
 
 def test_ops_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "lacks", lambda name: "torch" if name == "torch" else "")
-    one = {"gelu_forward": dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}, {"n": 9}])}
-    monkeypatch.setattr(bench, "OPS", one)
+    one = {
+        "gelu_forward": dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}, {"n": 9}])
+    }
+    monkeypatch.setattr(bench, "EXAMPLES", one)
     shown: list[list[Result]] = []
     results, verdict = bench_ops(["numpy", "base", "torch"], CEILINGS, True, shown.append)
     assert shown == [results] and "machine" in verdict.lower()
@@ -173,9 +175,9 @@ def test_rows_whose_losses_differ_are_struck_out() -> None:
 
 
 def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = {name: OPS[name] for name in ("gelu_forward", "gelu_backward")}
+    two = {name: EXAMPLES[name] for name in ("gelu_forward", "gelu_backward")}
     monkeypatch.setattr(
-        bench, "OPS", {n: dataclasses.replace(op, shapes=[{"n": 99}]) for n, op in two.items()}
+        bench, "EXAMPLES", {n: dataclasses.replace(op, shapes=[{"n": 99}]) for n, op in two.items()}
     )
     ask = Row.ask
 
@@ -194,8 +196,8 @@ def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -
 def test_ops_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = {"gelu_forward": dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}])}
-    monkeypatch.setattr(bench, "OPS", one)
+    one = {"gelu_forward": dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}])}
+    monkeypatch.setattr(bench, "EXAMPLES", one)
     files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "png", "md")}
     command = f"bench ops --quick --backends numpy,base --threads 1 --json {files['json']}"
     command += f" --plot {files['png']} --report {files['md']}"
@@ -521,8 +523,8 @@ def test_a_file_that_is_no_json_is_refused(
 @pytest.fixture
 def gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be two pieces of work, and a machine that is measured at once."""
-    op = dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}, {"n": 99}])
-    monkeypatch.setattr(bench, "OPS", {"gelu_forward": op})
+    op = dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}, {"n": 99}])
+    monkeypatch.setattr(bench, "EXAMPLES", {"gelu_forward": op})
     monkeypatch.setattr(cli_bench, "measure_ceilings", lambda threads: CEILINGS)
 
 

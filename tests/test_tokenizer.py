@@ -129,8 +129,7 @@ def test_an_id_is_a_whole_number(wrong):
 
 
 def test_what_is_no_tokenizer_and_no_size():
-    for method in (BPE.same_vocabulary, BPE.covers):
-        assert refused(method, "gpt2") == "other must be a Tokenizer, got 'gpt2'"
+    assert refused(BPE.covers, "gpt2") == "other must be a Tokenizer, got 'gpt2'"
     assert refused(Tokenizer.from_spec, 5) == "the name of the tokenizer must be a string, got 5"
     for wrong in ("300", 300.5, None):
         message = f"vocab_size must be a whole number, got {wrong!r}"
