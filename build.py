@@ -40,8 +40,8 @@ KEPT = 1000  # objects in it: about twenty builds, 25 MB
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
-# machine -> extension -> flags. gpt2c/backend.py asks the CPU for exactly these features before it
-# imports one.
+# machine -> extension -> flags. gpt2c/kernels/backend.py asks the CPU for exactly these features
+# before it imports one.
 ISAS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "base": [],

@@ -1,7 +1,7 @@
 """Every op at GPT-2's shapes: a group for each op and shape, a row for each backend.
 
-Arguments, shapes, tolerances and costs come from gpt2c.cases, as for `gpt2c bench ops`, and each
-result is compared with the reference before it is timed.
+Arguments, shapes, tolerances and costs come from gpt2c.kernels.cases, as for `gpt2c bench ops`, and
+each result is compared with the reference before it is timed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gpt2c.bench import describe
-from gpt2c.cases import OPS
-from gpt2c.worker import Worker
+from gpt2c.bench.suite import describe
+from gpt2c.bench.worker import Worker
+from gpt2c.kernels.cases import OPS
 
 WORK = [(name, shape) for name, op in OPS.items() for shape in op.shapes]
 

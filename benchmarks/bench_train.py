@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from gpt2c import GPT2Config
-from gpt2c.bench import Row
+from gpt2c.bench.suite import Row
 
 B, T = 4, 64
 

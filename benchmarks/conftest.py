@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gpt2c.backend import NAMES, backends, default_threads, fma_peak
-from gpt2c.worker import Worker
+from gpt2c.bench.worker import Worker
+from gpt2c.kernels.backend import NAMES, backends, default_threads, fma_peak
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from gpt2c import GPT2, Engine, GPT2Config, QuantizedGPT2
-from gpt2c.limits import usable_cores
-from gpt2c.machine import cpu_name
+from gpt2c.bench.machine import cpu_name
+from gpt2c.kernels.limits import usable_cores
 
 ROUNDS = 3
 SHORTEST, LONGEST = 8, 96  # prompts, in tokens

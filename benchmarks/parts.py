@@ -2,9 +2,9 @@
 
     python benchmarks/parts.py 1 1024          B, T; PyTorch's column needs torch
 
-The floor of a part is its cost in gpt2c.cases against the ceilings measured at the start. gpt2c's
-calls are timed one by one inside whole steps, PyTorch's by its profiler; both are summed by part.
-For PyTorch at its best, start it with GLIBC_TUNABLES set to gpt2c.bench.TUNED.
+The floor of a part is its cost in gpt2c.kernels.cases against the ceilings measured at the start.
+gpt2c's calls are timed one by one inside whole steps, PyTorch's by its profiler; both are summed by
+part. For PyTorch at its best, start it with GLIBC_TUNABLES set to gpt2c.bench.suite.TUNED.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from gpt2c import GPT2, AdamW, GPT2Config
-from gpt2c.backend import default_threads, get_backend
-from gpt2c.cases import OPS
-from gpt2c.machine import measure_ceilings
+from gpt2c.bench.machine import measure_ceilings
+from gpt2c.kernels.backend import default_threads, get_backend
+from gpt2c.kernels.cases import OPS
 
 STEPS = 4
 # PyTorch's operators by part; a matrix product is told by whether V is among its sizes
@@ -95,7 +95,7 @@ def pytorch(config: GPT2Config, idx: Any, targets: Any, threads: int) -> dict[st
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from gpt2c.peers import torch_step
+    from gpt2c.bench.peers import torch_step
 
     torch.set_num_threads(threads)
     parameters = GPT2(config, backend="numpy").parameters

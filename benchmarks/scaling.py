@@ -14,11 +14,11 @@ from datetime import date
 from pathlib import Path
 
 from gpt2c import GPT2Config
-from gpt2c.backend import backends, fma_peak
-from gpt2c.bench import Row
-from gpt2c.limits import usable_cores
-from gpt2c.machine import cpu_name
-from gpt2c.plot import plot_lines
+from gpt2c.bench.machine import cpu_name
+from gpt2c.bench.suite import Row
+from gpt2c.kernels.backend import backends, fma_peak
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.train.plot import plot_lines
 
 LENGTHS = [64, 128, 256, 512, 1024, 2048, 4096]
 ROUNDS = 3

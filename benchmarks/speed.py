@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from gpt2c.plot import plot_speed
+from gpt2c.train.plot import plot_speed
 
 
 def main() -> None:

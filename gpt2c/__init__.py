@@ -10,19 +10,20 @@ output channels. Losses are in nats per token.
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from gpt2c import limits as limits  # now: the cores are those from before others bind this thread
+from gpt2c.kernels import (
+    limits as limits,  # now: the cores are those from before others bind this thread
+)
 
 if TYPE_CHECKING:
     from gpt2c import ops
-    from gpt2c.backend import backends
-    from gpt2c.config import GPT2Config
-    from gpt2c.engine import Engine
+    from gpt2c.generate.engine import Engine
+    from gpt2c.generate.sampling import GenerationConfig
     from gpt2c.generator import Generator
-    from gpt2c.model import GPT2
-    from gpt2c.optimizer import AdamW, Schedule
-    from gpt2c.quantized import QuantizedGPT2
-    from gpt2c.sampling import GenerationConfig
-    from gpt2c.tokenizer import Tokenizer
+    from gpt2c.gpt2 import GPT2, QuantizedGPT2, from_pretrained
+    from gpt2c.kernels.backend import backends
+    from gpt2c.model.config import GPT2Config
+    from gpt2c.text.tokenizer import Tokenizer
+    from gpt2c.train.optimizer import AdamW, Schedule
 
 __all__ = [
     "GPT2",
@@ -35,22 +36,24 @@ __all__ = [
     "Schedule",
     "Tokenizer",
     "backends",
+    "from_pretrained",
     "ops",
 ]
 __version__ = "0.1.0"
 
 # Where each name is from; what is not used is not imported, and the command line begins at once.
 _HOMES = {
-    "GPT2": "model",
-    "AdamW": "optimizer",
-    "Engine": "engine",
-    "GPT2Config": "config",
-    "GenerationConfig": "sampling",
+    "GPT2": "gpt2",
+    "AdamW": "train.optimizer",
+    "Engine": "generate.engine",
+    "GPT2Config": "model.config",
+    "GenerationConfig": "generate.sampling",
     "Generator": "generator",
-    "QuantizedGPT2": "quantized",
-    "Schedule": "optimizer",
-    "Tokenizer": "tokenizer",
-    "backends": "backend",
+    "QuantizedGPT2": "gpt2",
+    "Schedule": "train.optimizer",
+    "Tokenizer": "text.tokenizer",
+    "backends": "kernels.backend",
+    "from_pretrained": "gpt2",
 }
 
 

@@ -6,7 +6,7 @@ import sys
 def run() -> int:
     """Run the command line; return its exit code."""
     try:
-        from gpt2c.cli import main
+        from gpt2c.cli.main import main
 
         return main()
     except KeyboardInterrupt:

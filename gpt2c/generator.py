@@ -17,17 +17,15 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c import hub, llmc
-from gpt2c.backend import Backend
-from gpt2c.checkpoint import read_config, read_ends
-from gpt2c.checks import check_kind, whole
-from gpt2c.generate import Look
-from gpt2c.language_model import LanguageModel
-from gpt2c.memory import Array
-from gpt2c.model import GPT2
-from gpt2c.quantized import QuantizedGPT2, stored_method
-from gpt2c.sampling import GenerationConfig, TextSettings, likeliest
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.formats.load import find
+from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest
+from gpt2c.generate.text import Look, continue_prompts
+from gpt2c.gpt2 import open_found
+from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.checks import check_kind, whole
+from gpt2c.kernels.memory import Array
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.text.tokenizer import Tokenizer
 
 
 class Token(NamedTuple):
@@ -108,21 +106,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
-def open_model(
-    path: str | os.PathLike[str],
-    backend: str | Backend = "auto",
-    quantize: str | None = None,
-    threads: int | None = None,
-) -> GPT2 | QuantizedGPT2:
-    """Load a model, quantized if asked for or if it was saved so; see `GPT2.from_pretrained`."""
-    path = hub.find(path)
-    if quantize is None and not llmc.is_llmc(path):
-        quantize = stored_method(read_config(path))
-    if quantize is None:
-        return GPT2.from_pretrained(path, backend, threads=threads)
-    return GPT2.from_pretrained(path, backend, quantize=quantize, threads=threads)
-
-
 class Generator:
     """Continues texts.
 
@@ -185,14 +168,11 @@ class Generator:
         OSError : a file is missing or cannot be read or downloaded
         ValueError : a file is damaged, or model and tokenizer do not belong together
         """
-        path = hub.find(path_or_name, revision)
-        model, tokenizer = (
-            open_model(path, backend, quantize, threads),
-            Tokenizer.from_pretrained(path),
-        )
-        ends = [] if llmc.is_llmc(path) else read_ends(path)
+        found = find(path_or_name, revision)
+        model = open_found(found, backend, quantize, threads)
+        tokenizer = Tokenizer.from_pretrained(found.path)
         # transformers' default, 50256, says nothing in a smaller vocabulary
-        known = [token for token in ends if 0 <= token < tokenizer.vocab_size]
+        known = [token for token in found.ends if 0 <= token < tokenizer.vocab_size]
         return cls(model, tokenizer, known or None)
 
     @overload
@@ -378,7 +358,7 @@ class Generator:
         copies = config.num_return_sequences
         writers: list[Writer] = []
         prompts_ids = self.model.check_prompts(ids)
-        steps = self.model.continue_prompts(prompts_ids, config, writers, look, self._unused)
+        steps = continue_prompts(self.model, prompts_ids, config, writers, look, self._unused)
         special = {*self.tokenizer.special_tokens.values()}
         silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
         for _ in range(len(ids) * copies):  # now that so many are known to fit

@@ -2,9 +2,9 @@
 
     y, mean, rstd = gpt2c.ops.layernorm_forward(x, weight, bias, backend="avx2")
 
-The functions are made from the declarations of `gpt2c.op`: the inputs and numbers of an op, then
-the sizes of its results that no input has (vocab_size, n_positions, n_head), then backend. They
-return the outputs. What an op computes stands in `gpt2c.reference`.
+The functions are made from the declarations of `gpt2c.kernels.op`: the inputs and numbers of an op,
+then the sizes of its results that no input has (vocab_size, n_positions, n_head), then backend.
+They return the outputs. What an op computes stands in `gpt2c.kernels.reference`.
 
 Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), token ids int32; the
 weights of `linear_forward` may be smaller. Gradients come back as they are, not added to anything.
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c import reference
-from gpt2c.backend import get_backend
-from gpt2c.checks import check_int32, check_layout, number, whole
-from gpt2c.op import OPS, Argument, Op
-from gpt2c.reference_reading import LONGEST
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.checks import check_int32, check_layout, number, whole
+from gpt2c.kernels.op import OPS, Argument, Op
+from gpt2c.kernels.reference.linear import LONGEST
 
 GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head"}  # sizes that no input may have
 LOWEST = {"ids": 0, "targets": -1}

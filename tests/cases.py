@@ -1,4 +1,4 @@
-"""Shapes for every op of gpt2c.cases: around vectors, panels, tiles and blocks, and odd values."""
+"""Shapes for every op: around vectors, panels, tiles and blocks, and odd values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.cases import EXAMPLES, Example, Shape
-from gpt2c.op import OPS
+from gpt2c.kernels.cases import EXAMPLES, Example, Shape
+from gpt2c.kernels.op import OPS
 
 
 @dataclass(frozen=True, eq=False)  # so that it can be hashed, to be solved once

@@ -92,7 +92,7 @@ def tests_of(name: str) -> set[str]:
     if path.match("tests/*.py"):
         return importers(path.stem)
     if path.match("gpt2c/recipes/*.toml"):
-        return tests_of("gpt2c/settings.py")
+        return tests_of("gpt2c/train/settings.py")
     if path.match("gpt2c/**/*.py") or path.match("gpt2c/*.py"):
         module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
         found = {p.name for p in TESTS.glob(f"test_{path.stem}.py")} | importers(module)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2c.backend import NAMES, backends, get_backend
-from gpt2c.data import prepare
+from gpt2c.kernels.backend import NAMES, backends, get_backend
+from gpt2c.text.prepare import prepare
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
@@ -73,8 +73,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes longer than a tiny run, the picture and the measure of the peak."""
-    patch.setattr("gpt2c.train.plot_loss", lambda metrics, path: False)
-    patch.setattr("gpt2c.train.fma_peak", lambda name, threads: 0.0)
+    patch.setattr("gpt2c.train.loop.plot_loss", lambda metrics, path: False)
+    patch.setattr("gpt2c.train.loop.fma_peak", lambda name, threads: 0.0)
 
 
 @pytest.fixture

@@ -25,23 +25,21 @@ import numpy as np
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-import gpt2c.train
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer, llmc, scoring, trainer_state
-from gpt2c.convert import convert
-from gpt2c.data import Batches, prepare
-from gpt2c.files import read_json, read_text
-from gpt2c.metrics import read_metrics
-from gpt2c.settings import TrainSettings, read_recipe
-from gpt2c.textfiles import TextFiles
-from gpt2c.tokenfile import (
-    open_nanogpt,
-    read_shards,
-    read_tokens,
-    write_nanogpt,
-    write_shards,
-    write_tokens,
-)
-from gpt2c.train import train
+import gpt2c.train.loop
+from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c.evaluate import scoring
+from gpt2c.files.untrusted import read_json, read_text
+from gpt2c.formats import llmc
+from gpt2c.formats.convert import convert
+from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
+from gpt2c.text.batches import Batches
+from gpt2c.text.documents import TextFiles
+from gpt2c.text.prepare import prepare
+from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
+from gpt2c.train import checkpoints
+from gpt2c.train.loop import train
+from gpt2c.train.metrics import read_metrics
+from gpt2c.train.settings import TrainSettings, read_recipe
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -294,7 +292,7 @@ def resume(directory: Path, **settings: Any) -> None:
     """Go on for one more step, or begin with settings."""
     going_on = not settings
     given = settings or {"max_iters": 3, "backend": "base"}
-    with mock.patch.object(sys, "stdout"), mock.patch.object(gpt2c.train, "plot_loss"):
+    with mock.patch.object(sys, "stdout"), mock.patch.object(gpt2c.train.loop, "plot_loss"):
         train(directory / "data", directory / "run", given, resume=going_on)
 
 
@@ -304,10 +302,10 @@ def resume_mended(directory: Path) -> None:
         try:
             content = read_json(path)
             content["files"] = {
-                name: trainer_state._sum(path.parent / name) for name in content["files"]
+                name: checkpoints._sum(path.parent / name) for name in content["files"]
             }
             summed = {name: content[name] for name in ("state", "files")}
-            content["sha256"] = trainer_state._sum_of(summed)
+            content["sha256"] = checkpoints._sum_of(summed)
         except (LookupError, TypeError, AttributeError, ValueError, OSError, RecursionError):
             continue
         path.write_text(json.dumps(content))

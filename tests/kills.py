@@ -24,10 +24,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2c import train as train_module
-from gpt2c.data import Batches
-from gpt2c.files import TEMPORARY
-from gpt2c.progress import Progress
+from gpt2c.files.atomic import TEMPORARY
+from gpt2c.screen.progress import Progress
+from gpt2c.text.batches import Batches
+from gpt2c.train import loop
 
 TINY: dict[str, Any] = {
     "n_layer": 1,
@@ -53,8 +53,8 @@ def main(job: dict[str, Any]) -> Any:
     os.environ["GPT2C_NUM_THREADS"] = "1"  # a model this small only waits for a second one
     # The system outlives a kill with all that it was told; the others take long and say nothing.
     os.fsync = lambda descriptor: None
-    train_module.plot_loss = lambda metrics, path: False
-    train_module.fma_peak = lambda name, threads: 0.0
+    loop.plot_loss = lambda metrics, path: False
+    loop.fma_peak = lambda name, threads: 0.0
     kinds = {"points": points, "moments": moments, "exact": exact}
     return kinds[job.pop("what")](
         **{k: Path(v) if k in ("data", "out", "other") else v for k, v in job.items()}
@@ -82,9 +82,7 @@ def ended(pid: int) -> int:
 
 def trained(data: Path, out: Path, settings: dict[str, Any], resume: bool = False) -> None:
     """Train in a child that nothing kills; settings are changes to TINY."""
-    code = ended(
-        child(lambda: train_module.train(data, out, full(settings, resume), resume=resume))
-    )
+    code = ended(child(lambda: loop.train(data, out, full(settings, resume), resume=resume)))
     assert code == 0, f"{out} ended with {code}"
 
 
@@ -172,7 +170,7 @@ def points(
             counted(kill_at, out / "count")
             resume, overwrite = bool(first), bool(other)
             given = full(settings, resume)
-            train_module.train(data, path, given, resume=resume, overwrite=overwrite)
+            loop.train(data, path, given, resume=resume, overwrite=overwrite)
 
         return ended(child(action))
 
@@ -219,7 +217,7 @@ def stopped(data: Path, out: Path, settings: dict[str, Any], step: int) -> None:
         original(self, now, figures)
 
     Progress.step = watch
-    train_module.train(data, out, full(settings))
+    loop.train(data, out, full(settings))
 
 
 # ---- at any moment -------------------------------------------------------------------------------
@@ -239,7 +237,7 @@ def moments(
         for _ in range(5):
             resume = (path / "run.json").exists()
             given = full(settings, resume)
-            pid = child(lambda: train_module.train(data, path, given, resume=resume))  # noqa: B023
+            pid = child(lambda: loop.train(data, path, given, resume=resume))  # noqa: B023
             time.sleep(chance.uniform(0, longest))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -14,8 +14,8 @@ import tempfile
 import numpy as np
 
 import gpt2c
-from gpt2c import cli
-from gpt2c.backend import get_backend
+from gpt2c.cli import main as cli
+from gpt2c.kernels.backend import get_backend
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -15,9 +14,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from conftest import refused
 
-from gpt2c import backend as backend_module
-from gpt2c import reference
-from gpt2c.backend import (
+from gpt2c.kernels import backend as backend_module
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import (
     AVX2,
     AVX512,
     NAMES,
@@ -27,8 +26,8 @@ from gpt2c.backend import (
     default_threads,
     get_backend,
 )
-from gpt2c.kernels import Kernels
-from gpt2c.limits import usable_cores
+from gpt2c.kernels.binding import Kernels
+from gpt2c.kernels.limits import usable_cores
 
 PACKAGE = Path(backend_module.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +151,7 @@ def test_threads_that_openmp_binds_are_as_many(monkeypatch: pytest.MonkeyPatch) 
     """It binds the first thread to one core, when it loads or later: the others have theirs."""
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     code = """
-from gpt2c.backend import get_backend
+from gpt2c.kernels.backend import get_backend
 print(*(get_backend(name).threads for name in ("auto", "base", "auto")))
 """
     assert python(code).split() == [str(usable_cores())] * 3
@@ -211,162 +210,6 @@ def test_kernels_are_compiled_for_what_the_cpu_is_asked() -> None:
         for name, flags in extensions.items():
             assert {flag.removeprefix("-m") for flag in flags} == set(REQUIRES[name]), machine
     assert set(build.ISAS["x86_64"]) == set(NAMES) - {"numpy"}
-
-
-# ---- the package ---------------------------------------------------------------------------------
-
-LIBRARY = {"backend", "config", "model", "ops", "optimizer", "tokenizer"}
-READING = {"generator", "quantized", "sampling"}
-RUN = {"backend", "baselines", "config", "data", "files", "model", "settings", "tokenfile"}
-RUN |= {"tokenizer"}
-
-# module: modules of gpt2c that it may import. A module knows nothing about those not listed.
-ARROWS: dict[str, set[str]] = {
-    "reference_reading": set(),
-    "reference": {"reference_reading"},
-    "limits": set(),
-    "memory": {"limits"},
-    "checks": set(),
-    "op": set(),
-    "plain": set(),
-    "kernels": {"limits", "memory", "op"},
-    "backend": {"checks", "kernels", "limits", "op", "reference"},
-    "ops": {"backend", "checks", "op", "reference", "reference_reading"},
-    "cases": {"op", "reference"},
-    "machine": {"backend", "limits", "memory"},
-    "peers": {"config"},
-    "peers_generate": {"checkpoint", "config", "gguf_export", "tokenizer"},
-    "worker": {"backend", "cases", "config", "language_model", "machine", "model", "optimizer"}
-    | {"op", "peers", "peers_generate", "quantized", "reference"},
-    # and it starts workers
-    "bench": {"activations", "backend", "cases", "config", "limits", "machine", "memory"},
-    "bench_generate": {"backend", "bench", "config", "machine", "memory"},
-    "report": {"bench", "files", "machine", "plot"},
-    "files": set(),
-    "config": {"files"},
-    "hub": set(),
-    "tensorfile": {"files"},
-    "checkpoint": {"files", "hub", "tensorfile"},
-    "sampling": {"checks"},
-    "generate": {"sampling"},
-    "decoder": {"backend", "checks", "config", "kernels", "memory", "reference_reading"},
-    "language_model": {"backend", "checks", "config", "decoder", "generate", "memory", "sampling"},
-    "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
-    | {"reference_reading", "tensorfile"},
-    "engine": {"checks", "decoder", "generate", "language_model", "sampling", "tokenizer"},
-    "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "memory", "model"}
-    | {"checks", "generate", "quantized", "sampling", "tokenizer"},
-    "llmc": {"config", "files", "memory", "tensorfile"},
-    "gguf_export": {"config", "files", "memory", "tokenizer"},
-    "convert": {"checkpoint", "files", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
-    | {"tokenizer", "tokenizer_files"},
-    "activations": {"config", "memory"},
-    "layer": {"backend", "memory"},
-    "model": {"activations", "backend", "checkpoint", "config", "hub", "language_model", "layer"}
-    | {"llmc", "memory", "quantized", "tensorfile"},
-    "optimizer": {"memory"},
-    "tokenizer_files": {"files", "hub"},
-    "bpe_trainer": set(),
-    "tokenizer": {"checks", "bpe_trainer", "hub", "limits", "tokenizer_files"},
-    "textfiles": {"files", "metrics", "terminal", "tokenizer_files"},
-    "tokenfile": {"checks", "files"},
-    "data": {"checks", "files", "tokenfile", "tokenizer"},
-    "corpus": set(),
-    "command": set(),
-    "figures": set(),
-    "baselines": set(),
-    "picture": {"files"},
-    "plot": {"picture"},
-    "progress": set(),
-    "load": {"limits"},
-    "metrics": {"files"},
-    "tensorboard": {"files"},
-    "trainer_state": {"checkpoint", "files", "tensorfile"},
-    "run": {"checkpoint", "config", "files", "metrics", "model", "optimizer", "settings"}
-    | {"plot", "tensorboard", "tokenizer", "tokenizer_files", "trainer_state"},
-    "settings": {"config", "files", "optimizer"},
-    "needs": {"activations", "config", "memory", "settings"},
-    "train": (RUN - {"baselines"})
-    | {"load", "metrics", "needs", "optimizer", "plot", "progress"}
-    | {"quantized", "run", "tensorboard", "trainer_state"},
-    "demo": RUN
-    | {"command", "corpus", "figures", "generator", "progress", "terminal", "textfiles", "train"},
-    "terminal": set(),
-    "cli_bench": {"bench", "bench_generate", "config", "machine", "picture", "report"},
-    "cli_convert": {"convert", "llmc"},
-    "cli_generate": {"checks", "files", "generator", "sampling", "terminal"},
-    "cli_tokens": {"checks", "terminal", "tokenizer", "tokenizer_files"},
-    "cli_prepare": {"data", "demo", "progress", "textfiles"},
-    "cli_plot": {"figures", "files", "metrics", "plot", "run", "terminal", "tokenizer"},
-    "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
-    "lm_eval": {"checks", "language_model", "scoring", "tokenizer"} | READING - {"quantized"},
-    "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
-    | {"scoring", "tokenfile", "tokenizer", "train"},
-    "cli_info": {"backend", "limits", "machine", "memory", "tokenizer"},
-    "cli": (RUN - {"backend"})
-    | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"cli_prepare", "cli_tokens", "command", "demo", "terminal", "train"},
-    "__main__": {"cli"},  # and nothing else imports cli
-    "__init__": {"limits"} | LIBRARY | READING | {"engine"},
-}
-DEPENDENCIES = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
-
-
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """Give the modules of gpt2c, and the other top-level modules, that a file imports anywhere."""
-    own, other = set(), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: a relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            package, *rest = name.split(".")
-            if package != "gpt2c":
-                other.add(package)
-            else:
-                own.add(rest[0] if rest else "__init__")
-    return own, other
-
-
-def test_every_module_is_in_the_table() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == ARROWS.keys()
-
-
-@pytest.mark.parametrize("module", ARROWS)
-def test_imports_go_one_way(module: str) -> None:
-    own, other = imports(PACKAGE / f"{module}.py")
-    assert own <= ARROWS[module]
-    allowed = {"numpy"} if module.startswith("reference") else DEPENDENCIES
-    allowed = allowed | ({"matplotlib"} if module in ("picture", "plot") else set())
-    allowed = allowed | ({"tensorboardX"} if module == "tensorboard" else set())
-    torch = {"torch"} if module in ("peers", "peers_generate", "worker") else set()
-    peers = {"transformers", "onnx", "onnxruntime", "ctranslate2", "llama_cpp"}
-    torch |= peers if module == "peers_generate" else set()
-    allowed = allowed | torch  # a benchmark's rows
-    allowed = allowed | ({"lm_eval"} if module == "lm_eval" else set())
-    allowed = allowed | ({"gguf"} if module == "gguf_export" else set())
-    allowed = allowed | ({"huggingface_hub"} if module == "hub" else set())
-    assert other - sys.stdlib_module_names <= allowed
-
-
-def test_what_the_machine_allows_is_asked_in_one_place() -> None:
-    """Who asks elsewhere finds other cores after OpenMP has bound a thread, and no quotas."""
-    asks = r"cpu_count|sched_getaffinity|SC_(PHYS|NPROC)|sys/fs/cgroup|RLIMIT_(AS|DATA)"
-    asking = {path.stem for path in PACKAGE.glob("*.py") if re.search(asks, path.read_text())}
-    assert asking == {"limits", "cli_info"}  # which shows each of them
-
-
-def test_the_table_has_no_circle() -> None:
-    left = dict(ARROWS)
-    while left:
-        ready = [module for module, needs in left.items() if not needs & left.keys()]
-        assert ready, f"these import each other: {', '.join(left)}"
-        for module in ready:
-            del left[module]
 
 
 def python(code: str) -> str:

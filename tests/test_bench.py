@@ -16,15 +16,19 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2Config, bench, cli_bench, machine, memory, report
-from gpt2c.backend import backends, get_backend
-from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
-from gpt2c.cases import EXAMPLES
-from gpt2c.cli import main
-from gpt2c.limits import usable_cores
-from gpt2c.machine import Ceilings, Quiet, cpu_name, measure_ceilings
-from gpt2c.memory import megabytes
-from gpt2c.worker import TINY, Worker
+from gpt2c import GPT2Config
+from gpt2c.bench import machine, report
+from gpt2c.bench import suite as bench
+from gpt2c.bench.machine import Ceilings, Quiet, cpu_name, measure_ceilings
+from gpt2c.bench.suite import Result, Row, WorkerError, bench_ops, bench_train
+from gpt2c.bench.worker import TINY, Worker
+from gpt2c.cli import bench as cli_bench
+from gpt2c.cli.main import main
+from gpt2c.kernels import memory
+from gpt2c.kernels.backend import backends, get_backend
+from gpt2c.kernels.cases import EXAMPLES
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.kernels.memory import megabytes
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
 SMALL: dict[str, dict[str, Any]] = {

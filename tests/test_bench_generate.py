@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import bench, bench_generate, memory, report, worker
-from gpt2c.backend import backends
-from gpt2c.bench import PROCESS_BYTES, QUICK_ROUNDS, Result, Row
-from gpt2c.bench_generate import ENGINES, choose_generate_rows
-from gpt2c.cli import main
-from gpt2c.config import GPT2Config
-from gpt2c.machine import Ceilings
-from gpt2c.memory import megabytes
-from gpt2c.peers_generate import PEERS, Peer
-from gpt2c.worker import SMALL, TINY, Worker
+from gpt2c.bench import decoding as bench_generate
+from gpt2c.bench import report, worker
+from gpt2c.bench import suite as bench
+from gpt2c.bench.decoding import ENGINES, choose_generate_rows
+from gpt2c.bench.engines import PEERS, Peer
+from gpt2c.bench.machine import Ceilings
+from gpt2c.bench.suite import PROCESS_BYTES, QUICK_ROUNDS, Result, Row
+from gpt2c.bench.worker import SMALL, TINY, Worker
+from gpt2c.cli.main import main
+from gpt2c.kernels import memory
+from gpt2c.kernels.backend import backends
+from gpt2c.kernels.memory import megabytes
+from gpt2c.model.config import GPT2Config
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
 

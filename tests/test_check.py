@@ -46,7 +46,7 @@ def test_a_command_asks_for_the_tests_that_run_it(name: str) -> None:
 
 
 def test_a_module_asks_for_the_tests_that_import_it() -> None:
-    assert {"test_plot.py"} <= check.tests_of("gpt2c/plot.py")
+    assert {"test_plot.py"} <= check.tests_of("gpt2c/train/plot.py")
     assert "test_kernels.py" in check.tests_of("tests/cases.py")
     assert check.tests_of("tests/test_plot.py") == {"test_plot.py"}
     assert check.tests_of("build.py") == {"test_build.py"}
@@ -79,7 +79,7 @@ def test_what_is_gone_counts_as_changed(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_is_gone_asks_for_the_tests_that_used_it() -> None:
     """tests/test_lost.py and csrc/lost.c are not there, as after their deletion."""
-    (command,) = check.test(["gpt2c/plot.py", "tests/test_lost.py"])
+    (command,) = check.test(["gpt2c/train/plot.py", "tests/test_lost.py"])
     assert "tests/test_plot.py" in command and "tests/test_lost.py" not in command
     (command,) = check.test(["csrc/lost.c"])
     assert "-k" not in command and "tests/test_kernels.py" in command
@@ -97,9 +97,9 @@ def test_files_that_no_test_reads_ask_for_the_target_that_does() -> None:
 
 
 def test_lint_is_of_what_changed() -> None:
-    commands = check.lint(["gpt2c/plot.py", "csrc/gelu.c", "README.md"])
+    commands = check.lint(["gpt2c/train/plot.py", "csrc/gelu.c", "README.md"])
     assert [command[-1] for command in commands] == [
-        *["gpt2c/plot.py"] * 2,
+        *["gpt2c/train/plot.py"] * 2,
         "mypy",
         "csrc/gelu.c",
         "--werror",

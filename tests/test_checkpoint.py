@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_tensorfile import write_raw
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2
-from gpt2c.checkpoint import (
+from gpt2c.formats.huggingface import (
     check_shapes,
     load_as_they_are,
     load_weights,
@@ -502,8 +502,8 @@ def test_a_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, ch
     """A config of terabytes is refused by what the file holds, before memory is asked for."""
     model = GPT2(GPT2Config(V, n_positions=T, n_embd=C, n_layer=1, n_head=1), backend="numpy")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("gpt2c.model.aligned_zeros", None)
-    monkeypatch.setattr("gpt2c.quantized.aligned_zeros", None)
+    monkeypatch.setattr("gpt2c.gpt2.aligned_zeros", None)
+    monkeypatch.setattr("gpt2c.model.quantized.aligned_zeros", None)
     for directory in (tmp_path, tmp_path / "small"):
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | changes))
@@ -514,7 +514,7 @@ def test_a_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, ch
         if directory == tmp_path:  # and weights that are stored so
             monkeypatch.undo()
             QuantizedGPT2.from_model(model, quantize).save_pretrained(tmp_path / "small")
-            monkeypatch.setattr("gpt2c.quantized.aligned_zeros", None)
+            monkeypatch.setattr("gpt2c.model.quantized.aligned_zeros", None)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -584,7 +584,7 @@ def test_a_config_that_json_cannot_hold_leaves_the_old_files(directory):
 FAILING_SAVE = """
 import resource, signal, sys
 import numpy as np
-from gpt2c.checkpoint import save_weights
+from gpt2c.formats.huggingface import save_weights
 
 directory, limited = sys.argv[1:]
 large, small = np.ones(5000, np.float32), np.ones(5, np.float32)

@@ -17,15 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2c import scoring
-from gpt2c.backend import backends
-from gpt2c.cli import main
-from gpt2c.config import GPT2Config
+from gpt2c.cli.main import main
+from gpt2c.evaluate import scoring
 from gpt2c.generator import Generator
-from gpt2c.model import GPT2
-from gpt2c.quantized import QuantizedGPT2
-from gpt2c.tokenfile import read_tokens, write_tokens
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.kernels.backend import backends
+from gpt2c.model.config import GPT2Config
+from gpt2c.text.shards import read_tokens, write_tokens
+from gpt2c.text.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
 COMMAND = [sys.executable, "-W", "error", "-m", "gpt2c"]
@@ -714,7 +713,7 @@ def test_threads_are_a_flag(
         return model
 
     monkeypatch.setattr(GPT2, "from_pretrained", load)
-    monkeypatch.setattr("gpt2c.backend.default_threads", lambda: 2)
+    monkeypatch.setattr("gpt2c.kernels.backend.default_threads", lambda: 2)
     shutil.copytree(world / "run", tmp_path / "run")
     for flag, threads in (("--threads 3", 3), ("--threads 0", 2), ("", 2)):
         train = f"train --data {world}/data --out {tmp_path}/new --overwrite {TINY} --max-iters 1"

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt2c import backend, cli_info, tokenizer
-from gpt2c.backend import NAMES, REQUIRES, THREAD_VARIABLES, backends, default_threads
-from gpt2c.cli import main
+from gpt2c.cli import info as cli_info
+from gpt2c.cli.main import main
+from gpt2c.kernels import backend
+from gpt2c.kernels.backend import NAMES, REQUIRES, THREAD_VARIABLES, backends, default_threads
+from gpt2c.text import tokenizer
 
 Capture = pytest.CaptureFixture[str]
 
@@ -206,7 +208,7 @@ def test_nothing_is_imported_for_its_version() -> None:
     """Torch takes seconds and starts threads; so do others."""
     code = """
 import sys
-from gpt2c.cli import main
+from gpt2c.cli.main import main
 main(["info", "--verbose"])
 print(*({"torch", "transformers", "matplotlib", "huggingface_hub", "gguf"} & sys.modules.keys()))
 """

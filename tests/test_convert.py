@@ -12,20 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2c import convert, llmc
-from gpt2c.cli import main
-from gpt2c.config import GPT2Config
-from gpt2c.model import GPT2
-from gpt2c.quantized import QuantizedGPT2
-from gpt2c.tokenfile import (
-    open_nanogpt,
-    read_shards,
-    read_tokens,
-    write_nanogpt,
-    write_shards,
-    write_tokens,
-)
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.cli.main import main
+from gpt2c.formats import convert, llmc
+from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
+from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.model.config import GPT2Config
+from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
+from gpt2c.text.tokenizer import Tokenizer
 
 Run = Callable[[str], tuple[int, str, str]]
 

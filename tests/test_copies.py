@@ -15,11 +15,11 @@ import pytest
 from conftest import refused
 
 from gpt2c import GPT2, AdamW, Engine, Generator, GPT2Config, QuantizedGPT2, Tokenizer
-from gpt2c.backend import backends
-from gpt2c.checks import counted
-from gpt2c.data import Batches
-from gpt2c.scoring import Scorer
-from gpt2c.tokenfile import open_tokens, write_tokens
+from gpt2c.evaluate.scoring import Scorer
+from gpt2c.kernels.backend import backends
+from gpt2c.kernels.checks import counted
+from gpt2c.text.batches import Batches
+from gpt2c.text.shards import open_tokens, write_tokens
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
 IDX = np.arange(12).reshape(2, 6)
@@ -136,7 +136,7 @@ def test_a_model_that_is_read_asks_for_no_gradients(monkeypatch: pytest.MonkeyPa
         sizes.append(size)
         return zeros(size, np.float32)
 
-    monkeypatch.setattr("gpt2c.model.aligned_zeros", seen)
+    monkeypatch.setattr("gpt2c.gpt2.aligned_zeros", seen)
     model = make()
     copy.deepcopy(model)(IDX)
     model.generate(IDX, 2)

@@ -17,16 +17,13 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2c import corpus, files
-from gpt2c.corpus import python_documentation
-from gpt2c.data import (
-    Batches,
-    prepare,
-    split_validation,
-    windows,
-)
-from gpt2c.tokenfile import find_shards, read_shards, read_tokens, write_tokens
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.files import atomic
+from gpt2c.text import corpus
+from gpt2c.text.batches import Batches, windows
+from gpt2c.text.corpus import python_documentation
+from gpt2c.text.prepare import prepare, split_validation
+from gpt2c.text.shards import find_shards, read_shards, read_tokens, write_tokens
+from gpt2c.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_name("bytes")
 
@@ -243,7 +240,7 @@ def test_a_failed_overwrite_leaves_what_was_there(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     for out in (tmp_path, tmp_path.parent / "new"):
         with pytest.raises(OSError, match="No space"):
             prepare(make_documents(), out, "bpe:300", overwrite=True)
@@ -344,7 +341,7 @@ def test_documents_that_change_meanwhile_are_refused(tmp_path):
 
 
 def test_a_large_text_is_learned_from_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2c.data.LEARNED", 5000)
+    monkeypatch.setattr("gpt2c.text.prepare.LEARNED", 5000)
     learned = []
     train = Tokenizer.train_on_pieces
     monkeypatch.setattr(

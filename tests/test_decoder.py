@@ -10,13 +10,13 @@ import pytest
 from conftest import Guarded, refused
 
 from gpt2c import GPT2, GPT2Config
-from gpt2c.backend import get_backend
-from gpt2c.cases import normalised_error
-from gpt2c.decoder import Decoder
-from gpt2c.kernels import Kernels
-from gpt2c.language_model import LanguageModel
-from gpt2c.quantized import QuantizedGPT2
-from gpt2c.reference_reading import MIDDLE
+from gpt2c.gpt2 import QuantizedGPT2
+from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.binding import Kernels
+from gpt2c.kernels.cases import normalised_error
+from gpt2c.kernels.reference.linear import MIDDLE
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.reader import Decoder
 
 V, T = 97, 140
 ODD = GPT2Config(vocab_size=V, n_positions=T, n_embd=60, n_layer=2, n_head=3, n_inner=71)
@@ -175,7 +175,7 @@ def test_a_prompt_of_several_chunks(
     model, tokens = make(backend), texts(rng, T)
     expected = read(model.decoder(), tokens, T)
     for chunk in (1, 31, 64, T - 1, T, T + 1):
-        monkeypatch.setattr("gpt2c.decoder.CHUNK", chunk)
+        monkeypatch.setattr("gpt2c.model.reader.CHUNK", chunk)
         agree("fp32", read(model.decoder(), tokens, T), expected)
         agree("fp32", model.decoder().read(tokens, 0, 0)[None], expected[-1:])
 
@@ -191,8 +191,8 @@ def test_losses_are_those_of_the_logits(
     targets = tokens[1:].copy()
     targets[7] = -1  # ignored
     for chunk, rows in [(256, 64), (33, 5), (T, T), (1, 1)]:
-        monkeypatch.setattr("gpt2c.decoder.CHUNK", chunk)
-        monkeypatch.setattr("gpt2c.decoder.LOGITS_ROWS", rows)
+        monkeypatch.setattr("gpt2c.model.reader.CHUNK", chunk)
+        monkeypatch.setattr("gpt2c.model.reader.LOGITS_ROWS", rows)
         likeliest = np.empty(len(targets), bool)
         losses = model.decoder().losses(tokens[:-1], targets, likeliest=likeliest)
         np.testing.assert_array_equal(likeliest, logits.argmax(axis=1) == targets)
@@ -361,10 +361,10 @@ def test_a_step_stays_in_its_memory(
 def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("numpy")
     needed = 4 * slots * (2 * 2 * 60 * T + V)
-    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
-    monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: needed)
+    monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
+    monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: needed)
     model.decoder(slots)
-    monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: needed - 1)
+    monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: needed - 1)
     texts = f"{slots:,} texts?"
     with pytest.raises(MemoryError, match=rf"^reading {texts} of {T} tokens needs .*: keys and"):
         model.decoder(slots)

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2c import baselines, demo
-from gpt2c.baselines import bigram_nats, xz_bits_per_byte
-from gpt2c.cli import main
-from gpt2c.command import command
-from gpt2c.data import Prepared
-from gpt2c.demo import SAMPLES, describe, openings
-from gpt2c.progress import Progress
-from gpt2c.run import locked
-from gpt2c.tokenfile import read_tokens
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.cli import demo
+from gpt2c.cli.demo import SAMPLES, describe, openings
+from gpt2c.cli.main import main
+from gpt2c.evaluate import baselines
+from gpt2c.evaluate.baselines import bigram_nats, xz_bits_per_byte
+from gpt2c.screen.command import command
+from gpt2c.screen.progress import Progress
+from gpt2c.text.prepare import Prepared
+from gpt2c.text.shards import read_tokens
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.run import locked
 
 Capture = pytest.CaptureFixture[str]
 ROW = re.compile(r"^(GPT-2, this run|bigram model|xz -9 after the rest) +([\d.]+)(?: +([\d.]+))?$")
@@ -204,7 +205,7 @@ def test_what_refuses_does_so_before_anything_is_replaced(
     assert main(small) == 0
     before = everything(tmp_path / "demo")
     disk = SimpleNamespace(total=1 << 60, free=free)
-    monkeypatch.setattr("gpt2c.run.shutil.disk_usage", lambda path: disk)
+    monkeypatch.setattr("gpt2c.train.run.shutil.disk_usage", lambda path: disk)
     (tmp_path / "text.txt").write_text("Another text is here.\n" * 400)
     capsys.readouterr()
     assert main([*small, "--overwrite", *flags]) == 2

@@ -14,10 +14,10 @@ import pytest
 from conftest import refused
 
 import gpt2c
-from gpt2c import decoder as decoder_module
-from gpt2c import engine as engine_module
-from gpt2c.backend import backends, get_backend
-from gpt2c.engine import Engine, EngineFull
+from gpt2c.generate import engine as engine_module
+from gpt2c.generate.engine import Engine, EngineFull
+from gpt2c.kernels.backend import backends, get_backend
+from gpt2c.model import reader as decoder_module
 
 V, POSITIONS, CHUNK = 61, 40, 8
 WAIT = 120  # seconds until a test that hangs fails

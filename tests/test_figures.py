@@ -7,7 +7,7 @@ import math
 import pytest
 from conftest import refused
 
-from gpt2c.figures import figures
+from gpt2c.evaluate.figures import figures
 
 
 def test_figures_by_hand() -> None:

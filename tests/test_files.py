@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from gpt2c import files
-from gpt2c.files import atomic_paths, claim_directory
+from gpt2c.files import atomic, untrusted
+from gpt2c.files.atomic import atomic_paths, claim_directory
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
@@ -63,10 +63,10 @@ def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
         for path in new:
             path.write_text("new")
     assert error.value.filename == str(missing)
-    with pytest.raises(FileNotFoundError) as error, files.atomic_directory(missing):
+    with pytest.raises(FileNotFoundError) as error, atomic.atomic_directory(missing):
         pass
     assert error.value.filename == str(missing)
-    with pytest.raises(FileNotFoundError) as error, files.atomic_directory(tmp_path / "d") as new:
+    with pytest.raises(FileNotFoundError) as error, atomic.atomic_directory(tmp_path / "d") as new:
         (new / "sub" / "file").touch()
     assert error.value.filename == str(tmp_path / "d" / "sub" / "file")
     (tmp_path / "full").mkdir()
@@ -101,7 +101,7 @@ def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path: Path) -> No
         "fresh": "new b",
     }
     assert sorted(os.listdir(here)) == ["a", "b", "c", "plain"]
-    with pytest.raises(OSError) as error, files.atomic_path(here / "a") as path:
+    with pytest.raises(OSError) as error, atomic.atomic_path(here / "a") as path:
         raise OSError(errno.ENOSPC, "No space left", str(path))
     assert error.value.filename == str(here / "a"), "the name that its user knows"
     assert (disk / "old").read_text() == "new c" and len(os.listdir(disk)) == 2
@@ -114,7 +114,7 @@ def test_a_link_to_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> N
         pass
     assert os.listdir(tmp_path) == ["a"]
     (tmp_path / "away").mkdir()
-    with files.atomic_path(tmp_path / "a") as path:
+    with atomic.atomic_path(tmp_path / "a") as path:
         path.write_text("new")
     assert (tmp_path / "away" / "file").read_text() == "new" and (tmp_path / "a").is_symlink()
 
@@ -125,7 +125,7 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
     for name in ("pipe", "null"):
         with (
             pytest.raises(OSError, match=f"^{tmp_path}/{name} is a pipe or a device; a file is wa"),
-            files.atomic_path(tmp_path / name),
+            atomic.atomic_path(tmp_path / name),
         ):
             pass
     assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
@@ -150,7 +150,7 @@ def test_a_link_to_a_checkpoint_is_replaced(tmp_path: Path) -> None:
         (step / name).write_text("whole")
     path = tmp_path / "model.safetensors"
     path.symlink_to("checkpoints/00000008/model.safetensors")
-    with files.atomic_path(path) as temporary:
+    with atomic.atomic_path(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and not path.is_symlink()
     assert {file.read_text() for file in step.iterdir()} == {"whole"} and len(
@@ -169,9 +169,9 @@ def test_a_refused_fsync_does_not_end_the_work(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with files.atomic_path(tmp_path / "a") as temporary:
+    with atomic.atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("new")
-    with files.atomic_directory(tmp_path / "d") as temporary:
+    with atomic.atomic_directory(tmp_path / "d") as temporary:
         (temporary / "b").write_text("new")
     assert (tmp_path / "a").read_text() == (tmp_path / "d" / "b").read_text() == "new"
 
@@ -182,7 +182,7 @@ def test_a_failed_fsync_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nu
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError) as error, files.atomic_path(tmp_path / "a") as temporary:
+    with pytest.raises(OSError) as error, atomic.atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("new")
     assert error.value.errno == number and error.value.filename == str(tmp_path / "a")
     assert not list(tmp_path.iterdir())
@@ -199,26 +199,26 @@ def test_a_directory_that_cannot_be_renamed_is_removed(
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").touch()
     monkeypatch.setattr(os, "rename", refuse)
-    files.remove(tmp_path / "a")
+    atomic.remove(tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_that_does_not_fit_is_named(tmp_path: Path) -> None:
     """And not what is copied, as shutil has it."""
-    with pytest.raises(OSError) as error, files.atomic_path(tmp_path / "to") as temporary:
+    with pytest.raises(OSError) as error, atomic.atomic_path(tmp_path / "to") as temporary:
         raise OSError(errno.ENOSPC, "No space left", str(tmp_path / "from"), None, str(temporary))
     assert error.value.filename == str(tmp_path / "to") and error.value.filename2 is None
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_directory_is_locked(tmp_path: Path, shared: bool) -> None:
-    with files.locked(tmp_path, "taken", shared=shared):
-        with pytest.raises(BlockingIOError, match="taken"), files.locked(tmp_path, "taken"):
+    with atomic.locked(tmp_path, "taken", shared=shared):
+        with pytest.raises(BlockingIOError, match="taken"), atomic.locked(tmp_path, "taken"):
             pass
         if shared:
-            with files.locked(tmp_path, "taken", shared=True):
+            with atomic.locked(tmp_path, "taken", shared=True):
                 pass
-    with files.locked(tmp_path, "taken"):
+    with atomic.locked(tmp_path, "taken"):
         pass
 
 
@@ -253,15 +253,15 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
 def test_json_that_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    message = refused(files.read_json, path)
+    message = refused(untrusted.read_json, path)
     assert str(path) in message and said in message
 
 
 def test_json_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with open(path, "wb") as file:
-        file.truncate(files.LARGEST_JSON + 1)  # takes no space
-    assert f"at most {files.LARGEST_JSON:,}" in refused(files.read_json, path)
+        file.truncate(untrusted.LARGEST_JSON + 1)  # takes no space
+    assert f"at most {untrusted.LARGEST_JSON:,}" in refused(untrusted.read_json, path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -270,9 +270,9 @@ def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "zeros").symlink_to("/dev/zero")
     for name in ("pipe", "zeros"):
         with pytest.raises(OSError, match=f"{name} is a pipe or a device"):
-            files.read_bytes(tmp_path / name)
+            untrusted.read_bytes(tmp_path / name)
     with pytest.raises(IsADirectoryError):
-        files.read_bytes(tmp_path)
+        untrusted.read_bytes(tmp_path)
 
 
 @pytest.mark.parametrize("size", [2, 9])
@@ -291,13 +291,13 @@ def test_a_file_that_changes_meanwhile_is_refused(
     found: list[os.stat_result] = []
     monkeypatch.setattr(os, "fstat", look_then_change)
     with pytest.raises(OSError, match="changed while it was read"):
-        files.read_bytes(path)
+        untrusted.read_bytes(path)
 
 
 def test_json_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"a": [1, {"a": 2.5}], "é": null}', encoding="utf-8")
-    assert files.read_json(path) == {"a": [1, {"a": 2.5}], "é": None}
+    assert untrusted.read_json(path) == {"a": [1, {"a": 2.5}], "é": None}
 
 
 # ---- directories that are whole or absent --------------------------------------------------------
@@ -305,16 +305,16 @@ def test_json_is_read(tmp_path: Path) -> None:
 
 def test_a_directory_comes_whole_in_the_place_of_another(tmp_path: Path) -> None:
     for content in ("old", "new"):
-        with files.atomic_directory(tmp_path / "a") as temporary:
+        with atomic.atomic_directory(tmp_path / "a") as temporary:
             (temporary / content).write_text(content)
-            assert temporary.parent == tmp_path and files.TEMPORARY.fullmatch(temporary.name)
+            assert temporary.parent == tmp_path and atomic.TEMPORARY.fullmatch(temporary.name)
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/new"]
 
 
 def test_a_directory_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
-    with files.atomic_directory(tmp_path / "a") as temporary:
+    with atomic.atomic_directory(tmp_path / "a") as temporary:
         (temporary / "old").touch()
-    with pytest.raises(OSError, match="a") as error, files.atomic_directory(tmp_path / "a") as new:
+    with pytest.raises(OSError, match="a") as error, atomic.atomic_directory(tmp_path / "a") as new:
         (new / "new").touch()
         raise OSError(28, "No space left on device")
     assert error.value.filename == str(tmp_path / "a")
@@ -329,25 +329,25 @@ def test_leftovers_are_removed_and_claim_nothing(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "mine").touch()
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / ".c.79.tmp").symlink_to(tmp_path / "elsewhere")
-    files.claim_directory(tmp_path / "here", overwrite=False)
-    files.remove_leftovers(tmp_path / "here")
-    files.remove_leftovers(tmp_path)
+    atomic.claim_directory(tmp_path / "here", overwrite=False)
+    atomic.remove_leftovers(tmp_path / "here")
+    atomic.remove_leftovers(tmp_path)
     kept = sorted(path.name for path in tmp_path.rglob("*"))
     assert kept == ["elsewhere", "here", "mine"]
     with pytest.raises(FileExistsError):
-        files.claim_directory(tmp_path, overwrite=False)
+        atomic.claim_directory(tmp_path, overwrite=False)
 
 
 def test_a_strangers_value_is_shown_in_a_line() -> None:
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
-    assert files.shown("x") == "'x'" and files.shown([1, {"a": None}]) == "[1, {'a': None}]"
+    assert untrusted.shown("x") == "'x'" and untrusted.shown([1, {"a": None}]) == "[1, {'a': None}]"
     for value in ("\n\x1b" * 999, 10**4000, ["x" * 99] * 99, {"\n": deep}, deep, list(range(999))):
-        text = files.shown(value)
-        assert len(text) <= files.LONGEST_VALUE and text.isprintable()
-    assert files.shown(ValueError("bad `\x1b[31m`")) == r"bad `\x1b[31m`"
-    assert len(files.shown(ValueError("x" * 999))) == files.LONGEST_VALUE
+        text = untrusted.shown(value)
+        assert len(text) <= untrusted.LONGEST_VALUE and text.isprintable()
+    assert untrusted.shown(ValueError("bad `\x1b[31m`")) == r"bad `\x1b[31m`"
+    assert len(untrusted.shown(ValueError("x" * 999))) == untrusted.LONGEST_VALUE
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_a_strangers_value_is_shown_in_a_line() -> None:
 )
 def test_text_as_editors_write_it(tmp_path, content, text):
     (tmp_path / "a.txt").write_bytes(content)
-    assert files.read_text(tmp_path / "a.txt") == text
+    assert untrusted.read_text(tmp_path / "a.txt") == text
 
 
 @pytest.mark.parametrize(
@@ -382,26 +382,26 @@ def test_text_as_editors_write_it(tmp_path, content, text):
 )
 def test_text_that_cannot_be_read(tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)
-    assert f"a.txt {message}" in refused(files.read_text, tmp_path / "a.txt")
+    assert f"a.txt {message}" in refused(untrusted.read_text, tmp_path / "a.txt")
 
 
 def test_what_is_no_text_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a\.txt does not exist"):
-        files.read_text(tmp_path / "a.txt")
+        untrusted.read_text(tmp_path / "a.txt")
     with pytest.raises(OSError, match=r"/dev/zero is a device"):
-        files.read_text("/dev/zero")
+        untrusted.read_text("/dev/zero")
 
 
 def test_a_text_may_come_through_a_pipe():
     read, write = os.pipe()  # as of a shell's <(zcat book.gz)
     os.write(write, b"abc")
     os.close(write)
-    assert files.read_text(f"/dev/fd/{read}") == "abc"
+    assert untrusted.read_text(f"/dev/fd/{read}") == "abc"
     os.close(read)
 
 
 def test_json_as_windows_editors_write_it(tmp_path):
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{\r\n"a": 1}\r\n')
-    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+    assert untrusted.read_json(tmp_path / "a.json") == {"a": 1}
     (tmp_path / "a.json").write_bytes('{"a": 1}'.encode("utf-16"))
-    assert "a.json is UTF-16, not UTF-8" in refused(files.read_json, tmp_path / "a.json")
+    assert "a.json is UTF-16, not UTF-8" in refused(untrusted.read_json, tmp_path / "a.json")

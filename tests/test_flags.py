@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from hostile import READERS, TEXT, limits
 
-import gpt2c.train
-from gpt2c import cli_bench
-from gpt2c.cli import main, parser
+import gpt2c.train.loop
+from gpt2c.cli import bench as cli_bench
+from gpt2c.cli.main import main, parser
 
 SETTINGS = (
     "--n-layer=1 --n-head=2 --n-embd=4 --block-size=8 --batch-size=2 --max-iters=1 --backend=base"
@@ -77,7 +77,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("the benchmark would begin")
 
     monkeypatch.chdir(world)
-    monkeypatch.setattr(gpt2c.train, "plot_loss", lambda *_: False)
+    monkeypatch.setattr(gpt2c.train.loop, "plot_loss", lambda *_: False)
     monkeypatch.setattr(cli_bench, "measure_ceilings", measured)
 
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
-from gpt2c.backend import get_backend
-from gpt2c.language_model import LanguageModel
+from gpt2c.kernels.backend import get_backend
+from gpt2c.model.language_model import LanguageModel
 
 BYTES = Tokenizer.from_name("bytes")
 END = BYTES.eot  # 256

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c.config import GPT2Config
-from gpt2c.gguf_export import write_gguf
-from gpt2c.model import GPT2
-from gpt2c.optimizer import AdamW
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.formats.gguf import write_gguf
+from gpt2c.gpt2 import GPT2
+from gpt2c.model.config import GPT2Config
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.optimizer import AdamW
 
 TEXT = "the cat didn't sit on the mat, and the dog wouldn't sit on the cat. " * 20
 # Contractions, numbers, spaces of all kinds, bytes above 127, and what looks like a special token.

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer, reference
-from gpt2c.cases import normalised_error
-from gpt2c.decoder import CHUNK
+from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c.kernels import reference
+from gpt2c.kernels.cases import normalised_error
+from gpt2c.model.reader import CHUNK
 
 V, T, END, L, C = 37, 16, 36, 3, 24
 CONFIG = GPT2Config(
@@ -100,14 +101,16 @@ def test_hidden_states_leave_training_alone() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("auto", kind)
-    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
+    monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     size = 4 * IDX.size * V, 4 * IDX.size * C * (L + 1)
     decoder = 10**6  # whose caches are asked for next
     for needed, asked in ((size[0], False), (sum(size), True)):
-        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda needed=needed: needed - 1)
+        monkeypatch.setattr(
+            "gpt2c.kernels.memory.available_bytes", lambda needed=needed: needed - 1
+        )
         with pytest.raises(MemoryError, match=r"^a result for 14 tokens needs .*: logits"):
             model(IDX, hidden_states=asked)
-        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: decoder)
+        monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: decoder)
         model(IDX, hidden_states=asked)
 
 

@@ -19,7 +19,8 @@ import pytest
 from conftest import refused
 from standin_hub import COMMIT, StandIn, serve
 
-from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer, hub
+from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c.files import hub
 
 REPO = "user/small"
 needs_client = pytest.mark.skipif(

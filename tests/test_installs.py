@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import gpt2c
-from gpt2c.backend import backends
+from gpt2c.kernels.backend import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(gpt2c.__file__).parent
@@ -35,7 +35,7 @@ FOLDERS = ("csrc", "gpt2c", "tests", "benchmarks")
 def python(*arguments: str, emulator: tuple[str, ...] = (), **variables: str) -> str:
     """Run this Python in a new process on these modules; give what it prints."""
     # OpenBLAS's choice of instructions is for the real CPU, not for an emulated one.
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "GPT2C_"))}
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "gpt2c"))}
     plain |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | variables
     done = subprocess.run(
         [*emulator, sys.executable, *arguments],

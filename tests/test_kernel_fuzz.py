@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_ops import PUBLIC, arrays_of, kind, results_of, solved
 
 from gpt2c import GPT2, Engine, GenerationConfig, GPT2Config, QuantizedGPT2
-from gpt2c.backend import backends, get_backend
+from gpt2c.kernels.backend import backends, get_backend
 
 REFUSALS = (ValueError, TypeError, MemoryError, OSError)
 # How precise a kernel is, test_kernels says. Here a number may lie between two that cancel, which

@@ -15,11 +15,11 @@ import pytest
 from cases import ALIASES, CASES, Case
 from conftest import Guarded
 
-from gpt2c import reference, reference_reading
-from gpt2c.backend import NAMES, get_backend
-from gpt2c.cases import EXAMPLES, normalised_error
-from gpt2c.kernels import Kernels
-from gpt2c.op import OPS, Op
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import NAMES, get_backend
+from gpt2c.kernels.binding import Kernels
+from gpt2c.kernels.cases import EXAMPLES, normalised_error
+from gpt2c.kernels.op import OPS, Op
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "gpt2c.h"
 # functions of the header that are not ops; decode_step is many at once, see test_decoder
@@ -35,8 +35,7 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 REFERENCE_OPS = {
     name: function
     for name, function in inspect.getmembers(reference, inspect.isfunction)
-    if function.__module__ in (reference.__name__, reference_reading.__name__)
-    and not name.startswith("_")
+    if function.__module__ in (reference.__name__, reference.__name__) and not name.startswith("_")
 }
 
 

@@ -297,13 +297,15 @@ def test_unknown_settings_are_refused(idle: Any) -> None:
 def test_texts_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what their caches need: for prompt and new tokens, at most n_positions, of all texts."""
     model = make(kind=kind)
-    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
+    monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     per_token, logits = 2 * CONFIG.n_layer * CONFIG.n_embd, V
     for count, capacity in [(3, 5), (1000, T)]:
         needed = 4 * 4 * (per_token * capacity + logits)  # of two prompts, twice
-        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda needed=needed: needed)
+        monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda needed=needed: needed)
         model.generate(GOOD, count, num_return_sequences=2, stop=list(range(V)))
-        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda needed=needed: needed - 1)
+        monkeypatch.setattr(
+            "gpt2c.kernels.memory.available_bytes", lambda needed=needed: needed - 1
+        )
         for call in (model.generate, model.stream):
             with pytest.raises(MemoryError, match=f"^reading 4 texts of {capacity} tokens needs"):
                 call(GOOD, count, num_return_sequences=2)

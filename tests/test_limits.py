@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2c import limits
-from gpt2c.limits import cgroups, cpu_quota, free_bytes, memory_limit, usable_cores
+from gpt2c.kernels import limits
+from gpt2c.kernels.limits import cgroups, cpu_quota, free_bytes, memory_limit, usable_cores
 
 Root = Callable[..., Path]
 MEMINFO = "MemTotal: 9000 kB\nMemAvailable: 7000 kB\n"

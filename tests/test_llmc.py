@@ -14,12 +14,11 @@ from conftest import DATA, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2c import llmc
-from gpt2c.config import GPT2Config
-from gpt2c.llmc import read_model, read_tokenizer, round_bf16, write_model, write_tokenizer
-from gpt2c.model import GPT2
-from gpt2c.quantized import QuantizedGPT2
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.formats import llmc
+from gpt2c.formats.llmc import read_model, read_tokenizer, round_bf16, write_model, write_tokenizer
+from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.model.config import GPT2Config
+from gpt2c.text.tokenizer import Tokenizer
 
 CONFIG = GPT2Config(vocab_size=130, n_positions=6, n_embd=8, n_layer=2, n_head=2)
 HEADER = "magic version max_seq_len vocab_size num_layers num_heads channels padded_vocab_size"

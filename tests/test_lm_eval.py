@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    from gpt2c.lm_eval import GPT2LM
+    from gpt2c.evaluate.lm_eval import GPT2LM
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness', datasets', transformers'
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpt2c import memory
-from gpt2c.memory import ALIGNMENT, HUGE_PAGE, aligned_zeros, available_bytes
+from gpt2c.kernels import memory
+from gpt2c.kernels.memory import ALIGNMENT, HUGE_PAGE, aligned_zeros, available_bytes
 
 EDGE = HUGE_PAGE // 4
 

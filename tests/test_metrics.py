@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpt2c.metrics import Metrics, read_metrics
+from gpt2c.train.metrics import Metrics, read_metrics
 
 
 def line(step: Any, **entries: Any) -> bytes:

@@ -18,9 +18,9 @@ from conftest import refused
 from safetensors.numpy import load_file, save_file
 
 from gpt2c import GPT2, AdamW, GPT2Config
-from gpt2c.activations import bytes_needed
-from gpt2c.backend import get_backend
-from gpt2c.cases import normalised_error
+from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.cases import normalised_error
+from gpt2c.model.plan import bytes_needed
 
 V, C, NH, L, T, B = 97, 30, 3, 2, 29, 3
 ODD = GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=NH, n_inner=71)
@@ -216,7 +216,7 @@ def test_blocks_of_logits_make_no_difference(
     model, (idx, targets) = odd_model(backend), batch_of(rng)
     targets[0, 5:9] = -1
     loss, gradients = solve(model, (idx, targets))
-    monkeypatch.setattr("gpt2c.activations.LOGITS_FLOATS", rows * V + 1)
+    monkeypatch.setattr("gpt2c.model.plan.LOGITS_FLOATS", rows * V + 1)
     block_loss, block_gradients = solve(odd_model(backend), (idx, targets))
     assert block_loss == pytest.approx(loss, rel=1e-6)
     check_gradients(block_gradients, gradients)

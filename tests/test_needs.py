@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2, needs
-from gpt2c.cli import main
-from gpt2c.data import prepare
-from gpt2c.memory import aligned_offsets
-from gpt2c.needs import check_training, training_parts
-from gpt2c.settings import TrainSettings
-from gpt2c.tensorfile import StoredTensor
+from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2
+from gpt2c.cli.main import main
+from gpt2c.files.tensors import StoredTensor
+from gpt2c.kernels.memory import aligned_offsets
+from gpt2c.text.prepare import prepare
+from gpt2c.train import needs
+from gpt2c.train.needs import check_training, training_parts
+from gpt2c.train.settings import TrainSettings
 
 SETTINGS = TrainSettings(n_layer=3, n_head=2, n_embd=48, block_size=32, batch_size=16)
 CONFIG = SETTINGS.model_config(257, 256)
@@ -126,16 +127,16 @@ def test_a_tensor_that_is_converted_on_the_way_counts(monkeypatch: pytest.Monkey
         name: StoredTensor(Path("file"), name, "F16", parameter.astype(np.float16))
         for name, parameter in model.parameters.items()
     }
-    monkeypatch.setattr("gpt2c.memory.UNASKED", 0)
+    monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     largest = 4 * max(tensor.data.size for tensor in tensors.values())
     quantized = QuantizedGPT2(CONFIG, "int8")
     for load in (model.load_parameters, quantized._round):
-        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: largest - 1)
+        monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: largest - 1)
         with pytest.raises(MemoryError, match=r"a tensor in float32 0\.0 MB; 0\.0 MB are free"):
             load(tensors, "a file")
-        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: largest)
+        monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: largest)
         load(tensors, "a file")
-        monkeypatch.setattr("gpt2c.memory.available_bytes", lambda: 0)
+        monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: 0)
         load(model.parameters, "a model")
 
 

@@ -11,10 +11,11 @@ import pytest
 from cases import Case
 from conftest import refused
 
-from gpt2c import ops, reference
-from gpt2c.backend import backends
-from gpt2c.cases import EXAMPLES, Shape, normalised_error
-from gpt2c.op import OPS
+from gpt2c import ops
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import backends
+from gpt2c.kernels.cases import EXAMPLES, Shape, normalised_error
+from gpt2c.kernels.op import OPS
 
 SHAPES: dict[str, Shape] = {
     "encoder": {"B": 2, "T": 5, "C": 7, "V": 11},

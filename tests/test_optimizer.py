@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpt2c import reference
-from gpt2c.optimizer import SCHEDULES, AdamW, Schedule
+from gpt2c.kernels import reference
+from gpt2c.train.optimizer import SCHEDULES, AdamW, Schedule
 
 
 def make_model(size=37, decay_size=25, seed=0):

@@ -20,11 +20,11 @@ from conftest import refused
 from test_bench import small_shape
 
 from gpt2c import GPT2, AdamW, GPT2Config, Tokenizer, ops
-from gpt2c.backend import get_backend
-from gpt2c.cases import OPS, normalised_error
-from gpt2c.config import FIXED
-from gpt2c.sampling import GenerationConfig, distribution, penalised
-from gpt2c.worker import TINY, Worker
+from gpt2c.bench.worker import TINY, Worker
+from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
+from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.cases import OPS, normalised_error
+from gpt2c.model.config import FIXED
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
@@ -166,7 +166,7 @@ def pair(config: GPT2Config, backend: str) -> Pair:
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
 def test_small_models_agree(config: GPT2Config, backend_name: str) -> None:
     both = pair(config, backend_name)
-    assert both.gpt2c.config.to_dict() | {"n_inner": 0} == config.to_dict() | {
+    assert both.gpt2c.model.config.to_dict() | {"n_inner": 0} == config.to_dict() | {
         "n_inner": 0,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2c import GPT2, AdamW, GPT2Config, plain
-from gpt2c.cases import normalised_error
+from gpt2c.kernels.cases import normalised_error
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=19, n_embd=34, n_head=2, n_layer=3)
 # The error of float32's sums through three layers and back, each some 1e-6 of the largest value.

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import Tokenizer, picture, plot
-from gpt2c.backend import NAMES
-from gpt2c.bench import TORCH
-from gpt2c.bench_generate import ENGINES
-from gpt2c.cli import main
-from gpt2c.plot import plot_loss, plot_runs, shorten, smoothed
-from gpt2c.tokenfile import read_shards
+from gpt2c import Tokenizer
+from gpt2c.bench.decoding import ENGINES
+from gpt2c.bench.suite import TORCH
+from gpt2c.cli.main import main
+from gpt2c.kernels.backend import NAMES
+from gpt2c.screen import picture
+from gpt2c.text.shards import read_shards
+from gpt2c.train import plot
+from gpt2c.train.plot import plot_loss, plot_runs, shorten, smoothed
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -342,8 +344,8 @@ def test_losses_of_different_tokenizers_are_in_bits_per_byte(
 
 
 def test_training_writes_how_long_its_tokens_are(tmp_path: Path, figures: list[Any]) -> None:
-    from gpt2c.data import prepare
-    from gpt2c.train import train
+    from gpt2c.text.prepare import prepare
+    from gpt2c.train.loop import train
 
     text = "the cat sat on the mat. " * 40
     small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 1}

@@ -287,7 +287,7 @@ def test_bits_do_not_depend_on_the_threads() -> None:
     run("""
 results = set()
 for count in (1, 2, 3, 8):
-    model = gpt2c.GPT2(config, seed=1, backend=gpt2c.backend.get_backend("auto", count))
+    model = gpt2c.GPT2(config, seed=1, backend=gpt2c.kernels.backend.get_backend("auto", count))
     model.loss(idx, idx)
     model.backward()
     results.add((model.flat_parameters.tobytes(), *(g.tobytes() for g in model.gradients.values())))
@@ -422,7 +422,7 @@ def test_threads_that_cannot_start_are_an_error() -> None:
     out = run(
         """
 model = gpt2c.GPT2(config)
-few = gpt2c.GPT2(config, backend=gpt2c.backend.get_backend("auto", 1))
+few = gpt2c.GPT2(config, backend=gpt2c.kernels.backend.get_backend("auto", 1))
 expected = few.loss(idx, idx)
 try:
     if os.getuid() == 0:
@@ -524,7 +524,7 @@ STAGES = {
         "gpt2c.QuantizedGPT2.from_model(model, 'int8')",
     ),
     "scratch": (
-        "big = gpt2c.GPT2(config, backend=gpt2c.backend.get_backend('auto', 16)); big([[1]])",
+        "big = gpt2c.GPT2(config, threads=16); big([[1]])",
         "in_thread_raising(big, idx)",
         "model.loss(idx, idx)",
     ),

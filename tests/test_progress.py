@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt2c import progress
-from gpt2c.cli import main
-from gpt2c.data import prepare
-from gpt2c.progress import Reading
+from gpt2c.cli.main import main
+from gpt2c.screen import progress
+from gpt2c.screen.progress import Reading
+from gpt2c.text.prepare import prepare
 
 MB = 1_000_000
 Capture = pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2c.cli import parser
+from gpt2c.cli.main import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

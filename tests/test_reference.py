@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from cases import ALIASES, SHAPES, Case
 
-from gpt2c import reference
-from gpt2c.cases import normalised_error
-from gpt2c.op import OPS
+from gpt2c.kernels import reference
+from gpt2c.kernels.cases import normalised_error
+from gpt2c.kernels.op import OPS
 
 Array = np.ndarray
 STEP = 1e-6  # central differences: error about STEP^2 from curvature, 1e-16 / STEP from rounding

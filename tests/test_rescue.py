@@ -19,18 +19,19 @@ import pytest
 from conftest import DOCUMENTS, draw_nothing, refused
 from kills import TINY, contents
 
-from gpt2c import files, trainer_state
-from gpt2c import run as run_module
-from gpt2c import train as train_module
-from gpt2c.cli import main
-from gpt2c.data import Batches, prepare
+from gpt2c.cli.main import main
+from gpt2c.files import atomic
 from gpt2c.generator import Generator
-from gpt2c.load import Load
-from gpt2c.metrics import Metrics, read_metrics
-from gpt2c.model import GPT2
-from gpt2c.optimizer import AdamW
-from gpt2c.progress import Progress
-from gpt2c.train import TrainResult
+from gpt2c.gpt2 import GPT2
+from gpt2c.kernels.others import Load
+from gpt2c.screen.progress import Progress
+from gpt2c.text.batches import Batches
+from gpt2c.text.prepare import prepare
+from gpt2c.train import checkpoints, loop
+from gpt2c.train import run as run_module
+from gpt2c.train.loop import TrainResult
+from gpt2c.train.metrics import Metrics, read_metrics
+from gpt2c.train.optimizer import AdamW
 
 Capture = pytest.CaptureFixture[str]
 
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
     given = changes if resume else TINY | {"max_iters": 8, "eval_interval": 4} | changes
     overwrite = bool(given.pop("overwrite", False))
-    return train_module.train(data, out, given, resume=resume, overwrite=overwrite)
+    return loop.train(data, out, given, resume=resume, overwrite=overwrite)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def fail(error: BaseException) -> Callable[..., Any]:
     return call
 
 
-def checkpoints(out: Path) -> list[str]:
+def checkpoint_names(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
@@ -94,7 +95,7 @@ def goes_on(data: Path, out: Path, whole: Path, monkeypatch: pytest.MonkeyPatch)
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", train_module.SIGNALS)
+@pytest.mark.parametrize("name", loop.SIGNALS)
 @pytest.mark.parametrize("step", [3, 4, 8], ids=["a step", "an evaluation", "the last evaluation"])
 def test_a_signal_saves_and_the_run_goes_on(
     data: Path, tmp_path: Path, whole: Path, at_step: Any, name: str, step: int,
@@ -106,7 +107,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     result = train(data, out)
     assert (result.step, result.interrupted) == (step, True)
     assert signal.getsignal(number) is before
-    assert checkpoints(out) == [f"{step:08d}"]
+    assert checkpoint_names(out) == [f"{step:08d}"]
     assert GPT2.from_pretrained(out).config.n_layer == 1  # the directory's own model is there
     assert goes_on(data, out, whole, monkeypatch).started == step
     assert "step 8: validation loss " in capsys.readouterr().out.splitlines()[-1]
@@ -149,7 +150,7 @@ def test_ctrl_c_does_not_cut_a_save_or_an_update(
     data: Path, tmp_path: Path, whole: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often it is pressed."""
-    save, step = trainer_state.save, AdamW.step
+    save, step = checkpoints.save, AdamW.step
 
     def pressed(call: Callable[..., Any]) -> Callable[..., Any]:
         def first(*arguments: Any) -> Any:
@@ -159,7 +160,7 @@ def test_ctrl_c_does_not_cut_a_save_or_an_update(
 
         return first
 
-    monkeypatch.setattr(trainer_state, "save", pressed(save))
+    monkeypatch.setattr(checkpoints, "save", pressed(save))
     monkeypatch.setattr(AdamW, "step", pressed(step))
     assert train(data, tmp_path / "run").step == 1
     assert goes_on(data, tmp_path / "run", whole, monkeypatch).started == 1
@@ -172,16 +173,16 @@ def test_ctrl_c_does_not_cut_a_save_or_an_update(
 def test_a_kill_in_an_evaluation_loses_at_most_the_interval(
     data: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    out, evaluate = tmp_path / "run", train_module.evaluate
+    out, evaluate = tmp_path / "run", loop.evaluate
 
     def killed(*arguments: Any, **keywords: Any) -> float:
-        if f"{step:08d}" in checkpoints(out):
+        if f"{step:08d}" in checkpoint_names(out):
             raise RuntimeError("power cut")
         return evaluate(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "evaluate", killed)
-        patch.setattr(train_module, "_rescue", lambda *run: None)
+        patch.setattr(loop, "evaluate", killed)
+        patch.setattr(loop, "_rescue", lambda *run: None)
         with pytest.raises(RuntimeError, match="power cut"):
             train(data, out, save_interval=4)
     assert len(read_metrics(out / "metrics.jsonl")) == step - 1
@@ -199,7 +200,7 @@ def test_an_error_that_is_none_of_the_weights_ends_in_a_save(
 ) -> None:  # fmt: skip
     out, calls = tmp_path / "run", [0]
     owner, name = {
-        "evaluation": (train_module, "evaluate"),
+        "evaluation": (loop, "evaluate"),
         "batch": (Batches, "batch"),
         "loss": (GPT2, "loss"),
     }[where]
@@ -215,7 +216,7 @@ def test_an_error_that_is_none_of_the_weights_ends_in_a_save(
     with pytest.raises(type(error)):
         train(data, out)
     done = 4 if where == "evaluation" else 2
-    assert checkpoints(out) == [f"{done:08d}"]
+    assert checkpoint_names(out) == [f"{done:08d}"]
     assert goes_on(data, out, whole, monkeypatch).started == done
 
 
@@ -233,7 +234,7 @@ def test_an_update_that_fails_half_way_saves_nothing(
     monkeypatch.setattr(AdamW, "step", torn)
     with pytest.raises(MemoryError):
         train(data, tmp_path / "run", save_interval=3)
-    assert checkpoints(tmp_path / "run") == ["00000003"]
+    assert checkpoint_names(tmp_path / "run") == ["00000003"]
 
 
 def test_token_files_that_are_cut_short_end_in_a_sentence(
@@ -264,7 +265,7 @@ def test_a_lost_model_is_not_kept_by_its_last_save(
     good = out / "checkpoints" / "00000006"
     assert message.startswith("the validation loss is nan after step 8, so its weights were not k")
     assert f"; the last good checkpoint is {good}; " in message
-    assert checkpoints(out) == ["00000006"]
+    assert checkpoint_names(out) == ["00000006"]
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (good / name).read_bytes()
 
@@ -272,8 +273,8 @@ def test_a_lost_model_is_not_kept_by_its_last_save(
 def test_the_default_saves_by_the_clock(data: Path, tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "run"
     train(data, out, save_minutes=1e-9, keep=99)
-    assert checkpoints(out) == [f"{step:08d}" for step in range(1, 9)]
-    for name in checkpoints(out)[:-1]:
+    assert checkpoint_names(out) == [f"{step:08d}" for step in range(1, 9)]
+    for name in checkpoint_names(out)[:-1]:
         shutil.rmtree(out / "checkpoints" / name)
     record = json.loads((out / "run.json").read_text())
     record["settings"] |= {"save_minutes": 10.0, "keep": 1}
@@ -378,7 +379,7 @@ def test_a_link_to_a_disk_that_is_not_mounted(
     assert everything(out) == before
     shutil.move(tmp_path / "away", tmp_path / "disk")
     train(data, out, **{how: True})
-    assert (out / "checkpoints").is_symlink() and checkpoints(out) == ["00000008"]
+    assert (out / "checkpoints").is_symlink() and checkpoint_names(out) == ["00000008"]
 
 
 def test_overwrite_keeps_links_and_what_is_not_the_runs(
@@ -496,7 +497,7 @@ def test_a_log_that_is_deleted_or_a_directory(
     data: Path, tmp_path: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(train_module, "fma_peak", lambda name, threads: 0.0)
+    monkeypatch.setattr(loop, "fma_peak", lambda name, threads: 0.0)
     out = tmp_path / "run"
     (out / "metrics.jsonl").mkdir(parents=True)
     (out / "loss.png").mkdir()
@@ -508,13 +509,13 @@ def test_a_log_that_is_deleted_or_a_directory(
     at_step(3, lambda: (tmp_path / "other" / "metrics.jsonl").unlink())
     assert train(data, tmp_path / "other").step == 8
     assert f"{tmp_path}/other/loss.png cannot be drawn: " in capsys.readouterr().out
-    assert checkpoints(tmp_path / "other") == ["00000008"]
+    assert checkpoint_names(tmp_path / "other") == ["00000008"]
 
 
 def test_a_picture_that_fails_does_not_fail_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(train_module, "plot_loss", fail(RuntimeError("no such font")))
+    monkeypatch.setattr(loop, "plot_loss", fail(RuntimeError("no such font")))
     assert not train(data, tmp_path / "run").has_plot
     assert f"{tmp_path}/run/loss.png cannot be drawn: no such font\n" in capsys.readouterr().out
 
@@ -534,14 +535,14 @@ def test_a_file_system_without_refinements(
     error = OSError(number, os.strerror(number))
     for owner, name in ((os, "fsync"), (os, "chmod"), (Path, "chmod"), (os, "utime")):
         monkeypatch.setattr(owner, name, fail(error))
-    for owner, name in ((files.fcntl, "flock"), (files.mmap, "mmap"), (os, "link")):
+    for owner, name in ((atomic.fcntl, "flock"), (atomic.mmap, "mmap"), (os, "link")):
         monkeypatch.setattr(owner, name, fail(error))
     copy, out = tmp_path / "data", tmp_path / "run"
     prepare(DOCUMENTS, copy, "bytes")
     train(copy, out, max_iters=4)
     train(copy, out, resume=True, max_iters=8)
     assert (out / "model.safetensors").stat().st_size
-    assert checkpoints(out) == ["00000008"]
+    assert checkpoint_names(out) == ["00000008"]
     GPT2.from_pretrained(out).save_pretrained(tmp_path / "model")
 
 
@@ -609,7 +610,10 @@ def test_two_runs_share_their_tokens(data: Path, tmp_path: Path, at_step: Any) -
 
 
 def test_training_waits_for_what_prepares_its_tokens(data: Path, tmp_path: Path) -> None:
-    with files.locked(data, "no"), pytest.raises(BlockingIOError, match="another process prepares"):
+    with (
+        atomic.locked(data, "no"),
+        pytest.raises(BlockingIOError, match="another process prepares"),
+    ):
         train(data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -652,10 +656,10 @@ def test_load_is_what_the_cores_did_less_the_own_work(
         rows += [f"cpu2 {int(third * tick)} 0 0 0 0 0 0 0 0 0", "intr 5", "cpu 9 9 9 9"]
         stat.write_text("\n".join(rows))
 
-    monkeypatch.setattr("gpt2c.load.STAT", stat)
-    monkeypatch.setattr("gpt2c.load.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("gpt2c.load.time.process_time", lambda: own[0])
-    monkeypatch.setattr("gpt2c.load.AFFINITY", {0, 1})
+    monkeypatch.setattr("gpt2c.kernels.others.STAT", stat)
+    monkeypatch.setattr("gpt2c.kernels.others.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gpt2c.kernels.others.time.process_time", lambda: own[0])
+    monkeypatch.setattr("gpt2c.kernels.others.AFFINITY", {0, 1})
     write(10, 20, 30)
     two, one = Load(2), Load(1)
     now[0], own[0] = 110.0, 13.0
@@ -745,9 +749,9 @@ sys.exit(run())
 
 def test_states_come_back() -> None:
     entry = {"step": 4, "loss": 1.5}
-    state = trainer_state.TrainerState(4, entry=entry)
-    assert trainer_state.TrainerState(**dataclasses.asdict(state)) == state
+    state = checkpoints.TrainerState(4, entry=entry)
+    assert checkpoints.TrainerState(**dataclasses.asdict(state)) == state
     for bad in ({"step": 5}, {}, [1], 7, {"step": 4, "loss": "low"}, {"step": 4, "loss": [1]}):
         assert "entry must be the metrics of the step" in refused(
-            trainer_state.TrainerState, 4, 0, 0.0, None, bad
+            checkpoints.TrainerState, 4, 0, 0.0, None, bad
         )

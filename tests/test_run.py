@@ -23,23 +23,23 @@ import pytest
 from conftest import DOCUMENTS, refused
 from kills import TINY, contents
 
-from gpt2c import run as run_module
-from gpt2c import tensorboard, trainer_state
-from gpt2c import train as train_module
-from gpt2c.cli import main
-from gpt2c.data import Batches, prepare
-from gpt2c.metrics import read_metrics
-from gpt2c.model import GPT2
-from gpt2c.optimizer import SCHEDULES, AdamW
-from gpt2c.progress import Progress
-from gpt2c.run import locked, read_record
-from gpt2c.train import TrainResult
+from gpt2c.cli.main import main
+from gpt2c.gpt2 import GPT2
+from gpt2c.screen.progress import Progress
+from gpt2c.text.batches import Batches
+from gpt2c.text.prepare import prepare
+from gpt2c.train import checkpoints, loop, tensorboard
+from gpt2c.train import run as run_module
+from gpt2c.train.loop import TrainResult
+from gpt2c.train.metrics import read_metrics
+from gpt2c.train.optimizer import SCHEDULES, AdamW
+from gpt2c.train.run import locked, read_record
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
-    return train_module.train(data, out, changes if resume else TINY | changes, resume=resume)
+    return loop.train(data, out, changes if resume else TINY | changes, resume=resume)
 
 
 def same(a: Path, b: Path) -> None:
@@ -65,7 +65,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
 
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "step", stop)
-            patch.setattr(train_module, "_rescue", lambda *run: None)  # a power cut saves nothing
+            patch.setattr(loop, "_rescue", lambda *run: None)  # a power cut saves nothing
             with pytest.raises(RuntimeError, match="power cut"):
                 train(data, out, **changes)
         return out
@@ -112,7 +112,7 @@ def test_the_marks_of_the_data_stay_as_old_runs_have_them(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file's length and CRC, one after the other; and how many bytes a token has."""
-    monkeypatch.setattr("gpt2c.tokenfile._BLOCK", 100)  # so that there is more than one block
+    monkeypatch.setattr("gpt2c.text.shards._BLOCK", 100)  # so that there is more than one block
     train(shards, tmp_path / "run", max_iters=1)
     record = read_record(tmp_path / "run")
     for split in ("train", "val"):
@@ -353,7 +353,7 @@ def test_a_damaged_record(data: Path, tmp_path: Path, cut: Any, content: Any, wa
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gpt2c.run import locked
+from gpt2c.train.run import locked
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
@@ -527,7 +527,7 @@ def ruined(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arrange
 
 
-def checkpoints(out: Path) -> list[str]:
+def checkpoint_names(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
@@ -546,7 +546,7 @@ def test_a_ruined_checkpoint_takes_no_good_ones_place(
         message
     )
     assert f" is {good} (delete {bad} to go on from it); " in message
-    assert checkpoints(out) == ["00000005", "00000010"]
+    assert checkpoint_names(out) == ["00000005", "00000010"]
     shutil.rmtree(bad)
     ruined(0)  # never
     train(data, out, resume=True)
@@ -569,21 +569,21 @@ def test_an_older_checkpoint_goes_when_the_newer_one_is_known_to_be_good(
     def logged(self: run_module.Run, entry: dict[str, Any]) -> None:
         log(self, entry)
         if (self.out / "checkpoints").is_dir():
-            found[self.step] = checkpoints(self.out)
+            found[self.step] = checkpoint_names(self.out)
 
     monkeypatch.setattr(run_module.Run, "log", logged)
-    save = trainer_state.save
+    save = checkpoints.save
 
     def saved(*arguments: Any) -> Path:
         path = save(*arguments)
-        found[-int(path.name)] = checkpoints(path.parent.parent)
+        found[-int(path.name)] = checkpoint_names(path.parent.parent)
         return path
 
-    monkeypatch.setattr(trainer_state, "save", saved)
+    monkeypatch.setattr(checkpoints, "save", saved)
     train(data, tmp_path / "run", save_interval=5, max_iters=10)
     assert found[-5] == found[6] == ["00000005"]
     assert found[-10] == found[10] == ["00000005", "00000010"]  # the last evaluation is not heard
-    assert checkpoints(tmp_path / "run") == ["00000010"]
+    assert checkpoint_names(tmp_path / "run") == ["00000010"]
 
 
 def test_nothing_is_saved_right_after_a_skipped_step(
@@ -593,7 +593,7 @@ def test_nothing_is_saved_right_after_a_skipped_step(
     out = tmp_path / "run"
     settings = {"skip_nonfinite": True, "save_interval": 5, "keep": 9}
     assert train(data, out, **settings).skipped == 1
-    assert checkpoints(out) == ["00000005", "00000015", "00000020"]
+    assert checkpoint_names(out) == ["00000005", "00000015", "00000020"]
 
 
 def test_ctrl_c_waits_for_a_step_that_is_not_skipped(
@@ -610,14 +610,14 @@ def test_ctrl_c_waits_for_a_step_that_is_not_skipped(
     monkeypatch.setattr(Progress, "step", interrupt)
     result = train(data, tmp_path / "run", skip_nonfinite=True)
     assert (result.step, result.skipped, result.interrupted) == (9, 2, True)
-    assert checkpoints(tmp_path / "run") == ["00000009"]
+    assert checkpoint_names(tmp_path / "run") == ["00000009"]
 
 
 def test_a_run_that_only_skips_is_stopped(
     data: Path, tmp_path: Path, ruined: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ruined(6)
-    out, most = tmp_path / "run", train_module.MOST_SKIPPED
+    out, most = tmp_path / "run", loop.MOST_SKIPPED
     settings = {"skip_nonfinite": True, "save_interval": 5, "max_iters": 200, "log_interval": 8}
     message = refused(train, data, out, **settings)
     good = out / "checkpoints" / "00000005"
@@ -625,7 +625,7 @@ def test_a_run_that_only_skips_is_stopped(
         f" at step {6 + most}, the {most}th in a row that would be skipped, so the run" in message
     )
     assert message.endswith(f"; the last good checkpoint is {good}; lower the learning rate")
-    assert checkpoints(out) == ["00000005"]
+    assert checkpoint_names(out) == ["00000005"]
     lines = [line for line in capsys.readouterr().out.splitlines() if "is updated" in line]
     assert [line.split(":")[0] for line in lines] == ["step 7", "step 15", "step 23"]
 
@@ -691,7 +691,7 @@ def test_a_save_is_on_the_disk_before_the_last_one_goes(
 LIMITED = """
 import resource, sys
 from gpt2c import files
-from gpt2c.cli import main
+from gpt2c.cli.main import main
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(main(sys.argv[2:]))

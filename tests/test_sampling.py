@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c.sampling import (
+from gpt2c.generate.sampling import (
     OFF,
     GenerationConfig,
     Settings,

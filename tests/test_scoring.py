@@ -18,10 +18,8 @@ import pytest
 from conftest import refused
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
-from gpt2c.cli import main
-from gpt2c.decoder import Decoder
-from gpt2c.language_model import LanguageModel
-from gpt2c.scoring import (
+from gpt2c.cli.main import main
+from gpt2c.evaluate.scoring import (
     METRICS,
     Question,
     Scorer,
@@ -33,8 +31,10 @@ from gpt2c.scoring import (
     read_questions,
     token_logprobs,
 )
-from gpt2c.tokenfile import read_tokens, write_tokens
-from gpt2c.train import evaluate
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.reader import Decoder
+from gpt2c.text.shards import read_tokens, write_tokens
+from gpt2c.train.loop import evaluate
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
 BYTES = Tokenizer.from_name("bytes")
@@ -518,10 +518,10 @@ def test_what_answer_refuses() -> None:
 
 
 def test_the_adapter_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "gpt2c.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "gpt2c.evaluate.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError, match="adapter for lm-evaluation-harness: pip install"):
-        importlib.import_module("gpt2c.lm_eval")
+        importlib.import_module("gpt2c.evaluate.lm_eval")
 
 
 # ---- gpt2c eval ----------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from test_cli import COMMAND, TINY, crafted
 
-from gpt2c.cli import main
-from gpt2c.cli_tokens import whole_characters
+from gpt2c.cli.main import main
+from gpt2c.cli.tokens import whole_characters
 from gpt2c.generator import Generator, Token
-from gpt2c.model import GPT2
-from gpt2c.terminal import Door, columns, open_door, padded, spelled, visible, well_formed
-from gpt2c.tokenizer import Tokenizer
+from gpt2c.gpt2 import GPT2
+from gpt2c.screen.terminal import Door, columns, open_door, padded, spelled, visible, well_formed
+from gpt2c.text.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
 BYTES = Tokenizer.from_name("bytes")
@@ -128,7 +128,7 @@ def test_a_stream_that_was_closed_takes_all() -> None:
 
 def test_a_stream_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a full one does not take is dropped, unless it is needed: then it is waited for."""
-    monkeypatch.setattr("gpt2c.terminal.PATIENCE", 0.01)
+    monkeypatch.setattr("gpt2c.screen.terminal.PATIENCE", 0.01)
     text = "x" * 99 + "\n"
     for needed in (False, True):
         reader, writer = os.pipe()
@@ -197,7 +197,7 @@ def test_warnings_are_for_programmers(monkeypatch: pytest.MonkeyPatch, capsys: C
         warnings.warn("a library\nis old", UserWarning, stacklevel=1)
         return 0
 
-    monkeypatch.setattr("gpt2c.cli_info.run_info", warn)
+    monkeypatch.setattr("gpt2c.cli.info.run_info", warn)
     assert main(["info"]) == 0
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("sys.warnoptions", ["error"])
@@ -576,7 +576,8 @@ def test_a_shells_redirections(arguments: str, redirections: str, code: int) -> 
 
 
 def test_no_file_gets_a_closed_streams_number() -> None:
-    code = "import os; from gpt2c.terminal import open_door\nwith open_door(): print(os.dup(0) > 2)"
+    code = "import os; from gpt2c.screen.terminal import open_door\n"
+    code += "with open_door(): print(os.dup(0) > 2)"
     command = ["sh", "-c", '"$@" 2>&- <&-', "sh", sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, timeout=60).stdout == b"True\n"
 

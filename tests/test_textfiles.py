@@ -17,8 +17,8 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2c import textfiles
-from gpt2c.textfiles import TextFiles
+from gpt2c.text import documents as textfiles
+from gpt2c.text.documents import TextFiles
 
 
 def read(*paths: Any, field: str | None = None) -> list[str]:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import files
-from gpt2c.tokenfile import (
+from gpt2c.files import atomic
+from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
+from gpt2c.text.shards import (
     find_shards,
-    open_nanogpt,
     read_shards,
     read_tokens,
     remove_shards,
-    write_nanogpt,
     write_shards,
     write_tokens,
 )
@@ -107,7 +106,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
     write_tokens(tmp_path / "old.bin", [1])
     before = (tmp_path / "old.bin").read_bytes()
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     for name in ("old.bin", "new.bin"):
         with pytest.raises(OSError, match="No space"):
             write_tokens(tmp_path / name, [2, 3])
@@ -228,7 +227,7 @@ def test_tokens_that_were_read_outlive_their_file(tmp_path):
     """In a process of its own, for a mapped one would end it."""
     path = tmp_path / "val.bin"
     write_tokens(path, np.arange(1 << 16))
-    code = "import os, sys; from gpt2c.tokenfile import read_tokens; t = read_tokens(sys.argv[1])"
+    code = "import os, sys; from gpt2c.text.shards import read_tokens; t = read_tokens(sys.argv[1])"
     code += "; os.truncate(sys.argv[1], 0); print(t.sum(dtype=int))"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"2147450880\n")

@@ -18,8 +18,8 @@ from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2c import files
-from gpt2c.tokenizer import Tokenizer, tiktoken_cache
+from gpt2c.files import atomic
+from gpt2c.text.tokenizer import Tokenizer, tiktoken_cache
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog; they're quick, aren't they?\n\n"
@@ -171,7 +171,7 @@ NASTY = [
 @pytest.mark.parametrize("text", NASTY)
 def test_a_text_in_windows_has_the_ids_of_the_whole(tokenizer, text, window, monkeypatch):
     whole = tokenizer._encoding.encode_ordinary(text)
-    monkeypatch.setattr("gpt2c.tokenizer.WINDOW", window)
+    monkeypatch.setattr("gpt2c.text.tokenizer.WINDOW", window)
     monkeypatch.setattr(tokenizer, "_window", window)
     assert tokenizer.encode(text) == whole
     pieces = ([text[i : i + size] for i in range(0, len(text), size)] for size in (1, 7, 1000))
@@ -186,7 +186,7 @@ def test_a_text_in_windows_has_the_ids_of_the_whole(tokenizer, text, window, mon
 def test_any_text_in_windows_has_the_ids_of_the_whole(text, window):
     tokenizer = Tokenizer(BPE._ranks, BPE.eot)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt2c.tokenizer.WINDOW", window)
+        patch.setattr("gpt2c.text.tokenizer.WINDOW", window)
         tokenizer._window = window
         assert tokenizer.encode(text) == BPE._encoding.encode_ordinary(text)
 
@@ -195,9 +195,9 @@ def test_a_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
     """In a process of its own where it is large, which gives the same tokens."""
     texts = [SAMPLE * 20, "low lower lowest newer newest wider " * 50]
     whole = Tokenizer.train(texts, 400)
-    monkeypatch.setattr("gpt2c.tokenizer.WINDOW", 64)
+    monkeypatch.setattr("gpt2c.text.tokenizer.WINDOW", 64)
     assert Tokenizer.train(texts, 400).fingerprint == whole.fingerprint
-    monkeypatch.setattr("gpt2c.bpe_trainer._SMALL", 100)
+    monkeypatch.setattr("gpt2c.text.bpe_trainer._SMALL", 100)
     assert Tokenizer.train(texts, 400).fingerprint == whole.fingerprint
 
 
@@ -213,7 +213,7 @@ def test_a_trainer_that_is_interrupted_is_ended(monkeypatch):
         yield "some text " * 1000
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gpt2c.bpe_trainer._SMALL", 100)
+    monkeypatch.setattr("gpt2c.text.bpe_trainer._SMALL", 100)
     monkeypatch.setattr(subprocess, "Popen", watched)
     with pytest.raises(KeyboardInterrupt):
         Tokenizer.train(texts(), 300)
@@ -227,7 +227,7 @@ def test_a_trainer_that_memory_ends_is_a_memory_error(monkeypatch):
         def communicate(self):
             return b"", b"memory allocation of 16 bytes failed"
 
-    monkeypatch.setattr("gpt2c.bpe_trainer._SMALL", 100)
+    monkeypatch.setattr("gpt2c.text.bpe_trainer._SMALL", 100)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Ended())
     with pytest.raises(MemoryError, match="too little to learn a tokenizer"):
         Tokenizer.train(["some text " * 100], 300)
@@ -353,8 +353,8 @@ def failing(error):
 def test_gpt2_offline_says_what_else_there_is(monkeypatch, get_encoding, reason):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    monkeypatch.setattr("gpt2c.tokenizer._PATIENCE", 0.1)
-    monkeypatch.setattr("gpt2c.hub.find", failing(OSError("gpt2 is not there")))
+    monkeypatch.setattr("gpt2c.text.tokenizer._PATIENCE", 0.1)
+    monkeypatch.setattr("gpt2c.files.hub.find", failing(OSError("gpt2 is not there")))
     with pytest.raises(OSError) as error:
         Tokenizer.from_name("gpt2")
     places = rf"TIKTOKEN_CACHE_DIR.*\({reason}\).* the hub \(gpt2 is not there\).* a directory with"
@@ -366,7 +366,7 @@ def test_gpt2_asks_no_network_where_none_is_wanted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("it was asked"))
-    monkeypatch.setattr("gpt2c.hub.find", failing(OSError("gpt2 is not there")))
+    monkeypatch.setattr("gpt2c.files.hub.find", failing(OSError("gpt2 is not there")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match=r"TIKTOKEN_CACHE_DIR.*\(HF_HUB_OFFLINE is set\)"):
         Tokenizer.from_name("gpt2")
@@ -526,7 +526,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     def full(source, destination):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         BPE.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

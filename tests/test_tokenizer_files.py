@@ -14,8 +14,9 @@ from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2c import Tokenizer, tokenizer_files
-from gpt2c.tokenizer_files import END_OF_TEXT, LARGEST, Vocabulary, read, recover_merges, write
+from gpt2c import Tokenizer
+from gpt2c.text import vocabulary
+from gpt2c.text.vocabulary import END_OF_TEXT, LARGEST, Vocabulary, read, recover_merges, write
 
 TEXTS = ["low lower lowest newer newest wider, it's a naïve test 日本"] * 3
 BPE = Tokenizer.train(TEXTS, 300)  # of 293 tokens, <|endoftext|> the last
@@ -229,7 +230,7 @@ def test_a_failed_save_takes_nothing_away(pair: Path, monkeypatch: pytest.Monkey
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tokenizer_files.files.os, "fsync", full)
+    monkeypatch.setattr(vocabulary.files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         BYTES.save_pretrained(pair)
     assert {path.name: path.read_bytes() for path in pair.iterdir()} == before
@@ -467,14 +468,14 @@ def test_merges_that_tiktoken_would_not_make(picks: list[tuple[int, int]], text:
     except ValueError:
         same = False
     try:
-        tokenizer_files._check_merges(ranks, [*halves.values()], "merges.txt", "vocab.json")
+        vocabulary._check_merges(ranks, [*halves.values()], "merges.txt", "vocab.json")
     except ValueError as error:
         assert "never comes to pass" in str(error) and not same
     else:
         assert same
         parts = [byte.encode() for byte in text]  # what the merges say, one after the other
         for first, second in halves.values():
-            parts = tokenizer_files._merge_everywhere(parts, first, second)
+            parts = vocabulary._merge_everywhere(parts, first, second)
         assert [ranks[part] for part in parts] == Tokenizer(ranks, 256).encode(text)
 
 

@@ -21,16 +21,16 @@ import pytest
 from conftest import DOCUMENTS, draw_nothing
 from kills import TINY
 
-from gpt2c import settings as settings_module
-from gpt2c import train as train_module
-from gpt2c.cli import main
-from gpt2c.config import GPT2Config
-from gpt2c.data import prepare
-from gpt2c.model import GPT2
-from gpt2c.optimizer import SCHEDULES, AdamW
-from gpt2c.progress import Progress
-from gpt2c.settings import TrainSettings, find_recipe, read_recipe, recipe_settings, resumed
-from gpt2c.train import TrainResult, evaluate
+from gpt2c.cli.main import main
+from gpt2c.gpt2 import GPT2
+from gpt2c.model.config import GPT2Config
+from gpt2c.screen.progress import Progress
+from gpt2c.text.prepare import prepare
+from gpt2c.train import loop
+from gpt2c.train import settings as settings_module
+from gpt2c.train.loop import TrainResult, evaluate
+from gpt2c.train.optimizer import SCHEDULES, AdamW
+from gpt2c.train.settings import TrainSettings, find_recipe, read_recipe, recipe_settings, resumed
 
 FILES = (
     *("model.safetensors", "config.json", "generation_config.json"),
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
     """Train with TINY settings and these changes; a resumed run is given the changes alone."""
     given = changes if resume else TINY | changes
-    return train_module.train(data, out, given, resume=resume)
+    return loop.train(data, out, given, resume=resume)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]
 
     def arrange(wanted: int, action: Callable[[], Any]) -> None:
         if action is power_cut:  # which saves nothing
-            monkeypatch.setattr(train_module, "_rescue", lambda *run: None)
+            monkeypatch.setattr(loop, "_rescue", lambda *run: None)
 
         def step(self: Progress, step: int, figures: str) -> None:
             original(self, step, figures)
@@ -270,7 +270,7 @@ def test_a_peak_that_a_step_passes_is_measured_again(
     """As where other programs kept the machine busy at the start."""
     peaks = iter([1.0, 1e18])
     measure = functools.cache(lambda name, threads: next(peaks))
-    monkeypatch.setattr("gpt2c.train.fma_peak", measure)
+    monkeypatch.setattr("gpt2c.train.loop.fma_peak", measure)
     train(data, tmp_path, max_iters=3)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     shares = [json.loads(line).get("share_of_peak") for line in lines]
@@ -377,7 +377,7 @@ def cut_last_token(path: Path) -> None:
 def test_resume_refuses_other_tokens(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Any
 ) -> None:
-    monkeypatch.setattr("gpt2c.tokenfile._BLOCK", 100)  # so that there is more than one block
+    monkeypatch.setattr("gpt2c.text.shards._BLOCK", 100)  # so that there is more than one block
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     train(copy, tmp_path / "run", max_iters=3)
@@ -425,7 +425,7 @@ def test_resume_and_overwrite_exclude_each_other(data: Path, tmp_path: Path) -> 
     train(data, tmp_path / "run", max_iters=2)
     files = everything(tmp_path / "run")
     with pytest.raises(ValueError, match=r"--resume .* and --overwrite .*: give one of them$"):
-        train_module.train(data, tmp_path / "run", {}, resume=True, overwrite=True)
+        loop.train(data, tmp_path / "run", {}, resume=True, overwrite=True)
     assert everything(tmp_path / "run") == files
 
 
@@ -461,11 +461,11 @@ def test_overwrite_replaces_a_run(data: Path, tmp_path: Path, at_step: Any) -> N
     old, fresh = tmp_path / "old", tmp_path / "fresh"
     train(data, old, seed=5)
     train(data, fresh)
-    train_module.train(data, old, TINY, overwrite=True)
+    loop.train(data, old, TINY, overwrite=True)
     same_run(old, fresh)
     at_step(3, power_cut)
     with pytest.raises(RuntimeError):
-        train_module.train(data, old, TINY, overwrite=True)
+        loop.train(data, old, TINY, overwrite=True)
     at_step(0, power_cut)  # never
     train(data, old, resume=True)  # and not the run that was overwritten
     same_run(old, fresh)
@@ -474,7 +474,7 @@ def test_overwrite_replaces_a_run(data: Path, tmp_path: Path, at_step: Any) -> N
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from gpt2c.cli import main
+from gpt2c.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import refused
 from safetensors.numpy import save_file
 
-from gpt2c import trainer_state
-from gpt2c.checkpoint import load_weights
-from gpt2c.trainer_state import TrainerState, before, newest, prune, save
+from gpt2c.formats.huggingface import load_weights
+from gpt2c.train import checkpoints
+from gpt2c.train.checkpoints import TrainerState, before, newest, prune, save
 
 CONFIG = {"n_embd": 4, "model_type": "gpt2"}
 FILES = ["config.json", "generation_config.json", "model.safetensors", "state.json"]
@@ -96,7 +96,7 @@ def rewrite(path: Path, **changes: Any) -> None:
     for name, change in changes.items():
         content[name] = change(content[name])
     summed = {name: content[name] for name in ("state", "files")}
-    content["sha256"] = trainer_state._sum_of(summed)
+    content["sha256"] = checkpoints._sum_of(summed)
     path.write_text(json.dumps(content))
 
 
@@ -184,7 +184,7 @@ def test_one_of_another_version_is_not_passed_over(three: Path) -> None:
 def test_moments_that_are_none(three: Path) -> None:
     path = three / "00000030"
     save_file({"m": np.zeros(3, np.float32)}, path / "trainer.safetensors")
-    sums = trainer_state._sum(path / "trainer.safetensors")
+    sums = checkpoints._sum(path / "trainer.safetensors")
     rewrite(path / "state.json", files=lambda old: old | {"trainer.safetensors": sums})
     step, lines = found(three)
     assert step == 20 and "trainer.safetensors must hold m and v, got m" in lines[0]
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
     def failing(path: Path) -> Any:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(trainer_state, name, failing)
+    monkeypatch.setattr(checkpoints, name, failing)
     with pytest.raises(OSError) as error:
         newest(three, pytest.fail)
     assert error.value.errno == number and error.value.filename == str(three / "00000030")
@@ -230,7 +230,7 @@ def test_a_save_that_fails_leaves_what_there_was(
         raise OSError(28, "No space left on device")
 
     before = {path: path.stat().st_mtime_ns for path in three.rglob("*")}
-    monkeypatch.setattr(trainer_state, "write_tensors", full)
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
     with pytest.raises(OSError, match="00000040") as error:
         put(three, 40)
     assert error.value.strerror == "No space left on device"

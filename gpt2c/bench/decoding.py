@@ -1,0 +1,163 @@
+"""The benchmark of reading and writing text: prefill, and decoding of one text and of eight.
+
+Rows are backends with each kind of weights, and the engines beside gpt2c that are installed; how
+they take turns stands in gpt2c.bench.suite. Used by cli_bench.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from gpt2c.bench.machine import Ceilings, Quiet, fastest
+from gpt2c.bench.suite import (
+    FEWER,
+    PROCESS_BYTES,
+    QUICK_ROUNDS,
+    ROUNDS,
+    TORCH,
+    UNWATCHED,
+    Result,
+    Row,
+    Watch,
+    choose_rows,
+    get_ready,
+    lacks,
+    start,
+    take_turns,
+)
+from gpt2c.kernels.backend import backends
+from gpt2c.kernels.memory import require
+from gpt2c.model.config import GPT2Config
+
+PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
+TRANSFORMERS = ("transformers", "transformers-compile")
+# Engines beside gpt2c -> the kinds of weights that they are measured with
+ENGINES = {
+    "onnxruntime": ("fp32", "int8"),
+    "ctranslate2": ("fp32", "int8"),
+    "llama.cpp": ("fp32", "fp16", "int8"),
+}
+PROMPT = 512  # tokens that are read at once
+CONTEXT = 32  # tokens before those that are written
+WORKS = (("prefill", 1, PROMPT), ("decode", 1, CONTEXT), ("decode", 8, CONTEXT))
+ROW_SECONDS = 4.0
+
+
+def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
+    """Name the rows: backends and engines, those given or all, with each of their weights.
+
+    "avx2:int8" names one. NumPy is there with fp32 alone unless it is asked for, and
+    transformers-compile, which takes minutes to start, only if it is; quick takes the fastest
+    backend and transformers.
+
+    Raises
+    ------
+    ValueError : an unknown backend or precision, or one that the machine cannot run
+    """
+    if given is None:
+        names = [fastest()] if quick else [name for name in reversed(backends()) if name != "numpy"]
+        rows = [f"{name}:{precision}" for name in names for precision in PRECISIONS]
+        if quick:
+            return [*rows, TRANSFORMERS[0]]
+        others = [f"{name}:{kind}" for name, kinds in ENGINES.items() for kind in kinds]
+        return ["numpy:fp32", *rows, TRANSFORMERS[0], *others]
+    rows = []
+    for name in given.split(","):
+        row, _, precision = name.strip().partition(":")
+        if row in TRANSFORMERS and not precision:
+            rows.append(row)
+            continue
+        if row in TORCH:
+            raise ValueError(f"{name!r} trains: the row to compare with here is {TRANSFORMERS[0]}")
+        if row in TRANSFORMERS:
+            raise ValueError(f"{name!r}: {row} is measured with fp32 alone, and named {row}")
+        kinds = ENGINES.get(row, tuple(PRECISIONS))
+        if precision and precision not in kinds:
+            raise ValueError(f"{name!r}: the precisions are {', '.join(kinds)}")
+        if row not in ENGINES:
+            choose_rows(row)
+        rows += [f"{row}:{kind}" for kind in ([precision] if precision else kinds)]
+    return list(dict.fromkeys(rows))
+
+
+def bench_generate(
+    names: Sequence[str],
+    ceilings: Ceilings,
+    config: GPT2Config,
+    quick: bool,
+    show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
+) -> tuple[list[Result], str]:
+    """Time prefill and steps of decoding on every row.
+
+    Parameters
+    ----------
+    names : the rows, of `choose_generate_rows`
+    ceilings : of the machine
+    config : of the model
+    quick : fewer samples
+    show : is given the results of each work as soon as they are there
+    watch : is told how far this is, of as many works as WORKS has
+
+    Returns
+    -------
+    all results, and how quiet the machine was
+
+    Raises
+    ------
+    MemoryError : the rows together need more than is free
+    """
+    size = 4 * config.num_parameters()
+    # an engine's file may lie in memory, too, and is read into it
+    models = {name: 4 if name.partition(":")[0] in ENGINES else 2 for name in names}
+    needed = {
+        name: PROCESS_BYTES + (0 if lacks(name) else count * size) for name, count in models.items()
+    }
+    require("a benchmark of generation", needed, FEWER)
+    done: list[Result] = []
+    quiet = Quiet(ceilings.threads)
+    with ExitStack() as stack:
+        started = list(start(names, ceilings.threads, stack))
+        for what, B, T in WORKS:
+            group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
+            watch.work(group)
+            tokens = T if what == "prefill" else B
+            arguments: dict[str, Any] = {
+                "what": what,
+                "config": dataclasses.asdict(config),
+                "B": B,
+                "T": T,
+            }
+            ask = functools.partial(Row.ask, do="generate", **arguments)
+            watch.now("each row makes its model, which is verified")
+            ready = [get_ready(row, group, {"tokens": tokens}, ask) for row in started]
+            for result in ready:
+                precision = result.row.partition(":")[2] or "fp32"
+                result.facts |= counted(config, what, B, T, PRECISIONS[precision])
+            rounds = QUICK_ROUNDS if quick else ROUNDS
+            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
+            show(ready)
+            done += ready
+    return done, quiet.verdict()
+
+
+def counted(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str, float]:
+    """Count a call's operations, and the bytes of weights, keys and values that it reads.
+
+    Parameters
+    ----------
+    what : "prefill" of T tokens, or "decode" of a token each of B texts of T tokens and a few
+    size : bytes of a weight
+    """
+    C, V = config.n_embd, config.vocab_size
+    matrices = config.n_layer * (4 * C * C + 2 * C * config.inner)
+    if what == "prefill":  # half of the T x T scores; the lm_head for the last token only
+        flops = 2 * matrices * T + 2 * V * C + config.n_layer * 2 * C * T * T
+        return {"flops": flops, "bytes": size * (matrices + V * C)}
+    cache = B * config.n_layer * 2 * C * T
+    flops = B * 2 * (matrices + V * C) + 2 * cache
+    return {"flops": flops, "bytes": size * (matrices + V * C) + 4 * cache}

@@ -1,0 +1,165 @@
+"""The machine: what it is, and the ceilings of every benchmark, measured here and now.
+
+Knows backends, nothing of models. Used by bench and cli.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt2c.kernels.backend import backends, fma_peak, get_backend, why_missing
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.kernels.memory import aligned_zeros
+
+FLOATS = 1 << 26  # 256 MB: more than any last-level cache
+BURN_SECONDS = 0.005
+# /proc/cpuinfo's numbers of a processor: x86's, then ARM's
+CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+COMPILER = re.compile(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches with `threads` threads.
+
+    Attributes
+    ----------
+    peak : backend -> FLOP/s of its multiply-adds, registers only
+    bandwidth : number of threads, up to all cores -> bytes/s from and to memory, reading alone or
+        adding in place, whichever moves more
+    """
+
+    threads: int
+    peak: dict[str, float]
+    bandwidth: dict[int, float]
+
+    def seconds(self, backend: str, flops: float, size: float) -> float:
+        """Give the least time that so many operations on so many bytes can take.
+
+        NumPy and PyTorch choose their instructions themselves: they have the highest peak.
+        """
+        peak = self.peak.get(backend, max(self.peak.values()))
+        return max(flops / peak, size / self.full_bandwidth)
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """Give the highest of what was measured here and at another time, with as many threads."""
+        peak = {name: max(peak, other.peak[name]) for name, peak in self.peak.items()}
+        bandwidth = {n: max(size, other.bandwidth[n]) for n, size in self.bandwidth.items()}
+        return Ceilings(self.threads, peak, bandwidth)
+
+    @property
+    def full_bandwidth(self) -> float:
+        """Bytes/s with as many threads as there are, or cores."""
+        return self.bandwidth[max(self.bandwidth)]
+
+
+def fastest() -> str:
+    """Name the fastest backend, whatever GPT2C_BACKEND says.
+
+    Raises
+    ------
+    ValueError : there are no kernels to measure with
+    """
+    if backends()[0] == "numpy":
+        raise ValueError(f"a benchmark needs the kernels: {why_missing('base')}")
+    return backends()[0]
+
+
+def measure_ceilings(threads: int) -> Ceilings:
+    """Measure the peak of every backend's multiply-adds, and memory with 1, 2, 4 ... threads."""
+    fma_peak.cache_clear()  # the machine may have been busy when they were measured last
+    peak = {name: fma_peak(name, threads) for name in backends() if name != "numpy"}
+    data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
+    data.fill(0.0)
+    other.fill(0.0)
+    most = min(threads, usable_cores())
+    counts = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
+    bandwidth = {}
+    for count in counts:
+        kernels, best = get_backend(fastest(), count), 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            kernels.memory_read(data)
+            middle = time.perf_counter()
+            kernels.residual_forward(data, data, other)
+            end = time.perf_counter()
+            best = max(best, data.nbytes / (middle - start), 3 * data.nbytes / (end - middle))
+        bandwidth[count] = best
+    return Ceilings(threads, peak, bandwidth)
+
+
+class Quiet:
+    """Watches how evenly the machine works: the same multiply-adds again and again.
+
+    Parameters
+    ----------
+    threads : as the benchmark's
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._kernels = get_backend(fastest(), threads)
+        self._iterations = 100_000
+        self._seconds: list[float] = []
+        self.listen()
+        self._iterations = int(self._iterations * BURN_SECONDS / self._seconds.pop())
+
+    def listen(self) -> None:
+        """Time them once more."""
+        start = time.perf_counter()
+        self._kernels.fma_burn(max(1, self._iterations))
+        self._seconds.append(time.perf_counter() - start)
+
+    def verdict(self) -> str:
+        """Say how far apart the middle half of the timings lies."""
+        low, high = np.percentile(self._seconds, [25, 75])
+        spread = high / low - 1
+        text = f"the same {BURN_SECONDS * 1e3:.0f} ms of multiply-adds varied by {spread:.0%}"
+        return f"NOISY MACHINE: {text}" if spread > 0.1 else f"quiet machine: {text}"
+
+
+def cpu_name() -> str:
+    """Give the processor's name; family, model and stepping too where it names no product."""
+    facts = cpu_facts()
+    name = facts.get("model name") or platform.processor() or "unknown"
+    numbers = [f"{key.split()[-1]} {facts[key]}" for key in CPU_NUMBERS if key in facts]
+    says_little = not any(character.isdigit() for character in name)
+    return f"{name} ({', '.join(numbers)})" if says_little and numbers else name
+
+
+def cpu_facts() -> dict[str, str]:
+    """Give what Linux says of the first core, its name and numbers; {} where it says nothing."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
+    return {key: facts[key] for key in ("model name", *CPU_NUMBERS) if facts.get(key)}
+
+
+def compiler(library: Path) -> str:
+    """Give the compiler that a built library names in itself."""
+    found = COMPILER.search(library.read_bytes())
+    return found[0].decode() if found else "unknown compiler"
+
+
+def commit() -> str:
+    """Give the commit of the clone that this gpt2c lies in, "+" for changes; "" without one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            [*command, "--dirty=+"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()

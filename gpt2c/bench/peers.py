@@ -1,0 +1,198 @@
+"""PyTorch beside gpt2c: its way of every op and of a training step, for benchmarks only.
+
+The one file that imports torch, and only a benchmark's worker imports this file. Written as PyTorch
+is best used: fused attention and AdamW, gradients set to None, native backward functions. What it
+returns it allocates, as it does in training: encoder_backward a whole (V, C) of zeros, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from gpt2c.model.config import GPT2Config
+
+Call = Callable[[], list[Any]]
+aten = torch.ops.aten
+
+
+def torch_op(name: str, arguments: list[Any]) -> Call | None:
+    """Give a call that computes op `name` and returns its outputs, None for one it has not.
+
+    Parameters
+    ----------
+    arguments : of the op, outputs first, as `gpt2c.kernels.cases` makes them; accumulated outputs
+    are 0
+    """
+    make = _OPS.get(name)
+    return make(*map(_tensor, arguments)) if make else None
+
+
+def _tensor(argument: Any) -> Any:
+    if not isinstance(argument, np.ndarray):
+        return argument
+    tensor = torch.from_numpy(argument)
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
+
+
+def _gradient(output: Any, source: Any, d_output: Any) -> Call:
+    return lambda: list(torch.autograd.grad(output, source, d_output, retain_graph=True))
+
+
+def _encoder_backward(dwte: Any, dwpe: Any, dout: Any, idx: Any) -> Call:
+    def call() -> list[Any]:
+        token = aten.embedding_dense_backward(dout, idx, len(dwte), -1, False)
+        return [token, F.pad(dout.sum(0), (0, 0, 0, len(dwpe) - dout.shape[1]))]
+
+    return call
+
+
+def _layernorm_backward(*tensors: Any) -> Call:
+    _, _, dbias, dout, x, weight, mean, rstd = tensors
+    stats = (mean[:, None], rstd[:, None])
+    return lambda: list(
+        aten.native_layer_norm_backward(
+            dout, x, [x.shape[1]], *stats, weight, dbias, [True, True, True]
+        )
+    )
+
+
+def _attention(qkv: Any, NH: int) -> Any:
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, NH, C3 // 3 // NH).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def _attention_backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> Call:
+    qkv.requires_grad_()
+    return _gradient(_attention(qkv, lse.shape[1]), qkv, dout)
+
+
+def _crossentropy_backward(dlogits: Any, logits: Any, lse: Any, targets: Any, scale: Any) -> Call:
+    logits.requires_grad_()
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") * scale
+    return _gradient(loss, logits, torch.ones(()))
+
+
+def _adamw_update(param: Any, m: Any, v: Any, grad: Any, *scalars: Any) -> Call:
+    lr, beta1, beta2, eps, weight_decay, t, _ = scalars
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    steps = [torch.tensor(float(t))]
+
+    def call() -> list[Any]:
+        torch._fused_adamw_(
+            [param], [grad], [m], [v], [], steps, amsgrad=False, maximize=False, **options
+        )
+        return [param, m, v]
+
+    return call
+
+
+_OPS: dict[str, Callable[..., Call]] = {
+    "encoder_forward": lambda out, idx, wte, wpe: (
+        lambda: [F.embedding(idx, wte) + wpe[: idx.shape[1]]]
+    ),
+    "encoder_backward": _encoder_backward,
+    "layernorm_forward": lambda out, mean, rstd, x, weight, bias, eps: (
+        lambda: [t.squeeze(1) if t.shape[1:] == (1,) else t for t in torch.native_layer_norm(
+            x, [x.shape[1]], weight, bias, eps)]
+    ),
+    "layernorm_backward": _layernorm_backward,
+    "matmul_forward": lambda out, x, weight, bias: lambda: [F.linear(x, weight, bias)],
+    "matmul_backward": lambda dx, dweight, dbias, dout, x, weight, accumulate: (
+        lambda: [dout @ weight, dout.t() @ x, dout.sum(0)]
+    ),
+    "attention_forward": lambda out, lse, qkv: lambda: [_attention(qkv, lse.shape[1]), None],
+    "attention_backward": _attention_backward,
+    "gelu_forward": lambda out, x: lambda: [F.gelu(x, approximate="tanh")],
+    "gelu_backward": lambda dx, dout, x: (
+        lambda: [aten.gelu_backward(dout, x, approximate="tanh")]
+    ),
+    "residual_forward": lambda out, x, branch: lambda: [x + branch],
+    "crossentropy_forward": lambda losses, lse, logits, targets: (
+        lambda: [F.cross_entropy(logits, targets, ignore_index=-1, reduction="none"), None]
+    ),
+    "crossentropy_backward": _crossentropy_backward,
+    "adamw_update": _adamw_update,
+    "global_norm": lambda grad: lambda: [torch.linalg.vector_norm(grad)],
+}  # fmt: skip
+
+
+class _Block(torch.nn.Module):
+    """One layer, as gpt2c.model.layer."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        C, self.NH = config.n_embd, config.n_head
+        self.ln_1 = torch.nn.LayerNorm(C, config.layer_norm_epsilon)
+        self.c_attn, self.c_proj = torch.nn.Linear(C, 3 * C), torch.nn.Linear(C, C)
+        self.ln_2 = torch.nn.LayerNorm(C, config.layer_norm_epsilon)
+        self.c_fc, self.mlp_proj = (
+            torch.nn.Linear(C, config.inner),
+            torch.nn.Linear(config.inner, C),
+        )
+
+    def forward(self, x: Any) -> Any:
+        x = x + self.c_proj(_attention(self.c_attn(self.ln_1(x)), self.NH))
+        hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
+        return x + self.mlp_proj(hidden)
+
+
+class _GPT2(torch.nn.Module):
+    """GPT-2 with gpt2c's parameters."""
+
+    def __init__(self, config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = torch.nn.Embedding(config.n_positions, config.n_embd)
+        self.h = torch.nn.ModuleList(_Block(config) for _ in range(config.n_layer))
+        self.ln_f = torch.nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        names = {"attn.c_attn": "c_attn", "attn.c_proj": "c_proj", "mlp.c_fc": "c_fc"}
+        names |= {"mlp.c_proj": "mlp_proj"}
+        state = self.state_dict()
+        for name, parameter in parameters.items():
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            state[name].copy_(torch.from_numpy(parameter))
+
+    def forward(self, idx: Any, targets: Any) -> Any:
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        for block in self.h:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+def torch_step(
+    config: GPT2Config,
+    parameters: Mapping[str, NDArray[Any]],
+    idx: NDArray[Any],
+    targets: NDArray[Any],
+    learning_rate: float,
+    grad_clip: float,
+    compiled: bool,
+) -> Callable[[], float]:
+    """Give a call that does one training step on (idx, targets), as `gpt2c.AdamW`'s defaults."""
+    model = _GPT2(config, parameters)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    loss_of = torch.compile(model) if compiled else model
+    x, y = torch.from_numpy(idx).long(), torch.from_numpy(targets).long()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        optimizer.step()
+        return float(loss.item())
+
+    return step

@@ -1,0 +1,441 @@
+"""The benchmark: rows (backends, PyTorch) in turn on the same work, verified, then timed.
+
+Each row is a process of its own (gpt2c.bench.worker); this file starts them, lets them take turns,
+and keeps what they measured. What people read is made of it by gpt2c.bench.report. Used by cli.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from gpt2c.bench.machine import Ceilings, Quiet, fastest
+from gpt2c.kernels.backend import NAMES, backends, get_backend, why_missing
+from gpt2c.kernels.cases import EXAMPLES
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.kernels.memory import require
+from gpt2c.model.config import GPT2Config
+from gpt2c.model.plan import bytes_needed
+
+# PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
+TUNED = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in [
+        ("hugetlb", 1),
+        ("mmap_threshold", 8589934592),
+        ("trim_threshold", 34359738368),
+        ("mmap_max", 0),
+    ]
+)
+TORCH = ("torch", "torch-tuned", "torch-compile")  # as installed; tuned; tuned and compiled
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+# CTranslate2 computes in a thread of its own, so libgomp counts three threads on two CPUs and
+# hardly spins between parallel regions; "active" makes that ten times longer, which is worth a
+# factor of 1.5 to 2 with int8. The second keeps it from spinning at rest.
+ENVIRONMENT = {
+    "transformers": _OFFLINE,
+    "transformers-compile": _OFFLINE,
+    "ctranslate2": {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"},
+}
+_TORCH, _TRANSFORMERS = ("torch", "torch"), ("transformers", "transformers")
+_ONNX = (("onnxruntime", "onnxruntime"), ("onnx", "onnx"))
+# row -> the modules that it needs, and what pip calls them
+NEEDS = {
+    **dict.fromkeys(TORCH, (_TORCH,)),
+    **dict.fromkeys(("transformers", "transformers-compile"), (_TORCH, _TRANSFORMERS)),
+    "llama.cpp": (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")),
+    "onnxruntime": _ONNX,
+    "ctranslate2": (("ctranslate2", "ctranslate2"),),
+}
+ROUNDS, QUICK_ROUNDS, ROW_SECONDS = 9, 3, 6.0
+STEP_ROUNDS, QUICK_STEP_ROUNDS, ROW_STEP_SECONDS = 7, 3, 40.0
+PROCESS_BYTES = 150_000_000  # Python, NumPy and the libraries of a worker
+FEWER = "take fewer rows or a smaller shape"  # where they do not fit into memory together
+
+
+@dataclasses.dataclass
+class Result:
+    """What one row did on one piece of work.
+
+    Attributes
+    ----------
+    group : the work: an op and its shape, or "train 4 x 64"
+    row : a backend or PyTorch
+    seconds : of each sample, in the order taken; empty if there are none
+    note : why there are none
+    facts : what was counted beside: error, flops, bytes, tokens, loss, peak_memory
+    """
+
+    group: str
+    row: str
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    note: str = ""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Median of the samples, in seconds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float(high - low) / 2 / self.median
+
+
+class Watch:
+    """Is told how far a benchmark is; this one shows nothing."""
+
+    def work(self, group: str) -> None:
+        """Say that a piece of work begins."""
+
+    def now(self, text: str) -> None:
+        """Say what is being done for it."""
+
+
+UNWATCHED = Watch()
+
+
+class WorkerError(ValueError):
+    """A row's process ended."""
+
+
+class Row:
+    """A worker process.
+
+    Parameters
+    ----------
+    name : a backend, or one of TORCH
+    threads : that it may use
+
+    Raises
+    ------
+    WorkerError : it does not start
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        # NumPy's products have threads of their own
+        names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+        limits = dict.fromkeys(names, str(threads))
+        environment = os.environ | limits
+        if name in TORCH[1:]:
+            environment["GLIBC_TUNABLES"] = TUNED
+        environment |= ENVIRONMENT.get(name.partition(":")[0], {})
+        self.name = name
+        self._stderr = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpt2c.bench.worker", name, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=environment,
+        )
+        try:
+            self.ask("hello")
+        except WorkerError:
+            self.close()
+            raise
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and wait for the answer.
+
+        Raises
+        ------
+        WorkerError : the process ended instead
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            self._stderr.seek(0)
+            said = self._stderr.read().strip().splitlines()
+            raise WorkerError(said[-1] if said else f"its process ended with code {code}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    def __enter__(self) -> Row:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
+    """Name the rows: those given, comma-separated, or all backends of this machine and PyTorch.
+
+    Raises
+    ------
+    ValueError : a name is unknown, or the machine cannot run it
+    """
+    if given is None:
+        return [*reversed(backends()), *(TORCH if compile_torch else TORCH[:2])]
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    for name in names:
+        if name not in TORCH:
+            if name not in NAMES:
+                known = ", ".join([*reversed(NAMES), *TORCH])
+                raise ValueError(f"there is no backend {name!r} to measure; there are {known}")
+            if name not in backends():
+                raise ValueError(f"backend {name!r}: {why_missing(name)}")
+    if not names:
+        raise ValueError("--backends names none")
+    return [*names, *(TORCH[2:] if compile_torch and TORCH[2] not in names else ())]
+
+
+def lacks(name: str) -> str:
+    """Name the packages, as pip does, that a row needs and that are not installed; "" for none."""
+    needed = NEEDS.get(name.partition(":")[0], ())
+    return " ".join(pip for module, pip in needed if importlib.util.find_spec(module) is None)
+
+
+def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
+    """Start the rows' processes; one that cannot be is a result that says why."""
+    for name in names:
+        if lacking := lacks(name):
+            yield Result("", name, note=f"not installed: pip install {lacking}")
+            continue
+        try:
+            yield stack.enter_context(Row(name, threads))
+        except WorkerError as error:
+            yield Result("", name, note=f"FAILED: {error}")
+
+
+def ops_work(quick: bool) -> list[tuple[str, dict[str, Any]]]:
+    """List the ops and shapes of `bench_ops`."""
+    return [
+        (name, shape)
+        for name, op in EXAMPLES.items()
+        for shape in op.shapes[: 1 if quick else None]
+    ]
+
+
+def describe(shape: dict[str, Any]) -> str:
+    """Write a shape for people: its letters, the type of weights, what happens to gradients."""
+    words: dict[Any, str] = {False: "gradients written", True: "gradients added to"}
+    words |= {"float32": "fp32 weights", "float16": "fp16 weights", "uint8": "int8 weights"}
+    return " ".join(
+        words[size] if letter in ("kind", "accumulate") else f"{letter}={size}"
+        for letter, size in shape.items()
+    )
+
+
+def bench_ops(
+    names: Sequence[str],
+    ceilings: Ceilings,
+    quick: bool,
+    show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
+) -> tuple[list[Result], str]:
+    """Time every op, forward and backward, on every row.
+
+    Parameters
+    ----------
+    names : the rows
+    ceilings : of the machine
+    quick : the first shape of each op and fewer samples
+    show : is given the results of an op as soon as they are there
+    watch : is told how far this is: `ops_work` says how many pieces of work there are
+
+    Returns
+    -------
+    all results, and how quiet the machine was
+
+    Raises
+    ------
+    MemoryError : the rows together need more than is free
+    """
+    largest = max(EXAMPLES[name].cost(**shape)[1] for name, shape in ops_work(quick))
+    # each row keeps its arguments; the one that verifies has them twice more, twice as wide
+    needed = dict.fromkeys(names, int(largest)) | {"what verifies them": 4 * int(largest)}
+    require("a benchmark of ops", needed, FEWER)
+    done: list[Result] = []
+    quiet = Quiet(ceilings.threads)
+    with ExitStack() as stack:
+        started = list(start(names, ceilings.threads, stack))
+        for name, shape in ops_work(quick):
+            flops, size = EXAMPLES[name].cost(**shape)
+            group = f"{name} {describe(shape)}"
+            watch.work(group)
+            facts = {"flops": flops, "bytes": size}
+            ready = [
+                get_ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
+                for row in started
+            ]
+            rounds = QUICK_ROUNDS if quick else ROUNDS
+            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
+            for i, result in enumerate(ready):
+                if result.note.startswith("FAILED") and isinstance(started[i], Row):
+                    started[i] = Result("", result.row, note=f"its process ended in {name}")
+            show(ready)
+            done += ready
+    return done, quiet.verdict()
+
+
+def bench_train(
+    names: Sequence[str],
+    ceilings: Ceilings,
+    config: GPT2Config,
+    shapes: Sequence[tuple[int, int]],
+    recompute: str | None,
+    quick: bool,
+    show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
+) -> tuple[list[Result], str]:
+    """Time a whole training step, optimizer and clipping included, on every row.
+
+    Parameters
+    ----------
+    names, ceilings, quick, show, watch : as for `bench_ops`
+    config : of the model
+    shapes : (B, T) of the batches
+    recompute : see `GPT2`; PyTorch's rows keep everything
+
+    Raises
+    ------
+    MemoryError : the rows together need more than is free
+    """
+    for B, T in shapes:
+        if T > config.n_positions:
+            raise ValueError(f"T = {T} is more than the model's n_positions, {config.n_positions}")
+        _check_memory([name for name in names if not lacks(name)], config, B, T, recompute)
+    done: list[Result] = []
+    quiet = Quiet(ceilings.threads)
+    for B, T in shapes:
+        group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
+        watch.work(group)
+        facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
+        arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
+        with ExitStack() as stack:  # new processes for each shape: the peak of memory is theirs
+            started = list(start(names, ceilings.threads, stack))
+            ready = [
+                get_ready(row, group, facts, lambda row: row.ask("train", **arguments))  # noqa: B023
+                for row in started
+            ]
+            take_turns(
+                started, ready, "step", 1, 0.0, quiet, watch
+            )  # first steps fill memory, compile
+            for result in ready:
+                result.facts["first_loss"] = result.facts.get("loss")
+                result.seconds.clear()
+            rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
+            take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet, watch)
+        _compare_losses(ready)
+        show(ready)
+        done += ready
+    return done, quiet.verdict()
+
+
+def get_ready(
+    row: Row | Result, group: str, facts: dict[str, Any], ask: Callable[[Row], dict[str, Any]]
+) -> Result:
+    """Let a row prepare and verify its work; a result without it says in its note why."""
+    if isinstance(row, Result):
+        return Result(group, row.row, note=row.note, facts=dict(facts))
+    result = Result(group, row.name, facts=dict(facts))
+    try:
+        answer = ask(row)
+    except WorkerError as error:
+        result.note = f"FAILED: {error}"
+        return result
+    result.note = answer.get("missing", "")
+    if not result.note:
+        result.facts["error"] = answer["error"]
+        if not answer["error"] <= answer["rtol"]:  # not `>`: NaN is wrong, too
+            result.note = f"WRONG: error {answer['error']:.1e}, allowed is {answer['rtol']:.1e}"
+    return result
+
+
+def take_turns(
+    rows: Sequence[Row | Result],
+    results: Sequence[Result],
+    command: str,
+    rounds: int,
+    limit: float,
+    quiet: Quiet,
+    watch: Watch = UNWATCHED,
+) -> None:
+    """Sample each row once a round; a row that has had `limit` seconds sits out, after two."""
+    for number in range(rounds):
+        quiet.listen()
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(row, Result) or result.note:
+                continue
+            if len(result.seconds) >= 2 and sum(result.seconds) > limit:
+                continue
+            watch.now(f"round {number + 1} of {rounds}: {row.name}")
+            try:
+                answer = row.ask(command)
+            except WorkerError as error:
+                result.note = f"FAILED: {error}"
+                continue
+            result.seconds.append(answer.pop("seconds"))
+            result.facts |= answer
+            time.sleep(0.015)  # until the row's idle threads have stopped spinning
+
+
+def _compare_losses(results: list[Result]) -> None:
+    """Strike out a row whose loss on the same weights and tokens is not that of the first row.
+
+    The first has been compared with the reference on a small model, as all rows have.
+    """
+    found = [r for r in results if r.facts.get("first_loss") is not None]
+    for result in found:
+        loss, wanted = result.facts["first_loss"], found[0].facts["first_loss"]
+        if not abs(loss - wanted) <= 1e-4 * abs(wanted):  # not `>`: NaN is wrong, too
+            result.note = f"WRONG: first loss {loss:.5f}, that of {found[0].row} is {wanted:.5f}"
+            result.seconds.clear()
+
+
+def _check_memory(
+    names: Sequence[str], config: GPT2Config, B: int, T: int, recompute: str | None
+) -> None:
+    """Refuse work that would not fit: all rows hold their model at the same time."""
+    logits = 4 * B * T * config.vocab_size
+    scores = 4 * B * config.n_head * T * T
+    needed: dict[str, int] = {}
+    for name in names:
+        own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES
+        if name in TORCH:  # it holds logits, their log-softmax and a gradient
+            own += 3 * logits
+        elif name == "numpy":  # a few T x T matrices, and what AdamW computes on the way
+            own += max(4 * scores, 6 * 4 * config.num_parameters())
+        needed[name] = own
+    require(f"a benchmark of {B} x {T} tokens", needed, FEWER)
+
+
+def check_threads(threads: int | None) -> tuple[int, str]:
+    """Give the number of threads, and a warning if it is more than this process has cores.
+
+    Raises
+    ------
+    ValueError : out of range
+    """
+    count = get_backend(fastest(), threads).threads
+    cores = usable_cores()
+    plural = "" if cores == 1 else "s"
+    warning = f"warning: {count} threads share the {cores} core{plural} that this process may use"
+    return count, warning if count > cores else ""

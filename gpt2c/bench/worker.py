@@ -1,0 +1,268 @@
+"""A row of a benchmark: a process that verifies one backend, or PyTorch, and times it on command.
+
+    python -m gpt2c.bench.worker ROW THREADS         JSON commands in, JSON answers out, a line each
+
+A process each, because then the rows' threads do not wait on each other's, memory is counted row by
+row, and PyTorch's allocator can be set. Who sends the commands is gpt2c.bench.suite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2c.bench.machine import fastest
+from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.cases import EXAMPLES, normalised_error
+from gpt2c.kernels.op import OPS
+from gpt2c.model.config import GPT2Config
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.quantized import DTYPES
+from gpt2c.train.optimizer import AdamW
+
+SAMPLE_SECONDS = 0.02  # a sample is as many calls as take so long, at least one
+TINY = GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=3)
+LEARNING_RATE, GRAD_CLIP = 1e-3, 1.0
+# PyTorch sums tens of millions of squares in float32.
+TORCH_RTOL = {"global_norm": 1e-2}
+# Of three training steps' losses: float32 sums of another order, and AdamW's quotients of small
+# numbers; the bound of the parity tests.
+TRAIN_RTOL = 1e-4
+# Of logits: float32 sums of another order; of int8 an activation that lies between two steps, of
+# which there are 127, may be rounded the other way.
+READ_RTOL = {"fp32": 1e-5, "int8": 0.05}
+# The engines beside gpt2c. What they are verified with is as wide as their files want it, and
+# compared with float32: their int8 rounds activations by a factor for a whole row or matrix, and
+# llama.cpp keeps keys and values in 16 bits.
+ENGINES = ("transformers", "transformers-compile", "onnxruntime", "ctranslate2", "llama.cpp")
+SMALL = GPT2Config(vocab_size=320, n_positions=32, n_embd=128, n_layer=2, n_head=2)
+ENGINES_RTOL = {"llama.cpp:fp32": 1e-2, "llama.cpp:fp16": 1e-2, "llama.cpp:int8": 0.1}
+ENGINES_RTOL |= {"onnxruntime:int8": 0.3, "ctranslate2:int8": 0.3}
+SOME = 8  # calls before the texts begin again: a short way from T, so that T says what is read
+
+
+class Worker:
+    """One row.
+
+    Parameters
+    ----------
+    row : a backend's name, with ":int8" and the like for its weights; "torch...": PyTorch, compiled
+        if the name says "compile"; or one of ENGINES, with ":int8" and the like
+    threads : that it may use
+    """
+
+    def __init__(self, row: str, threads: int) -> None:
+        self._row, _, self._precision = row.partition(":")
+        self._call: Callable[[], Any] = lambda: None
+        self._threads = threads
+        if row.startswith("torch"):
+            import torch
+
+            torch.set_num_threads(threads)
+        elif self._row not in ENGINES:
+            self._backend = get_backend(self._row, threads)
+
+    def hello(self) -> dict[str, Any]:
+        """Answer, which says that the row can run."""
+        return {}
+
+    def op(self, name: str, shape: dict[str, Any]) -> dict[str, Any]:
+        """Get an op ready and compare its results with the reference's, in float64."""
+        example, outputs = EXAMPLES[name], len(OPS[name].outputs)
+        wide = example.make(np.random.default_rng(zlib.crc32(f"{name} {shape}".encode())), **shape)
+        if name != "adamw_update":
+            for output in wide[:outputs]:
+                # What is accumulated starts at 0, for PyTorch gives the sum's new part alone; what
+                # is written holds NaN, so that an element left out shows.
+                if output is not None and not np.isnan(output).any():
+                    output[...] = 0
+        narrow = [_narrow(argument) for argument in wide]
+        if self._row.startswith("torch"):
+            from gpt2c.bench.peers import torch_op
+
+            call = torch_op(name, narrow)
+            if call is None:
+                return {"missing": "PyTorch has no such op"}
+            results = [None if r is None else r.detach().numpy().copy() for r in call()]
+            rtol = TORCH_RTOL.get(name, max(example.rtol, 1e-5))
+        else:
+            run = getattr(self._backend, name)
+            call = lambda: run(*narrow)  # noqa: E731
+            result = call()
+            results = narrow[:outputs] or [result]
+            results = [None if r is None else np.array(r) for r in results]
+            rtol = example.rtol
+        expected = getattr(reference, name)(*wide)
+        wanted = wide[:outputs] or [expected]
+        errors = [
+            normalised_error(a, b)
+            for a, b in zip(results, wanted, strict=True)
+            if a is not None and b is not None
+        ]
+        self._call = call
+        return {"error": float(np.max(errors)), "rtol": rtol}  # NaN, where one is
+
+    def sample(self) -> dict[str, Any]:
+        """Time what is ready: seconds of a call, after one that warms up; and memory, in bytes."""
+        if self._row in ENGINES:
+            return {"seconds": self._call.seconds(), "memory": _resident()}  # type: ignore[attr-defined]
+        self._call()
+        calls, start = 0, time.perf_counter()
+        while True:
+            self._call()
+            calls += 1
+            seconds = time.perf_counter() - start
+            if seconds >= SAMPLE_SECONDS:
+                return {"seconds": seconds / calls, "memory": _resident()}
+
+    def train(
+        self, config: dict[str, Any], B: int, T: int, recompute: str | None
+    ) -> dict[str, Any]:
+        """Get a model ready; compare three steps of a small one with the numpy backend's."""
+        small = _batch(TINY, 2, 16)
+        checked, step = self._step(TINY, small, recompute), _own_step("numpy", TINY, small, None)
+        losses = [(checked(), step()) for _ in range(3)]
+        error = float(np.max([abs(a - b) / abs(b) for a, b in losses]))
+        given = GPT2Config(**config)
+        self._call = self._step(given, _batch(given, B, T), recompute)
+        return {"error": error, "rtol": TRAIN_RTOL}
+
+    def step(self) -> dict[str, Any]:
+        """Time one training step."""
+        start = time.perf_counter()
+        loss = self._call()
+        seconds = time.perf_counter() - start
+        unit = 1024 if sys.platform == "linux" else 1  # macOS counts bytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"seconds": seconds, "loss": loss, "peak_memory": memory}
+
+    def _step(
+        self, config: GPT2Config, batch: tuple[Any, Any], recompute: str | None
+    ) -> Callable[[], float]:
+        if not self._row.startswith("torch"):
+            return _own_step(self._backend, config, batch, recompute)
+        from gpt2c.bench.peers import torch_step
+
+        parameters = GPT2(config, backend="numpy").parameters
+        compiled = "compile" in self._row
+        return torch_step(config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled)
+
+    def generate(self, what: str, config: dict[str, Any], B: int, T: int) -> dict[str, Any]:
+        """Get a model ready to be read; compare a small one's logits with the numpy backend's.
+
+        Parameters
+        ----------
+        what : "prefill" of T tokens, or "decode": a token more of B texts of T tokens
+        """
+        tiny = SMALL if self._row in ENGINES else TINY
+        small = (what, tiny, B, tiny.n_positions - SOME)  # more rows than few, as in what is timed
+        if self._row in ENGINES:
+            rtol = ENGINES_RTOL.get(f"{self._row}:{self._precision}", READ_RTOL["fp32"])
+            wanted = _own_reader("numpy", "fp32", *small)()
+        else:
+            rtol = READ_RTOL.get(self._precision, READ_RTOL["fp32"])
+            wanted = _own_reader("numpy", self._precision, *small)()
+        error = normalised_error(self._reader(*small)(), wanted)
+        self._call = self._reader(what, GPT2Config(**config), B, T)
+        return {"error": error, "rtol": rtol}
+
+    def _reader(self, what: str, config: GPT2Config, B: int, T: int) -> Callable[[], Any]:
+        if self._row not in ENGINES:
+            return _own_reader(self._backend, self._precision, what, config, B, T)
+        from gpt2c.bench.engines import PEERS
+
+        parameters, texts = GPT2(config, backend=fastest()).parameters, _texts(config, B, T)
+        made = PEERS[self._row]
+        return made(config, parameters, self._precision, what, texts, SOME, self._threads)
+
+
+def _resident() -> int:
+    """Give the bytes of memory that this process has; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * resource.getpagesize()
+
+
+def _own_reader(
+    backend: Any, precision: str, what: str, config: GPT2Config, B: int, T: int
+) -> Callable[[], Any]:
+    """Give a call that reads a prompt, or a token more of each text, and returns logits.
+
+    The texts grow for SOME calls, then begin again.
+    """
+    model: LanguageModel = GPT2(config, backend=backend)
+    if precision in DTYPES:
+        model = QuantizedGPT2.from_model(model, precision)
+    texts = _texts(config, B, T)
+    decoder = model.decoder(B, T + SOME)
+    if what == "prefill":
+        return lambda: decoder.read(texts[0], 0, 0)
+    for slot, text in enumerate(texts):
+        decoder.read(text, slot, 0)
+    slots, calls = np.arange(B, dtype=np.int32), count()
+
+    def step() -> Any:
+        position = T + next(calls) % SOME
+        return decoder.step(texts[:, position % T].copy(), slots, np.full(B, position, np.int32))
+
+    return step
+
+
+def _texts(config: GPT2Config, B: int, T: int) -> Any:
+    return np.random.default_rng(7).integers(0, config.vocab_size, (B, T), np.int32)
+
+
+def _narrow(argument: Any) -> Any:
+    is_wide = isinstance(argument, np.ndarray) and argument.dtype == np.float64
+    return argument.astype(np.float32) if is_wide else argument
+
+
+def _batch(config: GPT2Config, B: int, T: int) -> tuple[Any, Any]:
+    """Random tokens: speed does not depend on their values."""
+    tokens = np.random.default_rng(1337).integers(0, config.vocab_size, (B, T + 1), np.int32)
+    return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+
+def _own_step(
+    backend: Any, config: GPT2Config, batch: tuple[Any, Any], recompute: str | None
+) -> Callable[[], float]:
+    model = GPT2(config, backend=backend, recompute=recompute)
+    optimizer = AdamW(model, learning_rate=LEARNING_RATE)
+
+    def step() -> float:
+        model.zero_grad()
+        loss = model.loss(*batch)
+        model.backward()
+        optimizer.step(grad_clip=GRAD_CLIP)
+        return loss
+
+    return step
+
+
+def main() -> None:
+    """Obey until the commands end."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed here is no answer
+    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = getattr(worker, command.pop("do"))(**command)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""`gpt2c bench`: flags in, tables, JSON and pictures out. Used by cli."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gpt2c.bench.decoding import WORKS, bench_generate, choose_generate_rows
+from gpt2c.bench.machine import Quiet, measure_ceilings
+from gpt2c.bench.report import (
+    NOISY,
+    as_markdown,
+    as_text,
+    comparison,
+    draw,
+    generate_table,
+    machine_lines,
+    ops_table,
+    read_old,
+    summary_table,
+    train_table,
+    write_json,
+)
+from gpt2c.bench.suite import (
+    Result,
+    Watch,
+    bench_ops,
+    bench_train,
+    check_threads,
+    choose_rows,
+    lacks,
+    ops_work,
+)
+from gpt2c.model.config import GPT2Config
+from gpt2c.screen.picture import why_not
+
+TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
+LISTENS = 9  # times that the machine is listened to before the start
+HELP = {
+    "ops": (
+        "every op, forward and backward, at the shapes of GPT-2 124M",
+        "B sequences of T tokens, N rows in all, C channels, OC output channels, NH heads of HS"
+        " channels, V tokens of the vocabulary, R rows of a matrix, n numbers; position, P: where"
+        " in a cache of what length. ± is half the distance of the quartiles. The ceiling is the"
+        " least time that an op's operations or bytes can take on this machine: above 100 % data"
+        " came from a cache, or the machine was busy when the ceiling was measured.",
+    ),
+    "train": (
+        "a whole training step of GPT-2 124M, clipping and AdamW included",
+        "The peak is that of multiply-adds in registers, measured at the start; memory is the most"
+        " that the row's process had.",
+    ),
+    "generate": (
+        "GPT-2 124M reading 512 tokens (prefill), and writing 1 and 8 texts (decode)",
+        "Rows: each backend with fp32, fp16 and int8 weights, and where they are installed"
+        " transformers, onnxruntime, ctranslate2 and llama.cpp (llama-cpp-python); --quick takes"
+        " the fastest backend and transformers, and transformers-compile is measured where"
+        " --backends names it. Weights are random. int8 may exceed the peak of fp32.",
+    ),
+}
+
+
+def add_flags(verb: argparse.ArgumentParser) -> None:
+    """Say what `gpt2c bench` takes: a kind of work, and flags before it or after."""
+    _add_flags(verb, "")
+    kinds = verb.add_subparsers(dest="what", required=True, metavar="ops|train|generate")
+    for what, (text, more) in HELP.items():
+        kind = kinds.add_parser(what, help=text, description=f"Measure {text}.", epilog=more)
+        kind.set_defaults(verb=kind)
+        _add_flags(kind, what)
+
+
+def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the flags of a kind of work, of all for ""; what is another's is not in its help."""
+
+    def add(flag: str, text: str, only: str = "", **more: Any) -> None:
+        is_shown = not only or what in ("", only)
+        prefix = f"{only}: " if only and not what else ""
+        text = prefix + text if is_shown else argparse.SUPPRESS
+        # a flag that does not follow the kind of work must not undo one that stands before it
+        given: dict[str, Any] = {"default": argparse.SUPPRESS} if what else {}
+        parser.add_argument(flag, help=text, **more, **given)
+
+    rows = "rows to measure, commas between (default: all that run here)"
+    rows += "; avx2:int8 names the weights" if what in ("", "generate") else ""
+    add("--backends", rows, metavar="A,B")
+    add("--threads", "threads of every row (default: see gpt2c info)", type=int)
+    add("--quick", "fewer shapes, rows and samples", action="store_true")
+    text = "a batch of B rows of T tokens; may be repeated (4x64)"
+    add("--shape", text, "train", action="append", metavar="BxT")
+    add("--recompute", "keep less memory", "train", choices=["light", "full"])
+    add("--torch-compile", "torch.compile as a row", "train", action="store_true")
+    add("--json", "write every sample and the machine's facts", type=Path, metavar="FILE")
+    text = "print old, new and their ratio for each row of an older --json file"
+    add("--compare", text, type=Path, metavar="OLD.json")
+    text = "draw how near its ceiling each op comes" if what == "ops" else "draw tokens a second"
+    text = text if what else "draw shares of the ceiling (ops) or tokens a second"
+    add("--plot", text, type=Path, metavar="FILE.png")
+    add("--report", "add the tables in Markdown", type=Path, metavar="FILE.md")
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """`gpt2c bench`."""
+    threads, warning = check_threads(options.threads)
+    if options.what == "generate":
+        names = choose_generate_rows(options.backends, options.quick)
+    else:
+        names = choose_rows(options.backends, options.torch_compile and options.what == "train")
+    shapes = [_shape(text) for text in options.shape or ["4x64"]]
+    if options.what != "train" and (options.shape or options.recompute or options.torch_compile):
+        raise ValueError("--shape, --recompute and --torch-compile belong to bench train")
+    for path in (options.json, options.plot, options.report):
+        _check_output(path)
+    if options.plot and options.plot.suffix.lower() != ".png":
+        raise ValueError(f"{options.plot}: a picture is a PNG file; give --plot a name in .png")
+    if options.plot and (why := why_not()):
+        raise ValueError(f"--plot: {why}")
+    old = read_old(options.compare, options.what) if options.compare else None
+    if warning:
+        print(f"gpt2c: {warning}", file=sys.stderr)
+    missing: dict[str, list[str]] = {}
+    for name in names:
+        if lacking := lacks(name):
+            missing.setdefault(lacking, []).append(name)
+    absent = [name for found in missing.values() for name in found]
+    names = [name for name in names if name not in absent]
+    said = [f"{', '.join(rows)} (pip install {found})" for found, rows in missing.items()]
+    if not names:
+        raise ValueError(f"not installed: {', '.join(said)}")
+    ceilings = measure_ceilings(threads)
+    lines = machine_lines(ceilings) + ([f"not installed: {'; '.join(said)}"] if said else [])
+    if (noise := _listen(threads)).startswith(NOISY):
+        lines.insert(0, f"{noise} before the start: its other programs slow some rows down")
+    print("\n".join([*lines, ""]), flush=True)
+    works = {"ops": len(ops_work(options.quick)), "train": len(shapes), "generate": len(WORKS)}
+    watch = _Shown(works[options.what])
+    tables: list[tuple[str, list[list[str]]]] = []
+
+    results: list[Result] = []
+    interrupted = False
+
+    def show(found: list[Result]) -> None:
+        results.extend(found)
+        tables.append(TABLES[options.what](found, ceilings))
+        watch.print(as_text(*tables[-1]) + "\n")
+
+    try:
+        if options.what == "ops":
+            _, verdict = bench_ops(names, ceilings, options.quick, show, watch)
+        elif options.what == "generate":
+            config = GPT2Config()
+            _, verdict = bench_generate(names, ceilings, config, options.quick, show, watch)
+        else:
+            _, verdict = bench_train(
+                *(names, ceilings, GPT2Config(), shapes, options.recompute, options.quick),
+                *(show, watch),
+            )
+    except KeyboardInterrupt:  # what was measured by now was minutes of work
+        if not results:
+            raise
+        interrupted = True
+        verdict = f"STOPPED by Ctrl-C after {len(tables)} of {watch.total} pieces of work"
+    finally:
+        watch.close()
+    ceilings = ceilings.best(measure_ceilings(threads))  # other programs may have come or gone
+    if len(tables) > 1:
+        tables.append(summary_table(results, ceilings))
+        print(as_text(*tables[-1]) + "\n")
+    if old is not None:
+        tables.append(comparison(options.compare, old, results, threads))
+        print(as_text(*tables[-1]) + "\n")
+    print(verdict)
+    if options.json:
+        write_json(options.json, ceilings, results, verdict)
+    if options.report:
+        parts = [f"## gpt2c bench {options.what}", "", verdict, "", "```", *lines, "```", ""]
+        with open(options.report, "a", encoding="utf-8") as file:
+            file.write("\n".join([*parts, *(as_markdown(*table) for table in tables), "", ""]))
+    if options.plot:
+        draw(options.plot, results, ceilings, verdict)
+    if interrupted:
+        raise KeyboardInterrupt
+    failed = any(r.note.startswith(("WRONG", "FAILED")) for r in results)
+    return 1 if failed or not any(r.seconds for r in results) else 0
+
+
+class _Shown(Watch):
+    """Shows how far a benchmark is: a bar where a person watches, lines elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self._number = total, 0
+        layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
+        self._bar = (
+            tqdm(total=total, bar_format=layout, file=sys.stderr, dynamic_ncols=True, leave=False)
+            if sys.stderr is not None and sys.stderr.isatty()
+            else None
+        )
+        self._group = ""
+
+    def work(self, group: str) -> None:
+        """See `Watch.work`."""
+        self._number, self._group = self._number + 1, group
+        if self._bar is None:
+            print(f"measuring {self._number} of {self.total}: {group}", file=sys.stderr)
+        else:
+            self._bar.update(self._number - 1 - self._bar.n)
+            self._bar.set_description_str(group)
+
+    def now(self, text: str) -> None:
+        """See `Watch.now`."""
+        if self._bar is not None:
+            self._bar.set_description_str(f"{self._group}: {text}")
+
+    def print(self, text: str) -> None:
+        """Print what stays, above the bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _listen(threads: int) -> str:
+    """Say how evenly the machine works now."""
+    quiet = Quiet(threads)
+    for _ in range(LISTENS):
+        quiet.listen()
+    return quiet.verdict()
+
+
+def _check_output(path: Path | None) -> None:
+    """Refuse, before minutes of measuring, a file that cannot be written after them."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path}: the directory {path.parent} cannot be written to")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, length = text.partition("x")
+    if not (rows.isdecimal() and length.isdecimal() and int(rows) and int(length)):
+        raise ValueError(f"--shape must be rows x tokens, such as 4x64, got {text!r}")
+    return int(rows), int(length)

@@ -1,0 +1,184 @@
+"""`gpt2c eval`: flags in, figures out. Used by cli."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gpt2c.evaluate import scoring
+from gpt2c.evaluate.figures import MEANING, figures
+from gpt2c.formats.load import find
+from gpt2c.gpt2 import GPT2, QuantizedGPT2, open_found
+from gpt2c.screen.progress import Progress
+from gpt2c.text.shards import read_shards
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.loop import evaluate
+
+Model = GPT2 | QuantizedGPT2
+LONG = 50  # windows or questions that take long enough for progress to be shown
+LINES = 20  # of progress, where no one watches
+
+
+HELP = f"""\
+{MEANING}. All tokens of the held-out text are scored but the first of each file, which has nothing
+before it; --stride scores the same ones, each with more of the text before it. acc is the share of
+right answers where the likeliest ending is chosen, acc_norm where the likeliest per character is
+(both as in lm-evaluation-harness), acc_per_token where the likeliest per token is."""
+
+
+def add_flags(verb: argparse.ArgumentParser) -> None:
+    """Add the flags of `gpt2c eval`."""
+    verb.epilog = HELP
+    verb.add_argument(
+        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
+    )
+    verb.add_argument("--data", type=Path, help="what gpt2c prepare made: its held-out text")
+    verb.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="with --data: slide a window of n_positions tokens by N, so that each token has at"
+        " least n_positions - N before it: slower, and mostly a lower loss (default: windows side"
+        " by side as in training, which N = n_positions gives too)",
+    )
+    verb.add_argument(
+        "--choices",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='questions as of HellaSwag, {"ctx": "", "endings": ["", ""], "label": 0} a line',
+    )
+    verb.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
+    verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
+    verb.add_argument("--backend", default="auto", help="default: the fastest")
+    verb.add_argument(
+        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+    )
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """`gpt2c eval`."""
+    if options.data is None and options.choices is None:
+        raise ValueError("eval needs --data, --choices or both: there is nothing to score")
+    if options.data is None and options.stride is not None:
+        raise ValueError("--stride is for --data, which is not given")
+    found = find(options.model)
+    model = open_found(found, options.backend, options.quantize, options.threads or None)
+    questions = _questions(options.choices, found.path, model) if options.choices else []
+    if options.data:
+        _eval_data(options, found.path, model)
+    if questions:
+        _eval_choices(questions, model)
+    return 0
+
+
+def _questions(choices: Path, path: Path, model: Model) -> list[scoring.Question]:
+    tokenizer = Tokenizer.from_pretrained(path)
+    tokenizer.unused_ids(model.config.vocab_size)  # refuses another model's
+    return scoring.read_questions(choices, tokenizer, model.config.n_positions)
+
+
+def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
+    if not options.data.is_dir():
+        raise FileNotFoundError(
+            f"{options.data} is not a directory of token files; gpt2c prepare makes one"
+        )
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    tokenizer = Tokenizer.from_pretrained(options.data)
+    _check_tokenizer(options, path, model, tokenizer)
+    lengths = tokenizer.token_lengths
+    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, lengths
+    shards = read_shards(options.data, "val", *vocabulary)
+    shards = [tokens for tokens in shards if len(tokens) > 1] or shards
+    count = sum(len(tokens) - 1 for tokens in shards)  # the first has nothing before it
+    size = sum(tokens.text_bytes - int(lengths[tokens[:1]][0]) for tokens in shards)
+    if options.stride is None:
+        nats = count * evaluate(model, shards, options.batch_size, model.config.n_positions)
+    else:
+        with _progress() as watch:
+            nats = -sum(
+                float(scoring.token_logprobs(model, tokens, options.stride, watch=watch)[1:].sum())
+                for tokens in shards
+            )
+    found = figures(nats, count, size)
+    # of a text that the model has no idea of, a perplexity has hundreds of digits
+    perplexity = f"{found.perplexity:{'.2f' if found.perplexity < 1e9 else '.4g'}}"
+    bits = "none, as the text has no bytes"
+    if not math.isnan(found.bits_per_byte):
+        bits = f"{found.bits_per_byte:.4f}"
+    print(f"loss {found.loss:.4f} nats/token  perplexity {perplexity}  bits per byte {bits}")
+
+
+def _check_tokenizer(
+    options: argparse.Namespace, path: Path, model: Model, tokenizer: Tokenizer
+) -> None:
+    """Refuse data whose tokens mean something else to the model.
+
+    A model may have more tokens than its tokenizer, as padding. One without a tokenizer beside it
+    is taken for the data's if it has a token for each of the data's, and the same end of text.
+    """
+    apart = (
+        ": they do not belong together; make data with the model's own tokenizer (gpt2c prepare"
+        " --tokenizer DIRECTORY)"
+    )
+    size, end = model.config.vocab_size, model.config.eos_token_id
+    if size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{options.data} has a vocabulary of {tokenizer.vocab_size} tokens and {options.model}"
+            f" one of {size}{apart}"
+        )
+    try:
+        own = Tokenizer.from_pretrained(path)
+    except FileNotFoundError as error:
+        if end is not None and end < size and end != tokenizer.eot:
+            raise ValueError(
+                f"{options.data} has {tokenizer.eot} for its end of text and {options.model}"
+                f" {end}{apart}"
+            ) from None
+        print(
+            f"gpt2c: only the sizes of the vocabularies could be compared, {tokenizer.vocab_size}"
+            f" of {options.data} and {size} of {options.model}: {error}",
+            file=sys.stderr,
+        )
+        return
+    if not own.covers(tokenizer):
+        raise ValueError(
+            f"{options.data} was made with another tokenizer than that of {options.model}{apart}"
+        )
+
+
+def _eval_choices(questions: list[scoring.Question], model: Model) -> None:
+    with _progress() as watch:
+        right = scoring.answer(model, questions, watch)
+    acc, acc_norm, acc_per_token = (_share(*pair) for pair in scoring.accuracy(right))
+    print(
+        f"acc {acc}  acc_norm {acc_norm} (per character)  acc_per_token {acc_per_token}"
+        f"  questions {len(questions)}"
+    )
+
+
+def _share(value: float, error: float) -> str:
+    """Write a share and its standard error, which one question has not."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} +/- {error:.4f}"
+
+
+@contextmanager
+def _progress() -> Iterator[scoring.Watch]:
+    """Give what shows how far the work is, if there is much of it."""
+    shown: list[Progress] = []
+
+    def watch(done: int, total: int, figures: str) -> None:
+        if total >= LONG:
+            if not shown:
+                shown.append(Progress(0, total, total // LINES))
+            shown[0].step(done, figures)
+
+    try:
+        yield watch
+    finally:
+        for progress in shown:
+            progress.close()

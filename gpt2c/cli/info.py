@@ -1,0 +1,300 @@
+"""`gpt2c info`: what is installed, what this machine has; --verbose: what a bug report needs.
+
+Nothing here fails for a fact that a system does not tell, nothing prints a secret, and packages
+that gpt2c does not need are asked for their version without being imported. Used by cli.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import locale
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from gpt2c.bench.machine import compiler, cpu_name
+from gpt2c.kernels.backend import (
+    NAMES,
+    REQUIRES,
+    THREAD_VARIABLES,
+    default_threads,
+    fma_peak,
+    get_backend,
+    why_missing,
+)
+from gpt2c.kernels.limits import (
+    AFFINITY,
+    CORES,
+    cpu_quota,
+    free_bytes,
+    memory_limit,
+    read,
+    total_bytes,
+    usable_cores,
+)
+from gpt2c.kernels.memory import megabytes
+from gpt2c.text.tokenizer import tiktoken_cache
+
+Row = tuple[str, str]  # a name, and what there is to say
+
+SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
+PACKAGES = (
+    *("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"),
+    *("matplotlib", "huggingface_hub", "gguf", "tensorboardX", "torch", "transformers", "lm_eval"),
+)
+# Variables that change what gpt2c or the libraries under it do.
+VARIABLES = re.compile(
+    r"(GPT2C|OMP|GOMP|KMP|OPENBLAS|MKL|HF|HUGGING_FACE|TRANSFORMERS|TQDM|MALLOC)_\w*|PYTHON\w*"
+    r"|LD_LIBRARY_PATH|LD_PRELOAD|TIKTOKEN_CACHE_DIR|DATA_GYM_CACHE_DIR|TMPDIR|XDG_CACHE_HOME|TERM"
+    r"|COLUMNS|(?i:https?|all|no)_(?i:proxy)"
+)
+SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD"}  # a word of a variable's name: no value is shown
+
+
+def add_flags(verb: argparse.ArgumentParser) -> None:
+    """Say what `gpt2c info` takes."""
+    verb.add_argument("--verbose", action="store_true", help="all that a bug report needs")
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """`gpt2c info`."""
+    threads = _threads()
+    rows: list[Row] = [
+        ("gpt2c", version("gpt2c")),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((package, version(package)) for package in SHORT),
+        ("CPU", cpu_name()),
+        ("cores", _cores()),
+        ("memory", _memory()),
+        ("threads", _why(threads)),
+        *backend_rows(threads),
+    ]
+    if options.verbose:
+        rows = [
+            *install_rows(),
+            *((package, version(package)) for package in PACKAGES),
+            ("NumPy's BLAS", _blas()),
+            *system_rows(),
+            *cpu_rows(),
+            *memory_rows(),
+            *thread_rows(threads),
+            *backend_rows(threads),
+            *environment_rows(),
+        ]
+    width = max(12, 2 + max(len(name) for name, _ in rows))
+    for name, text in rows:
+        print(f"{name:<{width}}{text}".rstrip())
+    return 0
+
+
+def version(package: str) -> str:
+    """Give a package's version, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _threads() -> int | str:
+    try:
+        return default_threads()
+    except ValueError as error:  # a variable; what else is wrong should be seen all the same
+        return f"none: {error}"
+
+
+def backend_rows(threads: int | str) -> list[Row]:
+    """Say of every backend what it reaches, or why it does not run here."""
+    chosen, problem = "", ""
+    try:
+        chosen = get_backend().name
+    except ValueError as error:
+        problem = str(error)
+    rows = []
+    for name in NAMES:
+        state = why_missing(name)
+        if not state and name != "numpy" and isinstance(threads, int):
+            team = f"{threads} thread{'s' if threads > 1 else ''}"
+            state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {team}"
+        mark = "  <- chosen" if name == chosen else ""
+        rows.append(("backend", f"{name:<12}{state}{mark}"))
+    return rows + ([("backend", f"none chosen: {problem}")] if problem else [])
+
+
+def install_rows() -> list[Row]:
+    """Say which gpt2c this is, how it was installed and built, and by which Python it runs."""
+    package = Path(__file__).parents[1]
+    rows = [("gpt2c", f"{version('gpt2c')} in {package}"), ("installed", _installed())]
+    for library in sorted(package.glob("_kernels_*")):
+        content, built = library.read_bytes(), compiler(library)
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        rows.append(("file", f"{library.name}  {len(content):,} bytes  sha256 {digest}  {built}"))
+    for library in sorted(package.parent.glob("gpt2c.libs/*")):
+        rows.append(("file", f"{library.name}  {library.stat().st_size:,} bytes"))
+    lock = "GIL" if getattr(sys, "_is_gil_enabled", lambda: True)() else "no GIL"
+    python = f"{' '.join(sys.version.split())}, {sys.maxsize.bit_length() + 1} bits, {lock}"
+    rows += [("Python", python), ("executable", sys.executable)]
+    return rows
+
+
+def _installed() -> str:
+    """Say by which tool, from where and for which platforms, as the package's metadata has it."""
+    try:
+        files = importlib.metadata.distribution("gpt2c")
+    except importlib.metadata.PackageNotFoundError:
+        return "no: imported from a folder"
+    facts = [f"by {(files.read_text('INSTALLER') or 'an unknown tool').strip()}"]
+    facts += [f"tag {tag}" for tag in re.findall(r"Tag: (\S+)", files.read_text("WHEEL") or "")]
+    with suppress(ValueError, AttributeError):
+        origin = json.loads(files.read_text("direct_url.json") or "{}")
+        facts += ["editable"] if origin.get("dir_info", {}).get("editable") else []
+        facts += [f"from {without_password(origin['url'])}"] if "url" in origin else []
+    return ", ".join(facts)
+
+
+def _blas() -> str:
+    with suppress(Exception):  # NumPy promises no layout of this
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return f"{blas['name']} {blas['version']}"
+    return "unknown"
+
+
+def system_rows() -> list[Row]:
+    """Say which operating system this is, and what standard output is."""
+    name = f"{platform.system()} {platform.mac_ver()[0]}".strip()
+    with suppress(OSError):
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    libc = "unknown"
+    with suppress(OSError, ValueError, AttributeError):  # other systems do not know the name
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or "unknown"
+    terminal = "no terminal"
+    if sys.stdout.isatty():
+        size = shutil.get_terminal_size()
+        terminal = f"a terminal of {size.columns} x {size.lines}"
+    encoding = f"{sys.stdout.encoding}, locale {locale.getlocale()[0]}"
+    return [
+        ("system", name),
+        ("kernel", f"{platform.system()} {platform.release()} {platform.version()}"),
+        ("libc", libc),
+        ("output", f"{terminal}, {encoding}"),
+    ]
+
+
+def cpu_rows() -> list[Row]:
+    """Say what the processor is and has, of what the backends ask for."""
+    rows = [("CPU", f"{cpu_name()}, {platform.machine()}")]
+    features = dict.fromkeys(f for name in reversed(NAMES) for f in REQUIRES[name])
+    try:
+        has = importlib.import_module("gpt2c._kernels_base").lib.cpu_supports
+        known = {feature: bool(has(feature.encode())) for feature in features}
+        for name, wanted in (("CPU has", True), ("CPU lacks", False)):
+            found = " ".join(feature for feature in features if known[feature] is wanted)
+            rows.append((name, found or "none of these"))
+    except ImportError:
+        rows.append(("CPU has", "unknown: no kernels to ask"))
+    caches = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (read(index / part) for part in ("level", "type", "size"))
+        caches.append(f"L{level} {kind.lower()} {size}")
+    rows.append(("caches", ", ".join(caches) or "unknown"))
+    load = "unknown"
+    with suppress(OSError, AttributeError):
+        load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    rows += [
+        ("cores", _cores()),
+        ("load", f"{load} (1, 5, 15 minutes)"),
+    ]
+    return rows
+
+
+def _cores() -> str:
+    """Say how many cores there are, and how much of them this process may use."""
+    quota = cpu_quota()
+    limit = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.3g}"
+    return f"{CORES}, of which {len(AFFINITY)} for this process, {limit}"
+
+
+def _memory() -> str:
+    """Say how much memory there is, and how much of it is left to this process."""
+    total = "unknown"
+    with suppress(OSError, ValueError):
+        total = megabytes(total_bytes())
+    limit = memory_limit()
+    bound = "no cgroup limit" if limit == math.inf else f"a cgroup limit of {megabytes(limit)}"
+    return f"{total}, of which {megabytes(free_bytes())} free for this process, {bound}"
+
+
+def _why(threads: int | str) -> str:
+    """Say how many threads kernels use, and why."""
+    if isinstance(threads, str):
+        return threads
+    variables = (f"from {name}" for name in THREAD_VARIABLES if os.environ.get(name))
+    why = (
+        "as the CPU quota allows"
+        if usable_cores() < len(AFFINITY)
+        else "the cores that this process may run on"
+    )
+    return f"{threads}, {next(variables, why)}"
+
+
+def memory_rows() -> list[Row]:
+    """Say how much memory there is, and what bounds it."""
+    spaces = {}
+    for name, limit in (("address space", "RLIMIT_AS"), ("data", "RLIMIT_DATA")):
+        spaces[name] = "unknown"
+        with suppress(ImportError):
+            resource = importlib.import_module("resource")
+            soft = resource.getrlimit(getattr(resource, limit))[0]
+            spaces[name] = "no limit" if soft == resource.RLIM_INFINITY else megabytes(soft)
+    pages = re.search(r"\[(\w+)\]", read(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
+    return [
+        ("memory", _memory()),
+        *((f"limit of {name}", text) for name, text in spaces.items()),
+        ("huge pages", pages[1] if pages else "unknown"),
+    ]
+
+
+def thread_rows(threads: int | str) -> list[Row]:
+    """Say how many threads kernels use, why, and whether the system gives so many."""
+    if isinstance(threads, str):
+        return [("threads", threads)]
+    rows = [("threads", _why(threads))]
+    if why_missing("base"):
+        return [*rows, ("they start", "unknown: no kernels to ask")]
+    try:
+        get_backend("base", threads).fma_burn(1)
+    except OSError as error:
+        return [*rows, ("they start", f"no: {error}")]
+    return [*rows, ("they start", "yes")]
+
+
+def environment_rows() -> list[Row]:
+    """Say which variables are set that change something, without secrets, and tiktoken's cache."""
+    rows = [("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "unset")]
+    for name, value in sorted(os.environ.items()):
+        if not VARIABLES.fullmatch(name) or name == "HF_TOKEN":
+            continue
+        secret = SECRETS & set(name.upper().split("_"))
+        if name.lower().endswith("_proxy"):  # may be an address without its scheme
+            value = value.rpartition("@")[2]
+        rows.append((name, "set" if secret else repr(without_password(value))))
+    cache, whole = tiktoken_cache()
+    state = "no cache: TIKTOKEN_CACHE_DIR is empty"
+    if cache is not None:
+        state = f"{cache} has {'' if whole else 'not '}GPT-2's vocabulary"
+    return [*rows, ("tiktoken's cache", state)]
+
+
+def without_password(text: str) -> str:
+    """Take user names and passwords out of the addresses in a text."""
+    return re.sub(r"//[^/\s]*@", "//***@", text)

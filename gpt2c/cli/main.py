@@ -1,0 +1,287 @@
+"""The command line: arguments in, doors called, one line for an error a user can cause.
+
+Knows nothing that the doors do not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.metadata
+import math
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from gpt2c.cli import bench as cli_bench
+from gpt2c.cli import convert as cli_convert
+from gpt2c.cli import eval as cli_eval
+from gpt2c.cli import generate as cli_generate
+from gpt2c.cli import info as cli_info
+from gpt2c.cli import plot as cli_plot
+from gpt2c.cli import prepare as cli_prepare
+from gpt2c.cli import tokens as cli_tokens
+from gpt2c.cli.demo import demo, demo_recipe
+from gpt2c.screen.command import command
+from gpt2c.screen.terminal import Door, one_line, open_door
+from gpt2c.train.loop import TrainResult, train
+from gpt2c.train.settings import TrainSettings, recipe_settings
+
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+LONGEST = 2000  # characters of an error that are shown
+ANY_TEXT = ("--prompt", "--stop")  # flags whose value may be any text, another flag's name too
+FLAG = re.compile("--[A-Za-z][A-Za-z0-9_-]*")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which would drop a value of two dashes."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings == ["--"] and action.option_strings:
+            return "--"
+        return super()._get_values(action, arg_strings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `gpt2c`; return its exit code.
+
+    0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's or
+    for text lost that was the result, 130 for Ctrl-C. All text passes `gpt2c.screen.terminal`: a
+    reader that has gone, or a terminal, is no error, nor is anything that standard error does not
+    take.
+    """
+    with open_door() as out, warnings.catch_warnings():
+        if not sys.warnoptions:  # libraries warn programmers, not those who type commands
+            warnings.simplefilter("ignore")
+        return _run(list(sys.argv[1:] if arguments is None else arguments), out)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let a signal that ends the process end the work first, so that nothing is left half-written.
+
+    One that is ignored, as nohup does, stays ignored.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    ends = [signal.SIGTERM, signal.SIGHUP] if main_thread else []
+    changed = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _run(arguments: list[str], out: Door) -> int:
+    top = parser()
+    if not arguments:
+        top.print_help()
+        return 0
+    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    if verb := verbs.get(arguments[0]):
+        arguments[1:] = _for_argparse(arguments[1:], verb)
+    options, unknown = top.parse_known_args(arguments)
+    if unknown:
+        options.verb.error(_unknown_flag(unknown[0], options.verb))
+    out.needed = options.shows
+    try:
+        trains = options.run in (run_train, run_demo)  # which have handlers of their own
+        with nullcontext() if trains else _ended_as_by_ctrl_c():
+            code: int = options.run(options)
+        out.flush()
+        if code == 0 and out.needed and out.lost and not out.reader_left:
+            _complain(f"standard output: {out.lost.strerror or out.lost}: some of the text is lost")
+            code = 2
+        return code
+    except KeyboardInterrupt:
+        print("gpt2c: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        named = error.filename and error.strerror
+        _complain(f"{error.filename}: {error.strerror}" if named else str(error))
+    except (ValueError, OverflowError, Warning) as error:  # a number too large for C or a float
+        _complain(str(error))
+    except MemoryError as error:
+        _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
+    return 2
+
+
+def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[str]:
+    """Return a verb's arguments as argparse takes them: --n_layer as --n-layer, values joined.
+
+    argparse takes a value that begins with a dash only if it is joined to its flag, as in
+    --prompt=-->. One that is itself a flag of the verb is a value where any text may be.
+    """
+    flags = verb._option_string_actions
+    texts: list[str] = []  # arguments that are no flags, of a verb that takes any text as these
+    taken: list[str] = []
+    left = list(reversed(arguments))
+    while left:
+        argument = left.pop()
+        name, equals, _ = argument.partition("=")
+        dashed = name.replace("_", "-")
+        if name not in flags and name.startswith("--") and dashed in flags:
+            argument, name = dashed + argument[len(name) :], dashed
+        if argument == "--":
+            texts += reversed(left)
+            break
+        if name not in flags:
+            is_text = verb.get_default("any_text") and not FLAG.fullmatch(name)
+            (texts if is_text else taken).append(argument)
+        elif equals or flags[name].nargs not in (None, "?"):
+            taken.append(argument)
+        elif flags[name].nargs == "?":  # a number may follow, and nothing else
+            number = left and left[-1].removeprefix("-").isdecimal()
+            taken.append(f"{name}={left.pop() if number else flags[name].const}")
+        elif not left or (name not in ANY_TEXT and left[-1].partition("=")[0] in {*flags, "--"}):
+            taken.append(argument)
+        else:
+            taken.append(f"{name}={left.pop()}")
+    return [*taken, "--", *texts] if texts else taken
+
+
+def _complain(text: str) -> None:
+    print(f"gpt2c: {one_line(text[:LONGEST])}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the whole command line."""
+    top = Parser(prog="gpt2c", description="Train and run GPT-2 on an ordinary CPU.")
+    version = importlib.metadata.version("gpt2c")
+    top.add_argument("--version", action="version", version=f"gpt2c {version}")
+    verbs = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    verb = _verb(verbs, "demo", run_demo, "the main job: text to tokens to a model to text")
+    verb.add_argument(
+        "--text",
+        type=Path,
+        help="learn this file, or directory of texts, instead of Python's documentation",
+    )
+    verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    _add_settings(verb, demo_recipe())
+
+    text = "text files to token files"
+    cli_prepare.add_flags(_verb(verbs, "prepare", cli_prepare.run_prepare, text))
+
+    verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
+    verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
+    verb.add_argument("--out", type=Path, required=True, help="the run's directory")
+    verb.add_argument(
+        "--config", help="a TOML file, or demo or shakespeare-char; flags override it"
+    )
+    verb.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    _add_settings(verb, {})
+
+    text = "loss, perplexity and bits per byte on held-out text; right answers to questions"
+    cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
+    text = "continue a text"
+    cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, text, shows=True))
+    text = "show a text as a tokenizer cuts it: pieces, ids, bytes"
+    cli_tokens.add_flags(_verb(verbs, "tokens", cli_tokens.run_tokens, text, shows=True))
+    text = "draw metrics.jsonl: loss, learning rate, gradient norm, tokens a second"
+    cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
+    text = "a model, tokenizer or token files for llm.c, llama.cpp, nanoGPT or transformers"
+    cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
+    text = "backends and PyTorch side by side, verified, in turn"
+    cli_bench.add_flags(_verb(verbs, "bench", cli_bench.run_bench, text, shows=True))
+    text = "CPU, backends, threads, versions"
+    cli_info.add_flags(_verb(verbs, "info", cli_info.run_info, text, shows=True))
+    return top
+
+
+def _unknown_flag(flag: str, verb: argparse.ArgumentParser) -> str:
+    name = flag.partition("=")[0]
+    near = difflib.get_close_matches(name, verb._option_string_actions, n=1)
+    return f"unrecognized argument {flag}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _verb(
+    verbs: Any, name: str, run: Any, text: str, shows: bool = False
+) -> argparse.ArgumentParser:
+    """Add a verb; `shows` means that what it writes to standard output is its result."""
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run, verb=verb, shows=shows)
+    verb.register("type", Path, _path)
+    return verb
+
+
+def _path(text: str) -> Path:
+    """Return an argument as a path; an empty one would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
+    return Path(text)
+
+
+def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
+    group = verb.add_argument_group("settings of the run", "names of a TOML recipe's keys")
+    for field in dataclasses.fields(TrainSettings):
+        kind = type(field.default)
+        value = {"type": kind, "metavar": kind.__name__.upper()}
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            **({"action": argparse.BooleanOptionalAction} if kind is bool else value),
+            help=f"{field.metadata['help']} ({defaults.get(field.name, field.default)})".replace(
+                "%", "%%"
+            ),
+        )
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`gpt2c demo`."""
+    result = demo(options.text, options.out, _given(options), options.overwrite)
+    return (
+        _interrupted(result, options.out / "data", options.out / "run") if result.interrupted else 0
+    )
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """`gpt2c train`."""
+    given = _given(options)
+    if options.config:
+        given = recipe_settings(options.config, given)
+    result = train(options.data, options.out, given, options.resume, options.overwrite)
+    if result.interrupted:
+        return _interrupted(result, options.data, options.out)
+    steps = result.step - result.started
+    done = f"{steps} steps in {result.seconds:.0f} s"
+    if not steps:
+        done = f"was finished already, after {result.step} steps (a larger --max-iters goes on)"
+    elif result.started:
+        done += f", {result.step} in all"
+    if result.skipped:
+        done += f" ({result.skipped} skipped)"
+    if not math.isnan(result.val_loss):  # of a run stopped before, these weights have none
+        done += f", validation loss {result.val_loss:.4f} nats/token"
+    print(f"{options.out}: {done}")
+    return 0
+
+
+def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
+    print(
+        f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
+        f" {command('train', '--data', data, '--out', out, '--resume')}"
+    )
+    return INTERRUPTED

@@ -1,0 +1,127 @@
+"""`gpt2c plot`: flags in, a picture out, and a line for each run. Used by cli."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2c.evaluate.figures import figures
+from gpt2c.files.names import METRICS_FILE, RUN_FILE, RUNS_FILE
+from gpt2c.files.untrusted import read_json
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.metrics import read_metrics
+from gpt2c.train.plot import plot_runs, shorten
+
+Entries = list[dict[str, Any]]
+TOKENS = "nats per token"
+BYTES = "bits per byte"
+
+
+def add_flags(verb: argparse.ArgumentParser) -> None:
+    """Say what `gpt2c plot` takes."""
+    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="what gpt2c train made")
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="default: plot.png in the first run"
+    )
+
+
+def run_plot(options: argparse.Namespace) -> int:
+    """`gpt2c plot`."""
+    out = options.out or options.runs[0] / RUNS_FILE
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: a picture is a PNG file; give --out a name that ends in .png")
+    runs: dict[Path, Entries] = {}
+    for path in options.runs:
+        if not (path / METRICS_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path / METRICS_FILE} does not exist: a run of gpt2c train has it"
+            )
+        entries = read_metrics(path / METRICS_FILE)
+        if not entries:
+            raise ValueError(f"{path / METRICS_FILE} holds no step that can be drawn")
+        runs[path] = entries
+    unit = TOKENS
+    if not _one_tokenizer(runs):
+        sizes = {path: _bytes_per_token(path) for path in runs}
+        if all(sizes.values()):
+            unit = BYTES
+            runs = {path: _in_bits(entries, sizes[path]) for path, entries in runs.items()}
+        else:
+            unit = f"{TOKENS}: tokenizers differ, do not compare"
+            unknown = ", ".join(str(path) for path, size in sizes.items() if not size)
+            print(
+                f"gpt2c: the runs have different tokenizers, and {unknown} does not say how many"
+                " bytes a token of its text has: losses are drawn in nats per token, which must"
+                " not be compared; gpt2c eval gives bits per byte",
+                file=sys.stderr,
+            )
+    lacking = plot_runs({str(path): entries for path, entries in runs.items()}, out, unit)
+    if shown := "".join(c for c in lacking if c.isprintable()):  # a control character has no font
+        print(
+            f"gpt2c: no font here has {shown}: the picture shows their codes; install a font"
+            " such as Noto Sans CJK",
+            file=sys.stderr,
+        )
+    _tell(runs, unit)
+    print(out)
+    return 0
+
+
+def _one_tokenizer(paths: Iterable[Path]) -> bool:
+    """Whether no two of the runs hold different tokenizers; one that holds none counts as equal."""
+    found = set()
+    for path in paths:
+        try:
+            found.add(Tokenizer.from_pretrained(path).fingerprint)
+        except (OSError, ValueError):
+            continue
+    return len(found) <= 1
+
+
+def _bytes_per_token(path: Path) -> dict[str, float]:
+    """Give how many bytes a token of the run's texts has: "train" and "val"; {} if unknown."""
+    try:
+        sizes = read_json(path / RUN_FILE).get("bytes_per_token")
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(sizes, dict):
+        return {}
+    known: dict[str, Any] = {split: sizes.get(split) for split in ("train", "val")}
+    return (
+        known if all(type(x) in (int, float) and 0 < x < math.inf for x in known.values()) else {}
+    )
+
+
+def _in_bits(entries: Entries, sizes: dict[str, float]) -> Entries:
+    """Turn the losses of a run from nats per token into bits per byte of its texts."""
+    splits = {"loss": sizes["train"], "val_loss": sizes["val"]}
+    found = []
+    for entry in entries:
+        losses = {
+            name: figures(entry[name], 1).bits_per_token / size
+            for name, size in splits.items()
+            if entry.get(name) is not None
+        }
+        found.append(entry | losses)
+    return found
+
+
+def _tell(runs: dict[Path, Entries], unit: str) -> None:
+    """Print a line for each run: its steps, its last losses, its speed."""
+    labels = shorten([str(path) for path in runs])
+    for label, entries in zip(labels, runs.values(), strict=True):
+        parts = [f"{entries[-1]['step']:,} steps"]
+        for name, text in (("loss", "training loss"), ("val_loss", "validation loss")):
+            values = [entry[name] for entry in entries if entry.get(name) is not None]
+            if values:
+                parts.append(f"{text} {values[-1]:.4f} (lowest {min(values):.4f}) {unit}")
+        speeds = [e["tokens_per_second"] for e in entries if e.get("tokens_per_second")]
+        if speeds:
+            parts.append(f"{np.median(speeds):,.0f} tokens/s")
+        print(f"{label}: {', '.join(parts)}")

@@ -1,0 +1,219 @@
+"""GPT2LM: a model for EleutherAI's lm-evaluation-harness, which must be installed to import this.
+
+    lm = gpt2c.evaluate.lm_eval.GPT2LM(model, tokenizer)
+    lm_eval.simple_evaluate(lm, tasks=["hellaswag"])
+
+Encodes, truncates and slides as the harness' own HFLM does, so that figures can be compared. What
+HFLM ends a whole evaluation for is scored here: a continuation that has no tokens of its own, or
+more than the model reads. Nothing else of gpt2c imports this module or needs the harness.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt2c.evaluate.scoring import Scorer
+from gpt2c.generate.sampling import OFF, GenerationConfig, TextSettings
+from gpt2c.generate.text import continue_prompts
+from gpt2c.generator import Writer
+from gpt2c.kernels.checks import whole_or_float
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":  # it is installed, and lacks something
+        raise
+    raise ModuleNotFoundError(
+        "gpt2c.evaluate.lm_eval is an adapter for lm-evaluation-harness: pip install lm_eval",
+        name="lm_eval",
+    ) from error
+
+MAX_GEN_TOKS = 256  # where a task says nothing
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same
+# What a task may say of how a text goes on: what is said here in another way is not among it.
+KNOWN = TextSettings.__annotations__.keys() | OFF.keys() | {"num_return_sequences"}
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
+
+
+class GPT2LM(TemplateLM):  # type: ignore[misc]
+    """A model and its tokenizer, as the harness wants them.
+
+    Parameters
+    ----------
+    model : a `GPT2` or `QuantizedGPT2`
+    tokenizer : its tokenizer
+
+    Raises
+    ------
+    ValueError : the tokenizer has more tokens than the model
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._unused = tokenizer.unused_ids(model.config.vocab_size)
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token, which an empty context is."""
+        return self.tokenizer.eot
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens are read at most."""
+        return self.model.config.n_positions
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Encode a string; "<|endoftext|>" in it is the token, as in transformers."""
+        first, *others = map(self.tokenizer.encode, string.split(END_OF_TEXT))
+        return first + [token for part in others for token in (self.tokenizer.eot, *part)]
+
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-probability after its context, and whether it is greedy.
+
+        A continuation longer than n_positions is scored piece by piece, each piece with as much
+        before it as fits. An empty one is certain: 0.0, True.
+        """
+        rows: list[Request] = [
+            (request.args, *self._encode_pair(*request.args)) for request in requests
+        ]
+        return self._loglikelihood_tokens(rows, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode both as one text, and split its tokens where those of the context alone end.
+
+        Spaces at the context's end belong to the continuation. An empty context is the end-of-text
+        token, which the continuation may begin with. Where no token is left to the continuation, as
+        the context's last one took it in, the two are encoded each by itself.
+        """
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        before, whole = self.tok_encode(kept), self.tok_encode(kept + continuation)
+        if not before:
+            start = whole[:1] == [self.eot_token_id]
+            return [self.eot_token_id], whole[start:]
+        return before, whole[len(before) :] or self.tok_encode(continuation)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score token ids; what does not fit n_positions is cut from the context's left."""
+        pieces = [self._pieces(*request[1:]) for request in requests]
+        scorer = Scorer(self.model)
+        answers = [(0.0, True)] * len(pieces)
+        # Sorted, texts stand beside those that begin as they do, and what they share is read once.
+        order = sorted(range(len(pieces)), key=pieces.__getitem__)
+        for i in tqdm(order, desc="loglikelihood", disable=disable_tqdm):
+            for tokens, first in pieces[i]:
+                logprobs, likeliest = scorer(np.array(tokens, np.int32), first)
+                total, greedy = answers[i]
+                total += float(logprobs.sum(dtype=np.float64))
+                answers[i] = total, greedy and bool(likeliest.all())
+            if (strings := requests[i][0]) is not None:  # None: a window of loglikelihood_rolling
+                self.cache_hook.add_partial("loglikelihood", strings, answers[i])
+        return answers
+
+    def _pieces(self, context: list[int], continuation: list[int]) -> list[tuple[list[int], int]]:
+        """Cut a text into what is read at once, with the place of the first token to score."""
+        row, most = (context or [self.eot_token_id]) + continuation, self.max_length
+        pieces = []
+        for start in range(len(row) - len(continuation), len(row), most):
+            end = min(start + most, len(row))
+            begin = max(0, end - most - 1)  # the last token is not read
+            pieces.append((row[begin:end], start - begin))
+        return pieces
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Give the log-probability of whole texts, each begun by the end-of-text token.
+
+        Those longer than n_positions are cut into windows that do not overlap, but for the last,
+        which is filled up with context.
+        """
+        out = []
+        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
+            (string,) = request.args
+            pairs = utils.get_rolling_token_windows(
+                self.tok_encode(string), self.prefix_token_id, self.max_length, context_len=1
+            )
+            windows: list[Request] = [(None, *utils.make_disjoint_window(pair)) for pair in pairs]
+            total = sum(score for score, _ in self._loglikelihood_tokens(windows, True))
+            self.cache_hook.add_partial("loglikelihood_rolling", (string,), total)
+            out.append(total)
+        return out
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue contexts, greedily unless a task wants samples, up to one of its `until`.
+
+        A context is cut from the left to leave room for max_gen_toks tokens, 256 or half of
+        n_positions unless given. max_length counts the context's tokens too.
+        """
+        out = []
+        every = [self._settings(request.args[1]) for request in requests]  # a mistake costs no work
+        watched = tqdm(requests, desc="generate_until", disable=disable_tqdm)
+        for request, (until, settings, total) in zip(watched, every, strict=True):
+            context, wanted = request.args
+            room = self.max_length - settings.max_new_tokens
+            prompt = self.tok_encode(context)[-room:] or [self.eot_token_id]
+            left = max(0, min(settings.max_new_tokens, total - len(prompt)))
+            settings = dataclasses.replace(
+                settings,
+                max_new_tokens=left,
+                min_new_tokens=min(settings.min_new_tokens, left),
+            )
+            writer = Writer(self.tokenizer, until, 0, {self.eot_token_id})
+            for _ in continue_prompts(self.model, [prompt], settings, [writer], None, self._unused):
+                pass
+            out.append(writer.take(last=True))
+            self.cache_hook.add_partial("generate_until", (context, wanted), out[-1])
+        return out
+
+    def _settings(self, wanted: dict[str, Any]) -> tuple[list[str], GenerationConfig, int]:
+        """Turn a task's generation_kwargs into stop strings, gpt2c's settings and max_length."""
+        entries = {name: value for name, value in wanted.items() if value is not None}
+        until = entries.pop("until", [])
+        stops = list(until) if isinstance(until, list | tuple | set) else [until]
+        if wrong := [stop for stop in stops if not isinstance(stop, str)]:
+            raise ValueError(f"generation_kwargs: until must be strings, got {wrong[0]!r:.50}")
+        default = min(MAX_GEN_TOKS, self.max_length // 2)
+        lengths = [entries.pop(name) for name in LENGTHS if name in entries] or [default]
+        total = whole_or_float("max_length", entries.pop("max_length", self.max_length))
+        if unknown := sorted(entries.keys() - KNOWN):
+            got = ", ".join(f"{name}={entries[name]!r}" for name in unknown)
+            raise ValueError(f"generation_kwargs: gpt2c has no {got}; take it out of the task")
+        given = {
+            "max_new_tokens": lengths[0],
+            "eos_token_id": self.eot_token_id,
+            "do_sample": bool(entries.get("temperature")),
+        }
+        try:
+            config = GenerationConfig(**given | entries)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"generation_kwargs: {error}") from None
+        if config.num_return_sequences != 1:
+            raise ValueError(
+                "generation_kwargs: num_return_sequences must be 1, for a task wants one text, got"
+                f" {config.num_return_sequences}"
+            )
+        if config.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks must leave room for a context in n_positions = {self.max_length}"
+                f" tokens, got {config.max_new_tokens}"
+            )
+        return [stop for stop in stops if stop], config, total

@@ -1,0 +1,4 @@
+"""Bytes on disk: whole or absent, untrusted input, safetensors, the hub.
+
+Knows no text and no model.
+"""

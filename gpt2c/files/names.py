@@ -1,0 +1,29 @@
+"""Names of files, each known here alone: of a model and a tokenizer, of token files, of a run."""
+
+# a model, as transformers has it
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# a tokenizer, as transformers has it
+VOCAB_FILE = "vocab.json"
+MERGES_FILE = "merges.txt"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+ADDED_FILE = "added_tokens.json"
+ROLES_FILE = "special_tokens_map.json"
+
+# token files, in a directory of them
+MANIFEST_FILE = "manifest.json"
+
+# a run
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = f"{METRICS_FILE}.damaged"
+CHECKPOINTS = "checkpoints"  # a directory of models, without a tokenizer of their own
+STATE_FILE = "state.json"  # of a checkpoint; the files beside it are those whose sums it has
+MOMENTS_FILE = "trainer.safetensors"
+EVENTS = "tensorboard"
+LOSS_FILE = "loss.png"
+RUNS_FILE = "plot.png"

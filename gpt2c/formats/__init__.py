@@ -1,0 +1,1 @@
+"""A model or tokenizer <-> the files of other projects. Knows nothing of training."""

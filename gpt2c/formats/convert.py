@@ -1,0 +1,347 @@
+"""From one project's files to another's: Hugging Face, llm.c, nanoGPT, llama.cpp.
+
+    a model             directory or llm.c's .bin   ->   directory, .bin or .gguf
+    a tokenizer         directory, .bin or a name   ->   directory or .bin
+    token files         llm.c's, with a header     <->   nanoGPT's, without: only where asked for
+
+What SRC is shows in the file's first bytes or in a directory's names; what DST is to be, in its
+name. Knows nothing about the formats themselves. Used by cli_convert.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gpt2c.files.atomic import check_directory, claim_directory, places
+from gpt2c.files.names import (
+    CONFIG_FILE,
+    MERGES_FILE,
+    TOKENIZER_CONFIG_FILE,
+    VOCAB_FILE,
+    WEIGHTS_FILE,
+)
+from gpt2c.formats import huggingface, llmc
+from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
+from gpt2c.formats.gguf import write_gguf
+from gpt2c.formats.load import find
+from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
+from gpt2c.model.model import Model
+from gpt2c.text.shards import (
+    MAGIC,
+    Split,
+    StoredTokens,
+    alone,
+    find_shards,
+    has_header,
+    open_tokens,
+    remove_shards,
+    shard_names,
+    write_shards,
+    write_tokens,
+)
+from gpt2c.text.tokenizer import NAMES, Tokenizer
+from gpt2c.text.vocabulary import has_tokenizer
+
+FORMATS = ("nanogpt",)
+DTYPES = (*llmc.DTYPES, *GGUF_DTYPES)
+# Suffixes of files that convert does not write: no name that a directory is meant to have.
+OTHERS = {
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".safetensors",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".npy",
+}
+OTHERS |= {
+    ".ggml",
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".toml",
+    ".model",
+    ".tiktoken",
+    ".zip",
+    ".tar",
+    ".gz",
+}
+SHARD_TOKENS = 10**8  # as karpathy/llm.c:dev/data/fineweb.py
+_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE)
+_KINDS = {MAGIC: "tokens", llmc.MODEL_MAGIC: "model", llmc.TOKENIZER_MAGIC: "tokenizer"}
+
+
+def convert(
+    src: str,
+    dst: str | os.PathLike[str],
+    format: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write SRC again as what DST's name says.
+
+    Parameters
+    ----------
+    src : a file, a directory, or a tokenizer's name
+    dst : FILE.bin, FILE.gguf, or a directory: an existing one, a name that ends in a slash, or one
+        without the suffix of another kind of file
+    format : "nanogpt": SRC are token files, and nanoGPT's is the side that has no header
+    dtype : of the weights in DST: fp32 (default) or bf16 of llm.c's, f32 (default), f16 or q8_0 of
+        GGUF
+    overwrite : files that are there are replaced
+
+    Returns
+    -------
+    what was written, in a line; weights that are not finite are told on standard error
+
+    Raises
+    ------
+    OSError : a file is missing or cannot be read or written, or is there already
+    ValueError : SRC is damaged, or nothing that DST could be made of
+    """
+    directory = os.fspath(dst).endswith("/")
+    source, dst = Path(src), Path(dst)
+    if source.exists() and dst.exists() and source.samefile(dst):
+        raise ValueError(f"{src} and {dst} are the same: name another place to write to")
+    suffix = "" if directory or dst.is_dir() else dst.suffix
+    if suffix.lower() in OTHERS:
+        raise ValueError(
+            f"{dst}: its name must say what to write, FILE.bin (llm.c's), FILE.gguf or a directory"
+            f" ({dst}/ is one)"
+        )
+    if suffix not in (".bin", ".gguf"):  # a dot in a directory's name, as in model-0.1
+        suffix = ""
+    if format == "nanogpt":
+        _refuse_dtype(dtype, dst, "token files")
+        return _convert_tokens(source, dst, suffix, overwrite)
+    kinds = _kinds(src)
+    if source.is_dir() and suffix == "":
+        raise ValueError(
+            f"{src} is a directory of Hugging Face's layout as {dst} would be: name a FILE.bin or"
+            " FILE.gguf, or say --format nanogpt for the token files in it"
+        )
+    if kinds == {"tokens"}:
+        raise ValueError(
+            f"{src} has llm.c's token files and nothing else: --format nanogpt writes them without"
+            " a header"
+        )
+    if suffix == ".gguf":
+        kind = "model"
+    else:
+        kind = _kind_of_bin(src, dst, kinds) if suffix else next(iter(kinds))
+    if kind == "tokenizer":
+        _refuse_dtype(dtype, dst, "a tokenizer")
+        return _convert_tokenizer(src, dst, suffix, overwrite)
+    if "model" not in kinds:
+        raise ValueError(f"{src} holds no model that {dst} could be made of")
+    return _convert_model(source, dst, suffix, dtype, overwrite)
+
+
+def _kinds(src: str) -> set[str]:
+    """Say what SRC holds, of model, tokenizer and tokens."""
+    path = Path(src)
+    if not path.exists():
+        if src in NAMES:
+            return {"tokenizer"}
+        raise FileNotFoundError(f"{src} does not exist, nor is it one of {', '.join(NAMES)}")
+    if path.is_dir():
+        held = {
+            "model": (path / CONFIG_FILE).exists(),
+            "tokenizer": has_tokenizer(path),
+            "tokens": bool(find_shards(path, "train") or find_shards(path, "val")),
+        }
+        kinds = {kind for kind, there in held.items() if there}
+        for pickle in sorted(path.glob("*.pt")) if not kinds else []:
+            llmc.read_header(pickle)  # says what to do instead
+        if not kinds:
+            hidden = f"; the directory {src} here hides the tokenizer" if src in NAMES else ""
+            raise ValueError(
+                f"{src} holds no {CONFIG_FILE}, vocab.json or token files to convert{hidden}"
+            )
+        return kinds
+    if path.suffix == ".safetensors":
+        return {"model"}
+    magic = int.from_bytes(llmc.read_header(path)[0][:4], "little")
+    if magic not in _KINDS:
+        raise ValueError(
+            f"{src} starts with none of llm.c's magic numbers: if it is a token file of nanoGPT's,"
+            " which has no header, say --format nanogpt"
+        )
+    return {_KINDS[magic]}
+
+
+def _kind_of_bin(src: str, dst: Path, kinds: set[str]) -> str:
+    """Say what a .bin is to hold: SRC has one thing only, or the name says tokenizer or not."""
+    if kinds == {"tokenizer", "tokens"} and "tokenizer" not in dst.name:
+        raise ValueError(
+            f"{src} has a tokenizer and token files, and {dst} could be of either: name it"
+            " tokenizer.bin, or a directory, with --format nanogpt"
+        )
+    if "tokenizer" in dst.name and "tokenizer" not in kinds:
+        raise ValueError(f"{src} has no tokenizer that {dst} could be made of")
+    if "tokenizer" in kinds and ("tokenizer" in dst.name or "model" not in kinds):
+        return "tokenizer"
+    return "model"
+
+
+def _refuse_dtype(dtype: str | None, dst: Path, what: str) -> None:
+    if dtype is not None:
+        raise ValueError(f"--dtype {dtype} is for weights, and {dst} is to hold {what}")
+
+
+def _claim(dst: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Refuse to replace DST, or `names` in that directory, unless `overwrite`."""
+    if names:
+        check_directory(dst, overwrite=True)
+    paths = [dst / name for name in names] or [dst]
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; name another place or pass --overwrite")
+    places(*paths)
+    claim_directory(dst.parent, overwrite=True)
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwrite: bool) -> str:
+    known: Sequence[str] = {".bin": (*llmc.DTYPES,), ".gguf": (*GGUF_DTYPES,)}.get(suffix, ())
+    if dtype is not None and dtype not in known:
+        takes = f"takes {', '.join(known)}" if known else "is float32"
+        raise ValueError(f"{dst} {takes}, not --dtype {dtype}")
+    dtype = dtype or (known[0] if known else "float32")
+    if suffix == ".gguf" and not has_tokenizer(src):
+        raise ValueError(
+            f"{src} has no tokenizer, which a GGUF holds too: make a directory of both first, with"
+            f" gpt2c convert {src} DIR and gpt2c convert TOKENIZER DIR"
+        )
+    found = find(src)
+    if found.weights != "fp32":
+        raise ValueError(
+            f"{src} holds {found.weights} weights: convert the model that they were made of"
+        )
+    _claim(dst, () if suffix else (CONFIG_FILE, WEIGHTS_FILE), overwrite)
+    model = Model(found.config, seed=None)
+    model.load_parameters(found.tensors, found.source)
+    if suffix == ".bin":
+        llmc.write_model(dst, model.config, model.parameters, dtype)
+        what = "llm.c's model"
+    elif suffix == ".gguf":
+        tokenizer = Tokenizer.from_pretrained(src)
+        write_gguf(dst, model.config, model.parameters, tokenizer, dtype)
+        what = "GGUF"
+    else:
+        huggingface.save_weights(dst, model.config.to_dict(), model.parameters)
+        what = "Hugging Face's model"
+    _warn(src, dst, model)
+    more = "" if suffix else _missing_tokenizer(dst)
+    return f"{dst}: {what}, {model.config.num_parameters():,} parameters, {dtype}{more}"
+
+
+def _warn(src: Path, dst: Path, model: Model) -> None:
+    """Say on standard error if weights are not finite: a user may want to look at them there."""
+    lost = [name for name, tensor in model.parameters.items() if not np.isfinite(tensor).all()]
+    if lost:
+        others = f" and {len(lost) - 1} more" if lost[1:] else ""
+        print(
+            f"gpt2c: warning: {src} has nan or infinity in {lost[0]}{others}, and so has {dst}: the"
+            " model has diverged or is damaged",
+            file=sys.stderr,
+        )
+
+
+def _missing_tokenizer(dst: Path) -> str:
+    """Say what a directory still needs."""
+    return "" if has_tokenizer(dst) else f"; no tokenizer yet: gpt2c convert TOKENIZER {dst}"
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+
+def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str:
+    _claim(dst, () if suffix else _TOKENIZER_FILES, overwrite)
+    if Path(src).is_file():
+        tokenizer = Tokenizer(*llmc.read_tokenizer(src))
+    elif Path(src).is_dir():
+        tokenizer = Tokenizer.from_pretrained(src)
+    else:
+        tokenizer = Tokenizer.from_name(src)
+    if suffix:
+        unused = set(tokenizer.unused_ids(tokenizer.vocab_size))  # the file has a name for each id
+        tokens = [
+            f"[PAD{token_id}]".encode() if token_id in unused else tokenizer.token_bytes(token_id)
+            for token_id in range(tokenizer.vocab_size)
+        ]
+        llmc.write_tokenizer(dst, tokens, tokenizer.eot)
+        return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
+    try:
+        tokenizer.save_pretrained(dst)
+    except ValueError as error:
+        raise ValueError(
+            f"{src}: its ids are not in the order of a BPE's merges, which the file does not have"
+            f" and Hugging Face's files need: {error}"
+        ) from None
+    return f"{dst}: Hugging Face's tokenizer, {tokenizer.vocab_size:,} tokens"
+
+
+# ---- token files ---------------------------------------------------------------------------------
+
+
+def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
+    """Give nanoGPT's token files llm.c's header, or take it away: as SRC has none or has it."""
+    if src.suffix in llmc.PICKLES:
+        llmc.read_header(src)
+    if src.is_dir() == (suffix == ".bin") or suffix == ".gguf":
+        raise ValueError(f"{src} and {dst}: of token files both are directories or both FILE.bin")
+    if not src.is_dir():
+        headed, shards = _open_tokens([src])
+        _claim(dst, (), overwrite)
+        if headed:
+            write_nanogpt(dst, shards)
+        else:
+            write_tokens(dst, shards[0])
+        return f"{dst}: {_describe(headed, shards)}"
+    splits: tuple[Split, ...] = ("train", "val")
+    found = {split: _open_tokens(paths) for split in splits if (paths := find_shards(src, split))}
+    if not found:
+        raise FileNotFoundError(f"{src} has no token files train.bin or val.bin")
+    there = [path for split in splits for path in find_shards(dst, split)]
+    _claim(dst, [path.name for path in there] or ["val.bin"], overwrite)
+    dst.mkdir(exist_ok=True)
+    coming = [
+        name
+        for split, (headed, shards) in found.items()
+        for name in shard_names(split, len(shards[0]), 0 if headed else SHARD_TOKENS)
+    ]
+    with alone(dst):
+        remove_shards(dst, coming)
+        for split, (headed, shards) in found.items():  # val comes last, as from `gpt2c prepare`
+            if headed:
+                write_nanogpt(dst / f"{split}.bin", shards)
+            else:
+                write_shards(dst, split, shards[0], SHARD_TOKENS)
+    written = "; ".join(f"{split}: {_describe(*found[split])}" for split in found)
+    return f"{dst}: {written}{_missing_tokenizer(dst)}"
+
+
+def _open_tokens(paths: list[Path]) -> tuple[bool, list[StoredTokens]]:
+    """Open the files of a split: whether they are llm.c's, and their tokens."""
+    headed = has_header(paths[0])
+    if not headed and len(paths) > 1:
+        raise ValueError(
+            f"{paths[0]} and {paths[1]}: nanoGPT has one file for train and one for val, not more"
+        )
+    return headed, [open_tokens(path) if headed else open_nanogpt(path) for path in paths]
+
+
+def _describe(headed: bool, shards: list[StoredTokens]) -> str:
+    layout = "nanoGPT's, without a header" if headed else "llm.c's"
+    return f"{sum(map(len, shards)):,} tokens, {layout}"

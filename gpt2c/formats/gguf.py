@@ -1,0 +1,144 @@
+"""GGUF: a trained model with its tokenizer in one file, as llama.cpp and the tools on it read it.
+
+Names and values are those of llama.cpp's architecture "gpt2"; the lm_head is not written, for
+llama.cpp takes the embedding where it is missing. Needs the `gguf` package, `pip install
+'gpt2c[gguf]'`. Knows nothing about directories or weights on disk. Used by convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2c.files.atomic import atomic_path
+from gpt2c.kernels.memory import Array
+from gpt2c.model.config import GPT2Config
+from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
+
+# dtype: file type and type of the matrices, as `gguf` names them
+DTYPES = {"f32": ("ALL_F32", "F32"), "f16": ("MOSTLY_F16", "F16"), "q8_0": ("MOSTLY_Q8_0", "Q8_0")}
+BLOCK = 32  # weights of a row that share a factor in q8_0
+_NAMES = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "ln_f": "output_norm",
+}
+
+
+def write_gguf(
+    path: Path,
+    config: GPT2Config,
+    tensors: Mapping[str, Array],
+    tokenizer: Tokenizer,
+    dtype: str = "f32",
+) -> None:
+    """Write a GGUF file that llama.cpp runs.
+
+    Parameters
+    ----------
+    path : the file
+    config : of the model
+    tensors : name -> float32 array, names and shapes of `GPT2Config.parameter_shapes`
+    tokenizer : of the model; it may have fewer tokens, the others get names and are not used
+    dtype : of the matrices: "f32", "f16", or "q8_0", 8 bits with a factor for each 32 weights;
+        vectors and positions stay float32
+
+    Raises
+    ------
+    OSError : the gguf package is missing, or the file cannot be written; what was there before is
+        unchanged
+    ValueError : an unknown dtype, or weights or a tokenizer that the file cannot hold
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise OSError(
+            f"{path}: writing GGUF needs the gguf package: pip install 'gpt2c[gguf]'"
+        ) from None
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype of a GGUF is one of {', '.join(DTYPES)}, not {dtype}")
+    for name, width in (("n_embd", config.n_embd), ("n_inner", config.inner)):
+        if dtype == "q8_0" and width % BLOCK:
+            raise ValueError(
+                f"{path}: q8_0 needs rows of a multiple of {BLOCK} weights, and {name} is {width};"
+                " take f16"
+            )
+    file_type, matrix_type = DTYPES[dtype]
+    tokens, types, merges = _vocabulary(tokenizer, config.vocab_size, gguf.TokenType)
+    with atomic_path(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, "gpt2")
+        writer.add_name(path.stem)
+        writer.add_file_type(gguf.LlamaFileType[file_type])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_shape(writer, config)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(tokenizer.eot)
+        writer.add_eos_token_id(tokenizer.eot)
+        writer.add_add_bos_token(False)
+        for name, tensor in tensors.items():
+            is_matrix = tensor.ndim == 2 and name != "wpe.weight"
+            kind = gguf.GGMLQuantizationType[matrix_type if is_matrix else "F32"]
+            stored = gguf.quants.quantize(_checked(tensor, kind.name, f"{path}: {name}"), kind)
+            writer.add_tensor(_gguf_name(name), stored, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _add_shape(writer: Any, config: GPT2Config) -> None:
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.inner)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+
+
+def _gguf_name(name: str) -> str:
+    """Give llama.cpp's name of a tensor: h.0.ln_1.weight is blk.0.attn_norm.weight."""
+    module, _, kind = name.rpartition(".")
+    block = ""
+    if module.startswith("h."):
+        _, layer, module = module.split(".", 2)
+        block = f"blk.{layer}."
+    return f"{block}{_NAMES[module]}.{kind}"
+
+
+def _checked(tensor: Array, kind: str, source: str) -> Array:
+    """Refuse numbers that `kind` does not have."""
+    largest = {"F32": np.inf, "F16": 65504.0, "Q8_0": 65504.0 * 127}[kind]
+    if kind != "F32" and not (np.abs(tensor) <= largest).all():
+        raise ValueError(f"{source} holds nan or numbers beyond {largest:g}, which {kind} has not")
+    return np.ascontiguousarray(tensor)
+
+
+def _vocabulary(
+    tokenizer: Tokenizer, vocab_size: int, token_type: Any
+) -> tuple[list[str], list[Any], list[str]]:
+    """Give tokens, their types and merges, filled up to the model's vocabulary."""
+    unused = tokenizer.unused_ids(vocab_size)
+    vocabulary, merges = tokenizer.vocab_and_merges()
+    names = {token_id: name for name, token_id in vocabulary.items()}
+    tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
+    types = [token_type.NORMAL] * vocab_size
+    for token_id in unused:
+        types[token_id] = token_type.UNUSED
+    for token_id in tokenizer.special_tokens.values():
+        types[token_id] = token_type.CONTROL
+    # llama.cpp wants a list of merges that is not empty; where there are none, one that no text
+    # gives rise to leaves it at bytes.
+    return tokens, types, merges or [f"{END_OF_TEXT} {END_OF_TEXT}"]

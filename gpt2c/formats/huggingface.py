@@ -1,0 +1,271 @@
+"""Weights on disk: a directory that Hugging Face's transformers loads as it is.
+
+    config.json                    the configuration, Hugging Face's field names
+    generation_config.json         where texts start and end, for transformers' generate
+    model.safetensors              the weights, Hugging Face's GPT-2 names and layout; or
+    model.safetensors.index.json   which tensor is in which shard: read, never written
+
+A directory may come from anyone: what one file says is compared with the others before it is used.
+Knows nothing about models: tensors are a dict, a configuration is a dict, and whether names and
+shapes fit is for the model to say. All it knows of GPT-2 is how Hugging Face's file differs from
+memory: four matrices are transposed, and names may have a prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.files import hub
+from gpt2c.files.atomic import atomic_paths, claim_directory
+from gpt2c.files.names import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
+from gpt2c.files.tensors import FLOAT_DTYPES, AnyTensor, StoredTensor, map_tensors, write_tensors
+from gpt2c.files.untrusted import read_json, shown
+from gpt2c.model.quantized import DTYPES
+
+# Hugging Face's Conv1D stores these as (C, OC); memory has llm.c's (OC, C).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# The causal mask that older versions of transformers saved with the weights.
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+
+ENTRY = "quantization_config"  # of config.json, as Hugging Face calls it
+
+# A shard's name is a plain one: an index must not reach for files outside of its directory.
+SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
+
+
+def save_weights(
+    directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
+) -> None:
+    """Write the configuration and model.safetensors, all completely before one takes its name.
+
+    Shards of another save are removed then, as transformers does: not every reader would know
+    which weights count.
+
+    Parameters
+    ----------
+    directory : made if it does not exist
+    config : what config.json holds
+    tensors : name -> float array, Hugging Face's GPT-2 names without "transformer.", Linear weights
+        as (OC, C); they are stored in their own dtype
+
+    Raises
+    ------
+    OSError : a file cannot be written (no permission, a full disk, ...); what was there before is
+        as it was
+    ValueError : the configuration holds nan or infinity, which JSON has not
+    """
+    stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
+    _save(Path(directory), config, stored, "pt")  # without it transformers refuses the file
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Map the weights, whoever wrote them: name -> tensor; no number is read yet.
+
+    Names lose their "transformer." prefix, stored masks are ignored, Linear weights become (OC, C).
+    GPT-2 has one tensor for wte.weight and lm_head.weight: if a file has only the second, it is
+    taken for the first. float32, float16, bfloat16 and float64 become float32 when asked for.
+
+    Parameters
+    ----------
+    path : a directory with model.safetensors or, in its absence, the shards of an index; or a
+        .safetensors file with config.json beside it
+
+    Raises
+    ------
+    FileNotFoundError : `path` or a file of it does not exist
+    ValueError : a file is damaged, a tensor is not of floats, shards and index contradict each
+        other, or lm_head.weight differs from wte.weight; the message names the file, the tensor and
+        the reason
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for stored_name, tensor in _map_weights(Path(path)).items():
+        name = stored_name.removeprefix("transformer.")
+        if name in tensors:
+            raise ValueError(
+                f"{tensor.path}: {name} is there twice, with and without the prefix transformer."
+            )
+        tensors[name] = _transpose(name, tensor)
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not _equal(tensors.setdefault("wte.weight", head), head):
+        raise ValueError(
+            f"{head.path}: lm_head.weight differs from wte.weight; wanted GPT-2's one tensor for"
+            " both"
+        )
+    return tensors
+
+
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    return a is b or np.array_equal(a, b, equal_nan=True)
+
+
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """Give what transformers would load: the file, else the one of its directory, else an index."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    whole, index = path / WEIGHTS_FILE, path / INDEX_FILE
+    return index if index.is_file() and not whole.exists() else whole
+
+
+def _map_weights(path: Path) -> dict[str, StoredTensor]:
+    file = weights_file(path)
+    return _map_shards(file) if file.name == INDEX_FILE else map_tensors(file, BUFFERS)[0]
+
+
+def _map_shards(index: Path) -> dict[str, StoredTensor]:
+    """Map every shard that an index lists, if they hold just the tensors that it says.
+
+    A tensor that the index does not list is refused: transformers would load it, a reader that
+    goes by the index would not, and it could be a second version of one that is listed elsewhere.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must say which file each tensor is in")
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and SHARD.fullmatch(file)):
+            raise ValueError(
+                f"{index}: {shown(name)} must be in a .safetensors file of the same directory, got"
+                f" {shown(file)}"
+            )
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        path = _inside(index.parent / file)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist, but {index} lists it")
+        for name, tensor in map_tensors(path, BUFFERS)[0].items():
+            if weight_map.get(name) != file:
+                said = f"says is in {weight_map[name]}" if name in weight_map else "does not list"
+                raise ValueError(f"{path} holds {name}, which {index.name} {said}")
+            tensors[name] = tensor
+    for name, file in weight_map.items():
+        if name not in tensors and not name.endswith(BUFFERS):
+            raise ValueError(f"{index}: {shown(name)} is not in {file}")
+    return tensors
+
+
+def _inside(path: Path) -> Path:
+    """Refuse a symlink that leads out of its directory, but into the blobs of a cache of the hub.
+
+    There a model is snapshots/REVISION, a directory of links to ../../blobs.
+    """
+    directory = os.path.realpath(path.parent)
+    target, home = os.path.realpath(path), os.path.dirname(directory)
+    blobs = os.path.join(os.path.dirname(home), "blobs")
+    allowed = [directory, blobs] if os.path.basename(home) == "snapshots" else [directory]
+    if os.path.dirname(target) not in allowed:
+        raise ValueError(f"{path} is a link that leads out of its directory; wanted the file there")
+    return path
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the configuration alone; see `load_weights` for path and errors.
+
+    If config.json has no eos_token_id, that of generation_config.json counts.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a directory, nor a .safetensors file")
+    directory = path.parent if path.is_file() else path
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory; one with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
+        )
+    if not (directory / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{directory / CONFIG_FILE} does not exist; a model directory has {CONFIG_FILE} and"
+            f" {WEIGHTS_FILE}{hub.hidden(directory)}"
+        )
+    config, generation = read_json(directory / CONFIG_FILE), directory / GENERATION_FILE
+    if config.get("eos_token_id") is None and os.path.lexists(generation):
+        eos = read_json(generation).get("eos_token_id")
+        config |= {} if eos is None else {"eos_token_id": eos}
+    return config
+
+
+def read_ends(path: str | os.PathLike[str]) -> list[int]:
+    """Return the ids that end a text, as generation_config.json says; it may say nothing.
+
+    Raises
+    ------
+    ValueError : they are no token ids
+    """
+    path = Path(path)
+    file = (path.parent if path.is_file() else path) / GENERATION_FILE
+    eos = read_json(file).get("eos_token_id") if os.path.lexists(file) else None
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int for token in ids):
+        raise ValueError(f"{file}: eos_token_id must be a token id or several, got {shown(eos)}")
+    return ids
+
+
+def save_as_they_are(
+    directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
+) -> None:
+    """Write weights in memory's layout and dtypes, under memory's names; see `save_weights`."""
+    _save(Path(directory), config, tensors, "gpt2c")
+
+
+def load_as_they_are(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    """Map the weights that `save_as_they_are` wrote: name -> read-only array."""
+    path = Path(path)
+    file = path if path.is_file() else path / WEIGHTS_FILE
+    stored, _ = map_tensors(file, dtypes=(*FLOAT_DTYPES, "U8"))
+    return {name: tensor.data for name, tensor in stored.items()}
+
+
+def _save(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, AnyTensor], format: str
+) -> None:
+    texts = _texts(config)
+    claim_directory(directory, overwrite=True)
+    with atomic_paths(*(directory / name for name in (WEIGHTS_FILE, *texts))) as files:
+        write_tensors(files[0], tensors, {"format": format})
+        for file, text in zip(files[1:], texts.values(), strict=True):
+            file.write_text(text, encoding="utf-8")
+    _remove_shards(directory)
+
+
+def _texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Give what the JSON files hold, by name; transformers leaves out an id that is not there."""
+    ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
+    generation = {"_from_model_config": True} | {n: i for n, i in ids.items() if i is not None}
+    entries = {CONFIG_FILE: config, GENERATION_FILE: generation}
+    return {n: json.dumps(entry, indent=2, allow_nan=False) + "\n" for n, entry in entries.items()}
+
+
+def _remove_shards(directory: Path) -> None:
+    """Remove what another save left: an index and files that have the names of shards."""
+    (directory / INDEX_FILE).unlink(missing_ok=True)
+    for path in directory.glob("model-[0-9]*-of-[0-9]*.safetensors"):
+        path.unlink()
+
+
+def _transpose(name: str, tensor: Any) -> Any:
+    """View memory's (OC, C) as the file's (C, OC) or the other way; other tensors pass."""
+    return tensor.T if name.endswith(TRANSPOSED) else tensor
+
+
+def stored_method(entries: Mapping[str, Any]) -> str | None:
+    """Give what config.json's entries say of quantized weights: the method, None for none.
+
+    Raises
+    ------
+    ValueError : weights that were quantized by others
+    """
+    entry = entries.get(ENTRY)
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or entry.get("quant_method") != "gpt2c":
+        raise ValueError(f"config.json: {ENTRY} must be gpt2c's own, got {entry!r}")
+    method = entry.get("weights")
+    if method not in tuple(DTYPES):  # a list, say, cannot be looked up
+        raise ValueError(f"config.json: {ENTRY} must have weights {' or '.join(DTYPES)}")
+    return str(method)

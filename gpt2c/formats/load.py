@@ -1,0 +1,65 @@
+"""Load: what a path is, asked here and nowhere else: config, tensors, and their weights' type.
+
+Knows every format of a model that gpt2c reads, and makes no model of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2c.files import hub
+from gpt2c.formats import huggingface, llmc
+from gpt2c.model.config import GPT2Config
+from gpt2c.model.parameters import Tensor
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model on disk, of which no number was read yet.
+
+    Attributes
+    ----------
+    path : where it is, a name on the hub resolved
+    source : the file of the weights, for errors
+    config : its shape
+    weights : what they are stored as, "fp32" (or what becomes float32), "fp16" or "int8"
+    tensors : name -> tensor, in memory's layout
+    ends : the token ids that end a text, where the model says so
+    """
+
+    path: Path
+    source: str
+    config: GPT2Config
+    weights: str
+    tensors: Mapping[str, Tensor]
+    ends: list[int]
+
+
+def find(path_or_name: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
+    """Find a model and read what it says of itself.
+
+    Parameters
+    ----------
+    path_or_name : a directory with config.json and model.safetensors, which may be in shards with
+        an index; a .safetensors file beside its config.json; an llm.c model .bin; or a name on the
+        hub, such as gpt2, see `gpt2c.files.hub.find`
+    revision : of a model on the hub: a branch, tag or commit
+
+    Raises
+    ------
+    OSError : a file is missing or unreadable, or the hub has it not
+    ValueError : a file is damaged, or the model is none that gpt2c computes
+    """
+    path = hub.find(path_or_name, revision)
+    if llmc.is_llmc(path):
+        config, arrays = llmc.read_model(path)
+        return Pretrained(path, str(path), config, "fp32", arrays, [])
+    entries, source = huggingface.read_config(path), str(huggingface.weights_file(path))
+    stored, config = huggingface.stored_method(entries), GPT2Config.from_dict(entries)
+    tensors: Mapping[str, Tensor] = (
+        huggingface.load_as_they_are(path) if stored else huggingface.load_weights(path)
+    )
+    return Pretrained(path, source, config, stored or "fp32", tensors, huggingface.read_ends(path))

@@ -1,0 +1,45 @@
+"""nanoGPT's token files: token ids as uint16, end to end, and nothing else.
+
+Source: karpathy/nanoGPT, data/openwebtext/prepare.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt2c.files.atomic import atomic_path
+from gpt2c.text.shards import MAGIC, StoredTokens, Tokens, read_start, write_blocks
+
+
+def open_nanogpt(path: str | os.PathLike[str]) -> StoredTokens:
+    """Open a token file of nanoGPT's, all that it holds; its tokens are read when they are needed.
+
+    It has no header, so nothing shows that a file is one: call this where the user says so.
+
+    Raises
+    ------
+    OSError : the file is missing or cannot be read
+    ValueError : the file is empty, has an odd number of bytes, or starts as an llm.c shard
+    """
+    path = Path(path)
+    header, size = read_start(path)
+    if int.from_bytes(header[:4], "little") == MAGIC:
+        raise ValueError(f"{path} has llm.c's header: it is not one of nanoGPT's token files")
+    if size == 0 or size % 2:
+        raise ValueError(f"{path} has {size} bytes; tokens of 2 bytes each are wanted")
+    return StoredTokens(path, 0, size // 2)
+
+
+def write_nanogpt(path: Path, shards: Sequence[Tokens | StoredTokens]) -> None:
+    """Write the tokens of shards, one after the other, as nanoGPT does: uint16 and no header.
+
+    Raises
+    ------
+    OSError : the file cannot be written, or a shard cannot be read; what was there before is
+        unchanged
+    """
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for tokens in shards:
+            write_blocks(file, tokens, 0, len(tokens))

@@ -1,0 +1,334 @@
+"""From logits to a token: what may be drawn, and the draw.
+
+    scores = logits, less of what the text has already, nothing that must not come yet
+    p = softmax(scores / temperature), the unlikely ones cut off
+
+Names, meaning and order are Hugging Face's (transformers.GenerationConfig and its logits
+processors). Knows nothing about models and tokenizers. Used by generate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn, TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.kernels.checks import number, whole_or_float
+
+# Others' names of what GenerationConfig calls otherwise.
+MEANT = {"stop_strings": "stop", "stop_token_ids": "stop", "n": "num_return_sequences"}
+MEANT |= dict.fromkeys(("max_length", "max_tokens", "max_gen_toks"), "max_new_tokens")
+MEANT |= {"min_length": "min_new_tokens"}
+
+# transformers' settings that gpt2c has not: name -> values that leave it off, as None always does.
+ANY = None  # each value is taken, for none changes what one token at a time without padding gives
+OFF: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "typical_p"), (1,)),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (1,)),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), (0,)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "min_length"), (0,)),
+    **dict.fromkeys(("renormalize_logits", "remove_invalid_values", "token_healing"), (False,)),
+    **dict.fromkeys(("output_scores", "output_logits", "output_attentions"), (False,)),
+    **dict.fromkeys(("output_hidden_states", "return_dict_in_generate"), (False,)),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "sequence_bias"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "max_time"), ()),
+    **dict.fromkeys(("max_length", "stop_strings"), ()),
+    **dict.fromkeys(("use_cache", "low_memory", "early_stopping", "length_penalty"), ANY),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "num_assistant_tokens"), ANY),
+    **dict.fromkeys(("transformers_version", "_from_model_config"), ANY),  # of a file of settings
+}
+
+
+def is_off(name: str, value: Any) -> bool:
+    """Return whether a setting of `OFF` has a value that changes nothing."""
+    off = OFF[name]
+    plain = isinstance(value, bool | int | float | np.generic)  # an array would not say whether
+    return off is ANY or value is None or (plain and value in off)
+
+
+class TextSettings(TypedDict, total=False):
+    """`GenerationConfig`'s settings for texts: a type checker then knows their names and types.
+
+    Of those of `OFF`, which all are taken, only what many programs write stands here.
+    """
+
+    min_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    eos_token_id: int | Collection[int] | None
+    seed: int | None
+    on_full: str
+    num_beams: int | None
+    typical_p: float | None
+    use_cache: bool | None
+    early_stopping: bool | str | None
+    length_penalty: float | None
+    pad_token_id: int | None
+
+
+class Settings(TextSettings, total=False):
+    """`GenerationConfig`'s settings for token ids, but for max_new_tokens."""
+
+    num_return_sequences: int | None
+    stop: int | Collection[int] | None
+    logprobs: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How a text is continued.
+
+    None means the default, but for eos_token_id: there it means that no token ends a text. A whole
+    number may be given as a float, 2.0.
+
+    Parameters
+    ----------
+    max_new_tokens, min_new_tokens : the most tokens to add, and how many must come before the end
+    do_sample : False takes the likeliest token each time, as temperature=0 does
+    temperature : divides the logits; 1 is the model's own distribution
+    top_k : draw among the k likeliest tokens only (of equals the lower ids); None or 0 is off
+    top_p : draw among the fewest likeliest tokens whose probabilities reach p, at least one
+        (nucleus sampling, Holtzman et al., arXiv:1904.09751); None or 1 is off, 0 keeps one token
+    min_p : draw among the tokens at least p times as likely as the likeliest (Nguyen et al.,
+        arXiv:2407.01082); None or 0 is off
+    repetition_penalty : above 1 makes tokens that the text has already less likely: their logits
+        are divided by it, negative ones multiplied (Keskar et al., arXiv:1909.05858)
+    no_repeat_ngram_size : n forbids the tokens that would end n tokens which the text has already
+    num_return_sequences : continue each prompt so many times
+    eos_token_id : a token id or several that end a text
+    stop : token ids that end a text as well; strings are for `gpt2c.Generator`
+    seed : the same seed draws the same tokens; None takes a fresh one
+    logprobs : give the log-probability, in nats, that the model itself gave to each token as well
+    on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
+    settings : others of transformers that gpt2c has not, see `OFF`: the values that leave them off
+        are taken
+
+    Raises
+    ------
+    ValueError : a value is out of range or of another type; the message names the setting
+    TypeError : an unknown setting; the message names the one that was probably meant
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_return_sequences: int = 1
+    eos_token_id: int | Collection[int] | None = None
+    stop: int | Collection[int] | None = None
+    seed: int | None = None
+    logprobs: bool = False
+    on_full: str = "slide"
+
+    def __init__(self, *, max_new_tokens: int | None = 64, **settings: Unpack[Settings]) -> None:
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **settings}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in given.items():
+            if name not in defaults and not (name in OFF and is_off(name, value)):
+                _refuse(name, value, defaults)
+        for name, default in defaults.items():
+            value = given.get(name)
+            object.__setattr__(self, name, default if value is None else value)
+        least = {"max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
+        least |= {"num_return_sequences": 1, "top_k": 0, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is None:  # of top_k and seed
+                continue
+            count = whole_or_float(name, value)
+            if count < low:
+                fresh = ", or left out for a fresh one" if name == "seed" else ""
+                raise ValueError(f"{name} must be at least {low}{fresh}, got {value!r}")
+            object.__setattr__(self, name, count)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens},"
+                f" got {self.min_new_tokens}"
+            )
+        if not 0 <= number("temperature", self.temperature) < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= number(name, value) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
+        if not 1e-3 <= number("repetition_penalty", self.repetition_penalty) <= 1e3:
+            raise ValueError(
+                f"repetition_penalty must be from 0.001 to 1000, got {self.repetition_penalty}"
+            )
+        for name in ("do_sample", "logprobs"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"{name} must be True or False, got {value!r:.50}")
+        if self.on_full not in ("slide", "stop"):
+            raise ValueError(f"on_full must be 'slide' or 'stop', got {self.on_full!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return not self.do_sample or self.temperature == 0
+
+    def ends(self, vocab_size: int) -> frozenset[int]:
+        """Give the ids that end a text.
+
+        Raises
+        ------
+        ValueError : one of them is no token id
+        """
+        ids: set[int] = set()
+        for name in ("eos_token_id", "stop"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, str):
+                value = [value]
+            for token in value if isinstance(value, Collection) else [value]:
+                if isinstance(token, str):
+                    raise ValueError(
+                        f"{name} must be token ids, got {token!r}: gpt2c.Generator knows strings"
+                    )
+                number = isinstance(token, int | np.integer) and not isinstance(token, bool)
+                if not number or not 0 <= token < vocab_size:
+                    raise ValueError(f"{name}: {token!r} is not a token id in [0, {vocab_size})")
+                ids.add(int(token))
+        return frozenset(ids)
+
+
+def _refuse(name: str, value: Any, known: Collection[str]) -> NoReturn:
+    """Raise the error about a setting that `GenerationConfig` does not take."""
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = MEANT.get(name) or (near[0] if near and name not in OFF else None)
+    if meant is None and name in OFF:
+        wanted = " or ".join(map(repr, OFF[name] or (None,)))
+        raise ValueError(
+            f"{name} must be {wanted}, for gpt2c has nothing like it, got {value!r:.50}"
+        )
+    hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}"
+    raise TypeError(f"GenerationConfig has no setting {name!r}; {hint}")
+
+
+def penalised(
+    logits: NDArray[Any],
+    settings: GenerationConfig,
+    text: Sequence[int],
+    forbidden: Collection[int],
+) -> NDArray[Any]:
+    """Give logits (V,) after the text so far has been looked at; the ones given are unchanged.
+
+    Parameters
+    ----------
+    logits : (V,) floats
+    settings : repetition_penalty and no_repeat_ngram_size are used
+    text : the token ids so far, prompt and new
+    forbidden : ids that must not come now
+    """
+    if not forbidden and settings.repetition_penalty == 1 and not settings.no_repeat_ngram_size:
+        return logits
+    scores = logits.copy()
+    if settings.repetition_penalty != 1:
+        seen = np.unique(np.asarray(text, np.int64))
+        penalty = settings.repetition_penalty
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    n = settings.no_repeat_ngram_size
+    if n and len(text) >= n:
+        ngrams = np.lib.stride_tricks.sliding_window_view(np.asarray(text, np.int64), n)
+        begun = (ngrams[:, :-1] == text[len(text) - n + 1 :]).all(axis=1)
+        scores[ngrams[begun, -1]] = -np.inf
+    scores[list(forbidden)] = -np.inf
+    return scores
+
+
+def distribution(
+    logits: NDArray[Any], settings: GenerationConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Give the tokens that may be drawn and their probabilities, up to a common factor.
+
+    Temperature comes first, then top_k, then top_p of what is left, then min_p.
+
+    Parameters
+    ----------
+    logits : (V,) floats; -inf is a token that cannot come
+    settings : with a temperature above 0
+
+    Returns
+    -------
+    (ids, weights) : (K,) int64 ascending, (K,) float64
+    """
+    top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
+    ids = likeliest(logits, top_k) if top_k else np.arange(len(logits))
+    # A tiny temperature sends all but the largest to exp(-inf) = 0.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / settings.temperature)
+    if top_p is not None:
+        cumulative = np.cumsum(np.sort(weights)[::-1])
+        count = int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1
+        kept = likeliest(weights, count)
+        ids, weights = ids[kept], weights[kept]
+    if min_p is not None:
+        likely = weights >= min_p * weights.max()
+        ids, weights = ids[likely], weights[likely]
+    return ids, weights
+
+
+def likeliest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Give the places of the largest values in order of place; of equals the first are taken.
+
+    Without an argsort, which would take longer for a whole vocabulary than reading the token.
+    """
+    if count >= len(values):
+        return np.arange(len(values))
+    cut = np.partition(values, -count)[-count]
+    taken = values > cut
+    taken[np.flatnonzero(values == cut)[: count - np.count_nonzero(taken)]] = True
+    return np.flatnonzero(taken)
+
+
+def choose(
+    logits: NDArray[Any],
+    settings: GenerationConfig,
+    rng: np.random.Generator,
+    text: Sequence[int] = (),
+    forbidden: Collection[int] = (),
+) -> int:
+    """Give the next token: the likeliest (the first of equals), or a draw by one random number.
+
+    Parameters
+    ----------
+    logits : (V,) floats of what follows the text
+    text, forbidden : see `penalised`
+
+    Raises
+    ------
+    ValueError : logits hold nan or infinity, or every token is forbidden
+    """
+    if not math.isfinite(logits[logits.argmax()]):  # nan counts as the largest
+        raise ValueError(
+            "logits hold nan or infinity; the model's weights have diverged or are damaged"
+        )
+    scores = penalised(logits, settings, text, forbidden)
+    best = int(scores.argmax())
+    if scores is not logits and scores[best] == -np.inf:
+        raise ValueError(
+            "no token is left to continue with: no_repeat_ngram_size and min_new_tokens forbid all"
+        )
+    if settings.greedy:
+        return best
+    ids, weights = distribution(scores, settings)
+    cumulative = np.cumsum(weights)
+    return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])

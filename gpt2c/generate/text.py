@@ -1,0 +1,228 @@
+"""The decoding loop: texts that grow by a token a step, each with its own random numbers and end.
+
+Knows a decoder, which reads tokens and gives logits, and nothing about weights or strings. What is
+here serves one call's batch; gpt2c.generate.engine lets requests join and leave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.generate.sampling import GenerationConfig, choose
+from gpt2c.model.language_model import LanguageModel
+
+IntArray = NDArray[np.int32]
+Watch = Callable[[int], bool]
+Look = Callable[[int, NDArray[Any]], None]
+Step = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.float64]]
+
+
+class Reader(Protocol):
+    """What generate wants of a `gpt2c.model.reader.Decoder`."""
+
+    capacity: int
+
+    def read(self, tokens: IntArray, slot: int, position: int) -> NDArray[Any]: ...  # noqa: D102
+    def step(self, tokens: IntArray, slots: IntArray, positions: IntArray) -> NDArray[Any]: ...  # noqa: D102
+    def copy(self, source: int, target: int, length: int) -> None: ...  # noqa: D102
+
+
+class Text:
+    """One text that is being written.
+
+    Parameters
+    ----------
+    prompt : token ids to begin with, at least one
+    settings : how it goes on; max_new_tokens is at least 1
+    ends : ids that end it
+    slot : its place in the decoder
+    number : which of the texts of one call it is: each has random numbers of its own
+    watch : told each new token; True ends the text
+    look : told each new token and the logits (V,) that it was chosen from
+    unused : ids of the model's that stand for nothing, as padding: as if it had them not, they
+        are never chosen, and no probability is theirs
+
+    Attributes
+    ----------
+    tokens : prompt and new token ids
+    count : how many are new
+    ended : why it is over: "end" (an id of `ends`, or as `watch` said) or "length" (no more tokens
+        were wanted, or fit); None while it goes on
+    logprob : of the newest token, nats, if settings.logprobs
+    position : how many of the last tokens the decoder has read
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationConfig,
+        ends: Collection[int],
+        slot: int,
+        number: int = 0,
+        watch: Watch | None = None,
+        look: Look | None = None,
+        unused: Sequence[int] = (),
+    ) -> None:
+        self.tokens = list(prompt)
+        self.count = 0
+        self.ended: str | None = None
+        self.logprob = 0.0
+        self.position = 0
+        self.slot = slot
+        self._settings = settings
+        self._ends = ends
+        self._watch = watch
+        self._look = look
+        self._unused = unused
+        seed = None if settings.seed is None else (settings.seed, number)
+        self._rng = np.random.default_rng(seed)
+
+    def choose(self, logits: NDArray[Any]) -> int:
+        """Append the token that follows, given the logits (V,); note whether the text is over.
+
+        The logits of unused ids become -inf.
+        """
+        settings = self._settings
+        if self._unused:
+            logits[self._unused] = -np.inf
+        forbidden = self._ends if self.count < settings.min_new_tokens else ()
+        token = choose(logits, settings, self._rng, self.tokens, forbidden)
+        if settings.logprobs:
+            largest = float(logits.max())
+            total = np.exp(logits - largest, dtype=np.float64).sum()
+            self.logprob = float(logits[token]) - largest - math.log(total)
+        if self._look is not None:
+            self._look(token, logits)
+        self.tokens.append(token)
+        self.count += 1
+        if (self._watch is not None and self._watch(token)) or token in self._ends:
+            self.ended = "end"
+        elif self.count == settings.max_new_tokens:
+            self.ended = "length"
+        return token
+
+    def make_room(self, capacity: int) -> IntArray:
+        """Before the newest token is read: if the context is full, forget or end.
+
+        A position's vector is part of every key, so what stays must be read again from the start:
+        half the context, or this would come with every token.
+
+        Returns
+        -------
+        the tokens to read again, the newest among them: (T,) int32, none if there is room
+        """
+        if self.position == capacity and self._settings.on_full == "stop":
+            self.ended = "length"
+        if self.position < capacity or self.ended is not None:
+            return np.empty(0, np.int32)
+        self.position = 0
+        return np.array(self.tokens[-max(1, capacity // 2) :], np.int32)
+
+
+def read_prompt(decoder: Reader, texts: Sequence[Text]) -> None:
+    """Read the prompt that some texts share, once, and let each choose what follows."""
+    first = texts[0]
+    tokens = np.array(first.tokens, np.int32)
+    logits = decoder.read(tokens, first.slot, 0)
+    for text in texts:
+        if text is not first:
+            decoder.copy(first.slot, text.slot, len(tokens))
+        text.position = len(tokens)
+        text.choose(logits)
+
+
+def read_newest(decoder: Reader, texts: Sequence[Text]) -> NDArray[Any]:
+    """Read the newest token of each text, all at once; give the logits (N, V) of what follows."""
+    tokens = np.array([text.tokens[-1] for text in texts], np.int32)
+    slots = np.array([text.slot for text in texts], np.int32)
+    positions = np.array([text.position for text in texts], np.int32)
+    logits = decoder.step(tokens, slots, positions)
+    for text in texts:
+        text.position += 1
+    return logits
+
+
+def step(decoder: Reader, texts: Sequence[Text]) -> None:
+    """Read the newest token of each text and let it choose the next; each has one that is unread.
+
+    A text that fills its context, and must not slide, ends here without a token.
+    """
+    going = []
+    for text in texts:
+        kept = text.make_room(decoder.capacity)
+        if len(kept):
+            text.position = len(kept)
+            text.choose(decoder.read(kept, text.slot, 0))
+        elif text.ended is None:
+            going.append(text)
+    if going:
+        for text, logits in zip(going, read_newest(decoder, going), strict=True):
+            text.choose(logits)
+
+
+def stream(
+    decoder: Reader,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    ends: Collection[int],
+    watches: Sequence[Watch] | None = None,
+    look: Look | None = None,
+    unused: Sequence[int] = (),
+) -> Iterator[Step]:
+    """Continue prompts together, yielding each step's tokens as soon as they are chosen.
+
+    A text that is over repeats its last token; when every text is, the loop ends. The token that
+    ends a text is yielded.
+
+    Parameters
+    ----------
+    decoder : with a slot for each text
+    prompts : token ids, at least one each
+    settings, ends, look, unused : see `Text`
+    watches : one for each text, in the order of the rows
+
+    Returns
+    -------
+    an iterator of (B,) int64 token ids, B = len(prompts) * num_return_sequences; with logprobs of
+    pairs, the second (B,) float64, 0 for texts that are over
+    """
+    copies = settings.num_return_sequences
+    texts = [
+        Text(prompt, settings, ends, slot, slot, watches[slot] if watches else None, look, unused)
+        for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(copies))
+    ]
+    if settings.max_new_tokens == 0:
+        return
+    for first in range(0, len(texts), copies):
+        read_prompt(decoder, texts[first : first + copies])
+    count = 1
+    while any(text.count == count for text in texts):
+        ids = np.array([text.tokens[-1] for text in texts], np.int64)
+        if settings.logprobs:
+            new = [text.logprob if text.count == count else 0.0 for text in texts]
+            yield ids, np.array(new)
+        else:
+            yield ids
+        step(decoder, [text for text in texts if text.ended is None])
+        count += 1
+
+
+def continue_prompts(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    watches: Sequence[Watch] | None = None,
+    look: Look | None = None,
+    unused: Sequence[int] = (),
+) -> Iterator[Step]:
+    """Continue a model's prompts, see `stream`; for `watches`, `look` and `unused` see `Text`."""
+    ends = config.ends(model.config.vocab_size)
+    longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
+    capacity = min(longest, model.config.n_positions)
+    decoder = model.decoder(len(prompts) * config.num_return_sequences, capacity)
+    return stream(decoder, prompts, config, ends, watches, look, unused)

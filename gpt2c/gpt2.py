@@ -1,0 +1,300 @@
+"""GPT2, the door: a model that loads, saves and writes text.
+
+What it computes is in model/, how it lies on disk in formats/, how a text grows in generate/.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gpt2c.formats import huggingface
+from gpt2c.formats.load import Pretrained, find
+from gpt2c.generate.sampling import GenerationConfig, Settings
+from gpt2c.generate.text import Step, continue_prompts
+from gpt2c.kernels.backend import Backend
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.model import Model
+from gpt2c.model.parameters import check_shapes
+from gpt2c.model.quantized import QuantizedModel, shapes_of
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    backend: str | Backend = "auto",
+    quantize: str | None = None,
+    revision: str | None = None,
+    threads: int | None = None,
+) -> GPT2 | QuantizedGPT2:
+    """Load a model of any kind: one that was saved quantized is loaded so.
+
+    See `GPT2.from_pretrained` for the arguments and errors.
+    """
+    return open_found(find(path, revision), backend, quantize, threads)
+
+
+def open_found(
+    found: Pretrained,
+    backend: str | Backend = "auto",
+    quantize: str | None = None,
+    threads: int | None = None,
+) -> GPT2 | QuantizedGPT2:
+    """Do the work of `from_pretrained` for what was found already."""
+    if quantize is None and found.weights != "fp32":
+        quantize = found.weights
+    if quantize is None:
+        return GPT2.from_found(found, backend, threads)
+    return QuantizedGPT2.from_found(found, quantize, backend, threads)
+
+
+class _Writes(LanguageModel):
+    """What lets a model continue texts of token ids."""
+
+    def stream(
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Step]:
+        """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
+
+        A row that is over repeats its last token. Rows do not influence each other: each comes out
+        as it would alone, whatever the others' lengths.
+
+        Parameters
+        ----------
+        idx : B prompts of token ids, (B, T) or a list of lists of different lengths, up to
+            n_positions tokens; one without tokens starts from eos_token_id of the config
+        max_new_tokens : the most tokens to add
+        settings : the other fields of `gpt2c.GenerationConfig`: temperature, top_k, top_p, min_p,
+            seed, stop and so on
+
+        Returns
+        -------
+        an iterator of (B * num_return_sequences,) int64; with logprobs=True of pairs with (B *
+        num_return_sequences,) float64 log-probabilities in nats
+
+        Raises
+        ------
+        ValueError : an argument is out of range (at once, not at the first token)
+        TypeError : an unknown setting
+        MemoryError : the keys and values of so many texts do not fit
+        """
+        config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        return continue_prompts(self, self.check_prompts(idx), config)
+
+    def generate(
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[Settings],
+    ) -> Any:
+        """Continue prompts, with the arguments of `stream`.
+
+        Returns
+        -------
+        (B * num_return_sequences, T + new) int64 token ids if all prompts are as long: rows that
+        ended early repeat their last token. Else a list of arrays, each up to its end. With
+        logprobs=True a pair: that, and the log-probabilities (B * num_return_sequences, new)
+        float64, 0 after the end
+        """
+        config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        prompts = self.check_prompts(idx)
+        steps = list(continue_prompts(self, prompts, config))
+        given = idx if isinstance(idx, np.ndarray) else list(idx)  # type: ignore[arg-type]
+        rows = [
+            np.asarray(row, np.int64) for row in given for _ in range(config.num_return_sequences)
+        ]
+        tokens = [step[0] if isinstance(step, tuple) else step for step in steps]
+        new = np.stack(tokens, axis=1) if steps else np.empty((len(rows), 0), np.int64)
+        ends = list(config.ends(self.config.vocab_size))
+        if len({len(row) for row in rows}) == 1:
+            out: Any = np.concatenate([np.stack(rows), new], axis=1)
+        else:
+            out = []
+            for row, added in zip(rows, new, strict=True):
+                if config.on_full == "stop":  # the last token is not read, so it needs no place
+                    added = added[: self.config.n_positions + 1 - max(1, len(row))]
+                last = np.flatnonzero(np.isin(added, ends))
+                out.append(np.concatenate([row, added[: last[0] + 1 if len(last) else None]]))
+        if not config.logprobs:
+            return out
+        pairs = [step[1] for step in steps]
+        return out, np.stack(pairs, axis=1) if pairs else np.empty((len(rows), 0))
+
+
+class GPT2(_Writes, Model):
+    """A GPT-2 with its gradients; what it can read and write is `LanguageModel`'s.
+
+    Parameters
+    ----------
+    config : its shape
+    seed : of the fresh weights; None leaves them 0, to be filled by the caller
+    backend : a name of `gpt2c.backends()`, "auto", or a backend
+    threads : that compute, with a backend's name; None is gpt2cNUM_THREADS, else OMP_NUM_THREADS,
+        else as many as the machine allows, see `gpt2c info`
+    recompute : what backward computes again instead of keeping it: None nothing, "light" the
+        outputs of layernorm and GELU, "full" all but the residual stream between layers (Chen et
+        al. 2016, arXiv:1604.06174). The results are the same to the bit
+
+    Attributes
+    ----------
+    parameters, gradients : name -> float32 view into `flat_parameters`, `flat_gradients`; names and
+        order of `GPT2Config.parameter_shapes`. Gradients accumulate from backward to backward until
+        `zero_grad`; their memory is asked for when they are needed first.
+    decay_size : the first so many floats of the flat buffers belong to tensors of 2 dimensions
+
+    Raises
+    ------
+    ValueError : an unknown backend or recompute, threads out of range
+    MemoryError : the parameters do not fit, or later the gradients
+
+    `copy.copy` and `copy.deepcopy` return a model of its own with the same parameters and
+    gradients, `pickle` takes one to another process; a loss that waits for its backward stays
+    behind. Where the backend does not run, an unpickled model computes on "auto", with a warning.
+
+    One thread computes at a time: a second is refused, with a RuntimeError, by loss, backward and
+    logits. AdamW is not guarded so: who steps in one thread must not compute in another.
+
+    Source: Radford et al. 2019; openai/gpt-2 for formulae, karpathy/llm.c for the memory.
+    """
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = ...,
+        quantize: None = ...,
+        revision: str | None = ...,
+        threads: int | None = ...,
+    ) -> GPT2: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = ...,
+        *,
+        quantize: str,
+        revision: str | None = ...,
+        threads: int | None = ...,
+    ) -> QuantizedGPT2: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = "auto",
+        quantize: str | None = None,
+        revision: str | None = None,
+        threads: int | None = None,
+    ) -> GPT2 | QuantizedGPT2:
+        """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
+
+        The files' names and shapes are compared with the config before any memory is asked for.
+
+        Parameters
+        ----------
+        path : see `gpt2c.formats.load.find`
+        backend, threads : see `GPT2`
+        quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
+        revision : of a model on the hub: a branch, tag or commit
+
+        Raises
+        ------
+        OSError : a file is missing or unreadable, or the hub has it not
+        ValueError : a file is damaged, or its tensors are not those of its config; an unknown
+            quantize, or another than that of weights which are stored so
+        """
+        found = find(path, revision)
+        if quantize is not None:
+            return QuantizedGPT2.from_found(found, quantize, backend, threads)
+        return cls.from_found(found, backend, threads)
+
+    @classmethod
+    def from_found(
+        cls, found: Pretrained, backend: str | Backend = "auto", threads: int | None = None
+    ) -> GPT2:
+        """Load what `gpt2c.formats.load.find` has found; see `from_pretrained`."""
+        if found.weights != "fp32":
+            raise ValueError(
+                f"{found.source} holds {found.weights} weights: pass quantize={found.weights!r}"
+            )
+        check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
+        model = cls(found.config, seed=None, backend=backend, threads=threads)
+        model.load_parameters(found.tensors, found.source)
+        return model
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json, generation_config.json and model.safetensors, as transformers does.
+
+        Raises
+        ------
+        OSError : they cannot be written; what was there before is intact
+        """
+        huggingface.save_weights(directory, self.config.to_dict(), self._parameters)
+
+
+class QuantizedGPT2(_Writes, QuantizedModel):
+    """A GPT-2 with int8 or fp16 weights; it is read, not trained. See `QuantizedModel`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        method: str,
+        backend: str | Backend = "auto",
+        revision: str | None = None,
+        threads: int | None = None,
+    ) -> QuantizedGPT2:
+        """Load what `save_pretrained` wrote, or a GPT-2, whose weights are rounded one at a time.
+
+        See `GPT2.from_pretrained` for path.
+
+        Raises
+        ------
+        OSError : a file is missing or unreadable
+        ValueError : a file is damaged, or holds weights of another method
+        """
+        return cls.from_found(find(path, revision), method, backend, threads)
+
+    @classmethod
+    def from_found(
+        cls,
+        found: Pretrained,
+        method: str,
+        backend: str | Backend = "auto",
+        threads: int | None = None,
+    ) -> QuantizedGPT2:
+        """Load what `gpt2c.formats.load.find` has found; see `from_pretrained`."""
+        if found.weights not in ("fp32", method):
+            raise ValueError(
+                f"{found.source} holds {found.weights} weights, which cannot become {method}:"
+                " start from the directory that they were made of"
+            )
+        config = found.config
+        check_shapes(
+            shapes_of(config, method) if found.weights == method else config.parameter_shapes(),
+            found.tensors,
+            found.source,
+        )
+        model = cls(config, method, backend, threads)
+        (model.take if found.weights == method else model.round)(found.tensors, found.source)
+        return model
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors, as they are: for gpt2c, not for transformers.
+
+        Raises
+        ------
+        OSError : they cannot be written; what was there before is intact
+        """
+        entry = {"quant_method": "gpt2c", "weights": self.method}
+        config = self.config.to_dict() | {huggingface.ENTRY: entry}
+        huggingface.save_as_they_are(directory, config, self.parameters)

@@ -1,0 +1,189 @@
+"""Backends: which complete sets of ops this machine can run, and how one is chosen.
+
+A backend is an argument, never a global: the same model runs on any of them, and two can be
+compared side by side in one process. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gpt2c.kernels import reference
+from gpt2c.kernels.binding import Kernels
+from gpt2c.kernels.checks import whole
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.kernels.op import OPS
+
+# Fastest first. A set of kernels runs only on a CPU with all of its features, which are
+# those of the flags that build.py compiles it with.
+AVX2 = ("avx2", "fma", "f16c")
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *AVX2)
+REQUIRES: dict[str, tuple[str, ...]] = {
+    "avx512vnni": (*AVX512, "avx512vnni"),  # as avx512, and products of 8 bits
+    "avx512": AVX512,
+    "avx2": AVX2,
+    "base": (),
+    "numpy": (),
+}
+NAMES = tuple(REQUIRES)
+# More are a mistake; whether the system gives so many, kernels.py asks before the first kernel.
+MAX_THREADS = 1024
+THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
+
+
+class NumPy:
+    """The reference as a backend: the same ops, on NumPy and its own threads."""
+
+    name = "numpy"
+    threads = 1
+
+    if TYPE_CHECKING:  # the ops
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+
+    def __repr__(self) -> str:
+        return "NumPy()"
+
+
+for _name in OPS:
+    setattr(NumPy, _name, staticmethod(getattr(reference, _name)))
+Backend = Kernels | NumPy
+
+
+def why_missing(name: str) -> str:
+    """Say why this machine cannot run backend `name`; nothing ("") if it can."""
+    if name == "numpy":
+        return ""
+    try:
+        base = importlib.import_module("gpt2c._kernels_base").lib
+        lacking = [f for f in REQUIRES[name] if not base.cpu_supports(f.encode())]
+        if lacking:
+            return f"this CPU has no {', '.join(lacking)}"
+        importlib.import_module(f"gpt2c._kernels_{name}")
+    except ImportError as error:
+        return f"its kernels are not built or do not load ({error})"
+    return ""
+
+
+@functools.cache
+def backends() -> tuple[str, ...]:
+    """Name the backends that this machine can run, fastest first; "auto" means the first."""
+    return tuple(name for name in NAMES if not why_missing(name))
+
+
+def default_threads() -> int:
+    """Return GPT2C_NUM_THREADS, else OMP_NUM_THREADS, else `gpt2c.kernels.limits.usable_cores`.
+
+    Raises
+    ------
+    ValueError : a variable is set to something else than a whole number in [1, MAX_THREADS]
+    """
+    for variable in THREAD_VARIABLES:
+        value = os.environ.get(variable)
+        if value:
+            first = value.split(",")[0]  # OpenMP's list is for nested parallelism: not ours
+            if not first.isdecimal() or not 1 <= int(first) <= MAX_THREADS:
+                raise ValueError(
+                    f"{variable} must be a whole number of threads from 1 to {MAX_THREADS},"
+                    f" got {value!r}"
+                )
+            return int(first)
+    return min(MAX_THREADS, usable_cores())
+
+
+@functools.cache
+def _load(name: str, threads: int) -> Backend:
+    return NumPy() if name == "numpy" else Kernels(name, threads)
+
+
+def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
+    """Give the backend of this name.
+
+    Parameters
+    ----------
+    name : one of `backends()`, or "auto": GPT2C_BACKEND if that variable is set, else the fastest
+    threads : threads of each kernel, `default_threads()` if None; NumPy's own products use NumPy's
+        own threads
+
+    Raises
+    ------
+    ValueError : an unknown name, one that this machine cannot run, or threads that are no whole
+        number or out of range
+    """
+    threads = default_threads() if threads is None else whole("threads", threads)
+    if not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads must be in [1, {MAX_THREADS}], got {threads}")
+    if name == "auto":
+        name = os.environ.get("GPT2C_BACKEND") or "auto"
+    if name == "auto":
+        name = backends()[0]
+        if name == "numpy":  # hundreds of times slower: nobody should get it unasked
+            raise ValueError(f"no kernels here: {why_missing('base')}; ask for 'numpy' by name")
+    if name not in backends():
+        why = why_missing(name) if name in NAMES else "unknown name"
+        raise ValueError(f"backend {name!r}: {why}; this machine has {', '.join(backends())}")
+    return _load(name, 1 if name == "numpy" else threads)
+
+
+def as_backend(backend: str | Backend, threads: int | None = None) -> Backend:
+    """Return a backend that is given as such or by its name, with so many threads.
+
+    Raises
+    ------
+    ValueError : see `get_backend`; threads for a backend that has its own
+    """
+    if isinstance(backend, str):
+        return get_backend(backend, threads)
+    if threads is not None:
+        raise ValueError(f"threads is for a backend's name, got {threads} and a whole backend")
+    return backend
+
+
+def same_backend(name: str, threads: int | None) -> Backend:
+    """Return the backend that a copied or pickled model was on.
+
+    It may come from another machine, whose backend this CPU cannot run: then it is "auto", with a
+    warning. The number of threads stays.
+    """
+    try:
+        return get_backend(name, threads)
+    except ValueError as error:
+        backend = get_backend("auto", threads)
+        warnings.warn(f"{error}; on {backend.name} the bits are others", stacklevel=4)
+        return backend
+
+
+# What holds kernels can be copied and pickled: they are looked up by name again.
+def _how_to_pickle(backend: Any) -> Any:
+    return same_backend, (backend.name, backend.threads)
+
+
+copyreg.pickle(Kernels, _how_to_pickle)
+copyreg.pickle(NumPy, _how_to_pickle)
+
+
+@functools.cache
+def fma_peak(name: str, threads: int) -> float:
+    """Measure the peak of an instruction set's fused multiply-adds, in FLOP/s; takes 0.1 s.
+
+    The best of five short runs: on a shared machine the others say how busy it was. 0.0 for
+    "numpy", which has no kernels.
+    """
+    if name == "numpy":
+        return 0.0
+    kernels = get_backend(name, threads)
+    iterations, best = 200_000, 0.0
+    for _ in range(6):  # the first wakes the threads
+        start = time.perf_counter()
+        operations = kernels.fma_burn(iterations)
+        seconds = time.perf_counter() - start
+        best = max(best, operations / seconds)
+        iterations = max(iterations, int(iterations * 0.02 / seconds))
+    return best

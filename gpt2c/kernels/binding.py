@@ -1,0 +1,210 @@
+"""The binding: the ops of gpt2c.kernels.reference on the C kernels of one instruction set.
+
+A method for each op, made from its declaration in `gpt2c.kernels.op`, hands pointers and sizes to
+the C function of the same name and returns when it has written its outputs;
+print(source(OPS["..."])) shows one. What the op means stands in `gpt2c.kernels.reference`. Arrays
+must be C-contiguous float32 (int32 for idx and targets) of the declared shapes: the doors,
+`gpt2c.ops` and `gpt2c.gpt2`, see to it once. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.kernels.memory import aligned_zeros
+from gpt2c.kernels.op import OPS, Op
+from gpt2c.kernels.threads import Pool
+
+Array = NDArray[Any]
+# how an array of each kind of gpt2c.kernels.op becomes a pointer
+VIEWS = {"floats": "_f", "ids": "_i", "targets": "_i", "weights": "_from_buffer"}
+
+
+class Kernels:
+    """One compiled set of kernels with a fixed number of threads.
+
+    Parameters
+    ----------
+    name : "base", "avx2" or "avx512"; the CPU must have its features, or importing it ends the
+        process
+    threads : how many threads each kernel uses
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        module = importlib.import_module(f"gpt2c._kernels_{name}")
+        self.name = name
+        self.threads = threads
+        self._lib = module.lib
+        self._ffi = module.ffi
+        self._from_buffer = module.ffi.from_buffer
+        self._null = module.ffi.NULL
+        self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
+        self._doubles = module.ffi.typeof("double[]")
+        # The GIL is released while C runs, so each Python thread needs a pool and scratch of its
+        # own.
+        self._local = threading.local()
+
+    if TYPE_CHECKING:  # the ops, which stand below
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+
+    def __repr__(self) -> str:
+        return f"Kernels({self.name!r}, threads={self.threads})"
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Call a kernel on this Python thread's pool.
+
+        Raises
+        ------
+        OSError : the system does not give so many threads
+        MemoryError : nor the memory for them
+        """
+        pool = getattr(self._local, "pool", None)
+        if pool is None or pool.process != os.getpid():  # a fork takes no threads along
+            pool = self._local.pool = Pool(self._lib, self._ffi, self.threads)
+        return getattr(self._lib, name)(*arguments, pool.pointer)
+
+    def _sums(self, size: int) -> Any:
+        return self._from_buffer(self._doubles, np.empty(size))
+
+    def _f(self, array: Array | None) -> Any:
+        return self._null if array is None else self._from_buffer(self._floats, array)
+
+    def _i(self, array: Array) -> Any:
+        return self._from_buffer(self._ints, array)
+
+    def _scratch(self, size: int) -> Any:
+        scratch = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.size < size:
+            scratch = self._local.scratch = aligned_zeros(size)
+        return self._f(scratch)
+
+    def fma_burn(self, iterations: int) -> float:
+        """Run multiply-adds in registers on all threads; return the operations done."""
+        return float(self._call("fma_burn", self._sums(self.threads), iterations))
+
+    def memory_read(self, data: Array) -> float:
+        """Read `data` once, up to a last part below 1 KB; return the sum of what was read."""
+        sums = self._sums(self._lib.SLICES)
+        return float(self._call("memory_read", self._f(data), sums, data.size))
+
+    def _type(self, weight: Array) -> int:
+        """Return C's name of a weight's dtype."""
+        lib = self._lib
+        return int({"float32": lib.FP32, "float16": lib.FP16, "uint8": lib.INT8}[weight.dtype.name])
+
+    # ---- a step of decoding, in one call ---------------------------------------------------------
+
+    def bind_decoder(self, p: Mapping[str, Array], n_layer: int, n_head: int, eps: float) -> Any:
+        """Give `decode_step` a model whose parameters are `p`; they must outlive what is given."""
+
+        def linear(name: str) -> dict[str, Any]:
+            weight = p[name + ".weight"]
+            scale, bias = self._f(p.get(name + ".scale")), self._f(p.get(name + ".bias"))
+            OC, C = weight.shape
+            data = self._from_buffer(weight)
+            kept.extend((data, scale, bias))
+            return {
+                **{"weight": data, "scale": scale, "bias": bias},
+                **{"C": C, "OC": OC, "type": self._type(weight)},
+            }
+
+        def floats(*names: str) -> dict[str, Any]:
+            data = {name.replace(".", "_"): self._f(p[prefix + name]) for name in names}
+            kept.extend(data.values())
+            return data
+
+        kept: list[Any] = []  # a C struct does not keep what it points at
+        layers = []
+        for layer in range(n_layer):
+            prefix = f"h.{layer}."
+            layers.append(
+                {
+                    **floats("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"),
+                    **{"c_attn": linear(prefix + "attn.c_attn")},
+                    **{"attn_proj": linear(prefix + "attn.c_proj")},
+                    **{"c_fc": linear(prefix + "mlp.c_fc")},
+                    **{"mlp_proj": linear(prefix + "mlp.c_proj")},
+                }
+            )
+        prefix = ""
+        wpe, F = floats("wpe.weight")["wpe_weight"], layers[0]["c_fc"]["OC"]
+        kept.append(self._ffi.new("Layer[]", layers))
+        numbers = {"layers": kept[-1], "L": n_layer, "NH": n_head, "F": F, "eps": eps}
+        entries = {"wte": linear("wte"), "wpe": wpe, **floats("ln_f.weight", "ln_f.bias")}
+        return self._ffi.new("Decoder *", entries | numbers), kept
+
+    def decode_step(
+        self,
+        logits: Array,
+        keys: Array,
+        values: Array,
+        tokens: Array,
+        slots: Array,
+        positions: Array,
+        model: Any,
+    ) -> None:
+        """Read one more token of each of N texts, all in one call.
+
+        Parameters
+        ----------
+        logits : (N, V), written: of what follows each token
+        keys, values : (L, S, NH, P, HS), the texts' caches; a row of each is written
+        tokens, slots, positions : (N,) int32, each text's token, its cache in [0, S), no two the
+            same, and where the token stands in it, in [0, P)
+        model : of `bind_decoder`
+        """
+        f, i, N = self._f, self._i, len(tokens)
+        _, S, _, P, _ = keys.shape
+        scratch = self._scratch(self._lib.decode_scratch_size(model[0], N, P, self.threads))
+        arrays = (f(logits), f(keys), f(values), i(tokens), i(slots), i(positions))
+        self._call("decode_step", *arrays, model[0], scratch, N, S, P)
+
+
+def source(op: Op) -> str:
+    """Return an op's method as Python text: arrays become pointers, and C is told their sizes."""
+
+    def size(letter: str) -> str:
+        """Say how the size that a letter means is read off the arrays."""
+        for array in op.arrays:
+            if array.shape == ("*",):
+                return f"{array.name}.size"
+            if letter in array.shape and not array.optional:
+                return f"{array.name}.shape[{array.shape.index(letter)}]"
+        return "C // NH"  # HS
+
+    def told(text: str) -> str:
+        """Say what C is handed for a word of a declaration."""
+        if text == "sums":
+            return "self._sums(self._lib.SLICES)"
+        if text.endswith(")"):
+            function, words = text[:-1].split("(")
+            return f"self._scratch(self._lib.{function}({', '.join(map(told, words.split()))}))"
+        return {"threads": "self.threads", "type": "kind"}.get(text, text)
+
+    arguments = [array.name for array in op.arrays]
+    defaults = [n if value is not True else f"{n}=True" for n, value in op.numbers.items()]
+    letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
+    pointers = [f"self.{VIEWS[array.kind]}({array.name})" for array in op.arrays]
+    lines = [f"def {op.name}(self, {', '.join([*arguments, *defaults])}):"]
+    lines += [f"{letter} = {size(letter)}" for letter in sorted(letters, key="HS".__eq__)]
+    if "type" in op.told:
+        lines.append("kind = self._type(weight)")
+    handed = ", ".join([repr(op.name), *pointers, *op.numbers, *map(told, op.told)])
+    lines.append(f"{'return ' if op.returns else ''}self._call({handed})")
+    return "\n    ".join(lines)
+
+
+for _op in OPS.values():
+    _made: dict[str, Any] = {}
+    exec(source(_op), _made)  # a declaration of this package's own
+    _made[_op.name].__doc__ = f"See `gpt2c.kernels.reference.{_op.name}`."
+    setattr(Kernels, _op.name, _made[_op.name])

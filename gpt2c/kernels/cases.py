@@ -1,0 +1,357 @@
+"""Examples of every op: arguments, tolerance, cost, and shapes of GPT-2's.
+
+It drives the kernel tests and the benchmarks: `EXAMPLES[name].make(rng, **shape)` gives an op's
+arguments for any shape, outputs first, in float64 or int32, small weights in their own types.
+Outputs that are written hold NaN, so that an element left out shows; outputs that are accumulated
+or updated hold numbers. All floats are representable in float32, so that the float64 reference and
+a float32 kernel start from the same.
+
+The metric is the normalised error max|a - b| / max|b| over one output, b being the float64
+reference: what a sum loses to rounding grows with the size of its terms, not with the size of an
+element in which they happened to cancel. One float32 rounding is 6e-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpt2c.kernels import reference
+from gpt2c.kernels.op import OPS
+
+Shape = dict[str, Any]
+EPS = float(np.float32(1e-5))
+
+
+@dataclass(frozen=True)
+class Example:
+    """What an op is tried with.
+
+    Attributes
+    ----------
+    rtol : the normalised error that a kernel may have
+    shapes : as GPT-2 124M meets it; the first is the quick one
+    cost : floating-point operations and bytes of memory that a shape takes at least, each number
+        read or written once. An exponential counts as 10 operations
+    """
+
+    rtol: float
+    make: Callable[..., list[Any]]
+    shapes: list[Shape]
+    cost: Callable[..., tuple[float, float]]
+
+
+def normalised_error(a: Any, b: Any) -> float:
+    """Give max|a - b| / max|b|, or max|a - b| where b is all zeros; NaN if either holds a NaN."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def _rounded(values: Any) -> Any:
+    """Round to float32, keep as float64."""
+    return np.asarray(values, np.float32).astype(np.float64)
+
+
+def _scalar(value: float) -> float:
+    return float(np.float32(value))
+
+
+def _normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> Any:
+    return _rounded(rng.standard_normal(shape, np.float32) * np.float32(scale))
+
+
+def _unwritten(*shape: int) -> Any:
+    return np.full(shape, np.nan)
+
+
+def _tokens(rng: np.random.Generator, V: int, *shape: int) -> Any:
+    return rng.integers(0, V, shape, np.int32)
+
+
+def _forward(name: str, arguments: list[Any]) -> list[Any]:
+    """Run the reference of a forward op, for a backward op that needs what it wrote."""
+    getattr(reference, name)(*arguments)
+    return [_rounded(output) for output in arguments[: len(OPS[name].outputs)]]
+
+
+# ---- arguments, op by op -------------------------------------------------------------------------
+
+
+def _encoder_forward(rng: Any, B: int, T: int, C: int, V: int) -> list[Any]:
+    idx = _tokens(rng, V, B, T)
+    idx.flat[0] = V - 1  # the last row of wte is read
+    wte, wpe = _normal(rng, V, C), _normal(rng, T + 2, C)  # more positions than are used
+    return [_unwritten(B, T, C), idx, wte, wpe]
+
+
+def _encoder_backward(rng: Any, B: int, T: int, C: int, V: int) -> list[Any]:
+    _, idx, dwte, dwpe = _encoder_forward(rng, B, T, C, V)
+    return [dwte, dwpe, _normal(rng, B, T, C), idx]
+
+
+def _layernorm_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    makers: dict[str, Callable[[], Any]] = {
+        "normal": lambda: _normal(rng, N, C),
+        "large": lambda: _normal(rng, N, C, scale=1e4),
+        "offset": lambda: _rounded(_normal(rng, N, C) + 1e4),
+        "constant": lambda: np.repeat(_normal(rng, N, 1), C, axis=1),
+        "zero": lambda: np.zeros((N, C)),
+    }
+    x = makers[kind]()
+    weight, bias = _normal(rng, C), _normal(rng, C)
+    return [_unwritten(N, C), _unwritten(N), _unwritten(N), x, weight, bias, EPS]
+
+
+def _layernorm_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    arguments = _layernorm_forward(rng, N, C, kind)
+    x, weight = arguments[3:5]
+    _, mean, rstd = _forward("layernorm_forward", arguments)
+    gradients = [_normal(rng, N, C), _normal(rng, C), _normal(rng, C)]
+    return [*gradients, _normal(rng, N, C), x, weight, mean, rstd]
+
+
+def _matmul_forward(rng: Any, N: int, C: int, OC: int, bias: bool = True) -> list[Any]:
+    x, weight = _normal(rng, N, C), _normal(rng, OC, C)
+    return [_unwritten(N, OC), x, weight, _normal(rng, OC) if bias else None]
+
+
+def _matmul_backward(
+    rng: Any, N: int, C: int, OC: int, bias: bool = True, accumulate: bool = True
+) -> list[Any]:
+    held = _normal if accumulate else lambda rng, *shape: _unwritten(*shape)
+    dweight, dbias = held(rng, OC, C), held(rng, OC) if bias else None
+    dout, x, weight = _normal(rng, N, OC), _normal(rng, N, C), _normal(rng, OC, C)
+    return [_unwritten(N, C), dweight, dbias, dout, x, weight, accumulate]
+
+
+def _matrix_transpose(rng: Any, R: int, C: int) -> list[Any]:
+    return [_unwritten(C, R), _normal(rng, R, C)]
+
+
+def _linear_forward(
+    rng: Any, N: int, C: int, OC: int, kind: str = "float32", bias: bool = True
+) -> list[Any]:
+    x, weight, scale = _normal(rng, N, C), _normal(rng, OC, C), None
+    if kind == "float16":
+        weight = weight.astype(np.float16)
+    elif kind == "uint8":
+        weight, scale = rng.integers(1, 256, (OC, C), np.uint8), _rounded(rng.uniform(0.5, 1.5, OC))
+        # No number of x lies near the border of two of its 127 steps, where rounding in float64 and
+        # in float32 could part; the largest of a row fixes the size of the steps.
+        steps = rng.integers(-126, 127, (N, C)) + rng.uniform(-0.4, 0.4, (N, C))
+        steps[np.arange(N), rng.integers(0, C, N)] = rng.choice([-127, 127], N)
+        x = _rounded(steps * rng.uniform(0.005, 0.02, (N, 1)))
+    return [_unwritten(N, OC), x, weight, scale, _normal(rng, OC) if bias else None]
+
+
+def _cache_attention_forward(
+    rng: Any, T: int, NH: int, HS: int, position: int, P: int, kind: str = "normal"
+) -> list[Any]:
+    scale = 10.0 if kind == "saturated" else 1.0
+    keys, values = _normal(rng, NH, P, HS, scale=scale), _normal(rng, NH, P, HS)
+    for cache in (keys, values):
+        cache[:, position : position + T] = np.nan  # written; what stands before and after is kept
+    return [
+        _unwritten(T, NH * HS),
+        keys,
+        values,
+        _normal(rng, T, 3 * NH * HS, scale=scale),
+        position,
+    ]
+
+
+def _attention_forward(
+    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal"
+) -> list[Any]:
+    # at 10, scores spread over hundreds: most rows of the softmax are a 1 and zeros
+    qkv = _normal(rng, B, T, 3 * NH * HS, scale=10.0 if kind == "saturated" else 1.0)
+    return [_unwritten(B, T, NH * HS), _unwritten(B, NH, T), qkv]
+
+
+def _attention_backward(
+    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal"
+) -> list[Any]:
+    arguments = _attention_forward(rng, B, T, NH, HS, kind)
+    out, lse = _forward("attention_forward", arguments)
+    dout = _normal(rng, B, T, NH * HS)
+    return [_unwritten(B, T, 3 * NH * HS), dout, arguments[2], out, lse]
+
+
+def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
+    makers: dict[str, Callable[[], Any]] = {
+        "normal": lambda: _normal(rng, n),
+        "wide": lambda: np.linspace(-10, 10, n),  # from where it is 0 to where it is x
+        "huge": lambda: rng.uniform(-1e4, 1e4, n),
+        "tiny": lambda: 10 ** rng.uniform(-44, -30, n) * rng.choice([-1, 1], n),  # and denormals
+        "zero": lambda: np.zeros(n),
+    }
+    x = makers[kind]()
+    return [_unwritten(n), _rounded(x)]
+
+
+def _gelu_backward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
+    dx, x = _gelu_forward(rng, n, kind)
+    return [dx, _normal(rng, n), x]
+
+
+def _residual_forward(rng: Any, n: int) -> list[Any]:
+    return [_unwritten(n), _normal(rng, n), _normal(rng, n)]
+
+
+def _crossentropy_forward(rng: Any, N: int, V: int, kind: str = "normal") -> list[Any]:
+    makers: dict[str, Callable[[], Any]] = {
+        "normal": lambda: _normal(rng, N, V),
+        "ignored": lambda: _normal(rng, N, V),
+        "equal": lambda: np.repeat(_normal(rng, N, 1), V, axis=1),
+        "spread": lambda: _rounded(rng.uniform(-1e4, 1e4, (N, V))),
+    }
+    logits = makers[kind]()
+    targets = _tokens(rng, V, N)
+    targets[2::3] = -1
+    targets[0] = V - 1
+    if kind == "ignored":
+        targets[:] = -1
+    return [_unwritten(N), _unwritten(N), logits, targets]
+
+
+def _crossentropy_backward(rng: Any, N: int, V: int, kind: str = "normal") -> list[Any]:
+    arguments = _crossentropy_forward(rng, N, V, kind)
+    _, lse = _forward("crossentropy_forward", arguments)
+    return [_unwritten(N, V), arguments[2], lse, arguments[3], _scalar(1 / N)]
+
+
+def _adamw_update(
+    rng: Any,
+    n: int,
+    t: int = 1000,
+    weight_decay: float = 0.1,
+    grad_scale: float = 1.0,
+    kind: str = "normal",
+) -> list[Any]:
+    started = float(t > 1)  # m and v are zero before the first step
+    param, m = _normal(rng, n), _normal(rng, n, scale=0.1 * started)
+    v = _rounded(rng.uniform(0.01, 1, n) * started)
+    grad = _normal(rng, n, scale=0.0 if kind == "zero" else 1.0)
+    # a learning rate so large that the step shows beside the parameter
+    scalars = [_scalar(value) for value in (0.1, 0.9, 0.95, 1e-8, weight_decay)]
+    return [param, m, v, grad, *scalars, t, _scalar(grad_scale)]
+
+
+def _global_norm(rng: Any, n: int, kind: str = "normal") -> list[Any]:
+    # in float32, the squares of these would overflow and vanish
+    return [_normal(rng, n, scale={"normal": 1.0, "huge": 1e30, "tiny": 1e-30}[kind])]
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+# Tolerances. A sum of K terms in float32 loses about sqrt(K) roundings if done one by one, 3e-6 at
+# K = 3072, and fewer in vector lanes and blocks. Kernels' exp, tanh and log are good to a few
+# roundings.
+SUM, FEW, COPY = 4e-6, 2e-6, 0.0  # long sums; a few operations, or short sums; no operation
+ROUNDING = 1.2e-7  # one operation: half a unit in the last place of its result, and a little
+
+ENCODER: list[Shape] = [{"B": 4, "T": 1024, "C": 768, "V": 50257}]
+ROWS: list[Shape] = [{"N": 4096, "C": 768}]
+MATMUL: list[Shape] = [
+    {"N": 1024, "C": 768, "OC": 3072},
+    {"N": 1024, "C": 3072, "OC": 768},
+    {"N": 1024, "C": 768, "OC": 768},
+    {"N": 256, "C": 768, "OC": 3072},
+    {"N": 1024, "C": 768, "OC": 50257},
+]
+ATTENTION: list[Shape] = [
+    {"B": 1, "T": 1024, "NH": 12, "HS": 64},
+    {"B": 4, "T": 64, "NH": 12, "HS": 64},
+]
+TRANSPOSE: list[Shape] = [{"R": 768, "C": 3072}, {"R": 3072, "C": 768}]
+# a token, as many as are read together, and a piece of a prompt
+LINEAR: list[Shape] = [
+    {"N": N, "C": 768, "OC": OC, "kind": kind}
+    for N, OC in [(1, 3072), (1, 50257), (8, 3072), (256, 3072)]
+    for kind in ("float32", "float16", "uint8")
+]
+WEIGHT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
+CACHE: list[Shape] = [
+    {"T": 1, "NH": 12, "HS": 64, "position": 1023, "P": 1024},
+    {"T": 256, "NH": 12, "HS": 64, "position": 768, "P": 1024},
+]
+LOGITS: list[Shape] = [{"N": 512, "V": 50257}]
+HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
+STREAM: list[Shape] = [{"n": 4096 * 768}]
+WEIGHTS: list[Shape] = [{"n": 40_000_000}]
+
+EXAMPLES: dict[str, Example] = {
+    "encoder_forward": Example(
+        ROUNDING, _encoder_forward, ENCODER, lambda B, T, C, V: (B * T * C, 8 * B * T * C)
+    ),
+    "encoder_backward": Example(
+        FEW, _encoder_backward, ENCODER, lambda B, T, C, V: (2 * B * T * C, 12 * B * T * C)
+    ),
+    "layernorm_forward": Example(
+        FEW, _layernorm_forward, ROWS, lambda N, C: (8 * N * C, 8 * N * C)
+    ),
+    "layernorm_backward": Example(  # dweight and dbias are sums over rows
+        SUM, _layernorm_backward, ROWS, lambda N, C: (16 * N * C, 16 * N * C)
+    ),
+    "matmul_forward": Example(
+        SUM,
+        _matmul_forward,
+        MATMUL,
+        lambda N, C, OC: (2 * N * C * OC, 4 * (N * C + OC * C + N * OC)),
+    ),
+    "matmul_backward": Example(
+        SUM,
+        _matmul_backward,
+        [{**shape, "accumulate": False} for shape in MATMUL],
+        lambda N, C, OC, accumulate: (4 * N * C * OC, 8 * (N * C + OC * C) + 4 * N * OC),
+    ),
+    "matrix_transpose": Example(COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
+    # with weights of 8 bits the sums are of integers, exact; what is left is a few roundings
+    "linear_forward": Example(
+        SUM,
+        _linear_forward,
+        LINEAR,
+        lambda N, C, OC, kind: (2 * N * C * OC, 4 * N * (C + OC) + WEIGHT_BYTES[kind] * OC * C),
+    ),
+    # what the T queries may see of the cache; keys and values come from memory once
+    "cache_attention_forward": Example(
+        SUM,
+        _cache_attention_forward,
+        CACHE,
+        lambda T, NH, HS, position, P: (
+            4 * NH * HS * (T * position + T * (T + 1) // 2),
+            8 * NH * HS * (position + 3 * T),
+        ),
+    ),
+    # the causal half; backward makes the scores once more, which is not counted
+    "attention_forward": Example(
+        SUM,
+        _attention_forward,
+        ATTENTION,
+        lambda B, T, NH, HS: (2 * B * NH * HS * T * T, 16 * B * T * NH * HS),
+    ),
+    "attention_backward": Example(
+        SUM,
+        _attention_backward,
+        ATTENTION,
+        lambda B, T, NH, HS: (4 * B * NH * HS * T * T, 32 * B * T * NH * HS),
+    ),
+    "gelu_forward": Example(FEW, _gelu_forward, HIDDEN, lambda n: (18 * n, 8 * n)),
+    "gelu_backward": Example(FEW, _gelu_backward, HIDDEN, lambda n: (28 * n, 12 * n)),
+    "residual_forward": Example(ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),
+    "crossentropy_forward": Example(
+        FEW, _crossentropy_forward, LOGITS, lambda N, V: (13 * N * V, 4 * N * V)
+    ),
+    "crossentropy_backward": Example(
+        FEW, _crossentropy_backward, LOGITS, lambda N, V: (12 * N * V, 8 * N * V)
+    ),
+    "adamw_update": Example(FEW, _adamw_update, WEIGHTS, lambda n: (14 * n, 28 * n)),
+    # summed in float64 by the kernels too
+    "global_norm": Example(1e-12, _global_norm, WEIGHTS, lambda n: (2 * n, 4 * n)),
+}

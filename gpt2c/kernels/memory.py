@@ -1,0 +1,137 @@
+"""Flat memory with named views: one buffer for all parameters, one for gradients (as llm.c).
+
+Knows nothing about what the names mean. Used by model; the optimizer sees the flat buffers only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap as _mmap
+from collections.abc import Mapping
+from contextlib import suppress
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.kernels.limits import free_bytes
+
+Array = NDArray[np.float32]
+
+ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector
+HUGE_PAGE = 1 << 21  # bytes, on x86-64 and most ARM systems
+RESERVE = 16 << 20  # bytes: for lists, imports, threads, all that is not asked for here
+UNASKED = HUGE_PAGE  # bytes that are always there: asking takes longer than using them
+MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # Linux has it
+
+# The large arrays that there are. A system counts their pages when they are touched first.
+_given: WeakValueDictionary[int, mmap] = WeakValueDictionary()
+
+
+def available_bytes() -> int:
+    """Return the memory that may still be asked for.
+
+    It is what is free, less what is given and not yet touched, less what Python itself takes.
+    """
+    return max(0, free_bytes(_untouched()) - RESERVE)
+
+
+def require(what: str, parts: Mapping[str, int], mend: str) -> None:
+    """Refuse work that does not fit, before any of its memory is asked for.
+
+    A system may promise more than it has, and end the process when that is used.
+
+    Parameters
+    ----------
+    what : in the error's words, "a model"
+    parts : name -> bytes
+    mend : what to do where it does not fit
+
+    Raises
+    ------
+    MemoryError : it does not fit
+    """
+    total = sum(parts.values())
+    if total < UNASKED:
+        return
+    free = available_bytes()
+    if total > free:
+        listed = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
+        raise MemoryError(
+            f"{what} needs {megabytes(total)}: {listed}; {megabytes(free)} are free: {mend}"
+        )
+
+
+def megabytes(size: float) -> str:
+    """Write a number of bytes for a person."""
+    return f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
+
+
+def _untouched() -> int:
+    """Count the bytes of large arrays that no memory stands behind yet, their borders aside."""
+    resident = getattr(ctypes.CDLL(None), "mincore", None)
+    if resident is None:
+        return 0
+    size_bytes = 0
+    for reference in _given.valuerefs():
+        mapped = reference()
+        if mapped is None:
+            continue
+        pages = np.empty(-(-len(mapped) // PAGESIZE), np.uint8)
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        asked = (ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)))
+        if resident(*asked, ctypes.c_void_p(pages.ctypes.data)) == 0:
+            absent = PAGESIZE * int(np.count_nonzero(pages & 1 == 0))
+            size_bytes += max(0, absent - HUGE_PAGE)
+    return size_bytes
+
+
+def aligned_zeros(size: int) -> Array:
+    """Zeros (size,) float32 that start on a cache line, large ones on a huge page.
+
+    The system is asked for huge pages: with small ones, a product of matrices spends a part of its
+    time looking up where they are. Pages are taken from it when first touched.
+
+    Raises
+    ------
+    MemoryError : there is not so much
+    """
+    size_bytes, border = 4 * size, 4 * ALIGNMENT
+    if size_bytes < HUGE_PAGE:
+        memory = np.zeros(size_bytes + border, np.uint8)
+    else:
+        border, free = HUGE_PAGE, available_bytes()
+        if size_bytes > free:  # see `require`, which asks for all that belongs together
+            raise MemoryError(f"{size_bytes:,} bytes are wanted, {free:,} are free")
+        try:
+            mapped = mmap(-1, size_bytes + border, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{size_bytes:,} bytes are wanted: {error.strerror}") from error
+        if MADV_HUGEPAGE is not None:
+            with suppress(OSError):  # a system without them says so
+                mapped.madvise(MADV_HUGEPAGE)
+        _given[id(mapped)] = mapped
+        memory = np.frombuffer(mapped, np.uint8)
+    start = -memory.ctypes.data % border
+    return memory[start : start + size_bytes].view(np.float32)
+
+
+def aligned_offsets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Give where each array starts in a flat buffer, in floats; the entry "" is its size."""
+    offsets, end = {}, 0
+    for name, shape in shapes.items():
+        offsets[name] = end
+        end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    offsets[""] = end
+    return offsets
+
+
+def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """View `flat` as arrays, one for each name, in the order of `shapes`."""
+    offsets = aligned_offsets(shapes)
+    return {
+        name: flat[offsets[name] : offsets[name] + math.prod(shape)].reshape(shape)
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,61 @@
+"""How much of this process's cores other programs use, from /proc/stat. Used by train."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from gpt2c.kernels.limits import AFFINITY
+
+STAT = Path("/proc/stat")
+SECONDS = 3.0  # of a look: the system counts in hundredths
+LEAST = 0.3  # cores: less are what any system does beside
+_IDLE = (3, 4)  # columns of a line: idle, and waiting for a disk
+
+
+class Load:
+    """Compares the work of the cores that this process may use with its own.
+
+    Parameters
+    ----------
+    threads : of this process's kernels
+
+    Attributes
+    ----------
+    cores : that this process may use
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.cores = len(AFFINITY)
+        self._threads = threads
+        self._last = self._look()
+
+    def others(self) -> float:
+        """Return how many cores other programs used since the last look.
+
+        0 where they left this process's threads a core each, where a look would be too short yet,
+        and where the system does not say.
+        """
+        now, busy, own = self._look()
+        seconds = now - self._last[0]
+        if seconds < SECONDS:
+            return 0.0
+        others = ((busy - self._last[1]) - (own - self._last[2])) / seconds
+        self._last = now, busy, own
+        crowded = others + self._threads > self.cores + LEAST / 2
+        return others if others >= LEAST and crowded else 0.0
+
+    def _look(self) -> tuple[float, float, float]:
+        """Return the time, seconds of work of the cores, and seconds of work of this process."""
+        busy = 0.0
+        try:
+            for line in STAT.read_text(encoding="utf-8").splitlines():
+                name, *columns = line.split()
+                if name.removeprefix("cpu").isdecimal() and int(name[3:]) in AFFINITY:
+                    counts = [int(column) for column in columns[:8]]  # guests are in the others
+                    busy += sum(n for i, n in enumerate(counts) if i not in _IDLE)
+            busy /= os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            busy = 0.0
+        return time.monotonic(), busy, time.process_time()

@@ -1,0 +1,55 @@
+"""The specification: every op, forward and backward, in plain NumPy. A file a family of ops.
+
+The C kernels have the same ops (csrc/gpt2c.h), and the tests compare them with these. They are the
+backend "numpy", too. They compute in the dtype of the arrays they are given: float32 to train,
+float64 for gradient checks. They are written to be read: attention holds its whole T x T matrix,
+and nothing is blocked or fused.
+
+Every op writes into arrays that the caller made, outputs first; sizes come from their shapes.
+Gradients of parameters (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up.
+Activations and their gradients are written (=), except the dx of `layernorm_backward`. Each
+backward function quotes the line that it differentiates; dy is the gradient of the loss by y.
+
+Letters: B batch, T time, C channels, V vocabulary, NH heads, HS = C/NH head size, OC output
+channels, N = B*T rows.
+
+Knows nothing about models, backends or C, and checks nothing that NumPy does not check.
+"""
+
+from gpt2c.kernels.reference.activation import gelu_backward, gelu_forward, residual_forward
+from gpt2c.kernels.reference.attention import (
+    attention_backward,
+    attention_forward,
+    cache_attention_forward,
+)
+from gpt2c.kernels.reference.embedding import encoder_backward, encoder_forward
+from gpt2c.kernels.reference.linear import (
+    linear_forward,
+    matmul_backward,
+    matmul_forward,
+    matrix_transpose,
+)
+from gpt2c.kernels.reference.loss import crossentropy_backward, crossentropy_forward
+from gpt2c.kernels.reference.norm import layernorm_backward, layernorm_forward
+from gpt2c.kernels.reference.optimizer import adamw_update, global_norm
+
+__all__ = [
+    "adamw_update",
+    "attention_backward",
+    "attention_forward",
+    "cache_attention_forward",
+    "crossentropy_backward",
+    "crossentropy_forward",
+    "encoder_backward",
+    "encoder_forward",
+    "gelu_backward",
+    "gelu_forward",
+    "global_norm",
+    "layernorm_backward",
+    "layernorm_forward",
+    "linear_forward",
+    "matmul_backward",
+    "matmul_forward",
+    "matrix_transpose",
+    "residual_forward",
+]

@@ -1,0 +1,64 @@
+"""What is done element by element: GELU, and the sum of the residual stream.
+
+`gpt2c.kernels.reference` says what holds for all ops.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+
+
+GELU_SCALE = math.sqrt(2 / math.pi)
+
+
+GELU_CUBIC = 0.044715  # keeps the tanh form within 5e-4 of x * Phi(x)
+
+
+def gelu_forward(out: Array, x: Array) -> None:
+    """Pass large values, stop very negative ones, bend smoothly between: the tanh form of GELU.
+
+    out = x/2 * (1 + tanh(u)),   u = sqrt(2/pi) * (x + 0.044715 x^3)
+
+    Parameters
+    ----------
+    out, x : one shape, any; `out` is written
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    """
+    out[...] = 0.5 * x * (1 + np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x)))
+
+
+def gelu_backward(dx: Array, dout: Array, x: Array) -> None:
+    """Write the gradient of GELU's input.
+
+    dx = dout * ((1 + tanh(u)) / 2 + x/2 * (1 - tanh(u)^2) * du/dx)
+    du/dx = sqrt(2/pi) * (1 + 3 * 0.044715 x^2)
+
+    Parameters
+    ----------
+    dx, dout, x : one shape, any; `dx` is written and may be `dout`
+    """
+    # out = x/2 * (1 + tanh(u))
+    tanh = np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
+    du = GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
+    dx[...] = dout * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * du)
+
+
+def residual_forward(out: Array, x: Array, branch: Array) -> None:
+    """Add a branch to the residual stream.
+
+    out = x + branch
+
+    Parameters
+    ----------
+    out, x, branch : one shape, any; `out` is written and may be `x`
+
+    Source: He et al. 2015, arXiv:1512.03385.
+    """
+    out[...] = x + branch

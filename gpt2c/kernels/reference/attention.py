@@ -1,0 +1,107 @@
+"""Attention: causal, of many heads; over whole sequences, and over a cache.
+
+`gpt2c.kernels.reference` says what holds for all ops.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+
+
+def _heads(rows: Array, NH: int) -> Array:
+    """View (B, T, C) as (B, NH, T, HS); what is written to the view is written to `rows`."""
+    return rows.reshape(*rows.shape[:2], NH, -1).transpose(0, 2, 1, 3)
+
+
+def _causal_scores(q: Array, k: Array) -> Array:
+    """Give q k^T / sqrt(HS), (B, NH, T, T), with -inf where the key comes after the query."""
+    T, HS = q.shape[2:]
+    scores = q @ k.swapaxes(2, 3) / math.sqrt(HS)
+    scores[..., np.triu(np.ones((T, T), dtype=np.bool_), k=1)] = -np.inf
+    return scores
+
+
+def attention_forward(out: Array, lse: Array, qkv: Array) -> None:
+    """Let each token take a weighted mean of the values of the tokens up to itself, head by head.
+
+    p = softmax(scores),   scores = q k^T / sqrt(HS) for keys not later than the query,   out = p v
+
+    Parameters
+    ----------
+    out : (B, T, C), written
+    lse : (B, NH, T), written: log(sum(exp(scores))) over the keys, which is all that the backward
+        pass needs of the T x T scores
+    qkv : (B, T, 3C), a row holds the q, then the k, then the v of all NH heads
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762; to keep only lse, Dao et al. 2022,
+    arXiv:2205.14135.
+    """
+    q, k, v = (_heads(part, lse.shape[1]) for part in np.split(qkv, 3, axis=2))
+    scores = _causal_scores(q, k)
+    largest = scores.max(axis=3, keepdims=True)  # taken out first, so that exp cannot overflow
+    p = np.exp(scores - largest)
+    total = p.sum(axis=3, keepdims=True)
+    lse[...] = (largest + np.log(total))[..., 0]
+    _heads(out, lse.shape[1])[...] = (p / total) @ v
+
+
+def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
+    """Write the gradient of q, k and v; the softmax is made again from `lse`.
+
+    dv = p^T dout,   dscores = p * (dout v^T - sum(dout * out)),   p = exp(scores - lse)
+    dq = dscores k / sqrt(HS),   dk = dscores^T q / sqrt(HS)
+
+    Parameters
+    ----------
+    dqkv : (B, T, 3C), written; may be qkv
+    dout : (B, T, C)
+    qkv, out, lse : what the forward pass read and wrote
+    """
+    NH = lse.shape[1]
+    q, k, v = (_heads(part, NH) for part in np.split(qkv, 3, axis=2))
+    dq, dk, dv = (_heads(part, NH) for part in np.split(dqkv, 3, axis=2))
+    dout, out = _heads(dout, NH), _heads(out, NH)
+    p = np.exp(_causal_scores(q, k) - lse[..., None])
+    # out = p v
+    dp = dout @ v.swapaxes(2, 3)
+    # p = softmax(scores): dscores = p * (dp - sum(p * dp)), where the sum over keys of p * dp
+    # equals the sum over channels of dout * out
+    dscores = p * (dp - (dout * out).sum(axis=3, keepdims=True))
+    # scores = q k^T / sqrt(HS)
+    dscores /= math.sqrt(q.shape[3])
+    dq[...], dk[...] = dscores @ k, dscores.swapaxes(2, 3) @ q
+    dv[...] = p.swapaxes(2, 3) @ dout
+
+
+def cache_attention_forward(
+    out: Array, keys: Array, values: Array, qkv: Array, position: int
+) -> None:
+    """Let new tokens attend to those before them, whose keys and values are cached, and themselves.
+
+    out = softmax(q k^T / sqrt(HS)) v for keys not later than the query
+
+    Parameters
+    ----------
+    out : (T, C), written
+    keys, values : (NH, P, HS), rows position to position + T are written, those before read
+    qkv : (T, 3C), a row holds the q, then the k, then the v of all NH heads
+    position : where in the text the first of the T tokens stands; position + T <= P
+
+    Source: see `gpt2c.kernels.reference.attention_forward`.
+    """
+    NH, _, HS = keys.shape
+    T = len(qkv)
+    end = position + T
+    q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)
+    keys[:, position:end], values[:, position:end] = k, v
+    scores = q @ keys[:, :end].swapaxes(1, 2) / math.sqrt(HS)
+    scores[:, np.triu(np.ones((T, end), dtype=np.bool_), k=position + 1)] = -np.inf
+    p = np.exp(scores - scores.max(axis=2, keepdims=True))
+    attended = p / p.sum(axis=2, keepdims=True) @ values[:, :end]
+    out[...] = attended.transpose(1, 0, 2).reshape(T, NH * HS)

@@ -1,0 +1,54 @@
+"""Softmax and cross-entropy: logits -> losses in nats.
+
+`gpt2c.kernels.reference` says what holds for all ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+IntArray = NDArray[np.int32]
+
+
+def crossentropy_forward(losses: Array, lse: Array, logits: Array, targets: IntArray) -> None:
+    """Measure how surprised the softmax of each row of logits is by that row's target.
+
+    losses = lse - logits[target] = -log(softmax(logits)[target]),   lse = log(sum(exp(logits)))
+
+    Parameters
+    ----------
+    losses : (N,), written, in nats; 0 where the target is ignored
+    lse : (N,), written, kept for the backward pass
+    logits : (N, V)
+    targets : (N,) int32, in [0, V), or -1 to ignore the row
+    """
+    largest = logits.max(axis=1)  # taken out first, so that exp cannot overflow
+    lse[...] = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
+    # as an index, -1 reads the last column; the next line drops what that gives
+    losses[...] = lse - logits[np.arange(len(targets)), targets]
+    losses[targets == -1] = 0
+
+
+def crossentropy_backward(
+    dlogits: Array, logits: Array, lse: Array, targets: IntArray, scale: float
+) -> None:
+    """Write the gradient of the logits, for a loss that is `scale` times the sum of the losses.
+
+    dlogits = (softmax(logits) - onehot(target)) * scale, and 0 in rows whose target is ignored
+
+    Parameters
+    ----------
+    dlogits : (N, V), written; may be `logits`
+    logits, lse, targets : what the forward pass read and wrote
+    scale : 1 / (number of rows that count) makes the loss their mean
+    """
+    # losses = lse - logits[target], and d(lse) / d(logits) is the softmax
+    gradient = np.exp(logits - lse[:, None])
+    gradient[np.arange(len(targets)), targets] -= 1
+    gradient[targets == -1] = 0
+    gradient *= scale
+    dlogits[...] = gradient

@@ -1,0 +1,72 @@
+"""Layernorm: rows of mean 0 and variance 1.
+
+`gpt2c.kernels.reference` says what holds for all ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+
+
+def layernorm_forward(
+    out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array, eps: float
+) -> None:
+    """Normalise each row of `x` to zero mean and unit variance, then scale and shift.
+
+    out = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps)      (biased variance)
+
+    Parameters
+    ----------
+    out : (N, C), written
+    mean, rstd : (N,), written, kept for the backward pass
+    x : (N, C)
+    weight, bias : (C,)
+    eps : added to the variance (not to its root)
+
+    Source: Ba et al. 2016, arXiv:1607.06450.
+    """
+    mean[...] = x.mean(axis=1)
+    centred = x - mean[:, None]
+    rstd[...] = 1 / np.sqrt(np.square(centred).mean(axis=1) + eps)
+    out[...] = centred * rstd[:, None] * weight + bias
+
+
+def layernorm_backward(
+    dx: Array,
+    dweight: Array,
+    dbias: Array,
+    dout: Array,
+    x: Array,
+    weight: Array,
+    mean: Array,
+    rstd: Array,
+) -> None:
+    """Add the gradients of layernorm to those of its input and its parameters.
+
+    dx += (dnorm - mean(dnorm) - norm * mean(dnorm * norm)) * rstd
+    norm = (x - mean) * rstd,   dnorm = dout * weight
+
+    Parameters
+    ----------
+    dx : (N, C), accumulated: `x` is the residual stream, and `dx` already holds the gradient that
+        came past the branch
+    dweight, dbias : (C,), accumulated
+    dout, x : (N, C)
+    weight : (C,)
+    mean, rstd : (N,), from the forward pass
+    """
+    norm = (x - mean[:, None]) * rstd[:, None]
+    # out = norm * weight + bias
+    dnorm = dout * weight
+    dweight += (dout * norm).sum(axis=0)
+    dbias += dout.sum(axis=0)
+    # norm = (x - mean(x)) * rstd(x): a row of norm can neither shift nor stretch, whatever x does,
+    # so the parts of dnorm that ask for that are taken out
+    shift = dnorm.mean(axis=1, keepdims=True)
+    stretch = (dnorm * norm).mean(axis=1, keepdims=True)
+    dx += (dnorm - shift - norm * stretch) * rstd[:, None]

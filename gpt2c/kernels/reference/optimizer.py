@@ -1,0 +1,61 @@
+"""AdamW, and the norm by which gradients are clipped.
+
+`gpt2c.kernels.reference` says what holds for all ops.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+
+
+def adamw_update(
+    param: Array,
+    m: Array,
+    v: Array,
+    grad: Array,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    t: int,
+    grad_scale: float,
+) -> None:
+    """Take one step of Adam with decoupled weight decay.
+
+    m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2,   g = grad * grad_scale
+    m_hat = m / (1 - beta1^t),   v_hat = v / (1 - beta2^t)
+    param -= learning_rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param)
+
+    Parameters
+    ----------
+    param, m, v, grad : one shape, any; all but `grad` are updated
+    m, v : running means of g and of g^2, zeros before the first step
+    learning_rate, beta1, beta2, eps : as in the paper
+    weight_decay : multiplied by the learning rate and by the param from before the step
+    t : the number of this step, from 1
+    grad_scale : applied to `grad` first, for clipping
+
+    Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    """
+    g = grad * grad_scale
+    m[...] = beta1 * m + (1 - beta1) * g
+    v[...] = beta2 * v + (1 - beta2) * g * g
+    # m and v start from zero, so that after t steps they hold only this share of a full mean
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    param -= learning_rate * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * param)
+
+
+def global_norm(grad: Array) -> float:
+    """Return the Euclidean norm of a gradient of any shape, summed in float64 whatever its dtype.
+
+    sqrt(sum(grad^2))
+    """
+    return math.sqrt(np.square(grad, dtype=np.float64).sum())

@@ -1,0 +1,186 @@
+"""GPT2Config: the numbers that fix a GPT-2's shape, under Hugging Face's names.
+
+Knows nothing about arrays or backends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# What config.json may say of the arithmetic, and what gpt2c computes: the first is what it writes.
+# A model that says otherwise is refused.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], None),  # others have other heads
+    "activation_function": (  # names of the tanh form
+        *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
+        *("gelu_fast", "gelu_accurate"),
+    ),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False, True),  # the order of the same products
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+# What transformers reads as well.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+LARGEST = 2**31 - 1  # token ids and positions are int32
+MOST_LAYERS = 10_000  # names and shapes are listed before any memory is asked for
+# What float32 holds with room for what is computed of it.
+RANGES = {"layer_norm_epsilon": (1e-37, 1.0), "initializer_range": (1e-37, 1e4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Shape of a GPT-2; the defaults are GPT-2 124M.
+
+    Parameters
+    ----------
+    vocab_size, n_positions : V tokens, T positions at most
+    n_embd, n_layer, n_head : C channels, L layers, NH heads; n_head divides n_embd
+    n_inner : channels inside the MLP, 4 * n_embd if None
+    layer_norm_epsilon : added to the variance
+    initializer_range : standard deviation of fresh weights
+    eos_token_id : the end-of-text token if there is one; it also stands for the start of a text
+
+    Raises
+    ------
+    ValueError : a size is not a whole number from 1 to 2**31 - 1 (n_layer: 10,000), n_head does not
+        divide n_embd, or another number is out of its range
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value, most = getattr(self, name), MOST_LAYERS if name == "n_layer" else LARGEST
+            if name == "n_inner" and value is None:
+                continue
+            if not (type(value) is int and 1 <= value <= most):  # a bool is an int, too
+                raise ValueError(
+                    f"{name} must be a whole number from 1 to {most}, got {value!r:.50}"
+                )
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}"
+            )
+        for name, (least, greatest) in RANGES.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and least <= value <= greatest):
+                raise ValueError(
+                    f"{name} must be a number from {least:g} to {greatest:g}, got {value!r:.50}"
+                )
+        eos = self.eos_token_id
+        if eos is not None and not (type(eos) is int and 0 <= eos < self.vocab_size):
+            raise ValueError(f"eos_token_id must be in [0, {self.vocab_size}), got {eos!r:.50}")
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
+        """Read Hugging Face's config.json; keys that do not touch the arithmetic are passed over.
+
+        Dropout is one of them: gpt2c trains and runs without. Of several eos_token_id the first
+        counts, as transformers pads with it; one outside of the vocabulary is none.
+
+        Raises
+        ------
+        ValueError : not a GPT-2, one whose formulae gpt2c does not have, or a field that cannot be
+        """
+        if entries.get("model_type", "gpt2") != "gpt2":
+            raise ValueError(
+                f"config.json: model_type must be 'gpt2', got {entries['model_type']!r:.50}"
+            )
+        for name, known in FIXED.items():
+            if entries.get(name, known[0]) not in known:
+                wanted = " or ".join(map(repr, known))
+                raise ValueError(f"config.json: {name} must be {wanted}, got {entries[name]!r:.50}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known_entries = {name: value for name, value in entries.items() if name in fields}
+        for alias, name in ALIASES.items():
+            if (
+                alias in entries
+                and known_entries.setdefault(name, entries[alias]) != entries[alias]
+            ):
+                raise ValueError(
+                    f"config.json: {alias} and {name} are one number, got {entries[alias]!r:.50}"
+                    f" and {entries[name]!r:.50}"
+                )
+        eos, V = known_entries.get("eos_token_id"), known_entries.get("vocab_size", cls.vocab_size)
+        if isinstance(eos, list) and eos:
+            eos = eos[0]
+        if type(eos) is int and type(V) is int and eos >= V:
+            eos = None  # Hugging Face's default, 50256, in a smaller model
+        try:
+            return cls(**known_entries | {"eos_token_id": eos})
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what config.json must hold so that transformers builds the same model."""
+        arithmetic = {name: known[0] for name, known in FIXED.items()}
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return (
+            {"model_type": "gpt2"}
+            | dataclasses.asdict(self)
+            | {"bos_token_id": self.eos_token_id}
+            | arithmetic
+            | dropout
+        )
+
+    @property
+    def inner(self) -> int:
+        """Channels inside the MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter: those of 2 dimensions, which AdamW decays, come first.
+
+        Names are Hugging Face's without "transformer."; Linear weights are (OC, C), as in llm.c.
+        """
+        V, T, C, F = self.vocab_size, self.n_positions, self.n_embd, self.inner
+        shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (T, C)}
+        for layer in range(self.n_layer):
+            h = f"h.{layer}."
+            shapes |= {h + "ln_1.weight": (C,), h + "ln_1.bias": (C,)}
+            shapes |= {h + "attn.c_attn.weight": (3 * C, C), h + "attn.c_attn.bias": (3 * C,)}
+            shapes |= {h + "attn.c_proj.weight": (C, C), h + "attn.c_proj.bias": (C,)}
+            shapes |= {h + "ln_2.weight": (C,), h + "ln_2.bias": (C,)}
+            shapes |= {h + "mlp.c_fc.weight": (F, C), h + "mlp.c_fc.bias": (F,)}
+            shapes |= {h + "mlp.c_proj.weight": (C, F), h + "mlp.c_proj.bias": (C,)}
+        shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+        return dict(sorted(shapes.items(), key=lambda item: -len(item[1])))
+
+    def num_parameters(self) -> int:
+        """Count the parameters; the lm_head is wte and counts once."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def flops_per_token(self, T: int) -> float:
+        """Count the floating-point operations, forward and backward, of a token among T tokens.
+
+        A matrix of n weights costs 2n operations a token forward and 4n backward (the gradients of
+        input and weight). A query sees T/2 keys on average, and each costs 2C operations for q k^T
+        and as many for p v, times 3 for forward and backward. Kaplan et al. 2020, arXiv:2001.08361;
+        PaLM, arXiv:2204.02311, with the causal half counted only. Softmax, layernorm, GELU and
+        recomputation are not counted.
+        """
+        C, F = self.n_embd, self.inner
+        weights = self.n_layer * (4 * C * C + 2 * C * F) + self.vocab_size * C
+        attention = self.n_layer * 2 * C * T
+        return 6.0 * weights + 3.0 * attention

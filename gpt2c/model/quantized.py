@@ -1,0 +1,195 @@
+"""QuantizedModel: a model to read only, whose weights take 8 or 16 bits each.
+
+Reading a model is as fast as its weights come from memory, so a quarter of the bytes is up to four
+times the speed. int8 rounds each row of a matrix to 255 steps of its own largest weight; fp16 keeps
+11 bits of each. What the layers compute with them stands in `gpt2c.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gpt2c.kernels.backend import Backend, as_backend, same_backend
+from gpt2c.kernels.memory import Array, aligned_zeros, require
+from gpt2c.kernels.reference.linear import LONGEST, MIDDLE, TINY
+from gpt2c.model.config import GPT2Config
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.parameters import Tensor, converted_bytes
+
+STEPS = 127  # from 0 to a row's largest weight, and as many below 0
+ROWS = 1024  # rounded at a time, so that what is computed on the way stays small
+DTYPES = {"int8": np.uint8, "fp16": np.float16}
+
+
+class QuantizedModel(LanguageModel):
+    """A GPT-2 whose wte and Linear weights are int8 or fp16; it is read, not trained.
+
+    Parameters
+    ----------
+    config : its shape
+    method : "int8" or "fp16"
+    backend, threads : see `gpt2c.GPT2`
+
+    Attributes
+    ----------
+    parameters : name -> array; of int8 uint8 weights, 128 too large, and beside "x.weight" its
+        rows' factors "x.scale", float32; of fp16 float16 weights. Vectors and wpe stay float32
+
+    Raises
+    ------
+    ValueError : an unknown method or backend; int8 with more than 65536 channels
+    MemoryError : the weights do not fit
+
+    It is copied and pickled as a `gpt2c.GPT2` is.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        method: str,
+        backend: str | Backend = "auto",
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(config, as_backend(backend, threads))
+        if method not in DTYPES:
+            raise ValueError(f"quantize must be one of {', '.join(DTYPES)}, got {method!r}")
+        if method == "int8" and config.inner > LONGEST:
+            raise ValueError(f"int8 weights have at most {LONGEST} channels, got {config.inner}")
+        self.method = method
+        self._weights = (method,)
+        self.parameters = _lay_out(config, method)
+
+    @classmethod
+    def from_model(cls, model: LanguageModel, method: str) -> Self:
+        """Round the weights of a `GPT2`, which stays as it is.
+
+        Raises
+        ------
+        ValueError : an unknown method, or weights that cannot be rounded
+        """
+        if isinstance(model, QuantizedModel):
+            raise ValueError(f"the model has {model.method} weights already: start from a GPT2")
+        quantized = cls(model.config, method, model.backend)
+        quantized.round(model.parameters, "the model")
+        return quantized
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of."""
+        return {
+            "config": self.config,
+            "method": self.method,
+            "backend": (self.backend.name, self.backend.threads),
+            "parameters": dict(self.parameters),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a model with memory of its own."""
+        backend = same_backend(*state["backend"])
+        QuantizedModel.__init__(self, state["config"], state["method"], backend)
+        for name, parameter in self.parameters.items():
+            parameter[...] = state["parameters"][name]
+
+    def round(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Round tensors, whose shapes fit, into the parameters."""
+        require(
+            "rounding the weights", converted_bytes(tensors), "close what else takes memory here"
+        )
+        for name in tensors:
+            self._round_one(name, np.asarray(tensors[name]), source)
+
+    def _round_one(self, name: str, tensor: Array, source: str) -> None:
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{source}: {name} holds nan or infinity, which have no 8 bits")
+        parameter = self.parameters[name]
+        if parameter.dtype == np.uint8:
+            scale = self.parameters[name.removesuffix("weight") + "scale"]
+            round_rows(parameter, scale, tensor)
+        else:
+            with np.errstate(over="ignore"):
+                parameter[...] = tensor
+            if not np.isfinite(parameter).all():
+                raise ValueError(f"{source}: {name} holds numbers beyond fp16's range, 65504")
+
+    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Copy quantized tensors, whose shapes fit, into the parameters."""
+        for name, parameter in self.parameters.items():
+            if tensors[name].dtype != parameter.dtype:
+                raise ValueError(
+                    f"{source}: {name} must be {parameter.dtype}, got {tensors[name].dtype}"
+                )
+            parameter[...] = np.asarray(tensors[name])
+            if parameter.dtype != np.uint8 and not np.isfinite(parameter).all():
+                raise ValueError(f"{source}: {name} holds nan or infinity")
+
+    def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = False) -> float:
+        """Mean nats per token; keep=True is refused, as `backward` is.
+
+        Raises
+        ------
+        ValueError : see `LanguageModel.mean_loss`
+        """
+        if keep:
+            self.backward()
+        return self.mean_loss(idx, targets)
+
+    def backward(self, scale: float = 1.0) -> None:
+        """Refuse.
+
+        Raises
+        ------
+        ValueError : always
+        """
+        raise ValueError(
+            f"a model with {self.method} weights has no gradients: load it without quantize to"
+            " train it"
+        )
+
+
+def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.floating[Any]]) -> None:
+    """Write weight (OC, C) and scale (OC,): scale * (weight - 128) is tensor, nearly.
+
+    A row's largest number becomes 127 steps up or down, 0 stays 0; a row below TINY becomes 0.
+    """
+    for start in range(0, len(tensor), ROWS):
+        rows = slice(start, start + ROWS)
+        largest = np.abs(tensor[rows]).max(axis=1)
+        scale[rows] = np.where(largest > TINY, largest, 0) / np.float32(STEPS)
+        steps = np.where(scale[rows] > 0, scale[rows], np.float32(1))[:, None]
+        weight[rows] = np.rint(tensor[rows] / steps) + MIDDLE
+
+
+def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Give name -> (shape, dtype) of the parameters."""
+    wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
+    for name, shape in config.parameter_shapes().items():
+        small = len(shape) == 2 and name != "wpe.weight"
+        wanted[name] = (shape, np.dtype(DTYPES[method] if small else np.float32))
+        if small and method == "int8":
+            wanted[name.removesuffix("weight") + "scale"] = (shape[:1], np.dtype(np.float32))
+    return wanted
+
+
+def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
+    """Give parameters of zeros in one piece of memory: pages are large, rows aligned."""
+    wanted = _layout(config, method)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
+    lines = {name: -(-size // 64) * 64 for name, size in sizes.items()}
+    weights = {"weights": sum(lines.values())}
+    mend = "take a smaller one" + (', or quantize="int8"' if method != "int8" else "")
+    require(f"a model of {config.num_parameters():,} parameters", weights, mend)
+    memory = aligned_zeros(sum(lines.values()) // 4).view(np.uint8)
+    parameters, start = {}, 0
+    for name, (shape, dtype) in wanted.items():
+        parameters[name] = memory[start : start + sizes[name]].view(dtype).reshape(shape)
+        start += lines[name]
+    return parameters
+
+
+def shapes_of(config: GPT2Config, method: str) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the parameters of a model with such weights."""
+    return {name: shape for name, (shape, _) in _layout(config, method).items()}

@@ -1,0 +1,28 @@
+"""Commands of gpt2c for messages: as a user can paste them into a shell.
+
+Independent of what the commands do. Used by cli and demo.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def command(*words: str | Path) -> str:
+    """Return a line for the shell that calls gpt2c, as it was called now, with other arguments."""
+    return shlex.join([*_program(), *map(str, words)])
+
+
+def _program() -> list[str]:
+    """Return how this process' program is called: by its name where the shell finds it by that."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py" and path.parent.name == "gpt2c":
+        return [sys.orig_argv[0], "-m", "gpt2c"]
+    found = shutil.which("gpt2c")
+    if path.name == "gpt2c" and not (found and os.path.realpath(found) == os.path.realpath(path)):
+        return [sys.argv[0]]
+    return ["gpt2c"]  # also for a program that calls gpt2c.cli.main.main

@@ -1,0 +1,183 @@
+"""Batches: token files -> (x, y) arrays of token ids, in an order that seed and step alone give.
+
+So a resumed run needs no saved position. Knows nothing about models, nor about how tokens lie in a
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.kernels.checks import counted
+from gpt2c.text.prepare import shuffled
+from gpt2c.text.shards import StoredTokens, Tokens
+
+# Windows of a shard from which on an epoch may have one more than its tokens need, so that epochs
+# cut the text in more ways.
+_MANY = 16
+
+
+class Batches:
+    """Training batches: in every epoch each token of a shard but its first is a target.
+
+    An epoch is a permutation of windows of T tokens, which lie within one shard each and cover it;
+    they cut it at places that differ from epoch to epoch. Permutation and places are given by the
+    seed and the epoch. Where a shard's tokens do not fill its windows, the first or the last ones
+    overlap, so that a few tokens come twice in an epoch. Batches run on across the border of two
+    epochs.
+
+    Parameters
+    ----------
+    shards : (N,) token ids each; one of fewer than T + 1 tokens is left out
+    batch_size : B, windows in a batch
+    block_size : T, tokens in a window
+    seed : of permutations and places, not negative
+    order : 2; 1 is that of runs before there was this: windows side by side, which miss up to T
+        tokens at the end of a shard, and a shard of fewer than 2 T tokens altogether
+
+    Attributes
+    ----------
+    windows_per_epoch : of all shards
+    targets_per_epoch : tokens that are a target in an epoch, each counted once
+    left_out : the number of shards that are left out
+
+    Raises
+    ------
+    ValueError : too few tokens for B windows; one shard needs B*T + 1
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Tokens | StoredTokens],
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        order: int = 2,
+    ) -> None:
+        self.shards = list(shards)
+        lengths = np.array([len(shard) for shard in shards], np.int64)
+        full = np.maximum((lengths - 1) // block_size, 0)
+        if full.sum() < batch_size:
+            several = f" in {len(shards)} shards" if len(shards) > 1 else ""
+            total = int(lengths.sum())
+            raise ValueError(
+                f"{counted(total, 'token')}{several} {'is' if total == 1 else 'are'} too few for"
+                f" one batch of {batch_size} x {block_size}, which needs"
+                f" {batch_size * block_size + 1} in one shard; add text, or lower batch_size or"
+                " block_size"
+            )
+        if order == 1:
+            # As many as fit after any offset; tokens for hardly one batch have fewer offsets.
+            counts = np.maximum(lengths // block_size - 1, 0)
+            if counts.sum() < batch_size:
+                counts = full
+            shifts = np.clip(lengths - counts * block_size, 1, block_size)
+            least_shifts = np.zeros_like(lengths)
+            self.targets_per_epoch = int(counts.sum()) * block_size
+        else:
+            counts = np.where(full > 0, -(-(lengths - 1) // block_size), 0)
+            # Windows side by side may begin up to `spare` tokens before the shard; those that do
+            # are moved into it, and so is the last. With one window more, another range of places
+            # has neither the first two nor the last two at one place.
+            spare = np.maximum(counts * block_size - (lengths - 1), 0)
+            more = (counts >= _MANY) & (block_size - spare - 1 > spare + 1)
+            counts += more
+            shifts = np.where(more, block_size - spare - 1, spare + 1)
+            least_shifts = np.where(more, spare + 1, 0)
+            self.targets_per_epoch = int((lengths - 1)[full > 0].sum())
+        self._shifts = [*zip(least_shifts.tolist(), shifts.tolist(), strict=True)]
+        self._direction = 1 if order == 1 else -1
+        self.left_out = int((counts == 0).sum())
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.seed = seed
+        self.windows_per_epoch = int(counts.sum())
+        self._last_starts = np.maximum(lengths - 1 - block_size, 0)
+        self._ends = np.cumsum(counts)  # of the shards, in windows
+        self._firsts = self._ends - counts
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def __repr__(self) -> str:
+        of = f"batch_size={self.batch_size}, block_size={self.block_size}, seed={self.seed}"
+        return f"Batches({counted(len(self.shards), 'shard')}, {of})"
+
+    def batch(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the batch of a step, from 0: x and y, both (B,T) int32, y one token ahead of x."""
+        rows = np.empty((self.batch_size, self.block_size + 1), np.int32)
+        for row, n in enumerate(range(step * self.batch_size, (step + 1) * self.batch_size)):
+            shard, starts = self._epoch(n // self.windows_per_epoch)
+            window = n % self.windows_per_epoch
+            start = starts[window]
+            rows[row] = self.shards[shard[window]][start : start + self.block_size + 1]
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Say where the windows of an epoch are, in its order: shards, and starts in them.
+
+        Kept for the two epochs that a batch may touch.
+        """
+        if epoch not in self._epochs:
+            order, number = shuffled([self.seed, epoch], self.windows_per_epoch)
+            shard = np.searchsorted(self._ends, order, side="right")
+            shifts = np.array([least + number % count for least, count in self._shifts], np.int64)
+            starts = (order - self._firsts[shard]) * self.block_size
+            starts += self._direction * shifts[shard]
+            starts = np.clip(starts, 0, self._last_starts[shard])
+            self._epochs = {key: kept for key, kept in self._epochs.items() if key == epoch - 1}
+            self._epochs[epoch] = shard, starts
+        return self._epochs[epoch]
+
+
+def windows(
+    shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int, overlap: int = 0
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Cut shards into batches for evaluation: all but a shard's first token are targets, in order.
+
+    Parameters
+    ----------
+    shards : (N,) token ids each; a window lies within one
+    batch_size : B, windows in a batch
+    block_size : T, tokens in a window
+    overlap : so many tokens of each window stood in the one before; they are context, not targets
+        again, so that every target has at least `overlap` tokens of its shard before it
+
+    Returns
+    -------
+    iterator of (x, y), both (B,T) int32; where there is no target, y = -1 (ignored)
+
+    Raises
+    ------
+    ValueError : no shard has two tokens, or overlap is not in [0, block_size)
+    """
+    if not any(len(tokens) > 1 for tokens in shards):
+        total = sum(map(len, shards))
+        raise ValueError(
+            f"{counted(total, 'token')} {'is' if total == 1 else 'are'} too few to evaluate on; at"
+            " least 2 are needed"
+        )
+    if not 0 <= overlap < block_size:
+        raise ValueError(f"overlap must be in [0, block_size = {block_size}), got {overlap}")
+    places = (
+        (tokens, start)
+        for tokens in shards
+        if len(tokens) > 1
+        for start in range(0, max(1, len(tokens) - 1 - overlap), block_size - overlap)
+    )
+
+    def batch(
+        rows: list[tuple[Tokens | StoredTokens, int]],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        x = np.zeros((batch_size, block_size), np.int32)
+        y = np.full((batch_size, block_size), -1, np.int32)
+        for row, (tokens, start) in enumerate(rows):
+            end = min(start + block_size, len(tokens) - 1)
+            x[row, : end - start] = tokens[start:end]
+            y[row, : end - start] = tokens[start + 1 : end + 1]
+            y[row, : overlap if start else 0] = -1
+        return x, y
+
+    return map(batch, iter(lambda: list(islice(places, batch_size)), []))

@@ -1,0 +1,395 @@
+"""Documents and batches: documents -> token files -> (x, y) arrays of token ids.
+
+Which tokens a step sees depends on nothing but the seed and the step, so a resumed run needs no
+saved position.
+
+Knows nothing about models, nor about how text becomes tokens (that is the tokenizer's) or how
+tokens lie in a file (tokenfile's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.files import atomic
+from gpt2c.kernels.checks import counted
+from gpt2c.text.shards import (
+    MAX_VOCABULARY,
+    Split,
+    TokenWriter,
+    alone,
+    remove_shards,
+)
+from gpt2c.text.tokenizer import SMALLEST, Tokenizer, split_text
+
+# A document is a string, or comes as strings to be joined, which are read before the next document.
+Document = str | Iterable[str]
+
+LEARNED = 1 << 24  # bytes of text that a tokenizer is learned from, at most
+_SOME = 1 << 16  # documents that are looked at at a time
+
+
+def shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
+    """Return a permutation of range(count) and one more random number, both given by `seed` alone.
+
+    From raw bits: NumPy promises those never to change, unlike what Generator's methods make of
+    them (NEP 19).
+    """
+    bits = np.random.PCG64(seed).random_raw(count + 1)
+    return np.argsort(bits[:-1], kind="stable"), int(bits[-1])
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """What of some documents is validation text: whole documents, or the tail of one.
+
+    validation : for each document whether it is held out, (D,) bool
+    divided : for each document whether it is, or is a copy of, the one whose tail is held out
+    head : characters of that document that are trained on
+    characters, bytes : of all documents; bytes are of UTF-8
+    """
+
+    validation: NDArray[np.bool_]
+    divided: NDArray[np.bool_]
+    head: int
+    characters: int
+    bytes: int
+
+    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Iterator[str]]]:
+        """Divide the documents into texts to train on and to validate on, each in pieces.
+
+        Raises
+        ------
+        OSError : they are not what they were when this was chosen
+        """
+        characters, number, tail_is_due = 0, -1, True
+
+        def counted(pieces: Iterable[str]) -> Iterator[str]:
+            nonlocal characters
+            for piece in pieces:
+                characters += len(piece)
+                yield piece
+
+        for number, document in enumerate(documents):
+            if number == len(self.validation):
+                break
+            pieces = counted(_pieces(document))
+            if self.divided[number]:
+                head = _Head(pieces, self.head)
+                yield "train", iter(head)
+                if tail_is_due:  # that of a copy is left out
+                    tail_is_due = False
+                    yield "val", head.rest()
+            else:
+                yield "val" if self.validation[number] else "train", pieces
+            deque(pieces, 0)  # what is not wanted is counted, too
+        if (number + 1, characters) != (len(self.validation), self.characters):
+            raise OSError("the text changed while it was read: prepare it again")
+
+
+class _Head:
+    """The first characters of a text in pieces, then the rest."""
+
+    def __init__(self, pieces: Iterator[str], size: int) -> None:
+        self._pieces = pieces
+        self._size = size
+
+    def __iter__(self) -> Iterator[str]:
+        left = self._size
+        for piece in self._pieces:
+            if len(piece) >= left:
+                self._pieces = chain([piece[left:]], self._pieces)
+                yield piece[:left]
+                return
+            left -= len(piece)
+            yield piece
+
+    def rest(self) -> Iterator[str]:
+        return self._pieces
+
+
+def _pieces(document: Document) -> Iterator[str]:
+    return split_text([document] if isinstance(document, str) else document)
+
+
+def split_validation(documents: Iterable[Document], fraction: float, seed: int) -> HoldOut:
+    """Hold out about `fraction` of the characters for validation.
+
+    Whole documents, chosen by `seed`, as many as fit, none of them more than a quarter of what is
+    held out as long as there are enough of those; copies of a document stay together, so that no
+    held-out text is trained on. Where whole documents give less than half of what was asked (one
+    document, or few large ones), the tail of the longest document is held out instead, cut at a
+    line break if there is one: then there are more texts after than before.
+
+    Documents are read, and none of them is kept; about a hundred bytes for each are.
+
+    Raises
+    ------
+    ValueError : no documents, `fraction` not between 0 and 1, or a text too short to be cut
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the share of validation text must lie between 0 and 1, not {fraction}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    keys, sizes, size_in_bytes, blank = array("Q"), array("q"), 0, True
+    for document in documents:
+        digest, size = hashlib.blake2b(digest_size=8), 0
+        for piece in _pieces(document):
+            content = piece.encode()
+            digest.update(content)
+            size += len(piece)
+            size_in_bytes += len(content)
+            blank = blank and not piece.strip()
+        keys.append(int.from_bytes(digest.digest(), "little"))
+        sizes.append(size)
+    if blank:
+        raise ValueError("there is no text: every document is blank")
+    lengths = np.array(sizes, np.int64)
+    # Distinct documents in the order in which they come first, and how often each is there.
+    _, first, of, copies = np.unique(
+        np.array(keys, np.uint64), return_index=True, return_inverse=True, return_counts=True
+    )
+    places = np.argsort(first, kind="stable")
+    rank = np.empty_like(places)
+    rank[places] = np.arange(len(places))
+    of = rank[of.ravel()]
+    distinct = lengths[first[places]]
+    total = distinct * copies[places]
+    budget = fraction * int(lengths.sum())
+    order = shuffled([seed], len(distinct))[0]
+    nothing = np.zeros(len(lengths), bool)
+    # First without the largest: one document that fills the share would speak for all the others.
+    for largest in (budget / 4, budget):
+        held_out = np.zeros(len(distinct), bool)
+        size = 0
+        candidates = order[total[order] <= largest]
+        for start in range(0, len(candidates), _SOME):  # a list of all of them would be large
+            some = candidates[start : start + _SOME]
+            for index, more in zip(some.tolist(), total[some].tolist(), strict=True):
+                if size + more <= budget:
+                    held_out[index] = True
+                    size += more
+        if size >= budget / 2:
+            return HoldOut(held_out[of], nothing, 0, int(lengths.sum()), size_in_bytes)
+    longest = int(distinct.argmax())
+    head = _cut(documents, int(first[places[longest]]), int(distinct[longest]), fraction, budget)
+    return HoldOut(nothing, of == longest, head, int(lengths.sum()), size_in_bytes)
+
+
+def _cut(
+    documents: Iterable[Document], index: int, length: int, fraction: float, budget: float
+) -> int:
+    """Choose how many characters of one document are trained on; the tail is held out.
+
+    Raises
+    ------
+    ValueError : one of both would be blank
+    """
+
+    def pieces() -> Iterator[str]:
+        for document in islice(documents, index, index + 1):
+            yield from _pieces(document)
+
+    size = max(1, round(min(budget, max(fraction, 0.5) * length)))
+    place = length - size
+    cut, start = place, 0
+    least = max(1, place - size)  # a line break at most `size` away
+    for piece in pieces():
+        line_break = piece.rfind("\n", max(0, least - start), max(0, place - start))
+        if line_break >= 0:
+            cut = start + line_break + 1
+        start += len(piece)
+    head = _Head(pieces(), cut)
+    has_head = any([bool(piece.strip()) for piece in head])
+    has_tail = any([bool(piece.strip()) for piece in head.rest()])
+    if not has_head or not has_tail:
+        raise ValueError(
+            f"a text of {counted(length, 'character')} is too short to hold out {fraction:g} of it;"
+            " add text"
+        )
+    return cut
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote. Bytes are of UTF-8; tokens count one `<|endoftext|>` a document."""
+
+    documents: int
+    train_documents: int
+    val_documents: int
+    train_tokens: int
+    val_tokens: int
+    train_bytes: int
+    val_bytes: int
+    vocab_size: int
+    tail_held_out: bool  # the validation text is not whole documents but the tail of one
+
+
+def prepare(
+    documents: Iterable[Document],
+    out: Path,
+    tokenizer: Tokenizer | str,
+    val_fraction: float = 0.1,
+    seed: int = 1337,
+    overwrite: bool = False,
+    shard_tokens: int = 0,
+    stage: Callable[[str], None] = lambda name: None,
+) -> Prepared:
+    """Write documents as token files: `out`/train.bin, `out`/val.bin and the tokenizer's files.
+
+    The files are written as documents are read, so that texts of any size take little memory;
+    `out` is as it was until all of them are there. manifest.json lists them.
+
+    Parameters
+    ----------
+    documents : texts, each preceded by `<|endoftext|>` in the files, as in llm.c; within one it is
+        ordinary text. They are iterated several times
+    out : directory to make
+    tokenizer : a tokenizer or its spec: "gpt2", "bytes", a directory, or "bpe:N" to train one of N
+        tokens on the training documents only; of more than 16 MiB of text, on parts of it that lie
+        evenly in it and are 16 MiB together
+    val_fraction : share of the characters held out, see `split_validation`
+    seed : chooses the documents held out
+    overwrite : whether `out` may hold something already; its token files are replaced
+    shard_tokens : the most tokens in a file of training tokens, which are then several,
+        train_000001.bin and so on; 0 puts all into one
+    stage : told what the documents are iterated for, before they are
+
+    Raises
+    ------
+    ValueError : nothing to hold out, a bad spec, a vocabulary of more than 65536 tokens, or a
+        negative `shard_tokens`
+    OSError : `out` is not empty, or cannot be written; the documents changed meanwhile; another
+        process trains on what `out` holds
+    """
+    if shard_tokens < 0:
+        raise ValueError(f"shard_tokens must be at least 1, or 0 for one file, got {shard_tokens}")
+    if isinstance(documents, str):
+        raise ValueError("documents must be several texts, got one string; put it into a list")
+    atomic.check_directory(out, overwrite)
+    with alone(out):  # what trains on it speaks before long work, and again before anything goes
+        pass
+    if isinstance(documents, Iterator):  # which could be read but once
+        documents = ["".join(_pieces(document)) for document in documents]
+    size_to_learn = 0
+    if isinstance(tokenizer, str):  # a mistake shows before long work
+        size_to_learn = _size_to_learn(tokenizer)
+        tokenizer = Tokenizer.from_spec("bytes" if size_to_learn else tokenizer)
+    stage("reading")
+    held_out = split_validation(documents, val_fraction, seed)
+    if size_to_learn:
+        stage("learning tokens")
+        tokenizer = _learned(documents, held_out, size_to_learn)
+    if tokenizer.vocab_size > MAX_VOCABULARY:
+        raise ValueError(
+            f"the vocabulary has {tokenizer.vocab_size} tokens; "
+            f"token files hold at most {MAX_VOCABULARY}"
+        )
+    with atomic.claimed(out, overwrite), alone(out):
+        atomic.remove_leftovers(out)  # of a kill
+        with TokenWriter(out, shard_tokens) as writer:
+            stage("encoding")
+            prepared = _encode(documents, held_out, tokenizer, writer)
+            writer.finish()
+            # val.bin goes first and comes last: a directory that has it never mixes two
+            # preparations, nor lacks some of its shards.
+            remove_shards(out, writer.names())
+            tokenizer.save_pretrained(out)
+            writer.publish(
+                {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+                {
+                    "train": {"documents": prepared.train_documents, "bytes": prepared.train_bytes},
+                    "val": {"documents": prepared.val_documents, "bytes": prepared.val_bytes},
+                },
+            )
+    return prepared
+
+
+def _size_to_learn(spec: str) -> int:
+    """Return the number of tokens of a tokenizer that is to be trained, or 0 for another's spec."""
+    if not spec.startswith("bpe:"):
+        return 0
+    size = spec.removeprefix("bpe:")
+    if not (size.isascii() and size.isdecimal()):
+        raise ValueError(f"tokenizer {spec!r} must name a vocabulary size, such as bpe:4096")
+    if len(size) > 9 or int(size) > MAX_VOCABULARY:
+        raise ValueError(
+            f"tokenizer {spec!r:.40} asks for too many tokens; "
+            f"token files hold at most {MAX_VOCABULARY}"
+        )
+    if int(size) < SMALLEST:
+        raise ValueError(f"tokenizer {spec!r} has too few tokens; at least {SMALLEST} are needed")
+    return int(size)
+
+
+def _learned(documents: Iterable[Document], held_out: HoldOut, vocab_size: int) -> Tokenizer:
+    parts = held_out.parts(documents)
+    train: Iterator[Iterator[str]] = (pieces for split, pieces in parts if split == "train")
+    if held_out.bytes > LEARNED:
+        train = _sample(train, LEARNED / held_out.bytes)
+    return Tokenizer.train_on_pieces(train, vocab_size)
+
+
+def _sample(texts: Iterable[Iterator[str]], share: float) -> Iterator[Iterator[str]]:
+    """Leave out pieces of texts so that this share of them is left, evenly."""
+    seen = taken = 0
+
+    def chosen(pieces: Iterator[str]) -> Iterator[str]:
+        nonlocal seen, taken
+        for piece in pieces:
+            seen += len(piece)
+            if taken + len(piece) <= share * seen:
+                taken += len(piece)
+                yield piece
+
+    return map(chosen, texts)
+
+
+def _encode(
+    documents: Iterable[Document], held_out: HoldOut, tokenizer: Tokenizer, writer: TokenWriter
+) -> Prepared:
+    splits: tuple[Split, Split] = ("train", "val")
+    of = bytearray()  # for each text, which of them it belongs to
+    texts, tokens, sizes = ({split: 0 for split in splits} for _ in range(3))
+
+    def measured(split: Split, pieces: Iterator[str]) -> Iterator[str]:
+        for piece in pieces:
+            sizes[split] += len(piece.encode())
+            yield piece
+
+    def all_texts() -> Iterator[Iterator[str]]:
+        for split, pieces in held_out.parts(documents):
+            of.append(splits.index(split))
+            yield measured(split, pieces)
+
+    last = -1
+    start = np.array([tokenizer.eot], np.uint16)
+    for number, ids in tokenizer.encode_pieces(all_texts()):
+        split = splits[of[number]]
+        if number != last:
+            last = number
+            texts[split] += 1
+            tokens[split] += 1
+            writer.write(split, start)
+        tokens[split] += len(ids)
+        writer.write(split, ids)
+    return Prepared(
+        documents=len(held_out.validation),
+        train_documents=texts["train"],
+        val_documents=texts["val"],
+        train_tokens=tokens["train"],
+        val_tokens=tokens["val"],
+        train_bytes=sizes["train"],
+        val_bytes=sizes["val"],
+        vocab_size=tokenizer.vocab_size,
+        tail_held_out=bool(held_out.divided.any()),
+    )

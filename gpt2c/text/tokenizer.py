@@ -1,0 +1,692 @@
+"""Tokenizer: text <-> token ids, by byte-pair encoding.
+
+tiktoken encodes, rustbpe trains; this file joins them. There are three kinds of vocabulary and one
+class: GPT-2's own, plain bytes (no merges), and one trained on the spot. How they are kept, so that
+one directory serves gpt2c and transformers alike, is in vocabulary.py.
+
+tiktoken is given a text in windows of a few milliseconds' work, in which neither Ctrl-C nor a
+MemoryError reaches Python; the ids are those of the whole text.
+
+Knows nothing about models, token files or documents.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+
+from gpt2c.files import hub
+from gpt2c.kernels.checks import check_kind, whole
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.text import bpe_trainer, vocabulary
+
+END_OF_TEXT = vocabulary.END_OF_TEXT
+# How GPT-2 cuts text before any merge (openai/gpt-2:src/encoder.py): contractions, words, numbers,
+# the rest, spaces.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+NAMES = ("gpt2", "bytes")
+SMALLEST = 257  # tokens of a vocabulary: 256 bytes and END_OF_TEXT
+WINDOW = 1 << 16  # characters that tiktoken is given at a time
+# What the pattern's \\s matches. Python's own \\s and isspace know four more, 0x1c to 0x1f.
+_SPACES = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+# tiktoken matches the pattern with a stack of about a million entries and panics beyond; stay well
+# below.
+_MAX_SPACES = 400_000
+_ROOM = 1 << 27  # bytes that must be free: tiktoken ends the process where memory does
+_TRIES = 16  # places to cut a long run of letters that are tried before the window grows
+# tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
+_GPT2_FILES = (
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+)
+_PATIENCE = 30  # seconds for tiktoken's download of 1.5 MB, which itself would wait for ever
+
+
+def split_text(pieces: Iterable[str]) -> Iterator[str]:
+    """Split a text that comes in pieces into pieces of at most `WINDOW` characters.
+
+    Surrogates become the character that a pair stands for; a lone one, for which there are no
+    bytes, becomes U+FFFD.
+
+    Raises
+    ------
+    ValueError : a run of whitespace is too long for tiktoken
+    """
+    held, run = "", 0
+    for piece in pieces:
+        for start in range(0, len(piece), WINDOW):
+            part = held + piece[start : start + WINDOW]
+            held = ""
+            if "\ud800" <= part[-1] <= "\udbff":  # its pair may be the next piece's
+                part, held = part[:-1], part[-1]
+            inner = part.lstrip(_SPACES)
+            run += len(part) - len(inner)
+            if run >= _MAX_SPACES:
+                raise ValueError(
+                    f"the text has a run of {_MAX_SPACES} or more whitespace characters, "
+                    "more than the tokenizer can split; shorten it"
+                )
+            if inner:
+                run = len(inner) - len(inner.rstrip(_SPACES))
+            if part:
+                yield _with_bytes(part)
+    if held:
+        yield _with_bytes(held)
+
+
+def _with_bytes(text: str) -> str:
+    """Replace surrogates, as `split_text` says; most texts have none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _whole_window(text: str, size: int, ended: bool) -> tuple[int, bool]:
+    """Choose how much of a text to encode at once, about `size` characters.
+
+    Returns
+    -------
+    characters, and whether the ids on both sides of that place are those of the whole text: no
+    token has whitespace behind another character, so none crosses a place between the two
+    """
+    if ended and len(text) <= size:
+        return len(text), True
+    last = max(text.rfind(space, 0, size + 1) for space in _SPACES)
+    place = len(text[: last + 1].rstrip(_SPACES))
+    return (place, True) if place else (size, False)
+
+
+class _Reader:
+    """Keeps what was read of a text: enough to look ahead of a window."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._parts = split_text(pieces)
+        self.text = ""
+        self.ended = False
+
+    def fill(self, size: int) -> None:
+        """Have more than `size` characters, or all that are left."""
+        parts = [self.text]
+        have = len(self.text)
+        while have <= size and not self.ended:
+            if part := next(self._parts, ""):
+                parts.append(part)
+                have += len(part)
+            else:
+                self.ended = True
+        self.text = "".join(parts)
+
+    def take(self, size: int) -> str:
+        """Return the first characters and drop them."""
+        taken, self.text = self.text[:size], self.text[size:]
+        return taken
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary and what can be done with it.
+
+    Usually made by `from_name`, `train`, `from_pretrained` or `from_spec`.
+
+    Parameters
+    ----------
+    ranks : bytes of each ordinary token -> its id; the 256 single bytes, then merged tokens in the
+        order of their merges
+    eot : id of the token that stands between texts, `<|endoftext|>`
+    merges : the halves of each merged token, in the order of their ids; None recovers them
+        when the tokenizer is saved
+    special : name -> id of the special tokens, that of `eot` among them; None if that is the only
+        one. Ordinary and special tokens have the ids from 0 on, each once; special ones may leave
+        ids out
+
+    Attributes
+    ----------
+    vocab_size : one more than the highest id: the number of tokens, unless ids are left out
+    eot : see above. `[tokenizer.eot, *tokenizer.encode(text)]` is a text as models are trained on
+    special_tokens : see `special`. `decode` writes their names; `encode` takes a name in a text for
+        ordinary text unless it is allowed
+    """
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        eot: int,
+        merges: list[tuple[bytes, bytes]] | None = None,
+        special: dict[str, int] | None = None,
+    ) -> None:
+        self.eot = eot
+        self.special_tokens = {END_OF_TEXT: eot} if special is None else special
+        self.vocab_size = max(*ranks.values(), *self.special_tokens.values()) + 1
+        self._ranks = ranks
+        self._merges = merges
+        self._tokens = [b""] * self.vocab_size
+        for token, token_id in ranks.items():
+            self._tokens[token_id] = token
+        for name, token_id in self.special_tokens.items():
+            self._tokens[token_id] = name.encode()
+        self._lengths = np.array([len(token) for token in self._tokens], dtype=np.int64)
+        self._lengths[[*self.special_tokens.values()]] = 0
+        self._window = max(WINDOW, 4 * int(self._lengths.max()))  # a few tokens are in it
+        self._encoding = tiktoken.Encoding(
+            "gpt2c",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=self.special_tokens,
+        )
+
+    def __repr__(self) -> str:
+        count = len(self._ranks) + len(self.special_tokens)
+        return f"Tokenizer({count:,} tokens, {END_OF_TEXT} is {self.eot})"
+
+    @classmethod
+    def from_name(cls, name: str) -> Tokenizer:
+        """Make the tokenizer called `name`.
+
+        Parameters
+        ----------
+        name : "gpt2" (50257 tokens) or "bytes" (256 bytes and `<|endoftext|>`). GPT-2's are looked
+            for in tiktoken's cache (TIKTOKEN_CACHE_DIR), which keeps what tiktoken downloads, then
+            in a directory called gpt2, then on the hub and in its cache
+
+        Raises
+        ------
+        ValueError : unknown name
+        OSError : GPT-2's vocabulary is in none of these places
+        """
+        if name == "bytes":
+            return cls({bytes([byte]): byte for byte in range(256)}, eot=256)
+        if name == "gpt2":
+            return cls(*_gpt2())
+        raise ValueError(f"unknown tokenizer {name!r}; known names are {', '.join(NAMES)}")
+
+    @classmethod
+    def from_spec(cls, spec: str) -> Tokenizer:
+        """Make the tokenizer that a user names: "gpt2", "bytes", a directory, or one on the hub.
+
+        Raises
+        ------
+        ValueError : none of these; "bpe:N", which must be trained on a text
+        OSError : the vocabulary cannot be read or downloaded
+        """
+        check_kind("the name of the tokenizer", spec, str, "a string")
+        if spec in NAMES:
+            return cls.from_name(spec)
+        if not spec:
+            raise ValueError(
+                f"the name of the tokenizer is empty; name one of {', '.join(NAMES)}, bpe:N, a"
+                " directory, or one on the hub such as user/name"
+            )
+        if spec.startswith("bpe:"):
+            raise ValueError(
+                f"tokenizer {spec!r} must be trained on a text first: "
+                f"`gpt2c prepare --tokenizer {spec}`"
+            )
+        if Path(spec).is_dir() or ("/" in spec and hub.is_name(spec)):
+            return cls.from_pretrained(spec)
+        raise ValueError(
+            f"tokenizer {spec!r} is neither a directory nor one of {', '.join(NAMES)}, bpe:N, nor a"
+            " name on the hub such as user/name"
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn merges from `texts`; the same texts in the same order give the same tokenizer.
+
+        Parameters
+        ----------
+        texts : what to learn from
+        vocab_size : tokens wanted: 256 bytes, `<|endoftext|>` (the last id), the rest merges. A
+            text too small to give that many merges makes a smaller tokenizer.
+
+        Raises
+        ------
+        ValueError : `vocab_size` is below 257; a whitespace run too long to split
+        MemoryError : the texts have more different words than memory can hold
+        """
+        return cls.train_on_pieces(([text] for text in _several(texts)), vocab_size)
+
+    @classmethod
+    def train_on_pieces(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:
+        """Learn merges from texts that come in pieces; else as `train`.
+
+        Of a run of more than `WINDOW` characters without whitespace, parts of that size are learned
+        from.
+        """
+        bytearray(_ROOM)
+        if whole("vocab_size", vocab_size) < SMALLEST:
+            raise ValueError(
+                f"vocab_size is {vocab_size}; at least {SMALLEST} are needed"
+                f" (256 bytes and {END_OF_TEXT})"
+            )
+
+        def windows() -> Iterator[str]:
+            for pieces in texts:
+                reader = _Reader(pieces)
+                reader.fill(WINDOW)
+                while reader.text:
+                    size, _ = _whole_window(reader.text, WINDOW, reader.ended)
+                    yield reader.take(size)
+                    reader.fill(WINDOW)
+
+        tokens = bpe_trainer.learn(windows(), vocab_size - 1, SPLIT_PATTERN)
+        return cls({token: rank for rank, token in enumerate(tokens)}, eot=len(tokens))
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name: str | os.PathLike[str], revision: str | None = None
+    ) -> Tokenizer:
+        """Read the tokenizer of a directory, or of a model on the hub.
+
+        Parameters
+        ----------
+        path_or_name : a directory with vocab.json and merges.txt, or tokenizer.json, written by
+            `save_pretrained`, transformers or OpenAI; a model's file beside them; a checkpoint of a
+            run, which has them; or a name, see `gpt2c.files.hub.find`
+        revision : of a model on the hub
+
+        Raises
+        ------
+        OSError : a file is missing or cannot be read or downloaded
+        ValueError : a file is corrupt, asks for what tiktoken does not do, or two do not belong
+            together
+        """
+        if not os.fspath(path_or_name):
+            raise ValueError("the name of the tokenizer is empty; a directory is wanted, or a name")
+        path = hub.find(path_or_name, revision, weights=False)
+        directory = path.parent if path.is_file() else path
+        return cls(*vocabulary.read(vocabulary.home(directory)))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers loads.
+
+        Raises
+        ------
+        OSError : the directory cannot be made or written; what was there before is intact
+        """
+        vocabulary.write(Path(directory), self._vocabulary())
+
+    def _vocabulary(self) -> vocabulary.Vocabulary:
+        if self._merges is None:
+            self._merges = vocabulary.recover_merges(self._ranks)
+        return vocabulary.Vocabulary(self._ranks, self.eot, self._merges, self.special_tokens)
+
+    def covers(self, other: Tokenizer) -> bool:
+        """Whether each token of `other` is here too, under its id; this one may add special ones.
+
+        A model that was fine-tuned with a [PAD], say, reads the tokens of the one that it was.
+        """
+        check_kind("other", other, Tokenizer, "a Tokenizer")
+        same = (self._ranks, self.eot) == (other._ranks, other.eot)
+        return same and other.special_tokens.items() <= self.special_tokens.items()
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits, the same for tokenizers that agree and for no others.
+
+        They agree where every text has the same ids, every id the same text, and `eot` is the same.
+        """
+        special = sorted(self.special_tokens.values())
+        digest = hashlib.blake2b(f"{self.eot} {special}".encode(), digest_size=16)
+        for token in self._tokens:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
+
+    def vocab_and_merges(self) -> tuple[dict[str, int], list[str]]:
+        """Give what `vocab.json` and `merges.txt` say, a printable character for each byte.
+
+        Raises
+        ------
+        ValueError : a token cannot be made from those before it
+        """
+        return vocabulary.vocab_and_merges(self._vocabulary())
+
+    def encode(
+        self, text: str, allowed_special: Collection[str] | Literal["all"] = ()
+    ) -> list[int]:
+        """Turn a text into token ids; "<|endoftext|>" in it is ordinary text, not the token `eot`.
+
+        Parameters
+        ----------
+        text : a lone surrogate in it, which has no bytes, is encoded as U+FFFD
+        allowed_special : names of special tokens, or "all", that become that token where they stand
+            in the text; see `special_tokens`
+
+        Raises
+        ------
+        ValueError : it is no string, a name is of no special token, or a whitespace run is too long
+        """
+        if not isinstance(text, str):
+            raise ValueError(
+                f"text must be a string, got {type(text).__name__}; encode_batch takes several"
+            )
+        allowed = self._allowed(allowed_special)
+        if not allowed:
+            return [
+                token for window in self._windows([text]) for token in self._ids(window).tolist()
+            ]
+        longest_first = sorted(allowed, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        ids = []
+        for part, name in zip(parts[::2], [*parts[1::2], None], strict=True):
+            ids += self.encode(part)
+            ids += [] if name is None else [self.special_tokens[name]]
+        return ids
+
+    def _allowed(self, names: Collection[str] | Literal["all"]) -> Collection[str]:
+        if isinstance(names, str):
+            names = self.special_tokens if names == "all" else [names]
+        if not isinstance(names, Collection):
+            raise ValueError(
+                f"allowed_special must be names of special tokens or 'all', got {names!r:.50}"
+            )
+        if unknown := [name for name in names if name not in self.special_tokens]:
+            raise ValueError(
+                f"{unknown[0]!r} is none of the special tokens {', '.join(self.special_tokens)}"
+            )
+        return names
+
+    def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.uint32]]:
+        """Encode many texts in parallel; each gives an array of the ids that `encode` gives.
+
+        Raises
+        ------
+        ValueError : see `encode`
+        """
+        parts: list[list[NDArray[np.uint32]]] = []
+        for number, ids in self.encode_pieces([text] for text in _several(texts)):
+            if number == len(parts):
+                parts.append([])
+            parts[number].append(ids)
+        return [np.concatenate(ids) for ids in parts]
+
+    def encode_pieces(
+        self, texts: Iterable[Iterable[str]]
+    ) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+        """Encode texts that come in pieces, in parallel and in bounded memory.
+
+        Parameters
+        ----------
+        texts : each is read to its end before the next
+
+        Returns
+        -------
+        iterator of (number of the text, from 0; its next ids): all ids of a text, one after the
+        other, are those that `encode` gives of its pieces joined. Every text comes at least once
+
+        Raises
+        ------
+        ValueError : see `encode`
+        MemoryError : hardly any memory is left
+        """
+        bytearray(_ROOM)
+        workers = usable_cores()
+        waiting: deque[Future[list[tuple[int, NDArray[np.uint32]]]]] = deque()
+        pool = ThreadPoolExecutor(workers)  # tiktoken works outside the interpreter's lock
+        try:
+            for job in self._jobs(texts):
+                waiting.append(pool.submit(self._work, job))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _jobs(
+        self, texts: Iterable[Iterable[str]]
+    ) -> Iterator[list[tuple[int, str | NDArray[np.uint32]]]]:
+        """Gather windows of texts for threads, as many as make up the work of one."""
+        job: list[tuple[int, str | NDArray[np.uint32]]] = []
+        size = 0
+        for number, pieces in enumerate(texts):
+            for window in self._windows(pieces):
+                job.append((number, window))
+                size += len(window)
+                if size >= WINDOW:
+                    yield job
+                    job, size = [], 0
+        if job:
+            yield job
+
+    def _work(
+        self, job: list[tuple[int, str | NDArray[np.uint32]]]
+    ) -> list[tuple[int, NDArray[np.uint32]]]:
+        return [(number, self._ids(window)) for number, window in job]
+
+    def _ids(self, window: str | NDArray[np.uint32]) -> NDArray[np.uint32]:
+        if isinstance(window, str):
+            return self._encoding.encode_to_numpy(window, disallowed_special=())
+        return window
+
+    def _windows(self, pieces: Iterable[str]) -> Iterator[str | NDArray[np.uint32]]:
+        """Cut a text where no token can cross, at least one window; long runs are encoded here."""
+        reader = _Reader(pieces)
+        reader.fill(self._window)
+        while True:
+            size, exact = _whole_window(reader.text, self._window, reader.ended)
+            if exact:
+                yield reader.take(size)
+            else:
+                yield from self._run(reader)
+            reader.fill(self._window)
+            if not reader.text:
+                return
+
+    def _run(self, reader: _Reader) -> Iterator[NDArray[np.uint32]]:
+        """Encode a text that has no whitespace to be cut at, up to where there is some.
+
+        A cut at the border of two tokens of one encoding is right where the encoding of what
+        follows the cut, with more text behind it, begins with the same second token: a sequence of
+        tokens is a text's encoding if each two neighbours are that of their bytes. Nothing is given
+        away before that is seen. Source: github/rust-gems, bpe.
+        """
+        size, exact, wanted = self._window, False, self._window
+        ids = self._ids(reader.text[:size])
+        joined = False  # whether something was given away before `ids`
+        while not exact:
+            for count, place in self._borders(reader.text[:size], ids):
+                reader.fill(place + self._window)
+                rest = reader.text[place:]
+                next_size, next_exact = _whole_window(rest, self._window, reader.ended)
+                next_ids = self._ids(rest[:next_size])
+                if next_ids[0] == ids[count]:
+                    yield ids[:count]
+                    reader.take(place)
+                    size, exact, wanted, ids = next_size, next_exact, self._window, next_ids
+                    joined = True
+                    break
+            else:
+                wanted += self._window
+                reader.fill(wanted)
+                size, exact = _whole_window(reader.text, wanted, reader.ended)
+                first, ids = ids[0], self._ids(reader.text[:size])
+                if joined and ids[0] != first:  # thinkable, with a vocabulary made for it
+                    raise ValueError(
+                        f"the text has more than {WINDOW:,} characters without whitespace that the "
+                        "tokenizer cannot split; put spaces or line breaks into them"
+                    )
+        yield ids
+        reader.take(size)
+
+    def _borders(self, window: str, ids: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
+        """Yield places to cut a window, the last at three quarters: (tokens, characters) before it.
+
+        Not beside whitespace, nor where an apostrophe may begin a contraction: there the pattern
+        looks at more than the character on each side.
+        """
+        content = window.encode()
+        ends = np.cumsum(self._lengths[ids])
+        last = int(np.searchsorted(ends, len(content) * 3 // 4))
+        places = (
+            (count, len(content[: ends[count - 1]].decode()))
+            for count in range(last, 0, -1)
+            if content[ends[count - 1]] & 0xC0 != 0x80  # the first byte of a character
+        )
+        yield from islice(
+            (
+                (count, place)
+                for count, place in islice(places, 64 * _TRIES)
+                if "'" not in window[max(place - 3, 0) : place + 1]
+                and not set(window[place - 1 : place + 1]) & set(_SPACES)
+            ),
+            _TRIES,
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD.
+
+        Raises
+        ------
+        ValueError : what is no token id, or one outside the vocabulary
+        """
+        return b"".join(map(self.token_bytes, _ids(ids))).decode(errors="replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of `ids` piece by piece, each as soon as its characters are complete.
+
+        A character may span several tokens. All pieces joined are what `decode` gives.
+
+        Raises
+        ------
+        ValueError : what is no token id, or one outside the vocabulary
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in _ids(ids):
+            if piece := decoder.decode(self.token_bytes(token_id)):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+    def unused_ids(self, vocab_size: int) -> list[int]:
+        """Return the ids below `vocab_size`, a model's, that no token has: those of padded rows.
+
+        Raises
+        ------
+        ValueError : the model has fewer tokens
+        """
+        if whole("vocab_size", vocab_size) < self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}: they do"
+                " not belong together"
+            )
+        left_out = [token_id for token_id, token in enumerate(self._tokens) if not token]
+        return [*left_out, *range(self.vocab_size, vocab_size)]
+
+    @property
+    def token_lengths(self) -> NDArray[np.int64]:
+        """Bytes of text in each token, (V,) int64; 0 for special tokens. For bits per byte."""
+        return self._lengths.copy()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Give the bytes that a token stands for.
+
+        Raises
+        ------
+        ValueError : what is no token id, or one outside the vocabulary
+        """
+        token_id = whole("a token id", token_id)
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(
+                f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})"
+            )
+        if not (token := self._tokens[token_id]):
+            raise ValueError(f"token id {token_id} is one that the vocabulary leaves out")
+        return token
+
+
+def _ids(ids: Iterable[int]) -> Iterator[int]:
+    """Return an iterator of token ids; refuse what has none."""
+    try:
+        return iter(ids)
+    except TypeError:  # among them an array without dimensions
+        raise ValueError(f"ids must be several token ids, got {ids!r:.50}") from None
+
+
+def _several(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts; refuse one that is given in their place, which would be taken for characters."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be several strings, got one; put it into a list")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be several strings, got {texts!r:.50}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"texts must be strings, got {type(text).__name__}")
+        yield text
+
+
+def tiktoken_cache() -> tuple[Path | None, bool]:
+    """Give the directory where tiktoken keeps files, if any, and whether GPT-2's are there."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if folder == "":
+        return None, False
+    cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
+    return cache, all(
+        os.path.isfile(path) and os.access(path, os.R_OK)  # nor where they may not be looked for
+        for path in (cache / name for name in _GPT2_FILES)
+    )
+
+
+def _gpt2() -> tuple[dict[bytes, int], int]:
+    """Give GPT-2's own vocabulary and the id of `<|endoftext|>`.
+
+    What is on this machine comes first, tiktoken's cache and then a directory; then the network.
+    """
+    reason = "HF_HUB_OFFLINE is set"
+    if tiktoken_cache()[1] or not (os.path.isdir("gpt2") or hub.is_offline()):
+        try:
+            encoding = _from_tiktoken()
+            eot = encoding.eot_token
+            return {encoding.decode_single_token_bytes(token): token for token in range(eot)}, eot
+        except (OSError, ValueError) as error:  # no network, no permission; or not the file
+            reason = type(error).__name__
+    try:
+        ranks, eot, _, _ = vocabulary.read(hub.find("gpt2", weights=False))
+    except (OSError, ValueError) as error:
+        if os.path.isdir("gpt2"):
+            raise
+        raise OSError(
+            "GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR says where), which"
+            f" could not download it ({reason}), and not to be had from the hub ({error}); name a"
+            " directory with its vocab.json and merges.txt, or choose the tokenizer 'bytes' or"
+            " 'bpe:4096', which need no download"
+        ) from error
+    if (len(ranks), eot) != (50256, 50256):
+        raise ValueError(f"gpt2 has {len(ranks) + 1} tokens where GPT-2 has 50257")
+    return ranks, eot
+
+
+def _from_tiktoken() -> tiktoken.Encoding:
+    """Let tiktoken read or download GPT-2's vocabulary, but no longer than `_PATIENCE`."""
+    done: list[tiktoken.Encoding | Exception] = []
+
+    def fetch() -> None:
+        try:
+            done.append(tiktoken.get_encoding("gpt2"))
+        except Exception as error:
+            done.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    result = done[0] if done else TimeoutError(f"no answer within {_PATIENCE} seconds")
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -1,0 +1,499 @@
+"""Vocabularies as files: `vocab.json` with `merges.txt`, or `tokenizer.json`, read and written.
+
+The first two are OpenAI's for GPT-2, the third is that of Hugging Face's tokenizers. A file is read
+only if tiktoken will make the same ids of every text as transformers does from that file; what
+would change them (a normalizer, a prefix space, ...) is refused by name. One difference is meant:
+the name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text. An id that a file
+gives to an added token is kept, too, where transformers 5 numbers it anew because ids are left out.
+
+Knows nothing about what is done with a vocabulary. Used by tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt2c.files import atomic, hub, untrusted
+from gpt2c.files.names import (
+    ADDED_FILE,
+    CHECKPOINTS,
+    MERGES_FILE,
+    ROLES_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    VOCAB_FILE,
+)
+
+END_OF_TEXT = "<|endoftext|>"
+# What ends a text where a vocabulary has no <|endoftext|> and no file names an eos_token.
+_OTHER_ENDS = ("</s>", "<eos>", "[EOS]")
+# A token of vocab.json that no merge makes is special if it is written like one.
+_SPECIAL = re.compile(r"<\S+>|\[\w+\]")
+MOST_SPECIAL = 10_000  # tiktoken looks for them with one regular expression
+# Ids below a special token's that no token has: a model's rows are padded to a multiple of 128,
+# say, and a fine-tune's [PAD] may take any of those.
+MOST_UNUSED = 1024
+LARGEST = 1 << 25  # bytes of a file: GPT-2's have 1.4 million
+
+# What the parts of tokenizer.json may hold. Any of ANY leaves the ids as they are, or is looked at
+# by itself.
+ANY = None
+ROOT = {
+    "version": (None, "1.0"),
+    "truncation": ANY,  # transformers sets this and padding anew for each call
+    "padding": ANY,
+    "added_tokens": ANY,
+    "normalizer": (None,),
+    "pre_tokenizer": ANY,
+    "post_processor": ANY,
+    "decoder": ANY,
+    "model": ANY,
+}
+PRE_TOKENIZER = {
+    "type": ("ByteLevel",),
+    "add_prefix_space": (False,),
+    "trim_offsets": ANY,
+    "use_regex": (None, True),
+}
+MODEL = {
+    "type": (None, "BPE"),
+    "dropout": (None, 0),
+    "unk_token": ANY,  # with all 256 bytes no text is unknown
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": ANY,
+    "byte_fallback": (None, False),
+    "ignore_merges": (None, False),
+    "vocab": ANY,
+    "merges": ANY,
+}
+
+Merge = tuple[bytes, bytes]
+
+
+class Vocabulary(NamedTuple):
+    """A byte-level BPE.
+
+    ranks : bytes of each ordinary token -> its id
+    eot : id of the token that ends a text, `<|endoftext|>` in most
+    merges : the halves of each ordinary token of more than one byte, in the order of their ids
+    special : the other tokens, as `<|endoftext|>` and `[PAD]`: name -> id
+    """
+
+    ranks: dict[bytes, int]
+    eot: int
+    merges: list[Merge]
+    special: dict[str, int]
+
+
+def _byte_characters() -> list[str]:
+    """One printable character for each byte, as in openai/gpt-2:src/encoder.py:bytes_to_unicode."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+
+
+_CHARACTERS = _byte_characters()
+_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
+
+
+def _to_characters(token: bytes) -> str:
+    return "".join(_CHARACTERS[byte] for byte in token)
+
+
+def _to_bytes(characters: str) -> bytes:
+    return bytes(_BYTES[character] for character in characters)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a path is a directory with a tokenizer in it, whole or not."""
+    return any((path / name).exists() for name in (VOCAB_FILE, TOKENIZER_FILE))
+
+
+def home(directory: Path) -> Path:
+    """Return the directory with a model's tokenizer: its own or, of a run's checkpoint, the run's.
+
+    A checkpoint is RUN/checkpoints/00000040, and has none of its own.
+    """
+    parent = Path(os.path.abspath(directory)).parent
+    is_checkpoint = parent.name == CHECKPOINTS and not has_tokenizer(directory)
+    return parent.parent if is_checkpoint and has_tokenizer(parent.parent) else directory
+
+
+def read(directory: Path) -> Vocabulary:
+    """Read the vocabulary of a directory.
+
+    Where tokenizer.json stands beside vocab.json and merges.txt they must agree: transformers reads
+    the one, other programs the others, and neither knows that it may be wrong.
+
+    Raises
+    ------
+    OSError : a file is missing or cannot be read
+    ValueError : a file is damaged, asks for what changes the ids, or does not agree with another
+    """
+    vocab_path, merges_path = directory / VOCAB_FILE, directory / MERGES_FILE
+    json_path = directory / TOKENIZER_FILE
+    config = _read_config(directory)
+    if not os.path.lexists(json_path):  # a link that leads nowhere is no absent file
+        return _read_pair(vocab_path, merges_path, _added_beside(directory, config), config)
+    root = untrusted.parse_json(_read(json_path), str(json_path))
+    added = _added_beside(directory, config, root)
+    vocabulary = _parse_tokenizer_json(json_path, root, added, config)
+    if os.path.lexists(vocab_path) and os.path.lexists(merges_path):
+        if vocabulary != _read_pair(vocab_path, merges_path, added, config):
+            raise ValueError(
+                f"{json_path} is another tokenizer than {VOCAB_FILE} and {MERGES_FILE} beside it;"
+                " remove what is not the model's"
+            )
+    return vocabulary
+
+
+def _read(path: Path) -> str:
+    try:
+        content = untrusted.read_bytes(path, LARGEST)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} does not exist; a tokenizer is a {VOCAB_FILE} and a {MERGES_FILE}, or a"
+            f" {TOKENIZER_FILE}{hub.hidden(path.parent)}"
+        ) from None
+    return untrusted.decode(content, str(path))
+
+
+def _read_pair(
+    vocab_path: Path, merges_path: Path, added: dict[str, int], config: Mapping[str, Any]
+) -> Vocabulary:
+    ids = untrusted.parse_json(_read(vocab_path), str(vocab_path))
+    lines = _read(merges_path).removesuffix("\n").split("\n")
+    start = int(lines[0].startswith("#version"))
+    merges = [
+        _parse_merge(line.split(" "), f"{merges_path}, line {number}")
+        for number, line in enumerate(lines[start:], start=start + 1)
+    ]
+    ranks, eot, special = _parse_vocabulary(ids, merges, added, config, vocab_path)
+    _check_merges(ranks, merges, str(merges_path), str(vocab_path))
+    return Vocabulary(ranks, eot, merges, special)
+
+
+def _parse_tokenizer_json(
+    path: Path, root: dict[str, Any], added: dict[str, int], config: Mapping[str, Any]
+) -> Vocabulary:
+    _part(path, "", root, ROOT)
+    _part(path, "pre_tokenizer", root.get("pre_tokenizer"), PRE_TOKENIZER)
+    model = _part(path, "model", root.get("model"), MODEL)
+    processor, decoder = root.get("post_processor"), root.get("decoder")
+    adds_nothing = {"type": "TemplateProcessing", "special_tokens": {}}
+    if not (_is(processor, {"type": "ByteLevel"}) or _is(processor, adds_nothing)):
+        raise ValueError(f"{path}: post_processor may add tokens; only one that adds none is read")
+    if not _is(decoder, {"type": "ByteLevel"}):
+        raise ValueError(f"{path}: decoder must be ByteLevel")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError(f"{path} needs model.vocab, an object, and model.merges, an array")
+    pairs = [
+        _parse_merge(
+            merge.split(" ") if isinstance(merge, str) else merge, f"{path}: model.merges[{number}]"
+        )
+        for number, merge in enumerate(merges)
+    ]
+    ranks, eot, special = _parse_vocabulary(vocab, pairs, added, config, path)
+    _check_merges(ranks, pairs, f"{path}: model.merges", "model.vocab")
+    return Vocabulary(ranks, eot, pairs, special)
+
+
+def _part(
+    path: Path, name: str, part: Any, allowed: Mapping[str, tuple[Any, ...] | None]
+) -> dict[str, Any]:
+    """Give a part of tokenizer.json if all its entries are allowed."""
+    if not isinstance(part, dict):
+        raise ValueError(f"{path}: {name} must be an object, got {json.dumps(part)[:40]}")
+    for key in [*allowed, *part]:
+        values = allowed.get(key, ())
+        if values is not ANY and part.get(key) not in values:
+            wanted = " or ".join(json.dumps(value) for value in values) or "no such entry"
+            raise ValueError(
+                f"{path}: {f'{name}.{key}'.lstrip('.')} must be {wanted}, as in GPT-2, got"
+                f" {json.dumps(part.get(key))[:40]}"
+            )
+    return part
+
+
+def _is(part: Any, wanted: Mapping[str, Any]) -> bool:
+    """Say whether a part is absent or has what is wanted."""
+    return part is None or (
+        isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json, if there is one; refuse what would change the ids.
+
+    Its `eos_token` is that of special_tokens_map.json where it has none.
+    """
+    config: dict[str, Any] = {}
+    if os.path.lexists(path := directory / TOKENIZER_CONFIG_FILE):
+        config = untrusted.parse_json(_read(path), str(path))
+        for key in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+            if config.get(key):
+                raise ValueError(f"{path}: {key} must be false, got {json.dumps(config[key])[:40]}")
+    if "eos_token" not in config and os.path.lexists(path := directory / ROLES_FILE):
+        config["eos_token"] = untrusted.parse_json(_read(path), str(path)).get("eos_token")
+    return config
+
+
+def _added_beside(
+    directory: Path, config: Mapping[str, Any], root: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Collect the tokens that are added to a vocabulary, name -> id; the files must agree.
+
+    They are those of tokenizer_config.json, added_tokens.json and of `root`, tokenizer.json.
+    """
+    found: list[tuple[Path, Any, Any]] = []
+    path = directory / TOKENIZER_CONFIG_FILE
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{path}: added_tokens_decoder must be an object")
+    for key, token in decoder.items():
+        token_id = int(key) if re.fullmatch(r"[0-9]{1,9}", key) else key
+        found.append((path, _content(token), token_id))
+    if os.path.lexists(path := directory / ADDED_FILE):
+        ids = untrusted.parse_json(_read(path), str(path))
+        found += [(path, token, token_id) for token, token_id in ids.items()]
+    if root is not None:
+        path = directory / TOKENIZER_FILE
+        tokens = root.get("added_tokens") or []
+        if not isinstance(tokens, list):
+            raise ValueError(f"{path}: added_tokens must be an array")
+        for token in tokens:
+            token_id = token.get("id") if isinstance(token, dict) else None
+            found.append((path, _content(token), token_id))
+    added: dict[str, int] = {}
+    for path, token, token_id in found:
+        what = f"{path} adds token {json.dumps(token)[:40]} as {json.dumps(token_id)[:40]}"
+        if not isinstance(token, str) or not _is_text(token) or type(token_id) is not int:
+            raise ValueError(f"{what}; a name and a whole number are wanted")
+        if added.setdefault(token, token_id) != token_id:
+            raise ValueError(f"{what}, which is {added[token]} elsewhere")
+    return added
+
+
+def _content(token: Any) -> Any:
+    """Return the name of a token, which may be an object with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is not empty and has no lone surrogates, which no bytes stand for."""
+    return name != "" and not re.search("[\ud800-\udfff]", name)
+
+
+def _parse_vocabulary(
+    vocabulary: dict[str, Any],
+    merges: list[Merge],
+    added: dict[str, int],
+    config: Mapping[str, Any],
+    path: Path,
+) -> tuple[dict[bytes, int], int, dict[str, int]]:
+    """Check tokens and ids: (bytes of each ordinary token -> id, id of the end, special tokens)."""
+    for name, token_id in added.items():
+        if vocabulary.setdefault(name, token_id) != token_id:
+            raise ValueError(
+                f"{path} has token {json.dumps(name)[:40]} as {json.dumps(vocabulary[name])[:40]},"
+                f" and a file beside it or an entry in it adds it as {token_id}"
+            )
+    if any(type(token_id) is not int for token_id in vocabulary.values()):
+        raise ValueError(f"{path} must be one JSON object of tokens and their ids")
+    ordinary = {_to_characters(first + second) for first, second in merges}.union(_BYTES)
+    special = {}
+    for name, token_id in vocabulary.items():
+        if name in ordinary:
+            if name in added:
+                raise ValueError(
+                    f"{path} has the added token {json.dumps(name)[:40]} as an ordinary one, too"
+                )
+        elif name in added or (_SPECIAL.fullmatch(name) and _is_text(name)):
+            special[name] = token_id
+    ids, size = sorted(vocabulary.values()), len(vocabulary)
+    whole = 1 + max((i for token, i in vocabulary.items() if token not in special), default=-1)
+    if whole > size or ids[:whole] != list(range(whole)) or len(set(ids)) < size:
+        raise ValueError(
+            f"{path} must number its {size} tokens, added ones among them, from 0 to {size - 1},"
+            " each once; only special tokens may have higher ids"
+        )
+    if (unused := max(ids, default=-1) + 1 - size) > MOST_UNUSED:
+        raise ValueError(
+            f"{path} has {size} tokens and the id {ids[-1]}; at most {MOST_UNUSED:,} ids below a"
+            f" special token's may be unused, got {unused:,}"
+        )
+    if len(special) > MOST_SPECIAL:
+        raise ValueError(f"{path} has {len(special):,} special tokens; at most {MOST_SPECIAL:,}")
+    named = _content(config.get("eos_token"))
+    ends = [name for name in (END_OF_TEXT, named, *_OTHER_ENDS) if isinstance(name, str)]
+    end = next((name for name in ends if name in special), None)
+    if end is None:
+        raise ValueError(
+            f"{path} has no {END_OF_TEXT}, nor does {TOKENIZER_CONFIG_FILE} name an eos_token of it"
+        )
+    try:
+        ranks = {
+            _to_bytes(token): token_id
+            for token, token_id in vocabulary.items()
+            if token not in special
+        }
+    except KeyError as error:
+        raise ValueError(f"{path} has a character that stands for no byte: {error}") from None
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the 256 single bytes, the first of them {missing[0]}"
+        )
+    return ranks, special[end], special
+
+
+def _parse_merge(halves: Any, place: str) -> Merge:
+    try:
+        if not all(isinstance(half, str) for half in halves):
+            raise TypeError
+        first, second = map(_to_bytes, halves)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{place}: two tokens separated by a space are wanted") from None
+    return first, second
+
+
+def _check_merges(ranks: dict[bytes, int], merges: list[Merge], name: str, vocab: str) -> None:
+    """Check that tiktoken, which knows no merges but only tokens, does what the merges say."""
+    made = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) != 1]
+    if made != [first + second for first, second in merges]:
+        raise ValueError(
+            f"{name} does not make the tokens of {vocab} in the order of their ids; take both from"
+            " one tokenizer"
+        )
+    made_at = ranks | dict.fromkeys((bytes([byte]) for byte in range(256)), -1)
+    halves = dict(zip(made, merges, strict=True))
+    for number, (token, (first, second)) in enumerate(halves.items(), start=1):
+        limit = ranks[token]
+        if made_at.get(first, limit) >= limit or made_at.get(second, limit) >= limit:
+            raise ValueError(f"{name}: merge {number} uses a token that no earlier merge has made")
+        if not _comes_to(first, second, limit, made_at, halves):
+            raise ValueError(
+                f"{name}: merge {number} never comes to pass: earlier ones take its bytes apart"
+            )
+
+
+def _comes_to(
+    first: bytes, second: bytes, limit: int, made_at: dict[bytes, int], halves: dict[bytes, Merge]
+) -> bool:
+    """Say whether the bytes of a token come to these two parts under all merges before `limit`.
+
+    Undoes the merges of both parts, the last one first: at no time may what stands on the two sides
+    of the border have been an earlier merge. Source: github/rust-gems, bpe, is_valid_token_pair.
+    """
+    while made_at.get(first + second, limit) >= limit:
+        left, right = made_at[first], made_at[second]
+        if left > right:
+            limit, first = left, halves[first][1]
+        elif right >= 0:
+            limit, second = right + 1, halves[second][0]  # of two that are alike, the left first
+        else:
+            return True
+    return False
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]:
+    """Give what vocab.json and merges.txt say, a printable character for each byte."""
+    ids = {_to_characters(token): token_id for token, token_id in vocabulary.ranks.items()}
+    ids |= vocabulary.special
+    merges = [
+        f"{_to_characters(first)} {_to_characters(second)}" for first, second in vocabulary.merges
+    ]
+    return dict(sorted(ids.items(), key=lambda item: item[1])), merges
+
+
+def write(directory: Path, vocabulary: Vocabulary) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json, all before one takes its name.
+
+    transformers makes the rest of these. What it would read in their place goes then: a kill just
+    before leaves files that disagree, and `read` says so.
+
+    Raises
+    ------
+    OSError : the directory cannot be made or written
+    """
+    atomic.claim_directory(directory, overwrite=True)
+    vocab, merges = vocab_and_merges(vocabulary)
+    end = next(name for name, i in vocabulary.special.items() if i == vocabulary.eot)
+    config: dict[str, Any] = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+    }
+    if vocabulary.special.keys() != {END_OF_TEXT}:
+        as_it_is = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        config["added_tokens_decoder"] = {
+            str(token_id): {"content": name, **as_it_is, "special": True}
+            for name, token_id in vocabulary.special.items()
+        }
+    contents = {
+        VOCAB_FILE: json.dumps(vocab, ensure_ascii=False),
+        MERGES_FILE: "".join(f"{line}\n" for line in ("#version: 0.2", *merges)),
+        TOKENIZER_CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+    }
+    with atomic.atomic_paths(*(directory / name for name in contents)) as temporaries:
+        for temporary, content in zip(temporaries, contents.values(), strict=True):
+            temporary.write_bytes(content.encode())
+    for name in (TOKENIZER_FILE, ADDED_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+# ---- merges from tokens --------------------------------------------------------------------------
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[Merge]:
+    """Give all merges, in the order in which they apply, of a vocabulary that came without.
+
+    Raises
+    ------
+    ValueError : no sequence of earlier merges leads to a token
+    """
+    return [
+        _halves(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1
+    ]
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> Merge:
+    """Recover the merge that made `token`: what its bytes come to under all earlier merges."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    limit = ranks[token]
+    while len(parts) > 2:
+        first, second = min(pairwise(parts), key=lambda pair: ranks.get(pair[0] + pair[1], limit))
+        if ranks.get(first + second, limit) >= limit:
+            raise ValueError(f"token {limit} ({token!r}) cannot be made from the tokens before it")
+        parts = _merge_everywhere(parts, first, second)
+    return parts[0], parts[1]
+
+
+def _merge_everywhere(parts: list[bytes], first: bytes, second: bytes) -> list[bytes]:
+    """Join each `first` that is followed by `second`, from left to right."""
+    merged = []
+    i = 0
+    while i < len(parts):
+        width = 2 if parts[i : i + 2] == [first, second] else 1
+        merged.append(b"".join(parts[i : i + width]))
+        i += width
+    return merged

@@ -1,0 +1,118 @@
+"""metrics.jsonl: one JSON object a step, there once however often the run was stopped.
+
+    {"step": 40, "loss": 4.1, "learning_rate": 0.001, "grad_norm": 0.7, "tokens": 81920, ...}
+
+Knows nothing about what the numbers mean, but that each step has one line and that a number which
+JSON cannot hold is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2c.files.atomic import atomic_path, naming, refinement
+from gpt2c.files.names import DAMAGED_FILE, METRICS_FILE
+from gpt2c.files.untrusted import open_file, parse_json
+
+_LONGEST = 1 << 16  # bytes of a line; what is longer is not one of ours
+
+
+class Metrics:
+    """The metrics of a run, open to be appended to.
+
+    Opening drops the lines after `step`, which the steps to come will write again, and a last line
+    that was cut short. Of a damaged file the lines that can be read stay, and all of it as it was
+    goes into metrics.jsonl.damaged: a run does not stop for its log.
+
+    Parameters
+    ----------
+    path : the file; made if it does not exist
+    step : the last step whose line is to stay, 0 for a new run
+    report : told in a line if the file was damaged
+
+    Raises
+    ------
+    OSError : the file cannot be read or written
+    """
+
+    def __init__(self, path: Path, step: int, report: Callable[[str], Any]) -> None:
+        self.path = path
+        kept = bad = last = 0
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            for line, entry in _lines(path):
+                if entry is None or entry["step"] <= last:
+                    bad += 1
+                elif entry["step"] <= step:
+                    kept, last = kept + 1, entry["step"]
+                    file.write(line)
+            if bad and kept < step:
+                damaged = path.with_name(DAMAGED_FILE)
+                with atomic_path(damaged) as copy:
+                    shutil.copyfile(path, copy)
+                report(
+                    f"{path} was damaged: {step - kept} of {step} steps cannot be read; the file as"
+                    f" it was is {damaged}"
+                )
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._cut = False  # whether the last line is not whole
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Write one line; a float that is not finite becomes null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
+        line = b"\n" * self._cut + json.dumps(finite, allow_nan=False).encode() + b"\n"
+        with naming(self.path):
+            while line:
+                written = os.write(self._descriptor, line)
+                line = line[written:]
+                self._cut = bool(line)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        with naming(self.path), refinement():
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines that are whole, in order of their steps; others are passed over.
+
+    Raises
+    ------
+    OSError : the file is missing or unreadable
+    """
+    entries = {entry["step"]: entry for _, entry in _lines(path, missing_ok=False) if entry}
+    return [entries[step] for step in sorted(entries)]
+
+
+def _lines(path: Path, missing_ok: bool = True) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Give each line and its object, or None if it is not one that `Metrics` writes."""
+    if missing_ok and not path.exists():
+        return
+    with open_file(path) as file:
+        while line := file.readline(_LONGEST):
+            yield line, _parse(line)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = parse_json(line, METRICS_FILE)
+        numbers = {k: v for k, v in entry.items() if v is not None}
+        finite = all(type(v) in (int, float) and math.isfinite(v) for v in numbers.values())
+        step = entry.get("step")
+        return entry if finite and type(step) is int and 1 <= step < 10**15 else None
+    except (ValueError, OverflowError):  # not JSON; a whole number beyond every float
+        return None

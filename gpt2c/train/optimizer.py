@@ -1,0 +1,267 @@
+"""AdamW over a model's flat parameters, and learning-rate schedules as pure functions of the step.
+
+Knows nothing about layers, losses, data or files: it sees two flat arrays and the ops that walk
+over them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.kernels.memory import aligned_zeros, require
+
+
+class OptimizerOps(Protocol):
+    """The two backend ops that an optimizer needs."""
+
+    def adamw_update(
+        self,
+        param: NDArray[np.float32],
+        m: NDArray[np.float32],
+        v: NDArray[np.float32],
+        grad: NDArray[np.float32],
+        learning_rate: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        t: int,
+        grad_scale: float,
+    ) -> None:
+        """Update param, m, v in place."""
+
+    def global_norm(self, grad: NDArray[np.float32]) -> float:
+        """Return the Euclidean norm."""
+
+
+class FlatModel(Protocol):
+    """What an optimizer needs of a model: flat arrays whose first `decay_size` floats decay."""
+
+    @property
+    def backend(self) -> OptimizerOps: ...  # noqa: D102
+    @property
+    def flat_parameters(self) -> NDArray[np.float32]: ...  # noqa: D102
+    @property
+    def flat_gradients(self) -> NDArray[np.float32]: ...  # noqa: D102
+    @property
+    def decay_size(self) -> int: ...  # noqa: D102
+
+
+class NonFiniteGradient(ValueError):
+    """The gradients' norm is nan or infinite: `AdamW.step` has changed nothing."""
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101), PyTorch's form.
+
+    ::
+
+        m = beta1 * m + (1 - beta1) * g             m_hat = m / (1 - beta1**t)
+        v = beta2 * v + (1 - beta2) * g * g         v_hat = v / (1 - beta2**t)
+        param -= learning_rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * param)
+
+    Only tensors with two or more dimensions decay: biases and layernorm weights do not.
+
+    Parameters
+    ----------
+    model : whose parameters are updated in place, from its gradients
+    learning_rate : used when `step` is given none
+    betas : decay rates of the first and second moment, each in [0, 1)
+    eps : added outside the square root
+    weight_decay : fraction of a parameter taken off per step and unit of learning rate
+
+    Attributes
+    ----------
+    m, v : flat float32 arrays, the moments, laid out as the model's parameters
+    steps : how many steps were taken, the t of the last one
+
+    Raises
+    ------
+    ValueError : a setting is out of range, or the model has no gradients
+    MemoryError : gradients and moments do not fit
+
+    `copy.deepcopy` and `pickle` take the model along: copy both together, as a pair, and the copied
+    optimizer updates the copied model.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        learning_rate: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        if not hasattr(model, "flat_gradients"):
+            raise ValueError(
+                f"AdamW needs a model with gradients, a GPT2 loaded without quantize, got"
+                f" {type(model).__name__}"
+            )
+        _check_learning_rate(learning_rate)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be above 0, got {eps}")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        self.model = model
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        size = model.flat_parameters.size
+        what = f"AdamW for {size:,} numbers"
+        require(what, {"moments": 2 * 4 * size}, "take a smaller model")
+        self.m, self.v = aligned_zeros(size), aligned_zeros(size)
+        self.steps = 0
+
+    def __repr__(self) -> str:
+        settings = f"learning_rate={self.learning_rate}, betas={self.betas}, eps={self.eps}"
+        settings += f", weight_decay={self.weight_decay}, steps={self.steps}"
+        return f"AdamW({self.model!r}, {settings})"
+
+    def step(self, learning_rate: float | None = None, grad_clip: float | None = None) -> float:
+        """Take one step along the model's gradients; they are not cleared.
+
+        Parameters
+        ----------
+        learning_rate : of this step, None for the constructor's
+        grad_clip : the most the gradients' global norm may be, None for no limit; the step uses
+            them times min(1, grad_clip / (norm + 1e-6)), as PyTorch's clip_grad_norm_
+
+        Returns
+        -------
+        the global (Euclidean) norm of the gradients before clipping
+
+        Raises
+        ------
+        ValueError : a setting is out of range, or (a NonFiniteGradient) the norm is not finite;
+            parameters and moments are as they were
+        """
+        learning_rate = self.learning_rate if learning_rate is None else learning_rate
+        _check_learning_rate(learning_rate)
+        if grad_clip is not None and not grad_clip > 0:
+            raise ValueError(f"grad_clip must be above 0, or None not to clip, got {grad_clip}")
+        model = self.model
+        norm = float(model.backend.global_norm(model.flat_gradients))
+        if not math.isfinite(norm):
+            raise NonFiniteGradient(
+                f"the gradient norm is {norm} at step {self.steps + 1}, so the weights were left "
+                "as they were; lower the learning rate"
+            )
+        grad_scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (norm + 1e-6))
+        self.steps += 1
+        decayed, rest = slice(None, model.decay_size), slice(model.decay_size, None)
+        for part, weight_decay in ((decayed, self.weight_decay), (rest, 0.0)):
+            model.backend.adamw_update(
+                model.flat_parameters[part],
+                self.m[part],
+                self.v[part],
+                model.flat_gradients[part],
+                learning_rate,
+                *self.betas,
+                self.eps,
+                weight_decay,
+                self.steps,
+                grad_scale,
+            )
+        return norm
+
+
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "step")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step: `Schedule(...)(step)`, steps counted from 0.
+
+    The first `warmup_iters` steps rise linearly, learning_rate * (step + 1) / warmup_iters, so that
+    the first is not 0. After them, with low = min_lr, high = learning_rate and r going from 0 to 1
+    between warmup_iters and max_iters (wsd: over the last decay_fraction of max_iters)::
+
+        constant   high
+        linear     low + (1 - r) * (high - low)
+        cosine     low + (1 + cos(pi * r)) / 2 * (high - low)
+        wsd        low + (1 - sqrt(r)) * (high - low)      "warmup, stable, decay"
+        step       max(low, high * gamma ** ((step - warmup_iters) // step_size))
+
+    From max_iters on, linear, cosine and wsd stay at min_lr. Sources: llm.c `llmc/schedulers.h`;
+    for step PyTorch's StepLR; for wsd MiniCPM, arXiv:2404.06395, and the 1 - sqrt form of
+    arXiv:2405.18392.
+
+    Parameters
+    ----------
+    kind : one of SCHEDULES
+    learning_rate : the highest, reached at the end of the warm-up
+    max_iters : steps of the whole run
+    warmup_iters : steps of the warm-up, 0 for none
+    min_lr : the lowest after the warm-up
+    decay_fraction : of wsd, the share of max_iters that decays, in (0, 1]
+    step_size, gamma : of step, every step_size steps the rate is multiplied by gamma in (0, 1]
+
+    Raises
+    ------
+    ValueError : the kind is unknown or a setting is out of range
+    """
+
+    kind: str
+    learning_rate: float
+    max_iters: int
+    warmup_iters: int = 0
+    min_lr: float = 0.0
+    decay_fraction: float = 0.2
+    step_size: int = 1000
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse settings that are out of range."""
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.kind!r}")
+        _check_learning_rate(self.learning_rate)
+        if not 0 <= self.min_lr <= self.learning_rate:
+            raise ValueError(
+                f"min_lr must be in [0, learning_rate = {self.learning_rate}], got {self.min_lr}"
+            )
+        if not 0 <= self.warmup_iters <= self.max_iters:
+            raise ValueError(
+                f"warmup_iters must be in [0, max_iters = {self.max_iters}], "
+                f"got {self.warmup_iters}"
+            )
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+        if self.step_size < 1:
+            raise ValueError(f"step_size must be at least 1, got {self.step_size}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of `step` >= 0."""
+        low, high = self.min_lr, self.learning_rate
+        if step < self.warmup_iters:
+            return high * (step + 1) / self.warmup_iters
+        if self.kind == "constant":
+            return high
+        if self.kind == "step":
+            return max(low, high * self.gamma ** ((step - self.warmup_iters) // self.step_size))
+        start = self.warmup_iters
+        if self.kind == "wsd":
+            start = max(start, self.max_iters - round(self.decay_fraction * self.max_iters))
+        done = step >= self.max_iters
+        r = 1.0 if done else max(0, step - start) / max(1, self.max_iters - start)
+        if self.kind == "linear":
+            fallen = r
+        elif self.kind == "cosine":
+            fallen = (1 - math.cos(math.pi * r)) / 2
+        else:
+            fallen = math.sqrt(r)
+        return low + (1 - fallen) * (high - low)
+
+
+def _check_learning_rate(learning_rate: float) -> None:
+    if not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be finite and at least 0, got {learning_rate}")

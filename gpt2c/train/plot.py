@@ -1,0 +1,413 @@
+"""What the pictures show: the curves of runs, and the figures of a benchmark.
+
+They need matplotlib, the extra [plot]; how they are drawn stands in gpt2c.screen.picture.
+Independent of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.screen.picture import drawing, make_figure, why_not, write
+
+# In a run's directory: what train draws, and what `gpt2c plot` does.
+
+# A row of a benchmark has its colour in every picture.
+OWN_COLORS = {
+    "numpy": "#9a9a9a",
+    "base": "#7fb069",
+    "avx2": "#4a90c2",
+    "avx512": "#1f3f77",
+    "avx512vnni": "#0b8f8f",
+}
+COLORS = OWN_COLORS | {
+    "torch": "#e8a838",
+    "torch-tuned": "#c8451b",
+    "torch-compile": "#7d3c98",
+    "transformers": "#d1a000",
+    "transformers-compile": "#a0522d",
+    "llama.cpp": "#c2185b",
+    "onnxruntime": "#4e5bd1",
+    "ctranslate2": "#3d7a36",
+    "llm.c": "#555555",
+}
+# The kinds of weights of a row: the share of its colour that stays, and the pattern on its bar.
+KINDS = {"fp32": (1.0, ""), "fp16": (0.65, "//"), "int8": (0.4, "..")}
+UNKNOWN = "#1c1c1c"
+
+# The lines of runs, in the order in which they are named.
+RUN_COLORS = (
+    *("#1f5a9e", "#c8451b", "#3f8f4f", "#7d3c98", "#e8a838", "#16a3a3", "#8c564b"),
+    *("#d16ba5", "#6b6b6b", "#8fb339", "#38b6ff", "#2b2b2b"),
+)
+POINTS = 2000  # of a curve that are drawn: the picture has fewer columns
+LONGEST = 48  # characters of a run's name in a legend
+
+Metric = tuple[list[int], list[float]]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draw training and validation loss over the steps; return False where matplotlib is missing.
+
+    Parameters
+    ----------
+    metrics : the objects of metrics.jsonl
+    path : the PNG file to write, in the run's directory
+
+    Raises
+    ------
+    OSError : the picture cannot be written
+    """
+    if why_not():
+        return False
+    with drawing():
+        figure = make_figure((8, 4.5))
+        axes = figure.add_subplot()
+        steps, losses = _metric(metrics, "loss")
+        _line(axes, *_thinned(steps, losses), color="#9db8d9", lw=0.8, label="training, each step")
+        smooth = _thinned(steps, smoothed(losses))
+        _line(axes, *smooth, color="#1f5a9e", lw=1.6, label="training, smoothed")
+        steps, losses = _metric(metrics, "val_loss")
+        if steps:
+            thinned = _thinned(steps, losses)
+            axes.plot(*thinned, "o-", color="#c8451b", ms=4, label="validation")
+            axes.annotate(
+                f"{losses[-1]:.2f}",
+                (steps[-1], losses[-1]),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats per token (lower is better)")
+        axes.set_title(shorten([str(path.absolute().parent)])[0], fontsize=10)
+        _finish(figure, axes, path)
+    return True
+
+
+def plot_runs(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, unit: str = "nats per token"
+) -> str:
+    """Draw loss, learning rate, gradient norm and speed of runs over one another.
+
+    A curve that lies on one of a run before it is dashed, so that both are seen, and the legend
+    says which runs are identical.
+
+    Parameters
+    ----------
+    runs : name or path -> the objects of metrics.jsonl
+    path : the PNG file to write
+    unit : of the losses
+
+    Returns
+    -------
+    the characters of the names that no font here has; the picture has their codes
+
+    Raises
+    ------
+    ValueError : matplotlib is missing
+    OSError : the picture cannot be written
+    """
+    panels = {
+        "loss": f"loss, {unit} (lower is better)",
+        "learning_rate": "learning rate",
+        "grad_norm": "gradient norm before clipping",
+        "tokens_per_second": "tokens a second (higher is better)",
+    }
+    labels = shorten(list(runs))
+    with drawing():
+        figure = make_figure((11, 7))
+        grid = dict(zip(panels, figure.subplots(2, 2).flat, strict=True))
+        for metric, axes in grid.items():
+            curves = [_metric(metrics, metric) for metrics in runs.values()]
+            twins = _twins(curves)
+            for i, (steps, values) in enumerate(curves):
+                style = {"color": RUN_COLORS[i % len(RUN_COLORS)], "ls": _dashes(twins, i)}
+                if metric == "learning_rate":
+                    _line(axes, *_thinned(steps, values), lw=1.4, **style)
+                    continue
+                _line(axes, *_thinned(steps, values), lw=0.6, alpha=0.3, **style | {"ls": "-"})
+                _line(axes, *_thinned(steps, smoothed(values)), lw=1.4, **style)
+                if metric == "loss":
+                    validation = _thinned(*_metric(list(runs.values())[i], "val_loss"))
+                    _line(axes, *validation, marker="o", ms=4, mec="white", lw=1, **style)
+            axes.set_xlabel("step")
+            axes.set_ylabel(panels[metric])
+            _tidy(axes)
+        grid["tokens_per_second"].set_ylim(bottom=0)
+        grid["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
+        losses = [
+            [_metric(found, name) for name in ("loss", "val_loss")] for found in runs.values()
+        ]
+        twins, handles = _twins([loss for loss, _ in losses]), []
+        for i, label in enumerate(labels):
+            style = {"color": RUN_COLORS[i % len(RUN_COLORS)], "ls": _dashes(twins, i)}
+            handles += grid["loss"].plot([], [], lw=1.6, label=label, **style)
+        if any(_metric(metrics, "val_loss")[0] for metrics in runs.values()):
+            handles += grid["loss"].plot([], [], "o-", color="#777777", ms=4, label="validation")
+        for i, first in enumerate(map(losses.index, losses)):
+            if first != i and any(losses[i][0]):
+                text = f"{labels[i]} is identical to {labels[first]}"
+                handles += grid["loss"].plot([], [], " ", label=text)
+        title = labels[0] if len(labels) == 1 else f"{len(labels)} runs"
+        return _legend_and_save(figure, path, handles, f"{title}: each step thin, smoothed thick")
+
+
+def shorten(names: Sequence[str]) -> list[str]:
+    """Name runs by the parts of their paths that tell them apart; a long name loses its middle."""
+    parts = [Path(name).parts or (".",) for name in names]
+    if len(parts) == 1:
+        parts = [parts[0][-2:]]
+    else:
+        while min(map(len, parts)) > 1 and len({part[0] for part in parts}) == 1:
+            parts = [part[1:] for part in parts]
+        while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+            parts = [part[:-1] for part in parts]
+    short = [str(Path(*part)) for part in parts]
+    half = LONGEST // 2 - 1
+    cut = [s if len(s) <= LONGEST else f"{s[:half]}…{s[-half:]}" for s in short]
+    return cut if len(set(cut)) == len(set(short)) else short
+
+
+def _twins(curves: Sequence[Metric]) -> list[int]:
+    """Give for each curve the number of the first one that it lies on, often its own."""
+    return [
+        next((j for j in range(i) if _lies_on(curve, curves[j])), i)
+        for i, curve in enumerate(curves)
+    ]
+
+
+def _lies_on(one: Metric, other: Metric) -> bool:
+    """Whether two curves are the same as far as the shorter one goes."""
+    count = min(len(one[0]), len(other[0]))
+    return count > 0 and [a[:count] for a in one] == [b[:count] for b in other]
+
+
+def _dashes(twins: Sequence[int], i: int) -> Any:
+    """Give the line style of curve i: solid, or dashes that leave room for those below them."""
+    number = twins[:i].count(twins[i])
+    if number == 0:
+        return "-"
+    gap = 4 * twins.count(twins[i])
+    return (gap - 4 * number, (4, gap - 4))
+
+
+def _metric(metrics: Sequence[Mapping[str, Any]], name: str) -> Metric:
+    """Give the steps that have a finite number of this name, and the numbers."""
+    found = [(entry["step"], entry[name]) for entry in metrics if entry.get(name) is not None]
+    found = [(step, value) for step, value in found if abs(value) < 1e300]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
+    """Replace each value by the median of it and its neighbours, as many before as after it.
+
+    Those are a fortieth of all on each side, at least 10; near both ends as many as there are on
+    the shorter side. So a curve begins and ends in its own first and last value, what rises or
+    falls steadily stays where it is, and no value is drawn that was not there.
+    """
+    numbers = np.asarray(values, np.float64)
+    count = len(numbers)
+    side = max(10, count // 40)
+    # of a long run medians at some places are enough; between them lie straight lines
+    places = np.unique(np.linspace(0, max(0, count - 1), min(count, POINTS)).astype(int))
+    medians = []
+    for place in places:
+        reach = min(side, place, count - 1 - place)
+        medians.append(np.median(numbers[place - reach : place + reach + 1]))
+    return np.interp(np.arange(count), places, medians) if count else numbers
+
+
+def _thinned(
+    steps: Sequence[int], values: Sequence[float] | NDArray[np.float64]
+) -> tuple[Sequence[int], Sequence[float] | NDArray[np.float64]]:
+    """Leave out what no picture shows: of each stretch the lowest and highest value stay."""
+    if len(steps) <= 2 * POINTS:
+        return steps, values
+    numbers = np.asarray(values)
+    kept = {0, len(numbers) - 1}
+    for part in np.array_split(np.arange(len(numbers)), POINTS):
+        kept |= {int(part[numbers[part].argmin()]), int(part[numbers[part].argmax()])}
+    order = sorted(kept)
+    return [steps[i] for i in order], numbers[order]
+
+
+def _line(axes: Any, steps: Any, values: Any, **style: Any) -> None:
+    """Draw a curve; a single point, which a line would not show, is a dot."""
+    if len(steps) == 1:
+        style = {"marker": "o", "ms": 4} | style
+    axes.plot(steps, values, **style)
+
+
+# ---- benchmarks ----------------------------------------------------------------------------------
+
+
+def color(row: str) -> Any:
+    """Give the colour of a benchmark's row, such as "torch" or "avx2:int8", as (r, g, b)."""
+    engine, _, kind = row.partition(":")
+    code = COLORS.get(engine, UNKNOWN)
+    strength = KINDS.get(kind, KINDS["fp32"])[0]
+    return tuple(1 - strength * (1 - int(code[i : i + 2], 16) / 255) for i in (1, 3, 5))
+
+
+def row_label(row: str) -> str:
+    """Name a row for people: "avx2:int8" is "gpt2c avx2 int8"."""
+    own = row.partition(":")[0] in OWN_COLORS
+    return f"{'gpt2c ' if own else ''}{row.replace(':', ' ')}"
+
+
+def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, title: str = "") -> None:
+    """Draw how near its ceiling each op of each row comes: a line for each op, a dot for each row.
+
+    Parameters
+    ----------
+    shares : op -> row -> the least time that the op can take over the time it took
+    path : the PNG file to write
+
+    Raises
+    ------
+    ValueError : matplotlib is missing
+    OSError : the picture cannot be written
+    """
+    rows = list(dict.fromkeys(row for found in shares.values() for row in found))
+    with drawing():
+        figure = make_figure((10, 1.6 + len(shares) * max(0.24, 0.06 * len(rows))))
+        axes = figure.add_subplot()
+        step = 0.7 / len(rows)
+        for i, row in enumerate(rows):
+            offset = (i - (len(rows) - 1) / 2) * step
+            points = [(found[row], y) for y, found in enumerate(shares.values()) if row in found]
+            axes.plot(
+                [100 * share for share, _ in points],
+                [y + offset for _, y in points],
+                "o" if row.partition(":")[0] in OWN_COLORS else "D",
+                color=color(row),
+                ms=5,
+                label=row_label(row),
+            )
+        axes.axvline(100, color="#333333", lw=1)
+        for y in range(len(shares) - 1):
+            axes.axhline(y + 0.5, color="#dddddd", lw=0.6)
+        axes.set_yticks(range(len(shares)), list(shares), fontsize=8)
+        axes.set_ylim(len(shares) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("% of ceiling: what arithmetic or memory allow (higher is better)")
+        axes.set_title(title, fontsize=9)
+        _finish(figure, axes, path)
+
+
+def plot_speed(
+    groups: Mapping[str, Mapping[str, float]], xlabel: str, path: Path, title: str = ""
+) -> None:
+    """Draw bars: a panel for each piece of work, in it a bar for each row.
+
+    Parameters
+    ----------
+    groups : work -> row -> value
+    xlabel : what a value is
+    path : the PNG file to write
+
+    Raises
+    ------
+    ValueError : matplotlib is missing
+    OSError : the picture cannot be written
+    """
+    rows = list(dict.fromkeys(row for group in groups.values() for row in group))
+    with drawing():
+        figure = make_figure((3 + 3 * len(groups), 1.4 + 0.28 * len(rows)))
+        panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axes, (work, values) in zip(panels, groups.items(), strict=True):
+            most = max(values.values(), default=0.0)
+            for y, row in enumerate(rows):
+                value = values.get(row)
+                hatch = KINDS.get(row.partition(":")[2], KINDS["fp32"])[1]
+                axes.barh(y, value or 0, 0.8, color=color(row), hatch=hatch, ec="white", lw=0)
+                text = " not measured" if value is None else f" {value:,.{0 if most > 99 else 1}f}"
+                axes.text(value or 0, y, text, va="center", fontsize=7, color="#333333")
+            axes.set_yticks(range(len(rows)), [row_label(row) for row in rows], fontsize=8)
+            axes.set_xlim(0, (most or 1) * 1.25)  # room for the last figure
+            axes.set_xlabel(f"{xlabel} (higher is better)", fontsize=8)
+            axes.set_title(work, fontsize=9)
+            axes.tick_params(axis="x", labelsize=7)
+            axes.xaxis.set_major_formatter("{x:,g}")
+            axes.xaxis.set_major_locator(_locator())
+            _tidy(axes)
+        panels[0].set_ylim(len(rows) - 0.4, -0.6)  # all share it
+        figure.suptitle(title, fontsize=9)
+        write(figure, path)
+
+
+def _locator() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)
+
+
+def plot_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    path: Path,
+    title: str = "",
+) -> None:
+    """Draw lines over a logarithmic axis of powers of 2; a label with a comma is dashed.
+
+    Parameters
+    ----------
+    lines : label -> points (x, y); "a, b" has the colour of "a"
+    path : the PNG file to write
+
+    Raises
+    ------
+    ValueError : matplotlib is missing
+    OSError : the picture cannot be written
+    """
+    with drawing():
+        figure = make_figure((8, 4.5))
+        axes = figure.add_subplot()
+        solid = list(dict.fromkeys(label.split(",")[0] for label in lines))
+        for label, points in lines.items():
+            shade = RUN_COLORS[solid.index(label.split(",")[0]) % len(RUN_COLORS)]
+            style = "--" if "," in label else "o-"
+            axes.plot(*zip(*points, strict=True), style, color=shade, label=label, ms=4, lw=1.4)
+        axes.set_xscale("log", base=2)
+        places = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(places, [f"{x:.0f}" for x in places])
+        axes.xaxis.set_minor_formatter("")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.set_title(title, fontsize=9)
+        _finish(figure, axes, path)
+
+
+# ---- what they share -----------------------------------------------------------------------------
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(color="#e5e5e5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    _tidy(axes)
+    _legend_and_save(figure, path, axes.get_legend_handles_labels()[0])
+
+
+def _legend_and_save(figure: Any, path: Path, handles: Sequence[Any], title: str = "") -> str:
+    """Put a legend above the panels, in as many columns as its longest label leaves room for."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    room = int(figure.get_size_inches()[0] * 14)  # characters of 8 points, and the lines beside
+    columns = max(1, min(len(handles), room // (longest + 8)))
+    style = {"frameon": False, "fontsize": 8, "title": title, "handlelength": 4}
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, **style)
+    return write(figure, path)

@@ -1,0 +1,459 @@
+"""A run's directory: what training writes, and what takes it on after a kill at any moment.
+
+    run.json                          settings, config and a mark of the data: first, before step 1
+    checkpoints/00000040/             see trainer_state
+    config.json, model.safetensors    copies of the newest checkpoint's, and with the tokenizer's
+                                      files a model that transformers loads as it is
+    metrics.jsonl, tensorboard/       see metrics and tensorboard
+
+Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gpt2c.files import atomic
+from gpt2c.files.atomic import atomic_path, check_link, remove, remove_leftovers, through
+from gpt2c.files.names import (
+    ADDED_FILE,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    DAMAGED_FILE,
+    EVENTS,
+    GENERATION_FILE,
+    LOSS_FILE,
+    MERGES_FILE,
+    METRICS_FILE,
+    MOMENTS_FILE,
+    RUN_FILE,
+    RUNS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    VOCAB_FILE,
+    WEIGHTS_FILE,
+)
+from gpt2c.files.untrusted import read_json, shown
+from gpt2c.gpt2 import GPT2
+from gpt2c.model.config import GPT2Config
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train import checkpoints, tensorboard
+from gpt2c.train.checkpoints import Checkpoint, TrainerState
+from gpt2c.train.metrics import Metrics, read_metrics
+from gpt2c.train.optimizer import AdamW
+from gpt2c.train.settings import TrainSettings
+from gpt2c.train.tensorboard import Events
+
+VERSION = 1
+# What a run writes at the top of its directory beside run.json.
+_FILES = (
+    *(CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE),
+    *(VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE),
+)
+# What others wrote there: a later run must not be taken for one with that tokenizer.
+_OTHERS = (TOKENIZER_FILE, ADDED_FILE)
+_LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE)
+
+
+def locked(out: Path) -> AbstractContextManager[None]:
+    """Have a run's directory to oneself; see `atomic.locked`.
+
+    Raises
+    ------
+    FileNotFoundError : there is no such directory
+    BlockingIOError : another process trains into it
+    """
+    if not out.is_dir():
+        check_link(out)
+        raise FileNotFoundError(f"{out} is not a directory; a run that can go on is one")
+    return atomic.locked(
+        out, f"another process is training into {out}: wait for it, or name another directory"
+    )
+
+
+def report(line: str) -> None:
+    """Tell a person what happened to a run; where no one can be told, the work goes on."""
+    with suppress(OSError, ValueError):  # a terminal or reader that left, a full disk, a closed one
+        print(line, flush=True)
+
+
+class LostModel(ValueError):
+    """Weights, moments or what came of them are not finite: they are not worth to be kept."""
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """Read a run's run.json.
+
+    Raises
+    ------
+    OSError : it is missing or unreadable
+    ValueError : it is damaged, or of another version
+    """
+    path = out / RUN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {out} holds no run that can go on")
+    record = read_json(path)
+    version = record.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path}: version must be {VERSION}, got {shown(version)}")
+    for name in ("settings", "config", "data", "backend", "threads"):
+        if name not in record:
+            raise ValueError(f"{path} lacks {name}")
+    return record
+
+
+def check_save(out: Path, parameters: int, overwrite: bool) -> None:
+    """Try what a save will do in an existing run's directory, before hours of work rest on it.
+
+    Raises
+    ------
+    OSError : its files cannot be written: a link that leads nowhere, no permission, or less room on
+        the disk than a checkpoint of so many parameters and a copy of its weights take
+    """
+    directory = out / CHECKPOINTS
+    check_link(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; the directory of checkpoints is wanted")
+    place = directory if directory.is_dir() else out  # where it will be made
+    homes = [path.parent for path in atomic.places(*(out / name for name in (RUN_FILE, *_FILES)))]
+    for parent in dict.fromkeys((out, place, *homes)):
+        trial = atomic.temporary_path(parent / "trial")
+        try:
+            with atomic.naming(parent, {trial: parent}):
+                trial.mkdir(exist_ok=True)
+                (trial / "file").write_bytes(b"can be written")
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    # What an overwritten run leaves goes first.
+    left = sum(path.lstat().st_size for path in directory.glob("*/*")) if overwrite else 0
+    copy = through(out / WEIGHTS_FILE).parent
+    wanted = {place: checkpoints.size_bytes(parameters), copy: 4 * parameters}
+    if os.stat(copy).st_dev == os.stat(place).st_dev:
+        wanted = {place: checkpoints.size_bytes(parameters) + 4 * parameters}
+    for parent, size in wanted.items():
+        disk = shutil.disk_usage(parent)
+        if disk.total and disk.free + left < size:  # some file systems say 0 of all
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint needs {size:,} bytes and {disk.free + left:,} are free: make room,"
+                " or name another directory",
+                str(parent),
+            )
+
+
+def check_never_saved(out: Path) -> None:
+    """Refuse to begin a run again, in whose directory no checkpoint was found, but that had one.
+
+    Raises
+    ------
+    FileNotFoundError : it had
+    """
+    steps = 0
+    with suppress(OSError):
+        steps = len(read_metrics(out / METRICS_FILE))
+    # One that was killed before its first save has an empty directory for checkpoints and no model.
+    if (out / WEIGHTS_FILE).exists() or (steps and not (out / CHECKPOINTS).is_dir()):
+        raise FileNotFoundError(
+            f"{out} has done {steps:,} steps, but {out / CHECKPOINTS} holds no checkpoint to go on"
+            " from: put it back, or begin the run again with --overwrite"
+        )
+    if steps:
+        report(f"{out} had no checkpoint yet: it begins again with its first step")
+
+
+def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
+    """Refuse a run of another model before there is one.
+
+    Raises
+    ------
+    ValueError : `entries`, of the file `source`, are not those of `config`
+    """
+    try:
+        found = GPT2Config.from_dict(entries) if isinstance(entries, dict) else None
+    except ValueError as error:
+        raise ValueError(f"{source}: its config cannot be: {error}") from None
+    if found != config:
+        raise ValueError(
+            f"{source} holds a model of another config than its settings and this data's tokenizer"
+            f" give: {found}, wanted {config}"
+        )
+
+
+class Run:
+    """A run that this process alone goes on with: its model and optimizer, and its directory.
+
+    Parameters
+    ----------
+    out : the directory, `locked`
+    settings, model, optimizer, tokenizer : of the run
+    data : what JSON can hold of the data, to know it again
+    bytes_per_token : of the texts of "train" and "val", by which runs with different tokenizers
+        are compared
+
+    Attributes
+    ----------
+    step, skipped : steps done, and those of them that updated nothing
+    seconds : spent in steps
+    val_loss : of the weights as they are; nan if those were not evaluated
+    saved : the newest checkpoint, None before the first
+    good : the newest with whose weights a finite loss was computed; the older ones stay until then
+    entry : metrics of the last step that are not logged yet, for its evaluation is still to be done
+    torn : whether an update was begun and did not end: the weights are of no step
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: TrainSettings,
+        model: GPT2,
+        optimizer: AdamW,
+        tokenizer: Tokenizer,
+        data: Any,
+        bytes_per_token: Mapping[str, float],
+    ) -> None:
+        self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
+        self.tokenizer, self.data = tokenizer, data
+        self.bytes_per_token = bytes_per_token
+        self.step = self.skipped = 0
+        self.seconds = 0.0
+        self.val_loss = math.nan
+        self.saved: Path | None = None
+        self.good: Path | None = None
+        self.saved_step = self.tried_step = -1
+        self.entry: dict[str, Any] | None = None
+        self.torn = False
+        self._metrics: Metrics | None = None
+        self._events: Events | None = None
+        self._told: set[str] = set()
+
+    def start(self) -> None:
+        """Begin the directory anew; what an overwritten run left is removed, but links to it stay.
+
+        run.json goes first and comes first: with it a run can go on, without it none can be
+        mistaken for another.
+        """
+        for name in (RUN_FILE, *_FILES):
+            through(self.out / name).unlink(missing_ok=True)
+        for name in _OTHERS:
+            (self.out / name).unlink(missing_ok=True)
+        for name in _LOGS:
+            with self._logging(self.out / name):
+                through(self.out / name).unlink(missing_ok=True)
+        if (self.out / CHECKPOINTS).is_dir():
+            checkpoints.clear(self.out / CHECKPOINTS)
+        tensorboard.clear(self.out / EVENTS)
+        self._open()
+
+    def restore(self, record: Mapping[str, Any], found: Checkpoint | None) -> None:
+        """Go on from a checkpoint, or from the first step if there is none.
+
+        Raises
+        ------
+        ValueError : the checkpoint's moments are not of this model's size
+        """
+        here = self._record()
+        if record["backend"] != here["backend"]:  # the number of threads changes no bit
+            report(
+                f"{self.out} ran on {record['backend']} and goes on on {here['backend']}: the"
+                " result will not be bit-for-bit that of a run on one of them"
+            )
+        if found:
+            self.model.load_parameters(found.tensors, str(found.path))
+            for name in checkpoints.MOMENTS:
+                moment = getattr(self.optimizer, name)
+                if found.moments[name].shape != moment.shape:
+                    raise ValueError(
+                        f"{found.path / MOMENTS_FILE}: {name} must have shape"
+                        f" {moment.shape}, got {found.moments[name].shape}"
+                    )
+                moment[...] = found.moments[name]
+            state = found.state
+            self.step, self.skipped, self.seconds = state.step, state.skipped, state.seconds
+            self.optimizer.steps = state.step - state.skipped
+            self.val_loss = math.nan if state.val_loss is None else state.val_loss
+            self.entry = state.entry
+            self.saved, self.saved_step = found.path, state.step
+            self.good = checkpoints.before(found.path)
+        self._open()
+
+    def _open(self) -> None:
+        """Make the directory whole, whatever it lacks, and open the metrics."""
+        remove_leftovers(self.out)
+        self._write_facts()
+        (self.out / CHECKPOINTS).mkdir(exist_ok=True)
+        remove_leftovers(self.out / CHECKPOINTS)
+        if self.saved:
+            remove_leftovers(self.saved)
+        if self.saved and not self.entry:
+            self._publish(self.saved)
+            self._confirm_evaluated()
+        path = self.out / METRICS_FILE
+        with self._logging(path):
+            self._metrics = Metrics(path, self.step - bool(self.entry), report)
+        if self.settings.tensorboard:
+            with self._logging(self.out / EVENTS):
+                self._events = Events(self.out / EVENTS, read_metrics(path))
+
+    def _write_facts(self) -> None:
+        """Write what a run goes on by beside its checkpoints."""
+        with atomic_path(self.out / RUN_FILE) as temporary:
+            text = json.dumps(self._record(), indent=2, allow_nan=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+        self.tokenizer.save_pretrained(self.out)
+
+    @contextmanager
+    def _logging(self, path: Path) -> Iterator[None]:
+        """Write to a log, for which a run does not stop: what went wrong is told once."""
+        try:
+            yield
+        except OSError as error:
+            if path.name not in self._told:
+                self._told.add(path.name)
+                reason = error.strerror or error
+                report(f"{path} cannot be written ({reason}): the run goes on without it")
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "settings": dataclasses.asdict(self.settings),
+            "config": self.model.config.to_dict(),
+            "data": self.data,
+            "bytes_per_token": self.bytes_per_token,
+            "backend": self.model.backend.name,
+            "threads": self.model.backend.threads,
+        }
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Write the last step's metrics, which the run's time and the day's are added to."""
+        entry |= {"elapsed_seconds": round(self.seconds, 4), "time": round(time.time(), 3)}
+        if self._metrics:
+            with self._logging(self.out / METRICS_FILE):
+                self._metrics.append(entry)
+        if self._events:
+            with self._logging(self.out / EVENTS):
+                self._events.append(entry)
+        self.entry = None
+
+    def save(self) -> None:
+        """Write a checkpoint, and let the directory's own model be that one.
+
+        Where the step's evaluation is still to be done, the model there stays until it is.
+
+        Raises
+        ------
+        OSError : it cannot be written; the last one is whole
+        LostModel : a parameter or moment is not finite, so the last checkpoint is the better one
+        """
+        if self.step == self.saved_step:
+            return
+        self.tried_step = self.step
+        self._check_finite()
+        if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._write_facts()
+        self._sync()
+        self.saved = checkpoints.save(
+            self.out / CHECKPOINTS,
+            self._state(),
+            self.model.config.to_dict(),
+            self.model.parameters,
+            {name: getattr(self.optimizer, name) for name in checkpoints.MOMENTS},
+        )
+        self.saved_step = self.step
+        if not self.entry:
+            self.publish()
+
+    def evaluated(self) -> None:
+        """Tell the checkpoint of this step, if there is one, what its evaluation gave."""
+        if self.saved and self.step == self.saved_step:
+            self._sync()
+            checkpoints.amend(self.saved, self._state())
+            self.publish()
+
+    def forget(self) -> None:
+        """Remove the checkpoint of this step, whose evaluation shows that the model is lost."""
+        if self.saved and self.step == self.saved_step and self.saved != self.good:
+            remove(self.saved)
+            self.saved, self.saved_step = self.good, -1
+
+    def publish(self) -> None:
+        """Let the directory's own model be that of the newest checkpoint."""
+        if self.saved:
+            self._publish(self.saved)
+            self._confirm_evaluated()
+            if self._events:
+                with self._logging(self.out / EVENTS):
+                    self._events.flush()
+
+    def _state(self) -> TrainerState:
+        val_loss = None if math.isnan(self.val_loss) else self.val_loss
+        return TrainerState(self.step, self.skipped, self.seconds, val_loss, self.entry)
+
+    def _sync(self) -> None:
+        """Have the lines up to a checkpoint on the disk before it is there."""
+        if self._metrics:
+            with self._logging(self.out / METRICS_FILE):
+                self._metrics.sync()
+
+    def confirm(self) -> None:
+        """Let the newest checkpoint take the older ones' place: its weights gave a finite loss.
+
+        Weights may be finite and lost. The first loss after a save is of the weights that were
+        saved, and nothing is updated with one that is not finite.
+        """
+        if self.saved and self.saved != self.good:
+            self.good = self.saved
+            try:
+                checkpoints.prune(self.good, self.settings.keep)
+            except OSError as error:  # the newest is whole: what stays is tried again with the next
+                report(f"older checkpoints cannot be removed: {error}")
+
+    def _confirm_evaluated(self) -> None:
+        if not math.isnan(self.val_loss):
+            self.confirm()
+
+    def _check_finite(self) -> None:
+        """Refuse to put a model aside for one that is lost; the norm is one pass over memory."""
+        arrays = {"weights": self.model.flat_parameters, "moment m": self.optimizer.m}
+        for name, array in {**arrays, "moment v": self.optimizer.v}.items():
+            if not math.isfinite(self.model.backend.global_norm(array)):
+                raise LostModel(
+                    f"the {name} of step {self.step} are not finite, so they were not saved;"
+                    f" {self.last_good()}; lower the learning rate"
+                )
+
+    def last_good(self) -> str:
+        """Say where the last good checkpoint is, for an error."""
+        if self.saved is None:
+            return "there is no checkpoint yet (--save-interval makes some)"
+        if self.good is None:
+            return f"there is no good checkpoint: {self.saved} gives no finite loss"
+        if self.good != self.saved:
+            return f"the last good checkpoint is {self.good} (delete {self.saved} to go on from it)"
+        return f"the last good checkpoint is {self.good}"
+
+    def _publish(self, checkpoint: Path) -> None:
+        """Give the directory the model of a checkpoint.
+
+        A copy and no link: what other programs write there must not reach the checkpoint.
+        """
+        for source in checkpoints.model_files(checkpoint):
+            with atomic_path(self.out / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+
+    def close(self) -> None:
+        """Close the files."""
+        for log, name in ((self._metrics, METRICS_FILE), (self._events, EVENTS)):
+            if log:
+                with self._logging(self.out / name):
+                    log.close()

@@ -1,0 +1,276 @@
+"""TrainSettings: all that a training run can be told, by a TOML recipe or flags of those names.
+
+Names are nanoGPT's. Knows nothing about models or files but the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpt2c.files.untrusted import decode, read_bytes, shown
+from gpt2c.model.config import GPT2Config
+from gpt2c.train.optimizer import SCHEDULES, Schedule
+
+T = TypeVar("T")
+
+# A resumed run must keep these: they fix the weights' shapes and the order of the data.
+FIXED_BY_RUN = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "batch_order",
+)
+# What a run of before a setting was there had in its place, where that is not the default.
+OLDER: dict[str, Any] = {"batch_order": 1}
+
+
+LEAST = dict.fromkeys(
+    (
+        "block_size",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "max_iters",
+        "log_interval",
+        "keep",
+    ),
+    1,
+) | dict.fromkeys(
+    (
+        *("warmup_iters", "eval_interval", "eval_iters", "save_interval", "save_minutes"),
+        *("seed", "grad_clip", "threads"),
+    ),
+    0,
+)
+GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than anyone waits
+LARGEST_RECIPE = 1 << 20  # bytes
+
+
+def setting(default: T, text: str) -> T:
+    """Make a dataclass field with a default and a line of help."""
+    field: T = dataclasses.field(default=default, metadata={"help": text})
+    return field
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """A training run. The defaults are a model of about 4 million parameters on short text.
+
+    Raises
+    ------
+    ValueError : a number is out of its range, also what the model's config and the schedule refuse
+    """
+
+    n_layer: int = setting(4, "layers")
+    n_head: int = setting(4, "heads of attention")
+    n_embd: int = setting(256, "channels")
+    block_size: int = setting(256, "tokens in a row of a batch, and the model's n_positions")
+    batch_size: int = setting(8, "rows in a batch")
+    gradient_accumulation_steps: int = setting(1, "batches in a step of the optimizer")
+    max_iters: int = setting(1000, "steps of the optimizer")
+    learning_rate: float = setting(1e-3, "the highest learning rate")
+    min_lr: float = setting(1e-4, "the lowest, at the end")
+    warmup_iters: int = setting(100, "steps of linear warm-up")
+    schedule: str = setting("cosine", f"one of {', '.join(SCHEDULES)}")
+    decay_fraction: float = setting(0.2, "wsd: the share of all steps that decays")
+    step_size: int = setting(1000, "step: so many steps between two drops of the learning rate")
+    gamma: float = setting(0.1, "step: the factor of a drop")
+    weight_decay: float = setting(0.1, "AdamW's, on matrices only")
+    beta1: float = setting(0.9, "AdamW's memory of gradients")
+    beta2: float = setting(0.95, "AdamW's memory of squared gradients")
+    grad_clip: float = setting(1.0, "clip the global gradient norm to this; 0 does not clip")
+    eval_interval: int = setting(100, "steps between two evaluations; 0 only at the end")
+    eval_iters: int = setting(0, "batches of an evaluation; 0 all of the validation tokens")
+    log_interval: int = setting(10, "steps between two lines where no one watches a terminal")
+    save_interval: int = setting(0, "steps between two checkpoints; 0 for save_minutes alone")
+    save_minutes: float = setting(10.0, "minutes between two; 0 for save_interval alone")
+    keep: int = setting(1, "so many of the newest checkpoints stay")
+    skip_nonfinite: bool = setting(False, "leave out a step with nan in it instead of stopping")
+    tensorboard: bool = setting(False, "write TensorBoard's event files too")
+    seed: int = setting(1337, "of the weights and the order of the data")
+    batch_order: int = setting(2, "2 trains every token; 1 is that of runs that lack this setting")
+    backend: str = setting("auto", "auto or a name that gpt2c info lists")
+    threads: int = setting(0, "threads that compute; 0 as many as the machine allows")
+    recompute: str = setting("none", "none, light or full: trade time for memory")
+
+    def __post_init__(self) -> None:
+        for name in DEFAULTS:
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.recompute not in ("none", "light", "full"):
+            raise ValueError(f"recompute must be none, light or full, got {self.recompute!r}")
+        if self.batch_order not in (1, 2):
+            raise ValueError(f"batch_order must be 1 or 2, got {self.batch_order}")
+        self.learning_rates()
+        self.model_config(vocab_size=1)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a step of the optimizer."""
+        return self.batch_size * self.block_size * self.gradient_accumulation_steps
+
+    @property
+    def recomputation(self) -> str | None:
+        """What GPT2 calls `recompute`."""
+        return None if self.recompute == "none" else self.recompute
+
+    def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
+        """Give the model's config for a tokenizer."""
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=self.block_size,
+            n_embd=self.n_embd,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            eos_token_id=eos_token_id,
+        )
+
+    def learning_rates(self) -> Schedule:
+        """Give the schedule of learning rates; a warm-up longer than the run is cut to it."""
+        return Schedule(
+            self.schedule,
+            self.learning_rate,
+            self.max_iters,
+            min(self.warmup_iters, self.max_iters),
+            self.min_lr,
+            self.decay_fraction,
+            self.step_size,
+            self.gamma,
+        )
+
+
+DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in dataclasses.fields(TrainSettings)
+}
+
+
+def checked(name: str, value: Any) -> Any:
+    """Give a setting as its type has it; refuse another type and what is out of range by itself.
+
+    Raises
+    ------
+    ValueError : it is
+    """
+    wanted = type(DEFAULTS[name])
+    if type(value) is int and value.bit_length() > 1000:  # for a float, and perhaps to be shown
+        raise ValueError(f"{name} is too large: a number of {value.bit_length():,} bits")
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        kind = type(value).__name__
+        raise ValueError(f"{name} must be {wanted.__name__}, got {kind} {shown(value)}")
+    if name in LEAST and not value >= LEAST[name]:  # nan is not, either
+        raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}")
+    if wanted is int and value > GREATEST:
+        least = LEAST.get(name, 1)
+        raise ValueError(
+            f"{name} must be a whole number from {least} to {GREATEST}, got {shown(value)}"
+        )
+    if wanted is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
+def find_recipe(name: str) -> Path:
+    """Give the TOML file of this name, or else the recipe of this name that comes with gpt2c.
+
+    Raises
+    ------
+    OSError : there is neither
+    """
+    path, shipped = Path(name), Path(__file__).parents[1] / "recipes"
+    recipe = shipped / f"{name}.toml"
+    if path.exists() and not (path.is_dir() and recipe.is_file()):  # "demo" may be a run
+        return path
+    if not recipe.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in shipped.glob("*.toml")))
+        raise FileNotFoundError(f"{name}: no such recipe; gpt2c comes with {known}")
+    return recipe
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read the settings that a TOML file names.
+
+    Raises
+    ------
+    OSError : the file is missing or unreadable
+    ValueError : it is not TOML, names a setting that there is not, or has one that cannot be
+    """
+    text = decode(read_bytes(path, LARGEST_RECIPE), str(path))
+    try:
+        entries = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    unknown = sorted(entries.keys() - DEFAULTS.keys())
+    if unknown:
+        raise ValueError(
+            f"{path}: no setting {shown(unknown[0])}; there are {', '.join(sorted(DEFAULTS))}"
+        )
+    try:
+        return {name: checked(name, value) for name, value in entries.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings, changed by what is given.
+
+    With another number of steps the recipe's warm-up keeps its share of them, if none is given.
+
+    Raises
+    ------
+    OSError, ValueError : see `find_recipe` and `read_recipe`; the number of steps is out of range
+    """
+    recipe = read_recipe(find_recipe(name))
+    settings = recipe | dict(given)
+    if "warmup_iters" in recipe and "warmup_iters" not in given and "max_iters" in given:
+        steps = checked("max_iters", given["max_iters"])
+        of = recipe.get("max_iters", DEFAULTS["max_iters"])
+        settings["warmup_iters"] = min(recipe["warmup_iters"] * steps // of, GREATEST)
+    return settings
+
+
+def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
+    """Give the settings of a run that goes on: what it had, changed by what is given now.
+
+    A setting that the run lacks, as it began before there was one, has the value of that time.
+
+    Raises
+    ------
+    ValueError : the run's settings are damaged, or `given` changes what a run cannot change;
+        `source` names the run
+    """
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{source}: its settings must be an object, got {shown(stored)}")
+    unknown = sorted(stored.keys() - DEFAULTS.keys())
+    if unknown:
+        raise ValueError(
+            f"{source}: its settings are another gpt2c's, for this one has no"
+            f" {shown(unknown[0])}: go on with that one, or start a new run"
+        )
+    stored = {**OLDER, **stored}
+    lacking = [name for name in FIXED_BY_RUN if name not in stored]
+    if lacking:
+        raise ValueError(f"{source}: its settings lack {lacking[0]}: start a new run")
+    stored = DEFAULTS | stored
+    try:
+        TrainSettings(**stored)
+    except ValueError as error:
+        raise ValueError(f"{source}: its settings cannot be: {error}") from None
+    for name in FIXED_BY_RUN:
+        if name in given and given[name] != stored[name]:
+            raise ValueError(
+                f"{source}: the run was trained with {name}={stored[name]}, so it cannot go on with"
+                f" {given[name]}; drop that setting, or train into another directory"
+            )
+    return TrainSettings(**{**stored, **given})

@@ -1,0 +1,96 @@
+"""TensorBoard's event files: a copy of metrics.jsonl for who watches runs there.
+
+The format comes from tensorboardX, the extra [tensorboard]. It knows no removal, so what a stopped
+run left is replaced by a file made from metrics.jsonl, in which every step is there once; its first
+event tells a TensorBoard that is watching to forget what it read before. Used by run and train.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2c.files.atomic import naming
+
+FLUSHED = 10.0  # seconds after which who watches sees a step
+PREFIX = "events"  # of a file's name
+NOT_SCALARS = ("step", "time")
+
+
+def clear(directory: Path) -> None:
+    """Remove the event files of a directory; what else is in it, or it, stays."""
+    for path in directory.glob(f"{PREFIX}*"):
+        path.unlink()
+
+
+class Events:
+    """An event file that grows with a run.
+
+    The package's usual SummaryWriter hands events to a thread: where the disk is full that thread
+    dies and the run would wait for it for ever. So they are written here, with its EventsWriter.
+
+    Parameters
+    ----------
+    directory : of the event file; what it holds is replaced
+    entries : the run's metrics up to now
+
+    Raises
+    ------
+    OSError : the directory cannot be written
+    """
+
+    def __init__(self, directory: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self.directory, self._flushed = directory, time.monotonic()
+        clear(directory)
+        with naming(directory):
+            directory.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(directory / PREFIX))
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(event_pb2.Event(step=0, session_log=start))
+        for entry in entries:
+            self.append(entry)
+        self.flush()
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add every number of a step's metrics as a scalar of its name, at the step's time."""
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in entry.items()
+            if name not in NOT_SCALARS and value is not None
+        ]
+        event = self._event(
+            step=entry["step"], wall_time=entry.get("time"), summary=self._summary(value=values)
+        )
+        with naming(self.directory):
+            self._writer.write_event(event)
+        if time.monotonic() - self._flushed > FLUSHED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until all events are on the disk."""
+        self._flushed = time.monotonic()
+        with naming(self.directory):
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write out what waits and close the file."""
+        with naming(self.directory):
+            self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """Refuse to begin where tensorboardX is missing.
+
+    Raises
+    ------
+    ValueError : it is
+    """
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("tensorboard needs tensorboardX: pip install 'gpt2c[tensorboard]'")

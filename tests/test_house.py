@@ -1,0 +1,98 @@
+"""The house: imports between wings go one way, and each other package is known in one place."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpt2c
+
+PACKAGE = Path(gpt2c.__file__).parent
+# Each wing, or door, may import what stands before its line, and what stands in its own.
+FLOORS = (
+    {"files", "kernels", "screen", "plain"},
+    {"text", "model", "ops"},
+    {"formats"},
+    {"generate"},
+    {"gpt2"},
+    {"generator"},
+    {"evaluate"},
+    {"train", "scoring", "lm_eval"},
+    {"bench"},
+    {"cli"},
+    {"__init__", "__main__"},
+)
+# A wing of a floor does not import another one of it, nor these, which stand below.
+APART = {"model": {"files", "screen", "text"}, "text": {"model"}, "kernels": {"files", "screen"}}
+APART |= {"files": {"kernels", "screen"}, "screen": {"kernels"}, "plain": {"files", "kernels"}}
+OTHERS = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
+PEERS = {"torch", "transformers", "onnx", "onnxruntime", "ctranslate2", "llama_cpp"}
+KNOWN = {  # packages that few may import: an extra's, or a benchmark's rows
+    "matplotlib": {"screen/picture.py", "train/plot.py"},
+    "tensorboardX": {"train/tensorboard.py"},
+    "gguf": {"formats/gguf.py"},
+    "huggingface_hub": {"files/hub.py"},
+    "lm_eval": {"evaluate/lm_eval.py"},
+    **{name: {"bench/peers.py", "bench/engines.py", "bench/worker.py"} for name in PEERS},
+}
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def wing(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Return the wings and doors, and the other top-level packages, that a file imports."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for package, *rest in (name.split(".") for name in names):
+            if package == "gpt2c":
+                own.add(rest[0] if rest else "__init__")
+            else:
+                others.add(package)
+    return own - {wing(path)}, others
+
+
+def floor(name: str) -> int:
+    return next((number for number, wings in enumerate(FLOORS) if name in wings), -1)
+
+
+def test_every_file_has_a_floor() -> None:
+    assert {wing(path) for path in FILES} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_one_way(path: Path) -> None:
+    own, others = imports(path)
+    for name in own:
+        assert floor(name) >= 0, f"{path} imports {name}, which is no wing and no door"
+        assert floor(name) <= floor(wing(path)), f"{path} imports {name}, which stands above it"
+    assert not own & APART.get(wing(path), set())
+    unknown = others - sys.stdlib_module_names - OTHERS
+    assert not {name for name in unknown if str(path) not in KNOWN.get(name, ())}
+
+
+def test_the_reference_knows_numpy_alone() -> None:
+    for path in [*(PACKAGE / "kernels" / "reference").iterdir(), PACKAGE / "plain.py"]:
+        if path.suffix == ".py":
+            _, others = imports(path.relative_to(PACKAGE))
+            assert others - sys.stdlib_module_names <= {"numpy"}
+
+
+def test_what_the_machine_allows_is_asked_in_one_place() -> None:
+    """Who asks elsewhere finds other cores after OpenMP has bound a thread, and no quotas."""
+    asks = r"cpu_count|sched_getaffinity|SC_(PHYS|NPROC)|sys/fs/cgroup|RLIMIT_(AS|DATA)"
+    asking = {str(path) for path in FILES if re.search(asks, (PACKAGE / path).read_text())}
+    assert asking == {"kernels/limits.py", "cli/info.py"}  # which shows each of them
