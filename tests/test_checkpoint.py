@@ -16,14 +16,14 @@ from safetensors.numpy import load_file, save_file
 from test_tensorfile import write_raw
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2
+from gpt2c.formats import huggingface
 from gpt2c.formats.huggingface import (
-    check_shapes,
     load_as_they_are,
-    load_weights,
     read_config,
     save_as_they_are,
     save_weights,
 )
+from gpt2c.model.parameters import check_shapes
 
 C, V, T = 4, 7, 5
 CONFIG = {"n_embd": C, "vocab_size": V, "n_positions": T, "layer_norm_epsilon": 1e-5}
@@ -62,11 +62,17 @@ def directory(tmp_path):
     return tmp_path / "model"
 
 
+def load_weights(path):
+    """Read a model as `gpt2c.formats.load.find` does: first what it is, then its tensors."""
+    read_config(path)
+    return huggingface.load_weights(path)
+
+
 # ---- weights -------------------------------------------------------------------------------------
 
 
 def test_round_trip(directory):
-    config, tensors = load_weights(directory)
+    config, tensors = read_config(directory), load_weights(directory)
     assert config == CONFIG
     assert_same(tensors, make_tensors())
     assert sorted(os.listdir(directory)) == sorted(FILES)
@@ -84,7 +90,7 @@ def test_the_file_has_hugging_faces_layout(directory):
 
 def test_saving_over_replaces(directory):
     save_weights(str(directory), CONFIG | {"n_layer": 9}, make_tensors(seed=1))
-    config, tensors = load_weights(str(directory))
+    config, tensors = read_config(str(directory)), load_weights(str(directory))
     assert config["n_layer"] == 9
     assert_same(tensors, make_tensors(seed=1))
 
@@ -102,7 +108,7 @@ def test_views_that_are_not_contiguous_are_stored_right(tmp_path):
     expected = make_tensors()
     tensors = {name: np.repeat(t, 2, axis=-1)[..., ::2] for name, t in expected.items()}
     save_weights(tmp_path, CONFIG, tensors)
-    assert_same(load_weights(tmp_path)[1], expected)
+    assert_same(load_weights(tmp_path), expected)
 
 
 def store(directory, tensors):
@@ -120,14 +126,14 @@ def test_prefix_and_masks(directory):
     stored["transformer.h.0.attn.masked_bias"] = np.array([-1e4], dtype=np.float32)
     stored["lm_head.weight"] = stored["transformer.wte.weight"].copy()
     store(directory, stored)
-    assert_same(load_weights(directory)[1], make_tensors())
+    assert_same(load_weights(directory), make_tensors())
 
 
 def test_lm_head_as_the_only_copy(directory):
     stored = stored_tensors(directory)
     stored["lm_head.weight"] = stored.pop("wte.weight")
     store(directory, stored)
-    assert_same(load_weights(directory)[1], make_tensors())
+    assert_same(load_weights(directory), make_tensors())
 
 
 def test_an_untied_head_is_refused(directory):
@@ -150,7 +156,7 @@ def test_a_name_twice_is_refused(directory):
 def test_other_floats_are_converted(directory, dtype):
     store(directory, {name: t.astype(dtype) for name, t in stored_tensors(directory).items()})
     expected = {name: t.astype(dtype).astype(np.float32) for name, t in make_tensors().items()}
-    assert_same(load_weights(directory)[1], expected)
+    assert_same(load_weights(directory), expected)
 
 
 def test_integers_are_refused(directory):
@@ -162,38 +168,38 @@ def test_integers_are_refused(directory):
 def test_numbers_beyond_float32_are_refused(directory):
     store(directory, {"wte.weight": np.full((2, 2), 1e300)})
     with pytest.raises(ValueError, match=r"wte\.weight holds numbers beyond the range"):
-        np.asarray(load_weights(directory)[1]["wte.weight"])
+        np.asarray(load_weights(directory)["wte.weight"])
 
 
 # ---- mapped memory -------------------------------------------------------------------------------
 
 
 def test_float32_stays_in_the_file(directory):
-    tensors = load_weights(directory)[1]
+    tensors = load_weights(directory)
     for name, tensor in ((name, np.asarray(tensor)) for name, tensor in tensors.items()):
         assert not tensor.flags.writeable, f"{name}: writing here would be lost, or harm others"
         assert tensor.flags.f_contiguous if name in TRANSPOSED else tensor.flags.c_contiguous
         with pytest.raises(ValueError, match="read-only"):
             tensor[...] = 0
     store(directory, {name: t.astype(np.float16) for name, t in stored_tensors(directory).items()})
-    assert all(np.asarray(t).flags.writeable for t in load_weights(directory)[1].values())
+    assert all(np.asarray(t).flags.writeable for t in load_weights(directory).values())
 
 
 def test_a_file_that_is_replaced_does_no_harm(directory):
     """A save renames a whole file into its place: who has the old one mapped keeps it."""
-    old = load_weights(directory)[1]
+    old = load_weights(directory)
     for seed in (1, 2):
         save_weights(directory, CONFIG, make_tensors(seed=seed))
-        assert_same(load_weights(directory)[1], make_tensors(seed=seed))
+        assert_same(load_weights(directory), make_tensors(seed=seed))
         assert_same(old, make_tensors())
     save_weights(directory, CONFIG, old)  # back into the directory that they came from
-    assert_same(load_weights(directory)[1], make_tensors())
+    assert_same(load_weights(directory), make_tensors())
     (directory / "model.safetensors").unlink()
     assert_same(old, make_tensors())
 
 
 def test_tensors_outlive_what_they_came_with(directory):
-    bias = np.asarray(load_weights(directory)[1]["ln_f.bias"])
+    bias = np.asarray(load_weights(directory)["ln_f.bias"])
     gc.collect()
     assert np.array_equal(bias, make_tensors()["ln_f.bias"])
 
@@ -241,7 +247,7 @@ def sharded(directory):
 
 def test_shards_are_one_model(sharded):
     directory, files = sharded
-    config, tensors = load_weights(directory)
+    config, tensors = read_config(directory), load_weights(directory)
     assert config == CONFIG and {files[f"transformer.{name}"] for name in SHAPES} == {ONE, TWO}
     assert_same(tensors, make_tensors())
 
@@ -251,24 +257,24 @@ def test_shards_may_hold_masks_and_a_head(sharded):
     mask, head = "transformer.h.0.attn.bias", make_tensors()["wte.weight"]
     save_file({mask: np.ones((T, T), bool), "lm_head.weight": head}, directory / "x.safetensors")
     write_index(directory, files | {"lm_head.weight": "x.safetensors"})  # the mask is not listed
-    assert_same(load_weights(directory)[1], make_tensors())
+    assert_same(load_weights(directory), make_tensors())
     write_index(directory, files | {"lm_head.weight": "x.safetensors", mask: ONE})  # nor there
-    assert_same(load_weights(directory)[1], make_tensors())
+    assert_same(load_weights(directory), make_tensors())
 
 
 def test_a_whole_file_comes_before_shards(sharded):
     """As in transformers; and a save removes the shards, for others might read them."""
     directory, _ = sharded
-    old = load_weights(directory)[1]
+    old = load_weights(directory)
     (directory / "other-00001-of-00002.safetensors").write_text("stays")
     save_file(make_tensors(seed=3), directory / "model.safetensors")
     assert set(os.listdir(directory)) > {ONE, TWO, INDEX, *FILES}
     np.testing.assert_array_equal(
-        load_weights(directory)[1]["wpe.weight"], make_tensors(3)["wpe.weight"]
+        load_weights(directory)["wpe.weight"], make_tensors(3)["wpe.weight"]
     )
     save_weights(directory, CONFIG, make_tensors(seed=1))
     assert set(os.listdir(directory)) == {*FILES, "other-00001-of-00002.safetensors"}
-    assert_same(load_weights(directory)[1], make_tensors(seed=1))
+    assert_same(load_weights(directory), make_tensors(seed=1))
     assert_same(old, make_tensors())  # who has them mapped keeps them
 
 
@@ -321,10 +327,10 @@ def test_a_link_may_not_lead_out(sharded):
     (directory / "down" / ONE).rename(directory / "real.safetensors")
     (directory / ONE).unlink()
     (directory / ONE).symlink_to("real.safetensors")
-    assert_same(load_weights(directory)[1], make_tensors())
+    assert_same(load_weights(directory), make_tensors())
     link = directory.parent / "link"
     link.symlink_to(directory)  # the directory itself is the user's word
-    assert_same(load_weights(link)[1], make_tensors())
+    assert_same(load_weights(link), make_tensors())
     (directory / ONE).unlink()
     (directory / ONE).symlink_to(ONE)  # a circle
     with pytest.raises(FileNotFoundError, match=ONE):
@@ -343,7 +349,7 @@ def test_a_cache_of_the_hub_is_made_of_links(sharded, tmp_path):
     for number, file in enumerate(directory.iterdir()):
         file.rename(blobs / f"{number}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
-    assert_same(load_weights(snapshot)[1], make_tensors())
+    assert_same(load_weights(snapshot), make_tensors())
     (snapshot.parent.parent / "secret").write_bytes((snapshot / ONE).read_bytes())
     (snapshot / ONE).unlink()
     (snapshot / ONE).symlink_to("../../secret")
@@ -398,7 +404,7 @@ def test_a_tensor_is_in_one_shard_only(sharded):
 def test_a_file_is_read_with_the_config_beside_it(directory):
     file = directory / "anything.safetensors"
     (directory / "model.safetensors").rename(file)
-    config, tensors = load_weights(file)
+    config, tensors = read_config(file), load_weights(file)
     assert config == CONFIG == read_config(str(file))
     assert_same(tensors, make_tensors())
     (directory / "config.json").unlink()
@@ -481,7 +487,7 @@ def test_the_four_sizes_fit_by_shape(tmp_path, size):
     config = PUBLISHED[size]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     write_hollow(tmp_path / "model.safetensors", published_shapes(config))
-    entries, tensors = load_weights(tmp_path)
+    entries, tensors = read_config(tmp_path), load_weights(tmp_path)
     assert GPT2Config.from_dict(entries) == config
     check_shapes(config.parameter_shapes(), tensors, size)
     for other in PUBLISHED.values():
@@ -502,7 +508,7 @@ def test_a_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, ch
     """A config of terabytes is refused by what the file holds, before memory is asked for."""
     model = GPT2(GPT2Config(V, n_positions=T, n_embd=C, n_layer=1, n_head=1), backend="numpy")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("gpt2c.gpt2.aligned_zeros", None)
+    monkeypatch.setattr("gpt2c.model.model.aligned_zeros", None)
     monkeypatch.setattr("gpt2c.model.quantized.aligned_zeros", None)
     for directory in (tmp_path, tmp_path / "small"):
         config = json.loads((directory / "config.json").read_text())
@@ -576,7 +582,7 @@ def test_every_truncation_is_seen(directory):
 def test_a_config_that_json_cannot_hold_leaves_the_old_files(directory):
     with pytest.raises(ValueError, match="JSON"):
         save_weights(directory, {"layer_norm_epsilon": np.nan}, make_tensors(seed=1))
-    assert_same(load_weights(directory)[1], make_tensors())
+    assert_same(load_weights(directory), make_tensors())
 
 
 # ---- writes that fail ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -705,14 +706,14 @@ def test_threads_are_a_flag(
 ) -> None:
     """0 is as many as the machine allows, which is also what no flag says."""
     seen = []
-    loaded = GPT2.from_pretrained
+    loaded = GPT2.from_found
 
-    def load(*arguments: object, **keywords: object) -> object:
-        model = loaded(*arguments, **keywords)  # type: ignore[call-overload]
+    def load(*arguments: Any) -> GPT2:
+        model = loaded(*arguments)
         seen.append(model.backend.threads)
         return model
 
-    monkeypatch.setattr(GPT2, "from_pretrained", load)
+    monkeypatch.setattr(GPT2, "from_found", load)
     monkeypatch.setattr("gpt2c.kernels.backend.default_threads", lambda: 2)
     shutil.copytree(world / "run", tmp_path / "run")
     for flag, threads in (("--threads 3", 3), ("--threads 0", 2), ("", 2)):

@@ -295,13 +295,14 @@ def test_a_directory_that_is_a_link_to_nowhere(run: Run, world: Path) -> None:
 
 CUT = """
 import os, sys
-from gpt2c import cli, convert
+from gpt2c.cli import main
+from gpt2c.formats import convert
 claim = convert._claim
 def claim_then_cut(*arguments):  # when the source is open, and nothing of it read
     claim(*arguments)
     os.truncate(sys.argv[1], 1 << 16)
 convert._claim = claim_then_cut
-sys.exit(cli.main(["convert", *sys.argv[2:]]))
+sys.exit(main.main(["convert", *sys.argv[2:]]))
 """
 
 

@@ -136,7 +136,7 @@ def test_a_model_that_is_read_asks_for_no_gradients(monkeypatch: pytest.MonkeyPa
         sizes.append(size)
         return zeros(size, np.float32)
 
-    monkeypatch.setattr("gpt2c.gpt2.aligned_zeros", seen)
+    monkeypatch.setattr("gpt2c.model.model.aligned_zeros", seen)
     model = make()
     copy.deepcopy(model)(IDX)
     model.generate(IDX, 2)

@@ -89,7 +89,7 @@ class Client:
 
     def find(self, name: str = REPO, tail: str = "", **variables: str) -> Path:
         """Find a model that must be there."""
-        code = f"from gpt2c import hub; print(hub.find({name!r}{tail}))"
+        code = f"from gpt2c.files import hub; print(hub.find({name!r}{tail}))"
         done = self.run("-c", code, **variables)
         assert done.returncode == 0, done.stderr
         return Path(done.stdout.rstrip("\n"))
@@ -97,7 +97,7 @@ class Client:
     def fails(self, name: str = REPO, tail: str = "", **variables: str) -> str:
         """Look for a model that cannot be had; give the error, which is one sentence."""
         code = (
-            f"from gpt2c import hub\ntry: hub.find({name!r}{tail})\n"
+            f"from gpt2c.files import hub\ntry: hub.find({name!r}{tail})\n"
             "except (OSError, ValueError) as error: print(type(error).__name__, error)"
         )
         done = self.run("-c", code, **variables)
@@ -224,7 +224,7 @@ def test_a_terminal_has_a_bar(client: Client) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # in one of no size tqdm shows nothing
     subprocess.run(
-        [sys.executable, "-c", f"from gpt2c import hub; hub.find({REPO!r})"],
+        [sys.executable, "-c", f"from gpt2c.files import hub; hub.find({REPO!r})"],
         stderr=theirs,
         check=True,
         env=client.environment(TERM="xterm"),

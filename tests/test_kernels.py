@@ -32,11 +32,7 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in signature if p.name != "self"]
 
 
-REFERENCE_OPS = {
-    name: function
-    for name, function in inspect.getmembers(reference, inspect.isfunction)
-    if function.__module__ in (reference.__name__, reference.__name__) and not name.startswith("_")
-}
+REFERENCE_OPS = {name: getattr(reference, name) for name in reference.__all__}
 
 
 @lru_cache(maxsize=1)  # the tests go through one case after the other

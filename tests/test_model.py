@@ -65,8 +65,8 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
     """Give a function from a model to its copy in float64: the same code, on wider memory."""
 
     def copy(model: GPT2) -> GPT2:
-        for module in ("model", "activations"):
-            monkeypatch.setattr(f"gpt2c.{module}.aligned_zeros", np.zeros)
+        for module in ("model", "plan"):
+            monkeypatch.setattr(f"gpt2c.model.{module}.aligned_zeros", np.zeros)
         wide = GPT2(model.config, seed=None, backend="numpy")
         wide.load_parameters(model.parameters, "a copy")
         assert wide.flat_parameters.dtype == wide.flat_gradients.dtype == np.float64

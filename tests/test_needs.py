@@ -29,7 +29,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Give a function that says how many bytes are free."""
 
     def say(size: int) -> None:
-        for module in ("needs", "memory"):
+        for module in ("train.needs", "kernels.memory"):
             monkeypatch.setattr(f"gpt2c.{module}.available_bytes", lambda: size)
 
     return say

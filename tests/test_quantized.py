@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 import gpt2c
 from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2
-from gpt2c.model.quantized import round_rows, stored_method
+from gpt2c.formats.huggingface import stored_method
+from gpt2c.model.quantized import round_rows
 
 V, T, C = 61, 24, 20
 SMALL = GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=2, n_head=2, n_inner=33)

@@ -20,7 +20,7 @@ from conftest import DOCUMENTS, draw_nothing, refused
 from kills import TINY, contents
 
 from gpt2c.cli.main import main
-from gpt2c.files import atomic
+from gpt2c.files import atomic, untrusted
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.others import Load
@@ -535,7 +535,7 @@ def test_a_file_system_without_refinements(
     error = OSError(number, os.strerror(number))
     for owner, name in ((os, "fsync"), (os, "chmod"), (Path, "chmod"), (os, "utime")):
         monkeypatch.setattr(owner, name, fail(error))
-    for owner, name in ((atomic.fcntl, "flock"), (atomic.mmap, "mmap"), (os, "link")):
+    for owner, name in ((atomic.fcntl, "flock"), (untrusted.mmap, "mmap"), (os, "link")):
         monkeypatch.setattr(owner, name, fail(error))
     copy, out = tmp_path / "data", tmp_path / "run"
     prepare(DOCUMENTS, copy, "bytes")

@@ -15,8 +15,8 @@ from conftest import refused
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from gpt2c.files import atomic
 from gpt2c.files import tensors as tensorfile
+from gpt2c.files import untrusted
 from gpt2c.files.tensors import (
     LARGEST_HEADER,
     StoredTensor,
@@ -331,7 +331,7 @@ def test_a_file_system_that_maps_nothing_is_read(
     def refuse(*arguments: Any, **keywords: Any) -> Any:
         raise OSError(number, "refused")
 
-    monkeypatch.setattr(atomic.mmap, "mmap", refuse)
+    monkeypatch.setattr(untrusted.mmap, "mmap", refuse)
     monkeypatch.setattr(tensorfile, "safe_open", refuse)
     read = read_tensors(path)[0]["a"]
     assert np.array_equal(read, values) and not read.flags.writeable
@@ -345,6 +345,6 @@ def test_a_disk_that_fails_is_no_refusal(path: Path, monkeypatch: pytest.MonkeyP
     def fail(*arguments: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(atomic.mmap, "mmap", fail)
+    monkeypatch.setattr(untrusted.mmap, "mmap", fail)
     with pytest.raises(OSError, match="Input/output error"):
         read_tensors(path)

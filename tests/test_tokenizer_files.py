@@ -230,7 +230,7 @@ def test_a_failed_save_takes_nothing_away(pair: Path, monkeypatch: pytest.Monkey
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(vocabulary.files.os, "fsync", full)
+    monkeypatch.setattr(vocabulary.atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         BYTES.save_pretrained(pair)
     assert {path.name: path.read_bytes() for path in pair.iterdir()} == before
@@ -323,7 +323,6 @@ def test_a_special_token_may_stand_in_a_models_padding(
     assert loaded.token_lengths[293:].tolist() == [0] * (token_id - 292)
     again = pair / "again"
     loaded.save_pretrained(again)
-    assert Tokenizer.from_pretrained(again).same_vocabulary(loaded)
     other = Tokenizer(BPE._ranks, 292, special={END_OF_TEXT: 292, "[PAD]": token_id + 1})
     assert other.fingerprint != loaded.fingerprint == Tokenizer.from_pretrained(again).fingerprint
 

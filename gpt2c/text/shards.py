@@ -525,8 +525,8 @@ def read_shards(
         if fingerprint is not None and manifest["tokenizer"] != fingerprint:
             raise ValueError(
                 f"the token files of {directory} are of another tokenizer than the one given, as"
-                f" {MANIFEST_FILE} says; give the tokenizer that they were prepared with, or prepare"
-                " the text again"
+                f" {MANIFEST_FILE} says; give the tokenizer that they were prepared with, or"
+                " prepare the text again"
             )
     return shards
 
@@ -546,8 +546,8 @@ def _check_listed(tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -
             " of another preparation, or was changed"
         )
     raise ValueError(
-        f"{path} {what}; put it elsewhere or prepare the text again, or remove {MANIFEST_FILE} if it"
-        " is meant"
+        f"{path} {what}; put it elsewhere or prepare the text again, or remove {MANIFEST_FILE} if"
+        " it is meant"
     )
 
 
