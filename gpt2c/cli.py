@@ -32,6 +32,7 @@ from gpt2c import (
 )
 from gpt2c.command import command
 from gpt2c.demo import demo, demo_recipe
+from gpt2c.files import reason
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
 from gpt2c.terminal import Door, open_door, well_formed
 from gpt2c.train import TrainResult, train
@@ -111,8 +112,7 @@ def _run(arguments: list[str], out: Door) -> int:
         print("gpt2c: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        named = error.filename and error.strerror
-        _complain(f"{error.filename}: {error.strerror}" if named else str(error))
+        _complain(reason(error))
     except (ValueError, OverflowError, Warning) as error:  # a number too large for C or a float
         _complain(str(error))
     except MemoryError as error:

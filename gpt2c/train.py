@@ -133,7 +133,8 @@ def train(
     ------
     OSError : a file is missing, damaged or cannot be written; an output directory is not empty;
         another process trains into `out` or prepares `data`; the run's checkpoints are gone. An
-        error that comes after steps were done, and that is none of the weights', ends in a save
+        error that comes after steps were done, and that is none of the weights', ends in a save.
+        A checkpoint that cannot be written ends the run only if it is the last one
     ValueError : settings, data and checkpoint do not fit each other, or a loss or gradient is not
         finite: then nothing was updated with it, and the checkpoints are as they were; `resume` and
         `overwrite` together
@@ -355,7 +356,7 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
             elif run.step == settings.max_iters:
                 due = True
             if due and not fault:  # before an evaluation, which may take long
-                _save(run, stop)
+                _save(run, stop, progress)
                 saved = time.monotonic()
             if run.entry:
                 check = None if fault else stop.check
@@ -368,7 +369,7 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
         raise
     finally:
         progress.close()
-    _save(run, stop, last=True)
+    _save_last(run, stop)
     seconds = time.monotonic() - start
     return TrainResult(
         *(run.step, settings.max_iters, started, run.skipped, run.val_loss, seconds),
@@ -402,8 +403,8 @@ def _evaluate_and_log(
     if evaluated:
         _check_validation(run)
         progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
-    with stop.held():
-        run.evaluated()
+    if run.step == run.saved_step:
+        _save(run, stop, progress)  # what the evaluation gave
 
 
 def _log(run: Run) -> None:
@@ -412,19 +413,44 @@ def _log(run: Run) -> None:
     run.entry = None
 
 
-def _save(run: Run, stop: Stop, last: bool = False) -> None:
-    with stop.held():
-        run.save()
-        if last and run.entry:
-            run.publish()
+def _save(run: Run, stop: Stop, progress: Progress) -> None:
+    """Save and go on, even where the disk refuses: it may have room again the next time."""
+    try:
+        with stop.held():
+            run.save()
+    except OSError as error:
+        progress.line(
+            f"step {run.step}: {files.reason(error)}; {_newest(run)}; the run goes on and tries"
+            " again with its next checkpoint"
+        )
+
+
+def _save_last(run: Run, stop: Stop) -> None:
+    """Save at the end, after which there is no next time."""
+    try:
+        with stop.held():
+            run.save()
+            if run.entry:
+                run.publish()
+    except OSError as error:
+        message = f"{error.strerror or error}; {_newest(run)}"
+        raise OSError(error.errno, message, error.filename) from error
+
+
+def _newest(run: Run) -> str:
+    """Say what is on the disk where something could not be written."""
+    if run.saved is None:
+        return "there is no checkpoint yet"
+    steps = run.step - run.saved_step
+    return f"the newest checkpoint is {run.saved}, {steps:,} step{'s' * (steps != 1)} ago"
 
 
 def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
     """Save on the way out of an error that is none of the weights'; that error is to be told."""
-    if run.torn or run.step in (run.saved_step, run.tried_step, 0):
+    if run.torn or run.step in (run.saved_step, 0):
         return
     with suppress(OSError, ValueError, MemoryError):
-        _save(run, stop, last=True)
+        _save_last(run, stop)
         progress.line(f"saved after step {run.step}, to go on from with --resume")
 
 
