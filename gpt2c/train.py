@@ -204,7 +204,8 @@ def _prepare(
     if found is not None:
         check_config(found.path, found.config, config)
     backend = get_backend(settings.backend, settings.threads or None)
-    check_training(config, settings, getattr(backend, "threads", 1), resumed=resume)
+    threads = getattr(backend, "threads", 1)
+    check_training(config, settings, threads, batches.order_bytes, resumed=resume)
     seed = settings.seed if found is None else None
     model = GPT2(config, seed, backend, settings.recomputation)
     optimizer = AdamW(
