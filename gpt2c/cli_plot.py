@@ -21,6 +21,7 @@ from gpt2c.tokenizer import Tokenizer
 Entries = list[dict[str, Any]]
 TOKENS = "nats per token"
 BYTES = "bits per byte"
+LAST = 10  # steps whose losses are one figure, as in a line of training: one alone is noise
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
@@ -115,10 +116,18 @@ def _tell(runs: dict[Path, Entries], unit: str) -> None:
     labels = shorten([str(path) for path in runs])
     for label, entries in zip(labels, runs.values(), strict=True):
         parts = [f"{entries[-1]['step']:,} steps"]
-        for name, text in (("loss", "training loss"), ("val_loss", "validation loss")):
-            values = [entry[name] for entry in entries if entry.get(name) is not None]
-            if values:
-                parts.append(f"{text} {values[-1]:.4f} (lowest {min(values):.4f}) {unit}")
+        losses, validation = (
+            [entry[name] for entry in entries if entry.get(name) is not None]
+            for name in ("loss", "val_loss")
+        )
+        if losses:
+            last = losses[-LAST:]
+            mean = math.fsum(last) / len(last)
+            of = f"mean of the last {len(last)} steps" if len(last) > 1 else "of one step"
+            parts.append(f"training loss {mean:.4f} {unit} ({of})")
+        if validation:
+            lowest = f"lowest {min(validation):.4f}"
+            parts.append(f"validation loss {validation[-1]:.4f} {unit} ({lowest})")
         speeds = [e["tokens_per_second"] for e in entries if e.get("tokens_per_second")]
         if speeds:
             parts.append(f"{np.median(speeds):,.0f} tokens/s")

@@ -273,7 +273,7 @@ ARROWS: dict[str, set[str]] = {
     "figures": set(),
     "baselines": set(),
     "picture": {"files"},
-    "plot": {"picture"},
+    "plot": {"picture", "terminal"},
     "progress": set(),
     "load": {"limits"},
     "metrics": {"files"},
