@@ -32,9 +32,10 @@ from gpt2c import (
 )
 from gpt2c.command import command
 from gpt2c.demo import demo, demo_recipe
+from gpt2c.figures import written
 from gpt2c.files import reason
 from gpt2c.settings import TrainSettings, find_recipe, read_recipe
-from gpt2c.terminal import Door, open_door, well_formed
+from gpt2c.terminal import Door, Terminated, open_door, well_formed
 from gpt2c.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -73,7 +74,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
     """
 
     def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     main_thread = threading.current_thread() is threading.main_thread()
     ends = [signal.SIGTERM, signal.SIGHUP] if main_thread else []
@@ -272,7 +273,7 @@ def run_train(options: argparse.Namespace) -> int:
     if result.skipped:
         done += f" ({result.skipped} skipped)"
     if not math.isnan(result.val_loss):  # of a run stopped before, these weights have none
-        done += f", validation loss {result.val_loss:.4f} nats/token"
+        done += f", validation loss {written(result.val_loss)} nats/token"
     print(f"{options.out}: {done}")
     return 0
 

@@ -15,6 +15,7 @@ from gpt2c.files import read_text
 from gpt2c.generator import Generator
 from gpt2c.sampling import GenerationConfig
 from gpt2c.terminal import (
+    Terminated,
     padded,
     spelled,
     text_is_lost,
@@ -24,6 +25,7 @@ from gpt2c.terminal import (
 )
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+ENDS = "---"  # an answer, where it is not on a terminal beside its question
 CELL = 14  # columns of a piece in the table of probabilities; a longer one takes more
 
 
@@ -156,9 +158,12 @@ def run_generate(options: argparse.Namespace) -> int:
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    """Return the start of the text; of a file and of standard input without the last newline."""
+    """Return the start of the text; of a file and of standard input without the last newline.
+
+    Bytes that are not UTF-8 are U+FFFD, wherever they come from.
+    """
     if options.prompt_file is not None:
-        return read_text(options.prompt_file).removesuffix("\n")
+        return read_text(options.prompt_file, "replace").removesuffix("\n")
     if options.prompt == "-":
         return sys.stdin.read().removesuffix("\n")
     return well_formed(options.prompt or "")
@@ -192,11 +197,15 @@ def _cell(data: bytes, probability: float) -> str:
 
 
 def _converse(generator: Generator, settings: dict[str, Any]) -> float:
-    """Continue each line that is typed, until the end of the input; Ctrl-C ends a text only.
+    """Continue each line that is typed, until the end of the input.
+
+    Ctrl-C ends a text, or drops what is typed; a second one in a row ends all. Where no one sees
+    both sides, a line of three dashes ends each answer, so that a program knows where it ends.
 
     Returns the seconds of writing, without those of typing.
     """
     seconds = 0.0
+    pressed = False  # Ctrl-C, at the prompt
     typed = sys.stdin.isatty()
     seen = typed and sys.stdout.isatty()  # what is typed stands beside what is written
     if seen:
@@ -215,15 +224,28 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
             if seen:
                 print()
             break
+        except Terminated:
+            raise
+        except KeyboardInterrupt:
+            if pressed or not typed:
+                raise
+            pressed = True
+            print("\n(Ctrl-D or Ctrl-C again ends the program)", file=sys.stderr)
+            continue
+        pressed = False
         start = time.perf_counter()
         try:
             pieces = generator.stream(line, **settings)
             if not seen:
                 sys.stdout.write(visible(line))
             write_pieces(pieces)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             pass
         except ValueError as error:
             print(f"gpt2c: {error}", file=sys.stderr)
+        if not seen:
+            print(ENDS)
         seconds += time.perf_counter() - start
     return seconds

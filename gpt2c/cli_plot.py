@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.figures import figures
+from gpt2c.figures import figures, written
 from gpt2c.files import read_json
 from gpt2c.metrics import FILE, read_metrics
 from gpt2c.plot import RUNS_FILE, plot_runs, shorten
@@ -124,10 +124,10 @@ def _tell(runs: dict[Path, Entries], unit: str) -> None:
             last = losses[-LAST:]
             mean = math.fsum(last) / len(last)
             of = f"mean of the last {len(last)} steps" if len(last) > 1 else "of one step"
-            parts.append(f"training loss {mean:.4f} {unit} ({of})")
+            parts.append(f"training loss {written(mean)} {unit} ({of})")
         if validation:
-            lowest = f"lowest {min(validation):.4f}"
-            parts.append(f"validation loss {validation[-1]:.4f} {unit} ({lowest})")
+            lowest = f"lowest {written(min(validation))}"
+            parts.append(f"validation loss {written(validation[-1])} {unit} ({lowest})")
         speeds = [e["tokens_per_second"] for e in entries if e.get("tokens_per_second")]
         if speeds:
             parts.append(f"{np.median(speeds):,.0f} tokens/s")

@@ -1,6 +1,6 @@
 """What a person sees while a loop runs: a bar on a terminal, plain lines elsewhere.
 
-Knows nothing about what runs. Used by train.
+Knows nothing about what runs. Used by train and cli_eval.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Bar(tqdm):  # type: ignore[misc]
 
 
 class Progress:
-    """Shows a count of steps with figures beside it.
+    """Shows a count of steps, or of other work, with figures beside it.
 
     What cannot be shown is dropped.
 
@@ -30,10 +30,11 @@ class Progress:
     ----------
     start, total : the first step's number and the last's
     interval : where no one watches, every so many steps are a line
+    noun : what a line calls a step
     """
 
-    def __init__(self, start: int, total: int, interval: int) -> None:
-        self._interval = interval
+    def __init__(self, start: int, total: int, interval: int, noun: str = "step") -> None:
+        self._interval, self._noun = interval, noun
         self._start, self._total = start, total
         self._began = time.monotonic()
         layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc} |{bar}|"  # narrow: no bar
@@ -62,7 +63,8 @@ class Progress:
         pace = (time.monotonic() - self._began) / max(1, step - self._start)
         left = pace * (self._total - step)
         until = f"  {tqdm.format_interval(left)} left" if step < self._total else ""
-        self.line(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}{until}")
+        number = f"{step:>{len(str(self._total))}}/{self._total}"
+        self.line(f"{self._noun} {number}  {figures}{until}")
         return True
 
     def line(self, text: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.checks import whole
-from gpt2c.figures import figures
+from gpt2c.figures import figures, written
 from gpt2c.files import parse_json, read_text
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
 from gpt2c.memory import Array
@@ -148,7 +148,7 @@ def token_logprobs(
         nats -= float(out[done:end].sum())
         done = end
         if watch:
-            watch(number, len(starts), f"loss {figures(nats, done - 1).loss:.4f}")
+            watch(number, len(starts), f"loss {written(figures(nats, done - 1).loss)}")
     return out
 
 

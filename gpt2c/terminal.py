@@ -26,6 +26,10 @@ CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 NAMED = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\"}
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal that ends the program, where Ctrl-C may end a text only."""
+
+
 class Door(io.TextIOBase):
     """A text stream that takes whatever is written to it; put in the place of sys.stdout.
 

@@ -24,6 +24,7 @@ import numpy as np
 from gpt2c import files, trainer_state
 from gpt2c.backend import fma_peak, get_backend
 from gpt2c.data import Batches, windows
+from gpt2c.figures import written
 from gpt2c.files import claim_directory, shown
 from gpt2c.load import Load
 from gpt2c.metrics import FILE as METRICS_FILE
@@ -403,7 +404,8 @@ def _evaluate_and_log(
     _log(run)
     if evaluated:
         _check_validation(run)
-        progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
+        loss = written(run.val_loss)
+        progress.line(f"step {run.step}: validation loss {loss} nats/token")
     if run.step == run.saved_step:
         _save(run, stop, progress)  # what the evaluation gave
 
@@ -539,7 +541,7 @@ class _Recent:
         loss = sum(finite) / len(finite) if finite else math.nan
         speed = _speed(self._run, sum(seconds) / len(seconds), peak)
         share = f"  {speed['share_of_peak']:.0%} of peak" if "share_of_peak" in speed else ""
-        return f"loss {loss:.3f}  {speed['tokens_per_second']:,.0f} tokens/s{share}"
+        return f"loss {written(loss, 3)}  {speed['tokens_per_second']:,.0f} tokens/s{share}"
 
 
 class _Skips:

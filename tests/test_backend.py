@@ -284,7 +284,7 @@ ARROWS: dict[str, set[str]] = {
     "settings": {"config", "files", "optimizer"},
     "needs": {"activations", "config", "memory", "settings"},
     "train": (RUN - {"baselines", "config"})
-    | {"load", "metrics", "needs", "optimizer", "plot", "progress"}
+    | {"figures", "load", "metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN
     | {"command", "corpus", "figures", "generator", "run", "terminal", "textfiles", "train"},
@@ -302,7 +302,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_info": {"backend", "limits", "machine", "memory", "tokenizer"},
     "cli": (RUN - {"backend"})
     | {"cli_bench", "cli_convert", "cli_eval", "cli_generate", "cli_info", "cli_plot"}
-    | {"cli_prepare", "cli_tokens", "command", "demo", "terminal", "train"},
+    | {"cli_prepare", "cli_tokens", "command", "demo", "figures", "terminal", "train"},
     "__main__": {"cli"},  # and nothing else imports cli
     "__init__": {"limits"} | LIBRARY | READING | {"engine"},
 }

@@ -375,7 +375,7 @@ def test_each_line_typed_is_continued(
     command = f"generate {model} --interactive --temperature 0 --max-new-tokens 3"
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nfar too long\nab"))
     code, out, err = gpt2c(command)
-    assert (code, out) == (0, "abcxx\nxcx\nabcxx\n")
+    assert (code, out) == (0, "abcxx\n---\nxcx\n---\n---\nabcxx\n---\n")  # a text too long has none
     wrong, speed = err.splitlines(keepends=True)
     assert (
         wrong == "gpt2c: the prompt is 12 tokens; this model's context is 8 (n_positions): give a"
@@ -399,7 +399,7 @@ def test_ctrl_c_ends_a_text_and_not_the_conversation(
     monkeypatch.setattr(Generator, "stream", stream)
     monkeypatch.setattr("sys.stdin", io.StringIO("stop\nab\n"))
     code, out, _ = gpt2c(f"generate {model} --interactive --temperature 0 --max-new-tokens 3")
-    assert (code, out) == (0, "stopx\nabcxx\n")
+    assert (code, out) == (0, "stopx\n---\nabcxx\n---\n")
 
 
 # ---- version -------------------------------------------------------------------------------------
