@@ -37,7 +37,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
     )
-    verb.add_argument("--data", type=Path, help="what gpt2c prepare made: its held-out text")
+    verb.add_argument(
+        "--data", type=Path, help="score the held-out text of what gpt2c prepare made"
+    )
     verb.add_argument(
         "--stride",
         type=int,
@@ -50,13 +52,17 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         "--choices",
         type=Path,
         metavar="FILE.jsonl",
-        help='questions as of HellaSwag, {"ctx": "", "endings": ["", ""], "label": 0} a line',
+        help='questions as in HellaSwag, a line each: {"ctx": "", "endings": ["", ""], "label": 0}',
     )
     verb.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
-    verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
-    verb.add_argument("--backend", default="auto", help="default: the fastest")
     verb.add_argument(
-        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
+    )
+    verb.add_argument(
+        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
+    )
+    verb.add_argument(
+        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
     )
 
 

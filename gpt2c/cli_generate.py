@@ -45,53 +45,79 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
     )
     verb.add_argument(
-        "--prompt", help="the start of the text (default: none); - reads standard input"
+        "--prompt",
+        metavar="TEXT",
+        help="the start of the text (default: none); - reads standard input",
     )
     verb.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="read it from FILE, less its last newline"
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="read the start from FILE, without its last newline",
     )
     verb.add_argument(
         "--interactive",
         action="store_true",
-        help="continue each line of standard input, each as a new text: nothing is remembered",
-    )
-    verb.add_argument("--num-samples", type=int, default=1, help="how many texts to write (1)")
-    verb.add_argument(
-        "--max-new-tokens", type=int, default=200, help="maximum number of new tokens (200)"
+        help="continue each line of standard input, each as a new text: nothing is remembered; a"
+        " line --- ends each answer, unless a terminal shows both sides",
     )
     verb.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)"
+        "--num-samples", type=int, default=1, metavar="N", help="how many texts to write (1)"
     )
-    verb.add_argument("--top-k", type=int, help="draw among the K likeliest tokens (0: all)")
+    verb.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="maximum number of new tokens (200)",
+    )
+    verb.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="higher: more random; 0: always the likeliest token (0.8)",
+    )
+    verb.add_argument(
+        "--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (0: all)"
+    )
     verb.add_argument(
         "--top-p",
         type=float,
+        metavar="P",
         help="nucleus sampling: draw among the fewest tokens with probability P together (1: all)",
     )
     verb.add_argument(
         "--min-p",
         type=float,
+        metavar="P",
         help="draw among tokens at least P times as likely as the likeliest (0: all)",
     )
     verb.add_argument(
         "--repetition-penalty",
         type=float,
+        metavar="X",
         default=1.0,
         help="above 1: make repeated tokens less likely (1: off)",
     )
     verb.add_argument(
         "--no-repeat-ngram-size",
         type=int,
+        metavar="N",
         default=0,
         help="forbid repeating any N tokens in a row (0: off)",
     )
     verb.add_argument(
         "--stop",
         action="append",
+        metavar="TEXT",
         help=r"end before this text; may be repeated; \n, \t, \r and \\ are escapes",
     )
     verb.add_argument(
-        "--seed", type=int, help="the same seed draws the same text (default: another each time)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the same seed draws the same text (default: another each time)",
     )
     verb.add_argument(
         "--show-probabilities",
@@ -104,9 +130,11 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
     )
-    verb.add_argument("--backend", default="auto", help="default: the fastest")
     verb.add_argument(
-        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
+    )
+    verb.add_argument(
+        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
     )
 
 

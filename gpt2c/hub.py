@@ -73,8 +73,8 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         session = huggingface_hub.get_session()
     except (ImportError, AttributeError):  # not there, or of before 1.0
         raise FileNotFoundError(
-            f"{source} is no file or directory here, and to fetch a model of that name from the hub"
-            " huggingface_hub 1.24 or newer is needed: pip install 'gpt2c[hub]'"
+            f"{source} is neither a file nor a directory here, and to fetch a model of that name"
+            " from the hub huggingface_hub 1.24 or newer is needed: pip install 'gpt2c[hub]'"
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:
@@ -153,8 +153,8 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
     missing = isinstance(error, errors.LocalEntryNotFoundError)
     if missing and constants.HF_HUB_OFFLINE:
         return FileNotFoundError(
-            f"{source} is no file or directory here, HF_HUB_OFFLINE is set, and what is wanted of a"
-            f" model of that name is not in the cache, {constants.HF_HUB_CACHE}"
+            f"{source} is neither a file nor a directory here, HF_HUB_OFFLINE is set, and what is"
+            f" wanted of a model of that name is not in the cache, {constants.HF_HUB_CACHE}"
         )
     if missing and isinstance(error.__cause__, Exception):
         cause = error.__cause__
@@ -178,8 +178,8 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
             )
     if missing:
         return ConnectionError(
-            f"{source} is no file or directory here, and the hub, {hub}, cannot give a model of"
-            f" that name: {reason}"
+            f"{source} is neither a file nor a directory here, and the hub, {hub}, cannot give a"
+            f" model of that name: {reason}"
         )
     if isinstance(cause, ValueError):
         return ValueError(f"{source} is nothing to get from the hub, {hub}: {reason}")

@@ -234,7 +234,7 @@ def _describe(run: Run, batches: Batches) -> str:
     text = (
         f"{config.num_parameters():,} parameters, backend {run.model.backend.name};"
         f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens, an epoch has"
-        f" {batches.targets_per_epoch:,}"
+        f" {batches.targets_per_epoch:,} tokens"
     )
     if batches.left_out:
         text += (

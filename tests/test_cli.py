@@ -486,7 +486,7 @@ MISTAKES = [
     ("plot run --out missing/picture.png", "missing/"),
     ("train --data bpe --out run --resume", "another tokenizer"),
     ("train --data data --out run --resume --n-layer 2", "was trained with n_layer=1"),
-    ("eval missing --data data", "missing is no file or directory here"),
+    ("eval missing --data data", "missing is neither a file nor a directory here"),
     ("eval text.txt --data data", r"text\.txt is not a directory"),
     ("eval folder --data data", r"config\.json does not exist"),
     ("eval corrupt --data data", "is not a whole safetensors file"),
@@ -498,7 +498,7 @@ MISTAKES = [
     ("eval run --data bpe", "do not belong together"),
     ("eval run --data data --batch-size 0", "--batch-size must be at least 1, got 0"),
     ("eval run --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
-    ("generate missing", "missing is no file or directory here"),
+    ("generate missing", "missing is neither a file nor a directory here"),
     ("generate corrupt", "is not a whole safetensors file"),
     ("generate other", r"wte\.weight must be"),
     ("generate notext", r"vocab\.json does not exist"),
@@ -529,7 +529,7 @@ MISTAKES = [
     ),
     ("generate run --stop= ", "stop must be strings of at least one character"),
     ("generate mixed", "do not belong together"),
-    ("generate missing --quantize int8", "missing is no file or directory here"),
+    ("generate missing --quantize int8", "missing is neither a file nor a directory here"),
     ("generate corrupt --quantize int8", "is not a whole safetensors file"),
     ("generate other --quantize fp16", r"wte\.weight must be"),
     ("generate run --seed -1", "non-negative|at least 0"),
@@ -614,7 +614,7 @@ def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
 def test_a_process_with_a_mistake(world: Path) -> None:
     done = subprocess.run([*COMMAND, "eval", "missing", "--data", "data"], capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"gpt2c: missing is no file or directory here")
+    assert done.stderr.startswith(b"gpt2c: missing is neither a file nor a directory here")
     assert done.stderr.count(b"\n") == 1
 
 

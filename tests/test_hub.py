@@ -276,8 +276,12 @@ def test_the_command_line(client: Client) -> None:
             {},
             f"OSError {REPO} could not be downloaded .*should be of size",
         ),
-        ({"status": 500}, {}, f"ConnectionError {REPO} is no file .*: it answers 500"),
-        ({}, {"HF_HUB_OFFLINE": "1"}, f"FileNotFoundError {REPO} is no file .* HF_HUB_OFFLINE"),
+        ({"status": 500}, {}, f"ConnectionError {REPO} is neither a file .*: it answers 500"),
+        (
+            {},
+            {"HF_HUB_OFFLINE": "1"},
+            f"FileNotFoundError {REPO} is neither a file .* HF_HUB_OFFLINE",
+        ),
         (
             {},
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -433,7 +437,9 @@ def test_without_the_client(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
     """It is not there, or one without what is needed of it, as before 1.0."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    with pytest.raises(FileNotFoundError, match=r"no file or .*pip install 'gpt2c\[hub\]'$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither a file nor .*pip install 'gpt2c\[hub\]'$"
+    ):
         hub.find("gpt3")
 
 

@@ -461,9 +461,10 @@ def test_underscores_are_understood_and_not_shown(capsys: Capture) -> None:
 
 def test_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
     assert main(["tokens", "你 a\n", "b", "--tokenizer", "bytes"]) == 0
-    head, _, divided, rest, _, *rows = capsys.readouterr().out.split("\n")
+    head, _, divided, rest, _, note, _, *rows = capsys.readouterr().out.split("\n")
     assert head == "bytes, a vocabulary of 257: 8 tokens, 6 characters, 8 bytes"
     assert (divided, rest) == ("你| |a|", "| |b")
+    assert note.startswith("Some tokens are only a part of a character's bytes: ")
     assert rows == [
         " id  piece   bytes",
         "228  '<E4>'  E4",
@@ -481,6 +482,7 @@ def test_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
     rows = capsys.readouterr().out.split("\n")
     assert rows[2] == "你好" and rows[4] == " id  piece   bytes"
     assert rows[5].endswith("  '你好'  E4 BD A0 E5 A5 BD"), "wide characters are aligned"
+    assert "Some tokens" not in "".join(rows), "each is a character or more"
 
 
 def test_tokens_has_a_tokenizer_without_a_network(
@@ -503,7 +505,9 @@ def test_tokens_of_anything(monkeypatch: pytest.MonkeyPatch, capsys: Capture) ->
     ):
         assert main(["tokens", "--tokenizer", "bytes", *arguments]) == 0
         out = capsys.readouterr().out
-        ids = [int(line.split()[0]) for line in out.split("\n")[5:] if line]
+        ids = [
+            int(line.split()[0]) for line in out.partition("id  piece")[2].split("\n")[1:] if line
+        ]
         assert ids == BYTES.encode(text) and f"{len(ids)} token" in out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc"), encoding="utf-8"))
     assert main(["tokens", "-", "--tokenizer=bytes"]) == 0

@@ -294,7 +294,7 @@ def test_names_and_specs(tmp_path, monkeypatch):
         Tokenizer.from_spec(str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="nor a name on the hub such as user/name"):
         Tokenizer.from_spec("abacus")
-    with pytest.raises(OSError, match="some/name is no file or directory here"):
+    with pytest.raises(OSError, match="some/name is neither a file nor a directory here"):
         Tokenizer.from_spec("some/name")
     with pytest.raises(ValueError, match="gpt2c prepare --tokenizer bpe:512"):
         Tokenizer.from_spec("bpe:512")
