@@ -91,7 +91,9 @@ class TrainSettings:
     eval_iters: int = setting(0, "batches of an evaluation; 0: all validation tokens")
     log_interval: int = setting(10, "steps between two lines, if no terminal shows a bar")
     save_interval: int = setting(0, "steps between two checkpoints; 0: only save-minutes counts")
-    save_minutes: float = setting(10.0, "minutes between two checkpoints; 0: only save-interval counts")
+    save_minutes: float = setting(
+        10.0, "minutes between two checkpoints; 0: only save-interval counts"
+    )
     keep: int = setting(1, "how many checkpoints to keep, the newest ones")
     skip_nonfinite: bool = setting(False, "leave out a step that is not finite, do not stop")
     tensorboard: bool = setting(False, "write TensorBoard's event files too")
