@@ -153,9 +153,6 @@ void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, Team
 /* out (n) = x + branch; out may be x. */
 void residual_forward(float *out, const float *x, const float *branch, int64_t n, Team *team);
 
-/* dx (n) = dout, dbranch (n) = dout; dx may be dout. */
-void residual_backward(float *dx, float *dbranch, const float *dout, int64_t n, Team *team);
-
 /* ---- softmax + cross-entropy -------------------------------------------------------------------------------- */
 
 /* losses (N) = lse - logits[target] in nats, lse (N) = log(sum(exp(logits (N,V)))); target -1 is ignored: loss 0. */

@@ -10,12 +10,3 @@ void residual_forward(float *out, const float *x, const float *branch, int64_t n
         vf_store_n(out + i, vf_add(vf_load_n(x + i, n - i), vf_load_n(branch + i, n - i)), n - i);
     }
 }
-
-void residual_backward(float *dx, float *dbranch, const float *dout, int64_t n, Team *team) {
-    for_shared (vector, ceil_div(n, VF_LEN), worth(VF_LEN), team) {
-        const int64_t i = vector * VF_LEN;
-        vf d = vf_load_n(dout + i, n - i);
-        vf_store_n(dx + i, d, n - i);
-        vf_store_n(dbranch + i, d, n - i);
-    }
-}

@@ -12,12 +12,14 @@ import importlib
 import os
 import time
 import warnings
-from typing import cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from gpt2c import reference
 from gpt2c.checks import whole
 from gpt2c.kernels import Kernels
 from gpt2c.limits import usable_cores
+from gpt2c.op import OPS
 
 # Fastest first. A set of kernels runs only on a CPU with all of its features, which are
 # those of the flags that build.py compiles it with.
@@ -35,9 +37,24 @@ NAMES = tuple(REQUIRES)
 MAX_THREADS = 1024
 THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
 
-# gpt2c.reference has the same ops under the same names and signatures (a test compares them), so
-# that to a caller it is one more set of kernels.
-Backend = Kernels
+
+class NumPy:
+    """The reference as a backend: the same ops, on NumPy and its own threads."""
+
+    name = "numpy"
+    threads = 1
+
+    if TYPE_CHECKING:  # the ops
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+
+    def __repr__(self) -> str:
+        return "NumPy()"
+
+
+for _name in OPS:
+    setattr(NumPy, _name, staticmethod(getattr(reference, _name)))
+Backend = Kernels | NumPy
 
 
 def why_missing(name: str) -> str:
@@ -83,7 +100,7 @@ def default_threads() -> int:
 
 @functools.cache
 def _load(name: str, threads: int) -> Backend:
-    return cast(Backend, reference) if name == "numpy" else Kernels(name, threads)
+    return NumPy() if name == "numpy" else Kernels(name, threads)
 
 
 def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
@@ -112,7 +129,7 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
     if name not in backends():
         why = why_missing(name) if name in NAMES else "unknown name"
         raise ValueError(f"backend {name!r}: {why}; this machine has {', '.join(backends())}")
-    return _load(name, threads)
+    return _load(name, 1 if name == "numpy" else threads)
 
 
 def as_backend(backend: str | Backend, threads: int | None = None) -> Backend:
@@ -144,7 +161,12 @@ def same_backend(name: str, threads: int | None) -> Backend:
 
 
 # What holds kernels can be copied and pickled: they are looked up by name again.
-copyreg.pickle(Kernels, lambda kernels: (same_backend, (kernels.name, kernels.threads)))
+def _how_to_pickle(backend: Any) -> Any:
+    return same_backend, (backend.name, backend.threads)
+
+
+copyreg.pickle(Kernels, _how_to_pickle)
+copyreg.pickle(NumPy, _how_to_pickle)
 
 
 @functools.cache

@@ -7,20 +7,30 @@ token. So all three are compared in bits per byte of the text. Independent of GP
 from __future__ import annotations
 
 import lzma
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.uint16]
+BLOCK = 1 << 20  # tokens that are looked at at a time
+_STRENGTHS = np.array([2, 5, 10, 20, 50, 100, 200])  # of the prior
 
 
-def xz_bits_per_byte(history: bytes, text: bytes) -> float:
+def xz_bits_per_byte(history: Iterable[bytes], text: Iterable[bytes]) -> float:
     """Bits per byte that `xz -9` adds for `text` when it has already packed `history`.
 
-    Its window, 64 MiB, must hold both, or the comparison is not fair to it.
+    Both come in pieces, and are iterated several times. xz's window, 64 MiB, must hold both, or the
+    comparison is not fair to it.
     """
-    packed = len(lzma.compress(history + text, preset=9)) - len(lzma.compress(history, preset=9))
-    return packed * 8 / len(text)
+    packed = _packed(chain(history, text)) - _packed(history)
+    return packed * 8 / sum(map(len, text))
+
+
+def _packed(pieces: Iterable[bytes]) -> int:
+    compressor = lzma.LZMACompressor(preset=9)
+    return sum(len(compressor.compress(piece)) for piece in pieces) + len(compressor.flush())
 
 
 def bigram_nats(history: Tokens, tokens: Tokens, vocab_size: int) -> float:
@@ -31,13 +41,35 @@ def bigram_nats(history: Tokens, tokens: Tokens, vocab_size: int) -> float:
     best of a few on `tokens` themselves, which favours the bigram.
     """
     V = vocab_size
-    unigram = (np.bincount(history, minlength=V) + 1.0) / (len(history) + V)
-    starts = np.bincount(history[:-1], minlength=V)
-    pairs, counts = np.unique(history[:-1].astype(np.int64) * V + history[1:], return_counts=True)
-    wanted = tokens[:-1].astype(np.int64) * V + tokens[1:]
-    found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    seen = np.where(pairs[found] == wanted, counts[found], 0)
-    total, prior = starts[tokens[:-1]], unigram[tokens[1:]]
-    return min(
-        float(-np.log((seen + k * prior) / (total + k)).sum()) for k in (2, 5, 10, 20, 50, 100, 200)
-    )
+    pairs, counts = _count_pairs(history, V)
+    starts = np.bincount(pairs // V, counts, V)
+    each = np.bincount(pairs % V, counts, V)
+    each[history[0]] += 1
+    unigram = (each + 1) / (len(history) + V)
+    nats = np.zeros(len(_STRENGTHS))
+    for wanted in _pairs(tokens, V):
+        found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+        seen = np.where(pairs[found] == wanted, counts[found], 0)
+        total, prior = starts[wanted // V], unigram[wanted % V]
+        nats -= [np.log((seen + k * prior) / (total + k)).sum() for k in _STRENGTHS]
+    return float(nats.min())
+
+
+def _pairs(tokens: Tokens, vocab_size: int) -> Iterator[NDArray[np.int64]]:
+    """Yield each token and its next as one number, a block at a time."""
+    for start in range(0, len(tokens) - 1, BLOCK):
+        part = tokens[start : start + BLOCK + 1].astype(np.int64)
+        yield part[:-1] * vocab_size + part[1:]
+
+
+def _count_pairs(tokens: Tokens, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pairs that occur, sorted, and how often each does."""
+    pairs = counts = np.empty(0, np.int64)
+    for block in _pairs(tokens, vocab_size):
+        fresh, more = np.unique(block, return_counts=True)
+        both, place = np.unique(np.concatenate([pairs, fresh]), return_inverse=True)
+        total = np.zeros(len(both), np.int64)
+        total[place[: len(pairs)]] = counts
+        total[place[len(pairs) :]] += more
+        pairs, counts = both, total
+    return pairs, counts

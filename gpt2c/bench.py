@@ -22,10 +22,11 @@ import numpy as np
 
 from gpt2c.activations import bytes_needed
 from gpt2c.backend import NAMES, backends, get_backend, why_missing
-from gpt2c.cases import OPS
+from gpt2c.cases import EXAMPLES
 from gpt2c.config import GPT2Config
-from gpt2c.limits import free_bytes, usable_cores
+from gpt2c.limits import usable_cores
 from gpt2c.machine import Ceilings, Quiet, fastest
+from gpt2c.memory import require
 
 # PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
 TUNED = ":".join(
@@ -60,6 +61,7 @@ NEEDS = {
 ROUNDS, QUICK_ROUNDS, ROW_SECONDS = 9, 3, 6.0
 STEP_ROUNDS, QUICK_STEP_ROUNDS, ROW_STEP_SECONDS = 7, 3, 40.0
 PROCESS_BYTES = 150_000_000  # Python, NumPy and the libraries of a worker
+FEWER = "take fewer rows or a smaller shape"  # where they do not fit into memory together
 
 
 @dataclasses.dataclass
@@ -225,7 +227,9 @@ def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row 
 def ops_work(quick: bool) -> list[tuple[str, dict[str, Any]]]:
     """List the ops and shapes of `bench_ops`."""
     return [
-        (name, shape) for name, op in OPS.items() for shape in op.shapes[: 1 if quick else None]
+        (name, shape)
+        for name, op in EXAMPLES.items()
+        for shape in op.shapes[: 1 if quick else None]
     ]
 
 
@@ -262,17 +266,18 @@ def bench_ops(
 
     Raises
     ------
-    ValueError : the rows together need more memory than is free
+    MemoryError : the rows together need more than is free
     """
-    largest = max(OPS[name].cost(**shape)[1] for name, shape in ops_work(quick))
+    largest = max(EXAMPLES[name].cost(**shape)[1] for name, shape in ops_work(quick))
     # each row keeps its arguments; the one that verifies has them twice more, twice as wide
-    refuse(int(largest) * (len(names) + 4), f"ops on {', '.join(names)} together")
+    needed = dict.fromkeys(names, int(largest)) | {"what verifies them": 4 * int(largest)}
+    require("a benchmark of ops", needed, FEWER)
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
     with ExitStack() as stack:
         started = list(start(names, ceilings.threads, stack))
         for name, shape in ops_work(quick):
-            flops, size = OPS[name].cost(**shape)
+            flops, size = EXAMPLES[name].cost(**shape)
             group = f"{name} {describe(shape)}"
             watch.work(group)
             facts = {"flops": flops, "bytes": size}
@@ -311,7 +316,7 @@ def bench_train(
 
     Raises
     ------
-    ValueError : the rows together need more memory than is free
+    MemoryError : the rows together need more than is free
     """
     for B, T in shapes:
         if T > config.n_positions:
@@ -411,25 +416,15 @@ def _check_memory(
     """Refuse work that would not fit: all rows hold their model at the same time."""
     logits = 4 * B * T * config.vocab_size
     scores = 4 * B * config.n_head * T * T
-    needed = 0
+    needed: dict[str, int] = {}
     for name in names:
         own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES
         if name in TORCH:  # it holds logits, their log-softmax and a gradient
             own += 3 * logits
         elif name == "numpy":  # a few T x T matrices, and what AdamW computes on the way
             own += max(4 * scores, 6 * 4 * config.num_parameters())
-        needed += own
-    refuse(needed, f"{B} x {T} tokens on {', '.join(names)} together")
-
-
-def refuse(needed: int, what: str) -> None:
-    """Refuse what needs more bytes than are free."""
-    free = free_bytes()
-    if needed > free:
-        raise ValueError(
-            f"{what} need {needed / 1e9:.1f} GB ({needed:,} bytes), {free / 1e9:.1f} GB are free:"
-            " take fewer rows or a smaller shape"
-        )
+        needed[name] = own
+    require(f"a benchmark of {B} x {T} tokens", needed, FEWER)
 
 
 def check_threads(threads: int | None) -> tuple[int, str]:

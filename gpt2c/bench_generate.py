@@ -14,6 +14,7 @@ from typing import Any
 
 from gpt2c.backend import backends
 from gpt2c.bench import (
+    FEWER,
     PROCESS_BYTES,
     QUICK_ROUNDS,
     ROUNDS,
@@ -25,12 +26,12 @@ from gpt2c.bench import (
     choose_rows,
     get_ready,
     lacks,
-    refuse,
     start,
     take_turns,
 )
 from gpt2c.config import GPT2Config
 from gpt2c.machine import Ceilings, Quiet, fastest
+from gpt2c.memory import require
 
 PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
 TRANSFORMERS = ("transformers", "transformers-compile")
@@ -108,12 +109,15 @@ def bench_generate(
 
     Raises
     ------
-    ValueError : the rows together need more memory than is free
+    MemoryError : the rows together need more than is free
     """
     size = 4 * config.num_parameters()
     # an engine's file may lie in memory, too, and is read into it
-    models = sum(4 if name.partition(":")[0] in ENGINES else 2 for name in names if not lacks(name))
-    refuse(models * size + len(names) * PROCESS_BYTES, f"{', '.join(names)} together")
+    models = {name: 4 if name.partition(":")[0] in ENGINES else 2 for name in names}
+    needed = {
+        name: PROCESS_BYTES + (0 if lacks(name) else count * size) for name, count in models.items()
+    }
+    require("a benchmark of generation", needed, FEWER)
     done: list[Result] = []
     quiet = Quiet(ceilings.threads)
     with ExitStack() as stack:

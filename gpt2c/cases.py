@@ -1,6 +1,6 @@
-"""One table of cases: for every op its arguments, tolerance, cost, and shapes of GPT-2's.
+"""Examples of every op: arguments, tolerance, cost, and shapes of GPT-2's.
 
-It drives the kernel tests and the benchmarks: `OPS[name].make(rng, **shape)` gives an op's
+It drives the kernel tests and the benchmarks: `EXAMPLES[name].make(rng, **shape)` gives an op's
 arguments for any shape, outputs first, in float64 or int32, small weights in their own types.
 Outputs that are written hold NaN, so that an element left out shows; outputs that are accumulated
 or updated hold numbers. All floats are representable in float32, so that the float64 reference and
@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 
 from gpt2c import reference
+from gpt2c.op import OPS
 
 Shape = dict[str, Any]
 EPS = float(np.float32(1e-5))
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op; the first `outputs` of the arguments from `make` are written, updated or accumulated.
+class Example:
+    """What an op is tried with.
 
     Attributes
     ----------
@@ -37,7 +38,6 @@ class Op:
         read or written once. An exponential counts as 10 operations
     """
 
-    outputs: int
     rtol: float
     make: Callable[..., list[Any]]
     shapes: list[Shape]
@@ -77,7 +77,7 @@ def _tokens(rng: np.random.Generator, V: int, *shape: int) -> Any:
 def _forward(name: str, arguments: list[Any]) -> list[Any]:
     """Run the reference of a forward op, for a backward op that needs what it wrote."""
     getattr(reference, name)(*arguments)
-    return [_rounded(output) for output in arguments[: OPS[name].outputs]]
+    return [_rounded(output) for output in arguments[: len(OPS[name].outputs)]]
 
 
 # ---- arguments, op by op -------------------------------------------------------------------------
@@ -204,10 +204,6 @@ def _residual_forward(rng: Any, n: int) -> list[Any]:
     return [_unwritten(n), _normal(rng, n), _normal(rng, n)]
 
 
-def _residual_backward(rng: Any, n: int) -> list[Any]:
-    return [_unwritten(n), _unwritten(n), _normal(rng, n)]
-
-
 def _crossentropy_forward(rng: Any, N: int, V: int, kind: str = "normal") -> list[Any]:
     makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, N, V),
@@ -290,43 +286,41 @@ HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
 STREAM: list[Shape] = [{"n": 4096 * 768}]
 WEIGHTS: list[Shape] = [{"n": 40_000_000}]
 
-OPS: dict[str, Op] = {
-    "encoder_forward": Op(
-        1, ROUNDING, _encoder_forward, ENCODER, lambda B, T, C, V: (B * T * C, 8 * B * T * C)
+EXAMPLES: dict[str, Example] = {
+    "encoder_forward": Example(
+        ROUNDING, _encoder_forward, ENCODER, lambda B, T, C, V: (B * T * C, 8 * B * T * C)
     ),
-    "encoder_backward": Op(
-        2, FEW, _encoder_backward, ENCODER, lambda B, T, C, V: (2 * B * T * C, 12 * B * T * C)
+    "encoder_backward": Example(
+        FEW, _encoder_backward, ENCODER, lambda B, T, C, V: (2 * B * T * C, 12 * B * T * C)
     ),
-    "layernorm_forward": Op(3, FEW, _layernorm_forward, ROWS, lambda N, C: (8 * N * C, 8 * N * C)),
-    "layernorm_backward": Op(  # dweight and dbias are sums over rows
-        3, SUM, _layernorm_backward, ROWS, lambda N, C: (16 * N * C, 16 * N * C)
+    "layernorm_forward": Example(
+        FEW, _layernorm_forward, ROWS, lambda N, C: (8 * N * C, 8 * N * C)
     ),
-    "matmul_forward": Op(
-        1,
+    "layernorm_backward": Example(  # dweight and dbias are sums over rows
+        SUM, _layernorm_backward, ROWS, lambda N, C: (16 * N * C, 16 * N * C)
+    ),
+    "matmul_forward": Example(
         SUM,
         _matmul_forward,
         MATMUL,
         lambda N, C, OC: (2 * N * C * OC, 4 * (N * C + OC * C + N * OC)),
     ),
-    "matmul_backward": Op(
-        3,
+    "matmul_backward": Example(
         SUM,
         _matmul_backward,
         [{**shape, "accumulate": False} for shape in MATMUL],
         lambda N, C, OC, accumulate: (4 * N * C * OC, 8 * (N * C + OC * C) + 4 * N * OC),
     ),
-    "matrix_transpose": Op(1, COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
+    "matrix_transpose": Example(COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
     # with weights of 8 bits the sums are of integers, exact; what is left is a few roundings
-    "linear_forward": Op(
-        1,
+    "linear_forward": Example(
         SUM,
         _linear_forward,
         LINEAR,
         lambda N, C, OC, kind: (2 * N * C * OC, 4 * N * (C + OC) + WEIGHT_BYTES[kind] * OC * C),
     ),
     # what the T queries may see of the cache; keys and values come from memory once
-    "cache_attention_forward": Op(
-        3,
+    "cache_attention_forward": Example(
         SUM,
         _cache_attention_forward,
         CACHE,
@@ -336,31 +330,28 @@ OPS: dict[str, Op] = {
         ),
     ),
     # the causal half; backward makes the scores once more, which is not counted
-    "attention_forward": Op(
-        2,
+    "attention_forward": Example(
         SUM,
         _attention_forward,
         ATTENTION,
         lambda B, T, NH, HS: (2 * B * NH * HS * T * T, 16 * B * T * NH * HS),
     ),
-    "attention_backward": Op(
-        1,
+    "attention_backward": Example(
         SUM,
         _attention_backward,
         ATTENTION,
         lambda B, T, NH, HS: (4 * B * NH * HS * T * T, 32 * B * T * NH * HS),
     ),
-    "gelu_forward": Op(1, FEW, _gelu_forward, HIDDEN, lambda n: (18 * n, 8 * n)),
-    "gelu_backward": Op(1, FEW, _gelu_backward, HIDDEN, lambda n: (28 * n, 12 * n)),
-    "residual_forward": Op(1, ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),
-    "residual_backward": Op(2, COPY, _residual_backward, STREAM, lambda n: (0, 12 * n)),
-    "crossentropy_forward": Op(
-        2, FEW, _crossentropy_forward, LOGITS, lambda N, V: (13 * N * V, 4 * N * V)
+    "gelu_forward": Example(FEW, _gelu_forward, HIDDEN, lambda n: (18 * n, 8 * n)),
+    "gelu_backward": Example(FEW, _gelu_backward, HIDDEN, lambda n: (28 * n, 12 * n)),
+    "residual_forward": Example(ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),
+    "crossentropy_forward": Example(
+        FEW, _crossentropy_forward, LOGITS, lambda N, V: (13 * N * V, 4 * N * V)
     ),
-    "crossentropy_backward": Op(
-        1, FEW, _crossentropy_backward, LOGITS, lambda N, V: (12 * N * V, 8 * N * V)
+    "crossentropy_backward": Example(
+        FEW, _crossentropy_backward, LOGITS, lambda N, V: (12 * N * V, 8 * N * V)
     ),
-    "adamw_update": Op(3, FEW, _adamw_update, WEIGHTS, lambda n: (14 * n, 28 * n)),
+    "adamw_update": Example(FEW, _adamw_update, WEIGHTS, lambda n: (14 * n, 28 * n)),
     # summed in float64 by the kernels too
-    "global_norm": Op(0, 1e-12, _global_norm, WEIGHTS, lambda n: (2 * n, 4 * n)),
+    "global_norm": Example(1e-12, _global_norm, WEIGHTS, lambda n: (2 * n, 4 * n)),
 }

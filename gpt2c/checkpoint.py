@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import hub
-from gpt2c.files import atomic_paths, read_json, shown
+from gpt2c.files import atomic_paths, claim_directory, read_json, shown
 from gpt2c.tensorfile import (
     FLOAT_DTYPES,
     AnyTensor,
@@ -201,6 +201,22 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def read_ends(path: str | os.PathLike[str]) -> list[int]:
+    """Return the ids that end a text, as generation_config.json says; it may say nothing.
+
+    Raises
+    ------
+    ValueError : they are no token ids
+    """
+    path = Path(path)
+    file = (path.parent if path.is_file() else path) / GENERATION_FILE
+    eos = read_json(file).get("eos_token_id") if os.path.lexists(file) else None
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int for token in ids):
+        raise ValueError(f"{file}: eos_token_id must be a token id or several, got {shown(eos)}")
+    return ids
+
+
 def save_as_they_are(
     directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
 ) -> None:
@@ -241,7 +257,7 @@ def _save(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, AnyTensor], format: str
 ) -> None:
     texts = _texts(config)
-    directory.mkdir(parents=True, exist_ok=True)
+    claim_directory(directory, overwrite=True)
     with atomic_paths(*(directory / name for name in (WEIGHTS_FILE, *texts))) as files:
         write_tensors(files[0], tensors, {"format": format})
         for file, text in zip(files[1:], texts.values(), strict=True):

@@ -1,6 +1,7 @@
 """What users give: whole numbers, and arrays that C can read as they are.
 
 Each refuses the rest with one sentence that names the argument. Knows nothing about what they mean.
+Here too is how such sentences count.
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ def whole(name: str, number: Any) -> int:
     raise ValueError(f"{name} must be a whole number, got {number!r:.50}")
 
 
+def whole_or_float(name: str, number: Any) -> int:
+    """Return a whole number as an int; 2.0, as some readers of JSON give it, is one.
+
+    Raises
+    ------
+    ValueError : it is none, or a bool
+    """
+    is_float = isinstance(number, float | np.floating)
+    return int(number) if is_float and number.is_integer() else whole(name, number)
+
+
 def number(name: str, value: Any) -> float:
     """Return a number as a float.
 
@@ -40,6 +52,22 @@ def number(name: str, value: Any) -> float:
         with suppress(OverflowError):
             return float(value)
     raise ValueError(f"{name} must be a number, got {value!r:.50}")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 token", "2 tokens", "1,000 tokens"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
+    """Refuse what is of another class; `wanted` says what is of this one.
+
+    Raises
+    ------
+    ValueError : it is of another class
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {wanted}, got {value!r:.50}")
 
 
 def check_layout(name: str, array: NDArray[Any]) -> None:

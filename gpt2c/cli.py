@@ -34,8 +34,8 @@ from gpt2c.command import command
 from gpt2c.demo import demo, demo_recipe
 from gpt2c.figures import written
 from gpt2c.files import reason
-from gpt2c.settings import TrainSettings, find_recipe, read_recipe
-from gpt2c.terminal import Door, Terminated, open_door, well_formed
+from gpt2c.settings import TrainSettings, recipe_settings
+from gpt2c.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train import TrainResult, train
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -156,9 +156,7 @@ def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[s
 
 
 def _complain(text: str) -> None:
-    """Print one line, whatever the names in a stranger's file do to a terminal."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in well_formed(text[:LONGEST]))
-    print(f"gpt2c: {shown}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
+    print(f"gpt2c: {one_line(text[:LONGEST])}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -174,7 +172,11 @@ def parser() -> argparse.ArgumentParser:
         run_demo,
         "the whole way: prepare a text, train a model on it, compare it, let it write",
     )
-    verb.add_argument("--text", type=Path, help="learn this file instead of Python's documentation")
+    verb.add_argument(
+        "--text",
+        type=Path,
+        help="learn this file, or directory of texts, instead of Python's documentation",
+    )
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     _add_settings(verb, demo_recipe())
@@ -266,8 +268,9 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c train`."""
-    recipe = read_recipe(find_recipe(options.config)) if options.config else {}
-    given = recipe | _given(options)
+    given = _given(options)
+    if options.config:
+        given = recipe_settings(options.config, given)
     result = train(options.data, options.out, given, options.resume, options.overwrite)
     if result.interrupted:
         return _interrupted(result, options.data, options.out)

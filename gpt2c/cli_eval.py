@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt2c import hub, scoring
 from gpt2c.figures import MEANING, figures, written
-from gpt2c.generator import check_vocabulary, open_model
+from gpt2c.generator import open_model
 from gpt2c.model import GPT2
 from gpt2c.progress import Progress
 from gpt2c.quantized import QuantizedGPT2
@@ -84,7 +84,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def _questions(choices: Path, path: Path, model: Model) -> list[scoring.Question]:
     tokenizer = Tokenizer.from_pretrained(path)
-    check_vocabulary(model, tokenizer)
+    tokenizer.unused_ids(model.config.vocab_size)  # refuses another model's
     return scoring.read_questions(choices, tokenizer, model.config.n_positions)
 
 
@@ -97,10 +97,12 @@ def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     tokenizer = Tokenizer.from_pretrained(options.data)
     _check_tokenizer(options, path, model, tokenizer)
-    shards = read_shards(options.data, "val", tokenizer.vocab_size, tokenizer.fingerprint)
+    lengths = tokenizer.token_lengths
+    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, lengths
+    shards = read_shards(options.data, "val", *vocabulary)
     shards = [tokens for tokens in shards if len(tokens) > 1] or shards
-    scored = [tokens[1:] for tokens in shards]  # the first has nothing before it
-    count = sum(map(len, scored))
+    count = sum(len(tokens) - 1 for tokens in shards)  # the first has nothing before it
+    size = sum(tokens.text_bytes - int(lengths[tokens[:1]][0]) for tokens in shards)
     if options.stride is None:
         nats = count * evaluate(model, shards, options.batch_size, model.config.n_positions)
     else:
@@ -109,8 +111,7 @@ def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
             with _progress("window") as watch:
                 logprobs = scoring.token_logprobs(model, tokens, options.stride, watch=watch)
             nats -= float(logprobs[1:].sum())
-    lengths = tokenizer.token_lengths
-    found = figures(nats, count, sum(int(lengths[tokens].sum()) for tokens in scored))
+    found = figures(nats, count, size)
     perplexity = written(found.perplexity, 2, 1e9)
     bits = "none, as the text has no bytes"
     if not math.isnan(found.bits_per_byte):

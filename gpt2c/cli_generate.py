@@ -11,11 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gpt2c.checks import counted
 from gpt2c.files import read_text
 from gpt2c.generator import Generator
 from gpt2c.sampling import GenerationConfig
 from gpt2c.terminal import (
     Terminated,
+    colored,
+    has_colors,
     padded,
     spelled,
     text_is_lost,
@@ -26,6 +29,8 @@ from gpt2c.terminal import (
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 ENDS = "---"  # an answer, where it is not on a terminal beside its question
+# The colour of a token on a terminal: from this probability on, black on green, yellow, red.
+LIKELY = ((0.5, "\x1b[30;42m"), (0.1, "\x1b[30;43m"), (0.0, "\x1b[30;41m"))
 CELL = 14  # columns of a piece in the table of probabilities; a longer one takes more
 
 
@@ -60,6 +65,11 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue each line of standard input, each as a new text: nothing is remembered; a"
         " line --- ends each answer, unless a terminal shows both sides",
+    )
+    verb.add_argument(
+        "--special",
+        action="store_true",
+        help="read special tokens such as <|endoftext|> in the prompt as tokens, not as text",
     )
     verb.add_argument(
         "--num-samples", type=int, default=1, metavar="N", help="how many texts to write (1)"
@@ -125,7 +135,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         nargs="?",
         const=5,
         metavar="K",
-        help="a table: each token, how likely the model held it, and the K (5) likeliest",
+        help="a table: each token, how likely the model held it, and the K (5) likeliest; 0: none",
     )
     verb.add_argument(
         "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
@@ -157,6 +167,7 @@ def run_generate(options: argparse.Namespace) -> int:
     k = options.show_probabilities
     if k is not None and (options.interactive or options.num_samples > 1):
         raise ValueError("--show-probabilities is for one text: no --interactive, no --num-samples")
+    settings["allowed_special"] = "all" if options.special else ()
     settings["stop"] = [_unescaped(well_formed(stop)) for stop in options.stop or []]
     prompt = _prompt(options)
     start = time.perf_counter()
@@ -178,7 +189,7 @@ def run_generate(options: argparse.Namespace) -> int:
     if text_is_lost():
         return 0
     print(
-        f"{generator.count} tokens in {seconds:.2f} s,"
+        f"{counted(generator.count, 'token')} in {seconds:.2f} s,"
         f" {generator.count / seconds:.1f} tokens/s (loaded in {loaded:.2f} s)",
         file=sys.stderr,
     )
@@ -208,13 +219,15 @@ def _write_table(
     """Write a line for each new token: how likely it was, and what else could have come."""
     tokens = generator.tokens(prompt, candidates, **settings)
     print("the model's own probabilities: before temperature, top-k, top-p, min-p and penalties")
-    print(f"{'id':>6}  {'token':<{CELL}}  {'':7}  the {candidates} likeliest")
+    if has_colors():
+        print(", ".join(colored(f"from {least:.0%}", color) for least, color in LIKELY))
+    others = f"  {'':7}  the {candidates} likeliest" if candidates else ""
+    print(f"{'id':>6}  {padded('token', CELL if others else 0)}{others}")
     for token in tokens:
-        cells = [_cell(token.data, token.probability)]
+        color = next(color for least, color in LIKELY if token.probability >= least)
+        cells = [colored(_cell(token.data, token.probability), color)]
         for other, probability in token.candidates:
-            known = other < generator.tokenizer.vocab_size
-            data = generator.tokenizer.token_bytes(other) if known else b""
-            cells.append(_cell(data, probability))
+            cells.append(_cell(generator.tokenizer.token_bytes(other), probability))
         print(f"{token.id:>6}  {'   '.join(cells)}", flush=True)
         if text_is_lost():
             break

@@ -38,6 +38,7 @@ from gpt2c.limits import (
     cpu_quota,
     free_bytes,
     memory_limit,
+    read,
     total_bytes,
     usable_cores,
 )
@@ -103,13 +104,6 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def read(path: Path) -> str:
-    """Give what a file of the system's says, or nothing where it is not there."""
-    with suppress(OSError, UnicodeDecodeError):
-        return path.read_text(encoding="utf-8").strip()
-    return ""
 
 
 def _threads() -> int | str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gpt2c.data import prepare
 from gpt2c.demo import describe
+from gpt2c.progress import Reading
 from gpt2c.textfiles import JSON_LINES, PLAIN, TextFiles
 
 _EXAMPLES = """examples:
@@ -63,7 +64,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
 
 def run_prepare(options: argparse.Namespace) -> int:
     """`gpt2c prepare`."""
-    with TextFiles(options.text, options.text_field) as texts:
+    with Reading() as reading, TextFiles(options.text, options.text_field, reading.read) as texts:
         if len(texts.names) > len(options.text):
             print(f"{len(texts.names):,} files, {texts.names[0]} to {texts.names[-1]}")
         prepared = prepare(
@@ -74,6 +75,7 @@ def run_prepare(options: argparse.Namespace) -> int:
             options.seed,
             options.overwrite,
             options.shard_tokens,
+            reading.stage,
         )
     plural = "" if prepared.documents == 1 else "s"
     print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")

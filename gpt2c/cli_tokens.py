@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gpt2c.terminal import columns, padded, spelled, visible, well_formed
+from gpt2c.checks import counted
+from gpt2c.terminal import (
+    PLAIN,
+    colored,
+    columns,
+    has_colors,
+    padded,
+    spelled,
+    visible,
+    well_formed,
+)
 from gpt2c.tokenizer import Tokenizer
 from gpt2c.tokenizer_files import has_tokenizer
 
 DEMO = Path("runs/demo/run")
 COLORS = ("\x1b[30;46m", "\x1b[30;43m")  # black on cyan, black on yellow
-PLAIN = "\x1b[0m"
 PARTS = "Some tokens are only a part of a character's bytes: those of a character stand together."
 
 
@@ -31,6 +39,11 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         "text", metavar="TEXT", nargs="+", help="joined by blanks; - alone reads standard input"
     )
     verb.add_argument(
+        "--special",
+        action="store_true",
+        help="read special tokens such as <|endoftext|> in the text as tokens",
+    )
+    verb.add_argument(
         "--tokenizer",
         help=f"a run or another directory with one, gpt2, or bytes (default: {DEMO}'s where it is,"
         " else bytes)",
@@ -44,11 +57,11 @@ def run_tokens(options: argparse.Namespace) -> int:
     text = " ".join(map(well_formed, options.text))
     if text == "-":
         text = sys.stdin.read()
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text, "all" if options.special else ())
     data = [tokenizer.token_bytes(token) for token in ids]
     print(
-        f"{name}, a vocabulary of {tokenizer.vocab_size:,}: {_count(len(ids), 'token')},"
-        f" {_count(len(text), 'character')}, {_count(len(text.encode()), 'byte')}"
+        f"{name}, a vocabulary of {tokenizer.vocab_size:,}: {counted(len(ids), 'token')},"
+        f" {counted(len(text), 'character')}, {counted(len(text.encode()), 'byte')}"
     )
     if not ids:
         return 0
@@ -63,10 +76,6 @@ def run_tokens(options: argparse.Namespace) -> int:
         hexadecimal = "bytes" if part is None else part.hex(" ").upper()
         print(f"{token:>{digits}}  {padded(piece, width)}  {hexadecimal}")
     return 0
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def whole_characters(data: Sequence[bytes]) -> Iterator[str]:
@@ -84,11 +93,11 @@ def whole_characters(data: Sequence[bytes]) -> Iterator[str]:
 
 def _divided(pieces: list[str]) -> str:
     """Return pieces side by side: on two colours in turn on a terminal, else with | between."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+    if not has_colors():
         return "|".join(map(visible, pieces))
-    colored = []
+    shown = []
     for number, piece in enumerate(pieces):
         color = COLORS[number % 2]
-        shown = visible(piece).replace("\n", f"{PLAIN}\n{color}")  # else it fills the line
-        colored.append(f"{color}{shown}{PLAIN}")
-    return "".join(colored)
+        lines = visible(piece).replace("\n", f"{PLAIN}\n{color}")  # else it fills the line
+        shown.append(colored(lines, color))
+    return "".join(shown)

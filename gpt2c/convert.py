@@ -11,11 +11,15 @@ name. Knows nothing about the formats themselves. Used by cli_convert.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from gpt2c import llmc
 from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
+from gpt2c.files import check_directory, claim_directory, places
 from gpt2c.gguf_export import DTYPES as GGUF_DTYPES
 from gpt2c.gguf_export import write_gguf
 from gpt2c.model import GPT2
@@ -23,13 +27,14 @@ from gpt2c.quantized import stored_method
 from gpt2c.tokenfile import (
     MAGIC,
     Split,
-    Tokens,
+    StoredTokens,
     alone,
     find_shards,
     has_header,
-    read_nanogpt,
-    read_tokens,
+    open_nanogpt,
+    open_tokens,
     remove_shards,
+    shard_names,
     write_nanogpt,
     write_shards,
     write_tokens,
@@ -90,7 +95,7 @@ def convert(
 
     Returns
     -------
-    what was written, in a line
+    what was written, in a line; weights that are not finite are told on standard error
 
     Raises
     ------
@@ -189,10 +194,14 @@ def _refuse_dtype(dtype: str | None, dst: Path, what: str) -> None:
 
 def _claim(dst: Path, names: Sequence[str], overwrite: bool) -> None:
     """Refuse to replace DST, or `names` in that directory, unless `overwrite`."""
-    for path in [dst / name for name in names] or [dst]:
+    if names:
+        check_directory(dst, overwrite=True)
+    paths = [dst / name for name in names] or [dst]
+    for path in paths:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; name another place or pass --overwrite")
-    dst.parent.mkdir(parents=True, exist_ok=True)
+    places(*paths)
+    claim_directory(dst.parent, overwrite=True)
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -224,8 +233,21 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     else:
         model.save_pretrained(dst)
         what = "Hugging Face's model"
+    _warn(src, dst, model)
     more = "" if suffix else _missing_tokenizer(dst)
     return f"{dst}: {what}, {model.config.num_parameters():,} parameters, {dtype}{more}"
+
+
+def _warn(src: Path, dst: Path, model: GPT2) -> None:
+    """Say on standard error if weights are not finite: a user may want to look at them there."""
+    lost = [name for name, tensor in model.parameters.items() if not np.isfinite(tensor).all()]
+    if lost:
+        others = f" and {len(lost) - 1} more" if lost[1:] else ""
+        print(
+            f"gpt2c: warning: {src} has nan or infinity in {lost[0]}{others}, and so has {dst}: the"
+            " model has diverged or is damaged",
+            file=sys.stderr,
+        )
 
 
 def _missing_tokenizer(dst: Path) -> str:
@@ -245,7 +267,11 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
     else:
         tokenizer = Tokenizer.from_name(src)
     if suffix:
-        tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        unused = set(tokenizer.unused_ids(tokenizer.vocab_size))  # the file has a name for each id
+        tokens = [
+            f"[PAD{token_id}]".encode() if token_id in unused else tokenizer.token_bytes(token_id)
+            for token_id in range(tokenizer.vocab_size)
+        ]
         llmc.write_tokenizer(dst, tokens, tokenizer.eot)
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
     try:
@@ -282,8 +308,13 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     there = [path for split in splits for path in find_shards(dst, split)]
     _claim(dst, [path.name for path in there] or ["val.bin"], overwrite)
     dst.mkdir(exist_ok=True)
+    coming = [
+        name
+        for split, (headed, shards) in found.items()
+        for name in shard_names(split, len(shards[0]), 0 if headed else SHARD_TOKENS)
+    ]
     with alone(dst):
-        remove_shards(dst)
+        remove_shards(dst, coming)
         for split, (headed, shards) in found.items():  # val comes last, as from `gpt2c prepare`
             if headed:
                 write_nanogpt(dst / f"{split}.bin", shards)
@@ -293,16 +324,16 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     return f"{dst}: {written}{_missing_tokenizer(dst)}"
 
 
-def _open_tokens(paths: list[Path]) -> tuple[bool, list[Tokens]]:
+def _open_tokens(paths: list[Path]) -> tuple[bool, list[StoredTokens]]:
     """Open the files of a split: whether they are llm.c's, and their tokens."""
     headed = has_header(paths[0])
     if not headed and len(paths) > 1:
         raise ValueError(
             f"{paths[0]} and {paths[1]}: nanoGPT has one file for train and one for val, not more"
         )
-    return headed, [read_tokens(path) if headed else read_nanogpt(path) for path in paths]
+    return headed, [open_tokens(path) if headed else open_nanogpt(path) for path in paths]
 
 
-def _describe(headed: bool, shards: list[Tokens]) -> str:
+def _describe(headed: bool, shards: list[StoredTokens]) -> str:
     layout = "nanoGPT's, without a header" if headed else "llm.c's"
     return f"{sum(map(len, shards)):,} tokens, {layout}"

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c import files
+from gpt2c.checks import counted
 from gpt2c.tokenfile import (
     MAX_VOCABULARY,
     Split,
@@ -37,6 +37,7 @@ from gpt2c.tokenizer import SMALLEST, Tokenizer, split_text
 Document = str | Iterable[str]
 
 LEARNED = 1 << 24  # bytes of text that a tokenizer is learned from, at most
+_SOME = 1 << 16  # documents that are looked at at a time
 # Windows of a shard from which on an epoch may have one more than its tokens need, so that epochs
 # cut the text in more ways.
 _MANY = 16
@@ -136,7 +137,7 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
     document, or few large ones), the tail of the longest document is held out instead, cut at a
     line break if there is one: then there are more texts after than before.
 
-    Documents are read, and none of them is kept; 24 bytes for each are.
+    Documents are read, and none of them is kept; about a hundred bytes for each are.
 
     Raises
     ------
@@ -178,10 +179,12 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
         held_out = np.zeros(len(distinct), bool)
         size = 0
         candidates = order[total[order] <= largest]
-        for index, more in zip(candidates.tolist(), total[candidates].tolist(), strict=True):
-            if size + more <= budget:
-                held_out[index] = True
-                size += more
+        for start in range(0, len(candidates), _SOME):  # a list of all of them would be large
+            some = candidates[start : start + _SOME]
+            for index, more in zip(some.tolist(), total[some].tolist(), strict=True):
+                if size + more <= budget:
+                    held_out[index] = True
+                    size += more
         if size >= budget / 2:
             return HoldOut(held_out[of], nothing, 0, int(lengths.sum()), size_in_bytes)
     longest = int(distinct.argmax())
@@ -217,7 +220,8 @@ def _cut(
     has_tail = any([bool(piece.strip()) for piece in head.rest()])
     if not has_head or not has_tail:
         raise ValueError(
-            f"a text of {length} characters is too short to hold out {fraction:g} of it; add text"
+            f"a text of {counted(length, 'character')} is too short to hold out {fraction:g} of it;"
+            " add text"
         )
     return cut
 
@@ -245,6 +249,7 @@ def prepare(
     seed: int = 1337,
     overwrite: bool = False,
     shard_tokens: int = 0,
+    stage: Callable[[str], None] = lambda name: None,
 ) -> Prepared:
     """Write documents as token files: `out`/train.bin, `out`/val.bin and the tokenizer's files.
 
@@ -264,6 +269,7 @@ def prepare(
     overwrite : whether `out` may hold something already; its token files are replaced
     shard_tokens : the most tokens in a file of training tokens, which are then several,
         train_000001.bin and so on; 0 puts all into one
+    stage : told what the documents are iterated for, before they are
 
     Raises
     ------
@@ -285,22 +291,25 @@ def prepare(
     if isinstance(tokenizer, str):  # a mistake shows before long work
         size_to_learn = _size_to_learn(tokenizer)
         tokenizer = Tokenizer.from_spec("bytes" if size_to_learn else tokenizer)
+    stage("reading")
     held_out = split_validation(documents, val_fraction, seed)
     if size_to_learn:
+        stage("learning tokens")
         tokenizer = _learned(documents, held_out, size_to_learn)
     if tokenizer.vocab_size > MAX_VOCABULARY:
         raise ValueError(
             f"the vocabulary has {tokenizer.vocab_size} tokens; "
             f"token files hold at most {MAX_VOCABULARY}"
         )
-    with _claimed(out, overwrite), alone(out):
+    with files.claimed(out, overwrite), alone(out):
         files.remove_leftovers(out)  # of a kill
         with TokenWriter(out, shard_tokens) as writer:
+            stage("encoding")
             prepared = _encode(documents, held_out, tokenizer, writer)
             writer.finish()
             # val.bin goes first and comes last: a directory that has it never mixes two
             # preparations, nor lacks some of its shards.
-            remove_shards(out)
+            remove_shards(out, writer.names())
             tokenizer.save_pretrained(out)
             writer.publish(
                 {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
@@ -310,20 +319,6 @@ def prepare(
                 },
             )
     return prepared
-
-
-@contextmanager
-def _claimed(out: Path, overwrite: bool) -> Iterator[None]:
-    """Claim a directory; where that made it and the work fails, remove it."""
-    new = not out.exists()
-    files.claim_directory(out, overwrite)
-    try:
-        yield
-    except BaseException:
-        if new:
-            with suppress(OSError):
-                out.rmdir()
-        raise
 
 
 def _size_to_learn(spec: str) -> int:
@@ -450,10 +445,12 @@ class Batches:
         full = np.maximum((lengths - 1) // block_size, 0)
         if full.sum() < batch_size:
             several = f" in {len(shards)} shards" if len(shards) > 1 else ""
+            total = int(lengths.sum())
             raise ValueError(
-                f"{lengths.sum()} tokens{several} are too few for one batch of {batch_size} x "
-                f"{block_size}, which needs {batch_size * block_size + 1} in one shard; add text, "
-                "or lower batch_size or block_size"
+                f"{counted(total, 'token')}{several} {'is' if total == 1 else 'are'} too few for"
+                f" one batch of {batch_size} x {block_size}, which needs"
+                f" {batch_size * block_size + 1} in one shard; add text, or lower batch_size or"
+                " block_size"
             )
         if order == 1:
             # As many as fit after any offset; tokens for hardly one batch have fewer offsets.
@@ -486,6 +483,10 @@ class Batches:
         self._ends = np.cumsum(counts)  # of the shards, in windows
         self._firsts = self._ends - counts
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def __repr__(self) -> str:
+        of = f"batch_size={self.batch_size}, block_size={self.block_size}, seed={self.seed}"
+        return f"Batches({counted(len(self.shards), 'shard')}, {of})"
 
     def batch(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the batch of a step, from 0: x and y, both (B,T) int32, y one token ahead of x."""
@@ -537,7 +538,10 @@ def windows(
     """
     if not any(len(tokens) > 1 for tokens in shards):
         total = sum(map(len, shards))
-        raise ValueError(f"{total} tokens are too few to evaluate on; at least 2 are needed")
+        raise ValueError(
+            f"{counted(total, 'token')} {'is' if total == 1 else 'are'} too few to evaluate on; at"
+            " least 2 are needed"
+        )
     if not 0 <= overlap < block_size:
         raise ValueError(f"overlap must be in [0, block_size = {block_size}), got {overlap}")
     places = (

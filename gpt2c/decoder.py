@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.backend import Backend
-from gpt2c.checks import check_int32, check_layout, whole
+from gpt2c.checks import check_int32, check_layout, counted, whole
 from gpt2c.config import GPT2Config
 from gpt2c.kernels import Kernels
 from gpt2c.memory import Array, aligned_zeros, require
@@ -80,7 +80,7 @@ class Decoder:
             "keys and values": 2 * 4 * math.prod(shape),
             "logits": 4 * slots * config.vocab_size,
         }
-        texts = f"{slots:,} text{'s' if slots > 1 else ''} of {capacity:,} tokens"
+        texts = f"{counted(slots, 'text')} of {counted(capacity, 'token')}"
         require(f"reading {texts}", sizes, "take fewer texts or tokens")
         memory = aligned_zeros(2 * math.prod(shape))
         self.keys, self.values = memory.reshape(2, *shape)
@@ -91,6 +91,9 @@ class Decoder:
         if isinstance(backend, Kernels):
             eps = config.layer_norm_epsilon
             self._bound = backend.bind_decoder(parameters, config.n_layer, config.n_head, eps)
+
+    def __repr__(self) -> str:
+        return f"Decoder(slots={self.slots}, capacity={self.capacity}, {self._backend.name})"
 
     def step(
         self, tokens: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[np.int32]
@@ -107,8 +110,10 @@ class Decoder:
         ------
         ValueError : arrays of another shape or dtype, or a number in them out of range
         """
-        if len(tokens) > self.slots:
-            raise ValueError(f"a step takes at most {self.slots} tokens, got {len(tokens)}")
+        if _length("tokens", tokens) > self.slots:
+            raise ValueError(
+                f"a step takes at most {counted(self.slots, 'token')}, got {len(tokens)}"
+            )
         limits = (self.config.vocab_size, self.slots, self.capacity)
         named = zip(("tokens", "slots", "positions"), (tokens, slots, positions), strict=True)
         for (name, ids), limit in zip(named, limits, strict=True):
@@ -138,7 +143,7 @@ class Decoder:
         ------
         ValueError : the tokens do not fit, or are not int32 (T,) in the vocabulary
         """
-        if len(tokens) == 0:
+        if _length("tokens", tokens) == 0:
             raise ValueError("at least one token is wanted, got none")
         for rows in self.hidden(tokens, slot, position):
             last = rows[-1:]
@@ -169,13 +174,13 @@ class Decoder:
         ValueError : the tokens do not fit, or are not int32 (T,) in the vocabulary; slot or
             position is no whole number
         """
-        check_int32("tokens", tokens, (len(tokens),), 0, self.config.vocab_size)
+        check_int32("tokens", tokens, (_length("tokens", tokens),), 0, self.config.vocab_size)
         slot, position = whole("slot", slot), whole("position", position)
         end = position + len(tokens)
         if not (0 <= slot < self.slots and 0 <= position <= end <= self.capacity):
             raise ValueError(
-                f"{len(tokens)} tokens at {position} in slot {slot} do not fit"
-                f" {self.slots} texts of {self.capacity} tokens"
+                f"{counted(len(tokens), 'token')} at {position} in slot {slot} do not fit"
+                f" {counted(self.slots, 'text')} of {counted(self.capacity, 'token')}"
             )
         for start in range(0, len(tokens), CHUNK):
             part = slice(start, start + CHUNK)
@@ -223,7 +228,8 @@ class Decoder:
         ------
         ValueError : as `hidden`, or targets that are not as many, or not in [-1, V)
         """
-        check_int32("targets", targets, (len(tokens),), -1, self.config.vocab_size)
+        count = _length("tokens", tokens)
+        check_int32("targets", targets, (count,), -1, self.config.vocab_size)
         losses, lse = np.empty((2, len(tokens)), np.float32)
         start = 0
         for rows in self.hidden(tokens, 0, position):
@@ -299,6 +305,18 @@ class Decoder:
         if name not in self._chunk or self._chunk[name].size < size:
             self._chunk[name] = aligned_zeros(size)
         return self._chunk[name][:size].reshape(rows, columns)
+
+
+def _length(name: str, ids: Any) -> int:
+    """Return T of an array (T,).
+
+    Raises
+    ------
+    ValueError : it is something else
+    """
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1:
+        raise ValueError(f"{name} must be an int32 array (T,), got {ids!r:.50}")
+    return len(ids)
 
 
 def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:

@@ -5,32 +5,32 @@ Without a text of the user's it learns the documentation that every Python carri
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gpt2c.backend import get_backend
-from gpt2c.baselines import bigram_nats, xz_bits_per_byte
+from gpt2c.baselines import BLOCK, bigram_nats, xz_bits_per_byte
 from gpt2c.command import command
 from gpt2c.corpus import python_documentation
 from gpt2c.data import Prepared, prepare
 from gpt2c.figures import figures
-from gpt2c.files import claim_directory, read_text
+from gpt2c.files import claimed
 from gpt2c.generator import Generator
 from gpt2c.model import GPT2
-from gpt2c.run import locked
-from gpt2c.settings import TrainSettings, find_recipe, read_recipe
+from gpt2c.progress import Reading
+from gpt2c.settings import find_recipe, read_recipe, recipe_settings
 from gpt2c.terminal import write_pieces
-from gpt2c.textfiles import split_documents
+from gpt2c.textfiles import TextFiles
 from gpt2c.tokenfile import Tokens, read_tokens
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
-from gpt2c.train import TrainResult, evaluate, train
+from gpt2c.train import TrainResult, evaluate, reserved, train
 
+VOCABULARY = 4096
 SAMPLES = 3
 SAMPLE_TOKENS = 96
 LOOKED_AT = 100_000  # held-out tokens among which prompts are looked for
@@ -43,7 +43,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
 
     Parameters
     ----------
-    text : a text file of the user's, or None for the Python documentation
+    text : the user's, see `TextFiles`, or None for the Python documentation
     out : gets data/ (token files) and run/ (the model)
     given : settings that differ from the demo's recipe
     overwrite : `out` may exist and hold something
@@ -53,30 +53,8 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     OSError, ValueError : the text cannot be read or is too short, or `out` cannot be written
     """
     start = time.perf_counter()
-    settings = demo_settings(given)
-    # A mistake shows before anything is written.
-    get_backend(settings["backend"], settings["threads"] or None)
-    documents = python_documentation() if text is None else split_documents(read_text(text))
-    if not documents:
-        raise ValueError(f"{text} holds nothing but blanks")
-    claim_directory(out, overwrite)
     data, run = out / "data", out / "run"
-    if run.is_dir():  # before its data are replaced: nothing trains into it
-        with locked(run):
-            pass
-
-    show("text", "this Python's own documentation" if text is None else str(text))
-    prepared = prepare(documents, data, "bpe:4096", overwrite=overwrite)
-    show("documents", f"{prepared.documents:,} of {describe(prepared)}")
-    show("tokenizer", f"BPE trained on the training part, {prepared.vocab_size:,} tokens")
-    guess = math.log(prepared.vocab_size)
-    show("loss", f"in nats per token: 0 if it was certain, {guess:.1f} for a guess among all")
-    try:
-        result = train(data, run, settings, overwrite=overwrite)
-    except (ValueError, OSError, MemoryError):
-        if not run.exists():  # refused before it began: another try must not need --overwrite
-            shutil.rmtree(data)
-        raise
+    result = _learn(text, out, recipe_settings("demo", given), overwrite)
     if result.interrupted:
         return result
     model, tokenizer = GPT2.from_pretrained(run), Tokenizer.from_pretrained(run)
@@ -95,20 +73,26 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     return result
 
 
-def demo_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the demo's recipe with what is given instead; warm-up keeps its share of the steps.
-
-    Raises
-    ------
-    ValueError : a setting is out of range
-    """
-    recipe = demo_recipe()
-    settings = dataclasses.asdict(TrainSettings(**recipe | dict(given)))
-    if "warmup_iters" not in given:
-        settings["warmup_iters"] = (
-            recipe["warmup_iters"] * settings["max_iters"] // recipe["max_iters"]
-        )
-    return settings
+def _learn(
+    text: Path | None, out: Path, settings: Mapping[str, Any], overwrite: bool
+) -> TrainResult:
+    """Prepare the text and train on it; what can be refused is, before anything is replaced."""
+    data, run = out / "data", out / "run"
+    with ExitStack() as stack:
+        stack.enter_context(claimed(out, overwrite))
+        stack.enter_context(reserved(run, settings, VOCABULARY, overwrite))
+        prepared = _prepare(text, data, overwrite)
+        show("text", str(text or "this Python's own documentation"))
+        show("documents", f"{prepared.documents:,} of {describe(prepared)}")
+        show("tokenizer", f"BPE trained on the training part, {prepared.vocab_size:,} tokens")
+        guess = math.log(prepared.vocab_size)
+        show("loss", f"in nats per token: 0 if it was certain, {guess:.1f} for a guess among all")
+        try:
+            return train(data, run, settings, overwrite=overwrite, held=True)
+        except (ValueError, OSError, MemoryError):
+            if not any(run.iterdir()):  # it never began: another try must not need --overwrite
+                shutil.rmtree(data)
+            raise
 
 
 def demo_recipe() -> dict[str, Any]:
@@ -138,11 +122,12 @@ def _size(count: int) -> str:
 
 def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens) -> None:
     """Print a table of the model, xz and a bigram model on the held-out text."""
-    block_size, size = model.config.n_positions, int(tokenizer.token_lengths[held_out[1:]].sum())
+    before, text = _Text(tokenizer, tokens), _Text(tokenizer, held_out)
+    block_size, size = model.config.n_positions, sum(map(len, text))
     rows, count = max(1, 2048 // block_size), len(held_out) - 1
     gpt2 = figures(count * evaluate(model, [held_out], rows, block_size), count, size)
     bigram = figures(bigram_nats(tokens, held_out, tokenizer.vocab_size), count, size)
-    xz = xz_bits_per_byte(_text(tokenizer, tokens), _text(tokenizer, held_out))
+    xz = xz_bits_per_byte(before, text)
     piece = 8 * block_size  # as much of the training text as is held out, from all over it
     step = max(piece, len(tokens) * piece // len(held_out))
     pieces = [tokens[start : start + piece] for start in range(0, len(tokens), step)]
@@ -160,9 +145,25 @@ def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens)
     )
 
 
-def _text(tokenizer: Tokenizer, tokens: Tokens) -> bytes:
-    """Return the text of a token file without its end-of-text marks."""
-    return tokenizer.decode(tokens[tokens != tokenizer.eot]).encode()
+def _prepare(text: Path | None, data: Path, overwrite: bool) -> Prepared:
+    spec = f"bpe:{VOCABULARY}"
+    if text is None:
+        return prepare(python_documentation(), data, spec, overwrite=overwrite)
+    with Reading() as reading, TextFiles([text], watch=reading.read) as texts:
+        return prepare(texts, data, spec, overwrite=overwrite, stage=reading.stage)
+
+
+class _Text:
+    """The text of a token file without its end-of-text marks, in pieces of bytes."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens: Tokens) -> None:
+        self._tokenizer, self._tokens = tokenizer, tokens
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self._tokens), BLOCK):
+            part = self._tokens[start : start + BLOCK]
+            ids = part[part != self._tokenizer.eot].tolist()
+            yield b"".join(map(self._tokenizer.token_bytes, ids))
 
 
 def openings(tokenizer: Tokenizer, held_out: Tokens, most: int) -> list[str]:

@@ -26,11 +26,12 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.checks import whole
+from gpt2c.checks import check_kind, counted, number, whole
 from gpt2c.decoder import CHUNK, Decoder
 from gpt2c.generate import Text, read_newest
 from gpt2c.language_model import LanguageModel, check_ids
 from gpt2c.sampling import GenerationConfig, Settings
+from gpt2c.tokenizer import Tokenizer
 
 Token = int | tuple[int, float]
 
@@ -62,6 +63,9 @@ class Request:
         self._error: Exception | None = None
         # Readers share no lock with the engine: Ctrl-C in one of them cannot leave it locked.
         self._readers: list[SimpleQueue[None]] = []
+
+    def __repr__(self) -> str:
+        return f"Request({counted(len(self._tokens), 'new token')}, {self.ended or 'goes on'})"
 
     @property
     def done(self) -> bool:
@@ -95,10 +99,11 @@ class Request:
         Raises
         ------
         TimeoutError : it goes on after so many seconds
-        ValueError : its logits hold nan or infinity, or no token is left to continue with
+        ValueError : its logits hold nan or infinity, or no token is left to continue with; timeout
+            is no number
         RuntimeError : the engine was closed before
         """
-        until = None if timeout is None else time.monotonic() + timeout
+        until = None if timeout is None else time.monotonic() + number("timeout", timeout)
         with self._news() as news:
             while not self.done:
                 try:
@@ -146,16 +151,24 @@ class Engine:
     queue : how many more may wait
     capacity : the most tokens of a request, prompt and new, that it accepts; with n_positions, or
         None, a text may outgrow it, see on_full of `gpt2c.GenerationConfig`
+    tokenizer : the model's; ids that it has not, of a padded model, then never come
 
     Raises
     ------
-    ValueError : slots, queue or capacity is no whole number or out of range
+    ValueError : slots, queue or capacity is no whole number or out of range, or the tokenizer has
+        tokens that the model has not
     MemoryError : the keys and values of so many texts do not fit
     """
 
     def __init__(
-        self, model: LanguageModel, slots: int = 8, queue: int = 64, capacity: int | None = None
+        self,
+        model: LanguageModel,
+        slots: int = 8,
+        queue: int = 64,
+        capacity: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
         most = model.config.n_positions
         slots, queue = whole("slots", slots), whole("queue", queue)
         capacity = most if capacity is None else whole("capacity", capacity)
@@ -167,6 +180,10 @@ class Engine:
             raise ValueError(f"capacity must be in [1, {most}], n_positions, got {capacity}")
         self.slots, self.queue, self.capacity = slots, queue, capacity
         self._model = model
+        self._unused: list[int] = []
+        if tokenizer is not None:
+            check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
+            self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self._why_closed = ""  # nothing while it is open
         # Requests in the order they came: the first `slots` of them run. What threads share of
         # them and of an engine changes under the lock only, and under it nothing takes long.
@@ -186,7 +203,7 @@ class Engine:
         self._work = threading.Condition(self._lock)
 
     def submit(
-        self, idx: Sequence[int], max_new_tokens: int = 64, **settings: Unpack[Settings]
+        self, idx: Sequence[int], max_new_tokens: int | None = 64, **settings: Unpack[Settings]
     ) -> Request:
         """Ask for the continuation of one prompt; return at once.
 
@@ -209,23 +226,28 @@ class Engine:
                 "a request is one text: num_return_sequences must be 1, got"
                 f" {config.num_return_sequences}; submit the prompt as many times"
             )
-        prompt = self._check(idx, max_new_tokens)
-        text = Text(prompt, config, config.ends(self._model.config.vocab_size), slot=-1)
+        prompt = self._check(idx, config.max_new_tokens)
+        ends = config.ends(self._model.config.vocab_size)
+        text = Text(prompt, config, ends, slot=-1, unused=self._unused)
         request = Request(self, text, config.logprobs)
         with self._lock:
             if self._why_closed:
                 raise RuntimeError(self._why_closed)
-            if max_new_tokens == 0:
+            if config.max_new_tokens == 0:
                 request.ended = "length"
                 return request
             if len(self._live) == self.slots + self.queue:
                 raise EngineFull(
-                    f"the engine is full: {self.slots} requests run and {self.queue} wait, which"
-                    " is all it has room for; try again later"
+                    f"the engine is full: it has room for {counted(self.slots, 'request')} at a"
+                    f" time and {self.queue} more that wait; try again later"
                 )
             self._live.append(request)
             self._work.notify()
         return request
+
+    def __repr__(self) -> str:
+        sizes = f"slots={self.slots}, queue={self.queue}, capacity={self.capacity}"
+        return f"Engine({self._model!r}, {sizes}{', closed' if self._why_closed else ''})"
 
     def __reduce__(self) -> Any:
         """Refuse to be copied or pickled: a copy would have no thread that serves it."""
@@ -262,7 +284,7 @@ class Engine:
         prompt = self._model.check_prompts(ids[None])[0]
         if self.capacity < min(len(prompt) + max_new_tokens, self._model.config.n_positions):
             raise ValueError(
-                f"idx: {len(prompt)} tokens and {max_new_tokens} new ones are more than the"
+                f"idx: {counted(len(prompt), 'token')} and {max_new_tokens} new are more than the"
                 f" engine's capacity, {self.capacity}"
             )
         return prompt

@@ -16,7 +16,7 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, BinaryIO
@@ -34,6 +34,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `temporary_path` makes
+SEAL = "state.json"  # the files beside it are a checkpoint, whose sums it has: no link leads there
 # What file systems answer (FUSE, NFS, CIFS, 9p, overlays) that do not have what was asked for. A
 # disk that fails or is full says something else.
 REFUSALS = frozenset(
@@ -63,12 +64,14 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
     """Give a temporary path beside each path; on success rename them all, on failure remove them.
 
     No file is renamed before all of them are on disk, so a full disk leaves every one as it was.
+    A user's link stays: the file that it leads to is replaced, see `through`.
 
     Raises
     ------
-    OSError : a file cannot be written (no such directory, no permission, a full disk)
+    OSError : a file cannot be written (no such directory, no permission, a full disk); see `places`
     """
-    temporaries = [temporary_path(path) for path in paths]
+    homes = places(*paths)
+    temporaries = [temporary_path(home) for home in homes]
     meant = dict(zip(temporaries, paths, strict=True))
     with naming(paths[0], meant):
         try:
@@ -76,9 +79,9 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
             for temporary in temporaries:
                 with naming(temporary):
                     sync(temporary)
-            for temporary, path in zip(temporaries, paths, strict=True):
-                os.replace(temporary, path)
-            for directory in dict.fromkeys(path.parent for path in paths):
+            for temporary, home in zip(temporaries, homes, strict=True):
+                os.replace(temporary, home)
+            for directory in dict.fromkeys(home.parent for home in homes):
                 sync(directory)
         finally:
             for temporary in temporaries:
@@ -207,6 +210,23 @@ def claim_directory(path: Path, overwrite: bool) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def claimed(path: Path, overwrite: bool) -> Iterator[None]:
+    """Claim a directory for work; where the work fails and leaves it empty, what was made goes.
+
+    See `claim_directory` for errors.
+    """
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        claim_directory(path, overwrite)
+        yield
+    except BaseException:
+        for directory in made:
+            with suppress(OSError):
+                directory.rmdir()
+        raise
+
+
 def check_link(path: Path) -> None:
     """Refuse a link to a directory that is not there: it may be of a disk that is not mounted.
 
@@ -222,8 +242,42 @@ def check_link(path: Path) -> None:
 
 
 def through(path: Path) -> Path:
-    """Return what a link leads to, so that a file which takes its place leaves the link."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
+    """Return where a file of this name goes: where a link leads, so that the link stays.
+
+    A link to a file of a checkpoint is its own place: what is written must not reach a checkpoint.
+
+    Raises
+    ------
+    OSError : a link to a directory that does not exist; a pipe or a device has the name
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(f"{path} is a pipe or a device; a file is wanted")
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, whose directory does not exist: make or"
+            " mount it, or remove the link"
+        )
+    return path if (target.parent / SEAL).exists() else target
+
+
+def places(*paths: Path) -> list[Path]:
+    """Return where files that are written together go, see `through`.
+
+    Raises
+    ------
+    OSError : see `through`; two of them would be one file
+    """
+    homes, found = [], dict[str, Path]()
+    for path in paths:
+        home = through(path)
+        homes.append(home)
+        other = found.setdefault(os.path.join(os.path.realpath(home.parent), home.name), path)
+        if other is not path:
+            raise OSError(f"{path} and {other} lead to one file: remove the link")
+    return homes
 
 
 def check_directory(path: Path, overwrite: bool) -> None:
@@ -231,8 +285,9 @@ def check_directory(path: Path, overwrite: bool) -> None:
     check_link(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an output directory is wanted")
-    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    if not overwrite and not all(map(TEMPORARY.fullmatch, names)):
+    if overwrite or not path.exists():
+        return
+    if not all(TEMPORARY.fullmatch(entry.name) for entry in path.iterdir()):
         raise FileExistsError(
             f"{path} exists and is not empty; name another directory or pass --overwrite"
         )

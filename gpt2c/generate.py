@@ -43,6 +43,8 @@ class Text:
     number : which of the texts of one call it is: each has random numbers of its own
     watch : told each new token; True ends the text
     look : told each new token and the logits (V,) that it was chosen from
+    unused : ids of the model's that stand for nothing, as padding: as if it had them not, they
+        are never chosen, and no probability is theirs
 
     Attributes
     ----------
@@ -63,6 +65,7 @@ class Text:
         number: int = 0,
         watch: Watch | None = None,
         look: Look | None = None,
+        unused: Sequence[int] = (),
     ) -> None:
         self.tokens = list(prompt)
         self.count = 0
@@ -74,12 +77,18 @@ class Text:
         self._ends = ends
         self._watch = watch
         self._look = look
+        self._unused = unused
         seed = None if settings.seed is None else (settings.seed, number)
         self._rng = np.random.default_rng(seed)
 
     def choose(self, logits: NDArray[Any]) -> int:
-        """Append the token that follows, given the logits (V,); note whether the text is over."""
+        """Append the token that follows, given the logits (V,); note whether the text is over.
+
+        The logits of unused ids become -inf.
+        """
         settings = self._settings
+        if self._unused:
+            logits[self._unused] = -np.inf
         forbidden = self._ends if self.count < settings.min_new_tokens else ()
         token = choose(logits, settings, self._rng, self.tokens, forbidden)
         if settings.logprobs:
@@ -162,6 +171,7 @@ def stream(
     ends: Collection[int],
     watches: Sequence[Watch] | None = None,
     look: Look | None = None,
+    unused: Sequence[int] = (),
 ) -> Iterator[Step]:
     """Continue prompts together, yielding each step's tokens as soon as they are chosen.
 
@@ -172,7 +182,7 @@ def stream(
     ----------
     decoder : with a slot for each text
     prompts : token ids, at least one each
-    settings, ends, look : see `Text`
+    settings, ends, look, unused : see `Text`
     watches : one for each text, in the order of the rows
 
     Returns
@@ -182,7 +192,7 @@ def stream(
     """
     copies = settings.num_return_sequences
     texts = [
-        Text(prompt, settings, ends, slot, slot, watches[slot] if watches else None, look)
+        Text(prompt, settings, ends, slot, slot, watches[slot] if watches else None, look, unused)
         for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(copies))
     ]
     if settings.max_new_tokens == 0:

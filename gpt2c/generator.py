@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from gpt2c import hub, llmc
 from gpt2c.backend import Backend
-from gpt2c.checkpoint import read_config
-from gpt2c.checks import whole
+from gpt2c.checkpoint import read_config, read_ends
+from gpt2c.checks import check_kind, whole
 from gpt2c.generate import Look
 from gpt2c.language_model import LanguageModel
 from gpt2c.memory import Array
@@ -48,6 +48,10 @@ class Token(NamedTuple):
     candidates: list[tuple[int, float]]
 
 
+class _Settings(TextSettings, total=False):
+    allowed_special: Collection[str] | Literal["all"]
+
+
 class Writer:
     """Turns the tokens of one text into its characters, up to the first stop string.
 
@@ -56,13 +60,17 @@ class Writer:
     tokenizer : of the tokens
     stops : strings that end the text; they are not part of it
     least : how many tokens must have come before one may begin
+    silent : tokens that are no text
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], least: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], least: int, silent: Collection[int]
+    ) -> None:
         self.count = 0
         self._tokenizer = tokenizer
         self._stops = stops
         self._least = least
+        self._silent = silent
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._certain = ""  # and not yet taken
         self._open = ""  # may be the beginning of a stop string
@@ -71,7 +79,7 @@ class Writer:
     def __call__(self, token: int) -> bool:
         """Add a token; say whether a stop string is there."""
         self.count += 1
-        if token != self._tokenizer.eot and token < self._tokenizer.vocab_size:  # or padding
+        if token not in self._silent:
             self._open += self._decode(self._tokenizer.token_bytes(token))
         held = 0
         if self.count > self._least:
@@ -100,20 +108,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
-def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer with tokens that the model has not; a model may have more, as padding.
-
-    Raises
-    ------
-    ValueError : they do not belong together
-    """
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model"
-            f" {model.config.vocab_size}: they do not belong together"
-        )
-
-
 def open_model(
     path: str | os.PathLike[str],
     backend: str | Backend = "auto",
@@ -136,20 +130,32 @@ class Generator:
     ----------
     model : a `GPT2` or `QuantizedGPT2`
     tokenizer : its tokenizer
+    eos_token_id : a token id or several that end a text where a call says nothing; None is the
+        tokenizer's end of text
 
     Attributes
     ----------
     count : tokens generated so far, by all calls
+    eos_token_id : see above
 
     Raises
     ------
-    ValueError : the tokenizer has tokens that the model has not; a model may have more, as padding
+    ValueError : the tokenizer has tokens that the model has not; a model may have more, as padding,
+        which never come
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        check_vocabulary(model, tokenizer)
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        eos_token_id: int | Collection[int] | None = None,
+    ) -> None:
+        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
+        check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
+        self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eot if eos_token_id is None else eos_token_id
         self.count = 0
 
     def __repr__(self) -> str:
@@ -166,6 +172,9 @@ class Generator:
     ) -> Generator:
         """Load a model and its tokenizer together, from a directory or the hub.
 
+        A text ends at the eos_token_id of generation_config.json, one or several, as in
+        transformers; where there is none, at the tokenizer's end of text.
+
         Parameters
         ----------
         path_or_name, backend, revision, threads : see `GPT2.from_pretrained`
@@ -177,17 +186,24 @@ class Generator:
         ValueError : a file is damaged, or model and tokenizer do not belong together
         """
         path = hub.find(path_or_name, revision)
-        return cls(open_model(path, backend, quantize, threads), Tokenizer.from_pretrained(path))
+        model, tokenizer = (
+            open_model(path, backend, quantize, threads),
+            Tokenizer.from_pretrained(path),
+        )
+        ends = [] if llmc.is_llmc(path) else read_ends(path)
+        # transformers' default, 50256, says nothing in a smaller vocabulary
+        known = [token for token in ends if 0 <= token < tokenizer.vocab_size]
+        return cls(model, tokenizer, known or None)
 
     @overload
     def generate(
         self,
         prompt: str,
         *,
-        num_return_sequences: Literal[1] = 1,
+        num_return_sequences: Literal[1] | None = 1,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
-        **settings: Unpack[TextSettings],
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[_Settings],
     ) -> str: ...
 
     @overload
@@ -195,10 +211,10 @@ class Generator:
         self,
         prompt: list[str] | tuple[str, ...],
         *,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
-        **settings: Unpack[TextSettings],
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[_Settings],
     ) -> list[str]: ...
 
     @overload
@@ -206,10 +222,10 @@ class Generator:
         self,
         prompt: str | Sequence[str],
         *,
-        num_return_sequences: int = 1,
+        num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
-        **settings: Unpack[TextSettings],
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[_Settings],
     ) -> str | list[str]: ...
 
     def generate(self, prompt: str | Sequence[str], **settings: Any) -> str | list[str]:
@@ -217,9 +233,11 @@ class Generator:
 
         Parameters
         ----------
-        prompt : a string, or several; an empty one starts a text
+        prompt : a string, or several; an empty one starts a text. `model.generate` continues
+            token ids
         settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and
-            eos_token_id is the tokenizer's end of text unless given
+            eos_token_id is the generator's unless given. allowed_special, as of
+            `Tokenizer.encode`: names of special tokens, or "all", that are these in the prompt
 
         Returns
         -------
@@ -231,7 +249,7 @@ class Generator:
         ValueError : a setting is out of range, a prompt is no string or longer than the context
         TypeError : an unknown setting
         """
-        writers, steps, copies = self._begin(_strings(prompt), settings)
+        writers, steps, copies = self._begin(_strings("prompt", prompt, "generate"), settings)
         for _ in steps:
             pass
         self.count += sum(writer.count for writer in writers)
@@ -253,7 +271,7 @@ class Generator:
         ------
         ValueError : no texts, or one longer than the context
         """
-        several = [texts] if isinstance(texts, str) else list(texts)
+        several = _strings("texts", texts, "embed")
         ids = [self.tokenizer.encode(text) or [self.tokenizer.eot] for text in several]
         vectors = self.model.embed(ids)
         return vectors[0] if isinstance(texts, str) else vectors
@@ -263,8 +281,8 @@ class Generator:
         prompt: str,
         *,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
-        **settings: Unpack[TextSettings],
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[_Settings],
     ) -> Iterator[str]:
         """Continue one text, giving each piece as soon as it is certain; see `generate`.
 
@@ -293,8 +311,8 @@ class Generator:
         candidates: int = 5,
         *,
         stop: str | Collection[str] | None = None,
-        max_new_tokens: int = 64,
-        **settings: Unpack[TextSettings],
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[_Settings],
     ) -> Iterator[Token]:
         """Continue one text token by token, with how likely each one was; see `generate`.
 
@@ -318,9 +336,9 @@ class Generator:
             shares /= shares.sum()
             best = likeliest(logits, candidates) if candidates else np.empty(0, np.int64)
             best = best[np.argsort(-logits[best], kind="stable")]
+            best = best[logits[best] > -np.inf]  # no padding
             pairs = list(zip(best.tolist(), shares[best].tolist(), strict=True))
-            known = token < self.tokenizer.vocab_size  # or padding
-            data = self.tokenizer.token_bytes(token) if known else b""
+            data = self.tokenizer.token_bytes(token)
             new.append(Token(token, data, float(shares[token]), pairs))
 
         given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
@@ -347,33 +365,36 @@ class Generator:
         self, prompts: Sequence[str], settings: dict[str, Any], look: Look | None = None
     ) -> tuple[list[Writer], Iterator[Any], int]:
         stop = settings.pop("stop", None)
+        allowed = settings.pop("allowed_special", ())
         several = isinstance(stop, list | tuple | set | frozenset)
         stops = list(stop) if several else [] if stop is None else [stop]
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be strings of at least one character, got {text!r}")
-        config = GenerationConfig(**{"eos_token_id": self.tokenizer.eot} | settings)
+        config = GenerationConfig(**{"eos_token_id": self.eos_token_id} | settings)
         if config.logprobs:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
-        ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in prompts]
+        ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
         copies = config.num_return_sequences
         writers: list[Writer] = []
-        steps = self.model.continue_prompts(self.model.check_prompts(ids), config, writers, look)
+        prompts_ids = self.model.check_prompts(ids)
+        steps = self.model.continue_prompts(prompts_ids, config, writers, look, self._unused)
+        special = {*self.tokenizer.special_tokens.values()}
+        silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
         for _ in range(len(ids) * copies):  # now that so many are known to fit
-            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens))
+            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, silent))
         return writers, steps, copies
 
 
-def _strings(prompt: Any) -> list[str]:
-    """Return one prompt or several as a list of strings."""
-    one = isinstance(prompt, str | bytes) or not isinstance(prompt, Iterable)
-    prompts = [prompt] if one else list(prompt)
-    for text in prompts:
+def _strings(name: str, texts: Any, door: str) -> list[str]:
+    """Return one text or several as a list; `door` is the model's, which takes token ids."""
+    one = isinstance(texts, str | bytes) or not isinstance(texts, Iterable)
+    several = [texts] if one else list(texts)
+    if not several:
+        raise ValueError(f"{name} must be a string or a list of at least one, got none")
+    for text in several:
         if not isinstance(text, str):
-            hint = (
-                ", which model.generate continues"
-                if isinstance(text, np.ndarray | np.integer | int)
-                else ""
-            )
-            raise ValueError(f"prompt must be a string or a list of them, got {text!r:.50}{hint}")
-    return prompts
+            is_id = isinstance(text, np.ndarray | np.integer | int)
+            hint = f", which is for model.{door}" if is_id else ""
+            raise ValueError(f"{name} must be a string or a list of them, got {text!r:.50}{hint}")
+    return several

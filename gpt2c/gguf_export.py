@@ -73,7 +73,7 @@ def write_gguf(
                 " take f16"
             )
     file_type, matrix_type = DTYPES[dtype]
-    tokens, types, merges = _vocabulary(tokenizer, config.vocab_size, gguf.TokenType, str(path))
+    tokens, types, merges = _vocabulary(tokenizer, config.vocab_size, gguf.TokenType)
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
         writer.add_name(path.stem)
@@ -127,19 +127,18 @@ def _checked(tensor: Array, kind: str, source: str) -> Array:
 
 
 def _vocabulary(
-    tokenizer: Tokenizer, vocab_size: int, token_type: Any, source: str
+    tokenizer: Tokenizer, vocab_size: int, token_type: Any
 ) -> tuple[list[str], list[Any], list[str]]:
     """Give tokens, their types and merges, filled up to the model's vocabulary."""
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the model"
-            f" {vocab_size}: they do not belong together"
-        )
+    unused = tokenizer.unused_ids(vocab_size)
     vocabulary, merges = tokenizer.vocab_and_merges()
-    unused = vocab_size - tokenizer.vocab_size
-    tokens = [*vocabulary, *(f"[PAD{tokenizer.vocab_size + n}]" for n in range(unused))]
-    types = [token_type.NORMAL] * len(vocabulary) + [token_type.UNUSED] * unused
-    types[tokenizer.eot] = token_type.CONTROL
+    names = {token_id: name for name, token_id in vocabulary.items()}
+    tokens = [names.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)]
+    types = [token_type.NORMAL] * vocab_size
+    for token_id in unused:
+        types[token_id] = token_type.UNUSED
+    for token_id in tokenizer.special_tokens.values():
+        types[token_id] = token_type.CONTROL
     # llama.cpp wants a list of merges that is not empty; where there are none, one that no text
     # gives rise to leaves it at bytes.
     return tokens, types, merges or [f"{END_OF_TEXT} {END_OF_TEXT}"]

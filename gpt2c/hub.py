@@ -73,8 +73,8 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         session = huggingface_hub.get_session()
     except (ImportError, AttributeError):  # not there, or of before 1.0
         raise FileNotFoundError(
-            f"{source} is neither a file nor a directory here, and to fetch a model of that name"
-            " from the hub huggingface_hub 1.24 or newer is needed: pip install 'gpt2c[hub]'"
+            f"{_absent(source)}, and to fetch a model of that name from the hub huggingface_hub"
+            " 1.24 or newer is needed: pip install 'gpt2c[hub]'"
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:
@@ -94,6 +94,14 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
             " pickles such as pytorch_model.bin"
         )
     return directory
+
+
+def _absent(source: str) -> str:
+    """Return how an error begins where the hub has not answered that there is such a model.
+
+    It may be a path that was meant, with a slip in it.
+    """
+    return f"the file or directory {source} does not exist here"
 
 
 def _bar() -> Any:
@@ -149,12 +157,12 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
     """Turn what the client raised into one sentence."""
     from huggingface_hub import constants, errors
 
-    hub, cause = constants.ENDPOINT, error
+    absent, hub, cause = _absent(source), constants.ENDPOINT, error
     missing = isinstance(error, errors.LocalEntryNotFoundError)
     if missing and constants.HF_HUB_OFFLINE:
         return FileNotFoundError(
-            f"{source} is neither a file nor a directory here, HF_HUB_OFFLINE is set, and what is"
-            f" wanted of a model of that name is not in the cache, {constants.HF_HUB_CACHE}"
+            f"{absent}, HF_HUB_OFFLINE is set, and what is wanted of a model of that name is not in"
+            f" the cache, {constants.HF_HUB_CACHE}"
         )
     if missing and isinstance(error.__cause__, Exception):
         cause = error.__cause__
@@ -164,8 +172,8 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
         )
     if isinstance(cause, errors.RepositoryNotFoundError):
         return FileNotFoundError(
-            f"{source} is neither a file or directory here nor a model on the hub, {hub}, that may"
-            " be read: a private one needs HF_TOKEN"
+            f"{absent}, nor is {source} a model on the hub, {hub}, that may be read: a private one"
+            " needs HF_TOKEN"
         )
     if isinstance(cause, errors.RevisionNotFoundError):
         return FileNotFoundError(f"{source} has no revision {revision or 'main'} on the hub, {hub}")
@@ -174,15 +182,16 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
         reason = f"it answers {status}"
         if status == 401:
             return PermissionError(
-                f"the hub, {hub}, does not know the token (HF_TOKEN) it was sent"
+                f"{absent}, and the hub, {hub}, does not know the token (HF_TOKEN) it was sent"
             )
     if missing:
         return ConnectionError(
-            f"{source} is neither a file nor a directory here, and the hub, {hub}, cannot give a"
-            f" model of that name: {reason}"
+            f"{absent}, and the hub, {hub}, cannot give a model of that name: {reason}"
         )
     if isinstance(cause, ValueError):
-        return ValueError(f"{source} is nothing to get from the hub, {hub}: {reason}")
+        return ValueError(f"{absent}, nor is there such a model on the hub, {hub}: {reason}")
     if isinstance(cause, OSError) and cause.errno is not None:  # a full disk, no permission
         return cause
-    return OSError(f"{source} could not be downloaded from the hub, {hub}: {reason}")
+    return OSError(
+        f"{absent}, and a model of that name cannot be downloaded from the hub, {hub}: {reason}"
+    )

@@ -1,26 +1,31 @@
 """The binding: the ops of gpt2c.reference on the C kernels of one instruction set.
 
-Each method hands pointers and sizes to the C function of the same name and returns when it has
-written its outputs; what the op means stands in `gpt2c.reference`. Arrays must be C-contiguous
-float32 (int32 for idx and targets) of the shapes given there: the doors, `gpt2c.ops` and
-`gpt2c.model`, see to it once. Knows nothing about models.
+A method for each op, made from its declaration in `gpt2c.op`, hands pointers and sizes to the C
+function of the same name and returns when it has written its outputs; print(source(OPS["..."]))
+shows one. What the op means stands in `gpt2c.reference`. Arrays must be C-contiguous float32 (int32
+for idx and targets) of the declared shapes: the doors, `gpt2c.ops` and `gpt2c.model`, see to it
+once. Knows nothing about models.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.limits import unbound
 from gpt2c.memory import aligned_zeros
+from gpt2c.op import OPS, Op
 
 Array = NDArray[Any]
+# how an array of each kind of gpt2c.op becomes a pointer
+VIEWS = {"floats": "_f", "ids": "_i", "targets": "_i", "weights": "_from_buffer"}
 
 
 class Pool:
@@ -81,6 +86,13 @@ class Kernels:
         # own.
         self._local = threading.local()
 
+    if TYPE_CHECKING:  # the ops, which stand below
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+
+    def __repr__(self) -> str:
+        return f"Kernels({self.name!r}, threads={self.threads})"
+
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call a kernel on this Python thread's pool.
 
@@ -118,172 +130,10 @@ class Kernels:
         sums = self._sums(self._lib.SLICES)
         return float(self._call("memory_read", self._f(data), sums, data.size))
 
-    def encoder_forward(self, out: Array, idx: Array, wte: Array, wpe: Array) -> None:
-        """See `gpt2c.reference.encoder_forward`."""
-        B, T, C = out.shape
-        arrays = (self._f(out), self._i(idx), self._f(wte), self._f(wpe))
-        self._call("encoder_forward", *arrays, B, T, C)
-
-    def encoder_backward(self, dwte: Array, dwpe: Array, dout: Array, idx: Array) -> None:
-        """See `gpt2c.reference.encoder_backward`."""
-        B, T, C = dout.shape
-        arrays = (self._f(dwte), self._f(dwpe), self._f(dout), self._i(idx))
-        self._call("encoder_backward", *arrays, B, T, C)
-
-    def layernorm_forward(
-        self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array, eps: float
-    ) -> None:
-        """See `gpt2c.reference.layernorm_forward`."""
-        N, C = x.shape
-        arrays = (out, mean, rstd, x, weight, bias)
-        self._call("layernorm_forward", *map(self._f, arrays), eps, N, C)
-
-    def layernorm_backward(
-        self,
-        dx: Array,
-        dweight: Array,
-        dbias: Array,
-        dout: Array,
-        x: Array,
-        weight: Array,
-        mean: Array,
-        rstd: Array,
-    ) -> None:
-        """See `gpt2c.reference.layernorm_backward`."""
-        N, C = x.shape
-        arrays = (dx, dweight, dbias, dout, x, weight, mean, rstd)
-        self._call("layernorm_backward", *map(self._f, arrays), N, C)
-
-    def matmul_forward(self, out: Array, x: Array, weight: Array, bias: Array | None) -> None:
-        """See `gpt2c.reference.matmul_forward`."""
-        OC, C = weight.shape
-        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
-        arrays, sizes = (out, x, weight, bias), (x.shape[0], C, OC)
-        self._call("matmul_forward", *map(self._f, arrays), scratch, *sizes)
-
-    def matmul_backward(
-        self,
-        dx: Array,
-        dweight: Array,
-        dbias: Array | None,
-        dout: Array,
-        x: Array,
-        weight: Array,
-        accumulate: bool = True,
-    ) -> None:
-        """See `gpt2c.reference.matmul_backward`."""
-        OC, C = weight.shape
-        scratch = self._scratch(self._lib.matmul_scratch_size(self.threads))
-        arrays = (dx, dweight, dbias, dout, x, weight)
-        sizes = (x.shape[0], C, OC)
-        self._call("matmul_backward", *map(self._f, arrays), accumulate, scratch, *sizes)
-
-    def matrix_transpose(self, out: Array, x: Array) -> None:
-        """See `gpt2c.reference_reading.matrix_transpose`."""
-        self._call("matrix_transpose", self._f(out), self._f(x), *x.shape)
-
-    def linear_forward(
-        self, out: Array, x: Array, weight: Array, scale: Array | None, bias: Array | None
-    ) -> None:
-        """See `gpt2c.reference_reading.linear_forward`."""
-        OC, C = weight.shape
-        kind = self._kind(weight)
-        sizes = (x.shape[0], C, OC)
-        scratch = self._scratch(self._lib.linear_scratch_size(*sizes, kind, self.threads))
-        f, data = self._f, self._from_buffer(weight)
-        arrays = (f(out), f(x), data, f(scale), f(bias))
-        self._call("linear_forward", *arrays, kind, scratch, *sizes)
-
-    def _kind(self, weight: Array) -> int:
-        """Give C's name of a weight's dtype."""
+    def _type(self, weight: Array) -> int:
+        """Return C's name of a weight's dtype."""
         lib = self._lib
         return int({"float32": lib.FP32, "float16": lib.FP16, "uint8": lib.INT8}[weight.dtype.name])
-
-    def cache_attention_forward(
-        self, out: Array, keys: Array, values: Array, qkv: Array, position: int
-    ) -> None:
-        """See `gpt2c.reference_reading.cache_attention_forward`."""
-        T, C = out.shape
-        NH, P, HS = keys.shape
-        scratch = self._scratch(self._lib.attention_scratch_size(P, HS, self.threads))
-        arrays = map(self._f, (out, keys, values, qkv))
-        self._call("cache_attention_forward", *arrays, position, scratch, T, C, NH, P)
-
-    def attention_forward(self, out: Array, lse: Array, qkv: Array) -> None:
-        """See `gpt2c.reference.attention_forward`."""
-        B, T, C = out.shape
-        NH = lse.shape[1]
-        scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
-        arrays = (out, lse, qkv)
-        self._call("attention_forward", *map(self._f, arrays), scratch, B, T, C, NH)
-
-    def attention_backward(
-        self, dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array
-    ) -> None:
-        """See `gpt2c.reference.attention_backward`."""
-        B, T, C = out.shape
-        NH = lse.shape[1]
-        scratch = self._scratch(self._lib.attention_scratch_size(T, C // NH, self.threads))
-        arrays = (dqkv, dout, qkv, out, lse)
-        self._call("attention_backward", *map(self._f, arrays), scratch, B, T, C, NH)
-
-    def gelu_forward(self, out: Array, x: Array) -> None:
-        """See `gpt2c.reference.gelu_forward`."""
-        self._call("gelu_forward", self._f(out), self._f(x), x.size)
-
-    def gelu_backward(self, dx: Array, dout: Array, x: Array) -> None:
-        """See `gpt2c.reference.gelu_backward`."""
-        self._call("gelu_backward", self._f(dx), self._f(dout), self._f(x), x.size)
-
-    def residual_forward(self, out: Array, x: Array, branch: Array) -> None:
-        """See `gpt2c.reference.residual_forward`."""
-        arrays = (out, x, branch)
-        self._call("residual_forward", *map(self._f, arrays), x.size)
-
-    def residual_backward(self, dx: Array, dbranch: Array, dout: Array) -> None:
-        """See `gpt2c.reference.residual_backward`."""
-        arrays = (dx, dbranch, dout)
-        self._call("residual_backward", *map(self._f, arrays), dout.size)
-
-    def crossentropy_forward(
-        self, losses: Array, lse: Array, logits: Array, targets: Array
-    ) -> None:
-        """See `gpt2c.reference.crossentropy_forward`."""
-        N, V = logits.shape
-        arrays = (*map(self._f, (losses, lse, logits)), self._i(targets))
-        self._call("crossentropy_forward", *arrays, N, V)
-
-    def crossentropy_backward(
-        self, dlogits: Array, logits: Array, lse: Array, targets: Array, scale: float
-    ) -> None:
-        """See `gpt2c.reference.crossentropy_backward`."""
-        N, V = logits.shape
-        arrays = (*map(self._f, (dlogits, logits, lse)), self._i(targets))
-        self._call("crossentropy_backward", *arrays, scale, N, V)
-
-    def adamw_update(
-        self,
-        param: Array,
-        m: Array,
-        v: Array,
-        grad: Array,
-        learning_rate: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        t: int,
-        grad_scale: float,
-    ) -> None:
-        """See `gpt2c.reference.adamw_update`."""
-        scalars = (learning_rate, beta1, beta2, eps, weight_decay, t, grad_scale)
-        arrays = (param, m, v, grad)
-        self._call("adamw_update", *map(self._f, arrays), *scalars, param.size)
-
-    def global_norm(self, grad: Array) -> float:
-        """See `gpt2c.reference.global_norm`."""
-        sums = self._sums(self._lib.SLICES)
-        return float(self._call("global_norm", self._f(grad), sums, grad.size))
 
     # ---- a step of decoding, in one call ---------------------------------------------------------
 
@@ -298,7 +148,7 @@ class Kernels:
             kept.extend((data, scale, bias))
             return {
                 **{"weight": data, "scale": scale, "bias": bias},
-                **{"C": C, "OC": OC, "type": self._kind(weight)},
+                **{"C": C, "OC": OC, "type": self._type(weight)},
             }
 
         def floats(*names: str) -> dict[str, Any]:
@@ -351,3 +201,44 @@ class Kernels:
         scratch = self._scratch(self._lib.decode_scratch_size(model[0], N, P, self.threads))
         arrays = (f(logits), f(keys), f(values), i(tokens), i(slots), i(positions))
         self._call("decode_step", *arrays, model[0], scratch, N, S, P)
+
+
+def source(op: Op) -> str:
+    """Return an op's method as Python text: arrays become pointers, and C is told their sizes."""
+
+    def size(letter: str) -> str:
+        """Say how the size that a letter means is read off the arrays."""
+        for array in op.arrays:
+            if array.shape == ("*",):
+                return f"{array.name}.size"
+            if letter in array.shape and not array.optional:
+                return f"{array.name}.shape[{array.shape.index(letter)}]"
+        return "C // NH"  # HS
+
+    def told(text: str) -> str:
+        """Say what C is handed for a word of a declaration."""
+        if text == "sums":
+            return "self._sums(self._lib.SLICES)"
+        if text.endswith(")"):
+            function, words = text[:-1].split("(")
+            return f"self._scratch(self._lib.{function}({', '.join(map(told, words.split()))}))"
+        return {"threads": "self.threads", "type": "kind"}.get(text, text)
+
+    arguments = [array.name for array in op.arrays]
+    defaults = [n if value is not True else f"{n}=True" for n, value in op.numbers.items()]
+    letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
+    pointers = [f"self.{VIEWS[array.kind]}({array.name})" for array in op.arrays]
+    lines = [f"def {op.name}(self, {', '.join([*arguments, *defaults])}):"]
+    lines += [f"{letter} = {size(letter)}" for letter in sorted(letters, key="HS".__eq__)]
+    if "type" in op.told:
+        lines.append("kind = self._type(weight)")
+    handed = ", ".join([repr(op.name), *pointers, *op.numbers, *map(told, op.told)])
+    lines.append(f"{'return ' if op.returns else ''}self._call({handed})")
+    return "\n    ".join(lines)
+
+
+for _op in OPS.values():
+    _made: dict[str, Any] = {}
+    exec(source(_op), _made)  # a declaration of this package's own
+    _made[_op.name].__doc__ = f"See `gpt2c.reference.{_op.name}`."
+    setattr(Kernels, _op.name, _made[_op.name])

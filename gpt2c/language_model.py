@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gpt2c import generate
 from gpt2c.backend import Backend
+from gpt2c.checks import counted
 from gpt2c.config import GPT2Config
 from gpt2c.decoder import Decoder
 from gpt2c.generate import Look, Step, Watch
@@ -51,14 +52,14 @@ class LanguageModel:
         config, backend = self.config, self.backend
         size = config.num_parameters()
         facts = [
-            f"{config.n_layer} layer{'s' if config.n_layer > 1 else ''}",
-            f"{config.n_embd} channels",
-            f"{size / 1e6:,.0f}M parameters" if size >= 1e7 else f"{size:,} parameters",
+            counted(config.n_layer, "layer"),
+            counted(config.n_embd, "channel"),
+            f"{size / 1e6:,.0f}M parameters" if size >= 1e7 else counted(size, "parameter"),
             *self._weights,
             backend.name,
         ]
-        if threads := getattr(backend, "threads", 0):
-            facts.append(f"{threads} thread{'s' if threads > 1 else ''}")
+        if backend.name != "numpy":  # whose threads are NumPy's
+            facts.append(counted(backend.threads, "thread"))
         return f"{type(self).__name__}({', '.join(facts)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -78,7 +79,7 @@ class LanguageModel:
     def stream(
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[Settings],
     ) -> Iterator[Step]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
@@ -114,18 +115,19 @@ class LanguageModel:
         config: GenerationConfig,
         watches: Sequence[Watch] | None = None,
         look: Look | None = None,
+        unused: Sequence[int] = (),
     ) -> Iterator[Step]:
-        """Do the work of `stream`; `watches` and `look` are told of tokens, see `generate.Text`."""
+        """Do the work of `stream`; for `watches`, `look` and `unused` see `generate.Text`."""
         ends = config.ends(self.config.vocab_size)
         longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
         capacity = min(longest, self.config.n_positions)
         decoder = self.decoder(len(prompts) * config.num_return_sequences, capacity)
-        return generate.stream(decoder, prompts, config, ends, watches, look)
+        return generate.stream(decoder, prompts, config, ends, watches, look, unused)
 
     def generate(
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         **settings: Unpack[Settings],
     ) -> Any:
         """Continue prompts, with the arguments of `stream`.
@@ -187,7 +189,7 @@ class LanguageModel:
                 raise ValueError(
                     f"the prompt is {len(row):,} tokens; this model's context is"
                     f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or its"
-                    f" last {self.config.n_positions:,} tokens at most"
+                    f" last {counted(self.config.n_positions, 'token')} at most"
                 )
         start = self.config.eos_token_id
         if start is None and any(len(row) == 0 for row in rows):
@@ -240,7 +242,9 @@ class LanguageModel:
         V, C, L = self.config.vocab_size, self.config.n_embd, self.config.n_layer
         sizes = {"logits": 4 * tokens.size * V}
         sizes["hidden states"] = 4 * (L + 1) * tokens.size * C if hidden_states else 0
-        require(f"a result for {tokens.size:,} tokens", sizes, "take fewer or shorter rows")
+        require(
+            f"a result for {counted(tokens.size, 'token')}", sizes, "take fewer or shorter rows"
+        )
         logits = np.empty((*tokens.shape, V), np.float32)
         states = np.empty((L + 1, *tokens.shape, C), np.float32) if hidden_states else None
         self._read_all(tokens, logits, states)
@@ -339,7 +343,9 @@ def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
     except ValueError as error:  # nested lists of different lengths
         raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
     if array.size and array.dtype.kind not in "iu":  # an empty list is float64
-        raise ValueError(f"{name} must be whole numbers, got dtype {array.dtype}")
+        is_number = array.dtype.kind in "fcb"  # of the others the dtype would say nothing
+        came = f"dtype {array.dtype}" if is_number else f"{ids!r:.50}"
+        raise ValueError(f"{name} must be whole numbers, got {came}")
     copy = np.empty(array.shape, np.int32)  # what is too large is so before all of it was read
     if array.size and not (low <= array.min() and array.max() < high):
         wrong = array[(array < low) | (array >= high)].flat[0]

@@ -75,7 +75,7 @@ def cpu_quota(root: Path = ROOT) -> float:
     quotas = [math.inf]
     for folder in cgroups("cpu", root):
         names = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")  # of version 2, then 1
-        quota, period, *_ = *" ".join(_read(folder / name) for name in names).split(), "", ""
+        quota, period, *_ = *" ".join(read(folder / name) for name in names).split(), "", ""
         if quota.isdecimal() and period.isdecimal() and int(quota) and int(period):
             quotas.append(int(quota) / int(period))
     return min(quotas)
@@ -121,12 +121,12 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
     for folder in cgroups("memory", root):
         counts = _table(folder / "memory.stat")
         names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-        texts = [text for text in (_read(folder / name) for name in names) if text.isdecimal()]
+        texts = [text for text in (read(folder / name) for name in names) if text.isdecimal()]
         # of version 1: also of parents that are not to be seen
         limits = [*map(int, texts), counts.get("hierarchical_memory_limit", UNLIMITED)]
         if min(limits) >= UNLIMITED:
             continue
-        used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+        used = read(folder / "memory.current") or read(folder / "memory.usage_in_bytes")
         total = "total_" if (folder / "memory.limit_in_bytes").exists() else ""
         files = sum(counts.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
         yield min(limits), min(limits) - (int(used) if used.isdecimal() else 0) + files
@@ -140,7 +140,7 @@ def _rooms_of_promises(root: Path) -> Iterator[float]:
     """
     yield math.inf
     kilobytes = _table(root / "proc/meminfo")
-    if _read(root / "proc/sys/vm/overcommit_memory") == "2" and "CommitLimit" in kilobytes:
+    if read(root / "proc/sys/vm/overcommit_memory") == "2" and "CommitLimit" in kilobytes:
         yield 1024 * (kilobytes["CommitLimit"] - kilobytes.get("Committed_AS", 0))
     with suppress(ImportError):  # another system
         resource = importlib.import_module("resource")
@@ -161,7 +161,7 @@ def cgroups(controller: str, root: Path = ROOT) -> list[Path]:
     controller : "cpu" or "memory"
     """
     own = {}  # version -> the cgroup's path in its hierarchy
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if controller in names.split(","):
@@ -169,7 +169,7 @@ def cgroups(controller: str, root: Path = ROOT) -> list[Path]:
         elif (number, names) == ("0", ""):
             own["cgroup2"] = path
     mounts: dict[str, list[tuple[str, str]]] = {"cgroup2": [], "cgroup": []}
-    for line in _read(root / "proc/self/mountinfo").splitlines():
+    for line in read(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, (version, _, options) = before.split(), [*after.split(), "", "", ""][:3]
         if len(fields) > 4 and version in mounts:
@@ -196,8 +196,8 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
-def _read(path: Path) -> str:
-    """Return what a file of the system's says, or nothing where it is not there."""
+def read(path: Path) -> str:
+    """Return what a file of the system's says, or nothing where it is not there or no text."""
     with suppress(OSError, ValueError):
         return path.read_text(encoding="utf-8").strip()
     return ""
@@ -205,5 +205,5 @@ def _read(path: Path) -> str:
 
 def _table(path: Path) -> dict[str, int]:
     """Return the numbers of a file that has a name and a number on each line."""
-    found = re.findall(r"^(\w+):?\s+(\d+)(?: kB)?$", _read(path), re.MULTILINE)
+    found = re.findall(r"^(\w+):?\s+(\d+)(?: kB)?$", read(path), re.MULTILINE)
     return {name: int(number) for name, number in found}

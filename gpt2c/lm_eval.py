@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gpt2c.generator import Writer, check_vocabulary
+from gpt2c.checks import whole_or_float
+from gpt2c.generator import Writer
 from gpt2c.language_model import LanguageModel
-from gpt2c.sampling import GenerationConfig
+from gpt2c.sampling import OFF, GenerationConfig, TextSettings
 from gpt2c.scoring import Scorer
 from gpt2c.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -36,18 +37,8 @@ except ModuleNotFoundError as error:
 
 MAX_GEN_TOKS = 256  # where a task says nothing
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "seed"}
-OTHERS = {"repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "eos_token_id"}
-# transformers' settings of one text that is neither searched for with beams nor padded: those that
-# change nothing, whatever they are, and those that change nothing as long as they say so.
-WITHOUT_EFFECT = {"use_cache", "pad_token_id", "bos_token_id", "early_stopping", "length_penalty"}
-NEUTRAL = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "typical_p"), 1),
-    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
-    **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), 0),
-    **dict.fromkeys(("min_length", "encoder_no_repeat_ngram_size", "output_scores"), 0),
-    **dict.fromkeys(("return_dict_in_generate", "output_logits", "renormalize_logits"), 0),
-}
+# What a task may say of how a text goes on: what is said here in another way is not among it.
+KNOWN = TextSettings.__annotations__.keys() | OFF.keys() | {"num_return_sequences"}
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 
@@ -67,7 +58,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__()
-        check_vocabulary(model, tokenizer)
+        self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
 
@@ -184,8 +175,8 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
                 max_new_tokens=left,
                 min_new_tokens=min(settings.min_new_tokens, left),
             )
-            writer = Writer(self.tokenizer, until, 0)
-            for _ in self.model.continue_prompts([prompt], settings, [writer]):
+            writer = Writer(self.tokenizer, until, 0, {self.eot_token_id})
+            for _ in self.model.continue_prompts([prompt], settings, [writer], None, self._unused):
                 pass
             out.append(writer.take(last=True))
             self.cache_hook.add_partial("generate_until", (context, wanted), out[-1])
@@ -195,28 +186,32 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         """Turn a task's generation_kwargs into stop strings, gpt2c's settings and max_length."""
         entries = {name: value for name, value in wanted.items() if value is not None}
         until = entries.pop("until", [])
-        stops = [until] if isinstance(until, str) else list(until)
-        lengths = [entries.pop(name) for name in LENGTHS if name in entries]
-        total = entries.pop("max_length", self.max_length)
+        stops = list(until) if isinstance(until, list | tuple | set) else [until]
+        if wrong := [stop for stop in stops if not isinstance(stop, str)]:
+            raise ValueError(f"generation_kwargs: until must be strings, got {wrong[0]!r:.50}")
         default = min(MAX_GEN_TOKS, self.max_length // 2)
-        length = int(lengths[0]) if lengths else default
-        if not 0 <= length < self.max_length:
-            raise ValueError(
-                f"max_gen_toks must leave room for a context in n_positions = {self.max_length}"
-                f" tokens, got {length}"
-            )
-        if not entries.pop("do_sample", bool(entries.get("temperature"))):
-            entries = {name: value for name, value in entries.items() if name not in SAMPLING}
-            entries["temperature"] = 0.0
-        for name in WITHOUT_EFFECT:
-            entries.pop(name, None)
-        for name, neutral in NEUTRAL.items():
-            if name in entries and entries[name] == neutral:
-                del entries[name]
-        if unknown := sorted(entries.keys() - SAMPLING - OTHERS):
+        lengths = [entries.pop(name) for name in LENGTHS if name in entries] or [default]
+        total = whole_or_float("max_length", entries.pop("max_length", self.max_length))
+        if unknown := sorted(entries.keys() - KNOWN):
             got = ", ".join(f"{name}={entries[name]!r}" for name in unknown)
             raise ValueError(f"generation_kwargs: gpt2c has no {got}; take it out of the task")
-        config = GenerationConfig(
-            **{"max_new_tokens": length, "eos_token_id": self.eot_token_id} | entries
-        )
-        return [stop for stop in stops if stop], config, int(total)
+        given = {
+            "max_new_tokens": lengths[0],
+            "eos_token_id": self.eot_token_id,
+            "do_sample": bool(entries.get("temperature")),
+        }
+        try:
+            config = GenerationConfig(**given | entries)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"generation_kwargs: {error}") from None
+        if config.num_return_sequences != 1:
+            raise ValueError(
+                "generation_kwargs: num_return_sequences must be 1, for a task wants one text, got"
+                f" {config.num_return_sequences}"
+            )
+        if config.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks must leave room for a context in n_positions = {self.max_length}"
+                f" tokens, got {config.max_new_tokens}"
+            )
+        return [stop for stop in stops if stop], config, total

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2c.files import atomic_path, naming, open_file, parse_json, refinement, through
+from gpt2c.files import atomic_path, naming, open_file, parse_json, refinement
 
 FILE = "metrics.jsonl"
 DAMAGED = f"{FILE}.damaged"
@@ -42,7 +42,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, step: int, report: Callable[[str], Any]) -> None:
-        self.path = path = through(path)
+        self.path = path
         kept = bad = last = 0
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             for line, entry in _lines(path):

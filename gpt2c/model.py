@@ -237,7 +237,7 @@ class GPT2(LanguageModel):
         """Return what a copy is made of."""
         return {
             "config": self.config,
-            "backend": (self.backend.name, getattr(self.backend, "threads", None)),
+            "backend": (self.backend.name, self.backend.threads),
             "recompute": self.recompute,
             "parameters": self.flat_parameters,
             "gradients": None if self._void else self._grads.flat,

@@ -2,335 +2,186 @@
 
     y, mean, rstd = gpt2c.ops.layernorm_forward(x, weight, bias, backend="avx2")
 
-What each op computes stands in `gpt2c.reference`. Arrays must be C-contiguous float32 (backend
-"numpy" takes float64 as well), token ids int32; the weights of `linear_forward` may be smaller.
-Gradients come back as they are, not added to anything. Every function raises ValueError if an array
-has another dtype, layout or shape, a token id is out of range, or the backend is unknown. Knows
-nothing about models.
+The functions are made from the declarations of `gpt2c.op`: the inputs and numbers of an op, then
+the sizes of its results that no input has (vocab_size, n_positions, n_head), then backend. They
+return the outputs. What an op computes stands in `gpt2c.reference`.
+
+Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), token ids int32; the
+weights of `linear_forward` may be smaller. Gradients come back as they are, not added to anything.
+Every function raises ValueError if an array has another dtype, layout or shape, a number or token
+id is out of range, or the backend is unknown. Knows nothing about models.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
-from numbers import Real
+import inspect
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gpt2c.backend import Backend, get_backend
-from gpt2c.checks import check_int32, check_layout, whole
+from gpt2c import reference
+from gpt2c.backend import get_backend
+from gpt2c.checks import check_int32, check_layout, number, whole
+from gpt2c.op import OPS, Argument, Op
 from gpt2c.reference_reading import LONGEST
 
-Array = NDArray[Any]
+GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head"}  # sizes that no input may have
+LOWEST = {"ids": 0, "targets": -1}
+
+__all__ = list(OPS)
 
 
-def _open(
-    backend: str, **arrays: tuple[Array, str] | tuple[Array, str, tuple[str, ...]]
-) -> tuple[Backend, dict[str, int]]:
-    """Check arrays against shapes written in letters; give the backend and the size of each letter.
-
-    A letter means the same size in every shape; "3C" is three times C. All arrays are of one float
-    type, but those that come with dtypes of their own.
-    """
-    ops = get_backend(backend)
-    dtypes = ("float32", "float64") if ops.name == "numpy" else ("float32",)
-    common = next(
-        (a.dtype.name for a, *_ in arrays.values() if getattr(a, "dtype", None) in dtypes),
-        dtypes[0],
+def _public(op: Op) -> Callable[..., Any]:
+    """Return the function that checks the arguments of an op, makes its results and runs it."""
+    inputs = [array for array in op.outputs if array.mode == "~"] + list(op.inputs)
+    known = {letter for array in inputs for letter in array.letters if array.kind == "floats"}
+    lacking = {letter for array in op.outputs for letter in array.letters} - known
+    given_sizes = {name: letter for letter, name in GIVEN.items() if letter in lacking}
+    # a flag is for who keeps memory from call to call
+    numbers = {name: value for name, value in op.numbers.items() if value is not True}
+    none: Any = inspect.Parameter.empty
+    defaults = {
+        **{array.name: None if array.optional else none for array in inputs},
+        **dict.fromkeys(given_sizes, none),
+        **{name: none if value is None else value for name, value in numbers.items()},
+        "backend": "auto",
+    }
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature(
+        [inspect.Parameter(name, either, default=value) for name, value in defaults.items()]
     )
-    sizes: dict[str, int] = {}
-    for name, (array, letters, *own) in arrays.items():
-        wanted, allowed = letters.split(), own[0] if own else (common,)
-        if not isinstance(array, np.ndarray):
-            raise ValueError(f"{name} must be a NumPy array, got {type(array).__name__}")
-        if array.dtype not in [np.dtype(dtype) for dtype in allowed]:
-            kinds = " or ".join(allowed)
-            raise ValueError(f"{name} must be {kinds} for backend {ops.name!r}, got {array.dtype}")
-        fits = array.ndim == len(wanted) and array.size > 0
-        for letter, size in zip(wanted, array.shape, strict=False):
-            factor, letter = (3, letter[1:]) if letter.startswith("3") else (1, letter)
-            fits = fits and sizes.setdefault(letter, size // factor) * factor == size
-        if not fits:
-            shape = ", ".join(
-                f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in wanted
+
+    def run(*positional: Any, **keywords: Any) -> Any:
+        bound = signature.bind(*positional, **keywords)
+        bound.apply_defaults()
+        given = bound.arguments
+        backend = get_backend(given["backend"])
+        arrays = {array: given[array.name] for array in inputs if given[array.name] is not None}
+        for array in inputs:
+            if not array.optional and given[array.name] is None:
+                raise ValueError(f"{array.name} must be a NumPy array, got None")
+        dtype, sizes = _check(arrays, backend.name)
+        sizes |= {letter: whole(name, given[name]) for name, letter in given_sizes.items()}
+        for name, default in numbers.items():
+            given[name] = (number if isinstance(default, float) else whole)(name, given[name])
+        _check_rules(op, sizes | {name: given[name] for name in numbers})
+        for array, ids in arrays.items():
+            if array.kind in LOWEST:
+                check_int32(array.name, ids, ids.shape, LOWEST[array.kind], sizes["V"])
+        outputs = [
+            given[array.name].copy()
+            if array.mode == "~"
+            else (np.zeros if array.mode == "+" else np.empty)(_shape(array, sizes), dtype)
+            for array in op.outputs
+        ]
+        arguments = (*(given[array.name] for array in op.inputs), *(given[n] for n in numbers))
+        result = getattr(backend, op.name)(*outputs, *arguments)
+        return result if op.returns else outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    run.__name__ = run.__qualname__ = op.name
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__doc__ = _documentation(op, list(defaults))
+    return run
+
+
+def _check(arrays: dict[Argument, Any], backend: str) -> tuple[str, dict[str, Any]]:
+    """Check arrays against their letters; return their float type and the size of each letter."""
+    dtypes = ("float32", "float64") if backend == "numpy" else ("float32",)
+    floats = (getattr(a, "dtype", None) for array, a in arrays.items() if array.kind == "floats")
+    common = next((str(dtype) for dtype in floats if dtype in dtypes), dtypes[0])
+    for array, value in arrays.items():
+        _check_type(array, value, arrays, common)
+    sizes = _sizes(arrays)
+    for array, value in arrays.items():
+        if value.shape != _shape(array, sizes) or 0 in value.shape:
+            wanted = ", ".join(
+                f"{letter}={sizes.get(letter, '')}".rstrip("=") for letter in array.shape
             )
-            raise ValueError(f"{name} must have shape ({shape}), none of them 0, got {array.shape}")
-    for name, (array, *_) in arrays.items():  # after the shapes: of the wrong one no copy helps
-        check_layout(name, array)
-    return ops, sizes
+            raise ValueError(
+                f"{array.name} must have shape ({wanted}), none of it 0, got {value.shape}"
+            )
+    for array, value in arrays.items():  # after the shapes: of the wrong one no copy helps
+        check_layout(array.name, value)
+    return common, sizes
 
 
-def _numbers(**numbers: float) -> None:
-    """Check numbers that C takes as floats."""
-    for name, number in numbers.items():
-        with suppress(OverflowError):
-            if isinstance(number, Real):
-                float(number)
-                continue
-        raise ValueError(f"{name} must be a number, and not too large, got {number!r:.50}")
+def _sizes(arrays: dict[Argument, Any]) -> dict[str, Any]:
+    """Return the size of each letter: what most arrays have, so that the odd one is named."""
+    votes: dict[str, Counter[Any]] = defaultdict(Counter)
+    # of as many votes the first counts: a gradient must fit the forward pass's arrays
+    for array in sorted(arrays, key=lambda array: (array.kind in LOWEST, array.name[0] == "d")):
+        shape = arrays[array].shape
+        if 0 in shape:
+            continue
+        if array.shape == ("*",):
+            votes["*"][shape] += 1
+        elif len(shape) == len(array.shape):
+            for letter, size in zip(array.shape, shape, strict=True):
+                votes[letter.lstrip("3")][size // 3 if letter[0] == "3" else size] += 1
+    return {letter: counts.most_common(1)[0][0] for letter, counts in votes.items()}
 
 
-def encoder_forward(idx: Array, wte: Array, wpe: Array, backend: str = "auto") -> Array:
-    """Give wte[idx] + wpe, (B, T, C), for idx (B, T), wte (V, C), wpe (at least T, C)."""
-    ops, s = _open(backend, wte=(wte, "V C"), wpe=(wpe, "P C"))
-    B, T = _batch_shape(idx, s["P"])
-    check_int32("idx", idx, (B, T), 0, s["V"])
-    out = np.empty((B, T, s["C"]), wte.dtype)
-    ops.encoder_forward(out, idx, wte, wpe)
-    return out
-
-
-def _batch_shape(idx: Array, positions: int) -> tuple[int, int]:
-    shape = np.shape(idx)
-    if len(shape) != 2 or 0 in shape or shape[1] > positions:
+def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common: str) -> None:
+    """Refuse what is no array of a dtype that this argument may have."""
+    name = array.name
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name} must be a NumPy array, got {type(value).__name__}")
+    allowed: tuple[str, ...] = (common,)
+    if array.kind in LOWEST:
+        allowed = ("int32",)
+    elif array.kind == "weights":
+        scaled = any(other.name == "scale" for other in arrays)
+        if value.dtype == np.uint8 and not scaled:
+            raise ValueError("scale must be given for weights of 8 bits")
+        allowed = ("uint8",) if scaled else (common, "float16")
+    if value.dtype not in [np.dtype(dtype) for dtype in allowed]:
+        raise ValueError(f"{name} must be {' or '.join(allowed)}, got {value.dtype}")
+    if value.dtype == np.float16 and not np.isfinite(value).all():
+        raise ValueError(f"{name} holds nan or infinity, which weights of 16 bits must not")
+    if value.dtype == np.uint8 and value.shape[-1:] > (LONGEST,):
         raise ValueError(
-            f"idx must have shape (B, T) with 1 <= T <= {positions}, B >= 1, got {shape}"
+            f"{name} must have at most {LONGEST} channels of 8 bits, got {value.shape[-1]}"
         )
-    return shape
 
 
-def encoder_backward(
-    dout: Array, idx: Array, vocab_size: int, n_positions: int, backend: str = "auto"
-) -> tuple[Array, Array]:
-    """Give dwte (vocab_size, C), dwpe (n_positions, C) for dout (B, T, C), idx (B, T)."""
-    ops, s = _open(backend, dout=(dout, "B T C"))
-    vocab_size, n_positions = whole("vocab_size", vocab_size), whole("n_positions", n_positions)
-    _batch_shape(idx, n_positions)
-    check_int32("idx", idx, (s["B"], s["T"]), 0, vocab_size)
-    dwte, dwpe = (np.zeros((rows, s["C"]), dout.dtype) for rows in (vocab_size, n_positions))
-    ops.encoder_backward(dwte, dwpe, dout, idx)
-    return dwte, dwpe
-
-
-def layernorm_forward(
-    x: Array, weight: Array, bias: Array, eps: float = 1e-5, backend: str = "auto"
-) -> tuple[Array, Array, Array]:
-    """Give out (N, C), mean (N,), rstd (N,) for x (N, C), weight and bias (C,)."""
-    ops, s = _open(backend, x=(x, "N C"), weight=(weight, "C"), bias=(bias, "C"))
-    _numbers(eps=eps)
-    out, mean, rstd = np.empty_like(x), np.empty(s["N"], x.dtype), np.empty(s["N"], x.dtype)
-    ops.layernorm_forward(out, mean, rstd, x, weight, bias, eps)
-    return out, mean, rstd
-
-
-def layernorm_backward(
-    dout: Array, x: Array, weight: Array, mean: Array, rstd: Array, backend: str = "auto"
-) -> tuple[Array, Array, Array]:
-    """Give dx (N, C), dweight (C,), dbias (C,)."""
-    ops, _ = _open(
-        backend,
-        x=(x, "N C"),
-        dout=(dout, "N C"),
-        weight=(weight, "C"),
-        mean=(mean, "N"),
-        rstd=(rstd, "N"),
+def _shape(array: Argument, sizes: dict[str, Any]) -> tuple[int, ...]:
+    """Return the shape that letters mean; a letter that no array has is -1."""
+    if array.shape == ("*",):
+        return tuple(sizes.get("*", ()))
+    return tuple(
+        sizes.get(letter.lstrip("3"), -1) * (3 if letter[0] == "3" else 1) for letter in array.shape
     )
-    dx, dweight, dbias = np.zeros_like(x), np.zeros_like(weight), np.zeros_like(weight)
-    ops.layernorm_backward(dx, dweight, dbias, dout, x, weight, mean, rstd)
-    return dx, dweight, dbias
 
 
-def matmul_forward(
-    x: Array, weight: Array, bias: Array | None = None, backend: str = "auto"
-) -> Array:
-    """Give x weight^T + bias, (N, OC), for x (N, C), weight (OC, C), bias (OC,) or None."""
-    arrays = {"x": (x, "N C"), "weight": (weight, "OC C")}
-    ops, s = _open(backend, **arrays, **({} if bias is None else {"bias": (bias, "OC")}))
-    out = np.empty((s["N"], s["OC"]), x.dtype)
-    ops.matmul_forward(out, x, weight, bias)
-    return out
+def _check_rules(op: Op, values: dict[str, Any]) -> None:
+    """Check what must hold of an op's sizes and numbers."""
+    for name, rule in op.rules:
+        if not eval(rule, {}, values):  # a declaration of this package's own
+            words = dict.fromkeys(re.findall(r"[A-Za-z]\w*", rule))
+            got = ", ".join(f"{word}={values[word]!r:.50}" for word in words if word in values)
+            raise ValueError(f"{name} must be such that {rule}, got {got}")
 
 
-def matmul_backward(
-    dout: Array, x: Array, weight: Array, backend: str = "auto"
-) -> tuple[Array, Array, Array]:
-    """Give dx (N, C), dweight (OC, C), dbias (OC,) for dout (N, OC)."""
-    ops, s = _open(backend, x=(x, "N C"), weight=(weight, "OC C"), dout=(dout, "N OC"))
-    dx, dweight, dbias = np.empty_like(x), np.zeros_like(weight), np.zeros(s["OC"], x.dtype)
-    ops.matmul_backward(dx, dweight, dbias, dout, x, weight)
-    return dx, dweight, dbias
+def _documentation(op: Op, parameters: list[str]) -> str:
+    """Return the docstring of a public function: what the reference says, with shapes."""
+
+    def line(array: Argument) -> str:
+        shape = "any shape" if array.shape == ("*",) else f"({', '.join(array.shape)})"
+        return f"{array.name} : {shape}" + (", or None" if array.optional else "")
+
+    summary = inspect.cleandoc(getattr(reference, op.name).__doc__ or "")
+    formula = summary.split("\nParameters\n")[0].rstrip()
+    arrays = [line(array) for array in op.arrays if array.name in parameters]
+    results = [line(array) for array in op.outputs] or [f"{op.returns} : float"]
+    parts = [formula, "", "Parameters", "----------", *arrays, "", "Returns", "-------", *results]
+    return "\n".join(parts)
 
 
-def matrix_transpose(x: Array, backend: str = "auto") -> Array:
-    """Give x^T (C, R) for x (R, C)."""
-    ops, s = _open(backend, x=(x, "R C"))
-    out = np.empty((s["C"], s["R"]), x.dtype)
-    ops.matrix_transpose(out, x)
-    return out
+globals().update({op.name: _public(op) for op in OPS.values()})
 
 
-def linear_forward(
-    x: Array,
-    weight: Array,
-    scale: Array | None = None,
-    bias: Array | None = None,
-    backend: str = "auto",
-) -> Array:
-    """Give x W^T + bias, (N, OC), for x (N, C), weight (OC, C), bias (OC,) or None.
-
-    weight is as x, float16, or uint8 with scale (OC,): then W is scale * (weight - 128), and x is
-    rounded to 8 bits too.
-    """
-    dtype = getattr(weight, "dtype", None)
-    if scale is None and dtype == np.uint8:
-        raise ValueError("scale must be given for weights of 8 bits")
-    small = ("uint8",) if scale is not None else (str(getattr(x, "dtype", "float32")), "float16")
-    given = {"scale": (scale, "OC"), "bias": (bias, "OC")}
-    vectors = {name: pair for name, pair in given.items() if pair[0] is not None}
-    ops, s = _open(backend, x=(x, "N C"), weight=(weight, "OC C", small), **vectors)  # type: ignore[arg-type]
-    if dtype == np.float16 and not np.isfinite(weight).all():
-        raise ValueError("weight holds nan or infinity, which weights of 16 bits must not")
-    if dtype == np.uint8 and s["C"] > LONGEST:
-        raise ValueError(f"weight must have at most {LONGEST} channels of 8 bits, got {s['C']}")
-    out = np.empty((s["N"], s["OC"]), x.dtype)
-    ops.linear_forward(out, x, weight, scale, bias)
-    return out
-
-
-def cache_attention_forward(
-    qkv: Array, keys: Array, values: Array, position: int, backend: str = "auto"
-) -> tuple[Array, Array, Array]:
-    """Give out (T, C), keys and values for qkv (T, 3C) of tokens from `position` on.
-
-    keys, values (NH, P, HS) hold those of the tokens before; the new ones' stand in the result.
-    """
-    shape = "NH P HS"
-    ops, s = _open(backend, qkv=(qkv, "T 3C"), keys=(keys, shape), values=(values, shape))
-    if s["NH"] * s["HS"] != s["C"]:
-        raise ValueError(f"keys must have NH * HS = C={s['C']}, got {s['NH']} * {s['HS']}")
-    position = whole("position", position)
-    if not 0 <= position <= s["P"] - s["T"]:
-        raise ValueError(
-            f"position must be in [0, {s['P'] - s['T']}] for {s['T']} tokens, got {position}"
-        )
-    out, keys, values = np.empty((s["T"], s["C"]), qkv.dtype), keys.copy(), values.copy()
-    ops.cache_attention_forward(out, keys, values, qkv, position)
-    return out, keys, values
-
-
-def attention_forward(qkv: Array, n_head: int, backend: str = "auto") -> tuple[Array, Array]:
-    """Give out (B, T, C) and lse (B, n_head, T) for qkv (B, T, 3C)."""
-    ops, s = _open(backend, qkv=(qkv, "B T 3C"))
-    n_head = whole("n_head", n_head)
-    if n_head < 1 or s["C"] % n_head:
-        raise ValueError(f"n_head must divide C={s['C']}, got {n_head}")
-    out = np.empty((s["B"], s["T"], s["C"]), qkv.dtype)
-    lse = np.empty((s["B"], n_head, s["T"]), qkv.dtype)
-    ops.attention_forward(out, lse, qkv)
-    return out, lse
-
-
-def attention_backward(
-    dout: Array, qkv: Array, out: Array, lse: Array, backend: str = "auto"
-) -> Array:
-    """Give dqkv (B, T, 3C) for dout (B, T, C) and what the forward pass read and gave."""
-    ops, s = _open(
-        backend,
-        dout=(dout, "B T C"),
-        qkv=(qkv, "B T 3C"),
-        out=(out, "B T C"),
-        lse=(lse, "B NH T"),
-    )
-    if s["C"] % s["NH"]:
-        raise ValueError(f"lse (B, NH, T) must have an NH that divides C={s['C']}, got {s['NH']}")
-    dqkv = np.empty_like(qkv)
-    ops.attention_backward(dqkv, dout, qkv, out, lse)
-    return dqkv
-
-
-def gelu_forward(x: Array, backend: str = "auto") -> Array:
-    """Give the tanh form of GELU of x, any shape."""
-    ops, _ = _open(backend, x=(x, _any(x)))
-    out = np.empty_like(x)
-    ops.gelu_forward(out, x)
-    return out
-
-
-def gelu_backward(dout: Array, x: Array, backend: str = "auto") -> Array:
-    """Give dx for dout and x of one shape."""
-    ops, _ = _open(backend, x=(x, _any(x)), dout=(dout, _any(x)))
-    dx = np.empty_like(x)
-    ops.gelu_backward(dx, dout, x)
-    return dx
-
-
-def _any(x: Array) -> str:
-    """Letters for whatever shape x has."""
-    return " ".join(f"d{axis}" for axis in range(np.ndim(x)))
-
-
-def residual_forward(x: Array, branch: Array, backend: str = "auto") -> Array:
-    """Give x + branch, of one shape."""
-    ops, _ = _open(backend, x=(x, _any(x)), branch=(branch, _any(x)))
-    out = np.empty_like(x)
-    ops.residual_forward(out, x, branch)
-    return out
-
-
-def residual_backward(dout: Array, backend: str = "auto") -> tuple[Array, Array]:
-    """Give dx and dbranch, both dout."""
-    ops, _ = _open(backend, dout=(dout, _any(dout)))
-    dx, dbranch = np.empty_like(dout), np.empty_like(dout)
-    ops.residual_backward(dx, dbranch, dout)
-    return dx, dbranch
-
-
-def crossentropy_forward(
-    logits: Array, targets: Array, backend: str = "auto"
-) -> tuple[Array, Array]:
-    """Give losses (N,) in nats, 0 where targets (N,) is -1, and lse (N,) for logits (N, V)."""
-    ops, s = _open(backend, logits=(logits, "N V"))
-    check_int32("targets", targets, (s["N"],), -1, s["V"])
-    losses, lse = np.empty(s["N"], logits.dtype), np.empty(s["N"], logits.dtype)
-    ops.crossentropy_forward(losses, lse, logits, targets)
-    return losses, lse
-
-
-def crossentropy_backward(
-    logits: Array, lse: Array, targets: Array, scale: float = 1.0, backend: str = "auto"
-) -> Array:
-    """Give dlogits (N, V) of `scale` times the sum of the losses."""
-    ops, s = _open(backend, logits=(logits, "N V"), lse=(lse, "N"))
-    check_int32("targets", targets, (s["N"],), -1, s["V"])
-    _numbers(scale=scale)
-    dlogits = np.empty_like(logits)
-    ops.crossentropy_backward(dlogits, logits, lse, targets, scale)
-    return dlogits
-
-
-def adamw_update(
-    param: Array,
-    m: Array,
-    v: Array,
-    grad: Array,
-    learning_rate: float = 3e-4,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    t: int = 1,
-    grad_scale: float = 1.0,
-    backend: str = "auto",
-) -> tuple[Array, Array, Array]:
-    """Give param, m, v after AdamW's step t = 1, 2, ..., all of one shape."""
-    letters = _any(param)
-    ops, _ = _open(
-        backend, param=(param, letters), m=(m, letters), v=(v, letters), grad=(grad, letters)
-    )
-    if not 1 <= whole("t", t) < 2**63:
-        raise ValueError(f"t must be in [1, 2**63), got {t!r:.50}")
-    _numbers(learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps)
-    _numbers(weight_decay=weight_decay, grad_scale=grad_scale)
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1!r:.50} and {beta2!r:.50}")
-    param, m, v = param.copy(), m.copy(), v.copy()
-    scalars = (learning_rate, beta1, beta2, eps, weight_decay, t, grad_scale)
-    ops.adamw_update(param, m, v, grad, *scalars)
-    return param, m, v
-
-
-def global_norm(grad: Array, backend: str = "auto") -> float:
-    """Give the Euclidean norm of a gradient of any shape."""
-    ops, _ = _open(backend, grad=(grad, _any(grad)))
-    return ops.global_norm(grad)
+def __getattr__(name: str) -> Callable[..., Any]:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

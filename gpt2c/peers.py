@@ -93,7 +93,6 @@ def _adamw_update(param: Any, m: Any, v: Any, grad: Any, *scalars: Any) -> Call:
     return call
 
 
-# PyTorch has no call for residual_backward: autograd hands the gradient on.
 _OPS: dict[str, Callable[..., Call]] = {
     "encoder_forward": lambda out, idx, wte, wpe: (
         lambda: [F.embedding(idx, wte) + wpe[: idx.shape[1]]]

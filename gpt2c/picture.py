@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2c.files import atomic_path, through
+from gpt2c.files import atomic_path
 
 INSTALL = "pip install 'gpt2c[plot]'"
 # matplotlib's own font, then fonts with Chinese, Japanese and Korean, the simplified Chinese first.
@@ -103,7 +103,7 @@ def write(figure: Any, path: Path) -> str:
     for text in texts:
         text.set_fontfamily(families)
         text.set_text("".join(_code(c) if c in lacking else c for c in text.get_text()))
-    with atomic_path(through(path)) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return "".join(c for c in written if c in lacking)
 

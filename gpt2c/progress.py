@@ -1,6 +1,6 @@
 """What a person sees while a loop runs: a bar on a terminal, plain lines elsewhere.
 
-Knows nothing about what runs. Used by train and cli_eval.
+Knows nothing about what runs. Used by train, cli_eval, cli_prepare and demo.
 """
 
 from __future__ import annotations
@@ -9,16 +9,29 @@ import shutil
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 from tqdm import tqdm
 
 # What a terminal says that has gone, a reader that left, a full disk, a stream that was closed or
 # cannot encode a character. None of it may end the work that is shown.
 _UNSHOWN = (OSError, ValueError)
+_QUICK = 0.5  # seconds of a reading that needs no bar
+_BETWEEN = 10.0  # seconds from one line of a reading to the next
+_EACH = 0.1  # seconds from one look at a terminal's bar to the next
 
 
 class _Bar(tqdm):  # type: ignore[misc]
     monitor_interval = 0  # no thread, whose errors nobody would catch
+
+
+def _bar(**options: Any) -> _Bar | None:
+    """Return a bar on standard output, None where that is no terminal."""
+    size = shutil.get_terminal_size()  # tqdm draws nothing on terminals that say 0
+    with suppress(*_UNSHOWN):
+        if sys.stdout is not None and sys.stdout.isatty():
+            return _Bar(file=sys.stdout, ncols=size.columns, nrows=size.lines, **options)
+    return None
 
 
 class Progress:
@@ -38,18 +51,7 @@ class Progress:
         self._start, self._total = start, total
         self._began = time.monotonic()
         layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc} |{bar}|"  # narrow: no bar
-        size = shutil.get_terminal_size()  # tqdm draws nothing on terminals that say 0
-        self._bar: _Bar | None = None
-        with suppress(*_UNSHOWN):
-            if sys.stdout is not None and sys.stdout.isatty():
-                self._bar = _Bar(
-                    initial=start,
-                    total=total,
-                    bar_format=layout,
-                    file=sys.stdout,
-                    ncols=size.columns,
-                    nrows=size.lines,
-                )
+        self._bar = _bar(initial=start, total=total, bar_format=layout)
 
     def step(self, step: int, figures: str) -> bool:
         """Show that `step` steps are done; return whether their figures are a line that stays."""
@@ -80,3 +82,74 @@ class Progress:
         if self._bar is not None:
             with suppress(*_UNSHOWN):
                 self._bar.close()
+
+
+class Reading:
+    """Shows how far something is read, each time that it is: by a bar, or a line now and then.
+
+    A reading that is over at once is not shown, and what cannot be shown is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._name = "reading"
+        self._bar: _Bar | None = None
+        self._done = 0
+        self._began = self._due = 0.0
+        self._shown = False
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def stage(self, name: str) -> None:
+        """Say what the next readings are for."""
+        self.close()
+        self._name = name
+
+    def read(self, done: int, total: int) -> None:
+        """Show that `done` bytes are read of `total`, 0 if no one knows how many.
+
+        Fewer than before begin a new reading.
+        """
+        now = time.monotonic()
+        if not self._began or done < self._done:
+            self._begin(now, total)
+        is_last = self._done < done == total
+        self._done = done
+        if now < self._due and not (self._shown and is_last):
+            return
+        self._shown = True
+        if self._bar is not None:
+            self._due = now + _EACH
+            with suppress(*_UNSHOWN):
+                self._bar.update(done - self._bar.n)
+            return
+        self._due = now + _BETWEEN
+        left = (now - self._began) / max(1, done) * (total - done)
+        of = f" of {total / 1e6:,.0f}" if total else ""
+        until = f"  {tqdm.format_interval(left)} left" if done < total else ""
+        with suppress(*_UNSHOWN):
+            print(f"{self._name}: {done / 1e6:,.0f}{of} MB{until}", flush=True)
+
+    def _begin(self, now: float, total: int) -> None:
+        self.close()
+        layout = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}] |{bar}|"
+        self._bar = _bar(
+            desc=self._name,
+            total=total or None,
+            bar_format=layout,
+            unit="B",
+            unit_scale=True,
+            delay=_QUICK,
+        )
+        self._began = now
+        self._due = now + (_BETWEEN if self._bar is None else _QUICK)
+
+    def close(self) -> None:
+        """End the reading."""
+        if self._bar is not None:
+            with suppress(*_UNSHOWN):
+                self._bar.close()
+        self._bar, self._shown, self._began, self._done = None, False, 0.0, 0

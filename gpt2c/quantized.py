@@ -125,7 +125,7 @@ class QuantizedGPT2(LanguageModel):
         return {
             "config": self.config,
             "method": self.method,
-            "backend": (self.backend.name, getattr(self.backend, "threads", None)),
+            "backend": (self.backend.name, self.backend.threads),
             "parameters": dict(self.parameters),
         }
 

@@ -1,7 +1,7 @@
 """The specification: every op of GPT-2, forward and backward, in plain NumPy.
 
-The C kernels have the same ops (csrc/gpt2c.h), and the tests compare them with this file. It is
-also a backend, "numpy". It computes in the dtype of the arrays it is given: float32 to train,
+The C kernels have the same ops (csrc/gpt2c.h), and the tests compare them with this file. They are
+the backend "numpy", too. It computes in the dtype of the arrays it is given: float32 to train,
 float64 for gradient checks. It is written to be read: attention holds its whole T x T matrix, and
 nothing is blocked or fused. The ops that only read a model stand in `gpt2c.reference_reading`.
 
@@ -28,8 +28,6 @@ from gpt2c.reference_reading import cache_attention_forward, linear_forward, mat
 
 Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
-
-name = "numpy"  # what `gpt2c.backends()` calls this set of ops
 
 GELU_SCALE = math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715  # keeps the tanh form within 5e-4 of x * Phi(x)
@@ -292,18 +290,6 @@ def residual_forward(out: Array, x: Array, branch: Array) -> None:
     Source: He et al. 2015, arXiv:1512.03385.
     """
     out[...] = x + branch
-
-
-def residual_backward(dx: Array, dbranch: Array, dout: Array) -> None:
-    """Hand the gradient of a sum to both of its terms.
-
-    Parameters
-    ----------
-    dx, dbranch, dout : one shape, any; `dx` and `dbranch` are written, `dx` may be `dout`
-    """
-    # out = x + branch
-    dx[...] = dout
-    dbranch[...] = dout
 
 
 # ---- softmax + cross-entropy ---------------------------------------------------------------------

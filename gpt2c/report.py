@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from gpt2c.bench import Result
-from gpt2c.files import atomic_path, read_json, shown, through
+from gpt2c.files import atomic_path, read_json, shown
 from gpt2c.machine import Ceilings, commit, compiler, cpu_facts, cpu_name, fastest
 from gpt2c.plot import plot_shares, plot_speed
 
@@ -299,7 +299,7 @@ def write_json(path: Path, ceilings: Ceilings, results: Sequence[Result], verdic
             dataclasses.asdict(r) | ({"median": r.median} if r.seconds else {}) for r in results
         ],
     }
-    with atomic_path(through(path)) as temporary:
+    with atomic_path(path) as temporary:
         text = json.dumps(_finite(content), indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 

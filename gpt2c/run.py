@@ -51,14 +51,13 @@ VERSION = 1
 RUN_FILE = "run.json"
 CHECKPOINTS = tokenizer_files.CHECKPOINTS
 EVENTS = "tensorboard"
-# What a run leaves at the top of its directory beside run.json, its tokenizer's files among it: a
-# later run must not be taken for one with that tokenizer.
+# What a run writes at the top of its directory beside run.json.
 _FILES = (
     *(CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE),
-    *(tokenizer_files.VOCAB, tokenizer_files.MERGES, tokenizer_files.TOKENIZER),
-    *(tokenizer_files.CONFIG, tokenizer_files.ADDED),
+    *(tokenizer_files.VOCAB, tokenizer_files.MERGES, tokenizer_files.CONFIG),
 )
-# Of these a user may have made links to another place, which stay.
+# What others wrote there: a later run must not be taken for one with that tokenizer.
+_OTHERS = (tokenizer_files.TOKENIZER, tokenizer_files.ADDED)
 _LOGS = (METRICS_FILE, METRICS_DAMAGED, LOSS_FILE, RUNS_FILE)
 
 
@@ -114,15 +113,16 @@ def check_save(out: Path, parameters: int, overwrite: bool) -> None:
 
     Raises
     ------
-    OSError : its checkpoints cannot be written: a link that leads nowhere, no permission, or less
-        room on the disk than a checkpoint of so many parameters and a copy of its weights take
+    OSError : its files cannot be written: a link that leads nowhere, no permission, or less room on
+        the disk than a checkpoint of so many parameters and a copy of its weights take
     """
     directory = out / CHECKPOINTS
     check_link(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; the directory of checkpoints is wanted")
     place = directory if directory.is_dir() else out  # where it will be made
-    for parent in dict.fromkeys((out, place)):
+    homes = [path.parent for path in files.places(*(out / name for name in (RUN_FILE, *_FILES)))]
+    for parent in dict.fromkeys((out, place, *homes)):
         trial = files.temporary_path(parent / "trial")
         try:
             with files.naming(parent, {trial: parent}):
@@ -132,8 +132,9 @@ def check_save(out: Path, parameters: int, overwrite: bool) -> None:
             shutil.rmtree(trial, ignore_errors=True)
     # What an overwritten run leaves goes first.
     left = sum(path.lstat().st_size for path in directory.glob("*/*")) if overwrite else 0
-    wanted = {place: trainer_state.size_bytes(parameters), out: 4 * parameters}
-    if os.stat(out).st_dev == os.stat(place).st_dev:
+    copy = through(out / WEIGHTS_FILE).parent
+    wanted = {place: trainer_state.size_bytes(parameters), copy: 4 * parameters}
+    if os.stat(copy).st_dev == os.stat(place).st_dev:
         wanted = {place: trainer_state.size_bytes(parameters) + 4 * parameters}
     for parent, size in wanted.items():
         disk = shutil.disk_usage(parent)
@@ -234,12 +235,14 @@ class Run:
         self._told: set[str] = set()
 
     def start(self) -> None:
-        """Begin the directory anew; what an overwritten run left is removed, but a user's links.
+        """Begin the directory anew; what an overwritten run left is removed, but links to it stay.
 
         run.json goes first and comes first: with it a run can go on, without it none can be
         mistaken for another.
         """
         for name in (RUN_FILE, *_FILES):
+            through(self.out / name).unlink(missing_ok=True)
+        for name in _OTHERS:
             (self.out / name).unlink(missing_ok=True)
         for name in _LOGS:
             with self._logging(self.out / name):
@@ -325,7 +328,7 @@ class Run:
             "data": self.data,
             "bytes_per_token": self.bytes_per_token,
             "backend": self.model.backend.name,
-            "threads": getattr(self.model.backend, "threads", 1),
+            "threads": self.model.backend.threads,
         }
 
     def log(self, entry: dict[str, Any]) -> None:

@@ -13,35 +13,65 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, TypedDict
+from typing import Any, NoReturn, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.checks import number, whole
+from gpt2c.checks import number, whole_or_float
 
 # Others' names of what GenerationConfig calls otherwise.
 MEANT = {"stop_strings": "stop", "stop_token_ids": "stop", "n": "num_return_sequences"}
 MEANT |= dict.fromkeys(("max_length", "max_tokens", "max_gen_toks"), "max_new_tokens")
 MEANT |= {"min_length": "min_new_tokens"}
 
+# transformers' settings that gpt2c has not: name -> values that leave it off, as None always does.
+ANY = None  # each value is taken, for none changes what one token at a time without padding gives
+OFF: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "typical_p"), (1,)),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (1,)),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), (0,)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "min_length"), (0,)),
+    **dict.fromkeys(("renormalize_logits", "remove_invalid_values", "token_healing"), (False,)),
+    **dict.fromkeys(("output_scores", "output_logits", "output_attentions"), (False,)),
+    **dict.fromkeys(("output_hidden_states", "return_dict_in_generate"), (False,)),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "sequence_bias"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "max_time"), ()),
+    **dict.fromkeys(("max_length", "stop_strings"), ()),
+    **dict.fromkeys(("use_cache", "low_memory", "early_stopping", "length_penalty"), ANY),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "num_assistant_tokens"), ANY),
+    **dict.fromkeys(("transformers_version", "_from_model_config"), ANY),  # of a file of settings
+}
+
+
+def is_off(name: str, value: Any) -> bool:
+    """Return whether a setting of `OFF` has a value that changes nothing."""
+    off = OFF[name]
+    plain = isinstance(value, bool | int | float | np.generic)  # an array would not say whether
+    return off is ANY or value is None or (plain and value in off)
+
 
 class TextSettings(TypedDict, total=False):
-    """`GenerationConfig`'s settings for texts: a type checker then knows their names and types."""
+    """`GenerationConfig`'s settings for texts: a type checker then knows their names and types.
 
-    min_new_tokens: int
-    do_sample: bool
-    temperature: float
+    Of those of `OFF`, which all are taken, only what many programs write stands here.
+    """
+
+    min_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
-    repetition_penalty: float
-    no_repeat_ngram_size: int
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
     eos_token_id: int | Collection[int] | None
     seed: int | None
     on_full: str
-    num_beams: int
-    typical_p: float
+    num_beams: int | None
+    typical_p: float | None
     use_cache: bool | None
     early_stopping: bool | str | None
     length_penalty: float | None
@@ -51,7 +81,7 @@ class TextSettings(TypedDict, total=False):
 class Settings(TextSettings, total=False):
     """`GenerationConfig`'s settings for token ids, but for max_new_tokens."""
 
-    num_return_sequences: int
+    num_return_sequences: int | None
     stop: int | Collection[int] | None
     logprobs: bool
 
@@ -59,6 +89,9 @@ class Settings(TextSettings, total=False):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How a text is continued.
+
+    None means the default, but for eos_token_id: there it means that no token ends a text. A whole
+    number may be given as a float, 2.0.
 
     Parameters
     ----------
@@ -79,9 +112,8 @@ class GenerationConfig:
     seed : the same seed draws the same tokens; None takes a fresh one
     logprobs : give the log-probability, in nats, that the model itself gave to each token as well
     on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
-    num_beams, typical_p : of transformers; 1, its default, is taken
-    use_cache, early_stopping, length_penalty, pad_token_id : of transformers; any value is taken,
-        for none changes what one token at a time without padding gives
+    settings : others of transformers that gpt2c has not, see `OFF`: the values that leave them off
+        are taken
 
     Raises
     ------
@@ -105,34 +137,26 @@ class GenerationConfig:
     logprobs: bool = False
     on_full: str = "slide"
 
-    num_beams: dataclasses.InitVar[int] = 1
-    typical_p: dataclasses.InitVar[float] = 1.0
-    use_cache: dataclasses.InitVar[bool | None] = True
-    early_stopping: dataclasses.InitVar[bool | str | None] = False
-    length_penalty: dataclasses.InitVar[float | None] = 1.0
-    pad_token_id: dataclasses.InitVar[int | None] = None
-
-    def __new__(cls, **settings: Any) -> GenerationConfig:
-        """Refuse an unknown setting with the name that was probably meant."""
-        known = cls.__dataclass_fields__
-        for name in settings.keys() - known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = MEANT.get(name) or (near[0] if near else None)
-            hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}"
-            raise TypeError(f"GenerationConfig has no setting {name!r}; {hint}")
-        return super().__new__(cls)
-
-    def __post_init__(self, num_beams: Any, typical_p: Any, *unused: Any) -> None:
-        for name, one in (("num_beams", num_beams), ("typical_p", typical_p)):
-            if one is not None and one != 1:
-                raise ValueError(f"{name} must be 1, for gpt2c has nothing like it, got {one!r}")
+    def __init__(self, *, max_new_tokens: int | None = 64, **settings: Unpack[Settings]) -> None:
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **settings}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in given.items():
+            if name not in defaults and not (name in OFF and is_off(name, value)):
+                _refuse(name, value, defaults)
+        for name, default in defaults.items():
+            value = given.get(name)
+            object.__setattr__(self, name, default if value is None else value)
         least = {"max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
         least |= {"num_return_sequences": 1, "top_k": 0, "seed": 0}
         for name, low in least.items():
             value = getattr(self, name)
-            if not (name in ("top_k", "seed") and value is None) and whole(name, value) < low:
+            if value is None:  # of top_k and seed
+                continue
+            count = whole_or_float(name, value)
+            if count < low:
                 fresh = ", or left out for a fresh one" if name == "seed" else ""
                 raise ValueError(f"{name} must be at least {low}{fresh}, got {value!r}")
+            object.__setattr__(self, name, count)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens},"
@@ -184,6 +208,19 @@ class GenerationConfig:
                     raise ValueError(f"{name}: {token!r} is not a token id in [0, {vocab_size})")
                 ids.add(int(token))
         return frozenset(ids)
+
+
+def _refuse(name: str, value: Any, known: Collection[str]) -> NoReturn:
+    """Raise the error about a setting that `GenerationConfig` does not take."""
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = MEANT.get(name) or (near[0] if near and name not in OFF else None)
+    if meant is None and name in OFF:
+        wanted = " or ".join(map(repr, OFF[name] or (None,)))
+        raise ValueError(
+            f"{name} must be {wanted}, for gpt2c has nothing like it, got {value!r:.50}"
+        )
+    hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}"
+    raise TypeError(f"GenerationConfig has no setting {name!r}; {hint}")
 
 
 def penalised(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.checks import whole
+from gpt2c.checks import check_kind, counted, whole
 from gpt2c.figures import figures, written
 from gpt2c.files import parse_json, read_text
 from gpt2c.language_model import IntArray, LanguageModel, check_ids
@@ -44,12 +44,17 @@ class Scorer:
 
     Raises
     ------
+    ValueError : model is none
     MemoryError : keys and values of so many tokens do not fit
     """
 
     def __init__(self, model: LanguageModel, capacity: int | None = None) -> None:
+        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
         self._decoder = model.decoder(1, capacity)
         self._known = np.empty(0, np.int32)  # what the decoder has read
+
+    def __repr__(self) -> str:
+        return f"Scorer({self._decoder!r})"
 
     def __call__(self, tokens: IntArray, first: int) -> tuple[Array, NDArray[np.bool_]]:
         """Score tokens[first:], each after all those before it.
@@ -119,14 +124,14 @@ def token_logprobs(
     Source: "Perplexity of fixed-length models", Hugging Face's guide. There the means of windows
     are averaged, here each token counts the same.
     """
+    check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
     ids = check_ids(tokens, "tokens", 0, model.config.vocab_size)
     if ids.ndim != 1:
         raise ValueError(f"tokens must be (N,) token ids, got shape {ids.shape}")
     if len(ids) < 2:
-        plural = "" if len(ids) == 1 else "s"
         raise ValueError(
-            f"{len(ids)} token{plural} cannot be scored: at least 2 are needed, as the first has"
-            " nothing before it"
+            f"{counted(len(ids), 'token')} cannot be scored: at least 2 are needed, as the first"
+            " has nothing before it"
         )
     most = model.config.n_positions
     length = most if max_length is None else whole("max_length", max_length)

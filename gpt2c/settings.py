@@ -191,12 +191,13 @@ def find_recipe(name: str) -> Path:
     OSError : there is neither
     """
     path, shipped = Path(name), Path(__file__).parent / "recipes"
-    if path.exists():
+    recipe = shipped / f"{name}.toml"
+    if path.exists() and not (path.is_dir() and recipe.is_file()):  # "demo" may be a run
         return path
-    if not (shipped / f"{name}.toml").is_file():
+    if not recipe.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in shipped.glob("*.toml")))
         raise FileNotFoundError(f"{name}: no such recipe; gpt2c comes with {known}")
-    return shipped / f"{name}.toml"
+    return recipe
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -221,6 +222,24 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return {name: checked(name, value) for name, value in entries.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings, changed by what is given.
+
+    With another number of steps the recipe's warm-up keeps its share of them, if none is given.
+
+    Raises
+    ------
+    OSError, ValueError : see `find_recipe` and `read_recipe`; the number of steps is out of range
+    """
+    recipe = read_recipe(find_recipe(name))
+    settings = recipe | dict(given)
+    if "warmup_iters" in recipe and "warmup_iters" not in given and "max_iters" in given:
+        steps = checked("max_iters", given["max_iters"])
+        of = recipe.get("max_iters", DEFAULTS["max_iters"])
+        settings["warmup_iters"] = min(recipe["warmup_iters"] * steps // of, GREATEST)
+    return settings
 
 
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:

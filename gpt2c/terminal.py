@@ -23,6 +23,7 @@ from typing import Any
 PATIENCE = 0.5  # seconds for a stream that does not wait and is full
 # C0 but for tab and newline, DEL, C1; separators of lines, and what turns the direction of a line
 CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+PLAIN = "\x1b[0m"  # ends a colour
 NAMED = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\"}
 
 
@@ -176,6 +177,11 @@ def well_formed(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def one_line(text: str) -> str:
+    """Return text as one printable line, whatever a stranger's name would do to a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in well_formed(text))
+
+
 def visible(text: str) -> str:
     """Return text as standard output may have it: unchanged, but on a terminal without controls.
 
@@ -225,6 +231,16 @@ def spelled(data: bytes) -> str:
     text = data.decode("utf-8", "gpt2c-brackets")
     shown = "".join(NAMED.get(c) or (c if c.isprintable() else ascii(c)[1:-1]) for c in text)
     return f"'{shown}'"
+
+
+def has_colors() -> bool:
+    """Return whether colours are shown: on a terminal, unless the user's NO_COLOR says no."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def colored(text: str, color: str) -> str:
+    """Return text in a colour where colours are shown."""
+    return f"{color}{text}{PLAIN}" if has_colors() else text
 
 
 def columns(text: str) -> int:

@@ -9,29 +9,27 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import shutil
 import stat
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gpt2c import files
-from gpt2c.tokenizer_files import END_OF_TEXT
+from gpt2c.metrics import FILE as METRICS
+from gpt2c.terminal import one_line
+from gpt2c.tokenizer_files import END_OF_TEXT, MERGES
 
 PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
+OWN = (METRICS, MERGES)  # what gpt2c writes with such endings, and no text
 _PIECE = 1 << 16  # bytes
+_MOST_BLANK = 1 << 20  # characters that are kept until it is seen whether a document has others
 _LONGEST = 1 << 26  # bytes of a line of JSONL, which is read whole
-
-
-def split_documents(text: str) -> list[str]:
-    """Split a text at each "<|endoftext|>"; drop blank parts, keep the others as they are."""
-    return ["".join(pieces) for pieces in _documents(_at_marks([text]))]
 
 
 class TextFiles:
@@ -46,9 +44,12 @@ class TextFiles:
     ----------
     paths : files, which may be pipes; "-", standard input; and directories, of which all files
         with the endings PLAIN and JSON_LINES are read, those of directories in them too, sorted by
-        name, but none whose name begins with a dot
+        name, but none whose name begins with a dot. A line on standard error names what of a
+        directory is left out: what cannot be read, is no file, or has a name of OWN
     field : the field of JSONL, None for "text". With a field, what has none of those endings is
         JSONL, too
+    watch : told as the files are read, again and again: how many bytes were read since that
+        began, and how many all have, 0 where that is not known yet, as of a pipe
 
     Attributes
     ----------
@@ -61,8 +62,13 @@ class TextFiles:
         directory has no texts
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], field: str | None = None) -> None:
-        self._field = field
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        field: str | None = None,
+        watch: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._field, self._watch = field, watch
         self._stack = ExitStack()
         self._kept: dict[str, BinaryIO] = {}  # what can be read but once
         self._seen: dict[str, tuple[int, int]] = {}
@@ -78,6 +84,7 @@ class TextFiles:
                 else:
                     self.names.append(path)
                     self._keep(path)
+            self._size = sum(map(self._size_of, self.names))
         except BaseException:
             self.close()
             raise
@@ -95,7 +102,7 @@ class TextFiles:
     def _keep(self, name: str) -> None:
         """Copy to a temporary file what can be read but once; refuse what has no end."""
         if name == "-":
-            source: BinaryIO = sys.stdin.buffer
+            source: Any = sys.stdin.buffer
         else:
             try:
                 mode = os.stat(name).st_mode
@@ -108,18 +115,42 @@ class TextFiles:
             source = self._stack.enter_context(open(name, "rb"))
         copy = self._stack.enter_context(tempfile.TemporaryFile())
         with files.naming(Path(tempfile.gettempdir())):
-            shutil.copyfileobj(source, copy)
+            # A read after the end would have a person at a terminal press Ctrl-D again.
+            while content := source.read1(_PIECE):
+                copy.write(content)
+                if self._watch:
+                    self._watch(copy.tell(), 0)
+            copy.flush()
         self._kept[name] = copy
 
     def __iter__(self) -> Iterator[Iterator[str]]:
         """Yield the documents, each an iterator of its pieces."""
+        before = 0
         for name in self.names:
             lines = name.endswith(JSON_LINES)
             if self._field is not None and not name.endswith(PLAIN):
                 lines = True
             with self._open(name) as file:
                 flow = self._lines(name, file) if lines else self._plain(name, file)
-                yield from _documents(flow)
+                yield from _documents(self._watched(flow, file, before))
+                before += file.tell()
+
+    def _watched(
+        self, flow: Iterator[str | None], file: BinaryIO, before: int
+    ) -> Iterator[str | None]:
+        """Tell how much was read with each piece."""
+        told = -_PIECE
+        for piece in flow:
+            if self._watch and file.tell() - told >= _PIECE:  # lines of JSONL are short
+                told = file.tell()
+                self._watch(before + told, self._size)
+            yield piece
+        if self._watch:
+            self._watch(before + file.tell(), self._size)
+
+    def _size_of(self, name: str) -> int:
+        kept = self._kept.get(name)
+        return os.stat(name if kept is None else kept.fileno()).st_size
 
     @contextmanager
     def _open(self, name: str) -> Iterator[BinaryIO]:
@@ -192,21 +223,45 @@ def _source(name: str) -> str:
 def _texts_in(directory: Path) -> list[Path]:
     """Find the texts of a directory, sorted."""
 
-    def complain(error: OSError) -> None:
-        raise error
+    def leave_out_folder(error: OSError) -> None:
+        if error.filename == str(directory):
+            raise error
+        _leave_out(error.filename, f"it cannot be read ({error.strerror})")
 
     found = []
-    for folder, subfolders, names in os.walk(directory, onerror=complain):
+    for folder, subfolders, names in os.walk(directory, onerror=leave_out_folder):
         subfolders[:] = [name for name in subfolders if name[0] != "."]
-        found += [
-            Path(folder, name)
-            for name in names
-            if name[0] != "." and name.endswith(PLAIN + JSON_LINES)
-        ]
+        for path in (Path(folder, name) for name in subfolders):
+            if path.is_symlink():  # it may lead to a directory that is read already, in a circle
+                _leave_out(path, "it is a link to a directory")
+        for path in (Path(folder, name) for name in names):
+            if path.name[0] == "." or not path.name.endswith(PLAIN + JSON_LINES):
+                continue
+            if reason := _no_text(path):
+                _leave_out(path, reason)
+            else:
+                found.append(path)
     if not found:
         endings = ", ".join(f"*{ending}" for ending in PLAIN + JSON_LINES)
         raise ValueError(f"directory {directory} has no text files ({endings})")
     return sorted(found)
+
+
+def _no_text(path: Path) -> str:
+    """Say why a file of a directory cannot be read as a text, "" if it can."""
+    if path.name in OWN:
+        return "gpt2c writes such a file itself"
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if not stat.S_ISREG(mode):
+        return "it is a pipe, a socket or a device"
+    return "" if os.access(path, os.R_OK) else "it may not be read"
+
+
+def _leave_out(path: str | Path, reason: str) -> None:
+    print(f"gpt2c: {one_line(str(path))} is left out: {reason}", file=sys.stderr)
 
 
 def _decoded(file: BinaryIO, source: str) -> Iterator[str]:
@@ -254,12 +309,15 @@ def _at_marks(pieces: Iterable[str]) -> Iterator[str | None]:
 
 
 def _documents(flow: Iterator[str | None]) -> Iterator[Iterator[str]]:
-    """Gather pieces into documents; those with nothing but blanks are left out."""
+    """Gather pieces into documents; those with nothing but blanks are left out.
+
+    But one of more than `_MOST_BLANK`, which no tokenizer takes, is not left out.
+    """
     blank: list[str] = []
     for piece in flow:
         if piece is None:
             blank = []
-        elif not piece.strip():
+        elif not piece.strip() and sum(map(len, blank)) < _MOST_BLANK:
             blank.append(piece)
         else:
             rest = takewhile(lambda piece: piece is not None, flow)

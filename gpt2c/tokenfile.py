@@ -1,4 +1,4 @@
-"""Token files: llm.c's shards, mapped and written, and nanoGPT's files, which have no header.
+"""Token files: llm.c's shards, read and written, and nanoGPT's files, which have no header.
 
     train.bin     or shards of it, train_000001.bin, fineweb_train_000002.bin
     val.bin       or tiny_shakespeare_val.bin: the split is a word of the name
@@ -10,19 +10,22 @@ Knows nothing about text, models or batches.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gpt2c import files
+from gpt2c.checks import counted
 
 Tokens = NDArray[np.uint16]
 Split = Literal["train", "val"]
@@ -47,14 +50,23 @@ class StoredTokens:
     path : the file
     start : bytes before the first token
     count : N
+
+    Attributes
+    ----------
+    checksum, text_bytes : set by `open_tokens`: the CRC of the tokens, and how many bytes of text
+        they stand for, 0 where the tokens' lengths were not given
     """
 
     dtype = np.dtype(np.uint16)
+    checksum = text_bytes = 0
 
     def __init__(self, path: Path, start: int, count: int) -> None:
         self.path, self._start, self.shape = path, start, (count,)
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
+
+    def __repr__(self) -> str:
+        return f"StoredTokens({str(self.path)!r}, {counted(len(self), 'token')})"
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -87,7 +99,7 @@ class StoredTokens:
         return self[:].astype(dtype or np.uint16, copy=False)
 
 
-def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike) -> None:
+def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike | StoredTokens) -> None:
     """Write token ids (N,) as an llm.c shard: 256 little-endian int32 of header, then N uint16.
 
     Raises
@@ -95,11 +107,11 @@ def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike) -> None:
     ValueError : no tokens, too many, or an id outside 0 to 65535
     OSError : the file cannot be written; what was there before is unchanged
     """
-    _write_all([Path(path)], [np.asarray(tokens)])
+    _write_all([Path(path)], _source(tokens))
 
 
 def write_shards(
-    directory: Path, split: Split, tokens: ArrayLike, shard_tokens: int = 0
+    directory: Path, split: Split, tokens: ArrayLike | StoredTokens, shard_tokens: int = 0
 ) -> list[Path]:
     """Write token ids (N,) as files of `shard_tokens`, from 1, the last smaller; 0: as one.
 
@@ -112,24 +124,43 @@ def write_shards(
     ValueError : see `write_tokens`
     OSError : a file cannot be written; then none is new
     """
-    array = np.asarray(tokens)
-    size = shard_tokens or max(1, len(array))
-    pieces = [array[start : start + size] for start in range(0, max(1, len(array)), size)]
-    paths = [directory / f"{split}_{number:06d}.bin" for number in range(1, len(pieces) + 1)]
-    if len(paths) == 1:
-        paths = [directory / f"{split}.bin"]
-    _write_all(paths, pieces)
+    source = _source(tokens)
+    paths = [directory / name for name in shard_names(split, len(source), shard_tokens)]
+    _write_all(paths, source, shard_tokens)
     return paths
 
 
-def _write_all(paths: list[Path], pieces: list[NDArray[Any]]) -> None:
-    for path, tokens in zip(paths, pieces, strict=True):
-        _check(path, tokens)
+def shard_names(split: Split, count: int, shard_tokens: int) -> list[str]:
+    """Return the names of the files that `write_shards` makes of so many tokens."""
+    if count <= (shard_tokens or count):
+        return [f"{split}.bin"]
+    return [f"{split}_{number:06d}.bin" for number in range(1, -(-count // shard_tokens) + 1)]
+
+
+def _source(tokens: ArrayLike | StoredTokens) -> NDArray[Any] | StoredTokens:
+    return tokens if isinstance(tokens, StoredTokens) else np.asarray(tokens)
+
+
+def _write_all(paths: list[Path], tokens: NDArray[Any] | StoredTokens, size: int = 0) -> None:
+    """Write tokens (N,) as files of `size`, the last smaller; 0: as one."""
+    size = size or max(1, math.prod(tokens.shape))
+    starts = range(0, size * len(paths), size)
+    for path, start in zip(paths, starts, strict=True):
+        _check(path, tokens, start, start + size)
     with files.atomic_paths(*paths) as temporaries:
-        for temporary, tokens in zip(temporaries, pieces, strict=True):
+        for temporary, start in zip(temporaries, starts, strict=True):
             with open(temporary, "wb") as file:
-                file.write(_header(len(tokens)))
-                file.write(np.ascontiguousarray(tokens, "<u2").data)
+                stop = min(start + size, len(tokens))
+                file.write(_header(stop - start))
+                _write_blocks(file, tokens, start, stop)
+
+
+def _write_blocks(
+    file: BinaryIO, tokens: NDArray[Any] | StoredTokens, start: int, stop: int
+) -> None:
+    """Write tokens from `start` up to `stop`, a block at a time: they may be more than memory."""
+    for place in range(start, stop, _BLOCK):
+        file.write(np.ascontiguousarray(tokens[place : min(place + _BLOCK, stop)], "<u2").data)
 
 
 def _header(count: int) -> bytes:
@@ -138,18 +169,20 @@ def _header(count: int) -> bytes:
     return header.tobytes()
 
 
-def _check(path: Path, tokens: NDArray[Any]) -> None:
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+def _check(path: Path, tokens: NDArray[Any] | StoredTokens, start: int, stop: int) -> None:
+    if len(tokens.shape) != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"tokens for {path} must be a (N,) array of integers, not {tokens.dtype} {tokens.shape}"
         )
-    if not 0 < len(tokens) <= _MAX_TOKENS:
+    count = min(stop, len(tokens)) - start
+    if not 0 < count <= _MAX_TOKENS:
+        raise ValueError(f"{path} would hold {count} tokens; a token file holds 1 to {_MAX_TOKENS}")
+    if isinstance(tokens, StoredTokens):
+        return  # a uint16 is in range
+    least, largest = tokens[start:stop].min(), tokens[start:stop].max()
+    if least < 0 or largest >= MAX_VOCABULARY:
         raise ValueError(
-            f"{path} would hold {len(tokens)} tokens; a token file holds 1 to {_MAX_TOKENS}"
-        )
-    if tokens.min() < 0 or tokens.max() >= MAX_VOCABULARY:
-        raise ValueError(
-            f"tokens for {path} must lie between 0 and 65535, not {tokens.min()} and {tokens.max()}"
+            f"tokens for {path} must lie between 0 and 65535, not {least} and {largest}"
         )
 
 
@@ -199,9 +232,26 @@ class TokenWriter:
             tokens = tokens[room:]
 
     def finish(self) -> None:
-        """Put all that was written on the disk."""
-        for file in self._all():
+        """Put all that was written on the disk, beside what the files will replace.
+
+        Raises
+        ------
+        OSError : see `files.places`, or a full disk
+        """
+        for split, files_ in self._files.items():
+            if len(files_) == 1:
+                files_[0].path = self._directory / f"{split}.bin"
+        every = self._all()
+        for file, place in zip(every, files.places(*(f.path for f in every)), strict=True):
             file.finish()
+            file.move(place)
+
+    def names(self) -> set[str]:
+        """Return the names of the files that `publish` will write, once `finish` has settled them.
+
+        The manifest is one of them.
+        """
+        return {MANIFEST, *(file.path.name for file in self._all())}
 
     def publish(self, facts: Mapping[str, Any], splits: Mapping[Split, Mapping[str, Any]]) -> None:
         """Let the files take their names, and write the manifest; val.bin comes last.
@@ -215,8 +265,6 @@ class TokenWriter:
         self.finish()
         manifest: dict[str, Any] = {"version": _MANIFEST_VERSION, **facts}
         for split, files_ in self._files.items():
-            if len(files_) == 1:
-                files_[0].path = self._directory / f"{split}.bin"
             entries = [
                 {"name": file.path.name, "tokens": file.count, "crc32": file.checksum}
                 for file in files_
@@ -228,14 +276,15 @@ class TokenWriter:
             temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for file in self._files["val"]:
             file.publish()
-        files.sync(self._directory)
+        for directory in {file.place.parent for file in self._all()}:
+            files.sync(directory)
 
 
 class _TokenFile:
     """A token file that is being written, of a name to come; its header is written at the end."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = self.place = path  # its name, and where that leads
         self._temporary = files.temporary_path(path)
         self._waiting: list[NDArray[Any]] = []
         self._waiting_tokens = 0
@@ -268,8 +317,20 @@ class _TokenFile:
                 self._file.close()
                 files.sync(self._temporary)
 
+    def move(self, place: Path) -> None:
+        """Move what is written beside `place`, which may be on another disk."""
+        self.place, written = place, self._temporary
+        if place.parent != written.parent:
+            self._temporary = files.temporary_path(place)
+            try:
+                with files.naming(self.path, {self._temporary: self.path}):
+                    shutil.move(written, self._temporary)
+                    files.sync(self._temporary)
+            finally:
+                written.unlink(missing_ok=True)
+
     def publish(self) -> None:
-        os.replace(self._temporary, self.path)
+        os.replace(self._temporary, self.place)
 
     def drop(self) -> None:
         self._file.close()
@@ -277,7 +338,7 @@ class _TokenFile:
 
 
 def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokens:
-    """Open an llm.c shard: a read-only (N,) uint16 array, mapped from the file where that can be.
+    """Read an llm.c shard: tokens (N,) uint16.
 
     Parameters
     ----------
@@ -289,26 +350,37 @@ def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> 
     OSError : the file is missing or cannot be read
     ValueError : not an llm.c shard, truncated, or a token outside the vocabulary
     """
-    path = Path(path)
-    _count(path)
-    tokens = files.map_file(path)[_HEADER_BYTES:].view("<u2")
-    _check_vocabulary(path, tokens, vocab_size)
-    return tokens
+    return open_tokens(path, vocab_size)[:]
 
 
-def open_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> StoredTokens:
-    """Open an llm.c shard whose tokens are read when they are needed; see `read_tokens`."""
+def open_tokens(
+    path: str | os.PathLike[str],
+    vocab_size: int | None = None,
+    lengths: NDArray[np.int64] | None = None,
+) -> StoredTokens:
+    """Open an llm.c shard whose tokens are read when they are needed; see `read_tokens`.
+
+    All of it is read once, for what the attributes say.
+
+    Parameters
+    ----------
+    lengths : bytes of text in each token of the vocabulary, (V,)
+    """
     path = Path(path)
     tokens = StoredTokens(path, _HEADER_BYTES, _count(path))
-    _check_vocabulary(path, tokens, vocab_size)
+    largest = 0
+    for start in range(0, len(tokens), _BLOCK):
+        block = tokens[start : start + _BLOCK]
+        tokens.checksum = zlib.crc32(block.data, tokens.checksum)
+        largest = max(largest, int(block.max()))
+        if lengths is not None and largest < len(lengths):
+            tokens.text_bytes += int(lengths[block].sum())
+    if vocab_size is not None:
+        _check_vocabulary(path, largest, vocab_size)
     return tokens
 
 
-def _check_vocabulary(path: Path, tokens: Tokens | StoredTokens, vocab_size: int | None) -> None:
-    if vocab_size is None:
-        return
-    parts = range(0, len(tokens), _BLOCK)
-    largest = max(int(tokens[start : start + _BLOCK].max()) for start in parts)
+def _check_vocabulary(path: Path, largest: int, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise ValueError(
             f"{path} holds token {largest}, outside a vocabulary of {vocab_size}; "
@@ -383,16 +455,26 @@ def alone(out: Path) -> AbstractContextManager[None]:
     )
 
 
-def remove_shards(directory: str | os.PathLike[str]) -> None:
+def remove_shards(directory: Path, coming: Collection[str]) -> None:
     """Remove the token files of both splits, their manifest first, then those of val.
 
-    Others of such names stay.
+    Others of such names stay. Where a link has the name of a file to come, the link stays and what
+    it leads to is removed.
+
+    Parameters
+    ----------
+    coming : names of the files that are written next
+
+    Raises
+    ------
+    OSError : one cannot be read, or see `files.places`; then nothing is removed
     """
     splits: tuple[Split, ...] = ("val", "train")
-    (Path(directory) / MANIFEST).unlink(missing_ok=True)
-    for path in [path for split in splits for path in find_shards(directory, split)]:
-        if path.stem in splits or has_header(path):
-            path.unlink()
+    homes = dict(zip(coming, files.places(*(directory / name for name in coming)), strict=True))
+    old = [path for split in splits for path in find_shards(directory, split)]
+    ours = [path for path in old if path.name in homes or path.stem in splits or has_header(path)]
+    for path in [directory / MANIFEST, *ours]:
+        homes.get(path.name, path).unlink(missing_ok=True)
 
 
 def _words(path: Path) -> set[str]:
@@ -404,6 +486,7 @@ def read_shards(
     split: Split,
     vocab_size: int | None = None,
     fingerprint: str | None = None,
+    lengths: NDArray[np.int64] | None = None,
 ) -> list[StoredTokens]:
     """Open the token files of a split, see `find_shards` and `open_tokens`.
 
@@ -414,6 +497,7 @@ def read_shards(
     ----------
     fingerprint : of the tokenizer that the tokens should be of, see `Tokenizer.fingerprint`;
         compared where there is a manifest
+    lengths : see `open_tokens`
 
     Raises
     ------
@@ -434,10 +518,10 @@ def read_shards(
             f"token file {directory / split}.bin does not exist, nor another *{split}*.bin; "
             "make it with `gpt2c prepare`"
         )
-    shards = [open_tokens(path, vocab_size) for path in paths]
+    shards = [open_tokens(path, vocab_size, lengths) for path in paths]
     if manifest:
-        for path, tokens in zip(paths, shards, strict=True):
-            _check_listed(path, tokens, manifest[split])
+        for tokens in shards:
+            _check_listed(tokens, manifest[split])
         if fingerprint is not None and manifest["tokenizer"] != fingerprint:
             raise ValueError(
                 f"the token files of {directory} are of another tokenizer than the one given, as"
@@ -447,12 +531,10 @@ def read_shards(
     return shards
 
 
-def _check_listed(path: Path, tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -> None:
+def _check_listed(tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -> None:
     """Refuse a token file that is not the one that the manifest, name -> (tokens, crc), lists."""
-    checksum = 0
-    for start in range(0, len(tokens), _BLOCK):
-        checksum = zlib.crc32(tokens[start : start + _BLOCK].tobytes(), checksum)
-    if listed.get(path.name) == (len(tokens), checksum):
+    path = tokens.path
+    if listed.get(path.name) == (len(tokens), tokens.checksum):
         return
     others = [name for name in listed if name != path.name]
     beside = f", which belongs to {others[0]}" if others else ""
@@ -489,8 +571,8 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def read_nanogpt(path: str | os.PathLike[str]) -> Tokens:
-    """Open a token file of nanoGPT's: a read-only (N,) uint16 array, all that the file holds.
+def open_nanogpt(path: str | os.PathLike[str]) -> StoredTokens:
+    """Open a token file of nanoGPT's, all that it holds; its tokens are read when they are needed.
 
     It has no header, so nothing shows that a file is one: call this where the user says so.
 
@@ -505,19 +587,20 @@ def read_nanogpt(path: str | os.PathLike[str]) -> Tokens:
         raise ValueError(f"{path} has llm.c's header: it is not one of nanoGPT's token files")
     if size == 0 or size % 2:
         raise ValueError(f"{path} has {size} bytes; tokens of 2 bytes each are wanted")
-    return files.map_file(path).view("<u2")
+    return StoredTokens(path, 0, size // 2)
 
 
-def write_nanogpt(path: Path, shards: list[Tokens]) -> None:
+def write_nanogpt(path: Path, shards: Sequence[Tokens | StoredTokens]) -> None:
     """Write the tokens of shards, one after the other, as nanoGPT does: uint16 and no header.
 
     Raises
     ------
-    OSError : the file cannot be written; what was there before is unchanged
+    OSError : the file cannot be written, or a shard cannot be read; what was there before is
+        unchanged
     """
     with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
         for tokens in shards:
-            file.write(np.ascontiguousarray(tokens, "<u2").data)
+            _write_blocks(file, tokens, 0, len(tokens))
 
 
 def _open(path: Path) -> tuple[bytes, int]:

@@ -30,6 +30,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from gpt2c import bpe_trainer, hub, tokenizer_files
+from gpt2c.checks import check_kind, whole
 from gpt2c.limits import usable_cores
 
 END_OF_TEXT = tokenizer_files.END_OF_TEXT
@@ -152,11 +153,12 @@ class Tokenizer:
     merges : the halves of each merged token, in the order of their ids; None recovers them
         when the tokenizer is saved
     special : name -> id of the special tokens, that of `eot` among them; None if that is the only
-        one. Ordinary and special tokens have the ids from 0 on, each once
+        one. Ordinary and special tokens have the ids from 0 on, each once; special ones may leave
+        ids out
 
     Attributes
     ----------
-    vocab_size : the number of tokens
+    vocab_size : one more than the highest id: the number of tokens, unless ids are left out
     eot : see above. `[tokenizer.eot, *tokenizer.encode(text)]` is a text as models are trained on
     special_tokens : see `special`. `decode` writes their names; `encode` takes a name in a text for
         ordinary text unless it is allowed
@@ -171,7 +173,7 @@ class Tokenizer:
     ) -> None:
         self.eot = eot
         self.special_tokens = {END_OF_TEXT: eot} if special is None else special
-        self.vocab_size = len(ranks) + len(self.special_tokens)
+        self.vocab_size = max(*ranks.values(), *self.special_tokens.values()) + 1
         self._ranks = ranks
         self._merges = merges
         self._tokens = [b""] * self.vocab_size
@@ -190,7 +192,8 @@ class Tokenizer:
         )
 
     def __repr__(self) -> str:
-        return f"Tokenizer({self.vocab_size:,} tokens, {END_OF_TEXT} is {self.eot})"
+        count = len(self._ranks) + len(self.special_tokens)
+        return f"Tokenizer({count:,} tokens, {END_OF_TEXT} is {self.eot})"
 
     @classmethod
     def from_name(cls, name: str) -> Tokenizer:
@@ -222,6 +225,7 @@ class Tokenizer:
         ValueError : none of these; "bpe:N", which must be trained on a text
         OSError : the vocabulary cannot be read or downloaded
         """
+        check_kind("the name of the tokenizer", spec, str, "a string")
         if spec in NAMES:
             return cls.from_name(spec)
         if not spec:
@@ -266,7 +270,7 @@ class Tokenizer:
         from.
         """
         bytearray(_ROOM)
-        if vocab_size < SMALLEST:
+        if whole("vocab_size", vocab_size) < SMALLEST:
             raise ValueError(
                 f"vocab_size is {vocab_size}; at least {SMALLEST} are needed"
                 f" (256 bytes and {END_OF_TEXT})"
@@ -323,23 +327,21 @@ class Tokenizer:
             self._merges = tokenizer_files.recover_merges(self._ranks)
         return tokenizer_files.Vocabulary(self._ranks, self.eot, self._merges, self.special_tokens)
 
-    def same_vocabulary(self, other: Tokenizer) -> bool:
-        """Whether two tokenizers agree: the same ids for every text, the same text for every id."""
-        return (self._ranks, self.eot, self.special_tokens) == (
-            *(other._ranks, other.eot, other.special_tokens),
-        )
-
     def covers(self, other: Tokenizer) -> bool:
         """Whether each token of `other` is here too, under its id; this one may add special ones.
 
         A model that was fine-tuned with a [PAD], say, reads the tokens of the one that it was.
         """
+        check_kind("other", other, Tokenizer, "a Tokenizer")
         same = (self._ranks, self.eot) == (other._ranks, other.eot)
         return same and other.special_tokens.items() <= self.special_tokens.items()
 
     @property
     def fingerprint(self) -> str:
-        """The same 32 hexadecimal digits for tokenizers that agree, see `same_vocabulary`."""
+        """32 hexadecimal digits, the same for tokenizers that agree and for no others.
+
+        They agree where every text has the same ids, every id the same text, and `eot` is the same.
+        """
         special = sorted(self.special_tokens.values())
         digest = hashlib.blake2b(f"{self.eot} {special}".encode(), digest_size=16)
         for token in self._tokens:
@@ -374,11 +376,7 @@ class Tokenizer:
             raise ValueError(
                 f"text must be a string, got {type(text).__name__}; encode_batch takes several"
             )
-        allowed = self.special_tokens if allowed_special == "all" else set(allowed_special)
-        if unknown := [name for name in allowed if name not in self.special_tokens]:
-            raise ValueError(
-                f"{unknown[0]!r} is none of the special tokens {', '.join(self.special_tokens)}"
-            )
+        allowed = self._allowed(allowed_special)
         if not allowed:
             return [
                 token for window in self._windows([text]) for token in self._ids(window).tolist()
@@ -390,6 +388,19 @@ class Tokenizer:
             ids += self.encode(part)
             ids += [] if name is None else [self.special_tokens[name]]
         return ids
+
+    def _allowed(self, names: Collection[str] | Literal["all"]) -> Collection[str]:
+        if isinstance(names, str):
+            names = self.special_tokens if names == "all" else [names]
+        if not isinstance(names, Collection):
+            raise ValueError(
+                f"allowed_special must be names of special tokens or 'all', got {names!r:.50}"
+            )
+        if unknown := [name for name in names if name not in self.special_tokens]:
+            raise ValueError(
+                f"{unknown[0]!r} is none of the special tokens {', '.join(self.special_tokens)}"
+            )
+        return names
 
     def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.uint32]]:
         """Encode many texts in parallel; each gives an array of the ids that `encode` gives.
@@ -543,9 +554,9 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : an id outside the vocabulary
+        ValueError : what is no token id, or one outside the vocabulary
         """
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        return b"".join(map(self.token_bytes, _ids(ids))).decode(errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` piece by piece, each as soon as its characters are complete.
@@ -554,14 +565,29 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : an id outside the vocabulary
+        ValueError : what is no token id, or one outside the vocabulary
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token_id in ids:
+        for token_id in _ids(ids):
             if piece := decoder.decode(self.token_bytes(token_id)):
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
+
+    def unused_ids(self, vocab_size: int) -> list[int]:
+        """Return the ids below `vocab_size`, a model's, that no token has: those of padded rows.
+
+        Raises
+        ------
+        ValueError : the model has fewer tokens
+        """
+        if whole("vocab_size", vocab_size) < self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}: they do"
+                " not belong together"
+            )
+        left_out = [token_id for token_id, token in enumerate(self._tokens) if not token]
+        return [*left_out, *range(self.vocab_size, vocab_size)]
 
     @property
     def token_lengths(self) -> NDArray[np.int64]:
@@ -573,19 +599,32 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : an id outside the vocabulary
+        ValueError : what is no token id, or one outside the vocabulary
         """
+        token_id = whole("a token id", token_id)
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(
                 f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})"
             )
-        return self._tokens[token_id]
+        if not (token := self._tokens[token_id]):
+            raise ValueError(f"token id {token_id} is one that the vocabulary leaves out")
+        return token
+
+
+def _ids(ids: Iterable[int]) -> Iterator[int]:
+    """Return an iterator of token ids; refuse what has none."""
+    try:
+        return iter(ids)
+    except TypeError:  # among them an array without dimensions
+        raise ValueError(f"ids must be several token ids, got {ids!r:.50}") from None
 
 
 def _several(texts: Iterable[str]) -> Iterator[str]:
     """Yield texts; refuse one that is given in their place, which would be taken for characters."""
     if isinstance(texts, str):
         raise ValueError("texts must be several strings, got one; put it into a list")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be several strings, got {texts!r:.50}")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"texts must be strings, got {type(text).__name__}")

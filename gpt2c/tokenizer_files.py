@@ -3,7 +3,8 @@
 The first two are OpenAI's for GPT-2, the third is that of Hugging Face's tokenizers. A file is read
 only if tiktoken will make the same ids of every text as transformers does from that file; what
 would change them (a normalizer, a prefix space, ...) is refused by name. One difference is meant:
-the name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text.
+the name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text. An id that a file
+gives to an added token is kept, too, where transformers 5 numbers it anew because ids are left out.
 
 Knows nothing about what is done with a vocabulary. Used by tokenizer.
 """
@@ -26,6 +27,9 @@ _OTHER_ENDS = ("</s>", "<eos>", "[EOS]")
 # A token of vocab.json that no merge makes is special if it is written like one.
 _SPECIAL = re.compile(r"<\S+>|\[\w+\]")
 MOST_SPECIAL = 10_000  # tiktoken looks for them with one regular expression
+# Ids below a special token's that no token has: a model's rows are padded to a multiple of 128,
+# say, and a fine-tune's [PAD] may take any of those.
+MOST_UNUSED = 1024
 LARGEST = 1 << 25  # bytes of a file: GPT-2's have 1.4 million
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
 CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
@@ -306,11 +310,6 @@ def _parse_vocabulary(
             )
     if any(type(token_id) is not int for token_id in vocabulary.values()):
         raise ValueError(f"{path} must be one JSON object of tokens and their ids")
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise ValueError(
-            f"{path} must number its {len(vocabulary)} tokens, added ones among them, from 0 to"
-            f" {len(vocabulary) - 1}, each once"
-        )
     ordinary = {_to_characters(first + second) for first, second in merges}.union(_BYTES)
     special = {}
     for name, token_id in vocabulary.items():
@@ -321,6 +320,18 @@ def _parse_vocabulary(
                 )
         elif name in added or (_SPECIAL.fullmatch(name) and _is_text(name)):
             special[name] = token_id
+    ids, size = sorted(vocabulary.values()), len(vocabulary)
+    whole = 1 + max((i for token, i in vocabulary.items() if token not in special), default=-1)
+    if whole > size or ids[:whole] != list(range(whole)) or len(set(ids)) < size:
+        raise ValueError(
+            f"{path} must number its {size} tokens, added ones among them, from 0 to {size - 1},"
+            " each once; only special tokens may have higher ids"
+        )
+    if (unused := max(ids, default=-1) + 1 - size) > MOST_UNUSED:
+        raise ValueError(
+            f"{path} has {size} tokens and the id {ids[-1]}; at most {MOST_UNUSED:,} ids below a"
+            f" special token's may be unused, got {unused:,}"
+        )
     if len(special) > MOST_SPECIAL:
         raise ValueError(f"{path} has {len(special):,} special tokens; at most {MOST_SPECIAL:,}")
     named = _content(config.get("eos_token"))
@@ -415,7 +426,7 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
     ------
     OSError : the directory cannot be made or written
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    files.claim_directory(directory, overwrite=True)
     vocab, merges = vocab_and_merges(vocabulary)
     end = next(name for name, i in vocabulary.special.items() if i == vocabulary.eot)
     config: dict[str, Any] = {

@@ -12,7 +12,6 @@ import math
 import signal
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +22,8 @@ import numpy as np
 
 from gpt2c import files, trainer_state
 from gpt2c.backend import fma_peak, get_backend
+from gpt2c.checks import counted
+from gpt2c.config import GPT2Config
 from gpt2c.data import Batches, windows
 from gpt2c.figures import written
 from gpt2c.files import claim_directory, shown
@@ -57,7 +58,6 @@ Shards = Sequence[Tokens | StoredTokens]
 # cluster sends before a job's time is over.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
 MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
-_SUMMED = 1 << 20  # tokens of a checksum's block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,7 @@ def train(
     given: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    held: bool = False,
 ) -> TrainResult:
     """Train a GPT-2 on prepared data into a run directory.
 
@@ -129,6 +130,7 @@ def train(
         never interrupted. With another `max_iters` or schedule, the
         steps done keep their learning rates and those to come have the new schedule's.
     overwrite : `out` may exist and hold something
+    held : `out` is the caller's, see `reserved`
 
     Raises
     ------
@@ -147,12 +149,49 @@ def train(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(out))
-        run, batches, val_tokens = _prepare(data, out, given or {}, resume, overwrite, stack)
+        run, batches, val_tokens = _prepare(data, out, given or {}, resume, overwrite, held, stack)
         stack.callback(run.close)
         if run.step < run.settings.max_iters:
             report(_describe(run, batches))
         with _interruptible() as stop:
             return _loop(run, batches, val_tokens, stop)
+
+
+@contextmanager
+def reserved(
+    out: Path, given: Mapping[str, Any], vocab_size: int, overwrite: bool
+) -> Iterator[None]:
+    """Have a run's directory for a `train` that comes after long work, so that it refuses before.
+
+    The directory is locked, and made if need be; it is removed where the work fails.
+
+    Parameters
+    ----------
+    out, given, overwrite : see `train`
+    vocab_size : the most tokens that the tokenizer will have
+
+    Raises
+    ------
+    OSError, ValueError : see `train`
+    MemoryError : the training does not fit into memory
+    """
+    settings = TrainSettings(**given)
+    config = settings.model_config(vocab_size)
+    _fitting_backend(settings, config, order_bytes=0)  # as there are no tokens yet
+    with files.claimed(out, overwrite), locked(out):
+        check_save(out, config.num_parameters(), overwrite)
+        yield
+
+
+def _fitting_backend(
+    settings: TrainSettings, config: GPT2Config, order_bytes: int, resumed: bool = False
+) -> Any:
+    """Return the backend of a run that this machine has all for."""
+    if settings.tensorboard:
+        check_tensorboard()
+    backend = get_backend(settings.backend, settings.threads or None)
+    check_training(config, settings, backend.threads, order_bytes, resumed)
+    return backend
 
 
 def _prepare(
@@ -161,6 +200,7 @@ def _prepare(
     given: Mapping[str, Any],
     resume: bool,
     overwrite: bool,
+    held: bool,
     stack: ExitStack,
 ) -> tuple[Run, Batches, Shards]:
     """Check all that can be checked before anything is written, then open the run."""
@@ -170,19 +210,17 @@ def _prepare(
     else:
         settings = resumed(record["settings"], given, str(out / RUN_FILE))
         _tell_defaults(record["settings"], settings, out)
-    if settings.tensorboard:
-        check_tensorboard()
     if not data.is_dir():
         raise FileNotFoundError(
             f"{data} is not a directory of token files; gpt2c prepare makes one"
         )
     if not (out.is_dir() and out.samefile(data)):
-        held = f"another process prepares {data}: wait for it, or name another directory"
-        stack.enter_context(files.locked(data, held, shared=True))
+        refusal = f"another process prepares {data}: wait for it, or name another directory"
+        stack.enter_context(files.locked(data, refusal, shared=True))
     tokenizer = Tokenizer.from_pretrained(data)
     if resume:
         _check_tokenizer(tokenizer, data, out)
-    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint
+    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.token_lengths
     tokens = read_shards(data, "train", *vocabulary)
     val_tokens = read_shards(data, "val", *vocabulary)
     fingerprint = {"train": _fingerprint(tokens), "val": _fingerprint(val_tokens)}
@@ -204,9 +242,7 @@ def _prepare(
             check_never_saved(out)
     if found is not None:
         check_config(found.path, found.config, config)
-    backend = get_backend(settings.backend, settings.threads or None)
-    threads = getattr(backend, "threads", 1)
-    check_training(config, settings, threads, batches.order_bytes, resumed=resume)
+    backend = _fitting_backend(settings, config, batches.order_bytes, resume)
     seed = settings.seed if found is None else None
     model = GPT2(config, seed, backend, settings.recomputation)
     optimizer = AdamW(
@@ -214,11 +250,12 @@ def _prepare(
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
-    sizes = {"train": _token_size(tokens, tokenizer), "val": _token_size(val_tokens, tokenizer)}
+    sizes = {"train": _token_size(tokens), "val": _token_size(val_tokens)}
     run = Run(out, settings, model, optimizer, tokenizer, fingerprint, sizes)
     if record is None:
-        claim_directory(out, overwrite)
-        stack.enter_context(locked(out))
+        if not held:
+            claim_directory(out, overwrite)
+            stack.enter_context(locked(out))
         check_save(out, config.num_parameters(), overwrite)
         run.start()
     else:
@@ -246,24 +283,14 @@ def _describe(run: Run, batches: Batches) -> str:
     return text
 
 
-def _token_size(tokens: Shards, tokenizer: Tokenizer) -> float:
-    """Give the mean number of bytes of a token."""
-    lengths, size = tokenizer.token_lengths, 0
-    for shard in tokens:
-        for start in range(0, len(shard), _SUMMED):
-            size += int(lengths[shard[start : start + _SUMMED]].sum())
-    return size / sum(map(len, tokens))
+def _token_size(tokens: Sequence[StoredTokens]) -> float:
+    """Return the mean number of bytes of a token."""
+    return sum(shard.text_bytes for shard in tokens) / sum(map(len, tokens))
 
 
-def _fingerprint(tokens: Shards) -> list[int]:
+def _fingerprint(tokens: Sequence[StoredTokens]) -> list[int]:
     """Tell token files from others: each one's length and a checksum of all of it."""
-    marks = []
-    for shard in tokens:
-        checksum = 0
-        for start in range(0, len(shard), _SUMMED):
-            checksum = zlib.crc32(shard[start : start + _SUMMED].tobytes(), checksum)
-        marks += [len(shard), checksum]
-    return marks
+    return [mark for shard in tokens for mark in (len(shard), shard.checksum)]
 
 
 class Stop:
@@ -306,7 +333,7 @@ class StoppedError(Exception):
 def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
     settings, started = run.settings, run.step
     schedule = settings.learning_rates()
-    kernels = run.model.backend.name, getattr(run.model.backend, "threads", 1)
+    kernels = run.model.backend.name, run.model.backend.threads
     peak = fma_peak(*kernels)
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
     skips = _Skips(run, progress)
@@ -444,8 +471,8 @@ def _newest(run: Run) -> str:
     """Say what is on the disk where something could not be written."""
     if run.saved is None:
         return "there is no checkpoint yet"
-    steps = run.step - run.saved_step
-    return f"the newest checkpoint is {run.saved}, {steps:,} step{'s' * (steps != 1)} ago"
+    steps = counted(run.step - run.saved_step, "step")
+    return f"the newest checkpoint is {run.saved}, {steps} ago"
 
 
 def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
@@ -593,7 +620,7 @@ def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
         own = Tokenizer.from_pretrained(out)
     except FileNotFoundError:  # what a kill at the start left out comes with the next start
         return
-    if own.vocab_and_merges() != tokenizer.vocab_and_merges():
+    if own.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{data} has another tokenizer than the run {out}: go on with the data that it was"
             " trained on"

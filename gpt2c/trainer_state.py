@@ -26,12 +26,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
-from gpt2c.files import atomic_directory, atomic_path, naming, open_file, read_json, remove, shown
+from gpt2c.files import (
+    SEAL,
+    atomic_directory,
+    atomic_path,
+    naming,
+    open_file,
+    read_json,
+    remove,
+    shown,
+)
 from gpt2c.tensorfile import read_tensors, write_tensors
 
 VERSION = 1
 MOMENTS_FILE = "trainer.safetensors"
-STATE_FILE = "state.json"
+STATE_FILE = SEAL
 MOMENTS = ("m", "v")
 _NAME = re.compile(r"\d{8,15}")
 

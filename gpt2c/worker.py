@@ -23,11 +23,12 @@ import numpy as np
 
 from gpt2c import reference
 from gpt2c.backend import get_backend
-from gpt2c.cases import OPS, normalised_error
+from gpt2c.cases import EXAMPLES, normalised_error
 from gpt2c.config import GPT2Config
 from gpt2c.language_model import LanguageModel
 from gpt2c.machine import fastest
 from gpt2c.model import GPT2
+from gpt2c.op import OPS
 from gpt2c.optimizer import AdamW
 from gpt2c.quantized import DTYPES, QuantizedGPT2
 
@@ -79,10 +80,10 @@ class Worker:
 
     def op(self, name: str, shape: dict[str, Any]) -> dict[str, Any]:
         """Get an op ready and compare its results with the reference's, in float64."""
-        op = OPS[name]
-        wide = op.make(np.random.default_rng(zlib.crc32(f"{name} {shape}".encode())), **shape)
+        example, outputs = EXAMPLES[name], len(OPS[name].outputs)
+        wide = example.make(np.random.default_rng(zlib.crc32(f"{name} {shape}".encode())), **shape)
         if name != "adamw_update":
-            for output in wide[: op.outputs]:
+            for output in wide[:outputs]:
                 # What is accumulated starts at 0, for PyTorch gives the sum's new part alone; what
                 # is written holds NaN, so that an element left out shows.
                 if output is not None and not np.isnan(output).any():
@@ -95,16 +96,16 @@ class Worker:
             if call is None:
                 return {"missing": "PyTorch has no such op"}
             results = [None if r is None else r.detach().numpy().copy() for r in call()]
-            rtol = TORCH_RTOL.get(name, max(op.rtol, 1e-5))
+            rtol = TORCH_RTOL.get(name, max(example.rtol, 1e-5))
         else:
             run = getattr(self._backend, name)
             call = lambda: run(*narrow)  # noqa: E731
             result = call()
-            results = narrow[: op.outputs] or [result]
+            results = narrow[:outputs] or [result]
             results = [None if r is None else np.array(r) for r in results]
-            rtol = op.rtol
+            rtol = example.rtol
         expected = getattr(reference, name)(*wide)
-        wanted = wide[: op.outputs] or [expected]
+        wanted = wide[:outputs] or [expected]
         errors = [
             normalised_error(a, b)
             for a, b in zip(results, wanted, strict=True)

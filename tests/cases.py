@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.cases import OPS, Op, Shape
+from gpt2c.cases import EXAMPLES, Example, Shape
+from gpt2c.op import OPS
 
 
 @dataclass(frozen=True, eq=False)  # so that it can be hashed, to be solved once
@@ -23,17 +24,19 @@ class Case:
         return "-".join([self.name, *(f"{letter}={size}" for letter, size in self.shape.items())])
 
     @property
-    def op(self) -> Op:
-        return OPS[self.name]
+    def example(self) -> Example:
+        return EXAMPLES[self.name]
 
     @property
     def rtol(self) -> float:
-        usual = RTOL_OF.get((self.name, None), self.op.rtol)
+        usual = RTOL_OF.get((self.name, None), self.example.rtol)
         return RTOL_OF.get((self.name, self.shape.get("kind")), usual)
 
     def arguments(self) -> list[Any]:
         """Make the arguments, the same ones every time."""
-        return self.op.make(np.random.default_rng(zlib.crc32(str(self).encode())), **self.shape)
+        return self.example.make(
+            np.random.default_rng(zlib.crc32(str(self).encode())), **self.shape
+        )
 
 
 # ---- shapes --------------------------------------------------------------------------------------
@@ -153,7 +156,6 @@ SHAPES: dict[str, list[Shape]] = {
     "gelu_forward": GELU,
     "gelu_backward": GELU,
     "residual_forward": ELEMENTWISE,
-    "residual_backward": ELEMENTWISE,
     "crossentropy_forward": CROSSENTROPY,
     "crossentropy_backward": CROSSENTROPY,
     "adamw_update": ADAMW,
@@ -176,14 +178,11 @@ RTOL_OF = {
     ("cache_attention_forward", "saturated"): 1e-4,
 }
 
-CASES = [Case(name, shape) for name in OPS for shape in SHAPES[name]]
+CASES = [Case(name, shape) for name in EXAMPLES for shape in SHAPES[name]]
 
-# op: (output, input that it may be), by position
+# op: (output, input whose memory it may share), by position
 ALIASES = {
-    "matmul_backward": (0, 4),
-    "attention_backward": (0, 2),
-    "gelu_backward": (0, 1),
-    "residual_forward": (0, 1),
-    "residual_backward": (0, 2),
-    "crossentropy_backward": (0, 1),
+    op.name: (0, [array.name for array in op.arrays].index(op.outputs[0].alias, len(op.outputs)))
+    for op in OPS.values()
+    if op.outputs and op.outputs[0].alias
 }

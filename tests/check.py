@@ -23,6 +23,12 @@ OF_OPS = ("test_kernels.py", "test_ops.py", "test_kernel_fuzz.py")  # each test 
 OF_MODELS = ("test_model.py", "test_decoder.py")  # all ops at work together
 PARTS = {"gemm.c": "matmul.c"}  # a file without an op of its own: the file whose ops it computes
 NOT_HERE = ("test_parity.py",)  # make parity
+# Files that no test reads, and the target of the Makefile that does.
+TARGETS = {
+    "tests/threads.c": "sanitize",
+    "tests/sanitize.sh": "sanitize",
+    "tests/lowest.txt": "lowest",
+}
 
 
 def output(*command: str) -> list[str]:
@@ -31,14 +37,17 @@ def output(*command: str) -> list[str]:
 
 
 def changed(since: str | None) -> list[str]:
-    """Return the paths that differ from a commit, and the new ones that git does not ignore."""
+    """Return the paths that differ from a commit, and the new ones that git does not ignore.
+
+    A path that is gone is among them: what imported it must be tested. Of a renamed file both are.
+    """
     commits = [since] if since else ["main", "origin/main", "HEAD"]
     base = next(
         (found for name in commits if (found := output("git", "merge-base", "HEAD", name))), []
     )
     if not base:
         sys.exit(f"make check compares with a commit, and git finds no {since or 'HEAD'} here")
-    different = output("git", "diff", "--name-only", "--diff-filter=d", base[0])
+    different = output("git", "diff", "--name-only", "--no-renames", base[0])
     return sorted({*different, *output("git", "ls-files", "--others", "--exclude-standard")})
 
 
@@ -61,8 +70,10 @@ def callers(verb: str) -> set[str]:
 
 
 def ops(source: Path) -> list[str]:
-    """Return the kernels of csrc/gpt2c.h that a C file defines."""
+    """Return the kernels of csrc/gpt2c.h that a C file defines, none if it is gone."""
     source = source.with_name(PARTS.get(source.name, source.name))
+    if not source.exists():
+        return []
     header = (ROOT / "csrc/gpt2c.h").read_text()
     declared = re.findall(r"^\w+ (\w+)\([^;]*Team \*team\);", header, re.MULTILINE)
     defined = re.findall(r"^\w+ (\w+)\(", source.read_text(), re.MULTILINE)
@@ -91,17 +102,20 @@ def tests_of(name: str) -> set[str]:
 
 def lint(names: list[str]) -> list[list[str]]:
     """Return the commands that check the changed files without running them."""
+    own_build = any(re.fullmatch(r"csrc/\w+\.[ch]|build\.py", name) for name in names)
+    typed = any(re.fullmatch(r"build\.py|gpt2c/.*\.py", name) for name in names)
+    names = [name for name in names if (ROOT / name).exists()]
     python = [name for name in names if name.endswith(".py")]
     c = [name for name in names if name.startswith("csrc/") and name.endswith((".c", ".h"))]
     commands = []
     if python:
         commands += [[PYTHON, "-m", "ruff", "check", *python]]
         commands += [[PYTHON, "-m", "ruff", "format", "--check", *python]]
-    if any(name == "build.py" or name.startswith("gpt2c/") for name in python):
+    if typed:
         commands.append([PYTHON, "-m", "mypy"])
     if c:
         commands.append([str(Path(PYTHON).with_name("clang-format")), "--dry-run", "--Werror", *c])
-    if c or "build.py" in names:
+    if own_build:
         commands.append([PYTHON, "build.py", "--werror"])
     return commands
 
@@ -112,6 +126,8 @@ def test(names: Iterable[str]) -> list[list[str]]:
     kernels = [ROOT / name for name in names if re.fullmatch(r"csrc/\w+\.[ch]", name)]
     of_each = [ops(path) if path.suffix == ".c" else [] for path in kernels]
     files = set().union(*map(tests_of, names)) - set(NOT_HERE)
+    files = {name for name in files if (TESTS / name).exists()}
+    targets = sorted({TARGETS[name] for name in names if name in TARGETS})
     commands = []
     if kernels:
         files |= {*OF_OPS, *OF_MODELS} if not all(of_each) else set(OF_MODELS)
@@ -120,7 +136,10 @@ def test(names: Iterable[str]) -> list[list[str]]:
             commands.append([*(f"tests/{n}" for n in OF_OPS), "-k", " or ".join(names_of_ops)])
     if files:
         commands.append([f"tests/{name}" for name in sorted(files)])
-    return [[*PYTEST, "-m", "not slow", *arguments] for arguments in commands]
+    return [
+        *([*PYTEST, "-m", "not slow", *arguments] for arguments in commands),
+        *(["make", target] for target in targets),
+    ]
 
 
 def main() -> None:

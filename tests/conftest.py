@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from gpt2c.backend import NAMES, backends, get_backend
+from gpt2c.data import prepare
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
 
 if (DATA / "tiktoken-cache").is_dir():  # else tiktoken downloads its vocabularies
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken-cache"))
@@ -59,6 +61,26 @@ def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
     message = str(error.value)
     assert not re.search(r"\n|\. [A-Z]", message), message
     return message
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give prepared data that no test changes."""
+    path = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(DOCUMENTS, path, "bytes")
+    return path
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes longer than a tiny run, the picture and the measure of the peak."""
+    patch.setattr("gpt2c.train.plot_loss", lambda metrics, path: False)
+    patch.setattr("gpt2c.train.fma_peak", lambda name, threads: 0.0)
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave them out of a test's runs; see `draw_nothing`."""
+    draw_nothing(monkeypatch)
 
 
 class Guarded:

@@ -32,9 +32,9 @@ from gpt2c.data import Batches, prepare
 from gpt2c.files import read_json, read_text
 from gpt2c.metrics import read_metrics
 from gpt2c.settings import TrainSettings, read_recipe
-from gpt2c.textfiles import split_documents
+from gpt2c.textfiles import TextFiles
 from gpt2c.tokenfile import (
-    read_nanogpt,
+    open_nanogpt,
     read_shards,
     read_tokens,
     write_nanogpt,
@@ -339,6 +339,11 @@ def use_questions(questions: list[scoring.Question]) -> None:
     scoring.answer(GPT2(config), questions)
 
 
+def read_documents(directory: Path) -> list[str]:
+    with TextFiles([directory / "text.txt"]) as texts:
+        return ["".join(pieces) for pieces in texts]
+
+
 def make_text(directory: Path) -> None:
     (directory / "text.txt").write_text(f"{TEXT}é\n<|endoftext|>{TEXT}\n", encoding="utf-8")
 
@@ -381,7 +386,7 @@ READERS = {
         lambda d: read_shards(d, "train", CONFIG.vocab_size),
         lambda t: [use_tokens(x) for x in t],
     ),
-    "nanogpt": Reader(make_nanogpt, lambda d: read_nanogpt(d / "train.bin"), lambda t: t.max()),
+    "nanogpt": Reader(make_nanogpt, lambda d: open_nanogpt(d / "train.bin"), lambda t: t[:].max()),
     "nanogpt_convert": Reader(make_nanogpt, converted("train.bin", "nanogpt"), len),
     "llmc": Reader(make_llmc("fp32"), lambda d: GPT2.from_pretrained(d / "model.bin"), use_model),
     "llmc_bf16": Reader(
@@ -398,7 +403,8 @@ READERS = {
     "llmc_tokenizer_convert": Reader(make_llmc_tokenizer, converted("tokenizer.bin"), len),
     "one_tokenizer": Reader(make_one_tokenizer, Tokenizer.from_pretrained, use_tokenizer),
     "metrics": Reader(make_metrics, lambda d: read_metrics(d / "metrics.jsonl"), use_metrics),
-    "text": Reader(make_text, lambda d: read_text(d / "text.txt"), split_documents),
+    "text": Reader(make_text, lambda d: read_text(d / "text.txt"), len),
+    "texts": Reader(make_text, read_documents, len),
 }
 
 # ---- safetensors and JSON by hand ----------------------------------------------------------------

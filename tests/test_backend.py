@@ -58,7 +58,8 @@ def test_auto_is_the_fastest() -> None:
 
 
 def test_numpy_is_the_reference() -> None:
-    assert get_backend("numpy") is reference
+    numpy = get_backend("numpy")
+    assert numpy.gelu_forward is reference.gelu_forward and numpy.threads == 1
 
 
 def test_the_variable_is_what_auto_means(
@@ -226,18 +227,20 @@ ARROWS: dict[str, set[str]] = {
     "limits": set(),
     "memory": {"limits"},
     "checks": set(),
-    "kernels": {"limits", "memory"},
-    "backend": {"checks", "kernels", "limits", "reference"},
-    "ops": {"backend", "checks", "reference_reading"},
-    "cases": {"reference"},
+    "op": set(),
+    "plain": set(),
+    "kernels": {"limits", "memory", "op"},
+    "backend": {"checks", "kernels", "limits", "op", "reference"},
+    "ops": {"backend", "checks", "op", "reference", "reference_reading"},
+    "cases": {"op", "reference"},
     "machine": {"backend", "limits", "memory"},
     "peers": {"config"},
     "peers_generate": {"checkpoint", "config", "gguf_export", "tokenizer"},
     "worker": {"backend", "cases", "config", "language_model", "machine", "model", "optimizer"}
-    | {"peers", "peers_generate", "quantized", "reference"},
+    | {"op", "peers", "peers_generate", "quantized", "reference"},
     # and it starts workers
-    "bench": {"activations", "backend", "cases", "config", "limits", "machine"},
-    "bench_generate": {"backend", "bench", "config", "machine"},
+    "bench": {"activations", "backend", "cases", "config", "limits", "machine", "memory"},
+    "bench_generate": {"backend", "bench", "config", "machine", "memory"},
     "report": {"bench", "files", "machine", "plot"},
     "files": set(),
     "config": {"files"},
@@ -247,15 +250,15 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"checks"},
     "generate": {"sampling"},
     "decoder": {"backend", "checks", "config", "kernels", "memory", "reference_reading"},
-    "language_model": {"backend", "config", "decoder", "generate", "memory", "sampling"},
+    "language_model": {"backend", "checks", "config", "decoder", "generate", "memory", "sampling"},
     "quantized": {"backend", "checkpoint", "config", "hub", "language_model", "memory"}
     | {"reference_reading", "tensorfile"},
-    "engine": {"checks", "decoder", "generate", "language_model", "sampling"},
+    "engine": {"checks", "decoder", "generate", "language_model", "sampling", "tokenizer"},
     "generator": {"backend", "checkpoint", "hub", "language_model", "llmc", "memory", "model"}
     | {"checks", "generate", "quantized", "sampling", "tokenizer"},
     "llmc": {"config", "files", "memory", "tensorfile"},
     "gguf_export": {"config", "files", "memory", "tokenizer"},
-    "convert": {"checkpoint", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
+    "convert": {"checkpoint", "files", "gguf_export", "llmc", "model", "quantized", "tokenfile"}
     | {"tokenizer", "tokenizer_files"},
     "activations": {"config", "memory"},
     "layer": {"backend", "memory"},
@@ -264,10 +267,10 @@ ARROWS: dict[str, set[str]] = {
     "optimizer": {"memory"},
     "tokenizer_files": {"files", "hub"},
     "bpe_trainer": set(),
-    "tokenizer": {"bpe_trainer", "hub", "limits", "tokenizer_files"},
-    "textfiles": {"files", "tokenizer_files"},
-    "tokenfile": {"files"},
-    "data": {"files", "tokenfile", "tokenizer"},
+    "tokenizer": {"checks", "bpe_trainer", "hub", "limits", "tokenizer_files"},
+    "textfiles": {"files", "metrics", "terminal", "tokenizer_files"},
+    "tokenfile": {"checks", "files"},
+    "data": {"checks", "files", "tokenfile", "tokenizer"},
     "corpus": set(),
     "command": set(),
     "figures": set(),
@@ -283,20 +286,20 @@ ARROWS: dict[str, set[str]] = {
     | {"plot", "tensorboard", "tokenizer", "tokenizer_files", "trainer_state"},
     "settings": {"config", "files", "optimizer"},
     "needs": {"activations", "config", "memory", "settings"},
-    "train": (RUN - {"baselines", "config"})
-    | {"figures", "load", "metrics", "needs", "optimizer", "plot", "progress"}
+    "train": (RUN - {"baselines"})
+    | {"checks", "figures", "load", "metrics", "needs", "optimizer", "plot", "progress"}
     | {"quantized", "run", "tensorboard", "trainer_state"},
     "demo": RUN
-    | {"command", "corpus", "figures", "generator", "run", "terminal", "textfiles", "train"},
+    | {"command", "corpus", "figures", "generator", "progress", "terminal", "textfiles", "train"},
     "terminal": set(),
     "cli_bench": {"bench", "bench_generate", "config", "machine", "picture", "report"},
     "cli_convert": {"convert", "llmc"},
-    "cli_generate": {"files", "generator", "sampling", "terminal"},
-    "cli_tokens": {"terminal", "tokenizer", "tokenizer_files"},
-    "cli_prepare": {"data", "demo", "textfiles"},
+    "cli_generate": {"checks", "files", "generator", "sampling", "terminal"},
+    "cli_tokens": {"checks", "terminal", "tokenizer", "tokenizer_files"},
+    "cli_prepare": {"data", "demo", "progress", "textfiles"},
     "cli_plot": {"figures", "files", "metrics", "plot", "run", "terminal", "tokenizer"},
     "scoring": {"checks", "decoder", "figures", "files", "language_model", "memory", "tokenizer"},
-    "lm_eval": {"language_model", "scoring", "tokenizer"} | READING - {"quantized"},
+    "lm_eval": {"checks", "language_model", "scoring", "tokenizer"} | READING - {"quantized"},
     "cli_eval": {"figures", "generator", "hub", "model", "progress", "quantized"}
     | {"scoring", "tokenfile", "tokenizer", "train"},
     "cli_info": {"backend", "limits", "machine", "memory", "tokenizer"},

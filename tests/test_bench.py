@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2Config, bench, cli_bench, machine, report
+from gpt2c import GPT2Config, bench, cli_bench, machine, memory, report
 from gpt2c.backend import backends, get_backend
 from gpt2c.bench import Result, Row, WorkerError, bench_ops, bench_train
-from gpt2c.cases import OPS
+from gpt2c.cases import EXAMPLES
 from gpt2c.cli import main
-from gpt2c.limits import free_bytes, usable_cores
+from gpt2c.limits import usable_cores
 from gpt2c.machine import Ceilings, Quiet, cpu_name, measure_ceilings
+from gpt2c.memory import megabytes
 from gpt2c.worker import TINY, Worker
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
@@ -46,7 +47,7 @@ def small_shape(name: str) -> dict[str, Any]:
 # ---- a row ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_worker_verifies_and_times_every_op(name: str, backend_name: str) -> None:
     worker = Worker(backend_name, 1)
     answer = worker.op(name, small_shape(name))
@@ -119,8 +120,10 @@ def test_a_row_that_ends_says_why() -> None:
 
 def test_ops_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "lacks", lambda name: "torch" if name == "torch" else "")
-    one = {"gelu_forward": dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}, {"n": 9}])}
-    monkeypatch.setattr(bench, "OPS", one)
+    one = {
+        "gelu_forward": dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}, {"n": 9}])
+    }
+    monkeypatch.setattr(bench, "EXAMPLES", one)
     shown: list[list[Result]] = []
     results, verdict = bench_ops(["numpy", "base", "torch"], CEILINGS, True, shown.append)
     assert shown == [results] and "machine" in verdict.lower()
@@ -172,9 +175,9 @@ def test_rows_whose_losses_differ_are_struck_out() -> None:
 
 
 def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = {name: OPS[name] for name in ("gelu_forward", "gelu_backward")}
+    two = {name: EXAMPLES[name] for name in ("gelu_forward", "gelu_backward")}
     monkeypatch.setattr(
-        bench, "OPS", {n: dataclasses.replace(op, shapes=[{"n": 99}]) for n, op in two.items()}
+        bench, "EXAMPLES", {n: dataclasses.replace(op, shapes=[{"n": 99}]) for n, op in two.items()}
     )
     ask = Row.ask
 
@@ -193,8 +196,8 @@ def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -
 def test_ops_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = {"gelu_forward": dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}])}
-    monkeypatch.setattr(bench, "OPS", one)
+    one = {"gelu_forward": dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}])}
+    monkeypatch.setattr(bench, "EXAMPLES", one)
     files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "png", "md")}
     command = f"bench ops --quick --backends numpy,base --threads 1 --json {files['json']}"
     command += f" --plot {files['png']} --report {files['md']}"
@@ -214,19 +217,33 @@ def test_ops_on_the_command_line(
 
 def test_too_much_memory_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("it started"))
-    message = refused(
-        bench_train, ["base"], CEILINGS, GPT2Config(), [(4096, 1024)], None, True, print
+    shapes = [(4096, 1024)]
+    with pytest.raises(MemoryError) as error:
+        bench_train(["base", "numpy"], CEILINGS, GPT2Config(), shapes, None, True, print)
+    number = r"[\d,]+ MB"
+    assert re.fullmatch(
+        f"a benchmark of 4096 x 1024 tokens needs {number}: base {number}, numpy {number};"
+        f" {number} are free: take fewer rows or a smaller shape",
+        str(error.value),
     )
-    assert "bytes" in message and "are free" in message
     message = refused(bench_train, ["base"], CEILINGS, TINY, [(1, 33)], None, True, print)
     assert "n_positions" in message
 
 
-def test_memory_is_that_of_all_rows() -> None:
-    free = free_bytes()
+def test_memory_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     one = bench.bytes_needed(GPT2Config(), 4, 64) + bench.PROCESS_BYTES
-    many = ["base"] * (free // one + 1)
-    assert str(many[0]) in refused(bench._check_memory, many, GPT2Config(), 4, 64, None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * one - 1)
+    bench._check_memory(["base"], GPT2Config(), 4, 64, None)
+    each = megabytes(one)
+    with pytest.raises(MemoryError, match=f"{megabytes(2 * one)}: base {each}, avx2 {each};"):
+        bench._check_memory(["base", "avx2"], GPT2Config(), 4, 64, None)
+
+
+def test_ops_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    with pytest.raises(MemoryError, match=r"^a benchmark of ops needs .*: base .*, what verifies"):
+        bench_ops(["base"], CEILINGS, True, print)
 
 
 def test_unknown_rows_list_the_known() -> None:
@@ -506,8 +523,8 @@ def test_a_file_that_is_no_json_is_refused(
 @pytest.fixture
 def gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be two pieces of work, and a machine that is measured at once."""
-    op = dataclasses.replace(OPS["gelu_forward"], shapes=[{"n": 999}, {"n": 99}])
-    monkeypatch.setattr(bench, "OPS", {"gelu_forward": op})
+    op = dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}, {"n": 99}])
+    monkeypatch.setattr(bench, "EXAMPLES", {"gelu_forward": op})
     monkeypatch.setattr(cli_bench, "measure_ceilings", lambda threads: CEILINGS)
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import bench, bench_generate, report, worker
+from gpt2c import bench, bench_generate, memory, report, worker
 from gpt2c.backend import backends
-from gpt2c.bench import QUICK_ROUNDS, Result, Row
+from gpt2c.bench import PROCESS_BYTES, QUICK_ROUNDS, Result, Row
 from gpt2c.bench_generate import ENGINES, choose_generate_rows
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
 from gpt2c.machine import Ceilings
+from gpt2c.memory import megabytes
 from gpt2c.peers_generate import PEERS, Peer
 from gpt2c.worker import SMALL, TINY, Worker
 
@@ -49,6 +50,18 @@ def test_rows_are_backends_with_each_kind_of_weights() -> None:
     assert "fp32, fp16, int8" in refused(bench_generate.choose_generate_rows, "base:fp8", False)
     assert "'abacus'" in refused(bench_generate.choose_generate_rows, "abacus:int8", False)
     assert "transformers" in refused(bench_generate.choose_generate_rows, "torch", False)
+
+
+def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show(done: list[Result]) -> None:
+        pytest.fail("it started")
+
+    monkeypatch.setattr(bench_generate, "start", show)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    one = PROCESS_BYTES + 2 * 4 * GPT2Config().num_parameters()
+    wanted = f"^a benchmark of generation needs {megabytes(one)}: base:fp32 {megabytes(one)};"
+    with pytest.raises(MemoryError, match=wanted):
+        bench_generate.bench_generate(["base:fp32"], CEILINGS, GPT2Config(), True, show)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import check
@@ -17,7 +18,7 @@ def test_a_kernel_asks_for_the_tests_of_its_ops() -> None:
     assert check.ops(ROOT / "csrc/layernorm.c") == ["layernorm_forward", "layernorm_backward"]
     assert check.ops(ROOT / "csrc/gemm.c") == check.ops(ROOT / "csrc/matmul.c") != []
     of_ops, of_models = check.test(["csrc/gelu.c", "csrc/residual.c"])
-    names = "gelu_backward or gelu_forward or residual_backward or residual_forward"
+    names = "gelu_backward or gelu_forward or residual_forward"
     assert of_ops[of_ops.index("-k") + 1] == names
     assert "tests/test_kernels.py" in of_ops and "tests/test_model.py" in of_models
 
@@ -60,6 +61,39 @@ def test_every_test_that_is_asked_for_exists() -> None:
         files = [part for part in command if part.startswith("tests/")]
         assert files and not [name for name in files if not (ROOT / name).exists()]
         assert "tests/test_parity.py" not in files
+
+
+def test_what_is_gone_counts_as_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a file that was renamed both names do: the old one may be imported still."""
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    for name in ("gone.py", "old.py", "same.py"):
+        (tmp_path / name).write_text(f"# {name} has lines\n" * 9)
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    (tmp_path / "gone.py").unlink()
+    subprocess.run(["git", "mv", "old.py", "new.py"], cwd=tmp_path, check=True)
+    (tmp_path / "fresh.py").touch()
+    assert check.changed("HEAD") == ["fresh.py", "gone.py", "new.py", "old.py"]
+
+
+def test_what_is_gone_asks_for_the_tests_that_used_it() -> None:
+    """tests/test_lost.py and csrc/lost.c are not there, as after their deletion."""
+    (command,) = check.test(["gpt2c/plot.py", "tests/test_lost.py"])
+    assert "tests/test_plot.py" in command and "tests/test_lost.py" not in command
+    (command,) = check.test(["csrc/lost.c"])
+    assert "-k" not in command and "tests/test_kernels.py" in command
+    commands = check.lint(["gpt2c/lost.py", "csrc/lost.c"])
+    assert [command[-1] for command in commands] == ["mypy", "--werror"]
+
+
+def test_files_that_no_test_reads_ask_for_the_target_that_does() -> None:
+    others = (ROOT / "tests").glob("*.[!p]*")
+    assert {f"tests/{path.name}" for path in others} == check.TARGETS.keys()
+    assert check.test(["tests/threads.c", "tests/sanitize.sh"]) == [["make", "sanitize"]]
+    assert check.test(["tests/lowest.txt"]) == [["make", "lowest"]]
+    makefile = (ROOT / "Makefile").read_text()
+    assert not [target for target in check.TARGETS.values() if f"\n{target}: " not in makefile]
 
 
 def test_lint_is_of_what_changed() -> None:

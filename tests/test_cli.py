@@ -207,7 +207,7 @@ def test_prepare_reads_directories_jsonl_and_standard_input(
 def test_prepare_takes_the_tokenizer_of_a_run(gpt2c, tmp_path: Path) -> None:
     assert gpt2c(f"prepare text.txt --out {tmp_path}/data --tokenizer run")[0] == 0
     own, run = Tokenizer.from_pretrained(tmp_path / "data"), Tokenizer.from_pretrained("run")
-    assert own.same_vocabulary(run)
+    assert own.fingerprint == run.fingerprint
 
 
 @pytest.mark.parametrize(("size", "said"), [("258", False), ("999", True)])
@@ -274,7 +274,7 @@ def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
 
 # ---- generate ------------------------------------------------------------------------------------
 
-SPEED = r"(\d+) tokens in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
+SPEED = r"(\d+) tokens? in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
 
 
 def test_a_seed_draws_the_same_text(gpt2c) -> None:
@@ -300,6 +300,29 @@ def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
         assert int(re.fullmatch(SPEED, err)[1]) == len(out) - len("\n") - (2 if "ab" in text else 0)
     model = crafted(tmp_path / "end", 256, ord("x"))
     assert gpt2c(f"generate {model} --temperature 0 --prompt ab")[:2] == (0, "ab\n")
+
+
+def test_special_tokens_are_tokens_if_so_wished(
+    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = crafted(tmp_path, ord("c"), ord("x")), "<|endoftext|>b"
+    command = f"generate {model} --temperature 0 --max-new-tokens 3"
+    code, _, err = gpt2c(f"{command} --prompt {prompt}")
+    assert code == 2 and "the prompt is 14 tokens" in err
+    (tmp_path / "prompt").write_text(prompt)
+    for given in (f"--prompt {prompt}", f"--prompt-file {tmp_path / 'prompt'}"):
+        assert gpt2c(f"{command} --special {given}")[:2] == (0, f"{prompt}cxx\n")
+    several = gpt2c(f"{command} --special --prompt {prompt} --num-samples 2")[1]
+    assert several == "".join(f"--- sample {n} ---\n{prompt}cxx\n" for n in (1, 2))
+    table = gpt2c(f"{command} --special --prompt {prompt} --show-probabilities 0")[1]
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["99", "120", "120"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\nab\n"))
+    answers = f"{prompt}cxx\n---\nabcxx\n---\n"
+    assert gpt2c(f"{command} --special --interactive")[1] == answers
+    out = gpt2c(f"tokens {prompt} --tokenizer bytes --special")[1].splitlines()
+    assert out[0] == "bytes, a vocabulary of 257: 2 tokens, 14 characters, 14 bytes"
+    assert out[2] == "<|endoftext|>|b" and out[5].startswith("256  '<|endoftext|>'  3C 7C")
+    assert "14 tokens" in gpt2c(f"tokens {prompt} --tokenizer bytes")[1]
 
 
 def test_generate_ends_before_a_stop_string(gpt2c, tmp_path: Path) -> None:
@@ -486,7 +509,7 @@ MISTAKES = [
     ("plot run --out missing/picture.png", "missing/"),
     ("train --data bpe --out run --resume", "another tokenizer"),
     ("train --data data --out run --resume --n-layer 2", "was trained with n_layer=1"),
-    ("eval missing --data data", "missing is neither a file nor a directory here"),
+    ("eval missing --data data", "the file or directory missing does not exist here"),
     ("eval text.txt --data data", r"text\.txt is not a directory"),
     ("eval folder --data data", r"config\.json does not exist"),
     ("eval corrupt --data data", "is not a whole safetensors file"),
@@ -498,7 +521,7 @@ MISTAKES = [
     ("eval run --data bpe", "do not belong together"),
     ("eval run --data data --batch-size 0", "--batch-size must be at least 1, got 0"),
     ("eval run --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
-    ("generate missing", "missing is neither a file nor a directory here"),
+    ("generate missing", "the file or directory missing does not exist here"),
     ("generate corrupt", "is not a whole safetensors file"),
     ("generate other", r"wte\.weight must be"),
     ("generate notext", r"vocab\.json does not exist"),
@@ -529,15 +552,20 @@ MISTAKES = [
     ),
     ("generate run --stop= ", "stop must be strings of at least one character"),
     ("generate mixed", "do not belong together"),
-    ("generate missing --quantize int8", "missing is neither a file nor a directory here"),
+    ("generate missing --quantize int8", "the file or directory missing does not exist here"),
     ("generate corrupt --quantize int8", "is not a whole safetensors file"),
     ("generate other --quantize fp16", r"wte\.weight must be"),
     ("generate run --seed -1", "non-negative|at least 0"),
     ("generate run --backend abacus", "'abacus'"),
     ("demo --text missing.txt --out new", r"missing\.txt does not exist"),
-    ("demo --text folder --out new", "folder: Is a directory"),
+    ("demo --text folder --out new/sub", r"folder has no text files \(\*\.txt, "),
     ("demo --text empty.txt --out new", r"empty\.txt is empty"),
     ("demo --text text.txt --out run", "run exists and is not empty"),
+    ("demo --text text.txt --out new --backend abacus", "abacus"),
+    ("demo --text blank.txt --out new", "there is no text"),
+    ("demo --text short.txt --out new", "too short to hold out"),
+    ("demo --text text.txt --out new --n-head 3 --n-embd 7", "n_embd"),
+    ("demo --text text.txt --out new --batch-size 9999 --n-embd 99999999 --n-head 1", "memory"),
 ]
 
 
@@ -614,7 +642,7 @@ def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
 def test_a_process_with_a_mistake(world: Path) -> None:
     done = subprocess.run([*COMMAND, "eval", "missing", "--data", "data"], capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"gpt2c: missing is neither a file nor a directory here")
+    assert done.stderr.startswith(b"gpt2c: the file or directory missing does not exist here")
     assert done.stderr.count(b"\n") == 1
 
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt2c import convert
+from gpt2c import convert, llmc
 from gpt2c.cli import main
 from gpt2c.config import GPT2Config
 from gpt2c.model import GPT2
 from gpt2c.quantized import QuantizedGPT2
-from gpt2c.tokenfile import read_nanogpt, read_shards, read_tokens, write_shards, write_tokens
+from gpt2c.tokenfile import (
+    open_nanogpt,
+    read_shards,
+    read_tokens,
+    write_nanogpt,
+    write_shards,
+    write_tokens,
+)
 from gpt2c.tokenizer import Tokenizer
 
 Run = Callable[[str], tuple[int, str, str]]
@@ -108,6 +117,18 @@ def test_names_and_directories_are_tokenizers(run: Run, world: Path) -> None:
     assert Tokenizer.from_pretrained("directory").vocab_size == 257
 
 
+def test_ids_that_are_left_out_have_names_in_llmcs_file(run: Run, world: Path) -> None:
+    special = {"<|endoftext|>": 256, "[PAD]": 259}
+    Tokenizer({bytes([i]): i for i in range(256)}, 256, special=special).save_pretrained("left")
+    assert run("left left.bin")[1] == "left.bin: llm.c's tokenizer, 260 tokens\n"
+    tokenizer = Tokenizer(*llmc.read_tokenizer("left.bin"))
+    assert [tokenizer.token_bytes(i) for i in (257, 258, 259)] == [
+        b"[PAD257]",
+        b"[PAD258]",
+        b"[PAD]",
+    ]
+
+
 def test_nanogpts_token_files_get_a_header_and_lose_it(run: Run, world: Path) -> None:
     said = "a.bin: 250 tokens, llm.c's\n"
     assert run("nano/train.bin a.bin --format nanogpt") == (0, said, "")
@@ -127,7 +148,7 @@ def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -
     shards = read_shards("new", "train")
     assert [len(shard) for shard in shards] == [100, 100, 50], "and the file of before is gone"
     assert run("data old --format nanogpt")[0] == 0
-    assert read_nanogpt("old/train.bin").tolist() == list(range(250))
+    assert open_nanogpt("old/train.bin")[:].tolist() == list(range(250))
     assert contents(Path("old")) == contents(Path("nano"))
 
 
@@ -213,6 +234,106 @@ def test_nothing_is_overwritten_unasked(run: Run, world: Path, arguments: str) -
     assert contents(world) != before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("run out.bin", "out.bin"),
+        ("run out_tokenizer.bin", "out_tokenizer.bin"),
+        ("run out.gguf", "out.gguf"),
+        ("first.bin new", "new/model.safetensors"),
+        ("first.bin new", "new/config.json"),
+        ("bytes new", "new/vocab.json"),
+        ("nano/val.bin out.bin --format nanogpt", "out.bin"),
+        ("data/val.bin out.bin --format nanogpt", "out.bin"),
+        ("nano new --format nanogpt", "new/train.bin"),
+        ("data new --format nanogpt", "new/val.bin"),
+    ],
+)
+@pytest.mark.parametrize("old", [None, "old"])
+def test_links_stay(run: Run, world: Path, arguments: str, name: str, old: str | None) -> None:
+    if arguments.endswith("gguf") and not importlib.util.find_spec("gguf"):
+        pytest.skip("writing GGUF needs the gguf package")
+    assert run("run first.bin")[0] == 0
+    disk, link = world / "disk", world / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(disk / "file")
+    before = contents(world)
+    code, _, err = run(arguments)
+    assert code == 2 and err.count("\n") == 1
+    assert f"{name} is a link to {disk}/file, whose directory does not exist" in err
+    assert contents(world) == before
+    disk.mkdir()
+    if old:
+        (disk / "file").write_text(old)
+        assert f"{name} exists; name another place" in run(arguments)[2]
+    assert run(f"{arguments} --overwrite" if old else arguments)[::2] == (0, "")
+    assert link.is_symlink() and [path.name for path in disk.iterdir()] == ["file"]
+    content = link.read_bytes()
+    link.unlink()
+    assert run(f"{arguments} --overwrite")[0] == 0
+    assert link.read_bytes() == content, "as without a link"
+
+
+def test_links_of_token_files_that_cannot_stay(run: Run, world: Path) -> None:
+    """Of two splits that lead to one file, the second would replace the first."""
+    (world / "new").mkdir()
+    for name in ("train", "val"):
+        (world / "new" / f"{name}.bin").symlink_to(world / "file")
+    code, _, err = run("nano new --format nanogpt --overwrite")
+    assert code == 2 and "lead to one file: remove the link" in err
+    assert not (world / "file").exists() and len(list((world / "new").iterdir())) == 2
+    (world / "new" / "train.bin").unlink()
+    (world / "new" / "train_000007.bin").symlink_to(world / "data" / "val.bin")
+    before = contents(world / "data")
+    assert run("nano new --format nanogpt --overwrite")[0] == 0
+    assert sorted(path.name for path in (world / "new").iterdir()) == ["train.bin", "val.bin"]
+    assert contents(world / "data") == before, "a link that nothing replaces is removed itself"
+
+
+def test_a_directory_that_is_a_link_to_nowhere(run: Run, world: Path) -> None:
+    assert run("run first.bin")[0] == 0
+    (world / "new").symlink_to("away")
+    for arguments in ("first.bin new", "bytes new", "nano new --format nanogpt", "run new/a.bin"):
+        code, _, err = run(arguments)
+        assert code == 2 and "new is a link to away, which does not exist: make or mount" in err
+    (world / "away").mkdir()
+    assert run("first.bin new")[0] == 0 and (world / "away" / "config.json").exists()
+
+
+CUT = """
+import os, sys
+from gpt2c import cli, convert
+claim = convert._claim
+def claim_then_cut(*arguments):  # when the source is open, and nothing of it read
+    claim(*arguments)
+    os.truncate(sys.argv[1], 1 << 16)
+convert._claim = claim_then_cut
+sys.exit(cli.main(["convert", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("headed", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whole: bool) -> None:
+    """A mapped one would end the process, which is why it has one of its own here."""
+    (tmp_path / "src").mkdir()
+    path = tmp_path / "src" / "train.bin"
+    tokens = np.arange(1 << 20) % 60000
+    if headed:
+        write_tokens(path, tokens)
+    else:
+        write_nanogpt(path, [tokens])
+    src, dst = ("src", "dst") if whole else ("src/train.bin", "dst.bin")
+    command = [sys.executable, "-c", CUT, path, src, dst, "--format", "nanogpt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "gpt2c: src/train.bin was cut short while it was read: tokens 0 to 1,048,576 of 1,048,576"
+        " are not there any more\n"
+    )
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file != path]
+
+
 def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
     assert run("run model.bin")[0] == 0
     (world / "model.bin").write_bytes((world / "model.bin").read_bytes()[:-1])
@@ -221,6 +342,38 @@ def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
     assert "model.bin has" in run("model.bin run --overwrite")[2]
     assert "val.bin has 3 bytes" in run("nano data --format nanogpt --overwrite")[2]
     assert contents(world) == before
+
+
+@pytest.mark.parametrize("dst", ["new", "model.bin", "half.bin --dtype bf16", "model.gguf"])
+def test_weights_that_are_not_finite_are_told(run: Run, world: Path, dst: str) -> None:
+    """And converted all the same: eval and generate refuse such a model."""
+    if dst.endswith("gguf") and not importlib.util.find_spec("gguf"):
+        pytest.skip("writing GGUF needs the gguf package")
+    name, source = dst.split()[0], "first.bin" if dst == "new" else "run"
+    model = GPT2.from_pretrained("run")
+    model.parameters["h.1.ln_2.bias"][3] = np.nan
+    for lost in ("h.1.ln_2.bias", "h.0.attn.c_attn.weight and 1 more"):
+        model.save_pretrained("run")
+        if source != "run":
+            assert run(f"run {source} --overwrite")[0] == 0
+        code, out, err = run(f"{source} {dst} --overwrite")
+        assert code == 0 and out.startswith(f"{name}: ") and Path(name).exists()
+        assert err == (
+            f"gpt2c: warning: {source} has nan or infinity in {lost}, and so has {name}: the model"
+            " has diverged or is damaged\n"
+        )
+        model.parameters["h.0.attn.c_attn.weight"][0, 0] = -np.inf
+
+
+def test_a_format_that_has_no_nan_refuses_it(run: Run) -> None:
+    if not importlib.util.find_spec("gguf"):
+        pytest.skip("writing GGUF needs the gguf package")
+    model = GPT2.from_pretrained("run")
+    model.parameters["wte.weight"][0, 0] = np.nan
+    model.save_pretrained("run")
+    code, _, err = run("run model.gguf --dtype q8_0")
+    assert code == 2 and "wte.weight holds nan" in err and err.count("\n") == 1
+    assert not Path("model.gguf").exists()
 
 
 def test_a_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,12 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, AdamW, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, AdamW, Engine, Generator, GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.backend import backends
+from gpt2c.checks import counted
+from gpt2c.data import Batches
+from gpt2c.scoring import Scorer
+from gpt2c.tokenfile import open_tokens, write_tokens
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
 IDX = np.arange(12).reshape(2, 6)
@@ -227,6 +232,38 @@ def test_what_is_printed() -> None:
     assert repr(Generator(small, tokenizer)) == f"Generator({small!r}, {tokenizer!r})"
     assert "(1 layer, 4 channels" in repr(small) and repr(small).endswith("base, 1 thread)")
     assert repr(GPT2(CONFIG, backend="numpy")).endswith(f"{size}, numpy)")
+
+
+@pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
+def test_what_else_is_printed(tmp_path: Path) -> None:
+    model = make("fp32", "base", threads=2)
+    assert repr(model.backend) == "Kernels('base', threads=2)"
+    decoder = model.decoder(2, 8)
+    assert repr(decoder) == "Decoder(slots=2, capacity=8, base)"
+    assert repr(Scorer(model)) == "Scorer(Decoder(slots=1, capacity=16, base))"
+    sizes = "slots=3, queue=64, capacity=16"
+    with Engine(model, slots=3) as engine:
+        assert repr(engine) == f"Engine({model!r}, {sizes})"
+        request = engine.submit([1], 1)
+        request.result(60)
+        assert repr(request) == "Request(1 new token, length)"
+        assert repr(engine.submit([1], 0)) == "Request(0 new tokens, length)"
+        long = engine.submit([1], 100_000)
+        assert repr(long).endswith(", goes on)")
+    assert repr(engine) == f"Engine({model!r}, {sizes}, closed)"
+    assert re.fullmatch(r"Request\([\d,]+ new tokens?, error\)", repr(long))
+    write_tokens(tmp_path / "a.bin", np.arange(40))
+    tokens = open_tokens(tmp_path / "a.bin")
+    assert repr(tokens) == f"StoredTokens('{tmp_path}/a.bin', 40 tokens)"
+    batches = Batches([tokens], 2, 4, seed=5)
+    assert repr(batches) == "Batches(1 shard, batch_size=2, block_size=4, seed=5)"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 tokens"), (1, "1 token"), (2, "2 tokens"), (1000, "1,000 tokens")]
+)
+def test_one_is_singular(number: int, text: str) -> None:
+    assert counted(number, "token") == text
 
 
 def test_a_size_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:

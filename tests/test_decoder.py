@@ -396,6 +396,11 @@ def test_tokens_that_do_not_fit_are_refused(backend: Any) -> None:
     ):
         assert "do not fit" in refused(decoder.read, tokens, slot, position)
     assert "at least one" in refused(decoder.read, ids[:0], 0, 0)
+    for wrong in (5, None, "ab", [1], ids.reshape(1, -1), ids[0]):
+        message = f"tokens must be an int32 array (T,), got {wrong!r:.50}"
+        assert refused(decoder.read, wrong, 0, 0) == message
+        assert refused(decoder.step, wrong, ids[:1], ids[:1]) == message
+        assert refused(decoder.losses, wrong, ids) == message
     assert refused(decoder.read, ids, 0.0, 0).startswith("slot must be a whole number")
     assert refused(decoder.read, ids, 0, True).startswith("position must be a whole number")
     three = np.zeros(3, np.int32)

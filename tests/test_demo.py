@@ -7,19 +7,24 @@ import math
 import re
 import shlex
 import signal
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from gpt2c import baselines, demo
 from gpt2c.baselines import bigram_nats, xz_bits_per_byte
 from gpt2c.cli import main
 from gpt2c.command import command
 from gpt2c.data import Prepared
-from gpt2c.demo import SAMPLES, demo_settings, describe, openings
+from gpt2c.demo import SAMPLES, describe, openings
 from gpt2c.progress import Progress
+from gpt2c.run import locked
 from gpt2c.tokenfile import read_tokens
 from gpt2c.tokenizer import Tokenizer
 
@@ -133,21 +138,6 @@ def test_prompts_are_words_of_the_held_out_text() -> None:
     assert of("\u5c0f\u660e\u5728\u516c\u56ed\u91cc\u770b\u4e66", most=7) == ["\u5c0f\u660e"] * 3
 
 
-@pytest.mark.parametrize(
-    ("given", "warmup"),
-    [
-        ({}, 400),
-        ({"max_iters": 300}, 30),
-        ({"max_iters": 3}, 0),
-        ({"max_iters": 20_000}, 2000),
-        ({"max_iters": 300, "warmup_iters": 200}, 200),
-    ],
-)
-def test_warm_up_keeps_its_share(given: dict[str, int], warmup: int) -> None:
-    assert demo_settings(given)["warmup_iters"] == warmup
-    assert demo_settings(given)["max_iters"] == given.get("max_iters", 4000)
-
-
 def test_sizes_have_a_unit_that_suits_them() -> None:
     for size, shown in ((999, "999 bytes"), (2600, "2.6 kB"), (1_996_000, "2.00 MB")):
         sizes = {"train_bytes": size - size // 10, "val_bytes": size // 10, "vocab_size": 300}
@@ -176,6 +166,81 @@ def test_a_command_calls_the_program_as_it_was_called(
         assert command("eval", Path("a b"), "it's") == f"{expected} eval 'a b' 'it'\"'\"'s'"
 
 
+def everything(out: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Give the demo's arguments for a small text."""
+    (tmp_path / "text.txt").write_text("The cat sat on the mat.\n" * 400)
+    return ["demo", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "demo"), *TINY]
+
+
+def test_tokens_that_are_too_few_are_not_kept(
+    tmp_path: Path, small: list[str], capsys: Capture
+) -> None:
+    assert main([*small, "--batch-size", "4000"]) == 2
+    assert "too few for one batch" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("free", "flags", "wanted"),
+    [
+        (1000, [], "a checkpoint needs"),
+        (1 << 60, ["--batch-size", "9999999"], "training needs"),
+        (1 << 60, ["--backend", "abacus"], "abacus"),
+        (1 << 60, ["--n-head", "5"], "n_embd"),
+    ],
+)
+def test_what_refuses_does_so_before_anything_is_replaced(
+    tmp_path: Path,
+    small: list[str],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    flags: list[str],
+    wanted: str,
+) -> None:
+    assert main(small) == 0
+    before = everything(tmp_path / "demo")
+    disk = SimpleNamespace(total=1 << 60, free=free)
+    monkeypatch.setattr("gpt2c.run.shutil.disk_usage", lambda path: disk)
+    (tmp_path / "text.txt").write_text("Another text is here.\n" * 400)
+    capsys.readouterr()
+    assert main([*small, "--overwrite", *flags]) == 2
+    assert wanted in capsys.readouterr().err
+    assert everything(tmp_path / "demo") == before
+
+
+def test_the_runs_directory_is_locked_from_before_the_text_to_the_end(
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def is_held(call: Callable[..., Any]) -> None:
+        with pytest.raises(BlockingIOError), locked(tmp_path / "demo" / "run"):
+            pass
+        tried.append(call.__name__)
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*arguments: Any, **keywords: Any) -> Any:
+            is_held(call)
+            result = call(*arguments, **keywords)
+            is_held(call)
+            return result
+
+        return attempt
+
+    for name in ("prepare", "train"):
+        monkeypatch.setattr(demo, name, watched(getattr(demo, name)))
+    assert main(small) == 0
+    assert tried == ["prepare", "prepare", "train", "train"]
+    with locked(tmp_path / "demo" / "run"):
+        pass
+
+
 def test_ctrl_c_names_the_command_that_goes_on(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,14 +261,15 @@ def test_ctrl_c_names_the_command_that_goes_on(
 
 def test_xz_knows_what_it_has_seen(rng: np.random.Generator) -> None:
     noise = rng.bytes(4000)
-    assert xz_bits_per_byte(b"", noise) == pytest.approx(8, abs=0.2)
-    assert xz_bits_per_byte(rng.bytes(4000), noise) == pytest.approx(8, abs=0.2)
-    assert xz_bits_per_byte(noise, noise) < 0.2
-    assert xz_bits_per_byte(noise[:2000], noise) == pytest.approx(4, abs=0.2)
+    assert xz_bits_per_byte([], [noise]) == pytest.approx(8, abs=0.2)
+    assert xz_bits_per_byte([rng.bytes(4000)], [noise]) == pytest.approx(8, abs=0.2)
+    assert xz_bits_per_byte([noise], [noise]) < 0.2
+    assert xz_bits_per_byte([noise[:2000]], [noise]) == pytest.approx(4, abs=0.2)
     added = len(lzma.compress(b"a" * 99 + noise, preset=9)) - len(
         lzma.compress(b"a" * 99, preset=9)
     )
-    assert xz_bits_per_byte(b"a" * 99, noise) == added * 8 / 4000
+    assert xz_bits_per_byte([b"a" * 99], [noise]) == added * 8 / 4000
+    assert xz_bits_per_byte([b"a"] * 99, [noise[:7], noise[7:]]) == added * 8 / 4000
 
 
 def bigram(history: list[int], V: int, k: int, a: int, b: int) -> Fraction:
@@ -213,7 +279,11 @@ def bigram(history: list[int], V: int, k: int, a: int, b: int) -> Fraction:
     return (pairs.count((a, b)) + k * prior) / (history[:-1].count(a) + k)
 
 
-def test_the_bigram_model_is_the_formula_by_hand(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("block", [3, 1 << 20])
+def test_the_bigram_model_is_the_formula_by_hand(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(baselines, "BLOCK", block)
     V, history = 5, [0, 1, 0, 1, 0, 2, 3, 0, 1, 1]  # 4 never occurs
     for k in (2, 50):
         for a in range(V):

@@ -53,6 +53,38 @@ def alone(model, prompt, count, **settings):
     return out[0, len(prompt) :]
 
 
+@pytest.mark.parametrize("settings", [GREEDY, {"seed": 1, "logprobs": True}])
+def test_padding_never_comes_where_the_tokenizer_is_known(settings):
+    tokenizer = gpt2c.Tokenizer.from_name("bytes")
+    model, larger = (make_model(vocab_size=size) for size in (257, 320))
+    for name, parameter in larger.parameters.items():
+        parameter[: len(model.parameters[name])] = model.parameters[name]
+    larger.parameters["wte.weight"][257:] = 3 * model.parameters["wte.weight"][107]
+    with Engine(larger, tokenizer=tokenizer) as engine, Engine(larger) as other:
+        without = other.submit([65], 30, **settings).result(WAIT)
+        assert (np.array(without) >= 257).any()
+        for prompt in ([65], list(range(30)), [300]):  # its own ids may be anything
+            got = engine.submit(prompt, 20, **settings).result(WAIT)
+            tokens = got[0] if "logprobs" in settings else got
+            assert len(tokens) == 20 and (tokens < 257).all()
+        expected = alone(model, [65], 20, **settings)
+        got = engine.submit([65], 20, **settings).result(WAIT)
+        for one, own in zip(np.atleast_2d(got), np.atleast_2d(expected), strict=True):
+            np.testing.assert_allclose(one, own, atol=1e-4)
+    assert refused(Engine, 5) == "model must be a GPT2 or QuantizedGPT2, got 5"
+    assert refused(Engine, make_model(), tokenizer=5) == "tokenizer must be a Tokenizer, got 5"
+    with pytest.raises(ValueError, match="has 257 tokens and the model 61"):
+        Engine(make_model(), tokenizer=tokenizer)
+
+
+def test_a_timeout_is_a_number():
+    with Engine(make_model()) as engine:
+        request = engine.submit([1], 1)
+        for wrong in ("1", True):
+            assert refused(request.result, wrong) == f"timeout must be a number, got {wrong!r}"
+        request.result(WAIT)
+
+
 class Gate:
     """A decoder whose calls wait until the test lets them through, and are noted."""
 
@@ -220,7 +252,10 @@ def test_a_smaller_capacity_gives_the_same_or_refuses():
         np.testing.assert_array_equal(request.result(WAIT), alone(model, ids(12), 8, seed=1))
         for T, count in [(12, 9), (21, 1), (1, 64)]:
             message = refused(engine.submit, ids(T), count)
-            assert f"{T} tokens" in message and message.endswith("capacity, 20")
+            assert (
+                f"idx: {T} token{'s' * (T > 1)} and {count} new are more" in message
+                and message.endswith("capacity, 20")
+            )
 
 
 def test_no_new_tokens_and_no_prompt():
@@ -396,7 +431,8 @@ def test_a_full_engine_says_so_at_once(slots, places, gated):
     requests = [engine.submit(ids(4), 3, seed=1) for _ in range(slots + places)]
     with pytest.raises(EngineFull) as error:
         engine.submit(ids(4), 3)
-    assert f"{slots} requests run and {places} wait" in str(error.value)
+    running = {1: "1 request", 2: "2 requests"}[slots]
+    assert f"room for {running} at a time and {places} more that wait" in str(error.value)
     assert isinstance(error.value, RuntimeError)
     gate.open()
     for request in requests:

@@ -80,6 +80,84 @@ def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
     assert error.value.filename == str(other)
 
 
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    here, disk = tmp_path / "here", tmp_path / "disk"
+    here.mkdir()
+    disk.mkdir()
+    (disk / "old").write_text("old")
+    targets = {"a": str(disk / "old"), "b": "../disk/fresh", "c": "a"}  # c is a link to a link
+    for name, target in targets.items():
+        (here / name).symlink_to(target)
+    for names in (("a", "b"), ("c", "plain")):
+        with atomic_paths(*(here / name for name in names)) as new:
+            for path, name in zip(new, names, strict=True):
+                path.write_text(f"new {name}")
+    assert {name: os.readlink(here / name) for name in targets} == targets
+    assert {path.name: path.read_text() for path in disk.iterdir()} == {
+        "old": "new c",
+        "fresh": "new b",
+    }
+    assert sorted(os.listdir(here)) == ["a", "b", "c", "plain"]
+    with pytest.raises(OSError) as error, files.atomic_path(here / "a") as path:
+        raise OSError(errno.ENOSPC, "No space left", str(path))
+    assert error.value.filename == str(here / "a"), "the name that its user knows"
+    assert (disk / "old").read_text() == "new c" and len(os.listdir(disk)) == 2
+
+
+def test_a_link_to_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "away" / "file")
+    said = f"^{tmp_path}/a is a link to {tmp_path}/away/file, whose directory does not exist: make"
+    with pytest.raises(FileNotFoundError, match=said), atomic_paths(tmp_path / "b", tmp_path / "a"):
+        pass
+    assert os.listdir(tmp_path) == ["a"]
+    (tmp_path / "away").mkdir()
+    with files.atomic_path(tmp_path / "a") as path:
+        path.write_text("new")
+    assert (tmp_path / "away" / "file").read_text() == "new" and (tmp_path / "a").is_symlink()
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with (
+            pytest.raises(OSError, match=f"^{tmp_path}/{name} is a pipe or a device; a file is wa"),
+            files.atomic_path(tmp_path / name),
+        ):
+            pass
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("other", ["link", "b"])
+def test_two_files_do_not_become_one(tmp_path: Path, other: str) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    (tmp_path / "b").write_text("old")
+    said = f"^{tmp_path}/{other} and {tmp_path}/a lead to one file: remove the link$"
+    with pytest.raises(OSError, match=said), atomic_paths(tmp_path / "a", tmp_path / other):
+        pass
+    assert (tmp_path / "b").read_text() == "old" and len(os.listdir(tmp_path)) == 3
+
+
+def test_a_link_to_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """What is written there would be another content than its state has the sums of."""
+    step = tmp_path / "checkpoints" / "00000008"
+    step.mkdir(parents=True)
+    for name in ("state.json", "model.safetensors"):
+        (step / name).write_text("whole")
+    path = tmp_path / "model.safetensors"
+    path.symlink_to("checkpoints/00000008/model.safetensors")
+    with files.atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and not path.is_symlink()
+    assert {file.read_text() for file in step.iterdir()} == {"whole"} and len(
+        list(step.iterdir())
+    ) == 2
+
+
 # ---- file systems that refuse a refinement -------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,13 +275,118 @@ def test_an_empty_prompt_starts_a_text() -> None:
         assert text == BYTES.decode(token for token in ids if token != END)
 
 
-def test_a_model_may_have_padding() -> None:
-    """Tokens that the tokenizer has not, as in vocabularies filled up to a round number."""
-    model = small(V=300)
-    model.parameters["wte.weight"][:257] = 0
+def padded(backend: Any = "auto", V: int = 300) -> tuple[GPT2, GPT2]:
+    """Give a model, and the same with more rows, which it holds for the likeliest."""
+    model, larger = small(backend), small(backend, V=V)
+    for name, parameter in larger.parameters.items():
+        parameter[: len(model.parameters[name])] = model.parameters[name]
+    larger.parameters["wte.weight"][257:] = 3 * model.parameters["wte.weight"][65]
+    return model, larger
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_k": 280}, {"seed": 2, "top_p": 1}],
+)
+def test_padding_never_comes(settings: Any, backend: Any) -> None:
+    """As in vocabularies filled up to a round number: it is as if the model had none."""
+    model, larger = padded(backend)
+    assert (larger.generate([[65]], 30, **settings) >= 257).any(), "without a tokenizer it does"
+    settings = settings | {"max_new_tokens": 45}  # the context fills up
+    texts = [Generator(each, BYTES).generate(["a", "bc"], **settings) for each in (model, larger)]
+    assert texts[0] == texts[1]
+    pairs = [list(Generator(each, BYTES).tokens("ab", 280, **settings)) for each in (model, larger)]
+    for one, other in zip(*pairs, strict=True):
+        assert (one.id, one.data) == (other.id, other.data)
+        assert one.probability == pytest.approx(other.probability, rel=1e-4)
+        assert len(other.candidates) == 257
+        assert sum(share for _, share in other.candidates) == pytest.approx(1)
+
+
+def test_a_prompt_of_a_padded_model_may_be_whatever_its_ids_are() -> None:
+    _, larger = padded()
+    tokenizer = Tokenizer(BYTES._ranks, END, special={"<|endoftext|>": END, "[PAD]": 290})
+    ids = {token.id for token in Generator(larger, tokenizer).tokens("ab", seed=1, temperature=9.0)}
+    assert ids and all(token <= END or token == 290 for token in ids)
+    text = Generator(larger, tokenizer).generate("ab", seed=1, max_new_tokens=30)
+    assert "[PAD]" in text, "it stands beside the likeliest, and is a token of the tokenizer's"
+    assert "[PAD]" not in Generator(larger, tokenizer, 290).generate("ab", seed=1)
+
+
+# ---- special tokens in a prompt ------------------------------------------------------------------
+
+
+def test_a_prompt_may_have_special_tokens() -> None:
+    mark = "<|endoftext|>"
+    model = Scripted({b"ab": b"the token", f"a{mark}b".encode(): b"the text"})
     generator = Generator(model, BYTES)
-    assert generator.generate("ab", max_new_tokens=5, top_k=3, seed=0) == ""
-    assert generator.count == 5
+    prompt = f"a{mark}b"
+    assert generator.generate(prompt) == "the text"
+    for allowed in ("all", [mark]):
+        assert generator.generate(prompt, allowed_special=allowed) == "the token"
+        assert generator.generate([prompt, "ab"], allowed_special=allowed) == ["the token"] * 2
+        assert "".join(generator.stream(prompt, allowed_special=allowed)) == "the token"
+        data = [token.data for token in generator.tokens(prompt, allowed_special=allowed)]
+        assert b"".join(data) == f"the token{mark}".encode()
+    assert "'[PAD]' is none of" in refused(generator.generate, "a", allowed_special=["[PAD]"])
+
+
+# ---- where a text ends ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "ends"),
+    [
+        (None, END),
+        ({}, END),
+        ({"eos_token_id": None}, END),
+        ({"eos_token_id": 97}, [97]),
+        ({"eos_token_id": [97, END]}, [97, END]),
+        ({"eos_token_id": [97, 50256]}, [97]),
+        ({"eos_token_id": 50256}, END),  # transformers' default in a smaller vocabulary
+        ({"eos_token_id": -1}, END),
+        ({"eos_token_id": []}, END),
+    ],
+)
+def test_a_directory_may_say_where_texts_end(entries: Any, ends: Any, tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    BYTES.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    assert json.loads(file.read_bytes())["eos_token_id"] == END, "what is saved is read"
+    assert Generator.from_pretrained(tmp_path).eos_token_id == [END]
+    file.unlink()
+    if entries is not None:
+        file.write_text(json.dumps(entries))
+    generator = Generator.from_pretrained(tmp_path)
+    assert generator.eos_token_id == ends
+    assert Generator.from_pretrained(tmp_path / "model.safetensors").eos_token_id == ends
+
+
+@pytest.mark.parametrize("wrong", ["97", [97, None], True, 97.0, {"a": 1}])
+def test_ends_that_are_no_ids(wrong: Any, tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    BYTES.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    message = refused(Generator.from_pretrained, tmp_path)
+    assert "eos_token_id must be a token id or several, got " in message
+
+
+def test_the_generators_ends_count_unless_a_call_has_its_own() -> None:
+    generator = Generator(Scripted({b"ab": b"cd.ef"}), BYTES, [ord("."), END])
+    assert generator.generate("ab") == "cd." == "".join(generator.stream("ab"))
+    assert generator.generate("ab", eos_token_id=ord("d")) == "cd"
+
+
+def test_a_special_token_that_ends_a_text_is_none_of_it() -> None:
+    special = {"<|endoftext|>": END, "<|im_end|>": 0}
+    ranks = {token: i for token, i in BYTES._ranks.items() if i} | {b"\0": 257}
+    tokenizer = Tokenizer(ranks, END, special=special)
+    config = GPT2Config(258, n_positions=400, n_embd=1, n_layer=1, n_head=1)
+    model = Scripted({b"ab": b"cd\0ef"})
+    model.config = config
+    assert Generator(model, tokenizer, [0, END]).generate("ab") == "cd"
+    assert Generator(model, tokenizer).generate("ab") == "cd<|im_end|>ef"
+    assert Generator(model, tokenizer).generate("ab", stop="<|im_end|>") == "cd"
 
 
 # ---- how likely each token was -------------------------------------------------------------------
@@ -343,7 +450,19 @@ def test_mistakes_are_refused_before_any_work() -> None:
         with pytest.raises(TypeError, match="beam"):
             call("ab", beam=5)
     assert "num_return_sequences" in refused(generator.stream, "ab", num_return_sequences=2)
-    assert "at least one prompt" in refused(generator.generate, [])
+    for door, name in ((generator.generate, "prompt"), (generator.embed, "texts")):
+        for nothing in ([], (), iter([])):
+            message = f"{name} must be a string or a list of at least one, got none"
+            assert refused(door, nothing) == message
+    for wrong, got in ((5, "5, which is for model.embed"), (None, "None"), (b"ab", "b'ab'")):
+        assert (
+            refused(generator.embed, wrong)
+            == f"texts must be a string or a list of them, got {got}"
+        )
+    assert refused(Generator, BYTES, small()).startswith(
+        "model must be a GPT2 or QuantizedGPT2, got T"
+    )
+    assert refused(Generator, small(), "gpt2") == "tokenizer must be a Tokenizer, got 'gpt2'"
     assert generator.count == 0
 
 
@@ -352,9 +471,9 @@ def test_mistakes_are_refused_before_any_work() -> None:
     [
         (b"abc", "b'abc'"),
         (None, "None"),
-        (5, "5, which model.generate continues"),
-        ([1, 2], "1, which model.generate continues"),
-        (np.arange(3), ", which model.generate continues"),
+        (5, "5, which is for model.generate"),
+        ([1, 2], "1, which is for model.generate"),
+        (np.arange(3), ", which is for model.generate"),
         (["a", None], "None"),
         ([b"a"], "b'a'"),
     ],

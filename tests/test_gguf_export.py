@@ -81,6 +81,19 @@ def test_the_file_says_what_the_model_is(bpe: Tokenizer, tmp_path: Path) -> None
         assert np.array_equal(tensors[name], model.parameters[ours]), name
 
 
+def test_special_and_unused_tokens_are_marked(bpe: Tokenizer, tmp_path: Path) -> None:
+    V = bpe.vocab_size
+    special = {"<|endoftext|>": bpe.eot, "[PAD]": V + 2, "[SEP]": V}
+    tokenizer = Tokenizer(bpe._ranks, bpe.eot, special=special)
+    model = make(tokenizer, more=1)
+    reader = __import__("gguf").GGUFReader(gguf_of(tmp_path / "model.gguf", model, tokenizer))
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    types = reader.fields["tokenizer.ggml.token_type"].contents()
+    assert tokens[:V] == [*bpe.vocab_and_merges()[0]]
+    assert tokens[V:] == ["[SEP]", f"[PAD{V + 1}]", "[PAD]", f"[PAD{V + 3}]"]
+    assert types == [1] * (V - 1) + [3, 3, 5, 3, 5]  # normal, control, unused
+
+
 @pytest.mark.parametrize(("dtype", "file_type", "stored"), [("f16", 1, "F16"), ("q8_0", 7, "Q8_0")])
 def test_matrices_take_fewer_bits(
     bpe: Tokenizer, tmp_path: Path, dtype: str, file_type: int, stored: str

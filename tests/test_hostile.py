@@ -477,6 +477,7 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
     ("mended", MOMENTS, "a third", header(swap('"m":', THIRD + '"m":')), "trainer"),
     ("mended", MOMENTS, "another dtype", header(lambda h: h.replace(b"F32", b"I32")), "trainer"),
     ("text", "text.txt", "not UTF-8", raw(b"a\xff"), "UTF-8"),
+    ("texts", "text.txt", "not UTF-8", raw(b"a\xff"), "UTF-8"),
     ("text", "text.txt", "half a character", raw("é".encode()[:1]), "UTF-8"),
 ]
 
@@ -509,7 +510,7 @@ def test_a_bad_file_is_refused(
 # ---- what is no file -----------------------------------------------------------------------------
 
 EMPTY = {"recipe.toml", "metrics.jsonl"}  # which may say nothing
-PIPES = {"text", "questions"}  # a shell's <(zcat book.gz) waits for its writer
+PIPES = {"text", "texts", "questions"}  # a shell's <(zcat book.gz) waits for its writer
 
 
 def loop(path: Path) -> None:

@@ -17,13 +17,13 @@ from conftest import Guarded
 
 from gpt2c import reference, reference_reading
 from gpt2c.backend import NAMES, get_backend
-from gpt2c.cases import OPS, normalised_error
+from gpt2c.cases import EXAMPLES, normalised_error
+from gpt2c.kernels import Kernels
+from gpt2c.op import OPS, Op
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "gpt2c.h"
 # functions of the header that are not ops; decode_step is many at once, see test_decoder
 NO_OPS = {"fma_burn", "memory_read", "pool_stop", "decode_step"}
-SIZES = {"B", "T", "C", "N", "n", "V", "NH", "OC", "P", "R"}
-TOLD = {"scratch", "sums", "team", "type", *SIZES}  # C is told, arrays know
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:
@@ -45,7 +45,7 @@ def solved(case: Case) -> tuple[list[Any], list[Any]]:
     """Give a case's arguments and its expected outputs, in float64."""
     arguments, expected = case.arguments(), case.arguments()
     result = getattr(reference, case.name)(*expected)
-    return arguments, expected[: case.op.outputs] or [result]
+    return arguments, expected[: len(OPS[case.name].outputs)] or [result]
 
 
 def run(backend: Any, case: Case, guarded: Guarded, alias: bool = False) -> list[Any]:
@@ -56,7 +56,10 @@ def run(backend: Any, case: Case, guarded: Guarded, alias: bool = False) -> list
         else a
         for a in solved(case)[0]
     ]
-    names, outputs = [p[0] for p in parameters(REFERENCE_OPS[case.name])], case.op.outputs
+    names, outputs = (
+        [p[0] for p in parameters(REFERENCE_OPS[case.name])],
+        len(OPS[case.name].outputs),
+    )
     inputs = range(outputs, len(arguments))
     if alias:
         output, source = ALIASES[case.name]
@@ -120,9 +123,7 @@ def test_global_norm_does_not_depend_on_threads(
     assert len({get_backend(backend_name, threads=t).global_norm(grad) for t in (1, 2, 3)}) == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["gelu_forward", "gelu_backward", "residual_forward", "residual_backward"]
-)
+@pytest.mark.parametrize("name", ["gelu_forward", "gelu_backward", "residual_forward"])
 def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.Generator) -> None:
     count = len(parameters(REFERENCE_OPS[name]))
     arrays = [rng.standard_normal((2, 3, 5), np.float32) for _ in range(count)]
@@ -130,7 +131,7 @@ def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.
     getattr(backend, name)(*arrays)
     getattr(reference, name)(*expected)
     for a, b in zip(arrays, expected, strict=True):
-        assert normalised_error(a, b) <= OPS[name].rtol
+        assert normalised_error(a, b) <= EXAMPLES[name].rtol
 
 
 # ---- a NaN is not lost ---------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_linear_passes_what_is_no_number_on(
 ) -> None:
     """With weights of 8 bits, whose integers know no NaN, the scale of the row must carry it."""
     shape = {"N": N, "C": C, "OC": 21, "kind": kind}
-    arguments = [narrow(a) for a in OPS["linear_forward"].make(rng, **shape)]
+    arguments = [narrow(a) for a in EXAMPLES["linear_forward"].make(rng, **shape)]
     row = N // 2
     arguments[1][row, C - 1] = bad
     with np.errstate(invalid="ignore"):  # the reference computes inf - inf
@@ -346,7 +347,7 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(
     if backend_name == "numpy" and kind != "uint8":
         pytest.skip("NumPy's products of one row and of several are summed in another order")
     shape = {"N": 16, "C": C, "OC": 70, "kind": kind}
-    _, x, *rest = (narrow(a) for a in OPS["linear_forward"].make(rng, **shape))
+    _, x, *rest = (narrow(a) for a in EXAMPLES["linear_forward"].make(rng, **shape))
     for threads in (1, 2):
         backend = get_backend(backend_name, threads)
         together = linear(backend, x, *rest)
@@ -359,29 +360,35 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(
 # ---- one list of ops -----------------------------------------------------------------------------
 
 
-def test_cases_cover_the_reference() -> None:
-    assert OPS.keys() == REFERENCE_OPS.keys()
+def test_every_op_is_declared_and_has_examples() -> None:
+    assert EXAMPLES.keys() == OPS.keys()
+    assert REFERENCE_OPS.keys() == OPS.keys()
 
 
-def test_binding_has_the_signatures_of_the_reference() -> None:
-    from gpt2c.kernels import Kernels
-
-    methods = {name for name, _ in inspect.getmembers(Kernels, inspect.isfunction)}
-    assert REFERENCE_OPS.keys() <= methods
-    for name, function in REFERENCE_OPS.items():
-        assert parameters(getattr(Kernels, name)) == parameters(function), name
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_declaration_is_the_reference(op: Op) -> None:
+    names = [array.name for array in op.arrays] + list(op.numbers)
+    signature = parameters(REFERENCE_OPS[op.name])
+    assert [name for name, _, _ in signature] == names
+    assert parameters(getattr(Kernels, op.name)) == signature
 
 
 @pytest.mark.skipif(not HEADER.exists(), reason="csrc/gpt2c.h is not there: not a source tree")
-def test_header_has_the_ops_of_the_reference() -> None:
+def test_declarations_are_the_header() -> None:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(encoding="utf-8"), flags=re.DOTALL)
     found = re.findall(r"^(?:void|double) (\w+)\(([^)]*)\);", text, flags=re.MULTILINE)
-    declared = {
+    header = {
         name: [argument.split()[-1].lstrip("*") for argument in arguments.split(",")]
         for name, arguments in found
         if name not in NO_OPS
     }
-    assert declared.keys() == REFERENCE_OPS.keys()
-    for name, arguments in declared.items():
-        told_once = [argument for argument in arguments if argument not in TOLD]
-        assert told_once == [p[0] for p in parameters(REFERENCE_OPS[name])], name
+    declared = {
+        op.name: [
+            *(array.name for array in op.arrays),
+            *op.numbers,
+            *("scratch" if word.endswith(")") else word for word in op.told),
+            "team",
+        ]
+        for op in OPS.values()
+    }
+    assert header == declared

@@ -191,6 +191,8 @@ def test_generate_until(lm: GPT2LM, model: GPT2) -> None:
         *({"eos_token_id": TOKENIZER.eot}, {"length_penalty": 2.0}, {"num_return_sequences": 1}),
         *({"typical_p": 1.0}, {"min_length": 0}, {"repetition_penalty": 1.0}, {"max_length": None}),
         *({"do_sample": False, "top_p": 0.0, "top_k": 0, "temperature": 0.7}, {"do_sample": None}),
+        *({"suppress_tokens": None}, {"guidance_scale": 1}, {"output_scores": False}),
+        *({"max_gen_toks": 9.0}, {"top_k": 5.0}, {"bos_token_id": 3}, {"output_logits": False}),
         *({"temperature": 0, "top_p": 0.9, "min_p": 0.1, "seed": 3}, {"no_repeat_ngram_size": 0}),
     ):
         assert ask("the cat", **{"max_gen_toks": 9} | neutral) == plain, neutral
@@ -239,16 +241,26 @@ def test_what_is_refused(lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatc
 
     assert "n_positions = 24 tokens, got 24" in generate(max_gen_toks=24)
     assert "got -1" in generate(max_gen_toks=-1)
-    assert generate(num_beams=4, foo="x", use_cache=True).startswith(
-        "generation_kwargs: gpt2c has no foo='x', num_beams=4; "
+    assert generate(num_beams=1, foo="x", bar=4, use_cache=True).startswith(
+        "generation_kwargs: gpt2c has no bar=4, foo='x'; "
     )
     for name, value in (("penalty_alpha", 0.6), ("typical_p", 0.9), ("num_return_sequences", 2)):
-        assert f"gpt2c has no {name}={value}" in generate(**{name: value})
+        message = generate(**{name: value})
+        assert message.startswith(f"generation_kwargs: {name} must be ")
+        assert message.endswith(f"got {value}")
+    for name, value in (("max_gen_toks", 2.5), ("max_length", "9"), ("do_sample", "no")):
+        assert f" must be a whole number, got {value!r}" in generate(**{name: value}) or (
+            "do_sample must be True or False, got 'no'" in generate(**{name: value})
+        )
+    assert generate(until=["a", 5]).endswith("until must be strings, got 5")
+    assert generate(until=5).endswith("until must be strings, got 5")
+    assert "did you mean min_new_tokens?" in generate(min_length=5)
     assert "top_p must be " in generate(do_sample=True, top_p=1.5)
     asked: list[str] = []
     monkeypatch.setattr(lm.cache_hook, "add_partial", lambda kind, *_: asked.append(kind))
     pairs = [("a", {"max_gen_toks": 3}), ("a", {"num_beams": 4})]
-    assert "num_beams=4" in refused(lm.generate_until, requests("generate_until", pairs), True)
+    message = refused(lm.generate_until, requests("generate_until", pairs), True)
+    assert "num_beams must be 1" in message
     assert not asked, "a mistake in the last request showed after the work of the first"
     large = Tokenizer.train([TEXT * 2 + "bad mad sad"] * 9, 310)
     assert "do not belong together" in refused(GPT2LM, model, large)

@@ -622,9 +622,8 @@ def test_global_norm(backend_name: str, rng: np.random.Generator) -> None:
 # ---- PyTorch as a row of the benchmark -----------------------------------------------------------
 
 
-# autograd hands the gradient on; the rest has weights and caches of gpt2c's own kinds
+# these have weights and caches of gpt2c's own kinds
 NOT_IN_PYTORCH = {
-    "residual_backward",
     "matrix_transpose",
     "linear_forward",
     "cache_attention_forward",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import refused
+from conftest import DOCUMENTS, draw_nothing, refused
 from kills import TINY, contents
 
 from gpt2c import files, trainer_state
@@ -32,23 +32,9 @@ from gpt2c.optimizer import AdamW
 from gpt2c.progress import Progress
 from gpt2c.train import TrainResult
 
-DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
 Capture = pytest.CaptureFixture[str]
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give prepared data that no test changes."""
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(DOCUMENTS, path, "bytes")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes longer than all else, the picture and the measure of the peak."""
-    monkeypatch.setattr(train_module, "plot_loss", lambda metrics, path: False)
-    monkeypatch.setattr(train_module, "fma_peak", lambda name, threads: 0.0)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
@@ -62,8 +48,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a run of 8 steps that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "plot_loss", lambda metrics, path: False)
-        patch.setattr(train_module, "fma_peak", lambda name, threads: 0.0)
+        draw_nothing(patch)
         train(data, out)
     return out
 
@@ -100,7 +85,7 @@ def checkpoints(out: Path) -> list[str]:
 def goes_on(data: Path, out: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> TrainResult:
     """Resume as a user would, and compare all bits with the run that was left alone."""
     monkeypatch.undo()
-    no_picture.__wrapped__(monkeypatch)  # type: ignore[attr-defined]
+    draw_nothing(monkeypatch)
     result = train(data, out, resume=True)
     assert contents(out) == contents(whole)
     return result
@@ -334,7 +319,7 @@ def test_a_save_is_tried_before_the_first_step(
     assert error.value.filename == str(out)
     assert everything(out) == before
     monkeypatch.undo()
-    no_picture.__wrapped__(monkeypatch)  # type: ignore[attr-defined]
+    draw_nothing(monkeypatch)
     train(data, out, overwrite=overwrite)  # a fresh directory was left empty
     assert contents(out) == contents(whole)
 
@@ -416,6 +401,61 @@ def test_overwrite_keeps_links_and_what_is_not_the_runs(
     assert [entry["loss"] for entry in read_metrics(disk / "metrics.jsonl")] == [
         entry["loss"] for entry in read_metrics(whole / "metrics.jsonl")
     ]
+
+
+MODEL = ("model.safetensors", "config.json", "generation_config.json", "run.json")
+MODEL += ("vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_links_of_the_model_stay(data: Path, tmp_path: Path, how: str) -> None:
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    train(data, out, max_iters=4)
+    disk.mkdir()
+    for name in MODEL:
+        shutil.move(out / name, disk / name)
+        (out / name).symlink_to(disk / name)
+    (disk / "tokenizer.json").write_text("another's")
+    if how == "overwrite":
+        (out / "tokenizer.json").symlink_to(disk / "tokenizer.json")
+    before = everything(out)
+    disk.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        train(data, out, **{how: True})
+    (tmp_path / "away").rename(disk)
+    assert everything(out) == before
+    train(data, out, **{how: True, "max_iters": 8})
+    assert all((out / name).is_symlink() for name in MODEL)
+    assert sorted(os.listdir(disk)) == sorted([*MODEL, "tokenizer.json"])
+    assert not (out / "tokenizer.json").is_symlink()
+    assert (disk / "tokenizer.json").read_text() == "another's"
+    for name in MODEL[:3]:
+        assert (disk / name).read_bytes() == (out / "checkpoints/00000008" / name).read_bytes()
+    GPT2.from_pretrained(out).save_pretrained(out)
+    assert all((out / name).is_symlink() for name in MODEL)
+
+
+def test_a_link_to_a_checkpoint_is_not_written_through(
+    data: Path, tmp_path: Path, whole: Path
+) -> None:
+    """On another disk, too, where the directory of checkpoints is a link."""
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    out.mkdir()
+    (out / "checkpoints").symlink_to(disk)
+    train(data, out, max_iters=4, overwrite=True, keep=9)
+    kept = everything(disk / "00000004")
+    for name in ("model.safetensors", "config.json"):
+        (out / name).unlink()
+        (out / name).symlink_to(f"checkpoints/00000004/{name}")
+    train(data, out, resume=True, max_iters=8)
+    assert everything(disk / "00000004") == kept and not (out / "model.safetensors").is_symlink()
+    newest = (disk / "00000008" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == newest
+    (out / "model.safetensors").unlink()
+    (out / "model.safetensors").symlink_to(disk / "00000004" / "model.safetensors")
+    GPT2.from_pretrained(whole).save_pretrained(out)
+    assert everything(disk / "00000004") == kept
 
 
 def test_a_directory_that_is_deleted_meanwhile_is_made_again(
@@ -660,7 +700,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_a_sentence(
     assert (out / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
     assert len(read_metrics(out / "metrics.jsonl")) == 8
     monkeypatch.undo()
-    no_picture.__wrapped__(monkeypatch)  # type: ignore[attr-defined]
+    draw_nothing(monkeypatch)
     assert train(data, out, resume=True, save_interval=0).started == 4
     assert contents(out) == contents(whole)
 

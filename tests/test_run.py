@@ -13,13 +13,14 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import DOCUMENTS, refused
 from kills import TINY, contents
 
 from gpt2c import run as run_module
@@ -34,22 +35,7 @@ from gpt2c.progress import Progress
 from gpt2c.run import locked, read_record
 from gpt2c.train import TrainResult
 
-DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give prepared data that no test changes."""
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(DOCUMENTS, path, "bytes")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes longer than all else, the picture and the measure of the peak."""
-    monkeypatch.setattr(train_module, "plot_loss", lambda metrics, path: False)
-    monkeypatch.setattr(train_module, "fma_peak", lambda name, threads: 0.0)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
@@ -120,6 +106,38 @@ def shards(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
         header[2] = len(part)
         (copy / f"train_{i:06d}.bin").write_bytes(header.tobytes() + part.tobytes())
     return copy
+
+
+def test_the_marks_of_the_data_stay_as_old_runs_have_them(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file's length and CRC, one after the other; and how many bytes a token has."""
+    monkeypatch.setattr("gpt2c.tokenfile._BLOCK", 100)  # so that there is more than one block
+    train(shards, tmp_path / "run", max_iters=1)
+    record = read_record(tmp_path / "run")
+    for split in ("train", "val"):
+        contents = [p.read_bytes()[1024:] for p in sorted(shards.glob(f"{split}*.bin"))]
+        marks = [mark for part in contents for mark in (len(part) // 2, zlib.crc32(part))]
+        assert record["data"][split] == marks
+        tokens = np.frombuffer(b"".join(contents), "<u2")
+        assert record["bytes_per_token"][split] == (tokens < 256).mean()  # but END_OF_TEXT
+
+
+def test_a_start_reads_each_token_file_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, read = os.preadv, [0]
+
+    def counted(*arguments: Any) -> int:
+        size = preadv(*arguments)
+        read[0] += size
+        return size
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with pytest.raises(ValueError, match="too few for one batch"):
+        train(data, tmp_path / "run", block_size=1 << 20)
+    sizes = [(data / f"{split}.bin").stat().st_size - 1024 for split in ("train", "val")]
+    assert read == [sum(sizes)]
 
 
 @pytest.mark.slow

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c.sampling import GenerationConfig, Settings, TextSettings, choose, distribution, penalised
+from gpt2c.sampling import (
+    OFF,
+    GenerationConfig,
+    Settings,
+    TextSettings,
+    choose,
+    distribution,
+    penalised,
+)
 
 V = 11
 DRAWS = 2000
@@ -273,22 +281,27 @@ def test_if_all_is_forbidden_nothing_is_chosen() -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_new_tokens", [-1, 1.5, None, "many"]),
-        ("min_new_tokens", [-1, 2.0, 65]),  # more than max_new_tokens
+        ("max_new_tokens", [-1, 1.5, np.float32(1.5), np.inf, np.nan, "many"]),
+        ("min_new_tokens", [-1, 2.5, 65]),  # more than max_new_tokens
         ("max_new_tokens", [True]),
-        ("temperature", [-0.1, np.nan, np.inf, "0.7", None, True, [1.0]]),
+        ("temperature", [-0.1, np.nan, np.inf, "0.7", True, [1.0]]),
         ("top_k", [-1, 2.5, "5"]),
         ("top_p", [-0.5, 1.1, np.nan, np.inf, "0.7"]),
         ("min_p", [-0.5, 1.1, np.nan, "0.1"]),
-        ("repetition_penalty", [0.0, -1.0, np.nan, np.inf, None, "1"]),
-        ("do_sample", ["no", None, 1]),
-        ("logprobs", [5, None]),
+        ("repetition_penalty", [0.0, -1.0, np.nan, np.inf, "1"]),
+        ("do_sample", ["no", 1]),
+        ("logprobs", [5]),
         ("num_beams", [4, 0, "1"]),
         ("typical_p", [0.5]),
+        ("bad_words_ids", [[[5]], 0]),
+        ("sequence_bias", [{(5,): 1.0}]),
+        ("guidance_scale", [1.5]),
+        ("output_scores", [True, [False]]),
+        ("suppress_tokens", [[5]]),
         ("no_repeat_ngram_size", [-1, 1.5]),
-        ("num_return_sequences", [0, -1, 1.5, None]),
+        ("num_return_sequences", [0, -1, -1.0, 1.5]),
         ("seed", [-1, 0.5]),
-        ("on_full", ["", "forget", None]),
+        ("on_full", ["", "forget"]),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, values: list[Any]) -> None:
@@ -332,10 +345,54 @@ def test_the_neighbours_words_for_the_default_are_taken() -> None:
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
+# What transformers 4.57 has for a setting that is not given, where gpt2c's own differs or has none.
+THEIRS = {
+    **{"min_length": 0, "num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "use_cache": True},
+    **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "diversity_penalty": 0.0, "length_penalty": 1.0},
+    **{"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0},
+    **dict.fromkeys(("renormalize_logits", "remove_invalid_values", "token_healing"), False),
+    **dict.fromkeys(("output_scores", "output_logits", "output_attentions"), False),
+    **dict.fromkeys(("output_hidden_states", "return_dict_in_generate", "early_stopping"), False),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens")),
+    **dict.fromkeys(("begin_suppress_tokens", "guidance_scale", "penalty_alpha", "low_memory")),
+    **dict.fromkeys(("max_time", "stop_strings", "watermarking_config", "max_new_tokens")),
+    **{"bos_token_id": 50256, "num_assistant_tokens": 20, "transformers_version": "4.57.1"},
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_leaves_a_setting_of_theirs_off_changes_nothing(name: str) -> None:
+    assert GenerationConfig(**{name: THEIRS[name]}) == GenerationConfig()
+    assert GenerationConfig(**{name: None}) == GenerationConfig()
+
+
+def test_each_name_of_theirs_has_a_line_here() -> None:
+    assert OFF.keys() - {"max_length", "pad_token_id", "exponential_decay_length_penalty"} == (
+        THEIRS.keys() - {"max_new_tokens"} | {"_from_model_config"}
+    )
+
+
+def test_none_is_the_default() -> None:
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    assert GenerationConfig(**dict.fromkeys(names)) == GenerationConfig()
+
+
+def test_a_whole_number_may_be_a_float() -> None:
+    whole = {"max_new_tokens": 9, "min_new_tokens": 2, "top_k": 2, "no_repeat_ngram_size": 3}
+    whole |= {"num_return_sequences": 2, "seed": 7}
+    for kind in (float, np.float32):
+        config = GenerationConfig(**{name: kind(value) for name, value in whole.items()})
+        assert config == GenerationConfig(**whole)
+        assert all(type(getattr(config, name)) is int for name in whole)
+    assert np.count_nonzero(probabilities(make_logits(), top_k=2.0)) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("max_length", "did you mean max_new_tokens?"),
+        ("min_length", "did you mean min_new_tokens?"),
         ("stop_strings", "did you mean stop?"),
         ("temprature", "did you mean temperature?"),
         ("xyz", "there are do_sample, "),
@@ -349,7 +406,9 @@ def test_an_unknown_setting_is_told_which_was_meant(name: str, meant: str) -> No
 
 def test_type_checkers_know_every_setting() -> None:
     known = GenerationConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
-    assert Settings.__annotations__.keys() == known
+    often = {"num_beams", "typical_p", "use_cache", "early_stopping", "length_penalty"}
+    often |= {"pad_token_id"}
+    assert Settings.__annotations__.keys() - often == known and often <= OFF.keys()
     assert known - TextSettings.__annotations__.keys() == {
         "num_return_sequences",
         "stop",

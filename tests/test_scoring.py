@@ -746,7 +746,7 @@ MISTAKES = [
     ("eval run --data other", "other has a vocabulary of 269 tokens and run one of 257: they do"),
     ("eval alone --data other", "other has a vocabulary of 269 tokens and alone one of 257"),
     ("eval alone --data first", "first has 0 for its end of text and alone 256: they do not"),
-    ("eval run --data ended", "1 tokens are too few to evaluate on; at least 2 are needed"),
+    ("eval run --data ended", "1 token is too few to evaluate on; at least 2 are needed"),
 ]
 
 

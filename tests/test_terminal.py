@@ -23,6 +23,7 @@ from test_cli import COMMAND, TINY, crafted
 
 from gpt2c.cli import main
 from gpt2c.cli_tokens import whole_characters
+from gpt2c.generator import Generator, Token
 from gpt2c.model import GPT2
 from gpt2c.terminal import Door, columns, open_door, padded, spelled, visible, well_formed
 from gpt2c.tokenizer import Tokenizer
@@ -549,6 +550,39 @@ def test_probabilities_are_the_models_own(flags: str, world: Path, capsys: Captu
         shown = [float(share) / 100 for _, share in cells]
         assert shown == pytest.approx(p[expected], abs=6e-5)
         ids.append(token)
+
+
+def test_probabilities_without_candidates(capsys: Capture) -> None:
+    flags = "--temperature 0 --max-new-tokens 2 --prompt ab --show-probabilities"
+    assert main(f"generate lines {flags} 0".split()) == 0
+    head, names, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("the model's own probabilities") and names == "    id  token"
+    assert [row.split() for row in rows] == [["99", "'c'", "100.00%"], ["10", r"'\n'", "100.00%"]]
+
+
+def test_probabilities_have_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = {0.5: "42", 0.49: "43", 0.1: "43", 0.09: "41", 0.0: "41"}
+
+    def tokens(*arguments: Any, **settings: Any) -> Iterator[Token]:
+        return (Token(97, b"a", share, [(98, share)]) for share in shares)
+
+    monkeypatch.setattr(Generator, "tokens", tokens)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    call = "generate run --show-probabilities 1".split()
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert main(call) == 0
+    _, legend, _, *rows = sys.stdout.getvalue().splitlines()  # type: ignore[attr-defined]
+    steps = (("42", "50%"), ("43", "10%"), ("41", "0%"))
+    assert legend == ", ".join(f"\x1b[30;{color}mfrom {share}\x1b[0m" for color, share in steps)
+    for row, (share, color) in zip(rows, shares.items(), strict=True):
+        cell = f"{{}}  {share:7.2%}"
+        first, other = (cell.format(f"{name:<14}") for name in ("'a'", "'b'"))
+        assert row == f"    97  \x1b[30;{color}m{first}\x1b[0m   {other}"
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert main(call) == 0
+    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in shown and len(shown.splitlines()) == 2 + len(shares)
 
 
 # ---- real processes ------------------------------------------------------------------------------

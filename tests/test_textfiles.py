@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2c import textfiles
-from gpt2c.textfiles import TextFiles, split_documents
+from gpt2c.textfiles import TextFiles
 
 
 def read(*paths: Any, field: str | None = None) -> list[str]:
@@ -30,12 +32,6 @@ def read(*paths: Any, field: str | None = None) -> list[str]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfiles, "_PIECE", 5)
-
-
-def test_split_documents() -> None:
-    assert split_documents("<|endoftext|>a\n<|endoftext|> \n<|endoftext|>b") == ["a\n", "b"]
-    assert split_documents("no marker") == ["no marker"]
-    assert split_documents(" \n") == []
 
 
 @given(
@@ -56,12 +52,25 @@ def test_a_mark_may_lie_in_two_pieces(parts: list[str], size: int) -> None:
         (b"a\rb\r\r\nc\r", ["a\rb\r\nc\r"]),
         (b"one<|endoftext|>  \n <|endoftext|>\n\n two", ["one", "\n\n two"]),
         (b" \n" * 20, []),
+        (b"<|endoftext|>a\n<|endoftext|> \n<|endoftext|>b", ["a\n", "b"]),
     ],
 )
 def test_plain_files(tmp_path: Path, small_pieces: None, content: bytes, documents: Any) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     assert read(tmp_path / "a.txt") == documents
     assert read(tmp_path / "a.txt", tmp_path / "a.txt") == documents * 2
+
+
+def test_blanks_without_end_are_not_kept(
+    tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textfiles, "_MOST_BLANK", 12)
+    (tmp_path / "a.txt").write_text(" " * 9 + "<|endoftext|>" + " " * 21 + "a", encoding="utf-8")
+    with TextFiles([tmp_path / "a.txt"]) as texts:
+        pieces = [list(document) for document in texts]
+    assert list(map("".join, pieces)) == [" " * 21 + "a"]
+    (tmp_path / "b.txt").write_text("\n" * 100, encoding="utf-8")
+    assert read(tmp_path / "b.txt") == ["\n" * 100]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +144,103 @@ def test_directories(tmp_path: Path) -> None:
     assert "none has no text files (*.txt, *.text, *.md, " in message
 
 
+def test_what_of_a_directory_is_no_text_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    (tmp_path / "circle").symlink_to(".")
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    (tmp_path / "itself\n.md").symlink_to("itself\n.md")
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "merges.txt"):
+        (tmp_path / "run" / name).write_text("#version: 0.2\n")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.txt"))
+    assert read(tmp_path) == ["a", "a"]
+    lines = sorted(capsys.readouterr().err.splitlines())
+    for line, (name, reason) in zip(
+        lines,
+        [
+            ("circle", "it is a link to a directory"),
+            ("dangling.txt", "it cannot be read (No such file or directory)"),
+            ("itself\\n.md", "it cannot be read (Too many levels of symbolic links)"),
+            ("pipe.txt", "it is a pipe, a socket or a device"),
+            ("run/merges.txt", "gpt2c writes such a file itself"),
+            ("run/metrics.jsonl", "gpt2c writes such a file itself"),
+            ("s.txt", "it is a pipe, a socket or a device"),
+        ],
+        strict=True,
+    ):
+        assert line == f"gpt2c: {tmp_path}/{name} is left out: {reason}"
+    assert read(tmp_path / "circle", tmp_path / "run" / "merges.txt") == [
+        *("a", "a", "#version: 0.2\n")
+    ]
+    for name, error in (("dangling.txt", "does not exist"), ("itself\n.md", "Too many levels")):
+        with pytest.raises(OSError, match=error):
+            read(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "sub"):
+        (tmp_path / name).chmod(0)
+    assert read(tmp_path) == ["a"]
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        f"gpt2c: {tmp_path}/b.txt is left out: it may not be read",
+        f"gpt2c: {tmp_path}/sub is left out: it cannot be read (Permission denied)",
+    ]
+    for name in ("b.txt", "sub"):
+        with pytest.raises(PermissionError):
+            read(tmp_path / name)
+
+
+def test_an_unreadable_folder_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, where root runs the tests."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "sub").mkdir()
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert read(tmp_path) == ["a"]
+    said = capsys.readouterr().err
+    assert said == (f"gpt2c: {tmp_path}/sub is left out: it cannot be read (Permission denied)\n")
+    with pytest.raises(PermissionError):
+        read(tmp_path / "sub")
+
+
+def test_a_person_ends_standard_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal gives an end of file, and after it more if it is asked again."""
+
+    left = [b"first line\n", b"", b"after Ctrl-D\n", b""]
+
+    class Typed(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            content = left.pop(0)
+            buffer[: len(content)] = content
+            return len(content)
+
+    stdin = SimpleNamespace(buffer=io.BufferedReader(Typed()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert read("-") == ["first line\n"]
+
+
 def test_standard_input_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
     stdin = SimpleNamespace(buffer=io.BytesIO("今天<|endoftext|>b".encode()))
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -162,3 +268,21 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         path.write_text("abcd")
         with pytest.raises(OSError, match=r"a\.txt changed while it was read"):
             list(map("".join, texts))
+
+
+def test_what_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textfiles, "_PIECE", 10)
+    (tmp_path / "a.txt").write_text("0123456789" * 4)
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' * 5)  # of 14 bytes
+    stdin = SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(b"x" * 25)))  # type: ignore[type-var]
+    monkeypatch.setattr(sys, "stdin", stdin)
+    told: list[tuple[int, int]] = []
+    with TextFiles(["-", tmp_path], watch=lambda *counts: told.append(counts)) as texts:
+        assert told == [(10, 0), (20, 0), (25, 0)]
+        for _ in range(2):
+            told.clear()
+            list(map("".join, texts))
+            done = [done for done, _ in told]
+            assert {total for _, total in told} == {25 + 40 + 70}
+            assert done == sorted(done) and {25, 65, 79, 93, 135} <= {*done}
+            assert len(done) < 20

@@ -152,12 +152,19 @@ def test_what_leaves_the_ids_as_they_are(pair: Path, how: Change) -> None:
         (lambda r: r["model"].update(merges={}), "model.merges, an array"),
         (lambda r: r.update(added_tokens={"a": 1}), "added_tokens must be an array"),
         (
-            lambda r: r["added_tokens"].append({"id": 294, "content": "[PAD]"}),
-            "must number its 294 tokens, added ones among them, from 0 to 293",
+            lambda r: r["added_tokens"].append({"id": 293 + 1025, "content": "[PAD]"}),
+            "has 294 tokens and the id 1318; at most 1,024 ids .* may be unused, got 1,025",
         ),
         (
             lambda r: r["added_tokens"].append({"id": 7, "content": "[PAD]"}),
-            "must number its 294 tokens",
+            "must number its 294 tokens, added ones among them, from 0 to 293, each once",
+        ),
+        (lambda r: r["added_tokens"].append({"id": 10**9 - 1, "content": "[PAD]"}), "at most 1,02"),
+        (
+            lambda r: r["added_tokens"].extend(
+                [{"id": 299, "content": "[PAD]"}, {"id": 299, "content": "[SEP]"}]
+            ),
+            "must number its 295 tokens",
         ),
         (
             lambda r: r["added_tokens"].append({"id": 64, "content": "a"}),
@@ -173,6 +180,7 @@ def test_what_leaves_the_ids_as_they_are(pair: Path, how: Change) -> None:
         (lambda r: r["model"]["merges"].append(None), "two tokens separated by a space"),
         (lambda r: r["model"]["merges"].pop(), "does not make the tokens of model.vocab"),
         (lambda r: r["model"]["vocab"].update(a=10**30), "must number its"),
+        (lambda r: r["model"]["vocab"].update(a=300), "only special tokens may have higher ids"),
         (
             lambda r: r["model"]["vocab"].update({"\ud800": len(r["model"]["vocab"])}),
             "stands for no byte",
@@ -282,13 +290,40 @@ def test_added_tokens_are_special_ids(pair: Path, where: str) -> None:
     assert loaded.encode("low[PAD]", allowed_special="all") == [*BPE.encode("low"), 293]
     assert loaded.decode([*BPE.encode("low"), 293]) == "low[PAD]"
     assert loaded.token_lengths[293] == 0
-    assert not loaded.same_vocabulary(BPE) and loaded.fingerprint != BPE.fingerprint
+    assert loaded.fingerprint != BPE.fingerprint
     again = pair / "again"
     loaded.save_pretrained(again)
-    assert Tokenizer.from_pretrained(again).same_vocabulary(loaded)
     assert Tokenizer.from_pretrained(again).fingerprint == loaded.fingerprint
     config = json.loads((again / "tokenizer_config.json").read_bytes())
     assert config["added_tokens_decoder"]["293"]["content"] == "[PAD]"
+
+
+@pytest.mark.parametrize("beside", ["vocab.json", "tokenizer_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("token_id", [294, 319, 293 + 1024])
+def test_a_special_token_may_stand_in_a_models_padding(
+    pair: Path, beside: str, token_id: int
+) -> None:
+    if beside == "vocab.json":
+        change(pair / beside, lambda vocab: vocab.update({"[PAD]": token_id}))
+    elif beside == "added_tokens.json":
+        (pair / beside).write_text(json.dumps({"[PAD]": token_id}), encoding="utf-8")
+    else:
+        decoder = {str(token_id): {"content": "[PAD]", "special": True}}
+        change(pair / beside, lambda c: c.update(added_tokens_decoder=decoder))
+    loaded = Tokenizer.from_pretrained(pair)
+    assert loaded.special_tokens == {END_OF_TEXT: 292, "[PAD]": token_id}
+    assert loaded.vocab_size == token_id + 1 and loaded.covers(BPE)
+    assert repr(loaded) == "Tokenizer(294 tokens, <|endoftext|> is 292)"
+    assert loaded.encode("lowest[PAD]", "all") == [*BPE.encode("lowest"), token_id]
+    assert loaded.decode([*BPE.encode("lowest"), token_id]) == "lowest[PAD]"
+    assert loaded.unused_ids(token_id + 3) == [*range(293, token_id), token_id + 1, token_id + 2]
+    assert BPE.unused_ids(293) == [] and BPE.unused_ids(295) == [293, 294]
+    assert refused(loaded.decode, [293]) == "token id 293 is one that the vocabulary leaves out"
+    assert loaded.token_lengths[293:].tolist() == [0] * (token_id - 292)
+    again = pair / "again"
+    loaded.save_pretrained(again)
+    other = Tokenizer(BPE._ranks, 292, special={END_OF_TEXT: 292, "[PAD]": token_id + 1})
+    assert other.fingerprint != loaded.fingerprint == Tokenizer.from_pretrained(again).fingerprint
 
 
 def in_front(pair: Path, names: list[str]) -> None:
@@ -314,7 +349,7 @@ def test_special_tokens_in_front(pair: Path) -> None:
     assert loaded.encode(text) == [token + 5 for token in BPE.encode(text)]
     assert loaded.decode([0, *loaded.encode(text), 4]) == f"<s>{text}<mask>"
     loaded.save_pretrained(pair)
-    assert Tokenizer.from_pretrained(pair).same_vocabulary(loaded)
+    assert Tokenizer.from_pretrained(pair).fingerprint == loaded.fingerprint
     assert json.loads((pair / "tokenizer_config.json").read_bytes())["eos_token"] == "</s>"
 
 

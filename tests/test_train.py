@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import DOCUMENTS, draw_nothing
 from kills import TINY
 
 from gpt2c import settings as settings_module
@@ -28,28 +29,15 @@ from gpt2c.data import prepare
 from gpt2c.model import GPT2
 from gpt2c.optimizer import SCHEDULES, AdamW
 from gpt2c.progress import Progress
-from gpt2c.settings import TrainSettings, find_recipe, read_recipe, resumed
+from gpt2c.settings import TrainSettings, find_recipe, read_recipe, recipe_settings, resumed
 from gpt2c.train import TrainResult, evaluate
 
-DOCUMENTS = [f"Document {n}. " + "the cat sat on the mat. " * (3 + n % 4) for n in range(30)]
 FILES = (
     *("model.safetensors", "config.json", "generation_config.json"),
     *("vocab.json", "merges.txt"),
 )
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give prepared data that no test changes."""
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(DOCUMENTS, path, "bytes")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the picture, which takes longer than all else; two tests put it back."""
-    monkeypatch.setattr(train_module, "plot_loss", lambda metrics, path: False)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
@@ -221,7 +209,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a run of 20 steps that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "plot_loss", lambda metrics, path: False)
+        draw_nothing(patch)
         train(data, out, save_interval=10)
     return out
 
@@ -389,7 +377,7 @@ def cut_last_token(path: Path) -> None:
 def test_resume_refuses_other_tokens(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Any
 ) -> None:
-    monkeypatch.setattr(train_module, "_SUMMED", 100)  # so that there is more than one block
+    monkeypatch.setattr("gpt2c.tokenfile._BLOCK", 100)  # so that there is more than one block
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     train(copy, tmp_path / "run", max_iters=3)
@@ -547,12 +535,57 @@ def test_a_file_stands_before_a_shipped_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()  # as of gpt2c demo --out demo
+    assert find_recipe("demo").parent.name == "recipes"
+    Path("demo").rmdir()
     Path("demo").write_text("n_layer = 3")
     assert read_recipe(find_recipe("demo")) == {"n_layer": 3}
     with pytest.raises(
         FileNotFoundError, match=r"other: no such recipe; .* demo, shakespeare-char"
     ):
         find_recipe("other")
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ({}, 400),
+        ({"max_iters": 300}, 30),
+        ({"max_iters": 3}, 0),
+        ({"max_iters": 20_000}, 2000),
+        ({"max_iters": 300, "warmup_iters": 200}, 200),
+        ({"warmup_iters": 200}, 200),
+    ],
+)
+def test_a_recipes_warm_up_keeps_its_share(given: dict[str, int], warmup: int) -> None:
+    settings = TrainSettings(**recipe_settings("demo", given))
+    assert settings.warmup_iters == warmup
+    assert settings.max_iters == given.get("max_iters", 4000)
+
+
+def test_a_recipe_that_names_no_warm_up_or_no_steps(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("n_layer = 3")
+    assert recipe_settings(str(tmp_path / "a.toml"), {"max_iters": 50}) == {
+        "n_layer": 3,
+        "max_iters": 50,
+    }
+    (tmp_path / "a.toml").write_text("warmup_iters = 40")  # of 1,000
+    found = recipe_settings(str(tmp_path / "a.toml"), {"max_iters": 50})
+    assert found == {"warmup_iters": 2, "max_iters": 50}
+    with pytest.raises(ValueError, match="max_iters must be at least 1, got 0"):
+        recipe_settings("demo", {"max_iters": 0})
+
+
+def test_train_with_the_demos_recipe_is_the_demos_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("The cat sat on the mat.\n" * 400)
+    monkeypatch.chdir(tmp_path)
+    flags = "--max-iters 20 --n-layer 1 --n-head 2 --n-embd 8 --block-size 16 --eval-interval 0"
+    assert main(f"demo --text text.txt --out demo {flags}".split()) == 0
+    assert main(f"train --data demo/data --out run --config demo {flags}".split()) == 0
+    runs = [json.loads(Path(out, "run.json").read_text()) for out in ("demo/run", "run")]
+    assert runs[0] == runs[1] and runs[0]["settings"]["warmup_iters"] == 2
 
 
 @pytest.mark.parametrize(
