@@ -317,7 +317,8 @@ def test_special_tokens_are_tokens_if_so_wished(
     table = gpt2c(f"{command} --special --prompt {prompt} --show-probabilities 0")[1]
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["99", "120", "120"]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\nab\n"))
-    assert gpt2c(f"{command} --special --interactive")[1] == f"{prompt}cxx\nabcxx\n"
+    answers = f"{prompt}cxx\n---\nabcxx\n---\n"
+    assert gpt2c(f"{command} --special --interactive")[1] == answers
     out = gpt2c(f"tokens {prompt} --tokenizer bytes --special")[1].splitlines()
     assert out[0] == "bytes, a vocabulary of 257: 2 tokens, 14 characters, 14 bytes"
     assert out[2] == "<|endoftext|>|b" and out[5].startswith("256  '<|endoftext|>'  3C 7C")
@@ -397,7 +398,7 @@ def test_each_line_typed_is_continued(
     command = f"generate {model} --interactive --temperature 0 --max-new-tokens 3"
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nfar too long\nab"))
     code, out, err = gpt2c(command)
-    assert (code, out) == (0, "abcxx\nxcx\nabcxx\n")
+    assert (code, out) == (0, "abcxx\n---\nxcx\n---\n---\nabcxx\n---\n")  # a text too long has none
     wrong, speed = err.splitlines(keepends=True)
     assert (
         wrong == "gpt2c: the prompt is 12 tokens; this model's context is 8 (n_positions): give a"
@@ -421,7 +422,7 @@ def test_ctrl_c_ends_a_text_and_not_the_conversation(
     monkeypatch.setattr(Generator, "stream", stream)
     monkeypatch.setattr("sys.stdin", io.StringIO("stop\nab\n"))
     code, out, _ = gpt2c(f"generate {model} --interactive --temperature 0 --max-new-tokens 3")
-    assert (code, out) == (0, "stopx\nabcxx\n")
+    assert (code, out) == (0, "stopx\n---\nabcxx\n---\n")
 
 
 # ---- version -------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_the_environment_without_its_secrets(info, monkeypatch: pytest.MonkeyPat
     assert facts["HF_TOKEN"] == facts["HUGGING_FACE_HUB_TOKEN"] == facts["HF_API_KEY"] == "set"
     assert facts["HF_ENDPOINT"] == "'http://***@host:1/x@y'"
     assert facts["https_proxy"] == facts["HTTP_PROXY"] == "'host:1'"
-    assert facts["tiktoken's cache"] == "/nowhere has not GPT-2's vocabulary"
+    assert facts["tiktoken's cache"] == "/nowhere lacks GPT-2's vocabulary"
     monkeypatch.delenv("HF_TOKEN")
     assert ("HF_TOKEN", "unset") in info("--verbose")
 
@@ -145,7 +145,7 @@ def test_the_environment_without_its_secrets(info, monkeypatch: pytest.MonkeyPat
 def test_tiktokens_cache(info, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for name in tokenizer._GPT2_FILES:
-        assert dict(info("--verbose"))["tiktoken's cache"].endswith("has not GPT-2's vocabulary")
+        assert dict(info("--verbose"))["tiktoken's cache"].endswith("lacks GPT-2's vocabulary")
         (tmp_path / name).touch()
     facts = dict(info("--verbose"))
     assert facts["tiktoken's cache"] == f"{tmp_path} has GPT-2's vocabulary"

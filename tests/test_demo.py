@@ -30,7 +30,9 @@ from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.run import locked
 
 Capture = pytest.CaptureFixture[str]
-ROW = re.compile(r"^(GPT-2, this run|bigram model|xz -9 after the rest) +([\d.]+)(?: +([\d.]+))?$")
+ROW = re.compile(
+    r"^(GPT-2, this run|bigram model|xz -9 after training text) +([\d.]+)(?: +([\d.]+))?$"
+)
 TINY = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 16 --batch-size 4 --max-iters 3".split()
 
 
@@ -68,7 +70,7 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
     )
 
     table = rows(output)
-    assert list(table) == ["GPT-2, this run", "bigram model", "xz -9 after the rest"]
+    assert list(table) == ["GPT-2, this run", "bigram model", "xz -9 after training text"]
     evaluate = next(line for line in lines if line.startswith("evaluate "))
     assert main([*shlex.split(evaluate)[2:], "--batch-size", "128"]) == 0
     figures = re.fullmatch(r"loss (\S+) nats/token .* byte (\S+)\n", capsys.readouterr().out)
@@ -77,7 +79,7 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
     assert table["GPT-2, this run"] == pytest.approx([loss, bits], abs=1e-3)
     assert f"step 3: validation loss {loss:.4f} nats/token" in lines, "there are two losses"
     assert 3 < table["bigram model"][0] < loss  # three steps have taught the model nothing
-    assert 1 < table["xz -9 after the rest"][0] < 3
+    assert 1 < table["xz -9 after training text"][0] < 3
     of_training = re.search(r"that it was trained on, GPT-2's loss is (\d\.\d{3}):", output)
     assert of_training
     assert float(of_training[1]) == pytest.approx(loss, abs=0.2)  # nothing is known by heart yet

@@ -7,7 +7,7 @@ import math
 import pytest
 from conftest import refused
 
-from gpt2c.evaluate.figures import figures
+from gpt2c.evaluate.figures import figures, written
 
 
 def test_figures_by_hand() -> None:
@@ -42,3 +42,24 @@ def test_what_is_no_loss_is_refused() -> None:
     for wrong in (math.nan, math.inf, -math.inf):
         assert refused(figures, wrong, 3).startswith(f"the loss is {wrong}: the model's weights")
     assert "no token was scored" in refused(figures, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "arguments", "expected"),
+    [
+        (3.14159, (), "3.1416"),
+        (0.0, (), "0.0000"),
+        (9999.5, (), "9999.5000"),
+        (1e4, (), "1.0000e+04"),
+        (1234567890.123, (), "1.2346e+09"),
+        (-1234567890.123, (), "-1.2346e+09"),
+        (50257.125, (2, 1e9), "50257.12"),
+        (1e300, (2, 1e9), "1.00e+300"),
+        (math.inf, (), "inf"),
+        (math.nan, (), "nan"),
+    ],
+)
+def test_no_figure_has_a_hundred_digits(
+    value: float, arguments: tuple[float, ...], expected: str
+) -> None:
+    assert written(value, *arguments) == expected  # type: ignore[arg-type]

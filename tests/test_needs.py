@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2
 from gpt2c.cli.main import main
 from gpt2c.files.tensors import StoredTensor
 from gpt2c.kernels.memory import aligned_offsets
+from gpt2c.text.batches import Batches
 from gpt2c.text.prepare import prepare
+from gpt2c.text.shards import read_shards
 from gpt2c.train import needs
 from gpt2c.train.needs import check_training, training_parts
 from gpt2c.train.settings import TrainSettings
 
 SETTINGS = TrainSettings(n_layer=3, n_head=2, n_embd=48, block_size=32, batch_size=16)
 CONFIG = SETTINGS.model_config(257, 256)
+ORDER = 123_456  # bytes of the windows' order
 
 
 @pytest.fixture
@@ -36,12 +40,12 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def need(settings: TrainSettings = SETTINGS, **changes: Any) -> int:
-    return sum(training_parts(CONFIG, dataclasses.replace(settings, **changes), 2).values())
+    return sum(training_parts(CONFIG, dataclasses.replace(settings, **changes), 2, ORDER).values())
 
 
 def refusal(settings: TrainSettings = SETTINGS, **how: Any) -> str:
     with pytest.raises(MemoryError) as error:
-        check_training(CONFIG, settings, 2, **how)
+        check_training(CONFIG, settings, 2, ORDER, **how)
     return str(error.value)
 
 
@@ -51,7 +55,7 @@ def test_a_run_takes_what_was_said(recompute: str, accumulate: int) -> None:
     settings = dataclasses.replace(
         SETTINGS, recompute=recompute, gradient_accumulation_steps=accumulate
     )
-    parts = training_parts(CONFIG, settings, 2)
+    parts = training_parts(CONFIG, settings, 2, ORDER)
     model = GPT2(CONFIG, recompute=settings.recomputation)
     optimizer = AdamW(model)
     idx = np.arange(16 * 32).reshape(16, 32) % 257
@@ -66,12 +70,44 @@ def test_a_run_takes_what_was_said(recompute: str, accumulate: int) -> None:
     assert parts["moments"] == optimizer.m.nbytes + optimizer.v.nbytes
     assert parts["activations"] == model._memory._memory.nbytes
     assert parts["a save"] == model.parameters["wte.weight"].nbytes
+    assert parts["order of the windows"] == ORDER
     assert aligned_offsets(CONFIG.parameter_shapes())[""] == model.flat_parameters.size
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("shards", [1, 7])
+def test_the_order_of_the_windows_takes_what_was_said(order: int, shards: int) -> None:
+    tokens = [np.zeros(16 * 40_000 // shards, np.uint16) for _ in range(shards)]
+    batches = Batches(tokens, 4, 16, 1, order)
+    steps = batches.windows_per_epoch // 4 + 1  # the last touches the next epoch
+    tracemalloc.start()
+    try:
+        for epoch in range(4):
+            batches.batch(epoch * steps)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held == pytest.approx(32 * batches.windows_per_epoch, rel=0.05)  # of two epochs
+    assert 0.95 * batches.order_bytes < peak < 1.01 * batches.order_bytes + 20_000
+
+
+def test_the_order_of_the_windows_counts(
+    free: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A long text in short windows: their order takes more than the model."""
+    prepare(["the cat sat on the mat. " * 4000], tmp_path / "data", "bytes")
+    flags = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 2 --batch-size 2 --max-iters 1"
+    call = f"train --data {tmp_path}/data --out {tmp_path}/run {flags}".split()
+    free(needs.PYTHON)
+    assert main(call) == 2
+    windows = int(len(read_shards(tmp_path / "data", "train")[0]) - 1) // 2
+    found = re.search(r"order of the windows (\d\.\d) MB", capsys.readouterr().err)
+    assert found and float(found[1]) == pytest.approx(56 * windows / 1e6, abs=0.06)
 
 
 def test_a_run_that_fits_just_so_is_taken(free: Callable[[int], None]) -> None:
     free(need())
-    check_training(CONFIG, SETTINGS, 2)
+    check_training(CONFIG, SETTINGS, 2, ORDER)
     free(need() - 1)
     assert refusal().startswith("training needs ")
 
@@ -83,7 +119,7 @@ def test_the_largest_batch_is_named(rows: int, recompute: str, free: Callable[[i
     free(need(settings, batch_size=rows + 1) - 1)
     said = refusal(settings)
     assert f"lower --batch-size to {rows} (a row takes 0." in said
-    check_training(CONFIG, dataclasses.replace(settings, batch_size=rows), 2)
+    check_training(CONFIG, dataclasses.replace(settings, batch_size=rows), 2, ORDER)
     assert ("--recompute full" in said) == (recompute != "full")
 
 
@@ -112,10 +148,11 @@ def test_the_parts_are_listed(free: Callable[[int], None]) -> None:
     settings = TrainSettings(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=4)
     free(2_500_000_000)
     with pytest.raises(MemoryError) as error:
-        check_training(config, settings, 2)
+        check_training(config, settings, 2, 56_000_000)
     assert re.match(
         r"training needs 4,\d{3} MB: weights 498 MB, gradients 498 MB, moments 996 MB,"
-        r" activations 2,\d{3} MB, threads 6.3 MB, Python 34 MB, a save 154 MB; 2,500 MB are free:"
+        r" activations 2,\d{3} MB, threads 6.3 MB, order of the windows 56 MB, Python 34 MB,"
+        r" a save 154 MB; 2,500 MB are free:"
         r" pass --recompute full with --batch-size \d, or lower --block-size$",
         str(error.value),
     ), str(error.value)

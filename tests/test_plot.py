@@ -57,40 +57,58 @@ def run(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 21, 22, 100, 1000])
 def test_a_straight_line_stays_where_it_is(count: int) -> None:
     """An average that looks back only would be late by half its length."""
-    line = 20.0 - 0.01 * np.arange(count)
-    np.testing.assert_allclose(smoothed(list(line)), line, rtol=1e-9)
+    line = [20.0 - 0.01 * i for i in range(count)]
+    places, medians = smoothed(range(count), line)
+    np.testing.assert_allclose(medians, [line[i] for i in places], rtol=1e-9)
 
 
 def test_noise_is_averaged(rng: np.random.Generator) -> None:
-    noise = rng.standard_normal(4000)
+    _, medians = smoothed(range(4000), list(rng.standard_normal(4000)))
     # A median of 201 numbers has sqrt(pi / 2 / 201) = 0.09 of their deviation.
-    assert np.std(smoothed(list(noise))[100:-100]) < 0.12
-    assert np.abs(smoothed(list(noise))[100:-100]).max() < 0.5
+    assert np.std(medians) < 0.12
+    assert np.abs(medians).max() < 0.5
 
 
 def test_it_falls_with_the_loss() -> None:
     """The first hundred steps, where the loss falls fastest, are drawn without a lag."""
     loss = 4 + 5 * np.exp(-np.arange(400) / 50)
-    np.testing.assert_allclose(smoothed(list(loss)), loss, rtol=1e-12)
+    places, medians = smoothed(range(400), list(loss))
+    assert places == list(range(10, 390))
+    np.testing.assert_allclose(medians, loss[places], rtol=1e-12)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 30, 400])
-def test_a_curve_begins_and_ends_in_its_own_points(count: int, rng: np.random.Generator) -> None:
-    values = 8.3 - np.log1p(np.arange(count)) + 0.2 * rng.standard_normal(count)
-    smooth = smoothed(list(values))
-    assert (smooth[0], smooth[-1]) == (values[0], values[-1])
-    assert values.min() <= smooth.min() and smooth.max() <= values.max()
+@pytest.mark.parametrize(
+    ("count", "side"), [(1, 0), (9, 0), (10, 1), (35, 3), (100, 10), (400, 10), (800, 20)]
+)
+def test_only_whole_medians_are_drawn(count: int, side: int, rng: np.random.Generator) -> None:
+    values = list(rng.standard_normal(count))
+    steps = list(range(3, 3 + 2 * count, 2))  # every other step was skipped
+    places, medians = smoothed(steps, values)
+    assert places == steps[side : count - side]
+    assert medians == [
+        pytest.approx(sorted(values[i - side : i + side + 1])[side])
+        for i in range(side, count - side)
+    ]
+
+
+def test_no_end_is_invented() -> None:
+    """A last step that is far off, or a first, does not bend the curve to itself."""
+    noise = [2.0, 2.1, 1.9, 2.05, 1.95] * 60
+    _, medians = smoothed(range(302), [9.0, *noise, 7.0])
+    assert 1.95 <= min(medians) and max(medians) <= 2.05
 
 
 def test_a_jump_is_no_ramp() -> None:
     """A slow first step must not bend the speed of those after it, nor one step's the others'."""
-    speed = [2000.0] * 2 + [28_000.0] * 200 + [76_000.0] + [28_000.0] * 50
-    assert set(smoothed(speed)) == {2000.0, 28_000.0}
+    speed = [2000.0] * 30 + [28_000.0] * 200 + [76_000.0] + [28_000.0] * 50
+    assert set(smoothed(range(281), speed)[1]) == {2000.0, 28_000.0}
 
 
-def test_a_long_run_is_smoothed_as_a_short_one(rng: np.random.Generator) -> None:
+def test_a_long_run_is_smoothed_as_a_short_one() -> None:
     line = np.linspace(9, 3, 1_000_000)
-    np.testing.assert_allclose(smoothed(line), line, rtol=1e-9)
+    places, medians = smoothed(range(1_000_000), line)  # type: ignore[arg-type]
+    assert (places[0], places[-1]) == (25_000, 974_999) and len(places) <= plot.POINTS
+    np.testing.assert_allclose(medians, line[places], rtol=1e-9)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -148,7 +166,7 @@ def test_every_line_of_runs_shows_its_numbers(tmp_path: Path, figures: list[Any]
             steps, values = (list(part) for part in zip(*points, strict=True))
             wanted.append((steps, values))
             if name != "learning_rate":
-                wanted.append((steps, list(smoothed(values))))
+                wanted.append(smoothed(steps, values))
             if name == "loss":
                 evaluated = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
                 wanted.append(tuple(list(part) for part in zip(*evaluated, strict=True)))
@@ -167,7 +185,7 @@ def test_the_loss_of_a_run(tmp_path: Path, figures: list[Any]) -> None:
     assert plot_loss(entries(40), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     each, smooth, validation = figures[0].axes[0].get_lines()
-    assert len(each.get_xdata()) == len(smooth.get_xdata()) == 27
+    assert len(each.get_xdata()) == 27 and len(smooth.get_xdata()) == 27 - 2 * 2  # a tenth
     assert len(validation.get_xdata()) == 8
 
 
@@ -185,9 +203,17 @@ def test_the_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["plot", str(a)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith(
-        "9 steps, training loss 0.5000 (lowest 0.5000) nats per token, validation loss 1.8000"
-        " (lowest 1.8000) nats per token, 500 tokens/s"
+        "9 steps, training loss 1.4786 nats per token (mean of the last 6 steps), validation loss"
+        " 1.8000 nats per token (lowest 1.8000), 500 tokens/s"
     )
+    long = run("long", [{"step": n, "loss": 9.0 if n <= 20 else n / 10} for n in range(1, 31)])
+    assert main(["plot", str(long), str(run("one", entries(1)))]) == 0
+    out_long, out_one, _ = capsys.readouterr().out.splitlines()
+    assert (
+        out_long
+        == "long: 30 steps, training loss 2.5500 nats per token (mean of the last 10 steps)"
+    )
+    assert "training loss 4.0000 nats per token (of one step)" in out_one
     assert out[1:] == [f"{a / 'plot.png'}"]
     assert main(["plot", str(a), str(b), "--out", str(tmp_path / "both.png")]) == 0
     for path in (a / "plot.png", tmp_path / "both.png"):
@@ -286,7 +312,49 @@ def test_a_single_step_is_a_dot(tmp_path: Path, figures: list[Any]) -> None:
     plot_runs({"a": entries(1)}, tmp_path / "plot.png")
     assert plot_loss(entries(1), tmp_path / "loss.png")
     lines = [line for figure in figures for axes in figure.axes for line in axes.get_lines()]
-    assert all(line.get_marker() == "o" for line in lines if len(line.get_xdata()) == 1)
+    single = [line for line in lines if len(line.get_xdata()) == 1]
+    assert len(single) == 9
+    assert {(line.get_marker(), line.get_linestyle()) for line in single} == {("o", "None")}
+
+
+def legend_styles(figure: Any) -> dict[str, tuple[str, str]]:
+    """Return what stands beside each name in a legend: its marker and its line."""
+    (legend,) = figure.legends
+    lines = [line for line in legend.get_lines() if len(line.get_xdata()) > 1]
+    return {
+        text.get_text(): (line.get_marker(), line.get_linestyle())
+        for text, line in zip(legend.get_texts(), lines, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("steps", "validation"), [(9, ("o", "None")), (12, ("o", "-"))], ids=["one point", "two"]
+)
+def test_the_legend_shows_the_marker_of_the_picture(
+    tmp_path: Path, figures: list[Any], steps: int, validation: tuple[str, str]
+) -> None:
+    plot_runs({"a": entries(steps)}, tmp_path / "plot.png")
+    assert plot_loss(entries(steps), tmp_path / "loss.png")
+    plot_runs({"a": entries(steps), "b": entries(40), "c": entries(1)}, tmp_path / "three.png")
+    one, loss, three = map(legend_styles, figures)
+    assert one["validation"] == loss["validation"] == validation
+    assert three["validation"] == ("o", "-")  # one of them has a line
+    assert three["a"] == one["a"] == ("None", "-") and three["c"] == ("o", "None")
+
+
+@pytest.mark.parametrize("count", [2, 5, 11])
+def test_a_legend_of_wide_characters_stays_in_the_picture(
+    count: int, tmp_path: Path, figures: list[Any]
+) -> None:
+    runs = {
+        f"中文模型第{number}号训练很长很长的名字": entries(9, 2.0 + number)
+        for number in range(count)
+    }
+    if plot_runs(runs, tmp_path / "plot.png"):
+        pytest.skip("no font here has Chinese")
+    (legend,) = figures[0].legends
+    box, width = legend.get_window_extent(), figures[0].bbox.width
+    assert 0 <= box.x0 < box.x1 <= width
 
 
 def test_no_step_is_an_empty_picture(tmp_path: Path) -> None:

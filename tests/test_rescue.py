@@ -577,6 +577,170 @@ def test_the_file_that_does_not_fit_is_named(
     )
 
 
+# ---- a disk that is full for a while -------------------------------------------------------------
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Give a way to have the disk refuse a part of some steps' saves; it lists what it refused."""
+    moments, copy, amend = checkpoints.write_tensors, shutil.copyfile, checkpoints.amend
+
+    def arrange(
+        part: str, steps: tuple[int, ...], number: int = errno.ENOSPC, times: int = 99
+    ) -> list[str]:
+        done: list[str] = []
+
+        def refused_now(path: Path) -> bool:
+            named = any(f"{step:08d}" in str(path) for step in steps)
+            if named and len(done) < times:
+                done.append(str(path))
+                return True
+            return False
+
+        def write(path: Path, *rest: Any) -> None:
+            if refused_now(path):
+                path.write_bytes(b"half of it")
+                raise OSError(number, os.strerror(number), str(path))
+            moments(path, *rest)
+
+        def copied(source: Path, to: Path) -> None:
+            if refused_now(source):
+                to.write_bytes(b"half of it")
+                raise OSError(number, os.strerror(number), str(source), None, str(to))
+            copy(source, to)
+
+        def amended(path: Path, *rest: Any) -> None:
+            if refused_now(path):
+                raise OSError(number, os.strerror(number), str(path / "state.json"))
+            amend(path, *rest)
+
+        if part == "moments":
+            monkeypatch.setattr(checkpoints, "write_tensors", write)
+        elif part == "model":
+            monkeypatch.setattr(run_module.shutil, "copyfile", copied)
+        else:
+            monkeypatch.setattr(checkpoints, "amend", amended)
+        return done
+
+    return arrange
+
+
+def leftovers(out: Path) -> list[Path]:
+    return [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize(
+    ("part", "file", "left"),
+    [
+        ("moments", "checkpoints/00000004/trainer.safetensors", (2, 6, 8)),
+        ("model", "config.json", (2, 4, 6, 8)),
+        ("amended state", "checkpoints/00000004/state.json", (2, 4, 6, 8)),
+    ],
+    ids=["moments", "model", "amended state"],
+)
+def test_a_disk_that_is_full_for_a_while_ends_no_run(
+    data: Path, tmp_path: Path, whole: Path, refuse: Any, number: int, part: str, file: str,
+    left: tuple[int, ...], capsys: Capture,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    refuse(part, (4,), number)
+    result = train(data, out, save_interval=2, keep=99)
+    assert (result.step, result.interrupted) == (8, False)
+    told = f"step 4: {out / file}: {os.strerror(number)}; the newest checkpoint is "
+    assert capsys.readouterr().out.count(told) == 1
+    assert checkpoints(out) == [f"{step:08d}" for step in left] and leftovers(out) == []
+    for name in ("model.safetensors", "checkpoints/00000008/trainer.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    logged, wanted = (read_metrics(path / "metrics.jsonl") for path in (out, whole))
+    assert [(e["loss"], e.get("val_loss")) for e in logged] == [
+        (e["loss"], e.get("val_loss")) for e in wanted
+    ]
+
+
+def test_each_save_that_fails_is_told_in_a_line(
+    data: Path, tmp_path: Path, refuse: Any, capsys: Capture
+) -> None:
+    out = tmp_path / "run"
+    place = out / "checkpoints"
+    refuse("moments", (2, 6, 7))
+    train(data, out, save_interval=2, eval_interval=0)
+    train(data, tmp_path / "other", save_interval=1, eval_interval=0)
+    told = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
+    why = "trainer.safetensors: No space left on device"
+    end = "the run goes on and tries again with its next checkpoint"
+    other = tmp_path / "other" / "checkpoints"
+    assert told == [
+        f"step 2: {place}/00000002/{why}; there is no checkpoint yet; {end}",
+        f"step 6: {place}/00000006/{why}; the newest checkpoint is {place}/00000004, 2 steps ago;"
+        f" {end}",
+        f"step 2: {other}/00000002/{why}; the newest checkpoint is {other}/00000001, 1 step ago;"
+        f" {end}",
+        f"step 6: {other}/00000006/{why}; the newest checkpoint is {other}/00000005, 1 step ago;"
+        f" {end}",
+        f"step 7: {other}/00000007/{why}; the newest checkpoint is {other}/00000005, 2 steps ago;"
+        f" {end}",
+    ]
+
+
+def test_a_disk_that_stays_full_ends_the_run_in_a_sentence(
+    data: Path, tmp_path: Path, whole: Path, refuse: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    refuse("moments", (6, 8))
+    flags = {**TINY, "max_iters": 8, "eval_interval": 4, "save_interval": 2}
+    call = ["train", "--data", str(data), "--out", str(out)]
+    assert main([*call, *(f"--{name}={value}" for name, value in flags.items())]) == 2
+    newest = out / "checkpoints" / "00000004"
+    assert capsys.readouterr().err == (
+        f"gpt2c: {out}/checkpoints/00000008/trainer.safetensors: No space left on device; the"
+        f" newest checkpoint is {newest}, 4 steps ago\n"
+    )
+    assert checkpoints(out) == ["00000004"] and leftovers(out) == []
+    assert (out / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
+    assert len(read_metrics(out / "metrics.jsonl")) == 8
+    monkeypatch.undo()
+    draw_nothing(monkeypatch)
+    assert train(data, out, resume=True, save_interval=0).started == 4
+    assert contents(out) == contents(whole)
+
+
+def test_what_was_refused_is_written_at_a_stop(
+    data: Path, tmp_path: Path, whole: Path, refuse: Any, at_step: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The checkpoint is whole: what is left to do is to give the directory its model."""
+    out = tmp_path / "run"
+    done = refuse("model", (3,), times=1)
+    at_step(3, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(data, out, save_interval=3).interrupted
+    assert len(done) == 1
+    checkpoint = out / "checkpoints" / "00000003" / "model.safetensors"
+    assert (out / "model.safetensors").read_bytes() == checkpoint.read_bytes()
+    assert train(data, out, resume=True, save_interval=0).started == 3
+    assert contents(out) == contents(whole)
+
+
+def test_what_was_refused_of_the_last_evaluation_is_written_at_the_end(
+    data: Path, tmp_path: Path, whole: Path, refuse: Any
+) -> None:
+    done = refuse("amended state", (8,), times=1)
+    train(data, tmp_path / "run")
+    assert len(done) == 1 and contents(tmp_path / "run") == contents(whole)
+
+
+def test_an_error_after_a_refused_save_ends_in_a_save(
+    data: Path, tmp_path: Path, refuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    done = refuse("moments", (4,), times=1)
+    monkeypatch.setattr(loop, "evaluate", fail(MemoryError("none left")))
+    with pytest.raises(MemoryError):
+        train(data, out, save_interval=4)
+    assert len(done) == 1 and checkpoints(out) == ["00000004"]
+
+
 # ---- locks ---------------------------------------------------------------------------------------
 
 

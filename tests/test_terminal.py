@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -352,8 +353,8 @@ def test_each_line_is_answered_whatever_its_bytes(
     lines = io.TextIOWrapper(io.BytesIO(b"ab\ncaf\xe9\r\nab"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", lines)
     assert main("generate bell --interactive --temperature 0 --max-new-tokens 1".split()) == 0
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first == third == "ab\x07" and second.startswith("caf\ufffd")
+    first, second, third, rest = capsys.readouterr().out.split("\n---\n")
+    assert first == third == "ab\x07" and second.startswith("caf\ufffd") and rest == ""
 
 
 def test_a_prompt_may_hold_any_bytes(capsys: Capture) -> None:
@@ -381,6 +382,31 @@ def test_a_prompt_from_elsewhere(
     (tmp_path / "prompt.txt").write_text("from a\nfile\n")
     assert main([*call, "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
     assert capsys.readouterr().out == "from a\nfile\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [
+        (b"caf\xe9 \xe4\xbd\n", "caf\ufffd \ufffd"),
+        (b"\xef\xbb\xbfcaf\xc3\xa9\r\nb\xff\r\n", "café\nb\ufffd"),
+    ],
+    ids=["stray bytes", "as Windows writes it"],
+)
+def test_a_prompt_is_the_same_from_a_file_and_from_standard_input(
+    content: bytes, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    call = ["generate", "run", "--max-new-tokens", "0"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    (tmp_path / "prompt.txt").write_bytes(content)
+    for flags in (["--prompt", "-"], ["--prompt-file", str(tmp_path / "prompt.txt")]):
+        assert main([*call, *flags]) == 0
+        assert capsys.readouterr().out == f"{prompt}\n"
+
+
+def test_a_prompt_of_another_encoding_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "prompt.txt").write_bytes("café".encode("utf-16"))
+    assert main(["generate", "run", "--prompt-file", str(tmp_path / "prompt.txt")]) == 2
+    assert "prompt.txt is UTF-16, not UTF-8; save it as UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -436,9 +462,10 @@ def test_underscores_are_understood_and_not_shown(capsys: Capture) -> None:
 
 def test_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
     assert main(["tokens", "你 a\n", "b", "--tokenizer", "bytes"]) == 0
-    head, _, divided, rest, _, *rows = capsys.readouterr().out.split("\n")
+    head, _, divided, rest, _, note, _, *rows = capsys.readouterr().out.split("\n")
     assert head == "bytes, a vocabulary of 257: 8 tokens, 6 characters, 8 bytes"
     assert (divided, rest) == ("你| |a|", "| |b")
+    assert note.startswith("Some tokens are only a part of a character's bytes: ")
     assert rows == [
         " id  piece   bytes",
         "228  '<E4>'  E4",
@@ -456,6 +483,7 @@ def test_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
     rows = capsys.readouterr().out.split("\n")
     assert rows[2] == "你好" and rows[4] == " id  piece   bytes"
     assert rows[5].endswith("  '你好'  E4 BD A0 E5 A5 BD"), "wide characters are aligned"
+    assert "Some tokens" not in "".join(rows), "each is a character or more"
 
 
 def test_tokens_has_a_tokenizer_without_a_network(
@@ -478,7 +506,9 @@ def test_tokens_of_anything(monkeypatch: pytest.MonkeyPatch, capsys: Capture) ->
     ):
         assert main(["tokens", "--tokenizer", "bytes", *arguments]) == 0
         out = capsys.readouterr().out
-        ids = [int(line.split()[0]) for line in out.split("\n")[5:] if line]
+        ids = [
+            int(line.split()[0]) for line in out.partition("id  piece")[2].split("\n")[1:] if line
+        ]
         assert ids == BYTES.encode(text) and f"{len(ids)} token" in out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc"), encoding="utf-8"))
     assert main(["tokens", "-", "--tokenizer=bytes"]) == 0
@@ -588,7 +618,9 @@ def in_a_terminal(
     """Run gpt2c in a terminal of its own while `talk` has the other side; return what it showed."""
     pytest.importorskip("termios")
     side, child_side = os.openpty()
-    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *COMMAND, *arguments.split()]
+    # Who opens a terminal in a session that has none gets Ctrl-C from it.
+    shell = ["sh", "-c", 'trap "" HUP; exec "$@" <"$0"', os.ttyname(child_side)]
+    command = [*shell, *COMMAND, *arguments.split()]
     child = subprocess.Popen(
         command,
         stdin=child_side,
@@ -603,16 +635,27 @@ def in_a_terminal(
     def until(wanted: bytes) -> bytes:
         nonlocal shown
         start, end = len(shown), time.monotonic() + 60
-        while wanted not in shown[start:] and time.monotonic() < end:
+        while wanted not in shown[start:] and (left := end - time.monotonic()) > 0:
             try:
-                shown += os.read(side, 4096)
+                if select.select([side], [], [], left)[0]:
+                    shown += os.read(side, 4096)
             except OSError:  # how Linux says that the child has closed its side
                 break
         return shown[start:]
 
-    talk(side, until)
-    code = child.wait(timeout=60)
+    try:
+        talk(side, until)
+        code = child.wait(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
     return code, shown
+
+
+def press_ctrl_c(side: int) -> None:
+    """Press it at a prompt; Python does not notice one that comes before it waits for a key."""
+    time.sleep(0.5)
+    os.write(side, b"\x03")
 
 
 def test_lines_are_edited() -> None:
@@ -630,6 +673,67 @@ def test_lines_are_edited() -> None:
 
     code, shown = in_a_terminal("generate run --interactive --max-new-tokens 1", talk)
     assert code == 0 and b"xab" in shown
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_ends() -> None:
+    hint = b"(Ctrl-D or Ctrl-C again ends the program)"
+
+    def talk(side: int, until: Callable[[bytes], bytes]) -> None:
+        until(b"> ")
+        os.write(side, b"dropped")
+        press_ctrl_c(side)
+        assert hint in until(b"\n> ")
+        os.write(side, b"ab\r")
+        assert b"dropped" not in until(b"\n> ")  # and so it is not the second in a row
+        press_ctrl_c(side)
+        assert hint in until(b"\n> ")
+        press_ctrl_c(side)
+        until(b"interrupted")
+        os.close(side)
+
+    code, shown = in_a_terminal("generate run --interactive --max-new-tokens 1", talk)
+    assert code == 130 and shown.count(hint) == 2 and b"Traceback" not in shown
+
+
+def test_ctrl_c_ends_a_text_that_is_written() -> None:
+    def talk(side: int, until: Callable[[bytes], bytes]) -> None:
+        until(b"> ")
+        os.write(side, b"ab\r")
+        until("\ufffd".encode())  # the bell
+        os.write(side, b"\x03")
+        assert b"Ctrl-D or" not in until(b"\n> ")
+        os.write(side, b"\x04")
+        until(b"tokens/s")
+        os.close(side)
+
+    code, _ = in_a_terminal("generate bell --interactive --max-new-tokens 200000", talk)
+    assert code == 0
+
+
+def test_a_kill_ends_a_conversation(tmp_path: Path, world: Path) -> None:
+    """It is no Ctrl-C, which would end a text only."""
+    for line, wanted in (b"", b"nothing is remembered"), (b"ab\n", b"ab"):
+        side, child_side = os.openpty()
+        child = subprocess.Popen(
+            [*COMMAND, *"generate run --interactive --max-new-tokens 2000000".split()],
+            stdin=child_side,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        os.close(child_side)
+        os.write(side, line)
+        assert child.stdout is not None
+        shown = b""
+        while wanted not in shown[shown.find(b"program.") * bool(line) :]:
+            shown += os.read(child.stdout.fileno(), 4096)
+        child.terminate()
+        try:
+            assert child.wait(timeout=60) == 130
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+            os.close(side)
 
 
 @pytest.mark.parametrize(

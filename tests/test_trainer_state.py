@@ -116,7 +116,7 @@ DAMAGES: list[tuple[Any, str]] = [
     (lambda path: os.truncate(path / "model.safetensors", 0), "has 0 bytes, not "),
     (
         lambda path: flip(path / "model.safetensors", -1),
-        r"model\.safetensors is damaged: it has not",
+        r"model\.safetensors is damaged: its SHA-256 is not",
     ),
     (lambda path: flip(path / "trainer.safetensors", 500), r"trainer\.safetensors is damaged"),
     (lambda path: flip(path / "config.json", 5), r"config\.json is damaged"),

@@ -84,7 +84,7 @@ def _learn(
         prepared = _prepare(text, data, overwrite)
         show("text", str(text or "this Python's own documentation"))
         show("documents", f"{prepared.documents:,} of {describe(prepared)}")
-        show("tokenizer", f"BPE trained on them, {prepared.vocab_size:,} tokens")
+        show("tokenizer", f"BPE trained on the training part, {prepared.vocab_size:,} tokens")
         guess = math.log(prepared.vocab_size)
         show("loss", f"in nats per token: 0 if it was certain, {guess:.1f} for a guess among all")
         try:
@@ -132,10 +132,10 @@ def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens)
     step = max(piece, len(tokens) * piece // len(held_out))
     pieces = [tokens[start : start + piece] for start in range(0, len(tokens), step)]
     seen = evaluate(model, pieces, rows, block_size)
-    print(f"\n{'on the held-out text':<24}{'nats/token':>12}{'bits/byte':>12}")
-    print(f"{'GPT-2, this run':<24}{gpt2.loss:>12.3f}{gpt2.bits_per_byte:>12.3f}")
-    print(f"{'bigram model':<24}{bigram.loss:>12.3f}{bigram.bits_per_byte:>12.3f}")
-    print(f"{'xz -9 after the rest':<24}{'':>12}{xz:>12.3f}")
+    print(f"\n{'on the held-out text':<28}{'nats/token':>12}{'bits/byte':>12}")
+    print(f"{'GPT-2, this run':<28}{gpt2.loss:>12.3f}{gpt2.bits_per_byte:>12.3f}")
+    print(f"{'bigram model':<28}{bigram.loss:>12.3f}{bigram.bits_per_byte:>12.3f}")
+    print(f"{'xz -9 after training text':<28}{'':>12}{xz:>12.3f}")
     print(
         f"bits/byte: what a byte of text takes, compressed with the model. GPT-2 reads windows of"
         f" {block_size} tokens\nside by side, as in training and gpt2c eval; xz has all of the"

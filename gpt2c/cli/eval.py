@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt2c.evaluate import scoring
-from gpt2c.evaluate.figures import MEANING, figures
+from gpt2c.evaluate.figures import MEANING, figures, written
 from gpt2c.formats.load import find
 from gpt2c.gpt2 import GPT2, QuantizedGPT2, open_found
 from gpt2c.screen.progress import Progress
@@ -20,7 +20,7 @@ from gpt2c.train.loop import evaluate
 
 Model = GPT2 | QuantizedGPT2
 LONG = 50  # windows or questions that take long enough for progress to be shown
-LINES = 20  # of progress, where no one watches
+LINES = 5  # of progress, where no one watches
 
 
 HELP = f"""\
@@ -36,7 +36,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
     )
-    verb.add_argument("--data", type=Path, help="what gpt2c prepare made: its held-out text")
+    verb.add_argument(
+        "--data", type=Path, help="score the held-out text of what gpt2c prepare made"
+    )
     verb.add_argument(
         "--stride",
         type=int,
@@ -49,13 +51,17 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         "--choices",
         type=Path,
         metavar="FILE.jsonl",
-        help='questions as of HellaSwag, {"ctx": "", "endings": ["", ""], "label": 0} a line',
+        help='questions as in HellaSwag, a line each: {"ctx": "", "endings": ["", ""], "label": 0}',
     )
     verb.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
-    verb.add_argument("--quantize", choices=["int8", "fp16"], help="with smaller weights")
-    verb.add_argument("--backend", default="auto", help="default: the fastest")
     verb.add_argument(
-        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
+    )
+    verb.add_argument(
+        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
+    )
+    verb.add_argument(
+        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
     )
 
 
@@ -99,18 +105,18 @@ def _eval_data(options: argparse.Namespace, path: Path, model: Model) -> None:
     if options.stride is None:
         nats = count * evaluate(model, shards, options.batch_size, model.config.n_positions)
     else:
-        with _progress() as watch:
-            nats = -sum(
-                float(scoring.token_logprobs(model, tokens, options.stride, watch=watch)[1:].sum())
-                for tokens in shards
-            )
+        nats = 0.0
+        for tokens in shards:
+            with _progress("window") as watch:
+                logprobs = scoring.token_logprobs(model, tokens, options.stride, watch=watch)
+            nats -= float(logprobs[1:].sum())
     found = figures(nats, count, size)
-    # of a text that the model has no idea of, a perplexity has hundreds of digits
-    perplexity = f"{found.perplexity:{'.2f' if found.perplexity < 1e9 else '.4g'}}"
+    perplexity = written(found.perplexity, 2, 1e9)
     bits = "none, as the text has no bytes"
     if not math.isnan(found.bits_per_byte):
-        bits = f"{found.bits_per_byte:.4f}"
-    print(f"loss {found.loss:.4f} nats/token  perplexity {perplexity}  bits per byte {bits}")
+        bits = written(found.bits_per_byte)
+    loss = written(found.loss)
+    print(f"loss {loss} nats/token  perplexity {perplexity}  bits per byte {bits}")
 
 
 def _check_tokenizer(
@@ -152,7 +158,7 @@ def _check_tokenizer(
 
 
 def _eval_choices(questions: list[scoring.Question], model: Model) -> None:
-    with _progress() as watch:
+    with _progress("question") as watch:
         right = scoring.answer(model, questions, watch)
     acc, acc_norm, acc_per_token = (_share(*pair) for pair in scoring.accuracy(right))
     print(
@@ -167,14 +173,14 @@ def _share(value: float, error: float) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[scoring.Watch]:
-    """Give what shows how far the work is, if there is much of it."""
+def _progress(noun: str) -> Iterator[scoring.Watch]:
+    """Give what shows how far the work is, if there is much of it; `noun` is what it counts."""
     shown: list[Progress] = []
 
     def watch(done: int, total: int, figures: str) -> None:
         if total >= LONG:
             if not shown:
-                shown.append(Progress(0, total, total // LINES))
+                shown.append(Progress(0, total, -(-total // LINES), noun))
             shown[0].step(done, figures)
 
     try:

@@ -16,6 +16,7 @@ from gpt2c.generate.sampling import GenerationConfig
 from gpt2c.generator import Generator
 from gpt2c.kernels.checks import counted
 from gpt2c.screen.terminal import (
+    Terminated,
     colored,
     has_colors,
     padded,
@@ -27,6 +28,7 @@ from gpt2c.screen.terminal import (
 )
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+ENDS = "---"  # an answer, where it is not on a terminal beside its question
 # The colour of a token on a terminal: from this probability on, black on green, yellow, red.
 LIKELY = ((0.5, "\x1b[30;42m"), (0.1, "\x1b[30;43m"), (0.0, "\x1b[30;41m"))
 CELL = 14  # columns of a piece in the table of probabilities; a longer one takes more
@@ -48,58 +50,84 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
     )
     verb.add_argument(
-        "--prompt", help="the start of the text (default: none); - reads standard input"
+        "--prompt",
+        metavar="TEXT",
+        help="the start of the text (default: none); - reads standard input",
     )
     verb.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="read it from FILE, less its last newline"
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="read the start from FILE, without its last newline",
     )
     verb.add_argument(
         "--interactive",
         action="store_true",
-        help="continue each line of standard input, each as a new text: nothing is remembered",
+        help="continue each line of standard input, each as a new text: nothing is remembered; a"
+        " line --- ends each answer, unless a terminal shows both sides",
     )
     verb.add_argument(
         "--special",
         action="store_true",
         help="read special tokens such as <|endoftext|> in the prompt as tokens, not as text",
     )
-    verb.add_argument("--num-samples", type=int, default=1, help="how many texts to write (1)")
     verb.add_argument(
-        "--max-new-tokens", type=int, default=200, help="maximum number of new tokens (200)"
+        "--num-samples", type=int, default=1, metavar="N", help="how many texts to write (1)"
     )
     verb.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)"
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="maximum number of new tokens (200)",
     )
-    verb.add_argument("--top-k", type=int, help="draw among the K likeliest tokens (0: all)")
+    verb.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="higher: more random; 0: always the likeliest token (0.8)",
+    )
+    verb.add_argument(
+        "--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (0: all)"
+    )
     verb.add_argument(
         "--top-p",
         type=float,
+        metavar="P",
         help="nucleus sampling: draw among the fewest tokens with probability P together (1: all)",
     )
     verb.add_argument(
         "--min-p",
         type=float,
+        metavar="P",
         help="draw among tokens at least P times as likely as the likeliest (0: all)",
     )
     verb.add_argument(
         "--repetition-penalty",
         type=float,
+        metavar="X",
         default=1.0,
         help="above 1: make repeated tokens less likely (1: off)",
     )
     verb.add_argument(
         "--no-repeat-ngram-size",
         type=int,
+        metavar="N",
         default=0,
         help="forbid repeating any N tokens in a row (0: off)",
     )
     verb.add_argument(
         "--stop",
         action="append",
+        metavar="TEXT",
         help=r"end before this text; may be repeated; \n, \t, \r and \\ are escapes",
     )
     verb.add_argument(
-        "--seed", type=int, help="the same seed draws the same text (default: another each time)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the same seed draws the same text (default: another each time)",
     )
     verb.add_argument(
         "--show-probabilities",
@@ -112,9 +140,11 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
     )
-    verb.add_argument("--backend", default="auto", help="default: the fastest")
     verb.add_argument(
-        "--threads", type=int, default=0, help="that compute (0: as many as the machine allows)"
+        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
+    )
+    verb.add_argument(
+        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
     )
 
 
@@ -167,9 +197,12 @@ def run_generate(options: argparse.Namespace) -> int:
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    """Return the start of the text; of a file and of standard input without the last newline."""
+    """Return the start of the text; of a file and of standard input without the last newline.
+
+    Bytes that are not UTF-8 are U+FFFD, wherever they come from.
+    """
     if options.prompt_file is not None:
-        return read_text(options.prompt_file).removesuffix("\n")
+        return read_text(options.prompt_file, "replace").removesuffix("\n")
     if options.prompt == "-":
         return sys.stdin.read().removesuffix("\n")
     return well_formed(options.prompt or "")
@@ -205,11 +238,15 @@ def _cell(data: bytes, probability: float) -> str:
 
 
 def _converse(generator: Generator, settings: dict[str, Any]) -> float:
-    """Continue each line that is typed, until the end of the input; Ctrl-C ends a text only.
+    """Continue each line that is typed, until the end of the input.
+
+    Ctrl-C ends a text, or drops what is typed; a second one in a row ends all. Where no one sees
+    both sides, a line of three dashes ends each answer, so that a program knows where it ends.
 
     Returns the seconds of writing, without those of typing.
     """
     seconds = 0.0
+    pressed = False  # Ctrl-C, at the prompt
     typed = sys.stdin.isatty()
     seen = typed and sys.stdout.isatty()  # what is typed stands beside what is written
     if seen:
@@ -228,15 +265,28 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
             if seen:
                 print()
             break
+        except Terminated:
+            raise
+        except KeyboardInterrupt:
+            if pressed or not typed:
+                raise
+            pressed = True
+            print("\n(Ctrl-D or Ctrl-C again ends the program)", file=sys.stderr)
+            continue
+        pressed = False
         start = time.perf_counter()
         try:
             pieces = generator.stream(line, **settings)
             if not seen:
                 sys.stdout.write(visible(line))
             write_pieces(pieces)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             pass
         except ValueError as error:
             print(f"gpt2c: {error}", file=sys.stderr)
+        if not seen:
+            print(ENDS)
         seconds += time.perf_counter() - start
     return seconds

@@ -291,7 +291,7 @@ def environment_rows() -> list[Row]:
     cache, whole = tiktoken_cache()
     state = "no cache: TIKTOKEN_CACHE_DIR is empty"
     if cache is not None:
-        state = f"{cache} has {'' if whole else 'not '}GPT-2's vocabulary"
+        state = f"{cache} {'has' if whole else 'lacks'} GPT-2's vocabulary"
     return [*rows, ("tiktoken's cache", state)]
 
 

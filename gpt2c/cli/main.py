@@ -29,8 +29,10 @@ from gpt2c.cli import plot as cli_plot
 from gpt2c.cli import prepare as cli_prepare
 from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
+from gpt2c.evaluate.figures import written
+from gpt2c.files.atomic import reason
 from gpt2c.screen.command import command
-from gpt2c.screen.terminal import Door, one_line, open_door
+from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult, train
 from gpt2c.train.settings import TrainSettings, recipe_settings
 
@@ -71,7 +73,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
     """
 
     def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     main_thread = threading.current_thread() is threading.main_thread()
     ends = [signal.SIGTERM, signal.SIGHUP] if main_thread else []
@@ -110,8 +112,7 @@ def _run(arguments: list[str], out: Door) -> int:
         print("gpt2c: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        named = error.filename and error.strerror
-        _complain(f"{error.filename}: {error.strerror}" if named else str(error))
+        _complain(reason(error))
     except (ValueError, OverflowError, Warning) as error:  # a number too large for C or a float
         _complain(str(error))
     except MemoryError as error:
@@ -164,7 +165,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"gpt2c {version}")
     verbs = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    verb = _verb(verbs, "demo", run_demo, "the main job: text to tokens to a model to text")
+    verb = _verb(
+        verbs,
+        "demo",
+        run_demo,
+        "the whole way: prepare a text, train a model on it, compare it, let it write",
+    )
     verb.add_argument(
         "--text",
         type=Path,
@@ -174,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     _add_settings(verb, demo_recipe())
 
-    text = "text files to token files"
+    text = "turn text files into token files"
     cli_prepare.add_flags(_verb(verbs, "prepare", cli_prepare.run_prepare, text))
 
     verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
@@ -187,19 +193,19 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     _add_settings(verb, {})
 
-    text = "loss, perplexity and bits per byte on held-out text; right answers to questions"
+    text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
     text = "continue a text"
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, text, shows=True))
     text = "show a text as a tokenizer cuts it: pieces, ids, bytes"
     cli_tokens.add_flags(_verb(verbs, "tokens", cli_tokens.run_tokens, text, shows=True))
-    text = "draw metrics.jsonl: loss, learning rate, gradient norm, tokens a second"
+    text = "draw runs: loss, learning rate, gradient norm, tokens a second"
     cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
-    text = "a model, tokenizer or token files for llm.c, llama.cpp, nanoGPT or transformers"
+    text = "write a model, tokenizer or token files as llm.c, llama.cpp and others read them"
     cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
-    text = "backends and PyTorch side by side, verified, in turn"
+    text = "measure backends and PyTorch in turn; their results are verified"
     cli_bench.add_flags(_verb(verbs, "bench", cli_bench.run_bench, text, shows=True))
-    text = "CPU, backends, threads, versions"
+    text = "show the CPU, backends, threads, versions"
     cli_info.add_flags(_verb(verbs, "info", cli_info.run_info, text, shows=True))
     return top
 
@@ -229,7 +235,9 @@ def _path(text: str) -> Path:
 
 def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
     """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
-    group = verb.add_argument_group("settings of the run", "names of a TOML recipe's keys")
+    group = verb.add_argument_group(
+        "settings of the run", "each is a key of a TOML recipe, too, with _ for -"
+    )
     for field in dataclasses.fields(TrainSettings):
         kind = type(field.default)
         value = {"type": kind, "metavar": kind.__name__.upper()}
@@ -274,7 +282,7 @@ def run_train(options: argparse.Namespace) -> int:
     if result.skipped:
         done += f" ({result.skipped} skipped)"
     if not math.isnan(result.val_loss):  # of a run stopped before, these weights have none
-        done += f", validation loss {result.val_loss:.4f} nats/token"
+        done += f", validation loss {written(result.val_loss)} nats/token"
     print(f"{options.out}: {done}")
     return 0
 

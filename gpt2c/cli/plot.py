@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.evaluate.figures import figures
+from gpt2c.evaluate.figures import figures, written
 from gpt2c.files.names import METRICS_FILE, RUN_FILE, RUNS_FILE
 from gpt2c.files.untrusted import read_json
 from gpt2c.text.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from gpt2c.train.plot import plot_runs, shorten
 Entries = list[dict[str, Any]]
 TOKENS = "nats per token"
 BYTES = "bits per byte"
+LAST = 10  # steps whose losses are one figure, as in a line of training: one alone is noise
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
@@ -117,10 +118,18 @@ def _tell(runs: dict[Path, Entries], unit: str) -> None:
     labels = shorten([str(path) for path in runs])
     for label, entries in zip(labels, runs.values(), strict=True):
         parts = [f"{entries[-1]['step']:,} steps"]
-        for name, text in (("loss", "training loss"), ("val_loss", "validation loss")):
-            values = [entry[name] for entry in entries if entry.get(name) is not None]
-            if values:
-                parts.append(f"{text} {values[-1]:.4f} (lowest {min(values):.4f}) {unit}")
+        losses, validation = (
+            [entry[name] for entry in entries if entry.get(name) is not None]
+            for name in ("loss", "val_loss")
+        )
+        if losses:
+            last = losses[-LAST:]
+            mean = math.fsum(last) / len(last)
+            of = f"mean of the last {len(last)} steps" if len(last) > 1 else "of one step"
+            parts.append(f"training loss {written(mean)} {unit} ({of})")
+        if validation:
+            lowest = f"lowest {written(min(validation))}"
+            parts.append(f"validation loss {written(validation[-1])} {unit} ({lowest})")
         speeds = [e["tokens_per_second"] for e in entries if e.get("tokens_per_second")]
         if speeds:
             parts.append(f"{np.median(speeds):,.0f} tokens/s")

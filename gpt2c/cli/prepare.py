@@ -34,18 +34,30 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--tokenizer",
         default="bpe:4096",
-        help="bpe:SIZE, trained on the text (default: bpe:4096), bytes, gpt2, a directory such as a"
-        " run, or a name on the hub (user/name)",
+        help="bpe:SIZE, trained on what is not held out (default: bpe:4096), bytes, gpt2, a"
+        " directory such as a run, or a name on the hub (user/name)",
     )
     verb.add_argument(
         "--text-field",
         metavar="NAME",
         help='the field of JSONL that holds the text (default: "text")',
     )
-    verb.add_argument("--val-fraction", type=float, default=0.1, help="share held out (0.1)")
-    verb.add_argument("--seed", type=int, default=1337, help="of the choice of what is held out")
     verb.add_argument(
-        "--shard-tokens", type=int, default=0, help="tokens in a training file (0: one file)"
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of the text to hold out (0.1)",
+    )
+    verb.add_argument(
+        "--seed", type=int, default=1337, metavar="N", help="seed of what is held out (1337)"
+    )
+    verb.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens in a training file (0: one file)",
     )
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 

@@ -24,11 +24,17 @@ from gpt2c.text.vocabulary import has_tokenizer
 
 DEMO = Path("runs/demo/run")
 COLORS = ("\x1b[30;46m", "\x1b[30;43m")  # black on cyan, black on yellow
+PARTS = "Some tokens are only a part of a character's bytes: those of a character stand together."
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Say what `gpt2c tokens` takes."""
     verb.set_defaults(any_text=True)
+    verb.epilog = (
+        "First the text, divided where a token ends: by | or, on a terminal, by colours. A token"
+        " may be only a part of a character's bytes, so those of one character stand together. Then"
+        " a line for each token: a part of a character is spelled as its bytes, <E4 BD>."
+    )
     verb.add_argument(
         "text", metavar="TEXT", nargs="+", help="joined by blanks; - alone reads standard input"
     )
@@ -59,7 +65,10 @@ def run_tokens(options: argparse.Namespace) -> int:
     )
     if not ids:
         return 0
-    print(f"\n{_divided(list(whole_characters(data)))}\n")
+    whole = list(whole_characters(data))
+    print(f"\n{_divided(whole)}\n")
+    if len(whole) < len(ids):
+        print(f"{PARTS}\n")
     pieces = ["piece", *map(spelled, data)]
     width = max(map(columns, pieces))
     digits = max(2, len(str(max(ids))))

@@ -4,7 +4,7 @@
     perplexity       its exponential: how many equally likely tokens leave the same doubt
     bits per byte    how far the text could be compressed: comparable across tokenizers
 
-Independent of models and files. Used by scoring, demo and cli_eval.
+Independent of models and files. Used by what shows a loss.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ class Figures(NamedTuple):
     perplexity: float
     bits_per_token: float
     bits_per_byte: float
+
+
+def written(value: float, decimals: int = 4, most: float = 1e4) -> str:
+    """Write a figure; one of a model that has no idea of a text may have hundreds of digits.
+
+    Parameters
+    ----------
+    decimals : of a figure below `most`; above, that is what its power of ten has
+    """
+    return f"{value:.{decimals}{'f' if abs(value) < most else 'e'}}"
 
 
 def figures(nats: float, tokens: int, size: int = 0) -> Figures:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.evaluate.figures import figures
+from gpt2c.evaluate.figures import figures, written
 from gpt2c.files.untrusted import parse_json, read_text
 from gpt2c.kernels.checks import check_kind, counted, whole
 from gpt2c.kernels.memory import Array
@@ -153,7 +153,7 @@ def token_logprobs(
         nats -= float(out[done:end].sum())
         done = end
         if watch:
-            watch(number, len(starts), f"loss {figures(nats, done - 1).loss:.4f}")
+            watch(number, len(starts), f"loss {written(figures(nats, done - 1).loss)}")
     return out
 
 

@@ -170,6 +170,13 @@ def naming(path: Path, meant: Mapping[Path, Path] | None = None) -> Iterator[Non
         raise OSError(error.errno, error.strerror, name) from error
 
 
+def reason(error: OSError) -> str:
+    """Return what an error of the disk says: the file, and what is wrong with it."""
+    if error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def claim_directory(path: Path, overwrite: bool) -> None:
     """Make an output directory; refuse one that holds something unless `overwrite`.
 

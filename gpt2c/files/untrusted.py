@@ -108,7 +108,7 @@ def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
     return content
 
 
-def decode(content: bytes, source: str) -> str:
+def decode(content: bytes, source: str, errors: str = "strict") -> str:
     """Decode UTF-8 text, as Windows' editors write it too.
 
     A byte order mark at its start is dropped, and each line that ends in CR LF ends in LF.
@@ -116,14 +116,15 @@ def decode(content: bytes, source: str) -> str:
     Parameters
     ----------
     source : names the text in errors
+    errors : "replace" turns bytes that are not UTF-8 into U+FFFD
 
     Raises
     ------
-    ValueError : it is not UTF-8
+    ValueError : it is not UTF-8, or another encoding by its first bytes
     """
     check_encoding(content, source)
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         raise not_utf8(source, error, 0) from None
     return text.replace("\r\n", "\n")
@@ -148,7 +149,7 @@ def not_utf8(source: str, error: UnicodeDecodeError, offset: int) -> ValueError:
     return ValueError(f"{source} is not UTF-8: {place}; convert it to UTF-8")
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
     """Read a UTF-8 text file, see `decode`; it may be a pipe.
 
     Raises
@@ -162,7 +163,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"text file {path} does not exist") from None
-    text = decode(content, f"text file {path}")
+    text = decode(content, f"text file {path}", errors)
     if not text:
         raise ValueError(f"text file {path} is empty")
     return text

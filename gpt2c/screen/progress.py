@@ -35,7 +35,7 @@ def _bar(**options: Any) -> _Bar | None:
 
 
 class Progress:
-    """Shows a count of steps with figures beside it.
+    """Shows a count of steps, or of other work, with figures beside it.
 
     What cannot be shown is dropped.
 
@@ -43,10 +43,11 @@ class Progress:
     ----------
     start, total : the first step's number and the last's
     interval : where no one watches, every so many steps are a line
+    noun : what a line calls a step
     """
 
-    def __init__(self, start: int, total: int, interval: int) -> None:
-        self._interval = interval
+    def __init__(self, start: int, total: int, interval: int, noun: str = "step") -> None:
+        self._interval, self._noun = interval, noun
         self._start, self._total = start, total
         self._began = time.monotonic()
         layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc} |{bar}|"  # narrow: no bar
@@ -64,7 +65,8 @@ class Progress:
         pace = (time.monotonic() - self._began) / max(1, step - self._start)
         left = pace * (self._total - step)
         until = f"  {tqdm.format_interval(left)} left" if step < self._total else ""
-        self.line(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}{until}")
+        number = f"{step:>{len(str(self._total))}}/{self._total}"
+        self.line(f"{self._noun} {number}  {figures}{until}")
         return True
 
     def line(self, text: str) -> None:

@@ -27,6 +27,10 @@ PLAIN = "\x1b[0m"  # ends a colour
 NAMED = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\"}
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal that ends the program, where Ctrl-C may end a text only."""
+
+
 class Door(io.TextIOBase):
     """A text stream that takes whatever is written to it; put in the place of sys.stdout.
 

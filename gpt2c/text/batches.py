@@ -19,6 +19,8 @@ from gpt2c.text.shards import StoredTokens, Tokens
 # Windows of a shard from which on an epoch may have one more than its tokens need, so that epochs
 # cut the text in more ways.
 _MANY = 16
+# Bytes that a place of a window takes: in the epoch before, and in one that is being made.
+_PLACE, _MAKING = 16, 40
 
 
 class Batches:
@@ -44,6 +46,7 @@ class Batches:
     windows_per_epoch : of all shards
     targets_per_epoch : tokens that are a target in an epoch, each counted once
     left_out : the number of shards that are left out
+    order_bytes : what the windows' order takes of memory at most, when an epoch follows another
 
     Raises
     ------
@@ -96,6 +99,7 @@ class Batches:
         self.block_size = block_size
         self.seed = seed
         self.windows_per_epoch = int(counts.sum())
+        self.order_bytes = (_PLACE + _MAKING) * self.windows_per_epoch
         self._last_starts = np.maximum(lengths - 1 - block_size, 0)
         self._ends = np.cumsum(counts)  # of the shards, in windows
         self._firsts = self._ends - counts
@@ -121,13 +125,13 @@ class Batches:
         Kept for the two epochs that a batch may touch.
         """
         if epoch not in self._epochs:
+            self._epochs = {key: kept for key, kept in self._epochs.items() if key == epoch - 1}
             order, number = shuffled([self.seed, epoch], self.windows_per_epoch)
             shard = np.searchsorted(self._ends, order, side="right")
             shifts = np.array([least + number % count for least, count in self._shifts], np.int64)
             starts = (order - self._firsts[shard]) * self.block_size
             starts += self._direction * shifts[shard]
             starts = np.clip(starts, 0, self._last_starts[shard])
-            self._epochs = {key: kept for key, kept in self._epochs.items() if key == epoch - 1}
             self._epochs[epoch] = shard, starts
         return self._epochs[epoch]
 

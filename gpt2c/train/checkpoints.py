@@ -241,7 +241,7 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError(f"{STATE_FILE} must hold version, sha256, state and files")
     summed = {name: content[name] for name in ("state", "files")}
     if content["sha256"] != _sum_of(summed):
-        raise ValueError(f"{STATE_FILE} is damaged: it has not the SHA-256 that it says")
+        raise ValueError(f"{STATE_FILE} is damaged: its SHA-256 is not the one that it says")
     _check_files(path, content["files"])
     try:
         state = TrainerState(**content["state"])
@@ -272,7 +272,9 @@ def _check_files(path: Path, files: Any) -> None:
         if size != wanted.get("size"):
             raise ValueError(f"{name} has {size} bytes, not {shown(wanted.get('size'))}")
         if _sum(path / name) != wanted:
-            raise ValueError(f"{name} is damaged: it has not the SHA-256 that {STATE_FILE} says")
+            raise ValueError(
+                f"{name} is damaged: its SHA-256 is not the one that {STATE_FILE} says"
+            )
 
 
 def _sum(path: Path) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from gpt2c.evaluate.figures import written
 from gpt2c.files import atomic
 from gpt2c.files.atomic import claim_directory
 from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.gpt2 import GPT2, QuantizedGPT2
 from gpt2c.kernels.backend import fma_peak, get_backend
+from gpt2c.kernels.checks import counted
 from gpt2c.kernels.others import Load
 from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
@@ -133,7 +135,8 @@ def train(
     ------
     OSError : a file is missing, damaged or cannot be written; an output directory is not empty;
         another process trains into `out` or prepares `data`; the run's checkpoints are gone. An
-        error that comes after steps were done, and that is none of the weights', ends in a save
+        error that comes after steps were done, and that is none of the weights', ends in a save.
+        A checkpoint that cannot be written ends the run only if it is the last one
     ValueError : settings, data and checkpoint do not fit each other, or a loss or gradient is not
         finite: then nothing was updated with it, and the checkpoints are as they were; `resume` and
         `overwrite` together
@@ -173,18 +176,20 @@ def reserved(
     """
     settings = TrainSettings(**given)
     config = settings.model_config(vocab_size)
-    _fitting_backend(settings, config)
+    _fitting_backend(settings, config, order_bytes=0)  # as there are no tokens yet
     with atomic.claimed(out, overwrite), locked(out):
         check_save(out, config.num_parameters(), overwrite)
         yield
 
 
-def _fitting_backend(settings: TrainSettings, config: GPT2Config, resumed: bool = False) -> Any:
+def _fitting_backend(
+    settings: TrainSettings, config: GPT2Config, order_bytes: int, resumed: bool = False
+) -> Any:
     """Return the backend of a run that this machine has all for."""
     if settings.tensorboard:
         check_tensorboard()
     backend = get_backend(settings.backend, settings.threads or None)
-    check_training(config, settings, backend.threads, resumed)
+    check_training(config, settings, backend.threads, order_bytes, resumed)
     return backend
 
 
@@ -236,7 +241,7 @@ def _prepare(
             check_never_saved(out)
     if found is not None:
         check_config(found.path, found.config, config)
-    backend = _fitting_backend(settings, config, resume)
+    backend = _fitting_backend(settings, config, batches.order_bytes, resume)
     seed = settings.seed if found is None else None
     model = GPT2(config, seed, backend, settings.recomputation)
     optimizer = AdamW(
@@ -265,7 +270,7 @@ def _describe(run: Run, batches: Batches) -> str:
     text = (
         f"{config.num_parameters():,} parameters, backend {run.model.backend.name};"
         f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens, an epoch has"
-        f" {batches.targets_per_epoch:,}"
+        f" {batches.targets_per_epoch:,} tokens"
     )
     if batches.left_out:
         text += (
@@ -379,7 +384,7 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
             elif run.step == settings.max_iters:
                 due = True
             if due and not fault:  # before an evaluation, which may take long
-                _save(run, stop)
+                _save(run, stop, progress)
                 saved = time.monotonic()
             if run.entry:
                 check = None if fault else stop.check
@@ -392,7 +397,7 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
         raise
     finally:
         progress.close()
-    _save(run, stop, last=True)
+    _save_last(run, stop)
     seconds = time.monotonic() - start
     return TrainResult(
         *(run.step, settings.max_iters, started, run.skipped, run.val_loss, seconds),
@@ -425,9 +430,10 @@ def _evaluate_and_log(
     _log(run)
     if evaluated:
         _check_validation(run)
-        progress.line(f"step {run.step}: validation loss {run.val_loss:.4f} nats/token")
-    with stop.held():
-        run.evaluated()
+        loss = written(run.val_loss)
+        progress.line(f"step {run.step}: validation loss {loss} nats/token")
+    if run.step == run.saved_step:
+        _save(run, stop, progress)  # what the evaluation gave
 
 
 def _log(run: Run) -> None:
@@ -436,19 +442,44 @@ def _log(run: Run) -> None:
     run.entry = None
 
 
-def _save(run: Run, stop: Stop, last: bool = False) -> None:
-    with stop.held():
-        run.save()
-        if last and run.entry:
-            run.publish()
+def _save(run: Run, stop: Stop, progress: Progress) -> None:
+    """Save and go on, even where the disk refuses: it may have room again the next time."""
+    try:
+        with stop.held():
+            run.save()
+    except OSError as error:
+        progress.line(
+            f"step {run.step}: {atomic.reason(error)}; {_newest(run)}; the run goes on and tries"
+            " again with its next checkpoint"
+        )
+
+
+def _save_last(run: Run, stop: Stop) -> None:
+    """Save at the end, after which there is no next time."""
+    try:
+        with stop.held():
+            run.save()
+            if run.entry:
+                run.publish()
+    except OSError as error:
+        message = f"{error.strerror or error}; {_newest(run)}"
+        raise OSError(error.errno, message, error.filename) from error
+
+
+def _newest(run: Run) -> str:
+    """Say what is on the disk where something could not be written."""
+    if run.saved is None:
+        return "there is no checkpoint yet"
+    steps = counted(run.step - run.saved_step, "step")
+    return f"the newest checkpoint is {run.saved}, {steps} ago"
 
 
 def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
     """Save on the way out of an error that is none of the weights'; that error is to be told."""
-    if run.torn or run.step in (run.saved_step, run.tried_step, 0):
+    if run.torn or run.step in (run.saved_step, 0):
         return
     with suppress(OSError, ValueError, MemoryError):
-        _save(run, stop, last=True)
+        _save_last(run, stop)
         progress.line(f"saved after step {run.step}, to go on from with --resume")
 
 
@@ -536,7 +567,7 @@ class _Recent:
         loss = sum(finite) / len(finite) if finite else math.nan
         speed = _speed(self._run, sum(seconds) / len(seconds), peak)
         share = f"  {speed['share_of_peak']:.0%} of peak" if "share_of_peak" in speed else ""
-        return f"loss {loss:.3f}  {speed['tokens_per_second']:,.0f} tokens/s{share}"
+        return f"loss {written(loss, 3)}  {speed['tokens_per_second']:,.0f} tokens/s{share}"
 
 
 class _Skips:

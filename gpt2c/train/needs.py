@@ -18,7 +18,9 @@ PYTHON = 32 << 20  # bytes that it takes later: the picture, what it imports for
 SCRATCH = 3 << 20  # bytes of a thread: what its kernels pack, and its stack
 
 
-def training_parts(config: GPT2Config, settings: TrainSettings, threads: int) -> dict[str, int]:
+def training_parts(
+    config: GPT2Config, settings: TrainSettings, threads: int, order_bytes: int
+) -> dict[str, int]:
     """Return what a run needs: name -> bytes. An evaluation takes the activations' place.
 
     Parameters
@@ -26,32 +28,38 @@ def training_parts(config: GPT2Config, settings: TrainSettings, threads: int) ->
     config : of the model
     settings : of the run
     threads : of the backend
+    order_bytes : of the batches
     """
     shapes = config.parameter_shapes()
     parts = parts_needed(config, settings.batch_size, settings.block_size, settings.recomputation)
     if settings.gradient_accumulation_steps > 1:  # the next batch's of wte is computed beside it
         parts["gradients"] += 4 * math.prod(shapes["wte.weight"])
     parts["threads"] = SCRATCH * threads
+    parts["order of the windows"] = order_bytes
     parts["Python"] = PYTHON
     parts["a save"] = 4 * max(map(math.prod, shapes.values()))  # a copy of one tensor
     return parts
 
 
 def check_training(
-    config: GPT2Config, settings: TrainSettings, threads: int, resumed: bool = False
+    config: GPT2Config,
+    settings: TrainSettings,
+    threads: int,
+    order_bytes: int,
+    resumed: bool = False,
 ) -> None:
     """Refuse a run that does not fit into memory, and name the settings that lower its need.
 
     Parameters
     ----------
-    config, settings, threads : see `training_parts`
+    config, settings, threads, order_bytes : see `training_parts`
     resumed : the run goes on, so that its model and its batches stay as they are
 
     Raises
     ------
     MemoryError : it does not fit; nothing was asked for
     """
-    parts, free = training_parts(config, settings, threads), available_bytes()
+    parts, free = training_parts(config, settings, threads, order_bytes), available_bytes()
     if sum(parts.values()) <= free:
         return
     B, T, recompute = settings.batch_size, settings.block_size, settings.recomputation

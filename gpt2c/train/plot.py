@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpt2c.screen.picture import drawing, make_figure, why_not, write
+from gpt2c.screen.terminal import columns
 
 # In a run's directory: what train draws, and what `gpt2c plot` does.
 
@@ -73,12 +73,11 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes = figure.add_subplot()
         steps, losses = _metric(metrics, "loss")
         _line(axes, *_thinned(steps, losses), color="#9db8d9", lw=0.8, label="training, each step")
-        smooth = _thinned(steps, smoothed(losses))
-        _line(axes, *smooth, color="#1f5a9e", lw=1.6, label="training, smoothed")
+        _line(axes, *smoothed(steps, losses), color="#1f5a9e", lw=1.6, label="training, smoothed")
         steps, losses = _metric(metrics, "val_loss")
         if steps:
             thinned = _thinned(steps, losses)
-            axes.plot(*thinned, "o-", color="#c8451b", ms=4, label="validation")
+            _line(axes, *thinned, marker="o", ms=4, color="#c8451b", label="validation")
             axes.annotate(
                 f"{losses[-1]:.2f}",
                 (steps[-1], losses[-1]),
@@ -135,7 +134,7 @@ def plot_runs(
                     _line(axes, *_thinned(steps, values), lw=1.4, **style)
                     continue
                 _line(axes, *_thinned(steps, values), lw=0.6, alpha=0.3, **style | {"ls": "-"})
-                _line(axes, *_thinned(steps, smoothed(values)), lw=1.4, **style)
+                _line(axes, *smoothed(steps, values), lw=1.4, **style)
                 if metric == "loss":
                     validation = _thinned(*_metric(list(runs.values())[i], "val_loss"))
                     _line(axes, *validation, marker="o", ms=4, mec="white", lw=1, **style)
@@ -150,9 +149,12 @@ def plot_runs(
         twins, handles = _twins([loss for loss, _ in losses]), []
         for i, label in enumerate(labels):
             style = {"color": RUN_COLORS[i % len(RUN_COLORS)], "ls": _dashes(twins, i)}
+            style |= _dot(losses[i][0][0])
             handles += grid["loss"].plot([], [], lw=1.6, label=label, **style)
-        if any(_metric(metrics, "val_loss")[0] for metrics in runs.values()):
-            handles += grid["loss"].plot([], [], "o-", color="#777777", ms=4, label="validation")
+        most = max((steps for _, (steps, _) in losses), key=len)
+        if most:
+            style = {"marker": "o", "ms": 4, "color": "#777777", "label": "validation"}
+            handles += grid["loss"].plot([], [], **style | _dot(most))
         for i, first in enumerate(map(losses.index, losses)):
             if first != i and any(losses[i][0]):
                 text = f"{labels[i]} is identical to {labels[first]}"
@@ -207,44 +209,50 @@ def _metric(metrics: Sequence[Mapping[str, Any]], name: str) -> Metric:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
+def smoothed(steps: Sequence[int], values: Sequence[float]) -> Metric:
     """Replace each value by the median of it and its neighbours, as many before as after it.
 
-    Those are a fortieth of all on each side, at least 10; near both ends as many as there are on
-    the shorter side. So a curve begins and ends in its own first and last value, what rises or
-    falls steadily stays where it is, and no value is drawn that was not there.
+    Those are a fortieth of all on each side, at least 10, but no more than a tenth. Where there are
+    fewer, near both ends, nothing is drawn: the median of fewer would bend to the first and the
+    last value. What rises or falls steadily stays where it is.
+
+    Parameters
+    ----------
+    steps, values : (N,), of `_metric`
+
+    Returns
+    -------
+    (steps, medians), of a long run at some places only: between them lie straight lines
     """
     numbers = np.asarray(values, np.float64)
     count = len(numbers)
-    side = max(10, count // 40)
-    # of a long run medians at some places are enough; between them lie straight lines
-    places = np.unique(np.linspace(0, max(0, count - 1), min(count, POINTS)).astype(int))
-    medians = []
-    for place in places:
-        reach = min(side, place, count - 1 - place)
-        medians.append(np.median(numbers[place - reach : place + reach + 1]))
-    return np.interp(np.arange(count), places, medians) if count else numbers
+    side = min(max(10, count // 40), count // 10)
+    inner = count - 2 * side
+    places = side + np.unique(np.linspace(0, max(0, inner - 1), min(inner, POINTS)).astype(int))
+    medians = [float(np.median(numbers[i - side : i + side + 1])) for i in places]
+    return [steps[i] for i in places], medians
 
 
-def _thinned(
-    steps: Sequence[int], values: Sequence[float] | NDArray[np.float64]
-) -> tuple[Sequence[int], Sequence[float] | NDArray[np.float64]]:
+def _thinned(steps: Sequence[int], values: Sequence[float]) -> Metric:
     """Leave out what no picture shows: of each stretch the lowest and highest value stay."""
     if len(steps) <= 2 * POINTS:
-        return steps, values
+        return list(steps), list(values)
     numbers = np.asarray(values)
     kept = {0, len(numbers) - 1}
     for part in np.array_split(np.arange(len(numbers)), POINTS):
         kept |= {int(part[numbers[part].argmin()]), int(part[numbers[part].argmax()])}
     order = sorted(kept)
-    return [steps[i] for i in order], numbers[order]
+    return [steps[i] for i in order], [values[i] for i in order]
 
 
-def _line(axes: Any, steps: Any, values: Any, **style: Any) -> None:
+def _line(axes: Any, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
     """Draw a curve; a single point, which a line would not show, is a dot."""
-    if len(steps) == 1:
-        style = {"marker": "o", "ms": 4} | style
-    axes.plot(steps, values, **style)
+    axes.plot(steps, values, **style | _dot(steps))
+
+
+def _dot(steps: Sequence[int]) -> dict[str, Any]:
+    """Return the style of a curve of one point, in the picture and in its legend: no line."""
+    return {"marker": "o", "ms": 4, "ls": ""} if len(steps) == 1 else {}
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------
@@ -404,10 +412,10 @@ def _finish(figure: Any, axes: Any, path: Path) -> None:
 
 
 def _legend_and_save(figure: Any, path: Path, handles: Sequence[Any], title: str = "") -> str:
-    """Put a legend above the panels, in as many columns as its longest label leaves room for."""
-    longest = max(len(handle.get_label()) for handle in handles)
+    """Put a legend above the panels, as many labels in a row as the longest leaves room for."""
+    longest = max(columns(handle.get_label()) for handle in handles)
     room = int(figure.get_size_inches()[0] * 14)  # characters of 8 points, and the lines beside
-    columns = max(1, min(len(handles), room // (longest + 8)))
+    across = max(1, min(len(handles), room // (longest + 8)))
     style = {"frameon": False, "fontsize": 8, "title": title, "handlelength": 4}
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, **style)
+    figure.legend(handles=handles, loc="outside upper center", ncols=across, **style)
     return write(figure, path)

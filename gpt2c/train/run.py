@@ -229,9 +229,11 @@ class Run:
         self.val_loss = math.nan
         self.saved: Path | None = None
         self.good: Path | None = None
-        self.saved_step = self.tried_step = -1
+        self.saved_step = -1
         self.entry: dict[str, Any] | None = None
         self.torn = False
+        self._stored: TrainerState | None = None  # what the newest checkpoint says of the run
+        self._published: Path | None = None
         self._metrics: Metrics | None = None
         self._events: Events | None = None
         self._told: set[str] = set()
@@ -282,7 +284,7 @@ class Run:
             self.optimizer.steps = state.step - state.skipped
             self.val_loss = math.nan if state.val_loss is None else state.val_loss
             self.entry = state.entry
-            self.saved, self.saved_step = found.path, state.step
+            self.saved, self.saved_step, self._stored = found.path, state.step, state
             self.good = checkpoints.before(found.path)
         self._open()
 
@@ -347,37 +349,35 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint, and let the directory's own model be that one.
 
-        Where the step's evaluation is still to be done, the model there stays until it is.
+        Where the step's evaluation is still to be done, the model there stays until it is. Of a
+        step that is saved, only what is new is written: what its evaluation gave, and what an
+        earlier call could not write.
 
         Raises
         ------
         OSError : it cannot be written; the last one is whole
         LostModel : a parameter or moment is not finite, so the last checkpoint is the better one
         """
-        if self.step == self.saved_step:
-            return
-        self.tried_step = self.step
-        self._check_finite()
-        if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._write_facts()
-        self._sync()
-        self.saved = checkpoints.save(
-            self.out / CHECKPOINTS,
-            self._state(),
-            self.model.config.to_dict(),
-            self.model.parameters,
-            {name: getattr(self.optimizer, name) for name in checkpoints.MOMENTS},
-        )
-        self.saved_step = self.step
-        if not self.entry:
-            self.publish()
-
-    def evaluated(self) -> None:
-        """Tell the checkpoint of this step, if there is one, what its evaluation gave."""
-        if self.saved and self.step == self.saved_step:
+        state = self._state()
+        if self.saved is None or self.step != self.saved_step:
+            self._check_finite()
+            if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
+                self.out.mkdir(parents=True, exist_ok=True)
+                self._write_facts()
             self._sync()
-            checkpoints.amend(self.saved, self._state())
+            self.saved = checkpoints.save(
+                self.out / CHECKPOINTS,
+                state,
+                self.model.config.to_dict(),
+                self.model.parameters,
+                {name: getattr(self.optimizer, name) for name in checkpoints.MOMENTS},
+            )
+            self.saved_step = self.step
+        elif state != self._stored:
+            self._sync()
+            checkpoints.amend(self.saved, state)
+        self._stored = state
+        if not self.entry and self._published != self.saved:
             self.publish()
 
     def forget(self) -> None:
@@ -450,6 +450,7 @@ class Run:
         for source in checkpoints.model_files(checkpoint):
             with atomic_path(self.out / source.name) as temporary:
                 shutil.copyfile(source, temporary)
+        self._published = checkpoint
 
     def close(self) -> None:
         """Close the files."""
