@@ -123,7 +123,7 @@ def test_the_wheel_is_the_same_from_anywhere_and_holds_what_it_must(
         tag = wheel.read(metadata["WHEEL"]).decode()
         needs = wheel.read(metadata["METADATA"]).decode()
         content = b"".join(wheel.read(name) for name in kernels)
-    python_files = {f"gpt2c/{path.name}" for path in (ROOT / "gpt2c").glob("*.py")}
+    python_files = {str(path.relative_to(ROOT)) for path in (ROOT / "gpt2c").rglob("*.py")}
     recipes = {f"gpt2c/recipes/{path.name}" for path in (ROOT / "gpt2c/recipes").glob("*.toml")}
     assert recipes and names - set(metadata.values()) == python_files | recipes | {"gpt2c/py.typed"}
     wanted = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE"}

@@ -649,7 +649,7 @@ def test_a_disk_that_is_full_for_a_while_ends_no_run(
     assert (result.step, result.interrupted) == (8, False)
     told = f"step 4: {out / file}: {os.strerror(number)}; the newest checkpoint is "
     assert capsys.readouterr().out.count(told) == 1
-    assert checkpoints(out) == [f"{step:08d}" for step in left] and leftovers(out) == []
+    assert checkpoint_names(out) == [f"{step:08d}" for step in left] and leftovers(out) == []
     for name in ("model.safetensors", "checkpoints/00000008/trainer.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     logged, wanted = (read_metrics(path / "metrics.jsonl") for path in (out, whole))
@@ -697,7 +697,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_a_sentence(
         f"gpt2c: {out}/checkpoints/00000008/trainer.safetensors: No space left on device; the"
         f" newest checkpoint is {newest}, 4 steps ago\n"
     )
-    assert checkpoints(out) == ["00000004"] and leftovers(out) == []
+    assert checkpoint_names(out) == ["00000004"] and leftovers(out) == []
     assert (out / "model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
     assert len(read_metrics(out / "metrics.jsonl")) == 8
     monkeypatch.undo()
@@ -738,7 +738,7 @@ def test_an_error_after_a_refused_save_ends_in_a_save(
     monkeypatch.setattr(loop, "evaluate", fail(MemoryError("none left")))
     with pytest.raises(MemoryError):
         train(data, out, save_interval=4)
-    assert len(done) == 1 and checkpoints(out) == ["00000004"]
+    assert len(done) == 1 and checkpoint_names(out) == ["00000004"]
 
 
 # ---- locks ---------------------------------------------------------------------------------------
