@@ -167,7 +167,7 @@ def test_a_tensor_that_is_converted_on_the_way_counts(monkeypatch: pytest.Monkey
     monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     largest = 4 * max(tensor.data.size for tensor in tensors.values())
     quantized = QuantizedGPT2(CONFIG, "int8")
-    for load in (model.load_parameters, quantized._round):
+    for load in (model.load_parameters, quantized.round):
         monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: largest - 1)
         with pytest.raises(MemoryError, match=r"a tensor in float32 0\.0 MB; 0\.0 MB are free"):
             load(tensors, "a file")

@@ -23,7 +23,7 @@ from gpt2c.cli.main import main
 from gpt2c.files import atomic, untrusted
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
-from gpt2c.kernels.others import Load
+from gpt2c.kernels.busy import Load
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.prepare import prepare
@@ -820,10 +820,10 @@ def test_load_is_what_the_cores_did_less_the_own_work(
         rows += [f"cpu2 {int(third * tick)} 0 0 0 0 0 0 0 0 0", "intr 5", "cpu 9 9 9 9"]
         stat.write_text("\n".join(rows))
 
-    monkeypatch.setattr("gpt2c.kernels.others.STAT", stat)
-    monkeypatch.setattr("gpt2c.kernels.others.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("gpt2c.kernels.others.time.process_time", lambda: own[0])
-    monkeypatch.setattr("gpt2c.kernels.others.AFFINITY", {0, 1})
+    monkeypatch.setattr("gpt2c.kernels.busy.STAT", stat)
+    monkeypatch.setattr("gpt2c.kernels.busy.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gpt2c.kernels.busy.time.process_time", lambda: own[0])
+    monkeypatch.setattr("gpt2c.kernels.busy.AFFINITY", {0, 1})
     write(10, 20, 30)
     two, one = Load(2), Load(1)
     now[0], own[0] = 110.0, 13.0
