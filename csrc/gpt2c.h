@@ -1,9 +1,9 @@
 /* gpt2c's kernels: every op of GPT-2, forward and backward, on memory that the caller owns.
  *
  * This header is the op list. build.py feeds it to cffi, so it holds plain declarations only; the NumPy reference
- * (gpt2c/kernels/reference) and the binding (gpt2c/kernels/binding.py) have the same ops with the same names and argument order,
- * without what C must be told and arrays know: sizes, scratch, the team of threads (team.h). Python hands a pool where
- * a kernel has a team; build.py generates the function between.
+ * (gpt2c/kernels/reference) and the binding (gpt2c/kernels/binding.py) have the same ops with the same names and
+ * argument order, without what C must be told and arrays know: sizes, scratch, the team of threads (team.h). Python
+ * hands a pool where a kernel has a team; build.py generates the function between.
  *
  * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
  * Order: outputs, inputs, scalars, scratch, sizes, team. All arrays are C-contiguous float32 unless typed otherwise,

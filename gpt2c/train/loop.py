@@ -27,8 +27,8 @@ from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.gpt2 import GPT2, QuantizedGPT2
 from gpt2c.kernels.backend import fma_peak, get_backend
-from gpt2c.kernels.checks import counted
 from gpt2c.kernels.busy import Load
+from gpt2c.kernels.checks import counted
 from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches, windows
