@@ -35,7 +35,7 @@ KNOWN = {  # packages that few may import: an extra's, or a benchmark's rows
     "matplotlib": {"screen/picture.py", "train/plot.py"},
     "tensorboardX": {"train/tensorboard.py"},
     "gguf": {"formats/gguf.py"},
-    "huggingface_hub": {"files/hub.py"},
+    "huggingface_hub": {"files/hub.py", "files/hub_guard.py"},
     "lm_eval": {"evaluate/lm_eval.py"},
     **{name: {"bench/peers.py", "bench/engines.py", "bench/worker.py"} for name in PEERS},
 }

@@ -27,7 +27,7 @@ from gpt2c.kernels.busy import Load
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.prepare import prepare
-from gpt2c.train import checkpoints, loop
+from gpt2c.train import checkpoints, loop, signals
 from gpt2c.train import run as run_module
 from gpt2c.train.loop import TrainResult
 from gpt2c.train.metrics import Metrics, read_metrics
@@ -95,7 +95,7 @@ def goes_on(data: Path, out: Path, whole: Path, monkeypatch: pytest.MonkeyPatch)
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", loop.SIGNALS)
+@pytest.mark.parametrize("name", signals.SIGNALS)
 @pytest.mark.parametrize("step", [3, 4, 8], ids=["a step", "an evaluation", "the last evaluation"])
 def test_a_signal_saves_and_the_run_goes_on(
     data: Path, tmp_path: Path, whole: Path, at_step: Any, name: str, step: int,

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt2c.files.hub_guard import MARK, guard
 from gpt2c.files.names import (
     ADDED_FILE,
     CONFIG_FILE,
@@ -80,7 +79,7 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     try:
         import huggingface_hub
 
-        session = huggingface_hub.get_session()
+        client = huggingface_hub.get_session()
     except (ImportError, AttributeError):  # not there, or of before 1.0
         raise FileNotFoundError(
             f"{_absent(source)}, and to fetch a model of that name from the hub huggingface_hub"
@@ -88,12 +87,16 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:
-        with _guarded(session):
-            directory = Path(
-                huggingface_hub.snapshot_download(
-                    source, revision=revision, allow_patterns=wanted, tqdm_class=_bar()
-                )
+        guard(client)
+        directory = Path(
+            huggingface_hub.snapshot_download(
+                source,
+                revision=revision,
+                user_agent=MARK,
+                allow_patterns=wanted,
+                tqdm_class=_bar(),
             )
+        )
     except MemoryError:
         raise
     except Exception as error:  # its HTTP library's are neither OSError nor ValueError
@@ -123,44 +126,6 @@ def _bar() -> Any:
             super().__init__(*arguments, **{"disable": None} | settings)
 
     return Bar
-
-
-@contextmanager
-def _guarded(session: Any) -> Iterator[None]:
-    """Make the client (2.4 at least) give up on a hub that is silent, and refuse one that lies.
-
-    It asks for listings without a timeout. And while it checks the names of files, it calls a blob
-    as the server's ETag says and a listing as the commit that the server names, wherever they lead.
-    """
-    before = session.event_hooks
-    session.event_hooks = {
-        "request": [*before["request"], _check_request],
-        "response": [*before["response"], _check_response],
-    }
-    try:
-        yield
-    finally:  # it is the whole process's client
-        session.event_hooks = before
-
-
-def _check_request(request: Any) -> None:
-    from huggingface_hub import constants
-
-    if ".." in request.url.path.split("/"):
-        raise ValueError(f"it names what is outside of itself, {request.url.path}")
-    limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {
-        step: limits.get(step) or constants.HF_HUB_DOWNLOAD_TIMEOUT
-        for step in ("connect", "read", "write", "pool")
-    }
-
-
-def _check_response(response: Any) -> None:
-    if "x-repo-commit" in response.headers:
-        for header in ("x-repo-commit", "x-linked-etag", "etag"):
-            value = response.headers.get(header, "").removeprefix("W/")
-            if "/" in value or "\\" in value or ".." in value:
-                raise ValueError(f"it answers with a path where an identifier belongs, {value}")
 
 
 def _explain(error: Exception, source: str, revision: str | None) -> Exception:

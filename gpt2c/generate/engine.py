@@ -14,10 +14,8 @@ is what `model.generate` gives for it alone. Knows nothing about strings and soc
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
@@ -26,6 +24,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.generate.forks import tell_of_forks
 from gpt2c.generate.sampling import GenerationConfig, Settings
 from gpt2c.generate.text import Text, read_newest
 from gpt2c.kernels.checks import check_kind, counted, number, whole
@@ -196,7 +195,7 @@ class Engine:
         )
         self._thread.start()
         atexit.register(self.close)
-        _ENGINES.add(self)
+        tell_of_forks(self)
 
     def _make_locks(self) -> None:
         self._lock = threading.Lock()
@@ -267,6 +266,12 @@ class Engine:
             self._work.notify()
         for request in live:
             self._end(request, "error", RuntimeError(ended))
+
+    def after_fork(self) -> None:
+        """Close in the child of a fork: the thread, which may have held the lock, is not here."""
+        self._make_locks()
+        why = "the engine stayed in the process that was forked: start one in the child"
+        self._close(why, why)
 
     def __enter__(self) -> Engine:
         return self
@@ -374,17 +379,3 @@ class Engine:
             yield
         except Exception as error:
             self._end(request, "error", error)
-
-
-_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """Close the engines in the child: their thread, which may have held the lock, is not here."""
-    why = "the engine stayed in the process that was forked: start one in the child"
-    for engine in list(_ENGINES):
-        engine._make_locks()
-        engine._close(why, why)
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -12,9 +12,7 @@ only notes that the gradients are void: the next backward writes where it would 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +31,7 @@ from gpt2c.model.layer import (
     layernorm_backward,
     recompute_forward,
 )
+from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
 from gpt2c.model.plan import Activations
 
@@ -111,9 +110,8 @@ class Model(LanguageModel):
         self._activations: dict[str, Array] = {}
         self._spare_memory = aligned_zeros(0)
         self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
-        # The tokens of a loss that backward has not seen, and the thread that computed it.
-        self._pending: tuple[IntArray, threading.Thread] | None = None
-        self._claims: dict[object, threading.Thread] = {}  # who computes, or waits for a refusal
+        self._pending: IntArray | None = None  # the tokens of a loss that backward has not seen
+        self._owner = Owner()
         if seed is not None:
             self._initialise(seed)
 
@@ -173,7 +171,7 @@ class Model(LanguageModel):
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
         """See `LanguageModel._read_all`; all rows pass the layers together."""
         rows = logits.reshape(-1, self.config.vocab_size)
-        with self._alone():
+        with self._owner.alone():
             a = self._forward(tokens, keep=False, states=states)
             self.backend.matmul_forward(rows, a["ln_f"], self._parameters["wte.weight"], None)
 
@@ -194,7 +192,7 @@ class Model(LanguageModel):
         """
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape).reshape(-1)
-        with self._alone():
+        with self._owner.alone():
             a = self._forward(tokens, keep)
             if keep:
                 self._d_head = self._grads.own["wte.weight"] if self._void else self._spare()
@@ -211,36 +209,9 @@ class Model(LanguageModel):
                 if keep:
                     ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
                     ops.matmul_backward(x, self._d_head, None, logits, x, wte, accumulate=start > 0)
-            self._pending = (tokens, threading.current_thread()) if keep else None
+            self._owner.note_loss()
+            self._pending = tokens if keep else None
             return float(a["losses"].sum(dtype=np.float64) / count)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Refuse a second thread: it would write over the first one's activations.
-
-        No lock: Ctrl-C may come before a `with` has noted that it has one, and a fork may leave its
-        owner behind. A claim that stands for nobody any more counts for nothing.
-        """
-        me, claim = threading.current_thread(), object()
-        try:
-            self._claims[claim] = me  # this and the other steps are whole, whoever else takes them
-            for other, thread in list(self._claims.items()):
-                if other is claim:
-                    break  # the first of the claims that stand
-                if thread is not me and thread in threading.enumerate():
-                    raise RuntimeError(
-                        "another thread computes with this model: let one wait for the other, or"
-                        " give each thread a model; generate and logprobs have memory of their own"
-                    )
-                self._claims.pop(other, None)
-            yield
-            if claim not in self._claims:
-                raise RuntimeError(
-                    "the handler of a signal computed with this model in the middle of this: call"
-                    " it again"
-                )
-        finally:
-            self._claims.pop(claim, None)
 
     def _spare(self) -> Array:
         """Give memory of wte's shape beside the gradients, where they must not be touched."""
@@ -323,17 +294,13 @@ class Model(LanguageModel):
         RuntimeError : another thread computes with this model, or has computed the last loss
         MemoryError, OSError : a kernel cannot start
         """
-        with self._alone():
+        with self._owner.alone():
             if self._pending is None:
                 raise ValueError(
                     "backward needs a loss: call loss(idx, targets) before each backward()"
                 )
-            (idx, thread), accumulate = self._pending, not self._void
-            if thread is not threading.current_thread():
-                raise RuntimeError(
-                    "another thread computed the last loss of this model: call loss(idx, targets)"
-                    " and backward() in one thread"
-                )
+            self._owner.check_loss()
+            idx, accumulate = self._pending, not self._void
             self._pending, self._void = None, False
             ops, p, g, a = self.backend, self._parameters, self._grads.own, self._activations
             self._backward_head(scale, accumulate)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,12 +48,10 @@ from gpt2c.train.run import (
     report,
 )
 from gpt2c.train.settings import DEFAULTS, TrainSettings, resumed
+from gpt2c.train.signals import Stop, StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
 Shards = Sequence[Tokens | StoredTokens]
-# What ends a program that does not listen: Ctrl-C, kill and timeout, a terminal that closes, what a
-# cluster sends before a job's time is over.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
 MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
 
 
@@ -152,7 +148,7 @@ def train(
         stack.callback(run.close)
         if run.step < run.settings.max_iters:
             report(_describe(run, batches))
-        with _interruptible() as stop:
+        with interruptible() as stop:
             return _loop(run, batches, val_tokens, stop)
 
 
@@ -290,43 +286,6 @@ def _token_size(tokens: Sequence[StoredTokens]) -> float:
 def _fingerprint(tokens: Sequence[StoredTokens]) -> list[int]:
     """Tell token files from others: each one's length and a checksum of all of it."""
     return [mark for shard in tokens for mark in (len(shard), shard.checksum)]
-
-
-class Stop:
-    """What a signal asks for, see `_interruptible`."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._held = False
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let no second Ctrl-C cut an update or a save in half."""
-        before, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = before
-
-    def check(self) -> None:
-        """End an evaluation, which the run begins with when it goes on.
-
-        Raises
-        ------
-        StoppedError : a signal has come
-        """
-        if self.asked:
-            raise StoppedError
-
-    def receive(self, signum: int, frame: object) -> None:
-        """Take note of a signal; a second Ctrl-C does not wait for the end of the step."""
-        if self.asked and signum == signal.SIGINT and not self._held:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-class StoppedError(Exception):
-    """A signal came during an evaluation."""
 
 
 def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
@@ -632,24 +591,3 @@ def _tell_defaults(stored: Mapping[str, Any], settings: TrainSettings, out: Path
     if lacking:
         taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
         report(f"{out / RUN_FILE} is another version's; what it lacks is taken as {taken}")
-
-
-@contextmanager
-def _interruptible() -> Iterator[Stop]:
-    """Make signals ask for a stop, so that no step is cut in half; a second Ctrl-C interrupts.
-
-    What a program handles itself, or ignores as under nohup, stays as it is, but for Ctrl-C.
-    Signals reach the main thread only; elsewhere nothing is changed.
-    """
-    stop = Stop()
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        for number in numbers:
-            if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, stop.receive)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

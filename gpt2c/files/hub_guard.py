@@ -1,0 +1,52 @@
+"""Guards of a download: a hub that is silent is given up, and one that lies is refused.
+
+huggingface_hub (2.4 at least) asks for listings without a timeout. It names files as the server
+says: a blob as the ETag, a listing as the commit, wherever these names lead. And it has one client
+for the whole process, so a download cannot have its own: these checks stay on that client, and look
+at requests with this package's mark only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MARK = "gpt2c"  # in the User-Agent of each request that is guarded
+
+
+def guard(client: Any) -> None:
+    """Add the checks to huggingface_hub's client, unless it has them.
+
+    Two threads may do so at once: a check that is there twice does the same.
+    """
+    for hooks, check in (
+        (client.event_hooks["request"], _check_request),
+        (client.event_hooks["response"], _check_response),
+    ):
+        if check not in hooks:
+            hooks.append(check)
+
+
+def _is_ours(request: Any) -> bool:
+    return MARK in request.headers.get("user-agent", "")
+
+
+def _check_request(request: Any) -> None:
+    from huggingface_hub import constants
+
+    if not _is_ours(request):
+        return
+    if ".." in request.url.path.split("/"):
+        raise ValueError(f"it names what is outside of itself, {request.url.path}")
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        step: limits.get(step) or constants.HF_HUB_DOWNLOAD_TIMEOUT
+        for step in ("connect", "read", "write", "pool")
+    }
+
+
+def _check_response(response: Any) -> None:
+    if _is_ours(response.request) and "x-repo-commit" in response.headers:
+        for header in ("x-repo-commit", "x-linked-etag", "etag"):
+            value = response.headers.get(header, "").removeprefix("W/")
+            if "/" in value or "\\" in value or ".." in value:
+                raise ValueError(f"it answers with a path where an identifier belongs, {value}")

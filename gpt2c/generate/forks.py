@@ -1,0 +1,30 @@
+"""Forks: a child has the objects of its parent, but none of the parent's threads."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Protocol
+
+
+class LeftBehind(Protocol):
+    """Has a thread, which a fork leaves in the parent."""
+
+    def after_fork(self) -> None:
+        """Go on in the child without the thread; a lock may be as the thread had it."""
+
+
+_OWNERS: weakref.WeakSet[LeftBehind] = weakref.WeakSet()
+
+
+def tell_of_forks(owner: LeftBehind) -> None:
+    """Call the owner's `after_fork` in the child of each fork, as long as the owner lives."""
+    _OWNERS.add(owner)
+
+
+def _tell() -> None:
+    for owner in list(_OWNERS):
+        owner.after_fork()
+
+
+os.register_at_fork(after_in_child=_tell)
