@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.formats.load import find
+from gpt2c.formats.load import find_model
+from gpt2c.generate.continuation import Look, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest
-from gpt2c.generate.text import Look, continue_prompts
 from gpt2c.gpt2 import open_found
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import check_kind, whole
@@ -46,7 +46,9 @@ class Token(NamedTuple):
     candidates: list[tuple[int, float]]
 
 
-class _Settings(TextSettings, total=False):
+class StringSettings(TextSettings, total=False):
+    """`GenerationConfig`'s settings for strings, and how their special tokens are read."""
+
     allowed_special: Collection[str] | Literal["all"]
 
 
@@ -168,7 +170,7 @@ class Generator:
         OSError : a file is missing or cannot be read or downloaded
         ValueError : a file is damaged, or model and tokenizer do not belong together
         """
-        found = find(path_or_name, revision)
+        found = find_model(path_or_name, revision)
         model = open_found(found, backend, quantize, threads)
         tokenizer = Tokenizer.from_pretrained(found.path)
         # transformers' default, 50256, says nothing in a smaller vocabulary
@@ -183,7 +185,7 @@ class Generator:
         num_return_sequences: Literal[1] | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[_Settings],
+        **settings: Unpack[StringSettings],
     ) -> str: ...
 
     @overload
@@ -194,7 +196,7 @@ class Generator:
         num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[_Settings],
+        **settings: Unpack[StringSettings],
     ) -> list[str]: ...
 
     @overload
@@ -205,10 +207,18 @@ class Generator:
         num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[_Settings],
+        **settings: Unpack[StringSettings],
     ) -> str | list[str]: ...
 
-    def generate(self, prompt: str | Sequence[str], **settings: Any) -> str | list[str]:
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_return_sequences: int | None = 1,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int | None = 64,
+        **settings: Unpack[StringSettings],
+    ) -> str | list[str]:
         """Continue one text or several together.
 
         Parameters
@@ -229,7 +239,11 @@ class Generator:
         ValueError : a setting is out of range, a prompt is no string or longer than the context
         TypeError : an unknown setting
         """
-        writers, steps, copies = self._begin(_strings("prompt", prompt, "generate"), settings)
+        given: dict[str, Any] = {
+            **{"num_return_sequences": num_return_sequences, "stop": stop},
+            **{"max_new_tokens": max_new_tokens, **settings},
+        }
+        writers, steps, copies = self._begin(_strings("prompt", prompt, "generate"), given)
         for _ in steps:
             pass
         self.count += sum(writer.count for writer in writers)
@@ -262,7 +276,7 @@ class Generator:
         *,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[_Settings],
+        **settings: Unpack[StringSettings],
     ) -> Iterator[str]:
         """Continue one text, giving each piece as soon as it is certain; see `generate`.
 
@@ -292,7 +306,7 @@ class Generator:
         *,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[_Settings],
+        **settings: Unpack[StringSettings],
     ) -> Iterator[Token]:
         """Continue one text token by token, with how likely each one was; see `generate`.
 

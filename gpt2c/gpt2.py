@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from gpt2c.formats import huggingface
-from gpt2c.formats.load import Pretrained, find
-from gpt2c.generate.sampling import GenerationConfig, Settings
-from gpt2c.generate.text import Step, continue_prompts
+from gpt2c.formats.load import Pretrained, find_model
+from gpt2c.generate.continuation import Ids, Logprobs, Step, continue_prompts
+from gpt2c.generate.sampling import GenerationConfig, TokenSettings
 from gpt2c.kernels.backend import Backend
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.model import Model
 from gpt2c.model.parameters import check_shapes
 from gpt2c.model.quantized import QuantizedModel, shapes_of
+
+Rows = Sequence[Sequence[int]] | Sequence[NDArray[Any]]
+Prompts = NDArray[Any] | Rows
+Texts = Ids | list[Ids]  # an array where all prompts are as long
 
 
 def from_pretrained(
@@ -34,7 +38,7 @@ def from_pretrained(
 
     See `GPT2.from_pretrained` for the arguments and errors.
     """
-    return open_found(find(path, revision), backend, quantize, threads)
+    return open_found(find_model(path, revision), backend, quantize, threads)
 
 
 def open_found(
@@ -54,11 +58,33 @@ def open_found(
 class _Writes(LanguageModel):
     """What lets a model continue texts of token ids."""
 
+    @overload
     def stream(
         self,
-        idx: ArrayLike | Sequence[Sequence[int]],
+        idx: Prompts,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[Settings],
+        *,
+        logprobs: Literal[False] = False,
+        **settings: Unpack[TokenSettings],
+    ) -> Iterator[Ids]: ...
+
+    @overload
+    def stream(
+        self,
+        idx: Prompts,
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: Literal[True],
+        **settings: Unpack[TokenSettings],
+    ) -> Iterator[tuple[Ids, Logprobs]]: ...
+
+    def stream(
+        self,
+        idx: Prompts,
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: bool = False,
+        **settings: Unpack[TokenSettings],
     ) -> Iterator[Step]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
 
@@ -70,6 +96,7 @@ class _Writes(LanguageModel):
         idx : B prompts of token ids, (B, T) or a list of lists of different lengths, up to
             n_positions tokens; one without tokens starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
+        logprobs : return the log-probability of each token as well
         settings : the other fields of `gpt2c.GenerationConfig`: temperature, top_k, top_p, min_p,
             seed, stop and so on
 
@@ -84,15 +111,57 @@ class _Writes(LanguageModel):
         TypeError : an unknown setting
         MemoryError : the keys and values of so many texts do not fit
         """
-        config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         return continue_prompts(self, self.check_prompts(idx), config)
+
+    @overload
+    def generate(
+        self,
+        idx: NDArray[Any],
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: Literal[False] = False,
+        **settings: Unpack[TokenSettings],
+    ) -> Ids: ...
+
+    @overload
+    def generate(
+        self,
+        idx: Rows,
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: Literal[False] = False,
+        **settings: Unpack[TokenSettings],
+    ) -> Texts: ...
+
+    @overload
+    def generate(
+        self,
+        idx: NDArray[Any],
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: Literal[True],
+        **settings: Unpack[TokenSettings],
+    ) -> tuple[Ids, Logprobs]: ...
+
+    @overload
+    def generate(
+        self,
+        idx: Rows,
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: Literal[True],
+        **settings: Unpack[TokenSettings],
+    ) -> tuple[Texts, Logprobs]: ...
 
     def generate(
         self,
-        idx: ArrayLike | Sequence[Sequence[int]],
+        idx: Prompts,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[Settings],
-    ) -> Any:
+        *,
+        logprobs: bool = False,
+        **settings: Unpack[TokenSettings],
+    ) -> Texts | tuple[Texts, Logprobs]:
         """Continue prompts, with the arguments of `stream`.
 
         Returns
@@ -102,10 +171,10 @@ class _Writes(LanguageModel):
         logprobs=True a pair: that, and the log-probabilities (B * num_return_sequences, new)
         float64, 0 after the end
         """
-        config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         prompts = self.check_prompts(idx)
         steps = list(continue_prompts(self, prompts, config))
-        given = idx if isinstance(idx, np.ndarray) else list(idx)  # type: ignore[arg-type]
+        given = idx if isinstance(idx, np.ndarray) else list(idx)
         rows = [
             np.asarray(row, np.int64) for row in given for _ in range(config.num_return_sequences)
         ]
@@ -113,14 +182,15 @@ class _Writes(LanguageModel):
         new = np.stack(tokens, axis=1) if steps else np.empty((len(rows), 0), np.int64)
         ends = list(config.ends(self.config.vocab_size))
         if len({len(row) for row in rows}) == 1:
-            out: Any = np.concatenate([np.stack(rows), new], axis=1)
+            out: Texts = np.concatenate([np.stack(rows), new], axis=1)
         else:
-            out = []
+            texts = []
             for row, added in zip(rows, new, strict=True):
                 if config.on_full == "stop":  # the last token is not read, so it needs no place
                     added = added[: self.config.n_positions + 1 - max(1, len(row))]
                 last = np.flatnonzero(np.isin(added, ends))
-                out.append(np.concatenate([row, added[: last[0] + 1 if len(last) else None]]))
+                texts.append(np.concatenate([row, added[: last[0] + 1 if len(last) else None]]))
+            out = texts
         if not config.logprobs:
             return out
         pairs = [step[1] for step in steps]
@@ -201,7 +271,7 @@ class GPT2(_Writes, Model):
 
         Parameters
         ----------
-        path : see `gpt2c.formats.load.find`
+        path : see `gpt2c.formats.load.find_model`
         backend, threads : see `GPT2`
         quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
         revision : of a model on the hub: a branch, tag or commit
@@ -212,7 +282,7 @@ class GPT2(_Writes, Model):
         ValueError : a file is damaged, or its tensors are not those of its config; an unknown
             quantize, or another than that of weights which are stored so
         """
-        found = find(path, revision)
+        found = find_model(path, revision)
         if quantize is not None:
             return QuantizedGPT2.from_found(found, quantize, backend, threads)
         return cls.from_found(found, backend, threads)
@@ -221,7 +291,7 @@ class GPT2(_Writes, Model):
     def from_found(
         cls, found: Pretrained, backend: str | Backend = "auto", threads: int | None = None
     ) -> GPT2:
-        """Load what `gpt2c.formats.load.find` has found; see `from_pretrained`."""
+        """Load what `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
         if found.weights != "fp32":
             raise ValueError(
                 f"{found.source} holds {found.weights} weights: pass quantize={found.weights!r}"
@@ -262,7 +332,7 @@ class QuantizedGPT2(_Writes, QuantizedModel):
         OSError : a file is missing or unreadable
         ValueError : a file is damaged, or holds weights of another method
         """
-        return cls.from_found(find(path, revision), method, backend, threads)
+        return cls.from_found(find_model(path, revision), method, backend, threads)
 
     @classmethod
     def from_found(
@@ -272,7 +342,7 @@ class QuantizedGPT2(_Writes, QuantizedModel):
         backend: str | Backend = "auto",
         threads: int | None = None,
     ) -> QuantizedGPT2:
-        """Load what `gpt2c.formats.load.find` has found; see `from_pretrained`."""
+        """Load what `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
         if found.weights not in ("fp32", method):
             raise ValueError(
                 f"{found.source} holds {found.weights} weights, which cannot become {method}:"

@@ -63,7 +63,7 @@ def directory(tmp_path):
 
 
 def load_weights(path):
-    """Read a model as `gpt2c.formats.load.find` does: first what it is, then its tensors."""
+    """Read a model as `gpt2c.formats.load.find_model` does: first what it is, then its tensors."""
     read_config(path)
     return huggingface.load_weights(path)
 

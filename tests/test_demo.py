@@ -27,7 +27,7 @@ from gpt2c.screen.progress import Progress
 from gpt2c.text.prepare import Prepared
 from gpt2c.text.shards import read_tokens
 from gpt2c.text.tokenizer import Tokenizer
-from gpt2c.train.run import locked
+from gpt2c.train.run import locked_run
 
 Capture = pytest.CaptureFixture[str]
 ROW = re.compile(
@@ -221,7 +221,7 @@ def test_the_runs_directory_is_locked_from_before_the_text_to_the_end(
     tried = []
 
     def is_held(call: Callable[..., Any]) -> None:
-        with pytest.raises(BlockingIOError), locked(tmp_path / "demo" / "run"):
+        with pytest.raises(BlockingIOError), locked_run(tmp_path / "demo" / "run"):
             pass
         tried.append(call.__name__)
 
@@ -238,7 +238,7 @@ def test_the_runs_directory_is_locked_from_before_the_text_to_the_end(
         monkeypatch.setattr(demo, name, watched(getattr(demo, name)))
     assert main(small) == 0
     assert tried == ["prepare", "prepare", "train", "train"]
-    with locked(tmp_path / "demo" / "run"):
+    with locked_run(tmp_path / "demo" / "run"):
         pass
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt2c.generate.continuation import Text, read_prompt, step, stream
 from gpt2c.generate.sampling import GenerationConfig
-from gpt2c.generate.text import Text, read_prompt, step, stream
 
 V = 11
 Logits = Callable[[list[int]], np.ndarray]

@@ -23,7 +23,7 @@ from gpt2c.cli.main import main
 from gpt2c.files import atomic, untrusted
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
-from gpt2c.kernels.busy import Load
+from gpt2c.kernels.busy import BusyCores
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.prepare import prepare
@@ -801,7 +801,7 @@ def test_lines_are_means_since_the_last_one(data: Path, tmp_path: Path, capsys: 
 def test_other_programs_are_told_of_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(Load, "others", lambda self: 1.25)
+    monkeypatch.setattr(BusyCores, "others", lambda self: 1.25)
     train(data, tmp_path / "run")
     assert capsys.readouterr().out.count("other programs use 1.2 of the ") == 1
 
@@ -825,7 +825,7 @@ def test_load_is_what_the_cores_did_less_the_own_work(
     monkeypatch.setattr("gpt2c.kernels.busy.time.process_time", lambda: own[0])
     monkeypatch.setattr("gpt2c.kernels.busy.AFFINITY", {0, 1})
     write(10, 20, 30)
-    two, one = Load(2), Load(1)
+    two, one = BusyCores(2), BusyCores(1)
     now[0], own[0] = 110.0, 13.0
     write(20, 30, 99)  # ours worked 20 s in 10 s, 8 of which are this process's
     assert two.others() == pytest.approx(1.2)
@@ -837,7 +837,7 @@ def test_load_is_what_the_cores_did_less_the_own_work(
     assert two.others() == 0.0  # too short a look
     stat.unlink()
     now[0] += 100
-    assert Load(2).others() == 0.0
+    assert BusyCores(2).others() == 0.0
 
 
 class Broken:

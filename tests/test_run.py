@@ -33,7 +33,7 @@ from gpt2c.train import run as run_module
 from gpt2c.train.loop import TrainResult
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import SCHEDULES, AdamW
-from gpt2c.train.run import locked, read_record
+from gpt2c.train.run import locked_run, read_record
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -353,8 +353,8 @@ def test_a_damaged_record(data: Path, tmp_path: Path, cut: Any, content: Any, wa
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gpt2c.train.run import locked
-with locked(Path(sys.argv[1])):
+from gpt2c.train.run import locked_run
+with locked_run(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -385,7 +385,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(9, "Bad file descriptor")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with locked(tmp_path), locked(tmp_path):
+    with locked_run(tmp_path), locked_run(tmp_path):
         pass
 
 

@@ -15,8 +15,8 @@ from conftest import refused
 from gpt2c.generate.sampling import (
     OFF,
     GenerationConfig,
-    Settings,
     TextSettings,
+    TokenSettings,
     choose,
     distribution,
     penalised,
@@ -369,7 +369,7 @@ def test_what_leaves_a_setting_of_theirs_off_changes_nothing(name: str) -> None:
 
 def test_each_name_of_theirs_has_a_line_here() -> None:
     assert OFF.keys() - {"max_length", "pad_token_id", "exponential_decay_length_penalty"} == (
-        THEIRS.keys() - {"max_new_tokens"} | {"_from_model_config"}
+        THEIRS.keys() - {"max_new_tokens", "logprobs"} | {"_from_model_config"}
     )
 
 
@@ -405,14 +405,13 @@ def test_an_unknown_setting_is_told_which_was_meant(name: str, meant: str) -> No
 
 
 def test_type_checkers_know_every_setting() -> None:
-    known = GenerationConfig.__dataclass_fields__.keys() - {"max_new_tokens"}
+    known = GenerationConfig.__dataclass_fields__.keys() - {"max_new_tokens", "logprobs"}
     often = {"num_beams", "typical_p", "use_cache", "early_stopping", "length_penalty"}
     often |= {"pad_token_id"}
-    assert Settings.__annotations__.keys() - often == known and often <= OFF.keys()
+    assert TokenSettings.__annotations__.keys() - often == known and often <= OFF.keys()
     assert known - TextSettings.__annotations__.keys() == {
         "num_return_sequences",
         "stop",
-        "logprobs",
     }
 
 

@@ -137,7 +137,7 @@ def bench_generate(
             ready = [get_ready(row, group, {"tokens": tokens}, ask) for row in started]
             for result in ready:
                 precision = result.row.partition(":")[2] or "fp32"
-                result.facts |= counted(config, what, B, T, PRECISIONS[precision])
+                result.facts |= costs(config, what, B, T, PRECISIONS[precision])
             rounds = QUICK_ROUNDS if quick else ROUNDS
             take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
             show(ready)
@@ -145,7 +145,7 @@ def bench_generate(
     return done, quiet.verdict()
 
 
-def counted(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str, float]:
+def costs(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str, float]:
     """Count a call's operations, and the bytes of weights, keys and values that it reads.
 
     Parameters

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt2c.evaluate import scoring
 from gpt2c.evaluate.figures import MEANING, figures, written
-from gpt2c.formats.load import find
+from gpt2c.formats.load import find_model
 from gpt2c.gpt2 import GPT2, QuantizedGPT2, open_found
 from gpt2c.screen.progress import Progress
 from gpt2c.text.shards import read_shards
@@ -71,7 +71,7 @@ def run_eval(options: argparse.Namespace) -> int:
         raise ValueError("eval needs --data, --choices or both: there is nothing to score")
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
-    found = find(options.model)
+    found = find_model(options.model)
     model = open_found(found, options.backend, options.quantize, options.threads or None)
     questions = _questions(options.choices, found.path, model) if options.choices else []
     if options.data:

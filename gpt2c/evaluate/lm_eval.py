@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2c.evaluate.scoring import Scorer
+from gpt2c.generate.continuation import continue_prompts
 from gpt2c.generate.sampling import OFF, GenerationConfig, TextSettings
-from gpt2c.generate.text import continue_prompts
 from gpt2c.generator import Writer
 from gpt2c.kernels.checks import whole_or_float
 from gpt2c.model.language_model import LanguageModel

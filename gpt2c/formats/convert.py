@@ -28,7 +28,7 @@ from gpt2c.files.names import (
 from gpt2c.formats import huggingface, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
 from gpt2c.formats.gguf import write_gguf
-from gpt2c.formats.load import find
+from gpt2c.formats.load import find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
 from gpt2c.model.model import Model
 from gpt2c.text.shards import (
@@ -223,7 +223,7 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
             f"{src} has no tokenizer, which a GGUF holds too: make a directory of both first, with"
             f" gpt2c convert {src} DIR and gpt2c convert TOKENIZER DIR"
         )
-    found = find(src)
+    found = find_model(src)
     if found.weights != "fp32":
         raise ValueError(
             f"{src} holds {found.weights} weights: convert the model that they were made of"

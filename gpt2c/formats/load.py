@@ -38,7 +38,7 @@ class Pretrained:
     ends: list[int]
 
 
-def find(path_or_name: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
+def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
     """Find a model and read what it says of itself.
 
     Parameters

@@ -19,27 +19,27 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import Any, Unpack
+from typing import Any, Generic, Literal, NoReturn, TypeVar, Unpack, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.generate.continuation import Ids, Logprobs, Text, read_newest
 from gpt2c.generate.forks import tell_of_forks
-from gpt2c.generate.sampling import GenerationConfig, Settings
-from gpt2c.generate.text import Text, read_newest
+from gpt2c.generate.sampling import GenerationConfig, TokenSettings
 from gpt2c.kernels.checks import check_kind, counted, number, whole
 from gpt2c.model.language_model import LanguageModel, check_ids
 from gpt2c.model.reader import CHUNK, Decoder
 from gpt2c.text.tokenizer import Tokenizer
 
-Token = int | tuple[int, float]
+NewToken = TypeVar("NewToken", int, tuple[int, float])
 
 
 class EngineFull(RuntimeError):
     """All slots and all places in the queue are taken; a later try may find one."""
 
 
-class Request:
+class Request(Generic[NewToken]):
     """One prompt that an engine continues; `Engine.submit` makes it.
 
     Iterate over it for the new tokens, from the first, as they come: ints, or with logprobs=True
@@ -71,7 +71,7 @@ class Request:
         """Whether it is over."""
         return self.ended is not None
 
-    def __iter__(self) -> Iterator[Token]:
+    def __iter__(self) -> Iterator[NewToken]:
         """Give the new tokens, from the first, as they come; then raise what ended it, if any."""
         count = 0
         with self._news() as news:
@@ -79,7 +79,7 @@ class Request:
                 done = self.done  # first: no token comes after that
                 while count < len(self._tokens):
                     token = self._tokens[count]
-                    yield token if self._logprobs else token[0]
+                    yield cast(NewToken, token if self._logprobs else token[0])
                     count += 1
                 if done:
                     break
@@ -87,7 +87,15 @@ class Request:
         if self._error is not None:
             raise self._error
 
-    def result(self, timeout: float | None = None) -> Any:
+    @overload
+    def result(self: Request[int], timeout: float | None = None) -> Ids: ...
+
+    @overload
+    def result(
+        self: Request[tuple[int, float]], timeout: float | None = None
+    ) -> tuple[Ids, Logprobs]: ...
+
+    def result(self, timeout: float | None = None) -> Ids | tuple[Ids, Logprobs]:
         """Wait until it is over, `timeout` seconds at most.
 
         Returns
@@ -186,7 +194,7 @@ class Engine:
         self._why_closed = ""  # nothing while it is open
         # Requests in the order they came: the first `slots` of them run. What threads share of
         # them and of an engine changes under the lock only, and under it nothing takes long.
-        self._live: list[Request] = []
+        self._live: list[Request[Any]] = []
         self._make_locks()
         decoder = model.decoder(slots, self.capacity)
         # A daemon, or the end of the program would wait for it before it calls `close`.
@@ -201,15 +209,41 @@ class Engine:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
 
+    @overload
     def submit(
-        self, idx: Sequence[int], max_new_tokens: int | None = 64, **settings: Unpack[Settings]
-    ) -> Request:
+        self,
+        idx: Sequence[int],
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: Literal[False] = False,
+        **settings: Unpack[TokenSettings],
+    ) -> Request[int]: ...
+
+    @overload
+    def submit(
+        self,
+        idx: Sequence[int],
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: Literal[True],
+        **settings: Unpack[TokenSettings],
+    ) -> Request[tuple[int, float]]: ...
+
+    def submit(
+        self,
+        idx: Sequence[int],
+        max_new_tokens: int | None = 64,
+        *,
+        logprobs: bool = False,
+        **settings: Unpack[TokenSettings],
+    ) -> Request[int] | Request[tuple[int, float]]:
         """Ask for the continuation of one prompt; return at once.
 
         Parameters
         ----------
         idx : (T,) token ids; none start from eos_token_id of the config
         max_new_tokens : the most tokens to add
+        logprobs : the request has the log-probability of each token as well
         settings : the other fields of `gpt2c.GenerationConfig`, except num_return_sequences
 
         Raises
@@ -219,7 +253,7 @@ class Engine:
         EngineFull : all slots and the queue are taken
         RuntimeError : the engine is closed
         """
-        config = GenerationConfig(max_new_tokens=max_new_tokens, **settings)
+        config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         if config.num_return_sequences != 1:
             raise ValueError(
                 "a request is one text: num_return_sequences must be 1, got"
@@ -228,7 +262,7 @@ class Engine:
         prompt = self._check(idx, config.max_new_tokens)
         ends = config.ends(self._model.config.vocab_size)
         text = Text(prompt, config, ends, slot=-1, unused=self._unused)
-        request = Request(self, text, config.logprobs)
+        request: Request[Any] = Request(self, text, config.logprobs)
         with self._lock:
             if self._why_closed:
                 raise RuntimeError(self._why_closed)
@@ -248,7 +282,7 @@ class Engine:
         sizes = f"slots={self.slots}, queue={self.queue}, capacity={self.capacity}"
         return f"Engine({self._model!r}, {sizes}{', closed' if self._why_closed else ''})"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled: a copy would have no thread that serves it."""
         raise TypeError("an Engine cannot be copied or pickled: make another one of its model")
 
@@ -294,7 +328,7 @@ class Engine:
             )
         return prompt
 
-    def _end(self, request: Request, why: str, error: Exception | None = None) -> None:
+    def _end(self, request: Request[Any], why: str, error: Exception | None = None) -> None:
         """Let a request be over, unless it is, and another take its place."""
         with self._lock:
             if request.ended is not None:
@@ -321,7 +355,7 @@ class Engine:
                 for request in running:
                     self._end(request, "error", error)
 
-    def _seat(self, running: list[Request]) -> None:
+    def _seat(self, running: list[Request[Any]]) -> None:
         """Give those that are new a slot which no other has."""
         taken = {request._text.slot for request in running}
         free = (slot for slot in range(self.slots) if slot not in taken)
@@ -329,7 +363,7 @@ class Engine:
             if request._text.slot < 0:
                 request._text.slot = next(free)
 
-    def _turn(self, decoder: Decoder, running: list[Request]) -> None:
+    def _turn(self, decoder: Decoder, running: list[Request[Any]]) -> None:
         """Let each text have a token, and the first that has more to read read a chunk of it."""
         for request in running:
             if len(request._unread):
@@ -349,7 +383,7 @@ class Engine:
             for request, logits in zip(ready, rows, strict=True):
                 self._choose(request, logits)
 
-    def _read(self, decoder: Decoder, request: Request) -> None:
+    def _read(self, decoder: Decoder, request: Request[Any]) -> None:
         """Read a chunk, as long as `Decoder.read` has them; after the last comes a token."""
         text = request._text
         with self._alone(request):
@@ -360,7 +394,7 @@ class Engine:
                 request._unread = request._unread[:0]
                 self._choose(request, logits)
 
-    def _choose(self, request: Request, logits: NDArray[Any]) -> None:
+    def _choose(self, request: Request[Any], logits: NDArray[Any]) -> None:
         """Let a text choose its next token, and hand it out."""
         text = request._text
         with self._alone(request):
@@ -373,7 +407,7 @@ class Engine:
                 self._end(request, text.ended)
 
     @contextmanager
-    def _alone(self, request: Request) -> Iterator[None]:
+    def _alone(self, request: Request[Any]) -> Iterator[None]:
         """Let an error end one request only."""
         try:
             yield

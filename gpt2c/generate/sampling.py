@@ -78,12 +78,11 @@ class TextSettings(TypedDict, total=False):
     pad_token_id: int | None
 
 
-class Settings(TextSettings, total=False):
-    """`GenerationConfig`'s settings for token ids, but for max_new_tokens."""
+class TokenSettings(TextSettings, total=False):
+    """`GenerationConfig`'s settings for token ids, but for max_new_tokens and logprobs."""
 
     num_return_sequences: int | None
     stop: int | Collection[int] | None
-    logprobs: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,8 +136,17 @@ class GenerationConfig:
     logprobs: bool = False
     on_full: str = "slide"
 
-    def __init__(self, *, max_new_tokens: int | None = 64, **settings: Unpack[Settings]) -> None:
-        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, **settings}
+    def __init__(
+        self,
+        *,
+        max_new_tokens: int | None = 64,
+        logprobs: bool = False,
+        **settings: Unpack[TokenSettings],
+    ) -> None:
+        given: dict[str, Any] = {
+            **{"max_new_tokens": max_new_tokens, "logprobs": logprobs},
+            **settings,
+        }
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in given.items():
             if name not in defaults and not (name in OFF and is_off(name, value)):

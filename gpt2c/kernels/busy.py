@@ -14,7 +14,7 @@ LEAST = 0.3  # cores: less are what any system does beside
 _IDLE = (3, 4)  # columns of a line: idle, and waiting for a disk
 
 
-class Load:
+class BusyCores:
     """Compares the work of the cores that this process may use with its own.
 
     Parameters

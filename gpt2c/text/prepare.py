@@ -73,7 +73,7 @@ class HoldOut:
         """
         characters, number, tail_is_due = 0, -1, True
 
-        def counted(pieces: Iterable[str]) -> Iterator[str]:
+        def measured(pieces: Iterable[str]) -> Iterator[str]:
             nonlocal characters
             for piece in pieces:
                 characters += len(piece)
@@ -82,7 +82,7 @@ class HoldOut:
         for number, document in enumerate(documents):
             if number == len(self.validation):
                 break
-            pieces = counted(_pieces(document))
+            pieces = measured(_pieces(document))
             if self.divided[number]:
                 head = _Head(pieces, self.head)
                 yield "train", iter(head)

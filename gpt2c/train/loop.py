@@ -25,7 +25,7 @@ from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.gpt2 import GPT2, QuantizedGPT2
 from gpt2c.kernels.backend import fma_peak, get_backend
-from gpt2c.kernels.busy import Load
+from gpt2c.kernels.busy import BusyCores
 from gpt2c.kernels.checks import counted
 from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
@@ -43,7 +43,7 @@ from gpt2c.train.run import (
     check_config,
     check_never_saved,
     check_save,
-    locked,
+    locked_run,
     read_record,
     report,
 )
@@ -143,7 +143,7 @@ def train(
         )
     with ExitStack() as stack:
         if resume:
-            stack.enter_context(locked(out))
+            stack.enter_context(locked_run(out))
         run, batches, val_tokens = _prepare(data, out, given or {}, resume, overwrite, held, stack)
         stack.callback(run.close)
         if run.step < run.settings.max_iters:
@@ -173,7 +173,7 @@ def reserved(
     settings = TrainSettings(**given)
     config = settings.model_config(vocab_size)
     _fitting_backend(settings, config, order_bytes=0)  # as there are no tokens yet
-    with atomic.claimed(out, overwrite), locked(out):
+    with atomic.claimed(out, overwrite), locked_run(out):
         check_save(out, config.num_parameters(), overwrite)
         yield
 
@@ -250,7 +250,7 @@ def _prepare(
     if record is None:
         if not held:
             claim_directory(out, overwrite)
-            stack.enter_context(locked(out))
+            stack.enter_context(locked_run(out))
         check_save(out, config.num_parameters(), overwrite)
         run.start()
     else:
@@ -295,7 +295,7 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
     peak = fma_peak(*kernels)
     progress = Progress(run.step, settings.max_iters, settings.log_interval)
     skips = _Skips(run, progress)
-    recent, load = _Recent(run), Load(kernels[1])
+    recent, busy = _Recent(run), BusyCores(kernels[1])
     start = saved = time.monotonic()
     crowded = False
     try:
@@ -332,9 +332,9 @@ def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainRe
             recent.add(loss, seconds)
             if progress.step(run.step, recent.figures(peak)):
                 recent.clear()
-            if not crowded and (others := load.others()):
+            if not crowded and (others := busy.others()):
                 crowded = True
-                progress.line(_crowded(others, load.cores))
+                progress.line(_crowded(others, busy.cores))
             due = _due(run.step, settings.save_interval) or (
                 settings.save_minutes and time.monotonic() - saved > 60 * settings.save_minutes
             )

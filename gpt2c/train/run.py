@@ -65,7 +65,7 @@ _OTHERS = (TOKENIZER_FILE, ADDED_FILE)
 _LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE)
 
 
-def locked(out: Path) -> AbstractContextManager[None]:
+def locked_run(out: Path) -> AbstractContextManager[None]:
     """Have a run's directory to oneself; see `atomic.locked`.
 
     Raises
@@ -194,7 +194,7 @@ class Run:
 
     Parameters
     ----------
-    out : the directory, `locked`
+    out : the directory, `locked_run`
     settings, model, optimizer, tokenizer : of the run
     data : what JSON can hold of the data, to know it again
     bytes_per_token : of the texts of "train" and "val", by which runs with different tokenizers

@@ -19,10 +19,12 @@ from gpt2c.model.language_model import LanguageModel
 IntArray = NDArray[np.int32]
 Watch = Callable[[int], bool]
 Look = Callable[[int, NDArray[Any]], None]
-Step = NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.float64]]
+Ids = NDArray[np.int64]
+Logprobs = NDArray[np.float64]
+Step = Ids | tuple[Ids, Logprobs]
 
 
-class Reader(Protocol):
+class DecoderLike(Protocol):
     """What generate wants of a `gpt2c.model.reader.Decoder`."""
 
     capacity: int
@@ -124,7 +126,7 @@ class Text:
         return np.array(self.tokens[-max(1, capacity // 2) :], np.int32)
 
 
-def read_prompt(decoder: Reader, texts: Sequence[Text]) -> None:
+def read_prompt(decoder: DecoderLike, texts: Sequence[Text]) -> None:
     """Read the prompt that some texts share, once, and let each choose what follows."""
     first = texts[0]
     tokens = np.array(first.tokens, np.int32)
@@ -136,7 +138,7 @@ def read_prompt(decoder: Reader, texts: Sequence[Text]) -> None:
         text.choose(logits)
 
 
-def read_newest(decoder: Reader, texts: Sequence[Text]) -> NDArray[Any]:
+def read_newest(decoder: DecoderLike, texts: Sequence[Text]) -> NDArray[Any]:
     """Read the newest token of each text, all at once; give the logits (N, V) of what follows."""
     tokens = np.array([text.tokens[-1] for text in texts], np.int32)
     slots = np.array([text.slot for text in texts], np.int32)
@@ -147,7 +149,7 @@ def read_newest(decoder: Reader, texts: Sequence[Text]) -> NDArray[Any]:
     return logits
 
 
-def step(decoder: Reader, texts: Sequence[Text]) -> None:
+def step(decoder: DecoderLike, texts: Sequence[Text]) -> None:
     """Read the newest token of each text and let it choose the next; each has one that is unread.
 
     A text that fills its context, and must not slide, ends here without a token.
@@ -166,7 +168,7 @@ def step(decoder: Reader, texts: Sequence[Text]) -> None:
 
 
 def stream(
-    decoder: Reader,
+    decoder: DecoderLike,
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     ends: Collection[int],
