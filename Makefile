@@ -6,7 +6,7 @@ REPORT := bench-report.md
 FUZZ_SECONDS := 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test check fuzz lint bench sanitize parity lowest wheel clean
+.PHONY: setup demo test check fuzz lint bench sanitize parity lowest wheel docs clean
 
 # gpt2c, with what draws pictures and writes llama.cpp's files.
 setup: $(VENV)/installed
@@ -73,6 +73,11 @@ wheel: $(VENV)/installed-wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	.venv-wheel/bin/python tests/smoke.py
 
+# The API reference, docs/index.html, from the docstrings.
+docs: $(VENV)/installed-docs
+	rm -rf docs
+	$(BIN)/python tests/docs.py docs
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
@@ -87,6 +92,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-lint: $(VENV)/installed-test
 	$(PIP) --group lint
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed-test
+	$(PIP) --group docs
 	touch $@
 
 $(VENV)/installed-wheel: $(VENV)/installed-test
@@ -107,4 +116,4 @@ $(VENV)/installed-wheel: $(VENV)/installed-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-parity .venv-wheel .venv-lowest .build runs dist gpt2c/*.so $(REPORT) fuzz-findings
+	rm -rf $(VENV) .venv-parity .venv-wheel .venv-lowest .build runs dist docs gpt2c/*.so $(REPORT) fuzz-findings

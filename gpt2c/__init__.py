@@ -1,10 +1,19 @@
-"""gpt2c: train and run GPT-2 on an ordinary CPU, on C kernels.
+"""Train and run GPT-2 on an ordinary CPU, on C kernels.
 
-text -> Tokenizer -> token files -> Batches -> GPT2: forward, loss, backward -> AdamW -> checkpoint
--> generate -> text
+`Tokenizer` turns text into token ids, `GPT2` computes losses and gradients of them, `AdamW` updates
+the model, and `Generator` writes text with both. `from_pretrained` loads a model, `Engine` serves
+many callers with one, `gpt2c.ops` has the kernels, `gpt2c.scoring` says how good a model is.
 
-Letters, everywhere: B batch, T time, C channels, V vocabulary, L layers, NH heads, HS head size, OC
-output channels. Losses are in nats per token.
+Losses are in nats per token. Letters of shapes: B batch, T time, C channels, V vocabulary, L
+layers, NH heads, HS head size, OC output channels.
+
+Examples
+--------
+>>> import gpt2c
+>>> tokenizer = gpt2c.Tokenizer.from_name("bytes")
+>>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
+>>> generator = gpt2c.Generator(gpt2c.GPT2(config, seed=1), tokenizer)
+>>> text = generator.generate("Once", max_new_tokens=8, temperature=0.8, seed=1)
 """
 
 import importlib.util

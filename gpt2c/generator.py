@@ -127,6 +127,15 @@ class Generator:
     ------
     ValueError : the tokenizer has tokens that the model has not; a model may have more, as padding,
         which never come
+
+    Examples
+    --------
+    >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
+    >>> model = gpt2c.GPT2(config, seed=1)
+    >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+    >>> text = generator.generate("hello", max_new_tokens=8, top_p=0.9, seed=1)
+    >>> "".join(generator.stream("hello", max_new_tokens=8, top_p=0.9, seed=1)) == text
+    True
     """
 
     def __init__(

@@ -37,6 +37,16 @@ def from_pretrained(
     """Load a model of any kind: one that was saved quantized is loaded so.
 
     See `GPT2.from_pretrained` for the arguments and errors.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     gpt2c.GPT2(config, seed=1).save_pretrained(directory)
+    ...     model = gpt2c.from_pretrained(directory)
+    >>> model.config == config
+    True
     """
     return open_found(find_model(path, revision), backend, quantize, threads)
 
@@ -55,8 +65,8 @@ def open_found(
     return QuantizedGPT2.from_found(found, quantize, backend, threads)
 
 
-class _Writes(LanguageModel):
-    """What lets a model continue texts of token ids."""
+class WritingModel(LanguageModel):
+    """A model that continues texts of token ids."""
 
     @overload
     def stream(
@@ -197,7 +207,7 @@ class _Writes(LanguageModel):
         return out, np.stack(pairs, axis=1) if pairs else np.empty((len(rows), 0))
 
 
-class GPT2(_Writes, Model):
+class GPT2(WritingModel, Model):
     """A GPT-2 with its gradients; what it can read and write is `LanguageModel`'s.
 
     Parameters
@@ -205,7 +215,7 @@ class GPT2(_Writes, Model):
     config : its shape
     seed : of the fresh weights; None leaves them 0, to be filled by the caller
     backend : a name of `gpt2c.backends()`, "auto", or a backend
-    threads : that compute, with a backend's name; None is gpt2cNUM_THREADS, else OMP_NUM_THREADS,
+    threads : that compute, with a backend's name; None is GPT2C_NUM_THREADS, else OMP_NUM_THREADS,
         else as many as the machine allows, see `gpt2c info`
     recompute : what backward computes again instead of keeping it: None nothing, "light" the
         outputs of layernorm and GELU, "full" all but the residual stream between layers (Chen et
@@ -231,6 +241,27 @@ class GPT2(_Writes, Model):
     logits. AdamW is not guarded so: who steps in one thread must not compute in another.
 
     Source: Radford et al. 2019; openai/gpt-2 for formulae, karpathy/llm.c for the memory.
+
+    Examples
+    --------
+    Learn one text by heart; the targets are the tokens that follow:
+
+    >>> tokenizer = gpt2c.Tokenizer.from_name("bytes")
+    >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
+    >>> model = gpt2c.GPT2(config, seed=1)
+    >>> optimizer = gpt2c.AdamW(model, learning_rate=0.01)
+    >>> ids = tokenizer.encode("hello world")
+    >>> for step in range(50):
+    ...     model.zero_grad()
+    ...     loss = model.loss([ids[:-1]], [ids[1:]])
+    ...     model.backward()
+    ...     norm = optimizer.step()
+    >>> loss < 0.1
+    True
+    >>> tokenizer.decode(model.generate([ids[:4]], max_new_tokens=7, temperature=0)[0])
+    'hello world'
+    >>> model([ids]).shape  # the logits
+    (1, 11, 257)
     """
 
     @overload
@@ -311,8 +342,21 @@ class GPT2(_Writes, Model):
         huggingface.save_weights(directory, self.config.to_dict(), self._parameters)
 
 
-class QuantizedGPT2(_Writes, QuantizedModel):
-    """A GPT-2 with int8 or fp16 weights; it is read, not trained. See `QuantizedModel`."""
+class QuantizedGPT2(WritingModel, QuantizedModel):
+    """A GPT-2 with int8 or fp16 weights; it is read, not trained. See `QuantizedModel`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     gpt2c.GPT2(config, seed=1).save_pretrained(directory)
+    ...     model = gpt2c.QuantizedGPT2.from_pretrained(directory, "int8")
+    >>> model.parameters["wte.weight"].dtype
+    dtype('uint8')
+    >>> model.generate([[104, 101]], max_new_tokens=3).shape
+    (1, 5)
+    """
 
     @classmethod
     def from_pretrained(

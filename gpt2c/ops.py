@@ -1,7 +1,5 @@
 """Every op of GPT-2 on plain NumPy arrays, on any backend: checked arguments, new results.
 
-    y, mean, rstd = gpt2c.ops.layernorm_forward(x, weight, bias, backend="avx2")
-
 The functions are made from the declarations of `gpt2c.kernels.op`: the inputs and numbers of an op,
 then the sizes of its results that no input has (vocab_size, n_positions, n_head), then backend.
 They return the outputs. What an op computes stands in `gpt2c.kernels.reference`.
@@ -10,6 +8,15 @@ Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), tok
 weights of `linear_forward` may be smaller. Gradients come back as they are, not added to anything.
 Every function raises ValueError if an array has another dtype, layout or shape, a number or token
 id is out of range, or the backend is unknown. Knows nothing about models.
+
+Examples
+--------
+>>> x = np.array([[1, 3]], np.float32)
+>>> y, mean, rstd = gpt2c.ops.layernorm_forward(
+...     x, weight=np.ones(2, np.float32), bias=np.zeros(2, np.float32), backend="numpy"
+... )
+>>> y.round(2)
+array([[-1.,  1.]], dtype=float32)
 """
 
 from __future__ import annotations

@@ -165,6 +165,15 @@ class Engine:
     ValueError : slots, queue or capacity is no whole number or out of range, or the tokenizer has
         tokens that the model has not
     MemoryError : the keys and values of so many texts do not fit
+
+    Examples
+    --------
+    >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
+    >>> model = gpt2c.GPT2(config, seed=1)
+    >>> with gpt2c.Engine(model, slots=2) as engine:
+    ...     requests = [engine.submit([104], max_new_tokens=n, seed=1) for n in (2, 4, 6)]
+    ...     [len(request.result()) for request in requests]
+    [2, 4, 6]
     """
 
     def __init__(

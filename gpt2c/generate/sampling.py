@@ -118,6 +118,15 @@ class GenerationConfig:
     ------
     ValueError : a value is out of range or of another type; the message names the setting
     TypeError : an unknown setting; the message names the one that was probably meant
+
+    Examples
+    --------
+    >>> config = gpt2c.GenerationConfig(temperature=0.8, top_k=50)
+    >>> config.top_k
+    50
+    >>> gpt2c.GenerationConfig(top_p=2)
+    Traceback (most recent call last):
+    ValueError: top_p must be from 0 to 1, got 2
     """
 
     max_new_tokens: int = 64

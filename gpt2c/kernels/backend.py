@@ -74,7 +74,13 @@ def why_missing(name: str) -> str:
 
 @functools.cache
 def backends() -> tuple[str, ...]:
-    """Name the backends that this machine can run, fastest first; "auto" means the first."""
+    """Name the backends that this machine can run, fastest first; "auto" means the first.
+
+    Examples
+    --------
+    >>> gpt2c.backends()[-1]  # each machine has it
+    'numpy'
+    """
     return tuple(name for name in NAMES if not why_missing(name))
 
 

@@ -56,6 +56,14 @@ class GPT2Config:
     ------
     ValueError : a size is not a whole number from 1 to 2**31 - 1 (n_layer: 10,000), n_head does not
         divide n_embd, or another number is out of its range
+
+    Examples
+    --------
+    >>> config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=32, vocab_size=257)
+    >>> config.num_parameters()
+    118592
+    >>> gpt2c.GPT2Config().num_parameters()
+    124439808
     """
 
     vocab_size: int = 50257

@@ -163,6 +163,15 @@ class Tokenizer:
     eot : see above. `[tokenizer.eot, *tokenizer.encode(text)]` is a text as models are trained on
     special_tokens : see `special`. `decode` writes their names; `encode` takes a name in a text for
         ordinary text unless it is allowed
+
+    Examples
+    --------
+    >>> tokenizer = gpt2c.Tokenizer.train(["hello world, hello again"], vocab_size=260)
+    >>> ids = tokenizer.encode("hello again")
+    >>> [tokenizer.decode([token]) for token in ids]
+    ['hel', 'lo', ' ', 'a', 'g', 'a', 'i', 'n']
+    >>> tokenizer.decode(ids)
+    'hello again'
     """
 
     def __init__(

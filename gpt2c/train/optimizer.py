@@ -87,6 +87,17 @@ class AdamW:
 
     `copy.deepcopy` and `pickle` take the model along: copy both together, as a pair, and the copied
     optimizer updates the copied model.
+
+    Examples
+    --------
+    >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
+    >>> model = gpt2c.GPT2(config, seed=1)
+    >>> optimizer = gpt2c.AdamW(model, learning_rate=0.01, weight_decay=0.1)
+    >>> before = model.loss([[1, 2, 3]], [[2, 3, 4]])
+    >>> model.backward()
+    >>> norm = optimizer.step(grad_clip=1.0)  # of all gradients, before it is clipped
+    >>> model.loss([[1, 2, 3]], [[2, 3, 4]]) < before
+    True
     """
 
     def __init__(
@@ -207,6 +218,12 @@ class Schedule:
     Raises
     ------
     ValueError : the kind is unknown or a setting is out of range
+
+    Examples
+    --------
+    >>> rate = gpt2c.Schedule("cosine", learning_rate=1.0, max_iters=10, warmup_iters=2, min_lr=0.1)
+    >>> [round(rate(step), 3) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
     """
 
     kind: str
