@@ -27,6 +27,8 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.text.tokenizer import Tokenizer
 
+__all__ = ["Generator", "StringSettings", "Token", "Writer"]
+
 
 class Token(NamedTuple):
     """A token that was generated, and how likely the model held it and others.

@@ -22,6 +22,17 @@ from gpt2c.model.model import Model
 from gpt2c.model.parameters import check_shapes
 from gpt2c.model.quantized import QuantizedModel, shapes_of
 
+__all__ = [
+    "GPT2",
+    "Prompts",
+    "QuantizedGPT2",
+    "Rows",
+    "Texts",
+    "WritingModel",
+    "from_pretrained",
+    "open_found",
+]
+
 Rows = Sequence[Sequence[int]] | Sequence[NDArray[Any]]
 Prompts = NDArray[Any] | Rows
 Texts = Ids | list[Ids]  # an array where all prompts are as long

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["Arrays", "adamw", "forward", "generate", "init", "loss_and_gradients", "main"]
+
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 

@@ -108,12 +108,12 @@ def test_works_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_counted() -> None:
     config = GPT2Config()
     weights = config.num_parameters() - 1024 * 768  # less wpe; a few biases more than the matrices
-    decode = bench_generate.counted(config, "decode", 1, 0, 4)
+    decode = bench_generate.costs(config, "decode", 1, 0, 4)
     assert math.isclose(decode["bytes"], 4 * weights, rel_tol=1e-3)
     assert math.isclose(decode["flops"], 2 * weights, rel_tol=1e-3)
-    eight = bench_generate.counted(config, "decode", 8, 32, 1)
+    eight = bench_generate.costs(config, "decode", 8, 32, 1)
     assert eight["bytes"] == decode["bytes"] / 4 + 4 * 8 * 12 * 2 * 768 * 32
-    prefill = bench_generate.counted(config, "prefill", 1, 512, 4)
+    prefill = bench_generate.costs(config, "prefill", 1, 512, 4)
     head = 2 * 50257 * 768
     assert math.isclose(
         prefill["flops"], 512 * (2 * weights - head) + head + 12 * 2 * 768 * 512**2, rel_tol=2e-3

@@ -84,6 +84,27 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not {name for name in unknown if str(path) not in KNOWN.get(name, ())}
 
 
+def exported(path: Path) -> set[str]:
+    """Return a module's `__all__`; ruff sees to it that each of its names is there."""
+    for node in ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"{path} has no __all__")
+
+
+def test_a_module_says_what_others_may_use() -> None:
+    modules = {
+        ".".join(("gpt2c", *path.with_suffix("").parts)): exported(path)
+        for path in FILES
+        if path.name not in ("__init__.py", "__main__.py", "ops.py")  # whose names are declared
+    }
+    for path in FILES:
+        for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                others = {alias.name for alias in node.names} - modules[node.module]
+                assert not others, f"{path} imports what {node.module} does not have in __all__"
+
+
 def test_the_reference_knows_numpy_alone() -> None:
     for path in [*(PACKAGE / "kernels" / "reference").iterdir(), PACKAGE / "plain.py"]:
         if path.suffix == ".py":

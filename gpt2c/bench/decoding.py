@@ -33,6 +33,8 @@ from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import require
 from gpt2c.model.config import GPT2Config
 
+__all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows"]
+
 PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
 TRANSFORMERS = ("transformers", "transformers-compile")
 # Engines beside gpt2c -> the kinds of weights that they are measured with

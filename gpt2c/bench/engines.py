@@ -20,6 +20,8 @@ from gpt2c.formats.huggingface import TRANSPOSED
 from gpt2c.model.config import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 
+__all__ = ["PEERS", "Peer"]
+
 Parameters = Mapping[str, NDArray[Any]]
 BATCH = 512  # tokens that llama.cpp reads at once, at least
 ROOM = 128  # the length of a cache is a multiple of this

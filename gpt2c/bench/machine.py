@@ -18,6 +18,17 @@ from gpt2c.kernels.backend import backends, fma_peak, get_backend, why_missing
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import aligned_zeros
 
+__all__ = [
+    "Ceilings",
+    "Quiet",
+    "commit",
+    "compiler",
+    "cpu_facts",
+    "cpu_name",
+    "fastest",
+    "measure_ceilings",
+]
+
 FLOATS = 1 << 26  # 256 MB: more than any last-level cache
 BURN_SECONDS = 0.005
 # /proc/cpuinfo's numbers of a processor: x86's, then ARM's

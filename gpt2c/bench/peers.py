@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from gpt2c.model.config import GPT2Config
 
+__all__ = ["torch_op", "torch_step"]
+
 Call = Callable[[], list[Any]]
 aten = torch.ops.aten
 

@@ -24,6 +24,22 @@ from gpt2c.files.atomic import atomic_path
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.train.plot import plot_shares, plot_speed
 
+__all__ = [
+    "NOISY",
+    "SCHEMA",
+    "as_markdown",
+    "as_text",
+    "comparison",
+    "draw",
+    "generate_table",
+    "machine_lines",
+    "ops_table",
+    "read_old",
+    "summary_table",
+    "train_table",
+    "write_json",
+]
+
 Table = list[list[str]]  # the first row is the heading; the first column stands left
 
 SCHEMA = 1  # of the JSON file: another number is another meaning of what stands in it

@@ -28,6 +28,31 @@ from gpt2c.kernels.memory import require
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.plan import bytes_needed
 
+__all__ = [
+    "FEWER",
+    "NEEDS",
+    "PROCESS_BYTES",
+    "QUICK_ROUNDS",
+    "QUICK_STEP_ROUNDS",
+    "ROUNDS",
+    "TORCH",
+    "UNWATCHED",
+    "Result",
+    "Row",
+    "Watch",
+    "WorkerError",
+    "bench_ops",
+    "bench_train",
+    "check_threads",
+    "choose_rows",
+    "describe",
+    "get_ready",
+    "lacks",
+    "ops_work",
+    "start",
+    "take_turns",
+]
+
 # PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
 TUNED = ":".join(
     f"glibc.malloc.{name}={value}"

@@ -32,6 +32,8 @@ from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.quantized import DTYPES
 from gpt2c.train.optimizer import AdamW
 
+__all__ = ["ENGINES", "SMALL", "TINY", "Worker"]
+
 SAMPLE_SECONDS = 0.02  # a sample is as many calls as take so long, at least one
 TINY = GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=3)
 LEARNING_RATE, GRAD_CLIP = 1e-3, 1.0

@@ -39,6 +39,8 @@ from gpt2c.bench.suite import (
 from gpt2c.model.config import GPT2Config
 from gpt2c.screen.picture import why_not
 
+__all__ = ["add_flags", "run_bench"]
+
 TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
 LISTENS = 9  # times that the machine is listened to before the start
 HELP = {

@@ -7,6 +7,8 @@ import argparse
 from gpt2c.formats.convert import DTYPES, FORMATS, convert
 from gpt2c.formats.llmc import EXPORT
 
+__all__ = ["add_flags", "run_convert"]
+
 EPILOG = f"""\
 gpt2c convert RUN model.bin                     llm.c's model; --dtype bf16
 gpt2c convert model.bin DIR                     Hugging Face's

@@ -30,6 +30,8 @@ from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
 from gpt2c.train.loop import TrainResult, evaluate, reserved, train
 from gpt2c.train.settings import find_recipe, read_recipe, recipe_settings
 
+__all__ = ["SAMPLES", "demo", "demo_recipe", "describe", "openings"]
+
 VOCABULARY = 4096
 SAMPLES = 3
 SAMPLE_TOKENS = 96

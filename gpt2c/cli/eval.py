@@ -18,6 +18,8 @@ from gpt2c.text.shards import read_shards
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.loop import evaluate
 
+__all__ = ["add_flags", "run_eval"]
+
 Model = GPT2 | QuantizedGPT2
 LONG = 50  # windows or questions that take long enough for progress to be shown
 LINES = 5  # of progress, where no one watches

@@ -27,6 +27,8 @@ from gpt2c.screen.terminal import (
     write_pieces,
 )
 
+__all__ = ["add_flags", "run_generate"]
+
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 ENDS = "---"  # an answer, where it is not on a terminal beside its question
 # The colour of a token on a terminal: from this probability on, black on green, yellow, red.

@@ -46,6 +46,8 @@ from gpt2c.kernels.limits import (
 from gpt2c.kernels.memory import megabytes
 from gpt2c.text.tokenizer import tiktoken_cache
 
+__all__ = ["PACKAGES", "add_flags", "run_info"]
+
 Row = tuple[str, str]  # a name, and what there is to say
 
 SHORT = ("numpy", "cffi", "tiktoken", "safetensors")

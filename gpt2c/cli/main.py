@@ -36,6 +36,8 @@ from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult, train
 from gpt2c.train.settings import TrainSettings, recipe_settings
 
+__all__ = ["main", "parser"]
+
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 LONGEST = 2000  # characters of an error that are shown
 ANY_TEXT = ("--prompt", "--stop")  # flags whose value may be any text, another flag's name too

@@ -18,6 +18,8 @@ from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.plot import plot_runs, shorten
 
+__all__ = ["add_flags", "run_plot"]
+
 Entries = list[dict[str, Any]]
 TOKENS = "nats per token"
 BYTES = "bits per byte"

@@ -10,6 +10,8 @@ from gpt2c.screen.progress import Reading
 from gpt2c.text.documents import JSON_LINES, PLAIN, TextFiles
 from gpt2c.text.prepare import prepare
 
+__all__ = ["add_flags", "run_prepare"]
+
 _EXAMPLES = """examples:
   gpt2c prepare book.txt --out data
   gpt2c prepare texts/ --out data --tokenizer bytes

@@ -22,6 +22,8 @@ from gpt2c.screen.terminal import (
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.text.vocabulary import has_tokenizer
 
+__all__ = ["add_flags", "run_tokens", "whole_characters"]
+
 DEMO = Path("runs/demo/run")
 COLORS = ("\x1b[30;46m", "\x1b[30;43m")  # black on cyan, black on yellow
 PARTS = "Some tokens are only a part of a character's bytes: those of a character stand together."

@@ -13,6 +13,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["BLOCK", "bigram_nats", "xz_bits_per_byte"]
+
 Tokens = NDArray[np.uint16]
 BLOCK = 1 << 20  # tokens that are looked at at a time
 _STRENGTHS = np.array([2, 5, 10, 20, 50, 100, 200])  # of the prior

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+__all__ = ["MEANING", "figures", "written"]
+
 MEANING = (
     "nats/token is the loss: how surprising each token was, 0 if it was certain; perplexity: among"
     " how many equally likely tokens the model had to guess; bits per byte: what the text would"

@@ -37,6 +37,8 @@ except ModuleNotFoundError as error:
         name="lm_eval",
     ) from error
 
+__all__ = ["GPT2LM"]
+
 MAX_GEN_TOKS = 256  # where a task says nothing
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same
 # What a task may say of how a text goes on: what is said here in another way is not among it.

@@ -27,6 +27,20 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.language_model import IntArray, LanguageModel, check_ids
 from gpt2c.text.tokenizer import Tokenizer
 
+__all__ = [
+    "METRICS",
+    "Question",
+    "Scorer",
+    "Watch",
+    "accuracy",
+    "answer",
+    "encode_pair",
+    "ending_logprobs",
+    "perplexity",
+    "read_questions",
+    "token_logprobs",
+]
+
 Watch = Callable[[int, int, str], None]  # how many are done, of how many, figures to show
 METRICS = ("acc", "acc_norm", "acc_per_token")  # the columns of `answer`
 

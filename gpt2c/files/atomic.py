@@ -16,6 +16,28 @@ from pathlib import Path
 
 from gpt2c.files.names import STATE_FILE
 
+__all__ = [
+    "REFUSALS",
+    "TEMPORARY",
+    "atomic_directory",
+    "atomic_path",
+    "atomic_paths",
+    "check_directory",
+    "check_link",
+    "claim_directory",
+    "claimed",
+    "locked",
+    "naming",
+    "places",
+    "reason",
+    "refinement",
+    "remove",
+    "remove_leftovers",
+    "sync",
+    "temporary_path",
+    "through",
+]
+
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `temporary_path` makes
 # What file systems answer (FUSE, NFS, CIFS, 9p, overlays) that do not have what was asked for. A
 # disk that fails or is full says something else.

@@ -27,6 +27,8 @@ from gpt2c.files.names import (
     WEIGHTS_FILE,
 )
 
+__all__ = ["find", "hidden", "is_name", "is_offline"]
+
 NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 CONFIG = [CONFIG_FILE, GENERATION_FILE]
 WEIGHTS = [WEIGHTS_FILE, INDEX_FILE, f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+__all__ = ["MARK", "guard"]
+
 MARK = "gpt2c"  # in the User-Agent of each request that is guarded
 
 

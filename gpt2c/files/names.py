@@ -1,5 +1,28 @@
 """Names of files, each known here alone: of a model and a tokenizer, of token files, of a run."""
 
+__all__ = [
+    "ADDED_FILE",
+    "CHECKPOINTS",
+    "CONFIG_FILE",
+    "DAMAGED_FILE",
+    "EVENTS",
+    "GENERATION_FILE",
+    "INDEX_FILE",
+    "LOSS_FILE",
+    "MANIFEST_FILE",
+    "MERGES_FILE",
+    "METRICS_FILE",
+    "MOMENTS_FILE",
+    "ROLES_FILE",
+    "RUNS_FILE",
+    "RUN_FILE",
+    "STATE_FILE",
+    "TOKENIZER_CONFIG_FILE",
+    "TOKENIZER_FILE",
+    "VOCAB_FILE",
+    "WEIGHTS_FILE",
+]
+
 # a model, as transformers has it
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"

@@ -22,6 +22,17 @@ from safetensors import SafetensorError, deserialize, safe_open
 from gpt2c.files.atomic import REFUSALS, naming
 from gpt2c.files.untrusted import map_file, parse_json, read_header, shown
 
+__all__ = [
+    "FLOAT_DTYPES",
+    "LARGEST_HEADER",
+    "AnyTensor",
+    "StoredTensor",
+    "from_bf16",
+    "map_tensors",
+    "read_tensors",
+    "write_tensors",
+]
+
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "U8": "|u1"}
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor in the header

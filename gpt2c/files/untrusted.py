@@ -23,6 +23,22 @@ from numpy.typing import NDArray
 
 from gpt2c.files.atomic import refinement
 
+__all__ = [
+    "LARGEST_JSON",
+    "LONGEST_VALUE",
+    "check_encoding",
+    "decode",
+    "map_file",
+    "not_utf8",
+    "open_file",
+    "parse_json",
+    "read_bytes",
+    "read_header",
+    "read_json",
+    "read_text",
+    "shown",
+]
+
 LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
 
 

@@ -47,6 +47,8 @@ from gpt2c.text.shards import (
 from gpt2c.text.tokenizer import NAMES, Tokenizer
 from gpt2c.text.vocabulary import has_tokenizer
 
+__all__ = ["DTYPES", "FORMATS", "convert"]
+
 FORMATS = ("nanogpt",)
 DTYPES = (*llmc.DTYPES, *GGUF_DTYPES)
 # Suffixes of files that convert does not write: no name that a directory is meant to have.

@@ -18,6 +18,8 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.config import GPT2Config
 from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
 
+__all__ = ["DTYPES", "write_gguf"]
+
 # dtype: file type and type of the matrices, as `gguf` names them
 DTYPES = {"f32": ("ALL_F32", "F32"), "f16": ("MOSTLY_F16", "F16"), "q8_0": ("MOSTLY_Q8_0", "Q8_0")}
 BLOCK = 32  # weights of a row that share a factor in q8_0

@@ -30,6 +30,19 @@ from gpt2c.files.tensors import FLOAT_DTYPES, AnyTensor, StoredTensor, map_tenso
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.model.quantized import DTYPES
 
+__all__ = [
+    "ENTRY",
+    "TRANSPOSED",
+    "load_as_they_are",
+    "load_weights",
+    "read_config",
+    "read_ends",
+    "save_as_they_are",
+    "save_weights",
+    "stored_method",
+    "weights_file",
+]
+
 # Hugging Face's Conv1D stores these as (C, OC); memory has llm.c's (OC, C).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # The causal mask that older versions of transformers saved with the weights.

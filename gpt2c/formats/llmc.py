@@ -23,6 +23,21 @@ from gpt2c.files.tensors import from_bf16
 from gpt2c.kernels.memory import Array
 from gpt2c.model.config import GPT2Config
 
+__all__ = [
+    "DTYPES",
+    "EXPORT",
+    "MODEL_MAGIC",
+    "PICKLES",
+    "TOKENIZER_MAGIC",
+    "is_llmc",
+    "read_header",
+    "read_model",
+    "read_tokenizer",
+    "round_bf16",
+    "write_model",
+    "write_tokenizer",
+]
+
 MODEL_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
 DTYPES = {"fp32": 3, "bf16": 5}  # and the version of the file; both have padded vocabularies
 _HEADER_BYTES = 256 * 4

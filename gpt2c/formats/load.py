@@ -15,6 +15,8 @@ from gpt2c.formats import huggingface, llmc
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.parameters import Tensor
 
+__all__ = ["Pretrained", "find_model"]
+
 
 @dataclass(frozen=True)
 class Pretrained:

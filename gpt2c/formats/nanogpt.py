@@ -12,6 +12,8 @@ from pathlib import Path
 from gpt2c.files.atomic import atomic_path
 from gpt2c.text.shards import MAGIC, StoredTokens, Tokens, read_start, write_blocks
 
+__all__ = ["open_nanogpt", "write_nanogpt"]
+
 
 def open_nanogpt(path: str | os.PathLike[str]) -> StoredTokens:
     """Open a token file of nanoGPT's, all that it holds; its tokens are read when they are needed.

@@ -16,6 +16,19 @@ from numpy.typing import NDArray
 from gpt2c.generate.sampling import GenerationConfig, choose
 from gpt2c.model.language_model import LanguageModel
 
+__all__ = [
+    "Ids",
+    "Logprobs",
+    "Look",
+    "Step",
+    "Text",
+    "continue_prompts",
+    "read_newest",
+    "read_prompt",
+    "step",
+    "stream",
+]
+
 IntArray = NDArray[np.int32]
 Watch = Callable[[int], bool]
 Look = Callable[[int, NDArray[Any]], None]
@@ -29,9 +42,9 @@ class DecoderLike(Protocol):
 
     capacity: int
 
-    def read(self, tokens: IntArray, slot: int, position: int) -> NDArray[Any]: ...  # noqa: D102
-    def step(self, tokens: IntArray, slots: IntArray, positions: IntArray) -> NDArray[Any]: ...  # noqa: D102
-    def copy(self, source: int, target: int, length: int) -> None: ...  # noqa: D102
+    def read(self, tokens: IntArray, slot: int, position: int) -> NDArray[Any]: ...
+    def step(self, tokens: IntArray, slots: IntArray, positions: IntArray) -> NDArray[Any]: ...
+    def copy(self, source: int, target: int, length: int) -> None: ...
 
 
 class Text:

@@ -32,6 +32,8 @@ from gpt2c.model.language_model import LanguageModel, check_ids
 from gpt2c.model.reader import CHUNK, Decoder
 from gpt2c.text.tokenizer import Tokenizer
 
+__all__ = ["Engine", "EngineFull", "Request"]
+
 NewToken = TypeVar("NewToken", int, tuple[int, float])
 
 

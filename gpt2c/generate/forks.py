@@ -6,6 +6,8 @@ import os
 import weakref
 from typing import Protocol
 
+__all__ = ["tell_of_forks"]
+
 
 class LeftBehind(Protocol):
     """Has a thread, which a fork leaves in the parent."""

@@ -20,6 +20,17 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.checks import number, whole_or_float
 
+__all__ = [
+    "OFF",
+    "GenerationConfig",
+    "TextSettings",
+    "TokenSettings",
+    "choose",
+    "distribution",
+    "likeliest",
+    "penalised",
+]
+
 # Others' names of what GenerationConfig calls otherwise.
 MEANT = {"stop_strings": "stop", "stop_token_ids": "stop", "n": "num_return_sequences"}
 MEANT |= dict.fromkeys(("max_length", "max_tokens", "max_gen_toks"), "max_new_tokens")

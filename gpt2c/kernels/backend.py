@@ -21,6 +21,23 @@ from gpt2c.kernels.checks import whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.op import OPS
 
+__all__ = [
+    "AVX2",
+    "AVX512",
+    "MAX_THREADS",
+    "NAMES",
+    "REQUIRES",
+    "THREAD_VARIABLES",
+    "Backend",
+    "as_backend",
+    "backends",
+    "default_threads",
+    "fma_peak",
+    "get_backend",
+    "same_backend",
+    "why_missing",
+]
+
 # Fastest first. A set of kernels runs only on a CPU with all of its features, which are
 # those of the flags that build.py compiles it with.
 AVX2 = ("avx2", "fma", "f16c")

@@ -23,6 +23,8 @@ from gpt2c.kernels.memory import aligned_zeros
 from gpt2c.kernels.op import OPS, Op
 from gpt2c.kernels.threads import Pool
 
+__all__ = ["Kernels", "source"]
+
 Array = NDArray[Any]
 # how an array of each kind of gpt2c.kernels.op becomes a pointer
 VIEWS = {"floats": "_f", "ids": "_i", "targets": "_i", "weights": "_from_buffer"}

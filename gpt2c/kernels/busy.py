@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gpt2c.kernels.limits import AFFINITY
 
+__all__ = ["BusyCores"]
+
 STAT = Path("/proc/stat")
 SECONDS = 3.0  # of a look: the system counts in hundredths
 LEAST = 0.3  # cores: less are what any system does beside

@@ -22,6 +22,8 @@ import numpy as np
 from gpt2c.kernels import reference
 from gpt2c.kernels.op import OPS
 
+__all__ = ["EXAMPLES", "Example", "Shape", "normalised_error"]
+
 Shape = dict[str, Any]
 EPS = float(np.float32(1e-5))
 

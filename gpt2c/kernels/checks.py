@@ -14,6 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "check_int32",
+    "check_kind",
+    "check_layout",
+    "counted",
+    "number",
+    "whole",
+    "whole_or_float",
+]
+
 
 def whole(name: str, number: Any) -> int:
     """Give a whole number as an int.

@@ -19,6 +19,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+__all__ = [
+    "AFFINITY",
+    "CORES",
+    "cgroups",
+    "cpu_quota",
+    "free_bytes",
+    "memory_limit",
+    "read",
+    "system_bytes",
+    "total_bytes",
+    "unbound",
+    "usable_cores",
+]
+
 ROOT = Path("/")
 UNLIMITED = 1 << 60  # bytes: version 1 writes a number beyond it where there is no limit
 

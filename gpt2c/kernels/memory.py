@@ -18,6 +18,18 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.limits import free_bytes
 
+__all__ = [
+    "ALIGNMENT",
+    "HUGE_PAGE",
+    "Array",
+    "aligned_offsets",
+    "aligned_zeros",
+    "available_bytes",
+    "megabytes",
+    "named_views",
+    "require",
+]
+
 Array = NDArray[np.float32]
 
 ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector

@@ -26,6 +26,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+__all__ = ["OPS", "Argument", "Op"]
+
 DECLARATIONS = """
 encoder_forward     out[B T C] <- idx[B T]ids wte[V C] wpe[P C] | B T C
     idx: T <= P

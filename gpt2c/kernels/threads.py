@@ -11,6 +11,8 @@ from typing import Any
 from gpt2c.kernels.limits import unbound
 from gpt2c.kernels.memory import aligned_zeros
 
+__all__ = ["Pool"]
+
 
 class Pool:
     """Threads that run kernels together, the caller among them: csrc/team.c, on memory from here.

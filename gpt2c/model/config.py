@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+__all__ = ["FIXED", "GPT2Config"]
+
 # What config.json may say of the arithmetic, and what gpt2c computes: the first is what it writes.
 # A model that says otherwise is refused.
 FIXED: dict[str, tuple[Any, ...]] = {

@@ -22,6 +22,8 @@ from gpt2c.kernels.memory import Array, require
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.reader import Decoder
 
+__all__ = ["IntArray", "LanguageModel", "check_ids"]
+
 IntArray = NDArray[np.int32]
 
 

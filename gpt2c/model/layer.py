@@ -13,6 +13,15 @@ from collections.abc import Mapping
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
 
+__all__ = [
+    "batched",
+    "layer_backward",
+    "layer_forward",
+    "layernorm",
+    "layernorm_backward",
+    "recompute_forward",
+]
+
 Arrays = Mapping[str, Array]
 
 

@@ -35,6 +35,8 @@ from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
 from gpt2c.model.plan import Activations
 
+__all__ = ["Model"]
+
 
 class _Gradients:
     """The gradients' memory: flat, as views whose shapes C trusts, and as views for others."""

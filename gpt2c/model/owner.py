@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+__all__ = ["Owner"]
+
 
 class Owner:
     """Knows the thread that computes with a model, and the one whose loss lies in its memory."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+__all__ = ["Tensor", "check_shapes", "converted_bytes"]
+
 
 class Tensor(Protocol):
     """An array, or what becomes one when its numbers are asked for, as those of a file."""

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.model.config import GPT2Config
 
+__all__ = ["Activations", "bytes_needed", "parts_needed"]
+
 # The loss never holds more logits than this, 104 MB; (B,T,V) would be 0.8 GB at 4 x 1024.
 LOGITS_FLOATS = 26_000_000
 

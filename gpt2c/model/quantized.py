@@ -21,6 +21,8 @@ from gpt2c.model.config import GPT2Config
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.parameters import Tensor, converted_bytes
 
+__all__ = ["DTYPES", "QuantizedModel", "round_rows", "shapes_of"]
+
 STEPS = 127  # from 0 to a row's largest weight, and as many below 0
 ROWS = 1024  # rounded at a time, so that what is computed on the way stays small
 DTYPES = {"int8": np.uint8, "fp16": np.float16}

@@ -24,6 +24,8 @@ from gpt2c.kernels.memory import Array, aligned_zeros, require
 from gpt2c.kernels.reference.linear import MIDDLE
 from gpt2c.model.config import GPT2Config
 
+__all__ = ["CHUNK", "Decoder"]
+
 # Rows read at a time: enough for the arithmetic to outweigh the weights, few enough to stay cached.
 CHUNK = 512
 LOGITS_ROWS = 64  # of a text that is scored: 13 MB at V = 50257

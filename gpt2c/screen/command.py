@@ -11,6 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+__all__ = ["command"]
+
 
 def command(*words: str | Path) -> str:
     """Return a line for the shell that calls gpt2c, as it was called now, with other arguments."""

@@ -15,6 +15,8 @@ from typing import Any
 
 from gpt2c.files.atomic import atomic_path
 
+__all__ = ["BOXES", "drawing", "make_figure", "why_not", "write"]
+
 INSTALL = "pip install 'gpt2c[plot]'"
 # matplotlib's own font, then fonts with Chinese, Japanese and Korean, the simplified Chinese first.
 FONTS = (

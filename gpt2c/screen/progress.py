@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+__all__ = ["Progress", "Reading"]
+
 # What a terminal says that has gone, a reader that left, a full disk, a stream that was closed or
 # cannot encode a character. None of it may end the work that is shown.
 _UNSHOWN = (OSError, ValueError)

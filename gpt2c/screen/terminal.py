@@ -20,6 +20,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+__all__ = [
+    "PLAIN",
+    "Door",
+    "Terminated",
+    "colored",
+    "columns",
+    "has_colors",
+    "one_line",
+    "open_door",
+    "padded",
+    "spelled",
+    "text_is_lost",
+    "visible",
+    "well_formed",
+    "write_pieces",
+]
+
 PATIENCE = 0.5  # seconds for a stream that does not wait and is full
 # C0 but for tab and newline, DEL, C1; separators of lines, and what turns the direction of a line
 CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")

@@ -16,6 +16,8 @@ from gpt2c.kernels.checks import counted
 from gpt2c.text.prepare import shuffled
 from gpt2c.text.shards import StoredTokens, Tokens
 
+__all__ = ["Batches", "windows"]
+
 # Windows of a shard from which on an epoch may have one more than its tokens need, so that epochs
 # cut the text in more ways.
 _MANY = 16

@@ -15,6 +15,8 @@ from itertools import chain
 
 import rustbpe
 
+__all__ = ["learn"]
+
 _SMALL = 100_000  # characters that are learned at once, in at most half a second
 _BUFFER = 16  # texts that rustbpe keeps before it counts what is in them
 

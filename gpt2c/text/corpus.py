@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from inspect import cleandoc
 from pathlib import Path
 
+__all__ = ["python_documentation"]
+
 _SKIPPED = {*"__pycache__ dist-packages idlelib lib2to3 site-packages test tests".split()}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -24,6 +24,8 @@ from gpt2c.files.names import MERGES_FILE, METRICS_FILE
 from gpt2c.screen.terminal import one_line
 from gpt2c.text.vocabulary import END_OF_TEXT
 
+__all__ = ["JSON_LINES", "PLAIN", "TextFiles"]
+
 PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
 OWN = (METRICS_FILE, MERGES_FILE)  # what gpt2c writes with such endings, and no text

@@ -31,6 +31,8 @@ from gpt2c.text.shards import (
 )
 from gpt2c.text.tokenizer import SMALLEST, Tokenizer, split_text
 
+__all__ = ["Prepared", "prepare", "shuffled", "split_validation"]
+
 # A document is a string, or comes as strings to be joined, which are read before the next document.
 Document = str | Iterable[str]
 

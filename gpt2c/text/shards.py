@@ -28,6 +28,27 @@ from gpt2c.files import atomic, untrusted
 from gpt2c.files.names import MANIFEST_FILE
 from gpt2c.kernels.checks import counted
 
+__all__ = [
+    "MAGIC",
+    "MAX_VOCABULARY",
+    "Split",
+    "StoredTokens",
+    "TokenWriter",
+    "Tokens",
+    "alone",
+    "find_shards",
+    "has_header",
+    "open_tokens",
+    "read_shards",
+    "read_start",
+    "read_tokens",
+    "remove_shards",
+    "shard_names",
+    "write_blocks",
+    "write_shards",
+    "write_tokens",
+]
+
 Tokens = NDArray[np.uint16]
 Split = Literal["train", "val"]
 

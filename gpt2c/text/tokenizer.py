@@ -34,6 +34,8 @@ from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.text import bpe_trainer, vocabulary
 
+__all__ = ["END_OF_TEXT", "NAMES", "SMALLEST", "Tokenizer", "split_text", "tiktoken_cache"]
+
 END_OF_TEXT = vocabulary.END_OF_TEXT
 # How GPT-2 cuts text before any merge (openai/gpt-2:src/encoder.py): contractions, words, numbers,
 # the rest, spaces.

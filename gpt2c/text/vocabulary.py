@@ -30,6 +30,18 @@ from gpt2c.files.names import (
     VOCAB_FILE,
 )
 
+__all__ = [
+    "END_OF_TEXT",
+    "LARGEST",
+    "Vocabulary",
+    "has_tokenizer",
+    "home",
+    "read",
+    "recover_merges",
+    "vocab_and_merges",
+    "write",
+]
+
 END_OF_TEXT = "<|endoftext|>"
 # What ends a text where a vocabulary has no <|endoftext|> and no file names an eos_token.
 _OTHER_ENDS = ("</s>", "<eos>", "[EOS]")

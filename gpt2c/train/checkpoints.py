@@ -31,6 +31,20 @@ from gpt2c.files.tensors import read_tensors, write_tensors
 from gpt2c.files.untrusted import open_file, read_json, shown
 from gpt2c.formats.huggingface import load_weights, read_config, save_weights
 
+__all__ = [
+    "MOMENTS",
+    "Checkpoint",
+    "TrainerState",
+    "amend",
+    "before",
+    "clear",
+    "model_files",
+    "newest",
+    "prune",
+    "save",
+    "size_bytes",
+]
+
 VERSION = 1
 MOMENTS = ("m", "v")
 _NAME = re.compile(r"\d{8,15}")

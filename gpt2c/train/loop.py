@@ -51,6 +51,8 @@ from gpt2c.train.settings import DEFAULTS, TrainSettings, resumed
 from gpt2c.train.signals import Stop, StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
+__all__ = ["MOST_SKIPPED", "TrainResult", "evaluate", "reserved", "train"]
+
 Shards = Sequence[Tokens | StoredTokens]
 MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
 

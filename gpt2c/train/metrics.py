@@ -20,6 +20,8 @@ from gpt2c.files.atomic import atomic_path, naming, refinement
 from gpt2c.files.names import DAMAGED_FILE, METRICS_FILE
 from gpt2c.files.untrusted import open_file, parse_json
 
+__all__ = ["Metrics", "read_metrics"]
+
 _LONGEST = 1 << 16  # bytes of a line; what is longer is not one of ours
 
 

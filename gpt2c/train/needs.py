@@ -14,6 +14,8 @@ from gpt2c.model.config import GPT2Config
 from gpt2c.model.plan import bytes_needed, parts_needed
 from gpt2c.train.settings import TrainSettings
 
+__all__ = ["PYTHON", "check_training", "training_parts"]
+
 PYTHON = 32 << 20  # bytes that it takes later: the picture, what it imports for that
 SCRATCH = 3 << 20  # bytes of a thread: what its kernels pack, and its stack
 

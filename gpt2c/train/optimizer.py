@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.memory import aligned_zeros, require
 
+__all__ = ["SCHEDULES", "AdamW", "NonFiniteGradient", "Schedule"]
+
 
 class OptimizerOps(Protocol):
     """The two backend ops that an optimizer needs."""
@@ -43,13 +45,13 @@ class FlatModel(Protocol):
     """What an optimizer needs of a model: flat arrays whose first `decay_size` floats decay."""
 
     @property
-    def backend(self) -> OptimizerOps: ...  # noqa: D102
+    def backend(self) -> OptimizerOps: ...
     @property
-    def flat_parameters(self) -> NDArray[np.float32]: ...  # noqa: D102
+    def flat_parameters(self) -> NDArray[np.float32]: ...
     @property
-    def flat_gradients(self) -> NDArray[np.float32]: ...  # noqa: D102
+    def flat_gradients(self) -> NDArray[np.float32]: ...
     @property
-    def decay_size(self) -> int: ...  # noqa: D102
+    def decay_size(self) -> int: ...
 
 
 class NonFiniteGradient(ValueError):

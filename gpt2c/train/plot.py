@@ -15,6 +15,20 @@ import numpy as np
 from gpt2c.screen.picture import drawing, make_figure, why_not, write
 from gpt2c.screen.terminal import columns
 
+__all__ = [
+    "COLORS",
+    "POINTS",
+    "color",
+    "plot_lines",
+    "plot_loss",
+    "plot_runs",
+    "plot_shares",
+    "plot_speed",
+    "row_label",
+    "shorten",
+    "smoothed",
+]
+
 # In a run's directory: what train draws, and what `gpt2c plot` does.
 
 # A row of a benchmark has its colour in every picture.

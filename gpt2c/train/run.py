@@ -54,6 +54,17 @@ from gpt2c.train.optimizer import AdamW
 from gpt2c.train.settings import TrainSettings
 from gpt2c.train.tensorboard import Events
 
+__all__ = [
+    "LostModel",
+    "Run",
+    "check_config",
+    "check_never_saved",
+    "check_save",
+    "locked_run",
+    "read_record",
+    "report",
+]
+
 VERSION = 1
 # What a run writes at the top of its directory beside run.json.
 _FILES = (

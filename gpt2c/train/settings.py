@@ -16,6 +16,8 @@ from gpt2c.files.untrusted import decode, read_bytes, shown
 from gpt2c.model.config import GPT2Config
 from gpt2c.train.optimizer import SCHEDULES, Schedule
 
+__all__ = ["DEFAULTS", "TrainSettings", "find_recipe", "read_recipe", "recipe_settings", "resumed"]
+
 T = TypeVar("T")
 
 # A resumed run must keep these: they fix the weights' shapes and the order of the data.

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+__all__ = ["SIGNALS", "Stop", "StoppedError", "interruptible"]
+
 # What ends a program that does not listen: Ctrl-C, kill and timeout, a terminal that closes, what a
 # cluster sends before a job's time is over.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")

@@ -15,6 +15,8 @@ from typing import Any
 
 from gpt2c.files.atomic import naming
 
+__all__ = ["Events", "check_tensorboard", "clear"]
+
 FLUSHED = 10.0  # seconds after which who watches sees a step
 PREFIX = "events"  # of a file's name
 NOT_SCALARS = ("step", "time")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["gelu_backward", "gelu_forward", "residual_forward"]
+
 Array = NDArray[np.floating[Any]]
 
 

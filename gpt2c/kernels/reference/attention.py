@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["attention_backward", "attention_forward", "cache_attention_forward"]
+
 Array = NDArray[np.floating[Any]]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["encoder_backward", "encoder_forward"]
+
 Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
 

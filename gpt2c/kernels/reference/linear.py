@@ -10,6 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "LONGEST",
+    "MIDDLE",
+    "TINY",
+    "linear_forward",
+    "matmul_backward",
+    "matmul_forward",
+    "matrix_transpose",
+]
+
 Array = NDArray[np.floating[Any]]
 
 

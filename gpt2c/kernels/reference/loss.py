@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["crossentropy_backward", "crossentropy_forward"]
+
 Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
 
