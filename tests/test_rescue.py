@@ -290,10 +290,10 @@ def test_a_run_of_before_a_setting_goes_on(
     at_step(3, lambda: signal.raise_signal(signal.SIGINT))
     train(data, out)
     record = json.loads((out / "run.json").read_text())
-    del record["settings"]["save_minutes"]
+    del record["settings"]["threads"]
     (out / "run.json").write_text(json.dumps(record))
     goes_on(data, out, whole, monkeypatch)
-    assert "version's; what it lacks is taken as save_minutes=10.0\n" in capsys.readouterr().out
+    assert "version's; what it lacks is taken as threads=0\n" in capsys.readouterr().out
     record["settings"]["rope"] = True
     (out / "run.json").write_text(json.dumps(record))
     assert "this one has no 'rope'" in refused(train, data, out, resume=True)

@@ -27,15 +27,33 @@ from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
 from gpt2c.text.prepare import prepare
 from gpt2c.train import loop
-from gpt2c.train import settings as settings_module
 from gpt2c.train.loop import TrainResult, evaluate
 from gpt2c.train.optimizer import SCHEDULES, AdamW
-from gpt2c.train.settings import TrainSettings, find_recipe, read_recipe, recipe_settings, resumed
+from gpt2c.train.settings import (
+    OLDER,
+    TABLES,
+    TrainSettings,
+    find_recipe,
+    read_recipe,
+    recipe_settings,
+    resumed,
+)
 
 FILES = (
     *("model.safetensors", "config.json", "generation_config.json"),
     *("vocab.json", "merges.txt"),
 )
+# All settings of the first run.json. None is ever added here: a setting that comes later declares
+# what a run like this one has in its place.
+FIRST: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4,
+    "gradient_accumulation_steps": 2, "max_iters": 3, "learning_rate": 0.01, "min_lr": 0.001,
+    "warmup_iters": 0, "schedule": "constant", "decay_fraction": 0.2, "step_size": 1000,
+    "gamma": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "eval_interval": 0, "eval_iters": 0, "log_interval": 10, "save_interval": 0, "keep": 1,
+    "skip_nonfinite": False, "tensorboard": False, "seed": 1337, "backend": "auto",
+    "recompute": "none",
+}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -324,18 +342,20 @@ def test_a_finished_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
     assert entries == metrics(whole)
 
 
-def test_a_run_from_before_there_was_an_order_keeps_its_own(data: Path, tmp_path: Path) -> None:
-    """run.json of such a run lacks batch_order, which was 1."""
+def test_a_run_of_the_first_version_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    """Its run.json lacks what was added later, among it an order of the batches of its own."""
     whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
-    train(data, whole, schedule="constant", warmup_iters=0, batch_order=1, max_iters=6)
-    train(data, parts, schedule="constant", warmup_iters=0, batch_order=1, max_iters=3)
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    loop.train(data, whole, FIRST | then | {"max_iters": 6})
+    loop.train(data, parts, FIRST | then)
     record = json.loads((parts / "run.json").read_text(encoding="utf-8"))
-    assert record["settings"].pop("batch_order") == 1
+    record["settings"] = FIRST
     (parts / "run.json").write_text(json.dumps(record), encoding="utf-8")
     train(data, parts, resume=True, max_iters=6)
-    train(data, new, schedule="constant", warmup_iters=0, max_iters=6)
-    weights = [(out / "model.safetensors").read_bytes() for out in (whole, parts, new)]
-    assert weights[0] == weights[1] != weights[2]
+    loop.train(data, new, FIRST | {"max_iters": 6})
+    kept = [(metrics(out), (out / "model.safetensors").read_bytes()) for out in (whole, parts, new)]
+    del kept[1][0][2]["val_loss"]  # step 3 was its last once
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -> None:
@@ -531,6 +551,23 @@ def test_the_recipes_are_settings() -> None:
         assert find_recipe(path.stem) == path
 
 
+def test_a_setting_stands_in_its_table_or_in_none(tmp_path: Path) -> None:
+    default = dataclasses.asdict(TrainSettings())
+    recipe = tmp_path / "recipe.toml"
+    tables = {"model": "n_layer = 3", "data": "batch_size = 2", "optimizer": "beta1 = 0.8"}
+    tables |= {"schedule": 'schedule = "linear"', "run": "tensorboard = true"}
+    assert tuple(tables) == TABLES
+    recipe.write_text("seed = 5\n" + "".join(f"[{n}]\n{line}\n" for n, line in tables.items()))
+    mixed = read_recipe(recipe)
+    assert mixed == {
+        "seed": 5, "n_layer": 3, "batch_size": 2, "beta1": 0.8, "schedule": "linear",
+        "tensorboard": True,
+    }  # fmt: skip
+    recipe.write_text("seed = 5\n" + "\n".join(tables.values()))
+    assert read_recipe(recipe) == mixed
+    assert TrainSettings(**mixed) == TrainSettings(**(default | mixed))
+
+
 def test_a_file_stands_before_a_shipped_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,7 +680,18 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = 1\nn_layer = 2", "recipe.toml is not TOML: "),
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
         (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_order, "),
-        (b"[model]\nn_layer = 1", "recipe.toml: no setting 'model'"),
+        (b"[model]\nn_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_"),
+        (b"[model]\nn_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
+        (
+            b"[modle]\nn_layer = 1",
+            "no table 'modle'; there are model, data, optimizer, s",
+        ),
+        (b"model = 1", "recipe.toml: no setting 'model'"),
+        (b"[data]\nn_layer = 1", r"recipe.toml: n_layer belongs in \[model\], not in \[data\]$"),
+        (b"n_layer = 1\n[model]\nn_layer = 1", r"n_layer is there twice: in \[model\] and in no t"),
+        (b"schedule = 'linear'\n[schedule]\ngamma = 0.1", "recipe.toml is not TOML: "),
+        (b"[[model]]\nn_layer = 1", "recipe.toml: no setting 'model'"),
+        (b"[model.n_layer]", r"recipe.toml: n_layer must be int, got dict \{\}"),
         (b"n_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (b"n_layer = true", "recipe.toml: n_layer must be int, got bool True"),
         (b"n_layer = 1e3", r"recipe.toml: n_layer must be int, got float 1000\.0"),
@@ -686,7 +734,7 @@ def test_a_resumed_run_keeps_its_settings() -> None:
     with pytest.raises(ValueError, match="trained with batch_order=1, so it cannot go on with 2"):
         resumed(older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
-        ({}, "lack n_layer: start a new run"),
+        ({}, "lack n_layer: put it back, or start a new run"),
         ({**stored, "dropout": 0.1}, "are another gpt2c's, for this one has no 'dropout': go on"),
         ([], r"must be an object, got \[\]"),
         (None, "must be an object, got None"),
@@ -695,10 +743,12 @@ def test_a_resumed_run_keeps_its_settings() -> None:
             resumed(strange, {}, "runs/a")
 
 
-def test_a_setting_that_a_run_lacks_is_that_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = dataclasses.asdict(TrainSettings(n_layer=2, keep=3))
-    del stored["save_minutes"], stored["gamma"]
-    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3)
-    monkeypatch.setattr(settings_module, "OLDER", {"gamma": 0.25})
-    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3, gamma=0.25)
-    assert resumed(stored, {"gamma": 0.5}, "runs/a").gamma == 0.5
+def test_a_setting_that_a_run_lacks_is_that_of_its_time() -> None:
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    assert resumed(FIRST, {}, "runs/a") == TrainSettings(**FIRST, **then)
+    assert resumed(FIRST, {"save_minutes": 5.0}, "runs/a").save_minutes == 5
+    assert FIRST.keys() | OLDER.keys() == dataclasses.asdict(TrainSettings()).keys()
+    for name in FIRST:
+        lacking = {other: value for other, value in FIRST.items() if other != name}
+        with pytest.raises(ValueError, match=f"lack {name}: put it back, or start a new run"):
+            resumed(lacking, {}, "runs/a")

@@ -49,7 +49,7 @@ from gpt2c.train.run import (
     read_record,
     report,
 )
-from gpt2c.train.settings import DEFAULTS, TrainSettings, resumed
+from gpt2c.train.settings import OLDER, TrainSettings, resumed
 from gpt2c.train.tensorboard import check_tensorboard
 
 Shards = Sequence[Tokens | StoredTokens]
@@ -208,7 +208,7 @@ def _prepare(
         settings = TrainSettings(**given)
     else:
         settings = resumed(record["settings"], given, str(out / RUN_FILE))
-        _tell_defaults(record["settings"], settings, out)
+        _tell_older(record["settings"], settings, out)
     if not data.is_dir():
         raise FileNotFoundError(
             f"{data} is not a directory of token files; gpt2c prepare makes one"
@@ -626,9 +626,9 @@ def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
         )
 
 
-def _tell_defaults(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -> None:
+def _tell_older(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -> None:
     """Say which settings a run of another version had not."""
-    lacking = [name for name in DEFAULTS if name not in stored]
+    lacking = [name for name in OLDER if name not in stored]
     if lacking:
         taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
         report(f"{out / RUN_FILE} is another version's; what it lacks is taken as {taken}")
