@@ -22,12 +22,10 @@ from conftest import DOCUMENTS, draw_nothing
 from kills import TINY
 
 from gpt2c.cli.main import main
-from gpt2c.gpt2 import GPT2
-from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
 from gpt2c.text.prepare import prepare
 from gpt2c.train import loop
-from gpt2c.train.loop import TrainResult, evaluate
+from gpt2c.train.loop import TrainResult
 from gpt2c.train.optimizer import SCHEDULES, AdamW
 from gpt2c.train.settings import (
     OLDER,
@@ -196,27 +194,6 @@ def test_steps_go_through_adamw(
     train(data, tmp_path / "clipped", **settings, grad_clip=0.5)
     train(data, tmp_path / "free", **settings, grad_clip=0)
     assert seen == [((0.8, 0.9), 0.2, 0.5), ((0.8, 0.9), 0.2, None)]
-
-
-# ---- evaluation ----------------------------------------------------------------------------------
-
-
-def test_evaluate_counts_every_token_once(rng: np.random.Generator) -> None:
-    model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2))
-    model.flat_parameters += 0.3 * rng.standard_normal(model.flat_parameters.size)
-    tokens = rng.integers(0, 11, 61).astype(np.uint16)  # 60 targets: 7 windows of 8 and half of one
-    losses = []
-    for start in range(0, 60, 8):
-        x, y = tokens[start : min(start + 8, 60)], tokens[start + 1 : start + 9]
-        logits = model(x[None].astype(np.int32))[0].astype(np.float64)
-        log_sum = np.log(np.exp(logits).sum(axis=1))
-        losses += list(log_sum - logits[np.arange(len(y)), y])
-    assert len(losses) == 60
-    for batch_size in (1, 3, 100):
-        assert evaluate(model, [tokens], batch_size, 8) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert evaluate(model, [tokens], 3, 8, eval_iters=2) == pytest.approx(
-        np.mean(losses[:48]), rel=1e-5
-    )
 
 
 # ---- stop and go on ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The training loop: batch -> loss -> backward -> step -> log -> checkpoint; and evaluation.
+"""The training loop: batch -> loss -> backward -> step -> log -> checkpoint.
 
 What a step does depends on its number, the settings and the data alone, and on the weights and
 moments before it; so a run goes on from a checkpoint (run.py) as if it had not stopped. Knows
@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 
 from gpt2c.evaluate.figures import written
+from gpt2c.evaluate.loss import Shards, evaluate
 from gpt2c.files import atomic
 from gpt2c.files.atomic import claim_directory
 from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import fma_peak, get_backend
 from gpt2c.kernels.busy import Load
 from gpt2c.kernels.checks import counted
 from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
-from gpt2c.text.batches import Batches, windows
-from gpt2c.text.shards import StoredTokens, Tokens, read_shards
+from gpt2c.text.batches import Batches
+from gpt2c.text.shards import StoredTokens, read_shards
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train import checkpoints
 from gpt2c.train.metrics import read_metrics
@@ -52,7 +53,6 @@ from gpt2c.train.run import (
 from gpt2c.train.settings import OLDER, TrainSettings, resumed
 from gpt2c.train.tensorboard import check_tensorboard
 
-Shards = Sequence[Tokens | StoredTokens]
 # What ends a program that does not listen: Ctrl-C, kill and timeout, a terminal that closes, what a
 # cluster sends before a job's time is over.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
@@ -76,36 +76,6 @@ class TrainResult:
     seconds: float
     has_plot: bool
     interrupted: bool
-
-
-def evaluate(
-    model: GPT2 | QuantizedGPT2,
-    tokens: Shards,
-    batch_size: int,
-    block_size: int,
-    eval_iters: int = 0,
-    overlap: int = 0,
-    check: Callable[[], None] | None = None,
-) -> float:
-    """Give the mean loss over consecutive windows of `tokens`, in nats per token.
-
-    Parameters
-    ----------
-    batch_size, block_size : B windows of T tokens at a time
-    eval_iters : so many batches only; 0 all
-    overlap : tokens of context that a window shares with the one before, see `data.windows`
-    check : called before each batch; what it raises ends the evaluation
-    """
-    total, count = 0.0, 0
-    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size, overlap)):
-        if check:
-            check()
-        if eval_iters and i == eval_iters:
-            break
-        scored = int(np.count_nonzero(y >= 0))
-        total += model.loss(x, y, keep=False) * scored
-        count += scored
-    return total / count
 
 
 def train(
