@@ -265,7 +265,7 @@ def test_a_peak_that_a_step_passes_is_measured_again(
     """As where other programs kept the machine busy at the start."""
     peaks = iter([1.0, 1e18])
     measure = functools.cache(lambda name, threads: next(peaks))
-    monkeypatch.setattr("gpt2c.train.loop.fma_peak", measure)
+    monkeypatch.setattr("gpt2c.train.hooks.fma_peak", measure)
     train(data, tmp_path, max_iters=3)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     shares = [json.loads(line).get("share_of_peak") for line in lines]

@@ -22,7 +22,6 @@ def evaluate(
     batch_size: int,
     block_size: int,
     eval_iters: int = 0,
-    overlap: int = 0,
     check: Callable[[], None] | None = None,
 ) -> float:
     """Return the mean loss over consecutive windows of `tokens`, in nats per token.
@@ -31,11 +30,10 @@ def evaluate(
     ----------
     batch_size, block_size : B windows of T tokens at a time
     eval_iters : how many batches at most; 0 all
-    overlap : tokens of context that a window shares with the one before, see `windows`
     check : called before each batch; what it raises ends the evaluation
     """
     total, count = 0.0, 0
-    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size, overlap)):
+    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size)):
         if check:
             check()
         if eval_iters and i == eval_iters:
