@@ -173,32 +173,25 @@ static void attend(float *out, float *lse, const float *q, const float *keys, co
         for (int64_t i = 0; i < rows; i++) lse[i] = maximum[i] + logf(denominator[i]);
 }
 
-void attention_forward(float *out, float *lse, const float *qkv, float *scratch, int64_t B, int64_t T, int64_t C,
-                       int64_t NH, Team *team) {
+void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, int64_t position,
+                       float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t P, Team *team) {
     const int64_t HS = C / NH, blocks = ceil_div(T, TILE);
+    if (keys) {
+        const size_t row = (size_t)HS * sizeof(float);
+        for_shared (head, B * NH, worth(T * HS), team)
+            for (int64_t t = 0; t < T; t++) {
+                const float *from = qkv + (head / NH * T + t) * 3 * C + head % NH * HS;
+                memcpy(keys + (head * P + position + t) * HS, from + C, row);
+                memcpy(values + (head * P + position + t) * HS, from + 2 * C, row);
+            }
+    }
     for_shared (task, B * NH * blocks, worth(min64(T, TILE) * HS), team) {
         /* a head's longest row of blocks first, so that a short one comes last */
-        const int64_t first = (blocks - 1 - task % blocks) * TILE, b = task / blocks / NH, h = task / blocks % NH;
+        const int64_t first = (blocks - 1 - task % blocks) * TILE, head = task / blocks, b = head / NH, h = head % NH;
         const float *q = qkv + b * T * 3 * C + h * HS;
-        attend(out + (b * T + first) * C + h * HS, lse + (b * NH + h) * T + first, q + first * 3 * C, q + C, q + 2 * C,
-               3 * C, first, min64(TILE, T - first), C, HS, scratch + team->member * share(T, HS));
-    }
-}
-
-void cache_attention_forward(float *out, float *keys, float *values, const float *qkv, int64_t position, float *scratch,
-                             int64_t T, int64_t C, int64_t NH, int64_t P, Team *team) {
-    const int64_t HS = C / NH, blocks = ceil_div(T, TILE);
-    const size_t row = (size_t)HS * sizeof(float);
-    for_shared (h, NH, worth(T * HS), team)
-        for (int64_t t = 0; t < T; t++) {
-            const float *from = qkv + t * 3 * C + h * HS;
-            memcpy(keys + (h * P + position + t) * HS, from + C, row);
-            memcpy(values + (h * P + position + t) * HS, from + 2 * C, row);
-        }
-    for_shared (task, NH * blocks, worth(min64(T, TILE) * HS), team) {
-        const int64_t first = (blocks - 1 - task % blocks) * TILE, h = task / blocks;
-        attend(out + first * C + h * HS, NULL, qkv + first * 3 * C + h * HS, keys + h * P * HS, values + h * P * HS, HS,
-               position + first, min64(TILE, T - first), C, HS, scratch + team->member * share(P, HS));
+        attend(out + (b * T + first) * C + h * HS, lse ? lse + head * T + first : NULL, q + first * 3 * C,
+               keys ? keys + head * P * HS : q + C, keys ? values + head * P * HS : q + 2 * C, keys ? HS : 3 * C,
+               (keys ? position : 0) + first, min64(TILE, T - first), C, HS, scratch + team->member * share(T, HS));
     }
 }
 

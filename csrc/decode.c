@@ -54,26 +54,6 @@ static void attend(float *out, const float *q, const float *keys, const float *v
 
 /* ---- stages ---------------------------------------------------------------------------------------------------- */
 
-/* out (C) = the token's row of wte + its position's row of wpe. */
-static void embed(float *out, const Linear *wte, const float *position, int32_t token) {
-    const int64_t C = wte->C, row = token * C;
-    for (int64_t c = 0; c < C; c += VF_LEN) {
-        const int64_t n = C - c;
-        vf w;
-        if (wte->type == INT8) {
-            float lanes[VF_LEN] = {0.0f};
-            for (int64_t k = 0; k < min64(VF_LEN, n); k++)
-                lanes[k] = (float)(((const uint8_t *)wte->weight)[row + c + k] - 128);
-            w = vf_mul(vf_load(lanes), vf_set1(wte->scale[token]));
-        } else if (wte->type == FP16) {
-            w = vf_load_half_n((const uint16_t *)wte->weight + row + c, n);
-        } else {
-            w = vf_load_n((const float *)wte->weight + row + c, n);
-        }
-        vf_store_n(out + c, vf_add(w, vf_load_n(position + c, n)), n);
-    }
-}
-
 /* q becomes x (N,C), if the weights of the layer to come are integers. */
 static void prepare(Quantized q, const float *x, int64_t N, const Linear *layer, Team *team) {
     if (layer->type == INT8)
@@ -121,7 +101,7 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
     if (N == 0) return;
     int64_t longest = 0;
     for (int64_t i = 0; i < N; i++) longest = positions[i] >= longest ? positions[i] + 1 : longest;
-    for_shared (i, N, worth(C), team) embed(x + i * C, &model->wte, model->wpe + positions[i] * C, tokens[i]);
+    for_shared (i, N, worth(C), team) embed_row(x + i * C, &model->wte, model->wpe + positions[i] * C, tokens[i]);
     for (int64_t l = 0; l < model->L; l++) {
         const Layer *layer = model->layers + l;
         normalise(normed, q, x, layer->ln_1_weight, layer->ln_1_bias, model->eps, N, &layer->c_attn, team);

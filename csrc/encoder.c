@@ -4,13 +4,29 @@
 
 #include "internal.h"
 
-void encoder_forward(float *out, const int32_t *idx, const float *wte, const float *wpe, int64_t B, int64_t T,
-                     int64_t C, Team *team) {
-    for_shared (bt, B * T, worth(C), team) {
-        const float *token = wte + idx[bt] * C, *position = wpe + bt % T * C;
-        for (int64_t c = 0; c < C; c += VF_LEN)
-            vf_store_n(out + bt * C + c, vf_add(vf_load_n(token + c, C - c), vf_load_n(position + c, C - c)), C - c);
+void embed_row(float *out, const Linear *wte, const float *position, int32_t token) {
+    const int64_t C = wte->C, row = token * C;
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        const int64_t n = C - c;
+        vf w;
+        if (wte->type == INT8) {
+            float lanes[VF_LEN] = {0.0f};
+            for (int64_t k = 0; k < min64(VF_LEN, n); k++)
+                lanes[k] = (float)(((const uint8_t *)wte->weight)[row + c + k] - 128);
+            w = vf_mul(vf_load(lanes), vf_set1(wte->scale[token]));
+        } else if (wte->type == FP16) {
+            w = vf_load_half_n((const uint16_t *)wte->weight + row + c, n);
+        } else {
+            w = vf_load_n((const float *)wte->weight + row + c, n);
+        }
+        vf_store_n(out + c, vf_add(w, vf_load_n(position + c, n)), n);
     }
+}
+
+void encoder_forward(float *out, const int32_t *idx, const void *wte, const float *wpe, const float *scale,
+                     int64_t position, int type, int64_t B, int64_t T, int64_t C, Team *team) {
+    const Linear table = {wte, scale, NULL, C, 0, type};
+    for_shared (bt, B * T, worth(C), team) embed_row(out + bt * C, &table, wpe + (position + bt % T) * C, idx[bt]);
 }
 
 void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *idx, int64_t B, int64_t T, int64_t C,

@@ -40,7 +40,7 @@ enum {
     GROUP = 8     /* panels of A packed together */
 };
 
-int64_t matmul_scratch_size(int threads) { return (int64_t)KC * (MB + (int64_t)threads * NT); }
+int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MB + (int64_t)threads * NT); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 

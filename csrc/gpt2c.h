@@ -44,15 +44,21 @@ int64_t pool_size(int threads);
 int pool_start(Pool *pool, int threads);
 void pool_stop(Pool *pool);
 
-/* Floats of scratch memory that the matmul and attention kernels need. */
-int64_t matmul_scratch_size(int threads);
+/* The type of a weight. FP16 is IEEE's half, without NaN and infinity; INT8 is 8 bits without sign, 128 too large, and
+ * needs a scale for each of its rows. */
+enum { FP32, FP16, INT8 };
+
+/* Floats of scratch memory that kernels need: gemm's is that of matmul_backward. */
+int64_t gemm_scratch_size(int threads);
+int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads);
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
 
 /* ---- encoder: token + position embedding -------------------------------------------------------------------- */
 
-/* out (B,T,C) = wte[idx] + wpe[0..T);  idx (B,T) in [0,V), wte (V,C), wpe (at least T,C). */
-void encoder_forward(float *out, const int32_t *idx, const float *wte, const float *wpe, int64_t B, int64_t T,
-                     int64_t C, Team *team);
+/* out (B,T,C) = wte[idx] + wpe[position..];  idx (B,T) in [0,V), wte (V,C) of `type`, wpe (at least position + T,C),
+ * scale (V) for INT8, else NULL. */
+void encoder_forward(float *out, const int32_t *idx, const void *wte, const float *wpe, const float *scale,
+                     int64_t position, int type, int64_t B, int64_t T, int64_t C, Team *team);
 
 /* dwte (V,C) += , dwpe (T..,C) += the rows of dout (B,T,C). */
 void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *idx, int64_t B, int64_t T, int64_t C,
@@ -71,35 +77,20 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
 
 /* ---- matmul ------------------------------------------------------------------------------------------------- */
 
-/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), bias may be NULL. */
-void matmul_forward(float *out, const float *x, const float *weight, const float *bias, float *scratch, int64_t N,
-                    int64_t C, int64_t OC, Team *team);
+/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), bias may be NULL. INT8: scale (OC), and each row of x is rounded to
+ * 8 bits with a scale of its own; C at most 65536. */
+void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale, int type,
+                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* dweight (OC,C) += dout^T x, dbias (OC) += column sums of dout (N,OC), both written instead if `accumulate` is 0; then
  * dx (N,C) = dout weight. dbias may be NULL, dx may be x. */
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                      int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
-/* ---- reading a model: linear layers of 32, 16 and 8 bits, attention over a cache, a step of decoding ---------- */
-
-/* The type of a weight. FP16 is IEEE's half, without NaN and infinity; INT8 is 8 bits without sign, 128 too large, and
- * needs a scale for each of its rows. */
-enum { FP32, FP16, INT8 };
-
 /* out (C,R) = x (R,C)^T: linear weights in files are (C,OC). */
 void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team);
 
-/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), bias may be NULL. INT8: scale (OC), and each row of x is rounded to
- * 8 bits with a scale of its own. C at most 65536 for INT8. */
-void linear_forward(float *out, const float *x, const void *weight, const float *scale, const float *bias, int type,
-                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
-int64_t linear_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads);
-
-/* Attention of T new tokens that stand at `position` and after it in their text: their k and v go to rows position..
- * of keys and values (NH,P,HS), and out (T,C) is what their q in qkv (T,3C) attend to among the rows up to their own.
- * scratch: attention_scratch_size(P, HS, threads). */
-void cache_attention_forward(float *out, float *keys, float *values, const float *qkv, int64_t position, float *scratch,
-                             int64_t T, int64_t C, int64_t NH, int64_t P, Team *team);
+/* ---- reading a model: a step of decoding in one call ----------------------------------------------------------- */
 
 /* A linear layer: weight (OC,C) of `type`, scale (OC) for INT8, bias (OC) or NULL. */
 typedef struct {
@@ -134,9 +125,11 @@ int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int thre
 /* ---- attention: causal, multi-head -------------------------------------------------------------------------- */
 
 /* out (B,T,C) from qkv (B,T,3C), where a row holds q, k, v of NH heads; lse (B,NH,T), the log of each row's softmax
- * denominator, is all that the backward pass needs of the T x T scores. */
-void attention_forward(float *out, float *lse, const float *qkv, float *scratch, int64_t B, int64_t T, int64_t C,
-                       int64_t NH, Team *team);
+ * denominator, is all that the backward pass needs of the T x T scores; it may be NULL. With a cache, keys and values
+ * (B,NH,P,HS), else both NULL, the T tokens stand at `position` and after it in their text: their k and v go to its
+ * rows from there on, and their q attend to all rows up to their own. */
+void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, int64_t position,
+                       float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t P, Team *team);
 
 /* dqkv (B,T,3C) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,

@@ -39,6 +39,9 @@ typedef struct {
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, Team *team);
 
+/* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe. */
+void embed_row(float *out, const Linear *wte, const float *position, int32_t token);
+
 /* A row of layernorm_forward, and elements [from, to) of gelu_forward. */
 void layernorm_row(float *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
                    float eps, int64_t C);
@@ -63,5 +66,11 @@ void quantize_row(Quantized q, const float *x, int64_t i, int64_t C);
  * or for INT8 the same rows as q. One thread's work: threads call it for columns of their own. */
 void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
                     int64_t to, int accumulate);
+
+/* out (N,OC) = layer(x) for few rows, or for INT8 any: the weights are read once, where they lie. */
+void linear_rows(float *out, const Linear *layer, const float *x, float *scratch, int64_t N, Team *team);
+int64_t linear_scratch_size(int64_t N, int64_t C, int type, int threads);
+
+enum { FEW = 16 }; /* rows up to which reading weights costs more than the arithmetic */
 
 #endif

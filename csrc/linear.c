@@ -1,4 +1,4 @@
-/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC), for reading a model: weights of 32, 16 or 8 bits.
+/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC) for few rows: weights of 32, 16 or 8 bits, read where they lie.
  *
  * With few rows the weights are read once and little is done with each: the speed is that of memory, and smaller
  * weights are faster. So every weight is used where it lies, row by row, for all rows of x at once: a tile is some rows
@@ -10,8 +10,8 @@
  * so that products and sums are of integers, exact, and the same on every instruction set: sum(weight8 - 128) x8 =
  * sum(weight8 x8) - 128 sum(x8).
  *
- * With many rows the arithmetic decides. FP32 and FP16 then go through gemm.c; INT8 has more products in an instruction
- * and stays here, with columns in the lanes where the instruction set has sums of four products. */
+ * With many rows the arithmetic decides. FP32 and FP16 then go through gemm.c (matmul.c); INT8 has more products in an
+ * instruction and stays here, with columns in the lanes where the instruction set has sums of four products. */
 
 #include "internal.h"
 
@@ -277,67 +277,29 @@ static void strip(float *out, const Linear *layer, Quantized q, int64_t N, int64
 /* ---- the layer ---------------------------------------------------------------------------------------------- */
 
 enum {
-    FEW = 16,   /* rows up to which reading weights costs more than the arithmetic */
     ROWS = 128, /* rows of x that a task multiplies: they stay in the second-level cache */
-    COLUMNS = 64,
-    PANEL = 3072 /* rows of weight that are FP32 at the same time */
+    COLUMNS = 64
 };
 
-int64_t linear_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads) {
-    if (type == INT8) return quantized_size(N, C) + threads * packed_size(C);
-    return N <= FEW ? 0 : matmul_scratch_size(threads) + (type == FP16 ? min64(OC, PANEL) * C : 0);
+int64_t linear_scratch_size(int64_t N, int64_t C, int type, int threads) {
+    return type == INT8 ? quantized_size(N, C) + threads * packed_size(C) : 0;
 }
 
-/* Many rows, FP32 or FP16: PANEL rows of weight at a time become the first. */
-static void linear_by_gemm(float *out, const float *x, const Linear *layer, float *scratch, int64_t N, Team *team) {
+void linear_rows(float *out, const Linear *layer, const float *x, float *scratch, int64_t N, Team *team) {
     const int64_t C = layer->C, OC = layer->OC;
-    if (layer->type == FP32) {
-        matmul_forward(out, x, layer->weight, layer->bias, scratch, N, C, OC, team);
-        return;
-    }
-    float *wide = scratch + matmul_scratch_size(team->threads);
-    for (int64_t j = 0; j < OC; j += PANEL) {
-        const int64_t n = min64(PANEL, OC - j), size = n * C;
-        for_shared (vector, ceil_div(size, VF_LEN), worth(VF_LEN), team) {
-            const int64_t i = vector * VF_LEN;
-            vf_store_n(wide + i, vf_load_half_n((const uint16_t *)layer->weight + j * C + i, size - i), size - i);
-        }
-        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){wide, C, 1}, layer->bias ? layer->bias + j : NULL, 0, N, n, C,
-             scratch, team);
-    }
-}
-
-void linear_forward(float *out, const float *x, const void *weight, const float *scale, const float *bias, int type,
-                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
-    const Linear layer = {weight, scale, bias, C, OC, type};
-    if (type != INT8 && N > FEW) {
-        linear_by_gemm(out, x, &layer, scratch, N, team);
-        return;
-    }
+    const int int8 = layer->type == INT8, strips = int8 && N > FEW && C % FOUR == 0;
     const Quantized q = quantized_in(scratch, N, C);
-    const int strips = type == INT8 && N > FEW && C % FOUR == 0;
     const int64_t rows = strips ? N : ROWS, columns_each = strips ? STRIP : COLUMNS,
                   across = ceil_div(OC, columns_each);
     float *packed = scratch + quantized_size(N, C) + team->member * packed_size(C);
-    if (type == INT8)
+    if (int8)
         for_shared (i, N, worth(C), team) quantize_row(q, x + i * C, i, C);
     for_shared (task, across * ceil_div(N, rows), worth(columns_each * min64(rows, N) * C / 16), team) {
         const int64_t j = task % across * columns_each, i = task / across * rows, n = min64(columns_each, OC - j);
         const Quantized part = {q.scales + i, q.sums + i, q.values + i * q.stride, q.stride};
         if (strips)
-            strip(out, &layer, q, N, j, n, packed);
+            strip(out, layer, q, N, j, n, packed);
         else
-            linear_columns(out + i * OC, &layer, x + i * C, type == INT8 ? &part : NULL, min64(rows, N - i), j, j + n,
-                           0);
-    }
-}
-
-void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team) {
-    enum { BLOCK = 64 };
-    for_shared (column, ceil_div(C, BLOCK), worth(R * BLOCK), team) {
-        const int64_t c = column * BLOCK;
-        for (int64_t r = 0; r < R; r += BLOCK)
-            transpose(out + c * R + r, R, x + r * C + c, C, min64(BLOCK, R - r), min64(BLOCK, C - c),
-                      min64(BLOCK, R - r));
+            linear_columns(out + i * OC, layer, x + i * C, int8 ? &part : NULL, min64(rows, N - i), j, j + n, 0);
     }
 }

@@ -1,12 +1,37 @@
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC): the linear layer, three matrix products in all.
  *
- * Forward is 2 N C OC operations, backward twice that; both run at the speed of gemm.c. */
+ * Forward is 2 N C OC operations, backward twice that; both run at the speed of gemm.c. With few rows (up to FEW), or
+ * weights of 8 bits, forward is that of linear.c; a weight of 16 bits becomes FP32 on the way. */
 
 #include "internal.h"
 
-void matmul_forward(float *out, const float *x, const float *weight, const float *bias, float *scratch, int64_t N,
-                    int64_t C, int64_t OC, Team *team) {
-    gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, N, OC, C, scratch, team);
+enum { PANEL = 3072 }; /* rows of an FP16 weight that are FP32 at the same time */
+
+int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads) {
+    if (type == INT8 || N <= FEW) return linear_scratch_size(N, C, type, threads);
+    return gemm_scratch_size(threads) + (type == FP16 ? min64(OC, PANEL) * C : 0);
+}
+
+void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale, int type,
+                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+    if (type == INT8 || N <= FEW) {
+        const Linear layer = {weight, scale, bias, C, OC, type};
+        linear_rows(out, &layer, x, scratch, N, team);
+        return;
+    }
+    if (type == FP32) {
+        gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, N, OC, C, scratch, team);
+        return;
+    }
+    float *wide = scratch + gemm_scratch_size(team->threads);
+    for (int64_t j = 0; j < OC; j += PANEL) {
+        const int64_t n = min64(PANEL, OC - j), size = n * C;
+        for_shared (vector, ceil_div(size, VF_LEN), worth(VF_LEN), team) {
+            const int64_t i = vector * VF_LEN;
+            vf_store_n(wide + i, vf_load_half_n((const uint16_t *)weight + j * C + i, size - i), size - i);
+        }
+        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){wide, C, 1}, bias ? bias + j : NULL, 0, N, n, C, scratch, team);
+    }
 }
 
 /* A task sums so many vectors of a row at a time: four cache lines, which come together. */
@@ -36,4 +61,14 @@ void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout,
     gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, OC, C, N, scratch, team);
     if (dbias) column_sums(dbias, dout, accumulate, N, OC, team);
     gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, N, C, OC, scratch, team);
+}
+
+void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team) {
+    enum { BLOCK = 64 };
+    for_shared (column, ceil_div(C, BLOCK), worth(R * BLOCK), team) {
+        const int64_t c = column * BLOCK;
+        for (int64_t r = 0; r < R; r += BLOCK)
+            transpose(out + c * R + r, R, x + r * C + c, C, min64(BLOCK, R - r), min64(BLOCK, C - c),
+                      min64(BLOCK, R - r));
+    }
 }

@@ -5,7 +5,8 @@ then the sizes of its results that no input has (vocab_size, n_positions, n_head
 They return the outputs. What an op computes stands in `gpt2c.kernels.reference`.
 
 Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), token ids int32; the
-weights of `linear_forward` may be smaller. Gradients come back as they are, not added to anything.
+weights of `matmul_forward` and `encoder_forward` may be smaller. Gradients come back as they are,
+not added to anything.
 Every function raises ValueError if an array has another dtype, layout or shape, a number or token
 id is out of range, or the backend is unknown. Knows nothing about models.
 
@@ -23,18 +24,21 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c.kernels import reference
-from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.backend import NAMES, get_backend
 from gpt2c.kernels.checks import check_int32, check_layout, number, whole
 from gpt2c.kernels.op import OPS, Argument, Op
 from gpt2c.kernels.reference.linear import LONGEST
 
+Array = NDArray[Any]
 GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head"}  # sizes that no input may have
 LOWEST = {"ids": 0, "targets": -1}
 
@@ -44,15 +48,18 @@ __all__ = list(OPS)
 def _public(op: Op) -> Callable[..., Any]:
     """Return the function that checks the arguments of an op, makes its results and runs it."""
     inputs = [array for array in op.outputs if array.mode == "~"] + list(op.inputs)
-    known = {letter for array in inputs for letter in array.letters if array.kind == "floats"}
-    lacking = {letter for array in op.outputs for letter in array.letters} - known
+    sure = [array for array in inputs if array.kind == "floats" and not array.optional]
+    known = {letter for array in sure for letter in array.letters}
+    made = [array for array in op.outputs if array.mode != "~"]
+    lacking = {letter for array in made for letter in array.letters} - known
     given_sizes = {name: letter for letter, name in GIVEN.items() if letter in lacking}
     # a flag is for who keeps memory from call to call
     numbers = {name: value for name, value in op.numbers.items() if value is not True}
     none: Any = inspect.Parameter.empty
     defaults = {
-        **{array.name: None if array.optional else none for array in inputs},
+        **{array.name: none for array in inputs if not array.optional},
         **dict.fromkeys(given_sizes, none),
+        **{array.name: None for array in inputs if array.optional},
         **{name: none if value is None else value for name, value in numbers.items()},
         "backend": "auto",
     }
@@ -65,27 +72,31 @@ def _public(op: Op) -> Callable[..., Any]:
         bound = signature.bind(*positional, **keywords)
         bound.apply_defaults()
         given = bound.arguments
+        for array in inputs:  # where an optional array stands now, backend stood once
+            value = given[array.name]
+            if array.optional and isinstance(value, str) and value in ("auto", *NAMES):
+                given["backend"], given[array.name] = value, None
         backend = get_backend(given["backend"])
         arrays = {array: given[array.name] for array in inputs if given[array.name] is not None}
+        updated = [array.mode == "~" for array in arrays].count(True)
         for array in inputs:
-            if not array.optional and given[array.name] is None:
+            missing = not array.optional or (updated and array.mode == "~")
+            if missing and given[array.name] is None:
                 raise ValueError(f"{array.name} must be a NumPy array, got None")
-        dtype, sizes = _check(arrays, backend.name)
-        sizes |= {letter: whole(name, given[name]) for name, letter in given_sizes.items()}
+        told = {letter: whole(name, given[name]) for name, letter in given_sizes.items()}
+        dtype, sizes = _check(arrays, backend.name, told)
+        for array in inputs:  # of an array that is not there
+            sizes |= {letter: sizes.get(letter, 0) for letter in array.letters}
         for name, default in numbers.items():
             given[name] = (number if isinstance(default, float) else whole)(name, given[name])
         _check_rules(op, sizes | {name: given[name] for name in numbers})
         for array, ids in arrays.items():
             if array.kind in LOWEST:
                 check_int32(array.name, ids, ids.shape, LOWEST[array.kind], sizes["V"])
-        outputs = [
-            given[array.name].copy()
-            if array.mode == "~"
-            else (np.zeros if array.mode == "+" else np.empty)(_shape(array, sizes), dtype)
-            for array in op.outputs
-        ]
+        outputs = [_output(array, given.get(array.name), sizes, dtype) for array in op.outputs]
         arguments = (*(given[array.name] for array in op.inputs), *(given[n] for n in numbers))
         result = getattr(backend, op.name)(*outputs, *arguments)
+        outputs = [output for output in outputs if output is not None]
         return result if op.returns else outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     run.__name__ = run.__qualname__ = op.name
@@ -94,14 +105,28 @@ def _public(op: Op) -> Callable[..., Any]:
     return run
 
 
-def _check(arrays: dict[Argument, Any], backend: str) -> tuple[str, dict[str, Any]]:
-    """Check arrays against their letters; return their float type and the size of each letter."""
+def _output(array: Argument, given: Any, sizes: dict[str, Any], dtype: str) -> Any:
+    """Return memory for a result: a copy of what is updated, zeros to add to, or nothing yet."""
+    if array.mode == "~":
+        return None if given is None else given.copy()
+    return (np.zeros if array.mode == "+" else np.empty)(_shape(array, sizes), dtype)
+
+
+def _check(
+    arrays: dict[Argument, Any], backend: str, told: dict[str, int]
+) -> tuple[str, dict[str, Any]]:
+    """Check arrays against their letters; return their float type and the size of each letter.
+
+    Parameters
+    ----------
+    told : sizes that the caller gave
+    """
     dtypes = ("float32", "float64") if backend == "numpy" else ("float32",)
     floats = (getattr(a, "dtype", None) for array, a in arrays.items() if array.kind == "floats")
     common = next((str(dtype) for dtype in floats if dtype in dtypes), dtypes[0])
     for array, value in arrays.items():
         _check_type(array, value, arrays, common)
-    sizes = _sizes(arrays)
+    sizes = _sizes(arrays) | told
     for array, value in arrays.items():
         if value.shape != _shape(array, sizes) or 0 in value.shape:
             wanted = ", ".join(
@@ -187,7 +212,40 @@ def _documentation(op: Op, parameters: list[str]) -> str:
     return "\n".join(parts)
 
 
-globals().update({op.name: _public(op) for op in OPS.values()})
+PUBLIC = {op.name: _public(op) for op in OPS.values()}
+globals().update(PUBLIC)
+
+
+def linear_forward(
+    x: Array, weight: Array, scale: Any = None, bias: Any = None, backend: str = "auto"
+) -> Array:
+    """Return `matmul_forward`, as this op is called now."""
+    _say_new_name("linear_forward", "matmul_forward(x, weight, bias, scale)")
+    out: Array = PUBLIC["matmul_forward"](x, weight, bias, scale, backend)
+    return out
+
+
+def cache_attention_forward(
+    qkv: Array, keys: Array, values: Array, position: int, backend: str = "auto"
+) -> tuple[Array, ...]:
+    """Return `attention_forward` of one text, without its lse, as this op is called now."""
+    _say_new_name(
+        "cache_attention_forward", "attention_forward(qkv, n_head, keys, values, position)"
+    )
+    forward = PUBLIC["attention_forward"]
+    one = (array[None] for array in (keys, values))
+    out, _, *caches = forward(qkv[None], len(keys), *one, position, backend)
+    return tuple(array[0] for array in (out, *caches))
+
+
+def residual_backward(dout: Array, backend: str = "auto") -> tuple[Array, Array]:
+    """Return dout twice: the gradient of a sum is that of both terms, which needs no op."""
+    _say_new_name("residual_backward", "dout itself, for both terms")
+    return dout.copy(), dout.copy()
+
+
+def _say_new_name(old: str, new: str) -> None:
+    warnings.warn(f"gpt2c.ops.{old} is now {new}", DeprecationWarning, stacklevel=3)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

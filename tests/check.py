@@ -21,7 +21,7 @@ PYTHON = sys.executable
 PYTEST = [PYTHON, "-W", "error", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
 OF_OPS = ("test_kernels.py", "test_ops.py", "test_kernel_fuzz.py")  # each test names its op
 OF_MODELS = ("test_model.py", "test_decoder.py")  # all ops at work together
-PARTS = {"gemm.c": "matmul.c"}  # a file without an op of its own: the file whose ops it computes
+PARTS = dict.fromkeys(("gemm.c", "linear.c"), "matmul.c")  # file without an op: whose it computes
 NOT_HERE = ("test_parity.py",)  # make parity
 # Files that no test reads, and the target of the Makefile that does.
 TARGETS = {

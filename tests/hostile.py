@@ -272,7 +272,7 @@ def converted(name: str, format: str | None = None) -> Callable[[Path], str]:
 
 def make_recipe(directory: Path) -> None:
     text = 'n_layer = 1\nn_head = 2\nn_embd = 4\nlearning_rate = 1e-2 # a\nschedule = "cosine"\n'
-    (directory / "recipe.toml").write_text(text + "max_iters = 2_000\nbackend = 'auto'\n")
+    (directory / "recipe.toml").write_text(text + "[run]\nmax_iters = 2_000\nbackend = 'auto'\n")
 
 
 def use_recipe(entries: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 from gpt2c.files.atomic import TEMPORARY
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
-from gpt2c.train import loop
+from gpt2c.train import hooks, loop
 
 TINY: dict[str, Any] = {
     "n_layer": 1,
@@ -54,7 +54,7 @@ def main(job: dict[str, Any]) -> Any:
     # The system outlives a kill with all that it was told; the others take long and say nothing.
     os.fsync = lambda descriptor: None
     loop.plot_loss = lambda metrics, path: False
-    loop.fma_peak = lambda name, threads: 0.0
+    hooks.fma_peak = lambda name, threads: 0.0
     kinds = {"points": points, "moments": moments, "exact": exact}
     return kinds[job.pop("what")](
         **{k: Path(v) if k in ("data", "out", "other") else v for k, v in job.items()}

@@ -148,7 +148,7 @@ def test_what_is_timed_is_what_is_verified(
     what: str, B: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker("base:int8", 1)
-    name = "linear_forward" if what == "prefill" else "decode_step"
+    name = "matmul_forward" if what == "prefill" else "decode_step"
     right = getattr(worker._backend, name)
 
     def wrong_for_many(*arguments: Any) -> None:

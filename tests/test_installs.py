@@ -28,7 +28,7 @@ PACKAGE = Path(gpt2c.__file__).parent
 SMOKE = Path(__file__).with_name("smoke.py")
 QEMU = shutil.which("qemu-x86_64")
 TOP = {"build.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
-TOP |= {"LICENSE", "README.zh.md", ".clang-format", ".gitignore", "PKG-INFO"}
+TOP |= {"LICENSE", "README.zh-CN.md", ".clang-format", ".gitignore", "PKG-INFO"}
 FOLDERS = ("csrc", "gpt2c", "tests", "benchmarks")
 
 

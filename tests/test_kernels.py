@@ -191,7 +191,7 @@ def test_matmul_passes_nan_on(N: int, C: int, OC: int, backend: Any) -> None:
     x, weight = np.ones((N, C), np.float32), np.zeros((OC, C), np.float32)
     x[1, C - 1] = np.nan  # times a weight of 0, which is a NaN too
     out = np.zeros((N, OC), np.float32)
-    backend.matmul_forward(out, x, weight, None)
+    backend.matmul_forward(out, x, weight, None, None)
     assert np.isnan(out[1]).all()
     assert np.isfinite(np.delete(out, 1, axis=0)).all()
     dx, dweight = np.zeros_like(x), np.zeros_like(weight)
@@ -209,7 +209,7 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
         qkv = rng.standard_normal((B, T, 3 * C), np.float32)
         qkv[0, t, "qkv".index(part) * C] = np.nan  # the first channel of the first head
         out, lse = np.zeros((B, T, C), np.float32), np.zeros((B, NH, T), np.float32)
-        backend.attention_forward(out, lse, qkv)
+        backend.attention_forward(out, lse, None, None, qkv, 0)
         channels = slice(0, 1) if part == "v" else slice(0, HS)
         assert np.isnan(out[0, first_rows, channels]).all(), f"a NaN in {part} was lost"
         assert np.isfinite(out[1]).all() and np.isfinite(out[0, :, HS:]).all(), "it spread"
@@ -223,11 +223,11 @@ def test_linear_passes_what_is_no_number_on(
 ) -> None:
     """With weights of 8 bits, whose integers know no NaN, the scale of the row must carry it."""
     shape = {"N": N, "C": C, "OC": 21, "kind": kind}
-    arguments = [narrow(a) for a in EXAMPLES["linear_forward"].make(rng, **shape)]
+    arguments = [narrow(a) for a in EXAMPLES["matmul_forward"].make(rng, **shape)]
     row = N // 2
     arguments[1][row, C - 1] = bad
     with np.errstate(invalid="ignore"):  # the reference computes inf - inf
-        backend.linear_forward(*arguments)
+        backend.matmul_forward(*arguments)
     out = arguments[0]
     assert not np.isfinite(out[row]).any()
     assert np.isnan(out[row]).all() or kind != "uint8"
@@ -250,7 +250,8 @@ def test_cache_attention_passes_nan_on(
             caches[int(part == "values"), 0, before, 0] = np.nan
         else:
             qkv[first, "qkv".index(part) * C] = np.nan
-        backend.cache_attention_forward(out, *caches, qkv, position)
+        cache = (part[None] for part in caches)
+        backend.attention_forward(out[None], None, *cache, qkv[None], position)
         rows = slice(first, first + 1) if part == "q" else slice(first, T)
         channels = slice(0, 1) if part in ("v", "values") else slice(0, HS)
         assert np.isnan(out[rows, channels]).all(), f"a NaN in {part} was lost"
@@ -268,7 +269,7 @@ def narrow(argument: Any) -> Any:
 
 def linear(backend: Any, *inputs: Any) -> np.ndarray:
     out = np.full((len(inputs[0]), len(inputs[1])), np.nan, np.float32)
-    backend.linear_forward(out, *inputs)
+    backend.matmul_forward(out, *inputs)
     return out
 
 
@@ -300,8 +301,8 @@ def test_8_bits_round_as_the_reference_in_float32(
     x = rng.standard_normal((N, C), np.float32)
     x[0] = rng.integers(-254, 255, C) / 2  # steps and what is just between them
     x[0, 0] = 127
-    expected = linear(reference, x, weight, scale, None)
-    assert normalised_error(linear(backend, x, weight, scale, None), expected) <= 3e-7
+    expected = linear(reference, x, weight, None, scale)
+    assert normalised_error(linear(backend, x, weight, None, scale), expected) <= 3e-7
 
 
 def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
@@ -309,7 +310,7 @@ def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
     C = 65536
     weight = np.repeat(np.array([[0], [255], [1]], np.uint8), C, axis=1)
     x = np.repeat(np.array([[127], [-127]], np.float32), C, axis=1)
-    out = linear(backend, x, weight, np.ones(3, np.float32), None)
+    out = linear(backend, x, weight, None, np.ones(3, np.float32))
     expected = np.array([[-128, 127, -127]]) * np.array([[127], [-127]]) * C
     assert np.array_equal(out, expected.astype(np.float32))
 
@@ -323,12 +324,12 @@ def test_8_bits_for_small_and_large_rows(
     scale = np.full(7, 1e-3, np.float32)
     x = rng.uniform(-1, 1, (3, 33)).astype(np.float32)
     x[1] *= np.float32(largest)
-    out, others = linear(backend, x, weight, scale, bias), [0, 2]
+    out, others = linear(backend, x, weight, bias, scale), [0, 2]
     wide = x.astype(np.float64) @ (scale[:, None] * (weight.astype(np.float64) - 128)).T + bias
     for row in range(3):  # half a step in each of 33 channels, times the largest weight
         bound = 33 * float(np.abs(x[row]).max()) / 254 * 128e-3 + 1e-6
         assert (np.abs(out[row] - wide[row]) <= bound).all()
-    assert np.array_equal(linear(backend, x[others], weight, scale, bias), out[others])
+    assert np.array_equal(linear(backend, x[others], weight, bias, scale), out[others])
     if largest < 1e-36:
         assert np.array_equal(out[1], bias)
 
@@ -342,7 +343,7 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(
     if backend_name == "numpy" and kind != "uint8":
         pytest.skip("NumPy's products of one row and of several are summed in another order")
     shape = {"N": 16, "C": C, "OC": 70, "kind": kind}
-    _, x, *rest = (narrow(a) for a in EXAMPLES["linear_forward"].make(rng, **shape))
+    _, x, *rest = (narrow(a) for a in EXAMPLES["matmul_forward"].make(rng, **shape))
     for threads in (1, 2):
         backend = get_backend(backend_name, threads)
         together = linear(backend, x, *rest)

@@ -67,7 +67,7 @@ def test_only_the_first_part_decays():
     np.testing.assert_array_equal(model.flat_parameters[25:], before[25:])
 
 
-def test_resuming_from_m_v_steps_is_bit_equal():
+def test_resuming_from_state_and_steps_is_bit_equal():
     whole, first = make_model(), make_model()
     one = AdamW(whole)
     one.step()
@@ -75,9 +75,39 @@ def test_resuming_from_m_v_steps_is_bit_equal():
     before = AdamW(first)
     before.step()
     after = AdamW(first)
-    after.m[...], after.v[...], after.steps = before.m, before.v, before.steps
+    after.load_state(before.state(), before.steps)
+    before.m[...] = 7  # what was loaded is a copy
     after.step()
     np.testing.assert_array_equal(whole.flat_parameters, first.flat_parameters)
+    assert after.steps == 2 and after.state_bytes(37) == after.m.nbytes + after.v.nbytes
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "wanted"),
+    [
+        ({"v": None}, 1, "the state of AdamW must be m, v, got m$"),
+        ({"momentum": np.ones(37)}, 1, "the state of AdamW must be m, v, got m, momentum, v$"),
+        ({"v": np.ones(36)}, 1, r"v must have shape \(37,\), got \(36,\)$"),
+        ({"m": np.ones((37, 1))}, 1, r"m must have shape \(37,\), got \(37, 1\)$"),
+        ({}, -1, "steps must be at least 0, got -1$"),
+    ],
+)
+def test_another_state_is_refused_and_nothing_is_loaded(change, steps, wanted):
+    optimizer = AdamW(make_model())
+    state = {"m": np.ones(37), "v": np.ones(37)} | change
+    with pytest.raises(ValueError, match=wanted):
+        optimizer.load_state({k: a for k, a in state.items() if a is not None}, steps)
+    assert optimizer.steps == 0 and not optimizer.m.any() and not optimizer.v.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_named(bad):
+    optimizer = AdamW(make_model())
+    assert optimizer.not_finite() == ""
+    parts = {"moment v": optimizer.v, "moment m": optimizer.m}
+    for name, array in (parts | {"weights": optimizer.model.flat_parameters}).items():
+        array[36] = bad
+        assert optimizer.not_finite() == name
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

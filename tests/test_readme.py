@@ -22,6 +22,7 @@ from gpt2c.cli.main import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+CHINESE = ROOT / "README.zh-CN.md"
 COMMANDS = Path(sys.executable).parent  # where pip puts gpt2c
 TINY = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 32 --batch-size 4"
 
@@ -93,10 +94,12 @@ def test_lines_that_take_minutes_have_flags_that_exist() -> None:
         parser().parse_args(shlex.split(line)[1:])
 
 
-def test_the_chinese_introduction_has_lines_of_readme_alone() -> None:
-    chinese = ROOT / "README.zh.md"
-    known = {line.partition("#")[0].strip() for line in lines()}
-    assert lines(chinese) and not [line for line in lines(chinese) if line not in known]
+def test_the_chinese_readme_has_the_same_lines() -> None:
+    def code(path: Path) -> list[str]:
+        python = "".join(text for language, text in blocks(path) if language == "python")
+        return [line.partition("#")[0].rstrip() for line in lines(path) + python.splitlines()]
+
+    assert code(CHINESE) == code(README)
 
 
 def test_every_target_of_make_exists() -> None:
@@ -107,6 +110,10 @@ def test_every_target_of_make_exists() -> None:
     assert not [t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)]
 
 
-def test_every_file_that_is_linked_exists() -> None:
-    paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text("utf-8"))
+@pytest.mark.parametrize("page", [README, CHINESE], ids=lambda page: page.name)
+def test_every_file_that_is_linked_exists(page: Path) -> None:
+    text = page.read_text("utf-8")
+    paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert paths and not [path for path in paths if not (ROOT / path).exists()]
+    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in text.splitlines()}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings

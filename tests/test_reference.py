@@ -58,7 +58,7 @@ def test_encoder_gradients(rng: np.random.Generator, normal: Any) -> None:
     wte, wpe, dout, out = normal(V, C), normal(T + 1, C), normal(B, T, C), np.empty((B, T, C))
 
     def loss() -> float:
-        reference.encoder_forward(out, idx, wte, wpe)
+        reference.encoder_forward(out, idx, wte, wpe, None, 0)
         return float((out * dout).sum())
 
     dwte, dwpe = np.zeros_like(wte), np.zeros_like(wpe)
@@ -91,7 +91,7 @@ def test_matmul_gradients(rng: np.random.Generator, normal: Any, with_bias: bool
     bias = normal(OC) if with_bias else None
 
     def loss() -> float:
-        reference.matmul_forward(out, x, weight, bias)
+        reference.matmul_forward(out, x, weight, bias, None)
         return float((out * dout).sum())
 
     dx, dweight, dbias = np.empty((N, C)), np.zeros((OC, C)), np.zeros(OC) if with_bias else None
@@ -111,7 +111,7 @@ def test_attention_gradients(
     out, lse = np.empty((B, T, C)), np.empty((B, NH, T))
 
     def loss() -> float:
-        reference.attention_forward(out, lse, qkv)
+        reference.attention_forward(out, lse, None, None, qkv, 0)
         return float((out * dout).sum())
 
     loss()
@@ -165,7 +165,7 @@ def test_crossentropy_gradient(rng: np.random.Generator, normal: Any) -> None:
 def test_encoder_adds_token_and_position() -> None:
     wte, wpe = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[10.0, 20.0], [30.0, 40.0]])
     out = np.empty((1, 2, 2))
-    reference.encoder_forward(out, np.array([[1, 0]], np.int32), wte, wpe)
+    reference.encoder_forward(out, np.array([[1, 0]], np.int32), wte, wpe, None, 0)
     assert out.tolist() == [[[13.0, 24.0], [31.0, 42.0]]]
 
 
@@ -189,13 +189,13 @@ def test_layernorm_of_a_constant_row_is_the_bias(normal: Any) -> None:
 def test_matmul_is_a_dot_product_of_rows() -> None:
     out = np.empty((1, 2))
     x, weight = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    reference.matmul_forward(out, x, weight, np.array([0.5, -1.0]))
+    reference.matmul_forward(out, x, weight, np.array([0.5, -1.0]), None)
     assert out.tolist() == [[1.5, 5.0]]
 
 
 def test_attention_to_one_token_is_its_value(normal: Any) -> None:
     qkv, out, lse = normal(2, 1, 12), np.empty((2, 1, 4)), np.empty((2, 2, 1))
-    reference.attention_forward(out, lse, qkv)
+    reference.attention_forward(out, lse, None, None, qkv, 0)
     np.testing.assert_allclose(out, qkv[..., 8:])
     q, k = qkv[:, 0, :4].reshape(2, 2, 2), qkv[:, 0, 4:8].reshape(2, 2, 2)
     np.testing.assert_allclose(lse[..., 0], (q * k).sum(axis=2) / math.sqrt(2))
@@ -205,7 +205,7 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
     T, C = 6, 4
     qkv, out, lse = normal(1, T, 3 * C), np.empty((1, T, C)), np.empty((1, 1, T))
     qkv[..., C : 2 * C] = 0
-    reference.attention_forward(out, lse, qkv)
+    reference.attention_forward(out, lse, None, None, qkv, 0)
     counts = np.arange(1, T + 1)
     np.testing.assert_allclose(out[0], qkv[0, :, 2 * C :].cumsum(axis=0) / counts[:, None])
     np.testing.assert_allclose(lse[0, 0], np.log(counts))
@@ -213,10 +213,10 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
 
 def test_attention_does_not_see_later_tokens(normal: Any) -> None:
     qkv, out, lse = normal(2, 7, 12), np.empty((2, 7, 4)), np.empty((2, 2, 7))
-    reference.attention_forward(out, lse, qkv)
+    reference.attention_forward(out, lse, None, None, qkv, 0)
     later_out, later_lse = np.empty_like(out), np.empty_like(lse)
     qkv[:, 4:] = normal(2, 3, 12)
-    reference.attention_forward(later_out, later_lse, qkv)
+    reference.attention_forward(later_out, later_lse, None, None, qkv, 0)
     assert np.array_equal(out[:, :4], later_out[:, :4])
     assert np.array_equal(lse[..., :4], later_lse[..., :4])
     assert not np.isclose(out[:, 4:], later_out[:, 4:]).any()

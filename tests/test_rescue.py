@@ -27,11 +27,12 @@ from gpt2c.kernels.busy import BusyCores
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.prepare import prepare
-from gpt2c.train import checkpoints, loop, signals
+from gpt2c.train import checkpoints, hooks, loop
 from gpt2c.train import run as run_module
 from gpt2c.train.loop import TrainResult
 from gpt2c.train.metrics import Metrics, read_metrics
 from gpt2c.train.optimizer import AdamW
+from gpt2c.train.stop import SIGNALS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -95,7 +96,7 @@ def goes_on(data: Path, out: Path, whole: Path, monkeypatch: pytest.MonkeyPatch)
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", signals.SIGNALS)
+@pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("step", [3, 4, 8], ids=["a step", "an evaluation", "the last evaluation"])
 def test_a_signal_saves_and_the_run_goes_on(
     data: Path, tmp_path: Path, whole: Path, at_step: Any, name: str, step: int,
@@ -173,7 +174,7 @@ def test_ctrl_c_does_not_cut_a_save_or_an_update(
 def test_a_kill_in_an_evaluation_loses_at_most_the_interval(
     data: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    out, evaluate = tmp_path / "run", loop.evaluate
+    out, evaluate = tmp_path / "run", hooks.evaluate
 
     def killed(*arguments: Any, **keywords: Any) -> float:
         if f"{step:08d}" in checkpoint_names(out):
@@ -181,7 +182,7 @@ def test_a_kill_in_an_evaluation_loses_at_most_the_interval(
         return evaluate(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", killed)
+        patch.setattr(hooks, "evaluate", killed)
         patch.setattr(loop, "_rescue", lambda *run: None)
         with pytest.raises(RuntimeError, match="power cut"):
             train(data, out, save_interval=4)
@@ -200,7 +201,7 @@ def test_an_error_that_is_none_of_the_weights_ends_in_a_save(
 ) -> None:  # fmt: skip
     out, calls = tmp_path / "run", [0]
     owner, name = {
-        "evaluation": (loop, "evaluate"),
+        "evaluation": (hooks, "evaluate"),
         "batch": (Batches, "batch"),
         "loss": (GPT2, "loss"),
     }[where]
@@ -290,10 +291,10 @@ def test_a_run_of_before_a_setting_goes_on(
     at_step(3, lambda: signal.raise_signal(signal.SIGINT))
     train(data, out)
     record = json.loads((out / "run.json").read_text())
-    del record["settings"]["save_minutes"]
+    del record["settings"]["threads"]
     (out / "run.json").write_text(json.dumps(record))
     goes_on(data, out, whole, monkeypatch)
-    assert "version's; what it lacks is taken as save_minutes=10.0\n" in capsys.readouterr().out
+    assert "version's; what it lacks is taken as threads=0\n" in capsys.readouterr().out
     record["settings"]["rope"] = True
     (out / "run.json").write_text(json.dumps(record))
     assert "this one has no 'rope'" in refused(train, data, out, resume=True)
@@ -497,7 +498,7 @@ def test_a_log_that_is_deleted_or_a_directory(
     data: Path, tmp_path: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "fma_peak", lambda name, threads: 0.0)
+    monkeypatch.setattr(hooks, "fma_peak", lambda name, threads: 0.0)
     out = tmp_path / "run"
     (out / "metrics.jsonl").mkdir(parents=True)
     (out / "loss.png").mkdir()
@@ -735,7 +736,7 @@ def test_an_error_after_a_refused_save_ends_in_a_save(
 ) -> None:
     out = tmp_path / "run"
     done = refuse("moments", (4,), times=1)
-    monkeypatch.setattr(loop, "evaluate", fail(MemoryError("none left")))
+    monkeypatch.setattr(hooks, "evaluate", fail(MemoryError("none left")))
     with pytest.raises(MemoryError):
         train(data, out, save_interval=4)
     assert len(done) == 1 and checkpoint_names(out) == ["00000004"]

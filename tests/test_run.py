@@ -319,7 +319,7 @@ def test_another_backend_is_told(
         (b'{"version": 2}', "version must be 1, got 2"),
         (b'{"version": 1}', "lacks settings"),
         ({"settings": []}, r"its settings must be an object, got \[\]"),
-        ({"settings": {"n_layer": 1}}, "its settings lack n_head: start a new run"),
+        ({"settings": {"n_layer": 1}}, "its settings lack n_head: put it back, or"),
         ({"n_layer": "one"}, "its settings cannot be: n_layer must be int"),
         ({"n_embd": 10**9}, "holds a model of another config"),
         ({"learning_rate": 10**400}, "learning_rate is too large"),
@@ -458,10 +458,10 @@ def test_a_step_left_out_updates_nothing_and_is_counted(
     norms: list[tuple[int, float]] = []
     log = run_module.Run.log
 
-    def logged(self: run_module.Run, entry: dict[str, Any]) -> None:
+    def logged(self: run_module.Run) -> None:
         parts = (self.model.flat_parameters, self.optimizer.m, self.optimizer.v)
         norms.append((self.optimizer.steps, sum(float(np.abs(part).sum()) for part in parts)))
-        log(self, entry)
+        log(self)
 
     monkeypatch.setattr(run_module.Run, "log", logged)
     result = train(data, tmp_path / "run", skip_nonfinite=True, log_interval=1)
@@ -508,6 +508,29 @@ def test_a_model_that_is_lost_takes_no_good_ones_place(
         f"the last good checkpoint is {out / 'checkpoints' / '00000006'}; lower the learning rate"
     )
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000006"]
+
+
+@pytest.mark.parametrize(
+    ("state", "wanted"),
+    [
+        ({"m": np.zeros(3, np.float32)}, "the state of AdamW must be m, v, got m"),
+        (dict.fromkeys("mv", np.zeros(3, np.float32)), r"m must have shape \(\d+,\), got \(3,\)"),
+    ],
+)
+def test_another_optimizers_state_is_refused(
+    data: Path, tmp_path: Path, whole: Path, state: dict[str, Any], wanted: str
+) -> None:
+    """It is not damaged: its checksum is right."""
+    checkpoint = whole / "checkpoints" / "00000020"
+    found = checkpoints.newest(checkpoint.parent, pytest.fail)
+    assert found is not None
+    tensors = {name: np.asarray(tensor) for name, tensor in found.tensors.items()}
+    shutil.rmtree(checkpoint)
+    checkpoints.save(checkpoint.parent, found.state, found.config, tensors, state)
+    before = contents(whole)
+    message = refused(train, data, whole, resume=True, max_iters=30)
+    assert re.fullmatch(f"{checkpoint / 'trainer.safetensors'}: {wanted}", message)
+    assert contents(whole) == before
 
 
 @pytest.fixture
@@ -566,8 +589,8 @@ def test_an_older_checkpoint_goes_when_the_newer_one_is_known_to_be_good(
     found: dict[int, list[str]] = {}
     log = run_module.Run.log
 
-    def logged(self: run_module.Run, entry: dict[str, Any]) -> None:
-        log(self, entry)
+    def logged(self: run_module.Run) -> None:
+        log(self)
         if (self.out / "checkpoints").is_dir():
             found[self.step] = checkpoint_names(self.out)
 

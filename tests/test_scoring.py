@@ -19,6 +19,7 @@ from conftest import refused
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.cli.main import main
+from gpt2c.evaluate.loss import evaluate
 from gpt2c.evaluate.scoring import (
     METRICS,
     Question,
@@ -34,7 +35,6 @@ from gpt2c.evaluate.scoring import (
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.reader import Decoder
 from gpt2c.text.shards import read_tokens, write_tokens
-from gpt2c.train.loop import evaluate
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
 BYTES = Tokenizer.from_name("bytes")

@@ -22,20 +22,36 @@ from conftest import DOCUMENTS, draw_nothing
 from kills import TINY
 
 from gpt2c.cli.main import main
-from gpt2c.gpt2 import GPT2
-from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
 from gpt2c.text.prepare import prepare
 from gpt2c.train import loop
-from gpt2c.train import settings as settings_module
-from gpt2c.train.loop import TrainResult, evaluate
+from gpt2c.train.loop import TrainResult
 from gpt2c.train.optimizer import SCHEDULES, AdamW
-from gpt2c.train.settings import TrainSettings, find_recipe, read_recipe, recipe_settings, resumed
+from gpt2c.train.settings import (
+    OLDER,
+    TABLES,
+    TrainSettings,
+    find_recipe,
+    read_recipe,
+    recipe_settings,
+    resumed,
+)
 
 FILES = (
     *("model.safetensors", "config.json", "generation_config.json"),
     *("vocab.json", "merges.txt"),
 )
+# All settings of the first run.json. None is ever added here: a setting that comes later declares
+# what a run like this one has in its place.
+FIRST: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4,
+    "gradient_accumulation_steps": 2, "max_iters": 3, "learning_rate": 0.01, "min_lr": 0.001,
+    "warmup_iters": 0, "schedule": "constant", "decay_fraction": 0.2, "step_size": 1000,
+    "gamma": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "eval_interval": 0, "eval_iters": 0, "log_interval": 10, "save_interval": 0, "keep": 1,
+    "skip_nonfinite": False, "tensorboard": False, "seed": 1337, "backend": "auto",
+    "recompute": "none",
+}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -180,27 +196,6 @@ def test_steps_go_through_adamw(
     assert seen == [((0.8, 0.9), 0.2, 0.5), ((0.8, 0.9), 0.2, None)]
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
-
-
-def test_evaluate_counts_every_token_once(rng: np.random.Generator) -> None:
-    model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2))
-    model.flat_parameters += 0.3 * rng.standard_normal(model.flat_parameters.size)
-    tokens = rng.integers(0, 11, 61).astype(np.uint16)  # 60 targets: 7 windows of 8 and half of one
-    losses = []
-    for start in range(0, 60, 8):
-        x, y = tokens[start : min(start + 8, 60)], tokens[start + 1 : start + 9]
-        logits = model(x[None].astype(np.int32))[0].astype(np.float64)
-        log_sum = np.log(np.exp(logits).sum(axis=1))
-        losses += list(log_sum - logits[np.arange(len(y)), y])
-    assert len(losses) == 60
-    for batch_size in (1, 3, 100):
-        assert evaluate(model, [tokens], batch_size, 8) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert evaluate(model, [tokens], 3, 8, eval_iters=2) == pytest.approx(
-        np.mean(losses[:48]), rel=1e-5
-    )
-
-
 # ---- stop and go on ------------------------------------------------------------------------------
 
 
@@ -270,7 +265,7 @@ def test_a_peak_that_a_step_passes_is_measured_again(
     """As where other programs kept the machine busy at the start."""
     peaks = iter([1.0, 1e18])
     measure = functools.cache(lambda name, threads: next(peaks))
-    monkeypatch.setattr("gpt2c.train.loop.fma_peak", measure)
+    monkeypatch.setattr("gpt2c.train.hooks.fma_peak", measure)
     train(data, tmp_path, max_iters=3)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     shares = [json.loads(line).get("share_of_peak") for line in lines]
@@ -324,18 +319,20 @@ def test_a_finished_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
     assert entries == metrics(whole)
 
 
-def test_a_run_from_before_there_was_an_order_keeps_its_own(data: Path, tmp_path: Path) -> None:
-    """run.json of such a run lacks batch_order, which was 1."""
+def test_a_run_of_the_first_version_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    """Its run.json lacks what was added later, among it an order of the batches of its own."""
     whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
-    train(data, whole, schedule="constant", warmup_iters=0, batch_order=1, max_iters=6)
-    train(data, parts, schedule="constant", warmup_iters=0, batch_order=1, max_iters=3)
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    loop.train(data, whole, FIRST | then | {"max_iters": 6})
+    loop.train(data, parts, FIRST | then)
     record = json.loads((parts / "run.json").read_text(encoding="utf-8"))
-    assert record["settings"].pop("batch_order") == 1
+    record["settings"] = FIRST
     (parts / "run.json").write_text(json.dumps(record), encoding="utf-8")
     train(data, parts, resume=True, max_iters=6)
-    train(data, new, schedule="constant", warmup_iters=0, max_iters=6)
-    weights = [(out / "model.safetensors").read_bytes() for out in (whole, parts, new)]
-    assert weights[0] == weights[1] != weights[2]
+    loop.train(data, new, FIRST | {"max_iters": 6})
+    kept = [(metrics(out), (out / "model.safetensors").read_bytes()) for out in (whole, parts, new)]
+    del kept[1][0][2]["val_loss"]  # step 3 was its last once
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -> None:
@@ -531,6 +528,23 @@ def test_the_recipes_are_settings() -> None:
         assert find_recipe(path.stem) == path
 
 
+def test_a_setting_stands_in_its_table_or_in_none(tmp_path: Path) -> None:
+    default = dataclasses.asdict(TrainSettings())
+    recipe = tmp_path / "recipe.toml"
+    tables = {"model": "n_layer = 3", "data": "batch_size = 2", "optimizer": "beta1 = 0.8"}
+    tables |= {"schedule": 'schedule = "linear"', "run": "tensorboard = true"}
+    assert tuple(tables) == TABLES
+    recipe.write_text("seed = 5\n" + "".join(f"[{n}]\n{line}\n" for n, line in tables.items()))
+    mixed = read_recipe(recipe)
+    assert mixed == {
+        "seed": 5, "n_layer": 3, "batch_size": 2, "beta1": 0.8, "schedule": "linear",
+        "tensorboard": True,
+    }  # fmt: skip
+    recipe.write_text("seed = 5\n" + "\n".join(tables.values()))
+    assert read_recipe(recipe) == mixed
+    assert TrainSettings(**mixed) == TrainSettings(**(default | mixed))
+
+
 def test_a_file_stands_before_a_shipped_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,7 +657,18 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = 1\nn_layer = 2", "recipe.toml is not TOML: "),
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
         (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_order, "),
-        (b"[model]\nn_layer = 1", "recipe.toml: no setting 'model'"),
+        (b"[model]\nn_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_"),
+        (b"[model]\nn_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
+        (
+            b"[modle]\nn_layer = 1",
+            "no table 'modle'; there are model, data, optimizer, s",
+        ),
+        (b"model = 1", "recipe.toml: no setting 'model'"),
+        (b"[data]\nn_layer = 1", r"recipe.toml: n_layer belongs in \[model\], not in \[data\]$"),
+        (b"n_layer = 1\n[model]\nn_layer = 1", r"n_layer is there twice: in \[model\] and in no t"),
+        (b"schedule = 'linear'\n[schedule]\ngamma = 0.1", "recipe.toml is not TOML: "),
+        (b"[[model]]\nn_layer = 1", "recipe.toml: no setting 'model'"),
+        (b"[model.n_layer]", r"recipe.toml: n_layer must be int, got dict \{\}"),
         (b"n_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (b"n_layer = true", "recipe.toml: n_layer must be int, got bool True"),
         (b"n_layer = 1e3", r"recipe.toml: n_layer must be int, got float 1000\.0"),
@@ -686,7 +711,7 @@ def test_a_resumed_run_keeps_its_settings() -> None:
     with pytest.raises(ValueError, match="trained with batch_order=1, so it cannot go on with 2"):
         resumed(older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
-        ({}, "lack n_layer: start a new run"),
+        ({}, "lack n_layer: put it back, or start a new run"),
         ({**stored, "dropout": 0.1}, "are another gpt2c's, for this one has no 'dropout': go on"),
         ([], r"must be an object, got \[\]"),
         (None, "must be an object, got None"),
@@ -695,10 +720,12 @@ def test_a_resumed_run_keeps_its_settings() -> None:
             resumed(strange, {}, "runs/a")
 
 
-def test_a_setting_that_a_run_lacks_is_that_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = dataclasses.asdict(TrainSettings(n_layer=2, keep=3))
-    del stored["save_minutes"], stored["gamma"]
-    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3)
-    monkeypatch.setattr(settings_module, "OLDER", {"gamma": 0.25})
-    assert resumed(stored, {}, "runs/a") == TrainSettings(n_layer=2, keep=3, gamma=0.25)
-    assert resumed(stored, {"gamma": 0.5}, "runs/a").gamma == 0.5
+def test_a_setting_that_a_run_lacks_is_that_of_its_time() -> None:
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    assert resumed(FIRST, {}, "runs/a") == TrainSettings(**FIRST, **then)
+    assert resumed(FIRST, {"save_minutes": 5.0}, "runs/a").save_minutes == 5
+    assert FIRST.keys() | OLDER.keys() == dataclasses.asdict(TrainSettings()).keys()
+    for name in FIRST:
+        lacking = {other: value for other, value in FIRST.items() if other != name}
+        with pytest.raises(ValueError, match=f"lack {name}: put it back, or start a new run"):
+            resumed(lacking, {}, "runs/a")

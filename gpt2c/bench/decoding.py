@@ -33,7 +33,7 @@ from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import require
 from gpt2c.model.config import GPT2Config
 
-__all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows"]
+__all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows", "costs"]
 
 PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
 TRANSFORMERS = ("transformers", "transformers-compile")

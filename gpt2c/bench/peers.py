@@ -26,6 +26,8 @@ aten = torch.ops.aten
 def torch_op(name: str, arguments: list[Any]) -> Call | None:
     """Give a call that computes op `name` and returns its outputs, None for one it has not.
 
+    PyTorch has no linear layer with weights of 8 or 16 bits beside float32, and no cache of ours.
+
     Parameters
     ----------
     arguments : of the op, outputs first, as `gpt2c.kernels.cases` makes them; accumulated outputs
@@ -71,6 +73,20 @@ def _attention(qkv: Any, NH: int) -> Any:
     return out.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
+def _attention_forward(
+    out: Any, lse: Any, keys: Any, values: Any, qkv: Any, position: int
+) -> Call | None:
+    if keys is not None:
+        return None
+    return lambda: [_attention(qkv, lse.shape[1]), None, None, None]
+
+
+def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Call | None:
+    if weight.dtype != x.dtype:
+        return None
+    return lambda: [F.linear(x, weight, bias)]
+
+
 def _attention_backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> Call:
     qkv.requires_grad_()
     return _gradient(_attention(qkv, lse.shape[1]), qkv, dout)
@@ -96,9 +112,9 @@ def _adamw_update(param: Any, m: Any, v: Any, grad: Any, *scalars: Any) -> Call:
     return call
 
 
-_OPS: dict[str, Callable[..., Call]] = {
-    "encoder_forward": lambda out, idx, wte, wpe: (
-        lambda: [F.embedding(idx, wte) + wpe[: idx.shape[1]]]
+_OPS: dict[str, Callable[..., Call | None]] = {
+    "encoder_forward": lambda out, idx, wte, wpe, scale, position: (
+        lambda: [F.embedding(idx, wte) + wpe[position : position + idx.shape[1]]]
     ),
     "encoder_backward": _encoder_backward,
     "layernorm_forward": lambda out, mean, rstd, x, weight, bias, eps: (
@@ -106,11 +122,11 @@ _OPS: dict[str, Callable[..., Call]] = {
             x, [x.shape[1]], weight, bias, eps)]
     ),
     "layernorm_backward": _layernorm_backward,
-    "matmul_forward": lambda out, x, weight, bias: lambda: [F.linear(x, weight, bias)],
+    "matmul_forward": _matmul_forward,
     "matmul_backward": lambda dx, dweight, dbias, dout, x, weight, accumulate: (
         lambda: [dout @ weight, dout.t() @ x, dout.sum(0)]
     ),
-    "attention_forward": lambda out, lse, qkv: lambda: [_attention(qkv, lse.shape[1]), None],
+    "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
     "gelu_forward": lambda out, x: lambda: [F.gelu(x, approximate="tanh")],
     "gelu_backward": lambda dx, dout, x: (

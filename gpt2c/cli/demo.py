@@ -16,6 +16,7 @@ from typing import Any
 
 from gpt2c.evaluate.baselines import BLOCK, bigram_nats, xz_bits_per_byte
 from gpt2c.evaluate.figures import figures
+from gpt2c.evaluate.loss import evaluate
 from gpt2c.files.atomic import claimed
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
@@ -27,7 +28,7 @@ from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import Prepared, prepare
 from gpt2c.text.shards import Tokens, read_tokens
 from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
-from gpt2c.train.loop import TrainResult, evaluate, reserved, train
+from gpt2c.train.loop import TrainResult, reserved, train
 from gpt2c.train.settings import find_recipe, read_recipe, recipe_settings
 
 __all__ = ["SAMPLES", "demo", "demo_recipe", "describe", "openings"]

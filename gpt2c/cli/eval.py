@@ -11,12 +11,12 @@ from pathlib import Path
 
 from gpt2c.evaluate import scoring
 from gpt2c.evaluate.figures import MEANING, figures, written
+from gpt2c.evaluate.loss import evaluate
 from gpt2c.formats.load import find_model
 from gpt2c.gpt2 import GPT2, QuantizedGPT2, open_found
 from gpt2c.screen.progress import Progress
 from gpt2c.text.shards import read_shards
 from gpt2c.text.tokenizer import Tokenizer
-from gpt2c.train.loop import evaluate
 
 __all__ = ["add_flags", "run_eval"]
 

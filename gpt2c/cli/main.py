@@ -34,7 +34,7 @@ from gpt2c.files.atomic import reason
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult, train
-from gpt2c.train.settings import TrainSettings, recipe_settings
+from gpt2c.train.settings import TABLES, TrainSettings, recipe_settings
 
 __all__ = ["main", "parser"]
 
@@ -237,13 +237,15 @@ def _path(text: str) -> Path:
 
 def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
     """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
-    group = verb.add_argument_group(
-        "settings of the run", "each is a key of a TOML recipe, too, with _ for -"
+    verb.add_argument_group(
+        "settings",
+        "each is a key of a TOML recipe, too, with _ for -, in the table that is named here",
     )
+    groups = {table: verb.add_argument_group(f"[{table}]") for table in TABLES}
     for field in dataclasses.fields(TrainSettings):
         kind = type(field.default)
         value = {"type": kind, "metavar": kind.__name__.upper()}
-        group.add_argument(
+        groups[field.metadata["table"]].add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
             default=argparse.SUPPRESS,

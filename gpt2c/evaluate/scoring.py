@@ -119,7 +119,7 @@ def token_logprobs(
 
     With a stride of max_length a window has one token more, for the first is context. At most
     n_positions are read, as the last token of a window never is: windows of stride n_positions are
-    those of `gpt2c.train.loop.evaluate`, side by side.
+    those of `gpt2c.evaluate.loss.evaluate`, side by side.
 
     Parameters
     ----------

@@ -176,12 +176,18 @@ def source(op: Op) -> str:
 
     def size(letter: str) -> str:
         """Say how the size that a letter means is read off the arrays."""
+        if letter == "HS":
+            return "C // NH"
+        found = ""
         for array in op.arrays:
             if array.shape == ("*",):
                 return f"{array.name}.size"
-            if letter in array.shape and not array.optional:
-                return f"{array.name}.shape[{array.shape.index(letter)}]"
-        return "C // NH"  # HS
+            if letter in array.shape:
+                place = f"{array.name}.shape[{array.shape.index(letter)}]"
+                if not array.optional:
+                    return place
+                found += f"{place} if {array.name} is not None else "
+        return found + "0"
 
     def told(text: str) -> str:
         """Say what C is handed for a word of a declaration."""
@@ -195,11 +201,12 @@ def source(op: Op) -> str:
     arguments = [array.name for array in op.arrays]
     defaults = [n if value is not True else f"{n}=True" for n, value in op.numbers.items()]
     letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
+    weights = [array.name for array in op.arrays if array.kind == "weights"]
     pointers = [f"self.{VIEWS[array.kind]}({array.name})" for array in op.arrays]
     lines = [f"def {op.name}(self, {', '.join([*arguments, *defaults])}):"]
     lines += [f"{letter} = {size(letter)}" for letter in sorted(letters, key="HS".__eq__)]
     if "type" in op.told:
-        lines.append("kind = self._type(weight)")
+        lines.append(f"kind = self._type({weights[0]})")
     handed = ", ".join([repr(op.name), *pointers, *op.numbers, *map(told, op.told)])
     lines.append(f"{'return ' if op.returns else ''}self._call({handed})")
     return "\n    ".join(lines)

@@ -79,21 +79,33 @@ def _tokens(rng: np.random.Generator, V: int, *shape: int) -> Any:
 def _forward(name: str, arguments: list[Any]) -> list[Any]:
     """Run the reference of a forward op, for a backward op that needs what it wrote."""
     getattr(reference, name)(*arguments)
-    return [_rounded(output) for output in arguments[: len(OPS[name].outputs)]]
+    outputs = arguments[: len(OPS[name].outputs)]
+    return [None if output is None else _rounded(output) for output in outputs]
 
 
 # ---- arguments, op by op -------------------------------------------------------------------------
 
 
-def _encoder_forward(rng: Any, B: int, T: int, C: int, V: int) -> list[Any]:
+def _weight(rng: Any, kind: str, rows: int, C: int) -> tuple[Any, Any]:
+    """Return a weight of a type, and the scale that 8 bits need."""
+    if kind == "uint8":
+        return rng.integers(1, 256, (rows, C), np.uint8), _rounded(rng.uniform(0.5, 1.5, rows))
+    weight = _normal(rng, rows, C)
+    return weight.astype(np.float16) if kind == "float16" else weight, None
+
+
+def _encoder_forward(
+    rng: Any, B: int, T: int, C: int, V: int, kind: str = "float32", position: int = 0
+) -> list[Any]:
     idx = _tokens(rng, V, B, T)
     idx.flat[0] = V - 1  # the last row of wte is read
-    wte, wpe = _normal(rng, V, C), _normal(rng, T + 2, C)  # more positions than are used
-    return [_unwritten(B, T, C), idx, wte, wpe]
+    wte, scale = _weight(rng, kind, V, C)
+    wpe = _normal(rng, position + T + 2, C)  # more positions than are used
+    return [_unwritten(B, T, C), idx, wte, wpe, scale, position]
 
 
 def _encoder_backward(rng: Any, B: int, T: int, C: int, V: int) -> list[Any]:
-    _, idx, dwte, dwpe = _encoder_forward(rng, B, T, C, V)
+    _, idx, dwte, dwpe, _, _ = _encoder_forward(rng, B, T, C, V)
     return [dwte, dwpe, _normal(rng, B, T, C), idx]
 
 
@@ -118,9 +130,17 @@ def _layernorm_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[
     return [*gradients, _normal(rng, N, C), x, weight, mean, rstd]
 
 
-def _matmul_forward(rng: Any, N: int, C: int, OC: int, bias: bool = True) -> list[Any]:
-    x, weight = _normal(rng, N, C), _normal(rng, OC, C)
-    return [_unwritten(N, OC), x, weight, _normal(rng, OC) if bias else None]
+def _matmul_forward(
+    rng: Any, N: int, C: int, OC: int, kind: str = "float32", bias: bool = True
+) -> list[Any]:
+    x, (weight, scale) = _normal(rng, N, C), _weight(rng, kind, OC, C)
+    if kind == "uint8":
+        # No number of x lies near the border of two of its 127 steps, where rounding in float64 and
+        # in float32 could part; the largest of a row fixes the size of the steps.
+        steps = rng.integers(-126, 127, (N, C)) + rng.uniform(-0.4, 0.4, (N, C))
+        steps[np.arange(N), rng.integers(0, C, N)] = rng.choice([-127, 127], N)
+        x = _rounded(steps * rng.uniform(0.005, 0.02, (N, 1)))
+    return [_unwritten(N, OC), x, weight, _normal(rng, OC) if bias else None, scale]
 
 
 def _matmul_backward(
@@ -136,53 +156,28 @@ def _matrix_transpose(rng: Any, R: int, C: int) -> list[Any]:
     return [_unwritten(C, R), _normal(rng, R, C)]
 
 
-def _linear_forward(
-    rng: Any, N: int, C: int, OC: int, kind: str = "float32", bias: bool = True
-) -> list[Any]:
-    x, weight, scale = _normal(rng, N, C), _normal(rng, OC, C), None
-    if kind == "float16":
-        weight = weight.astype(np.float16)
-    elif kind == "uint8":
-        weight, scale = rng.integers(1, 256, (OC, C), np.uint8), _rounded(rng.uniform(0.5, 1.5, OC))
-        # No number of x lies near the border of two of its 127 steps, where rounding in float64 and
-        # in float32 could part; the largest of a row fixes the size of the steps.
-        steps = rng.integers(-126, 127, (N, C)) + rng.uniform(-0.4, 0.4, (N, C))
-        steps[np.arange(N), rng.integers(0, C, N)] = rng.choice([-127, 127], N)
-        x = _rounded(steps * rng.uniform(0.005, 0.02, (N, 1)))
-    return [_unwritten(N, OC), x, weight, scale, _normal(rng, OC) if bias else None]
-
-
-def _cache_attention_forward(
-    rng: Any, T: int, NH: int, HS: int, position: int, P: int, kind: str = "normal"
-) -> list[Any]:
-    scale = 10.0 if kind == "saturated" else 1.0
-    keys, values = _normal(rng, NH, P, HS, scale=scale), _normal(rng, NH, P, HS)
-    for cache in (keys, values):
-        cache[:, position : position + T] = np.nan  # written; what stands before and after is kept
-    return [
-        _unwritten(T, NH * HS),
-        keys,
-        values,
-        _normal(rng, T, 3 * NH * HS, scale=scale),
-        position,
-    ]
-
-
 def _attention_forward(
-    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal"
+    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal", position: int = 0, P: int = 0
 ) -> list[Any]:
     # at 10, scores spread over hundreds: most rows of the softmax are a 1 and zeros
-    qkv = _normal(rng, B, T, 3 * NH * HS, scale=10.0 if kind == "saturated" else 1.0)
-    return [_unwritten(B, T, NH * HS), _unwritten(B, NH, T), qkv]
+    scale = 10.0 if kind == "saturated" else 1.0
+    qkv = _normal(rng, B, T, 3 * NH * HS, scale=scale)
+    out = _unwritten(B, T, NH * HS)
+    if not P:
+        return [out, _unwritten(B, NH, T), None, None, qkv, 0]
+    keys, values = _normal(rng, B, NH, P, HS, scale=scale), _normal(rng, B, NH, P, HS)
+    for cache in (keys, values):
+        cache[:, :, position : position + T] = np.nan  # written; before and after is kept
+    return [out, None, keys, values, qkv, position]
 
 
 def _attention_backward(
     rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal"
 ) -> list[Any]:
     arguments = _attention_forward(rng, B, T, NH, HS, kind)
-    out, lse = _forward("attention_forward", arguments)
+    out, lse, *_ = _forward("attention_forward", arguments)
     dout = _normal(rng, B, T, NH * HS)
-    return [_unwritten(B, T, 3 * NH * HS), dout, arguments[2], out, lse]
+    return [_unwritten(B, T, 3 * NH * HS), dout, arguments[4], out, lse]
 
 
 def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
@@ -280,8 +275,8 @@ LINEAR: list[Shape] = [
 ]
 WEIGHT_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 CACHE: list[Shape] = [
-    {"T": 1, "NH": 12, "HS": 64, "position": 1023, "P": 1024},
-    {"T": 256, "NH": 12, "HS": 64, "position": 768, "P": 1024},
+    {"B": 1, "T": 1, "NH": 12, "HS": 64, "position": 1023, "P": 1024},
+    {"B": 1, "T": 256, "NH": 12, "HS": 64, "position": 768, "P": 1024},
 ]
 LOGITS: list[Shape] = [{"N": 512, "V": 50257}]
 HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
@@ -301,11 +296,15 @@ EXAMPLES: dict[str, Example] = {
     "layernorm_backward": Example(  # dweight and dbias are sums over rows
         SUM, _layernorm_backward, ROWS, lambda N, C: (16 * N * C, 16 * N * C)
     ),
+    # with weights of 8 bits the sums are of integers, exact; what is left is a few roundings
     "matmul_forward": Example(
         SUM,
         _matmul_forward,
-        MATMUL,
-        lambda N, C, OC: (2 * N * C * OC, 4 * (N * C + OC * C + N * OC)),
+        MATMUL + LINEAR,
+        lambda N, C, OC, kind="float32": (
+            2 * N * C * OC,
+            4 * N * (C + OC) + WEIGHT_BYTES[kind] * OC * C,
+        ),
     ),
     "matmul_backward": Example(
         SUM,
@@ -314,29 +313,16 @@ EXAMPLES: dict[str, Example] = {
         lambda N, C, OC, accumulate: (4 * N * C * OC, 8 * (N * C + OC * C) + 4 * N * OC),
     ),
     "matrix_transpose": Example(COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
-    # with weights of 8 bits the sums are of integers, exact; what is left is a few roundings
-    "linear_forward": Example(
-        SUM,
-        _linear_forward,
-        LINEAR,
-        lambda N, C, OC, kind: (2 * N * C * OC, 4 * N * (C + OC) + WEIGHT_BYTES[kind] * OC * C),
-    ),
-    # what the T queries may see of the cache; keys and values come from memory once
-    "cache_attention_forward": Example(
-        SUM,
-        _cache_attention_forward,
-        CACHE,
-        lambda T, NH, HS, position, P: (
-            4 * NH * HS * (T * position + T * (T + 1) // 2),
-            8 * NH * HS * (position + 3 * T),
-        ),
-    ),
     # the causal half; backward makes the scores once more, which is not counted
     "attention_forward": Example(
         SUM,
         _attention_forward,
-        ATTENTION,
-        lambda B, T, NH, HS: (2 * B * NH * HS * T * T, 16 * B * T * NH * HS),
+        ATTENTION + CACHE,
+        # with a cache, what the queries may see of it; keys and values come from memory once
+        lambda B, T, NH, HS, position=0, P=0: (
+            4 * B * NH * HS * (T * position + (T * (T + 1) if P else T * T) // 2),
+            8 * B * NH * HS * (position + 3 * T) if P else 16 * B * T * NH * HS,
+        ),
     ),
     "attention_backward": Example(
         SUM,

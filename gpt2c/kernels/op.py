@@ -9,7 +9,7 @@ the bar stands what C is told and arrays know: the names of sizes, in the order 
     +dx[N C]   is added to, because gradients add up
     ~m[*]      is updated: read and written
     dx[*]=x    may be the same memory as x
-    bias[C]?   may be None
+    bias[C]?   may be None; a letter that only such arrays have is then 0
     idx[N]ids, targets[N]targets, weight[OC C]weights    of the types in KINDS
 
 The binding of the C kernels (gpt2c.kernels.binding), the checks and the public functions
@@ -29,8 +29,10 @@ from typing import Any
 __all__ = ["OPS", "Argument", "Op"]
 
 DECLARATIONS = """
-encoder_forward     out[B T C] <- idx[B T]ids wte[V C] wpe[P C] | B T C
-    idx: T <= P
+encoder_forward     out[B T C] <- idx[B T]ids wte[V C]weights wpe[P C] scale[V]? position=0
+                    | type B T C
+    position: 0 <= position
+    idx: position + T <= P
 encoder_backward    +dwte[V C] +dwpe[P C] <- dout[B T C] idx[B T]ids | B T C
     idx: T <= P
 
@@ -38,26 +40,22 @@ layernorm_forward   out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-
 layernorm_backward  +dx[N C] +dweight[C] +dbias[C]
                     <- dout[N C] x[N C] weight[C] mean[N] rstd[N] | N C
 
-matmul_forward      out[N OC] <- x[N C] weight[OC C] bias[OC]?
-                    | matmul_scratch_size(threads) N C OC
+matmul_forward      out[N OC] <- x[N C] weight[OC C]weights bias[OC]? scale[OC]?
+                    | type matmul_scratch_size(N C OC type threads) N C OC
 matmul_backward     dx[N C]=x +dweight[OC C] +dbias[OC]?
                     <- dout[N OC] x[N C] weight[OC C] accumulate=True
-                    | matmul_scratch_size(threads) N C OC
-linear_forward      out[N OC] <- x[N C] weight[OC C]weights scale[OC]? bias[OC]?
-                    | type linear_scratch_size(N C OC type threads) N C OC
+                    | gemm_scratch_size(threads) N C OC
 matrix_transpose    out[C R] <- x[R C] | R C
 
-attention_forward   out[B T C] lse[B NH T] <- qkv[B T 3C]
-                    | attention_scratch_size(T HS threads) B T C NH
+attention_forward   out[B T C] lse[B NH T]? ~keys[B NH P HS]? ~values[B NH P HS]?
+                    <- qkv[B T 3C] position=0
+                    | attention_scratch_size(T HS threads) B T C NH P
     n_head: 1 <= NH and C % NH == 0
+    keys: P == 0 or NH * HS == C
+    position: 0 <= position <= P - T if P else position == 0
 attention_backward  dqkv[B T 3C]=qkv <- dout[B T C] qkv[B T 3C] out[B T C] lse[B NH T]
                     | attention_scratch_size(T HS threads) B T C NH
     lse: C % NH == 0
-cache_attention_forward
-                    out[T C] ~keys[NH P HS] ~values[NH P HS] <- qkv[T 3C] position
-                    | attention_scratch_size(P HS threads) T C NH P
-    keys: NH * HS == C
-    position: 0 <= position <= P - T
 
 gelu_forward        out[*] <- x[*] | n
 gelu_backward       dx[*]=dout <- dout[*] x[*] | n

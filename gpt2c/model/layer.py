@@ -44,7 +44,7 @@ def layernorm_backward(ops: Backend, p: Arrays, g: Arrays, a: Arrays, name: str,
 
 def linear(ops: Backend, p: Arrays, out: Array, name: str, x: Array) -> None:
     """Write out (N, OC): the linear layer called `name` of x (N, C)."""
-    ops.matmul_forward(out, x, p[name + ".weight"], p[name + ".bias"])
+    ops.matmul_forward(out, x, p[name + ".weight"], p[name + ".bias"], None)
 
 
 def hidden_forward(ops: Backend, p: Arrays, a: Arrays, h: str, x: Array, eps: float) -> None:
@@ -52,7 +52,8 @@ def hidden_forward(ops: Backend, p: Arrays, a: Arrays, h: str, x: Array, eps: fl
     B = len(a[h + "lse"])
     layernorm(ops, p, a, h + "ln_1", x, eps)
     linear(ops, p, a[h + "qkv"], h + "attn.c_attn", a[h + "ln_1"])
-    ops.attention_forward(batched(a[h + "att"], B), a[h + "lse"], batched(a[h + "qkv"], B))
+    att, qkv = batched(a[h + "att"], B), batched(a[h + "qkv"], B)
+    ops.attention_forward(att, a[h + "lse"], None, None, qkv, 0)
     linear(ops, p, a["branch"], h + "attn.c_proj", a[h + "att"])
     ops.residual_forward(a[h + "middle"], x, a["branch"])
     layernorm(ops, p, a, h + "ln_2", a[h + "middle"], eps)

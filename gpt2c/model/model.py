@@ -175,7 +175,7 @@ class Model(LanguageModel):
         rows = logits.reshape(-1, self.config.vocab_size)
         with self._owner.alone():
             a = self._forward(tokens, keep=False, states=states)
-            self.backend.matmul_forward(rows, a["ln_f"], self._parameters["wte.weight"], None)
+            self.backend.matmul_forward(rows, a["ln_f"], self._parameters["wte.weight"], None, None)
 
     def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
         """Mean cross-entropy in nats per token; keeps what `backward` needs.
@@ -206,7 +206,7 @@ class Model(LanguageModel):
                 rows = slice(start, min(start + size, wanted.size))
                 x, logits = a["ln_f"][rows], a["logits"][: rows.stop - rows.start]
                 losses, lse = a["losses"][rows], a["lse"][rows]
-                ops.matmul_forward(logits, x, wte, None)
+                ops.matmul_forward(logits, x, wte, None, None)
                 ops.crossentropy_forward(losses, lse, logits, wanted[rows])
                 if keep:
                     ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
@@ -234,7 +234,7 @@ class Model(LanguageModel):
         self._activations = self._memory.lay_out(B, T, keep)
         ops, p, a, eps = self.backend, self._parameters, self._activations, self._eps
         x = a["encoded"]
-        ops.encoder_forward(batched(x, B), idx, p["wte.weight"], p["wpe.weight"])
+        ops.encoder_forward(batched(x, B), idx, p["wte.weight"], p["wpe.weight"], None, 0)
         for layer in range(self.config.n_layer):
             if states is not None:
                 states[layer] = batched(x, B)

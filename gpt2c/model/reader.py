@@ -21,7 +21,6 @@ from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
 from gpt2c.kernels.memory import Array, aligned_zeros, require
-from gpt2c.kernels.reference.linear import MIDDLE
 from gpt2c.model.config import GPT2Config
 
 __all__ = ["CHUNK", "Decoder"]
@@ -256,7 +255,7 @@ class Decoder:
     def _linear(self, out: Array, name: str, x: Array) -> None:
         p = self._parameters
         weight, scale, bias = p[name + ".weight"], p.get(name + ".scale"), p.get(name + ".bias")
-        self._backend.linear_forward(out, x, weight, scale, bias)
+        self._backend.matmul_forward(out, x, weight, bias, scale)
 
     def _layernorm(self, out: Array, name: str, x: Array) -> None:
         stats = self._memory("stats", 2, len(x))
@@ -272,16 +271,18 @@ class Decoder:
         ops, T, C = self._backend, len(tokens), self.config.n_embd
         x, normed, att, branch = (self._memory(name, T, C) for name in ("x", "normed", "att", "b"))
         qkv, fc = self._memory("qkv", T, 3 * C), self._memory("fc", T, self.config.inner)
-        with np.errstate(invalid="ignore", over="ignore"):  # the logits tell of damaged weights
-            np.add(self._embed(tokens), self._parameters["wpe.weight"][position:][:T], out=x)
+        p = self._parameters
+        ops.encoder_forward(
+            x[None], tokens[None], p["wte.weight"], p["wpe.weight"], p.get("wte.scale"), position
+        )
         for layer in range(self.config.n_layer):
             h = f"h.{layer}."
             if states is not None:
                 states[layer] = x
             self._layernorm(normed, h + "ln_1", x)
             self._linear(qkv, h + "attn.c_attn", normed)
-            keys, values = self._keys[layer, slot], self._values[layer, slot]
-            ops.cache_attention_forward(att, keys, values, qkv, position)
+            keys, values = (cache[layer, slot : slot + 1] for cache in (self._keys, self._values))
+            ops.attention_forward(att[None], None, keys, values, qkv[None], position)
             self._linear(branch, h + "attn.c_proj", att)
             ops.residual_forward(x, x, branch)
             self._layernorm(normed, h + "ln_2", x)
@@ -293,13 +294,6 @@ class Decoder:
         if states is not None:
             states[-1] = normed
         return normed
-
-    def _embed(self, tokens: NDArray[np.int32]) -> Array:
-        rows = self._parameters["wte.weight"][tokens].astype(np.float32)
-        scale = self._parameters.get("wte.scale")
-        if scale is not None:
-            rows = (rows - np.float32(MIDDLE)) * scale[tokens, None]
-        return rows
 
     def _memory(self, name: str, rows: int, columns: int) -> Array:
         """Give memory (rows, columns), the same for the same name."""

@@ -1,7 +1,7 @@
 """Checkpoints of a trainer: the newest one that is whole takes a run on, to the bit.
 
     00000040/config.json, model.safetensors   the model of step 40, as transformers loads it
-    00000040/trainer.safetensors              the optimizer's moments, m and v
+    00000040/trainer.safetensors              the optimizer's state, arrays by its names for them
     00000040/state.json                       the counts, and size and SHA-256 of the other files
 
 A checkpoint has its name when all of it is on the disk, and not before. Knows nothing about models:
@@ -32,7 +32,6 @@ from gpt2c.files.untrusted import open_file, read_json, shown
 from gpt2c.formats.huggingface import load_weights, read_config, save_weights
 
 __all__ = [
-    "MOMENTS",
     "Checkpoint",
     "TrainerState",
     "amend",
@@ -42,11 +41,9 @@ __all__ = [
     "newest",
     "prune",
     "save",
-    "size_bytes",
 ]
 
 VERSION = 1
-MOMENTS = ("m", "v")
 _NAME = re.compile(r"\d{8,15}")
 
 
@@ -102,7 +99,7 @@ class Checkpoint:
     state: TrainerState
     config: dict[str, Any]
     tensors: Mapping[str, Any]
-    moments: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
 
 
 def save(
@@ -110,7 +107,7 @@ def save(
     state: TrainerState,
     config: Mapping[str, Any],
     tensors: Mapping[str, NDArray[Any]],
-    moments: Mapping[str, NDArray[np.float32]],
+    optimizer: Mapping[str, NDArray[np.float32]],
 ) -> Path:
     """Write a checkpoint beside the others; give its path.
 
@@ -118,7 +115,7 @@ def save(
     ----------
     directory : of the run's checkpoints, made if it does not exist
     config, tensors : see `checkpoint.save_weights`
-    moments : m and v, the optimizer's, stored as they are
+    optimizer : its state, stored as it is
 
     Raises
     ------
@@ -128,7 +125,7 @@ def save(
     path = directory / f"{state.step:08d}"
     with atomic_directory(path) as temporary:
         save_weights(temporary, config, tensors)
-        write_tensors(temporary / MOMENTS_FILE, moments, {"format": "gpt2c"})
+        write_tensors(temporary / MOMENTS_FILE, optimizer, {"format": "gpt2c"})
         files = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE_FILE).write_text(_text(state, files), encoding="utf-8")
     return path
@@ -165,11 +162,6 @@ def clear(directory: Path) -> None:
     for path in list(directory.iterdir()):
         if _NAME.fullmatch(path.name.partition(".damaged")[0]):
             remove(path)
-
-
-def size_bytes(parameters: int) -> int:
-    """Return the size of a checkpoint of so many parameters: float32 weights and two moments."""
-    return 4 * parameters * (1 + len(MOMENTS))
 
 
 def before(checkpoint: Path) -> Path | None:
@@ -266,10 +258,8 @@ def _read(path: Path) -> Checkpoint:
     if int(path.name) != state.step:
         raise ValueError(f"{STATE_FILE} is of step {state.step}")
     config, tensors = read_config(path), load_weights(path)
-    moments, _ = read_tensors(path / MOMENTS_FILE)
-    if set(moments) != set(MOMENTS):
-        raise ValueError(f"{MOMENTS_FILE} must hold m and v, got {', '.join(sorted(moments))}")
-    return Checkpoint(path, state, config, tensors, moments)
+    optimizer, _ = read_tensors(path / MOMENTS_FILE)
+    return Checkpoint(path, state, config, tensors, optimizer)
 
 
 def _check_files(path: Path, files: Any) -> None:

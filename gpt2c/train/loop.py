@@ -1,4 +1,4 @@
-"""The training loop: batch -> loss -> backward -> step -> log -> checkpoint; and evaluation.
+"""The training loop: gradients -> update -> hooks (show, log, save, evaluate).
 
 What a step does depends on its number, the settings and the data alone, and on the weights and
 moments before it; so a run goes on from a checkpoint (run.py) as if it had not stopped. Knows
@@ -10,29 +10,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2c.evaluate.figures import written
+from gpt2c.evaluate.loss import Shards
 from gpt2c.files import atomic
 from gpt2c.files.atomic import claim_directory
 from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
-from gpt2c.kernels.backend import fma_peak, get_backend
-from gpt2c.kernels.busy import BusyCores
-from gpt2c.kernels.checks import counted
+from gpt2c.gpt2 import GPT2
+from gpt2c.kernels.backend import get_backend
 from gpt2c.model.config import GPT2Config
 from gpt2c.screen.progress import Progress
-from gpt2c.text.batches import Batches, windows
-from gpt2c.text.shards import StoredTokens, Tokens, read_shards
+from gpt2c.text.batches import Batches
+from gpt2c.text.shards import StoredTokens, read_shards
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train import checkpoints
+from gpt2c.train.hooks import Evaluate, Hook, Save, Show, Step, log, save, speed
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.needs import check_training
 from gpt2c.train.optimizer import AdamW, NonFiniteGradient
@@ -47,13 +46,13 @@ from gpt2c.train.run import (
     read_record,
     report,
 )
-from gpt2c.train.settings import DEFAULTS, TrainSettings, resumed
-from gpt2c.train.signals import Stop, StoppedError, interruptible
+from gpt2c.train.settings import OLDER, TrainSettings, resumed
+from gpt2c.train.stop import Stop, StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["MOST_SKIPPED", "TrainResult", "evaluate", "reserved", "train"]
+__all__ = ["MOST_SKIPPED", "TrainResult", "reserved", "train"]
 
-Shards = Sequence[Tokens | StoredTokens]
+Gradients = Callable[[], tuple[float, str]]  # see `take_steps`
 MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
 
 
@@ -74,36 +73,6 @@ class TrainResult:
     seconds: float
     has_plot: bool
     interrupted: bool
-
-
-def evaluate(
-    model: GPT2 | QuantizedGPT2,
-    tokens: Shards,
-    batch_size: int,
-    block_size: int,
-    eval_iters: int = 0,
-    overlap: int = 0,
-    check: Callable[[], None] | None = None,
-) -> float:
-    """Give the mean loss over consecutive windows of `tokens`, in nats per token.
-
-    Parameters
-    ----------
-    batch_size, block_size : B windows of T tokens at a time
-    eval_iters : so many batches only; 0 all
-    overlap : tokens of context that a window shares with the one before, see `data.windows`
-    check : called before each batch; what it raises ends the evaluation
-    """
-    total, count = 0.0, 0
-    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size, overlap)):
-        if check:
-            check()
-        if eval_iters and i == eval_iters:
-            break
-        scored = int(np.count_nonzero(y >= 0))
-        total += model.loss(x, y, keep=False) * scored
-        count += scored
-    return total / count
 
 
 def train(
@@ -151,7 +120,7 @@ def train(
         if run.step < run.settings.max_iters:
             report(_describe(run, batches))
         with interruptible() as stop:
-            return _loop(run, batches, val_tokens, stop)
+            return _train(run, batches, val_tokens, stop)
 
 
 @contextmanager
@@ -206,7 +175,7 @@ def _prepare(
         settings = TrainSettings(**given)
     else:
         settings = resumed(record["settings"], given, str(out / RUN_FILE))
-        _tell_defaults(record["settings"], settings, out)
+        _tell_older(record["settings"], settings, out)
     if not data.is_dir():
         raise FileNotFoundError(
             f"{data} is not a directory of token files; gpt2c prepare makes one"
@@ -290,173 +259,81 @@ def _fingerprint(tokens: Sequence[StoredTokens]) -> list[int]:
     return [mark for shard in tokens for mark in (len(shard), shard.checksum)]
 
 
-def _loop(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
-    settings, started = run.settings, run.step
-    schedule = settings.learning_rates()
-    kernels = run.model.backend.name, run.model.backend.threads
-    peak = fma_peak(*kernels)
-    progress = Progress(run.step, settings.max_iters, settings.log_interval)
-    skips = _Skips(run, progress)
-    recent, busy = _Recent(run), BusyCores(kernels[1])
-    start = saved = time.monotonic()
-    crowded = False
-    try:
+def _train(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
+    """Pretrain: predict each next token of the batches, with all hooks."""
+    start, started = time.monotonic(), run.step
+    progress = Progress(run.step, run.settings.max_iters, run.settings.log_interval)
+    evaluate = Evaluate(val_tokens, stop, progress)
+    hooks = (Show(run, progress), log, Save(stop, progress), evaluate)
+    with closing(progress), suppress(StoppedError):
         if run.entry:
-            _evaluate_and_log(run, val_tokens, progress, stop, stop.check)
-        # What was skipped may be the fault of weights that are lost, so it does not end in a save.
-        while run.step < settings.max_iters and (skips.in_a_row or not stop.asked):
-            began = time.perf_counter()
-            learning_rate = schedule(run.step)
-            loss, fault = _gradients(run, batches)
-            with stop.held():
-                if math.isfinite(loss):
-                    run.confirm()
-                norm, fault = (math.nan, fault) if fault else _update(run, learning_rate)
-                skips.count(fault)
-                run.step += 1
-                run.torn = False
-                run.val_loss = math.nan
-                seconds = time.perf_counter() - began
-                run.seconds += seconds
-                run.entry = {
-                    "step": run.step,
-                    "loss": loss,
-                    "learning_rate": learning_rate,
-                    "grad_norm": norm,
-                    **_speed(run, seconds, peak),
-                }
-                if settings.skip_nonfinite:
-                    run.entry["skipped"] = run.skipped
-            if run.entry.get("share_of_peak", 0) > 1:  # the machine was busy when it was measured
-                del run.entry["share_of_peak"]
-                fma_peak.cache_clear()
-                peak = fma_peak(*kernels)
-            recent.add(loss, seconds)
-            if progress.step(run.step, recent.figures(peak)):
-                recent.clear()
-            if not crowded and (others := busy.others()):
-                crowded = True
-                progress.line(_crowded(others, busy.cores))
-            due = _due(run.step, settings.save_interval) or (
-                settings.save_minutes and time.monotonic() - saved > 60 * settings.save_minutes
-            )
-            if not _evaluation_is_due(run):
-                _log(run)
-            elif run.step == settings.max_iters:
-                due = True
-            if due and not fault:  # before an evaluation, which may take long
-                _save(run, stop, progress)
-                saved = time.monotonic()
-            if run.entry:
-                check = None if fault else stop.check
-                _evaluate_and_log(run, val_tokens, progress, stop, check)
-    except StoppedError:
-        pass
-    except BaseException as error:
-        if not (isinstance(error, LostModel) or skips.in_a_row):
-            _rescue(run, stop, progress)
-        raise
-    finally:
-        progress.close()
+            evaluate.finish(run, stop.check)
+        take_steps(run, partial(_gradients, run, batches), hooks, stop, progress)
     _save_last(run, stop)
     seconds = time.monotonic() - start
     return TrainResult(
-        *(run.step, settings.max_iters, started, run.skipped, run.val_loss, seconds),
+        *(run.step, run.settings.max_iters, started, run.skipped, run.val_loss, seconds),
         has_plot=_draw(run),
-        interrupted=run.step < settings.max_iters or run.entry is not None,
+        interrupted=run.step < run.settings.max_iters or run.entry is not None,
     )
 
 
-def _evaluation_is_due(run: Run) -> bool:
-    return run.step == run.settings.max_iters or _due(run.step, run.settings.eval_interval)
-
-
-def _evaluate_and_log(
-    run: Run,
-    val_tokens: Shards,
-    progress: Progress,
-    stop: Stop,
-    check: Callable[[], None] | None,
+def take_steps(
+    run: Run, gradients: Gradients, hooks: Sequence[Hook], stop: Stop, progress: Progress
 ) -> None:
-    """End a step whose evaluation is due, by the settings as they are now."""
-    settings, entry = run.settings, run.entry
-    assert entry
-    evaluated = _evaluation_is_due(run)
-    if evaluated:
-        run.val_loss = entry["val_loss"] = evaluate(
-            *(run.model, val_tokens, settings.batch_size, settings.block_size),
-            settings.eval_iters,
-            check=check,
-        )
-    _log(run)
-    if evaluated:
-        _check_validation(run)
-        loss = written(run.val_loss)
-        progress.line(f"step {run.step}: validation loss {loss} nats/token")
-    if run.step == run.saved_step:
-        _save(run, stop, progress)  # what the evaluation gave
+    """Take the run's steps, until the last or until a stop is asked for, and call the hooks.
 
+    Parameters
+    ----------
+    gradients : the objective: computes the next step's gradients into the model; returns its loss,
+        and what is not finite of it or ""
+    hooks : called after each step, in this order
+    progress : told of steps that are skipped
 
-def _log(run: Run) -> None:
-    assert run.entry
-    run.log(run.entry)
-    run.entry = None
+    Raises
+    ------
+    LostModel : a step is not finite and may not be skipped, or not as many in a row
+    StoppedError : a hook was asked to stop
 
-
-def _save(run: Run, stop: Stop, progress: Progress) -> None:
-    """Save and go on, even where the disk refuses: it may have room again the next time."""
+    Before any other error of the objective or a hook leaves, the steps done are saved.
+    """
+    schedule, skips = run.settings.learning_rates(), _Skips(run, progress)
     try:
-        with stop.held():
-            run.save()
-    except OSError as error:
-        progress.line(
-            f"step {run.step}: {atomic.reason(error)}; {_newest(run)}; the run goes on and tries"
-            " again with its next checkpoint"
-        )
+        # What was skipped may be the fault of weights that are lost, so it does not end in a save.
+        while run.step < run.settings.max_iters and (skips.in_a_row or not stop.asked):
+            step = _step(run, gradients, schedule(run.step), skips, stop)
+            for hook in hooks:
+                hook(run, step)
+    except BaseException as error:
+        if not (isinstance(error, LostModel | StoppedError) or skips.in_a_row):
+            _rescue(run, stop, progress)
+        raise
 
 
-def _save_last(run: Run, stop: Stop) -> None:
-    """Save at the end, after which there is no next time."""
-    try:
-        with stop.held():
-            run.save()
-            if run.entry:
-                run.publish()
-    except OSError as error:
-        message = f"{error.strerror or error}; {_newest(run)}"
-        raise OSError(error.errno, message, error.filename) from error
-
-
-def _newest(run: Run) -> str:
-    """Say what is on the disk where something could not be written."""
-    if run.saved is None:
-        return "there is no checkpoint yet"
-    steps = counted(run.step - run.saved_step, "step")
-    return f"the newest checkpoint is {run.saved}, {steps} ago"
-
-
-def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
-    """Save on the way out of an error that is none of the weights'; that error is to be told."""
-    if run.torn or run.step in (run.saved_step, 0):
-        return
-    with suppress(OSError, ValueError, MemoryError):
-        _save_last(run, stop)
-        progress.line(f"saved after step {run.step}, to go on from with --resume")
-
-
-def _draw(run: Run) -> bool:
-    """Draw the loss; a picture that cannot be drawn is no failure of the run."""
-    try:
-        return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
-    except Exception as error:
-        report(f"{run.out / LOSS_FILE} cannot be drawn: {shown(error)}")
-        return False
-
-
-def _crowded(others: float, cores: int) -> str:
-    """Say that other programs are in the way."""
-    used = f"{others:.1f} of the {cores} cores that this run may use"
-    return f"other programs use {used}, so it is slower"
+def _step(run: Run, gradients: Gradients, learning_rate: float, skips: _Skips, stop: Stop) -> Step:
+    """Take a step: the objective's gradients, an update with them, the step's metrics."""
+    began = time.perf_counter()
+    loss, fault = gradients()
+    with stop.held():
+        if math.isfinite(loss):
+            run.confirm()
+        norm, fault = (math.nan, fault) if fault else _update(run, learning_rate)
+        skips.count(fault)
+        run.step += 1
+        run.torn = False
+        run.val_loss = math.nan
+        seconds = time.perf_counter() - began
+        run.seconds += seconds
+        run.entry = {
+            "step": run.step,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+        }
+        run.entry |= speed(run, seconds)
+        if run.settings.skip_nonfinite:
+            run.entry["skipped"] = run.skipped
+    return Step(loss, fault, seconds)
 
 
 def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
@@ -488,47 +365,6 @@ def _update(run: Run, learning_rate: float) -> tuple[float, str]:
             if bad.size:
                 return math.nan, f"the gradient of {name} holds {bad[0]}"
         raise
-
-
-def _due(step: int, interval: int) -> bool:
-    """Whether what is done every so many steps is due; 0 is never."""
-    return bool(interval) and step % interval == 0
-
-
-def _speed(run: Run, seconds: float, peak: float) -> dict[str, Any]:
-    """Give what a step's metrics say of its speed; `peak` in operations a second, 0 unknown."""
-    settings = run.settings
-    tokens = settings.tokens_per_step
-    entry = {"tokens": run.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
-    if peak:
-        flops = run.model.config.flops_per_token(settings.block_size) * tokens
-        entry["share_of_peak"] = round(flops / seconds / peak, 4)
-    return entry
-
-
-class _Recent:
-    """The means since the last line that was printed; on a terminal, of as many steps at most."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._steps: deque[tuple[float, float]] = deque(maxlen=run.settings.log_interval)
-
-    def add(self, loss: float, seconds: float) -> None:
-        """Take note of a step."""
-        self._steps.append((loss, seconds))
-
-    def clear(self) -> None:
-        """Begin anew, after a line."""
-        self._steps.clear()
-
-    def figures(self, peak: float) -> str:
-        """Return them for a line; the loss is that of the steps that have one."""
-        losses, seconds = zip(*self._steps, strict=True)
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        loss = sum(finite) / len(finite) if finite else math.nan
-        speed = _speed(self._run, sum(seconds) / len(seconds), peak)
-        share = f"  {speed['share_of_peak']:.0%} of peak" if "share_of_peak" in speed else ""
-        return f"loss {written(loss, 3)}  {speed['tokens_per_second']:,.0f} tokens/s{share}"
 
 
 class _Skips:
@@ -564,14 +400,34 @@ class _Skips:
             )
 
 
-def _check_validation(run: Run) -> None:
-    """Stop the run of a model that is lost before it takes a good one's place."""
-    if not math.isfinite(run.val_loss):
-        run.forget()
-        raise LostModel(
-            f"the validation loss is {run.val_loss} after step {run.step}, so its weights were not"
-            f" kept; {run.last_good()}; lower the learning rate"
-        )
+def _save_last(run: Run, stop: Stop) -> None:
+    """Save at the end, after which there is no next time."""
+    try:
+        with stop.held():
+            save(run, stop)
+            if run.entry:
+                run.publish()
+    except OSError as error:
+        message = f"{error.strerror or error}; {run.newest()}"
+        raise OSError(error.errno, message, error.filename) from error
+
+
+def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
+    """Save on the way out of an error that is none of the weights'; that error is to be told."""
+    if run.torn or run.step in (run.saved_step, 0):
+        return
+    with suppress(OSError, ValueError, MemoryError):
+        _save_last(run, stop)
+        progress.line(f"saved after step {run.step}, to go on from with --resume")
+
+
+def _draw(run: Run) -> bool:
+    """Draw the loss; a picture that cannot be drawn is no failure of the run."""
+    try:
+        return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
+    except Exception as error:
+        report(f"{run.out / LOSS_FILE} cannot be drawn: {shown(error)}")
+        return False
 
 
 def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
@@ -587,9 +443,9 @@ def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
         )
 
 
-def _tell_defaults(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -> None:
+def _tell_older(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -> None:
     """Say which settings a run of another version had not."""
-    lacking = [name for name in DEFAULTS if name not in stored]
+    lacking = [name for name in OLDER if name not in stored]
     if lacking:
         taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
         report(f"{out / RUN_FILE} is another version's; what it lacks is taken as {taken}")

@@ -7,11 +7,12 @@ over them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.kernels.memory import aligned_zeros, require
 
@@ -87,8 +88,8 @@ class AdamW:
     ValueError : a setting is out of range, or the model has no gradients
     MemoryError : gradients and moments do not fit
 
-    `copy.deepcopy` and `pickle` take the model along: copy both together, as a pair, and the copied
-    optimizer updates the copied model.
+    A checkpoint stores `state()` and `steps`. `copy.deepcopy` and `pickle` take the model along:
+    copy both together, as a pair, and the copied optimizer updates the copied model.
 
     Examples
     --------
@@ -129,7 +130,7 @@ class AdamW:
         self.weight_decay = weight_decay
         size = model.flat_parameters.size
         what = f"AdamW for {size:,} numbers"
-        require(what, {"moments": 2 * 4 * size}, "take a smaller model")
+        require(what, {"moments": self.state_bytes(size)}, "take a smaller model")
         self.m, self.v = aligned_zeros(size), aligned_zeros(size)
         self.steps = 0
 
@@ -137,6 +138,55 @@ class AdamW:
         settings = f"learning_rate={self.learning_rate}, betas={self.betas}, eps={self.eps}"
         settings += f", weight_decay={self.weight_decay}, steps={self.steps}"
         return f"AdamW({self.model!r}, {settings})"
+
+    @staticmethod
+    def state_bytes(parameters: int) -> int:
+        """Return the size of the state of an optimizer of this many parameters."""
+        return 2 * 4 * parameters
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Return what the next step needs of those before it, beside `steps`: name -> array.
+
+        The arrays are the optimizer's own, and no copies: float32, laid out as the parameters.
+        """
+        return {"m": self.m, "v": self.v}
+
+    def load_state(self, state: Mapping[str, ArrayLike], steps: int) -> None:
+        """Go on from a state after so many steps, as if this optimizer had taken them.
+
+        Parameters
+        ----------
+        state : what `state` returned, or what was stored of it; the arrays are copied
+        steps : the number of steps taken, at least 0
+
+        Raises
+        ------
+        ValueError : the state is another optimizer's or another model's; nothing was loaded
+        """
+        own = self.state()
+        if state.keys() != own.keys():
+            names = ", ".join(sorted(state))
+            raise ValueError(f"the state of AdamW must be {', '.join(own)}, got {names}")
+        arrays = {name: np.asarray(array) for name, array in state.items()}
+        for name, array in arrays.items():
+            if array.shape != own[name].shape:
+                raise ValueError(f"{name} must have shape {own[name].shape}, got {array.shape}")
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0, got {steps}")
+        for name, array in arrays.items():
+            own[name][...] = array
+        self.steps = steps
+
+    def not_finite(self) -> str:
+        """Return the name of what is not finite, the weights or an array of `state`; "" if all is.
+
+        A step may overflow though its gradients were finite. This is one pass over memory.
+        """
+        state = {f"moment {name}": array for name, array in self.state().items()}
+        for name, array in ({"weights": self.model.flat_parameters} | state).items():
+            if not math.isfinite(self.model.backend.global_norm(array)):
+                return name
+        return ""
 
     def step(self, learning_rate: float | None = None, grad_clip: float | None = None) -> float:
         """Take one step along the model's gradients; they are not cleared.

@@ -6,7 +6,8 @@
                                       files a model that transformers loads as it is
     metrics.jsonl, tensorboard/       see metrics and tensorboard
 
-Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one.
+Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one:
+it writes what it is told to, and computes nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from gpt2c.files.names import (
 )
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.gpt2 import GPT2
+from gpt2c.kernels.checks import counted
 from gpt2c.model.config import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train import checkpoints, tensorboard
@@ -148,9 +150,11 @@ def check_save(out: Path, parameters: int, overwrite: bool) -> None:
     # What an overwritten run leaves goes first.
     left = sum(path.lstat().st_size for path in directory.glob("*/*")) if overwrite else 0
     copy = through(out / WEIGHTS_FILE).parent
-    wanted = {place: checkpoints.size_bytes(parameters), copy: 4 * parameters}
+    weights = 4 * parameters
+    checkpoint = weights + AdamW.state_bytes(parameters)
+    wanted = {place: checkpoint, copy: weights}
     if os.stat(copy).st_dev == os.stat(place).st_dev:
-        wanted = {place: checkpoints.size_bytes(parameters) + 4 * parameters}
+        wanted = {place: checkpoint + weights}
     for parent, size in wanted.items():
         disk = shutil.disk_usage(parent)
         if disk.total and disk.free + left < size:  # some file systems say 0 of all
@@ -272,7 +276,7 @@ class Run:
 
         Raises
         ------
-        ValueError : the checkpoint's moments are not of this model's size
+        ValueError : the checkpoint's parameters or the optimizer's state are another model's
         """
         here = self._record()
         if record["backend"] != here["backend"]:  # the number of threads changes no bit
@@ -282,17 +286,12 @@ class Run:
             )
         if found:
             self.model.load_parameters(found.tensors, str(found.path))
-            for name in checkpoints.MOMENTS:
-                moment = getattr(self.optimizer, name)
-                if found.moments[name].shape != moment.shape:
-                    raise ValueError(
-                        f"{found.path / MOMENTS_FILE}: {name} must have shape"
-                        f" {moment.shape}, got {found.moments[name].shape}"
-                    )
-                moment[...] = found.moments[name]
             state = found.state
+            try:
+                self.optimizer.load_state(found.optimizer, state.step - state.skipped)
+            except ValueError as error:
+                raise ValueError(f"{found.path / MOMENTS_FILE}: {error}") from None
             self.step, self.skipped, self.seconds = state.step, state.skipped, state.seconds
-            self.optimizer.steps = state.step - state.skipped
             self.val_loss = math.nan if state.val_loss is None else state.val_loss
             self.entry = state.entry
             self.saved, self.saved_step, self._stored = found.path, state.step, state
@@ -346,8 +345,10 @@ class Run:
             "threads": self.model.backend.threads,
         }
 
-    def log(self, entry: dict[str, Any]) -> None:
+    def log(self) -> None:
         """Write the last step's metrics, which the run's time and the day's are added to."""
+        entry = self.entry
+        assert entry is not None
         entry |= {"elapsed_seconds": round(self.seconds, 4), "time": round(time.time(), 3)}
         if self._metrics:
             with self._logging(self.out / METRICS_FILE):
@@ -367,11 +368,9 @@ class Run:
         Raises
         ------
         OSError : it cannot be written; the last one is whole
-        LostModel : a parameter or moment is not finite, so the last checkpoint is the better one
         """
         state = self._state()
         if self.saved is None or self.step != self.saved_step:
-            self._check_finite()
             if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
                 self.out.mkdir(parents=True, exist_ok=True)
                 self._write_facts()
@@ -381,7 +380,7 @@ class Run:
                 state,
                 self.model.config.to_dict(),
                 self.model.parameters,
-                {name: getattr(self.optimizer, name) for name in checkpoints.MOMENTS},
+                self.optimizer.state(),
             )
             self.saved_step = self.step
         elif state != self._stored:
@@ -433,16 +432,6 @@ class Run:
         if not math.isnan(self.val_loss):
             self.confirm()
 
-    def _check_finite(self) -> None:
-        """Refuse to put a model aside for one that is lost; the norm is one pass over memory."""
-        arrays = {"weights": self.model.flat_parameters, "moment m": self.optimizer.m}
-        for name, array in {**arrays, "moment v": self.optimizer.v}.items():
-            if not math.isfinite(self.model.backend.global_norm(array)):
-                raise LostModel(
-                    f"the {name} of step {self.step} are not finite, so they were not saved;"
-                    f" {self.last_good()}; lower the learning rate"
-                )
-
     def last_good(self) -> str:
         """Say where the last good checkpoint is, for an error."""
         if self.saved is None:
@@ -452,6 +441,13 @@ class Run:
         if self.good != self.saved:
             return f"the last good checkpoint is {self.good} (delete {self.saved} to go on from it)"
         return f"the last good checkpoint is {self.good}"
+
+    def newest(self) -> str:
+        """Say what is on the disk, for an error of writing there."""
+        if self.saved is None:
+            return "there is no checkpoint yet"
+        steps = counted(self.step - self.saved_step, "step")
+        return f"the newest checkpoint is {self.saved}, {steps} ago"
 
     def _publish(self, checkpoint: Path) -> None:
         """Give the directory the model of a checkpoint.

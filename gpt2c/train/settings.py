@@ -1,6 +1,7 @@
 """TrainSettings: all that a training run can be told, by a TOML recipe or flags of those names.
 
-Names are nanoGPT's. Knows nothing about models or files but the recipe.
+Names are nanoGPT's. Each setting is declared once, with its default, its table in a recipe and its
+help. Knows nothing about models or files but the recipe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from gpt2c.files.untrusted import decode, read_bytes, shown
 from gpt2c.model.config import GPT2Config
 from gpt2c.train.optimizer import SCHEDULES, Schedule
 
-__all__ = ["DEFAULTS", "TrainSettings", "find_recipe", "read_recipe", "recipe_settings", "resumed"]
+__all__ = [
+    "OLDER",
+    "TABLES",
+    "TABLE_OF",
+    "TrainSettings",
+    "find_recipe",
+    "read_recipe",
+    "recipe_settings",
+    "resumed",
+]
 
 T = TypeVar("T")
 
@@ -31,9 +41,7 @@ FIXED_BY_RUN = (
     "seed",
     "batch_order",
 )
-# What a run of before a setting was there had in its place, where that is not the default.
-OLDER: dict[str, Any] = {"batch_order": 1}
-
+TABLES = ("model", "data", "optimizer", "schedule", "run")  # of a recipe
 
 LEAST = dict.fromkeys(
     (
@@ -56,9 +64,19 @@ GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than
 LARGEST_RECIPE = 1 << 20  # bytes
 
 
-def setting(default: T, text: str) -> T:
-    """Make a dataclass field with a default and a line of help."""
-    field: T = dataclasses.field(default=default, metadata={"help": text})
+def setting(table: str, default: T, text: str, older: T | None = None) -> T:
+    """Make a field of TrainSettings.
+
+    Parameters
+    ----------
+    table : of TABLES, where a recipe has it
+    default : of a new run
+    text : a line of help
+    older : what runs did before there was this setting; they are resumed with it. Each setting that
+        is added declares it; only those of the first run.json have none
+    """
+    metadata = {"table": table, "help": text, "older": older}
+    field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
@@ -71,39 +89,49 @@ class TrainSettings:
     ValueError : a number is out of its range, also what the model's config and the schedule refuse
     """
 
-    n_layer: int = setting(4, "layers")
-    n_head: int = setting(4, "heads of attention")
-    n_embd: int = setting(256, "channels")
-    block_size: int = setting(256, "tokens in a row of a batch, and the model's n_positions")
-    batch_size: int = setting(8, "rows in a batch")
-    gradient_accumulation_steps: int = setting(1, "batches in a step of the optimizer")
-    max_iters: int = setting(1000, "steps of the optimizer")
-    learning_rate: float = setting(1e-3, "the highest learning rate")
-    min_lr: float = setting(1e-4, "the lowest learning rate, at the end")
-    warmup_iters: int = setting(100, "steps of linear warm-up")
-    schedule: str = setting("cosine", f"one of {', '.join(SCHEDULES)}")
-    decay_fraction: float = setting(0.2, "wsd: in which share of all steps the rate falls")
-    step_size: int = setting(1000, "step: steps between two drops of the learning rate")
-    gamma: float = setting(0.1, "step: what a drop multiplies the rate by")
-    weight_decay: float = setting(0.1, "AdamW's weight decay, of matrices only")
-    beta1: float = setting(0.9, "AdamW's memory of gradients")
-    beta2: float = setting(0.95, "AdamW's memory of squared gradients")
-    grad_clip: float = setting(1.0, "clip the global gradient norm to this; 0: no clipping")
-    eval_interval: int = setting(100, "steps between two evaluations; 0: only at the end")
-    eval_iters: int = setting(0, "batches of an evaluation; 0: all validation tokens")
-    log_interval: int = setting(10, "steps between two lines, if no terminal shows a bar")
-    save_interval: int = setting(0, "steps between two checkpoints; 0: only save-minutes counts")
-    save_minutes: float = setting(
-        10.0, "minutes between two checkpoints; 0: only save-interval counts"
+    n_layer: int = setting("model", 4, "layers")
+    n_head: int = setting("model", 4, "heads of attention")
+    n_embd: int = setting("model", 256, "channels")
+    block_size: int = setting(
+        "model", 256, "tokens in a row of a batch, and the model's n_positions"
     )
-    keep: int = setting(1, "how many checkpoints to keep, the newest ones")
-    skip_nonfinite: bool = setting(False, "leave out a step that is not finite, do not stop")
-    tensorboard: bool = setting(False, "write TensorBoard's event files too")
-    seed: int = setting(1337, "seed of the weights and of the order of the data")
-    batch_order: int = setting(2, "2: an epoch has every token; 1: as in older runs")
-    backend: str = setting("auto", "auto, or a name that gpt2c info lists")
-    threads: int = setting(0, "how many threads; 0: as many as the machine allows")
-    recompute: str = setting("none", "none, light or full: save memory, take more time")
+    batch_size: int = setting("data", 8, "rows in a batch")
+    gradient_accumulation_steps: int = setting("data", 1, "batches in a step of the optimizer")
+    batch_order: int = setting(
+        "data", 2, "2: an epoch has every token; 1: as in older runs", older=1
+    )
+    learning_rate: float = setting("optimizer", 1e-3, "the highest learning rate")
+    weight_decay: float = setting("optimizer", 0.1, "AdamW's weight decay, of matrices only")
+    beta1: float = setting("optimizer", 0.9, "AdamW's memory of gradients")
+    beta2: float = setting("optimizer", 0.95, "AdamW's memory of squared gradients")
+    grad_clip: float = setting(
+        "optimizer", 1.0, "clip the global gradient norm to this; 0: no clipping"
+    )
+    schedule: str = setting("schedule", "cosine", f"one of {', '.join(SCHEDULES)}")
+    warmup_iters: int = setting("schedule", 100, "steps of linear warm-up")
+    min_lr: float = setting("schedule", 1e-4, "the lowest learning rate, at the end")
+    decay_fraction: float = setting(
+        "schedule", 0.2, "wsd: in which share of all steps the rate falls"
+    )
+    step_size: int = setting("schedule", 1000, "step: steps between two drops of the learning rate")
+    gamma: float = setting("schedule", 0.1, "step: what a drop multiplies the rate by")
+    max_iters: int = setting("run", 1000, "steps of the optimizer")
+    eval_interval: int = setting("run", 100, "steps between two evaluations; 0: only at the end")
+    eval_iters: int = setting("run", 0, "batches of an evaluation; 0: all validation tokens")
+    log_interval: int = setting("run", 10, "steps between two lines, if no terminal shows a bar")
+    save_interval: int = setting(
+        "run", 0, "steps between two checkpoints; 0: only save-minutes counts"
+    )
+    save_minutes: float = setting(
+        "run", 10.0, "minutes between two checkpoints; 0: only save-interval counts", older=0.0
+    )
+    keep: int = setting("run", 1, "how many checkpoints to keep, the newest ones")
+    skip_nonfinite: bool = setting("run", False, "leave out a step that is not finite, do not stop")
+    tensorboard: bool = setting("run", False, "write TensorBoard's event files too")
+    seed: int = setting("run", 1337, "seed of the weights and of the order of the data")
+    backend: str = setting("run", "auto", "auto, or a name that gpt2c info lists")
+    threads: int = setting("run", 0, "how many threads; 0: as many as the machine allows", older=0)
+    recompute: str = setting("run", "none", "none, light or full: save memory, take more time")
 
     def __post_init__(self) -> None:
         for name in DEFAULTS:
@@ -153,8 +181,12 @@ class TrainSettings:
         )
 
 
-DEFAULTS: dict[str, Any] = {
-    field.name: field.default for field in dataclasses.fields(TrainSettings)
+_FIELDS = dataclasses.fields(TrainSettings)
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in _FIELDS}
+TABLE_OF: dict[str, str] = {field.name: field.metadata["table"] for field in _FIELDS}
+# What the runs did that lack a setting; see `setting`.
+OLDER: dict[str, Any] = {
+    field.name: field.metadata["older"] for field in _FIELDS if field.metadata["older"] is not None
 }
 
 
@@ -203,27 +235,42 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read the settings that a TOML file names.
+    """Read a TOML file's settings: name -> value, from its tables and from outside of them.
 
     Raises
     ------
     OSError : the file is missing or unreadable
-    ValueError : it is not TOML, names a setting that there is not, or has one that cannot be
+    ValueError : it is not TOML, or names a table or setting that there is not; a setting stands in
+        another table than its own, or twice, or has a value that cannot be
     """
     text = decode(read_bytes(path, LARGEST_RECIPE), str(path))
     try:
         entries = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number with too many digits
         raise ValueError(f"{path} is not TOML: {error}") from None
-    unknown = sorted(entries.keys() - DEFAULTS.keys())
-    if unknown:
-        raise ValueError(
-            f"{path}: no setting {shown(unknown[0])}; there are {', '.join(sorted(DEFAULTS))}"
-        )
     try:
-        return {name: checked(name, value) for name, value in entries.items()}
+        return _of_tables(entries)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _of_tables(entries: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in entries.items():
+        table = key if isinstance(value, dict) else None  # a key may be both: schedule
+        if table is not None and table not in TABLES:
+            raise ValueError(f"no table {shown(table)}; there are {', '.join(TABLES)}")
+        for name, entry in ({key: value} if table is None else value).items():
+            if name not in DEFAULTS:
+                raise ValueError(
+                    f"no setting {shown(name)}; there are {', '.join(sorted(DEFAULTS))}"
+                )
+            if table not in (None, TABLE_OF[name]):
+                raise ValueError(f"{name} belongs in [{TABLE_OF[name]}], not in [{table}]")
+            if name in found:
+                raise ValueError(f"{name} is there twice: in [{TABLE_OF[name]}] and in no table")
+            found[name] = checked(name, entry)
+    return found
 
 
 def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,7 +294,7 @@ def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
     """Give the settings of a run that goes on: what it had, changed by what is given now.
 
-    A setting that the run lacks, as it began before there was one, has the value of that time.
+    A setting that the run lacks, as it began before there was one, has the value of OLDER.
 
     Raises
     ------
@@ -263,10 +310,11 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
             f" {shown(unknown[0])}: go on with that one, or start a new run"
         )
     stored = {**OLDER, **stored}
-    lacking = [name for name in FIXED_BY_RUN if name not in stored]
+    lacking = [name for name in DEFAULTS if name not in stored]
     if lacking:
-        raise ValueError(f"{source}: its settings lack {lacking[0]}: start a new run")
-    stored = DEFAULTS | stored
+        raise ValueError(
+            f"{source}: its settings lack {lacking[0]}: put it back, or start a new run"
+        )
     try:
         TrainSettings(**stored)
     except ValueError as error:

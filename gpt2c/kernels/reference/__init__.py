@@ -20,11 +20,9 @@ from gpt2c.kernels.reference.activation import gelu_backward, gelu_forward, resi
 from gpt2c.kernels.reference.attention import (
     attention_backward,
     attention_forward,
-    cache_attention_forward,
 )
 from gpt2c.kernels.reference.embedding import encoder_backward, encoder_forward
 from gpt2c.kernels.reference.linear import (
-    linear_forward,
     matmul_backward,
     matmul_forward,
     matrix_transpose,
@@ -37,7 +35,6 @@ __all__ = [
     "adamw_update",
     "attention_backward",
     "attention_forward",
-    "cache_attention_forward",
     "crossentropy_backward",
     "crossentropy_forward",
     "encoder_backward",
@@ -47,7 +44,6 @@ __all__ = [
     "global_norm",
     "layernorm_backward",
     "layernorm_forward",
-    "linear_forward",
     "matmul_backward",
     "matmul_forward",
     "matrix_transpose",

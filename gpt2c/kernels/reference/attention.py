@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["attention_backward", "attention_forward", "cache_attention_forward"]
+__all__ = ["attention_backward", "attention_forward"]
 
 Array = NDArray[np.floating[Any]]
 
@@ -22,35 +22,57 @@ def _heads(rows: Array, NH: int) -> Array:
 
 
 def _causal_scores(q: Array, k: Array) -> Array:
-    """Give q k^T / sqrt(HS), (B, NH, T, T), with -inf where the key comes after the query."""
-    T, HS = q.shape[2:]
+    """Return q k^T / sqrt(HS), (B, NH, T, P), with -inf where the key comes after the query.
+
+    The queries are the last T of the P tokens.
+    """
+    (T, HS), P = q.shape[2:], k.shape[2]
     scores = q @ k.swapaxes(2, 3) / math.sqrt(HS)
-    scores[..., np.triu(np.ones((T, T), dtype=np.bool_), k=1)] = -np.inf
+    scores[..., np.triu(np.ones((T, P), dtype=np.bool_), k=P - T + 1)] = -np.inf
     return scores
 
 
-def attention_forward(out: Array, lse: Array, qkv: Array) -> None:
+def attention_forward(
+    out: Array,
+    lse: Array | None,
+    keys: Array | None,
+    values: Array | None,
+    qkv: Array,
+    position: int,
+) -> None:
     """Let each token take a weighted mean of the values of the tokens up to itself, head by head.
 
     p = softmax(scores),   scores = q k^T / sqrt(HS) for keys not later than the query,   out = p v
+
+    With a cache the T tokens go on with texts of which it has the keys and values already.
 
     Parameters
     ----------
     out : (B, T, C), written
     lse : (B, NH, T), written: log(sum(exp(scores))) over the keys, which is all that the backward
-        pass needs of the T x T scores
+        pass needs of the T x T scores; None with a cache, where no backward follows
+    keys, values : (B, NH, P, HS), the cache: rows position to position + T are written, those
+        before read; or None for none
     qkv : (B, T, 3C), a row holds the q, then the k, then the v of all NH heads
+    position : where in its text the first of the T tokens stands, position + T <= P; 0 without a
+        cache
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; to keep only lse, Dao et al. 2022,
     arXiv:2205.14135.
     """
-    q, k, v = (_heads(part, lse.shape[1]) for part in np.split(qkv, 3, axis=2))
+    NH = keys.shape[1] if keys is not None else lse.shape[1]  # type: ignore[union-attr]
+    q, k, v = (_heads(part, NH) for part in np.split(qkv, 3, axis=2))
+    if keys is not None and values is not None:
+        end = position + qkv.shape[1]
+        keys[:, :, position:end], values[:, :, position:end] = k, v
+        k, v = keys[:, :, :end], values[:, :, :end]
     scores = _causal_scores(q, k)
     largest = scores.max(axis=3, keepdims=True)  # taken out first, so that exp cannot overflow
     p = np.exp(scores - largest)
     total = p.sum(axis=3, keepdims=True)
-    lse[...] = (largest + np.log(total))[..., 0]
-    _heads(out, lse.shape[1])[...] = (p / total) @ v
+    if lse is not None:
+        lse[...] = (largest + np.log(total))[..., 0]
+    _heads(out, NH)[...] = (p / total) @ v
 
 
 def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
@@ -79,31 +101,3 @@ def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Ar
     dscores /= math.sqrt(q.shape[3])
     dq[...], dk[...] = dscores @ k, dscores.swapaxes(2, 3) @ q
     dv[...] = p.swapaxes(2, 3) @ dout
-
-
-def cache_attention_forward(
-    out: Array, keys: Array, values: Array, qkv: Array, position: int
-) -> None:
-    """Let new tokens attend to those before them, whose keys and values are cached, and themselves.
-
-    out = softmax(q k^T / sqrt(HS)) v for keys not later than the query
-
-    Parameters
-    ----------
-    out : (T, C), written
-    keys, values : (NH, P, HS), rows position to position + T are written, those before read
-    qkv : (T, 3C), a row holds the q, then the k, then the v of all NH heads
-    position : where in the text the first of the T tokens stands; position + T <= P
-
-    Source: see `gpt2c.kernels.reference.attention_forward`.
-    """
-    NH, _, HS = keys.shape
-    T = len(qkv)
-    end = position + T
-    q, k, v = qkv.reshape(T, 3, NH, HS).transpose(1, 2, 0, 3)
-    keys[:, position:end], values[:, position:end] = k, v
-    scores = q @ keys[:, :end].swapaxes(1, 2) / math.sqrt(HS)
-    scores[:, np.triu(np.ones((T, end), dtype=np.bool_), k=position + 1)] = -np.inf
-    p = np.exp(scores - scores.max(axis=2, keepdims=True))
-    attended = p / p.sum(axis=2, keepdims=True) @ values[:, :end]
-    out[...] = attended.transpose(1, 0, 2).reshape(T, NH * HS)

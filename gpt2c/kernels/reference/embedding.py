@@ -10,26 +10,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.kernels.reference.linear import MIDDLE
+
 __all__ = ["encoder_backward", "encoder_forward"]
 
 Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
 
 
-def encoder_forward(out: Array, idx: IntArray, wte: Array, wpe: Array) -> None:
+def encoder_forward(
+    out: Array, idx: IntArray, wte: NDArray[Any], wpe: Array, scale: Array | None, position: int
+) -> None:
     """Look up the vector of each token and add the vector of its position.
 
-    out = wte[idx] + wpe[0..T)
+    out = W[idx] + wpe[position..position + T),   W = wte, or scale * (wte - 128) of 8 bits
 
     Parameters
     ----------
     out : (B, T, C), written
     idx : (B, T) int32, token ids in [0, V)
-    wte, wpe : (V, C) token vectors, (at least T, C) position vectors
+    wte : (V, C) token vectors, of the types of `matmul_forward`'s weight
+    wpe : (at least position + T, C) position vectors
+    scale : (V,) for uint8, else None
+    position : where in its text the first of the T tokens stands
 
     Source: Radford et al. 2019 (GPT-2); names follow karpathy/llm.c.
     """
-    out[...] = wte[idx] + wpe[: idx.shape[1]]
+    tokens = wte[idx].astype(out.dtype, copy=False)
+    if scale is not None:
+        tokens = (tokens - out.dtype.type(MIDDLE)) * scale[idx, None]
+    out[...] = tokens + wpe[position : position + idx.shape[1]]
 
 
 def encoder_backward(dwte: Array, dwpe: Array, dout: Array, idx: IntArray) -> None:

@@ -10,32 +10,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "LONGEST",
-    "MIDDLE",
-    "TINY",
-    "linear_forward",
-    "matmul_backward",
-    "matmul_forward",
-    "matrix_transpose",
-]
+__all__ = ["LONGEST", "MIDDLE", "TINY", "matmul_backward", "matmul_forward", "matrix_transpose"]
 
 Array = NDArray[np.floating[Any]]
 
 
-def matmul_forward(out: Array, x: Array, weight: Array, bias: Array | None) -> None:
-    """Apply a linear layer to each row.
+MIDDLE = 128  # a weight of 8 bits has no sign: 0 is stored as this
 
-    out = x weight^T + bias
+
+LONGEST = 65536  # channels: the sums of so many products of 8 bits fit 32
+
+
+TINY = 1e-36  # a row with nothing larger counts as zeros: 127 / largest stays finite in float32
+
+
+def matmul_forward(
+    out: Array, x: Array, weight: NDArray[Any], bias: Array | None, scale: Array | None
+) -> None:
+    """Apply a linear layer to each row; its weights may be small.
+
+    out = x W^T + bias,   W = weight, or scale * (weight - 128) for weights of 8 bits
+
+    With weights of 8 bits each row of x is rounded to 8 bits too, x = x_scale * x8 with x8 in
+    [-127, 127], so that the sums are of integers and exact:
+    out = sum((weight - 128) * x8) * (x_scale * scale) + bias
 
     Parameters
     ----------
     out : (N, OC), written
     x : (N, C)
-    weight : (OC, C), one row for each output channel
+    weight : (OC, C), a row for each output channel: float32, float16 without nan and infinity, or
+        uint8, then C <= LONGEST
     bias : (OC,), or None for none
+    scale : (OC,) for uint8, else None
+
+    Source: dynamic quantization by rows, Dettmers et al. 2022, arXiv:2208.07339, without its
+    outliers.
     """
-    out[...] = x @ weight.T
+    if weight.dtype == np.uint8:
+        assert scale is not None
+        largest = np.abs(x).max(axis=1, keepdims=True)
+        inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > TINY)
+        with np.errstate(invalid="ignore"):  # nan and infinity in a row make its scale nan
+            x8 = np.rint(x * inverse).astype(np.int64)
+            x_scale = largest / x.dtype.type(127) + (0 * x).sum(axis=1, keepdims=True)
+        sums = x8 @ (weight.astype(np.int64) - MIDDLE).T
+        out[...] = sums.astype(x.dtype) * (x_scale * scale)
+    else:
+        out[...] = x @ weight.astype(x.dtype, copy=False).T
     if bias is not None:
         out += bias
 
@@ -80,49 +102,3 @@ def matrix_transpose(out: NDArray[Any], x: NDArray[Any]) -> None:
     x : (R, C)
     """
     out[...] = x.T
-
-
-MIDDLE = 128  # a weight of 8 bits has no sign: 0 is stored as this
-
-
-LONGEST = 65536  # channels: the sums of so many products of 8 bits fit 32
-
-
-TINY = 1e-36  # a row with nothing larger counts as zeros: 127 / largest stays finite in float32
-
-
-def linear_forward(
-    out: Array, x: Array, weight: NDArray[Any], scale: Array | None, bias: Array | None
-) -> None:
-    """Apply a linear layer whose weights may be small.
-
-    out = x W^T + bias,   W = weight, or scale * (weight - 128) for weights of 8 bits
-
-    With weights of 8 bits each row of x is rounded to 8 bits too, x = x_scale * x8 with x8 in
-    [-127, 127], so that the sums are of integers and exact:
-    out = sum((weight - 128) * x8) * (x_scale * scale) + bias
-
-    Parameters
-    ----------
-    out : (N, OC), written
-    x : (N, C)
-    weight : (OC, C), float32, float16 without nan and infinity, or uint8, then C <= LONGEST
-    scale : (OC,) for uint8, else None
-    bias : (OC,), or None for none
-
-    Source: dynamic quantization by rows, Dettmers et al. 2022, arXiv:2208.07339, without its
-    outliers.
-    """
-    if weight.dtype == np.uint8:
-        assert scale is not None
-        largest = np.abs(x).max(axis=1, keepdims=True)
-        inverse = np.divide(127, largest, out=np.zeros_like(largest), where=largest > TINY)
-        with np.errstate(invalid="ignore"):  # nan and infinity in a row make its scale nan
-            x8 = np.rint(x * inverse).astype(np.int64)
-            x_scale = largest / x.dtype.type(127) + (0 * x).sum(axis=1, keepdims=True)
-        sums = x8 @ (weight.astype(np.int64) - MIDDLE).T
-        out[...] = sums.astype(x.dtype) * (x_scale * scale)
-    else:
-        out[...] = x @ weight.astype(x.dtype, copy=False).T
-    if bias is not None:
-        out += bias

@@ -1,4 +1,7 @@
-"""Signals: they ask a run to stop, so that no step is cut in half."""
+"""A signal that asks a run to stop lets the step, the update or the save end first.
+
+Knows nothing about runs. Used by the loop and its hooks.
+"""
 
 from __future__ import annotations
 

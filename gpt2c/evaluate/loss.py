@@ -1,0 +1,46 @@
+"""The mean loss of a model on token files, in windows side by side as in training.
+
+Knows nothing about training or what the tokens mean. Used by the loop, `gpt2c eval` and demo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.text.batches import windows
+from gpt2c.text.shards import StoredTokens, Tokens
+
+__all__ = ["Shards", "evaluate"]
+
+Shards = Sequence[Tokens | StoredTokens]
+
+
+def evaluate(
+    model: GPT2 | QuantizedGPT2,
+    tokens: Shards,
+    batch_size: int,
+    block_size: int,
+    eval_iters: int = 0,
+    check: Callable[[], None] | None = None,
+) -> float:
+    """Return the mean loss over consecutive windows of `tokens`, in nats per token.
+
+    Parameters
+    ----------
+    batch_size, block_size : B windows of T tokens at a time
+    eval_iters : how many batches at most; 0 all
+    check : called before each batch; what it raises ends the evaluation
+    """
+    total, count = 0.0, 0
+    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size)):
+        if check:
+            check()
+        if eval_iters and i == eval_iters:
+            break
+        scored = int(np.count_nonzero(y >= 0))
+        total += model.loss(x, y, keep=False) * scored
+        count += scored
+    return total / count
