@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.raw import write_raw
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -26,12 +27,6 @@ from gpt2c.files.tensors import (
 )
 
 ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-
-
-def write_raw(path: Path, header: bytes | dict[str, Any], data: bytes) -> None:
-    """Write a safetensors file by hand: length, header, bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import DOCUMENTS, draw_nothing, refused
-from kills import TINY, contents
+from helpers.kills import TINY, contents
 
 from gpt2c.cli.main import main
 from gpt2c.files import atomic, untrusted

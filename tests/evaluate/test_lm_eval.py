@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
-from test_scoring import by_hand, distribution, random_model, uniform
+from helpers.likely import by_hand, distribution, random_model, uniform
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
 

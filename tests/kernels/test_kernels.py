@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import ALIASES, CASES, Case
 from conftest import Guarded
+from helpers.cases import ALIASES, CASES, Case
 
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import NAMES, get_backend
@@ -21,8 +21,8 @@ from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS, Op
 
-HEADER = Path(__file__).resolve().parents[1] / "csrc" / "gpt2c.h"
-# functions of the header that are not ops; decode_step is many at once, see test_decoder
+HEADER = Path(__file__).resolve().parents[2] / "csrc" / "gpt2c.h"
+# functions of the header that are not ops; decode_step is many at once, see test_reader
 NO_OPS = {"fma_burn", "memory_read", "pool_stop", "decode_step"}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.likely import CONFIG, by_hand, distribution, random_model, uniform
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.cli.main import main
@@ -36,40 +37,10 @@ from gpt2c.model.reader import Decoder
 from gpt2c.text.shards import read_tokens, write_tokens
 from gpt2c.train.loop import evaluate
 
-CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
 BYTES = Tokenizer.from_name("bytes")
 # In float32 sums round by 6e-8 of their terms; int8 rounds activations, by one step in 254 where
 # backends differ in the last bit of a tie.
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-5, "int8": 2e-2}
-
-
-def random_model(config: GPT2Config = CONFIG, backend: str = "auto", kind: str = "fp32") -> Any:
-    """Give a model that is sure of things: large weights, biases and layernorms random too."""
-    model = GPT2(config, seed=None, backend=backend)
-    rng = np.random.default_rng(7)
-    for name, parameter in model.parameters.items():
-        scale = 0.3 if parameter.ndim == 2 else 0.2
-        parameter[...] = ("ln_" in name and "weight" in name) + scale * rng.standard_normal(
-            parameter.shape
-        )
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
-
-
-def distribution(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
-    """Give the log-probabilities (T, V) of what follows each token, in float64."""
-    logits = model(np.asarray(tokens)[None])[0].astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-
-def by_hand(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
-    """Give the log-probability of each token but the first, from logits."""
-    return distribution(model, tokens[:-1])[np.arange(len(tokens) - 1), tokens[1:]]
-
-
-def uniform(config: GPT2Config = CONFIG) -> GPT2:
-    """Give a model without weights: every token is as likely."""
-    return GPT2(config, seed=None)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DOCUMENTS, draw_nothing
-from kills import TINY
+from helpers.kills import TINY
 
 from gpt2c.cli.main import main
 from gpt2c.gpt2 import GPT2
@@ -524,7 +524,7 @@ def test_no_matplotlib_is_no_error(
 
 
 def test_the_recipes_are_settings() -> None:
-    recipes = list((Path(__file__).resolve().parents[1] / "gpt2c" / "recipes").glob("*.toml"))
+    recipes = list((Path(__file__).resolve().parents[2] / "gpt2c" / "recipes").glob("*.toml"))
     assert recipes
     for path in recipes:
         TrainSettings(**read_recipe(path))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
-from standin_hub import COMMIT, StandIn, serve
+from helpers.standin_hub import COMMIT, StandIn, serve
 
 from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.files import hub

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cli import COMMAND, TINY, crafted
+from helpers.command import COMMAND, TINY, crafted
 
 from gpt2c.cli.main import main
 from gpt2c.cli.tokens import whole_characters

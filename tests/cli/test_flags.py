@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import READERS, TEXT, limits
+from helpers.hostile import READERS, TEXT, limits
 
 import gpt2c.train.loop
 from gpt2c.cli import bench as cli_bench

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DOCUMENTS, refused
-from kills import TINY, contents
+from helpers.kills import TINY, contents
 
 from gpt2c.cli.main import main
 from gpt2c.gpt2 import GPT2
@@ -80,7 +80,7 @@ def kills(data: Path, tmp_path: Path, **job: Any) -> Any:
     """Do a job of kills.py in a process that has not computed: those can fork."""
     if not hasattr(os, "fork"):
         pytest.skip("nothing forks here")
-    script = Path(__file__).with_name("kills.py")
+    script = Path(__file__).parents[1] / "helpers" / "kills.py"
     text = json.dumps(job | {"data": str(data), "out": str(tmp_path / "kills")})
     command = [sys.executable, "-W", "error", str(script), text]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

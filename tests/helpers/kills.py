@@ -1,6 +1,6 @@
 """Training that is killed: each run is a child of its own, forked before anything was computed.
 
-    python tests/kills.py '{"what": "moments", "kills": 200, "data": "...", "out": "...",
+    python tests/helpers/kills.py '{"what": "moments", "kills": 200, "data": "...", "out": "...",
                             "settings": {"max_iters": 20, "save_interval": 1}}'
 
 Prints JSON of what was done; a run that cannot go on, or ends with other bits than one that was

@@ -19,7 +19,7 @@ from typing import Any
 import fuzz
 import numpy as np
 import pytest
-from hostile import READERS, Pairs, attempt, dumps, joined, limits, split
+from helpers.hostile import READERS, Pairs, attempt, dumps, joined, limits, split
 
 Change = Callable[[bytes], bytes]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.cases import small_shape
 
 from gpt2c import GPT2Config
 from gpt2c.bench import machine, report
@@ -31,23 +32,6 @@ from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import megabytes
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
-SMALL: dict[str, dict[str, Any]] = {
-    "encoder": {"B": 2, "T": 5, "C": 24, "V": 11},
-    "layernorm": {"N": 7, "C": 40},
-    "matmul": {"N": 7, "C": 12, "OC": 20},
-    "attention": {"B": 2, "T": 9, "NH": 2, "HS": 8},
-    "crossentropy": {"N": 6, "V": 50},
-    "linear": {"N": 7, "C": 12, "OC": 20, "kind": "uint8"},
-    "matrix": {"R": 9, "C": 14},
-    "cache": {"T": 5, "NH": 2, "HS": 8, "position": 3, "P": 9},
-}
-
-
-def small_shape(name: str) -> dict[str, Any]:
-    shape = SMALL.get(name.split("_")[0], {"n": 100})
-    return {**shape, "accumulate": False} if name == "matmul_backward" else shape
-
-
 # ---- a row ---------------------------------------------------------------------------------------
 
 
@@ -450,10 +434,10 @@ def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_that_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(machine.__file__).resolve().parents[1]
+    root = Path(machine.__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):
         assert re.fullmatch(r"[0-9a-f]{40}\+?", machine.commit())
-    monkeypatch.setattr(machine, "__file__", str(tmp_path / "gpt2c" / "machine.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "gpt2c" / "bench" / "machine.py"))
     assert machine.commit() == ""
 
 

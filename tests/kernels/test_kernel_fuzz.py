@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.public_ops import PUBLIC, arrays_of, kind, results_of, solved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_ops import PUBLIC, arrays_of, kind, results_of, solved
 
 from gpt2c import GPT2, Engine, GenerationConfig, GPT2Config, QuantizedGPT2
 from gpt2c.kernels.backend import backends, get_backend

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.raw import write_raw
 from safetensors.numpy import load_file, save_file
-from test_tensorfile import write_raw
 
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2
 from gpt2c.formats import huggingface
@@ -610,7 +610,7 @@ else:
 def test_a_failing_write_leaves_the_old_files(tmp_path, limited):
     save_weights(tmp_path, CONFIG, make_tensors())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parents[2]
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", FAILING_SAVE, str(tmp_path), limited],
         env=os.environ | {"PYTHONPATH": str(root)},

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from cases import ALIASES, SHAPES, Case
+from helpers.cases import ALIASES, SHAPES, Case
 
 from gpt2c.kernels import reference
 from gpt2c.kernels.cases import normalised_error

@@ -30,7 +30,7 @@ from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.limits import usable_cores
 
 PACKAGE = Path(backend_module.__file__).parent
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
