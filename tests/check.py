@@ -67,8 +67,8 @@ def that_say(pattern: str) -> set[str]:
 def importers(module: str) -> set[str]:
     """Return the files below tests/ that import a module of gpt2c's or of the tests'."""
     package, _, name = module.rpartition(".")
-    member = rf"|^\s*from {re.escape(package)} import .*\b{name}\b" if package else ""
-    return that_say(rf"^\s*(from|import) {re.escape(module)}\b{member}")
+    member = rf"|^ *from {re.escape(package)} import .*\b{name}\b" if package else ""
+    return that_say(rf"^ *(from|import) {re.escape(module)}\b{member}")
 
 
 def callers(verb: str) -> set[str]:
@@ -98,11 +98,10 @@ def tests_of(name: str) -> set[str]:
         return tests_of("gpt2c/train/settings.py")
     if path.parts[0] == "tests" and is_test(name):
         return {name}
-    if path.match("tests/programs/*.py"):
-        return set(filter(is_test, that_say(rf'"{path.stem}"')))
     if path.parts[0] == "tests" and path.suffix == ".py":
         module = ".".join(path.with_suffix("").parts[1:])
-        return set().union(*map(tests_of, importers(module)))
+        users = importers(module) | that_say(f'"{re.escape(module)}"')  # programs are run by name
+        return set().union(*map(tests_of, users))
     if path.parts[0] == "gpt2c" and path.suffix == ".py":
         module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
         own = Path("tests", *path.parts[1:-1], f"test_{path.name}").as_posix()
@@ -114,7 +113,7 @@ def tests_of(name: str) -> set[str]:
 def lint(names: list[str]) -> list[list[str]]:
     """Return the commands that check the changed files without running them."""
     own_build = any(re.fullmatch(r"csrc/\w+\.[ch]|build\.py", name) for name in names)
-    typed = any(re.fullmatch(r"build\.py|gpt2c/.*\.py", name) for name in names)
+    typed = any(re.fullmatch(r"build\.py|(gpt2c|tests/programs)/.*\.py", name) for name in names)
     names = [name for name in names if (ROOT / name).exists()]
     python = [name for name in names if name.endswith(".py")]
     c = [name for name in names if name.startswith("csrc/") and name.endswith((".c", ".h"))]

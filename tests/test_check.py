@@ -55,11 +55,14 @@ def test_a_module_asks_for_its_own_tests_and_those_that_import_it() -> None:
     assert {"tests/text/test_shards.py", "tests/formats/test_convert.py"} <= shards
 
 
-def test_a_helper_asks_for_the_tests_that_import_it_by_another_helper_too() -> None:
+def test_a_helper_asks_for_the_tests_that_use_it_by_another_helper_too() -> None:
     assert "from helpers.cases" not in (ROOT / "tests/kernels/test_ops.py").read_text()
     cases = check.tests_of("tests/helpers/cases.py")
     assert {"tests/kernels/test_kernels.py", "tests/kernels/test_ops.py"} <= cases
     assert check.tests_of("tests/fuzz.py") == {"tests/files/test_hostile.py"}
+    for program in ("forks", "common"):
+        name = f"tests/programs/{program}.py"
+        assert check.tests_of(name) == {"tests/test_processes.py"}
 
 
 def test_other_files_ask_for_the_test_that_reads_them() -> None:
@@ -122,3 +125,4 @@ def test_lint_is_of_what_changed() -> None:
         "--werror",
     ]
     assert check.lint(["README.md"]) == []
+    assert [command[-1] for command in check.lint(["tests/programs/forks.py"])][-1] == "mypy"
