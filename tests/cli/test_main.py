@@ -41,29 +41,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text(TEXT, encoding="utf-8")
     assert main(f"prepare {text} --out {path}/data --tokenizer bytes".split()) == 0
     assert main(f"train --data {path}/data --out {path}/run {TINY}".split()) == 0
-    (path / "empty.txt").touch()
     (path / "blank.txt").write_text(" \n")
-    (path / "short.txt").write_text("a")
     (path / "latin1.txt").write_bytes(b"caf\xe9")
-    (path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
-    (path / "utf16.txt").write_text("a text", encoding="utf-16")
-    (path / "chat.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
     (path / "folder").mkdir()
     (path / "bad.toml").write_text("n_layer = = 1\n")
-    (path / "unknown.toml").write_text("n_layers = 1\n")
-    (path / "type.toml").write_text('n_layer = "one"\n')
     (path / "huge.toml").write_text(f"learning_rate = {10**400}\n")
 
-    tokens = (path / "data" / "train.bin").read_bytes()
-    for name, content in (
-        ("magic", b"\0" * 4 + tokens[4:]),
-        ("truncated", tokens[:-1]),
-        ("count", tokens[:8] + (7).to_bytes(4, "little") + tokens[12:]),
-        ("header", tokens[:100]),
-    ):
-        shutil.copytree(path / "data", path / name)
-        for split in ("train.bin", "val.bin"):
-            (path / name / split).write_bytes(content)
+    shutil.copytree(path / "data", path / "truncated")
+    for split in ("train.bin", "val.bin"):
+        file = path / "truncated" / split
+        file.write_bytes(file.read_bytes()[:-1])
     shutil.copytree(path / "data", path / "beyond")
     for split in ("train.bin", "val.bin"):
         write_tokens(path / "beyond" / split, np.arange(300))
@@ -417,17 +404,12 @@ def test_version(gpt2c) -> None:
 # ---- the user's mistakes -------------------------------------------------------------------------
 
 TRAIN = f"train --out new {TINY}"
+# A row for each way that an error takes to become a line; the rest is asked of the modules.
 MISTAKES = [
     ("prepare missing.txt --out new", r"missing\.txt does not exist"),
-    ("prepare empty.txt --out new", r"empty\.txt is empty"),
-    ("prepare blank.txt --out new", "there is no text"),
-    ("prepare short.txt --out new --tokenizer bytes", "too short to hold out"),
     ("prepare latin1.txt --out new", "is not UTF-8: byte 3 is 0xe9"),
     ("prepare folder --out new", r"folder has no text files \(\*\.txt, "),
     ("prepare text.txt --out new --tokenizer=", "the name of the tokenizer is empty"),
-    ("prepare bom.txt --out new", r"bom\.txt is empty"),
-    ("prepare utf16.txt --out new", r"utf16\.txt is UTF-16, not UTF-8; save it as UTF-8"),
-    ("prepare chat.jsonl --out new", r"chat\.jsonl, line 1 has no field 'text'; .* 'prompt'"),
     ("prepare text.txt --out run --tokenizer bytes", "run exists and is not empty"),
     ("prepare text.txt --out text.txt --tokenizer bytes", r"text\.txt is a file"),
     ("prepare text.txt --out text.txt/new --tokenizer bytes", r"text\.txt/new: Not a directory"),
@@ -436,43 +418,28 @@ MISTAKES = [
     ("prepare text.txt --out new --tokenizer bpe:x", "must name a vocabulary size"),
     ("prepare text.txt --out new --tokenizer bpe:99", "at least 257"),
     ("prepare text.txt --out new --tokenizer bpe:99999", "asks for too many tokens"),
-    ("prepare text.txt --out new --tokenizer bytes --val-fraction 0", "between 0 and 1, not 0"),
-    ("prepare text.txt --out new --tokenizer bytes --val-fraction 1", "between 0 and 1, not 1"),
-    ("prepare text.txt --out new --tokenizer bytes --val-fraction nan", "0 and 1, not nan"),
     ("prepare text.txt --out new --tokenizer bytes --seed -1", "non-negative|at least 0"),
     (
         f"{TRAIN} --data missing",
         r"missing is not a directory of token files; gpt2c prepare makes one",
     ),
     (f"{TRAIN} --data text.txt", r"text\.txt is not a directory of token files"),
-    (f"{TRAIN} --data magic", r"magic/train\.bin is not an llm\.c token file"),
     (f"{TRAIN} --data truncated", r"truncated/train\.bin has \d+ bytes; its \d+ tokens need"),
-    (f"{TRAIN} --data count", r"count/train\.bin has \d+ bytes; its 7 tokens need 1038"),
-    (f"{TRAIN} --data header", r"header/train\.bin is truncated"),
     (f"{TRAIN} --data beyond", "holds token 299, outside a vocabulary of 257"),
     (f"{TRAIN} --data data --batch-size 1000", "too few for one batch of 1000 x 16"),
     (f"{TRAIN} --data data --n-head 3", "n_embd must be divisible by n_head, got 16 and 3"),
     (f"{TRAIN} --data data --n-layer 0", "n_layer must be a whole number from 1 to 10000, got 0"),
-    (f"{TRAIN} --data data --block-size 0", "block_size must be at least 1, got 0"),
-    (f"{TRAIN} --data data --max-iters 0", "max_iters must be at least 1, got 0"),
     (f"{TRAIN} --data data --seed -1", "seed must be at least 0, got -1"),
-    (f"{TRAIN} --data data --learning-rate nan", "learning_rate must be finite"),
     (f"{TRAIN} --data data --learning-rate 1e-5", r"min_lr must be in .*got 0\.0001"),
-    (f"{TRAIN} --data data --grad-clip nan", "grad_clip must be at least 0, got nan"),
     (f"{TRAIN} --data data --beta1 1", "beta1 must be in"),
-    (f"{TRAIN} --data data --schedule zigzag", "schedule must be one of constant, linear, cosine"),
     (f"{TRAIN} --data data --backend abacus", f"'abacus'.*has {', '.join(backends())}"),
     (
         f"{TRAIN} --data data --n-embd 100000000",
         "not enough memory: training needs [0-9,]+ MB: weights .* are free: lower --n-layer",
     ),
     (f"{TRAIN} --data data --n-embd 1000000000000", "n_embd must be .* from 1 to 2147483647, got"),
-    (f"{TRAIN} --data data --config missing.toml", r"missing\.toml: no such recipe"),
     (f"{TRAIN} --data data --config folder", "folder: Is a directory"),
     (f"{TRAIN} --data data --config bad.toml", r"bad\.toml is not TOML"),
-    (f"{TRAIN} --data data --config latin1.txt", r"latin1\.txt is not UTF-8: byte \d+ is 0x"),
-    (f"{TRAIN} --data data --config unknown.toml", "no setting 'n_layers'; there are backend, "),
-    ("train --data data --out new --config type.toml", "n_layer must be int, got str 'one'"),
     ("train --data data --out new --config huge.toml", "too large"),
     (f"train --data data {TINY} --out run", "run exists and is not empty"),
     (f"train --data data {TINY} --out text.txt", r"text\.txt is a file"),
@@ -497,7 +464,6 @@ MISTAKES = [
     ("eval corrupt --data data", "is not a whole safetensors file"),
     ("eval other --data data", r"wte\.weight must be \(257, 32\) .*got \(257, 16\)"),
     ("eval run --data missing", r"missing is not a directory of token files; gpt2c prepare"),
-    ("eval run --data magic", r"magic/val\.bin is not an llm\.c token file"),
     ("eval run --data truncated", r"truncated/val\.bin has \d+ bytes"),
     ("eval run --data beyond", "holds token 299, outside a vocabulary of 257"),
     ("eval run --data bpe", "do not belong together"),
@@ -507,14 +473,8 @@ MISTAKES = [
     ("generate corrupt", "is not a whole safetensors file"),
     ("generate other", r"wte\.weight must be"),
     ("generate notext", r"vocab\.json does not exist"),
-    ("generate run --temperature -1", "temperature must be finite and at least 0"),
-    ("generate run --temperature nan", "temperature must be finite and at least 0"),
     ("generate run --top-k -1", "top_k must be at least 0"),
-    ("generate run --top-p 1.5", "top_p must be from 0 to 1"),
     ("generate run --max-new-tokens -1", "max_new_tokens must be at least 0"),
-    ("generate run --min-p nan", "min_p must be from 0 to 1"),
-    ("generate run --repetition-penalty 0", "repetition_penalty must be from 0.001 to 1000"),
-    ("generate run --no-repeat-ngram-size -1", "no_repeat_ngram_size must be at least 0"),
     ("generate run --num-samples 0", "--num-samples must be at least 1, got 0"),
     (
         "generate run --num-samples 1000000000",
@@ -541,11 +501,9 @@ MISTAKES = [
     ("generate run --backend abacus", "'abacus'"),
     ("demo --text missing.txt --out new", r"missing\.txt does not exist"),
     ("demo --text folder --out new/sub", r"folder has no text files \(\*\.txt, "),
-    ("demo --text empty.txt --out new", r"empty\.txt is empty"),
     ("demo --text text.txt --out run", "run exists and is not empty"),
     ("demo --text text.txt --out new --backend abacus", "abacus"),
     ("demo --text blank.txt --out new", "there is no text"),
-    ("demo --text short.txt --out new", "too short to hold out"),
     ("demo --text text.txt --out new --n-head 3 --n-embd 7", "n_embd"),
     ("demo --text text.txt --out new --batch-size 9999 --n-embd 99999999 --n-head 1", "memory"),
 ]
