@@ -49,15 +49,17 @@ sanitize: $(VENV)/installed-test
 
 # Against PyTorch, transformers and lm-evaluation-harness, in an environment of its own: gpt2c needs none of them.
 parity: .venv-parity/installed
-	.venv-parity/bin/python -m pytest tests/test_parity.py tests/test_tokenizer.py tests/test_lm_eval.py tests/test_llmc.py \
-		tests/test_processes.py::test_beside_torch_and_scikit_learn tests/test_run.py::test_tensorboard_reads_them
+	.venv-parity/bin/python -m pytest tests/test_parity.py tests/text/test_tokenizer.py \
+		tests/evaluate/test_lm_eval.py tests/formats/test_llmc.py \
+		tests/test_processes.py::test_beside_torch_and_scikit_learn tests/train/test_run.py::test_tensorboard_reads_them
 
 # Tests of what meets other packages, with the oldest of them that pyproject.toml allows.
 lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/test_backend.py tests/test_checkpoint.py \
-		tests/test_cli.py tests/test_data.py tests/test_generate.py tests/test_gguf_export.py tests/test_hub.py \
-		tests/test_metrics.py tests/test_model.py tests/test_plot.py tests/test_tensorfile.py tests/test_tokenizer.py \
-		tests/test_tokenizer_files.py
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/cli/test_main.py \
+		tests/files/test_hub.py tests/files/test_tensors.py tests/formats/test_gguf.py tests/formats/test_huggingface.py \
+		tests/generate/test_text.py tests/kernels/test_backend.py tests/model/test_model.py tests/text/test_batches.py \
+		tests/text/test_corpus.py tests/text/test_prepare.py tests/text/test_tokenizer.py tests/text/test_vocabulary.py \
+		tests/train/test_metrics.py tests/train/test_plot.py
 
 # The wheel for others, dist/*.whl: made from the sdist, checked, and tried in an environment of its own. The same tree
 # and compiler give the same bytes.

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-W", "error", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
-OF_OPS = ("test_kernels.py", "test_ops.py", "test_kernel_fuzz.py")  # each test names its op
-OF_MODELS = ("test_model.py", "test_decoder.py")  # all ops at work together
+OF_OPS = [f"tests/kernels/test_{part}.py" for part in ("kernels", "ops", "kernel_fuzz")]  # by op
+OF_MODELS = [f"tests/model/test_{part}.py" for part in ("model", "reader")]  # all ops together
 PARTS = dict.fromkeys(("gemm.c", "linear.c"), "matmul.c")  # file without an op: whose it computes
-NOT_HERE = ("test_parity.py",)  # make parity
+NOT_HERE = {"tests/test_parity.py"}  # make parity
 # Files that no test reads, and the target of the Makefile that does.
 TARGETS = {
     "tests/threads.c": "sanitize",
@@ -51,22 +51,29 @@ def changed(since: str | None) -> list[str]:
     return sorted({*different, *output("git", "ls-files", "--others", "--exclude-standard")})
 
 
-def importers(module: str) -> set[str]:
-    """Return the test files that import a module of gpt2c's or of the tests'."""
-    package, _, name = module.rpartition(".")
-    direct = rf"^\s*(from|import) {re.escape(module)}\b"
-    member = rf"^\s*from {re.escape(package)} import .*\b{name}\b" if package else direct
+def is_test(name: str) -> bool:
+    return Path(name).name.startswith("test_")
+
+
+def that_say(pattern: str) -> set[str]:
+    """Return the Python files below tests/ in which a pattern is found."""
     return {
-        path.name
-        for path in TESTS.glob("test_*.py")
-        if re.search(f"{direct}|{member}", path.read_text(), re.MULTILINE)
+        path.relative_to(ROOT).as_posix()
+        for path in TESTS.rglob("*.py")
+        if re.search(pattern, path.read_text(), re.MULTILINE)
     }
 
 
+def importers(module: str) -> set[str]:
+    """Return the files below tests/ that import a module of gpt2c's or of the tests'."""
+    package, _, name = module.rpartition(".")
+    member = rf"|^ *from {re.escape(package)} import .*\b{name}\b" if package else ""
+    return that_say(rf"^ *(from|import) {re.escape(module)}\b{member}")
+
+
 def callers(verb: str) -> set[str]:
-    """Return the test files that run a verb of the command line."""
-    call = rf'"{verb}( |",)|gpt2c {verb}\b'
-    return {path.name for path in TESTS.glob("test_*.py") if re.search(call, path.read_text())}
+    """Return the files below tests/ that run a verb of the command line."""
+    return that_say(rf'"{verb}( |",)|gpt2c {verb}\b')
 
 
 def ops(source: Path) -> list[str]:
@@ -84,26 +91,29 @@ def tests_of(name: str) -> set[str]:
     """Return the test files that a changed file concerns, csrc/ apart."""
     path = Path(name)
     if name == "build.py":
-        return {"test_build.py"}
-    if name == "README.md":
-        return {"test_readme.py"}
-    if path.match("tests/test_*.py"):
-        return {path.name}
-    if path.match("tests/*.py"):
-        return importers(path.stem)
+        return {"tests/test_build.py"}
+    if name in ("README.md", "README.zh-CN.md"):
+        return {"tests/test_readme.py"}
     if path.match("gpt2c/recipes/*.toml"):
         return tests_of("gpt2c/train/settings.py")
-    if path.match("gpt2c/**/*.py") or path.match("gpt2c/*.py"):
+    if path.parts[0] == "tests" and is_test(name):
+        return {name}
+    if path.parts[0] == "tests" and path.suffix == ".py":
+        module = ".".join(path.with_suffix("").parts[1:])
+        users = importers(module) | that_say(f'"{re.escape(module)}"')  # programs are run by name
+        return set().union(*map(tests_of, users))
+    if path.parts[0] == "gpt2c" and path.suffix == ".py":
         module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-        found = {p.name for p in TESTS.glob(f"test_{path.stem}.py")} | importers(module)
-        return found | (callers(path.stem[4:]) if path.stem.startswith("cli_") else set())
+        own = Path("tests", *path.parts[1:-1], f"test_{path.name}").as_posix()
+        users = importers(module) | (callers(path.stem) if path.match("gpt2c/cli/*") else set())
+        return {own, *filter(is_test, users)}
     return set()
 
 
 def lint(names: list[str]) -> list[list[str]]:
     """Return the commands that check the changed files without running them."""
     own_build = any(re.fullmatch(r"csrc/\w+\.[ch]|build\.py", name) for name in names)
-    typed = any(re.fullmatch(r"build\.py|gpt2c/.*\.py", name) for name in names)
+    typed = any(re.fullmatch(r"build\.py|(gpt2c|tests/programs)/.*\.py", name) for name in names)
     names = [name for name in names if (ROOT / name).exists()]
     python = [name for name in names if name.endswith(".py")]
     c = [name for name in names if name.startswith("csrc/") and name.endswith((".c", ".h"))]
@@ -125,17 +135,17 @@ def test(names: Iterable[str]) -> list[list[str]]:
     names = list(names)
     kernels = [ROOT / name for name in names if re.fullmatch(r"csrc/\w+\.[ch]", name)]
     of_each = [ops(path) if path.suffix == ".c" else [] for path in kernels]
-    files = set().union(*map(tests_of, names)) - set(NOT_HERE)
-    files = {name for name in files if (TESTS / name).exists()}
+    files = set().union(*map(tests_of, names)) - NOT_HERE
+    files = {name for name in files if (ROOT / name).exists()}
     targets = sorted({TARGETS[name] for name in names if name in TARGETS})
     commands = []
     if kernels:
         files |= {*OF_OPS, *OF_MODELS} if not all(of_each) else set(OF_MODELS)
         names_of_ops = sorted({name for found in of_each for name in found})
         if all(of_each):  # else: what all kernels share
-            commands.append([*(f"tests/{n}" for n in OF_OPS), "-k", " or ".join(names_of_ops)])
+            commands.append([*OF_OPS, "-k", " or ".join(names_of_ops)])
     if files:
-        commands.append([f"tests/{name}" for name in sorted(files)])
+        commands.append(sorted(files))
     return [
         *([*PYTEST, "-m", "not slow", *arguments] for arguments in commands),
         *(["make", target] for target in targets),
@@ -153,8 +163,8 @@ def main() -> None:
         print("\n$", *(Path(part).name if part == PYTHON else part for part in command), flush=True)
         code = subprocess.run(command, cwd=ROOT).returncode
         failed += code not in (0, 5 if command in tests else 0)  # 5: no test of that name
-    run = {part.partition("/")[2] for command in tests for part in command}
-    left = sorted(path.name for path in TESTS.glob("test_*.py") if path.name not in run)
+    run = {part for command in tests for part in command}
+    left = sorted(name for name in that_say("") if is_test(name) and name not in run)
     print("\nleft out: tests marked slow;", f"{len(left)} files of tests:", *left)
     print("`make lint test` runs everything")
     sys.exit(f"make check: {failed} failed" if failed else 0)

@@ -26,7 +26,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hostile import READERS, SECONDS, HangError, attempt, limits, spoiled
+from helpers.hostile import READERS, SECONDS, HangError, attempt, limits, spoiled
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 

@@ -9,7 +9,9 @@ import check
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = sorted(path.stem[4:] for path in (ROOT / "gpt2c").glob("**/cli_*.py"))
+COMMANDS = sorted(
+    path.stem for path in (ROOT / "gpt2c/cli").glob("[!_]*.py") if path.stem != "main"
+)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not a source tree")
 
@@ -20,7 +22,7 @@ def test_a_kernel_asks_for_the_tests_of_its_ops() -> None:
     of_ops, of_models = check.test(["csrc/gelu.c", "csrc/residual.c"])
     names = "gelu_backward or gelu_forward or residual_forward"
     assert of_ops[of_ops.index("-k") + 1] == names
-    assert "tests/test_kernels.py" in of_ops and "tests/test_model.py" in of_models
+    assert "tests/kernels/test_kernels.py" in of_ops and "tests/model/test_model.py" in of_models
 
 
 def test_ops_of_a_file() -> None:
@@ -33,32 +35,50 @@ def test_ops_of_a_file() -> None:
 @pytest.mark.parametrize("name", ["csrc/team.c", "csrc/team.h"])
 def test_the_threads_ask_for_the_tests_of_all_kernels(name: str) -> None:
     (command,) = check.test([name])
-    assert "-k" not in command and "tests/test_kernels.py" in command
+    assert "-k" not in command and "tests/kernels/test_kernels.py" in command
 
 
 def test_what_kernels_share_asks_for_the_tests_of_all() -> None:
     (command,) = check.test(["csrc/simd.h", "csrc/gelu.c"])
-    assert "-k" not in command and "tests/test_kernels.py" in command
+    assert "-k" not in command and "tests/kernels/test_kernels.py" in command
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_asks_for_the_tests_that_run_it(name: str) -> None:
-    assert check.tests_of(f"gpt2c/cli_{name}.py")
+    asked = check.tests_of(f"gpt2c/cli/{name}.py")
+    assert {test for test in check.callers(name) if check.is_test(test)} <= asked
+    assert any((ROOT / test).exists() for test in asked)
 
 
-def test_a_module_asks_for_the_tests_that_import_it() -> None:
-    assert {"test_plot.py"} <= check.tests_of("gpt2c/train/plot.py")
-    assert "test_kernels.py" in check.tests_of("tests/cases.py")
-    assert check.tests_of("tests/test_plot.py") == {"test_plot.py"}
-    assert check.tests_of("build.py") == {"test_build.py"}
-    assert check.tests_of("README.md") == {"test_readme.py"}
+def test_a_module_asks_for_its_own_tests_and_those_that_import_it() -> None:
+    assert "tests/train/test_plot.py" in check.tests_of("gpt2c/train/plot.py")
+    shards = check.tests_of("gpt2c/text/shards.py")
+    assert {"tests/text/test_shards.py", "tests/formats/test_convert.py"} <= shards
+
+
+def test_a_helper_asks_for_the_tests_that_use_it_by_another_helper_too() -> None:
+    assert "from helpers.cases" not in (ROOT / "tests/kernels/test_ops.py").read_text()
+    cases = check.tests_of("tests/helpers/cases.py")
+    assert {"tests/kernels/test_kernels.py", "tests/kernels/test_ops.py"} <= cases
+    assert check.tests_of("tests/fuzz.py") == {"tests/files/test_hostile.py"}
+    for program in ("forks", "common"):
+        name = f"tests/programs/{program}.py"
+        assert check.tests_of(name) == {"tests/test_processes.py"}
+
+
+def test_other_files_ask_for_the_test_that_reads_them() -> None:
+    assert check.tests_of("tests/train/test_plot.py") == {"tests/train/test_plot.py"}
+    assert check.tests_of("build.py") == {"tests/test_build.py"}
+    assert check.tests_of("README.md") == {"tests/test_readme.py"}
     assert check.tests_of("LICENSE") == set()
 
 
 def test_every_test_that_is_asked_for_exists() -> None:
     """And tests that need an environment of their own are left to make parity."""
     names = [str(path.relative_to(ROOT)) for path in (ROOT / "gpt2c").glob("**/*.py")]
-    for command in check.test([*names, "tests/test_parity.py", "tests/cases.py", "csrc/gelu.c"]):
+    for command in check.test(
+        [*names, "tests/test_parity.py", "tests/helpers/cases.py", "csrc/gelu.c"]
+    ):
         files = [part for part in command if part.startswith("tests/")]
         assert files and not [name for name in files if not (ROOT / name).exists()]
         assert "tests/test_parity.py" not in files
@@ -81,9 +101,9 @@ def test_what_is_gone_counts_as_changed(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_gone_asks_for_the_tests_that_used_it() -> None:
     """tests/test_lost.py and csrc/lost.c are not there, as after their deletion."""
     (command,) = check.test(["gpt2c/train/plot.py", "tests/test_lost.py"])
-    assert "tests/test_plot.py" in command and "tests/test_lost.py" not in command
+    assert "tests/train/test_plot.py" in command and "tests/test_lost.py" not in command
     (command,) = check.test(["csrc/lost.c"])
-    assert "-k" not in command and "tests/test_kernels.py" in command
+    assert "-k" not in command and "tests/kernels/test_kernels.py" in command
     commands = check.lint(["gpt2c/lost.py", "csrc/lost.c"])
     assert [command[-1] for command in commands] == ["mypy", "--werror"]
 
@@ -106,3 +126,4 @@ def test_lint_is_of_what_changed() -> None:
         "--werror",
     ]
     assert check.lint(["README.md"]) == []
+    assert [command[-1] for command in check.lint(["tests/programs/forks.py"])][-1] == "mypy"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
-from test_bench import small_shape
+from helpers.cases import small_shape
 
 from gpt2c import GPT2, AdamW, GPT2Config, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker

@@ -1,0 +1,180 @@
+"""Bad numbers and bad files on the command line: every numeric flag of every verb, from the parser.
+
+Whatever a user types, the answer is an exit code and a line, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.hostile import READERS, TEXT, limits
+
+import gpt2c.train.loop
+from gpt2c.cli import bench as cli_bench
+from gpt2c.cli.main import main, parser
+
+SETTINGS = (
+    "--n-layer=1 --n-head=2 --n-embd=4 --block-size=8 --batch-size=2 --max-iters=1 --backend=base"
+)
+# A call of each verb that takes no time; flags come after it.
+CALLS = {
+    "demo": f"demo --text text.txt --out out --overwrite {SETTINGS}",
+    "prepare": "prepare text.txt --out out --overwrite --tokenizer bytes",
+    "train": f"train --data data --out out --overwrite {SETTINGS}",
+    "eval": "eval run --data data",
+    "generate": "generate run --prompt a --max-new-tokens 1 --seed 1",
+    "bench": "bench train --shape 1x8 --backends numpy",
+}
+# Flags of which large numbers are work that a user may want, and stop.
+LONG = {"max_iters", "gradient_accumulation_steps", "max_new_tokens", "num_samples", "batch_size"}
+VALUES = [
+    *("nan", "-nan", "inf", "-inf", "1e999", "-1e999", "1e-999", "1e308", "-0", "0", "-1", "0.5"),
+    *(str(2**31 - 1), str(2**31), str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63))),
+    *(str(2**64), "9" * 400, "9" * 5000, "", " ", "1_0", "٣", "0x10", "1,5", "None", "1e3", "\x1b"),
+]
+FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # of the demo's settings, which are train's
+
+
+def numeric_flags() -> Iterator[tuple[str, str]]:
+    """Give (verb, flag) of every flag that takes a number."""
+    verbs = next(
+        action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    for verb, options in verbs.choices.items():
+        for action in options._actions:
+            if action.type in (int, float):
+                yield verb, action.option_strings[0]
+
+
+FLAGS = sorted(set(numeric_flags()))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a directory with a text, its tokens and a run."""
+    path = tmp_path_factory.mktemp("world")
+    READERS["run"].make(path)
+    (path / "text.txt").write_text("<|endoftext|>".join(f"{n} {TEXT}" for n in range(40)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work there, draw nothing and measure nothing."""
+
+    def measured(threads: int) -> None:
+        raise ValueError("the benchmark would begin")
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(gpt2c.train.loop, "plot_loss", lambda *_: False)
+    monkeypatch.setattr(cli_bench, "measure_ceilings", measured)
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """Press Ctrl-C after each half second of work."""
+
+    def press(signum: int, frame: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGVTALRM, press)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.5, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def test_every_verb_with_a_number_is_called() -> None:
+    assert {verb for verb, _ in FLAGS} == CALLS.keys()
+
+
+@pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
+def test_bad_numbers(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = flag.lstrip("-").replace("-", "_")
+    for value in FEW if verb == "demo" else VALUES:
+        try:
+            with limits(60), interrupted() if name in LONG else nullcontext():
+                code = main([*CALLS[verb].split(), f"{flag}={value}"])
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+        except KeyboardInterrupt:  # it was done already
+            code = 130
+        _, err = capsys.readouterr()
+        assert code in ((0, 2, 130) if name in LONG else (0, 2)), (value, err)
+        if code == 2:
+            last = err.splitlines()[-1]  # argparse shows what the flags are before it
+            assert re.match(rf"gpt2c(: | {verb}( train)?: error: )", last) and last.isprintable()
+
+
+# ---- bad files -----------------------------------------------------------------------------------
+
+BAD_FILES = [  # a verb, the file that is bad, its content, what is said
+    ("train --data bad --out out --overwrite", "bad/train.bin", b"\0" * 2000, "train.bin"),
+    ("train --data bad --out out --overwrite", "bad/vocab.json", b"{}", "vocab.json"),
+    ("train --data bad --out out --overwrite", "bad/merges.txt", b"\xff", "merges.txt"),
+    ("train --data data --out out --config bad.toml", "bad.toml", b"seed = [[[[", "bad.toml"),
+    ("eval bad --data data", "bad/config.json", b'{"n_head": NaN}', "config.json"),
+    ("eval bad --data data", "bad/model.safetensors", b"\xff" * 99, "model.safetensors"),
+    ("eval run --choices bad.jsonl", "bad.jsonl", b"[]", "bad.jsonl"),
+    ("generate bad", "bad/config.json", b"", "config.json"),
+    ("generate bad --quantize int8", "bad/model.safetensors", b"PK\3\4" * 99, "model.safetensors"),
+    ("generate bad", "bad/vocab.json", b'{"a": 0, "a": 1}', "vocab.json"),
+    ("prepare bad.txt --out out --overwrite --tokenizer bytes", "bad.txt", b"\xff", "bad.txt"),
+    (
+        "prepare text.txt --out out --overwrite --tokenizer bad",
+        "bad/vocab.json",
+        b"1",
+        "vocab.json",
+    ),
+    ("demo --text bad.txt --out out --overwrite", "bad.txt", b"", "bad.txt"),
+]
+
+
+@pytest.fixture
+def bad_file(world: Path) -> Callable[[str, bytes], None]:
+    """Give what puts a bad file into the world, among good ones if it is in a directory."""
+
+    def put(name: str, content: bytes) -> None:
+        shutil.rmtree("bad", ignore_errors=True)
+        shutil.copytree("run", "bad")
+        shutil.copytree("data", "bad", dirs_exist_ok=True)
+        Path(name).write_bytes(content)
+
+    return put
+
+
+@pytest.mark.parametrize(("call", "name", "content", "said"), BAD_FILES, ids=lambda part: None)
+def test_bad_files(
+    call: str, name: str, content: bytes, said: str, bad_file: Any, capsys: Any
+) -> None:
+    bad_file(name, content)
+    assert main(call.split()) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("gpt2c: ") and said in err
+    assert err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("call", ["generate bad", "eval bad --data data"])
+def test_bad_files_in_a_process(call: str, bad_file: Any) -> None:
+    bad_file("bad/model.safetensors", (2**63).to_bytes(8, "little"))
+    command = [sys.executable, "-W", "error", "-m", "gpt2c", *call.split()]
+    path = os.pathsep.join(os.path.abspath(part) for part in sys.path if part)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=60
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("gpt2c: ") and "model.safetensors" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,729 @@
+"""Scoring: log-probabilities, windows and choices against what the logits say, done by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+from helpers.likely import CONFIG, by_hand, distribution, random_model, uniform
+
+from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c.cli.main import main
+from gpt2c.evaluate.loss import evaluate
+from gpt2c.evaluate.scoring import (
+    METRICS,
+    Question,
+    Scorer,
+    accuracy,
+    answer,
+    encode_pair,
+    ending_logprobs,
+    perplexity,
+    read_questions,
+    token_logprobs,
+)
+from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.reader import Decoder
+from gpt2c.text.shards import read_tokens, write_tokens
+
+BYTES = Tokenizer.from_name("bytes")
+# In float32 sums round by 6e-8 of their terms; int8 rounds activations, by one step in 254 where
+# backends differ in the last bit of a tie.
+TOLERANCE = {"fp32": 1e-5, "fp16": 1e-5, "int8": 2e-2}
+
+
+@pytest.fixture
+def text(rng: np.random.Generator) -> np.ndarray:
+    """Give more tokens than fit a context."""
+    return rng.integers(0, CONFIG.vocab_size, 45).astype(np.int32)
+
+
+# ---- model.logprobs, Scorer ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+def test_logprobs_are_those_of_the_logits(backend_name: str, kind: str, rng) -> None:
+    model, reference = (random_model(backend=name, kind=kind) for name in (backend_name, "numpy"))
+    for B, T in ((1, 2), (3, 16)):
+        idx = rng.integers(0, CONFIG.vocab_size, (B, T))
+        logprobs = model.logprobs(idx)
+        assert (logprobs.shape, logprobs.dtype) == ((B, T - 1), np.float32)
+        expected = np.stack([by_hand(reference, row) for row in idx])
+        np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=TOLERANCE[kind])
+        loss = model.loss(idx[:, :-1], idx[:, 1:])
+        assert -logprobs.mean(dtype=np.float64) == pytest.approx(loss, rel=1e-5)
+
+
+def test_logprobs_of_a_model_without_weights() -> None:
+    np.testing.assert_allclose(
+        uniform().logprobs([[1, 2, 3]]), [[-math.log(61)] * 2], rtol=1e-6, atol=0
+    )
+
+
+def test_what_logprobs_refuses() -> None:
+    model = uniform()
+    for kind in (model, QuantizedGPT2.from_model(model, "int8")):
+        assert "at least 2 tokens" in refused(kind.logprobs, [[1]])
+        assert "got shape (2,)" in refused(kind.logprobs, [1, 2])
+        assert "token id 61 is not in [0, 61)" in refused(kind.logprobs, [[1, 61]])
+        assert "n_positions is 16" in refused(kind.logprobs, np.zeros((1, 17), int))
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+def test_a_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> None:
+    model = random_model(backend=backend_name, kind=kind)
+    row = text[:17]  # one more than is read
+    likely = distribution(model, row[:-1])
+    expected = likely[np.arange(16), row[1:]]
+    row[9] = likely[8].argmax()
+    likely = distribution(model, row[:-1])
+    expected = likely[np.arange(16), row[1:]]
+    for first in (1, 2, 9, 16):
+        logprobs, likeliest = Scorer(model)(row, first)
+        np.testing.assert_allclose(logprobs, expected[first - 1 :], rtol=1e-5, atol=1e-5)
+        assert likeliest.tolist() == (likely.argmax(axis=1) == row[1:])[first - 1 :].tolist()
+    assert likeliest.shape == (1,)
+    assert Scorer(model)(row, 9)[1][0]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Note how many tokens are read, and from where, by all decoders."""
+    noted: list[tuple[int, int]] = []
+    real = Decoder.hidden
+
+    def hidden(
+        self: Decoder, tokens: Any, slot: int, position: int, states: Any = None
+    ) -> Iterator[Any]:
+        if len(tokens):
+            noted.append((position, len(tokens)))
+        return real(self, tokens, slot, position, states)
+
+    monkeypatch.setattr(Decoder, "hidden", hidden)
+    return noted
+
+
+def test_what_texts_share_is_read_once(backend_name: str, text, reads) -> None:
+    model = random_model(backend=backend_name)
+    context, scorer = text[:10], Scorer(model)
+    rows = [np.append(context, ending) for ending in (text[10:13], text[11:17], text[20:21])]
+    rows += [text[20:30], rows[0], rows[0]]
+    kept = [scorer(row.astype(np.int32), 10 if i != 3 else 4) for i, row in enumerate(rows)]
+    # the last token of a context is read with its ending, the last of an ending never
+    assert reads[:4] == [(0, 9), (9, 3), (9, 6), (9, 1)]
+    assert reads[4:6] == [(0, 3), (3, 6)], "another text begins anew"
+    assert reads[6:] == [(0, 9), (9, 3), (9, 3)], "what is to be scored is read in any case"
+    for (logprobs, likeliest), row in zip(kept, rows, strict=True):
+        fresh = Scorer(model)(row.astype(np.int32), len(row) - len(logprobs))
+        np.testing.assert_allclose(logprobs, fresh[0], rtol=0, atol=1e-5)
+        if backend_name != "numpy":
+            assert (logprobs == fresh[0]).all(), "not to the bit"
+        assert (likeliest == fresh[1]).all()
+
+
+def test_a_scorer_that_was_interrupted_knows_what_it_has_read(text, monkeypatch) -> None:
+    model = random_model()
+    scorer, real = Scorer(model), Decoder.hidden
+    first, second = text[:12], np.append(text[:6], text[30:36])
+    expected = Scorer(model)(first, 8)[0]
+    scorer(first, 8)
+
+    def hidden(self: Decoder, tokens: Any, slot: int, position: int) -> Iterator[Any]:
+        yield from real(self, tokens, slot, position)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "hidden", hidden)
+    with pytest.raises(KeyboardInterrupt):
+        scorer(second, 8)
+    monkeypatch.setattr(Decoder, "hidden", real)
+    assert (scorer(first, 8)[0] == expected).all()
+
+
+def test_diverged_weights_are_refused(text) -> None:
+    model = random_model()
+    model.parameters["ln_f.bias"][3] = np.nan
+    assert "weights have diverged or are damaged" in refused(token_logprobs, model, text)
+    assert "diverged" in refused(answer, model, [Question((1,), ((2,), (3,)), 0, (1, 1))])
+    model.parameters["ln_f.bias"][3] = np.inf
+    assert "nan or infinity" in refused(perplexity, model, text)
+
+
+# ---- long texts ----------------------------------------------------------------------------------
+
+
+def guide(model: LanguageModel, tokens: np.ndarray, stride: int, max_length: int) -> np.ndarray:
+    """Slide as in Hugging Face's guide; give the log-probability of each token, or nan."""
+    out = np.full(len(tokens), np.nan)
+    before = 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + max_length, len(tokens))
+        window, wanted = tokens[begin:end], end - before
+        labels = np.where(np.arange(len(window)) < len(window) - wanted, -100, window)
+        if len(window) > 1:
+            logprobs = by_hand(model, window)
+            kept = np.flatnonzero(labels[1:] != -100)
+            out[begin + 1 + kept] = logprobs[kept]
+        before = end
+        if end == len(tokens):
+            break
+    return out
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+@pytest.mark.parametrize(
+    ("count", "stride", "max_length"),
+    [
+        *((45, 1, 16), (45, 5, 16), (45, 8, 16), (45, 15, 16), (45, 16, 16), (33, 16, 16)),
+        *((45, 3, 7), (45, 1, 2), (45, 2, 2), (9, 4, 16), (16, 4, 16), (17, 4, 16), (2, 1, 16)),
+    ],
+)
+def test_windows_slide_as_in_the_guide(
+    text, kind: str, count: int, stride: int, max_length: int
+) -> None:
+    model, tokens = random_model(kind=kind), text[:count]
+    # where the guide's windows touch, its first tokens have no context and are not scored
+    expected = guide(model, tokens, stride, max(max_length, stride + 1))
+    logprobs = token_logprobs(model, tokens, stride, max_length)
+    assert (logprobs.shape, logprobs.dtype) == ((count,), np.float64)
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert np.flatnonzero(np.isnan(logprobs)).tolist() == [0]
+    loss = -np.nanmean(expected)
+    assert perplexity(model, tokens, stride, max_length) == pytest.approx(
+        (loss, np.exp(loss)), rel=1e-5
+    )
+
+
+def test_every_backend_slides(backend_name: str, text) -> None:
+    expected = guide(random_model(backend="numpy"), text, 8, 16)
+    logprobs = token_logprobs(random_model(backend=backend_name), text, 8)
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_stride_1_gives_each_token_all_the_context_that_fits(text) -> None:
+    model = random_model()
+    logprobs = token_logprobs(model, text, stride=1)
+    for i in range(1, len(text)):
+        likely = distribution(model, text[max(0, i - 15) : i])[-1]
+        assert logprobs[i] == pytest.approx(likely[text[i]], abs=1e-5)
+
+
+def test_the_context_is_not_given_logits(text, reads) -> None:
+    token_logprobs(random_model(), text[:28], stride=4)
+    assert reads == [(0, 15), (0, 11), (11, 4), (0, 11), (11, 4), (0, 11), (11, 4)]
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity(text) -> None:
+    for stride in (None, 1, 16):
+        assert perplexity(uniform(), text, stride) == pytest.approx((math.log(61), 61), rel=1e-6)
+
+
+def test_defaults_and_kinds_of_tokens(text) -> None:
+    model = random_model()
+    expected = token_logprobs(model, text, 8, 16)
+    for tokens in (text.tolist(), text.astype(np.uint16), text.astype(np.int64)):
+        np.testing.assert_array_equal(token_logprobs(model, tokens), expected)
+    assert np.isfinite(token_logprobs(model, text, max_length=3)[1:]).all(), "half of 3 is 1"
+    assert np.isfinite(token_logprobs(model, text, max_length=2)[1:]).all()
+
+
+def test_a_perplexity_may_be_infinite(text) -> None:
+    model = random_model()
+    model.parameters["ln_f.weight"][...] *= 1e5
+    loss, infinite = perplexity(model, text, 8)
+    assert loss == pytest.approx(-token_logprobs(model, text, 8)[1:].mean())
+    assert loss > 1000 and infinite == math.inf
+
+
+def test_windows_side_by_side_are_those_of_evaluate(text) -> None:
+    model = random_model()
+    for count in (2, 16, 17, 18, 33, 34, 45):
+        expected = evaluate(model, [text[:count].astype(np.uint16)], 2, 16)
+        for max_length in (None, 17):  # the 17th is not read
+            loss, _ = perplexity(model, text[:count], 16, max_length)
+            assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_watch_is_told_of_every_window(text) -> None:
+    told: list[tuple[int, int, str]] = []
+    model = random_model()
+    loss, _ = perplexity(model, text, 8)
+    token_logprobs(model, text, 8, watch=lambda *figures: told.append(figures))
+    assert [(done, total) for done, total, _ in told] == [(n, 5) for n in range(1, 6)]
+    assert told[-1][2] == f"loss {loss:.4f}"
+    first = -by_hand(model, text[:16]).mean()
+    assert float(told[0][2].removeprefix("loss ")) == pytest.approx(first, abs=1e-4)
+
+
+def test_what_windows_refuse(text) -> None:
+    model = uniform()
+    for wrong, message in (
+        ({"stride": 0}, "stride must be from 1 to the window's 16 tokens, got 0"),
+        ({"stride": 17}, "to the window's 16 tokens, got 17"),
+        ({"stride": 5, "max_length": 4}, "to the window's 4 tokens, got 5"),
+        ({"stride": 2.0}, "stride must be a whole number"),
+        ({"max_length": "16"}, "max_length must be a whole number"),
+        ({"stride": 17, "max_length": 17}, "to the window's 16 tokens, got 17"),
+        ({"max_length": 1}, "max_length must be from 2 to n_positions + 1 = 17, got 1"),
+        ({"max_length": 18}, "n_positions + 1 = 17, got 18"),
+    ):
+        assert message in refused(token_logprobs, model, text, **wrong)
+        assert message in refused(perplexity, model, text, **wrong)
+    for call in (token_logprobs, perplexity):
+        assert "1 token cannot be scored: at least 2" in refused(call, model, text[:1])
+        for nothing in ([], text[:0]):
+            assert "0 tokens cannot be scored: at least 2" in refused(call, model, nothing)
+    assert "got shape (1, 45)" in refused(token_logprobs, model, text[None])
+    assert "token id 61 is not in [0, 61)" in refused(token_logprobs, model, [1, 61])
+    assert "whole numbers, got dtype float64" in refused(token_logprobs, model, [1.0, 2.0])
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+GOOD = {"ctx": "a cat", "endings": ["sat", " ran away", "barked"], "label": 0}
+
+
+def lines(path: Path, *rows: dict[str, Any] | str) -> Path:
+    """Write a JSONL file."""
+    texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_bytes("\n".join(texts).encode())
+    return path
+
+
+def test_read_questions(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "x.jsonl",
+        json.dumps(GOOD) + "\r",
+        "",
+        GOOD | {"ctx": "a cat  ", "label": "2", "ind": 24, "split": "val"},
+        {"ctx": "", "endings": ["x", "\ny"], "label": 1},
+        json.dumps({"ctx": "\u2028", "endings": ["\u00e9", "y"], "label": 0}, ensure_ascii=False),
+        "  ",
+    )
+    first, second, third, fourth = read_questions(path, BYTES, 64)
+
+    def decoded(question: Question) -> tuple[str, list[str]]:
+        return BYTES.decode(question.context), [BYTES.decode(end) for end in question.endings]
+
+    assert decoded(first) == ("a cat", [" sat", " ran away", " barked"])
+    assert decoded(second) == ("a cat", ["  sat", "   ran away", "  barked"])
+    assert (third.context, third.endings) == ((256,), ((ord("x"),), (10, ord("y"))))
+    assert fourth.context == (256,), "U+2028 is a space, and ends no line"
+    assert [q.label for q in (first, second, third, fourth)] == [0, 2, 1, 0]
+    assert first.characters == second.characters == (3, 9, 6), "without the space put in front"
+    assert (third.characters, fourth.characters) == ((1, 2), (1, 1))
+    content = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content + b"\r\n\xef\xbb\xbf" + content)
+    assert read_questions(path, BYTES, 64) == [first, second, third, fourth] * 2
+
+
+WRONG: list[tuple[Any, str]] = [
+    ("{'ctx': 1}", "the question is not valid JSON: Expecting property name"),
+    ("[" * 100_000, "the question is not valid JSON: "),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": 0, "label": 1}', "'label' is there twice"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": 0, "ind": NaN}', "NaN is no number in JSON"),
+    ("[1]", "the question must hold a JSON object, got list"),
+    ({"endings": ["a", "b"], "label": 0}, "the field ctx is missing"),
+    ({"ctx": "a", "label": 0}, "the field endings is missing"),
+    ({"ctx": "a", "endings": ["a", "b"]}, "the field label is missing"),
+    (GOOD | {"ctx": None}, "ctx must be a string, got NoneType"),
+    (GOOD | {"endings": []}, "endings must be a list of at least 2 strings, got 0"),
+    (GOOD | {"endings": ["a"]}, "endings must be a list of at least 2 strings, got 1"),
+    (GOOD | {"endings": "ab"}, "endings must be a list of at least 2 strings, got str"),
+    (GOOD | {"endings": ["a", ""]}, "ending 1 must be a string that is not blank, got ''"),
+    (GOOD | {"endings": [" \n", "b"]}, r"ending 0 must be .* not blank, got ' \\n'"),
+    (GOOD | {"endings": ["a", 3]}, "ending 1 must be a string that is not blank, got 3"),
+    (GOOD | {"label": 3}, "label must be a whole number from 0 to 2, got 3"),
+    (GOOD | {"label": -1}, "label must be a whole number from 0 to 2, got -1"),
+    (GOOD | {"label": "3"}, "label must be a whole number from 0 to 2, got 3"),
+    (GOOD | {"label": ""}, "label must be a whole number from 0 to 2, got ''"),
+    (GOOD | {"label": "-1"}, "label must be .* got '-1'"),
+    (GOOD | {"label": "\u0661"}, "label must be .* got '\u0661'"),
+    (GOOD | {"label": 1.0}, r"label must be .* got 1\.0"),
+    (GOOD | {"label": True}, "label must be .* got True"),
+    (GOOD | {"label": None}, "label must be .* got None"),
+    (GOOD | {"ctx": "a" * 57}, r"ctx and ending 1 have 66 tokens, at most n_positions \+ 1 = 65"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    path = lines(tmp_path / "x.jsonl", GOOD, "", row, GOOD)
+    got = refused(read_questions, path, BYTES, 64)
+    assert got.startswith(f"{path}, line 3: ")
+    assert re.search(message, got), got
+
+
+def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"x\.jsonl does not exist"):
+        read_questions(tmp_path / "x.jsonl", BYTES, 64)
+    path = lines(tmp_path / "x.jsonl", " ", "")
+    assert (
+        refused(read_questions, path, BYTES, 64) == f"{path} holds no questions, only blank lines"
+    )
+    path.write_bytes(b"\xef\xbb\xbf\r\n")
+    assert "holds no questions" in refused(read_questions, path, BYTES, 64)
+    path.write_bytes(b"")
+    assert "is empty" in refused(read_questions, path, BYTES, 64)
+    path.write_bytes(b"\xff")
+    assert "is not UTF-8" in refused(read_questions, path, BYTES, 64)
+
+
+def test_the_longest_question_that_fits(tmp_path: Path) -> None:
+    path = lines(tmp_path / "x.jsonl", GOOD | {"ctx": "a" * 56})
+    (question,) = read_questions(path, BYTES, 64)
+    assert max(len(question.context) + len(ending) for ending in question.endings) == 65
+    config = GPT2Config(257, n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    assert np.isfinite(ending_logprobs(Scorer(uniform(config)), question)).all()
+
+
+def test_a_pair_is_one_text() -> None:
+    tokenizer = Tokenizer.train(["the cat sat on the mat, the cat ran"] * 9, 280)
+    for context, ending in (
+        ("the cat", " sat"),
+        ("the cat  ", "sat"),
+        ("the cat\n", " ran"),
+        ("", "the"),
+    ):
+        before, after = encode_pair(tokenizer, context, ending)
+        if context:
+            assert before == tokenizer.encode(context.rstrip())
+            assert before + after == tokenizer.encode(context + ending)
+        else:
+            assert (before, after) == ([tokenizer.eot], tokenizer.encode("the"))
+    assert len(tokenizer.encode("the cat")) == 2, "the text has taught it nothing"
+    for context, ending in (("the c", "at"), ("the ca", "t sat"), ("t", "he")):
+        before, after = encode_pair(tokenizer, context, ending)  # no token ends between them
+        assert (before, after) == (tokenizer.encode(context), tokenizer.encode(ending))
+    cat, sat = encode_pair(tokenizer, "the cat ", "sat")
+    assert (tokenizer.decode(cat), tokenizer.decode(sat)) == ("the cat", " sat")
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+def test_answers_are_those_of_whole_texts(backend_name: str, kind: str, text, reads) -> None:
+    model = random_model(backend=backend_name, kind=kind)
+    rng = np.random.default_rng(3)
+    questions, expected = [], []
+    for number in range(12):
+        n = int(rng.integers(1, 9))
+        context = tuple(rng.integers(0, 61, n).tolist())
+        endings = tuple(tuple(rng.integers(0, 61, rng.integers(1, 8)).tolist()) for _ in range(4))
+        characters = tuple(rng.integers(1, 30, 4).tolist())
+        questions.append(Question(context, endings, number % 4, characters))
+        sums = [by_hand(model, np.array(context + ending))[n - 1 :].sum() for ending in endings]
+        np.testing.assert_allclose(
+            ending_logprobs(Scorer(model), questions[-1]), sums, rtol=1e-5, atol=1e-5
+        )
+        by_character = np.array(sums) / characters
+        by_token = [total / len(ending) for total, ending in zip(sums, endings, strict=True)]
+        expected.append(
+            [np.argmax(scores) == number % 4 for scores in (sums, by_character, by_token)]
+        )
+    assert 0 < np.sum(expected) < 36
+    columns = np.array(expected).T.tolist()
+    assert all(columns.count(column) == 1 for column in columns), "they cannot be told apart"
+    reads.clear()
+    told: list[tuple[int, int, str]] = []
+    right = answer(model, questions, lambda *figures: told.append(figures))
+    assert right.tolist() == expected
+    # the context but its last token, and each ending in its place
+    assert sum(count for _, count in reads) <= sum(
+        len(q.context) - 1 + sum(map(len, q.endings)) for q in questions
+    )
+    shares = zip(METRICS, accuracy(right), strict=True)
+    assert told[-1] == (12, 12, "  ".join(f"{name} {share:.4f}" for name, (share, _) in shares))
+
+
+def test_choices_by_hand() -> None:
+    # Each token costs log(61). The sum is best for the fewest tokens; per character the endings
+    # cost 3/4, 2/2 and 3/7 of it; per token all cost the same, so the first is chosen.
+    endings = ((1, 2, 3), (4, 5), (6, 7, 8))
+    questions = [Question((9,), endings, label, (4, 2, 7)) for label in (0, 1, 2)]
+    right = answer(uniform(), questions)
+    assert right.tolist() == [[False, False, True], [True, False, False], [False, True, False]]
+    third = math.sqrt(1 / 3 * 2 / 3 / 2)
+    assert accuracy(right) == [pytest.approx((1 / 3, third))] * 3
+
+
+def test_the_error_is_that_of_a_mean(rng) -> None:
+    right = rng.random((20, 2)) < 0.4
+    errors = right.std(axis=0, ddof=1) / math.sqrt(20)
+    expected = list(zip(right.mean(axis=0), errors, strict=True))
+    assert accuracy(right) == [pytest.approx(pair) for pair in expected]
+    assert accuracy(np.array([[True, False]])) == [
+        pytest.approx((x, math.nan), nan_ok=True) for x in (1, 0)
+    ]
+
+
+def test_what_answer_refuses() -> None:
+    assert "at least one question" in refused(answer, uniform(), [])
+    for question in (
+        Question((), ((1,),), 0, (1,)),
+        Question((1,), ((2,), ()), 0, (1, 1)),
+        Question((1,), (), 0, ()),
+    ):
+        assert "all of them and the context not empty" in refused(answer, uniform(), [question])
+    for label in (-1, 2):
+        wrong = Question((1,), ((2,), (3,)), label, (1, 1))
+        assert f"label must be from 0 to 1, got {label}" in refused(answer, uniform(), [wrong])
+    for characters in ((1,), (1, 0), (1, 2, 3)):
+        wrong = Question((1,), ((2,), (3,)), 0, characters)
+        assert "must be 2 numbers of at least 1" in refused(answer, uniform(), [wrong])
+    wrong = Question((1,), ((2,), (61,)), 0, (1, 1))
+    assert "a question: token id 61 is not in [0, 61)" in refused(answer, uniform(), [wrong])
+    assert "at least one answer is wanted" in refused(accuracy, np.empty((0, 3), bool))
+    long = Question((1,) * 10, ((2,) * 7, (3,) * 8), 0, (1, 1))
+    assert "has 18 tokens with an ending, at most n_positions + 1 = 17" in refused(
+        answer, uniform(), [long]
+    )
+
+
+def test_the_adapter_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "gpt2c.evaluate.lm_eval", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match="adapter for lm-evaluation-harness: pip install"):
+        importlib.import_module("gpt2c.evaluate.lm_eval")
+
+
+# ---- gpt2c eval ----------------------------------------------------------------------------------
+
+RESULT = r"loss (\S+) nats/token  perplexity (\S+)  bits per byte (\S+)\n"
+ANSWERS = (
+    r"acc (\S+) \+/- (\S+)  acc_norm (\S+) \+/- (\S+) \(per character\)"
+    r"  acc_per_token (\S+) \+/- (\S+)  questions (\d+)\n"
+)
+
+
+def padded_model(model: GPT2, vocab_size: int) -> GPT2:
+    """Return the model with more rows of the token table than there are tokens, of zeros."""
+    padded = GPT2(dataclasses.replace(model.config, vocab_size=vocab_size), seed=None)
+    for name, parameter in model.parameters.items():
+        padded.parameters[name][: len(parameter)] = parameter
+    return padded
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a directory with a run, held-out tokens and questions."""
+    path = tmp_path_factory.mktemp("world")
+    config = GPT2Config(257, n_positions=16, n_embd=24, n_layer=1, n_head=3, eos_token_id=256)
+    random_model(config).save_pretrained(path / "run")
+    for directory in ("run", "data"):
+        BYTES.save_pretrained(path / directory)
+    tokens = np.random.default_rng(5).integers(0, 257, 90)  # with an end of text, of 0 bytes
+    tokens[40] = 256
+    write_tokens(path / "data" / "val.bin", tokens)
+    endings = ["sat", "ran far", "\u00e9\u00e9\u00e9"]  # 3, 7 and 3 characters, 4, 8 and 7 tokens
+    few = [GOOD | {"label": label, "endings": endings} for label in (0, 1, 2, 2)]
+    lines(path / "few.jsonl", *few)
+    lines(path / "many.jsonl", *few * 15)
+    lines(path / "bad.jsonl", *few, GOOD | {"label": 9})
+    lines(path / "long.jsonl", GOOD | {"ctx": "a cat, a dog"})
+    model = GPT2.from_pretrained(path / "run")
+    for name in ("sure", "diverged", "padded", "alone", "alone-padded"):
+        shutil.copytree(path / "run", path / name)
+    for name in ("alone", "alone-padded"):
+        (path / name / "vocab.json").unlink()
+    model.parameters["ln_f.weight"][...] *= 1e5
+    model.save_pretrained(path / "sure")
+    model.parameters["ln_f.weight"][3] = np.nan
+    model.save_pretrained(path / "diverged")
+    padded = padded_model(GPT2.from_pretrained(path / "run"), 320)
+    for name in ("padded", "alone-padded"):
+        padded.save_pretrained(path / name)
+    # another tokenizer of the same size: the bytes' ids stand the other way round
+    Tokenizer({bytes([255 - i]): i for i in range(256)}, 256).save_pretrained(path / "reversed")
+    for name in ("reversed", "beyond", "ends", "ended"):
+        if name != "reversed":
+            BYTES.save_pretrained(path / name)
+        write_tokens(path / name / "val.bin", tokens)
+    write_tokens(path / "beyond" / "val.bin", [*range(9), 300])
+    write_tokens(path / "ends" / "val.bin", [256] * 9)
+    write_tokens(path / "ended" / "val.bin", [256])
+    Tokenizer({bytes([(i + 1) % 256]): i for i in range(1, 257)}, 0).save_pretrained(path / "first")
+    write_tokens(path / "first" / "val.bin", tokens)
+    large = Tokenizer.train(["the cat sat on the mat"] * 5, 270)
+    (path / "other").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (path / "other" / name).write_bytes((path / "run" / name).read_bytes())
+    large.save_pretrained(path / "other")
+    return path
+
+
+@pytest.fixture
+def gpt2c(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str, str]]:
+    """Give `gpt2c` in the world, as (exit code, standard output, standard error)."""
+    monkeypatch.chdir(world)
+    for variable in ("GPT2C_BACKEND", "GPT2C_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def run(arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(arguments.split())
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("flags", ["", " --quantize int8", " --quantize fp16 --backend numpy"])
+@pytest.mark.parametrize("stride", [1, 8, 16])
+def test_eval_slides(gpt2c, world: Path, stride: int, flags: str) -> None:
+    model = GPT2.from_pretrained(world / "run")
+    if flags:
+        model = QuantizedGPT2.from_model(model, flags.split()[1])
+    tokens = np.random.default_rng(5).integers(0, 257, 90)
+    tokens[40] = 256
+    logprobs = guide(model, tokens, stride, max(16, stride + 1))
+    scored = ~np.isnan(logprobs)
+    nats, size = -np.nansum(logprobs), int((tokens[scored] != 256).sum())
+    assert size < scored.sum() == 89
+    code, out, err = gpt2c(f"eval run --data data --stride {stride}{flags}")
+    assert (code, err) == (0, "")
+    shown = re.search(f"(?:^|\n){RESULT}$", out)
+    assert shown
+    loss = nats / scored.sum()
+    assert [float(shown[1]), float(shown[3])] == pytest.approx(
+        [loss, nats / math.log(2) / size], abs=2e-3 if "int8" in flags else 1.1e-4
+    )
+    assert float(shown[2]) == pytest.approx(math.exp(float(shown[1])), rel=2e-4)
+    lines = re.findall(r"^window (\d+)/75  loss \d", out, re.MULTILINE)
+    assert lines == (["15", "30", "45", "60", "75"] if stride == 1 else []), "if it is long"
+
+
+def test_eval_without_a_stride_is_as_it_was(gpt2c, world: Path) -> None:
+    tokens = np.random.default_rng(5).integers(0, 257, 90)
+    tokens[40] = 256
+    loss = evaluate(GPT2.from_pretrained(world / "run"), [tokens.astype(np.uint16)], 8, 16)
+    code, out, err = gpt2c("eval run --data data")
+    assert (code, err) == (0, "")
+    shown = re.fullmatch(RESULT, out)
+    assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_stride_of_the_context_is_windows_side_by_side(gpt2c) -> None:
+    assert gpt2c("eval run --data data --stride 16") == gpt2c("eval run --data data")
+
+
+def test_eval_of_a_padded_vocabulary(gpt2c, world: Path) -> None:
+    tokens = read_tokens(world / "data" / "val.bin")
+    model = padded_model(GPT2.from_pretrained(world / "run"), 320)
+    loss = evaluate(model, [tokens], 8, 16)
+    assert loss > evaluate(GPT2.from_pretrained(world / "run"), [tokens], 8, 16)
+    for flags in ("", " --stride 16"):
+        code, out, err = gpt2c(f"eval padded --data data{flags}")
+        assert (code, err) == (0, "")
+        shown = re.fullmatch(RESULT, out)
+        assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
+
+
+def test_eval_says_that_it_could_compare_sizes_only(gpt2c) -> None:
+    for name, size, like in (("alone", 257, "run"), ("alone-padded", 320, "padded")):
+        code, out, err = gpt2c(f"eval {name} --data data")
+        assert (code, out) == (0, gpt2c(f"eval {like} --data data")[1])
+        assert err.count("\n") == 1 and err.startswith(
+            f"gpt2c: only the sizes of the vocabularies could be compared, 257 of data and {size}"
+            f" of {name}: "
+        )
+
+
+def test_eval_of_an_infinite_perplexity(gpt2c, world: Path) -> None:
+    tokens = read_tokens(world / "data" / "val.bin")
+    loss = evaluate(GPT2.from_pretrained(world / "sure"), [tokens], 8, 16)
+    for flags in ("", " --stride 16"):
+        code, out, err = gpt2c(f"eval sure --data data{flags}")
+        shown = re.fullmatch(RESULT, out)
+        assert (code, err) == (0, "") and shown
+        assert float(shown[1]) == pytest.approx(loss, rel=1e-5) and loss > 1000
+        assert shown[2] == "inf"
+        bits = loss * 89 / math.log(2) / np.count_nonzero(tokens[1:] != 256)
+        assert float(shown[3]) == pytest.approx(bits, rel=1e-5)
+
+
+def test_eval_of_tokens_without_bytes(gpt2c, world: Path) -> None:
+    loss = evaluate(GPT2.from_pretrained(world / "run"), [np.full(9, 256, np.uint16)], 8, 16)
+    code, out, err = gpt2c("eval run --data ends")
+    assert (code, err) == (0, "")
+    shown = re.fullmatch(r"loss (\S+) nats/token  perplexity \S+  bits per byte none, as .*\n", out)
+    assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("flags", ["", " --quantize int8", " --quantize fp16 --backend numpy"])
+def test_eval_answers(gpt2c, world: Path, flags: str) -> None:
+    model = GPT2.from_pretrained(world / "run")
+    if flags:
+        model = QuantizedGPT2.from_model(model, flags.split()[1])
+    sums = []
+    for ending in (" sat", " ran far", " \u00e9\u00e9\u00e9"):
+        row = np.array(list(b"a cat" + ending.encode()))
+        sums.append(by_hand(model, row)[4:].sum())
+    labels = np.array([0, 1, 2, 2])
+    expected = []
+    for lengths in ((1, 1, 1), (3, 7, 3), (4, 8, 7)):
+        share = (labels == np.argmax(np.array(sums) / lengths)).mean()
+        expected += [share, math.sqrt(share * (1 - share) / 3)]
+    code, out, err = gpt2c(f"eval run --choices few.jsonl{flags}")
+    assert (code, err) == (0, "")
+    shown = re.fullmatch(ANSWERS, out)
+    assert shown
+    assert [float(text) for text in shown.groups()] == pytest.approx([*expected, 4], abs=1e-4)
+
+
+def test_eval_shows_progress_and_does_both(gpt2c) -> None:
+    few, data = gpt2c("eval run --choices few.jsonl")[1], gpt2c("eval run --data data")[1]
+    code, out, err = gpt2c("eval run --data data --choices many.jsonl")
+    assert (code, err) == (0, "")
+    assert out.startswith(data)
+    steps = re.findall(
+        r"^question +(\d+)/60((?:  acc\w* \d\.\d{4}){3})(?:  \S+ left)?$", out, re.MULTILINE
+    )
+    assert [step for step, _ in steps] == [str(step) for step in range(12, 61, 12)]
+    last = out.splitlines()[-1]
+    assert re.fullmatch(ANSWERS, last + "\n")
+    assert last.split()[1] == few.split()[1] and last.endswith("questions 60")
+    assert gpt2c("eval run --data data --choices few.jsonl")[1] == data + few
+
+
+MISTAKES = [
+    ("eval run", "eval needs --data, --choices or both: there is nothing to score"),
+    ("eval run --stride 4", "eval needs --data"),
+    ("eval run --choices few.jsonl --stride 4", "--stride is for --data, which is not given"),
+    ("eval run --data data --stride 0", "stride must be from 1 to the window's 16 tokens, got 0"),
+    ("eval run --data data --stride 17", "stride must be from 1 to .* got 17"),
+    ("eval run --data data --choices bad.jsonl", r"bad\.jsonl, line 5: label must be .* got 9"),
+    ("eval run --choices missing.jsonl", r"missing\.jsonl does not exist"),
+    ("eval run --choices data", "data: Is a directory"),
+    ("eval run --choices long.jsonl", r"line 1: ctx and ending 1 have 21 tokens"),
+    ("eval other --choices few.jsonl", "tokenizer has 269 tokens and the model 257: they do not"),
+    ("eval data --choices few.jsonl", r"config\.json does not exist"),
+    ("eval diverged --data data", "the loss is nan: the model's weights have diverged"),
+    ("eval diverged --data data --stride 4", "weights have diverged or are damaged"),
+    ("eval diverged --choices few.jsonl", "weights have diverged or are damaged"),
+    ("eval run --data reversed", "^gpt2c: reversed .* another tokenizer than that of run: they do"),
+    ("eval run --data reversed --stride 4", "prepare --tokenizer DIRECTORY"),
+    ("eval padded --data reversed", "reversed was made with another tokenizer than that of padded"),
+    ("eval padded --data beyond", r"beyond/val\.bin holds token 300, outside a vocabulary of 257"),
+    ("eval run --data other", "other has a vocabulary of 269 tokens and run one of 257: they do"),
+    ("eval alone --data other", "other has a vocabulary of 269 tokens and alone one of 257"),
+    ("eval alone --data first", "first has 0 for its end of text and alone 256: they do not"),
+    ("eval run --data ended", "1 token is too few to evaluate on; at least 2 are needed"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), MISTAKES, ids=[row[0] for row in MISTAKES])
+def test_a_mistake_costs_one_line(gpt2c, arguments: str, wanted: str) -> None:
+    code, out, err = gpt2c(arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("gpt2c: ") and err.count("\n") == 1
+    assert re.search(wanted, err), err

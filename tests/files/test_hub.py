@@ -1,0 +1,501 @@
+"""Names of models: huggingface_hub's own client against a stand-in hub on loopback."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+from helpers.standin_hub import COMMIT, StandIn, serve
+
+from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c.files import hub
+
+REPO = "user/small"
+needs_client = pytest.mark.skipif(
+    importlib.util.find_spec("huggingface_hub") is None,
+    reason="huggingface_hub is not installed: pip install 'gpt2c[hub]'",
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a small model with its tokenizer."""
+    directory = tmp_path_factory.mktemp("saved")
+    tokenizer = Tokenizer.train(["hello world, hello again"], 264)
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_positions=16, n_embd=8, n_layer=1, n_head=2
+    )
+    GPT2(config, seed=1).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def files(saved: Path) -> dict[str, bytes]:
+    """Give what a repository on the hub may have, pickles and all."""
+    others = {"pytorch_model.bin": b"pickle", "training_args.bin": b"pickle", "README.md": b"#"}
+    return {path.name: path.read_bytes() for path in saved.iterdir()} | others
+
+
+@pytest.fixture
+def standin(files: dict[str, bytes]) -> Iterator[StandIn]:
+    """Give a hub with one model."""
+    with serve(StandIn({REPO: files})) as standin:
+        yield standin
+
+
+class Client:
+    """Runs code in a process of its own: the client reads its environment when it is imported."""
+
+    def __init__(self, standin: StandIn, path: Path) -> None:
+        self.standin = standin
+        self.path = path / "work"
+        self.home = path / "some" / "where" / "home"
+        self.path.mkdir()
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """Give the variables: none of the user's that mean the hub or a proxy."""
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("HF_") and not name.lower().endswith("_proxy")
+        }
+        own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        return own | {"HF_HOME": str(self.home), "HF_ENDPOINT": self.standin.url} | variables
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run Python with these arguments."""
+        command = [sys.executable, "-W", "error", *arguments]
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=self.path,
+            env=self.environment(**variables),
+            timeout=60,
+        )
+
+    def find(self, name: str = REPO, tail: str = "", **variables: str) -> Path:
+        """Find a model that must be there."""
+        code = f"from gpt2c.files import hub; print(hub.find({name!r}{tail}))"
+        done = self.run("-c", code, **variables)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.rstrip("\n"))
+
+    def fails(self, name: str = REPO, tail: str = "", **variables: str) -> str:
+        """Look for a model that cannot be had; give the error, which is one sentence."""
+        code = (
+            f"from gpt2c.files import hub\ntry: hub.find({name!r}{tail})\n"
+            "except (OSError, ValueError) as error: print(type(error).__name__, error)"
+        )
+        done = self.run("-c", code, **variables)
+        assert done.returncode == 0, done.stderr
+        message = done.stdout.rstrip("\n")
+        assert message and not re.search(r"\n|\. [A-Z]", message), message
+        return message
+
+    def outside(self) -> set[str]:
+        """Give what was written outside of HF_HOME."""
+        root = self.path.parent
+        names = {str(path.relative_to(root)) for path in root.rglob("*")}
+        return {name for name in names if not name.startswith("some/where/home")} - {
+            "work",
+            "some",
+            "some/where",
+        }
+
+
+@pytest.fixture
+def client(standin: StandIn, tmp_path: Path) -> Client:
+    """Give processes that know the stand-in."""
+    return Client(standin, tmp_path)
+
+
+# ---- what is wanted ------------------------------------------------------------------------------
+
+
+@needs_client
+def test_a_model_is_downloaded_once(client: Client, saved: Path) -> None:
+    """And never what a pickle could be in."""
+    code = f"""
+import gpt2c
+generator = gpt2c.Generator.from_pretrained({REPO!r})
+print(generator.generate("hello", max_new_tokens=4, temperature=0))
+print(gpt2c.GPT2.from_pretrained({REPO!r}, quantize="int8").method)
+print(gpt2c.QuantizedGPT2.from_pretrained({REPO!r}, "fp16").method)
+print(gpt2c.Tokenizer.from_pretrained({REPO!r}).vocab_size)
+"""
+    done = client.run("-c", code)
+    assert done.returncode == 0, done.stderr
+    here = Generator.from_pretrained(saved)
+    text = here.generate("hello", max_new_tokens=4, temperature=0)
+    assert done.stdout == f"{text}\nint8\nfp16\n{here.tokenizer.vocab_size}\n"
+    assert done.stderr == "", "no one is watching"
+    got = sorted(path.rpartition("/")[2] for path in client.standin.asked("GET", "/resolve/"))
+    assert got == sorted(path.name for path in saved.iterdir()), "each once, and nothing else"
+    assert not client.standin.asked("HEAD", "bin"), "a pickle was asked for"
+
+
+@needs_client
+def test_the_second_time_comes_from_the_cache(client: Client) -> None:
+    first = client.find()
+    client.standin.requests.clear()
+    assert client.find() == first
+    assert not client.standin.asked("GET", "/resolve/") + client.standin.asked("HEAD")
+    client.standin.requests.clear()
+    assert client.find(HF_HUB_OFFLINE="1") == first
+    assert not client.standin.requests
+
+
+@needs_client
+def test_a_tokenizer_needs_no_weights(client: Client) -> None:
+    directory = client.find(tail=", weights=False")
+    assert {path.name for path in directory.iterdir()} == {
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+    }
+    message = client.fails(HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE" in message and str(client.home) in message
+    assert (client.find() / "model.safetensors").exists(), "the rest comes when it is wanted"
+
+
+@needs_client
+@pytest.mark.parametrize("revision", ["main", "v1", COMMIT])
+def test_a_revision(client: Client, revision: str) -> None:
+    assert client.find(tail=f", revision={revision!r}").name == COMMIT
+    message = client.fails(tail=", revision='v2'")
+    assert message.startswith(f"FileNotFoundError {REPO} has no revision v2")
+
+
+@needs_client
+def test_names_without_a_user(client: Client, files: dict[str, bytes]) -> None:
+    client.standin.files["gpt2"] = files
+    assert client.find("gpt2").name == COMMIT
+    assert client.standin.asked("GET", "/api/models/gpt2/")
+
+
+@needs_client
+def test_shards_are_fetched(client: Client, files: dict[str, bytes]) -> None:
+    del files["model.safetensors"]
+    shards = {f"model-0000{i}-of-00002.safetensors": b"%d" % i for i in (1, 2)}
+    files |= {"model.safetensors.index.json": b"{}", **shards, "model-x-of-y.safetensors": b"no"}
+    client.standin.files[REPO] = files
+    names = {path.name for path in client.find().iterdir()}
+    assert names >= {"model.safetensors.index.json", *shards}
+    assert "model-x-of-y.safetensors" not in names
+
+
+@needs_client
+def test_a_token_is_sent(client: Client) -> None:
+    client.standin.private[REPO] = "secret"
+    message = client.fails()
+    assert message.startswith("FileNotFoundError") and "HF_TOKEN" in message
+    client.find(HF_TOKEN="secret")
+    sent = [headers for _, path, headers in client.standin.requests if "/resolve/" in path]
+    assert {headers.get("authorization") for headers in sent} == {"Bearer secret"}
+
+
+@needs_client
+def test_a_broken_connection_is_taken_up_again(client: Client, files: dict[str, bytes]) -> None:
+    content = files["model.safetensors"] = os.urandom(11 << 20)  # the client keeps tens of MB
+    client.standin.cut["model.safetensors"] = [21 << 19]
+    assert (client.find() / "model.safetensors").read_bytes() == content
+    ranges = [
+        headers.get("range") for _, path, headers in client.standin.requests if "tensors" in path
+    ]
+    assert ranges[-1] == f"bytes={10 << 20}-"
+
+
+@needs_client
+def test_a_terminal_has_a_bar(client: Client) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))  # in one of no size tqdm shows nothing
+    subprocess.run(
+        [sys.executable, "-c", f"from gpt2c.files import hub; hub.find({REPO!r})"],
+        stderr=theirs,
+        check=True,
+        env=client.environment(TERM="xterm"),
+        timeout=60,
+    )
+    os.close(theirs)
+    shown = b""
+    while piece := _read(ours):
+        shown += piece
+    os.close(ours)
+    assert b"100%" in shown
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # Linux's way to say that the other side is closed
+        return b""
+
+
+@needs_client
+def test_the_command_line(client: Client) -> None:
+    choices = client.path / "choices.jsonl"
+    choices.write_text('{"ctx": "hello", "endings": [" world", " again"], "label": 0}\n')
+    for arguments in (
+        f"generate {REPO} --prompt hello --max-new-tokens 3",
+        f"eval {REPO} --choices {choices}",
+    ):
+        done = client.run("-m", "gpt2c", *arguments.split())
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(("hello", "acc "))
+    done = client.run("-m", "gpt2c", *f"generate {REPO}x --prompt hello".split())
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"gpt2c: the file or directory {REPO}x does not exist here, nor is {REPO}x a model on the"
+        r" hub, \S+, that may be read: a private one needs HF_TOKEN\n",
+        done.stderr,
+    )
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+@needs_client
+@pytest.mark.parametrize(
+    ("fault", "variables", "message"),
+    [
+        ({"gated": {REPO}}, {}, rf"PermissionError {REPO} is gated: .* HF_TOKEN"),
+        ({}, {"HF_TOKEN": "wrong"}, "PermissionError the f.* does not know the token"),
+        (
+            {"short": {"vocab.json"}},
+            {},
+            rf"OSError the .*{REPO} does not .* cannot be downloaded .*should be of size",
+        ),
+        (
+            {"status": 500},
+            {},
+            f"ConnectionError the .*{REPO} does not exist here.*: it answers 500",
+        ),
+        ({}, {"HF_HUB_OFFLINE": "1"}, "FileNotFoundError the file .* HF_HUB_OFFLINE"),
+        (
+            {},
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "ConnectionError .*:9, cannot give .*refused",
+        ),
+        ({}, {"HF_HUB_CACHE": "/dev/null/cache"}, "NotADirectoryError .*/dev/null"),
+    ],
+)
+def test_a_fault_is_one_sentence(
+    client: Client, fault: dict[str, Any], variables: dict[str, str], message: str
+) -> None:
+    vars(client.standin).update(fault)
+    assert re.match(message, client.fails(**variables))
+    assert not client.outside()
+
+
+@needs_client
+def test_a_hub_that_does_not_answer_is_given_up(client: Client) -> None:
+    """The client waits for ten seconds unless told otherwise; a second is enough here."""
+    client.standin.silent = True
+    message = client.fails(HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert message.startswith("ConnectionError") and "timed out" in message
+
+
+@needs_client
+def test_what_is_cached_needs_no_hub(client: Client) -> None:
+    first = client.find()
+    assert client.find(HF_ENDPOINT="http://127.0.0.1:9") == first
+
+
+@needs_client
+def test_pickles_are_no_weights(client: Client, files: dict[str, bytes]) -> None:
+    del files["model.safetensors"]
+    message = client.fails()
+    assert message.startswith(f"FileNotFoundError {REPO} has no model.safetensors on the hub")
+    assert "pickles" in message and not client.standin.asked("GET", ".bin")
+
+
+@needs_client
+@pytest.mark.parametrize("name", ["a--b", "a..b", "user/x.git", "user/x-", "x" * 200])
+def test_names_that_the_client_refuses(client: Client, name: str) -> None:
+    message = client.fails(name)
+    assert message.startswith("ValueError") and name in message
+    assert not client.standin.requests
+
+
+# ---- hostile hubs --------------------------------------------------------------------------------
+
+
+@needs_client
+def test_a_listing_that_leads_outside(client: Client, files: dict[str, bytes]) -> None:
+    up = "../" * 7
+    bad = [
+        f"{up}model.safetensors",
+        f"{client.path}/model.safetensors",
+        "x/../../model.safetensors",
+    ]
+    bad += [f"model-00001-of-00002.safetensors/{up}evil", "..", "/", "", "con\0fig.json"]
+    client.standin.files[REPO] = dict.fromkeys(bad, b"evil") | files
+    assert {path.name for path in client.find().iterdir()} >= {"config.json", "model.safetensors"}
+    assert not client.outside()
+    got = [path.read_bytes() for path in client.home.rglob("*") if path.is_file()]
+    assert b"evil" not in got and files["config.json"] in got
+
+
+@needs_client
+@pytest.mark.parametrize("trick", ["commit", "etag"])
+@pytest.mark.parametrize("depth", [2, 4, 5])  # in its directory, in HF_HOME's, in that above
+def test_an_identifier_that_leads_outside(client: Client, trick: str, depth: int) -> None:
+    """The client makes names of files of what the hub calls a commit or a hash."""
+    setattr(client.standin, trick, "../" * depth + "evil")
+    message = client.fails()
+    assert re.match("(ValueError|OSError|ConnectionError|FileNotFoundError) ", message)
+    assert not client.outside() and not [*client.home.rglob("evil*")]
+
+
+@needs_client
+def test_downloads_of_two_threads_are_guarded(client: Client, files: dict[str, bytes]) -> None:
+    """One begins first and ends while the other, whose hub lies, goes on."""
+    client.standin.files["user/other"] = files
+    code = f"""
+import threading, huggingface_hub
+from gpt2c.files import hub
+begun, done = threading.Event(), threading.Event()
+def find_other():
+    try: hub.find("user/other")
+    except (OSError, ValueError) as error: print(type(error).__name__, error)
+other = threading.Thread(target=find_other)
+def wait(request):
+    if {REPO!r} in request.url.path and not begun.is_set():
+        other.start()
+        assert begun.wait(30)
+    elif "user/other" in request.url.path:
+        begun.set()
+        assert done.wait(30)
+def lie(response):
+    if "user/other" in response.request.url.path:
+        response.headers["etag"] = "../../../../evil"
+session = huggingface_hub.get_session()
+own = [*session.event_hooks["request"], wait]
+session.event_hooks = {{"request": own, "response": [lie]}}
+print(hub.find({REPO!r}).name)
+done.set()
+other.join()
+response = session.get({client.standin.url!r} + "/user/other/resolve/main/config.json")
+print(response.status_code)
+"""
+    done = client.run("-c", code)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and lines[0] == COMMIT, done.stderr
+    assert re.match(r"ValueError .* a path where an identifier belongs, \.\./", lines[1])
+    assert lines[2] == "200", "what the process asks for itself is not checked"
+    assert not client.outside() and not [*client.home.rglob("evil*")]
+
+
+@needs_client
+def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[str, bytes]) -> None:
+    files["config.json"] = b'{"n_layer": 1, "n_layer": 2}'
+    done = client.run("-m", "gpt2c", "generate", REPO)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "config.json is not valid JSON: 'n_layer' is there twice" in done.stderr
+
+
+# ---- GPT-2's own vocabulary ----------------------------------------------------------------------
+
+
+@needs_client
+@pytest.mark.slow
+def test_gpt2s_vocabulary_from_the_hub(client: Client, tmp_path: Path) -> None:
+    """Where tiktoken's cache is empty and its server not to be reached."""
+    try:
+        Tokenizer.from_name("gpt2").save_pretrained(tmp_path / "bpe")
+    except OSError as error:
+        pytest.skip(f"GPT-2's vocabulary is not reachable: {error}")
+    client.standin.files["gpt2"] = {p.name: p.read_bytes() for p in (tmp_path / "bpe").iterdir()}
+    code = "import gpt2c; print(gpt2c.Tokenizer.from_spec('gpt2').encode('hello world'))"
+    unreachable = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    unreachable["NO_PROXY"] = "127.0.0.1"
+    done = client.run("-c", code, **unreachable)
+    assert done.stdout == "[31373, 995]\n", done.stderr
+    client.standin.files.clear()
+    done = client.run("-c", code, **unreachable, HF_HOME=str(tmp_path / "empty"))
+    last = done.stderr.rstrip("\n").split("\n")[-1]
+    assert re.match(r"OSError: GPT-2's .*TIKTOKEN_CACHE_DIR.* the hub .* a directory with", last)
+
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+
+def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert hub.find("gpt2") == Path("gpt2")
+    assert refused(hub.find, "gpt2", "v1") == (
+        "revision 'v1' is for a name on the hub; gpt2 is a path"
+    )
+
+
+def test_a_directory_that_hides_a_name_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "gpt2").mkdir()
+    hint = "; the directory gpt2 here hides a model of that name on the hub"
+    for read, name in (
+        (GPT2.from_pretrained, "config.json"),
+        (Generator.from_pretrained, "config.json"),
+        (Tokenizer.from_pretrained, "vocab.json"),
+        (Tokenizer.from_spec, "vocab.json"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            read("gpt2")
+        assert str(error.value).startswith(f"gpt2/{name} does not exist")
+        assert str(error.value).endswith(hint)
+        with pytest.raises((OSError, ValueError)) as error:
+            read(str(tmp_path / "gpt2"))
+        assert "hides a model" not in str(error.value), "it was a path"
+
+
+@pytest.mark.parametrize(
+    "source", ["./gpt2", "/gpt2", "a/b/c", "~/gpt2", "-x", "a b", Path("gpt3")]
+)
+def test_what_is_no_name_is_a_path(source: Any) -> None:
+    assert hub.find(source) == Path(source)
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
+        GPT2.from_pretrained(source)
+
+
+@pytest.mark.parametrize("name", ["gpt3", "runs/nothing"])
+@pytest.mark.parametrize("module", [None, ModuleType("huggingface_hub")])
+def test_without_the_client(
+    name: str, module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is not there, or one without what is needed of it, as before 1.0."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"^the file or directory {name} does not.*pip install 'gpt2c\[hub\]'$",
+    ):
+        hub.find(name)
+
+
+def test_model_and_tokenizer_together(saved: Path, tmp_path: Path) -> None:
+    generator = Generator.from_pretrained(saved)
+    model, tokenizer = GPT2.from_pretrained(saved), Tokenizer.from_pretrained(saved)
+    ids = tokenizer.encode("hello")
+    assert np.array_equal(generator.model([ids]), model([ids]))
+    small = Generator.from_pretrained(str(saved), quantize="int8").model
+    assert isinstance(small, QuantizedGPT2)
+    small.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert isinstance(Generator.from_pretrained(tmp_path).model, QuantizedGPT2), "as it was saved"

@@ -1,0 +1,211 @@
+"""Shapes for every op: around vectors, panels, tiles and blocks, and odd values."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpt2c.kernels.cases import EXAMPLES, Example, Shape
+from gpt2c.kernels.op import OPS
+
+
+@dataclass(frozen=True, eq=False)  # so that it can be hashed, to be solved once
+class Case:
+    """One op on one shape."""
+
+    name: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{letter}={size}" for letter, size in self.shape.items())])
+
+    @property
+    def example(self) -> Example:
+        return EXAMPLES[self.name]
+
+    @property
+    def rtol(self) -> float:
+        usual = RTOL_OF.get((self.name, None), self.example.rtol)
+        return RTOL_OF.get((self.name, self.shape.get("kind")), usual)
+
+    def arguments(self) -> list[Any]:
+        """Make the arguments, the same ones every time."""
+        return self.example.make(
+            np.random.default_rng(zlib.crc32(str(self).encode())), **self.shape
+        )
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+
+def shapes(letters: str, sizes: Iterable[tuple[Any, ...]]) -> list[Shape]:
+    return [dict(zip(letters.split(), size, strict=True)) for size in sizes]
+
+
+# vectors hold 4, 8 or 16 floats and loops are unrolled: one less, the same, one more; then primes
+VECTOR_EDGES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 257)
+ELEMENTWISE = shapes("n", [(n,) for n in (*VECTOR_EDGES, 1023, 1024, 1025, 100_003, 768 * 64)])
+
+ENCODER = shapes(
+    "B T C V",
+    [(1, 1, 1, 1), (2, 50, 5, 2), (1, 7, 768, 257), (4, 64, 768, 1000), (2, 9, 16, 50257)]
+    + [(2, 3, C, 7) for C in VECTOR_EDGES],
+)
+EMBEDDING = shapes(
+    "B T C V kind position",
+    [
+        (2, 3, C, 7, kind, position)
+        for C in VECTOR_EDGES
+        for kind, position in (("float32", 5), ("float16", 0), ("uint8", 1))
+    ],
+)
+ROWS = [(3, C) for C in VECTOR_EDGES] + [(1, 768), (2, 1600), (97, 768), (257, 48), (1, 3072)]
+LAYERNORM = shapes("N C", ROWS) + shapes(
+    "N C kind",
+    [(5, C, kind) for C in (33, 768) for kind in ("large", "offset", "constant", "zero")],
+)
+# around the panels, tiles and blocks of a matmul, in each of its three sizes
+PANELS = (95, 96, 97, 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 768, 769)
+BLOCKS = (343, 344, 345, 515, 516, 517, 1031, 1032, 1033, 1535, 1536, 1537)
+TILES = (*VECTOR_EDGES, 6, 11, 12, 13, 14, 23, 24, 25, 47, 48, 49)
+MATMUL = shapes(
+    "N C OC",
+    [
+        *((7, C, 18) for C in (*VECTOR_EDGES, *PANELS, *BLOCKS)),
+        *((N, 24, 20) for N in (*TILES, *PANELS, *BLOCKS)),
+        *((13, 24, OC) for OC in (*TILES, *PANELS)),
+        *((1, C, 1) for C in (1, 16, 17)),
+        *((1, 768, 2304), (4, 768, 3072), (5, 3072, 768), (65, 768, 768), (97, 385, 257)),
+    ],
+) + shapes("N C OC bias", [(1, 1, 1, False), (7, 33, 18, False), (98, 259, 194, False)])
+ATTENTION = shapes(
+    "B T NH HS",
+    [(1, 1, 1, 1), (3, 1, 2, 8), (2, 7, 1, 1), (2, 17, 3, 5), (2, 65, 2, 33), (1, 40, 2, 130)]
+    + [(1, T, 2, 16) for T in (2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 63, 64, 127, 128, 129)]
+    + [(1, 19, 2, HS) for HS in VECTOR_EDGES]
+    + [(1, 64, 12, 64), (2, 256, 1, 64), (1, 300, 2, 64), (1, 257, 1, 64)],
+) + shapes("B T NH HS kind", [(2, 40, 2, 64, "saturated"), (1, 130, 1, 33, "saturated")])
+# around the 64 x 64 blocks, and vectors
+TRANSPOSE = shapes(
+    "R C",
+    [(768, 130), (63, 65), (64, 64), (130, 97)]
+    + [pair for n in (*VECTOR_EDGES[:-1], 127, 128, 129) for pair in ((n, 5), (5, n))],
+)
+# around vectors of floats and, with weights of 8 bits, steps of 8, 16, 32 and 64; tiles of 4 rows;
+# 16 rows, up to which small weights are used where they lie; 64 columns and 128 rows of a task
+LINEAR = shapes(
+    "N C OC kind",
+    [
+        (N, C, OC, kind)
+        for kind in ("float32", "float16", "uint8")
+        for N, C, OC in [
+            *((5, C, 5) for C in (*VECTOR_EDGES, 127, 128, 129)),
+            *((N, 21, 19) for N in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 127, 128, 129, 257)),
+            *(
+                (N, 24, OC)
+                for N in (1, 6)
+                for OC in (1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 129)
+            ),
+            *((1, 768, 2304), (4, 3072, 768), (130, 385, 257), (17, 770, 66)),
+        ]
+    ],
+) + shapes(
+    "N C OC kind bias",
+    [(N, 33, 18, kind, False) for N in (3, 17) for kind in ("float32", "float16", "uint8")],
+)
+# blocks of 64 queries against blocks of 64 keys, from everywhere in a block; room left, and none
+CACHE = shapes(
+    "B T NH HS position P",
+    [
+        (1 + position % 2, T, 2, 16, position, position + T + position % 2)
+        for T in (1, 2, 3, 17, 63, 64, 65, 100, 129)
+        for position in (0, 1, 63, 64, 65, 100)
+    ]
+    + [(1, T, 3, HS, 70, 80) for T in (1, 5) for HS in (*VECTOR_EDGES[:-1], 130)]
+    + [(1, 1, 12, 64, 255, 256), (1, 64, 12, 64, 130, 256)],
+) + shapes("B T NH HS position P kind", [(1, T, 2, 64, 70, 200, "saturated") for T in (1, 65)])
+CROSSENTROPY = shapes(
+    "N V", [*((5, V) for V in VECTOR_EDGES), (1, 257), (97, 65), (3, 50257), (1, 50257)]
+) + shapes(
+    "N V kind",
+    [(4, V, kind) for V in (257, 50257) for kind in ("ignored", "equal", "spread")],
+)
+GELU = ELEMENTWISE + shapes("n kind", [(1003, kind) for kind in ("wide", "huge", "tiny", "zero")])
+ADAMW = (
+    ELEMENTWISE
+    + shapes(
+        "n t weight_decay grad_scale",
+        [(33, 1, 0.0, 1.0), (33, 1, 0.1, 0.25), (257, 1000, 0.0, 0.25), (257, 1_000_000, 0.1, 2.0)],
+    )
+    + shapes("n t kind", [(33, 1, "zero"), (33, 1000, "zero")])
+)
+NORM = ELEMENTWISE + shapes("n kind", [(257, "huge"), (257, "tiny")])
+
+SHAPES: dict[str, list[Shape]] = {
+    "encoder_forward": ENCODER + EMBEDDING,
+    "encoder_backward": ENCODER,
+    "layernorm_forward": LAYERNORM,
+    "layernorm_backward": LAYERNORM,
+    "matmul_forward": [*MATMUL, *LINEAR, *shapes("N C OC", [(2, 64, 50257), (3, 768, 50257)])],
+    "matmul_backward": [
+        *MATMUL,
+        *shapes("N C OC", [(3, 64, 50257)]),
+        *({**shape, "accumulate": False} for shape in MATMUL),
+    ],
+    "matrix_transpose": TRANSPOSE,
+    "attention_forward": ATTENTION + CACHE,
+    "attention_backward": ATTENTION,
+    "gelu_forward": GELU,
+    "gelu_backward": GELU,
+    "residual_forward": ELEMENTWISE,
+    "crossentropy_forward": CROSSENTROPY,
+    "crossentropy_backward": CROSSENTROPY,
+    "adamw_update": ADAMW,
+    "global_norm": NORM,
+}
+
+# Kinds of values that need a tolerance of their own; None is for all others.
+RTOL_OF = {
+    # GPT-2's shapes have sums over 4096 rows, these over 257 at most
+    ("layernorm_backward", None): 2e-6,
+    # the mean is rounded by 6e-8 of itself: 1e4 times more beside a deviation of 1;
+    # and where the variance is 0, rstd = 316 multiplies it
+    ("layernorm_forward", "offset"): 1e-3,
+    ("layernorm_forward", "constant"): 1e-4,
+    # sums of integers are exact; the product of two scales, that with a sum, and a bias are rounded
+    ("matmul_forward", "uint8"): 1e-6,
+    # scores of hundreds are rounded by 1e-5 and more, and that is the relative error of their exp
+    ("attention_forward", "saturated"): 1e-4,
+    ("attention_backward", "saturated"): 1e-4,
+}
+
+CASES = [Case(name, shape) for name in EXAMPLES for shape in SHAPES[name]]
+
+# op: (output, input whose memory it may share), by position
+ALIASES = {
+    op.name: (0, [array.name for array in op.arrays].index(op.outputs[0].alias, len(op.outputs)))
+    for op in OPS.values()
+    if op.outputs and op.outputs[0].alias
+}
+
+# ---- one shape an op, that takes no time ---------------------------------------------------------
+
+SMALL: dict[str, dict[str, Any]] = {
+    "encoder": {"B": 2, "T": 5, "C": 24, "V": 11},
+    "layernorm": {"N": 7, "C": 40},
+    "matmul": {"N": 7, "C": 12, "OC": 20},
+    "attention": {"B": 2, "T": 9, "NH": 2, "HS": 8},
+    "crossentropy": {"N": 6, "V": 50},
+    "linear": {"N": 7, "C": 12, "OC": 20, "kind": "uint8"},
+    "matrix": {"R": 9, "C": 14},
+    "cache": {"T": 5, "NH": 2, "HS": 8, "position": 3, "P": 9},
+}
+
+
+def small_shape(name: str) -> dict[str, Any]:
+    shape = SMALL.get(name.split("_")[0], {"n": 100})
+    return {**shape, "accumulate": False} if name == "matmul_backward" else shape

@@ -1,0 +1,64 @@
+"""The public ops: their arguments on a small shape, and what is right there."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+
+from gpt2c import ops
+from gpt2c.kernels import reference
+from gpt2c.kernels.cases import Shape
+from gpt2c.kernels.op import OPS
+from helpers.cases import Case
+
+SHAPES: dict[str, Shape] = {
+    "encoder": {"B": 2, "T": 5, "C": 7, "V": 11},
+    "layernorm": {"N": 3, "C": 17},
+    "matmul": {"N": 5, "C": 9, "OC": 21},
+    "attention": {"B": 2, "T": 9, "NH": 3, "HS": 5},
+    "matrix": {"R": 5, "C": 9},
+    "crossentropy": {"N": 6, "V": 19},
+}
+GIVEN = {  # sizes that no array of the call has
+    "vocab_size": lambda shape: shape["V"],
+    "n_positions": lambda shape: shape["T"] + 2,
+    "n_head": lambda shape: shape["NH"],
+}
+
+
+def kind(name: str) -> str:
+    return name.split("_")[0]
+
+
+PUBLIC = ops.PUBLIC
+
+
+def solved(
+    name: str, dtype: type = np.float32, shape: Shape | None = None
+) -> tuple[dict[str, Any], list[Any]]:
+    """Give an op's arguments by name, floats of this type, and the reference's float64 outputs."""
+    shape = shape or SHAPES.get(kind(name), {"n": 35})
+    arguments = Case(name, shape).arguments()
+    names = inspect.signature(getattr(reference, name)).parameters
+    outputs = arguments[: len(OPS[name].outputs)]
+    wanted = inspect.signature(PUBLIC[name]).parameters
+    given = {key: size(shape) for key, size in GIVEN.items() if key in wanted}
+    for key, value in zip(names, arguments, strict=True):
+        if key in wanted:  # param, m and v of AdamW are inputs and outputs
+            floats = isinstance(value, np.ndarray) and value.dtype == np.float64
+            given[key] = value.astype(dtype) if floats else value
+        elif isinstance(value, np.ndarray):
+            value[...] = 0  # gradients that accumulate start here
+    result = getattr(reference, name)(*arguments)
+    return given, [output for output in outputs if output is not None] or [result]
+
+
+def results_of(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    results = PUBLIC[name](**arguments)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def arrays_of(name: str) -> list[str]:
+    return [key for key, value in solved(name)[0].items() if isinstance(value, np.ndarray)]

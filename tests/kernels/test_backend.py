@@ -1,0 +1,243 @@
+"""Backends: names, choosing, threads, messages; and the shape of the package that they stand in."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import refused
+
+from gpt2c.kernels import backend as backend_module
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import (
+    AVX2,
+    AVX512,
+    NAMES,
+    REQUIRES,
+    THREAD_VARIABLES,
+    backends,
+    default_threads,
+    get_backend,
+)
+from gpt2c.kernels.binding import Kernels
+from gpt2c.kernels.limits import usable_cores
+
+PACKAGE = Path(backend_module.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the choice to the tests, whatever variables they are run with."""
+    for variable in ("GPT2C_BACKEND", *THREAD_VARIABLES):
+        monkeypatch.delenv(variable, raising=False)
+
+
+# ---- names and choosing --------------------------------------------------------------------------
+
+
+def test_every_machine_has_numpy_last() -> None:
+    assert backends()[-1] == "numpy"
+    assert list(backends()) == [name for name in NAMES if name in backends()], "not fastest first"
+
+
+def test_a_backend_knows_its_name(backend_name: str) -> None:
+    assert get_backend(backend_name).name == backend_name
+
+
+def test_auto_is_the_fastest() -> None:
+    assert get_backend().name == get_backend("auto").name == backends()[0]
+
+
+def test_numpy_is_the_reference() -> None:
+    numpy = get_backend("numpy")
+    assert numpy.gelu_forward is reference.gelu_forward and numpy.threads == 1
+
+
+def test_the_variable_is_what_auto_means(
+    backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT2C_BACKEND", backend_name)
+    assert get_backend().name == backend_name
+    assert get_backend("numpy").name == "numpy", "a name that is given outweighs the variable"
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_the_variable_may_say_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT2C_BACKEND", value)
+    assert get_backend().name == backends()[0]
+
+
+@pytest.mark.parametrize("name", ["avx1024", "", "AVX2", "numpy ", "_base"])
+def test_an_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refused(get_backend, name)
+    assert repr(name) in message and message.endswith(", ".join(backends()))
+    if name:
+        monkeypatch.setenv("GPT2C_BACKEND", name)
+        assert repr(name) in refused(get_backend)
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Pretend to be a CPU with the features in `cpu.has`, on which no kernels are loaded yet."""
+    fake = SimpleNamespace(has=set())
+    lib = SimpleNamespace(cpu_supports=lambda feature: feature.decode() in fake.has)
+    monkeypatch.setitem(sys.modules, "gpt2c._kernels_base", SimpleNamespace(lib=lib))
+    for name in set(NAMES) - {"base", "numpy"}:  # importing the real ones could end the process
+        monkeypatch.setitem(sys.modules, f"gpt2c._kernels_{name}", ModuleType(name))
+    backends.cache_clear()
+    yield fake
+    backends.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("has", "expected", "lacking"),
+    [
+        (set(), ("base", "numpy"), "avx2, fma, f16c"),
+        ({"avx2"}, ("base", "numpy"), "fma, f16c"),
+        ({"avx2", "fma"}, ("base", "numpy"), "f16c"),
+        ({*AVX2}, ("avx2", "base", "numpy"), "avx512f, avx512bw, avx512dq, avx512vl"),
+        ({*AVX2, "avx512f"}, ("avx2", "base", "numpy"), "avx512bw, avx512dq, avx512vl"),
+        ({*AVX512}, ("avx512", "avx2", "base", "numpy"), "avx512vnni"),
+        ({*AVX2, "avx512vnni"}, ("avx2", "base", "numpy"), "avx512f, avx512bw, avx512dq, avx512vl"),
+        ({*REQUIRES["avx512vnni"]}, NAMES, ""),
+    ],
+)
+def test_a_cpu_gets_what_it_can_run(
+    has: set[str], expected: tuple[str, ...], lacking: str, cpu: SimpleNamespace
+) -> None:
+    cpu.has = has
+    assert backends() == expected
+    for name in set(NAMES) - set(expected):
+        message = refused(get_backend, name)
+        assert repr(name) in message and message.endswith(", ".join(expected))
+        assert f"no {', '.join(f for f in REQUIRES[name] if f not in has)};" in message
+    if lacking:
+        better = NAMES[NAMES.index(expected[0]) - 1]
+        assert f"no {lacking};" in refused(get_backend, better)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "numpy"])
+def test_kernels_that_are_not_built_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"gpt2c._kernels_{name}", None)  # its import fails
+    backends.cache_clear()
+    try:
+        assert name not in backends() and "numpy" in backends()
+        message = refused(get_backend, name)
+        assert repr(name) in message and message.endswith(", ".join(backends()))
+    finally:
+        backends.cache_clear()
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def test_threads_are_what_the_machine_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_threads() == usable_cores()
+    monkeypatch.setattr(backend_module, "usable_cores", lambda: 5000)
+    assert default_threads() == backend_module.MAX_THREADS
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="one core: no thread can be bound to another")
+@pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
+def test_threads_that_openmp_binds_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It binds the first thread to one core, when it loads or later: the others have theirs."""
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    code = """
+from gpt2c.kernels.backend import get_backend
+print(*(get_backend(name).threads for name in ("auto", "base", "auto")))
+"""
+    assert python(code).split() == [str(usable_cores())] * 3
+
+
+def test_the_own_variable_outweighs_openmps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert default_threads() == 3
+    monkeypatch.setenv("GPT2C_NUM_THREADS", "2")
+    assert default_threads() == 2
+    monkeypatch.setenv("GPT2C_NUM_THREADS", "")
+    assert default_threads() == 3
+
+
+@pytest.mark.parametrize("variable", THREAD_VARIABLES)
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many", "1e3", " "])
+def test_bad_thread_variables_are_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    message = refused(get_backend)
+    assert message.startswith(variable) and repr(value) in message
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_less_than_one_thread_is_refused(threads: int, backend_name: str) -> None:
+    assert refused(get_backend, backend_name, threads).startswith("threads")
+
+
+def test_kernels_get_their_threads(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend_name == "numpy":
+        pytest.skip("numpy has threads of its own")
+    monkeypatch.setenv("GPT2C_NUM_THREADS", "3")
+    default, one = get_backend(backend_name), get_backend(backend_name, threads=1)
+    assert isinstance(default, Kernels) and isinstance(one, Kernels)
+    assert (default.threads, one.threads) == (3, 1)
+    assert get_backend(backend_name, threads=1) is one, "scratch memory is kept between calls"
+
+
+@pytest.mark.parametrize("wrong", [2.0, True, "2"])
+def test_threads_that_are_no_whole_number_are_refused(wrong: object) -> None:
+    assert refused(get_backend, "auto", wrong).startswith("threads must be a whole number")
+
+
+# ---- build.py and backend.py agree ---------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (ROOT / "build.py").exists(), reason="no build.py: not a source tree")
+def test_kernels_are_compiled_for_what_the_cpu_is_asked() -> None:
+    spec = importlib.util.spec_from_file_location("gpt2c_build", ROOT / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    for machine, extensions in build.ISAS.items():
+        assert set(extensions) <= set(NAMES) - {"numpy"}, machine
+        for name, flags in extensions.items():
+            assert {flag.removeprefix("-m") for flag in flags} == set(REQUIRES[name]), machine
+    assert set(build.ISAS["x86_64"]) == set(NAMES) - {"numpy"}
+
+
+def python(code: str) -> str:
+    """Run code in a fresh Python where a warning is an error; give what it prints."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+def test_importing_is_light_and_quiet() -> None:
+    loaded = set(re.findall(r"\w+", python("import gpt2c, sys; print(*sys.modules)")))
+    assert "gpt2c" in loaded
+    assert not loaded & {"torch", "transformers", "matplotlib", "tensorflow", "jax"}
+
+
+def test_a_step_in_a_fresh_process_is_quiet(backend_name: str) -> None:
+    code = f"""
+import gpt2c, numpy as np
+config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3)
+model = gpt2c.GPT2(config, backend={backend_name!r})
+optimizer = gpt2c.AdamW(model)
+idx = np.arange(8).reshape(1, 8)
+model.loss(idx, idx)
+model.backward()
+optimizer.step(grad_clip=1.0)
+print(model.generate(idx, 2, temperature=0).shape)
+"""
+    assert python(code) == "(1, 10)\n"

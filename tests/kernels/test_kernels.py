@@ -1,0 +1,383 @@
+"""Every op of every backend against the float64 reference, on guarded, unaligned memory."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Guarded
+from helpers.cases import ALIASES, CASES, Case
+
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import NAMES, get_backend
+from gpt2c.kernels.binding import Kernels
+from gpt2c.kernels.cases import EXAMPLES, normalised_error
+from gpt2c.kernels.op import OPS, Op
+
+HEADER = Path(__file__).resolve().parents[2] / "csrc" / "gpt2c.h"
+# functions of the header that are not ops; decode_step is many at once, see test_reader
+NO_OPS = {"fma_burn", "memory_read", "pool_stop", "decode_step"}
+
+
+def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+    """Give an op's signature without annotations: a kernel takes float32, the reference more."""
+    signature = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in signature if p.name != "self"]
+
+
+REFERENCE_OPS = {name: getattr(reference, name) for name in reference.__all__}
+
+
+@lru_cache(maxsize=1)  # the tests go through one case after the other
+def solved(case: Case) -> tuple[list[Any], list[Any]]:
+    """Give a case's arguments and its expected outputs, in float64."""
+    arguments, expected = case.arguments(), case.arguments()
+    result = getattr(reference, case.name)(*expected)
+    return arguments, expected[: len(OPS[case.name].outputs)] or [result]
+
+
+def run(backend: Any, case: Case, guarded: Guarded, alias: bool = False) -> list[Any]:
+    """Run a case on float32 copies, check that its inputs are unchanged, give its outputs."""
+    arguments = [
+        guarded.copy(a.astype(np.float32) if a.dtype == np.float64 else a)
+        if isinstance(a, np.ndarray)
+        else a
+        for a in solved(case)[0]
+    ]
+    names, outputs = (
+        [p[0] for p in parameters(REFERENCE_OPS[case.name])],
+        len(OPS[case.name].outputs),
+    )
+    inputs = range(outputs, len(arguments))
+    if alias:
+        output, source = ALIASES[case.name]
+        arguments[output] = arguments[source]
+        inputs = [i for i in inputs if i != source]
+    before = {i: arguments[i].tobytes() for i in inputs if isinstance(arguments[i], np.ndarray)}
+    result = getattr(backend, case.name)(*arguments)
+    for i, bits in before.items():
+        assert arguments[i].tobytes() == bits, f"{case}: {names[i]} is an input and was written"
+    return arguments[:outputs] or [result]
+
+
+def check(case: Case, backend_name: str, actual: list[Any]) -> None:
+    """Compare outputs with the reference."""
+    expected, names = solved(case)[1], [p[0] for p in parameters(REFERENCE_OPS[case.name])]
+    for name, a, b in zip(names, actual, expected, strict=False):
+        if b is None:
+            continue
+        error = normalised_error(a, b)
+        assert error <= case.rtol, (  # not `not error > rtol`: a NaN must fail
+            f"{case} on {backend_name}: error of {name} is {error:.2e}, allowed is {case.rtol:.1e}"
+        )
+
+
+def every(cases: Iterable[Case]) -> list[Any]:
+    """Return each case on each backend, a case at a time: it is solved once."""
+    return [pytest.param(*run, id="-".join(map(str, run))) for run in product(cases, NAMES)]
+
+
+@pytest.mark.parametrize(("case", "backend_name"), every(CASES), indirect=["backend_name"])
+def test_kernel_matches_reference_with_the_same_bits_on_two_threads(
+    case: Case, backend_name: str, guarded: Guarded
+) -> None:
+    one, two = (run(get_backend(backend_name, threads=n), case, guarded) for n in (1, 2))
+    check(case, backend_name, one)
+    for a, b in zip(one, two, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), f"{case} on {backend_name}"
+
+
+@pytest.mark.parametrize(
+    ("case", "backend_name"),
+    every(case for case in CASES if case.name in ALIASES),
+    indirect=["backend_name"],
+)
+def test_output_may_be_an_input(case: Case, backend_name: str, guarded: Guarded) -> None:
+    check(case, backend_name, run(get_backend(backend_name), case, guarded, alias=True))
+
+
+@pytest.mark.parametrize("n", [1, 1025, 100_003])
+def test_global_norm_does_not_depend_on_threads(
+    n: int, backend_name: str, rng: np.random.Generator
+) -> None:
+    grad = rng.standard_normal(n, np.float32)
+    assert len({get_backend(backend_name, threads=t).global_norm(grad) for t in (1, 2, 3)}) == 1
+
+
+@pytest.mark.parametrize("name", ["gelu_forward", "gelu_backward", "residual_forward"])
+def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.Generator) -> None:
+    count = len(parameters(REFERENCE_OPS[name]))
+    arrays = [rng.standard_normal((2, 3, 5), np.float32) for _ in range(count)]
+    expected = [array.astype(np.float64) for array in arrays]
+    getattr(backend, name)(*arrays)
+    getattr(reference, name)(*expected)
+    for a, b in zip(arrays, expected, strict=True):
+        assert normalised_error(a, b) <= EXAMPLES[name].rtol
+
+
+# ---- a NaN is not lost ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 16, 33])
+def test_elementwise_ops_pass_nan_on(n: int, backend: Any) -> None:
+    for position in range(n):
+        x, other = np.ones(n, np.float32), np.ones(n, np.float32)
+        x[position] = np.nan
+        expected = np.isnan(x)
+        for name, inputs in [
+            ("gelu_forward", [x]),
+            ("gelu_backward", [x, other]),
+            ("gelu_backward", [other, x]),
+            ("residual_forward", [x, other]),
+            ("residual_forward", [other, x]),
+        ]:
+            out = np.zeros(n, np.float32)
+            getattr(backend, name)(out, *inputs)
+            assert np.array_equal(np.isnan(out), expected), f"{name}, NaN at {position} of {n}"
+
+
+@pytest.mark.parametrize("C", [1, 5, 16, 33, 768])
+def test_row_ops_pass_nan_on(C: int, backend: Any) -> None:
+    row, position = 1, C // 2
+    x, targets = np.ones((3, C), np.float32), np.zeros(3, np.int32)
+    x[row, position] = np.nan
+    weight, bias = np.ones(C, np.float32), np.zeros(C, np.float32)
+    out, mean, rstd = np.zeros_like(x), np.zeros(3, np.float32), np.zeros(3, np.float32)
+    backend.layernorm_forward(out, mean, rstd, x, weight, bias, 1e-5)
+    losses, lse = np.zeros(3, np.float32), np.zeros(3, np.float32)
+    backend.crossentropy_forward(losses, lse, x, targets)
+    dlogits = np.zeros_like(x)
+    backend.crossentropy_backward(dlogits, x, lse, targets, 1.0)
+    for name, result in [
+        ("layernorm out", out),
+        ("layernorm mean", mean),
+        ("layernorm rstd", rstd),
+        ("losses", losses),
+        ("lse", lse),
+        ("dlogits", dlogits),
+    ]:
+        assert np.isnan(result[row]).all(), f"{name} lost the NaN of its row"
+        assert np.isfinite(np.delete(result, row, axis=0)).all(), f"{name}: the NaN spread"
+
+
+def test_gelu_does_not_overflow(backend_name: str) -> None:
+    if backend_name == "numpy":
+        pytest.skip("in float32 the reference's x^3 overflows; the kernels' must not")
+    backend = get_backend(backend_name)
+    x = np.array([-1e18, -1e12, -1e5, 1e5, 1e12, 1e18], np.float32)
+    out, dx = np.empty_like(x), np.empty_like(x)
+    backend.gelu_forward(out, x)
+    backend.gelu_backward(dx, np.ones_like(x), x)
+    assert np.array_equal(out[3:], x[3:]) and np.array_equal(dx[3:], np.ones(3, np.float32))
+    assert (np.abs(dx[:3]) < 1e-30).all() and (np.abs(out[:3]) < 1e-18).all()
+
+
+@pytest.mark.parametrize(("N", "C", "OC"), [(3, 5, 7), (13, 33, 40), (7, 300, 18)])
+def test_matmul_passes_nan_on(N: int, C: int, OC: int, backend: Any) -> None:
+    x, weight = np.ones((N, C), np.float32), np.zeros((OC, C), np.float32)
+    x[1, C - 1] = np.nan  # times a weight of 0, which is a NaN too
+    out = np.zeros((N, OC), np.float32)
+    backend.matmul_forward(out, x, weight, None, None)
+    assert np.isnan(out[1]).all()
+    assert np.isfinite(np.delete(out, 1, axis=0)).all()
+    dx, dweight = np.zeros_like(x), np.zeros_like(weight)
+    backend.matmul_backward(dx, dweight, None, np.ones_like(out), x, weight)
+    assert np.isnan(dweight[:, C - 1]).all()
+    assert np.isfinite(dweight[:, : C - 1]).all()
+    assert np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("T", [1, 20, 130])
+def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator) -> None:
+    B, NH, HS = 2, 2, 8
+    C, t = NH * HS, T // 2
+    for part, first_rows in [("q", slice(t, t + 1)), ("k", slice(t, T)), ("v", slice(t, T))]:
+        qkv = rng.standard_normal((B, T, 3 * C), np.float32)
+        qkv[0, t, "qkv".index(part) * C] = np.nan  # the first channel of the first head
+        out, lse = np.zeros((B, T, C), np.float32), np.zeros((B, NH, T), np.float32)
+        backend.attention_forward(out, lse, None, None, qkv, 0)
+        channels = slice(0, 1) if part == "v" else slice(0, HS)
+        assert np.isnan(out[0, first_rows, channels]).all(), f"a NaN in {part} was lost"
+        assert np.isfinite(out[1]).all() and np.isfinite(out[0, :, HS:]).all(), "it spread"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (3, 40), (6, 17), (17, 33), (130, 70)])
+def test_linear_passes_what_is_no_number_on(
+    N: int, C: int, kind: str, bad: float, backend: Any, rng: np.random.Generator
+) -> None:
+    """With weights of 8 bits, whose integers know no NaN, the scale of the row must carry it."""
+    shape = {"N": N, "C": C, "OC": 21, "kind": kind}
+    arguments = [narrow(a) for a in EXAMPLES["matmul_forward"].make(rng, **shape)]
+    row = N // 2
+    arguments[1][row, C - 1] = bad
+    with np.errstate(invalid="ignore"):  # the reference computes inf - inf
+        backend.matmul_forward(*arguments)
+    out = arguments[0]
+    assert not np.isfinite(out[row]).any()
+    assert np.isnan(out[row]).all() or kind != "uint8"
+    assert np.isfinite(np.delete(out, row, axis=0)).all(), "it spread"
+
+
+@pytest.mark.parametrize(("T", "position"), [(1, 0), (1, 100), (20, 50), (70, 64)])
+def test_cache_attention_passes_nan_on(
+    T: int, position: int, backend: Any, rng: np.random.Generator
+) -> None:
+    NH, HS, P = 2, 8, 200
+    C, end, before = NH * HS, position + T, position // 2
+    for part, first in [("q", 0), ("k", T // 2), ("v", T // 2), ("keys", 0), ("values", 0)]:
+        if part in ("keys", "values") and position == 0:
+            continue
+        caches = rng.standard_normal((2, NH, P, HS), np.float32)
+        caches[:, :, position:] = np.nan  # to be written up to the end, never read beyond
+        qkv, out = rng.standard_normal((T, 3 * C), np.float32), np.zeros((T, C), np.float32)
+        if part in ("keys", "values"):
+            caches[int(part == "values"), 0, before, 0] = np.nan
+        else:
+            qkv[first, "qkv".index(part) * C] = np.nan
+        cache = (part[None] for part in caches)
+        backend.attention_forward(out[None], None, *cache, qkv[None], position)
+        rows = slice(first, first + 1) if part == "q" else slice(first, T)
+        channels = slice(0, 1) if part in ("v", "values") else slice(0, HS)
+        assert np.isnan(out[rows, channels]).all(), f"a NaN in {part} was lost"
+        assert np.isfinite(out[:, HS:]).all(), "it spread"
+        assert np.isnan(caches[:, :, end:]).all() and np.isfinite(caches[:, 1, :end]).all()
+
+
+# ---- weights of 16 and 8 bits --------------------------------------------------------------------
+
+
+def narrow(argument: Any) -> Any:
+    is_wide = isinstance(argument, np.ndarray) and argument.dtype == np.float64
+    return argument.astype(np.float32) if is_wide else argument
+
+
+def linear(backend: Any, *inputs: Any) -> np.ndarray:
+    out = np.full((len(inputs[0]), len(inputs[1])), np.nan, np.float32)
+    backend.matmul_forward(out, *inputs)
+    return out
+
+
+@pytest.mark.parametrize("N", [16, 17])  # read where it lies, and widened first
+def test_every_half_is_exact(N: int, backend: Any) -> None:
+    """Denormals too: from 6e-8 on, where fp16 has no exponent of its own any more."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(-1, 16)
+    x = np.zeros((N, 16), np.float32)
+    x[np.arange(16), np.arange(16)] = 1
+    assert np.array_equal(linear(backend, x, halves, None, None)[:16].T, halves)
+    column = halves.reshape(-1, 1)  # rows of one, which fill no vector
+    assert np.array_equal(
+        linear(backend, np.ones((N, 1), np.float32), column, None, None)[0], column[:, 0]
+    )
+
+
+@pytest.mark.parametrize(("N", "C", "OC"), [(1, 768, 40), (5, 333, 17), (130, 65, 9)])
+def test_8_bits_round_as_the_reference_in_float32(
+    N: int, C: int, OC: int, backend: Any, rng: np.random.Generator
+) -> None:
+    """Any x, where a number may lie between two steps, even in the middle: those go to the even.
+
+    Had one number gone to another step, its row would differ by that step times a weight: by more
+    than 1/127 of 1/C of the largest sum there can be, 1e-5 at C = 768. What may differ are a few
+    roundings after the sums, each of 6e-8.
+    """
+    weight, scale = rng.integers(1, 256, (OC, C), np.uint8), rng.random(OC, np.float32)
+    x = rng.standard_normal((N, C), np.float32)
+    x[0] = rng.integers(-254, 255, C) / 2  # steps and what is just between them
+    x[0, 0] = 127
+    expected = linear(reference, x, weight, None, scale)
+    assert normalised_error(linear(backend, x, weight, None, scale), expected) <= 3e-7
+
+
+def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
+    """At the most channels and the largest numbers; 128 x 127 x 65536 is 63.5 x 2^24: exact."""
+    C = 65536
+    weight = np.repeat(np.array([[0], [255], [1]], np.uint8), C, axis=1)
+    x = np.repeat(np.array([[127], [-127]], np.float32), C, axis=1)
+    out = linear(backend, x, weight, None, np.ones(3, np.float32))
+    expected = np.array([[-128, 127, -127]]) * np.array([[127], [-127]]) * C
+    assert np.array_equal(out, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-40, 1e-37, 1e-36, 1e-30, 1e30, 3e38])
+def test_8_bits_for_small_and_large_rows(
+    largest: float, backend: Any, rng: np.random.Generator
+) -> None:
+    """The factor 127 / largest must not become infinite; rows below 1e-36 may count as zeros."""
+    weight, bias = rng.integers(1, 256, (7, 33), np.uint8), rng.standard_normal(7, np.float32)
+    scale = np.full(7, 1e-3, np.float32)
+    x = rng.uniform(-1, 1, (3, 33)).astype(np.float32)
+    x[1] *= np.float32(largest)
+    out, others = linear(backend, x, weight, bias, scale), [0, 2]
+    wide = x.astype(np.float64) @ (scale[:, None] * (weight.astype(np.float64) - 128)).T + bias
+    for row in range(3):  # half a step in each of 33 channels, times the largest weight
+        bound = 33 * float(np.abs(x[row]).max()) / 254 * 128e-3 + 1e-6
+        assert (np.abs(out[row] - wide[row]) <= bound).all()
+    assert np.array_equal(linear(backend, x[others], weight, bias, scale), out[others])
+    if largest < 1e-36:
+        assert np.array_equal(out[1], bias)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("C", [24, 100])
+def test_a_row_gets_the_same_bits_alone_and_among_others(
+    kind: str, C: int, backend_name: str, rng: np.random.Generator
+) -> None:
+    """For as many rows as are read together; NumPy's own products do not promise it."""
+    if backend_name == "numpy" and kind != "uint8":
+        pytest.skip("NumPy's products of one row and of several are summed in another order")
+    shape = {"N": 16, "C": C, "OC": 70, "kind": kind}
+    _, x, *rest = (narrow(a) for a in EXAMPLES["matmul_forward"].make(rng, **shape))
+    for threads in (1, 2):
+        backend = get_backend(backend_name, threads)
+        together = linear(backend, x, *rest)
+        for N in range(1, 16):
+            assert np.array_equal(linear(backend, x[:N], *rest), together[:N])
+        for row in range(16):
+            assert np.array_equal(linear(backend, x[row : row + 1], *rest)[0], together[row])
+
+
+# ---- one list of ops -----------------------------------------------------------------------------
+
+
+def test_every_op_is_declared_and_has_examples() -> None:
+    assert EXAMPLES.keys() == OPS.keys()
+    assert REFERENCE_OPS.keys() == OPS.keys()
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_declaration_is_the_reference(op: Op) -> None:
+    names = [array.name for array in op.arrays] + list(op.numbers)
+    signature = parameters(REFERENCE_OPS[op.name])
+    assert [name for name, _, _ in signature] == names
+    assert parameters(getattr(Kernels, op.name)) == signature
+
+
+@pytest.mark.skipif(not HEADER.exists(), reason="csrc/gpt2c.h is not there: not a source tree")
+def test_declarations_are_the_header() -> None:
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"^(?:void|double) (\w+)\(([^)]*)\);", text, flags=re.MULTILINE)
+    header = {
+        name: [argument.split()[-1].lstrip("*") for argument in arguments.split(",")]
+        for name, arguments in found
+        if name not in NO_OPS
+    }
+    declared = {
+        op.name: [
+            *(array.name for array in op.arrays),
+            *op.numbers,
+            *("scratch" if word.endswith(")") else word for word in op.told),
+            "team",
+        ]
+        for op in OPS.values()
+    }
+    assert header == declared

@@ -1,0 +1,390 @@
+"""The ops on plain arrays: right on every backend, and no bad argument gets through."""
+
+from __future__ import annotations
+
+import inspect
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+from helpers.public_ops import GIVEN, PUBLIC, arrays_of, results_of, solved
+
+from gpt2c import ops
+from gpt2c.kernels import reference
+from gpt2c.kernels.backend import backends
+from gpt2c.kernels.cases import EXAMPLES, Shape, normalised_error
+from gpt2c.kernels.op import OPS
+
+ELEMENTWISE = [op.name for op in OPS.values() if op.inputs[0].shape == ("*",)]  # any shape does
+EVERY = pytest.mark.parametrize("name", PUBLIC)
+EVERY_ARRAY = pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name in PUBLIC for argument in arrays_of(name)]
+)
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def test_ops_are_those_of_the_reference() -> None:
+    assert PUBLIC.keys() == EXAMPLES.keys()
+    for name, function in PUBLIC.items():
+        inputs = set(inspect.signature(getattr(reference, name)).parameters)
+        assert set(inspect.signature(function).parameters) <= inputs | GIVEN.keys() | {"backend"}
+
+
+@EVERY
+def test_results_are_the_references(name: str, backend_name: str) -> None:
+    arguments, expected = solved(name)
+    arrays = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
+    before = {key: value.tobytes() for key, value in arrays.items()}
+    for value in arrays.values():
+        value.flags.writeable = False  # such as those of a file in memory
+    results = results_of(name, arguments | {"backend": backend_name})
+    for result, right in zip(results, expected, strict=True):
+        assert np.shape(result) == np.shape(right)
+        assert normalised_error(result, right) <= EXAMPLES[name].rtol
+        assert name == "global_norm" or result.dtype == np.float32
+        assert not any(np.shares_memory(result, value) for value in arrays.values())
+    assert before == {key: value.tobytes() for key, value in arrays.items()}
+
+
+@EVERY
+def test_numpy_computes_in_float64(name: str) -> None:
+    arguments, expected = solved(name, np.float64)
+    results = results_of(name, arguments | {"backend": "numpy"})
+    for result, right in zip(results, expected, strict=True):
+        assert np.array_equal(result, right)
+        assert name == "global_norm" or result.dtype == np.float64
+
+
+@EVERY
+def test_auto_is_the_default(name: str) -> None:
+    arguments, _ = solved(name)
+    default, auto = results_of(name, arguments), results_of(name, arguments | {"backend": "auto"})
+    for a, b in zip(default, auto, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_matmul_may_have_no_bias(backend_name: str) -> None:
+    arguments, _ = solved("matmul_forward")
+    bias = arguments.pop("bias")
+    without = ops.matmul_forward(**arguments, backend=backend_name)
+    assert np.array_equal(
+        without, ops.matmul_forward(**arguments, bias=np.zeros_like(bias), backend=backend_name)
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_linear_layer_may_have_no_scale_and_no_bias(dtype: type, backend_name: str) -> None:
+    arguments, _ = solved("matmul_forward")
+    x, weight, bias = arguments["x"], arguments["weight"].astype(dtype), arguments["bias"]
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
+    out = ops.matmul_forward(x, weight, backend=backend_name)
+    assert out.dtype == np.float32 and normalised_error(out, expected) <= 4e-6
+    out = ops.matmul_forward(x, weight, bias=bias, backend=backend_name)
+    assert normalised_error(out, expected + bias) <= 4e-6
+
+
+SMALL: dict[str, tuple[str, Shape]] = {
+    "weights of 8 bits": ("matmul_forward", {"N": 5, "C": 9, "OC": 21, "kind": "uint8"}),
+    "tokens of 8 bits": ("encoder_forward", {"B": 2, "T": 3, "C": 9, "V": 7, "kind": "uint8"}),
+    "tokens of 16 bits": (
+        "encoder_forward",
+        {"B": 2, "T": 3, "C": 9, "V": 7, "kind": "float16", "position": 4},
+    ),
+    "a cache": (
+        "attention_forward",
+        {"B": 2, "T": 5, "NH": 3, "HS": 5, "position": 4, "P": 11},
+    ),
+}
+
+
+def given_with(what: str) -> tuple[Any, dict[str, Any], list[Any]]:
+    """Give an op's public function, arguments of SMALL by name, and the reference's results."""
+    name, shape = SMALL[what]
+    given, expected = solved(name, shape=shape)
+    return PUBLIC[name], given, expected
+
+
+@pytest.mark.parametrize("what", SMALL)
+def test_optional_arrays_are_taken(what: str, backend_name: str) -> None:
+    function, given, expected = given_with(what)
+    results = function(**given, backend=backend_name)
+    results = results if isinstance(results, tuple) else (results,)
+    if what == "a cache":  # there the case has no lse, and the function writes one
+        results = (results[0], *results[2:])
+    for result, right in zip(results, expected, strict=True):
+        assert normalised_error(result, right) <= 4e-6
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "named"),
+    [
+        ("weights of 8 bits", {"scale": None}, "scale"),
+        ("weights of 8 bits", {"scale": np.ones(20, np.float32)}, "scale"),
+        ("weights of 8 bits", {"scale": np.ones(21, np.float64)}, "scale"),
+        ("weights of 8 bits", {"weight": np.zeros((21, 9), np.float32)}, "weight must be uint8"),
+        ("tokens of 8 bits", {"scale": None}, "scale"),
+        ("tokens of 16 bits", {"position": 7}, "idx"),  # T = 3, P = 9
+        ("tokens of 16 bits", {"position": -1}, "position"),
+        ("a cache", {"position": -1}, "position"),
+        ("a cache", {"position": 7}, "position"),  # T = 5, P = 11
+        ("a cache", {"position": 4.0}, "position must be a whole number"),
+        ("a cache", {"keys": None}, "keys"),
+        ("a cache", {"values": None}, "values"),
+        ("a cache", {"values": np.zeros((2, 3, 10, 5), np.float32)}, "values"),
+        ("a cache", {"qkv": np.zeros((2, 5, 48), np.float32)}, "n_head"),  # C = 16
+        ("a cache", dict.fromkeys(("keys", "values"), np.zeros((2, 3, 11, 4), np.float32)), "keys"),
+    ],
+)
+def test_optional_arrays_that_do_not_fit_are_refused(
+    what: str, changes: dict[str, Any], named: str, backend_name: str
+) -> None:
+    function, given, _ = given_with(what)
+    assert refused(function, **given | changes, backend=backend_name).startswith(named)
+
+
+def test_backend_may_stand_where_it_stood_before_optional_arrays() -> None:
+    arguments, expected = solved("matmul_forward")
+    given = (arguments["x"], arguments["weight"], arguments["bias"], "numpy")
+    assert normalised_error(ops.matmul_forward(*given), expected[0]) <= 4e-6
+    qkv = solved("attention_forward")[0]["qkv"]
+    assert np.array_equal(
+        ops.attention_forward(qkv, 3, "numpy")[0], ops.attention_forward(qkv, 3, backend="numpy")[0]
+    )
+
+
+def test_old_names_work_and_say_the_new_one(backend_name: str) -> None:
+    _, given, expected = given_with("weights of 8 bits")
+    with pytest.warns(DeprecationWarning, match="matmul_forward"):
+        out = ops.linear_forward(
+            given["x"], given["weight"], given["scale"], given["bias"], backend_name
+        )
+    assert normalised_error(out, expected[0]) <= 4e-6
+    _, given, expected = given_with("a cache")
+    one = (given[name][1] for name in ("qkv", "keys", "values"))
+    with pytest.warns(DeprecationWarning, match="attention_forward"):
+        results = ops.cache_attention_forward(*one, given["position"], backend_name)
+    for result, right in zip(results, expected, strict=True):
+        assert normalised_error(result, right[1]) <= 4e-6
+    dout = np.ones((2, 3), np.float32)
+    with pytest.warns(DeprecationWarning, match="both terms"):
+        assert all(np.array_equal(d, dout) for d in ops.residual_backward(dout, backend_name))
+
+
+def test_weights_that_are_no_numbers_are_refused_where_they_must_be(backend_name: str) -> None:
+    x, weight = np.ones((2, 3), np.float32), np.ones((4, 3), np.float16)
+    for bad in (np.nan, np.inf, -np.inf):
+        weight[3, 2] = bad
+        assert refused(ops.matmul_forward, x, weight, backend=backend_name).startswith("weight")
+    wide = ops.matmul_forward(x, weight.astype(np.float32), backend=backend_name)
+    assert not np.isfinite(wide[:, 3]).any() and np.isfinite(wide[:, :3]).all()
+
+
+def test_too_many_channels_of_8_bits_are_refused(backend_name: str) -> None:
+    scale = np.ones(1, np.float32)
+    for channels in (65536, 65537):
+        x, weight = np.ones((1, channels), np.float32), np.full((1, channels), 130, np.uint8)
+        if channels == 65536:
+            out = ops.matmul_forward(x, weight, scale=scale, backend=backend_name)
+            assert out[0, 0] == pytest.approx(2 * channels, rel=1e-6)
+        else:
+            assert "65536" in refused(
+                ops.matmul_forward, x, weight, scale=scale, backend=backend_name
+            )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 5)])
+def test_elementwise_ops_take_any_shape(
+    shape: tuple[int, ...], backend_name: str, rng: np.random.Generator
+) -> None:
+    x, v = np.asarray(rng.standard_normal(shape), np.float32), np.ones(shape, np.float32)
+    assert ops.gelu_forward(x, backend=backend_name).shape == shape
+    assert ops.residual_forward(x, x, backend=backend_name).shape == shape
+    assert all(a.shape == shape for a in ops.adamw_update(x, x, v, x, backend=backend_name))
+    assert ops.global_norm(x, backend=backend_name) == pytest.approx(np.linalg.norm(x.ravel()))
+
+
+# ---- bad arguments -------------------------------------------------------------------------------
+
+
+@EVERY_ARRAY
+@pytest.mark.parametrize("dtype", ["f2", ">f4", "i8", "c8", "O", "U1"])
+def test_another_dtype_is_refused(name: str, argument: str, dtype: str, backend_name: str) -> None:
+    declared = next(array for array in OPS[name].arrays if array.name == argument)
+    if dtype == "f2" and declared.kind == "weights":
+        pytest.skip("a weight may have 16 bits")
+    arguments, _ = solved(name)
+    arguments[argument] = np.zeros(arguments[argument].shape, dtype)
+    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    assert message.startswith(argument) and str(np.dtype(dtype)) in message
+
+
+@EVERY
+def test_float64_is_for_numpy(name: str, backend_name: str) -> None:
+    if backend_name == "numpy":
+        pytest.skip("numpy computes in float64")
+    arguments, _ = solved(name, np.float64)
+    assert "float32" in refused(PUBLIC[name], **arguments | {"backend": backend_name})
+
+
+@EVERY_ARRAY
+def test_floats_of_two_sizes_are_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    floats = [value for value in arguments.values() if getattr(value, "dtype", None) == np.float32]
+    if arguments[argument].dtype != np.float32 or (len(floats) == 1 and backend_name == "numpy"):
+        pytest.skip("no float, or the only one")
+    arguments[argument] = arguments[argument].astype(np.float64)
+    assert "float64" in refused(PUBLIC[name], **arguments | {"backend": backend_name})
+
+
+@EVERY_ARRAY
+def test_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    right = arguments[argument]
+    wide = np.repeat(right, 2, axis=-1)
+    arguments[argument] = wide[..., ::2]
+    assert np.array_equal(arguments[argument], right, equal_nan=True)
+    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    assert message.startswith(argument) and "contiguous" in message
+    if right.ndim > 1:  # right shape, wrong order
+        arguments[argument] = np.asfortranarray(right)
+        assert refused(PUBLIC[name], **arguments | {"backend": backend_name}).startswith(argument)
+
+
+@EVERY_ARRAY
+def test_empty_arrays_are_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    arguments[argument] = arguments[argument][:0]
+    assert refused(PUBLIC[name], **arguments | {"backend": backend_name}).startswith(argument)
+
+
+@EVERY_ARRAY
+def test_what_is_no_array_is_refused(name: str, argument: str, backend_name: str) -> None:
+    arguments, _ = solved(name)
+    for wrong in (arguments[argument].tolist(), 1.0, "text", None):
+        optional = argument == "bias" and name == "matmul_forward"
+        if not (optional and wrong is None):
+            bad = arguments | {argument: wrong, "backend": backend_name}
+            assert refused(PUBLIC[name], **bad).startswith(argument)
+
+
+@EVERY_ARRAY
+@pytest.mark.parametrize("axes", ["more", "fewer"])
+def test_another_number_of_axes_is_refused(
+    name: str, argument: str, axes: str, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    arrays = arrays_of(name)
+    if name in ELEMENTWISE and len(arrays) == 1:
+        pytest.skip("any shape will do")
+    right = arguments[argument]
+    arguments[argument] = right[None] if axes == "more" else right[0, ...].copy()
+    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    named = arrays if name in ELEMENTWISE else [argument]
+    assert message.startswith(tuple(named))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "axis"),
+    [
+        ("encoder_forward", "wpe", 1),
+        ("encoder_backward", "idx", 0),
+        ("encoder_backward", "idx", 1),
+        ("layernorm_forward", "weight", 0),
+        ("layernorm_forward", "bias", 0),
+        ("layernorm_backward", "dout", 0),
+        ("layernorm_backward", "dout", 1),
+        ("layernorm_backward", "weight", 0),
+        ("layernorm_backward", "mean", 0),
+        ("layernorm_backward", "rstd", 0),
+        ("matmul_forward", "weight", 1),
+        ("matmul_forward", "bias", 0),
+        ("matmul_backward", "weight", 1),
+        ("matmul_backward", "dout", 0),
+        ("matmul_backward", "dout", 1),
+        ("attention_forward", "qkv", 2),
+        ("attention_backward", "qkv", 0),
+        ("attention_backward", "qkv", 1),
+        ("attention_backward", "qkv", 2),
+        ("attention_backward", "out", 0),
+        ("attention_backward", "out", 1),
+        ("attention_backward", "out", 2),
+        ("attention_backward", "lse", 0),
+        ("attention_backward", "lse", 1),  # 4 heads do not divide 15 channels
+        ("attention_backward", "lse", 2),
+        ("gelu_backward", "dout", 0),
+        ("residual_forward", "branch", 0),
+        ("crossentropy_forward", "targets", 0),
+        ("crossentropy_backward", "targets", 0),
+        ("crossentropy_backward", "lse", 0),
+        ("adamw_update", "m", 0),
+        ("adamw_update", "v", 0),
+        ("adamw_update", "grad", 0),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    name: str, argument: str, axis: int, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    right = arguments[argument]
+    one_more = np.concatenate([right, right.take([0], axis)], axis)
+    message = refused(PUBLIC[name], **arguments | {argument: one_more, "backend": backend_name})
+    assert message.startswith(argument)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "wrong"),
+    [
+        *(("encoder_forward", "idx", token) for token in (-1, 11, 2**31 - 1)),
+        *(("encoder_backward", "idx", token) for token in (-1, 11, -(2**31))),
+        *(("crossentropy_forward", "targets", token) for token in (-2, 19, 2**31 - 1)),
+        *(("crossentropy_backward", "targets", token) for token in (-2, 19, -(2**31))),
+    ],
+)
+def test_ids_out_of_range_are_refused(
+    name: str, argument: str, wrong: int, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    arguments[argument].flat[-1] = wrong
+    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    assert message.startswith(argument) and str(wrong) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("encoder_forward", {"wpe": np.zeros((4, 7), np.float32)}, "idx"),  # T = 5
+        ("encoder_backward", {"n_positions": 4}, "idx"),
+        ("encoder_backward", {"n_positions": 0}, "idx"),
+        ("encoder_backward", {"vocab_size": 0}, "idx"),
+        ("attention_forward", {"n_head": 0}, "n_head"),
+        ("attention_forward", {"n_head": -1}, "n_head"),
+        ("attention_forward", {"n_head": 2}, "n_head"),  # C = 15
+        ("attention_forward", {"n_head": 30}, "n_head"),
+        ("adamw_update", {"t": 0}, "t must"),
+        ("adamw_update", {"t": -1}, "t must"),
+        ("adamw_update", {"t": 1.5}, "t must be a whole number"),
+        ("adamw_update", {"t": True}, "t must be a whole number"),
+        ("adamw_update", {"eps": Fraction(10**400)}, "eps must be a number"),
+        ("layernorm_forward", {"eps": Fraction(10**400)}, "eps must be a number"),
+        ("attention_forward", {"n_head": 1.0}, "n_head must be a whole number"),
+        ("encoder_backward", {"vocab_size": 11.0}, "vocab_size must be a whole number"),
+        ("encoder_backward", {"n_positions": True}, "n_positions must be a whole number"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(
+    name: str, changes: dict[str, Any], named: str, backend_name: str
+) -> None:
+    arguments, _ = solved(name)
+    assert refused(PUBLIC[name], **arguments | changes | {"backend": backend_name}).startswith(
+        named
+    )
+
+
+@EVERY
+def test_an_unknown_backend_is_refused(name: str) -> None:
+    arguments, _ = solved(name)
+    message = refused(PUBLIC[name], **arguments | {"backend": "cuda"})
+    assert "'cuda'" in message and message.endswith(", ".join(backends()))

@@ -1,0 +1,353 @@
+"""The reference against calculus (backward functions) and closed forms (forward functions)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from helpers.cases import ALIASES, SHAPES, Case
+
+from gpt2c.kernels import reference
+from gpt2c.kernels.cases import normalised_error
+from gpt2c.kernels.op import OPS
+
+Array = np.ndarray
+STEP = 1e-6  # central differences: error about STEP^2 from curvature, 1e-16 / STEP from rounding
+RTOL = 1e-7
+
+
+def check_gradient(
+    rng: np.random.Generator, loss: Callable[[], float], x: Array, gradient: Array
+) -> None:
+    """Compare a gradient with central differences of `loss()`, by element and along a direction."""
+    start = x.copy()
+
+    def difference(direction: Array) -> float:
+        x[...] = start + STEP * direction
+        above = loss()
+        x[...] = start - STEP * direction
+        below = loss()
+        x[...] = start
+        return (above - below) / (2 * STEP)
+
+    numeric = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        direction = np.zeros_like(x)
+        direction[i] = 1
+        numeric[i] = difference(direction)
+    assert normalised_error(gradient, numeric) < RTOL
+    direction = rng.standard_normal(x.shape)
+    size = np.abs(gradient * direction).sum()
+    assert abs(difference(direction) - (gradient * direction).sum()) < RTOL * size
+
+
+@pytest.fixture
+def normal(rng: np.random.Generator) -> Callable[..., Array]:
+    return lambda *shape: rng.standard_normal(shape)
+
+
+# ---- backward functions are the derivatives of forward functions ---------------------------------
+
+
+def test_encoder_gradients(rng: np.random.Generator, normal: Any) -> None:
+    B, T, C, V = 3, 4, 5, 3  # fewer tokens than places: some are used twice
+    idx = rng.integers(0, V, (B, T), np.int32)
+    wte, wpe, dout, out = normal(V, C), normal(T + 1, C), normal(B, T, C), np.empty((B, T, C))
+
+    def loss() -> float:
+        reference.encoder_forward(out, idx, wte, wpe, None, 0)
+        return float((out * dout).sum())
+
+    dwte, dwpe = np.zeros_like(wte), np.zeros_like(wpe)
+    reference.encoder_backward(dwte, dwpe, dout, idx)
+    check_gradient(rng, loss, wte, dwte)
+    check_gradient(rng, loss, wpe, dwpe)
+
+
+def test_layernorm_gradients(rng: np.random.Generator, normal: Any) -> None:
+    N, C = 4, 7
+    x, weight, bias, dout = normal(N, C), normal(C), normal(C), normal(N, C)
+    out, mean, rstd = np.empty((N, C)), np.empty(N), np.empty(N)
+
+    def loss() -> float:
+        reference.layernorm_forward(out, mean, rstd, x, weight, bias, 1e-5)
+        return float((out * dout).sum())
+
+    loss()
+    dx, dweight, dbias = np.zeros((N, C)), np.zeros(C), np.zeros(C)
+    reference.layernorm_backward(dx, dweight, dbias, dout, x, weight, mean, rstd)
+    check_gradient(rng, loss, x, dx)
+    check_gradient(rng, loss, weight, dweight)
+    check_gradient(rng, loss, bias, dbias)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_matmul_gradients(rng: np.random.Generator, normal: Any, with_bias: bool) -> None:
+    N, C, OC = 4, 5, 3
+    x, weight, dout, out = normal(N, C), normal(OC, C), normal(N, OC), np.empty((N, OC))
+    bias = normal(OC) if with_bias else None
+
+    def loss() -> float:
+        reference.matmul_forward(out, x, weight, bias, None)
+        return float((out * dout).sum())
+
+    dx, dweight, dbias = np.empty((N, C)), np.zeros((OC, C)), np.zeros(OC) if with_bias else None
+    reference.matmul_backward(dx, dweight, dbias, dout, x, weight)
+    check_gradient(rng, loss, x, dx)
+    check_gradient(rng, loss, weight, dweight)
+    if bias is not None and dbias is not None:
+        check_gradient(rng, loss, bias, dbias)
+
+
+@pytest.mark.parametrize(("B", "T", "NH", "HS"), [(2, 5, 3, 2), (1, 1, 1, 3), (1, 7, 1, 1)])
+def test_attention_gradients(
+    rng: np.random.Generator, normal: Any, B: int, T: int, NH: int, HS: int
+) -> None:
+    C = NH * HS
+    qkv, dout = normal(B, T, 3 * C), normal(B, T, C)
+    out, lse = np.empty((B, T, C)), np.empty((B, NH, T))
+
+    def loss() -> float:
+        reference.attention_forward(out, lse, None, None, qkv, 0)
+        return float((out * dout).sum())
+
+    loss()
+    dqkv = np.empty((B, T, 3 * C))
+    reference.attention_backward(dqkv, dout, qkv, out, lse)
+    check_gradient(rng, loss, qkv, dqkv)
+
+
+def test_gelu_gradient(rng: np.random.Generator, normal: Any) -> None:
+    x, dout = 2 * normal(6, 7), normal(6, 7)
+    out, dx = np.empty_like(x), np.empty_like(x)
+
+    def loss() -> float:
+        reference.gelu_forward(out, x)
+        return float((out * dout).sum())
+
+    reference.gelu_backward(dx, dout, x)
+    check_gradient(rng, loss, x, dx)
+
+
+def test_residual_gradients(rng: np.random.Generator, normal: Any) -> None:
+    x, branch, dout = normal(6), normal(6), normal(6)
+    out = np.empty(6)
+
+    def loss() -> float:
+        reference.residual_forward(out, x, branch)
+        return float((out * dout).sum())
+
+    check_gradient(rng, loss, x, dout)  # which is why the gradient has no op
+    check_gradient(rng, loss, branch, dout)
+
+
+def test_crossentropy_gradient(rng: np.random.Generator, normal: Any) -> None:
+    N, V, scale = 5, 7, 0.3
+    logits, targets = 3 * normal(N, V), np.array([0, 6, -1, 3, -1], np.int32)
+    losses, lse, dlogits = np.empty(N), np.empty(N), np.empty((N, V))
+
+    def loss() -> float:
+        reference.crossentropy_forward(losses, lse, logits, targets)
+        return float(losses.sum() * scale)
+
+    loss()
+    reference.crossentropy_backward(dlogits, logits, lse, targets, scale)
+    check_gradient(rng, loss, logits, dlogits)
+    assert not dlogits[targets == -1].any()
+
+
+# ---- forward functions have the values that can be known otherwise -------------------------------
+
+
+def test_encoder_adds_token_and_position() -> None:
+    wte, wpe = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[10.0, 20.0], [30.0, 40.0]])
+    out = np.empty((1, 2, 2))
+    reference.encoder_forward(out, np.array([[1, 0]], np.int32), wte, wpe, None, 0)
+    assert out.tolist() == [[[13.0, 24.0], [31.0, 42.0]]]
+
+
+def test_layernorm_rows_have_mean_bias_and_variance_weight_squared(normal: Any) -> None:
+    N, C = 3, 64
+    x, out, mean, rstd = 5 + 3 * normal(N, C), np.empty((N, C)), np.empty(N), np.empty(N)
+    reference.layernorm_forward(out, mean, rstd, x, np.full(C, 2.0), np.full(C, 7.0), 1e-12)
+    np.testing.assert_allclose(out.mean(axis=1), 7)
+    np.testing.assert_allclose(out.var(axis=1), 4)
+    np.testing.assert_allclose(mean, x.mean(axis=1))
+    np.testing.assert_allclose(rstd, 1 / x.std(axis=1))
+
+
+def test_layernorm_of_a_constant_row_is_the_bias(normal: Any) -> None:
+    x, bias, out, mean, rstd = np.full((1, 8), 3.0), normal(8), np.empty((1, 8)), *np.empty((2, 1))
+    reference.layernorm_forward(out, mean, rstd, x, normal(8), bias, 1e-4)
+    assert np.array_equal(out[0], bias)
+    np.testing.assert_allclose(rstd, 100)
+
+
+def test_matmul_is_a_dot_product_of_rows() -> None:
+    out = np.empty((1, 2))
+    x, weight = np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    reference.matmul_forward(out, x, weight, np.array([0.5, -1.0]), None)
+    assert out.tolist() == [[1.5, 5.0]]
+
+
+def test_attention_to_one_token_is_its_value(normal: Any) -> None:
+    qkv, out, lse = normal(2, 1, 12), np.empty((2, 1, 4)), np.empty((2, 2, 1))
+    reference.attention_forward(out, lse, None, None, qkv, 0)
+    np.testing.assert_allclose(out, qkv[..., 8:])
+    q, k = qkv[:, 0, :4].reshape(2, 2, 2), qkv[:, 0, 4:8].reshape(2, 2, 2)
+    np.testing.assert_allclose(lse[..., 0], (q * k).sum(axis=2) / math.sqrt(2))
+
+
+def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
+    T, C = 6, 4
+    qkv, out, lse = normal(1, T, 3 * C), np.empty((1, T, C)), np.empty((1, 1, T))
+    qkv[..., C : 2 * C] = 0
+    reference.attention_forward(out, lse, None, None, qkv, 0)
+    counts = np.arange(1, T + 1)
+    np.testing.assert_allclose(out[0], qkv[0, :, 2 * C :].cumsum(axis=0) / counts[:, None])
+    np.testing.assert_allclose(lse[0, 0], np.log(counts))
+
+
+def test_attention_does_not_see_later_tokens(normal: Any) -> None:
+    qkv, out, lse = normal(2, 7, 12), np.empty((2, 7, 4)), np.empty((2, 2, 7))
+    reference.attention_forward(out, lse, None, None, qkv, 0)
+    later_out, later_lse = np.empty_like(out), np.empty_like(lse)
+    qkv[:, 4:] = normal(2, 3, 12)
+    reference.attention_forward(later_out, later_lse, None, None, qkv, 0)
+    assert np.array_equal(out[:, :4], later_out[:, :4])
+    assert np.array_equal(lse[..., :4], later_lse[..., :4])
+    assert not np.isclose(out[:, 4:], later_out[:, 4:]).any()
+
+
+def test_gelu_is_close_to_x_times_the_normal_distribution() -> None:
+    x = np.linspace(-10, 10, 1001)
+    out = np.empty_like(x)
+    reference.gelu_forward(out, x)
+    exact = [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x]
+    assert np.abs(out - exact).max() < 5e-4
+    assert out[0] == 0 and out[500] == 0 and out[-1] == 10
+
+
+def test_crossentropy_of_equal_logits_is_log_v() -> None:
+    N, V = 3, 50
+    losses, lse, targets = np.empty(N), np.empty(N), np.array([0, -1, 49], np.int32)
+    reference.crossentropy_forward(losses, lse, np.full((N, V), 5.0), targets)
+    np.testing.assert_allclose(losses, [math.log(V), 0, math.log(V)])
+    np.testing.assert_allclose(lse, 5 + math.log(V))
+
+
+def test_crossentropy_gradient_rows_sum_to_zero(normal: Any) -> None:
+    logits, losses, lse, dlogits = normal(4, 9), np.empty(4), np.empty(4), np.empty((4, 9))
+    targets = np.array([1, 8, 0, 3], np.int32)
+    reference.crossentropy_forward(losses, lse, logits, targets)
+    reference.crossentropy_backward(dlogits, logits, lse, targets, 2.0)
+    np.testing.assert_allclose(dlogits.sum(axis=1), 0, atol=1e-15)
+    np.testing.assert_allclose(dlogits[np.arange(4), targets], 2 * (np.exp(-losses) - 1))
+
+
+def test_adamw_is_the_scalar_loop(normal: Any) -> None:
+    n, rate, beta1, beta2, eps, decay, scale = 5, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.5
+    param, m, v = normal(n), np.zeros(n), np.zeros(n)
+    scalars = [[float(p), 0.0, 0.0] for p in param]
+    for t in range(1, 11):
+        grad = normal(n)
+        reference.adamw_update(param, m, v, grad, rate, beta1, beta2, eps, decay, t, scale)
+        for state, raw in zip(scalars, grad, strict=True):
+            g = float(raw) * scale
+            state[1] = beta1 * state[1] + (1 - beta1) * g
+            state[2] = beta2 * state[2] + (1 - beta2) * g**2
+            m_hat, v_hat = state[1] / (1 - beta1**t), state[2] / (1 - beta2**t)
+            state[0] = state[0] - rate * (m_hat / (math.sqrt(v_hat) + eps) + decay * state[0])
+        np.testing.assert_allclose(np.stack([param, m, v], axis=1), scalars, rtol=1e-12)
+
+
+def test_adamw_first_step_is_the_learning_rate() -> None:
+    param, m, v = np.zeros(3), np.zeros(3), np.zeros(3)
+    grad = np.array([5.0, -0.01, 0.0])
+    reference.adamw_update(param, m, v, grad, 0.1, 0.9, 0.95, 1e-12, 0.1, 1, 1.0)
+    np.testing.assert_allclose(param, [-0.1, 0.1, 0.0])
+
+
+def test_global_norm() -> None:
+    assert reference.global_norm(np.array([[3.0, 0.0], [0.0, 4.0]], np.float32)) == 5.0
+    assert type(reference.global_norm(np.ones(1, np.float32))) is float
+    # in float32 the squares would overflow
+    assert math.isclose(reference.global_norm(np.full(4, 1e30, np.float32)), 2e30, rel_tol=1e-6)
+
+
+# ---- what every op promises ----------------------------------------------------------------------
+
+
+def small(shape: dict[str, Any]) -> bool:
+    return math.prod(size for size in shape.values() if type(size) is int) < 2000
+
+
+ACCUMULATED = {
+    "encoder_backward": {0, 1},
+    "layernorm_backward": {0, 1, 2},
+    "matmul_backward": {1, 2},
+}
+SMALL = [
+    case
+    for name in OPS
+    for case in [Case(name, shape) for shape in SHAPES[name] if small(shape)][-2:]
+]
+
+
+# not adamw_update: its outputs are states, which the scalar loop checks
+@pytest.mark.parametrize("case", [c for c in SMALL if c.name != "adamw_update"], ids=str)
+def test_outputs_are_accumulated_or_written(case: Case) -> None:
+    used, fresh = case.arguments(), case.arguments()
+    outputs = used[: len(OPS[case.name].outputs)]
+    before = [np.zeros(1) if a is None else a.copy() for a in outputs]
+    for output in fresh[: len(OPS[case.name].outputs)]:
+        if output is not None:
+            output[...] = 0
+    getattr(reference, case.name)(*used)
+    getattr(reference, case.name)(*fresh)
+    accumulated = ACCUMULATED.get(case.name, ()) if case.shape.get("accumulate", True) else ()
+    for i, output in enumerate(outputs):
+        if output is not None:
+            added = before[i] if i in accumulated else 0
+            np.testing.assert_allclose(output, fresh[i] + added, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_output_may_be_an_input(name: str) -> None:
+    case = Case(name, SHAPES[name][8])
+    apart, shared = case.arguments(), case.arguments()
+    output, source = ALIASES[name]
+    shared[output] = shared[source]
+    getattr(reference, name)(*apart)
+    getattr(reference, name)(*shared)
+    for a, b in zip(
+        apart[: len(OPS[case.name].outputs)], shared[: len(OPS[case.name].outputs)], strict=True
+    ):
+        assert np.array_equal(a, b)
+
+
+class Watched(np.ndarray):
+    """An array that notes the dtype of everything computed from it."""
+
+    seen: ClassVar[set[np.dtype[Any]]] = set()
+
+    def __array_wrap__(self, result: Array, context: Any = None, as_scalar: bool = False) -> Array:
+        self.seen.add(result.dtype)
+        return result.view(Watched)
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.name != "global_norm"], ids=str)
+def test_float32_is_never_widened(case: Case) -> None:
+    Watched.seen.clear()
+    arguments = [
+        a.astype(np.float32).view(Watched)
+        if isinstance(a, np.ndarray) and a.dtype == np.float64
+        else a
+        for a in case.arguments()
+    ]
+    getattr(reference, case.name)(*arguments)
+    exact = {np.int64} if case.shape.get("kind") == "uint8" else set()  # sums of integers
+    assert Watched.seen <= {np.dtype(dtype) for dtype in (np.float32, np.bool_, *exact)}
