@@ -12,9 +12,9 @@ import pytest
 
 from gpt2c.bench.suite import describe
 from gpt2c.bench.worker import Worker
-from gpt2c.kernels.cases import OPS
+from gpt2c.kernels.cases import EXAMPLES
 
-WORK = [(name, shape) for name, op in OPS.items() for shape in op.shapes]
+WORK = [(name, shape) for name, op in EXAMPLES.items() for shape in op.shapes]
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,6 @@ def test_op(name: str, shape: dict[str, Any], worker: Worker, benchmark: Any) ->
     answer = worker.op(name, shape)
     assert answer["error"] <= answer["rtol"]
     benchmark.group = f"{name} {describe(shape)}"
-    flops, size = OPS[name].cost(**shape)
+    flops, size = EXAMPLES[name].cost(**shape)
     benchmark.extra_info |= {"flops": flops, "bytes": size, "error": answer["error"]}
     benchmark(worker._call)

@@ -20,7 +20,7 @@ import numpy as np
 from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.bench.machine import measure_ceilings
 from gpt2c.kernels.backend import default_threads, get_backend
-from gpt2c.kernels.cases import OPS
+from gpt2c.kernels.cases import EXAMPLES
 
 STEPS = 4
 # PyTorch's operators by part; a matrix product is told by whether V is among its sizes
@@ -64,7 +64,7 @@ class Timed:
             if name.startswith("matmul"):
                 part = f"lm_head {name}" if shape["OC"] == V else f"layers' {name}"
             self.seconds[part] += time.perf_counter() - start
-            cost = OPS[name].cost(**shape)
+            cost = EXAMPLES[name].cost(**shape)
             self.floor[part] += self._ceilings.seconds(self.name, *cost)
             return result
 

@@ -1,0 +1,27 @@
+"""The scripts of benchmarks/ still fit the package: each imports, and pytest finds its benchmarks."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not there")
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_script_imports(path: Path) -> None:
+    if "llama_cpp" in path.read_text():
+        pytest.importorskip("llama_cpp")
+    runpy.run_path(str(path), run_name="imported")
+
+
+def test_pytest_finds_a_benchmark_for_each_op() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, str(BENCHMARKS)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gelu_forward" in done.stdout
