@@ -71,7 +71,7 @@ SANITIZE = [
 
 
 def compiler() -> list[str]:
-    """Give the C compiler's command; end with one sentence if there is none."""
+    """Return the C compiler's command; end with one sentence if there is none."""
     command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(command[0]) is None:
         sys.exit(
@@ -82,7 +82,7 @@ def compiler() -> list[str]:
 
 
 def accepts(cc: list[str], flags: list[str]) -> bool:
-    """Whether the compiler compiles and links an empty program with these flags."""
+    """Return whether the compiler compiles and links an empty program with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text("int main(void) { return 0; }\n")

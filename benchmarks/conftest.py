@@ -17,7 +17,7 @@ def threads() -> int:
 
 @pytest.fixture(params=NAMES)
 def backend_name(request: pytest.FixtureRequest, threads: int, benchmark: Any) -> str:
-    """Give every backend in turn; its instruction set's measured peak goes into extra_info."""
+    """Return every backend in turn; its instruction set's measured peak goes into extra_info."""
     name: str = request.param
     if name not in backends():
         pytest.skip(f"backend {name!r} does not run here, only {', '.join(backends())}")

@@ -30,7 +30,7 @@ Answers = list[list[int]]
 
 
 def make_model(options: argparse.Namespace) -> GPT2 | QuantizedGPT2:
-    """Give GPT-2 124M, or one with fewer layers and channels, with random weights."""
+    """Return GPT-2 124M, or one with fewer layers and channels, with random weights."""
     channels = options.n_embd
     config = GPT2Config(n_layer=options.n_layer, n_embd=channels, n_head=max(1, channels // 64))
     model = GPT2(config, seed=1337, backend=options.backend)
@@ -44,7 +44,7 @@ def make_model(options: argparse.Namespace) -> GPT2 | QuantizedGPT2:
 def one_at_a_time(
     model: GPT2 | QuantizedGPT2, prompts: Answers, new: int
 ) -> tuple[float, list[float], Answers]:
-    """Give the seconds of all, those until each had its first token, and the answers."""
+    """Return the seconds of all, those until each had its first token, and the answers."""
     start, first, answers = time.perf_counter(), [], []
     for seed, prompt in enumerate(prompts):
         steps = model.stream([prompt], new, seed=seed)

@@ -97,7 +97,7 @@ class Writer:
         return self._stopped
 
     def take(self, last: bool = False) -> str:
-        """Give the characters that are certain since the last time; with `last` all there are."""
+        """Return the characters that are certain since the last time; with `last` all there are."""
         if last and not self._stopped:
             self._certain += self._open + self._decode(b"", final=True)
         piece, self._certain = self._certain, ""

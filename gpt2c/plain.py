@@ -55,7 +55,7 @@ def linear_backward(p: Arrays, g: Arrays, name: str, dout: Array, x: Array) -> A
 
 
 def layernorm(p: Arrays, name: str, x: Array) -> Array:
-    """Give each token's channels mean 0 and variance 1, then a gain and a bias of their own."""
+    """Return each token's channels mean 0 and variance 1, then a gain and a bias of their own."""
     norm = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     return norm * p[name + ".weight"] + p[name + ".bias"]  # (B, T, C)
 

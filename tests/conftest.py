@@ -32,19 +32,19 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def backend(backend_name: str) -> Any:
-    """Give every backend in turn."""
+    """Return every backend in turn."""
     return get_backend(backend_name)
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Give the same random numbers in every run."""
+    """Return the same random numbers in every run."""
     return np.random.default_rng(1337)
 
 
 @pytest.fixture
 def data_file() -> Callable[[str], Path]:
-    """Give the path of a file of the shared data, or skip the test where it is absent."""
+    """Return the path of a file of the shared data, or skip the test where it is absent."""
 
     def find(name: str) -> Path:
         if not (DATA / name).exists():
@@ -55,7 +55,7 @@ def data_file() -> Callable[[str], Path]:
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
-    """Give the message of a ValueError: one line, one sentence."""
+    """Return the message of a ValueError: one line, one sentence."""
     with pytest.raises(ValueError) as error:
         call(*arguments, **keywords)
     message = str(error.value)
@@ -65,7 +65,7 @@ def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give prepared data that no test changes."""
+    """Return prepared data that no test changes."""
     path = tmp_path_factory.mktemp("prepared") / "data"
     prepare(DOCUMENTS, path, "bytes")
     return path
@@ -99,7 +99,7 @@ class Guarded:
         self._buffers: list[tuple[np.ndarray, int, int]] = []
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """Give a guarded copy of an array of numbers of 4 bytes, 2 or 1."""
+        """Return a guarded copy of an array of numbers of 4 bytes, 2 or 1."""
         buffer = self._guards(array.nbytes + 4 * self.GUARD)
         start = self.GUARD + -buffer.ctypes.data % self.GUARD + array.itemsize
         self._buffers.append((buffer, start, start + array.nbytes))
@@ -120,7 +120,7 @@ class Guarded:
 
 @pytest.fixture
 def guarded() -> Iterator[Guarded]:
-    """Give guarded memory, and check the guards when the test is over."""
+    """Return guarded memory, and check the guards when the test is over."""
     memory = Guarded()
     yield memory
     memory.check()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def build() -> ModuleType:
-    """Give build.py as a module, without running it."""
+    """Return build.py as a module, without running it."""
     spec = importlib.util.spec_from_file_location("gpt2c_build", ROOT / "build.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -39,7 +39,7 @@ def build() -> ModuleType:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Give a copy of what build.py reads, so that nothing here is written over."""
+    """Return a copy of what build.py reads, so that nothing here is written over."""
     shutil.copy(ROOT / "build.py", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "gpt2c").mkdir()

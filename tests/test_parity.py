@@ -73,14 +73,14 @@ def torch_model(config: GPT2Config, seed: int = 0) -> Any:
 
 
 def batch_of(config: GPT2Config, B: int, T: int, seed: int = 0) -> Batch:
-    """Give token ids and targets; about a tenth of the targets is ignored."""
+    """Return token ids and targets; about a tenth of the targets is ignored."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, config.vocab_size, (B, T + 1))
     return ids[:, :-1], np.where(rng.random((B, T)) < 0.1, -1, ids[:, 1:])
 
 
 def torch_loss(model: Any, batch: Batch) -> tuple[Any, Any]:
-    """Give logits and loss."""
+    """Return logits and loss."""
     idx, targets = batch
     logits = model(torch.tensor(idx)).logits
     labels = torch.tensor(np.where(targets == -1, IGNORED, targets))
@@ -90,7 +90,7 @@ def torch_loss(model: Any, batch: Batch) -> tuple[Any, Any]:
 
 
 def named(tensors: Any) -> dict[str, np.ndarray]:
-    """Give tensors under gpt2c's names and in its layout."""
+    """Return tensors under gpt2c's names and in its layout."""
     return {
         name.removeprefix("transformer."): tensor.detach().numpy().T
         if name.endswith(TRANSPOSED)
@@ -195,7 +195,7 @@ def test_hidden_states_agree(config: GPT2Config, backend_name: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Pair]:
-    """Give GPT-2 124M on the backend that runs by default."""
+    """Return GPT-2 124M on the backend that runs by default."""
     yield pair(GPT2_124M, get_backend().name)
 
 
@@ -395,7 +395,7 @@ def wordy() -> Iterator[Any]:
 
 
 def ended(row: np.ndarray, start: int, ends: Any) -> list[int]:
-    """Give a text up to its first end after `start`."""
+    """Return a text up to its first end after `start`."""
     places = np.flatnonzero(np.isin(row[start:], ends))
     return row[: start + places[0] + 1 if len(places) else None].tolist()
 
@@ -451,7 +451,7 @@ PROCESSORS: list[dict[str, Any]] = [
 
 
 def processors(settings: dict[str, Any], prompt: int, ends: list[int]) -> Any:
-    """Give transformers' own, in the order in which its generate applies them."""
+    """Return transformers' own, in the order in which its generate applies them."""
     makers: dict[str, Any] = {
         "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
         "no_repeat_ngram_size": transformers.NoRepeatNGramLogitsProcessor,
@@ -667,7 +667,7 @@ TEXTS = [
 
 @pytest.fixture(params=["bytes", "bpe", "gpt2"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    """Give every kind of tokenizer."""
+    """Return every kind of tokenizer."""
     if request.param == "bpe":
         return Tokenizer.train([text * 2 for text in TEXTS], 330)
     try:

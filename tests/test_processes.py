@@ -46,7 +46,7 @@ def test_a_pool_of_forks_computes_beside_its_parent(used: str) -> None:
 
 @pytest.mark.parametrize("computing", [(), ("main",), ("thread",), ("main", "thread")], ids=str)
 def test_a_thread_may_fork(computing: tuple[str, ...]) -> None:
-    """Whether it has computed before, and whether the main thread has."""
+    """Return whether it has computed before, and whether the main thread has."""
     run("programs.forks", "from_a_thread", *computing)
 
 

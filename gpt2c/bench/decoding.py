@@ -1,7 +1,7 @@
 """The benchmark of reading and writing text: prefill, and decoding of one text and of eight.
 
 Rows are backends with each kind of weights, and the engines beside gpt2c that are installed; how
-they take turns stands in gpt2c.bench.suite. Used by cli_bench.
+they take turns stands in gpt2c.bench.suite.
 """
 
 from __future__ import annotations

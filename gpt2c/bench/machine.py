@@ -1,6 +1,6 @@
 """The machine: what it is, and the ceilings of every benchmark, measured here and now.
 
-Knows backends, nothing of models. Used by bench and cli.
+Knows backends, nothing of models.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Ceilings:
     bandwidth: dict[int, float]
 
     def seconds(self, backend: str, flops: float, size: float) -> float:
-        """Give the least time that so many operations on so many bytes can take.
+        """Return the least time that so many operations on so many bytes can take.
 
         NumPy and PyTorch choose their instructions themselves: they have the highest peak.
         """
@@ -136,7 +136,7 @@ class Quiet:
 
 
 def cpu_name() -> str:
-    """Give the processor's name; family, model and stepping too where it names no product."""
+    """Return the processor's name; family, model and stepping too where it names no product."""
     facts = cpu_facts()
     name = facts.get("model name") or platform.processor() or "unknown"
     numbers = [f"{key.split()[-1]} {facts[key]}" for key in CPU_NUMBERS if key in facts]
@@ -145,7 +145,7 @@ def cpu_name() -> str:
 
 
 def cpu_facts() -> dict[str, str]:
-    """Give what Linux says of the first core, its name and numbers; {} where it says nothing."""
+    """Return what Linux says of the first core, its name and numbers; {} where it says nothing."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -156,13 +156,13 @@ def cpu_facts() -> dict[str, str]:
 
 
 def compiler(library: Path) -> str:
-    """Give the compiler that a built library names in itself."""
+    """Return the compiler that a built library names in itself."""
     found = COMPILER.search(library.read_bytes())
     return found[0].decode() if found else "unknown compiler"
 
 
 def commit() -> str:
-    """Give the commit of the clone that this gpt2c lies in, "+" for changes; "" without one."""
+    """Return the commit of the clone that this gpt2c lies in, "+" for changes; "" without one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def torch_op(name: str, arguments: list[Any]) -> Call | None:
-    """Give a call that computes op `name` and returns its outputs, None for one it has not.
+    """Return a call that computes op `name` and returns its outputs, None for one it has not.
 
     PyTorch has no linear layer with weights of 8 or 16 bits beside float32, and no cache of ours.
 
@@ -196,7 +196,7 @@ def torch_step(
     grad_clip: float,
     compiled: bool,
 ) -> Callable[[], float]:
-    """Give a call that does one training step on (idx, targets), as `gpt2c.AdamW`'s defaults."""
+    """Return a call that does one training step on (idx, targets), as `gpt2c.AdamW`'s defaults."""
     model = _GPT2(config, parameters)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]

@@ -1,6 +1,6 @@
 """What people read of a benchmark: tables in a terminal and in Markdown, pictures, the JSON file.
 
-Knows results, not how they were taken. Used by cli.
+Knows results, not how they were taken.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def threads_text(count: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of gpt2c, Python and the packages that are compared, where installed."""
+    """Return the versions of gpt2c, Python and the packages that are compared, where installed."""
     found = {"gpt2c": importlib.metadata.version("gpt2c"), "Python": platform.python_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def ops_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
-    """Give the heading and table of one op: ms, rate, share of the ceiling, ratio to numpy."""
+    """Return the heading and table of one op: ms, rate, share of the ceiling, ratio to numpy."""
     facts = results[0].facts
     flops, size = facts["flops"], facts["bytes"]
     by_memory = ceilings.seconds("", 0, size) > ceilings.seconds("", flops, 0)
@@ -105,7 +105,7 @@ def ops_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table
 
 
 def train_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
-    """Give the heading and table of one shape: s, tokens/s, share of peak, memory, ratio."""
+    """Return the heading and table of one shape: s, tokens/s, share of peak, memory, ratio."""
     name, seconds = _baseline(results)
     columns = ["", "s a step", "±", "tokens/s", "% of peak", "memory, GB"]
     table = [[*columns, f"times as fast as {name}"]]
@@ -129,7 +129,7 @@ def train_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Tab
 
 
 def generate_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
-    """Give the heading and table of one work: ms, tokens/s, how near the limit, memory, ratio."""
+    """Return the heading and table of one work: ms, tokens/s, how near the limit, memory, ratio."""
     prefill = results[0].group.startswith("prefill")
     rate, limit = ("GFLOP/s", "% of fp32 peak") if prefill else ("GB/s", "% of bandwidth")
     name, seconds = _baseline(results)
@@ -169,7 +169,7 @@ def _baseline(results: Sequence[Result]) -> tuple[str, float]:
 
 
 def summary_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
-    """Give the heading and table of all works at once.
+    """Return the heading and table of all works at once.
 
     Of ops a line for each and a column for each row: times as fast as numpy, and the share of the
     ceiling. Of other works a line for each row: tokens a second.
@@ -368,7 +368,7 @@ def _is_result(found: Any) -> bool:
 def comparison(
     path: Path, old: dict[str, Any], results: Sequence[Result], threads: int
 ) -> tuple[str, Table]:
-    """Give the heading and table that compare results with older ones, see `read_old`.
+    """Return the heading and table that compare results with older ones, see `read_old`.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """The benchmark: rows (backends, PyTorch) in turn on the same work, verified, then timed.
 
 Each row is a process of its own (gpt2c.bench.worker); this file starts them, lets them take turns,
-and keeps what they measured. What people read is made of it by gpt2c.bench.report. Used by cli.
+and keeps what they measured. What people read is made of it by gpt2c.bench.report.
 """
 
 from __future__ import annotations
@@ -453,7 +453,7 @@ def _check_memory(
 
 
 def check_threads(threads: int | None) -> tuple[int, str]:
-    """Give the number of threads, and a warning if it is more than this process has cores.
+    """Return the number of threads, and a warning if it is more than this process has cores.
 
     Raises
     ------

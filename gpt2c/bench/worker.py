@@ -191,7 +191,7 @@ class Worker:
 
 
 def _resident() -> int:
-    """Give the bytes of memory that this process has; 0 where the system does not tell."""
+    """Return the bytes of memory that this process has; 0 where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -202,7 +202,7 @@ def _resident() -> int:
 def _own_reader(
     backend: Any, precision: str, what: str, config: GPT2Config, B: int, T: int
 ) -> Callable[[], Any]:
-    """Give a call that reads a prompt, or a token more of each text, and returns logits.
+    """Return a call that reads a prompt, or a token more of each text, and returns logits.
 
     The texts grow for SOME calls, then begin again.
     """

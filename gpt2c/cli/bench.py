@@ -1,4 +1,4 @@
-"""`gpt2c bench`: flags in, tables, JSON and pictures out. Used by cli."""
+"""`gpt2c bench`: flags in, tables, JSON and pictures out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The main job: text -> tokenizer -> token files -> training -> a model that compresses and writes.
 
-Without a text of the user's it learns the documentation that every Python carries. Used by cli.
+Without a text of the user's it learns the documentation that every Python carries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`gpt2c eval`: flags in, figures out. Used by cli."""
+"""`gpt2c eval`: flags in, figures out."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _share(value: float, error: float) -> str:
 
 @contextmanager
 def _progress(noun: str) -> Iterator[scoring.Watch]:
-    """Give what shows how far the work is, if there is much of it; `noun` is what it counts."""
+    """Return what shows how far the work is, if there is much of it; `noun` is what it counts."""
     shown: list[Progress] = []
 
     def watch(done: int, total: int, figures: str) -> None:

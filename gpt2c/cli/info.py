@@ -1,7 +1,7 @@
 """`gpt2c info`: what is installed, what this machine has; --verbose: what a bug report needs.
 
 Nothing here fails for a fact that a system does not tell, nothing prints a secret, and packages
-that gpt2c does not need are asked for their version without being imported. Used by cli.
+that gpt2c does not need are asked for their version without being imported.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def version(package: str) -> str:
-    """Give a package's version, without importing it."""
+    """Return a package's version, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`gpt2c plot`: flags in, a picture out, and a line for each run. Used by cli."""
+"""`gpt2c plot`: flags in, a picture out, and a line for each run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _one_tokenizer(paths: Iterable[Path]) -> bool:
 
 
 def _bytes_per_token(path: Path) -> dict[str, float]:
-    """Give how many bytes a token of the run's texts has: "train" and "val"; {} if unknown."""
+    """Return how many bytes a token of the run's texts has: "train" and "val"; {} if unknown."""
     try:
         sizes = read_json(path / RUN_FILE).get("bytes_per_token")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""`gpt2c prepare`: text files to token files. Used by cli."""
+"""`gpt2c prepare`: text files to token files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gpt2c tokens`: a text in, its tokens out: where it is cut, ids, bytes. Used by cli."""
+"""`gpt2c tokens`: a text in, its tokens out: where it is cut, ids, bytes."""
 
 from __future__ import annotations
 

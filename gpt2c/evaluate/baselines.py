@@ -1,7 +1,7 @@
 """What a language model must beat: xz and a bigram model, on the same held-out text.
 
 A language model is a compressor: coding a text with its probabilities takes loss / ln(2) bits a
-token. So all three are compared in bits per byte of the text. Independent of GPT-2. Used by demo.
+token. So all three are compared in bits per byte of the text. Independent of GPT-2.
 """
 
 from __future__ import annotations

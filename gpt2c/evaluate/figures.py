@@ -4,7 +4,7 @@
     perplexity       its exponential: how many equally likely tokens leave the same doubt
     bits per byte    how far the text could be compressed: comparable across tokenizers
 
-Independent of models and files. Used by what shows a loss.
+Independent of models and files.
 """
 
 from __future__ import annotations

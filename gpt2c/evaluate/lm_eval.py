@@ -143,7 +143,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Give the log-probability of whole texts, each begun by the end-of-text token.
+        """Return the log-probability of whole texts, each begun by the end-of-text token.
 
         Those longer than n_positions are cut into windows that do not overlap, but for the last,
         which is filled up with context.

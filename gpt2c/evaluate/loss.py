@@ -1,6 +1,6 @@
 """The mean loss of a model on token files, in windows side by side as in training.
 
-Knows nothing about training or what the tokens mean. Used by the loop, `gpt2c eval` and demo.
+Knows nothing about training or what the tokens mean.
 """
 
 from __future__ import annotations

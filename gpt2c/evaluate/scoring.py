@@ -6,7 +6,7 @@
         print(name, share, error)
 
 Everything goes through `Scorer`, which reads what texts have in common once. Independent of
-training. Used by cli_eval and lm_eval.
+training.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def refinement() -> Iterator[None]:
 
 @contextmanager
 def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
-    """Give a temporary path beside each path; on success rename them all, on failure remove them.
+    """Return a temporary path beside each path; on success rename them all, on failure remove them.
 
     No file is renamed before all of them are on disk, so a full disk leaves every one as it was.
     A user's link stays: the file that it leads to is replaced, see `through`.
@@ -94,7 +94,7 @@ def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path for one file; see `atomic_paths`."""
+    """Return a temporary path for one file; see `atomic_paths`."""
     with atomic_paths(path) as (temporary,):
         yield temporary
 

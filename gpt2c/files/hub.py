@@ -3,8 +3,7 @@
 huggingface_hub (extra `[hub]`) downloads and keeps what it has; HF_HOME, HF_ENDPOINT, HF_TOKEN and
 HF_HUB_OFFLINE are its own. Here: which files are wanted, and what a failure means, in a sentence.
 
-Knows nothing about what is in the files: they are a stranger's, and read as such. Used by all that
-has a `from_pretrained`.
+Knows nothing about what is in the files: they are a stranger's, and read as such.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ TOKENIZER = [VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, ADD
 
 
 def is_name(source: str) -> bool:
-    """Say whether a model on the hub could be called so."""
+    """Return whether a model on the hub could be called so."""
     return NAME.fullmatch(source) is not None
 
 
 def is_offline() -> bool:
-    """Say whether the user wants no network: HF_HUB_OFFLINE, as huggingface_hub reads it."""
+    """Return whether the user wants no network: HF_HUB_OFFLINE, as huggingface_hub reads it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
@@ -54,7 +53,7 @@ def hidden(directory: Path) -> str:
 
 
 def find(source: str | os.PathLike[str], revision: str | None = None, weights: bool = True) -> Path:
-    """Give the path of a model, downloaded if it must be.
+    """Return the path of a model, downloaded if it must be.
 
     Parameters
     ----------
@@ -120,7 +119,7 @@ def _absent(source: str) -> str:
 
 
 def _bar() -> Any:
-    """Give the client's progress bar, shown only where a person is watching."""
+    """Return the client's progress bar, shown only where a person is watching."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]

@@ -76,7 +76,7 @@ class StoredTensor:
         return StoredTensor(self.path, self.name, self.dtype, self.data.T)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """Give float32.
+        """Return float32.
 
         Raises
         ------
@@ -192,7 +192,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """Give the header of a file that the library finds whole, and all bytes after it, mapped."""
+    """Return the header of a file that the library finds whole, and all bytes after it, mapped."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist (weights are read from safetensors, never from pickles)"

@@ -101,7 +101,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_header(path: Path, most: int) -> tuple[bytes, int]:
-    """Give a file's first bytes, at most `most`, and its size; see `open_file` for errors."""
+    """Return a file's first bytes, at most `most`, and its size; see `open_file` for errors."""
     with open_file(path) as file:
         return file.read(most), os.fstat(file.fileno()).st_size
 
@@ -210,7 +210,7 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """Give a value, or what an error says, for an error: one printable line.
+    """Return a value, or what an error says, for an error: one printable line.
 
     It is cut where a stranger made it long or deep.
     """

@@ -5,7 +5,7 @@
     token files         llm.c's, with a header     <->   nanoGPT's, without: only where asked for
 
 What SRC is shows in the file's first bytes or in a directory's names; what DST is to be, in its
-name. Knows nothing about the formats themselves. Used by cli_convert.
+name. Knows nothing about the formats themselves.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
 
 
 def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
-    """Give nanoGPT's token files llm.c's header, or take it away: as SRC has none or has it."""
+    """Return nanoGPT's token files llm.c's header, or take it away: as SRC has none or has it."""
     if src.suffix in llmc.PICKLES:
         llmc.read_header(src)
     if src.is_dir() == (suffix == ".bin") or suffix == ".gguf":

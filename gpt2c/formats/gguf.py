@@ -2,7 +2,7 @@
 
 Names and values are those of llama.cpp's architecture "gpt2"; the lm_head is not written, for
 llama.cpp takes the embedding where it is missing. Needs the `gguf` package, `pip install
-'gpt2c[gguf]'`. Knows nothing about directories or weights on disk. Used by convert.
+'gpt2c[gguf]'`. Knows nothing about directories or weights on disk.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _add_shape(writer: Any, config: GPT2Config) -> None:
 
 
 def _gguf_name(name: str) -> str:
-    """Give llama.cpp's name of a tensor: h.0.ln_1.weight is blk.0.attn_norm.weight."""
+    """Return llama.cpp's name of a tensor: h.0.ln_1.weight is blk.0.attn_norm.weight."""
     module, _, kind = name.rpartition(".")
     block = ""
     if module.startswith("h."):
@@ -131,7 +131,7 @@ def _checked(tensor: Array, kind: str, source: str) -> Array:
 def _vocabulary(
     tokenizer: Tokenizer, vocab_size: int, token_type: Any
 ) -> tuple[list[str], list[Any], list[str]]:
-    """Give tokens, their types and merges, filled up to the model's vocabulary."""
+    """Return tokens, their types and merges, filled up to the model's vocabulary."""
     unused = tokenizer.unused_ids(vocab_size)
     vocabulary, merges = tokenizer.vocab_and_merges()
     names = {token_id: name for name, token_id in vocabulary.items()}

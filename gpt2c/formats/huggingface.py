@@ -247,7 +247,7 @@ def _save(
 
 
 def _texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """Give what the JSON files hold, by name; transformers leaves out an id that is not there."""
+    """Return what the JSON files hold, by name; transformers leaves out an id that is not there."""
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
     generation = {"_from_model_config": True} | {n: i for n, i in ids.items() if i is not None}
     entries = {CONFIG_FILE: config, GENERATION_FILE: generation}
@@ -267,7 +267,7 @@ def _transpose(name: str, tensor: Any) -> Any:
 
 
 def stored_method(entries: Mapping[str, Any]) -> str | None:
-    """Give what config.json's entries say of quantized weights: the method, None for none.
+    """Return what config.json's entries say of quantized weights: the method, None for none.
 
     Raises
     ------

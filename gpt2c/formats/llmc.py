@@ -4,7 +4,7 @@
     gpt2_tokenizer.bin      256 int32 of header, then each token: a byte of length and its bytes
 
 Both as karpathy/llm.c:train_gpt2.py writes them, and train_gpt2.c and llmc/tokenizer.h read them.
-Token files are tokenfile's. Knows a model's shapes, computes nothing. Used by model and convert.
+Token files are in text/shards.py. Knows a model's shapes, computes nothing.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def is_llmc(path: Path) -> bool:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
-    """Give the first 1024 bytes of a file, or all, and its size; refuse a pickle.
+    """Return the first 1024 bytes of a file, or all, and its size; refuse a pickle.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
 def _numbers(
     path: Path, header: bytes, magic: int, what: str, versions: tuple[int, ...]
 ) -> list[int]:
-    """Give the header's 256 numbers, checked to be of `magic` and of one of `versions`."""
+    """Return the header's 256 numbers, checked to be of `magic` and of one of `versions`."""
     if (found := int.from_bytes(header[:4], "little")) != magic:
         raise ValueError(f"{path} is not an llm.c {what}: it starts with {found}, not {magic}")
     if len(header) < _HEADER_BYTES:

@@ -70,11 +70,11 @@ class Request(Generic[NewToken]):
 
     @property
     def done(self) -> bool:
-        """Whether it is over."""
+        """Return whether it is over."""
         return self.ended is not None
 
     def __iter__(self) -> Iterator[NewToken]:
-        """Give the new tokens, from the first, as they come; then raise what ended it, if any."""
+        """Return the new tokens, from the first, as they come; then raise what ended it, if any."""
         count = 0
         with self._news() as news:
             while True:
@@ -132,7 +132,7 @@ class Request(Generic[NewToken]):
 
     @contextmanager
     def _news(self) -> Iterator[SimpleQueue[None]]:
-        """Give a queue that gets something whenever something has changed."""
+        """Return a queue that gets something whenever something has changed."""
         news: SimpleQueue[None] = SimpleQueue()
         self._readers.append(news)
         try:
@@ -325,7 +325,7 @@ class Engine:
         self.close()
 
     def _check(self, idx: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Give one prompt as token ids, if it and what is to come fit."""
+        """Return one prompt as token ids, if it and what is to come fit."""
         empty = isinstance(idx, list | tuple) and not idx
         vocab_size = self._model.config.vocab_size
         ids = check_ids(np.empty(0, np.int32) if empty else idx, "idx", 0, vocab_size)
@@ -367,7 +367,7 @@ class Engine:
                     self._end(request, "error", error)
 
     def _seat(self, running: list[Request[Any]]) -> None:
-        """Give those that are new a slot which no other has."""
+        """Return those that are new a slot which no other has."""
         taken = {request._text.slot for request in running}
         free = (slot for slot in range(self.slots) if slot not in taken)
         for request in running:

@@ -4,7 +4,7 @@
     p = softmax(scores / temperature), the unlikely ones cut off
 
 Names, meaning and order are Hugging Face's (transformers.GenerationConfig and its logits
-processors). Knows nothing about models and tokenizers. Used by generate.
+processors). Knows nothing about models and tokenizers.
 """
 
 from __future__ import annotations
@@ -209,11 +209,11 @@ class GenerationConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Return whether the likeliest token is taken."""
         return not self.do_sample or self.temperature == 0
 
     def ends(self, vocab_size: int) -> frozenset[int]:
-        """Give the ids that end a text.
+        """Return the ids that end a text.
 
         Raises
         ------
@@ -257,7 +257,7 @@ def penalised(
     text: Sequence[int],
     forbidden: Collection[int],
 ) -> NDArray[Any]:
-    """Give logits (V,) after the text so far has been looked at; the ones given are unchanged.
+    """Return logits (V,) after the text so far has been looked at; the ones given are unchanged.
 
     Parameters
     ----------
@@ -285,7 +285,7 @@ def penalised(
 def distribution(
     logits: NDArray[Any], settings: GenerationConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Give the tokens that may be drawn and their probabilities, up to a common factor.
+    """Return the tokens that may be drawn and their probabilities, up to a common factor.
 
     Temperature comes first, then top_k, then top_p of what is left, then min_p.
 
@@ -315,7 +315,7 @@ def distribution(
 
 
 def likeliest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """Give the places of the largest values in order of place; of equals the first are taken.
+    """Return the places of the largest values in order of place; of equals the first are taken.
 
     Without an argsort, which would take longer for a whole vocabulary than reading the token.
     """
@@ -334,7 +334,7 @@ def choose(
     text: Sequence[int] = (),
     forbidden: Collection[int] = (),
 ) -> int:
-    """Give the next token: the likeliest (the first of equals), or a draw by one random number.
+    """Return the next token: the likeliest (the first of equals), or a draw by one random number.
 
     Parameters
     ----------

@@ -127,7 +127,7 @@ def _load(name: str, threads: int) -> Backend:
 
 
 def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
-    """Give the backend of this name.
+    """Return the backend of this name.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How much of this process's cores other programs use, from /proc/stat. Used by train."""
+"""How much of this process's cores other programs use, from /proc/stat."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Example:
 
 
 def normalised_error(a: Any, b: Any) -> float:
-    """Give max|a - b| / max|b|, or max|a - b| where b is all zeros; NaN if either holds a NaN."""
+    """Return max|a - b| / max|b|, or max|a - b| where b is all zeros; NaN if either holds a NaN."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
 

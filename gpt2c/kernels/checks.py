@@ -26,7 +26,7 @@ __all__ = [
 
 
 def whole(name: str, number: Any) -> int:
-    """Give a whole number as an int.
+    """Return a whole number as an int.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """Flat memory with named views: one buffer for all parameters, one for gradients (as llm.c).
 
-Knows nothing about what the names mean. Used by model; the optimizer sees the flat buffers only.
+Knows nothing about what the names mean.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def aligned_zeros(size: int) -> Array:
 
 
 def aligned_offsets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Give where each array starts in a flat buffer, in floats; the entry "" is its size."""
+    """Return where each array starts in a flat buffer, in floats; the entry "" is its size."""
     offsets, end = {}, 0
     for name, shape in shapes.items():
         offsets[name] = end

@@ -143,7 +143,7 @@ class GPT2Config:
             raise ValueError(f"config.json: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what config.json must hold so that transformers builds the same model."""
+        """Return what config.json must hold so that transformers builds the same model."""
         arithmetic = {name: known[0] for name, known in FIXED.items()}
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         return (

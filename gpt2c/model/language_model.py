@@ -66,7 +66,7 @@ class LanguageModel:
         return copy.copy(self)
 
     def decoder(self, slots: int = 1, capacity: int | None = None) -> Decoder:
-        """Give memory to read texts with: so many of them, so many tokens each (n_positions).
+        """Return memory to read texts with: so many of them, so many tokens each (n_positions).
 
         Raises
         ------
@@ -76,7 +76,7 @@ class LanguageModel:
         return Decoder(self.config, self.parameters, self.backend, slots, capacity)
 
     def check_prompts(self, idx: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
-        """Give prompts as lists of token ids; an empty one becomes eos_token_id.
+        """Return prompts as lists of token ids; an empty one becomes eos_token_id.
 
         Raises
         ------
@@ -201,7 +201,7 @@ class LanguageModel:
         return vectors
 
     def logprobs(self, idx: ArrayLike) -> Array:
-        """Give the log-probability of each token after those before it, (B, T-1) float32, nats.
+        """Return the log-probability of each token after those before it, (B, T-1) float32, nats.
 
         Parameters
         ----------

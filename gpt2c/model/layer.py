@@ -3,7 +3,7 @@
     y = x + attention(ln_1(x)),   out = y + mlp(ln_2(y))
 
 Written on ops and named arrays: p parameters, g gradients, a activations, `h` the layer's prefix in
-all three. Knows nothing about the rest of the model. Used by model.
+all three. Knows nothing about the rest of the model.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class Model(LanguageModel):
             return float(a["losses"].sum(dtype=np.float64) / count)
 
     def _spare(self) -> Array:
-        """Give memory of wte's shape beside the gradients, where they must not be touched."""
+        """Return memory of wte's shape beside the gradients, where they must not be touched."""
         wte = self._grads.own["wte.weight"]
         if self._spare_memory.size != wte.size:
             self._spare_memory = aligned_zeros(wte.size)

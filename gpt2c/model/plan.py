@@ -73,7 +73,7 @@ class Activations:
         self._layouts: dict[tuple[int, int, bool], dict[str, Array]] = {}
 
     def lay_out(self, B: int, T: int, keep: bool) -> dict[str, Array]:
-        """Give the arrays of a (B, T) batch, with or without a backward pass to come.
+        """Return the arrays of a (B, T) batch, with or without a backward pass to come.
 
         Those given before are void: they share the memory.
         """

@@ -166,7 +166,7 @@ def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.float
 
 
 def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Give name -> (shape, dtype) of the parameters."""
+    """Return name -> (shape, dtype) of the parameters."""
     wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
     for name, shape in config.parameter_shapes().items():
         small = len(shape) == 2 and name != "wpe.weight"
@@ -177,7 +177,7 @@ def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...],
 
 
 def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
-    """Give parameters of zeros in one piece of memory: pages are large, rows aligned."""
+    """Return parameters of zeros in one piece of memory: pages are large, rows aligned."""
     wanted = _layout(config, method)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
     lines = {name: -(-size // 64) * 64 for name, size in sizes.items()}

@@ -5,7 +5,7 @@ for each token. Two ways lead through the layers: `_read`, op by op, which is th
 reads many tokens of one text; and the kernels' `decode_step`, one call for one token of each of
 several texts, in which a row's bits do not depend on the others.
 
-Knows what a GPT-2 computes, nothing about sampling or text. Used by generate, engine and scoring.
+Knows what a GPT-2 computes, nothing about sampling or text.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ class Decoder:
         return normed
 
     def _memory(self, name: str, rows: int, columns: int) -> Array:
-        """Give memory (rows, columns), the same for the same name."""
+        """Return memory (rows, columns), the same for the same name."""
         size = rows * columns
         if name not in self._chunk or self._chunk[name].size < size:
             self._chunk[name] = aligned_zeros(size)

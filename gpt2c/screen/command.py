@@ -1,6 +1,6 @@
 """Commands of gpt2c for messages: as a user can paste them into a shell.
 
-Independent of what the commands do. Used by cli and demo.
+Independent of what the commands do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How every picture is drawn: in one style, quietly, and with text that the fonts here can show.
 
-Needs matplotlib, the extra [plot]. Independent of what is drawn. Used by plot.
+Needs matplotlib, the extra [plot]. Independent of what is drawn.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
 
 
 def _lacking(name: str, characters: set[str]) -> set[str]:
-    """Give those of the characters that a font does not have, or cannot draw."""
+    """Return those of the characters that a font does not have, or cannot draw."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     lacking = set(characters)

@@ -1,6 +1,6 @@
 """What a person sees while a loop runs: a bar on a terminal, plain lines elsewhere.
 
-Knows nothing about what runs. Used by train, cli_eval, cli_prepare and demo.
+Knows nothing about what runs.
 """
 
 from __future__ import annotations

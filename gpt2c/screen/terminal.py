@@ -128,7 +128,7 @@ class Door(io.TextIOBase):
 
     @property
     def reader_left(self) -> bool:
-        """Whether text was dropped because nobody is there to read it."""
+        """Return whether text was dropped because nobody is there to read it."""
         gone = isinstance(self.lost, BrokenPipeError)
         return gone or (self._terminal and self.lost is not None and self.lost.errno == errno.EIO)
 

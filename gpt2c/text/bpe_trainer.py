@@ -2,7 +2,7 @@
 
 rustbpe computes where neither Ctrl-C nor a MemoryError reaches, so a text of any size is learned in
 a process of its own, which can be ended. Python runs this file there, not the package, to start
-fast. Knows nothing about what is done with the tokens. Used by tokenizer.
+fast. Knows nothing about what is done with the tokens.
 """
 
 from __future__ import annotations

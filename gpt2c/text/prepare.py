@@ -4,7 +4,7 @@ Which tokens a step sees depends on nothing but the seed and the step, so a resu
 saved position.
 
 Knows nothing about models, nor about how text becomes tokens (that is the tokenizer's) or how
-tokens lie in a file (tokenfile's).
+tokens lie in a file (shards.py).
 """
 
 from __future__ import annotations

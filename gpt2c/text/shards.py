@@ -437,7 +437,7 @@ def _count(path: Path) -> int:
 
 
 def has_header(path: Path) -> bool:
-    """Whether a token file starts as llm.c's; see `read_tokens` for errors."""
+    """Return whether a token file starts as llm.c's; see `read_tokens` for errors."""
     return int.from_bytes(read_start(path)[0][:4], "little") == MAGIC
 
 
@@ -595,7 +595,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def read_start(path: Path) -> tuple[bytes, int]:
-    """Give the first bytes of a file, as many as a header has, and its size."""
+    """Return the first bytes of a file, as many as a header has, and its size."""
     try:
         return untrusted.read_header(path, _HEADER_BYTES)
     except FileNotFoundError:

@@ -361,7 +361,7 @@ class Tokenizer:
         return digest.hexdigest()
 
     def vocab_and_merges(self) -> tuple[dict[str, int], list[str]]:
-        """Give what `vocab.json` and `merges.txt` say, a printable character for each byte.
+        """Return what `vocab.json` and `merges.txt` say, a printable character for each byte.
 
         Raises
         ------
@@ -607,7 +607,7 @@ class Tokenizer:
         return self._lengths.copy()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Give the bytes that a token stands for.
+        """Return the bytes that a token stands for.
 
         Raises
         ------
@@ -644,7 +644,7 @@ def _several(texts: Iterable[str]) -> Iterator[str]:
 
 
 def tiktoken_cache() -> tuple[Path | None, bool]:
-    """Give the directory where tiktoken keeps files, if any, and whether GPT-2's are there."""
+    """Return the directory where tiktoken keeps files, if any, and whether GPT-2's are there."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if folder == "":
         return None, False
@@ -656,7 +656,7 @@ def tiktoken_cache() -> tuple[Path | None, bool]:
 
 
 def _gpt2() -> tuple[dict[bytes, int], int]:
-    """Give GPT-2's own vocabulary and the id of `<|endoftext|>`.
+    """Return GPT-2's own vocabulary and the id of `<|endoftext|>`.
 
     What is on this machine comes first, tiktoken's cache and then a directory; then the network.
     """

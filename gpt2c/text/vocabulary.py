@@ -6,7 +6,7 @@ would change them (a normalizer, a prefix space, ...) is refused by name. One di
 the name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text. An id that a file
 gives to an added token is kept, too, where transformers 5 numbers it anew because ids are left out.
 
-Knows nothing about what is done with a vocabulary. Used by tokenizer.
+Knows nothing about what is done with a vocabulary.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _to_bytes(characters: str) -> bytes:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Whether a path is a directory with a tokenizer in it, whole or not."""
+    """Return whether a path is a directory with a tokenizer in it, whole or not."""
     return any((path / name).exists() for name in (VOCAB_FILE, TOKENIZER_FILE))
 
 
@@ -228,7 +228,7 @@ def _parse_tokenizer_json(
 def _part(
     path: Path, name: str, part: Any, allowed: Mapping[str, tuple[Any, ...] | None]
 ) -> dict[str, Any]:
-    """Give a part of tokenizer.json if all its entries are allowed."""
+    """Return a part of tokenizer.json if all its entries are allowed."""
     if not isinstance(part, dict):
         raise ValueError(f"{path}: {name} must be an object, got {json.dumps(part)[:40]}")
     for key in [*allowed, *part]:
@@ -243,7 +243,7 @@ def _part(
 
 
 def _is(part: Any, wanted: Mapping[str, Any]) -> bool:
-    """Say whether a part is absent or has what is wanted."""
+    """Return whether a part is absent or has what is wanted."""
     return part is None or (
         isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
     )
@@ -307,7 +307,7 @@ def _content(token: Any) -> Any:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name is not empty and has no lone surrogates, which no bytes stand for."""
+    """Return whether a name is not empty and has no lone surrogates, which no bytes stand for."""
     return name != "" and not re.search("[\ud800-\udfff]", name)
 
 
@@ -406,7 +406,7 @@ def _check_merges(ranks: dict[bytes, int], merges: list[Merge], name: str, vocab
 def _comes_to(
     first: bytes, second: bytes, limit: int, made_at: dict[bytes, int], halves: dict[bytes, Merge]
 ) -> bool:
-    """Say whether the bytes of a token come to these two parts under all merges before `limit`.
+    """Return whether the bytes of a token come to these two parts under all merges before `limit`.
 
     Undoes the merges of both parts, the last one first: at no time may what stands on the two sides
     of the border have been an earlier merge. Source: github/rust-gems, bpe, is_valid_token_pair.
@@ -426,7 +426,7 @@ def _comes_to(
 
 
 def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]:
-    """Give what vocab.json and merges.txt say, a printable character for each byte."""
+    """Return what vocab.json and merges.txt say, a printable character for each byte."""
     ids = {_to_characters(token): token_id for token, token_id in vocabulary.ranks.items()}
     ids |= vocabulary.special
     merges = [
@@ -477,7 +477,7 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[Merge]:
-    """Give all merges, in the order in which they apply, of a vocabulary that came without.
+    """Return all merges, in the order in which they apply, of a vocabulary that came without.
 
     Raises
     ------

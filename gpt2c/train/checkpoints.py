@@ -165,7 +165,7 @@ def clear(directory: Path) -> None:
 
 
 def before(checkpoint: Path) -> Path | None:
-    """Give the checkpoint before one, None if it is the first."""
+    """Return the checkpoint before one, None if it is the first."""
     older = [p for p in _steps(checkpoint.parent) if int(p.name) < int(checkpoint.name)]
     return older[0] if older else None
 
@@ -209,12 +209,12 @@ def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
 
 
 def model_files(path: Path) -> list[Path]:
-    """Give the files of a checkpoint that are the model's, the weights last."""
+    """Return the files of a checkpoint that are the model's, the weights last."""
     return sorted(file for file in path.iterdir() if file.name not in (MOMENTS_FILE, STATE_FILE))
 
 
 def _steps(directory: Path) -> list[Path]:
-    """Give the checkpoints, the newest first, whole or not."""
+    """Return the checkpoints, the newest first, whole or not."""
     if not directory.is_dir():
         return []
     paths = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]

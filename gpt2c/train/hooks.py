@@ -2,7 +2,7 @@
 
 A hook is called with the run and what the step gave. It knows nothing of how the step was computed,
 so that every objective can have it. A step is logged before it is saved, and saved before its
-evaluation, which may take long. Used by the loop.
+evaluation, which may take long.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, missing_ok: bool = True) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Give each line and its object, or None if it is not one that `Metrics` writes."""
+    """Return each line and its object, or None if it is not one that `Metrics` writes."""
     if missing_ok and not path.exists():
         return
     with open_file(path) as file:

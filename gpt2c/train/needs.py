@@ -1,7 +1,7 @@
 """Needs: what a training run takes of memory, added up and compared once, before the first step.
 
 Each array alone may fit where all of them do not, and a system ends the process only when the
-memory is used. Knows which settings lower the need. Used by train.
+memory is used. Knows which settings lower the need.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def shorten(names: Sequence[str]) -> list[str]:
 
 
 def _twins(curves: Sequence[Metric]) -> list[int]:
-    """Give for each curve the number of the first one that it lies on, often its own."""
+    """Return for each curve the number of the first one that it lies on, often its own."""
     return [
         next((j for j in range(i) if _lies_on(curve, curves[j])), i)
         for i, curve in enumerate(curves)
@@ -202,13 +202,13 @@ def _twins(curves: Sequence[Metric]) -> list[int]:
 
 
 def _lies_on(one: Metric, other: Metric) -> bool:
-    """Whether two curves are the same as far as the shorter one goes."""
+    """Return whether two curves are the same as far as the shorter one goes."""
     count = min(len(one[0]), len(other[0]))
     return count > 0 and [a[:count] for a in one] == [b[:count] for b in other]
 
 
 def _dashes(twins: Sequence[int], i: int) -> Any:
-    """Give the line style of curve i: solid, or dashes that leave room for those below them."""
+    """Return the line style of curve i: solid, or dashes that leave room for those below them."""
     number = twins[:i].count(twins[i])
     if number == 0:
         return "-"
@@ -217,7 +217,7 @@ def _dashes(twins: Sequence[int], i: int) -> Any:
 
 
 def _metric(metrics: Sequence[Mapping[str, Any]], name: str) -> Metric:
-    """Give the steps that have a finite number of this name, and the numbers."""
+    """Return the steps that have a finite number of this name, and the numbers."""
     found = [(entry["step"], entry[name]) for entry in metrics if entry.get(name) is not None]
     found = [(step, value) for step, value in found if abs(value) < 1e300]
     return [step for step, _ in found], [value for _, value in found]
@@ -273,7 +273,7 @@ def _dot(steps: Sequence[int]) -> dict[str, Any]:
 
 
 def color(row: str) -> Any:
-    """Give the colour of a benchmark's row, such as "torch" or "avx2:int8", as (r, g, b)."""
+    """Return the colour of a benchmark's row, such as "torch" or "avx2:int8", as (r, g, b)."""
     engine, _, kind = row.partition(":")
     code = COLORS.get(engine, UNKNOWN)
     strength = KINDS.get(kind, KINDS["fp32"])[0]

@@ -1,7 +1,7 @@
 """A run's directory: what training writes, and what takes it on after a kill at any moment.
 
     run.json                          settings, config and a mark of the data: first, before step 1
-    checkpoints/00000040/             see trainer_state
+    checkpoints/00000040/             see checkpoints.py
     config.json, model.safetensors    copies of the newest checkpoint's, and with the tokenizer's
                                       files a model that transformers loads as it is
     metrics.jsonl, tensorboard/       see metrics and tensorboard
@@ -450,7 +450,7 @@ class Run:
         return f"the newest checkpoint is {self.saved}, {steps} ago"
 
     def _publish(self, checkpoint: Path) -> None:
-        """Give the directory the model of a checkpoint.
+        """Return the directory the model of a checkpoint.
 
         A copy and no link: what other programs write there must not reach the checkpoint.
         """

@@ -157,7 +157,7 @@ class TrainSettings:
         return None if self.recompute == "none" else self.recompute
 
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
-        """Give the model's config for a tokenizer."""
+        """Return the model's config for a tokenizer."""
         return GPT2Config(
             vocab_size=vocab_size,
             n_positions=self.block_size,
@@ -168,7 +168,7 @@ class TrainSettings:
         )
 
     def learning_rates(self) -> Schedule:
-        """Give the schedule of learning rates; a warm-up longer than the run is cut to it."""
+        """Return the schedule of learning rates; a warm-up longer than the run is cut to it."""
         return Schedule(
             self.schedule,
             self.learning_rate,
@@ -191,7 +191,7 @@ OLDER: dict[str, Any] = {
 
 
 def checked(name: str, value: Any) -> Any:
-    """Give a setting as its type has it; refuse another type and what is out of range by itself.
+    """Return a setting as its type has it; refuse another type and what is out of range by itself.
 
     Raises
     ------
@@ -218,7 +218,7 @@ def checked(name: str, value: Any) -> Any:
 
 
 def find_recipe(name: str) -> Path:
-    """Give the TOML file of this name, or else the recipe of this name that comes with gpt2c.
+    """Return the TOML file of this name, or else the recipe of this name that comes with gpt2c.
 
     Raises
     ------
@@ -292,7 +292,7 @@ def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
-    """Give the settings of a run that goes on: what it had, changed by what is given now.
+    """Return the settings of a run that goes on: what it had, changed by what is given now.
 
     A setting that the run lacks, as it began before there was one, has the value of OLDER.
 

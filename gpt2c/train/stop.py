@@ -1,6 +1,6 @@
 """A signal that asks a run to stop lets the step, the update or the save end first.
 
-Knows nothing about runs. Used by the loop and its hooks.
+Knows nothing about runs.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The format comes from tensorboardX, the extra [tensorboard]. It knows no removal, so what a stopped
 run left is replaced by a file made from metrics.jsonl, in which every step is there once; its first
-event tells a TensorBoard that is watching to forget what it read before. Used by run and train.
+event tells a TensorBoard that is watching to forget what it read before.
 """
 
 from __future__ import annotations

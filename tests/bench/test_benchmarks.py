@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ still fit the package: each imports, and pytest finds its benchmarks."""
+"""The scripts of benchmarks/ fit the package: each imports, and pytest finds its benchmarks."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def everything(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
-    """Give the demo's arguments for a small text."""
+    """Return the demo's arguments for a small text."""
     (tmp_path / "text.txt").write_text("The cat sat on the mat.\n" * 400)
     return ["demo", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "demo"), *TINY]
 
@@ -274,7 +274,7 @@ def test_xz_knows_what_it_has_seen(rng: np.random.Generator) -> None:
 
 
 def bigram(history: list[int], V: int, k: int, a: int, b: int) -> Fraction:
-    """Give p(b | a) by counting, exactly."""
+    """Return p(b | a) by counting, exactly."""
     pairs = list(pairwise(history))
     prior = Fraction(history.count(b) + 1, len(history) + V)
     return (pairs.count((a, b)) + k * prior) / (history[:-1].count(a) + k)

@@ -47,7 +47,7 @@ FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # of the demo's settings, which
 
 
 def numeric_flags() -> Iterator[tuple[str, str]]:
-    """Give (verb, flag) of every flag that takes a number."""
+    """Return (verb, flag) of every flag that takes a number."""
     verbs = next(
         action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
@@ -62,7 +62,7 @@ FLAGS = sorted(set(numeric_flags()))
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a directory with a text, its tokens and a run."""
+    """Return a directory with a text, its tokens and a run."""
     path = tmp_path_factory.mktemp("world")
     READERS["run"].make(path)
     (path / "text.txt").write_text("<|endoftext|>".join(f"{n} {TEXT}" for n in range(40)))
@@ -145,7 +145,7 @@ BAD_FILES = [  # a verb, the file that is bad, its content, what is said
 
 @pytest.fixture
 def bad_file(world: Path) -> Callable[[str, bytes], None]:
-    """Give what puts a bad file into the world, among good ones if it is in a directory."""
+    """Return what puts a bad file into the world, among good ones if it is in a directory."""
 
     def put(name: str, content: bytes) -> None:
         shutil.rmtree("bad", ignore_errors=True)

@@ -30,7 +30,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def info(capsys: Capture):
-    """Give what `gpt2c info ...` says, as rows of a name and the rest."""
+    """Return what `gpt2c info ...` says, as rows of a name and the rest."""
 
     def run(*flags: str) -> list[tuple[str, str]]:
         assert main(["info", *flags]) == 0

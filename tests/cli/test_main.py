@@ -36,7 +36,7 @@ TEXT = "<|endoftext|>".join(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a directory with a text, its tokens, a run, and everything a user may have broken."""
+    """Return a directory with a text, its tokens, a run, and everything a user may have broken."""
     path = tmp_path_factory.mktemp("world")
     text = path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
@@ -84,7 +84,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpt2c(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> Callable[[str], tuple[int, str, str]]:
-    """Give `gpt2c` in the world, as (exit code, standard output, standard error)."""
+    """Return `gpt2c` in the world, as (exit code, standard output, standard error)."""
     monkeypatch.chdir(world)
 
     def run(arguments: str) -> tuple[int, str, str]:
@@ -516,7 +516,7 @@ MISTAKES = [
 
 
 def tree(root: Path) -> dict[Path, bytes | None]:
-    """Give every file's content and every directory."""
+    """Return every file's content and every directory."""
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 

@@ -70,7 +70,7 @@ def requests(kind: str, rows: list[Any]) -> list[Instance]:
 
 
 def whole(context: str, continuation: str) -> tuple[np.ndarray, int]:
-    """Give what fits of a pair's tokens, and how many of them are the continuation."""
+    """Return what fits of a pair's tokens, and how many of them are the continuation."""
     text = context.split("<|endoftext|>")
     before = TOKENIZER.encode(text[-1].rstrip())
     tokens = TOKENIZER.encode(text[-1] + continuation)
@@ -83,7 +83,7 @@ def whole(context: str, continuation: str) -> tuple[np.ndarray, int]:
 
 
 def greedy_pair(model: Any, context: str) -> tuple[str, str] | None:
-    """Give a context and the token that the model holds for the likeliest, if text can say it."""
+    """Return a context and the token that the model holds for the likeliest, if text can say it."""
     tokens = TOKENIZER.encode(context)
     likeliest = distribution(model, np.array(tokens[-24:]))[-1].argmax()
     ending = TOKENIZER.decode([likeliest])
@@ -270,7 +270,7 @@ def test_what_is_refused(lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatc
 
 
 def task(name: str, rows: list[dict[str, Any]], **config: Any) -> Any:
-    """Give a task in memory."""
+    """Return a task in memory."""
     datasets = pytest.importorskip("datasets")
     from lm_eval.api.task import ConfigurableTask
 

@@ -45,7 +45,7 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 1e-5, "int8": 2e-2}
 
 @pytest.fixture
 def text(rng: np.random.Generator) -> np.ndarray:
-    """Give more tokens than fit a context."""
+    """Return more tokens than fit a context."""
     return rng.integers(0, CONFIG.vocab_size, 45).astype(np.int32)
 
 
@@ -514,7 +514,7 @@ def padded_model(model: GPT2, vocab_size: int) -> GPT2:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a directory with a run, held-out tokens and questions."""
+    """Return a directory with a run, held-out tokens and questions."""
     path = tmp_path_factory.mktemp("world")
     config = GPT2Config(257, n_positions=16, n_embd=24, n_layer=1, n_head=3, eos_token_id=256)
     random_model(config).save_pretrained(path / "run")
@@ -564,7 +564,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2c(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], tuple[int, str, str]]:
-    """Give `gpt2c` in the world, as (exit code, standard output, standard error)."""
+    """Return `gpt2c` in the world, as (exit code, standard output, standard error)."""
     monkeypatch.chdir(world)
     for variable in ("GPT2C_BACKEND", "GPT2C_NUM_THREADS"):
         monkeypatch.delenv(variable, raising=False)

@@ -26,7 +26,7 @@ Change = Callable[[bytes], bytes]
 
 @pytest.fixture(scope="module")
 def goods(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Path]:
-    """Give what copies a reader's good files to a directory."""
+    """Return what copies a reader's good files to a directory."""
     made: dict[str, Path] = {}
 
     def copy(reader: str, to: Path) -> Path:

@@ -44,14 +44,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def files(saved: Path) -> dict[str, bytes]:
-    """Give what a repository on the hub may have, pickles and all."""
+    """Return what a repository on the hub may have, pickles and all."""
     others = {"pytorch_model.bin": b"pickle", "training_args.bin": b"pickle", "README.md": b"#"}
     return {path.name: path.read_bytes() for path in saved.iterdir()} | others
 
 
 @pytest.fixture
 def standin(files: dict[str, bytes]) -> Iterator[StandIn]:
-    """Give a hub with one model."""
+    """Return a hub with one model."""
     with serve(StandIn({REPO: files})) as standin:
         yield standin
 
@@ -66,7 +66,7 @@ class Client:
         self.path.mkdir()
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """Give the variables: none of the user's that mean the hub or a proxy."""
+        """Return the variables: none of the user's that mean the hub or a proxy."""
         own = {
             name: value
             for name, value in os.environ.items()
@@ -107,7 +107,7 @@ class Client:
         return message
 
     def outside(self) -> set[str]:
-        """Give what was written outside of HF_HOME."""
+        """Return what was written outside of HF_HOME."""
         root = self.path.parent
         names = {str(path.relative_to(root)) for path in root.rglob("*")}
         return {name for name in names if not name.startswith("some/where/home")} - {
@@ -119,7 +119,7 @@ class Client:
 
 @pytest.fixture
 def client(standin: StandIn, tmp_path: Path) -> Client:
-    """Give processes that know the stand-in."""
+    """Return processes that know the stand-in."""
     return Client(standin, tmp_path)
 
 

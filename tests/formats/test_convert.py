@@ -25,7 +25,7 @@ Run = Callable[[str], tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a directory with one of everything that can be converted."""
+    """Return a directory with one of everything that can be converted."""
     path = tmp_path_factory.mktemp("originals")
     tokenizer = Tokenizer.train(["the cat sat on the mat. the dog didn't. " * 9], 270)
     config = GPT2Config(tokenizer.vocab_size, 8, 32, 2, 2, eos_token_id=tokenizer.eot)
@@ -48,13 +48,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(originals: Path, tmp_path: Path) -> Path:
-    """Give a copy of them."""
+    """Return a copy of them."""
     return shutil.copytree(originals, tmp_path / "world")
 
 
 @pytest.fixture
 def run(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Give `gpt2c convert` among them, as (exit code, standard output, standard error)."""
+    """Return `gpt2c convert` among them, as (exit code, standard output, standard error)."""
     monkeypatch.chdir(world)
 
     def call(arguments: str) -> tuple[int, str, str]:

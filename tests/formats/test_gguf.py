@@ -22,7 +22,7 @@ PUZZLE = "I'll say it's 12345 naïve  café — 東京 🙂\n\n  don't we've \t 
 
 
 def make(tokenizer: Tokenizer, more: int = 0, **changes: Any) -> GPT2:
-    """Give a model whose logits are far apart, so that the likeliest token is no accident."""
+    """Return a model whose logits are far apart, so that the likeliest token is no accident."""
     shape = {"n_positions": 128, "n_embd": 96, "n_layer": 3, "n_head": 4} | changes
     config = GPT2Config(tokenizer.vocab_size + more, eos_token_id=tokenizer.eot, **shape)
     model = GPT2(config, seed=3)

@@ -57,7 +57,7 @@ def assert_same(tensors, expected):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Give a directory that holds a saved model."""
+    """Return a directory that holds a saved model."""
     save_weights(tmp_path / "model", CONFIG, make_tensors())
     return tmp_path / "model"
 
@@ -235,7 +235,7 @@ def write_index(directory, weight_map, metadata=None):
 
 @pytest.fixture
 def sharded(directory):
-    """Give a directory with the same model in two shards, and what its index says."""
+    """Return a directory with the same model in two shards, and what its index says."""
     stored = {f"transformer.{name}": t for name, t in stored_tensors(directory).items()}
     (directory / "model.safetensors").unlink()
     files = dict(zip(stored, [ONE, TWO] * len(stored), strict=False))

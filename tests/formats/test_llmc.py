@@ -47,7 +47,7 @@ def by_hand(tensors: dict[str, Any], version: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    """Give a model with no two weights alike that bf16 holds exactly: 8 bits of each are used."""
+    """Return a model with no two weights alike that bf16 holds exactly: 8 bits of each are used."""
     model = GPT2(CONFIG, seed=1)
     noise = np.random.default_rng(1).standard_normal(model.flat_parameters.size)
     model.flat_parameters += noise.astype(np.float32)

@@ -46,7 +46,7 @@ def ids(count, seed=0):
 
 
 def alone(model, prompt, count, **settings):
-    """Give the new tokens of model.generate, and with logprobs=True a pair."""
+    """Return the new tokens of model.generate, and with logprobs=True a pair."""
     out = model.generate([prompt], count, **settings)
     if settings.get("logprobs"):
         return out[0][0, len(prompt) :], out[1][0]
@@ -129,7 +129,7 @@ class Gate:
 
 @pytest.fixture
 def gated():
-    """Give a function that makes a model, its gate, and an engine that is closed at the end."""
+    """Return a function that makes a model, its gate, and an engine that is closed at the end."""
     made = []
 
     def make(**settings):

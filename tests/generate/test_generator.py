@@ -66,7 +66,7 @@ def answering(answer: str | bytes) -> Generator:
 
 
 def both_ways(answer: str | bytes, **settings: Any) -> str:
-    """Give the text, the same from `generate` and from the pieces of `stream`."""
+    """Return the text, the same from `generate` and from the pieces of `stream`."""
     generator = answering(answer)
     text = generator.generate("ab", max_new_tokens=300, **settings)
     pieces = list(generator.stream("ab", max_new_tokens=300, **settings))
@@ -276,7 +276,7 @@ def test_an_empty_prompt_starts_a_text() -> None:
 
 
 def padded(backend: Any = "auto", V: int = 300) -> tuple[GPT2, GPT2]:
-    """Give a model, and the same with more rows, which it holds for the likeliest."""
+    """Return a model, and the same with more rows, which it holds for the likeliest."""
     model, larger = small(backend), small(backend, V=V)
     for name, parameter in larger.parameters.items():
         parameter[: len(model.parameters[name])] = model.parameters[name]

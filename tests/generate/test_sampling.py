@@ -36,7 +36,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def probabilities(logits: np.ndarray, **settings: Any) -> np.ndarray:
-    """Give the probability of every token, (V,), 0 for what cannot be drawn."""
+    """Return the probability of every token, (V,), 0 for what cannot be drawn."""
     ids, weights = distribution(logits, GenerationConfig(**settings))
     assert len(set(ids.tolist())) == len(ids) == len(weights) and (weights > 0).all()
     p = np.zeros(len(logits))

@@ -265,7 +265,7 @@ def make_llmc_tokenizer(directory: Path) -> None:
 
 
 def converted(name: str, format: str | None = None) -> Callable[[Path], str]:
-    """Give what converts a file into a directory or, if it is nanoGPT's, another file."""
+    """Return what converts a file into a directory or, if it is nanoGPT's, another file."""
     out = "out.bin" if format else "out"
     return lambda d: convert(str(d / name), d / out, format, overwrite=True)
 
@@ -409,7 +409,7 @@ READERS = {
 
 
 def split(content: bytes) -> tuple[bytes, bytes]:
-    """Give a safetensors file's header and what follows it."""
+    """Return a safetensors file's header and what follows it."""
     end = 8 + int.from_bytes(content[:8], "little")
     return content[8:end], content[end:]
 
@@ -452,7 +452,7 @@ WORD = re.compile(rb'"[^"\n]*"|[^\s"]+')
 
 
 def spoiled(name: str, content: bytes) -> st.SearchStrategy[bytes]:
-    """Give a file's content with one to three changes, each made for what the file is."""
+    """Return a file's content with one to three changes, each made for what the file is."""
 
     @st.composite
     def changed(draw: Draw) -> bytes:

@@ -5,7 +5,7 @@
 
 Prints JSON of what was done; a run that cannot go on, or ends with other bits than one that was
 left alone, is an error. A child ends by SIGKILL: nothing of it is tidied up, flushed or unlocked
-but what the system does. Used by test_run, and by hand with larger numbers.
+but what the system does.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def trained(data: Path, out: Path, settings: dict[str, Any], resume: bool = Fals
 
 
 def full(changes: dict[str, Any], resume: bool = False) -> dict[str, Any]:
-    """Give TINY with changes; a resumed run is given nothing."""
+    """Return TINY with changes; a resumed run is given nothing."""
     return {} if resume else TINY | changes
 
 
@@ -107,7 +107,7 @@ def same(out: Path, whole: Path) -> None:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Give all that is in a run but times of day."""
+    """Return all that is in a run but times of day."""
     files = {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in out.rglob("*")
@@ -199,7 +199,7 @@ def points(
 
 
 def begun(out: Path, whole: Path) -> bool:
-    """Whether a directory is of a run on this data; one to be overwritten may not be."""
+    """Return whether a directory is of a run on this data; one to be overwritten may not be."""
     records = [path / "run.json" for path in (out, whole)]
     if not records[0].exists():
         return False

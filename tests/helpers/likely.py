@@ -13,7 +13,7 @@ CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=
 
 
 def random_model(config: GPT2Config = CONFIG, backend: str = "auto", kind: str = "fp32") -> Any:
-    """Give a model that is sure of things: large weights, biases and layernorms random too."""
+    """Return a model that is sure of things: large weights, biases and layernorms random too."""
     model = GPT2(config, seed=None, backend=backend)
     rng = np.random.default_rng(7)
     for name, parameter in model.parameters.items():
@@ -25,17 +25,17 @@ def random_model(config: GPT2Config = CONFIG, backend: str = "auto", kind: str =
 
 
 def distribution(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
-    """Give the log-probabilities (T, V) of what follows each token, in float64."""
+    """Return the log-probabilities (T, V) of what follows each token, in float64."""
     logits = model(np.asarray(tokens)[None])[0].astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def by_hand(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
-    """Give the log-probability of each token but the first, from logits."""
+    """Return the log-probability of each token but the first, from logits."""
     return distribution(model, tokens[:-1])[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 def uniform(config: GPT2Config = CONFIG) -> GPT2:
-    """Give a model without weights: every token is as likely."""
+    """Return a model without weights: every token is as likely."""
     return GPT2(config, seed=None)

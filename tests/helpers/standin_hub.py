@@ -49,7 +49,7 @@ class StandIn:
     url: str = ""
 
     def asked(self, method: str, part: str = "") -> list[str]:
-        """Give the paths of requests of a method with `part` in them."""
+        """Return the paths of requests of a method with `part` in them."""
         return [path for verb, path, _ in self.requests if verb == method and part in path]
 
 

@@ -57,7 +57,7 @@ VALID = st.sampled_from([True, False])  # the simplest, which is tried first, is
 
 
 def attempt(valid: bool, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Give a call's results, or None where it is refused, which valid arguments must not be."""
+    """Return a call's results, or None where it is refused, which valid arguments must not be."""
     try:
         return call(*arguments)
     except REFUSALS:
@@ -130,7 +130,7 @@ def resized(array: Any, axis: int, size: int) -> Any:
 
 @st.composite
 def spoiled(draw: Any, array: Any) -> Any:
-    """Give something else in the place of an array."""
+    """Return something else in the place of an array."""
     if not array.ndim or not array.size:
         return draw(WRONG)
     axis = draw(st.integers(0, array.ndim - 1))
@@ -243,7 +243,7 @@ def model_of(number: int, stored: str, backend: str) -> Any:
 
 @st.composite
 def ids(draw: Any, valid: bool, low: int, high: int, *shape: int) -> Any:
-    """Give int32 numbers in [low, high), or, unless valid, half of the time something else."""
+    """Return int32 numbers in [low, high), or, unless valid, half of the time something else."""
     count = int(np.prod(shape))
     numbers = draw(st.lists(st.integers(low, high - 1), min_size=count, max_size=count))
     array = np.array(numbers, np.int32).reshape(shape)
@@ -254,7 +254,7 @@ def ids(draw: Any, valid: bool, low: int, high: int, *shape: int) -> Any:
 
 @st.composite
 def asked(draw: Any, valid: bool, config: GPT2Config) -> dict[str, Any]:
-    """Give arguments for every door of a model; valid ones for each of them."""
+    """Return arguments for every door of a model; valid ones for each of them."""
     V, P = config.vocab_size, config.n_positions
     B, T, N = draw(st.integers(1, 2)), draw(st.integers(1 + valid, P)), draw(st.integers(0, 2))
     last = P - T if valid else P

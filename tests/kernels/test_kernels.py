@@ -27,7 +27,7 @@ NO_OPS = {"fma_burn", "memory_read", "pool_stop", "decode_step"}
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:
-    """Give an op's signature without annotations: a kernel takes float32, the reference more."""
+    """Return an op's signature without annotations: a kernel takes float32, the reference more."""
     signature = inspect.signature(function).parameters.values()
     return [(p.name, p.kind, p.default) for p in signature if p.name != "self"]
 
@@ -37,7 +37,7 @@ REFERENCE_OPS = {name: getattr(reference, name) for name in reference.__all__}
 
 @lru_cache(maxsize=1)  # the tests go through one case after the other
 def solved(case: Case) -> tuple[list[Any], list[Any]]:
-    """Give a case's arguments and its expected outputs, in float64."""
+    """Return a case's arguments and its expected outputs, in float64."""
     arguments, expected = case.arguments(), case.arguments()
     result = getattr(reference, case.name)(*expected)
     return arguments, expected[: len(OPS[case.name].outputs)] or [result]

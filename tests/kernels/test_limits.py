@@ -30,7 +30,7 @@ def v1(names: str, top: str = "/", point: str = "") -> str:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """Give a function that makes a machine: what is in /proc, and files of cgroups."""
+    """Return a function that makes a machine: what is in /proc, and files of cgroups."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
 
     def make(own: str | None, mounts: list[str] | None, files: dict[str, object]) -> Path:
@@ -167,7 +167,7 @@ FILES_2 = "anon 9\ninactive_file 300\nactive_file 200"
 
 
 def group(limit: object, used: object, files: str = "") -> dict[str, object]:
-    """Give the files of a group of version 2 in /a/b."""
+    """Return the files of a group of version 2 in /a/b."""
     return {
         f"{G}/a/b/memory.max": limit,
         f"{G}/a/b/memory.current": used,

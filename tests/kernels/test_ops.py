@@ -101,7 +101,7 @@ SMALL: dict[str, tuple[str, Shape]] = {
 
 
 def given_with(what: str) -> tuple[Any, dict[str, Any], list[Any]]:
-    """Give an op's public function, arguments of SMALL by name, and the reference's results."""
+    """Return an op's public function, arguments of SMALL by name, and the reference's results."""
     name, shape = SMALL[what]
     given, expected = solved(name, shape=shape)
     return PUBLIC[name], given, expected

@@ -34,7 +34,7 @@ COPIES = {
 
 @pytest.fixture(params=COPIES)
 def copied(request: pytest.FixtureRequest) -> Any:
-    """Give every way to copy, in turn."""
+    """Return every way to copy, in turn."""
     return COPIES[request.param]
 
 

@@ -214,7 +214,7 @@ def test_a_full_context_ends_the_text_if_so_wished(length: int, backend: Any) ->
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give a model that must not begin to work."""
+    """Return a model that must not begin to work."""
     model = make()
 
     def decoder(*arguments: Any) -> None:

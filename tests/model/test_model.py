@@ -32,7 +32,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def odd_model(backend: Any, config: GPT2Config = ODD, seed: int = 1) -> GPT2:
-    """Give a model all of whose parameters are random, biases and layernorm weights too."""
+    """Return a model all of whose parameters are random, biases and layernorm weights too."""
     model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         noise = rng.standard_normal(parameter.shape, np.float32)
@@ -46,7 +46,7 @@ def batch_of(rng: np.random.Generator, B: int = B, T: int = T, V: int = V) -> Ba
 
 
 def solve(model: GPT2, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    """Give the loss and fresh gradients of their own memory."""
+    """Return the loss and fresh gradients of their own memory."""
     model.zero_grad()
     loss = model.loss(*batch)
     model.backward()
@@ -62,7 +62,7 @@ def check_gradients(actual: Any, expected: Any, rtol: float = RTOL) -> None:
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
-    """Give a function from a model to its copy in float64: the same code, on wider memory."""
+    """Return a function from a model to its copy in float64: the same code, on wider memory."""
 
     def copy(model: GPT2) -> GPT2:
         for module in ("model", "plan"):

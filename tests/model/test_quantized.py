@@ -37,7 +37,7 @@ def make(backend: Any = "auto", seed: int = 1) -> GPT2:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Give a directory that holds a GPT-2."""
+    """Return a directory that holds a GPT-2."""
     make().save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
@@ -46,7 +46,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def rounded(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give weight and scale, and in float64 what they stand for."""
+    """Return weight and scale, and in float64 what they stand for."""
     weight, scale = np.empty(tensor.shape, np.uint8), np.empty(len(tensor), np.float32)
     round_rows(weight, scale, tensor)
     return weight, scale, (weight.astype(np.float64) - 128) * scale[:, None].astype(np.float64)
@@ -216,7 +216,7 @@ def test_numbers_that_cannot_be_rounded_are_refused(
 
 @pytest.fixture(params=METHODS)
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """Give a method and a directory of such weights."""
+    """Return a method and a directory of such weights."""
     QuantizedGPT2.from_model(make(), request.param).save_pretrained(tmp_path / request.param)
     return request.param, tmp_path / request.param
 
@@ -373,7 +373,7 @@ def test_a_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[GPT2, np.ndarray]:
-    """Give a small model that has learnt some of a text, and the text's held-out tokens.
+    """Return a small model that has learnt some of a text, and the text's held-out tokens.
 
     Random weights would show little: it is training that makes some weights and channels large.
     """

@@ -46,7 +46,7 @@ def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
 
 
 def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int = 1) -> Any:
-    """Give a model all of whose parameters are random."""
+    """Return a model all of whose parameters are random."""
     model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         size = np.float32(0.1 if "ln" in name else 0.05)
@@ -55,7 +55,7 @@ def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int =
 
 
 def widened(model: LanguageModel) -> GPT2:
-    """Give the GPT2 whose weights are what a model's small weights stand for."""
+    """Return the GPT2 whose weights are what a model's small weights stand for."""
     wide, p = GPT2(model.config, seed=None, backend=model.backend), model.parameters
     for name, parameter in wide.parameters.items():
         parameter[...] = p[name]
@@ -97,7 +97,7 @@ def step_through(decoder: Decoder, tokens: np.ndarray, start: int = 0) -> np.nda
 
 
 def windows(length: int) -> list[tuple[int, int]]:
-    """Give the parts of a text that are read token by token: its ends, and around 64 and 128."""
+    """Return the parts of a text that are read token by token: its ends, and around 64 and 128."""
     parts = [(0, 5), (62, 66), (127, 131), (length - 2, length)]
     return [(start, stop) for start, stop in parts if 0 <= start and stop <= length]
 

@@ -22,7 +22,7 @@ from gpt2c.text.documents import TextFiles
 
 
 def read(*paths: Any, field: str | None = None) -> list[str]:
-    """Give the documents of files; each time they are read they are the same."""
+    """Return the documents of files; each time they are read they are the same."""
     with TextFiles(paths, field) as texts:
         first = ["".join(pieces) for pieces in texts]
         assert ["".join(pieces) for pieces in texts] == first

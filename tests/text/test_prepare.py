@@ -26,7 +26,7 @@ BYTES = Tokenizer.from_name("bytes")
 
 
 def split(documents, fraction, seed):
-    """Give the texts to train on, and those to validate on."""
+    """Return the texts to train on, and those to validate on."""
     texts = {"train": [], "val": []}
     for name, pieces in split_validation(documents, fraction, seed).parts(documents):
         texts[name].append("".join(pieces))

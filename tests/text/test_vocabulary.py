@@ -28,13 +28,13 @@ Change = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    """Give a directory with vocab.json and merges.txt."""
+    """Return a directory with vocab.json and merges.txt."""
     BPE.save_pretrained(tmp_path)
     return tmp_path
 
 
 def fast(directory: Path, merges_as: type = list) -> dict[str, Any]:
-    """Give what transformers 5 writes into tokenizer.json for the vocabulary of a directory."""
+    """Return what transformers 5 writes into tokenizer.json for the vocabulary of a directory."""
     vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8-sig"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     special = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
@@ -328,7 +328,7 @@ def test_a_special_token_may_stand_in_a_models_padding(
 
 
 def in_front(pair: Path, names: list[str]) -> None:
-    """Give special tokens the first ids, in the place of <|endoftext|>."""
+    """Return special tokens the first ids, in the place of <|endoftext|>."""
 
     def moved(vocab: dict[str, int]) -> None:
         del vocab[END_OF_TEXT]

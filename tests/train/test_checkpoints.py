@@ -24,7 +24,7 @@ FILES += ["trainer.safetensors"]
 
 
 def arrays(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give weights and moments."""
+    """Return weights and moments."""
     rng = np.random.default_rng(seed)
     weights = {"wte.weight": (7, 4), "h.0.attn.c_attn.weight": (12, 4), "ln_f.bias": (4,)}
     drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in weights.items()}
@@ -36,7 +36,7 @@ def put(directory: Path, step: int, **state: Any) -> Path:
 
 
 def found(directory: Path) -> tuple[int, list[str]]:
-    """Give the step of the newest whole checkpoint, and what was said of the others."""
+    """Return the step of the newest whole checkpoint, and what was said of the others."""
     lines: list[str] = []
     checkpoint = newest(directory, lines.append)
     assert checkpoint is not None
@@ -45,7 +45,7 @@ def found(directory: Path) -> tuple[int, list[str]]:
 
 @pytest.fixture
 def three(tmp_path: Path) -> Path:
-    """Give a directory with checkpoints of the steps 10, 20 and 30."""
+    """Return a directory with checkpoints of the steps 10, 20 and 30."""
     for step in (10, 20, 30):
         put(tmp_path / "checkpoints", step)
     return tmp_path / "checkpoints"

@@ -92,7 +92,7 @@ def nothing_half_written(out: Path) -> None:
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
-    """Give a way to have something happen in the middle of a step, before it is logged."""
+    """Return a way to have something happen in the middle of a step, before it is logged."""
     original = Progress.step
 
     def arrange(wanted: int, action: Callable[[], Any]) -> None:
@@ -201,7 +201,7 @@ def test_steps_go_through_adamw(
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a run of 20 steps that nothing interrupted."""
+    """Return a run of 20 steps that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)

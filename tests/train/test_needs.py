@@ -30,7 +30,7 @@ ORDER = 123_456  # bytes of the windows' order
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Give a function that says how many bytes are free."""
+    """Return a function that says how many bytes are free."""
 
     def say(size: int) -> None:
         for module in ("train.needs", "kernels.memory"):

@@ -28,7 +28,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def entries(steps: int, height: float = 4.0) -> list[dict[str, Any]]:
-    """Give metrics in which every third step was skipped and every fifth evaluated."""
+    """Return metrics in which every third step was skipped and every fifth evaluated."""
     found = []
     for step in range(1, steps + 1):
         entry = {"step": step, "loss": height / step, "learning_rate": 1e-3 * step}
@@ -40,7 +40,7 @@ def entries(steps: int, height: float = 4.0) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
-    """Give a way to write a run's metrics."""
+    """Return a way to write a run's metrics."""
 
     def write(name: str, metrics: list[dict[str, Any]]) -> Path:
         (tmp_path / name).mkdir()
@@ -388,7 +388,7 @@ def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path, figures: l
 
 
 def tokenized(path: Path, text: str, bytes_per_token: Any) -> Path:
-    """Give a run the tokenizer of a text, and a run.json."""
+    """Return a run the tokenizer of a text, and a run.json."""
     Tokenizer.train([text], 270).save_pretrained(path)
     (path / "run.json").write_text(json.dumps({"bytes_per_token": bytes_per_token}))
     return path

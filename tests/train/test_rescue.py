@@ -47,7 +47,7 @@ def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> Tra
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a run of 8 steps that nothing interrupted."""
+    """Return a run of 8 steps that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
@@ -72,7 +72,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]
 
 
 def fail(error: BaseException) -> Callable[..., Any]:
-    """Give a call that raises an error."""
+    """Return a call that raises an error."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         raise error

@@ -49,14 +49,14 @@ def same(a: Path, b: Path) -> None:
 
 @pytest.fixture
 def whole(data: Path, tmp_path: Path) -> Path:
-    """Give a run of 20 steps that nothing interrupted."""
+    """Return a run of 20 steps that nothing interrupted."""
     train(data, tmp_path / "whole", save_interval=5)
     return tmp_path / "whole"
 
 
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
-    """Give a way to have a run that was stopped in the middle of a step."""
+    """Return a way to have a run that was stopped in the middle of a step."""
 
     def begin(data: Path, out: Path, step: int, **changes: Any) -> Path:
         def stop(self: Progress, now: int, figures: str) -> None:
@@ -90,7 +90,7 @@ def kills(data: Path, tmp_path: Path, **job: Any) -> Any:
 
 @pytest.fixture(params=[1, 3], ids=["one shard", "three shards"])
 def shards(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
-    """Give data whose training tokens lie in so many files."""
+    """Return data whose training tokens lie in so many files."""
     if request.param == 1:
         return data
     copy = tmp_path / "shards"
@@ -394,7 +394,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give a way to have a number in the gradients, or the loss, of some steps replaced."""
+    """Return a way to have a number in the gradients, or the loss, of some steps replaced."""
 
     def arrange(at: tuple[int, ...], name: str, value: float) -> None:
         loss, batch, now = GPT2.loss, Batches.batch, [0]
@@ -535,7 +535,7 @@ def test_another_optimizers_state_is_refused(
 
 @pytest.fixture
 def ruined(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Give a way to have the update of a step leave weights that are finite and of no use."""
+    """Return a way to have the update of a step leave weights that are finite and of no use."""
 
     def arrange(at: int) -> None:
         def ruin(self: AdamW, *arguments: Any) -> float:
