@@ -1,4 +1,4 @@
-"""`gpt2c convert`: flags in, files out. Knows nothing that the doors do not know; used by cli."""
+"""`gpt2c convert`: flags in, files out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gpt2c generate`: flags in, text out. Knows nothing that the doors do not know; used by cli."""
+"""`gpt2c generate`: flags in, text out."""
 
 from __future__ import annotations
 

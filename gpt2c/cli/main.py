@@ -1,7 +1,4 @@
-"""The command line: arguments in, doors called, one line for an error a user can cause.
-
-Knows nothing that the doors do not know.
-"""
+"""The command line: arguments in, doors called, one line for an error a user can cause."""
 
 from __future__ import annotations
 
