@@ -159,11 +159,11 @@ def points(
     data.
     """
 
+    old = out / "old"  # what there is before, the same for each kill
+
     def begin(path: Path) -> None:
-        if first:
-            ended(child(lambda: stopped(data, path, settings, first)))
-        if other:
-            shutil.copytree(out / "old", path)
+        if old.exists():
+            shutil.copytree(old, path)
 
     def attempt(path: Path, kill_at: int) -> int:
         def action() -> None:
@@ -175,10 +175,12 @@ def points(
         return ended(child(action))
 
     out.mkdir()
+    if first:
+        assert ended(child(lambda: stopped(data, old, settings, first))) == -signal.SIGKILL
     if other:
-        trained(other, out / "old", settings)
+        trained(other, old, settings)
         for name in ("plot.png", "loss.png", "metrics.jsonl.damaged", "added_tokens.json"):
-            (out / "old" / name).write_text("{}")
+            (old / name).write_text("{}")
     begin(out / "whole")
     assert attempt(out / "whole", 0) == 0
     if other:
