@@ -248,7 +248,8 @@ def check_link(path: Path) -> None:
 def through(path: Path) -> Path:
     """Return where a file of this name goes: where a link leads, so that the link stays.
 
-    A link to a file of a checkpoint is its own place: what is written must not reach a checkpoint.
+    A link to a file of a checkpoint, or into the cache of the hub, is its own place: what is written
+    must reach neither.
 
     Raises
     ------
@@ -264,7 +265,8 @@ def through(path: Path) -> Path:
             f"{path} is a link to {os.readlink(path)}, whose directory does not exist: make or"
             " mount it, or remove the link"
         )
-    return path if (target.parent / STATE_FILE).exists() else target
+    cached = target.parent.name == "blobs" and path.parent.parent.name == "snapshots"
+    return path if cached or (target.parent / STATE_FILE).exists() else target
 
 
 def places(*paths: Path) -> list[Path]:

@@ -222,6 +222,19 @@ def test_a_directory_is_locked(tmp_path: Path, shared: bool) -> None:
         pass
 
 
+def test_a_link_into_the_hubs_cache_is_replaced(tmp_path: Path) -> None:
+    """A blob there is named by its content: what is written must not change it."""
+    blob = tmp_path / "blobs" / "0123"
+    link = tmp_path / "snapshots" / "main" / "config.json"
+    for path in (blob, link):
+        path.parent.mkdir(parents=True)
+    blob.write_text("of the hub")
+    link.symlink_to(os.path.relpath(blob, link.parent))
+    with atomic.atomic_path(link) as temporary:
+        temporary.write_text("new")
+    assert (blob.read_text(), link.read_text(), link.is_symlink()) == ("of the hub", "new", False)
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "away")
     with pytest.raises(FileNotFoundError, match=f"is a link to {tmp_path}/away, which does"):
