@@ -248,8 +248,8 @@ def check_link(path: Path) -> None:
 def through(path: Path) -> Path:
     """Return where a file of this name goes: where a link leads, so that the link stays.
 
-    A link to a file of a checkpoint, or into the hub's cache, is its own place: what is written must
-    reach neither.
+    A link to a file of a checkpoint, or into the hub's cache, is its own place: what is written
+    must reach neither.
 
     Raises
     ------
