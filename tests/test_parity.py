@@ -166,7 +166,7 @@ def pair(config: GPT2Config, backend: str) -> Pair:
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
 def test_small_models_agree(config: GPT2Config, backend_name: str) -> None:
     both = pair(config, backend_name)
-    assert both.gpt2c.model.config.to_dict() | {"n_inner": 0} == config.to_dict() | {
+    assert both.gpt2c.config.to_dict() | {"n_inner": 0} == config.to_dict() | {
         "n_inner": 0,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
     }
