@@ -524,8 +524,9 @@ def test_another_run_that_has_taken_the_name_is_not_touched(
     def take() -> None:
         out.rename(away)
         shutil.copytree(whole, out)
-        for name in ("00000000", "00000001"):  # a run that keeps one would remove the first
+        for name in ("00000001", "00000002"):  # a run that keeps one would remove the first
             shutil.copytree(out / "checkpoints" / "00000008", out / "checkpoints" / name)
+        (out / "checkpoints" / "00000002" / "model.safetensors").write_bytes(b"not the newest")
         before.update(everything(out))
 
     def saved(*arguments: Any) -> Path:
