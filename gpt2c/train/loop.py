@@ -409,6 +409,8 @@ def _save_last(run: Run, stop: Stop) -> None:
                 run.publish()
     except OSError as error:
         message = f"{error.strerror or error}; {run.newest()}"
+        if error.errno is None:  # a sentence of ours
+            raise OSError(message) from error
         raise OSError(error.errno, message, error.filename) from error
 
 

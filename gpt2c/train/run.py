@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +252,8 @@ class Run:
         self._metrics: Metrics | None = None
         self._events: Events | None = None
         self._told: set[str] = set()
+        self._place: os.stat_result | None = None  # of the directory that is locked
+        self._locks = ExitStack()  # of directories that were made again
 
     def start(self) -> None:
         """Begin the directory anew; what an overwritten run left is removed, but links to it stay.
@@ -300,6 +302,7 @@ class Run:
 
     def _open(self) -> None:
         """Make the directory whole, whatever it lacks, and open the metrics."""
+        self._place = os.stat(self.out)
         remove_leftovers(self.out)
         self._write_facts()
         (self.out / CHECKPOINTS).mkdir(exist_ok=True)
@@ -309,6 +312,9 @@ class Run:
         if self.saved and not self.entry:
             self._publish(self.saved)
             self._confirm_evaluated()
+        self._open_logs()
+
+    def _open_logs(self) -> None:
         path = self.out / METRICS_FILE
         with self._logging(path):
             self._metrics = Metrics(path, self.step - bool(self.entry), report)
@@ -322,6 +328,51 @@ class Run:
             text = json.dumps(self._record(), indent=2, allow_nan=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
         self.tokenizer.save_pretrained(self.out)
+
+    def _check_own(self) -> None:
+        """Refuse to write where the run's name does not lead to the directory that it has locked.
+
+        The lock holds that directory open, so no other one can have its number.
+
+        Raises
+        ------
+        FileNotFoundError : the name leads nowhere
+        OSError : it leads to another directory
+        """
+        assert self._place is not None
+        if not os.path.samestat(os.stat(self.out), self._place):
+            raise OSError(
+                errno.ESTALE,
+                "this is another directory than the one this run began in: another run may have"
+                " taken its name",
+                str(self.out),
+            )
+
+    def _make_again(self) -> None:
+        """Make and lock the directory, whose name leads nowhere.
+
+        Raises
+        ------
+        OSError : it cannot be made; another process was faster
+        """
+        self.out.mkdir(parents=True)
+        self._locks.enter_context(locked_run(self.out))
+        self._place = os.stat(self.out)
+
+    def _fill_again(self) -> None:
+        """Write what a directory without run.json lacks; its checkpoints may be gone too."""
+        self._write_facts()
+        if self.saved and not self.saved.exists():
+            self.saved = self.good = self._stored = None
+            self.saved_step = -1
+        self._published = None
+        self._close_logs()
+        self._open_logs()
+        logged = self.step - bool(self.entry)
+        report(
+            f"{self.out} was removed, renamed or emptied while the run trained: it is made again,"
+            f" and its metrics go on after step {logged}"
+        )
 
     @contextmanager
     def _logging(self, path: Path) -> Iterator[None]:
@@ -346,7 +397,10 @@ class Run:
         }
 
     def log(self) -> None:
-        """Write the last step's metrics, which the run's time and the day's are added to."""
+        """Write the last step's metrics, which the run's time and the day's are added to.
+
+        The files are open: where the directory was renamed they are still the run's own.
+        """
         entry = self.entry
         assert entry is not None
         entry |= {"elapsed_seconds": round(self.seconds, 4), "time": round(time.time(), 3)}
@@ -367,13 +421,16 @@ class Run:
 
         Raises
         ------
-        OSError : it cannot be written; the last one is whole
+        OSError : it cannot be written; the last one is whole. Another directory has the run's name
         """
+        try:
+            self._check_own()
+        except FileNotFoundError:
+            self._make_again()
+        if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
+            self._fill_again()
         state = self._state()
         if self.saved is None or self.step != self.saved_step:
-            if not (self.out / RUN_FILE).exists():  # someone has deleted or moved it
-                self.out.mkdir(parents=True, exist_ok=True)
-                self._write_facts()
             self._sync()
             self.saved = checkpoints.save(
                 self.out / CHECKPOINTS,
@@ -393,12 +450,14 @@ class Run:
     def forget(self) -> None:
         """Remove the checkpoint of this step, whose evaluation shows that the model is lost."""
         if self.saved and self.step == self.saved_step and self.saved != self.good:
+            self._check_own()
             remove(self.saved)
             self.saved, self.saved_step = self.good, -1
 
     def publish(self) -> None:
         """Let the directory's own model be that of the newest checkpoint."""
         if self.saved:
+            self._check_own()
             self._publish(self.saved)
             self._confirm_evaluated()
             if self._events:
@@ -424,6 +483,7 @@ class Run:
         if self.saved and self.saved != self.good:
             self.good = self.saved
             try:
+                self._check_own()
                 checkpoints.prune(self.good, self.settings.keep)
             except OSError as error:  # the newest is whole: what stays is tried again with the next
                 report(f"older checkpoints cannot be removed: {error}")
@@ -446,6 +506,10 @@ class Run:
         """Say what is on the disk, for an error of writing there."""
         if self.saved is None:
             return "there is no checkpoint yet"
+        try:
+            self._check_own()
+        except OSError:
+            return "the checkpoints are in the run's own directory, if that was only renamed"
         steps = counted(self.step - self.saved_step, "step")
         return f"the newest checkpoint is {self.saved}, {steps} ago"
 
@@ -461,7 +525,12 @@ class Run:
 
     def close(self) -> None:
         """Close the files."""
+        self._close_logs()
+        self._locks.close()
+
+    def _close_logs(self) -> None:
         for log, name in ((self._metrics, METRICS_FILE), (self._events, EVENTS)):
             if log:
                 with self._logging(self.out / name):
                     log.close()
+        self._metrics = self._events = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -37,6 +38,8 @@ from gpt2c.train.stop import SIGNALS
 Capture = pytest.CaptureFixture[str]
 
 pytestmark = pytest.mark.usefixtures("no_picture")
+
+has_tensorboard = importlib.util.find_spec("tensorboardX") is not None
 
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
@@ -460,15 +463,113 @@ def test_a_link_to_a_checkpoint_is_not_written_through(
     assert everything(disk / "00000004") == kept
 
 
-def test_a_directory_that_is_deleted_meanwhile_is_made_again(
-    data: Path, tmp_path: Path, whole: Path, at_step: Any
-) -> None:
-    out = tmp_path / "run"
-    at_step(3, lambda: shutil.rmtree(out))
-    train(data, out)
+def empty(out: Path) -> None:
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [shutil.rmtree, empty, lambda out: out.rename(out.with_name("away"))],
+    ids=["removed", "emptied", "renamed"],
+)
+def test_a_directory_that_is_lost_meanwhile_is_made_again(
+    data: Path, tmp_path: Path, whole: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture, lose: Callable[[Path], Any],
+) -> None:  # fmt: skip
+    out, amend, locks = tmp_path / "run", checkpoints.amend, []
+
+    def amended(path: Path, *rest: Any) -> None:
+        with pytest.raises(BlockingIOError), run_module.locked_run(out):
+            pass
+        locks.append(path)
+        amend(path, *rest)
+
+    monkeypatch.setattr(checkpoints, "amend", amended)
+    at_step(3, lambda: lose(out))
+    train(data, out, save_interval=2, tensorboard=has_tensorboard)
+    assert locks == [out / "checkpoints" / f"{step:08d}" for step in (4, 8)]
+    told = f"{out} was removed, renamed or emptied while the run trained: it is made again, and its"
+    assert capsys.readouterr().out.count(f"{told} metrics go on after step 3\n") == 1
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [entry["step"] for entry in read_metrics(out / "metrics.jsonl")] == [4, 5, 6, 7, 8]
+    if has_tensorboard:
+        (events,) = (out / "tensorboard").iterdir()
+        assert events.read_bytes().count(b"learning_rate") == 5
+    with run_module.locked_run(out):  # the run has let go of it
+        pass
     at_step(3, lambda: None)
     assert train(data, out, resume=True, max_iters=10).step == 10
+
+
+def test_a_directory_that_is_lost_after_the_last_save_is_made_again(
+    data: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint is written before its evaluation, and again after it."""
+    out, evaluate = tmp_path / "run", hooks.evaluate
+    monkeypatch.setattr(hooks, "evaluate", lambda *a: [evaluate(*a), shutil.rmtree(out)][0])
+    train(data, out, eval_interval=0)
+    name = "checkpoints/00000008/model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("when", ["before a save", "in a save"])
+def test_another_run_that_has_taken_the_name_is_not_touched(
+    data: Path, tmp_path: Path, whole: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture, when: str,
+) -> None:  # fmt: skip
+    out, away, save = tmp_path / "run", tmp_path / "away", checkpoints.save
+    before: dict[Path, bytes] = {}
+
+    def take() -> None:
+        out.rename(away)
+        shutil.copytree(whole, out)
+        for name in ("00000001", "00000002"):  # a run that keeps one would remove the first
+            shutil.copytree(out / "checkpoints" / "00000008", out / "checkpoints" / name)
+        (out / "checkpoints" / "00000002" / "model.safetensors").write_bytes(b"not the newest")
+        before.update(everything(out))
+
+    def saved(*arguments: Any) -> Path:
+        path = save(*arguments)
+        if not before:
+            take()
+        return path
+
+    if when == "in a save":
+        monkeypatch.setattr(checkpoints, "save", saved)
+    else:
+        at_step(3, take)
+    flags = {**TINY, "max_iters": 8, "eval_interval": 0, "save_interval": 2}
+    call = ["train", "--data", str(data), "--out", str(out)]
+    assert main([*call, *(f"--{name}={value}" for name, value in flags.items())]) == 2
+    assert everything(out) == before
+    written = capsys.readouterr()
+    why = (
+        f"{out}: this is another directory than the one this run began in: another run may have"
+        " taken its name; the checkpoints are in the run's own directory, if that was only renamed"
+    )
+    assert written.err == f"gpt2c: {why}\n"
+    assert f"step 6: {why}; the run goes on and tries again" in written.out
+    assert checkpoint_names(away) == ["00000002"]
+    assert [entry["step"] for entry in read_metrics(away / "metrics.jsonl")] == [*range(1, 9)]
+
+
+def test_a_model_that_is_lost_removes_no_checkpoint_of_another_run(
+    data: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def evaluate(*arguments: Any) -> float:
+        out.rename(tmp_path / "away")
+        shutil.copytree(whole, out)
+        return math.nan
+
+    monkeypatch.setattr(hooks, "evaluate", evaluate)
+    with pytest.raises(OSError, match="another run may have taken its name"):
+        train(data, out, eval_interval=0)
+    assert everything(out) == {
+        out / path.relative_to(whole): content for path, content in everything(whole).items()
+    }
 
 
 # ---- logs and pictures ---------------------------------------------------------------------------
