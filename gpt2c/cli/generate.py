@@ -169,6 +169,8 @@ def run_generate(options: argparse.Namespace) -> int:
     k = options.show_probabilities
     if k is not None and (options.interactive or options.num_samples > 1):
         raise ValueError("--show-probabilities is for one text: no --interactive, no --num-samples")
+    if k is not None and k < 0:
+        raise ValueError(f"--show-probabilities must be at least 0, got {k}")
     settings["allowed_special"] = "all" if options.special else ()
     settings["stop"] = [_unescaped(well_formed(stop)) for stop in options.stop or []]
     prompt = _prompt(options)
