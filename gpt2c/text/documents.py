@@ -46,8 +46,9 @@ class TextFiles:
     ----------
     paths : files, which may be pipes; "-", standard input; and directories, of which all files
         with the endings PLAIN and JSON_LINES, or the same in capitals, are read, those of
-        directories in them too, sorted by name, but none whose name begins with a dot. A line on standard error names what of a
-        directory is left out: what cannot be read, is no file, or has a name of OWN
+        directories in them too, sorted by name, but none whose name begins with a dot. A line on
+        standard error names what of a directory is left out: what cannot be read, is no file, or
+        has a name of OWN
     field : the field of JSONL, None for "text". With a field, what has none of those endings is
         JSONL, too
     watch : told as the files are read, again and again: how many bytes were read since that

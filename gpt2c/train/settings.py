@@ -264,7 +264,11 @@ def _of_tables(entries: Mapping[str, Any]) -> dict[str, Any]:
         for name, entry in ({key: value} if table is None else value).items():
             if name not in DEFAULTS:
                 near = difflib.get_close_matches(name, DEFAULTS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(DEFAULTS))}"
+                hint = (
+                    f"did you mean {near[0]}?"
+                    if near
+                    else f"there are {', '.join(sorted(DEFAULTS))}"
+                )
                 raise ValueError(f"no setting {shown(name)}; {hint}")
             if table not in (None, TABLE_OF[name]):
                 raise ValueError(f"{name} belongs in [{TABLE_OF[name]}], not in [{table}]")
