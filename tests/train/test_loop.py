@@ -272,6 +272,22 @@ def test_a_peak_that_a_step_passes_is_measured_again(
     assert shares[0] is None and all(share < 1 for share in shares[1:]) and len(shares) == 3
 
 
+@pytest.mark.parametrize(("peak", "is_shown"), [(1.0, False), (1e13, True)])
+def test_a_share_above_1_is_left_out_of_the_lines(
+    peak: float,
+    is_shown: bool,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measure = functools.cache(lambda name, threads: peak)
+    monkeypatch.setattr("gpt2c.train.hooks.fma_peak", measure)
+    train(data, tmp_path, max_iters=2, log_interval=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert ["% of peak" in line for line in lines] == [is_shown] * 2
+
+
 @pytest.mark.slow
 def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
     """Nothing but the number of steps may differ, so that is read from what the process says."""
