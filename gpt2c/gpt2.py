@@ -241,7 +241,7 @@ class GPT2(WritingModel, Model):
 
     Raises
     ------
-    ValueError : an unknown backend or recompute, threads out of range
+    ValueError : an unknown backend or recompute, a seed or threads out of range
     MemoryError : the parameters do not fit, or later the gradients
 
     `copy.copy` and `copy.deepcopy` return a model of its own with the same parameters and

@@ -8,7 +8,8 @@ Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), tok
 weights of `matmul_forward` and `encoder_forward` may be smaller. Gradients come back as they are,
 not added to anything.
 Every function raises ValueError if an array has another dtype, layout or shape, a number or token
-id is out of range, or the backend is unknown. Knows nothing about models.
+id is out of range, or the backend is unknown, and MemoryError if the results do not fit. Knows
+nothing about models.
 
 Examples
 --------
@@ -23,6 +24,7 @@ array([[-1.,  1.]], dtype=float32)
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -35,11 +37,13 @@ from numpy.typing import NDArray
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import NAMES, get_backend
 from gpt2c.kernels.checks import check_int32, check_layout, number, whole
+from gpt2c.kernels.memory import require
 from gpt2c.kernels.op import OPS, Argument, Op
 from gpt2c.kernels.reference.linear import LONGEST
 
 Array = NDArray[Any]
 GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head"}  # sizes that no input may have
+LARGEST = 2**31 - 1  # token ids and positions are int32
 LOWEST = {"ids": 0, "targets": -1}
 
 __all__ = list(OPS)
@@ -69,7 +73,10 @@ def _public(op: Op) -> Callable[..., Any]:
     )
 
     def run(*positional: Any, **keywords: Any) -> Any:
-        bound = signature.bind(*positional, **keywords)
+        try:
+            bound = signature.bind(*positional, **keywords)
+        except TypeError as error:
+            raise TypeError(f"{op.name}: {error}") from None
         bound.apply_defaults()
         given = bound.arguments
         for array in inputs:  # where an optional array stands now, backend stood once
@@ -83,7 +90,7 @@ def _public(op: Op) -> Callable[..., Any]:
             missing = not array.optional or (updated and array.mode == "~")
             if missing and given[array.name] is None:
                 raise ValueError(f"{array.name} must be a NumPy array, got None")
-        told = {letter: whole(name, given[name]) for name, letter in given_sizes.items()}
+        told = {letter: _size(name, given[name]) for name, letter in given_sizes.items()}
         dtype, sizes = _check(arrays, backend.name, told)
         for array in inputs:  # of an array that is not there
             sizes |= {letter: sizes.get(letter, 0) for letter in array.letters}
@@ -93,6 +100,9 @@ def _public(op: Op) -> Callable[..., Any]:
         for array, ids in arrays.items():
             if array.kind in LOWEST:
                 check_int32(array.name, ids, ids.shape, LOWEST[array.kind], sizes["V"])
+        item = np.dtype(dtype).itemsize
+        results = {array.name: item * math.prod(_shape(array, sizes)) for array in op.outputs}
+        require(op.name, results, "take smaller arrays or sizes")
         outputs = [_output(array, given.get(array.name), sizes, dtype) for array in op.outputs]
         arguments = (*(given[array.name] for array in op.inputs), *(given[n] for n in numbers))
         result = getattr(backend, op.name)(*outputs, *arguments)
@@ -101,8 +111,16 @@ def _public(op: Op) -> Callable[..., Any]:
 
     run.__name__ = run.__qualname__ = op.name
     run.__signature__ = signature  # type: ignore[attr-defined]
-    run.__doc__ = _documentation(op, list(defaults))
+    run.__doc__ = _documentation(op, defaults)
     return run
+
+
+def _size(name: str, value: Any) -> int:
+    """Return a size that no input has; a negative one fits no array."""
+    size = whole(name, value)
+    if size > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {size}")
+    return size
 
 
 def _output(array: Argument, given: Any, sizes: dict[str, Any], dtype: str) -> Any:
@@ -159,7 +177,7 @@ def _sizes(arrays: dict[Argument, Any]) -> dict[str, Any]:
 def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common: str) -> None:
     """Refuse what is no array of a dtype that this argument may have."""
     name = array.name
-    if not isinstance(value, np.ndarray):
+    if type(value) is not np.ndarray:  # a subclass may compute otherwise: np.matrix
         raise ValueError(f"{name} must be a NumPy array, got {type(value).__name__}")
     allowed: tuple[str, ...] = (common,)
     if array.kind in LOWEST:
@@ -197,8 +215,13 @@ def _check_rules(op: Op, values: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be such that {rule}, got {got}")
 
 
-def _documentation(op: Op, parameters: list[str]) -> str:
-    """Return the docstring of a public function: what the reference says, with shapes."""
+def _documentation(op: Op, parameters: dict[str, Any]) -> str:
+    """Return the docstring of a public function: what the reference says, with shapes.
+
+    Parameters
+    ----------
+    parameters : of the function, each with its default
+    """
 
     def line(array: Argument) -> str:
         shape = "any shape" if array.shape == ("*",) else f"({', '.join(array.shape)})"
@@ -206,9 +229,15 @@ def _documentation(op: Op, parameters: list[str]) -> str:
 
     summary = inspect.cleandoc(getattr(reference, op.name).__doc__ or "")
     formula = summary.split("\nParameters\n")[0].rstrip()
-    arrays = [line(array) for array in op.arrays if array.name in parameters]
+    lines = {array.name: line(array) for array in op.arrays}
+    lines |= {name: f"{name} : int, the size {letter}" for letter, name in GIVEN.items()}
+    for name in op.numbers.keys() & parameters.keys():
+        default = parameters[name]
+        lines[name] = f"{name} : {type(default).__name__}, default {default}"
+    lines["backend"] = "backend : a name of `gpt2c.backends()`, default auto"
+    inputs = [lines[name] for name in parameters]
     results = [line(array) for array in op.outputs] or [f"{op.returns} : float"]
-    parts = [formula, "", "Parameters", "----------", *arrays, "", "Returns", "-------", *results]
+    parts = [formula, "", "Parameters", "----------", *inputs, "", "Returns", "-------", *results]
     return "\n".join(parts)
 
 

@@ -21,6 +21,7 @@ from gpt2c.screen.terminal import (
     has_colors,
     padded,
     spelled,
+    text_input,
     text_is_lost,
     visible,
     well_formed,
@@ -169,6 +170,8 @@ def run_generate(options: argparse.Namespace) -> int:
     k = options.show_probabilities
     if k is not None and (options.interactive or options.num_samples > 1):
         raise ValueError("--show-probabilities is for one text: no --interactive, no --num-samples")
+    if k is not None and k < 0:
+        raise ValueError(f"--show-probabilities must be at least 0, got {k}")
     settings["allowed_special"] = "all" if options.special else ()
     settings["stop"] = [_unescaped(well_formed(stop)) for stop in options.stop or []]
     prompt = _prompt(options)
@@ -206,7 +209,7 @@ def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is not None:
         return read_text(options.prompt_file, "replace").removesuffix("\n")
     if options.prompt == "-":
-        return sys.stdin.read().removesuffix("\n")
+        return text_input().read().removesuffix("\n")
     return well_formed(options.prompt or "")
 
 
@@ -249,7 +252,7 @@ def _converse(generator: Generator, settings: dict[str, Any]) -> float:
     """
     seconds = 0.0
     pressed = False  # Ctrl-C, at the prompt
-    typed = sys.stdin.isatty()
+    typed = text_input().isatty()
     seen = typed and sys.stdout.isatty()  # what is typed stands beside what is written
     if seen:
         with suppress(ImportError):

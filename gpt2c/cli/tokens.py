@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from gpt2c.screen.terminal import (
     has_colors,
     padded,
     spelled,
+    text_input,
     visible,
     well_formed,
 )
@@ -58,7 +58,7 @@ def run_tokens(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_spec(name)
     text = " ".join(map(well_formed, options.text))
     if text == "-":
-        text = sys.stdin.read()
+        text = text_input().read()
     ids = tokenizer.encode(text, "all" if options.special else ())
     data = [tokenizer.token_bytes(token) for token in ids]
     print(

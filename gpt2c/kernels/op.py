@@ -37,6 +37,7 @@ encoder_backward    +dwte[V C] +dwpe[P C] <- dout[B T C] idx[B T]ids | B T C
     idx: T <= P
 
 layernorm_forward   out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5 | N C
+    eps: 0 <= eps
 layernorm_backward  +dx[N C] +dweight[C] +dbias[C]
                     <- dout[N C] x[N C] weight[C] mean[N] rstd[N] | N C
 
@@ -70,6 +71,7 @@ adamw_update        ~param[*] ~m[*] ~v[*] <- grad[*] learning_rate=3e-4 beta1=0.
                     eps=1e-8 weight_decay=0.1 t=1 grad_scale=1.0 | n
     beta1: 0 <= beta1 < 1
     beta2: 0 <= beta2 < 1
+    eps: 0 <= eps
     t: 1 <= t < 2**63
 global_norm         norm <- grad[*] | sums n
 """

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
+from gpt2c.kernels.checks import number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.language_model import IntArray, LanguageModel
@@ -36,6 +37,8 @@ from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
 from gpt2c.model.plan import Activations
 
 __all__ = ["Model"]
+
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 class _Gradients:
@@ -70,7 +73,7 @@ class Model(LanguageModel):
 
     Raises
     ------
-    ValueError : an unknown backend or recompute, threads out of range
+    ValueError : an unknown backend or recompute, a seed or threads out of range
     MemoryError : the parameters do not fit, or later the gradients
 
     `copy.copy` and `copy.deepcopy` return a model of its own with the same parameters and
@@ -91,6 +94,8 @@ class Model(LanguageModel):
         recompute: str | None = None,
         threads: int | None = None,
     ) -> None:
+        if seed is not None and whole("seed", seed) < 0:
+            raise ValueError(f"seed must be at least 0, or None to leave the weights 0, got {seed}")
         super().__init__(config, as_backend(backend, threads))
         self.recompute = recompute
         self._eps = config.layer_norm_epsilon
@@ -292,10 +297,12 @@ class Model(LanguageModel):
 
         Raises
         ------
-        ValueError : no loss was computed since the last backward
+        ValueError : no loss was computed since the last backward, or the scale is no finite number
         RuntimeError : another thread computes with this model, or has computed the last loss
         MemoryError, OSError : a kernel cannot start
         """
+        if not abs(number("scale", scale)) <= LARGEST_FLOAT:
+            raise ValueError(f"scale must be finite as a float32, got {scale}")
         with self._owner.alone():
             if self._pending is None:
                 raise ValueError(

@@ -18,7 +18,9 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO
+
+from gpt2c.files.untrusted import check_encoding
 
 __all__ = [
     "PLAIN",
@@ -31,6 +33,7 @@ __all__ = [
     "open_door",
     "padded",
     "spelled",
+    "text_input",
     "text_is_lost",
     "visible",
     "well_formed",
@@ -180,6 +183,20 @@ def open_door() -> Iterator[Door]:
         out.flush()
         errors.flush()
         sys.stdin, sys.stdout, sys.stderr = before
+
+
+def text_input() -> TextIO:
+    """Return standard input, whose first bytes have come: it waits for them, but for no terminal's.
+
+    Raises
+    ------
+    ValueError : they are the mark of UTF-16 or UTF-32, where UTF-8 is read
+    """
+    buffer = getattr(sys.stdin, "buffer", None)
+    is_utf_8 = sys.stdin.encoding == "utf-8-sig"  # as `open_door` sets it
+    if is_utf_8 and isinstance(buffer, io.BufferedReader) and not sys.stdin.isatty():
+        check_encoding(buffer.peek(4), "standard input")
+    return sys.stdin
 
 
 def well_formed(text: str) -> str:

@@ -45,9 +45,10 @@ class TextFiles:
     Parameters
     ----------
     paths : files, which may be pipes; "-", standard input; and directories, of which all files
-        with the endings PLAIN and JSON_LINES are read, those of directories in them too, sorted by
-        name, but none whose name begins with a dot. A line on standard error names what of a
-        directory is left out: what cannot be read, is no file, or has a name of OWN
+        with the endings PLAIN and JSON_LINES, or the same in capitals, are read, those of
+        directories in them too, sorted by name, but none whose name begins with a dot. A line on
+        standard error names what of a directory is left out: what cannot be read, is no file, or
+        has a name of OWN
     field : the field of JSONL, None for "text". With a field, what has none of those endings is
         JSONL, too
     watch : told as the files are read, again and again: how many bytes were read since that
@@ -129,8 +130,8 @@ class TextFiles:
         """Yield the documents, each an iterator of its pieces."""
         before = 0
         for name in self.names:
-            lines = name.endswith(JSON_LINES)
-            if self._field is not None and not name.endswith(PLAIN):
+            lines = _ends(name, JSON_LINES)
+            if self._field is not None and not _ends(name, PLAIN):
                 lines = True
             with self._open(name) as file:
                 flow = self._lines(name, file) if lines else self._plain(name, file)
@@ -222,6 +223,11 @@ def _source(name: str) -> str:
     return "standard input" if name == "-" else f"text file {name}"
 
 
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    """Return whether a name has one of these endings, in small letters or capitals."""
+    return name.lower().endswith(endings)
+
+
 def _texts_in(directory: Path) -> list[Path]:
     """Find the texts of a directory, sorted."""
 
@@ -237,7 +243,7 @@ def _texts_in(directory: Path) -> list[Path]:
             if path.is_symlink():  # it may lead to a directory that is read already, in a circle
                 _leave_out(path, "it is a link to a directory")
         for path in (Path(folder, name) for name in names):
-            if path.name[0] == "." or not path.name.endswith(PLAIN + JSON_LINES):
+            if path.name[0] == "." or not _ends(path.name, PLAIN + JSON_LINES):
                 continue
             if reason := _no_text(path):
                 _leave_out(path, reason)

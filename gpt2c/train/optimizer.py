@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gpt2c.kernels.checks import number, whole_or_float
 from gpt2c.kernels.memory import aligned_zeros, require
 
 __all__ = ["SCHEDULES", "AdamW", "NonFiniteGradient", "Schedule"]
@@ -117,11 +119,10 @@ class AdamW:
                 f" {type(model).__name__}"
             )
         _check_learning_rate(learning_rate)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-        if not 0 < eps < math.inf:
+        betas = _checked_betas(betas)
+        if not 0 < number("eps", eps) < math.inf:
             raise ValueError(f"eps must be above 0, got {eps}")
-        if not 0 <= weight_decay < math.inf:
+        if not 0 <= number("weight_decay", weight_decay) < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
         self.model = model
         self.learning_rate = learning_rate
@@ -208,7 +209,7 @@ class AdamW:
         """
         learning_rate = self.learning_rate if learning_rate is None else learning_rate
         _check_learning_rate(learning_rate)
-        if grad_clip is not None and not grad_clip > 0:
+        if grad_clip is not None and not number("grad_clip", grad_clip) > 0:
             raise ValueError(f"grad_clip must be above 0, or None not to clip, got {grad_clip}")
         model = self.model
         norm = float(model.backend.global_norm(model.flat_gradients))
@@ -292,24 +293,33 @@ class Schedule:
         if self.kind not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.kind!r}")
         _check_learning_rate(self.learning_rate)
-        if not 0 <= self.min_lr <= self.learning_rate:
+        if not 0 <= number("min_lr", self.min_lr) <= self.learning_rate:
             raise ValueError(
                 f"min_lr must be in [0, learning_rate = {self.learning_rate}], got {self.min_lr}"
             )
-        if not 0 <= self.warmup_iters <= self.max_iters:
+        if whole_or_float("max_iters", self.max_iters) < 1:
+            raise ValueError(f"max_iters must be at least 1, got {self.max_iters}")
+        if not 0 <= whole_or_float("warmup_iters", self.warmup_iters) <= self.max_iters:
             raise ValueError(
                 f"warmup_iters must be in [0, max_iters = {self.max_iters}], "
                 f"got {self.warmup_iters}"
             )
-        if not 0 < self.decay_fraction <= 1:
+        if not 0 < number("decay_fraction", self.decay_fraction) <= 1:
             raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
-        if self.step_size < 1:
+        if whole_or_float("step_size", self.step_size) < 1:
             raise ValueError(f"step_size must be at least 1, got {self.step_size}")
-        if not 0 < self.gamma <= 1:
+        if not 0 < number("gamma", self.gamma) <= 1:
             raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
 
     def __call__(self, step: int) -> float:
-        """Return the learning rate of `step` >= 0."""
+        """Return the learning rate of `step` >= 0.
+
+        Raises
+        ------
+        ValueError : the step is no whole number, or below 0
+        """
+        if whole_or_float("step", step) < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
         low, high = self.min_lr, self.learning_rate
         if step < self.warmup_iters:
             return high * (step + 1) / self.warmup_iters
@@ -332,5 +342,13 @@ class Schedule:
 
 
 def _check_learning_rate(learning_rate: float) -> None:
-    if not 0 <= learning_rate < math.inf:
+    if not 0 <= number("learning_rate", learning_rate) < math.inf:
         raise ValueError(f"learning_rate must be finite and at least 0, got {learning_rate}")
+
+
+def _checked_betas(betas: Any) -> tuple[float, float]:
+    with suppress(TypeError, ValueError):
+        beta1, beta2 = (number("a beta", beta) for beta in betas)
+        if 0 <= beta1 < 1 and 0 <= beta2 < 1:
+            return beta1, beta2
+    raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r:.50}")

@@ -7,6 +7,7 @@ help. Knows nothing about models or files but the recipe.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -262,9 +263,13 @@ def _of_tables(entries: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"no table {shown(table)}; there are {', '.join(TABLES)}")
         for name, entry in ({key: value} if table is None else value).items():
             if name not in DEFAULTS:
-                raise ValueError(
-                    f"no setting {shown(name)}; there are {', '.join(sorted(DEFAULTS))}"
+                near = difflib.get_close_matches(name, DEFAULTS, n=1)
+                hint = (
+                    f"did you mean {near[0]}?"
+                    if near
+                    else f"there are {', '.join(sorted(DEFAULTS))}"
                 )
+                raise ValueError(f"no setting {shown(name)}; {hint}")
             if table not in (None, TABLE_OF[name]):
                 raise ValueError(f"{name} belongs in [{TABLE_OF[name]}], not in [{table}]")
             if name in found:

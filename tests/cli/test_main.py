@@ -490,7 +490,7 @@ MISTAKES = [
     ("generate run --prompt a --prompt-file text.txt", "two starts of one text"),
     ("generate run --prompt-file missing.txt", r"missing\.txt does not exist"),
     ("generate run --show-probabilities --num-samples 2", "is for one text"),
-    ("generate run --show-probabilities -3", "candidates must be at least 0, got -3"),
+    ("generate run --show-probabilities -3", "--show-probabilities must be at least 0, got -3"),
     ("tokens a --tokenizer abacus", "neither a directory nor one of gpt2, bytes"),
     ("generate run --interactive --prompt a", "--interactive asks for prompts"),
     ("generate run --interactive --num-samples 2", "--interactive asks for prompts"),

@@ -263,7 +263,8 @@ def test_empty_arrays_are_refused(name: str, argument: str, backend_name: str) -
 @EVERY_ARRAY
 def test_what_is_no_array_is_refused(name: str, argument: str, backend_name: str) -> None:
     arguments, _ = solved(name)
-    for wrong in (arguments[argument].tolist(), 1.0, "text", None):
+    own = arguments[argument]
+    for wrong in (own.tolist(), np.ma.array(own), own.view(np.memmap), 1.0, "text", None):
         optional = argument == "bias" and name == "matmul_forward"
         if not (optional and wrong is None):
             bad = arguments | {argument: wrong, "backend": backend_name}
@@ -369,6 +370,13 @@ def test_ids_out_of_range_are_refused(
         ("adamw_update", {"t": True}, "t must be a whole number"),
         ("adamw_update", {"eps": Fraction(10**400)}, "eps must be a number"),
         ("layernorm_forward", {"eps": Fraction(10**400)}, "eps must be a number"),
+        ("layernorm_forward", {"eps": -1e-5}, "eps must be such that 0 <= eps, got eps=-1e-05"),
+        ("layernorm_forward", {"eps": np.nan}, "eps must be such that 0 <= eps, got eps=nan"),
+        ("adamw_update", {"eps": -1e-8}, "eps must be such that 0 <= eps, got eps=-1e-08"),
+        ("adamw_update", {"eps": np.nan}, "eps must be such that 0 <= eps, got eps=nan"),
+        ("encoder_backward", {"vocab_size": 2**31}, "vocab_size must be at most 2147483647, got "),
+        ("encoder_backward", {"vocab_size": 10**30}, "vocab_size must be at most 2147483647, got "),
+        ("encoder_backward", {"n_positions": 10**18}, "n_positions must be at most 2147483647, "),
         ("attention_forward", {"n_head": 1.0}, "n_head must be a whole number"),
         ("encoder_backward", {"vocab_size": 11.0}, "vocab_size must be a whole number"),
         ("encoder_backward", {"n_positions": True}, "n_positions must be a whole number"),
@@ -381,6 +389,37 @@ def test_numbers_that_do_not_fit_are_refused(
     assert refused(PUBLIC[name], **arguments | changes | {"backend": backend_name}).startswith(
         named
     )
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "n_positions"])
+def test_results_that_do_not_fit_are_refused(
+    size: str, backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt2c.kernels.memory.free_bytes", lambda untouched: 10**9)
+    arguments, _ = solved("encoder_backward")
+    with pytest.raises(MemoryError, match=r"^encoder_backward needs .* MB are free: take smaller"):
+        PUBLIC["encoder_backward"](**arguments | {size: 2**31 - 1, "backend": backend_name})
+
+
+@EVERY
+def test_an_argument_that_is_missing_or_unknown_names_the_function(name: str) -> None:
+    arguments, _ = solved(name)
+    with pytest.raises(TypeError, match=f"^{name}: got an unexpected keyword argument 'abc'$"):
+        PUBLIC[name](**arguments, abc=1)
+    first = next(iter(inspect.signature(PUBLIC[name]).parameters))
+    with pytest.raises(TypeError, match=f"^{name}: missing a required argument: '{first}'$"):
+        PUBLIC[name]()
+
+
+@EVERY
+def test_docstrings_list_every_parameter_with_its_default(name: str) -> None:
+    text = PUBLIC[name].__doc__.split("Parameters\n----------\n")[1].split("\n\nReturns")[0]
+    listed = dict(line.split(" : ", 1) for line in text.splitlines())
+    parameters = inspect.signature(PUBLIC[name]).parameters
+    assert list(listed) == list(parameters)
+    for parameter in parameters.values():
+        if isinstance(parameter.default, int | float | str):
+            assert listed[parameter.name].endswith(f"default {parameter.default}")
 
 
 @EVERY

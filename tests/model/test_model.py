@@ -101,6 +101,19 @@ def test_seeds_give_weights() -> None:
     assert not GPT2(TINY, seed=None).flat_parameters.any()
 
 
+@pytest.mark.parametrize(
+    ("seed", "wanted"),
+    [
+        (-1, "seed must be at least 0, or None to leave the weights 0, got -1"),
+        (1.5, "seed must be a whole number, got 1.5"),
+        (True, "seed must be a whole number, got True"),
+        ("1", "seed must be a whole number, got '1'"),
+    ],
+)
+def test_a_seed_is_a_whole_number(seed: Any, wanted: str) -> None:
+    assert refused(GPT2, TINY, seed=seed) == wanted
+
+
 def test_weights_do_not_depend_on_the_backend(backend: Any) -> None:
     model = GPT2(TINY, seed=1, backend=backend)
     assert np.array_equal(model.flat_parameters, GPT2(TINY, seed=1).flat_parameters)
@@ -236,6 +249,20 @@ def test_backward_needs_a_loss_of_its_own(backend: Any, rng: np.random.Generator
         before = model.flat_gradients.copy()
         assert "loss" in refused(model.backward)
         assert np.array_equal(model.flat_gradients, before)
+
+
+@pytest.mark.parametrize("scale", [None, math.nan, -math.inf, 1e39, "2", "x", 10**400, True])
+def test_a_scale_that_is_no_finite_number_is_refused(
+    scale: Any, backend: Any, rng: np.random.Generator
+) -> None:
+    model, batch = odd_model(backend), batch_of(rng)
+    _, expected = solve(model, batch)
+    model.zero_grad()
+    model.loss(*batch)
+    assert refused(model.backward, scale).startswith("scale must be ")
+    model.backward()
+    for name, gradient in expected.items():
+        assert np.array_equal(model.gradients[name], gradient)
 
 
 def test_reading_between_loss_and_backward_changes_nothing(

@@ -409,6 +409,30 @@ def test_a_prompt_of_another_encoding_is_refused(tmp_path: Path, capsys: Capture
     assert "prompt.txt is UTF-16, not UTF-8; save it as UTF-8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    "call", ["generate run --prompt -", "generate run --interactive", "tokens -"]
+)
+def test_standard_input_of_another_encoding_is_refused(
+    call: str, encoding: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = io.BufferedReader(io.BytesIO("café\n".encode(encoding)))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file, encoding="utf-8"))
+    assert main(call.split()) == 2
+    out, err = capsys.readouterr()
+    wanted = f"standard input is {encoding.upper()}, not UTF-8; save it as UTF-8"
+    assert out == "" and wanted in err
+
+
+def test_standard_input_is_utf_16_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = io.BufferedReader(io.BytesIO("café\n".encode("utf-16")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file, encoding="utf-16"))
+    assert main("generate run --max-new-tokens 0 --prompt -".split()) == 0
+    assert capsys.readouterr().out == "café\n"
+
+
 @pytest.mark.parametrize(
     "value", ["-->", "---", "--", "-ab", "-", "-h", "--seed", "--seed=1", "-5", "-1e5", "- a", ""]
 )

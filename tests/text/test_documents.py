@@ -121,6 +121,15 @@ def test_what_is_no_jsonl(tmp_path: Path, line: str, message: str) -> None:
     assert f"a.jsonl, line 3{message}" in refused(read, tmp_path / "a.jsonl")
 
 
+def test_endings_in_capitals_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text('{"text": "one"}')
+    (tmp_path / "b.Md").write_text("two")
+    (tmp_path / "C.JSONL").write_text('{"text": "three"}\n')
+    (tmp_path / "D.TXTS").write_text("no")
+    assert read(tmp_path) == ['{"text": "one"}', "three", "two"]
+    assert read(tmp_path / "A.TXT", field="text") == ['{"text": "one"}']
+
+
 def test_directories(tmp_path: Path) -> None:
     for name, content in {
         "b.txt": "b",

@@ -272,6 +272,22 @@ def test_a_peak_that_a_step_passes_is_measured_again(
     assert shares[0] is None and all(share < 1 for share in shares[1:]) and len(shares) == 3
 
 
+@pytest.mark.parametrize(("peak", "is_shown"), [(1.0, False), (1e13, True)])
+def test_a_share_above_1_is_left_out_of_the_lines(
+    peak: float,
+    is_shown: bool,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measure = functools.cache(lambda name, threads: peak)
+    monkeypatch.setattr("gpt2c.train.hooks.fma_peak", measure)
+    train(data, tmp_path, max_iters=2, log_interval=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert ["% of peak" in line for line in lines] == [is_shown] * 2
+
+
 @pytest.mark.slow
 def test_sigint_to_a_process(data: Path, tmp_path: Path) -> None:
     """Nothing but the number of steps may differ, so that is read from what the process says."""
@@ -656,8 +672,9 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = = 1", "recipe.toml is not TOML: "),
         (b"n_layer = 1\nn_layer = 2", "recipe.toml is not TOML: "),
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
-        (b"n_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_order, "),
-        (b"[model]\nn_layers = 1", "recipe.toml: no setting 'n_layers'; there are backend, batch_"),
+        (b"n_layers = 1", r"recipe.toml: no setting 'n_layers'; did you mean n_layer\?"),
+        (b"[model]\nn-layer = 1", r"recipe.toml: no setting 'n-layer'; did you mean n_layer\?"),
+        (b"xyz = 1", "recipe.toml: no setting 'xyz'; there are backend, batch_order, "),
         (b"[model]\nn_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (
             b"[modle]\nn_layer = 1",

@@ -132,17 +132,23 @@ def test_a_bad_gradient_leaves_everything_alone(bad):
         ("learning_rate", math.inf),
         ("betas", (1.0, 0.9)),
         ("betas", (0.9, -0.1)),
+        ("learning_rate", "1"),
         ("betas", (0.9,)),
+        ("betas", None),
+        ("betas", (0.9, None)),
+        ("betas", (0.9, math.nan)),
         ("eps", 0.0),
+        ("eps", None),
         ("weight_decay", -0.1),
+        ("weight_decay", "1"),
     ],
 )
 def test_settings_out_of_range(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
         AdamW(make_model(), **{name: value})
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, "1"])
 def test_grad_clip_out_of_range(value):
     with pytest.raises(ValueError, match="grad_clip"):
         AdamW(make_model()).step(grad_clip=value)
@@ -202,17 +208,32 @@ def test_short_runs(kind, max_iters):
     ("name", "value"),
     [
         ("learning_rate", -1.0),
+        ("learning_rate", "1"),
+        ("max_iters", 0),
+        ("max_iters", None),
         ("min_lr", 2.0),
+        ("min_lr", "0"),
+        ("warmup_iters", None),
         ("warmup_iters", 111),
         ("warmup_iters", -1),
         ("decay_fraction", 0.0),
+        ("decay_fraction", None),
         ("step_size", 0),
+        ("step_size", math.nan),
         ("gamma", 1.5),
+        ("gamma", "1"),
     ],
 )
 def test_schedule_settings_out_of_range(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
         make_schedule("cosine", **{name: value})
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("step", [-1, math.nan, math.inf, 0.5, None, "1"])
+def test_steps_out_of_range(kind, step):
+    with pytest.raises(ValueError, match=r"^step must be"):
+        make_schedule(kind)(step)
 
 
 def test_an_unknown_schedule_lists_the_known():
