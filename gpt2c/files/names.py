@@ -12,6 +12,8 @@ __all__ = [
     "MANIFEST_FILE",
     "MERGES_FILE",
     "METRICS_FILE",
+    "MODEL_FILES",
+    "MODEL_OTHERS",
     "MOMENTS_FILE",
     "ROLES_FILE",
     "RUNS_FILE",
@@ -19,6 +21,8 @@ __all__ = [
     "STATE_FILE",
     "TOKENIZER_CONFIG_FILE",
     "TOKENIZER_FILE",
+    "TOKENIZER_FILES",
+    "TOKENIZER_OTHERS",
     "VOCAB_FILE",
     "WEIGHTS_FILE",
 ]
@@ -28,6 +32,9 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What a save writes and, as patterns, what of others it removes: a reader may take those instead.
+MODEL_FILES = (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
+MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors")
 
 # a tokenizer, as transformers has it
 VOCAB_FILE = "vocab.json"
@@ -36,6 +43,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_FILE = "added_tokens.json"
 ROLES_FILE = "special_tokens_map.json"
+TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE)  # see MODEL_FILES
+TOKENIZER_OTHERS = (TOKENIZER_FILE, ADDED_FILE)
 
 # token files, in a directory of them
 MANIFEST_FILE = "manifest.json"

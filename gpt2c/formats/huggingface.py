@@ -24,8 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files import hub
-from gpt2c.files.atomic import atomic_paths, claim_directory
-from gpt2c.files.names import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
+from gpt2c.files.atomic import atomic_paths, claim_directory, matching
+from gpt2c.files.names import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    MODEL_OTHERS,
+    WEIGHTS_FILE,
+)
 from gpt2c.files.tensors import FLOAT_DTYPES, AnyTensor, StoredTensor, map_tensors, write_tensors
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.model.quantized import DTYPES
@@ -243,7 +249,8 @@ def _save(
         write_tensors(files[0], tensors, {"format": format})
         for file, text in zip(files[1:], texts.values(), strict=True):
             file.write_text(text, encoding="utf-8")
-    _remove_shards(directory)
+    for path in matching(directory, MODEL_OTHERS):  # an index and shards that another save left
+        path.unlink()
 
 
 def _texts(config: Mapping[str, Any]) -> dict[str, str]:
@@ -252,13 +259,6 @@ def _texts(config: Mapping[str, Any]) -> dict[str, str]:
     generation = {"_from_model_config": True} | {n: i for n, i in ids.items() if i is not None}
     entries = {CONFIG_FILE: config, GENERATION_FILE: generation}
     return {n: json.dumps(entry, indent=2, allow_nan=False) + "\n" for n, entry in entries.items()}
-
-
-def _remove_shards(directory: Path) -> None:
-    """Remove what another save left: an index and files that have the names of shards."""
-    (directory / INDEX_FILE).unlink(missing_ok=True)
-    for path in directory.glob("model-[0-9]*-of-[0-9]*.safetensors"):
-        path.unlink()
 
 
 def _transpose(name: str, tensor: Any) -> Any:

@@ -466,7 +466,7 @@ def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
 
 
 def alone(out: Path) -> AbstractContextManager[None]:
-    """Have a directory of token files to oneself, if it exists, so that nothing trains on them.
+    """Have a directory to oneself, if it exists, so that nothing trains on it or into it.
 
     Raises
     ------
@@ -476,7 +476,8 @@ def alone(out: Path) -> AbstractContextManager[None]:
         return nullcontext()
     return atomic.locked(
         out,
-        f"another process trains on {out}, or prepares it: wait for it, or name another directory",
+        f"another process trains on {out}, or prepares it, or trains into it: wait for it, or name"
+        " another directory",
     )
 
 
