@@ -1,5 +1,7 @@
 """Names of files, each known here alone: of a model and a tokenizer, of token files, of a run."""
 
+import os
+
 __all__ = [
     "ADDED_FILE",
     "CHECKPOINTS",
@@ -25,6 +27,7 @@ __all__ = [
     "TOKENIZER_OTHERS",
     "VOCAB_FILE",
     "WEIGHTS_FILE",
+    "check_named",
 ]
 
 # a model, as transformers has it
@@ -59,3 +62,14 @@ MOMENTS_FILE = "trainer.safetensors"
 EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
 RUNS_FILE = "plot.png"
+
+
+def check_named(what: str, name: str | os.PathLike[str]) -> None:
+    """Refuse an empty name, which as a path would be the current directory.
+
+    Raises
+    ------
+    ValueError : it is empty; `what` says whose name it is
+    """
+    if not os.fspath(name):
+        raise ValueError(f"{what} is empty: is a variable of the shell not set?")

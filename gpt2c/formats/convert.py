@@ -25,6 +25,7 @@ from gpt2c.files.names import (
     MODEL_OTHERS,
     TOKENIZER_FILES,
     TOKENIZER_OTHERS,
+    check_named,
 )
 from gpt2c.formats import huggingface, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
@@ -110,6 +111,8 @@ def convert(
     OSError : a file is missing or cannot be read or written, or is there already
     ValueError : SRC is damaged, or nothing that DST could be made of
     """
+    check_named("SRC", src)
+    check_named("DST", dst)
     directory = os.fspath(dst).endswith("/")
     source, dst = Path(src), Path(dst)
     if source.exists() and dst.exists() and source.samefile(dst):

@@ -31,6 +31,7 @@ from gpt2c.files.names import (
     INDEX_FILE,
     MODEL_OTHERS,
     WEIGHTS_FILE,
+    check_named,
 )
 from gpt2c.files.tensors import FLOAT_DTYPES, AnyTensor, StoredTensor, map_tensors, write_tensors
 from gpt2c.files.untrusted import read_json, shown
@@ -79,10 +80,11 @@ def save_weights(
     ------
     OSError : a file cannot be written (no permission, a full disk, ...); what was there before is
         as it was
-    ValueError : the configuration holds nan or infinity, which JSON has not
+    ValueError : the configuration holds nan or infinity, which JSON has not; the directory's name
+        is empty
     """
     stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
-    _save(Path(directory), config, stored, "pt")  # without it transformers refuses the file
+    _save(directory, config, stored, "pt")  # without it transformers refuses the file
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
@@ -229,7 +231,7 @@ def save_as_they_are(
     directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
 ) -> None:
     """Write weights in memory's layout and dtypes, under memory's names; see `save_weights`."""
-    _save(Path(directory), config, tensors, "gpt2c")
+    _save(directory, config, tensors, "gpt2c")
 
 
 def load_as_they_are(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
@@ -241,9 +243,13 @@ def load_as_they_are(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
 
 
 def _save(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, AnyTensor], format: str
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, AnyTensor],
+    format: str,
 ) -> None:
-    texts = _texts(config)
+    check_named("the name of the directory", directory)
+    directory, texts = Path(directory), _texts(config)
     claim_directory(directory, overwrite=True)
     with atomic_paths(*(directory / name for name in (WEIGHTS_FILE, *texts))) as files:
         write_tensors(files[0], tensors, {"format": format})
