@@ -269,7 +269,7 @@ sys.exit(main(["prepare", "text.txt", "--out", "data", "--tokenizer", "bytes"]))
 
 
 def test_a_full_disk_names_the_file_that_was_wanted(tmp_path):
-    (tmp_path / "text.txt").write_text("some text\n" * 3000)
+    (tmp_path / "text.txt").write_text("some text\n" * 200_000)  # more than is kept in memory
     command = [sys.executable, "-c", FULL_DISK]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
