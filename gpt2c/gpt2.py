@@ -349,6 +349,7 @@ class GPT2(WritingModel, Model):
         Raises
         ------
         OSError : they cannot be written; what was there before is intact
+        ValueError : the directory's name is empty
         """
         huggingface.save_weights(directory, self.config.to_dict(), self._parameters)
 
@@ -419,6 +420,7 @@ class QuantizedGPT2(WritingModel, QuantizedModel):
         Raises
         ------
         OSError : they cannot be written; what was there before is intact
+        ValueError : the directory's name is empty
         """
         entry = {"quant_method": "gpt2c", "weights": self.method}
         config = self.config.to_dict() | {huggingface.ENTRY: entry}

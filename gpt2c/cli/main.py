@@ -28,6 +28,7 @@ from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
+from gpt2c.files.names import check_named
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult, train
@@ -227,8 +228,10 @@ def _verb(
 
 def _path(text: str) -> Path:
     """Return an argument as a path; an empty one would be the current directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
+    try:
+        check_named("it", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)
 
 
@@ -269,7 +272,7 @@ def run_demo(options: argparse.Namespace) -> int:
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c train`."""
     given = _given(options)
-    if options.config:
+    if options.config is not None:
         given = recipe_settings(options.config, given)
     result = train(options.data, options.out, given, options.resume, options.overwrite)
     if result.interrupted:

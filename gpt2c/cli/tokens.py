@@ -54,7 +54,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
 
 def run_tokens(options: argparse.Namespace) -> int:
     """`gpt2c tokens`."""
-    name = options.tokenizer or (str(DEMO) if has_tokenizer(DEMO) else "bytes")
+    name = options.tokenizer
+    if name is None:
+        name = str(DEMO) if has_tokenizer(DEMO) else "bytes"
     tokenizer = Tokenizer.from_spec(name)
     text = " ".join(map(well_formed, options.text))
     if text == "-":

@@ -10,8 +10,9 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gpt2c.files.names import STATE_FILE
@@ -27,6 +28,7 @@ __all__ = [
     "claim_directory",
     "claimed",
     "locked",
+    "matching",
     "naming",
     "places",
     "reason",
@@ -141,6 +143,12 @@ def remove_leftovers(directory: Path) -> None:
     for path in list(directory.iterdir()):
         if TEMPORARY.fullmatch(path.name):
             _delete(path)
+
+
+def matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return what in a directory has a name of these patterns, a link that leads nowhere too."""
+    paths = sorted(directory.iterdir()) if directory.is_dir() else []
+    return [path for path in paths if any(fnmatchcase(path.name, p) for p in patterns)]
 
 
 def _delete(path: Path) -> None:

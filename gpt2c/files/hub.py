@@ -24,6 +24,7 @@ from gpt2c.files.names import (
     TOKENIZER_FILE,
     VOCAB_FILE,
     WEIGHTS_FILE,
+    check_named,
 )
 
 __all__ = ["find", "hidden", "is_name", "is_offline"]
@@ -70,8 +71,10 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     ------
     OSError : the hub has no such model or no safetensors of it, or cannot be reached and the cache
         does not have it; huggingface_hub is not installed
-    ValueError : a revision of what is not on the hub, or a name or an answer that cannot be
+    ValueError : a revision of what is not on the hub, or a name (an empty one, say) or an answer
+        that cannot be
     """
+    check_named("the name of the model", source)
     path = Path(source)
     if os.path.lexists(path) or not isinstance(source, str) or not is_name(source):
         if revision is not None:

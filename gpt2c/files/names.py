@@ -1,5 +1,7 @@
 """Names of files, each known here alone: of a model and a tokenizer, of token files, of a run."""
 
+import os
+
 __all__ = [
     "ADDED_FILE",
     "CHECKPOINTS",
@@ -12,6 +14,8 @@ __all__ = [
     "MANIFEST_FILE",
     "MERGES_FILE",
     "METRICS_FILE",
+    "MODEL_FILES",
+    "MODEL_OTHERS",
     "MOMENTS_FILE",
     "ROLES_FILE",
     "RUNS_FILE",
@@ -19,8 +23,11 @@ __all__ = [
     "STATE_FILE",
     "TOKENIZER_CONFIG_FILE",
     "TOKENIZER_FILE",
+    "TOKENIZER_FILES",
+    "TOKENIZER_OTHERS",
     "VOCAB_FILE",
     "WEIGHTS_FILE",
+    "check_named",
 ]
 
 # a model, as transformers has it
@@ -28,6 +35,9 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What a save writes and, as patterns, what of others it removes: a reader may take those instead.
+MODEL_FILES = (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
+MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors")
 
 # a tokenizer, as transformers has it
 VOCAB_FILE = "vocab.json"
@@ -36,6 +46,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_FILE = "added_tokens.json"
 ROLES_FILE = "special_tokens_map.json"
+TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE)  # see MODEL_FILES
+TOKENIZER_OTHERS = (TOKENIZER_FILE, ADDED_FILE)
 
 # token files, in a directory of them
 MANIFEST_FILE = "manifest.json"
@@ -50,3 +62,14 @@ MOMENTS_FILE = "trainer.safetensors"
 EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
 RUNS_FILE = "plot.png"
+
+
+def check_named(what: str, name: str | os.PathLike[str]) -> None:
+    """Refuse an empty name, which as a path would be the current directory.
+
+    Raises
+    ------
+    ValueError : it is empty; `what` says whose name it is
+    """
+    if not os.fspath(name):
+        raise ValueError(f"{what} is empty: is a variable of the shell not set?")

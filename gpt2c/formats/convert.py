@@ -17,19 +17,22 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c.files.atomic import check_directory, claim_directory, places
+from gpt2c.files.atomic import check_directory, claim_directory, matching, places
 from gpt2c.files.names import (
     CONFIG_FILE,
-    MERGES_FILE,
-    TOKENIZER_CONFIG_FILE,
-    VOCAB_FILE,
-    WEIGHTS_FILE,
+    MANIFEST_FILE,
+    MODEL_FILES,
+    MODEL_OTHERS,
+    TOKENIZER_FILES,
+    TOKENIZER_OTHERS,
+    check_named,
 )
 from gpt2c.formats import huggingface, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
 from gpt2c.formats.gguf import write_gguf
 from gpt2c.formats.load import find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
+from gpt2c.model.config import GPT2Config
 from gpt2c.model.model import Model
 from gpt2c.text.shards import (
     MAGIC,
@@ -77,7 +80,6 @@ OTHERS |= {
     ".gz",
 }
 SHARD_TOKENS = 10**8  # as karpathy/llm.c:dev/data/fineweb.py
-_TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE)
 _KINDS = {MAGIC: "tokens", llmc.MODEL_MAGIC: "model", llmc.TOKENIZER_MAGIC: "tokenizer"}
 
 
@@ -109,6 +111,8 @@ def convert(
     OSError : a file is missing or cannot be read or written, or is there already
     ValueError : SRC is damaged, or nothing that DST could be made of
     """
+    check_named("SRC", src)
+    check_named("DST", dst)
     directory = os.fspath(dst).endswith("/")
     source, dst = Path(src), Path(dst)
     if source.exists() and dst.exists() and source.samefile(dst):
@@ -141,10 +145,12 @@ def convert(
         kind = _kind_of_bin(src, dst, kinds) if suffix else next(iter(kinds))
     if kind == "tokenizer":
         _refuse_dtype(dtype, dst, "a tokenizer")
-        return _convert_tokenizer(src, dst, suffix, overwrite)
+        with alone(dst):
+            return _convert_tokenizer(src, dst, suffix, overwrite)
     if "model" not in kinds:
         raise ValueError(f"{src} holds no model that {dst} could be made of")
-    return _convert_model(source, dst, suffix, dtype, overwrite)
+    with alone(dst):  # a run that trains there would go on with files of another
+        return _convert_model(source, dst, suffix, dtype, overwrite)
 
 
 def _kinds(src: str) -> set[str]:
@@ -171,7 +177,10 @@ def _kinds(src: str) -> set[str]:
         return kinds
     if path.suffix == ".safetensors":
         return {"model"}
-    magic = int.from_bytes(llmc.read_header(path)[0][:4], "little")
+    start = llmc.read_header(path)[0][:4]
+    if start == b"GGUF":
+        raise ValueError(f"{src} is a GGUF, which gpt2c writes and does not read")
+    magic = int.from_bytes(start, "little")
     if magic not in _KINDS:
         raise ValueError(
             f"{src} starts with none of llm.c's magic numbers: if it is a token file of nanoGPT's,"
@@ -199,14 +208,17 @@ def _refuse_dtype(dtype: str | None, dst: Path, what: str) -> None:
         raise ValueError(f"--dtype {dtype} is for weights, and {dst} is to hold {what}")
 
 
-def _claim(dst: Path, names: Sequence[str], overwrite: bool) -> None:
-    """Refuse to replace DST, or `names` in that directory, unless `overwrite`."""
+def _claim(dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[str] = ()) -> None:
+    """Refuse to replace DST, or `names` in that directory, unless `overwrite`.
+
+    `others` are patterns of what is removed there when the names are written.
+    """
     if names:
         check_directory(dst, overwrite=True)
     paths = [dst / name for name in names] or [dst]
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; name another place or pass --overwrite")
+    there = [path for path in paths if path.exists()] + matching(dst, others)
+    if there and not overwrite:
+        raise FileExistsError(f"{there[0]} exists; name another place or pass --overwrite")
     places(*paths)
     claim_directory(dst.parent, overwrite=True)
 
@@ -230,7 +242,9 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
         raise ValueError(
             f"{src} holds {found.weights} weights: convert the model that they were made of"
         )
-    _claim(dst, () if suffix else (CONFIG_FILE, WEIGHTS_FILE), overwrite)
+    _claim(dst, () if suffix else MODEL_FILES, overwrite, () if suffix else MODEL_OTHERS)
+    if not suffix and has_tokenizer(dst):
+        _check_sizes(dst, Tokenizer.from_pretrained(dst), found.config)
     model = Model(found.config, seed=None)
     model.load_parameters(found.tensors, found.source)
     if suffix == ".bin":
@@ -260,6 +274,15 @@ def _warn(src: Path, dst: Path, model: Model) -> None:
         )
 
 
+def _check_sizes(dst: Path, tokenizer: Tokenizer, config: GPT2Config) -> None:
+    """Refuse to put a model and a tokenizer into one directory that cannot be used together."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{dst} would have a tokenizer of {tokenizer.vocab_size:,} tokens and a model of"
+            f" {config.vocab_size:,}, which do not belong together: name another directory"
+        )
+
+
 def _missing_tokenizer(dst: Path) -> str:
     """Say what a directory still needs."""
     return "" if has_tokenizer(dst) else f"; no tokenizer yet: gpt2c convert TOKENIZER {dst}"
@@ -269,7 +292,7 @@ def _missing_tokenizer(dst: Path) -> str:
 
 
 def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str:
-    _claim(dst, () if suffix else _TOKENIZER_FILES, overwrite)
+    _claim(dst, () if suffix else TOKENIZER_FILES, overwrite, () if suffix else TOKENIZER_OTHERS)
     if Path(src).is_file():
         tokenizer = Tokenizer(*llmc.read_tokenizer(src))
     elif Path(src).is_dir():
@@ -284,6 +307,8 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
         ]
         llmc.write_tokenizer(dst, tokens, tokenizer.eot)
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
+    if (dst / CONFIG_FILE).exists():
+        _check_sizes(dst, tokenizer, GPT2Config.from_dict(huggingface.read_config(dst)))
     try:
         tokenizer.save_pretrained(dst)
     except ValueError as error:
@@ -316,7 +341,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     if not found:
         raise FileNotFoundError(f"{src} has no token files train.bin or val.bin")
     there = [path for split in splits for path in find_shards(dst, split)]
-    _claim(dst, [path.name for path in there] or ["val.bin"], overwrite)
+    _claim(dst, [path.name for path in there] or ["val.bin"], overwrite, [MANIFEST_FILE])
     dst.mkdir(exist_ok=True)
     coming = [
         name

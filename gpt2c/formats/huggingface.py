@@ -24,8 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files import hub
-from gpt2c.files.atomic import atomic_paths, claim_directory
-from gpt2c.files.names import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE
+from gpt2c.files.atomic import atomic_paths, claim_directory, matching
+from gpt2c.files.names import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    MODEL_OTHERS,
+    WEIGHTS_FILE,
+    check_named,
+)
 from gpt2c.files.tensors import FLOAT_DTYPES, AnyTensor, StoredTensor, map_tensors, write_tensors
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.model.quantized import DTYPES
@@ -73,10 +80,11 @@ def save_weights(
     ------
     OSError : a file cannot be written (no permission, a full disk, ...); what was there before is
         as it was
-    ValueError : the configuration holds nan or infinity, which JSON has not
+    ValueError : the configuration holds nan or infinity, which JSON has not; the directory's name
+        is empty
     """
     stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
-    _save(Path(directory), config, stored, "pt")  # without it transformers refuses the file
+    _save(directory, config, stored, "pt")  # without it transformers refuses the file
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
@@ -223,7 +231,7 @@ def save_as_they_are(
     directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
 ) -> None:
     """Write weights in memory's layout and dtypes, under memory's names; see `save_weights`."""
-    _save(Path(directory), config, tensors, "gpt2c")
+    _save(directory, config, tensors, "gpt2c")
 
 
 def load_as_they_are(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
@@ -235,15 +243,20 @@ def load_as_they_are(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
 
 
 def _save(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, AnyTensor], format: str
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, AnyTensor],
+    format: str,
 ) -> None:
-    texts = _texts(config)
+    check_named("the name of the directory", directory)
+    directory, texts = Path(directory), _texts(config)
     claim_directory(directory, overwrite=True)
     with atomic_paths(*(directory / name for name in (WEIGHTS_FILE, *texts))) as files:
         write_tensors(files[0], tensors, {"format": format})
         for file, text in zip(files[1:], texts.values(), strict=True):
             file.write_text(text, encoding="utf-8")
-    _remove_shards(directory)
+    for path in matching(directory, MODEL_OTHERS):  # an index and shards that another save left
+        path.unlink()
 
 
 def _texts(config: Mapping[str, Any]) -> dict[str, str]:
@@ -252,13 +265,6 @@ def _texts(config: Mapping[str, Any]) -> dict[str, str]:
     generation = {"_from_model_config": True} | {n: i for n, i in ids.items() if i is not None}
     entries = {CONFIG_FILE: config, GENERATION_FILE: generation}
     return {n: json.dumps(entry, indent=2, allow_nan=False) + "\n" for n, entry in entries.items()}
-
-
-def _remove_shards(directory: Path) -> None:
-    """Remove what another save left: an index and files that have the names of shards."""
-    (directory / INDEX_FILE).unlink(missing_ok=True)
-    for path in directory.glob("model-[0-9]*-of-[0-9]*.safetensors"):
-        path.unlink()
 
 
 def _transpose(name: str, tensor: Any) -> Any:

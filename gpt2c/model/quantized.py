@@ -106,7 +106,10 @@ class QuantizedModel(LanguageModel):
 
     def _round_one(self, name: str, tensor: Array, source: str) -> None:
         if not np.isfinite(tensor).all():
-            raise ValueError(f"{source}: {name} holds nan or infinity, which have no 8 bits")
+            bits = 8 * np.dtype(DTYPES[self.method]).itemsize
+            raise ValueError(
+                f"{source}: {name} holds nan or infinity; only finite weights become {bits} bits"
+            )
         parameter = self.parameters[name]
         if parameter.dtype == np.uint8:
             scale = self.parameters[name.removesuffix("weight") + "scale"]

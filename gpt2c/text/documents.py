@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpt2c.files import atomic, untrusted
-from gpt2c.files.names import MERGES_FILE, METRICS_FILE
+from gpt2c.files.names import MERGES_FILE, METRICS_FILE, check_named
 from gpt2c.screen.terminal import one_line
 from gpt2c.text.vocabulary import END_OF_TEXT
 
@@ -61,8 +61,8 @@ class TextFiles:
     Raises
     ------
     OSError : a file is missing, cannot be read, is a device, or changes while it is read
-    ValueError : a file is empty or not UTF-8, a line is not JSON or lacks the field, or a
-        directory has no texts
+    ValueError : a file or its name is empty, a file is not UTF-8, a line is not JSON or lacks the
+        field, or a directory has no texts
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class TextFiles:
         self.names: list[str] = []
         try:
             for given in paths:
+                check_named("the name of the text", given)
                 path = os.fspath(given)
                 if path != "-" and os.path.isdir(path):
                     found = list(map(str, _texts_in(Path(path))))

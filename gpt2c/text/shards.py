@@ -17,7 +17,7 @@ import shutil
 import weakref
 import zlib
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -244,9 +244,11 @@ class TokenWriter:
         files_ = self._files[split]
         while len(tokens):
             if not files_ or files_[-1].count == self._most[split]:
+                name = f"{split}.bin"
                 if files_:
                     files_[-1].finish()
-                name = f"{split}_{len(files_) + 1:06d}.bin"
+                    files_[0].path = self._directory / f"{split}_000001.bin"
+                    name = f"{split}_{len(files_) + 1:06d}.bin"
                 files_.append(_TokenFile(self._directory / name))
             room = self._most[split] - files_[-1].count
             files_[-1].append(tokens[:room].astype("<u2"))
@@ -259,9 +261,6 @@ class TokenWriter:
         ------
         OSError : see `atomic.places`, or a full disk
         """
-        for split, files_ in self._files.items():
-            if len(files_) == 1:
-                files_[0].path = self._directory / f"{split}.bin"
         every = self._all()
         for file, place in zip(every, atomic.places(*(f.path for f in every)), strict=True):
             file.finish()
@@ -310,9 +309,12 @@ class _TokenFile:
         self._waiting: list[NDArray[Any]] = []
         self._waiting_tokens = 0
         self.count = self.checksum = 0
-        with atomic.naming(path):
+        with self._naming():
             self._file = open(self._temporary, "wb")
             self._file.write(bytes(_HEADER_BYTES))
+
+    def _naming(self) -> AbstractContextManager[None]:
+        return atomic.naming(self.path, {self._temporary: self.path})
 
     def append(self, tokens: NDArray[Any]) -> None:
         self._waiting.append(tokens)
@@ -326,13 +328,13 @@ class _TokenFile:
             content = np.concatenate(self._waiting).tobytes()
             self._waiting, self._waiting_tokens = [], 0
             self.checksum = zlib.crc32(content, self.checksum)
-            with atomic.naming(self.path):
+            with self._naming():
                 self._file.write(content)
 
     def finish(self) -> None:
         if not self._file.closed:
             self._flush()
-            with atomic.naming(self.path):
+            with self._naming():
                 self._file.seek(0)
                 self._file.write(_header(self.count))
                 self._file.close()
@@ -344,17 +346,19 @@ class _TokenFile:
         if place.parent != written.parent:
             self._temporary = atomic.temporary_path(place)
             try:
-                with atomic.naming(self.path, {self._temporary: self.path}):
+                with self._naming():
                     shutil.move(written, self._temporary)
                     atomic.sync(self._temporary)
             finally:
                 written.unlink(missing_ok=True)
 
     def publish(self) -> None:
-        os.replace(self._temporary, self.place)
+        with self._naming():
+            os.replace(self._temporary, self.place)
 
     def drop(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which may be why the file is dropped
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -462,7 +466,7 @@ def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
 
 
 def alone(out: Path) -> AbstractContextManager[None]:
-    """Have a directory of token files to oneself, if it exists, so that nothing trains on them.
+    """Have a directory to oneself, if it exists, so that nothing trains on it or into it.
 
     Raises
     ------
@@ -472,7 +476,8 @@ def alone(out: Path) -> AbstractContextManager[None]:
         return nullcontext()
     return atomic.locked(
         out,
-        f"another process trains on {out}, or prepares it: wait for it, or name another directory",
+        f"another process trains on {out}, or prepares it, or trains into it: wait for it, or name"
+        " another directory",
     )
 
 

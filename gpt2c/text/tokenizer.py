@@ -30,6 +30,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from gpt2c.files import hub
+from gpt2c.files.names import check_named
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.text import bpe_trainer, vocabulary
@@ -240,11 +241,7 @@ class Tokenizer:
         check_kind("the name of the tokenizer", spec, str, "a string")
         if spec in NAMES:
             return cls.from_name(spec)
-        if not spec:
-            raise ValueError(
-                f"the name of the tokenizer is empty; name one of {', '.join(NAMES)}, bpe:N, a"
-                " directory, or one on the hub such as user/name"
-            )
+        check_named("the name of the tokenizer", spec)
         if spec.startswith("bpe:"):
             raise ValueError(
                 f"tokenizer {spec!r} must be trained on a text first: "
@@ -319,8 +316,7 @@ class Tokenizer:
         ValueError : a file is corrupt, asks for what tiktoken does not do, or two do not belong
             together
         """
-        if not os.fspath(path_or_name):
-            raise ValueError("the name of the tokenizer is empty; a directory is wanted, or a name")
+        check_named("the name of the tokenizer", path_or_name)
         path = hub.find(path_or_name, revision, weights=False)
         directory = path.parent if path.is_file() else path
         return cls(*vocabulary.read(vocabulary.home(directory)))
@@ -331,7 +327,9 @@ class Tokenizer:
         Raises
         ------
         OSError : the directory cannot be made or written; what was there before is intact
+        ValueError : the directory's name is empty
         """
+        check_named("the name of the directory", directory)
         vocabulary.write(Path(directory), self._vocabulary())
 
     def _vocabulary(self) -> vocabulary.Vocabulary:

@@ -27,6 +27,7 @@ from gpt2c.files.names import (
     ROLES_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    TOKENIZER_OTHERS,
     VOCAB_FILE,
 )
 
@@ -469,8 +470,8 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
     with atomic.atomic_paths(*(directory / name for name in contents)) as temporaries:
         for temporary, content in zip(temporaries, contents.values(), strict=True):
             temporary.write_bytes(content.encode())
-    for name in (TOKENIZER_FILE, ADDED_FILE):
-        (directory / name).unlink(missing_ok=True)
+    for path in atomic.matching(directory, TOKENIZER_OTHERS):
+        path.unlink()
 
 
 # ---- merges from tokens --------------------------------------------------------------------------

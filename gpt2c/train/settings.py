@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpt2c.files.names import check_named
 from gpt2c.files.untrusted import decode, read_bytes, shown
 from gpt2c.model.config import GPT2Config
 from gpt2c.train.optimizer import SCHEDULES, Schedule
@@ -224,7 +225,9 @@ def find_recipe(name: str) -> Path:
     Raises
     ------
     OSError : there is neither
+    ValueError : the name is empty
     """
+    check_named("the name of the recipe", name)
     path, shipped = Path(name), Path(__file__).parents[1] / "recipes"
     recipe = shipped / f"{name}.toml"
     if path.exists() and not (path.is_dir() and recipe.is_file()):  # "demo" may be a run

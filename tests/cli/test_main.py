@@ -542,6 +542,31 @@ def test_an_empty_path_is_not_the_current_directory(gpt2c, world: Path, verb: st
     assert tree(world) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "", "new.bin"],
+        ["convert", "run", ""],
+        ["convert", "bytes", "", "--overwrite"],
+        ["generate", ""],
+        ["eval", "", "--data", "data"],
+        ["train", "--data", "data", "--out", "new", "--config", ""],
+        ["prepare", "text.txt", "--out", "new", "--tokenizer", ""],
+        ["tokens", "a text", "--tokenizer", ""],
+        ["prepare", "", "--out", "new"],
+    ],
+)
+def test_an_empty_name_is_not_the_current_directory(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(world / "run")  # one that could be taken for what was meant
+    (world / "run" / "text.txt").write_text("some text")
+    before = tree(world)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.endswith(" is empty: is a variable of the shell not set?\n")
+    assert tree(world) == before
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9" * 12])
 def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("GPT2C_NUM_THREADS", value)

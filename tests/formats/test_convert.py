@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gpt2c.cli.main import main
+from gpt2c.files.atomic import locked
 from gpt2c.formats import convert, llmc
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
 from gpt2c.gpt2 import GPT2, QuantizedGPT2
@@ -43,6 +44,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "out" / "ckpt.pt").write_bytes(b"PK\3\4")
     (path / "empty").mkdir()
     (path / "notes.txt").write_text("nothing to convert")
+    (path / "some.gguf").write_bytes(b"GGUF\3\0\0\0")
     return path
 
 
@@ -167,6 +169,7 @@ def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
         ("run model.txt", "model.txt: its name must say what to write"),
         ("run other", "run is a directory of Hugging Face's layout as other would be"),
         ("run run", "run and run are the same"),
+        ("some.gguf new", "some.gguf is a GGUF, which gpt2c writes and does not read"),
         ("none model.bin", "none does not exist, nor is it one of gpt2, bytes"),
         ("empty model.bin", "empty holds no config.json, vocab.json or token files"),
         ("notes.txt model.bin", "notes.txt starts with none of llm.c's magic numbers"),
@@ -225,6 +228,73 @@ def test_nothing_is_overwritten_unasked(run: Run, world: Path, arguments: str) -
     assert contents(world) == before
     assert run(f"{arguments} --overwrite")[0] == 0
     assert contents(world) != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("first.bin new", "model-00002-of-00003.safetensors"),
+        ("first.bin new", "model.safetensors.index.json"),
+        ("first.bin new", "generation_config.json"),
+        ("bytes new", "tokenizer.json"),
+        ("bytes new", "added_tokens.json"),
+        ("bytes new", "tokenizer_config.json"),
+        ("nano new --format nanogpt", "manifest.json"),
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_a_save_removes_is_asked_for_too(
+    run: Run, world: Path, arguments: str, name: str, linked: bool
+) -> None:
+    assert run("run first.bin")[0] == 0
+    old = world / "new" / name
+    old.parent.mkdir()
+    (world / "value").write_text("of value")
+    if linked:
+        old.symlink_to(world / "value")
+    else:
+        old.write_text("of value")
+    before = contents(world)
+    code, _, err = run(arguments)
+    assert (code, err) == (
+        2,
+        f"gpt2c: new/{name} exists; name another place or pass --overwrite\n",
+    )
+    assert contents(world) == before
+    assert run(f"{arguments} --overwrite")[0] == 0
+    assert not old.exists() or old.read_text() != "of value"
+
+
+@pytest.mark.parametrize("arguments", ["first.bin run", "bytes vocabulary", "nano data"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_directory_that_another_trains_into(
+    run: Run, world: Path, arguments: str, shared: bool
+) -> None:
+    assert run("run first.bin")[0] == 0
+    before = contents(world)
+    wishes = f"{arguments} --overwrite" + " --format nanogpt" * arguments.startswith("nano")
+    dst = arguments.split()[1]
+    with locked(world / dst, "", shared):
+        code, _, err = run(wishes)
+    assert code == 2 and err.startswith(f"gpt2c: another process trains on {dst}, or prepares it")
+    assert contents(world) == before
+    assert run(wishes)[0] == 0
+
+
+def test_a_model_and_a_tokenizer_that_do_not_belong_together(run: Run, world: Path) -> None:
+    small = GPT2(GPT2Config(257, 8, 32, 2, 2), seed=1)
+    small.save_pretrained(world / "small")
+    assert run("small small.bin")[0] == run("vocabulary tokenizer.bin")[0] == 0
+    before = contents(world)
+    for source, dst in (("tokenizer.bin", "small"), ("small.bin", "vocabulary")):
+        for overwrite in ("", " --overwrite"):
+            code, _, err = run(f"{source} {dst}{overwrite}")
+            assert code == 2 and err == (
+                f"gpt2c: {dst} would have a tokenizer of 270 tokens and a model of 257, which do"
+                " not belong together: name another directory\n"
+            )
+            assert contents(world) == before
+    assert run("bytes small")[0] == 0, "one that is as large as the model"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from conftest import refused
 from helpers.raw import write_raw
 from safetensors.numpy import load_file, save_file
 
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2
+from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.formats import huggingface
 from gpt2c.formats.huggingface import (
     load_as_they_are,
@@ -621,6 +621,22 @@ def test_a_failing_write_leaves_the_old_files(tmp_path, limited):
     assert result.returncode == 0, result.stderr
     assert "File too large" in result.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch):
+    model = GPT2(GPT2Config(257, 8, 32, 2, 2), seed=1)
+    model.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_name("bytes")
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    quantized = QuantizedGPT2.from_model(model, "int8")
+    for use in (
+        *(model.save_pretrained, quantized.save_pretrained, tokenizer.save_pretrained),
+        *(GPT2.from_pretrained, Tokenizer.from_pretrained),
+    ):
+        assert refused(use, "").endswith(" is empty: is a variable of the shell not set?")
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):

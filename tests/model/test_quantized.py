@@ -350,6 +350,16 @@ def test_halves_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     assert "wte.weight holds nan or infinity" in message
 
 
+@pytest.mark.parametrize(("method", "bits"), [("int8", 8), ("fp16", 16)])
+def test_weights_that_are_no_numbers_are_not_rounded(method: str, bits: int) -> None:
+    model = make()
+    model.parameters["wte.weight"][3, 3] = np.nan
+    message = refused(QuantizedGPT2.from_model, model, method)
+    assert message.endswith(
+        f"wte.weight holds nan or infinity; only finite weights become {bits} bits"
+    )
+
+
 def test_a_cut_file_is_refused(stored: tuple[str, Path]) -> None:
     method, path = stored
     file = path / "model.safetensors"

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2c.files import atomic
+from gpt2c.text import shards
 from gpt2c.text.prepare import prepare, split_validation
 from gpt2c.text.shards import find_shards, read_shards, read_tokens, write_tokens
 from gpt2c.text.tokenizer import Tokenizer
@@ -243,6 +244,37 @@ def test_a_failed_overwrite_leaves_what_was_there(tmp_path, monkeypatch):
             prepare(make_documents(), out, "bpe:300", overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not (tmp_path.parent / "new").exists()
+
+
+def test_a_directory_without_permission_is_no_matter_of_temporary_files(tmp_path, monkeypatch):
+    def forbidden(path, mode):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(shards, "open", forbidden, raising=False)
+    with pytest.raises(PermissionError) as caught:
+        prepare(make_documents(), tmp_path / "data", "bytes")
+    assert atomic.reason(caught.value) in (
+        f"{tmp_path / 'data' / name}: Permission denied" for name in ("train.bin", "val.bin")
+    )
+
+
+FULL_DISK = """
+import resource, signal, sys
+from gpt2c.cli.main import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead of killing
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+sys.exit(main(["prepare", "text.txt", "--out", "data", "--tokenizer", "bytes"]))
+"""
+
+
+def test_a_full_disk_names_the_file_that_was_wanted(tmp_path):
+    (tmp_path / "text.txt").write_text("some text\n" * 200_000)  # more than is kept in memory
+    command = [sys.executable, "-c", FULL_DISK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "gpt2c: data/train.bin: File too large"
+    assert os.listdir(tmp_path) == ["text.txt"]
 
 
 @pytest.mark.parametrize("parent", [".", "/dev/shm"])
