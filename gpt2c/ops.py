@@ -177,7 +177,7 @@ def _sizes(arrays: dict[Argument, Any]) -> dict[str, Any]:
 def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common: str) -> None:
     """Refuse what is no array of a dtype that this argument may have."""
     name = array.name
-    if type(value) is not np.ndarray:  # a subclass may compute otherwise: np.matrix
+    if type(value) not in (np.ndarray, np.memmap):  # another may compute otherwise: np.matrix
         raise ValueError(f"{name} must be a NumPy array, got {type(value).__name__}")
     allowed: tuple[str, ...] = (common,)
     if array.kind in LOWEST:
