@@ -249,7 +249,7 @@ class GPT2(WritingModel, Model):
     behind. Where the backend does not run, an unpickled model computes on "auto", with a warning.
 
     One thread computes at a time: a second is refused, with a RuntimeError, by loss, backward and
-    logits. AdamW is not guarded so: who steps in one thread must not compute in another.
+    logits. AdamW has no such guard: do not step in one thread while another computes.
 
     Source: Radford et al. 2019; openai/gpt-2 for formulae, karpathy/llm.c for the memory.
 

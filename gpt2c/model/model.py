@@ -51,39 +51,9 @@ class _Gradients:
 
 
 class Model(LanguageModel):
-    """A GPT-2 with its gradients; what it can read and write is `LanguageModel`'s.
+    """What `gpt2c.GPT2` computes, without files and texts: see there for arguments and errors.
 
-    Parameters
-    ----------
-    config : its shape
-    seed : of the fresh weights; None leaves them 0, to be filled by the caller
-    backend : a name of `gpt2c.backends()`, "auto", or a backend
-    threads : that compute, with a backend's name; None is GPT2C_NUM_THREADS, else OMP_NUM_THREADS,
-        else as many as the machine allows, see `gpt2c info`
-    recompute : what backward computes again instead of keeping it: None nothing, "light" the
-        outputs of layernorm and GELU, "full" all but the residual stream between layers (Chen et
-        al. 2016, arXiv:1604.06174). The results are the same to the bit
-
-    Attributes
-    ----------
-    parameters, gradients : name -> float32 view into `flat_parameters`, `flat_gradients`; names and
-        order of `GPT2Config.parameter_shapes`. Gradients accumulate from backward to backward until
-        `zero_grad`; their memory is asked for when they are needed first.
-    decay_size : the first so many floats of the flat buffers belong to tensors of 2 dimensions
-
-    Raises
-    ------
-    ValueError : an unknown backend or recompute, a seed or threads out of range
-    MemoryError : the parameters do not fit, or later the gradients
-
-    `copy.copy` and `copy.deepcopy` return a model of its own with the same parameters and
-    gradients, `pickle` takes one to another process; a loss that waits for its backward stays
-    behind. Where the backend does not run, an unpickled model computes on "auto", with a warning.
-
-    One thread computes at a time: a second is refused, with a RuntimeError, by loss, backward and
-    logits. AdamW is not guarded so: who steps in one thread must not compute in another.
-
-    Source: Radford et al. 2019; openai/gpt-2 for formulae, karpathy/llm.c for the memory.
+    It owns its memory and has one owner at a time, the thread that computes (`gpt2c.model.owner`).
     """
 
     def __init__(
