@@ -37,7 +37,9 @@ __all__ = ["Prepared", "prepare", "shuffled", "split_validation"]
 Document = str | Iterable[str]
 
 LEARNED = 1 << 24  # bytes of text that a tokenizer is learned from, at most
-_SOME = 1 << 16  # documents that are looked at at a time
+_MANY = 1 << 18  # documents: of more, none is remembered by itself
+_GROUPS = 1 << 16
+_BEGINNING = 4096  # characters
 
 
 def shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
@@ -52,17 +54,25 @@ def shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """What of some documents is validation text: whole documents, or the tail of one.
+    """The choice of validation text: whole documents, or the tail of one.
 
-    validation : for each document whether it is held out, (D,) bool
-    divided : for each document whether it is, or is a copy of, the one whose tail is held out
-    head : characters of that document that are trained on
-    characters, bytes : of all documents; bytes are of UTF-8
+    Documents are chosen in groups. Copies of a document are in one group.
+
+    validation : for each group whether it is held out, (G,) bool
+    group_of : for each document its group, (D,); None if its beginning tells, see `_group`
+    divided : the group of the document whose tail is held out, -1 if none is; others of that group
+        lose their tails
+    longest : the number of that document
+    head : characters of it that are trained on
+    documents, characters, bytes : how many there are; bytes are of UTF-8
     """
 
     validation: NDArray[np.bool_]
-    divided: NDArray[np.bool_]
+    group_of: NDArray[np.intp] | None
+    divided: int
+    longest: int
     head: int
+    documents: int
     characters: int
     bytes: int
 
@@ -71,9 +81,9 @@ class HoldOut:
 
         Raises
         ------
-        OSError : they are not what they were when this was chosen
+        OSError : they are not the documents that this was chosen for
         """
-        characters, number, tail_is_due = 0, -1, True
+        characters, number, group_of = 0, -1, self.group_of
 
         def measured(pieces: Iterable[str]) -> Iterator[str]:
             nonlocal characters
@@ -82,19 +92,20 @@ class HoldOut:
                 yield piece
 
         for number, document in enumerate(documents):
-            if number == len(self.validation):
+            if number == self.documents:
                 break
-            pieces = measured(_pieces(document))
-            if self.divided[number]:
+            beginning, whole = _beginning(_pieces(document))
+            pieces = measured(whole)
+            group = _group(beginning) if group_of is None else int(group_of[number])
+            if group == self.divided:
                 head = _Head(pieces, self.head)
                 yield "train", iter(head)
-                if tail_is_due:  # that of a copy is left out
-                    tail_is_due = False
+                if number == self.longest:
                     yield "val", head.rest()
             else:
-                yield "val" if self.validation[number] else "train", pieces
+                yield "val" if self.validation[group] else "train", pieces
             deque(pieces, 0)  # what is not wanted is counted, too
-        if (number + 1, characters) != (len(self.validation), self.characters):
+        if (number + 1, characters) != (self.documents, self.characters):
             raise OSError("the text changed while it was read: prepare it again")
 
 
@@ -123,6 +134,22 @@ def _pieces(document: Document) -> Iterator[str]:
     return split_text([document] if isinstance(document, str) else document)
 
 
+def _beginning(pieces: Iterator[str]) -> tuple[str, Iterator[str]]:
+    """Return the first characters of a text, and the whole text in pieces."""
+    read: list[str] = []
+    size = 0
+    while size < _BEGINNING and (piece := next(pieces, None)) is not None:
+        read.append(piece)
+        size += len(piece)
+    return "".join(read)[:_BEGINNING], chain(read, pieces)
+
+
+def _group(beginning: str) -> int:
+    """Return the group, in range(_GROUPS), of all documents that begin so."""
+    digest = hashlib.blake2b(beginning.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % _GROUPS
+
+
 def split_validation(documents: Iterable[Document], fraction: float, seed: int) -> HoldOut:
     """Hold out about `fraction` of the characters for validation.
 
@@ -132,7 +159,8 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
     document, or few large ones), the tail of the longest document is held out instead, cut at a
     line break if there is one: then there are more texts after than before.
 
-    Documents are read, and none of them is kept; about a hundred bytes for each are.
+    Memory does not grow with the text: no document is kept, and of more than 262,144 not even its
+    number; then documents whose beginnings have the same hash, modulo 65,536, stay together.
 
     Raises
     ------
@@ -142,49 +170,53 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
         raise ValueError(f"the share of validation text must lie between 0 and 1, not {fraction}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-    keys, sizes, size_in_bytes, blank = array("Q"), array("q"), 0, True
-    for document in documents:
+    keys, lengths = array("Q"), array("q")  # of the first documents
+    sizes = np.zeros(_GROUPS, np.int64)  # of groups by beginnings
+    count, characters, size_in_bytes, blank, longest, length, divided = 0, 0, 0, True, 0, -1, 0
+    for count, document in enumerate(documents, 1):
+        beginning, pieces = _beginning(_pieces(document))
         digest, size = hashlib.blake2b(digest_size=8), 0
-        for piece in _pieces(document):
+        for piece in pieces:
             content = piece.encode()
             digest.update(content)
             size += len(piece)
             size_in_bytes += len(content)
             blank = blank and not piece.strip()
-        keys.append(int.from_bytes(digest.digest(), "little"))
-        sizes.append(size)
+        group = _group(beginning)
+        sizes[group] += size
+        characters += size
+        if size > length:
+            longest, length, divided = count - 1, size, group
+        if count <= _MANY:
+            keys.append(int.from_bytes(digest.digest(), "little"))
+            lengths.append(size)
     if blank:
         raise ValueError("there is no text: every document is blank")
-    lengths = np.array(sizes, np.int64)
-    # Distinct documents in the order in which they come first, and how often each is there.
-    _, first, of, copies = np.unique(
-        np.array(keys, np.uint64), return_index=True, return_inverse=True, return_counts=True
-    )
-    places = np.argsort(first, kind="stable")
-    rank = np.empty_like(places)
-    rank[places] = np.arange(len(places))
-    of = rank[of.ravel()]
-    distinct = lengths[first[places]]
-    total = distinct * copies[places]
-    budget = fraction * int(lengths.sum())
-    order = shuffled([seed], len(distinct))[0]
-    nothing = np.zeros(len(lengths), bool)
+    group_of = None
+    if count <= _MANY:  # a group for each distinct document, in the order in which they come
+        _, first, found = np.unique(
+            np.array(keys, np.uint64), return_index=True, return_inverse=True
+        )
+        rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+        group_of = rank[found.ravel()]
+        sizes = np.bincount(group_of, np.array(lengths), len(first)).astype(np.int64)
+        divided = int(group_of[longest])
+    budget = fraction * characters
+    order = shuffled([seed], len(sizes))[0]
     # First without the largest: one document that fills the share would speak for all the others.
     for largest in (budget / 4, budget):
-        held_out = np.zeros(len(distinct), bool)
-        size = 0
-        candidates = order[total[order] <= largest]
-        for start in range(0, len(candidates), _SOME):  # a list of all of them would be large
-            some = candidates[start : start + _SOME]
-            for index, more in zip(some.tolist(), total[some].tolist(), strict=True):
-                if size + more <= budget:
-                    held_out[index] = True
-                    size += more
-        if size >= budget / 2:
-            return HoldOut(held_out[of], nothing, 0, int(lengths.sum()), size_in_bytes)
-    longest = int(distinct.argmax())
-    head = _cut(documents, int(first[places[longest]]), int(distinct[longest]), fraction, budget)
-    return HoldOut(nothing, of == longest, head, int(lengths.sum()), size_in_bytes)
+        held_out = np.zeros(len(sizes), bool)
+        chosen = 0
+        candidates = order[sizes[order] <= largest]
+        for group, size in zip(candidates.tolist(), sizes[candidates].tolist(), strict=True):
+            if chosen + size <= budget:
+                held_out[group] = True
+                chosen += size
+        if chosen >= budget / 2:
+            return HoldOut(held_out, group_of, -1, 0, 0, count, characters, size_in_bytes)
+    head = _cut(documents, longest, length, fraction, budget)
+    held_out[:] = False
+    return HoldOut(held_out, group_of, divided, longest, head, count, characters, size_in_bytes)
 
 
 def _cut(
@@ -360,7 +392,7 @@ def _encode(
     documents: Iterable[Document], held_out: HoldOut, tokenizer: Tokenizer, writer: TokenWriter
 ) -> Prepared:
     splits: tuple[Split, Split] = ("train", "val")
-    of = bytearray()  # for each text, which of them it belongs to
+    coming: deque[tuple[int, Split]] = deque()  # texts that the tokenizer has begun to read
     texts, tokens, sizes = ({split: 0 for split in splits} for _ in range(3))
 
     def measured(split: Split, pieces: Iterator[str]) -> Iterator[str]:
@@ -369,14 +401,16 @@ def _encode(
             yield piece
 
     def all_texts() -> Iterator[Iterator[str]]:
-        for split, pieces in held_out.parts(documents):
-            of.append(splits.index(split))
+        for number, (split, pieces) in enumerate(held_out.parts(documents)):
+            coming.append((number, split))
             yield measured(split, pieces)
 
     last = -1
     start = np.array([tokenizer.eot], np.uint16)
     for number, ids in tokenizer.encode_pieces(all_texts()):
-        split = splits[of[number]]
+        while coming[0][0] < number:
+            coming.popleft()
+        split = coming[0][1]
         if number != last:
             last = number
             texts[split] += 1
@@ -385,7 +419,7 @@ def _encode(
         tokens[split] += len(ids)
         writer.write(split, ids)
     return Prepared(
-        documents=len(held_out.validation),
+        documents=held_out.documents,
         train_documents=texts["train"],
         val_documents=texts["val"],
         train_tokens=tokens["train"],
@@ -393,5 +427,5 @@ def _encode(
         train_bytes=sizes["train"],
         val_bytes=sizes["val"],
         vocab_size=tokenizer.vocab_size,
-        tail_held_out=bool(held_out.divided.any()),
+        tail_held_out=held_out.divided >= 0,
     )

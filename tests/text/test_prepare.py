@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -118,6 +119,50 @@ def test_a_split_loses_nothing(documents, fraction, seed):
 def test_nothing_to_hold_out(documents, fraction, message):
     with pytest.raises(ValueError, match=message):
         split(documents, fraction, seed=1)
+
+
+def many(count):
+    """Tiny documents, a tenth of which are copies of others."""
+    return [f"document {number % (count - count // 10)}\n" for number in range(count)]
+
+
+def in_pieces(documents):
+    """The same documents, cut elsewhere each time, as reads of a file cut them."""
+    return [[text[: number % 7], text[number % 7 :]] for number, text in enumerate(documents)]
+
+
+def test_hold_out_of_many_documents_keeps_copies_together(monkeypatch):
+    monkeypatch.setattr("gpt2c.text.prepare._MANY", 100)
+    documents = many(5000)
+    train, val = split(in_pieces(documents), 0.1, seed=1)
+    assert sorted(train + val) == sorted(documents)
+    assert not set(train) & set(val)
+    assert 0.09 <= sum(map(len, val)) / sum(map(len, documents)) <= 0.1
+    assert val != split(documents, 0.1, seed=2)[1]
+
+
+def test_hold_out_of_many_documents_takes_the_tail_of_one_that_outweighs_all(monkeypatch):
+    monkeypatch.setattr("gpt2c.text.prepare._MANY", 100)
+    documents = many(1000)
+    documents[500] = "line\n" * 200_000
+    train, val = split(documents, 0.1, seed=1)
+    assert len(train) == 1000
+    assert len(val) == 1
+    assert train[500] + val[0] == documents[500]
+    assert 0.09 <= len(val[0]) / sum(map(len, documents)) <= 0.11
+
+
+def test_hold_out_of_more_documents_takes_no_more_memory(monkeypatch):
+    monkeypatch.setattr("gpt2c.text.prepare._MANY", 100)
+
+    def peak(count):
+        tracemalloc.start()
+        split_validation((f"document {number}\n" for number in range(count)), 0.1, seed=1)
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    assert peak(20_000) < peak(5_000) + 20_000  # a byte for each more would be 15,000
 
 
 # --- prepare ---------------------------------------------------------------------------------
