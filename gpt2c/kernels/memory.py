@@ -28,6 +28,7 @@ __all__ = [
     "megabytes",
     "named_views",
     "require",
+    "view",
 ]
 
 Array = NDArray[np.float32]
@@ -143,7 +144,9 @@ def aligned_offsets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """View `flat` as arrays, one for each name, in the order of `shapes`."""
     offsets = aligned_offsets(shapes)
-    return {
-        name: flat[offsets[name] : offsets[name] + math.prod(shape)].reshape(shape)
-        for name, shape in shapes.items()
-    }
+    return {name: view(flat, offsets[name], shape) for name, shape in shapes.items()}
+
+
+def view(flat: Array, offset: int, shape: tuple[int, ...]) -> Array:
+    """View a part of `flat` as an array of this shape."""
+    return flat[offset : offset + math.prod(shape)].reshape(shape)

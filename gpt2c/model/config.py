@@ -1,4 +1,4 @@
-"""GPT2Config: the numbers that fix a GPT-2's shape, under Hugging Face's names.
+"""GPT2Config: the numbers that fix a GPT-2's shape, under Hugging Face's names; and its blocks.
 
 Knows nothing about arrays or backends.
 """
@@ -6,9 +6,17 @@ Knows nothing about arrays or backends.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from gpt2c.model.attention import Attention
+from gpt2c.model.embedding import Embedding
+from gpt2c.model.head import LanguageHead
+from gpt2c.model.mlp import MLP
+from gpt2c.model.norm import LayerNorm
+from gpt2c.model.stack import Layer, Stack
 
 __all__ = ["FIXED", "GPT2Config"]
 
@@ -159,23 +167,16 @@ class GPT2Config:
         """Channels inside the MLP."""
         return self.n_inner or 4 * self.n_embd
 
+    def stack(self) -> Stack:
+        """Return the blocks of this model."""
+        return _gpt2(self)
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every parameter: those of 2 dimensions, which AdamW decays, come first.
+        """Name -> shape of every parameter: those that AdamW decays, matrices, come first.
 
         Names are Hugging Face's without "transformer."; Linear weights are (OC, C), as in llm.c.
         """
-        V, T, C, F = self.vocab_size, self.n_positions, self.n_embd, self.inner
-        shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (T, C)}
-        for layer in range(self.n_layer):
-            h = f"h.{layer}."
-            shapes |= {h + "ln_1.weight": (C,), h + "ln_1.bias": (C,)}
-            shapes |= {h + "attn.c_attn.weight": (3 * C, C), h + "attn.c_attn.bias": (3 * C,)}
-            shapes |= {h + "attn.c_proj.weight": (C, C), h + "attn.c_proj.bias": (C,)}
-            shapes |= {h + "ln_2.weight": (C,), h + "ln_2.bias": (C,)}
-            shapes |= {h + "mlp.c_fc.weight": (F, C), h + "mlp.c_fc.bias": (F,)}
-            shapes |= {h + "mlp.c_proj.weight": (C, F), h + "mlp.c_proj.bias": (C,)}
-        shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-        return dict(sorted(shapes.items(), key=lambda item: -len(item[1])))
+        return {name: one.shape for name, one in self.stack().parameters().items()}
 
     def num_parameters(self) -> int:
         """Count the parameters; the lm_head is wte and counts once."""
@@ -184,13 +185,28 @@ class GPT2Config:
     def flops_per_token(self, T: int) -> float:
         """Count the floating-point operations, forward and backward, of a token among T tokens.
 
-        A matrix of n weights costs 2n operations a token forward and 4n backward (the gradients of
-        input and weight). A query sees T/2 keys on average, and each costs 2C operations for q k^T
-        and as many for p v, times 3 for forward and backward. Kaplan et al. 2020, arXiv:2001.08361;
-        PaLM, arXiv:2204.02311, with the causal half counted only. Softmax, layernorm, GELU and
-        recomputation are not counted.
+        A multiply-add counts 2 forward and 4 backward: the gradients of input and weight. A query
+        sees T/2 keys on average. Softmax, layernorm, GELU and recomputation are not counted.
+        Kaplan et al. 2020, arXiv:2001.08361; PaLM, arXiv:2204.02311, with the causal half counted
+        only.
         """
-        C, F = self.n_embd, self.inner
-        weights = self.n_layer * (4 * C * C + 2 * C * F) + self.vocab_size * C
-        attention = self.n_layer * 2 * C * T
-        return 6.0 * weights + 3.0 * attention
+        return 6.0 * self.stack().flops(T)
+
+
+@functools.lru_cache(maxsize=8)
+def _gpt2(config: GPT2Config) -> Stack:
+    C, NH, eps = config.n_embd, config.n_head, config.layer_norm_epsilon
+    std, shrink = config.initializer_range, math.sqrt(2 * config.n_layer)
+    layers = [
+        Layer(
+            f"h.{i}",
+            LayerNorm(f"h.{i}.ln_1", C, eps),
+            Attention(f"h.{i}.attn", C, NH, std, shrink),
+            LayerNorm(f"h.{i}.ln_2", C, eps),
+            MLP(f"h.{i}.mlp", C, config.inner, std, shrink),
+        )
+        for i in range(config.n_layer)
+    ]
+    embedding = Embedding(config.vocab_size, config.n_positions, C, std)
+    head = LanguageHead(config.vocab_size, C)
+    return Stack(embedding, layers, LayerNorm("ln_f", C, eps), head)

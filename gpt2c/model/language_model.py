@@ -19,12 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import Array, require
+from gpt2c.model.block import IntArray
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.reader import Decoder
 
-__all__ = ["IntArray", "LanguageModel", "check_ids"]
-
-IntArray = NDArray[np.int32]
+__all__ = ["LanguageModel", "check_ids"]
 
 
 class LanguageModel:

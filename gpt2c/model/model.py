@@ -1,8 +1,8 @@
 """GPT-2: parameters, forward, loss, backward, on any backend.
 
 The model owns its memory, three flat buffers with named views (parameters, gradients, activations),
-and calls ops in the order of the formula; it computes nothing itself. A layer is in layer.py. Knows
-nothing about text, training or the instruction set.
+and hands them to its blocks (stack.py), which call the ops. Knows nothing about text, training or
+the instruction set.
 
 Two things are done for speed. The gradient of the lm_head is computed with the loss, a block of
 logits at a time, for a (B,T,V) that is never whole is not there for a later pass. And zero_grad
@@ -11,7 +11,6 @@ only notes that the gradients are void: the next backward writes where it would 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,19 +21,12 @@ from numpy.typing import ArrayLike, NDArray
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
 from gpt2c.kernels.checks import number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
+from gpt2c.model.block import Batch, IntArray, Run
 from gpt2c.model.config import GPT2Config
-from gpt2c.model.language_model import IntArray, LanguageModel
-from gpt2c.model.layer import (
-    batched,
-    layer_backward,
-    layer_forward,
-    layernorm,
-    layernorm_backward,
-    recompute_forward,
-)
+from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
-from gpt2c.model.plan import Activations
+from gpt2c.model.plan import KEPT, Activations
 
 __all__ = ["Model"]
 
@@ -67,9 +59,10 @@ class Model(LanguageModel):
         if seed is not None and whole("seed", seed) < 0:
             raise ValueError(f"seed must be at least 0, or None to leave the weights 0, got {seed}")
         super().__init__(config, as_backend(backend, threads))
-        self.recompute = recompute
-        self._eps = config.layer_norm_epsilon
-        shapes = config.parameter_shapes()
+        self._stack = config.stack()
+        self._recompute = recompute
+        described = self._stack.parameters()
+        shapes = {name: one.shape for name, one in described.items()}
         offsets = aligned_offsets(shapes)
         require(
             f"a model of {config.num_parameters():,} parameters",
@@ -80,29 +73,33 @@ class Model(LanguageModel):
         # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
         self._parameters = named_views(self.flat_parameters, shapes)
         self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
-        self.decay_size = next(offsets[name] for name, shape in shapes.items() if len(shape) == 1)
+        self.decay_size = next(offsets[name] for name, one in described.items() if not one.decays)
         self._made_grads: _Gradients | None = None
         self._void = True  # the gradients count as 0, whatever their memory holds
-        self._memory = Activations(config, recompute)
-        self._activations: dict[str, Array] = {}
+        self._memory = Activations(self._stack, recompute)
         self._spare_memory = aligned_zeros(0)
         self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
-        self._pending: IntArray | None = None  # the tokens of a loss that backward has not seen
+        self._pending: tuple[Run, IntArray] | None = None  # of a loss that backward has not seen
         self._owner = Owner()
         if seed is not None:
             self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
-        """Fill as GPT-2: normal weights, smaller where 2L of them add up, biases 0."""
+        """Write the first values that the blocks name."""
         rng = np.random.default_rng(seed)
-        for name, parameter in self._parameters.items():
-            if parameter.ndim == 2:
+        for name, one in self._stack.parameters().items():
+            parameter = self._parameters[name]
+            if one.std:
                 rng.standard_normal(out=parameter, dtype=np.float32)
-                parameter *= self.config.initializer_range
-                if name.endswith("c_proj.weight"):
-                    parameter /= math.sqrt(2 * self.config.n_layer)
+                parameter *= one.std
+                parameter /= one.shrink
             else:
-                parameter.fill(1.0 if ".weight" in name else 0.0)
+                parameter.fill(one.fill)
+
+    @property
+    def recompute(self) -> str | None:
+        """What backward computes again; read-only, for the activations are laid out for it."""
+        return self._recompute
 
     def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy tensors into the parameters, one at a time; `source` names them in errors.
@@ -147,10 +144,10 @@ class Model(LanguageModel):
 
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
         """See `LanguageModel._read_all`; all rows pass the layers together."""
-        rows = logits.reshape(-1, self.config.vocab_size)
         with self._owner.alone():
-            a = self._forward(tokens, keep=False, states=states)
-            self.backend.matmul_forward(rows, a["ln_f"], self._parameters["wte.weight"], None, None)
+            run = self._start(tokens, keep=False)
+            out = self._stack.forward(run, tokens, states)
+            self._stack.head.forward(run, logits.reshape(len(out), -1), out)
 
     def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
         """Mean cross-entropy in nats per token; keeps what `backward` needs.
@@ -169,26 +166,28 @@ class Model(LanguageModel):
         """
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape).reshape(-1)
+        ops, head = self.backend, self._stack.head
         with self._owner.alone():
-            a = self._forward(tokens, keep)
+            run = self._start(tokens, keep)
+            x, losses, lse = self._stack.forward(run, tokens), run.a["losses"], run.a["lse"]
+            count = int(np.count_nonzero(wanted >= 0))
             if keep:
                 self._d_head = self._grads.own["wte.weight"] if self._void else self._spare()
-            ops, wte = self.backend, self._parameters["wte.weight"]
-            count = int(np.count_nonzero(wanted >= 0))
-            blocks = -(-wanted.size // len(a["logits"]))
-            size = -(-wanted.size // blocks)
-            for start in range(0, wanted.size, size):
-                rows = slice(start, min(start + size, wanted.size))
-                x, logits = a["ln_f"][rows], a["logits"][: rows.stop - rows.start]
-                losses, lse = a["losses"][rows], a["lse"][rows]
-                ops.matmul_forward(logits, x, wte, None, None)
-                ops.crossentropy_forward(losses, lse, logits, wanted[rows])
+            for rows, logits in head.blocks(run, x):
+                ops.crossentropy_forward(losses[rows], lse[rows], logits, wanted[rows])
                 if keep:
-                    ops.crossentropy_backward(logits, logits, lse, wanted[rows], 1 / count)
-                    ops.matmul_backward(x, self._d_head, None, logits, x, wte, accumulate=start > 0)
+                    ops.crossentropy_backward(logits, logits, lse[rows], wanted[rows], 1 / count)
+                    run.accumulate = rows.start > 0
+                    head.backward(run, self._d_head, x[rows], logits, x[rows])
             self._owner.note_loss()
-            self._pending = tokens if keep else None
-            return float(a["losses"].sum(dtype=np.float64) / count)
+            self._pending = (run, tokens) if keep else None
+            return float(losses.sum(dtype=np.float64) / count)
+
+    def _start(self, tokens: IntArray, keep: bool) -> Run:
+        """Lay out the activations of a batch; with `keep`, those of backward stay."""
+        self._pending = None  # its views go first, so that memory which must grow is let go
+        batch = Batch(*tokens.shape)
+        return Run(self.backend, self._parameters, self._memory.lay_out(batch, keep), batch)
 
     def _spare(self) -> Array:
         """Return memory of wte's shape beside the gradients, where they must not be touched."""
@@ -196,28 +195,6 @@ class Model(LanguageModel):
         if self._spare_memory.size != wte.size:
             self._spare_memory = aligned_zeros(wte.size)
         return self._spare_memory.reshape(wte.shape)
-
-    def _forward(self, idx: IntArray, keep: bool, states: Array | None = None) -> dict[str, Array]:
-        """Run embedding, layers and final layernorm; return the activations.
-
-        With `keep`, what the backward pass needs of every layer stays. `states` (L + 1, B, T, C),
-        where it is given, gets the residual stream before each layer and ln_f's output.
-        """
-        self._pending = None
-        B, T = idx.shape
-        self._activations = {}  # the old views go first, so that memory which must grow is let go
-        self._activations = self._memory.lay_out(B, T, keep)
-        ops, p, a, eps = self.backend, self._parameters, self._activations, self._eps
-        x = a["encoded"]
-        ops.encoder_forward(batched(x, B), idx, p["wte.weight"], p["wpe.weight"], None, 0)
-        for layer in range(self.config.n_layer):
-            if states is not None:
-                states[layer] = batched(x, B)
-            x = layer_forward(ops, p, a, f"h.{layer}.", x, eps)
-        layernorm(ops, p, a, "ln_f", x, eps)
-        if states is not None:
-            states[-1] = batched(a["ln_f"], B)
-        return a
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -279,33 +256,26 @@ class Model(LanguageModel):
                     "backward needs a loss: call loss(idx, targets) before each backward()"
                 )
             self._owner.check_loss()
-            idx, accumulate = self._pending, not self._void
-            self._pending, self._void = None, False
-            ops, p, g, a = self.backend, self._parameters, self._grads.own, self._activations
-            self._backward_head(scale, accumulate)
-            if not accumulate:  # those that no op writes
+            (run, idx), self._pending = self._pending, None
+            run.g, run.accumulate = self._grads.own, not self._void
+            self._void = False
+            d_out = self._backward_head(run, scale)
+            if not run.accumulate:  # those that no op writes
                 self._grads.flat[self.decay_size :].fill(0.0)
-                g["wpe.weight"].fill(0.0)
-            a["d_stream"].fill(0.0)
-            layernorm_backward(ops, p, g, a, "ln_f", a[f"h.{self.config.n_layer - 1}.out"])
-            for layer in reversed(range(self.config.n_layer)):
-                h, x = f"h.{layer}.", a[f"h.{layer - 1}.out"] if layer else a["encoded"]
-                recompute_forward(ops, p, a, h, x, self._eps, self.recompute)
-                layer_backward(ops, p, g, a, h, x, accumulate)
-            d_encoded = batched(a["d_stream"], len(idx))
-            ops.encoder_backward(g["wte.weight"], g["wpe.weight"], d_encoded, idx)
+                run.g["wpe.weight"].fill(0.0)
+            self._stack.backward(run, d_out, idx, KEPT[self._recompute])
 
-    def _backward_head(self, scale: float, accumulate: bool) -> None:
-        """Bring in what `loss` has computed: the gradients of wte and, in its place, of ln_f."""
-        wte, d_head, d_final = (
-            self._grads.own["wte.weight"],
-            self._d_head,
-            self._activations["ln_f"],
-        )
+    def _backward_head(self, run: Run, scale: float) -> Array:
+        """Bring in what `loss` has computed: add wte's gradient; return that of the head's input.
+
+        It stands in the memory of the input itself.
+        """
+        wte, d_head, d_out = run.g["wte.weight"], self._d_head, run.a["ln_f"]
         if scale != 1.0:
             np.multiply(d_head, np.float32(scale), out=d_head)
-            np.multiply(d_final, np.float32(scale), out=d_final)
-        if accumulate:
+            np.multiply(d_out, np.float32(scale), out=d_out)
+        if run.accumulate:
             self.backend.residual_forward(wte, wte, d_head)
         elif d_head is not wte:
             np.copyto(wte, d_head)
+        return d_out

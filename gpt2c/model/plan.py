@@ -1,53 +1,56 @@
-"""Activations: which arrays a batch needs, in one buffer that is used again for every batch.
+"""Activations: the memory of a batch, one buffer that is used again for every batch.
 
-Knows the names that model and layer write and read, and what stays from forward to backward.
+Lays out the arrays that blocks name by how long each must live. Knows nothing about the blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import re
+from collections.abc import Iterable
 
-from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
+from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
+from gpt2c.model.block import Batch, Life, Slot
 from gpt2c.model.config import GPT2Config
+from gpt2c.model.stack import Stack
 
-__all__ = ["Activations", "bytes_needed", "parts_needed"]
+__all__ = ["KEPT", "Activations", "bytes_needed", "parts_needed"]
 
-# The loss never holds more logits than this, 104 MB; (B,T,V) would be 0.8 GB at 4 x 1024.
-LOGITS_FLOATS = 26_000_000
-
-# What of each layer's activations stays until its backward pass, by the name of the policy; the
-# rest is computed again just before. For C channels, 16, 10 and 1 times C numbers a token.
-KEPT: dict[str | None, tuple[str, ...]] = {
-    None: (
-        *("ln_1", "ln_1.mean", "ln_1.rstd", "qkv", "att", "lse", "middle"),
-        *("ln_2", "ln_2.mean", "ln_2.rstd", "fc", "gelu", "out"),
-    ),
-    "light": ("qkv", "att", "lse", "middle", "fc", "out"),
-    "full": ("out",),
-}
+# The activations that stay until the backward pass, by the name of the policy; the others are
+# computed again just before. A layer of GPT-2 keeps 16, 10 and 1 times C numbers a token.
+KEPT = {None: Life.CHEAP, "light": Life.INNER, "full": Life.STREAM}
 
 
-def activation_shapes(
-    config: GPT2Config, B: int, T: int, kept: Collection[str]
-) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all that a forward and backward pass write.
+def places(slots: Iterable[Slot], kept: Life | None) -> dict[str, str]:
+    """Return for each slot the name of its memory, which may be that of other slots, too.
 
-    Of a layer's activations those in `kept` are there once for each layer, as "h.0.att", the others
-    once for all layers, as "h.att". Of the logits (N, V) there are as many rows as LOGITS_FLOATS
-    holds, at least one.
+    Slots of a layer, "h.0.att", that need not live share one memory for all layers, "h.att".
+
+    Parameters
+    ----------
+    kept : those that live until backward; None if no backward pass follows
     """
-    N, C, F, V = B * T, config.n_embd, config.inner, config.vocab_size
-    layer: dict[str, tuple[int, ...]] = {"ln_1": (N, C), "ln_1.mean": (N,), "ln_1.rstd": (N,)}
-    layer |= {"qkv": (N, 3 * C), "att": (N, C), "lse": (B, config.n_head, T), "middle": (N, C)}
-    layer |= {"ln_2": (N, C), "ln_2.mean": (N,), "ln_2.rstd": (N,)}
-    layer |= {"fc": (N, F), "gelu": (N, F), "out": (N, C)}
-    shapes: dict[str, tuple[int, ...]] = {"encoded": (N, C), "branch": (N, C)}
-    shapes |= {f"h.{name}": shape for name, shape in layer.items() if name not in kept}
-    for i in range(config.n_layer):
-        shapes |= {f"h.{i}.{name}": shape for name, shape in layer.items() if name in kept}
-    shapes |= {"ln_f": (N, C), "ln_f.mean": (N,), "ln_f.rstd": (N,), "d_stream": (N, C)}
-    shapes |= {"logits": (max(1, min(N, LOGITS_FLOATS // V)), V), "losses": (N,), "lse": (N,)}
-    return shapes
+    found: dict[str, str] = {}
+    for slot in slots:
+        name = slot.name
+        if kept is None or slot.life > kept:
+            name = re.sub(r"^h\.\d+\.", "h.", slot.over if kept is None and slot.over else name)
+        found[slot.name] = name
+    return found
+
+
+def offsets_of(slots: Iterable[Slot], kept: Life | None) -> dict[str, int]:
+    """Return where the memory of each place starts, see `places`.
+
+    The entry "" is the size of all.
+    """
+    slots = list(slots)
+    of = places(slots, kept)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for slot in slots:
+        before = sizes.get(of[slot.name], (0,))
+        sizes[of[slot.name]] = max(before, (math.prod(slot.shape),))
+    return aligned_offsets(sizes)
 
 
 class Activations:
@@ -55,7 +58,7 @@ class Activations:
 
     Parameters
     ----------
-    config : of the model
+    stack : the model's blocks
     recompute : a key of KEPT
 
     Raises
@@ -63,39 +66,38 @@ class Activations:
     ValueError : an unknown recompute
     """
 
-    def __init__(self, config: GPT2Config, recompute: str | None) -> None:
+    def __init__(self, stack: Stack, recompute: str | None) -> None:
         if recompute not in KEPT:
             known = ", ".join(repr(policy) for policy in KEPT)
             raise ValueError(f"recompute must be one of {known}, got {recompute!r}")
-        self._config = config
+        self._stack = stack
         self._recompute = recompute
         self._memory = aligned_zeros(0)
-        self._layouts: dict[tuple[int, int, bool], dict[str, Array]] = {}
+        self._layouts: dict[tuple[Batch, bool], dict[str, Array]] = {}
 
-    def lay_out(self, B: int, T: int, keep: bool) -> dict[str, Array]:
-        """Return the arrays of a (B, T) batch, with or without a backward pass to come.
+    def lay_out(self, batch: Batch, keep: bool) -> dict[str, Array]:
+        """Return the arrays of a batch, with or without a backward pass to come.
 
-        Those given before are void: they share the memory.
+        Those returned before are void: they share the memory.
         """
-        if (B, T, keep) not in self._layouts:
-            kept = KEPT[self._recompute] if keep else ()
-            shapes = activation_shapes(self._config, B, T, kept)
-            size = aligned_offsets(shapes)[""]
+        if (batch, keep) not in self._layouts:
+            slots = list(self._stack.slots(batch))
+            kept = KEPT[self._recompute] if keep else None
+            offsets, of = offsets_of(slots, kept), places(slots, kept)
+            size = offsets[""]
             if size > self._memory.size:
                 self._layouts.clear()  # the views go first, and with them the old buffer
                 self._memory = aligned_zeros(0)
                 mend = "take fewer or shorter rows"
                 if keep and self._recompute != "full":
                     mend += ", or a model with recompute='full'"
-                require(f"a batch of {B:,} x {T:,} tokens", {"activations": 4 * size}, mend)
+                what = f"a batch of {batch.B:,} x {batch.T:,} tokens"
+                require(what, {"activations": 4 * size}, mend)
                 self._memory = aligned_zeros(size)
-            views = named_views(self._memory, shapes)
-            for layer in range(self._config.n_layer):
-                for name in KEPT[None]:
-                    if name not in kept:
-                        views[f"h.{layer}.{name}"] = views[f"h.{name}"]
-            self._layouts[B, T, keep] = views
-        return self._layouts[B, T, keep]
+            self._layouts[batch, keep] = {
+                slot.name: view(self._memory, offsets[of[slot.name]], slot.shape) for slot in slots
+            }
+        return self._layouts[batch, keep]
 
 
 def parts_needed(
@@ -103,12 +105,12 @@ def parts_needed(
 ) -> dict[str, int]:
     """Return the bytes of what a model, AdamW and a batch need: name -> bytes."""
     parameters = 4 * aligned_offsets(config.parameter_shapes())[""]
-    shapes = activation_shapes(config, B, T, KEPT[recompute])
+    slots = config.stack().slots(Batch(B, T))
     return {
         "weights": parameters,
         "gradients": parameters,
         "moments": 2 * parameters,
-        "activations": 4 * aligned_offsets(shapes)[""],
+        "activations": 4 * offsets_of(slots, KEPT[recompute])[""],
     }
 
 

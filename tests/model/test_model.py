@@ -229,7 +229,7 @@ def test_blocks_of_logits_make_no_difference(
     model, (idx, targets) = odd_model(backend), batch_of(rng)
     targets[0, 5:9] = -1
     loss, gradients = solve(model, (idx, targets))
-    monkeypatch.setattr("gpt2c.model.plan.LOGITS_FLOATS", rows * V + 1)
+    monkeypatch.setattr("gpt2c.model.head.LOGITS_FLOATS", rows * V + 1)
     block_loss, block_gradients = solve(odd_model(backend), (idx, targets))
     assert block_loss == pytest.approx(loss, rel=1e-6)
     check_gradients(block_gradients, gradients)
@@ -695,15 +695,15 @@ def test_no_interrupt_keeps_a_model() -> None:
 def test_a_signals_handler_in_the_middle_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     idx = np.arange(8).reshape(2, 4)
     model = odd_model("numpy", TINY)
-    forward, expected = model._forward, model.loss(idx, idx)
+    start, expected = model._start, model.loss(idx, idx)
 
     def handled(*arguments: Any) -> Any:
-        activations = forward(*arguments)
-        monkeypatch.setattr(model, "_forward", forward)
+        run = start(*arguments)
+        monkeypatch.setattr(model, "_start", start)
         assert model.loss(idx, idx) == expected
-        return activations
+        return run
 
-    monkeypatch.setattr(model, "_forward", handled)
+    monkeypatch.setattr(model, "_start", handled)
     with pytest.raises(RuntimeError, match="handler of a signal"):
         model.loss(idx, idx)
     assert model.loss(idx, idx) == expected

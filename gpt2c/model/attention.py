@@ -1,0 +1,69 @@
+"""Attention: each token takes from those before it what its query asks for.
+
+q, k, v = x W_qkv + b
+att = softmax(mask(q k^T / sqrt(HS))) v        for each of NH heads
+out = att W_proj + b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpt2c.kernels.memory import Array
+from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
+from gpt2c.model.linear import Linear
+
+__all__ = ["Attention"]
+
+
+class Attention:
+    """Causal multi-head attention, Vaswani et al. 2017, arXiv:1706.03762.
+
+    Parameters
+    ----------
+    name : of the block; its linear layers are name.c_attn and name.c_proj
+    C, NH : channels and heads
+    std, shrink : of the first weights; those of c_proj shrink
+    """
+
+    def __init__(self, name: str, C: int, NH: int, std: float, shrink: float) -> None:
+        self.name = name
+        self.qkv = Linear(name + ".c_attn", C, 3 * C, std)
+        self.proj = Linear(name + ".c_proj", C, C, std, shrink)
+        self.C, self.NH = C, NH
+        self._qkv, self._att, self._lse = name + ".qkv", name + ".att", name + ".lse"
+
+    def parameters(self) -> Iterable[Parameter]:
+        """Yield those of the two linear layers."""
+        yield from self.qkv.parameters()
+        yield from self.proj.parameters()
+
+    def slots(self, batch: Batch) -> Iterable[Slot]:
+        """Yield q, k, v; the heads' outputs; the log of each softmax's denominator."""
+        yield Slot(self._qkv, (batch.N, 3 * self.C), Life.INNER)
+        yield Slot(self._att, (batch.N, self.C), Life.INNER)
+        yield Slot(self._lse, (batch.B, self.NH, batch.T), Life.INNER)
+        yield Slot("branch", (batch.N, self.C), Life.SCRATCH)
+
+    def flops(self, T: int) -> float:
+        """Count the multiply-adds: a query sees T/2 keys on average, for q k^T and for p v."""
+        return self.qkv.flops(T) + self.proj.flops(T) + self.C * T
+
+    def forward(self, run: Run, out: Array, x: Array) -> None:
+        """Write out (N, C) of x (N, C)."""
+        qkv, att = run.a[self._qkv], run.a[self._att]
+        self.qkv.forward(run, qkv, x)
+        keys, values = run.caches.get(self.name, (None, None))
+        run.ops.attention_forward(
+            run.rows(att), run.a[self._lse], keys, values, run.rows(qkv), run.position
+        )
+        self.proj.forward(run, out, att)
+
+    def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
+        """Write d_x (N, C), which may be x, and the gradients of both layers."""
+        qkv, att, lse = run.rows(run.a[self._qkv]), run.a[self._att], run.a[self._lse]
+        d_att = run.a["branch"]  # the op below reads att beside its gradient
+        self.proj.backward(run, d_att, d_out, att)
+        d_qkv = run.take(self._qkv)
+        run.ops.attention_backward(run.rows(d_qkv), run.rows(d_att), qkv, run.rows(att), lse)
+        self.qkv.backward(run, d_x, d_qkv, x)

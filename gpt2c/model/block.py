@@ -1,0 +1,138 @@
+"""Blocks: the parts that a model is built of, and the things that a block is handed.
+
+A block is a small class. It has, side by side in one file:
+
+    parameters()            the arrays that it learns: name, shape, first values
+    slots(batch)            the arrays that it writes, and how long each must live
+    forward(run, out, x)    out (N, OC) of x (N, C), as a sequence of ops
+    backward(run, d_x, d_out, x)    the same lines upwards, written by hand
+    flops(T)                the multiply-adds of a token among T
+
+No tape records what forward did: the order of the ops stands on the page, twice. A block knows its
+own names and sizes. It knows nothing about the model around it, nor about who holds the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.memory import Array
+
+__all__ = ["Batch", "Block", "IntArray", "Life", "Parameter", "Run", "Slot"]
+
+IntArray = NDArray[np.int32]
+Shape = tuple[int, ...]
+
+
+class Parameter(NamedTuple):
+    """An array that a block learns.
+
+    Attributes
+    ----------
+    name, shape : name is Hugging Face's without "transformer."
+    fill : its first value, where std is 0
+    std : the standard deviation of first values drawn from a normal distribution
+    shrink : they are divided by this, where several layers add to one stream
+    decays : whether AdamW's weight decay applies
+    small : whether a model that is only read may hold it in 16 or 8 bits
+    """
+
+    name: str
+    shape: Shape
+    fill: float = 0.0
+    std: float = 0.0
+    shrink: float = 1.0
+    decays: bool = False
+    small: bool = False
+
+
+class Life(IntEnum):
+    """How long an activation lives; a policy of recomputation keeps those up to one of these.
+
+    STREAM : until backward, whatever the policy: the next layer's input
+    INNER : until backward; recompute="full" computes it again from the layer's input
+    CHEAP : until backward; recompute="light" computes it again from INNER ones, without products
+    SCRATCH : within one call of a block
+    """
+
+    STREAM = 0
+    INNER = 1
+    CHEAP = 2
+    SCRATCH = 3
+
+
+class Slot(NamedTuple):
+    """An array that a block writes. Those that need not live are shared by all layers.
+
+    Attributes
+    ----------
+    over : the slot whose memory it may overwrite when no backward pass follows
+    """
+
+    name: str
+    shape: Shape
+    life: Life
+    over: str = ""
+
+
+class Batch(NamedTuple):
+    """The sizes of a batch: B sequences of T tokens, N = B * T rows."""
+
+    B: int
+    T: int
+
+    @property
+    def N(self) -> int:
+        """The number of tokens."""
+        return self.B * self.T
+
+
+@dataclass(slots=True)
+class Run:
+    """A batch on its way through the blocks: all that a block is handed; it owns nothing.
+
+    Attributes
+    ----------
+    ops : the backend
+    p, g, a : parameters, gradients and activations, name -> array; of a model that is only read,
+        parameters may be float16, or uint8 with "....scale" beside them
+    batch : its sizes
+    accumulate : whether backward adds to the gradients of matrices, or writes them
+    caches : of a text that is read bit by bit, a block's name -> what it remembers
+    position : of the first token
+    """
+
+    ops: Backend
+    p: Mapping[str, NDArray[Any]]
+    a: Mapping[str, Array]
+    batch: Batch
+    g: Mapping[str, Array] = field(default_factory=dict)
+    accumulate: bool = True
+    caches: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
+    position: int = 0
+
+    def rows(self, array: Array) -> Array:
+        """View (N, C) as (B, T, C)."""
+        return array.reshape(*self.batch, array.shape[-1])
+
+    def take(self, name: str) -> Array:
+        """Return an activation's memory for a gradient.
+
+        The op that writes it is the last that reads the activation.
+        """
+        return self.a[name]
+
+
+class Block(Protocol):
+    """The parts that all blocks share, see the top of this file."""
+
+    def parameters(self) -> Iterable[Parameter]: ...  # noqa: D102
+    def slots(self, batch: Batch) -> Iterable[Slot]: ...  # noqa: D102
+    def flops(self, T: int) -> float: ...  # noqa: D102

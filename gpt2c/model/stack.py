@@ -1,0 +1,159 @@
+"""Stack: embedding, layers and a last norm, one after the other; and the layer they are made of.
+
+    y = x + attention(norm_1(x)),   out = y + mlp(norm_2(y))
+
+The residual stream, x, goes through all layers; its gradient comes back as it is and collects what
+each branch adds. Knows which blocks follow each other, nothing about what is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+from gpt2c.kernels.memory import Array
+from gpt2c.model.attention import Attention
+from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot
+from gpt2c.model.embedding import Embedding
+from gpt2c.model.head import LanguageHead
+from gpt2c.model.mlp import MLP
+from gpt2c.model.norm import LayerNorm
+
+__all__ = ["Layer", "Stack"]
+
+
+class Layer:
+    """One layer: attention and MLP, each behind a norm, each added to the stream.
+
+    Parameters
+    ----------
+    name : "h.0" of the first
+    """
+
+    def __init__(
+        self, name: str, norm_1: LayerNorm, attention: Attention, norm_2: LayerNorm, mlp: MLP
+    ) -> None:
+        self.norm_1, self.attention, self.norm_2, self.mlp = norm_1, attention, norm_2, mlp
+        self.blocks: tuple[Block, ...] = (norm_1, attention, norm_2, mlp)
+        self._ln_1, self._middle = name + ".ln_1", name + ".middle"
+        self._ln_2, self.out = name + ".ln_2", name + ".out"
+
+    def slots(self, batch: Batch) -> Iterable[Slot]:
+        """Yield those of the blocks, the norms' outputs, and the stream behind each branch."""
+        shape = (batch.N, self.norm_1.C)
+        yield Slot(self._ln_1, shape, Life.CHEAP)
+        yield Slot(self._middle, shape, Life.INNER, over=self.out)
+        yield Slot(self._ln_2, shape, Life.CHEAP, over=self._ln_1)
+        yield Slot(self.out, shape, Life.STREAM)
+        yield Slot("branch", shape, Life.SCRATCH)
+        yield from chain.from_iterable(block.slots(batch) for block in self.blocks)
+
+    def forward(self, run: Run, x: Array) -> Array:
+        """Return out (N, C) of x (N, C)."""
+        a, branch, add = run.a, run.a["branch"], run.ops.residual_forward
+        middle, out = a[self._middle], a[self.out]
+        self.norm_1.forward(run, a[self._ln_1], x)
+        self.attention.forward(run, branch, a[self._ln_1])
+        add(middle, x, branch)
+        self.norm_2.forward(run, a[self._ln_2], middle)
+        self.mlp.forward(run, branch, a[self._ln_2])
+        add(out, middle, branch)
+        return out
+
+    def again(self, run: Run, x: Array, kept: Life) -> None:
+        """Compute again what was not kept for backward: by the same ops, so the same bits."""
+        a, branch, middle = run.a, run.a["branch"], run.a[self._middle]
+        if kept < Life.CHEAP:
+            self.norm_1.forward(run, a[self._ln_1], x)
+        if kept < Life.INNER:
+            self.attention.forward(run, branch, a[self._ln_1])
+            run.ops.residual_forward(middle, x, branch)
+        if kept < Life.CHEAP:
+            self.norm_2.forward(run, a[self._ln_2], middle)
+        if kept < Life.INNER:
+            self.mlp.hidden(run, a[self._ln_2])
+        elif kept < Life.CHEAP:
+            self.mlp.activate(run)
+
+    def backward(self, run: Run, stream: Array, x: Array) -> None:
+        """Go back over the lines of `forward` on x; stream (N, C) goes from out's gradient to x's.
+
+        The layer's activations are gone afterwards: their gradients took their memory.
+        """
+        d_ln_2, d_ln_1 = run.take(self._ln_2), run.take(self._ln_1)
+        self.mlp.backward(run, d_ln_2, stream, run.a[self._ln_2])
+        self.norm_2.backward(run, stream, d_ln_2, run.a[self._middle])
+        self.attention.backward(run, d_ln_1, stream, run.a[self._ln_1])
+        self.norm_1.backward(run, stream, d_ln_1, x)
+
+
+class Stack:
+    """A whole model but for its memory.
+
+    Parameters
+    ----------
+    embedding, layers, norm, head : in the order in which a batch passes through them
+    """
+
+    def __init__(
+        self, embedding: Embedding, layers: Sequence[Layer], norm: LayerNorm, head: LanguageHead
+    ) -> None:
+        self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
+        self.blocks: list[Block] = [
+            embedding,
+            *chain.from_iterable(layer.blocks for layer in layers),
+            norm,
+            head,
+        ]
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Return all parameters by name: those that decay come first."""
+        found = chain.from_iterable(block.parameters() for block in self.blocks)
+        return {one.name: one for one in sorted(found, key=lambda one: not one.decays)}
+
+    def slots(self, batch: Batch) -> Iterable[Slot]:
+        """Yield all arrays that a batch needs."""
+        yield from self.embedding.slots(batch)
+        yield from chain.from_iterable(layer.slots(batch) for layer in self.layers)
+        yield Slot("ln_f", (batch.N, self.norm.C), Life.STREAM)
+        yield Slot("d_stream", (batch.N, self.norm.C), Life.STREAM)
+        yield from self.norm.slots(batch)
+        yield from self.head.slots(batch)
+
+    def flops(self, T: int) -> float:
+        """Count the multiply-adds of a token among T, forward."""
+        return sum(block.flops(T) for block in self.blocks)
+
+    def forward(self, run: Run, idx: IntArray, states: Array | None = None) -> Array:
+        """Return the last norm's output (N, C) of idx (B, T).
+
+        `states` (L + 1, B, T, C), where it is given, gets the residual stream before each layer
+        and the output.
+        """
+        out = run.a["ln_f"]
+        x = self.embedding.forward(run, idx)
+        for number, layer in enumerate(self.layers):
+            if states is not None:
+                states[number] = run.rows(x)
+            x = layer.forward(run, x)
+        self.norm.forward(run, out, x)
+        if states is not None:
+            states[-1] = run.rows(out)
+        return out
+
+    def backward(self, run: Run, d_out: Array, idx: IntArray, kept: Life) -> None:
+        """Go back over the lines of `forward`; d_out (N, C) is the gradient of its result.
+
+        Parameters
+        ----------
+        kept : the activations that forward left
+        """
+        a, stream = run.a, run.a["d_stream"]
+        inputs = [a["encoded"], *(a[layer.out] for layer in self.layers)]
+        stream.fill(0.0)
+        self.norm.backward(run, stream, d_out, inputs.pop())
+        for layer in reversed(self.layers):
+            x = inputs.pop()
+            layer.again(run, x, kept)
+            layer.backward(run, stream, x)
+        self.embedding.backward(run, stream, idx)
