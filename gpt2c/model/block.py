@@ -60,12 +60,14 @@ class Life(IntEnum):
     INNER : until backward; recompute="full" computes it again from the layer's input
     CHEAP : until backward; recompute="light" computes it again from INNER ones, without products
     SCRATCH : within one call of a block
+    GRADIENT : within backward
     """
 
     STREAM = 0
     INNER = 1
     CHEAP = 2
     SCRATCH = 3
+    GRADIENT = 4
 
 
 class Slot(NamedTuple):

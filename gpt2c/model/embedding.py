@@ -49,6 +49,8 @@ class Embedding:
         return out
 
     def backward(self, run: Run, d_out: Array, idx: IntArray) -> None:
-        """Add to the gradients of both tables."""
+        """Add to the gradients of both tables; wte's has what the head wrote."""
         g = run.g
+        if not run.accumulate:
+            g["wpe.weight"].fill(0.0)
         run.ops.encoder_backward(g["wte.weight"], g["wpe.weight"], run.rows(d_out), idx)

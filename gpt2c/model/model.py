@@ -11,7 +11,7 @@ only notes that the gradients are void: the next backward writes where it would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
 from gpt2c.kernels.checks import number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
-from gpt2c.model.block import Batch, IntArray, Run
+from gpt2c.model.block import Batch, IntArray, Run, Slot
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.owner import Owner
@@ -76,7 +76,7 @@ class Model(LanguageModel):
         self.decay_size = next(offsets[name] for name, one in described.items() if not one.decays)
         self._made_grads: _Gradients | None = None
         self._void = True  # the gradients count as 0, whatever their memory holds
-        self._memory = Activations(self._stack, recompute)
+        self._memory = Activations(self._slots, recompute)
         self._spare_memory = aligned_zeros(0)
         self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
         self._pending: tuple[Run, IntArray] | None = None  # of a loss that backward has not seen
@@ -183,6 +183,10 @@ class Model(LanguageModel):
             self._pending = (run, tokens) if keep else None
             return float(losses.sum(dtype=np.float64) / count)
 
+    def _slots(self, batch: Batch) -> Iterable[Slot]:
+        yield from self._stack.slots(batch)
+        yield from self._stack.head.slots(batch)
+
     def _start(self, tokens: IntArray, keep: bool) -> Run:
         """Lay out the activations of a batch; with `keep`, those of backward stay."""
         self._pending = None  # its views go first, so that memory which must grow is let go
@@ -260,9 +264,8 @@ class Model(LanguageModel):
             run.g, run.accumulate = self._grads.own, not self._void
             self._void = False
             d_out = self._backward_head(run, scale)
-            if not run.accumulate:  # those that no op writes
+            if not run.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
-                run.g["wpe.weight"].fill(0.0)
             self._stack.backward(run, d_out, idx, KEPT[self._recompute])
 
     def _backward_head(self, run: Run, scale: float) -> Array:

@@ -7,50 +7,43 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
 from gpt2c.model.block import Batch, Life, Slot
 from gpt2c.model.config import GPT2Config
-from gpt2c.model.stack import Stack
 
 __all__ = ["KEPT", "Activations", "bytes_needed", "parts_needed"]
 
 # The activations that stay until the backward pass, by the name of the policy; the others are
 # computed again just before. A layer of GPT-2 keeps 16, 10 and 1 times C numbers a token.
 KEPT = {None: Life.CHEAP, "light": Life.INNER, "full": Life.STREAM}
+LAYOUTS = 16  # remembered at a time, of batches of different sizes
 
 
-def places(slots: Iterable[Slot], kept: Life | None) -> dict[str, str]:
-    """Return for each slot the name of its memory, which may be that of other slots, too.
+def slot_offsets(slots: Iterable[Slot], kept: Life | None) -> dict[str, int]:
+    """Return where each slot starts, in floats; the entry "" is the size of all.
 
-    Slots of a layer, "h.0.att", that need not live share one memory for all layers, "h.att".
+    Slots of a layer, "h.0.att", that need not live share the memory of one, "h.att".
 
     Parameters
     ----------
     kept : those that live until backward; None if no backward pass follows
     """
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
+    sizes: dict[str, tuple[int]] = {}
     for slot in slots:
-        name = slot.name
+        place = slot.name
+        if kept is None:
+            if slot.life is Life.GRADIENT:
+                continue
+            place = slot.over or place
         if kept is None or slot.life > kept:
-            name = re.sub(r"^h\.\d+\.", "h.", slot.over if kept is None and slot.over else name)
-        found[slot.name] = name
-    return found
-
-
-def offsets_of(slots: Iterable[Slot], kept: Life | None) -> dict[str, int]:
-    """Return where the memory of each place starts, see `places`.
-
-    The entry "" is the size of all.
-    """
-    slots = list(slots)
-    of = places(slots, kept)
-    sizes: dict[str, tuple[int, ...]] = {}
-    for slot in slots:
-        before = sizes.get(of[slot.name], (0,))
-        sizes[of[slot.name]] = max(before, (math.prod(slot.shape),))
-    return aligned_offsets(sizes)
+            place = re.sub(r"^h\.\d+\.", "h.", place)
+        places[slot.name] = place
+        sizes[place] = max(sizes.get(place, (0,)), (math.prod(slot.shape),))
+    starts = aligned_offsets(sizes)
+    return {name: starts[place] for name, place in places.items()} | {"": starts[""]}
 
 
 class Activations:
@@ -58,7 +51,7 @@ class Activations:
 
     Parameters
     ----------
-    stack : the model's blocks
+    slots : the arrays that a batch needs
     recompute : a key of KEPT
 
     Raises
@@ -66,11 +59,11 @@ class Activations:
     ValueError : an unknown recompute
     """
 
-    def __init__(self, stack: Stack, recompute: str | None) -> None:
+    def __init__(self, slots: Callable[[Batch], Iterable[Slot]], recompute: str | None) -> None:
         if recompute not in KEPT:
             known = ", ".join(repr(policy) for policy in KEPT)
             raise ValueError(f"recompute must be one of {known}, got {recompute!r}")
-        self._stack = stack
+        self._slots = slots
         self._recompute = recompute
         self._memory = aligned_zeros(0)
         self._layouts: dict[tuple[Batch, bool], dict[str, Array]] = {}
@@ -81,12 +74,12 @@ class Activations:
         Those returned before are void: they share the memory.
         """
         if (batch, keep) not in self._layouts:
-            slots = list(self._stack.slots(batch))
-            kept = KEPT[self._recompute] if keep else None
-            offsets, of = offsets_of(slots, kept), places(slots, kept)
+            slots = list(self._slots(batch))
+            offsets = slot_offsets(slots, KEPT[self._recompute] if keep else None)
             size = offsets[""]
-            if size > self._memory.size:
+            if size > self._memory.size or len(self._layouts) == LAYOUTS:
                 self._layouts.clear()  # the views go first, and with them the old buffer
+            if size > self._memory.size:
                 self._memory = aligned_zeros(0)
                 mend = "take fewer or shorter rows"
                 if keep and self._recompute != "full":
@@ -95,7 +88,9 @@ class Activations:
                 require(what, {"activations": 4 * size}, mend)
                 self._memory = aligned_zeros(size)
             self._layouts[batch, keep] = {
-                slot.name: view(self._memory, offsets[of[slot.name]], slot.shape) for slot in slots
+                slot.name: view(self._memory, offsets[slot.name], slot.shape)
+                for slot in slots
+                if slot.name in offsets
             }
         return self._layouts[batch, keep]
 
@@ -105,12 +100,13 @@ def parts_needed(
 ) -> dict[str, int]:
     """Return the bytes of what a model, AdamW and a batch need: name -> bytes."""
     parameters = 4 * aligned_offsets(config.parameter_shapes())[""]
-    slots = config.stack().slots(Batch(B, T))
+    stack, batch = config.stack(), Batch(B, T)
+    slots = [*stack.slots(batch), *stack.head.slots(batch)]
     return {
         "weights": parameters,
         "gradients": parameters,
         "moments": 2 * parameters,
-        "activations": 4 * offsets_of(slots, KEPT[recompute])[""],
+        "activations": 4 * slot_offsets(slots, KEPT[recompute])[""],
     }
 
 

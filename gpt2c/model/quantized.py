@@ -171,11 +171,10 @@ def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.float
 def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Return name -> (shape, dtype) of the parameters."""
     wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
-    for name, shape in config.parameter_shapes().items():
-        small = len(shape) == 2 and name != "wpe.weight"
-        wanted[name] = (shape, np.dtype(DTYPES[method] if small else np.float32))
-        if small and method == "int8":
-            wanted[name.removesuffix("weight") + "scale"] = (shape[:1], np.dtype(np.float32))
+    for name, one in config.stack().parameters().items():
+        wanted[name] = (one.shape, np.dtype(DTYPES[method] if one.small else np.float32))
+        if one.small and method == "int8":
+            wanted[name.removesuffix("weight") + "scale"] = (one.shape[:1], np.dtype(np.float32))
     return wanted
 
 

@@ -1,11 +1,11 @@
 """Decoder: a model that is read, token after token, with the keys and values of what it has read.
 
 Reading a text costs one pass over the weights for each chunk of it, not for the whole text again
-for each token. Two ways lead through the layers: `_read`, op by op, which is the specification and
-reads many tokens of one text; and the kernels' `decode_step`, one call for one token of each of
-several texts, in which a row's bits do not depend on the others.
+for each token. Two ways lead through the layers: the blocks' own forward, which reads many tokens
+of one text; and the kernels' `decode_step`, one call for one token of each of several texts, in
+which a row's bits do not depend on the others.
 
-Knows what a GPT-2 computes, nothing about sampling or text.
+Knows nothing about sampling or text.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
-from gpt2c.kernels.memory import Array, aligned_zeros, require
+from gpt2c.kernels.memory import Array, aligned_zeros, require, view
+from gpt2c.model.block import Batch, Run
 from gpt2c.model.config import GPT2Config
+from gpt2c.model.plan import Activations
 
 __all__ = ["CHUNK", "Decoder"]
 
@@ -87,7 +89,8 @@ class Decoder:
         self.keys, self.values = memory.reshape(2, *shape)
         self._keys, self._values = memory.reshape(2, *shape)
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
-        self._chunk: dict[str, Array] = {}
+        self._stack = config.stack()
+        self._activations = Activations(self._stack.slots, None)
         self._bound = None
         if isinstance(backend, Kernels):
             eps = config.layer_norm_epsilon
@@ -185,9 +188,9 @@ class Decoder:
             )
         for start in range(0, len(tokens), CHUNK):
             part = slice(start, start + CHUNK)
-            yield self._read(
-                tokens[part], slot, position + start, None if states is None else states[:, part]
-            )
+            ids = tokens[part][None]
+            run = self._start(ids.size, slot, position + start)
+            yield self._stack.forward(run, ids, None if states is None else states[:, None, part])
 
     def logits(self, out: Array, rows: Array) -> None:
         """Write the lm_head's output (N, V) of rows (N, C) of `hidden`.
@@ -205,7 +208,8 @@ class Decoder:
                 )
         if not (out.flags.carray and rows.flags.c_contiguous and rows.flags.aligned):
             raise ValueError("out and rows must be C-contiguous and aligned, and out writeable")
-        self._linear(out, "wte", rows)
+        run = Run(self._backend, self._parameters, {}, Batch(1, len(rows)))
+        self._stack.head.forward(run, out, rows)
 
     def losses(
         self,
@@ -232,11 +236,12 @@ class Decoder:
         count = _length("tokens", tokens)
         check_int32("targets", targets, (count,), -1, self.config.vocab_size)
         losses, lse = np.empty((2, len(tokens)), np.float32)
+        memory = aligned_zeros(min(count, LOGITS_ROWS) * self.config.vocab_size)
         start = 0
         for rows in self.hidden(tokens, 0, position):
             for part in np.array_split(rows, -(-len(rows) // LOGITS_ROWS)):
                 end = start + len(part)
-                logits = self._memory("logits", len(part), self.config.vocab_size)
+                logits = view(memory, 0, (len(part), self.config.vocab_size))
                 wanted = targets[start:end]
                 self.logits(logits, part)
                 self._backend.crossentropy_forward(
@@ -252,55 +257,15 @@ class Decoder:
         for cache in (self.keys, self.values):
             cache[:, target, :, :length] = cache[:, source, :, :length]
 
-    def _linear(self, out: Array, name: str, x: Array) -> None:
-        p = self._parameters
-        weight, scale, bias = p[name + ".weight"], p.get(name + ".scale"), p.get(name + ".bias")
-        self._backend.matmul_forward(out, x, weight, bias, scale)
-
-    def _layernorm(self, out: Array, name: str, x: Array) -> None:
-        stats = self._memory("stats", 2, len(x))
-        p, eps = self._parameters, self.config.layer_norm_epsilon
-        self._backend.layernorm_forward(
-            out, stats[0], stats[1], x, p[name + ".weight"], p[name + ".bias"], eps
-        )
-
-    def _read(
-        self, tokens: NDArray[np.int32], slot: int, position: int, states: Array | None
-    ) -> Array:
-        """Pass T tokens through the layers, op by op; give ln_f's output (T, C)."""
-        ops, T, C = self._backend, len(tokens), self.config.n_embd
-        x, normed, att, branch = (self._memory(name, T, C) for name in ("x", "normed", "att", "b"))
-        qkv, fc = self._memory("qkv", T, 3 * C), self._memory("fc", T, self.config.inner)
-        p = self._parameters
-        ops.encoder_forward(
-            x[None], tokens[None], p["wte.weight"], p["wpe.weight"], p.get("wte.scale"), position
-        )
-        for layer in range(self.config.n_layer):
-            h = f"h.{layer}."
-            if states is not None:
-                states[layer] = x
-            self._layernorm(normed, h + "ln_1", x)
-            self._linear(qkv, h + "attn.c_attn", normed)
-            keys, values = (cache[layer, slot : slot + 1] for cache in (self._keys, self._values))
-            ops.attention_forward(att[None], None, keys, values, qkv[None], position)
-            self._linear(branch, h + "attn.c_proj", att)
-            ops.residual_forward(x, x, branch)
-            self._layernorm(normed, h + "ln_2", x)
-            self._linear(fc, h + "mlp.c_fc", normed)
-            ops.gelu_forward(fc, fc)
-            self._linear(branch, h + "mlp.c_proj", fc)
-            ops.residual_forward(x, x, branch)
-        self._layernorm(normed, "ln_f", x)
-        if states is not None:
-            states[-1] = normed
-        return normed
-
-    def _memory(self, name: str, rows: int, columns: int) -> Array:
-        """Return memory (rows, columns), the same for the same name."""
-        size = rows * columns
-        if name not in self._chunk or self._chunk[name].size < size:
-            self._chunk[name] = aligned_zeros(size)
-        return self._chunk[name][:size].reshape(rows, columns)
+    def _start(self, T: int, slot: int, position: int) -> Run:
+        """Lay out a pass of T tokens of one text through the blocks."""
+        batch, part = Batch(1, T), slice(slot, slot + 1)
+        caches = {
+            layer.attention.name: (self._keys[number, part], self._values[number, part])
+            for number, layer in enumerate(self._stack.layers)
+        }
+        a = self._activations.lay_out(batch, keep=False)
+        return Run(self._backend, self._parameters, a, batch, caches=caches, position=position)
 
 
 def _length(name: str, ids: Any) -> int:
@@ -322,9 +287,10 @@ def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]])
     ------
     ValueError : an array is missing, or of another shape, dtype or layout
     """
-    for name, shape in config.parameter_shapes().items():
+    for name, one in config.stack().parameters().items():
+        shape = one.shape
         wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {name: (shape, ("float32",))}
-        if len(shape) == 2 and name != "wpe.weight":
+        if one.small:
             wanted[name] = (shape, ("float32", "float16", "uint8"))
             scale = name.removesuffix("weight") + "scale"
             if name in parameters and parameters[name].dtype == np.uint8:

@@ -112,13 +112,12 @@ class Stack:
         return {one.name: one for one in sorted(found, key=lambda one: not one.decays)}
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
-        """Yield all arrays that a batch needs."""
+        """Yield the arrays of all but the head."""
         yield from self.embedding.slots(batch)
         yield from chain.from_iterable(layer.slots(batch) for layer in self.layers)
         yield Slot("ln_f", (batch.N, self.norm.C), Life.STREAM)
-        yield Slot("d_stream", (batch.N, self.norm.C), Life.STREAM)
+        yield Slot("d_stream", (batch.N, self.norm.C), Life.GRADIENT)
         yield from self.norm.slots(batch)
-        yield from self.head.slots(batch)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds of a token among T, forward."""
