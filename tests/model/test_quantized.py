@@ -356,7 +356,7 @@ def test_weights_that_are_no_numbers_are_not_rounded(method: str, bits: int) -> 
     model.parameters["wte.weight"][3, 3] = np.nan
     message = refused(QuantizedGPT2.from_model, model, method)
     assert message.endswith(
-        f"wte.weight holds nan or infinity; only finite weights become {bits} bits"
+        f"wte.weight holds nan or infinity; only finite weights can be rounded to {bits} bits"
     )
 
 
