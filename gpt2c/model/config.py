@@ -1,4 +1,4 @@
-"""GPT2Config: the numbers that fix a GPT-2's shape, under Hugging Face's names; and its blocks.
+"""GPT2Config: the numbers that define a GPT-2, under Hugging Face's names, and its blocks.
 
 Knows nothing about arrays or backends.
 """
@@ -20,22 +20,22 @@ from gpt2c.model.stack import Layer, Stack
 
 __all__ = ["FIXED", "GPT2Config"]
 
-# What config.json may say of the arithmetic, and what gpt2c computes: the first is what it writes.
-# A model that says otherwise is refused.
+# The fields of config.json that choose the arithmetic, each with the values that gpt2c implements.
+# `from_dict` refuses any other value; `to_dict` writes the first.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], None),  # others have other heads
-    "activation_function": (  # names of the tanh form
+    "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], None),  # other classes have other heads
+    "activation_function": (  # names of GELU's tanh form
         *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
         *("gelu_fast", "gelu_accurate"),
     ),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False, True),  # the order of the same products
+    "reorder_and_upcast_attn": (False, True),  # the same products in another order
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
 
-# What transformers reads as well.
+# Other names that transformers accepts for these fields.
 ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -44,28 +44,28 @@ ALIASES = {
 }
 
 LARGEST = 2**31 - 1  # token ids and positions are int32
-MOST_LAYERS = 10_000  # names and shapes are listed before any memory is asked for
-# What float32 holds with room for what is computed of it.
+MOST_LAYERS = 10_000  # all names and shapes are listed before the memory is checked
+# Narrower than float32's range, so that results computed from these numbers stay finite.
 RANGES = {"layer_norm_epsilon": (1e-37, 1.0), "initializer_range": (1e-37, 1e4)}
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Shape of a GPT-2; the defaults are GPT-2 124M.
+    """The shape of a GPT-2; the defaults are GPT-2 124M.
 
     Parameters
     ----------
-    vocab_size, n_positions : V tokens, T positions at most
+    vocab_size, n_positions : V token ids; the longest text has T tokens
     n_embd, n_layer, n_head : C channels, L layers, NH heads; n_head divides n_embd
     n_inner : channels inside the MLP, 4 * n_embd if None
-    layer_norm_epsilon : added to the variance
-    initializer_range : standard deviation of fresh weights
-    eos_token_id : the end-of-text token if there is one; it also stands for the start of a text
+    layer_norm_epsilon : added to the variance, from 1e-37 to 1
+    initializer_range : standard deviation of the initial weights, from 1e-37 to 1e4
+    eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
 
     Raises
     ------
     ValueError : a size is not a whole number from 1 to 2**31 - 1 (n_layer: 10,000), n_head does not
-        divide n_embd, or another number is out of its range
+        divide n_embd, or another field is out of its range
 
     Examples
     --------
@@ -91,7 +91,7 @@ class GPT2Config:
             value, most = getattr(self, name), MOST_LAYERS if name == "n_layer" else LARGEST
             if name == "n_inner" and value is None:
                 continue
-            if not (type(value) is int and 1 <= value <= most):  # a bool is an int, too
+            if not (type(value) is int and 1 <= value <= most):  # isinstance accepts a bool
                 raise ValueError(
                     f"{name} must be a whole number from 1 to {most}, got {value!r:.50}"
                 )
@@ -112,14 +112,15 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
-        """Read Hugging Face's config.json; keys that do not touch the arithmetic are passed over.
+        """Return the config that the entries of Hugging Face's config.json describe.
 
-        Dropout is one of them: gpt2c trains and runs without. Of several eos_token_id the first
-        counts, as transformers pads with it; one outside of the vocabulary is none.
+        Unknown keys are ignored, and so is dropout, which gpt2c does not have. If eos_token_id is a
+        list, the first id counts, as transformers pads with it. An id beyond the vocabulary counts
+        as None.
 
         Raises
         ------
-        ValueError : not a GPT-2, one whose formulae gpt2c does not have, or a field that cannot be
+        ValueError : another model_type, arithmetic that gpt2c does not have, or an invalid field
         """
         if entries.get("model_type", "gpt2") != "gpt2":
             raise ValueError(
@@ -137,21 +138,21 @@ class GPT2Config:
                 and known_entries.setdefault(name, entries[alias]) != entries[alias]
             ):
                 raise ValueError(
-                    f"config.json: {alias} and {name} are one number, got {entries[alias]!r:.50}"
+                    f"config.json: {alias} and {name} must be equal, got {entries[alias]!r:.50}"
                     f" and {entries[name]!r:.50}"
                 )
         eos, V = known_entries.get("eos_token_id"), known_entries.get("vocab_size", cls.vocab_size)
         if isinstance(eos, list) and eos:
             eos = eos[0]
         if type(eos) is int and type(V) is int and eos >= V:
-            eos = None  # Hugging Face's default, 50256, in a smaller model
+            eos = None  # a smaller vocabulary with Hugging Face's default, 50256
         try:
             return cls(**known_entries | {"eos_token_id": eos})
         except ValueError as error:
             raise ValueError(f"config.json: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what config.json must hold so that transformers builds the same model."""
+        """Return the entries of a config.json from which transformers builds the same model."""
         arithmetic = {name: known[0] for name, known in FIXED.items()}
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         return (
@@ -172,23 +173,23 @@ class GPT2Config:
         return _gpt2(self)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every parameter: those that AdamW decays, matrices, come first.
+        """Return name -> shape of all parameters; matrices, which AdamW decays, come first.
 
         Names are Hugging Face's without "transformer."; Linear weights are (OC, C), as in llm.c.
         """
         return {name: one.shape for name, one in self.stack().parameters().items()}
 
     def num_parameters(self) -> int:
-        """Count the parameters; the lm_head is wte and counts once."""
+        """Return the number of parameters; wte, which is the lm_head too, counts once."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
     def flops_per_token(self, T: int) -> float:
-        """Count the floating-point operations, forward and backward, of a token among T tokens.
+        """Return the float operations per token, forward and backward, in texts of T tokens.
 
-        A multiply-add counts 2 forward and 4 backward: the gradients of input and weight. A query
-        sees T/2 keys on average. Softmax, layernorm, GELU and recomputation are not counted.
-        Kaplan et al. 2020, arXiv:2001.08361; PaLM, arXiv:2204.02311, with the causal half counted
-        only.
+        A multiply-add counts 2 operations forward and 4 backward (the gradients of input and
+        weight). A query attends to T/2 keys on average. Softmax, layernorm, GELU and recomputation
+        are not counted. Source: Kaplan et al. 2020, arXiv:2001.08361; PaLM, arXiv:2204.02311, which
+        counts all T keys.
         """
         return 6.0 * self.stack().flops(T)
 

@@ -1,10 +1,11 @@
-"""LanguageModel: what any GPT-2 can do that can be read, whatever its weights are stored in.
+"""LanguageModel: what every GPT-2 can compute without training, whatever the dtype of its weights.
 
-    generate, stream    continue prompts
-    logprobs            how likely a text is, token by token
-    embed               a vector for each text
+    __call__     logits, and hidden states
+    embed        a vector for each text
+    logprobs     the log-probability of each token
+    mean_loss    the mean over all tokens
 
-Checks what users give; the work is the decoder's and generate's. Knows nothing about training.
+It checks the arguments; the decoder computes. Knows nothing about training.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ class LanguageModel:
     Parameters
     ----------
     config : its shape
-    backend : that computes
+    backend : the ops that compute
 
     Attributes
     ----------
-    parameters : name -> array, see `gpt2c.model.reader.Decoder`; a subclass has them
+    parameters : name -> array, see `gpt2c.model.reader.Decoder`; a subclass sets it
     """
 
     parameters: Mapping[str, NDArray[Any]]
-    _weights: tuple[str, ...] = ()  # of what kind they are, where they are not float32
+    _weights: tuple[str, ...] = ()  # for repr: the kind of weights, unless float32
 
     def __init__(self, config: GPT2Config, backend: Backend) -> None:
         self.config = config
@@ -56,30 +57,31 @@ class LanguageModel:
             *self._weights,
             backend.name,
         ]
-        if backend.name != "numpy":  # whose threads are NumPy's
+        if backend.name != "numpy":  # NumPy has threads of its own
             facts.append(counted(backend.threads, "thread"))
         return f"{type(self).__name__}({', '.join(facts)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a model of its own: what a plain copy is, too."""
+        """Return a model with memory of its own, as copy.copy does."""
         return copy.copy(self)
 
     def decoder(self, slots: int = 1, capacity: int | None = None) -> Decoder:
-        """Return memory to read texts with: so many of them, so many tokens each (n_positions).
+        """Return a decoder for `slots` texts of `capacity` tokens each, n_positions if None.
 
         Raises
         ------
-        MemoryError : it does not fit
+        ValueError, MemoryError : see `gpt2c.model.reader.Decoder`
         """
         capacity = self.config.n_positions if capacity is None else capacity
         return Decoder(self.config, self.parameters, self.backend, slots, capacity)
 
     def check_prompts(self, idx: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return prompts as lists of token ids; an empty one becomes eos_token_id.
+        """Return prompts as lists of token ids; an empty prompt becomes [eos_token_id].
 
         Raises
         ------
-        ValueError : no prompts, not whole numbers, an id out of range, longer than n_positions
+        ValueError : no prompts, not whole numbers, an id out of range, longer than n_positions, or
+            an empty prompt without eos_token_id
         """
         if isinstance(idx, list | tuple) and all(_is_row(row) for row in idx):
             given = [row if len(row) else np.empty(0, int) for row in idx]
@@ -99,13 +101,14 @@ class LanguageModel:
             if len(row) > self.config.n_positions:
                 raise ValueError(
                     f"the prompt is {len(row):,} tokens; this model's context is"
-                    f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or its"
-                    f" last {counted(self.config.n_positions, 'token')} at most"
+                    f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or at most"
+                    f" its last {counted(self.config.n_positions, 'token')}"
                 )
         start = self.config.eos_token_id
         if start is None and any(len(row) == 0 for row in rows):
             raise ValueError(
-                "idx: a prompt is empty, and the config has no eos_token_id to start from"
+                "idx has an empty prompt, and the config has no eos_token_id to start it: give at"
+                " least one token"
             )
         return [row.tolist() or [start] for row in rows]
 
@@ -117,7 +120,8 @@ class LanguageModel:
             )
         if ids.shape[1] > self.config.n_positions:
             raise ValueError(
-                f"idx has rows of {ids.shape[1]} tokens, n_positions is {self.config.n_positions}"
+                f"idx has rows of {ids.shape[1]:,} tokens; this model's context is"
+                f" {self.config.n_positions:,} (n_positions): give shorter rows"
             )
         return ids
 
@@ -131,23 +135,24 @@ class LanguageModel:
     def __call__(self, idx: ArrayLike, hidden_states: bool) -> Array | tuple[Array, Array]: ...
 
     def __call__(self, idx: ArrayLike, hidden_states: bool = False) -> Array | tuple[Array, Array]:
-        """Return the logits of the next token at every position, in memory of their own.
+        """Return the logits of the next token at every position, in new arrays.
 
         Parameters
         ----------
         idx : (B, T) token ids in [0, V), T <= n_positions
-        hidden_states : return what lies between the layers, too
+        hidden_states : True returns the hidden states as well
 
         Returns
         -------
-        logits (B, T, V) float32; with hidden_states a pair of them and states (L + 1, B, T, C)
-        float32, as transformers' output_hidden_states has them: states[0] is the embeddings,
-        states[i] what layer i has written, and states[L], the last, ln_f of that
+        logits (B, T, V) float32; with hidden_states a pair, logits and states (L + 1, B, T, C)
+        float32, as transformers' output_hidden_states: states[0] is the embeddings, states[i] the
+        output of layer i, counted from 1, and states[L] the output of ln_f after the last layer
 
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range
         MemoryError : the results do not fit
+        RuntimeError : the model is a `GPT2` and another thread computes with it
         """
         tokens = self._check_tokens(idx)
         V, C, L = self.config.vocab_size, self.config.n_embd, self.config.n_layer
@@ -162,7 +167,7 @@ class LanguageModel:
         return logits if states is None else (logits, states)
 
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
-        """Write logits (B, T, V) and, where they are given, states (L + 1, B, T, C)."""
+        """Write logits (B, T, V) and, unless None, states (L + 1, B, T, C)."""
         decoder = self.decoder(1, tokens.shape[1])
         for b, row in enumerate(tokens):
             start, own = 0, None if states is None else states[:, b]
@@ -171,15 +176,15 @@ class LanguageModel:
                 start += len(hidden)
 
     def embed(self, idx: ArrayLike | Sequence[Sequence[int]]) -> Array:
-        """Return a vector for each text: the mean of its tokens' last hidden states, ln_f's output.
+        """Return a vector for each text: the mean of ln_f's output over its tokens.
 
-        It is not normalised; the cosine of two of them says how alike their texts are. A text's
-        vector does not depend on the others.
+        Vectors are not normalised; the cosine of two vectors measures how similar their texts are.
+        A text's vector does not depend on the other texts.
 
         Parameters
         ----------
         idx : N texts of token ids, (N, T) or a list of lists of different lengths, up to
-            n_positions tokens; one without tokens counts as eos_token_id of the config
+            n_positions tokens; an empty text becomes [eos_token_id]
 
         Returns
         -------
@@ -187,8 +192,8 @@ class LanguageModel:
 
         Raises
         ------
-        ValueError : no texts, not whole numbers, an id out of range, longer than n_positions
-        MemoryError : the keys and values of the longest do not fit
+        ValueError : see `check_prompts`
+        MemoryError : the keys and values of the longest text do not fit
         """
         texts = self.check_prompts(idx)
         decoder = self.decoder(1, max(map(len, texts)))
@@ -200,7 +205,7 @@ class LanguageModel:
         return vectors
 
     def logprobs(self, idx: ArrayLike) -> Array:
-        """Return the log-probability of each token after those before it, (B, T-1) float32, nats.
+        """Return the log-probability of each token given those before it, (B, T-1) float32 in nats.
 
         Parameters
         ----------
@@ -209,19 +214,28 @@ class LanguageModel:
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range
+        MemoryError : the keys and values of a row do not fit
         """
         tokens = self._check_tokens(idx)
         if tokens.shape[1] < 2:
-            raise ValueError("idx: rows of at least 2 tokens are wanted, the first is not scored")
+            raise ValueError(
+                "idx must have rows of at least 2 tokens, got 1: the first is not scored"
+            )
         decoder = self.decoder(1, tokens.shape[1] - 1)
         return np.stack([-decoder.losses(row[:-1], row[1:]) for row in tokens])
 
     def mean_loss(self, idx: ArrayLike, targets: ArrayLike) -> float:
-        """Mean nats per token of targets (B, T), already shifted; -1 is ignored. Keeps nothing.
+        """Return the mean loss in nats per token, without memory for a backward pass.
+
+        Parameters
+        ----------
+        idx : (B, T) token ids in [0, V), T <= n_positions
+        targets : (B, T), the token that follows each: already shifted; -1 is ignored
 
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range, every target ignored
+        MemoryError : the keys and values of a row do not fit
         """
         tokens = self._check_tokens(idx)
         wanted = self._check_targets(targets, tokens.shape)
@@ -234,12 +248,12 @@ class LanguageModel:
         if ids.shape != shape:
             raise ValueError(f"targets must have the shape of idx, {shape}, got {ids.shape}")
         if not (ids >= 0).any():
-            raise ValueError("targets are all -1 (ignored): there is nothing to take the mean of")
+            raise ValueError("targets are all -1 (ignored): give at least one token id")
         return ids
 
 
 def _one_row(ids: NDArray[Any]) -> str:
-    """Say how one text is passed where several are wanted."""
+    """Return a hint if one text was passed where several are wanted, else ""."""
     return ": for one text pass ids[None], or [ids]" if ids.ndim == 1 and ids.size else ""
 
 
@@ -248,18 +262,20 @@ def _is_row(row: Any) -> bool:
 
 
 def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
-    """Copy `ids` as C-contiguous int32; refuse what is not whole numbers in [low, high)."""
+    """Return a C-contiguous int32 copy of `ids`; refuse all but whole numbers in [low, high)."""
     try:
         array = np.asarray(ids)
     except ValueError as error:  # nested lists of different lengths
-        raise ValueError(f"{name} must be an array of whole numbers, all rows as long") from error
+        raise ValueError(
+            f"{name} must be an array of whole numbers in rows of one length"
+        ) from error
     if array.size and array.dtype.kind not in "iu":  # an empty list is float64
-        is_number = array.dtype.kind in "fcb"  # of the others the dtype would say nothing
+        is_number = array.dtype.kind in "fcb"  # the dtype of other kinds explains nothing
         came = f"dtype {array.dtype}" if is_number else f"{ids!r:.50}"
         raise ValueError(f"{name} must be whole numbers, got {came}")
-    copy = np.empty(array.shape, np.int32)  # what is too large is so before all of it was read
+    copy = np.empty(array.shape, np.int32)  # before reading: too large an array fails early
     if array.size and not (low <= array.min() and array.max() < high):
         wrong = array[(array < low) | (array >= high)].flat[0]
         raise ValueError(f"{name}: token id {wrong} is not in [{low}, {high})")
-    copy[...] = array  # backward reads it when the caller may not keep it
+    copy[...] = array  # backward reads the ids after the caller may have changed them
     return copy

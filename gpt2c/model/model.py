@@ -122,7 +122,7 @@ class Model(LanguageModel):
             parameter[...] = tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of."""
+        """Return the state of a copy or pickle."""
         return {
             "config": self.config,
             "backend": (self.backend.name, self.backend.threads),
@@ -132,7 +132,7 @@ class Model(LanguageModel):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a model with memory of its own."""
+        """Set up the model from a state, in memory of its own."""
         backend = same_backend(*state["backend"])
         Model.__init__(self, state["config"], None, backend, state["recompute"])
         self.flat_parameters[...] = state["parameters"]

@@ -1,4 +1,4 @@
-"""Owner: one thread computes with a model at a time, and a second is refused."""
+"""Owner: one thread at a time computes with a model; a second thread gets an error."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ __all__ = ["Owner"]
 
 
 class Owner:
-    """Knows the thread that computes with a model, and the one whose loss lies in its memory."""
+    """The thread that computes with a model, and the thread that computed its last loss."""
 
     def __init__(self) -> None:
-        self._claims: dict[object, threading.Thread] = {}  # of threads that compute or are refused
+        self._claims: dict[object, threading.Thread] = {}  # one per call of `alone`, oldest first
         self._of_loss: threading.Thread | None = None
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Refuse a second thread: it would write over the first one's activations.
+        """Refuse a second thread: it would overwrite the first thread's activations.
 
-        No lock: Ctrl-C may come before a `with` has noted that it has one, and a fork may leave its
-        owner behind. The claim of a thread that is gone, or of this thread's past, counts for
-        nothing.
+        A lock could stay locked for ever: Ctrl-C may come before `with` is ready to release it, and
+        a forked child may lack the thread that took it. A claim does not count if its thread has
+        ended, or if it is an older claim of this thread.
 
         Raises
         ------
-        RuntimeError : another thread computes, or a signal's handler has computed meanwhile
+        RuntimeError : another thread computes, or a signal handler computed during this call
         """
         me, claim = threading.current_thread(), object()
         try:
-            self._claims[claim] = me  # no other thread sees half of this step or of those below
+            self._claims[claim] = me  # atomic, as is each use of the dict below
             for other, thread in list(self._claims.items()):
                 if other is claim:
-                    break  # the first of the claims that stand
+                    break  # no older claim counts
                 if thread is not me and thread in threading.enumerate():
                     raise RuntimeError(
-                        "another thread computes with this model: let one wait for the other, or"
-                        " give each thread a model; generate and logprobs have memory of their own"
+                        "another thread computes with this model: wait for it, or give each thread"
+                        " its own model; generate and logprobs can run at the same time"
                     )
                 self._claims.pop(other, None)
             yield
             if claim not in self._claims:
                 raise RuntimeError(
-                    "the handler of a signal computed with this model in the middle of this: call"
-                    " it again"
+                    "a signal handler interrupted this call and computed with this model: call it"
+                    " again"
                 )
         finally:
             self._claims.pop(claim, None)
 
     def note_loss(self) -> None:
-        """Note that this thread has computed the last loss."""
+        """Note that this thread computed the last loss."""
         self._of_loss = threading.current_thread()
 
     def check_loss(self) -> None:
-        """Refuse a thread that has not computed the last loss.
+        """Refuse all threads but the one that computed the last loss.
 
         Raises
         ------
-        RuntimeError : another thread has
+        RuntimeError : another thread computed it
         """
         if self._of_loss is not threading.current_thread():
             raise RuntimeError(

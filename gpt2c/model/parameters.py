@@ -1,4 +1,4 @@
-"""Parameters from elsewhere: whether they are a config's, and what memory taking them costs."""
+"""Tensors to load: whether they fit a config, and how much memory converting them takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Tensor", "check_shapes", "converted_bytes"]
 
 
 class Tensor(Protocol):
-    """An array, or what becomes one when its numbers are asked for, as those of a file."""
+    """An array, or an object that np.asarray reads into one, such as a tensor of a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102
@@ -26,7 +26,7 @@ class Tensor(Protocol):
 def check_shapes(
     shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], source: str
 ) -> None:
-    """Refuse tensors that are not those of `shapes`; `source` names them in errors.
+    """Refuse tensors whose names or shapes are not those of `shapes`; errors name `source`.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def check_shapes(
 
 
 def converted_bytes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the memory for stored tensors that are not of float32: they pass one at a time."""
+    """Return, for `require`, the memory to convert stored tensors to float32 one at a time."""
     sizes = [
         4 * math.prod(tensor.shape)
         for tensor in tensors.values()

@@ -1,8 +1,8 @@
-"""QuantizedModel: a model to read only, whose weights take 8 or 16 bits each.
+"""QuantizedModel: a model for inference only, whose weights take 8 or 16 bits each.
 
-Reading a model is as fast as its weights come from memory, so a quarter of the bytes is up to four
-times the speed. int8 rounds each row of a matrix to 255 steps of its own largest weight; fp16 keeps
-11 bits of each. What the layers compute with them stands in `gpt2c.kernels.reference`.
+Memory bandwidth limits inference, so a quarter of the bytes can make it four times as fast. int8
+rounds each row of a matrix to 255 steps between plus and minus its largest weight; fp16 keeps 11
+bits of each weight. `gpt2c.kernels.reference` defines what the layers compute with them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gpt2c.model.parameters import Tensor, converted_bytes
 
 __all__ = ["DTYPES", "QuantizedModel", "round_rows", "shapes_of"]
 
-STEPS = 127  # from 0 to a row's largest weight, and as many below 0
-ROWS = 1024  # rounded at a time, so that what is computed on the way stays small
+STEPS = 127  # steps from 0 to a row's largest weight, and as many below 0
+ROWS = 1024  # rows rounded at a time, so that the temporary arrays stay small
 DTYPES = {"int8": np.uint8, "fp16": np.float16}
 
 
 class QuantizedModel(LanguageModel):
-    """A GPT-2 whose wte and Linear weights are int8 or fp16; it is read, not trained.
+    """A GPT-2 for inference only, whose wte and Linear weights are int8 or fp16.
 
     Parameters
     ----------
@@ -39,15 +39,16 @@ class QuantizedModel(LanguageModel):
 
     Attributes
     ----------
-    parameters : name -> array; of int8 uint8 weights, 128 too large, and beside "x.weight" its
-        rows' factors "x.scale", float32; of fp16 float16 weights. Vectors and wpe stay float32
+    parameters : name -> array. With "int8" a weight "x.weight" is uint8, an integer plus 128, and
+        "x.scale" holds a float32 factor for each of its rows; with "fp16" weights are float16.
+        Vectors and wpe stay float32
 
     Raises
     ------
     ValueError : an unknown method or backend; int8 with more than 65536 channels
     MemoryError : the weights do not fit
 
-    It is copied and pickled as a `gpt2c.GPT2` is.
+    Copies and pickles work as those of a `gpt2c.GPT2`.
     """
 
     def __init__(
@@ -60,28 +61,31 @@ class QuantizedModel(LanguageModel):
         super().__init__(config, as_backend(backend, threads))
         if method not in DTYPES:
             raise ValueError(f"quantize must be one of {', '.join(DTYPES)}, got {method!r}")
-        if method == "int8" and config.inner > LONGEST:
-            raise ValueError(f"int8 weights have at most {LONGEST} channels, got {config.inner}")
+        longest = max(config.n_embd, config.inner)
+        if method == "int8" and longest > LONGEST:
+            raise ValueError(f"int8 weights have at most {LONGEST} channels, got {longest}")
         self.method = method
         self._weights = (method,)
         self.parameters = _lay_out(config, method)
 
     @classmethod
     def from_model(cls, model: LanguageModel, method: str) -> Self:
-        """Round the weights of a `GPT2`, which stays as it is.
+        """Return a quantized copy of a `GPT2`, which stays unchanged.
 
         Raises
         ------
-        ValueError : an unknown method, or weights that cannot be rounded
+        ValueError : an unknown method, a quantized model, or a weight that is not finite or beyond
+            fp16's range
+        MemoryError : the weights do not fit
         """
         if isinstance(model, QuantizedModel):
-            raise ValueError(f"the model has {model.method} weights already: start from a GPT2")
+            raise ValueError(f"the model already has {model.method} weights: start from a GPT2")
         quantized = cls(model.config, method, model.backend)
         quantized.round(model.parameters, "the model")
         return quantized
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of."""
+        """Return the state of a copy or pickle."""
         return {
             "config": self.config,
             "method": self.method,
@@ -90,16 +94,16 @@ class QuantizedModel(LanguageModel):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a model with memory of its own."""
+        """Set up the model from a state, in memory of its own."""
         backend = same_backend(*state["backend"])
         QuantizedModel.__init__(self, state["config"], state["method"], backend)
         for name, parameter in self.parameters.items():
             parameter[...] = state["parameters"][name]
 
     def round(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Round tensors, whose shapes fit, into the parameters."""
+        """Round tensors, whose names and shapes fit, into the parameters; errors name `source`."""
         require(
-            "rounding the weights", converted_bytes(tensors), "close what else takes memory here"
+            "rounding the weights", converted_bytes(tensors), "close programs that use much memory"
         )
         for name in tensors:
             self._round_one(name, np.asarray(tensors[name]), source)
@@ -108,7 +112,8 @@ class QuantizedModel(LanguageModel):
         if not np.isfinite(tensor).all():
             bits = 8 * np.dtype(DTYPES[self.method]).itemsize
             raise ValueError(
-                f"{source}: {name} holds nan or infinity; only finite weights become {bits} bits"
+                f"{source}: {name} holds nan or infinity; only finite weights can be rounded to"
+                f" {bits} bits"
             )
         parameter = self.parameters[name]
         if parameter.dtype == np.uint8:
@@ -121,7 +126,7 @@ class QuantizedModel(LanguageModel):
                 raise ValueError(f"{source}: {name} holds numbers beyond fp16's range, 65504")
 
     def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Copy quantized tensors, whose shapes fit, into the parameters."""
+        """Copy quantized tensors, whose names and shapes fit; errors name `source`."""
         for name, parameter in self.parameters.items():
             if tensors[name].dtype != parameter.dtype:
                 raise ValueError(
@@ -132,18 +137,18 @@ class QuantizedModel(LanguageModel):
                 raise ValueError(f"{source}: {name} holds nan or infinity")
 
     def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = False) -> float:
-        """Mean nats per token; keep=True is refused, as `backward` is.
+        """Return the mean loss in nats per token.
 
         Raises
         ------
-        ValueError : see `LanguageModel.mean_loss`
+        ValueError : see `LanguageModel.mean_loss`; keep=True, as there is no `backward`
         """
         if keep:
             self.backward()
         return self.mean_loss(idx, targets)
 
     def backward(self, scale: float = 1.0) -> None:
-        """Refuse.
+        """Refuse: rounded weights have no gradients.
 
         Raises
         ------
@@ -156,9 +161,9 @@ class QuantizedModel(LanguageModel):
 
 
 def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.floating[Any]]) -> None:
-    """Write weight (OC, C) and scale (OC,): scale * (weight - 128) is tensor, nearly.
+    """Write weight (OC, C) and scale (OC,): scale * (weight - 128) approximates tensor (OC, C).
 
-    A row's largest number becomes 127 steps up or down, 0 stays 0; a row below TINY becomes 0.
+    A row's largest magnitude becomes 127 steps, and 0 stays 0. If it is at most TINY, all become 0.
     """
     for start in range(0, len(tensor), ROWS):
         rows = slice(start, start + ROWS)
@@ -179,7 +184,7 @@ def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...],
 
 
 def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
-    """Return parameters of zeros in one piece of memory: pages are large, rows aligned."""
+    """Return zeroed parameters in one block, for huge pages; each starts on a cache line."""
     wanted = _layout(config, method)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
     lines = {name: -(-size // 64) * 64 for name, size in sizes.items()}
@@ -195,5 +200,5 @@ def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
 
 
 def shapes_of(config: GPT2Config, method: str) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the parameters of a model with such weights."""
+    """Return name -> shape of a quantized model's parameters."""
     return {name: shape for name, (shape, _) in _layout(config, method).items()}

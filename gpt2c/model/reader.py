@@ -1,9 +1,9 @@
-"""Decoder: a model that is read, token after token, with the keys and values of what it has read.
+"""Decoder: a model reads texts, token after token, and caches their keys and values.
 
-Reading a text costs one pass over the weights for each chunk of it, not for the whole text again
-for each token. Two ways lead through the layers: the blocks' own forward, which reads many tokens
-of one text; and the kernels' `decode_step`, one call for one token of each of several texts, in
-which a row's bits do not depend on the others.
+A text costs one pass over the weights for each chunk of new tokens; earlier tokens are not computed
+again. Two ways lead through the layers. The blocks' own forward takes many tokens of one text. The
+kernels' `decode_step` takes one token of each of several texts in one call; the bits of a row do
+not depend on the other rows.
 
 Knows nothing about sampling or text.
 """
@@ -27,22 +27,23 @@ from gpt2c.model.plan import Activations
 
 __all__ = ["CHUNK", "Decoder"]
 
-# Rows read at a time: enough for the arithmetic to outweigh the weights, few enough to stay cached.
+# Tokens in one pass: enough that arithmetic takes longer than loading the weights, and few enough
+# that the activations stay in the cache.
 CHUNK = 512
-LOGITS_ROWS = 64  # of a text that is scored: 13 MB at V = 50257
+LOGITS_ROWS = 64  # rows of logits in memory while a text is scored: 13 MB at V = 50257
 
 
 class Decoder:
-    """A model's weights with caches for some texts.
+    """A model's weights, and caches of keys and values for several texts.
 
     Parameters
     ----------
-    config : the model's
+    config : the model's config
     parameters : name -> array as `GPT2.parameters`; Linear weights and wte may be float16, or uint8
-        with a float32 array "....scale" beside them
-    backend : that computes
-    slots : how many texts there are room for
-    capacity : how many tokens of each, n_positions at most
+        with a float32 array "x.scale" beside "x.weight"
+    backend : the ops that compute
+    slots : the number of texts, a slot for each
+    capacity : the most tokens of a text, at most n_positions
 
     Attributes
     ----------
@@ -50,8 +51,8 @@ class Decoder:
 
     Raises
     ------
-    ValueError : slots or capacity no whole number or out of range, parameters that are not the
-        config's
+    ValueError : slots or capacity is no whole number or out of range, or parameters do not fit
+        the config
     MemoryError : the caches do not fit
     """
 
@@ -68,9 +69,9 @@ class Decoder:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if not 1 <= capacity <= config.n_positions:
             raise ValueError(
-                f"capacity must be in [1, {config.n_positions}], n_positions, got {capacity}"
+                f"capacity must be in [1, {config.n_positions}] (n_positions), got {capacity}"
             )
-        # Views of its own: C trusts their shapes, whatever becomes of those that others hold.
+        # Own views: C trusts their shapes, and a caller can change the shapes of arrays it holds.
         parameters = {name: array.view() for name, array in parameters.items()}
         check_parameters(config, parameters)
         self.config = config
@@ -102,17 +103,18 @@ class Decoder:
     def step(
         self, tokens: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[np.int32]
     ) -> Array:
-        """Read one more token of each of N texts; give the logits (N, V) of what follows.
+        """Read one more token of each of N texts; return the logits (N, V) of the next tokens.
 
-        They are void after the next call.
+        The next call overwrites the logits.
 
         Parameters
         ----------
-        tokens, slots, positions : (N,) int32, N <= slots, all slots different
+        tokens, slots, positions : (N,) int32: each token, the slot of its text, all different, and
+            its position in the text; N is at most the decoder's slots
 
         Raises
         ------
-        ValueError : arrays of another shape or dtype, or a number in them out of range
+        ValueError : arrays of another shape or dtype, a number out of range, or a slot given twice
         """
         if _length("tokens", tokens) > self.slots:
             raise ValueError(
@@ -135,20 +137,20 @@ class Decoder:
         return logits
 
     def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
-        """Read T more tokens of one text; give the logits (V,) of what follows the last.
+        """Read T more tokens of one text; return the logits (V,) of the next token.
 
         Parameters
         ----------
         tokens : (T,) int32, at least one
-        slot : the text's
-        position : where the first of them stands; position + T is at most the capacity
+        slot : the slot of the text
+        position : the position of the first of these tokens; position + T is at most the capacity
 
         Raises
         ------
-        ValueError : the tokens do not fit, or are not int32 (T,) in the vocabulary
+        ValueError : see `hidden`; no tokens
         """
         if _length("tokens", tokens) == 0:
-            raise ValueError("at least one token is wanted, got none")
+            raise ValueError("tokens must hold at least one token, got none")
         for rows in self.hidden(tokens, slot, position):
             last = rows[-1:]
         logits = np.empty((1, self.config.vocab_size), np.float32)
@@ -163,15 +165,15 @@ class Decoder:
         position: int,
         states: Array | None = None,
     ) -> Iterator[Array]:
-        """Read tokens as `read` does; give ln_f's output (at most CHUNK, C), chunk after chunk.
+        """Read tokens as `read` does; yield ln_f's output (at most CHUNK, C), chunk after chunk.
 
-        A chunk is void when the next one is asked for.
+        The next chunk overwrites the one before.
 
         Parameters
         ----------
         tokens, slot, position : see `read`
-        states : (L + 1, T, C) float32, written where it is given: the residual stream before each
-            layer, and ln_f's output
+        states : (L + 1, T, C) float32, written unless None: the residual stream before each layer,
+            and ln_f's output
 
         Raises
         ------
@@ -183,8 +185,8 @@ class Decoder:
         end = position + len(tokens)
         if not (0 <= slot < self.slots and 0 <= position <= end <= self.capacity):
             raise ValueError(
-                f"{counted(len(tokens), 'token')} at {position} in slot {slot} do not fit"
-                f" {counted(self.slots, 'text')} of {counted(self.capacity, 'token')}"
+                f"{counted(len(tokens), 'token')} from position {position} on in slot {slot} do not"
+                f" fit into {counted(self.slots, 'slot')} of {counted(self.capacity, 'token')}"
             )
         for start in range(0, len(tokens), CHUNK):
             part = slice(start, start + CHUNK)
@@ -193,11 +195,11 @@ class Decoder:
             yield self._stack.forward(run, ids, None if states is None else states[:, None, part])
 
     def logits(self, out: Array, rows: Array) -> None:
-        """Write the lm_head's output (N, V) of rows (N, C) of `hidden`.
+        """Write the logits (N, V) of rows (N, C), which `hidden` yields, to `out`.
 
         Raises
         ------
-        ValueError : arrays of another shape, dtype or layout, or out cannot be written
+        ValueError : arrays of another shape, dtype or layout, or a read-only out
         """
         V, C = self.config.vocab_size, self.config.n_embd
         for name, array, columns in (("out", out, V), ("rows", rows, C)):
@@ -218,20 +220,21 @@ class Decoder:
         position: int = 0,
         likeliest: NDArray[np.bool_] | None = None,
     ) -> Array:
-        """Read a text's tokens (T,) from `position` on in slot 0, and look up what follows each.
+        """Read tokens of the text in slot 0; return the loss of the target that follows each.
 
         Parameters
         ----------
         tokens, targets : (T,) int32; -1 is a target to ignore
-        likeliest : (T,), written where it is given: whether each target was the likeliest token
+        position : see `read`
+        likeliest : (T,), written unless None: whether each target was the most probable token
 
         Returns
         -------
-        (T,) float32, -log p of each target in nats, 0 where it is ignored
+        (T,) float32, -log p of each target in nats, 0 for an ignored target
 
         Raises
         ------
-        ValueError : as `hidden`, or targets that are not as many, or not in [-1, V)
+        ValueError : see `hidden`; targets are not int32 (T,) in [-1, V)
         """
         count = _length("tokens", tokens)
         check_int32("targets", targets, (count,), -1, self.config.vocab_size)
@@ -253,7 +256,7 @@ class Decoder:
         return losses
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let one text begin with the first `length` tokens of another."""
+        """Copy the keys and values of the first `length` tokens from slot `source` to `target`."""
         for cache in (self.keys, self.values):
             cache[:, target, :, :length] = cache[:, source, :, :length]
 
@@ -273,7 +276,7 @@ def _length(name: str, ids: Any) -> int:
 
     Raises
     ------
-    ValueError : it is something else
+    ValueError : another type or shape
     """
     if not isinstance(ids, np.ndarray) or ids.ndim != 1:
         raise ValueError(f"{name} must be an int32 array (T,), got {ids!r:.50}")
@@ -281,7 +284,7 @@ def _length(name: str, ids: Any) -> int:
 
 
 def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse parameters that the kernels could not read as `config` says: whoever made them.
+    """Refuse parameters that do not fit the config: the kernels would read beyond their memory.
 
     Raises
     ------

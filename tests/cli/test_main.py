@@ -377,7 +377,7 @@ def test_each_line_typed_is_continued(
     wrong, speed = err.splitlines(keepends=True)
     assert (
         wrong == "gpt2c: the prompt is 12 tokens; this model's context is 8 (n_positions): give a"
-        " shorter prompt, or its last 8 tokens at most\n"
+        " shorter prompt, or at most its last 8 tokens\n"
     )
     assert int(re.fullmatch(SPEED, speed)[1]) == 9
 

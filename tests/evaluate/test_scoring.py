@@ -77,7 +77,7 @@ def test_what_logprobs_refuses() -> None:
         assert "at least 2 tokens" in refused(kind.logprobs, [[1]])
         assert "got shape (2,)" in refused(kind.logprobs, [1, 2])
         assert "token id 61 is not in [0, 61)" in refused(kind.logprobs, [[1, 61]])
-        assert "n_positions is 16" in refused(kind.logprobs, np.zeros((1, 17), int))
+        assert "context is 16 (n_positions)" in refused(kind.logprobs, np.zeros((1, 17), int))
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)

@@ -103,7 +103,7 @@ def test_transformers_other_names_for_sizes(alias: str, name: str) -> None:
         GPT2Config.from_dict({alias: 24}) == GPT2Config.from_dict({alias: 24, name: 24}) == expected
     )
     message = refused(GPT2Config.from_dict, {alias: 24, name: 36})
-    assert message == f"config.json: {alias} and {name} are one number, got 24 and 36"
+    assert message == f"config.json: {alias} and {name} must be equal, got 24 and 36"
     assert refused(GPT2Config.from_dict, {alias: "24"}).startswith(f"config.json: {name} must be")
 
 

@@ -189,6 +189,8 @@ def test_too_many_channels_are_refused() -> None:
     config = GPT2Config(1, n_positions=1, n_embd=1, n_layer=1, n_head=1, n_inner=65537)
     assert "65536 channels, got 65537" in refused(QuantizedGPT2, config, "int8")
     QuantizedGPT2(config, "fp16")
+    wide = GPT2Config(1, n_positions=1, n_embd=65600, n_layer=1, n_head=1, n_inner=8)
+    assert "65536 channels, got 65600" in refused(QuantizedGPT2, wide, "int8")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -356,7 +358,7 @@ def test_weights_that_are_no_numbers_are_not_rounded(method: str, bits: int) -> 
     model.parameters["wte.weight"][3, 3] = np.nan
     message = refused(QuantizedGPT2.from_model, model, method)
     assert message.endswith(
-        f"wte.weight holds nan or infinity; only finite weights become {bits} bits"
+        f"wte.weight holds nan or infinity; only finite weights can be rounded to {bits} bits"
     )
 
 

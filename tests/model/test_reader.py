@@ -14,7 +14,9 @@ from gpt2c.gpt2 import QuantizedGPT2
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import normalised_error
+from gpt2c.kernels.memory import view
 from gpt2c.kernels.reference.linear import MIDDLE
+from gpt2c.model import reader
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.reader import Decoder
 
