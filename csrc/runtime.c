@@ -4,7 +4,7 @@
 
 int cpu_supports(const char *feature) {
 #if defined(__x86_64__) || defined(__i386__)
-    /* The builtin takes literals only. It also asks whether the operating system saves the wide registers. */
+    /* The builtin takes literals only. It also checks whether the operating system saves the wide registers. */
     __builtin_cpu_init();
     if (!strcmp(feature, "sse2")) return __builtin_cpu_supports("sse2") != 0;
     if (!strcmp(feature, "avx2")) return __builtin_cpu_supports("avx2") != 0;
