@@ -156,14 +156,14 @@ def trim_cache() -> None:
             path.unlink()
 
 
-# A kernel in csrc/gpt2c.h: what it returns, its name, its parameters before `Team *team`.
+# A kernel in csrc/gpt2c.h: its result, its name, its parameters before `Team *team`.
 KERNEL = re.compile(r"^(void|double) (\w+)\(([^;]*),\s*Team \*team\);", re.MULTILINE)
 
 
 def call_together(kernel: re.Match[str]) -> str:
-    """Write what Python calls a kernel by: the same parameters, but a pool in place of the team.
+    """Write the C function by which Python calls a kernel: it takes a pool in place of the team.
 
-    All threads of the pool run the kernel, so its arguments are put where all of them find them.
+    All threads of the pool run the kernel, so the arguments are stored where all of them look.
     """
     result, name, parameters = kernel[1], kernel[2], " ".join(kernel[3].split())
     names = [parameter.split()[-1].lstrip("*") for parameter in parameters.split(",")]
@@ -171,7 +171,7 @@ def call_together(kernel: re.Match[str]) -> str:
     call = f"{name}({', '.join(f'a->{n}' for n in names)}, team)"
     if result == "void":
         fields, run, give = members, f"{call};", ""
-    else:  # each thread gets the result, the caller's is returned
+    else:  # each thread computes the result; the caller's is returned
         fields = f"{members}    {result} result;\n"
         run = f"const {result} result = {call};\n    if (team->member == 0) a->result = result;"
         give = "    return a.result;\n"

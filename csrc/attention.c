@@ -1,23 +1,23 @@
-/* Causal multi-head attention, block by block: out = softmax(mask(q k^T / sqrt(HS))) v for each head.
+/* Causal multi-head attention, block by block: out = softmax(mask(q k^T / sqrt(HS))) v for each head; q, k, v (T,HS).
  *
  * Method: FlashAttention (Dao et al. 2022, arXiv:2205.14135; online softmax, Milakov and Gimelshein 2018,
- * arXiv:1805.02867). Scores exist only for one block of TILE keys x TILE queries at a time, in the first-level cache.
- * Forward keeps, beside the output, one number a query: lse, the log of the softmax's denominator. Backward recomputes
- * each block of probabilities as exp(score - lse). What lies above the diagonal is skipped, so half of T x T is
- * computed.
+ * arXiv:1805.02867). A thread has the scores of one block of TILE keys x TILE queries at a time, in its first-level
+ * cache. Beside the output, forward keeps one number for each query: lse, the log of the softmax denominator. Backward
+ * recomputes the probabilities of a block as exp(score - lse). Blocks above the diagonal are skipped, which halves the
+ * work.
  *
- * Queries lie across the lanes of a vector: scores are stored as k q^T, so that a softmax, which runs over keys, goes
- * down the rows and never across lanes. The left side of a product is then read as it lies in memory, a number for all
- * lanes at a time, the right side row by row: only q and, backward, dout are ever copied, and no key or value is.
+ * Scores are stored as k q^T, with queries across the lanes of a vector. A softmax, which runs over keys, then goes
+ * down the rows and never across lanes. A product reads its left operand in place, one number repeated in all lanes,
+ * and its right operand row by row. So q and, in backward, dout are copied, but no key or value is.
  *
- * Threads share heads (forward, blocks of queries too). The order of every sum is fixed by T alone. */
+ * Threads share the heads and, in forward, the blocks of queries. The order of each sum depends on T alone. */
 
 #include "internal.h"
 #include "vmath.h"
 
 enum { TILE = 64 };
 
-/* A microkernel's tile is ROWS x WIDTH; with two vectors of the right side it must fit the registers, 32 or 16. */
+/* A tile of a product is ROWS x WIDTH. With two vectors of the right operand it must fit the registers, 32 or 16. */
 #if VF_LEN == 16
 enum { ROWS = 8 };
 #elif VF_LEN == 1
@@ -26,31 +26,25 @@ enum { ROWS = 2 };
 enum { ROWS = 4 };
 #endif
 enum { WIDTH = 2 * VF_LEN };
-/* What a ROWS of keys reads of a WIDTH of queries was written for all of it, or for none. */
+/* So score() writes all pairs of ROWS keys and WIDTH queries or none of them, and sum_over_queries() relies on it. */
 _Static_assert(WIDTH % ROWS == 0 && TILE % WIDTH == 0, "tiles of attention must nest");
 
-/* A head's channels in scratch: padded with zeros to whole vectors. */
+/* The channels of a head in scratch, padded with zeros to whole vectors. */
 static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }
 
-/* Of one thread; the backward pass needs the most, dk and dv of a whole head among it. */
-static int64_t share(int64_t T, int64_t HS) {
+/* Floats for one thread. The backward pass needs the most, because it holds dk and dv of a whole head. */
+static int64_t thread_scratch_size(int64_t T, int64_t HS) {
     return 2 * TILE * TILE + 3 * TILE * HS + 2 * (TILE + round_up(T, TILE)) * padded(HS);
 }
 
-int64_t attention_scratch_size(int64_t T, int64_t HS, int threads) { return threads * share(T, HS); }
+int64_t attention_scratch_size(int64_t T, int64_t HS, int threads) { return threads * thread_scratch_size(T, HS); }
 
 /* ---- products of blocks ------------------------------------------------------------------------------------- */
 
-/* The left side of a product: element (i, k), where k is summed over, is at data[i * row + k * step]. */
-typedef struct {
-    const float *data;
-    int64_t row, step;
-} Left;
-
-/* c (rows x vectors * VF_LEN) (+)= left b over `depth`; rows of c are ldc apart, rows of b ldb. */
-static inline __attribute__((always_inline)) void microkernel(float *restrict c, int64_t ldc, Left left,
-                                                              const float *restrict b, int64_t ldb, int64_t depth,
-                                                              int accumulate, const int rows, const int vectors) {
+/* c (rows x vectors * VF_LEN, row stride ldc) (+)= left (rows x depth) b (depth rows, row stride ldb). */
+static inline __attribute__((always_inline)) void tile_product(float *restrict c, int64_t ldc, Operand left,
+                                                               const float *restrict b, int64_t ldb, int64_t depth,
+                                                               int accumulate, const int rows, const int vectors) {
     vf acc[ROWS][2];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++) acc[i][j] = accumulate ? vf_load(c + i * ldc + j * VF_LEN) : vf_set1(0.0f);
@@ -58,7 +52,7 @@ static inline __attribute__((always_inline)) void microkernel(float *restrict c,
         vf bk[2];
         for (int j = 0; j < vectors; j++) bk[j] = vf_load(b + k * ldb + j * VF_LEN);
         for (int i = 0; i < rows; i++) {
-            vf ai = vf_set1(left.data[i * left.row + k * left.step]);
+            vf ai = vf_set1(left.data[i * left.row_stride + k * left.k_stride]);
             for (int j = 0; j < vectors; j++) acc[i][j] = vf_fma(ai, bk[j], acc[i][j]);
         }
     }
@@ -66,73 +60,76 @@ static inline __attribute__((always_inline)) void microkernel(float *restrict c,
         for (int j = 0; j < vectors; j++) vf_store(c + i * ldc + j * VF_LEN, acc[i][j]);
 }
 
-/* c (m x n) (+)= left b; n is a multiple of VF_LEN. */
-static inline __attribute__((always_inline)) void product(float *c, int64_t ldc, Left left, const float *b, int64_t ldb,
-                                                          int64_t m, int64_t n, int64_t depth, int accumulate) {
+/* c (m x n) (+)= left (m x depth) b (depth x n); n is a multiple of VF_LEN. */
+static inline __attribute__((always_inline)) void block_product(float *c, int64_t ldc, Operand left, const float *b,
+                                                                int64_t ldb, int64_t m, int64_t n, int64_t depth,
+                                                                int accumulate) {
     for (int64_t i = 0; i < m;) {
         const int whole = m - i >= ROWS;
-        const Left rows = {left.data + i * left.row, left.row, left.step};
+        const Operand rows = {left.data + i * left.row_stride, left.row_stride, left.k_stride};
         for (int64_t j = 0; j < n;) {
             const int wide = n - j >= WIDTH;
             float *to = c + i * ldc + j;
             if (whole && wide)
-                microkernel(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 2);
+                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 2);
             else if (whole)
-                microkernel(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 1);
+                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 1);
             else
-                microkernel(to, ldc, rows, b + j, ldb, depth, accumulate, 1, 1);
+                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, 1, 1);
             j += whole && wide ? WIDTH : VF_LEN;
         }
         i += whole ? ROWS : 1;
     }
 }
 
-/* Where a block lies: its first query stands `ahead` positions after its first key. */
+/* A block of scores: its first query is `offset` positions after its first key, and it has `keys` keys. */
 typedef struct {
-    int64_t ahead, keys;
+    int64_t offset, keys;
 } Block;
 
-/* The block's keys that a query of the WIDTH around lane j may see. */
-static int64_t visible(Block block, int64_t j) { return min64(block.keys, block.ahead + j / WIDTH * WIDTH + WIDTH); }
+/* The number of the block's keys that any of the WIDTH queries around query j may see. */
+static int64_t visible_keys(Block block, int64_t j) {
+    return min64(block.keys, block.offset + j / WIDTH * WIDTH + WIDTH);
+}
 
 /* The first query of the block that may see the key. */
-static int64_t first_to_see(Block block, int64_t key) { return key > block.ahead ? key - block.ahead : 0; }
+static int64_t first_query(Block block, int64_t key) { return key > block.offset ? key - block.offset : 0; }
 
-/* x, or `other` in the lanes of queries (the first is query j) that may not see the key. */
+/* x, with `other` in the lanes of queries that may not see the key; lane 0 is query j. */
 static inline vf mask(Block block, int64_t key, int64_t j, vf x, vf other) {
-    const int64_t blind = first_to_see(block, key) - j;
-    return blind <= 0 ? x : vf_first_n(other, x, min64(blind, VF_LEN));
+    const int64_t masked = first_query(block, key) - j;
+    return masked <= 0 ? x : vf_first_n(other, x, min64(masked, VF_LEN));
 }
 
-/* scores (keys x TILE) = left right; pairs that no query of a WIDTH may see are left out here and below. */
-static void score(float *scores, Block block, Left left, const float *right, int64_t HS) {
+/* scores (keys x TILE) = left right. Here and below, keys that none of WIDTH queries may see are left out. */
+static void score(float *scores, Block block, Operand left, const float *right, int64_t HS) {
     for (int64_t j = 0; j < TILE; j += WIDTH)
-        product(scores + j, TILE, left, right + j, TILE, visible(block, j), WIDTH, HS, 0);
+        block_product(scores + j, TILE, left, right + j, TILE, visible_keys(block, j), WIDTH, HS, 0);
 }
 
-/* sums (HS x TILE) (+)= left weights, the weights (keys x TILE) as score leaves them. */
-static void sum_over_keys(float *sums, Block block, Left left, const float *weights, int64_t HS, int accumulate) {
+/* sums (HS x TILE) (+)= left (HS x keys) weights (keys x TILE). */
+static void sum_over_keys(float *sums, Block block, Operand left, const float *weights, int64_t HS, int accumulate) {
     for (int64_t j = 0; j < TILE; j += WIDTH)
-        product(sums + j, TILE, left, weights + j, TILE, HS, WIDTH, visible(block, j), accumulate);
+        block_product(sums + j, TILE, left, weights + j, TILE, HS, WIDTH, visible_keys(block, j), accumulate);
 }
 
-/* sums (keys x padded HS) (+)= weights right. */
+/* sums (keys x padded HS) (+)= weights (keys x TILE) right (TILE x padded HS). */
 static void sum_over_queries(float *sums, Block block, const float *weights, const float *right, int64_t HS,
                              int accumulate) {
     const int64_t HSP = padded(HS);
     for (int64_t i = 0; i < block.keys; i += ROWS) {
-        const int64_t j = first_to_see(block, i) / WIDTH * WIDTH;
-        product(sums + i * HSP, HSP, (Left){weights + i * TILE + j, TILE, 1}, right + j * HSP, HSP,
-                min64(ROWS, block.keys - i), HSP, TILE - j, accumulate);
+        const int64_t j = first_query(block, i) / WIDTH * WIDTH;
+        block_product(sums + i * HSP, HSP, (Operand){weights + i * TILE + j, TILE, 1}, right + j * HSP, HSP,
+                      min64(ROWS, block.keys - i), HSP, TILE - j, accumulate);
     }
 }
 
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
-/* One block of queries q (rows x HS, row stride 3C), the first at position `first`: out (row stride C) and, unless
- * NULL, lse (rows), against all keys that they may see, of which the row stride is `stride`. */
-static void attend(float *out, float *lse, const float *q, const float *keys, const float *values, int64_t stride,
-                   int64_t first, int64_t rows, int64_t C, int64_t HS, float *scratch) {
+/* out (rows x HS, row stride C) and, unless NULL, lse (rows) of one block of queries q (rows x HS, row stride 3C). The
+ * first query is at position `first`. keys and values have the row stride `stride`. */
+static void forward_block(float *out, float *lse, const float *q, const float *keys, const float *values,
+                          int64_t stride, int64_t first, int64_t rows, int64_t C, int64_t HS, float *scratch) {
     float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
@@ -141,28 +138,28 @@ static void attend(float *out, float *lse, const float *q, const float *keys, co
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
         const float *k = keys + key * stride, *v = values + key * stride;
-        score(p, block, (Left){k, stride, 1}, q_t, HS);
+        score(p, block, (Operand){k, stride, 1}, q_t, HS);
         for (int64_t j = 0; j < TILE; j += VF_LEN) {
             const vf before = vf_load(maximum + j);
             vf highest = before, sum = vf_set1(0.0f);
-            for (int64_t i = 0; i < visible(block, j); i++)
+            for (int64_t i = 0; i < visible_keys(block, j); i++)
                 highest = vf_max(highest, mask(block, i, j, vf_mul(vf_load(p + i * TILE + j), scale), before));
-            for (int64_t i = 0; i < visible(block, j); i++) {
+            for (int64_t i = 0; i < visible_keys(block, j); i++) {
                 vf e = vf_exp(vf_fma(vf_load(p + i * TILE + j), scale, vf_sub(vf_set1(0.0f), highest)));
                 e = mask(block, i, j, e, vf_set1(0.0f));
                 sum = vf_add(sum, e);
                 vf_store(p + i * TILE + j, e);
             }
             vf_store(maximum + j, highest);
-            if (key > 0) { /* what was summed under the old maximum shrinks to the new one */
-                const vf shrink = vf_exp(vf_sub(before, highest));
-                sum = vf_fma(vf_load(denominator + j), shrink, sum);
+            if (key > 0) { /* rescale the earlier sums from the old maximum to the new one */
+                const vf rescale = vf_exp(vf_sub(before, highest));
+                sum = vf_fma(vf_load(denominator + j), rescale, sum);
                 for (int64_t c = 0; c < HS; c++)
-                    vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), shrink));
+                    vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), rescale));
             }
             vf_store(denominator + j, sum);
         }
-        sum_over_keys(out_t, block, (Left){v, 1, stride}, p, HS, key > 0);
+        sum_over_keys(out_t, block, (Operand){v, 1, stride}, p, HS, key > 0);
     }
     for (int64_t j = 0; j < TILE; j += VF_LEN) {
         const vf inverse = vf_div(vf_set1(1.0f), vf_load(denominator + j));
@@ -186,18 +183,19 @@ void attention_forward(float *out, float *lse, float *keys, float *values, const
             }
     }
     for_shared (task, B * NH * blocks, worth(min64(T, TILE) * HS), team) {
-        /* a head's longest row of blocks first, so that a short one comes last */
+        /* a head's last queries first: they see the most keys, so the longest tasks come first */
         const int64_t first = (blocks - 1 - task % blocks) * TILE, head = task / blocks, b = head / NH, h = head % NH;
         const float *q = qkv + b * T * 3 * C + h * HS;
-        attend(out + (b * T + first) * C + h * HS, lse ? lse + head * T + first : NULL, q + first * 3 * C,
-               keys ? keys + head * P * HS : q + C, keys ? values + head * P * HS : q + 2 * C, keys ? HS : 3 * C,
-               (keys ? position : 0) + first, min64(TILE, T - first), C, HS, scratch + team->member * share(T, HS));
+        forward_block(out + (b * T + first) * C + h * HS, lse ? lse + head * T + first : NULL, q + first * 3 * C,
+                      keys ? keys + head * P * HS : q + C, keys ? values + head * P * HS : q + 2 * C, keys ? HS : 3 * C,
+                      (keys ? position : 0) + first, min64(TILE, T - first), C, HS,
+                      scratch + team->member * thread_scratch_size(T, HS));
     }
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------------- */
 
-/* to (TILE x padded HS) = rows x HS numbers of a head, row stride `stride`, and zeros around them. */
+/* to (TILE x padded HS) = from (rows x HS, row stride `stride`), and zeros around it. */
 static void copy_rows(float *to, const float *from, int64_t stride, int64_t rows, int64_t HS) {
     const int64_t HSP = padded(HS);
     for (int64_t i = 0; i < TILE; i++)
@@ -205,48 +203,49 @@ static void copy_rows(float *to, const float *from, int64_t stride, int64_t rows
             vf_store(to + i * HSP + c, i < rows ? vf_load_n(from + i * stride + c, HS - c) : vf_set1(0.0f));
 }
 
-/* One head: dqkv (T rows, stride 3C) from dout, out (T rows, stride C) and lse (T). dqkv may be qkv: q of a block is
- * last read before its dq is written, and dk and dv are gathered in scratch until the head is done. */
-static void attend_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                            int64_t T, int64_t C, int64_t HS, float *scratch) {
+/* One head: dqkv (T rows, stride 3C) from dout and out (T rows, stride C), qkv and lse (T). dqkv may be qkv: q of a
+ * block is read before its dq is written, and dk and dv stay in scratch until the head is done. */
+static void backward_head(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+                          int64_t T, int64_t C, int64_t HS, float *scratch) {
     const int64_t stride = 3 * C, HSP = padded(HS);
     float *p = scratch, *dp = p + TILE * TILE, *q_t = dp + TILE * TILE, *dout_t = q_t + TILE * HS;
-    float *dq_t = dout_t + TILE * HS, *q = dq_t + TILE * HS, *dblock = q + TILE * HSP, *dk = dblock + TILE * HSP;
+    float *dq_t = dout_t + TILE * HS, *q = dq_t + TILE * HS, *dout_block = q + TILE * HSP,
+          *dk = dout_block + TILE * HSP;
     float *dv = dk + round_up(T, TILE) * HSP;
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t first = 0; first < T; first += TILE) {
         const int64_t rows = min64(TILE, T - first);
         copy_rows(q, qkv + first * stride, stride, rows, HS);
-        copy_rows(dblock, dout + first * C, C, rows, HS);
+        copy_rows(dout_block, dout + first * C, C, rows, HS);
         transpose(q_t, TILE, q, HSP, TILE, HS, TILE);
-        transpose(dout_t, TILE, dblock, HSP, TILE, HS, TILE);
-        /* Queries past T have q, dout, minus_lse and average 0: whatever they add is 0. */
-        float minus_lse[TILE] = {0.0f}, average[TILE] = {0.0f};
+        transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE);
+        /* Queries past T have q, dout, minus_lse and delta 0, so they add 0 to every sum. */
+        float minus_lse[TILE] = {0.0f}, delta[TILE] = {0.0f};
         for (int64_t i = 0; i < rows; i++) {
-            /* For softmax, dscores = p * (dp - sum(p * dp)), and that sum is dout . out, whatever the keys. */
+            /* Gradient of softmax: dscores = p * (dp - delta); delta = sum(p * dp) over all keys equals dout . out. */
             vf dot = vf_set1(0.0f);
             for (int64_t c = 0; c < HS; c += VF_LEN)
-                dot = vf_fma(vf_load(dblock + i * HSP + c), vf_load_n(out + (first + i) * C + c, HS - c), dot);
-            average[i] = vf_sum(dot);
+                dot = vf_fma(vf_load(dout_block + i * HSP + c), vf_load_n(out + (first + i) * C + c, HS - c), dot);
+            delta[i] = vf_sum(dot);
             minus_lse[i] = -lse[first + i];
         }
         for (int64_t key = 0; key < first + rows; key += TILE) {
             const Block block = {first - key, min64(TILE, T - key)};
             const float *k = qkv + key * stride + C, *v = k + C;
-            score(p, block, (Left){k, stride, 1}, q_t, HS);
-            score(dp, block, (Left){v, stride, 1}, dout_t, HS);
+            score(p, block, (Operand){k, stride, 1}, q_t, HS);
+            score(dp, block, (Operand){v, stride, 1}, dout_t, HS);
             for (int64_t j = 0; j < TILE; j += VF_LEN)
-                for (int64_t i = 0; i < visible(block, j); i++) {
+                for (int64_t i = 0; i < visible_keys(block, j); i++) {
                     float *pi = p + i * TILE + j, *dpi = dp + i * TILE + j;
                     vf probability = vf_exp(vf_fma(vf_load(pi), scale, vf_load(minus_lse + j)));
                     probability = mask(block, i, j, probability, vf_set1(0.0f));
-                    vf dscore = vf_mul(probability, vf_sub(vf_load(dpi), vf_load(average + j)));
+                    vf dscore = vf_mul(probability, vf_sub(vf_load(dpi), vf_load(delta + j)));
                     vf_store(pi, probability);
                     vf_store(dpi, vf_mul(dscore, scale));
                 }
-            sum_over_queries(dv + key * HSP, block, p, dblock, HS, first > key);
+            sum_over_queries(dv + key * HSP, block, p, dout_block, HS, first > key);
             sum_over_queries(dk + key * HSP, block, dp, q, HS, first > key);
-            sum_over_keys(dq_t, block, (Left){k, 1, stride}, dp, HS, key > 0);
+            sum_over_keys(dq_t, block, (Operand){k, 1, stride}, dp, HS, key > 0);
         }
         transpose(dqkv + first * stride, stride, dq_t, TILE, HS, rows, HS);
     }
@@ -262,8 +261,8 @@ void attention_backward(float *dqkv, const float *dout, const float *qkv, const 
     const int64_t HS = C / NH;
     for_shared (task, B * NH, worth(T * HS), team) {
         const int64_t b = task / NH, h = task % NH;
-        attend_backward(dqkv + b * T * 3 * C + h * HS, dout + b * T * C + h * HS, qkv + b * T * 3 * C + h * HS,
-                        out + b * T * C + h * HS, lse + (b * NH + h) * T, T, C, HS,
-                        scratch + team->member * share(T, HS));
+        backward_head(dqkv + b * T * 3 * C + h * HS, dout + b * T * C + h * HS, qkv + b * T * 3 * C + h * HS,
+                      out + b * T * C + h * HS, lse + (b * NH + h) * T, T, C, HS,
+                      scratch + team->member * thread_scratch_size(T, HS));
     }
 }

@@ -1,7 +1,9 @@
-/* Softmax and cross-entropy of a row of V logits in one op: loss = lse - logits[target], lse = log(sum(exp(logits))).
+/* Softmax and cross-entropy of logits (N,V) in one op: losses (N) = lse - logits[target] with
+ * lse (N) = log(sum(exp(logits))) of each row.
  *
- * The softmax itself is never stored: lse is enough to recompute it for the gradient, softmax - onehot(target).
- * Forward reads a row twice (maximum, sum), the second time from the cache; backward reads and writes it once. */
+ * The softmax is never stored: lse is enough to recompute it for the gradient, softmax - onehot(target). Forward reads
+ * a row twice (maximum, sum), the second time from the cache; backward reads and writes it once. Threads share the
+ * rows. */
 
 #include "internal.h"
 #include "vmath.h"

@@ -1,20 +1,20 @@
-/* One more token for each of N texts: a whole pass through the model in one call, for few rows.
+/* One decoding step for N texts, N small: a whole forward pass over one token of each text, in one call.
  *
- * Bound by memory: every weight is read once for all texts, and each text's keys and values once. The pass is a chain
- * of about 90 short stages, each a loop that the threads share: over rows, columns of a layer's output, or heads. The
- * arithmetic of a row does not depend on the others.
+ * Memory limits the speed: each weight is read once for all texts, and the keys and values of each text once. The pass
+ * is a chain of about 90 short stages. Each stage is a loop that the threads share: over rows, over columns of a
+ * layer's output, or over heads. The arithmetic of a row does not depend on the other rows.
  *
- * What each stage computes stands with its op: encoder.c, layernorm.c, linear.c, attention.c, gelu.c. */
+ * The formulas of the stages are in the files of their ops: encoder.c, layernorm.c, linear.c, attention.c, gelu.c. */
 
 #include "internal.h"
 #include "vmath.h"
 
-/* Products that are worth a task: of a small model the stages are shorter than waiting for each other is. */
+/* The fewest multiply-adds of a task: for a small model a barrier costs more than a stage. */
 enum { WORTH = 100000 };
 
 /* ---- one query over the cache ------------------------------------------------------------------------------- */
 
-/* out (vectors * VF_LEN, or `width` of one vector) = sum over n of weights (n) times values (n, row stride HS). */
+/* out (width, in `vectors` vectors) = sum over t of weights (n) times values (n x width, row stride HS). */
 static inline __attribute__((always_inline)) void weighted_sum(float *out, const float *weights, const float *values,
                                                                int64_t n, int64_t HS, int64_t width,
                                                                const int vectors) {
@@ -27,7 +27,7 @@ static inline __attribute__((always_inline)) void weighted_sum(float *out, const
     for (int k = 0; k < vectors; k++) vf_store_n(out + k * VF_LEN, acc[k], width - k * VF_LEN);
 }
 
-/* out (HS) = softmax(q keys^T / sqrt(HS)) values over n keys (n x HS) and values; scores has room for n. */
+/* out (HS) = softmax(q (HS) keys^T / sqrt(HS)) values, with keys and values (n,HS); scores (n) is scratch. */
 static void attend(float *out, const float *q, const float *keys, const float *values, int64_t n, int64_t HS,
                    float *scores) {
     const Linear by_keys = {keys, NULL, NULL, HS, n, FP32};
@@ -54,13 +54,13 @@ static void attend(float *out, const float *q, const float *keys, const float *v
 
 /* ---- stages ---------------------------------------------------------------------------------------------------- */
 
-/* q becomes x (N,C), if the weights of the layer to come are integers. */
+/* Quantizes x (N,C) into q if the weights of `layer`, the next stage, are INT8. */
 static void prepare(Quantized q, const float *x, int64_t N, const Linear *layer, Team *team) {
     if (layer->type == INT8)
         for_shared (i, N, worth(layer->C), team) quantize_row(q, x + i * layer->C, i, layer->C);
 }
 
-/* out (N,C) and q become the layernorm of x (N,C), ready for `layer`. */
+/* out (N,C) = layernorm(x (N,C)); quantizes it into q if the weights of `layer`, the next stage, are INT8. */
 static void normalise(float *out, Quantized q, const float *x, const float *weight, const float *bias, float eps,
                       int64_t N, const Linear *layer, Team *team) {
     const int64_t C = layer->C;
@@ -71,7 +71,7 @@ static void normalise(float *out, Quantized q, const float *x, const float *weig
     }
 }
 
-/* out (N,OC) (+)= layer(x), or its GELU, for rows x that are ready in q too. */
+/* out (N,OC) = layer(x), out += layer(x) or out = GELU(layer(x)); an INT8 layer reads x (N,C) from q. */
 enum { WRITE, ADD, GELU };
 static void linear(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int then,
                    Team *team) {

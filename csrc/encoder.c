@@ -1,6 +1,7 @@
-/* out = wte[idx] + wpe: a row of the token table plus a row of the position table.
+/* out (B,T,C) = wte[idx] + wpe[position + t]: a row of the token table plus a row of the position table.
  *
- * Bound by memory: forward reads 2 floats and writes 1 an element, backward reads 3 and writes 2. */
+ * Memory limits the speed: for each element forward reads 2 floats and writes 1, backward reads 3 and writes 2. Threads
+ * share the rows in forward and the channels in backward. */
 
 #include "internal.h"
 
@@ -31,7 +32,7 @@ void encoder_forward(float *out, const int32_t *idx, const void *wte, const floa
 
 void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *idx, int64_t B, int64_t T, int64_t C,
                       Team *team) {
-    /* Tokens repeat, so several rows of dout may add to one row of dwte: threads share columns, never rows. */
+    /* Tokens repeat, so several rows of dout may add to one row of dwte. Threads therefore share columns, not rows. */
     for_shared (vector, ceil_div(C, VF_LEN), worth(B * T * VF_LEN), team) {
         const int64_t c = vector * VF_LEN;
         for (int64_t bt = 0; bt < B * T; bt++) {

@@ -1,7 +1,7 @@
-/* out = x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3). Hendrycks and Gimpel 2016, arXiv:1606.08415.
+/* out (n) = x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3). Hendrycks and Gimpel 2016, arXiv:1606.08415.
  *
- * (1 + tanh(u)) / 2 is the logistic function s of 2u, so one exponential does: s = 1 / (1 + e^-2u). It never overflows:
- * vf_exp is clamped, and for x far below 0 s is tiny, for x far above it is 1. */
+ * (1 + tanh(u)) / 2 is the logistic function s(2u) = 1 / (1 + e^-2u), so one exponential of a vector is enough. Nothing
+ * overflows, because vf_exp clamps its argument. Threads share the elements. */
 
 #include "internal.h"
 #include "vmath.h"
@@ -33,9 +33,11 @@ void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, Team
     for_shared (vector, ceil_div(n, VF_LEN), worth(VF_LEN), team) {
         const int64_t i = vector * VF_LEN;
         vf xi = vf_load_n(x + i, n - i), s = gate(xi);
-        vf near = vf_min(vf_set1(32.0f), vf_max(vf_set1(-32.0f), xi)); /* beyond, s' is 0 and x u' must not overflow */
-        vf du = vf_mul(vf_set1(TWO_SQRT_2_OVER_PI), vf_fma(vf_set1(3.0f * CUBIC), vf_mul(near, near), vf_set1(1.0f)));
-        vf slope = vf_mul(vf_mul(s, vf_sub(vf_set1(1.0f), s)), vf_mul(near, du));
+        /* beyond 32, s' is 0, and x u' must not overflow */
+        vf clamped = vf_min(vf_set1(32.0f), vf_max(vf_set1(-32.0f), xi));
+        vf du =
+            vf_mul(vf_set1(TWO_SQRT_2_OVER_PI), vf_fma(vf_set1(3.0f * CUBIC), vf_mul(clamped, clamped), vf_set1(1.0f)));
+        vf slope = vf_mul(vf_mul(s, vf_sub(vf_set1(1.0f), s)), vf_mul(clamped, du));
         vf_store_n(dx + i, vf_mul(vf_load_n(dout + i, n - i), vf_add(s, slope)), n - i);
     }
 }

@@ -1,25 +1,26 @@
-/* C (+)= A B^T with every transposition hidden in packing: the matrix product of the linear layers.
+/* C (M,N) (+)= A (M,K) B (N,K)^T: the matrix product of the linear layers, forward and backward.
  *
  * Method: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with BLIS's names.
- * A microkernel keeps an MR x NR tile of C in registers and walks packed panels of A and B, KC deep. A panel holds MR
- * rows of A (NR of B) interleaved, so that every step of the microkernel reads MR + NR consecutive floats and does
- * MR * NR multiply-adds. Edges are packed with zeros: the microkernel never sees a partial tile.
+ * A microkernel keeps an MR x NR tile of C in registers and reads packed panels of A and B that are KC deep. A panel
+ * interleaves MR rows of A (NR of B), so each step of the microkernel reads MR + NR consecutive floats for MR * NR
+ * multiply-adds. Packing also transposes where needed and pads the edges with zeros: the microkernel has one case.
  *
- *   for each KC of the sum:
- *     for each MB rows of C:                  all threads pack A together: MB x KC, in the last-level cache
- *       for each NT columns and some rows, in parallel: a thread packs B for itself: NT x KC, in its second-level
- * cache, unless it has it from the rows before for each MR rows, each NR columns:      packed A: MR x KC, in the
- * first-level cache microkernel
+ *   for each KC of K:
+ *     for each MC rows of C:                     threads pack A together: MC x KC, in the last-level cache
+ *       for each task, shared by the threads:    up to NC columns, some of the MC rows
+ *         pack B, unless the thread has it:      NC x KC, in the thread's second-level cache
+ *         for each MR rows of the task:          a panel of A: MR x KC, in the first-level cache
+ *           for each NR columns: microkernel
  *
- * B, the weights of a linear layer, is read once from memory for MB rows of C, and while the microkernel computes on
- * one block of it, the lines of the thread's next block are called into the cache (Ahead).
+ * B, the weights of a linear layer, is read from memory once for MC rows of C. While the microkernel computes on one
+ * block of B, it prefetches the thread's next block.
  *
- * Every element of C is summed in the same order whatever the thread count is. */
+ * No task divides a sum over K, so the order of each sum is the same with any number of threads. */
 
 #include "internal.h"
 
-/* MR * NV accumulators, NV of B and one of A must fit the registers: 32 vectors with AVX-512 and NEON, else 16.
- * To look for spills: objdump -d on the extension and count stores to the stack inside the loop of the FMAs. */
+/* MR * NV accumulators, NV vectors of B and one of A must fit the registers: 32 with AVX-512 and NEON, else 16.
+ * To look for spills, run objdump -d on the extension and count the stores to the stack inside the loop of FMAs. */
 #if VF_LEN == 16
 enum { MR = 12, NV = 2 };
 #elif VF_LEN == 8
@@ -31,33 +32,33 @@ enum { MR = 4, NV = 2 };
 #endif
 enum { NR = NV * VF_LEN };
 
-/* In brackets the bytes with AVX-512. */
+/* Bytes in brackets are those with AVX-512. */
 enum {
-    KC = 768,     /* deep, so that C is read and written seldom; MR x KC of A (36 KB) is used for NT / NR tiles */
-    MB = 86 * MR, /* rows packed at a time (3 MB); many, since each row of C uses a packed B once */
-    NT = 4 * NR,  /* columns a thread packs at a time (384 KB) */
-    PACE = 8,     /* steps of the microkernel for which one line is called into the cache */
-    GROUP = 8     /* panels of A packed together */
+    KC = 768,           /* large: C is read and written rarely; a panel of A (36 KB) serves NC / NR tiles */
+    MC = 86 * MR,       /* rows of A packed at a time (3 MB); large: each packed B serves more rows of C */
+    NC = 4 * NR,        /* rows of B that a thread packs at a time (384 KB) */
+    PREFETCH_STEPS = 8, /* steps of the microkernel for each prefetched line */
+    PACK_PANELS = 8     /* panels of A in a task of packing */
 };
 
-int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MB + (int64_t)threads * NT); }
+int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MC + (int64_t)threads * NC); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
-/* Panels of `width` (MR or NR) rows for n rows of x: panels[p * kc + k * width + i] = x(p + i, k), p a multiple of
- * width, i < width, k < kc; rows from n on are 0. */
+/* Packs n rows of x into panels of `width` rows (MR or NR): panels[p * kc + k * width + i] = x(p + i, k) for p a
+ * multiple of width, i < width, k < kc. Rows from n on are 0. */
 static inline __attribute__((always_inline)) void pack(float *restrict panels, Operand x, int64_t n, int64_t kc,
                                                        const int64_t width) {
-    enum { NEAR = 8 }; /* how many k before its turn a line is called into the cache */
+    enum { DISTANCE = 8 }; /* how many k ahead of the copy the prefetch runs */
     if (x.k_stride == 1) {
         for (int64_t p = 0; p < n; p += width)
-            transpose(panels + p * kc, width, x.data + p * x.stride, x.stride, min64(width, n - p), kc, width);
+            transpose(panels + p * kc, width, x.data + p * x.row_stride, x.row_stride, min64(width, n - p), kc, width);
         return;
     }
-    for (int64_t k = 0; k < kc; k++) { /* the rows of a k are contiguous: a copy, in the order of memory */
+    for (int64_t k = 0; k < kc; k++) { /* all rows of one k are contiguous: copy in memory order */
         const float *source = x.data + k * x.k_stride;
-        if (k + NEAR < kc)
-            for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(source + NEAR * x.k_stride + i);
+        if (k + DISTANCE < kc)
+            for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(source + DISTANCE * x.k_stride + i);
         for (int64_t p = 0; p < n; p += width)
             for (int64_t i = 0; i < width; i += VF_LEN) {
                 const int64_t left = n - p - i;
@@ -67,43 +68,44 @@ static inline __attribute__((always_inline)) void pack(float *restrict panels, O
     }
 }
 
-/* x with its first row and first k moved on. */
-static inline Operand shifted(Operand x, int64_t row, int64_t k) {
-    x.data += row * x.stride + k * x.k_stride;
+/* x from this row and this k on. */
+static inline Operand operand_from(Operand x, int64_t row, int64_t k) {
+    x.data += row * x.row_stride + k * x.k_stride;
     return x;
 }
 
-/* Memory that will be wanted soon: `runs` runs of `length` floats, `stride` apart, of which the first is at `next`. */
+/* Memory to prefetch: `runs` runs of `length` consecutive floats, which start `stride` floats apart. `next` is the next
+ * line, `end` the end of its run. */
 typedef struct {
     const float *next, *end;
     int64_t runs, length, stride;
-} Ahead;
+} Prefetch;
 
-static inline void call_a_line(Ahead *ahead) {
-    if (ahead->runs <= 0) return;
-    __builtin_prefetch(ahead->next, 0, 2);
-    ahead->next += LINE;
-    if (ahead->next < ahead->end) return;
-    ahead->next = ahead->end - ahead->length + ahead->stride;
-    ahead->end += ahead->stride;
-    ahead->runs--;
+static inline void prefetch_line(Prefetch *prefetch) {
+    if (prefetch->runs <= 0) return;
+    __builtin_prefetch(prefetch->next, 0, 2);
+    prefetch->next += LINE;
+    if (prefetch->next < prefetch->end) return;
+    prefetch->next = prefetch->end - prefetch->length + prefetch->stride;
+    prefetch->end += prefetch->stride;
+    prefetch->runs--;
 }
 
-/* What packing n rows and kc columns of x will read. */
-static Ahead to_be_packed(Operand x, int64_t n, int64_t kc) {
-    return x.k_stride == 1 ? (Ahead){x.data, x.data + kc, n, kc, x.stride}
-                           : (Ahead){x.data, x.data + n, kc, n, x.k_stride};
+/* The memory that packing n rows and kc columns of x reads. */
+static Prefetch prefetch_for_pack(Operand x, int64_t n, int64_t kc) {
+    return x.k_stride == 1 ? (Prefetch){x.data, x.data + kc, n, kc, x.row_stride}
+                           : (Prefetch){x.data, x.data + n, kc, n, x.k_stride};
 }
 
 /* ---- microkernel -------------------------------------------------------------------------------------------- */
 
-/* What becomes of a finished tile: c = tile + bias, or c += tile. */
+/* How a finished tile is stored: c = tile + bias, or c += tile. */
 typedef struct {
     const float *bias;
     int accumulate;
 } Epilogue;
 
-/* acc += MR of a times NR of b */
+/* acc (MR x NR) += a (MR) b (NR)^T, one step of k. */
 static inline __attribute__((always_inline)) void multiply_add(vf acc[MR][NV], const float *a, const float *b) {
     vf bk[NV];
     for (int j = 0; j < NV; j++) bk[j] = vf_load(b + j * VF_LEN);
@@ -113,19 +115,19 @@ static inline __attribute__((always_inline)) void multiply_add(vf acc[MR][NV], c
     }
 }
 
-/* c[0..m)[0..n) (ldc) from packed panels a (kc x MR) and b (kc x NR); m <= MR, n <= NR. */
+/* c (m x n, row stride ldc) from packed panels a (kc x MR) and b (kc x NR); m <= MR, n <= NR. */
 static inline void microkernel(float *restrict c, int64_t ldc, const float *restrict a, const float *restrict b,
-                               int64_t kc, int64_t m, int64_t n, Epilogue epilogue, Ahead *ahead) {
+                               int64_t kc, int64_t m, int64_t n, Epilogue epilogue, Prefetch *prefetch) {
     vf acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = vf_set1(0.0f);
-    for (int64_t i = 0; i < m; i++) /* C is far away: its lines come while the products are computed */
+    for (int64_t i = 0; i < m; i++) /* C arrives from memory during the products */
         for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * VF_LEN, 0);
     int64_t k = 0;
-    for (; k + PACE <= kc; k += PACE, a += PACE * MR, b += PACE * NR) {
-        call_a_line(ahead);
-#pragma GCC unroll 1 /* 16 registers would spill */
-        for (int u = 0; u < PACE; u++) multiply_add(acc, a + u * MR, b + u * NR);
+    for (; k + PREFETCH_STEPS <= kc; k += PREFETCH_STEPS, a += PREFETCH_STEPS * MR, b += PREFETCH_STEPS * NR) {
+        prefetch_line(prefetch);
+#pragma GCC unroll 1 /* unrolled, 16 registers would spill */
+        for (int step = 0; step < PREFETCH_STEPS; step++) multiply_add(acc, a + step * MR, b + step * NR);
     }
     for (; k < kc; k++, a += MR, b += NR) multiply_add(acc, a, b);
     if (m == MR && n == NR) {
@@ -136,7 +138,7 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
                 vf_store(to, vf_add(acc[i][j], epilogue.accumulate ? vf_load(to) : add));
             }
         }
-    } else { /* an edge: by way of a full tile in memory, so that acc is never indexed by a variable */
+    } else { /* an edge: through a full tile in memory, because acc stays in registers only with constant indices */
         float tile[MR * NR];
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NV; j++) vf_store(tile + i * NR + j * VF_LEN, acc[i][j]);
@@ -148,60 +150,62 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
     }
 }
 
-/* c (m x n) from packed a and b: a panel of A stays in the nearest cache while the panels of B pass. */
+/* c (m x n) from packed a and b. A panel of A stays in the first-level cache while all panels of B are read. */
 static void multiply_packed(float *c, int64_t ldc, const float *a, const float *b, int64_t m, int64_t n, int64_t kc,
-                            Epilogue epilogue, Ahead ahead) {
+                            Epilogue epilogue, Prefetch prefetch) {
     const float *bias = epilogue.bias;
     for (int64_t i = 0; i < m; i += MR)
         for (int64_t j = 0; j < n; j += NR) {
             if (bias) epilogue.bias = bias + j;
             microkernel(c + i * ldc + j, ldc, a + i * kc, b + j * kc, kc, min64(MR, m - i), min64(NR, n - j), epilogue,
-                        &ahead);
+                        &prefetch);
         }
 }
 
 /* ---- the product -------------------------------------------------------------------------------------------- */
 
-/* C in tasks: nt columns by mt rows of a block of MB rows, all rows of the first columns first. */
+/* Tasks of a block of MC rows of C. Their order is: all tasks of the first columns, then those of the next columns. */
 typedef struct {
-    int64_t nt, mt, rows, count; /* rows: tasks above each other */
+    int64_t rows, columns;     /* of C in a task */
+    int64_t per_column, count; /* tasks that share their columns; all tasks */
 } Tasks;
 
-/* Wide tasks, since B is packed for each nt columns; low ones, so that nobody waits long for the last. */
-static Tasks divide(int64_t mb, int64_t N, int64_t kc, int threads) {
-    enum { PRODUCTS = 1 << 20 }; /* of a task: some ten microseconds */
-    const int64_t wide = ceil_div(N, NR) / (4 * threads);
+/* A task has many columns, because each thread packs B for its columns, and few rows, so that no thread waits long for
+ * the last task. */
+static Tasks divide_block(int64_t mc, int64_t N, int64_t kc, int threads) {
+    enum { TASK_PRODUCTS = 1 << 20 }; /* multiply-adds: about ten microseconds */
+    const int64_t panels = ceil_div(N, NR) / (4 * threads);
     Tasks tasks;
-    tasks.nt = NR * (wide < 1 ? 1 : min64(wide, NT / NR));
-    tasks.mt = round_up(min64(mb, ceil_div(PRODUCTS, tasks.nt * kc)), MR);
-    tasks.rows = ceil_div(mb, tasks.mt);
-    tasks.count = ceil_div(N, tasks.nt) * tasks.rows;
+    tasks.columns = NR * (panels < 1 ? 1 : min64(panels, NC / NR));
+    tasks.rows = round_up(min64(mc, ceil_div(TASK_PRODUCTS, tasks.columns * kc)), MR);
+    tasks.per_column = ceil_div(mc, tasks.rows);
+    tasks.count = ceil_div(N, tasks.columns) * tasks.per_column;
     return tasks;
 }
 
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, Team *team) {
-    const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), PACE); /* KC or less, in equal parts */
-    float *packed_a = scratch, *packed_b = scratch + (int64_t)KC * (MB + (int64_t)team->member * NT);
+    const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), PREFETCH_STEPS); /* equal parts of K, at most KC */
+    float *packed_a = scratch, *packed_b = scratch + (int64_t)KC * (MC + (int64_t)team->member * NC);
     for (int64_t pc = 0; pc < K; pc += depth)
-        for (int64_t ic = 0; ic < M; ic += MB) {
-            const int64_t kc = min64(depth, K - pc), mb = min64(MB, M - ic);
-            const Tasks tasks = divide(mb, N, kc, team->threads);
-            int64_t packed = -1; /* the columns that are in packed_b */
-            for_shared (group, ceil_div(mb, GROUP * MR), worth(GROUP * MR * kc), team) {
-                const int64_t i = group * GROUP * MR;
-                pack(packed_a + i * kc, shifted(a, ic + i, pc), min64(GROUP * MR, mb - i), kc, MR);
+        for (int64_t ic = 0; ic < M; ic += MC) {
+            const int64_t kc = min64(depth, K - pc), mc = min64(MC, M - ic);
+            const Tasks tasks = divide_block(mc, N, kc, team->threads);
+            int64_t packed = -1; /* the first column in packed_b; -1: none */
+            for_shared (group, ceil_div(mc, PACK_PANELS * MR), worth(PACK_PANELS * MR * kc), team) {
+                const int64_t i = group * PACK_PANELS * MR;
+                pack(packed_a + i * kc, operand_from(a, ic + i, pc), min64(PACK_PANELS * MR, mc - i), kc, MR);
             }
-            for_shared (task, tasks.count, worth(tasks.mt * tasks.nt * kc / 16), team) {
-                const int64_t i = task % tasks.rows * tasks.mt, j = task / tasks.rows * tasks.nt;
-                const int64_t next_j = (task + 1) / tasks.rows * tasks.nt, n = min64(tasks.nt, N - j);
-                Ahead ahead = {0};
-                if (next_j > j && next_j < N) /* what most likely follows */
-                    ahead = to_be_packed(shifted(b, next_j, pc), min64(tasks.nt, N - next_j), kc);
-                if (packed != j) pack(packed_b, shifted(b, j, pc), n, kc, NR);
+            for_shared (task, tasks.count, worth(tasks.rows * tasks.columns * kc / 16), team) {
+                const int64_t i = task % tasks.per_column * tasks.rows, j = task / tasks.per_column * tasks.columns;
+                const int64_t next_j = (task + 1) / tasks.per_column * tasks.columns, n = min64(tasks.columns, N - j);
+                Prefetch prefetch = {0};
+                if (next_j > j && next_j < N) /* most likely the thread's next columns */
+                    prefetch = prefetch_for_pack(operand_from(b, next_j, pc), min64(tasks.columns, N - next_j), kc);
+                if (packed != j) pack(packed_b, operand_from(b, j, pc), n, kc, NR);
                 packed = j;
-                multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.mt, mb - i), n,
-                                kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, ahead);
+                multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.rows, mc - i), n,
+                                kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, prefetch);
             }
         }
 }

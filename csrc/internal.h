@@ -1,4 +1,4 @@
-/* What the kernels share and Python does not see: transposition, the products of gemm.c and linear.c. */
+/* Functions that kernel files share and Python does not see: transposition, matrix products, single rows of ops. */
 
 #ifndef INTERNAL_H
 #define INTERNAL_H
@@ -28,14 +28,14 @@ static inline __attribute__((always_inline)) void transpose(float *restrict to, 
         }
 }
 
-/* One operand of a product: element (i, k), where k is summed over, is at data[i * stride + k * k_stride].
- * Either stride or k_stride is 1. Transposition is only a matter of strides; packing makes it disappear. */
+/* An operand of a matrix product: element (i, k), where k is summed over, is data[i * row_stride + k * k_stride]. One
+ * of the strides is 1; exchanging them transposes the operand. */
 typedef struct {
     const float *data;
-    int64_t stride, k_stride;
+    int64_t row_stride, k_stride;
 } Operand;
 
-/* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, plus what c held if `accumulate`. */
+/* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, or plus the old c if `accumulate`. */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, Team *team);
 
@@ -47,7 +47,7 @@ void layernorm_row(float *out, float *mean, float *rstd, const float *row, const
                    float eps, int64_t C);
 void gelu_part(float *out, const float *x, int64_t from, int64_t to);
 
-/* Rows of 8 bits: row i is scales[i] * values[i * stride ...], and sums[i] the sum of its values. */
+/* Rows quantized to 8 bits: row i is scales[i] * values[i * stride ...], and sums[i] is the sum of its values. */
 typedef struct {
     float *scales;
     int32_t *sums;
@@ -55,22 +55,22 @@ typedef struct {
     int64_t stride;
 } Quantized;
 
-/* Floats that N rows of C need, and such rows there. */
+/* Floats of memory that N quantized rows of C channels need, and such rows in that memory. */
 int64_t quantized_size(int64_t N, int64_t C);
 Quantized quantized_in(float *memory, int64_t N, int64_t C);
 
-/* Row i of q becomes x (C); NaN or infinity in x makes its scale NaN. */
+/* Quantizes x (C) into row i of q. NaN or infinity in x makes the row's scale NaN. */
 void quantize_row(Quantized q, const float *x, int64_t i, int64_t C);
 
-/* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`; `from` is a multiple of VF_LEN. x (N,C),
- * or for INT8 the same rows as q. One thread's work: threads call it for columns of their own. */
+/* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`. `from` is a multiple of VF_LEN. x is
+ * (N,C); an INT8 layer reads the same rows from q. One thread does all of it: threads call it for different columns. */
 void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
                     int64_t to, int accumulate);
 
-/* out (N,OC) = layer(x) for few rows, or for INT8 any: the weights are read once, where they lie. */
+/* out (N,OC) = layer(x (N,C)) for few rows, or with INT8 for any number. */
 void linear_rows(float *out, const Linear *layer, const float *x, float *scratch, int64_t N, Team *team);
 int64_t linear_scratch_size(int64_t N, int64_t C, int type, int threads);
 
-enum { FEW = 16 }; /* rows up to which reading weights costs more than the arithmetic */
+enum { FEW_ROWS = 16 }; /* up to this N, reading the weights takes longer than the arithmetic */
 
 #endif

@@ -1,8 +1,10 @@
-/* out = (x - mean) * rstd * weight + bias over each row of C channels. Ba et al. 2016, arXiv:1607.06450.
+/* out (N,C) = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(variance + eps), with mean and variance of each row.
+ * Ba et al. 2016, arXiv:1607.06450.
  *
- * Bound by memory: a row of x comes once from memory and stays in the first-level cache for its three passes (mean,
- * variance, output). The second pass also sums what the rounded mean missed: a mean of 1e4 over a deviation of 1 keeps
- * its accuracy (corrected two-pass algorithm, Chan, Golub and LeVeque 1983). */
+ * Memory limits the speed: a row of x is read from memory once and stays in the first-level cache for its three passes
+ * (mean, variance, output). The second pass also sums the rounding error of the mean and corrects mean and variance: a
+ * mean of 1e4 with a deviation of 1 keeps its accuracy (corrected two-pass algorithm, Chan, Golub and LeVeque 1983).
+ * Threads share the rows, and in backward the columns for dweight and dbias. */
 
 #include "internal.h"
 
@@ -10,18 +12,18 @@ void layernorm_row(float *out, float *mean, float *rstd, const float *row, const
                    float eps, int64_t C) {
     vf sum = vf_set1(0.0f);
     for (int64_t c = 0; c < C; c += VF_LEN) sum = vf_add(sum, vf_load_n(row + c, C - c));
-    float rough = vf_sum(sum) / (float)C;
-    vf rest = vf_set1(0.0f), squares = vf_set1(0.0f);
+    float rounded = vf_sum(sum) / (float)C;
+    vf deviations = vf_set1(0.0f), squares = vf_set1(0.0f);
     for (int64_t c = 0; c < C; c += VF_LEN) {
         /* lanes past the end add 0, not the mean */
-        vf centred = vf_keep_n(vf_sub(vf_load_n(row + c, C - c), vf_set1(rough)), C - c);
-        rest = vf_add(rest, centred);
+        vf centred = vf_keep_n(vf_sub(vf_load_n(row + c, C - c), vf_set1(rounded)), C - c);
+        deviations = vf_add(deviations, centred);
         squares = vf_fma(centred, centred, squares);
     }
-    float missed = vf_sum(rest) / (float)C;
-    *mean = rough + missed;
-    float variance = vf_sum(squares) / (float)C - missed * missed;
-    *rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps); /* unlike fmaxf this lets NaN through */
+    float correction = vf_sum(deviations) / (float)C;
+    *mean = rounded + correction;
+    float variance = vf_sum(squares) / (float)C - correction * correction;
+    *rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps); /* unlike fmaxf, it keeps NaN */
     vf m = vf_set1(*mean);
     vf s = vf_set1(*rstd);
     for (int64_t c = 0; c < C; c += VF_LEN) {
@@ -38,7 +40,7 @@ void layernorm_forward(float *out, float *mean, float *rstd, const float *x, con
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                         const float *mean, const float *rstd, int64_t N, int64_t C, Team *team) {
     /* With norm = (x - mean) * rstd and dnorm = dout * weight:
-     * dx += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)), averages over the row. */
+     * dx += rstd * (dnorm - average(dnorm) - norm * average(dnorm * norm)), with averages over the row. */
     for_shared (i, N, worth(C), team) {
         const float *row = x + i * C, *drow = dout + i * C;
         float *dxrow = dx + i * C;
@@ -58,18 +60,18 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
             vf_store_n(dxrow + c, vf_fma(d, s, vf_load_n(dxrow + c, C - c)), C - c);
         }
     }
-    /* out = norm * weight + bias, so dweight += column sums of dout * norm, dbias += column sums of dout; a task has
-     * whole columns, so the order of the sums is fixed. */
+    /* dweight += column sums of dout * norm, dbias += column sums of dout. A task has whole columns, so the order of a
+     * sum is fixed. */
     for_shared (vector, ceil_div(C, VF_LEN), worth(N * VF_LEN), team) {
         const int64_t c = vector * VF_LEN;
-        vf weights = vf_set1(0.0f), biases = vf_set1(0.0f);
+        vf weight_sum = vf_set1(0.0f), bias_sum = vf_set1(0.0f);
         for (int64_t i = 0; i < N; i++) {
             vf d = vf_load_n(dout + i * C + c, C - c);
             vf norm = vf_mul(vf_sub(vf_load_n(x + i * C + c, C - c), vf_set1(mean[i])), vf_set1(rstd[i]));
-            weights = vf_fma(d, norm, weights);
-            biases = vf_add(biases, d);
+            weight_sum = vf_fma(d, norm, weight_sum);
+            bias_sum = vf_add(bias_sum, d);
         }
-        vf_store_n(dweight + c, vf_add(vf_load_n(dweight + c, C - c), weights), C - c);
-        vf_store_n(dbias + c, vf_add(vf_load_n(dbias + c, C - c), biases), C - c);
+        vf_store_n(dweight + c, vf_add(vf_load_n(dweight + c, C - c), weight_sum), C - c);
+        vf_store_n(dbias + c, vf_add(vf_load_n(dbias + c, C - c), bias_sum), C - c);
     }
 }

@@ -1,20 +1,21 @@
-/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC): the linear layer, three matrix products in all.
+/* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC): the linear layer, one matrix product forward, two backward.
  *
- * Forward is 2 N C OC operations, backward twice that; both run at the speed of gemm.c. With few rows (up to FEW), or
- * weights of 8 bits, forward is that of linear.c; a weight of 16 bits becomes FP32 on the way. */
+ * Forward takes 2 N C OC operations, backward twice as many. gemm.c computes both and divides them among the threads.
+ * With few rows (up to FEW_ROWS) or INT8 weights, linear.c computes forward. With more rows FP16 weights are converted
+ * to FP32, some of their rows at a time. */
 
 #include "internal.h"
 
-enum { PANEL = 3072 }; /* rows of an FP16 weight that are FP32 at the same time */
+enum { FP32_ROWS = 3072 }; /* rows of an FP16 weight that are converted at a time */
 
 int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads) {
-    if (type == INT8 || N <= FEW) return linear_scratch_size(N, C, type, threads);
-    return gemm_scratch_size(threads) + (type == FP16 ? min64(OC, PANEL) * C : 0);
+    if (type == INT8 || N <= FEW_ROWS) return linear_scratch_size(N, C, type, threads);
+    return gemm_scratch_size(threads) + (type == FP16 ? min64(OC, FP32_ROWS) * C : 0);
 }
 
 void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale, int type,
                     float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
-    if (type == INT8 || N <= FEW) {
+    if (type == INT8 || N <= FEW_ROWS) {
         const Linear layer = {weight, scale, bias, C, OC, type};
         linear_rows(out, &layer, x, scratch, N, team);
         return;
@@ -23,27 +24,27 @@ void matmul_forward(float *out, const float *x, const void *weight, const float 
         gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, N, OC, C, scratch, team);
         return;
     }
-    float *wide = scratch + gemm_scratch_size(team->threads);
-    for (int64_t j = 0; j < OC; j += PANEL) {
-        const int64_t n = min64(PANEL, OC - j), size = n * C;
+    float *weight32 = scratch + gemm_scratch_size(team->threads);
+    for (int64_t j = 0; j < OC; j += FP32_ROWS) {
+        const int64_t n = min64(FP32_ROWS, OC - j), size = n * C;
         for_shared (vector, ceil_div(size, VF_LEN), worth(VF_LEN), team) {
             const int64_t i = vector * VF_LEN;
-            vf_store_n(wide + i, vf_load_half_n((const uint16_t *)weight + j * C + i, size - i), size - i);
+            vf_store_n(weight32 + i, vf_load_half_n((const uint16_t *)weight + j * C + i, size - i), size - i);
         }
-        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){wide, C, 1}, bias ? bias + j : NULL, 0, N, n, C, scratch, team);
+        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){weight32, C, 1}, bias ? bias + j : NULL, 0, N, n, C, scratch,
+             team);
     }
 }
 
-/* A task sums so many vectors of a row at a time: four cache lines, which come together. */
-enum { STRIP = 4 };
+enum { STRIP_VECTORS = 4 }; /* vectors of a row that a task sums at a time: neighbouring cache lines */
 
-/* dbias (OC) (+)= column sums of dout (N,OC); a task has whole columns, so the order of the sums is fixed. */
+/* dbias (OC) (+)= column sums of dout (N,OC). A task has whole columns, so the order of a sum is fixed. */
 static void column_sums(float *restrict dbias, const float *restrict dout, int accumulate, int64_t N, int64_t OC,
                         Team *team) {
-    for_shared (strip, ceil_div(OC, STRIP * VF_LEN), worth(N * STRIP * VF_LEN), team) {
-        const int64_t j = strip * STRIP * VF_LEN, n = min64(STRIP * VF_LEN, OC - j);
-        vf sums[STRIP];
-        for (int s = 0; s < STRIP; s++) sums[s] = vf_set1(0.0f);
+    for_shared (strip, ceil_div(OC, STRIP_VECTORS * VF_LEN), worth(N * STRIP_VECTORS * VF_LEN), team) {
+        const int64_t j = strip * STRIP_VECTORS * VF_LEN, n = min64(STRIP_VECTORS * VF_LEN, OC - j);
+        vf sums[STRIP_VECTORS];
+        for (int s = 0; s < STRIP_VECTORS; s++) sums[s] = vf_set1(0.0f);
         for (int64_t i = 0; i < N; i++)
             for (int64_t s = 0; s * VF_LEN < n; s++)
                 sums[s] = vf_add(sums[s], vf_load_n(dout + i * OC + j + s * VF_LEN, n - s * VF_LEN));

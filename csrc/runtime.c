@@ -1,10 +1,10 @@
-/* What this machine has and what it can reach: CPU features, the peak of its fused multiply-add units, memory. */
+/* This machine: its CPU features, and loops that measure the peak of its multiply-add units and of reading memory. */
 
 #include "internal.h"
 
 int cpu_supports(const char *feature) {
 #if defined(__x86_64__) || defined(__i386__)
-    /* The builtin wants literals; it also asks whether the operating system saves the wide registers. */
+    /* The builtin takes literals only. It also checks whether the operating system saves the wide registers. */
     __builtin_cpu_init();
     if (!strcmp(feature, "sse2")) return __builtin_cpu_supports("sse2") != 0;
     if (!strcmp(feature, "avx2")) return __builtin_cpu_supports("avx2") != 0;
@@ -23,7 +23,7 @@ int cpu_supports(const char *feature) {
 
 /* ---- peaks ----------------------------------------------------------------------------------------------------- */
 
-/* Independent sums in flight: latency (4 or 5 cycles) times units (2) must be covered, and SSE2 has 16 registers. */
+/* Independent sums: more than latency (4 or 5 cycles) times units (2), and few enough for SSE2's 16 registers. */
 enum { CHAINS = 12 };
 
 double fma_burn(double *sums, int64_t iterations, Team *team) {
@@ -38,21 +38,21 @@ double fma_burn(double *sums, int64_t iterations, Team *team) {
     }
     double total = 0.0;
     for (int i = 0; i < team->threads; i++) total += sums[i];
-    /* the sums are finite; a result nobody reads would be compiled away */
+    /* the sums are finite; the compiler would remove the loop if nothing read them */
     return isfinite(total) ? (double)team->threads * (double)iterations * CHAINS * VF_LEN * 2 : 0.0;
 }
 
-/* Vectors a step; what is left of n at the end, less than a step, is not read. */
-enum { STREAMS = 8 };
+/* Vectors in a step. A remainder of less than a step is not read. */
+enum { STEP_VECTORS = 8 };
 
 double memory_read(const float *data, double *sums, int64_t n, Team *team) {
-    const int64_t steps = n / (STREAMS * VF_LEN);
+    const int64_t steps = n / (STEP_VECTORS * VF_LEN);
     for_shared (slice, SLICES, 1, team) {
         sums[slice] = 0.0;
         for (int64_t i = steps * slice / SLICES; i < steps * (slice + 1) / SLICES; i++) {
-            const float *from = data + i * STREAMS * VF_LEN;
+            const float *from = data + i * STEP_VECTORS * VF_LEN;
             vf sum = vf_load(from);
-            for (int j = 1; j < STREAMS; j++) sum = vf_add(sum, vf_load(from + j * VF_LEN));
+            for (int j = 1; j < STEP_VECTORS; j++) sum = vf_add(sum, vf_load(from + j * VF_LEN));
             sums[slice] += (double)vf_sum(sum);
         }
     }

@@ -1,12 +1,12 @@
-/* One vector of floats. A kernel written with these runs with 16, 8, 4 or 1 lanes: the compiler's flags decide.
+/* vf, a vector of floats. A kernel written with these functions runs with 16, 8, 4 or 1 lanes: compiler flags decide.
  *
- * This is the only file that names an instruction set's intrinsics. `..._part` and `..._n` touch the first n lanes only
- * and read the others as 0; part wants 0 < n < VF_LEN, n any n > 0. vf_first_n(a, b, n), 0 <= n <= VF_LEN, has n lanes
- * of a and then b's. vf_max(a, b) and vf_min(a, b) give b where either is NaN on x86 and NaN on NEON, so a constant
- * stands first and a NaN in the data survives.
+ * This is the only file with the intrinsics of instruction sets. `..._part` and `..._n` access the first n lanes only;
+ * a load sets the others to 0. part requires 0 < n < VF_LEN, n requires n > 0. vf_first_n(a, b, n), 0 <= n <= VF_LEN,
+ * takes the first n lanes from a and the others from b. Where an operand is NaN, vf_max(a, b) and vf_min(a, b) return b
+ * on x86 and NaN on NEON, so kernels put a constant first and a NaN in the data survives.
  *
- * For weights of 8 bits: vi is VF_LEN sums of 32 bits, vb VB_LEN numbers of 8 bits, and vi_dot adds the products of two
- * vb, each product to one of the sums. Nothing saturates, so that every instruction set gives the same integers. */
+ * For INT8: vi holds VF_LEN sums of 32 bits, vb holds VB_LEN numbers of 8 bits. vi_dot multiplies two vb and adds each
+ * product to one of the sums. Nothing saturates, so every instruction set computes the same integers. */
 
 #ifndef SIMD_H
 #define SIMD_H
@@ -53,20 +53,20 @@ static inline vf vf_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256
 typedef __m512i vi;
 static inline vi vi_first(int32_t a) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(a)); } /* a, 0, 0, ... */
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-static inline vf vi_bits(vi a) { return _mm512_castsi512_ps(a); }
-static inline vi vi_of_bits(vf a) { return _mm512_castps_si512(a); }
+static inline vf vi_as_vf(vi a) { return _mm512_castsi512_ps(a); }
+static inline vi vf_as_vi(vf a) { return _mm512_castps_si512(a); }
 static inline vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
 typedef __m512i vb;
 #if defined(__AVX512VNNI__)
 #define VB_LEN 64
 static inline vb vb_load_unsigned(const uint8_t *p) { return _mm512_loadu_si512(p); }
 static inline vb vb_load_signed(const int8_t *p) { return _mm512_loadu_si512(p); }
-static inline vi vi_dot(vi sum, vb a, vb b) { /* by its intrinsic gcc 12 copies every sum to and fro */
+static inline vi vi_dot(vi sum, vb a, vb b) { /* with the intrinsic, gcc 12 copies each sum back and forth */
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
     return sum;
 }
-#define VB_FOURS /* lane i of vi_dot is the sum of the products 4i to 4i + 3; four bytes can be in all lanes: */
-static inline vb vb_four(const int8_t *p) {
+#define VB_DOT4 /* lane i of vi_dot sums the products 4i to 4i + 3; vb_set4 repeats four bytes in all lanes */
+static inline vb vb_set4(const int8_t *p) {
     int32_t four;
     memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
@@ -127,8 +127,8 @@ static inline vf vf_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_lo
 typedef __m256i vi;
 static inline vi vi_first(int32_t a) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(a)); }
 static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
-static inline vf vi_bits(vi a) { return _mm256_castsi256_ps(a); }
-static inline vi vi_of_bits(vf a) { return _mm256_castps_si256(a); }
+static inline vf vi_as_vf(vi a) { return _mm256_castsi256_ps(a); }
+static inline vi vf_as_vi(vf a) { return _mm256_castps_si256(a); }
 static inline vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
 typedef __m256i vb;
 #define VB_LEN 16
@@ -167,8 +167,7 @@ static inline vf vf_scale2(vf a, vf t) {
 }
 static inline vf vf_zip_lo(vf a, vf b) { return _mm_unpacklo_ps(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return _mm_unpackhi_ps(a, b); }
-static inline vf vf_load_half(
-    const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
+static inline vf vf_load_half(const uint16_t *p) { /* fp16 fields at the places of fp32: x * 2^-112 */
     const __m128i h = _mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
     const __m128i sign = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x8000)), 16);
     const __m128i rest = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x7fff)), 13);
@@ -178,8 +177,8 @@ static inline vf vf_load_half(
 typedef __m128i vi;
 static inline vi vi_first(int32_t a) { return _mm_cvtsi32_si128(a); }
 static inline vi vi_add(vi a, vi b) { return _mm_add_epi32(a, b); }
-static inline vf vi_bits(vi a) { return _mm_castsi128_ps(a); }
-static inline vi vi_of_bits(vf a) { return _mm_castps_si128(a); }
+static inline vf vi_as_vf(vi a) { return _mm_castsi128_ps(a); }
+static inline vi vf_as_vi(vf a) { return _mm_castps_si128(a); }
 static inline vf vi_to_vf(vi a) { return _mm_cvtepi32_ps(a); }
 typedef __m128i vb;
 #define VB_LEN 8
@@ -216,8 +215,8 @@ static inline vf vf_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterp
 typedef int32x4_t vi;
 static inline vi vi_first(int32_t a) { return vsetq_lane_s32(a, vdupq_n_s32(0), 0); }
 static inline vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
-static inline vf vi_bits(vi a) { return vreinterpretq_f32_s32(a); }
-static inline vi vi_of_bits(vf a) { return vreinterpretq_s32_f32(a); }
+static inline vf vi_as_vf(vi a) { return vreinterpretq_f32_s32(a); }
+static inline vi vf_as_vi(vf a) { return vreinterpretq_s32_f32(a); }
 static inline vf vi_to_vf(vi a) { return vcvtq_f32_s32(a); }
 typedef int16x8_t vb;
 #define VB_LEN 8
@@ -282,8 +281,7 @@ static inline vf vf_zip_hi(vf a, vf b) {
     (void)a;
     return b;
 }
-static inline vf vf_load_half(
-    const uint16_t *p) { /* fp16's exponent and mantissa in fp32's place are 2^112 too small */
+static inline vf vf_load_half(const uint16_t *p) { /* fp16 fields at the places of fp32: x * 2^-112 */
     const uint32_t rest = (uint32_t)(*p & 0x7fff) << 13;
     float x;
     memcpy(&x, &rest, 4);
@@ -293,12 +291,12 @@ typedef int32_t vi;
 static inline vi vi_first(int32_t a) { return a; }
 static inline vi vi_add(vi a, vi b) { return a + b; }
 static inline vf vi_to_vf(vi a) { return (float)a; }
-static inline vf vi_bits(vi a) {
+static inline vf vi_as_vf(vi a) {
     float x;
     memcpy(&x, &a, 4);
     return x;
 }
-static inline vi vi_of_bits(vf a) {
+static inline vi vf_as_vi(vf a) {
     int32_t x;
     memcpy(&x, &a, 4);
     return x;
@@ -310,7 +308,7 @@ static inline vb vb_load_signed(const int8_t *p) { return *p; }
 static inline vi vi_dot(vi sum, vb a, vb b) { return sum + a * b; }
 #endif
 
-/* The loop of every row: for (i = 0; i < n; i += VF_LEN) with vf_load_n(p + i, n - i), so that the last, partial vector
+/* Write a loop over a row as for (i = 0; i < n; i += VF_LEN) with vf_load_n(p + i, n - i): the last, partial vector
  * needs no second loop. */
 static inline vf vf_load_n(const float *p, int64_t n) { return n >= VF_LEN ? vf_load(p) : vf_load_part(p, n); }
 static inline void vf_store_n(float *p, vf x, int64_t n) {
@@ -321,7 +319,7 @@ static inline void vf_store_n(float *p, vf x, int64_t n) {
 }
 /* x with the lanes from n on set to 0. */
 static inline vf vf_keep_n(vf x, int64_t n) { return n >= VF_LEN ? x : vf_first_n(x, vf_set1(0.0f), n); }
-/* rows[VF_LEN] becomes its transpose: log2(VF_LEN) times, zip row i with row i + VF_LEN/2 (the perfect shuffle). */
+/* Transposes rows[VF_LEN]: log2(VF_LEN) times, row i is zipped with row i + VF_LEN/2 (the perfect shuffle). */
 static inline void vf_transpose(vf rows[VF_LEN]) {
     for (int stage = 1; stage < VF_LEN; stage *= 2) {
         vf zipped[VF_LEN];
@@ -333,9 +331,8 @@ static inline void vf_transpose(vf rows[VF_LEN]) {
     }
 }
 
-/* Lane i is the sum of the lanes of rows[i], always added in the same order: neighbours are zipped, half as many
- * remain.
- */
+/* Lane i of the result is the sum of the lanes of rows[i]. Each step zips and adds pairs of rows, which halves their
+ * number, so the order of a sum is fixed. */
 static inline vf vf_sums(vf rows[VF_LEN]) {
 #pragma GCC unroll 4
     for (int count = VF_LEN / 2; count > 0; count /= 2)
@@ -349,12 +346,12 @@ static inline vi vi_sums(vi rows[VF_LEN]) {
     for (int count = VF_LEN / 2; count > 0; count /= 2)
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++) {
-            const vf a = vi_bits(rows[i]), b = vi_bits(rows[i + count]);
-            rows[i] = vi_add(vi_of_bits(vf_zip_lo(a, b)), vi_of_bits(vf_zip_hi(a, b)));
+            const vf a = vi_as_vf(rows[i]), b = vi_as_vf(rows[i + count]);
+            rows[i] = vi_add(vf_as_vi(vf_zip_lo(a, b)), vf_as_vi(vf_zip_hi(a, b)));
         }
     return rows[0];
 }
-/* The first n numbers from p, and zeros: of the last part of a row. */
+/* The first n numbers from p, then zeros: for the end of a row. */
 static inline vf vf_load_half_n(const uint16_t *p, int64_t n) {
     uint16_t lanes[VF_LEN] = {0};
     if (n >= VF_LEN) return vf_load_half(p);

@@ -1,16 +1,16 @@
-/* Transcendental functions built from simd.h alone, so every instruction set computes the same formula. */
+/* The exponential, built from simd.h alone: every instruction set computes the same formula. */
 
 #ifndef VMATH_H
 #define VMATH_H
 
 #include "simd.h"
 
-/* e^x to 2 ULP for x in [-87.3, 88.3]; x beyond is clamped, so the result is never 0 or infinite; NaN stays NaN.
+/* e^x to 2 ULP for x in [-87.3, 88.3]. Other x are clamped, so the result is never 0 or infinite. NaN stays NaN.
  *
- * e^x = 2^k e^r with k = round(x / ln 2), |r| <= ln(2)/2, ln 2 split in two floats so that r is exact (Cody & Waite
- * 1980) and e^r by its Taylor polynomial of degree 7, whose remainder r^8/8! is below 6e-9 there. */
+ * e^x = 2^k e^r with k = round(x / ln 2) and |r| <= ln(2)/2. ln 2 is split in two floats so that r is exact (Cody &
+ * Waite 1980). e^r is approximated by its Taylor polynomial of degree 7, whose remainder r^8/8! is below 6e-9 there. */
 static inline vf vf_exp(vf x) {
-    const vf shift = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    const vf shift = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
     x = vf_min(vf_set1(88.3f), vf_max(vf_set1(-87.3f), x));
     vf t = vf_fma(x, vf_set1(1.44269504088896341f), shift);
     vf k = vf_sub(t, shift);
