@@ -24,6 +24,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from string import ascii_letters, digits
 from typing import Any
 
 __all__ = ["OPS", "Argument", "Op"]
@@ -103,7 +104,12 @@ class Argument:
     @property
     def letters(self) -> tuple[str, ...]:
         """The letters of the shape, without factors."""
-        return tuple(letter.lstrip("3") for letter in self.shape)
+        return tuple(letter.lstrip(digits) for letter in self.shape)
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """How many times each letter stands in the shape: 3 for 3C, 1 for C."""
+        return tuple(int(letter.rstrip(ascii_letters) or 1) for letter in self.shape)
 
 
 @dataclass(frozen=True)
