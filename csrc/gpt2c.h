@@ -1,4 +1,4 @@
-/* gpt2c's kernels: every op of GPT-2, forward and backward, on memory that the caller owns.
+/* gpt2c's kernels: every op, forward and backward, on memory that the caller owns.
  *
  * This header is the op list. build.py feeds it to cffi, so it holds plain declarations only; the NumPy reference
  * (gpt2c/kernels/reference) and the binding (gpt2c/kernels/binding.py) have the same ops with the same names and
@@ -9,8 +9,7 @@
  * Order: outputs, inputs, scalars, scratch, sizes, team. All arrays are C-contiguous float32 unless typed otherwise,
  * all sizes positive, but N of decode_step, which may be 0.
  * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward writes
- * its own when asked. Activations and their gradients are written (=), with one exception that is said where it stands:
- * layernorm_backward's dx.
+ * its own when asked. Activations and their gradients are written (=), except the dx of a norm.
  * Same inputs give the same bits, whoever computes what. No kernel allocates, prints, exits or keeps state. */
 
 #ifndef GPT2C_H
@@ -74,6 +73,16 @@ void layernorm_forward(float *out, float *mean, float *rstd, const float *x, con
  */
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                         const float *mean, const float *rstd, int64_t N, int64_t C, Team *team);
+
+/* ---- rmsnorm ------------------------------------------------------------------------------------------------ */
+
+/* out (N,C) = x * rstd * weight;  rstd (N) = 1 / sqrt(mean(x^2) + eps) is kept for the backward pass. */
+void rmsnorm_forward(float *out, float *rstd, const float *x, const float *weight, float eps, int64_t N, int64_t C,
+                     Team *team);
+
+/* dx (N,C) +=, as layernorm_backward's, dweight (C) +=. */
+void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float *x, const float *weight,
+                      const float *rstd, int64_t N, int64_t C, Team *team);
 
 /* ---- matmul ------------------------------------------------------------------------------------------------- */
 

@@ -23,7 +23,7 @@ import numpy as np
 from gpt2c.kernels import reference
 from gpt2c.kernels.op import OPS
 
-__all__ = ["EXAMPLES", "Example", "Shape", "normalised_error"]
+__all__ = ["EPS", "EXAMPLES", "Example", "Shape", "normalised_error"]
 
 Shape = dict[str, Any]
 EPS = float(np.float32(1e-5))
@@ -141,6 +141,17 @@ def _layernorm_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[
     _, mean, rstd = _forward("layernorm_forward", arguments)
     gradients = [_normal(rng, N, C), _normal(rng, C), _normal(rng, C)]
     return [*gradients, _normal(rng, N, C), x, weight, mean, rstd]
+
+
+def _rmsnorm_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    return [_unwritten(N, C), _unwritten(N), _rows(rng, N, C, kind), _normal(rng, C), EPS]
+
+
+def _rmsnorm_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    arguments = _rmsnorm_forward(rng, N, C, kind)
+    _, rstd = _forward("rmsnorm_forward", arguments)
+    x, weight = arguments[2:4]
+    return [_normal(rng, N, C), _normal(rng, C), _normal(rng, N, C), x, weight, rstd]
 
 
 def _matmul_forward(
@@ -325,6 +336,20 @@ EXAMPLES: dict[str, Example] = {
         _layernorm_backward,
         ROWS,
         lambda N, C: (16 * N * C, 16 * N * C),
+        kinds=dict.fromkeys(ODD_ROWS, FEW),
+    ),
+    "rmsnorm_forward": Example(
+        FEW,
+        _rmsnorm_forward,
+        ROWS,
+        lambda N, C: (5 * N * C, 8 * N * C),
+        kinds=dict.fromkeys(ODD_ROWS, FEW),
+    ),
+    "rmsnorm_backward": Example(  # dweight is a sum over rows
+        SUM,
+        _rmsnorm_backward,
+        ROWS,
+        lambda N, C: (13 * N * C, 16 * N * C),
         kinds=dict.fromkeys(ODD_ROWS, FEW),
     ),
     "matmul_forward": Example(

@@ -41,6 +41,9 @@ layernorm_forward   out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-
     eps: 0 <= eps
 layernorm_backward  +dx[N C] +dweight[C] +dbias[C]
                     <- dout[N C] x[N C] weight[C] mean[N] rstd[N] | N C
+rmsnorm_forward     out[N C] rstd[N] <- x[N C] weight[C] eps=1e-5 | N C
+    eps: 0 <= eps
+rmsnorm_backward    +dx[N C] +dweight[C] <- dout[N C] x[N C] weight[C] rstd[N] | N C
 
 matmul_forward      out[N OC] <- x[N C] weight[OC C]weights bias[OC]? scale[OC]?
                     | type matmul_scratch_size(N C OC type threads) N C OC
