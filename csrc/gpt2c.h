@@ -152,6 +152,12 @@ void gelu_forward(float *out, const float *x, int64_t n, Team *team);
 /* dx (n) = dout * gelu'(x); dx may be dout. */
 void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, Team *team);
 
+/* out (N,C) = silu(gate) * up, silu(gate) = gate / (1 + e^-gate); a row of x (N,2C) holds gate, then up. */
+void swiglu_forward(float *out, const float *x, int64_t N, int64_t C, Team *team);
+
+/* dx (N,2C) = the gradients of gate and up, from dout (N,C); dx may be x. */
+void swiglu_backward(float *dx, const float *dout, const float *x, int64_t N, int64_t C, Team *team);
+
 /* out (n) = x + branch; out may be x. */
 void residual_forward(float *out, const float *x, const float *branch, int64_t n, Team *team);
 

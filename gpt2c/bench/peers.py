@@ -99,6 +99,11 @@ def _attention_backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> C
     return _gradient(_attention(qkv, lse.shape[1]), qkv, dout)
 
 
+def _swiglu(x: Any) -> Any:
+    gate, up = x.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
 def _crossentropy_backward(dlogits: Any, logits: Any, lse: Any, targets: Any, scale: Any) -> Call:
     logits.requires_grad_()
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") * scale
@@ -143,6 +148,8 @@ _OPS: dict[str, Callable[..., Call | None]] = {
     "gelu_backward": lambda dx, dout, x: (
         lambda: [aten.gelu_backward(dout, x, approximate="tanh")]
     ),
+    "swiglu_forward": lambda out, x: lambda: [_swiglu(x)],
+    "swiglu_backward": lambda dx, dout, x: _gradient(_swiglu(x.requires_grad_()), x, dout),
     "residual_forward": lambda out, x, branch: lambda: [x + branch],
     "crossentropy_forward": lambda losses, lse, logits, targets: (
         lambda: [F.cross_entropy(logits, targets, ignore_index=-1, reduction="none"), None]

@@ -14,6 +14,7 @@ element in which they happened to cancel. One float32 rounding is 6e-8.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,7 +205,8 @@ def _attention_backward(
     return [_unwritten(B, T, 3 * NH * HS), dout, arguments[4], out, lse]
 
 
-def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
+def _hidden(rng: Any, kind: str, *shape: int) -> Any:
+    n = math.prod(shape)
     makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, n),
         "wide": lambda: np.linspace(-10, 10, n),  # from where it is 0 to where it is x
@@ -212,13 +214,26 @@ def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
         "tiny": lambda: 10 ** rng.uniform(-44, -30, n) * rng.choice([-1, 1], n),  # and denormals
         "zero": lambda: np.zeros(n),
     }
-    x = makers[kind]()
-    return [_unwritten(n), _rounded(x)]
+    return _rounded(makers[kind]()).reshape(shape)
+
+
+def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
+    return [_unwritten(n), _hidden(rng, kind, n)]
 
 
 def _gelu_backward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
     dx, x = _gelu_forward(rng, n, kind)
     return [dx, _normal(rng, n), x]
+
+
+def _swiglu_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    gate, up = _hidden(rng, kind, N, C), _normal(rng, N, C)
+    return [_unwritten(N, C), np.concatenate([gate, up], axis=1)]
+
+
+def _swiglu_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    dout, x = _swiglu_forward(rng, N, C, kind)
+    return [_unwritten(N, 2 * C), _normal(rng, *dout.shape), x]
 
 
 def _residual_forward(rng: Any, n: int) -> list[Any]:
@@ -304,6 +319,7 @@ CACHE: list[Shape] = [
 ]
 LOGITS: list[Shape] = [{"N": 512, "V": 50257}]
 HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
+GATED: list[Shape] = [{"N": 4096, "C": 2048}]
 STREAM: list[Shape] = [{"n": 4096 * 768}]
 WEIGHTS: list[Shape] = [{"n": 40_000_000}]
 
@@ -403,6 +419,20 @@ EXAMPLES: dict[str, Example] = {
         _gelu_backward,
         HIDDEN,
         lambda n: (28 * n, 12 * n),
+        kinds=dict.fromkeys(ODD_HIDDEN, FEW),
+    ),
+    "swiglu_forward": Example(
+        FEW,
+        _swiglu_forward,
+        GATED,
+        lambda N, C: (14 * N * C, 12 * N * C),
+        kinds=dict.fromkeys(ODD_HIDDEN, FEW),
+    ),
+    "swiglu_backward": Example(
+        FEW,
+        _swiglu_backward,
+        GATED,
+        lambda N, C: (20 * N * C, 20 * N * C),
         kinds=dict.fromkeys(ODD_HIDDEN, FEW),
     ),
     "residual_forward": Example(ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),

@@ -64,6 +64,8 @@ attention_backward  dqkv[B T 3C]=qkv <- dout[B T C] qkv[B T 3C] out[B T C] lse[B
 
 gelu_forward        out[*] <- x[*] | n
 gelu_backward       dx[*]=dout <- dout[*] x[*] | n
+swiglu_forward      out[N C] <- x[N 2C] | N C
+swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
 
 crossentropy_forward

@@ -170,6 +170,16 @@ def test_gelu_does_not_overflow(backend_name: str) -> None:
     assert (np.abs(dx[:3]) < 1e-30).all() and (np.abs(out[:3]) < 1e-18).all()
 
 
+def test_swiglu_is_closed_far_below_0_and_open_far_above(backend: Any) -> None:
+    gate = np.array([-3e38, -1e20, -100, 100, 1e20, 3e38], np.float32)
+    x = np.concatenate([gate, np.ones_like(gate)])[None]
+    out, dx = np.empty((1, 6), np.float32), np.empty_like(x)
+    backend.swiglu_forward(out, x)
+    backend.swiglu_backward(dx, np.ones_like(out), x)
+    for values, above in [(out, gate[3:]), (dx[:, :6], np.ones(3)), (dx[:, 6:], gate[3:])]:
+        assert np.array_equal(values[0, 3:], above) and (np.abs(values[0, :3]) < 1e-36).all()
+
+
 @pytest.mark.parametrize(("N", "C", "OC"), [(3, 5, 7), (13, 33, 40), (7, 300, 18)])
 def test_matmul_passes_nan_on(N: int, C: int, OC: int, backend: Any) -> None:
     x, weight = np.ones((N, C), np.float32), np.zeros((OC, C), np.float32)
