@@ -1,4 +1,4 @@
-/* gpt2c's kernels: every op of GPT-2, forward and backward, on memory that the caller owns.
+/* gpt2c's kernels: every op, forward and backward, on memory that the caller owns.
  *
  * This header lists the ops. build.py gives it to cffi, which reads plain declarations only. The NumPy reference
  * (gpt2c/kernels/reference) and the binding (gpt2c/kernels/binding.py) have the same ops with the same names and
@@ -9,7 +9,7 @@
  * Order: outputs, inputs, scalars, scratch, sizes, team. Arrays are C-contiguous float32 unless their type says
  * otherwise. Sizes are positive; only decode_step's N may be 0.
  * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward
- * overwrites its own if asked. Activations and their gradients are overwritten (=), except layernorm_backward's dx.
+ * overwrites its own if asked. Activations and their gradients are overwritten (=), except the dx of a norm.
  * The same inputs give the same bits with any number of threads. No kernel allocates, prints, exits or keeps state. */
 
 #ifndef GPT2C_H
@@ -74,6 +74,16 @@ void layernorm_forward(float *out, float *mean, float *rstd, const float *x, con
  * skip connection. */
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                         const float *mean, const float *rstd, int64_t N, int64_t C, Team *team);
+
+/* ---- rmsnorm ------------------------------------------------------------------------------------------------ */
+
+/* out (N,C) = x * rstd * weight;  rstd (N) = 1 / sqrt(mean(x^2) + eps) is kept for the backward pass. */
+void rmsnorm_forward(float *out, float *rstd, const float *x, const float *weight, float eps, int64_t N, int64_t C,
+                     Team *team);
+
+/* dx (N,C) +=, as layernorm_backward's, dweight (C) +=. */
+void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float *x, const float *weight,
+                      const float *rstd, int64_t N, int64_t C, Team *team);
 
 /* ---- matmul ------------------------------------------------------------------------------------------------- */
 
@@ -142,6 +152,12 @@ void gelu_forward(float *out, const float *x, int64_t n, Team *team);
 
 /* dx (n) = dout * gelu'(x); dx may be dout. */
 void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, Team *team);
+
+/* out (N,C) = silu(gate) * up, silu(gate) = gate / (1 + e^-gate); a row of x (N,2C) holds gate, then up. */
+void swiglu_forward(float *out, const float *x, int64_t N, int64_t C, Team *team);
+
+/* dx (N,2C) = the gradients of gate and up, from dout (N,C); dx may be x. */
+void swiglu_backward(float *dx, const float *dout, const float *x, int64_t N, int64_t C, Team *team);
 
 /* out (n) = x + branch; out may be x. */
 void residual_forward(float *out, const float *x, const float *branch, int64_t n, Team *team);

@@ -169,8 +169,8 @@ def _sizes(arrays: dict[Argument, Any]) -> dict[str, Any]:
         if array.shape == ("*",):
             votes["*"][shape] += 1
         elif len(shape) == len(array.shape):
-            for letter, size in zip(array.shape, shape, strict=True):
-                votes[letter.lstrip("3")][size // 3 if letter[0] == "3" else size] += 1
+            for letter, factor, size in zip(array.letters, array.factors, shape, strict=True):
+                votes[letter][size // factor] += 1
     return {letter: counts.most_common(1)[0][0] for letter, counts in votes.items()}
 
 
@@ -201,9 +201,8 @@ def _shape(array: Argument, sizes: dict[str, Any]) -> tuple[int, ...]:
     """Return the shape that letters mean; a letter that no array has is -1."""
     if array.shape == ("*",):
         return tuple(sizes.get("*", ()))
-    return tuple(
-        sizes.get(letter.lstrip("3"), -1) * (3 if letter[0] == "3" else 1) for letter in array.shape
-    )
+    axes = zip(array.letters, array.factors, strict=True)
+    return tuple(sizes.get(letter, -1) * factor for letter, factor in axes)
 
 
 def _check_rules(op: Op, values: dict[str, Any]) -> None:

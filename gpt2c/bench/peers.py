@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from gpt2c.kernels.cases import EPS
 from gpt2c.model.config import GPT2Config
 
 __all__ = ["torch_op", "torch_step"]
@@ -44,8 +45,8 @@ def _tensor(argument: Any) -> Any:
     return tensor.long() if tensor.dtype == torch.int32 else tensor
 
 
-def _gradient(output: Any, source: Any, d_output: Any) -> Call:
-    return lambda: list(torch.autograd.grad(output, source, d_output, retain_graph=True))
+def _gradient(output: Any, sources: Any, d_output: Any) -> Call:
+    return lambda: list(torch.autograd.grad(output, sources, d_output, retain_graph=True))
 
 
 def _encoder_backward(dwte: Any, dwpe: Any, dout: Any, idx: Any) -> Call:
@@ -64,6 +65,12 @@ def _layernorm_backward(*tensors: Any) -> Call:
             dout, x, [x.shape[1]], *stats, weight, dbias, [True, True, True]
         )
     )
+
+
+def _rmsnorm_backward(dx: Any, dweight: Any, dout: Any, x: Any, weight: Any, rstd: Any) -> Call:
+    x.requires_grad_()
+    weight.requires_grad_()
+    return _gradient(F.rms_norm(x, [x.shape[1]], weight, EPS), (x, weight), dout)
 
 
 def _attention(qkv: Any, NH: int) -> Any:
@@ -90,6 +97,11 @@ def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Cal
 def _attention_backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> Call:
     qkv.requires_grad_()
     return _gradient(_attention(qkv, lse.shape[1]), qkv, dout)
+
+
+def _swiglu(x: Any) -> Any:
+    gate, up = x.chunk(2, dim=1)
+    return F.silu(gate) * up
 
 
 def _crossentropy_backward(dlogits: Any, logits: Any, lse: Any, targets: Any, scale: Any) -> Call:
@@ -122,6 +134,10 @@ _OPS: dict[str, Callable[..., Call | None]] = {
             x, [x.shape[1]], weight, bias, eps)]
     ),
     "layernorm_backward": _layernorm_backward,
+    "rmsnorm_forward": lambda out, rstd, x, weight, eps: (
+        lambda: [F.rms_norm(x, [x.shape[1]], weight, eps), None]
+    ),
+    "rmsnorm_backward": _rmsnorm_backward,
     "matmul_forward": _matmul_forward,
     "matmul_backward": lambda dx, dweight, dbias, dout, x, weight, accumulate: (
         lambda: [dout @ weight, dout.t() @ x, dout.sum(0)]
@@ -132,6 +148,8 @@ _OPS: dict[str, Callable[..., Call | None]] = {
     "gelu_backward": lambda dx, dout, x: (
         lambda: [aten.gelu_backward(dout, x, approximate="tanh")]
     ),
+    "swiglu_forward": lambda out, x: lambda: [_swiglu(x)],
+    "swiglu_backward": lambda dx, dout, x: _gradient(_swiglu(x.requires_grad_()), x, dout),
     "residual_forward": lambda out, x, branch: lambda: [x + branch],
     "crossentropy_forward": lambda losses, lse, logits, targets: (
         lambda: [F.cross_entropy(logits, targets, ignore_index=-1, reduction="none"), None]

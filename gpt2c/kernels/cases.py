@@ -13,8 +13,10 @@ element in which they happened to cancel. One float32 rounding is 6e-8.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ import numpy as np
 from gpt2c.kernels import reference
 from gpt2c.kernels.op import OPS
 
-__all__ = ["EXAMPLES", "Example", "Shape", "normalised_error"]
+__all__ = ["EPS", "EXAMPLES", "Example", "Shape", "normalised_error"]
 
 Shape = dict[str, Any]
 EPS = float(np.float32(1e-5))
@@ -38,12 +40,20 @@ class Example:
     shapes : as GPT-2 124M meets it; the first is the quick one
     cost : floating-point operations and bytes of memory that a shape takes at least, each number
         read or written once. An exponential counts as 10 operations
+    kinds : other values that `make` knows, each with the error that a kernel may have on them
     """
 
     rtol: float
     make: Callable[..., list[Any]]
     shapes: list[Shape]
     cost: Callable[..., tuple[float, float]]
+    kinds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def letters(self) -> list[str]:
+        """The sizes that `make` must be told."""
+        _, *parameters = inspect.signature(self.make).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
 
 def normalised_error(a: Any, b: Any) -> float:
@@ -109,7 +119,7 @@ def _encoder_backward(rng: Any, B: int, T: int, C: int, V: int) -> list[Any]:
     return [dwte, dwpe, _normal(rng, B, T, C), idx]
 
 
-def _layernorm_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+def _rows(rng: Any, N: int, C: int, kind: str) -> Any:
     makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, N, C),
         "large": lambda: _normal(rng, N, C, scale=1e4),
@@ -117,7 +127,11 @@ def _layernorm_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[A
         "constant": lambda: np.repeat(_normal(rng, N, 1), C, axis=1),
         "zero": lambda: np.zeros((N, C)),
     }
-    x = makers[kind]()
+    return makers[kind]()
+
+
+def _layernorm_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    x = _rows(rng, N, C, kind)
     weight, bias = _normal(rng, C), _normal(rng, C)
     return [_unwritten(N, C), _unwritten(N), _unwritten(N), x, weight, bias, EPS]
 
@@ -128,6 +142,17 @@ def _layernorm_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[
     _, mean, rstd = _forward("layernorm_forward", arguments)
     gradients = [_normal(rng, N, C), _normal(rng, C), _normal(rng, C)]
     return [*gradients, _normal(rng, N, C), x, weight, mean, rstd]
+
+
+def _rmsnorm_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    return [_unwritten(N, C), _unwritten(N), _rows(rng, N, C, kind), _normal(rng, C), EPS]
+
+
+def _rmsnorm_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    arguments = _rmsnorm_forward(rng, N, C, kind)
+    _, rstd = _forward("rmsnorm_forward", arguments)
+    x, weight = arguments[2:4]
+    return [_normal(rng, N, C), _normal(rng, C), _normal(rng, N, C), x, weight, rstd]
 
 
 def _matmul_forward(
@@ -180,7 +205,8 @@ def _attention_backward(
     return [_unwritten(B, T, 3 * NH * HS), dout, arguments[4], out, lse]
 
 
-def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
+def _hidden(rng: Any, kind: str, *shape: int) -> Any:
+    n = math.prod(shape)
     makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, n),
         "wide": lambda: np.linspace(-10, 10, n),  # from where it is 0 to where it is x
@@ -188,13 +214,26 @@ def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
         "tiny": lambda: 10 ** rng.uniform(-44, -30, n) * rng.choice([-1, 1], n),  # and denormals
         "zero": lambda: np.zeros(n),
     }
-    x = makers[kind]()
-    return [_unwritten(n), _rounded(x)]
+    return _rounded(makers[kind]()).reshape(shape)
+
+
+def _gelu_forward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
+    return [_unwritten(n), _hidden(rng, kind, n)]
 
 
 def _gelu_backward(rng: Any, n: int, kind: str = "normal") -> list[Any]:
     dx, x = _gelu_forward(rng, n, kind)
     return [dx, _normal(rng, n), x]
+
+
+def _swiglu_forward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    gate, up = _hidden(rng, kind, N, C), _normal(rng, N, C)
+    return [_unwritten(N, C), np.concatenate([gate, up], axis=1)]
+
+
+def _swiglu_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any]:
+    dout, x = _swiglu_forward(rng, N, C, kind)
+    return [_unwritten(N, 2 * C), _normal(rng, *dout.shape), x]
 
 
 def _residual_forward(rng: Any, n: int) -> list[Any]:
@@ -280,23 +319,55 @@ CACHE: list[Shape] = [
 ]
 LOGITS: list[Shape] = [{"N": 512, "V": 50257}]
 HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
+GATED: list[Shape] = [{"N": 4096, "C": 2048}]
 STREAM: list[Shape] = [{"n": 4096 * 768}]
 WEIGHTS: list[Shape] = [{"n": 40_000_000}]
 
+ODD_ROWS = ("large", "offset", "constant", "zero")
+ODD_HIDDEN = ("wide", "huge", "tiny", "zero")
+ODD_LOGITS = ("ignored", "equal", "spread")
+
 EXAMPLES: dict[str, Example] = {
     "encoder_forward": Example(
-        ROUNDING, _encoder_forward, ENCODER, lambda B, T, C, V: (B * T * C, 8 * B * T * C)
+        ROUNDING,
+        _encoder_forward,
+        ENCODER,
+        lambda B, T, C, V: (B * T * C, 8 * B * T * C),
+        kinds={"float16": ROUNDING, "uint8": ROUNDING},
     ),
     "encoder_backward": Example(
         FEW, _encoder_backward, ENCODER, lambda B, T, C, V: (2 * B * T * C, 12 * B * T * C)
     ),
     "layernorm_forward": Example(
-        FEW, _layernorm_forward, ROWS, lambda N, C: (8 * N * C, 8 * N * C)
+        FEW,
+        _layernorm_forward,
+        ROWS,
+        lambda N, C: (8 * N * C, 8 * N * C),
+        # the mean is rounded by 6e-8 of itself: 1e4 times more beside a deviation of 1;
+        # and where the variance is 0, rstd = 316 multiplies it
+        kinds={"large": FEW, "offset": 1e-3, "constant": 1e-4, "zero": FEW},
     ),
     "layernorm_backward": Example(  # dweight and dbias are sums over rows
-        SUM, _layernorm_backward, ROWS, lambda N, C: (16 * N * C, 16 * N * C)
+        SUM,
+        _layernorm_backward,
+        ROWS,
+        lambda N, C: (16 * N * C, 16 * N * C),
+        kinds=dict.fromkeys(ODD_ROWS, FEW),
     ),
-    # with weights of 8 bits the sums are of integers, exact; what is left is a few roundings
+    "rmsnorm_forward": Example(
+        FEW,
+        _rmsnorm_forward,
+        ROWS,
+        lambda N, C: (5 * N * C, 8 * N * C),
+        kinds=dict.fromkeys(ODD_ROWS, FEW),
+    ),
+    "rmsnorm_backward": Example(  # dweight is a sum over rows
+        SUM,
+        _rmsnorm_backward,
+        ROWS,
+        lambda N, C: (13 * N * C, 16 * N * C),
+        kinds=dict.fromkeys(ODD_ROWS, FEW),
+    ),
     "matmul_forward": Example(
         SUM,
         _matmul_forward,
@@ -305,6 +376,9 @@ EXAMPLES: dict[str, Example] = {
             2 * N * C * OC,
             4 * N * (C + OC) + WEIGHT_BYTES[kind] * OC * C,
         ),
+        # sums of integers are exact; the product of two scales, that with a sum, and a bias are
+        # rounded
+        kinds={"float16": SUM, "uint8": 1e-6},
     ),
     "matmul_backward": Example(
         SUM,
@@ -323,23 +397,68 @@ EXAMPLES: dict[str, Example] = {
             4 * B * NH * HS * (T * position + (T * (T + 1) if P else T * T) // 2),
             8 * B * NH * HS * (position + 3 * T) if P else 16 * B * T * NH * HS,
         ),
+        # scores of hundreds are rounded by 1e-5 and more, the relative error of their exp
+        kinds={"saturated": 1e-4},
     ),
     "attention_backward": Example(
         SUM,
         _attention_backward,
         ATTENTION,
         lambda B, T, NH, HS: (4 * B * NH * HS * T * T, 32 * B * T * NH * HS),
+        kinds={"saturated": 1e-4},
     ),
-    "gelu_forward": Example(FEW, _gelu_forward, HIDDEN, lambda n: (18 * n, 8 * n)),
-    "gelu_backward": Example(FEW, _gelu_backward, HIDDEN, lambda n: (28 * n, 12 * n)),
+    "gelu_forward": Example(
+        FEW,
+        _gelu_forward,
+        HIDDEN,
+        lambda n: (18 * n, 8 * n),
+        kinds=dict.fromkeys(ODD_HIDDEN, FEW),
+    ),
+    "gelu_backward": Example(
+        FEW,
+        _gelu_backward,
+        HIDDEN,
+        lambda n: (28 * n, 12 * n),
+        kinds=dict.fromkeys(ODD_HIDDEN, FEW),
+    ),
+    "swiglu_forward": Example(
+        FEW,
+        _swiglu_forward,
+        GATED,
+        lambda N, C: (14 * N * C, 12 * N * C),
+        kinds=dict.fromkeys(ODD_HIDDEN, FEW),
+    ),
+    "swiglu_backward": Example(
+        FEW,
+        _swiglu_backward,
+        GATED,
+        lambda N, C: (20 * N * C, 20 * N * C),
+        kinds=dict.fromkeys(ODD_HIDDEN, FEW),
+    ),
     "residual_forward": Example(ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),
     "crossentropy_forward": Example(
-        FEW, _crossentropy_forward, LOGITS, lambda N, V: (13 * N * V, 4 * N * V)
+        FEW,
+        _crossentropy_forward,
+        LOGITS,
+        lambda N, V: (13 * N * V, 4 * N * V),
+        kinds=dict.fromkeys(ODD_LOGITS, FEW),
     ),
     "crossentropy_backward": Example(
-        FEW, _crossentropy_backward, LOGITS, lambda N, V: (12 * N * V, 8 * N * V)
+        FEW,
+        _crossentropy_backward,
+        LOGITS,
+        lambda N, V: (12 * N * V, 8 * N * V),
+        kinds=dict.fromkeys(ODD_LOGITS, FEW),
     ),
-    "adamw_update": Example(FEW, _adamw_update, WEIGHTS, lambda n: (14 * n, 28 * n)),
+    "adamw_update": Example(
+        FEW, _adamw_update, WEIGHTS, lambda n: (14 * n, 28 * n), kinds={"zero": FEW}
+    ),
     # summed in float64 by the kernels too
-    "global_norm": Example(1e-12, _global_norm, WEIGHTS, lambda n: (2 * n, 4 * n)),
+    "global_norm": Example(
+        1e-12,
+        _global_norm,
+        WEIGHTS,
+        lambda n: (2 * n, 4 * n),
+        kinds={"huge": 1e-12, "tiny": 1e-12},
+    ),
 }

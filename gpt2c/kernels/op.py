@@ -24,6 +24,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from string import ascii_letters, digits
 from typing import Any
 
 __all__ = ["OPS", "Argument", "Op"]
@@ -40,6 +41,9 @@ layernorm_forward   out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-
     eps: 0 <= eps
 layernorm_backward  +dx[N C] +dweight[C] +dbias[C]
                     <- dout[N C] x[N C] weight[C] mean[N] rstd[N] | N C
+rmsnorm_forward     out[N C] rstd[N] <- x[N C] weight[C] eps=1e-5 | N C
+    eps: 0 <= eps
+rmsnorm_backward    +dx[N C] +dweight[C] <- dout[N C] x[N C] weight[C] rstd[N] | N C
 
 matmul_forward      out[N OC] <- x[N C] weight[OC C]weights bias[OC]? scale[OC]?
                     | type matmul_scratch_size(N C OC type threads) N C OC
@@ -60,6 +64,8 @@ attention_backward  dqkv[B T 3C]=qkv <- dout[B T C] qkv[B T 3C] out[B T C] lse[B
 
 gelu_forward        out[*] <- x[*] | n
 gelu_backward       dx[*]=dout <- dout[*] x[*] | n
+swiglu_forward      out[N C] <- x[N 2C] | N C
+swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
 
 crossentropy_forward
@@ -103,7 +109,12 @@ class Argument:
     @property
     def letters(self) -> tuple[str, ...]:
         """The letters of the shape, without factors."""
-        return tuple(letter.lstrip("3") for letter in self.shape)
+        return tuple(letter.lstrip(digits) for letter in self.shape)
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """How many times each letter stands in the shape: 3 for 3C, 1 for C."""
+        return tuple(int(letter.rstrip(ascii_letters) or 1) for letter in self.shape)
 
 
 @dataclass(frozen=True)

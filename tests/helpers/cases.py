@@ -29,8 +29,8 @@ class Case:
 
     @property
     def rtol(self) -> float:
-        usual = RTOL_OF.get((self.name, None), self.example.rtol)
-        return RTOL_OF.get((self.name, self.shape.get("kind")), usual)
+        usual = RTOL_OF.get(self.name, self.example.rtol)
+        return self.example.kinds.get(self.shape.get("kind"), usual)
 
     def arguments(self) -> list[Any]:
         """Make the arguments, the same ones every time."""
@@ -48,7 +48,25 @@ def shapes(letters: str, sizes: Iterable[tuple[Any, ...]]) -> list[Shape]:
 
 # vectors hold 4, 8 or 16 floats and loops are unrolled: one less, the same, one more; then primes
 VECTOR_EDGES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 257)
-ELEMENTWISE = shapes("n", [(n,) for n in (*VECTOR_EDGES, 1023, 1024, 1025, 100_003, 768 * 64)])
+
+
+def edges(name: str) -> list[Shape]:
+    """Return shapes for an op whose loops go through vectors, and its example's other values.
+
+    Each size is around the vectors in turn; then the last is long, and all together are a task for
+    several threads.
+    """
+    letters, kinds = EXAMPLES[name].letters, EXAMPLES[name].kinds
+    last, few = letters[-1], dict.fromkeys(letters, 3)
+    long = [{**few, last: size} for size in (768, 1023, 1024, 1025, 3072)]
+    many: list[Shape] = [dict.fromkeys(letters, int(100_003 ** (1 / len(letters))))]
+    return [
+        *({**few, letter: edge} for letter in letters for edge in VECTOR_EDGES),
+        *long,
+        *many,
+        *({**few, last: size, "kind": kind} for kind in kinds for size in (33, 768, 1003)),
+    ]
+
 
 ENCODER = shapes(
     "B T C V",
@@ -62,11 +80,6 @@ EMBEDDING = shapes(
         for C in VECTOR_EDGES
         for kind, position in (("float32", 5), ("float16", 0), ("uint8", 1))
     ],
-)
-ROWS = [(3, C) for C in VECTOR_EDGES] + [(1, 768), (2, 1600), (97, 768), (257, 48), (1, 3072)]
-LAYERNORM = shapes("N C", ROWS) + shapes(
-    "N C kind",
-    [(5, C, kind) for C in (33, 768) for kind in ("large", "offset", "constant", "zero")],
 )
 # around the panels, tiles and blocks of a matmul, in each of its three sizes
 PANELS = (95, 96, 97, 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 768, 769)
@@ -134,22 +147,15 @@ CROSSENTROPY = shapes(
     "N V kind",
     [(4, V, kind) for V in (257, 50257) for kind in ("ignored", "equal", "spread")],
 )
-GELU = ELEMENTWISE + shapes("n kind", [(1003, kind) for kind in ("wide", "huge", "tiny", "zero")])
-ADAMW = (
-    ELEMENTWISE
-    + shapes(
-        "n t weight_decay grad_scale",
-        [(33, 1, 0.0, 1.0), (33, 1, 0.1, 0.25), (257, 1000, 0.0, 0.25), (257, 1_000_000, 0.1, 2.0)],
-    )
-    + shapes("n t kind", [(33, 1, "zero"), (33, 1000, "zero")])
-)
-NORM = ELEMENTWISE + shapes("n kind", [(257, "huge"), (257, "tiny")])
+ADAMW = shapes(
+    "n t weight_decay grad_scale",
+    [(33, 1, 0.0, 1.0), (33, 1, 0.1, 0.25), (257, 1000, 0.0, 0.25), (257, 1_000_000, 0.1, 2.0)],
+) + shapes("n t kind", [(33, 1, "zero")])
 
-SHAPES: dict[str, list[Shape]] = {
+# ops whose kernels have blocks, or whose examples have more than sizes and kinds; others: `edges`
+OF_BLOCKS: dict[str, list[Shape]] = {
     "encoder_forward": ENCODER + EMBEDDING,
     "encoder_backward": ENCODER,
-    "layernorm_forward": LAYERNORM,
-    "layernorm_backward": LAYERNORM,
     "matmul_forward": [*MATMUL, *LINEAR, *shapes("N C OC", [(2, 64, 50257), (3, 768, 50257)])],
     "matmul_backward": [
         *MATMUL,
@@ -159,29 +165,14 @@ SHAPES: dict[str, list[Shape]] = {
     "matrix_transpose": TRANSPOSE,
     "attention_forward": ATTENTION + CACHE,
     "attention_backward": ATTENTION,
-    "gelu_forward": GELU,
-    "gelu_backward": GELU,
-    "residual_forward": ELEMENTWISE,
     "crossentropy_forward": CROSSENTROPY,
     "crossentropy_backward": CROSSENTROPY,
-    "adamw_update": ADAMW,
-    "global_norm": NORM,
 }
+SHAPES = {name: OF_BLOCKS.get(name) or edges(name) for name in EXAMPLES}
+SHAPES["adamw_update"] += ADAMW
 
-# Kinds of values that need a tolerance of their own; None is for all others.
-RTOL_OF = {
-    # GPT-2's shapes have sums over 4096 rows, these over 257 at most
-    ("layernorm_backward", None): 2e-6,
-    # the mean is rounded by 6e-8 of itself: 1e4 times more beside a deviation of 1;
-    # and where the variance is 0, rstd = 316 multiplies it
-    ("layernorm_forward", "offset"): 1e-3,
-    ("layernorm_forward", "constant"): 1e-4,
-    # sums of integers are exact; the product of two scales, that with a sum, and a bias are rounded
-    ("matmul_forward", "uint8"): 1e-6,
-    # scores of hundreds are rounded by 1e-5 and more, and that is the relative error of their exp
-    ("attention_forward", "saturated"): 1e-4,
-    ("attention_backward", "saturated"): 1e-4,
-}
+# GPT-2's shapes have sums over 4096 rows, these over 316 at most
+RTOL_OF = {"layernorm_backward": 2e-6}
 
 CASES = [Case(name, shape) for name in EXAMPLES for shape in SHAPES[name]]
 
@@ -194,18 +185,8 @@ ALIASES = {
 
 # ---- one shape an op, that takes no time ---------------------------------------------------------
 
-SMALL: dict[str, dict[str, Any]] = {
-    "encoder": {"B": 2, "T": 5, "C": 24, "V": 11},
-    "layernorm": {"N": 7, "C": 40},
-    "matmul": {"N": 7, "C": 12, "OC": 20},
-    "attention": {"B": 2, "T": 9, "NH": 2, "HS": 8},
-    "crossentropy": {"N": 6, "V": 50},
-    "linear": {"N": 7, "C": 12, "OC": 20, "kind": "uint8"},
-    "matrix": {"R": 9, "C": 14},
-    "cache": {"T": 5, "NH": 2, "HS": 8, "position": 3, "P": 9},
-}
+SIZES = {"B": 2, "T": 5, "N": 6, "C": 17, "OC": 21, "V": 19, "NH": 3, "HS": 5, "R": 7, "n": 35}
 
 
-def small_shape(name: str) -> dict[str, Any]:
-    shape = SMALL.get(name.split("_")[0], {"n": 100})
-    return {**shape, "accumulate": False} if name == "matmul_backward" else shape
+def small_shape(name: str) -> Shape:
+    return {letter: SIZES[letter] for letter in EXAMPLES[name].letters}

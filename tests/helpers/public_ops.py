@@ -11,25 +11,13 @@ from gpt2c import ops
 from gpt2c.kernels import reference
 from gpt2c.kernels.cases import Shape
 from gpt2c.kernels.op import OPS
-from helpers.cases import Case
+from helpers.cases import Case, small_shape
 
-SHAPES: dict[str, Shape] = {
-    "encoder": {"B": 2, "T": 5, "C": 7, "V": 11},
-    "layernorm": {"N": 3, "C": 17},
-    "matmul": {"N": 5, "C": 9, "OC": 21},
-    "attention": {"B": 2, "T": 9, "NH": 3, "HS": 5},
-    "matrix": {"R": 5, "C": 9},
-    "crossentropy": {"N": 6, "V": 19},
-}
 GIVEN = {  # sizes that no array of the call has
     "vocab_size": lambda shape: shape["V"],
     "n_positions": lambda shape: shape["T"] + 2,
     "n_head": lambda shape: shape["NH"],
 }
-
-
-def kind(name: str) -> str:
-    return name.split("_")[0]
 
 
 PUBLIC = ops.PUBLIC
@@ -38,8 +26,8 @@ PUBLIC = ops.PUBLIC
 def solved(
     name: str, dtype: type = np.float32, shape: Shape | None = None
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Give an op's arguments by name, floats of this type, and the reference's float64 outputs."""
-    shape = shape or SHAPES.get(kind(name), {"n": 35})
+    """Return an op's arguments by name, floats of this type, and the reference's own outputs."""
+    shape = shape or small_shape(name)
     arguments = Case(name, shape).arguments()
     names = inspect.signature(getattr(reference, name)).parameters
     outputs = arguments[: len(OPS[name].outputs)]

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
-from helpers.public_ops import PUBLIC, arrays_of, kind, results_of, solved
+from helpers.public_ops import PUBLIC, arrays_of, results_of, solved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2c import GPT2, Engine, GenerationConfig, GPT2Config, QuantizedGPT2
 from gpt2c.kernels.backend import backends, get_backend
+from gpt2c.kernels.cases import EXAMPLES
 
 REFUSALS = (ValueError, TypeError, MemoryError, OSError)
 # How precise a kernel is, test_kernels says. Here a number may lie between two that cancel, which
@@ -73,27 +74,17 @@ FEW = st.integers(1, 4)
 # Kernels share their work among threads from 16,384 numbers on.
 WIDE = SIZE | st.sampled_from([129, 257, 300])
 LENGTH = st.integers(1, 5000) | st.integers(16_384, 40_000)
-SHAPES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "encoder": {"B": FEW, "T": SIZE, "C": SIZE, "V": SIZE},
-    "layernorm": {"N": WIDE, "C": WIDE},
-    "matmul": {"N": SIZE, "C": SIZE, "OC": SIZE},
-    "attention": {"B": FEW, "T": SIZE, "NH": FEW, "HS": SIZE},
-    "matrix": {"R": WIDE, "C": WIDE},
-    "linear": {
-        **{"N": SIZE, "C": SIZE, "OC": SIZE},
-        "kind": st.sampled_from(["float32", "float16", "uint8"]),
-    },
-    "cache": {"T": SIZE, "NH": FEW, "HS": SIZE, "position": st.integers(0, 70)},
-    "crossentropy": {"N": WIDE, "V": WIDE},
-}
+SIZE_OF = {"B": FEW, "NH": FEW}  # else by how many sizes there are
 
 
 @st.composite
 def op_shapes(draw: Any, name: str) -> dict[str, Any]:
-    shape = draw(st.fixed_dictionaries(SHAPES.get(kind(name), {"n": LENGTH})))
-    if kind(name) == "cache":
-        shape["P"] = shape["T"] + shape["position"] + draw(st.integers(0, 5))
-    return dict(shape)
+    example = EXAMPLES[name]
+    usual = {1: LENGTH, 2: WIDE}.get(len(example.letters), SIZE)
+    shape = {letter: draw(SIZE_OF.get(letter, usual)) for letter in example.letters}
+    if example.kinds and draw(st.booleans()):
+        shape["kind"] = draw(st.sampled_from(sorted(example.kinds)))
+    return shape
 
 
 def misaligned(array: Any) -> Any:

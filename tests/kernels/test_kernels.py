@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Guarded
-from helpers.cases import ALIASES, CASES, Case
+from helpers.cases import ALIASES, CASES, Case, small_shape
 
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import NAMES, get_backend
@@ -111,7 +111,14 @@ def test_global_norm_does_not_depend_on_threads(
     assert len({get_backend(backend_name, threads=t).global_norm(grad) for t in (1, 2, 3)}) == 1
 
 
-@pytest.mark.parametrize("name", ["gelu_forward", "gelu_backward", "residual_forward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        op.name
+        for op in OPS.values()
+        if op.inputs[0].shape == ("*",) and op.outputs and not op.numbers
+    ],
+)
 def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.Generator) -> None:
     count = len(parameters(REFERENCE_OPS[name]))
     arrays = [rng.standard_normal((2, 3, 5), np.float32) for _ in range(count)]
@@ -125,46 +132,30 @@ def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.
 # ---- a NaN is not lost ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 16, 33])
-def test_elementwise_ops_pass_nan_on(n: int, backend: Any) -> None:
-    for position in range(n):
-        x, other = np.ones(n, np.float32), np.ones(n, np.float32)
-        x[position] = np.nan
-        expected = np.isnan(x)
-        for name, inputs in [
-            ("gelu_forward", [x]),
-            ("gelu_backward", [x, other]),
-            ("gelu_backward", [other, x]),
-            ("residual_forward", [x, other]),
-            ("residual_forward", [other, x]),
-        ]:
-            out = np.zeros(n, np.float32)
-            getattr(backend, name)(out, *inputs)
-            assert np.array_equal(np.isnan(out), expected), f"{name}, NaN at {position} of {n}"
-
-
-@pytest.mark.parametrize("C", [1, 5, 16, 33, 768])
-def test_row_ops_pass_nan_on(C: int, backend: Any) -> None:
-    row, position = 1, C // 2
-    x, targets = np.ones((3, C), np.float32), np.zeros(3, np.int32)
-    x[row, position] = np.nan
-    weight, bias = np.ones(C, np.float32), np.zeros(C, np.float32)
-    out, mean, rstd = np.zeros_like(x), np.zeros(3, np.float32), np.zeros(3, np.float32)
-    backend.layernorm_forward(out, mean, rstd, x, weight, bias, 1e-5)
-    losses, lse = np.zeros(3, np.float32), np.zeros(3, np.float32)
-    backend.crossentropy_forward(losses, lse, x, targets)
-    dlogits = np.zeros_like(x)
-    backend.crossentropy_backward(dlogits, x, lse, targets, 1.0)
-    for name, result in [
-        ("layernorm out", out),
-        ("layernorm mean", mean),
-        ("layernorm rstd", rstd),
-        ("losses", losses),
-        ("lse", lse),
-        ("dlogits", dlogits),
-    ]:
-        assert np.isnan(result[row]).all(), f"{name} lost the NaN of its row"
-        assert np.isfinite(np.delete(result, row, axis=0)).all(), f"{name}: the NaN spread"
+# where attention masks, the reference multiplies a NaN by 0 and the kernels multiply nothing
+@pytest.mark.parametrize("name", [name for name in OPS if "attention" not in name])
+@pytest.mark.parametrize("size", [1, 17, 33, 768])
+def test_nan_is_where_the_reference_has_it(name: str, size: int, backend: Any) -> None:
+    """From a NaN at seven places of each input of floats, the first and the last among them."""
+    shape = small_shape(name)
+    case = Case(name, shape | {list(shape)[-1]: size})
+    outputs = len(OPS[name].outputs)
+    for position, array in enumerate(OPS[name].arrays):
+        values = case.arguments()[position]
+        is_input = array.mode == "~" or position >= outputs
+        if values is None or array.kind != "floats" or not is_input:
+            continue
+        for place in np.linspace(0, values.size - 1, 7).astype(int):
+            wide = case.arguments()
+            wide[position].flat[place] = np.nan
+            arguments = [narrow(argument) for argument in wide]
+            expected = getattr(reference, name)(*wide)
+            result = getattr(backend, name)(*arguments)
+            for a, b in zip(
+                [*arguments[:outputs], result], [*wide[:outputs], expected], strict=True
+            ):
+                same = a is None or np.array_equal(np.isnan(a), np.isnan(b))
+                assert same, f"{name}: NaN in {array.name}, at {place} of {values.size}"
 
 
 def test_gelu_does_not_overflow(backend_name: str) -> None:
@@ -177,6 +168,16 @@ def test_gelu_does_not_overflow(backend_name: str) -> None:
     backend.gelu_backward(dx, np.ones_like(x), x)
     assert np.array_equal(out[3:], x[3:]) and np.array_equal(dx[3:], np.ones(3, np.float32))
     assert (np.abs(dx[:3]) < 1e-30).all() and (np.abs(out[:3]) < 1e-18).all()
+
+
+def test_swiglu_is_closed_far_below_0_and_open_far_above(backend: Any) -> None:
+    gate = np.array([-3e38, -1e20, -100, 100, 1e20, 3e38], np.float32)
+    x = np.concatenate([gate, np.ones_like(gate)])[None]
+    out, dx = np.empty((1, 6), np.float32), np.empty_like(x)
+    backend.swiglu_forward(out, x)
+    backend.swiglu_backward(dx, np.ones_like(out), x)
+    for values, above in [(out, gate[3:]), (dx[:, :6], np.ones(3)), (dx[:, 6:], gate[3:])]:
+        assert np.array_equal(values[0, 3:], above) and (np.abs(values[0, :3]) < 1e-36).all()
 
 
 @pytest.mark.parametrize(("N", "C", "OC"), [(3, 5, 7), (13, 33, 40), (7, 300, 18)])

@@ -7,8 +7,8 @@ and nothing is blocked or fused.
 
 Every op writes into arrays that the caller made, outputs first; sizes come from their shapes.
 Gradients of parameters (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up.
-Activations and their gradients are written (=), except the dx of `layernorm_backward`. Each
-backward function quotes the line that it differentiates; dy is the gradient of the loss by y.
+Activations and their gradients are written (=), except the dx of a norm. Each backward function
+quotes the line that it differentiates; dy is the gradient of the loss by y.
 
 Letters: B batch, T time, C channels, V vocabulary, NH heads, HS = C/NH head size, OC output
 channels, N = B*T rows.
@@ -16,36 +16,13 @@ channels, N = B*T rows.
 Knows nothing about models, backends or C, and checks nothing that NumPy does not check.
 """
 
-from gpt2c.kernels.reference.activation import gelu_backward, gelu_forward, residual_forward
-from gpt2c.kernels.reference.attention import (
-    attention_backward,
-    attention_forward,
-)
-from gpt2c.kernels.reference.embedding import encoder_backward, encoder_forward
-from gpt2c.kernels.reference.linear import (
-    matmul_backward,
-    matmul_forward,
-    matrix_transpose,
-)
-from gpt2c.kernels.reference.loss import crossentropy_backward, crossentropy_forward
-from gpt2c.kernels.reference.norm import layernorm_backward, layernorm_forward
-from gpt2c.kernels.reference.optimizer import adamw_update, global_norm
+from gpt2c.kernels.op import OPS
+from gpt2c.kernels.reference.activation import *
+from gpt2c.kernels.reference.attention import *
+from gpt2c.kernels.reference.embedding import *
+from gpt2c.kernels.reference.linear import *
+from gpt2c.kernels.reference.loss import *
+from gpt2c.kernels.reference.norm import *
+from gpt2c.kernels.reference.optimizer import *
 
-__all__ = [
-    "adamw_update",
-    "attention_backward",
-    "attention_forward",
-    "crossentropy_backward",
-    "crossentropy_forward",
-    "encoder_backward",
-    "encoder_forward",
-    "gelu_backward",
-    "gelu_forward",
-    "global_norm",
-    "layernorm_backward",
-    "layernorm_forward",
-    "matmul_backward",
-    "matmul_forward",
-    "matrix_transpose",
-    "residual_forward",
-]
+__all__ = list(OPS)

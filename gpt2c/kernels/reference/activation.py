@@ -1,4 +1,4 @@
-"""What is done element by element: GELU, and the sum of the residual stream.
+"""What is done element by element: GELU, SwiGLU, and the sum of the residual stream.
 
 `gpt2c.kernels.reference` says what holds for all ops.
 """
@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["gelu_backward", "gelu_forward", "residual_forward"]
+__all__ = [
+    "gelu_backward",
+    "gelu_forward",
+    "residual_forward",
+    "swiglu_backward",
+    "swiglu_forward",
+]
 
 Array = NDArray[np.floating[Any]]
 
@@ -50,6 +56,45 @@ def gelu_backward(dx: Array, dout: Array, x: Array) -> None:
     tanh = np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
     du = GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
     dx[...] = dout * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * du)
+
+
+def _swiglu_parts(x: Array) -> tuple[Array, Array, Array]:
+    """Return gate and up, the halves of each row, and the sigmoid of gate."""
+    gate, up = np.split(x, 2, axis=1)
+    return gate, up, 0.5 * (1 + np.tanh(0.5 * gate))  # 1 / (1 + e^-gate) could overflow
+
+
+def swiglu_forward(out: Array, x: Array) -> None:
+    """Multiply `up` by the smooth gate silu(gate), where a row of `x` holds gate, then up.
+
+    out = silu(gate) * up,   silu(gate) = gate * s,   s = 1 / (1 + e^-gate)
+
+    Parameters
+    ----------
+    out : (N, C), written
+    x : (N, 2C); one linear layer makes both halves, its weight is gate's rows above up's
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+    gate, up, s = _swiglu_parts(x)
+    out[...] = gate * s * up
+
+
+def swiglu_backward(dx: Array, dout: Array, x: Array) -> None:
+    """Write the gradients of gate and up.
+
+    dgate = dout * up * s * (1 + gate * (1 - s)),   dup = dout * gate * s
+
+    Parameters
+    ----------
+    dx : (N, 2C), written; may be `x`
+    dout : (N, C)
+    x : (N, 2C)
+    """
+    gate, up, s = _swiglu_parts(x)
+    # out = gate * s * up,   s' = s * (1 - s)
+    dgate = dout * up * s * (1 + gate * (1 - s))
+    dx[...] = np.concatenate([dgate, dout * gate * s], axis=1)
 
 
 def residual_forward(out: Array, x: Array, branch: Array) -> None:

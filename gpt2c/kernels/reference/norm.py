@@ -1,4 +1,4 @@
-"""Layernorm: rows of mean 0 and variance 1.
+"""Norms: layernorm, rows of mean 0 and variance 1; rmsnorm, rows of mean square 1.
 
 `gpt2c.kernels.reference` says what holds for all ops.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["layernorm_backward", "layernorm_forward"]
+__all__ = ["layernorm_backward", "layernorm_forward", "rmsnorm_backward", "rmsnorm_forward"]
 
 Array = NDArray[np.floating[Any]]
 
@@ -72,3 +72,48 @@ def layernorm_backward(
     shift = dnorm.mean(axis=1, keepdims=True)
     stretch = (dnorm * norm).mean(axis=1, keepdims=True)
     dx += (dnorm - shift - norm * stretch) * rstd[:, None]
+
+
+def rmsnorm_forward(out: Array, rstd: Array, x: Array, weight: Array, eps: float) -> None:
+    """Scale each row of `x` to a mean square of 1, then channel by channel.
+
+    out = x * rstd * weight,   rstd = 1 / sqrt(mean(x^2) + eps)
+
+    Parameters
+    ----------
+    out : (N, C), written
+    rstd : (N,), written, kept for the backward pass
+    x : (N, C)
+    weight : (C,)
+    eps : added to the mean square (not to its root)
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; eps as in transformers' LlamaRMSNorm.
+    """
+    rstd[...] = 1 / np.sqrt(np.square(x).mean(axis=1) + eps)
+    out[...] = x * rstd[:, None] * weight
+
+
+def rmsnorm_backward(
+    dx: Array, dweight: Array, dout: Array, x: Array, weight: Array, rstd: Array
+) -> None:
+    """Add the gradients of rmsnorm to those of its input and its weight.
+
+    dx += (dnorm - norm * mean(dnorm * norm)) * rstd
+    norm = x * rstd,   dnorm = dout * weight
+
+    Parameters
+    ----------
+    dx : (N, C), accumulated, as layernorm's
+    dweight : (C,), accumulated
+    dout, x : (N, C)
+    weight : (C,)
+    rstd : (N,), from the forward pass
+    """
+    norm = x * rstd[:, None]
+    # out = norm * weight
+    dnorm = dout * weight
+    dweight += (dout * norm).sum(axis=0)
+    # norm = x * rstd(x): a row of norm cannot stretch, so the part of dnorm that asks for that is
+    # taken out
+    stretch = (dnorm * norm).mean(axis=1, keepdims=True)
+    dx += (dnorm - norm * stretch) * rstd[:, None]
