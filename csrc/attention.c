@@ -1,4 +1,4 @@
-/* Causal multi-head attention, block by block: out = softmax(mask(q k^T / sqrt(HS))) v for each head; q, k, v (T,HS).
+/* Causal attention of NH heads, block by block: out = softmax(mask(q k^T / sqrt(HS))) v for each head; q, k, v (T,HS).
  *
  * Method: FlashAttention (Dao et al. 2022, arXiv:2205.14135; online softmax, Milakov and Gimelshein 2018,
  * arXiv:1805.02867). A thread has the scores of one block of TILE keys x TILE queries at a time, in its first-level
@@ -126,15 +126,16 @@ static void sum_over_queries(float *sums, Block block, const float *weights, con
 
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
-/* out (rows x HS, row stride C) and, unless NULL, lse (rows) of one block of queries q (rows x HS, row stride 3C). The
- * first query is at position `first`. keys and values have the row stride `stride`. */
+/* out (rows x HS, row stride C) and lse (rows) of one block of queries q (rows x HS, row stride W). The first query is
+ * at position `first`. keys and values have the row stride `stride`. */
 static void forward_block(float *out, float *lse, const float *q, const float *keys, const float *values,
-                          int64_t stride, int64_t first, int64_t rows, int64_t C, int64_t HS, float *scratch) {
+                          int64_t stride, int64_t first, int64_t rows, int64_t C, int64_t W, int64_t HS,
+                          float *scratch) {
     float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
-    transpose(q_t, TILE, q, 3 * C, rows, HS, TILE);
+    transpose(q_t, TILE, q, W, rows, HS, TILE);
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
         const float *k = keys + key * stride, *v = values + key * stride;
@@ -166,29 +167,61 @@ static void forward_block(float *out, float *lse, const float *q, const float *k
         for (int64_t c = 0; c < HS; c++) vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), inverse));
     }
     transpose(out, C, out_t, TILE, HS, rows, HS);
-    if (lse)
-        for (int64_t i = 0; i < rows; i++) lse[i] = maximum[i] + logf(denominator[i]);
+    for (int64_t i = 0; i < rows; i++) lse[i] = maximum[i] + logf(denominator[i]);
 }
 
-void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, int64_t position,
-                       float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t P, Team *team) {
-    const int64_t HS = C / NH, blocks = ceil_div(T, TILE);
+/* lse is (B,NH,T); this is where the rows of head h of sequence s begin. */
+static int64_t lse_at(Sequences all, int64_t NH, int64_t s, int64_t h) {
+    return all.offsets ? h * all.T + all.offsets[s] : (s * NH + h) * all.T;
+}
+
+/* Blocks of queries of a sequence, and of all sequences. */
+static int64_t sequence_blocks(Sequences all, int64_t s) { return ceil_div(sequence_length(all, s), TILE); }
+static int64_t all_blocks(Sequences all) {
+    if (!all.offsets) return all.B * ceil_div(all.T, TILE);
+    int64_t sum = 0;
+    for (int64_t s = 0; s < sequence_count(all); s++) sum += sequence_blocks(all, s);
+    return sum;
+}
+
+/* A task of the forward pass: a block of queries of one head. A head's last queries come first: they see the most keys,
+ * so the longest tasks come first. */
+typedef struct {
+    int64_t s, h, first;
+} ForwardTask;
+
+static ForwardTask forward_task(Sequences all, int64_t NH, int64_t task) {
+    int64_t s = 0;
+    if (all.offsets)
+        for (; task >= NH * sequence_blocks(all, s); s++) task -= NH * sequence_blocks(all, s);
+    else
+        s = task / (NH * sequence_blocks(all, 0));
+    const int64_t blocks = sequence_blocks(all, s);
+    return (ForwardTask){s, task / blocks % NH, (blocks - 1 - task % blocks) * TILE};
+}
+
+void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
+                       int64_t position, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
+                       int64_t P, int64_t S, Team *team) {
+    const int64_t HS = C / NH, KV = (W - C) / (2 * HS);
+    const Sequences all = {offsets, B, T, S};
     if (keys) {
         const size_t row = (size_t)HS * sizeof(float);
-        for_shared (head, B * NH, worth(T * HS), team)
+        for_shared (head, B * KV, worth(T * HS), team)
             for (int64_t t = 0; t < T; t++) {
-                const float *from = qkv + (head / NH * T + t) * 3 * C + head % NH * HS;
-                memcpy(keys + (head * P + position + t) * HS, from + C, row);
-                memcpy(values + (head * P + position + t) * HS, from + 2 * C, row);
+                const float *from = qkv + (head / KV * T + t) * W + C + head % KV * HS;
+                memcpy(keys + (head * P + position + t) * HS, from, row);
+                memcpy(values + (head * P + position + t) * HS, from + KV * HS, row);
             }
     }
-    for_shared (task, B * NH * blocks, worth(min64(T, TILE) * HS), team) {
-        /* a head's last queries first: they see the most keys, so the longest tasks come first */
-        const int64_t first = (blocks - 1 - task % blocks) * TILE, head = task / blocks, b = head / NH, h = head % NH;
-        const float *q = qkv + b * T * 3 * C + h * HS;
-        forward_block(out + (b * T + first) * C + h * HS, lse ? lse + head * T + first : NULL, q + first * 3 * C,
-                      keys ? keys + head * P * HS : q + C, keys ? values + head * P * HS : q + 2 * C, keys ? HS : 3 * C,
-                      (keys ? position : 0) + first, min64(TILE, T - first), C, HS,
+    for_shared (number, NH * all_blocks(all), worth(min64(T, TILE) * HS), team) {
+        const ForwardTask task = forward_task(all, NH, number);
+        const int64_t start = sequence_at(all, task.s), first = task.first, kv = task.h / (NH / KV);
+        const float *q = qkv + (start + first) * W + task.h * HS, *k = qkv + start * W + C + kv * HS;
+        const int64_t cached = (task.s * KV + kv) * P * HS;
+        forward_block(out + (start + first) * C + task.h * HS, lse + lse_at(all, NH, task.s, task.h) + first, q,
+                      keys ? keys + cached : k, keys ? values + cached : k + KV * HS, keys ? HS : W,
+                      (keys ? position : 0) + first, min64(TILE, sequence_length(all, task.s) - first), C, W, HS,
                       scratch + team->member * thread_scratch_size(T, HS));
     }
 }
@@ -203,66 +236,75 @@ static void copy_rows(float *to, const float *from, int64_t stride, int64_t rows
             vf_store(to + i * HSP + c, i < rows ? vf_load_n(from + i * stride + c, HS - c) : vf_set1(0.0f));
 }
 
-/* One head: dqkv (T rows, stride 3C) from dout and out (T rows, stride C), qkv and lse (T). dqkv may be qkv: q of a
- * block is read before its dq is written, and dk and dv stay in scratch until the head is done. */
-static void backward_head(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                          int64_t T, int64_t C, int64_t HS, float *scratch) {
-    const int64_t stride = 3 * C, HSP = padded(HS);
+/* The query heads that share a key head: dqkv (T rows, stride W) from dout and out (T rows, stride C), qkv and lse
+ * (group,lse_stride). Pointers are at the first of these heads; k and v lie `to_k` and `to_v` after q. dqkv may be qkv:
+ * q of a block is read before its dq is written, and dk and dv stay in scratch until all heads are done. */
+static void backward_group(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+                           int64_t lse_stride, int64_t group, int64_t to_k, int64_t to_v, int64_t T, int64_t C,
+                           int64_t W, int64_t HS, float *scratch) {
+    const int64_t HSP = padded(HS);
     float *p = scratch, *dp = p + TILE * TILE, *q_t = dp + TILE * TILE, *dout_t = q_t + TILE * HS;
     float *dq_t = dout_t + TILE * HS, *q = dq_t + TILE * HS, *dout_block = q + TILE * HSP,
           *dk = dout_block + TILE * HSP;
     float *dv = dk + round_up(T, TILE) * HSP;
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
-    for (int64_t first = 0; first < T; first += TILE) {
-        const int64_t rows = min64(TILE, T - first);
-        copy_rows(q, qkv + first * stride, stride, rows, HS);
-        copy_rows(dout_block, dout + first * C, C, rows, HS);
-        transpose(q_t, TILE, q, HSP, TILE, HS, TILE);
-        transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE);
-        /* Queries past T have q, dout, minus_lse and delta 0, so they add 0 to every sum. */
-        float minus_lse[TILE] = {0.0f}, delta[TILE] = {0.0f};
-        for (int64_t i = 0; i < rows; i++) {
-            /* Gradient of softmax: dscores = p * (dp - delta); delta = sum(p * dp) over all keys equals dout . out. */
-            vf dot = vf_set1(0.0f);
-            for (int64_t c = 0; c < HS; c += VF_LEN)
-                dot = vf_fma(vf_load(dout_block + i * HSP + c), vf_load_n(out + (first + i) * C + c, HS - c), dot);
-            delta[i] = vf_sum(dot);
-            minus_lse[i] = -lse[first + i];
+    for (int64_t h = 0; h < group; h++)
+        for (int64_t first = 0; first < T; first += TILE) {
+            const int64_t rows = min64(TILE, T - first);
+            copy_rows(q, qkv + first * W + h * HS, W, rows, HS);
+            copy_rows(dout_block, dout + first * C + h * HS, C, rows, HS);
+            transpose(q_t, TILE, q, HSP, TILE, HS, TILE);
+            transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE);
+            /* Queries past T have q, dout, minus_lse and delta 0, so they add 0 to every sum. */
+            float minus_lse[TILE] = {0.0f}, delta[TILE] = {0.0f};
+            for (int64_t i = 0; i < rows; i++) {
+                /* Gradient of softmax: dscores = p * (dp - delta); delta = sum(p * dp) over all keys equals dout . out.
+                 */
+                const float *out_row = out + (first + i) * C + h * HS;
+                vf dot = vf_set1(0.0f);
+                for (int64_t c = 0; c < HS; c += VF_LEN)
+                    dot = vf_fma(vf_load(dout_block + i * HSP + c), vf_load_n(out_row + c, HS - c), dot);
+                delta[i] = vf_sum(dot);
+                minus_lse[i] = -lse[h * lse_stride + first + i];
+            }
+            for (int64_t key = 0; key < first + rows; key += TILE) {
+                const Block block = {first - key, min64(TILE, T - key)};
+                const float *k = qkv + key * W + to_k, *v = qkv + key * W + to_v;
+                const int accumulate = h > 0 || first > key;
+                score(p, block, (Operand){k, W, 1}, q_t, HS);
+                score(dp, block, (Operand){v, W, 1}, dout_t, HS);
+                for (int64_t j = 0; j < TILE; j += VF_LEN)
+                    for (int64_t i = 0; i < visible_keys(block, j); i++) {
+                        float *pi = p + i * TILE + j, *dpi = dp + i * TILE + j;
+                        vf probability = vf_exp(vf_fma(vf_load(pi), scale, vf_load(minus_lse + j)));
+                        probability = mask(block, i, j, probability, vf_set1(0.0f));
+                        vf dscore = vf_mul(probability, vf_sub(vf_load(dpi), vf_load(delta + j)));
+                        vf_store(pi, probability);
+                        vf_store(dpi, vf_mul(dscore, scale));
+                    }
+                sum_over_queries(dv + key * HSP, block, p, dout_block, HS, accumulate);
+                sum_over_queries(dk + key * HSP, block, dp, q, HS, accumulate);
+                sum_over_keys(dq_t, block, (Operand){k, 1, W}, dp, HS, key > 0);
+            }
+            transpose(dqkv + first * W + h * HS, W, dq_t, TILE, HS, rows, HS);
         }
-        for (int64_t key = 0; key < first + rows; key += TILE) {
-            const Block block = {first - key, min64(TILE, T - key)};
-            const float *k = qkv + key * stride + C, *v = k + C;
-            score(p, block, (Operand){k, stride, 1}, q_t, HS);
-            score(dp, block, (Operand){v, stride, 1}, dout_t, HS);
-            for (int64_t j = 0; j < TILE; j += VF_LEN)
-                for (int64_t i = 0; i < visible_keys(block, j); i++) {
-                    float *pi = p + i * TILE + j, *dpi = dp + i * TILE + j;
-                    vf probability = vf_exp(vf_fma(vf_load(pi), scale, vf_load(minus_lse + j)));
-                    probability = mask(block, i, j, probability, vf_set1(0.0f));
-                    vf dscore = vf_mul(probability, vf_sub(vf_load(dpi), vf_load(delta + j)));
-                    vf_store(pi, probability);
-                    vf_store(dpi, vf_mul(dscore, scale));
-                }
-            sum_over_queries(dv + key * HSP, block, p, dout_block, HS, first > key);
-            sum_over_queries(dk + key * HSP, block, dp, q, HS, first > key);
-            sum_over_keys(dq_t, block, (Operand){k, 1, stride}, dp, HS, key > 0);
-        }
-        transpose(dqkv + first * stride, stride, dq_t, TILE, HS, rows, HS);
-    }
     for (int64_t t = 0; t < T; t++)
         for (int64_t c = 0; c < HS; c += VF_LEN) {
-            vf_store_n(dqkv + t * stride + C + c, vf_load(dk + t * HSP + c), HS - c);
-            vf_store_n(dqkv + t * stride + 2 * C + c, vf_load(dv + t * HSP + c), HS - c);
+            vf_store_n(dqkv + t * W + to_k + c, vf_load(dk + t * HSP + c), HS - c);
+            vf_store_n(dqkv + t * W + to_v + c, vf_load(dv + t * HSP + c), HS - c);
         }
 }
 
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, Team *team) {
-    const int64_t HS = C / NH;
-    for_shared (task, B * NH, worth(T * HS), team) {
-        const int64_t b = task / NH, h = task % NH;
-        backward_head(dqkv + b * T * 3 * C + h * HS, dout + b * T * C + h * HS, qkv + b * T * 3 * C + h * HS,
-                      out + b * T * C + h * HS, lse + (b * NH + h) * T, T, C, HS,
-                      scratch + team->member * thread_scratch_size(T, HS));
+                        const int32_t *offsets, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
+                        int64_t S, Team *team) {
+    const int64_t HS = C / NH, KV = (W - C) / (2 * HS), group = NH / KV;
+    const Sequences all = {offsets, B, T, S};
+    for_shared (task, sequence_count(all) * KV, worth(B * T / sequence_count(all) * group * HS), team) {
+        const int64_t s = task / KV, kv = task % KV, h = kv * group, start = sequence_at(all, s);
+        const int64_t wide = start * W + h * HS, narrow = start * C + h * HS, to_k = C + (kv - h) * HS;
+        backward_group(dqkv + wide, dout + narrow, qkv + wide, out + narrow, lse + lse_at(all, NH, s, h), T, group,
+                       to_k, to_k + KV * HS, sequence_length(all, s), C, W, HS,
+                       scratch + team->member * thread_scratch_size(T, HS));
     }
 }

@@ -28,19 +28,20 @@ void crossentropy_forward(float *losses, float *lse, const float *logits, const 
     }
 }
 
-void crossentropy_backward(float *dlogits, const float *logits, const float *lse, const int32_t *targets, float scale,
-                           int64_t N, int64_t V, Team *team) {
+void crossentropy_backward(float *dlogits, const float *logits, const float *lse, const int32_t *targets,
+                           const float *weights, float scale, int64_t N, int64_t V, Team *team) {
     for_shared (i, N, worth(V), team) {
         const float *row = logits + i * V;
+        const float factor = weights ? weights[i] * scale : scale;
         float *drow = dlogits + i * V;
-        if (targets[i] < 0) {
+        if (targets[i] < 0 || (weights && weights[i] == 0.0f)) {
             memset(drow, 0, (size_t)V * sizeof(float));
             continue;
         }
         for (int64_t j = 0; j < V; j += VF_LEN) {
             vf softmax = vf_exp(vf_sub(vf_load_n(row + j, V - j), vf_set1(lse[i])));
-            vf_store_n(drow + j, vf_mul(softmax, vf_set1(scale)), V - j);
+            vf_store_n(drow + j, vf_mul(softmax, vf_set1(factor)), V - j);
         }
-        drow[targets[i]] -= scale;
+        drow[targets[i]] -= factor;
     }
 }

@@ -53,16 +53,22 @@ int64_t gemm_scratch_size(int threads);
 int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads);
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
 
+/* ---- ragged batches ----------------------------------------------------------------------------------------- */
+
+/* Where an op has offsets (S), a batch may be ragged: then B is 1 and the T rows are S - 1 sequences one after the
+ * other, of which the i-th has rows offsets[i] to offsets[i + 1]. offsets NULL and S 0: B sequences of T rows. */
+
 /* ---- encoder: token + position embedding -------------------------------------------------------------------- */
 
-/* out (B,T,C) = wte[idx] + wpe[position + t] for t in [0,T); idx (B,T) in [0,V), wte (V,C) of `type`,
- * wpe (at least position + T,C), scale (V) for INT8, else NULL. */
+/* out (B,T,C) = wte[idx] + wpe[position + t], t counted in each sequence;  idx (B,T) in [0,V), wte (V,C) of `type`, wpe
+ * (P,C) for all positions there are or NULL, scale (V) for INT8, else NULL. */
 void encoder_forward(float *out, const int32_t *idx, const void *wte, const float *wpe, const float *scale,
-                     int64_t position, int type, int64_t B, int64_t T, int64_t C, Team *team);
+                     const int32_t *offsets, int64_t position, int type, int64_t B, int64_t T, int64_t C, int64_t S,
+                     Team *team);
 
-/* dwte (V,C) and dwpe (at least T,C) += the rows of dout (B,T,C); idx (B,T). */
-void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *idx, int64_t B, int64_t T, int64_t C,
-                      Team *team);
+/* dwte (V,C) += , dwpe (P,C) += the rows of dout (B,T,C); either may be NULL. */
+void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t *idx, const int32_t *offsets,
+                      int64_t B, int64_t T, int64_t C, int64_t S, Team *team);
 
 /* ---- layernorm ---------------------------------------------------------------------------------------------- */
 
@@ -132,18 +138,21 @@ void decode_step(float *logits, float *keys, float *values, const int32_t *token
                  Team *team);
 int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int threads);
 
-/* ---- attention: causal, multi-head -------------------------------------------------------------------------- */
+/* ---- attention: causal, grouped-query ------------------------------------------------------------------------ */
 
-/* out (B,T,C) from qkv (B,T,3C), whose rows hold q, k, v of NH heads. lse (B,NH,T), the log of each query's softmax
- * denominator, is all that the backward pass needs of the T x T scores; it may be NULL. keys and values are NULL or a
- * cache (B,NH,P,HS). With a cache the T tokens have the positions from `position` on: their k and v are written to the
- * cache's rows at these positions, and each q attends to all rows up to its own. */
-void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, int64_t position,
-                       float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t P, Team *team);
+/* out (B,T,C) from qkv (B,T,W). A row of qkv holds q of NH heads, then k, then v of KV heads of HS channels: W = C + 2
+ * KV HS. Query head h attends to key head h / (NH / KV); KV = NH is multi-head attention. lse (B,NH,T), the log of each
+ * row's softmax denominator, is all that the backward pass needs of the T x T scores. With a cache, keys and values
+ * (B,KV,P,HS), else both NULL, the T tokens stand at `position` and after it in their text: their k and v go to its
+ * rows from there on, and their q attend to all rows up to their own. */
+void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
+                       int64_t position, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
+                       int64_t P, int64_t S, Team *team);
 
-/* dqkv (B,T,3C) from dout (B,T,C) and the arrays that the forward pass read and wrote; dqkv may be qkv. */
+/* dqkv (B,T,W) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, Team *team);
+                        const int32_t *offsets, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
+                        int64_t S, Team *team);
 
 /* ---- elementwise -------------------------------------------------------------------------------------------- */
 
@@ -168,10 +177,10 @@ void residual_forward(float *out, const float *x, const float *branch, int64_t n
 void crossentropy_forward(float *losses, float *lse, const float *logits, const int32_t *targets, int64_t N, int64_t V,
                           Team *team);
 
-/* dlogits (N,V) = (exp(logits - lse) - onehot(target)) * scale; rows of ignored targets are 0. dlogits may be logits.
- */
-void crossentropy_backward(float *dlogits, const float *logits, const float *lse, const int32_t *targets, float scale,
-                           int64_t N, int64_t V, Team *team);
+/* dlogits (N,V) = (exp(logits - lse) - onehot(target)) * weights[row] * scale; rows of ignored targets and of weight 0
+ * are 0. weights (N) may be NULL: all 1. dlogits may be logits. */
+void crossentropy_backward(float *dlogits, const float *logits, const float *lse, const int32_t *targets,
+                           const float *weights, float scale, int64_t N, int64_t V, Team *team);
 
 /* ---- optimizer ---------------------------------------------------------------------------------------------- */
 

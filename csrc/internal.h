@@ -28,6 +28,31 @@ static inline __attribute__((always_inline)) void transpose(float *restrict to, 
         }
 }
 
+/* The sequences of a batch: B of T rows or, with offsets (S), S - 1 of their own lengths in one row of T. */
+typedef struct {
+    const int32_t *offsets;
+    int64_t B, T, S;
+} Sequences;
+static inline int64_t sequence_count(Sequences all) { return all.offsets ? all.S - 1 : all.B; }
+static inline int64_t sequence_at(Sequences all, int64_t s) { return all.offsets ? all.offsets[s] : s * all.T; }
+static inline int64_t sequence_length(Sequences all, int64_t s) {
+    return all.offsets ? all.offsets[s + 1] - all.offsets[s] : all.T;
+}
+
+/* The first row of the sequence that `row` belongs to. */
+static inline int64_t sequence_start(Sequences all, int64_t row) {
+    if (!all.offsets) return row - row % all.T;
+    int64_t low = 0, high = all.S - 1; /* offsets[low] <= row < offsets[high] */
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (all.offsets[middle] <= row)
+            low = middle;
+        else
+            high = middle;
+    }
+    return all.offsets[low];
+}
+
 /* An operand of a matrix product: element (i, k), where k is summed over, is data[i * row_stride + k * k_stride]. One
  * of the strides is 1; exchanging them transposes the operand. */
 typedef struct {
@@ -39,7 +64,7 @@ typedef struct {
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
           int64_t K, float *scratch, Team *team);
 
-/* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe. */
+/* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe, unless that is NULL. */
 void embed_row(float *out, const Linear *wte, const float *position, int32_t token);
 
 /* A row of layernorm_forward, and elements [from, to) of gelu_forward. */

@@ -42,9 +42,11 @@ from gpt2c.kernels.op import OPS, Argument, Op
 from gpt2c.kernels.reference.linear import LONGEST
 
 Array = NDArray[Any]
-GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head"}  # sizes that no input may have
+# sizes that no input may have
+GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head", "KV": "n_kv_head"}
 LARGEST = 2**31 - 1  # token ids and positions are int32
 LOWEST = {"ids": 0, "targets": -1}
+INTEGERS = (*LOWEST, "offsets")
 
 __all__ = list(OPS)
 
@@ -55,16 +57,19 @@ def _public(op: Op) -> Callable[..., Any]:
     sure = [array for array in inputs if array.kind == "floats" and not array.optional]
     known = {letter for array in sure for letter in array.letters}
     made = [array for array in op.outputs if array.mode != "~"]
-    lacking = {letter for array in made for letter in array.letters} - known
+    lacking = {letter for array in made for letter in array.letters}
+    lacking |= set(re.findall(r"[A-Z]+", " ".join(op.sizes.values())))
+    lacking -= known | op.sizes.keys()
     given_sizes = {name: letter for letter, name in GIVEN.items() if letter in lacking}
     # a flag is for who keeps memory from call to call
     numbers = {name: value for name, value in op.numbers.items() if value is not True}
     none: Any = inspect.Parameter.empty
     defaults = {
         **{array.name: none for array in inputs if not array.optional},
-        **dict.fromkeys(given_sizes, none),
+        **{name: none for name, letter in given_sizes.items() if letter != "KV"},
         **{array.name: None for array in inputs if array.optional},
         **{name: none if value is None else value for name, value in numbers.items()},
+        **{name: None for name, letter in given_sizes.items() if letter == "KV"},
         "backend": "auto",
     }
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -90,13 +95,22 @@ def _public(op: Op) -> Callable[..., Any]:
             missing = not array.optional or (updated and array.mode == "~")
             if missing and given[array.name] is None:
                 raise ValueError(f"{array.name} must be a NumPy array, got None")
+        if "KV" in given_sizes.values() and given["n_kv_head"] is None:
+            given["n_kv_head"] = given["n_head"]
         told = {letter: _size(name, given[name]) for name, letter in given_sizes.items()}
         dtype, sizes = _check(arrays, backend.name, told)
         for array in inputs:  # of an array that is not there
             sizes |= {letter: sizes.get(letter, 0) for letter in array.letters}
+        sizes |= {letter: eval(size, {}, sizes) for letter, size in op.sizes.items()}
+        sizes["longest"] = sizes.get("T")
+        for array, offsets in arrays.items():
+            if array.kind == "offsets":
+                sizes["longest"] = _check_offsets(array.name, offsets, sizes["B"], sizes["T"])
         for name, default in numbers.items():
             given[name] = (number if isinstance(default, float) else whole)(name, given[name])
         _check_rules(op, sizes | {name: given[name] for name in numbers})
+        for array, value in arrays.items():  # after the shapes: of the wrong one no copy helps
+            check_layout(array.name, value)
         for array, ids in arrays.items():
             if array.kind in LOWEST:
                 check_int32(array.name, ids, ids.shape, LOWEST[array.kind], sizes["V"])
@@ -121,6 +135,18 @@ def _size(name: str, value: Any) -> int:
     if size > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}, got {size}")
     return size
+
+
+def _check_offsets(name: str, offsets: NDArray[np.int32], B: int, T: int) -> int:
+    """Check the offsets of a ragged batch; return the length of its longest sequence."""
+    check_int32(name, offsets, offsets.shape, 0, T + 1)
+    lengths = np.diff(offsets)
+    if B != 1 or len(offsets) < 2 or offsets[0] or offsets[-1] != T or lengths.min() < 1:
+        raise ValueError(
+            f"{name} must rise from 0 to T={T}, in a batch of B=1 row, got {offsets.tolist()!r:.50}"
+            f" and B={B}"
+        )
+    return int(lengths.max())
 
 
 def _output(array: Argument, given: Any, sizes: dict[str, Any], dtype: str) -> Any:
@@ -153,8 +179,6 @@ def _check(
             raise ValueError(
                 f"{array.name} must have shape ({wanted}), none of it 0, got {value.shape}"
             )
-    for array, value in arrays.items():  # after the shapes: of the wrong one no copy helps
-        check_layout(array.name, value)
     return common, sizes
 
 
@@ -162,7 +186,7 @@ def _sizes(arrays: dict[Argument, Any]) -> dict[str, Any]:
     """Return the size of each letter: what most arrays have, so that the odd one is named."""
     votes: dict[str, Counter[Any]] = defaultdict(Counter)
     # of as many votes the first counts: a gradient must fit the forward pass's arrays
-    for array in sorted(arrays, key=lambda array: (array.kind in LOWEST, array.name[0] == "d")):
+    for array in sorted(arrays, key=lambda array: (array.kind in INTEGERS, array.name[0] == "d")):
         shape = arrays[array].shape
         if 0 in shape:
             continue
@@ -180,7 +204,7 @@ def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common
     if type(value) not in (np.ndarray, np.memmap):  # another may compute otherwise: np.matrix
         raise ValueError(f"{name} must be a NumPy array, got {type(value).__name__}")
     allowed: tuple[str, ...] = (common,)
-    if array.kind in LOWEST:
+    if array.kind in INTEGERS:
         allowed = ("int32",)
     elif array.kind == "weights":
         scaled = any(other.name == "scale" for other in arrays)
@@ -233,6 +257,7 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
     for name in op.numbers.keys() & parameters.keys():
         default = parameters[name]
         lines[name] = f"{name} : {type(default).__name__}, default {default}"
+    lines["n_kv_head"] = "n_kv_head : int, the size KV, default n_head"
     lines["backend"] = "backend : a name of `gpt2c.backends()`, default auto"
     inputs = [lines[name] for name in parameters]
     results = [line(array) for array in op.outputs] or [f"{op.returns} : float"]
@@ -258,11 +283,11 @@ def cache_attention_forward(
 ) -> tuple[Array, ...]:
     """Return `attention_forward` of one text, without its lse, as this op is called now."""
     _say_new_name(
-        "cache_attention_forward", "attention_forward(qkv, n_head, keys, values, position)"
+        "cache_attention_forward", "attention_forward(qkv, n_head, keys, values, position=position)"
     )
     forward = PUBLIC["attention_forward"]
     one = (array[None] for array in (keys, values))
-    out, _, *caches = forward(qkv[None], len(keys), *one, position, backend)
+    out, _, *caches = forward(qkv[None], len(keys), *one, position=position, backend=backend)
     return tuple(array[0] for array in (out, *caches))
 
 

@@ -49,7 +49,18 @@ def _gradient(output: Any, sources: Any, d_output: Any) -> Call:
     return lambda: list(torch.autograd.grad(output, sources, d_output, retain_graph=True))
 
 
-def _encoder_backward(dwte: Any, dwpe: Any, dout: Any, idx: Any) -> Call:
+def _encoder_forward(
+    out: Any, idx: Any, wte: Any, wpe: Any, scale: Any, offsets: Any, position: int
+) -> Call | None:
+    if offsets is not None or wpe is None:
+        return None
+    return lambda: [F.embedding(idx, wte) + wpe[position : position + idx.shape[1]]]
+
+
+def _encoder_backward(dwte: Any, dwpe: Any, dout: Any, idx: Any, offsets: Any) -> Call | None:
+    if offsets is not None or dwte is None:
+        return None
+
     def call() -> list[Any]:
         token = aten.embedding_dense_backward(dout, idx, len(dwte), -1, False)
         return [token, F.pad(dout.sum(0), (0, 0, 0, len(dwpe) - dout.shape[1]))]
@@ -73,19 +84,23 @@ def _rmsnorm_backward(dx: Any, dweight: Any, dout: Any, x: Any, weight: Any, rst
     return _gradient(F.rms_norm(x, [x.shape[1]], weight, EPS), (x, weight), dout)
 
 
-def _attention(qkv: Any, NH: int) -> Any:
-    B, T, C3 = qkv.shape
-    q, k, v = qkv.view(B, T, 3, NH, C3 // 3 // NH).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return out.transpose(1, 2).reshape(B, T, C3 // 3)
+def _attention(qkv: Any, C: int, NH: int) -> Any:
+    B, T, W = qkv.shape
+    q, k, v = (
+        part.view(B, T, -1, C // NH).transpose(1, 2)
+        for part in qkv.split([C, (W - C) // 2, (W - C) // 2], dim=2)
+    )
+    grouped = k.shape[1] < NH
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2).reshape(B, T, C)
 
 
 def _attention_forward(
-    out: Any, lse: Any, keys: Any, values: Any, qkv: Any, position: int
+    out: Any, lse: Any, keys: Any, values: Any, qkv: Any, offsets: Any, position: int
 ) -> Call | None:
-    if keys is not None:
+    if keys is not None or offsets is not None:
         return None
-    return lambda: [_attention(qkv, lse.shape[1]), None, None, None]
+    return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), None, None, None]
 
 
 def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Call | None:
@@ -94,9 +109,13 @@ def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Cal
     return lambda: [F.linear(x, weight, bias)]
 
 
-def _attention_backward(dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any) -> Call:
+def _attention_backward(
+    dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any, offsets: Any
+) -> Call | None:
+    if offsets is not None:
+        return None
     qkv.requires_grad_()
-    return _gradient(_attention(qkv, lse.shape[1]), qkv, dout)
+    return _gradient(_attention(qkv, out.shape[2], lse.shape[1]), qkv, dout)
 
 
 def _swiglu(x: Any) -> Any:
@@ -104,9 +123,12 @@ def _swiglu(x: Any) -> Any:
     return F.silu(gate) * up
 
 
-def _crossentropy_backward(dlogits: Any, logits: Any, lse: Any, targets: Any, scale: Any) -> Call:
+def _crossentropy_backward(
+    dlogits: Any, logits: Any, lse: Any, targets: Any, weights: Any, scale: Any
+) -> Call:
     logits.requires_grad_()
-    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") * scale
+    losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none") * scale
+    loss = losses.sum() if weights is None else losses @ weights
     return _gradient(loss, logits, torch.ones(()))
 
 
@@ -125,9 +147,7 @@ def _adamw_update(param: Any, m: Any, v: Any, grad: Any, *scalars: Any) -> Call:
 
 
 _OPS: dict[str, Callable[..., Call | None]] = {
-    "encoder_forward": lambda out, idx, wte, wpe, scale, position: (
-        lambda: [F.embedding(idx, wte) + wpe[position : position + idx.shape[1]]]
-    ),
+    "encoder_forward": _encoder_forward,
     "encoder_backward": _encoder_backward,
     "layernorm_forward": lambda out, mean, rstd, x, weight, bias, eps: (
         lambda: [t.squeeze(1) if t.shape[1:] == (1,) else t for t in torch.native_layer_norm(
@@ -161,7 +181,7 @@ _OPS: dict[str, Callable[..., Call | None]] = {
 
 
 class _Block(torch.nn.Module):
-    """One layer, as gpt2c.model.layer."""
+    """One layer, as gpt2c.model.stack.Layer."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -175,7 +195,7 @@ class _Block(torch.nn.Module):
         )
 
     def forward(self, x: Any) -> Any:
-        x = x + self.c_proj(_attention(self.c_attn(self.ln_1(x)), self.NH))
+        x = x + self.c_proj(_attention(self.c_attn(self.ln_1(x)), x.shape[2], self.NH))
         hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
         return x + self.mlp_proj(hidden)
 

@@ -27,7 +27,7 @@ __all__ = ["Kernels", "source"]
 
 Array = NDArray[Any]
 # how an array of each kind of gpt2c.kernels.op becomes a pointer
-VIEWS = {"floats": "_f", "ids": "_i", "targets": "_i", "weights": "_from_buffer"}
+VIEWS = {"floats": "_f", "ids": "_i", "targets": "_i", "weights": "_from_buffer", "offsets": "_i"}
 
 
 class Kernels:
@@ -80,8 +80,8 @@ class Kernels:
     def _f(self, array: Array | None) -> Any:
         return self._null if array is None else self._from_buffer(self._floats, array)
 
-    def _i(self, array: Array) -> Any:
-        return self._from_buffer(self._ints, array)
+    def _i(self, array: Array | None) -> Any:
+        return self._null if array is None else self._from_buffer(self._ints, array)
 
     def _scratch(self, size: int) -> Any:
         scratch = getattr(self._local, "scratch", None)

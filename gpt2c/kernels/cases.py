@@ -104,19 +104,30 @@ def _weight(rng: Any, kind: str, rows: int, C: int) -> tuple[Any, Any]:
     return weight.astype(np.float16) if kind == "float16" else weight, None
 
 
+def _offsets(rng: Any, T: int, S: int) -> Any:
+    """Return where S - 1 sequences of T tokens in all begin and end, or None where S is 0."""
+    if not S:
+        return None
+    inner = np.sort(rng.permutation(T - 1)[: S - 2]) + 1
+    return np.array([0, *inner, T], np.int32)
+
+
 def _encoder_forward(
-    rng: Any, B: int, T: int, C: int, V: int, kind: str = "float32", position: int = 0
+    rng: Any, B: int, T: int, C: int, V: int, kind: str = "float32", position: int = 0, S: int = 0
 ) -> list[Any]:
     idx = _tokens(rng, V, B, T)
     idx.flat[0] = V - 1  # the last row of wte is read
-    wte, scale = _weight(rng, kind, V, C)
+    wte, scale = _weight(rng, "float32" if kind == "no wpe" else kind, V, C)
     wpe = _normal(rng, position + T + 2, C)  # more positions than are used
-    return [_unwritten(B, T, C), idx, wte, wpe, scale, position]
+    parts = idx, wte, None if kind == "no wpe" else wpe, scale, _offsets(rng, T, S)
+    return [_unwritten(B, T, C), *parts, position]
 
 
-def _encoder_backward(rng: Any, B: int, T: int, C: int, V: int) -> list[Any]:
-    _, idx, dwte, dwpe, _, _ = _encoder_forward(rng, B, T, C, V)
-    return [dwte, dwpe, _normal(rng, B, T, C), idx]
+def _encoder_backward(
+    rng: Any, B: int, T: int, C: int, V: int, kind: str = "float32", S: int = 0
+) -> list[Any]:
+    _, idx, dwte, dwpe, _, offsets, _ = _encoder_forward(rng, B, T, C, V, kind, S=S)
+    return [None if kind == "no wte" else dwte, dwpe, _normal(rng, B, T, C), idx, offsets]
 
 
 def _rows(rng: Any, N: int, C: int, kind: str) -> Any:
@@ -182,27 +193,36 @@ def _matrix_transpose(rng: Any, R: int, C: int) -> list[Any]:
 
 
 def _attention_forward(
-    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal", position: int = 0, P: int = 0
+    rng: Any,
+    B: int,
+    T: int,
+    NH: int,
+    HS: int,
+    kind: str = "normal",
+    position: int = 0,
+    P: int = 0,
+    KV: int = 0,
+    S: int = 0,
 ) -> list[Any]:
     # at 10, scores spread over hundreds: most rows of the softmax are a 1 and zeros
-    scale = 10.0 if kind == "saturated" else 1.0
-    qkv = _normal(rng, B, T, 3 * NH * HS, scale=scale)
-    out = _unwritten(B, T, NH * HS)
+    scale, KV = 10.0 if kind == "saturated" else 1.0, KV or NH
+    qkv = _normal(rng, B, T, (NH + 2 * KV) * HS, scale=scale)
+    outputs = [_unwritten(B, T, NH * HS), _unwritten(B, NH, T)]
     if not P:
-        return [out, _unwritten(B, NH, T), None, None, qkv, 0]
-    keys, values = _normal(rng, B, NH, P, HS, scale=scale), _normal(rng, B, NH, P, HS)
+        return [*outputs, None, None, qkv, _offsets(rng, T, S), 0]
+    keys, values = _normal(rng, B, KV, P, HS, scale=scale), _normal(rng, B, KV, P, HS)
     for cache in (keys, values):
         cache[:, :, position : position + T] = np.nan  # written; before and after is kept
-    return [out, None, keys, values, qkv, position]
+    return [*outputs, keys, values, qkv, None, position]
 
 
 def _attention_backward(
-    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal"
+    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal", KV: int = 0, S: int = 0
 ) -> list[Any]:
-    arguments = _attention_forward(rng, B, T, NH, HS, kind)
+    arguments = _attention_forward(rng, B, T, NH, HS, kind, KV=KV, S=S)
     out, lse, *_ = _forward("attention_forward", arguments)
-    dout = _normal(rng, B, T, NH * HS)
-    return [_unwritten(B, T, 3 * NH * HS), dout, arguments[4], out, lse]
+    _, _, _, _, qkv, offsets, _ = arguments
+    return [_unwritten(*qkv.shape), _normal(rng, B, T, NH * HS), qkv, out, lse, offsets]
 
 
 def _hidden(rng: Any, kind: str, *shape: int) -> Any:
@@ -243,6 +263,7 @@ def _residual_forward(rng: Any, n: int) -> list[Any]:
 def _crossentropy_forward(rng: Any, N: int, V: int, kind: str = "normal") -> list[Any]:
     makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, N, V),
+        "weighted": lambda: _normal(rng, N, V),
         "ignored": lambda: _normal(rng, N, V),
         "equal": lambda: np.repeat(_normal(rng, N, 1), V, axis=1),
         "spread": lambda: _rounded(rng.uniform(-1e4, 1e4, (N, V))),
@@ -259,7 +280,10 @@ def _crossentropy_forward(rng: Any, N: int, V: int, kind: str = "normal") -> lis
 def _crossentropy_backward(rng: Any, N: int, V: int, kind: str = "normal") -> list[Any]:
     arguments = _crossentropy_forward(rng, N, V, kind)
     _, lse = _forward("crossentropy_forward", arguments)
-    return [_unwritten(N, V), arguments[2], lse, arguments[3], _scalar(1 / N)]
+    weights = _normal(rng, N) if kind == "weighted" else None
+    if weights is not None:
+        weights[1::4] = 0
+    return [_unwritten(N, V), arguments[2], lse, arguments[3], weights, _scalar(1 / N)]
 
 
 def _adamw_update(

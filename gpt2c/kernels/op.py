@@ -10,13 +10,16 @@ the bar stands what C is told and arrays know: the names of sizes, in the order 
     ~m[*]      is updated: read and written
     dx[*]=x    may be the same memory as x
     bias[C]?   may be None; a letter that only such arrays have is then 0
-    idx[N]ids, targets[N]targets, weight[OC C]weights    of the types in KINDS
+    idx[N]ids, targets[N]targets, weight[OC C]weights, offsets[S]offsets    of the types in KINDS
+
+Below stand the sizes that no input has, "C = W * NH // ...", and what must hold of an argument,
+"eps: 0 <= eps"; there, "longest" is the length of the longest sequence.
 
 The binding of the C kernels (gpt2c.kernels.binding), the checks and the public functions
 (gpt2c.ops) are made from these lines; the meaning of an op stands in the reference, and its
 arguments for tests and benchmarks in gpt2c.kernels.cases. Letters: B sequences, T time, N rows, C
 channels, OC output channels, V vocabulary, NH heads, HS head size, P positions, R rows of a matrix,
-n all elements of an array.
+n all elements of an array, KV key and value heads, W channels of q, k and v, S offsets.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from typing import Any
 __all__ = ["OPS", "Argument", "Op"]
 
 DECLARATIONS = """
-encoder_forward     out[B T C] <- idx[B T]ids wte[V C]weights wpe[P C] scale[V]? position=0
-                    | type B T C
+encoder_forward     out[B T C]
+                    <- idx[B T]ids wte[V C]weights wpe[P C]? scale[V]? offsets[S]offsets? position=0
+                    | type B T C S
     position: 0 <= position
-    idx: position + T <= P
-encoder_backward    +dwte[V C] +dwpe[P C] <- dout[B T C] idx[B T]ids | B T C
-    idx: T <= P
+    idx: P == 0 or position + longest <= P
+encoder_backward    +dwte[V C]? +dwpe[P C]? <- dout[B T C] idx[B T]ids offsets[S]offsets? | B T C S
+    idx: longest <= P
 
 layernorm_forward   out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5 | N C
     eps: 0 <= eps
@@ -52,15 +56,18 @@ matmul_backward     dx[N C]=x +dweight[OC C] +dbias[OC]?
                     | gemm_scratch_size(threads) N C OC
 matrix_transpose    out[C R] <- x[R C] | R C
 
-attention_forward   out[B T C] lse[B NH T]? ~keys[B NH P HS]? ~values[B NH P HS]?
-                    <- qkv[B T 3C] position=0
-                    | attention_scratch_size(T HS threads) B T C NH P
-    n_head: 1 <= NH and C % NH == 0
-    keys: P == 0 or NH * HS == C
+attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
+                    <- qkv[B T W] offsets[S]offsets? position=0
+                    | attention_scratch_size(T HS threads) B T C NH W P S
+    C = W * NH // max(1, NH + 2 * KV)
+    n_head: 1 <= KV <= NH and NH % KV == 0 and C % NH == 0 and W * NH == C * (NH + 2 * KV)
+    keys: P == 0 or NH * HS == C and S == 0
     position: 0 <= position <= P - T if P else position == 0
-attention_backward  dqkv[B T 3C]=qkv <- dout[B T C] qkv[B T 3C] out[B T C] lse[B NH T]
-                    | attention_scratch_size(T HS threads) B T C NH
+attention_backward  dqkv[B T W]=qkv
+                    <- dout[B T C] qkv[B T W] out[B T C] lse[B NH T] offsets[S]offsets?
+                    | attention_scratch_size(T HS threads) B T C NH W S
     lse: C % NH == 0
+    qkv: W > C and (W - C) % (2 * C // NH) == 0 and NH % ((W - C) // (2 * C // NH)) == 0
 
 gelu_forward        out[*] <- x[*] | n
 gelu_backward       dx[*]=dout <- dout[*] x[*] | n
@@ -71,7 +78,8 @@ residual_forward    out[*]=x <- x[*] branch[*] | n
 crossentropy_forward
                     losses[N] lse[N] <- logits[N V] targets[N]targets | N V
 crossentropy_backward
-                    dlogits[N V]=logits <- logits[N V] lse[N] targets[N]targets scale=1.0 | N V
+                    dlogits[N V]=logits
+                    <- logits[N V] lse[N] targets[N]targets weights[N]? scale=1.0 | N V
 
 adamw_update        ~param[*] ~m[*] ~v[*] <- grad[*] learning_rate=3e-4 beta1=0.9 beta2=0.95
                     eps=1e-8 weight_decay=0.1 t=1 grad_scale=1.0 | n
@@ -81,7 +89,8 @@ adamw_update        ~param[*] ~m[*] ~v[*] <- grad[*] learning_rate=3e-4 beta1=0.
     t: 1 <= t < 2**63
 global_norm         norm <- grad[*] | sums n
 """
-KINDS = ("floats", "ids", "targets", "weights")  # ids in [0, V), targets in [-1, V), any weights
+# ids in [0, V), targets in [-1, V), weights of any type, offsets of the sequences in a ragged batch
+KINDS = ("floats", "ids", "targets", "weights", "offsets")
 ARRAY = re.compile(r"([+~]?)(\w+)\[(.*?)\](\w*)(\?)?(?:=(\w+))?")
 NUMBER = re.compile(r"(\w+)(?:=(\S+))?")
 
@@ -128,6 +137,7 @@ class Op:
     returns : the name of the number that is returned, or ""
     told : what C is told after them
     rules : argument -> what must hold of sizes and numbers
+    sizes : of what no input has, letter -> expression of others
     """
 
     name: str
@@ -137,6 +147,7 @@ class Op:
     returns: str
     told: tuple[str, ...]
     rules: tuple[tuple[str, str], ...]
+    sizes: dict[str, str]
 
     @property
     def arrays(self) -> tuple[Argument, ...]:
@@ -149,8 +160,10 @@ def _parse(text: str) -> dict[str, Op]:
     ops = {}
     for block in re.split(r"\n+(?=\w)", text.strip()):
         rules = re.findall(r"\n    (\w+): (.*)", block)
+        sizes = dict(re.findall(r"\n    (\w+) = (.*)", block))
         name, left, right, told = re.fullmatch(
-            r"(\w+) +(.*?) <- (.*?) \| (.*)", " ".join(re.sub(r"\n    \w+: .*", "", block).split())
+            r"(\w+) +(.*?) <- (.*?) \| (.*)",
+            " ".join(re.sub(r"\n    \w+( =|:) .*", "", block).split()),
         ).groups()  # type: ignore[union-attr]
         numbers = {
             number: ast.literal_eval(default) if default else None
@@ -158,7 +171,8 @@ def _parse(text: str) -> dict[str, Op]:
         }
         returns = "" if "[" in left else left
         told = tuple(re.findall(r"\w+\(.*?\)|\w+", told))
-        ops[name] = Op(name, _arrays(left), _arrays(right), numbers, returns, told, tuple(rules))
+        arrays = _arrays(left), _arrays(right)
+        ops[name] = Op(name, *arrays, numbers, returns, told, tuple(rules), sizes)
     return ops
 
 

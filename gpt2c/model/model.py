@@ -176,7 +176,9 @@ class Model(LanguageModel):
             for rows, logits in head.blocks(run, x):
                 ops.crossentropy_forward(losses[rows], lse[rows], logits, wanted[rows])
                 if keep:
-                    ops.crossentropy_backward(logits, logits, lse[rows], wanted[rows], 1 / count)
+                    ops.crossentropy_backward(
+                        logits, logits, lse[rows], wanted[rows], None, 1 / count
+                    )
                     run.accumulate = rows.start > 0
                     head.backward(run, self._d_head, x[rows], logits, x[rows])
             self._owner.note_loss()

@@ -73,6 +73,7 @@ ENCODER = shapes(
     [(1, 1, 1, 1), (2, 50, 5, 2), (1, 7, 768, 257), (4, 64, 768, 1000), (2, 9, 16, 50257)]
     + [(2, 3, C, 7) for C in VECTOR_EDGES],
 )
+RAGGED_TOKENS = shapes("B T C V S", [(1, 1, 5, 3, 2), (1, 60, 17, 9, 7), (1, 33, 16, 9, 34)])
 EMBEDDING = shapes(
     "B T C V kind position",
     [
@@ -102,6 +103,13 @@ ATTENTION = shapes(
     + [(1, 19, 2, HS) for HS in VECTOR_EDGES]
     + [(1, 64, 12, 64), (2, 256, 1, 64), (1, 300, 2, 64), (1, 257, 1, 64)],
 ) + shapes("B T NH HS kind", [(2, 40, 2, 64, "saturated"), (1, 130, 1, 33, "saturated")])
+GROUPED = shapes(
+    "B T NH HS KV", [(2, 65, 6, 16, 2), (1, 130, 4, 33, 1), (1, 9, 9, 64, 3), (3, 1, 2, 8, 1)]
+)
+RAGGED = [
+    *shapes("B T NH HS S", [(1, 1, 2, 8, 2), (1, 200, 3, 16, 6), (1, 70, 2, 33, 71)]),
+    *shapes("B T NH HS KV S", [(1, 333, 6, 16, 2, 4)]),
+]
 # around the 64 x 64 blocks, and vectors
 TRANSPOSE = shapes(
     "R C",
@@ -141,6 +149,7 @@ CACHE = shapes(
     + [(1, T, 3, HS, 70, 80) for T in (1, 5) for HS in (*VECTOR_EDGES[:-1], 130)]
     + [(1, 1, 12, 64, 255, 256), (1, 64, 12, 64, 130, 256)],
 ) + shapes("B T NH HS position P kind", [(1, T, 2, 64, 70, 200, "saturated") for T in (1, 65)])
+GROUPED_CACHE = shapes("B T NH HS position P KV", [(2, T, 6, 17, 70, 140, 2) for T in (1, 5, 65)])
 CROSSENTROPY = shapes(
     "N V", [*((5, V) for V in VECTOR_EDGES), (1, 257), (97, 65), (3, 50257), (1, 50257)]
 ) + shapes(
@@ -154,8 +163,14 @@ ADAMW = shapes(
 
 # ops whose kernels have blocks, or whose examples have more than sizes and kinds; others: `edges`
 OF_BLOCKS: dict[str, list[Shape]] = {
-    "encoder_forward": ENCODER + EMBEDDING,
-    "encoder_backward": ENCODER,
+    "encoder_forward": [
+        *(ENCODER + EMBEDDING + RAGGED_TOKENS),
+        *shapes("B T C V kind", [(2, 3, C, 7, "no wpe") for C in VECTOR_EDGES]),
+    ],
+    "encoder_backward": [
+        *(ENCODER + RAGGED_TOKENS),
+        *shapes("B T C V kind", [(2, 9, 17, 7, "no wpe"), (2, 9, 17, 7, "no wte")]),
+    ],
     "matmul_forward": [*MATMUL, *LINEAR, *shapes("N C OC", [(2, 64, 50257), (3, 768, 50257)])],
     "matmul_backward": [
         *MATMUL,
@@ -163,10 +178,13 @@ OF_BLOCKS: dict[str, list[Shape]] = {
         *({**shape, "accumulate": False} for shape in MATMUL),
     ],
     "matrix_transpose": TRANSPOSE,
-    "attention_forward": ATTENTION + CACHE,
-    "attention_backward": ATTENTION,
+    "attention_forward": ATTENTION + CACHE + GROUPED + GROUPED_CACHE + RAGGED,
+    "attention_backward": ATTENTION + GROUPED + RAGGED,
     "crossentropy_forward": CROSSENTROPY,
-    "crossentropy_backward": CROSSENTROPY,
+    "crossentropy_backward": [
+        *CROSSENTROPY,
+        *shapes("N V kind", [(9, V, "weighted") for V in (*VECTOR_EDGES, 50257)]),
+    ],
 }
 SHAPES = {name: OF_BLOCKS.get(name) or edges(name) for name in EXAMPLES}
 SHAPES["adamw_update"] += ADAMW

@@ -17,6 +17,7 @@ GIVEN = {  # sizes that no array of the call has
     "vocab_size": lambda shape: shape["V"],
     "n_positions": lambda shape: shape["T"] + 2,
     "n_head": lambda shape: shape["NH"],
+    "n_kv_head": lambda shape: shape.get("KV", shape["NH"]),
 }
 
 

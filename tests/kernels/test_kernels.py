@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,32 @@ def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.
         assert normalised_error(a, b) <= EXAMPLES[name].rtol
 
 
+# ---- ragged batches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("KV", [1, 2, 6])
+def test_attention_of_a_ragged_batch_has_the_bits_of_each_sequence_alone(
+    KV: int, backend: Any, rng: np.random.Generator
+) -> None:
+    NH, HS, lengths = 6, 17, (1, 70, 64, 3, 130)
+    offsets = np.array([0, *np.cumsum(lengths)], np.int32)
+    T, C = int(offsets[-1]), NH * HS
+    qkv = rng.standard_normal((1, T, (NH + 2 * KV) * HS), np.float32)
+    dout = rng.standard_normal((1, T, C), np.float32)
+    out, lse, dqkv = np.empty_like(dout), np.empty((1, NH, T), np.float32), np.empty_like(qkv)
+    backend.attention_forward(out, lse, None, None, qkv, offsets, 0)
+    backend.attention_backward(dqkv, dout, qkv, out, lse, offsets)
+    for start, end in pairwise(offsets.tolist()):
+        rows = slice(start, end)
+        one = [np.empty_like(array[:, rows]) for array in (out, qkv)]
+        own_lse = np.empty((1, NH, end - start), np.float32)
+        backend.attention_forward(one[0], own_lse, None, None, qkv[:, rows], None, 0)
+        backend.attention_backward(one[1], dout[:, rows], qkv[:, rows], one[0], own_lse, None)
+        assert np.array_equal(one[0], out[:, rows])
+        assert np.array_equal(own_lse, lse[:, :, rows])
+        assert np.array_equal(one[1], dqkv[:, rows])
+
+
 # ---- a NaN is not lost ---------------------------------------------------------------------------
 
 
@@ -203,7 +229,7 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
         qkv = rng.standard_normal((B, T, 3 * C), np.float32)
         qkv[0, t, "qkv".index(part) * C] = np.nan  # the first channel of the first head
         out, lse = np.zeros((B, T, C), np.float32), np.zeros((B, NH, T), np.float32)
-        backend.attention_forward(out, lse, None, None, qkv, 0)
+        backend.attention_forward(out, lse, None, None, qkv, None, 0)
         channels = slice(0, 1) if part == "v" else slice(0, HS)
         assert np.isnan(out[0, first_rows, channels]).all(), f"a NaN in {part} was lost"
         assert np.isfinite(out[1]).all() and np.isfinite(out[0, :, HS:]).all(), "it spread"
@@ -245,7 +271,8 @@ def test_cache_attention_passes_nan_on(
         else:
             qkv[first, "qkv".index(part) * C] = np.nan
         cache = (part[None] for part in caches)
-        backend.attention_forward(out[None], None, *cache, qkv[None], position)
+        lse = np.zeros((1, NH, T), np.float32)
+        backend.attention_forward(out[None], lse, *cache, qkv[None], None, position)
         rows = slice(first, first + 1) if part == "q" else slice(first, T)
         channels = slice(0, 1) if part in ("v", "values") else slice(0, HS)
         assert np.isnan(out[rows, channels]).all(), f"a NaN in {part} was lost"

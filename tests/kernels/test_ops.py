@@ -97,6 +97,11 @@ SMALL: dict[str, tuple[str, Shape]] = {
         "attention_forward",
         {"B": 2, "T": 5, "NH": 3, "HS": 5, "position": 4, "P": 11},
     ),
+    "grouped queries": ("attention_forward", {"B": 2, "T": 5, "NH": 6, "HS": 5, "KV": 2}),
+    "a ragged batch": ("attention_forward", {"B": 1, "T": 9, "NH": 3, "HS": 5, "S": 4}),
+    "tokens of a ragged batch": ("encoder_forward", {"B": 1, "T": 9, "C": 7, "V": 7, "S": 4}),
+    "tokens alone": ("encoder_forward", {"B": 2, "T": 3, "C": 9, "V": 7, "kind": "no wpe"}),
+    "a weight for each row": ("crossentropy_backward", {"N": 9, "V": 17, "kind": "weighted"}),
 }
 
 
@@ -112,8 +117,6 @@ def test_optional_arrays_are_taken(what: str, backend_name: str) -> None:
     function, given, expected = given_with(what)
     results = function(**given, backend=backend_name)
     results = results if isinstance(results, tuple) else (results,)
-    if what == "a cache":  # there the case has no lse, and the function writes one
-        results = (results[0], *results[2:])
     for result, right in zip(results, expected, strict=True):
         assert normalised_error(result, right) <= 4e-6
 
@@ -145,6 +148,26 @@ def test_optional_arrays_that_do_not_fit_are_refused(
     assert refused(function, **given | changes, backend=backend_name).startswith(named)
 
 
+@pytest.mark.parametrize("offsets", [[0, 4], [1, 9], [0, 5, 5, 9], [0, 9, 4, 9], [9], [0, 10]])
+def test_offsets_that_divide_no_row_are_refused(offsets: list[int], backend_name: str) -> None:
+    for what in ("a ragged batch", "tokens of a ragged batch"):
+        function, given, _ = given_with(what)
+        wrong = given | {"offsets": np.array(offsets, np.int32), "backend": backend_name}
+        assert refused(function, **wrong).startswith("offsets")
+
+
+def test_offsets_of_several_rows_are_refused(backend_name: str) -> None:
+    function, given, _ = given_with("grouped queries")
+    wrong = given | {"offsets": np.array([0, 5], np.int32), "backend": backend_name}
+    assert "a batch of B=1 row" in refused(function, **wrong)
+
+
+@pytest.mark.parametrize("n_kv_head", [0, -1, 4, 5, 12])
+def test_key_heads_that_divide_no_query_heads_are_refused(n_kv_head: int) -> None:
+    function, given, _ = given_with("grouped queries")
+    assert "KV" in refused(function, **given | {"n_kv_head": n_kv_head})
+
+
 def test_backend_may_stand_where_it_stood_before_optional_arrays() -> None:
     arguments, expected = solved("matmul_forward")
     given = (arguments["x"], arguments["weight"], arguments["bias"], "numpy")
@@ -166,7 +189,7 @@ def test_old_names_work_and_say_the_new_one(backend_name: str) -> None:
     one = (given[name][1] for name in ("qkv", "keys", "values"))
     with pytest.warns(DeprecationWarning, match="attention_forward"):
         results = ops.cache_attention_forward(*one, given["position"], backend_name)
-    for result, right in zip(results, expected, strict=True):
+    for result, right in zip(results, (expected[0], *expected[2:]), strict=True):
         assert normalised_error(result, right[1]) <= 4e-6
     dout = np.ones((2, 3), np.float32)
     with pytest.warns(DeprecationWarning, match="both terms"):
@@ -265,7 +288,7 @@ def test_what_is_no_array_is_refused(name: str, argument: str, backend_name: str
     arguments, _ = solved(name)
     own = arguments[argument]
     for wrong in (own.tolist(), np.ma.array(own), 1.0, "text", None):
-        optional = argument == "bias" and name == "matmul_forward"
+        optional = any(a.name == argument and a.optional for a in OPS[name].inputs)
         if not (optional and wrong is None):
             bad = arguments | {argument: wrong, "backend": backend_name}
             assert refused(PUBLIC[name], **bad).startswith(argument)

@@ -59,6 +59,9 @@ DIFFERENTIATED = [
     Case("matmul_forward", {"N": 4, "C": 5, "OC": 3, "bias": False}),
     Case("attention_forward", {"B": 1, "T": 1, "NH": 1, "HS": 3}),
     Case("attention_forward", {"B": 1, "T": 7, "NH": 1, "HS": 1}),
+    Case("attention_forward", {"B": 2, "T": 5, "NH": 6, "HS": 3, "KV": 2}),
+    Case("attention_forward", {"B": 1, "T": 11, "NH": 4, "HS": 3, "KV": 2, "S": 4}),
+    Case("encoder_forward", {"B": 1, "T": 9, "C": 5, "V": 3, "S": 4}),
 ]
 
 
@@ -71,9 +74,10 @@ def test_backward_is_the_derivative_of_forward(case: Case, rng: np.random.Genera
     out = values[forward.outputs[0].name]
     d_out = f"d{forward.outputs[0].name}"
     numbers = {**backward.numbers} | ({"scale": 0.3} if "scale" in backward.numbers else {})
-    # an op that ends in losses takes the factor of their sum in place of their gradient
+    # an op that ends in losses takes a weight for each and a scale in place of their gradient
+    values["weights"] = rng.standard_normal(len(out))
     takes_gradient = d_out in [array.name for array in backward.inputs]
-    values[d_out] = rng.standard_normal(out.shape) if takes_gradient else np.float64(0.3)
+    values[d_out] = rng.standard_normal(out.shape) if takes_gradient else 0.3 * values["weights"]
 
     def loss() -> float:
         getattr(reference, forward.name)(*(values[name] for name in names))
@@ -107,7 +111,7 @@ def test_residual_gradients(rng: np.random.Generator, normal: Any) -> None:
 def test_encoder_adds_token_and_position() -> None:
     wte, wpe = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[10.0, 20.0], [30.0, 40.0]])
     out = np.empty((1, 2, 2))
-    reference.encoder_forward(out, np.array([[1, 0]], np.int32), wte, wpe, None, 0)
+    reference.encoder_forward(out, np.array([[1, 0]], np.int32), wte, wpe, None, None, 0)
     assert out.tolist() == [[[13.0, 24.0], [31.0, 42.0]]]
 
 
@@ -137,7 +141,7 @@ def test_matmul_is_a_dot_product_of_rows() -> None:
 
 def test_attention_to_one_token_is_its_value(normal: Any) -> None:
     qkv, out, lse = normal(2, 1, 12), np.empty((2, 1, 4)), np.empty((2, 2, 1))
-    reference.attention_forward(out, lse, None, None, qkv, 0)
+    reference.attention_forward(out, lse, None, None, qkv, None, 0)
     np.testing.assert_allclose(out, qkv[..., 8:])
     q, k = qkv[:, 0, :4].reshape(2, 2, 2), qkv[:, 0, 4:8].reshape(2, 2, 2)
     np.testing.assert_allclose(lse[..., 0], (q * k).sum(axis=2) / math.sqrt(2))
@@ -147,7 +151,7 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
     T, C = 6, 4
     qkv, out, lse = normal(1, T, 3 * C), np.empty((1, T, C)), np.empty((1, 1, T))
     qkv[..., C : 2 * C] = 0
-    reference.attention_forward(out, lse, None, None, qkv, 0)
+    reference.attention_forward(out, lse, None, None, qkv, None, 0)
     counts = np.arange(1, T + 1)
     np.testing.assert_allclose(out[0], qkv[0, :, 2 * C :].cumsum(axis=0) / counts[:, None])
     np.testing.assert_allclose(lse[0, 0], np.log(counts))
@@ -155,10 +159,10 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
 
 def test_attention_does_not_see_later_tokens(normal: Any) -> None:
     qkv, out, lse = normal(2, 7, 12), np.empty((2, 7, 4)), np.empty((2, 2, 7))
-    reference.attention_forward(out, lse, None, None, qkv, 0)
+    reference.attention_forward(out, lse, None, None, qkv, None, 0)
     later_out, later_lse = np.empty_like(out), np.empty_like(lse)
     qkv[:, 4:] = normal(2, 3, 12)
-    reference.attention_forward(later_out, later_lse, None, None, qkv, 0)
+    reference.attention_forward(later_out, later_lse, None, None, qkv, None, 0)
     assert np.array_equal(out[:, :4], later_out[:, :4])
     assert np.array_equal(lse[..., :4], later_lse[..., :4])
     assert not np.isclose(out[:, 4:], later_out[:, 4:]).any()
@@ -185,7 +189,7 @@ def test_crossentropy_gradient_rows_sum_to_zero(normal: Any) -> None:
     logits, losses, lse, dlogits = normal(4, 9), np.empty(4), np.empty(4), np.empty((4, 9))
     targets = np.array([1, 8, 0, 3], np.int32)
     reference.crossentropy_forward(losses, lse, logits, targets)
-    reference.crossentropy_backward(dlogits, logits, lse, targets, 2.0)
+    reference.crossentropy_backward(dlogits, logits, lse, targets, None, 2.0)
     np.testing.assert_allclose(dlogits.sum(axis=1), 0, atol=1e-15)
     np.testing.assert_allclose(dlogits[np.arange(4), targets], 2 * (np.exp(-losses) - 1))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,32 @@ from numpy.typing import NDArray
 __all__ = ["attention_backward", "attention_forward"]
 
 Array = NDArray[np.floating[Any]]
+IntArray = NDArray[np.int32]
+
+
+def _split(qkv: Array, C: int, NH: int) -> tuple[Array, Array, Array]:
+    """View q (B, NH, T, HS), k and v (B, KV, T, HS) in qkv (B, T, W)."""
+    KV = (qkv.shape[2] - C) * NH // (2 * C)
+    q, k, v = np.split(qkv, [C, (C + qkv.shape[2]) // 2], axis=2)
+    return _heads(q, NH), _heads(k, KV), _heads(v, KV)
+
+
+def _for_each_query_head(heads: Array, NH: int) -> Array:
+    """Repeat keys or values (B, KV, T, HS) for the query heads that share them: (B, NH, T, HS)."""
+    repeated: Array = np.repeat(heads, NH // heads.shape[1], axis=1)
+    return repeated
+
+
+def _sum_over_group(heads: Array, KV: int) -> Array:
+    """Return the sums (B, KV, T, HS) over the query heads (B, NH, T, HS) that share a key head."""
+    B, NH, T, HS = heads.shape
+    sums: Array = heads.reshape(B, KV, NH // KV, T, HS).sum(axis=2)
+    return sums
+
+
+def _sequences(offsets: IntArray) -> list[slice]:
+    """Return the rows of each sequence of a ragged batch."""
+    return [slice(start, end) for start, end in pairwise(offsets.tolist())]
 
 
 def _heads(rows: Array, NH: int) -> Array:
@@ -34,48 +61,58 @@ def _causal_scores(q: Array, k: Array) -> Array:
 
 def attention_forward(
     out: Array,
-    lse: Array | None,
+    lse: Array,
     keys: Array | None,
     values: Array | None,
     qkv: Array,
+    offsets: IntArray | None,
     position: int,
 ) -> None:
     """Let each token take a weighted mean of the values of the tokens up to itself, head by head.
 
     p = softmax(scores),   scores = q k^T / sqrt(HS) for keys not later than the query,   out = p v
 
-    With a cache the T tokens go on with texts of which it has the keys and values already.
+    With fewer key and value heads than query heads, NH / KV query heads share one (grouped-query
+    attention). With a cache the T tokens go on with texts of which it has the keys and values
+    already.
 
     Parameters
     ----------
     out : (B, T, C), written
     lse : (B, NH, T), written: log(sum(exp(scores))) over the keys, which is all that the backward
-        pass needs of the T x T scores; None with a cache, where no backward follows
-    keys, values : (B, NH, P, HS), the cache: rows position to position + T are written, those
+        pass needs of the T x T scores
+    keys, values : (B, KV, P, HS), the cache: rows position to position + T are written, those
         before read; or None for none
-    qkv : (B, T, 3C), a row holds the q, then the k, then the v of all NH heads
+    qkv : (B, T, W), a row holds q of NH heads, then k and then v of KV heads, W = C + 2 KV HS
+    offsets : (S,) int32, where the sequences of a ragged row begin and the last ends, or None
     position : where in its text the first of the T tokens stands, position + T <= P; 0 without a
         cache
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; to keep only lse, Dao et al. 2022,
-    arXiv:2205.14135.
+    arXiv:2205.14135; grouped queries, Ainslie et al. 2023, arXiv:2305.13245.
     """
-    NH = keys.shape[1] if keys is not None else lse.shape[1]  # type: ignore[union-attr]
-    q, k, v = (_heads(part, NH) for part in np.split(qkv, 3, axis=2))
+    if offsets is not None:
+        for rows in _sequences(offsets):
+            parts = out[:, rows], lse[:, :, rows], None, None, qkv[:, rows]
+            attention_forward(*parts, None, 0)
+        return
+    NH = lse.shape[1]
+    q, k, v = _split(qkv, out.shape[2], NH)
     if keys is not None and values is not None:
         end = position + qkv.shape[1]
         keys[:, :, position:end], values[:, :, position:end] = k, v
         k, v = keys[:, :, :end], values[:, :, :end]
-    scores = _causal_scores(q, k)
+    scores = _causal_scores(q, _for_each_query_head(k, NH))
     largest = scores.max(axis=3, keepdims=True)  # taken out first, so that exp cannot overflow
     p = np.exp(scores - largest)
     total = p.sum(axis=3, keepdims=True)
-    if lse is not None:
-        lse[...] = (largest + np.log(total))[..., 0]
-    _heads(out, NH)[...] = (p / total) @ v
+    lse[...] = (largest + np.log(total))[..., 0]
+    _heads(out, NH)[...] = (p / total) @ _for_each_query_head(v, NH)
 
 
-def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
+def attention_backward(
+    dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, offsets: IntArray | None
+) -> None:
     """Write the gradient of q, k and v; the softmax is made again from `lse`.
 
     dv = p^T dout,   dscores = p * (dout v^T - sum(dout * out)),   p = exp(scores - lse)
@@ -83,13 +120,20 @@ def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Ar
 
     Parameters
     ----------
-    dqkv : (B, T, 3C), written; may be qkv
+    dqkv : (B, T, W), written; may be qkv
     dout : (B, T, C)
-    qkv, out, lse : what the forward pass read and wrote
+    qkv, out, lse, offsets : what the forward pass read and wrote
     """
-    NH = lse.shape[1]
-    q, k, v = (_heads(part, NH) for part in np.split(qkv, 3, axis=2))
-    dq, dk, dv = (_heads(part, NH) for part in np.split(dqkv, 3, axis=2))
+    if offsets is not None:
+        for rows in _sequences(offsets):
+            parts = dqkv[:, rows], dout[:, rows], qkv[:, rows], out[:, rows]
+            attention_backward(*parts, lse[:, :, rows], None)
+        return
+    C, NH = out.shape[2], lse.shape[1]
+    q, k, v = _split(qkv, C, NH)
+    dq, dk, dv = _split(dqkv, C, NH)
+    KV = k.shape[1]
+    k, v = _for_each_query_head(k, NH), _for_each_query_head(v, NH)
     dout, out = _heads(dout, NH), _heads(out, NH)
     p = np.exp(_causal_scores(q, k) - lse[..., None])
     # out = p v
@@ -99,5 +143,5 @@ def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Ar
     dscores = p * (dp - (dout * out).sum(axis=3, keepdims=True))
     # scores = q k^T / sqrt(HS)
     dscores /= math.sqrt(q.shape[3])
-    dq[...], dk[...] = dscores @ k, dscores.swapaxes(2, 3) @ q
-    dv[...] = p.swapaxes(2, 3) @ dout
+    dq[...], dk[...] = dscores @ k, _sum_over_group(dscores.swapaxes(2, 3) @ q, KV)
+    dv[...] = _sum_over_group(p.swapaxes(2, 3) @ dout, KV)

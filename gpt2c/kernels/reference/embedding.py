@@ -18,20 +18,33 @@ Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
 
 
+def _times(idx: IntArray, offsets: IntArray | None) -> IntArray:
+    """Return where in its sequence each of the T tokens of a row stands, (T,)."""
+    t = np.arange(idx.shape[1], dtype=np.int32)
+    return t if offsets is None else t - np.repeat(offsets[:-1], np.diff(offsets))
+
+
 def encoder_forward(
-    out: Array, idx: IntArray, wte: NDArray[Any], wpe: Array, scale: Array | None, position: int
+    out: Array,
+    idx: IntArray,
+    wte: NDArray[Any],
+    wpe: Array | None,
+    scale: Array | None,
+    offsets: IntArray | None,
+    position: int,
 ) -> None:
     """Look up the vector of each token and add the vector of its position.
 
-    out = W[idx] + wpe[position..position + T),   W = wte, or scale * (wte - 128) of 8 bits
+    out = W[idx] + wpe[position + t],   W = wte, or scale * (wte - 128) of 8 bits
 
     Parameters
     ----------
     out : (B, T, C), written
     idx : (B, T) int32, token ids in [0, V)
     wte : (V, C) token vectors, of the types of `matmul_forward`'s weight
-    wpe : (at least position + T, C) position vectors
+    wpe : (at least position + T, C) position vectors, or None for none
     scale : (V,) for uint8, else None
+    offsets : (S,) int32, where the sequences of a ragged row begin and the last ends, or None
     position : where in its text the first of the T tokens stands
 
     Source: Radford et al. 2019 (GPT-2); names follow karpathy/llm.c.
@@ -39,19 +52,24 @@ def encoder_forward(
     tokens = wte[idx].astype(out.dtype, copy=False)
     if scale is not None:
         tokens = (tokens - out.dtype.type(MIDDLE)) * scale[idx, None]
-    out[...] = tokens + wpe[position : position + idx.shape[1]]
+    out[...] = tokens if wpe is None else tokens + wpe[position + _times(idx, offsets)]
 
 
-def encoder_backward(dwte: Array, dwpe: Array, dout: Array, idx: IntArray) -> None:
+def encoder_backward(
+    dwte: Array | None, dwpe: Array | None, dout: Array, idx: IntArray, offsets: IntArray | None
+) -> None:
     """Add the gradient of each output row to the token vector and the position vector it came from.
 
     Parameters
     ----------
-    dwte, dwpe : (V, C), (at least T, C), accumulated
+    dwte, dwpe : (V, C), (at least T, C), accumulated; or None where it is not wanted
     dout : (B, T, C)
     idx : (B, T) int32
+    offsets : see `encoder_forward`
     """
-    # out = wte[idx] + wpe[0..T): a row of wte that several tokens use gets the sum of their
+    # out = wte[idx] + wpe[t]: a row of wte that several tokens use gets the sum of their
     # gradients, which dwte[idx] += dout would not do (it keeps one of them)
-    np.add.at(dwte, idx, dout)
-    dwpe[: idx.shape[1]] += dout.sum(axis=0)
+    if dwte is not None:
+        np.add.at(dwte, idx, dout)
+    if dwpe is not None:
+        np.add.at(dwpe, _times(idx, offsets), dout.sum(axis=0))

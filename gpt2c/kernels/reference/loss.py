@@ -36,21 +36,27 @@ def crossentropy_forward(losses: Array, lse: Array, logits: Array, targets: IntA
 
 
 def crossentropy_backward(
-    dlogits: Array, logits: Array, lse: Array, targets: IntArray, scale: float
+    dlogits: Array,
+    logits: Array,
+    lse: Array,
+    targets: IntArray,
+    weights: Array | None,
+    scale: float,
 ) -> None:
-    """Write the gradient of the logits, for a loss that is `scale` times the sum of the losses.
+    """Write the gradient of the logits: of `scale` times the weighted sum of the losses.
 
-    dlogits = (softmax(logits) - onehot(target)) * scale, and 0 in rows whose target is ignored
+    dlogits = (softmax(logits) - onehot(target)) * weights * scale, 0 where the target is ignored
 
     Parameters
     ----------
     dlogits : (N, V), written; may be `logits`
     logits, lse, targets : what the forward pass read and wrote
+    weights : (N,), or None: all 1
     scale : 1 / (number of rows that count) makes the loss their mean
     """
     # losses = lse - logits[target], and d(lse) / d(logits) is the softmax
     gradient = np.exp(logits - lse[:, None])
     gradient[np.arange(len(targets)), targets] -= 1
     gradient[targets == -1] = 0
-    gradient *= scale
+    gradient *= scale if weights is None else (weights * scale)[:, None]
     dlogits[...] = gradient
