@@ -246,7 +246,7 @@ def _refuse(name: str, value: Any, known: Collection[str]) -> NoReturn:
         raise ValueError(
             f"{name} must be {wanted}, for gpt2c has nothing like it, got {value!r:.50}"
         )
-    hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}"
+    hint = f"did you mean {meant}?" if meant else f"its settings are {', '.join(sorted(known))}"
     raise TypeError(f"GenerationConfig has no setting {name!r}; {hint}")
 
 
