@@ -387,7 +387,7 @@ class Generator:
         steps = continue_prompts(self.model, prompts_ids, config, writers, look, self._unused)
         special = {*self.tokenizer.special_tokens.values()}
         silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
-        for _ in range(len(ids) * copies):  # only now, as so many texts may not fit
+        for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
             writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, silent))
         return writers, steps, copies
 

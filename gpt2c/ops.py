@@ -152,7 +152,7 @@ def _check(
                 f"{letter}={sizes.get(letter, '')}".rstrip("=") for letter in array.shape
             )
             raise ValueError(
-                f"{array.name} must have shape ({wanted}), none of it 0, got {value.shape}"
+                f"{array.name} must have shape ({wanted}), no size 0, got {value.shape}"
             )
     for array, value in arrays.items():  # after the shapes: a copy does not mend a wrong shape
         check_layout(array.name, value)
@@ -191,7 +191,7 @@ def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common
     if value.dtype not in [np.dtype(dtype) for dtype in allowed]:
         raise ValueError(f"{name} must be {' or '.join(allowed)}, got {value.dtype}")
     if value.dtype == np.float16 and not np.isfinite(value).all():
-        raise ValueError(f"{name} holds nan or infinity, which weights of 16 bits must not")
+        raise ValueError(f"{name} holds nan or infinity; weights of 16 bits must be finite")
     if value.dtype == np.uint8 and value.shape[-1:] > (LONGEST,):
         raise ValueError(
             f"{name} must have at most {LONGEST} channels of 8 bits, got {value.shape[-1]}"

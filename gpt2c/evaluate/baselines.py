@@ -17,7 +17,7 @@ __all__ = ["BLOCK", "bigram_nats", "xz_bits_per_byte"]
 
 Tokens = NDArray[np.uint16]
 BLOCK = 1 << 20  # tokens that are counted at a time
-_STRENGTHS = np.array([2, 5, 10, 20, 50, 100, 200])  # of the prior, k of `bigram_nats`
+_STRENGTHS = np.array([2, 5, 10, 20, 50, 100, 200])  # of the prior: k in `bigram_nats`
 
 
 def xz_bits_per_byte(history: Iterable[bytes], text: Iterable[bytes]) -> float:

@@ -22,7 +22,7 @@ MEANING = (
 
 
 class Figures(NamedTuple):
-    """The loss of a text, in nats per token, and what follows from it."""
+    """The loss of a text, in nats per token, and the figures derived from it."""
 
     loss: float
     perplexity: float

@@ -100,8 +100,9 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         """Encode both as one text, and split it after as many tokens as the context alone has.
 
         Spaces at the context's end belong to the continuation. An empty context becomes the
-        end-of-text token, unless the continuation begins with it. If no token is left for the
-        continuation, because the context's last token includes it, the two are encoded separately.
+        end-of-text token, taken from the continuation if that begins with it. If no token is left
+        for the continuation, as the context's last token includes it, the two are encoded
+        separately.
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation

@@ -57,7 +57,7 @@ class Scorer:
 
     Raises
     ------
-    ValueError : model is not a model
+    ValueError : model is neither a GPT2 nor a QuantizedGPT2
     MemoryError : keys and values of `capacity` tokens do not fit
     """
 
@@ -337,7 +337,7 @@ def _check_question(question: Question, model: LanguageModel) -> int:
     """Return the number of tokens of the context and its longest ending, if they can be scored."""
     lengths = [len(ending) for ending in question.endings]
     if not question.context or not lengths or not min(lengths):
-        raise ValueError("a question must have endings, all of them and the context not empty")
+        raise ValueError("a question must have a context and endings, none of them empty")
     if not 0 <= question.label < len(lengths):
         raise ValueError(
             f"a question's label must be from 0 to {len(lengths) - 1}, got {question.label}"

@@ -8,7 +8,7 @@
 Reading one token of eight texts takes little longer than of one text: most of the time is spent on
 reading the weights from memory. So one thread reads the newest tokens of all texts in one turn, and
 between two turns requests join and leave (continuous batching, Yu et al., Orca, OSDI 2022). A
-request has the result of `model.generate` for it alone. Knows nothing about strings and sockets.
+request gets the same tokens as from `model.generate`. Knows nothing about strings and sockets.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Request(Generic[NewToken]):
         count = 0
         with self._news() as news:
             while True:
-                done = self.done  # read before the tokens: none comes after the end
+                done = self.done  # read before the tokens: no token comes after the end
                 while count < len(self._tokens):
                     token = self._tokens[count]
                     yield cast(NewToken, token if self._logprobs else token[0])
@@ -118,7 +118,7 @@ class Request(Generic[NewToken]):
                 try:
                     news.get(timeout=None if until is None else max(0, until - time.monotonic()))
                 except Empty:
-                    raise TimeoutError(f"the request goes on after {timeout:g} s") from None
+                    raise TimeoutError(f"the request is not done after {timeout:g} s") from None
         if self._error is not None:
             raise self._error
         tokens = np.array([token for token, _ in self._tokens], np.int64)
@@ -269,7 +269,7 @@ class Engine:
         if config.num_return_sequences != 1:
             raise ValueError(
                 "a request is one text: num_return_sequences must be 1, got"
-                f" {config.num_return_sequences}; submit the prompt as many times"
+                f" {config.num_return_sequences}; submit the prompt several times"
             )
         prompt = self._check(idx, config.max_new_tokens)
         ends = config.ends(self._model.config.vocab_size)

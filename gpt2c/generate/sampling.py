@@ -244,7 +244,7 @@ def _refuse(name: str, value: Any, known: Collection[str]) -> NoReturn:
     if meant is None and name in OFF:
         wanted = " or ".join(map(repr, OFF[name] or (None,)))
         raise ValueError(
-            f"{name} must be {wanted}, for gpt2c has nothing like it, got {value!r:.50}"
+            f"{name} must be {wanted}, for gpt2c lacks this setting, got {value!r:.50}"
         )
     hint = f"did you mean {meant}?" if meant else f"its settings are {', '.join(sorted(known))}"
     raise TypeError(f"GenerationConfig has no setting {name!r}; {hint}")
@@ -286,7 +286,7 @@ def distribution(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the tokens that may be drawn and their probabilities, up to a common factor.
 
-    Temperature comes first, then top_k, then top_p of what is left, then min_p.
+    Temperature is applied first, then top_k, then top_p to the remaining tokens, then min_p.
 
     Parameters
     ----------

@@ -224,7 +224,7 @@ def _aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that no later one replaces it nor `prune` removes it."""
     names = (f"{path.name}.damaged{n if n > 1 else ''}" for n in count(1))
     free = next(name for name in names if not os.path.lexists(path.with_name(name)))
-    shutil.move(path, path.with_name(free))  # a copy, where a directory cannot be renamed
+    shutil.move(path, path.with_name(free))  # copies if the directory cannot be renamed
     return path.with_name(free)
 
 

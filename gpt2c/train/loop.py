@@ -300,7 +300,7 @@ def take_steps(
     """
     schedule, skips = run.settings.learning_rates(), _Skips(run, progress)
     try:
-        # Lost weights may have caused a skipped step, so no stop, which saves, comes after one.
+        # Lost weights may have caused a skipped step: a stop, which saves, waits for a good step.
         while run.step < run.settings.max_iters and (skips.in_a_row or not stop.asked):
             step = _step(run, gradients, schedule(run.step), skips, stop)
             for hook in hooks:
@@ -456,4 +456,4 @@ def _tell_older(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -
     lacking = [name for name in OLDER if name not in stored]
     if lacking:
         taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
-        report(f"{out / RUN_FILE} is another version's; what it lacks is taken as {taken}")
+        report(f"{out / RUN_FILE} is another version's; settings that it lacks become {taken}")

@@ -57,8 +57,8 @@ class Metrics:
                 with atomic_path(damaged) as copy:
                     shutil.copyfile(path, copy)
                 report(
-                    f"{path} was damaged: {step - kept} of {step} steps cannot be read; the file as"
-                    f" it was is {damaged}"
+                    f"{path} was damaged: {step - kept} of {step} steps cannot be read; a copy of"
+                    f" the damaged file is {damaged}"
                 )
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._cut = False  # whether the last line is incomplete

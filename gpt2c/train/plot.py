@@ -66,7 +66,7 @@ Metric = tuple[list[int], list[float]]
 
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw training and validation loss over the steps; return False where matplotlib is missing.
+    """Draw training and validation loss over the steps; return False if matplotlib is missing.
 
     Parameters
     ----------
@@ -408,7 +408,7 @@ def plot_lines(
         _finish(figure, axes, path)
 
 
-# ---- what they share -----------------------------------------------------------------------------
+# ---- shared by both ------------------------------------------------------------------------------
 
 
 def _tidy(axes: Any) -> None:

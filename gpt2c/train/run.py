@@ -220,8 +220,8 @@ class Run:
     seconds : time spent in steps
     val_loss : of the present weights; nan if they were not evaluated
     saved : the newest checkpoint, None before the first
-    good : the newest checkpoint whose weights gave a finite loss; older ones stay until there is it
-    entry : metrics of the last step while its evaluation is due; None once they are logged
+    good : the newest checkpoint whose weights gave a finite loss; only older ones are removed
+    entry : the last step's metrics until they are logged, after a due evaluation; then None
     torn : whether an update began and did not end: then the weights belong to no step
     """
 
@@ -375,7 +375,7 @@ class Run:
 
     @contextmanager
     def _logging(self, path: Path) -> Iterator[None]:
-        """Report the first error of a log and suppress all: a run does not stop for its logs."""
+        """Suppress the errors of a log, and report the first: a run does not stop for its logs."""
         try:
             yield
         except OSError as error:
@@ -478,7 +478,7 @@ class Run:
         """Mark the newest checkpoint as good, as its weights gave a finite loss; prune older ones.
 
         Finite weights may be lost too, so a save alone does not make a checkpoint good. The first
-        loss after a save is that of the saved weights.
+        loss after a save is that of the saved weights, as one that is not finite updates nothing.
         """
         if self.saved and self.saved != self.good:
             self.good = self.saved

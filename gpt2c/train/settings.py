@@ -74,8 +74,8 @@ def setting(table: str, default: T, text: str, older: T | None = None) -> T:
     table : its table in a recipe, one of TABLES
     default : of a new run
     text : a line of help
-    older : its value when a run is resumed that began before the setting existed. Each new setting
-        needs it; only those of the first run.json have none
+    older : its value in a resumed run that began before the setting existed. Each new setting needs
+        it; only those of the first run.json have none
     """
     metadata = {"table": table, "help": text, "older": older}
     field: T = dataclasses.field(default=default, metadata=metadata)
@@ -84,7 +84,9 @@ def setting(table: str, default: T, text: str, older: T | None = None) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """The settings of a training run, by default of about 4 million parameters on short text.
+    """The settings of a training run.
+
+    The defaults are a model of about 4 million parameters on short text.
 
     Raises
     ------

@@ -82,7 +82,7 @@ class Events:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write out what waits and close the file."""
+        """Write the remaining events and close the file."""
         with naming(self.directory):
             self._writer.close()
 
