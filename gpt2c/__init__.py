@@ -2,7 +2,7 @@
 
 `Tokenizer` turns text into token ids, `GPT2` computes losses and gradients of them, `AdamW` updates
 the model, and `Generator` writes text with both. `from_pretrained` loads a model, `Engine` serves
-many callers with one, `gpt2c.ops` has the kernels, `gpt2c.scoring` says how good a model is.
+many requests with one, `gpt2c.ops` has the kernels, `gpt2c.scoring` measures how good a model is.
 
 Losses are in nats per token. Letters of shapes: B batch, T time, C channels, V vocabulary, L
 layers, NH heads, HS head size, OC output channels.
@@ -20,7 +20,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from gpt2c.kernels import (
-    limits as limits,  # now: the cores are those from before others bind this thread
+    limits as limits,  # first: it reads this thread's cores before other libraries bind the thread
 )
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Where each name is from; what is not used is not imported, and the command line begins at once.
+# The module of each name. It is imported at the first use, so the command line starts at once.
 _HOMES = {
     "GPT2": "gpt2",
     "AdamW": "train.optimizer",
@@ -67,7 +67,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of the package, or a module of it, when it is asked for."""
+    """Import a name of the package, or a module of it, at its first use."""
     if name in _HOMES:
         value = getattr(importlib.import_module(f"gpt2c.{_HOMES[name]}"), name)
         globals()[name] = value

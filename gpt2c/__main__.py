@@ -1,4 +1,4 @@
-"""`gpt2c` and `python -m gpt2c`: the command line, which Ctrl-C may end while it is imported."""
+"""`gpt2c` and `python -m gpt2c`: the command line; Ctrl-C may also come during its imports."""
 
 import sys
 

@@ -4,7 +4,7 @@
     for piece in generator.stream("Once upon", max_new_tokens=50, stop=["."]):
         print(piece, end="", flush=True)
 
-A character may span tokens, and so may a stop string: a piece is given when it is certain.
+A character or a stop string may span tokens, so a piece is yielded only when it is certain.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = ["Generator", "StringSettings", "Token", "Writer"]
 
 
 class Token(NamedTuple):
-    """A token that was generated, and how likely the model held it and others.
+    """A generated token, and the model's probabilities of it and of others.
 
     Attributes
     ----------
     id : of the token
-    data : the bytes that it stands for, which may be a part of a character
-    probability : the model's own, the softmax of its logits: before temperature, top_k, top_p,
-        min_p and penalties
+    data : its bytes, which may be a part of a character
+    probability : the softmax of the model's logits, before temperature, top_k, top_p, min_p and
+        penalties
     candidates : (id, probability) of the likeliest tokens, the likeliest first
     """
 
@@ -49,7 +49,7 @@ class Token(NamedTuple):
 
 
 class StringSettings(TextSettings, total=False):
-    """`GenerationConfig`'s settings for strings, and how their special tokens are read."""
+    """`GenerationConfig`'s settings for strings, and the special tokens of their prompts."""
 
     allowed_special: Collection[str] | Literal["all"]
 
@@ -61,8 +61,8 @@ class Writer:
     ----------
     tokenizer : of the tokens
     stops : strings that end the text; they are not part of it
-    least : how many tokens must have come before one may begin
-    silent : tokens that are no text
+    least : the number of tokens after which a stop string may begin
+    silent : tokens without text
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Writer:
         self._least = least
         self._silent = silent
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._certain = ""  # and not yet taken
+        self._certain = ""  # certain, and not yet taken
         self._open = ""  # may be the beginning of a stop string
         self._stopped = False
 
     def __call__(self, token: int) -> bool:
-        """Add a token; say whether a stop string is there."""
+        """Add a token; return whether a stop string has come."""
         self.count += 1
         if token not in self._silent:
             self._open += self._decode(self._tokenizer.token_bytes(token))
@@ -97,7 +97,7 @@ class Writer:
         return self._stopped
 
     def take(self, last: bool = False) -> str:
-        """Return the characters that are certain since the last time; with `last` all there are."""
+        """Return the characters that became certain since the last call; with `last`, all left."""
         if last and not self._stopped:
             self._certain += self._open + self._decode(b"", final=True)
         piece, self._certain = self._certain, ""
@@ -117,18 +117,18 @@ class Generator:
     ----------
     model : a `GPT2` or `QuantizedGPT2`
     tokenizer : its tokenizer
-    eos_token_id : a token id or several that end a text where a call says nothing; None is the
+    eos_token_id : a token id or several that end a text unless a call names others; None is the
         tokenizer's end of text
 
     Attributes
     ----------
-    count : tokens generated so far, by all calls
+    count : the number of tokens generated so far, by all calls
     eos_token_id : see above
 
     Raises
     ------
-    ValueError : the tokenizer has tokens that the model has not; a model may have more, as padding,
-        which never come
+    ValueError : the tokenizer has tokens that the model lacks; a model may have more, as padding,
+        which are never chosen
 
     Examples
     --------
@@ -169,12 +169,12 @@ class Generator:
         """Load a model and its tokenizer together, from a directory or the hub.
 
         A text ends at the eos_token_id of generation_config.json, one or several, as in
-        transformers; where there is none, at the tokenizer's end of text.
+        transformers. Without one, it ends at the tokenizer's end of text.
 
         Parameters
         ----------
         path_or_name, backend, revision, threads : see `GPT2.from_pretrained`
-        quantize : as there; a model that was saved quantized is loaded so
+        quantize : see there; None keeps a model quantized that was saved so
 
         Raises
         ------
@@ -184,7 +184,7 @@ class Generator:
         found = find_model(path_or_name, revision)
         model = open_found(found, backend, quantize, threads)
         tokenizer = Tokenizer.from_pretrained(found.path)
-        # transformers' default, 50256, says nothing in a smaller vocabulary
+        # A smaller vocabulary lacks transformers' default, 50256.
         known = [token for token in found.ends if 0 <= token < tokenizer.vocab_size]
         return cls(model, tokenizer, known or None)
 
@@ -234,20 +234,21 @@ class Generator:
 
         Parameters
         ----------
-        prompt : a string, or several; an empty one starts a text. `model.generate` continues
+        prompt : a string, or several; an empty one starts a new text. `model.generate` continues
             token ids
-        settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and
-            eos_token_id is the generator's unless given. allowed_special, as of
-            `Tokenizer.encode`: names of special tokens, or "all", that are these in the prompt
+        settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and the
+            default of eos_token_id is the generator's. allowed_special, see `Tokenizer.encode`: the
+            names of special tokens to recognize in the prompt, or "all"
 
         Returns
         -------
-        what follows the prompt, up to the end or a stop string: a string; for several prompts, or
-        num_return_sequences above 1, a list of them
+        the text after the prompt, up to the end or a stop string: a string; for several prompts, or
+        num_return_sequences above 1, a list of strings
 
         Raises
         ------
-        ValueError : a setting is out of range, a prompt is no string or longer than the context
+        ValueError : a setting is out of range, or a prompt is not a string or is longer than the
+            context
         TypeError : an unknown setting
         """
         given: dict[str, Any] = {
@@ -262,7 +263,7 @@ class Generator:
         return texts[0] if isinstance(prompt, str) and copies == 1 else texts
 
     def embed(self, texts: str | Sequence[str]) -> Array:
-        """Return a vector for each text, see `gpt2c.GPT2.embed`; an empty text is its end's mark.
+        """Return a vector for each text, see `gpt2c.GPT2.embed`; an empty one is its end of text.
 
         Parameters
         ----------
@@ -289,13 +290,13 @@ class Generator:
         max_new_tokens: int | None = 64,
         **settings: Unpack[StringSettings],
     ) -> Iterator[str]:
-        """Continue one text, giving each piece as soon as it is certain; see `generate`.
+        """Continue one text, yielding each piece as soon as it is certain; see `generate`.
 
         No piece ends within a character.
 
         Raises
         ------
-        ValueError : at once, not at the first piece
+        ValueError : see `generate`; raised at once, not at the first piece
         """
         given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
         writers, steps = self._begin_one(prompt, given)
@@ -319,18 +320,18 @@ class Generator:
         max_new_tokens: int | None = 64,
         **settings: Unpack[StringSettings],
     ) -> Iterator[Token]:
-        """Continue one text token by token, with how likely each one was; see `generate`.
+        """Continue one text token by token, with the probability of each; see `generate`.
 
-        The token that ends the text, or completes a stop string, comes as well.
+        The token that ends the text, or completes a stop string, is yielded too.
 
         Parameters
         ----------
         prompt, settings : see `generate`
-        candidates : how many of the likeliest tokens are named beside each
+        candidates : the number of likeliest tokens to name beside each token
 
         Raises
         ------
-        ValueError : at once, not at the first token
+        ValueError : see `generate`; raised at once, not at the first token
         """
         if whole("candidates", candidates) < 0:
             raise ValueError(f"candidates must be at least 0, got {candidates}")
@@ -363,7 +364,7 @@ class Generator:
             raise ValueError(f"prompt must be a string, got {type(prompt).__name__}")
         writers, steps, copies = self._begin([prompt], settings, look)
         if copies > 1:
-            raise ValueError("this gives one text: num_return_sequences is for generate")
+            raise ValueError("stream and tokens continue one text: leave num_return_sequences out")
         return writers, steps
 
     def _begin(
@@ -386,13 +387,13 @@ class Generator:
         steps = continue_prompts(self.model, prompts_ids, config, writers, look, self._unused)
         special = {*self.tokenizer.special_tokens.values()}
         silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
-        for _ in range(len(ids) * copies):  # now that so many are known to fit
+        for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
             writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, silent))
         return writers, steps, copies
 
 
 def _strings(name: str, texts: Any, door: str) -> list[str]:
-    """Return one text or several as a list; `door` is the model's, which takes token ids."""
+    """Return one text or several as a list; `door` is the model's method for token ids."""
     one = isinstance(texts, str | bytes) or not isinstance(texts, Iterable)
     several = [texts] if one else list(texts)
     if not several:

@@ -1,6 +1,6 @@
-"""GPT2, the door: a model that loads, saves and writes text.
+"""GPT2 as users see it: a model that loads, saves and generates text.
 
-What it computes is in model/, how it lies on disk in formats/, how a text grows in generate/.
+model/ computes, formats/ reads and writes files, generate/ continues texts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 Rows = Sequence[Sequence[int]] | Sequence[NDArray[Any]]
 Prompts = NDArray[Any] | Rows
-Texts = Ids | list[Ids]  # an array where all prompts are as long
+Texts = Ids | list[Ids]  # an array if all prompts have the same length
 
 
 def from_pretrained(
@@ -45,7 +45,7 @@ def from_pretrained(
     revision: str | None = None,
     threads: int | None = None,
 ) -> GPT2 | QuantizedGPT2:
-    """Load a model of any kind: one that was saved quantized is loaded so.
+    """Load a model of any kind; one that was saved quantized stays quantized.
 
     See `GPT2.from_pretrained` for the arguments and errors.
 
@@ -68,7 +68,7 @@ def open_found(
     quantize: str | None = None,
     threads: int | None = None,
 ) -> GPT2 | QuantizedGPT2:
-    """Do the work of `from_pretrained` for what was found already."""
+    """Load a model that `find_model` has found; see `from_pretrained`."""
     if quantize is None and found.weights != "fp32":
         quantize = found.weights
     if quantize is None:
@@ -109,28 +109,28 @@ class WritingModel(LanguageModel):
     ) -> Iterator[Step]:
         """Continue prompts and yield the new tokens (B,) of each step as soon as they are chosen.
 
-        A row that is over repeats its last token. Rows do not influence each other: each comes out
-        as it would alone, whatever the others' lengths.
+        A row that has ended repeats its last token. Rows do not influence each other: each is the
+        same as it would be alone.
 
         Parameters
         ----------
         idx : B prompts of token ids, (B, T) or a list of lists of different lengths, up to
-            n_positions tokens; one without tokens starts from eos_token_id of the config
+            n_positions tokens; an empty one starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
-        logprobs : return the log-probability of each token as well
+        logprobs : also return the log-probability of each token
         settings : the other fields of `gpt2c.GenerationConfig`: temperature, top_k, top_p, min_p,
             seed, stop and so on
 
         Returns
         -------
-        an iterator of (B * num_return_sequences,) int64; with logprobs=True of pairs with (B *
-        num_return_sequences,) float64 log-probabilities in nats
+        an iterator of (B * num_return_sequences,) int64; with logprobs=True, of pairs of these and
+        (B * num_return_sequences,) float64 log-probabilities in nats
 
         Raises
         ------
-        ValueError : an argument is out of range (at once, not at the first token)
+        ValueError : an argument is out of range (raised at once, not at the first token)
         TypeError : an unknown setting
-        MemoryError : the keys and values of so many texts do not fit
+        MemoryError : the keys and values of all texts do not fit
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         return continue_prompts(self, self.check_prompts(idx), config)
@@ -187,10 +187,10 @@ class WritingModel(LanguageModel):
 
         Returns
         -------
-        (B * num_return_sequences, T + new) int64 token ids if all prompts are as long: rows that
-        ended early repeat their last token. Else a list of arrays, each up to its end. With
-        logprobs=True a pair: that, and the log-probabilities (B * num_return_sequences, new)
-        float64, 0 after the end
+        (B * num_return_sequences, T + new) int64 token ids if all prompts have T tokens: rows that
+        ended early repeat their last token. Otherwise a list of arrays, each up to its end. With
+        logprobs=True, a pair of that and the log-probabilities in nats, (B * num_return_sequences,
+        new) float64, 0 after the end
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         prompts = self.check_prompts(idx)
@@ -219,37 +219,37 @@ class WritingModel(LanguageModel):
 
 
 class GPT2(WritingModel, Model):
-    """A GPT-2 with its gradients; what it can read and write is `LanguageModel`'s.
+    """A GPT-2 that can be trained; `LanguageModel` has its logits, logprobs and embed.
 
     Parameters
     ----------
     config : its shape
-    seed : of the fresh weights; None leaves them 0, to be filled by the caller
+    seed : of the initial weights; None leaves them 0, for the caller to fill
     backend : a name of `gpt2c.backends()`, "auto", or a backend
-    threads : that compute, with a backend's name; None is GPT2C_NUM_THREADS, else OMP_NUM_THREADS,
-        else as many as the machine allows, see `gpt2c info`
-    recompute : what backward computes again instead of keeping it: None nothing, "light" the
-        outputs of layernorm and GELU, "full" all but the residual stream between layers (Chen et
-        al. 2016, arXiv:1604.06174). The results are the same to the bit
+    threads : the number of threads, with a backend's name; None is GPT2C_NUM_THREADS, else
+        OMP_NUM_THREADS, else as many as the machine allows, see `gpt2c info`
+    recompute : the arrays that backward computes again instead of keeping them: None for none,
+        "light" for the outputs of layernorm and GELU, "full" for all but the residual stream
+        between layers (Chen et al. 2016, arXiv:1604.06174). The results are bit for bit the same
 
     Attributes
     ----------
     parameters, gradients : name -> float32 view into `flat_parameters`, `flat_gradients`; names and
-        order of `GPT2Config.parameter_shapes`. Gradients accumulate from backward to backward until
-        `zero_grad`; their memory is asked for when they are needed first.
-    decay_size : the first so many floats of the flat buffers belong to tensors of 2 dimensions
+        order of `GPT2Config.parameter_shapes`. Each backward adds to the gradients until
+        `zero_grad`; their memory is allocated at the first use.
+    decay_size : the number of floats, at the start of the flat buffers, of tensors of 2 dimensions
 
     Raises
     ------
     ValueError : an unknown backend or recompute, a seed or threads out of range
     MemoryError : the parameters do not fit, or later the gradients
 
-    `copy.copy` and `copy.deepcopy` return a model of its own with the same parameters and
-    gradients, `pickle` takes one to another process; a loss that waits for its backward stays
-    behind. Where the backend does not run, an unpickled model computes on "auto", with a warning.
+    `copy.copy` and `copy.deepcopy` return an independent model with the same parameters and
+    gradients; `pickle` takes one to another process. A copy has no loss that waits for backward. If
+    its backend is not available, an unpickled model computes on "auto", with a warning.
 
-    One thread computes at a time: a second is refused, with a RuntimeError, by loss, backward and
-    logits. AdamW has no such guard: do not step in one thread while another computes.
+    One thread computes at a time: in a second one loss, backward and logits raise RuntimeError.
+    AdamW has no such guard: do not step in one thread while another computes.
 
     Source: Radford et al. 2019; openai/gpt-2 for formulae, karpathy/llm.c for the memory.
 
@@ -309,20 +309,20 @@ class GPT2(WritingModel, Model):
     ) -> GPT2 | QuantizedGPT2:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
-        The files' names and shapes are compared with the config before any memory is asked for.
+        The tensors' names and shapes are compared with the config before any memory is allocated.
 
         Parameters
         ----------
         path : see `gpt2c.formats.load.find_model`
         backend, threads : see `GPT2`
-        quantize : "int8" or "fp16" gives a model to read only, with weights of 8 or 16 bits
+        quantize : "int8" or "fp16" returns a `QuantizedGPT2`, with weights of 8 or 16 bits
         revision : of a model on the hub: a branch, tag or commit
 
         Raises
         ------
-        OSError : a file is missing or unreadable, or the hub has it not
-        ValueError : a file is damaged, or its tensors are not those of its config; an unknown
-            quantize, or another than that of weights which are stored so
+        OSError : a file is missing or unreadable, or the hub does not have it
+        ValueError : a file is damaged, or its tensors are not those of its config; quantize is
+            unknown, or differs from the method of stored quantized weights
         """
         found = find_model(path, revision)
         if quantize is not None:
@@ -333,7 +333,7 @@ class GPT2(WritingModel, Model):
     def from_found(
         cls, found: Pretrained, backend: str | Backend = "auto", threads: int | None = None
     ) -> GPT2:
-        """Load what `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
+        """Load a model that `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
         if found.weights != "fp32":
             raise ValueError(
                 f"{found.source} holds {found.weights} weights: pass quantize={found.weights!r}"
@@ -348,14 +348,14 @@ class GPT2(WritingModel, Model):
 
         Raises
         ------
-        OSError : they cannot be written; what was there before is intact
+        OSError : the files cannot be written; existing files are unchanged
         ValueError : the directory's name is empty
         """
         huggingface.save_weights(directory, self.config.to_dict(), self._parameters)
 
 
 class QuantizedGPT2(WritingModel, QuantizedModel):
-    """A GPT-2 with int8 or fp16 weights; it is read, not trained. See `QuantizedModel`.
+    """A GPT-2 with int8 or fp16 weights, which cannot be trained. See `QuantizedModel`.
 
     Examples
     --------
@@ -379,7 +379,7 @@ class QuantizedGPT2(WritingModel, QuantizedModel):
         revision: str | None = None,
         threads: int | None = None,
     ) -> QuantizedGPT2:
-        """Load what `save_pretrained` wrote, or a GPT-2, whose weights are rounded one at a time.
+        """Load a model that `save_pretrained` wrote, or a GPT-2, rounding one tensor at a time.
 
         See `GPT2.from_pretrained` for path.
 
@@ -398,11 +398,11 @@ class QuantizedGPT2(WritingModel, QuantizedModel):
         backend: str | Backend = "auto",
         threads: int | None = None,
     ) -> QuantizedGPT2:
-        """Load what `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
+        """Load a model that `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
         if found.weights not in ("fp32", method):
             raise ValueError(
                 f"{found.source} holds {found.weights} weights, which cannot become {method}:"
-                " start from the directory that they were made of"
+                " start from the model that was quantized"
             )
         config = found.config
         check_shapes(
@@ -415,11 +415,11 @@ class QuantizedGPT2(WritingModel, QuantizedModel):
         return model
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, as they are: for gpt2c, not for transformers.
+        """Write config.json and model.safetensors with the quantized weights, for gpt2c only.
 
         Raises
         ------
-        OSError : they cannot be written; what was there before is intact
+        OSError : the files cannot be written; existing files are unchanged
         ValueError : the directory's name is empty
         """
         entry = {"quant_method": "gpt2c", "weights": self.method}

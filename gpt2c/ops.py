@@ -1,12 +1,13 @@
 """Every op of GPT-2 on plain NumPy arrays, on any backend: checked arguments, new results.
 
-The functions are made from the declarations of `gpt2c.kernels.op`: the inputs and numbers of an op,
-then the sizes of its results that no input has (vocab_size, n_positions, n_head), then backend.
-They return the outputs. What an op computes stands in `gpt2c.kernels.reference`.
+The functions are made from the declarations of `gpt2c.kernels.op`. Their arguments are the inputs
+of an op, the sizes of its results that no input has (vocab_size, n_positions, n_head), the optional
+inputs, the numbers and the backend. They return the outputs. `gpt2c.kernels.reference` defines what
+an op computes.
 
 Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), token ids int32; the
-weights of `matmul_forward` and `encoder_forward` may be smaller. Gradients come back as they are,
-not added to anything.
+weights of `matmul_forward` and `encoder_forward` may be float16 or uint8. Gradients are new arrays,
+not added to earlier ones.
 Every function raises ValueError if an array has another dtype, layout or shape, a number or token
 id is out of range, or the backend is unknown, and MemoryError if the results do not fit. Knows
 nothing about models.
@@ -42,7 +43,7 @@ from gpt2c.kernels.op import OPS, Argument, Op
 from gpt2c.kernels.reference.linear import LONGEST
 
 Array = NDArray[Any]
-# sizes that no input may have
+# sizes that inputs may lack
 GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head", "KV": "n_kv_head"}
 LARGEST = 2**31 - 1  # token ids and positions are int32
 LOWEST = {"ids": 0, "targets": -1}
@@ -61,7 +62,7 @@ def _public(op: Op) -> Callable[..., Any]:
     lacking |= set(re.findall(r"[A-Z]+", " ".join(op.sizes.values())))
     lacking -= known | op.sizes.keys()
     given_sizes = {name: letter for letter, name in GIVEN.items() if letter in lacking}
-    # a flag is for who keeps memory from call to call
+    # flags are for callers that keep memory from call to call
     numbers = {name: value for name, value in op.numbers.items() if value is not True}
     none: Any = inspect.Parameter.empty
     defaults = {
@@ -84,7 +85,7 @@ def _public(op: Op) -> Callable[..., Any]:
             raise TypeError(f"{op.name}: {error}") from None
         bound.apply_defaults()
         given = bound.arguments
-        for array in inputs:  # where an optional array stands now, backend stood once
+        for array in inputs:  # an optional array may be at the earlier position of backend
             value = given[array.name]
             if array.optional and isinstance(value, str) and value in ("auto", *NAMES):
                 given["backend"], given[array.name] = value, None
@@ -99,7 +100,7 @@ def _public(op: Op) -> Callable[..., Any]:
             given["n_kv_head"] = given["n_head"]
         told = {letter: _size(name, given[name]) for name, letter in given_sizes.items()}
         dtype, sizes = _check(arrays, backend.name, told)
-        for array in inputs:  # of an array that is not there
+        for array in inputs:  # the letters of a missing array
             sizes |= {letter: sizes.get(letter, 0) for letter in array.letters}
         sizes |= {letter: eval(size, {}, sizes) for letter, size in op.sizes.items()}
         sizes["longest"] = sizes.get("T")
@@ -109,7 +110,7 @@ def _public(op: Op) -> Callable[..., Any]:
         for name, default in numbers.items():
             given[name] = (number if isinstance(default, float) else whole)(name, given[name])
         _check_rules(op, sizes | {name: given[name] for name in numbers})
-        for array, value in arrays.items():  # after the shapes: of the wrong one no copy helps
+        for array, value in arrays.items():  # after the shapes: a copy does not mend a wrong shape
             check_layout(array.name, value)
         for array, ids in arrays.items():
             if array.kind in LOWEST:
@@ -130,7 +131,7 @@ def _public(op: Op) -> Callable[..., Any]:
 
 
 def _size(name: str, value: Any) -> int:
-    """Return a size that no input has; a negative one fits no array."""
+    """Return a size that no input has; a negative one will fit no array."""
     size = whole(name, value)
     if size > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}, got {size}")
@@ -150,7 +151,7 @@ def _check_offsets(name: str, offsets: NDArray[np.int32], B: int, T: int) -> int
 
 
 def _output(array: Argument, given: Any, sizes: dict[str, Any], dtype: str) -> Any:
-    """Return memory for a result: a copy of what is updated, zeros to add to, or nothing yet."""
+    """Return a result's array: a copy of an updated input, zeros to add to, or not initialized."""
     if array.mode == "~":
         return None if given is None else given.copy()
     return (np.zeros if array.mode == "+" else np.empty)(_shape(array, sizes), dtype)
@@ -163,7 +164,7 @@ def _check(
 
     Parameters
     ----------
-    told : sizes that the caller gave
+    told : sizes from the caller
     """
     dtypes = ("float32", "float64") if backend == "numpy" else ("float32",)
     floats = (getattr(a, "dtype", None) for array, a in arrays.items() if array.kind == "floats")
@@ -177,15 +178,15 @@ def _check(
                 f"{letter}={sizes.get(letter, '')}".rstrip("=") for letter in array.shape
             )
             raise ValueError(
-                f"{array.name} must have shape ({wanted}), none of it 0, got {value.shape}"
+                f"{array.name} must have shape ({wanted}), no size 0, got {value.shape}"
             )
     return common, sizes
 
 
 def _sizes(arrays: dict[Argument, Any]) -> dict[str, Any]:
-    """Return the size of each letter: what most arrays have, so that the odd one is named."""
+    """Return the size of each letter: that of most arrays, so that an error names the odd one."""
     votes: dict[str, Counter[Any]] = defaultdict(Counter)
-    # of as many votes the first counts: a gradient must fit the forward pass's arrays
+    # of equal votes the first counts: a gradient must fit the arrays of the forward pass
     for array in sorted(arrays, key=lambda array: (array.kind in INTEGERS, array.name[0] == "d")):
         shape = arrays[array].shape
         if 0 in shape:
@@ -199,9 +200,9 @@ def _sizes(arrays: dict[Argument, Any]) -> dict[str, Any]:
 
 
 def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common: str) -> None:
-    """Refuse what is no array of a dtype that this argument may have."""
+    """Refuse a value that is not an array of a dtype that this argument may have."""
     name = array.name
-    if type(value) not in (np.ndarray, np.memmap):  # another may compute otherwise: np.matrix
+    if type(value) not in (np.ndarray, np.memmap):  # other subclasses compute otherwise: np.matrix
         raise ValueError(f"{name} must be a NumPy array, got {type(value).__name__}")
     allowed: tuple[str, ...] = (common,)
     if array.kind in INTEGERS:
@@ -214,7 +215,7 @@ def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common
     if value.dtype not in [np.dtype(dtype) for dtype in allowed]:
         raise ValueError(f"{name} must be {' or '.join(allowed)}, got {value.dtype}")
     if value.dtype == np.float16 and not np.isfinite(value).all():
-        raise ValueError(f"{name} holds nan or infinity, which weights of 16 bits must not")
+        raise ValueError(f"{name} holds nan or infinity; weights of 16 bits must be finite")
     if value.dtype == np.uint8 and value.shape[-1:] > (LONGEST,):
         raise ValueError(
             f"{name} must have at most {LONGEST} channels of 8 bits, got {value.shape[-1]}"
@@ -222,7 +223,7 @@ def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common
 
 
 def _shape(array: Argument, sizes: dict[str, Any]) -> tuple[int, ...]:
-    """Return the shape that letters mean; a letter that no array has is -1."""
+    """Return the shape that letters mean; a letter without a size is -1."""
     if array.shape == ("*",):
         return tuple(sizes.get("*", ()))
     axes = zip(array.letters, array.factors, strict=True)
@@ -230,16 +231,16 @@ def _shape(array: Argument, sizes: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _check_rules(op: Op, values: dict[str, Any]) -> None:
-    """Check what must hold of an op's sizes and numbers."""
+    """Check the rules of an op's sizes and numbers."""
     for name, rule in op.rules:
-        if not eval(rule, {}, values):  # a declaration of this package's own
+        if not eval(rule, {}, values):  # safe: this package declares the rules
             words = dict.fromkeys(re.findall(r"[A-Za-z]\w*", rule))
             got = ", ".join(f"{word}={values[word]!r:.50}" for word in words if word in values)
             raise ValueError(f"{name} must be such that {rule}, got {got}")
 
 
 def _documentation(op: Op, parameters: dict[str, Any]) -> str:
-    """Return the docstring of a public function: what the reference says, with shapes.
+    """Return the docstring of a public function: that of the reference, with shapes.
 
     Parameters
     ----------
@@ -272,7 +273,7 @@ globals().update(PUBLIC)
 def linear_forward(
     x: Array, weight: Array, scale: Any = None, bias: Any = None, backend: str = "auto"
 ) -> Array:
-    """Return `matmul_forward`, as this op is called now."""
+    """Return `matmul_forward`, the new name of this op."""
     _say_new_name("linear_forward", "matmul_forward(x, weight, bias, scale)")
     out: Array = PUBLIC["matmul_forward"](x, weight, bias, scale, backend)
     return out
@@ -281,7 +282,7 @@ def linear_forward(
 def cache_attention_forward(
     qkv: Array, keys: Array, values: Array, position: int, backend: str = "auto"
 ) -> tuple[Array, ...]:
-    """Return `attention_forward` of one text, without its lse, as this op is called now."""
+    """Return `attention_forward`, the new name of this op, of one text and without its lse."""
     _say_new_name(
         "cache_attention_forward", "attention_forward(qkv, n_head, keys, values, position=position)"
     )
@@ -292,7 +293,7 @@ def cache_attention_forward(
 
 
 def residual_backward(dout: Array, backend: str = "auto") -> tuple[Array, Array]:
-    """Return dout twice: the gradient of a sum is that of both terms, which needs no op."""
+    """Return dout twice: the gradient of a sum is that of both terms, so it needs no op."""
     _say_new_name("residual_backward", "dout itself, for both terms")
     return dout.copy(), dout.copy()
 

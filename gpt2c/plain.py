@@ -2,7 +2,7 @@
 
     python -m gpt2c.plain       learns a sentence by heart and writes it
 
-Nothing here is fast, and nothing saves memory. All of gpt2c computes this; tests compare them.
+Nothing here is fast, and nothing saves memory. The rest of gpt2c computes the same; tests compare.
 Parameters are a dict with Hugging Face's names; the weight (OC, C) of a layer has a row per output.
 Letters: B sequences, T tokens of each, C channels, V vocabulary, NH heads of HS = C / NH channels.
 
@@ -25,7 +25,7 @@ Arrays = dict[str, Array]
 
 def init(V: int, T: int, C: int, layers: int, rng: np.random.Generator) -> Arrays:
     """Return fresh parameters: small random weights, biases of 0, gains of 1."""
-    linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}  # q, k and v in one; back together
+    linear = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}  # q, k and v; the heads' output
     linear |= {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     p = {"wte.weight": rng.normal(0, 0.02, (V, C)), "wpe.weight": rng.normal(0, 0.02, (T, C))}
     norms = ["ln_f."]
@@ -39,7 +39,7 @@ def init(V: int, T: int, C: int, layers: int, rng: np.random.Generator) -> Array
     return p
 
 
-# ---- the parts, each with its backward: d... is the gradient of the loss by ... ------------------
+# ---- the parts, each with its backward: dx is the gradient of the loss with respect to x ---------
 
 
 def linear(p: Arrays, name: str, x: Array) -> Array:
@@ -55,7 +55,7 @@ def linear_backward(p: Arrays, g: Arrays, name: str, dout: Array, x: Array) -> A
 
 
 def layernorm(p: Arrays, name: str, x: Array) -> Array:
-    """Return each token's channels mean 0 and variance 1, then a gain and a bias of their own."""
+    """Scale each token's channels to mean 0 and variance 1, then apply a gain and bias to each."""
     norm = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     return norm * p[name + ".weight"] + p[name + ".bias"]  # (B, T, C)
 
@@ -66,7 +66,7 @@ def layernorm_backward(p: Arrays, g: Arrays, name: str, dout: Array, x: Array) -
     norm = (x - x.mean(-1, keepdims=True)) / std
     g[name + ".weight"], g[name + ".bias"] = (dout * norm).sum((0, 1)), dout.sum((0, 1))
     dnorm = dout * p[name + ".weight"]
-    # a shift or a stretch of all channels together changes nothing, so it has no gradient
+    # a shift or a stretch of all channels changes nothing, so it has no gradient
     shift, stretch = dnorm.mean(-1, keepdims=True), (dnorm * norm).mean(-1, keepdims=True)
     return (dnorm - shift - norm * stretch) / std
 
@@ -78,14 +78,14 @@ def heads(qkv: Array, n_head: int) -> Array:
 
 
 def attention_weights(q: Array, k: Array) -> Array:
-    """Return how much each token looks at each token up to itself, (B, NH, T, T), rows sum to 1."""
+    """Return each token's weights of the tokens up to itself, (B, NH, T, T); rows sum to 1."""
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
     scores[..., np.triu(np.ones(scores.shape[-2:], bool), 1)] = -np.inf  # no look into the future
     return softmax(scores)
 
 
 def attention(qkv: Array, n_head: int) -> Array:
-    """Let tokens take from the tokens before them: (B, T, 3C) -> (B, T, C)."""
+    """Average over the tokens up to each one, by its weights: (B, T, 3C) -> (B, T, C)."""
     q, k, v = heads(qkv, n_head)
     out = attention_weights(q, k) @ v  # (B, NH, T, HS)
     return out.swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
@@ -103,7 +103,7 @@ def attention_backward(dout: Array, qkv: Array, n_head: int) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """Pass large values, stop very negative ones, bend between (its tanh form)."""
+    """Return GELU in its tanh form: near x for large x, near 0 for very negative x."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
@@ -139,7 +139,7 @@ def forward(p: Arrays, idx: Array, n_head: int) -> tuple[Array, list[Array]]:
 
 
 def loss_and_gradients(p: Arrays, idx: Array, targets: Array, n_head: int) -> tuple[float, Arrays]:
-    """Return the mean loss in nats per token, and its gradient by each parameter.
+    """Return the mean loss in nats per token, and its gradient for each parameter.
 
     targets (B, T) is the token that follows each of idx (B, T); -1 does not count.
     """

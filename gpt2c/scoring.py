@@ -1,4 +1,4 @@
-"""How likely texts are, perplexity, and questions with choices; see `gpt2c.evaluate.scoring`.
+"""Log-probabilities, perplexity, and multiple-choice questions; see `gpt2c.evaluate.scoring`.
 
 Examples
 --------
@@ -7,7 +7,7 @@ Examples
 >>> model = gpt2c.GPT2(config, seed=1)
 >>> ids = tuple(gpt2c.Tokenizer.from_name("bytes").encode("a text longer than the context"))
 >>> loss, perplexity = scoring.perplexity(model, ids, stride=8)
->>> round(loss, 1)  # nats per token: a fresh model holds all 257 tokens equally likely
+>>> round(loss, 1)  # nats per token: for a fresh model all 257 tokens are equally likely
 5.6
 >>> endings = ids[6:9], ids[9:14]
 >>> question = scoring.Question(ids[:6], endings, label=1, characters=(3, 5))

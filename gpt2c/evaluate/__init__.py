@@ -1,1 +1,1 @@
-"""How good a model is: loss, perplexity, choices, baselines. Knows nothing of training."""
+"""How good a model is: loss, perplexity, choices, baselines. Knows nothing about training."""

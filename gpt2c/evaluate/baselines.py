@@ -1,6 +1,6 @@
-"""What a language model must beat: xz and a bigram model, on the same held-out text.
+"""Baselines that a language model must beat: xz and a bigram model, on the same held-out text.
 
-A language model is a compressor: coding a text with its probabilities takes loss / ln(2) bits a
+A language model is a compressor: coding a text with its probabilities takes loss / ln(2) bits per
 token. So all three are compared in bits per byte of the text. Independent of GPT-2.
 """
 
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 __all__ = ["BLOCK", "bigram_nats", "xz_bits_per_byte"]
 
 Tokens = NDArray[np.uint16]
-BLOCK = 1 << 20  # tokens that are looked at at a time
-_STRENGTHS = np.array([2, 5, 10, 20, 50, 100, 200])  # of the prior
+BLOCK = 1 << 20  # tokens that are counted at a time
+_STRENGTHS = np.array([2, 5, 10, 20, 50, 100, 200])  # of the prior: k in `bigram_nats`
 
 
 def xz_bits_per_byte(history: Iterable[bytes], text: Iterable[bytes]) -> float:
-    """Bits per byte that `xz -9` adds for `text` when it has already packed `history`.
+    """Return the bits per byte that `xz -9` adds for `text` when it has already packed `history`.
 
-    Both come in pieces, and are iterated several times. xz's window, 64 MiB, must hold both, or the
-    comparison is not fair to it.
+    Both are pieces of text, and are iterated several times. xz's window of 64 MiB must hold both,
+    or the comparison is unfair to xz.
     """
     packed = _packed(chain(history, text)) - _packed(history)
     return packed * 8 / sum(map(len, text))
@@ -36,11 +36,12 @@ def _packed(pieces: Iterable[bytes]) -> int:
 
 
 def bigram_nats(history: Tokens, tokens: Tokens, vocab_size: int) -> float:
-    """Sum the loss, in nats, of a bigram model counted on `history` over `tokens[1:]`.
+    """Return the loss over `tokens[1:]`, summed, in nats, of a bigram model counted on `history`.
 
     p(b | a) = (count(a, b) + k p(b)) / (count(a) + k) with p(b) = (count(b) + 1) / (N + V): the
-    pair as far as it was seen, else the token (Dirichlet smoothing, MacKay and Peto 1995). k is the
-    best of a few on `tokens` themselves, which favours the bigram.
+    more often a was seen, the more the pair counts and the less the token alone (Dirichlet
+    smoothing, MacKay and Peto 1995). k is the best of several values on `tokens` themselves, which
+    favours the bigram.
     """
     V = vocab_size
     pairs, counts = _count_pairs(history, V)
@@ -65,7 +66,7 @@ def _pairs(tokens: Tokens, vocab_size: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _count_pairs(tokens: Tokens, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the pairs that occur, sorted, and how often each does."""
+    """Return the pairs that occur, sorted, and the count of each."""
     pairs = counts = np.empty(0, np.int64)
     for block in _pairs(tokens, vocab_size):
         fresh, more = np.unique(block, return_counts=True)

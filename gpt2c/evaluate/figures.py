@@ -1,8 +1,8 @@
-"""What a loss means: one text's loss in every unit that is in use.
+"""The loss of a text in every common unit.
 
     nats per token   the loss itself: the mean of -log p(token | tokens before it)
-    perplexity       its exponential: how many equally likely tokens leave the same doubt
-    bits per byte    how far the text could be compressed: comparable across tokenizers
+    perplexity       its exponential: the number of equally likely tokens with the same loss
+    bits per byte    the size of the text compressed with the model: comparable across tokenizers
 
 Independent of models and files.
 """
@@ -22,7 +22,7 @@ MEANING = (
 
 
 class Figures(NamedTuple):
-    """The loss of a text, in nats per token, and what follows from it."""
+    """The loss of a text, in nats per token, and the figures derived from it."""
 
     loss: float
     perplexity: float
@@ -31,28 +31,28 @@ class Figures(NamedTuple):
 
 
 def written(value: float, decimals: int = 4, most: float = 1e4) -> str:
-    """Write a figure; one of a model that has no idea of a text may have hundreds of digits.
+    """Return a figure as text, from `most` on with an exponent: it may have hundreds of digits.
 
     Parameters
     ----------
-    decimals : of a figure below `most`; above, that is what its power of ten has
+    decimals : digits after the point, with an exponent too
     """
     return f"{value:.{decimals}{'f' if abs(value) < most else 'e'}}"
 
 
 def figures(nats: float, tokens: int, size: int = 0) -> Figures:
-    """Turn the summed loss of a text into figures.
+    """Return the figures of a text, from its summed loss.
 
     Parameters
     ----------
     nats : the sum over the tokens that were scored
-    tokens : how many they are
-    size : bytes of text in them
+    tokens : the number of those tokens
+    size : the bytes of text in them
 
     Returns
     -------
-    perplexity is inf where it is too large for a float; bits_per_byte is nan where there are no
-    bytes, as in a text of end-of-text tokens
+    perplexity is inf if it is too large for a float; bits_per_byte is nan if there are no bytes, as
+    in a text of end-of-text tokens
 
     Raises
     ------

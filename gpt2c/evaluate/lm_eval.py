@@ -3,9 +3,9 @@
     lm = gpt2c.evaluate.lm_eval.GPT2LM(model, tokenizer)
     lm_eval.simple_evaluate(lm, tasks=["hellaswag"])
 
-Encodes, truncates and slides as the harness' own HFLM does, so that figures can be compared. What
-HFLM ends a whole evaluation for is scored here: a continuation that has no tokens of its own, or
-more than the model reads. Nothing else of gpt2c imports this module or needs the harness.
+Encodes and truncates texts and slides windows as the harness' own HFLM does, so that figures can be
+compared. HFLM ends the whole evaluation at a continuation that has no tokens of its own, or more
+than the model reads; here both are scored. Only gpt2c.lm_eval imports this module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 except ModuleNotFoundError as error:
-    if error.name != "lm_eval":  # it is installed, and lacks something
+    if error.name != "lm_eval":  # lm_eval is installed, but a package that it needs is not
         raise
     raise ModuleNotFoundError(
         "gpt2c.evaluate.lm_eval is an adapter for lm-evaluation-harness: pip install lm_eval",
@@ -39,16 +39,16 @@ except ModuleNotFoundError as error:
 
 __all__ = ["GPT2LM"]
 
-MAX_GEN_TOKS = 256  # where a task says nothing
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the same
-# What a task may say of how a text goes on: what is said here in another way is not among it.
+MAX_GEN_TOKS = 256  # the default of a task
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # synonyms
+# The settings of a task that are passed on; its lengths and its `until` are converted instead.
 KNOWN = TextSettings.__annotations__.keys() | OFF.keys() | {"num_return_sequences"}
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 
 
 class GPT2LM(TemplateLM):  # type: ignore[misc]
-    """A model and its tokenizer, as the harness wants them.
+    """A model and its tokenizer, with the methods that the harness calls.
 
     Parameters
     ----------
@@ -68,28 +68,28 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token, which an empty context is."""
+        """The end-of-text token, which replaces an empty context."""
         return self.tokenizer.eot
 
     @property
     def max_length(self) -> int:
-        """How many tokens are read at most."""
+        """The most tokens that the model reads."""
         return self.model.config.n_positions
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encode a string; "<|endoftext|>" in it is the token, as in transformers."""
+        """Encode a string; "<|endoftext|>" in it becomes that token, as in transformers."""
         first, *others = map(self.tokenizer.encode, string.split(END_OF_TEXT))
         return first + [token for part in others for token in (self.tokenizer.eot, *part)]
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Return each continuation's log-probability after its context, and whether it is greedy.
+        """Return each continuation's log-probability in nats, and whether a greedy choice gives it.
 
         A continuation longer than n_positions is scored piece by piece, each piece with as much
-        before it as fits. An empty one is certain: 0.0, True.
+        context as fits. An empty one has 0.0 and True.
         """
         rows: list[Request] = [
             (request.args, *self._encode_pair(*request.args)) for request in requests
@@ -97,11 +97,12 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         return self._loglikelihood_tokens(rows, disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Encode both as one text, and split its tokens where those of the context alone end.
+        """Encode both as one text, and split it after as many tokens as the context alone has.
 
-        Spaces at the context's end belong to the continuation. An empty context is the end-of-text
-        token, which the continuation may begin with. Where no token is left to the continuation, as
-        the context's last one took it in, the two are encoded each by itself.
+        Spaces at the context's end belong to the continuation. An empty context becomes the
+        end-of-text token, taken from the continuation if that begins with it. If no token is left
+        for the continuation, as the context's last token includes it, the two are encoded
+        separately.
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
@@ -114,11 +115,11 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Score token ids; what does not fit n_positions is cut from the context's left."""
+        """Score token ids; a context that does not fit n_positions is cut from the left."""
         pieces = [self._pieces(*request[1:]) for request in requests]
         scorer = Scorer(self.model)
         answers = [(0.0, True)] * len(pieces)
-        # Sorted, texts stand beside those that begin as they do, and what they share is read once.
+        # In sorted order, texts with the same beginning follow each other, and it is read once.
         order = sorted(range(len(pieces)), key=pieces.__getitem__)
         for i in tqdm(order, desc="loglikelihood", disable=disable_tqdm):
             for tokens, first in pieces[i]:
@@ -131,7 +132,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _pieces(self, context: list[int], continuation: list[int]) -> list[tuple[list[int], int]]:
-        """Cut a text into what is read at once, with the place of the first token to score."""
+        """Cut a text into pieces that fit the model, each with the index of its first target."""
         row, most = (context or [self.eot_token_id]) + continuation, self.max_length
         pieces = []
         for start in range(len(row) - len(continuation), len(row), most):
@@ -143,9 +144,9 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-probability of whole texts, each begun by the end-of-text token.
+        """Return the log-probability in nats of whole texts, each after the end-of-text token.
 
-        Those longer than n_positions are cut into windows that do not overlap, but for the last,
+        Texts longer than n_positions are cut into windows that do not overlap, except the last,
         which is filled up with context.
         """
         out = []
@@ -161,13 +162,13 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         return out
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue contexts, greedily unless a task wants samples, up to one of its `until`.
+        """Continue contexts, greedily unless a task asks for samples, up to a string of `until`.
 
-        A context is cut from the left to leave room for max_gen_toks tokens, 256 or half of
-        n_positions unless given. max_length counts the context's tokens too.
+        A context is cut from the left to leave room for max_gen_toks tokens, by default 256 or half
+        of n_positions if that is less. max_length counts the context's tokens too.
         """
         out = []
-        every = [self._settings(request.args[1]) for request in requests]  # a mistake costs no work
+        every = [self._settings(request.args[1]) for request in requests]  # errors before any work
         watched = tqdm(requests, desc="generate_until", disable=disable_tqdm)
         for request, (until, settings, total) in zip(watched, every, strict=True):
             context, wanted = request.args
@@ -187,7 +188,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
         return out
 
     def _settings(self, wanted: dict[str, Any]) -> tuple[list[str], GenerationConfig, int]:
-        """Turn a task's generation_kwargs into stop strings, gpt2c's settings and max_length."""
+        """Return a task's generation_kwargs as stop strings, gpt2c's settings and max_length."""
         entries = {name: value for name, value in wanted.items() if value is not None}
         until = entries.pop("until", [])
         stops = list(until) if isinstance(until, list | tuple | set) else [until]

@@ -1,6 +1,6 @@
-"""The mean loss of a model on token files, in windows side by side as in training.
+"""The mean loss of a model on token files, in adjacent windows as in training.
 
-Knows nothing about training or what the tokens mean.
+Knows nothing about training or the meaning of the tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def evaluate(
     Parameters
     ----------
     batch_size, block_size : B windows of T tokens at a time
-    eval_iters : how many batches at most; 0 all
-    check : called before each batch; what it raises ends the evaluation
+    eval_iters : the most batches to evaluate; 0 is all
+    check : called before each batch; an error that it raises ends the evaluation
     """
     total, count = 0.0, 0
     for i, (x, y) in enumerate(windows(tokens, batch_size, block_size)):

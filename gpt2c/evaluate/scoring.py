@@ -1,12 +1,11 @@
-"""Scoring: how likely a model finds texts: perplexity of long ones, and choices between endings.
+"""Scoring: log-probabilities of texts, perplexity of long texts, and choices between endings.
 
     loss, perplexity = scoring.perplexity(model, tokens, stride=512)
     right = scoring.answer(model, scoring.read_questions("val.jsonl", tokenizer, 1024))
     for name, (share, error) in zip(scoring.METRICS, scoring.accuracy(right), strict=True):
         print(name, share, error)
 
-Everything goes through `Scorer`, which reads what texts have in common once. Independent of
-training.
+All use `Scorer`, which reads the common beginning of texts once. Independent of training.
 """
 
 from __future__ import annotations
@@ -42,31 +41,31 @@ __all__ = [
     "token_logprobs",
 ]
 
-Watch = Callable[[int, int, str], None]  # how many are done, of how many, figures to show
+Watch = Callable[[int, int, str], None]  # the number done, the number of all, figures to show
 METRICS = ("acc", "acc_norm", "acc_per_token")  # the columns of `answer`
 
 
 class Scorer:
     """Scores tokens, one text after another.
 
-    The beginning that a text shares with the one before it is not read again: the endings of one
-    context, sorted texts. Weights must not change meanwhile.
+    The beginning that a text shares with the text before it is not read again, such as the context
+    of several endings. The weights must not change between calls.
 
     Parameters
     ----------
     model : a `GPT2` or `QuantizedGPT2`
-    capacity : how many tokens are read at most, one less than a text may have; None n_positions
+    capacity : the most tokens to read, one less than the longest text has; None is n_positions
 
     Raises
     ------
-    ValueError : model is none
-    MemoryError : keys and values of so many tokens do not fit
+    ValueError : model is neither a GPT2 nor a QuantizedGPT2
+    MemoryError : keys and values of `capacity` tokens do not fit
     """
 
     def __init__(self, model: LanguageModel, capacity: int | None = None) -> None:
         check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
         self._decoder = model.decoder(1, capacity)
-        self._known = np.empty(0, np.int32)  # what the decoder has read
+        self._known = np.empty(0, np.int32)  # the tokens that the decoder has read
 
     def __repr__(self) -> str:
         return f"Scorer({self._decoder!r})"
@@ -74,12 +73,13 @@ class Scorer:
     def __call__(self, tokens: IntArray, first: int) -> tuple[Array, NDArray[np.bool_]]:
         """Score tokens[first:], each after all those before it.
 
-        Nothing is checked: tokens are in the vocabulary and capacity + 1 at most, first is from 1
-        to T - 1.
+        Nothing is checked: tokens (T,) must be in the vocabulary, T at most capacity + 1, and first
+        from 1 to T - 1.
 
         Returns
         -------
-        (logprobs, likeliest) : (T - first,) float32, nats; whether each was the likeliest token
+        (logprobs, likeliest) : (T - first,) float32 in nats; (T - first,) bool, whether each token
+            was the likeliest one
 
         Raises
         ------
@@ -89,9 +89,9 @@ class Scorer:
         same = min(len(self._known), first - 1)
         differs = np.flatnonzero(self._known[:same] != read[:same])
         same = int(differs[0]) if len(differs) else same
-        self._known = self._known[:same]  # all that is certain if what follows is interrupted
+        self._known = self._known[:same]  # still true if the reading below is interrupted
         for _ in self._decoder.hidden(read[same : first - 1], 0, same):
-            pass  # of the context only the keys and values are wanted
+            pass  # only the context's keys and values are needed
         likeliest = np.empty(len(targets), np.bool_)
         losses = self._decoder.losses(read[first - 1 :], targets, first - 1, likeliest)
         if not np.isfinite(losses).all():
@@ -114,30 +114,31 @@ def token_logprobs(
 ) -> NDArray[np.float64]:
     """Return the log-probability of each token of a long text, (N,) in nats, by a sliding window.
 
-    A window of `max_length` tokens moves by `stride`. The first window scores all of its tokens but
-    the first, each later one its last `stride`. So every token of the text is scored once, with at
-    least max_length - stride tokens before it, but for the first: it has none, and is nan.
+    A window of `max_length` tokens moves by `stride`. The first window scores all its tokens but
+    the first, each later one its last `stride`, with at least max_length - stride tokens before
+    them. So every token of the text is scored once, except the first: it has no context, and is
+    nan.
 
-    With a stride of max_length a window has one token more, for the first is context. At most
-    n_positions are read, as the last token of a window never is: windows of stride n_positions are
-    those of `gpt2c.evaluate.loss.evaluate`, side by side.
+    If stride is max_length, a window has one token more, as its first one is context. The last
+    token of a window is not read, so at most n_positions are: with stride n_positions the windows
+    are the adjacent ones of `gpt2c.evaluate.loss.evaluate`.
 
     Parameters
     ----------
     model : a `GPT2` or `QuantizedGPT2`
     tokens : (N,) token ids
-    stride : from 1, the best and slowest, to max_length, at most n_positions; None half of
+    stride : from 1, the best and slowest, to max_length, at most n_positions; None is half of
         max_length
-    max_length : tokens in a window, from 2 to n_positions + 1; None n_positions
-    watch : told after each window how many are done, of how many, and the loss so far
+    max_length : tokens in a window, from 2 to n_positions + 1; None is n_positions
+    watch : called after each window with the number done, the number of all, and the loss so far
 
     Raises
     ------
-    ValueError : not whole numbers, an id out of range, fewer than two; stride or max_length out of
-        range; the model's weights give nan or infinity
+    ValueError : tokens are not whole numbers, are out of range or fewer than two; stride or
+        max_length is out of range; the model's weights give nan or infinity
 
-    Source: "Perplexity of fixed-length models", Hugging Face's guide. There the means of windows
-    are averaged, here each token counts the same.
+    Source: "Perplexity of fixed-length models", Hugging Face's guide, which averages the means of
+    windows; here each token counts the same.
     """
     check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
     ids = check_ids(tokens, "tokens", 0, model.config.vocab_size)
@@ -161,7 +162,7 @@ def token_logprobs(
     out = np.full(len(ids), np.nan)
     scorer = Scorer(model, min(length, len(ids)) - 1)
     starts = range(0, max(1, len(ids) - length + stride), stride)
-    done, nats = 1, 0.0  # tokens that need no more score, the sum of their losses
+    done, nats = 1, 0.0  # the number of tokens done, the sum of their losses
     for number, start in enumerate(starts, start=1):
         end = min(start + length, len(ids))
         out[done:end] = scorer(ids[start:end], done - start)[0]
@@ -181,11 +182,11 @@ def perplexity(
     """Return (loss, perplexity) of a long text by a sliding window; see `token_logprobs`.
 
     The loss is in nats per token, the mean over all tokens but the first; perplexity is its
-    exponential, inf where that is too large for a float.
+    exponential, inf if that is too large for a float.
 
     Raises
     ------
-    ValueError : see `token_logprobs`; a text of fewer than two tokens among it
+    ValueError : see `token_logprobs`
     """
     logprobs = token_logprobs(model, tokens, stride, max_length)[1:]
     loss, exponential, *_ = figures(-float(logprobs.sum()), len(logprobs))
@@ -197,10 +198,10 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Question:
-    """A context, endings that may follow it, and which of them is right: token ids.
+    """A context, its possible endings, and the index of the right one; texts are token ids.
 
-    `characters` are the lengths of the endings as they were written, before a space was put in
-    front of them.
+    `characters` are the lengths of the endings in characters, before a space was put in front of
+    them.
     """
 
     context: tuple[int, ...]
@@ -210,11 +211,11 @@ class Question:
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[int], list[int]]:
-    """Encode a context and what follows it as one text; return the tokens of both.
+    """Encode a context and its ending as one text; return the tokens of both.
 
     Spaces at the context's end belong to the ending, for a token begins with its space. An empty
-    context is the end of the text before. Where one token would hold the end of the context and the
-    beginning of the ending, each is encoded by itself.
+    context becomes the end-of-text token. If one token would hold the end of the context and the
+    beginning of the ending, the two are encoded separately.
     """
     kept = context.rstrip()
     whole = tokenizer.encode(context + ending)
@@ -229,11 +230,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[i
 def read_questions(
     path: str | os.PathLike[str], tokenizer: Tokenizer, n_positions: int
 ) -> list[Question]:
-    """Read questions, one JSON object a line, with HellaSwag's names of the fields.
+    """Read questions, one JSON object per line, with HellaSwag's names of the fields.
 
     {"ctx": "She opened the door and", "endings": ["left.", "flew.", "rained."], "label": 0}
 
-    A space is put between context and ending if neither brings one. Other fields are ignored.
+    A space is put between context and ending if neither has one. Other fields are ignored.
 
     Parameters
     ----------
@@ -244,11 +245,11 @@ def read_questions(
     Raises
     ------
     OSError : the file is missing or cannot be read
-    ValueError : it holds no questions, or a line is none: the message names it
+    ValueError : it holds no questions, or a line is not a question; the message names the line
     """
     questions = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
-        line = line.removeprefix("\ufeff")  # of a file that was joined to another
+        line = line.removeprefix("\ufeff")  # a byte order mark, also of a file that was appended
         if line.strip():
             try:
                 questions.append(_question(line, tokenizer, n_positions))
@@ -283,7 +284,7 @@ def _question(line: str, tokenizer: Tokenizer, n_positions: int) -> Question:
         apart = not context or context[-1].isspace() or ending[0].isspace()
         pairs.append(encode_pair(tokenizer, context, ending if apart else " " + ending))
         size = len(pairs[-1][0]) + len(pairs[-1][1])
-        if size > n_positions + 1:  # the last is not read
+        if size > n_positions + 1:  # the last token is not read
             raise ValueError(
                 f"ctx and ending {number} have {size} tokens, at most n_positions + 1 ="
                 f" {n_positions + 1} can be scored"
@@ -299,23 +300,23 @@ def _question(line: str, tokenizer: Tokenizer, n_positions: int) -> Question:
 def answer(
     model: LanguageModel, questions: Sequence[Question], watch: Watch | None = None
 ) -> NDArray[np.bool_]:
-    """Answer questions; return which answers are right, (Q, 3), a column for each of `METRICS`.
+    """Answer questions; return which answers are right, (Q, 3) bool, a column per `METRICS`.
 
     acc chooses the ending with the largest log-probability, acc_norm the one with the largest per
-    character, acc_per_token the one with the largest per token, so that long endings are not at a
-    loss. acc and acc_norm are lm-evaluation-harness' metrics of these names; llm.c calls
+    character, acc_per_token the one with the largest per token, so that long endings have no
+    disadvantage. acc and acc_norm are lm-evaluation-harness' metrics of these names; llm.c calls
     acc_per_token acc_norm. Of equals the first is chosen. The context is read once for all endings.
 
     Parameters
     ----------
     model : a `GPT2` or `QuantizedGPT2`
-    questions : of `read_questions`
-    watch : told after each question how many are done, of how many, and the shares so far
+    questions : from `read_questions`
+    watch : called after each question with the number done, the number of all, the shares so far
 
     Raises
     ------
-    ValueError : no questions, more tokens than fit or none, an id or a label out of range, or the
-        model's weights give nan or infinity
+    ValueError : there are no questions, a question has no tokens or more than fit, an id or a label
+        is out of range, or the model's weights give nan or infinity
     """
     if not questions:
         raise ValueError("at least one question is wanted, got none")
@@ -334,10 +335,10 @@ def answer(
 
 
 def _check_question(question: Question, model: LanguageModel) -> int:
-    """Return the tokens of the context and its longest ending, if they can be scored."""
+    """Return the number of tokens of the context and its longest ending, if they can be scored."""
     lengths = [len(ending) for ending in question.endings]
     if not question.context or not lengths or not min(lengths):
-        raise ValueError("a question must have endings, all of them and the context not empty")
+        raise ValueError("a question must have a context and endings, none of them empty")
     if not 0 <= question.label < len(lengths):
         raise ValueError(
             f"a question's label must be from 0 to {len(lengths) - 1}, got {question.label}"
@@ -359,7 +360,7 @@ def _check_question(question: Question, model: LanguageModel) -> int:
 
 
 def ending_logprobs(scorer: Scorer, question: Question) -> NDArray[np.float64]:
-    """Return the log-probability of each ending, (E,), summed over its tokens; checks nothing."""
+    """Return each ending's log-probability, (E,) float64 in nats; nothing is checked."""
     first = len(question.context)
     rows = [np.array(question.context + ending, np.int32) for ending in question.endings]
     return np.array([scorer(row, first)[0].sum(dtype=np.float64) for row in rows])
@@ -368,11 +369,11 @@ def ending_logprobs(scorer: Scorer, question: Question) -> NDArray[np.float64]:
 def accuracy(right: NDArray[Any]) -> list[tuple[float, float]]:
     """Return (share, standard error) of each column of (Q, K) right answers.
 
-    The error is of the mean, from the sample's variance with Q - 1; nan for one question.
+    The error is that of the mean, from the sample's variance with Q - 1; nan for one question.
 
     Raises
     ------
-    ValueError : no answers
+    ValueError : there are no answers
     """
     count = len(right)
     if not count:

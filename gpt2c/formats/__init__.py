@@ -1,1 +1,1 @@
-"""A model or tokenizer <-> the files of other projects. Knows nothing of training."""
+"""Models and tokenizers <-> the files of other projects. Knows nothing about training."""

@@ -1,11 +1,11 @@
-"""From one project's files to another's: Hugging Face, llm.c, nanoGPT, llama.cpp.
+"""Conversion between the files of Hugging Face, llm.c, nanoGPT and llama.cpp.
 
     a model             directory or llm.c's .bin   ->   directory, .bin or .gguf
     a tokenizer         directory, .bin or a name   ->   directory or .bin
-    token files         llm.c's, with a header     <->   nanoGPT's, without: only where asked for
+    token files         llm.c's, with a header     <->   nanoGPT's, without: format="nanogpt"
 
-What SRC is shows in the file's first bytes or in a directory's names; what DST is to be, in its
-name. Knows nothing about the formats themselves.
+The first bytes of a file, or the names in a directory, tell what SRC is. The name of DST tells what
+to write. Knows nothing about the formats themselves.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ __all__ = ["DTYPES", "FORMATS", "convert"]
 
 FORMATS = ("nanogpt",)
 DTYPES = (*llmc.DTYPES, *GGUF_DTYPES)
-# Suffixes of files that convert does not write: no name that a directory is meant to have.
+# Suffixes of files that convert cannot write. A DST with one of them is refused: without this check
+# it would become a directory.
 OTHERS = {
     ".pt",
     ".pth",
@@ -90,26 +91,26 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write SRC again as what DST's name says.
+    """Convert SRC into the format that DST's name says.
 
     Parameters
     ----------
     src : a file, a directory, or a tokenizer's name
-    dst : FILE.bin, FILE.gguf, or a directory: an existing one, a name that ends in a slash, or one
-        without the suffix of another kind of file
-    format : "nanogpt": SRC are token files, and nanoGPT's is the side that has no header
-    dtype : of the weights in DST: fp32 (default) or bf16 of llm.c's, f32 (default), f16 or q8_0 of
+    dst : FILE.bin, FILE.gguf, or a directory: an existing one, a name that ends in a slash, or a
+        name without the suffix of another kind of file
+    format : "nanogpt" converts token files: llm.c's, with a header, to nanoGPT's, or the reverse
+    dtype : of the weights in DST: fp32 (default) or bf16 for llm.c; f32 (default), f16 or q8_0 for
         GGUF
-    overwrite : files that are there are replaced
+    overwrite : replace existing files
 
     Returns
     -------
-    what was written, in a line; weights that are not finite are told on standard error
+    a line that says what was written; weights that are not finite cause a warning on standard error
 
     Raises
     ------
-    OSError : a file is missing or cannot be read or written, or is there already
-    ValueError : SRC is damaged, or nothing that DST could be made of
+    OSError : a file is missing, cannot be read or written, or exists already
+    ValueError : SRC is damaged, or cannot be converted to DST
     """
     check_named("SRC", src)
     check_named("DST", dst)
@@ -123,7 +124,7 @@ def convert(
             f"{dst}: its name must say what to write, FILE.bin (llm.c's), FILE.gguf or a directory"
             f" ({dst}/ is one)"
         )
-    if suffix not in (".bin", ".gguf"):  # a dot in a directory's name, as in model-0.1
+    if suffix not in (".bin", ".gguf"):  # the dot of a directory's name, as in model-0.1
         suffix = ""
     if format == "nanogpt":
         _refuse_dtype(dtype, dst, "token files")
@@ -131,13 +132,12 @@ def convert(
     kinds = _kinds(src)
     if source.is_dir() and suffix == "":
         raise ValueError(
-            f"{src} is a directory of Hugging Face's layout as {dst} would be: name a FILE.bin or"
-            " FILE.gguf, or say --format nanogpt for the token files in it"
+            f"{src} is a directory in Hugging Face's layout, and so would {dst} be: name a FILE.bin"
+            " or FILE.gguf, or pass --format nanogpt for the token files in it"
         )
     if kinds == {"tokens"}:
         raise ValueError(
-            f"{src} has llm.c's token files and nothing else: --format nanogpt writes them without"
-            " a header"
+            f"{src} has only llm.c's token files: --format nanogpt writes them without a header"
         )
     if suffix == ".gguf":
         kind = "model"
@@ -148,13 +148,13 @@ def convert(
         with alone(dst):
             return _convert_tokenizer(src, dst, suffix, overwrite)
     if "model" not in kinds:
-        raise ValueError(f"{src} holds no model that {dst} could be made of")
-    with alone(dst):  # a run that trains there would go on with files of another
+        raise ValueError(f"{src} holds no model to convert into {dst}")
+    with alone(dst):  # a run that trains there would continue with another model's files
         return _convert_model(source, dst, suffix, dtype, overwrite)
 
 
 def _kinds(src: str) -> set[str]:
-    """Say what SRC holds, of model, tokenizer and tokens."""
+    """Return which of "model", "tokenizer" and "tokens" SRC holds."""
     path = Path(src)
     if not path.exists():
         if src in NAMES:
@@ -168,7 +168,7 @@ def _kinds(src: str) -> set[str]:
         }
         kinds = {kind for kind, there in held.items() if there}
         for pickle in sorted(path.glob("*.pt")) if not kinds else []:
-            llmc.read_header(pickle)  # says what to do instead
+            llmc.read_header(pickle)  # its error says what to do instead
         if not kinds:
             hidden = f"; the directory {src} here hides the tokenizer" if src in NAMES else ""
             raise ValueError(
@@ -179,25 +179,25 @@ def _kinds(src: str) -> set[str]:
         return {"model"}
     start = llmc.read_header(path)[0][:4]
     if start == b"GGUF":
-        raise ValueError(f"{src} is a GGUF, which gpt2c writes and does not read")
+        raise ValueError(f"{src} is a GGUF file, which gpt2c can write but not read")
     magic = int.from_bytes(start, "little")
     if magic not in _KINDS:
         raise ValueError(
-            f"{src} starts with none of llm.c's magic numbers: if it is a token file of nanoGPT's,"
-            " which has no header, say --format nanogpt"
+            f"{src} starts with none of llm.c's magic numbers: if it is a token file of nanoGPT,"
+            " which has no header, pass --format nanogpt"
         )
     return {_KINDS[magic]}
 
 
 def _kind_of_bin(src: str, dst: Path, kinds: set[str]) -> str:
-    """Say what a .bin is to hold: SRC has one thing only, or the name says tokenizer or not."""
+    """Return what to write into a .bin: all that SRC holds or, of two, what DST's name says."""
     if kinds == {"tokenizer", "tokens"} and "tokenizer" not in dst.name:
         raise ValueError(
-            f"{src} has a tokenizer and token files, and {dst} could be of either: name it"
-            " tokenizer.bin, or a directory, with --format nanogpt"
+            f"{src} has a tokenizer and token files, and {dst} could be either: name it"
+            " tokenizer.bin, or name a directory and pass --format nanogpt"
         )
     if "tokenizer" in dst.name and "tokenizer" not in kinds:
-        raise ValueError(f"{src} has no tokenizer that {dst} could be made of")
+        raise ValueError(f"{src} has no tokenizer to convert into {dst}")
     if "tokenizer" in kinds and ("tokenizer" in dst.name or "model" not in kinds):
         return "tokenizer"
     return "model"
@@ -205,13 +205,13 @@ def _kind_of_bin(src: str, dst: Path, kinds: set[str]) -> str:
 
 def _refuse_dtype(dtype: str | None, dst: Path, what: str) -> None:
     if dtype is not None:
-        raise ValueError(f"--dtype {dtype} is for weights, and {dst} is to hold {what}")
+        raise ValueError(f"--dtype {dtype} is for weights, but {dst} will hold {what}")
 
 
 def _claim(dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[str] = ()) -> None:
-    """Refuse to replace DST, or `names` in that directory, unless `overwrite`.
+    """Refuse to replace DST, or the files `names` in it, unless `overwrite`.
 
-    `others` are patterns of what is removed there when the names are written.
+    `others` are patterns of files that the later write removes from that directory.
     """
     if names:
         check_directory(dst, overwrite=True)
@@ -234,13 +234,13 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     dtype = dtype or (known[0] if known else "float32")
     if suffix == ".gguf" and not has_tokenizer(src):
         raise ValueError(
-            f"{src} has no tokenizer, which a GGUF holds too: make a directory of both first, with"
-            f" gpt2c convert {src} DIR and gpt2c convert TOKENIZER DIR"
+            f"{src} has no tokenizer, which a GGUF file needs too: make a directory of both first,"
+            f" with gpt2c convert {src} DIR and gpt2c convert TOKENIZER DIR"
         )
     found = find_model(src)
     if found.weights != "fp32":
         raise ValueError(
-            f"{src} holds {found.weights} weights: convert the model that they were made of"
+            f"{src} holds {found.weights} weights: convert the model that was quantized"
         )
     _claim(dst, () if suffix else MODEL_FILES, overwrite, () if suffix else MODEL_OTHERS)
     if not suffix and has_tokenizer(dst):
@@ -263,19 +263,19 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
 
 
 def _warn(src: Path, dst: Path, model: Model) -> None:
-    """Say on standard error if weights are not finite: a user may want to look at them there."""
+    """Warn about weights that are not finite; a user may still want to inspect them in DST."""
     lost = [name for name, tensor in model.parameters.items() if not np.isfinite(tensor).all()]
     if lost:
         others = f" and {len(lost) - 1} more" if lost[1:] else ""
         print(
-            f"gpt2c: warning: {src} has nan or infinity in {lost[0]}{others}, and so has {dst}: the"
-            " model has diverged or is damaged",
+            f"gpt2c: warning: {src} and {dst} have nan or infinity in {lost[0]}{others}: the model"
+            " has diverged or is damaged",
             file=sys.stderr,
         )
 
 
 def _check_sizes(dst: Path, tokenizer: Tokenizer, config: GPT2Config) -> None:
-    """Refuse to put a model and a tokenizer into one directory that cannot be used together."""
+    """Refuse a directory whose tokenizer would have more tokens than its model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{dst} would have a tokenizer of {tokenizer.vocab_size:,} tokens and a model of"
@@ -284,7 +284,7 @@ def _check_sizes(dst: Path, tokenizer: Tokenizer, config: GPT2Config) -> None:
 
 
 def _missing_tokenizer(dst: Path) -> str:
-    """Say what a directory still needs."""
+    """Return a hint for a directory without a tokenizer, else ""."""
     return "" if has_tokenizer(dst) else f"; no tokenizer yet: gpt2c convert TOKENIZER {dst}"
 
 
@@ -300,7 +300,7 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
     else:
         tokenizer = Tokenizer.from_name(src)
     if suffix:
-        unused = set(tokenizer.unused_ids(tokenizer.vocab_size))  # the file has a name for each id
+        unused = set(tokenizer.unused_ids(tokenizer.vocab_size))  # the file names every id
         tokens = [
             f"[PAD{token_id}]".encode() if token_id in unused else tokenizer.token_bytes(token_id)
             for token_id in range(tokenizer.vocab_size)
@@ -313,8 +313,8 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
         tokenizer.save_pretrained(dst)
     except ValueError as error:
         raise ValueError(
-            f"{src}: its ids are not in the order of a BPE's merges, which the file does not have"
-            f" and Hugging Face's files need: {error}"
+            f"{src}: its ids are not in the order of BPE merges, so the merges that Hugging Face's"
+            f" files need are unknown: {error}"
         ) from None
     return f"{dst}: Hugging Face's tokenizer, {tokenizer.vocab_size:,} tokens"
 
@@ -323,11 +323,13 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
 
 
 def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
-    """Return nanoGPT's token files llm.c's header, or take it away: as SRC has none or has it."""
+    """Add llm.c's header to nanoGPT's token files, or write llm.c's without it."""
     if src.suffix in llmc.PICKLES:
         llmc.read_header(src)
     if src.is_dir() == (suffix == ".bin") or suffix == ".gguf":
-        raise ValueError(f"{src} and {dst}: of token files both are directories or both FILE.bin")
+        raise ValueError(
+            f"{src} and {dst}: name two directories of token files, or a FILE.bin for each"
+        )
     if not src.is_dir():
         headed, shards = _open_tokens([src])
         _claim(dst, (), overwrite)
@@ -350,7 +352,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     ]
     with alone(dst):
         remove_shards(dst, coming)
-        for split, (headed, shards) in found.items():  # val comes last, as from `gpt2c prepare`
+        for split, (headed, shards) in found.items():  # val is last, as in `gpt2c prepare`
             if headed:
                 write_nanogpt(dst / f"{split}.bin", shards)
             else:
@@ -360,7 +362,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
 
 
 def _open_tokens(paths: list[Path]) -> tuple[bool, list[StoredTokens]]:
-    """Open the files of a split: whether they are llm.c's, and their tokens."""
+    """Open the files of a split; return whether they have llm.c's header, and their tokens."""
     headed = has_header(paths[0])
     if not headed and len(paths) > 1:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""GGUF: a trained model with its tokenizer in one file, as llama.cpp and the tools on it read it.
+"""GGUF: a trained model and its tokenizer in one file, for llama.cpp and the tools built on it.
 
-Names and values are those of llama.cpp's architecture "gpt2"; the lm_head is not written, for
-llama.cpp takes the embedding where it is missing. Needs the `gguf` package, `pip install
-'gpt2c[gguf]'`. Knows nothing about directories or weights on disk.
+Names and values are those of llama.cpp's architecture "gpt2". The lm_head is not written: without
+it llama.cpp uses the embedding. Needs the `gguf` package, `pip install 'gpt2c[gguf]'`. Knows
+nothing about directories or weights on disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = ["DTYPES", "write_gguf"]
 
-# dtype: file type and type of the matrices, as `gguf` names them
+# dtype -> (file type, type of the matrices), as the `gguf` package names them
 DTYPES = {"f32": ("ALL_F32", "F32"), "f16": ("MOSTLY_F16", "F16"), "q8_0": ("MOSTLY_Q8_0", "Q8_0")}
 BLOCK = 32  # weights of a row that share a factor in q8_0
 _NAMES = {
@@ -50,13 +50,13 @@ def write_gguf(
     path : the file
     config : of the model
     tensors : name -> float32 array, names and shapes of `GPT2Config.parameter_shapes`
-    tokenizer : of the model; it may have fewer tokens, the others get names and are not used
-    dtype : of the matrices: "f32", "f16", or "q8_0", 8 bits with a factor for each 32 weights;
+    tokenizer : of the model; it may have fewer tokens: the file marks the model's others as unused
+    dtype : of the matrices: "f32", "f16", or "q8_0" (8 bits, and one factor per 32 weights);
         vectors and positions stay float32
 
     Raises
     ------
-    OSError : the gguf package is missing, or the file cannot be written; what was there before is
+    OSError : the gguf package is missing, or the file cannot be written; an existing file is
         unchanged
     ValueError : an unknown dtype, or weights or a tokenizer that the file cannot hold
     """
@@ -67,12 +67,12 @@ def write_gguf(
             f"{path}: writing GGUF needs the gguf package: pip install 'gpt2c[gguf]'"
         ) from None
     if dtype not in DTYPES:
-        raise ValueError(f"the dtype of a GGUF is one of {', '.join(DTYPES)}, not {dtype}")
+        raise ValueError(f"the dtype of a GGUF file is one of {', '.join(DTYPES)}, not {dtype}")
     for name, width in (("n_embd", config.n_embd), ("n_inner", config.inner)):
         if dtype == "q8_0" and width % BLOCK:
             raise ValueError(
-                f"{path}: q8_0 needs rows of a multiple of {BLOCK} weights, and {name} is {width};"
-                " take f16"
+                f"{path}: q8_0 needs a multiple of {BLOCK} weights in each row, and {name} is"
+                f" {width}; take f16"
             )
     file_type, matrix_type = DTYPES[dtype]
     tokens, types, merges = _vocabulary(tokenizer, config.vocab_size, gguf.TokenType)
@@ -121,17 +121,19 @@ def _gguf_name(name: str) -> str:
 
 
 def _checked(tensor: Array, kind: str, source: str) -> Array:
-    """Refuse numbers that `kind` does not have."""
+    """Return the tensor, contiguous; refuse numbers that `kind` cannot hold."""
     largest = {"F32": np.inf, "F16": 65504.0, "Q8_0": 65504.0 * 127}[kind]
     if kind != "F32" and not (np.abs(tensor) <= largest).all():
-        raise ValueError(f"{source} holds nan or numbers beyond {largest:g}, which {kind} has not")
+        raise ValueError(
+            f"{source} holds nan or numbers beyond {largest:g}, which {kind} cannot hold"
+        )
     return np.ascontiguousarray(tensor)
 
 
 def _vocabulary(
     tokenizer: Tokenizer, vocab_size: int, token_type: Any
 ) -> tuple[list[str], list[Any], list[str]]:
-    """Return tokens, their types and merges, filled up to the model's vocabulary."""
+    """Return the tokens and their types, padded to the model's vocabulary, and the merges."""
     unused = tokenizer.unused_ids(vocab_size)
     vocabulary, merges = tokenizer.vocab_and_merges()
     names = {token_id: name for name, token_id in vocabulary.items()}
@@ -141,6 +143,6 @@ def _vocabulary(
         types[token_id] = token_type.UNUSED
     for token_id in tokenizer.special_tokens.values():
         types[token_id] = token_type.CONTROL
-    # llama.cpp wants a list of merges that is not empty; where there are none, one that no text
-    # gives rise to leaves it at bytes.
+    # llama.cpp needs at least one merge. For a tokenizer of bytes, which has none, this one never
+    # applies to a text.
     return tokens, types, merges or [f"{END_OF_TEXT} {END_OF_TEXT}"]

@@ -1,14 +1,14 @@
-"""Weights on disk: a directory that Hugging Face's transformers loads as it is.
+"""Weights on disk: a directory that Hugging Face's transformers can load.
 
     config.json                    the configuration, Hugging Face's field names
-    generation_config.json         where texts start and end, for transformers' generate
+    generation_config.json         the tokens that start and end texts, for transformers' generate
     model.safetensors              the weights, Hugging Face's GPT-2 names and layout; or
-    model.safetensors.index.json   which tensor is in which shard: read, never written
+    model.safetensors.index.json   the shard of each tensor: read, never written
 
-A directory may come from anyone: what one file says is compared with the others before it is used.
-Knows nothing about models: tensors are a dict, a configuration is a dict, and whether names and
-shapes fit is for the model to say. All it knows of GPT-2 is how Hugging Face's file differs from
-memory: four matrices are transposed, and names may have a prefix.
+A directory is not trusted: its files are compared with each other before they are used. Knows
+nothing about models: tensors are a dict, a configuration is a dict, and the model checks names and
+shapes. Knows of GPT-2 only how Hugging Face's file differs from memory: four matrices are
+transposed, and names may have a prefix.
 """
 
 from __future__ import annotations
@@ -55,44 +55,43 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # The causal mask that older versions of transformers saved with the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 
-ENTRY = "quantization_config"  # of config.json, as Hugging Face calls it
+ENTRY = "quantization_config"  # Hugging Face's name of this entry in config.json
 
-# A shard's name is a plain one: an index must not reach for files outside of its directory.
+# A shard's name has no slash: an index must not name files outside its directory.
 SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 
 
 def save_weights(
     directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
 ) -> None:
-    """Write the configuration and model.safetensors, all completely before one takes its name.
+    """Write the JSON files and model.safetensors; no file gets its name before all are complete.
 
-    Shards of another save are removed then, as transformers does: not every reader would know
-    which weights count.
+    Then shards of an earlier save are removed, as transformers does: some readers would load those.
 
     Parameters
     ----------
     directory : made if it does not exist
-    config : what config.json holds
+    config : the content of config.json
     tensors : name -> float array, Hugging Face's GPT-2 names without "transformer.", Linear weights
         as (OC, C); they are stored in their own dtype
 
     Raises
     ------
-    OSError : a file cannot be written (no permission, a full disk, ...); what was there before is
-        as it was
-    ValueError : the configuration holds nan or infinity, which JSON has not; the directory's name
-        is empty
+    OSError : a file cannot be written (no permission, a full disk, ...); existing files are
+        unchanged
+    ValueError : the configuration holds nan or infinity, which JSON cannot hold; the directory's
+        name is empty
     """
     stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
-    _save(directory, config, stored, "pt")  # without it transformers refuses the file
+    _save(directory, config, stored, "pt")  # transformers refuses a file without this format
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Map the weights, whoever wrote them: name -> tensor; no number is read yet.
+    """Map the weights: name -> tensor; no number is read yet.
 
     Names lose their "transformer." prefix, stored masks are ignored, Linear weights become (OC, C).
     GPT-2 has one tensor for wte.weight and lm_head.weight: if a file has only the second, it is
-    taken for the first. float32, float16, bfloat16 and float64 become float32 when asked for.
+    used as the first. float32, float16, bfloat16 and float64 become float32 when they are read.
 
     Parameters
     ----------
@@ -101,7 +100,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
     Raises
     ------
-    FileNotFoundError : `path` or a file of it does not exist
+    FileNotFoundError : `path` or a file in it does not exist
     ValueError : a file is damaged, a tensor is not of floats, shards and index contradict each
         other, or lm_head.weight differs from wte.weight; the message names the file, the tensor and
         the reason
@@ -111,13 +110,13 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         name = stored_name.removeprefix("transformer.")
         if name in tensors:
             raise ValueError(
-                f"{tensor.path}: {name} is there twice, with and without the prefix transformer."
+                f"{tensor.path} holds {name} twice, with and without the prefix transformer."
             )
         tensors[name] = _transpose(name, tensor)
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not _equal(tensors.setdefault("wte.weight", head), head):
         raise ValueError(
-            f"{head.path}: lm_head.weight differs from wte.weight; wanted GPT-2's one tensor for"
+            f"{head.path}: lm_head.weight differs from wte.weight, but GPT-2 has one tensor for"
             " both"
         )
     return tensors
@@ -128,7 +127,7 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:
-    """Give what transformers would load: the file, else the one of its directory, else an index."""
+    """Return the file that transformers would load: `path`, its model.safetensors or its index."""
     path = Path(path)
     if path.is_file():
         return path
@@ -142,10 +141,10 @@ def _map_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _map_shards(index: Path) -> dict[str, StoredTensor]:
-    """Map every shard that an index lists, if they hold just the tensors that it says.
+    """Map all shards of an index, which must hold exactly the tensors that it lists.
 
-    A tensor that the index does not list is refused: transformers would load it, a reader that
-    goes by the index would not, and it could be a second version of one that is listed elsewhere.
+    A tensor that the index does not list is refused: transformers would load it, but a reader that
+    follows the index would not. It could also be a second version of a listed tensor.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -173,23 +172,23 @@ def _map_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def _inside(path: Path) -> Path:
-    """Refuse a symlink that leads out of its directory, but into the blobs of a cache of the hub.
+    """Return the path; refuse a symlink out of its directory, except to the hub cache's blobs.
 
-    There a model is snapshots/REVISION, a directory of links to ../../blobs.
+    In that cache a model is snapshots/REVISION, a directory of links to ../../blobs.
     """
     directory = os.path.realpath(path.parent)
     target, home = os.path.realpath(path), os.path.dirname(directory)
     blobs = os.path.join(os.path.dirname(home), "blobs")
     allowed = [directory, blobs] if os.path.basename(home) == "snapshots" else [directory]
     if os.path.dirname(target) not in allowed:
-        raise ValueError(f"{path} is a link that leads out of its directory; wanted the file there")
+        raise ValueError(f"{path} is a link that leads out of its directory: copy the file there")
     return path
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the configuration alone; see `load_weights` for path and errors.
+    """Read only the configuration; see `load_weights` for path and errors.
 
-    If config.json has no eos_token_id, that of generation_config.json counts.
+    If config.json has no eos_token_id, the one in generation_config.json is used.
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".safetensors":
@@ -197,7 +196,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     directory = path.parent if path.is_file() else path
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"{directory} is not a directory; one with {CONFIG_FILE} and {WEIGHTS_FILE} is wanted"
+            f"{directory} is not a directory; name one with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
     if not (directory / CONFIG_FILE).is_file():
         raise FileNotFoundError(
@@ -212,11 +211,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_ends(path: str | os.PathLike[str]) -> list[int]:
-    """Return the ids that end a text, as generation_config.json says; it may say nothing.
+    """Return the token ids that end a text, from generation_config.json; [] if it names none.
 
     Raises
     ------
-    ValueError : they are no token ids
+    ValueError : eos_token_id is neither a whole number nor a list of them
     """
     path = Path(path)
     file = (path.parent if path.is_file() else path) / GENERATION_FILE
@@ -230,7 +229,7 @@ def read_ends(path: str | os.PathLike[str]) -> list[int]:
 def save_as_they_are(
     directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, AnyTensor]
 ) -> None:
-    """Write weights in memory's layout and dtypes, under memory's names; see `save_weights`."""
+    """Write weights with the names, layout and dtypes of memory; see `save_weights`."""
     _save(directory, config, tensors, "gpt2c")
 
 
@@ -255,12 +254,12 @@ def _save(
         write_tensors(files[0], tensors, {"format": format})
         for file, text in zip(files[1:], texts.values(), strict=True):
             file.write_text(text, encoding="utf-8")
-    for path in matching(directory, MODEL_OTHERS):  # an index and shards that another save left
+    for path in matching(directory, MODEL_OTHERS):  # the index and shards of an earlier save
         path.unlink()
 
 
 def _texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the JSON files hold, by name; transformers leaves out an id that is not there."""
+    """Return file name -> text of the JSON files; missing ids are left out, as in transformers."""
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
     generation = {"_from_model_config": True} | {n: i for n, i in ids.items() if i is not None}
     entries = {CONFIG_FILE: config, GENERATION_FILE: generation}
@@ -268,16 +267,16 @@ def _texts(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _transpose(name: str, tensor: Any) -> Any:
-    """View memory's (OC, C) as the file's (C, OC) or the other way; other tensors pass."""
+    """Return a Linear weight's transposed view, (OC, C) <-> (C, OC), and other tensors as given."""
     return tensor.T if name.endswith(TRANSPOSED) else tensor
 
 
 def stored_method(entries: Mapping[str, Any]) -> str | None:
-    """Return what config.json's entries say of quantized weights: the method, None for none.
+    """Return the quantization method in config.json's entries; None for weights not quantized.
 
     Raises
     ------
-    ValueError : weights that were quantized by others
+    ValueError : another program quantized the weights
     """
     entry = entries.get(ENTRY)
     if entry is None:
@@ -285,6 +284,6 @@ def stored_method(entries: Mapping[str, Any]) -> str | None:
     if not isinstance(entry, dict) or entry.get("quant_method") != "gpt2c":
         raise ValueError(f"config.json: {ENTRY} must be gpt2c's own, got {entry!r}")
     method = entry.get("weights")
-    if method not in tuple(DTYPES):  # a list, say, cannot be looked up
+    if method not in tuple(DTYPES):  # a list cannot be looked up in a dict
         raise ValueError(f"config.json: {ENTRY} must have weights {' or '.join(DTYPES)}")
     return str(method)

@@ -1,10 +1,10 @@
-"""llm.c's files: the model, fp32 or bf16, and the tokenizer's tokens; and why no pickle is read.
+"""llm.c's files: the model in fp32 or bf16, and the tokenizer. Pickles are refused here.
 
-    model .bin              256 int32 of header, then 16 tensors, those of all layers together
-    gpt2_tokenizer.bin      256 int32 of header, then each token: a byte of length and its bytes
+    model .bin              a header of 256 int32, then 16 tensors, each of all layers in turn
+    gpt2_tokenizer.bin      a header of 256 int32, then each token: a byte of length and its bytes
 
-Both as karpathy/llm.c:train_gpt2.py writes them, and train_gpt2.c and llmc/tokenizer.h read them.
-Token files are in text/shards.py. Knows a model's shapes, computes nothing.
+karpathy/llm.c:train_gpt2.py writes both; train_gpt2.c and llmc/tokenizer.h read them. Token files
+are in text/shards.py. Knows a model's shapes, computes nothing.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 MODEL_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
-DTYPES = {"fp32": 3, "bf16": 5}  # and the version of the file; both have padded vocabularies
+DTYPES = {"fp32": 3, "bf16": 5}  # dtype -> version of the file; both versions pad the vocabulary
 _HEADER_BYTES = 256 * 4
-_PADDING = 128  # rows of wte, whose number is rounded up to a multiple
-_FIELDS = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # of the header, from 2
+_PADDING = 128  # the file has a multiple of this many rows of wte
+_FIELDS = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # header, from entry 2 on
 # In the order of the file; * stands for each layer in turn.
 _TENSORS = (
     "wte.weight",
@@ -62,14 +62,14 @@ _TENSORS = (
     "ln_f.weight",
     "ln_f.bias",
 )
-# What llm.c has as constants, in the files or in the formulae.
+# Constants of llm.c, in its files or in its formulae.
 _GPT2_TOKENS, _EPSILON, _END_OF_TEXT = 50257, 1e-5, b"<|endoftext|>"
 
 _MOST_TOKENS = 2**16  # a token is a uint16
 
 PICKLES = (".pt", ".pth", ".ckpt", ".pkl")
-# What to do with a ckpt.pt of nanoGPT's, for whom PyTorch may read it. There is one Linear weight
-# (OC, C) where Hugging Face has (C, OC), and bias=False leaves the biases out.
+# A program that exports nanoGPT's ckpt.pt, for users who trust the file. nanoGPT has Linear weights
+# as (OC, C), Hugging Face as (C, OC); with bias=False nanoGPT has no biases.
 EXPORT = """\
 import json, pathlib, torch
 from safetensors.torch import save_file
@@ -93,27 +93,27 @@ pathlib.Path("model/config.json").write_text(json.dumps(config))
 
 
 def is_llmc(path: Path) -> bool:
-    """Whether `read_model` is who knows a path: llm.c's file, or a pickle, to say why it is not."""
+    """Return whether `read_model` handles a path: llm.c's file, or a pickle, which it refuses."""
     return path.suffix in (".bin", *PICKLES) and path.is_file()
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
-    """Return the first 1024 bytes of a file, or all, and its size; refuse a pickle.
+    """Return the first 1024 bytes of a file, or all of a shorter one, and its size.
 
     Raises
     ------
     OSError : the file is missing or cannot be read, or is a pipe or a device
-    ValueError : it is a pickle or, what PyTorch makes of one, a zip
+    ValueError : it is a pickle, or a zip, as PyTorch saves pickles
     """
     path = Path(path)
     header, size = untrusted.read_header(path, _HEADER_BYTES)
     pickled = header[:1] == b"\x80" and header[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     if path.suffix in PICKLES or header[:4] == b"PK\3\4" or pickled:
         raise ValueError(
-            f"{path} is a pickle, as nanoGPT's ckpt.pt and PyTorch's other files are, which can run"
-            " code when it is read, so gpt2c never does: load it with PyTorch and write"
+            f"{path} is a pickle, like nanoGPT's ckpt.pt and PyTorch's other files, and gpt2c reads"
+            " no pickle, for reading one can run code: load it with PyTorch and write"
             " model.safetensors (keys without _orig_mod., Linear weights transposed) and"
-            " config.json, with the lines that `gpt2c convert --help` ends with"
+            " config.json, with the lines at the end of `gpt2c convert --help`"
         )
     return header, size
 
@@ -121,11 +121,11 @@ def read_header(path: str | os.PathLike[str]) -> tuple[bytes, int]:
 def _numbers(
     path: Path, header: bytes, magic: int, what: str, versions: tuple[int, ...]
 ) -> list[int]:
-    """Return the header's 256 numbers, checked to be of `magic` and of one of `versions`."""
+    """Return the header's 256 numbers; refuse another magic number or version."""
     if (found := int.from_bytes(header[:4], "little")) != magic:
         raise ValueError(f"{path} is not an llm.c {what}: it starts with {found}, not {magic}")
     if len(header) < _HEADER_BYTES:
-        raise ValueError(f"{path} is truncated: {len(header)} bytes, its header has 1024")
+        raise ValueError(f"{path} is truncated: it has {len(header)} bytes, its header needs 1024")
     numbers = [int(number) for number in np.frombuffer(header, "<i4")]
     if numbers[1] not in versions:
         wanted = " or ".join(map(str, versions))
@@ -141,14 +141,14 @@ def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, NDAr
 
     Returns
     -------
-    (config, tensors) : name -> float32 array of `GPT2Config.parameter_shapes`, wte without the rows
-        that fill it up. Of fp32 they are read-only views of the file's mapped memory. Of
-        50257 tokens the last is taken for the end of text, which the file does not say
+    (config, tensors) : name -> float32 array of `GPT2Config.parameter_shapes`, wte without its
+        padding rows; those of an fp32 file are read-only views of it. The file does not name the
+        end of text: of 50257 tokens it is the last, else config.eos_token_id is None
 
     Raises
     ------
     OSError : the file is missing or cannot be read
-    ValueError : another file, or a damaged one; the message says the field and what was wanted
+    ValueError : not such a file, or a damaged one; the message names the field and the wanted value
     """
     path = Path(path)
     header, size = read_header(path)
@@ -182,30 +182,30 @@ def read_model(path: str | os.PathLike[str]) -> tuple[GPT2Config, dict[str, NDAr
 def write_model(
     path: Path, config: GPT2Config, tensors: Mapping[str, Array], dtype: str = "fp32"
 ) -> None:
-    """Write a model .bin; llm.c reads of fp32 and bf16 what it was built for, on a CPU fp32.
+    """Write a model .bin. llm.c reads only the dtype that it was built for, on a CPU fp32.
 
     Parameters
     ----------
     path : the file
     config : of the model
     tensors : name -> float32 array, names and shapes of `GPT2Config.parameter_shapes`
-    dtype : "fp32", or "bf16": rounded to the nearest, of two the even, as PyTorch does
+    dtype : "fp32", or "bf16", rounded to nearest, ties to even, as in PyTorch
 
     Raises
     ------
-    ValueError : llm.c has no such model, or an unknown dtype
-    OSError : the file cannot be written; what was there before is unchanged
+    ValueError : llm.c cannot compute such a model, or the dtype is unknown
+    OSError : the file cannot be written; an existing file is unchanged
     """
     if dtype not in DTYPES:
         raise ValueError(f"the dtype of an llm.c model is {' or '.join(DTYPES)}, not {dtype}")
     if config.inner != 4 * config.n_embd:
         raise ValueError(
-            f"{path}: llm.c's models have n_inner = 4 * n_embd = {4 * config.n_embd}, this one"
+            f"{path}: llm.c's models have n_inner = 4 * n_embd = {4 * config.n_embd}, this one has"
             f" {config.inner}"
         )
     if config.layer_norm_epsilon != _EPSILON:
         raise ValueError(
-            f"{path}: llm.c's models have layer_norm_epsilon {_EPSILON}, this one"
+            f"{path}: llm.c's models have layer_norm_epsilon {_EPSILON}, this one has"
             f" {config.layer_norm_epsilon}"
         )
     rows = -(-config.vocab_size // _PADDING) * _PADDING
@@ -227,7 +227,7 @@ def _write(file: Any, tensor: Array, dtype: str) -> None:
 
 
 def round_bf16(tensor: Array) -> NDArray[np.uint16]:
-    """Round float32 numbers to the nearest bf16, of two the even; give their bits."""
+    """Round float32 numbers to the nearest bf16, ties to even; return their bits."""
     bits = tensor.view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     # A nan keeps its upper half, and one bit is set so that it stays a nan.
@@ -242,7 +242,7 @@ def _names(layers: int) -> Iterator[str]:
 
 
 def _count(config: GPT2Config, rows: int) -> int:
-    """Count the numbers in a file whose wte has `rows` rows, before any name is made."""
+    """Count the numbers in a file whose wte has `rows` rows, from the shapes of one layer."""
     one = GPT2Config(**{name: getattr(config, name) for name in _FIELDS} | {"n_layer": 1})
     sizes = {name: math.prod(shape) for name, shape in one.parameter_shapes().items()}
     layer = sum(size for name, size in sizes.items() if name.startswith("h."))
@@ -256,31 +256,31 @@ def _count(config: GPT2Config, rows: int) -> int:
 def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[bytes, int], int]:
     """Read a gpt2_tokenizer.bin of version 1 or 2: `Tokenizer(*read_tokenizer(path))`.
 
-    The file has no merges. GPT-2's ids are in the order of its merges, so that from them all merges
-    can be told; `Tokenizer.vocab_and_merges` refuses a vocabulary where that is not so.
+    The file has no merges. GPT-2's ids are in the order of its merges, so the ids determine them;
+    `Tokenizer.vocab_and_merges` refuses a vocabulary in another order.
 
     Returns
     -------
-    (ranks, eot) : bytes of each token -> its id; the id of <|endoftext|>, which is not among them
+    (ranks, eot) : bytes of each token -> its id; the id of <|endoftext|>, which ranks does not have
 
     Raises
     ------
     OSError : the file is missing or cannot be read
-    ValueError : another file, or a damaged one; a token is there twice, or a byte has none
+    ValueError : not such a file, or a damaged one; a token occurs twice, or a byte has no token
     """
     path = Path(path)
     header, size = read_header(path)
     version, count, eot = _numbers(path, header, TOKENIZER_MAGIC, "tokenizer", (1, 2))[1:4]
     if not 0 < count <= _MOST_TOKENS:
-        raise ValueError(f"{path} says that it has {count} tokens; 1 to {_MOST_TOKENS} are read")
+        raise ValueError(f"{path}: its header has {count} tokens; 1 to {_MOST_TOKENS} are possible")
     if not count <= (size - _HEADER_BYTES) // 2 or size > _HEADER_BYTES + 256 * count:
         raise ValueError(
             f"{path} has {size} bytes; its {count} tokens of 1 to 255 bytes need"
             f" {_HEADER_BYTES + 2 * count} to {_HEADER_BYTES + 256 * count}"
         )
-    if version == 1:  # has no field for it: llm.c takes the vocabulary for GPT-2's
+    if version == 1:  # has no field for eot: llm.c assumes GPT-2's vocabulary
         if count != _GPT2_TOKENS:
-            raise ValueError(f"{path}: version 1 has {_GPT2_TOKENS} tokens, this file {count}")
+            raise ValueError(f"{path}: version 1 has {_GPT2_TOKENS} tokens, this file has {count}")
         eot = _GPT2_TOKENS - 1
     if not 0 <= eot < count:
         raise ValueError(f"{path}: its eot_token is {eot}, not one of {count} tokens")
@@ -316,8 +316,8 @@ def write_tokenizer(path: Path, tokens: Sequence[bytes], eot: int) -> None:
 
     Raises
     ------
-    ValueError : a token of more than 255 bytes, which the file has no room for
-    OSError : the file cannot be written; what was there before is unchanged
+    ValueError : a token has more than 255 bytes, the most that the file can hold
+    OSError : the file cannot be written; an existing file is unchanged
     """
     header = np.zeros(256, "<i4")
     header[:4] = TOKENIZER_MAGIC, 2, len(tokens), eot

@@ -1,6 +1,6 @@
-"""Load: what a path is, asked here and nowhere else: config, tensors, and their weights' type.
+"""Finding a model on disk, in any format that gpt2c reads: its config, its tensors, their type.
 
-Knows every format of a model that gpt2c reads, and makes no model of it.
+This is the only place that asks which format a path has. It builds no model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["Pretrained", "find_model"]
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model on disk, of which no number was read yet.
+    """A model on disk. Its tensors are mapped; only llm.c's bf16 is read already.
 
     Attributes
     ----------
-    path : where it is, a name on the hub resolved
+    path : on this machine, also for a name on the hub
     source : the file of the weights, for errors
     config : its shape
-    weights : what they are stored as, "fp32" (or what becomes float32), "fp16" or "int8"
+    weights : "fp16" or "int8" if gpt2c quantized them, else "fp32": they become float32
     tensors : name -> tensor, in memory's layout
-    ends : the token ids that end a text, where the model says so
+    ends : the token ids that end a text; [] if the model names none
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Pretrained:
 
 
 def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
-    """Find a model and read what it says of itself.
+    """Find a model, read its config and map its tensors.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None
 
     Raises
     ------
-    OSError : a file is missing or unreadable, or the hub has it not
-    ValueError : a file is damaged, or the model is none that gpt2c computes
+    OSError : a file is missing or unreadable, or the hub does not have it
+    ValueError : a file is damaged, or gpt2c cannot compute the model
     """
     path = hub.find(path_or_name, revision)
     if llmc.is_llmc(path):

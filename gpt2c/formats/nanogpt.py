@@ -1,4 +1,4 @@
-"""nanoGPT's token files: token ids as uint16, end to end, and nothing else.
+"""nanoGPT's token files: token ids as uint16, one after another, without a header.
 
 Source: karpathy/nanoGPT, data/openwebtext/prepare.py.
 """
@@ -16,9 +16,9 @@ __all__ = ["open_nanogpt", "write_nanogpt"]
 
 
 def open_nanogpt(path: str | os.PathLike[str]) -> StoredTokens:
-    """Open a token file of nanoGPT's, all that it holds; its tokens are read when they are needed.
+    """Open a token file of nanoGPT; its tokens are read when they are needed.
 
-    It has no header, so nothing shows that a file is one: call this where the user says so.
+    The format cannot be recognized, as it has no header: call this only if the user names it.
 
     Raises
     ------
@@ -30,17 +30,16 @@ def open_nanogpt(path: str | os.PathLike[str]) -> StoredTokens:
     if int.from_bytes(header[:4], "little") == MAGIC:
         raise ValueError(f"{path} has llm.c's header: it is not one of nanoGPT's token files")
     if size == 0 or size % 2:
-        raise ValueError(f"{path} has {size} bytes; tokens of 2 bytes each are wanted")
+        raise ValueError(f"{path} has {size} bytes; nanoGPT's token files have 2 for each token")
     return StoredTokens(path, 0, size // 2)
 
 
 def write_nanogpt(path: Path, shards: Sequence[Tokens | StoredTokens]) -> None:
-    """Write the tokens of shards, one after the other, as nanoGPT does: uint16 and no header.
+    """Write the tokens of all shards into one file, as nanoGPT does: uint16 and no header.
 
     Raises
     ------
-    OSError : the file cannot be written, or a shard cannot be read; what was there before is
-        unchanged
+    OSError : the file cannot be written, or a shard cannot be read; an existing file is unchanged
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for tokens in shards:

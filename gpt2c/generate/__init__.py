@@ -1,4 +1,4 @@
-"""A model -> text: sampling, texts that grow, requests that come and go.
+"""A model -> text: sampling, the decoding loop, and an engine for many requests.
 
-Knows nothing of training.
+Knows nothing about training.
 """

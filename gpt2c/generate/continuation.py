@@ -1,7 +1,7 @@
-"""The decoding loop: texts that grow by a token a step, each with its own random numbers and end.
+"""The decoding loop: each step adds a token to each text, with random numbers of that text.
 
-Knows a decoder, which reads tokens and gives logits, and nothing about weights or strings. What is
-here serves one call's batch; gpt2c.generate.engine lets requests join and leave.
+Knows a decoder, which reads tokens and returns logits; knows nothing about weights or strings.
+`stream` serves the batch of one call; in gpt2c.generate.engine requests join and leave.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Step = Ids | tuple[Ids, Logprobs]
 
 
 class DecoderLike(Protocol):
-    """What generate wants of a `gpt2c.model.reader.Decoder`."""
+    """The part of `gpt2c.model.reader.Decoder` that the decoding loop uses."""
 
     capacity: int
 
@@ -48,28 +48,28 @@ class DecoderLike(Protocol):
 
 
 class Text:
-    """One text that is being written.
+    """A text that is being continued.
 
     Parameters
     ----------
     prompt : token ids to begin with, at least one
-    settings : how it goes on; max_new_tokens is at least 1
-    ends : ids that end it
+    settings : of its generation; max_new_tokens is at least 1
+    ends : token ids that end it
     slot : its place in the decoder
-    number : which of the texts of one call it is: each has random numbers of its own
-    watch : told each new token; True ends the text
-    look : told each new token and the logits (V,) that it was chosen from
-    unused : ids of the model's that stand for nothing, as padding: as if it had them not, they
-        are never chosen, and no probability is theirs
+    number : its index in the call; seed and number together determine the random numbers
+    watch : called with each new token; if it returns True, the text ends
+    look : called with each new token and the logits (V,) that it was chosen from
+    unused : ids of the model that have no token, such as padding: they are never chosen, and their
+        probability is 0
 
     Attributes
     ----------
     tokens : prompt and new token ids
-    count : how many are new
-    ended : why it is over: "end" (an id of `ends`, or as `watch` said) or "length" (no more tokens
-        were wanted, or fit); None while it goes on
-    logprob : of the newest token, nats, if settings.logprobs
-    position : how many of the last tokens the decoder has read
+    count : the number of new tokens
+    ended : why it ended: "end" (an id of `ends`, or `watch` returned True) or "length" (it has
+        max_new_tokens, or the context is full); None before its end
+    logprob : log-probability of the newest token in nats, if settings.logprobs
+    position : the number of tokens in the decoder's slot
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Text:
         self._rng = np.random.default_rng(seed)
 
     def choose(self, logits: NDArray[Any]) -> int:
-        """Append the token that follows, given the logits (V,); note whether the text is over.
+        """Choose the next token by its logits (V,), append and return it; set `ended` at the end.
 
         The logits of unused ids become -inf.
         """
@@ -122,14 +122,14 @@ class Text:
         return token
 
     def make_room(self, capacity: int) -> IntArray:
-        """Before the newest token is read: if the context is full, forget or end.
+        """Make room for the newest token: if the context is full, forget tokens or end the text.
 
-        A position's vector is part of every key, so what stays must be read again from the start:
-        half the context, or this would come with every token.
+        Keys depend on positions, so the tokens that stay must be read again from position 0. Half
+        the context stays: with more, such a read would be necessary more often.
 
         Returns
         -------
-        the tokens to read again, the newest among them: (T,) int32, none if there is room
+        (T,) int32, the tokens to read again, with the newest; empty if there is room or at the end
         """
         if self.position == capacity and self._settings.on_full == "stop":
             self.ended = "length"
@@ -140,7 +140,7 @@ class Text:
 
 
 def read_prompt(decoder: DecoderLike, texts: Sequence[Text]) -> None:
-    """Read the prompt that some texts share, once, and let each choose what follows."""
+    """Read the prompt of texts that share it, once; then each text chooses its next token."""
     first = texts[0]
     tokens = np.array(first.tokens, np.int32)
     logits = decoder.read(tokens, first.slot, 0)
@@ -152,7 +152,7 @@ def read_prompt(decoder: DecoderLike, texts: Sequence[Text]) -> None:
 
 
 def read_newest(decoder: DecoderLike, texts: Sequence[Text]) -> NDArray[Any]:
-    """Read the newest token of each text, all at once; give the logits (N, V) of what follows."""
+    """Read the newest token of each text, all at once; return the logits (N, V) of the next."""
     tokens = np.array([text.tokens[-1] for text in texts], np.int32)
     slots = np.array([text.slot for text in texts], np.int32)
     positions = np.array([text.position for text in texts], np.int32)
@@ -163,9 +163,9 @@ def read_newest(decoder: DecoderLike, texts: Sequence[Text]) -> NDArray[Any]:
 
 
 def step(decoder: DecoderLike, texts: Sequence[Text]) -> None:
-    """Read the newest token of each text and let it choose the next; each has one that is unread.
+    """Read the newest token of each text, which is still unread, and choose the next one.
 
-    A text that fills its context, and must not slide, ends here without a token.
+    A text that fills its context, with on_full="stop", ends here without a new token.
     """
     going = []
     for text in texts:
@@ -191,8 +191,8 @@ def stream(
 ) -> Iterator[Step]:
     """Continue prompts together, yielding each step's tokens as soon as they are chosen.
 
-    A text that is over repeats its last token; when every text is, the loop ends. The token that
-    ends a text is yielded.
+    A text that has ended repeats its last token until all have ended. The token that ends a text is
+    yielded too.
 
     Parameters
     ----------
@@ -203,8 +203,8 @@ def stream(
 
     Returns
     -------
-    an iterator of (B,) int64 token ids, B = len(prompts) * num_return_sequences; with logprobs of
-    pairs, the second (B,) float64, 0 for texts that are over
+    an iterator of (B,) int64 token ids, B = len(prompts) * num_return_sequences; with logprobs, of
+    pairs of them and their log-probabilities (B,) float64 in nats, 0 for texts that have ended
     """
     copies = settings.num_return_sequences
     texts = [
@@ -235,7 +235,7 @@ def continue_prompts(
     look: Look | None = None,
     unused: Sequence[int] = (),
 ) -> Iterator[Step]:
-    """Continue a model's prompts, see `stream`; for `watches`, `look` and `unused` see `Text`."""
+    """Continue prompts with a model; for `watches`, `look` and `unused` see `stream`."""
     ends = config.ends(model.config.vocab_size)
     longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
     capacity = min(longest, model.config.n_positions)

@@ -1,14 +1,14 @@
-"""Engine: many requests on one model, each of which comes and goes when it likes.
+"""Engine: many requests share one model; each may start and end at any time.
 
     with gpt2c.Engine(model, slots=8) as engine:
         request = engine.submit(ids, max_new_tokens=50, seed=1)  # from any thread
         for token in request:
             ...
 
-Reading one token of eight texts takes little longer than of one: most of the time the weights come
-from memory. So one thread reads the newest tokens of all texts in turn after turn, and between two
-turns requests join and leave (continuous batching, Yu et al., Orca, OSDI 2022). What a request gets
-is what `model.generate` gives for it alone. Knows nothing about strings and sockets.
+Reading one token of eight texts takes little longer than of one text: most of the time is spent on
+reading the weights from memory. So one thread reads the newest tokens of all texts in one turn, and
+between two turns requests join and leave (continuous batching, Yu et al., Orca, OSDI 2022). A
+request gets the same tokens as from `model.generate`. Knows nothing about strings and sockets.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ NewToken = TypeVar("NewToken", int, tuple[int, float])
 
 
 class EngineFull(RuntimeError):
-    """All slots and all places in the queue are taken; a later try may find one."""
+    """All slots and the whole queue are taken; a later call may succeed."""
 
 
 class Request(Generic[NewToken]):
-    """One prompt that an engine continues; `Engine.submit` makes it.
+    """A prompt that an engine continues; `Engine.submit` returns it.
 
-    Iterate over it for the new tokens, from the first, as they come: ints, or with logprobs=True
-    pairs of a token and its log-probability. Who stops reading does not hold the engine up: tokens
-    wait here until they are read. Any thread may read, wait and cancel, several at once too.
+    Iterate over it for the new tokens, from the first, as soon as they are chosen: ints, or with
+    logprobs=True pairs of a token and its log-probability. The request keeps its tokens, so a slow
+    reader does not delay the engine. Several threads may read, wait and cancel at once.
 
     Attributes
     ----------
-    ended : why it is over: "end" (a token that ends a text), "length" (no more tokens were wanted,
-        or fit), "cancelled" or "error"; None while it goes on
+    ended : why it ended: "end" (a token that ends a text), "length" (it has max_new_tokens, or the
+        context is full), "cancelled" or "error"; None before its end
     """
 
     def __init__(self, engine: Engine, text: Text, logprobs: bool) -> None:
         self.ended: str | None = None
         self._engine = engine
         self._text = text
-        self._unread = np.array(text.tokens, np.int32)  # to read before it can join the others
+        self._unread = np.array(text.tokens, np.int32)  # it must read these to join the others
         self._logprobs = logprobs
         self._tokens: list[tuple[int, float]] = []  # each with its log-probability
         self._error: Exception | None = None
-        # Readers share no lock with the engine: Ctrl-C in one of them cannot leave it locked.
+        # Readers share no lock with the engine: Ctrl-C in a reader cannot leave the engine locked.
         self._readers: list[SimpleQueue[None]] = []
 
     def __repr__(self) -> str:
@@ -70,15 +70,15 @@ class Request(Generic[NewToken]):
 
     @property
     def done(self) -> bool:
-        """Return whether it is over."""
+        """Return whether the request has ended."""
         return self.ended is not None
 
     def __iter__(self) -> Iterator[NewToken]:
-        """Return the new tokens, from the first, as they come; then raise what ended it, if any."""
+        """Yield the new tokens, from the first; then raise the error that ended it, if any."""
         count = 0
         with self._news() as news:
             while True:
-                done = self.done  # first: no token comes after that
+                done = self.done  # read before the tokens: no token comes after the end
                 while count < len(self._tokens):
                     token = self._tokens[count]
                     yield cast(NewToken, token if self._logprobs else token[0])
@@ -98,19 +98,19 @@ class Request(Generic[NewToken]):
     ) -> tuple[Ids, Logprobs]: ...
 
     def result(self, timeout: float | None = None) -> Ids | tuple[Ids, Logprobs]:
-        """Wait until it is over, `timeout` seconds at most.
+        """Wait until the request has ended, at most `timeout` seconds.
 
         Returns
         -------
         all new tokens, (n,) int64; with logprobs=True a pair of them and their log-probabilities,
-        (n,) float64. A cancelled request has the tokens that came before
+        (n,) float64 in nats. A cancelled request has the tokens chosen before
 
         Raises
         ------
-        TimeoutError : it goes on after so many seconds
-        ValueError : its logits hold nan or infinity, or no token is left to continue with; timeout
-            is no number
-        RuntimeError : the engine was closed before
+        TimeoutError : the request has not ended after `timeout` seconds
+        ValueError : its logits hold nan or infinity, or every token is forbidden; timeout is not a
+            number
+        RuntimeError : the engine was closed before the end of the request
         """
         until = None if timeout is None else time.monotonic() + number("timeout", timeout)
         with self._news() as news:
@@ -118,7 +118,7 @@ class Request(Generic[NewToken]):
                 try:
                     news.get(timeout=None if until is None else max(0, until - time.monotonic()))
                 except Empty:
-                    raise TimeoutError(f"the request goes on after {timeout:g} s") from None
+                    raise TimeoutError(f"the request is not done after {timeout:g} s") from None
         if self._error is not None:
             raise self._error
         tokens = np.array([token for token, _ in self._tokens], np.int64)
@@ -127,12 +127,12 @@ class Request(Generic[NewToken]):
         return tokens, np.array([logprob for _, logprob in self._tokens], np.float64)
 
     def cancel(self) -> None:
-        """End it with the tokens it has; before the next step its slot is free for another."""
+        """End the request with the tokens it has; another can have its slot in the next step."""
         self._engine._end(self, "cancelled")
 
     @contextmanager
     def _news(self) -> Iterator[SimpleQueue[None]]:
-        """Return a queue that gets something whenever something has changed."""
+        """Return a queue that gets an item after each change of the request."""
         news: SimpleQueue[None] = SimpleQueue()
         self._readers.append(news)
         try:
@@ -146,27 +146,28 @@ class Request(Generic[NewToken]):
 
 
 class Engine:
-    """Continues prompts that are submitted at any time, from any thread, on one model.
+    """Continues prompts on one model; any thread may submit prompts at any time.
 
-    So many run at a time, so many more wait, in the order they came; one more is refused at once
-    with `EngineFull`. What is wrong with one request ends that one; an error in what they share
-    ends those that run, and the engine goes on with the rest. Close it when it is no longer needed,
-    best by `with`; the end of the program closes it too. The child of a fork finds it closed.
+    `slots` requests run at a time, and `queue` more wait in the order of submission; another one is
+    refused at once with `EngineFull`. An error in one request ends that request. An error in the
+    step that they share ends all running requests, and the engine continues with the waiting ones.
+    Close the engine when it is no longer needed, best by `with`; the end of the program closes it
+    too. In the child of a fork it is closed.
 
     Parameters
     ----------
-    model : a `GPT2` or `QuantizedGPT2`; its weights must not change meanwhile
-    slots : how many requests run at a time
-    queue : how many more may wait
-    capacity : the most tokens of a request, prompt and new, that it accepts; with n_positions, or
-        None, a text may outgrow it, see on_full of `gpt2c.GenerationConfig`
-    tokenizer : the model's; ids that it has not, of a padded model, then never come
+    model : a `GPT2` or `QuantizedGPT2`; its weights must not change while the engine is open
+    slots : the number of requests that run at a time
+    queue : the number of requests that may wait
+    capacity : the most tokens of a request, prompt and new; None is n_positions, and then a text
+        may become longer, see on_full of `gpt2c.GenerationConfig`
+    tokenizer : of the model; ids that it lacks, such as a model's padding, are then never chosen
 
     Raises
     ------
-    ValueError : slots, queue or capacity is no whole number or out of range, or the tokenizer has
-        tokens that the model has not
-    MemoryError : the keys and values of so many texts do not fit
+    ValueError : slots, queue or capacity is not a whole number or is out of range, or the tokenizer
+        has tokens that the model lacks
+    MemoryError : the keys and values of `slots` texts do not fit
 
     Examples
     --------
@@ -202,13 +203,13 @@ class Engine:
         if tokenizer is not None:
             check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
             self._unused = tokenizer.unused_ids(model.config.vocab_size)
-        self._why_closed = ""  # nothing while it is open
-        # Requests in the order they came: the first `slots` of them run. What threads share of
-        # them and of an engine changes under the lock only, and under it nothing takes long.
+        self._why_closed = ""  # empty while the engine is open
+        # Requests in the order of submission; the first `slots` of them run. State that threads
+        # share, here and in requests, changes only under the lock; no thread holds it for long.
         self._live: list[Request[Any]] = []
         self._make_locks()
         decoder = model.decoder(slots, self.capacity)
-        # A daemon, or the end of the program would wait for it before it calls `close`.
+        # A daemon: the end of the program would wait for another thread before it calls `close`.
         self._thread = threading.Thread(
             target=self._serve, args=(decoder,), name="gpt2c.Engine", daemon=True
         )
@@ -248,13 +249,13 @@ class Engine:
         logprobs: bool = False,
         **settings: Unpack[TokenSettings],
     ) -> Request[int] | Request[tuple[int, float]]:
-        """Ask for the continuation of one prompt; return at once.
+        """Submit one prompt to be continued; return its request at once.
 
         Parameters
         ----------
-        idx : (T,) token ids; none start from eos_token_id of the config
+        idx : (T,) token ids; an empty prompt starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
-        logprobs : the request has the log-probability of each token as well
+        logprobs : the request also has the log-probability of each token
         settings : the other fields of `gpt2c.GenerationConfig`, except num_return_sequences
 
         Raises
@@ -268,7 +269,7 @@ class Engine:
         if config.num_return_sequences != 1:
             raise ValueError(
                 "a request is one text: num_return_sequences must be 1, got"
-                f" {config.num_return_sequences}; submit the prompt as many times"
+                f" {config.num_return_sequences}; submit the prompt several times"
             )
         prompt = self._check(idx, config.max_new_tokens)
         ends = config.ends(self._model.config.vocab_size)
@@ -294,17 +295,17 @@ class Engine:
         return f"Engine({self._model!r}, {sizes}{', closed' if self._why_closed else ''})"
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be copied or pickled: a copy would have no thread that serves it."""
-        raise TypeError("an Engine cannot be copied or pickled: make another one of its model")
+        """Refuse to be copied or pickled: a copy would have no thread."""
+        raise TypeError("an Engine cannot be copied or pickled: make another one with its model")
 
     def close(self) -> None:
-        """End the engine, and its requests with an error; a second time nothing happens."""
+        """Close the engine and end its requests with an error; a second call changes nothing."""
         self._close("the engine is closed", "the engine was closed before the request was done")
         self._thread.join()
         atexit.unregister(self.close)
 
     def _close(self, closed: str, ended: str) -> None:
-        """Say so to who comes later, and to who waits."""
+        """Set the error of later requests, `closed`, and end the present ones with `ended`."""
         with self._lock:
             self._why_closed = self._why_closed or closed
             live = list(self._live)
@@ -313,9 +314,9 @@ class Engine:
             self._end(request, "error", RuntimeError(ended))
 
     def after_fork(self) -> None:
-        """Close in the child of a fork: the thread, which may have held the lock, is not here."""
-        self._make_locks()
-        why = "the engine stayed in the process that was forked: start one in the child"
+        """Close the engine in the child of a fork, which lacks its thread."""
+        self._make_locks()  # the thread may have held the lock at the fork
+        why = "the engine runs in the parent process only: start another one in the child"
         self._close(why, why)
 
     def __enter__(self) -> Engine:
@@ -325,7 +326,7 @@ class Engine:
         self.close()
 
     def _check(self, idx: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return one prompt as token ids, if it and what is to come fit."""
+        """Return one prompt as token ids; refuse one that does not fit with its new tokens."""
         empty = isinstance(idx, list | tuple) and not idx
         vocab_size = self._model.config.vocab_size
         ids = check_ids(np.empty(0, np.int32) if empty else idx, "idx", 0, vocab_size)
@@ -340,7 +341,7 @@ class Engine:
         return prompt
 
     def _end(self, request: Request[Any], why: str, error: Exception | None = None) -> None:
-        """Let a request be over, unless it is, and another take its place."""
+        """End a request that has not ended yet, and free its slot."""
         with self._lock:
             if request.ended is not None:
                 return
@@ -362,12 +363,12 @@ class Engine:
             self._seat(running)
             try:
                 self._turn(decoder, running)
-            except Exception as error:  # in what they share: it ends them, not the engine
+            except Exception as error:  # in the shared step: it ends these requests only
                 for request in running:
                     self._end(request, "error", error)
 
     def _seat(self, running: list[Request[Any]]) -> None:
-        """Return those that are new a slot which no other has."""
+        """Assign a free slot to each new request."""
         taken = {request._text.slot for request in running}
         free = (slot for slot in range(self.slots) if slot not in taken)
         for request in running:
@@ -375,7 +376,7 @@ class Engine:
                 request._text.slot = next(free)
 
     def _turn(self, decoder: Decoder, running: list[Request[Any]]) -> None:
-        """Let each text have a token, and the first that has more to read read a chunk of it."""
+        """Read a chunk of the first text that has unread tokens; choose a token for the others."""
         for request in running:
             if len(request._unread):
                 self._read(decoder, request)
@@ -395,7 +396,7 @@ class Engine:
                 self._choose(request, logits)
 
     def _read(self, decoder: Decoder, request: Request[Any]) -> None:
-        """Read a chunk, as long as `Decoder.read` has them; after the last comes a token."""
+        """Read at most CHUNK tokens, as `Decoder.read` does; choose a token after the last."""
         text = request._text
         with self._alone(request):
             chunk = request._unread[text.position : text.position + CHUNK]
@@ -406,7 +407,7 @@ class Engine:
                 self._choose(request, logits)
 
     def _choose(self, request: Request[Any], logits: NDArray[Any]) -> None:
-        """Let a text choose its next token, and hand it out."""
+        """Choose the next token of a text and hand it to the readers."""
         text = request._text
         with self._alone(request):
             token = text.choose(logits)
@@ -419,7 +420,7 @@ class Engine:
 
     @contextmanager
     def _alone(self, request: Request[Any]) -> Iterator[None]:
-        """Let an error end one request only."""
+        """End this request alone if an error occurs."""
         try:
             yield
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Forks: a child has the objects of its parent, but none of the parent's threads."""
+"""Forks: the child process has its parent's objects, but none of the parent's threads."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["tell_of_forks"]
 
 
 class LeftBehind(Protocol):
-    """Has a thread, which a fork leaves in the parent."""
+    """An object with a thread, which a fork leaves in the parent."""
 
     def after_fork(self) -> None:
-        """Go on in the child without the thread; a lock may be as the thread had it."""
+        """Continue in the child without the thread, which may have held a lock at the fork."""
 
 
 _OWNERS: weakref.WeakSet[LeftBehind] = weakref.WeakSet()
 
 
 def tell_of_forks(owner: LeftBehind) -> None:
-    """Call the owner's `after_fork` in the child of each fork, as long as the owner lives."""
+    """Call the owner's `after_fork` in the child of each fork, as long as the owner exists."""
     _OWNERS.add(owner)
 
 

@@ -1,7 +1,7 @@
-"""From logits to a token: what may be drawn, and the draw.
+"""From logits to a token: which tokens may be drawn, and the draw.
 
-    scores = logits, less of what the text has already, nothing that must not come yet
-    p = softmax(scores / temperature), the unlikely ones cut off
+    scores = logits, lower for tokens that the text already has, -inf for forbidden ones
+    p = softmax(scores / temperature), without the unlikely tokens
 
 Names, meaning and order are Hugging Face's (transformers.GenerationConfig and its logits
 processors). Knows nothing about models and tokenizers.
@@ -31,13 +31,13 @@ __all__ = [
     "penalised",
 ]
 
-# Others' names of what GenerationConfig calls otherwise.
+# Other programs' names of settings -> GenerationConfig's.
 MEANT = {"stop_strings": "stop", "stop_token_ids": "stop", "n": "num_return_sequences"}
 MEANT |= dict.fromkeys(("max_length", "max_tokens", "max_gen_toks"), "max_new_tokens")
 MEANT |= {"min_length": "min_new_tokens"}
 
-# transformers' settings that gpt2c has not: name -> values that leave it off, as None always does.
-ANY = None  # each value is taken, for none changes what one token at a time without padding gives
+# transformers' settings that gpt2c lacks: name -> values that leave it off, as None always does.
+ANY = None  # any value: gpt2c writes one token at a time without padding, so none changes a result
 OFF: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "typical_p"), (1,)),
     **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (1,)),
@@ -60,14 +60,14 @@ OFF: dict[str, tuple[Any, ...] | None] = {
 def is_off(name: str, value: Any) -> bool:
     """Return whether a setting of `OFF` has a value that changes nothing."""
     off = OFF[name]
-    plain = isinstance(value, bool | int | float | np.generic)  # an array would not say whether
+    plain = isinstance(value, bool | int | float | np.generic)  # `in` fails for an array
     return off is ANY or value is None or (plain and value in off)
 
 
 class TextSettings(TypedDict, total=False):
-    """`GenerationConfig`'s settings for texts: a type checker then knows their names and types.
+    """`GenerationConfig`'s settings for texts: their names and types, for a type checker.
 
-    Of those of `OFF`, which all are taken, only what many programs write stands here.
+    Of the settings in `OFF` only the common ones are here, though all are accepted.
     """
 
     min_new_tokens: int | None
@@ -90,7 +90,7 @@ class TextSettings(TypedDict, total=False):
 
 
 class TokenSettings(TextSettings, total=False):
-    """`GenerationConfig`'s settings for token ids, but for max_new_tokens and logprobs."""
+    """`GenerationConfig`'s settings for token ids, except max_new_tokens and logprobs."""
 
     num_return_sequences: int | None
     stop: int | Collection[int] | None
@@ -100,30 +100,29 @@ class TokenSettings(TextSettings, total=False):
 class GenerationConfig:
     """How a text is continued.
 
-    None means the default, but for eos_token_id: there it means that no token ends a text. A whole
-    number may be given as a float, 2.0.
+    None means the default, except for eos_token_id: there it means that no token ends a text. Whole
+    numbers may be floats, such as 2.0.
 
     Parameters
     ----------
-    max_new_tokens, min_new_tokens : the most tokens to add, and how many must come before the end
+    max_new_tokens, min_new_tokens : the most tokens to add, and the least before the end
     do_sample : False takes the likeliest token each time, as temperature=0 does
     temperature : divides the logits; 1 is the model's own distribution
-    top_k : draw among the k likeliest tokens only (of equals the lower ids); None or 0 is off
-    top_p : draw among the fewest likeliest tokens whose probabilities reach p, at least one
+    top_k : draw among the k likeliest tokens only (the lower ids of equals); None or 0 is off
+    top_p : draw among the likeliest tokens only, the fewest whose probabilities add up to p
         (nucleus sampling, Holtzman et al., arXiv:1904.09751); None or 1 is off, 0 keeps one token
     min_p : draw among the tokens at least p times as likely as the likeliest (Nguyen et al.,
         arXiv:2407.01082); None or 0 is off
-    repetition_penalty : above 1 makes tokens that the text has already less likely: their logits
+    repetition_penalty : above 1 makes tokens that the text already has less likely: their logits
         are divided by it, negative ones multiplied (Keskar et al., arXiv:1909.05858)
-    no_repeat_ngram_size : n forbids the tokens that would end n tokens which the text has already
-    num_return_sequences : continue each prompt so many times
+    no_repeat_ngram_size : n forbids each token that would repeat a sequence of n tokens; 0 is off
+    num_return_sequences : the number of continuations of each prompt
     eos_token_id : a token id or several that end a text
-    stop : token ids that end a text as well; strings are for `gpt2c.Generator`
+    stop : further token ids that end a text; `gpt2c.Generator` takes strings
     seed : the same seed draws the same tokens; None takes a fresh one
-    logprobs : give the log-probability, in nats, that the model itself gave to each token as well
+    logprobs : also return each token's log-probability in nats, by the model's own distribution
     on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
-    settings : others of transformers that gpt2c has not, see `OFF`: the values that leave them off
-        are taken
+    settings : others of transformers, which gpt2c lacks: only values that leave them off, see `OFF`
 
     Raises
     ------
@@ -178,7 +177,7 @@ class GenerationConfig:
         least |= {"num_return_sequences": 1, "top_k": 0, "seed": 0}
         for name, low in least.items():
             value = getattr(self, name)
-            if value is None:  # of top_k and seed
+            if value is None:  # top_k or seed
                 continue
             count = whole_or_float(name, value)
             if count < low:
@@ -209,15 +208,15 @@ class GenerationConfig:
 
     @property
     def greedy(self) -> bool:
-        """Return whether the likeliest token is taken."""
+        """Return whether the likeliest token is taken each time."""
         return not self.do_sample or self.temperature == 0
 
     def ends(self, vocab_size: int) -> frozenset[int]:
-        """Return the ids that end a text.
+        """Return the token ids that end a text.
 
         Raises
         ------
-        ValueError : one of them is no token id
+        ValueError : an id is not a whole number, or is outside the vocabulary
         """
         ids: set[int] = set()
         for name in ("eos_token_id", "stop"):
@@ -229,7 +228,7 @@ class GenerationConfig:
             for token in value if isinstance(value, Collection) else [value]:
                 if isinstance(token, str):
                     raise ValueError(
-                        f"{name} must be token ids, got {token!r}: gpt2c.Generator knows strings"
+                        f"{name} must be token ids, got {token!r}: gpt2c.Generator takes strings"
                     )
                 number = isinstance(token, int | np.integer) and not isinstance(token, bool)
                 if not number or not 0 <= token < vocab_size:
@@ -245,9 +244,9 @@ def _refuse(name: str, value: Any, known: Collection[str]) -> NoReturn:
     if meant is None and name in OFF:
         wanted = " or ".join(map(repr, OFF[name] or (None,)))
         raise ValueError(
-            f"{name} must be {wanted}, for gpt2c has nothing like it, got {value!r:.50}"
+            f"{name} must be {wanted}, for gpt2c lacks this setting, got {value!r:.50}"
         )
-    hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}"
+    hint = f"did you mean {meant}?" if meant else f"its settings are {', '.join(sorted(known))}"
     raise TypeError(f"GenerationConfig has no setting {name!r}; {hint}")
 
 
@@ -257,14 +256,14 @@ def penalised(
     text: Sequence[int],
     forbidden: Collection[int],
 ) -> NDArray[Any]:
-    """Return logits (V,) after the text so far has been looked at; the ones given are unchanged.
+    """Return logits (V,), lower for repeated tokens, -inf for forbidden ones; a copy if changed.
 
     Parameters
     ----------
     logits : (V,) floats
     settings : repetition_penalty and no_repeat_ngram_size are used
     text : the token ids so far, prompt and new
-    forbidden : ids that must not come now
+    forbidden : ids that must not be chosen now
     """
     if not forbidden and settings.repetition_penalty == 1 and not settings.no_repeat_ngram_size:
         return logits
@@ -287,11 +286,11 @@ def distribution(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the tokens that may be drawn and their probabilities, up to a common factor.
 
-    Temperature comes first, then top_k, then top_p of what is left, then min_p.
+    Temperature is applied first, then top_k, then top_p to the remaining tokens, then min_p.
 
     Parameters
     ----------
-    logits : (V,) floats; -inf is a token that cannot come
+    logits : (V,) floats; -inf for a token that must not be drawn
     settings : with a temperature above 0
 
     Returns
@@ -300,7 +299,7 @@ def distribution(
     """
     top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
     ids = likeliest(logits, top_k) if top_k else np.arange(len(logits))
-    # A tiny temperature sends all but the largest to exp(-inf) = 0.
+    # With a tiny temperature all weights but the largest are exp(-inf) = 0.
     with np.errstate(over="ignore"):
         weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / settings.temperature)
     if top_p is not None:
@@ -315,9 +314,9 @@ def distribution(
 
 
 def likeliest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """Return the places of the largest values in order of place; of equals the first are taken.
+    """Return the indices of the `count` largest values, ascending; the first ones of equals.
 
-    Without an argsort, which would take longer for a whole vocabulary than reading the token.
+    An argsort of a whole vocabulary would take longer than reading the token.
     """
     if count >= len(values):
         return np.arange(len(values))
@@ -334,11 +333,11 @@ def choose(
     text: Sequence[int] = (),
     forbidden: Collection[int] = (),
 ) -> int:
-    """Return the next token: the likeliest (the first of equals), or a draw by one random number.
+    """Return the next token: the likeliest (the first of equals), or one drawn with one number.
 
     Parameters
     ----------
-    logits : (V,) floats of what follows the text
+    logits : (V,) floats of the token that follows the text
     text, forbidden : see `penalised`
 
     Raises

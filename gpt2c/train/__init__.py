@@ -1,1 +1,1 @@
-"""A model -> a better model: settings, optimizer, the loop, runs and their checkpoints."""
+"""Training: settings, optimizer, the loop, runs and their checkpoints."""

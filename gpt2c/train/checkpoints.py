@@ -1,11 +1,11 @@
-"""Checkpoints of a trainer: the newest one that is whole takes a run on, to the bit.
+"""Checkpoints of a run, which resumes from the newest whole one, bit for bit.
 
     00000040/config.json, model.safetensors   the model of step 40, as transformers loads it
-    00000040/trainer.safetensors              the optimizer's state, arrays by its names for them
+    00000040/trainer.safetensors              the arrays of the optimizer's state, by name
     00000040/state.json                       the counts, and size and SHA-256 of the other files
 
-A checkpoint has its name when all of it is on the disk, and not before. Knows nothing about models:
-tensors are named arrays, a configuration is a dict.
+A checkpoint gets its name only when all of it is on the disk. Knows nothing about models: tensors
+are named arrays, a configuration is a dict.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ _NAME = re.compile(r"\d{8,15}")
 
 @dataclasses.dataclass(frozen=True)
 class TrainerState:
-    """Where a run is, beside its tensors: all else follows from its settings and the step.
+    """The progress of a run, without its tensors; the rest follows from settings and step.
 
     Parameters
     ----------
-    step : steps done, skipped ones too
-    skipped : of them, those that updated nothing; the optimizer has taken step - skipped
-    seconds : spent in steps, by every process that the run had
+    step : the number of steps done, with the skipped ones
+    skipped : the number of steps without an update; the optimizer has taken step - skipped
+    seconds : time spent in steps, by all processes of the run
     val_loss : of these weights, in nats per token; None if they were not evaluated
-    entry : the step's metrics, if they are not in metrics.jsonl yet: an evaluation is to be done
+    entry : the step's metrics while its evaluation is due: metrics.jsonl does not have them yet
 
     Raises
     ------
-    ValueError : a number of another type or range
+    ValueError : a number has another type or is out of range
     """
 
     step: int
@@ -93,7 +93,7 @@ class TrainerState:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What `newest` found: see `save` for the parts. Tensors may be mapped from the files."""
+    """A checkpoint that was read; see `save` for its parts. Tensors may be mapped from files."""
 
     path: Path
     state: TrainerState
@@ -109,17 +109,17 @@ def save(
     tensors: Mapping[str, NDArray[Any]],
     optimizer: Mapping[str, NDArray[np.float32]],
 ) -> Path:
-    """Write a checkpoint beside the others; give its path.
+    """Write a checkpoint beside the others; return its path.
 
     Parameters
     ----------
     directory : of the run's checkpoints, made if it does not exist
-    config, tensors : see `checkpoint.save_weights`
-    optimizer : its state, stored as it is
+    config, tensors : see `gpt2c.formats.huggingface.save_weights`
+    optimizer : its state, name -> float32 array
 
     Raises
     ------
-    OSError : it cannot be written (a full disk, ...); the checkpoints there are as they were
+    OSError : it cannot be written (a full disk, ...); the other checkpoints are unchanged
     """
     directory.mkdir(exist_ok=True)
     path = directory / f"{state.step:08d}"
@@ -132,11 +132,11 @@ def save(
 
 
 def amend(path: Path, state: TrainerState) -> None:
-    """Replace the state of a checkpoint: what was learned of its weights after they were saved.
+    """Replace the state of a checkpoint, after an evaluation of its weights.
 
     Raises
     ------
-    OSError : it cannot be written; the checkpoint is as it was
+    OSError : it cannot be written; the checkpoint is unchanged
     """
     text = _text(state, read_json(path / STATE_FILE)["files"])
     with atomic_path(path / STATE_FILE) as temporary:
@@ -151,39 +151,38 @@ def _text(state: TrainerState, files: Mapping[str, Any]) -> str:
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Remove the checkpoints up to `newest` but the last `keep`, at least 1; the oldest first."""
+    """Remove the checkpoints up to `newest`, except the last `keep` >= 1; the oldest first."""
     done = [path for path in _steps(newest.parent) if int(path.name) <= int(newest.name)]
     for path in reversed(done[keep:]):
         remove(path)
 
 
 def clear(directory: Path) -> None:
-    """Remove all checkpoints, damaged ones too; what else is in the directory, or it, stays."""
+    """Remove all checkpoints, also damaged ones; the directory and other files stay."""
     for path in list(directory.iterdir()):
         if _NAME.fullmatch(path.name.partition(".damaged")[0]):
             remove(path)
 
 
 def before(checkpoint: Path) -> Path | None:
-    """Return the checkpoint before one, None if it is the first."""
+    """Return the checkpoint before this one, None if it is the first."""
     older = [p for p in _steps(checkpoint.parent) if int(p.name) < int(checkpoint.name)]
     return older[0] if older else None
 
 
 def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole; None if there is none at all.
+    """Read the newest whole checkpoint; None if there is no checkpoint at all.
 
-    Newer ones, which lack a file or hold another content than was written, are renamed aside.
+    Newer ones, which lack a file or have changed since they were written, are renamed.
 
     Parameters
     ----------
-    report : told, in a line each, which newer ones were passed over and why
+    report : called with a line for each newer checkpoint that was not used, and the reason
 
     Raises
     ------
-    OSError : one cannot be read though its files are there (no permission, a failing disk): it may
-        be whole
-    ValueError : there are checkpoints, but none is whole; one is of another version
+    OSError : existing files of one cannot be read (no permission, a failing disk): it may be whole
+    ValueError : there are checkpoints, but none is whole; one has another version
     """
     faults = {}
     for path in _steps(directory):
@@ -209,7 +208,7 @@ def newest(directory: Path, report: Callable[[str], Any]) -> Checkpoint | None:
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files of a checkpoint that are the model's, the weights last."""
+    """Return the model's files of a checkpoint, the weights last."""
     return sorted(file for file in path.iterdir() if file.name not in (MOMENTS_FILE, STATE_FILE))
 
 
@@ -222,15 +221,15 @@ def _steps(directory: Path) -> list[Path]:
 
 
 def _aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that neither a later one takes its name nor it is removed."""
+    """Rename a damaged checkpoint, so that no later one replaces it nor `prune` removes it."""
     names = (f"{path.name}.damaged{n if n > 1 else ''}" for n in count(1))
     free = next(name for name in names if not os.path.lexists(path.with_name(name)))
-    shutil.move(path, path.with_name(free))  # a copy, where a directory cannot be renamed
+    shutil.move(path, path.with_name(free))  # copies if the directory cannot be renamed
     return path.with_name(free)
 
 
 class _OtherVersion(ValueError):
-    """A checkpoint that another gpt2c wrote: not damaged."""
+    """Another version of gpt2c wrote the checkpoint; it is not damaged."""
 
 
 def _read(path: Path) -> Checkpoint:
@@ -247,7 +246,7 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError(f"{STATE_FILE} must hold version, sha256, state and files")
     summed = {name: content[name] for name in ("state", "files")}
     if content["sha256"] != _sum_of(summed):
-        raise ValueError(f"{STATE_FILE} is damaged: its SHA-256 is not the one that it says")
+        raise ValueError(f"{STATE_FILE} is damaged: its SHA-256 is not the one that it records")
     _check_files(path, content["files"])
     try:
         state = TrainerState(**content["state"])
@@ -263,7 +262,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _check_files(path: Path, files: Any) -> None:
-    """Compare the files of a checkpoint with what its state says of them: sizes, then SHA-256."""
+    """Compare the files of a checkpoint with the sizes and SHA-256 in its state."""
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise ValueError(f"{STATE_FILE}: files must be an object of objects")
     missing = {CONFIG_FILE, WEIGHTS_FILE, MOMENTS_FILE} - files.keys()
@@ -277,7 +276,7 @@ def _check_files(path: Path, files: Any) -> None:
             raise ValueError(f"{name} has {size} bytes, not {shown(wanted.get('size'))}")
         if _sum(path / name) != wanted:
             raise ValueError(
-                f"{name} is damaged: its SHA-256 is not the one that {STATE_FILE} says"
+                f"{name} is damaged: its SHA-256 is not the one that {STATE_FILE} records"
             )
 
 

@@ -1,7 +1,7 @@
-"""What a run does after each step: show, log, save, evaluate.
+"""Hooks, which a run calls after each step: show, log, save, evaluate.
 
-A hook is called with the run and what the step gave. It knows nothing of how the step was computed,
-so that every objective can have it. A step is logged before it is saved, and saved before its
+A hook is called with the run and the result of the step. It knows nothing about the computation of
+the step, so it fits every objective. A step is logged before it is saved, and saved before its
 evaluation, which may take long.
 """
 
@@ -28,13 +28,13 @@ __all__ = ["Evaluate", "Hook", "Save", "Show", "Step", "log", "save", "speed"]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step gave.
+    """The result of a step.
 
     Parameters
     ----------
     loss : of its batches before the update, in nats per token
-    fault : what is not finite of its loss or gradients, so that nothing was updated; "" if all is
-    seconds : that it took
+    fault : which loss or gradient is not finite, so that nothing was updated; "" for none
+    seconds : its duration
     """
 
     loss: float
@@ -46,9 +46,9 @@ Hook = Callable[[Run, Step], None]
 
 
 class Show:
-    """Shows the means of the steps since the last line, and that other programs are in the way.
+    """Shows means over the steps since the last line, and reports other programs that use the CPU.
 
-    On a terminal they are of the last log_interval steps.
+    On a terminal the means are over the last log_interval steps.
     """
 
     def __init__(self, run: Run, progress: Progress) -> None:
@@ -61,13 +61,13 @@ class Show:
         self._recent.append(step)
         if self._progress.step(run.step, self._figures(run)):
             self._recent.clear()
-        if self._busy and (others := self._busy.others()):  # it is told once
+        if self._busy and (others := self._busy.others()):  # reported once
             used = f"{others:.1f} of the {self._busy.cores} cores that this run may use"
             self._progress.line(f"other programs use {used}, so it is slower")
             self._busy = None
 
     def _figures(self, run: Run) -> str:
-        """Return them for a line; the loss is that of the steps that have one."""
+        """Return the figures of a line; the loss is the mean over steps with a finite loss."""
         finite = [step.loss for step in self._recent if math.isfinite(step.loss)]
         loss = sum(finite) / len(finite) if finite else math.nan
         figures = speed(run, sum(step.seconds for step in self._recent) / len(self._recent))
@@ -76,7 +76,7 @@ class Show:
 
 
 def speed(run: Run, seconds: float) -> dict[str, Any]:
-    """Return what a step's metrics say of its speed; without a share where the peak is unknown."""
+    """Return the speed in a step's metrics; without a share of peak if the peak is unknown."""
     tokens, backend = run.settings.tokens_per_step, run.model.backend
     entry = {"tokens": run.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
     if peak := fma_peak(backend.name, backend.threads):
@@ -84,7 +84,7 @@ def speed(run: Run, seconds: float) -> dict[str, Any]:
         share = round(flops / seconds / peak, 4)
         if share <= 1:
             entry["share_of_peak"] = share
-        else:  # the machine was busy when it was measured: measure it again
+        else:  # the machine was busy when the peak was measured: measure it again
             fma_peak.cache_clear()
     return entry
 
@@ -96,14 +96,14 @@ def log(run: Run, step: Step) -> None:
 
 
 class Save:
-    """Saves by the settings' steps and minutes, and after the last step."""
+    """Saves at the settings' intervals, in steps and minutes, and after the last step."""
 
     def __init__(self, stop: Stop, progress: Progress) -> None:
         self._stop, self._progress = stop, progress
         self._saved = time.monotonic()
 
     def __call__(self, run: Run, step: Step) -> None:
-        """Save the run where that is due; after a fault nothing is new."""
+        """Save the run if that is due; after a fault there is nothing new to save."""
         settings = run.settings
         due = run.step == settings.max_iters or _due(run.step, settings.save_interval)
         if settings.save_minutes and time.monotonic() - self._saved > 60 * settings.save_minutes:
@@ -114,7 +114,7 @@ class Save:
 
 
 class Evaluate:
-    """Ends a step whose evaluation is due: its validation loss, its metrics, and its checkpoint.
+    """Evaluates a step if that is due: adds the loss to its metrics, and both to its checkpoint.
 
     Parameters
     ----------
@@ -126,15 +126,15 @@ class Evaluate:
 
     def __call__(self, run: Run, step: Step) -> None:
         """Evaluate the step if that is due."""
-        if run.entry:  # a stop ends in a save, which must not come right after a skipped step
+        if run.entry:  # a stop causes a save, which must not follow a skipped step
             self.finish(run, None if step.fault else self._stop.check)
 
     def finish(self, run: Run, check: Callable[[], None] | None) -> None:
-        """End a step that is not logged yet, by the settings as they are now.
+        """Finish a step that is not logged yet, by the present settings.
 
         Raises
         ------
-        StoppedError : of `check`, which is called between the batches; the step stays as it is
+        StoppedError : raised by `check`, which is called between batches; the step stays unfinished
         LostModel : the validation loss is not finite
         """
         settings, entry = run.settings, run.entry
@@ -155,7 +155,7 @@ class Evaluate:
             loss = written(run.val_loss)
             self._progress.line(f"step {run.step}: validation loss {loss} nats/token")
         if run.step == run.saved_step:
-            save_or_tell(run, self._stop, self._progress)  # what the evaluation gave
+            save_or_tell(run, self._stop, self._progress)  # with the evaluation's result
 
 
 def evaluation_is_due(run: Run) -> bool:
@@ -164,12 +164,12 @@ def evaluation_is_due(run: Run) -> bool:
 
 
 def _due(step: int, interval: int) -> bool:
-    """Return whether what is done once in `interval` steps is due; 0 is never."""
+    """Return whether a task that is done every `interval` steps is due; 0 is never."""
     return bool(interval) and step % interval == 0
 
 
 def _check_validation(run: Run) -> None:
-    """Stop the run of a model that is lost before it takes a good one's place."""
+    """Stop the run of a lost model before it replaces a good one."""
     if not math.isfinite(run.val_loss):
         run.forget()
         raise LostModel(
@@ -179,12 +179,12 @@ def _check_validation(run: Run) -> None:
 
 
 def save(run: Run, stop: Stop) -> None:
-    """Save the run, but put no good checkpoint aside for a model that is lost.
+    """Save the run, unless its model is lost and would replace a good checkpoint.
 
     Raises
     ------
     OSError : it cannot be written
-    LostModel : a parameter or moment is not finite, so the last checkpoint is the better one
+    LostModel : a parameter or moment is not finite, so the last checkpoint is better
     """
     with stop.held():
         if run.step != run.saved_step and (lost := run.optimizer.not_finite()):
@@ -196,7 +196,7 @@ def save(run: Run, stop: Stop) -> None:
 
 
 def save_or_tell(run: Run, stop: Stop, progress: Progress) -> None:
-    """Save and go on, even where the disk refuses: it may have room again the next time."""
+    """Save and continue, even if the disk refuses: it may have room at the next save."""
     try:
         save(run, stop)
     except OSError as error:

@@ -1,8 +1,8 @@
 """The training loop: gradients -> update -> hooks (show, log, save, evaluate).
 
-What a step does depends on its number, the settings and the data alone, and on the weights and
-moments before it; so a run goes on from a checkpoint (run.py) as if it had not stopped. Knows
-tokens; their tokenizer is only compared and handed on.
+A step depends only on its number, the settings, the data, and the weights and moments before it. So
+a run continues from a checkpoint (run.py) as if it had not stopped. Knows tokens; it only compares
+their tokenizer and passes it on.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ from gpt2c.train.tensorboard import check_tensorboard
 __all__ = ["MOST_SKIPPED", "TrainResult", "reserved", "train"]
 
 Gradients = Callable[[], tuple[float, str]]  # see `take_steps`
-MOST_SKIPPED = 20  # steps in a row: weights that give nothing finite so often never will
+MOST_SKIPPED = 20  # steps in a row: weights that fail so often never give a finite result again
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps done, validation loss in nats per token, seconds of this call.
+    """The result of a run: steps done, validation loss in nats per token, seconds of this call.
 
-    `started` is the step that this call began after, `skipped` counts the run's steps without an
-    update. The loss is nan where the weights, as they are, were not evaluated. `interrupted` says
-    whether a signal such as Ctrl-C ended the run before its last step or that one's evaluation.
+    `started` is the number of steps before this call, `skipped` counts the run's steps without an
+    update. The loss is nan if the present weights were not evaluated. `interrupted` tells whether a
+    signal such as Ctrl-C ended the run before its last step or the evaluation of that step.
     """
 
     step: int
@@ -87,30 +87,31 @@ def train(
 
     Parameters
     ----------
-    data : what `gpt2c prepare` made: train.bin, val.bin or shards of them, the tokenizer's files
-    out : the run
+    data : the directory that `gpt2c prepare` made: train.bin, val.bin or shards of them, and the
+        tokenizer's files
+    out : the directory of the run
     given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
         own
-    resume : go on from the newest whole checkpoint in `out`, or from the first step if the run was
-        stopped before it had one: on the same backend the result is, to the bit, that of a run
-        never interrupted. With another `max_iters` or schedule, the
-        steps done keep their learning rates and those to come have the new schedule's.
-    overwrite : `out` may exist and hold something
-    held : `out` is the caller's, see `reserved`
+    resume : continue from the newest whole checkpoint in `out`, or from the first step if the run
+        has none yet. On the same backend the result is, bit for bit, that of an uninterrupted run.
+        With another `max_iters` or schedule, only the coming steps have the new learning rates
+    overwrite : `out` may exist and hold files
+    held : the caller has locked `out`, see `reserved`
 
     Raises
     ------
     OSError : a file is missing, damaged or cannot be written; an output directory is not empty;
-        another process trains into `out` or prepares `data`; the run's checkpoints are gone. An
-        error that comes after steps were done, and that is none of the weights', ends in a save.
-        A checkpoint that cannot be written ends the run only if it is the last one
-    ValueError : settings, data and checkpoint do not fit each other, or a loss or gradient is not
-        finite: then nothing was updated with it, and the checkpoints are as they were; `resume` and
-        `overwrite` together
+        another process trains into `out` or prepares `data`; the run's checkpoints are gone. A
+        checkpoint that cannot be written ends the run only if it is the last one
+    ValueError : settings, data and checkpoint do not fit each other; `resume` and `overwrite`
+        together; or a loss or gradient is not finite: it updated nothing, and the checkpoints are
+        unchanged
+
+    Before any other error after the first step, the run is saved.
     """
     if resume and overwrite:
         raise ValueError(
-            f"--resume goes on with the run in {out} and --overwrite removes it: give one of them"
+            f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
         )
     with ExitStack() as stack:
         if resume:
@@ -127,9 +128,9 @@ def train(
 def reserved(
     out: Path, given: Mapping[str, Any], vocab_size: int, overwrite: bool
 ) -> Iterator[None]:
-    """Have a run's directory for a `train` that comes after long work, so that it refuses before.
+    """Check and lock a run's directory before long work, so that the `train` after it succeeds.
 
-    The directory is locked, and made if need be; it is removed where the work fails.
+    The directory is made if it does not exist, and then removed again if the work fails.
 
     Parameters
     ----------
@@ -139,11 +140,11 @@ def reserved(
     Raises
     ------
     OSError, ValueError : see `train`
-    MemoryError : the training does not fit into memory
+    MemoryError : the training needs more memory than is free
     """
     settings = TrainSettings(**given)
     config = settings.model_config(vocab_size)
-    _fitting_backend(settings, config, order_bytes=0)  # as there are no tokens yet
+    _fitting_backend(settings, config, order_bytes=0)  # there are no tokens yet
     with atomic.claimed(out, overwrite), locked_run(out):
         check_save(out, config.num_parameters(), overwrite)
         yield
@@ -152,7 +153,7 @@ def reserved(
 def _fitting_backend(
     settings: TrainSettings, config: GPT2Config, order_bytes: int, resumed: bool = False
 ) -> Any:
-    """Return the backend of a run that this machine has all for."""
+    """Return the backend of a run; refuse a run for which a package or memory is missing."""
     if settings.tensorboard:
         check_tensorboard()
     backend = get_backend(settings.backend, settings.threads or None)
@@ -169,7 +170,7 @@ def _prepare(
     held: bool,
     stack: ExitStack,
 ) -> tuple[Run, Batches, Shards]:
-    """Check all that can be checked before anything is written, then open the run."""
+    """Check the arguments and files before anything is written, then open the run."""
     record = read_record(out) if resume else None
     if record is None:
         settings = TrainSettings(**given)
@@ -192,8 +193,8 @@ def _prepare(
     fingerprint = {"train": _fingerprint(tokens), "val": _fingerprint(val_tokens)}
     if record is not None and record["data"] != fingerprint:
         raise ValueError(
-            f"{data} does not hold the training and validation tokens of the run {out}, as data in"
-            f" {RUN_FILE} has them: go on with those"
+            f"{data} does not hold the training and validation tokens of the run {out}, whose"
+            f" fingerprint is in {RUN_FILE}: go on with those"
         )
     batches = Batches(
         tokens, settings.batch_size, settings.block_size, settings.seed, settings.batch_order
@@ -232,7 +233,7 @@ def _prepare(
 
 
 def _describe(run: Run, batches: Batches) -> str:
-    """Say what is about to be trained, and what may not be meant."""
+    """Return a description of the run, with settings that may be mistakes."""
     settings, config = run.settings, run.model.config
     text = (
         f"{config.num_parameters():,} parameters, backend {run.model.backend.name};"
@@ -255,12 +256,12 @@ def _token_size(tokens: Sequence[StoredTokens]) -> float:
 
 
 def _fingerprint(tokens: Sequence[StoredTokens]) -> list[int]:
-    """Tell token files from others: each one's length and a checksum of all of it."""
+    """Return the length and the checksum of each token file, which identify them."""
     return [mark for shard in tokens for mark in (len(shard), shard.checksum)]
 
 
 def _train(run: Run, batches: Batches, val_tokens: Shards, stop: Stop) -> TrainResult:
-    """Pretrain: predict each next token of the batches, with all hooks."""
+    """Pretrain on the next tokens of the batches, with all hooks."""
     start, started = time.monotonic(), run.step
     progress = Progress(run.step, run.settings.max_iters, run.settings.log_interval)
     evaluate = Evaluate(val_tokens, stop, progress)
@@ -285,21 +286,21 @@ def take_steps(
 
     Parameters
     ----------
-    gradients : the objective: computes the next step's gradients into the model; returns its loss,
-        and what is not finite of it or ""
+    gradients : the objective: computes the next step's gradients into the model; returns the loss,
+        and "" or, if the loss is not finite, the fault of `Step`
     hooks : called after each step, in this order
-    progress : told of steps that are skipped
+    progress : shows the skipped steps
 
     Raises
     ------
-    LostModel : a step is not finite and may not be skipped, or not as many in a row
-    StoppedError : a hook was asked to stop
+    LostModel : a step is not finite and may not be skipped, or too many in a row were skipped
+    StoppedError : a signal stopped a hook
 
-    Before any other error of the objective or a hook leaves, the steps done are saved.
+    Before any other error of the objective or a hook is raised, the steps done are saved.
     """
     schedule, skips = run.settings.learning_rates(), _Skips(run, progress)
     try:
-        # What was skipped may be the fault of weights that are lost, so it does not end in a save.
+        # Lost weights may have caused a skipped step: a stop, which saves, waits for a good step.
         while run.step < run.settings.max_iters and (skips.in_a_row or not stop.asked):
             step = _step(run, gradients, schedule(run.step), skips, stop)
             for hook in hooks:
@@ -337,7 +338,7 @@ def _step(run: Run, gradients: Gradients, learning_rate: float, skips: _Skips, s
 
 
 def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
-    """Compute the next step's loss and gradients; return the loss, and what is not finite of it."""
+    """Compute the next step's loss and gradients; return the loss and its fault, "" for none."""
     settings, model = run.settings, run.model
     accumulate = settings.gradient_accumulation_steps
     model.zero_grad()
@@ -352,9 +353,9 @@ def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
 
 
 def _update(run: Run, learning_rate: float) -> tuple[float, str]:
-    """Update the weights; return the gradients' norm, and what is not finite of them.
+    """Update the weights; return the gradients' norm and their fault, "" for none.
 
-    Where something is not finite, nothing was updated.
+    Gradients that are not finite update nothing.
     """
     run.torn = True
     try:
@@ -368,7 +369,7 @@ def _update(run: Run, learning_rate: float) -> tuple[float, str]:
 
 
 class _Skips:
-    """Counts the steps that are left out, or stops the run."""
+    """Counts the skipped steps, or stops the run if a step must not be skipped."""
 
     def __init__(self, run: Run, progress: Progress) -> None:
         self._run, self._progress = run, progress
@@ -376,7 +377,12 @@ class _Skips:
         self._quiet_until = 0
 
     def count(self, fault: str) -> None:
-        """Take note of the next step, with what is not finite of it, or "" where all is."""
+        """Count the next step if it has a fault; "" is none.
+
+        Raises
+        ------
+        LostModel : steps may not be skipped, or too many in a row were skipped
+        """
         if not fault:
             self.in_a_row = 0
             return
@@ -401,7 +407,7 @@ class _Skips:
 
 
 def _save_last(run: Run, stop: Stop) -> None:
-    """Save at the end, after which there is no next time."""
+    """Save at the end of the run: here an error is raised, as no later save follows."""
     try:
         with stop.held():
             save(run, stop)
@@ -409,13 +415,13 @@ def _save_last(run: Run, stop: Stop) -> None:
                 run.publish()
     except OSError as error:
         message = f"{error.strerror or error}; {run.newest()}"
-        if error.errno is None:  # a sentence of ours
+        if error.errno is None:  # gpt2c's own message
             raise OSError(message) from error
         raise OSError(error.errno, message, error.filename) from error
 
 
 def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
-    """Save on the way out of an error that is none of the weights'; that error is to be told."""
+    """Save after an error that lost weights did not cause; a failing save must not hide it."""
     if run.torn or run.step in (run.saved_step, 0):
         return
     with suppress(OSError, ValueError, MemoryError):
@@ -424,7 +430,7 @@ def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
 
 
 def _draw(run: Run) -> bool:
-    """Draw the loss; a picture that cannot be drawn is no failure of the run."""
+    """Draw the loss; return whether that worked: the run does not fail without a picture."""
     try:
         return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
     except Exception as error:
@@ -433,10 +439,10 @@ def _draw(run: Run) -> bool:
 
 
 def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
-    """Refuse to go on with tokens that mean something else: two vocabularies may be of one size."""
+    """Refuse data of another tokenizer, whose vocabulary may have the same size."""
     try:
         own = Tokenizer.from_pretrained(out)
-    except FileNotFoundError:  # what a kill at the start left out comes with the next start
+    except FileNotFoundError:  # after a kill at its start; the run will write these files
         return
     if own.fingerprint != tokenizer.fingerprint:
         raise ValueError(
@@ -446,8 +452,8 @@ def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
 
 
 def _tell_older(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -> None:
-    """Say which settings a run of another version had not."""
+    """Report the settings that a run of another version lacks."""
     lacking = [name for name in OLDER if name not in stored]
     if lacking:
         taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
-        report(f"{out / RUN_FILE} is another version's; what it lacks is taken as {taken}")
+        report(f"{out / RUN_FILE} is another version's; settings that it lacks become {taken}")

@@ -1,9 +1,8 @@
-"""metrics.jsonl: one JSON object a step, there once however often the run was stopped.
+"""metrics.jsonl: one JSON object for each step, exactly one even if the run was stopped.
 
     {"step": 40, "loss": 4.1, "learning_rate": 0.001, "grad_norm": 0.7, "tokens": 81920, ...}
 
-Knows nothing about what the numbers mean, but that each step has one line and that a number which
-JSON cannot hold is null.
+A number that JSON cannot hold is null. Knows nothing about the meaning of the numbers.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from gpt2c.files.untrusted import open_file, parse_json
 
 __all__ = ["Metrics", "read_metrics"]
 
-_LONGEST = 1 << 16  # bytes of a line; what is longer is not one of ours
+_LONGEST = 1 << 16  # bytes of a line; `Metrics` writes no longer one
 
 
 class Metrics:
-    """The metrics of a run, open to be appended to.
+    """The metrics of a run, open for appending.
 
-    Opening drops the lines after `step`, which the steps to come will write again, and a last line
-    that was cut short. Of a damaged file the lines that can be read stay, and all of it as it was
-    goes into metrics.jsonl.damaged: a run does not stop for its log.
+    Opening drops the lines after `step`, as the run will write them again, and a last line that was
+    cut short. A damaged file does not stop the run: its readable lines stay, and the whole file is
+    copied to metrics.jsonl.damaged.
 
     Parameters
     ----------
     path : the file; made if it does not exist
-    step : the last step whose line is to stay, 0 for a new run
-    report : told in a line if the file was damaged
+    step : the last step whose line stays, 0 for a new run
+    report : called with a line of text if the file was damaged
 
     Raises
     ------
@@ -58,11 +57,11 @@ class Metrics:
                 with atomic_path(damaged) as copy:
                     shutil.copyfile(path, copy)
                 report(
-                    f"{path} was damaged: {step - kept} of {step} steps cannot be read; the file as"
-                    f" it was is {damaged}"
+                    f"{path} was damaged: {step - kept} of {step} steps cannot be read; a copy of"
+                    f" the damaged file is {damaged}"
                 )
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._cut = False  # whether the last line is not whole
+        self._cut = False  # whether the last line is incomplete
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write one line; a float that is not finite becomes null."""
@@ -88,7 +87,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines that are whole, in order of their steps; others are passed over.
+    """Read the valid lines, in the order of their steps; others are skipped.
 
     Raises
     ------
@@ -99,7 +98,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, missing_ok: bool = True) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Return each line and its object, or None if it is not one that `Metrics` writes."""
+    """Yield each line with its object, or with None if `Metrics` cannot have written it."""
     if missing_ok and not path.exists():
         return
     with open_file(path) as file:
@@ -116,5 +115,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         finite = all(type(v) in (int, float) and math.isfinite(v) for v in numbers.values())
         step = entry.get("step")
         return entry if finite and type(step) is int and 1 <= step < 10**15 else None
-    except (ValueError, OverflowError):  # not JSON; a whole number beyond every float
+    except (ValueError, OverflowError):  # not JSON; a whole number too large for a float
         return None

@@ -1,6 +1,6 @@
-"""Needs: what a training run takes of memory, added up and compared once, before the first step.
+"""The memory that a training run needs, compared with the free memory before the first step.
 
-Each array alone may fit where all of them do not, and a system ends the process only when the
+Each array may fit alone though all together do not, and the system kills the process only when the
 memory is used. Knows which settings lower the need.
 """
 
@@ -16,14 +16,14 @@ from gpt2c.train.settings import TrainSettings
 
 __all__ = ["PYTHON", "check_training", "training_parts"]
 
-PYTHON = 32 << 20  # bytes that it takes later: the picture, what it imports for that
-SCRATCH = 3 << 20  # bytes of a thread: what its kernels pack, and its stack
+PYTHON = 32 << 20  # bytes that Python takes later, for the picture and its imports
+SCRATCH = 3 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
 
 
 def training_parts(
     config: GPT2Config, settings: TrainSettings, threads: int, order_bytes: int
 ) -> dict[str, int]:
-    """Return what a run needs: name -> bytes. An evaluation takes the activations' place.
+    """Return the memory of a run: name -> bytes. An evaluation uses that of the activations.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def training_parts(
     """
     shapes = config.parameter_shapes()
     parts = parts_needed(config, settings.batch_size, settings.block_size, settings.recomputation)
-    if settings.gradient_accumulation_steps > 1:  # the next batch's of wte is computed beside it
+    if settings.gradient_accumulation_steps > 1:  # wte's next gradient has memory of its own
         parts["gradients"] += 4 * math.prod(shapes["wte.weight"])
     parts["threads"] = SCRATCH * threads
     parts["order of the windows"] = order_bytes
@@ -55,11 +55,11 @@ def check_training(
     Parameters
     ----------
     config, settings, threads, order_bytes : see `training_parts`
-    resumed : the run goes on, so that its model and its batches stay as they are
+    resumed : the run is resumed, so its model and its batches cannot change
 
     Raises
     ------
-    MemoryError : it does not fit; nothing was asked for
+    MemoryError : the run does not fit; nothing was allocated
     """
     parts, free = training_parts(config, settings, threads, order_bytes), available_bytes()
     if sum(parts.values()) <= free:

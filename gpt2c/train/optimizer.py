@@ -1,7 +1,6 @@
 """AdamW over a model's flat parameters, and learning-rate schedules as pure functions of the step.
 
-Knows nothing about layers, losses, data or files: it sees two flat arrays and the ops that walk
-over them.
+Knows nothing about layers, losses, data or files, only two flat arrays and the ops on them.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class OptimizerOps(Protocol):
 
 
 class FlatModel(Protocol):
-    """What an optimizer needs of a model: flat arrays whose first `decay_size` floats decay."""
+    """The part of a model that an optimizer uses; the first `decay_size` floats decay."""
 
     @property
     def backend(self) -> OptimizerOps: ...
@@ -74,24 +73,24 @@ class AdamW:
 
     Parameters
     ----------
-    model : whose parameters are updated in place, from its gradients
-    learning_rate : used when `step` is given none
+    model : its parameters are updated in place, from its gradients
+    learning_rate : of a `step` that is called without one
     betas : decay rates of the first and second moment, each in [0, 1)
     eps : added outside the square root
-    weight_decay : fraction of a parameter taken off per step and unit of learning rate
+    weight_decay : each step subtracts learning_rate * weight_decay * param
 
     Attributes
     ----------
     m, v : flat float32 arrays, the moments, laid out as the model's parameters
-    steps : how many steps were taken, the t of the last one
+    steps : the number of steps taken, t of the last one
 
     Raises
     ------
     ValueError : a setting is out of range, or the model has no gradients
     MemoryError : gradients and moments do not fit
 
-    A checkpoint stores `state()` and `steps`. `copy.deepcopy` and `pickle` take the model along:
-    copy both together, as a pair, and the copied optimizer updates the copied model.
+    A checkpoint stores `state()` and `steps`. `copy.deepcopy` and `pickle` copy the model too: copy
+    both together, as a pair, and the copied optimizer updates the copied model.
 
     Examples
     --------
@@ -142,22 +141,22 @@ class AdamW:
 
     @staticmethod
     def state_bytes(parameters: int) -> int:
-        """Return the size of the state of an optimizer of this many parameters."""
+        """Return the size in bytes of the state for this many parameters."""
         return 2 * 4 * parameters
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Return what the next step needs of those before it, beside `steps`: name -> array.
+        """Return all that the next step needs of earlier ones, except `steps`: name -> array.
 
-        The arrays are the optimizer's own, and no copies: float32, laid out as the parameters.
+        The arrays are the optimizer's own, not copies: float32, laid out as the parameters.
         """
         return {"m": self.m, "v": self.v}
 
     def load_state(self, state: Mapping[str, ArrayLike], steps: int) -> None:
-        """Go on from a state after so many steps, as if this optimizer had taken them.
+        """Continue from a state after `steps` steps, as if this optimizer had taken them.
 
         Parameters
         ----------
-        state : what `state` returned, or what was stored of it; the arrays are copied
+        state : the result of `state`, also when it was stored since; the arrays are copied
         steps : the number of steps taken, at least 0
 
         Raises
@@ -179,9 +178,9 @@ class AdamW:
         self.steps = steps
 
     def not_finite(self) -> str:
-        """Return the name of what is not finite, the weights or an array of `state`; "" if all is.
+        """Return "weights" or the name of a moment that is not finite; "" if all are finite.
 
-        A step may overflow though its gradients were finite. This is one pass over memory.
+        A step may overflow even if its gradients were finite. This reads all of that memory once.
         """
         state = {f"moment {name}": array for name, array in self.state().items()}
         for name, array in ({"weights": self.model.flat_parameters} | state).items():
@@ -195,8 +194,8 @@ class AdamW:
         Parameters
         ----------
         learning_rate : of this step, None for the constructor's
-        grad_clip : the most the gradients' global norm may be, None for no limit; the step uses
-            them times min(1, grad_clip / (norm + 1e-6)), as PyTorch's clip_grad_norm_
+        grad_clip : the largest global norm of the gradients, None for no limit; the step multiplies
+            them by min(1, grad_clip / (norm + 1e-6)), as PyTorch's clip_grad_norm_
 
         Returns
         -------
@@ -205,7 +204,7 @@ class AdamW:
         Raises
         ------
         ValueError : a setting is out of range, or (a NonFiniteGradient) the norm is not finite;
-            parameters and moments are as they were
+            parameters and moments are unchanged
         """
         learning_rate = self.learning_rate if learning_rate is None else learning_rate
         _check_learning_rate(learning_rate)
@@ -215,8 +214,8 @@ class AdamW:
         norm = float(model.backend.global_norm(model.flat_gradients))
         if not math.isfinite(norm):
             raise NonFiniteGradient(
-                f"the gradient norm is {norm} at step {self.steps + 1}, so the weights were left "
-                "as they were; lower the learning rate"
+                f"the gradient norm is {norm} at step {self.steps + 1}, so the weights were not"
+                " changed; lower the learning rate"
             )
         grad_scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (norm + 1e-6))
         self.steps += 1
@@ -266,7 +265,7 @@ class Schedule:
     warmup_iters : steps of the warm-up, 0 for none
     min_lr : the lowest after the warm-up
     decay_fraction : of wsd, the share of max_iters that decays, in (0, 1]
-    step_size, gamma : of step, every step_size steps the rate is multiplied by gamma in (0, 1]
+    step_size, gamma : of step, the rate is multiplied by gamma in (0, 1] every step_size steps
 
     Raises
     ------
@@ -316,7 +315,7 @@ class Schedule:
 
         Raises
         ------
-        ValueError : the step is no whole number, or below 0
+        ValueError : the step is not a whole number, or is below 0
         """
         if whole_or_float("step", step) < 0:
             raise ValueError(f"step must be at least 0, got {step}")

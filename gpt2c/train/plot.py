@@ -1,7 +1,6 @@
-"""What the pictures show: the curves of runs, and the figures of a benchmark.
+"""Pictures: the curves of runs, and the figures of a benchmark.
 
-They need matplotlib, the extra [plot]; how they are drawn stands in gpt2c.screen.picture.
-Independent of models.
+They need matplotlib, the extra [plot]; gpt2c.screen.picture writes them. Independent of models.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ __all__ = [
     "smoothed",
 ]
 
-# In a run's directory: what train draws, and what `gpt2c plot` does.
-
-# A row of a benchmark has its colour in every picture.
+# A row of a benchmark has the same colour in every picture.
 OWN_COLORS = {
     "numpy": "#9a9a9a",
     "base": "#7fb069",
@@ -50,16 +47,16 @@ COLORS = OWN_COLORS | {
     "ctranslate2": "#3d7a36",
     "llm.c": "#555555",
 }
-# The kinds of weights of a row: the share of its colour that stays, and the pattern on its bar.
+# The weights of a row -> the strength of its colour, and the pattern on its bar.
 KINDS = {"fp32": (1.0, ""), "fp16": (0.65, "//"), "int8": (0.4, "..")}
 UNKNOWN = "#1c1c1c"
 
-# The lines of runs, in the order in which they are named.
+# The colours of runs, in the order in which the runs are named.
 RUN_COLORS = (
     *("#1f5a9e", "#c8451b", "#3f8f4f", "#7d3c98", "#e8a838", "#16a3a3", "#8c564b"),
     *("#d16ba5", "#6b6b6b", "#8fb339", "#38b6ff", "#2b2b2b"),
 )
-POINTS = 2000  # of a curve that are drawn: the picture has fewer columns
+POINTS = 2000  # drawn points of a curve: the picture has fewer columns of pixels
 LONGEST = 48  # characters of a run's name in a legend
 
 Metric = tuple[list[int], list[float]]
@@ -69,7 +66,7 @@ Metric = tuple[list[int], list[float]]
 
 
 def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw training and validation loss over the steps; return False where matplotlib is missing.
+    """Draw training and validation loss over the steps; return False if matplotlib is missing.
 
     Parameters
     ----------
@@ -111,8 +108,8 @@ def plot_runs(
 ) -> str:
     """Draw loss, learning rate, gradient norm and speed of runs over one another.
 
-    A curve that lies on one of a run before it is dashed, so that both are seen, and the legend
-    says which runs are identical.
+    A curve on top of an earlier run's curve is dashed, so that both are visible. The legend names
+    identical runs.
 
     Parameters
     ----------
@@ -122,7 +119,7 @@ def plot_runs(
 
     Returns
     -------
-    the characters of the names that no font here has; the picture has their codes
+    the characters of the names that no font here has; the picture shows their codes
 
     Raises
     ------
@@ -178,7 +175,7 @@ def plot_runs(
 
 
 def shorten(names: Sequence[str]) -> list[str]:
-    """Name runs by the parts of their paths that tell them apart; a long name loses its middle."""
+    """Return the parts of the runs' paths that differ; a long name loses its middle."""
     parts = [Path(name).parts or (".",) for name in names]
     if len(parts) == 1:
         parts = [parts[0][-2:]]
@@ -194,7 +191,7 @@ def shorten(names: Sequence[str]) -> list[str]:
 
 
 def _twins(curves: Sequence[Metric]) -> list[int]:
-    """Return for each curve the number of the first one that it lies on, often its own."""
+    """Return for each curve the index of the first curve that it lies on, often its own."""
     return [
         next((j for j in range(i) if _lies_on(curve, curves[j])), i)
         for i, curve in enumerate(curves)
@@ -208,7 +205,7 @@ def _lies_on(one: Metric, other: Metric) -> bool:
 
 
 def _dashes(twins: Sequence[int], i: int) -> Any:
-    """Return the line style of curve i: solid, or dashes that leave room for those below them."""
+    """Return the line style of curve i: solid, or dashes with gaps for the curves below it."""
     number = twins[:i].count(twins[i])
     if number == 0:
         return "-"
@@ -217,18 +214,18 @@ def _dashes(twins: Sequence[int], i: int) -> Any:
 
 
 def _metric(metrics: Sequence[Mapping[str, Any]], name: str) -> Metric:
-    """Return the steps that have a finite number of this name, and the numbers."""
+    """Return the steps with a finite number of this name, and the numbers."""
     found = [(entry["step"], entry[name]) for entry in metrics if entry.get(name) is not None]
     found = [(step, value) for step, value in found if abs(value) < 1e300]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def smoothed(steps: Sequence[int], values: Sequence[float]) -> Metric:
-    """Replace each value by the median of it and its neighbours, as many before as after it.
+    """Replace each value by the median of a window around it.
 
-    Those are a fortieth of all on each side, at least 10, but no more than a tenth. Where there are
-    fewer, near both ends, nothing is drawn: the median of fewer would bend to the first and the
-    last value. What rises or falls steadily stays where it is.
+    The window has on each side a fortieth of all values, at least 10, but no more than a tenth.
+    Values near both ends, which lack a full window, are left out: a smaller window would bend the
+    curve towards the first and last value. A steady rise or fall is unchanged.
 
     Parameters
     ----------
@@ -236,7 +233,7 @@ def smoothed(steps: Sequence[int], values: Sequence[float]) -> Metric:
 
     Returns
     -------
-    (steps, medians), of a long run at some places only: between them lie straight lines
+    (steps, medians), at no more than POINTS places
     """
     numbers = np.asarray(values, np.float64)
     count = len(numbers)
@@ -248,7 +245,7 @@ def smoothed(steps: Sequence[int], values: Sequence[float]) -> Metric:
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> Metric:
-    """Leave out what no picture shows: of each stretch the lowest and highest value stay."""
+    """Leave out points that no picture can show; each part keeps its lowest and highest value."""
     if len(steps) <= 2 * POINTS:
         return list(steps), list(values)
     numbers = np.asarray(values)
@@ -260,12 +257,12 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> Metric:
 
 
 def _line(axes: Any, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
-    """Draw a curve; a single point, which a line would not show, is a dot."""
+    """Draw a curve; a curve of a single point is a dot, as a line would not show it."""
     axes.plot(steps, values, **style | _dot(steps))
 
 
 def _dot(steps: Sequence[int]) -> dict[str, Any]:
-    """Return the style of a curve of one point, in the picture and in its legend: no line."""
+    """Return the style of a curve of one point, in the picture and in its legend: a dot."""
     return {"marker": "o", "ms": 4, "ls": ""} if len(steps) == 1 else {}
 
 
@@ -281,17 +278,17 @@ def color(row: str) -> Any:
 
 
 def row_label(row: str) -> str:
-    """Name a row for people: "avx2:int8" is "gpt2c avx2 int8"."""
+    """Return a row's name in pictures: "avx2:int8" becomes "gpt2c avx2 int8"."""
     own = row.partition(":")[0] in OWN_COLORS
     return f"{'gpt2c ' if own else ''}{row.replace(':', ' ')}"
 
 
 def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, title: str = "") -> None:
-    """Draw how near its ceiling each op of each row comes: a line for each op, a dot for each row.
+    """Draw the share of its ceiling that each op reaches: a line for each op, a dot for each row.
 
     Parameters
     ----------
-    shares : op -> row -> the least time that the op can take over the time it took
+    shares : op -> row -> the least time that the op can take, divided by the time it took
     path : the PNG file to write
 
     Raises
@@ -329,12 +326,12 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, title: st
 def plot_speed(
     groups: Mapping[str, Mapping[str, float]], xlabel: str, path: Path, title: str = ""
 ) -> None:
-    """Draw bars: a panel for each piece of work, in it a bar for each row.
+    """Draw bars: a panel for each piece of work, with a bar for each row.
 
     Parameters
     ----------
     groups : work -> row -> value
-    xlabel : what a value is
+    xlabel : the name and unit of a value
     path : the PNG file to write
 
     Raises
@@ -362,7 +359,7 @@ def plot_speed(
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.xaxis.set_major_locator(_locator())
             _tidy(axes)
-        panels[0].set_ylim(len(rows) - 0.4, -0.6)  # all share it
+        panels[0].set_ylim(len(rows) - 0.4, -0.6)  # the panels share it
         figure.suptitle(title, fontsize=9)
         write(figure, path)
 
@@ -411,7 +408,7 @@ def plot_lines(
         _finish(figure, axes, path)
 
 
-# ---- what they share -----------------------------------------------------------------------------
+# ---- shared by both ------------------------------------------------------------------------------
 
 
 def _tidy(axes: Any) -> None:
@@ -426,7 +423,7 @@ def _finish(figure: Any, axes: Any, path: Path) -> None:
 
 
 def _legend_and_save(figure: Any, path: Path, handles: Sequence[Any], title: str = "") -> str:
-    """Put a legend above the panels, as many labels in a row as the longest leaves room for."""
+    """Put a legend above the panels, with as many columns as the longest label leaves room for."""
     longest = max(columns(handle.get_label()) for handle in handles)
     room = int(figure.get_size_inches()[0] * 14)  # characters of 8 points, and the lines beside
     across = max(1, min(len(handles), room // (longest + 8)))

@@ -1,13 +1,13 @@
-"""A run's directory: what training writes, and what takes it on after a kill at any moment.
+"""A run's directory: the files that training writes, and resumes from after a kill at any moment.
 
-    run.json                          settings, config and a mark of the data: first, before step 1
+    run.json                          settings, config and a fingerprint of the data, before step 1
     checkpoints/00000040/             see checkpoints.py
-    config.json, model.safetensors    copies of the newest checkpoint's, and with the tokenizer's
-                                      files a model that transformers loads as it is
+    config.json, model.safetensors    copies of the newest checkpoint's; with the tokenizer's files
+                                      they are a model that transformers can load
     metrics.jsonl, tensorboard/       see metrics and tensorboard
 
-Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one:
-it writes what it is told to, and computes nothing.
+Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one.
+Computes nothing.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ __all__ = [
 ]
 
 VERSION = 1
-# What a run writes at the top of its directory beside run.json.
+# Files that a run writes at the top of its directory, beside run.json.
 _FILES = (
     *(CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE),
     *(VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE),
 )
-# What others wrote there: a later run must not be taken for one with that tokenizer.
+# Other programs' tokenizer files: a new run removes them, or readers would prefer them to its own.
 _OTHERS = (TOKENIZER_FILE, ADDED_FILE)
 _LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE)
 
 
 def locked_run(out: Path) -> AbstractContextManager[None]:
-    """Have a run's directory to oneself; see `atomic.locked`.
+    """Lock a run's directory for this process; see `atomic.locked`.
 
     Raises
     ------
@@ -88,20 +88,20 @@ def locked_run(out: Path) -> AbstractContextManager[None]:
     """
     if not out.is_dir():
         check_link(out)
-        raise FileNotFoundError(f"{out} is not a directory; a run that can go on is one")
+        raise FileNotFoundError(f"{out} is not a directory, so it holds no run that can go on")
     return atomic.locked(
         out, f"another process is training into {out}: wait for it, or name another directory"
     )
 
 
 def report(line: str) -> None:
-    """Tell a person what happened to a run; where no one can be told, the work goes on."""
-    with suppress(OSError, ValueError):  # a terminal or reader that left, a full disk, a closed one
+    """Print a line about a run; if it cannot be printed, the work goes on."""
+    with suppress(OSError, ValueError):  # a closed terminal, pipe or file; a full disk
         print(line, flush=True)
 
 
 class LostModel(ValueError):
-    """Weights, moments or what came of them are not finite: they are not worth to be kept."""
+    """Weights, moments, or a loss or gradient from them, are not finite: they are not kept."""
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -126,17 +126,17 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def check_save(out: Path, parameters: int, overwrite: bool) -> None:
-    """Try what a save will do in an existing run's directory, before hours of work rest on it.
+    """Check that a run's existing directory can take a save, before hours of work depend on it.
 
     Raises
     ------
-    OSError : its files cannot be written: a link that leads nowhere, no permission, or less room on
-        the disk than a checkpoint of so many parameters and a copy of its weights take
+    OSError : its files cannot be written: a link to nothing, no permission, or less room on the
+        disk than a checkpoint of `parameters` parameters and a copy of its weights need
     """
     directory = out / CHECKPOINTS
     check_link(directory)
     if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file; the directory of checkpoints is wanted")
+        raise NotADirectoryError(f"{directory} is a file; it must be the directory of checkpoints")
     place = directory if directory.is_dir() else out  # where it will be made
     homes = [path.parent for path in atomic.places(*(out / name for name in (RUN_FILE, *_FILES)))]
     for parent in dict.fromkeys((out, place, *homes)):
@@ -147,7 +147,7 @@ def check_save(out: Path, parameters: int, overwrite: bool) -> None:
                 (trial / "file").write_bytes(b"can be written")
         finally:
             shutil.rmtree(trial, ignore_errors=True)
-    # What an overwritten run leaves goes first.
+    # The checkpoints of an overwritten run are removed first.
     left = sum(path.lstat().st_size for path in directory.glob("*/*")) if overwrite else 0
     copy = through(out / WEIGHTS_FILE).parent
     weights = 4 * parameters
@@ -157,7 +157,7 @@ def check_save(out: Path, parameters: int, overwrite: bool) -> None:
         wanted = {place: checkpoint + weights}
     for parent, size in wanted.items():
         disk = shutil.disk_usage(parent)
-        if disk.total and disk.free + left < size:  # some file systems say 0 of all
+        if disk.total and disk.free + left < size:  # some file systems report 0 for all
             raise OSError(
                 errno.ENOSPC,
                 f"a checkpoint needs {size:,} bytes and {disk.free + left:,} are free: make room,"
@@ -167,16 +167,16 @@ def check_save(out: Path, parameters: int, overwrite: bool) -> None:
 
 
 def check_never_saved(out: Path) -> None:
-    """Refuse to begin a run again, in whose directory no checkpoint was found, but that had one.
+    """Refuse to begin a run again if it had checkpoints and none was found.
 
     Raises
     ------
-    FileNotFoundError : it had
+    FileNotFoundError : the run had a checkpoint
     """
     steps = 0
     with suppress(OSError):
         steps = len(read_metrics(out / METRICS_FILE))
-    # One that was killed before its first save has an empty directory for checkpoints and no model.
+    # A run killed before its first save has an empty directory of checkpoints and no model.
     if (out / WEIGHTS_FILE).exists() or (steps and not (out / CHECKPOINTS).is_dir()):
         raise FileNotFoundError(
             f"{out} has done {steps:,} steps, but {out / CHECKPOINTS} holds no checkpoint to go on"
@@ -187,16 +187,16 @@ def check_never_saved(out: Path) -> None:
 
 
 def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
-    """Refuse a run of another model before there is one.
+    """Refuse a run of another model before the model is built.
 
     Raises
     ------
-    ValueError : `entries`, of the file `source`, are not those of `config`
+    ValueError : `entries`, from the file `source`, are not those of `config`
     """
     try:
         found = GPT2Config.from_dict(entries) if isinstance(entries, dict) else None
     except ValueError as error:
-        raise ValueError(f"{source}: its config cannot be: {error}") from None
+        raise ValueError(f"{source}: its config is invalid: {error}") from None
     if found != config:
         raise ValueError(
             f"{source} holds a model of another config than its settings and this data's tokenizer"
@@ -205,25 +205,24 @@ def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
 
 
 class Run:
-    """A run that this process alone goes on with: its model and optimizer, and its directory.
+    """A run of this process: its model, its optimizer and its locked directory.
 
     Parameters
     ----------
-    out : the directory, `locked_run`
+    out : the directory, locked by `locked_run`
     settings, model, optimizer, tokenizer : of the run
-    data : what JSON can hold of the data, to know it again
-    bytes_per_token : of the texts of "train" and "val", by which runs with different tokenizers
-        are compared
+    data : the data's fingerprint, for JSON
+    bytes_per_token : of the texts of "train" and "val", to compare runs with different tokenizers
 
     Attributes
     ----------
-    step, skipped : steps done, and those of them that updated nothing
-    seconds : spent in steps
-    val_loss : of the weights as they are; nan if those were not evaluated
+    step, skipped : the number of steps done, and of those without an update
+    seconds : time spent in steps
+    val_loss : of the present weights; nan if they were not evaluated
     saved : the newest checkpoint, None before the first
-    good : the newest with whose weights a finite loss was computed; the older ones stay until then
-    entry : metrics of the last step that are not logged yet, for its evaluation is still to be done
-    torn : whether an update was begun and did not end: the weights are of no step
+    good : the newest checkpoint whose weights gave a finite loss; only older ones are removed
+    entry : the last step's metrics until they are logged, after a due evaluation; then None
+    torn : whether an update began and did not end: then the weights belong to no step
     """
 
     def __init__(
@@ -247,19 +246,19 @@ class Run:
         self.saved_step = -1
         self.entry: dict[str, Any] | None = None
         self.torn = False
-        self._stored: TrainerState | None = None  # what the newest checkpoint says of the run
+        self._stored: TrainerState | None = None  # in the newest checkpoint
         self._published: Path | None = None
         self._metrics: Metrics | None = None
         self._events: Events | None = None
         self._told: set[str] = set()
-        self._place: os.stat_result | None = None  # of the directory that is locked
+        self._place: os.stat_result | None = None  # of the locked directory
         self._locks = ExitStack()  # of directories that were made again
 
     def start(self) -> None:
-        """Begin the directory anew; what an overwritten run left is removed, but links to it stay.
+        """Begin the directory anew: remove an overwritten run's files, but keep links to files.
 
-        run.json goes first and comes first: with it a run can go on, without it none can be
-        mistaken for another.
+        run.json is removed first and written first: with it a run can go on, and without it old
+        files cannot be mistaken for a run.
         """
         for name in (RUN_FILE, *_FILES):
             through(self.out / name).unlink(missing_ok=True)
@@ -274,7 +273,7 @@ class Run:
         self._open()
 
     def restore(self, record: Mapping[str, Any], found: Checkpoint | None) -> None:
-        """Go on from a checkpoint, or from the first step if there is none.
+        """Continue from a checkpoint, or from the first step if there is none.
 
         Raises
         ------
@@ -283,7 +282,7 @@ class Run:
         here = self._record()
         if record["backend"] != here["backend"]:  # the number of threads changes no bit
             report(
-                f"{self.out} ran on {record['backend']} and goes on on {here['backend']}: the"
+                f"{self.out} ran on {record['backend']} and continues on {here['backend']}: the"
                 " result will not be bit-for-bit that of a run on one of them"
             )
         if found:
@@ -301,7 +300,7 @@ class Run:
         self._open()
 
     def _open(self) -> None:
-        """Make the directory whole, whatever it lacks, and open the metrics."""
+        """Write the files that the directory lacks, and open the metrics."""
         self._place = os.stat(self.out)
         remove_leftovers(self.out)
         self._write_facts()
@@ -323,21 +322,21 @@ class Run:
                 self._events = Events(self.out / EVENTS, read_metrics(path))
 
     def _write_facts(self) -> None:
-        """Write what a run goes on by beside its checkpoints."""
+        """Write the files that a resumed run needs beside its checkpoints."""
         with atomic_path(self.out / RUN_FILE) as temporary:
             text = json.dumps(self._record(), indent=2, allow_nan=False) + "\n"
             temporary.write_text(text, encoding="utf-8")
         self.tokenizer.save_pretrained(self.out)
 
     def _check_own(self) -> None:
-        """Refuse to write where the run's name does not lead to the directory that it has locked.
+        """Refuse to write if the run's path no longer leads to the directory that it has locked.
 
-        The lock holds that directory open, so no other one can have its number.
+        The lock keeps that directory open, so no other directory can have its inode number.
 
         Raises
         ------
-        FileNotFoundError : the name leads nowhere
-        OSError : it leads to another directory
+        FileNotFoundError : the path leads nowhere
+        OSError : the path leads to another directory
         """
         assert self._place is not None
         if not os.path.samestat(os.stat(self.out), self._place):
@@ -349,7 +348,7 @@ class Run:
             )
 
     def _make_again(self) -> None:
-        """Make and lock the directory, whose name leads nowhere.
+        """Make and lock the directory again, whose path leads nowhere.
 
         Raises
         ------
@@ -360,7 +359,7 @@ class Run:
         self._place = os.stat(self.out)
 
     def _fill_again(self) -> None:
-        """Write what a directory without run.json lacks; its checkpoints may be gone too."""
+        """Write the files of a directory that lost its run.json and perhaps its checkpoints."""
         self._write_facts()
         if self.saved and not self.saved.exists():
             self.saved = self.good = self._stored = None
@@ -376,7 +375,7 @@ class Run:
 
     @contextmanager
     def _logging(self, path: Path) -> Iterator[None]:
-        """Write to a log, for which a run does not stop: what went wrong is told once."""
+        """Suppress the errors of a log, and report the first: a run does not stop for its logs."""
         try:
             yield
         except OSError as error:
@@ -397,9 +396,9 @@ class Run:
         }
 
     def log(self) -> None:
-        """Write the last step's metrics, which the run's time and the day's are added to.
+        """Write the last step's metrics, with the run's duration and the time of day.
 
-        The files are open: where the directory was renamed they are still the run's own.
+        The files are open, so they are the run's own even after the directory was renamed.
         """
         entry = self.entry
         assert entry is not None
@@ -413,15 +412,16 @@ class Run:
         self.entry = None
 
     def save(self) -> None:
-        """Write a checkpoint, and let the directory's own model be that one.
+        """Write a checkpoint, and copy its model to the top of the directory.
 
-        Where the step's evaluation is still to be done, the model there stays until it is. Of a
-        step that is saved, only what is new is written: what its evaluation gave, and what an
-        earlier call could not write.
+        While the step's evaluation is due, the model there stays. If the step is saved already,
+        only the new parts are written: the result of its evaluation, and files that an earlier call
+        could not write.
 
         Raises
         ------
-        OSError : it cannot be written; the last one is whole. Another directory has the run's name
+        OSError : it cannot be written, and the last one is whole; or the run's path leads to
+            another directory
         """
         try:
             self._check_own()
@@ -455,7 +455,7 @@ class Run:
             self.saved, self.saved_step = self.good, -1
 
     def publish(self) -> None:
-        """Let the directory's own model be that of the newest checkpoint."""
+        """Copy the model of the newest checkpoint to the top of the directory."""
         if self.saved:
             self._check_own()
             self._publish(self.saved)
@@ -469,23 +469,23 @@ class Run:
         return TrainerState(self.step, self.skipped, self.seconds, val_loss, self.entry)
 
     def _sync(self) -> None:
-        """Have the lines up to a checkpoint on the disk before it is there."""
+        """Wait until the metrics are on the disk, before the checkpoint of their step is."""
         if self._metrics:
             with self._logging(self.out / METRICS_FILE):
                 self._metrics.sync()
 
     def confirm(self) -> None:
-        """Let the newest checkpoint take the older ones' place: its weights gave a finite loss.
+        """Mark the newest checkpoint as good, as its weights gave a finite loss; prune older ones.
 
-        Weights may be finite and lost. The first loss after a save is of the weights that were
-        saved, and nothing is updated with one that is not finite.
+        Finite weights may be lost too, so a save alone does not make a checkpoint good. The first
+        loss after a save is that of the saved weights, as one that is not finite updates nothing.
         """
         if self.saved and self.saved != self.good:
             self.good = self.saved
             try:
                 self._check_own()
                 checkpoints.prune(self.good, self.settings.keep)
-            except OSError as error:  # the newest is whole: what stays is tried again with the next
+            except OSError as error:  # the newest is whole; the next call tries again to remove
                 report(f"older checkpoints cannot be removed: {error}")
 
     def _confirm_evaluated(self) -> None:
@@ -493,7 +493,7 @@ class Run:
             self.confirm()
 
     def last_good(self) -> str:
-        """Say where the last good checkpoint is, for an error."""
+        """Return where the last good checkpoint is, for an error message."""
         if self.saved is None:
             return "there is no checkpoint yet (--save-interval makes some)"
         if self.good is None:
@@ -503,7 +503,7 @@ class Run:
         return f"the last good checkpoint is {self.good}"
 
     def newest(self) -> str:
-        """Say what is on the disk, for an error of writing there."""
+        """Return where the newest checkpoint is, for the message of an error in writing."""
         if self.saved is None:
             return "there is no checkpoint yet"
         try:
@@ -514,9 +514,9 @@ class Run:
         return f"the newest checkpoint is {self.saved}, {steps} ago"
 
     def _publish(self, checkpoint: Path) -> None:
-        """Return the directory the model of a checkpoint.
+        """Copy the model of a checkpoint to the top of the directory.
 
-        A copy and no link: what other programs write there must not reach the checkpoint.
+        A link would let other programs write into the checkpoint.
         """
         for source in checkpoints.model_files(checkpoint):
             with atomic_path(self.out / source.name) as temporary:

@@ -1,7 +1,7 @@
-"""TrainSettings: all that a training run can be told, by a TOML recipe or flags of those names.
+"""TrainSettings: the settings of a training run, from a TOML recipe or flags of the same names.
 
 Names are nanoGPT's. Each setting is declared once, with its default, its table in a recipe and its
-help. Knows nothing about models or files but the recipe.
+help. Knows nothing about models, nor about files except recipes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ LEAST = dict.fromkeys(
     ),
     0,
 )
-GREATEST = 2**31 - 1  # of whole numbers: 2^31 steps of any run take longer than anyone waits
+GREATEST = 2**31 - 1  # of whole numbers; no run has more steps
 LARGEST_RECIPE = 1 << 20  # bytes
 
 
@@ -71,11 +71,11 @@ def setting(table: str, default: T, text: str, older: T | None = None) -> T:
 
     Parameters
     ----------
-    table : of TABLES, where a recipe has it
+    table : its table in a recipe, one of TABLES
     default : of a new run
     text : a line of help
-    older : what runs did before there was this setting; they are resumed with it. Each setting that
-        is added declares it; only those of the first run.json have none
+    older : its value in a resumed run that began before the setting existed. Each new setting needs
+        it; only those of the first run.json have none
     """
     metadata = {"table": table, "help": text, "older": older}
     field: T = dataclasses.field(default=default, metadata=metadata)
@@ -84,11 +84,13 @@ def setting(table: str, default: T, text: str, older: T | None = None) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """A training run. The defaults are a model of about 4 million parameters on short text.
+    """The settings of a training run.
+
+    The defaults are a model of about 4 million parameters on short text.
 
     Raises
     ------
-    ValueError : a number is out of its range, also what the model's config and the schedule refuse
+    ValueError : a setting is out of range, or the model's config or the schedule refuses it
     """
 
     n_layer: int = setting("model", 4, "layers")
@@ -155,7 +157,7 @@ class TrainSettings:
 
     @property
     def recomputation(self) -> str | None:
-        """What GPT2 calls `recompute`."""
+        """The argument `recompute` of GPT2."""
         return None if self.recompute == "none" else self.recompute
 
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
@@ -186,28 +188,28 @@ class TrainSettings:
 _FIELDS = dataclasses.fields(TrainSettings)
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in _FIELDS}
 TABLE_OF: dict[str, str] = {field.name: field.metadata["table"] for field in _FIELDS}
-# What the runs did that lack a setting; see `setting`.
+# Values of settings that older runs lack; see `setting`.
 OLDER: dict[str, Any] = {
     field.name: field.metadata["older"] for field in _FIELDS if field.metadata["older"] is not None
 }
 
 
 def checked(name: str, value: Any) -> Any:
-    """Return a setting as its type has it; refuse another type and what is out of range by itself.
+    """Return a setting's value, converted to float for a float setting.
 
     Raises
     ------
-    ValueError : it is
+    ValueError : the value has another type or is out of the setting's own range
     """
     wanted = type(DEFAULTS[name])
-    if type(value) is int and value.bit_length() > 1000:  # for a float, and perhaps to be shown
+    if type(value) is int and value.bit_length() > 1000:  # to become a float, or to be printed
         raise ValueError(f"{name} is too large: a number of {value.bit_length():,} bits")
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:
         kind = type(value).__name__
         raise ValueError(f"{name} must be {wanted.__name__}, got {kind} {shown(value)}")
-    if name in LEAST and not value >= LEAST[name]:  # nan is not, either
+    if name in LEAST and not value >= LEAST[name]:  # also true for nan
         raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}")
     if wanted is int and value > GREATEST:
         least = LEAST.get(name, 1)
@@ -224,13 +226,13 @@ def find_recipe(name: str) -> Path:
 
     Raises
     ------
-    OSError : there is neither
+    OSError : neither exists
     ValueError : the name is empty
     """
     check_named("the name of the recipe", name)
     path, shipped = Path(name), Path(__file__).parents[1] / "recipes"
     recipe = shipped / f"{name}.toml"
-    if path.exists() and not (path.is_dir() and recipe.is_file()):  # "demo" may be a run
+    if path.exists() and not (path.is_dir() and recipe.is_file()):  # demo/ may be a run
         return path
     if not recipe.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in shipped.glob("*.toml")))
@@ -239,18 +241,18 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a TOML file's settings: name -> value, from its tables and from outside of them.
+    """Read a TOML file's settings, in their tables or outside of tables: name -> value.
 
     Raises
     ------
     OSError : the file is missing or unreadable
-    ValueError : it is not TOML, or names a table or setting that there is not; a setting stands in
-        another table than its own, or twice, or has a value that cannot be
+    ValueError : it is not TOML; a table or setting is unknown; a setting is in another table than
+        its own, is there twice, or has an invalid value
     """
     text = decode(read_bytes(path, LARGEST_RECIPE), str(path))
     try:
         entries = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also of a number with too many digits
+    except (ValueError, RecursionError) as error:  # ValueError also for too many digits
         raise ValueError(f"{path} is not TOML: {error}") from None
     try:
         return _of_tables(entries)
@@ -261,16 +263,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _of_tables(entries: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in entries.items():
-        table = key if isinstance(value, dict) else None  # a key may be both: schedule
+        table = key if isinstance(value, dict) else None  # schedule is a table and a setting
         if table is not None and table not in TABLES:
-            raise ValueError(f"no table {shown(table)}; there are {', '.join(TABLES)}")
+            raise ValueError(f"no table {shown(table)}; the tables are {', '.join(TABLES)}")
         for name, entry in ({key: value} if table is None else value).items():
             if name not in DEFAULTS:
                 near = difflib.get_close_matches(name, DEFAULTS, n=1)
                 hint = (
                     f"did you mean {near[0]}?"
                     if near
-                    else f"there are {', '.join(sorted(DEFAULTS))}"
+                    else f"the settings are {', '.join(sorted(DEFAULTS))}"
                 )
                 raise ValueError(f"no setting {shown(name)}; {hint}")
             if table not in (None, TABLE_OF[name]):
@@ -282,9 +284,9 @@ def _of_tables(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's settings, changed by what is given.
+    """Return a recipe's settings, replaced by those in `given`.
 
-    With another number of steps the recipe's warm-up keeps its share of them, if none is given.
+    If `given` changes the number of steps but not the warm-up, the warm-up keeps its share of them.
 
     Raises
     ------
@@ -300,13 +302,13 @@ def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
-    """Return the settings of a run that goes on: what it had, changed by what is given now.
+    """Return the settings of a resumed run: its own, replaced by those in `given`.
 
-    A setting that the run lacks, as it began before there was one, has the value of OLDER.
+    A setting that the run lacks, because it is older than the setting, has the value of OLDER.
 
     Raises
     ------
-    ValueError : the run's settings are damaged, or `given` changes what a run cannot change;
+    ValueError : the run's settings are damaged, or `given` changes one that a run must keep;
         `source` names the run
     """
     if not isinstance(stored, Mapping):
@@ -314,8 +316,8 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
     unknown = sorted(stored.keys() - DEFAULTS.keys())
     if unknown:
         raise ValueError(
-            f"{source}: its settings are another gpt2c's, for this one has no"
-            f" {shown(unknown[0])}: go on with that one, or start a new run"
+            f"{source}: its settings have {shown(unknown[0])}, which this version of gpt2c lacks:"
+            " go on with the version that wrote it, or start a new run"
         )
     stored = {**OLDER, **stored}
     lacking = [name for name in DEFAULTS if name not in stored]
@@ -326,7 +328,7 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
     try:
         TrainSettings(**stored)
     except ValueError as error:
-        raise ValueError(f"{source}: its settings cannot be: {error}") from None
+        raise ValueError(f"{source}: its settings are invalid: {error}") from None
     for name in FIXED_BY_RUN:
         if name in given and given[name] != stored[name]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A signal that asks a run to stop lets the step, the update or the save end first.
+"""Signals that ask a run to stop: the present step, update or save is finished first.
 
 Knows nothing about runs.
 """
@@ -13,13 +13,13 @@ from typing import Any
 
 __all__ = ["SIGNALS", "Stop", "StoppedError", "interruptible"]
 
-# What ends a program that does not listen: Ctrl-C, kill and timeout, a terminal that closes, what a
-# cluster sends before a job's time is over.
+# Signals that end a program without a handler: of Ctrl-C, of kill and timeout, of a terminal that
+# closes, of a cluster before a job's time is over.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
 
 
 class Stop:
-    """What a signal asks for, see `interruptible`."""
+    """Whether a signal has asked for a stop, see `interruptible`."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -27,7 +27,7 @@ class Stop:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let no second Ctrl-C cut an update or a save in half."""
+        """Protect an update or a save from a second Ctrl-C."""
         before, self._held = self._held, True
         try:
             yield
@@ -35,7 +35,7 @@ class Stop:
             self._held = before
 
     def check(self) -> None:
-        """End an evaluation, which the run begins with when it goes on.
+        """End an evaluation after a signal; the resumed run will begin with that evaluation.
 
         Raises
         ------
@@ -45,7 +45,7 @@ class Stop:
             raise StoppedError
 
     def receive(self, signum: int, frame: object) -> None:
-        """Take note of a signal; a second Ctrl-C does not wait for the end of the step."""
+        """Handle a signal: ask for a stop; a second Ctrl-C interrupts the step."""
         if self.asked and signum == signal.SIGINT and not self._held:
             raise KeyboardInterrupt
         self.asked = True
@@ -57,10 +57,10 @@ class StoppedError(Exception):
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Make signals ask for a stop, so that no step is cut in half; a second Ctrl-C interrupts.
+    """Make signals ask for a stop, so that no step is interrupted, except by a second Ctrl-C.
 
-    What a program handles itself, or ignores as under nohup, stays as it is, but for Ctrl-C.
-    Signals reach the main thread only; elsewhere nothing is changed.
+    A signal that the program handles itself, or ignores as under nohup, keeps its handler; only
+    Ctrl-C gets a new one. Signals reach the main thread only; in another thread nothing is changed.
     """
     stop = Stop()
     before: dict[int, Any] = {}

@@ -1,8 +1,8 @@
-"""TensorBoard's event files: a copy of metrics.jsonl for who watches runs there.
+"""TensorBoard's event files: a copy of metrics.jsonl for users of TensorBoard.
 
-The format comes from tensorboardX, the extra [tensorboard]. It knows no removal, so what a stopped
-run left is replaced by a file made from metrics.jsonl, in which every step is there once; its first
-event tells a TensorBoard that is watching to forget what it read before.
+They need tensorboardX, the extra [tensorboard]. Events cannot be removed from a file, so a resumed
+run replaces its files with one made from metrics.jsonl, which has every step once. The first event
+of that file tells an open TensorBoard to forget the events that it read before.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gpt2c.files.atomic import naming
 
 __all__ = ["Events", "check_tensorboard", "clear"]
 
-FLUSHED = 10.0  # seconds after which who watches sees a step
+FLUSHED = 10.0  # seconds after which TensorBoard can see a step
 PREFIX = "events"  # of a file's name
 NOT_SCALARS = ("step", "time")
 
 
 def clear(directory: Path) -> None:
-    """Remove the event files of a directory; what else is in it, or it, stays."""
+    """Remove the event files of a directory; the directory and other files stay."""
     for path in directory.glob(f"{PREFIX}*"):
         path.unlink()
 
@@ -31,12 +31,12 @@ def clear(directory: Path) -> None:
 class Events:
     """An event file that grows with a run.
 
-    The package's usual SummaryWriter hands events to a thread: where the disk is full that thread
-    dies and the run would wait for it for ever. So they are written here, with its EventsWriter.
+    tensorboardX's SummaryWriter hands events to a thread: on a full disk that thread dies, and the
+    run would wait for it forever. So this class writes them itself, with EventsWriter.
 
     Parameters
     ----------
-    directory : of the event file; what it holds is replaced
+    directory : of the event file; earlier event files there are removed
     entries : the run's metrics up to now
 
     Raises
@@ -82,17 +82,17 @@ class Events:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write out what waits and close the file."""
+        """Write the remaining events and close the file."""
         with naming(self.directory):
             self._writer.close()
 
 
 def check_tensorboard() -> None:
-    """Refuse to begin where tensorboardX is missing.
+    """Refuse to begin without tensorboardX.
 
     Raises
     ------
-    ValueError : it is
+    ValueError : tensorboardX is not installed
     """
     if importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("tensorboard needs tensorboardX: pip install 'gpt2c[tensorboard]'")

@@ -472,7 +472,7 @@ def test_what_answer_refuses() -> None:
         Question((1,), ((2,), ()), 0, (1, 1)),
         Question((1,), (), 0, ()),
     ):
-        assert "all of them and the context not empty" in refused(answer, uniform(), [question])
+        assert "a context and endings, none of them empty" in refused(answer, uniform(), [question])
     for label in (-1, 2):
         wrong = Question((1,), ((2,), (3,)), label, (1, 1))
         assert f"label must be from 0 to 1, got {label}" in refused(answer, uniform(), [wrong])

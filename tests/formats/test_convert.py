@@ -167,18 +167,18 @@ def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
     ("arguments", "message"),
     [
         ("run model.txt", "model.txt: its name must say what to write"),
-        ("run other", "run is a directory of Hugging Face's layout as other would be"),
+        ("run other", "run is a directory in Hugging Face's layout, and so would other be"),
         ("run run", "run and run are the same"),
-        ("some.gguf new", "some.gguf is a GGUF, which gpt2c writes and does not read"),
+        ("some.gguf new", "some.gguf is a GGUF file, which gpt2c can write but not read"),
         ("none model.bin", "none does not exist, nor is it one of gpt2, bytes"),
         ("empty model.bin", "empty holds no config.json, vocab.json or token files"),
         ("notes.txt model.bin", "notes.txt starts with none of llm.c's magic numbers"),
-        ("nano/train.bin model.bin", "say --format nanogpt"),
+        ("nano/train.bin model.bin", "pass --format nanogpt"),
         ("nano model.bin", "--format nanogpt"),
-        ("data/val.bin model.bin", "data/val.bin has llm.c's token files and nothing else"),
-        ("data model.bin", "data has a tokenizer and token files, and model.bin could be of"),
+        ("data/val.bin model.bin", "data/val.bin has only llm.c's token files"),
+        ("data model.bin", "data has a tokenizer and token files, and model.bin could be either"),
         ("data/val.bin directory", "--format nanogpt"),
-        ("vocabulary model.gguf", "vocabulary holds no model that model.gguf could be made of"),
+        ("vocabulary model.gguf", "vocabulary holds no model to convert into model.gguf"),
         ("bytes model.gguf", "bytes holds no model"),
         ("out model.bin", "out/ckpt.pt is a pickle"),
         ("out/ckpt.pt model.bin", "out/ckpt.pt is a pickle"),
@@ -187,12 +187,12 @@ def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
         ("run model.gguf --dtype bf16", "model.gguf takes f32, f16, q8_0, not --dtype bf16"),
         ("bytes a.bin --dtype fp32", "--dtype fp32 is for weights"),
         ("nano new --format nanogpt --dtype fp32", "--dtype fp32 is for weights"),
-        ("nano a.bin --format nanogpt", "of token files both are directories or both FILE.bin"),
-        ("nano/val.bin new --format nanogpt", "both are directories or both FILE.bin"),
-        ("nano/val.bin a.gguf --format nanogpt", "both are directories or both FILE.bin"),
+        ("nano a.bin --format nanogpt", "name two directories of token files"),
+        ("nano/val.bin new --format nanogpt", "name two directories of token files"),
+        ("nano/val.bin a.gguf --format nanogpt", "name two directories of token files"),
         ("none a.bin --format nanogpt", "token file none does not exist"),
         ("empty new --format nanogpt", "empty has no token files train.bin or val.bin"),
-        ("fp16 model.bin", "fp16 holds fp16 weights: convert the model that they were made of"),
+        ("fp16 model.bin", "fp16 holds fp16 weights: convert the model that was quantized"),
         ("data/val.bin data/val.bin", "are the same"),
     ],
 )
@@ -423,7 +423,7 @@ def test_weights_that_are_not_finite_are_told(run: Run, world: Path, dst: str) -
         code, out, err = run(f"{source} {dst} --overwrite")
         assert code == 0 and out.startswith(f"{name}: ") and Path(name).exists()
         assert err == (
-            f"gpt2c: warning: {source} has nan or infinity in {lost}, and so has {name}: the model"
+            f"gpt2c: warning: {source} and {name} have nan or infinity in {lost}: the model"
             " has diverged or is damaged\n"
         )
         model.parameters["h.0.attn.c_attn.weight"][0, 0] = -np.inf
@@ -446,7 +446,7 @@ def test_a_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:
     content[8:12] = (258).to_bytes(4, "little")
     (world / "a.bin").write_bytes(content + b"\3xyz")
     code, _, err = run("a.bin new")
-    assert code == 2 and "a.bin: its ids are not in the order of a BPE's merges" in err
+    assert code == 2 and "a.bin: its ids are not in the order of BPE merges" in err
     assert not (world / "new").exists()
 
 

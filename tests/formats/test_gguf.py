@@ -113,15 +113,15 @@ def test_q8_0_needs_rows_of_whole_blocks(changes: Any, bpe: Tokenizer, tmp_path:
     model, path = make(bpe, **changes), tmp_path / "model.gguf"
     message = refused(write_gguf, path, model.config, model.parameters, bpe, "q8_0")
     name, width = ("n_embd", 48) if "n_embd" in changes else ("n_inner", 100)
-    assert f"multiple of 32 weights, and {name} is {width}; take f16" in message
+    assert f"multiple of 32 weights in each row, and {name} is {width}; take f16" in message
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
     ("dtype", "number", "message"),
     [
-        ("f16", 65600.0, "wte.weight holds nan or numbers beyond 65504, which F16 has not"),
-        ("q8_0", np.nan, "which Q8_0 has not"),
+        ("f16", 65600.0, "wte.weight holds nan or numbers beyond 65504, which F16 cannot hold"),
+        ("q8_0", np.nan, "which Q8_0 cannot hold"),
         ("f64", 0.0, "one of f32, f16, q8_0, not f64"),
     ],
 )

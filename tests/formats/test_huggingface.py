@@ -148,7 +148,7 @@ def test_a_name_twice_is_refused(directory):
     stored = stored_tensors(directory)
     stored["transformer.ln_f.bias"] = stored["ln_f.bias"]
     store(directory, stored)
-    with pytest.raises(ValueError, match=r"ln_f\.bias is there twice"):
+    with pytest.raises(ValueError, match=r"holds ln_f\.bias twice"):
         load_weights(directory)
 
 
@@ -395,7 +395,7 @@ def test_a_tensor_is_in_one_shard_only(sharded):
     name = twice.removeprefix("transformer.")
     save_file(tensors | {name: np.zeros(1)}, directory / TWO)
     write_index(directory, files | {name: TWO})
-    assert f"{name} is there twice, with and without the prefix" in refused(load_weights, directory)
+    assert f"holds {name} twice, with and without the prefix" in refused(load_weights, directory)
 
 
 # ---- one file ------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def test_a_model_beyond_the_memory_is_refused():
 
 
 def test_no_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gpt2 is not a directory; one with config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"not a directory; name one with config\.json"):
         load_weights(tmp_path / "gpt2")
 
 

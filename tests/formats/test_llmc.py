@@ -177,7 +177,7 @@ def test_headers_that_lie(model: GPT2, tmp_path: Path, changes: Any, message: st
     [
         (lambda content: b"", "starts with 0"),
         (lambda content: content[:3], "is not an llm.c model"),
-        (lambda content: content[:1000], "truncated: 1000 bytes, its header has 1024"),
+        (lambda content: content[:1000], "truncated: it has 1000 bytes, its header needs 1024"),
         (lambda content: content[:1024], "has 1024 bytes"),
         (lambda content: content[:-1], "needs"),
         (lambda content: content[:-4], "needs"),
@@ -304,13 +304,13 @@ def test_a_token_of_256_bytes_has_no_room(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "starts with 0, not 20240328"),
-        (tokenizer_by_hand(TOKENS)[:500], "truncated: 500 bytes"),
+        (tokenizer_by_hand(TOKENS)[:500], "truncated: it has 500 bytes"),
         (tokenizer_by_hand(TOKENS, version=3), "version 3; version 1 or 2"),
-        (tokenizer_by_hand(TOKENS, count=0), "it has 0 tokens; 1 to 65536 are read"),
-        (tokenizer_by_hand(TOKENS, count=-7), "it has -7 tokens; 1 to 65536 are read"),
+        (tokenizer_by_hand(TOKENS, count=0), "header has 0 tokens; 1 to 65536 are possible"),
+        (tokenizer_by_hand(TOKENS, count=-7), "header has -7 tokens; 1 to 65536 are possible"),
         (
             tokenizer_by_hand(TOKENS, count=2**31 - 1),
-            "it has 2147483647 tokens; 1 to 65536",
+            "header has 2147483647 tokens; 1 to 65536",
         ),
         (tokenizer_by_hand(TOKENS, count=260), "token 259 of 260 is empty or cut off"),
         (tokenizer_by_hand(TOKENS, count=258), "4 bytes after its last token"),
@@ -323,7 +323,7 @@ def test_a_token_of_256_bytes_has_no_room(tmp_path: Path) -> None:
         (tokenizer_by_hand(TOKENS, eot=259), "its eot_token is 259, not one of 259"),
         (tokenizer_by_hand(TOKENS, eot=-1), "its eot_token is -1"),
         (tokenizer_by_hand(TOKENS, eot=7), "its eot_token, 7, is b'\\x07'"),
-        (tokenizer_by_hand(TOKENS, version=1), "version 1 has 50257 tokens, this file 259"),
+        (tokenizer_by_hand(TOKENS, version=1), "version 1 has 50257 tokens, this file has 259"),
         (struct.pack("<256i", 20240326, *[0] * 255), "starts with 20240326"),
     ],
 )

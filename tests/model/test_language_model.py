@@ -271,7 +271,7 @@ GOOD = [[1, 2], [3]]
         (GOOD, {"stop": V}, f"stop: {V} is not a token id in [0, {V})"),
         (GOOD, {"stop": [1, -1]}, f"stop: -1 is not a token id in [0, {V})"),
         (GOOD, {"eos_token_id": V}, f"eos_token_id: {V} is not a token id in [0, {V})"),
-        (GOOD, {"stop": "."}, "stop must be token ids, got '.': gpt2c.Generator knows strings"),
+        (GOOD, {"stop": "."}, "stop must be token ids, got '.': gpt2c.Generator takes strings"),
         (GOOD, {"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
         (GOOD, {"on_full": "forget"}, "on_full must be 'slide' or 'stop', got 'forget'"),
     ],

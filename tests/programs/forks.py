@@ -103,7 +103,7 @@ def engine() -> None:
                     try:
                         call()
                     except RuntimeError as error:
-                        assert "start one in the child" in str(error), error
+                        assert "start another one in the child" in str(error), error
                     else:
                         return False
                 request.cancel()

@@ -437,7 +437,7 @@ def test_the_same_tokenizer_in_other_files_goes_on(data: Path, tmp_path: Path) -
 def test_resume_and_overwrite_exclude_each_other(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", max_iters=2)
     files = everything(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"--resume .* and --overwrite .*: give one of them$"):
+    with pytest.raises(ValueError, match=r"--resume .* and --overwrite .*: pass one of them$"):
         loop.train(data, tmp_path / "run", {}, resume=True, overwrite=True)
     assert everything(tmp_path / "run") == files
 
@@ -674,11 +674,11 @@ def test_a_whole_number_is_a_float_too(tmp_path: Path) -> None:
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
         (b"n_layers = 1", r"recipe.toml: no setting 'n_layers'; did you mean n_layer\?"),
         (b"[model]\nn-layer = 1", r"recipe.toml: no setting 'n-layer'; did you mean n_layer\?"),
-        (b"xyz = 1", "recipe.toml: no setting 'xyz'; there are backend, batch_order, "),
+        (b"xyz = 1", "recipe.toml: no setting 'xyz'; the settings are backend, batch_order, "),
         (b"[model]\nn_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (
             b"[modle]\nn_layer = 1",
-            "no table 'modle'; there are model, data, optimizer, s",
+            "no table 'modle'; the tables are model, data, optimizer, s",
         ),
         (b"model = 1", "recipe.toml: no setting 'model'"),
         (b"[data]\nn_layer = 1", r"recipe.toml: n_layer belongs in \[model\], not in \[data\]$"),
@@ -729,7 +729,7 @@ def test_a_resumed_run_keeps_its_settings() -> None:
         resumed(older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
         ({}, "lack n_layer: put it back, or start a new run"),
-        ({**stored, "dropout": 0.1}, "are another gpt2c's, for this one has no 'dropout': go on"),
+        ({**stored, "dropout": 0.1}, "have 'dropout', which this version of gpt2c lacks: go on"),
         ([], r"must be an object, got \[\]"),
         (None, "must be an object, got None"),
     ):

@@ -89,7 +89,7 @@ def test_a_damaged_line_is_left_out_and_kept_aside(tmp_path: Path, bad: bytes) -
     (report,) = opened(path, 4)
     damaged = tmp_path / "metrics.jsonl.damaged"
     assert report == (
-        f"{path} was damaged: 1 of 4 steps cannot be read; the file as it was is {damaged}"
+        f"{path} was damaged: 1 of 4 steps cannot be read; a copy of the damaged file is {damaged}"
     )
     assert damaged.read_bytes() == content
     assert path.read_bytes() == line(1) + line(2) + line(4)

@@ -297,10 +297,10 @@ def test_a_run_of_before_a_setting_goes_on(
     del record["settings"]["threads"]
     (out / "run.json").write_text(json.dumps(record))
     goes_on(data, out, whole, monkeypatch)
-    assert "version's; what it lacks is taken as threads=0\n" in capsys.readouterr().out
+    assert "version's; settings that it lacks become threads=0\n" in capsys.readouterr().out
     record["settings"]["rope"] = True
     (out / "run.json").write_text(json.dumps(record))
-    assert "this one has no 'rope'" in refused(train, data, out, resume=True)
+    assert "its settings have 'rope', which" in refused(train, data, out, resume=True)
 
 
 # ---- before the first step -----------------------------------------------------------------------

@@ -308,7 +308,7 @@ def test_another_backend_is_told(
     train(data, tmp_path / "run", max_iters=3, backend="base")
     train(data, tmp_path / "run", resume=True, max_iters=4, backend="numpy")
     said = capsys.readouterr().out
-    assert "run ran on base and goes on on numpy: the result will not be bit-for-bit" in said
+    assert "run ran on base and continues on numpy: the result will not be bit-for-bit" in said
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_another_backend_is_told(
         (b'{"version": 1}', "lacks settings"),
         ({"settings": []}, r"its settings must be an object, got \[\]"),
         ({"settings": {"n_layer": 1}}, "its settings lack n_head: put it back, or"),
-        ({"n_layer": "one"}, "its settings cannot be: n_layer must be int"),
+        ({"n_layer": "one"}, "its settings are invalid: n_layer must be int"),
         ({"n_embd": 10**9}, "holds a model of another config"),
         ({"learning_rate": 10**400}, "learning_rate is too large"),
         ({"config": 7}, "holds a model of another config"),
