@@ -391,7 +391,7 @@ def test_too_many_special_tokens(pair: Path) -> None:
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON|does not make"),
         (b"[" * 100_000, "not valid JSON|two tokens"),
         (b"\0" * 100, "not valid JSON|two tokens"),
-        (b'{"a": NaN}', "NaN is no number|does not make"),
+        (b'{"a": NaN}', "NaN is not a number|does not make"),
         (b"7", "must hold a JSON object|two tokens"),
     ],
 )
