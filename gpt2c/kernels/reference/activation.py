@@ -1,6 +1,6 @@
-"""What is done element by element: GELU, and the sum of the residual stream.
+"""Element-wise ops: GELU, and the sum of the residual stream.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GELU_CUBIC = 0.044715  # keeps the tanh form within 5e-4 of x * Phi(x)
 
 
 def gelu_forward(out: Array, x: Array) -> None:
-    """Pass large values, stop very negative ones, bend smoothly between: the tanh form of GELU.
+    """Apply the tanh form of GELU: near x for large x, near 0 for very negative x.
 
     out = x/2 * (1 + tanh(u)),   u = sqrt(2/pi) * (x + 0.044715 x^3)
 

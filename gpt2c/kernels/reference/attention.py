@@ -1,6 +1,6 @@
-"""Attention: causal, of many heads; over whole sequences, and over a cache.
+"""Causal attention with many heads, over whole sequences or over a cache.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = NDArray[np.floating[Any]]
 
 
 def _heads(rows: Array, NH: int) -> Array:
-    """View (B, T, C) as (B, NH, T, HS); what is written to the view is written to `rows`."""
+    """Return (B, T, C) as a view (B, NH, T, HS); a write to the view changes `rows`."""
     return rows.reshape(*rows.shape[:2], NH, -1).transpose(0, 2, 1, 3)
 
 
@@ -40,11 +40,11 @@ def attention_forward(
     qkv: Array,
     position: int,
 ) -> None:
-    """Let each token take a weighted mean of the values of the tokens up to itself, head by head.
+    """Compute for each token, in each head, a weighted mean of the values up to that token.
 
     p = softmax(scores),   scores = q k^T / sqrt(HS) for keys not later than the query,   out = p v
 
-    With a cache the T tokens go on with texts of which it has the keys and values already.
+    With a cache, the T tokens continue texts whose earlier keys and values the cache holds.
 
     Parameters
     ----------
@@ -52,12 +52,11 @@ def attention_forward(
     lse : (B, NH, T), written: log(sum(exp(scores))) over the keys, which is all that the backward
         pass needs of the T x T scores; None with a cache, where no backward follows
     keys, values : (B, NH, P, HS), the cache: rows position to position + T are written, those
-        before read; or None for none
+        before are read; None without a cache
     qkv : (B, T, 3C), a row holds the q, then the k, then the v of all NH heads
-    position : where in its text the first of the T tokens stands, position + T <= P; 0 without a
-        cache
+    position : that of the first of the T tokens in its text, position + T <= P; 0 without a cache
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762; to keep only lse, Dao et al. 2022,
+    Source: Vaswani et al. 2017, arXiv:1706.03762; for lse, Dao et al. 2022,
     arXiv:2205.14135.
     """
     NH = keys.shape[1] if keys is not None else lse.shape[1]  # type: ignore[union-attr]
@@ -67,7 +66,7 @@ def attention_forward(
         keys[:, :, position:end], values[:, :, position:end] = k, v
         k, v = keys[:, :, :end], values[:, :, :end]
     scores = _causal_scores(q, k)
-    largest = scores.max(axis=3, keepdims=True)  # taken out first, so that exp cannot overflow
+    largest = scores.max(axis=3, keepdims=True)  # subtracted first, so that exp cannot overflow
     p = np.exp(scores - largest)
     total = p.sum(axis=3, keepdims=True)
     if lse is not None:
@@ -76,7 +75,7 @@ def attention_forward(
 
 
 def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array) -> None:
-    """Write the gradient of q, k and v; the softmax is made again from `lse`.
+    """Write the gradient of q, k and v; recompute the softmax from `lse`.
 
     dv = p^T dout,   dscores = p * (dout v^T - sum(dout * out)),   p = exp(scores - lse)
     dq = dscores k / sqrt(HS),   dk = dscores^T q / sqrt(HS)
@@ -85,7 +84,7 @@ def attention_backward(dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Ar
     ----------
     dqkv : (B, T, 3C), written; may be qkv
     dout : (B, T, C)
-    qkv, out, lse : what the forward pass read and wrote
+    qkv, out, lse : the input and the outputs of the forward pass
     """
     NH = lse.shape[1]
     q, k, v = (_heads(part, NH) for part in np.split(qkv, 3, axis=2))

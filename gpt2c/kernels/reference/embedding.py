@@ -1,6 +1,6 @@
 """Embedding: token ids -> vectors, token and position.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def encoder_forward(
 ) -> None:
     """Look up the vector of each token and add the vector of its position.
 
-    out = W[idx] + wpe[position..position + T),   W = wte, or scale * (wte - 128) of 8 bits
+    out = W[idx] + wpe[position..position + T),   W = wte, or scale * (wte - 128) for uint8
 
     Parameters
     ----------
     out : (B, T, C), written
     idx : (B, T) int32, token ids in [0, V)
-    wte : (V, C) token vectors, of the types of `matmul_forward`'s weight
+    wte : (V, C) token vectors, of the dtypes of `matmul_forward`'s weight
     wpe : (at least position + T, C) position vectors
     scale : (V,) for uint8, else None
-    position : where in its text the first of the T tokens stands
+    position : that of the first of the T tokens in its text
 
     Source: Radford et al. 2019 (GPT-2); names follow karpathy/llm.c.
     """
@@ -43,7 +43,7 @@ def encoder_forward(
 
 
 def encoder_backward(dwte: Array, dwpe: Array, dout: Array, idx: IntArray) -> None:
-    """Add the gradient of each output row to the token vector and the position vector it came from.
+    """Add the gradient of each output row to those of its token vector and its position vector.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def encoder_backward(dwte: Array, dwpe: Array, dout: Array, idx: IntArray) -> No
     dout : (B, T, C)
     idx : (B, T) int32
     """
-    # out = wte[idx] + wpe[0..T): a row of wte that several tokens use gets the sum of their
-    # gradients, which dwte[idx] += dout would not do (it keeps one of them)
+    # out = wte[idx] + wpe[0..T). A row of wte that several tokens use gets the sum of their
+    # gradients; dwte[idx] += dout would add only one of them.
     np.add.at(dwte, idx, dout)
     dwpe[: idx.shape[1]] += dout.sum(axis=0)
