@@ -224,7 +224,7 @@ def claim_directory(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(path: Path, overwrite: bool) -> Iterator[None]:
-    """Claim a directory for work; if the work fails, remove the empty directories that this made.
+    """Claim a directory for work; if the work fails, remove directories made here, if empty.
 
     See `claim_directory` for errors.
     """
@@ -256,8 +256,8 @@ def check_link(path: Path) -> None:
 def through(path: Path) -> Path:
     """Return the path to write for `path`: the target of a link, so that the link stays.
 
-    A link to a file of a checkpoint, or into the hub's cache, is replaced itself: a write must
-    reach neither.
+    A link to a file of a checkpoint, or into the hub's cache, is itself replaced, because a write
+    must reach neither.
 
     Raises
     ------

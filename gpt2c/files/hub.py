@@ -46,7 +46,7 @@ def is_offline() -> bool:
 
 
 def hidden(directory: Path) -> str:
-    """Return the end of an error about a directory that lacks a file: the hub's model it hides."""
+    """Return the end of an error about a directory that lacks a file: it hides a hub model."""
     name = str(directory)
     if not is_name(name):
         return ""

@@ -11,7 +11,7 @@ from gpt2c.kernels.limits import AFFINITY
 __all__ = ["BusyCores"]
 
 STAT = Path("/proc/stat")
-SECONDS = 3.0  # between two looks: the system counts in hundredths
+SECONDS = 3.0  # from one look to the next: the system counts in hundredths of a second
 LEAST = 0.3  # cores: any system uses a little less by itself
 _IDLE = (3, 4)  # columns of a line: idle, and waiting for a disk
 

@@ -65,7 +65,7 @@ def number(name: str, value: Any) -> float:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 token", "2 tokens", "1,000 tokens"."""
+    """Return a number with its noun: "1 token", "2 tokens", "1,000 tokens"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

@@ -87,7 +87,7 @@ class Progress:
 
 
 class Reading:
-    """Shows how much of some input is read, in each reading: by a bar, or a line now and then.
+    """Shows the progress of readings, one after another, by a bar or by a line now and then.
 
     A short reading is not shown. Output that fails is dropped.
     """
@@ -111,7 +111,7 @@ class Reading:
         self._name = name
 
     def read(self, done: int, total: int) -> None:
-        """Show that `done` bytes of `total`, 0 if unknown, are read.
+        """Show that `done` of `total` bytes are read; `total` is 0 if it is unknown.
 
         Fewer bytes than before begin a new reading.
         """

@@ -59,7 +59,7 @@ class Door(io.TextIOBase):
 
     Parameters
     ----------
-    stream : the stream behind it; None where the program was started without one
+    stream : the stream behind it; None if the program was started without one
 
     Attributes
     ----------
@@ -190,7 +190,7 @@ def text_input() -> TextIO:
 
     Raises
     ------
-    ValueError : they are the mark of UTF-16 or UTF-32, and the encoding is UTF-8
+    ValueError : the input starts with the mark of UTF-16 or UTF-32, but UTF-8 is read
     """
     buffer = getattr(sys.stdin, "buffer", None)
     is_utf_8 = sys.stdin.encoding == "utf-8-sig"  # as `open_door` sets it
@@ -202,7 +202,8 @@ def text_input() -> TextIO:
 def well_formed(text: str) -> str:
     """Return an argument's text with its bytes decoded as UTF-8; invalid ones become U+FFFD.
 
-    Python keeps bytes that its locale cannot decode as surrogates, valid UTF-8 in the C locale too.
+    Python keeps bytes that its locale cannot decode as surrogates. The C locale decodes only ASCII,
+    so valid UTF-8 may be among them.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -73,7 +73,7 @@ def _learn_apart(texts: Iterable[str], count: int, pattern: str) -> list[bytes]:
         raise
     if process.returncode < 0 or b"MemoryError" in complaint:  # Rust aborts when memory runs out
         raise MemoryError(
-            "learning a tokenizer of this text takes more than there is; choose bytes or gpt2"
+            "learning a tokenizer of this text takes more memory than is free; choose bytes or gpt2"
         )
     if process.returncode:
         raise RuntimeError(f"learning the tokenizer failed: {complaint.decode(errors='replace')}")

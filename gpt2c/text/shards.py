@@ -127,7 +127,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike | StoredTokens)
     Raises
     ------
     ValueError : no tokens, too many, or an id outside 0 to 65535
-    OSError : the file cannot be written; what was there before is unchanged
+    OSError : the file cannot be written; an existing file is unchanged
     """
     _write_all([Path(path)], _source(tokens))
 
@@ -275,7 +275,7 @@ class TokenWriter:
         return {MANIFEST_FILE, *(file.path.name for file in self._all())}
 
     def publish(self, facts: Mapping[str, Any], splits: Mapping[Split, Mapping[str, Any]]) -> None:
-        """Rename the files to their names, and write the manifest; val.bin comes last.
+        """Rename the files to their final names, and write the manifest; val.bin comes last.
 
         Call `remove_shards` before.
 
@@ -450,8 +450,8 @@ def has_header(path: Path) -> bool:
 def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
     """Return a split's token files, such as train.bin or fineweb_val_000001.bin, sorted by name.
 
-    The split must be a word of the name, which it is not in pretrained.bin. Names that begin with a
-    dot are ignored, as by a shell. The list may be empty.
+    The split must be a word of the name: pretrained.bin is not a file of train. Names that begin
+    with a dot are ignored, as by a shell. The list may be empty.
 
     Raises
     ------
@@ -484,7 +484,7 @@ def alone(out: Path) -> AbstractContextManager[None]:
 
 
 def remove_shards(directory: Path, coming: Collection[str]) -> None:
-    """Remove the token files of both splits, their manifest first, then those of val.
+    """Remove the manifest, then the token files of val, then those of train.
 
     Other files with such names stay. If a link has the name of a coming file, the link stays and
     its target is removed.
@@ -575,7 +575,7 @@ def _check_listed(tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -
         )
     raise ValueError(
         f"{path} {what}; put it elsewhere or prepare the text again, or remove {MANIFEST_FILE} if"
-        " it is meant"
+        " the file is intended"
     )
 
 

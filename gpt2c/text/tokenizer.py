@@ -324,7 +324,7 @@ class Tokenizer:
 
         Raises
         ------
-        OSError : the directory cannot be made or written; what was there before is intact
+        OSError : the directory cannot be made or written; existing files are intact
         ValueError : the directory's name is empty
         """
         check_named("the name of the directory", directory)

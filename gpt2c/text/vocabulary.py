@@ -155,7 +155,7 @@ def read(directory: Path) -> Vocabulary:
     Raises
     ------
     OSError : a file is missing or cannot be read
-    ValueError : a file is damaged, asks for what changes the ids, or does not agree with another
+    ValueError : a file is damaged, would change the ids, or does not agree with another
     """
     vocab_path, merges_path = directory / VOCAB_FILE, directory / MERGES_FILE
     json_path = directory / TOKENIZER_FILE
@@ -169,7 +169,7 @@ def read(directory: Path) -> Vocabulary:
         if vocabulary != _read_pair(vocab_path, merges_path, added, config):
             raise ValueError(
                 f"{json_path} is another tokenizer than {VOCAB_FILE} and {MERGES_FILE} beside it;"
-                " remove what is not the model's"
+                " remove those that are not the model's"
             )
     return vocabulary
 

@@ -29,7 +29,7 @@ def gelu_forward(out: Array, x: Array) -> None:
 
     Parameters
     ----------
-    out, x : one shape, any; `out` is written
+    out, x : any shape, the same; `out` is written
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
@@ -44,7 +44,7 @@ def gelu_backward(dx: Array, dout: Array, x: Array) -> None:
 
     Parameters
     ----------
-    dx, dout, x : one shape, any; `dx` is written and may be `dout`
+    dx, dout, x : any shape, the same; `dx` is written and may be `dout`
     """
     # out = x/2 * (1 + tanh(u))
     tanh = np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
@@ -59,7 +59,7 @@ def residual_forward(out: Array, x: Array, branch: Array) -> None:
 
     Parameters
     ----------
-    out, x, branch : one shape, any; `out` is written and may be `x`
+    out, x, branch : any shape, the same; `out` is written and may be `x`
 
     Source: He et al. 2015, arXiv:1512.03385.
     """

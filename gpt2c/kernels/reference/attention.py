@@ -54,10 +54,10 @@ def attention_forward(
     keys, values : (B, NH, P, HS), the cache: rows position to position + T are written, those
         before are read; None without a cache
     qkv : (B, T, 3C), a row holds the q, then the k, then the v of all NH heads
-    position : that of the first of the T tokens in its text, position + T <= P; 0 without a cache
+    position : position in its text of the first of the T tokens; position + T <= P; 0 without a
+        cache
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762; for lse, Dao et al. 2022,
-    arXiv:2205.14135.
+    Source: Vaswani et al. 2017, arXiv:1706.03762; lse: Dao et al. 2022, arXiv:2205.14135.
     """
     NH = keys.shape[1] if keys is not None else lse.shape[1]  # type: ignore[union-attr]
     q, k, v = (_heads(part, NH) for part in np.split(qkv, 3, axis=2))

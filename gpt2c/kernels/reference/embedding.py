@@ -32,7 +32,7 @@ def encoder_forward(
     wte : (V, C) token vectors, of the dtypes of `matmul_forward`'s weight
     wpe : (at least position + T, C) position vectors
     scale : (V,) for uint8, else None
-    position : that of the first of the T tokens in its text
+    position : position in its text of the first of the T tokens
 
     Source: Radford et al. 2019 (GPT-2); names follow karpathy/llm.c.
     """

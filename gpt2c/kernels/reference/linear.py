@@ -41,7 +41,7 @@ def matmul_forward(
     x : (N, C)
     weight : (OC, C), a row for each output channel: float32, float16 without nan and infinity, or
         uint8 with C <= LONGEST
-    bias : (OC,), or None for none
+    bias : (OC,), or None
     scale : (OC,) for uint8, else None
 
     Source: dynamic quantization by rows, Dettmers et al. 2022, arXiv:2208.07339, without its
@@ -79,7 +79,7 @@ def matmul_backward(
     ----------
     dx : (N, C), written; may be x
     dweight : (OC, C), accumulated
-    dbias : (OC,), accumulated, or None where the layer has no bias
+    dbias : (OC,), accumulated, or None if the layer has no bias
     dout : (N, OC)
     x, weight : (N, C), (OC, C)
     accumulate : False writes dweight and dbias, so they need not be 0 before

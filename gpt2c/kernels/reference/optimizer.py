@@ -37,7 +37,7 @@ def adamw_update(
 
     Parameters
     ----------
-    param, m, v, grad : one shape, any; all but `grad` are updated
+    param, m, v, grad : any shape, the same; all but `grad` are updated
     m, v : running means of g and of g^2, zeros before the first step
     learning_rate, beta1, beta2, eps : as in the paper
     weight_decay : multiplied by the learning rate and by the param from before the step
