@@ -1,6 +1,6 @@
 """Files that are whole or absent: every result is written under a temporary name, then renamed.
 
-Knows nothing about what is in the files.
+Knows nothing about what the files contain.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ __all__ = [
 ]
 
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `temporary_path` makes
-# What file systems answer (FUSE, NFS, CIFS, 9p, overlays) that do not have what was asked for. A
-# disk that fails or is full says something else.
+# Errors by which a file system (FUSE, NFS, CIFS, 9p, overlays) refuses an operation that it does
+# not support. A disk that fails or is full raises other errors.
 REFUSALS = frozenset(
     getattr(errno, name)
     for name in (
@@ -54,9 +54,9 @@ REFUSALS = frozenset(
 
 @contextmanager
 def refinement() -> Iterator[None]:
-    """Do what makes work safer or faster, but is no part of it: a refusal does not end the work.
+    """Ignore an error of REFUSALS in an optional step, which makes the work only safer or faster.
 
-    An error that says more than a refusal passes: a disk that is full, one that fails.
+    Other errors pass, such as those of a disk that is full or fails.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def refinement() -> Iterator[None]:
 def atomic_paths(*paths: Path) -> Iterator[list[Path]]:
     """Return a temporary path beside each path; on success rename them all, on failure remove them.
 
-    No file is renamed before all of them are on disk, so a full disk leaves every one as it was.
+    No file is renamed before all of them are on disk, so a full disk leaves the old ones unchanged.
     A user's link stays: the file that it leads to is replaced, see `through`.
 
     Raises
@@ -103,9 +103,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Give a temporary directory beside `path`, which takes its name on success, whole and on disk.
+    """Return a temporary directory beside `path`; on success rename it, on failure remove it.
 
-    On failure it is removed. What has the name already is removed first.
+    All files are on disk before the rename. An existing `path` is removed just before it.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_path(path)
     with naming(path, {temporary: path}):
-        _delete(temporary)  # of a dead process that had this one's id
+        _delete(temporary)  # left by a dead process with the same id
         temporary.mkdir()
         try:
             yield temporary
@@ -129,24 +129,24 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a directory, which loses its name before anything in it is gone; or a file."""
+    """Remove a file or directory; rename it first, so that `path` is never a half-removed one."""
     temporary = path.with_name(f".{path.name}.removed.{os.getpid()}.tmp")
     _delete(temporary)
-    with refinement():  # a container's file system may rename no directory of its image
+    with refinement():  # a container may be unable to rename a directory of its image
         os.rename(path, temporary)
     _delete(path)
     _delete(temporary)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what processes that were killed left half-written; no living one may write there."""
+    """Remove the half-written files of killed processes; no running one may write there."""
     for path in list(directory.iterdir()):
         if TEMPORARY.fullmatch(path.name):
             _delete(path)
 
 
 def matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
-    """Return what in a directory has a name of these patterns, a link that leads nowhere too."""
+    """Return the paths in a directory whose names match the patterns, dangling links included."""
     paths = sorted(directory.iterdir()) if directory.is_dir() else []
     return [path for path in paths if any(fnmatchcase(path.name, p) for p in patterns)]
 
@@ -159,12 +159,12 @@ def _delete(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the name beside a path that what is written for it has until it is whole."""
+    """Return the path beside `path` that its new content has until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk, where that can be had."""
+    """Wait until a file, or the names in a directory, are on disk, if the file system can."""
     with refinement():
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
@@ -175,20 +175,20 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path, meant: Mapping[Path, Path] | None = None) -> Iterator[None]:
-    """Have an error of the disk say where it was: a full one does not.
+    """Make an OSError name the user's path: the error of a full disk names none.
 
     Parameters
     ----------
-    path : named where the error names none
-    meant : temporary path -> the one that its user knows, which is named in its place, or in which
-        a file is
+    path : named if the error names no path
+    meant : temporary path -> the user's path, which is named instead of the temporary path, also
+        for a file in it
     """
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
-        # Of a copy the second name is the file that could not be written.
+        # If a copy failed, the second name is the file that could not be written.
         names = [str(name) for name in (error.filename2, error.filename) if name is not None]
         name = names[-1] if names else str(path)
         for temporary, known in (meant or {}).items():
@@ -201,21 +201,21 @@ def naming(path: Path, meant: Mapping[Path, Path] | None = None) -> Iterator[Non
 
 
 def reason(error: OSError) -> str:
-    """Return what an error of the disk says: the file, and what is wrong with it."""
+    """Return the text of an OSError: the file, and what is wrong with it."""
     if error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def claim_directory(path: Path, overwrite: bool) -> None:
-    """Make an output directory; refuse one that holds something unless `overwrite`.
+    """Make an output directory; refuse one that is not empty unless `overwrite`.
 
-    What a process that was killed left half-written does not count.
+    Half-written files of killed processes do not count.
 
     Raises
     ------
     FileExistsError : `path` is not empty and `overwrite` is false
-    FileNotFoundError : `path` is a link that leads nowhere
+    FileNotFoundError : `path` is a dangling link
     NotADirectoryError : `path` is a file
     """
     check_directory(path, overwrite)
@@ -224,7 +224,7 @@ def claim_directory(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(path: Path, overwrite: bool) -> Iterator[None]:
-    """Claim a directory for work; where the work fails and leaves it empty, what was made goes.
+    """Claim a directory for work; if the work fails, remove directories made here, if empty.
 
     See `claim_directory` for errors.
     """
@@ -240,11 +240,11 @@ def claimed(path: Path, overwrite: bool) -> Iterator[None]:
 
 
 def check_link(path: Path) -> None:
-    """Refuse a link to a directory that is not there: it may be of a disk that is not mounted.
+    """Refuse a dangling link: its directory may be on a disk that is not mounted.
 
     Raises
     ------
-    FileNotFoundError : `path` is one
+    FileNotFoundError : `path` is a dangling link
     """
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(
@@ -254,14 +254,14 @@ def check_link(path: Path) -> None:
 
 
 def through(path: Path) -> Path:
-    """Return where a file of this name goes: where a link leads, so that the link stays.
+    """Return the path to write for `path`: the target of a link, so that the link stays.
 
-    A link to a file of a checkpoint, or into the hub's cache, is its own place: what is written
+    A link to a file of a checkpoint, or into the hub's cache, is itself replaced, because a write
     must reach neither.
 
     Raises
     ------
-    OSError : a link to a directory that does not exist; a pipe or a device has the name
+    OSError : `path` is a link into a directory that does not exist, a pipe or a device
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(f"{path} is a pipe or a device; a file is wanted")
@@ -278,11 +278,11 @@ def through(path: Path) -> Path:
 
 
 def places(*paths: Path) -> list[Path]:
-    """Return where files that are written together go, see `through`.
+    """Return the paths to write for files that are written together, see `through`.
 
     Raises
     ------
-    OSError : see `through`; two of them would be one file
+    OSError : see `through`; two paths lead to one file
     """
     homes, found = [], dict[str, Path]()
     for path in paths:
@@ -295,7 +295,7 @@ def places(*paths: Path) -> list[Path]:
 
 
 def check_directory(path: Path, overwrite: bool) -> None:
-    """Do the refusing of `claim_directory` alone, before long work."""
+    """Raise the errors of `claim_directory` before long work; make nothing."""
     check_link(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; an output directory is wanted")
@@ -309,20 +309,20 @@ def check_directory(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def locked(directory: Path, refusal: str, shared: bool = False) -> Iterator[None]:
-    """Have a directory to oneself; the lock ends with the process, however it ends.
+    """Lock a directory; the lock ends with the process, however it ends.
 
-    The directory itself is locked, so that there is no file to be left over. A file system that has
-    no such lock gives none.
+    The directory itself is locked, so no lock file can be left over. On a file system without such
+    locks, nothing is locked.
 
     Parameters
     ----------
-    directory : exists
-    refusal : what the error says
-    shared : have it beside others who share it
+    directory : must exist
+    refusal : the text of the error
+    shared : share the lock with other processes that share it
 
     Raises
     ------
-    BlockingIOError : another process has it
+    BlockingIOError : another process has the lock
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -1,9 +1,9 @@
-"""Names of models into directories: a path on this machine, or a model of the Hugging Face hub.
+"""Find a model's directory by name: a path on this machine, or a model of the Hugging Face hub.
 
-huggingface_hub (extra `[hub]`) downloads and keeps what it has; HF_HOME, HF_ENDPOINT, HF_TOKEN and
-HF_HUB_OFFLINE are its own. Here: which files are wanted, and what a failure means, in a sentence.
+huggingface_hub (extra `[hub]`) downloads and caches files; it obeys HF_HOME, HF_ENDPOINT, HF_TOKEN
+and HF_HUB_OFFLINE. This module chooses the files and explains a failure in one sentence.
 
-Knows nothing about what is in the files: they are a stranger's, and read as such.
+Knows nothing about what the files contain; their readers treat them as untrusted.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ TOKENIZER = [VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, ADD
 
 
 def is_name(source: str) -> bool:
-    """Return whether a model on the hub could be called so."""
+    """Return whether a model on the hub could have this name."""
     return NAME.fullmatch(source) is not None
 
 
 def is_offline() -> bool:
-    """Return whether the user wants no network: HF_HUB_OFFLINE, as huggingface_hub reads it."""
+    """Return whether HF_HUB_OFFLINE forbids the network, as huggingface_hub reads it."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def hidden(directory: Path) -> str:
-    """Return the rest of a sentence about a directory that lacks a file: which name it hides."""
+    """Return the end of an error about a directory that lacks a file: it hides a hub model."""
     name = str(directory)
     if not is_name(name):
         return ""
@@ -54,25 +54,25 @@ def hidden(directory: Path) -> str:
 
 
 def find(source: str | os.PathLike[str], revision: str | None = None, weights: bool = True) -> Path:
-    """Return the path of a model, downloaded if it must be.
+    """Return the path of a model, which is downloaded if necessary.
 
     Parameters
     ----------
-    source : a path, which is given back as it is; or, where there is none, a name on the hub: gpt2,
-        openai-community/gpt2-medium. Only a str can be a name
+    source : a path, which is returned unchanged; or, if no such path exists, a name on the hub:
+        gpt2, openai-community/gpt2-medium. Only a str can be a name
     revision : a branch, tag or commit on the hub
-    weights : False leaves the weights there, for who wants the tokenizer
+    weights : False downloads only the tokenizer
 
     Returns
     -------
-    a path that exists; or, of what can be no name, one that does not: its reader says what it wants
+    a path that exists; if `source` cannot be a name, also one that does not: its reader refuses it
 
     Raises
     ------
-    OSError : the hub has no such model or no safetensors of it, or cannot be reached and the cache
-        does not have it; huggingface_hub is not installed
-    ValueError : a revision of what is not on the hub, or a name (an empty one, say) or an answer
-        that cannot be
+    OSError : the hub has no such model or no safetensors of it; the hub cannot be reached and the
+        cache lacks the model; huggingface_hub is not installed
+    ValueError : `revision` is given for a path, or `source` is empty or no valid name, or the hub's
+        answer is invalid
     """
     check_named("the name of the model", source)
     path = Path(source)
@@ -84,10 +84,10 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         import huggingface_hub
 
         client = huggingface_hub.get_session()
-    except (ImportError, AttributeError):  # not there, or of before 1.0
+    except (ImportError, AttributeError):  # not installed, or older than 1.0
         raise FileNotFoundError(
-            f"{_absent(source)}, and to fetch a model of that name from the hub huggingface_hub"
-            " 1.24 or newer is needed: pip install 'gpt2c[hub]'"
+            f"{_absent(source)}, and a download of a model of that name from the hub needs"
+            " huggingface_hub 1.24 or newer: pip install 'gpt2c[hub]'"
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:
@@ -103,7 +103,7 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
         )
     except MemoryError:
         raise
-    except Exception as error:  # its HTTP library's are neither OSError nor ValueError
+    except Exception as error:  # errors of its HTTP library are neither OSError nor ValueError
         raise _explain(error, source, revision) from error
     if weights and not ((directory / WEIGHTS_FILE).exists() or (directory / INDEX_FILE).exists()):
         raise FileNotFoundError(
@@ -114,15 +114,15 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
 
 
 def _absent(source: str) -> str:
-    """Return how an error begins where the hub has not answered that there is such a model.
+    """Return the start of an error about a model that the hub did not confirm.
 
-    It may be a path that was meant, with a slip in it.
+    The user may have meant a path and mistyped it.
     """
     return f"the file or directory {source} does not exist here"
 
 
 def _bar() -> Any:
-    """Return the client's progress bar, shown only where a person is watching."""
+    """Return the class of the client's progress bar, shown on a terminal only."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -133,15 +133,15 @@ def _bar() -> Any:
 
 
 def _explain(error: Exception, source: str, revision: str | None) -> Exception:
-    """Turn what the client raised into one sentence."""
+    """Return an error of one sentence for an error that the client raised."""
     from huggingface_hub import constants, errors
 
     absent, hub, cause = _absent(source), constants.ENDPOINT, error
     missing = isinstance(error, errors.LocalEntryNotFoundError)
     if missing and constants.HF_HUB_OFFLINE:
         return FileNotFoundError(
-            f"{absent}, HF_HUB_OFFLINE is set, and what is wanted of a model of that name is not in"
-            f" the cache, {constants.HF_HUB_CACHE}"
+            f"{absent}, HF_HUB_OFFLINE is set, and the cache, {constants.HF_HUB_CACHE}, lacks files"
+            " of a model of that name"
         )
     if missing and isinstance(error.__cause__, Exception):
         cause = error.__cause__
@@ -165,7 +165,7 @@ def _explain(error: Exception, source: str, revision: str | None) -> Exception:
             )
     if missing:
         return ConnectionError(
-            f"{absent}, and the hub, {hub}, cannot give a model of that name: {reason}"
+            f"{absent}, and the hub, {hub}, did not deliver a model of that name: {reason}"
         )
     if isinstance(cause, ValueError):
         return ValueError(f"{absent}, nor is there such a model on the hub, {hub}: {reason}")

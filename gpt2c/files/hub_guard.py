@@ -1,9 +1,9 @@
-"""Guards of a download: a hub that is silent is given up, and one that lies is refused.
+"""Guards of a download: a timeout for a silent hub, and a refusal of paths in its answers.
 
-huggingface_hub (2.4 at least) asks for listings without a timeout. It names files as the server
-says: a blob as the ETag, a listing as the commit, wherever these names lead. And it has one client
-for the whole process, so a download cannot have its own: these checks stay on that client, and look
-at requests with this package's mark only.
+huggingface_hub (as of 2.4) requests listings without a timeout. It uses names from the server as
+file names: the ETag for a blob, the commit for a listing, even if they are paths to elsewhere. It
+has one client for the whole process, so a download cannot have its own. These checks therefore stay
+on that client and look only at requests with this package's mark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MARK = "gpt2c"  # in the User-Agent of each request that is guarded
 def guard(client: Any) -> None:
     """Add the checks to huggingface_hub's client, unless it has them.
 
-    Two threads may do so at once: a check that is there twice does the same.
+    Two threads may do so at once: a check that is added twice does no harm.
     """
     for hooks, check in (
         (client.event_hooks["request"], _check_request),
@@ -38,7 +38,7 @@ def _check_request(request: Any) -> None:
     if not _is_ours(request):
         return
     if ".." in request.url.path.split("/"):
-        raise ValueError(f"it names what is outside of itself, {request.url.path}")
+        raise ValueError(f"it names a path outside of itself, {request.url.path}")
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {
         step: limits.get(step) or constants.HF_HUB_DOWNLOAD_TIMEOUT

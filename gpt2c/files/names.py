@@ -1,4 +1,4 @@
-"""Names of files, each known here alone: of a model and a tokenizer, of token files, of a run."""
+"""Names of files, each defined only here: of a model, a tokenizer, token files and a run."""
 
 import os
 
@@ -30,16 +30,16 @@ __all__ = [
     "check_named",
 ]
 
-# a model, as transformers has it
+# a model, as in transformers
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What a save writes and, as patterns, what of others it removes: a reader may take those instead.
+# The files that a save writes, and patterns of others that it removes: a reader may prefer those.
 MODEL_FILES = (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
 MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors")
 
-# a tokenizer, as transformers has it
+# a tokenizer, as in transformers
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
 TOKENIZER_FILE = "tokenizer.json"
@@ -49,7 +49,7 @@ ROLES_FILE = "special_tokens_map.json"
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE)  # see MODEL_FILES
 TOKENIZER_OTHERS = (TOKENIZER_FILE, ADDED_FILE)
 
-# token files, in a directory of them
+# a directory of token files
 MANIFEST_FILE = "manifest.json"
 
 # a run
@@ -57,7 +57,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = f"{METRICS_FILE}.damaged"
 CHECKPOINTS = "checkpoints"  # a directory of models, without a tokenizer of their own
-STATE_FILE = "state.json"  # of a checkpoint; the files beside it are those whose sums it has
+STATE_FILE = "state.json"  # of a checkpoint; it lists the files beside it with their checksums
 MOMENTS_FILE = "trainer.safetensors"
 EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
@@ -69,7 +69,7 @@ def check_named(what: str, name: str | os.PathLike[str]) -> None:
 
     Raises
     ------
-    ValueError : it is empty; `what` says whose name it is
+    ValueError : `name` is empty; `what` names it in the error
     """
     if not os.fspath(name):
         raise ValueError(f"{what} is empty: is a variable of the shell not set?")

@@ -1,9 +1,9 @@
-"""One safetensors file: its tensors mapped or as float32, and written so that equal is equal.
+"""One safetensors file: tensors mapped or read as float32; equal tensors make equal files.
 
 Knows nothing about models, only the format: an 8-byte little-endian length, a JSON header of that
 length, then the tensors' bytes. The library checks lengths, sizes and offsets: tensors follow each
-other without gaps and end with the file. What it lets pass, and two readers might read differently,
-is refused here: names that are there twice, fields that nobody knows.
+other without gaps and end with the file. This module also refuses headers that the library accepts
+and two readers might read differently: with a repeated name, or with an unknown field.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor in the header
 PIECE = 1 << 22  # bytes of a tensor that are copied at a time
 LARGEST_HEADER = 1 << 25  # bytes: 10,000 layers have 12 MB of names and shapes
 LONGEST_NAME = 256  # characters
-MOST_DIMENSIONS = 32  # of an array in every version of NumPy
-LARGEST_DIMENSION = 1 << 47  # numbers: the address space; only beside a 0 can one be larger
+MOST_DIMENSIONS = 32  # that every version of NumPy allows
+LARGEST_DIMENSION = 1 << 47  # numbers that fit the address space; a shape with a 0 could have more
 
 Tensors = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor of a mapped file, whose shape is known and whose numbers are read when asked for.
+    """A tensor of a mapped file: its shape is known, and its numbers are read on demand.
 
-    `np.asarray(tensor)` gives them as float32, as with a dataset of h5py: F32 stays in the file's
-    memory, which is read-only, others are converted, anew each time.
+    `np.asarray(tensor)` returns them as float32, as with a dataset of h5py. F32 is a read-only view
+    of the file; other dtypes are converted, again in each call.
 
     Parameters
     ----------
-    path, name : where it comes from, for errors
-    dtype : safetensors' word for it
-    data : read-only array in the file; BF16, which NumPy lacks, comes as uint16
+    path, name : of the file and the tensor, for errors
+    dtype : safetensors' name for it, such as "F32"
+    data : read-only array in the file; BF16, which NumPy lacks, is uint16
     """
 
     path: Path
@@ -67,20 +67,20 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape in memory's order."""
+        """Its shape."""
         return self.data.shape
 
     @property
     def T(self) -> StoredTensor:
-        """Its transpose, without touching a number."""
+        """Its transpose, without reading a number."""
         return StoredTensor(self.path, self.name, self.dtype, self.data.T)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        """Return float32.
+        """Return the numbers as float32, or as `dtype`.
 
         Raises
         ------
-        ValueError : it holds numbers beyond the range of float32
+        ValueError : a number is beyond the range of float32
         """
         array: NDArray[Any]
         if self.dtype == "BF16":
@@ -100,7 +100,7 @@ AnyTensor = NDArray[Any] | StoredTensor
 
 
 def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Widen bfloat16 numbers, which are the upper halves of float32's."""
+    """Return bfloat16 numbers as float32, whose upper halves they are."""
     wide: NDArray[np.float32] = np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
     return wide
 
@@ -108,10 +108,9 @@ def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 def write_tensors(path: Path, tensors: Mapping[str, AnyTensor], metadata: dict[str, str]) -> None:
     """Write tensors in their own dtypes, a `StoredTensor` as float32.
 
-    Written here and not by the library, which has all of them in memory a second time. A tensor
-    that does not lie in memory as it does in the file, a transpose, is copied a piece at a time, so
-    that a save needs next to no memory. Equal tensors make equal files: the widest numbers come
-    first, which aligns them all, then the order is that of names.
+    The library would copy all tensors in memory. Here only a tensor that is not contiguous, such as
+    a transpose, is copied, a piece at a time. Equal tensors make equal files: the widest numbers
+    come first, which aligns all tensors; those of one width are sorted by name.
 
     Raises
     ------
@@ -143,7 +142,7 @@ def _dtype(tensor: AnyTensor) -> np.dtype[Any]:
 
 
 def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Yield the numbers of an array in order, as contiguous arrays; only what is none is copied."""
+    """Yield the numbers of an array in order, as contiguous arrays; copy it if it is not one."""
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     if array.flags.c_contiguous or not array.ndim:
         yield np.ascontiguousarray(array)
@@ -156,18 +155,18 @@ def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
 def map_tensors(
     path: Path, ignored: tuple[str, ...] = (), dtypes: tuple[str, ...] = FLOAT_DTYPES
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Map a safetensors file: its tensors by name, and its metadata. No number is read.
+    """Map a safetensors file; return its tensors by name, and its metadata. No number is read.
 
     Parameters
     ----------
     path : the file
-    ignored : tensors whose names end with one of these are left out, whatever they are
-    dtypes : those that the others may have
+    ignored : tensors whose names end with one of these are left out, whatever their dtypes
+    dtypes : those that the other tensors may have
 
     Raises
     ------
     FileNotFoundError : there is no such file
-    ValueError : it is damaged, or a tensor has another dtype; the message names file and tensor
+    ValueError : it is damaged, or a tensor has another dtype; the error names file and tensor
     """
     header, data = _map(path)
     metadata = header.pop("__metadata__", None) or {}
@@ -186,13 +185,13 @@ def map_tensors(
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read a safetensors file as float32; what is float32 there stays mapped."""
+    """Read a safetensors file as float32; tensors that are float32 in the file stay mapped."""
     stored, metadata = map_tensors(path)
     return {name: np.asarray(tensor) for name, tensor in stored.items()}, metadata
 
 
 def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """Return the header of a file that the library finds whole, and all bytes after it, mapped."""
+    """Return a file's header, and all bytes after it, mapped; the library checks the file."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist (weights are read from safetensors, never from pickles)"
@@ -211,7 +210,7 @@ def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise
-            deserialize(mapped.tobytes())  # type: ignore[no-untyped-call]  # the same checks, where nothing can be mapped
+            deserialize(mapped.tobytes())  # type: ignore[no-untyped-call]  # the same checks where files cannot be mapped
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {shown(error)}") from error
     except MemoryError as error:
@@ -223,18 +222,18 @@ def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
 
 
 def _check(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Refuse a tensor that the library lets pass; what is left can be printed and given a shape."""
+    """Refuse what the library accepts: odd names, unknown fields, shapes too large for NumPy."""
     if not (0 < len(name) <= LONGEST_NAME and name.isprintable()):
         raise ValueError(
-            f"{path}: a tensor's name must be 1 to {LONGEST_NAME} characters that can be printed,"
+            f"{path}: a tensor's name must be 1 to {LONGEST_NAME} printable characters,"
             f" got {shown(name)}"
         )
     if entry.keys() != FIELDS:
         unknown = shown(min(entry.keys() - FIELDS))
-        raise ValueError(f"{path}: {name} has a field {unknown}, which safetensors has not")
+        raise ValueError(f"{path}: {name} has a field {unknown}, which safetensors does not define")
     shape = entry["shape"]
     if len(shape) > MOST_DIMENSIONS or max(shape, default=0) > LARGEST_DIMENSION:
         raise ValueError(
-            f"{path}: {name} has a shape that cannot be, {shown(shape)}; wanted at most"
+            f"{path}: {name} has an impossible shape, {shown(shape)}; wanted at most"
             f" {MOST_DIMENSIONS} dimensions of at most {LARGEST_DIMENSION:,}"
         )

@@ -1,6 +1,6 @@
-"""Files that a stranger may have written: sizes, pipes, encodings and JSON are checked first.
+"""Untrusted files: sizes, pipes, encodings and JSON are checked before the content is used.
 
-Knows nothing about what is in them.
+Knows nothing about what the files mean.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ __all__ = [
     "shown",
 ]
 
-LARGEST_JSON = 1 << 28  # bytes: no file of a model's or run's comes near it
+LARGEST_JSON = 1 << 28  # bytes: the files of models and runs are far smaller
 
 
-LONGEST_VALUE = 120  # characters of a stranger's value in an error
+LONGEST_VALUE = 120  # characters of an untrusted value in an error
 
 
-# A longer mark comes before one that it begins with: UTF-32's begins with UTF-16's.
+# UTF-32 comes first, because one of its marks begins with one of UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -55,12 +55,12 @@ _MARKS = {
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
-    """Return a file's bytes, read-only: mapped, or read where the file system maps none.
+    """Return a file's bytes, (size,) uint8, read-only: mapped, or read if it cannot be mapped.
 
     Raises
     ------
     OSError : see `open_file`
-    MemoryError : there is no room for them
+    MemoryError : they do not fit into memory
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -68,7 +68,7 @@ def map_file(path: Path) -> NDArray[np.uint8]:
             return np.empty(0, np.uint8)
         try:
             with refinement():
-                # Private, for some file systems share none; and nothing is ever written to it.
+                # Private, because some file systems refuse shared maps; nothing is written to it.
                 memory = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ)
                 return np.frombuffer(memory, np.uint8)
         except OSError as error:
@@ -84,15 +84,15 @@ def map_file(path: Path) -> NDArray[np.uint8]:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read its bytes, if it is one: a pipe or a device might never end.
+    """Open a regular file to read its bytes; a pipe or a device, which might not end, is refused.
 
     Raises
     ------
-    OSError : it is missing, unreadable, a directory, a pipe or a device
+    OSError : the file is missing, unreadable, a directory, a pipe or a device
     """
 
     def at_once(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # else a pipe waits for a writer
+        return os.open(name, flags | os.O_NONBLOCK)  # else opening a pipe waits for a writer
 
     with open(path, "rb", opener=at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -111,8 +111,8 @@ def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
 
     Raises
     ------
-    OSError : see `open_file`; it grows or shrinks while it is read
-    ValueError : it has more
+    OSError : see `open_file`; the file grows or shrinks while it is read
+    ValueError : it has more bytes
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -125,9 +125,9 @@ def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
 
 
 def decode(content: bytes, source: str, errors: str = "strict") -> str:
-    """Decode UTF-8 text, as Windows' editors write it too.
+    """Decode UTF-8 text, also as editors on Windows write it.
 
-    A byte order mark at its start is dropped, and each line that ends in CR LF ends in LF.
+    A byte order mark at the start is dropped, and CR LF becomes LF.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def decode(content: bytes, source: str, errors: str = "strict") -> str:
 
     Raises
     ------
-    ValueError : it is not UTF-8, or another encoding by its first bytes
+    ValueError : it is not UTF-8, or its first bytes are the mark of another encoding
     """
     check_encoding(content, source)
     try:
@@ -147,7 +147,7 @@ def decode(content: bytes, source: str, errors: str = "strict") -> str:
 
 
 def check_encoding(start: bytes, source: str) -> None:
-    """Refuse a text by its first bytes (4 are enough) where they are another encoding's mark.
+    """Refuse a text whose first bytes (4 are enough) are the mark of another encoding.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def check_encoding(start: bytes, source: str) -> None:
 
 
 def not_utf8(source: str, error: UnicodeDecodeError, offset: int) -> ValueError:
-    """Return what to raise for bytes that are not UTF-8; `offset` is where they begin in a file."""
+    """Return the error for bytes that are not UTF-8 and begin at `offset` in a file."""
     byte = error.object[error.start]
     place = f"byte {offset + error.start:,} is 0x{byte:02x}"
     return ValueError(f"{source} is not UTF-8: {place}; convert it to UTF-8")
@@ -171,7 +171,7 @@ def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
     Raises
     ------
     OSError : the file is missing, cannot be read, or is a device
-    ValueError : the file holds no text or is not UTF-8
+    ValueError : the file is empty or not UTF-8
     """
     try:
         if stat.S_ISCHR(os.stat(path).st_mode):  # /dev/zero has no end
@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     OSError : it is missing or unreadable
-    ValueError : it is not JSON (nan and infinity are not), or not an object; a key is there twice
+    ValueError : it is not JSON (nan and infinity are not), is not an object, or repeats a key
     """
     return parse_json(read_bytes(path), str(path))
 
@@ -210,9 +210,9 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """Return a value, or what an error says, for an error: one printable line.
+    """Return a value, or the text of an exception, as one printable line for an error.
 
-    It is cut where a stranger made it long or deep.
+    A long or deeply nested value is shortened.
     """
     short = Repr()
     short.maxlevel, short.maxstring = 3, LONGEST_VALUE
@@ -223,11 +223,11 @@ def shown(value: object) -> str:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
-    if len(entries) < len(pairs):  # the readers of a file might disagree on which one counts
+    if len(entries) < len(pairs):  # readers of the file might disagree on which one counts
         counts = Counter(key for key, _ in pairs)
         raise ValueError(f"{shown(counts.most_common(1)[0][0])} is there twice")
     return entries
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number in JSON")
+    raise ValueError(f"{constant} is not a number in JSON")

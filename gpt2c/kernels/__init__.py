@@ -1,4 +1,4 @@
-"""Arrays in, arrays out: what an op is, the reference, the C binding, backends, threads, memory.
+"""Arrays in, arrays out: ops, their reference, the C binding, backends, threads and memory.
 
 Knows no model.
 """

@@ -1,7 +1,7 @@
-"""Backends: which complete sets of ops this machine can run, and how one is chosen.
+"""Backends: the complete sets of ops that this machine can run, and the choice of one.
 
-A backend is an argument, never a global: the same model runs on any of them, and two can be
-compared side by side in one process. Knows nothing about models.
+A backend is an argument, never a global: the same model runs on any backend, and one process can
+compare two. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ __all__ = [
     "why_missing",
 ]
 
-# Fastest first. A set of kernels runs only on a CPU with all of its features, which are
-# those of the flags that build.py compiles it with.
+# Fastest first. A set of kernels runs only on a CPU with all of its features, because build.py
+# compiles it for them.
 AVX2 = ("avx2", "fma", "f16c")
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *AVX2)
 REQUIRES: dict[str, tuple[str, ...]] = {
-    "avx512vnni": (*AVX512, "avx512vnni"),  # as avx512, and products of 8 bits
+    "avx512vnni": (*AVX512, "avx512vnni"),  # as avx512, with 8-bit dot products (VNNI)
     "avx512": AVX512,
     "avx2": AVX2,
     "base": (),
     "numpy": (),
 }
 NAMES = tuple(REQUIRES)
-# More are a mistake; whether the system gives so many, kernels.py asks before the first kernel.
+# More must be a mistake. gpt2c.kernels.threads.Pool raises OSError if the system starts fewer.
 MAX_THREADS = 1024
 THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
 
@@ -75,7 +75,7 @@ Backend = Kernels | NumPy
 
 
 def why_missing(name: str) -> str:
-    """Say why this machine cannot run backend `name`; nothing ("") if it can."""
+    """Return why this machine cannot run backend `name`, "" if it can."""
     if name == "numpy":
         return ""
     try:
@@ -91,11 +91,11 @@ def why_missing(name: str) -> str:
 
 @functools.cache
 def backends() -> tuple[str, ...]:
-    """Name the backends that this machine can run, fastest first; "auto" means the first.
+    """Return the names of the backends that this machine can run, fastest first.
 
     Examples
     --------
-    >>> gpt2c.backends()[-1]  # each machine has it
+    >>> gpt2c.backends()[-1]  # every machine has it
     'numpy'
     """
     return tuple(name for name in NAMES if not why_missing(name))
@@ -106,12 +106,12 @@ def default_threads() -> int:
 
     Raises
     ------
-    ValueError : a variable is set to something else than a whole number in [1, MAX_THREADS]
+    ValueError : a variable is set, but not to a whole number in [1, MAX_THREADS]
     """
     for variable in THREAD_VARIABLES:
         value = os.environ.get(variable)
         if value:
-            first = value.split(",")[0]  # OpenMP's list is for nested parallelism: not ours
+            first = value.split(",")[0]  # OpenMP's list is for nested parallelism, unused here
             if not first.isdecimal() or not 1 <= int(first) <= MAX_THREADS:
                 raise ValueError(
                     f"{variable} must be a whole number of threads from 1 to {MAX_THREADS},"
@@ -132,13 +132,12 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
     Parameters
     ----------
     name : one of `backends()`, or "auto": GPT2C_BACKEND if that variable is set, else the fastest
-    threads : threads of each kernel, `default_threads()` if None; NumPy's own products use NumPy's
-        own threads
+    threads : threads of each kernel, `default_threads()` if None; "numpy" uses NumPy's own threads
 
     Raises
     ------
-    ValueError : an unknown name, one that this machine cannot run, or threads that are no whole
-        number or out of range
+    ValueError : the name is unknown, this machine cannot run the backend, "auto" would be "numpy",
+        or `threads` is not a whole number in [1, MAX_THREADS]
     """
     threads = default_threads() if threads is None else whole("threads", threads)
     if not 1 <= threads <= MAX_THREADS:
@@ -147,7 +146,7 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
         name = os.environ.get("GPT2C_BACKEND") or "auto"
     if name == "auto":
         name = backends()[0]
-        if name == "numpy":  # hundreds of times slower: nobody should get it unasked
+        if name == "numpy":  # hundreds of times slower: never chosen unasked
             raise ValueError(f"no kernels here: {why_missing('base')}; ask for 'numpy' by name")
     if name not in backends():
         why = why_missing(name) if name in NAMES else "unknown name"
@@ -156,34 +155,34 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
 
 
 def as_backend(backend: str | Backend, threads: int | None = None) -> Backend:
-    """Return a backend that is given as such or by its name, with so many threads.
+    """Return `backend` itself, or the backend of that name with `threads` threads.
 
     Raises
     ------
-    ValueError : see `get_backend`; threads for a backend that has its own
+    ValueError : see `get_backend`; `threads` is given with a backend, which has its own
     """
     if isinstance(backend, str):
         return get_backend(backend, threads)
     if threads is not None:
-        raise ValueError(f"threads is for a backend's name, got {threads} and a whole backend")
+        raise ValueError(f"threads={threads} needs a backend's name, got {backend!r}")
     return backend
 
 
 def same_backend(name: str, threads: int | None) -> Backend:
     """Return the backend that a copied or pickled model was on.
 
-    It may come from another machine, whose backend this CPU cannot run: then it is "auto", with a
-    warning. The number of threads stays.
+    If this machine cannot run it, because the model comes from another one, return "auto" and warn.
+    The number of threads stays.
     """
     try:
         return get_backend(name, threads)
     except ValueError as error:
         backend = get_backend("auto", threads)
-        warnings.warn(f"{error}; on {backend.name} the bits are others", stacklevel=4)
+        warnings.warn(f"{error}; on {backend.name} the results differ slightly", stacklevel=4)
         return backend
 
 
-# What holds kernels can be copied and pickled: they are looked up by name again.
+# A copied or pickled backend is looked up by its name, so objects that hold one can be copied.
 def _how_to_pickle(backend: Any) -> Any:
     return same_backend, (backend.name, backend.threads)
 
@@ -194,10 +193,10 @@ copyreg.pickle(NumPy, _how_to_pickle)
 
 @functools.cache
 def fma_peak(name: str, threads: int) -> float:
-    """Measure the peak of an instruction set's fused multiply-adds, in FLOP/s; takes 0.1 s.
+    """Measure an instruction set's peak rate of fused multiply-adds, in FLOP/s; this takes 0.1 s.
 
-    The best of five short runs: on a shared machine the others say how busy it was. 0.0 for
-    "numpy", which has no kernels.
+    Return the best of five short runs, because a busy machine slows some of them; 0.0 for "numpy",
+    which has no kernels.
     """
     if name == "numpy":
         return 0.0

@@ -1,10 +1,10 @@
 """The binding: the ops of gpt2c.kernels.reference on the C kernels of one instruction set.
 
-A method for each op, made from its declaration in `gpt2c.kernels.op`, hands pointers and sizes to
-the C function of the same name and returns when it has written its outputs;
-print(source(OPS["..."])) shows one. What the op means stands in `gpt2c.kernels.reference`. Arrays
-must be C-contiguous float32 (int32 for idx and targets) of the declared shapes: the doors,
-`gpt2c.ops` and `gpt2c.gpt2`, see to it once. Knows nothing about models.
+Each op has a method, made from its declaration in `gpt2c.kernels.op`. It passes pointers and sizes
+to the C function of the same name, which writes the outputs; print(source(OPS["..."])) shows one.
+`gpt2c.kernels.reference` defines what each op computes. Arrays must be C-contiguous float32 (int32
+for idx and targets, also float16 and uint8 for weights) of the declared shapes; `gpt2c.ops` and
+`gpt2c.model` check this before. Knows nothing about models, except their parameters' names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpt2c.kernels.threads import Pool
 __all__ = ["Kernels", "source"]
 
 Array = NDArray[Any]
-# how an array of each kind of gpt2c.kernels.op becomes a pointer
+# the method that makes a pointer of an array, for each kind of gpt2c.kernels.op
 VIEWS = {"floats": "_f", "ids": "_i", "targets": "_i", "weights": "_from_buffer", "offsets": "_i"}
 
 
@@ -35,9 +35,9 @@ class Kernels:
 
     Parameters
     ----------
-    name : "base", "avx2" or "avx512"; the CPU must have its features, or importing it ends the
-        process
-    threads : how many threads each kernel uses
+    name : one of `gpt2c.kernels.backend.NAMES` other than "numpy"; the CPU must have its features,
+        or the import ends the process
+    threads : the number of threads that each kernel uses
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -54,7 +54,7 @@ class Kernels:
         # own.
         self._local = threading.local()
 
-    if TYPE_CHECKING:  # the ops, which stand below
+    if TYPE_CHECKING:  # the ops, which are added below
 
         def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
@@ -66,11 +66,11 @@ class Kernels:
 
         Raises
         ------
-        OSError : the system does not give so many threads
-        MemoryError : nor the memory for them
+        OSError : the system cannot start all threads
+        MemoryError : there is too little memory for them
         """
         pool = getattr(self._local, "pool", None)
-        if pool is None or pool.process != os.getpid():  # a fork takes no threads along
+        if pool is None or pool.process != os.getpid():  # a forked child has no threads
             pool = self._local.pool = Pool(self._lib, self._ffi, self.threads)
         return getattr(self._lib, name)(*arguments, pool.pointer)
 
@@ -94,19 +94,19 @@ class Kernels:
         return float(self._call("fma_burn", self._sums(self.threads), iterations))
 
     def memory_read(self, data: Array) -> float:
-        """Read `data` once, up to a last part below 1 KB; return the sum of what was read."""
+        """Read `data` once, except a last part below 1 KB; return the sum of what was read."""
         sums = self._sums(self._lib.SLICES)
         return float(self._call("memory_read", self._f(data), sums, data.size))
 
     def _type(self, weight: Array) -> int:
-        """Return C's name of a weight's dtype."""
+        """Return C's constant for a weight's dtype."""
         lib = self._lib
         return int({"float32": lib.FP32, "float16": lib.FP16, "uint8": lib.INT8}[weight.dtype.name])
 
     # ---- a step of decoding, in one call ---------------------------------------------------------
 
     def bind_decoder(self, p: Mapping[str, Array], n_layer: int, n_head: int, eps: float) -> Any:
-        """Give `decode_step` a model whose parameters are `p`; they must outlive what is given."""
+        """Return `decode_step`'s model with the parameters `p`, which must live as long."""
 
         def linear(name: str) -> dict[str, Any]:
             weight = p[name + ".weight"]
@@ -124,7 +124,7 @@ class Kernels:
             kept.extend(data.values())
             return data
 
-        kept: list[Any] = []  # a C struct does not keep what it points at
+        kept: list[Any] = []  # a C struct does not keep alive what it points at
         layers = []
         for layer in range(n_layer):
             prefix = f"h.{layer}."
@@ -154,15 +154,15 @@ class Kernels:
         positions: Array,
         model: Any,
     ) -> None:
-        """Read one more token of each of N texts, all in one call.
+        """Process one more token of each of N texts, all in one call.
 
         Parameters
         ----------
-        logits : (N, V), written: of what follows each token
-        keys, values : (L, S, NH, P, HS), the texts' caches; a row of each is written
-        tokens, slots, positions : (N,) int32, each text's token, its cache in [0, S), no two the
-            same, and where the token stands in it, in [0, P)
-        model : of `bind_decoder`
+        logits : (N, V), written: the logits of the token after each
+        keys, values : (L, S, NH, P, HS), the caches of S texts; one row of each text is written
+        tokens, slots, positions : (N,) int32, each text's token; its cache in [0, S), no two the
+            same; and the token's position in it, in [0, P)
+        model : from `bind_decoder`
         """
         f, i, N = self._f, self._i, len(tokens)
         _, S, _, P, _ = keys.shape
@@ -172,10 +172,10 @@ class Kernels:
 
 
 def source(op: Op) -> str:
-    """Return an op's method as Python text: arrays become pointers, and C is told their sizes."""
+    """Return the Python source of an op's method, which passes pointers and sizes to C."""
 
     def size(letter: str) -> str:
-        """Say how the size that a letter means is read off the arrays."""
+        """Return the expression for the size that a letter means."""
         if letter == "HS":
             return "C // NH"
         found = ""
@@ -190,7 +190,7 @@ def source(op: Op) -> str:
         return found + "0"
 
     def told(text: str) -> str:
-        """Say what C is handed for a word of a declaration."""
+        """Return the expression that C gets for a word of a declaration."""
         if text == "sums":
             return "self._sums(self._lib.SLICES)"
         if text.endswith(")"):
@@ -214,6 +214,6 @@ def source(op: Op) -> str:
 
 for _op in OPS.values():
     _made: dict[str, Any] = {}
-    exec(source(_op), _made)  # a declaration of this package's own
+    exec(source(_op), _made)  # from this package's own declaration
     _made[_op.name].__doc__ = f"See `gpt2c.kernels.reference.{_op.name}`."
     setattr(Kernels, _op.name, _made[_op.name])

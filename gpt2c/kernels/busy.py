@@ -1,4 +1,4 @@
-"""How much of this process's cores other programs use, from /proc/stat."""
+"""The load of other programs on this process's cores, from /proc/stat."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from gpt2c.kernels.limits import AFFINITY
 __all__ = ["BusyCores"]
 
 STAT = Path("/proc/stat")
-SECONDS = 3.0  # of a look: the system counts in hundredths
-LEAST = 0.3  # cores: less are what any system does beside
+SECONDS = 3.0  # from one look to the next: the system counts in hundredths of a second
+LEAST = 0.3  # cores: any system uses a little less by itself
 _IDLE = (3, 4)  # columns of a line: idle, and waiting for a disk
 
 
 class BusyCores:
-    """Compares the work of the cores that this process may use with its own.
+    """Compares the work of the cores that this process may use with the process's own work.
 
     Parameters
     ----------
-    threads : of this process's kernels
+    threads : the number of threads of this process's kernels
 
     Attributes
     ----------
-    cores : that this process may use
+    cores : the number of cores that this process may use
     """
 
     def __init__(self, threads: int) -> None:
@@ -36,8 +36,8 @@ class BusyCores:
     def others(self) -> float:
         """Return how many cores other programs used since the last look.
 
-        0 where they left this process's threads a core each, where a look would be too short yet,
-        and where the system does not say.
+        The result is 0 if each thread of this process had a core to itself, if the last look was
+        less than SECONDS ago, or if the system does not tell.
         """
         now, busy, own = self._look()
         seconds = now - self._last[0]
@@ -49,13 +49,13 @@ class BusyCores:
         return others if others >= LEAST and crowded else 0.0
 
     def _look(self) -> tuple[float, float, float]:
-        """Return the time, seconds of work of the cores, and seconds of work of this process."""
+        """Return the time, and the seconds that the cores and this process have worked."""
         busy = 0.0
         try:
             for line in STAT.read_text(encoding="utf-8").splitlines():
                 name, *columns = line.split()
                 if name.removeprefix("cpu").isdecimal() and int(name[3:]) in AFFINITY:
-                    counts = [int(column) for column in columns[:8]]  # guests are in the others
+                    counts = [int(column) for column in columns[:8]]  # they include guests
                     busy += sum(n for i, n in enumerate(counts) if i not in _IDLE)
             busy /= os.sysconf("SC_CLK_TCK")
         except (OSError, ValueError):

@@ -1,14 +1,14 @@
-"""Examples of every op: arguments, tolerance, cost, and shapes of GPT-2's.
+"""Examples of every op: arguments, tolerance, cost, and shapes that GPT-2 uses.
 
-It drives the kernel tests and the benchmarks: `EXAMPLES[name].make(rng, **shape)` gives an op's
-arguments for any shape, outputs first, in float64 or int32, small weights in their own types.
-Outputs that are written hold NaN, so that an element left out shows; outputs that are accumulated
-or updated hold numbers. All floats are representable in float32, so that the float64 reference and
-a float32 kernel start from the same.
+The kernel tests and the benchmarks use it. `EXAMPLES[name].make(rng, **shape)` returns an op's
+arguments for any shape, outputs first: float64 and int32, with float16 and uint8 weights. Outputs
+that are written hold NaN, so that a missed element shows; outputs that are accumulated or updated
+hold numbers. All floats are representable in float32, so that the float64 reference and a float32
+kernel start from the same numbers.
 
-The metric is the normalised error max|a - b| / max|b| over one output, b being the float64
-reference: what a sum loses to rounding grows with the size of its terms, not with the size of an
-element in which they happened to cancel. One float32 rounding is 6e-8.
+The metric is the normalised error max|a - b| / max|b| over one output, where b is the float64
+reference. The rounding error of a sum grows with the size of its terms, not with the size of a
+result in which the terms cancel. One float32 rounding is 6e-8.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ EPS = float(np.float32(1e-5))
 
 @dataclass(frozen=True)
 class Example:
-    """What an op is tried with.
+    """The arguments, tolerance and cost of an op.
 
     Attributes
     ----------
     rtol : the normalised error that a kernel may have
-    shapes : as GPT-2 124M meets it; the first is the quick one
-    cost : floating-point operations and bytes of memory that a shape takes at least, each number
+    make : returns the arguments, see above
+    shapes : those of GPT-2 124M; a quick benchmark takes only the first
+    cost : the least floating-point operations and bytes of memory that a shape takes, each number
         read or written once. An exponential counts as 10 operations
     kinds : other values that `make` knows, each with the error that a kernel may have on them
     """
@@ -66,7 +67,7 @@ def normalised_error(a: Any, b: Any) -> float:
 
 
 def _rounded(values: Any) -> Any:
-    """Round to float32, keep as float64."""
+    """Round to float32; return float64."""
     return np.asarray(values, np.float32).astype(np.float64)
 
 
@@ -87,7 +88,7 @@ def _tokens(rng: np.random.Generator, V: int, *shape: int) -> Any:
 
 
 def _forward(name: str, arguments: list[Any]) -> list[Any]:
-    """Run the reference of a forward op, for a backward op that needs what it wrote."""
+    """Run a forward op's reference; return its outputs, which the backward op needs."""
     getattr(reference, name)(*arguments)
     outputs = arguments[: len(OPS[name].outputs)]
     return [None if output is None else _rounded(output) for output in outputs]
@@ -97,7 +98,7 @@ def _forward(name: str, arguments: list[Any]) -> list[Any]:
 
 
 def _weight(rng: Any, kind: str, rows: int, C: int) -> tuple[Any, Any]:
-    """Return a weight of a type, and the scale that 8 bits need."""
+    """Return a weight of a dtype, and the scale of a uint8 weight, else None."""
     if kind == "uint8":
         return rng.integers(1, 256, (rows, C), np.uint8), _rounded(rng.uniform(0.5, 1.5, rows))
     weight = _normal(rng, rows, C)
@@ -171,8 +172,8 @@ def _matmul_forward(
 ) -> list[Any]:
     x, (weight, scale) = _normal(rng, N, C), _weight(rng, kind, OC, C)
     if kind == "uint8":
-        # No number of x lies near the border of two of its 127 steps, where rounding in float64 and
-        # in float32 could part; the largest of a row fixes the size of the steps.
+        # No number of x lies near the border of two of its 127 steps, where float64 and float32 may
+        # round differently; the largest number of a row sets the size of the steps.
         steps = rng.integers(-126, 127, (N, C)) + rng.uniform(-0.4, 0.4, (N, C))
         steps[np.arange(N), rng.integers(0, C, N)] = rng.choice([-127, 127], N)
         x = _rounded(steps * rng.uniform(0.005, 0.02, (N, 1)))
@@ -204,7 +205,7 @@ def _attention_forward(
     KV: int = 0,
     S: int = 0,
 ) -> list[Any]:
-    # at 10, scores spread over hundreds: most rows of the softmax are a 1 and zeros
+    # with 10, scores spread over hundreds, and most rows of the softmax are a 1 and zeros
     scale, KV = 10.0 if kind == "saturated" else 1.0, KV or NH
     qkv = _normal(rng, B, T, (NH + 2 * KV) * HS, scale=scale)
     outputs = [_unwritten(B, T, NH * HS), _unwritten(B, NH, T)]
@@ -212,7 +213,7 @@ def _attention_forward(
         return [*outputs, None, None, qkv, _offsets(rng, T, S), 0]
     keys, values = _normal(rng, B, KV, P, HS, scale=scale), _normal(rng, B, KV, P, HS)
     for cache in (keys, values):
-        cache[:, :, position : position + T] = np.nan  # written; before and after is kept
+        cache[:, :, position : position + T] = np.nan  # written; the rows around them stay
     return [*outputs, keys, values, qkv, None, position]
 
 
@@ -229,7 +230,7 @@ def _hidden(rng: Any, kind: str, *shape: int) -> Any:
     n = math.prod(shape)
     makers: dict[str, Callable[[], Any]] = {
         "normal": lambda: _normal(rng, n),
-        "wide": lambda: np.linspace(-10, 10, n),  # from where it is 0 to where it is x
+        "wide": lambda: np.linspace(-10, 10, n),  # from where GELU is 0 to where it is x
         "huge": lambda: rng.uniform(-1e4, 1e4, n),
         "tiny": lambda: 10 ** rng.uniform(-44, -30, n) * rng.choice([-1, 1], n),  # and denormals
         "zero": lambda: np.zeros(n),
@@ -298,23 +299,23 @@ def _adamw_update(
     param, m = _normal(rng, n), _normal(rng, n, scale=0.1 * started)
     v = _rounded(rng.uniform(0.01, 1, n) * started)
     grad = _normal(rng, n, scale=0.0 if kind == "zero" else 1.0)
-    # a learning rate so large that the step shows beside the parameter
+    # the learning rate is large, so that the step shows beside the parameter
     scalars = [_scalar(value) for value in (0.1, 0.9, 0.95, 1e-8, weight_decay)]
     return [param, m, v, grad, *scalars, t, _scalar(grad_scale)]
 
 
 def _global_norm(rng: Any, n: int, kind: str = "normal") -> list[Any]:
-    # in float32, the squares of these would overflow and vanish
+    # in float32, the squares of huge and tiny ones would overflow and vanish
     return [_normal(rng, n, scale={"normal": 1.0, "huge": 1e30, "tiny": 1e-30}[kind])]
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-# Tolerances. A sum of K terms in float32 loses about sqrt(K) roundings if done one by one, 3e-6 at
-# K = 3072, and fewer in vector lanes and blocks. Kernels' exp, tanh and log are good to a few
-# roundings.
+# Tolerances. A float32 sum of K terms, added one by one, loses about sqrt(K) roundings, 3e-6 at
+# K = 3072; sums in vector lanes and blocks lose fewer. The kernels' exp, tanh and log are accurate
+# to a few roundings.
 SUM, FEW, COPY = 4e-6, 2e-6, 0.0  # long sums; a few operations, or short sums; no operation
-ROUNDING = 1.2e-7  # one operation: half a unit in the last place of its result, and a little
+ROUNDING = 1.2e-7  # one operation: half a unit in the last place of its result, and a margin
 
 ENCODER: list[Shape] = [{"B": 4, "T": 1024, "C": 768, "V": 50257}]
 ROWS: list[Shape] = [{"N": 4096, "C": 768}]
@@ -330,7 +331,7 @@ ATTENTION: list[Shape] = [
     {"B": 4, "T": 64, "NH": 12, "HS": 64},
 ]
 TRANSPOSE: list[Shape] = [{"R": 768, "C": 3072}, {"R": 3072, "C": 768}]
-# a token, as many as are read together, and a piece of a prompt
+# one token, tokens of several texts, and a piece of a prompt
 LINEAR: list[Shape] = [
     {"N": N, "C": 768, "OC": OC, "kind": kind}
     for N, OC in [(1, 3072), (1, 50257), (8, 3072), (256, 3072)]
@@ -392,6 +393,7 @@ EXAMPLES: dict[str, Example] = {
         lambda N, C: (13 * N * C, 16 * N * C),
         kinds=dict.fromkeys(ODD_ROWS, FEW),
     ),
+    # with 8-bit weights the sums are of integers and exact; only a few roundings remain
     "matmul_forward": Example(
         SUM,
         _matmul_forward,
@@ -411,12 +413,12 @@ EXAMPLES: dict[str, Example] = {
         lambda N, C, OC, accumulate: (4 * N * C * OC, 8 * (N * C + OC * C) + 4 * N * OC),
     ),
     "matrix_transpose": Example(COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
-    # the causal half; backward makes the scores once more, which is not counted
+    # the causal half; backward computes the scores again, which is not counted
     "attention_forward": Example(
         SUM,
         _attention_forward,
         ATTENTION + CACHE,
-        # with a cache, what the queries may see of it; keys and values come from memory once
+        # with a cache: its rows that the queries see; each key and value is read once
         lambda B, T, NH, HS, position=0, P=0: (
             4 * B * NH * HS * (T * position + (T * (T + 1) if P else T * T) // 2),
             8 * B * NH * HS * (position + 3 * T) if P else 16 * B * T * NH * HS,

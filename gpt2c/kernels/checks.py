@@ -1,7 +1,7 @@
-"""What users give: whole numbers, and arrays that C can read as they are.
+"""Checks of users' arguments: whole numbers, and arrays that C can read as they are.
 
-Each refuses the rest with one sentence that names the argument. Knows nothing about what they mean.
-Here too is how such sentences count.
+Each error is one sentence that names the argument; `counted` writes numbers in such sentences.
+Knows nothing about what the arguments mean.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def whole(name: str, number: Any) -> int:
 
     Raises
     ------
-    ValueError : it is none, or a bool
+    ValueError : `number` is not a whole number, or is a bool
     """
     try:
         if not isinstance(number, bool | np.bool_):
@@ -41,11 +41,11 @@ def whole(name: str, number: Any) -> int:
 
 
 def whole_or_float(name: str, number: Any) -> int:
-    """Return a whole number as an int; 2.0, as some readers of JSON give it, is one.
+    """Return a whole number as an int; 2.0, as some readers of JSON return it, is one.
 
     Raises
     ------
-    ValueError : it is none, or a bool
+    ValueError : `number` is not a whole number, or is a bool
     """
     is_float = isinstance(number, float | np.floating)
     return int(number) if is_float and number.is_integer() else whole(name, number)
@@ -56,7 +56,7 @@ def number(name: str, value: Any) -> float:
 
     Raises
     ------
-    ValueError : it is none, a bool, or too large for a float
+    ValueError : `value` is not a number, is a bool, or is too large for a float
     """
     if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
         with suppress(OverflowError):
@@ -65,34 +65,34 @@ def number(name: str, value: Any) -> float:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 token", "2 tokens", "1,000 tokens"."""
+    """Return a number with its noun: "1 token", "2 tokens", "1,000 tokens"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
-    """Refuse what is of another class; `wanted` says what is of this one.
+    """Refuse a value that is not of a class; `wanted` describes the class in the error.
 
     Raises
     ------
-    ValueError : it is of another class
+    ValueError : `value` is not a `kind`
     """
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be {wanted}, got {value!r:.50}")
 
 
 def check_layout(name: str, array: NDArray[Any]) -> None:
-    """Refuse what C could not walk over.
+    """Refuse an array that C cannot read as it is.
 
     Raises
     ------
-    ValueError : it is not C-contiguous or not aligned
+    ValueError : `array` is not C-contiguous or not aligned
     """
     if not (array.flags.c_contiguous and array.flags.aligned):
         raise ValueError(f"{name} must be C-contiguous and aligned: pass its .copy()")
 
 
 def check_int32(name: str, ids: Any, shape: tuple[int, ...], low: int, high: int) -> None:
-    """Refuse what is not int32 numbers in [low, high) of this shape.
+    """Refuse all but an int32 array of this shape with numbers in [low, high).
 
     Raises
     ------
@@ -102,6 +102,6 @@ def check_int32(name: str, ids: Any, shape: tuple[int, ...], low: int, high: int
         came = (getattr(ids, "dtype", type(ids).__name__), getattr(ids, "shape", ""))
         raise ValueError(f"{name} must be an int32 array {shape}, got {came[0]} {came[1]}")
     check_layout(name, ids)
-    numbers = ids.ravel().tolist()  # of few numbers a list is searched faster than an array
+    numbers = ids.ravel().tolist()  # a short list is searched faster than a short array
     if numbers and not (low <= min(numbers) and max(numbers) < high):
         raise ValueError(f"{name} must be in [{low}, {high}), got {min(numbers)} .. {max(numbers)}")

@@ -1,11 +1,11 @@
-"""What the machine allows this process: cores and memory, asked in this one place.
+"""The cores and the memory that the machine allows this process; only this module asks for them.
 
-    cores     affinity, and the CPU quota of the process's own cgroup and of that one's parents
-    memory    what the system has left, the limits of those cgroups, and the process's (ulimit)
+    cores     the affinity, and the CPU quotas of the process's own cgroup and of its parents
+    memory    the system's free memory, the limits of those cgroups, and the process's (ulimit)
 
-Linux tells this in /proc and in the file systems of cgroup's two versions, which may both be there;
-`root` is where a test keeps its own. A fact that a system does not tell is no limit. Knows nothing
-else.
+Linux reports them in /proc and in the file systems of cgroup versions 1 and 2, which may both be
+mounted; a test passes another `root`. A value that the system does not report is no limit. Knows
+nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 ROOT = Path("/")
-UNLIMITED = 1 << 60  # bytes: version 1 writes a number beyond it where there is no limit
+UNLIMITED = 1 << 60  # bytes: cgroup version 1 writes a larger number for no limit
 
 
 def _affinity() -> frozenset[int]:
@@ -44,9 +44,9 @@ def _affinity() -> frozenset[int]:
 
 
 CORES = os.cpu_count() or 1
-# As it was when gpt2c was imported: an OpenMP library that is told to bind threads (OMP_PROC_BIND)
-# binds this one to a single core when it loads, and the others to the rest. A forked child has the
-# same; a process that restricts itself later says how many threads it wants.
+# The affinity at the import of gpt2c. An OpenMP library that binds threads (OMP_PROC_BIND) binds
+# this thread to a single core when it loads, and its other threads to the other cores. A forked
+# child has the same AFFINITY. A process that restricts itself later must pass `threads`.
 AFFINITY = _affinity()
 
 
@@ -55,9 +55,9 @@ BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 @contextmanager
 def unbound() -> Iterator[None]:
-    """Let the threads that are started within run on all of AFFINITY.
+    """Allow threads that are started within to run on all cores of AFFINITY.
 
-    Threads inherit where they may run, and OpenMP may have bound this one to a core.
+    A new thread inherits the affinity of this one, which OpenMP may have bound to a single core.
     """
     asked = getattr(os, "sched_getaffinity", None)
     if asked is None or not any(map(os.environ.get, BINDING)):
@@ -73,19 +73,19 @@ def unbound() -> Iterator[None]:
             os.sched_setaffinity(0, bound)
 
 
-@functools.cache  # the answer is in files
+@functools.cache  # the answer is read from files
 def usable_cores(root: Path = ROOT) -> int:
-    """Return how many threads can compute at a time: the affinity, or less by a CPU quota.
+    """Return how many threads can compute at a time: AFFINITY's cores, or fewer by a CPU quota.
 
-    A quota of one core and a half counts as two: two threads that use it up pause together for the
-    rest of a period, so that they do half as much again as one.
+    A quota of 1.5 cores counts as 2: two threads use it up, pause for the rest of the period, and
+    so do 1.5 times the work of one.
     """
     quota = cpu_quota(root)
     return len(AFFINITY) if quota == math.inf else max(1, min(len(AFFINITY), math.ceil(quota)))
 
 
 def cpu_quota(root: Path = ROOT) -> float:
-    """Return the cores' worth of time that the cgroups give, inf where they set no limit."""
+    """Return the CPU quota of the cgroups in cores, inf if they set none."""
     quotas = [math.inf]
     for folder in cgroups("cpu", root):
         names = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")  # of version 2, then 1
@@ -100,20 +100,20 @@ def free_bytes(promised: int = 0, root: Path = ROOT) -> int:
 
     Parameters
     ----------
-    promised : bytes that it has been given and not yet touched: the system and the cgroups, which
-        count what is touched, do not know of them
+    promised : bytes that it has allocated and not yet touched; the system and the cgroups count
+        only touched bytes
     """
     counted = [system_bytes(root), *(room for _, room in _groups(root))]
     return max(0, int(min(min(counted) - promised, *_rooms_of_promises(root))))
 
 
 def total_bytes() -> int:
-    """Return the bytes of memory that are built into the machine."""
+    """Return the machine's physical memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def system_bytes(root: Path = ROOT) -> int:
-    """Return what the whole system has left, swap included, or all it has where it does not say."""
+    """Return the system's free bytes, swap included; all of its memory if it does not report it."""
     kilobytes = _table(root / "proc/meminfo")
     free = 1024 * (kilobytes.get("MemAvailable", 0) + kilobytes.get("SwapFree", 0))
     if "MemAvailable" not in kilobytes:
@@ -122,21 +122,21 @@ def system_bytes(root: Path = ROOT) -> int:
 
 
 def memory_limit(root: Path = ROOT) -> float:
-    """Return the bytes that the cgroups allow, inf where they set no limit."""
+    """Return the bytes that the cgroups allow, inf if they set no limit."""
     return min((limit for limit, _ in _groups(root)), default=math.inf)
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Yield each cgroup's limit of memory in bytes, and what is left of it.
+    """Yield each cgroup's memory limit, and what is left of it, in bytes.
 
-    Files that were read count as used, but make room for whoever asks. Above memory.high a process
-    is not ended, but waits for memory that nobody gives back, so it is a limit too.
+    Cached files count as used, but the system drops them on demand. Above memory.high a process is
+    not killed, but waits for memory that nothing frees, so memory.high is a limit too.
     """
     for folder in cgroups("memory", root):
         counts = _table(folder / "memory.stat")
         names = ("memory.max", "memory.high", "memory.limit_in_bytes")
         texts = [text for text in (read(folder / name) for name in names) if text.isdecimal()]
-        # of version 1: also of parents that are not to be seen
+        # of version 1: includes parents that cannot be seen
         limits = [*map(int, texts), counts.get("hierarchical_memory_limit", UNLIMITED)]
         if min(limits) >= UNLIMITED:
             continue
@@ -147,16 +147,16 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _rooms_of_promises(root: Path) -> Iterator[float]:
-    """Yield what those leave who count what is promised, not what is touched.
+    """Yield what is left, in bytes, of each limit that counts allocated and not touched memory.
 
-    They are ulimit, for the address space and for the data, and a system that promises no more than
-    it has.
+    These are the limits of ulimit on address space and data, and the limit of a system that
+    allocates no more than it has.
     """
     yield math.inf
     kilobytes = _table(root / "proc/meminfo")
     if read(root / "proc/sys/vm/overcommit_memory") == "2" and "CommitLimit" in kilobytes:
         yield 1024 * (kilobytes["CommitLimit"] - kilobytes.get("Committed_AS", 0))
-    with suppress(ImportError):  # another system
+    with suppress(ImportError):  # not on Windows
         resource = importlib.import_module("resource")
         kilobytes = _table(root / "proc/self/status")
         for limit, used in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
@@ -166,9 +166,9 @@ def _rooms_of_promises(root: Path) -> Iterator[float]:
 
 
 def cgroups(controller: str, root: Path = ROOT) -> list[Path]:
-    """Return where the process's own cgroup is, and its parents as far up as they can be seen.
+    """Return the directories of the process's own cgroup and of all parents that can be seen.
 
-    Some may not exist, or not have the controller's files: those of both versions are returned.
+    Those of both versions are returned, so some may not exist or lack the controller's files.
 
     Parameters
     ----------
@@ -189,14 +189,14 @@ def cgroups(controller: str, root: Path = ROOT) -> list[Path]:
         if len(fields) > 4 and version in mounts:
             if version == "cgroup2" or controller in options.split(","):
                 mounts[version].append((_unescaped(fields[3]), _unescaped(fields[4])))
-    if not any(mounts.values()):  # nobody says where: where they usually are
+    if not any(mounts.values()):  # no mount is listed: the usual places
         mounts["cgroup2"] = [("/", "/sys/fs/cgroup")]
         mounts["cgroup"] = [("/", f"/sys/fs/cgroup/{controller}")]
     folders = []
     for version, places in mounts.items():
         group = PurePosixPath(own.get(version, "/"))
-        # A mount shows one part of the hierarchy, from `top` down. A container may be told a path
-        # from outside of that part, or of a namespace's outside, "/..": then it sees its own top.
+        # A mount shows one part of the hierarchy, from `top` down. In a container the path may lie
+        # outside that part, or outside its namespace ("/.."); then the container sees only `top`.
         seen = [(top, point) for top, point in places if group.is_relative_to(top)]
         for top, point in seen or places[-1:]:
             inner = group.relative_to(top) if seen else PurePosixPath()
@@ -206,18 +206,18 @@ def cgroups(controller: str, root: Path = ROOT) -> list[Path]:
 
 
 def _unescaped(text: str) -> str:
-    """Return a path of mountinfo, where a blank is a backslash and 040."""
+    """Return a path of mountinfo with its octal escapes decoded, such as a blank's."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def read(path: Path) -> str:
-    """Return what a file of the system's says, or nothing where it is not there or no text."""
+    """Return the text of a system file, "" if it is missing or not text."""
     with suppress(OSError, ValueError):
         return path.read_text(encoding="utf-8").strip()
     return ""
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Return the numbers of a file that has a name and a number on each line."""
+    """Return name -> number of a file with a name and a number on each line."""
     found = re.findall(r"^(\w+):?\s+(\d+)(?: kB)?$", read(path), re.MULTILINE)
     return {name: int(number) for name, number in found}

@@ -1,4 +1,4 @@
-"""Flat memory with named views: one buffer for all parameters, one for gradients (as llm.c).
+"""Flat memory with named views: one buffer for all parameters, one for gradients (as in llm.c).
 
 Knows nothing about what the names mean.
 """
@@ -35,32 +35,32 @@ Array = NDArray[np.float32]
 
 ALIGNMENT = 16  # floats: 64 bytes, one cache line and the widest vector
 HUGE_PAGE = 1 << 21  # bytes, on x86-64 and most ARM systems
-RESERVE = 16 << 20  # bytes: for lists, imports, threads, all that is not asked for here
-UNASKED = HUGE_PAGE  # bytes that are always there: asking takes longer than using them
-MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # Linux has it
+RESERVE = 16 << 20  # bytes: for lists, imports, threads and all else that is not allocated here
+UNASKED = HUGE_PAGE  # bytes: less is not checked, because the check takes longer than the use
+MADV_HUGEPAGE = getattr(_mmap, "MADV_HUGEPAGE", None)  # on Linux
 
-# The large arrays that there are. A system counts their pages when they are touched first.
+# All large arrays. The system counts a page of theirs only after it is first touched.
 _given: WeakValueDictionary[int, mmap] = WeakValueDictionary()
 
 
 def available_bytes() -> int:
-    """Return the memory that may still be asked for.
+    """Return the bytes that may still be allocated.
 
-    It is what is free, less what is given and not yet touched, less what Python itself takes.
+    They are the free bytes, less the bytes that are allocated and not yet touched, less RESERVE.
     """
     return max(0, free_bytes(_untouched()) - RESERVE)
 
 
 def require(what: str, parts: Mapping[str, int], mend: str) -> None:
-    """Refuse work that does not fit, before any of its memory is asked for.
+    """Refuse work that does not fit into memory, before any of its memory is allocated.
 
-    A system may promise more than it has, and end the process when that is used.
+    A system may allocate more than it has, and kill the process when that memory is used.
 
     Parameters
     ----------
-    what : in the error's words, "a model"
+    what : the work, as the error names it: "a model"
     parts : name -> bytes
-    mend : what to do where it does not fit
+    mend : the advice of the error
 
     Raises
     ------
@@ -78,12 +78,12 @@ def require(what: str, parts: Mapping[str, int], mend: str) -> None:
 
 
 def megabytes(size: float) -> str:
-    """Write a number of bytes for a person."""
+    """Return a number of bytes as text in MB."""
     return f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
 
 
 def _untouched() -> int:
-    """Count the bytes of large arrays that no memory stands behind yet, their borders aside."""
+    """Return the bytes of large arrays that are not yet touched, without the arrays' borders."""
     resident = getattr(ctypes.CDLL(None), "mincore", None)
     if resident is None:
         return 0
@@ -102,28 +102,28 @@ def _untouched() -> int:
 
 
 def aligned_zeros(size: int) -> Array:
-    """Zeros (size,) float32 that start on a cache line, large ones on a huge page.
+    """Return zeros (size,) float32 that start on a cache line, large ones on a huge page.
 
-    The system is asked for huge pages: with small ones, a product of matrices spends a part of its
-    time looking up where they are. Pages are taken from it when first touched.
+    Huge pages are requested because with small pages a matrix product spends part of its time on
+    address translation. The system provides a page when it is first touched.
 
     Raises
     ------
-    MemoryError : there is not so much
+    MemoryError : there is too little memory
     """
     size_bytes, border = 4 * size, 4 * ALIGNMENT
     if size_bytes < HUGE_PAGE:
         memory = np.zeros(size_bytes + border, np.uint8)
     else:
         border, free = HUGE_PAGE, available_bytes()
-        if size_bytes > free:  # see `require`, which asks for all that belongs together
+        if size_bytes > free:  # see `require`, which checks all arrays of a work together
             raise MemoryError(f"{size_bytes:,} bytes are wanted, {free:,} are free")
         try:
             mapped = mmap(-1, size_bytes + border, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"{size_bytes:,} bytes are wanted: {error.strerror}") from error
         if MADV_HUGEPAGE is not None:
-            with suppress(OSError):  # a system without them says so
+            with suppress(OSError):  # a system without huge pages refuses
                 mapped.madvise(MADV_HUGEPAGE)
         _given[id(mapped)] = mapped
         memory = np.frombuffer(mapped, np.uint8)
@@ -132,7 +132,7 @@ def aligned_zeros(size: int) -> Array:
 
 
 def aligned_offsets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return where each array starts in a flat buffer, in floats; the entry "" is its size."""
+    """Return where each array starts in a flat buffer, in floats; entry "" is the buffer's size."""
     offsets, end = {}, 0
     for name, shape in shapes.items():
         offsets[name] = end
@@ -142,7 +142,7 @@ def aligned_offsets(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """View `flat` as arrays, one for each name, in the order of `shapes`."""
+    """Return views of `flat`, an array for each name, in the order of `shapes`."""
     offsets = aligned_offsets(shapes)
     return {name: view(flat, offsets[name], shape) for name, shape in shapes.items()}
 

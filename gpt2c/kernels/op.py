@@ -1,25 +1,27 @@
-"""What an op is: each one declared once, in letters.
+"""Declarations of all ops: each op is declared once, in letters.
 
     layernorm_forward  out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5 | N C
 
 Left of the arrow are the outputs, right of it the inputs, then numbers with their defaults. After
-the bar stands what C is told and arrays know: the names of sizes, in the order of csrc/gpt2c.h.
+the bar are C's other arguments, which follow from the arrays: sizes, the type of a weight, and
+scratch memory, in the order of csrc/gpt2c.h.
 
-    x[N C]     floats, N rows of C; 3C is three times C; * is any shape, the same wherever it stands
+    x[N C]     floats, N rows of C; 3C is three times C; * is any shape, the same for all arrays
     +dx[N C]   is added to, because gradients add up
-    ~m[*]      is updated: read and written
+    ~m[*]      is updated, that is, read and written
     dx[*]=x    may be the same memory as x
     bias[C]?   may be None; a letter that only such arrays have is then 0
     idx[N]ids, targets[N]targets, weight[OC C]weights, offsets[S]offsets    of the types in KINDS
-
-Below stand the sizes that no input has, "C = W * NH // ...", and what must hold of an argument,
-"eps: 0 <= eps"; there, "longest" is the length of the longest sequence.
+    t: 1 <= t  a rule, on a line of its own, after the argument that its error names; in it,
+               "longest" is the length of the longest sequence
+    C = W * NH // ...  the size of a letter that no input has
 
 The binding of the C kernels (gpt2c.kernels.binding), the checks and the public functions
-(gpt2c.ops) are made from these lines; the meaning of an op stands in the reference, and its
-arguments for tests and benchmarks in gpt2c.kernels.cases. Letters: B sequences, T time, N rows, C
-channels, OC output channels, V vocabulary, NH heads, HS head size, P positions, R rows of a matrix,
-n all elements of an array, KV key and value heads, W channels of q, k and v, S offsets.
+(gpt2c.ops) are made from these lines. The reference defines what an op computes;
+gpt2c.kernels.cases has its arguments for tests and benchmarks. Letters: B sequences, T time, N
+rows, C channels, OC output channels, V vocabulary, NH query heads, KV key and value heads, HS head
+size, W channels of q, k and v, P positions, R rows of a matrix, S offsets, n all elements of an
+array.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ adamw_update        ~param[*] ~m[*] ~v[*] <- grad[*] learning_rate=3e-4 beta1=0.
     t: 1 <= t < 2**63
 global_norm         norm <- grad[*] | sums n
 """
-# ids in [0, V), targets in [-1, V), weights of any type, offsets of the sequences in a ragged batch
+# ids in [0, V), targets in [-1, V), weights of float32, float16 or uint8, offsets of the sequences
+# in a ragged batch
 KINDS = ("floats", "ids", "targets", "weights", "offsets")
 ARRAY = re.compile(r"([+~]?)(\w+)\[(.*?)\](\w*)(\?)?(?:=(\w+))?")
 NUMBER = re.compile(r"(\w+)(?:=(\S+))?")
@@ -97,14 +100,14 @@ NUMBER = re.compile(r"(\w+)(?:=(\S+))?")
 
 @dataclass(frozen=True)
 class Argument:
-    """An array that an op is given.
+    """An array among the arguments of an op.
 
     Attributes
     ----------
     shape : letters; ("*",) is any shape
     kind : one of KINDS
-    mode : of an output "+" is added to, "~" is updated, "" is written
-    optional : may be None
+    mode : of an output, "+" if it is added to, "~" if updated, "" if written
+    optional : whether it may be None
     alias : of an output, the input whose memory it may share
     """
 
@@ -133,11 +136,11 @@ class Op:
     Attributes
     ----------
     outputs, inputs : arrays, in the order of its arguments
-    numbers : name -> default (None: there is none), the arguments after the arrays
+    numbers : name -> default (None if there is none), the arguments after the arrays
     returns : the name of the number that is returned, or ""
-    told : what C is told after them
-    rules : argument -> what must hold of sizes and numbers
-    sizes : of what no input has, letter -> expression of others
+    told : C's other arguments, after the numbers
+    rules : (argument, condition on sizes and numbers)
+    sizes : letter that no input has -> expression of other letters
     """
 
     name: str
@@ -156,7 +159,7 @@ class Op:
 
 
 def _parse(text: str) -> dict[str, Op]:
-    """Read declarations; a line that begins with blanks goes on with the one before."""
+    """Parse declarations; an indented line continues the one before it."""
     ops = {}
     for block in re.split(r"\n+(?=\w)", text.strip()):
         rules = re.findall(r"\n    (\w+): (.*)", block)

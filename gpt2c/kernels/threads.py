@@ -1,6 +1,6 @@
-"""Threads: a pool of them for each Python thread that calls kernels, on memory from here.
+"""Threads: a pool of C threads for each Python thread that calls kernels.
 
-csrc/team.c has what they do. Knows nothing about ops.
+csrc/team.c implements the pool. Knows nothing about ops.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ __all__ = ["Pool"]
 
 
 class Pool:
-    """Threads that run kernels together, the caller among them: csrc/team.c, on memory from here.
+    """Threads that run kernels together with the caller; this object owns their memory.
 
     Parameters
     ----------
     lib, ffi : of the kernels
-    threads : how many
+    threads : the number of threads, the caller included
 
     Raises
     ------
-    OSError : the system does not give so many threads
+    OSError : the system cannot start all threads
     """
 
     def __init__(self, lib: Any, ffi: Any, threads: int) -> None:
-        self._stop = None  # nothing to stop, until they are there
+        self._stop = None  # nothing to stop until the threads have started
         self.process = os.getpid()
         self._memory = ffi.from_buffer(aligned_zeros(-(-lib.pool_size(threads) // 4)))
         self.pointer = ffi.cast("Pool *", self._memory)
@@ -36,13 +36,13 @@ class Pool:
             started = lib.pool_start(self.pointer, threads)
         if started < threads:
             raise OSError(
-                f"{threads} threads are wanted and the system gives {started}: set"
-                " GPT2C_NUM_THREADS to fewer, or raise its limit of processes (ulimit -u) or of"
-                " memory (ulimit -v)"
+                f"{threads} threads are wanted and the system can start only {started}: set"
+                " GPT2C_NUM_THREADS to fewer, or raise the system's limit on processes (ulimit -u)"
+                " or on memory (ulimit -v)"
             )
         self._stop = lib.pool_stop
 
     def __del__(self) -> None:
-        """End the threads, unless this is a child that never had them."""
+        """Stop the threads; a forked child has none to stop."""
         if self._stop is not None and self.process == os.getpid():
             self._stop(self.pointer)

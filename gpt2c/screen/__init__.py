@@ -1,1 +1,1 @@
-"""What a person watches: terminal, progress, pictures. Knows no model."""
+"""Output for a person: terminal, progress, pictures. Knows no model."""

@@ -1,6 +1,6 @@
-"""Commands of gpt2c for messages: as a user can paste them into a shell.
+"""Commands of gpt2c in messages, ready to be pasted into a shell.
 
-Independent of what the commands do.
+Knows nothing about what the commands do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["command"]
 
 
 def command(*words: str | Path) -> str:
-    """Return a line for the shell that calls gpt2c, as it was called now, with other arguments."""
+    """Return a shell command that calls gpt2c as it was called now, with other arguments."""
     return shlex.join([*_program(), *map(str, words)])
 
 
 def _program() -> list[str]:
-    """Return how this process' program is called: by its name where the shell finds it by that."""
+    """Return the words that call this program: its name if the shell finds it by name."""
     path = Path(sys.argv[0])
     if path.name == "__main__.py" and path.parent.name == "gpt2c":
         return [sys.orig_argv[0], "-m", "gpt2c"]

@@ -1,6 +1,6 @@
-"""How every picture is drawn: in one style, quietly, and with text that the fonts here can show.
+"""Drawing of pictures: one style, no warnings, and only characters that installed fonts have.
 
-Needs matplotlib, the extra [plot]. Independent of what is drawn.
+Needs matplotlib, the extra [plot]. Knows nothing about what is drawn.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from gpt2c.files.atomic import atomic_path
 __all__ = ["BOXES", "drawing", "make_figure", "why_not", "write"]
 
 INSTALL = "pip install 'gpt2c[plot]'"
-# matplotlib's own font, then fonts with Chinese, Japanese and Korean, the simplified Chinese first.
+# matplotlib's own font, then fonts with Chinese, Japanese and Korean, simplified Chinese first.
 FONTS = (
     *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC"),
     *("Source Han Sans CN", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Heiti SC"),
     *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "SimSun", "Arial Unicode MS"),
     *("Droid Sans Fallback", "Noto Sans CJK JP", "Noto Serif CJK SC", "Noto Serif CJK JP"),
 )
-# Their glyphs stand for characters that they do not have.
+# Names of fonts whose glyphs are placeholders for characters that they do not have.
 BOXES = re.compile(r"last ?resort|fallback outline|blank|notdef|tofu", re.IGNORECASE)
 
 
 def why_not() -> str:
-    """Say why no picture can be drawn here; nothing ("") if one can."""
+    """Return why no picture can be drawn here, "" if one can."""
     try:
         with drawing():
             return ""
@@ -40,7 +40,7 @@ def why_not() -> str:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw in matplotlib's own style, whatever the user's is; its warnings are not shown.
+    """Draw in matplotlib's own style, not in the user's; hide its warnings.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def drawing() -> Iterator[None]:
             style = _style()
             with style.rc_context():
                 style.rcdefaults()
-                style.rcParams["text.parse_math"] = False  # a name with dollars is no formula
+                style.rcParams["text.parse_math"] = False  # a name with dollars is not a formula
                 yield
     finally:
         log.setLevel(level)
@@ -68,7 +68,7 @@ def _style() -> Any:
         import matplotlib.figure
     except ModuleNotFoundError as error:
         raise ValueError(f"a picture needs matplotlib: {INSTALL}") from error
-    except Exception as error:  # a build for another NumPy, a variable with a wrong value
+    except Exception as error:  # a build for another NumPy, a wrong environment variable
         raise ValueError(f"a picture needs matplotlib, which does not load: {error}") from error
     return matplotlib
 
@@ -86,8 +86,8 @@ def make_figure(size: tuple[float, float]) -> Any:
 def write(figure: Any, path: Path) -> str:
     r"""Write a figure as a PNG file, whole or not at all.
 
-    Characters that no font here has are written as their codes, such as \u4e2d: a box says
-    nothing.
+    Characters that no installed font has are written as their codes, such as \u4e2d, because a box
+    would not identify them.
 
     Returns
     -------
@@ -115,16 +115,16 @@ def _code(character: str) -> str:
 
 
 def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
-    """Name the fonts that together have these characters, and give those that none has."""
+    """Return fonts that together have these characters, and the characters that none has."""
     from matplotlib import font_manager
 
     chosen, lacking = [FONTS[0]], _lacking(FONTS[0], characters)
     if not lacking:
         return chosen, lacking
     known = {font.fname for font in font_manager.fontManager.ttflist}
-    for path in font_manager.findSystemFonts():  # matplotlib keeps a list of those of its first day
+    for path in font_manager.findSystemFonts():  # matplotlib's cached list may be old
         if path not in known:
-            with suppress(Exception):  # a stranger's file
+            with suppress(Exception):  # the file may be damaged
                 font_manager.fontManager.addfont(path)
     names = sorted({font.name for font in font_manager.fontManager.ttflist})
     others = [name for name in names if name not in FONTS and not BOXES.search(name)]
@@ -139,11 +139,11 @@ def _fonts(characters: set[str]) -> tuple[list[str], set[str]]:
 
 
 def _lacking(name: str, characters: set[str]) -> set[str]:
-    """Return those of the characters that a font does not have, or cannot draw."""
+    """Return the characters that a font does not have or cannot draw."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     lacking = set(characters)
-    with suppress(Exception):  # a stranger's file: a font that does not load has nothing
+    with suppress(Exception):  # a font that does not load has no characters
         font = get_font(findfont(FontProperties(family=[name]), fallback_to_default=False))
         font.set_size(10, 72)
         for character in characters:

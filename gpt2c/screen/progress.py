@@ -1,4 +1,4 @@
-"""What a person sees while a loop runs: a bar on a terminal, plain lines elsewhere.
+"""Progress of a loop: a bar on a terminal, plain lines elsewhere.
 
 Knows nothing about what runs.
 """
@@ -15,21 +15,21 @@ from tqdm import tqdm
 
 __all__ = ["Progress", "Reading"]
 
-# What a terminal says that has gone, a reader that left, a full disk, a stream that was closed or
-# cannot encode a character. None of it may end the work that is shown.
+# Errors of a terminal or reader that is gone, a full disk, or a stream that is closed or cannot
+# encode a character. None of them may end the work that is shown.
 _UNSHOWN = (OSError, ValueError)
-_QUICK = 0.5  # seconds of a reading that needs no bar
+_QUICK = 0.5  # seconds: a shorter reading shows no bar
 _BETWEEN = 10.0  # seconds from one line of a reading to the next
-_EACH = 0.1  # seconds from one look at a terminal's bar to the next
+_EACH = 0.1  # seconds from one update of a bar to the next
 
 
 class _Bar(tqdm):  # type: ignore[misc]
-    monitor_interval = 0  # no thread, whose errors nobody would catch
+    monitor_interval = 0  # no monitor thread: nothing would catch its errors
 
 
 def _bar(**options: Any) -> _Bar | None:
-    """Return a bar on standard output, None where that is no terminal."""
-    size = shutil.get_terminal_size()  # tqdm draws nothing on terminals that say 0
+    """Return a bar on standard output, None if that is not a terminal."""
+    size = shutil.get_terminal_size()  # tqdm draws nothing on a terminal that reports 0
     with suppress(*_UNSHOWN):
         if sys.stdout is not None and sys.stdout.isatty():
             return _Bar(file=sys.stdout, ncols=size.columns, nrows=size.lines, **options)
@@ -39,13 +39,13 @@ def _bar(**options: Any) -> _Bar | None:
 class Progress:
     """Shows a count of steps, or of other work, with figures beside it.
 
-    What cannot be shown is dropped.
+    Output that fails is dropped.
 
     Parameters
     ----------
-    start, total : the first step's number and the last's
-    interval : where no one watches, every so many steps are a line
-    noun : what a line calls a step
+    start, total : the number of the first step and of the last
+    interval : steps from one line to the next where there is no terminal
+    noun : the word for a step in a line
     """
 
     def __init__(self, start: int, total: int, interval: int, noun: str = "step") -> None:
@@ -56,7 +56,7 @@ class Progress:
         self._bar = _bar(initial=start, total=total, bar_format=layout)
 
     def step(self, step: int, figures: str) -> bool:
-        """Show that `step` steps are done; return whether their figures are a line that stays."""
+        """Show that `step` steps are done; return whether `figures` were printed as a line."""
         if self._bar is not None:
             with suppress(*_UNSHOWN):
                 self._bar.set_description_str(figures, refresh=False)
@@ -72,7 +72,7 @@ class Progress:
         return True
 
     def line(self, text: str) -> None:
-        """Show a line that stays."""
+        """Print a line, above the bar if there is one."""
         with suppress(*_UNSHOWN):
             if self._bar is not None:
                 self._bar.write(text, file=sys.stdout)
@@ -80,16 +80,16 @@ class Progress:
                 print(text, flush=True)
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         if self._bar is not None:
             with suppress(*_UNSHOWN):
                 self._bar.close()
 
 
 class Reading:
-    """Shows how far something is read, each time that it is: by a bar, or a line now and then.
+    """Shows the progress of readings, one after another, by a bar or by a line now and then.
 
-    A reading that is over at once is not shown, and what cannot be shown is dropped.
+    A short reading is not shown. Output that fails is dropped.
     """
 
     def __init__(self) -> None:
@@ -106,14 +106,14 @@ class Reading:
         self.close()
 
     def stage(self, name: str) -> None:
-        """Say what the next readings are for."""
+        """Set the name of the next readings."""
         self.close()
         self._name = name
 
     def read(self, done: int, total: int) -> None:
-        """Show that `done` bytes are read of `total`, 0 if no one knows how many.
+        """Show that `done` of `total` bytes are read; `total` is 0 if it is unknown.
 
-        Fewer than before begin a new reading.
+        Fewer bytes than before begin a new reading.
         """
         now = time.monotonic()
         if not self._began or done < self._done:

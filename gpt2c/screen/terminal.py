@@ -1,9 +1,9 @@
-"""The command line's one door for text: standard input, output and error as they may really be.
+"""The command line's door for text: standard input, output and error that do not end the work.
 
-A full disk, a reader that has left, a terminal that is gone, a stream that was closed or does not
-wait, an encoding that lacks a character: none of it ends the work. What a stream cannot take is
-replaced or dropped, and the door remembers that. Text of a model's is shown so that it cannot
-steer a terminal. Only the command line opens the door; the library leaves global streams alone.
+A stream may fail: its disk is full, its reader or terminal is gone, it is closed or non-blocking,
+or its encoding lacks a character. Then the text is replaced or dropped, and the door remembers
+that. A model's text cannot control a terminal. Only the command line opens the door; the library
+leaves global streams alone.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ __all__ = [
     "write_pieces",
 ]
 
-PATIENCE = 0.5  # seconds for a stream that does not wait and is full
-# C0 but for tab and newline, DEL, C1; separators of lines, and what turns the direction of a line
+PATIENCE = 0.5  # seconds to wait for a full non-blocking stream
+# C0 except tab and newline, DEL, C1; line separators, and controls of the direction of text
 CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 PLAIN = "\x1b[0m"  # ends a colour
 NAMED = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\"}
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal that ends the program, where Ctrl-C may end a text only."""
+    """A signal that ends the program; Ctrl-C may end only the current text."""
 
 
 class Door(io.TextIOBase):
-    """A text stream that takes whatever is written to it; put in the place of sys.stdout.
+    """A text stream that accepts whatever is written to it; it replaces sys.stdout.
 
-    Each line, and each flush, is one write to the file itself: nothing waits in a buffer that
-    could fail when the program ends.
+    Each line, and each flush, is one write to the file itself, so that no buffered text can fail
+    when the program ends.
 
     Parameters
     ----------
-    stream : the stream behind it; None where the program was started without one
+    stream : the stream behind it; None if the program was started without one
 
     Attributes
     ----------
-    needed : whether its text is what the user wants: then a full stream that does not wait is
-        waited for, however long
-    lost : the first error for which text was dropped, or None
+    needed : whether the user wants this text: then a write waits for a full non-blocking stream
+        without a limit
+    lost : the first error that dropped text, or None
     """
 
     encoding = "utf-8"
@@ -81,20 +81,20 @@ class Door(io.TextIOBase):
         self.errors = getattr(stream, "errors", None) or "replace"
         self._encoder = codecs.getincrementalencoder(self.encoding)(self.errors)
         self._terminal = self.isatty()
-        buffer = getattr(stream, "buffer", None)  # none: a stream of characters, as io.StringIO
+        buffer = getattr(stream, "buffer", None)  # None: a stream of characters, as io.StringIO
         self._file: Any = getattr(buffer, "raw", buffer)
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
 
     def write(self, text: str) -> int:
-        """Take text, whatever becomes of it."""
+        """Accept text; keep an error of the stream in `lost`."""
         self._pending += text
         if "\n" in text:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        """Write what was taken."""
+        """Write the pending text."""
         text, self._pending = self._pending, ""
         if not text or self._stream is None:
             return
@@ -106,13 +106,13 @@ class Door(io.TextIOBase):
                 self._send(memoryview(self._encode(text)))
         except OSError as error:
             self.lost = self.lost or error
-        except ValueError:  # it was closed meanwhile
+        except ValueError:  # the stream was closed
             self.lost = self.lost or OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def _encode(self, text: str) -> bytes:
         try:
             return self._encoder.encode(text)
-        except UnicodeEncodeError:  # by the stream's own rule; ours is a question mark
+        except UnicodeEncodeError:  # the stream's own handler fails; write a question mark
             self._encoder.errors = "replace"
             data = self._encoder.encode(text)
             self._encoder.errors = self.errors
@@ -121,17 +121,17 @@ class Door(io.TextIOBase):
     def _send(self, data: memoryview) -> None:
         while data:
             written = self._file.write(data)
-            if written is None:  # it is full and does not wait
+            if written is None:  # a full non-blocking stream
                 patience = None if self.needed else 0 if self._stuck else PATIENCE
                 self._stuck = not select.select([], [self._file], [], patience)[1]
-                if self._stuck:  # one wait is enough until it takes something again
+                if self._stuck:  # one wait until it accepts text again
                     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             data = data[written or 0 :]
         self._stuck = False
 
     @property
     def reader_left(self) -> bool:
-        """Return whether text was dropped because nobody is there to read it."""
+        """Return whether text was dropped because its reader is gone."""
         gone = isinstance(self.lost, BrokenPipeError)
         return gone or (self._terminal and self.lost is not None and self.lost.errno == errno.EIO)
 
@@ -151,16 +151,16 @@ class Door(io.TextIOBase):
 
 @contextmanager
 def open_door() -> Iterator[Door]:
-    r"""Put a door in the place of sys.stdout and of sys.stderr, and prepare sys.stdin.
+    r"""Replace sys.stdout and sys.stderr by doors, and prepare sys.stdin.
 
-    What is read is UTF-8 unless the environment names another encoding than ASCII: bytes that are
-    none become U+FFFD, a byte order mark is dropped, and \r\n is a newline.
+    Input is UTF-8, unless the environment names an encoding other than ASCII. Invalid bytes become
+    U+FFFD, a byte order mark is dropped, and \r\n is a newline.
 
     Returns
     -------
-    (in a with statement) the door of sys.stdout; when it ends, both streams are as before
+    the door of sys.stdout; when the with statement ends, all three streams are as before
     """
-    for descriptor in range(3):  # else a file of ours gets the number, and a library writes to it
+    for descriptor in range(3):  # else a file of ours gets this number, and a library writes to it
         try:
             os.fstat(descriptor)
         except OSError:
@@ -171,11 +171,11 @@ def open_door() -> Iterator[Door]:
         sys.stdin = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     elif isinstance(sys.stdin, io.TextIOWrapper):
         plain = codecs.lookup(sys.stdin.encoding).name in ("ascii", "utf-8")
-        with suppress(OSError, ValueError):  # it was read from already
+        with suppress(OSError, ValueError):  # it has been read from
             sys.stdin.reconfigure(
                 encoding="utf-8-sig" if plain else None, errors="replace", newline=None
             )
-        with suppress(OSError, ValueError):  # or Python's buffers fail where nothing is there yet
+        with suppress(OSError, ValueError):  # else buffers fail while there is no input yet
             os.set_blocking(sys.stdin.fileno(), True)
     try:
         yield out
@@ -186,11 +186,11 @@ def open_door() -> Iterator[Door]:
 
 
 def text_input() -> TextIO:
-    """Return standard input, whose first bytes have come: it waits for them, but for no terminal's.
+    """Return standard input; wait for its first bytes, unless it is a terminal.
 
     Raises
     ------
-    ValueError : they are the mark of UTF-16 or UTF-32, where UTF-8 is read
+    ValueError : the input starts with the mark of UTF-16 or UTF-32, but UTF-8 is read
     """
     buffer = getattr(sys.stdin, "buffer", None)
     is_utf_8 = sys.stdin.encoding == "utf-8-sig"  # as `open_door` sets it
@@ -200,10 +200,10 @@ def text_input() -> TextIO:
 
 
 def well_formed(text: str) -> str:
-    """Return an argument's text with the bytes that are not UTF-8 as U+FFFD.
+    """Return an argument's text with its bytes decoded as UTF-8; invalid ones become U+FFFD.
 
-    Python keeps bytes that its locale cannot decode as surrogates: in the locale C even those of
-    UTF-8, which become characters here.
+    Python keeps bytes that its locale cannot decode as surrogates. The C locale decodes only ASCII,
+    so valid UTF-8 may be among them.
     """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -212,28 +212,27 @@ def well_formed(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return text as one printable line, whatever a stranger's name would do to a terminal."""
+    """Return text as one printable line, so that an untrusted name cannot control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in well_formed(text))
 
 
 def visible(text: str) -> str:
-    """Return text as standard output may have it: unchanged, but on a terminal without controls.
+    """Return text for standard output: unchanged, but on a terminal without CONTROLS.
 
-    There control characters but newline and tab become U+FFFD: a model must not ring the bell,
-    move the cursor or name the window.
+    These become U+FFFD: a model must not ring the bell, move the cursor or rename the window.
     """
     return CONTROLS.sub("\ufffd", text) if sys.stdout.isatty() else text
 
 
 def text_is_lost() -> bool:
-    """Return whether standard output dropped text: then more of it is for nobody."""
+    """Return whether standard output has dropped text: then further output is useless."""
     return getattr(sys.stdout, "lost", None) is not None
 
 
 def write_pieces(pieces: Iterable[str]) -> None:
     """Write a model's text to standard output as it comes, and a newline.
 
-    It ends early where the output takes no more.
+    Stop early if the output drops text.
     """
     try:
         for piece in pieces:
@@ -241,12 +240,12 @@ def write_pieces(pieces: Iterable[str]) -> None:
             sys.stdout.flush()
             if text_is_lost():
                 break
-    finally:  # an error stands on a line of its own
+    finally:  # so that an error has a line of its own
         print()
 
 
 def _in_brackets(error: UnicodeError) -> tuple[str, int]:
-    """Spell bytes that begin no character, and the rest of one that began before."""
+    """Return invalid bytes in brackets, with the continuation bytes that follow them."""
     assert isinstance(error, UnicodeDecodeError)
     end = error.end
     while end < len(error.object) and 0x80 <= error.object[end] < 0xC0:
@@ -260,7 +259,7 @@ codecs.register_error("gpt2c-brackets", _in_brackets)
 def spelled(data: bytes) -> str:
     r"""Return a token's bytes in quotes, as characters of one line.
 
-    Bytes that are a part of a character stand in brackets, <E4 BD>, control characters as escapes.
+    Bytes of an incomplete character are in brackets, <E4 BD>; control characters are escapes.
     """
     text = data.decode("utf-8", "gpt2c-brackets")
     shown = "".join(NAMED.get(c) or (c if c.isprintable() else ascii(c)[1:-1]) for c in text)
@@ -268,21 +267,21 @@ def spelled(data: bytes) -> str:
 
 
 def has_colors() -> bool:
-    """Return whether colours are shown: on a terminal, unless the user's NO_COLOR says no."""
+    """Return whether colours are shown: on a terminal, unless NO_COLOR is set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def colored(text: str, color: str) -> str:
-    """Return text in a colour where colours are shown."""
+    """Return text in a colour if colours are shown."""
     return f"{color}{text}{PLAIN}" if has_colors() else text
 
 
 def columns(text: str) -> int:
-    """Return how many columns a terminal gives a text: 2 for each wide character, as of Chinese."""
+    """Return a text's width in terminal columns; wide characters, such as Chinese, take 2."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
 
 def padded(text: str, width: int) -> str:
-    """Return text with blanks after it up to a width in columns."""
+    """Return text, padded with blanks to a width in columns."""
     return text + " " * (width - columns(text))

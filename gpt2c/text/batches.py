@@ -1,7 +1,7 @@
-"""Batches: token files -> (x, y) arrays of token ids, in an order that seed and step alone give.
+"""Batches: token files -> (x, y) arrays of token ids, in an order that depends on the seed alone.
 
-So a resumed run needs no saved position. Knows nothing about models, nor about how tokens lie in a
-file.
+Seed and step determine a batch, so a resumed run needs no saved position. Knows nothing about
+models or the format of token files.
 """
 
 from __future__ import annotations
@@ -18,37 +18,36 @@ from gpt2c.text.shards import StoredTokens, Tokens
 
 __all__ = ["Batches", "windows"]
 
-# Windows of a shard from which on an epoch may have one more than its tokens need, so that epochs
-# cut the text in more ways.
+# From this number of windows on, an epoch may have one window more of a shard than its tokens need,
+# so that epochs cut the text at more places.
 _MANY = 16
-# Bytes that a place of a window takes: in the epoch before, and in one that is being made.
+# Bytes that a window takes: in the epoch before, and in an epoch that is being made.
 _PLACE, _MAKING = 16, 40
 
 
 class Batches:
-    """Training batches: in every epoch each token of a shard but its first is a target.
+    """Training batches: in every epoch each token of a shard except its first is a target.
 
-    An epoch is a permutation of windows of T tokens, which lie within one shard each and cover it;
-    they cut it at places that differ from epoch to epoch. Permutation and places are given by the
-    seed and the epoch. Where a shard's tokens do not fill its windows, the first or the last ones
-    overlap, so that a few tokens come twice in an epoch. Batches run on across the border of two
-    epochs.
+    An epoch is a permutation of windows of T tokens. Each window lies within one shard, and the
+    windows of a shard cover it. Seed and epoch determine the permutation and the places where the
+    windows cut a shard. If a shard's tokens do not fill its windows, the first or the last windows
+    overlap, so that a few tokens come twice in an epoch. A batch may span two epochs.
 
     Parameters
     ----------
     shards : (N,) token ids each; one of fewer than T + 1 tokens is left out
     batch_size : B, windows in a batch
     block_size : T, tokens in a window
-    seed : of permutations and places, not negative
-    order : 2; 1 is that of runs before there was this: windows side by side, which miss up to T
-        tokens at the end of a shard, and a shard of fewer than 2 T tokens altogether
+    seed : determines permutations and places, not negative
+    order : 2; or 1, the order of older runs: windows side by side, which miss up to T tokens at the
+        end of a shard, and whole shards of fewer than 2 T tokens
 
     Attributes
     ----------
-    windows_per_epoch : of all shards
-    targets_per_epoch : tokens that are a target in an epoch, each counted once
+    windows_per_epoch : the number of windows of all shards
+    targets_per_epoch : the number of tokens that are a target in an epoch, each counted once
     left_out : the number of shards that are left out
-    order_bytes : what the windows' order takes of memory at most, when an epoch follows another
+    order_bytes : the most memory that the order of windows takes, when an epoch follows another
 
     Raises
     ------
@@ -76,7 +75,8 @@ class Batches:
                 " block_size"
             )
         if order == 1:
-            # As many as fit after any offset; tokens for hardly one batch have fewer offsets.
+            # As many windows as fit after any offset; if they are too few for a batch, more windows
+            # with fewer offsets.
             counts = np.maximum(lengths // block_size - 1, 0)
             if counts.sum() < batch_size:
                 counts = full
@@ -85,9 +85,9 @@ class Batches:
             self.targets_per_epoch = int(counts.sum()) * block_size
         else:
             counts = np.where(full > 0, -(-(lengths - 1) // block_size), 0)
-            # Windows side by side may begin up to `spare` tokens before the shard; those that do
-            # are moved into it, and so is the last. With one window more, another range of places
-            # has neither the first two nor the last two at one place.
+            # Windows side by side begin up to `spare` tokens before the shard; windows that cross
+            # an end of the shard are moved into it. One window more allows other shifts, in which
+            # neither the first two windows nor the last two have the same place.
             spare = np.maximum(counts * block_size - (lengths - 1), 0)
             more = (counts >= _MANY) & (block_size - spare - 1 > spare + 1)
             counts += more
@@ -103,7 +103,7 @@ class Batches:
         self.windows_per_epoch = int(counts.sum())
         self.order_bytes = (_PLACE + _MAKING) * self.windows_per_epoch
         self._last_starts = np.maximum(lengths - 1 - block_size, 0)
-        self._ends = np.cumsum(counts)  # of the shards, in windows
+        self._ends = np.cumsum(counts)  # windows up to the end of each shard
         self._firsts = self._ends - counts
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
@@ -122,9 +122,9 @@ class Batches:
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Say where the windows of an epoch are, in its order: shards, and starts in them.
+        """Return the shard of each window of an epoch, in its order, and the start in that shard.
 
-        Kept for the two epochs that a batch may touch.
+        Results are kept for the two epochs that a batch may span.
         """
         if epoch not in self._epochs:
             self._epochs = {key: kept for key, kept in self._epochs.items() if key == epoch - 1}
@@ -141,19 +141,19 @@ class Batches:
 def windows(
     shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int, overlap: int = 0
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Cut shards into batches for evaluation: all but a shard's first token are targets, in order.
+    """Cut shards into batches for evaluation: all tokens but a shard's first are targets, in order.
 
     Parameters
     ----------
     shards : (N,) token ids each; a window lies within one
     batch_size : B, windows in a batch
     block_size : T, tokens in a window
-    overlap : so many tokens of each window stood in the one before; they are context, not targets
-        again, so that every target has at least `overlap` tokens of its shard before it
+    overlap : the number of tokens that a window shares with the one before it. They are context
+        and not targets again, so that targets after the first window have at least as much context
 
     Returns
     -------
-    iterator of (x, y), both (B,T) int32; where there is no target, y = -1 (ignored)
+    iterator of (x, y), both (B,T) int32; y is -1 (ignored) where there is no target
 
     Raises
     ------

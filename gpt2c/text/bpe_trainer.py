@@ -1,8 +1,8 @@
 """Learn the tokens of a BPE from texts, with rustbpe.
 
-rustbpe computes where neither Ctrl-C nor a MemoryError reaches, so a text of any size is learned in
-a process of its own, which can be ended. Python runs this file there, not the package, to start
-fast. Knows nothing about what is done with the tokens.
+Neither Ctrl-C nor a MemoryError interrupts rustbpe, so a larger text is learned in a process of its
+own, which can be killed. Python runs only this file there, not the package, to start fast. Knows
+nothing about the use of the tokens.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import rustbpe
 
 __all__ = ["learn"]
 
-_SMALL = 100_000  # characters that are learned at once, in at most half a second
-_BUFFER = 16  # texts that rustbpe keeps before it counts what is in them
+_SMALL = 100_000  # characters that are learned in this process, in at most half a second
+_BUFFER = 16  # texts that rustbpe keeps before it counts their words
 
 
 def learn(texts: Iterable[str], count: int, pattern: str) -> list[bytes]:
-    """Learn at most `count` tokens, at least the 256 single bytes: in the order of their ids.
+    """Return at most `count` learned tokens, at least the 256 single bytes, in the order of ids.
 
     Parameters
     ----------
-    texts : what to learn from, a few ten thousand characters each
+    texts : texts to learn from, a few ten thousand characters each
     pattern : the regular expression that cuts text before any merge
 
     Raises
@@ -57,11 +57,11 @@ def _learn_apart(texts: Iterable[str], count: int, pattern: str) -> list[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which ends the other
+        start_new_session=True,  # Ctrl-C reaches only this process, which kills the other
     )
     assert process.stdin
     try:
-        with suppress(BrokenPipeError):  # it has ended: why is seen below
+        with suppress(BrokenPipeError):  # the process has ended; the reason is seen below
             for text in texts:
                 content = text.encode()
                 process.stdin.write(len(content).to_bytes(4, "little") + content)
@@ -71,15 +71,17 @@ def _learn_apart(texts: Iterable[str], count: int, pattern: str) -> list[bytes]:
         process.kill()
         process.communicate()
         raise
-    if process.returncode < 0 or b"MemoryError" in complaint:  # Rust aborts where memory ends
-        raise MemoryError("too little to learn a tokenizer of this text; choose bytes or gpt2")
+    if process.returncode < 0 or b"MemoryError" in complaint:  # Rust aborts when memory runs out
+        raise MemoryError(
+            "learning a tokenizer of this text takes more memory than is free; choose bytes or gpt2"
+        )
     if process.returncode:
         raise RuntimeError(f"learning the tokenizer failed: {complaint.decode(errors='replace')}")
     return [bytes.fromhex(line) for line in out.decode().split()]
 
 
 def _main() -> None:
-    """Read texts, each behind its length, from standard input; print tokens in hexadecimal."""
+    """Read texts, each after its length, from standard input; print tokens in hexadecimal."""
 
     def texts() -> Iterator[str]:
         while length := int.from_bytes(sys.stdin.buffer.read(4), "little"):

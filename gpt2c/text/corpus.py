@@ -1,7 +1,7 @@
-"""The text that every Python carries: reference topics and the standard library's docstrings.
+"""The text that comes with every Python: reference topics and the standard library's docstrings.
 
-It makes the main job run with no network and no files of the user's: about 2 MB of English about
-one subject.
+With it the main job runs without a network and without a user's files. It is about 2 MB of English
+about one subject.
 
 Knows nothing about tokens or models.
 """
@@ -24,12 +24,12 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def python_documentation() -> list[str]:
-    """Collect the documentation of the running Python; the same Python gives the same documents.
+    """Return the documentation of the running Python; the same Python has the same documents.
 
-    Each topic of `pydoc_data.topics` is a document, and so are each standard-library module's
-    docstrings together, in the order of the source, which is parsed and never imported. Topics that
-    are excerpts of longer ones and docstrings met before are left out, so that a document held out
-    for validation is not read in another.
+    Each topic of `pydoc_data.topics` is a document. The docstrings of each standard-library module
+    are one more, in the order of the source, which is parsed and never imported. Excerpts of longer
+    topics, and docstrings that occurred before, are left out, so that no document held out for
+    validation is part of another.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def python_documentation() -> list[str]:
 
 
 def _without_excerpts(topics: list[str]) -> list[str]:
-    """Drop topics most of whose paragraphs stand in longer ones, as "if" does in "compound"."""
+    """Drop topics if longer ones contain most of their paragraphs, as "compound" contains "if"."""
     seen: set[str] = set()
     kept = []
     for topic in sorted(topics, key=len, reverse=True):
@@ -75,7 +75,7 @@ def _docstrings(path: Path) -> Iterator[str]:
         warnings.simplefilter("ignore")  # old escapes in these sources are not the user's concern
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # a file that shows an error on purpose
+        except (SyntaxError, ValueError):  # a file with a deliberate error
             return
     documented = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
     # ast.walk goes level by level; a module has no line of its own and comes first.

@@ -1,7 +1,6 @@
 """Users' texts, read piece by piece: plain files, JSONL, directories, standard input.
 
-A file of any size takes no more memory than a small one. Knows nothing about tokens. Used by
-cli_prepare.
+A file of any size takes no more memory than a small one. Knows nothing about tokens.
 """
 
 from __future__ import annotations
@@ -28,35 +27,35 @@ __all__ = ["JSON_LINES", "PLAIN", "TextFiles"]
 
 PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
-OWN = (METRICS_FILE, MERGES_FILE)  # what gpt2c writes with such endings, and no text
+OWN = (METRICS_FILE, MERGES_FILE)  # files that gpt2c writes with such endings; they are not texts
 _PIECE = 1 << 16  # bytes
-_MOST_BLANK = 1 << 20  # characters that are kept until it is seen whether a document has others
+_MOST_BLANK = 1 << 20  # blanks that are kept until other characters of the document come
 _LONGEST = 1 << 26  # bytes of a line of JSONL, which is read whole
 
 
 class TextFiles:
-    """The documents of text files, in order: each time it is iterated, they are read again.
+    """The documents of text files, in order; each iteration reads the files again.
 
-    A document is an iterator of pieces (strings), which is read before the next one. In a plain
-    text "<|endoftext|>" ends a document, and so does the end of a file; in JSONL each line is an
-    object with a document in one field. Blank documents are left out. Lines that end in CR LF, as
-    on Windows, end in LF.
+    A document is an iterator of pieces (strings), valid until the next document. In a plain text
+    "<|endoftext|>" ends a document, and so does the end of a file. In JSONL each line is an object
+    with a document in one field; there, too, "<|endoftext|>" ends a document. Blank documents are
+    left out. CR LF, the end of a line on Windows, becomes LF.
 
     Parameters
     ----------
-    paths : files, which may be pipes; "-", standard input; and directories, of which all files
-        with the endings PLAIN and JSON_LINES, or the same in capitals, are read, those of
-        directories in them too, sorted by name, but none whose name begins with a dot. A line on
-        standard error names what of a directory is left out: what cannot be read, is no file, or
-        has a name of OWN
-    field : the field of JSONL, None for "text". With a field, what has none of those endings is
-        JSONL, too
-    watch : told as the files are read, again and again: how many bytes were read since that
-        began, and how many all have, 0 where that is not known yet, as of a pipe
+    paths : files, which may be pipes; "-" for standard input; and directories. All files in and
+        below a directory with the endings PLAIN and JSON_LINES, in upper or lower case, are read,
+        sorted by name; names that begin with a dot are ignored. A line on standard error names each
+        that is left out because it cannot be read, is not a file, is a link to a directory, or has
+        a name of OWN
+    field : the field of JSONL, None for "text". If it is given, files with none of those endings
+        are JSONL, too
+    watch : called often while the files are read, with the bytes read since the iteration began,
+        and the bytes of all files, 0 if unknown, as for a pipe
 
     Attributes
     ----------
-    names : the files
+    names : the names of the files
 
     Raises
     ------
@@ -73,7 +72,7 @@ class TextFiles:
     ) -> None:
         self._field, self._watch = field, watch
         self._stack = ExitStack()
-        self._kept: dict[str, BinaryIO] = {}  # what can be read but once
+        self._kept: dict[str, BinaryIO] = {}  # copies of inputs that can be read only once
         self._seen: dict[str, tuple[int, int]] = {}
         self._may_be_empty: set[str] = set()
         self.names: list[str] = []
@@ -100,11 +99,11 @@ class TextFiles:
         self.close()
 
     def close(self) -> None:
-        """Let go of copies of what came through pipes."""
+        """Delete the copies of pipes and standard input."""
         self._stack.close()
 
     def _keep(self, name: str) -> None:
-        """Copy to a temporary file what can be read but once; refuse what has no end."""
+        """Copy a pipe or standard input to a temporary file; refuse a device, which has no end."""
         if name == "-":
             source: Any = sys.stdin.buffer
         else:
@@ -119,7 +118,7 @@ class TextFiles:
             source = self._stack.enter_context(open(name, "rb"))
         copy = self._stack.enter_context(tempfile.TemporaryFile())
         with atomic.naming(Path(tempfile.gettempdir())):
-            # A read after the end would have a person at a terminal press Ctrl-D again.
+            # After a read beyond the end, a person at a terminal must press Ctrl-D again.
             while content := source.read1(_PIECE):
                 copy.write(content)
                 if self._watch:
@@ -142,7 +141,7 @@ class TextFiles:
     def _watched(
         self, flow: Iterator[str | None], file: BinaryIO, before: int
     ) -> Iterator[str | None]:
-        """Tell how much was read with each piece."""
+        """Yield the pieces of `flow`, and report to `watch` how much is read."""
         told = -_PIECE
         for piece in flow:
             if self._watch and file.tell() - told >= _PIECE:  # lines of JSONL are short
@@ -158,7 +157,7 @@ class TextFiles:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[BinaryIO]:
-        """Open a file, the same as the time before."""
+        """Open a file; refuse one that has changed since it was first read."""
         if name in self._kept:
             self._kept[name].seek(0)
             yield self._kept[name]
@@ -225,12 +224,12 @@ def _source(name: str) -> str:
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    """Return whether a name has one of these endings, in small letters or capitals."""
+    """Return whether a name has one of these endings, in upper or lower case."""
     return name.lower().endswith(endings)
 
 
 def _texts_in(directory: Path) -> list[Path]:
-    """Find the texts of a directory, sorted."""
+    """Return the text files of a directory, sorted."""
 
     def leave_out_folder(error: OSError) -> None:
         if error.filename == str(directory):
@@ -241,7 +240,7 @@ def _texts_in(directory: Path) -> list[Path]:
     for folder, subfolders, names in os.walk(directory, onerror=leave_out_folder):
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         for path in (Path(folder, name) for name in subfolders):
-            if path.is_symlink():  # it may lead to a directory that is read already, in a circle
+            if path.is_symlink():  # it may lead back to a directory that is read already
                 _leave_out(path, "it is a link to a directory")
         for path in (Path(folder, name) for name in names):
             if path.name[0] == "." or not _ends(path.name, PLAIN + JSON_LINES):
@@ -257,7 +256,7 @@ def _texts_in(directory: Path) -> list[Path]:
 
 
 def _no_text(path: Path) -> str:
-    """Say why a file of a directory cannot be read as a text, "" if it can."""
+    """Return why a file of a directory is not read as a text, "" if it is."""
     if path.name in OWN:
         return "gpt2c writes such a file itself"
     try:
@@ -266,7 +265,7 @@ def _no_text(path: Path) -> str:
         return f"it cannot be read ({error.strerror})"
     if not stat.S_ISREG(mode):
         return "it is a pipe, a socket or a device"
-    return "" if os.access(path, os.R_OK) else "it may not be read"
+    return "" if os.access(path, os.R_OK) else "there is no permission to read it"
 
 
 def _leave_out(path: str | Path, reason: str) -> None:
@@ -274,13 +273,13 @@ def _leave_out(path: str | Path, reason: str) -> None:
 
 
 def _decoded(file: BinaryIO, source: str) -> Iterator[str]:
-    """Decode a file piece by piece, as `untrusted.decode` does all of it; no piece is empty."""
+    """Decode a file as `untrusted.decode` does, but piece by piece; no piece is empty."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     content = file.read(_PIECE)
     untrusted.check_encoding(content[:4], source)
     offset = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
     content = content[offset:]
-    held = ""  # a CR whose LF may be the next piece's
+    held = ""  # a CR whose LF may begin the next piece
     ended = False
     while not ended:
         following = file.read(_PIECE)
@@ -318,9 +317,9 @@ def _at_marks(pieces: Iterable[str]) -> Iterator[str | None]:
 
 
 def _documents(flow: Iterator[str | None]) -> Iterator[Iterator[str]]:
-    """Gather pieces into documents; those with nothing but blanks are left out.
+    """Gather pieces into documents; leave out documents with nothing but blanks.
 
-    But one of more than `_MOST_BLANK`, which no tokenizer takes, is not left out.
+    A blank document of more than `_MOST_BLANK` characters stays, and every tokenizer refuses it.
     """
     blank: list[str] = []
     for piece in flow:
@@ -333,4 +332,4 @@ def _documents(flow: Iterator[str | None]) -> Iterator[Iterator[str]]:
             document = (piece for piece in chain(blank, [piece], rest) if piece)
             blank = []
             yield document
-            deque(document, 0)  # what its reader left
+            deque(document, 0)  # skip what its reader left

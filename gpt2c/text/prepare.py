@@ -1,10 +1,7 @@
-"""Documents and batches: documents -> token files -> (x, y) arrays of token ids.
+"""Preparation: documents -> token files for training and for validation.
 
-Which tokens a step sees depends on nothing but the seed and the step, so a resumed run needs no
-saved position.
-
-Knows nothing about models, nor about how text becomes tokens (that is the tokenizer's) or how
-tokens lie in a file (shards.py).
+Knows nothing about models, about how text becomes tokens (tokenizer.py) or about the format of
+token files (shards.py).
 """
 
 from __future__ import annotations
@@ -33,20 +30,20 @@ from gpt2c.text.tokenizer import SMALLEST, Tokenizer, split_text
 
 __all__ = ["Prepared", "prepare", "shuffled", "split_validation"]
 
-# A document is a string, or comes as strings to be joined, which are read before the next document.
+# A document is a string, or an iterable of its pieces, which is read before the next document.
 Document = str | Iterable[str]
 
-LEARNED = 1 << 24  # bytes of text that a tokenizer is learned from, at most
-_MANY = 1 << 18  # documents: of more, none is remembered by itself
+LEARNED = 1 << 24  # the most bytes of text that a tokenizer is learned from
+_MANY = 1 << 18  # documents; of more, none is remembered by itself
 _GROUPS = 1 << 16
 _BEGINNING = 4096  # characters
 
 
 def shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
-    """Return a permutation of range(count) and one more random number, both given by `seed` alone.
+    """Return a permutation of range(count) and one more random number, which `seed` determines.
 
-    From raw bits: NumPy promises those never to change, unlike what Generator's methods make of
-    them (NEP 19).
+    They are made of raw bits, which NumPy promises never to change, unlike the results of
+    Generator's methods (NEP 19).
     """
     bits = np.random.PCG64(seed).random_raw(count + 1)
     return np.argsort(bits[:-1], kind="stable"), int(bits[-1])
@@ -54,17 +51,17 @@ def shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """The choice of validation text: whole documents, or the tail of one.
+    """The part of the documents that is validation text: whole documents, or the tail of one.
 
     Documents are chosen in groups. Copies of a document are in one group.
 
     validation : for each group whether it is held out, (G,) bool
-    group_of : for each document its group, (D,); None if its beginning tells, see `_group`
-    divided : the group of the document whose tail is held out, -1 if none is; others of that group
+    group_of : the group of each document, (D,); None if it follows from the beginning, see `_group`
+    divided : the group of the document whose tail is held out, or -1; other documents of that group
         lose their tails
     longest : the number of that document
-    head : characters of it that are trained on
-    documents, characters, bytes : how many there are; bytes are of UTF-8
+    head : characters of that document that are trained on
+    documents, characters, bytes : their numbers; bytes are of UTF-8
     """
 
     validation: NDArray[np.bool_]
@@ -77,11 +74,11 @@ class HoldOut:
     bytes: int
 
     def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Iterator[str]]]:
-        """Divide the documents into texts to train on and to validate on, each in pieces.
+        """Yield the texts to train on and to validate on, each with its split and in pieces.
 
         Raises
         ------
-        OSError : they are not the documents that this was chosen for
+        OSError : the documents have changed since this was chosen
         """
         characters, number, group_of = 0, -1, self.group_of
 
@@ -104,13 +101,13 @@ class HoldOut:
                     yield "val", head.rest()
             else:
                 yield "val" if self.validation[group] else "train", pieces
-            deque(pieces, 0)  # what is not wanted is counted, too
+            deque(pieces, 0)  # unread pieces are counted, too
         if (number + 1, characters) != (self.documents, self.characters):
             raise OSError("the text changed while it was read: prepare it again")
 
 
 class _Head:
-    """The first characters of a text in pieces, then the rest."""
+    """Splits a text in pieces: an iterator of its first `size` characters, and the `rest`."""
 
     def __init__(self, pieces: Iterator[str], size: int) -> None:
         self._pieces = pieces
@@ -153,11 +150,11 @@ def _group(beginning: str) -> int:
 def split_validation(documents: Iterable[Document], fraction: float, seed: int) -> HoldOut:
     """Hold out about `fraction` of the characters for validation.
 
-    Whole documents, chosen by `seed`, as many as fit, none of them more than a quarter of what is
-    held out as long as there are enough of those; copies of a document stay together, so that no
-    held-out text is trained on. Where whole documents give less than half of what was asked (one
-    document, or few large ones), the tail of the longest document is held out instead, cut at a
-    line break if there is one: then there are more texts after than before.
+    Whole documents are held out, chosen by `seed`, as many as fit. None is larger than a quarter of
+    the share, if there are enough smaller ones. Copies of a document stay together, so that no
+    held-out text is trained on. If whole documents fill less than half of the share (one document,
+    or few large ones), the tail of the longest document is held out instead, cut at a line break if
+    there is one; its head and its tail are then two texts.
 
     Memory does not grow with the text: no document is kept, and of more than 262,144 not even its
     number; then documents whose beginnings have the same hash, modulo 65,536, stay together.
@@ -193,7 +190,7 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
     if blank:
         raise ValueError("there is no text: every document is blank")
     group_of = None
-    if count <= _MANY:  # a group for each distinct document, in the order in which they come
+    if count <= _MANY:  # a group for each distinct document, in the order of first occurrences
         _, first, found = np.unique(
             np.array(keys, np.uint64), return_index=True, return_inverse=True
         )
@@ -203,7 +200,7 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
         divided = int(group_of[longest])
     budget = fraction * characters
     order = shuffled([seed], len(sizes))[0]
-    # First without the largest: one document that fills the share would speak for all the others.
+    # First without large ones: one document that fills the share would represent all others.
     for largest in (budget / 4, budget):
         held_out = np.zeros(len(sizes), bool)
         chosen = 0
@@ -222,11 +219,11 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
 def _cut(
     documents: Iterable[Document], index: int, length: int, fraction: float, budget: float
 ) -> int:
-    """Choose how many characters of one document are trained on; the tail is held out.
+    """Return how many characters of one document are trained on; the tail is held out.
 
     Raises
     ------
-    ValueError : one of both would be blank
+    ValueError : the head or the tail would be blank
     """
 
     def pieces() -> Iterator[str]:
@@ -255,7 +252,7 @@ def _cut(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote. Bytes are of UTF-8; tokens count one `<|endoftext|>` a document."""
+    """The result of `prepare`. Bytes are of UTF-8; tokens include each `<|endoftext|>`."""
 
     documents: int
     train_documents: int
@@ -265,7 +262,7 @@ class Prepared:
     train_bytes: int
     val_bytes: int
     vocab_size: int
-    tail_held_out: bool  # the validation text is not whole documents but the tail of one
+    tail_held_out: bool  # the validation text is the tail of one document, not whole documents
 
 
 def prepare(
@@ -280,23 +277,23 @@ def prepare(
 ) -> Prepared:
     """Write documents as token files: `out`/train.bin, `out`/val.bin and the tokenizer's files.
 
-    The files are written as documents are read, so that texts of any size take little memory;
-    `out` is as it was until all of them are there. manifest.json lists them.
+    The files are written while documents are read, so texts of any size take little memory. `out`
+    does not change before all files are complete. manifest.json lists them.
 
     Parameters
     ----------
-    documents : texts, each preceded by `<|endoftext|>` in the files, as in llm.c; within one it is
-        ordinary text. They are iterated several times
+    documents : texts; each has an `<|endoftext|>` before it in the files, as in llm.c. In a
+        document that string is ordinary text. They are iterated several times
     out : directory to make
     tokenizer : a tokenizer or its spec: "gpt2", "bytes", a directory, or "bpe:N" to train one of N
-        tokens on the training documents only; of more than 16 MiB of text, on parts of it that lie
-        evenly in it and are 16 MiB together
+        tokens on the training documents only; of more than 16 MiB of text, on parts that are spread
+        evenly and have at most 16 MiB together
     val_fraction : share of the characters held out, see `split_validation`
     seed : chooses the documents held out
-    overwrite : whether `out` may hold something already; its token files are replaced
-    shard_tokens : the most tokens in a file of training tokens, which are then several,
+    overwrite : whether `out` may have files already; its token files are replaced
+    shard_tokens : the most tokens in a file of training tokens; more make several files,
         train_000001.bin and so on; 0 puts all into one
-    stage : told what the documents are iterated for, before they are
+    stage : called with the purpose of each iteration of the documents, before it
 
     Raises
     ------
@@ -310,12 +307,12 @@ def prepare(
     if isinstance(documents, str):
         raise ValueError("documents must be several texts, got one string; put it into a list")
     atomic.check_directory(out, overwrite)
-    with alone(out):  # what trains on it speaks before long work, and again before anything goes
+    with alone(out):  # refuse `out` in use before long work, and again before a change
         pass
-    if isinstance(documents, Iterator):  # which could be read but once
+    if isinstance(documents, Iterator):  # an iterator can be read only once
         documents = ["".join(_pieces(document)) for document in documents]
     size_to_learn = 0
-    if isinstance(tokenizer, str):  # a mistake shows before long work
+    if isinstance(tokenizer, str):  # refuse a mistake before long work
         size_to_learn = _size_to_learn(tokenizer)
         tokenizer = Tokenizer.from_spec("bytes" if size_to_learn else tokenizer)
     stage("reading")
@@ -329,13 +326,13 @@ def prepare(
             f"token files hold at most {MAX_VOCABULARY}"
         )
     with atomic.claimed(out, overwrite), alone(out):
-        atomic.remove_leftovers(out)  # of a kill
+        atomic.remove_leftovers(out)  # of a killed process
         with TokenWriter(out, shard_tokens) as writer:
             stage("encoding")
             prepared = _encode(documents, held_out, tokenizer, writer)
             writer.finish()
-            # val.bin goes first and comes last: a directory that has it never mixes two
-            # preparations, nor lacks some of its shards.
+            # val.bin is removed first and written last: a directory that has it never mixes two
+            # preparations and never lacks a shard.
             remove_shards(out, writer.names())
             tokenizer.save_pretrained(out)
             writer.publish(
@@ -349,7 +346,7 @@ def prepare(
 
 
 def _size_to_learn(spec: str) -> int:
-    """Return the number of tokens of a tokenizer that is to be trained, or 0 for another's spec."""
+    """Return N of the spec "bpe:N", a tokenizer to be trained, or 0 for another spec."""
     if not spec.startswith("bpe:"):
         return 0
     size = spec.removeprefix("bpe:")
@@ -374,7 +371,7 @@ def _learned(documents: Iterable[Document], held_out: HoldOut, vocab_size: int) 
 
 
 def _sample(texts: Iterable[Iterator[str]], share: float) -> Iterator[Iterator[str]]:
-    """Leave out pieces of texts so that this share of them is left, evenly."""
+    """Yield the texts with a share of their pieces, spread evenly."""
     seen = taken = 0
 
     def chosen(pieces: Iterator[str]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
     train.bin     or shards of it, train_000001.bin, fineweb_train_000002.bin
     val.bin       or tiny_shakespeare_val.bin: the split is a word of the name
-    manifest.json what `gpt2c prepare` wrote, to know when another file is among it
+    manifest.json the list of files that `gpt2c prepare` wrote, to detect other files
 
 Knows nothing about text, models or batches.
 """
@@ -61,10 +61,10 @@ _BLOCK = 1 << 20  # tokens that are written, summed up or checked at a time
 
 
 class StoredTokens:
-    """The tokens of a file, (N,) uint16, read when a slice or all of them are asked for.
+    """The tokens of a file, (N,) uint16; a slice, or all of them, are read on demand.
 
-    They are read and not mapped: where a mapped file is cut short meanwhile, the system ends the
-    process. The file stays open, so one that is replaced is still the one that was opened.
+    They are read and not mapped, because the system kills a process whose mapped file is cut short.
+    The file stays open, so the tokens stay the same if the file is replaced.
 
     Parameters
     ----------
@@ -74,8 +74,8 @@ class StoredTokens:
 
     Attributes
     ----------
-    checksum, text_bytes : set by `open_tokens`: the CRC of the tokens, and how many bytes of text
-        they stand for, 0 where the tokens' lengths were not given
+    checksum, text_bytes : set by `open_tokens`: the CRC-32 of the tokens, and the bytes of text
+        that they stand for, 0 if `lengths` was not given
     """
 
     dtype = np.dtype(np.uint16)
@@ -93,11 +93,12 @@ class StoredTokens:
         return self.shape[0]
 
     def __getitem__(self, part: slice) -> Tokens:
-        """Read tokens that lie one after the other.
+        """Read a slice of tokens.
 
         Raises
         ------
         OSError : the file cannot be read, or has been cut short
+        ValueError : the step of the slice is not 1
         """
         first, last, step = part.indices(len(self))
         if step != 1:
@@ -126,7 +127,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike | StoredTokens)
     Raises
     ------
     ValueError : no tokens, too many, or an id outside 0 to 65535
-    OSError : the file cannot be written; what was there before is unchanged
+    OSError : the file cannot be written; an existing file is unchanged
     """
     _write_all([Path(path)], _source(tokens))
 
@@ -134,7 +135,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: ArrayLike | StoredTokens)
 def write_shards(
     directory: Path, split: Split, tokens: ArrayLike | StoredTokens, shard_tokens: int = 0
 ) -> list[Path]:
-    """Write token ids (N,) as files of `shard_tokens`, from 1, the last smaller; 0: as one.
+    """Write token ids (N,) as files of `shard_tokens` tokens, the last smaller; 0 writes one file.
 
     Returns
     -------
@@ -143,7 +144,7 @@ def write_shards(
     Raises
     ------
     ValueError : see `write_tokens`
-    OSError : a file cannot be written; then none is new
+    OSError : a file cannot be written; then no file has changed
     """
     source = _source(tokens)
     paths = [directory / name for name in shard_names(split, len(source), shard_tokens)]
@@ -152,7 +153,7 @@ def write_shards(
 
 
 def shard_names(split: Split, count: int, shard_tokens: int) -> list[str]:
-    """Return the names of the files that `write_shards` makes of so many tokens."""
+    """Return the names of the files that `write_shards` writes of `count` tokens."""
     if count <= (shard_tokens or count):
         return [f"{split}.bin"]
     return [f"{split}_{number:06d}.bin" for number in range(1, -(-count // shard_tokens) + 1)]
@@ -163,7 +164,7 @@ def _source(tokens: ArrayLike | StoredTokens) -> NDArray[Any] | StoredTokens:
 
 
 def _write_all(paths: list[Path], tokens: NDArray[Any] | StoredTokens, size: int = 0) -> None:
-    """Write tokens (N,) as files of `size`, the last smaller; 0: as one."""
+    """Write tokens (N,) as files of `size` tokens, the last smaller; 0 writes one file."""
     size = size or max(1, math.prod(tokens.shape))
     starts = range(0, size * len(paths), size)
     for path, start in zip(paths, starts, strict=True):
@@ -179,7 +180,7 @@ def _write_all(paths: list[Path], tokens: NDArray[Any] | StoredTokens, size: int
 def write_blocks(
     file: BinaryIO, tokens: NDArray[Any] | StoredTokens, start: int, stop: int
 ) -> None:
-    """Write tokens from `start` up to `stop`, a block at a time: they may be more than memory."""
+    """Write tokens from `start` up to `stop`, a block at a time: all may not fit into memory."""
     for place in range(start, stop, _BLOCK):
         file.write(np.ascontiguousarray(tokens[place : min(place + _BLOCK, stop)], "<u2").data)
 
@@ -210,13 +211,13 @@ def _check(path: Path, tokens: NDArray[Any] | StoredTokens, start: int, stop: in
 class TokenWriter:
     """Writes the token files of both splits as their tokens come, in little memory.
 
-    The files have temporary names until `publish`. Use it as a context, which removes what was not
-    published.
+    The files have temporary names until `publish`. At the end of its with statement, files that
+    were not published are removed.
 
     Parameters
     ----------
-    directory : exists
-    shard_tokens : the most tokens in a file of training tokens, which are then several,
+    directory : must exist
+    shard_tokens : the most tokens in a file of training tokens; more make several files,
         train_000001.bin and so on; 0 puts all into one
 
     Raises
@@ -255,7 +256,7 @@ class TokenWriter:
             tokens = tokens[room:]
 
     def finish(self) -> None:
-        """Put all that was written on the disk, beside what the files will replace.
+        """Complete the files on disk, beside the files that they will replace.
 
         Raises
         ------
@@ -267,20 +268,20 @@ class TokenWriter:
             file.move(place)
 
     def names(self) -> set[str]:
-        """Return the names of the files that `publish` will write, once `finish` has settled them.
+        """Return the names of the files that `publish` will write, the manifest among them.
 
-        The manifest is one of them.
+        They are final after `finish`.
         """
         return {MANIFEST_FILE, *(file.path.name for file in self._all())}
 
     def publish(self, facts: Mapping[str, Any], splits: Mapping[Split, Mapping[str, Any]]) -> None:
-        """Let the files take their names, and write the manifest; val.bin comes last.
+        """Rename the files to their final names, and write the manifest; val.bin comes last.
 
-        What `remove_shards` removes must be gone.
+        Call `remove_shards` before.
 
         Parameters
         ----------
-        facts, splits : what the manifest says beside the files, of all and of each split
+        facts, splits : further entries of the manifest, for all and for each split
         """
         self.finish()
         manifest: dict[str, Any] = {"version": _MANIFEST_VERSION, **facts}
@@ -301,10 +302,10 @@ class TokenWriter:
 
 
 class _TokenFile:
-    """A token file that is being written, of a name to come; its header is written at the end."""
+    """A token file in progress, under a temporary name; its header is written at the end."""
 
     def __init__(self, path: Path) -> None:
-        self.path = self.place = path  # its name, and where that leads
+        self.path = self.place = path  # its name, and the path to write
         self._temporary = atomic.temporary_path(path)
         self._waiting: list[NDArray[Any]] = []
         self._waiting_tokens = 0
@@ -341,7 +342,7 @@ class _TokenFile:
                 atomic.sync(self._temporary)
 
     def move(self, place: Path) -> None:
-        """Move what is written beside `place`, which may be on another disk."""
+        """Move the temporary file beside `place`, which may be on another disk."""
         self.place, written = place, self._temporary
         if place.parent != written.parent:
             self._temporary = atomic.temporary_path(place)
@@ -357,7 +358,7 @@ class _TokenFile:
             os.replace(self._temporary, self.place)
 
     def drop(self) -> None:
-        with suppress(OSError):  # of a full disk, which may be why the file is dropped
+        with suppress(OSError):  # a full disk, which may be the reason for the drop
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -368,12 +369,13 @@ def read_tokens(path: str | os.PathLike[str], vocab_size: int | None = None) -> 
     Parameters
     ----------
     path : the file
-    vocab_size : when given, every token is checked to lie below it
+    vocab_size : if given, every token must be below it
 
     Raises
     ------
     OSError : the file is missing or cannot be read
-    ValueError : not an llm.c shard, truncated, or a token outside the vocabulary
+    ValueError : the file is not an llm.c shard or is truncated, or a token is outside the
+        vocabulary
     """
     return open_tokens(path, vocab_size)[:]
 
@@ -383,9 +385,9 @@ def open_tokens(
     vocab_size: int | None = None,
     lengths: NDArray[np.int64] | None = None,
 ) -> StoredTokens:
-    """Open an llm.c shard whose tokens are read when they are needed; see `read_tokens`.
+    """Open an llm.c shard, whose tokens are read on demand; see `read_tokens`.
 
-    All of it is read once, for what the attributes say.
+    The whole file is read once, for the attributes and the checks.
 
     Parameters
     ----------
@@ -441,19 +443,19 @@ def _count(path: Path) -> int:
 
 
 def has_header(path: Path) -> bool:
-    """Return whether a token file starts as llm.c's; see `read_tokens` for errors."""
+    """Return whether a token file starts like llm.c's; see `read_tokens` for errors."""
     return int.from_bytes(read_start(path)[0][:4], "little") == MAGIC
 
 
 def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
-    """List a split's token files, as train.bin or fineweb_val_000001.bin, in the order of names.
+    """Return a split's token files, such as train.bin or fineweb_val_000001.bin, sorted by name.
 
-    The split is a word of the name: a pretrained.bin is none of them. Names that begin with a dot
-    are passed over, as by a shell. The list may be empty.
+    The split must be a word of the name: pretrained.bin is not a file of train. Names that begin
+    with a dot are ignored, as by a shell. The list may be empty.
 
     Raises
     ------
-    ValueError : the name of a file says both train and val
+    ValueError : the name of a file has both train and val
     """
     names = Path(directory).glob(f"*{split}*.bin")
     paths = sorted(path for path in names if path.name[0] != "." and split in _words(path))
@@ -466,11 +468,11 @@ def find_shards(directory: str | os.PathLike[str], split: Split) -> list[Path]:
 
 
 def alone(out: Path) -> AbstractContextManager[None]:
-    """Have a directory to oneself, if it exists, so that nothing trains on it or into it.
+    """Lock a directory, if it exists, so that no other process trains on it or into it.
 
     Raises
     ------
-    BlockingIOError : something does
+    BlockingIOError : another process does
     """
     if not out.is_dir():
         return nullcontext()
@@ -482,10 +484,10 @@ def alone(out: Path) -> AbstractContextManager[None]:
 
 
 def remove_shards(directory: Path, coming: Collection[str]) -> None:
-    """Remove the token files of both splits, their manifest first, then those of val.
+    """Remove the manifest, then the token files of val, then those of train.
 
-    Others of such names stay. Where a link has the name of a file to come, the link stays and what
-    it leads to is removed.
+    Other files with such names stay. If a link has the name of a coming file, the link stays and
+    its target is removed.
 
     Parameters
     ----------
@@ -493,7 +495,7 @@ def remove_shards(directory: Path, coming: Collection[str]) -> None:
 
     Raises
     ------
-    OSError : one cannot be read, or see `atomic.places`; then nothing is removed
+    OSError : a file cannot be read, or see `atomic.places`; then nothing is removed
     """
     splits: tuple[Split, ...] = ("val", "train")
     homes = dict(zip(coming, atomic.places(*(directory / name for name in coming)), strict=True))
@@ -516,19 +518,19 @@ def read_shards(
 ) -> list[StoredTokens]:
     """Open the token files of a split, see `find_shards` and `open_tokens`.
 
-    Where a manifest says what `gpt2c prepare` wrote, they must be that: all of it and no other.
-    Directories of llm.c's or nanoGPT's have none.
+    If there is a manifest of `gpt2c prepare`, the files must be exactly those that it lists.
+    Directories of llm.c and nanoGPT have no manifest.
 
     Parameters
     ----------
-    fingerprint : of the tokenizer that the tokens should be of, see `Tokenizer.fingerprint`;
-        compared where there is a manifest
+    fingerprint : that of the expected tokenizer, see `Tokenizer.fingerprint`; compared if there is
+        a manifest
     lengths : see `open_tokens`
 
     Raises
     ------
-    OSError : there is none, one cannot be read, or one that the manifest names is missing
-    ValueError : one is damaged, not an llm.c shard, or not of the preparation or tokenizer
+    OSError : there is no file, one cannot be read, or one that the manifest lists is missing
+    ValueError : a file is damaged, not an llm.c shard, or of another preparation or tokenizer
     """
     directory = Path(directory)
     paths = find_shards(directory, split)
@@ -558,14 +560,14 @@ def read_shards(
 
 
 def _check_listed(tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse a token file that is not the one that the manifest, name -> (tokens, crc), lists."""
+    """Refuse a token file that differs from the manifest's list, name -> (tokens, crc)."""
     path = tokens.path
     if listed.get(path.name) == (len(tokens), tokens.checksum):
         return
     others = [name for name in listed if name != path.name]
     beside = f", which belongs to {others[0]}" if others else ""
     if path.name not in listed:
-        what = f"is no file of the preparation that {MANIFEST_FILE} beside it lists{beside}"
+        what = f"is not a file of the preparation that {MANIFEST_FILE} beside it lists{beside}"
     else:
         what = (
             f"is not the file that {MANIFEST_FILE} beside it lists under that name{beside}: it is"
@@ -573,12 +575,12 @@ def _check_listed(tokens: StoredTokens, listed: Mapping[str, tuple[int, int]]) -
         )
     raise ValueError(
         f"{path} {what}; put it elsewhere or prepare the text again, or remove {MANIFEST_FILE} if"
-        " it is meant"
+        " the file is intended"
     )
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Read what `gpt2c prepare` wrote: its tokenizer, and for each split name -> (tokens, crc)."""
+    """Return the manifest, if any: tokenizer, and for each split name -> (tokens, crc)."""
     path = directory / MANIFEST_FILE
     if not os.path.lexists(path):
         return None
@@ -600,7 +602,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def read_start(path: Path) -> tuple[bytes, int]:
-    """Return the first bytes of a file, as many as a header has, and its size."""
+    """Return the first bytes of a file, at most the size of a header, and the file's size."""
     try:
         return untrusted.read_header(path, _HEADER_BYTES)
     except FileNotFoundError:

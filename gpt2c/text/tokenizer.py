@@ -1,11 +1,11 @@
 """Tokenizer: text <-> token ids, by byte-pair encoding.
 
-tiktoken encodes, rustbpe trains; this file joins them. There are three kinds of vocabulary and one
-class: GPT-2's own, plain bytes (no merges), and one trained on the spot. How they are kept, so that
-one directory serves gpt2c and transformers alike, is in vocabulary.py.
+tiktoken encodes and rustbpe trains; this module joins them. One class has three kinds of
+vocabulary: GPT-2's own, plain bytes (no merges), and one trained on a text. vocabulary.py stores
+them in files that both gpt2c and transformers read.
 
-tiktoken is given a text in windows of a few milliseconds' work, in which neither Ctrl-C nor a
-MemoryError reaches Python; the ids are those of the whole text.
+Neither Ctrl-C nor a MemoryError interrupts tiktoken, so it encodes a text in windows of a few
+milliseconds' work; the ids are those of the whole text.
 
 Knows nothing about models, token files or documents.
 """
@@ -43,8 +43,8 @@ END_OF_TEXT = vocabulary.END_OF_TEXT
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NAMES = ("gpt2", "bytes")
 SMALLEST = 257  # tokens of a vocabulary: 256 bytes and END_OF_TEXT
-WINDOW = 1 << 16  # characters that tiktoken is given at a time
-# What the pattern's \\s matches. Python's own \\s and isspace know four more, 0x1c to 0x1f.
+WINDOW = 1 << 16  # characters that tiktoken encodes at a time
+# What the pattern's \\s matches. Python's own \\s and isspace match four more, 0x1c to 0x1f.
 _SPACES = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
@@ -52,21 +52,21 @@ _SPACES = (
 # tiktoken matches the pattern with a stack of about a million entries and panics beyond; stay well
 # below.
 _MAX_SPACES = 400_000
-_ROOM = 1 << 27  # bytes that must be free: tiktoken ends the process where memory does
-_TRIES = 16  # places to cut a long run of letters that are tried before the window grows
-# tiktoken names a file in its cache by the SHA-1 of its address: GPT-2's encoder.json, vocab.bpe.
+_ROOM = 1 << 27  # bytes that must be free: tiktoken ends the process when memory runs out
+_TRIES = 16  # cuts of a long run of letters that are tried before the window grows
+# tiktoken names a file in its cache by the SHA-1 of its URL: GPT-2's encoder.json and vocab.bpe.
 _GPT2_FILES = (
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
 )
-_PATIENCE = 30  # seconds for tiktoken's download of 1.5 MB, which itself would wait for ever
+_PATIENCE = 30  # seconds for tiktoken's download of 1.5 MB, which has no timeout of its own
 
 
 def split_text(pieces: Iterable[str]) -> Iterator[str]:
-    """Split a text that comes in pieces into pieces of at most `WINDOW` characters.
+    """Split a text that comes in pieces into pieces of at most about `WINDOW` characters.
 
-    Surrogates become the character that a pair stands for; a lone one, for which there are no
-    bytes, becomes U+FFFD.
+    A pair of surrogates becomes its character. A lone surrogate, which has no UTF-8, becomes
+    U+FFFD.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def split_text(pieces: Iterable[str]) -> Iterator[str]:
         for start in range(0, len(piece), WINDOW):
             part = held + piece[start : start + WINDOW]
             held = ""
-            if "\ud800" <= part[-1] <= "\udbff":  # its pair may be the next piece's
+            if "\ud800" <= part[-1] <= "\udbff":  # the other half may begin the next piece
                 part, held = part[:-1], part[-1]
             inner = part.lstrip(_SPACES)
             run += len(part) - len(inner)
@@ -95,7 +95,7 @@ def split_text(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _with_bytes(text: str) -> str:
-    """Replace surrogates, as `split_text` says; most texts have none."""
+    """Replace surrogates as `split_text` describes; most texts have none."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -108,8 +108,8 @@ def _whole_window(text: str, size: int, ended: bool) -> tuple[int, bool]:
 
     Returns
     -------
-    characters, and whether the ids on both sides of that place are those of the whole text: no
-    token has whitespace behind another character, so none crosses a place between the two
+    the number of characters, and whether a cut there keeps the ids of the whole text. No token has
+    whitespace after another character, so no token crosses a cut between the two
     """
     if ended and len(text) <= size:
         return len(text), True
@@ -119,7 +119,7 @@ def _whole_window(text: str, size: int, ended: bool) -> tuple[int, bool]:
 
 
 class _Reader:
-    """Keeps what was read of a text: enough to look ahead of a window."""
+    """A buffer of a text in pieces, to look beyond the end of a window."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._parts = split_text(pieces)
@@ -127,7 +127,7 @@ class _Reader:
         self.ended = False
 
     def fill(self, size: int) -> None:
-        """Have more than `size` characters, or all that are left."""
+        """Read until there are more than `size` characters, or the text ends."""
         parts = [self.text]
         have = len(self.text)
         while have <= size and not self.ended:
@@ -139,13 +139,13 @@ class _Reader:
         self.text = "".join(parts)
 
     def take(self, size: int) -> str:
-        """Return the first characters and drop them."""
+        """Return the first `size` characters and drop them."""
         taken, self.text = self.text[:size], self.text[size:]
         return taken
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary and what can be done with it.
+    """A byte-level BPE tokenizer: text <-> token ids.
 
     Usually made by `from_name`, `train`, `from_pretrained` or `from_spec`.
 
@@ -156,15 +156,14 @@ class Tokenizer:
     eot : id of the token that stands between texts, `<|endoftext|>`
     merges : the halves of each merged token, in the order of their ids; None recovers them
         when the tokenizer is saved
-    special : name -> id of the special tokens, that of `eot` among them; None if that is the only
-        one. Ordinary and special tokens have the ids from 0 on, each once; special ones may leave
-        ids out
+    special : name -> id of the special tokens, with that of `eot`; None if that is the only one.
+        Each token has its own id, from 0; only ids below a special token's may be unused
 
     Attributes
     ----------
-    vocab_size : one more than the highest id: the number of tokens, unless ids are left out
-    eot : see above. `[tokenizer.eot, *tokenizer.encode(text)]` is a text as models are trained on
-    special_tokens : see `special`. `decode` writes their names; `encode` takes a name in a text for
+    vocab_size : the highest id plus 1: the number of tokens, unless ids are unused
+    eot : see above. Models are trained on texts as `[tokenizer.eot, *tokenizer.encode(text)]`
+    special_tokens : see `special`. `decode` writes their names; `encode` treats a name in a text as
         ordinary text unless it is allowed
 
     Examples
@@ -196,7 +195,7 @@ class Tokenizer:
             self._tokens[token_id] = name.encode()
         self._lengths = np.array([len(token) for token in self._tokens], dtype=np.int64)
         self._lengths[[*self.special_tokens.values()]] = 0
-        self._window = max(WINDOW, 4 * int(self._lengths.max()))  # a few tokens are in it
+        self._window = max(WINDOW, 4 * int(self._lengths.max()))  # at least a few tokens
         self._encoding = tiktoken.Encoding(
             "gpt2c",
             pat_str=SPLIT_PATTERN,
@@ -210,13 +209,13 @@ class Tokenizer:
 
     @classmethod
     def from_name(cls, name: str) -> Tokenizer:
-        """Make the tokenizer called `name`.
+        """Return the tokenizer called `name`.
 
         Parameters
         ----------
-        name : "gpt2" (50257 tokens) or "bytes" (256 bytes and `<|endoftext|>`). GPT-2's are looked
-            for in tiktoken's cache (TIKTOKEN_CACHE_DIR), which keeps what tiktoken downloads, then
-            in a directory called gpt2, then on the hub and in its cache
+        name : "gpt2" (50257 tokens) or "bytes" (256 bytes and `<|endoftext|>`). GPT-2's tokens come
+            from the first of these places that has them: tiktoken's cache (TIKTOKEN_CACHE_DIR), a
+            directory called gpt2, tiktoken's download, and the hub with its cache
 
         Raises
         ------
@@ -231,11 +230,11 @@ class Tokenizer:
 
     @classmethod
     def from_spec(cls, spec: str) -> Tokenizer:
-        """Make the tokenizer that a user names: "gpt2", "bytes", a directory, or one on the hub.
+        """Return the tokenizer that a user names: "gpt2", "bytes", a directory, or one on the hub.
 
         Raises
         ------
-        ValueError : none of these; "bpe:N", which must be trained on a text
+        ValueError : `spec` is none of these, or is "bpe:N", which must be trained on a text
         OSError : the vocabulary cannot be read or downloaded
         """
         check_kind("the name of the tokenizer", spec, str, "a string")
@@ -260,9 +259,9 @@ class Tokenizer:
 
         Parameters
         ----------
-        texts : what to learn from
-        vocab_size : tokens wanted: 256 bytes, `<|endoftext|>` (the last id), the rest merges. A
-            text too small to give that many merges makes a smaller tokenizer.
+        texts : texts to learn from
+        vocab_size : number of tokens: 256 bytes, `<|endoftext|>` (the last id), the rest merges. A
+            text too small for that many merges makes a smaller tokenizer.
 
         Raises
         ------
@@ -273,10 +272,9 @@ class Tokenizer:
 
     @classmethod
     def train_on_pieces(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:
-        """Learn merges from texts that come in pieces; else as `train`.
+        """Learn merges from texts that come in pieces; see `train`.
 
-        Of a run of more than `WINDOW` characters without whitespace, parts of that size are learned
-        from.
+        A run of more than `WINDOW` characters without whitespace is cut into parts of that size.
         """
         bytearray(_ROOM)
         if whole("vocab_size", vocab_size) < SMALLEST:
@@ -307,14 +305,14 @@ class Tokenizer:
         ----------
         path_or_name : a directory with vocab.json and merges.txt, or tokenizer.json, written by
             `save_pretrained`, transformers or OpenAI; a model's file beside them; a checkpoint of a
-            run, which has them; or a name, see `gpt2c.files.hub.find`
+            run that has them; or a name on the hub, see `gpt2c.files.hub.find`
         revision : of a model on the hub
 
         Raises
         ------
         OSError : a file is missing or cannot be read or downloaded
-        ValueError : a file is corrupt, asks for what tiktoken does not do, or two do not belong
-            together
+        ValueError : a file is damaged or asks for something that tiktoken does not do, or two files
+            do not belong together
         """
         check_named("the name of the tokenizer", path_or_name)
         path = hub.find(path_or_name, revision, weights=False)
@@ -326,7 +324,7 @@ class Tokenizer:
 
         Raises
         ------
-        OSError : the directory cannot be made or written; what was there before is intact
+        OSError : the directory cannot be made or written; existing files are intact
         ValueError : the directory's name is empty
         """
         check_named("the name of the directory", directory)
@@ -338,9 +336,10 @@ class Tokenizer:
         return vocabulary.Vocabulary(self._ranks, self.eot, self._merges, self.special_tokens)
 
     def covers(self, other: Tokenizer) -> bool:
-        """Whether each token of `other` is here too, under its id; this one may add special ones.
+        """Return whether this tokenizer has each token of `other` under the same id.
 
-        A model that was fine-tuned with a [PAD], say, reads the tokens of the one that it was.
+        This one may have more special tokens: a model that was fine-tuned with an added [PAD], for
+        example, reads the tokens of its base model.
         """
         check_kind("other", other, Tokenizer, "a Tokenizer")
         same = (self._ranks, self.eot) == (other._ranks, other.eot)
@@ -350,7 +349,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """32 hexadecimal digits, the same for tokenizers that agree and for no others.
 
-        They agree where every text has the same ids, every id the same text, and `eot` is the same.
+        Two agree if each text has the same ids, each id the same text, and `eot` is the same.
         """
         special = sorted(self.special_tokens.values())
         digest = hashlib.blake2b(f"{self.eot} {special}".encode(), digest_size=16)
@@ -359,7 +358,7 @@ class Tokenizer:
         return digest.hexdigest()
 
     def vocab_and_merges(self) -> tuple[dict[str, int], list[str]]:
-        """Return what `vocab.json` and `merges.txt` say, a printable character for each byte.
+        """Return the content of `vocab.json` and `merges.txt`, a printable character for each byte.
 
         Raises
         ------
@@ -370,17 +369,18 @@ class Tokenizer:
     def encode(
         self, text: str, allowed_special: Collection[str] | Literal["all"] = ()
     ) -> list[int]:
-        """Turn a text into token ids; "<|endoftext|>" in it is ordinary text, not the token `eot`.
+        """Return a text's token ids; "<|endoftext|>" in it is ordinary text, not the token `eot`.
 
         Parameters
         ----------
-        text : a lone surrogate in it, which has no bytes, is encoded as U+FFFD
-        allowed_special : names of special tokens, or "all", that become that token where they stand
-            in the text; see `special_tokens`
+        text : a lone surrogate in it, which has no UTF-8, is encoded as U+FFFD
+        allowed_special : names of special tokens, or "all": each of these names in the text becomes
+            its token; see `special_tokens`
 
         Raises
         ------
-        ValueError : it is no string, a name is of no special token, or a whitespace run is too long
+        ValueError : `text` is not a string, a name is not that of a special token, or a run of
+            whitespace is too long
         """
         if not isinstance(text, str):
             raise ValueError(
@@ -413,7 +413,7 @@ class Tokenizer:
         return names
 
     def encode_batch(self, texts: Iterable[str]) -> list[NDArray[np.uint32]]:
-        """Encode many texts in parallel; each gives an array of the ids that `encode` gives.
+        """Encode texts in parallel; return for each the ids of `encode` as an (N,) uint32 array.
 
         Raises
         ------
@@ -437,18 +437,18 @@ class Tokenizer:
 
         Returns
         -------
-        iterator of (number of the text, from 0; its next ids): all ids of a text, one after the
-        other, are those that `encode` gives of its pieces joined. Every text comes at least once
+        iterator of (number of the text, from 0; its next ids, (N,) uint32). The joined ids of a
+        text are those that `encode` returns for its joined pieces. Every text comes at least once
 
         Raises
         ------
         ValueError : see `encode`
-        MemoryError : hardly any memory is left
+        MemoryError : there is too little memory
         """
         bytearray(_ROOM)
         workers = usable_cores()
         waiting: deque[Future[list[tuple[int, NDArray[np.uint32]]]]] = deque()
-        pool = ThreadPoolExecutor(workers)  # tiktoken works outside the interpreter's lock
+        pool = ThreadPoolExecutor(workers)  # tiktoken releases the GIL
         try:
             for job in self._jobs(texts):
                 waiting.append(pool.submit(self._work, job))
@@ -462,7 +462,7 @@ class Tokenizer:
     def _jobs(
         self, texts: Iterable[Iterable[str]]
     ) -> Iterator[list[tuple[int, str | NDArray[np.uint32]]]]:
-        """Gather windows of texts for threads, as many as make up the work of one."""
+        """Group windows of texts into jobs for threads, of about `WINDOW` characters each."""
         job: list[tuple[int, str | NDArray[np.uint32]]] = []
         size = 0
         for number, pieces in enumerate(texts):
@@ -486,7 +486,7 @@ class Tokenizer:
         return window
 
     def _windows(self, pieces: Iterable[str]) -> Iterator[str | NDArray[np.uint32]]:
-        """Cut a text where no token can cross, at least one window; long runs are encoded here."""
+        """Yield windows of a text that no token crosses, at least one, or the ids of a long run."""
         reader = _Reader(pieces)
         reader.fill(self._window)
         while True:
@@ -500,16 +500,16 @@ class Tokenizer:
                 return
 
     def _run(self, reader: _Reader) -> Iterator[NDArray[np.uint32]]:
-        """Encode a text that has no whitespace to be cut at, up to where there is some.
+        """Encode a run that has no whitespace to cut at, up to the next whitespace.
 
-        A cut at the border of two tokens of one encoding is right where the encoding of what
-        follows the cut, with more text behind it, begins with the same second token: a sequence of
-        tokens is a text's encoding if each two neighbours are that of their bytes. Nothing is given
-        away before that is seen. Source: github/rust-gems, bpe.
+        A cut between two tokens of an encoding is right if the encoding of the text after the cut,
+        with more text behind it, begins with the same second token: a sequence of tokens is a
+        text's encoding if each two neighbours are the encoding of their bytes. Ids are yielded only
+        after this check. Source: github/rust-gems, bpe.
         """
         size, exact, wanted = self._window, False, self._window
         ids = self._ids(reader.text[:size])
-        joined = False  # whether something was given away before `ids`
+        joined = False  # whether ids were yielded before `ids`
         while not exact:
             for count, place in self._borders(reader.text[:size], ids):
                 reader.fill(place + self._window)
@@ -527,7 +527,7 @@ class Tokenizer:
                 reader.fill(wanted)
                 size, exact = _whole_window(reader.text, wanted, reader.ended)
                 first, ids = ids[0], self._ids(reader.text[:size])
-                if joined and ids[0] != first:  # thinkable, with a vocabulary made for it
+                if joined and ids[0] != first:  # only with a vocabulary made for it
                     raise ValueError(
                         f"the text has more than {WINDOW:,} characters without whitespace that the "
                         "tokenizer cannot split; put spaces or line breaks into them"
@@ -536,10 +536,10 @@ class Tokenizer:
         reader.take(size)
 
     def _borders(self, window: str, ids: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
-        """Yield places to cut a window, the last at three quarters: (tokens, characters) before it.
+        """Yield places to cut a window, from three quarters backwards: (tokens, characters) before.
 
-        Not beside whitespace, nor where an apostrophe may begin a contraction: there the pattern
-        looks at more than the character on each side.
+        Places beside whitespace, or where an apostrophe may begin a contraction, are skipped: there
+        the pattern looks at more than one character on each side.
         """
         content = window.encode()
         ends = np.cumsum(self._lengths[ids])
@@ -560,22 +560,22 @@ class Tokenizer:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises
         ------
-        ValueError : what is no token id, or one outside the vocabulary
+        ValueError : an id is not a whole number, or has no token in the vocabulary
         """
         return b"".join(map(self.token_bytes, _ids(ids))).decode(errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` piece by piece, each as soon as its characters are complete.
 
-        A character may span several tokens. All pieces joined are what `decode` gives.
+        A character may span several tokens. The joined pieces are what `decode` returns.
 
         Raises
         ------
-        ValueError : what is no token id, or one outside the vocabulary
+        ValueError : an id is not a whole number, or has no token in the vocabulary
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in _ids(ids):
@@ -585,7 +585,7 @@ class Tokenizer:
             yield rest
 
     def unused_ids(self, vocab_size: int) -> list[int]:
-        """Return the ids below `vocab_size`, a model's, that no token has: those of padded rows.
+        """Return the ids below a model's `vocab_size` that no token has, such as padded rows.
 
         Raises
         ------
@@ -601,7 +601,7 @@ class Tokenizer:
 
     @property
     def token_lengths(self) -> NDArray[np.int64]:
-        """Bytes of text in each token, (V,) int64; 0 for special tokens. For bits per byte."""
+        """Bytes of text in each token, (V,) int64; 0 for special tokens; for bits per byte."""
         return self._lengths.copy()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -609,7 +609,7 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : what is no token id, or one outside the vocabulary
+        ValueError : an id is not a whole number, or has no token in the vocabulary
         """
         token_id = whole("a token id", token_id)
         if not 0 <= token_id < self.vocab_size:
@@ -617,20 +617,20 @@ class Tokenizer:
                 f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})"
             )
         if not (token := self._tokens[token_id]):
-            raise ValueError(f"token id {token_id} is one that the vocabulary leaves out")
+            raise ValueError(f"token id {token_id} is unused in the vocabulary")
         return token
 
 
 def _ids(ids: Iterable[int]) -> Iterator[int]:
-    """Return an iterator of token ids; refuse what has none."""
+    """Return an iterator of token ids; refuse a value that cannot be iterated."""
     try:
         return iter(ids)
-    except TypeError:  # among them an array without dimensions
+    except TypeError:  # also for an array without dimensions
         raise ValueError(f"ids must be several token ids, got {ids!r:.50}") from None
 
 
 def _several(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts; refuse one that is given in their place, which would be taken for characters."""
+    """Yield texts; refuse a single string, whose characters would count as texts."""
     if isinstance(texts, str):
         raise ValueError("texts must be several strings, got one; put it into a list")
     if not isinstance(texts, Iterable):
@@ -648,7 +648,7 @@ def tiktoken_cache() -> tuple[Path | None, bool]:
         return None, False
     cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
     return cache, all(
-        os.path.isfile(path) and os.access(path, os.R_OK)  # nor where they may not be looked for
+        os.path.isfile(path) and os.access(path, os.R_OK)  # False also without permission
         for path in (cache / name for name in _GPT2_FILES)
     )
 
@@ -656,7 +656,7 @@ def tiktoken_cache() -> tuple[Path | None, bool]:
 def _gpt2() -> tuple[dict[bytes, int], int]:
     """Return GPT-2's own vocabulary and the id of `<|endoftext|>`.
 
-    What is on this machine comes first, tiktoken's cache and then a directory; then the network.
+    Files of this machine come first, in tiktoken's cache or a directory gpt2, then the network.
     """
     reason = "HF_HUB_OFFLINE is set"
     if tiktoken_cache()[1] or not (os.path.isdir("gpt2") or hub.is_offline()):
@@ -664,7 +664,7 @@ def _gpt2() -> tuple[dict[bytes, int], int]:
             encoding = _from_tiktoken()
             eot = encoding.eot_token
             return {encoding.decode_single_token_bytes(token): token for token in range(eot)}, eot
-        except (OSError, ValueError) as error:  # no network, no permission; or not the file
+        except (OSError, ValueError) as error:  # no network, no permission, or a wrong file
             reason = type(error).__name__
     try:
         ranks, eot, _, _ = vocabulary.read(hub.find("gpt2", weights=False))
@@ -673,8 +673,8 @@ def _gpt2() -> tuple[dict[bytes, int], int]:
             raise
         raise OSError(
             "GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR says where), which"
-            f" could not download it ({reason}), and not to be had from the hub ({error}); name a"
-            " directory with its vocab.json and merges.txt, or choose the tokenizer 'bytes' or"
+            f" could not download it ({reason}), and it cannot be read from the hub ({error}); name"
+            " a directory with its vocab.json and merges.txt, or choose the tokenizer 'bytes' or"
             " 'bpe:4096', which need no download"
         ) from error
     if (len(ranks), eot) != (50256, 50256):
@@ -683,7 +683,7 @@ def _gpt2() -> tuple[dict[bytes, int], int]:
 
 
 def _from_tiktoken() -> tiktoken.Encoding:
-    """Let tiktoken read or download GPT-2's vocabulary, but no longer than `_PATIENCE`."""
+    """Return GPT-2's vocabulary, which tiktoken reads or downloads, within `_PATIENCE` seconds."""
     done: list[tiktoken.Encoding | Exception] = []
 
     def fetch() -> None:

@@ -1,12 +1,12 @@
 """Vocabularies as files: `vocab.json` with `merges.txt`, or `tokenizer.json`, read and written.
 
 The first two are OpenAI's for GPT-2, the third is that of Hugging Face's tokenizers. A file is read
-only if tiktoken will make the same ids of every text as transformers does from that file; what
-would change them (a normalizer, a prefix space, ...) is refused by name. One difference is meant:
-the name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text. An id that a file
-gives to an added token is kept, too, where transformers 5 numbers it anew because ids are left out.
+only if tiktoken gives each text the same ids as transformers does with that file; an entry that
+would change them (a normalizer, a prefix space, ...) is refused by name. Two differences are
+intended. The name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text. An
+added token keeps the id of the file, where transformers 5 renumbers it if ids are unused.
 
-Knows nothing about what is done with a vocabulary.
+Knows nothing about the use of a vocabulary.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ __all__ = [
 ]
 
 END_OF_TEXT = "<|endoftext|>"
-# What ends a text where a vocabulary has no <|endoftext|> and no file names an eos_token.
+# Tokens that end a text if a vocabulary has no <|endoftext|> and no file names an eos_token.
 _OTHER_ENDS = ("</s>", "<eos>", "[EOS]")
-# A token of vocab.json that no merge makes is special if it is written like one.
+# A token of vocab.json that no merge makes is special if its name has this form.
 _SPECIAL = re.compile(r"<\S+>|\[\w+\]")
-MOST_SPECIAL = 10_000  # tiktoken looks for them with one regular expression
-# Ids below a special token's that no token has: a model's rows are padded to a multiple of 128,
-# say, and a fine-tune's [PAD] may take any of those.
+MOST_SPECIAL = 10_000  # tiktoken searches for them with one regular expression
+# Unused ids below a special token's: the rows of a model are padded to a multiple of 128, for
+# example, and the [PAD] of a fine-tuned model may take any padded row.
 MOST_UNUSED = 1024
 LARGEST = 1 << 25  # bytes of a file: GPT-2's have 1.4 million
 
-# What the parts of tokenizer.json may hold. Any of ANY leaves the ids as they are, or is looked at
-# by itself.
+# Values that the parts of tokenizer.json may have. An entry with ANY does not change the ids, or is
+# checked elsewhere.
 ANY = None
 ROOT = {
     "version": (None, "1.0"),
-    "truncation": ANY,  # transformers sets this and padding anew for each call
+    "truncation": ANY,  # transformers sets this and padding in each call
     "padding": ANY,
     "added_tokens": ANY,
     "normalizer": (None,),
@@ -96,7 +96,7 @@ class Vocabulary(NamedTuple):
     ranks : bytes of each ordinary token -> its id
     eot : id of the token that ends a text, `<|endoftext|>` in most
     merges : the halves of each ordinary token of more than one byte, in the order of their ids
-    special : the other tokens, as `<|endoftext|>` and `[PAD]`: name -> id
+    special : the other tokens, such as `<|endoftext|>` and `[PAD]`: name -> id
     """
 
     ranks: dict[bytes, int]
@@ -106,7 +106,7 @@ class Vocabulary(NamedTuple):
 
 
 def _byte_characters() -> list[str]:
-    """One printable character for each byte, as in openai/gpt-2:src/encoder.py:bytes_to_unicode."""
+    """Return a printable character for each byte, as openai/gpt-2:src/encoder.py does."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -132,14 +132,14 @@ def _to_bytes(characters: str) -> bytes:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Return whether a path is a directory with a tokenizer in it, whole or not."""
+    """Return whether a path is a directory with a tokenizer, complete or not."""
     return any((path / name).exists() for name in (VOCAB_FILE, TOKENIZER_FILE))
 
 
 def home(directory: Path) -> Path:
-    """Return the directory with a model's tokenizer: its own or, of a run's checkpoint, the run's.
+    """Return the directory with a model's tokenizer: its own, or for a checkpoint the run's.
 
-    A checkpoint is RUN/checkpoints/00000040, and has none of its own.
+    A checkpoint, RUN/checkpoints/00000040, has no tokenizer of its own.
     """
     parent = Path(os.path.abspath(directory)).parent
     is_checkpoint = parent.name == CHECKPOINTS and not has_tokenizer(directory)
@@ -149,18 +149,18 @@ def home(directory: Path) -> Path:
 def read(directory: Path) -> Vocabulary:
     """Read the vocabulary of a directory.
 
-    Where tokenizer.json stands beside vocab.json and merges.txt they must agree: transformers reads
-    the one, other programs the others, and neither knows that it may be wrong.
+    If tokenizer.json stands beside vocab.json and merges.txt, they must agree: transformers reads
+    the first, other programs read the others, and neither detects a difference.
 
     Raises
     ------
     OSError : a file is missing or cannot be read
-    ValueError : a file is damaged, asks for what changes the ids, or does not agree with another
+    ValueError : a file is damaged, would change the ids, or does not agree with another
     """
     vocab_path, merges_path = directory / VOCAB_FILE, directory / MERGES_FILE
     json_path = directory / TOKENIZER_FILE
     config = _read_config(directory)
-    if not os.path.lexists(json_path):  # a link that leads nowhere is no absent file
+    if not os.path.lexists(json_path):  # a dangling link is not an absent file
         return _read_pair(vocab_path, merges_path, _added_beside(directory, config), config)
     root = untrusted.parse_json(_read(json_path), str(json_path))
     added = _added_beside(directory, config, root)
@@ -169,7 +169,7 @@ def read(directory: Path) -> Vocabulary:
         if vocabulary != _read_pair(vocab_path, merges_path, added, config):
             raise ValueError(
                 f"{json_path} is another tokenizer than {VOCAB_FILE} and {MERGES_FILE} beside it;"
-                " remove what is not the model's"
+                " remove those that are not the model's"
             )
     return vocabulary
 
@@ -244,16 +244,16 @@ def _part(
 
 
 def _is(part: Any, wanted: Mapping[str, Any]) -> bool:
-    """Return whether a part is absent or has what is wanted."""
+    """Return whether a part is absent or has the wanted entries."""
     return part is None or (
         isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
     )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json, if there is one; refuse what would change the ids.
+    """Read tokenizer_config.json, if there is one; refuse entries that would change the ids.
 
-    Its `eos_token` is that of special_tokens_map.json where it has none.
+    If it has no `eos_token`, take that of special_tokens_map.json.
     """
     config: dict[str, Any] = {}
     if os.path.lexists(path := directory / TOKENIZER_CONFIG_FILE):
@@ -269,9 +269,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _added_beside(
     directory: Path, config: Mapping[str, Any], root: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
-    """Collect the tokens that are added to a vocabulary, name -> id; the files must agree.
+    """Return the tokens that are added to a vocabulary, name -> id; the files must agree.
 
-    They are those of tokenizer_config.json, added_tokens.json and of `root`, tokenizer.json.
+    The files are tokenizer_config.json, added_tokens.json and tokenizer.json, which is `root`.
     """
     found: list[tuple[Path, Any, Any]] = []
     path = directory / TOKENIZER_CONFIG_FILE
@@ -308,7 +308,7 @@ def _content(token: Any) -> Any:
 
 
 def _is_text(name: str) -> bool:
-    """Return whether a name is not empty and has no lone surrogates, which no bytes stand for."""
+    """Return whether a name is not empty and has no lone surrogates, which have no UTF-8."""
     return name != "" and not re.search("[\ud800-\udfff]", name)
 
 
@@ -319,7 +319,7 @@ def _parse_vocabulary(
     config: Mapping[str, Any],
     path: Path,
 ) -> tuple[dict[bytes, int], int, dict[str, int]]:
-    """Check tokens and ids: (bytes of each ordinary token -> id, id of the end, special tokens)."""
+    """Check tokens and ids; return the ordinary tokens, the id of the end, the special tokens."""
     for name, token_id in added.items():
         if vocabulary.setdefault(name, token_id) != token_id:
             raise ValueError(
@@ -385,7 +385,7 @@ def _parse_merge(halves: Any, place: str) -> Merge:
 
 
 def _check_merges(ranks: dict[bytes, int], merges: list[Merge], name: str, vocab: str) -> None:
-    """Check that tiktoken, which knows no merges but only tokens, does what the merges say."""
+    """Check that the merges make the same ids as tiktoken, which knows only the tokens."""
     made = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) != 1]
     if made != [first + second for first, second in merges]:
         raise ValueError(
@@ -400,24 +400,24 @@ def _check_merges(ranks: dict[bytes, int], merges: list[Merge], name: str, vocab
             raise ValueError(f"{name}: merge {number} uses a token that no earlier merge has made")
         if not _comes_to(first, second, limit, made_at, halves):
             raise ValueError(
-                f"{name}: merge {number} never comes to pass: earlier ones take its bytes apart"
+                f"{name}: merge {number} can never apply: earlier merges join its bytes differently"
             )
 
 
 def _comes_to(
     first: bytes, second: bytes, limit: int, made_at: dict[bytes, int], halves: dict[bytes, Merge]
 ) -> bool:
-    """Return whether the bytes of a token come to these two parts under all merges before `limit`.
+    """Return whether all merges before `limit` turn the bytes of a token into these two parts.
 
-    Undoes the merges of both parts, the last one first: at no time may what stands on the two sides
-    of the border have been an earlier merge. Source: github/rust-gems, bpe, is_valid_token_pair.
+    Undo the merges of both parts, the last one first: at no time may the two tokens at the border
+    be an earlier merge. Source: github/rust-gems, bpe, is_valid_token_pair.
     """
     while made_at.get(first + second, limit) >= limit:
         left, right = made_at[first], made_at[second]
         if left > right:
             limit, first = left, halves[first][1]
         elif right >= 0:
-            limit, second = right + 1, halves[second][0]  # of two that are alike, the left first
+            limit, second = right + 1, halves[second][0]  # of two equal merges, the left first
         else:
             return True
     return False
@@ -427,7 +427,7 @@ def _comes_to(
 
 
 def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]:
-    """Return what vocab.json and merges.txt say, a printable character for each byte."""
+    """Return the content of vocab.json and merges.txt, a printable character for each byte."""
     ids = {_to_characters(token): token_id for token, token_id in vocabulary.ranks.items()}
     ids |= vocabulary.special
     merges = [
@@ -437,10 +437,10 @@ def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]
 
 
 def write(directory: Path, vocabulary: Vocabulary) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json, all before one takes its name.
+    """Write vocab.json, merges.txt and tokenizer_config.json, all before one is renamed.
 
-    transformers makes the rest of these. What it would read in their place goes then: a kill just
-    before leaves files that disagree, and `read` says so.
+    transformers derives the rest from these. Files that it would read instead are removed after
+    that. A kill just before leaves files that disagree, which `read` refuses.
 
     Raises
     ------
@@ -478,7 +478,7 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[Merge]:
-    """Return all merges, in the order in which they apply, of a vocabulary that came without.
+    """Return all merges of a vocabulary that came without, in the order in which they apply.
 
     Raises
     ------
@@ -490,7 +490,7 @@ def recover_merges(ranks: dict[bytes, int]) -> list[Merge]:
 
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> Merge:
-    """Recover the merge that made `token`: what its bytes come to under all earlier merges."""
+    """Return the merge that makes `token`: the two parts that all earlier merges make of it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     limit = ranks[token]
     while len(parts) > 2:

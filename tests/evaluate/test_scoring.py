@@ -331,7 +331,7 @@ WRONG: list[tuple[Any, str]] = [
     ("{'ctx': 1}", "the question is not valid JSON: Expecting property name"),
     ("[" * 100_000, "the question is not valid JSON: "),
     ('{"ctx": "a", "endings": ["b", "c"], "label": 0, "label": 1}', "'label' is there twice"),
-    ('{"ctx": "a", "endings": ["b", "c"], "label": 0, "ind": NaN}', "NaN is no number in JSON"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": 0, "ind": NaN}', "NaN is not a number in JSON"),
     ("[1]", "the question must hold a JSON object, got list"),
     ({"endings": ["a", "b"], "label": 0}, "the field ctx is missing"),
     ({"ctx": "a", "label": 0}, "the field endings is missing"),

@@ -288,7 +288,7 @@ def test_the_command_line(client: Client) -> None:
         (
             {},
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "ConnectionError .*:9, cannot give .*refused",
+            "ConnectionError .*:9, did not deliver .*refused",
         ),
         ({}, {"HF_HUB_CACHE": "/dev/null/cache"}, "NotADirectoryError .*/dev/null"),
     ],

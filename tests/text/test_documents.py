@@ -202,7 +202,7 @@ def test_what_may_not_be_read_is_left_out_and_named(
         (tmp_path / name).chmod(0)
     assert read(tmp_path) == ["a"]
     assert sorted(capsys.readouterr().err.splitlines()) == [
-        f"gpt2c: {tmp_path}/b.txt is left out: it may not be read",
+        f"gpt2c: {tmp_path}/b.txt is left out: there is no permission to read it",
         f"gpt2c: {tmp_path}/sub is left out: it cannot be read (Permission denied)",
     ]
     for name in ("b.txt", "sub"):

@@ -472,7 +472,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     assert "train_000001.bin: it is of another preparation" in message
     (one / "train_000002.bin").write_bytes(third)
     write_tokens(one / "more_train.bin", [1, 2])
-    assert "more_train.bin is no file of the preparation" in refused(read_shards, one, "train")
+    assert "more_train.bin is not a file of the preparation" in refused(read_shards, one, "train")
     assert read_shards(one, "val")
     (one / "more_train.bin").unlink()
     (one / "train_000001.bin").unlink()

@@ -229,7 +229,7 @@ def test_a_trainer_that_memory_ends_is_a_memory_error(monkeypatch):
 
     monkeypatch.setattr("gpt2c.text.bpe_trainer._SMALL", 100)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Ended())
-    with pytest.raises(MemoryError, match="too little to learn a tokenizer"):
+    with pytest.raises(MemoryError, match="learning a tokenizer of this text takes more"):
         Tokenizer.train(["some text " * 100], 300)
 
 

@@ -1,14 +1,14 @@
-"""The specification: every op, forward and backward, in plain NumPy. A file a family of ops.
+"""The specification: every op, forward and backward, in plain NumPy.
 
-The C kernels have the same ops (csrc/gpt2c.h), and the tests compare them with these. They are the
-backend "numpy", too. They compute in the dtype of the arrays they are given: float32 to train,
+The C kernels have the same ops (csrc/gpt2c.h), and the tests compare them with these functions,
+which are also the backend "numpy". They compute in the dtype of their arrays: float32 to train,
 float64 for gradient checks. They are written to be read: attention holds its whole T x T matrix,
-and nothing is blocked or fused.
+and nothing is blocked or fused. Each file has one family of ops.
 
 Every op writes into arrays that the caller made, outputs first; sizes come from their shapes.
 Gradients of parameters (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up.
 Activations and their gradients are written (=), except the dx of a norm. Each backward function
-quotes the line that it differentiates; dy is the gradient of the loss by y.
+quotes the line that it differentiates; dy is the derivative of the loss by y.
 
 Letters: B batch, T time, C channels, V vocabulary, NH heads, HS = C/NH head size, OC output
 channels, N = B*T rows.

@@ -1,6 +1,6 @@
-"""What is done element by element: GELU, SwiGLU, and the sum of the residual stream.
+"""Element-wise ops: GELU, SwiGLU, and the sum of the residual stream.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ GELU_CUBIC = 0.044715  # keeps the tanh form within 5e-4 of x * Phi(x)
 
 
 def gelu_forward(out: Array, x: Array) -> None:
-    """Pass large values, stop very negative ones, bend smoothly between: the tanh form of GELU.
+    """Apply the tanh form of GELU: near x for large x, near 0 for very negative x.
 
     out = x/2 * (1 + tanh(u)),   u = sqrt(2/pi) * (x + 0.044715 x^3)
 
     Parameters
     ----------
-    out, x : one shape, any; `out` is written
+    out, x : any shape, the same; `out` is written
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
@@ -50,7 +50,7 @@ def gelu_backward(dx: Array, dout: Array, x: Array) -> None:
 
     Parameters
     ----------
-    dx, dout, x : one shape, any; `dx` is written and may be `dout`
+    dx, dout, x : any shape, the same; `dx` is written and may be `dout`
     """
     # out = x/2 * (1 + tanh(u))
     tanh = np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
@@ -104,7 +104,7 @@ def residual_forward(out: Array, x: Array, branch: Array) -> None:
 
     Parameters
     ----------
-    out, x, branch : one shape, any; `out` is written and may be `x`
+    out, x, branch : any shape, the same; `out` is written and may be `x`
 
     Source: He et al. 2015, arXiv:1512.03385.
     """

@@ -1,6 +1,6 @@
-"""Attention: causal, of many heads; over whole sequences, and over a cache.
+"""Causal attention with many heads, over whole sequences or over a cache.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _sequences(offsets: IntArray) -> list[slice]:
 
 
 def _heads(rows: Array, NH: int) -> Array:
-    """View (B, T, C) as (B, NH, T, HS); what is written to the view is written to `rows`."""
+    """Return (B, T, C) as a view (B, NH, T, HS); a write to the view changes `rows`."""
     return rows.reshape(*rows.shape[:2], NH, -1).transpose(0, 2, 1, 3)
 
 
@@ -68,13 +68,13 @@ def attention_forward(
     offsets: IntArray | None,
     position: int,
 ) -> None:
-    """Let each token take a weighted mean of the values of the tokens up to itself, head by head.
+    """Compute for each token, in each head, a weighted mean of the values up to that token.
 
     p = softmax(scores),   scores = q k^T / sqrt(HS) for keys not later than the query,   out = p v
 
     With fewer key and value heads than query heads, NH / KV query heads share one (grouped-query
-    attention). With a cache the T tokens go on with texts of which it has the keys and values
-    already.
+    attention). With a cache, the T tokens continue texts whose earlier keys and values the cache
+    holds.
 
     Parameters
     ----------
@@ -82,14 +82,14 @@ def attention_forward(
     lse : (B, NH, T), written: log(sum(exp(scores))) over the keys, which is all that the backward
         pass needs of the T x T scores
     keys, values : (B, KV, P, HS), the cache: rows position to position + T are written, those
-        before read; or None for none
+        before are read; None without a cache
     qkv : (B, T, W), a row holds q of NH heads, then k and then v of KV heads, W = C + 2 KV HS
-    offsets : (S,) int32, where the sequences of a ragged row begin and the last ends, or None
-    position : where in its text the first of the T tokens stands, position + T <= P; 0 without a
+    offsets : (S,) int32, the first row of each sequence of a ragged batch, then T; or None
+    position : position in its text of the first of the T tokens; position + T <= P; 0 without a
         cache
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762; to keep only lse, Dao et al. 2022,
-    arXiv:2205.14135; grouped queries, Ainslie et al. 2023, arXiv:2305.13245.
+    Source: Vaswani et al. 2017, arXiv:1706.03762; lse: Dao et al. 2022, arXiv:2205.14135; grouped
+    queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
     if offsets is not None:
         for rows in _sequences(offsets):
@@ -103,7 +103,7 @@ def attention_forward(
         keys[:, :, position:end], values[:, :, position:end] = k, v
         k, v = keys[:, :, :end], values[:, :, :end]
     scores = _causal_scores(q, _for_each_query_head(k, NH))
-    largest = scores.max(axis=3, keepdims=True)  # taken out first, so that exp cannot overflow
+    largest = scores.max(axis=3, keepdims=True)  # subtracted first, so that exp cannot overflow
     p = np.exp(scores - largest)
     total = p.sum(axis=3, keepdims=True)
     lse[...] = (largest + np.log(total))[..., 0]
@@ -113,7 +113,7 @@ def attention_forward(
 def attention_backward(
     dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, offsets: IntArray | None
 ) -> None:
-    """Write the gradient of q, k and v; the softmax is made again from `lse`.
+    """Write the gradient of q, k and v; recompute the softmax from `lse`.
 
     dv = p^T dout,   dscores = p * (dout v^T - sum(dout * out)),   p = exp(scores - lse)
     dq = dscores k / sqrt(HS),   dk = dscores^T q / sqrt(HS)
@@ -122,7 +122,7 @@ def attention_backward(
     ----------
     dqkv : (B, T, W), written; may be qkv
     dout : (B, T, C)
-    qkv, out, lse, offsets : what the forward pass read and wrote
+    qkv, out, lse, offsets : the inputs and the outputs of the forward pass
     """
     if offsets is not None:
         for rows in _sequences(offsets):

@@ -1,6 +1,6 @@
 """Embedding: token ids -> vectors, token and position.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def encoder_forward(
 ) -> None:
     """Look up the vector of each token and add the vector of its position.
 
-    out = W[idx] + wpe[position + t],   W = wte, or scale * (wte - 128) of 8 bits
+    out = W[idx] + wpe[position + t],   W = wte, or scale * (wte - 128) for uint8
 
     Parameters
     ----------
     out : (B, T, C), written
     idx : (B, T) int32, token ids in [0, V)
-    wte : (V, C) token vectors, of the types of `matmul_forward`'s weight
-    wpe : (at least position + T, C) position vectors, or None for none
+    wte : (V, C) token vectors, of the dtypes of `matmul_forward`'s weight
+    wpe : (at least position + T, C) position vectors, or None without positions
     scale : (V,) for uint8, else None
-    offsets : (S,) int32, where the sequences of a ragged row begin and the last ends, or None
-    position : where in its text the first of the T tokens stands
+    offsets : (S,) int32, the first row of each sequence of a ragged batch, then T; or None
+    position : position in its text of the first of the T tokens
 
     Source: Radford et al. 2019 (GPT-2); names follow karpathy/llm.c.
     """
@@ -58,7 +58,7 @@ def encoder_forward(
 def encoder_backward(
     dwte: Array | None, dwpe: Array | None, dout: Array, idx: IntArray, offsets: IntArray | None
 ) -> None:
-    """Add the gradient of each output row to the token vector and the position vector it came from.
+    """Add the gradient of each output row to those of its token vector and its position vector.
 
     Parameters
     ----------
@@ -67,8 +67,8 @@ def encoder_backward(
     idx : (B, T) int32
     offsets : see `encoder_forward`
     """
-    # out = wte[idx] + wpe[t]: a row of wte that several tokens use gets the sum of their
-    # gradients, which dwte[idx] += dout would not do (it keeps one of them)
+    # out = wte[idx] + wpe[t]. A row of wte that several tokens use gets the sum of their gradients;
+    # dwte[idx] += dout would add only one of them.
     if dwte is not None:
         np.add.at(dwte, idx, dout)
     if dwpe is not None:

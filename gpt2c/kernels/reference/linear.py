@@ -1,6 +1,6 @@
 """Linear layers, with weights of 32, 16 or 8 bits.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ __all__ = ["LONGEST", "MIDDLE", "TINY", "matmul_backward", "matmul_forward", "ma
 Array = NDArray[np.floating[Any]]
 
 
-MIDDLE = 128  # a weight of 8 bits has no sign: 0 is stored as this
+MIDDLE = 128  # 8-bit weights are unsigned: 0 is stored as this
 
 
-LONGEST = 65536  # channels: the sums of so many products of 8 bits fit 32
+LONGEST = 65536  # channels: the sum of this many 8-bit products fits 32 bits
 
 
-TINY = 1e-36  # a row with nothing larger counts as zeros: 127 / largest stays finite in float32
+TINY = 1e-36  # a row with no larger number counts as zeros: 127 / largest stays finite in float32
 
 
 def matmul_forward(
     out: Array, x: Array, weight: NDArray[Any], bias: Array | None, scale: Array | None
 ) -> None:
-    """Apply a linear layer to each row; its weights may be small.
+    """Apply a linear layer to each row; its weights may have 32, 16 or 8 bits.
 
-    out = x W^T + bias,   W = weight, or scale * (weight - 128) for weights of 8 bits
+    out = x W^T + bias,   W = weight, or scale * (weight - 128) for 8-bit weights
 
-    With weights of 8 bits each row of x is rounded to 8 bits too, x = x_scale * x8 with x8 in
+    With 8-bit weights each row of x is also rounded to 8 bits, x = x_scale * x8 with x8 in
     [-127, 127], so that the sums are of integers and exact:
     out = sum((weight - 128) * x8) * (x_scale * scale) + bias
 
@@ -40,8 +40,8 @@ def matmul_forward(
     out : (N, OC), written
     x : (N, C)
     weight : (OC, C), a row for each output channel: float32, float16 without nan and infinity, or
-        uint8, then C <= LONGEST
-    bias : (OC,), or None for none
+        uint8 with C <= LONGEST
+    bias : (OC,), or None
     scale : (OC,) for uint8, else None
 
     Source: dynamic quantization by rows, Dettmers et al. 2022, arXiv:2208.07339, without its
@@ -71,7 +71,7 @@ def matmul_backward(
     weight: Array,
     accumulate: bool = True,
 ) -> None:
-    """Add the gradients of a linear layer's parameters; write that of its input.
+    """Add the gradients of a linear layer's parameters; write the gradient of its input.
 
     dweight += dout^T x,   dbias += the column sums of dout,   dx = dout weight
 
@@ -79,10 +79,10 @@ def matmul_backward(
     ----------
     dx : (N, C), written; may be x
     dweight : (OC, C), accumulated
-    dbias : (OC,), accumulated, or None where the layer has no bias
+    dbias : (OC,), accumulated, or None if the layer has no bias
     dout : (N, OC)
     x, weight : (N, C), (OC, C)
-    accumulate : False writes dweight and dbias, which spares setting them to 0 before
+    accumulate : False writes dweight and dbias, so they need not be 0 before
     """
     # out = x weight^T + bias
     dweight[...] = dout.T @ x + (dweight if accumulate else 0)
@@ -92,7 +92,7 @@ def matmul_backward(
 
 
 def matrix_transpose(out: NDArray[Any], x: NDArray[Any]) -> None:
-    """Transpose a matrix: Linear weights on disk are Hugging Face's (C, OC), in memory (OC, C).
+    """Transpose a matrix: linear weights are (C, OC) in Hugging Face's files, (OC, C) in memory.
 
     out = x^T
 

@@ -1,6 +1,6 @@
 """Softmax and cross-entropy: logits -> losses in nats.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ IntArray = NDArray[np.int32]
 
 
 def crossentropy_forward(losses: Array, lse: Array, logits: Array, targets: IntArray) -> None:
-    """Measure how surprised the softmax of each row of logits is by that row's target.
+    """Compute the cross-entropy of the softmax of each row of logits with that row's target.
 
     losses = lse - logits[target] = -log(softmax(logits)[target]),   lse = log(sum(exp(logits)))
 
@@ -28,9 +28,9 @@ def crossentropy_forward(losses: Array, lse: Array, logits: Array, targets: IntA
     logits : (N, V)
     targets : (N,) int32, in [0, V), or -1 to ignore the row
     """
-    largest = logits.max(axis=1)  # taken out first, so that exp cannot overflow
+    largest = logits.max(axis=1)  # subtracted first, so that exp cannot overflow
     lse[...] = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
-    # as an index, -1 reads the last column; the next line drops what that gives
+    # as an index, -1 reads the last column; the next line drops the result
     losses[...] = lse - logits[np.arange(len(targets)), targets]
     losses[targets == -1] = 0
 
@@ -50,7 +50,7 @@ def crossentropy_backward(
     Parameters
     ----------
     dlogits : (N, V), written; may be `logits`
-    logits, lse, targets : what the forward pass read and wrote
+    logits, lse, targets : the inputs and an output of the forward pass
     weights : (N,), or None: all 1
     scale : 1 / (number of rows that count) makes the loss their mean
     """

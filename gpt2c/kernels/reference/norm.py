@@ -1,6 +1,6 @@
 """Norms: layernorm, rows of mean 0 and variance 1; rmsnorm, rows of mean square 1.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def layernorm_backward(
     Parameters
     ----------
     dx : (N, C), accumulated: `x` is the residual stream, and `dx` already holds the gradient that
-        came past the branch
+        did not go through the branch
     dweight, dbias : (C,), accumulated
     dout, x : (N, C)
     weight : (C,)
@@ -67,8 +67,8 @@ def layernorm_backward(
     dnorm = dout * weight
     dweight += (dout * norm).sum(axis=0)
     dbias += dout.sum(axis=0)
-    # norm = (x - mean(x)) * rstd(x): a row of norm can neither shift nor stretch, whatever x does,
-    # so the parts of dnorm that ask for that are taken out
+    # norm = (x - mean(x)) * rstd(x). A row of norm has mean 0 and variance 1 for every x, so the
+    # parts of dnorm that would change these are removed.
     shift = dnorm.mean(axis=1, keepdims=True)
     stretch = (dnorm * norm).mean(axis=1, keepdims=True)
     dx += (dnorm - shift - norm * stretch) * rstd[:, None]

@@ -1,6 +1,6 @@
-"""AdamW, and the norm by which gradients are clipped.
+"""AdamW, and the norm that clips gradients.
 
-`gpt2c.kernels.reference` says what holds for all ops.
+`gpt2c.kernels.reference` states the rules of all ops.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def adamw_update(
 
     Parameters
     ----------
-    param, m, v, grad : one shape, any; all but `grad` are updated
+    param, m, v, grad : any shape, the same; all but `grad` are updated
     m, v : running means of g and of g^2, zeros before the first step
     learning_rate, beta1, beta2, eps : as in the paper
     weight_decay : multiplied by the learning rate and by the param from before the step
@@ -49,7 +49,7 @@ def adamw_update(
     g = grad * grad_scale
     m[...] = beta1 * m + (1 - beta1) * g
     v[...] = beta2 * v + (1 - beta2) * g * g
-    # m and v start from zero, so that after t steps they hold only this share of a full mean
+    # m and v start from zero, so after t steps they hold only this share of a full mean
     m_hat = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
     param -= learning_rate * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * param)
