@@ -41,7 +41,6 @@ def main() -> None:
                 shape = {"config": dataclasses.asdict(config), "B": B, "T": T}
                 answer = row.ask("train", **shape, recompute=None)
                 assert answer["error"] <= answer["rtol"]
-                row.ask("step")
                 seconds = statistics.median(row.ask("step")["seconds"] for _ in range(ROUNDS))
             floor = config.flops_per_token(T) / peak
             token = seconds / (B * T)

@@ -7,12 +7,9 @@ they take turns stands in gpt2c.bench.suite.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
 
-from gpt2c.bench.machine import Ceilings, Quiet, fastest
+from gpt2c.bench.machine import Ceilings, fastest
 from gpt2c.bench.suite import (
     FEWER,
     PROCESS_BYTES,
@@ -21,13 +18,11 @@ from gpt2c.bench.suite import (
     TORCH,
     UNWATCHED,
     Result,
-    Row,
     Watch,
+    Work,
     choose_rows,
-    get_ready,
     lacks,
-    start,
-    take_turns,
+    measure,
 )
 from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import require
@@ -120,31 +115,20 @@ def bench_generate(
         name: PROCESS_BYTES + (0 if lacks(name) else count * size) for name, count in models.items()
     }
     require("a benchmark of generation", needed, FEWER)
-    done: list[Result] = []
-    quiet = Quiet(ceilings.threads)
-    with ExitStack() as stack:
-        started = list(start(names, ceilings.threads, stack))
-        for what, B, T in WORKS:
-            group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
-            watch.work(group)
-            tokens = T if what == "prefill" else B
-            arguments: dict[str, Any] = {
-                "what": what,
-                "config": dataclasses.asdict(config),
-                "B": B,
-                "T": T,
-            }
-            ask = functools.partial(Row.ask, do="generate", **arguments)
-            watch.now("each row makes its model, which is verified")
-            ready = [get_ready(row, group, {"tokens": tokens}, ask) for row in started]
-            for result in ready:
-                precision = result.row.partition(":")[2] or "fp32"
-                result.facts |= costs(config, what, B, T, PRECISIONS[precision])
-            rounds = QUICK_ROUNDS if quick else ROUNDS
-            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
-            show(ready)
-            done += ready
-    return done, quiet.verdict()
+    works = [_reading(config, *work) for work in WORKS]
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, watch)
+
+
+def _reading(config: GPT2Config, what: str, B: int, T: int) -> Work:
+    group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
+    arguments = {"what": what, "config": dataclasses.asdict(config), "B": B, "T": T}
+
+    def facts(row: str) -> dict[str, float]:
+        size = PRECISIONS[row.partition(":")[2] or "fp32"]
+        return {"tokens": T if what == "prefill" else B, **costs(config, what, B, T, size)}
+
+    return Work(group, "generate", arguments, "sample", facts)
 
 
 def costs(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str, float]:

@@ -40,17 +40,16 @@ __all__ = [
     "Result",
     "Row",
     "Watch",
+    "Work",
     "WorkerError",
     "bench_ops",
     "bench_train",
     "check_threads",
     "choose_rows",
     "describe",
-    "get_ready",
     "lacks",
+    "measure",
     "ops_work",
-    "start",
-    "take_turns",
 ]
 
 # PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
@@ -99,7 +98,7 @@ class Result:
     row : a backend or PyTorch
     seconds : of each sample, in the order taken; empty if there are none
     note : why there are none
-    facts : what was counted beside: error, flops, bytes, tokens, loss, peak_memory
+    facts : what was counted beside: error, flops, bytes, tokens, first_loss, loss, peak_memory
     """
 
     group: str
@@ -118,6 +117,26 @@ class Result:
         """Half the distance between the quartiles, as a share of the median."""
         low, high = np.percentile(self.seconds, [25, 75])
         return float(high - low) / 2 / self.median
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A piece of work that every row does.
+
+    Attributes
+    ----------
+    group : its name in tables
+    ready : the command of `Worker` that prepares and verifies it
+    arguments : of that command
+    timed : the command that takes a sample
+    facts : row -> the facts that are known before: flops, bytes, tokens
+    """
+
+    group: str
+    ready: str
+    arguments: dict[str, Any]
+    timed: str
+    facts: Callable[[str], dict[str, Any]]
 
 
 class Watch:
@@ -249,13 +268,19 @@ def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row 
             yield Result("", name, note=f"FAILED: {error}")
 
 
-def ops_work(quick: bool) -> list[tuple[str, dict[str, Any]]]:
-    """List the ops and shapes of `bench_ops`."""
+def ops_work(quick: bool) -> list[Work]:
+    """List the works of `bench_ops`: every op at each of its shapes, or at the first one."""
     return [
-        (name, shape)
+        _op(name, shape)
         for name, op in EXAMPLES.items()
         for shape in op.shapes[: 1 if quick else None]
     ]
+
+
+def _op(name: str, shape: dict[str, Any]) -> Work:
+    flops, size = EXAMPLES[name].cost(**shape)
+    arguments, facts = {"name": name, "shape": shape}, {"flops": flops, "bytes": size}
+    return Work(f"{name} {describe(shape)}", "op", arguments, "sample", lambda row: facts)
 
 
 def describe(shape: dict[str, Any]) -> str:
@@ -293,31 +318,13 @@ def bench_ops(
     ------
     MemoryError : the rows together need more than is free
     """
-    largest = max(EXAMPLES[name].cost(**shape)[1] for name, shape in ops_work(quick))
+    works = ops_work(quick)
+    largest = max(work.facts("")["bytes"] for work in works)
     # each row keeps its arguments; the one that verifies has them twice more, twice as wide
     needed = dict.fromkeys(names, int(largest)) | {"what verifies them": 4 * int(largest)}
     require("a benchmark of ops", needed, FEWER)
-    done: list[Result] = []
-    quiet = Quiet(ceilings.threads)
-    with ExitStack() as stack:
-        started = list(start(names, ceilings.threads, stack))
-        for name, shape in ops_work(quick):
-            flops, size = EXAMPLES[name].cost(**shape)
-            group = f"{name} {describe(shape)}"
-            watch.work(group)
-            facts = {"flops": flops, "bytes": size}
-            ready = [
-                get_ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
-                for row in started
-            ]
-            rounds = QUICK_ROUNDS if quick else ROUNDS
-            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
-            for i, result in enumerate(ready):
-                if result.note.startswith("FAILED") and isinstance(started[i], Row):
-                    started[i] = Result("", result.row, note=f"its process ended in {name}")
-            show(ready)
-            done += ready
-    return done, quiet.verdict()
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, watch)
 
 
 def bench_train(
@@ -347,50 +354,80 @@ def bench_train(
         if T > config.n_positions:
             raise ValueError(f"T = {T} is more than the model's n_positions, {config.n_positions}")
         _check_memory([name for name in names if not lacks(name)], config, B, T, recompute)
+    # new processes for each shape: the peak of memory is theirs
+    works = [[_step(config, B, T, recompute)] for B, T in shapes]
+    rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
+    return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch)
+
+
+def _step(config: GPT2Config, B: int, T: int, recompute: str | None) -> Work:
+    group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
+    arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
+    facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
+    return Work(group, "train", arguments, "step", lambda row: facts)
+
+
+def measure(
+    names: Sequence[str],
+    threads: int,
+    works: Sequence[Sequence[Work]],
+    rounds: int,
+    limit: float,
+    show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
+) -> tuple[list[Result], str]:
+    """Let rows do work after work: each gets ready, is verified, and is timed in turn.
+
+    Parameters
+    ----------
+    names : the rows
+    threads : of each row
+    works : in groups; a row has one process for each group
+    rounds, limit : see `take_turns`
+    show, watch : see `bench_ops`
+
+    Returns
+    -------
+    all results, and how quiet the machine was
+    """
     done: list[Result] = []
-    quiet = Quiet(ceilings.threads)
-    for B, T in shapes:
-        group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
-        watch.work(group)
-        facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
-        arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
-        with ExitStack() as stack:  # new processes for each shape: the peak of memory is theirs
-            started = list(start(names, ceilings.threads, stack))
-            ready = [
-                get_ready(row, group, facts, lambda row: row.ask("train", **arguments))  # noqa: B023
-                for row in started
-            ]
-            take_turns(
-                started, ready, "step", 1, 0.0, quiet, watch
-            )  # first steps fill memory, compile
-            for result in ready:
-                result.facts["first_loss"] = result.facts.get("loss")
-                result.seconds.clear()
-            rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
-            take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet, watch)
-        _compare_losses(ready)
-        show(ready)
-        done += ready
+    quiet = Quiet(threads)
+    for group in works:
+        with ExitStack() as stack:
+            rows = list(start(names, threads, stack))
+            for work in group:
+                watch.work(work.group)
+                watch.now("each row gets ready and is verified")
+                results = [get_ready(row, work) for row in rows]
+                _compare_losses(results)
+                take_turns(rows, results, work.timed, rounds, limit, quiet, watch)
+                for i, result in enumerate(results):
+                    if result.note.startswith("FAILED") and isinstance(rows[i], Row):
+                        note = f"its process ended in {work.group}"
+                        rows[i] = Result("", result.row, note=note)
+                show(results)
+                done += results
     return done, quiet.verdict()
 
 
-def get_ready(
-    row: Row | Result, group: str, facts: dict[str, Any], ask: Callable[[Row], dict[str, Any]]
-) -> Result:
+def get_ready(row: Row | Result, work: Work) -> Result:
     """Let a row prepare and verify its work; a result without it says in its note why."""
+    name = row.row if isinstance(row, Result) else row.name
+    result = Result(work.group, name, facts=dict(work.facts(name)))
     if isinstance(row, Result):
-        return Result(group, row.row, note=row.note, facts=dict(facts))
-    result = Result(group, row.name, facts=dict(facts))
+        result.note = row.note
+        return result
     try:
-        answer = ask(row)
+        answer = row.ask(work.ready, **work.arguments)
     except WorkerError as error:
         result.note = f"FAILED: {error}"
         return result
-    result.note = answer.get("missing", "")
+    result.note = answer.pop("missing", "")
     if not result.note:
-        result.facts["error"] = answer["error"]
-        if not answer["error"] <= answer["rtol"]:  # not `>`: NaN is wrong, too
-            result.note = f"WRONG: error {answer['error']:.1e}, allowed is {answer['rtol']:.1e}"
+        allowed = answer.pop("rtol")
+        result.facts |= answer
+        if not answer["error"] <= allowed:  # not `>`: NaN is wrong, too
+            result.note = f"WRONG: error {answer['error']:.1e}, allowed is {allowed:.1e}"
     return result
 
 
@@ -427,12 +464,11 @@ def _compare_losses(results: list[Result]) -> None:
 
     The first has been compared with the reference on a small model, as all rows have.
     """
-    found = [r for r in results if r.facts.get("first_loss") is not None]
+    found = [r for r in results if "first_loss" in r.facts and not r.note]
     for result in found:
         loss, wanted = result.facts["first_loss"], found[0].facts["first_loss"]
         if not abs(loss - wanted) <= 1e-4 * abs(wanted):  # not `>`: NaN is wrong, too
             result.note = f"WRONG: first loss {loss:.5f}, that of {found[0].row} is {wanted:.5f}"
-            result.seconds.clear()
 
 
 def _check_memory(

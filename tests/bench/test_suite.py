@@ -21,7 +21,7 @@ from gpt2c import GPT2Config
 from gpt2c.bench import machine, report
 from gpt2c.bench import suite as bench
 from gpt2c.bench.machine import Ceilings, Quiet, cpu_name, measure_ceilings
-from gpt2c.bench.suite import Result, Row, WorkerError, bench_ops, bench_train
+from gpt2c.bench.suite import Result, Row, Work, WorkerError, bench_ops, bench_train
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.cli import bench as cli_bench
 from gpt2c.cli.main import main
@@ -147,19 +147,38 @@ def test_a_wrong_row_is_not_timed(error: float) -> None:
             return {"error": error, "rtol": 1e-6}
 
     liar = Liar()
-    result = bench.get_ready(liar, "op", {}, lambda row: row.ask("op"))
+    result = bench.get_ready(liar, Work("op", "op", {}, "sample", lambda row: {}))
     bench.take_turns([liar], [result], "sample", 2, 1.0, Quiet(1))
     assert result.note.startswith("WRONG") and not result.seconds
 
 
 def test_rows_whose_losses_differ_are_struck_out() -> None:
     losses = [5.0, 5.0001, 5.1, math.nan]
-    results = [
-        Result("train", str(i), [1.0], facts={"first_loss": x}) for i, x in enumerate(losses)
-    ]
+    results = [Result("train", str(i), facts={"first_loss": x}) for i, x in enumerate(losses)]
     bench._compare_losses(results)
     assert [bool(r.note) for r in results] == [False, False, True, True]
-    assert not results[2].seconds
+
+
+def test_losses_are_not_compared_with_those_of_a_wrong_row() -> None:
+    wrong = Result("train", "a", note="WRONG: error 1.0e+00", facts={"first_loss": 4.0})
+    results = [wrong, *(Result("train", row, facts={"first_loss": 5.0}) for row in "bc")]
+    bench._compare_losses(results)
+    assert [r.note for r in results] == ["WRONG: error 1.0e+00", "", ""]
+
+
+def test_a_row_whose_loss_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Row.ask
+
+    def lying(self: Row, do: str, **arguments: Any) -> dict[str, Any]:
+        answer = ask(self, do, **arguments)
+        if self.name == "base" and do == "train":
+            answer["first_loss"] += 0.1
+        return answer
+
+    monkeypatch.setattr(Row, "ask", lying)
+    results, _ = bench_train(["numpy", "base"], CEILINGS, TINY, [(1, 8)], None, True, print)
+    assert [bool(r.seconds) for r in results] == [True, False]
+    assert results[1].note.startswith("WRONG: first loss")
 
 
 def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,7 +630,7 @@ def test_a_person_who_watches_sees_a_bar(
 
 
 def test_shapes_are_written_for_people() -> None:
-    work = [bench.describe(shape) for _, shape in bench.ops_work(False)]
+    work = [found.group.partition(" ")[2] for found in bench.ops_work(False)]
     assert "N=1 C=768 OC=3072 int8 weights" in work
     assert "N=1024 C=768 OC=3072 gradients written" in work
     assert not any("kind" in text or "True" in text or "False" in text for text in work)
