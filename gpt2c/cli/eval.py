@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2c.cli.flags import add_model
 from gpt2c.evaluate import scoring
 from gpt2c.evaluate.figures import MEANING, figures, written
 from gpt2c.evaluate.loss import evaluate
@@ -36,9 +37,6 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     """Add the flags of `gpt2c eval`."""
     verb.epilog = HELP
     verb.add_argument(
-        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
-    )
-    verb.add_argument(
         "--data", type=Path, help="score the held-out text of what gpt2c prepare made"
     )
     verb.add_argument(
@@ -56,15 +54,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help='questions as in HellaSwag, a line each: {"ctx": "", "endings": ["", ""], "label": 0}',
     )
     verb.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
-    verb.add_argument(
-        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
-    )
-    verb.add_argument(
-        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
-    )
-    verb.add_argument(
-        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
-    )
+    add_model(verb)
 
 
 def run_eval(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gpt2c.cli.flags import add_model
 from gpt2c.files.untrusted import read_text
 from gpt2c.generate.sampling import GenerationConfig
 from gpt2c.generator import Generator
@@ -49,9 +50,6 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     """Say what `gpt2c generate` takes."""
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.epilog = EPILOG
-    verb.add_argument(
-        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
-    )
     verb.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -140,15 +138,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         metavar="K",
         help="a table: each token, how likely the model held it, and the K (5) likeliest; 0: none",
     )
-    verb.add_argument(
-        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
-    )
-    verb.add_argument(
-        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
-    )
-    verb.add_argument(
-        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
-    )
+    add_model(verb)
 
 
 def run_generate(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib.metadata
 import math
@@ -12,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,14 @@ from gpt2c.cli import plot as cli_plot
 from gpt2c.cli import prepare as cli_prepare
 from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
+from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult, train
-from gpt2c.train.settings import TABLES, TrainSettings, recipe_settings
+from gpt2c.train.settings import recipe_settings
 
 __all__ = ["main", "parser"]
 
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    _add_settings(verb, demo_recipe())
+    add_settings(verb, demo_recipe())
 
     text = "turn text files into token files"
     cli_prepare.add_flags(_verb(verbs, "prepare", cli_prepare.run_prepare, text))
@@ -191,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    _add_settings(verb, {})
+    add_settings(verb, {})
 
     text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
@@ -235,35 +235,9 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
-    verb.add_argument_group(
-        "settings",
-        "each is a key of a TOML recipe, too, with _ for -, in the table that is named here",
-    )
-    groups = {table: verb.add_argument_group(f"[{table}]") for table in TABLES}
-    for field in dataclasses.fields(TrainSettings):
-        kind = type(field.default)
-        value = {"type": kind, "metavar": kind.__name__.upper()}
-        groups[field.metadata["table"]].add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            **({"action": argparse.BooleanOptionalAction} if kind is bool else value),
-            help=f"{field.metadata['help']} ({defaults.get(field.name, field.default)})".replace(
-                "%", "%%"
-            ),
-        )
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(TrainSettings)}
-    return {name: value for name, value in vars(options).items() if name in names}
-
-
 def run_demo(options: argparse.Namespace) -> int:
     """`gpt2c demo`."""
-    result = demo(options.text, options.out, _given(options), options.overwrite)
+    result = demo(options.text, options.out, given_settings(options), options.overwrite)
     return (
         _interrupted(result, options.out / "data", options.out / "run") if result.interrupted else 0
     )
@@ -271,7 +245,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c train`."""
-    given = _given(options)
+    given = given_settings(options)
     if options.config is not None:
         given = recipe_settings(options.config, given)
     result = train(options.data, options.out, given, options.resume, options.overwrite)
