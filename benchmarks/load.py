@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpt2c import GPT2, Engine, GPT2Config, QuantizedGPT2
-from gpt2c.bench.machine import cpu_name
-from gpt2c.kernels.limits import usable_cores
+from gpt2c.bench.report import provenance
 
 ROUNDS = 3
 SHORTEST, LONGEST = 8, 96  # prompts, in tokens
@@ -94,10 +93,10 @@ def main() -> None:
     rng = np.random.default_rng(1337)
     lengths = rng.integers(SHORTEST, LONGEST + 1, options.requests)
     prompts = [rng.integers(0, model.config.vocab_size, T).tolist() for T in lengths]
+    print(provenance(model.backend.threads))
     print(
-        f"{cpu_name()}, {usable_cores()} cores, {model.backend.name}, {options.quantize or 'fp32'};"
-        f" {options.requests} requests, prompts of {SHORTEST} to {LONGEST} tokens,"
-        f" {options.new} new ones each; median of {ROUNDS} rounds"
+        f"{model.backend.name}, {options.quantize or 'fp32'}; {options.requests} requests,"
+        f" prompts of {SHORTEST} to {LONGEST} tokens, {options.new} new ones each; median of {ROUNDS} rounds"
     )
     rows: dict[str, list[tuple[float, list[float]]]] = {}
     for _ in range(ROUNDS):

@@ -19,6 +19,7 @@ import numpy as np
 
 from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.bench.machine import measure_ceilings
+from gpt2c.bench.report import provenance
 from gpt2c.kernels.backend import default_threads, get_backend
 from gpt2c.kernels.cases import EXAMPLES
 
@@ -150,7 +151,8 @@ def main() -> None:
     del model, optimizer
     theirs = pytorch(config, idx, targets, threads) if importlib.util.find_spec("torch") else {}
     peak, bandwidth = max(ceilings.peak.values()), ceilings.bandwidth[threads]
-    print(f"{B} x {T}, {threads} threads, {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s\n")
+    print(provenance(threads))
+    print(f"\n{B} x {T}: peak {peak / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.0f} GB/s\n")
     names, rows = ["floor", "gpt2c"], [backend.floor, backend.seconds]
     if theirs:
         names, rows = [*names, "PyTorch"], [*rows, theirs]

@@ -33,6 +33,7 @@ FLOATS = 1 << 26  # 256 MB: more than any last-level cache
 BURN_SECONDS = 0.005
 # /proc/cpuinfo's numbers of a processor: x86's, then ARM's
 CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+SOURCES = ("gpt2c", "csrc", "build.py")  # of what is measured
 COMPILER = re.compile(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+")
 
 
@@ -162,15 +163,22 @@ def compiler(library: Path) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the clone that this gpt2c lies in, "+" for changes; "" without one."""
+    """Return the commit of the clone that this gpt2c lies in; "" without one.
+
+    "+" at its end says that what is measured differs from the commit. Results and texts do not
+    count, so a maintainer can write one result after the other.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(
-            [*command, "--dirty=+"], capture_output=True, text=True, timeout=20, check=True
-        )
+        head = _git(root, "rev-parse", "--verify", "HEAD").stdout.strip()
+        changed = _git(root, "diff", "--quiet", "HEAD", "--", *SOURCES).returncode
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip()
+    return f"{head}+" if head and changed else head
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20)

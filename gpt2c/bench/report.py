@@ -9,7 +9,9 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -34,6 +36,7 @@ __all__ = [
     "generate_table",
     "machine_lines",
     "ops_table",
+    "provenance",
     "read_old",
     "summary_table",
     "train_table",
@@ -45,12 +48,15 @@ Table = list[list[str]]  # the first row is the heading; the first column stands
 SCHEMA = 1  # of the JSON file: another number is another meaning of what stands in it
 # Packages whose version says what was measured.
 PACKAGES = ("numpy", "torch", "transformers", "onnxruntime", "ctranslate2", "llama-cpp-python")
+# Variables that change the speed of gpt2c and of the engines beside it.
+VARIABLES = re.compile(
+    r"(GPT2C|OMP|GOMP|KMP|OPENBLAS|MKL|GLIBC|MALLOC|ATEN|ONEDNN|DNNL|TORCH)_\w*|LD_PRELOAD"
+)
 NOISY = "NOISY MACHINE"
 
 
 def machine_lines(ceilings: Ceilings) -> list[str]:
     """Say what the machine is, and in a small table what it reaches."""
-    found = [f"{name} {version}" for name, version in versions().items()]
     peaks = [[name, f"{peak / 1e9:,.0f}"] for name, peak in ceilings.peak.items()]
     moves = [[threads_text(n), f"{size / 1e9:,.0f}"] for n, size in ceilings.bandwidth.items()]
     height = max(len(peaks), len(moves))
@@ -59,12 +65,23 @@ def machine_lines(ceilings: Ceilings) -> list[str]:
     rows = [[*a, *b] for a, b in zip(table, right, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        f"{cpu_name()}, {threads_text(ceilings.threads)}; " + ", ".join(found),
+        machine_line(ceilings.threads),
         *(
             f"  {a:<{widths[0]}}  {b:>{widths[1]}}    {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip()
             for a, b, c, d in rows
         ),
     ]
+
+
+def machine_line(threads: int) -> str:
+    """Return the processor, the threads and the versions, in one line."""
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{cpu_name()}, {threads_text(threads)}; {found}"
+
+
+def provenance(threads: int) -> str:
+    """Return where and when figures are measured, in one line: `machine_line`, date, commit."""
+    return f"{machine_line(threads)}; {datetime.now().date().isoformat()}, commit {commit()}"
 
 
 def threads_text(count: int) -> str:
@@ -309,6 +326,7 @@ def write_json(path: Path, ceilings: Ceilings, results: Sequence[Result], verdic
         "commit": commit(),
         "compiler": compiler(kernels[0]) if kernels else "",
         "versions": versions(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if VARIABLES.fullmatch(k)},
         "threads": ceilings.threads,
         "peak_flops": ceilings.peak,
         "bandwidth": {str(count): size for count, size in ceilings.bandwidth.items()},

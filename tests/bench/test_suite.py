@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -435,7 +436,9 @@ def test_a_summary_of_tokens() -> None:
 # ---- the JSON file, and a later run compared with it ---------------------------------------------
 
 
-def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
+def test_the_json_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    monkeypatch.setenv("MY_SECRET", "x")
     wrong = Result("gelu n=9", "base", note="WRONG", facts={"error": math.nan, "flops": 1.0})
     results = [*op_results(), wrong]
     report.write_json(tmp_path / "a.json", CEILINGS, results, "NOISY MACHINE: so")
@@ -448,8 +451,33 @@ def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
     assert datetime.fromisoformat(content["date"]).tzinfo is not None
     assert content["versions"].keys() >= {"gpt2c", "Python", "numpy"}
     assert content["cpu"] == machine.cpu_facts() and content["commit"] == machine.commit()
+    assert content["environment"]["MKL_NUM_THREADS"] == "2"
+    assert "MY_SECRET" not in content["environment"]
     assert content["compiler"] == "unknown compiler" or re.search("GCC|clang", content["compiler"])
     assert content["results"][-1]["facts"]["error"] is None
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+def test_a_commit_with_other_sources_ends_in_plus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *me, *arguments], check=True)
+
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "gpt2c" / "bench" / "machine.py"))
+    git("init", "-q")
+    assert machine.commit() == ""
+    for name in ("gpt2c", "csrc", "benchmarks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    (tmp_path / "benchmarks" / "a").write_text("2")
+    head = machine.commit()
+    assert re.fullmatch(r"[0-9a-f]{40}", head), "a result is no source"
+    (tmp_path / "csrc" / "a").write_text("2")
+    assert machine.commit() == head + "+"
 
 
 def test_the_commit_is_that_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
