@@ -22,7 +22,7 @@ from gpt2c.bench.report import provenance
 from gpt2c.kernels.backend import default_threads
 
 ROOT = Path(__file__).resolve().parent.parent
-# name: layers, channels, heads, vocabulary, B, T; or of a text that is written: B = 0
+# name: layers, channels, heads, vocabulary, B, T; B = 0 is decoding
 SIZES = {
     "2 layers, 192 channels": (2, 192, 6, 4096, 4, 128),
     "6 layers, 384 channels": (6, 384, 6, 4096, 4, 128),
@@ -67,7 +67,7 @@ for line in sys.stdin:
 
 @contextmanager
 def busy(loops: int) -> Iterator[None]:
-    """Run so many programs that never sleep."""
+    """Run `loops` programs that never sleep."""
     command = [sys.executable, "-c", "while True: pass"]
     programs = [subprocess.Popen(command) for _ in range(loops)]
     try:

@@ -4,7 +4,7 @@
 
 The floor of a part is its cost in gpt2c.kernels.cases against the ceilings measured at the start.
 gpt2c's calls are timed one by one inside whole steps, PyTorch's by its profiler; both are summed by
-part. For PyTorch at its best, start it with GLIBC_TUNABLES set to gpt2c.bench.suite.TUNED.
+part. PyTorch is fastest with GLIBC_TUNABLES set to gpt2c.bench.suite.TUNED.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpt2c.kernels.backend import default_threads, get_backend
 from gpt2c.kernels.cases import EXAMPLES
 
 STEPS = 4
-# PyTorch's operators by part; a matrix product is told by whether V is among its sizes
+# PyTorch's operators by part; the lm head's matrix products have V among their sizes
 PYTORCH = {
     "_scaled_dot_product_flash_attention_for_cpu": "attention_forward",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "attention_backward",
@@ -45,7 +45,7 @@ PYTORCH = {
 
 
 class Timed:
-    """A backend that notes how long each call took, and what it had to do at least."""
+    """A backend that sums the seconds of its calls by part, and the least they can take."""
 
     def __init__(self, backend: Any, ceilings: Any) -> None:
         self._backend, self._ceilings = backend, ceilings

@@ -4,7 +4,7 @@
     python benchmarks/tables.py benchmarks/results/zen5-generate.json
 
 Prints Markdown. A file is what `gpt2c bench train --json` or `gpt2c bench generate --json` writes.
-Its name begins with the CPU. What llm.c printed (see llmc.c) stands beside it, in CPU-llmc.txt.
+Its name begins with the CPU. The lines of llm.c (see llmc.c) stand beside it, in CPU-llmc.txt.
 benchmarks/README.md has the commands that measure.
 """
 
@@ -30,7 +30,7 @@ Table = list[list[str]]
 
 
 class Run:
-    """One JSON file: the rows that were timed, the ceilings, and where and when in one line."""
+    """A JSON file: the timed rows, the ceilings, and a line that says where and when."""
 
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text())

@@ -29,7 +29,7 @@ def add_model(verb: argparse.ArgumentParser) -> None:
 
 
 def add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
+    """Add a flag for each field of TrainSettings; one that is not given sets nothing."""
     verb.add_argument_group(
         "settings",
         "each is a key of a TOML recipe, too, with _ for -, in the table that is named here",

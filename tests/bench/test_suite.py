@@ -250,7 +250,7 @@ def test_memory_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ops_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("it started"))
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
-    with pytest.raises(MemoryError, match=r"^a benchmark of ops needs .*: base .*, what verifies"):
+    with pytest.raises(MemoryError, match=r"^a benchmark of ops needs .*: base .*, verification"):
         bench_ops(["base"], CEILINGS, True, print)
 
 
