@@ -150,6 +150,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     runs = [Run(path) for path in options.files]
+    for path, run in zip(options.files, runs, strict=True):
+        if run.kind not in ("train", "generate"):
+            parser.error(f"{path} is of gpt2c bench {run.kind}: name a file of train or generate")
     trained = [run for run in runs if run.kind == "train"]
     tables = [(train_tables(trained), trained)] if trained else []
     tables += [(generate_tables(run), [run]) for run in runs if run.kind == "generate"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from gpt2c.bench import report
 from gpt2c.bench.machine import Ceilings
 from gpt2c.bench.suite import Result
+from gpt2c.cli.main import parser
 
 CEILINGS = Ceilings(2, {"avx2": 100e9, "base": 50e9}, {1: 10e9, 2: 15e9})
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -35,6 +38,17 @@ def test_pytest_finds_a_benchmark_for_each_op() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gelu_forward" in done.stdout
+
+
+def test_commands_of_the_readme_have_flags_and_scripts_that_exist() -> None:
+    text = (BENCHMARKS / "README.md").read_text("utf-8")
+    lines = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)).splitlines()
+    measured = [line for line in lines if line.startswith("gpt2c ")]
+    scripts = re.findall(r"python benchmarks/(\w+\.py)", "\n".join(lines))
+    for line in measured:
+        parser().parse_args(shlex.split(line)[1:])
+    assert {"train", "generate", "ops"} == {line.split()[2] for line in measured}
+    assert "tables.py" in scripts and all((BENCHMARKS / name).is_file() for name in scripts)
 
 
 def tables(
