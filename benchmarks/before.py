@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# name: layers, channels, heads, vocabulary, B, T, what is done
+# name: layers, channels, heads, vocabulary, B, T, work
 ROWS = {
     "training 124M, 4 x 64": (12, 768, 12, 50257, 4, 64, "train"),
     "training 124M, 1 x 1024": (12, 768, 12, 50257, 1, 1024, "train"),
@@ -74,14 +74,14 @@ def start(row: tuple[object, ...], clone: Path) -> subprocess.Popen[str]:
 
 
 def sample(process: subprocess.Popen[str], seconds: float) -> float:
-    """Return the seconds that a row's work takes."""
+    """Return the mean seconds of a row's work, sampled for `seconds`."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(f"{seconds}\n")
     return float(process.stdout.readline())
 
 
 def imports(clone: Path) -> float:
-    """Return the seconds that a fresh process takes to import what a model needs."""
+    """Return the seconds that a fresh process takes to import gpt2c with its model."""
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import gpt2c; gpt2c.GPT2"], cwd=clone, check=True)
     return time.perf_counter() - begun

@@ -1,7 +1,7 @@
 """Tokens/s beside other programs: 0, 1 and 2 busy loops, with all threads and with one.
 
-    python benchmarks/busy.py                     # a table for each size; about ten minutes
-    python benchmarks/busy.py --checkout ../old   # with a row for another clone, built in place
+    python benchmarks/busy.py                     # all sizes; about ten minutes
+    python benchmarks/busy.py --checkout ../old   # with a column for another clone, built in place
 
 A busy loop is a process that computes and never sleeps: a video call, or another training. Rows
 are processes of their own that take turns, a sample each; the figures are medians.
@@ -18,8 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2c.bench.report import provenance
+from gpt2c.kernels.backend import default_threads
+
 ROOT = Path(__file__).resolve().parent.parent
-# name: layers, channels, heads, vocabulary, B, T; or of a text that is written: B = 0
+# name: layers, channels, heads, vocabulary, B, T; B = 0 is decoding
 SIZES = {
     "2 layers, 192 channels": (2, 192, 6, 4096, 4, 128),
     "6 layers, 384 channels": (6, 384, 6, 4096, 4, 128),
@@ -64,7 +67,7 @@ for line in sys.stdin:
 
 @contextmanager
 def busy(loops: int) -> Iterator[None]:
-    """Run so many programs that never sleep."""
+    """Run `loops` programs that never sleep."""
     command = [sys.executable, "-c", "while True: pass"]
     programs = [subprocess.Popen(command) for _ in range(loops)]
     try:
@@ -89,33 +92,36 @@ def start(size: tuple[int, ...], checkout: Path, threads: int | None) -> subproc
 
 
 def main() -> None:
-    """Measure every size and print a table for each."""
+    """Measure every size and print a table in Markdown."""
     parser = argparse.ArgumentParser(description="tokens/s beside 0, 1 and 2 busy loops")
     parser.add_argument("--checkout", type=Path, action="append", default=[], help="another clone")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
     parser.add_argument("--sizes", help="only those whose name holds this text")
     options = parser.parse_args()
     rounds, seconds = (3, 1.0) if options.quick else (7, 2.0)
+    labels = ["all threads", "one thread", *map(str, options.checkout)]
+    print(f"{provenance(default_threads())}\n")
+    print(f"| tokens/s with 0 / 1 / 2 busy loops | {' | '.join(labels)} |")
+    print("|---|" + "---:|" * len(labels), flush=True)
     for name, size in SIZES.items():
         if options.sizes and options.sizes not in name:
             continue
-        rows = {"all threads": start(size, ROOT, None), "one thread": start(size, ROOT, 1)}
-        for checkout in options.checkout:
-            rows[str(checkout)] = start(size, checkout.resolve(), None)
-        print(f"\n{name}, tokens/s with 0, 1 and 2 busy loops")
-        medians: dict[str, list[float]] = {label: [] for label in rows}
+        others = [start(size, checkout.resolve(), None) for checkout in options.checkout]
+        rows = [start(size, ROOT, None), start(size, ROOT, 1), *others]
+        medians: list[list[float]] = [[] for _ in rows]
         for loops in range(3):
-            samples: dict[str, list[float]] = {label: [] for label in rows}
+            samples: list[list[float]] = [[] for _ in rows]
             with busy(loops):
                 for _ in range(rounds):
-                    for label, row in rows.items():
+                    for row, found in zip(rows, samples, strict=True):
                         assert row.stdin is not None and row.stdout is not None
                         row.stdin.write(f"{seconds}\n")
-                        samples[label].append(float(row.stdout.readline()))
-            for label in rows:
-                medians[label].append(statistics.median(samples[label]))
-        for label, row in rows.items():
-            print(f"  {label:24}" + "".join(f"{median:>12,.0f}" for median in medians[label]))
+                        found.append(float(row.stdout.readline()))
+            for found, median in zip(samples, medians, strict=True):
+                median.append(statistics.median(found))
+        cells = (" / ".join(f"{rate:,.0f}" for rate in median) for median in medians)
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        for row in rows:
             row.kill()
             row.wait()
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: backends, and the machine's facts beside every figure."""
+"""Fixtures of the benchmarks: backends, with the machine's facts beside every figure."""
 
 from __future__ import annotations
 

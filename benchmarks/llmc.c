@@ -3,6 +3,8 @@
  *   gcc -Ofast -march=native -fopenmp -DOMP -DTESTING -I PATH/TO/llm.c benchmarks/llmc.c -lm -o llmc
  *   OMP_NUM_THREADS=2 ./llmc 4 64 3      # B, T, steps after a first one: prints seconds a step
  *
+ * benchmarks/README.md says where its lines go.
+ *
  * llm.c's own train_gpt2.c is included as it is; it wants its weights in a file, so one is written first. */
 
 #include "train_gpt2.c"

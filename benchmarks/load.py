@@ -1,11 +1,11 @@
-"""Many requests at once through the engine, against the same requests one at a time: a table.
+"""Many requests at once through an Engine, against the same requests one at a time: a table.
 
     python benchmarks/load.py                     # GPT-2 124M, 64 requests
     python benchmarks/load.py --quantize int8
 
-The weights are random: they cost what trained ones do. Prompts have 8 to 96 tokens, each request
-comes from a thread of its own, and all come at the same moment. Every answer is compared with the
-one that the request gets alone. Rows take turns; figures are medians of the rounds.
+The weights are random: speed does not depend on their values. Prompts have 8 to 96 tokens. Each
+request comes from a thread of its own, and all come at the same moment. Every answer is compared
+with the answer to the request alone. Rows take turns; figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpt2c import GPT2, Engine, GPT2Config, QuantizedGPT2
-from gpt2c.bench.machine import cpu_name
-from gpt2c.kernels.limits import usable_cores
+from gpt2c.bench.report import provenance
 
 ROUNDS = 3
 SHORTEST, LONGEST = 8, 96  # prompts, in tokens
@@ -44,7 +43,7 @@ def make_model(options: argparse.Namespace) -> GPT2 | QuantizedGPT2:
 def one_at_a_time(
     model: GPT2 | QuantizedGPT2, prompts: Answers, new: int
 ) -> tuple[float, list[float], Answers]:
-    """Return the seconds of all, those until each had its first token, and the answers."""
+    """Return the seconds of all, the seconds until each first token, and the answers."""
     start, first, answers = time.perf_counter(), [], []
     for seed, prompt in enumerate(prompts):
         steps = model.stream([prompt], new, seed=seed)
@@ -94,14 +93,15 @@ def main() -> None:
     rng = np.random.default_rng(1337)
     lengths = rng.integers(SHORTEST, LONGEST + 1, options.requests)
     prompts = [rng.integers(0, model.config.vocab_size, T).tolist() for T in lengths]
+    print(provenance(model.backend.threads))
     print(
-        f"{cpu_name()}, {usable_cores()} cores, {model.backend.name}, {options.quantize or 'fp32'};"
-        f" {options.requests} requests, prompts of {SHORTEST} to {LONGEST} tokens,"
-        f" {options.new} new ones each; median of {ROUNDS} rounds"
+        f"{model.backend.name}, {options.quantize or 'fp32'}; {options.requests} requests,"
+        f" prompts of {SHORTEST} to {LONGEST} tokens, {options.new} new ones"
+        f" each; median of {ROUNDS} rounds"
     )
     rows: dict[str, list[tuple[float, list[float]]]] = {}
     for _ in range(ROUNDS):
-        # In a thread of its own, as an engine is: each brings its own OpenMP threads.
+        # In a thread of its own, as an engine is: each has its own kernel threads.
         with ThreadPoolExecutor(1) as pool:
             seconds, first, expected = pool.submit(
                 one_at_a_time, model, prompts, options.new

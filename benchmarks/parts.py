@@ -4,7 +4,7 @@
 
 The floor of a part is its cost in gpt2c.kernels.cases against the ceilings measured at the start.
 gpt2c's calls are timed one by one inside whole steps, PyTorch's by its profiler; both are summed by
-part. For PyTorch at its best, start it with GLIBC_TUNABLES set to gpt2c.bench.suite.TUNED.
+part. PyTorch is fastest with GLIBC_TUNABLES set to gpt2c.bench.suite.TUNED.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy as np
 
 from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.bench.machine import measure_ceilings
+from gpt2c.bench.report import provenance
 from gpt2c.kernels.backend import default_threads, get_backend
 from gpt2c.kernels.cases import EXAMPLES
 
 STEPS = 4
-# PyTorch's operators by part; a matrix product is told by whether V is among its sizes
+# PyTorch's operators by part; the lm head's matrix products have V among their sizes
 PYTORCH = {
     "_scaled_dot_product_flash_attention_for_cpu": "attention_forward",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "attention_backward",
@@ -44,7 +45,7 @@ PYTORCH = {
 
 
 class Timed:
-    """A backend that notes how long each call took, and what it had to do at least."""
+    """A backend that sums the seconds of its calls by part, and the least they can take."""
 
     def __init__(self, backend: Any, ceilings: Any) -> None:
         self._backend, self._ceilings = backend, ceilings
@@ -150,7 +151,8 @@ def main() -> None:
     del model, optimizer
     theirs = pytorch(config, idx, targets, threads) if importlib.util.find_spec("torch") else {}
     peak, bandwidth = max(ceilings.peak.values()), ceilings.bandwidth[threads]
-    print(f"{B} x {T}, {threads} threads, {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s\n")
+    print(provenance(threads))
+    print(f"\n{B} x {T}: peak {peak / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.0f} GB/s\n")
     names, rows = ["floor", "gpt2c"], [backend.floor, backend.seconds]
     if theirs:
         names, rows = [*names, "PyTorch"], [*rows, theirs]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gpt2c import GPT2Config
 from gpt2c.bench.machine import cpu_name
+from gpt2c.bench.report import provenance
 from gpt2c.bench.suite import Row
 from gpt2c.kernels.backend import backends, fma_peak
 from gpt2c.kernels.limits import usable_cores
@@ -30,7 +31,8 @@ def main() -> None:
     counts = sorted({min(2**i, cores) for i in range(cores.bit_length() + 1)})
     backend = backends()[0]
     lines: dict[str, list[tuple[float, float]]] = {}
-    print(f"{cpu_name()}, {backend}; ms a token, share of peak")
+    print(provenance(cores))
+    print(f"{backend}; ms a token, share of peak")
     for count in counts:
         peak = fma_peak(backend, count)
         label = f"{count} thread{'s' if count > 1 else ''}"
@@ -41,7 +43,6 @@ def main() -> None:
                 shape = {"config": dataclasses.asdict(config), "B": B, "T": T}
                 answer = row.ask("train", **shape, recompute=None)
                 assert answer["error"] <= answer["rtol"]
-                row.ask("step")
                 seconds = statistics.median(row.ask("step")["seconds"] for _ in range(ROUNDS))
             floor = config.flops_per_token(T) / peak
             token = seconds / (B * T)

@@ -1,1 +1,1 @@
-"""Rows of the benchmark, and what measures them."""
+"""Benchmarks: the rows, the measuring, and the reports."""

@@ -1,18 +1,15 @@
-"""The benchmark of reading and writing text: prefill, and decoding of one text and of eight.
+"""The benchmark of inference: prefill, and decoding of one text and of eight.
 
-Rows are backends with each kind of weights, and the engines beside gpt2c that are installed; how
-they take turns stands in gpt2c.bench.suite.
+Rows are backends with each kind of weights, and the other engines that are installed.
+gpt2c.bench.suite lets them take turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
 
-from gpt2c.bench.machine import Ceilings, Quiet, fastest
+from gpt2c.bench.machine import Ceilings, fastest
 from gpt2c.bench.suite import (
     FEWER,
     PROCESS_BYTES,
@@ -21,13 +18,11 @@ from gpt2c.bench.suite import (
     TORCH,
     UNWATCHED,
     Result,
-    Row,
     Watch,
+    Work,
     choose_rows,
-    get_ready,
     lacks,
-    start,
-    take_turns,
+    measure,
 )
 from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import require
@@ -37,24 +32,26 @@ __all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generat
 
 PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
 TRANSFORMERS = ("transformers", "transformers-compile")
-# Engines beside gpt2c -> the kinds of weights that they are measured with
+# another engine -> the kinds of weights that it is measured with
 ENGINES = {
     "onnxruntime": ("fp32", "int8"),
     "ctranslate2": ("fp32", "int8"),
     "llama.cpp": ("fp32", "fp16", "int8"),
 }
-PROMPT = 512  # tokens that are read at once
-CONTEXT = 32  # tokens before those that are written
+PROMPT = 512  # tokens of a prefill
+CONTEXT = 32  # tokens of each text before the decoding
 WORKS = (("prefill", 1, PROMPT), ("decode", 1, CONTEXT), ("decode", 8, CONTEXT))
 ROW_SECONDS = 4.0
 
 
 def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
-    """Name the rows: backends and engines, those given or all, with each of their weights.
+    """Return the rows: backends and engines, with each of their kinds of weights.
 
-    "avx2:int8" names one. NumPy is there with fp32 alone unless it is asked for, and
-    transformers-compile, which takes minutes to start, only if it is; quick takes the fastest
-    backend and transformers.
+    Parameters
+    ----------
+    given : names with commas between; "avx2:int8" is one row, "avx2" one for each kind. None means
+        all, but NumPy with fp32 alone, and no transformers-compile, which takes minutes to start
+    quick : of all rows take the fastest backend and transformers only
 
     Raises
     ------
@@ -102,8 +99,8 @@ def bench_generate(
     ceilings : of the machine
     config : of the model
     quick : fewer samples
-    show : is given the results of each work as soon as they are there
-    watch : is told how far this is, of as many works as WORKS has
+    show : called with the results of each work when they are complete
+    watch : called on progress through the works of WORKS
 
     Returns
     -------
@@ -114,45 +111,34 @@ def bench_generate(
     MemoryError : the rows together need more than is free
     """
     size = 4 * config.num_parameters()
-    # an engine's file may lie in memory, too, and is read into it
+    # another engine reads a file, which may lie in memory too, and the weights themselves
     models = {name: 4 if name.partition(":")[0] in ENGINES else 2 for name in names}
     needed = {
         name: PROCESS_BYTES + (0 if lacks(name) else count * size) for name, count in models.items()
     }
     require("a benchmark of generation", needed, FEWER)
-    done: list[Result] = []
-    quiet = Quiet(ceilings.threads)
-    with ExitStack() as stack:
-        started = list(start(names, ceilings.threads, stack))
-        for what, B, T in WORKS:
-            group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
-            watch.work(group)
-            tokens = T if what == "prefill" else B
-            arguments: dict[str, Any] = {
-                "what": what,
-                "config": dataclasses.asdict(config),
-                "B": B,
-                "T": T,
-            }
-            ask = functools.partial(Row.ask, do="generate", **arguments)
-            watch.now("each row makes its model, which is verified")
-            ready = [get_ready(row, group, {"tokens": tokens}, ask) for row in started]
-            for result in ready:
-                precision = result.row.partition(":")[2] or "fp32"
-                result.facts |= costs(config, what, B, T, PRECISIONS[precision])
-            rounds = QUICK_ROUNDS if quick else ROUNDS
-            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
-            show(ready)
-            done += ready
-    return done, quiet.verdict()
+    works = [_reading(config, *work) for work in WORKS]
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, watch)
+
+
+def _reading(config: GPT2Config, what: str, B: int, T: int) -> Work:
+    group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
+    arguments = {"what": what, "config": dataclasses.asdict(config), "B": B, "T": T}
+
+    def facts(row: str) -> dict[str, float]:
+        size = PRECISIONS[row.partition(":")[2] or "fp32"]
+        return {"tokens": T if what == "prefill" else B, **costs(config, what, B, T, size)}
+
+    return Work(group, "generate", arguments, "sample", facts)
 
 
 def costs(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str, float]:
-    """Count a call's operations, and the bytes of weights, keys and values that it reads.
+    """Return a call's operations, and the bytes of weights, keys and values that it reads.
 
     Parameters
     ----------
-    what : "prefill" of T tokens, or "decode" of a token each of B texts of T tokens and a few
+    what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
     size : bytes of a weight
     """
     C, V = config.n_embd, config.vocab_size

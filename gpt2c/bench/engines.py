@@ -1,7 +1,8 @@
-"""Others' way of reading and writing text, at their best on few threads; for the benchmark only.
+"""The other engines of the inference benchmark, each with its fastest settings for few threads.
 
-transformers, ONNX Runtime, CTranslate2 and llama.cpp, each imported where it is measured. They get
-gpt2c's random weights: what reads files gets them from a directory that goes with the process.
+They are transformers, ONNX Runtime, CTranslate2 and llama.cpp; each is imported where it is
+measured. They get gpt2c's random weights. An engine that reads files gets them from a temporary
+directory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gpt2c.text.tokenizer import Tokenizer
 __all__ = ["PEERS", "Peer"]
 
 Parameters = Mapping[str, NDArray[Any]]
-BATCH = 512  # tokens that llama.cpp reads at once, at least
+BATCH = 512  # llama.cpp's n_batch, at least
 ROOM = 128  # the length of a cache is a multiple of this
 GGUF = {"fp32": "f32", "fp16": "f16", "int8": "q8_0"}  # llama.cpp's names of the kinds of weights
 
@@ -35,10 +36,10 @@ class Peer:
     ----------
     config, parameters : of the model, names and shapes of `GPT2Config.parameter_shapes`
     kind : of the weights: "fp32", "fp16" or "int8"
-    what : what is timed: "prefill", reading the texts, or "decode", a token more of each
+    what : "prefill" times reading the texts, "decode" one token more of each
     texts : (B, T) int32
-    some : how many tokens more
-    threads : that it may use
+    some : decoding steps that are timed together
+    threads : number of threads
     """
 
     def __init__(
@@ -66,23 +67,23 @@ class Peer:
         raise NotImplementedError
 
     def step(self, ids: NDArray[np.int32], past: int) -> Any:
-        """Read (B,) tokens more, after `past` ones; return logits, (B, V) float32."""
+        """Read one token more of each text, (B,), after `past`; return logits, (B, V) float32."""
         raise NotImplementedError
 
     def __call__(self) -> Any:
-        """Do once what is timed; return its logits, (V,) of a prefill, (B, V) of decoding."""
+        """Run the work once; return its logits, (V,) of a prefill, (B, V) of decoding."""
         logits = self.prompt()
         if self.what == "prefill":
             return logits[0]
         return self.step(self.texts[:, 0], self.texts.shape[1])
 
     def seconds(self) -> float:
-        """Time a prefill, or a step of decoding as the mean of some."""
+        """Return the seconds of a prefill, or of a decoding step, the mean of `some` steps."""
         if self.what == "prefill":
             return _seconds(self.prompt)
         self.prompt()
         T = self.texts.shape[1]
-        self.step(self.texts[:, 0], T)  # its buffers and threads are there
+        self.step(self.texts[:, 0], T)  # warm-up: it makes buffers and threads
         more = range(1, self.some + 1)
         return _seconds(lambda: [self.step(self.texts[:, n % T], T + n) for n in more]) / self.some
 
@@ -136,10 +137,10 @@ class Transformers(Peer):
 
 
 class TransformersCompiled(Transformers):
-    """The same with torch.compile over a step on a static cache, weights frozen and packed.
+    """transformers with torch.compile over a step on a static cache, weights frozen and packed.
 
-    Autotuning matters: MKL, which torch calls otherwise, is slow on an AMD, and Inductor's own C++
-    kernels are not. The prompt of a decoding is eager, as in generate(); a prefill is compiled.
+    Autotuning matters on AMD: MKL, which torch calls otherwise, is slow there, and Inductor's own
+    C++ kernels are not. The prompt of a decoding is eager, as in generate(); a prefill is compiled.
     """
 
     def load(self, parameters: Parameters, directory: Path) -> None:
@@ -153,7 +154,7 @@ class TransformersCompiled(Transformers):
         )
         if self.what == "prefill":
             self.read_texts = self.read_one
-        self.guard = torch.no_grad  # freezing wants this rather than inference_mode
+        self.guard = torch.no_grad  # freezing needs this, not inference_mode
         self.static = self.transformers.StaticCache(
             config=self.model.config, max_cache_len=self.room
         )
@@ -162,7 +163,7 @@ class TransformersCompiled(Transformers):
         self.static.early_initialization(*shape, torch.float32, torch.device("cpu"))
 
     def new_cache(self) -> Any:
-        """Return the one cache that was compiled for, empty."""
+        """Empty the cache that the step was compiled for; return it."""
         self.static.reset()
         return self.static
 
@@ -205,7 +206,7 @@ class OnnxRuntime(Peer):
         self.read_texts, self.read_one = self.bind(self.texts.shape[1]), self.bind(1)
 
     def bind(self, length: int) -> Callable[[NDArray[np.int32], int], NDArray[np.float32]]:
-        """Return a call that reads `length` tokens of each text after so many others."""
+        """Return a call that reads `length` tokens of each text, after `past` others."""
         rows, binding = len(self.texts), self.session.io_binding()
         arrays: dict[str, NDArray[Any]] = {
             "input_ids": np.zeros((rows, length), np.int64),
@@ -247,9 +248,9 @@ class OnnxRuntime(Peer):
 def write_onnx(path: Path, config: GPT2Config, w: Parameters) -> None:
     """Write the graph as ONNX Runtime's own optimiser would leave it.
 
-    Fused attention over a cache that is written in place (GroupQueryAttention with as many key
-    heads as query heads), fused residual + LayerNorm, fused bias + tanh GELU, and the head for the
-    last position only.
+    It has fused attention over a cache that is written in place (GroupQueryAttention with as many
+    key heads as query heads), fused residual + LayerNorm, fused bias + tanh GELU, and the head for
+    the last position only.
     """
     import onnx  # type: ignore[import-not-found,unused-ignore]
     from onnx import TensorProto, helper, numpy_helper
@@ -339,7 +340,7 @@ def write_onnx(path: Path, config: GPT2Config, w: Parameters) -> None:
 
 
 class CTranslate2(Peer):
-    """CTranslate2's Generator, whose loop is inside: the callback for each new token is timed.
+    """CTranslate2's Generator. Its loop is internal: the callback for each new token is timed.
 
     A prefill is a generation of one token, which computes logits of the last position only.
     """
@@ -428,7 +429,7 @@ class CTranslate2(Peer):
 
 
 class LlamaCpp(Peer):
-    """llama.cpp's C API by llama-cpp-python: a batch a step."""
+    """llama.cpp's C API through llama-cpp-python: one batch for each step."""
 
     def load(self, parameters: Parameters, directory: Path) -> None:
         """Write a GGUF file and map it."""
@@ -470,7 +471,7 @@ class LlamaCpp(Peer):
             last.append(i - 1)
         batch.n_tokens = i
         if code := self.c.llama_decode(self.context, batch):
-            raise ValueError(f"llama_decode says {code}")
+            raise ValueError(f"llama_decode returned {code}")
         found = [self.c.llama_get_logits_ith(self.context, i) for i in last]
         V = self.config.vocab_size
         return np.array([np.ctypeslib.as_array(row, (V,)) for row in found])

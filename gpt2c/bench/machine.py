@@ -1,4 +1,4 @@
-"""The machine: what it is, and the ceilings of every benchmark, measured here and now.
+"""The machine: its CPU, compiler and commit, and the ceilings that benchmarks compare with.
 
 Knows backends, nothing of models.
 """
@@ -33,12 +33,13 @@ FLOATS = 1 << 26  # 256 MB: more than any last-level cache
 BURN_SECONDS = 0.005
 # /proc/cpuinfo's numbers of a processor: x86's, then ARM's
 CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+SOURCES = ("gpt2c", "csrc", "build.py")  # a benchmark measures these
 COMPILER = re.compile(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+")
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches with `threads` threads.
+    """The most that this machine reaches with `threads` threads.
 
     Attributes
     ----------
@@ -52,27 +53,27 @@ class Ceilings:
     bandwidth: dict[int, float]
 
     def seconds(self, backend: str, flops: float, size: float) -> float:
-        """Return the least time that so many operations on so many bytes can take.
+        """Return the least seconds that `flops` operations on `size` bytes can take.
 
-        NumPy and PyTorch choose their instructions themselves: they have the highest peak.
+        NumPy and PyTorch choose their own instructions: their peak is the highest one.
         """
         peak = self.peak.get(backend, max(self.peak.values()))
         return max(flops / peak, size / self.full_bandwidth)
 
     def best(self, other: Ceilings) -> Ceilings:
-        """Give the highest of what was measured here and at another time, with as many threads."""
+        """Return the higher of each figure of two measurements, with the same threads."""
         peak = {name: max(peak, other.peak[name]) for name, peak in self.peak.items()}
         bandwidth = {n: max(size, other.bandwidth[n]) for n, size in self.bandwidth.items()}
         return Ceilings(self.threads, peak, bandwidth)
 
     @property
     def full_bandwidth(self) -> float:
-        """Bytes/s with as many threads as there are, or cores."""
+        """Bytes/s with `threads` threads, or with all cores if these are fewer."""
         return self.bandwidth[max(self.bandwidth)]
 
 
 def fastest() -> str:
-    """Name the fastest backend, whatever GPT2C_BACKEND says.
+    """Return the name of the fastest backend, whatever GPT2C_BACKEND says.
 
     Raises
     ------
@@ -107,11 +108,11 @@ def measure_ceilings(threads: int) -> Ceilings:
 
 
 class Quiet:
-    """Watches how evenly the machine works: the same multiply-adds again and again.
+    """Measures how evenly the machine works: it times the same multiply-adds again and again.
 
     Parameters
     ----------
-    threads : as the benchmark's
+    threads : of the benchmark
     """
 
     def __init__(self, threads: int) -> None:
@@ -122,13 +123,13 @@ class Quiet:
         self._iterations = int(self._iterations * BURN_SECONDS / self._seconds.pop())
 
     def listen(self) -> None:
-        """Time them once more."""
+        """Time the multiply-adds once more."""
         start = time.perf_counter()
         self._kernels.fma_burn(max(1, self._iterations))
         self._seconds.append(time.perf_counter() - start)
 
     def verdict(self) -> str:
-        """Say how far apart the middle half of the timings lies."""
+        """Return a sentence with the spread of the middle half of the timings."""
         low, high = np.percentile(self._seconds, [25, 75])
         spread = high / low - 1
         text = f"the same {BURN_SECONDS * 1e3:.0f} ms of multiply-adds varied by {spread:.0%}"
@@ -136,7 +137,7 @@ class Quiet:
 
 
 def cpu_name() -> str:
-    """Return the processor's name; family, model and stepping too where it names no product."""
+    """Return the processor's name, with family, model and stepping if it has no number."""
     facts = cpu_facts()
     name = facts.get("model name") or platform.processor() or "unknown"
     numbers = [f"{key.split()[-1]} {facts[key]}" for key in CPU_NUMBERS if key in facts]
@@ -145,7 +146,7 @@ def cpu_name() -> str:
 
 
 def cpu_facts() -> dict[str, str]:
-    """Return what Linux says of the first core, its name and numbers; {} where it says nothing."""
+    """Return name and numbers of the first core, from /proc/cpuinfo; {} where it has none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -162,15 +163,22 @@ def compiler(library: Path) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the clone that this gpt2c lies in, "+" for changes; "" without one."""
+    """Return the commit of the clone that holds this gpt2c; "" without a clone.
+
+    "+" at its end means that SOURCES differ from the commit. Other files do not count, so that one
+    result can be written after the other.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(
-            [*command, "--dirty=+"], capture_output=True, text=True, timeout=20, check=True
-        )
+        head = _git(root, "rev-parse", "--verify", "HEAD").stdout.strip()
+        changed = _git(root, "diff", "--quiet", "HEAD", "--", *SOURCES).returncode
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip()
+    return f"{head}+" if head and changed else head
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20)

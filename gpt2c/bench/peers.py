@@ -1,8 +1,8 @@
-"""PyTorch beside gpt2c: its way of every op and of a training step, for benchmarks only.
+"""PyTorch's version of every op and of a training step, for benchmarks only.
 
-The one file that imports torch, and only a benchmark's worker imports this file. Written as PyTorch
-is best used: fused attention and AdamW, gradients set to None, native backward functions. What it
-returns it allocates, as it does in training: encoder_backward a whole (V, C) of zeros, too.
+This file imports torch, so only what measures torch imports it. It uses PyTorch at its best: fused
+attention and AdamW, gradients set to None, native backward functions. PyTorch allocates its
+results, as in training: encoder_backward allocates (V, C) zeros too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ aten = torch.ops.aten
 
 
 def torch_op(name: str, arguments: list[Any]) -> Call | None:
-    """Return a call that computes op `name` and returns its outputs, None for one it has not.
+    """Return a call that computes op `name` and returns its outputs; None if PyTorch has none.
 
-    PyTorch has no linear layer with weights of 8 or 16 bits beside float32, and no cache of ours.
+    It has no linear layer of float32 with 8-bit or 16-bit weights, and no attention with gpt2c's
+    cache.
 
     Parameters
     ----------
     arguments : of the op, outputs first, as `gpt2c.kernels.cases` makes them; accumulated outputs
-    are 0
+        are 0
     """
     make = _OPS.get(name)
     return make(*map(_tensor, arguments)) if make else None
@@ -234,7 +235,7 @@ def torch_step(
     grad_clip: float,
     compiled: bool,
 ) -> Callable[[], float]:
-    """Return a call that does one training step on (idx, targets), as `gpt2c.AdamW`'s defaults."""
+    """Return a call that does a training step, with gpt2c.AdamW's defaults, and its loss."""
     model = _GPT2(config, parameters)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]

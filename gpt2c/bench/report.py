@@ -1,6 +1,6 @@
-"""What people read of a benchmark: tables in a terminal and in Markdown, pictures, the JSON file.
+"""The reports of a benchmark: tables in a terminal and in Markdown, pictures, the JSON file.
 
-Knows results, not how they were taken.
+Knows results, not how they were measured.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -34,23 +36,27 @@ __all__ = [
     "generate_table",
     "machine_lines",
     "ops_table",
+    "provenance",
     "read_old",
     "summary_table",
     "train_table",
     "write_json",
 ]
 
-Table = list[list[str]]  # the first row is the heading; the first column stands left
+Table = list[list[str]]  # the first row is the heading; the first column is aligned left
 
-SCHEMA = 1  # of the JSON file: another number is another meaning of what stands in it
-# Packages whose version says what was measured.
+SCHEMA = 1  # of the JSON file; another number means that a key changed its meaning
+# Packages whose versions belong to the figures.
 PACKAGES = ("numpy", "torch", "transformers", "onnxruntime", "ctranslate2", "llama-cpp-python")
+# Variables that change the speed of gpt2c and of the engines beside it.
+VARIABLES = re.compile(
+    r"(GPT2C|OMP|GOMP|KMP|OPENBLAS|MKL|GLIBC|MALLOC|ATEN|ONEDNN|DNNL|TORCH)_\w*|LD_PRELOAD"
+)
 NOISY = "NOISY MACHINE"
 
 
 def machine_lines(ceilings: Ceilings) -> list[str]:
-    """Say what the machine is, and in a small table what it reaches."""
-    found = [f"{name} {version}" for name, version in versions().items()]
+    """Return lines about the machine: `machine_line`, then a small table of its ceilings."""
     peaks = [[name, f"{peak / 1e9:,.0f}"] for name, peak in ceilings.peak.items()]
     moves = [[threads_text(n), f"{size / 1e9:,.0f}"] for n, size in ceilings.bandwidth.items()]
     height = max(len(peaks), len(moves))
@@ -59,7 +65,7 @@ def machine_lines(ceilings: Ceilings) -> list[str]:
     rows = [[*a, *b] for a, b in zip(table, right, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        f"{cpu_name()}, {threads_text(ceilings.threads)}; " + ", ".join(found),
+        machine_line(ceilings.threads),
         *(
             f"  {a:<{widths[0]}}  {b:>{widths[1]}}    {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip()
             for a, b, c, d in rows
@@ -67,8 +73,19 @@ def machine_lines(ceilings: Ceilings) -> list[str]:
     ]
 
 
+def machine_line(threads: int) -> str:
+    """Return the processor, the threads and the versions, in one line."""
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{cpu_name()}, {threads_text(threads)}; {found}"
+
+
+def provenance(threads: int) -> str:
+    """Return the place and time of figures in one line: `machine_line`, date, commit."""
+    return f"{machine_line(threads)}; {datetime.now().date().isoformat()}, commit {commit()}"
+
+
 def threads_text(count: int) -> str:
-    """Write a number of threads: "1 thread", "2 threads"."""
+    """Return "1 thread", "2 threads" and so on."""
     return f"{count} thread{'' if count == 1 else 's'}"
 
 
@@ -159,7 +176,7 @@ def generate_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, 
 
 
 def _baseline(results: Sequence[Result]) -> tuple[str, float]:
-    """Name what rows are compared with, and give its seconds: best PyTorch, or the slowest row."""
+    """Return name and seconds of the baseline: the best PyTorch, else the slowest row."""
     timed = [r for r in results if r.seconds and not r.note]
     torch = [r.median for r in timed if r.row.startswith(("torch", "transformers"))]
     if torch:
@@ -171,8 +188,8 @@ def _baseline(results: Sequence[Result]) -> tuple[str, float]:
 def summary_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
     """Return the heading and table of all works at once.
 
-    Of ops a line for each and a column for each row: times as fast as numpy, and the share of the
-    ceiling. Of other works a line for each row: tokens a second.
+    For ops: a line for each op and a column for each row, with the speed relative to numpy and the
+    share of the ceiling. For other works: a line for each row, with tokens a second.
     """
     rows = list(dict.fromkeys(r.row for r in results))
     works = list(dict.fromkeys(r.group for r in results))
@@ -214,13 +231,13 @@ def _timed(result: Result | None) -> TypeGuard[Result]:
 
 
 def _why(result: Result | None) -> str:
-    """Say in a word why there is no figure: WRONG or FAILED, or a dash."""
+    """Return why there is no figure: WRONG, FAILED, or a dash."""
     word = result.note.partition(":")[0] if result else ""
     return word if word.isupper() else "-"
 
 
 def kind_of(results: Sequence[Result]) -> str:
-    """Say which benchmark results are of: "ops", "train" or "generate"."""
+    """Return the benchmark that results are of: "ops", "train" or "generate"."""
     if not results or "tokens" not in results[0].facts:
         return "ops"
     return "train" if results[0].group.startswith("train") else "generate"
@@ -234,7 +251,7 @@ def _count(number: float) -> str:
 
 
 def as_text(heading: str, table: Table) -> str:
-    """Line a table up for a terminal; a row that is shorter is a note."""
+    """Return a table as aligned text for a terminal; a shorter row is a note."""
     widths = [
         max(len(row[i]) for row in table if len(row) == len(table[0])) for i in range(len(table[0]))
     ]
@@ -252,7 +269,7 @@ def as_text(heading: str, table: Table) -> str:
 
 
 def as_markdown(heading: str, table: Table) -> str:
-    """Write a table in Markdown."""
+    """Return a table in Markdown."""
     width = len(table[0])
     lines = [f"**{heading}**", "", "| " + " | ".join(table[0]) + " |"]
     lines.append("|---|" + "---:|" * (width - 1))
@@ -309,6 +326,7 @@ def write_json(path: Path, ceilings: Ceilings, results: Sequence[Result], verdic
         "commit": commit(),
         "compiler": compiler(kernels[0]) if kernels else "",
         "versions": versions(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if VARIABLES.fullmatch(k)},
         "threads": ceilings.threads,
         "peak_flops": ceilings.peak,
         "bandwidth": {str(count): size for count, size in ceilings.bandwidth.items()},
@@ -322,7 +340,7 @@ def write_json(path: Path, ceilings: Ceilings, results: Sequence[Result], verdic
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for, such as the error of a wrong row, by null."""
+    """Replace nan and infinity, such as a wrong row's error, by None: JSON has no such numbers."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -331,7 +349,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_old(path: Path, kind: str) -> dict[str, Any]:
-    """Read what `write_json` wrote, to be compared with a benchmark of this kind.
+    """Return the content of a file of `write_json`, for a comparison with this kind of benchmark.
 
     Raises
     ------
@@ -353,7 +371,7 @@ def read_old(path: Path, kind: str) -> dict[str, Any]:
         )
     results = content.get("results")
     if not isinstance(results, list) or not all(map(_is_result, results)):
-        raise ValueError(f"{path}: its results are not what gpt2c bench --json writes")
+        raise ValueError(f"{path}: its results are not of the form that gpt2c bench --json writes")
     return content
 
 
@@ -372,8 +390,8 @@ def comparison(
 
     Parameters
     ----------
-    path : of the older ones, for the heading
-    threads : of the new ones
+    path : the older file, for the heading
+    threads : of the new results
     """
     before = {(r["group"], r["row"]): r["median"] for r in old["results"] if "median" in r}
     table = [["", "old, ms", "new, ms", "times as fast as old"]]

@@ -1,7 +1,7 @@
-"""The benchmark: rows (backends, PyTorch) in turn on the same work, verified, then timed.
+"""The benchmark: rows (backends, PyTorch) do the same work in turn, verified, then timed.
 
-Each row is a process of its own (gpt2c.bench.worker); this file starts them, lets them take turns,
-and keeps what they measured. What people read is made of it by gpt2c.bench.report.
+Each row is a process of its own (gpt2c.bench.worker). This file starts them, lets them take turns
+and keeps their results. gpt2c.bench.report shows the results.
 """
 
 from __future__ import annotations
@@ -40,20 +40,19 @@ __all__ = [
     "Result",
     "Row",
     "Watch",
+    "Work",
     "WorkerError",
     "bench_ops",
     "bench_train",
     "check_threads",
     "choose_rows",
     "describe",
-    "get_ready",
     "lacks",
+    "measure",
     "ops_work",
-    "start",
-    "take_turns",
 ]
 
-# PyTorch at its best keeps the memory it has been given, in pages of 2 MB: glibc's variables.
+# glibc's variables with which PyTorch is fastest: it keeps freed memory, in pages of 2 MB.
 TUNED = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in [
@@ -65,9 +64,9 @@ TUNED = ":".join(
 )
 TORCH = ("torch", "torch-tuned", "torch-compile")  # as installed; tuned; tuned and compiled
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-# CTranslate2 computes in a thread of its own, so libgomp counts three threads on two CPUs and
-# hardly spins between parallel regions; "active" makes that ten times longer, which is worth a
-# factor of 1.5 to 2 with int8. The second keeps it from spinning at rest.
+# CTranslate2 computes in a thread of its own. So libgomp counts three threads on two CPUs and
+# hardly spins between parallel regions. "active" makes it spin ten times longer: int8 is 1.5 to 2
+# times as fast. GOMP_SPINCOUNT keeps it from spinning at rest.
 ENVIRONMENT = {
     "transformers": _OFFLINE,
     "transformers-compile": _OFFLINE,
@@ -75,7 +74,7 @@ ENVIRONMENT = {
 }
 _TORCH, _TRANSFORMERS = ("torch", "torch"), ("transformers", "transformers")
 _ONNX = (("onnxruntime", "onnxruntime"), ("onnx", "onnx"))
-# row -> the modules that it needs, and what pip calls them
+# row -> the modules that it needs, each with pip's name for it
 NEEDS = {
     **dict.fromkeys(TORCH, (_TORCH,)),
     **dict.fromkeys(("transformers", "transformers-compile"), (_TORCH, _TRANSFORMERS)),
@@ -86,20 +85,20 @@ NEEDS = {
 ROUNDS, QUICK_ROUNDS, ROW_SECONDS = 9, 3, 6.0
 STEP_ROUNDS, QUICK_STEP_ROUNDS, ROW_STEP_SECONDS = 7, 3, 40.0
 PROCESS_BYTES = 150_000_000  # Python, NumPy and the libraries of a worker
-FEWER = "take fewer rows or a smaller shape"  # where they do not fit into memory together
+FEWER = "take fewer rows or a smaller shape"  # if the rows do not fit into memory together
 
 
 @dataclasses.dataclass
 class Result:
-    """What one row did on one piece of work.
+    """The result of one row on one piece of work.
 
     Attributes
     ----------
     group : the work: an op and its shape, or "train 4 x 64"
-    row : a backend or PyTorch
+    row : a backend or another engine
     seconds : of each sample, in the order taken; empty if there are none
-    note : why there are none
-    facts : what was counted beside: error, flops, bytes, tokens, loss, peak_memory
+    note : why the row has no figure, or ""
+    facts : other figures: error, flops, bytes, tokens, first_loss, loss, memory, peak_memory
     """
 
     group: str
@@ -120,14 +119,34 @@ class Result:
         return float(high - low) / 2 / self.median
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A piece of work for every row.
+
+    Attributes
+    ----------
+    group : its name in tables
+    ready : the command of `Worker` that prepares and verifies it
+    arguments : of that command
+    timed : the command that takes a sample
+    facts : row -> its figures that are known before it is timed: flops, bytes, tokens
+    """
+
+    group: str
+    ready: str
+    arguments: dict[str, Any]
+    timed: str
+    facts: Callable[[str], dict[str, Any]]
+
+
 class Watch:
-    """Is told how far a benchmark is; this one shows nothing."""
+    """Follows the progress of a benchmark; this one shows nothing."""
 
     def work(self, group: str) -> None:
-        """Say that a piece of work begins."""
+        """Note that a piece of work begins."""
 
     def now(self, text: str) -> None:
-        """Say what is being done for it."""
+        """Note the present step of the work."""
 
 
 UNWATCHED = Watch()
@@ -142,8 +161,8 @@ class Row:
 
     Parameters
     ----------
-    name : a backend, or one of TORCH
-    threads : that it may use
+    name : a backend, one of TORCH or another engine; "avx2:int8" has int8 weights
+    threads : number of threads
 
     Raises
     ------
@@ -151,7 +170,7 @@ class Row:
     """
 
     def __init__(self, name: str, threads: int) -> None:
-        # NumPy's products have threads of their own
+        # else NumPy's products would take threads of their own
         names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
         limits = dict.fromkeys(names, str(threads))
         environment = os.environ | limits
@@ -210,7 +229,7 @@ class Row:
 
 
 def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
-    """Name the rows: those given, comma-separated, or all backends of this machine and PyTorch.
+    """Return the rows: those given, with commas between, or all backends here and PyTorch.
 
     Raises
     ------
@@ -232,13 +251,13 @@ def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
 
 
 def lacks(name: str) -> str:
-    """Name the packages, as pip does, that a row needs and that are not installed; "" for none."""
+    """Return pip's names of the packages that a row needs and that are not installed, or ""."""
     needed = NEEDS.get(name.partition(":")[0], ())
     return " ".join(pip for module, pip in needed if importlib.util.find_spec(module) is None)
 
 
 def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
-    """Start the rows' processes; one that cannot be is a result that says why."""
+    """Start the rows' processes; a row that cannot start is a result with the reason."""
     for name in names:
         if lacking := lacks(name):
             yield Result("", name, note=f"not installed: pip install {lacking}")
@@ -249,17 +268,23 @@ def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row 
             yield Result("", name, note=f"FAILED: {error}")
 
 
-def ops_work(quick: bool) -> list[tuple[str, dict[str, Any]]]:
-    """List the ops and shapes of `bench_ops`."""
+def ops_work(quick: bool) -> list[Work]:
+    """Return the works of `bench_ops`: every op at each of its shapes, or at the first one."""
     return [
-        (name, shape)
+        _op(name, shape)
         for name, op in EXAMPLES.items()
         for shape in op.shapes[: 1 if quick else None]
     ]
 
 
+def _op(name: str, shape: dict[str, Any]) -> Work:
+    flops, size = EXAMPLES[name].cost(**shape)
+    arguments, facts = {"name": name, "shape": shape}, {"flops": flops, "bytes": size}
+    return Work(f"{name} {describe(shape)}", "op", arguments, "sample", lambda row: facts)
+
+
 def describe(shape: dict[str, Any]) -> str:
-    """Write a shape for people: its letters, the type of weights, what happens to gradients."""
+    """Return a shape as text: its letters, the type of weights, whether gradients are added to."""
     words: dict[Any, str] = {False: "gradients written", True: "gradients added to"}
     words |= {"float32": "fp32 weights", "float16": "fp16 weights", "uint8": "int8 weights"}
     return " ".join(
@@ -282,8 +307,8 @@ def bench_ops(
     names : the rows
     ceilings : of the machine
     quick : the first shape of each op and fewer samples
-    show : is given the results of an op as soon as they are there
-    watch : is told how far this is: `ops_work` says how many pieces of work there are
+    show : called with the results of each work when they are complete
+    watch : called on progress through the works of `ops_work`
 
     Returns
     -------
@@ -293,31 +318,13 @@ def bench_ops(
     ------
     MemoryError : the rows together need more than is free
     """
-    largest = max(EXAMPLES[name].cost(**shape)[1] for name, shape in ops_work(quick))
-    # each row keeps its arguments; the one that verifies has them twice more, twice as wide
-    needed = dict.fromkeys(names, int(largest)) | {"what verifies them": 4 * int(largest)}
+    works = ops_work(quick)
+    largest = max(work.facts("")["bytes"] for work in works)
+    # each row keeps its arguments; the row that verifies has two copies more, twice as wide
+    needed = dict.fromkeys(names, int(largest)) | {"verification": 4 * int(largest)}
     require("a benchmark of ops", needed, FEWER)
-    done: list[Result] = []
-    quiet = Quiet(ceilings.threads)
-    with ExitStack() as stack:
-        started = list(start(names, ceilings.threads, stack))
-        for name, shape in ops_work(quick):
-            flops, size = EXAMPLES[name].cost(**shape)
-            group = f"{name} {describe(shape)}"
-            watch.work(group)
-            facts = {"flops": flops, "bytes": size}
-            ready = [
-                get_ready(row, group, facts, lambda row: row.ask("op", name=name, shape=shape))  # noqa: B023
-                for row in started
-            ]
-            rounds = QUICK_ROUNDS if quick else ROUNDS
-            take_turns(started, ready, "sample", rounds, ROW_SECONDS, quiet, watch)
-            for i, result in enumerate(ready):
-                if result.note.startswith("FAILED") and isinstance(started[i], Row):
-                    started[i] = Result("", result.row, note=f"its process ended in {name}")
-            show(ready)
-            done += ready
-    return done, quiet.verdict()
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, watch)
 
 
 def bench_train(
@@ -347,50 +354,80 @@ def bench_train(
         if T > config.n_positions:
             raise ValueError(f"T = {T} is more than the model's n_positions, {config.n_positions}")
         _check_memory([name for name in names if not lacks(name)], config, B, T, recompute)
+    # new processes for each shape: the peak of memory is theirs
+    works = [[_step(config, B, T, recompute)] for B, T in shapes]
+    rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
+    return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch)
+
+
+def _step(config: GPT2Config, B: int, T: int, recompute: str | None) -> Work:
+    group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
+    arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
+    facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
+    return Work(group, "train", arguments, "step", lambda row: facts)
+
+
+def measure(
+    names: Sequence[str],
+    threads: int,
+    works: Sequence[Sequence[Work]],
+    rounds: int,
+    limit: float,
+    show: Callable[[list[Result]], None],
+    watch: Watch = UNWATCHED,
+) -> tuple[list[Result], str]:
+    """Measure rows on one work after the other: they get ready, are verified, and take turns.
+
+    Parameters
+    ----------
+    names : the rows
+    threads : of each row
+    works : in groups; a row has one process for each group
+    rounds, limit : see `take_turns`
+    show, watch : see `bench_ops`
+
+    Returns
+    -------
+    all results, and how quiet the machine was
+    """
     done: list[Result] = []
-    quiet = Quiet(ceilings.threads)
-    for B, T in shapes:
-        group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
-        watch.work(group)
-        facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
-        arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
-        with ExitStack() as stack:  # new processes for each shape: the peak of memory is theirs
-            started = list(start(names, ceilings.threads, stack))
-            ready = [
-                get_ready(row, group, facts, lambda row: row.ask("train", **arguments))  # noqa: B023
-                for row in started
-            ]
-            take_turns(
-                started, ready, "step", 1, 0.0, quiet, watch
-            )  # first steps fill memory, compile
-            for result in ready:
-                result.facts["first_loss"] = result.facts.get("loss")
-                result.seconds.clear()
-            rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
-            take_turns(started, ready, "step", rounds, ROW_STEP_SECONDS, quiet, watch)
-        _compare_losses(ready)
-        show(ready)
-        done += ready
+    quiet = Quiet(threads)
+    for group in works:
+        with ExitStack() as stack:
+            rows = list(start(names, threads, stack))
+            for work in group:
+                watch.work(work.group)
+                watch.now("each row gets ready and is verified")
+                results = [get_ready(row, work) for row in rows]
+                _compare_losses(results)
+                take_turns(rows, results, work.timed, rounds, limit, quiet, watch)
+                for i, result in enumerate(results):
+                    if result.note.startswith("FAILED") and isinstance(rows[i], Row):
+                        note = f"its process ended in {work.group}"
+                        rows[i] = Result("", result.row, note=note)
+                show(results)
+                done += results
     return done, quiet.verdict()
 
 
-def get_ready(
-    row: Row | Result, group: str, facts: dict[str, Any], ask: Callable[[Row], dict[str, Any]]
-) -> Result:
-    """Let a row prepare and verify its work; a result without it says in its note why."""
+def get_ready(row: Row | Result, work: Work) -> Result:
+    """Prepare and verify a row's work; the note of the result says why, if it cannot."""
+    name = row.row if isinstance(row, Result) else row.name
+    result = Result(work.group, name, facts=dict(work.facts(name)))
     if isinstance(row, Result):
-        return Result(group, row.row, note=row.note, facts=dict(facts))
-    result = Result(group, row.name, facts=dict(facts))
+        result.note = row.note
+        return result
     try:
-        answer = ask(row)
+        answer = row.ask(work.ready, **work.arguments)
     except WorkerError as error:
         result.note = f"FAILED: {error}"
         return result
-    result.note = answer.get("missing", "")
+    result.note = answer.pop("missing", "")
     if not result.note:
-        result.facts["error"] = answer["error"]
-        if not answer["error"] <= answer["rtol"]:  # not `>`: NaN is wrong, too
-            result.note = f"WRONG: error {answer['error']:.1e}, allowed is {answer['rtol']:.1e}"
+        allowed = answer.pop("rtol")
+        result.facts |= answer
+        if not answer["error"] <= allowed:  # not `>`: NaN is wrong, too
+            result.note = f"WRONG: error {answer['error']:.1e}, allowed is {allowed:.1e}"
     return result
 
 
@@ -403,7 +440,7 @@ def take_turns(
     quiet: Quiet,
     watch: Watch = UNWATCHED,
 ) -> None:
-    """Sample each row once a round; a row that has had `limit` seconds sits out, after two."""
+    """Sample each row once a round; a row with two samples and `limit` seconds sits out."""
     for number in range(rounds):
         quiet.listen()
         for row, result in zip(rows, results, strict=True):
@@ -423,16 +460,15 @@ def take_turns(
 
 
 def _compare_losses(results: list[Result]) -> None:
-    """Strike out a row whose loss on the same weights and tokens is not that of the first row.
+    """Mark a row as WRONG if its loss on the same weights and tokens is not that of the first row.
 
-    The first has been compared with the reference on a small model, as all rows have.
+    All rows, the first too, have been compared with the reference on a small model.
     """
-    found = [r for r in results if r.facts.get("first_loss") is not None]
+    found = [r for r in results if "first_loss" in r.facts and not r.note]
     for result in found:
         loss, wanted = result.facts["first_loss"], found[0].facts["first_loss"]
         if not abs(loss - wanted) <= 1e-4 * abs(wanted):  # not `>`: NaN is wrong, too
             result.note = f"WRONG: first loss {loss:.5f}, that of {found[0].row} is {wanted:.5f}"
-            result.seconds.clear()
 
 
 def _check_memory(
@@ -446,7 +482,7 @@ def _check_memory(
         own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES
         if name in TORCH:  # it holds logits, their log-softmax and a gradient
             own += 3 * logits
-        elif name == "numpy":  # a few T x T matrices, and what AdamW computes on the way
+        elif name == "numpy":  # a few T x T matrices, and AdamW's temporary arrays
             own += max(4 * scores, 6 * 4 * config.num_parameters())
         needed[name] = own
     require(f"a benchmark of {B} x {T} tokens", needed, FEWER)

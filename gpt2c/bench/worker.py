@@ -2,8 +2,8 @@
 
     python -m gpt2c.bench.worker ROW THREADS         JSON commands in, JSON answers out, a line each
 
-A process each, because then the rows' threads do not wait on each other's, memory is counted row by
-row, and PyTorch's allocator can be set. Who sends the commands is gpt2c.bench.suite.
+Each row is a process, because then its threads do not wait for another row's, its memory is counted
+alone, and PyTorch's allocator can be set. gpt2c.bench.suite sends the commands.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from gpt2c.train.optimizer import AdamW
 
 __all__ = ["ENGINES", "SMALL", "TINY", "Worker"]
 
-SAMPLE_SECONDS = 0.02  # a sample is as many calls as take so long, at least one
+SAMPLE_SECONDS = 0.02  # a sample is at least one call, and calls until this time is over
 TINY = GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=3)
 LEARNING_RATE, GRAD_CLIP = 1e-3, 1.0
 # PyTorch sums tens of millions of squares in float32.
 TORCH_RTOL = {"global_norm": 1e-2}
-# Of three training steps' losses: float32 sums of another order, and AdamW's quotients of small
-# numbers; the bound of the parity tests.
+# Of the losses of three training steps: float32 sums have another order, and AdamW divides by small
+# numbers. The parity tests have the same bound.
 TRAIN_RTOL = 1e-4
-# Of logits: float32 sums of another order; of int8 an activation that lies between two steps, of
-# which there are 127, may be rounded the other way.
+# Of logits: float32 sums have another order. With int8, an activation between two of the 127 steps
+# may be rounded the other way.
 READ_RTOL = {"fp32": 1e-5, "int8": 0.05}
-# The engines beside gpt2c. What they are verified with is as wide as their files want it, and
-# compared with float32: their int8 rounds activations by a factor for a whole row or matrix, and
+# The other engines. SMALL, which verifies them, is as wide as their files need it. They are
+# compared with float32: their int8 has one scale for a whole row or matrix of activations, and
 # llama.cpp keeps keys and values in 16 bits.
 ENGINES = ("transformers", "transformers-compile", "onnxruntime", "ctranslate2", "llama.cpp")
 SMALL = GPT2Config(vocab_size=320, n_positions=32, n_embd=128, n_layer=2, n_head=2)
 ENGINES_RTOL = {"llama.cpp:fp32": 1e-2, "llama.cpp:fp16": 1e-2, "llama.cpp:int8": 0.1}
 ENGINES_RTOL |= {"onnxruntime:int8": 0.3, "ctranslate2:int8": 0.3}
-SOME = 8  # calls before the texts begin again: a short way from T, so that T says what is read
+SOME = 8  # decoding steps before the texts begin again: few, so that their length stays near T
 
 
 class Worker:
@@ -60,9 +60,9 @@ class Worker:
 
     Parameters
     ----------
-    row : a backend's name, with ":int8" and the like for its weights; "torch...": PyTorch, compiled
-        if the name says "compile"; or one of ENGINES, with ":int8" and the like
-    threads : that it may use
+    row : a backend or one of ENGINES, with the kind of its weights, such as "avx2:int8"; or
+        "torch...": PyTorch, compiled if the name contains "compile"
+    threads : number of threads
     """
 
     def __init__(self, row: str, threads: int) -> None:
@@ -77,17 +77,17 @@ class Worker:
             self._backend = get_backend(self._row, threads)
 
     def hello(self) -> dict[str, Any]:
-        """Answer, which says that the row can run."""
+        """Answer, to show that the row runs."""
         return {}
 
     def op(self, name: str, shape: dict[str, Any]) -> dict[str, Any]:
-        """Get an op ready and compare its results with the reference's, in float64."""
+        """Prepare an op and compare its results with the reference's, in float64."""
         example, outputs = EXAMPLES[name], len(OPS[name].outputs)
         wide = example.make(np.random.default_rng(zlib.crc32(f"{name} {shape}".encode())), **shape)
         if name != "adamw_update":
             for output in wide[:outputs]:
-                # What is accumulated starts at 0, for PyTorch gives the sum's new part alone; what
-                # is written holds NaN, so that an element left out shows.
+                # An accumulated output starts at 0, because PyTorch returns only the new part. A
+                # written output holds NaN, so that an element left out shows.
                 if output is not None and not np.isnan(output).any():
                     output[...] = 0
         narrow = [_narrow(argument) for argument in wide]
@@ -114,10 +114,10 @@ class Worker:
             if a is not None and b is not None
         ]
         self._call = call
-        return {"error": float(np.max(errors)), "rtol": rtol}  # NaN, where one is
+        return {"error": float(np.max(errors)), "rtol": rtol}  # NaN if one is NaN
 
     def sample(self) -> dict[str, Any]:
-        """Time what is ready: seconds of a call, after one that warms up; and memory, in bytes."""
+        """Return the seconds of a call, after one that warms up, and the memory in bytes."""
         if self._row in ENGINES:
             return {"seconds": self._call.seconds(), "memory": _resident()}  # type: ignore[attr-defined]
         self._call()
@@ -132,17 +132,20 @@ class Worker:
     def train(
         self, config: dict[str, Any], B: int, T: int, recompute: str | None
     ) -> dict[str, Any]:
-        """Get a model ready; compare three steps of a small one with the numpy backend's."""
+        """Prepare a model; compare three steps of a small one with the numpy backend's.
+
+        The first step is part of this: it fills memory and may compile.
+        """
         small = _batch(TINY, 2, 16)
         checked, step = self._step(TINY, small, recompute), _own_step("numpy", TINY, small, None)
         losses = [(checked(), step()) for _ in range(3)]
         error = float(np.max([abs(a - b) / abs(b) for a, b in losses]))
         given = GPT2Config(**config)
         self._call = self._step(given, _batch(given, B, T), recompute)
-        return {"error": error, "rtol": TRAIN_RTOL}
+        return {"error": error, "rtol": TRAIN_RTOL, "first_loss": self._call()}
 
     def step(self) -> dict[str, Any]:
-        """Time one training step."""
+        """Return the seconds of a training step, its loss, and the peak of memory in bytes."""
         start = time.perf_counter()
         loss = self._call()
         seconds = time.perf_counter() - start
@@ -162,14 +165,19 @@ class Worker:
         return torch_step(config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled)
 
     def generate(self, what: str, config: dict[str, Any], B: int, T: int) -> dict[str, Any]:
-        """Get a model ready to be read; compare a small one's logits with the numpy backend's.
+        """Prepare a model for inference; compare a small one's logits with the numpy backend's.
 
         Parameters
         ----------
-        what : "prefill" of T tokens, or "decode": a token more of B texts of T tokens
+        what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
         """
         tiny = SMALL if self._row in ENGINES else TINY
-        small = (what, tiny, B, tiny.n_positions - SOME)  # more rows than few, as in what is timed
+        small = (
+            what,
+            tiny,
+            B,
+            tiny.n_positions - SOME,
+        )  # enough rows for the timed kernels
         if self._row in ENGINES:
             rtol = ENGINES_RTOL.get(f"{self._row}:{self._precision}", READ_RTOL["fp32"])
             wanted = _own_reader("numpy", "fp32", *small)()
@@ -191,7 +199,7 @@ class Worker:
 
 
 def _resident() -> int:
-    """Return the bytes of memory that this process has; 0 where the system does not tell."""
+    """Return the resident memory of this process in bytes; 0 where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -202,7 +210,7 @@ def _resident() -> int:
 def _own_reader(
     backend: Any, precision: str, what: str, config: GPT2Config, B: int, T: int
 ) -> Callable[[], Any]:
-    """Return a call that reads a prompt, or a token more of each text, and returns logits.
+    """Return a call that reads a prompt, or one token more of each text, and returns logits.
 
     The texts grow for SOME calls, then begin again.
     """
@@ -234,7 +242,7 @@ def _narrow(argument: Any) -> Any:
 
 
 def _batch(config: GPT2Config, B: int, T: int) -> tuple[Any, Any]:
-    """Random tokens: speed does not depend on their values."""
+    """Return random tokens: speed does not depend on their values."""
     tokens = np.random.default_rng(1337).integers(0, config.vocab_size, (B, T + 1), np.int32)
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
@@ -256,9 +264,9 @@ def _own_step(
 
 
 def main() -> None:
-    """Obey until the commands end."""
+    """Answer commands until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed here is no answer
+    os.dup2(2, 1)  # other prints are no answers: they go to standard error
     worker = Worker(sys.argv[1], int(sys.argv[2]))
     for line in sys.stdin:
         command = json.loads(line)

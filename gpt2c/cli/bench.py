@@ -42,33 +42,33 @@ from gpt2c.screen.picture import why_not
 __all__ = ["add_flags", "run_bench"]
 
 TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
-LISTENS = 9  # times that the machine is listened to before the start
+LISTENS = 9  # timings before the start that show how noisy the machine is
 HELP = {
     "ops": (
         "every op, forward and backward, at the shapes of GPT-2 124M",
         "B sequences of T tokens, N rows in all, C channels, OC output channels, NH heads of HS"
-        " channels, V tokens of the vocabulary, R rows of a matrix, n numbers; position, P: where"
-        " in a cache of what length. ± is half the distance of the quartiles. The ceiling is the"
-        " least time that an op's operations or bytes can take on this machine: above 100 % data"
-        " came from a cache, or the machine was busy when the ceiling was measured.",
+        " channels, V tokens of the vocabulary, R rows of a matrix, n numbers; position: the place"
+        " in a cache of length P. ± is half the distance between the quartiles. The ceiling is the"
+        " least time that an op's operations or bytes can take on this machine. Above 100 %, the"
+        " data came from a cache, or the machine was busy when the ceiling was measured.",
     ),
     "train": (
         "a whole training step of GPT-2 124M, clipping and AdamW included",
-        "The peak is that of multiply-adds in registers, measured at the start; memory is the most"
-        " that the row's process had.",
+        "The peak is that of multiply-adds in registers, measured at the start. Memory is the peak"
+        " of the row's process.",
     ),
     "generate": (
         "GPT-2 124M reading 512 tokens (prefill), and writing 1 and 8 texts (decode)",
-        "Rows: each backend with fp32, fp16 and int8 weights, and where they are installed"
-        " transformers, onnxruntime, ctranslate2 and llama.cpp (llama-cpp-python); --quick takes"
-        " the fastest backend and transformers, and transformers-compile is measured where"
-        " --backends names it. Weights are random. int8 may exceed the peak of fp32.",
+        "Rows: each backend with fp32, fp16 and int8 weights, and, if they are installed,"
+        " transformers, onnxruntime, ctranslate2 and llama.cpp (llama-cpp-python). --quick takes"
+        " the fastest backend and transformers. transformers-compile is measured if --backends"
+        " names it. Weights are random. int8 may exceed the peak of fp32.",
     ),
 }
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
-    """Say what `gpt2c bench` takes: a kind of work, and flags before it or after."""
+    """Add the arguments of `gpt2c bench`: a kind of work, and flags before it or after."""
     _add_flags(verb, "")
     kinds = verb.add_subparsers(dest="what", required=True, metavar="ops|train|generate")
     for what, (text, more) in HELP.items():
@@ -78,13 +78,13 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the flags of a kind of work, of all for ""; what is another's is not in its help."""
+    """Add the flags of a kind of work, of all for ""; a kind's help hides those of the others."""
 
     def add(flag: str, text: str, only: str = "", **more: Any) -> None:
         is_shown = not only or what in ("", only)
         prefix = f"{only}: " if only and not what else ""
         text = prefix + text if is_shown else argparse.SUPPRESS
-        # a flag that does not follow the kind of work must not undo one that stands before it
+        # the default of a flag after the kind of work must not undo the flag before it
         given: dict[str, Any] = {"default": argparse.SUPPRESS} if what else {}
         parser.add_argument(flag, help=text, **more, **given)
 
@@ -95,15 +95,15 @@ def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
     add("--quick", "fewer shapes, rows and samples", action="store_true")
     text = "a batch of B rows of T tokens; may be repeated (4x64)"
     add("--shape", text, "train", action="append", metavar="BxT")
-    add("--recompute", "keep less memory", "train", choices=["light", "full"])
-    add("--torch-compile", "torch.compile as a row", "train", action="store_true")
+    add("--recompute", "recompute activations: less memory", "train", choices=["light", "full"])
+    add("--torch-compile", "add a row: PyTorch with torch.compile", "train", action="store_true")
     add("--json", "write every sample and the machine's facts", type=Path, metavar="FILE")
     text = "print old, new and their ratio for each row of an older --json file"
     add("--compare", text, type=Path, metavar="OLD.json")
     text = "draw how near its ceiling each op comes" if what == "ops" else "draw tokens a second"
     text = text if what else "draw shares of the ceiling (ops) or tokens a second"
     add("--plot", text, type=Path, metavar="FILE.png")
-    add("--report", "add the tables in Markdown", type=Path, metavar="FILE.md")
+    add("--report", "append the tables in Markdown", type=Path, metavar="FILE.md")
 
 
 def run_bench(options: argparse.Namespace) -> int:
@@ -162,7 +162,7 @@ def run_bench(options: argparse.Namespace) -> int:
                 *(names, ceilings, GPT2Config(), shapes, options.recompute, options.quick),
                 *(show, watch),
             )
-    except KeyboardInterrupt:  # what was measured by now was minutes of work
+    except KeyboardInterrupt:  # the results so far took minutes: keep them
         if not results:
             raise
         interrupted = True
@@ -192,7 +192,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 class _Shown(Watch):
-    """Shows how far a benchmark is: a bar where a person watches, lines elsewhere."""
+    """Shows the progress of a benchmark: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, total: int) -> None:
         self.total, self._number = total, 0
@@ -219,7 +219,7 @@ class _Shown(Watch):
             self._bar.set_description_str(f"{self._group}: {text}")
 
     def print(self, text: str) -> None:
-        """Print what stays, above the bar."""
+        """Print text that stays, above the bar."""
         if self._bar is None:
             print(text, flush=True)
         else:
@@ -232,7 +232,7 @@ class _Shown(Watch):
 
 
 def _listen(threads: int) -> str:
-    """Say how evenly the machine works now."""
+    """Return how evenly the machine works now, see `Quiet.verdict`."""
     quiet = Quiet(threads)
     for _ in range(LISTENS):
         quiet.listen()

@@ -13,19 +13,19 @@ EPILOG = f"""\
 gpt2c convert RUN model.bin                     llm.c's model; --dtype bf16
 gpt2c convert model.bin DIR                     Hugging Face's
 gpt2c convert RUN model.gguf --dtype q8_0       llama.cpp's, with the tokenizer
-gpt2c convert RUN tokenizer.bin                 llm.c's tokenizer, where the name says tokenizer
+gpt2c convert RUN tokenizer.bin                 llm.c's tokenizer, if the name contains tokenizer
 gpt2c convert gpt2 DIR                          GPT-2's tokenizer as Hugging Face's files
 gpt2c convert DATA DIR --format nanogpt         token files: nanoGPT's to llm.c's, or back
 
-nanoGPT's ckpt.pt is a pickle, which gpt2c does not read. Where there is PyTorch, these lines
-make of it a directory "model" (nanoGPT computes GELU itself, GPT-2 an approximation of it, so the
-losses differ in the third place or so):
+gpt2c does not read nanoGPT's ckpt.pt, because it is a pickle. With PyTorch, these lines turn it
+into a directory "model". nanoGPT computes GELU exactly and GPT-2 approximates it, so the losses
+differ in about the third digit:
 
 {EXPORT}"""
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
-    """Say what `gpt2c convert` takes."""
+    """Add the arguments of `gpt2c convert`."""
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.epilog = EPILOG
     verb.add_argument(
@@ -43,7 +43,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--dtype", choices=DTYPES, help="fp32 or bf16 for llm.c, f32, f16 or q8_0 for GGUF"
     )
-    verb.add_argument("--overwrite", action="store_true", help="replace what DST is or holds")
+    verb.add_argument("--overwrite", action="store_true", help="replace DST or its content")
 
 
 def run_convert(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """The main job: text -> tokenizer -> token files -> training -> a model that compresses and writes.
 
-Without a text of the user's it learns the documentation that every Python carries.
+Without a text of the user's it trains on the documentation that every Python carries.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __all__ = ["SAMPLES", "demo", "demo_recipe", "describe", "openings"]
 VOCABULARY = 4096
 SAMPLES = 3
 SAMPLE_TOKENS = 96
-LOOKED_AT = 100_000  # held-out tokens among which prompts are looked for
-# Three words of at least four, or the beginning of words that no spaces set apart.
+LOOKED_AT = 100_000  # held-out tokens that are searched for prompts
+# The first three of at least four words, or the beginning of text without spaces.
 OPENING = re.compile(r"\b[^\W\d_]\w{,15}(?: \w{1,15}){2}(?= \w)|\b[^\W\d_a-zA-Z]{2,6}(?=\w{2})")
 
 
@@ -79,7 +79,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
 def _learn(
     text: Path | None, out: Path, settings: Mapping[str, Any], overwrite: bool
 ) -> TrainResult:
-    """Prepare the text and train on it; what can be refused is, before anything is replaced."""
+    """Prepare the text and train on it; refuse bad settings before anything is replaced."""
     data, run = out / "data", out / "run"
     with ExitStack() as stack:
         stack.enter_context(claimed(out, overwrite))
@@ -104,12 +104,12 @@ def demo_recipe() -> dict[str, Any]:
 
 
 def show(name: str, text: str) -> None:
-    """Print a line of the demo's left and right column."""
+    """Print a line in two columns."""
     print(f"{name:<12}{text}", flush=True)
 
 
 def describe(prepared: Prepared) -> str:
-    """Return how much text there is and how it was split."""
+    """Return the size of the text, and how it was split."""
     size = prepared.train_bytes + prepared.val_bytes
     share = prepared.val_bytes / size
     held_out = "the tail" if prepared.tail_held_out else "whole documents"
@@ -117,7 +117,7 @@ def describe(prepared: Prepared) -> str:
 
 
 def _size(count: int) -> str:
-    """Write a number of bytes as people do."""
+    """Return a number of bytes as text, in kB or MB if it is large."""
     if count < 1000:
         return f"{count} bytes"
     return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
@@ -131,7 +131,8 @@ def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens)
     gpt2 = figures(count * evaluate(model, [held_out], rows, block_size), count, size)
     bigram = figures(bigram_nats(tokens, held_out, tokenizer.vocab_size), count, size)
     xz = xz_bits_per_byte(before, text)
-    piece = 8 * block_size  # as much of the training text as is held out, from all over it
+    # Pieces from all over the training text, together as long as the held-out text.
+    piece = 8 * block_size
     step = max(piece, len(tokens) * piece // len(held_out))
     pieces = [tokens[start : start + piece] for start in range(0, len(tokens), step)]
     seen = evaluate(model, pieces, rows, block_size)
@@ -172,8 +173,8 @@ class _Text:
 def openings(tokenizer: Tokenizer, held_out: Tokens, most: int) -> list[str]:
     """Return `SAMPLES` beginnings of lines, from all over the held-out text, as prompts.
 
-    They are a few words, or letters where words are not set apart, so that a shell takes them as
-    they are; and of at most `most` tokens.
+    They are a few words, or letters in a text without spaces, so a shell takes them as they are.
+    They have at most `most` tokens.
     """
     text = tokenizer.decode(held_out[:LOOKED_AT]).replace(END_OF_TEXT, "\n")
     matches = map(OPENING.search, text.splitlines())
@@ -191,7 +192,7 @@ def write_samples(generator: Generator, prompts: list[str]) -> None:
     """Print how the model continues the prompts."""
     for seed, prompt in enumerate(prompts):
         print(f"\n--- sample {seed + 1} ---\n{prompt}", end="")
-        # a small model repeats itself, so what it has written is less likely again
+        # a small model repeats itself: make the tokens that it has written less likely
         pieces = generator.stream(
             prompt,
             max_new_tokens=SAMPLE_TOKENS,

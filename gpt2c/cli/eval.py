@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2c.cli.flags import add_model
 from gpt2c.evaluate import scoring
 from gpt2c.evaluate.figures import MEANING, figures, written
 from gpt2c.evaluate.loss import evaluate
@@ -21,33 +22,30 @@ from gpt2c.text.tokenizer import Tokenizer
 __all__ = ["add_flags", "run_eval"]
 
 Model = GPT2 | QuantizedGPT2
-LONG = 50  # windows or questions that take long enough for progress to be shown
-LINES = 5  # of progress, where no one watches
+LONG = 50  # as many windows or questions take long, so progress is shown
+LINES = 5  # of progress, without a terminal
 
 
 HELP = f"""\
-{MEANING}. All tokens of the held-out text are scored but the first of each file, which has nothing
-before it; --stride scores the same ones, each with more of the text before it. acc is the share of
-right answers where the likeliest ending is chosen, acc_norm where the likeliest per character is
-(both as in lm-evaluation-harness), acc_per_token where the likeliest per token is."""
+{MEANING}. All tokens of the held-out text are scored except the first of each file, which has
+nothing before it. --stride scores the same tokens, each with more text before it. acc is the share
+of right answers if the likeliest ending is chosen; acc_norm, if the likeliest per character is
+chosen (both as in lm-evaluation-harness); acc_per_token, if the likeliest per token is chosen."""
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Add the flags of `gpt2c eval`."""
     verb.epilog = HELP
     verb.add_argument(
-        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
-    )
-    verb.add_argument(
-        "--data", type=Path, help="score the held-out text of what gpt2c prepare made"
+        "--data", type=Path, help="score the held-out text in a directory of gpt2c prepare"
     )
     verb.add_argument(
         "--stride",
         type=int,
         metavar="N",
         help="with --data: slide a window of n_positions tokens by N, so that each token has at"
-        " least n_positions - N before it: slower, and mostly a lower loss (default: windows side"
-        " by side as in training, which N = n_positions gives too)",
+        " least n_positions - N before it; this is slower, and mostly gives a lower loss (default:"
+        " windows side by side as in training, as with N = n_positions)",
     )
     verb.add_argument(
         "--choices",
@@ -56,15 +54,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help='questions as in HellaSwag, a line each: {"ctx": "", "endings": ["", ""], "label": 0}',
     )
     verb.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
-    verb.add_argument(
-        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
-    )
-    verb.add_argument(
-        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
-    )
-    verb.add_argument(
-        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
-    )
+    add_model(verb)
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -126,8 +116,8 @@ def _check_tokenizer(
 ) -> None:
     """Refuse data whose tokens mean something else to the model.
 
-    A model may have more tokens than its tokenizer, as padding. One without a tokenizer beside it
-    is taken for the data's if it has a token for each of the data's, and the same end of text.
+    A model may have more tokens than its tokenizer, as padding. A model without a tokenizer beside
+    it fits if it has at least as many tokens as the data, and the same end of text.
     """
     apart = (
         ": they do not belong together; make data with the model's own tokenizer (gpt2c prepare"
@@ -170,13 +160,13 @@ def _eval_choices(questions: list[scoring.Question], model: Model) -> None:
 
 
 def _share(value: float, error: float) -> str:
-    """Write a share and its standard error, which one question has not."""
+    """Return a share with its standard error; a single question has none."""
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} +/- {error:.4f}"
 
 
 @contextmanager
 def _progress(noun: str) -> Iterator[scoring.Watch]:
-    """Return what shows how far the work is, if there is much of it; `noun` is what it counts."""
+    """Return a function that shows the progress of long work; `noun` names what is counted."""
     shown: list[Progress] = []
 
     def watch(done: int, total: int, figures: str) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gpt2c.cli.flags import add_model
 from gpt2c.files.untrusted import read_text
 from gpt2c.generate.sampling import GenerationConfig
 from gpt2c.generator import Generator
@@ -31,7 +32,7 @@ from gpt2c.screen.terminal import (
 __all__ = ["add_flags", "run_generate"]
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-ENDS = "---"  # an answer, where it is not on a terminal beside its question
+ENDS = "---"  # ends an answer that is not on one terminal with its question
 # The colour of a token on a terminal: from this probability on, black on green, yellow, red.
 LIKELY = ((0.5, "\x1b[30;42m"), (0.1, "\x1b[30;43m"), (0.0, "\x1b[30;41m"))
 CELL = 14  # columns of a piece in the table of probabilities; a longer one takes more
@@ -46,12 +47,9 @@ EPILOG = r"""examples:
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
-    """Say what `gpt2c generate` takes."""
+    """Add the arguments of `gpt2c generate`."""
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.epilog = EPILOG
-    verb.add_argument(
-        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
-    )
     verb.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -138,17 +136,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         nargs="?",
         const=5,
         metavar="K",
-        help="a table: each token, how likely the model held it, and the K (5) likeliest; 0: none",
+        help="print a table: each token, its probability, the K (5) likeliest; 0: none of these",
     )
-    verb.add_argument(
-        "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"
-    )
-    verb.add_argument(
-        "--backend", default="auto", help="a name that gpt2c info lists (default: the fastest)"
-    )
-    verb.add_argument(
-        "--threads", type=int, default=0, help="how many threads (0: as many as the machine allows)"
-    )
+    add_model(verb)
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -202,9 +192,9 @@ def run_generate(options: argparse.Namespace) -> int:
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    """Return the start of the text; of a file and of standard input without the last newline.
+    """Return the start of the text; from a file or standard input without its last newline.
 
-    Bytes that are not UTF-8 are U+FFFD, wherever they come from.
+    Bytes that are not UTF-8 become U+FFFD.
     """
     if options.prompt_file is not None:
         return read_text(options.prompt_file, "replace").removesuffix("\n")
@@ -214,14 +204,14 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """Return what a user means by a newline, tab or backslash in one line of a shell."""
+    r"""Return a text with the characters that \n, \t, \r and \\ stand for."""
     return re.sub(r"\\([ntr\\])", lambda found: ESCAPES[found[1]], text)
 
 
 def _write_table(
     generator: Generator, prompt: str, candidates: int, settings: dict[str, Any]
 ) -> None:
-    """Write a line for each new token: how likely it was, and what else could have come."""
+    """Write a line for each new token: its probability, and the likeliest tokens."""
     tokens = generator.tokens(prompt, candidates, **settings)
     print("the model's own probabilities: before temperature, top-k, top-p, min-p and penalties")
     if has_colors():
@@ -243,17 +233,15 @@ def _cell(data: bytes, probability: float) -> str:
 
 
 def _converse(generator: Generator, settings: dict[str, Any]) -> float:
-    """Continue each line that is typed, until the end of the input.
+    """Continue each line of input; return the seconds of writing, without those of typing.
 
-    Ctrl-C ends a text, or drops what is typed; a second one in a row ends all. Where no one sees
-    both sides, a line of three dashes ends each answer, so that a program knows where it ends.
-
-    Returns the seconds of writing, without those of typing.
+    Ctrl-C ends a text, or drops a typed line; a second one in a row ends the program. If question
+    and answer are not on one terminal, a line of three dashes ends each answer, for programs.
     """
     seconds = 0.0
     pressed = False  # Ctrl-C, at the prompt
     typed = text_input().isatty()
-    seen = typed and sys.stdout.isatty()  # what is typed stands beside what is written
+    seen = typed and sys.stdout.isatty()  # question and answer are on one terminal
     if seen:
         with suppress(ImportError):
             import readline  # noqa: F401  input() edits lines with it

@@ -1,7 +1,7 @@
-"""`gpt2c info`: what is installed, what this machine has; --verbose: what a bug report needs.
+"""`gpt2c info`: versions and the machine; --verbose: all that a bug report needs.
 
-Nothing here fails for a fact that a system does not tell, nothing prints a secret, and packages
-that gpt2c does not need are asked for their version without being imported.
+A fact that a system does not tell is "unknown", never an error. No secret is printed. The versions
+of packages are read without importing them.
 """
 
 from __future__ import annotations
@@ -48,24 +48,25 @@ from gpt2c.text.tokenizer import tiktoken_cache
 
 __all__ = ["PACKAGES", "add_flags", "run_info"]
 
-Row = tuple[str, str]  # a name, and what there is to say
+Row = tuple[str, str]  # a name, and its text
 
 SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
 PACKAGES = (
     *("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"),
     *("matplotlib", "huggingface_hub", "gguf", "tensorboardX", "torch", "transformers", "lm_eval"),
 )
-# Variables that change what gpt2c or the libraries under it do.
+# Variables that change the behaviour of gpt2c or of its libraries.
 VARIABLES = re.compile(
     r"(GPT2C|OMP|GOMP|KMP|OPENBLAS|MKL|HF|HUGGING_FACE|TRANSFORMERS|TQDM|MALLOC)_\w*|PYTHON\w*"
     r"|LD_LIBRARY_PATH|LD_PRELOAD|TIKTOKEN_CACHE_DIR|DATA_GYM_CACHE_DIR|TMPDIR|XDG_CACHE_HOME|TERM"
     r"|COLUMNS|(?i:https?|all|no)_(?i:proxy)"
 )
-SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD"}  # a word of a variable's name: no value is shown
+# The value of a variable with such a word in its name is not shown.
+SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
-    """Say what `gpt2c info` takes."""
+    """Add the arguments of `gpt2c info`."""
     verb.add_argument("--verbose", action="store_true", help="all that a bug report needs")
 
 
@@ -111,12 +112,12 @@ def version(package: str) -> str:
 def _threads() -> int | str:
     try:
         return default_threads()
-    except ValueError as error:  # a variable; what else is wrong should be seen all the same
+    except ValueError as error:  # a variable is wrong; the other facts are still shown
         return f"none: {error}"
 
 
 def backend_rows(threads: int | str) -> list[Row]:
-    """Say of every backend what it reaches, or why it does not run here."""
+    """Return a row for each backend: its peak, or why it does not run here."""
     chosen, problem = "", ""
     try:
         chosen = get_backend().name
@@ -134,7 +135,7 @@ def backend_rows(threads: int | str) -> list[Row]:
 
 
 def install_rows() -> list[Row]:
-    """Say which gpt2c this is, how it was installed and built, and by which Python it runs."""
+    """Return rows about gpt2c, its installation and files, and the Python that runs it."""
     package = Path(__file__).parents[1]
     rows = [("gpt2c", f"{version('gpt2c')} in {package}"), ("installed", _installed())]
     for library in sorted(package.glob("_kernels_*")):
@@ -150,7 +151,7 @@ def install_rows() -> list[Row]:
 
 
 def _installed() -> str:
-    """Say by which tool, from where and for which platforms, as the package's metadata has it."""
+    """Return the installer, the platforms and the origin, from the package's metadata."""
     try:
         files = importlib.metadata.distribution("gpt2c")
     except importlib.metadata.PackageNotFoundError:
@@ -165,14 +166,14 @@ def _installed() -> str:
 
 
 def _blas() -> str:
-    with suppress(Exception):  # NumPy promises no layout of this
+    with suppress(Exception):  # NumPy does not promise this layout
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         return f"{blas['name']} {blas['version']}"
     return "unknown"
 
 
 def system_rows() -> list[Row]:
-    """Say which operating system this is, and what standard output is."""
+    """Return rows about the operating system, the C library and standard output."""
     name = f"{platform.system()} {platform.mac_ver()[0]}".strip()
     with suppress(OSError):
         name = platform.freedesktop_os_release()["PRETTY_NAME"]
@@ -193,7 +194,7 @@ def system_rows() -> list[Row]:
 
 
 def cpu_rows() -> list[Row]:
-    """Say what the processor is and has, of what the backends ask for."""
+    """Return rows about the processor: features that backends need, caches, cores, load."""
     rows = [("CPU", f"{cpu_name()}, {platform.machine()}")]
     features = dict.fromkeys(f for name in reversed(NAMES) for f in REQUIRES[name])
     try:
@@ -220,14 +221,14 @@ def cpu_rows() -> list[Row]:
 
 
 def _cores() -> str:
-    """Say how many cores there are, and how much of them this process may use."""
+    """Return the number of cores, and the share of them that this process may use."""
     quota = cpu_quota()
     limit = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.3g}"
     return f"{CORES}, of which {len(AFFINITY)} for this process, {limit}"
 
 
 def _memory() -> str:
-    """Say how much memory there is, and how much of it is left to this process."""
+    """Return the size of the memory, and the part of it that this process can still get."""
     total = "unknown"
     with suppress(OSError, ValueError):
         total = megabytes(total_bytes())
@@ -237,7 +238,7 @@ def _memory() -> str:
 
 
 def _why(threads: int | str) -> str:
-    """Say how many threads kernels use, and why."""
+    """Return the number of threads that kernels use, and the reason."""
     if isinstance(threads, str):
         return threads
     variables = (f"from {name}" for name in THREAD_VARIABLES if os.environ.get(name))
@@ -250,7 +251,7 @@ def _why(threads: int | str) -> str:
 
 
 def memory_rows() -> list[Row]:
-    """Say how much memory there is, and what bounds it."""
+    """Return rows about the memory and its limits."""
     spaces = {}
     for name, limit in (("address space", "RLIMIT_AS"), ("data", "RLIMIT_DATA")):
         spaces[name] = "unknown"
@@ -267,7 +268,7 @@ def memory_rows() -> list[Row]:
 
 
 def thread_rows(threads: int | str) -> list[Row]:
-    """Say how many threads kernels use, why, and whether the system gives so many."""
+    """Return rows about threads: their number, the reason, and whether they start."""
     if isinstance(threads, str):
         return [("threads", threads)]
     rows = [("threads", _why(threads))]
@@ -281,7 +282,7 @@ def thread_rows(threads: int | str) -> list[Row]:
 
 
 def environment_rows() -> list[Row]:
-    """Say which variables are set that change something, without secrets, and tiktoken's cache."""
+    """Return rows about the set VARIABLES, without secrets, and about tiktoken's cache."""
     rows = [("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "unset")]
     for name, value in sorted(os.environ.items()):
         if not VARIABLES.fullmatch(name) or name == "HF_TOKEN":
@@ -298,5 +299,5 @@ def environment_rows() -> list[Row]:
 
 
 def without_password(text: str) -> str:
-    """Take user names and passwords out of the addresses in a text."""
+    """Return a text without the user names and passwords in its addresses."""
     return re.sub(r"//[^/\s]*@", "//***@", text)

@@ -1,9 +1,8 @@
-"""The command line: arguments in, doors called, one line for an error a user can cause."""
+"""The command line: it reads arguments, calls gpt2c, and prints a user's error in one line."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib.metadata
 import math
@@ -12,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,25 @@ from gpt2c.cli import plot as cli_plot
 from gpt2c.cli import prepare as cli_prepare
 from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
+from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult, train
-from gpt2c.train.settings import TABLES, TrainSettings, recipe_settings
+from gpt2c.train.settings import recipe_settings
 
 __all__ = ["main", "parser"]
 
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 LONGEST = 2000  # characters of an error that are shown
 ANY_TEXT = ("--prompt", "--stop")  # flags whose value may be any text, another flag's name too
 FLAG = re.compile("--[A-Za-z][A-Za-z0-9_-]*")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which would drop a value of two dashes."""
+    """argparse's parser, except that it keeps a value of two dashes."""
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if arg_strings == ["--"] and action.option_strings:
@@ -54,22 +54,22 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `gpt2c`; return its exit code.
 
-    0, 1 for a benchmark with a wrong or failed row or with none, 2 for an error of the user's or
-    for text lost that was the result, 130 for Ctrl-C. All text passes `gpt2c.screen.terminal`: a
-    reader that has gone, or a terminal, is no error, nor is anything that standard error does not
-    take.
+    0 for success; 1 for a benchmark with a wrong or failed row, or without a timed row; 2 for a
+    user's error, or if text of the result was lost; 130 for Ctrl-C. All text passes
+    `gpt2c.screen.terminal`: it is no error if the reader or the terminal has gone, or if standard
+    error takes no text.
     """
     with open_door() as out, warnings.catch_warnings():
-        if not sys.warnoptions:  # libraries warn programmers, not those who type commands
+        if not sys.warnoptions:  # warnings are for programmers, not for users of commands
             warnings.simplefilter("ignore")
         return _run(list(sys.argv[1:] if arguments is None else arguments), out)
 
 
 @contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Let a signal that ends the process end the work first, so that nothing is left half-written.
+    """Turn signals that end the process into `Terminated`, so that no file is left half-written.
 
-    One that is ignored, as nohup does, stays ignored.
+    A signal that is ignored, as under nohup, stays ignored.
     """
 
     def stop(signum: int, frame: object) -> None:
@@ -124,10 +124,10 @@ def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[s
     """Return a verb's arguments as argparse takes them: --n_layer as --n-layer, values joined.
 
     argparse takes a value that begins with a dash only if it is joined to its flag, as in
-    --prompt=-->. One that is itself a flag of the verb is a value where any text may be.
+    --prompt=-->. A value that is also a flag of the verb stays a value where any text may stand.
     """
     flags = verb._option_string_actions
-    texts: list[str] = []  # arguments that are no flags, of a verb that takes any text as these
+    texts: list[str] = []  # arguments without a flag, of a verb that takes any text as such
     taken: list[str] = []
     left = list(reversed(arguments))
     while left:
@@ -169,29 +169,29 @@ def parser() -> argparse.ArgumentParser:
         verbs,
         "demo",
         run_demo,
-        "the whole way: prepare a text, train a model on it, compare it, let it write",
+        "all steps: prepare a text, train a model on it, compare it, let it write",
     )
     verb.add_argument(
         "--text",
         type=Path,
-        help="learn this file, or directory of texts, instead of Python's documentation",
+        help="train on this file or directory of texts instead of Python's documentation",
     )
     verb.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    _add_settings(verb, demo_recipe())
+    verb.add_argument("--overwrite", action="store_true", help="replace the content of --out")
+    add_settings(verb, demo_recipe())
 
     text = "turn text files into token files"
     cli_prepare.add_flags(_verb(verbs, "prepare", cli_prepare.run_prepare, text))
 
-    verb = _verb(verbs, "train", run_train, "train on token files, or go on with --resume")
-    verb.add_argument("--data", type=Path, required=True, help="what gpt2c prepare made")
+    verb = _verb(verbs, "train", run_train, "train on token files, or continue a run with --resume")
+    verb.add_argument("--data", type=Path, required=True, help="a directory of gpt2c prepare")
     verb.add_argument("--out", type=Path, required=True, help="the run's directory")
     verb.add_argument(
         "--config", help="a TOML file, or demo or shakespeare-char; flags override it"
     )
-    verb.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    _add_settings(verb, {})
+    verb.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    verb.add_argument("--overwrite", action="store_true", help="replace the content of --out")
+    add_settings(verb, {})
 
     text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     cli_tokens.add_flags(_verb(verbs, "tokens", cli_tokens.run_tokens, text, shows=True))
     text = "draw runs: loss, learning rate, gradient norm, tokens a second"
     cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
-    text = "write a model, tokenizer or token files as llm.c, llama.cpp and others read them"
+    text = "convert a model, tokenizer or token files for llm.c, llama.cpp and others, or from them"
     cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
     text = "measure backends and PyTorch in turn; their results are verified"
     cli_bench.add_flags(_verb(verbs, "bench", cli_bench.run_bench, text, shows=True))
@@ -219,7 +219,7 @@ def _unknown_flag(flag: str, verb: argparse.ArgumentParser) -> str:
 def _verb(
     verbs: Any, name: str, run: Any, text: str, shows: bool = False
 ) -> argparse.ArgumentParser:
-    """Add a verb; `shows` means that what it writes to standard output is its result."""
+    """Add a verb; `shows` means that its result is its text on standard output."""
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     verb.set_defaults(run=run, verb=verb, shows=shows)
     verb.register("type", Path, _path)
@@ -227,7 +227,7 @@ def _verb(
 
 
 def _path(text: str) -> Path:
-    """Return an argument as a path; an empty one would be the current directory."""
+    """Return an argument as a path; refuse "", which would be the current directory."""
     try:
         check_named("it", text)
     except ValueError as error:
@@ -235,35 +235,9 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """Add a flag for each field of TrainSettings; one that is not given leaves no trace."""
-    verb.add_argument_group(
-        "settings",
-        "each is a key of a TOML recipe, too, with _ for -, in the table that is named here",
-    )
-    groups = {table: verb.add_argument_group(f"[{table}]") for table in TABLES}
-    for field in dataclasses.fields(TrainSettings):
-        kind = type(field.default)
-        value = {"type": kind, "metavar": kind.__name__.upper()}
-        groups[field.metadata["table"]].add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            **({"action": argparse.BooleanOptionalAction} if kind is bool else value),
-            help=f"{field.metadata['help']} ({defaults.get(field.name, field.default)})".replace(
-                "%", "%%"
-            ),
-        )
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(TrainSettings)}
-    return {name: value for name, value in vars(options).items() if name in names}
-
-
 def run_demo(options: argparse.Namespace) -> int:
     """`gpt2c demo`."""
-    result = demo(options.text, options.out, _given(options), options.overwrite)
+    result = demo(options.text, options.out, given_settings(options), options.overwrite)
     return (
         _interrupted(result, options.out / "data", options.out / "run") if result.interrupted else 0
     )
@@ -271,7 +245,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c train`."""
-    given = _given(options)
+    given = given_settings(options)
     if options.config is not None:
         given = recipe_settings(options.config, given)
     result = train(options.data, options.out, given, options.resume, options.overwrite)

@@ -23,12 +23,12 @@ __all__ = ["add_flags", "run_plot"]
 Entries = list[dict[str, Any]]
 TOKENS = "nats per token"
 BYTES = "bits per byte"
-LAST = 10  # steps whose losses are one figure, as in a line of training: one alone is noise
+LAST = 10  # losses that are averaged, as in a line of training: a single one is noisy
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
-    """Say what `gpt2c plot` takes."""
-    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="what gpt2c train made")
+    """Add the arguments of `gpt2c plot`."""
+    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run of gpt2c train")
     verb.add_argument(
         "--out", type=Path, metavar="FILE.png", help="default: plot.png in the first run"
     )
@@ -77,7 +77,7 @@ def run_plot(options: argparse.Namespace) -> int:
 
 
 def _one_tokenizer(paths: Iterable[Path]) -> bool:
-    """Whether no two of the runs hold different tokenizers; one that holds none counts as equal."""
+    """Return whether no two runs have different tokenizers; a run without one fits all."""
     found = set()
     for path in paths:
         try:
@@ -88,7 +88,7 @@ def _one_tokenizer(paths: Iterable[Path]) -> bool:
 
 
 def _bytes_per_token(path: Path) -> dict[str, float]:
-    """Return how many bytes a token of the run's texts has: "train" and "val"; {} if unknown."""
+    """Return the bytes per token of a run's texts, "train" and "val"; {} if unknown."""
     try:
         sizes = read_json(path / RUN_FILE).get("bytes_per_token")
     except (OSError, ValueError):
@@ -102,7 +102,7 @@ def _bytes_per_token(path: Path) -> dict[str, float]:
 
 
 def _in_bits(entries: Entries, sizes: dict[str, float]) -> Entries:
-    """Turn the losses of a run from nats per token into bits per byte of its texts."""
+    """Return a run's metrics, with losses in bits per byte of its texts, not nats per token."""
     splits = {"loss": sizes["train"], "val_loss": sizes["val"]}
     found = []
     for entry in entries:
@@ -116,7 +116,7 @@ def _in_bits(entries: Entries, sizes: dict[str, float]) -> Entries:
 
 
 def _tell(runs: dict[Path, Entries], unit: str) -> None:
-    """Print a line for each run: its steps, its last losses, its speed."""
+    """Print a line for each run: its steps, last losses and speed."""
     labels = shorten([str(path) for path in runs])
     for label, entries in zip(labels, runs.values(), strict=True):
         parts = [f"{entries[-1]['step']:,} steps"]

@@ -36,7 +36,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--tokenizer",
         default="bpe:4096",
-        help="bpe:SIZE, trained on what is not held out (default: bpe:4096), bytes, gpt2, a"
+        help="bpe:SIZE, trained on the training text (default: bpe:4096), bytes, gpt2, a"
         " directory such as a run, or a name on the hub (user/name)",
     )
     verb.add_argument(
@@ -52,7 +52,11 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help="share of the text to hold out (0.1)",
     )
     verb.add_argument(
-        "--seed", type=int, default=1337, metavar="N", help="seed of what is held out (1337)"
+        "--seed",
+        type=int,
+        default=1337,
+        metavar="N",
+        help="seed of the choice of held-out text (1337)",
     )
     verb.add_argument(
         "--shard-tokens",
@@ -61,7 +65,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens in a training file (0: one file)",
     )
-    verb.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    verb.add_argument("--overwrite", action="store_true", help="replace the content of --out")
 
 
 def run_prepare(options: argparse.Namespace) -> int:

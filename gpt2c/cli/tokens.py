@@ -1,4 +1,4 @@
-"""`gpt2c tokens`: a text in, its tokens out: where it is cut, ids, bytes."""
+"""`gpt2c tokens`: a text in, its tokens out: pieces, ids, bytes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARTS = "Some tokens are only a part of a character's bytes: those of a characte
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
-    """Say what `gpt2c tokens` takes."""
+    """Add the arguments of `gpt2c tokens`."""
     verb.set_defaults(any_text=True)
     verb.epilog = (
         "First the text, divided where a token ends: by | or, on a terminal, by colours. A token"
@@ -102,6 +102,6 @@ def _divided(pieces: list[str]) -> str:
     shown = []
     for number, piece in enumerate(pieces):
         color = COLORS[number % 2]
-        lines = visible(piece).replace("\n", f"{PLAIN}\n{color}")  # else it fills the line
+        lines = visible(piece).replace("\n", f"{PLAIN}\n{color}")  # else the colour fills the line
         shown.append(colored(lines, color))
     return "".join(shown)

@@ -1,15 +1,23 @@
-"""The scripts of benchmarks/ fit the package: each imports, and pytest finds its benchmarks."""
+"""The scripts of benchmarks/ fit the package, and tables.py makes its tables."""
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gpt2c.bench import report
+from gpt2c.bench.machine import Ceilings
+from gpt2c.bench.suite import Result
+from gpt2c.cli.main import parser
+
+CEILINGS = Ceilings(2, {"avx2": 100e9, "base": 50e9}, {1: 10e9, 2: 15e9})
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not there")
 
@@ -30,3 +38,71 @@ def test_pytest_finds_a_benchmark_for_each_op() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gelu_forward" in done.stdout
+
+
+def test_commands_of_the_readme_have_flags_and_scripts_that_exist() -> None:
+    text = (BENCHMARKS / "README.md").read_text("utf-8")
+    lines = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)).splitlines()
+    measured = [line for line in lines if line.startswith("gpt2c ")]
+    scripts = re.findall(r"python benchmarks/(\w+\.py)", "\n".join(lines))
+    for line in measured:
+        parser().parse_args(shlex.split(line)[1:])
+    assert {"train", "generate", "ops"} == {line.split()[2] for line in measured}
+    assert "tables.py" in scripts and all((BENCHMARKS / name).is_file() for name in scripts)
+
+
+def tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *files: Path
+) -> str:
+    """Return what benchmarks/tables.py prints."""
+    monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, files)])
+    runpy.run_path(str(BENCHMARKS / "tables.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_tables_of_training_are_made_from_json_and_llmc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
+    facts = {"tokens": 256, "flops": 1e9, "peak_memory": 1e9, "first_loss": 11.0}
+    seconds = {"torch": 0.4, "avx512": 0.1, "avx2": 0.2, "torch-tuned": 0.3}
+    results = [Result("train 4 x 64", row, [s] * 3, facts=facts) for row, s in seconds.items()]
+    results.append(Result("train 4 x 64", "base", [0.1], "WRONG: error 1.0e+00", facts))
+    path = tmp_path / "zen5-train.json"
+    report.write_json(path, CEILINGS, results, "quiet machine: so")
+    (tmp_path / "zen5-llmc.txt").write_text("4 x 64: 0.512 s a step, 500.0 tokens/s, loss 9.1\n")
+    out = tables(monkeypatch, capsys, path)
+    assert (
+        "|  | avx2 / best PyTorch | avx512 / best PyTorch | avx2, % of peak | avx512, % of" in out
+    )
+    assert "| zen5, 4 x 64 | 1.50 | 3.00 | 5% | 10% |" in out
+    assert "|  | avx2 | avx512 | torch | torch-tuned | llm.c |" in out
+    assert "| zen5, 4 x 64 | 1,280 | 2,560 | 640 | 853 | 500 |" in out
+    assert out.splitlines()[-2].startswith("zen5: ") and "2 threads" in out
+    assert "; MKL_CBWR=AVX2; " in out and out.endswith("; quiet machine: so\n\n")
+
+
+def test_tables_of_generation_show_the_best_of_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "avx2:fp32": (0.02, 500e6),
+        "base:fp32": (0.04, 400e6),
+        "transformers": (0.05, 800e6),
+        "llama.cpp:fp32": (0.025, 900e6),
+        "avx2:int8": (0.01, 200e6),
+    }
+    results = [
+        Result(group, row, [seconds], facts={"tokens": tokens, "memory": memory})
+        for group, tokens in (("prefill 512 tokens", 512), ("decode, batch 1", 1))
+        for row, (seconds, memory) in rows.items()
+    ]
+    path = tmp_path / "zen5-generate.json"
+    report.write_json(path, CEILINGS, results, "quiet machine: so")
+    out = tables(monkeypatch, capsys, path)
+    assert (
+        "| prefill 512 tokens, ms | 20.0 (avx2) | 25.0 (llama.cpp) |  |  | 10.0 (avx2) |  |" in out
+    )
+    assert "| decode, batch 1, tokens/s | 50.0 (avx2) | 40.0 (llama.cpp) |" in out
+    assert "| decode, batch 1, resident MB | 400 (base) | 800 (transformers) |" in out
+    assert "| transformers | 50.0 | 20.0 | 800 |" in out

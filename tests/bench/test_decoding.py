@@ -59,7 +59,7 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     def show(done: list[Result]) -> None:
         pytest.fail("it started")
 
-    monkeypatch.setattr(bench_generate, "start", show)
+    monkeypatch.setattr(bench, "start", show)
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     one = PROCESS_BYTES + 2 * 4 * GPT2Config().num_parameters()
     wanted = f"^a benchmark of generation needs {megabytes(one)}: base:fp32 {megabytes(one)};"

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from gpt2c import GPT2Config
 from gpt2c.bench import machine, report
 from gpt2c.bench import suite as bench
 from gpt2c.bench.machine import Ceilings, Quiet, cpu_name, measure_ceilings
-from gpt2c.bench.suite import Result, Row, WorkerError, bench_ops, bench_train
+from gpt2c.bench.suite import Result, Row, Work, WorkerError, bench_ops, bench_train
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.cli import bench as cli_bench
 from gpt2c.cli.main import main
@@ -147,19 +148,38 @@ def test_a_wrong_row_is_not_timed(error: float) -> None:
             return {"error": error, "rtol": 1e-6}
 
     liar = Liar()
-    result = bench.get_ready(liar, "op", {}, lambda row: row.ask("op"))
+    result = bench.get_ready(liar, Work("op", "op", {}, "sample", lambda row: {}))
     bench.take_turns([liar], [result], "sample", 2, 1.0, Quiet(1))
     assert result.note.startswith("WRONG") and not result.seconds
 
 
 def test_rows_whose_losses_differ_are_struck_out() -> None:
     losses = [5.0, 5.0001, 5.1, math.nan]
-    results = [
-        Result("train", str(i), [1.0], facts={"first_loss": x}) for i, x in enumerate(losses)
-    ]
+    results = [Result("train", str(i), facts={"first_loss": x}) for i, x in enumerate(losses)]
     bench._compare_losses(results)
     assert [bool(r.note) for r in results] == [False, False, True, True]
-    assert not results[2].seconds
+
+
+def test_losses_are_not_compared_with_those_of_a_wrong_row() -> None:
+    wrong = Result("train", "a", note="WRONG: error 1.0e+00", facts={"first_loss": 4.0})
+    results = [wrong, *(Result("train", row, facts={"first_loss": 5.0}) for row in "bc")]
+    bench._compare_losses(results)
+    assert [r.note for r in results] == ["WRONG: error 1.0e+00", "", ""]
+
+
+def test_a_row_whose_loss_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Row.ask
+
+    def lying(self: Row, do: str, **arguments: Any) -> dict[str, Any]:
+        answer = ask(self, do, **arguments)
+        if self.name == "base" and do == "train":
+            answer["first_loss"] += 0.1
+        return answer
+
+    monkeypatch.setattr(Row, "ask", lying)
+    results, _ = bench_train(["numpy", "base"], CEILINGS, TINY, [(1, 8)], None, True, print)
+    assert [bool(r.seconds) for r in results] == [True, False]
+    assert results[1].note.startswith("WRONG: first loss")
 
 
 def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +250,7 @@ def test_memory_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ops_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "start", lambda *_: pytest.fail("it started"))
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
-    with pytest.raises(MemoryError, match=r"^a benchmark of ops needs .*: base .*, what verifies"):
+    with pytest.raises(MemoryError, match=r"^a benchmark of ops needs .*: base .*, verification"):
         bench_ops(["base"], CEILINGS, True, print)
 
 
@@ -416,7 +436,9 @@ def test_a_summary_of_tokens() -> None:
 # ---- the JSON file, and a later run compared with it ---------------------------------------------
 
 
-def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
+def test_the_json_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    monkeypatch.setenv("MY_SECRET", "x")
     wrong = Result("gelu n=9", "base", note="WRONG", facts={"error": math.nan, "flops": 1.0})
     results = [*op_results(), wrong]
     report.write_json(tmp_path / "a.json", CEILINGS, results, "NOISY MACHINE: so")
@@ -429,8 +451,33 @@ def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
     assert datetime.fromisoformat(content["date"]).tzinfo is not None
     assert content["versions"].keys() >= {"gpt2c", "Python", "numpy"}
     assert content["cpu"] == machine.cpu_facts() and content["commit"] == machine.commit()
+    assert content["environment"]["MKL_NUM_THREADS"] == "2"
+    assert "MY_SECRET" not in content["environment"]
     assert content["compiler"] == "unknown compiler" or re.search("GCC|clang", content["compiler"])
     assert content["results"][-1]["facts"]["error"] is None
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+def test_a_commit_with_other_sources_ends_in_plus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *me, *arguments], check=True)
+
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "gpt2c" / "bench" / "machine.py"))
+    git("init", "-q")
+    assert machine.commit() == ""
+    for name in ("gpt2c", "csrc", "benchmarks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    (tmp_path / "benchmarks" / "a").write_text("2")
+    head = machine.commit()
+    assert re.fullmatch(r"[0-9a-f]{40}", head), "a result is no source"
+    (tmp_path / "csrc" / "a").write_text("2")
+    assert machine.commit() == head + "+"
 
 
 def test_the_commit_is_that_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,7 +658,7 @@ def test_a_person_who_watches_sees_a_bar(
 
 
 def test_shapes_are_written_for_people() -> None:
-    work = [bench.describe(shape) for _, shape in bench.ops_work(False)]
+    work = [found.group.partition(" ")[2] for found in bench.ops_work(False)]
     assert "N=1 C=768 OC=3072 int8 weights" in work
     assert "N=1024 C=768 OC=3072 gradients written" in work
     assert not any("kind" in text or "True" in text or "False" in text for text in work)
