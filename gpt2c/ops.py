@@ -230,9 +230,9 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
     formula = summary.split("\nParameters\n")[0].rstrip()
     lines = {array.name: line(array) for array in op.arrays}
     lines |= {name: f"{name} : int, the size {letter}" for letter, name in GIVEN.items()}
-    for name in op.numbers.keys() & parameters.keys():
-        default = parameters[name]
-        lines[name] = f"{name} : {type(default).__name__}, default {default}"
+    for name, default in op.numbers.items():
+        shown = f"{type(default).__name__}, default {default}"
+        lines[name] = f"{name} : {'int' if default is None else shown}"
     lines["backend"] = "backend : a name of `gpt2c.backends()`, default auto"
     inputs = [lines[name] for name in parameters]
     results = [line(array) for array in op.outputs] or [f"{op.returns} : float"]

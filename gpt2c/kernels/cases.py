@@ -205,6 +205,16 @@ def _attention_backward(
     return [_unwritten(B, T, 3 * NH * HS), dout, arguments[4], out, lse]
 
 
+def _rope_forward(rng: Any, B: int, T: int, NH: int, D: int, position: int = 3) -> list[Any]:
+    x = _normal(rng, B, T, (NH + 2) * 2 * D)  # a head of keys and one of values
+    angles = rng.uniform(-np.pi, np.pi, (position + T + 2, D))  # more positions than are used
+    return [
+        _unwritten(*x.shape),
+        *(x, _rounded(np.cos(angles)), _rounded(np.sin(angles))),
+        *(NH + 1, position),
+    ]
+
+
 def _hidden(rng: Any, kind: str, *shape: int) -> Any:
     n = math.prod(shape)
     makers: dict[str, Callable[[], Any]] = {
@@ -305,6 +315,7 @@ ATTENTION: list[Shape] = [
     {"B": 1, "T": 1024, "NH": 12, "HS": 64},
     {"B": 4, "T": 64, "NH": 12, "HS": 64},
 ]
+ROPE: list[Shape] = [{"B": 4, "T": 1024, "NH": 12, "D": 32}]
 TRANSPOSE: list[Shape] = [{"R": 768, "C": 3072}, {"R": 3072, "C": 768}]
 # a token, as many as are read together, and a piece of a prompt
 LINEAR: list[Shape] = [
@@ -406,6 +417,18 @@ EXAMPLES: dict[str, Example] = {
         ATTENTION,
         lambda B, T, NH, HS: (4 * B * NH * HS * T * T, 32 * B * T * NH * HS),
         kinds={"saturated": 1e-4},
+    ),
+    "rope_forward": Example(
+        FEW,
+        _rope_forward,
+        ROPE,
+        lambda B, T, NH, D: (6 * B * T * (NH + 1) * D, 16 * B * T * (NH + 2) * D),
+    ),
+    "rope_backward": Example(
+        FEW,
+        _rope_forward,  # a gradient has the shape of qkv
+        ROPE,
+        lambda B, T, NH, D: (6 * B * T * (NH + 1) * D, 16 * B * T * (NH + 2) * D),
     ),
     "gelu_forward": Example(
         FEW,

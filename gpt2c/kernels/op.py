@@ -15,8 +15,8 @@ the bar stands what C is told and arrays know: the names of sizes, in the order 
 The binding of the C kernels (gpt2c.kernels.binding), the checks and the public functions
 (gpt2c.ops) are made from these lines; the meaning of an op stands in the reference, and its
 arguments for tests and benchmarks in gpt2c.kernels.cases. Letters: B sequences, T time, N rows, C
-channels, OC output channels, V vocabulary, NH heads, HS head size, P positions, R rows of a matrix,
-n all elements of an array.
+channels, OC output channels, V vocabulary, NH heads, HS head size, D pairs of a head's channels, P
+positions, R rows of a matrix, n all elements of an array.
 """
 
 from __future__ import annotations
@@ -67,6 +67,15 @@ gelu_backward       dx[*]=dout <- dout[*] x[*] | n
 swiglu_forward      out[N C] <- x[N 2C] | N C
 swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
+
+rope_forward        out[B T C]=qkv <- qkv[B T C] cos[P D] sin[P D] heads position=0 | B T C D
+    qkv: C % (2 * D) == 0
+    heads: 1 <= heads <= C // (2 * D)
+    position: 0 <= position <= P - T
+rope_backward       dqkv[B T C]=dout <- dout[B T C] cos[P D] sin[P D] heads position=0 | B T C D
+    dout: C % (2 * D) == 0
+    heads: 1 <= heads <= C // (2 * D)
+    position: 0 <= position <= P - T
 
 crossentropy_forward
                     losses[N] lse[N] <- logits[N V] targets[N]targets | N V

@@ -70,7 +70,10 @@ def test_backward_is_the_derivative_of_forward(case: Case, rng: np.random.Genera
     values = dict(zip(names, case.arguments(), strict=True))
     out = values[forward.outputs[0].name]
     d_out = f"d{forward.outputs[0].name}"
-    numbers = {**backward.numbers} | ({"scale": 0.3} if "scale" in backward.numbers else {})
+    numbers = {
+        name: values.get(name, 0.3 if name == "scale" else default)
+        for name, default in backward.numbers.items()
+    }
     # an op that ends in losses takes the factor of their sum in place of their gradient
     takes_gradient = d_out in [array.name for array in backward.inputs]
     values[d_out] = rng.standard_normal(out.shape) if takes_gradient else np.float64(0.3)
