@@ -370,7 +370,9 @@ EXAMPLES: dict[str, Example] = {
         _rmsnorm_forward,
         ROWS,
         lambda N, C: (5 * N * C, 8 * N * C),
-        kinds=dict.fromkeys(ODD_ROWS, FEW),
+        # the sum of equal squares is rounded the same way many times in a row: with one lane, 1003
+        # channels lose 5e-6
+        kinds=dict.fromkeys(ODD_ROWS, FEW) | {"constant": 1e-5},
     ),
     "rmsnorm_backward": Example(  # dweight is a sum over rows
         SUM,
