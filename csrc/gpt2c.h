@@ -5,7 +5,8 @@
  * argument order, without what C must be told and arrays know: sizes, scratch, the team of threads (team.h). Python
  * hands a pool where a kernel has a team; build.py generates the function between.
  *
- * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
+ * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size,
+ * D pairs of a head's channels.
  * Order: outputs, inputs, scalars, scratch, sizes, team. All arrays are C-contiguous float32 unless typed otherwise,
  * all sizes positive, but N of decode_step, which may be 0.
  * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward writes

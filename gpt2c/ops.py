@@ -1,4 +1,4 @@
-"""Every op of GPT-2 on plain NumPy arrays, on any backend: checked arguments, new results.
+"""Every op on plain NumPy arrays, on any backend: checked arguments, new results.
 
 The functions are made from the declarations of `gpt2c.kernels.op`: the inputs and numbers of an op,
 then the sizes of its results that no input has (vocab_size, n_positions, n_head), then backend.

@@ -2,8 +2,11 @@
 
     layernorm_forward  out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5 | N C
 
-Left of the arrow are the outputs, right of it the inputs, then numbers with their defaults. After
-the bar stands what C is told and arrays know: the names of sizes, in the order of csrc/gpt2c.h.
+Left of the arrow are the outputs, right of it the inputs, then numbers with their defaults; one
+without a default is an int. After the bar stands what C is told and arrays know: the names of
+sizes, in the order of csrc/gpt2c.h. `f(N threads)` there is scratch of as many floats as C's
+function f returns, `type` the type of the weights. A line below, `eps: 0 <= eps`, is a rule; where
+it does not hold, ValueError names the argument.
 
     x[N C]     floats, N rows of C; 3C is three times C; * is any shape, the same wherever it stands
     +dx[N C]   is added to, because gradients add up
