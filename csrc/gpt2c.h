@@ -5,7 +5,8 @@
  * argument order, without the arguments that only C needs: sizes, scratch memory and the team of threads (team.h).
  * Python passes a pool where a kernel takes a team; build.py generates the function between them.
  *
- * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size.
+ * Letters: B batch, T time, N = B*T rows, C channels, OC output channels, V vocabulary, NH heads, HS = C/NH head size,
+ * D pairs of a head's channels, KV key and value heads, W channels of q, k and v, P positions, S offsets.
  * Order: outputs, inputs, scalars, scratch, sizes, team. Arrays are C-contiguous float32 unless their type says
  * otherwise. Sizes are positive; only decode_step's N may be 0.
  * Parameter gradients (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up; matmul_backward
@@ -153,6 +154,18 @@ void attention_forward(float *out, float *lse, float *keys, float *values, const
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
                         const int32_t *offsets, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
                         int64_t S, Team *team);
+
+/* ---- rope: rotary positions ---------------------------------------------------------------------------------- */
+
+/* out (B,T,C): a row of qkv (B,T,C) holds heads of 2D channels, q, k and v. Of the first `heads`, those of q and k,
+ * each pair (i, i + D) is turned by the angle whose cosine and sine stand in the token's row of cos and sin (at least
+ * position + T,D); the others are copied. out may be qkv. */
+void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, int64_t heads, int64_t position,
+                  int64_t B, int64_t T, int64_t C, int64_t D, Team *team);
+
+/* dqkv (B,T,C) = dout (B,T,C), its pairs turned back; dqkv may be dout. */
+void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, int64_t heads, int64_t position,
+                   int64_t B, int64_t T, int64_t C, int64_t D, Team *team);
 
 /* ---- elementwise -------------------------------------------------------------------------------------------- */
 

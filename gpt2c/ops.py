@@ -1,4 +1,4 @@
-"""Every op of GPT-2 on plain NumPy arrays, on any backend: checked arguments, new results.
+"""Every op on plain NumPy arrays, on any backend: checked arguments, new results.
 
 The functions are made from the declarations of `gpt2c.kernels.op`. Their arguments are the inputs
 of an op, the sizes of its results that no input has (vocab_size, n_positions, n_head), the optional
@@ -255,9 +255,9 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
     formula = summary.split("\nParameters\n")[0].rstrip()
     lines = {array.name: line(array) for array in op.arrays}
     lines |= {name: f"{name} : int, the size {letter}" for letter, name in GIVEN.items()}
-    for name in op.numbers.keys() & parameters.keys():
-        default = parameters[name]
-        lines[name] = f"{name} : {type(default).__name__}, default {default}"
+    for name, default in op.numbers.items():
+        shown = f"{type(default).__name__}, default {default}"
+        lines[name] = f"{name} : {'int' if default is None else shown}"
     lines["n_kv_head"] = "n_kv_head : int, the size KV, default n_head"
     lines["backend"] = "backend : a name of `gpt2c.backends()`, default auto"
     inputs = [lines[name] for name in parameters]

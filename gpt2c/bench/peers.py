@@ -104,6 +104,14 @@ def _attention_forward(
     return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), None, None, None]
 
 
+def _rope(x: Any, cos: Any, sin: Any, heads: int, position: int) -> Any:
+    (B, T, C), D = x.shape, cos.shape[1]
+    c, s = (torch.cat([t, t], 1)[position : position + T, None] for t in (cos, sin))
+    qk, v = x.view(B, T, -1, 2 * D).tensor_split([heads], dim=2)
+    half = torch.cat([-qk[..., D:], qk[..., :D]], 3)
+    return torch.cat([qk * c + half * s, v], 2).view(B, T, C)
+
+
 def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Call | None:
     if weight.dtype != x.dtype:
         return None
@@ -165,6 +173,10 @@ _OPS: dict[str, Callable[..., Call | None]] = {
     ),
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
+    "rope_forward": lambda out, *given: lambda: [_rope(*given)],
+    "rope_backward": lambda dqkv, dout, *tables: (
+        _gradient(_rope(dqkv.requires_grad_(), *tables), dqkv, dout)
+    ),
     "gelu_forward": lambda out, x: lambda: [F.gelu(x, approximate="tanh")],
     "gelu_backward": lambda dx, dout, x: (
         lambda: [aten.gelu_backward(dout, x, approximate="tanh")]

@@ -2,9 +2,10 @@
 
     layernorm_forward  out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5 | N C
 
-Left of the arrow are the outputs, right of it the inputs, then numbers with their defaults. After
-the bar are C's other arguments, which follow from the arrays: sizes, the type of a weight, and
-scratch memory, in the order of csrc/gpt2c.h.
+Left of the arrow are the outputs, right of it the inputs, then numbers with their defaults; one
+without a default is an int. After the bar are C's other arguments, which follow from the arrays:
+sizes, `type`, the type of the weights, and `f(N threads)`, scratch memory of as many floats as C's
+function f returns, in the order of csrc/gpt2c.h.
 
     x[N C]     floats, N rows of C; 3C is three times C; * is any shape, the same for all arrays
     +dx[N C]   is added to, because gradients add up
@@ -20,8 +21,8 @@ The binding of the C kernels (gpt2c.kernels.binding), the checks and the public 
 (gpt2c.ops) are made from these lines. The reference defines what an op computes;
 gpt2c.kernels.cases has its arguments for tests and benchmarks. Letters: B sequences, T time, N
 rows, C channels, OC output channels, V vocabulary, NH query heads, KV key and value heads, HS head
-size, W channels of q, k and v, P positions, R rows of a matrix, S offsets, n all elements of an
-array.
+size, D pairs of a head's channels, W channels of q, k and v, P positions, R rows of a matrix, S
+offsets, n all elements of an array.
 """
 
 from __future__ import annotations
@@ -76,6 +77,15 @@ gelu_backward       dx[*]=dout <- dout[*] x[*] | n
 swiglu_forward      out[N C] <- x[N 2C] | N C
 swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
+
+rope_forward        out[B T C]=qkv <- qkv[B T C] cos[P D] sin[P D] heads position=0 | B T C D
+    qkv: C % (2 * D) == 0
+    heads: 1 <= heads <= C // (2 * D)
+    position: 0 <= position <= P - T
+rope_backward       dqkv[B T C]=dout <- dout[B T C] cos[P D] sin[P D] heads position=0 | B T C D
+    dout: C % (2 * D) == 0
+    heads: 1 <= heads <= C // (2 * D)
+    position: 0 <= position <= P - T
 
 crossentropy_forward
                     losses[N] lse[N] <- logits[N V] targets[N]targets | N V

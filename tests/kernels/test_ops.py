@@ -361,6 +361,11 @@ def test_ids_out_of_range_are_refused(
         ("attention_forward", {"n_head": -1}, "n_head"),
         ("attention_forward", {"n_head": 2}, "n_head"),  # C = 15
         ("attention_forward", {"n_head": 30}, "n_head"),
+        ("rope_forward", {"heads": 0}, "heads must be such that 1 <= heads"),
+        ("rope_forward", {"heads": 6}, "heads must be such that"),  # C = 70, D = 7
+        ("rope_forward", {"qkv": np.zeros((2, 5, 77), np.float32)}, "qkv must be such that"),
+        ("rope_forward", {"position": -1}, "position must be such that 0 <= position"),
+        ("rope_backward", {"position": 6}, "position must be such that"),  # T = 5, P = 10
         ("adamw_update", {"t": 0}, "t must"),
         ("adamw_update", {"t": -1}, "t must"),
         ("adamw_update", {"t": 1.5}, "t must be a whole number"),

@@ -73,7 +73,10 @@ def test_backward_is_the_derivative_of_forward(case: Case, rng: np.random.Genera
     values = dict(zip(names, case.arguments(), strict=True))
     out = values[forward.outputs[0].name]
     d_out = f"d{forward.outputs[0].name}"
-    numbers = {**backward.numbers} | ({"scale": 0.3} if "scale" in backward.numbers else {})
+    numbers = {
+        name: values.get(name, 0.3 if name == "scale" else default)
+        for name, default in backward.numbers.items()
+    }
     # an op that ends in losses takes a weight for each and a scale in place of their gradient
     values["weights"] = rng.standard_normal(len(out))
     takes_gradient = d_out in [array.name for array in backward.inputs]

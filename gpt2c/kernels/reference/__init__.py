@@ -10,8 +10,7 @@ Gradients of parameters (dweight, dbias, dwte, dwpe) are accumulated (+=), becau
 Activations and their gradients are written (=), except the dx of a norm. Each backward function
 quotes the line that it differentiates; dy is the derivative of the loss by y.
 
-Letters: B batch, T time, C channels, V vocabulary, NH heads, HS = C/NH head size, OC output
-channels, N = B*T rows.
+Letters: those of `gpt2c.kernels.op`.
 
 Knows nothing about models, backends or C, and checks nothing that NumPy does not check.
 """

@@ -1,4 +1,4 @@
-"""Embedding: token ids -> vectors, token and position.
+"""Embedding: token ids -> vectors, token and position; rotary positions.
 
 `gpt2c.kernels.reference` states the rules of all ops.
 """
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.reference.linear import MIDDLE
 
-__all__ = ["encoder_backward", "encoder_forward"]
+__all__ = ["encoder_backward", "encoder_forward", "rope_backward", "rope_forward"]
 
 Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
@@ -73,3 +73,47 @@ def encoder_backward(
         np.add.at(dwte, idx, dout)
     if dwpe is not None:
         np.add.at(dwpe, _times(idx, offsets), dout.sum(axis=0))
+
+
+def rope_forward(out: Array, qkv: Array, cos: Array, sin: Array, heads: int, position: int) -> None:
+    """Turn each pair of channels of q and k by an angle that its position decides.
+
+    out_i = x_i cos - x_j sin,   out_j = x_j cos + x_i sin,   j = i + D, for each head x
+
+    A row of qkv holds heads of 2D channels: the q, then the k, then the v. The values stay as they
+    are.
+
+    Parameters
+    ----------
+    out : (B, T, C), written; may be `qkv`
+    qkv : (B, T, C)
+    cos, sin : (at least position + T, D), a row for each position, an angle for each pair
+    heads : how many heads of a row are turned, the first ones: those of q and of k
+    position : where in its text the first of the T tokens stands
+
+    Source: Su et al. 2021, arXiv:2104.09864; the pairs are those of transformers' rotate_half.
+    """
+    (B, T, _), D = qkv.shape, cos.shape[1]
+    x = qkv.reshape(B, T, -1, 2, D)[:, :, :heads].copy()  # out may be qkv
+    out[...] = qkv
+    turned = out.reshape(B, T, -1, 2, D)[:, :, :heads]
+    c, s = (table[position : position + T, None] for table in (cos, sin))
+    turned[..., 0, :] = x[..., 0, :] * c - x[..., 1, :] * s
+    turned[..., 1, :] = x[..., 1, :] * c + x[..., 0, :] * s
+
+
+def rope_backward(
+    dqkv: Array, dout: Array, cos: Array, sin: Array, heads: int, position: int
+) -> None:
+    """Write the gradient of qkv: the gradient of a turned pair is turned back.
+
+    dx_i = dout_i cos + dout_j sin,   dx_j = dout_j cos - dout_i sin,   j = i + D
+
+    Parameters
+    ----------
+    dqkv : (B, T, C), written; may be `dout`
+    dout : (B, T, C)
+    cos, sin, heads, position : as in the forward pass
+    """
+    # out_i = x_i cos - x_j sin,   out_j = x_j cos + x_i sin
+    rope_forward(dqkv, dout, cos, -sin, heads, position)

@@ -1,0 +1,35 @@
+/* Rotary positions: each pair (a, b) of a head's channels, i and i + D, becomes (a cos - b sin, b cos + a sin).
+ * Su et al. 2021, arXiv:2104.09864.
+ *
+ * Bound by memory: in place, q and k are read and written once; the tables stay in the cache. */
+
+#include "internal.h"
+
+/* direction 1 turns, -1 turns back. */
+static void turn(float *out, const float *x, const float *cos, const float *sin, float direction, int64_t heads,
+                 int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, Team *team) {
+    for_shared (bt, B * T, worth(C), team) {
+        const float *row = x + bt * C, *c = cos + (position + bt % T) * D, *s = sin + (position + bt % T) * D;
+        float *to = out + bt * C;
+        for (int64_t first = 0; first < heads * 2 * D; first += 2 * D) {
+            for (int64_t i = 0; i < D; i += VF_LEN) {
+                vf a = vf_load_n(row + first + i, D - i), b = vf_load_n(row + first + D + i, D - i);
+                vf ci = vf_load_n(c + i, D - i), si = vf_mul(vf_set1(direction), vf_load_n(s + i, D - i));
+                vf_store_n(to + first + i, vf_sub(vf_mul(a, ci), vf_mul(b, si)), D - i);
+                vf_store_n(to + first + D + i, vf_fma(b, ci, vf_mul(a, si)), D - i);
+            }
+        }
+        if (out != x) /* in place, the values are there already */
+            for (int64_t i = heads * 2 * D; i < C; i += VF_LEN) vf_store_n(to + i, vf_load_n(row + i, C - i), C - i);
+    }
+}
+
+void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, int64_t heads, int64_t position,
+                  int64_t B, int64_t T, int64_t C, int64_t D, Team *team) {
+    turn(out, qkv, cos, sin, 1.0f, heads, position, B, T, C, D, team);
+}
+
+void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, int64_t heads, int64_t position,
+                   int64_t B, int64_t T, int64_t C, int64_t D, Team *team) {
+    turn(dqkv, dout, cos, sin, -1.0f, heads, position, B, T, C, D, team);
+}
