@@ -177,23 +177,3 @@ def test_windows_lie_within_one_shard():
     assert y2.tolist() == [[12, -1, -1], [-1, -1, -1]]
     with pytest.raises(ValueError, match="2 tokens are too few"):
         windows(shards[1:2] * 2, 2, 3)
-
-
-@pytest.mark.parametrize(("count", "T", "overlap"), [(2, 4, 0), (9, 4, 2), (10, 4, 3), (50, 8, 4)])
-def test_overlapping_windows_score_every_token_once(count: int, T: int, overlap: int) -> None:
-    tokens = np.arange(count, dtype=np.uint16)
-    scored = []
-    for x, y in windows([tokens], 3, T, overlap):
-        rows, columns = np.nonzero(y >= 0)
-        assert np.array_equal(x[rows, columns] + 1, y[rows, columns])  # the token before its target
-        assert all(
-            column >= overlap or x[row, 0] == 0 for row, column in zip(rows, columns, strict=True)
-        )
-        scored += y[rows, columns].tolist()
-    assert scored == list(range(1, count))
-
-
-@pytest.mark.parametrize("overlap", [-1, 4, 5])
-def test_an_overlap_leaves_room_for_targets(overlap: int) -> None:
-    with pytest.raises(ValueError, match=r"overlap must be in \[0, block_size = 4\)"):
-        windows([np.arange(9, dtype=np.uint16)], 1, 4, overlap)

@@ -90,6 +90,8 @@ def test_resuming_from_state_and_steps_is_bit_equal():
         ({"v": np.ones(36)}, 1, r"v must have shape \(37,\), got \(36,\)$"),
         ({"m": np.ones((37, 1))}, 1, r"m must have shape \(37,\), got \(37, 1\)$"),
         ({}, -1, "steps must be at least 0, got -1$"),
+        ({}, np.nan, "steps must be a whole number, got nan$"),
+        ({}, 2.0, r"steps must be a whole number, got 2\.0$"),
     ],
 )
 def test_another_state_is_refused_and_nothing_is_loaded(change, steps, wanted):
