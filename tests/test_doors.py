@@ -77,6 +77,14 @@ def test_generator(model: gpt2c.GPT2) -> None:
     assert_type(next(generator.tokens("a", max_new_tokens=1)).probability, float)
 
 
+def test_ops() -> None:
+    x = np.ones((2, 3), np.float32)
+    assert_type(gpt2c.ops.gelu_forward(x, backend="numpy"), NDArray[Any])
+    assert_type(gpt2c.ops.global_norm(x, backend="numpy"), float)
+    with pytest.raises(TypeError):
+        gpt2c.ops.gelu_forward(y=x)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("name", [name for name in gpt2c.__all__ if name != "ops"])
 def test_no_door_returns_any(name: str) -> None:
     """But for mappings to values of several types, such as a config's entries."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -420,6 +423,29 @@ def test_docstrings_list_every_parameter_with_its_default(name: str) -> None:
     for parameter in parameters.values():
         if isinstance(parameter.default, int | float | str):
             assert listed[parameter.name].endswith(f"default {parameter.default}")
+
+
+@EVERY
+def test_declared_types_are_those_of_the_function(name: str) -> None:
+    """mypy and editors read the declarations in ops.py; the table makes the functions."""
+    for node in ast.parse(Path(ops.__file__).read_text()).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            declared = {function.name: ast.unparse(function) for function in node.body}
+    assert list(declared) == list(PUBLIC)
+    signature = str(inspect.signature(PUBLIC[name]))
+    signature = re.sub(r"(: |-> )'(.*?)'", r"\1\2", signature)  # the types are strings
+    assert declared[name] == ast.unparse(ast.parse(f"def {name}{signature}: ..."))
+
+
+@EVERY
+def test_results_have_the_declared_type(name: str) -> None:
+    returned = str(inspect.signature(PUBLIC[name]).return_annotation)
+    result = PUBLIC[name](**solved(name)[0])
+    if returned.startswith("tuple"):
+        assert isinstance(result, tuple) and all(isinstance(a, np.ndarray) for a in result)
+        assert returned == "tuple[Array, ...]" or len(result) == returned.count("Array")
+    else:
+        assert isinstance(result, {"Array": np.ndarray, "float": float}[returned])
 
 
 @EVERY
