@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -64,6 +65,16 @@ def test_round_trip(tmp_path: Path) -> None:
         assert read.keys() == written.keys()
         assert all(np.array_equal(np.asarray(read[name]), written[name]) for name in written)
     assert read_config(path) == CONFIG  # a checkpoint is a model directory
+
+
+def test_trainer_state_survives_a_dict_and_refuses_a_bad_entry() -> None:
+    entry = {"step": 4, "loss": 1.5}
+    state = TrainerState(4, entry=entry)
+    assert TrainerState(**dataclasses.asdict(state)) == state
+    for bad in ({"step": 5}, {}, [1], 7, {"step": 4, "loss": "low"}, {"step": 4, "loss": [1]}):
+        assert "entry must be the metrics of the step" in refused(
+            TrainerState, 4, 0, 0.0, None, bad
+        )
 
 
 def test_the_newest_n_stay(three: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_bad_gradient_leaves_everything_alone(bad):
         ("weight_decay", "1"),
     ],
 )
-def test_settings_out_of_range(name, value):
+def test_settings_refuse_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         AdamW(make_model(), **{name: value})
 
