@@ -61,9 +61,9 @@ def test_a_helper_asks_for_the_tests_that_use_it_by_another_helper_too() -> None
     cases = check.tests_of("tests/helpers/cases.py")
     assert {"tests/kernels/test_kernels.py", "tests/kernels/test_ops.py"} <= cases
     assert check.tests_of("tests/fuzz.py") == {"tests/files/test_hostile.py"}
-    for program in ("forks", "common"):
-        name = f"tests/programs/{program}.py"
-        assert check.tests_of(name) == {"tests/test_processes.py"}
+    forks = check.tests_of("tests/programs/forks.py")
+    assert forks == {"tests/test_processes.py"} < check.tests_of("tests/programs/common.py")
+    assert "tests/train/test_disks.py" in check.tests_of("tests/programs/disks.py")
 
 
 def test_other_files_ask_for_the_test_that_reads_them() -> None:

@@ -5,29 +5,22 @@ Each test runs a program of tests/programs in a process of its own, which is kil
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
+from helpers.command import program, run_process
 from programs.limits import STAGES
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="forks, limits and /proc are Linux's here"
 )
 
-SECONDS = 120  # of a program; it takes a few where the machine is not busy
-
 
 def run(module: str, *arguments: str, threads: int = 2, status: int = 0, **variables: str) -> str:
     """Run a program, a function of a module, in a process of its own; return what it prints."""
-    variables = {**os.environ, "GPT2C_NUM_THREADS": str(threads), **variables}
-    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    # From Python 3.12 on a fork beside threads is warned of: it is what is tested.
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", module]
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=variables, timeout=SECONDS
-    )
+    # From Python 3.12 on a fork beside threads is a DeprecationWarning, and these tests fork.
+    command = program(module, *arguments, flags=("-W", "ignore::DeprecationWarning"))
+    done = run_process(command, GPT2C_NUM_THREADS=str(threads), **variables)
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     return done.stdout
 

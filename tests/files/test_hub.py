@@ -365,34 +365,8 @@ def test_an_identifier_that_leads_outside(client: Client, trick: str, depth: int
 def test_downloads_of_two_threads_are_guarded(client: Client, files: dict[str, bytes]) -> None:
     """One begins first and ends while the other, whose hub lies, goes on."""
     client.standin.files["user/other"] = files
-    code = f"""
-import threading, huggingface_hub
-from gpt2c.files import hub
-begun, done = threading.Event(), threading.Event()
-def find_other():
-    try: hub.find("user/other")
-    except (OSError, ValueError) as error: print(type(error).__name__, error)
-other = threading.Thread(target=find_other)
-def wait(request):
-    if {REPO!r} in request.url.path and not begun.is_set():
-        other.start()
-        assert begun.wait(30)
-    elif "user/other" in request.url.path:
-        begun.set()
-        assert done.wait(30)
-def lie(response):
-    if "user/other" in response.request.url.path:
-        response.headers["etag"] = "../../../../evil"
-session = huggingface_hub.get_session()
-own = [*session.event_hooks["request"], wait]
-session.event_hooks = {{"request": own, "response": [lie]}}
-print(hub.find({REPO!r}).name)
-done.set()
-other.join()
-response = session.get({client.standin.url!r} + "/user/other/resolve/main/config.json")
-print(response.status_code)
-"""
-    done = client.run("-c", code)
+    arguments = ("two", REPO, "user/other", client.standin.url)
+    done = client.run("-m", "programs.downloads", *arguments)
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and lines[0] == COMMIT, done.stderr
     assert re.match(r"ValueError .* a path where an identifier belongs, \.\./", lines[1])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command import program, run_process
 
 from gpt2c.cli.main import main
 from gpt2c.files.atomic import locked
@@ -363,19 +362,6 @@ def test_a_directory_that_is_a_link_to_nowhere(run: Run, world: Path) -> None:
     assert run("first.bin new")[0] == 0 and (world / "away" / "config.json").exists()
 
 
-CUT = """
-import os, sys
-from gpt2c.cli import main
-from gpt2c.formats import convert
-claim = convert._claim
-def claim_then_cut(*arguments):  # when the source is open, and nothing of it read
-    claim(*arguments)
-    os.truncate(sys.argv[1], 1 << 16)
-convert._claim = claim_then_cut
-sys.exit(main.main(["convert", *sys.argv[2:]]))
-"""
-
-
 @pytest.mark.parametrize("headed", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whole: bool) -> None:
@@ -388,8 +374,8 @@ def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whol
     else:
         write_nanogpt(path, [tokens])
     src, dst = ("src", "dst") if whole else ("src/train.bin", "dst.bin")
-    command = [sys.executable, "-c", CUT, path, src, dst, "--format", "nanogpt"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    command = program("programs.disks", "shrink", str(path), src, dst, "--format", "nanogpt")
+    done = run_process(command, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "gpt2c: src/train.bin was cut short while it was read: tokens 0 to 1,048,576 of 1,048,576"

@@ -4,14 +4,12 @@ import gc
 import json
 import math
 import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 from helpers.raw import write_raw
 from safetensors.numpy import load_file, save_file
 
@@ -587,37 +585,12 @@ def test_a_config_that_json_cannot_hold_leaves_the_old_files(directory):
 
 # ---- writes that fail ----------------------------------------------------------------------------
 
-FAILING_SAVE = """
-import resource, signal, sys
-import numpy as np
-from gpt2c.formats.huggingface import save_weights
-
-directory, limited = sys.argv[1:]
-large, small = np.ones(5000, np.float32), np.ones(5, np.float32)
-config = {"text": "x" * 20000} if limited == "config" else {}
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead of killing
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-try:
-    save_weights(directory, config, {"wte.weight": large if limited == "model" else small})
-except OSError as error:
-    print(error)
-else:
-    sys.exit("the save did not fail")
-"""
-
 
 @pytest.mark.parametrize("limited", ["config", "model"])
 def test_a_failing_write_leaves_the_old_files(tmp_path, limited):
     save_weights(tmp_path, CONFIG, make_tensors())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    root = Path(__file__).resolve().parents[2]
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FAILING_SAVE, str(tmp_path), limited],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_process(program("programs.disks", "save", str(tmp_path), limited))
     assert result.returncode == 0, result.stderr
     assert "File too large" in result.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

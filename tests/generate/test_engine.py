@@ -1,17 +1,15 @@
 """The engine: requests come and go, each as it would be alone; what ends one, and what ends it."""
 
 import copy
-import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 
 import gpt2c
 from gpt2c.generate import engine as engine_module
@@ -605,18 +603,8 @@ def test_closing_leaves_what_is_done():
 
 
 def test_leaving_the_program_does_not_wait_for_the_engine():
-    code = """
-import gpt2c
-config = gpt2c.GPT2Config(vocab_size=11, n_positions=64, n_embd=12, n_layer=1, n_head=3)
-idle = gpt2c.Engine(gpt2c.GPT2(config))
-busy = gpt2c.Engine(gpt2c.GPT2(config))
-request = busy.submit([1, 2, 3], max_new_tokens=100_000_000)
-print(type(next(iter(request))).__name__)
-"""
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=WAIT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "int\n", "")
+    done = run_process(program("programs.fresh", "leave_engines"), timeout=WAIT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "int 2\n", "")
 
 
 @pytest.mark.parametrize("name", ["slots", "queue", "capacity"])

@@ -1,7 +1,9 @@
-"""The command line in a process of its own: a small run, and a model whose text is known."""
+"""Processes: gpt2c and tests/programs in one of their own; a model whose text is known."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,25 @@ TINY = (
     "--n-layer 1 --n-head 2 --n_embd 16 --block-size 16 --batch_size 4 --max-iters 20"
     " --warmup-iters 2 --learning-rate 1e-2"
 )
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's variables and these, with the modules that tests import."""
+    modules = os.pathsep.join(path for path in sys.path if path)
+    return {**os.environ, **variables, "PYTHONPATH": modules}
+
+
+def program(module: str, *arguments: str, flags: tuple[str, ...] = ()) -> list[str]:
+    """Return the command of a program of tests/programs; a warning is an error there."""
+    return [sys.executable, "-B", "-W", "error", *flags, "-m", module, *arguments]
+
+
+def run_process(
+    command: list[str], cwd: Path | None = None, timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, or kill it after `timeout` seconds; return its output as text."""
+    place = {"cwd": cwd, "env": environment(**variables)}
+    return subprocess.run(command, **place, timeout=timeout, capture_output=True, text=True)
 
 
 def crafted(directory: Path, third: int, later: int) -> str:

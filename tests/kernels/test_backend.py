@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 
 from gpt2c.kernels import backend as backend_module
 from gpt2c.kernels import reference
@@ -229,15 +230,5 @@ def test_importing_is_light_and_quiet() -> None:
 
 
 def test_a_step_in_a_fresh_process_is_quiet(backend_name: str) -> None:
-    code = f"""
-import gpt2c, numpy as np
-config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3)
-model = gpt2c.GPT2(config, backend={backend_name!r})
-optimizer = gpt2c.AdamW(model)
-idx = np.arange(8).reshape(1, 8)
-model.loss(idx, idx)
-model.backward()
-optimizer.step(grad_clip=1.0)
-print(model.generate(idx, 2, temperature=0).shape)
-"""
-    assert python(code) == "(1, 10)\n"
+    done = run_process(program("programs.fresh", "step", backend_name))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 10)\n", "")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -258,20 +259,10 @@ def test_a_directory_without_permission_is_no_matter_of_temporary_files(tmp_path
     )
 
 
-FULL_DISK = """
-import resource, signal, sys
-from gpt2c.cli.main import main
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead of killing
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-sys.exit(main(["prepare", "text.txt", "--out", "data", "--tokenizer", "bytes"]))
-"""
-
-
 def test_a_full_disk_names_the_file_that_was_wanted(tmp_path):
     (tmp_path / "text.txt").write_text("some text\n" * 200_000)  # more than is kept in memory
-    command = [sys.executable, "-c", FULL_DISK]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    arguments = ["prepare", "text.txt", "--out", "data", "--tokenizer", "bytes"]
+    done = run_process(program("programs.disks", "command", "8192", *arguments), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "gpt2c: data/train.bin: File too large"
     assert os.listdir(tmp_path) == ["text.txt"]

@@ -6,14 +6,13 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import DOCUMENTS, draw_nothing
+from helpers.command import program, run_process
 from helpers.kills import TINY, contents, same
 from helpers.runs import checkpoint_names, fail, files_below, train, train_short
 
@@ -144,16 +143,6 @@ def test_run_goes_on_where_tensorboard_cannot_be_written(
 # ---- a full disk ---------------------------------------------------------------------------------
 
 
-LIMITED = """
-import resource, sys
-from gpt2c import files
-from gpt2c.cli.main import main
-limit = int(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.parametrize("limit", [1_000, 4_000, 25_000, 40_000])
 @pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint_whole(
@@ -164,9 +153,8 @@ def test_full_disk_leaves_the_last_checkpoint_whole(
     out = cut(data, tmp_path / "run", 12, save_interval=5)
     newest = out / "checkpoints" / "00000010"
     before = {path: path.read_bytes() for path in [*newest.iterdir(), out / "model.safetensors"]}
-    command = [sys.executable, "-B", "-W", "error", "-c", LIMITED, str(limit)]
-    command += ["train", "--data", str(data), "--out", str(out), "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    arguments = ["train", "--data", str(data), "--out", str(out), "--resume"]
+    done = run_process(program("programs.disks", "command", str(limit), *arguments))
     assert done.returncode == 2
     assert done.stderr.startswith("gpt2c: ") and done.stderr.count("\n") == 1
     assert "File too large" in done.stderr and str(out) in done.stderr

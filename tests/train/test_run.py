@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DOCUMENTS, refused
+from helpers.command import environment, program
 from helpers.kills import contents, same
 from helpers.runs import checkpoint_names, files_below, train
 
@@ -353,22 +354,14 @@ def test_checkpoint_generates_with_the_tokenizer_of_its_run(whole: Path, tmp_pat
 
 # ---- one at a time -------------------------------------------------------------------------------
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from gpt2c.train.run import locked_run
-with locked_run(Path(sys.argv[1])):
-    print("locked", flush=True)
-    time.sleep(600)
-"""
-
 
 def test_run_refuses_a_second_process_until_the_first_is_dead(
     data: Path, tmp_path: Path, whole: Path, cut: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = cut(data, tmp_path / "run", 7, save_interval=5)
     before = files_below(out)
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE)
+    command = program("programs.disks", "hold", str(out))
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment())
     assert holder.stdout and holder.stdout.readline() == b"locked\n"
     for flag in ("--resume", "--overwrite"):
         assert main(["train", "--data", str(data), "--out", str(out), flag]) == 2

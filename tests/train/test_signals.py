@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import program, run_process
 from helpers.kills import TINY, contents
 from helpers.runs import checkpoint_names, resume_and_compare, train, train_short
 
@@ -147,17 +148,5 @@ def test_train_process_prints_how_to_resume_after_sigint(data: Path, tmp_path: P
 
 
 def test_ctrl_c_during_import_prints_no_traceback(tmp_path: Path) -> None:
-    """Before the command line is there."""
-    code = """
-import signal, sys
-class Press:
-    def find_spec(self, name, path=None, target=None):
-        if name == "numpy":
-            signal.raise_signal(signal.SIGINT)
-sys.meta_path.insert(0, Press())
-sys.argv = ["gpt2c", "info"]
-from gpt2c.__main__ import run
-sys.exit(run())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_process(program("programs.importing"))
     assert (done.returncode, done.stderr, done.stdout) == (130, "gpt2c: interrupted\n", "")
