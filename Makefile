@@ -51,7 +51,7 @@ sanitize: $(VENV)/installed-test
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/test_parity.py tests/text/test_tokenizer.py \
 		tests/evaluate/test_lm_eval.py tests/formats/test_llmc.py \
-		tests/test_processes.py::test_beside_torch_and_scikit_learn tests/train/test_tensorboard.py::test_tensorboard_reads_the_event_files
+		tests/test_processes.py::test_training_beside_torch_and_scikit_learn tests/train/test_tensorboard.py::test_tensorboard_reads_the_event_files
 
 # Tests of what meets other packages, with the oldest of them that pyproject.toml allows.
 lowest: .venv-lowest/installed

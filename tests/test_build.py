@@ -62,7 +62,7 @@ def run(command: list[str], cwd: Path, **variables: str) -> subprocess.Completed
 # ---- where it cannot build -----------------------------------------------------------------------
 
 
-def test_no_compiler_is_one_sentence(copy: Path) -> None:
+def test_missing_compiler_is_one_sentence(copy: Path) -> None:
     done = run([sys.executable, "build.py"], copy, CC="/nonexistent/cc -m64")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("gpt2c needs a C compiler and found no '/nonexistent/cc': ")
@@ -70,7 +70,7 @@ def test_no_compiler_is_one_sentence(copy: Path) -> None:
     assert not list((copy / "gpt2c").iterdir())
 
 
-def test_python_m_build_reaches_its_namesake() -> None:
+def test_python_m_build_runs_the_package_build() -> None:
     """In this folder `python -m build` finds build.py before the package of that name."""
     if not importlib.util.find_spec("pyproject_hooks"):  # which comes with that package alone
         pytest.skip("the package build is not installed")
@@ -79,7 +79,7 @@ def test_python_m_build_reaches_its_namesake() -> None:
     assert re.match(r"build \d", done.stdout)
 
 
-def test_python_m_build_without_its_namesake(copy: Path) -> None:
+def test_python_m_build_names_the_missing_package(copy: Path) -> None:
     done = run([sys.executable, "-S", "-m", "build"], copy)  # without site-packages
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "No module named build: pip install build\n"
@@ -113,7 +113,7 @@ def test_no_flag_changes_arithmetic_or_ties_to_this_machine(build: ModuleType) -
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_every_command_of_a_build(
+def test_build_runs_the_expected_commands(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is compiled: the commands are written down, and their outputs are empty files."""
@@ -153,7 +153,7 @@ def test_every_command_of_a_build(
         ("macosx-10.13-universal2", "x86_64", "macosx-10.13-x86_64"),
     ],
 )
-def test_what_is_built_for(
+def test_target_follows_platform_and_machine(
     build: ModuleType, says: str, machine: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("_PYTHON_HOST_PLATFORM", raising=False)
@@ -162,7 +162,7 @@ def test_what_is_built_for(
     assert build.target() == target
 
 
-def test_a_compiler_that_knows_no_instruction_set(
+def test_build_without_instruction_sets_makes_base_alone(
     build: ModuleType, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels need no runtime library beside the system's own, as OpenMP would be."""
@@ -243,7 +243,7 @@ def compiler(build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return Compiler(build, copy, monkeypatch)
 
 
-def test_a_second_build_compiles_what_changed(compiler: Compiler, copy: Path) -> None:
+def test_second_build_compiles_what_changed(compiler: Compiler, copy: Path) -> None:
     sources = {path.stem for path in (copy / "csrc").glob("*.c")}
     everything = sorted(
         f"{isa}-{stem}.o" for isa in ("avx2", "base") for stem in {f"_kernels_{isa}", *sources}
@@ -265,7 +265,7 @@ def test_a_second_build_compiles_what_changed(compiler: Compiler, copy: Path) ->
     assert compiler.library("avx2") == first
 
 
-def test_a_header_counts_for_those_that_include_it(compiler: Compiler, copy: Path) -> None:
+def test_changed_header_recompiles_its_includers(compiler: Compiler, copy: Path) -> None:
     compiler(wanted=["avx2"])
     header = copy / "csrc" / "vmath.h"
     header.write_text(f"{header.read_text()}// new\n")
@@ -277,7 +277,7 @@ def test_a_header_counts_for_those_that_include_it(compiler: Compiler, copy: Pat
     assert len(compiler(wanted=["avx2"])) == len(list((copy / "csrc").glob("*.c"))) + 1
 
 
-def test_flags_and_the_compilers_version_count(
+def test_cache_key_has_flags_and_compiler_version(
     compiler: Compiler, build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = compiler()
@@ -289,7 +289,7 @@ def test_flags_and_the_compilers_version_count(
     assert compiler() == everything
 
 
-def test_an_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
+def test_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
     compiler.silent = False
     everything = compiler()
     assert compiler() == everything
@@ -298,7 +298,7 @@ def test_an_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
     assert compiler() == []
 
 
-def test_a_source_that_is_edited_while_it_compiles_is_not_kept(
+def test_source_that_is_edited_while_it_compiles_is_not_kept(
     compiler: Compiler, copy: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the older content would name an object of the newer."""
@@ -326,13 +326,13 @@ def test_wheels_and_sanitized_builds_keep_nothing(compiler: Compiler, copy: Path
     assert not (copy / ".build").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_none(compiler: Compiler, copy: Path) -> None:
+def test_build_works_without_a_writable_cache(compiler: Compiler, copy: Path) -> None:
     (copy / ".build").touch()
     everything = compiler()
     assert compiler() == everything
 
 
-def test_the_cache_has_a_bound(
+def test_cache_is_bounded(
     compiler: Compiler, copy: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = compiler()
@@ -346,7 +346,7 @@ def test_the_cache_has_a_bound(
     assert compiler() == []  # what went is what no build used
 
 
-def test_one_instruction_set(copy: Path) -> None:
+def test_build_may_be_of_one_instruction_set(copy: Path) -> None:
     """By the command line; the file of another set is left alone."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
@@ -366,7 +366,7 @@ def test_one_instruction_set(copy: Path) -> None:
     assert re.fullmatch(r"gpt2c: no instruction set 'avx1024' for \w+: base.*\n", done.stderr)
 
 
-def test_an_instruction_set_that_the_compiler_does_not_know(
+def test_build_reports_an_unknown_instruction_set(
     build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All sets: it is left out. Asked for by name: the build ends."""

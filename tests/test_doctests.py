@@ -17,7 +17,9 @@ DOORS = [gpt2c, ops, scoring, *(getattr(gpt2c, name) for name in gpt2c.__all__ i
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_examples(door: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_the_doors_run(
+    door: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = inspect.getdoc(door) or ""
     known = {"gpt2c": gpt2c, "np": np}

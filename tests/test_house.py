@@ -92,7 +92,7 @@ def exported(path: Path) -> set[str]:
     raise AssertionError(f"{path} has no __all__")
 
 
-def test_a_module_says_what_others_may_use() -> None:
+def test_modules_import_only_names_of_all() -> None:
     modules = {
         ".".join(("gpt2c", *path.with_suffix("").parts)): exported(path)
         for path in FILES
@@ -105,14 +105,14 @@ def test_a_module_says_what_others_may_use() -> None:
                 assert not others, f"{path} imports what {node.module} does not have in __all__"
 
 
-def test_the_reference_knows_numpy_alone() -> None:
+def test_reference_imports_numpy_alone() -> None:
     for path in [*(PACKAGE / "kernels" / "reference").iterdir(), PACKAGE / "plain.py"]:
         if path.suffix == ".py":
             _, others = imports(path.relative_to(PACKAGE))
             assert others - sys.stdlib_module_names <= {"numpy"}
 
 
-def test_what_the_machine_allows_is_asked_in_one_place() -> None:
+def test_limits_of_the_machine_are_read_in_one_module() -> None:
     """Who asks elsewhere finds other cores after OpenMP has bound a thread, and no quotas."""
     asks = r"cpu_count|sched_getaffinity|SC_(PHYS|NPROC)|sys/fs/cgroup|RLIMIT_(AS|DATA)"
     asking = {str(path) for path in FILES if re.search(asks, (PACKAGE / path).read_text())}

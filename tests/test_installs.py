@@ -81,7 +81,7 @@ def unpack(sdist: Path, where: Path) -> Path:
     return source
 
 
-def test_the_sdist_is_the_source_and_nothing_else(sdist: Path) -> None:
+def test_sdist_is_the_source_and_nothing_else(sdist: Path) -> None:
     git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *FOLDERS]
     done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
     if done.returncode or not done.stdout:
@@ -91,16 +91,14 @@ def test_the_sdist_is_the_source_and_nothing_else(sdist: Path) -> None:
         assert {name.partition("/")[2] for name in archive.getnames()} == source | TOP
 
 
-def test_the_sdist_makes_itself(sdist: Path, tmp_path: Path) -> None:
+def test_sdist_builds_the_same_sdist(sdist: Path, tmp_path: Path) -> None:
     again = hatch(unpack(sdist, tmp_path / "source"), "sdist", tmp_path / "again")
     assert (again.name, again.read_bytes()) == (sdist.name, sdist.read_bytes())
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 @pytest.mark.slow
-def test_the_wheel_is_the_same_from_anywhere_and_holds_what_it_must(
-    sdist: Path, tmp_path: Path
-) -> None:
+def test_wheel_is_reproducible_and_complete(sdist: Path, tmp_path: Path) -> None:
     """Two folders, one of them with what a developer leaves behind, and the same bytes."""
     quick = tmp_path / "cc"  # what it compiles is another's test
     quick.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
@@ -155,7 +153,7 @@ CPUS = [("Nehalem", "base"), ("Haswell,-fma,-f16c", "base"), ("Haswell", "avx2")
 
 @emulated
 @pytest.mark.parametrize(("cpu", "expected"), CPUS, ids=[cpu for cpu, _ in CPUS])
-def test_an_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path) -> None:
+def test_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path) -> None:
     """What needs a newer CPU ends the process there, as on a real one (next test)."""
     if expected not in backends():
         pytest.skip(f"{expected} does not run here, to be compared with")
@@ -169,7 +167,7 @@ def test_an_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path
 
 
 @emulated
-def test_the_emulator_refuses_what_the_cpu_lacks() -> None:
+def test_emulator_refuses_what_the_cpu_lacks() -> None:
     if not (PACKAGE / "_kernels_avx2.abi3.so").exists():
         pytest.skip("no avx2 kernels are built")
     code = "import sys, importlib as i; sys.path[:0] = [sys.argv[1]]; k = i.import_module"

@@ -267,7 +267,7 @@ SAVES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("save", SAVES)
-def test_what_transformers_saves_is_the_same_model(save: str, tmp_path: Path) -> None:
+def test_model_saved_by_transformers_is_read(save: str, tmp_path: Path) -> None:
     """Weights to the bit, and logits: stored in 16 bits, as transformers widens them to float32."""
     SAVES[save](torch_model(SMALL), tmp_path)
     assert ("shards" in save) == (len(list(tmp_path.glob("*.safetensors"))) > 2)
@@ -329,7 +329,7 @@ def test_other_models_are_refused_by_name(
 
 
 @pytest.mark.parametrize("end", [None, 0, 96])
-def test_a_saved_models_texts_end_alike(end: int | None, tmp_path: Path) -> None:
+def test_saved_models_texts_end_alike(end: int | None, tmp_path: Path) -> None:
     """transformers' generate takes the end from generation_config.json, and says nothing of it."""
     own = GPT2(dataclasses.replace(SMALL, eos_token_id=end), seed=3)
     own.save_pretrained(tmp_path)
@@ -355,7 +355,7 @@ SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280)}
 
 
 @pytest.mark.parametrize(("L", "NH", "C"), [*SIZES.values(), (48, 25, 1600)], ids=[*SIZES, "1558M"])
-def test_the_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
+def test_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
     """On PyTorch's meta device, which allocates nothing."""
     config = GPT2Config(n_layer=L, n_head=NH, n_embd=C)
     with torch.device("meta"):
@@ -467,7 +467,7 @@ def processors(settings: dict[str, Any], prompt: int, ends: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("settings", PROCESSORS, ids=str)
-def test_what_may_be_drawn_agrees(settings: dict[str, Any]) -> None:
+def test_probabilities_of_sampling_agree(settings: dict[str, Any]) -> None:
     """The same tokens, and probabilities to what float32, in which they compute, can hold."""
     V, prompt, ends = 97, 6, [11, 12]
     config = GenerationConfig(**settings)

@@ -33,37 +33,37 @@ def test_parent_child_and_grandchild_compute_in_turn() -> None:
 
 
 @pytest.mark.parametrize("used", ["before", "after"])
-def test_a_pool_of_forks_computes_beside_its_parent(used: str) -> None:
+def test_pool_of_forks_computes_beside_its_parent(used: str) -> None:
     run("programs.forks", "pool", used)
 
 
 @pytest.mark.parametrize("computing", [(), ("main",), ("thread",), ("main", "thread")], ids=str)
-def test_a_thread_may_fork(computing: tuple[str, ...]) -> None:
+def test_thread_may_fork(computing: tuple[str, ...]) -> None:
     """Return whether it has computed before, and whether the main thread has."""
     run("programs.forks", "from_a_thread", *computing)
 
 
-def test_a_fork_while_another_thread_computes() -> None:
+def test_fork_while_another_thread_computes() -> None:
     run("programs.forks", "while_another_computes")
 
 
-def test_an_engine_stays_with_the_parent() -> None:
+def test_engine_stays_with_the_parent() -> None:
     run("programs.forks", "engine")
 
 
-def test_a_child_that_ends_by_itself_is_not_held_up() -> None:
+def test_child_ends_without_waiting_for_engines() -> None:
     """Engines are closed at the end of a program: in a child, too, which has not their thread."""
     run("programs.forks", "child_ends_by_itself")
 
 
-def test_forks_leave_nothing_behind() -> None:
+def test_forks_leave_no_threads_files_or_memory() -> None:
     run("programs.forks", "nothing_left")
 
 
 # ---- threads -------------------------------------------------------------------------------------
 
 
-def test_a_pool_ends_with_the_thread_that_used_it() -> None:
+def test_pool_ends_with_the_thread_that_used_it() -> None:
     run("programs.threads", "pool_ends")
 
 
@@ -80,7 +80,7 @@ def test_two_models_in_two_threads_do_not_disturb_each_other() -> None:
     run("programs.threads", "models_at_once")
 
 
-def test_a_model_that_computes_is_refused_to_a_second_thread() -> None:
+def test_busy_model_refuses_a_second_thread() -> None:
     """Their batches differ in size: arrays of one with the sizes of the other would crash."""
     run("programs.threads", "one_model_at_once")
 
@@ -88,23 +88,23 @@ def test_a_model_that_computes_is_refused_to_a_second_thread() -> None:
 # ---- signals -------------------------------------------------------------------------------------
 
 
-def test_a_storm_of_signals_changes_no_bit() -> None:
+def test_storm_of_signals_changes_no_bit() -> None:
     assert int(run("programs.signals", "storm")) > 10
 
 
-def test_ctrl_c_leaves_a_model_that_goes_on() -> None:
+def test_ctrl_c_leaves_a_model_usable() -> None:
     """It comes when the kernel is done; backward wants a loss again, no gradient is half there."""
     run("programs.signals", "ctrl_c")
 
 
-def test_a_process_ends_when_it_is_told_to() -> None:
+def test_sigterm_ends_a_training_process() -> None:
     run("programs.signals", "told_to_end", status=-15)
 
 
 # ---- limits --------------------------------------------------------------------------------------
 
 
-def test_threads_that_cannot_start_are_an_error() -> None:
+def test_thread_that_cannot_start_is_an_error() -> None:
     """Root has no such limit, so it becomes nobody."""
     if "skip" in run("programs.limits", "thread_limit", threads=8):
         pytest.skip("this process may not become another user")
@@ -122,13 +122,13 @@ def test_threads_that_start_at_once_do_not_take_each_others_memory() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.slow
-def test_memory_that_is_not_there_is_an_error(stage: str) -> None:
+def test_missing_memory_is_an_error(stage: str) -> None:
     """Each stage is given less than it takes; what is smaller must work under the same limit."""
     run("programs.limits", "stage", stage)
 
 
 @pytest.mark.parametrize("room", [0, 2000, 50_000, 500_000, 3_000_000, 9_000_000])
-def test_however_little_memory_is_left_the_process_lives(room: int) -> None:
+def test_process_survives_however_little_memory(room: int) -> None:
     """Down to nothing."""
     run("programs.limits", "little_memory", str(room))
 
@@ -140,7 +140,7 @@ ORDERS = [LIBRARIES, LIBRARIES[1:] + LIBRARIES[:1], LIBRARIES[::-1]]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
-def test_beside_torch_and_scikit_learn(order: list[str]) -> None:
+def test_training_beside_torch_and_scikit_learn(order: list[str]) -> None:
     """They bring OpenMP, whose threads the kernels neither use nor disturb."""
     for name in ("torch", "sklearn"):
         pytest.importorskip(name, reason=f"{name} is not installed here")

@@ -56,7 +56,7 @@ def run(command: list[str], folder: Path) -> None:
     assert "Traceback" not in said and "Warning" not in said, f"{shlex.join(command)}\n{said}"
 
 
-def test_every_block_says_what_it_is() -> None:
+def test_every_block_names_its_language() -> None:
     assert {language for language, _ in blocks()} == {"sh", "python", "text"}
     assert len(lines()) > 20
     assert not [line for line in lines() if re.search(r"\bsudo\b|\.\.\.", line.partition("#")[0])]
@@ -94,7 +94,7 @@ def test_lines_that_take_minutes_have_flags_that_exist() -> None:
         parser().parse_args(shlex.split(line)[1:])
 
 
-def test_the_chinese_readme_has_the_same_lines() -> None:
+def test_chinese_readme_has_the_same_lines() -> None:
     def code(path: Path) -> list[str]:
         python = "".join(text for language, text in blocks(path) if language == "python")
         return [line.partition("#")[0].rstrip() for line in lines(path) + python.splitlines()]

@@ -36,14 +36,14 @@ CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_worker_verifies_and_times_every_op(name: str, backend_name: str) -> None:
+def test_worker_verifies_and_times_every_op(name: str, backend_name: str) -> None:
     worker = Worker(backend_name, 1)
     answer = worker.op(name, small_shape(name))
     assert answer["error"] <= answer["rtol"]
     assert 0 < worker.sample()["seconds"] < 10
 
 
-def test_a_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker("base", 1)
     right = worker._backend.gelu_forward
 
@@ -57,7 +57,7 @@ def test_a_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer["error"] > answer["rtol"]
 
 
-def test_a_worker_sees_an_element_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_sees_an_element_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker("base", 1)
 
     class Lazy:
@@ -70,7 +70,7 @@ def test_a_worker_sees_an_element_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert math.isnan(answer["error"])
 
 
-def test_a_worker_sees_a_nan_in_any_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_sees_a_nan_in_any_output(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker("base", 1)
     right = worker._backend.layernorm_forward
 
@@ -85,7 +85,7 @@ def test_a_worker_sees_a_nan_in_any_output(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("recompute", [None, "light", "full"])
-def test_a_worker_trains(recompute: str | None) -> None:
+def test_worker_trains(recompute: str | None) -> None:
     worker = Worker("base", 1)
     answer = worker.train(dataclasses.asdict(TINY), 2, 8, recompute)
     assert answer["error"] <= answer["rtol"]
@@ -94,7 +94,7 @@ def test_a_worker_trains(recompute: str | None) -> None:
     assert first["peak_memory"] > 10e6 and first["seconds"] > 0
 
 
-def test_a_row_that_ends_says_why() -> None:
+def test_row_that_dies_gives_its_reason() -> None:
     with Row("base", 1) as row:
         assert row.ask("op", name="gelu_forward", shape={"n": 10})["error"] < 1e-5
         with pytest.raises(WorkerError, match="no_such_op"):
@@ -137,7 +137,7 @@ def test_training_steps_take_turns() -> None:
 
 
 @pytest.mark.parametrize("error", [0.5, math.nan])
-def test_a_wrong_row_is_not_timed(error: float) -> None:
+def test_wrong_row_is_not_timed(error: float) -> None:
     class Liar(Row):
         def __init__(self) -> None:
             self.name = "liar"
@@ -152,7 +152,7 @@ def test_a_wrong_row_is_not_timed(error: float) -> None:
     assert result.note.startswith("WRONG") and not result.seconds
 
 
-def test_rows_whose_losses_differ_are_struck_out() -> None:
+def test_rows_with_other_losses_are_struck_out() -> None:
     losses = [5.0, 5.0001, 5.1, math.nan]
     results = [
         Result("train", str(i), [1.0], facts={"first_loss": x}) for i, x in enumerate(losses)
@@ -162,7 +162,7 @@ def test_rows_whose_losses_differ_are_struck_out() -> None:
     assert not results[2].seconds
 
 
-def test_a_row_that_dies_is_told_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_that_dies_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     two = {name: EXAMPLES[name] for name in ("gelu_forward", "gelu_backward")}
     monkeypatch.setattr(
         bench, "EXAMPLES", {n: dataclasses.replace(op, shapes=[{"n": 99}]) for n, op in two.items()}
@@ -264,7 +264,9 @@ def test_bad_arguments_are_one_line(arguments: str, capsys: pytest.CaptureFixtur
     "arguments",
     ["--shape 4x64", "--recompute full", "--torch-compile", "--json no/such/place.json"],
 )
-def test_ops_refuse_what_is_not_theirs(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ops_refuse_flags_of_other_benchmarks(
+    arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "ops", *arguments.split()]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -290,13 +292,13 @@ def test_memory_is_read_to_the_last_whole_step(n: int, backend_name: str) -> Non
     assert kernels.memory_read(np.ones(n, np.float32)) == n // steps * steps
 
 
-def test_a_ceiling_is_arithmetic_or_memory() -> None:
+def test_ceiling_is_arithmetic_or_memory() -> None:
     assert CEILINGS.seconds("base", 50e9, 1e9) == 1.0
     assert CEILINGS.seconds("torch", 50e9, 1e9) == 0.5  # the highest peak
     assert CEILINGS.seconds("avx2", 1e9, 20e9) == 2.0
 
 
-def test_noise_is_told() -> None:
+def test_noise_is_reported() -> None:
     quiet = Quiet(1)
     quiet._seconds = [1.0, 1.01, 1.0, 1.02]
     assert quiet.verdict().startswith("quiet")
@@ -316,7 +318,7 @@ def op_results() -> list[Result]:
     ]
 
 
-def test_a_table_of_an_op() -> None:
+def test_table_of_an_op() -> None:
     heading, table = report.ops_table(op_results(), CEILINGS)
     assert "arithmetic" in heading and "1.0 GFLOP" in heading and "1.0 MB" in heading
     assert table[0] == ["", "ms", "±", "GFLOP/s", "% of ceiling", "times as fast as numpy"]
@@ -327,7 +329,7 @@ def test_a_table_of_an_op() -> None:
     assert report.as_markdown(heading, table).count("|") > 20
 
 
-def test_a_table_of_training() -> None:
+def test_table_of_training() -> None:
     facts = {"flops": 1e9, "tokens": 100, "peak_memory": 2e9}
     results = [
         Result("train 1 x 100", "avx2", [0.02] * 3, facts=facts),
@@ -353,7 +355,7 @@ def test_json_and_pictures_are_written(tmp_path: Path) -> None:
     assert "nothing" in refused(report.draw, tmp_path / "x.png", op_results()[2:], CEILINGS)
 
 
-def test_the_machine_is_a_small_table() -> None:
+def test_table_of_the_machine() -> None:
     ceilings = Ceilings(2, {"avx512vnni": 108e9, "base": 42e9}, {1: 53e9, 2: 45e9})
     first, *table = report.machine_lines(ceilings)
     assert first.startswith(f"{cpu_name()}, 2 threads; gpt2c ")
@@ -365,7 +367,7 @@ def test_the_machine_is_a_small_table() -> None:
     assert ", 1 thread; " in report.machine_lines(CEILINGS)[0]
 
 
-def test_a_processor_without_a_number_is_told_by_its_family(
+def test_processor_without_a_model_number_is_named_by_its_family(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     facts = {"model name": "AMD EPYC", "cpu family": "26", "model": "2", "stepping": "1"}
@@ -377,7 +379,7 @@ def test_a_processor_without_a_number_is_told_by_its_family(
     assert cpu_name()
 
 
-def test_a_summary_of_ops() -> None:
+def test_summary_of_ops() -> None:
     facts = {"flops": 1e9, "bytes": 1e6}
     more = [
         Result("gelu n=9", "numpy", [0.08], facts=facts),
@@ -397,7 +399,7 @@ def test_a_summary_of_ops() -> None:
     ]
 
 
-def test_a_summary_of_tokens() -> None:
+def test_summary_of_tokens() -> None:
     results = [
         Result(f"train 1 x {T}", row, [0.1 / i], facts={"tokens": T, "flops": 1.0})
         for T in (8, 16)
@@ -416,7 +418,7 @@ def test_a_summary_of_tokens() -> None:
 # ---- the JSON file, and a later run compared with it ---------------------------------------------
 
 
-def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
+def test_json_records_what_was_measured(tmp_path: Path) -> None:
     wrong = Result("gelu n=9", "base", note="WRONG", facts={"error": math.nan, "flops": 1.0})
     results = [*op_results(), wrong]
     report.write_json(tmp_path / "a.json", CEILINGS, results, "NOISY MACHINE: so")
@@ -433,7 +435,9 @@ def test_the_json_says_what_was_measured(tmp_path: Path) -> None:
     assert content["results"][-1]["facts"]["error"] is None
 
 
-def test_the_commit_is_that_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_commit_is_that_of_the_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = Path(machine.__file__).resolve().parents[2]
     if (root / ".git").exists() and shutil.which("git"):
         assert re.fullmatch(r"[0-9a-f]{40}\+?", machine.commit())
@@ -441,7 +445,7 @@ def test_the_commit_is_that_of_a_clone(tmp_path: Path, monkeypatch: pytest.Monke
     assert machine.commit() == ""
 
 
-def test_an_older_file_is_compared(tmp_path: Path) -> None:
+def test_older_json_file_is_compared(tmp_path: Path) -> None:
     path, facts = tmp_path / "old.json", {"flops": 1.0, "bytes": 1.0}
     older = [
         Result("gelu n=9", "avx2", [0.04], facts=facts),
@@ -478,7 +482,7 @@ def test_an_older_file_is_compared(tmp_path: Path) -> None:
         ({"results": [{"group": [], "row": "b"}]}, "results"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_the_start(
+def test_incomparable_json_file_is_refused_before_the_start(
     change: dict[str, Any],
     said: str,
     tmp_path: Path,
@@ -495,7 +499,7 @@ def test_what_cannot_be_compared_is_refused_before_the_start(
     assert str(path) in err and said in err and err.count("\n") == 1
 
 
-def test_a_file_that_is_no_json_is_refused(
+def test_file_that_is_no_json_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a").write_text("{")
@@ -516,7 +520,7 @@ def gelu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_bench, "measure_ceilings", lambda threads: CEILINGS)
 
 
-def test_a_run_on_the_command_line(
+def test_run_on_the_command_line(
     gelu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli_bench, "lacks", lambda name: "torch" if "torch" in name else "")
@@ -534,7 +538,7 @@ def test_a_run_on_the_command_line(
     assert f"compared with {path}" in out and out.count("gelu_forward n=99  base") == 1
 
 
-def test_only_what_is_not_installed_is_refused(
+def test_only_missing_packages_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli_bench, "lacks", lambda name: "torch")
@@ -542,7 +546,7 @@ def test_only_what_is_not_installed_is_refused(
     assert capsys.readouterr().err == "gpt2c: not installed: torch (pip install torch)\n"
 
 
-def test_a_noisy_machine_is_told_first_as_well(
+def test_noisy_machine_is_reported_before_the_start_too(
     gelu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Quiet, "verdict", lambda self: "NOISY MACHINE: so")
@@ -594,7 +598,7 @@ def test_outputs_are_refused_before_the_start(
         assert said in err and err.count("\n") == 1
 
 
-def test_a_person_who_watches_sees_a_bar(
+def test_terminal_shows_a_bar_of_the_benchmark(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -622,7 +626,7 @@ def test_peaks_are_the_best_of_two_measurements() -> None:
     assert CEILINGS.best(busy) == Ceilings(1, {"avx2": 100e9, "base": 60e9}, {1: 20e9})
 
 
-def test_the_picture_says_where_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_names_machine_and_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     titles: list[str] = []
     for name in ("plot_shares", "plot_speed"):
         monkeypatch.setattr(report, name, lambda *arguments: titles.append(arguments[-1]))
@@ -634,7 +638,7 @@ def test_the_picture_says_where_and_when(tmp_path: Path, monkeypatch: pytest.Mon
     assert titles[1].endswith(f"\n{cpu_name()}, 1 thread, {day}")
 
 
-def test_an_interrupted_run_writes_what_it_has(
+def test_interrupted_benchmark_writes_the_rows_it_has(
     gelu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(names: Any, ceilings: Any, quick: Any, show: Any, watch: Any) -> Any:

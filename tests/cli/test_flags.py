@@ -97,12 +97,12 @@ def interrupted() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def test_every_verb_with_a_number_is_called() -> None:
+def test_every_verb_with_a_number_is_tested() -> None:
     assert {verb for verb, _ in FLAGS} == CALLS.keys()
 
 
 @pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
-def test_bad_numbers(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = flag.lstrip("-").replace("-", "_")
     for value in FEW if verb == "demo" else VALUES:
         try:
@@ -157,7 +157,7 @@ def bad_file(world: Path) -> Callable[[str, bytes], None]:
 
 
 @pytest.mark.parametrize(("call", "name", "content", "said"), BAD_FILES, ids=lambda part: None)
-def test_bad_files(
+def test_bad_files_are_refused(
     call: str, name: str, content: bytes, said: str, bad_file: Any, capsys: Any
 ) -> None:
     bad_file(name, content)
@@ -168,7 +168,7 @@ def test_bad_files(
 
 
 @pytest.mark.parametrize("call", ["generate bad", "eval bad --data data"])
-def test_bad_files_in_a_process(call: str, bad_file: Any) -> None:
+def test_process_refuses_bad_files(call: str, bad_file: Any) -> None:
     bad_file("bad/model.safetensors", (2**63).to_bytes(8, "little"))
     command = [sys.executable, "-W", "error", "-m", "gpt2c", *call.split()]
     path = os.pathsep.join(os.path.abspath(part) for part in sys.path if part)

@@ -101,7 +101,7 @@ def gpt2c(
 # ---- prepare, train ------------------------------------------------------------------------------
 
 
-def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path) -> None:
+def test_train_and_eval_read_shards(gpt2c, world: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     prepare = f"prepare text.txt --out {data} --tokenizer bytes"
     assert gpt2c(f"{prepare} --shard-tokens 900")[0] == 0
@@ -130,7 +130,7 @@ def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path)
     assert code == 2 and "does not hold the training and validation tokens" in err
 
 
-def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:
+def test_prepare_writes_token_files_and_tokenizer(gpt2c, world: Path, tmp_path: Path) -> None:
     code, out, err = gpt2c(
         f"prepare text.txt text.txt --out {tmp_path}/data --tokenizer bpe:270 --val-fraction 0.3"
     )
@@ -181,7 +181,7 @@ def test_prepare_takes_the_tokenizer_of_a_run(gpt2c, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "said"), [("258", False), ("999", True)])
-def test_prepare_says_that_a_text_gives_fewer_tokens(
+def test_prepare_reports_a_vocabulary_smaller_than_asked(
     gpt2c, tmp_path: Path, size: str, said: bool
 ) -> None:
     (tmp_path / "text.txt").write_text("abababab\n" * 99, encoding="utf-8")
@@ -252,7 +252,7 @@ def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
 SPEED = r"(\d+) tokens? in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
 
 
-def test_a_seed_draws_the_same_text(gpt2c) -> None:
+def test_seed_draws_the_same_text(gpt2c) -> None:
     texts = [gpt2c(f"generate run --prompt the --seed {seed}")[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith("the") and text.endswith("\n") for text in texts)
@@ -277,7 +277,7 @@ def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
     assert gpt2c(f"generate {model} --temperature 0 --prompt ab")[:2] == (0, "ab\n")
 
 
-def test_special_tokens_are_tokens_if_so_wished(
+def test_prompt_may_hold_special_tokens_with_the_flag(
     gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompt = crafted(tmp_path, ord("c"), ord("x")), "<|endoftext|>b"
@@ -314,7 +314,7 @@ def test_generate_ends_before_a_stop_string(gpt2c, tmp_path: Path) -> None:
         assert (code, out) == (0, text + "\n") and int(re.fullmatch(SPEED, err)[1]) == count
 
 
-def test_generate_has_the_filters(gpt2c, tmp_path: Path) -> None:
+def test_generate_has_the_flags_of_sampling(gpt2c, tmp_path: Path) -> None:
     """Each of them against the one text that this model would write without."""
     model = crafted(tmp_path, ord("c"), ord("x"))
     command = f"generate {model} --prompt ab --max-new-tokens 4 --seed 1"
@@ -366,7 +366,7 @@ def test_generate_with_smaller_weights(gpt2c, world: Path, tmp_path: Path, metho
     assert f"holds {method} weights, which cannot become {other}" in err
 
 
-def test_each_line_typed_is_continued(
+def test_interactive_generate_continues_each_line(
     gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = crafted(tmp_path, ord("c"), ord("x"))
@@ -382,7 +382,7 @@ def test_each_line_typed_is_continued(
     assert int(re.fullmatch(SPEED, speed)[1]) == 9
 
 
-def test_ctrl_c_ends_a_text_and_not_the_conversation(
+def test_ctrl_c_ends_a_text_and_not_interactive_generate(
     gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = crafted(tmp_path, ord("c"), ord("x"))
@@ -403,7 +403,7 @@ def test_ctrl_c_ends_a_text_and_not_the_conversation(
 # ---- version -------------------------------------------------------------------------------------
 
 
-def test_version(gpt2c) -> None:
+def test_version_flag_prints_the_version(gpt2c) -> None:
     assert gpt2c("--version") == (0, f"gpt2c {importlib.metadata.version('gpt2c')}\n", "")
 
 
@@ -521,7 +521,7 @@ def tree(root: Path) -> dict[Path, bytes | None]:
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), MISTAKES, ids=[row[0] for row in MISTAKES])
-def test_a_mistake_costs_one_line_and_writes_nothing(
+def test_mistake_prints_one_line_and_writes_nothing(
     gpt2c, world: Path, arguments: str, wanted: str
 ) -> None:
     before = tree(world)
@@ -535,7 +535,7 @@ def test_a_mistake_costs_one_line_and_writes_nothing(
 
 
 @pytest.mark.parametrize("verb", ["prepare text.txt", "train --data data", "demo"])
-def test_an_empty_path_is_not_the_current_directory(gpt2c, world: Path, verb: str) -> None:
+def test_empty_path_is_refused(gpt2c, world: Path, verb: str) -> None:
     before = tree(world)
     code, _, err = gpt2c(f"{verb} --overwrite --out=")
     assert code == 2 and "--out: it is empty" in err
@@ -556,7 +556,7 @@ def test_an_empty_path_is_not_the_current_directory(gpt2c, world: Path, verb: st
         ["prepare", "", "--out", "new"],
     ],
 )
-def test_an_empty_name_is_not_the_current_directory(
+def test_empty_name_is_refused(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str]
 ) -> None:
     monkeypatch.chdir(world / "run")  # one that could be taken for what was meant
@@ -568,7 +568,9 @@ def test_an_empty_name_is_not_the_current_directory(
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9" * 12])
-def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_bad_number_of_threads_is_refused(
+    gpt2c, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("GPT2C_NUM_THREADS", value)
     code, _, err = gpt2c("eval run --data data")
     assert (code, err.count("\n")) == (2, 1)
@@ -582,7 +584,7 @@ def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: 
         *("generate run --quantize int4", "generate run --stop", "generate run --num-samples two"),
     ],
 )
-def test_what_argparse_refuses(gpt2c, arguments: str) -> None:
+def test_argparse_errors_print_usage(gpt2c, arguments: str) -> None:
     code, out, err = gpt2c(arguments)
     assert (code, out) == (2, "")
     assert "usage: gpt2c" in err
@@ -591,7 +593,7 @@ def test_what_argparse_refuses(gpt2c, arguments: str) -> None:
 # ---- real processes ------------------------------------------------------------------------------
 
 
-def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
+def test_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
     for arguments in (
         f"prepare text.txt --out {tmp_path}/data --tokenizer bytes",
         f"train --data {tmp_path}/data --out {tmp_path}/run {TINY} --log-interval 5",
@@ -610,7 +612,7 @@ def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
             assert steps == ["5", "10", "15", "20"]
 
 
-def test_a_process_with_a_mistake(world: Path) -> None:
+def test_process_prints_a_mistake_without_traceback(world: Path) -> None:
     done = subprocess.run([*COMMAND, "eval", "missing", "--data", "data"], capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"gpt2c: the file or directory missing does not exist here")
@@ -621,7 +623,7 @@ def test_a_process_with_a_mistake(world: Path) -> None:
     "arguments",
     ["info", "generate run", "eval run --data data", f"train --data data --out OUT {TINY}"],
 )
-def test_a_reader_that_has_gone(world: Path, tmp_path: Path, arguments: str) -> None:
+def test_closed_pipe_ends_a_verb_quietly(world: Path, tmp_path: Path, arguments: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -638,7 +640,7 @@ def test_a_reader_that_has_gone(world: Path, tmp_path: Path, arguments: str) -> 
 
 
 @pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its size
-def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None:
+def test_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None:
     termios = pytest.importorskip("termios")
     terminal, child_side = os.openpty()
     termios.tcsetwinsize(child_side, (24, columns))
@@ -665,7 +667,7 @@ def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None
     assert "step 10/20" not in text
 
 
-def test_an_error_is_one_line_whatever_a_name_holds(gpt2c) -> None:
+def test_error_is_one_line_for_any_file_name(gpt2c) -> None:
     name = "\x1b[2J\u202e" + 9999 * "x"
     code, out, err = gpt2c(f"train --data data --out new --config {name}")
     assert (code, out) == (2, "") and len(err) < 2100

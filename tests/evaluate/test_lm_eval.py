@@ -91,7 +91,7 @@ def greedy_pair(model: Any, context: str) -> tuple[str, str] | None:
     return (context, ending) if TOKENIZER.encode(context + ending) == whole else None
 
 
-def test_it_is_a_model_of_the_harness(lm: GPT2LM) -> None:
+def test_adapter_is_a_model_of_the_harness(lm: GPT2LM) -> None:
     assert isinstance(lm, LM)
     assert (lm.rank, lm.world_size, lm.max_length) == (0, 1, 24)
     assert lm.eot_token_id == lm.prefix_token_id == TOKENIZER.eot
@@ -112,7 +112,7 @@ def test_loglikelihood(kind: str) -> None:
     assert answers[-1][1] is True and answers[0][1] is False
 
 
-def test_no_pair_ends_a_batch(lm: GPT2LM, model: GPT2) -> None:
+def test_odd_pairs_end_no_batch(lm: GPT2LM, model: GPT2) -> None:
     """The harness' own class has an assert for each of these, and loses all that was done."""
     merged = [("the c", "at"), ("th", "e"), ("t", "he"), ("the cat s", "at"), ("the c ", "at")]
     empty = [("the cat", ""), ("", ""), ("", "<|endoftext|>")]
@@ -207,7 +207,7 @@ def test_generate_until(lm: GPT2LM, model: GPT2) -> None:
     assert ask("the", max_gen_toks=9, do_sample=True, seed=1) != ask("the", max_gen_toks=9)
 
 
-def test_the_end_of_text_ends_a_text(model: GPT2) -> None:
+def test_end_of_text_ends_a_text(model: GPT2) -> None:
     model = uniform(CONFIG)
     model.parameters["ln_f.bias"][...] = 1
     model.parameters["wte.weight"][TOKENIZER.eot] = 1
@@ -233,7 +233,9 @@ def test_answers_are_kept_for_the_cache(lm: GPT2LM, monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_what_is_refused(lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_refuses_bad_requests(
+    lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def generate(**settings: Any) -> str:
         return refused(
             lm.generate_until, requests("generate_until", [("a", settings)]), disable_tqdm=True
@@ -296,7 +298,7 @@ def evaluated(lm: GPT2LM, what: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_a_multiple_choice_task(kind: str) -> None:
+def test_multiple_choice_task(kind: str) -> None:
     model = random_model(CONFIG, kind=kind)
     choices = ["sat on the mat", "ran", "\u00e9 zebra"]
     rows = [
@@ -366,7 +368,7 @@ def test_tasks_of_perplexity_and_generation(lm: GPT2LM, model: GPT2) -> None:
     assert figures["exact_match"] == pytest.approx(0.5)
 
 
-def test_the_harness_own_class_gives_the_same(lm: GPT2LM, model: GPT2, tmp_path: Path) -> None:
+def test_harness_own_class_gives_the_same(lm: GPT2LM, model: GPT2, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="HFLM needs accelerate")
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM

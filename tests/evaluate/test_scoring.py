@@ -71,7 +71,7 @@ def test_logprobs_of_a_model_without_weights() -> None:
     )
 
 
-def test_what_logprobs_refuses() -> None:
+def test_logprobs_refuses_bad_ids() -> None:
     model = uniform()
     for kind in (model, QuantizedGPT2.from_model(model, "int8")):
         assert "at least 2 tokens" in refused(kind.logprobs, [[1]])
@@ -81,7 +81,7 @@ def test_what_logprobs_refuses() -> None:
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)
-def test_a_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> None:
+def test_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> None:
     model = random_model(backend=backend_name, kind=kind)
     row = text[:17]  # one more than is read
     likely = distribution(model, row[:-1])
@@ -114,7 +114,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return noted
 
 
-def test_what_texts_share_is_read_once(backend_name: str, text, reads) -> None:
+def test_shared_prefix_is_read_once(backend_name: str, text, reads) -> None:
     model = random_model(backend=backend_name)
     context, scorer = text[:10], Scorer(model)
     rows = [np.append(context, ending) for ending in (text[10:13], text[11:17], text[20:21])]
@@ -132,7 +132,7 @@ def test_what_texts_share_is_read_once(backend_name: str, text, reads) -> None:
         assert (likeliest == fresh[1]).all()
 
 
-def test_a_scorer_that_was_interrupted_knows_what_it_has_read(text, monkeypatch) -> None:
+def test_scorer_that_was_interrupted_knows_what_it_has_read(text, monkeypatch) -> None:
     model = random_model()
     scorer, real = Scorer(model), Decoder.hidden
     first, second = text[:12], np.append(text[:6], text[30:36])
@@ -218,12 +218,12 @@ def test_stride_1_gives_each_token_all_the_context_that_fits(text) -> None:
         assert logprobs[i] == pytest.approx(likely[text[i]], abs=1e-5)
 
 
-def test_the_context_is_not_given_logits(text, reads) -> None:
+def test_context_is_not_given_logits(text, reads) -> None:
     token_logprobs(random_model(), text[:28], stride=4)
     assert reads == [(0, 15), (0, 11), (11, 4), (0, 11), (11, 4), (0, 11), (11, 4)]
 
 
-def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity(text) -> None:
+def test_perplexity_of_a_zero_model_is_the_vocabulary_size(text) -> None:
     for stride in (None, 1, 16):
         assert perplexity(uniform(), text, stride) == pytest.approx((math.log(61), 61), rel=1e-6)
 
@@ -237,7 +237,7 @@ def test_defaults_and_kinds_of_tokens(text) -> None:
     assert np.isfinite(token_logprobs(model, text, max_length=2)[1:]).all()
 
 
-def test_a_perplexity_may_be_infinite(text) -> None:
+def test_perplexity_may_be_infinite(text) -> None:
     model = random_model()
     model.parameters["ln_f.weight"][...] *= 1e5
     loss, infinite = perplexity(model, text, 8)
@@ -254,7 +254,7 @@ def test_windows_side_by_side_are_those_of_evaluate(text) -> None:
             assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_watch_is_told_of_every_window(text) -> None:
+def test_watch_is_called_for_every_window(text) -> None:
     told: list[tuple[int, int, str]] = []
     model = random_model()
     loss, _ = perplexity(model, text, 8)
@@ -265,7 +265,7 @@ def test_a_watch_is_told_of_every_window(text) -> None:
     assert float(told[0][2].removeprefix("loss ")) == pytest.approx(first, abs=1e-4)
 
 
-def test_what_windows_refuse(text) -> None:
+def test_windows_refuse_bad_strides_and_lengths(text) -> None:
     model = uniform()
     for wrong, message in (
         ({"stride": 0}, "stride must be from 1 to the window's 16 tokens, got 0"),
@@ -357,14 +357,14 @@ WRONG: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("row", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_wrong_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
+def test_wrong_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
     path = lines(tmp_path / "x.jsonl", GOOD, "", row, GOOD)
     got = refused(read_questions, path, BYTES, 64)
     assert got.startswith(f"{path}, line 3: ")
     assert re.search(message, got), got
 
 
-def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+def test_wrong_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"x\.jsonl does not exist"):
         read_questions(tmp_path / "x.jsonl", BYTES, 64)
     path = lines(tmp_path / "x.jsonl", " ", "")
@@ -379,7 +379,7 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
     assert "is not UTF-8" in refused(read_questions, path, BYTES, 64)
 
 
-def test_the_longest_question_that_fits(tmp_path: Path) -> None:
+def test_longest_question_that_fits(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", GOOD | {"ctx": "a" * 56})
     (question,) = read_questions(path, BYTES, 64)
     assert max(len(question.context) + len(ending) for ending in question.endings) == 65
@@ -387,7 +387,7 @@ def test_the_longest_question_that_fits(tmp_path: Path) -> None:
     assert np.isfinite(ending_logprobs(Scorer(uniform(config)), question)).all()
 
 
-def test_a_pair_is_one_text() -> None:
+def test_context_and_answer_are_encoded_as_one_text() -> None:
     tokenizer = Tokenizer.train(["the cat sat on the mat, the cat ran"] * 9, 280)
     for context, ending in (
         ("the cat", " sat"),
@@ -455,7 +455,7 @@ def test_choices_by_hand() -> None:
     assert accuracy(right) == [pytest.approx((1 / 3, third))] * 3
 
 
-def test_the_error_is_that_of_a_mean(rng) -> None:
+def test_error_is_that_of_a_mean(rng) -> None:
     right = rng.random((20, 2)) < 0.4
     errors = right.std(axis=0, ddof=1) / math.sqrt(20)
     expected = list(zip(right.mean(axis=0), errors, strict=True))
@@ -465,7 +465,7 @@ def test_the_error_is_that_of_a_mean(rng) -> None:
     ]
 
 
-def test_what_answer_refuses() -> None:
+def test_answer_refuses_bad_arguments() -> None:
     assert "at least one question" in refused(answer, uniform(), [])
     for question in (
         Question((), ((1,),), 0, (1,)),
@@ -488,7 +488,7 @@ def test_what_answer_refuses() -> None:
     )
 
 
-def test_the_adapter_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "gpt2c.evaluate.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError, match="adapter for lm-evaluation-harness: pip install"):
@@ -579,7 +579,7 @@ def gpt2c(
 
 @pytest.mark.parametrize("flags", ["", " --quantize int8", " --quantize fp16 --backend numpy"])
 @pytest.mark.parametrize("stride", [1, 8, 16])
-def test_eval_slides(gpt2c, world: Path, stride: int, flags: str) -> None:
+def test_eval_slides_its_window(gpt2c, world: Path, stride: int, flags: str) -> None:
     model = GPT2.from_pretrained(world / "run")
     if flags:
         model = QuantizedGPT2.from_model(model, flags.split()[1])
@@ -602,7 +602,7 @@ def test_eval_slides(gpt2c, world: Path, stride: int, flags: str) -> None:
     assert lines == (["15", "30", "45", "60", "75"] if stride == 1 else []), "if it is long"
 
 
-def test_eval_without_a_stride_is_as_it_was(gpt2c, world: Path) -> None:
+def test_eval_without_a_stride_is_evaluate(gpt2c, world: Path) -> None:
     tokens = np.random.default_rng(5).integers(0, 257, 90)
     tokens[40] = 256
     loss = evaluate(GPT2.from_pretrained(world / "run"), [tokens.astype(np.uint16)], 8, 16)
@@ -612,7 +612,7 @@ def test_eval_without_a_stride_is_as_it_was(gpt2c, world: Path) -> None:
     assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
 
 
-def test_a_stride_of_the_context_is_windows_side_by_side(gpt2c) -> None:
+def test_stride_of_the_context_is_windows_side_by_side(gpt2c) -> None:
     assert gpt2c("eval run --data data --stride 16") == gpt2c("eval run --data data")
 
 
@@ -628,7 +628,7 @@ def test_eval_of_a_padded_vocabulary(gpt2c, world: Path) -> None:
         assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
 
 
-def test_eval_says_that_it_could_compare_sizes_only(gpt2c) -> None:
+def test_eval_reports_that_only_sizes_were_compared(gpt2c) -> None:
     for name, size, like in (("alone", 257, "run"), ("alone-padded", 320, "padded")):
         code, out, err = gpt2c(f"eval {name} --data data")
         assert (code, out) == (0, gpt2c(f"eval {like} --data data")[1])
@@ -660,7 +660,7 @@ def test_eval_of_tokens_without_bytes(gpt2c, world: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", ["", " --quantize int8", " --quantize fp16 --backend numpy"])
-def test_eval_answers(gpt2c, world: Path, flags: str) -> None:
+def test_eval_answers_questions(gpt2c, world: Path, flags: str) -> None:
     model = GPT2.from_pretrained(world / "run")
     if flags:
         model = QuantizedGPT2.from_model(model, flags.split()[1])
@@ -722,7 +722,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), MISTAKES, ids=[row[0] for row in MISTAKES])
-def test_a_mistake_costs_one_line(gpt2c, arguments: str, wanted: str) -> None:
+def test_mistake_prints_one_line(gpt2c, arguments: str, wanted: str) -> None:
     code, out, err = gpt2c(arguments)
     assert (code, out) == (2, "")
     assert err.startswith("gpt2c: ") and err.count("\n") == 1

@@ -482,7 +482,7 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
 ]
 
 
-def test_the_corpus_is_a_corpus() -> None:
+def test_corpus_has_over_200_different_files() -> None:
     names = [entry[:3] for entry in CORPUS]
     assert len(set(names)) == len(names) > 200
 
@@ -491,7 +491,7 @@ def test_the_corpus_is_a_corpus() -> None:
     ("reader", "name", "what", "change", "said"),
     [pytest.param(*entry, id=": ".join(entry[:3])) for entry in CORPUS],
 )
-def test_a_bad_file_is_refused(
+def test_bad_file_is_refused(
     reader: str, name: str, what: str, change: Change, said: str, goods: Any, tmp_path: Path
 ) -> None:
     directory = goods(reader, tmp_path)
@@ -534,7 +534,7 @@ THINGS = [Path.mkdir, os.mkfifo, loop, endless, nowhere, locked, Path.touch]
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("put", THINGS, ids=lambda put: put.__name__)
-def test_what_stands_in_place_of_a_file_is_refused(
+def test_pipe_device_or_loop_in_place_of_a_file_is_refused(
     put: Callable[[Path], None], reader: str, goods: Any, tmp_path: Path
 ) -> None:
     if put is locked and os.geteuid() == 0:
@@ -552,7 +552,7 @@ def test_what_stands_in_place_of_a_file_is_refused(
         assert outcome == "refused" or fine, name
 
 
-def test_an_index_does_not_lead_elsewhere(goods: Any, tmp_path: Path) -> None:
+def test_index_leads_to_no_file_outside(goods: Any, tmp_path: Path) -> None:
     directory = goods("sharded", tmp_path)
     (directory / PART).rename(tmp_path / "elsewhere")
     (directory / PART).symlink_to(tmp_path / "elsewhere")
@@ -567,7 +567,7 @@ INPUTS = 100  # of each reader, always the same: about 20 seconds in all
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.slow
-def test_mutations(reader: str, tmp_path: Path) -> None:
+def test_mutated_files_raise_value_error_or_os_error_only(reader: str, tmp_path: Path) -> None:
     counts, findings = fuzz.start_round(reader, 1, INPUTS, tmp_path)
     texts = [path.read_text()[-2000:] for path in tmp_path.glob("*/finding.txt")]
     assert not findings, "\n".join([*findings, *texts])

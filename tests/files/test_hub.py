@@ -127,7 +127,7 @@ def client(standin: StandIn, tmp_path: Path) -> Client:
 
 
 @needs_client
-def test_a_model_is_downloaded_once(client: Client, saved: Path) -> None:
+def test_model_is_downloaded_once(client: Client, saved: Path) -> None:
     """And never what a pickle could be in."""
     code = f"""
 import gpt2c
@@ -149,7 +149,7 @@ print(gpt2c.Tokenizer.from_pretrained({REPO!r}).vocab_size)
 
 
 @needs_client
-def test_the_second_time_comes_from_the_cache(client: Client) -> None:
+def test_second_load_comes_from_the_cache(client: Client) -> None:
     first = client.find()
     client.standin.requests.clear()
     assert client.find() == first
@@ -160,7 +160,7 @@ def test_the_second_time_comes_from_the_cache(client: Client) -> None:
 
 
 @needs_client
-def test_a_tokenizer_needs_no_weights(client: Client) -> None:
+def test_tokenizer_needs_no_weights(client: Client) -> None:
     directory = client.find(tail=", weights=False")
     assert {path.name for path in directory.iterdir()} == {
         "vocab.json",
@@ -174,7 +174,7 @@ def test_a_tokenizer_needs_no_weights(client: Client) -> None:
 
 @needs_client
 @pytest.mark.parametrize("revision", ["main", "v1", COMMIT])
-def test_a_revision(client: Client, revision: str) -> None:
+def test_revision_is_asked_for(client: Client, revision: str) -> None:
     assert client.find(tail=f", revision={revision!r}").name == COMMIT
     message = client.fails(tail=", revision='v2'")
     assert message.startswith(f"FileNotFoundError {REPO} has no revision v2")
@@ -199,7 +199,7 @@ def test_shards_are_fetched(client: Client, files: dict[str, bytes]) -> None:
 
 
 @needs_client
-def test_a_token_is_sent(client: Client) -> None:
+def test_token_is_sent(client: Client) -> None:
     client.standin.private[REPO] = "secret"
     message = client.fails()
     assert message.startswith("FileNotFoundError") and "HF_TOKEN" in message
@@ -209,7 +209,7 @@ def test_a_token_is_sent(client: Client) -> None:
 
 
 @needs_client
-def test_a_broken_connection_is_taken_up_again(client: Client, files: dict[str, bytes]) -> None:
+def test_broken_download_is_resumed(client: Client, files: dict[str, bytes]) -> None:
     content = files["model.safetensors"] = os.urandom(11 << 20)  # the client keeps tens of MB
     client.standin.cut["model.safetensors"] = [21 << 19]
     assert (client.find() / "model.safetensors").read_bytes() == content
@@ -220,7 +220,7 @@ def test_a_broken_connection_is_taken_up_again(client: Client, files: dict[str, 
 
 
 @needs_client
-def test_a_terminal_has_a_bar(client: Client) -> None:
+def test_terminal_has_a_bar(client: Client) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # in one of no size tqdm shows nothing
     subprocess.run(
@@ -246,7 +246,7 @@ def _read(descriptor: int) -> bytes:
 
 
 @needs_client
-def test_the_command_line(client: Client) -> None:
+def test_commands_take_repository_names(client: Client) -> None:
     choices = client.path / "choices.jsonl"
     choices.write_text('{"ctx": "hello", "endings": [" world", " again"], "label": 0}\n')
     for arguments in (
@@ -293,7 +293,7 @@ def test_the_command_line(client: Client) -> None:
         ({}, {"HF_HUB_CACHE": "/dev/null/cache"}, "NotADirectoryError .*/dev/null"),
     ],
 )
-def test_a_fault_is_one_sentence(
+def test_fault_of_the_hub_is_one_sentence(
     client: Client, fault: dict[str, Any], variables: dict[str, str], message: str
 ) -> None:
     vars(client.standin).update(fault)
@@ -302,7 +302,7 @@ def test_a_fault_is_one_sentence(
 
 
 @needs_client
-def test_a_hub_that_does_not_answer_is_given_up(client: Client) -> None:
+def test_silent_hub_times_out(client: Client) -> None:
     """The client waits for ten seconds unless told otherwise; a second is enough here."""
     client.standin.silent = True
     message = client.fails(HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
@@ -310,13 +310,13 @@ def test_a_hub_that_does_not_answer_is_given_up(client: Client) -> None:
 
 
 @needs_client
-def test_what_is_cached_needs_no_hub(client: Client) -> None:
+def test_cached_model_needs_no_hub(client: Client) -> None:
     first = client.find()
     assert client.find(HF_ENDPOINT="http://127.0.0.1:9") == first
 
 
 @needs_client
-def test_pickles_are_no_weights(client: Client, files: dict[str, bytes]) -> None:
+def test_repository_of_pickles_is_refused(client: Client, files: dict[str, bytes]) -> None:
     del files["model.safetensors"]
     message = client.fails()
     assert message.startswith(f"FileNotFoundError {REPO} has no model.safetensors on the hub")
@@ -325,7 +325,7 @@ def test_pickles_are_no_weights(client: Client, files: dict[str, bytes]) -> None
 
 @needs_client
 @pytest.mark.parametrize("name", ["a--b", "a..b", "user/x.git", "user/x-", "x" * 200])
-def test_names_that_the_client_refuses(client: Client, name: str) -> None:
+def test_bad_repository_names_are_refused(client: Client, name: str) -> None:
     message = client.fails(name)
     assert message.startswith("ValueError") and name in message
     assert not client.standin.requests
@@ -335,7 +335,7 @@ def test_names_that_the_client_refuses(client: Client, name: str) -> None:
 
 
 @needs_client
-def test_a_listing_that_leads_outside(client: Client, files: dict[str, bytes]) -> None:
+def test_listed_paths_outside_are_not_written(client: Client, files: dict[str, bytes]) -> None:
     up = "../" * 7
     bad = [
         f"{up}model.safetensors",
@@ -353,7 +353,7 @@ def test_a_listing_that_leads_outside(client: Client, files: dict[str, bytes]) -
 @needs_client
 @pytest.mark.parametrize("trick", ["commit", "etag"])
 @pytest.mark.parametrize("depth", [2, 4, 5])  # in its directory, in HF_HOME's, in that above
-def test_an_identifier_that_leads_outside(client: Client, trick: str, depth: int) -> None:
+def test_identifier_that_leads_outside_is_refused(client: Client, trick: str, depth: int) -> None:
     """The client makes names of files of what the hub calls a commit or a hash."""
     setattr(client.standin, trick, "../" * depth + "evil")
     message = client.fails()
@@ -375,7 +375,9 @@ def test_downloads_of_two_threads_are_guarded(client: Client, files: dict[str, b
 
 
 @needs_client
-def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[str, bytes]) -> None:
+def test_downloaded_files_are_checked_like_any_others(
+    client: Client, files: dict[str, bytes]
+) -> None:
     files["config.json"] = b'{"n_layer": 1, "n_layer": 2}'
     done = client.run("-m", "gpt2c", "generate", REPO)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -387,7 +389,7 @@ def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[s
 
 @needs_client
 @pytest.mark.slow
-def test_gpt2s_vocabulary_from_the_hub(client: Client, tmp_path: Path) -> None:
+def test_gpt2_vocabulary_comes_from_the_hub(client: Client, tmp_path: Path) -> None:
     """Where tiktoken's cache is empty and its server not to be reached."""
     try:
         Tokenizer.from_name("gpt2").save_pretrained(tmp_path / "bpe")
@@ -408,7 +410,7 @@ def test_gpt2s_vocabulary_from_the_hub(client: Client, tmp_path: Path) -> None:
 # ---- paths ---------------------------------------------------------------------------------------
 
 
-def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_precedes_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
     assert hub.find("gpt2") == Path("gpt2")
@@ -417,7 +419,7 @@ def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_directory_that_hides_a_name_says_so(
+def test_error_says_that_a_directory_hides_a_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -442,7 +444,7 @@ def test_a_directory_that_hides_a_name_says_so(
 @pytest.mark.parametrize(
     "source", ["./gpt2", "/gpt2", "a/b/c", "~/gpt2", "-x", "a b", Path("gpt3")]
 )
-def test_what_is_no_name_is_a_path(source: Any) -> None:
+def test_other_names_are_paths(source: Any) -> None:
     assert hub.find(source) == Path(source)
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         GPT2.from_pretrained(source)
@@ -450,7 +452,7 @@ def test_what_is_no_name_is_a_path(source: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gpt3", "runs/nothing"])
 @pytest.mark.parametrize("module", [None, ModuleType("huggingface_hub")])
-def test_without_the_client(
+def test_error_names_the_extra_for_the_hub(
     name: str, module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is not there, or one without what is needed of it, as before 1.0."""

@@ -74,7 +74,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
+def test_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
     assert run("run model.bin") == (0, "model.bin: llm.c's model, 34,368 parameters, fp32\n", "")
     assert run("run my_tokenizer.bin")[1] == "my_tokenizer.bin: llm.c's tokenizer, 270 tokens\n"
     written = "back: Hugging Face's model, 34,368 parameters, float32"
@@ -132,7 +132,7 @@ def test_nanogpts_token_files_get_a_header_and_lose_it(run: Run, world: Path) ->
     assert (world / "b.bin").read_bytes() == (world / "nano" / "train.bin").read_bytes()
 
 
-def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_of_token_files_is_converted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "new: train: 250 tokens, llm.c's; val: 3 tokens, llm.c's"
     said += "; no tokenizer yet: gpt2c convert TOKENIZER new\n"
     assert run("nano new --format nanogpt") == (0, said, "")
@@ -146,7 +146,7 @@ def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert contents(Path("old")) == contents(Path("nano"))
 
 
-def test_a_directory_may_have_a_dot_in_its_name(run: Run) -> None:
+def test_directory_may_have_a_dot_in_its_name(run: Run) -> None:
     assert run("run model.bin")[0] == 0
     for name in ("model-0.1", "model-0.2/", "my.model.v2", "slash.bin/", "pickle.pt/"):
         code, out, err = run(f"model.bin {name}")
@@ -156,7 +156,7 @@ def test_a_directory_may_have_a_dot_in_its_name(run: Run) -> None:
         assert Path(name, "model.safetensors").is_file()
 
 
-def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
+def test_error_says_that_a_directory_hides_a_tokenizer(run: Run) -> None:
     Path("gpt2").mkdir()
     code, _, err = run("gpt2 tokenizer.bin")
     assert code == 2 and err.endswith("; the directory gpt2 here hides the tokenizer\n")
@@ -195,7 +195,9 @@ def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
         ("data/val.bin data/val.bin", "are the same"),
     ],
 )
-def test_wishes_that_cannot_be_met(run: Run, world: Path, arguments: str, message: str) -> None:
+def test_impossible_conversions_are_refused(
+    run: Run, world: Path, arguments: str, message: str
+) -> None:
     before = contents(world)
     code, out, err = run(arguments)
     assert (code, out) == (2, "")
@@ -215,7 +217,7 @@ def test_wishes_that_cannot_be_met(run: Run, world: Path, arguments: str, messag
         "run there.gguf",
     ],
 )
-def test_nothing_is_overwritten_unasked(run: Run, world: Path, arguments: str) -> None:
+def test_convert_overwrites_only_when_told(run: Run, world: Path, arguments: str) -> None:
     if arguments.endswith("gguf") and not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     assert run("run first.bin")[0] == 0
@@ -242,7 +244,7 @@ def test_nothing_is_overwritten_unasked(run: Run, world: Path, arguments: str) -
     ],
 )
 @pytest.mark.parametrize("linked", [False, True])
-def test_what_a_save_removes_is_asked_for_too(
+def test_convert_asks_before_it_removes_files(
     run: Run, world: Path, arguments: str, name: str, linked: bool
 ) -> None:
     assert run("run first.bin")[0] == 0
@@ -266,7 +268,7 @@ def test_what_a_save_removes_is_asked_for_too(
 
 @pytest.mark.parametrize("arguments", ["first.bin run", "bytes vocabulary", "nano data"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_directory_that_another_trains_into(
+def test_convert_refuses_a_directory_in_use(
     run: Run, world: Path, arguments: str, shared: bool
 ) -> None:
     assert run("run first.bin")[0] == 0
@@ -280,7 +282,7 @@ def test_a_directory_that_another_trains_into(
     assert run(wishes)[0] == 0
 
 
-def test_a_model_and_a_tokenizer_that_do_not_belong_together(run: Run, world: Path) -> None:
+def test_convert_refuses_a_tokenizer_of_another_model(run: Run, world: Path) -> None:
     small = GPT2(GPT2Config(257, 8, 32, 2, 2), seed=1)
     small.save_pretrained(world / "small")
     assert run("small small.bin")[0] == run("vocabulary tokenizer.bin")[0] == 0
@@ -312,7 +314,9 @@ def test_a_model_and_a_tokenizer_that_do_not_belong_together(run: Run, world: Pa
     ],
 )
 @pytest.mark.parametrize("old", [None, "old"])
-def test_links_stay(run: Run, world: Path, arguments: str, name: str, old: str | None) -> None:
+def test_convert_keeps_links(
+    run: Run, world: Path, arguments: str, name: str, old: str | None
+) -> None:
     if arguments.endswith("gguf") and not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     assert run("run first.bin")[0] == 0
@@ -336,7 +340,7 @@ def test_links_stay(run: Run, world: Path, arguments: str, name: str, old: str |
     assert link.read_bytes() == content, "as without a link"
 
 
-def test_links_of_token_files_that_cannot_stay(run: Run, world: Path) -> None:
+def test_convert_refuses_two_links_to_one_file(run: Run, world: Path) -> None:
     """Of two splits that lead to one file, the second would replace the first."""
     (world / "new").mkdir()
     for name in ("train", "val"):
@@ -352,7 +356,7 @@ def test_links_of_token_files_that_cannot_stay(run: Run, world: Path) -> None:
     assert contents(world / "data") == before, "a link that nothing replaces is removed itself"
 
 
-def test_a_directory_that_is_a_link_to_nowhere(run: Run, world: Path) -> None:
+def test_convert_refuses_a_link_to_nowhere(run: Run, world: Path) -> None:
     assert run("run first.bin")[0] == 0
     (world / "new").symlink_to("away")
     for arguments in ("first.bin new", "bytes new", "nano new --format nanogpt", "run new/a.bin"):
@@ -364,7 +368,9 @@ def test_a_directory_that_is_a_link_to_nowhere(run: Run, world: Path) -> None:
 
 @pytest.mark.parametrize("headed", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whole: bool) -> None:
+def test_convert_names_a_source_truncated_meanwhile(
+    tmp_path: Path, headed: bool, whole: bool
+) -> None:
     """A mapped one would end the process, which is why it has one of its own here."""
     (tmp_path / "src").mkdir()
     path = tmp_path / "src" / "train.bin"
@@ -384,7 +390,7 @@ def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whol
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file != path]
 
 
-def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
+def test_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
     assert run("run model.bin")[0] == 0
     (world / "model.bin").write_bytes((world / "model.bin").read_bytes()[:-1])
     (world / "nano" / "val.bin").write_bytes(b"odd")
@@ -395,7 +401,7 @@ def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
 
 
 @pytest.mark.parametrize("dst", ["new", "model.bin", "half.bin --dtype bf16", "model.gguf"])
-def test_weights_that_are_not_finite_are_told(run: Run, world: Path, dst: str) -> None:
+def test_convert_warns_of_nonfinite_weights(run: Run, world: Path, dst: str) -> None:
     """And converted all the same: eval and generate refuse such a model."""
     if dst.endswith("gguf") and not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
@@ -415,7 +421,7 @@ def test_weights_that_are_not_finite_are_told(run: Run, world: Path, dst: str) -
         model.parameters["h.0.attn.c_attn.weight"][0, 0] = -np.inf
 
 
-def test_a_format_that_has_no_nan_refuses_it(run: Run) -> None:
+def test_format_without_nan_refuses_it(run: Run) -> None:
     if not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     model = GPT2.from_pretrained("run")
@@ -426,7 +432,7 @@ def test_a_format_that_has_no_nan_refuses_it(run: Run) -> None:
     assert not Path("model.gguf").exists()
 
 
-def test_a_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:
+def test_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:
     assert run("bytes a.bin")[0] == 0
     content = bytearray((world / "a.bin").read_bytes())
     content[8:12] = (258).to_bytes(4, "little")

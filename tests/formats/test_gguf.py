@@ -43,7 +43,7 @@ def gguf_of(path: Path, model: GPT2, tokenizer: Tokenizer, dtype: str = "f32") -
     return path
 
 
-def test_the_file_says_what_the_model_is(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_gguf_file_describes_the_model(bpe: Tokenizer, tmp_path: Path) -> None:
     model = make(bpe, more=2, n_inner=64, layer_norm_epsilon=1e-6)
     path = gguf_of(tmp_path / "model.gguf", model, bpe)
     reader = __import__("gguf").GGUFReader(path)
@@ -125,7 +125,7 @@ def test_q8_0_needs_rows_of_whole_blocks(changes: Any, bpe: Tokenizer, tmp_path:
         ("f64", 0.0, "one of f32, f16, q8_0, not f64"),
     ],
 )
-def test_numbers_that_a_dtype_has_not(
+def test_numbers_outside_a_dtype_are_refused(
     dtype: str, number: float, message: str, bpe: Tokenizer, tmp_path: Path
 ) -> None:
     pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
@@ -135,7 +135,7 @@ def test_numbers_that_a_dtype_has_not(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_larger_tokenizer_is_anothers(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_larger_than_the_model_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
     model = make(Tokenizer.from_name("bytes"))
     arguments = (tmp_path / "model.gguf", model.config, model.parameters, bpe)
@@ -143,7 +143,7 @@ def test_a_larger_tokenizer_is_anothers(bpe: Tokenizer, tmp_path: Path) -> None:
     assert f"tokenizer has {bpe.vocab_size} tokens and the model 257" in message
 
 
-def test_without_the_package_it_is_named(
+def test_error_names_the_missing_gguf_package(
     bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -193,7 +193,7 @@ def test_any_shape_gets_the_references_result(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if len(arrays_of(name)) > 1])
-def test_of_what_no_memory_holds_the_shape_is_refused(name: str) -> None:
+def test_shapes_larger_than_memory_are_refused(name: str) -> None:
     """A copy would be no help. (Some sizes of the first array are free.)"""
     arguments, _ = solved(name)
     for key in arrays_of(name)[1:]:

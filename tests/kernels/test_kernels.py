@@ -211,7 +211,7 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize(("N", "C"), [(1, 1), (3, 40), (6, 17), (17, 33), (130, 70)])
-def test_linear_passes_what_is_no_number_on(
+def test_linear_passes_nan_and_infinity_on(
     N: int, C: int, kind: str, bad: float, backend: Any, rng: np.random.Generator
 ) -> None:
     """With weights of 8 bits, whose integers know no NaN, the scale of the row must carry it."""
@@ -267,7 +267,7 @@ def linear(backend: Any, *inputs: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("N", [16, 17])  # read where it lies, and widened first
-def test_every_half_is_exact(N: int, backend: Any) -> None:
+def test_every_float16_is_converted_exactly(N: int, backend: Any) -> None:
     """Denormals too: from 6e-8 on, where fp16 has no exponent of its own any more."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 16)
@@ -329,7 +329,7 @@ def test_8_bits_for_small_and_large_rows(
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize("C", [24, 100])
-def test_a_row_gets_the_same_bits_alone_and_among_others(
+def test_row_gets_the_same_bits_alone_and_among_others(
     kind: str, C: int, backend_name: str, rng: np.random.Generator
 ) -> None:
     """For as many rows as are read together; NumPy's own products do not promise it."""

@@ -127,7 +127,7 @@ V1 = "4:memory:/a/b\n2:cpu,cpuacct:/a/b\n1:name=systemd:/c"
         ("0::/", [v2()], {f"{G}/cpu.max/is a directory": ""}, math.inf),
     ],
 )
-def test_cpu_quotas(
+def test_cpu_quota_is_the_strictest_of_the_cgroups(
     own: str | None, mounts: list[str] | None, files: dict[str, object], quota: float, root: Root
 ) -> None:
     assert cpu_quota(root(own, mounts, files)) == quota
@@ -146,14 +146,14 @@ def test_threads_are_no_more_than_affinity_and_quota(
     assert usable_cores(made) == threads
 
 
-def test_affinity_without_a_system_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_counted_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
     assert limits._affinity() == {0, 3, 5}
     monkeypatch.delattr(os, "sched_getaffinity")
     assert limits._affinity() == set(range(os.cpu_count() or 1))
 
 
-def test_groups_are_named_from_the_own_one_upwards(root: Root) -> None:
+def test_cgroups_are_listed_from_the_own_one_upwards(root: Root) -> None:
     made = root("0::/a/b", [v2()], {})
     assert cgroups("memory", made) == [made / G / "a/b", made / G / "a", made / G]
 
@@ -242,7 +242,7 @@ ROOM = 7000 * 1024
         (None, None, {f"{M1}/{LIMIT_1}": 5000, f"{M1}/{USED_1}": 4000}, 5000, 1000),
     ],
 )
-def test_memory_limits(
+def test_memory_limit_is_the_strictest_of_the_cgroups(
     own: str | None,
     mounts: list[str] | None,
     files: dict[str, object],
@@ -266,7 +266,9 @@ def test_memory_limits(
         ("MemAvailable: 7 kB\nCommitLimit: 6 kB\nCommitted_AS: 8 kB", "2", 0),
     ],
 )
-def test_the_systems_memory(meminfo: str, overcommit: str, free: int, root: Root) -> None:
+def test_free_bytes_are_those_of_the_system(
+    meminfo: str, overcommit: str, free: int, root: Root
+) -> None:
     files = {"proc/meminfo": meminfo, "proc/sys/vm/overcommit_memory": overcommit}
     made = root(None, [], files)
     assert free_bytes(root=made) == free
@@ -274,13 +276,13 @@ def test_the_systems_memory(meminfo: str, overcommit: str, free: int, root: Root
     assert free_bytes(1, made) == free - (0 if promises else 1)
 
 
-def test_a_system_that_says_nothing_has_all_its_memory(tmp_path: Path) -> None:
+def test_memory_without_proc_is_all_of_the_machine(tmp_path: Path) -> None:
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert limits.system_bytes(tmp_path) == whole
     assert memory_limit(tmp_path) == cpu_quota(tmp_path) == math.inf
 
 
-def test_ulimits(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_bytes_respect_ulimits(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """They count what was promised already, so that is not taken off again."""
     made = root(None, [], {"proc/self/status": "VmSize:\t  1000 kB\nVmData:\t 300 kB\nName: x"})
     for kind, free in ((resource.RLIMIT_AS, 24 * 1024), (resource.RLIMIT_DATA, 724 * 1024)):

@@ -69,7 +69,7 @@ def test_auto_is_the_default(name: str) -> None:
         assert np.array_equal(a, b)
 
 
-def test_a_matmul_may_have_no_bias(backend_name: str) -> None:
+def test_matmul_may_have_no_bias(backend_name: str) -> None:
     arguments, _ = solved("matmul_forward")
     bias = arguments.pop("bias")
     without = ops.matmul_forward(**arguments, backend=backend_name)
@@ -79,7 +79,7 @@ def test_a_matmul_may_have_no_bias(backend_name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_linear_layer_may_have_no_scale_and_no_bias(dtype: type, backend_name: str) -> None:
+def test_linear_layer_may_have_no_scale_and_no_bias(dtype: type, backend_name: str) -> None:
     arguments, _ = solved("matmul_forward")
     x, weight, bias = arguments["x"], arguments["weight"].astype(dtype), arguments["bias"]
     expected = x.astype(np.float64) @ weight.T.astype(np.float64)
@@ -148,7 +148,7 @@ def test_optional_arrays_that_do_not_fit_are_refused(
     assert refused(function, **given | changes, backend=backend_name).startswith(named)
 
 
-def test_backend_may_stand_where_it_stood_before_optional_arrays() -> None:
+def test_backend_may_stand_in_its_old_place() -> None:
     arguments, expected = solved("matmul_forward")
     given = (arguments["x"], arguments["weight"], arguments["bias"], "numpy")
     assert normalised_error(ops.matmul_forward(*given), expected[0]) <= 4e-6
@@ -158,7 +158,7 @@ def test_backend_may_stand_where_it_stood_before_optional_arrays() -> None:
     )
 
 
-def test_old_names_work_and_say_the_new_one(backend_name: str) -> None:
+def test_old_names_work_and_warn_with_the_new_one(backend_name: str) -> None:
     _, given, expected = given_with("weights of 8 bits")
     with pytest.warns(DeprecationWarning, match="matmul_forward"):
         out = ops.linear_forward(
@@ -176,7 +176,7 @@ def test_old_names_work_and_say_the_new_one(backend_name: str) -> None:
         assert all(np.array_equal(d, dout) for d in ops.residual_backward(dout, backend_name))
 
 
-def test_weights_that_are_no_numbers_are_refused_where_they_must_be(backend_name: str) -> None:
+def test_nonfinite_16_bit_weights_are_refused(backend_name: str) -> None:
     x, weight = np.ones((2, 3), np.float32), np.ones((4, 3), np.float16)
     for bad in (np.nan, np.inf, -np.inf):
         weight[3, 2] = bad
@@ -243,7 +243,7 @@ def test_floats_of_two_sizes_are_refused(name: str, argument: str, backend_name:
 
 
 @EVERY_ARRAY
-def test_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
+def test_arrays_with_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
     arguments, _ = solved(name)
     right = arguments[argument]
     wide = np.repeat(right, 2, axis=-1)
@@ -264,7 +264,7 @@ def test_empty_arrays_are_refused(name: str, argument: str, backend_name: str) -
 
 
 @EVERY_ARRAY
-def test_what_is_no_array_is_refused(name: str, argument: str, backend_name: str) -> None:
+def test_other_objects_than_arrays_are_refused(name: str, argument: str, backend_name: str) -> None:
     arguments, _ = solved(name)
     own = arguments[argument]
     for wrong in (own.tolist(), np.ma.array(own), 1.0, "text", None):
@@ -405,7 +405,7 @@ def test_results_that_do_not_fit_are_refused(
 
 
 @EVERY
-def test_an_argument_that_is_missing_or_unknown_names_the_function(name: str) -> None:
+def test_argument_that_is_missing_or_unknown_names_the_function(name: str) -> None:
     arguments, _ = solved(name)
     with pytest.raises(TypeError, match=f"^{name}: got an unexpected keyword argument 'abc'$"):
         PUBLIC[name](**arguments, abc=1)
@@ -449,7 +449,7 @@ def test_results_have_the_declared_type(name: str) -> None:
 
 
 @EVERY
-def test_an_unknown_backend_is_refused(name: str) -> None:
+def test_unknown_backend_is_refused(name: str) -> None:
     arguments, _ = solved(name)
     message = refused(PUBLIC[name], **arguments | {"backend": "cuda"})
     assert "'cuda'" in message and message.endswith(", ".join(backends()))

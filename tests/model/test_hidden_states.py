@@ -129,7 +129,7 @@ def test_embeddings_are_means_of_the_last_states(kind: str, backend: Any) -> Non
     assert np.array_equal(model.embed(np.array([[1, 2, 3]]))[0], vectors[0])
 
 
-def test_embeddings_of_texts_that_cannot_be_are_refused() -> None:
+def test_embeddings_refuse_bad_texts() -> None:
     model = make()
     assert "at least one" in refused(model.embed, [])
     assert "token id 37" in refused(model.embed, [[37]])
@@ -137,7 +137,7 @@ def test_embeddings_of_texts_that_cannot_be_are_refused() -> None:
     assert refused(model.embed, [1, 2]).endswith("pass ids[None], or [ids]")
 
 
-def test_a_generator_embeds_strings() -> None:
+def test_generator_embeds_strings() -> None:
     config = GPT2Config(257, n_positions=T, n_embd=C, n_layer=1, n_head=3, eos_token_id=256)
     generator = Generator(GPT2(config, seed=1), Tokenizer.from_name("bytes"))
     texts = ["ab", "", "c"]
@@ -149,7 +149,7 @@ def test_a_generator_embeds_strings() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_of_one_text_are_refused_with_the_mend(kind: str) -> None:
+def test_embeddings_refuse_the_ids_of_one_text(kind: str) -> None:
     model, ids = make("auto", kind), np.arange(5)
     for call in (model, model.logprobs, model.embed, model.generate):
         assert refused(call, ids).endswith("got shape (5,): for one text pass ids[None], or [ids]")

@@ -33,7 +33,7 @@ def lists(texts: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 5, "top_k": 20}])
-def test_prompts_of_other_lengths_come_out_as_alone(
+def test_prompts_of_several_lengths_give_their_texts_alone(
     settings: dict[str, Any], kind: str, backend: Any
 ) -> None:
     """The i-th text of a call has the i-th random numbers; at a temperature of 0 there are none."""
@@ -71,14 +71,14 @@ def test_prompts_may_be_lists_tuples_or_arrays(backend: Any) -> None:
     assert np.array_equal(whole, before)
 
 
-def test_what_was_written_can_be_continued(backend: Any) -> None:
+def test_generated_ids_can_be_continued(backend: Any) -> None:
     model = make(backend)
     texts = model.generate(PROMPTS[:2], 5, temperature=0)
     on = model.generate(texts, 4, temperature=0)
     assert lists(on) == lists(model.generate(PROMPTS[:2], 9, temperature=0))
 
 
-def test_an_empty_prompt_starts_from_the_end_of_a_text(backend: Any) -> None:
+def test_empty_prompt_starts_from_the_end_of_a_text(backend: Any) -> None:
     model = make(backend)
     text = model.generate([[]], 5, temperature=0)
     assert np.array_equal(text[0], model.generate([[END]], 5, temperature=0)[0, 1:])
@@ -120,7 +120,7 @@ def test_texts_end_by_themselves(backend: Any) -> None:
         assert text == expected[: len(text)], "of an array they repeat their last token"
 
 
-def test_nothing_is_to_be_added(backend: Any) -> None:
+def test_generate_may_add_nothing(backend: Any) -> None:
     model = make(backend)
     assert lists(model.generate(PROMPTS, 0)) == PROMPTS
     assert np.array_equal(model.generate([[1, 2]], 0), [[1, 2]])
@@ -129,7 +129,7 @@ def test_nothing_is_to_be_added(backend: Any) -> None:
     assert list(model.stream([[1, 2]], 0)) == []
 
 
-def test_a_stream_gives_what_generate_gives(backend: Any) -> None:
+def test_stream_gives_what_generate_gives(backend: Any) -> None:
     model, settings = make(backend), {"max_new_tokens": 9, "seed": 1, "logprobs": True}
     steps = list(model.stream(PROMPTS, **settings))
     ids, logprobs = model.generate(PROMPTS, **settings)
@@ -191,7 +191,7 @@ def slid(model: Any, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
 @pytest.mark.parametrize("length", [1, T - 1, T])
-def test_a_full_context_forgets_its_first_half(length: int, kind: str, backend: Any) -> None:
+def test_full_context_forgets_its_first_half(length: int, kind: str, backend: Any) -> None:
     model, prompt = make(backend, kind), list(range(length))
     expected = slid(model, prompt, 2 * T)
     assert model.generate([prompt], 2 * T, temperature=0)[0].tolist() == expected
@@ -200,7 +200,7 @@ def test_a_full_context_forgets_its_first_half(length: int, kind: str, backend: 
 
 
 @pytest.mark.parametrize("length", [1, T - 1, T])
-def test_a_full_context_ends_the_text_if_so_wished(length: int, backend: Any) -> None:
+def test_full_context_ends_the_text_with_the_setting(length: int, backend: Any) -> None:
     model, prompt = make(backend), list(range(length))
     text = model.generate([prompt], 2 * T, temperature=0, on_full="stop")
     assert text.shape == (1, T + 1), "n_positions tokens were read, one more follows from them"
@@ -319,7 +319,7 @@ def test_far_too_many_texts_are_refused_at_once() -> None:
     assert time.perf_counter() - start < 1
 
 
-def test_a_text_that_is_full_ends_alone_and_among_others() -> None:
+def test_text_that_is_full_ends_alone_and_among_others() -> None:
     model, settings = GPT2(CONFIG, backend="base"), {"temperature": 0, "on_full": "stop"}
     prompts = [[1] * (model.config.n_positions - 2), [2, 3]]
     together = model.generate(prompts, 9, **settings)

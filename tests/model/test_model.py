@@ -78,7 +78,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
 # ---- fresh models --------------------------------------------------------------------------------
 
 
-def test_a_fresh_model_knows_nothing(backend: Any, rng: np.random.Generator) -> None:
+def test_fresh_model_has_the_loss_of_a_uniform_guess(
+    backend: Any, rng: np.random.Generator
+) -> None:
     loss = GPT2(ODD, backend=backend).loss(*batch_of(rng))
     assert abs(loss - math.log(V)) < 0.05
 
@@ -110,7 +112,7 @@ def test_seeds_give_weights() -> None:
         ("1", "seed must be a whole number, got '1'"),
     ],
 )
-def test_a_seed_is_a_whole_number(seed: Any, wanted: str) -> None:
+def test_seed_is_a_whole_number(seed: Any, wanted: str) -> None:
     assert refused(GPT2, TINY, seed=seed) == wanted
 
 
@@ -201,7 +203,7 @@ def test_backends_agree_with_float64(
     check_gradients(gradients, expected)
 
 
-def test_a_batch_is_the_mean_of_its_halves(backend: Any, rng: np.random.Generator) -> None:
+def test_batch_is_the_mean_of_its_halves(backend: Any, rng: np.random.Generator) -> None:
     model, (idx, targets) = odd_model(backend), batch_of(rng, B=4)
     loss, whole = solve(model, (idx, targets))
     model.zero_grad()
@@ -223,7 +225,7 @@ def test_ignored_targets_do_not_count(backend: Any, rng: np.random.Generator) ->
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, B * T - 1, B * T])
-def test_blocks_of_logits_make_no_difference(
+def test_blocks_of_logits_give_the_same_result(
     rows: int, backend: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, (idx, targets) = odd_model(backend), batch_of(rng)
@@ -252,7 +254,7 @@ def test_backward_needs_a_loss_of_its_own(backend: Any, rng: np.random.Generator
 
 
 @pytest.mark.parametrize("scale", [None, math.nan, -math.inf, 1e39, "2", "x", 10**400, True])
-def test_a_scale_that_is_no_finite_number_is_refused(
+def test_scale_that_is_no_finite_number_is_refused(
     scale: Any, backend: Any, rng: np.random.Generator
 ) -> None:
     model, batch = odd_model(backend), batch_of(rng)
@@ -281,7 +283,7 @@ def test_reading_between_loss_and_backward_changes_nothing(
     check_gradients(model.gradients, expected, rtol=0)
 
 
-def test_other_batches_leave_nothing_behind(backend: Any, rng: np.random.Generator) -> None:
+def test_batches_leave_no_trace_in_later_ones(backend: Any, rng: np.random.Generator) -> None:
     fresh, model = odd_model(backend), odd_model(backend)
     batch = batch_of(rng, 2, 5)
     expected_loss, expected = solve(fresh, batch)
@@ -293,14 +295,14 @@ def test_other_batches_leave_nothing_behind(backend: Any, rng: np.random.Generat
     check_gradients(gradients, expected, rtol=0)
 
 
-def test_a_loss_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
+def test_loss_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
     model, other, batch = odd_model(backend), odd_model(backend, seed=2), batch_of(rng)
     first = model.loss(*batch)
     model.load_parameters(other.parameters, "another model")
     assert model.loss(*batch) == other.loss(*batch) != first
 
 
-def test_a_batch_may_change_after_its_loss(backend: Any, rng: np.random.Generator) -> None:
+def test_batch_may_change_after_its_loss(backend: Any, rng: np.random.Generator) -> None:
     model, batch = odd_model(backend), batch_of(rng)
     _, expected = solve(model, batch)
     model.zero_grad()
@@ -332,7 +334,7 @@ def test_gradients_accumulate_until_zero_grad(backend: Any, rng: np.random.Gener
         "loss loss back",
     ],
 )
-def test_the_order_of_calls_makes_no_difference(
+def test_order_of_calls_makes_no_difference(
     order: str, scale: float, backend: Any, rng: np.random.Generator
 ) -> None:
     """A loss computes a part of the gradients: it must not be seen before backward."""
@@ -353,9 +355,7 @@ def test_the_order_of_calls_makes_no_difference(
     check_gradients(model.gradients, expected, 1e-6)
 
 
-def test_a_loss_for_its_own_sake_leaves_gradients_alone(
-    backend: Any, rng: np.random.Generator
-) -> None:
+def test_loss_without_keep_leaves_gradients_alone(backend: Any, rng: np.random.Generator) -> None:
     model, batch = odd_model(backend), batch_of(rng)
     model.zero_grad()
     for keep in (True, False):
@@ -394,7 +394,7 @@ def test_recompute_needs_less_memory() -> None:
     assert full < 2.7e9 and light < 3.8e9 and plain < 4.9e9
 
 
-def test_an_unknown_recompute_lists_the_known() -> None:
+def test_unknown_recompute_lists_the_known() -> None:
     assert "'light', 'full'" in refused(lambda: GPT2(TINY, recompute="some"))
 
 
@@ -471,7 +471,7 @@ def test_seeds_give_texts(backend: Any, rng: np.random.Generator) -> None:
     assert ((0 <= one) & (one < V)).all()
 
 
-def test_text_stops(backend: Any, rng: np.random.Generator) -> None:
+def test_text_ends_at_a_stop_token(backend: Any, rng: np.random.Generator) -> None:
     model, prompt = odd_model(backend), batch_of(rng, 1, 4)[0]
     free = model.generate(prompt, 10, temperature=0)[0, 4:]
     end = int(np.flatnonzero(free == free[2])[0]) + 1  # the third token may have come before
@@ -532,14 +532,14 @@ def test_ids_may_be_any_whole_numbers(dtype: str, backend: Any, rng: np.random.G
     assert np.array_equal(model.generate(idx.astype(dtype), 2, temperature=0), greedy)
 
 
-def test_an_unknown_backend_is_refused() -> None:
+def test_unknown_backend_is_refused() -> None:
     assert "'cuda'" in refused(GPT2, TINY, backend="cuda")
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_comes_back(backend: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_saved_model_comes_back(backend: Any, tmp_path: Path, rng: np.random.Generator) -> None:
     model, batch = odd_model(backend), batch_of(rng)
     model.save_pretrained(tmp_path / "model")
     copy = GPT2.from_pretrained(tmp_path / "model", backend=backend)
@@ -591,7 +591,7 @@ def test_refused_tensors_change_nothing() -> None:
     assert np.array_equal(model.flat_parameters, before)
 
 
-def test_a_loss_that_keeps_nothing_is_the_same(backend: Any, rng: np.random.Generator) -> None:
+def test_loss_that_keeps_nothing_is_the_same(backend: Any, rng: np.random.Generator) -> None:
     model = odd_model(backend)
     x, y = batch_of(rng)
     kept = model.loss(x, y)
@@ -678,7 +678,7 @@ def interrupted_at(number: int, call: Callable[[], Any]) -> bool:
     return False
 
 
-def test_no_interrupt_keeps_a_model() -> None:
+def test_interrupt_leaves_a_model_usable() -> None:
     idx = np.arange(8).reshape(2, 4)
     model = odd_model(get_backend("base", 1), TINY)
     expected, number = model.loss(idx, idx), 1
@@ -692,7 +692,7 @@ def test_no_interrupt_keeps_a_model() -> None:
     assert number > 50, "the claim is what is interrupted"
 
 
-def test_a_signals_handler_in_the_middle_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_reports_a_signal_handler_that_used_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     idx = np.arange(8).reshape(2, 4)
     model = odd_model("numpy", TINY)
     forward, expected = model._forward, model.loss(idx, idx)
@@ -709,7 +709,7 @@ def test_a_signals_handler_in_the_middle_is_told_of(monkeypatch: pytest.MonkeyPa
     assert model.loss(idx, idx) == expected
 
 
-def test_backward_is_for_the_thread_of_the_loss() -> None:
+def test_backward_is_refused_in_another_thread_than_the_loss() -> None:
     a, b = np.arange(8).reshape(2, 4), np.arange(4).reshape(1, 4)
     model = odd_model("numpy", TINY)
     model.loss(a, a)

@@ -59,7 +59,7 @@ ROWS = arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2), el
 
 @given(ROWS)
 @settings(max_examples=200, deadline=None)
-def test_each_number_goes_to_the_nearest_of_its_rows_steps(tensor: np.ndarray) -> None:
+def test_numbers_round_to_the_nearest_step_of_their_row(tensor: np.ndarray) -> None:
     weight, scale, value = rounded(tensor)
     wide = tensor.astype(np.float64)
     largest = np.abs(wide).max(axis=1, keepdims=True)
@@ -72,7 +72,7 @@ def test_each_number_goes_to_the_nearest_of_its_rows_steps(tensor: np.ndarray) -
 
 @given(ROWS)
 @settings(max_examples=100, deadline=None)
-def test_rounding_has_no_side(tensor: np.ndarray) -> None:
+def test_rounding_is_symmetric(tensor: np.ndarray) -> None:
     weight, scale, _ = rounded(tensor)
     opposite, same, _ = rounded(-tensor)
     assert np.array_equal(opposite, 256 - weight.astype(int)) and np.array_equal(scale, same)
@@ -86,7 +86,7 @@ def test_rows_are_rounded_by_themselves() -> None:
     assert not value[2].any() and value[3, 1] == pytest.approx(-3e38)
 
 
-def test_what_is_rounded_is_not_rounded_again() -> None:
+def test_rounded_rows_do_not_change_when_rounded_again() -> None:
     tensor = np.random.default_rng(0).standard_normal((20, 50)).astype(np.float32)
     weight, scale, value = rounded(tensor)
     again, scale_again, _ = rounded(value.astype(np.float32))
@@ -108,7 +108,7 @@ def test_rows_too_small_for_steps_are_zeros(largest: float) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: Any) -> None:
+def test_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: Any) -> None:
     model, exact = GPT2.from_pretrained(directory, backend, quantize=method), make(backend)
     assert isinstance(model, QuantizedGPT2) and model.method == method
     assert model.backend is exact.backend and model.config == SMALL
@@ -165,7 +165,7 @@ def test_weights_take_a_quarter_and_half(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_is_read_and_not_trained(method: str, rng: np.random.Generator) -> None:
+def test_quantized_model_cannot_train(method: str, rng: np.random.Generator) -> None:
     model, idx = QuantizedGPT2.from_model(make(), method), rng.integers(0, V, (2, 5))
     before = model.loss(idx, idx)
     for call in (model.backward, lambda: model.loss(idx, idx, keep=True)):
@@ -178,7 +178,7 @@ def test_it_is_read_and_not_trained(method: str, rng: np.random.Generator) -> No
 
 
 @pytest.mark.parametrize("method", ["int4", "", "INT8", None])
-def test_an_unknown_method_is_refused(method: Any, directory: Path) -> None:
+def test_unknown_method_is_refused(method: Any, directory: Path) -> None:
     assert "int8, fp16" in refused(QuantizedGPT2, SMALL, method)
     assert "int8, fp16" in refused(QuantizedGPT2.from_model, make(), method)
     if method is not None:  # which means none
@@ -341,7 +341,7 @@ def test_damaged_scales_are_refused(tmp_path: Path) -> None:
         assert name in refused(GPT2.from_pretrained, tmp_path, quantize="int8")
 
 
-def test_halves_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_nonfinite_float16_weights_are_refused(tmp_path: Path) -> None:
     QuantizedGPT2.from_model(make(), "fp16").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["wte.weight"][3, 3] = np.inf
@@ -351,7 +351,7 @@ def test_halves_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "bits"), [("int8", 8), ("fp16", 16)])
-def test_weights_that_are_no_numbers_are_not_rounded(method: str, bits: int) -> None:
+def test_nonfinite_weights_are_not_rounded(method: str, bits: int) -> None:
     model = make()
     model.parameters["wte.weight"][3, 3] = np.nan
     message = refused(QuantizedGPT2.from_model, model, method)
@@ -360,7 +360,7 @@ def test_weights_that_are_no_numbers_are_not_rounded(method: str, bits: int) -> 
     )
 
 
-def test_a_cut_file_is_refused(stored: tuple[str, Path]) -> None:
+def test_cut_file_is_refused(stored: tuple[str, Path]) -> None:
     method, path = stored
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
@@ -370,7 +370,7 @@ def test_a_cut_file_is_refused(stored: tuple[str, Path]) -> None:
         GPT2.from_pretrained(path, quantize=method)
 
 
-def test_a_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
+def test_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
     """And weights of 8 bits under a GPT-2's config are refused, not read as if they were floats."""
     _, path = stored
     (path / "config.json").write_text(json.dumps(SMALL.to_dict()))
@@ -406,7 +406,7 @@ def trained() -> tuple[GPT2, np.ndarray]:
 
 
 @pytest.mark.parametrize(("method", "rise"), [("int8", 5e-3), ("fp16", 5e-4)])
-def test_the_loss_hardly_rises(method: str, rise: float, trained: tuple[GPT2, np.ndarray]) -> None:
+def test_loss_hardly_rises(method: str, rise: float, trained: tuple[GPT2, np.ndarray]) -> None:
     model, rows = trained
     exact = model.loss(rows[:, :-1], rows[:, 1:], keep=False)
     assert exact < 3.0, "it has learnt: bytes of a text by chance are 5.5 nats, by frequency 3.3"

@@ -149,7 +149,7 @@ def test_steps_are_the_forward_pass(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random.Generator) -> None:
+def test_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random.Generator) -> None:
     """The call for all layers against the ops one by one, on the same cache each time."""
     model, tokens = make(backend, kind), texts(rng, T)
     decoder = model.decoder()
@@ -169,7 +169,7 @@ def test_a_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random
     agree(kind, np.stack(stepped), np.stack(ops), STEP)
 
 
-def test_a_prompt_of_several_chunks(
+def test_prompt_of_several_chunks(
     backend: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = make(backend), texts(rng, T)
@@ -205,7 +205,7 @@ def test_losses_are_those_of_the_logits(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 9, 17])
-def test_a_text_gets_the_same_bits_alone_and_among_others(
+def test_text_gets_the_same_bits_alone_and_among_others(
     N: int, kind: str, backend: Any, rng: np.random.Generator
 ) -> None:
     """Texts of other lengths, in slots of any order, and some that have ended."""
@@ -229,7 +229,7 @@ def test_a_text_gets_the_same_bits_alone_and_among_others(
             lengths[row] += 1
 
 
-def test_a_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Generator) -> None:
+def test_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Generator) -> None:
     """What it does not read is NaN, and stays it."""
     model, tokens = make(backend), texts(rng, 10)
     decoder = model.decoder(3, 10)
@@ -244,7 +244,7 @@ def test_a_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Ge
         assert np.isnan(cache[:, [0, 2]]).all() and np.isnan(cache[:, 1, :, 8:]).all()
 
 
-def test_a_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generator) -> None:
+def test_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generator) -> None:
     model, (first, second) = make(backend), texts(rng, 2, 20)
     decoder = model.decoder(3)
     decoder.keys[:, 2] = decoder.values[:, 2] = np.nan
@@ -259,7 +259,7 @@ def test_a_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generat
     agree("fp32", again, read(model.decoder(), first, 20)[-1:])
 
 
-def test_a_slot_may_be_used_again(backend: Any, rng: np.random.Generator) -> None:
+def test_slot_may_be_used_again(backend: Any, rng: np.random.Generator) -> None:
     model, (first, second) = make(backend), texts(rng, 2, 30)
     decoder = model.decoder(2, 30)
     decoder.read(first, 1, 0)
@@ -289,7 +289,7 @@ def test_decoders_do_not_share_memory(backend: Any, rng: np.random.Generator) ->
             assert np.array_equal(out, logits[:, t])
 
 
-def test_a_decoder_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
+def test_decoder_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
     model, other, tokens = make(backend, seed=1), make(backend, seed=2), texts(rng, 1, 5)
     decoder = model.decoder()
     first = step_through(decoder, tokens)
@@ -324,7 +324,7 @@ def test_threads_do_not_change_a_bit(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", [ODD, FLAT, LEAST], ids=["odd", "flat", "least"])
-def test_a_step_stays_in_its_memory(
+def test_step_stays_in_its_memory(
     config: GPT2Config,
     kind: str,
     backend: Any,
@@ -380,7 +380,9 @@ def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.Monk
         *((1.5, 4, "slots"), (True, 4, "slots"), (1, "4", "capacity")),
     ],
 )
-def test_room_for_nothing_is_refused(slots: Any, capacity: Any, named: str) -> None:
+def test_decoder_without_slots_or_capacity_is_refused(
+    slots: Any, capacity: Any, named: str
+) -> None:
     model = GPT2(ODD, backend="numpy")
     assert refused(model.decoder, slots, capacity).startswith(named)
     assert "n_positions" in refused(model.decoder, 1, ODD.n_positions + 1)
@@ -453,7 +455,7 @@ def test_damaged_weights_are_an_error_and_no_warning(weights: tuple[float, float
         model.generate([[1, 2]], max_new_tokens=1)
 
 
-def test_what_nobody_wants_is_not_looked_for() -> None:
+def test_argmax_is_computed_only_when_asked_for() -> None:
     """The likeliest of 50,257 tokens costs more than the loss of one."""
     decoder = GPT2(ODD, backend="numpy").decoder()
     tokens, asked = np.arange(5, dtype=np.int32), 0
@@ -472,7 +474,7 @@ def test_what_nobody_wants_is_not_looked_for() -> None:
     assert asked == 1
 
 
-def test_a_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
+def test_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
     model = QuantizedGPT2.from_model(GPT2(ODD, backend=backend), "int8")
     ids = np.arange(3, dtype=np.int32)
     expected = model.decoder().read(ids, 0, 0)
@@ -485,7 +487,7 @@ def test_a_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
     assert np.isfinite(decoder.step(zero, zero, zero + 3)).all()
 
 
-def test_a_step_of_no_text_is_nothing(backend: Any) -> None:
+def test_step_of_no_text_returns_empty_arrays(backend: Any) -> None:
     config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     none = np.empty(0, np.int32)
     assert GPT2(config, backend=backend).decoder(2).step(none, none, none).shape == (0, 11)

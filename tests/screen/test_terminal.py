@@ -80,14 +80,16 @@ def full() -> Iterator[Any]:
         ("gbk", "strict", "café 你?\n".encode("gbk")),
     ],
 )
-def test_what_an_encoding_lacks_is_replaced(encoding: str, errors: str, expected: bytes) -> None:
+def test_characters_outside_an_encoding_are_replaced(
+    encoding: str, errors: str, expected: bytes
+) -> None:
     file = io.BytesIO()
     door = Door(io.TextIOWrapper(file, encoding=encoding, errors=errors))
     print("café 你\udce9", file=door)
     assert file.getvalue() == expected and door.lost is None
 
 
-def test_a_mark_of_byte_order_comes_once() -> None:
+def test_byte_order_mark_is_written_once() -> None:
     file = io.BytesIO()
     door = Door(io.TextIOWrapper(file, encoding="utf-16"))
     print("one", file=door)
@@ -95,7 +97,7 @@ def test_a_mark_of_byte_order_comes_once() -> None:
     assert file.getvalue().decode("utf-16") == "one\ntwo\n"
 
 
-def test_a_stream_that_is_not_there_takes_all() -> None:
+def test_missing_stream_swallows_writes() -> None:
     door = Door(None)
     print("text", file=door, flush=True)
     assert door.lost is None and not door.isatty() and door.encoding == "utf-8"
@@ -103,14 +105,14 @@ def test_a_stream_that_is_not_there_takes_all() -> None:
         door.fileno()
 
 
-def test_a_full_disk_is_remembered(full: Any) -> None:
+def test_full_disk_is_remembered(full: Any) -> None:
     door = Door(full)
     print("text", file=door)
     print("more", file=door, flush=True)
     assert door.lost is not None and door.lost.errno == errno.ENOSPC and not door.reader_left
 
 
-def test_a_reader_that_left_is_known() -> None:
+def test_closed_pipe_is_remembered() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as file:
@@ -119,7 +121,7 @@ def test_a_reader_that_left_is_known() -> None:
     assert door.reader_left
 
 
-def test_a_stream_that_was_closed_takes_all() -> None:
+def test_closed_stream_swallows_writes() -> None:
     stream = io.TextIOWrapper(io.BytesIO())
     door = Door(stream)
     stream.close()
@@ -127,7 +129,7 @@ def test_a_stream_that_was_closed_takes_all() -> None:
     assert door.lost is not None
 
 
-def test_a_stream_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonblocking_stream_is_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a full one does not take is dropped, unless it is needed: then it is waited for."""
     monkeypatch.setattr("gpt2c.screen.terminal.PATIENCE", 0.01)
     text = "x" * 99 + "\n"
@@ -157,7 +159,7 @@ def test_a_stream_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         assert needed or isinstance(door.lost, BlockingIOError)
 
 
-def test_streams_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     monkeypatch.setattr("sys.stdout", None)
     before = sys.stdin, sys.stdout, sys.stderr
@@ -169,20 +171,22 @@ def test_streams_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_what_is_read(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_is_read_as_utf_8_without_errors(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = io.BytesIO(b"\xef\xbb\xbfcaf\xc3\xa9\r\ncaf\xe9\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file, encoding=encoding))
     with open_door():
         assert sys.stdin.read() == "café\ncaf\ufffd\n"
 
 
-def test_another_encoding_of_the_environments_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_keeps_another_encoding_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xc4\xe3"), encoding="gbk"))
     with open_door():
         assert sys.stdin.read() == "你"
 
 
-def test_input_that_does_not_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonblocking_input_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     monkeypatch.setattr("sys.stdin", open(reader, encoding="utf-8"))
@@ -193,7 +197,7 @@ def test_input_that_does_not_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     later.join()
 
 
-def test_warnings_are_for_programmers(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_commands_show_no_warnings(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def warn(options: object) -> int:
         warnings.warn("a library\nis old", UserWarning, stacklevel=1)
         return 0
@@ -207,7 +211,7 @@ def test_warnings_are_for_programmers(monkeypatch: pytest.MonkeyPatch, capsys: C
 
 
 @pytest.mark.parametrize("name", ["r\udcfc", "模"])
-def test_a_run_of_any_name_is_drawn(name: str, tmp_path: Path, capsys: Capture) -> None:
+def test_plot_takes_any_name_of_a_run(name: str, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
     shutil.copytree("run", tmp_path / name)
     assert main(["plot", str(tmp_path / name)]) == 0
@@ -228,11 +232,11 @@ def test_a_run_of_any_name_is_drawn(name: str, tmp_path: Path, capsys: Capture) 
         ("\ud83d\ude00 \ud83d", "😀 \ufffd"),
     ],
 )
-def test_arguments_are_well_formed(text: str, expected: str) -> None:
+def test_arguments_become_valid_unicode(text: str, expected: str) -> None:
     assert well_formed(text) == expected
 
 
-def test_a_terminal_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\tb\n\0\x07\x08\r\x1b[2J\x7f\x9b5mé你"
     monkeypatch.setattr("sys.stdout", io.StringIO())
     assert visible(text) == text, "a file gets what the model wrote"
@@ -252,7 +256,7 @@ def test_a_terminal_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"", "''"),
     ],
 )
-def test_a_token_is_spelled(data: bytes, expected: str) -> None:
+def test_token_is_spelled(data: bytes, expected: str) -> None:
     assert spelled(data) == expected
 
 
@@ -285,7 +289,7 @@ def test_characters_that_span_tokens_stand_together() -> None:
         ("generate missing", 2),
     ],
 )
-def test_a_full_disk_under_every_verb(
+def test_every_verb_reports_a_full_disk(
     arguments: str, code: int, full: Any, tmp_path: Path, monkeypatch: Any, capsys: Capture
 ) -> None:
     """The exit code is 0 if the work is whole; of a text that is the result, only if it is."""
@@ -305,7 +309,7 @@ def test_a_full_disk_under_every_verb(
 
 
 @pytest.mark.parametrize("stream", [None, io.TextIOWrapper(io.BytesIO(), encoding="ascii")])
-def test_streams_that_lack_something_under_every_verb(
+def test_every_verb_works_with_limited_streams(
     stream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdout", stream)
@@ -325,7 +329,7 @@ def test_streams_that_lack_something_under_every_verb(
     assert main(["generate", f"{out}/nothing"]) == 2
 
 
-def test_a_models_controls_reach_a_file_and_no_terminal(
+def test_models_controls_reach_a_file_and_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     call = ["generate", "bell", "--temperature", "0", "--prompt", "ab", "--max-new-tokens", "3"]
@@ -338,7 +342,7 @@ def test_a_models_controls_reach_a_file_and_no_terminal(
             assert "ab\ufffd\ufffd\ufffd\n" in sys.stdout.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_turns_a_line_around_is_no_text_for_a_terminal(
+def test_bidirectional_controls_do_not_reach_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = "a\u202eb\u2066c\u2028d 你好 é\t\n"
@@ -347,7 +351,7 @@ def test_what_turns_a_line_around_is_no_text_for_a_terminal(
     assert visible(text) == "a\ufffdb\ufffdc\ufffdd 你好 é\t\n"
 
 
-def test_each_line_is_answered_whatever_its_bytes(
+def test_interactive_generate_answers_any_bytes(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     lines = io.TextIOWrapper(io.BytesIO(b"ab\ncaf\xe9\r\nab"), encoding="utf-8")
@@ -357,7 +361,7 @@ def test_each_line_is_answered_whatever_its_bytes(
     assert first == third == "ab\x07" and second.startswith("caf\ufffd") and rest == ""
 
 
-def test_a_prompt_may_hold_any_bytes(capsys: Capture) -> None:
+def test_prompt_may_hold_any_bytes(capsys: Capture) -> None:
     call = ["generate", "run", "--max-new-tokens", "0", "--prompt", "caf\udce9"]
     for more, out in (
         ([], "caf\ufffd\n"),
@@ -370,7 +374,7 @@ def test_a_prompt_may_hold_any_bytes(capsys: Capture) -> None:
         assert capsys.readouterr().out == out
 
 
-def test_a_prompt_from_elsewhere(
+def test_prompt_comes_from_a_file_or_standard_input(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     call = ["generate", "run", "--max-new-tokens", "0"]
@@ -392,7 +396,7 @@ def test_a_prompt_from_elsewhere(
     ],
     ids=["stray bytes", "as Windows writes it"],
 )
-def test_a_prompt_is_the_same_from_a_file_and_from_standard_input(
+def test_prompt_is_the_same_from_a_file_and_from_standard_input(
     content: bytes, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     call = ["generate", "run", "--max-new-tokens", "0"]
@@ -403,7 +407,7 @@ def test_a_prompt_is_the_same_from_a_file_and_from_standard_input(
         assert capsys.readouterr().out == f"{prompt}\n"
 
 
-def test_a_prompt_of_another_encoding_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_prompt_of_another_encoding_is_refused(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "prompt.txt").write_bytes("café".encode("utf-16"))
     assert main(["generate", "run", "--prompt-file", str(tmp_path / "prompt.txt")]) == 2
     assert "prompt.txt is UTF-16, not UTF-8; save it as UTF-8" in capsys.readouterr().err
@@ -436,7 +440,7 @@ def test_standard_input_is_utf_16_where_the_environment_says_so(
 @pytest.mark.parametrize(
     "value", ["-->", "---", "--", "-ab", "-", "-h", "--seed", "--seed=1", "-5", "-1e5", "- a", ""]
 )
-def test_values_that_begin_with_dashes(value: str, capsys: Capture) -> None:
+def test_values_may_begin_with_dashes(value: str, capsys: Capture) -> None:
     call = ["generate", "run", "--max-new-tokens", "0"]
     if value != "-":  # standard input
         assert main([*call, "--prompt", value, "--seed", "1"]) == 0
@@ -446,7 +450,7 @@ def test_values_that_begin_with_dashes(value: str, capsys: Capture) -> None:
         assert capsys.readouterr().out == "a\n"
 
 
-def test_numbers_and_paths_that_begin_with_dashes(capsys: Capture, tmp_path: Path) -> None:
+def test_negative_numbers_and_dashed_paths_are_taken(capsys: Capture, tmp_path: Path) -> None:
     assert main(["generate", "run", "--temperature", "-1e-3"]) == 2
     assert "at least 0, got -0.001" in capsys.readouterr().err
     assert main(["train", "--data", "-nothing", "--out", str(tmp_path)]) == 2
@@ -457,7 +461,7 @@ def test_numbers_and_paths_that_begin_with_dashes(capsys: Capture, tmp_path: Pat
         assert "argument --data: expected one argument" in capsys.readouterr().err
 
 
-def test_a_stop_may_be_a_newline(capsys: Capture) -> None:
+def test_stop_string_may_be_a_newline(capsys: Capture) -> None:
     call = "generate lines --temperature 0 --prompt ab --max-new-tokens 5".split()
     for stop, text in (r"\n", "abc"), ("\n", "abc"), (r"c\n", "ab"), (r"\\n", "abc\n\n\n\n"):
         assert main([*call, "--stop", stop]) == 0
@@ -472,7 +476,7 @@ def test_gpt2c_alone_shows_its_help(capsys: Capture) -> None:
         assert re.search(rf"^    {verb} +[A-Za-z]", out, re.MULTILINE)
 
 
-def test_underscores_are_understood_and_not_shown(capsys: Capture) -> None:
+def test_flags_take_underscores_and_show_hyphens(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = capsys.readouterr().out
@@ -484,7 +488,7 @@ def test_underscores_are_understood_and_not_shown(capsys: Capture) -> None:
 # ---- tokens, probabilities -----------------------------------------------------------------------
 
 
-def test_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
+def test_tokens_shows_the_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
     assert main(["tokens", "你 a\n", "b", "--tokenizer", "bytes"]) == 0
     head, _, divided, rest, _, note, _, *rows = capsys.readouterr().out.split("\n")
     assert head == "bytes, a vocabulary of 257: 8 tokens, 6 characters, 8 bytes"
@@ -510,7 +514,7 @@ def test_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
     assert "Some tokens" not in "".join(rows), "each is a character or more"
 
 
-def test_tokens_has_a_tokenizer_without_a_network(
+def test_tokens_works_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -521,7 +525,7 @@ def test_tokens_has_a_tokenizer_without_a_network(
     assert capsys.readouterr().out.startswith("runs/demo/run, a vocabulary of 258: 2 tokens")
 
 
-def test_tokens_of_anything(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_tokens_takes_any_bytes(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     for arguments, text in (
         (["-->", "-ab"], "--> -ab"),
         (["--", "--tokenizer"], "--tokenizer"),
@@ -542,7 +546,7 @@ def test_tokens_of_anything(monkeypatch: pytest.MonkeyPatch, capsys: Capture) ->
     assert "did you mean --tokenizer?" in capsys.readouterr().err
 
 
-def test_tokens_have_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     call = ["tokens", "你a\x1b[2J", "--tokenizer", "bytes"]
     monkeypatch.setattr("sys.stdout", Terminal())
@@ -584,7 +588,7 @@ def test_probabilities_without_candidates(capsys: Capture) -> None:
     assert [row.split() for row in rows] == [["99", "'c'", "100.00%"], ["10", r"'\n'", "100.00%"]]
 
 
-def test_probabilities_have_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probabilities_are_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = {0.5: "42", 0.49: "43", 0.1: "43", 0.09: "41", 0.0: "41"}
 
     def tokens(*arguments: Any, **settings: Any) -> Iterator[Token]:
@@ -621,7 +625,7 @@ def test_probabilities_have_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatc
         ("generate run --max-new-tokens 3", ">/dev/full 2>/dev/full", 2),
     ],
 )
-def test_a_shells_redirections(arguments: str, redirections: str, code: int) -> None:
+def test_redirections_of_a_shell_work(arguments: str, redirections: str, code: int) -> None:
     if "full" in redirections and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     command = ["sh", "-c", f'"$@" {redirections}', "sh", *COMMAND, *arguments.split()]
@@ -629,7 +633,7 @@ def test_a_shells_redirections(arguments: str, redirections: str, code: int) -> 
     assert done.returncode == code and b"Traceback" not in done.stderr
 
 
-def test_no_file_gets_a_closed_streams_number() -> None:
+def test_closed_streams_give_no_number_to_a_file() -> None:
     code = "import os; from gpt2c.screen.terminal import open_door\n"
     code += "with open_door(): print(os.dup(0) > 2)"
     command = ["sh", "-c", '"$@" 2>&- <&-', "sh", sys.executable, "-c", code]
@@ -682,7 +686,7 @@ def press_ctrl_c(side: int) -> None:
     os.write(side, b"\x03")
 
 
-def test_lines_are_edited() -> None:
+def test_prompt_line_can_be_edited() -> None:
     pytest.importorskip("readline")
 
     def talk(side: int, until: Callable[[bytes], bytes]) -> None:
@@ -719,7 +723,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_ends() -> None:
     assert code == 130 and shown.count(hint) == 2 and b"Traceback" not in shown
 
 
-def test_ctrl_c_ends_a_text_that_is_written() -> None:
+def test_ctrl_c_ends_a_running_text() -> None:
     def talk(side: int, until: Callable[[bytes], bytes]) -> None:
         until(b"> ")
         os.write(side, b"ab\r")
@@ -734,7 +738,7 @@ def test_ctrl_c_ends_a_text_that_is_written() -> None:
     assert code == 0
 
 
-def test_a_kill_ends_a_conversation(tmp_path: Path, world: Path) -> None:
+def test_kill_ends_interactive_generate(tmp_path: Path, world: Path) -> None:
     """It is no Ctrl-C, which would end a text only."""
     for line, wanted in (b"", b"nothing is remembered"), (b"ab\n", b"ab"):
         side, child_side = os.openpty()
@@ -764,7 +768,7 @@ def test_a_kill_ends_a_conversation(tmp_path: Path, world: Path) -> None:
     "arguments",
     [f"train --data data --out OUT {TINY} --max-iters 400", "generate run --max-new-tokens 20000"],
 )
-def test_a_terminal_that_goes_away(arguments: str, tmp_path: Path) -> None:
+def test_verb_ends_cleanly_when_its_terminal_closes(arguments: str, tmp_path: Path) -> None:
     def talk(side: int, until: Callable[[bytes], bytes]) -> None:
         until(b"loss" if "train" in arguments else b"t")
         os.close(side)

@@ -46,7 +46,7 @@ def test_each_token_is_a_target_in_every_epoch(N, B, T, seed):
 
 
 @pytest.mark.parametrize(("N", "T"), [(767, 256), (1023, 256), (60_000, 256), (1025, 16), (18, 16)])
-def test_the_end_of_a_text_is_trained_on(N, T):
+def test_last_token_of_a_shard_is_a_target(N, T):
     tokens = np.arange(N, dtype=np.uint16)
     batches = Batches([tokens], 1, T, seed=1)
     steps = range(batches.windows_per_epoch)
@@ -54,7 +54,7 @@ def test_the_end_of_a_text_is_trained_on(N, T):
     np.testing.assert_array_equal(seen, np.arange(1, N))
 
 
-def test_each_shard_that_holds_a_window_is_used():
+def test_every_shard_with_a_window_is_used():
     lengths = [2000, 511, 257, 256, 1]
     shards = [np.full(N, number, np.uint16) for number, N in enumerate(lengths)]
     batches = Batches(shards, 2, 256, seed=1)
@@ -73,7 +73,7 @@ def test_epochs_differ_in_order_and_offset():
     assert len({tuple(sorted(epoch)) for epoch in starts.tolist()}) > 5
 
 
-def test_a_batch_depends_on_seed_and_step_only():
+def test_batch_depends_on_seed_and_step_only():
     tokens = np.arange(500, dtype=np.uint16)
     forward = Batches([tokens], 4, 10, seed=1)
     expected = [forward.batch(step)[0] for step in range(60)]
@@ -93,7 +93,7 @@ def test_a_batch_depends_on_seed_and_step_only():
         (5000, 4, 64, 1337, 608227338),
     ],
 )
-def test_the_order_of_older_runs_is_kept(N, B, T, seed, checksum):
+def test_order_of_older_runs_is_kept(N, B, T, seed, checksum):
     tokens = (np.arange(N) * 7919 % 65521).astype(np.uint16)
     batches = Batches([tokens], B, T, seed, order=1)
     content = b"".join(batches.batch(step)[0].tobytes() for step in range(40))
@@ -106,7 +106,7 @@ def test_the_order_of_older_runs_is_kept(N, B, T, seed, checksum):
     T=st.integers(1, 9),
     seed=st.integers(0, 2**63),
 )
-def test_an_epoch_is_one_permutation_of_the_windows_of_all_shards(lengths, B, T, seed):
+def test_epoch_is_one_permutation_of_the_windows_of_all_shards(lengths, B, T, seed):
     # Shard n holds 1000 n, 1000 n + 1, ..., so a token tells where it stood.
     shards = [np.arange(1000 * n, 1000 * n + N, dtype=np.uint16) for n, N in enumerate(lengths)]
     if sum((N - 1) // T for N in lengths) < B:
@@ -136,13 +136,13 @@ def test_an_epoch_is_one_permutation_of_the_windows_of_all_shards(lengths, B, T,
             np.testing.assert_array_equal(again.batch(step)[0], pairs[step][0])
 
 
-def test_an_epoch_mixes_shards():
+def test_epoch_mixes_shards():
     shards = [np.arange(1000 * n, 1000 * n + 400, dtype=np.uint16) for n in range(3)]
     x, _ = Batches(shards, batch_size=12, block_size=8, seed=1).batch(0)
     assert set((x[:, 0] // 1000).tolist()) == {0, 1, 2}
 
 
-def test_the_order_is_the_same_on_every_machine_and_version():
+def test_order_is_the_same_on_every_machine_and_version():
     tokens = np.arange(100, dtype=np.uint16)
     for order, starts in ((1, [83, 43, 11, 51, 59, 67]), (2, [75, 35, 3, 43, 83, 51])):
         x, _ = Batches([tokens], batch_size=6, block_size=8, seed=1337, order=order).batch(0)

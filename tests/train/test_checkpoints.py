@@ -77,7 +77,7 @@ def test_trainer_state_survives_a_dict_and_refuses_a_bad_entry() -> None:
         )
 
 
-def test_the_newest_n_stay(three: Path) -> None:
+def test_prune_keeps_the_newest(three: Path) -> None:
     assert [path.name for path in sorted(three.iterdir())] == ["00000010", "00000020", "00000030"]
     path = put(three, 40)
     assert before(path) == three / "00000030" and before(three / "00000010") is None
@@ -86,7 +86,7 @@ def test_the_newest_n_stay(three: Path) -> None:
     assert found(three) == (40, [])
 
 
-def test_there_may_be_none(tmp_path: Path) -> None:
+def test_newest_returns_none_without_checkpoints(tmp_path: Path) -> None:
     assert newest(tmp_path / "checkpoints", pytest.fail) is None
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".00000010.77.tmp").mkdir()
@@ -160,7 +160,7 @@ DAMAGES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(three: Path, damage: Any, reason: str) -> None:
+def test_newest_passes_over_a_damaged_checkpoint(three: Path, damage: Any, reason: str) -> None:
     damage(three / "00000030")
     step, lines = found(three)
     assert step == 20
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, damage: Any, reason: s
     assert found(three) == (30, [])
 
 
-def test_one_that_is_damaged_again_is_kept_beside_the_first(three: Path) -> None:
+def test_second_damaged_checkpoint_is_kept_beside_the_first(three: Path) -> None:
     for _ in range(2):
         (three / "00000030" / "state.json").write_text("")
         assert found(three)[0] == 20
@@ -183,7 +183,7 @@ def test_one_that_is_damaged_again_is_kept_beside_the_first(three: Path) -> None
     assert names == ["00000030", "00000030.damaged", "00000030.damaged2"]
 
 
-def test_one_of_another_version_is_not_passed_over(three: Path) -> None:
+def test_checkpoint_of_another_version_is_refused(three: Path) -> None:
     rewrite(three / "00000030" / "state.json", version=lambda old: 2)
     before = {path: path.stat().st_mtime_ns for path in three.rglob("*")}
     message = refused(newest, three, pytest.fail)
@@ -191,7 +191,7 @@ def test_one_of_another_version_is_not_passed_over(three: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in three.rglob("*")} == before
 
 
-def test_none_is_whole(three: Path) -> None:
+def test_error_says_that_no_checkpoint_is_whole(three: Path) -> None:
     for path in three.iterdir():
         flip(path / "model.safetensors", -1)
     message = refused(newest, three, pytest.fail)
@@ -202,14 +202,14 @@ def test_none_is_whole(three: Path) -> None:
     )
 
 
-def test_a_later_one_does_not_count_as_one_of_the_newest(three: Path) -> None:
+def test_prune_ignores_later_checkpoints(three: Path) -> None:
     prune(put(three, 25), 1)
     assert sorted(path.name for path in three.iterdir()) == ["00000025", "00000030"]
 
 
 @pytest.mark.parametrize("name", ["read_json", "_sum"])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
+def test_unreadable_checkpoint_is_an_error(
     three: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
     """It may be whole. Most errors of a read do not say of which file."""
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
     assert sorted(path.name for path in three.iterdir()) == ["00000010", "00000020", "00000030"]
 
 
-def test_a_save_that_fails_leaves_what_there_was(
+def test_failed_save_leaves_the_old_checkpoints(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> None:

@@ -49,7 +49,7 @@ def test_adamw_matches_a_plain_loop(decay_size, grad_clip):
     np.testing.assert_allclose(optimizer.v, v, rtol=1e-5, atol=1e-7)
 
 
-def test_a_step_is_about_the_learning_rate():
+def test_step_is_about_the_learning_rate():
     # Adam's first step is lr * sign(gradient) whatever the gradient's size.
     model = make_model()
     before = model.flat_parameters.copy()
@@ -103,7 +103,7 @@ def test_another_state_is_refused_and_nothing_is_loaded(change, steps, wanted):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_named(bad):
+def test_not_finite_names_the_array(bad):
     optimizer = AdamW(make_model())
     assert optimizer.not_finite() == ""
     parts = {"moment v": optimizer.v, "moment m": optimizer.m}
@@ -113,7 +113,7 @@ def test_what_is_not_finite_is_named(bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_gradient_leaves_everything_alone(bad):
+def test_bad_gradient_changes_nothing(bad):
     model = make_model()
     optimizer = AdamW(model)
     optimizer.step()
@@ -192,14 +192,14 @@ def test_warm_up_rises_and_never_falls_back(kind):
         ("step", {29: 1.0, 30: 0.5, 49: 0.5, 50: 0.25, 70: 0.125, 90: 0.1, 500: 0.1}),
     ],
 )
-def test_corner_values(kind, values):
+def test_schedules_at_their_corners(kind, values):
     schedule = make_schedule(kind)
     assert {step: schedule(step) for step in values} == pytest.approx(values)
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("max_iters", [1, 2, 3])
-def test_short_runs(kind, max_iters):
+def test_schedules_of_short_runs(kind, max_iters):
     for warmup_iters in range(max_iters + 1):
         schedule = make_schedule(kind, max_iters=max_iters, warmup_iters=warmup_iters)
         assert all(0 < schedule(step) <= 1.0 for step in range(max_iters + 2))
@@ -238,6 +238,6 @@ def test_steps_out_of_range(kind, step):
         make_schedule(kind)(step)
 
 
-def test_an_unknown_schedule_lists_the_known():
+def test_unknown_schedule_lists_the_known():
     with pytest.raises(ValueError, match="constant, linear, cosine, wsd, step, got 'triangle'"):
         make_schedule("triangle")
