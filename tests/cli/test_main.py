@@ -5,24 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.command import COMMAND, TINY, crafted
+from helpers.command import COMMAND, SPEED, TINY
 
 from gpt2c.cli.main import main
 from gpt2c.evaluate import scoring
-from gpt2c.generator import Generator
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import backends
 from gpt2c.text.shards import read_tokens, write_tokens
 from gpt2c.text.tokenizer import Tokenizer
@@ -72,30 +69,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(path / "run", path / "mixed")
     Tokenizer.train([TEXT], 260).save_pretrained(path / "mixed")
     return path
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("GPT2C_BACKEND", "GPT2C_NUM_THREADS"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def gpt2c(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> Callable[[str], tuple[int, str, str]]:
-    """Return `gpt2c` in the world, as (exit code, standard output, standard error)."""
-    monkeypatch.chdir(world)
-
-    def run(arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(arguments.split())
-        except SystemExit as stop:  # argparse's
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 # ---- prepare, train ------------------------------------------------------------------------------
@@ -220,184 +193,6 @@ def test_every_setting_is_a_flag_with_help(gpt2c) -> None:
         flag = out.index(f"\n  --{name.replace('_', '-')}")
         number = TABLES.index(table)
         assert heads[number] < flag < heads[number + 1], name
-
-
-# ---- eval ----------------------------------------------------------------------------------------
-
-
-def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
-    model = GPT2.from_pretrained(world / "run")
-    tokens = read_tokens(world / "data" / "val.bin").astype(np.int64)
-    nats = 0.0
-    for start in range(0, len(tokens) - 1, 16):
-        x, y = tokens[start : start + 16][: len(tokens) - 1 - start], tokens[start + 1 : start + 17]
-        logits = model(x[None])[0].astype(np.float64)
-        nats += float((np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]).sum())
-    loss = nats / (len(tokens) - 1)
-    size = int((tokens[1:] != 256).sum())  # the tokenizer is bytes; the mark of 256 is no text
-    assert 0 < size < len(tokens) - 1
-    for flags in ("", " --batch-size 3 --backend numpy"):
-        code, out, err = gpt2c(f"eval run --data data{flags}")
-        assert (code, err) == (0, "")
-        shown = re.fullmatch(r"loss (\S+) nats/token  perplexity (\S+)  bits per byte (\S+)\n", out)
-        assert shown
-        expected = [loss, math.exp(loss), nats / math.log(2) / size]
-        assert [float(text) for text in shown.groups()] == pytest.approx(expected, abs=6e-3)
-        assert float(shown[1]) == pytest.approx(loss, abs=1e-4)
-        assert float(shown[3]) == pytest.approx(expected[2], abs=1e-4)
-
-
-# ---- generate ------------------------------------------------------------------------------------
-
-SPEED = r"(\d+) tokens? in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
-
-
-def test_seed_draws_the_same_text(gpt2c) -> None:
-    texts = [gpt2c(f"generate run --prompt the --seed {seed}")[1] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    assert all(text.startswith("the") and text.endswith("\n") for text in texts)
-
-
-def test_temperature_0_needs_no_seed(gpt2c) -> None:
-    texts = {gpt2c("generate run --prompt a --temperature 0 --top-k 1")[1] for _ in range(3)}
-    assert len(texts) == 1
-
-
-def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
-    model = crafted(tmp_path / "cx", ord("c"), ord("x"))
-    for flags, text in (
-        ("--prompt ab --max-new-tokens 9", "abcxxxxxxxx\n"),
-        ("--prompt ab --max-new-tokens 0", "ab\n"),
-        ("--max-new-tokens 3", "xcx\n"),  # the start of a text is one token
-    ):
-        code, out, err = gpt2c(f"generate {model} --temperature 0 {flags}")
-        assert (code, out) == (0, text)
-        assert int(re.fullmatch(SPEED, err)[1]) == len(out) - len("\n") - (2 if "ab" in text else 0)
-    model = crafted(tmp_path / "end", 256, ord("x"))
-    assert gpt2c(f"generate {model} --temperature 0 --prompt ab")[:2] == (0, "ab\n")
-
-
-def test_prompt_may_hold_special_tokens_with_the_flag(
-    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, prompt = crafted(tmp_path, ord("c"), ord("x")), "<|endoftext|>b"
-    command = f"generate {model} --temperature 0 --max-new-tokens 3"
-    code, _, err = gpt2c(f"{command} --prompt {prompt}")
-    assert code == 2 and "the prompt is 14 tokens" in err
-    (tmp_path / "prompt").write_text(prompt)
-    for given in (f"--prompt {prompt}", f"--prompt-file {tmp_path / 'prompt'}"):
-        assert gpt2c(f"{command} --special {given}")[:2] == (0, f"{prompt}cxx\n")
-    several = gpt2c(f"{command} --special --prompt {prompt} --num-samples 2")[1]
-    assert several == "".join(f"--- sample {n} ---\n{prompt}cxx\n" for n in (1, 2))
-    table = gpt2c(f"{command} --special --prompt {prompt} --show-probabilities 0")[1]
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["99", "120", "120"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\nab\n"))
-    answers = f"{prompt}cxx\n---\nabcxx\n---\n"
-    assert gpt2c(f"{command} --special --interactive")[1] == answers
-    out = gpt2c(f"tokens {prompt} --tokenizer bytes --special")[1].splitlines()
-    assert out[0] == "bytes, a vocabulary of 257: 2 tokens, 14 characters, 14 bytes"
-    assert out[2] == "<|endoftext|>|b" and out[5].startswith("256  '<|endoftext|>'  3C 7C")
-    assert "14 tokens" in gpt2c(f"tokens {prompt} --tokenizer bytes")[1]
-
-
-def test_generate_ends_before_a_stop_string(gpt2c, tmp_path: Path) -> None:
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    for stops, text, count in (
-        ("--stop xx", "abc", 3),
-        ("--stop q --stop cx", "ab", 2),
-        ("--stop q", "abcxxx", 4),
-        ("--stop c --stop x", "ab", 1),
-    ):
-        code, out, err = gpt2c(
-            f"generate {model} --temperature 0 --prompt ab --max-new-tokens 4 {stops}"
-        )
-        assert (code, out) == (0, text + "\n") and int(re.fullmatch(SPEED, err)[1]) == count
-
-
-def test_generate_has_the_flags_of_sampling(gpt2c, tmp_path: Path) -> None:
-    """Each of them against the one text that this model would write without."""
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    command = f"generate {model} --prompt ab --max-new-tokens 4 --seed 1"
-    plain = gpt2c(f"{command} --temperature 0")[1]
-    assert plain == "abcxxx\n"
-    for flags in ("--top-k 1", "--top-p 0.001", "--min-p 1"):
-        assert gpt2c(f"{command} --temperature 100 {flags}")[1] == plain
-    assert gpt2c(f"{command} --temperature 100")[1] != plain
-    text = gpt2c(f"{command} --temperature 0 --no-repeat-ngram-size 1")[1].strip()
-    assert text.startswith("abcx") and len(set(text)) == len(text) == 6
-    assert gpt2c(f"{command} --temperature 0.8")[1] == plain  # the likeliest is far ahead
-    assert gpt2c(f"{command} --temperature 0.8 --repetition-penalty 1000")[1] != plain
-
-
-def test_generate_writes_several_texts(gpt2c, world: Path) -> None:
-    command = "generate run --prompt the --max-new-tokens 8 --seed 3"
-    code, out, err = gpt2c(f"{command} --num-samples 3")
-    pattern = "".join(rf"--- sample {number} ---\n(the.*)\n" for number in (1, 2, 3))
-    texts = re.fullmatch(pattern, out, re.DOTALL)
-    assert code == 0 and texts and len(set(texts.groups())) == 3
-    assert int(re.fullmatch(SPEED, err)[1]) <= 24
-    assert gpt2c(command)[1] == f"{texts[1]}\n"
-    generator = Generator(GPT2.from_pretrained(world / "run"), Tokenizer.from_pretrained("run"))
-    expected = generator.generate(
-        "the", max_new_tokens=8, seed=3, temperature=0.8, num_return_sequences=3
-    )
-    assert [f"the{text}" for text in expected] == list(texts.groups())
-
-
-@pytest.mark.parametrize("method", ["int8", "fp16"])
-def test_generate_with_smaller_weights(gpt2c, world: Path, tmp_path: Path, method: str) -> None:
-    model = QuantizedGPT2.from_model(GPT2.from_pretrained(world / "run"), method)
-    model.save_pretrained(tmp_path / "small")
-    tokenizer = Tokenizer.from_pretrained("run")
-    tokenizer.save_pretrained(tmp_path / "small")
-    settings = "--prompt the --max-new-tokens 8 --temperature 0"
-    expected = Generator(model, tokenizer).generate("the", max_new_tokens=8, temperature=0)
-    for arguments in (
-        f"run --quantize {method}",
-        f"{tmp_path}/small",  # what it holds needs no flag
-        f"{tmp_path}/small --quantize {method}",
-        f"run --quantize {method} --backend numpy",
-    ):
-        code, out, err = gpt2c(f"generate {arguments} {settings}")
-        assert (code, out) == (0, f"the{expected}\n") and re.fullmatch(SPEED, err)
-    other = {"int8": "fp16", "fp16": "int8"}[method]
-    code, out, err = gpt2c(f"generate {tmp_path}/small --quantize {other}")
-    assert (code, out) == (2, "") and err.count("\n") == 1
-    assert f"holds {method} weights, which cannot become {other}" in err
-
-
-def test_interactive_generate_continues_each_line(
-    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    command = f"generate {model} --interactive --temperature 0 --max-new-tokens 3"
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nfar too long\nab"))
-    code, out, err = gpt2c(command)
-    assert (code, out) == (0, "abcxx\n---\nxcx\n---\n---\nabcxx\n---\n")  # a text too long has none
-    wrong, speed = err.splitlines(keepends=True)
-    assert (
-        wrong == "gpt2c: the prompt is 12 tokens; this model's context is 8 (n_positions): give a"
-        " shorter prompt, or its last 8 tokens at most\n"
-    )
-    assert int(re.fullmatch(SPEED, speed)[1]) == 9
-
-
-def test_ctrl_c_ends_a_text_and_not_interactive_generate(
-    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    right = Generator.stream
-
-    def stream(self: Generator, prompt: str, **settings: object) -> Iterator[str]:
-        for number, piece in enumerate(right(self, prompt, **settings)):
-            if prompt == "stop" and number == 1:
-                raise KeyboardInterrupt
-            yield piece
-
-    monkeypatch.setattr(Generator, "stream", stream)
-    monkeypatch.setattr("sys.stdin", io.StringIO("stop\nab\n"))
-    code, out, _ = gpt2c(f"generate {model} --interactive --temperature 0 --max-new-tokens 3")
-    assert (code, out) == (0, "stopx\n---\nabcxx\n---\n")
 
 
 # ---- version -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -16,6 +17,15 @@ TINY = (
     "--n-layer 1 --n-head 2 --n_embd 16 --block-size 16 --batch_size 4 --max-iters 20"
     " --warmup-iters 2 --learning-rate 1e-2"
 )
+# The line of standard error after a text.
+SPEED = r"(\d+) tokens? in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal, and keeps what it was shown."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def environment(**variables: str) -> dict[str, str]:

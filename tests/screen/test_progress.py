@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import Terminal
 
 from gpt2c.cli.main import main
 from gpt2c.screen import progress
@@ -80,13 +80,6 @@ def test_progress_of_a_pipe_shows_no_remaining_time(clock: Clock, capsys: Captur
     with Reading() as reading:
         read(reading, clock, 15, total=0)
     assert re.fullmatch(r"reading: 6\d MB\n", capsys.readouterr().out)
-
-
-class Terminal(io.StringIO):
-    """Says that it is one."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

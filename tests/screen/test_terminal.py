@@ -17,27 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from helpers.command import COMMAND, TINY, crafted
+from helpers.command import COMMAND, TINY, Terminal, crafted
 
 from gpt2c.cli.main import main
 from gpt2c.cli.tokens import whole_characters
-from gpt2c.generator import Generator, Token
-from gpt2c.gpt2 import GPT2
 from gpt2c.screen.terminal import Door, columns, open_door, padded, spelled, visible, well_formed
 from gpt2c.text.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
 BYTES = Tokenizer.from_name("bytes")
 TEXT = "the cat sat on the mat. " * 40
-
-
-class Terminal(io.StringIO):
-    """What a terminal was shown."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +193,7 @@ def test_commands_show_no_warnings(monkeypatch: pytest.MonkeyPatch, capsys: Capt
         return 0
 
     monkeypatch.setattr("gpt2c.cli.info.run_info", warn)
+    monkeypatch.setattr("sys.warnoptions", [])  # this process itself may run with -W error
     assert main(["info"]) == 0
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("sys.warnoptions", ["error"])
@@ -351,68 +342,6 @@ def test_bidirectional_controls_do_not_reach_a_terminal(
     assert visible(text) == "a\ufffdb\ufffdc\ufffdd 你好 é\t\n"
 
 
-def test_interactive_generate_answers_any_bytes(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    lines = io.TextIOWrapper(io.BytesIO(b"ab\ncaf\xe9\r\nab"), encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", lines)
-    assert main("generate bell --interactive --temperature 0 --max-new-tokens 1".split()) == 0
-    first, second, third, rest = capsys.readouterr().out.split("\n---\n")
-    assert first == third == "ab\x07" and second.startswith("caf\ufffd") and rest == ""
-
-
-def test_prompt_may_hold_any_bytes(capsys: Capture) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0", "--prompt", "caf\udce9"]
-    for more, out in (
-        ([], "caf\ufffd\n"),
-        (
-            ["--num-samples", "2"],
-            "--- sample 1 ---\ncaf\ufffd\n--- sample 2 ---\ncaf\ufffd\n",
-        ),
-    ):
-        assert main([*call, *more]) == 0
-        assert capsys.readouterr().out == out
-
-
-def test_prompt_comes_from_a_file_or_standard_input(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0"]
-    monkeypatch.setattr(
-        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"two\nlines\n"), encoding="utf-8")
-    )
-    assert main([*call, "--prompt", "-"]) == 0
-    assert capsys.readouterr().out == "two\nlines\n"
-    (tmp_path / "prompt.txt").write_text("from a\nfile\n")
-    assert main([*call, "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
-    assert capsys.readouterr().out == "from a\nfile\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "prompt"),
-    [
-        (b"caf\xe9 \xe4\xbd\n", "caf\ufffd \ufffd"),
-        (b"\xef\xbb\xbfcaf\xc3\xa9\r\nb\xff\r\n", "café\nb\ufffd"),
-    ],
-    ids=["stray bytes", "as Windows writes it"],
-)
-def test_prompt_is_the_same_from_a_file_and_from_standard_input(
-    content: bytes, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0"]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-    (tmp_path / "prompt.txt").write_bytes(content)
-    for flags in (["--prompt", "-"], ["--prompt-file", str(tmp_path / "prompt.txt")]):
-        assert main([*call, *flags]) == 0
-        assert capsys.readouterr().out == f"{prompt}\n"
-
-
-def test_prompt_of_another_encoding_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "prompt.txt").write_bytes("café".encode("utf-16"))
-    assert main(["generate", "run", "--prompt-file", str(tmp_path / "prompt.txt")]) == 2
-    assert "prompt.txt is UTF-16, not UTF-8; save it as UTF-8" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 @pytest.mark.parametrize(
     "call", ["generate run --prompt -", "generate run --interactive", "tokens -"]
@@ -437,19 +366,6 @@ def test_standard_input_is_utf_16_where_the_environment_says_so(
     assert capsys.readouterr().out == "café\n"
 
 
-@pytest.mark.parametrize(
-    "value", ["-->", "---", "--", "-ab", "-", "-h", "--seed", "--seed=1", "-5", "-1e5", "- a", ""]
-)
-def test_values_may_begin_with_dashes(value: str, capsys: Capture) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0"]
-    if value != "-":  # standard input
-        assert main([*call, "--prompt", value, "--seed", "1"]) == 0
-        assert capsys.readouterr().out == value + "\n"
-    if value:
-        assert main([*call, "--stop", value, "--stop", "x", "--prompt", "a"]) == 0
-        assert capsys.readouterr().out == "a\n"
-
-
 def test_negative_numbers_and_dashed_paths_are_taken(capsys: Capture, tmp_path: Path) -> None:
     assert main(["generate", "run", "--temperature", "-1e-3"]) == 2
     assert "at least 0, got -0.001" in capsys.readouterr().err
@@ -459,13 +375,6 @@ def test_negative_numbers_and_dashed_paths_are_taken(capsys: Capture, tmp_path: 
         with pytest.raises(SystemExit):
             main(call)
         assert "argument --data: expected one argument" in capsys.readouterr().err
-
-
-def test_stop_string_may_be_a_newline(capsys: Capture) -> None:
-    call = "generate lines --temperature 0 --prompt ab --max-new-tokens 5".split()
-    for stop, text in (r"\n", "abc"), ("\n", "abc"), (r"c\n", "ab"), (r"\\n", "abc\n\n\n\n"):
-        assert main([*call, "--stop", stop]) == 0
-        assert capsys.readouterr().out == text + "\n"
 
 
 def test_gpt2c_alone_shows_its_help(capsys: Capture) -> None:
@@ -483,134 +392,6 @@ def test_flags_take_underscores_and_show_hyphens(capsys: Capture) -> None:
     assert "--skip-nonfinite" in out and not re.search(r"--\w+_\w", out)
     assert main("generate run --max_new_tokens 0 --prompt a_b".split()) == 0
     assert capsys.readouterr().out == "a_b\n"
-
-
-# ---- tokens, probabilities -----------------------------------------------------------------------
-
-
-def test_tokens_shows_the_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
-    assert main(["tokens", "你 a\n", "b", "--tokenizer", "bytes"]) == 0
-    head, _, divided, rest, _, note, _, *rows = capsys.readouterr().out.split("\n")
-    assert head == "bytes, a vocabulary of 257: 8 tokens, 6 characters, 8 bytes"
-    assert (divided, rest) == ("你| |a|", "| |b")
-    assert note.startswith("Some tokens are only a part of a character's bytes: ")
-    assert rows == [
-        " id  piece   bytes",
-        "228  '<E4>'  E4",
-        "189  '<BD>'  BD",
-        "160  '<A0>'  A0",
-        " 32  ' '     20",
-        " 97  'a'     61",
-        r" 10  '\n'    0A",
-        " 32  ' '     20",
-        " 98  'b'     62",
-        "",
-    ]
-    Tokenizer.train(["你好 " * 50], 270).save_pretrained(tmp_path)
-    assert main(["tokens", "你好", "--tokenizer", str(tmp_path)]) == 0
-    rows = capsys.readouterr().out.split("\n")
-    assert rows[2] == "你好" and rows[4] == " id  piece   bytes"
-    assert rows[5].endswith("  '你好'  E4 BD A0 E5 A5 BD"), "wide characters are aligned"
-    assert "Some tokens" not in "".join(rows), "each is a character or more"
-
-
-def test_tokens_works_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["tokens", "abab"]) == 0
-    assert capsys.readouterr().out.startswith("bytes, a vocabulary of 257: 4 tokens")
-    Tokenizer.train(["ab" * 500], 258).save_pretrained("runs/demo/run")
-    assert main(["tokens", "abab"]) == 0
-    assert capsys.readouterr().out.startswith("runs/demo/run, a vocabulary of 258: 2 tokens")
-
-
-def test_tokens_takes_any_bytes(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    for arguments, text in (
-        (["-->", "-ab"], "--> -ab"),
-        (["--", "--tokenizer"], "--tokenizer"),
-        (["caf\udce9"], "caf\ufffd"),
-        ([""], ""),
-    ):
-        assert main(["tokens", "--tokenizer", "bytes", *arguments]) == 0
-        out = capsys.readouterr().out
-        ids = [
-            int(line.split()[0]) for line in out.partition("id  piece")[2].split("\n")[1:] if line
-        ]
-        assert ids == BYTES.encode(text) and f"{len(ids)} token" in out
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc"), encoding="utf-8"))
-    assert main(["tokens", "-", "--tokenizer=bytes"]) == 0
-    assert "3 tokens" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["tokens", "a", "--tokenzier", "bytes"])
-    assert "did you mean --tokenizer?" in capsys.readouterr().err
-
-
-def test_tokens_are_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    call = ["tokens", "你a\x1b[2J", "--tokenizer", "bytes"]
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
-    assert "\x1b[30;46m你\x1b[0m\x1b[30;43ma\x1b[0m\x1b[30;46m\ufffd\x1b[0m" in shown
-    assert "\x1b[2J" not in shown
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    assert "\x1b" not in sys.stdout.getvalue()  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("flags", ["--temperature 0", "--temperature 5 --top-k 200 --seed 3"])
-def test_probabilities_are_the_models_own(flags: str, world: Path, capsys: Capture) -> None:
-    call = f"generate run --prompt the --max-new-tokens 6 {flags} --show-probabilities 3"
-    assert main(call.split()) == 0
-    head, names, *rows = capsys.readouterr().out.splitlines()
-    assert head.startswith("the model's own probabilities: before temperature")
-    assert names.endswith("the 3 likeliest") and len(rows) == 6
-    model, ids = GPT2.from_pretrained(world / "run"), BYTES.encode("the")
-    for row in rows:
-        logits = model([ids])[0, -1].astype(np.float64)
-        p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-        token = int(row.split()[0])
-        cells = re.findall(r"('.+?') +(\d+\.\d\d)%(?=  |$)", row)
-        expected = [token, *np.argsort(-p, kind="stable")[:3].tolist()]
-        assert [piece for piece, _ in cells] == [spelled(bytes([i])) for i in expected]
-        shown = [float(share) / 100 for _, share in cells]
-        assert shown == pytest.approx(p[expected], abs=6e-5)
-        ids.append(token)
-
-
-def test_probabilities_without_candidates(capsys: Capture) -> None:
-    flags = "--temperature 0 --max-new-tokens 2 --prompt ab --show-probabilities"
-    assert main(f"generate lines {flags} 0".split()) == 0
-    head, names, *rows = capsys.readouterr().out.splitlines()
-    assert head.startswith("the model's own probabilities") and names == "    id  token"
-    assert [row.split() for row in rows] == [["99", "'c'", "100.00%"], ["10", r"'\n'", "100.00%"]]
-
-
-def test_probabilities_are_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = {0.5: "42", 0.49: "43", 0.1: "43", 0.09: "41", 0.0: "41"}
-
-    def tokens(*arguments: Any, **settings: Any) -> Iterator[Token]:
-        return (Token(97, b"a", share, [(98, share)]) for share in shares)
-
-    monkeypatch.setattr(Generator, "tokens", tokens)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    call = "generate run --show-probabilities 1".split()
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    _, legend, _, *rows = sys.stdout.getvalue().splitlines()  # type: ignore[attr-defined]
-    steps = (("42", "50%"), ("43", "10%"), ("41", "0%"))
-    assert legend == ", ".join(f"\x1b[30;{color}mfrom {share}\x1b[0m" for color, share in steps)
-    for row, (share, color) in zip(rows, shares.items(), strict=True):
-        cell = f"{{}}  {share:7.2%}"
-        first, other = (cell.format(f"{name:<14}") for name in ("'a'", "'b'"))
-        assert row == f"    97  \x1b[30;{color}m{first}\x1b[0m   {other}"
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
-    assert "\x1b" not in shown and len(shown.splitlines()) == 2 + len(shares)
 
 
 # ---- real processes ------------------------------------------------------------------------------
