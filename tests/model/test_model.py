@@ -464,24 +464,6 @@ def test_greedy_text_is_the_largest_logit(backend: Any, rng: np.random.Generator
     assert np.array_equal(np.stack(steps, axis=1), text[:, 4:])
 
 
-def test_seeds_give_texts(backend: Any, rng: np.random.Generator) -> None:
-    model, prompt = odd_model(backend), batch_of(rng, 2, 4)[0]
-    one, same, other = (model.generate(prompt, 12, top_k=50, seed=seed) for seed in (1, 1, 2))
-    assert np.array_equal(one, same) and not np.array_equal(one, other)
-    assert ((0 <= one) & (one < V)).all()
-
-
-def test_text_ends_at_a_stop_token(backend: Any, rng: np.random.Generator) -> None:
-    model, prompt = odd_model(backend), batch_of(rng, 1, 4)[0]
-    free = model.generate(prompt, 10, temperature=0)[0, 4:]
-    end = int(np.flatnonzero(free == free[2])[0]) + 1  # the third token may have come before
-    unused = next(token for token in range(V) if token not in free)
-    for stop in (int(free[2]), [int(free[2])], {int(free[2]), unused}):
-        text = model.generate(prompt, 10, temperature=0, stop=stop)
-        assert np.array_equal(text[0, 4:], free[:end])
-    assert np.array_equal(model.generate(prompt, 0), prompt)
-
-
 # ---- bad batches ---------------------------------------------------------------------------------
 
 GOOD = np.zeros((2, 3), np.int64)
