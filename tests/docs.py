@@ -1,7 +1,7 @@
-"""Write the API reference, from the docstrings: python tests/docs.py FOLDER; see `make docs`.
+"""Write the API reference from the docstrings: python tests/docs.py FOLDER; see `make docs`.
 
-pdoc draws the pages. The docstrings have numpydoc's sections, with "name : what it is" in their
-lists, which is turned into Markdown here. Every warning is an error.
+pdoc writes the pages. The docstrings have numpydoc's sections, whose lists have entries such as
+"name : description"; this file turns them into Markdown. Every warning is an error.
 """
 
 from __future__ import annotations

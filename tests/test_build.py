@@ -1,4 +1,4 @@
-"""build.py: what it compiles with, what comes out, and one sentence where it cannot."""
+"""build.py: its compiler flags, its results, and one sentence for each failure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build() -> ModuleType:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Return a copy of what build.py reads, so that nothing here is written over."""
+    """Return a copy of the files that build.py reads, so that no file here is overwritten."""
     shutil.copy(ROOT / "build.py", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "gpt2c").mkdir()
@@ -47,7 +47,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def header_functions() -> list[str]:
-    """List the functions that gpt2c.h declares."""
+    """Return the functions that gpt2c.h declares."""
     header = (ROOT / "csrc" / "gpt2c.h").read_text()
     return sorted(re.findall(r"^(?:void|int|int64_t|double) (\w+)\(", header, re.MULTILINE))
 
@@ -116,7 +116,7 @@ def test_no_flag_changes_arithmetic_or_ties_to_this_machine(build: ModuleType) -
 def test_build_runs_the_expected_commands(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is compiled: the commands are written down, and their outputs are empty files."""
+    """Nothing is compiled: the test records the commands, and writes empty outputs."""
     commands: list[list[str]] = []
 
     def note(command: list[str]) -> bool:
@@ -165,7 +165,7 @@ def test_target_follows_platform_and_machine(
 def test_build_without_instruction_sets_makes_base_alone(
     build: ModuleType, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels need no runtime library beside the system's own, as OpenMP would be."""
+    """The kernels need no runtime library except the system's own, so no OpenMP."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     pytest.importorskip("cffi")
@@ -197,7 +197,7 @@ def test_arm_kernels_compile_without_a_warning(
 
 
 class Compiler:
-    """A build in a copy of the tree whose compiler writes down what it was asked for.
+    """A build in a copy of the tree, with a compiler that records its commands.
 
     Its "object" is the text of the source and of the flags; its "library" is its objects in a row.
     """
@@ -225,7 +225,7 @@ class Compiler:
         return self.silent
 
     def __call__(self, *arguments: object, **keywords: object) -> list[str]:
-        """Build, and return the names of the objects that were compiled."""
+        """Build; return the names of the compiled objects."""
         self.compiled.clear()
         keywords = {"incremental": True, "wanted": ["base", "avx2"], **keywords}
         self.build.build(self.root / "gpt2c", *arguments, **keywords)
@@ -301,7 +301,7 @@ def test_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
 def test_source_that_is_edited_while_it_compiles_is_not_kept(
     compiler: Compiler, copy: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the older content would name an object of the newer."""
+    """Otherwise the old content's name would have the new content's object."""
     gelu = copy / "csrc" / "gelu.c"
     text = gelu.read_text()
 
@@ -347,7 +347,7 @@ def test_cache_is_bounded(
 
 
 def test_build_may_be_of_one_instruction_set(copy: Path) -> None:
-    """By the command line; the file of another set is left alone."""
+    """Chosen by the command line; the file of another set stays."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     pytest.importorskip("cffi")
@@ -369,7 +369,7 @@ def test_build_may_be_of_one_instruction_set(copy: Path) -> None:
 def test_build_reports_an_unknown_instruction_set(
     build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sets: it is left out. Asked for by name: the build ends."""
+    """A build of all sets leaves it out; a build that names it ends."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     monkeypatch.delenv("CC", raising=False)
@@ -403,7 +403,7 @@ def test_extensions_are_of_the_stable_abi_and_show_every_function() -> None:
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
 @pytest.mark.parametrize("path", EXTENSIONS, ids=lambda path: path.name)
 def test_extensions_export_their_init_alone(path: Path) -> None:
-    """Else the loader could bind one instruction set's calls to the kernels of another."""
+    """Otherwise the loader could bind one instruction set's calls to another's kernels."""
     done = subprocess.run(
         ["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True
     )

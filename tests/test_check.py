@@ -1,4 +1,4 @@
-"""make check: which tests a change to a file asks for."""
+"""make check: the tests that a change to a file asks for."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_other_files_ask_for_the_test_that_reads_them() -> None:
 
 
 def test_selected_tests_exist() -> None:
-    """And tests that need an environment of their own are left to make parity."""
+    """Tests that need another environment are left to make parity."""
     names = [str(path.relative_to(ROOT)) for path in (ROOT / "gpt2c").glob("**/*.py")]
     for command in check.test(
         [*names, "tests/test_parity.py", "tests/helpers/cases.py", "csrc/gelu.c"]
@@ -85,7 +85,7 @@ def test_selected_tests_exist() -> None:
 
 
 def test_deleted_file_counts_as_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of a file that was renamed both names do: the old one may be imported still."""
+    """A renamed file counts with both names: some file may still import the old one."""
     monkeypatch.setattr(check, "ROOT", tmp_path)
     for name in ("gone.py", "old.py", "same.py"):
         (tmp_path / name).write_text(f"# {name} has lines\n" * 9)
@@ -99,7 +99,7 @@ def test_deleted_file_counts_as_changed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_deleted_file_asks_for_the_tests_that_used_it() -> None:
-    """tests/test_lost.py and csrc/lost.c are not there, as after their deletion."""
+    """tests/test_lost.py and csrc/lost.c do not exist, as after a deletion."""
     (command,) = check.test(["gpt2c/train/plot.py", "tests/test_lost.py"])
     assert "tests/train/test_plot.py" in command and "tests/test_lost.py" not in command
     (command,) = check.test(["csrc/lost.c"])

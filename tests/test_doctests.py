@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what users import: each door has one, and they run."""
+"""The examples in docstrings: each public name has one, and they run."""
 
 from __future__ import annotations
 

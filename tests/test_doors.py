@@ -1,4 +1,4 @@
-"""The doors: mypy and this test agree on the types of what they return."""
+"""The public names: mypy and the program agree on the types that they return."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_types_of_the_ops() -> None:
 
 @pytest.mark.parametrize("name", [name for name in gpt2c.__all__ if name != "ops"])
 def test_no_door_returns_any(name: str) -> None:
-    """But for mappings to values of several types, such as a config's entries."""
+    """Except in mappings to values of several types, such as a config's entries."""
     door: Any = getattr(gpt2c, name)
     called = [inspect.unwrap(door)]
     if inspect.isclass(door):

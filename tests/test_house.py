@@ -1,4 +1,4 @@
-"""The house: imports between wings go one way, and each other package is known in one place."""
+"""The structure: imports between wings go one way; one place knows each other package."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 def exported(path: Path) -> set[str]:
-    """Return a module's `__all__`; ruff sees to it that each of its names is there."""
+    """Return a module's `__all__`; ruff checks that each of its names exists."""
     for node in ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
@@ -113,7 +113,7 @@ def test_reference_imports_numpy_alone() -> None:
 
 
 def test_limits_of_the_machine_are_read_in_one_module() -> None:
-    """Who asks elsewhere finds other cores after OpenMP has bound a thread, and no quotas."""
+    """Code elsewhere would see other cores after OpenMP has bound a thread, and no quotas."""
     asks = r"cpu_count|sched_getaffinity|SC_(PHYS|NPROC)|sys/fs/cgroup|RLIMIT_(AS|DATA)"
     asking = {str(path) for path in FILES if re.search(asks, (PACKAGE / path).read_text())}
     assert asking == {"kernels/limits.py", "cli/info.py"}  # which shows each of them

@@ -1,4 +1,4 @@
-"""What is shipped, and where it runs: sdist and wheel, CPUs of the past.
+"""Sdist and wheel: their content, and older CPUs.
 
 Interpreters are tried with the wheel that `make wheel` makes: see CONTRIBUTING.md.
 """
@@ -33,7 +33,7 @@ FOLDERS = ("csrc", "gpt2c", "tests", "benchmarks")
 
 
 def python(*arguments: str, emulator: tuple[str, ...] = (), **variables: str) -> str:
-    """Run this Python in a new process on these modules; give what it prints."""
+    """Run this Python in a new process on these modules; return its output."""
     # OpenBLAS's choice of instructions is for the real CPU, not for an emulated one.
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "gpt2c"))}
     plain |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | variables
@@ -52,7 +52,7 @@ def python(*arguments: str, emulator: tuple[str, ...] = (), **variables: str) ->
 
 
 def hatch(source: Path, target: str, out: Path, **variables: str) -> Path:
-    """Build an sdist or a wheel of a source tree, with the builders that are installed."""
+    """Build an sdist or a wheel of a source tree, with the installed builders."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)],
         cwd=source,
@@ -99,7 +99,7 @@ def test_sdist_builds_the_same_sdist(sdist: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 @pytest.mark.slow
 def test_wheel_is_reproducible_and_complete(sdist: Path, tmp_path: Path) -> None:
-    """Two folders, one of them with what a developer leaves behind, and the same bytes."""
+    """Two folders give the same bytes, though one has a developer's leftovers."""
     quick = tmp_path / "cc"  # what it compiles is another's test
     quick.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
     quick.chmod(0o755)
@@ -154,7 +154,7 @@ CPUS = [("Nehalem", "base"), ("Haswell,-fma,-f16c", "base"), ("Haswell", "avx2")
 @emulated
 @pytest.mark.parametrize(("cpu", "expected"), CPUS, ids=[cpu for cpu, _ in CPUS])
 def test_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path) -> None:
-    """What needs a newer CPU ends the process there, as on a real one (next test)."""
+    """Code for a newer CPU would end the process there (see the next test)."""
     if expected not in backends():
         pytest.skip(f"{expected} does not run here, to be compared with")
     there, here = tmp_path / "there.npz", tmp_path / "here.npz"

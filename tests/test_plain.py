@@ -1,4 +1,4 @@
-"""GPT-2 in plain NumPy, and the model of every backend against it."""
+"""GPT-2 in plain NumPy, and the models of every backend against it."""
 
 from __future__ import annotations
 

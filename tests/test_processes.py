@@ -1,6 +1,6 @@
 """Forks, threads, signals and limits: the process lives, nothing hangs, and the bits are the same.
 
-Each test runs a program of tests/programs in a process of its own, which is killed when it hangs.
+Each test runs a program of tests/programs in its own process, which is killed if it hangs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(module: str, *arguments: str, threads: int = 2, status: int = 0, **variables: str) -> str:
-    """Run a program, a function of a module, in a process of its own; return what it prints."""
+    """Run a program, a function of a module, in its own process; return its output."""
     # From Python 3.12 on a fork beside threads is a DeprecationWarning, and these tests fork.
     command = program(module, *arguments, flags=("-W", "ignore::DeprecationWarning"))
     done = run_process(command, GPT2C_NUM_THREADS=str(threads), **variables)
@@ -39,7 +39,7 @@ def test_pool_of_forks_computes_beside_its_parent(used: str) -> None:
 
 @pytest.mark.parametrize("computing", [(), ("main",), ("thread",), ("main", "thread")], ids=str)
 def test_thread_may_fork(computing: tuple[str, ...]) -> None:
-    """Return whether it has computed before, and whether the main thread has."""
+    """After the thread has computed, after the main thread has, after both, and after neither."""
     run("programs.forks", "from_a_thread", *computing)
 
 
@@ -52,7 +52,7 @@ def test_engine_stays_with_the_parent() -> None:
 
 
 def test_child_ends_without_waiting_for_engines() -> None:
-    """Engines are closed at the end of a program: in a child, too, which has not their thread."""
+    """A program closes its engines at its end; a child has not their threads."""
     run("programs.forks", "child_ends_by_itself")
 
 
@@ -72,7 +72,7 @@ def test_threads_leave_the_core_that_openmp_bound_this_one_to() -> None:
 
 
 def test_bits_do_not_depend_on_the_threads() -> None:
-    """A task is whole sums, and tasks are cut by sizes: for 1, 2, 3 and more threads than cores."""
+    """A task is whole sums, and sizes alone cut tasks: with 1, 2, 3 and 8 threads."""
     run("programs.threads", "counts")
 
 
@@ -81,7 +81,7 @@ def test_two_models_in_two_threads_do_not_disturb_each_other() -> None:
 
 
 def test_busy_model_refuses_a_second_thread() -> None:
-    """Their batches differ in size: arrays of one with the sizes of the other would crash."""
+    """The batches differ in size: arrays of one with the sizes of another would crash."""
     run("programs.threads", "one_model_at_once")
 
 
@@ -93,7 +93,7 @@ def test_storm_of_signals_changes_no_bit() -> None:
 
 
 def test_ctrl_c_leaves_a_model_usable() -> None:
-    """It comes when the kernel is done; backward wants a loss again, no gradient is half there."""
+    """It takes effect after the kernel; backward then needs a new loss, with whole gradients."""
     run("programs.signals", "ctrl_c")
 
 
@@ -105,7 +105,7 @@ def test_sigterm_ends_a_training_process() -> None:
 
 
 def test_thread_that_cannot_start_is_an_error() -> None:
-    """Root has no such limit, so it becomes nobody."""
+    """Root has no such limit, so the program becomes the user nobody."""
     if "skip" in run("programs.limits", "thread_limit", threads=8):
         pytest.skip("this process may not become another user")
 
@@ -115,7 +115,7 @@ def test_stacks_that_do_not_fit_are_an_error() -> None:
 
 
 def test_threads_that_start_at_once_do_not_take_each_others_memory() -> None:
-    """Each pool fits alone; the second must find what the first has left, not what was there."""
+    """Each pool fits alone; the second one must count the memory that the first one took."""
     # else each Python thread's own arena takes 64 MB or more
     run("programs.limits", "pools_at_once", threads=8, MALLOC_ARENA_MAX="1")
 
@@ -123,13 +123,13 @@ def test_threads_that_start_at_once_do_not_take_each_others_memory() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.slow
 def test_missing_memory_is_an_error(stage: str) -> None:
-    """Each stage is given less than it takes; what is smaller must work under the same limit."""
+    """Each stage gets less than it needs; smaller work must succeed under the same limit."""
     run("programs.limits", "stage", stage)
 
 
 @pytest.mark.parametrize("room", [0, 2000, 50_000, 500_000, 3_000_000, 9_000_000])
 def test_process_survives_however_little_memory(room: int) -> None:
-    """Down to nothing."""
+    """Down to none."""
     run("programs.limits", "little_memory", str(room))
 
 
@@ -141,7 +141,7 @@ ORDERS = [LIBRARIES, LIBRARIES[1:] + LIBRARIES[:1], LIBRARIES[::-1]]
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_training_beside_torch_and_scikit_learn(order: list[str]) -> None:
-    """They bring OpenMP, whose threads the kernels neither use nor disturb."""
+    """They bring OpenMP; the kernels neither use nor disturb its threads."""
     for name in ("torch", "sklearn"):
         pytest.importorskip(name, reason=f"{name} is not installed here")
     run("programs.libraries", "beside", *order, OMP_NUM_THREADS="3")

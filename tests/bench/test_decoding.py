@@ -1,4 +1,4 @@
-"""The benchmark of reading and writing text: its rows, what it verifies, what it counts."""
+"""The benchmark of decoding: its rows, its verification, and what it counts."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_bad_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 8)])
-def test_timed_text_is_the_verified_text(
+def test_timed_work_is_the_verified_work(
     what: str, B: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker("base:int8", 1)
@@ -179,7 +179,7 @@ def test_engine_computes_what_gpt2c_does(row: str, what: str, B: int) -> None:
 
 @pytest.mark.parametrize("what", ["prefill", "decode"])
 def test_engine_is_timed_on_the_texts_that_it_was_given(what: str) -> None:
-    """Prompts are read before the steps are timed, which feed the texts' tokens one by one."""
+    """Prompts are read before the timed steps, which read the texts' tokens one by one."""
     seen: list[Any] = []
 
     class Fake(Peer):

@@ -1,4 +1,4 @@
-"""The benchmark: what it refuses, what it verifies, what it prints. Its timings are not tested."""
+"""The benchmark: what it refuses, verifies and prints. Its timings are not tested."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_worker_sees_an_element_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
     class Lazy:
         def crossentropy_backward(self, dlogits: Any, *rest: Any) -> None:
-            """Write nothing: rows of ignored targets would be right as zeros."""
+            """Write nothing: for rows of ignored targets, zeros would be right."""
 
     monkeypatch.setattr(worker, "_backend", Lazy())
     answer = worker.op("crossentropy_backward", {"N": 3, "V": 8})
@@ -514,7 +514,7 @@ def test_file_that_is_no_json_is_refused(
 
 @pytest.fixture
 def gelu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let there be two pieces of work, and a machine that is measured at once."""
+    """Reduce the benchmark to two cases of gelu, and measure the machine at once."""
     op = dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}, {"n": 99}])
     monkeypatch.setattr(bench, "EXAMPLES", {"gelu_forward": op})
     monkeypatch.setattr(cli_bench, "measure_ceilings", lambda threads: CEILINGS)

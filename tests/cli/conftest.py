@@ -1,4 +1,4 @@
-"""gpt2c, called in the `world` of a test file."""
+"""The command line, run in the `world` of a test file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job from text to text, and what it is measured against: xz and a bigram model."""
+"""The demo, from a text to a model and its text; and its baselines, xz and a bigram model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TINY = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 16 --batch-size 4 --max-
 
 
 def rows(output: str) -> dict[str, list[float]]:
-    """Read the table of the demo: name -> its figures."""
+    """Return the demo's table: name -> figures."""
     found = (ROW.match(line) for line in output.splitlines())
     return {row[1]: [float(text) for text in row.groups()[1:] if text] for row in found if row}
 
@@ -46,7 +46,7 @@ def rows(output: str) -> dict[str, list[float]]:
 
 
 def follow(output: str, capsys: Capture) -> str:
-    """Run the command of the demo's last line; return its prompt, which its text begins with."""
+    """Run the command in the demo's last line; return its prompt, with which its text begins."""
     _, line = output.splitlines()[-1].split("Go on with: ")
     words = shlex.split(line)
     assert words[:2] == ["gpt2c", "generate"] and words[-2] == "--prompt"
@@ -274,7 +274,7 @@ def test_xz_compresses_a_known_text_better(rng: np.random.Generator) -> None:
 
 
 def bigram(history: list[int], V: int, k: int, a: int, b: int) -> Fraction:
-    """Return p(b | a) by counting, exactly."""
+    """Return p(b | a), exactly, by counting."""
     pairs = list(pairwise(history))
     prior = Fraction(history.count(b) + 1, len(history) + V)
     return (pairs.count((a, b)) + k * prior) / (history[:-1].count(a) + k)
@@ -300,7 +300,7 @@ def test_bigram_model_is_the_formula_by_hand(
 
 
 def test_bigram_pairs_do_not_overflow(rng: np.random.Generator) -> None:
-    """The tokens are uint16: a pair of large ones must not be taken for another."""
+    """Tokens are uint16: a pair of large tokens must not be taken for another pair."""
     history = rng.integers(60000, 65000, 3000).astype(np.uint16)
     seen, unseen = bigram_nats(history, history, 65536), bigram_nats(history, history[::-1], 65536)
     assert 0 < seen < unseen

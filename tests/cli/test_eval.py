@@ -25,7 +25,7 @@ ANSWERS = (
 
 
 def padded_model(model: GPT2, vocab_size: int) -> GPT2:
-    """Return the model with more rows of the token table than there are tokens, of zeros."""
+    """Return the model with more rows in the token table than there are tokens; they are zeros."""
     padded = GPT2(dataclasses.replace(model.config, vocab_size=vocab_size), seed=None)
     for name, parameter in model.parameters.items():
         padded.parameters[name][: len(parameter)] = parameter

@@ -1,6 +1,6 @@
-"""Bad numbers and bad files on the command line: every numeric flag of every verb, from the parser.
+"""Bad numbers and bad files: every numeric flag of every verb, taken from the parser.
 
-Whatever a user types, the answer is an exit code and a line, never a traceback.
+Whatever a user types, gpt2c answers with an exit code and one line, never with a traceback.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work there, draw nothing and measure nothing."""
+    """Work in the world; draw nothing and measure nothing."""
 
     def measured(threads: int) -> None:
         raise ValueError("the benchmark would begin")
@@ -83,7 +83,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """Press Ctrl-C after each half second of work."""
+    """Press Ctrl-C after every half second of work."""
 
     def press(signum: int, frame: object) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -145,7 +145,7 @@ BAD_FILES = [  # a verb, the file that is bad, its content, what is said
 
 @pytest.fixture
 def bad_file(world: Path) -> Callable[[str, bytes], None]:
-    """Return what puts a bad file into the world, among good ones if it is in a directory."""
+    """Return a function that puts a bad file into the world, beside good ones if in a directory."""
 
     def put(name: str, content: bytes) -> None:
         shutil.rmtree("bad", ignore_errors=True)

@@ -105,7 +105,7 @@ def test_generate_ends_before_a_stop_string(gpt2c, tmp_path: Path) -> None:
 
 
 def test_generate_has_the_flags_of_sampling(gpt2c, tmp_path: Path) -> None:
-    """Each of them against the one text that this model would write without."""
+    """Compare each with the only text that this model writes without the flag."""
     model = crafted(tmp_path, ord("c"), ord("x"))
     command = f"generate {model} --prompt ab --max-new-tokens 4 --seed 1"
     plain = gpt2c(f"{command} --temperature 0")[1]

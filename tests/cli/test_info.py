@@ -1,4 +1,4 @@
-"""`gpt2c info`: every row, on any machine, and no secret among them."""
+"""`gpt2c info`: it shows every row on any machine, and no secret."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def info(capsys: Capture):
-    """Return what `gpt2c info ...` says, as rows of a name and the rest."""
+    """Return the output of `gpt2c info ...` as rows: a name, and the rest."""
 
     def run(*flags: str) -> list[tuple[str, str]]:
         assert main(["info", *flags]) == 0
@@ -156,7 +156,7 @@ def test_info_shows_the_cache_of_tiktoken(
 
 
 def test_info_works_without_proc_sys_and_etc(info, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No /proc, no /sys, no /etc, as on other systems: the rows say so, and nothing fails."""
+    """Other systems lack them: the rows say so, and nothing fails."""
 
     def gone() -> dict[str, str]:
         raise FileNotFoundError(2, "No such file or directory")
@@ -186,7 +186,7 @@ def test_info_works_without_proc_sys_and_etc(info, monkeypatch: pytest.MonkeyPat
 
 
 def test_info_shows_errors_as_rows(info, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs this has a problem: every fact is shown all the same."""
+    """A user runs info because something is broken: it shows every fact all the same."""
     monkeypatch.setenv("GPT2C_NUM_THREADS", "many")
     facts = dict(info("--verbose"))
     assert re.match(r"none: GPT2C_NUM_THREADS must be .*, got 'many'$", facts["threads"])
@@ -207,7 +207,7 @@ def test_info_shows_errors_as_rows(info, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_info_imports_no_package_for_its_version() -> None:
-    """Torch takes seconds and starts threads; so do others."""
+    """Torch takes seconds and starts threads, and other packages do too."""
     code = """
 import sys
 from gpt2c.cli.main import main

@@ -1,4 +1,4 @@
-"""The command line: each verb does its job, and each mistake of a user's costs one line."""
+"""The command line: each verb does its job, and a user's mistake prints one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT = "<|endoftext|>".join(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a text, its tokens, a run, and everything a user may have broken."""
+    """Return a directory with a text, its tokens, a run, and broken copies of them."""
     path = tmp_path_factory.mktemp("world")
     text = path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
@@ -311,7 +311,7 @@ MISTAKES = [
 
 
 def tree(root: Path) -> dict[Path, bytes | None]:
-    """Return every file's content and every directory."""
+    """Return the content of every file, and every directory."""
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
@@ -473,7 +473,7 @@ def test_error_is_one_line_for_any_file_name(gpt2c) -> None:
 def test_threads_are_a_flag(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """0 is as many as the machine allows, which is also what no flag says."""
+    """0 is as many as the machine allows, as without the flag."""
     seen = []
     loaded = GPT2.from_found
 

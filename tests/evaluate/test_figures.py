@@ -1,4 +1,4 @@
-"""Figures of a loss: by hand, at the ends of what a float holds, and where there is nothing."""
+"""Figures of a loss: compared with sums by hand, at the limits of a float, and without bytes."""
 
 from __future__ import annotations
 

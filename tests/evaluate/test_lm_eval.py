@@ -1,4 +1,4 @@
-"""GPT2LM: what the harness gets is what the logits say, and what its own HFLM would give."""
+"""GPT2LM: the harness gets what the logits give, and what its own HFLM would give."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def requests(kind: str, rows: list[Any]) -> list[Instance]:
 
 
 def whole(context: str, continuation: str) -> tuple[np.ndarray, int]:
-    """Return what fits of a pair's tokens, and how many of them are the continuation."""
+    """Return the tokens of a pair that fit, and the number of them in the continuation."""
     text = context.split("<|endoftext|>")
     before = TOKENIZER.encode(text[-1].rstrip())
     tokens = TOKENIZER.encode(text[-1] + continuation)
@@ -83,7 +83,7 @@ def whole(context: str, continuation: str) -> tuple[np.ndarray, int]:
 
 
 def greedy_pair(model: Any, context: str) -> tuple[str, str] | None:
-    """Return a context and the token that the model holds for the likeliest, if text can say it."""
+    """Return a context and the token that the model finds likeliest, if it can be a text."""
     tokens = TOKENIZER.encode(context)
     likeliest = distribution(model, np.array(tokens[-24:]))[-1].argmax()
     ending = TOKENIZER.decode([likeliest])
@@ -113,7 +113,7 @@ def test_loglikelihood(kind: str) -> None:
 
 
 def test_odd_pairs_end_no_batch(lm: GPT2LM, model: GPT2) -> None:
-    """The harness' own class has an assert for each of these, and loses all that was done."""
+    """The harness's own class fails an assert for each, and loses the whole batch."""
     merged = [("the c", "at"), ("th", "e"), ("t", "he"), ("the cat s", "at"), ("the c ", "at")]
     empty = [("the cat", ""), ("", ""), ("", "<|endoftext|>")]
     long = [("the", TEXT[:40].upper()), ("", "z" * 24), ("the", "z" * 25), ("", "z" * 60)]

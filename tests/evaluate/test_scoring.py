@@ -1,4 +1,4 @@
-"""Scoring: log-probabilities, windows and choices against what the logits say, done by hand."""
+"""Scoring: log-probabilities, windows and choices, compared with sums by hand from the logits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 1e-5, "int8": 2e-2}
 
 @pytest.fixture
 def text(rng: np.random.Generator) -> np.ndarray:
-    """Return more tokens than fit a context."""
+    """Return more tokens than a context holds."""
     return rng.integers(0, CONFIG.vocab_size, 45).astype(np.int32)
 
 
@@ -103,7 +103,7 @@ def test_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> N
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Note how many tokens are read, and from where, by all decoders."""
+    """Record each read of a decoder: its position, and its number of tokens."""
     noted: list[tuple[int, int]] = []
     real = Decoder.hidden
 

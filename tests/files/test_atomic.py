@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writes: a file is whole or absent. Locks, links and untrusted JSON and text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_directory_is_claimed_once(tmp_path: Path) -> None:
 
 
 def test_error_names_the_wanted_file(tmp_path: Path) -> None:
-    """And not the temporary one, which its user never sees; of several, the one that failed."""
+    """And not the temporary file, which a user never sees; of several files, the failed one."""
     missing = tmp_path / "no" / "such"
     with pytest.raises(FileNotFoundError) as error, atomic_paths(tmp_path / "a", missing) as new:
         for path in new:
@@ -143,7 +143,7 @@ def test_two_links_to_one_file_are_refused(tmp_path: Path, other: str) -> None:
 
 
 def test_link_to_a_checkpoint_is_replaced(tmp_path: Path) -> None:
-    """What is written there would be another content than its state has the sums of."""
+    """A write through it would change a checkpoint, whose state holds its checksums."""
     step = tmp_path / "checkpoints" / "00000008"
     step.mkdir(parents=True)
     for name in ("state.json", "model.safetensors"):
@@ -193,7 +193,7 @@ def test_failed_fsync_is_an_error(
 def test_directory_that_cannot_be_renamed_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one of a container's image, on an overlay."""
+    """A directory of a container's image cannot, on an overlay."""
 
     def refuse(*arguments: object) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -206,7 +206,7 @@ def test_directory_that_cannot_be_renamed_is_removed(
 
 
 def test_error_of_a_copy_on_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    """And not what is copied, as shutil has it."""
+    """And not the source of the copy, which shutil's error names."""
     with pytest.raises(OSError) as error, atomic.atomic_path(tmp_path / "to") as temporary:
         raise OSError(errno.ENOSPC, "No space left", str(tmp_path / "from"), None, str(temporary))
     assert error.value.filename == str(tmp_path / "to") and error.value.filename2 is None
@@ -225,7 +225,7 @@ def test_directory_is_locked(tmp_path: Path, shared: bool) -> None:
 
 
 def test_link_into_the_hubs_cache_is_replaced(tmp_path: Path) -> None:
-    """A blob there is named by its content: what is written must not change it."""
+    """A blob there has the name of its content, so no write may change it."""
     blob = tmp_path / "blobs" / "0123"
     link = tmp_path / "snapshots" / "main" / "config.json"
     for path in (blob, link):

@@ -1,4 +1,4 @@
-"""Names of models: huggingface_hub's own client against a stand-in hub on loopback."""
+"""Names of models: huggingface_hub's own client and a local stand-in for the hub."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def files(saved: Path) -> dict[str, bytes]:
-    """Return what a repository on the hub may have, pickles and all."""
+    """Return the files of a repository on the hub, pickles too."""
     others = {"pytorch_model.bin": b"pickle", "training_args.bin": b"pickle", "README.md": b"#"}
     return {path.name: path.read_bytes() for path in saved.iterdir()} | others
 
 
 @pytest.fixture
 def standin(files: dict[str, bytes]) -> Iterator[StandIn]:
-    """Return a hub with one model."""
+    """Serve a hub with one model."""
     with serve(StandIn({REPO: files})) as standin:
         yield standin
 
 
 class Client:
-    """Runs code in a process of its own: the client reads its environment when it is imported."""
+    """Runs Python in a process of its own, because the client reads its environment at import."""
 
     def __init__(self, standin: StandIn, path: Path) -> None:
         self.standin = standin
@@ -66,7 +66,7 @@ class Client:
         self.path.mkdir()
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """Return the variables: none of the user's that mean the hub or a proxy."""
+        """Return this process's variables without those of the hub and of proxies."""
         own = {
             name: value
             for name, value in os.environ.items()
@@ -95,7 +95,7 @@ class Client:
         return Path(done.stdout.rstrip("\n"))
 
     def fails(self, name: str = REPO, tail: str = "", **variables: str) -> str:
-        """Look for a model that cannot be had; give the error, which is one sentence."""
+        """Look for a model that cannot be found; return the error, which is one sentence."""
         code = (
             f"from gpt2c.files import hub\ntry: hub.find({name!r}{tail})\n"
             "except (OSError, ValueError) as error: print(type(error).__name__, error)"
@@ -107,7 +107,7 @@ class Client:
         return message
 
     def outside(self) -> set[str]:
-        """Return what was written outside of HF_HOME."""
+        """Return the names of files written outside HF_HOME."""
         root = self.path.parent
         names = {str(path.relative_to(root)) for path in root.rglob("*")}
         return {name for name in names if not name.startswith("some/where/home")} - {
@@ -119,7 +119,7 @@ class Client:
 
 @pytest.fixture
 def client(standin: StandIn, tmp_path: Path) -> Client:
-    """Return processes that know the stand-in."""
+    """Return processes that use the stand-in."""
     return Client(standin, tmp_path)
 
 
@@ -128,7 +128,7 @@ def client(standin: StandIn, tmp_path: Path) -> Client:
 
 @needs_client
 def test_model_is_downloaded_once(client: Client, saved: Path) -> None:
-    """And never what a pickle could be in."""
+    """And a file that could hold a pickle is never downloaded."""
     code = f"""
 import gpt2c
 generator = gpt2c.Generator.from_pretrained({REPO!r})
@@ -303,7 +303,7 @@ def test_fault_of_the_hub_is_one_sentence(
 
 @needs_client
 def test_silent_hub_times_out(client: Client) -> None:
-    """The client waits for ten seconds unless told otherwise; a second is enough here."""
+    """The client's own timeout is ten seconds; one second is enough here."""
     client.standin.silent = True
     message = client.fails(HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert message.startswith("ConnectionError") and "timed out" in message
@@ -354,7 +354,7 @@ def test_listed_paths_outside_are_not_written(client: Client, files: dict[str, b
 @pytest.mark.parametrize("trick", ["commit", "etag"])
 @pytest.mark.parametrize("depth", [2, 4, 5])  # in its directory, in HF_HOME's, in that above
 def test_identifier_that_leads_outside_is_refused(client: Client, trick: str, depth: int) -> None:
-    """The client makes names of files of what the hub calls a commit or a hash."""
+    """The client names files after the hub's commits and hashes."""
     setattr(client.standin, trick, "../" * depth + "evil")
     message = client.fails()
     assert re.match("(ValueError|OSError|ConnectionError|FileNotFoundError) ", message)
@@ -363,7 +363,7 @@ def test_identifier_that_leads_outside_is_refused(client: Client, trick: str, de
 
 @needs_client
 def test_downloads_of_two_threads_are_guarded(client: Client, files: dict[str, bytes]) -> None:
-    """One begins first and ends while the other, whose hub lies, goes on."""
+    """The first download ends while the second goes on, for which the hub sends a bad hash."""
     client.standin.files["user/other"] = files
     arguments = ("two", REPO, "user/other", client.standin.url)
     done = client.run("-m", "programs.downloads", *arguments)
@@ -390,7 +390,7 @@ def test_downloaded_files_are_checked_like_any_others(
 @needs_client
 @pytest.mark.slow
 def test_gpt2_vocabulary_comes_from_the_hub(client: Client, tmp_path: Path) -> None:
-    """Where tiktoken's cache is empty and its server not to be reached."""
+    """If tiktoken's cache is empty and its server unreachable."""
     try:
         Tokenizer.from_name("gpt2").save_pretrained(tmp_path / "bpe")
     except OSError as error:
@@ -455,7 +455,7 @@ def test_other_names_are_paths(source: Any) -> None:
 def test_error_names_the_extra_for_the_hub(
     name: str, module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is not there, or one without what is needed of it, as before 1.0."""
+    """Without the package, and with one that is too old, before 1.0."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""safetensors: what is read, float32 when asked for, and what the library lets pass."""
+"""safetensors: reading, conversion to float32, and headers that the library accepts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_floats_become_float32_when_asked_for(dtype: str, path: Path) -> None:
 
 
 def test_bfloat16_is_widened(path: Path) -> None:
-    """Every pattern of 16 bits is the upper half of a float32, NaN and subnormals too."""
+    """Every 16-bit pattern is the upper half of a float32, also for NaN and subnormals."""
     halves = np.arange(2**16, dtype="<u2").reshape(256, 256)
     header = {
         "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
@@ -72,7 +72,7 @@ def test_bfloat16_is_widened(path: Path) -> None:
 
 
 def test_tensor_may_start_anywhere(path: Path) -> None:
-    """A header of any length, after which nothing is aligned; tensors without numbers too."""
+    """After a header of any length nothing is aligned; also for tensors without numbers."""
     values = np.arange(6, dtype="<f4")
     for spaces in range(8):
         header = {
@@ -89,7 +89,7 @@ def test_tensor_may_start_anywhere(path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_mapping_reads_nothing_and_asking_reads_one(dtype: str, path: Path) -> None:
-    """16 tensors of 4 MB as float32: one at a time, never a second copy of one."""
+    """16 tensors of 4 MB as float32: one in memory at a time, never with a second copy."""
     n, size = 16, 1 << 20
     header = {
         f"t{i}": {
@@ -265,7 +265,7 @@ def test_ignored_tensors_are_checked_too(path: Path) -> None:
 
 
 def test_safetensors_still_checks_the_rest(path: Path) -> None:
-    """The two rules on which memory safety rests, asked of the library itself."""
+    """Memory safety rests on these two rules, so they are tested on the library itself."""
     for entry in ({"shape": [2]}, {"data_offsets": [0, 8], "shape": [2]}):
         write_raw(path, {"x": ENTRY | entry}, bytes(4))
         with pytest.raises(SafetensorError), safe_open(path, framework="np"):

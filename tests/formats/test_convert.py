@@ -1,4 +1,4 @@
-"""gpt2c convert: what one project wrote is read by another, and a wish in doubt is not guessed."""
+"""gpt2c convert: it reads and writes other projects' files, and refuses an unclear request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Run = Callable[[str], tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with one of everything that can be converted."""
+    """Return a directory with one source of each kind."""
     path = tmp_path_factory.mktemp("originals")
     tokenizer = Tokenizer.train(["the cat sat on the mat. the dog didn't. " * 9], 270)
     config = GPT2Config(tokenizer.vocab_size, 8, 32, 2, 2, eos_token_id=tokenizer.eot)
@@ -49,13 +49,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(originals: Path, tmp_path: Path) -> Path:
-    """Return a copy of them."""
+    """Return a copy of `originals`."""
     return shutil.copytree(originals, tmp_path / "world")
 
 
 @pytest.fixture
 def run(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return `gpt2c convert` among them, as (exit code, standard output, standard error)."""
+    """Return `gpt2c convert` in `world`, as a function: arguments -> (exit code, output, error)."""
     monkeypatch.chdir(world)
 
     def call(arguments: str) -> tuple[int, str, str]:
@@ -341,7 +341,7 @@ def test_convert_keeps_links(
 
 
 def test_convert_refuses_two_links_to_one_file(run: Run, world: Path) -> None:
-    """Of two splits that lead to one file, the second would replace the first."""
+    """If two splits led to one file, the second would replace the first."""
     (world / "new").mkdir()
     for name in ("train", "val"):
         (world / "new" / f"{name}.bin").symlink_to(world / "file")
@@ -371,7 +371,7 @@ def test_convert_refuses_a_link_to_nowhere(run: Run, world: Path) -> None:
 def test_convert_names_a_source_truncated_meanwhile(
     tmp_path: Path, headed: bool, whole: bool
 ) -> None:
-    """A mapped one would end the process, which is why it has one of its own here."""
+    """If gpt2c mapped the file, the process would die; so it runs in its own."""
     (tmp_path / "src").mkdir()
     path = tmp_path / "src" / "train.bin"
     tokens = np.arange(1 << 20) % 60000
@@ -402,7 +402,7 @@ def test_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
 
 @pytest.mark.parametrize("dst", ["new", "model.bin", "half.bin --dtype bf16", "model.gguf"])
 def test_convert_warns_of_nonfinite_weights(run: Run, world: Path, dst: str) -> None:
-    """And converted all the same: eval and generate refuse such a model."""
+    """It converts them all the same; eval and generate refuse such a model."""
     if dst.endswith("gguf") and not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     name, source = dst.split()[0], "first.bin" if dst == "new" else "run"

@@ -1,4 +1,4 @@
-"""GGUF: the file says what the model is, and llama.cpp, where there is one, computes the same."""
+"""GGUF: the file describes the model, and llama.cpp, if installed, computes the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PUZZLE = "I'll say it's 12345 naïve  café — 東京 🙂\n\n  don't we've \t 
 
 
 def make(tokenizer: Tokenizer, more: int = 0, **changes: Any) -> GPT2:
-    """Return a model whose logits are far apart, so that the likeliest token is no accident."""
+    """Return a model whose logits differ clearly, so that rounding chooses no token."""
     shape = {"n_positions": 128, "n_embd": 96, "n_layer": 3, "n_head": 4} | changes
     config = GPT2Config(tokenizer.vocab_size + more, eos_token_id=tokenizer.eot, **shape)
     model = GPT2(config, seed=3)
@@ -159,7 +159,7 @@ DISTANCE = 5e-3
 
 
 def llama(path: Path) -> Any:
-    """Open a file with llama.cpp; its keys and values are float32, as gpt2c's."""
+    """Open a file with llama.cpp, with keys and values in float32 as in gpt2c."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is what reads the file")
     return llama_cpp.Llama(
         str(path), n_ctx=128, n_threads=1, type_k=0, type_v=0, logits_all=True, verbose=False
@@ -167,7 +167,7 @@ def llama(path: Path) -> Any:
 
 
 def agree(engine: Any, model: GPT2, text: list[int], distance: float = DISTANCE) -> None:
-    """Compare the logits after every token of a text, and the likeliest where it is no tie."""
+    """Compare the logits after every token of a text, and the likeliest token except at a tie."""
     engine.reset()
     engine.eval(text)
     theirs, ours = engine.scores[: len(text)], model([text])[0]
@@ -232,7 +232,7 @@ def test_llama_cpp_reads_the_same_tokens(kind: str, bpe: Tokenizer, tmp_path: Pa
 def test_llama_cpp_nearly_agrees_with_fewer_bits(
     dtype: str, distance: float, bpe: Tokenizer, tmp_path: Path
 ) -> None:
-    """Logits of some 3 in size; f16 keeps 11 bits of a weight, q8_0 8 of 32 weights' largest."""
+    """Logits are about 3; f16 keeps 11 bits of a weight, q8_0 8 bits of the largest in 32."""
     model = make(bpe)
     engine = llama(gguf_of(tmp_path / "model.gguf", model, bpe, dtype))
     text = bpe.encode(TEXT)[:60]

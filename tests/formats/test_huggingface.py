@@ -1,4 +1,4 @@
-"""Round trips bit for bit, Hugging Face's layout, shards, damaged files, writes that fail."""
+"""Hugging Face's files: round trips, layout, shards, damaged files, failing writes."""
 
 import gc
 import json
@@ -61,7 +61,7 @@ def directory(tmp_path):
 
 
 def load_weights(path):
-    """Read a model as `gpt2c.formats.load.find_model` does: first what it is, then its tensors."""
+    """Read a model as `gpt2c.formats.load.find_model` does: first its kind, then its tensors."""
     read_config(path)
     return huggingface.load_weights(path)
 
@@ -110,7 +110,7 @@ def test_views_that_are_not_contiguous_are_stored_right(tmp_path):
 
 
 def store(directory, tensors):
-    """Replace the weights by arrays in the file's layout, as someone else would write them."""
+    """Replace the weights by arrays in the file's layout, as another program writes them."""
     save_file(tensors, directory / "model.safetensors")
 
 
@@ -184,7 +184,7 @@ def test_float32_stays_in_the_file(directory):
 
 
 def test_file_that_is_replaced_does_no_harm(directory):
-    """A save renames a whole file into its place: who has the old one mapped keeps it."""
+    """A save renames a whole file into its place, so a reader that mapped the old one keeps it."""
     old = load_weights(directory)
     for seed in (1, 2):
         save_weights(directory, CONFIG, make_tensors(seed=seed))
@@ -233,7 +233,7 @@ def write_index(directory, weight_map, metadata=None):
 
 @pytest.fixture
 def sharded(directory):
-    """Return a directory with the same model in two shards, and what its index says."""
+    """Return a directory with the same model in two shards, and the content of its index."""
     stored = {f"transformer.{name}": t for name, t in stored_tensors(directory).items()}
     (directory / "model.safetensors").unlink()
     files = dict(zip(stored, [ONE, TWO] * len(stored), strict=False))
@@ -261,7 +261,7 @@ def test_shards_may_hold_masks_and_a_head(sharded):
 
 
 def test_whole_file_comes_before_shards(sharded):
-    """As in transformers; and a save removes the shards, for others might read them."""
+    """As in transformers. A save removes the shards, because other programs might read them."""
     directory, _ = sharded
     old = load_weights(directory)
     (directory / "other-00001-of-00002.safetensors").write_text("stays")
@@ -435,7 +435,7 @@ def test_generation_config_has_start_and_end_of_texts(tmp_path):
 
 
 @pytest.mark.parametrize("config", [CONFIG, CONFIG | {"eos_token_id": None}])
-def test_generation_config_has_no_end_that_the_config_lacks(directory, config):
+def test_read_config_takes_a_missing_end_from_generation_config(directory, config):
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text('{"eos_token_id": 3}')
     assert read_config(directory)["eos_token_id"] == 3
@@ -470,7 +470,7 @@ def write_hollow(path, shapes, dtype="F32"):
 
 
 def published_shapes(config):
-    """Give the names and shapes of the files on the hub: Conv1D's layout, no prefix, with masks."""
+    """Return names and shapes of the files on the hub: Conv1D's layout, no prefix, with masks."""
     shapes = {
         name: shape[::-1] if ".c_" in name else shape
         for name, shape in config.parameter_shapes().items()
@@ -481,7 +481,7 @@ def published_shapes(config):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_four_sizes_fit_by_shape(tmp_path, size):
-    """1558M too, without a number read: its file would take 6.4 GB."""
+    """1558M too: its file would have 6.4 GB, and none of its numbers is read."""
     config = PUBLISHED[size]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     write_hollow(tmp_path / "model.safetensors", published_shapes(config))
@@ -503,7 +503,7 @@ def test_four_sizes_fit_by_shape(tmp_path, size):
     ids=str,
 )
 def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, changes, quantize):
-    """A config of terabytes is refused by what the file holds, before memory is asked for."""
+    """A config of terabytes is refused because of the file's size, before memory is allocated."""
     model = GPT2(GPT2Config(V, n_positions=T, n_embd=C, n_layer=1, n_head=1), backend="numpy")
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("gpt2c.model.model.aligned_zeros", None)
@@ -523,7 +523,7 @@ def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, chan
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_loading_takes_the_model_and_one_tensor(tmp_path, dtype):
-    """Half of this model is its largest tensor: a second one beside it would be seen."""
+    """The largest tensor is half of this model, so a second copy of it would show."""
     config = GPT2Config(20_000, n_positions=8, n_embd=64, n_layer=26, n_head=1)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     write_hollow(tmp_path / "model.safetensors", published_shapes(config) | {}, dtype)

@@ -1,4 +1,4 @@
-"""llm.c's files: as its own programs write and read them, and refused where they are not whole."""
+"""llm.c's files: they are as its own programs write and read them; truncated ones are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = "magic version max_seq_len vocab_size num_layers num_heads channels pad
 
 
 def by_hand(tensors: dict[str, Any], version: int) -> bytes:
-    """Write a file as llm.c's write_model does: a second hand, for CONFIG only."""
+    """Return a file as llm.c's write_model writes it, for CONFIG only."""
     out = struct.pack("<256i", 20240326, version, 6, 130, 2, 2, 8, 256, *[0] * 248)
 
     def put(array: Any) -> bytes:
@@ -47,7 +47,7 @@ def by_hand(tensors: dict[str, Any], version: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    """Return a model with no two weights alike that bf16 holds exactly: 8 bits of each are used."""
+    """Return a model whose weights differ and are exact in bf16, of which they use all 8 bits."""
     model = GPT2(CONFIG, seed=1)
     noise = np.random.default_rng(1).standard_normal(model.flat_parameters.size)
     model.flat_parameters += noise.astype(np.float32)
@@ -231,7 +231,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 def tokenizer_by_hand(
     tokens: list[bytes], version: int = 2, eot: int = 256, count: int = -1
 ) -> bytes:
-    """Write a file as llm.c's write_tokenizer does."""
+    """Return a file as llm.c's write_tokenizer writes it."""
     count = len(tokens) if count == -1 else count
     out = struct.pack("<256i", 20240328, version, count, eot, *[0] * 252)
     return out + b"".join(struct.pack("<B", len(token)) + token for token in tokens)

@@ -1,4 +1,4 @@
-"""The engine: requests come and go, each as it would be alone; what ends one, and what ends it."""
+"""The engine: each request gets the text that it gets alone; what ends a request or the engine."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def small_chunks(monkeypatch):
 
 
 def make_model(backend="auto", threads=1, **settings):
-    """A model whose tokens depend on all of the text."""
+    """Return a model whose next token depends on the whole text."""
     backend = get_backend(backend, threads)
     shape = {"vocab_size": V, "n_positions": POSITIONS, "n_embd": 24, "n_layer": 2, "n_head": 3}
     model = gpt2c.GPT2(gpt2c.GPT2Config(**shape | settings), seed=1, backend=backend)
@@ -44,7 +44,7 @@ def ids(count, seed=0):
 
 
 def alone(model, prompt, count, **settings):
-    """Return the new tokens of model.generate, and with logprobs=True a pair."""
+    """Return the new tokens of model.generate, or a pair with logprobs=True."""
     out = model.generate([prompt], count, **settings)
     if settings.get("logprobs"):
         return out[0][0, len(prompt) :], out[1][0]
@@ -84,7 +84,7 @@ def test_timeout_must_be_a_number():
 
 
 class Gate:
-    """A decoder whose calls wait until the test lets them through, and are noted."""
+    """A decoder that records its calls, and holds each until the test lets it through."""
 
     def __init__(self, decoder):
         self.capacity = decoder.capacity
@@ -109,14 +109,14 @@ class Gate:
         return self._decoder.step(tokens, slots, positions)
 
     def wait(self, calls=1):
-        """Return when so many more calls have come, the last of them not let through."""
+        """Wait for this number of further calls; the last of them is not let through."""
         for call in range(calls):
             assert self._come.acquire(timeout=WAIT)
             if call < calls - 1:
                 self._go.release()
 
     def let(self, calls=1):
-        """Let the call that has come through, and those after it; return when the next waits."""
+        """Let the waiting call through, and those after it; return when the next one waits."""
         for _ in range(calls):
             self._go.release()
             assert self._come.acquire(timeout=WAIT)
@@ -127,7 +127,7 @@ class Gate:
 
 @pytest.fixture
 def gated():
-    """Return a function that makes a model, its gate, and an engine that is closed at the end."""
+    """Return a function that makes a model, its gate and an engine; later close the engines."""
     made = []
 
     def make(**settings):

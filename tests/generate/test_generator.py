@@ -1,4 +1,4 @@
-"""Strings in, strings out: stop strings, characters that span tokens, several texts together."""
+"""The generator: stop strings, characters that span tokens, several texts together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ END = BYTES.eot  # 256
 
 
 class Script:
-    """A decoder for which each text goes on as was written down."""
+    """A decoder that continues each text as a script says."""
 
     def __init__(self, answers: dict[bytes, bytes], slots: int, capacity: int) -> None:
         self.capacity = capacity
@@ -49,7 +49,7 @@ class Script:
 
 
 class Scripted(LanguageModel):
-    """A model of bytes that answers prompts as was written down, then ends the text."""
+    """A model of bytes that answers prompts as a script says, and then ends the text."""
 
     def __init__(self, answers: dict[bytes, bytes]) -> None:
         config = GPT2Config(257, n_positions=400, n_embd=1, n_layer=1, n_head=1)
@@ -66,7 +66,7 @@ def answering(answer: str | bytes) -> Generator:
 
 
 def both_ways(answer: str | bytes, **settings: Any) -> str:
-    """Return the text, the same from `generate` and from the pieces of `stream`."""
+    """Return the text of `generate`, which must equal the joined pieces of `stream`."""
     generator = answering(answer)
     text = generator.generate("ab", max_new_tokens=300, **settings)
     pieces = list(generator.stream("ab", max_new_tokens=300, **settings))
@@ -102,7 +102,7 @@ def test_text_that_ends_within_a_character_shows_it() -> None:
 @given(st.binary(max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_become_a_text(answer: bytes) -> None:
-    """What is no UTF-8 becomes U+FFFD, the same as when all bytes are there at once."""
+    """Bytes that are not UTF-8 become U+FFFD, whether they come together or one by one."""
     assert both_ways(answer) == answer.decode(errors="replace")
 
 
@@ -151,7 +151,7 @@ def test_stop_string_ends_the_text_before_it(answer: str, stop: Any, text: str) 
 
 
 def expected_text(answer: str, stops: Sequence[str], least: int = 0) -> str:
-    """Give the text up to the stop string that is complete first, none of the first characters."""
+    """Return the text before the stop string that ends first; none begins before `least`."""
     for end in range(len(answer) + 1):
         found = [answer[:end].find(stop, least) for stop in stops]
         if any(place >= 0 for place in found):
@@ -183,7 +183,7 @@ def test_no_stop_string_begins_before_min_new_tokens(
 
 
 def test_no_end_comes_before_min_new_tokens() -> None:
-    """A random token comes where the end is forbidden, for there the script has nothing to say."""
+    """Where the end is forbidden a random token follows, because the script has none."""
     text = both_ways("ab.cd.ef", eos_token_id=ord("."), min_new_tokens=5, seed=1)
     assert re.fullmatch(r"ab[^.]cd\.", text)
     text = answering("ab").generate("ab", min_new_tokens=5, max_new_tokens=5, top_k=1)
@@ -276,7 +276,7 @@ def test_empty_prompt_starts_a_text() -> None:
 
 
 def padded(backend: Any = "auto", V: int = 300) -> tuple[GPT2, GPT2]:
-    """Return a model, and the same with more rows, which it holds for the likeliest."""
+    """Return a model, and the same model with additional rows, which it finds likeliest."""
     model, larger = small(backend), small(backend, V=V)
     for name, parameter in larger.parameters.items():
         parameter[: len(model.parameters[name])] = model.parameters[name]
@@ -289,7 +289,7 @@ def padded(backend: Any = "auto", V: int = 300) -> tuple[GPT2, GPT2]:
     [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_k": 280}, {"seed": 2, "top_p": 1}],
 )
 def test_padding_ids_are_never_drawn(settings: Any, backend: Any) -> None:
-    """As in vocabularies filled up to a round number: it is as if the model had none."""
+    """In a vocabulary rounded up in size, texts are as without the padding."""
     model, larger = padded(backend)
     assert (larger.generate([[65]], 30, **settings) >= 257).any(), "without a tokenizer it does"
     settings = settings | {"max_new_tokens": 45}  # the context fills up
@@ -303,7 +303,7 @@ def test_padding_ids_are_never_drawn(settings: Any, backend: Any) -> None:
         assert sum(share for _, share in other.candidates) == pytest.approx(1)
 
 
-def test_prompt_of_a_padded_model_is_encoded_by_its_tokenizer() -> None:
+def test_special_token_among_padding_ids_may_be_drawn() -> None:
     _, larger = padded()
     tokenizer = Tokenizer(BYTES._ranks, END, special={"<|endoftext|>": END, "[PAD]": 290})
     ids = {token.id for token in Generator(larger, tokenizer).tokens("ab", seed=1, temperature=9.0)}

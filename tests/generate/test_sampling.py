@@ -1,4 +1,4 @@
-"""From logits to a token: what may be drawn, how likely, the draw, and settings out of range."""
+"""Sampling: which tokens may be drawn, how likely they are, and settings out of range."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def probabilities(logits: np.ndarray, **settings: Any) -> np.ndarray:
 
 
 class Draws:
-    """Random numbers that are no random numbers, and how many were taken."""
+    """A generator of fixed numbers that counts its calls."""
 
     def __init__(self, *numbers: float) -> None:
         self.left = list(numbers)
@@ -55,7 +55,7 @@ class Draws:
 
 
 def shares(logits: np.ndarray, **settings: Any) -> np.ndarray:
-    """Share of each token when the random numbers are evenly spaced: within 1 draw of exact."""
+    """Return each token's share for evenly spaced random numbers: exact to one draw."""
     rng: Any = Draws(*((np.arange(DRAWS) + 0.5) / DRAWS))
     tokens = [choose(logits, GenerationConfig(**settings), rng) for _ in range(DRAWS)]
     assert not rng.left, "one random number for each token"

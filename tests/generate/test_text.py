@@ -1,4 +1,4 @@
-"""The decoding loop: what the decoder is asked to read, seeds, ends, contexts that fill up."""
+"""The decoding loop: what it reads, seeds, ends of texts, and full contexts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Logits = Callable[[list[int]], np.ndarray]
 
 
 def successor(seen: list[int]) -> np.ndarray:
-    """Logits that make (last token + 1) mod V certain."""
+    """Return logits that make (last token + 1) mod V certain."""
     logits = np.zeros(V)
     logits[(seen[-1] + 1) % V] = 1e4
     return logits
 
 
 def random_logits(seen: list[int]) -> np.ndarray:
-    """Logits that depend on every token so far and on its place."""
+    """Return logits that depend on every token so far and on its place."""
     key = sum(place * (token + 1) for place, token in enumerate(seen, start=1))
     return np.random.default_rng(key).normal(size=V) * 2
 
 
 class FakeReader:
-    """A decoder that checks what it is asked and remembers it; its logits are a function's."""
+    """A decoder that checks and records its calls; a function gives its logits."""
 
     def __init__(self, logits: Logits = successor, slots: int = 4, capacity: int = 200) -> None:
         self.capacity = capacity
@@ -70,7 +70,7 @@ def tokens_of(
     ends: Sequence[int] = (),
     **settings: Any,
 ) -> np.ndarray:
-    """All steps of a stream as (B, steps)."""
+    """Return all steps of a stream, (B, steps)."""
     config = GenerationConfig(max_new_tokens=count, **settings)
     reader = reader or FakeReader(logits)
     return np.stack(list(stream(reader, prompts, config, ends)), axis=1)
@@ -157,7 +157,7 @@ def test_end_in_the_prompt_ends_nothing() -> None:
 
 @pytest.mark.parametrize(("least", "count"), [(0, 1), (1, 8), (7, 8), (8, 12), (12, 12)])
 def test_no_end_before_min_new_tokens(least: int, count: int) -> None:
-    """The first token and the eighth would be the end; the next likeliest comes in its stead."""
+    """The first and eighth token would be the end; the next likeliest replaces each."""
 
     def logits(seen: list[int]) -> np.ndarray:
         scores = np.zeros(V)
@@ -238,7 +238,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def slid(prompt: list[int], count: int, capacity: int) -> list[int]:
-    """Continue greedily, forgetting all but the last half where one more token would not fit."""
+    """Continue greedily; forget the first half of a full context before the next token."""
     text, seen = list(prompt), list(prompt)
     for _ in range(count):
         text.append(int(random_logits(seen).argmax()))

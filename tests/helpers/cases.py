@@ -1,4 +1,4 @@
-"""Shapes for every op: around vectors, panels, tiles and blocks, and odd values."""
+"""Shapes for every op: around the sizes of vectors, panels, tiles and blocks, and odd values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Case:
         return RTOL_OF.get((self.name, self.shape.get("kind")), usual)
 
     def arguments(self) -> list[Any]:
-        """Make the arguments, the same ones every time."""
+        """Return the arguments, the same ones every time."""
         return self.example.make(
             np.random.default_rng(zlib.crc32(str(self).encode())), **self.shape
         )

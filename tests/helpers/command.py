@@ -1,4 +1,4 @@
-"""Processes: gpt2c and tests/programs in one of their own; a model whose text is known."""
+"""Processes: the commands of gpt2c and of tests/programs, and a model whose text is known."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return this process's variables and these, with the modules that tests import."""
+    """Return this process's variables and these; PYTHONPATH has the modules that tests import."""
     modules = os.pathsep.join(path for path in sys.path if path)
     return {**os.environ, **variables, "PYTHONPATH": modules}
 
@@ -48,7 +48,7 @@ def run_process(
 
 
 def crafted(directory: Path, third: int, later: int) -> str:
-    """Save a model of bytes that sees positions only: a third token, then always another."""
+    """Save a model that sees positions only: token `third` comes third, then always `later`."""
     model = GPT2(GPT2Config(257, n_positions=8, n_embd=2, n_layer=1, n_head=1), seed=None)
     model.parameters["ln_f.weight"][...] = 1
     model.parameters["wpe.weight"][...] = -100, 100

@@ -16,7 +16,7 @@ GOOD = {"ctx": "a cat", "endings": ["sat", " ran away", "barked"], "label": 0}
 
 
 def random_model(config: GPT2Config = CONFIG, backend: str = "auto", kind: str = "fp32") -> Any:
-    """Return a model that is sure of things: large weights, biases and layernorms random too."""
+    """Return a model with clear preferences: large weights, random biases and layernorms too."""
     model = GPT2(config, seed=None, backend=backend)
     rng = np.random.default_rng(7)
     for name, parameter in model.parameters.items():
@@ -28,7 +28,7 @@ def random_model(config: GPT2Config = CONFIG, backend: str = "auto", kind: str =
 
 
 def distribution(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:
-    """Return the log-probabilities (T, V) of what follows each token, in float64."""
+    """Return the log-probabilities (T, V) of each token's successor, in float64."""
     logits = model(np.asarray(tokens)[None])[0].astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -61,7 +61,7 @@ def slide(model: LanguageModel, tokens: np.ndarray, stride: int, max_length: int
 
 
 def uniform(config: GPT2Config = CONFIG) -> GPT2:
-    """Return a model without weights: every token is as likely."""
+    """Return a model of zeros: all tokens are equally likely."""
     return GPT2(config, seed=None)
 
 

@@ -1,4 +1,4 @@
-"""Backends: names, choosing, threads, messages; and the shape of the package that they stand in."""
+"""Backends: names, choice, threads, errors; and what an import loads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the choice to the tests, whatever variables they are run with."""
+    """Remove the variables that choose a backend or threads."""
     for variable in ("GPT2C_BACKEND", *THREAD_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
 
@@ -87,7 +87,7 @@ def test_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Pretend to be a CPU with the features in `cpu.has`, on which no kernels are loaded yet."""
+    """Return a CPU with the features in `cpu.has`, and no kernels loaded yet."""
     fake = SimpleNamespace(has=set())
     lib = SimpleNamespace(cpu_supports=lambda feature: feature.decode() in fake.has)
     monkeypatch.setitem(sys.modules, "gpt2c._kernels_base", SimpleNamespace(lib=lib))
@@ -149,7 +149,7 @@ def test_threads_are_what_the_machine_allows(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(usable_cores() < 2, reason="one core: no thread can be bound to another")
 @pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
 def test_threads_are_as_many_when_openmp_binds_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It binds the first thread to one core, when it loads or later: the others have theirs."""
+    """OpenMP binds the first thread to one core at its load or later; the others keep theirs."""
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     code = """
 from gpt2c.kernels.backend import get_backend
@@ -214,7 +214,7 @@ def test_compiler_flags_match_the_cpu_features_asked_for() -> None:
 
 
 def python(code: str) -> str:
-    """Run code in a fresh Python where a warning is an error; give what it prints."""
+    """Run code in a fresh Python where a warning is an error; return its output."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-W", "error", "-c", code]

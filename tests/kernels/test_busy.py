@@ -1,4 +1,4 @@
-"""Busy cores: what other programs use of them."""
+"""Busy cores: the work of other programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_load_leaves_out_the_work_of_this_process(
     tick = os.sysconf("SC_CLK_TCK")
 
     def write(first: float, second: float, third: float) -> None:
-        """Write so many seconds of work of three cores, the last of which is not ours."""
+        """Write the seconds of work of three cores, of which the last is not this process's."""
         rows = [
             f"cpu{i} {int(s * tick)} 0 0 77 88 0 0 0 0 0" for i, s in enumerate((first, second))
         ]

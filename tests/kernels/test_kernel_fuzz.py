@@ -1,6 +1,6 @@
-"""Any shape and any argument through the public doors: a right result or a refusal, never a crash.
+"""Any shape and argument for the public functions: a right result or an error, never a crash.
 
-GPT2C_FUZZ_EXAMPLES says how many are tried for each op and each door, 15 if it says nothing.
+GPT2C_FUZZ_EXAMPLES is the number of examples for each op and function, 15 by default.
 tests/sanitize.sh runs this on kernels that notice a read or a write outside of an array.
 """
 
@@ -57,7 +57,7 @@ VALID = st.sampled_from([True, False])  # the simplest, which is tried first, is
 
 
 def attempt(valid: bool, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a call's results, or None where it is refused, which valid arguments must not be."""
+    """Return a call's results, or None where it is refused; valid arguments must not be refused."""
     try:
         return call(*arguments)
     except REFUSALS:
@@ -122,7 +122,7 @@ LARGE = [2**40, 2**42]  # more than any memory, so that nobody tries
 
 
 def resized(array: Any, axis: int, size: int) -> Any:
-    """Let an axis have another size, however large: it takes no memory."""
+    """Give an axis another size, however large: it takes no memory."""
     shape = list(array.shape)
     shape[axis] = size
     return np.broadcast_to(array.reshape(-1)[:1].reshape([1] * len(shape)), shape)
@@ -130,7 +130,7 @@ def resized(array: Any, axis: int, size: int) -> Any:
 
 @st.composite
 def spoiled(draw: Any, array: Any) -> Any:
-    """Return something else in the place of an array."""
+    """Return another object in place of an array."""
     if not array.ndim or not array.size:
         return draw(WRONG)
     axis = draw(st.integers(0, array.ndim - 1))
@@ -194,7 +194,7 @@ def test_any_shape_gets_the_references_result(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if len(arrays_of(name)) > 1])
 def test_shapes_larger_than_memory_are_refused(name: str) -> None:
-    """A copy would be no help. (Some sizes of the first array are free.)"""
+    """The error suggests no copy, which would not help. Some sizes of the first array are free."""
     arguments, _ = solved(name)
     for key in arrays_of(name)[1:]:
         huge = resized(arguments[key], arguments[key].ndim - 1, LARGE[0])
@@ -243,7 +243,7 @@ def model_of(number: int, stored: str, backend: str) -> Any:
 
 @st.composite
 def ids(draw: Any, valid: bool, low: int, high: int, *shape: int) -> Any:
-    """Return int32 numbers in [low, high), or, unless valid, half of the time something else."""
+    """Return int32 numbers in [low, high); if not valid, something else half of the time."""
     count = int(np.prod(shape))
     numbers = draw(st.lists(st.integers(low, high - 1), min_size=count, max_size=count))
     array = np.array(numbers, np.int32).reshape(shape)
@@ -254,7 +254,7 @@ def ids(draw: Any, valid: bool, low: int, high: int, *shape: int) -> Any:
 
 @st.composite
 def asked(draw: Any, valid: bool, config: GPT2Config) -> dict[str, Any]:
-    """Return arguments for every door of a model; valid ones for each of them."""
+    """Return arguments for each public method of a model; valid ones suit them all."""
     V, P = config.vocab_size, config.n_positions
     B, T, N = draw(st.integers(1, 2)), draw(st.integers(1 + valid, P)), draw(st.integers(0, 2))
     last = P - T if valid else P

@@ -44,7 +44,7 @@ def solved(case: Case) -> tuple[list[Any], list[Any]]:
 
 
 def run(backend: Any, case: Case, guarded: Guarded, alias: bool = False) -> list[Any]:
-    """Run a case on float32 copies, check that its inputs are unchanged, give its outputs."""
+    """Run a case on float32 copies; check that its inputs are unchanged; return its outputs."""
     arguments = [
         guarded.copy(a.astype(np.float32) if a.dtype == np.float64 else a)
         if isinstance(a, np.ndarray)
@@ -80,7 +80,7 @@ def check(case: Case, backend_name: str, actual: list[Any]) -> None:
 
 
 def every(cases: Iterable[Case]) -> list[Any]:
-    """Return each case on each backend, a case at a time: it is solved once."""
+    """Return each case on each backend, ordered by case, so that each case is solved once."""
     return [pytest.param(*run, id="-".join(map(str, run))) for run in product(cases, NAMES)]
 
 
@@ -214,7 +214,7 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
 def test_linear_passes_nan_and_infinity_on(
     N: int, C: int, kind: str, bad: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """With weights of 8 bits, whose integers know no NaN, the scale of the row must carry it."""
+    """8-bit integers have no NaN, so the row's scale must carry it."""
     shape = {"N": N, "C": C, "OC": 21, "kind": kind}
     arguments = [narrow(a) for a in EXAMPLES["matmul_forward"].make(rng, **shape)]
     row = N // 2
@@ -268,7 +268,7 @@ def linear(backend: Any, *inputs: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("N", [16, 17])  # read where it lies, and widened first
 def test_every_float16_is_converted_exactly(N: int, backend: Any) -> None:
-    """Denormals too: from 6e-8 on, where fp16 has no exponent of its own any more."""
+    """Subnormals too, down to 6e-8."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 16)
     x = np.zeros((N, 16), np.float32)
@@ -284,11 +284,11 @@ def test_every_float16_is_converted_exactly(N: int, backend: Any) -> None:
 def test_8_bits_round_as_the_reference_in_float32(
     N: int, C: int, OC: int, backend: Any, rng: np.random.Generator
 ) -> None:
-    """Any x, where a number may lie between two steps, even in the middle: those go to the even.
+    """For any x, also for numbers half way between two steps, which round to even.
 
     Had one number gone to another step, its row would differ by that step times a weight: by more
-    than 1/127 of 1/C of the largest sum there can be, 1e-5 at C = 768. What may differ are a few
-    roundings after the sums, each of 6e-8.
+    than 1/127 of 1/C of the largest possible sum, 1e-5 at C = 768. Only a few roundings after the
+    sums may differ, each of 6e-8.
     """
     weight, scale = rng.integers(1, 256, (OC, C), np.uint8), rng.random(OC, np.float32)
     x = rng.standard_normal((N, C), np.float32)
@@ -299,7 +299,7 @@ def test_8_bits_round_as_the_reference_in_float32(
 
 
 def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
-    """At the most channels and the largest numbers; 128 x 127 x 65536 is 63.5 x 2^24: exact."""
+    """With the most channels and the largest numbers: 128 x 127 x 65536 = 63.5 x 2^24, exactly."""
     C = 65536
     weight = np.repeat(np.array([[0], [255], [1]], np.uint8), C, axis=1)
     x = np.repeat(np.array([[127], [-127]], np.float32), C, axis=1)
@@ -312,7 +312,7 @@ def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
 def test_8_bits_for_small_and_large_rows(
     largest: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """The factor 127 / largest must not become infinite; rows below 1e-36 may count as zeros."""
+    """The factor 127 / largest must stay finite; rows below 1e-36 may count as zeros."""
     weight, bias = rng.integers(1, 256, (7, 33), np.uint8), rng.standard_normal(7, np.float32)
     scale = np.full(7, 1e-3, np.float32)
     x = rng.uniform(-1, 1, (3, 33)).astype(np.float32)
@@ -332,7 +332,7 @@ def test_8_bits_for_small_and_large_rows(
 def test_row_gets_the_same_bits_alone_and_among_others(
     kind: str, C: int, backend_name: str, rng: np.random.Generator
 ) -> None:
-    """For as many rows as are read together; NumPy's own products do not promise it."""
+    """For the number of rows that are read together; NumPy's own products do not promise it."""
     if backend_name == "numpy" and kind != "uint8":
         pytest.skip("NumPy's products of one row and of several are summed in another order")
     shape = {"N": 16, "C": C, "OC": 70, "kind": kind}

@@ -1,4 +1,4 @@
-"""Limits: what /proc and cgroup's two versions say, in the layouts that there are."""
+"""Limits: /proc and both versions of cgroup, in the layouts that occur."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def v1(names: str, top: str = "/", point: str = "") -> str:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """Return a function that makes a machine: what is in /proc, and files of cgroups."""
+    """Return a function that makes a machine of files: /proc and cgroups."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
 
     def make(own: str | None, mounts: list[str] | None, files: dict[str, object]) -> Path:
@@ -283,7 +283,7 @@ def test_memory_without_proc_is_all_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_free_bytes_respect_ulimits(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They count what was promised already, so that is not taken off again."""
+    """An ulimit counts allocated memory already, so it is not subtracted again."""
     made = root(None, [], {"proc/self/status": "VmSize:\t  1000 kB\nVmData:\t 300 kB\nName: x"})
     for kind, free in ((resource.RLIMIT_AS, 24 * 1024), (resource.RLIMIT_DATA, 724 * 1024)):
         soft = {kind: (1024 * 1024, -1)}

@@ -1,4 +1,4 @@
-"""Memory: where arrays start, and what happens where the system gives less than is wanted."""
+"""Memory: alignment, and what happens if the system gives less than is wanted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_too_much_is_a_memory_error() -> None:
 
 
 def test_memory_counts_as_used_before_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system counts what was touched; what was only promised is not free any more, either."""
+    """The system counts touched pages; untouched allocated pages are not free either."""
     monkeypatch.setattr(memory, "free_bytes", lambda promised: 50 * HUGE_PAGE - promised)
     before = available_bytes()
     size = 10 * HUGE_PAGE
@@ -59,7 +59,9 @@ def test_memory_counts_as_used_before_it_is_touched(monkeypatch: pytest.MonkeyPa
     del kept
 
 
-def test_memory_is_counted_where_touched_pages_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untouched_memory_is_0_where_the_system_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     array = aligned_zeros(EDGE)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     assert memory._untouched() == 0

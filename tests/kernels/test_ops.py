@@ -1,4 +1,4 @@
-"""The ops on plain arrays: right on every backend, and no bad argument gets through."""
+"""The ops on plain arrays: right on every backend, and each bad argument is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference against calculus (backward functions) and closed forms (forward functions)."""
+"""The reference: backward functions against calculus, forward functions against closed forms."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_output_may_be_an_input(name: str) -> None:
 
 
 class Watched(np.ndarray):
-    """An array that notes the dtype of everything computed from it."""
+    """An array that records the dtype of every result computed from it."""
 
     seen: ClassVar[set[np.dtype[Any]]] = set()
 

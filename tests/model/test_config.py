@@ -1,4 +1,4 @@
-"""GPT2Config: what it accepts, what follows from it, Hugging Face's config.json."""
+"""GPT2Config: accepted values, derived figures, and Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
 
 
 def test_sizes_may_be_large() -> None:
-    """As large as int32, which costs nothing until memory is asked for."""
+    """Up to int32; a config allocates no memory."""
     config = GPT2Config(2**31 - 1, n_positions=2**31 - 1, n_layer=10_000)
     assert config.num_parameters() == sum(map(math.prod, config.parameter_shapes().values()))
     assert refused(GPT2Config, n_layer=10_001).startswith(
@@ -97,7 +97,7 @@ ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"} | 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
 def test_other_names_of_sizes_in_transformers_are_taken(alias: str, name: str) -> None:
-    """Passed over, num_attention_heads would give a model of 12 heads that says something else."""
+    """If num_attention_heads were ignored, the model would have 12 heads and give other logits."""
     expected = GPT2Config(**{name: 24})
     assert (
         GPT2Config.from_dict({alias: 24}) == GPT2Config.from_dict({alias: 24, name: 24}) == expected
@@ -166,7 +166,7 @@ def test_hugging_faces_gpt2_is_the_default() -> None:
     ],
 )
 def test_four_sizes_of_gpt2(n_layer: int, n_head: int, n_embd: int, parameters: int) -> None:
-    """Their config.json on the hub differ in three numbers; the sums are transformers' own."""
+    """On the hub their config.json differ in three numbers; transformers counted the parameters."""
     config = GPT2Config.from_dict({"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd})
     assert config.num_parameters() == parameters
     assert sum(map(math.prod, config.parameter_shapes().values())) == parameters

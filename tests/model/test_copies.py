@@ -1,4 +1,4 @@
-"""What is copied, pickled and printed: models, optimizers, tokenizers; and threads= anywhere."""
+"""Copies, pickles and repr of models, optimizers and tokenizers; and threads= everywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COPIES = {
 
 @pytest.fixture(params=COPIES)
 def copied(request: pytest.FixtureRequest) -> Any:
-    """Return every way to copy, in turn."""
+    """Copy in every way, in turn."""
     return COPIES[request.param]
 
 
@@ -77,7 +77,7 @@ def test_copy_gives_the_same_bits_in_memory_of_its_own(
 
 
 def test_training_leaves_a_copy_alone(copied: Any) -> None:
-    """A reference model, or the moving average of weights."""
+    """For a reference model, or a moving average of weights."""
     model = make()
     reference = copied(model)
     logits = model(IDX)
@@ -170,7 +170,7 @@ def test_generator_is_copied(copied: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_process_computes_the_same(kind: str, tmp_path: Path) -> None:
-    """As a worker of multiprocessing's spawn does."""
+    """As in a worker of multiprocessing's spawn."""
     if kind == "fp16":
         pytest.skip("a process is dear, and int8 has two arrays where this has one")
     model = make(kind, threads=1)

@@ -1,4 +1,4 @@
-"""Hidden states, against the formula in float64; and the vectors of texts that are made of them."""
+"""Hidden states against the formula in float64, and the embeddings made of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(backend: Any = "auto", kind: str = "fp32", config: GPT2Config = CONFIG)
 
 
 def stream(model: GPT2, idx: np.ndarray) -> list[np.ndarray]:
-    """Compute what lies between the layers, (B, T, C) each, in float64 as the formula has it."""
+    """Return the hidden states between the layers, (B, T, C) each, by the formula in float64."""
     p = {name: array.astype(np.float64) for name, array in model.parameters.items()}
     B, T = idx.shape
     N, eps, heads = B * T, model.config.layer_norm_epsilon, model.config.n_head

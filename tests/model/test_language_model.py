@@ -1,4 +1,4 @@
-"""Continuing prompts of any lengths, scoring texts, and what is refused before any work."""
+"""Continuing prompts of several lengths, scoring texts, and refusals before any work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lists(texts: Any) -> list[list[int]]:
 def test_prompts_of_several_lengths_give_their_texts_alone(
     settings: dict[str, Any], kind: str, backend: Any
 ) -> None:
-    """The i-th text of a call has the i-th random numbers; at a temperature of 0 there are none."""
+    """The i-th text of a call has the i-th random numbers; temperature 0 needs none."""
     model = make(backend, kind)
     texts = model.generate(PROMPTS, 20, **settings)
     assert isinstance(texts, list) and all(text.dtype == np.int64 for text in texts)
@@ -143,7 +143,7 @@ def test_stream_gives_what_generate_gives(backend: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
 def test_logprobs_are_those_of_the_text(kind: str, backend: Any) -> None:
-    """Whatever filters drew the tokens; read one by one or at once, 1e-5 of some nats apart."""
+    """Whichever filters drew the tokens. Reading one by one or at once differs by about 1e-5."""
     model, idx = make(backend, kind), np.array([[1, 2, 3], [30, 20, 10]])
     settings = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 2}
     text, logprobs = model.generate(idx, T - 3, logprobs=True, **settings)
@@ -167,7 +167,7 @@ def test_mean_loss_is_the_loss(kind: str, backend: Any, rng: np.random.Generator
 
 
 def slid(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Continue greedily, each token from a whole forward pass over what is remembered."""
+    """Continue greedily; compute each token by a whole forward pass over the kept tokens."""
     text, seen = list(prompt), list(prompt)
     for _ in range(count):
         text.append(int(model([seen])[0, -1].argmax()))
@@ -200,7 +200,7 @@ def test_full_context_ends_the_text_with_the_setting(length: int, backend: Any) 
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a model that must not begin to work."""
+    """Return a model that fails if it begins to compute."""
     model = make()
 
     def decoder(*arguments: Any) -> None:
@@ -281,7 +281,7 @@ def test_unknown_settings_are_refused(idle: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what their caches need: for prompt and new tokens, at most n_positions, of all texts."""
+    """By the memory of their caches: prompt and new tokens, at most n_positions, of all texts."""
     model = make(kind=kind)
     monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     per_token, logits = 2 * CONFIG.n_layer * CONFIG.n_embd, V

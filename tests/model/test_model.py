@@ -1,4 +1,4 @@
-"""The model on every backend: gradients against calculus, batches, memory, text and files."""
+"""The model on every backend: gradients against calculus, batches, memory, texts and files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def odd_model(backend: Any, config: GPT2Config = ODD, seed: int = 1) -> GPT2:
-    """Return a model all of whose parameters are random, biases and layernorm weights too."""
+    """Return a model whose parameters are all random, also biases and layernorm weights."""
     model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         noise = rng.standard_normal(parameter.shape, np.float32)
@@ -46,7 +46,7 @@ def batch_of(rng: np.random.Generator, B: int = B, T: int = T, V: int = V) -> Ba
 
 
 def solve(model: GPT2, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    """Return the loss and fresh gradients of their own memory."""
+    """Return the loss, and copies of fresh gradients."""
     model.zero_grad()
     loss = model.loss(*batch)
     model.backward()
@@ -62,7 +62,7 @@ def check_gradients(actual: Any, expected: Any, rtol: float = RTOL) -> None:
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
-    """Return a function from a model to its copy in float64: the same code, on wider memory."""
+    """Return a function that copies a model in float64: the same code, on wider numbers."""
 
     def copy(model: GPT2) -> GPT2:
         for module in ("model", "plan"):
@@ -270,7 +270,7 @@ def test_scale_that_is_no_finite_number_is_refused(
 def test_reading_between_loss_and_backward_changes_nothing(
     backend: Any, rng: np.random.Generator
 ) -> None:
-    """A decoder has memory of its own: samples may be looked at in the middle of a step."""
+    """A decoder has its own memory, so a text may be generated in the middle of a step."""
     model, batch = odd_model(backend), batch_of(rng)
     loss, expected = solve(model, batch)
     model.zero_grad()
@@ -337,7 +337,7 @@ def test_gradients_accumulate_until_zero_grad(backend: Any, rng: np.random.Gener
 def test_order_of_calls_makes_no_difference(
     order: str, scale: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """A loss computes a part of the gradients: it must not be seen before backward."""
+    """A loss computes a part of the gradients, which must not show before backward."""
     model, (first, second) = odd_model(backend), (batch_of(rng), batch_of(rng))
     once = solve(odd_model(backend), second)[1]
     held = solve(model, first)[1]
@@ -591,7 +591,7 @@ def test_parameters_of_another_dtype_are_converted(dtype: Any, backend: Any) -> 
 
 
 def test_parameters_may_be_filled_and_not_replaced() -> None:
-    """C trusts their sizes."""
+    """The C code trusts their sizes."""
     model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3))
     model.parameters["ln_f.bias"][...] = 2
     for arrays in (model.parameters, model.gradients):
@@ -634,7 +634,7 @@ def in_thread(call: Callable[[], Any]) -> Any:
 
 
 def interrupted_at(number: int, call: Callable[[], Any]) -> bool:
-    """Call; raise KeyboardInterrupt before the bytecode of this number around the claim, if any."""
+    """Call; raise KeyboardInterrupt before this bytecode instruction around the claim, if any."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

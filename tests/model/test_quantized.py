@@ -1,4 +1,4 @@
-"""Weights of 8 and 16 bits: how they are rounded, kept on disk, refused, and what they cost."""
+"""8-bit and 16-bit weights: rounding, files, refusals, and their error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def rounded(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return weight and scale, and in float64 what they stand for."""
+    """Return weight and scale, and in float64 the numbers that they represent."""
     weight, scale = np.empty(tensor.shape, np.uint8), np.empty(len(tensor), np.float32)
     round_rows(weight, scale, tensor)
     return weight, scale, (weight.astype(np.float64) - 128) * scale[:, None].astype(np.float64)
@@ -136,7 +136,7 @@ def test_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: 
 def test_logits_are_nearly_those_of_the_model(
     method: str, bound: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """Weights lose 1/254 and 1/4096 of their size, activations, with int8, 1/254 as well."""
+    """Weights lose 1/254 and 1/4096 of their size; int8 activations lose 1/254, too."""
     exact, idx = make(backend), rng.integers(0, V, (3, T))
     model = QuantizedGPT2.from_model(exact, method)
     expected, logits = exact(idx), model(idx)
@@ -216,7 +216,7 @@ def test_numbers_that_cannot_be_rounded_are_refused(
 
 @pytest.fixture(params=METHODS)
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """Return a method and a directory of such weights."""
+    """Return a method, and a directory of such weights."""
     QuantizedGPT2.from_model(make(), request.param).save_pretrained(tmp_path / request.param)
     return request.param, tmp_path / request.param
 
@@ -244,7 +244,7 @@ def test_saved_weights_come_back_bit_for_bit(stored: tuple[str, Path], backend: 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_of_16_bits_are_rounded_as_their_numbers(method: str, tmp_path: Path) -> None:
-    """Through the same door as a GPT2: shards, a prefix, float16; and a single file."""
+    """By the same function as a GPT2: shards, a prefix, float16; and a single file."""
     model = make()
     for parameter in model.parameters.values():
         parameter[...] = parameter.astype(np.float16)
@@ -371,7 +371,7 @@ def test_cut_file_is_refused(stored: tuple[str, Path]) -> None:
 
 
 def test_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
-    """And weights of 8 bits under a GPT-2's config are refused, not read as if they were floats."""
+    """8-bit weights under a GPT-2's config are refused, and not read as floats."""
     _, path = stored
     (path / "config.json").write_text(json.dumps(SMALL.to_dict()))
     wrong = refused(GPT2.from_pretrained, path)
@@ -383,9 +383,9 @@ def test_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[GPT2, np.ndarray]:
-    """Return a small model that has learnt some of a text, and the text's held-out tokens.
+    """Return a small trained model, and held-out tokens of its text.
 
-    Random weights would show little: it is training that makes some weights and channels large.
+    Random weights would show little: training makes some weights and channels large.
     """
     folder = Path(gpt2c.__file__).parent
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))

@@ -1,4 +1,4 @@
-"""Reading with a cache: the same logits as the whole forward pass, and each text by itself."""
+"""Reading with a cache: the logits of the whole forward pass, for each text separately."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FLIP = 0.05
 
 
 def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
-    """Compare logits (..., V), a text's rows of them each by itself."""
+    """Compare logits (..., V), the rows of each text separately."""
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, a.shape[-1])
     errors = np.abs(a - b).max(axis=1) / np.abs(b).max()
     if kind == "int8":
@@ -46,7 +46,7 @@ def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
 
 
 def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int = 1) -> Any:
-    """Return a model all of whose parameters are random."""
+    """Return a model whose parameters are all random."""
     model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         size = np.float32(0.1 if "ln" in name else 0.05)
@@ -55,7 +55,7 @@ def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int =
 
 
 def widened(model: LanguageModel) -> GPT2:
-    """Return the GPT2 whose weights are what a model's small weights stand for."""
+    """Return a GPT2 with the numbers that a model's small weights represent."""
     wide, p = GPT2(model.config, seed=None, backend=model.backend), model.parameters
     for name, parameter in wide.parameters.items():
         parameter[...] = p[name]
@@ -74,7 +74,7 @@ def ints(*values: int) -> np.ndarray:
 
 
 def read(decoder: Decoder, tokens: np.ndarray, *sizes: int, slot: int = 0) -> np.ndarray:
-    """Read a text in pieces of these sizes; give all logits (T, V)."""
+    """Read a text in pieces of these sizes; return all logits (T, V)."""
     logits, start = [], 0
     for size in sizes:
         for rows in decoder.hidden(tokens[start : start + size], slot, start):
@@ -86,7 +86,7 @@ def read(decoder: Decoder, tokens: np.ndarray, *sizes: int, slot: int = 0) -> np
 
 
 def step_through(decoder: Decoder, tokens: np.ndarray, start: int = 0) -> np.ndarray:
-    """Read texts (N, T) in slots 0.. token by token from `start` on; give those logits."""
+    """Read texts (N, T) in slots 0.. token by token from `start` on; return those logits."""
     N, length = tokens.shape
     slots = np.arange(N, dtype=np.int32)
     steps = [
@@ -97,7 +97,7 @@ def step_through(decoder: Decoder, tokens: np.ndarray, start: int = 0) -> np.nda
 
 
 def windows(length: int) -> list[tuple[int, int]]:
-    """Return the parts of a text that are read token by token: its ends, and around 64 and 128."""
+    """Return the parts of a text to read token by token: its ends, and around 64 and 128."""
     parts = [(0, 5), (62, 66), (127, 131), (length - 2, length)]
     return [(start, stop) for start, stop in parts if 0 <= start and stop <= length]
 
@@ -150,7 +150,7 @@ def test_steps_are_the_forward_pass(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random.Generator) -> None:
-    """The call for all layers against the ops one by one, on the same cache each time."""
+    """The call for all layers gives the bits of the single ops, on the same cache."""
     model, tokens = make(backend, kind), texts(rng, T)
     decoder = model.decoder()
     stepped, ops = [], []
@@ -208,7 +208,7 @@ def test_losses_are_those_of_the_logits(
 def test_text_gets_the_same_bits_alone_and_among_others(
     N: int, kind: str, backend: Any, rng: np.random.Generator
 ) -> None:
-    """Texts of other lengths, in slots of any order, and some that have ended."""
+    """Beside texts of other lengths, in slots of any order, some of them ended."""
     model, slots = make(backend, kind), rng.permutation(N + 2)[:N].astype(np.int32)
     lengths = rng.integers(1, T - 4, N)
     lengths[0] = 64
@@ -230,7 +230,7 @@ def test_text_gets_the_same_bits_alone_and_among_others(
 
 
 def test_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Generator) -> None:
-    """What it does not read is NaN, and stays it."""
+    """All other rows are NaN before and after."""
     model, tokens = make(backend), texts(rng, 10)
     decoder = model.decoder(3, 10)
     for cache in (decoder.keys, decoder.values):
@@ -332,7 +332,7 @@ def test_step_stays_in_its_memory(
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All that C is given is guarded and unaligned, and scratch memory is full of NaN."""
+    """All memory that C gets is guarded and unaligned, and its scratch memory is full of NaN."""
     if not isinstance(backend, Kernels):
         pytest.skip("numpy has no memory of C's")
     config = dataclasses.replace(config, n_positions=min(config.n_positions, 9))
@@ -456,7 +456,7 @@ def test_damaged_weights_are_an_error_and_no_warning(weights: tuple[float, float
 
 
 def test_argmax_is_computed_only_when_asked_for() -> None:
-    """The likeliest of 50,257 tokens costs more than the loss of one."""
+    """The argmax of 50,257 logits costs more than one token's loss."""
     decoder = GPT2(ODD, backend="numpy").decoder()
     tokens, asked = np.arange(5, dtype=np.int32), 0
 

@@ -19,7 +19,7 @@ from programs.common import main
 
 
 def limit_files(size: int) -> None:
-    """Let a write fail that makes a file longer than `size` bytes."""
+    """Make a write fail that would make a file longer than `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 

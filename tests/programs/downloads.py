@@ -1,4 +1,4 @@
-"""Two downloads at once, of which the hub lies in one: the other one is guarded nonetheless."""
+"""Two downloads at once: the guard holds for the second one, for which the hub sends a bad hash."""
 
 from __future__ import annotations
 

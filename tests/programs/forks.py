@@ -1,4 +1,4 @@
-"""Forks: parent and child compute the same bits, and neither waits for what the other has."""
+"""Forks: parent and child compute the same bits, and neither waits for the other."""
 
 from __future__ import annotations
 

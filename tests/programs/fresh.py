@@ -1,4 +1,4 @@
-"""A fresh process: a training step in it prints nothing, and its engines do not hold up its end."""
+"""A fresh process: a training step prints nothing, and running engines do not delay the exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while gpt2c imports NumPy, before its command line begins; this file imports neither."""
+"""Ctrl-C while gpt2c imports NumPy, before the command line begins."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 class Press:
-    """A finder of modules that finds none, and presses Ctrl-C when NumPy is looked for."""
+    """An import hook that finds no module, and presses Ctrl-C when NumPy is imported."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "numpy":

@@ -1,4 +1,4 @@
-"""Other libraries: their OpenMP threads, which the kernels neither use nor disturb."""
+"""Other libraries: the kernels neither use nor disturb their OpenMP threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of threads and memory: an error in time, and what is smaller works on."""
+"""Limits of threads and memory: an error comes in time, and smaller work still succeeds."""
 
 from __future__ import annotations
 

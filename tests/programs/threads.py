@@ -1,4 +1,4 @@
-"""Threads: pools end with the thread that has them, and no two callers disturb each other."""
+"""Threads: a pool ends with its thread, and two callers do not disturb each other."""
 
 from __future__ import annotations
 

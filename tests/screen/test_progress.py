@@ -1,4 +1,4 @@
-"""What a person sees of a reading: a bar on a terminal, a line now and then elsewhere."""
+"""Progress: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 class Clock:
-    """A time that the tests set; tqdm has its own."""
+    """A clock that the tests set; tqdm has its own."""
 
     now = 100.0
 
@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def read(reading: Reading, clock: Clock, seconds: float, total: int = 100 * MB) -> None:
-    """Read a text of 100 pieces in so many seconds."""
+    """Read a text of 100 pieces in this number of seconds."""
     for percent in range(1, 101):
         clock.now += seconds / 100
         reading.read(percent * MB, total)

@@ -1,4 +1,4 @@
-"""The door for text: streams that fail, lack characters or are not there; what a terminal shows."""
+"""Text output and input: failing, limited or missing streams; what a terminal shows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXT = "the cat sat on the mat. " * 40
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a directory with a text, its tokens and a run; and models that write controls."""
+    """Return a directory with a text, its tokens and a run; and models that write controls."""
     path = tmp_path_factory.mktemp("world")
     (path / "text.txt").write_text(TEXT)
     assert main(f"prepare {path}/text.txt --out {path}/data --tokenizer bytes".split()) == 0
@@ -119,8 +119,8 @@ def test_closed_stream_swallows_writes() -> None:
     assert door.lost is not None
 
 
-def test_nonblocking_stream_is_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a full one does not take is dropped, unless it is needed: then it is waited for."""
+def test_nonblocking_stream_is_written_whole_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full stream loses text, unless the text is needed; then the write waits."""
     monkeypatch.setattr("gpt2c.screen.terminal.PATIENCE", 0.01)
     text = "x" * 99 + "\n"
     for needed in (False, True):
@@ -283,7 +283,7 @@ def test_characters_that_span_tokens_stand_together() -> None:
 def test_every_verb_reports_a_full_disk(
     arguments: str, code: int, full: Any, tmp_path: Path, monkeypatch: Any, capsys: Capture
 ) -> None:
-    """The exit code is 0 if the work is whole; of a text that is the result, only if it is."""
+    """The exit code is 0 if the work is whole; if a text is the result, only if it was written."""
     if arguments.startswith("plot"):
         pytest.importorskip("matplotlib")
     (tmp_path / "out").mkdir()
@@ -424,7 +424,7 @@ def test_closed_streams_give_no_number_to_a_file() -> None:
 def in_a_terminal(
     arguments: str, talk: Callable[[int, Callable[[bytes], bytes]], None]
 ) -> tuple[int, bytes]:
-    """Run gpt2c in a terminal of its own while `talk` has the other side; return what it showed."""
+    """Run gpt2c in a terminal of its own while `talk` has the other side; return its output."""
     pytest.importorskip("termios")
     side, child_side = os.openpty()
     # Who opens a terminal in a session that has none gets Ctrl-C from it.
@@ -462,7 +462,7 @@ def in_a_terminal(
 
 
 def press_ctrl_c(side: int) -> None:
-    """Press it at a prompt; Python does not notice one that comes before it waits for a key."""
+    """Press Ctrl-C at a prompt; Python misses one that comes before it waits for a key."""
     time.sleep(0.5)
     os.write(side, b"\x03")
 
@@ -520,7 +520,7 @@ def test_ctrl_c_ends_a_running_text() -> None:
 
 
 def test_kill_ends_interactive_generate(tmp_path: Path, world: Path) -> None:
-    """It is no Ctrl-C, which would end a text only."""
+    """Unlike Ctrl-C, which ends only a text."""
     for line, wanted in (b"", b"nothing is remembered"), (b"ab\n", b"ab"):
         side, child_side = os.openpty()
         child = subprocess.Popen(

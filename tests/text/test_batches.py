@@ -1,4 +1,4 @@
-"""Batches and windows: each token is a target, none twice."""
+"""Batches and windows: each token is a target once."""
 
 import zlib
 
@@ -23,7 +23,7 @@ def test_batches_are_shifted_by_one(tmp_path):
 
 
 def few(count: int, middle: str = "") -> str:
-    """Return how a message begins about so many tokens."""
+    """Return how a message about this number of tokens begins."""
     return f"1 token{middle} is" if count == 1 else f"{count} tokens{middle} are"
 
 

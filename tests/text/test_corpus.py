@@ -1,4 +1,4 @@
-"""Python's documentation: what is taken, and what is left out."""
+"""Python's documentation as a text: what it includes, and what it leaves out."""
 
 import sys
 

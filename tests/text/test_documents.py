@@ -1,4 +1,4 @@
-"""Users' texts: whatever the pieces, the same documents; what is no text is named."""
+"""Users' texts: pieces of any size give the same documents; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpt2c.text.documents import TextFiles
 
 
 def read(*paths: Any, field: str | None = None) -> list[str]:
-    """Return the documents of files; each time they are read they are the same."""
+    """Return the documents of files, which must be the same at each reading."""
     with TextFiles(paths, field) as texts:
         first = ["".join(pieces) for pieces in texts]
         assert ["".join(pieces) for pieces in texts] == first
@@ -215,7 +215,7 @@ def test_unreadable_file_is_left_out_and_named(
 def test_unreadable_folder_is_left_out_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above, where root runs the tests."""
+    """Also if root runs the tests."""
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "sub").mkdir()
     scan = os.scandir
@@ -234,7 +234,7 @@ def test_unreadable_folder_is_left_out_and_named(
 
 
 def test_standard_input_ends_at_the_first_end_of_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal gives an end of file, and after it more if it is asked again."""
+    """After an end of file, a terminal gives more if it is asked again."""
 
     left = [b"first line\n", b"", b"after Ctrl-D\n", b""]
 
@@ -281,7 +281,7 @@ def test_missing_or_bad_input_is_refused(tmp_path: Path) -> None:
             list(map("".join, texts))
 
 
-def test_reading_reports_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_reports_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfiles, "_PIECE", 10)
     (tmp_path / "a.txt").write_text("0123456789" * 4)
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' * 5)  # of 14 bytes

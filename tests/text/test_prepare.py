@@ -1,4 +1,4 @@
-"""Hold-out and prepared data: nothing lost, whatever ends it."""
+"""Hold-out and prepared data: no token is lost, and no failure leaves half of the files."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ BYTES = Tokenizer.from_name("bytes")
 
 
 def split(documents, fraction, seed):
-    """Return the texts to train on, and those to validate on."""
+    """Return the training texts and the validation texts."""
     texts = {"train": [], "val": []}
     for name, pieces in split_validation(documents, fraction, seed).parts(documents):
         texts[name].append("".join(pieces))
@@ -270,7 +270,7 @@ def test_full_disk_names_the_file_that_was_wanted(tmp_path):
 
 @pytest.mark.parametrize("parent", [".", "/dev/shm"])
 def test_links_stay_when_data_is_prepared_again(tmp_path, parent):
-    """Of another file system, too: there the files are moved before the old ones go."""
+    """Also to another file system, where the files are moved before the old ones go."""
     if not Path(parent).is_dir():
         pytest.skip(f"no {parent} here")
     with tempfile.TemporaryDirectory(dir=tmp_path / parent) as name:
@@ -298,7 +298,7 @@ def test_links_stay_when_data_is_prepared_again(tmp_path, parent):
 
 
 def test_kill_leaves_no_mixture_of_two_preparations(tmp_path, monkeypatch):
-    """Whatever moment it comes at, what has val.bin is whole."""
+    """At any moment, a directory with val.bin is whole."""
     prepare(make_documents(), tmp_path, "bytes", shard_tokens=500)
     replace, done = os.replace, []
 
@@ -318,7 +318,7 @@ def test_kill_leaves_no_mixture_of_two_preparations(tmp_path, monkeypatch):
 
 
 class Pieces:
-    """Documents that come in pieces, and can be read as often as wanted."""
+    """Documents that come in pieces and can be read repeatedly."""
 
     def __init__(self, documents, size):
         self.documents, self.size = documents, size

@@ -1,4 +1,4 @@
-"""Token files: what is written is read, and a damaged, foreign or ambiguous file is refused."""
+"""Token files: they round trip, and damaged, foreign or ambiguous files are refused."""
 
 import errno
 import io
@@ -213,7 +213,7 @@ def test_stored_tokens_equal_the_file(tmp_path):
 
 
 def test_file_truncated_while_it_is_read_is_named(tmp_path):
-    """A mapped one would end the process."""
+    """Reading a mapped file would end the process."""
     path = tmp_path / "train.bin"
     write_tokens(path, np.arange(1000))
     (tokens,) = read_shards(tmp_path, "train")
@@ -224,7 +224,7 @@ def test_file_truncated_while_it_is_read_is_named(tmp_path):
 
 
 def test_tokens_that_were_read_outlive_their_file(tmp_path):
-    """In a process of its own, for a mapped one would end it."""
+    """In its own process, because reading a mapped file would end it."""
     path = tmp_path / "val.bin"
     write_tokens(path, np.arange(1 << 16))
     code = "import os, sys; from gpt2c.text.shards import read_tokens; t = read_tokens(sys.argv[1])"

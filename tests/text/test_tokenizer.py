@@ -1,4 +1,4 @@
-"""Round trips, GPT-2's known ids, transformers' agreement, streaming, damaged files."""
+"""Tokenizers: round trips, GPT-2's known ids, agreement with transformers, damaged files."""
 
 import errno
 import io
@@ -93,7 +93,7 @@ def test_encode_batch_agrees_with_encode(tokenizer):
 
 @pytest.mark.parametrize("text", ["\ud83d", "a\ude00b", "\ud83d\ude00", "x" * 9 + "\udfff"])
 def test_surrogates_are_the_same_at_every_door(text):
-    """A pair is the character that it stands for; a lone one, as JSON may have it, is U+FFFD."""
+    """A pair is its character; a lone one, as JSON may have it, becomes U+FFFD."""
     wanted = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert BYTES.encode(text) == list(wanted.encode())
     assert BYTES.encode_batch([text, "a"])[0].tolist() == list(wanted.encode())
@@ -128,7 +128,7 @@ def test_id_is_a_whole_number(wrong):
     assert refused(BPE.token_bytes, wrong) == message
 
 
-def test_bad_tokenizer_specs_are_refused():
+def test_bad_tokenizers_and_sizes_are_refused():
     assert refused(BPE.covers, "gpt2") == "other must be a Tokenizer, got 'gpt2'"
     assert refused(Tokenizer.from_spec, 5) == "the name of the tokenizer must be a string, got 5"
     for wrong in ("300", 300.5, None):
@@ -192,7 +192,7 @@ def test_any_text_in_windows_has_the_ids_of_the_whole(text, window):
 
 
 def test_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
-    """In a process of its own where it is large, which gives the same tokens."""
+    """A large one is learned from in another process, which gives the same tokens."""
     texts = [SAMPLE * 20, "low lower lowest newer newest wider " * 50]
     whole = Tokenizer.train(texts, 400)
     monkeypatch.setattr("gpt2c.text.tokenizer.WINDOW", 64)
@@ -305,7 +305,7 @@ def test_training_needs_room_for_the_bytes(vocab_size):
         Tokenizer.train(["text"], vocab_size)
 
 
-def test_long_run_of_spaces_is_encoded():
+def test_run_of_spaces_too_long_to_split_is_refused():
     text = "a" + " " * 400_000
     for use in (BYTES.encode, lambda text: BYTES.encode_batch([text])):
         with pytest.raises(ValueError, match="400000 or more whitespace"):
@@ -404,7 +404,7 @@ def test_gpt2_files_equal_those_of_openai(gpt2, tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(st.text(alphabet="ab", min_size=1, max_size=80), st.integers(257, 290))
 def test_merges_are_recovered_from_any_training(text, vocab_size):
-    """Runs of one letter overlap themselves, the hard case for recovering merges."""
+    """Runs of one letter overlap themselves, which is the hard case."""
     tokenizer = Tokenizer.train([text], vocab_size)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
@@ -427,7 +427,7 @@ def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
 
 
 def test_end_of_text_may_have_any_id(tmp_path):
-    """Vocabularies trained by Hugging Face's tokenizers often give it id 0."""
+    """Hugging Face's tokenizers often give it id 0 in a new vocabulary."""
     BPE.save_pretrained(tmp_path)
     path = tmp_path / "vocab.json"
     vocabulary = json.loads(path.read_bytes())

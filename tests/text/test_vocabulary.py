@@ -1,4 +1,4 @@
-"""Vocabularies as files: three formats, what they may say, and what strangers write into them."""
+"""Vocabularies as files: three formats, and what other programs write into them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pair(tmp_path: Path) -> Path:
 
 
 def fast(directory: Path, merges_as: type = list) -> dict[str, Any]:
-    """Return what transformers 5 writes into tokenizer.json for the vocabulary of a directory."""
+    """Return the tokenizer.json of transformers 5 for the vocabulary of a directory."""
     vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8-sig"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     special = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
@@ -85,7 +85,7 @@ def change(path: Path, how: Change) -> None:
 @pytest.mark.parametrize("merges_as", [str, list])
 @pytest.mark.parametrize("alone", [True, False])
 def test_tokenizer_json_is_read(pair: Path, merges_as: type, alone: bool) -> None:
-    """Merges are "a b" in older files; alone, as transformers 5 leaves it, or beside the others."""
+    """Merges may be "a b", as in older files; the file may stand alone or beside the others."""
     (pair / "tokenizer.json").write_text(json.dumps(fast(pair, merges_as)), encoding="utf-8")
     if alone:
         (pair / "vocab.json").unlink()
@@ -96,7 +96,7 @@ def test_tokenizer_json_is_read(pair: Path, merges_as: type, alone: bool) -> Non
 
 
 def older(root: dict[str, Any]) -> None:
-    """Leave out what the tokenizer.json of gpt2 on the hub has not."""
+    """Remove the fields that the tokenizer.json of gpt2 on the hub lacks."""
     for name in ("type", "byte_fallback", "ignore_merges"):
         del root["model"][name]
     del root["pre_tokenizer"]["use_regex"]
@@ -192,7 +192,7 @@ def test_harmless_fields_of_tokenizer_json_are_taken(pair: Path, how: Change) ->
 def test_fields_that_change_ids_are_refused(
     pair: Path, how: Change, message: str, alone: bool
 ) -> None:
-    """Beside files that would do, too: transformers would read this one."""
+    """Also beside good files, because transformers would read this one."""
     root = fast(pair)
     how(root)
     (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
@@ -269,7 +269,7 @@ PAD = {"content": "[PAD]", "special": True, "lstrip": False}
 
 @pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder", "all"])
 def test_added_tokens_are_special_ids(pair: Path, where: str) -> None:
-    """As fine-tunes of GPT-2 have them; transformers writes them into one to three files."""
+    """As in fine-tuned GPT-2s; transformers writes them into one to three files."""
     root = fast(pair)
     if where != "added_tokens_decoder":
         text = json.dumps({END_OF_TEXT: BPE.eot, "[PAD]": 293})
@@ -326,7 +326,7 @@ def test_special_token_may_use_a_padding_id(pair: Path, beside: str, token_id: i
 
 
 def in_front(pair: Path, names: list[str]) -> None:
-    """Return special tokens the first ids, in the place of <|endoftext|>."""
+    """Give special tokens the first ids, and remove <|endoftext|>."""
 
     def moved(vocab: dict[str, int]) -> None:
         del vocab[END_OF_TEXT]
@@ -338,7 +338,7 @@ def in_front(pair: Path, names: list[str]) -> None:
 
 
 def test_special_tokens_may_come_first(pair: Path) -> None:
-    """As tokenizers' ByteLevelBPETokenizer saves them: nothing but the two files names them."""
+    """As ByteLevelBPETokenizer of tokenizers saves them: only these two files name them."""
     in_front(pair, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     (pair / "tokenizer_config.json").unlink()
     loaded = Tokenizer.from_pretrained(pair)
@@ -411,7 +411,7 @@ def test_huge_file_is_not_read(pair: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["pipe", "directory", "nowhere", "circle", "device"])
 def test_pipe_device_directory_or_bad_link_is_refused(pair: Path, name: str, kind: str) -> None:
-    """Nothing waits, nothing is taken for absent."""
+    """The reader does not wait, and does not take it for a missing file."""
     path = pair / name
     path.unlink(missing_ok=True)
     if kind == "pipe":
@@ -439,8 +439,8 @@ def test_files_with_a_byte_order_mark_or_crlf_are_read(pair: Path) -> None:
 
 
 @pytest.mark.slow
-def test_huge_token_is_refused(tmp_path: Path) -> None:
-    """Read and written in no more time than its size asks for."""
+def test_token_of_a_megabyte_is_read_and_saved(tmp_path: Path) -> None:
+    """Reading and saving take time in proportion to its size."""
     ranks = BYTES._ranks | {b"a" * 2 ** (i + 1): 257 + i for i in range(20)}
     halves = [(b"a" * 2**i, b"a" * 2**i) for i in range(20)]
     write(tmp_path, Vocabulary(ranks, 256, halves, {END_OF_TEXT: 256}))
@@ -451,10 +451,10 @@ def test_huge_token_is_refused(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=12), st.text("abc"))
-def test_merges_that_tiktoken_would_not_make_are_refused(
+def test_merges_are_taken_only_as_tiktoken_would_make_them(
     picks: list[tuple[int, int]], text: str
 ) -> None:
-    """It knows tokens, not merges: accepted are those that its own way of merging gives back."""
+    """tiktoken knows tokens, not merges: only merges that its own algorithm makes are accepted."""
     known, halves = [b"a", b"b", b"c"], {}
     for i, j in picks:
         first, second = known[i % len(known)], known[j % len(known)]
@@ -484,7 +484,7 @@ def test_merges_that_tiktoken_would_not_make_are_refused(
 def test_mutated_files_raise_value_error_or_os_error_only(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
-    """Bytes changed, cut or doubled anywhere: a vocabulary that works, or a sentence."""
+    """After any change of bytes: a vocabulary that works, or a sentence."""
     directory = tmp_path_factory.mktemp("mutated")
     BPE.save_pretrained(directory)
     if name == "tokenizer.json":

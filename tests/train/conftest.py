@@ -1,4 +1,4 @@
-"""Fixtures of training runs: finished, cut short, and with an action in a step."""
+"""Fixtures of training runs: whole ones, cut ones, and an action in a step."""
 
 from __future__ import annotations
 

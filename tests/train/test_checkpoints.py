@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back to the bit, what is not whole is passed over by name."""
+"""Checkpoints: a save round trips bit for bit, and damaged checkpoints are passed over by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def put(directory: Path, step: int, **state: Any) -> Path:
 
 
 def found(directory: Path) -> tuple[int, list[str]]:
-    """Return the step of the newest whole checkpoint, and what was said of the others."""
+    """Return the step of the newest whole checkpoint, and the messages about the others."""
     lines: list[str] = []
     checkpoint = newest(directory, lines.append)
     assert checkpoint is not None
@@ -101,7 +101,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change a state.json as someone would who makes the checksum right."""
+    """Change state.json and correct its checksum."""
     content = json.loads(path.read_text())
     for name, change in changes.items():
         content[name] = change(content[name])
@@ -212,7 +212,7 @@ def test_prune_ignores_later_checkpoints(three: Path) -> None:
 def test_unreadable_checkpoint_is_an_error(
     three: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
-    """It may be whole. Most errors of a read do not say of which file."""
+    """It may be whole. Most errors of a read do not name a file."""
 
     def failing(path: Path) -> Any:
         raise OSError(number, os.strerror(number))

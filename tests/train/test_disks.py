@@ -148,7 +148,7 @@ def test_run_goes_on_where_tensorboard_cannot_be_written(
 def test_full_disk_leaves_the_last_checkpoint_whole(
     data: Path, tmp_path: Path, whole: Path, cut: Any, limit: int
 ) -> None:
-    """No file may grow beyond the limit: run.json, metrics.jsonl, the weights, or the moments."""
+    """No file may exceed the limit: run.json, metrics.jsonl, the weights, or the moments."""
     pytest.importorskip("resource")
     out = cut(data, tmp_path / "run", 12, save_interval=5)
     newest = out / "checkpoints" / "00000010"
@@ -167,7 +167,7 @@ def test_full_disk_leaves_the_last_checkpoint_whole(
 def test_error_of_a_full_disk_names_the_file(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not what it is a copy of, nor a temporary name."""
+    """And neither the source of a copy nor a temporary file."""
     out = tmp_path / "run"
 
     def full(source: Path, to: Path) -> None:
@@ -197,7 +197,7 @@ def test_error_of_a_full_disk_names_the_file(
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Give a way to have the disk refuse a part of some steps' saves; it lists what it refused."""
+    """Return a function that makes a part of some steps' saves fail, and returns their paths."""
     moments, copy, amend = checkpoints.write_tensors, shutil.copyfile, checkpoints.amend
 
     def arrange(
@@ -325,7 +325,7 @@ def test_stop_publishes_the_model_that_a_save_could_not(
     data: Path, tmp_path: Path, whole_short: Path, refuse: Any, at_step: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The checkpoint is whole_short: what is left to do is to give the directory its model."""
+    """The checkpoint is whole; only the copy in the run's directory is missing."""
     out = tmp_path / "run"
     done = refuse("model", (3,), times=1)
     at_step(3, lambda: signal.raise_signal(signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Errors in a step: a run saves its last whole step, and no weights that are lost."""
+"""Errors in a step: a run saves its last whole step, and never lost weights."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_run_saves_when_a_token_file_is_truncated(
 def test_last_checkpoint_is_removed_when_its_validation_loss_is_nan(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is saved before the evaluation that shows that it is lost."""
+    """It was saved before the evaluation that shows the loss."""
     step, out = AdamW.step, tmp_path / "run"
 
     def ruin(self: AdamW, *arguments: Any) -> float:

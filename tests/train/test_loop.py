@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl without what depends on the time of day."""
+    """Return the entries of metrics.jsonl, without those that depend on time."""
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     kept = ("step", "loss", "learning_rate", "grad_norm", "val_loss")
     return [{k: v for k, v in json.loads(line).items() if k in kept} for line in lines]
@@ -156,7 +156,7 @@ def test_training_in_a_thread_gives_the_same_bits(data: Path, whole: Path, tmp_p
 def test_peak_is_measured_again_when_a_step_exceeds_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where other programs kept the machine busy at the start."""
+    """If other programs kept the machine busy at the start, the first figure is too low."""
     peaks = iter([1.0, 1e18])
     measure = functools.cache(lambda name, threads: next(peaks))
     monkeypatch.setattr("gpt2c.train.hooks.fma_peak", measure)
@@ -183,7 +183,7 @@ def test_progress_lines_leave_out_a_share_of_peak_above_1(
 
 
 def test_run_of_the_first_version_resumes_to_the_same_bits(data: Path, tmp_path: Path) -> None:
-    """Its run.json lacks what was added later, among it an order of the batches of its own."""
+    """Its run.json lacks later settings, and its batches have their own order."""
     whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
     then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
     loop.train(data, whole, FIRST | then | {"max_iters": 6})
@@ -251,7 +251,7 @@ def test_resume_refuses_other_tokens(
 
 
 def test_resume_takes_the_same_tokenizer_in_other_files(data: Path, tmp_path: Path) -> None:
-    """White space, and tokenizer.json in place of the pair."""
+    """Other white space, and tokenizer.json in place of the two files."""
     plain, json_only = tmp_path / "own", tmp_path / "json"
     prepare(DOCUMENTS, plain, "bpe:270")
     shutil.copytree(plain, json_only)

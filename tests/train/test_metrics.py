@@ -1,4 +1,4 @@
-"""metrics.jsonl: each step once, whatever the file looked like before."""
+"""metrics.jsonl: it has each step once, whatever it held before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def line(step: Any, **entries: Any) -> bytes:
 
 
 def opened(path: Path, step: int) -> list[str]:
-    """Open and close; give what was reported."""
+    """Open and close the file; return what was reported."""
     lines: list[str] = []
     Metrics(path, step, lines.append).close()
     return lines

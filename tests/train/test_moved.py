@@ -121,7 +121,7 @@ def test_run_writes_its_model_through_links(data: Path, tmp_path: Path, how: str
 def test_run_replaces_links_into_its_checkpoints(
     data: Path, tmp_path: Path, whole_short: Path
 ) -> None:
-    """On another disk, too, where the directory of checkpoints is a link."""
+    """Also on another disk, if the directory of checkpoints is a link."""
     out, disk = tmp_path / "run", tmp_path / "disk"
     disk.mkdir()
     out.mkdir()

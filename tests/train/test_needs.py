@@ -1,4 +1,4 @@
-"""Needs: what a run takes is what it then has, and what does not fit is refused with the mend."""
+"""Memory: a run takes what was estimated, and a run that does not fit is refused with a mend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ORDER = 123_456  # bytes of the windows' order
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a function that says how many bytes are free."""
+    """Return a function that sets the number of free bytes."""
 
     def say(size: int) -> None:
         for module in ("train.needs", "kernels.memory"):
@@ -94,7 +94,7 @@ def test_order_of_the_windows_takes_the_estimated_memory(order: int, shards: int
 def test_order_of_the_windows_counts_as_memory(
     free: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A long text in short windows: their order takes more than the model."""
+    """For a long text in short windows it takes more memory than the model."""
     prepare(["the cat sat on the mat. " * 4000], tmp_path / "data", "bytes")
     flags = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 2 --batch-size 2 --max-iters 1"
     call = f"train --data {tmp_path}/data --out {tmp_path}/run {flags}".split()

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a way to have a number in the gradients, or the loss, of some steps replaced."""
+    """Return a function that replaces a number in the gradients, or the loss, of some steps."""
 
     def arrange(at: tuple[int, ...], name: str, value: float) -> None:
         loss, batch, now = GPT2.loss, Batches.batch, [0]
@@ -125,7 +125,7 @@ def test_run_with_skipped_steps_resumes_to_the_same_bits(
 def test_overflowed_model_replaces_no_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """An update may overflow though the gradients were finite."""
+    """An update may overflow though its gradients are finite."""
     step = AdamW.step
 
     def overflowing(self: AdamW, *arguments: Any) -> float:
@@ -146,7 +146,7 @@ def test_overflowed_model_replaces_no_good_checkpoint(
 
 @pytest.fixture
 def ruined(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a way to have the update of a step leave weights that are finite and of no use."""
+    """Return a function that makes a step's update leave finite but useless weights."""
 
     def arrange(at: int) -> None:
         def ruin(self: AdamW, *arguments: Any) -> float:
@@ -165,7 +165,7 @@ def ruined(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_checkpoint_without_a_finite_loss_replaces_no_good_one(
     data: Path, tmp_path: Path, whole: Path, ruined: Any, resume: bool
 ) -> None:
-    """Its weights are finite, but no loss that comes from them is."""
+    """Its weights are finite, but their loss is not."""
     ruined(10)
     out = tmp_path / "run"
     bad, good = out / "checkpoints" / "00000010", out / "checkpoints" / "00000005"

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, text that can be read, a smoothed line that invents nothing."""
+"""Pictures: what they show, readable text, and a smoothed line that invents nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def entries(steps: int, height: float = 4.0) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
-    """Return a way to write a run's metrics."""
+    """Return a function that writes a run's metrics."""
 
     def write(name: str, metrics: list[dict[str, Any]]) -> Path:
         (tmp_path / name).mkdir()
@@ -56,7 +56,7 @@ def run(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 21, 22, 100, 1000])
 def test_smoothing_keeps_a_straight_line(count: int) -> None:
-    """An average that looks back only would be late by half its length."""
+    """An average of past values alone would lag by half its length."""
     line = [20.0 - 0.01 * i for i in range(count)]
     places, medians = smoothed(range(count), line)
     np.testing.assert_allclose(medians, [line[i] for i in places], rtol=1e-9)
@@ -70,7 +70,7 @@ def test_smoothing_averages_noise(rng: np.random.Generator) -> None:
 
 
 def test_smoothed_line_follows_the_loss_without_a_lag() -> None:
-    """The first hundred steps, where the loss falls fastest, are drawn without a lag."""
+    """Also in the first hundred steps, where the loss falls fastest."""
     loss = 4 + 5 * np.exp(-np.arange(400) / 50)
     places, medians = smoothed(range(400), list(loss))
     assert places == list(range(10, 390))
@@ -92,14 +92,14 @@ def test_only_whole_medians_are_drawn(count: int, side: int, rng: np.random.Gene
 
 
 def test_smoothed_line_invents_no_end() -> None:
-    """A last step that is far off, or a first, does not bend the curve to itself."""
+    """A first or last step that is far off does not bend the curve."""
     noise = [2.0, 2.1, 1.9, 2.05, 1.95] * 60
     _, medians = smoothed(range(302), [9.0, *noise, 7.0])
     assert 1.95 <= min(medians) and max(medians) <= 2.05
 
 
 def test_smoothing_keeps_a_jump() -> None:
-    """A slow first step must not bend the speed of those after it, nor one step's the others'."""
+    """A slow first step must not bend the speed after it, nor one slow step the others."""
     speed = [2000.0] * 30 + [28_000.0] * 200 + [76_000.0] + [28_000.0] * 50
     assert set(smoothed(range(281), speed)[1]) == {2000.0, 28_000.0}
 
@@ -116,7 +116,7 @@ def test_long_run_is_smoothed_as_a_short_one() -> None:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Collect what is drawn."""
+    """Collect the figures that are drawn."""
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
     original = plot.make_figure
@@ -320,7 +320,7 @@ def test_single_step_is_a_dot(tmp_path: Path, figures: list[Any]) -> None:
 
 
 def legend_styles(figure: Any) -> dict[str, tuple[str, str]]:
-    """Return what stands beside each name in a legend: its marker and its line."""
+    """Return the marker and the line beside each name in a legend."""
     (legend,) = figure.legends
     lines = [line for line in legend.get_lines() if len(line.get_xdata()) > 1]
     return {
@@ -390,7 +390,7 @@ def test_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path, figures: lis
 
 
 def tokenized(path: Path, text: str, bytes_per_token: Any) -> Path:
-    """Return a run the tokenizer of a text, and a run.json."""
+    """Write the tokenizer of a text, and a run.json, into a run."""
     Tokenizer.train([text], 270).save_pretrained(path)
     (path / "run.json").write_text(json.dumps({"bytes_per_token": bytes_per_token}))
     return path
@@ -466,7 +466,7 @@ def test_characters_without_a_glyph_are_written_as_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As on a machine whose only font is matplotlib's own."""
+    """As on a machine that has only matplotlib's own font."""
     monkeypatch.setattr(
         picture, "_lacking", lambda name, characters: {c for c in characters if ord(c) > 0x2E7F}
     )

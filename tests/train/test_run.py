@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def kills(data: Path, tmp_path: Path, **job: Any) -> Any:
-    """Do a job of kills.py in a process that has not computed: those can fork."""
+    """Do a job of kills.py in a process that has not computed yet, so that it can fork."""
     if not hasattr(os, "fork"):
         pytest.skip("nothing forks here")
     script = Path(__file__).parents[1] / "helpers" / "kills.py"
@@ -51,7 +51,7 @@ def kills(data: Path, tmp_path: Path, **job: Any) -> Any:
 
 @pytest.fixture(params=[1, 3], ids=["one shard", "three shards"])
 def shards(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
-    """Return data whose training tokens lie in so many files."""
+    """Return data whose training tokens are in one file, or in three."""
     if request.param == 1:
         return data
     copy = tmp_path / "shards"
@@ -72,7 +72,7 @@ def shards(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Path:
 def test_record_marks_the_data_as_older_runs_did(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each file's length and CRC, one after the other; and how many bytes a token has."""
+    """The length and CRC of each file, in order; and the bytes per token."""
     monkeypatch.setattr("gpt2c.text.shards._BLOCK", 100)  # so that there is more than one block
     train(shards, tmp_path / "run", max_iters=1)
     record = read_record(tmp_path / "run")
@@ -105,7 +105,7 @@ def test_start_reads_each_token_file_once(
 def test_killed_run_resumes_to_the_same_batches_and_bits(
     data: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Every schedule; batches one at a time and accumulated; over the ends of shards and epochs."""
+    """For every schedule, with and without accumulation, across ends of shards and epochs."""
     settings = [
         {"max_iters": 40, "save_interval": 20, "eval_interval": 16, "schedule": schedule}
         | {"batch_size": 6, "step_size": 7, "gradient_accumulation_steps": accumulate}
@@ -182,7 +182,7 @@ def test_resume_of_a_finished_run_reports_that_it_is_finished(
 def test_longer_max_iters_keep_the_learning_rates_of_past_steps(
     data: Path, tmp_path: Path, schedule: str
 ) -> None:
-    """With another max_iters the steps to come follow the new schedule, those done stay."""
+    """With another max_iters, only the steps to come follow the new schedule."""
     for name, steps in (("short", 10), ("long", 16)):
         train(data, tmp_path / name, max_iters=steps, schedule=schedule, step_size=3)
     train(data, tmp_path / "short", resume=True, max_iters=16)
@@ -240,7 +240,7 @@ def test_run_directory_holds_the_model_of_the_newest_checkpoint(data: Path, whol
 def test_checkpoint_shares_no_file_with_the_run_directory(
     data: Path, tmp_path: Path, whole: Path
 ) -> None:
-    """`open(path, "w")` writes into the file that is there, and into every link to it."""
+    """`open(path, "w")` would write into the checkpoint through a hard link."""
     out = tmp_path / "run"
     train(data, out, save_interval=5)
     inodes = {path.stat().st_ino for path in (out / "checkpoints").rglob("*")}
@@ -457,7 +457,7 @@ def test_resume_refuses_the_state_of_another_optimizer(
 def test_new_checkpoint_is_synced_before_the_old_one_is_removed(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a power cut leaves is what was synced, in the order in which it was renamed."""
+    """A power cut leaves what was synced, in the order of the renames."""
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("what a descriptor is of is read from /proc")
     out, done = tmp_path / "run", []  # (operation, path), as seen from the run's directory

@@ -52,7 +52,7 @@ def test_train_command_reports_a_stop_in_the_last_evaluation(
 
 
 def test_ignored_signal_stays_ignored(data: Path, tmp_path: Path, at_step: Any) -> None:
-    """As nohup has it."""
+    """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         at_step(3, lambda: signal.raise_signal(signal.SIGHUP))
@@ -114,7 +114,7 @@ def test_train_command_exits_130_after_a_second_ctrl_c(
 
 @pytest.mark.slow
 def test_train_process_prints_how_to_resume_after_sigint(data: Path, tmp_path: Path) -> None:
-    """Nothing but the number of steps may differ, so that is read from what the process says."""
+    """Only the number of steps may vary; it is read from the output."""
     settings = TINY | {"schedule": "constant", "max_iters": 10**6, "log_interval": 1}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     out = tmp_path / "a run"  # the space must survive a copy of the command to a shell
