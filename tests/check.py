@@ -21,9 +21,9 @@ PYTHON = sys.executable
 PYTEST = [PYTHON, "-W", "error", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
 OF_OPS = [f"tests/kernels/test_{part}.py" for part in ("kernels", "ops", "kernel_fuzz")]  # by op
 OF_MODELS = [f"tests/model/test_{part}.py" for part in ("model", "reader")]  # all ops together
-PARTS = dict.fromkeys(("gemm.c", "linear.c"), "matmul.c")  # file without an op: whose it computes
+PARTS = dict.fromkeys(("gemm.c", "linear.c"), "matmul.c")  # a file without an op: its op's
 NOT_HERE = {"tests/test_parity.py"}  # make parity
-# Files that no test reads, and the target of the Makefile that does.
+# Files that no test reads, and the target of the Makefile that reads them.
 TARGETS = {
     "tests/threads.c": "sanitize",
     "tests/sanitize.sh": "sanitize",
@@ -143,7 +143,7 @@ def test(names: Iterable[str]) -> list[list[str]]:
     if kernels:
         files |= {*OF_OPS, *OF_MODELS} if not all(of_each) else set(OF_MODELS)
         names_of_ops = sorted({name for found in of_each for name in found})
-        if all(of_each):  # else: what all kernels share
+        if all(of_each):  # otherwise all kernels share the file
             commands.append([*OF_OPS, "-k", " or ".join(names_of_ops)])
     if files:
         commands.append(sorted(files))

@@ -39,7 +39,7 @@ def markdown(docstring: str) -> str:
 def main(folder: Path) -> None:
     """Write the pages into `folder`."""
     warnings.simplefilter("error")
-    # pdoc looks for the source of NamedTuples and TypedDicts where it is not.
+    # pdoc looks for the source of NamedTuples and TypedDicts in the wrong place.
     warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")
     warnings.filterwarnings("ignore", "Cannot determine where .* is taken from")
     pdoc.docstrings.convert = lambda docstring, *_: markdown(docstring)

@@ -35,7 +35,7 @@ ROUND = 1000  # inputs
 
 def again(directory: Path) -> str:
     """Read one input as a round does; raise what the reader raises."""
-    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # where a signal waits for C
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # C code delays a signal
     try:
         with limits():
             return attempt(READERS[directory.name.split("-")[0]], directory)
@@ -88,7 +88,7 @@ def play(reader: str, number: int, inputs: int, out: Path) -> None:
         try:
             run()
         except Exception:
-            if not smaller:  # it is not the reader that failed but the fuzzer
+            if not smaller:  # the fuzzer failed, and not the reader
                 raise
             _save(bad, out, smaller[0], traceback.format_exc())
             known.add(smaller[0])

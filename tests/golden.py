@@ -32,7 +32,7 @@ MODELS = {
     "heads-of-16": (509, 70, 96, 6, 2),
     "heads-of-1": (97, 9, 3, 3, 1),
 }
-SIZES = ((1, 1), (3, 7), (2, 33), (5, 64), (1, 130))  # B, T; what a model has no room for is cut
+SIZES = ((1, 1), (3, 7), (2, 33), (5, 64), (1, 130))  # B, T; cut to the model's n_positions
 RECOMPUTE = (None, "light", "full")
 TEXT = "".join(
     f"{number} times {number % 7} is {number * (number % 7)}.\n" for number in range(900)

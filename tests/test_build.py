@@ -59,7 +59,7 @@ def run(command: list[str], cwd: Path, **variables: str) -> subprocess.Completed
     )
 
 
-# ---- where it cannot build -----------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------
 
 
 def test_missing_compiler_is_one_sentence(copy: Path) -> None:
@@ -72,7 +72,7 @@ def test_missing_compiler_is_one_sentence(copy: Path) -> None:
 
 def test_python_m_build_runs_the_package_build() -> None:
     """In this folder `python -m build` finds build.py before the package of that name."""
-    if not importlib.util.find_spec("pyproject_hooks"):  # which comes with that package alone
+    if not importlib.util.find_spec("pyproject_hooks"):  # only that package brings it
         pytest.skip("the package build is not installed")
     done = run([sys.executable, "-m", "build", "--version"], ROOT)
     assert (done.returncode, done.stderr) == (0, "")
@@ -102,7 +102,7 @@ def test_free_threaded_python_is_refused(
         build.build(tmp_path)
 
 
-# ---- what it compiles with -----------------------------------------------------------------------
+# ---- compiler flags ------------------------------------------------------------------------------
 
 
 def test_no_flag_changes_arithmetic_or_ties_to_this_machine(build: ModuleType) -> None:
@@ -138,7 +138,7 @@ def test_build_runs_the_expected_commands(
         assert ("-DPy_LIMITED_API=0x030B0000" in command) is generated
         assert ("-Werror" in command) is not generated
         assert ("-fvisibility=hidden" in command) is not generated
-        if generated:  # runs before it is known what the CPU can do
+        if generated:  # runs before the CPU's features are known
             assert not [flag for flag in command if flag.startswith(("-mavx", "-mfma"))]
 
 
@@ -258,7 +258,7 @@ def test_second_build_compiles_what_changed(compiler: Compiler, copy: Path) -> N
     gelu.write_text(f"{text}// new\n")
     assert compiler() == ["avx2-gelu.o", "base-gelu.o"]
     assert "// new" in compiler.library("avx2") and "// new" in compiler.library("base")
-    os.utime(gelu)  # the time of a file says nothing
+    os.utime(gelu)  # a file's time does not count
     assert compiler() == []
     gelu.write_text(text)
     assert compiler() == []  # the content is one that was built before
@@ -343,7 +343,7 @@ def test_cache_is_bounded(
     gelu.write_text(f"{gelu.read_text()}// new\n")
     compiler()
     assert len(list((copy / ".build").iterdir())) == len(everything)
-    assert compiler() == []  # what went is what no build used
+    assert compiler() == []  # only files that no build used were removed
 
 
 def test_build_may_be_of_one_instruction_set(copy: Path) -> None:
@@ -379,7 +379,7 @@ def test_build_reports_an_unknown_instruction_set(
         build.build(copy / "gpt2c", wanted=["avx2"])
 
 
-# ---- what comes out ------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def test_cffi_reads_the_whole_header(build: ModuleType, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_cffi_reads_the_whole_header(build: ModuleType, tmp_path: Path) -> None:
 def test_extensions_are_of_the_stable_abi_and_show_every_function() -> None:
     assert "_kernels_base.abi3.so" in [path.name for path in EXTENSIONS]
     assert all(path.name.endswith(".abi3.so") for path in EXTENSIONS)
-    base = importlib.import_module("gpt2c._kernels_base")  # needs no more than any CPU has
+    base = importlib.import_module("gpt2c._kernels_base")  # needs no special CPU feature
     functions = [name for name in dir(base.lib) if callable(getattr(base.lib, name))]
     assert sorted(functions) == header_functions()
     assert [base.lib.FP32, base.lib.FP16, base.lib.INT8] == [0, 1, 2]

@@ -12,7 +12,7 @@ import pytest
 import gpt2c
 
 PACKAGE = Path(gpt2c.__file__).parent
-# Each wing, or door, may import what stands before its line, and what stands in its own.
+# Each wing, or public module, may import those of its own line and of the lines before it,
 FLOORS = (
     {"files", "kernels", "screen", "plain"},
     {"text", "model", "ops"},
@@ -26,12 +26,12 @@ FLOORS = (
     {"cli"},
     {"__init__", "__main__"},
 )
-# A wing of a floor does not import another one of it, nor these, which stand below.
+# except these.
 APART = {"model": {"files", "screen", "text"}, "text": {"model"}, "kernels": {"files", "screen"}}
 APART |= {"files": {"kernels", "screen"}, "screen": {"kernels"}, "plain": {"files", "kernels"}}
 OTHERS = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
 PEERS = {"torch", "transformers", "onnx", "onnxruntime", "ctranslate2", "llama_cpp"}
-KNOWN = {  # packages that few may import: an extra's, or a benchmark's rows
+KNOWN = {  # packages that few files may import: of an extra, or of a benchmark's rows
     "matplotlib": {"screen/picture.py", "train/plot.py"},
     "tensorboardX": {"train/tensorboard.py"},
     "gguf": {"formats/gguf.py"},

@@ -34,7 +34,7 @@ FOLDERS = ("csrc", "gpt2c", "tests", "benchmarks")
 
 def python(*arguments: str, emulator: tuple[str, ...] = (), **variables: str) -> str:
     """Run this Python in a new process on these modules; return its output."""
-    # OpenBLAS's choice of instructions is for the real CPU, not for an emulated one.
+    # OpenBLAS chooses its instructions for the real CPU, not for an emulated one.
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "gpt2c"))}
     plain |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | variables
     done = subprocess.run(
@@ -100,7 +100,7 @@ def test_sdist_builds_the_same_sdist(sdist: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_wheel_is_reproducible_and_complete(sdist: Path, tmp_path: Path) -> None:
     """Two folders give the same bytes, though one has a developer's leftovers."""
-    quick = tmp_path / "cc"  # what it compiles is another's test
+    quick = tmp_path / "cc"  # another test checks the compiled code
     quick.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
     quick.chmod(0o755)
     wheels = []

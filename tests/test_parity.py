@@ -139,7 +139,7 @@ class Pair:
             theirs.zero_grad()
             loss = torch_loss(self.torch, batch)[1]
             loss.backward()
-            # clip_grad_norm_ sums in float32: at 124M it gives a norm that is off by 1e-4 and more
+            # clip_grad_norm_ sums in float32; at 124M its norm is wrong by 1e-4 and more
             norm = sum(p.grad.double().square().sum().item() for p in parameters) ** 0.5
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             theirs.step()
@@ -424,7 +424,7 @@ def test_greedy_texts_agree(
     own = GPT2.from_pretrained(directory, backend=backend_name)
     rng, ends = np.random.default_rng(4), settings.get("eos_token_id", -1)
     prompts = [rng.integers(0, ODD.vocab_size, length) for length in lengths]
-    # their penalties see padding as if it were text: then one prompt at a time
+    # their penalties count padding as text, so there one prompt at a time
     alone = {"repetition_penalty", "no_repeat_ngram_size"} & settings.keys()
     batches = [[prompt] for prompt in prompts] if alone else [prompts]
     settings = {"max_new_tokens": 24, **settings}
@@ -683,7 +683,7 @@ def same_ids(own: Tokenizer, theirs: Any) -> None:
         ids = own.encode(text)
         assert theirs.encode(text) == ids
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == own.decode(ids)
-    text = "a<|endoftext|> b"  # theirs looks for the token in a text, ours takes it for text
+    text = "a<|endoftext|> b"  # theirs encodes the mark as a token, ours as text
     assert theirs.encode(text) == [*own.encode("a"), own.eot, *own.encode(" b")]
     assert theirs.encode(text, split_special_tokens=True) == own.encode(text)
 

@@ -116,7 +116,7 @@ def test_stacks_that_do_not_fit_are_an_error() -> None:
 
 def test_threads_that_start_at_once_do_not_take_each_others_memory() -> None:
     """Each pool fits alone; the second one must count the memory that the first one took."""
-    # else each Python thread's own arena takes 64 MB or more
+    # otherwise each Python thread's own arena takes 64 MB or more
     run("programs.limits", "pools_at_once", threads=8, MALLOC_ARENA_MAX="1")
 
 

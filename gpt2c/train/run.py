@@ -506,9 +506,9 @@ class Run:
         return f"the newest checkpoint is {self.saved}, {steps} ago"
 
     def _publish(self, checkpoint: Path) -> None:
-        """Return the directory the model of a checkpoint.
+        """Copy a checkpoint's model into the run's directory.
 
-        A copy and no link: what other programs write there must not reach the checkpoint.
+        It is no link, because other programs may write there, and the checkpoint must not change.
         """
         for source in checkpoints.model_files(checkpoint):
             with atomic_path(self.out / source.name) as temporary:

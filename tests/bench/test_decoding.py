@@ -154,7 +154,7 @@ def test_timed_work_is_the_verified_work(
     def wrong_for_many(*arguments: Any) -> None:
         right(*arguments)
         out = arguments[0]
-        if len(out) > (16 if what == "prefill" else 4):  # as only the products of many rows
+        if len(out) > (16 if what == "prefill" else 4):  # like only the products of many rows
             out *= 1.5
 
     monkeypatch.setattr(worker._backend, name, wrong_for_many)

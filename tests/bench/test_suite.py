@@ -200,7 +200,7 @@ def test_ops_on_the_command_line(
     assert "WRONG" in capsys.readouterr().out
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_too_much_memory_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_noise_is_reported() -> None:
     assert quiet.verdict().startswith("NOISY")
 
 
-# ---- what is printed -----------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def op_results() -> list[Result]:

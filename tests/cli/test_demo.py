@@ -82,7 +82,7 @@ def test_demo_on_the_python_documentation(tmp_path: Path, capsys: Capture) -> No
     assert 1 < table["xz -9 after training text"][0] < 3
     of_training = re.search(r"that it was trained on, GPT-2's loss is (\d\.\d{3}):", output)
     assert of_training
-    assert float(of_training[1]) == pytest.approx(loss, abs=0.2)  # nothing is known by heart yet
+    assert float(of_training[1]) == pytest.approx(loss, abs=0.2)  # the model knows no text yet
 
     assert len(follow(output, capsys).split()) == 3
     tokens = read_tokens(out / "data" / "val.bin", 4096)

@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model(config).save_pretrained(path / "run")
     for directory in ("run", "data"):
         BYTES.save_pretrained(path / directory)
-    tokens = np.random.default_rng(5).integers(0, 257, 90)  # with an end of text, of 0 bytes
+    tokens = np.random.default_rng(5).integers(0, 257, 90)  # one is an end of text, 0 bytes
     tokens[40] = 256
     write_tokens(path / "data" / "val.bin", tokens)
     endings = ["sat", "ran far", "\u00e9\u00e9\u00e9"]  # 3, 7 and 3 characters, 4, 8 and 7 tokens
@@ -61,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     padded = padded_model(GPT2.from_pretrained(path / "run"), 320)
     for name in ("padded", "alone-padded"):
         padded.save_pretrained(path / name)
-    # another tokenizer of the same size: the bytes' ids stand the other way round
+    # another tokenizer of the same size: the bytes have the ids in reverse order
     Tokenizer({bytes([255 - i]): i for i in range(256)}, 256).save_pretrained(path / "reversed")
     for name in ("reversed", "beyond", "ends", "ended"):
         if name != "reversed":
@@ -89,7 +89,7 @@ def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
         logits = model(x[None])[0].astype(np.float64)
         nats += float((np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]).sum())
     loss = nats / (len(tokens) - 1)
-    size = int((tokens[1:] != 256).sum())  # the tokenizer is bytes; the mark of 256 is no text
+    size = int((tokens[1:] != 256).sum())  # each token is a byte, except 256, the end of text
     assert 0 < size < len(tokens) - 1
     for flags in ("", " --batch-size 3 --backend numpy"):
         code, out, err = gpt2c(f"eval run --data data{flags}")

@@ -36,14 +36,14 @@ CALLS = {
     "generate": "generate run --prompt a --max-new-tokens 1 --seed 1",
     "bench": "bench train --shape 1x8 --backends numpy",
 }
-# Flags of which large numbers are work that a user may want, and stop.
+# Flags whose large numbers ask for long work, which a user may want and interrupt.
 LONG = {"max_iters", "gradient_accumulation_steps", "max_new_tokens", "num_samples", "batch_size"}
 VALUES = [
     *("nan", "-nan", "inf", "-inf", "1e999", "-1e999", "1e-999", "1e308", "-0", "0", "-1", "0.5"),
     *(str(2**31 - 1), str(2**31), str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63))),
     *(str(2**64), "9" * 400, "9" * 5000, "", " ", "1_0", "٣", "0x10", "1,5", "None", "1e3", "\x1b"),
 ]
-FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # of the demo's settings, which are train's
+FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # for the demo's settings, which are those of train
 
 
 def numeric_flags() -> Iterator[tuple[str, str]]:
@@ -110,18 +110,18 @@ def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFix
                 code = main([*CALLS[verb].split(), f"{flag}={value}"])
         except SystemExit as stop:  # argparse's
             code = stop.code
-        except KeyboardInterrupt:  # it was done already
+        except KeyboardInterrupt:  # it was finished already
             code = 130
         _, err = capsys.readouterr()
         assert code in ((0, 2, 130) if name in LONG else (0, 2)), (value, err)
         if code == 2:
-            last = err.splitlines()[-1]  # argparse shows what the flags are before it
+            last = err.splitlines()[-1]  # argparse shows the usage before it
             assert re.match(rf"gpt2c(: | {verb}( train)?: error: )", last) and last.isprintable()
 
 
 # ---- bad files -----------------------------------------------------------------------------------
 
-BAD_FILES = [  # a verb, the file that is bad, its content, what is said
+BAD_FILES = [  # a verb, the bad file, its content, the message
     ("train --data bad --out out --overwrite", "bad/train.bin", b"\0" * 2000, "train.bin"),
     ("train --data bad --out out --overwrite", "bad/vocab.json", b"{}", "vocab.json"),
     ("train --data bad --out out --overwrite", "bad/merges.txt", b"\xff", "merges.txt"),

@@ -144,7 +144,7 @@ def test_generate_with_smaller_weights(gpt2c, world: Path, tmp_path: Path, metho
     expected = Generator(model, tokenizer).generate("the", max_new_tokens=8, temperature=0)
     for arguments in (
         f"run --quantize {method}",
-        f"{tmp_path}/small",  # what it holds needs no flag
+        f"{tmp_path}/small",  # the file says the method, without a flag
         f"{tmp_path}/small --quantize {method}",
         f"run --quantize {method} --backend numpy",
     ):

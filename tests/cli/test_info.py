@@ -37,7 +37,7 @@ def info(capsys: Capture):
         out, err = capsys.readouterr()
         assert err == ""
         lines = out.splitlines()
-        # Aligned: a column of names, two blanks at least, a column that starts where the first does
+        # Two columns: the names, and at least two blanks later the facts, aligned.
         start = re.match(r"gpt2c +", lines[0]).end()  # type: ignore[union-attr]
         assert all(len(line) <= start or line[start - 2 : start] == "  " for line in lines)
         assert all(line[start : start + 1] != " " for line in lines)
@@ -64,7 +64,7 @@ def test_info_shows_backends_and_threads(info, monkeypatch: pytest.MonkeyPatch) 
 
 def test_verbose_info_has_the_rows_of_a_bug_report(info) -> None:
     rows = info("--verbose")
-    facts = dict(reversed(rows))  # of several rows of a name, the first
+    facts = dict(reversed(rows))  # the first of several rows with one name
     for package in ("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"):
         assert facts[package] == importlib.metadata.version(package)
     extras = importlib.metadata.requires("gpt2c") or []
@@ -161,7 +161,7 @@ def test_info_works_without_proc_sys_and_etc(info, monkeypatch: pytest.MonkeyPat
     def gone() -> dict[str, str]:
         raise FileNotFoundError(2, "No such file or directory")
 
-    elsewhere = Path("/nowhere")  # where /proc and /sys are
+    elsewhere = Path("/nowhere")  # in place of /proc and /sys
     original = Path.read_text
     names = [name for name, _ in info("--verbose")]
     monkeypatch.setattr(

@@ -82,7 +82,7 @@ def test_train_and_eval_read_shards(gpt2c, world: Path, tmp_path: Path) -> None:
     assert np.array_equal(whole, read_tokens(world / "data" / "train.bin"))
     val = read_tokens(data / "val.bin")
     (data / "val.bin").unlink()
-    (data / "manifest.json").unlink()  # it would miss val.bin, and not know the shards
+    (data / "manifest.json").unlink()  # it lists val.bin, and not the shards
     write_tokens(data / "val_000001.bin", val[:100])
     write_tokens(data / "val_000002.bin", val[100:])
     assert gpt2c(f"train --data {data} --out {run} {TINY}")[0] == 0
@@ -205,7 +205,7 @@ def test_version_flag_prints_the_version(gpt2c) -> None:
 # ---- the user's mistakes -------------------------------------------------------------------------
 
 TRAIN = f"train --out new {TINY}"
-# A row for each way that an error takes to become a line; the rest is asked of the modules.
+# A row for each path from an error to its line; tests of the modules have the other errors.
 MISTAKES = [
     ("prepare missing.txt --out new", r"missing\.txt does not exist"),
     ("prepare latin1.txt --out new", "is not UTF-8: byte 3 is 0xe9"),
@@ -354,7 +354,7 @@ def test_empty_path_is_refused(gpt2c, world: Path, verb: str) -> None:
 def test_empty_name_is_refused(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str]
 ) -> None:
-    monkeypatch.chdir(world / "run")  # one that could be taken for what was meant
+    monkeypatch.chdir(world / "run")  # a directory that the empty name could mean
     (world / "run" / "text.txt").write_text("some text")
     before = tree(world)
     assert main(arguments) == 2
@@ -451,7 +451,7 @@ def test_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None:
     try:
         while piece := os.read(terminal, 4096):
             shown += piece
-    except OSError:  # how Linux says that the child has closed its side
+    except OSError:  # Linux's error when the child has closed its side
         pass
     os.close(terminal)
     assert child.communicate(timeout=60)[1] == b""

@@ -18,7 +18,7 @@ def test_figures_by_hand() -> None:
 
 
 def test_perplexity_that_no_float_holds_is_infinite() -> None:
-    loss = 709.78  # of exp, the largest is 709.7827...
+    loss = 709.78  # exp overflows above 709.7827...
     assert figures(3 * loss, 3, 3).perplexity == pytest.approx(math.exp(loss))
     for loss in (709.79, 15262.697, 1e300):
         found = figures(loss, 1, 2)

@@ -292,7 +292,7 @@ def evaluated(lm: GPT2LM, what: Any) -> dict[str, Any]:
         tasks=[what],
         bootstrap_iters=0,
         log_samples=False,
-        task_manager=TaskManager(include_defaults=False),  # the thousands are slow to find
+        task_manager=TaskManager(include_defaults=False),  # thousands are slow to load
     )
     return {name.split(",")[0]: value for name, value in results["results"][what.task_name].items()}
 
@@ -380,7 +380,7 @@ def test_harness_own_class_gives_the_same(lm: GPT2LM, model: GPT2, tmp_path: Pat
         tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path),
         device="cpu",
         batch_size=2,
-        logits_cache=False,  # in 0.4.13 it mixes up one text that two pairs cut at different places
+        logits_cache=False,  # version 0.4.13 confuses two pairs whose joined texts are equal
     )
     assert theirs.max_length == 24
     pairs = [pair for pair in PAIRS if pair[0] != " "]  # theirs refuses a context of spaces

@@ -87,7 +87,7 @@ def test_logprobs_refuses_bad_ids() -> None:
 @pytest.mark.parametrize("kind", TOLERANCE)
 def test_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> None:
     model = random_model(backend=backend_name, kind=kind)
-    row = text[:17]  # one more than is read
+    row = text[:17]  # one token more than the decoder reads
     likely = distribution(model, row[:-1])
     expected = likely[np.arange(16), row[1:]]
     row[9] = likely[8].argmax()
@@ -380,7 +380,7 @@ def test_context_and_answer_are_encoded_as_one_text() -> None:
             assert (before, after) == ([tokenizer.eot], tokenizer.encode("the"))
     assert len(tokenizer.encode("the cat")) == 2, "the text has taught it nothing"
     for context, ending in (("the c", "at"), ("the ca", "t sat"), ("t", "he")):
-        before, after = encode_pair(tokenizer, context, ending)  # no token ends between them
+        before, after = encode_pair(tokenizer, context, ending)  # no token ends at their border
         assert (before, after) == (tokenizer.encode(context), tokenizer.encode(ending))
     cat, sat = encode_pair(tokenizer, "the cat ", "sat")
     assert (tokenizer.decode(cat), tokenizer.decode(sat)) == ("the cat", " sat")
@@ -413,7 +413,7 @@ def test_answers_are_those_of_whole_texts(backend_name: str, kind: str, text, re
     told: list[tuple[int, int, str]] = []
     right = answer(model, questions, lambda *figures: told.append(figures))
     assert right.tolist() == expected
-    # the context but its last token, and each ending in its place
+    # the context without its last token, and then each ending in the same place
     assert sum(count for _, count in reads) <= sum(
         len(q.context) - 1 + sum(map(len, q.endings)) for q in questions
     )

@@ -76,7 +76,7 @@ def test_error_names_the_wanted_file(tmp_path: Path) -> None:
     assert error.value.filename == str(tmp_path / "full")
     other = tmp_path / "other"
     with pytest.raises(FileNotFoundError) as error, atomic_paths(tmp_path / "a"):
-        other.read_text()  # what is none of ours keeps its name
+        other.read_text()  # another program's file keeps its name
     assert error.value.filename == str(other)
 
 
@@ -281,7 +281,7 @@ def test_json_too_large_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # nobody writes to it
+    os.mkfifo(tmp_path / "pipe")  # nothing writes to it
     (tmp_path / "zeros").symlink_to("/dev/zero")
     for name in ("pipe", "zeros"):
         with pytest.raises(OSError, match=f"{name} is a pipe or a device"):
@@ -373,7 +373,7 @@ def test_untrusted_value_is_shown_in_one_line() -> None:
     [
         ("é\nb\n".encode(), "é\nb\n"),
         ("é\r\nb\r\n\r\n".encode(), "é\nb\n\n"),
-        (b"a\rb\r\r\n", "a\rb\r\n"),  # a CR alone is no line end of Windows'
+        (b"a\rb\r\r\n", "a\rb\r\n"),  # a CR alone is not a line end of Windows
         ("今天\r\n".encode("utf-8-sig"), "今天\n"),
         ("a\ufeffb".encode(), "a\ufeffb"),  # a mark at the start only
     ],
@@ -408,7 +408,7 @@ def test_missing_text_file_or_device_is_refused(tmp_path):
 
 
 def test_text_is_read_from_a_pipe():
-    read, write = os.pipe()  # as of a shell's <(zcat book.gz)
+    read, write = os.pipe()  # as for a shell's <(zcat book.gz)
     os.write(write, b"abc")
     os.close(write)
     assert untrusted.read_text(f"/dev/fd/{read}") == "abc"

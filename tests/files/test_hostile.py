@@ -235,7 +235,7 @@ HEADERS = {
     "metadata that is no text": (tensor("__metadata__", step=1), ""),
     "a name nobody knows": (header(swap("wpe.weight", "wpf.weight")), "wpe.weight"),
 }
-# Place in the header, field, bad values, what is said of it.
+# Place in the header, field, bad values, message.
 LLMC = [
     (0, "magic", (0, 20240520, 20240328), "starts with"),
     (1, "version", (0, 1, 2, 4, 5, -1, 2**31 - 1), ""),
@@ -507,9 +507,9 @@ def test_bad_file_is_refused(
     assert said in message and len(message) < 1000, message
 
 
-# ---- what is no file -----------------------------------------------------------------------------
+# ---- pipes, devices and loops --------------------------------------------------------------------
 
-EMPTY = {"recipe.toml", "metrics.jsonl"}  # which may say nothing
+EMPTY = {"recipe.toml", "metrics.jsonl"}  # which may be empty
 PIPES = {"text", "texts", "questions"}  # a shell's <(zcat book.gz) waits for its writer
 
 

@@ -123,7 +123,7 @@ def client(standin: StandIn, tmp_path: Path) -> Client:
     return Client(standin, tmp_path)
 
 
-# ---- what is wanted ------------------------------------------------------------------------------
+# ---- downloads -----------------------------------------------------------------------------------
 
 
 @needs_client
@@ -222,7 +222,7 @@ def test_broken_download_is_resumed(client: Client, files: dict[str, bytes]) -> 
 @needs_client
 def test_terminal_has_a_bar(client: Client) -> None:
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))  # in one of no size tqdm shows nothing
+    termios.tcsetwinsize(theirs, (24, 100))  # in a terminal of size 0 tqdm shows nothing
     subprocess.run(
         [sys.executable, "-c", f"from gpt2c.files import hub; hub.find({REPO!r})"],
         stderr=theirs,
@@ -241,7 +241,7 @@ def test_terminal_has_a_bar(client: Client) -> None:
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 4096)
-    except OSError:  # Linux's way to say that the other side is closed
+    except OSError:  # Linux's error when the other side is closed
         return b""
 
 
@@ -265,7 +265,7 @@ def test_commands_take_repository_names(client: Client) -> None:
     )
 
 
-# ---- what goes wrong -----------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 @needs_client
@@ -352,7 +352,7 @@ def test_listed_paths_outside_are_not_written(client: Client, files: dict[str, b
 
 @needs_client
 @pytest.mark.parametrize("trick", ["commit", "etag"])
-@pytest.mark.parametrize("depth", [2, 4, 5])  # in its directory, in HF_HOME's, in that above
+@pytest.mark.parametrize("depth", [2, 4, 5])  # in its directory, in HF_HOME, in the one above
 def test_identifier_that_leads_outside_is_refused(client: Client, trick: str, depth: int) -> None:
     """The client names files after the hub's commits and hashes."""
     setattr(client.standin, trick, "../" * depth + "evil")

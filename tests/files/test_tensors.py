@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-# ---- what is read --------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2", "f8"])
@@ -142,7 +142,7 @@ def test_tensors_are_written_in_their_dtypes(path: Path, tmp_path: Path) -> None
         write_tensors(tmp_path / "no" / "x", arrays, {})
 
 
-# ---- what the library refuses --------------------------------------------------------------------
+# ---- refused by safetensors ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_missing_file_is_named(kind: str, path: Path) -> None:
         map_tensors(path)
 
 
-# ---- what only gpt2c refuses ---------------------------------------------------------------------
+# ---- refused by gpt2c alone ----------------------------------------------------------------------
 
 RAW = json.dumps(ENTRY).encode()
 
@@ -253,7 +253,7 @@ RAW = json.dumps(ENTRY).encode()
 )
 def test_headers_that_safetensors_accepts_are_refused(header: Any, said: str, path: Path) -> None:
     write_raw(path, header, bytes(4))
-    with safe_open(path, framework="np") as file:  # else this need not be tested here
+    with safe_open(path, framework="np") as file:  # otherwise gpt2c need not check it
         assert file.keys()
     message = refused(map_tensors, path)
     assert str(path) in message and said in message and len(message) < len(str(path)) + 400
@@ -279,7 +279,7 @@ def test_stored_tensor_shows_its_file_and_name(path: Path) -> None:
     assert (tensor.path, tensor.name, tensor.dtype) == (path, "a", "F64")
 
 
-# ---- next to no memory, and any file system ------------------------------------------------------
+# ---- memory, and file systems --------------------------------------------------------------------
 
 
 def test_transpose_is_written_a_piece_at_a_time(

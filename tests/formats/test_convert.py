@@ -83,7 +83,7 @@ def test_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
     assert run("my_tokenizer.bin back")[1] == "back: Hugging Face's tokenizer, 270 tokens\n"
     before, after = contents(world / "run"), contents(world / "back")
     assert before.keys() == after.keys()
-    ids = {"config.json", "generation_config.json"}  # llm.c's file does not say which token ends
+    ids = {"config.json", "generation_config.json"}  # llm.c's file does not name the end of text
     for name in before.keys() - ids:
         assert before[name] == after[name], name
     assert GPT2.from_pretrained("back").config.eos_token_id is None

@@ -17,7 +17,7 @@ from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.optimizer import AdamW
 
 TEXT = "the cat didn't sit on the mat, and the dog wouldn't sit on the cat. " * 20
-# Contractions, numbers, spaces of all kinds, bytes above 127, and what looks like a special token.
+# Contractions, numbers, spaces of all kinds, bytes above 127, and a look-alike of a special token.
 PUZZLE = "I'll say it's 12345 naïve  café — 東京 🙂\n\n  don't we've \t x<|endoftext|>\u00a0end  "
 
 
@@ -152,7 +152,7 @@ def test_error_names_the_missing_gguf_package(
         write_gguf(tmp_path / "model.gguf", model.config, model.parameters, bpe)
 
 
-# llama.cpp takes GELU from a table of float16, so logits of some 3 in size are 1e-3 to 2e-3 away.
+# llama.cpp takes GELU from a table of float16, so logits of about 3 differ by 1e-3 to 2e-3.
 DISTANCE = 5e-3
 
 # ---- llama.cpp -----------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def test_whole_file_comes_before_shards(sharded):
     save_weights(directory, CONFIG, make_tensors(seed=1))
     assert set(os.listdir(directory)) == {*FILES, "other-00001-of-00002.safetensors"}
     assert_same(load_weights(directory), make_tensors(seed=1))
-    assert_same(old, make_tensors())  # who has them mapped keeps them
+    assert_same(old, make_tensors())  # a reader that mapped them keeps them
 
 
 @pytest.mark.parametrize(
@@ -327,10 +327,10 @@ def test_link_out_of_the_directory_is_refused(sharded):
     (directory / ONE).symlink_to("real.safetensors")
     assert_same(load_weights(directory), make_tensors())
     link = directory.parent / "link"
-    link.symlink_to(directory)  # the directory itself is the user's word
+    link.symlink_to(directory)  # the user named the directory itself
     assert_same(load_weights(link), make_tensors())
     (directory / ONE).unlink()
-    (directory / ONE).symlink_to(ONE)  # a circle
+    (directory / ONE).symlink_to(ONE)  # a link in a circle
     with pytest.raises(FileNotFoundError, match=ONE):
         load_weights(directory)
 
@@ -448,7 +448,7 @@ def test_read_config_takes_a_missing_end_from_generation_config(directory, confi
     assert read_config(directory).get("eos_token_id") is None
 
 
-# ---- before memory is asked for ------------------------------------------------------------------
+# ---- before memory is allocated ------------------------------------------------------------------
 
 PUBLISHED = {  # openai-community's gpt2, gpt2-medium, gpt2-large, gpt2-xl
     "124M": GPT2Config(n_layer=12, n_head=12, n_embd=768),
@@ -515,7 +515,7 @@ def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, chan
         assert message.startswith(f"{directory}/model.safetensors: tensor ")
         if quantize is None:
             break
-        if directory == tmp_path:  # and weights that are stored so
+        if directory == tmp_path:  # and quantized weights on the disk
             monkeypatch.undo()
             QuantizedGPT2.from_model(model, quantize).save_pretrained(tmp_path / "small")
             monkeypatch.setattr("gpt2c.model.quantized.aligned_zeros", None)
@@ -528,7 +528,7 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path, dtype):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     write_hollow(tmp_path / "model.safetensors", published_shapes(config) | {}, dtype)
     largest = 4 * max(math.prod(shape) for shape in config.parameter_shapes().values())
-    tracemalloc.start()  # sees what NumPy allocates; the model's own memory is mapped
+    tracemalloc.start()  # it sees NumPy's allocations; the model's own memory is mapped
     GPT2.from_pretrained(tmp_path, "numpy")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

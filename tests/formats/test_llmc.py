@@ -107,7 +107,7 @@ def test_bf16_rounds_to_nearest_even(bits: list[int]) -> None:
             continue
         for candidate in (int(low[0]), int(low[0]) + 1):  # the bf16 on either side
             upper = np.array([candidate << 16], np.uint32).view(np.float32)[0]
-            # Beyond the largest comes infinity, which stands for 2**128.
+            # Infinity follows the largest number, and counts as 2**128 here.
             wide[candidate] = float(np.copysign(2.0**128, upper) if np.isinf(upper) else upper)
         if np.isinf(number):
             assert rounded == int(low[0])
@@ -216,7 +216,7 @@ def test_pickles_are_refused_with_a_way_out(tmp_path: Path, name: str, content: 
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.bin")  # opened, it would wait for a writer
+    os.mkfifo(tmp_path / "a.bin")  # if opened, it would wait for a writer
     with pytest.raises(OSError, match="is a pipe or a device"):
         read_model(tmp_path / "a.bin")
     with pytest.raises(IsADirectoryError):

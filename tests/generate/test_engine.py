@@ -61,7 +61,7 @@ def test_padding_ids_are_never_drawn_with_a_tokenizer(settings):
     with Engine(larger, tokenizer=tokenizer) as engine, Engine(larger) as other:
         without = other.submit([65], 30, **settings).result(WAIT)
         assert (np.array(without) >= 257).any()
-        for prompt in ([65], list(range(30)), [300]):  # its own ids may be anything
+        for prompt in ([65], list(range(30)), [300]):  # a request's own ids may be padding
             got = engine.submit(prompt, 20, **settings).result(WAIT)
             tokens = got[0] if "logprobs" in settings else got
             assert len(tokens) == 20 and (tokens < 257).all()
@@ -89,7 +89,7 @@ class Gate:
     def __init__(self, decoder):
         self.capacity = decoder.capacity
         self.calls = []  # ("read", tokens) or ("step", texts)
-        self.errors = {}  # name of a call -> raised by the next one
+        self.errors = {}  # name of a call -> the error that the next such call raises
         self._decoder = decoder
         self._come, self._go = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -147,7 +147,7 @@ def gated():
         assert not engine._thread.is_alive()
 
 
-# ---- the same as alone ---------------------------------------------------------------------------
+# ---- each request as if alone --------------------------------------------------------------------
 
 JOBS = [
     (3, 20, {"seed": 5}),
@@ -345,7 +345,7 @@ def test_ctrl_c_interrupts_a_wait(read, gated):
     main = threading.main_thread().ident
     stop = threading.Event()
 
-    def press():  # until it is noticed: the first may come before the wait
+    def press():  # until it is noticed, because the first one may come before the wait
         while not stop.wait(0.05):
             signal.pthread_kill(main, signal.SIGINT)
 
@@ -362,17 +362,17 @@ def test_ctrl_c_interrupts_a_wait(read, gated):
     assert len(engine.submit(ids(4), 5).result(WAIT)) == 5
 
 
-# ---- cancelling, and a full house ----------------------------------------------------------------
+# ---- cancelling, and a full engine ---------------------------------------------------------------
 
 
 def test_cancelled_request_frees_its_slot_before_the_next_step(gated):
     model, gate, engine = gated(slots=1, queue=1)
     first = engine.submit(ids(4), 30, seed=1)
     second = engine.submit(ids(5), 3, seed=2)
-    gate.wait(3)  # a token of the prompt and one of a step are there, the second step waits
+    gate.wait(3)  # two tokens are there, one of the prompt and one of a step; the second step waits
     first.cancel()
     assert first.done and first.ended == "cancelled"
-    third = engine.submit(ids(6), 3, seed=3)  # there is room at once
+    third = engine.submit(ids(6), 3, seed=3)  # the queue has room at once
     gate.let()
     assert gate.calls[-2:] == [("step", 1), ("read", 5)]
     gate.open()

@@ -133,8 +133,8 @@ def test_another_token_may_be_the_end() -> None:
         ("a sto", "stop", "a sto"),  # it only began
         ("aaab", "aab", "a"),
         ("ababac", "abac", "ab"),
-        ("xyz", ["yz", "xyz"], ""),  # of those that are there at once, the first in the text
-        ("abcd", ["bcd", "b"], "a"),  # the first that is there
+        ("xyz", ["yz", "xyz"], ""),  # of those that end together, the first in the text
+        ("abcd", ["bcd", "b"], "a"),  # the first one that is complete
         ("user: hi", ["\nuser:", "user:"], ""),
         ("你好。再见", "。", "你好"),
         ("你好。再见", "再见", "你好。"),
@@ -177,7 +177,7 @@ def test_stop_strings_cut_any_text(answer: str, stops: list[str]) -> None:
 def test_no_stop_string_begins_before_min_new_tokens(
     answer: str, stops: list[str], least: int
 ) -> None:
-    answer += "a" * max(0, least - len(answer))  # else the end token is what may not come
+    answer += "a" * max(0, least - len(answer))  # otherwise the end token is the forbidden one
     expected = expected_text(answer, stops, least)
     assert both_ways(answer, stop=stops, min_new_tokens=least) == expected
 
@@ -268,7 +268,7 @@ def test_one_prompt_in_a_list_gives_a_list() -> None:
 
 
 def test_empty_prompt_starts_a_text() -> None:
-    for eos in (END, None):  # a config may know no end of text: the tokenizer does
+    for eos in (END, None):  # a config may lack the end of text, which the tokenizer has
         model = small(eos=eos)
         text = Generator(model, BYTES).generate("", max_new_tokens=12, temperature=0)
         ids = model.generate([[END]], 12, temperature=0, stop=END)[0, 1:]
@@ -331,7 +331,7 @@ def test_prompt_may_have_special_tokens() -> None:
     assert "'[PAD]' is none of" in refused(generator.generate, "a", allowed_special=["[PAD]"])
 
 
-# ---- where a text ends ---------------------------------------------------------------------------
+# ---- ends of texts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_special_end_token_is_not_in_the_text() -> None:
     assert Generator(model, tokenizer).generate("ab", stop="<|im_end|>") == "cd"
 
 
-# ---- how likely each token was -------------------------------------------------------------------
+# ---- probabilities of tokens ---------------------------------------------------------------------
 
 
 def test_tokens_have_the_models_own_probabilities(backend: Any) -> None:

@@ -62,7 +62,7 @@ def shares(logits: np.ndarray, **settings: Any) -> np.ndarray:
     return np.bincount(tokens, minlength=len(logits)) / DRAWS
 
 
-# ---- what may be drawn ---------------------------------------------------------------------------
+# ---- filters -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -87,7 +87,7 @@ def test_top_k_keeps_the_k_largest(top_k: int) -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -> None:
     p = np.array([0.1, 0.4, 0.1, 0.2, 0.2])
     expected = np.zeros(V)
-    largest_first = [1, 3, 4, 0, 2][:kept]  # of equals the first
+    largest_first = [1, 3, 4, 0, 2][:kept]  # the first among equals
     expected[largest_first] = p[largest_first] / p[largest_first].sum()
     logits = np.full(V, -1000.0)
     logits[:5] = np.log(p)
@@ -167,7 +167,7 @@ def test_filtered_tokens_are_never_drawn() -> None:
 def test_extreme_settings_are_greedy(settings: dict[str, Any]) -> None:
     config, rng = GenerationConfig(**settings), np.random.default_rng(0)
     rows = [make_logits(seed) for seed in range(50)]
-    if settings.get("temperature") != 1e-320:  # a temperature chooses freely among equals
+    if settings.get("temperature") != 1e-320:  # a temperature draws among equals
         rows.append(np.zeros(V, np.float32))  # all equal: the first
         rows.append(make_logits())
         rows[-1][[2, 6]] = 9  # a tie: the first of the two
@@ -345,7 +345,7 @@ def test_defaults_of_transformers_are_taken() -> None:
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
-# What transformers 4.57 has for a setting that is not given, where gpt2c's own differs or has none.
+# transformers 4.57's default of each setting whose default differs in gpt2c, or that gpt2c lacks.
 THEIRS = {
     **{"min_length": 0, "num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "use_cache": True},
     **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "diversity_penalty": 0.0, "length_penalty": 1.0},

@@ -50,7 +50,7 @@ class FakeReader:
         assert tokens.dtype == slots.dtype == positions.dtype == np.int32
         assert tokens.shape == slots.shape == positions.shape == (len(set(slots.tolist())),)
         self.calls.append(("step", *slots.tolist()))
-        self._out[...] = np.nan  # what an earlier call gave is void
+        self._out[...] = np.nan  # the result of the last call is no longer valid
         for row, (token, slot, position) in enumerate(zip(tokens, slots, positions, strict=True)):
             assert position == len(self.seen[slot]) < self.capacity
             self.seen[slot].append(int(token))

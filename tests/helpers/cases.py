@@ -168,11 +168,11 @@ SHAPES: dict[str, list[Shape]] = {
     "global_norm": NORM,
 }
 
-# Kinds of values that need a tolerance of their own; None is for all others.
+# Tolerances for kinds of values; None is for all other kinds.
 RTOL_OF = {
-    # GPT-2's shapes have sums over 4096 rows, these over 257 at most
+    # GPT-2's shapes have sums over 4096 rows, these shapes over 257 at most
     ("layernorm_backward", None): 2e-6,
-    # the mean is rounded by 6e-8 of itself: 1e4 times more beside a deviation of 1;
+    # the mean is rounded by 6e-8 of itself, which is 1e4 times more beside a deviation of 1;
     # and where the variance is 0, rstd = 316 multiplies it
     ("layernorm_forward", "offset"): 1e-3,
     ("layernorm_forward", "constant"): 1e-4,
@@ -192,7 +192,7 @@ ALIASES = {
     if op.outputs and op.outputs[0].alias
 }
 
-# ---- one shape an op, that takes no time ---------------------------------------------------------
+# ---- one quick shape for each op -----------------------------------------------------------------
 
 SMALL: dict[str, dict[str, Any]] = {
     "encoder": {"B": 2, "T": 5, "C": 24, "V": 11},

@@ -43,11 +43,11 @@ from gpt2c.train.settings import TrainSettings, read_recipe
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
-SECONDS = 20  # for what takes milliseconds, on a busy machine
-MEMORY = 4 << 30  # bytes; no good file here needs a hundredth
+SECONDS = 20  # a read takes milliseconds; this allows for a busy machine
+MEMORY = 4 << 30  # bytes; no good file here needs a hundredth of it
 TEXT = "the cat sat on the mat, the dog on the log. "
 
-# ---- what may come out ---------------------------------------------------------------------------
+# ---- allowed exceptions --------------------------------------------------------------------------
 
 
 class HangError(Exception):
@@ -62,7 +62,7 @@ def limits(seconds: int = SECONDS, memory: int = MEMORY) -> Iterator[None]:
         raise HangError(f"more than {seconds} seconds")
 
     before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
-    if sys.platform == "linux":  # others do not say what is taken already
+    if sys.platform == "linux":  # other systems do not tell the memory in use
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, before[1]))
     signal.alarm(seconds)
@@ -110,7 +110,7 @@ def attempt(reader: Reader, directory: Path) -> str:
         return "refused"
     try:
         reader.use(value)
-    except ValueError:  # weights that give nan, say
+    except ValueError:  # for example weights that give nan
         return "refused"
     return "read"
 
@@ -346,8 +346,8 @@ def make_text(directory: Path) -> None:
     (directory / "text.txt").write_text(f"{TEXT}é\n<|endoftext|>{TEXT}\n", encoding="utf-8")
 
 
-SPARE = ("generation_config.json",)  # which counts if config.json lacks what it says
-# What training writes anew from the data and the newest checkpoint, and what that can spare.
+SPARE = ("generation_config.json",)  # which counts where config.json lacks a field
+# Files that training writes again from the data and the newest checkpoint, and optional files.
 RUN_COPIES = (
     *("run/config.json", "run/generation_config.json", "run/model.safetensors", "run/vocab.json"),
     *("run/merges.txt", "run/tokenizer_config.json", "run/metrics.jsonl"),
@@ -432,13 +432,13 @@ def dumps(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False)
 
 
-# ---- spoiling ------------------------------------------------------------------------------------
+# ---- damaging ------------------------------------------------------------------------------------
 
 NUMBERS = [
     *(0, 1, -1, 2, 3, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**16, 2**24, 2**31 - 1, 2**31),
     *(-(2**31), 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 20240520, 20240326),
 ]
-# as they may stand in JSON or TOML, and some that may not
+# some that JSON or TOML may hold, and some that they may not
 WORDS = [
     *(b"-1", b"0", b"-0", b"1.5", b"1e999", b"-1e999", b"1e-999", b"NaN", b"nan", b"Infinity"),
     *(b"inf", b"true", b"false", b"null", b'""', b'"1"', b'"gpt2"', b"[]", b"{}", b"[[0]]", b"1e3"),
@@ -531,7 +531,7 @@ def _json(draw: Draw, content: bytes) -> bytes:
     try:
         top = json.loads(content, object_pairs_hook=Pairs)
         found = [(holder, i) for holder in _holders(top) for i in range(len(holder))]
-    except (ValueError, RecursionError):  # spoiled already
+    except (ValueError, RecursionError):  # damaged already
         found = []
     if not found:
         return _word(draw, content)
@@ -543,7 +543,7 @@ def _json(draw: Draw, content: bytes) -> bytes:
         word = draw(st.sampled_from(WORDS))
         value = word if word.isascii() else word.decode("latin1")
     elif what == "value":
-        value = copy.deepcopy(value_there)  # it may be what holds this one
+        value = copy.deepcopy(value_there)  # it may contain this one
     elif what == "key":
         key = key_there
     elif what == "new key":

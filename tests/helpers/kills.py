@@ -43,15 +43,15 @@ TINY: dict[str, Any] = {
     "log_interval": 1000,
 }
 
-# What a save or a start does to the disk, one call after the other.
+# The calls by which a save or a start changes the disk.
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "write")
 LOGGED = ("step", "loss", "learning_rate", "grad_norm", "val_loss", "tokens", "skipped")
 
 
 def main(job: dict[str, Any]) -> Any:
     """Do a job; `what` names one of the functions below."""
-    os.environ["GPT2C_NUM_THREADS"] = "1"  # a model this small only waits for a second one
-    # The system outlives a kill with all that it was told; the others take long and say nothing.
+    os.environ["GPT2C_NUM_THREADS"] = "1"  # for so small a model a second thread only costs time
+    # A kill leaves the system's buffers, so no fsync is needed; the others only take time.
     os.fsync = lambda descriptor: None
     loop.plot_loss = lambda metrics, path: False
     hooks.fma_peak = lambda name, threads: 0.0
@@ -93,7 +93,7 @@ def full(changes: dict[str, Any], resume: bool = False) -> dict[str, Any]:
 
 def gone_on(data: Path, out: Path, settings: dict[str, Any]) -> None:
     """Finish a killed run, as its user would."""
-    # Before there is a run.json nothing was begun; the same command begins it, without --overwrite.
+    # Without a run.json no run had begun; then the same command begins it, without --overwrite.
     trained(data, out, settings, (out / "run.json").exists())
 
 
@@ -159,7 +159,7 @@ def points(
     data.
     """
 
-    old = out / "old"  # what there is before, the same for each kill
+    old = out / "old"  # the directory before each kill
 
     def begin(path: Path) -> None:
         if old.exists():

@@ -13,8 +13,8 @@ from gpt2c.train import loop
 from gpt2c.train.loop import TrainResult
 from helpers.kills import TINY, contents
 
-# All settings of the first run.json. None is ever added here: a setting that comes later declares
-# what a run like this one has in its place.
+# All settings of the first version's run.json. None is ever added here: a later setting declares
+# its value for such a run.
 FIRST: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4,
     "gradient_accumulation_steps": 2, "max_iters": 3, "learning_rate": 0.01, "min_lr": 0.001,

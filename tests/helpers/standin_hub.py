@@ -119,7 +119,7 @@ def _answer(hub: StandIn, request: BaseHTTPRequestHandler) -> None:
         return _send(request, 404, b"{}", {"X-Error-Code": "EntryNotFound"})
     content, headers = files[name], {"X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes"}
     headers["ETag"] = f'"{hub.etag or hashlib.sha1(content).hexdigest()}"'
-    if len(content) > 1000:  # as the hub says of files in large storage
+    if len(content) > 1000:  # as the hub answers for files in large storage
         headers["X-Linked-Size"] = str(len(content))
         headers["X-Linked-ETag"] = f'"{hub.etag or hashlib.sha256(content).hexdigest()}"'
     if name in hub.short:

@@ -31,14 +31,14 @@ def test_load_leaves_out_the_work_of_this_process(
     write(10, 20, 30)
     two, one = BusyCores(2), BusyCores(1)
     now[0], own[0] = 110.0, 13.0
-    write(20, 30, 99)  # ours worked 20 s in 10 s, 8 of which are this process's
+    write(20, 30, 99)  # our cores worked 20 s in 10 s; 8 s are this process's
     assert two.others() == pytest.approx(1.2)
     assert one.others() == pytest.approx(1.2)  # 1.2 and a thread are more than two cores
     now[0], own[0] = 120.0, 23.0
-    write(30, 40, 99)  # 20 again, 10 of which are its own
+    write(30, 40, 99)  # 20 s again; 10 s are its own
     assert (two.others(), one.others()) == (pytest.approx(1.0), 0.0)
     now[0] += 0.5
-    assert two.others() == 0.0  # too short a look
+    assert two.others() == 0.0  # the interval is too short
     stat.unlink()
     now[0] += 100
     assert BusyCores(2).others() == 0.0

@@ -23,12 +23,12 @@ from gpt2c import GPT2, Engine, GenerationConfig, GPT2Config, QuantizedGPT2
 from gpt2c.kernels.backend import backends, get_backend
 
 REFUSALS = (ValueError, TypeError, MemoryError, OSError)
-# How precise a kernel is, test_kernels says. Here a number may lie between two that cancel, which
-# costs it digits; from another place of the memory it would be another number altogether.
+# test_kernels checks the precision. Here two numbers may cancel, which costs digits; a read from a
+# wrong place would give an entirely different number.
 TOLERANCE = 1e-3
-# What is rounded to 8 bits now and then lies all but between two steps, and goes the other way: by
-# 1/127 of the largest in its row, which later layers pass on. That the integers are the same on
-# every backend, given the same row, is test_kernels'.
+# Rarely a number lies almost half way between two 8-bit steps, and rounds the other way: by 1/127
+# of the largest in its row, which later layers pass on. test_kernels checks that every backend
+# rounds the same row to the same integers.
 ROUNDED = 5e-2
 
 fuzzed = settings(
@@ -105,7 +105,7 @@ def read_only(array: Any) -> Any:
     return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
 
 
-# The same numbers in another form: who takes it must compute the same.
+# The same numbers in another form; a call that accepts it must compute the same.
 FORMS: list[Callable[[Any], Any]] = [
     misaligned,
     read_only,
@@ -118,7 +118,7 @@ FORMS: list[Callable[[Any], Any]] = [
     lambda array: array.view(np.ma.MaskedArray),
     lambda array: array.tolist(),
 ]
-LARGE = [2**40, 2**42]  # more than any memory, so that nobody tries
+LARGE = [2**40, 2**42]  # more than any memory, so that nothing tries
 
 
 def resized(array: Any, axis: int, size: int) -> Any:
@@ -225,18 +225,18 @@ CONFIGS = [
     GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_layer=L, n_head=NH, n_inner=F)
     for V, P, C, L, NH, F in [
         *((5, 3, 2, 1, 1, 1), (37, 9, 24, 2, 3, None), (70, 17, 65, 1, 5, 33)),
-        (70, 9, 256, 1, 4, None),  # threads share a step of it: N * C * F is 200,000 or more
+        (70, 9, 256, 1, 4, None),  # threads share a step of N * C * F >= 200,000
     ]
 ]
 
 
-ASKED = ("max_new_tokens", "do_sample", "on_full")  # in their own way, or they change too little
+ASKED = ("max_new_tokens", "do_sample", "on_full")  # else they change too little
 
 
 @cache
 def model_of(number: int, stored: str, backend: str) -> Any:
     model = GPT2(CONFIGS[number], seed=number, backend=get_backend(backend, 2))
-    # So that no two logits are as good as equal; much more, and rounding would decide the softmax.
+    # So large that no two logits are nearly equal, and so small that rounding decides no softmax.
     model.flat_parameters *= min(10, 50 / CONFIGS[number].n_embd ** 0.5)
     return model if stored == "fp32" else QuantizedGPT2.from_model(model, stored)
 

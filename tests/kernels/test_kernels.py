@@ -22,7 +22,7 @@ from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS, Op
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "gpt2c.h"
-# functions of the header that are not ops; decode_step is many at once, see test_reader
+# functions of the header that are not ops; decode_step runs many ops, see test_reader
 NO_OPS = {"fma_burn", "memory_read", "pool_stop", "decode_step"}
 
 
@@ -122,7 +122,7 @@ def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.
         assert normalised_error(a, b) <= EXAMPLES[name].rtol
 
 
-# ---- a NaN is not lost ---------------------------------------------------------------------------
+# ---- NaN stays NaN -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 16, 33])
@@ -237,7 +237,7 @@ def test_cache_attention_passes_nan_on(
         if part in ("keys", "values") and position == 0:
             continue
         caches = rng.standard_normal((2, NH, P, HS), np.float32)
-        caches[:, :, position:] = np.nan  # to be written up to the end, never read beyond
+        caches[:, :, position:] = np.nan  # written up to the end, never read beyond
         qkv, out = rng.standard_normal((T, 3 * C), np.float32), np.zeros((T, C), np.float32)
         if part in ("keys", "values"):
             caches[int(part == "values"), 0, before, 0] = np.nan
@@ -266,7 +266,7 @@ def linear(backend: Any, *inputs: Any) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("N", [16, 17])  # read where it lies, and widened first
+@pytest.mark.parametrize("N", [16, 17])  # read in place, and widened first
 def test_every_float16_is_converted_exactly(N: int, backend: Any) -> None:
     """Subnormals too, down to 6e-8."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)

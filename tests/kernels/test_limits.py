@@ -15,7 +15,7 @@ from gpt2c.kernels.limits import cgroups, cpu_quota, free_bytes, memory_limit, u
 
 Root = Callable[..., Path]
 MEMINFO = "MemTotal: 9000 kB\nMemAvailable: 7000 kB\n"
-UNLIMITED = 9223372036854771712  # what version 1 says
+UNLIMITED = 9223372036854771712  # version 1's figure for no limit
 V2_MOUNT = "31 23 0:28 {top} {point} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "35 31 0:32 {top} {point} rw,relatime - cgroup cgroup rw,{names}"
 
@@ -67,13 +67,13 @@ V1 = "4:memory:/a/b\n2:cpu,cpuacct:/a/b\n1:name=systemd:/c"
             2,
         ),
         ("0::/a/b", [v2()], {f"{G}/other/cpu.max": "1000 100000"}, math.inf),
-        # of a namespace: the own group is the top
+        # in a namespace: the own group is the top
         ("0::/", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),
         # bound into a container, which is told its path outside
         ("0::/a/b", [v2("/a/b")], {f"{G}/cpu.max": "100000 100000"}, 1),
         ("0::/a/b/c", [v2("/a")], {f"{G}/b/cpu.max": "100000 100000"}, 1),
         ("0::/a/b", [v2("/elsewhere")], {f"{G}/cpu.max": "100000 100000"}, 1),
-        ("0::/a/b", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),  # /a/b is not to be seen
+        ("0::/a/b", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),  # /a/b is not visible
         ("0::/../x", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),
         ("0::/", [v2("/../..")], {f"{G}/cpu.max": "100000 100000"}, 1),
         ("0::/gone (deleted)", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),
@@ -113,7 +113,7 @@ V1 = "4:memory:/a/b\n2:cpu,cpuacct:/a/b\n1:name=systemd:/c"
             },
             1,
         ),
-        # nobody says where they are
+        # no file says where they are
         (None, None, {f"{G}/cpu.max": "100000 100000"}, 1),
         (None, [], {f"{G}/cpu/cpu.cfs_quota_us": 5, f"{G}/cpu/cpu.cfs_period_us": 10}, 0.5),
         (None, None, {}, math.inf),
@@ -142,7 +142,7 @@ def test_threads_are_no_more_than_affinity_and_quota(
 ) -> None:
     monkeypatch.setattr(limits, "AFFINITY", frozenset(range(affinity)))
     made = root("0::/", [v2()], {f"{G}/cpu.max": f"{quota} 100000"})
-    usable_cores.cache_clear()  # of another test's root it may have an answer
+    usable_cores.cache_clear()  # it may have cached the answer for another test's root
     assert usable_cores(made) == threads
 
 
@@ -234,7 +234,7 @@ ROOM = 7000 * 1024
             5000,
             1000,
         ),
-        # what is missing or makes no sense
+        # missing or senseless figures
         ("0::/a/b", [v2()], {f"{G}/a/b/memory.max": 5000}, 5000, 5000),
         ("0::/a/b", [v2()], group(5000, "much", "active_file\ninactive_file many"), 5000, 5000),
         ("0::/a/b", [v2()], group(-5, 1), math.inf, ROOM),
@@ -272,7 +272,7 @@ def test_free_bytes_are_those_of_the_system(
     files = {"proc/meminfo": meminfo, "proc/sys/vm/overcommit_memory": overcommit}
     made = root(None, [], files)
     assert free_bytes(root=made) == free
-    promises = overcommit == "2"  # that system has them among what is committed
+    promises = overcommit == "2"  # that system counts them as committed
     assert free_bytes(1, made) == free - (0 if promises else 1)
 
 

@@ -42,7 +42,7 @@ def test_results_are_the_references(name: str, backend_name: str) -> None:
     arrays = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
     before = {key: value.tobytes() for key, value in arrays.items()}
     for value in arrays.values():
-        value.flags.writeable = False  # such as those of a file in memory
+        value.flags.writeable = False  # such as a mapped file's
     results = results_of(name, arguments | {"backend": backend_name})
     for result, right in zip(results, expected, strict=True):
         assert np.shape(result) == np.shape(right)

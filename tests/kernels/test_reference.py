@@ -159,7 +159,7 @@ def test_crossentropy_gradient(rng: np.random.Generator, normal: Any) -> None:
     assert not dlogits[targets == -1].any()
 
 
-# ---- forward functions have the values that can be known otherwise -------------------------------
+# ---- forward functions have known values ---------------------------------------------------------
 
 
 def test_encoder_adds_token_and_position() -> None:
@@ -278,7 +278,7 @@ def test_global_norm() -> None:
     assert math.isclose(reference.global_norm(np.full(4, 1e30, np.float32)), 2e30, rel_tol=1e-6)
 
 
-# ---- what every op promises ----------------------------------------------------------------------
+# ---- promises of every op ------------------------------------------------------------------------
 
 
 def small(shape: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
         assert refused(GPT2Config, **{name: value}).startswith(name)
         message = refused(GPT2Config.from_dict, {name: value, "eos_token_id": 5})
         assert message.startswith(f"config.json: {name} must be a whole number from 1 to")
-        assert len(message) < 200  # not all the digits of a stranger
+        assert len(message) < 200  # not all digits of an untrusted number
 
 
 def test_sizes_may_be_large() -> None:

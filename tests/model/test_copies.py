@@ -95,7 +95,7 @@ def test_copied_model_and_optimizer_train_on_to_the_same_bits(
     model = make("fp32", backend, recompute=recompute)
     optimizer = AdamW(model, learning_rate=0.05)
     train(model, optimizer)
-    if copied is copy.copy:  # of each alone: the optimizer stays with the model that it has
+    if copied is copy.copy:  # copied alone, the optimizer keeps its model
         assert copied(optimizer).model is model
         return
     pair = {"model": model, "optimizer": optimizer}
@@ -207,7 +207,7 @@ def test_copy_shares_its_kernels(backend: Any, copied: Any) -> None:
     assert copied({"held": [backend]})["held"][0] is backend
 
 
-# ---- printed -------------------------------------------------------------------------------------
+# ---- repr ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")

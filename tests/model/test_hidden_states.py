@@ -18,7 +18,7 @@ CONFIG = GPT2Config(
     V, n_positions=T, n_embd=C, n_layer=L, n_head=3, initializer_range=0.3, eos_token_id=END
 )
 KINDS = ["fp32", "fp16", "int8"]
-BOUNDS = {"fp32": 2e-6, "fp16": 2e-3, "int8": 0.05}  # of float32's sums, and of rounded weights
+BOUNDS = {"fp32": 2e-6, "fp16": 2e-3, "int8": 0.05}  # float32's sums, and rounded weights
 IDX = np.arange(2 * 7).reshape(2, 7) % V
 TEXTS = [[1, 2, 3], [4], list(range(T)), [], [7, 7, 7]]
 
@@ -103,7 +103,7 @@ def test_results_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.Monk
     model = make("auto", kind)
     monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     size = 4 * IDX.size * V, 4 * IDX.size * C * (L + 1)
-    decoder = 10**6  # whose caches are asked for next
+    decoder = 10**6  # the caches are allocated next
     for needed, asked in ((size[0], False), (sum(size), True)):
         monkeypatch.setattr(
             "gpt2c.kernels.memory.available_bytes", lambda needed=needed: needed - 1
@@ -114,7 +114,7 @@ def test_results_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.Monk
         model(IDX, hidden_states=asked)
 
 
-# ---- a vector for each text ----------------------------------------------------------------------
+# ---- embeddings ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

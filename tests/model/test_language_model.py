@@ -265,7 +265,7 @@ GOOD = [[1, 2], [3]]
 def test_mistakes_are_refused_before_any_work(
     idx: Any, settings: dict[str, Any], message: str, idle: Any
 ) -> None:
-    for call in (idle.generate, idle.stream):  # the stream at the call, not at its first token
+    for call in (idle.generate, idle.stream):  # `stream` raises at the call, not at its first token
         assert refused(call, idx, **settings).startswith(message)
 
 

@@ -388,7 +388,7 @@ def test_recompute_gives_the_same_bits(
 
 def test_recompute_needs_less_memory() -> None:
     plain, light, full = (bytes_needed(GPT2Config(), 4, 1024, r) for r in (None, "light", "full"))
-    per_token_and_channel = 4 * 4096 * 768 * 4  # of 4 channels of one layer, in bytes
+    per_token_and_channel = 4 * 4096 * 768 * 4  # bytes of 4 channels of one layer
     assert plain - light > 11 * per_token_and_channel  # 6 of 16 channels in 11 of 12 layers
     assert light - full > 2 * 11 * per_token_and_channel
     assert full < 2.7e9 and light < 3.8e9 and plain < 4.9e9
@@ -666,9 +666,9 @@ def test_interrupt_leaves_a_model_usable() -> None:
     expected, number = model.loss(idx, idx), 1
     while interrupted_at(number, lambda: model.loss(idx, idx)):
         assert model.loss(idx, idx) == expected, number  # the same thread has it again
-        assert in_thread(lambda: model.loss(idx, idx)) == expected, number  # and then any
+        assert in_thread(lambda: model.loss(idx, idx)) == expected, number  # and then any thread
         gone = in_thread(lambda n=number: interrupted_at(n, lambda: model.loss(idx, idx)))
-        assert gone is True and model.loss(idx, idx) == expected, number  # of one that is gone
+        assert gone is True and model.loss(idx, idx) == expected, number  # of an ended thread
         assert not model._owner._claims
         number += 1
     assert number > 50, "the claim is what is interrupted"

@@ -144,7 +144,7 @@ def test_logits_are_nearly_those_of_the_model(
     assert 1e-7 < np.abs(logits - expected).max() / np.abs(expected).max() < bound
     assert model.loss(idx, idx) == pytest.approx(exact.loss(idx, idx), rel=bound)
     text = model.generate(idx[:, :5], 6, temperature=0)
-    again = model(text)  # in one piece, where it was read token by token
+    again = model(text)  # in one piece, unlike token by token before
     chosen = np.take_along_axis(again[:, 4:-1], text[:, 5:, None], axis=2)[..., 0]
     assert (chosen >= again[:, 4:-1].max(axis=2) - bound * np.abs(again).max()).all()
 
@@ -181,7 +181,7 @@ def test_quantized_model_cannot_train(method: str, rng: np.random.Generator) -> 
 def test_unknown_method_is_refused(method: Any, directory: Path) -> None:
     assert "int8, fp16" in refused(QuantizedGPT2, SMALL, method)
     assert "int8, fp16" in refused(QuantizedGPT2.from_model, make(), method)
-    if method is not None:  # which means none
+    if method is not None:  # null means none
         assert "int8, fp16" in refused(GPT2.from_pretrained, directory, quantize=method)
 
 
@@ -378,7 +378,7 @@ def test_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
     assert re.search(r"has dtype U8|must be \(\d+, \d+\)", wrong)
 
 
-# ---- what it costs -------------------------------------------------------------------------------
+# ---- the error -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,12 @@ KINDS = ["fp32", "fp16", "int8"]
 
 # The same sums in another order: some hundred roundings of 6e-8 add up.
 RTOL = 1e-5
-# One token read op by op and in one call: the products are the same, a softmax is summed otherwise.
+# Op by op and in one call the products are equal, but a softmax is summed in another order.
 STEP = 2e-6
-# With weights of 8 bits activations are rounded too, and one between two steps of 127 may go to
-# either, after a rounding in float32 that was another: a hundredth of a number of some, which
-# everything after it then sees. Few texts of this length meet such a number, so the rows as a whole
-# must agree as closely as without, and no row by less than some steps.
+# With int8, activations are rounded too. One almost half way between two of 127 steps may go to
+# either, after another rounding in float32: an error of about a hundredth, which all later numbers
+# see. Few texts of this length have such a number, so the median row must agree as closely as with
+# floats, and no row may differ by more than a few steps.
 FLIP = 0.05
 
 
@@ -42,7 +42,7 @@ def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
     if kind == "int8":
         assert errors.max() <= FLIP and np.median(errors) <= rtol, errors
     else:
-        assert errors.max() <= rtol, errors  # a NaN is no less
+        assert errors.max() <= rtol, errors  # a NaN must fail
 
 
 def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int = 1) -> Any:
@@ -121,7 +121,7 @@ def test_reading_in_pieces_is_the_forward_pass(
 ) -> None:
     model, tokens = make(backend, kind), texts(rng, T)
     expected = widened(model)(tokens[None])[0]
-    if kind == "int8":  # what its layers read is rounded too, by up to half of each step
+    if kind == "int8":  # activations are rounded too, by up to half a step
         whole = read(model.decoder(), tokens, T)
         assert normalised_error(whole, expected) <= FLIP
         expected = whole
@@ -370,7 +370,7 @@ def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.Monk
         model.decoder(slots)
 
 
-# ---- what never reaches C ------------------------------------------------------------------------
+# ---- refused before C ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

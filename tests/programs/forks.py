@@ -70,7 +70,7 @@ def while_another_computes() -> None:
     worker = threading.Thread(target=work)
     worker.start()
 
-    def child() -> bool:  # where the worker, which was in the middle of it, is not
+    def child() -> bool:  # where the busy worker thread does not exist
         model.zero_grad()
         fresh = model.loss(IDX, IDX)
         model.backward()

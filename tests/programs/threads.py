@@ -81,7 +81,7 @@ def one_model_at_once() -> None:
             except RuntimeError as error:
                 assert "another thread" in str(error)
                 counts["refused"] += 1
-            except ValueError as error:  # of another's loss, since which there was one more
+            except ValueError as error:  # another thread computed a loss in between
                 assert "backward needs a loss" in str(error)
 
     with ThreadPoolExecutor(4) as pool:

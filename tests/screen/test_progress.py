@@ -39,7 +39,7 @@ def read(reading: Reading, clock: Clock, seconds: float, total: int = 100 * MB) 
     for percent in range(1, 101):
         clock.now += seconds / 100
         reading.read(percent * MB, total)
-        if percent == 100:  # what is read after the last byte is no news
+        if percent == 100:  # a report after the last byte changes nothing
             reading.read(percent * MB, total)
 
 
@@ -104,7 +104,7 @@ def test_terminal_is_written_to_ten_times_a_second_at_most(
         for done in range(2000):
             clock.now += 0.001
             reading.read(done, 5000)
-    assert 10 <= len(updates) <= 16  # of two seconds, the first half second left out
+    assert 10 <= len(updates) <= 16  # two seconds, without the first half
 
 
 def test_progress_survives_a_failing_stream(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:

@@ -427,7 +427,7 @@ def in_a_terminal(
     """Run gpt2c in a terminal of its own while `talk` has the other side; return its output."""
     pytest.importorskip("termios")
     side, child_side = os.openpty()
-    # Who opens a terminal in a session that has none gets Ctrl-C from it.
+    # The first process that opens a terminal in a new session gets Ctrl-C from it.
     shell = ["sh", "-c", 'trap "" HUP; exec "$@" <"$0"', os.ttyname(child_side)]
     command = [*shell, *COMMAND, *arguments.split()]
     child = subprocess.Popen(
@@ -448,7 +448,7 @@ def in_a_terminal(
             try:
                 if select.select([side], [], [], left)[0]:
                     shown += os.read(side, 4096)
-            except OSError:  # how Linux says that the child has closed its side
+            except OSError:  # Linux's error when the child has closed its side
                 break
         return shown[start:]
 
@@ -493,7 +493,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_ends() -> None:
         press_ctrl_c(side)
         assert hint in until(b"\n> ")
         os.write(side, b"ab\r")
-        assert b"dropped" not in until(b"\n> ")  # and so it is not the second in a row
+        assert b"dropped" not in until(b"\n> ")  # so this Ctrl-C is not the second in a row
         press_ctrl_c(side)
         assert hint in until(b"\n> ")
         press_ctrl_c(side)

@@ -260,7 +260,7 @@ def test_standard_input_and_pipes_are_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert read("-", field="a") == ["b"]
     stdin.buffer = io.BytesIO(b"")
     assert refused(read, "-") == "standard input is empty"
-    reading, writing = os.pipe()  # as of a shell's <(zcat book.gz)
+    reading, writing = os.pipe()  # as for a shell's <(zcat book.gz)
     os.write(writing, b"abc")
     os.close(writing)
     assert read(f"/dev/fd/{reading}") == ["abc"]

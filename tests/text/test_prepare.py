@@ -424,7 +424,7 @@ def test_files_of_two_preparations_are_refused(tmp_path):
     (one / "train_000001.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"train_000001\.bin is missing: manifest"):
         read_shards(one, "train")
-    (one / "manifest.json").unlink()  # as llm.c's directories, and older ones
+    (one / "manifest.json").unlink()  # like llm.c's directories, and older ones
     assert read_shards(one, "train")
 
 
@@ -472,7 +472,7 @@ def test_signal_ends_prepare_as_ctrl_c_does(tmp_path: Path, number: int) -> None
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--tokenizer", "bytes"], **pipes) as process:  # type: ignore[call-overload]
         process.stdin.write("some text " * 100_000)  # more than a pipe holds: it is being read
-        time.sleep(0.5)  # until it waits for more: one just before a wait is seen after it
+        time.sleep(0.5)  # until it waits: a signal just before a wait is handled after it
         process.send_signal(number)
         assert process.wait(timeout=60) == 130
         assert process.stderr.read() == "gpt2c: interrupted\n"

@@ -197,7 +197,7 @@ def test_pipe_is_not_waited_for(tmp_path):
             read(tmp_path / "train.bin")
 
 
-# ---- tokens that are read when they are needed ---------------------------------------------------
+# ---- stored tokens -------------------------------------------------------------------------------
 
 
 def test_stored_tokens_equal_the_file(tmp_path):

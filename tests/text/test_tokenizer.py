@@ -347,7 +347,7 @@ def failing(error):
     [
         (failing(ConnectionError("no route")), "ConnectionError"),
         (failing(ValueError("Hash mismatch")), "ValueError"),
-        (forever, "TimeoutError"),  # a server that takes a connection and says nothing
+        (forever, "TimeoutError"),  # a server that accepts a connection and never answers
     ],
 )
 def test_error_of_gpt2_offline_lists_alternatives(monkeypatch, get_encoding, reason):

@@ -236,7 +236,7 @@ def test_failed_save_removes_no_file(pair: Path, monkeypatch: pytest.MonkeyPatch
     assert {path.name: path.read_bytes() for path in pair.iterdir()} == before
 
 
-# ---- what stands beside a vocabulary -------------------------------------------------------------
+# ---- files beside a vocabulary -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_merges_are_taken_only_as_tiktoken_would_make_them(
         assert "never comes to pass" in str(error) and not same
     else:
         assert same
-        parts = [byte.encode() for byte in text]  # what the merges say, one after the other
+        parts = [byte.encode() for byte in text]  # apply the merges, one after the other
         for first, second in halves.values():
             parts = vocabulary._merge_everywhere(parts, first, second)
         assert [ranks[part] for part in parts] == Tokenizer(ranks, 256).encode(text)

@@ -63,10 +63,10 @@ def test_run_refuses_a_disk_too_small_for_a_checkpoint(
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "run"))
     free[0] = 122_880
     train_short(data, tmp_path / "run")
-    free[0] -= 50_000  # less than what the overwritten run leaves
+    free[0] -= 50_000  # the overwritten run frees more than is missing
     train_short(data, tmp_path / "run", overwrite=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(total=0, free=0))
-    train_short(data, tmp_path / "other")  # a file system that does not say
+    train_short(data, tmp_path / "other")  # a file system that does not tell its size
     assert contents(tmp_path / "other") == contents(whole_short)
 
 

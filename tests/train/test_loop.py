@@ -53,7 +53,7 @@ def test_training_lowers_the_loss(data: Path, tmp_path: Path) -> None:
     result = train(data, tmp_path / "run", max_iters=60, eval_interval=30)
     entries = metrics(tmp_path / "run")
     assert [entry["step"] for entry in entries] == list(range(1, 61))
-    assert entries[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # it knows nothing yet
+    assert entries[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # an untrained model
     assert entries[-1]["loss"] < 3.5
     evaluated = {entry["step"]: entry["val_loss"] for entry in entries if "val_loss" in entry}
     assert list(evaluated) == [30, 60]
@@ -129,7 +129,7 @@ def test_run_passes_its_settings_to_adamw(
     assert seen == [((0.8, 0.9), 0.2, 0.5), ((0.8, 0.9), 0.2, None)]
 
 
-# ---- stop and go on ------------------------------------------------------------------------------
+# ---- stop and resume -----------------------------------------------------------------------------
 
 
 def test_resume_after_a_power_cut_gives_the_uninterrupted_run(
@@ -350,7 +350,7 @@ def test_overwrite_replaces_a_run(data: Path, tmp_path: Path, cut: Any) -> None:
     train(data, old, overwrite=True)
     same(old, fresh)
     cut(data, old, 3, overwrite=True)
-    train(data, old, resume=True)  # and not the run that was overwritten
+    train(data, old, resume=True)  # it resumes the new run, and not the overwritten one
     same(old, fresh)
 
 

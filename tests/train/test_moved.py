@@ -179,7 +179,7 @@ def test_run_makes_its_lost_directory_again(
     if has_tensorboard:
         (events,) = (out / "tensorboard").iterdir()
         assert events.read_bytes().count(b"learning_rate") == 5
-    with run_module.locked_run(out):  # the run has let go of it
+    with run_module.locked_run(out):  # the run has unlocked it
         pass
     at_step(3, lambda: None)
     assert train_short(data, out, resume=True, max_iters=10).step == 10
@@ -207,7 +207,7 @@ def test_run_leaves_another_run_of_its_name_untouched(
     def take() -> None:
         out.rename(away)
         shutil.copytree(whole_short, out)
-        for name in ("00000001", "00000002"):  # a run that keeps one would remove the first
+        for name in ("00000001", "00000002"):  # a run with keep=1 would remove the first
             shutil.copytree(out / "checkpoints" / "00000008", out / "checkpoints" / name)
         (out / "checkpoints" / "00000002" / "model.safetensors").write_bytes(b"not the newest")
         before.update(files_below(out))

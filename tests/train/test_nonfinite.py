@@ -214,7 +214,7 @@ def test_older_checkpoint_is_removed_once_the_newer_one_gave_a_finite_loss(
     monkeypatch.setattr(checkpoints, "save", saved)
     train(data, tmp_path / "run", save_interval=5, max_iters=10)
     assert found[-5] == found[6] == ["00000005"]
-    assert found[-10] == found[10] == ["00000005", "00000010"]  # the last evaluation is not heard
+    assert found[-10] == found[10] == ["00000005", "00000010"]  # before the last evaluation
     assert checkpoint_names(tmp_path / "run") == ["00000010"]
 
 

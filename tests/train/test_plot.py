@@ -409,7 +409,7 @@ def test_losses_of_different_tokenizers_are_in_bits_per_byte(
     assert validation.get_ydata()[0] == pytest.approx((4.0 / 5 + 1) / math.log(2) / 4)
     assert "bits per byte" in capsys.readouterr().out
     figures.clear()
-    assert main(["plot", str(a), str(a.parent / "a")]) == 0  # one tokenizer: as ever
+    assert main(["plot", str(a), str(a.parent / "a")]) == 0  # one tokenizer: the losses are in nats
     assert "nats per token (" in figures[0].axes[0].get_ylabel()
 
 
@@ -451,7 +451,7 @@ def test_incomparable_losses_are_marked(
     assert str(b) in capsys.readouterr().err
 
 
-# ---- text that can be read -----------------------------------------------------------------------
+# ---- readable text -------------------------------------------------------------------------------
 
 
 def texts_of(figure: Any) -> list[str]:

@@ -81,7 +81,7 @@ def test_record_marks_the_data_as_older_runs_did(
         marks = [mark for part in contents for mark in (len(part) // 2, zlib.crc32(part))]
         assert record["data"][split] == marks
         tokens = np.frombuffer(b"".join(contents), "<u2")
-        assert record["bytes_per_token"][split] == (tokens < 256).mean()  # but END_OF_TEXT
+        assert record["bytes_per_token"][split] == (tokens < 256).mean()  # all but END_OF_TEXT
 
 
 def test_start_reads_each_token_file_once(
@@ -151,7 +151,7 @@ def test_run_survives_a_kill_at_any_moment(data: Path, tmp_path: Path) -> None:
     assert result["kills"] == 12 and result["kills of a resumed run"] > 0
 
 
-# ---- going on ------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 
 def test_run_without_a_checkpoint_starts_again_on_resume(
@@ -244,7 +244,7 @@ def test_checkpoint_shares_no_file_with_the_run_directory(
     out = tmp_path / "run"
     train(data, out, save_interval=5)
     inodes = {path.stat().st_ino for path in (out / "checkpoints").rglob("*")}
-    # A run goes on by these; the others are only written.
+    # A resumed run reads these; it only writes the others.
     read = (*("run.json", "metrics.jsonl"), *("vocab.json", "merges.txt", "tokenizer_config.json"))
     for path in [path for path in out.iterdir() if path.is_file()]:
         assert path.stat().st_ino not in inodes, path
@@ -352,7 +352,40 @@ def test_checkpoint_generates_with_the_tokenizer_of_its_run(whole: Path, tmp_pat
         Generator.from_pretrained(tmp_path / "00000020")
 
 
-# ---- one at a time -------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("state", "wanted"),
+    [
+        ({"m": np.zeros(3, np.float32)}, "the state of AdamW must be m, v, got m"),
+        (dict.fromkeys("mv", np.zeros(3, np.float32)), r"m must have shape \(\d+,\), got \(3,\)"),
+    ],
+)
+def test_resume_refuses_the_state_of_another_optimizer(
+    data: Path, tmp_path: Path, whole: Path, state: dict[str, Any], wanted: str
+) -> None:
+    """It is not damaged: its checksum is right."""
+    checkpoint = whole / "checkpoints" / "00000020"
+    found = checkpoints.newest(checkpoint.parent, pytest.fail)
+    assert found is not None
+    tensors = {name: np.asarray(tensor) for name, tensor in found.tensors.items()}
+    shutil.rmtree(checkpoint)
+    checkpoints.save(checkpoint.parent, found.state, found.config, tensors, state)
+    before = contents(whole)
+    message = refused(train, data, whole, resume=True, max_iters=30)
+    assert re.fullmatch(f"{checkpoint / 'trainer.safetensors'}: {wanted}", message)
+    assert contents(whole) == before
+
+
+def test_elapsed_seconds_go_on_after_resume(data: Path, tmp_path: Path, cut: Any) -> None:
+    out = cut(data, tmp_path / "run", 12, save_interval=5)
+    train(data, out, resume=True)
+    entries = read_metrics(out / "metrics.jsonl")
+    elapsed = [entry["elapsed_seconds"] for entry in entries]
+    assert elapsed == sorted(elapsed) and elapsed[0] > 0
+    assert [entry["tokens"] for entry in entries] == [64 * step for step in range(1, 21)]
+    assert all(abs(time.time() - entry["time"]) < 600 for entry in entries)
+
+
+# ---- one process at a time -----------------------------------------------------------------------
 
 
 def test_run_refuses_a_second_process_until_the_first_is_dead(
@@ -425,33 +458,7 @@ def test_lock_is_left_out_where_the_file_system_has_none(
         pass
 
 
-# ---- not finite ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("state", "wanted"),
-    [
-        ({"m": np.zeros(3, np.float32)}, "the state of AdamW must be m, v, got m"),
-        (dict.fromkeys("mv", np.zeros(3, np.float32)), r"m must have shape \(\d+,\), got \(3,\)"),
-    ],
-)
-def test_resume_refuses_the_state_of_another_optimizer(
-    data: Path, tmp_path: Path, whole: Path, state: dict[str, Any], wanted: str
-) -> None:
-    """It is not damaged: its checksum is right."""
-    checkpoint = whole / "checkpoints" / "00000020"
-    found = checkpoints.newest(checkpoint.parent, pytest.fail)
-    assert found is not None
-    tensors = {name: np.asarray(tensor) for name, tensor in found.tensors.items()}
-    shutil.rmtree(checkpoint)
-    checkpoints.save(checkpoint.parent, found.state, found.config, tensors, state)
-    before = contents(whole)
-    message = refused(train, data, whole, resume=True, max_iters=30)
-    assert re.fullmatch(f"{checkpoint / 'trainer.safetensors'}: {wanted}", message)
-    assert contents(whole) == before
-
-
-# ---- the order of what reaches the disk ----------------------------------------------------------
+# ---- the order of writes -------------------------------------------------------------------------
 
 
 def test_new_checkpoint_is_synced_before_the_old_one_is_removed(
@@ -460,7 +467,7 @@ def test_new_checkpoint_is_synced_before_the_old_one_is_removed(
     """A power cut leaves what was synced, in the order of the renames."""
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("what a descriptor is of is read from /proc")
-    out, done = tmp_path / "run", []  # (operation, path), as seen from the run's directory
+    out, done = tmp_path / "run", []  # (operation, path relative to the run's directory)
 
     def name(path: Any) -> str:
         path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path
@@ -497,16 +504,3 @@ def test_new_checkpoint_is_synced_before_the_old_one_is_removed(
     assert place["fsync", "/checkpoints"] < place["fsync", "/new model.safetensors"] < published
     old = [at for at, (_, path) in enumerate(done) if "00000005" in path]
     assert old and min(old) > published, "the last checkpoint goes after all else"
-
-
-# ---- TensorBoard ---------------------------------------------------------------------------------
-
-
-def test_elapsed_seconds_go_on_after_resume(data: Path, tmp_path: Path, cut: Any) -> None:
-    out = cut(data, tmp_path / "run", 12, save_interval=5)
-    train(data, out, resume=True)
-    entries = read_metrics(out / "metrics.jsonl")
-    elapsed = [entry["elapsed_seconds"] for entry in entries]
-    assert elapsed == sorted(elapsed) and elapsed[0] > 0
-    assert [entry["tokens"] for entry in entries] == [64 * step for step in range(1, 21)]
-    assert all(abs(time.time() - entry["time"]) < 600 for entry in entries)

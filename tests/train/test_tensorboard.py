@@ -35,7 +35,7 @@ def test_event_files_hold_each_step_once(data: Path, tmp_path: Path, cut: Any) -
     train(data, out, resume=True)
     version, start, *steps = events(out / "tensorboard")
     assert version.file_version == "brain.Event:2"
-    assert (start.session_log.status, start.step) == (1, 0)  # START: what came before is void
+    assert (start.session_log.status, start.step) == (1, 0)  # START: older events are void
     entries = read_metrics(out / "metrics.jsonl")
     assert (
         [event.step for event in steps] == [entry["step"] for entry in entries] == [*range(1, 21)]
