@@ -243,7 +243,7 @@ def compiler(build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return Compiler(build, copy, monkeypatch)
 
 
-def test_second_build_compiles_what_changed(compiler: Compiler, copy: Path) -> None:
+def test_second_build_compiles_changed_files_alone(compiler: Compiler, copy: Path) -> None:
     sources = {path.stem for path in (copy / "csrc").glob("*.c")}
     everything = sorted(
         f"{isa}-{stem}.o" for isa in ("avx2", "base") for stem in {f"_kernels_{isa}", *sources}

@@ -56,7 +56,7 @@ def test_module_asks_for_its_own_tests_and_those_that_import_it() -> None:
     assert {"tests/text/test_shards.py", "tests/formats/test_convert.py"} <= shards
 
 
-def test_helper_asks_for_the_tests_that_use_it_by_another_helper_too() -> None:
+def test_helper_asks_for_tests_that_use_it_through_another_helper() -> None:
     assert "from helpers.cases" not in (ROOT / "tests/kernels/test_ops.py").read_text()
     cases = check.tests_of("tests/helpers/cases.py")
     assert {"tests/kernels/test_kernels.py", "tests/kernels/test_ops.py"} <= cases

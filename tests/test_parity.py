@@ -208,7 +208,7 @@ def test_124m_trains_alike(whole: Pair) -> None:  # the last: it changes the wei
     whole.check_steps([batch_of(GPT2_124M, 1, 64, seed) for seed in range(10)])
 
 
-def test_transformers_loads_what_we_save(backend_name: str, tmp_path: Path) -> None:
+def test_transformers_loads_a_saved_model(backend_name: str, tmp_path: Path) -> None:
     own, idx = GPT2(SMALL, backend=backend_name), batch_of(SMALL, 2, 29)[0]
     rng = np.random.default_rng(1)
     for parameter in own.parameters.values():
@@ -698,7 +698,7 @@ def test_transformers_reads_our_tokenizer(tokenizer: Tokenizer, tmp_path: Path) 
         same_ids(tokenizer, theirs.from_pretrained(tmp_path))
 
 
-def test_we_read_transformers_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_of_transformers_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Version 5 writes tokenizer.json alone; older versions write all three files."""
     tokenizer.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -716,7 +716,7 @@ def test_we_read_transformers_tokenizer(tokenizer: Tokenizer, tmp_path: Path) ->
     assert more.special_tokens["[PAD]"] == theirs.pad_token_id and more.covers(own)
 
 
-def test_we_read_what_tokenizers_trained(tmp_path: Path) -> None:
+def test_tokenizer_trained_by_tokenizers_is_read(tmp_path: Path) -> None:
     """Its special tokens come first, and its byte alphabet has another order."""
     tokenizers = pytest.importorskip("tokenizers")
     trained = tokenizers.ByteLevelBPETokenizer()

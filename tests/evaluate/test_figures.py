@@ -59,7 +59,5 @@ def test_bad_loss_is_refused() -> None:
         (math.nan, (), "nan"),
     ],
 )
-def test_no_figure_has_a_hundred_digits(
-    value: float, arguments: tuple[float, ...], expected: str
-) -> None:
+def test_large_figures_are_short(value: float, arguments: tuple[float, ...], expected: str) -> None:
     assert written(value, *arguments) == expected  # type: ignore[arg-type]

@@ -136,7 +136,7 @@ def test_shared_prefix_is_read_once(backend_name: str, text, reads) -> None:
         assert (likeliest == fresh[1]).all()
 
 
-def test_scorer_that_was_interrupted_knows_what_it_has_read(text, monkeypatch) -> None:
+def test_interrupted_scorer_still_scores_right(text, monkeypatch) -> None:
     model = random_model()
     scorer, real = Scorer(model), Decoder.hidden
     first, second = text[:12], np.append(text[:6], text[30:36])

@@ -14,7 +14,7 @@ from gpt2c.files.atomic import atomic_paths, claim_directory
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_full_disk_leaves_every_file_as_it_was(
+def test_full_disk_leaves_every_file_unchanged(
     failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [tmp_path / name for name in ("a", "b", "c")]
@@ -83,7 +83,7 @@ def test_error_names_the_wanted_file(tmp_path: Path) -> None:
 # ---- links ---------------------------------------------------------------------------------------
 
 
-def test_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path: Path) -> None:
+def test_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     here, disk = tmp_path / "here", tmp_path / "disk"
     here.mkdir()
     disk.mkdir()

@@ -74,7 +74,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
+def test_run_round_trips_through_llm_c(run: Run, world: Path) -> None:
     assert run("run model.bin") == (0, "model.bin: llm.c's model, 34,368 parameters, fp32\n", "")
     assert run("run my_tokenizer.bin")[1] == "my_tokenizer.bin: llm.c's tokenizer, 270 tokens\n"
     written = "back: Hugging Face's model, 34,368 parameters, float32"
@@ -244,7 +244,7 @@ def test_convert_overwrites_only_when_told(run: Run, world: Path, arguments: str
     ],
 )
 @pytest.mark.parametrize("linked", [False, True])
-def test_convert_asks_before_it_removes_files(
+def test_convert_removes_files_only_with_overwrite(
     run: Run, world: Path, arguments: str, name: str, linked: bool
 ) -> None:
     assert run("run first.bin")[0] == 0

@@ -196,7 +196,7 @@ def test_llama_cpp_computes_the_same(
     agree(engine, model, model.generate([tokenizer.encode(TEXT)[:20]], 100, seed=1)[0].tolist())
 
 
-def test_llama_cpp_writes_what_a_trained_model_writes(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_text_of_a_trained_model(bpe: Tokenizer, tmp_path: Path) -> None:
     model = GPT2(make(bpe).config, seed=3)
     optimizer = AdamW(model, learning_rate=3e-3)
     ids = np.array(bpe.encode(TEXT))

@@ -267,7 +267,7 @@ def test_tokenizer_round_trips(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_gpt2s_merges_can_be_told_from_the_file(
+def test_merges_of_gpt2_are_recovered_from_the_file(
     version: int, tmp_path: Path, data_file: Callable[[str], Path]
 ) -> None:
     data_file("tiktoken-cache")

@@ -348,7 +348,7 @@ def test_prompt_may_have_special_tokens() -> None:
         ({"eos_token_id": []}, END),
     ],
 )
-def test_directory_may_say_where_texts_end(entries: Any, ends: Any, tmp_path: Path) -> None:
+def test_directory_may_name_the_ends_of_texts(entries: Any, ends: Any, tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     BYTES.save_pretrained(tmp_path)
     file = tmp_path / "generation_config.json"

@@ -398,7 +398,7 @@ def test_whole_number_may_be_a_float() -> None:
         ("xyz", "there are do_sample, "),
     ],
 )
-def test_unknown_setting_is_told_which_was_meant(name: str, meant: str) -> None:
+def test_error_suggests_the_setting_that_was_meant(name: str, meant: str) -> None:
     with pytest.raises(TypeError) as error:
         GenerationConfig(**{name: 5})
     assert str(error.value).startswith(f"GenerationConfig has no setting {name!r}; {meant}")

@@ -413,7 +413,7 @@ def test_runs_repeat_bit_for_bit(threads: int, backend_name: str, rng: np.random
     assert run() == run()
 
 
-def test_one_batch_is_learnt_by_heart(backend: Any, rng: np.random.Generator) -> None:
+def test_model_memorises_one_batch(backend: Any, rng: np.random.Generator) -> None:
     config = GPT2Config(vocab_size=31, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     model, batch = GPT2(config, backend=backend), batch_of(rng, 2, 16, 31)
     optimizer = AdamW(model, learning_rate=1e-2, weight_decay=0.0)
@@ -521,7 +521,9 @@ def test_unknown_backend_is_refused() -> None:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_saved_model_comes_back(backend: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_saved_model_loads_with_the_same_bits(
+    backend: Any, tmp_path: Path, rng: np.random.Generator
+) -> None:
     model, batch = odd_model(backend), batch_of(rng)
     model.save_pretrained(tmp_path / "model")
     copy = GPT2.from_pretrained(tmp_path / "model", backend=backend)

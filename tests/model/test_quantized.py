@@ -264,7 +264,7 @@ def test_shards_of_16_bits_are_rounded_as_their_numbers(method: str, tmp_path: P
             assert np.array_equal(loaded.parameters[name], parameter), name
 
 
-def test_config_json_says_what_the_weights_are(stored: tuple[str, Path]) -> None:
+def test_config_json_names_the_kind_of_weights(stored: tuple[str, Path]) -> None:
     method, path = stored
     entries = json.loads((path / "config.json").read_text())
     entry = {"quant_method": "gpt2c", "weights": method}

@@ -151,7 +151,7 @@ def test_prepare_writes_the_tokens_of_the_documents(tmp_path):
     assert not prepared.tail_held_out
 
 
-def test_prepare_says_when_it_held_out_a_tail(tmp_path):
+def test_prepare_reports_a_held_out_tail(tmp_path):
     assert prepare(["a line\n" * 50], tmp_path / "data", BYTES).tail_held_out
 
 
@@ -390,7 +390,7 @@ def test_lone_surrogates_are_written_as_they_are_encoded(tmp_path):
 # --- the manifest ----------------------------------------------------------------------------
 
 
-def test_manifest_lists_what_was_written(tmp_path):
+def test_manifest_lists_the_written_files(tmp_path):
     prepared = prepare(make_documents(), tmp_path, "bytes", shard_tokens=500)
     manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["version"] == 1

@@ -32,7 +32,7 @@ def test_token_file_is_an_llm_c_shard(tmp_path):
     assert content[1024:] == b"\x00\x00\x01\x00\xff\xff"
 
 
-def test_read_tokens_gives_what_was_written(tmp_path):
+def test_read_tokens_returns_the_written_tokens(tmp_path):
     path = tmp_path / "a.bin"
     write_tokens(path, np.arange(1000))
     tokens = read_tokens(path, vocab_size=1000)
@@ -144,7 +144,7 @@ def test_split_is_a_word_of_the_file_name(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
-def test_name_that_says_both_is_refused(tmp_path):
+def test_name_with_both_splits_is_refused(tmp_path):
     write_tokens(tmp_path / "val_train_000001.bin", [1])
     for split in ("train", "val"):
         assert "says both train and val" in refused(find_shards, tmp_path, split)

@@ -105,7 +105,7 @@ def test_surrogates_are_the_same_at_every_door(text):
     )
 
 
-def test_one_text_and_several_are_not_confused():
+def test_tokenizer_refuses_one_text_in_place_of_several():
     assert "encode_batch takes several" in refused(BPE.encode, ["a", "b"])
     assert "got bytes" in refused(BPE.encode, b"a")
     for use in (BPE.encode_batch, lambda text: Tokenizer.train(text, 300)):
@@ -115,7 +115,7 @@ def test_one_text_and_several_are_not_confused():
 
 
 @pytest.mark.parametrize("wrong", [5, None, 1.5, True, np.array(5), np.int64(5)])
-def test_one_id_is_not_several(wrong):
+def test_tokenizer_refuses_one_id_in_place_of_several(wrong):
     for decode in (BPE.decode, lambda ids: list(BPE.stream(ids))):
         assert refused(decode, wrong) == f"ids must be several token ids, got {wrong!r}"
 

@@ -303,7 +303,7 @@ def test_runs_without_a_number_are_not_identical(tmp_path: Path, figures: list[A
         (["x" * 100 + "1" + "x" * 100, "x" * 201], ["x" * 100 + "1" + "x" * 100, "x" * 201]),
     ],
 )
-def test_names_are_shortened_to_what_tells_them_apart(names: list[str], short: list[str]) -> None:
+def test_names_are_shortened_to_their_differences(names: list[str], short: list[str]) -> None:
     assert shorten(names) == short
 
 
