@@ -99,6 +99,10 @@ def tests_of(name: str) -> set[str]:
         return tests_of("gpt2c/train/settings.py")
     if path.parts[0] == "tests" and is_test(name):
         return {name}
+    if path.match("tests/*/conftest.py"):
+        return {
+            test.relative_to(ROOT).as_posix() for test in (ROOT / path).parent.glob("test_*.py")
+        }
     if path.parts[0] == "tests" and path.suffix == ".py":
         module = ".".join(path.with_suffix("").parts[1:])
         users = importers(module) | that_say(f'"{re.escape(module)}"')  # programs are run by name

@@ -66,6 +66,12 @@ def test_helper_asks_for_tests_that_use_it_through_another_helper() -> None:
     assert "tests/train/test_disks.py" in check.tests_of("tests/programs/disks.py")
 
 
+def test_fixtures_ask_for_the_tests_of_their_folder() -> None:
+    training = check.tests_of("tests/train/conftest.py")
+    assert "tests/train/test_signals.py" in training and "tests/train/test_run.py" in training
+    assert all(Path(name).parent == Path("tests/train") for name in training)
+
+
 def test_other_files_ask_for_the_test_that_reads_them() -> None:
     assert check.tests_of("tests/train/test_plot.py") == {"tests/train/test_plot.py"}
     assert check.tests_of("build.py") == {"tests/test_build.py"}
