@@ -51,11 +51,12 @@ sanitize: $(VENV)/installed-test
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/test_parity.py tests/text/test_tokenizer.py \
 		tests/evaluate/test_lm_eval.py tests/formats/test_llmc.py \
-		tests/test_processes.py::test_beside_torch_and_scikit_learn tests/train/test_run.py::test_tensorboard_reads_them
+		tests/test_processes.py::test_training_beside_torch_and_scikit_learn tests/train/test_tensorboard.py::test_tensorboard_reads_the_event_files
 
 # Tests of what meets other packages, with the oldest of them that pyproject.toml allows.
 lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/cli/test_main.py \
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/cli/test_eval.py \
+		tests/cli/test_generate.py tests/cli/test_main.py \
 		tests/files/test_hub.py tests/files/test_tensors.py tests/formats/test_gguf.py tests/formats/test_huggingface.py \
 		tests/generate/test_text.py tests/kernels/test_backend.py tests/model/test_model.py tests/text/test_batches.py \
 		tests/text/test_corpus.py tests/text/test_prepare.py tests/text/test_tokenizer.py tests/text/test_vocabulary.py \

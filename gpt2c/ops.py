@@ -30,7 +30,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,9 +73,16 @@ def _public(op: Op) -> Callable[..., Any]:
         **{name: None for name, letter in given_sizes.items() if letter == "KV"},
         "backend": "auto",
     }
+    types = {array.name: "Array | None" if array.optional else "Array" for array in inputs}
+    types |= dict.fromkeys(given_sizes, "int") | {"n_kv_head": "int | None", "backend": "str"}
+    types |= {n: "float" if isinstance(value, float) else "int" for n, value in numbers.items()}
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature(
-        [inspect.Parameter(name, either, default=value) for name, value in defaults.items()]
+        [
+            inspect.Parameter(name, either, default=value, annotation=types[name])
+            for name, value in defaults.items()
+        ],
+        return_annotation=_returned(op),
     )
 
     def run(*positional: Any, **keywords: Any) -> Any:
@@ -128,6 +135,16 @@ def _public(op: Op) -> Callable[..., Any]:
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__doc__ = _documentation(op, defaults)
     return run
+
+
+def _returned(op: Op) -> str:
+    """Return the type of an op's result."""
+    if op.returns:
+        return "float"
+    if any(array.mode == "~" and array.optional for array in op.outputs):
+        return "tuple[Array, ...]"  # such an array comes back only if it was given
+    arrays = ["Array"] * len(op.outputs)
+    return f"tuple[{', '.join(arrays)}]" if len(arrays) > 1 else arrays[0]
 
 
 def _size(name: str, value: Any) -> int:
@@ -247,13 +264,13 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
     parameters : of the function, each with its default
     """
 
-    def line(array: Argument) -> str:
+    def line(array: Argument, absent: str = "") -> str:
         shape = "any shape" if array.shape == ("*",) else f"({', '.join(array.shape)})"
-        return f"{array.name} : {shape}" + (", or None" if array.optional else "")
+        return f"{array.name} : {shape}{absent if array.optional else ''}"
 
     summary = inspect.cleandoc(getattr(reference, op.name).__doc__ or "")
     formula = summary.split("\nParameters\n")[0].rstrip()
-    lines = {array.name: line(array) for array in op.arrays}
+    lines = {array.name: line(array, ", or None") for array in op.arrays}
     lines |= {name: f"{name} : int, the size {letter}" for letter, name in GIVEN.items()}
     for name, default in op.numbers.items():
         shown = f"{type(default).__name__}, default {default}"
@@ -261,13 +278,135 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
     lines["n_kv_head"] = "n_kv_head : int, the size KV, default n_head"
     lines["backend"] = "backend : a name of `gpt2c.backends()`, default auto"
     inputs = [lines[name] for name in parameters]
-    results = [line(array) for array in op.outputs] or [f"{op.returns} : float"]
+    results = [
+        line(array, ", if it was given" if array.mode == "~" else "") for array in op.outputs
+    ]
+    results = results or [f"{op.returns} : float"]
     parts = [formula, "", "Parameters", "----------", *inputs, "", "Returns", "-------", *results]
     return "\n".join(parts)
 
 
 PUBLIC = {op.name: _public(op) for op in OPS.values()}
 globals().update(PUBLIC)
+
+if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test compares the two
+
+    def encoder_forward(
+        idx: Array,
+        wte: Array,
+        wpe: Array | None = None,
+        scale: Array | None = None,
+        offsets: Array | None = None,
+        position: int = 0,
+        backend: str = "auto",
+    ) -> Array: ...
+
+    def encoder_backward(
+        dout: Array,
+        idx: Array,
+        vocab_size: int,
+        n_positions: int,
+        offsets: Array | None = None,
+        backend: str = "auto",
+    ) -> tuple[Array, Array]: ...
+
+    def layernorm_forward(
+        x: Array, weight: Array, bias: Array, eps: float = 1e-05, backend: str = "auto"
+    ) -> tuple[Array, Array, Array]: ...
+
+    def layernorm_backward(
+        dout: Array, x: Array, weight: Array, mean: Array, rstd: Array, backend: str = "auto"
+    ) -> tuple[Array, Array, Array]: ...
+
+    def rmsnorm_forward(
+        x: Array, weight: Array, eps: float = 1e-05, backend: str = "auto"
+    ) -> tuple[Array, Array]: ...
+
+    def rmsnorm_backward(
+        dout: Array, x: Array, weight: Array, rstd: Array, backend: str = "auto"
+    ) -> tuple[Array, Array]: ...
+
+    def matmul_forward(
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        scale: Array | None = None,
+        backend: str = "auto",
+    ) -> Array: ...
+
+    def matmul_backward(
+        dout: Array, x: Array, weight: Array, backend: str = "auto"
+    ) -> tuple[Array, Array, Array]: ...
+
+    def matrix_transpose(x: Array, backend: str = "auto") -> Array: ...
+
+    def attention_forward(
+        qkv: Array,
+        n_head: int,
+        keys: Array | None = None,
+        values: Array | None = None,
+        offsets: Array | None = None,
+        position: int = 0,
+        n_kv_head: int | None = None,
+        backend: str = "auto",
+    ) -> tuple[Array, ...]: ...
+
+    def attention_backward(
+        dout: Array,
+        qkv: Array,
+        out: Array,
+        lse: Array,
+        offsets: Array | None = None,
+        backend: str = "auto",
+    ) -> Array: ...
+
+    def gelu_forward(x: Array, backend: str = "auto") -> Array: ...
+
+    def gelu_backward(dout: Array, x: Array, backend: str = "auto") -> Array: ...
+
+    def swiglu_forward(x: Array, backend: str = "auto") -> Array: ...
+
+    def swiglu_backward(dout: Array, x: Array, backend: str = "auto") -> Array: ...
+
+    def residual_forward(x: Array, branch: Array, backend: str = "auto") -> Array: ...
+
+    def rope_forward(
+        qkv: Array, cos: Array, sin: Array, heads: int, position: int = 0, backend: str = "auto"
+    ) -> Array: ...
+
+    def rope_backward(
+        dout: Array, cos: Array, sin: Array, heads: int, position: int = 0, backend: str = "auto"
+    ) -> Array: ...
+
+    def crossentropy_forward(
+        logits: Array, targets: Array, backend: str = "auto"
+    ) -> tuple[Array, Array]: ...
+
+    def crossentropy_backward(
+        logits: Array,
+        lse: Array,
+        targets: Array,
+        weights: Array | None = None,
+        scale: float = 1.0,
+        backend: str = "auto",
+    ) -> Array: ...
+
+    def adamw_update(
+        param: Array,
+        m: Array,
+        v: Array,
+        grad: Array,
+        learning_rate: float = 0.0003,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-08,
+        weight_decay: float = 0.1,
+        t: int = 1,
+        grad_scale: float = 1.0,
+        backend: str = "auto",
+    ) -> tuple[Array, Array, Array]: ...
+
+    def global_norm(grad: Array, backend: str = "auto") -> float: ...
 
 
 def linear_forward(
@@ -300,7 +439,3 @@ def residual_backward(dout: Array, backend: str = "auto") -> tuple[Array, Array]
 
 def _say_new_name(old: str, new: str) -> None:
     warnings.warn(f"gpt2c.ops.{old} is now {new}", DeprecationWarning, stacklevel=3)
-
-
-def __getattr__(name: str) -> Callable[..., Any]:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

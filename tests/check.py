@@ -21,9 +21,9 @@ PYTHON = sys.executable
 PYTEST = [PYTHON, "-W", "error", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
 OF_OPS = [f"tests/kernels/test_{part}.py" for part in ("kernels", "ops", "kernel_fuzz")]  # by op
 OF_MODELS = [f"tests/model/test_{part}.py" for part in ("model", "reader")]  # all ops together
-PARTS = dict.fromkeys(("gemm.c", "linear.c"), "matmul.c")  # file without an op: whose it computes
+PARTS = dict.fromkeys(("gemm.c", "linear.c"), "matmul.c")  # a file without an op: its op's
 NOT_HERE = {"tests/test_parity.py"}  # make parity
-# Files that no test reads, and the target of the Makefile that does.
+# Files that no test reads, and the target of the Makefile that reads them.
 TARGETS = {
     "tests/threads.c": "sanitize",
     "tests/sanitize.sh": "sanitize",
@@ -32,14 +32,15 @@ TARGETS = {
 
 
 def output(*command: str) -> list[str]:
-    """Return the lines that a command prints, none if it fails."""
+    """Return the lines that a command prints, or none if it fails."""
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
 
 
 def changed(since: str | None) -> list[str]:
-    """Return the paths that differ from a commit, and the new ones that git does not ignore.
+    """Return the paths that differ from a commit, and new paths that git does not ignore.
 
-    A path that is gone is among them: what imported it must be tested. Of a renamed file both are.
+    A deleted path is among them, because the tests of its importers must run. A renamed file counts
+    with both names.
     """
     commits = [since] if since else ["main", "origin/main", "HEAD"]
     base = next(
@@ -56,7 +57,7 @@ def is_test(name: str) -> bool:
 
 
 def that_say(pattern: str) -> set[str]:
-    """Return the Python files below tests/ in which a pattern is found."""
+    """Return the Python files below tests/ that match a pattern."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in TESTS.rglob("*.py")
@@ -65,7 +66,7 @@ def that_say(pattern: str) -> set[str]:
 
 
 def importers(module: str) -> set[str]:
-    """Return the files below tests/ that import a module of gpt2c's or of the tests'."""
+    """Return the files below tests/ that import a module of gpt2c or of the tests."""
     package, _, name = module.rpartition(".")
     member = rf"|^ *from {re.escape(package)} import .*\b{name}\b" if package else ""
     return that_say(rf"^ *(from|import) {re.escape(module)}\b{member}")
@@ -77,7 +78,7 @@ def callers(verb: str) -> set[str]:
 
 
 def ops(source: Path) -> list[str]:
-    """Return the kernels of csrc/gpt2c.h that a C file defines, none if it is gone."""
+    """Return the kernels of csrc/gpt2c.h that a C file defines, or none if the file is gone."""
     source = source.with_name(PARTS.get(source.name, source.name))
     if not source.exists():
         return []
@@ -88,7 +89,7 @@ def ops(source: Path) -> list[str]:
 
 
 def tests_of(name: str) -> set[str]:
-    """Return the test files that a changed file concerns, csrc/ apart."""
+    """Return the test files that a changed file concerns, except for csrc/."""
     path = Path(name)
     if name == "build.py":
         return {"tests/test_build.py"}
@@ -98,6 +99,10 @@ def tests_of(name: str) -> set[str]:
         return tests_of("gpt2c/train/settings.py")
     if path.parts[0] == "tests" and is_test(name):
         return {name}
+    if path.match("tests/*/conftest.py"):
+        return {
+            test.relative_to(ROOT).as_posix() for test in (ROOT / path).parent.glob("test_*.py")
+        }
     if path.parts[0] == "tests" and path.suffix == ".py":
         module = ".".join(path.with_suffix("").parts[1:])
         users = importers(module) | that_say(f'"{re.escape(module)}"')  # programs are run by name
@@ -142,7 +147,7 @@ def test(names: Iterable[str]) -> list[list[str]]:
     if kernels:
         files |= {*OF_OPS, *OF_MODELS} if not all(of_each) else set(OF_MODELS)
         names_of_ops = sorted({name for found in of_each for name in found})
-        if all(of_each):  # else: what all kernels share
+        if all(of_each):  # otherwise all kernels share the file
             commands.append([*OF_OPS, "-k", " or ".join(names_of_ops)])
     if files:
         commands.append(sorted(files))

@@ -1,4 +1,4 @@
-"""What tests share: backends, random numbers, guarded memory, data files."""
+"""Shared fixtures: backends, random numbers, guarded memory, data files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub; test_
 
 @pytest.fixture(params=NAMES)
 def backend_name(request: pytest.FixtureRequest) -> str:
-    """Name every backend in turn; one that this machine cannot run is a skip that says so."""
+    """Return the name of every backend in turn; skip one that this machine cannot run."""
     if request.param not in backends():
         pytest.skip(f"backend {request.param!r} does not run here, only {', '.join(backends())}")
     return request.param
@@ -38,7 +38,7 @@ def backend(backend_name: str) -> Any:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Return the same random numbers in every run."""
+    """Return a generator of the same random numbers in every run."""
     return np.random.default_rng(1337)
 
 
@@ -55,7 +55,7 @@ def data_file() -> Callable[[str], Path]:
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
-    """Return the message of a ValueError: one line, one sentence."""
+    """Return the message of a call's ValueError, which must be one line and one sentence."""
     with pytest.raises(ValueError) as error:
         call(*arguments, **keywords)
     message = str(error.value)
@@ -72,24 +72,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes longer than a tiny run, the picture and the measure of the peak."""
+    """Leave out what takes longer than a tiny run: the picture, and the peak's measurement."""
     patch.setattr("gpt2c.train.loop.plot_loss", lambda metrics, path: False)
     patch.setattr("gpt2c.train.hooks.fma_peak", lambda name, threads: 0.0)
 
 
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave them out of a test's runs; see `draw_nothing`."""
+    """Train without the picture and without the peak's measurement; see `draw_nothing`."""
     draw_nothing(monkeypatch)
 
 
 class Guarded:
-    """Copies of arrays where a kernel that strays is caught.
+    """Copies of arrays in memory that shows a kernel's stray reads and writes.
 
     Each copy stands between guards and starts one element past a multiple of 64 bytes, the
-    alignment that vector code would like. A guard is a quiet NaN that nothing computes, in float32
-    and float16: `check` shows that it was written over, and the result shows that it was read and
-    used.
+    alignment that vector code prefers. A guard is a quiet NaN that no kernel computes, in float32
+    and float16. `check` finds a guard that was overwritten; the result shows a guard that was read
+    and used.
     """
 
     PATTERN = np.uint32(0x7FC0FFEE)
@@ -99,7 +99,7 @@ class Guarded:
         self._buffers: list[tuple[np.ndarray, int, int]] = []
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """Return a guarded copy of an array of numbers of 4 bytes, 2 or 1."""
+        """Return a guarded copy of an array whose numbers have 4, 2 or 1 bytes."""
         buffer = self._guards(array.nbytes + 4 * self.GUARD)
         start = self.GUARD + -buffer.ctypes.data % self.GUARD + array.itemsize
         self._buffers.append((buffer, start, start + array.nbytes))
@@ -111,7 +111,7 @@ class Guarded:
         return np.full(-(-size // 4), self.PATTERN).view(np.uint8)
 
     def check(self) -> None:
-        """Fail if a guard was written."""
+        """Fail if a guard was overwritten."""
         for buffer, start, stop in self._buffers:
             guards = self._guards(buffer.nbytes)
             assert (buffer[:start] == guards[:start]).all(), "memory before an array was written"
@@ -120,7 +120,7 @@ class Guarded:
 
 @pytest.fixture
 def guarded() -> Iterator[Guarded]:
-    """Return guarded memory, and check the guards when the test is over."""
+    """Return guarded memory; check its guards after the test."""
     memory = Guarded()
     yield memory
     memory.check()

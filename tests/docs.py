@@ -1,7 +1,7 @@
-"""Write the API reference, from the docstrings: python tests/docs.py FOLDER; see `make docs`.
+"""Write the API reference from the docstrings: python tests/docs.py FOLDER; see `make docs`.
 
-pdoc draws the pages. The docstrings have numpydoc's sections, with "name : what it is" in their
-lists, which is turned into Markdown here. Every warning is an error.
+pdoc writes the pages. The docstrings have numpydoc's sections, whose lists have entries such as
+"name : description"; this file turns them into Markdown. Every warning is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def markdown(docstring: str) -> str:
 def main(folder: Path) -> None:
     """Write the pages into `folder`."""
     warnings.simplefilter("error")
-    # pdoc looks for the source of NamedTuples and TypedDicts where it is not.
+    # pdoc looks for the source of NamedTuples and TypedDicts in the wrong place.
     warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")
     warnings.filterwarnings("ignore", "Cannot determine where .* is taken from")
     pdoc.docstrings.convert = lambda docstring, *_: markdown(docstring)

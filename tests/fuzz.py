@@ -1,11 +1,11 @@
-"""Mutation fuzzing of every reader of hostile.py: `make fuzz`, and for seconds in test_hostile.
+"""Mutation fuzzing of every reader of hostile.py: `make fuzz`; for seconds, test_hostile.
 
     python -W error tests/fuzz.py --seconds 600            every reader in turn, on all cores
     python -W error tests/fuzz.py --again DIR/reader-3     read one saved input again
 
-A round is a process: one reader, one seed, so many inputs. It may crash, hang or take too much
-memory; that is a finding like any exception but ValueError and OSError, and the next round goes on.
-A finding's directory holds the files as they were read and finding.txt.
+A round is a process with one reader, one seed and a number of inputs. If it crashes, hangs or
+takes too much memory, that is a finding, like any exception except ValueError and OSError; the next
+round goes on. A finding's directory holds the files that were read, and finding.txt.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ROUND = 1000  # inputs
 
 
 def again(directory: Path) -> str:
-    """Read one input as a round does; raise what comes out."""
-    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # where a signal waits for C
+    """Read one input as a round does; raise what the reader raises."""
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # C code delays a signal
     try:
         with limits():
             return attempt(READERS[directory.name.split("-")[0]], directory)
@@ -44,7 +44,7 @@ def again(directory: Path) -> str:
 
 
 def play(reader: str, number: int, inputs: int, out: Path) -> None:
-    """Run a round in this process: print what was counted, save what was found."""
+    """Run a round in this process: print its counts, and save what it found."""
     work = Path(tempfile.mkdtemp(prefix=f"{reader}-", dir=out))
     good, bad = work / "good", work / f"{reader}-{number}"
     good.mkdir()
@@ -88,7 +88,7 @@ def play(reader: str, number: int, inputs: int, out: Path) -> None:
         try:
             run()
         except Exception:
-            if not smaller:  # it is not the reader that failed but the fuzzer
+            if not smaller:  # the fuzzer failed, and not the reader
                 raise
             _save(bad, out, smaller[0], traceback.format_exc())
             known.add(smaller[0])
@@ -106,7 +106,7 @@ def _save(bad: Path, out: Path, signature: str, text: str) -> None:
 def start_round(
     reader: str, number: int, inputs: int, out: Path
 ) -> tuple[collections.Counter[str], list[str]]:
-    """Run a round in a process of its own; give what was counted and what was found."""
+    """Run a round in a process of its own; return its counts and findings."""
     round_ = [reader, str(number), str(inputs), str(out)]
     command = [sys.executable, "-X", "faulthandler", "-W", "error", __file__, "--round", *round_]
     threads = {"GPT2C_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -124,7 +124,7 @@ def start_round(
 
 
 def fuzz(readers: list[str], seconds: float, number: int, out: Path) -> int:
-    """Play rounds of all readers in turn until the time is over; print a line for each."""
+    """Run rounds of all readers in turn until the time is over; print a line for each."""
     end = time.monotonic() + seconds
     totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     findings: set[tuple[str, str]] = set()

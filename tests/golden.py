@@ -1,12 +1,12 @@
-"""Golden files: what another commit computed, to the bit, against what this one computes.
+"""Golden files: compare the bits that this commit computes with those of another commit.
 
     python tests/golden.py write GOLD            # in the clone of the commit before, built
     python tests/golden.py compare GOLD          # here; ends with 1 and a list where bits differ
 
 Models of odd sizes on every backend of this machine: losses, gradients, logits, hidden states, ten
 AdamW steps, texts, log-probabilities, weights of 8 and 16 bits, and a run of 40 steps with a
-resume. A commit that moves code leaves every bit; one that changes an order of sums says so.
-Only the doors of gpt2c are used, so that the script runs on both sides of a change.
+resume. A commit that moves code changes no bit; one that changes an order of sums says so.
+The script uses only public names of gpt2c, so that it runs on both sides of a change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODELS = {
     "heads-of-16": (509, 70, 96, 6, 2),
     "heads-of-1": (97, 9, 3, 3, 1),
 }
-SIZES = ((1, 1), (3, 7), (2, 33), (5, 64), (1, 130))  # B, T; what a model has no room for is cut
+SIZES = ((1, 1), (3, 7), (2, 33), (5, 64), (1, 130))  # B, T; cut to the model's n_positions
 RECOMPUTE = (None, "light", "full")
 TEXT = "".join(
     f"{number} times {number % 7} is {number * (number % 7)}.\n" for number in range(900)
@@ -45,7 +45,7 @@ RUN = (
 
 
 def model_of(name: str, backend: str, recompute: str | None = None) -> gpt2c.GPT2:
-    """Return a model of MODELS with biases and gains that are not 0 and 1."""
+    """Return a model of MODELS whose biases are not 0 and whose gains are not 1."""
     V, P, C, NH, L = MODELS[name]
     config = gpt2c.GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_head=NH, n_layer=L)
     model = gpt2c.GPT2(config, seed=5, backend=backend, recompute=recompute)
@@ -57,7 +57,7 @@ def model_of(name: str, backend: str, recompute: str | None = None) -> gpt2c.GPT
 
 
 def training(name: str, backend: str) -> Iterator[tuple[str, Any]]:
-    """Losses, gradients and ten updates, with accumulation and targets that are ignored."""
+    """Return losses, gradients and ten updates, with accumulation and ignored targets."""
     V, P, *_ = MODELS[name]
     for recompute in RECOMPUTE:
         model, rng = model_of(name, backend, recompute), np.random.default_rng(7)
@@ -81,7 +81,7 @@ def training(name: str, backend: str) -> Iterator[tuple[str, Any]]:
 
 
 def reading(name: str, backend: str) -> Iterator[tuple[str, Any]]:
-    """Logits, hidden states, texts and log-probabilities, by float and by smaller weights."""
+    """Return logits, hidden states, texts and log-probabilities, with float and smaller weights."""
     V, P, *_ = MODELS[name]
     model, rng = model_of(name, backend), np.random.default_rng(8)
     models: dict[str, Any] = {"fp32": model}
@@ -118,7 +118,7 @@ def reading(name: str, backend: str) -> Iterator[tuple[str, Any]]:
 
 
 def texts(model: Any, prompts: list[list[int]], **settings: Any) -> Any:
-    """Return all that is written for prompts, end to end."""
+    """Return the texts of all prompts, end to end."""
     return np.concatenate([np.ravel(text) for text in model.generate(prompts, 40, **settings)])
 
 
@@ -128,7 +128,7 @@ def flat(arrays: Any) -> Any:
 
 
 def run(name: str, backend: str) -> Iterator[tuple[str, Any]]:
-    """40 steps at once, and 20 with a resume to 40: metrics, weights, moments."""
+    """Train 40 steps at once, and 20 with a resume to 40; return metrics, weights, moments."""
     with tempfile.TemporaryDirectory() as folder:
         text, data = Path(folder, "text.txt"), Path(folder, "data")
         text.write_text(TEXT, encoding="utf-8")
@@ -157,7 +157,7 @@ def verb(*arguments: str) -> None:
 
 
 def everything(backend: str) -> Iterator[tuple[str, Any]]:
-    """Yield a name and an array, or a number, of all that is compared."""
+    """Yield name and array, or number, of all results that are compared."""
     for name in MODELS:
         for part in (training, reading):
             for label, value in part(name, backend):
@@ -202,7 +202,7 @@ def main() -> None:
 
 
 def difference(here: Any, there: Any) -> str:
-    """Say how two arrays differ."""
+    """Return a description of how two arrays differ."""
     if here.shape != there.shape or here.dtype != there.dtype:
         return f"{here.dtype}{here.shape} here, {there.dtype}{there.shape} there"
     apart = np.abs(here.astype(np.float64) - there.astype(np.float64))

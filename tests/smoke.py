@@ -1,4 +1,4 @@
-"""What an installed gpt2c must do anywhere: learn, write, save, load. No pytest, no source tree.
+"""What an installed gpt2c must do anywhere: learn, write, save, load; without pytest or sources.
 
     python tests/smoke.py [FILE.npz]    the arrays that it computed go to FILE, to be compared
 

@@ -1,4 +1,4 @@
-"""build.py: what it compiles with, what comes out, and one sentence where it cannot."""
+"""build.py: its compiler flags, its results, and one sentence for each failure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build() -> ModuleType:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Return a copy of what build.py reads, so that nothing here is written over."""
+    """Return a copy of the files that build.py reads, so that no file here is overwritten."""
     shutil.copy(ROOT / "build.py", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "gpt2c").mkdir()
@@ -47,7 +47,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def header_functions() -> list[str]:
-    """List the functions that gpt2c.h declares."""
+    """Return the functions that gpt2c.h declares."""
     header = (ROOT / "csrc" / "gpt2c.h").read_text()
     return sorted(re.findall(r"^(?:void|int|int64_t|double) (\w+)\(", header, re.MULTILINE))
 
@@ -59,10 +59,10 @@ def run(command: list[str], cwd: Path, **variables: str) -> subprocess.Completed
     )
 
 
-# ---- where it cannot build -----------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------
 
 
-def test_no_compiler_is_one_sentence(copy: Path) -> None:
+def test_missing_compiler_is_one_sentence(copy: Path) -> None:
     done = run([sys.executable, "build.py"], copy, CC="/nonexistent/cc -m64")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("gpt2c needs a C compiler and found no '/nonexistent/cc': ")
@@ -70,16 +70,16 @@ def test_no_compiler_is_one_sentence(copy: Path) -> None:
     assert not list((copy / "gpt2c").iterdir())
 
 
-def test_python_m_build_reaches_its_namesake() -> None:
+def test_python_m_build_runs_the_package_build() -> None:
     """In this folder `python -m build` finds build.py before the package of that name."""
-    if not importlib.util.find_spec("pyproject_hooks"):  # which comes with that package alone
+    if not importlib.util.find_spec("pyproject_hooks"):  # only that package brings it
         pytest.skip("the package build is not installed")
     done = run([sys.executable, "-m", "build", "--version"], ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(r"build \d", done.stdout)
 
 
-def test_python_m_build_without_its_namesake(copy: Path) -> None:
+def test_python_m_build_names_the_missing_package(copy: Path) -> None:
     done = run([sys.executable, "-S", "-m", "build"], copy)  # without site-packages
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "No module named build: pip install build\n"
@@ -102,7 +102,7 @@ def test_free_threaded_python_is_refused(
         build.build(tmp_path)
 
 
-# ---- what it compiles with -----------------------------------------------------------------------
+# ---- compiler flags ------------------------------------------------------------------------------
 
 
 def test_no_flag_changes_arithmetic_or_ties_to_this_machine(build: ModuleType) -> None:
@@ -113,10 +113,10 @@ def test_no_flag_changes_arithmetic_or_ties_to_this_machine(build: ModuleType) -
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
-def test_every_command_of_a_build(
+def test_build_runs_the_expected_commands(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is compiled: the commands are written down, and their outputs are empty files."""
+    """Nothing is compiled: the test records the commands, and writes empty outputs."""
     commands: list[list[str]] = []
 
     def note(command: list[str]) -> bool:
@@ -138,7 +138,7 @@ def test_every_command_of_a_build(
         assert ("-DPy_LIMITED_API=0x030B0000" in command) is generated
         assert ("-Werror" in command) is not generated
         assert ("-fvisibility=hidden" in command) is not generated
-        if generated:  # runs before it is known what the CPU can do
+        if generated:  # runs before the CPU's features are known
             assert not [flag for flag in command if flag.startswith(("-mavx", "-mfma"))]
 
 
@@ -153,7 +153,7 @@ def test_every_command_of_a_build(
         ("macosx-10.13-universal2", "x86_64", "macosx-10.13-x86_64"),
     ],
 )
-def test_what_is_built_for(
+def test_target_follows_platform_and_machine(
     build: ModuleType, says: str, machine: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("_PYTHON_HOST_PLATFORM", raising=False)
@@ -162,10 +162,10 @@ def test_what_is_built_for(
     assert build.target() == target
 
 
-def test_a_compiler_that_knows_no_instruction_set(
+def test_build_without_instruction_sets_makes_base_alone(
     build: ModuleType, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels need no runtime library beside the system's own, as OpenMP would be."""
+    """The kernels need no runtime library except the system's own, so no OpenMP."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     pytest.importorskip("cffi")
@@ -197,7 +197,7 @@ def test_arm_kernels_compile_without_a_warning(
 
 
 class Compiler:
-    """A build in a copy of the tree whose compiler writes down what it was asked for.
+    """A build in a copy of the tree, with a compiler that records its commands.
 
     Its "object" is the text of the source and of the flags; its "library" is its objects in a row.
     """
@@ -225,7 +225,7 @@ class Compiler:
         return self.silent
 
     def __call__(self, *arguments: object, **keywords: object) -> list[str]:
-        """Build, and return the names of the objects that were compiled."""
+        """Build; return the names of the compiled objects."""
         self.compiled.clear()
         keywords = {"incremental": True, "wanted": ["base", "avx2"], **keywords}
         self.build.build(self.root / "gpt2c", *arguments, **keywords)
@@ -243,7 +243,7 @@ def compiler(build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return Compiler(build, copy, monkeypatch)
 
 
-def test_a_second_build_compiles_what_changed(compiler: Compiler, copy: Path) -> None:
+def test_second_build_compiles_changed_files_alone(compiler: Compiler, copy: Path) -> None:
     sources = {path.stem for path in (copy / "csrc").glob("*.c")}
     everything = sorted(
         f"{isa}-{stem}.o" for isa in ("avx2", "base") for stem in {f"_kernels_{isa}", *sources}
@@ -258,14 +258,14 @@ def test_a_second_build_compiles_what_changed(compiler: Compiler, copy: Path) ->
     gelu.write_text(f"{text}// new\n")
     assert compiler() == ["avx2-gelu.o", "base-gelu.o"]
     assert "// new" in compiler.library("avx2") and "// new" in compiler.library("base")
-    os.utime(gelu)  # the time of a file says nothing
+    os.utime(gelu)  # a file's time does not count
     assert compiler() == []
     gelu.write_text(text)
     assert compiler() == []  # the content is one that was built before
     assert compiler.library("avx2") == first
 
 
-def test_a_header_counts_for_those_that_include_it(compiler: Compiler, copy: Path) -> None:
+def test_changed_header_recompiles_its_includers(compiler: Compiler, copy: Path) -> None:
     compiler(wanted=["avx2"])
     header = copy / "csrc" / "vmath.h"
     header.write_text(f"{header.read_text()}// new\n")
@@ -277,7 +277,7 @@ def test_a_header_counts_for_those_that_include_it(compiler: Compiler, copy: Pat
     assert len(compiler(wanted=["avx2"])) == len(list((copy / "csrc").glob("*.c"))) + 1
 
 
-def test_flags_and_the_compilers_version_count(
+def test_cache_key_has_flags_and_compiler_version(
     compiler: Compiler, build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = compiler()
@@ -289,7 +289,7 @@ def test_flags_and_the_compilers_version_count(
     assert compiler() == everything
 
 
-def test_an_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
+def test_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
     compiler.silent = False
     everything = compiler()
     assert compiler() == everything
@@ -298,10 +298,10 @@ def test_an_object_with_a_warning_is_not_kept(compiler: Compiler) -> None:
     assert compiler() == []
 
 
-def test_a_source_that_is_edited_while_it_compiles_is_not_kept(
+def test_source_that_is_edited_while_it_compiles_is_not_kept(
     compiler: Compiler, copy: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the older content would name an object of the newer."""
+    """Otherwise the old content's name would have the new content's object."""
     gelu = copy / "csrc" / "gelu.c"
     text = gelu.read_text()
 
@@ -326,13 +326,13 @@ def test_wheels_and_sanitized_builds_keep_nothing(compiler: Compiler, copy: Path
     assert not (copy / ".build").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_none(compiler: Compiler, copy: Path) -> None:
+def test_build_works_without_a_writable_cache(compiler: Compiler, copy: Path) -> None:
     (copy / ".build").touch()
     everything = compiler()
     assert compiler() == everything
 
 
-def test_the_cache_has_a_bound(
+def test_cache_is_bounded(
     compiler: Compiler, copy: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = compiler()
@@ -343,11 +343,11 @@ def test_the_cache_has_a_bound(
     gelu.write_text(f"{gelu.read_text()}// new\n")
     compiler()
     assert len(list((copy / ".build").iterdir())) == len(everything)
-    assert compiler() == []  # what went is what no build used
+    assert compiler() == []  # only files that no build used were removed
 
 
-def test_one_instruction_set(copy: Path) -> None:
-    """By the command line; the file of another set is left alone."""
+def test_build_may_be_of_one_instruction_set(copy: Path) -> None:
+    """Chosen by the command line; the file of another set stays."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     pytest.importorskip("cffi")
@@ -366,10 +366,10 @@ def test_one_instruction_set(copy: Path) -> None:
     assert re.fullmatch(r"gpt2c: no instruction set 'avx1024' for \w+: base.*\n", done.stderr)
 
 
-def test_an_instruction_set_that_the_compiler_does_not_know(
+def test_build_reports_an_unknown_instruction_set(
     build: ModuleType, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sets: it is left out. Asked for by name: the build ends."""
+    """A build of all sets leaves it out; a build that names it ends."""
     if not shutil.which("cc"):
         pytest.skip("no C compiler")
     monkeypatch.delenv("CC", raising=False)
@@ -379,7 +379,7 @@ def test_an_instruction_set_that_the_compiler_does_not_know(
         build.build(copy / "gpt2c", wanted=["avx2"])
 
 
-# ---- what comes out ------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def test_cffi_reads_the_whole_header(build: ModuleType, tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_cffi_reads_the_whole_header(build: ModuleType, tmp_path: Path) -> None:
 def test_extensions_are_of_the_stable_abi_and_show_every_function() -> None:
     assert "_kernels_base.abi3.so" in [path.name for path in EXTENSIONS]
     assert all(path.name.endswith(".abi3.so") for path in EXTENSIONS)
-    base = importlib.import_module("gpt2c._kernels_base")  # needs no more than any CPU has
+    base = importlib.import_module("gpt2c._kernels_base")  # needs no special CPU feature
     functions = [name for name in dir(base.lib) if callable(getattr(base.lib, name))]
     assert sorted(functions) == header_functions()
     assert [base.lib.FP32, base.lib.FP16, base.lib.INT8] == [0, 1, 2]
@@ -403,7 +403,7 @@ def test_extensions_are_of_the_stable_abi_and_show_every_function() -> None:
 @pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
 @pytest.mark.parametrize("path", EXTENSIONS, ids=lambda path: path.name)
 def test_extensions_export_their_init_alone(path: Path) -> None:
-    """Else the loader could bind one instruction set's calls to the kernels of another."""
+    """Otherwise the loader could bind one instruction set's calls to another's kernels."""
     done = subprocess.run(
         ["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what users import: each door has one, and they run."""
+"""The examples in docstrings: each public name has one, and they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ DOORS = [gpt2c, ops, scoring, *(getattr(gpt2c, name) for name in gpt2c.__all__ i
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_examples(door: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_the_doors_run(
+    door: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = inspect.getdoc(door) or ""
     known = {"gpt2c": gpt2c, "np": np}

@@ -1,4 +1,4 @@
-"""The doors: mypy and this test agree on the types of what they return."""
+"""The public names: mypy and the program agree on the types that they return."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model() -> gpt2c.GPT2:
     return gpt2c.GPT2(config, backend="numpy")
 
 
-def test_generate(model: gpt2c.GPT2) -> None:
+def test_types_of_generate(model: gpt2c.GPT2) -> None:
     ids = model.generate(IDS, 3)
     assert_type(ids, Ids)
     assert ids.shape == (1, 5) and ids.dtype == np.int64
@@ -41,7 +41,7 @@ def test_generate(model: gpt2c.GPT2) -> None:
     assert_type(model.generate(IDS_OF_LENGTHS, logprobs=True), tuple[Ids | list[Ids], Logprobs])
 
 
-def test_stream(model: gpt2c.GPT2) -> None:
+def test_types_of_stream(model: gpt2c.GPT2) -> None:
     steps = model.stream(IDS_OF_LENGTHS, 3)
     assert_type(steps, Iterator[Ids])
     assert next(steps).shape == (2,)
@@ -51,7 +51,7 @@ def test_stream(model: gpt2c.GPT2) -> None:
     assert ids.dtype == np.int64 and logprobs.dtype == np.float64
 
 
-def test_engine(model: gpt2c.GPT2) -> None:
+def test_types_of_the_engine(model: gpt2c.GPT2) -> None:
     with gpt2c.Engine(model) as engine:
         request = engine.submit([65], 3)
         assert_type(request, Request[int])
@@ -69,7 +69,7 @@ def test_engine(model: gpt2c.GPT2) -> None:
             assert_type(logprob, float)
 
 
-def test_generator(model: gpt2c.GPT2) -> None:
+def test_types_of_the_generator(model: gpt2c.GPT2) -> None:
     generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
     assert_type(generator.generate("a", max_new_tokens=1), str)
     assert_type(generator.generate(["a"], max_new_tokens=1), list[str])
@@ -77,9 +77,17 @@ def test_generator(model: gpt2c.GPT2) -> None:
     assert_type(next(generator.tokens("a", max_new_tokens=1)).probability, float)
 
 
+def test_types_of_the_ops() -> None:
+    x = np.ones((2, 3), np.float32)
+    assert_type(gpt2c.ops.gelu_forward(x, backend="numpy"), NDArray[Any])
+    assert_type(gpt2c.ops.global_norm(x, backend="numpy"), float)
+    with pytest.raises(TypeError):
+        gpt2c.ops.gelu_forward(y=x)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("name", [name for name in gpt2c.__all__ if name != "ops"])
 def test_no_door_returns_any(name: str) -> None:
-    """But for mappings to values of several types, such as a config's entries."""
+    """Except in mappings to values of several types, such as a config's entries."""
     door: Any = getattr(gpt2c, name)
     called = [inspect.unwrap(door)]
     if inspect.isclass(door):

@@ -1,4 +1,4 @@
-"""The house: imports between wings go one way, and each other package is known in one place."""
+"""The structure: imports between wings go one way; one place knows each other package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import gpt2c
 
 PACKAGE = Path(gpt2c.__file__).parent
-# Each wing, or door, may import what stands before its line, and what stands in its own.
+# Each wing, or public module, may import those of its own line and of the lines before it,
 FLOORS = (
     {"files", "kernels", "screen", "plain"},
     {"text", "model", "ops"},
@@ -26,12 +26,12 @@ FLOORS = (
     {"cli"},
     {"__init__", "__main__"},
 )
-# A wing of a floor does not import another one of it, nor these, which stand below.
+# except these.
 APART = {"model": {"files", "screen", "text"}, "text": {"model"}, "kernels": {"files", "screen"}}
 APART |= {"files": {"kernels", "screen"}, "screen": {"kernels"}, "plain": {"files", "kernels"}}
 OTHERS = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
 PEERS = {"torch", "transformers", "onnx", "onnxruntime", "ctranslate2", "llama_cpp"}
-KNOWN = {  # packages that few may import: an extra's, or a benchmark's rows
+KNOWN = {  # packages that few files may import: of an extra, or of a benchmark's rows
     "matplotlib": {"screen/picture.py", "train/plot.py"},
     "tensorboardX": {"train/tensorboard.py"},
     "gguf": {"formats/gguf.py"},
@@ -85,14 +85,14 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 def exported(path: Path) -> set[str]:
-    """Return a module's `__all__`; ruff sees to it that each of its names is there."""
+    """Return a module's `__all__`; ruff checks that each of its names exists."""
     for node in ast.parse((PACKAGE / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
     raise AssertionError(f"{path} has no __all__")
 
 
-def test_a_module_says_what_others_may_use() -> None:
+def test_modules_import_only_names_of_all() -> None:
     modules = {
         ".".join(("gpt2c", *path.with_suffix("").parts)): exported(path)
         for path in FILES
@@ -106,15 +106,15 @@ def test_a_module_says_what_others_may_use() -> None:
                 assert not others, f"{path} imports what {node.module} does not have in __all__"
 
 
-def test_the_reference_knows_numpy_alone() -> None:
+def test_reference_imports_numpy_alone() -> None:
     for path in [*(PACKAGE / "kernels" / "reference").iterdir(), PACKAGE / "plain.py"]:
         if path.suffix == ".py":
             _, others = imports(path.relative_to(PACKAGE))
             assert others - sys.stdlib_module_names <= {"numpy"}
 
 
-def test_what_the_machine_allows_is_asked_in_one_place() -> None:
-    """Who asks elsewhere finds other cores after OpenMP has bound a thread, and no quotas."""
+def test_limits_of_the_machine_are_read_in_one_module() -> None:
+    """Code elsewhere would see other cores after OpenMP has bound a thread, and no quotas."""
     asks = r"cpu_count|sched_getaffinity|SC_(PHYS|NPROC)|sys/fs/cgroup|RLIMIT_(AS|DATA)"
     asking = {str(path) for path in FILES if re.search(asks, (PACKAGE / path).read_text())}
     assert asking == {"kernels/limits.py", "cli/info.py"}  # which shows each of them

@@ -1,4 +1,4 @@
-"""What is shipped, and where it runs: sdist and wheel, CPUs of the past.
+"""Sdist and wheel: their content, and older CPUs.
 
 Interpreters are tried with the wheel that `make wheel` makes: see CONTRIBUTING.md.
 """
@@ -33,8 +33,8 @@ FOLDERS = ("csrc", "gpt2c", "tests", "benchmarks")
 
 
 def python(*arguments: str, emulator: tuple[str, ...] = (), **variables: str) -> str:
-    """Run this Python in a new process on these modules; give what it prints."""
-    # OpenBLAS's choice of instructions is for the real CPU, not for an emulated one.
+    """Run this Python in a new process on these modules; return its output."""
+    # OpenBLAS chooses its instructions for the real CPU, not for an emulated one.
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("OPENBLAS_", "gpt2c"))}
     plain |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | variables
     done = subprocess.run(
@@ -52,7 +52,7 @@ def python(*arguments: str, emulator: tuple[str, ...] = (), **variables: str) ->
 
 
 def hatch(source: Path, target: str, out: Path, **variables: str) -> Path:
-    """Build an sdist or a wheel of a source tree, with the builders that are installed."""
+    """Build an sdist or a wheel of a source tree, with the installed builders."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(out)],
         cwd=source,
@@ -81,7 +81,7 @@ def unpack(sdist: Path, where: Path) -> Path:
     return source
 
 
-def test_the_sdist_is_the_source_and_nothing_else(sdist: Path) -> None:
+def test_sdist_is_the_source_and_nothing_else(sdist: Path) -> None:
     git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *FOLDERS]
     done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
     if done.returncode or not done.stdout:
@@ -91,18 +91,16 @@ def test_the_sdist_is_the_source_and_nothing_else(sdist: Path) -> None:
         assert {name.partition("/")[2] for name in archive.getnames()} == source | TOP
 
 
-def test_the_sdist_makes_itself(sdist: Path, tmp_path: Path) -> None:
+def test_sdist_builds_the_same_sdist(sdist: Path, tmp_path: Path) -> None:
     again = hatch(unpack(sdist, tmp_path / "source"), "sdist", tmp_path / "again")
     assert (again.name, again.read_bytes()) == (sdist.name, sdist.read_bytes())
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 @pytest.mark.slow
-def test_the_wheel_is_the_same_from_anywhere_and_holds_what_it_must(
-    sdist: Path, tmp_path: Path
-) -> None:
-    """Two folders, one of them with what a developer leaves behind, and the same bytes."""
-    quick = tmp_path / "cc"  # what it compiles is another's test
+def test_wheel_is_reproducible_and_complete(sdist: Path, tmp_path: Path) -> None:
+    """Two folders give the same bytes, though one has a developer's leftovers."""
+    quick = tmp_path / "cc"  # another test checks the compiled code
     quick.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
     quick.chmod(0o755)
     wheels = []
@@ -155,8 +153,8 @@ CPUS = [("Nehalem", "base"), ("Haswell,-fma,-f16c", "base"), ("Haswell", "avx2")
 
 @emulated
 @pytest.mark.parametrize(("cpu", "expected"), CPUS, ids=[cpu for cpu, _ in CPUS])
-def test_an_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path) -> None:
-    """What needs a newer CPU ends the process there, as on a real one (next test)."""
+def test_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path) -> None:
+    """Code for a newer CPU would end the process there (see the next test)."""
     if expected not in backends():
         pytest.skip(f"{expected} does not run here, to be compared with")
     there, here = tmp_path / "there.npz", tmp_path / "here.npz"
@@ -169,7 +167,7 @@ def test_an_older_cpu_gets_the_same_bits(cpu: str, expected: str, tmp_path: Path
 
 
 @emulated
-def test_the_emulator_refuses_what_the_cpu_lacks() -> None:
+def test_emulator_refuses_what_the_cpu_lacks() -> None:
     if not (PACKAGE / "_kernels_avx2.abi3.so").exists():
         pytest.skip("no avx2 kernels are built")
     code = "import sys, importlib as i; sys.path[:0] = [sys.argv[1]]; k = i.import_module"

@@ -1,6 +1,6 @@
 """PyTorch and transformers compute the same: logits, losses, gradients, ten steps, texts, each op.
 
-The weights are random, biases and layernorms too. Errors are max|a - b| / max|b| over a tensor.
+All weights are random, also biases and layernorms. Errors are max|a - b| / max|b| over a tensor.
 Both sides compute in float32 and round differently, by 6e-8 at each of thousands of operations.
 """
 
@@ -52,7 +52,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def torch_model(config: GPT2Config, seed: int = 0) -> Any:
-    """Build a GPT-2 in transformers, without dropout, all of its parameters random."""
+    """Return a GPT-2 of transformers without dropout, with random parameters."""
     entries = {
         **{name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd")},
         **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_inner")},
@@ -73,7 +73,7 @@ def torch_model(config: GPT2Config, seed: int = 0) -> Any:
 
 
 def batch_of(config: GPT2Config, B: int, T: int, seed: int = 0) -> Batch:
-    """Return token ids and targets; about a tenth of the targets is ignored."""
+    """Return token ids and targets, about a tenth of which are ignored."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, config.vocab_size, (B, T + 1))
     return ids[:, :-1], np.where(rng.random((B, T)) < 0.1, -1, ids[:, 1:])
@@ -139,7 +139,7 @@ class Pair:
             theirs.zero_grad()
             loss = torch_loss(self.torch, batch)[1]
             loss.backward()
-            # clip_grad_norm_ sums in float32: at 124M it gives a norm that is off by 1e-4 and more
+            # clip_grad_norm_ sums in float32; at 124M its norm is wrong by 1e-4 and more
             norm = sum(p.grad.double().square().sum().item() for p in parameters) ** 0.5
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             theirs.step()
@@ -152,7 +152,7 @@ class Pair:
 
 
 def pair(config: GPT2Config, backend: str) -> Pair:
-    """Build a model in transformers, save it, and load it here."""
+    """Make a model in transformers, save it, and load it here."""
     model = torch_model(config)
     with tempfile.TemporaryDirectory() as directory:  # not pytest's, which stays: 0.5 GB
         model.save_pretrained(directory)
@@ -195,7 +195,7 @@ def test_hidden_states_agree(config: GPT2Config, backend_name: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Pair]:
-    """Return GPT-2 124M on the backend that runs by default."""
+    """Return GPT-2 124M on the default backend."""
     yield pair(GPT2_124M, get_backend().name)
 
 
@@ -208,7 +208,7 @@ def test_124m_trains_alike(whole: Pair) -> None:  # the last: it changes the wei
     whole.check_steps([batch_of(GPT2_124M, 1, 64, seed) for seed in range(10)])
 
 
-def test_transformers_loads_what_we_save(backend_name: str, tmp_path: Path) -> None:
+def test_transformers_loads_a_saved_model(backend_name: str, tmp_path: Path) -> None:
     own, idx = GPT2(SMALL, backend=backend_name), batch_of(SMALL, 2, 29)[0]
     rng = np.random.default_rng(1)
     for parameter in own.parameters.values():
@@ -233,7 +233,7 @@ def test_transformers_loads_what_we_save(backend_name: str, tmp_path: Path) -> N
 
 
 def save_state(model: Any, directory: Path, change: Any) -> None:
-    """Save a model whose tensors, by transformers' names, were changed."""
+    """Save a model after tensors, named as in transformers, were changed."""
     model.save_pretrained(directory)
     file = directory / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -267,8 +267,8 @@ SAVES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("save", SAVES)
-def test_what_transformers_saves_is_the_same_model(save: str, tmp_path: Path) -> None:
-    """Weights to the bit, and logits: stored in 16 bits, as transformers widens them to float32."""
+def test_model_saved_by_transformers_is_read(save: str, tmp_path: Path) -> None:
+    """Weights have equal bits; logits of 16-bit files equal those of transformers in float32."""
     SAVES[save](torch_model(SMALL), tmp_path)
     assert ("shards" in save) == (len(list(tmp_path.glob("*.safetensors"))) > 2)
     own = GPT2.from_pretrained(tmp_path)
@@ -292,7 +292,7 @@ def test_what_transformers_saves_is_the_same_model(save: str, tmp_path: Path) ->
     ids=str,
 )
 def test_variants_that_are_read_compute_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Every name of the activation that is accepted is a name of the same function."""
+    """Every accepted name of the activation means the same function."""
     theirs = torch_model(dataclasses.replace(SMALL, n_inner=changes.get("n_inner", 71)))
     config = transformers.GPT2Config(**theirs.config.to_dict() | changes)
     config._attn_implementation = "eager"
@@ -329,8 +329,8 @@ def test_other_models_are_refused_by_name(
 
 
 @pytest.mark.parametrize("end", [None, 0, 96])
-def test_a_saved_models_texts_end_alike(end: int | None, tmp_path: Path) -> None:
-    """transformers' generate takes the end from generation_config.json, and says nothing of it."""
+def test_saved_models_texts_end_alike(end: int | None, tmp_path: Path) -> None:
+    """transformers reads the end from generation_config.json, and does not report it."""
     own = GPT2(dataclasses.replace(SMALL, eos_token_id=end), seed=3)
     own.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -355,7 +355,7 @@ SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280)}
 
 
 @pytest.mark.parametrize(("L", "NH", "C"), [*SIZES.values(), (48, 25, 1600)], ids=[*SIZES, "1558M"])
-def test_the_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
+def test_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
     """On PyTorch's meta device, which allocates nothing."""
     config = GPT2Config(n_layer=L, n_head=NH, n_embd=C)
     with torch.device("meta"):
@@ -384,7 +384,7 @@ GREEDY: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def wordy() -> Iterator[Any]:
-    """Give a model in transformers whose greedy texts do not settle on one token, and its files."""
+    """Return a model of transformers whose greedy texts vary, and its files."""
     model = torch_model(ODD, seed=3)
     with torch.no_grad():
         model.transformer.wte.weight.mul_(6)
@@ -401,7 +401,7 @@ def ended(row: np.ndarray, start: int, ends: Any) -> list[int]:
 
 
 def their_texts(model: Any, prompts: list[np.ndarray], **settings: Any) -> list[np.ndarray]:
-    """Continue prompts in transformers: shorter ones are padded on the left, and masked."""
+    """Continue prompts in transformers; shorter ones are padded on the left, and masked."""
     longest = max(map(len, prompts))
     padded = [np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]
     mask = [np.arange(longest) >= longest - len(prompt) for prompt in prompts]
@@ -424,7 +424,7 @@ def test_greedy_texts_agree(
     own = GPT2.from_pretrained(directory, backend=backend_name)
     rng, ends = np.random.default_rng(4), settings.get("eos_token_id", -1)
     prompts = [rng.integers(0, ODD.vocab_size, length) for length in lengths]
-    # their penalties see padding as if it were text: then one prompt at a time
+    # their penalties count padding as text, so there one prompt at a time
     alone = {"repetition_penalty", "no_repeat_ngram_size"} & settings.keys()
     batches = [[prompt] for prompt in prompts] if alone else [prompts]
     settings = {"max_new_tokens": 24, **settings}
@@ -451,7 +451,7 @@ PROCESSORS: list[dict[str, Any]] = [
 
 
 def processors(settings: dict[str, Any], prompt: int, ends: list[int]) -> Any:
-    """Return transformers' own, in the order in which its generate applies them."""
+    """Return transformers' own processors, in the order in which its generate applies them."""
     makers: dict[str, Any] = {
         "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
         "no_repeat_ngram_size": transformers.NoRepeatNGramLogitsProcessor,
@@ -467,8 +467,8 @@ def processors(settings: dict[str, Any], prompt: int, ends: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("settings", PROCESSORS, ids=str)
-def test_what_may_be_drawn_agrees(settings: dict[str, Any]) -> None:
-    """The same tokens, and probabilities to what float32, in which they compute, can hold."""
+def test_probabilities_of_sampling_agree(settings: dict[str, Any]) -> None:
+    """The same tokens remain, with the same probabilities to float32's precision."""
     V, prompt, ends = 97, 6, [11, 12]
     config = GenerationConfig(**settings)
     for seed in range(20):
@@ -496,7 +496,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def tensors(*arrays: np.ndarray) -> list[Any]:
-    """Give float64 tensors that want a gradient: PyTorch is exact, compared with what it checks."""
+    """Return float64 tensors with gradients, so that PyTorch's own error does not count."""
     return [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in arrays]
 
 
@@ -670,13 +670,13 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def same_ids(own: Tokenizer, theirs: Any) -> None:
-    """Check that texts get the same ids, both ways, and that the end of text is the same token."""
+    """Check that both sides give texts the same ids, and have the same end of text."""
     assert (len(theirs), theirs.eos_token_id) == (own.vocab_size, own.eot)
     for text in TEXTS:
         ids = own.encode(text)
         assert theirs.encode(text) == ids
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == own.decode(ids)
-    text = "a<|endoftext|> b"  # theirs looks for the token in a text, ours takes it for text
+    text = "a<|endoftext|> b"  # theirs encodes the mark as a token, ours as text
     assert theirs.encode(text) == [*own.encode("a"), own.eot, *own.encode(" b")]
     assert theirs.encode(text, split_special_tokens=True) == own.encode(text)
 
@@ -691,8 +691,8 @@ def test_transformers_reads_our_tokenizer(tokenizer: Tokenizer, tmp_path: Path) 
         same_ids(tokenizer, theirs.from_pretrained(tmp_path))
 
 
-def test_we_read_transformers_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Version 5 leaves tokenizer.json alone, older ones all three files."""
+def test_tokenizer_of_transformers_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Version 5 writes tokenizer.json alone; older versions write all three files."""
     tokenizer.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -709,8 +709,8 @@ def test_we_read_transformers_tokenizer(tokenizer: Tokenizer, tmp_path: Path) ->
     assert more.special_tokens["[PAD]"] == theirs.pad_token_id and more.covers(own)
 
 
-def test_we_read_what_tokenizers_trained(tmp_path: Path) -> None:
-    """Its special tokens come first, and its byte alphabet has an order of its own."""
+def test_tokenizer_trained_by_tokenizers_is_read(tmp_path: Path) -> None:
+    """Its special tokens come first, and its byte alphabet has another order."""
     tokenizers = pytest.importorskip("tokenizers")
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator(TEXTS, 400, 2, False, special_tokens=["<|endoftext|>"])

@@ -1,4 +1,4 @@
-"""GPT-2 in plain NumPy, and the model of every backend against it."""
+"""GPT-2 in plain NumPy, and the models of every backend against it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_loss(rng: np.random.Generator) -> None:
         assert slope == pytest.approx((gradient * direction).sum(), rel=1e-6, abs=1e-9), name
 
 
-def test_the_model_is_plain_gpt2(backend_name: str, rng: np.random.Generator) -> None:
+def test_model_is_plain_gpt2(backend_name: str, rng: np.random.Generator) -> None:
     model, p = model_and_parameters(backend_name)
     idx, targets = given(rng)
     assert normalised_error(model(idx), plain.forward(p, idx, 2)[0]) <= RTOL
@@ -82,7 +82,7 @@ def test_greedy_texts_are_the_same(backend_name: str) -> None:
     assert written == plain.generate(p, [5, 60, 1], 12, 2)
 
 
-def test_it_learns_by_heart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_model_memorises_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     plain.main()
     *_, last, text = capsys.readouterr().out.splitlines()
     assert text == "A model reads what came before and guesses what comes next."

@@ -1,8 +1,8 @@
-"""README runs: every line of its shell and Python blocks, in order, as it stands there.
+"""README runs: every line of its shell and Python blocks, in order.
 
-`make demo` is stood in for by a demo of three steps, and --max-iters N by a three-hundredth of it.
-Three kinds of lines are not run. Those with "# network:" need one. Those with "# minutes:" take
-that long, and only their flags are read. `make` and the activation of .venv are about the clone.
+A demo of three steps replaces `make demo`, and a three-hundredth of its steps each --max-iters N.
+Three kinds of lines are not run. Lines with "# network:" need one. Lines with "# minutes:" take
+that long, so only their flags are read. `make` and the activation of .venv are about the clone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def blocks(path: Path = README) -> Iterator[tuple[str, str]]:
 
 
 def lines(path: Path = README) -> list[str]:
-    """Return the lines of README's shell blocks, comments that stand alone left out."""
+    """Return the lines of README's shell blocks, without lines of comment."""
     shell = "".join(text for language, text in blocks(path) if language == "sh")
     found = re.sub(r"\\\n", " ", shell).splitlines()
     return [line for line in found if line.strip() and not line.lstrip().startswith("#")]
@@ -56,7 +56,7 @@ def run(command: list[str], folder: Path) -> None:
     assert "Traceback" not in said and "Warning" not in said, f"{shlex.join(command)}\n{said}"
 
 
-def test_every_block_says_what_it_is() -> None:
+def test_every_block_names_its_language() -> None:
     assert {language for language, _ in blocks()} == {"sh", "python", "text"}
     assert len(lines()) > 20
     assert not [line for line in lines() if re.search(r"\bsudo\b|\.\.\.", line.partition("#")[0])]
@@ -94,7 +94,7 @@ def test_lines_that_take_minutes_have_flags_that_exist() -> None:
         parser().parse_args(shlex.split(line)[1:])
 
 
-def test_the_chinese_readme_has_the_same_lines() -> None:
+def test_chinese_readme_has_the_same_lines() -> None:
     def code(path: Path) -> list[str]:
         python = "".join(text for language, text in blocks(path) if language == "python")
         return [line.partition("#")[0].rstrip() for line in lines(path) + python.splitlines()]

@@ -139,7 +139,7 @@ class Batches:
 
 
 def windows(
-    shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int, overlap: int = 0
+    shards: Sequence[Tokens | StoredTokens], batch_size: int, block_size: int
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Cut shards into batches for evaluation: all tokens but a shard's first are targets, in order.
 
@@ -148,8 +148,6 @@ def windows(
     shards : (N,) token ids each; a window lies within one
     batch_size : B, windows in a batch
     block_size : T, tokens in a window
-    overlap : the number of tokens that a window shares with the one before it. They are context
-        and not targets again, so that targets after the first window have at least as much context
 
     Returns
     -------
@@ -157,7 +155,7 @@ def windows(
 
     Raises
     ------
-    ValueError : no shard has two tokens, or overlap is not in [0, block_size)
+    ValueError : no shard has two tokens
     """
     if not any(len(tokens) > 1 for tokens in shards):
         total = sum(map(len, shards))
@@ -165,13 +163,8 @@ def windows(
             f"{counted(total, 'token')} {'is' if total == 1 else 'are'} too few to evaluate on; at"
             " least 2 are needed"
         )
-    if not 0 <= overlap < block_size:
-        raise ValueError(f"overlap must be in [0, block_size = {block_size}), got {overlap}")
     places = (
-        (tokens, start)
-        for tokens in shards
-        if len(tokens) > 1
-        for start in range(0, max(1, len(tokens) - 1 - overlap), block_size - overlap)
+        (tokens, start) for tokens in shards for start in range(0, len(tokens) - 1, block_size)
     )
 
     def batch(
@@ -183,7 +176,6 @@ def windows(
             end = min(start + block_size, len(tokens) - 1)
             x[row, : end - start] = tokens[start:end]
             y[row, : end - start] = tokens[start + 1 : end + 1]
-            y[row, : overlap if start else 0] = -1
         return x, y
 
     return map(batch, iter(lambda: list(islice(places, batch_size)), []))

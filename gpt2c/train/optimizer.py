@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.kernels.checks import number, whole_or_float
+from gpt2c.kernels.checks import number, whole, whole_or_float
 from gpt2c.kernels.memory import aligned_zeros, require
 
 __all__ = ["SCHEDULES", "AdamW", "NonFiniteGradient", "Schedule"]
@@ -157,11 +157,12 @@ class AdamW:
         Parameters
         ----------
         state : the result of `state`, also when it was stored since; the arrays are copied
-        steps : the number of steps taken, at least 0
+        steps : int, the number of steps taken, at least 0
 
         Raises
         ------
-        ValueError : the state is another optimizer's or another model's; nothing was loaded
+        ValueError : the state is another optimizer's or another model's, or steps is not a whole
+            number of at least 0; nothing was loaded
         """
         own = self.state()
         if state.keys() != own.keys():
@@ -171,6 +172,7 @@ class AdamW:
         for name, array in arrays.items():
             if array.shape != own[name].shape:
                 raise ValueError(f"{name} must have shape {own[name].shape}, got {array.shape}")
+        steps = whole("steps", steps)
         if steps < 0:
             raise ValueError(f"steps must be at least 0, got {steps}")
         for name, array in arrays.items():

@@ -25,23 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c.files import atomic
-from gpt2c.files.atomic import atomic_path, check_link, remove, remove_leftovers, through
+from gpt2c.files.atomic import atomic_path, check_link, matching, remove, remove_leftovers, through
 from gpt2c.files.names import (
-    ADDED_FILE,
     CHECKPOINTS,
-    CONFIG_FILE,
     DAMAGED_FILE,
     EVENTS,
-    GENERATION_FILE,
     LOSS_FILE,
-    MERGES_FILE,
     METRICS_FILE,
+    MODEL_FILES,
     MOMENTS_FILE,
     RUN_FILE,
     RUNS_FILE,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    VOCAB_FILE,
+    TOKENIZER_FILES,
+    TOKENIZER_OTHERS,
     WEIGHTS_FILE,
 )
 from gpt2c.files.untrusted import read_json, shown
@@ -68,13 +64,8 @@ __all__ = [
 ]
 
 VERSION = 1
-# Files that a run writes at the top of its directory, beside run.json.
-_FILES = (
-    *(CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE),
-    *(VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE),
-)
-# Other programs' tokenizer files: a new run removes them, or readers would prefer them to its own.
-_OTHERS = (TOKENIZER_FILE, ADDED_FILE)
+# What a run writes at the top of its directory.
+_FILES = (RUN_FILE, *MODEL_FILES, *TOKENIZER_FILES)
 _LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE)
 
 
@@ -138,7 +129,7 @@ def check_save(out: Path, parameters: int, overwrite: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; it must be the directory of checkpoints")
     place = directory if directory.is_dir() else out  # where it will be made
-    homes = [path.parent for path in atomic.places(*(out / name for name in (RUN_FILE, *_FILES)))]
+    homes = [path.parent for path in atomic.places(*(out / name for name in _FILES))]
     for parent in dict.fromkeys((out, place, *homes)):
         trial = atomic.temporary_path(parent / "trial")
         try:
@@ -260,10 +251,11 @@ class Run:
         run.json is removed first and written first: with it a run can go on, and without it old
         files cannot be mistaken for a run.
         """
-        for name in (RUN_FILE, *_FILES):
+        for name in _FILES:
             through(self.out / name).unlink(missing_ok=True)
-        for name in _OTHERS:
-            (self.out / name).unlink(missing_ok=True)
+        # A reader may take another program's tokenizer in place of the run's.
+        for path in matching(self.out, TOKENIZER_OTHERS):
+            path.unlink()
         for name in _LOGS:
             with self._logging(self.out / name):
                 through(self.out / name).unlink(missing_ok=True)

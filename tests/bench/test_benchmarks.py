@@ -31,7 +31,7 @@ def test_script_imports(path: Path) -> None:
 
 def test_pytest_finds_a_benchmark_for_each_op() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
-    # Where this test runs under xdist, pytest-benchmark would take that run for one of its workers.
+    # Under xdist pytest-benchmark would take the child process for one of xdist's workers.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, str(BENCHMARKS)], capture_output=True, text=True, timeout=120, env=own

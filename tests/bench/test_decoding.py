@@ -1,4 +1,4 @@
-"""The benchmark of reading and writing text: its rows, what it verifies, what it counts."""
+"""The benchmark of decoding: its rows, its verification, and what it counts."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 3)])
-def test_a_worker_verifies_and_times(what: str, B: int, precision: str, backend_name: str) -> None:
+def test_worker_verifies_and_times(what: str, B: int, precision: str, backend_name: str) -> None:
     worker = Worker(f"{backend_name}:{precision}", 1)
     answer = worker.generate(what, dataclasses.asdict(TINY), B, 9)
     assert answer["error"] <= answer["rtol"] <= (0.05 if precision == "int8" else 1e-5)
     assert 0 < worker.sample()["seconds"] < 10
 
 
-def test_a_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker("base:fp32", 1)
     right = worker._reader
 
@@ -89,7 +89,7 @@ def test_a_worker_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer["error"] > answer["rtol"]
 
 
-def test_works_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_works_of_the_benchmark_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_generate, "WORKS", (("prefill", 1, 16), ("decode", 2, 4)))
     monkeypatch.setattr(bench, "lacks", lambda name: "torch" if name == "transformers" else "")
     rows = ["base:fp32", "base:int8", "transformers"]
@@ -105,7 +105,7 @@ def test_works_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[3].facts["bytes"] > results[4].facts["bytes"]
 
 
-def test_what_is_counted() -> None:
+def test_costs_count_bytes_and_flops() -> None:
     config = GPT2Config()
     weights = config.num_parameters() - 1024 * 768  # less wpe; a few biases more than the matrices
     decode = bench_generate.costs(config, "decode", 1, 0, 4)
@@ -120,7 +120,7 @@ def test_what_is_counted() -> None:
     )
 
 
-def test_a_table() -> None:
+def test_table_of_decoding() -> None:
     facts = {"flops": 1e9, "bytes": 1e8, "tokens": 8, "memory": 300_000_000}
     results = [
         Result("decode, batch 8", "avx2:int8", [0.02] * 3, facts=facts),
@@ -136,7 +136,7 @@ def test_a_table() -> None:
     assert report.generate_table(results, CEILINGS)[1][1][4:6] == ["50.0", "50%"]
 
 
-def test_mistakes_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ("--backends base:fp8", "--backends abacus", "--shape 4x64"):
         assert main(["bench", "generate", *arguments.split()]) == 2
         err = capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_mistakes_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 8)])
-def test_what_is_timed_is_what_is_verified(
+def test_timed_work_is_the_verified_work(
     what: str, B: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker("base:int8", 1)
@@ -154,7 +154,7 @@ def test_what_is_timed_is_what_is_verified(
     def wrong_for_many(*arguments: Any) -> None:
         right(*arguments)
         out = arguments[0]
-        if len(out) > (16 if what == "prefill" else 4):  # as only the products of many rows
+        if len(out) > (16 if what == "prefill" else 4):  # like only the products of many rows
             out *= 1.5
 
     monkeypatch.setattr(worker._backend, name, wrong_for_many)
@@ -167,7 +167,7 @@ def test_what_is_timed_is_what_is_verified(
 
 @pytest.mark.parametrize("row", choose_generate_rows(None, quick=False)[-8:])
 @pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 1), ("decode", 3)])
-def test_an_engine_computes_what_gpt2c_does(row: str, what: str, B: int) -> None:
+def test_engine_computes_what_gpt2c_does(row: str, what: str, B: int) -> None:
     if lacking := bench.lacks(row):
         pytest.skip(f"not installed: {lacking}")
     with Row(row, 2) as process:
@@ -178,8 +178,8 @@ def test_an_engine_computes_what_gpt2c_does(row: str, what: str, B: int) -> None
 
 
 @pytest.mark.parametrize("what", ["prefill", "decode"])
-def test_an_engine_is_timed_on_the_texts_that_it_was_given(what: str) -> None:
-    """Prompts are read before the steps are timed, which feed the texts' tokens one by one."""
+def test_engine_is_timed_on_the_texts_that_it_was_given(what: str) -> None:
+    """Prompts are read before the timed steps, which read the texts' tokens one by one."""
     seen: list[Any] = []
 
     class Fake(Peer):
@@ -205,7 +205,7 @@ def test_an_engine_is_timed_on_the_texts_that_it_was_given(what: str) -> None:
     assert seen == ["prompt", *(steps if what == "decode" else [])]
 
 
-def test_every_engine_has_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_engine_is_implemented(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(PEERS) == set(worker.ENGINES) == {*bench_generate.TRANSFORMERS, *ENGINES}
     assert set(PEERS) <= set(bench.NEEDS)
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""The main job from text to text, and what it is measured against: xz and a bigram model."""
+"""The demo, from a text to a model and its text; and its baselines, xz and a bigram model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TINY = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 16 --batch-size 4 --max-
 
 
 def rows(output: str) -> dict[str, list[float]]:
-    """Read the table of the demo: name -> its figures."""
+    """Return the demo's table: name -> figures."""
     found = (ROW.match(line) for line in output.splitlines())
     return {row[1]: [float(text) for text in row.groups()[1:] if text] for row in found if row}
 
@@ -46,7 +46,7 @@ def rows(output: str) -> dict[str, list[float]]:
 
 
 def follow(output: str, capsys: Capture) -> str:
-    """Run the command of the demo's last line; return its prompt, which its text begins with."""
+    """Run the command in the demo's last line; return its prompt, with which its text begins."""
     _, line = output.splitlines()[-1].split("Go on with: ")
     words = shlex.split(line)
     assert words[:2] == ["gpt2c", "generate"] and words[-2] == "--prompt"
@@ -56,7 +56,7 @@ def follow(output: str, capsys: Capture) -> str:
 
 
 @pytest.mark.slow
-def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) -> None:
+def test_demo_on_the_python_documentation(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), *TINY]) == 0
     output, errors = capsys.readouterr()
@@ -82,7 +82,7 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
     assert 1 < table["xz -9 after training text"][0] < 3
     of_training = re.search(r"that it was trained on, GPT-2's loss is (\d\.\d{3}):", output)
     assert of_training
-    assert float(of_training[1]) == pytest.approx(loss, abs=0.2)  # nothing is known by heart yet
+    assert float(of_training[1]) == pytest.approx(loss, abs=0.2)  # the model knows no text yet
 
     assert len(follow(output, capsys).split()) == 3
     tokens = read_tokens(out / "data" / "val.bin", 4096)
@@ -94,7 +94,7 @@ def test_the_main_job_on_pythons_documentation(tmp_path: Path, capsys: Capture) 
         assert lines[lines.index(f"--- sample {number} ---") + 1].startswith(prompt)
 
 
-def test_a_text_of_the_users(tmp_path: Path, capsys: Capture) -> None:
+def test_demo_on_a_text_of_the_user(tmp_path: Path, capsys: Capture) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "it's a demo"
     text.write_text("".join(f"{n} cats sat on {n * n} mats.\n" for n in range(400)))
     arguments = ["demo", "--text", str(text), "--out", str(out), *TINY]
@@ -114,7 +114,7 @@ def test_a_text_of_the_users(tmp_path: Path, capsys: Capture) -> None:
     assert "2/2" in capsys.readouterr().out
 
 
-def test_a_chinese_text(tmp_path: Path, capsys: Capture) -> None:
+def test_demo_on_a_chinese_text(tmp_path: Path, capsys: Capture) -> None:
     text, out = tmp_path / "\u4e66.txt", tmp_path / "\u6a21\u578b"
     line = "\u4eca\u5929,\u5c0f\u660e\u5728\u516c\u56ed\u91cc\u770b\u4e66\u3002\n"
     text.write_text(line * 300, encoding="utf-8")
@@ -139,7 +139,7 @@ def test_prompts_are_words_of_the_held_out_text() -> None:
     assert of("\u5c0f\u660e\u5728\u516c\u56ed\u91cc\u770b\u4e66", most=7) == ["\u5c0f\u660e"] * 3
 
 
-def test_sizes_have_a_unit_that_suits_them() -> None:
+def test_sizes_have_a_fitting_unit() -> None:
     for size, shown in ((999, "999 bytes"), (2600, "2.6 kB"), (1_996_000, "2.00 MB")):
         sizes = {"train_bytes": size - size // 10, "val_bytes": size // 10, "vocab_size": 300}
         counts = dict.fromkeys(("documents", "train_documents", "val_documents"), 1)
@@ -148,7 +148,7 @@ def test_sizes_have_a_unit_that_suits_them() -> None:
         assert describe(prepared) == f"{shown}; 10% of it, the tail, is held out for validation"
 
 
-def test_a_command_calls_the_program_as_it_was_called(
+def test_suggested_command_calls_the_program_as_it_was_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "bin" / "gpt2c"
@@ -178,7 +178,7 @@ def small(tmp_path: Path) -> list[str]:
     return ["demo", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "demo"), *TINY]
 
 
-def test_tokens_that_are_too_few_are_not_kept(
+def test_demo_keeps_no_data_of_too_few_tokens(
     tmp_path: Path, small: list[str], capsys: Capture
 ) -> None:
     assert main([*small, "--batch-size", "4000"]) == 2
@@ -195,7 +195,7 @@ def test_tokens_that_are_too_few_are_not_kept(
         (1 << 60, ["--n-head", "5"], "n_embd"),
     ],
 )
-def test_what_refuses_does_so_before_anything_is_replaced(
+def test_demo_refuses_before_it_replaces_anything(
     tmp_path: Path,
     small: list[str],
     capsys: Capture,
@@ -215,7 +215,7 @@ def test_what_refuses_does_so_before_anything_is_replaced(
     assert everything(tmp_path / "demo") == before
 
 
-def test_the_runs_directory_is_locked_from_before_the_text_to_the_end(
+def test_demo_locks_the_run_from_before_the_text_to_the_end(
     tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
@@ -242,7 +242,7 @@ def test_the_runs_directory_is_locked_from_before_the_text_to_the_end(
         pass
 
 
-def test_ctrl_c_names_the_command_that_goes_on(
+def test_demo_prints_how_to_resume_after_ctrl_c(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "demo"
@@ -260,7 +260,7 @@ def test_ctrl_c_names_the_command_that_goes_on(
 # ---- baselines -----------------------------------------------------------------------------------
 
 
-def test_xz_knows_what_it_has_seen(rng: np.random.Generator) -> None:
+def test_xz_compresses_a_known_text_better(rng: np.random.Generator) -> None:
     noise = rng.bytes(4000)
     assert xz_bits_per_byte([], [noise]) == pytest.approx(8, abs=0.2)
     assert xz_bits_per_byte([rng.bytes(4000)], [noise]) == pytest.approx(8, abs=0.2)
@@ -274,14 +274,14 @@ def test_xz_knows_what_it_has_seen(rng: np.random.Generator) -> None:
 
 
 def bigram(history: list[int], V: int, k: int, a: int, b: int) -> Fraction:
-    """Return p(b | a) by counting, exactly."""
+    """Return p(b | a), exactly, by counting."""
     pairs = list(pairwise(history))
     prior = Fraction(history.count(b) + 1, len(history) + V)
     return (pairs.count((a, b)) + k * prior) / (history[:-1].count(a) + k)
 
 
 @pytest.mark.parametrize("block", [3, 1 << 20])
-def test_the_bigram_model_is_the_formula_by_hand(
+def test_bigram_model_is_the_formula_by_hand(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(baselines, "BLOCK", block)
@@ -300,7 +300,7 @@ def test_the_bigram_model_is_the_formula_by_hand(
 
 
 def test_bigram_pairs_do_not_overflow(rng: np.random.Generator) -> None:
-    """The tokens are uint16: a pair of large ones must not be taken for another."""
+    """Tokens are uint16: a pair of large tokens must not be taken for another pair."""
     history = rng.integers(60000, 65000, 3000).astype(np.uint16)
     seen, unseen = bigram_nats(history, history, 65536), bigram_nats(history, history[::-1], 65536)
     assert 0 < seen < unseen

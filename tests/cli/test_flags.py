@@ -1,6 +1,6 @@
-"""Bad numbers and bad files on the command line: every numeric flag of every verb, from the parser.
+"""Bad numbers and bad files: every numeric flag of every verb, taken from the parser.
 
-Whatever a user types, the answer is an exit code and a line, never a traceback.
+Whatever a user types, gpt2c answers with an exit code and one line, never with a traceback.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ CALLS = {
     "generate": "generate run --prompt a --max-new-tokens 1 --seed 1",
     "bench": "bench train --shape 1x8 --backends numpy",
 }
-# Flags of which large numbers are work that a user may want, and stop.
+# Flags whose large numbers ask for long work, which a user may want and interrupt.
 LONG = {"max_iters", "gradient_accumulation_steps", "max_new_tokens", "num_samples", "batch_size"}
 VALUES = [
     *("nan", "-nan", "inf", "-inf", "1e999", "-1e999", "1e-999", "1e308", "-0", "0", "-1", "0.5"),
     *(str(2**31 - 1), str(2**31), str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63))),
     *(str(2**64), "9" * 400, "9" * 5000, "", " ", "1_0", "٣", "0x10", "1,5", "None", "1e3", "\x1b"),
 ]
-FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # of the demo's settings, which are train's
+FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # for the demo's settings, which are those of train
 
 
 def numeric_flags() -> Iterator[tuple[str, str]]:
@@ -71,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work there, draw nothing and measure nothing."""
+    """Work in the world; draw nothing and measure nothing."""
 
     def measured(threads: int) -> None:
         raise ValueError("the benchmark would begin")
@@ -83,7 +83,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """Press Ctrl-C after each half second of work."""
+    """Press Ctrl-C after every half second of work."""
 
     def press(signum: int, frame: object) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -97,12 +97,12 @@ def interrupted() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def test_every_verb_with_a_number_is_called() -> None:
+def test_every_verb_with_a_number_is_tested() -> None:
     assert {verb for verb, _ in FLAGS} == CALLS.keys()
 
 
 @pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
-def test_bad_numbers(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = flag.lstrip("-").replace("-", "_")
     for value in FEW if verb == "demo" else VALUES:
         try:
@@ -110,18 +110,18 @@ def test_bad_numbers(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -
                 code = main([*CALLS[verb].split(), f"{flag}={value}"])
         except SystemExit as stop:  # argparse's
             code = stop.code
-        except KeyboardInterrupt:  # it was done already
+        except KeyboardInterrupt:  # it was finished already
             code = 130
         _, err = capsys.readouterr()
         assert code in ((0, 2, 130) if name in LONG else (0, 2)), (value, err)
         if code == 2:
-            last = err.splitlines()[-1]  # argparse shows what the flags are before it
+            last = err.splitlines()[-1]  # argparse shows the usage before it
             assert re.match(rf"gpt2c(: | {verb}( train)?: error: )", last) and last.isprintable()
 
 
 # ---- bad files -----------------------------------------------------------------------------------
 
-BAD_FILES = [  # a verb, the file that is bad, its content, what is said
+BAD_FILES = [  # a verb, the bad file, its content, the message
     ("train --data bad --out out --overwrite", "bad/train.bin", b"\0" * 2000, "train.bin"),
     ("train --data bad --out out --overwrite", "bad/vocab.json", b"{}", "vocab.json"),
     ("train --data bad --out out --overwrite", "bad/merges.txt", b"\xff", "merges.txt"),
@@ -145,7 +145,7 @@ BAD_FILES = [  # a verb, the file that is bad, its content, what is said
 
 @pytest.fixture
 def bad_file(world: Path) -> Callable[[str, bytes], None]:
-    """Return what puts a bad file into the world, among good ones if it is in a directory."""
+    """Return a function that puts a bad file into the world, beside good ones if in a directory."""
 
     def put(name: str, content: bytes) -> None:
         shutil.rmtree("bad", ignore_errors=True)
@@ -157,7 +157,7 @@ def bad_file(world: Path) -> Callable[[str, bytes], None]:
 
 
 @pytest.mark.parametrize(("call", "name", "content", "said"), BAD_FILES, ids=lambda part: None)
-def test_bad_files(
+def test_bad_files_are_refused(
     call: str, name: str, content: bytes, said: str, bad_file: Any, capsys: Any
 ) -> None:
     bad_file(name, content)
@@ -168,7 +168,7 @@ def test_bad_files(
 
 
 @pytest.mark.parametrize("call", ["generate bad", "eval bad --data data"])
-def test_bad_files_in_a_process(call: str, bad_file: Any) -> None:
+def test_process_refuses_bad_files(call: str, bad_file: Any) -> None:
     bad_file("bad/model.safetensors", (2**63).to_bytes(8, "little"))
     command = [sys.executable, "-W", "error", "-m", "gpt2c", *call.split()]
     path = os.pathsep.join(os.path.abspath(part) for part in sys.path if part)

@@ -1,4 +1,4 @@
-"""`gpt2c info`: every row, on any machine, and no secret among them."""
+"""`gpt2c info`: it shows every row on any machine, and no secret."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def info(capsys: Capture):
-    """Return what `gpt2c info ...` says, as rows of a name and the rest."""
+    """Return the output of `gpt2c info ...` as rows: a name, and the rest."""
 
     def run(*flags: str) -> list[tuple[str, str]]:
         assert main(["info", *flags]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         lines = out.splitlines()
-        # Aligned: a column of names, two blanks at least, a column that starts where the first does
+        # Two columns: the names, and at least two blanks later the facts, aligned.
         start = re.match(r"gpt2c +", lines[0]).end()  # type: ignore[union-attr]
         assert all(len(line) <= start or line[start - 2 : start] == "  " for line in lines)
         assert all(line[start : start + 1] != " " for line in lines)
@@ -46,7 +46,7 @@ def info(capsys: Capture):
     return run
 
 
-def test_info(info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_backends_and_threads(info, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = info()
     shown = [text.split() for name, text in rows if name == "backend"]
     assert [words[0] for words in shown] == list(NAMES)
@@ -62,9 +62,9 @@ def test_info(info, monkeypatch: pytest.MonkeyPatch) -> None:
     ) in rows
 
 
-def test_verbose_names_all_that_a_report_needs(info) -> None:
+def test_verbose_info_has_the_rows_of_a_bug_report(info) -> None:
     rows = info("--verbose")
-    facts = dict(reversed(rows))  # of several rows of a name, the first
+    facts = dict(reversed(rows))  # the first of several rows with one name
     for package in ("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"):
         assert facts[package] == importlib.metadata.version(package)
     extras = importlib.metadata.requires("gpt2c") or []
@@ -91,7 +91,7 @@ def test_verbose_names_all_that_a_report_needs(info) -> None:
     assert all(re.search(r"[\d,]{6,} bytes  sha256 [0-9a-f]{12}  \S", text) for text in kernels)
 
 
-def test_what_limits_this_process_is_said(info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_the_limits_of_this_process(info, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_info, "AFFINITY", frozenset(range(4)))
     monkeypatch.setattr(cli_info, "cpu_quota", lambda: 1.5)
     monkeypatch.setattr(cli_info, "usable_cores", lambda: 2)
@@ -108,14 +108,14 @@ def test_what_limits_this_process_is_said(info, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif("base" not in backends(), reason="no kernels here")
-def test_threads_are_started(info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_whether_threads_start(info, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     facts = dict(info("--verbose"))
     assert facts["threads"] == "3, from OMP_NUM_THREADS"
     assert facts["they start"] == "yes"
 
 
-def test_the_environment_without_its_secrets(info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_hides_secrets_of_the_environment(info, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {
         "GPT2C_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
@@ -142,7 +142,9 @@ def test_the_environment_without_its_secrets(info, monkeypatch: pytest.MonkeyPat
     assert ("HF_TOKEN", "unset") in info("--verbose")
 
 
-def test_tiktokens_cache(info, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_the_cache_of_tiktoken(
+    info, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for name in tokenizer._GPT2_FILES:
         assert dict(info("--verbose"))["tiktoken's cache"].endswith("lacks GPT-2's vocabulary")
@@ -153,13 +155,13 @@ def test_tiktokens_cache(info, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "is empty" in dict(info("--verbose"))["tiktoken's cache"]
 
 
-def test_a_system_that_tells_nothing(info, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No /proc, no /sys, no /etc, as on other systems: the rows say so, and nothing fails."""
+def test_info_works_without_proc_sys_and_etc(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other systems lack them: the rows say so, and nothing fails."""
 
     def gone() -> dict[str, str]:
         raise FileNotFoundError(2, "No such file or directory")
 
-    elsewhere = Path("/nowhere")  # where /proc and /sys are
+    elsewhere = Path("/nowhere")  # in place of /proc and /sys
     original = Path.read_text
     names = [name for name, _ in info("--verbose")]
     monkeypatch.setattr(
@@ -183,8 +185,8 @@ def test_a_system_that_tells_nothing(info, monkeypatch: pytest.MonkeyPatch) -> N
     assert facts["load"].startswith("unknown")
 
 
-def test_what_is_wrong_is_a_row(info, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs this has a problem: every fact is shown all the same."""
+def test_info_shows_errors_as_rows(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user runs info because something is broken: it shows every fact all the same."""
     monkeypatch.setenv("GPT2C_NUM_THREADS", "many")
     facts = dict(info("--verbose"))
     assert re.match(r"none: GPT2C_NUM_THREADS must be .*, got 'many'$", facts["threads"])
@@ -204,8 +206,8 @@ def test_what_is_wrong_is_a_row(info, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["CPU has"] == facts["they start"] == "unknown: no kernels to ask"
 
 
-def test_nothing_is_imported_for_its_version() -> None:
-    """Torch takes seconds and starts threads; so do others."""
+def test_info_imports_no_package_for_its_version() -> None:
+    """Torch takes seconds and starts threads, and other packages do too."""
     code = """
 import sys
 from gpt2c.cli.main import main
@@ -246,7 +248,9 @@ def test_python_m_gpt2c() -> None:
         ({"direct_url.json": "[]"}, "by an unknown tool"),
     ],
 )
-def test_how_it_was_installed(files, said: str, info, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_shows_how_gpt2c_was_installed(
+    files, said: str, info, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Distribution(importlib.metadata.PathDistribution):
         def read_text(self, name: str) -> str | None:  # type: ignore[override]
             return files.get(name)

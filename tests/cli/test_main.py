@@ -1,28 +1,25 @@
-"""The command line: each verb does its job, and each mistake of a user's costs one line."""
+"""The command line: each verb does its job, and a user's mistake prints one line."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import io
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.command import COMMAND, TINY, crafted
+from helpers.command import COMMAND, SPEED, TINY
 
 from gpt2c.cli.main import main
 from gpt2c.evaluate import scoring
-from gpt2c.generator import Generator
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import backends
 from gpt2c.text.shards import read_tokens, write_tokens
 from gpt2c.text.tokenizer import Tokenizer
@@ -36,7 +33,7 @@ TEXT = "<|endoftext|>".join(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a text, its tokens, a run, and everything a user may have broken."""
+    """Return a directory with a text, its tokens, a run, and broken copies of them."""
     path = tmp_path_factory.mktemp("world")
     text = path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
@@ -74,34 +71,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("GPT2C_BACKEND", "GPT2C_NUM_THREADS"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def gpt2c(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> Callable[[str], tuple[int, str, str]]:
-    """Return `gpt2c` in the world, as (exit code, standard output, standard error)."""
-    monkeypatch.chdir(world)
-
-    def run(arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(arguments.split())
-        except SystemExit as stop:  # argparse's
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
-
 # ---- prepare, train ------------------------------------------------------------------------------
 
 
-def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path) -> None:
+def test_train_and_eval_read_shards(gpt2c, world: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     prepare = f"prepare text.txt --out {data} --tokenizer bytes"
     assert gpt2c(f"{prepare} --shard-tokens 900")[0] == 0
@@ -109,7 +82,7 @@ def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path)
     assert np.array_equal(whole, read_tokens(world / "data" / "train.bin"))
     val = read_tokens(data / "val.bin")
     (data / "val.bin").unlink()
-    (data / "manifest.json").unlink()  # it would miss val.bin, and not know the shards
+    (data / "manifest.json").unlink()  # it lists val.bin, and not the shards
     write_tokens(data / "val_000001.bin", val[:100])
     write_tokens(data / "val_000002.bin", val[100:])
     assert gpt2c(f"train --data {data} --out {run} {TINY}")[0] == 0
@@ -130,7 +103,7 @@ def test_shards_are_trained_and_evaluated_on(gpt2c, world: Path, tmp_path: Path)
     assert code == 2 and "does not hold the training and validation tokens" in err
 
 
-def test_prepare(gpt2c, world: Path, tmp_path: Path) -> None:
+def test_prepare_writes_token_files_and_tokenizer(gpt2c, world: Path, tmp_path: Path) -> None:
     code, out, err = gpt2c(
         f"prepare text.txt text.txt --out {tmp_path}/data --tokenizer bpe:270 --val-fraction 0.3"
     )
@@ -181,7 +154,7 @@ def test_prepare_takes_the_tokenizer_of_a_run(gpt2c, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "said"), [("258", False), ("999", True)])
-def test_prepare_says_that_a_text_gives_fewer_tokens(
+def test_prepare_reports_a_vocabulary_smaller_than_asked(
     gpt2c, tmp_path: Path, size: str, said: bool
 ) -> None:
     (tmp_path / "text.txt").write_text("abababab\n" * 99, encoding="utf-8")
@@ -222,195 +195,17 @@ def test_every_setting_is_a_flag_with_help(gpt2c) -> None:
         assert heads[number] < flag < heads[number + 1], name
 
 
-# ---- eval ----------------------------------------------------------------------------------------
-
-
-def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
-    model = GPT2.from_pretrained(world / "run")
-    tokens = read_tokens(world / "data" / "val.bin").astype(np.int64)
-    nats = 0.0
-    for start in range(0, len(tokens) - 1, 16):
-        x, y = tokens[start : start + 16][: len(tokens) - 1 - start], tokens[start + 1 : start + 17]
-        logits = model(x[None])[0].astype(np.float64)
-        nats += float((np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]).sum())
-    loss = nats / (len(tokens) - 1)
-    size = int((tokens[1:] != 256).sum())  # the tokenizer is bytes; the mark of 256 is no text
-    assert 0 < size < len(tokens) - 1
-    for flags in ("", " --batch-size 3 --backend numpy"):
-        code, out, err = gpt2c(f"eval run --data data{flags}")
-        assert (code, err) == (0, "")
-        shown = re.fullmatch(r"loss (\S+) nats/token  perplexity (\S+)  bits per byte (\S+)\n", out)
-        assert shown
-        expected = [loss, math.exp(loss), nats / math.log(2) / size]
-        assert [float(text) for text in shown.groups()] == pytest.approx(expected, abs=6e-3)
-        assert float(shown[1]) == pytest.approx(loss, abs=1e-4)
-        assert float(shown[3]) == pytest.approx(expected[2], abs=1e-4)
-
-
-# ---- generate ------------------------------------------------------------------------------------
-
-SPEED = r"(\d+) tokens? in \d+\.\d\d s, \d+\.\d tokens/s \(loaded in \d+\.\d\d s\)\n"
-
-
-def test_a_seed_draws_the_same_text(gpt2c) -> None:
-    texts = [gpt2c(f"generate run --prompt the --seed {seed}")[1] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    assert all(text.startswith("the") and text.endswith("\n") for text in texts)
-
-
-def test_temperature_0_needs_no_seed(gpt2c) -> None:
-    texts = {gpt2c("generate run --prompt a --temperature 0 --top-k 1")[1] for _ in range(3)}
-    assert len(texts) == 1
-
-
-def test_generate_counts_and_stops(gpt2c, tmp_path: Path) -> None:
-    model = crafted(tmp_path / "cx", ord("c"), ord("x"))
-    for flags, text in (
-        ("--prompt ab --max-new-tokens 9", "abcxxxxxxxx\n"),
-        ("--prompt ab --max-new-tokens 0", "ab\n"),
-        ("--max-new-tokens 3", "xcx\n"),  # the start of a text is one token
-    ):
-        code, out, err = gpt2c(f"generate {model} --temperature 0 {flags}")
-        assert (code, out) == (0, text)
-        assert int(re.fullmatch(SPEED, err)[1]) == len(out) - len("\n") - (2 if "ab" in text else 0)
-    model = crafted(tmp_path / "end", 256, ord("x"))
-    assert gpt2c(f"generate {model} --temperature 0 --prompt ab")[:2] == (0, "ab\n")
-
-
-def test_special_tokens_are_tokens_if_so_wished(
-    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, prompt = crafted(tmp_path, ord("c"), ord("x")), "<|endoftext|>b"
-    command = f"generate {model} --temperature 0 --max-new-tokens 3"
-    code, _, err = gpt2c(f"{command} --prompt {prompt}")
-    assert code == 2 and "the prompt is 14 tokens" in err
-    (tmp_path / "prompt").write_text(prompt)
-    for given in (f"--prompt {prompt}", f"--prompt-file {tmp_path / 'prompt'}"):
-        assert gpt2c(f"{command} --special {given}")[:2] == (0, f"{prompt}cxx\n")
-    several = gpt2c(f"{command} --special --prompt {prompt} --num-samples 2")[1]
-    assert several == "".join(f"--- sample {n} ---\n{prompt}cxx\n" for n in (1, 2))
-    table = gpt2c(f"{command} --special --prompt {prompt} --show-probabilities 0")[1]
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["99", "120", "120"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\nab\n"))
-    answers = f"{prompt}cxx\n---\nabcxx\n---\n"
-    assert gpt2c(f"{command} --special --interactive")[1] == answers
-    out = gpt2c(f"tokens {prompt} --tokenizer bytes --special")[1].splitlines()
-    assert out[0] == "bytes, a vocabulary of 257: 2 tokens, 14 characters, 14 bytes"
-    assert out[2] == "<|endoftext|>|b" and out[5].startswith("256  '<|endoftext|>'  3C 7C")
-    assert "14 tokens" in gpt2c(f"tokens {prompt} --tokenizer bytes")[1]
-
-
-def test_generate_ends_before_a_stop_string(gpt2c, tmp_path: Path) -> None:
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    for stops, text, count in (
-        ("--stop xx", "abc", 3),
-        ("--stop q --stop cx", "ab", 2),
-        ("--stop q", "abcxxx", 4),
-        ("--stop c --stop x", "ab", 1),
-    ):
-        code, out, err = gpt2c(
-            f"generate {model} --temperature 0 --prompt ab --max-new-tokens 4 {stops}"
-        )
-        assert (code, out) == (0, text + "\n") and int(re.fullmatch(SPEED, err)[1]) == count
-
-
-def test_generate_has_the_filters(gpt2c, tmp_path: Path) -> None:
-    """Each of them against the one text that this model would write without."""
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    command = f"generate {model} --prompt ab --max-new-tokens 4 --seed 1"
-    plain = gpt2c(f"{command} --temperature 0")[1]
-    assert plain == "abcxxx\n"
-    for flags in ("--top-k 1", "--top-p 0.001", "--min-p 1"):
-        assert gpt2c(f"{command} --temperature 100 {flags}")[1] == plain
-    assert gpt2c(f"{command} --temperature 100")[1] != plain
-    text = gpt2c(f"{command} --temperature 0 --no-repeat-ngram-size 1")[1].strip()
-    assert text.startswith("abcx") and len(set(text)) == len(text) == 6
-    assert gpt2c(f"{command} --temperature 0.8")[1] == plain  # the likeliest is far ahead
-    assert gpt2c(f"{command} --temperature 0.8 --repetition-penalty 1000")[1] != plain
-
-
-def test_generate_writes_several_texts(gpt2c, world: Path) -> None:
-    command = "generate run --prompt the --max-new-tokens 8 --seed 3"
-    code, out, err = gpt2c(f"{command} --num-samples 3")
-    pattern = "".join(rf"--- sample {number} ---\n(the.*)\n" for number in (1, 2, 3))
-    texts = re.fullmatch(pattern, out, re.DOTALL)
-    assert code == 0 and texts and len(set(texts.groups())) == 3
-    assert int(re.fullmatch(SPEED, err)[1]) <= 24
-    assert gpt2c(command)[1] == f"{texts[1]}\n"
-    generator = Generator(GPT2.from_pretrained(world / "run"), Tokenizer.from_pretrained("run"))
-    expected = generator.generate(
-        "the", max_new_tokens=8, seed=3, temperature=0.8, num_return_sequences=3
-    )
-    assert [f"the{text}" for text in expected] == list(texts.groups())
-
-
-@pytest.mark.parametrize("method", ["int8", "fp16"])
-def test_generate_with_smaller_weights(gpt2c, world: Path, tmp_path: Path, method: str) -> None:
-    model = QuantizedGPT2.from_model(GPT2.from_pretrained(world / "run"), method)
-    model.save_pretrained(tmp_path / "small")
-    tokenizer = Tokenizer.from_pretrained("run")
-    tokenizer.save_pretrained(tmp_path / "small")
-    settings = "--prompt the --max-new-tokens 8 --temperature 0"
-    expected = Generator(model, tokenizer).generate("the", max_new_tokens=8, temperature=0)
-    for arguments in (
-        f"run --quantize {method}",
-        f"{tmp_path}/small",  # what it holds needs no flag
-        f"{tmp_path}/small --quantize {method}",
-        f"run --quantize {method} --backend numpy",
-    ):
-        code, out, err = gpt2c(f"generate {arguments} {settings}")
-        assert (code, out) == (0, f"the{expected}\n") and re.fullmatch(SPEED, err)
-    other = {"int8": "fp16", "fp16": "int8"}[method]
-    code, out, err = gpt2c(f"generate {tmp_path}/small --quantize {other}")
-    assert (code, out) == (2, "") and err.count("\n") == 1
-    assert f"holds {method} weights, which cannot become {other}" in err
-
-
-def test_each_line_typed_is_continued(
-    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    command = f"generate {model} --interactive --temperature 0 --max-new-tokens 3"
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\nfar too long\nab"))
-    code, out, err = gpt2c(command)
-    assert (code, out) == (0, "abcxx\n---\nxcx\n---\n---\nabcxx\n---\n")  # a text too long has none
-    wrong, speed = err.splitlines(keepends=True)
-    assert (
-        wrong == "gpt2c: the prompt is 12 tokens; this model's context is 8 (n_positions): give a"
-        " shorter prompt, or at most its last 8 tokens\n"
-    )
-    assert int(re.fullmatch(SPEED, speed)[1]) == 9
-
-
-def test_ctrl_c_ends_a_text_and_not_the_conversation(
-    gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = crafted(tmp_path, ord("c"), ord("x"))
-    right = Generator.stream
-
-    def stream(self: Generator, prompt: str, **settings: object) -> Iterator[str]:
-        for number, piece in enumerate(right(self, prompt, **settings)):
-            if prompt == "stop" and number == 1:
-                raise KeyboardInterrupt
-            yield piece
-
-    monkeypatch.setattr(Generator, "stream", stream)
-    monkeypatch.setattr("sys.stdin", io.StringIO("stop\nab\n"))
-    code, out, _ = gpt2c(f"generate {model} --interactive --temperature 0 --max-new-tokens 3")
-    assert (code, out) == (0, "stopx\n---\nabcxx\n---\n")
-
-
 # ---- version -------------------------------------------------------------------------------------
 
 
-def test_version(gpt2c) -> None:
+def test_version_flag_prints_the_version(gpt2c) -> None:
     assert gpt2c("--version") == (0, f"gpt2c {importlib.metadata.version('gpt2c')}\n", "")
 
 
 # ---- the user's mistakes -------------------------------------------------------------------------
 
 TRAIN = f"train --out new {TINY}"
-# A row for each way that an error takes to become a line; the rest is asked of the modules.
+# A row for each path from an error to its line; tests of the modules have the other errors.
 MISTAKES = [
     ("prepare missing.txt --out new", r"missing\.txt does not exist"),
     ("prepare latin1.txt --out new", "is not UTF-8: byte 3 is 0xe9"),
@@ -516,12 +311,12 @@ MISTAKES = [
 
 
 def tree(root: Path) -> dict[Path, bytes | None]:
-    """Return every file's content and every directory."""
+    """Return the content of every file, and every directory."""
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), MISTAKES, ids=[row[0] for row in MISTAKES])
-def test_a_mistake_costs_one_line_and_writes_nothing(
+def test_mistake_prints_one_line_and_writes_nothing(
     gpt2c, world: Path, arguments: str, wanted: str
 ) -> None:
     before = tree(world)
@@ -535,7 +330,7 @@ def test_a_mistake_costs_one_line_and_writes_nothing(
 
 
 @pytest.mark.parametrize("verb", ["prepare text.txt", "train --data data", "demo"])
-def test_an_empty_path_is_not_the_current_directory(gpt2c, world: Path, verb: str) -> None:
+def test_empty_path_is_refused(gpt2c, world: Path, verb: str) -> None:
     before = tree(world)
     code, _, err = gpt2c(f"{verb} --overwrite --out=")
     assert code == 2 and "--out: it is empty" in err
@@ -556,10 +351,10 @@ def test_an_empty_path_is_not_the_current_directory(gpt2c, world: Path, verb: st
         ["prepare", "", "--out", "new"],
     ],
 )
-def test_an_empty_name_is_not_the_current_directory(
+def test_empty_name_is_refused(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str]
 ) -> None:
-    monkeypatch.chdir(world / "run")  # one that could be taken for what was meant
+    monkeypatch.chdir(world / "run")  # a directory that the empty name could mean
     (world / "run" / "text.txt").write_text("some text")
     before = tree(world)
     assert main(arguments) == 2
@@ -568,7 +363,9 @@ def test_an_empty_name_is_not_the_current_directory(
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9" * 12])
-def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_bad_number_of_threads_is_refused(
+    gpt2c, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("GPT2C_NUM_THREADS", value)
     code, _, err = gpt2c("eval run --data data")
     assert (code, err.count("\n")) == (2, 1)
@@ -582,7 +379,7 @@ def test_a_bad_number_of_threads(gpt2c, monkeypatch: pytest.MonkeyPatch, value: 
         *("generate run --quantize int4", "generate run --stop", "generate run --num-samples two"),
     ],
 )
-def test_what_argparse_refuses(gpt2c, arguments: str) -> None:
+def test_argparse_errors_print_usage(gpt2c, arguments: str) -> None:
     code, out, err = gpt2c(arguments)
     assert (code, out) == (2, "")
     assert "usage: gpt2c" in err
@@ -591,7 +388,7 @@ def test_what_argparse_refuses(gpt2c, arguments: str) -> None:
 # ---- real processes ------------------------------------------------------------------------------
 
 
-def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
+def test_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
     for arguments in (
         f"prepare text.txt --out {tmp_path}/data --tokenizer bytes",
         f"train --data {tmp_path}/data --out {tmp_path}/run {TINY} --log-interval 5",
@@ -610,7 +407,7 @@ def test_a_process_writes_plain_lines(world: Path, tmp_path: Path) -> None:
             assert steps == ["5", "10", "15", "20"]
 
 
-def test_a_process_with_a_mistake(world: Path) -> None:
+def test_process_prints_a_mistake_without_traceback(world: Path) -> None:
     done = subprocess.run([*COMMAND, "eval", "missing", "--data", "data"], capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"gpt2c: the file or directory missing does not exist here")
@@ -621,7 +418,7 @@ def test_a_process_with_a_mistake(world: Path) -> None:
     "arguments",
     ["info", "generate run", "eval run --data data", f"train --data data --out OUT {TINY}"],
 )
-def test_a_reader_that_has_gone(world: Path, tmp_path: Path, arguments: str) -> None:
+def test_closed_pipe_ends_a_verb_quietly(world: Path, tmp_path: Path, arguments: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -638,7 +435,7 @@ def test_a_reader_that_has_gone(world: Path, tmp_path: Path, arguments: str) -> 
 
 
 @pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its size
-def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None:
+def test_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None:
     termios = pytest.importorskip("termios")
     terminal, child_side = os.openpty()
     termios.tcsetwinsize(child_side, (24, columns))
@@ -654,7 +451,7 @@ def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None
     try:
         while piece := os.read(terminal, 4096):
             shown += piece
-    except OSError:  # how Linux says that the child has closed its side
+    except OSError:  # Linux's error when the child has closed its side
         pass
     os.close(terminal)
     assert child.communicate(timeout=60)[1] == b""
@@ -665,7 +462,7 @@ def test_a_terminal_has_a_bar(world: Path, tmp_path: Path, columns: int) -> None
     assert "step 10/20" not in text
 
 
-def test_an_error_is_one_line_whatever_a_name_holds(gpt2c) -> None:
+def test_error_is_one_line_for_any_file_name(gpt2c) -> None:
     name = "\x1b[2J\u202e" + 9999 * "x"
     code, out, err = gpt2c(f"train --data data --out new --config {name}")
     assert (code, out) == (2, "") and len(err) < 2100
@@ -676,7 +473,7 @@ def test_an_error_is_one_line_whatever_a_name_holds(gpt2c) -> None:
 def test_threads_are_a_flag(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """0 is as many as the machine allows, which is also what no flag says."""
+    """0 is as many as the machine allows, as without the flag."""
     seen = []
     loaded = GPT2.from_found
 

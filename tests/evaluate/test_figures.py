@@ -1,4 +1,4 @@
-"""Figures of a loss: by hand, at the ends of what a float holds, and where there is nothing."""
+"""Figures of a loss: compared with sums by hand, at the limits of a float, and without bytes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_figures_by_hand() -> None:
     assert found._fields == ("loss", "perplexity", "bits_per_token", "bits_per_byte")
 
 
-def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
-    loss = 709.78  # of exp, the largest is 709.7827...
+def test_perplexity_that_no_float_holds_is_infinite() -> None:
+    loss = 709.78  # exp overflows above 709.7827...
     assert figures(3 * loss, 3, 3).perplexity == pytest.approx(math.exp(loss))
     for loss in (709.79, 15262.697, 1e300):
         found = figures(loss, 1, 2)
@@ -26,7 +26,7 @@ def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
         assert found[2:] == pytest.approx((loss / math.log(2), loss / math.log(2) / 2))
 
 
-def test_a_certain_text_has_no_loss() -> None:
+def test_certain_text_has_loss_zero() -> None:
     found = figures(-0.0, 3, 3)
     assert found == (0, 1, 0, 0)
     assert f"{found.loss:.4f} {found.bits_per_byte:.4f}" == "0.0000 0.0000"
@@ -38,7 +38,7 @@ def test_tokens_without_bytes_have_a_loss() -> None:
     assert math.isnan(bits_per_byte)
 
 
-def test_what_is_no_loss_is_refused() -> None:
+def test_bad_loss_is_refused() -> None:
     for wrong in (math.nan, math.inf, -math.inf):
         assert refused(figures, wrong, 3).startswith(f"the loss is {wrong}: the model's weights")
     assert "no token was scored" in refused(figures, 0.0, 0)
@@ -59,7 +59,5 @@ def test_what_is_no_loss_is_refused() -> None:
         (math.nan, (), "nan"),
     ],
 )
-def test_no_figure_has_a_hundred_digits(
-    value: float, arguments: tuple[float, ...], expected: str
-) -> None:
+def test_large_figures_are_short(value: float, arguments: tuple[float, ...], expected: str) -> None:
     assert written(value, *arguments) == expected  # type: ignore[arg-type]

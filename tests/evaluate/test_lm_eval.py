@@ -1,4 +1,4 @@
-"""GPT2LM: what the harness gets is what the logits say, and what its own HFLM would give."""
+"""GPT2LM: the harness gets what the logits give, and what its own HFLM would give."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def requests(kind: str, rows: list[Any]) -> list[Instance]:
 
 
 def whole(context: str, continuation: str) -> tuple[np.ndarray, int]:
-    """Return what fits of a pair's tokens, and how many of them are the continuation."""
+    """Return the tokens of a pair that fit, and the number of them in the continuation."""
     text = context.split("<|endoftext|>")
     before = TOKENIZER.encode(text[-1].rstrip())
     tokens = TOKENIZER.encode(text[-1] + continuation)
@@ -83,7 +83,7 @@ def whole(context: str, continuation: str) -> tuple[np.ndarray, int]:
 
 
 def greedy_pair(model: Any, context: str) -> tuple[str, str] | None:
-    """Return a context and the token that the model holds for the likeliest, if text can say it."""
+    """Return a context and the token that the model finds likeliest, if it can be a text."""
     tokens = TOKENIZER.encode(context)
     likeliest = distribution(model, np.array(tokens[-24:]))[-1].argmax()
     ending = TOKENIZER.decode([likeliest])
@@ -91,7 +91,7 @@ def greedy_pair(model: Any, context: str) -> tuple[str, str] | None:
     return (context, ending) if TOKENIZER.encode(context + ending) == whole else None
 
 
-def test_it_is_a_model_of_the_harness(lm: GPT2LM) -> None:
+def test_adapter_is_a_model_of_the_harness(lm: GPT2LM) -> None:
     assert isinstance(lm, LM)
     assert (lm.rank, lm.world_size, lm.max_length) == (0, 1, 24)
     assert lm.eot_token_id == lm.prefix_token_id == TOKENIZER.eot
@@ -112,8 +112,8 @@ def test_loglikelihood(kind: str) -> None:
     assert answers[-1][1] is True and answers[0][1] is False
 
 
-def test_no_pair_ends_a_batch(lm: GPT2LM, model: GPT2) -> None:
-    """The harness' own class has an assert for each of these, and loses all that was done."""
+def test_odd_pairs_end_no_batch(lm: GPT2LM, model: GPT2) -> None:
+    """The harness's own class fails an assert for each, and loses the whole batch."""
     merged = [("the c", "at"), ("th", "e"), ("t", "he"), ("the cat s", "at"), ("the c ", "at")]
     empty = [("the cat", ""), ("", ""), ("", "<|endoftext|>")]
     long = [("the", TEXT[:40].upper()), ("", "z" * 24), ("the", "z" * 25), ("", "z" * 60)]
@@ -207,7 +207,7 @@ def test_generate_until(lm: GPT2LM, model: GPT2) -> None:
     assert ask("the", max_gen_toks=9, do_sample=True, seed=1) != ask("the", max_gen_toks=9)
 
 
-def test_the_end_of_text_ends_a_text(model: GPT2) -> None:
+def test_end_of_text_ends_a_text(model: GPT2) -> None:
     model = uniform(CONFIG)
     model.parameters["ln_f.bias"][...] = 1
     model.parameters["wte.weight"][TOKENIZER.eot] = 1
@@ -233,7 +233,9 @@ def test_answers_are_kept_for_the_cache(lm: GPT2LM, monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_what_is_refused(lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_refuses_bad_requests(
+    lm: GPT2LM, model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def generate(**settings: Any) -> str:
         return refused(
             lm.generate_until, requests("generate_until", [("a", settings)]), disable_tqdm=True
@@ -290,13 +292,13 @@ def evaluated(lm: GPT2LM, what: Any) -> dict[str, Any]:
         tasks=[what],
         bootstrap_iters=0,
         log_samples=False,
-        task_manager=TaskManager(include_defaults=False),  # the thousands are slow to find
+        task_manager=TaskManager(include_defaults=False),  # thousands are slow to load
     )
     return {name.split(",")[0]: value for name, value in results["results"][what.task_name].items()}
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_a_multiple_choice_task(kind: str) -> None:
+def test_multiple_choice_task(kind: str) -> None:
     model = random_model(CONFIG, kind=kind)
     choices = ["sat on the mat", "ran", "\u00e9 zebra"]
     rows = [
@@ -366,7 +368,7 @@ def test_tasks_of_perplexity_and_generation(lm: GPT2LM, model: GPT2) -> None:
     assert figures["exact_match"] == pytest.approx(0.5)
 
 
-def test_the_harness_own_class_gives_the_same(lm: GPT2LM, model: GPT2, tmp_path: Path) -> None:
+def test_harness_own_class_gives_the_same(lm: GPT2LM, model: GPT2, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="HFLM needs accelerate")
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
@@ -378,7 +380,7 @@ def test_the_harness_own_class_gives_the_same(lm: GPT2LM, model: GPT2, tmp_path:
         tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path),
         device="cpu",
         batch_size=2,
-        logits_cache=False,  # in 0.4.13 it mixes up one text that two pairs cut at different places
+        logits_cache=False,  # version 0.4.13 confuses two pairs whose joined texts are equal
     )
     assert theirs.max_length == 24
     pairs = [pair for pair in PAIRS if pair[0] != " "]  # theirs refuses a context of spaces

@@ -1,25 +1,31 @@
-"""Scoring: log-probabilities, windows and choices against what the logits say, done by hand."""
+"""Scoring: log-probabilities, windows and choices, compared with sums by hand from the logits."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import math
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refused
-from helpers.likely import CONFIG, by_hand, distribution, random_model, uniform
+from helpers.likely import (
+    CONFIG,
+    GOOD,
+    by_hand,
+    distribution,
+    random_model,
+    slide,
+    uniform,
+    write_lines,
+)
 
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
-from gpt2c.cli.main import main
+from gpt2c import GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.evaluate.loss import evaluate
 from gpt2c.evaluate.scoring import (
     METRICS,
@@ -33,9 +39,7 @@ from gpt2c.evaluate.scoring import (
     read_questions,
     token_logprobs,
 )
-from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.reader import Decoder
-from gpt2c.text.shards import read_tokens, write_tokens
 
 BYTES = Tokenizer.from_name("bytes")
 # In float32 sums round by 6e-8 of their terms; int8 rounds activations, by one step in 254 where
@@ -45,7 +49,7 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 1e-5, "int8": 2e-2}
 
 @pytest.fixture
 def text(rng: np.random.Generator) -> np.ndarray:
-    """Return more tokens than fit a context."""
+    """Return more tokens than a context holds."""
     return rng.integers(0, CONFIG.vocab_size, 45).astype(np.int32)
 
 
@@ -71,7 +75,7 @@ def test_logprobs_of_a_model_without_weights() -> None:
     )
 
 
-def test_what_logprobs_refuses() -> None:
+def test_logprobs_refuses_bad_ids() -> None:
     model = uniform()
     for kind in (model, QuantizedGPT2.from_model(model, "int8")):
         assert "at least 2 tokens" in refused(kind.logprobs, [[1]])
@@ -81,9 +85,9 @@ def test_what_logprobs_refuses() -> None:
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)
-def test_a_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> None:
+def test_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> None:
     model = random_model(backend=backend_name, kind=kind)
-    row = text[:17]  # one more than is read
+    row = text[:17]  # one token more than the decoder reads
     likely = distribution(model, row[:-1])
     expected = likely[np.arange(16), row[1:]]
     row[9] = likely[8].argmax()
@@ -99,7 +103,7 @@ def test_a_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) ->
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Note how many tokens are read, and from where, by all decoders."""
+    """Record each read of a decoder: its position, and its number of tokens."""
     noted: list[tuple[int, int]] = []
     real = Decoder.hidden
 
@@ -114,7 +118,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return noted
 
 
-def test_what_texts_share_is_read_once(backend_name: str, text, reads) -> None:
+def test_shared_prefix_is_read_once(backend_name: str, text, reads) -> None:
     model = random_model(backend=backend_name)
     context, scorer = text[:10], Scorer(model)
     rows = [np.append(context, ending) for ending in (text[10:13], text[11:17], text[20:21])]
@@ -132,7 +136,7 @@ def test_what_texts_share_is_read_once(backend_name: str, text, reads) -> None:
         assert (likeliest == fresh[1]).all()
 
 
-def test_a_scorer_that_was_interrupted_knows_what_it_has_read(text, monkeypatch) -> None:
+def test_interrupted_scorer_still_scores_right(text, monkeypatch) -> None:
     model = random_model()
     scorer, real = Scorer(model), Decoder.hidden
     first, second = text[:12], np.append(text[:6], text[30:36])
@@ -162,24 +166,6 @@ def test_diverged_weights_are_refused(text) -> None:
 # ---- long texts ----------------------------------------------------------------------------------
 
 
-def guide(model: LanguageModel, tokens: np.ndarray, stride: int, max_length: int) -> np.ndarray:
-    """Slide as in Hugging Face's guide; give the log-probability of each token, or nan."""
-    out = np.full(len(tokens), np.nan)
-    before = 0
-    for begin in range(0, len(tokens), stride):
-        end = min(begin + max_length, len(tokens))
-        window, wanted = tokens[begin:end], end - before
-        labels = np.where(np.arange(len(window)) < len(window) - wanted, -100, window)
-        if len(window) > 1:
-            logprobs = by_hand(model, window)
-            kept = np.flatnonzero(labels[1:] != -100)
-            out[begin + 1 + kept] = logprobs[kept]
-        before = end
-        if end == len(tokens):
-            break
-    return out
-
-
 @pytest.mark.parametrize("kind", TOLERANCE)
 @pytest.mark.parametrize(
     ("count", "stride", "max_length"),
@@ -193,7 +179,7 @@ def test_windows_slide_as_in_the_guide(
 ) -> None:
     model, tokens = random_model(kind=kind), text[:count]
     # where the guide's windows touch, its first tokens have no context and are not scored
-    expected = guide(model, tokens, stride, max(max_length, stride + 1))
+    expected = slide(model, tokens, stride, max(max_length, stride + 1))
     logprobs = token_logprobs(model, tokens, stride, max_length)
     assert (logprobs.shape, logprobs.dtype) == ((count,), np.float64)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-5)
@@ -205,7 +191,7 @@ def test_windows_slide_as_in_the_guide(
 
 
 def test_every_backend_slides(backend_name: str, text) -> None:
-    expected = guide(random_model(backend="numpy"), text, 8, 16)
+    expected = slide(random_model(backend="numpy"), text, 8, 16)
     logprobs = token_logprobs(random_model(backend=backend_name), text, 8)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-5)
 
@@ -218,12 +204,12 @@ def test_stride_1_gives_each_token_all_the_context_that_fits(text) -> None:
         assert logprobs[i] == pytest.approx(likely[text[i]], abs=1e-5)
 
 
-def test_the_context_is_not_given_logits(text, reads) -> None:
+def test_context_is_not_given_logits(text, reads) -> None:
     token_logprobs(random_model(), text[:28], stride=4)
     assert reads == [(0, 15), (0, 11), (11, 4), (0, 11), (11, 4), (0, 11), (11, 4)]
 
 
-def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity(text) -> None:
+def test_perplexity_of_a_zero_model_is_the_vocabulary_size(text) -> None:
     for stride in (None, 1, 16):
         assert perplexity(uniform(), text, stride) == pytest.approx((math.log(61), 61), rel=1e-6)
 
@@ -237,7 +223,7 @@ def test_defaults_and_kinds_of_tokens(text) -> None:
     assert np.isfinite(token_logprobs(model, text, max_length=2)[1:]).all()
 
 
-def test_a_perplexity_may_be_infinite(text) -> None:
+def test_perplexity_may_be_infinite(text) -> None:
     model = random_model()
     model.parameters["ln_f.weight"][...] *= 1e5
     loss, infinite = perplexity(model, text, 8)
@@ -254,7 +240,7 @@ def test_windows_side_by_side_are_those_of_evaluate(text) -> None:
             assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_watch_is_told_of_every_window(text) -> None:
+def test_watch_is_called_for_every_window(text) -> None:
     told: list[tuple[int, int, str]] = []
     model = random_model()
     loss, _ = perplexity(model, text, 8)
@@ -265,7 +251,7 @@ def test_a_watch_is_told_of_every_window(text) -> None:
     assert float(told[0][2].removeprefix("loss ")) == pytest.approx(first, abs=1e-4)
 
 
-def test_what_windows_refuse(text) -> None:
+def test_windows_refuse_bad_strides_and_lengths(text) -> None:
     model = uniform()
     for wrong, message in (
         ({"stride": 0}, "stride must be from 1 to the window's 16 tokens, got 0"),
@@ -290,18 +276,9 @@ def test_what_windows_refuse(text) -> None:
 
 # ---- questions -----------------------------------------------------------------------------------
 
-GOOD = {"ctx": "a cat", "endings": ["sat", " ran away", "barked"], "label": 0}
-
-
-def lines(path: Path, *rows: dict[str, Any] | str) -> Path:
-    """Write a JSONL file."""
-    texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_bytes("\n".join(texts).encode())
-    return path
-
 
 def test_read_questions(tmp_path: Path) -> None:
-    path = lines(
+    path = write_lines(
         tmp_path / "x.jsonl",
         json.dumps(GOOD) + "\r",
         "",
@@ -357,17 +334,17 @@ WRONG: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("row", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_wrong_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
-    path = lines(tmp_path / "x.jsonl", GOOD, "", row, GOOD)
+def test_wrong_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    path = write_lines(tmp_path / "x.jsonl", GOOD, "", row, GOOD)
     got = refused(read_questions, path, BYTES, 64)
     assert got.startswith(f"{path}, line 3: ")
     assert re.search(message, got), got
 
 
-def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+def test_wrong_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"x\.jsonl does not exist"):
         read_questions(tmp_path / "x.jsonl", BYTES, 64)
-    path = lines(tmp_path / "x.jsonl", " ", "")
+    path = write_lines(tmp_path / "x.jsonl", " ", "")
     assert (
         refused(read_questions, path, BYTES, 64) == f"{path} holds no questions, only blank lines"
     )
@@ -379,15 +356,15 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
     assert "is not UTF-8" in refused(read_questions, path, BYTES, 64)
 
 
-def test_the_longest_question_that_fits(tmp_path: Path) -> None:
-    path = lines(tmp_path / "x.jsonl", GOOD | {"ctx": "a" * 56})
+def test_longest_question_that_fits(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", GOOD | {"ctx": "a" * 56})
     (question,) = read_questions(path, BYTES, 64)
     assert max(len(question.context) + len(ending) for ending in question.endings) == 65
     config = GPT2Config(257, n_positions=64, n_embd=8, n_layer=1, n_head=1)
     assert np.isfinite(ending_logprobs(Scorer(uniform(config)), question)).all()
 
 
-def test_a_pair_is_one_text() -> None:
+def test_context_and_answer_are_encoded_as_one_text() -> None:
     tokenizer = Tokenizer.train(["the cat sat on the mat, the cat ran"] * 9, 280)
     for context, ending in (
         ("the cat", " sat"),
@@ -403,7 +380,7 @@ def test_a_pair_is_one_text() -> None:
             assert (before, after) == ([tokenizer.eot], tokenizer.encode("the"))
     assert len(tokenizer.encode("the cat")) == 2, "the text has taught it nothing"
     for context, ending in (("the c", "at"), ("the ca", "t sat"), ("t", "he")):
-        before, after = encode_pair(tokenizer, context, ending)  # no token ends between them
+        before, after = encode_pair(tokenizer, context, ending)  # no token ends at their border
         assert (before, after) == (tokenizer.encode(context), tokenizer.encode(ending))
     cat, sat = encode_pair(tokenizer, "the cat ", "sat")
     assert (tokenizer.decode(cat), tokenizer.decode(sat)) == ("the cat", " sat")
@@ -436,7 +413,7 @@ def test_answers_are_those_of_whole_texts(backend_name: str, kind: str, text, re
     told: list[tuple[int, int, str]] = []
     right = answer(model, questions, lambda *figures: told.append(figures))
     assert right.tolist() == expected
-    # the context but its last token, and each ending in its place
+    # the context without its last token, and then each ending in the same place
     assert sum(count for _, count in reads) <= sum(
         len(q.context) - 1 + sum(map(len, q.endings)) for q in questions
     )
@@ -455,7 +432,7 @@ def test_choices_by_hand() -> None:
     assert accuracy(right) == [pytest.approx((1 / 3, third))] * 3
 
 
-def test_the_error_is_that_of_a_mean(rng) -> None:
+def test_error_is_that_of_a_mean(rng) -> None:
     right = rng.random((20, 2)) < 0.4
     errors = right.std(axis=0, ddof=1) / math.sqrt(20)
     expected = list(zip(right.mean(axis=0), errors, strict=True))
@@ -465,7 +442,7 @@ def test_the_error_is_that_of_a_mean(rng) -> None:
     ]
 
 
-def test_what_answer_refuses() -> None:
+def test_answer_refuses_bad_arguments() -> None:
     assert "at least one question" in refused(answer, uniform(), [])
     for question in (
         Question((), ((1,),), 0, (1,)),
@@ -488,242 +465,8 @@ def test_what_answer_refuses() -> None:
     )
 
 
-def test_the_adapter_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "gpt2c.evaluate.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError, match="adapter for lm-evaluation-harness: pip install"):
         importlib.import_module("gpt2c.evaluate.lm_eval")
-
-
-# ---- gpt2c eval ----------------------------------------------------------------------------------
-
-RESULT = r"loss (\S+) nats/token  perplexity (\S+)  bits per byte (\S+)\n"
-ANSWERS = (
-    r"acc (\S+) \+/- (\S+)  acc_norm (\S+) \+/- (\S+) \(per character\)"
-    r"  acc_per_token (\S+) \+/- (\S+)  questions (\d+)\n"
-)
-
-
-def padded_model(model: GPT2, vocab_size: int) -> GPT2:
-    """Return the model with more rows of the token table than there are tokens, of zeros."""
-    padded = GPT2(dataclasses.replace(model.config, vocab_size=vocab_size), seed=None)
-    for name, parameter in model.parameters.items():
-        padded.parameters[name][: len(parameter)] = parameter
-    return padded
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a run, held-out tokens and questions."""
-    path = tmp_path_factory.mktemp("world")
-    config = GPT2Config(257, n_positions=16, n_embd=24, n_layer=1, n_head=3, eos_token_id=256)
-    random_model(config).save_pretrained(path / "run")
-    for directory in ("run", "data"):
-        BYTES.save_pretrained(path / directory)
-    tokens = np.random.default_rng(5).integers(0, 257, 90)  # with an end of text, of 0 bytes
-    tokens[40] = 256
-    write_tokens(path / "data" / "val.bin", tokens)
-    endings = ["sat", "ran far", "\u00e9\u00e9\u00e9"]  # 3, 7 and 3 characters, 4, 8 and 7 tokens
-    few = [GOOD | {"label": label, "endings": endings} for label in (0, 1, 2, 2)]
-    lines(path / "few.jsonl", *few)
-    lines(path / "many.jsonl", *few * 15)
-    lines(path / "bad.jsonl", *few, GOOD | {"label": 9})
-    lines(path / "long.jsonl", GOOD | {"ctx": "a cat, a dog"})
-    model = GPT2.from_pretrained(path / "run")
-    for name in ("sure", "diverged", "padded", "alone", "alone-padded"):
-        shutil.copytree(path / "run", path / name)
-    for name in ("alone", "alone-padded"):
-        (path / name / "vocab.json").unlink()
-    model.parameters["ln_f.weight"][...] *= 1e5
-    model.save_pretrained(path / "sure")
-    model.parameters["ln_f.weight"][3] = np.nan
-    model.save_pretrained(path / "diverged")
-    padded = padded_model(GPT2.from_pretrained(path / "run"), 320)
-    for name in ("padded", "alone-padded"):
-        padded.save_pretrained(path / name)
-    # another tokenizer of the same size: the bytes' ids stand the other way round
-    Tokenizer({bytes([255 - i]): i for i in range(256)}, 256).save_pretrained(path / "reversed")
-    for name in ("reversed", "beyond", "ends", "ended"):
-        if name != "reversed":
-            BYTES.save_pretrained(path / name)
-        write_tokens(path / name / "val.bin", tokens)
-    write_tokens(path / "beyond" / "val.bin", [*range(9), 300])
-    write_tokens(path / "ends" / "val.bin", [256] * 9)
-    write_tokens(path / "ended" / "val.bin", [256])
-    Tokenizer({bytes([(i + 1) % 256]): i for i in range(1, 257)}, 0).save_pretrained(path / "first")
-    write_tokens(path / "first" / "val.bin", tokens)
-    large = Tokenizer.train(["the cat sat on the mat"] * 5, 270)
-    (path / "other").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (path / "other" / name).write_bytes((path / "run" / name).read_bytes())
-    large.save_pretrained(path / "other")
-    return path
-
-
-@pytest.fixture
-def gpt2c(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], tuple[int, str, str]]:
-    """Return `gpt2c` in the world, as (exit code, standard output, standard error)."""
-    monkeypatch.chdir(world)
-    for variable in ("GPT2C_BACKEND", "GPT2C_NUM_THREADS"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def run(arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(arguments.split())
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.mark.parametrize("flags", ["", " --quantize int8", " --quantize fp16 --backend numpy"])
-@pytest.mark.parametrize("stride", [1, 8, 16])
-def test_eval_slides(gpt2c, world: Path, stride: int, flags: str) -> None:
-    model = GPT2.from_pretrained(world / "run")
-    if flags:
-        model = QuantizedGPT2.from_model(model, flags.split()[1])
-    tokens = np.random.default_rng(5).integers(0, 257, 90)
-    tokens[40] = 256
-    logprobs = guide(model, tokens, stride, max(16, stride + 1))
-    scored = ~np.isnan(logprobs)
-    nats, size = -np.nansum(logprobs), int((tokens[scored] != 256).sum())
-    assert size < scored.sum() == 89
-    code, out, err = gpt2c(f"eval run --data data --stride {stride}{flags}")
-    assert (code, err) == (0, "")
-    shown = re.search(f"(?:^|\n){RESULT}$", out)
-    assert shown
-    loss = nats / scored.sum()
-    assert [float(shown[1]), float(shown[3])] == pytest.approx(
-        [loss, nats / math.log(2) / size], abs=2e-3 if "int8" in flags else 1.1e-4
-    )
-    assert float(shown[2]) == pytest.approx(math.exp(float(shown[1])), rel=2e-4)
-    lines = re.findall(r"^window (\d+)/75  loss \d", out, re.MULTILINE)
-    assert lines == (["15", "30", "45", "60", "75"] if stride == 1 else []), "if it is long"
-
-
-def test_eval_without_a_stride_is_as_it_was(gpt2c, world: Path) -> None:
-    tokens = np.random.default_rng(5).integers(0, 257, 90)
-    tokens[40] = 256
-    loss = evaluate(GPT2.from_pretrained(world / "run"), [tokens.astype(np.uint16)], 8, 16)
-    code, out, err = gpt2c("eval run --data data")
-    assert (code, err) == (0, "")
-    shown = re.fullmatch(RESULT, out)
-    assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
-
-
-def test_a_stride_of_the_context_is_windows_side_by_side(gpt2c) -> None:
-    assert gpt2c("eval run --data data --stride 16") == gpt2c("eval run --data data")
-
-
-def test_eval_of_a_padded_vocabulary(gpt2c, world: Path) -> None:
-    tokens = read_tokens(world / "data" / "val.bin")
-    model = padded_model(GPT2.from_pretrained(world / "run"), 320)
-    loss = evaluate(model, [tokens], 8, 16)
-    assert loss > evaluate(GPT2.from_pretrained(world / "run"), [tokens], 8, 16)
-    for flags in ("", " --stride 16"):
-        code, out, err = gpt2c(f"eval padded --data data{flags}")
-        assert (code, err) == (0, "")
-        shown = re.fullmatch(RESULT, out)
-        assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
-
-
-def test_eval_says_that_it_could_compare_sizes_only(gpt2c) -> None:
-    for name, size, like in (("alone", 257, "run"), ("alone-padded", 320, "padded")):
-        code, out, err = gpt2c(f"eval {name} --data data")
-        assert (code, out) == (0, gpt2c(f"eval {like} --data data")[1])
-        assert err.count("\n") == 1 and err.startswith(
-            f"gpt2c: only the sizes of the vocabularies could be compared, 257 of data and {size}"
-            f" of {name}: "
-        )
-
-
-def test_eval_of_an_infinite_perplexity(gpt2c, world: Path) -> None:
-    tokens = read_tokens(world / "data" / "val.bin")
-    loss = evaluate(GPT2.from_pretrained(world / "sure"), [tokens], 8, 16)
-    for flags in ("", " --stride 16"):
-        code, out, err = gpt2c(f"eval sure --data data{flags}")
-        shown = re.fullmatch(RESULT, out)
-        assert (code, err) == (0, "") and shown
-        assert float(shown[1]) == pytest.approx(loss, rel=1e-5) and loss > 1000
-        assert shown[2] == "inf"
-        bits = loss * 89 / math.log(2) / np.count_nonzero(tokens[1:] != 256)
-        assert float(shown[3]) == pytest.approx(bits, rel=1e-5)
-
-
-def test_eval_of_tokens_without_bytes(gpt2c, world: Path) -> None:
-    loss = evaluate(GPT2.from_pretrained(world / "run"), [np.full(9, 256, np.uint16)], 8, 16)
-    code, out, err = gpt2c("eval run --data ends")
-    assert (code, err) == (0, "")
-    shown = re.fullmatch(r"loss (\S+) nats/token  perplexity \S+  bits per byte none, as .*\n", out)
-    assert shown and float(shown[1]) == pytest.approx(loss, abs=1e-4)
-
-
-@pytest.mark.parametrize("flags", ["", " --quantize int8", " --quantize fp16 --backend numpy"])
-def test_eval_answers(gpt2c, world: Path, flags: str) -> None:
-    model = GPT2.from_pretrained(world / "run")
-    if flags:
-        model = QuantizedGPT2.from_model(model, flags.split()[1])
-    sums = []
-    for ending in (" sat", " ran far", " \u00e9\u00e9\u00e9"):
-        row = np.array(list(b"a cat" + ending.encode()))
-        sums.append(by_hand(model, row)[4:].sum())
-    labels = np.array([0, 1, 2, 2])
-    expected = []
-    for lengths in ((1, 1, 1), (3, 7, 3), (4, 8, 7)):
-        share = (labels == np.argmax(np.array(sums) / lengths)).mean()
-        expected += [share, math.sqrt(share * (1 - share) / 3)]
-    code, out, err = gpt2c(f"eval run --choices few.jsonl{flags}")
-    assert (code, err) == (0, "")
-    shown = re.fullmatch(ANSWERS, out)
-    assert shown
-    assert [float(text) for text in shown.groups()] == pytest.approx([*expected, 4], abs=1e-4)
-
-
-def test_eval_shows_progress_and_does_both(gpt2c) -> None:
-    few, data = gpt2c("eval run --choices few.jsonl")[1], gpt2c("eval run --data data")[1]
-    code, out, err = gpt2c("eval run --data data --choices many.jsonl")
-    assert (code, err) == (0, "")
-    assert out.startswith(data)
-    steps = re.findall(
-        r"^question +(\d+)/60((?:  acc\w* \d\.\d{4}){3})(?:  \S+ left)?$", out, re.MULTILINE
-    )
-    assert [step for step, _ in steps] == [str(step) for step in range(12, 61, 12)]
-    last = out.splitlines()[-1]
-    assert re.fullmatch(ANSWERS, last + "\n")
-    assert last.split()[1] == few.split()[1] and last.endswith("questions 60")
-    assert gpt2c("eval run --data data --choices few.jsonl")[1] == data + few
-
-
-MISTAKES = [
-    ("eval run", "eval needs --data, --choices or both: there is nothing to score"),
-    ("eval run --stride 4", "eval needs --data"),
-    ("eval run --choices few.jsonl --stride 4", "--stride is for --data, which is not given"),
-    ("eval run --data data --stride 0", "stride must be from 1 to the window's 16 tokens, got 0"),
-    ("eval run --data data --stride 17", "stride must be from 1 to .* got 17"),
-    ("eval run --data data --choices bad.jsonl", r"bad\.jsonl, line 5: label must be .* got 9"),
-    ("eval run --choices missing.jsonl", r"missing\.jsonl does not exist"),
-    ("eval run --choices data", "data: Is a directory"),
-    ("eval run --choices long.jsonl", r"line 1: ctx and ending 1 have 21 tokens"),
-    ("eval other --choices few.jsonl", "tokenizer has 269 tokens and the model 257: they do not"),
-    ("eval data --choices few.jsonl", r"config\.json does not exist"),
-    ("eval diverged --data data", "the loss is nan: the model's weights have diverged"),
-    ("eval diverged --data data --stride 4", "weights have diverged or are damaged"),
-    ("eval diverged --choices few.jsonl", "weights have diverged or are damaged"),
-    ("eval run --data reversed", "^gpt2c: reversed .* another tokenizer than that of run: they do"),
-    ("eval run --data reversed --stride 4", "prepare --tokenizer DIRECTORY"),
-    ("eval padded --data reversed", "reversed was made with another tokenizer than that of padded"),
-    ("eval padded --data beyond", r"beyond/val\.bin holds token 300, outside a vocabulary of 257"),
-    ("eval run --data other", "other has a vocabulary of 269 tokens and run one of 257: they do"),
-    ("eval alone --data other", "other has a vocabulary of 269 tokens and alone one of 257"),
-    ("eval alone --data first", "first has 0 for its end of text and alone 256: they do not"),
-    ("eval run --data ended", "1 token is too few to evaluate on; at least 2 are needed"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "wanted"), MISTAKES, ids=[row[0] for row in MISTAKES])
-def test_a_mistake_costs_one_line(gpt2c, arguments: str, wanted: str) -> None:
-    code, out, err = gpt2c(arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("gpt2c: ") and err.count("\n") == 1
-    assert re.search(wanted, err), err

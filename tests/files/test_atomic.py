@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writes: a file is whole or absent. Locks, links and untrusted JSON and text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt2c.files.atomic import atomic_paths, claim_directory
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_a_full_disk_leaves_every_file_as_it_was(
+def test_full_disk_leaves_every_file_unchanged(
     failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [tmp_path / name for name in ("a", "b", "c")]
@@ -46,7 +46,7 @@ def test_all_files_change_together(tmp_path: Path) -> None:
     assert [path.read_text() for path in paths] == ["new"] * 2
 
 
-def test_a_directory_is_claimed_once(tmp_path: Path) -> None:
+def test_directory_is_claimed_once(tmp_path: Path) -> None:
     claim_directory(tmp_path / "x" / "y", overwrite=False)
     (tmp_path / "x" / "y" / "file").touch()
     with pytest.raises(FileExistsError, match="not empty"):
@@ -56,8 +56,8 @@ def test_a_directory_is_claimed_once(tmp_path: Path) -> None:
         claim_directory(tmp_path / "x" / "y" / "file", overwrite=True)
 
 
-def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
-    """And not the temporary one, which its user never sees; of several, the one that failed."""
+def test_error_names_the_wanted_file(tmp_path: Path) -> None:
+    """And not the temporary file, which a user never sees; of several files, the failed one."""
     missing = tmp_path / "no" / "such"
     with pytest.raises(FileNotFoundError) as error, atomic_paths(tmp_path / "a", missing) as new:
         for path in new:
@@ -76,14 +76,14 @@ def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
     assert error.value.filename == str(tmp_path / "full")
     other = tmp_path / "other"
     with pytest.raises(FileNotFoundError) as error, atomic_paths(tmp_path / "a"):
-        other.read_text()  # what is none of ours keeps its name
+        other.read_text()  # another program's file keeps its name
     assert error.value.filename == str(other)
 
 
 # ---- links ---------------------------------------------------------------------------------------
 
 
-def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path: Path) -> None:
+def test_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     here, disk = tmp_path / "here", tmp_path / "disk"
     here.mkdir()
     disk.mkdir()
@@ -107,7 +107,7 @@ def test_a_link_stays_and_the_file_it_leads_to_is_replaced(tmp_path: Path) -> No
     assert (disk / "old").read_text() == "new c" and len(os.listdir(disk)) == 2
 
 
-def test_a_link_to_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_link_to_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "away" / "file")
     said = f"^{tmp_path}/a is a link to {tmp_path}/away/file, whose directory does not exist: make"
     with pytest.raises(FileNotFoundError, match=said), atomic_paths(tmp_path / "b", tmp_path / "a"):
@@ -119,7 +119,7 @@ def test_a_link_to_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> N
     assert (tmp_path / "away" / "file").read_text() == "new" and (tmp_path / "a").is_symlink()
 
 
-def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+def test_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "null").symlink_to("/dev/null")
     for name in ("pipe", "null"):
@@ -132,7 +132,7 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["link", "b"])
-def test_two_files_do_not_become_one(tmp_path: Path, other: str) -> None:
+def test_two_links_to_one_file_are_refused(tmp_path: Path, other: str) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "link").symlink_to(tmp_path / "b")
     (tmp_path / "b").write_text("old")
@@ -142,8 +142,8 @@ def test_two_files_do_not_become_one(tmp_path: Path, other: str) -> None:
     assert (tmp_path / "b").read_text() == "old" and len(os.listdir(tmp_path)) == 3
 
 
-def test_a_link_to_a_checkpoint_is_replaced(tmp_path: Path) -> None:
-    """What is written there would be another content than its state has the sums of."""
+def test_link_to_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """A write through it would change a checkpoint, whose state holds its checksums."""
     step = tmp_path / "checkpoints" / "00000008"
     step.mkdir(parents=True)
     for name in ("state.json", "model.safetensors"):
@@ -162,7 +162,7 @@ def test_a_link_to_a_checkpoint_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM])
-def test_a_refused_fsync_does_not_end_the_work(
+def test_refused_fsync_does_not_end_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refuse(descriptor: int) -> None:
@@ -177,7 +177,9 @@ def test_a_refused_fsync_does_not_end_the_work(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_failed_fsync_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_failed_fsync_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -188,10 +190,10 @@ def test_a_failed_fsync_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nu
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_that_cannot_be_renamed_is_removed(
+def test_directory_that_cannot_be_renamed_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one of a container's image, on an overlay."""
+    """A directory of a container's image cannot, on an overlay."""
 
     def refuse(*arguments: object) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -203,15 +205,15 @@ def test_a_directory_that_cannot_be_renamed_is_removed(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_copy_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    """And not what is copied, as shutil has it."""
+def test_error_of_a_copy_on_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """And not the source of the copy, which shutil's error names."""
     with pytest.raises(OSError) as error, atomic.atomic_path(tmp_path / "to") as temporary:
         raise OSError(errno.ENOSPC, "No space left", str(tmp_path / "from"), None, str(temporary))
     assert error.value.filename == str(tmp_path / "to") and error.value.filename2 is None
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_directory_is_locked(tmp_path: Path, shared: bool) -> None:
+def test_directory_is_locked(tmp_path: Path, shared: bool) -> None:
     with atomic.locked(tmp_path, "taken", shared=shared):
         with pytest.raises(BlockingIOError, match="taken"), atomic.locked(tmp_path, "taken"):
             pass
@@ -222,8 +224,8 @@ def test_a_directory_is_locked(tmp_path: Path, shared: bool) -> None:
         pass
 
 
-def test_a_link_into_the_hubs_cache_is_replaced(tmp_path: Path) -> None:
-    """A blob there is named by its content: what is written must not change it."""
+def test_link_into_the_hubs_cache_is_replaced(tmp_path: Path) -> None:
+    """A blob there has the name of its content, so no write may change it."""
     blob = tmp_path / "blobs" / "0123"
     link = tmp_path / "snapshots" / "main" / "config.json"
     for path in (blob, link):
@@ -235,7 +237,7 @@ def test_a_link_into_the_hubs_cache_is_replaced(tmp_path: Path) -> None:
     assert (blob.read_text(), link.read_text(), link.is_symlink()) == ("of the hub", "new", False)
 
 
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+def test_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "away")
     with pytest.raises(FileNotFoundError, match=f"is a link to {tmp_path}/away, which does"):
         claim_directory(tmp_path / "out", overwrite=True)
@@ -263,7 +265,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
         (b"null", "must hold a JSON object, got NoneType"),
     ],
 )
-def test_json_that_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+def test_bad_json_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(content)
     message = refused(untrusted.read_json, path)
@@ -278,8 +280,8 @@ def test_json_too_large_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # nobody writes to it
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # nothing writes to it
     (tmp_path / "zeros").symlink_to("/dev/zero")
     for name in ("pipe", "zeros"):
         with pytest.raises(OSError, match=f"{name} is a pipe or a device"):
@@ -289,7 +291,7 @@ def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 9])
-def test_a_file_that_changes_meanwhile_is_refused(
+def test_file_that_changes_meanwhile_is_refused(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, look = tmp_path / "x", os.fstat
@@ -316,7 +318,7 @@ def test_json_is_read(tmp_path: Path) -> None:
 # ---- directories that are whole or absent --------------------------------------------------------
 
 
-def test_a_directory_comes_whole_in_the_place_of_another(tmp_path: Path) -> None:
+def test_directory_comes_whole_in_the_place_of_another(tmp_path: Path) -> None:
     for content in ("old", "new"):
         with atomic.atomic_directory(tmp_path / "a") as temporary:
             (temporary / content).write_text(content)
@@ -324,7 +326,7 @@ def test_a_directory_comes_whole_in_the_place_of_another(tmp_path: Path) -> None
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/new"]
 
 
-def test_a_directory_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+def test_directory_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     with atomic.atomic_directory(tmp_path / "a") as temporary:
         (temporary / "old").touch()
     with pytest.raises(OSError, match="a") as error, atomic.atomic_directory(tmp_path / "a") as new:
@@ -351,7 +353,7 @@ def test_leftovers_are_removed_and_claim_nothing(tmp_path: Path) -> None:
         atomic.claim_directory(tmp_path, overwrite=False)
 
 
-def test_a_strangers_value_is_shown_in_a_line() -> None:
+def test_untrusted_value_is_shown_in_one_line() -> None:
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -371,12 +373,12 @@ def test_a_strangers_value_is_shown_in_a_line() -> None:
     [
         ("é\nb\n".encode(), "é\nb\n"),
         ("é\r\nb\r\n\r\n".encode(), "é\nb\n\n"),
-        (b"a\rb\r\r\n", "a\rb\r\n"),  # a CR alone is no line end of Windows'
+        (b"a\rb\r\r\n", "a\rb\r\n"),  # a CR alone is not a line end of Windows
         ("今天\r\n".encode("utf-8-sig"), "今天\n"),
         ("a\ufeffb".encode(), "a\ufeffb"),  # a mark at the start only
     ],
 )
-def test_text_as_editors_write_it(tmp_path, content, text):
+def test_text_with_a_byte_order_mark_or_crlf_is_read(tmp_path, content, text):
     (tmp_path / "a.txt").write_bytes(content)
     assert untrusted.read_text(tmp_path / "a.txt") == text
 
@@ -393,27 +395,27 @@ def test_text_as_editors_write_it(tmp_path, content, text):
         ("ab".encode("utf-32"), "is UTF-32, not UTF-8; save it as UTF-8"),
     ],
 )
-def test_text_that_cannot_be_read(tmp_path, content, message):
+def test_bad_text_is_refused(tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content)
     assert f"a.txt {message}" in refused(untrusted.read_text, tmp_path / "a.txt")
 
 
-def test_what_is_no_text_file(tmp_path):
+def test_missing_text_file_or_device_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a\.txt does not exist"):
         untrusted.read_text(tmp_path / "a.txt")
     with pytest.raises(OSError, match=r"/dev/zero is a device"):
         untrusted.read_text("/dev/zero")
 
 
-def test_a_text_may_come_through_a_pipe():
-    read, write = os.pipe()  # as of a shell's <(zcat book.gz)
+def test_text_is_read_from_a_pipe():
+    read, write = os.pipe()  # as for a shell's <(zcat book.gz)
     os.write(write, b"abc")
     os.close(write)
     assert untrusted.read_text(f"/dev/fd/{read}") == "abc"
     os.close(read)
 
 
-def test_json_as_windows_editors_write_it(tmp_path):
+def test_json_with_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{\r\n"a": 1}\r\n')
     assert untrusted.read_json(tmp_path / "a.json") == {"a": 1}
     (tmp_path / "a.json").write_bytes('{"a": 1}'.encode("utf-16"))

@@ -1,7 +1,7 @@
-"""Bad files, by hand and by mutation: refused in a sentence that names file and field, whatever.
+"""Bad files, made by hand and by mutation: a sentence that names file and field refuses each.
 
-Only ValueError and OSError come out of a reader, soon and without much memory. The readers and
-their good files are in hostile.py; `make fuzz` goes on for ten minutes where this takes seconds.
+A reader raises only ValueError and OSError, quickly and with little memory. hostile.py has the
+readers and their good files; `make fuzz` runs for ten minutes, this file for seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Change = Callable[[bytes], bytes]
 
 @pytest.fixture(scope="module")
 def goods(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Path]:
-    """Return what copies a reader's good files to a directory."""
+    """Return a function that copies a reader's good files to a directory."""
     made: dict[str, Path] = {}
 
     def copy(reader: str, to: Path) -> Path:
@@ -46,7 +46,7 @@ def raw(content: bytes) -> Change:
 
 
 def swap(old: bytes | str, new: bytes | str) -> Change:
-    """Replace the first of what must be there."""
+    """Replace the first occurrence of a text, which must be there."""
     before, after = (part.encode() if isinstance(part, str) else part for part in (old, new))
 
     def change(content: bytes) -> bytes:
@@ -57,7 +57,7 @@ def swap(old: bytes | str, new: bytes | str) -> Change:
 
 
 def at(offset: int, value: int, width: int = 4) -> Change:
-    """Write a number over the bytes at an offset, from the end if it is negative."""
+    """Overwrite the bytes at an offset with a number; a negative offset counts from the end."""
 
     def change(content: bytes) -> bytes:
         new, start = bytearray(content), offset % len(content)
@@ -68,7 +68,7 @@ def at(offset: int, value: int, width: int = 4) -> Change:
 
 
 def size(change: Callable[[int], int]) -> Change:
-    """Cut or fill with zeros to another size."""
+    """Cut a file to another size, or fill it with zeros."""
     return lambda content: content[: change(len(content))].ljust(change(len(content)), b"\0")
 
 
@@ -83,13 +83,13 @@ def entries(**changes: Any) -> Change:
 
 
 def twice(content: bytes) -> bytes:
-    """Say the first entry of a JSON object twice, the second time otherwise."""
+    """Repeat the first key of a JSON object with another value."""
     pairs = json.loads(content, object_pairs_hook=Pairs)
     return dumps(Pairs([*pairs, (pairs[0][0], pairs[1][1])])).encode()
 
 
 def header(change: Change) -> Change:
-    """Change the header of a safetensors file, and the size of it that the file begins with."""
+    """Change the header of a safetensors file, and the header's size at the start of the file."""
 
     def whole(content: bytes) -> bytes:
         text, body = split(content)
@@ -99,7 +99,7 @@ def header(change: Change) -> Change:
 
 
 def tensor(name: str = "wte.weight", **changes: Any) -> Change:
-    """Change what a safetensors file says of a tensor; None removes an entry."""
+    """Change a tensor's entry in the header of a safetensors file; None removes a field."""
 
     def change(text: bytes) -> bytes:
         top = json.loads(text)
@@ -121,7 +121,7 @@ def weight(name: str, value: float) -> Change:
 
 
 def placed(place: Any) -> Change:
-    """Say in an index that a tensor is in another file."""
+    """Change an index, so that it puts a tensor into another file."""
 
     def change(content: bytes) -> bytes:
         top = json.loads(content)
@@ -144,7 +144,7 @@ def inside(outer: str, **changes: Any) -> Change:
 
 
 def zipped() -> bytes:
-    """Make what torch.save makes: a zip file with a pickle in it."""
+    """Return a file as torch.save writes it: a zip file with a pickle in it."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"wte.weight": [1.0]}))
@@ -235,7 +235,7 @@ HEADERS = {
     "metadata that is no text": (tensor("__metadata__", step=1), ""),
     "a name nobody knows": (header(swap("wpe.weight", "wpf.weight")), "wpe.weight"),
 }
-# Place in the header, field, bad values, what is said of it.
+# Place in the header, field, bad values, message.
 LLMC = [
     (0, "magic", (0, 20240520, 20240328), "starts with"),
     (1, "version", (0, 1, 2, 4, 5, -1, 2**31 - 1), ""),
@@ -482,7 +482,7 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
 ]
 
 
-def test_the_corpus_is_a_corpus() -> None:
+def test_corpus_has_over_200_different_files() -> None:
     names = [entry[:3] for entry in CORPUS]
     assert len(set(names)) == len(names) > 200
 
@@ -491,7 +491,7 @@ def test_the_corpus_is_a_corpus() -> None:
     ("reader", "name", "what", "change", "said"),
     [pytest.param(*entry, id=": ".join(entry[:3])) for entry in CORPUS],
 )
-def test_a_bad_file_is_refused(
+def test_bad_file_is_refused(
     reader: str, name: str, what: str, change: Change, said: str, goods: Any, tmp_path: Path
 ) -> None:
     directory = goods(reader, tmp_path)
@@ -507,9 +507,9 @@ def test_a_bad_file_is_refused(
     assert said in message and len(message) < 1000, message
 
 
-# ---- what is no file -----------------------------------------------------------------------------
+# ---- pipes, devices and loops --------------------------------------------------------------------
 
-EMPTY = {"recipe.toml", "metrics.jsonl"}  # which may say nothing
+EMPTY = {"recipe.toml", "metrics.jsonl"}  # which may be empty
 PIPES = {"text", "texts", "questions"}  # a shell's <(zcat book.gz) waits for its writer
 
 
@@ -534,7 +534,7 @@ THINGS = [Path.mkdir, os.mkfifo, loop, endless, nowhere, locked, Path.touch]
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("put", THINGS, ids=lambda put: put.__name__)
-def test_what_stands_in_place_of_a_file_is_refused(
+def test_pipe_device_or_loop_in_place_of_a_file_is_refused(
     put: Callable[[Path], None], reader: str, goods: Any, tmp_path: Path
 ) -> None:
     if put is locked and os.geteuid() == 0:
@@ -552,7 +552,7 @@ def test_what_stands_in_place_of_a_file_is_refused(
         assert outcome == "refused" or fine, name
 
 
-def test_an_index_does_not_lead_elsewhere(goods: Any, tmp_path: Path) -> None:
+def test_index_leads_to_no_file_outside(goods: Any, tmp_path: Path) -> None:
     directory = goods("sharded", tmp_path)
     (directory / PART).rename(tmp_path / "elsewhere")
     (directory / PART).symlink_to(tmp_path / "elsewhere")
@@ -567,7 +567,7 @@ INPUTS = 100  # of each reader, always the same: about 20 seconds in all
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.slow
-def test_mutations(reader: str, tmp_path: Path) -> None:
+def test_mutated_files_raise_value_error_or_os_error_only(reader: str, tmp_path: Path) -> None:
     counts, findings = fuzz.start_round(reader, 1, INPUTS, tmp_path)
     texts = [path.read_text()[-2000:] for path in tmp_path.glob("*/finding.txt")]
     assert not findings, "\n".join([*findings, *texts])

@@ -1,4 +1,4 @@
-"""Names of models: huggingface_hub's own client against a stand-in hub on loopback."""
+"""Names of models: huggingface_hub's own client and a local stand-in for the hub."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def files(saved: Path) -> dict[str, bytes]:
-    """Return what a repository on the hub may have, pickles and all."""
+    """Return the files of a repository on the hub, pickles too."""
     others = {"pytorch_model.bin": b"pickle", "training_args.bin": b"pickle", "README.md": b"#"}
     return {path.name: path.read_bytes() for path in saved.iterdir()} | others
 
 
 @pytest.fixture
 def standin(files: dict[str, bytes]) -> Iterator[StandIn]:
-    """Return a hub with one model."""
+    """Serve a hub with one model."""
     with serve(StandIn({REPO: files})) as standin:
         yield standin
 
 
 class Client:
-    """Runs code in a process of its own: the client reads its environment when it is imported."""
+    """Runs Python in a process of its own, because the client reads its environment at import."""
 
     def __init__(self, standin: StandIn, path: Path) -> None:
         self.standin = standin
@@ -66,7 +66,7 @@ class Client:
         self.path.mkdir()
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """Return the variables: none of the user's that mean the hub or a proxy."""
+        """Return this process's variables without those of the hub and of proxies."""
         own = {
             name: value
             for name, value in os.environ.items()
@@ -95,7 +95,7 @@ class Client:
         return Path(done.stdout.rstrip("\n"))
 
     def fails(self, name: str = REPO, tail: str = "", **variables: str) -> str:
-        """Look for a model that cannot be had; give the error, which is one sentence."""
+        """Look for a model that cannot be found; return the error, which is one sentence."""
         code = (
             f"from gpt2c.files import hub\ntry: hub.find({name!r}{tail})\n"
             "except (OSError, ValueError) as error: print(type(error).__name__, error)"
@@ -107,7 +107,7 @@ class Client:
         return message
 
     def outside(self) -> set[str]:
-        """Return what was written outside of HF_HOME."""
+        """Return the names of files written outside HF_HOME."""
         root = self.path.parent
         names = {str(path.relative_to(root)) for path in root.rglob("*")}
         return {name for name in names if not name.startswith("some/where/home")} - {
@@ -119,16 +119,16 @@ class Client:
 
 @pytest.fixture
 def client(standin: StandIn, tmp_path: Path) -> Client:
-    """Return processes that know the stand-in."""
+    """Return processes that use the stand-in."""
     return Client(standin, tmp_path)
 
 
-# ---- what is wanted ------------------------------------------------------------------------------
+# ---- downloads -----------------------------------------------------------------------------------
 
 
 @needs_client
-def test_a_model_is_downloaded_once(client: Client, saved: Path) -> None:
-    """And never what a pickle could be in."""
+def test_model_is_downloaded_once(client: Client, saved: Path) -> None:
+    """And a file that could hold a pickle is never downloaded."""
     code = f"""
 import gpt2c
 generator = gpt2c.Generator.from_pretrained({REPO!r})
@@ -149,7 +149,7 @@ print(gpt2c.Tokenizer.from_pretrained({REPO!r}).vocab_size)
 
 
 @needs_client
-def test_the_second_time_comes_from_the_cache(client: Client) -> None:
+def test_second_load_comes_from_the_cache(client: Client) -> None:
     first = client.find()
     client.standin.requests.clear()
     assert client.find() == first
@@ -160,7 +160,7 @@ def test_the_second_time_comes_from_the_cache(client: Client) -> None:
 
 
 @needs_client
-def test_a_tokenizer_needs_no_weights(client: Client) -> None:
+def test_tokenizer_needs_no_weights(client: Client) -> None:
     directory = client.find(tail=", weights=False")
     assert {path.name for path in directory.iterdir()} == {
         "vocab.json",
@@ -174,7 +174,7 @@ def test_a_tokenizer_needs_no_weights(client: Client) -> None:
 
 @needs_client
 @pytest.mark.parametrize("revision", ["main", "v1", COMMIT])
-def test_a_revision(client: Client, revision: str) -> None:
+def test_revision_is_asked_for(client: Client, revision: str) -> None:
     assert client.find(tail=f", revision={revision!r}").name == COMMIT
     message = client.fails(tail=", revision='v2'")
     assert message.startswith(f"FileNotFoundError {REPO} has no revision v2")
@@ -199,7 +199,7 @@ def test_shards_are_fetched(client: Client, files: dict[str, bytes]) -> None:
 
 
 @needs_client
-def test_a_token_is_sent(client: Client) -> None:
+def test_token_is_sent(client: Client) -> None:
     client.standin.private[REPO] = "secret"
     message = client.fails()
     assert message.startswith("FileNotFoundError") and "HF_TOKEN" in message
@@ -209,7 +209,7 @@ def test_a_token_is_sent(client: Client) -> None:
 
 
 @needs_client
-def test_a_broken_connection_is_taken_up_again(client: Client, files: dict[str, bytes]) -> None:
+def test_broken_download_is_resumed(client: Client, files: dict[str, bytes]) -> None:
     content = files["model.safetensors"] = os.urandom(11 << 20)  # the client keeps tens of MB
     client.standin.cut["model.safetensors"] = [21 << 19]
     assert (client.find() / "model.safetensors").read_bytes() == content
@@ -220,9 +220,9 @@ def test_a_broken_connection_is_taken_up_again(client: Client, files: dict[str, 
 
 
 @needs_client
-def test_a_terminal_has_a_bar(client: Client) -> None:
+def test_terminal_has_a_bar(client: Client) -> None:
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))  # in one of no size tqdm shows nothing
+    termios.tcsetwinsize(theirs, (24, 100))  # in a terminal of size 0 tqdm shows nothing
     subprocess.run(
         [sys.executable, "-c", f"from gpt2c.files import hub; hub.find({REPO!r})"],
         stderr=theirs,
@@ -241,12 +241,12 @@ def test_a_terminal_has_a_bar(client: Client) -> None:
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 4096)
-    except OSError:  # Linux's way to say that the other side is closed
+    except OSError:  # Linux's error when the other side is closed
         return b""
 
 
 @needs_client
-def test_the_command_line(client: Client) -> None:
+def test_commands_take_repository_names(client: Client) -> None:
     choices = client.path / "choices.jsonl"
     choices.write_text('{"ctx": "hello", "endings": [" world", " again"], "label": 0}\n')
     for arguments in (
@@ -265,7 +265,7 @@ def test_the_command_line(client: Client) -> None:
     )
 
 
-# ---- what goes wrong -----------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 @needs_client
@@ -293,7 +293,7 @@ def test_the_command_line(client: Client) -> None:
         ({}, {"HF_HUB_CACHE": "/dev/null/cache"}, "NotADirectoryError .*/dev/null"),
     ],
 )
-def test_a_fault_is_one_sentence(
+def test_fault_of_the_hub_is_one_sentence(
     client: Client, fault: dict[str, Any], variables: dict[str, str], message: str
 ) -> None:
     vars(client.standin).update(fault)
@@ -302,21 +302,21 @@ def test_a_fault_is_one_sentence(
 
 
 @needs_client
-def test_a_hub_that_does_not_answer_is_given_up(client: Client) -> None:
-    """The client waits for ten seconds unless told otherwise; a second is enough here."""
+def test_silent_hub_times_out(client: Client) -> None:
+    """The client's own timeout is ten seconds; one second is enough here."""
     client.standin.silent = True
     message = client.fails(HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert message.startswith("ConnectionError") and "timed out" in message
 
 
 @needs_client
-def test_what_is_cached_needs_no_hub(client: Client) -> None:
+def test_cached_model_needs_no_hub(client: Client) -> None:
     first = client.find()
     assert client.find(HF_ENDPOINT="http://127.0.0.1:9") == first
 
 
 @needs_client
-def test_pickles_are_no_weights(client: Client, files: dict[str, bytes]) -> None:
+def test_repository_of_pickles_is_refused(client: Client, files: dict[str, bytes]) -> None:
     del files["model.safetensors"]
     message = client.fails()
     assert message.startswith(f"FileNotFoundError {REPO} has no model.safetensors on the hub")
@@ -325,7 +325,7 @@ def test_pickles_are_no_weights(client: Client, files: dict[str, bytes]) -> None
 
 @needs_client
 @pytest.mark.parametrize("name", ["a--b", "a..b", "user/x.git", "user/x-", "x" * 200])
-def test_names_that_the_client_refuses(client: Client, name: str) -> None:
+def test_bad_repository_names_are_refused(client: Client, name: str) -> None:
     message = client.fails(name)
     assert message.startswith("ValueError") and name in message
     assert not client.standin.requests
@@ -335,7 +335,7 @@ def test_names_that_the_client_refuses(client: Client, name: str) -> None:
 
 
 @needs_client
-def test_a_listing_that_leads_outside(client: Client, files: dict[str, bytes]) -> None:
+def test_listed_paths_outside_are_not_written(client: Client, files: dict[str, bytes]) -> None:
     up = "../" * 7
     bad = [
         f"{up}model.safetensors",
@@ -352,9 +352,9 @@ def test_a_listing_that_leads_outside(client: Client, files: dict[str, bytes]) -
 
 @needs_client
 @pytest.mark.parametrize("trick", ["commit", "etag"])
-@pytest.mark.parametrize("depth", [2, 4, 5])  # in its directory, in HF_HOME's, in that above
-def test_an_identifier_that_leads_outside(client: Client, trick: str, depth: int) -> None:
-    """The client makes names of files of what the hub calls a commit or a hash."""
+@pytest.mark.parametrize("depth", [2, 4, 5])  # in its directory, in HF_HOME, in the one above
+def test_identifier_that_leads_outside_is_refused(client: Client, trick: str, depth: int) -> None:
+    """The client names files after the hub's commits and hashes."""
     setattr(client.standin, trick, "../" * depth + "evil")
     message = client.fails()
     assert re.match("(ValueError|OSError|ConnectionError|FileNotFoundError) ", message)
@@ -363,36 +363,10 @@ def test_an_identifier_that_leads_outside(client: Client, trick: str, depth: int
 
 @needs_client
 def test_downloads_of_two_threads_are_guarded(client: Client, files: dict[str, bytes]) -> None:
-    """One begins first and ends while the other, whose hub lies, goes on."""
+    """The first download ends while the second goes on, for which the hub sends a bad hash."""
     client.standin.files["user/other"] = files
-    code = f"""
-import threading, huggingface_hub
-from gpt2c.files import hub
-begun, done = threading.Event(), threading.Event()
-def find_other():
-    try: hub.find("user/other")
-    except (OSError, ValueError) as error: print(type(error).__name__, error)
-other = threading.Thread(target=find_other)
-def wait(request):
-    if {REPO!r} in request.url.path and not begun.is_set():
-        other.start()
-        assert begun.wait(30)
-    elif "user/other" in request.url.path:
-        begun.set()
-        assert done.wait(30)
-def lie(response):
-    if "user/other" in response.request.url.path:
-        response.headers["etag"] = "../../../../evil"
-session = huggingface_hub.get_session()
-own = [*session.event_hooks["request"], wait]
-session.event_hooks = {{"request": own, "response": [lie]}}
-print(hub.find({REPO!r}).name)
-done.set()
-other.join()
-response = session.get({client.standin.url!r} + "/user/other/resolve/main/config.json")
-print(response.status_code)
-"""
-    done = client.run("-c", code)
+    arguments = ("two", REPO, "user/other", client.standin.url)
+    done = client.run("-m", "programs.downloads", *arguments)
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and lines[0] == COMMIT, done.stderr
     assert re.match(r"ValueError .* a path where an identifier belongs, \.\./", lines[1])
@@ -401,7 +375,9 @@ print(response.status_code)
 
 
 @needs_client
-def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[str, bytes]) -> None:
+def test_downloaded_files_are_checked_like_any_others(
+    client: Client, files: dict[str, bytes]
+) -> None:
     files["config.json"] = b'{"n_layer": 1, "n_layer": 2}'
     done = client.run("-m", "gpt2c", "generate", REPO)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -413,8 +389,8 @@ def test_what_the_hub_gives_is_checked_as_any_file(client: Client, files: dict[s
 
 @needs_client
 @pytest.mark.slow
-def test_gpt2s_vocabulary_from_the_hub(client: Client, tmp_path: Path) -> None:
-    """Where tiktoken's cache is empty and its server not to be reached."""
+def test_gpt2_vocabulary_comes_from_the_hub(client: Client, tmp_path: Path) -> None:
+    """If tiktoken's cache is empty and its server unreachable."""
     try:
         Tokenizer.from_name("gpt2").save_pretrained(tmp_path / "bpe")
     except OSError as error:
@@ -434,7 +410,7 @@ def test_gpt2s_vocabulary_from_the_hub(client: Client, tmp_path: Path) -> None:
 # ---- paths ---------------------------------------------------------------------------------------
 
 
-def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_precedes_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
     assert hub.find("gpt2") == Path("gpt2")
@@ -443,7 +419,7 @@ def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_directory_that_hides_a_name_says_so(
+def test_error_says_that_a_directory_hides_a_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -468,7 +444,7 @@ def test_a_directory_that_hides_a_name_says_so(
 @pytest.mark.parametrize(
     "source", ["./gpt2", "/gpt2", "a/b/c", "~/gpt2", "-x", "a b", Path("gpt3")]
 )
-def test_what_is_no_name_is_a_path(source: Any) -> None:
+def test_other_names_are_paths(source: Any) -> None:
     assert hub.find(source) == Path(source)
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         GPT2.from_pretrained(source)
@@ -476,10 +452,10 @@ def test_what_is_no_name_is_a_path(source: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gpt3", "runs/nothing"])
 @pytest.mark.parametrize("module", [None, ModuleType("huggingface_hub")])
-def test_without_the_client(
+def test_error_names_the_extra_for_the_hub(
     name: str, module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is not there, or one without what is needed of it, as before 1.0."""
+    """Without the package, and with one that is too old, before 1.0."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""safetensors: what is read, float32 when asked for, and what the library lets pass."""
+"""safetensors: reading, conversion to float32, and headers that the library accepts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-# ---- what is read --------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2", "f8"])
@@ -56,7 +56,7 @@ def test_floats_become_float32_when_asked_for(dtype: str, path: Path) -> None:
 
 
 def test_bfloat16_is_widened(path: Path) -> None:
-    """Every pattern of 16 bits is the upper half of a float32, NaN and subnormals too."""
+    """Every 16-bit pattern is the upper half of a float32, also for NaN and subnormals."""
     halves = np.arange(2**16, dtype="<u2").reshape(256, 256)
     header = {
         "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
@@ -71,8 +71,8 @@ def test_bfloat16_is_widened(path: Path) -> None:
     assert np.asarray(tensors["a"]) == 7 and np.asarray(tensors["empty"]).shape == (0, 3)
 
 
-def test_a_tensor_may_start_anywhere(path: Path) -> None:
-    """A header of any length, after which nothing is aligned; tensors without numbers too."""
+def test_tensor_may_start_anywhere(path: Path) -> None:
+    """After a header of any length nothing is aligned; also for tensors without numbers."""
     values = np.arange(6, dtype="<f4")
     for spaces in range(8):
         header = {
@@ -89,7 +89,7 @@ def test_a_tensor_may_start_anywhere(path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_mapping_reads_nothing_and_asking_reads_one(dtype: str, path: Path) -> None:
-    """16 tensors of 4 MB as float32: one at a time, never a second copy of one."""
+    """16 tensors of 4 MB as float32: one in memory at a time, never with a second copy."""
     n, size = 16, 1 << 20
     header = {
         f"t{i}": {
@@ -142,7 +142,7 @@ def test_tensors_are_written_in_their_dtypes(path: Path, tmp_path: Path) -> None
         write_tensors(tmp_path / "no" / "x", arrays, {})
 
 
-# ---- what the library refuses --------------------------------------------------------------------
+# ---- refused by safetensors ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_tensors_are_written_in_their_dtypes(path: Path, tmp_path: Path) -> None
     ],
     ids=lambda header: str(header)[:60],
 )
-def test_a_damaged_header(header: Any, path: Path) -> None:
+def test_damaged_header_is_refused(header: Any, path: Path) -> None:
     write_raw(path, header, bytes(4))
     for read in (map_tensors, read_tensors):
         message = refused(read, path)
@@ -188,7 +188,7 @@ def test_a_damaged_header(header: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [-1, 1, 4])
-def test_the_data_must_end_with_the_last_tensor(extra: int, path: Path) -> None:
+def test_data_must_end_with_the_last_tensor(extra: int, path: Path) -> None:
     write_raw(path, {"x": ENTRY}, bytes(4 + extra))
     assert "not a whole safetensors file" in refused(map_tensors, path)
 
@@ -199,7 +199,7 @@ def test_tensors_follow_each_other_without_gaps(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [LARGEST_HEADER + 1, 2**60, 2**64 - 1])
-def test_a_long_header_is_not_read(size: int, path: Path) -> None:
+def test_long_header_is_not_read(size: int, path: Path) -> None:
     path.write_bytes(struct.pack("<Q", size) + b"{}")
     with open(path, "rb+") as file:
         file.truncate(LARGEST_HEADER + 100)
@@ -207,13 +207,13 @@ def test_a_long_header_is_not_read(size: int, path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", range(9))
-def test_a_file_without_a_header(size: int, path: Path) -> None:
+def test_file_without_a_header_is_refused(size: int, path: Path) -> None:
     path.write_bytes((struct.pack("<Q", 2) + b"{")[:size])
     assert "not a whole safetensors file" in refused(map_tensors, path)
 
 
 @pytest.mark.parametrize("kind", ["absent", "directory", "dangling"])
-def test_no_file(kind: str, path: Path) -> None:
+def test_missing_file_is_named(kind: str, path: Path) -> None:
     if kind == "directory":
         path.mkdir()
     elif kind == "dangling":
@@ -222,7 +222,7 @@ def test_no_file(kind: str, path: Path) -> None:
         map_tensors(path)
 
 
-# ---- what only gpt2c refuses ---------------------------------------------------------------------
+# ---- refused by gpt2c alone ----------------------------------------------------------------------
 
 RAW = json.dumps(ENTRY).encode()
 
@@ -251,9 +251,9 @@ RAW = json.dumps(ENTRY).encode()
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_the_library_lets_pass(header: Any, said: str, path: Path) -> None:
+def test_headers_that_safetensors_accepts_are_refused(header: Any, said: str, path: Path) -> None:
     write_raw(path, header, bytes(4))
-    with safe_open(path, framework="np") as file:  # else this need not be tested here
+    with safe_open(path, framework="np") as file:  # otherwise gpt2c need not check it
         assert file.keys()
     message = refused(map_tensors, path)
     assert str(path) in message and said in message and len(message) < len(str(path)) + 400
@@ -264,25 +264,25 @@ def test_ignored_tensors_are_checked_too(path: Path) -> None:
     assert "a tensor's name" in refused(map_tensors, path, (".mask",))
 
 
-def test_the_library_still_checks_what_is_left_to_it(path: Path) -> None:
-    """The two rules on which memory safety rests, asked of the library itself."""
+def test_safetensors_still_checks_the_rest(path: Path) -> None:
+    """Memory safety rests on these two rules, so they are tested on the library itself."""
     for entry in ({"shape": [2]}, {"data_offsets": [0, 8], "shape": [2]}):
         write_raw(path, {"x": ENTRY | entry}, bytes(4))
         with pytest.raises(SafetensorError), safe_open(path, framework="np"):
             pass
 
 
-def test_a_stored_tensor_says_where_it_is_from(path: Path) -> None:
+def test_stored_tensor_shows_its_file_and_name(path: Path) -> None:
     save_file({"a": np.zeros((2, 3))}, path)
     tensor = map_tensors(path)[0]["a"].T
     assert isinstance(tensor, StoredTensor) and tensor.shape == (3, 2)
     assert (tensor.path, tensor.name, tensor.dtype) == (path, "a", "F64")
 
 
-# ---- next to no memory, and any file system ------------------------------------------------------
+# ---- memory, and file systems --------------------------------------------------------------------
 
 
-def test_a_transpose_is_written_a_piece_at_a_time(
+def test_transpose_is_written_a_piece_at_a_time(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorfile, "PIECE", 1 << 12)
@@ -298,7 +298,7 @@ def test_a_transpose_is_written_a_piece_at_a_time(
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f2", "f8", "u1", "u2", "i8", ">f4"])
-def test_what_is_written_is_what_the_library_writes(dtype: str, path: Path) -> None:
+def test_written_file_equals_that_of_safetensors(dtype: str, path: Path) -> None:
     values = np.arange(12).astype(dtype).reshape(3, 4)
     write_tensors(path, {"b": values, "a": values.T, "c": values[:0]}, {"k": "v"})
     stored = load_file(path)
@@ -307,7 +307,7 @@ def test_what_is_written_is_what_the_library_writes(dtype: str, path: Path) -> N
     assert stored["c"].shape == (0, 4)
 
 
-def test_a_full_disk_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_full_disk_names_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.symlink_to("/dev/full")
     if not path.exists():
         pytest.skip("this system has no /dev/full")
@@ -317,7 +317,7 @@ def test_a_full_disk_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES, errno.ENOTSUP])
-def test_a_file_system_that_maps_nothing_is_read(
+def test_file_is_read_where_it_cannot_be_mapped(
     path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -334,7 +334,7 @@ def test_a_file_system_that_maps_nothing_is_read(
     assert "is not a whole safetensors file" in refused(read_tensors, path)
 
 
-def test_a_disk_that_fails_is_no_refusal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_output_error_is_raised(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tensors(path, {"a": np.zeros(3, np.float32)}, {})
 
     def fail(*arguments: Any) -> Any:

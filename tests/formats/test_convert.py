@@ -1,16 +1,15 @@
-"""gpt2c convert: what one project wrote is read by another, and a wish in doubt is not guessed."""
+"""gpt2c convert: it reads and writes other projects' files, and refuses an unclear request."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command import program, run_process
 
 from gpt2c.cli.main import main
 from gpt2c.files.atomic import locked
@@ -26,7 +25,7 @@ Run = Callable[[str], tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with one of everything that can be converted."""
+    """Return a directory with one source of each kind."""
     path = tmp_path_factory.mktemp("originals")
     tokenizer = Tokenizer.train(["the cat sat on the mat. the dog didn't. " * 9], 270)
     config = GPT2Config(tokenizer.vocab_size, 8, 32, 2, 2, eos_token_id=tokenizer.eot)
@@ -50,13 +49,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(originals: Path, tmp_path: Path) -> Path:
-    """Return a copy of them."""
+    """Return a copy of `originals`."""
     return shutil.copytree(originals, tmp_path / "world")
 
 
 @pytest.fixture
 def run(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return `gpt2c convert` among them, as (exit code, standard output, standard error)."""
+    """Return `gpt2c convert` in `world`, as a function: arguments -> (exit code, output, error)."""
     monkeypatch.chdir(world)
 
     def call(arguments: str) -> tuple[int, str, str]:
@@ -75,7 +74,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
+def test_run_round_trips_through_llm_c(run: Run, world: Path) -> None:
     assert run("run model.bin") == (0, "model.bin: llm.c's model, 34,368 parameters, fp32\n", "")
     assert run("run my_tokenizer.bin")[1] == "my_tokenizer.bin: llm.c's tokenizer, 270 tokens\n"
     written = "back: Hugging Face's model, 34,368 parameters, float32"
@@ -84,7 +83,7 @@ def test_a_run_goes_to_llm_c_and_back(run: Run, world: Path) -> None:
     assert run("my_tokenizer.bin back")[1] == "back: Hugging Face's tokenizer, 270 tokens\n"
     before, after = contents(world / "run"), contents(world / "back")
     assert before.keys() == after.keys()
-    ids = {"config.json", "generation_config.json"}  # llm.c's file does not say which token ends
+    ids = {"config.json", "generation_config.json"}  # llm.c's file does not name the end of text
     for name in before.keys() - ids:
         assert before[name] == after[name], name
     assert GPT2.from_pretrained("back").config.eos_token_id is None
@@ -133,7 +132,7 @@ def test_nanogpts_token_files_get_a_header_and_lose_it(run: Run, world: Path) ->
     assert (world / "b.bin").read_bytes() == (world / "nano" / "train.bin").read_bytes()
 
 
-def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_of_token_files_is_converted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "new: train: 250 tokens, llm.c's; val: 3 tokens, llm.c's"
     said += "; no tokenizer yet: gpt2c convert TOKENIZER new\n"
     assert run("nano new --format nanogpt") == (0, said, "")
@@ -147,7 +146,7 @@ def test_directories_of_token_files(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert contents(Path("old")) == contents(Path("nano"))
 
 
-def test_a_directory_may_have_a_dot_in_its_name(run: Run) -> None:
+def test_directory_may_have_a_dot_in_its_name(run: Run) -> None:
     assert run("run model.bin")[0] == 0
     for name in ("model-0.1", "model-0.2/", "my.model.v2", "slash.bin/", "pickle.pt/"):
         code, out, err = run(f"model.bin {name}")
@@ -157,7 +156,7 @@ def test_a_directory_may_have_a_dot_in_its_name(run: Run) -> None:
         assert Path(name, "model.safetensors").is_file()
 
 
-def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
+def test_error_says_that_a_directory_hides_a_tokenizer(run: Run) -> None:
     Path("gpt2").mkdir()
     code, _, err = run("gpt2 tokenizer.bin")
     assert code == 2 and err.endswith("; the directory gpt2 here hides the tokenizer\n")
@@ -196,7 +195,9 @@ def test_a_directory_that_hides_a_tokenizer_says_so(run: Run) -> None:
         ("data/val.bin data/val.bin", "are the same"),
     ],
 )
-def test_wishes_that_cannot_be_met(run: Run, world: Path, arguments: str, message: str) -> None:
+def test_impossible_conversions_are_refused(
+    run: Run, world: Path, arguments: str, message: str
+) -> None:
     before = contents(world)
     code, out, err = run(arguments)
     assert (code, out) == (2, "")
@@ -216,7 +217,7 @@ def test_wishes_that_cannot_be_met(run: Run, world: Path, arguments: str, messag
         "run there.gguf",
     ],
 )
-def test_nothing_is_overwritten_unasked(run: Run, world: Path, arguments: str) -> None:
+def test_convert_overwrites_only_when_told(run: Run, world: Path, arguments: str) -> None:
     if arguments.endswith("gguf") and not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     assert run("run first.bin")[0] == 0
@@ -243,7 +244,7 @@ def test_nothing_is_overwritten_unasked(run: Run, world: Path, arguments: str) -
     ],
 )
 @pytest.mark.parametrize("linked", [False, True])
-def test_what_a_save_removes_is_asked_for_too(
+def test_convert_removes_files_only_with_overwrite(
     run: Run, world: Path, arguments: str, name: str, linked: bool
 ) -> None:
     assert run("run first.bin")[0] == 0
@@ -267,7 +268,7 @@ def test_what_a_save_removes_is_asked_for_too(
 
 @pytest.mark.parametrize("arguments", ["first.bin run", "bytes vocabulary", "nano data"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_directory_that_another_trains_into(
+def test_convert_refuses_a_directory_in_use(
     run: Run, world: Path, arguments: str, shared: bool
 ) -> None:
     assert run("run first.bin")[0] == 0
@@ -281,7 +282,7 @@ def test_a_directory_that_another_trains_into(
     assert run(wishes)[0] == 0
 
 
-def test_a_model_and_a_tokenizer_that_do_not_belong_together(run: Run, world: Path) -> None:
+def test_convert_refuses_a_tokenizer_of_another_model(run: Run, world: Path) -> None:
     small = GPT2(GPT2Config(257, 8, 32, 2, 2), seed=1)
     small.save_pretrained(world / "small")
     assert run("small small.bin")[0] == run("vocabulary tokenizer.bin")[0] == 0
@@ -313,7 +314,9 @@ def test_a_model_and_a_tokenizer_that_do_not_belong_together(run: Run, world: Pa
     ],
 )
 @pytest.mark.parametrize("old", [None, "old"])
-def test_links_stay(run: Run, world: Path, arguments: str, name: str, old: str | None) -> None:
+def test_convert_keeps_links(
+    run: Run, world: Path, arguments: str, name: str, old: str | None
+) -> None:
     if arguments.endswith("gguf") and not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     assert run("run first.bin")[0] == 0
@@ -337,8 +340,8 @@ def test_links_stay(run: Run, world: Path, arguments: str, name: str, old: str |
     assert link.read_bytes() == content, "as without a link"
 
 
-def test_links_of_token_files_that_cannot_stay(run: Run, world: Path) -> None:
-    """Of two splits that lead to one file, the second would replace the first."""
+def test_convert_refuses_two_links_to_one_file(run: Run, world: Path) -> None:
+    """If two splits led to one file, the second would replace the first."""
     (world / "new").mkdir()
     for name in ("train", "val"):
         (world / "new" / f"{name}.bin").symlink_to(world / "file")
@@ -353,7 +356,7 @@ def test_links_of_token_files_that_cannot_stay(run: Run, world: Path) -> None:
     assert contents(world / "data") == before, "a link that nothing replaces is removed itself"
 
 
-def test_a_directory_that_is_a_link_to_nowhere(run: Run, world: Path) -> None:
+def test_convert_refuses_a_link_to_nowhere(run: Run, world: Path) -> None:
     assert run("run first.bin")[0] == 0
     (world / "new").symlink_to("away")
     for arguments in ("first.bin new", "bytes new", "nano new --format nanogpt", "run new/a.bin"):
@@ -363,23 +366,12 @@ def test_a_directory_that_is_a_link_to_nowhere(run: Run, world: Path) -> None:
     assert run("first.bin new")[0] == 0 and (world / "away" / "config.json").exists()
 
 
-CUT = """
-import os, sys
-from gpt2c.cli import main
-from gpt2c.formats import convert
-claim = convert._claim
-def claim_then_cut(*arguments):  # when the source is open, and nothing of it read
-    claim(*arguments)
-    os.truncate(sys.argv[1], 1 << 16)
-convert._claim = claim_then_cut
-sys.exit(main.main(["convert", *sys.argv[2:]]))
-"""
-
-
 @pytest.mark.parametrize("headed", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whole: bool) -> None:
-    """A mapped one would end the process, which is why it has one of its own here."""
+def test_convert_names_a_source_truncated_meanwhile(
+    tmp_path: Path, headed: bool, whole: bool
+) -> None:
+    """If gpt2c mapped the file, the process would die; so it runs in its own."""
     (tmp_path / "src").mkdir()
     path = tmp_path / "src" / "train.bin"
     tokens = np.arange(1 << 20) % 60000
@@ -388,8 +380,8 @@ def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whol
     else:
         write_nanogpt(path, [tokens])
     src, dst = ("src", "dst") if whole else ("src/train.bin", "dst.bin")
-    command = [sys.executable, "-c", CUT, path, src, dst, "--format", "nanogpt"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    command = program("programs.disks", "shrink", str(path), src, dst, "--format", "nanogpt")
+    done = run_process(command, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "gpt2c: src/train.bin was cut short while it was read: tokens 0 to 1,048,576 of 1,048,576"
@@ -398,7 +390,7 @@ def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path, headed: bool, whol
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file != path]
 
 
-def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
+def test_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
     assert run("run model.bin")[0] == 0
     (world / "model.bin").write_bytes((world / "model.bin").read_bytes()[:-1])
     (world / "nano" / "val.bin").write_bytes(b"odd")
@@ -409,8 +401,8 @@ def test_a_damaged_source_leaves_the_target(run: Run, world: Path) -> None:
 
 
 @pytest.mark.parametrize("dst", ["new", "model.bin", "half.bin --dtype bf16", "model.gguf"])
-def test_weights_that_are_not_finite_are_told(run: Run, world: Path, dst: str) -> None:
-    """And converted all the same: eval and generate refuse such a model."""
+def test_convert_warns_of_nonfinite_weights(run: Run, world: Path, dst: str) -> None:
+    """It converts them all the same; eval and generate refuse such a model."""
     if dst.endswith("gguf") and not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     name, source = dst.split()[0], "first.bin" if dst == "new" else "run"
@@ -429,7 +421,7 @@ def test_weights_that_are_not_finite_are_told(run: Run, world: Path, dst: str) -
         model.parameters["h.0.attn.c_attn.weight"][0, 0] = -np.inf
 
 
-def test_a_format_that_has_no_nan_refuses_it(run: Run) -> None:
+def test_format_without_nan_refuses_it(run: Run) -> None:
     if not importlib.util.find_spec("gguf"):
         pytest.skip("writing GGUF needs the gguf package")
     model = GPT2.from_pretrained("run")
@@ -440,7 +432,7 @@ def test_a_format_that_has_no_nan_refuses_it(run: Run) -> None:
     assert not Path("model.gguf").exists()
 
 
-def test_a_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:
+def test_vocabulary_without_merges_is_named(run: Run, world: Path) -> None:
     assert run("bytes a.bin")[0] == 0
     content = bytearray((world / "a.bin").read_bytes())
     content[8:12] = (258).to_bytes(4, "little")

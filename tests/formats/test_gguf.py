@@ -1,4 +1,4 @@
-"""GGUF: the file says what the model is, and llama.cpp, where there is one, computes the same."""
+"""GGUF: the file describes the model, and llama.cpp, if installed, computes the same."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.optimizer import AdamW
 
 TEXT = "the cat didn't sit on the mat, and the dog wouldn't sit on the cat. " * 20
-# Contractions, numbers, spaces of all kinds, bytes above 127, and what looks like a special token.
+# Contractions, numbers, spaces of all kinds, bytes above 127, and a look-alike of a special token.
 PUZZLE = "I'll say it's 12345 naïve  café — 東京 🙂\n\n  don't we've \t x<|endoftext|>\u00a0end  "
 
 
 def make(tokenizer: Tokenizer, more: int = 0, **changes: Any) -> GPT2:
-    """Return a model whose logits are far apart, so that the likeliest token is no accident."""
+    """Return a model whose logits differ clearly, so that rounding chooses no token."""
     shape = {"n_positions": 128, "n_embd": 96, "n_layer": 3, "n_head": 4} | changes
     config = GPT2Config(tokenizer.vocab_size + more, eos_token_id=tokenizer.eot, **shape)
     model = GPT2(config, seed=3)
@@ -43,7 +43,7 @@ def gguf_of(path: Path, model: GPT2, tokenizer: Tokenizer, dtype: str = "f32") -
     return path
 
 
-def test_the_file_says_what_the_model_is(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_gguf_file_describes_the_model(bpe: Tokenizer, tmp_path: Path) -> None:
     model = make(bpe, more=2, n_inner=64, layer_norm_epsilon=1e-6)
     path = gguf_of(tmp_path / "model.gguf", model, bpe)
     reader = __import__("gguf").GGUFReader(path)
@@ -125,7 +125,7 @@ def test_q8_0_needs_rows_of_whole_blocks(changes: Any, bpe: Tokenizer, tmp_path:
         ("f64", 0.0, "one of f32, f16, q8_0, not f64"),
     ],
 )
-def test_numbers_that_a_dtype_has_not(
+def test_numbers_outside_a_dtype_are_refused(
     dtype: str, number: float, message: str, bpe: Tokenizer, tmp_path: Path
 ) -> None:
     pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
@@ -135,7 +135,7 @@ def test_numbers_that_a_dtype_has_not(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_larger_tokenizer_is_anothers(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_larger_than_the_model_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
     model = make(Tokenizer.from_name("bytes"))
     arguments = (tmp_path / "model.gguf", model.config, model.parameters, bpe)
@@ -143,7 +143,7 @@ def test_a_larger_tokenizer_is_anothers(bpe: Tokenizer, tmp_path: Path) -> None:
     assert f"tokenizer has {bpe.vocab_size} tokens and the model 257" in message
 
 
-def test_without_the_package_it_is_named(
+def test_error_names_the_missing_gguf_package(
     bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -152,14 +152,14 @@ def test_without_the_package_it_is_named(
         write_gguf(tmp_path / "model.gguf", model.config, model.parameters, bpe)
 
 
-# llama.cpp takes GELU from a table of float16, so logits of some 3 in size are 1e-3 to 2e-3 away.
+# llama.cpp takes GELU from a table of float16, so logits of about 3 differ by 1e-3 to 2e-3.
 DISTANCE = 5e-3
 
 # ---- llama.cpp -----------------------------------------------------------------------------------
 
 
 def llama(path: Path) -> Any:
-    """Open a file with llama.cpp; its keys and values are float32, as gpt2c's."""
+    """Open a file with llama.cpp, with keys and values in float32 as in gpt2c."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is what reads the file")
     return llama_cpp.Llama(
         str(path), n_ctx=128, n_threads=1, type_k=0, type_v=0, logits_all=True, verbose=False
@@ -167,7 +167,7 @@ def llama(path: Path) -> Any:
 
 
 def agree(engine: Any, model: GPT2, text: list[int], distance: float = DISTANCE) -> None:
-    """Compare the logits after every token of a text, and the likeliest where it is no tie."""
+    """Compare the logits after every token of a text, and the likeliest token except at a tie."""
     engine.reset()
     engine.eval(text)
     theirs, ours = engine.scores[: len(text)], model([text])[0]
@@ -196,7 +196,7 @@ def test_llama_cpp_computes_the_same(
     agree(engine, model, model.generate([tokenizer.encode(TEXT)[:20]], 100, seed=1)[0].tolist())
 
 
-def test_llama_cpp_writes_what_a_trained_model_writes(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_text_of_a_trained_model(bpe: Tokenizer, tmp_path: Path) -> None:
     model = GPT2(make(bpe).config, seed=3)
     optimizer = AdamW(model, learning_rate=3e-3)
     ids = np.array(bpe.encode(TEXT))
@@ -232,7 +232,7 @@ def test_llama_cpp_reads_the_same_tokens(kind: str, bpe: Tokenizer, tmp_path: Pa
 def test_llama_cpp_nearly_agrees_with_fewer_bits(
     dtype: str, distance: float, bpe: Tokenizer, tmp_path: Path
 ) -> None:
-    """Logits of some 3 in size; f16 keeps 11 bits of a weight, q8_0 8 of 32 weights' largest."""
+    """Logits are about 3; f16 keeps 11 bits of a weight, q8_0 8 bits of the largest in 32."""
     model = make(bpe)
     engine = llama(gguf_of(tmp_path / "model.gguf", model, bpe, dtype))
     text = bpe.encode(TEXT)[:60]

@@ -1,17 +1,15 @@
-"""Round trips bit for bit, Hugging Face's layout, shards, damaged files, writes that fail."""
+"""Hugging Face's files: round trips, layout, shards, damaged files, failing writes."""
 
 import gc
 import json
 import math
 import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 from helpers.raw import write_raw
 from safetensors.numpy import load_file, save_file
 
@@ -63,7 +61,7 @@ def directory(tmp_path):
 
 
 def load_weights(path):
-    """Read a model as `gpt2c.formats.load.find_model` does: first what it is, then its tensors."""
+    """Read a model as `gpt2c.formats.load.find_model` does: first its kind, then its tensors."""
     read_config(path)
     return huggingface.load_weights(path)
 
@@ -78,7 +76,7 @@ def test_round_trip(directory):
     assert sorted(os.listdir(directory)) == sorted(FILES)
 
 
-def test_the_file_has_hugging_faces_layout(directory):
+def test_file_has_the_layout_of_hugging_face(directory):
     expected = make_tensors()
     stored = load_file(directory / "model.safetensors")
     assert len(TRANSPOSED) == 4 and sorted(stored) == sorted(expected)
@@ -112,7 +110,7 @@ def test_views_that_are_not_contiguous_are_stored_right(tmp_path):
 
 
 def store(directory, tensors):
-    """Replace the weights by arrays in the file's layout, as someone else would write them."""
+    """Replace the weights by arrays in the file's layout, as another program writes them."""
     save_file(tensors, directory / "model.safetensors")
 
 
@@ -120,7 +118,7 @@ def stored_tensors(directory):
     return load_file(directory / "model.safetensors")
 
 
-def test_prefix_and_masks(directory):
+def test_prefix_and_masks_are_read(directory):
     stored = {f"transformer.{name}": t for name, t in stored_tensors(directory).items()}
     stored["transformer.h.0.attn.bias"] = np.ones((1, 1, T, T), dtype=bool)
     stored["transformer.h.0.attn.masked_bias"] = np.array([-1e4], dtype=np.float32)
@@ -129,14 +127,14 @@ def test_prefix_and_masks(directory):
     assert_same(load_weights(directory), make_tensors())
 
 
-def test_lm_head_as_the_only_copy(directory):
+def test_lm_head_may_be_the_only_copy(directory):
     stored = stored_tensors(directory)
     stored["lm_head.weight"] = stored.pop("wte.weight")
     store(directory, stored)
     assert_same(load_weights(directory), make_tensors())
 
 
-def test_an_untied_head_is_refused(directory):
+def test_untied_head_is_refused(directory):
     stored = stored_tensors(directory)
     stored["lm_head.weight"] = stored["wte.weight"] + 1
     store(directory, stored)
@@ -144,7 +142,7 @@ def test_an_untied_head_is_refused(directory):
         load_weights(directory)
 
 
-def test_a_name_twice_is_refused(directory):
+def test_duplicate_name_is_refused(directory):
     stored = stored_tensors(directory)
     stored["transformer.ln_f.bias"] = stored["ln_f.bias"]
     store(directory, stored)
@@ -185,8 +183,8 @@ def test_float32_stays_in_the_file(directory):
     assert all(np.asarray(t).flags.writeable for t in load_weights(directory).values())
 
 
-def test_a_file_that_is_replaced_does_no_harm(directory):
-    """A save renames a whole file into its place: who has the old one mapped keeps it."""
+def test_file_that_is_replaced_does_no_harm(directory):
+    """A save renames a whole file into its place, so a reader that mapped the old one keeps it."""
     old = load_weights(directory)
     for seed in (1, 2):
         save_weights(directory, CONFIG, make_tensors(seed=seed))
@@ -198,13 +196,13 @@ def test_a_file_that_is_replaced_does_no_harm(directory):
     assert_same(old, make_tensors())
 
 
-def test_tensors_outlive_what_they_came_with(directory):
+def test_tensors_outlive_their_file_and_mapping(directory):
     bias = np.asarray(load_weights(directory)["ln_f.bias"])
     gc.collect()
     assert np.array_equal(bias, make_tensors()["ln_f.bias"])
 
 
-def test_weights_as_they_are_come_back(tmp_path):
+def test_weights_keep_their_dtype(tmp_path):
     tensors = {
         "a.weight": np.arange(12, dtype=np.uint8).reshape(3, 4),
         "attn.c_attn.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
@@ -235,7 +233,7 @@ def write_index(directory, weight_map, metadata=None):
 
 @pytest.fixture
 def sharded(directory):
-    """Return a directory with the same model in two shards, and what its index says."""
+    """Return a directory with the same model in two shards, and the content of its index."""
     stored = {f"transformer.{name}": t for name, t in stored_tensors(directory).items()}
     (directory / "model.safetensors").unlink()
     files = dict(zip(stored, [ONE, TWO] * len(stored), strict=False))
@@ -262,8 +260,8 @@ def test_shards_may_hold_masks_and_a_head(sharded):
     assert_same(load_weights(directory), make_tensors())
 
 
-def test_a_whole_file_comes_before_shards(sharded):
-    """As in transformers; and a save removes the shards, for others might read them."""
+def test_whole_file_comes_before_shards(sharded):
+    """As in transformers. A save removes the shards, because other programs might read them."""
     directory, _ = sharded
     old = load_weights(directory)
     (directory / "other-00001-of-00002.safetensors").write_text("stays")
@@ -275,7 +273,7 @@ def test_a_whole_file_comes_before_shards(sharded):
     save_weights(directory, CONFIG, make_tensors(seed=1))
     assert set(os.listdir(directory)) == {*FILES, "other-00001-of-00002.safetensors"}
     assert_same(load_weights(directory), make_tensors(seed=1))
-    assert_same(old, make_tensors())  # who has them mapped keeps them
+    assert_same(old, make_tensors())  # a reader that mapped them keeps them
 
 
 @pytest.mark.parametrize(
@@ -289,7 +287,7 @@ def test_a_whole_file_comes_before_shards(sharded):
     ],
     ids=str,
 )
-def test_an_index_reaches_for_plain_names_only(sharded, file):
+def test_index_reaches_for_plain_names_only(sharded, file):
     directory, files = sharded
     for outside in (directory.parent, directory / "a"):
         outside.mkdir(exist_ok=True)
@@ -300,18 +298,18 @@ def test_an_index_reaches_for_plain_names_only(sharded, file):
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "x", 3, [[]]], ids=str)
-def test_an_index_must_have_a_map(sharded, weight_map):
+def test_index_must_have_a_map(sharded, weight_map):
     write_index(sharded[0], weight_map)
     assert f"{INDEX}: weight_map must say" in refused(load_weights, sharded[0])
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"weight_map": {"a": "b", "a": "b"}}', '{"a": NaN}'])
-def test_a_damaged_index(sharded, text):
+def test_damaged_index_is_refused(sharded, text):
     (sharded[0] / INDEX).write_text(text)
     assert INDEX in refused(load_weights, sharded[0])
 
 
-def test_a_link_may_not_lead_out(sharded):
+def test_link_out_of_the_directory_is_refused(sharded):
     directory, _ = sharded
     (directory / ONE).rename(directory.parent / "elsewhere.safetensors")
     for target in ("../elsewhere.safetensors", directory.parent / "elsewhere.safetensors"):
@@ -329,15 +327,15 @@ def test_a_link_may_not_lead_out(sharded):
     (directory / ONE).symlink_to("real.safetensors")
     assert_same(load_weights(directory), make_tensors())
     link = directory.parent / "link"
-    link.symlink_to(directory)  # the directory itself is the user's word
+    link.symlink_to(directory)  # the user named the directory itself
     assert_same(load_weights(link), make_tensors())
     (directory / ONE).unlink()
-    (directory / ONE).symlink_to(ONE)  # a circle
+    (directory / ONE).symlink_to(ONE)  # a link in a circle
     with pytest.raises(FileNotFoundError, match=ONE):
         load_weights(directory)
 
 
-def test_a_cache_of_the_hub_is_made_of_links(sharded, tmp_path):
+def test_links_of_the_hub_cache_are_read(sharded, tmp_path):
     """models--x/snapshots/REVISION/file -> ../../blobs/HASH, as huggingface_hub lays it out."""
     directory, _ = sharded
     snapshot, blobs = (
@@ -356,7 +354,7 @@ def test_a_cache_of_the_hub_is_made_of_links(sharded, tmp_path):
     assert "leads out" in refused(load_weights, snapshot)
 
 
-def test_a_missing_shard_is_named(sharded):
+def test_missing_shard_is_named(sharded):
     directory, _ = sharded
     (directory / TWO).unlink()
     with pytest.raises(FileNotFoundError, match=f"{TWO} does not exist, but .*{INDEX} lists it"):
@@ -384,7 +382,7 @@ def test_index_and_shards_must_agree(sharded, change, said):
     assert said in message and message.isprintable() and len(message) < 500
 
 
-def test_a_tensor_is_in_one_shard_only(sharded):
+def test_tensor_is_in_one_shard_only(sharded):
     directory, files = sharded
     twice = next(name for name, file in files.items() if file == ONE)
     tensors = load_file(directory / TWO)
@@ -401,7 +399,7 @@ def test_a_tensor_is_in_one_shard_only(sharded):
 # ---- one file ------------------------------------------------------------------------------------
 
 
-def test_a_file_is_read_with_the_config_beside_it(directory):
+def test_file_is_read_with_the_config_beside_it(directory):
     file = directory / "anything.safetensors"
     (directory / "model.safetensors").rename(file)
     config, tensors = read_config(file), load_weights(file)
@@ -422,7 +420,7 @@ def test_other_files_are_not_read(directory, name):
 # ---- generation_config.json ----------------------------------------------------------------------
 
 
-def test_texts_start_and_end_alike_in_transformers(tmp_path):
+def test_generation_config_has_start_and_end_of_texts(tmp_path):
     file = tmp_path / "generation_config.json"
     save_weights(tmp_path, CONFIG | {"bos_token_id": 5, "eos_token_id": 6}, make_tensors())
     assert json.loads(file.read_text()) == {
@@ -437,7 +435,7 @@ def test_texts_start_and_end_alike_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("config", [CONFIG, CONFIG | {"eos_token_id": None}])
-def test_an_end_that_the_config_lacks(directory, config):
+def test_read_config_takes_a_missing_end_from_generation_config(directory, config):
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text('{"eos_token_id": 3}')
     assert read_config(directory)["eos_token_id"] == 3
@@ -450,7 +448,7 @@ def test_an_end_that_the_config_lacks(directory, config):
     assert read_config(directory).get("eos_token_id") is None
 
 
-# ---- before memory is asked for ------------------------------------------------------------------
+# ---- before memory is allocated ------------------------------------------------------------------
 
 PUBLISHED = {  # openai-community's gpt2, gpt2-medium, gpt2-large, gpt2-xl
     "124M": GPT2Config(n_layer=12, n_head=12, n_embd=768),
@@ -472,7 +470,7 @@ def write_hollow(path, shapes, dtype="F32"):
 
 
 def published_shapes(config):
-    """Give the names and shapes of the files on the hub: Conv1D's layout, no prefix, with masks."""
+    """Return names and shapes of the files on the hub: Conv1D's layout, no prefix, with masks."""
     shapes = {
         name: shape[::-1] if ".c_" in name else shape
         for name, shape in config.parameter_shapes().items()
@@ -482,8 +480,8 @@ def published_shapes(config):
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_the_four_sizes_fit_by_shape(tmp_path, size):
-    """1558M too, without a number read: its file would take 6.4 GB."""
+def test_four_sizes_fit_by_shape(tmp_path, size):
+    """1558M too: its file would have 6.4 GB, and none of its numbers is read."""
     config = PUBLISHED[size]
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     write_hollow(tmp_path / "model.safetensors", published_shapes(config))
@@ -504,8 +502,8 @@ def test_the_four_sizes_fit_by_shape(tmp_path, size):
     ],
     ids=str,
 )
-def test_a_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, changes, quantize):
-    """A config of terabytes is refused by what the file holds, before memory is asked for."""
+def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, changes, quantize):
+    """A config of terabytes is refused because of the file's size, before memory is allocated."""
     model = GPT2(GPT2Config(V, n_positions=T, n_embd=C, n_layer=1, n_head=1), backend="numpy")
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("gpt2c.model.model.aligned_zeros", None)
@@ -517,7 +515,7 @@ def test_a_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, ch
         assert message.startswith(f"{directory}/model.safetensors: tensor ")
         if quantize is None:
             break
-        if directory == tmp_path:  # and weights that are stored so
+        if directory == tmp_path:  # and quantized weights on the disk
             monkeypatch.undo()
             QuantizedGPT2.from_model(model, quantize).save_pretrained(tmp_path / "small")
             monkeypatch.setattr("gpt2c.model.quantized.aligned_zeros", None)
@@ -525,19 +523,19 @@ def test_a_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, ch
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_loading_takes_the_model_and_one_tensor(tmp_path, dtype):
-    """Half of this model is its largest tensor: a second one beside it would be seen."""
+    """The largest tensor is half of this model, so a second copy of it would show."""
     config = GPT2Config(20_000, n_positions=8, n_embd=64, n_layer=26, n_head=1)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     write_hollow(tmp_path / "model.safetensors", published_shapes(config) | {}, dtype)
     largest = 4 * max(math.prod(shape) for shape in config.parameter_shapes().values())
-    tracemalloc.start()  # sees what NumPy allocates; the model's own memory is mapped
+    tracemalloc.start()  # it sees NumPy's allocations; the model's own memory is mapped
     GPT2.from_pretrained(tmp_path, "numpy")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert largest < peak < 1.3 * largest, (peak, largest)
 
 
-def test_a_model_beyond_the_memory_is_refused():
+def test_model_beyond_the_memory_is_refused():
     config = GPT2Config(2**31 - 1, n_positions=2**31 - 1, n_embd=2**31 - 1, n_head=1, n_layer=9999)
     for make in (GPT2, lambda config: QuantizedGPT2(config, "fp16")):
         with pytest.raises(MemoryError, match=r"^a model of [\d,]{20,} parameters needs"):
@@ -547,13 +545,13 @@ def test_a_model_beyond_the_memory_is_refused():
 # ---- missing and damaged files -------------------------------------------------------------------
 
 
-def test_no_directory(tmp_path):
+def test_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"not a directory; name one with config\.json"):
         load_weights(tmp_path / "gpt2")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_named(directory, name):
+def test_missing_file_is_named(directory, name):
     (directory / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
         load_weights(directory)
@@ -562,7 +560,7 @@ def test_a_missing_file_is_named(directory, name):
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"\xff\xff", b'{"a": ' + b"[" * 100_000, b"[1, 2]", b"3"]
 )
-def test_a_damaged_config(directory, text):
+def test_damaged_config_is_refused(directory, text):
     (directory / "config.json").write_bytes(text)
     with pytest.raises(
         ValueError, match=r"config\.json (is not (valid JSON|UTF-8)|must hold a JSON)"
@@ -570,7 +568,7 @@ def test_a_damaged_config(directory, text):
         load_weights(directory)
 
 
-def test_every_truncation_is_seen(directory):
+def test_every_truncation_is_refused(directory):
     path = directory / "model.safetensors"
     whole = path.read_bytes()
     for size in [*range(0, len(whole), 97), len(whole) - 1]:
@@ -579,7 +577,7 @@ def test_every_truncation_is_seen(directory):
             load_weights(directory)
 
 
-def test_a_config_that_json_cannot_hold_leaves_the_old_files(directory):
+def test_config_that_json_cannot_hold_leaves_the_old_files(directory):
     with pytest.raises(ValueError, match="JSON"):
         save_weights(directory, {"layer_norm_epsilon": np.nan}, make_tensors(seed=1))
     assert_same(load_weights(directory), make_tensors())
@@ -587,43 +585,18 @@ def test_a_config_that_json_cannot_hold_leaves_the_old_files(directory):
 
 # ---- writes that fail ----------------------------------------------------------------------------
 
-FAILING_SAVE = """
-import resource, signal, sys
-import numpy as np
-from gpt2c.formats.huggingface import save_weights
-
-directory, limited = sys.argv[1:]
-large, small = np.ones(5000, np.float32), np.ones(5, np.float32)
-config = {"text": "x" * 20000} if limited == "config" else {}
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead of killing
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-try:
-    save_weights(directory, config, {"wte.weight": large if limited == "model" else small})
-except OSError as error:
-    print(error)
-else:
-    sys.exit("the save did not fail")
-"""
-
 
 @pytest.mark.parametrize("limited", ["config", "model"])
-def test_a_failing_write_leaves_the_old_files(tmp_path, limited):
+def test_failing_write_leaves_the_old_files(tmp_path, limited):
     save_weights(tmp_path, CONFIG, make_tensors())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    root = Path(__file__).resolve().parents[2]
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FAILING_SAVE, str(tmp_path), limited],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_process(program("programs.disks", "save", str(tmp_path), limited))
     assert result.returncode == 0, result.stderr
     assert "File too large" in result.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch):
+def test_empty_name_is_refused(tmp_path, monkeypatch):
     model = GPT2(GPT2Config(257, 8, 32, 2, 2), seed=1)
     model.save_pretrained(tmp_path)
     tokenizer = Tokenizer.from_name("bytes")
@@ -639,7 +612,7 @@ def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch):
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def test_a_directory_that_cannot_be_made(tmp_path):
+def test_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"):
         save_weights(tmp_path / "file" / "model", CONFIG, make_tensors())

@@ -1,4 +1,4 @@
-"""llm.c's files: as its own programs write and read them, and refused where they are not whole."""
+"""llm.c's files: they are as its own programs write and read them; truncated ones are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = "magic version max_seq_len vocab_size num_layers num_heads channels pad
 
 
 def by_hand(tensors: dict[str, Any], version: int) -> bytes:
-    """Write a file as llm.c's write_model does: a second hand, for CONFIG only."""
+    """Return a file as llm.c's write_model writes it, for CONFIG only."""
     out = struct.pack("<256i", 20240326, version, 6, 130, 2, 2, 8, 256, *[0] * 248)
 
     def put(array: Any) -> bytes:
@@ -47,7 +47,7 @@ def by_hand(tensors: dict[str, Any], version: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    """Return a model with no two weights alike that bf16 holds exactly: 8 bits of each are used."""
+    """Return a model whose weights differ and are exact in bf16, of which they use all 8 bits."""
     model = GPT2(CONFIG, seed=1)
     noise = np.random.default_rng(1).standard_normal(model.flat_parameters.size)
     model.flat_parameters += noise.astype(np.float32)
@@ -56,7 +56,9 @@ def model() -> GPT2:
 
 
 @pytest.mark.parametrize(("dtype", "version"), [("fp32", 3), ("bf16", 5)])
-def test_the_file_is_llm_cs(model: GPT2, tmp_path: Path, dtype: str, version: int) -> None:
+def test_model_file_has_the_layout_of_llm_c(
+    model: GPT2, tmp_path: Path, dtype: str, version: int
+) -> None:
     path = tmp_path / "model.bin"
     write_model(path, CONFIG, model.parameters, dtype)
     assert path.read_bytes() == by_hand(model.parameters, version)
@@ -68,7 +70,7 @@ def test_the_file_is_llm_cs(model: GPT2, tmp_path: Path, dtype: str, version: in
         assert np.array_equal(tensor, model.parameters[name]), name
 
 
-def test_fp32_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_fp32_weights_round_trip_bit_for_bit(tmp_path: Path) -> None:
     model = GPT2(CONFIG, seed=2)
     model.parameters["wpe.weight"][0, :4] = np.nan, -np.inf, -0.0, 1e-45
     write_model(tmp_path / "a.bin", CONFIG, model.parameters)
@@ -78,7 +80,7 @@ def test_fp32_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("V", "rows"), [(1, 128), (127, 128), (128, 128), (129, 256)])
-def test_the_vocabulary_is_padded(tmp_path: Path, V: int, rows: int) -> None:
+def test_vocabulary_is_padded(tmp_path: Path, V: int, rows: int) -> None:
     config = GPT2Config(vocab_size=V, n_positions=2, n_embd=2, n_layer=1, n_head=1)
     model = GPT2(config, seed=1)
     write_model(tmp_path / "a.bin", config, model.parameters)
@@ -89,14 +91,14 @@ def test_the_vocabulary_is_padded(tmp_path: Path, V: int, rows: int) -> None:
     assert config_read == config and tensors["wte.weight"].shape == (V, 2)
 
 
-def test_of_gpt2s_vocabulary_the_last_token_ends_a_text(tmp_path: Path) -> None:
+def test_last_token_of_the_gpt2_vocabulary_ends_a_text(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=50257, n_positions=1, n_embd=1, n_layer=1, n_head=1)
     write_model(tmp_path / "a.bin", config, GPT2(config).parameters, "bf16")
     assert read_model(tmp_path / "a.bin")[0].eos_token_id == 50256
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
-def test_bf16_is_the_nearest_and_of_two_the_even(bits: list[int]) -> None:
+def test_bf16_rounds_to_nearest_even(bits: list[int]) -> None:
     numbers = np.array(bits, np.uint32).view(np.float32)
     for number, rounded in zip(numbers.tolist(), round_bf16(numbers).tolist(), strict=True):
         low, wide = np.array([number], np.float32).view(np.uint32) >> 16, {}
@@ -105,7 +107,7 @@ def test_bf16_is_the_nearest_and_of_two_the_even(bits: list[int]) -> None:
             continue
         for candidate in (int(low[0]), int(low[0]) + 1):  # the bf16 on either side
             upper = np.array([candidate << 16], np.uint32).view(np.float32)[0]
-            # Beyond the largest comes infinity, which stands for 2**128.
+            # Infinity follows the largest number, and counts as 2**128 here.
             wide[candidate] = float(np.copysign(2.0**128, upper) if np.isinf(upper) else upper)
         if np.isinf(number):
             assert rounded == int(low[0])
@@ -128,7 +130,7 @@ def test_from_pretrained_takes_the_file(model: GPT2, tmp_path: Path) -> None:
     ("changes", "message"),
     [({"n_inner": 16}, "n_inner = 4"), ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-05")],
 )
-def test_models_that_llm_c_has_not(changes: Any, message: str, tmp_path: Path) -> None:
+def test_models_outside_llm_c_are_refused(changes: Any, message: str, tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=9, n_positions=2, n_embd=2, n_layer=1, n_head=1, **changes)
     path = tmp_path / "a.bin"
     assert message in refused(write_model, path, config, GPT2(config).parameters)
@@ -162,7 +164,7 @@ def test_models_that_llm_c_has_not(changes: Any, message: str, tmp_path: Path) -
         ({"padded_vocab_size": 2**31 - 1}, "needs"),
     ],
 )
-def test_headers_that_lie(model: GPT2, tmp_path: Path, changes: Any, message: str) -> None:
+def test_lying_headers_are_refused(model: GPT2, tmp_path: Path, changes: Any, message: str) -> None:
     path = tmp_path / "a.bin"
     content = bytearray(by_hand(model.parameters, 3))
     for field, value in changes.items():
@@ -185,7 +187,7 @@ def test_headers_that_lie(model: GPT2, tmp_path: Path, changes: Any, message: st
         (lambda content: content * 2, "needs"),
     ],
 )
-def test_files_that_are_not_whole(
+def test_truncated_files_are_refused(
     model: GPT2, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     path = tmp_path / "a.bin"
@@ -214,7 +216,7 @@ def test_pickles_are_refused_with_a_way_out(tmp_path: Path, name: str, content: 
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.bin")  # opened, it would wait for a writer
+    os.mkfifo(tmp_path / "a.bin")  # if opened, it would wait for a writer
     with pytest.raises(OSError, match="is a pipe or a device"):
         read_model(tmp_path / "a.bin")
     with pytest.raises(IsADirectoryError):
@@ -229,7 +231,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 def tokenizer_by_hand(
     tokens: list[bytes], version: int = 2, eot: int = 256, count: int = -1
 ) -> bytes:
-    """Write a file as llm.c's write_tokenizer does."""
+    """Return a file as llm.c's write_tokenizer writes it."""
     count = len(tokens) if count == -1 else count
     out = struct.pack("<256i", 20240328, version, count, eot, *[0] * 252)
     return out + b"".join(struct.pack("<B", len(token)) + token for token in tokens)
@@ -243,7 +245,7 @@ def tokens_of(tokenizer: Tokenizer) -> list[bytes]:
     return [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
 
 
-def test_the_tokenizers_file_is_llm_cs(tmp_path: Path) -> None:
+def test_tokenizer_file_has_the_layout_of_llm_c(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.bin"
     write_tokenizer(path, TOKENS, 256)
     assert path.read_bytes() == tokenizer_by_hand(TOKENS)
@@ -255,7 +257,7 @@ def test_the_tokenizers_file_is_llm_cs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "trained"])
-def test_a_tokenizer_comes_back_whole(kind: str, tmp_path: Path) -> None:
+def test_tokenizer_round_trips(kind: str, tmp_path: Path) -> None:
     text = "the cat sat on the mat; the dog didn't. " * 9
     given = Tokenizer.from_name("bytes") if kind == "bytes" else Tokenizer.train([text], 300)
     write_tokenizer(tmp_path / "a.bin", tokens_of(given), given.eot)
@@ -265,7 +267,7 @@ def test_a_tokenizer_comes_back_whole(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_gpt2s_merges_can_be_told_from_the_file(
+def test_merges_of_gpt2_are_recovered_from_the_file(
     version: int, tmp_path: Path, data_file: Callable[[str], Path]
 ) -> None:
     data_file("tiktoken-cache")
@@ -285,7 +287,7 @@ def test_gpt2s_merges_can_be_told_from_the_file(
     assert merges == openai[1:], "OpenAI's own list, merge for merge"
 
 
-def test_a_vocabulary_that_is_no_bpe_has_no_merges(tmp_path: Path) -> None:
+def test_vocabulary_that_is_no_bpe_has_no_merges(tmp_path: Path) -> None:
     tokens = [*TOKENS, b"xyz"]  # neither "xy" nor "yz" comes before it
     write_tokenizer(tmp_path / "a.bin", tokens, 256)
     tokenizer = Tokenizer(*read_tokenizer(tmp_path / "a.bin"))
@@ -294,7 +296,7 @@ def test_a_vocabulary_that_is_no_bpe_has_no_merges(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
-def test_a_token_of_256_bytes_has_no_room(tmp_path: Path) -> None:
+def test_token_of_256_bytes_is_refused(tmp_path: Path) -> None:
     message = refused(write_tokenizer, tmp_path / "a.bin", [*TOKENS, b"x" * 256], 256)
     assert "token 259 has 256 bytes" in message
     assert not (tmp_path / "a.bin").exists()
@@ -327,7 +329,7 @@ def test_a_token_of_256_bytes_has_no_room(tmp_path: Path) -> None:
         (struct.pack("<256i", 20240326, *[0] * 255), "starts with 20240326"),
     ],
 )
-def test_damaged_tokenizers(content: bytes, message: str, tmp_path: Path) -> None:
+def test_damaged_tokenizer_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.bin"
     path.write_bytes(content)
     said = refused(read_tokenizer, path)
@@ -335,7 +337,7 @@ def test_damaged_tokenizers(content: bytes, message: str, tmp_path: Path) -> Non
 
 
 @given(data=st.data())
-def test_whatever_is_changed_only_a_value_error_comes(
+def test_changed_bytes_raise_value_error_only(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     kind = data.draw(st.sampled_from(["model", "tokenizer"]))
@@ -356,7 +358,9 @@ def test_whatever_is_changed_only_a_value_error_comes(
         assert str(path) in str(error)
 
 
-def test_the_way_out_of_a_pickle_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suggested_conversion_of_a_pickle_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch = pytest.importorskip("torch", reason="what is exported is PyTorch's")
     config = GPT2Config(vocab_size=11, n_positions=5, n_embd=6, n_layer=2, n_head=2)
     wanted = GPT2(config, seed=4)

@@ -1,17 +1,15 @@
-"""The engine: requests come and go, each as it would be alone; what ends one, and what ends it."""
+"""The engine: each request gets the text that it gets alone; what ends a request or the engine."""
 
 import copy
-import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 
 import gpt2c
 from gpt2c.generate import engine as engine_module
@@ -31,7 +29,7 @@ def small_chunks(monkeypatch):
 
 
 def make_model(backend="auto", threads=1, **settings):
-    """A model whose tokens depend on all of the text."""
+    """Return a model whose next token depends on the whole text."""
     backend = get_backend(backend, threads)
     shape = {"vocab_size": V, "n_positions": POSITIONS, "n_embd": 24, "n_layer": 2, "n_head": 3}
     model = gpt2c.GPT2(gpt2c.GPT2Config(**shape | settings), seed=1, backend=backend)
@@ -46,7 +44,7 @@ def ids(count, seed=0):
 
 
 def alone(model, prompt, count, **settings):
-    """Return the new tokens of model.generate, and with logprobs=True a pair."""
+    """Return the new tokens of model.generate, or a pair with logprobs=True."""
     out = model.generate([prompt], count, **settings)
     if settings.get("logprobs"):
         return out[0][0, len(prompt) :], out[1][0]
@@ -54,7 +52,7 @@ def alone(model, prompt, count, **settings):
 
 
 @pytest.mark.parametrize("settings", [GREEDY, {"seed": 1, "logprobs": True}])
-def test_padding_never_comes_where_the_tokenizer_is_known(settings):
+def test_padding_ids_are_never_drawn_with_a_tokenizer(settings):
     tokenizer = gpt2c.Tokenizer.from_name("bytes")
     model, larger = (make_model(vocab_size=size) for size in (257, 320))
     for name, parameter in larger.parameters.items():
@@ -63,7 +61,7 @@ def test_padding_never_comes_where_the_tokenizer_is_known(settings):
     with Engine(larger, tokenizer=tokenizer) as engine, Engine(larger) as other:
         without = other.submit([65], 30, **settings).result(WAIT)
         assert (np.array(without) >= 257).any()
-        for prompt in ([65], list(range(30)), [300]):  # its own ids may be anything
+        for prompt in ([65], list(range(30)), [300]):  # a request's own ids may be padding
             got = engine.submit(prompt, 20, **settings).result(WAIT)
             tokens = got[0] if "logprobs" in settings else got
             assert len(tokens) == 20 and (tokens < 257).all()
@@ -77,7 +75,7 @@ def test_padding_never_comes_where_the_tokenizer_is_known(settings):
         Engine(make_model(), tokenizer=tokenizer)
 
 
-def test_a_timeout_is_a_number():
+def test_timeout_must_be_a_number():
     with Engine(make_model()) as engine:
         request = engine.submit([1], 1)
         for wrong in ("1", True):
@@ -86,12 +84,12 @@ def test_a_timeout_is_a_number():
 
 
 class Gate:
-    """A decoder whose calls wait until the test lets them through, and are noted."""
+    """A decoder that records its calls, and holds each until the test lets it through."""
 
     def __init__(self, decoder):
         self.capacity = decoder.capacity
         self.calls = []  # ("read", tokens) or ("step", texts)
-        self.errors = {}  # name of a call -> raised by the next one
+        self.errors = {}  # name of a call -> the error that the next such call raises
         self._decoder = decoder
         self._come, self._go = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -111,14 +109,14 @@ class Gate:
         return self._decoder.step(tokens, slots, positions)
 
     def wait(self, calls=1):
-        """Return when so many more calls have come, the last of them not let through."""
+        """Wait for this number of further calls; the last of them is not let through."""
         for call in range(calls):
             assert self._come.acquire(timeout=WAIT)
             if call < calls - 1:
                 self._go.release()
 
     def let(self, calls=1):
-        """Let the call that has come through, and those after it; return when the next waits."""
+        """Let the waiting call through, and those after it; return when the next one waits."""
         for _ in range(calls):
             self._go.release()
             assert self._come.acquire(timeout=WAIT)
@@ -129,7 +127,7 @@ class Gate:
 
 @pytest.fixture
 def gated():
-    """Return a function that makes a model, its gate, and an engine that is closed at the end."""
+    """Return a function that makes a model, its gate and an engine; later close the engines."""
     made = []
 
     def make(**settings):
@@ -149,7 +147,7 @@ def gated():
         assert not engine._thread.is_alive()
 
 
-# ---- the same as alone ---------------------------------------------------------------------------
+# ---- each request as if alone --------------------------------------------------------------------
 
 JOBS = [
     (3, 20, {"seed": 5}),
@@ -166,7 +164,7 @@ JOBS = [
 
 
 @pytest.mark.parametrize(("quantize", "threads"), [(None, 2), ("int8", 1), ("fp16", 1)])
-def test_a_request_gets_what_it_gets_alone(quantize, threads, backend_name, tmp_path):
+def test_request_gets_the_text_that_it_gets_alone(quantize, threads, backend_name, tmp_path):
     model = make_model(backend_name, threads)
     if quantize:
         model.save_pretrained(tmp_path)
@@ -189,7 +187,7 @@ def test_a_request_gets_what_it_gets_alone(quantize, threads, backend_name, tmp_
     assert len(results[6]) == 3, "two more positions and the token that follows the last"
 
 
-def test_long_prompts_with_chunks_as_they_are(monkeypatch):
+def test_long_prompts_are_read_in_chunks(monkeypatch):
     monkeypatch.undo()
     size = 2 * decoder_module.CHUNK
     assert size > CHUNK
@@ -201,7 +199,7 @@ def test_long_prompts_with_chunks_as_they_are(monkeypatch):
             np.testing.assert_array_equal(request.result(WAIT), alone(model, prompt, 6, seed=1))
 
 
-def test_one_joins_while_others_run(gated):
+def test_request_joins_while_others_run(gated):
     model, gate, engine = gated(slots=3)
     first = engine.submit(ids(4), 9, seed=1)
     gate.wait()
@@ -219,7 +217,7 @@ def test_one_joins_while_others_run(gated):
     assert sum(texts) == 8 + 2 + 19, "a text was read in vain"
 
 
-def test_a_long_prompt_lets_the_others_go_on(gated):
+def test_long_prompt_lets_the_others_go_on(gated):
     _, gate, engine = gated(slots=2)
     running = engine.submit(ids(4), 30, seed=1)
     gate.wait(2)
@@ -233,7 +231,7 @@ def test_a_long_prompt_lets_the_others_go_on(gated):
     assert gate.calls[at : at + 6] == [*between, ("read", 3), ("step", 2)]
 
 
-def test_what_is_kept_of_a_full_context_is_read_in_chunks_too(gated):
+def test_kept_half_of_a_full_context_is_read_in_chunks(gated):
     model, gate, engine = gated(slots=2)
     full = engine.submit(ids(POSITIONS - 1), 4, seed=1)
     other = engine.submit(ids(2), 30, seed=2)
@@ -244,7 +242,7 @@ def test_what_is_kept_of_a_full_context_is_read_in_chunks_too(gated):
     assert sorted(reads) == sorted([8, 8, 8, 8, 7, 2, 8, 8, 4])
 
 
-def test_a_smaller_capacity_gives_the_same_or_refuses():
+def test_smaller_capacity_gives_the_same_text_or_refuses():
     model = make_model()
     with Engine(model, slots=2, capacity=20) as engine:
         assert engine.capacity == 20
@@ -258,7 +256,7 @@ def test_a_smaller_capacity_gives_the_same_or_refuses():
             )
 
 
-def test_no_new_tokens_and_no_prompt():
+def test_request_without_new_tokens_or_without_a_prompt():
     model = make_model(eos_token_id=7)
     with Engine(model) as engine:
         nothing = engine.submit([1, 2], max_new_tokens=0)
@@ -304,7 +302,7 @@ def test_every_reader_gets_all_tokens(gated):
     assert not request._readers
 
 
-def test_waiting_has_an_end(gated):
+def test_result_times_out(gated):
     _, gate, engine = gated()
     request = engine.submit(ids(4), 3, seed=1)
     for seconds in (0, 0.01, -1):
@@ -315,7 +313,7 @@ def test_waiting_has_an_end(gated):
     assert len(request.result(timeout=WAIT)) == len(request.result(timeout=0)) == 3
 
 
-def test_a_reader_that_stops_holds_nothing_up():
+def test_reader_that_stops_holds_up_no_other():
     model = make_model()
     with Engine(model, slots=2) as engine:
         slow = engine.submit(ids(4), 30, seed=1)
@@ -327,7 +325,7 @@ def test_a_reader_that_stops_holds_nothing_up():
         assert slow.result(WAIT).tolist() == read + list(tokens)
 
 
-def test_a_reader_that_is_interrupted_leaves_the_engine_usable():
+def test_reader_that_is_interrupted_leaves_the_engine_usable():
     model = make_model()
     with Engine(model, slots=1, queue=1) as engine:
         for _ in range(5):
@@ -340,14 +338,14 @@ def test_a_reader_that_is_interrupted_leaves_the_engine_usable():
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
 @pytest.mark.parametrize("read", [list, lambda request: request.result()])
-def test_ctrl_c_while_waiting(read, gated):
+def test_ctrl_c_interrupts_a_wait(read, gated):
     model, gate, engine = gated(slots=1)
     request = engine.submit(ids(4), 5, seed=1)
     gate.wait()
     main = threading.main_thread().ident
     stop = threading.Event()
 
-    def press():  # until it is noticed: the first may come before the wait
+    def press():  # until it is noticed, because the first one may come before the wait
         while not stop.wait(0.05):
             signal.pthread_kill(main, signal.SIGINT)
 
@@ -364,17 +362,17 @@ def test_ctrl_c_while_waiting(read, gated):
     assert len(engine.submit(ids(4), 5).result(WAIT)) == 5
 
 
-# ---- cancelling, and a full house ----------------------------------------------------------------
+# ---- cancelling, and a full engine ---------------------------------------------------------------
 
 
-def test_cancelling_the_running_frees_its_slot_before_the_next_step(gated):
+def test_cancelled_request_frees_its_slot_before_the_next_step(gated):
     model, gate, engine = gated(slots=1, queue=1)
     first = engine.submit(ids(4), 30, seed=1)
     second = engine.submit(ids(5), 3, seed=2)
-    gate.wait(3)  # a token of the prompt and one of a step are there, the second step waits
+    gate.wait(3)  # two tokens are there, one of the prompt and one of a step; the second step waits
     first.cancel()
     assert first.done and first.ended == "cancelled"
-    third = engine.submit(ids(6), 3, seed=3)  # there is room at once
+    third = engine.submit(ids(6), 3, seed=3)  # the queue has room at once
     gate.let()
     assert gate.calls[-2:] == [("step", 1), ("read", 5)]
     gate.open()
@@ -384,7 +382,7 @@ def test_cancelling_the_running_frees_its_slot_before_the_next_step(gated):
     np.testing.assert_array_equal(third.result(WAIT), alone(model, ids(6), 3, seed=3))
 
 
-def test_cancelling_while_the_prompt_is_read(gated):
+def test_request_is_cancelled_while_its_prompt_is_read(gated):
     model, gate, engine = gated(slots=2)
     first = engine.submit(ids(3 * CHUNK), 5, seed=1)
     gate.wait(2)
@@ -397,7 +395,7 @@ def test_cancelling_while_the_prompt_is_read(gated):
     np.testing.assert_array_equal(second.result(WAIT), alone(model, ids(4), 5, seed=2))
 
 
-def test_cancelling_the_waiting_and_the_finished(gated):
+def test_waiting_and_finished_requests_may_be_cancelled(gated):
     _, gate, engine = gated(slots=1, queue=1)
     running = engine.submit(ids(4), 3, seed=1)
     waiting = engine.submit(ids(5), 3, seed=2)
@@ -415,7 +413,7 @@ def test_cancelling_the_waiting_and_the_finished(gated):
     assert ("read", 5) not in gate.calls
 
 
-def test_cancelling_ends_who_waits(gated):
+def test_cancelling_wakes_a_waiting_reader(gated):
     _, gate, engine = gated()
     request = engine.submit(ids(4), 3)
     with ThreadPoolExecutor(2) as pool:
@@ -426,7 +424,7 @@ def test_cancelling_ends_who_waits(gated):
 
 
 @pytest.mark.parametrize(("slots", "places"), [(1, 0), (2, 3)])
-def test_a_full_engine_says_so_at_once(slots, places, gated):
+def test_full_engine_refuses_at_once(slots, places, gated):
     _, gate, engine = gated(slots=slots, queue=places)
     requests = [engine.submit(ids(4), 3, seed=1) for _ in range(slots + places)]
     with pytest.raises(EngineFull) as error:
@@ -440,7 +438,7 @@ def test_a_full_engine_says_so_at_once(slots, places, gated):
     assert len(engine.submit(ids(4), 3).result(WAIT)) == 3
 
 
-def test_many_threads_at_once(backend_name):
+def test_many_threads_submit_at_once(backend_name):
     model = make_model(backend_name)
     start = threading.Barrier(16)
 
@@ -532,7 +530,7 @@ def test_damaged_logits_end_one_request_only(name):
         assert len(engine.submit(ids(2), 8).result(WAIT)) == 8
 
 
-def test_a_text_without_a_token_left_ends_alone():
+def test_text_without_a_possible_token_ends_alone():
     model = make_model()
     with Engine(model, slots=2) as engine:
         barren = engine.submit(list(range(30)), V, no_repeat_ngram_size=1, seed=1)
@@ -543,7 +541,7 @@ def test_a_text_without_a_token_left_ends_alone():
         np.testing.assert_array_equal(other.result(WAIT), alone(model, ids(3), 60, seed=2))
 
 
-def test_an_error_in_the_shared_step_ends_those_that_run(gated):
+def test_error_in_the_shared_step_ends_all_running_requests(gated):
     model, gate, engine = gated(slots=2)
     requests = [engine.submit(ids(4 + n), 5, seed=n) for n in range(3)]
     gate.wait(4)  # one read and a step, another read and a step of both
@@ -556,7 +554,7 @@ def test_an_error_in_the_shared_step_ends_those_that_run(gated):
     np.testing.assert_array_equal(requests[2].result(WAIT), alone(model, ids(6), 5, seed=2))
 
 
-def test_an_error_in_reading_a_prompt_ends_its_request(gated):
+def test_error_in_reading_a_prompt_ends_its_request(gated):
     model, gate, engine = gated(slots=2)
     first = engine.submit(ids(4), 5, seed=1)
     second = engine.submit(ids(5), 5, seed=2)
@@ -571,7 +569,7 @@ def test_an_error_in_reading_a_prompt_ends_its_request(gated):
 # ---- the end -------------------------------------------------------------------------------------
 
 
-def test_closing_ends_what_runs_and_what_waits(gated):
+def test_close_ends_running_and_waiting_requests(gated):
     model, gate, engine = gated(slots=1)
     running = engine.submit(ids(4), 30, seed=1)
     waiting = engine.submit(ids(4), 30, seed=1)
@@ -596,7 +594,7 @@ def test_closing_ends_what_runs_and_what_waits(gated):
         engine.submit([1])
 
 
-def test_closing_leaves_what_is_done():
+def test_close_keeps_finished_results():
     with Engine(make_model()) as engine:
         request = engine.submit(ids(4), 5)
         request.result(WAIT)
@@ -604,30 +602,20 @@ def test_closing_leaves_what_is_done():
     assert not engine._thread.is_alive()
 
 
-def test_leaving_the_program_does_not_wait_for_the_engine():
-    code = """
-import gpt2c
-config = gpt2c.GPT2Config(vocab_size=11, n_positions=64, n_embd=12, n_layer=1, n_head=3)
-idle = gpt2c.Engine(gpt2c.GPT2(config))
-busy = gpt2c.Engine(gpt2c.GPT2(config))
-request = busy.submit([1, 2, 3], max_new_tokens=100_000_000)
-print(type(next(iter(request))).__name__)
-"""
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=WAIT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "int\n", "")
+def test_program_ends_without_waiting_for_its_engines():
+    done = run_process(program("programs.fresh", "leave_engines"), timeout=WAIT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "int 2\n", "")
 
 
 @pytest.mark.parametrize("name", ["slots", "queue", "capacity"])
 @pytest.mark.parametrize("wrong", [1.5, True, "2", [3]])
-def test_room_that_is_no_whole_number_is_refused(name, wrong):
+def test_fractional_slots_queue_or_capacity_are_refused(name, wrong):
     config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3)
     model = gpt2c.GPT2(config)
     assert refused(Engine, model, **{name: wrong}).startswith(f"{name} must be a whole number")
 
 
-def test_an_engine_is_not_copied() -> None:
+def test_engine_is_not_copied() -> None:
     """A copy would take requests that no thread serves."""
     config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     with Engine(gpt2c.GPT2(config), slots=1) as engine:

@@ -1,4 +1,4 @@
-"""From logits to a token: what may be drawn, how likely, the draw, and settings out of range."""
+"""Sampling: which tokens may be drawn, how likely they are, and settings out of range."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def probabilities(logits: np.ndarray, **settings: Any) -> np.ndarray:
 
 
 class Draws:
-    """Random numbers that are no random numbers, and how many were taken."""
+    """A generator of fixed numbers that counts its calls."""
 
     def __init__(self, *numbers: float) -> None:
         self.left = list(numbers)
@@ -55,14 +55,14 @@ class Draws:
 
 
 def shares(logits: np.ndarray, **settings: Any) -> np.ndarray:
-    """Share of each token when the random numbers are evenly spaced: within 1 draw of exact."""
+    """Return each token's share for evenly spaced random numbers: exact to one draw."""
     rng: Any = Draws(*((np.arange(DRAWS) + 0.5) / DRAWS))
     tokens = [choose(logits, GenerationConfig(**settings), rng) for _ in range(DRAWS)]
     assert not rng.left, "one random number for each token"
     return np.bincount(tokens, minlength=len(logits)) / DRAWS
 
 
-# ---- what may be drawn ---------------------------------------------------------------------------
+# ---- filters -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -87,7 +87,7 @@ def test_top_k_keeps_the_k_largest(top_k: int) -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -> None:
     p = np.array([0.1, 0.4, 0.1, 0.2, 0.2])
     expected = np.zeros(V)
-    largest_first = [1, 3, 4, 0, 2][:kept]  # of equals the first
+    largest_first = [1, 3, 4, 0, 2][:kept]  # the first among equals
     expected[largest_first] = p[largest_first] / p[largest_first].sum()
     logits = np.full(V, -1000.0)
     logits[:5] = np.log(p)
@@ -96,7 +96,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -
 
 
 @pytest.mark.parametrize(("min_p", "kept"), [(0.01, 4), (0.26, 3), (0.49, 3), (0.51, 2), (0.76, 1)])
-def test_min_p_keeps_what_is_so_likely_beside_the_likeliest(min_p: float, kept: int) -> None:
+def test_min_p_keeps_tokens_by_their_share_of_the_likeliest(min_p: float, kept: int) -> None:
     p = np.array([0.1, 0.4, 0.2, 0.3])
     expected = np.zeros(4)
     largest_first = [1, 3, 2, 0][:kept]
@@ -138,7 +138,7 @@ def test_equal_logits_are_cut_to_k(settings: dict[str, float]) -> None:
     assert np.flatnonzero(probabilities(logits, top_k=3, **settings)).tolist() == [0, 1, 4]
 
 
-def test_what_cannot_come_is_never_drawn() -> None:
+def test_filtered_tokens_are_never_drawn() -> None:
     logits = make_logits()
     logits[[2, 7]] = -np.inf
     for settings in ({}, {"top_k": V}, {"top_p": 1.0}, {"min_p": 1e-9}, {"temperature": 100.0}):
@@ -164,10 +164,10 @@ def test_what_cannot_come_is_never_drawn() -> None:
         {"do_sample": False, "temperature": 5.0, "top_k": 5},
     ],
 )
-def test_limits_are_greedy(settings: dict[str, Any]) -> None:
+def test_extreme_settings_are_greedy(settings: dict[str, Any]) -> None:
     config, rng = GenerationConfig(**settings), np.random.default_rng(0)
     rows = [make_logits(seed) for seed in range(50)]
-    if settings.get("temperature") != 1e-320:  # a temperature chooses freely among equals
+    if settings.get("temperature") != 1e-320:  # a temperature draws among equals
         rows.append(np.zeros(V, np.float32))  # all equal: the first
         rows.append(make_logits())
         rows[-1][[2, 6]] = 9  # a tie: the first of the two
@@ -207,7 +207,7 @@ def test_logits_must_be_numbers(bad: float, temperature: float) -> None:
 # ---- the text so far -----------------------------------------------------------------------------
 
 
-def test_without_a_reason_logits_pass_as_they_are() -> None:
+def test_logits_are_unchanged_without_penalties() -> None:
     logits = make_logits()
     assert penalised(logits, GenerationConfig(), [1, 1, 1], ()) is logits
 
@@ -241,14 +241,14 @@ def test_repetition_is_penalised_once(penalty: float) -> None:
         (0, [1, 1, 1, 1], set()),
     ],
 )
-def test_ngrams_do_not_come_again(n: int, text: list[int], forbidden: set[int]) -> None:
+def test_ngrams_are_not_repeated(n: int, text: list[int], forbidden: set[int]) -> None:
     scores = penalised(make_logits(), GenerationConfig(no_repeat_ngram_size=n), text, ())
     assert set(np.flatnonzero(scores == -np.inf)) == forbidden
     allowed = np.isfinite(scores)
     assert np.array_equal(scores[allowed], make_logits()[allowed])
 
 
-def test_the_forbidden_is_not_chosen() -> None:
+def test_forbidden_token_is_not_chosen() -> None:
     logits, rng = make_logits(), np.random.default_rng(0)
     first, second = np.argsort(-logits)[:2].tolist()
     greedy = GenerationConfig(temperature=0)
@@ -270,7 +270,7 @@ def test_penalties_change_the_choice() -> None:
     assert choose(logits, config, rng, [2, 0, 2]) == 1
 
 
-def test_if_all_is_forbidden_nothing_is_chosen() -> None:
+def test_choice_is_refused_when_every_token_is_forbidden() -> None:
     config, rng = GenerationConfig(no_repeat_ngram_size=1), np.random.default_rng(0)
     assert "no_repeat_ngram_size" in refused(choose, make_logits(), config, rng, range(V))
 
@@ -328,7 +328,7 @@ def test_settings_at_their_limits_are_taken(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "off", [{"top_k": 0}, {"min_p": 0}, {"top_p": 1}, {"top_k": None, "min_p": None, "top_p": None}]
 )
-def test_what_is_off_cuts_nothing_off(off: dict[str, Any]) -> None:
+def test_switched_off_filters_keep_every_token(off: dict[str, Any]) -> None:
     logits = make_logits()
     np.testing.assert_allclose(probabilities(logits, **off), softmax(logits), rtol=1e-12)
 
@@ -338,14 +338,14 @@ def test_top_p_of_0_keeps_one_token() -> None:
     assert probabilities(logits, top_p=0)[logits.argmax()] == 1
 
 
-def test_the_neighbours_words_for_the_default_are_taken() -> None:
+def test_defaults_of_transformers_are_taken() -> None:
     defaults = {"num_beams": 1, "use_cache": False, "early_stopping": True, "length_penalty": 2.0}
     config = GenerationConfig(**defaults, pad_token_id=50256, typical_p=1.0)
     assert config == GenerationConfig() == dataclasses.replace(config)
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
-# What transformers 4.57 has for a setting that is not given, where gpt2c's own differs or has none.
+# transformers 4.57's default of each setting whose default differs in gpt2c, or that gpt2c lacks.
 THEIRS = {
     **{"min_length": 0, "num_beams": 1, "num_beam_groups": 1, "typical_p": 1.0, "use_cache": True},
     **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "diversity_penalty": 0.0, "length_penalty": 1.0},
@@ -362,12 +362,12 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_what_leaves_a_setting_of_theirs_off_changes_nothing(name: str) -> None:
+def test_switched_off_settings_of_transformers_are_taken(name: str) -> None:
     assert GenerationConfig(**{name: THEIRS[name]}) == GenerationConfig()
     assert GenerationConfig(**{name: None}) == GenerationConfig()
 
 
-def test_each_name_of_theirs_has_a_line_here() -> None:
+def test_every_setting_of_transformers_is_tested() -> None:
     assert OFF.keys() - {"max_length", "pad_token_id", "exponential_decay_length_penalty"} == (
         THEIRS.keys() - {"max_new_tokens", "logprobs"} | {"_from_model_config"}
     )
@@ -378,7 +378,7 @@ def test_none_is_the_default() -> None:
     assert GenerationConfig(**dict.fromkeys(names)) == GenerationConfig()
 
 
-def test_a_whole_number_may_be_a_float() -> None:
+def test_whole_number_may_be_a_float() -> None:
     whole = {"max_new_tokens": 9, "min_new_tokens": 2, "top_k": 2, "no_repeat_ngram_size": 3}
     whole |= {"num_return_sequences": 2, "seed": 7}
     for kind in (float, np.float32):
@@ -398,7 +398,7 @@ def test_a_whole_number_may_be_a_float() -> None:
         ("xyz", "its settings are do_sample, "),
     ],
 )
-def test_an_unknown_setting_is_told_which_was_meant(name: str, meant: str) -> None:
+def test_error_suggests_the_setting_that_was_meant(name: str, meant: str) -> None:
     with pytest.raises(TypeError) as error:
         GenerationConfig(**{name: 5})
     assert str(error.value).startswith(f"GenerationConfig has no setting {name!r}; {meant}")
@@ -429,11 +429,11 @@ def test_ends_are_ids(name: str, value: Any) -> None:
     assert refused(config.ends, 3).startswith(f"{name}: ")
 
 
-def test_ends_are_both_together() -> None:
+def test_ends_join_eos_and_stop() -> None:
     assert GenerationConfig(stop=[3, 2], eos_token_id=1).ends(4) == {1, 2, 3}
 
 
-def test_no_ends() -> None:
+def test_ends_may_be_none() -> None:
     assert GenerationConfig().ends(5) == GenerationConfig(stop=[]).ends(5) == frozenset()
 
 
@@ -443,11 +443,11 @@ def test_ends_that_are_no_ids_are_refused(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("text", [".", ["."], [1, "."]])
-def test_strings_are_the_generators(text: Any) -> None:
+def test_stop_strings_are_refused_without_a_generator(text: Any) -> None:
     assert "gpt2c.Generator" in refused(GenerationConfig(stop=text).ends, 5)
 
 
-def test_a_truth_value_is_no_token() -> None:
+def test_bool_is_no_token_id() -> None:
     for name in ("eos_token_id", "stop"):
         config = GenerationConfig(**{name: True})
         assert refused(config.ends, V).startswith(f"{name}: True is not a token id")

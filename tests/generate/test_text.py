@@ -1,4 +1,4 @@
-"""The decoding loop: what the decoder is asked to read, seeds, ends, contexts that fill up."""
+"""The decoding loop: what it reads, seeds, ends of texts, and full contexts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Logits = Callable[[list[int]], np.ndarray]
 
 
 def successor(seen: list[int]) -> np.ndarray:
-    """Logits that make (last token + 1) mod V certain."""
+    """Return logits that make (last token + 1) mod V certain."""
     logits = np.zeros(V)
     logits[(seen[-1] + 1) % V] = 1e4
     return logits
 
 
 def random_logits(seen: list[int]) -> np.ndarray:
-    """Logits that depend on every token so far and on its place."""
+    """Return logits that depend on every token so far and on its place."""
     key = sum(place * (token + 1) for place, token in enumerate(seen, start=1))
     return np.random.default_rng(key).normal(size=V) * 2
 
 
 class FakeReader:
-    """A decoder that checks what it is asked and remembers it; its logits are a function's."""
+    """A decoder that checks and records its calls; a function gives its logits."""
 
     def __init__(self, logits: Logits = successor, slots: int = 4, capacity: int = 200) -> None:
         self.capacity = capacity
@@ -50,7 +50,7 @@ class FakeReader:
         assert tokens.dtype == slots.dtype == positions.dtype == np.int32
         assert tokens.shape == slots.shape == positions.shape == (len(set(slots.tolist())),)
         self.calls.append(("step", *slots.tolist()))
-        self._out[...] = np.nan  # what an earlier call gave is void
+        self._out[...] = np.nan  # the result of the last call is no longer valid
         for row, (token, slot, position) in enumerate(zip(tokens, slots, positions, strict=True)):
             assert position == len(self.seen[slot]) < self.capacity
             self.seen[slot].append(int(token))
@@ -70,7 +70,7 @@ def tokens_of(
     ends: Sequence[int] = (),
     **settings: Any,
 ) -> np.ndarray:
-    """All steps of a stream as (B, steps)."""
+    """Return all steps of a stream, (B, steps)."""
     config = GenerationConfig(max_new_tokens=count, **settings)
     reader = reader or FakeReader(logits)
     return np.stack(list(stream(reader, prompts, config, ends)), axis=1)
@@ -87,7 +87,7 @@ def test_each_token_is_fed_back() -> None:
     assert prompts == [[5, 0], [5, 8]]
 
 
-def test_all_tokens_so_far_were_read_and_each_once() -> None:
+def test_every_token_is_read_once() -> None:
     reader = FakeReader()
     tokens_of([[1, 2, 3], [7]], 4, reader)
     assert reader.seen[:2] == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10]], "the last is never read"
@@ -95,21 +95,21 @@ def test_all_tokens_so_far_were_read_and_each_once() -> None:
     assert reader.calls == reads + steps
 
 
-def test_the_first_token_costs_the_prompts_alone() -> None:
+def test_first_token_needs_only_the_prompts() -> None:
     reader = FakeReader()
     steps = stream(reader, [[1, 2]], GenerationConfig(max_new_tokens=9), ())
     assert not reader.calls
     assert next(steps) == [3] and reader.calls == [("read", 0, 0, 2)]
 
 
-def test_a_text_that_is_over_is_not_read() -> None:
+def test_finished_text_is_not_read() -> None:
     reader = FakeReader()
     tokens_of([[0], [4], [1]], 6, reader, ends=[3])
     steps = [call[1:] for call in reader.calls if call[0] == "step"]
     assert steps == [(0, 1, 2), (0, 1), (1,), (1,), (1,)]
 
 
-def test_no_new_tokens() -> None:
+def test_no_new_tokens_may_be_asked_for() -> None:
     reader = FakeReader()
     assert list(stream(reader, [[0]], GenerationConfig(max_new_tokens=0), ())) == []
     assert not reader.calls
@@ -127,7 +127,7 @@ def test_seeds_reproduce() -> None:
     assert (first[0] != first[1]).any(), "equal prompts have random numbers of their own"
 
 
-def test_a_text_does_not_see_the_others() -> None:
+def test_text_does_not_see_the_others() -> None:
     settings: dict[str, Any] = {"logits": random_logits, "seed": 5, "top_k": 7, "top_p": 0.9}
     together = tokens_of([[1, 2], [3], [4, 5, 6]], 20, **settings)
     assert np.array_equal(together[0], tokens_of([[1, 2]], 20, **settings)[0])
@@ -142,22 +142,22 @@ def test_a_text_does_not_see_the_others() -> None:
 # ---- ends ----------------------------------------------------------------------------------------
 
 
-def test_a_token_that_ends_is_yielded_and_ends_the_loop() -> None:
+def test_token_that_ends_is_yielded_and_ends_the_loop() -> None:
     np.testing.assert_array_equal(tokens_of([[0]], 100, ends={3, 7}), [[1, 2, 3]])
 
 
-def test_a_text_that_is_over_repeats_its_last_token() -> None:
+def test_text_that_is_over_repeats_its_last_token() -> None:
     out = tokens_of([[0], [4]], 100, ends={2, 9})
     np.testing.assert_array_equal(out, [[1, 2, 2, 2, 2], [5, 6, 7, 8, 9]])
 
 
-def test_an_end_in_the_prompt_ends_nothing() -> None:
+def test_end_in_the_prompt_ends_nothing() -> None:
     np.testing.assert_array_equal(tokens_of([[2, 3]], 2, ends={3, 2}), [[4, 5]])
 
 
 @pytest.mark.parametrize(("least", "count"), [(0, 1), (1, 8), (7, 8), (8, 12), (12, 12)])
 def test_no_end_before_min_new_tokens(least: int, count: int) -> None:
-    """The first token and the eighth would be the end; the next likeliest comes in its stead."""
+    """The first and eighth token would be the end; the next likeliest replaces each."""
 
     def logits(seen: list[int]) -> np.ndarray:
         scores = np.zeros(V)
@@ -168,7 +168,7 @@ def test_no_end_before_min_new_tokens(least: int, count: int) -> None:
     assert out.tolist() == [[1] * (count - 1) + [2 if count < 12 else 1]]
 
 
-def test_watches_are_told_their_rows_tokens_and_may_end_them() -> None:
+def test_watch_sees_the_tokens_of_its_row_and_may_end_it() -> None:
     told: list[list[int]] = [[], [], []]
 
     def watch(row: int, last: int) -> Callable[[int], bool]:
@@ -181,7 +181,7 @@ def test_watches_are_told_their_rows_tokens_and_may_end_them() -> None:
     np.testing.assert_array_equal(out, [[1, 2, 3, 3], [2, 3, 4, 5], [5, 5, 5, 5]])
 
 
-def test_a_look_sees_what_each_token_was_chosen_from() -> None:
+def test_look_sees_the_logits_of_each_choice() -> None:
     seen: list[tuple[int, int]] = []
     config = GenerationConfig(max_new_tokens=3)
     steps = stream(
@@ -194,7 +194,7 @@ def test_a_look_sees_what_each_token_was_chosen_from() -> None:
 # ---- several texts of a prompt -------------------------------------------------------------------
 
 
-def test_a_prompt_is_read_once_for_all_its_texts() -> None:
+def test_prompt_is_read_once_for_all_its_texts() -> None:
     reader = FakeReader(random_logits, slots=6)
     out = tokens_of([[1, 2, 3], [4]], 10, reader, num_return_sequences=3, seed=0)
     assert out.shape == (6, 10)
@@ -238,7 +238,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def slid(prompt: list[int], count: int, capacity: int) -> list[int]:
-    """Continue greedily, forgetting all but the last half where one more token would not fit."""
+    """Continue greedily; forget the first half of a full context before the next token."""
     text, seen = list(prompt), list(prompt)
     for _ in range(count):
         text.append(int(random_logits(seen).argmax()))
@@ -247,7 +247,7 @@ def slid(prompt: list[int], count: int, capacity: int) -> list[int]:
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 7, 8])
-def test_a_full_context_forgets_its_first_half(capacity: int) -> None:
+def test_full_context_forgets_its_first_half(capacity: int) -> None:
     prompts = [[3] * length for length in range(1, capacity + 1)]
     reader = FakeReader(random_logits, slots=capacity, capacity=capacity)
     out = tokens_of(prompts, 30, reader, temperature=0)
@@ -260,7 +260,7 @@ def test_a_full_context_forgets_its_first_half(capacity: int) -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 7])
-def test_a_full_context_ends_the_text_if_so_wished(capacity: int) -> None:
+def test_full_context_ends_the_text_with_the_setting(capacity: int) -> None:
     for length in range(1, capacity + 1):
         reader = FakeReader(random_logits, capacity=capacity)
         out = tokens_of([[3] * length], 30, reader, temperature=0, on_full="stop")
@@ -268,7 +268,7 @@ def test_a_full_context_ends_the_text_if_so_wished(capacity: int) -> None:
         assert out[0].tolist() == slid([3] * length, 30, capacity)[:count]
 
 
-def test_texts_fill_their_contexts_one_after_the_other() -> None:
+def test_texts_of_several_lengths_fill_their_contexts_in_turn() -> None:
     reader = FakeReader(capacity=6)
     out = tokens_of([[0, 1, 2, 3], [0], [0, 1]], 9, reader, on_full="stop")
     lengths = [3, 6, 5]
@@ -291,7 +291,7 @@ def test_texts_fill_their_contexts_one_after_the_other() -> None:
         ((4,), None, "slide", "end", 4),  # both at once
     ],
 )
-def test_a_text_knows_why_it_is_over(
+def test_text_records_why_it_ended(
     ends: tuple[int, ...], watch: Any, on_full: str, why: str, count: int
 ) -> None:
     config = GenerationConfig(max_new_tokens=4, on_full=on_full)

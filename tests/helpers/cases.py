@@ -1,4 +1,4 @@
-"""Shapes for every op: around vectors, panels, tiles and blocks, and odd values."""
+"""Shapes for every op: around the sizes of vectors, panels, tiles and blocks, and odd values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Case:
         return self.example.kinds.get(self.shape.get("kind"), usual)
 
     def arguments(self) -> list[Any]:
-        """Make the arguments, the same ones every time."""
+        """Return the arguments, the same ones every time."""
         return self.example.make(
             np.random.default_rng(zlib.crc32(str(self).encode())), **self.shape
         )
@@ -201,7 +201,7 @@ ALIASES = {
     if op.outputs and op.outputs[0].alias
 }
 
-# ---- one shape an op, that takes no time ---------------------------------------------------------
+# ---- one quick shape for each op -----------------------------------------------------------------
 
 SIZES = {"B": 2, "T": 5, "N": 6, "C": 17, "OC": 21, "V": 19, "NH": 3, "HS": 5, "n": 35}
 

@@ -1,8 +1,8 @@
-"""Every reader of gpt2c with good files, and ways to spoil them: what test_hostile and fuzz share.
+"""Every reader of gpt2c with good files, and ways to damage them, for test_hostile and fuzz.
 
-To add a reader, put one entry into READERS: `make` writes good files into an empty directory,
-`read` is the public door, `use` does with the result what a user would. The fuzzers spoil its files
-from then on. Hand-made bad files for it go into test_hostile.
+To add a reader, add one entry to READERS: `make` writes good files into an empty directory, `read`
+is the public function, `use` does with the result what a user would do. The fuzzers then damage its
+files. Bad files made by hand go into test_hostile.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from gpt2c.train.settings import TrainSettings, read_recipe
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
-SECONDS = 20  # for what takes milliseconds, on a busy machine
-MEMORY = 4 << 30  # bytes; no good file here needs a hundredth
+SECONDS = 20  # a read takes milliseconds; this allows for a busy machine
+MEMORY = 4 << 30  # bytes; no good file here needs a hundredth of it
 TEXT = "the cat sat on the mat, the dog on the log. "
 
-# ---- what may come out ---------------------------------------------------------------------------
+# ---- allowed exceptions --------------------------------------------------------------------------
 
 
 class HangError(Exception):
@@ -56,13 +56,13 @@ class HangError(Exception):
 
 @contextmanager
 def limits(seconds: int = SECONDS, memory: int = MEMORY) -> Iterator[None]:
-    """End what takes too long with HangError and what takes too much with MemoryError."""
+    """End a call that takes too long with HangError, and too much memory with MemoryError."""
 
     def stop(signum: int, frame: object) -> None:
         raise HangError(f"more than {seconds} seconds")
 
     before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
-    if sys.platform == "linux":  # others do not say what is taken already
+    if sys.platform == "linux":  # other systems do not tell the memory in use
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, before[1]))
     signal.alarm(seconds)
@@ -76,15 +76,15 @@ def limits(seconds: int = SECONDS, memory: int = MEMORY) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reader:
-    """A public door that reads files.
+    """A public function that reads files.
 
     Parameters
     ----------
     make : writes good files into an empty directory
-    read : reads the directory; may raise ValueError or OSError with a file's name, nothing else
-    use : takes what `read` gave; may raise ValueError
-    files : which of the good files are to be spoiled
-    optional : those of them without which it goes on
+    read : reads the directory; may raise only ValueError or OSError, with a file's name
+    use : takes the result of `read`; may raise ValueError
+    files : the good files that are damaged
+    optional : those of them without which `read` succeeds
     """
 
     make: Callable[[Path], object]
@@ -94,13 +94,13 @@ class Reader:
     optional: tuple[str, ...] = ()
 
     def spoilable(self, directory: Path) -> list[str]:
-        """Name the files to be spoiled, relative to the directory that holds them."""
+        """Return the names of the files to be damaged, relative to their directory."""
         found = [path for path in directory.rglob(self.files) if path.is_file()]
         return sorted(str(path.relative_to(directory)) for path in found)
 
 
 def attempt(reader: Reader, directory: Path) -> str:
-    """Read and use a directory; say "read" or "refused", or raise what must not come out."""
+    """Read and use a directory; return "read" or "refused", or raise a forbidden exception."""
     try:
         value = reader.read(directory)
     except (ValueError, OSError) as error:
@@ -110,7 +110,7 @@ def attempt(reader: Reader, directory: Path) -> str:
         return "refused"
     try:
         reader.use(value)
-    except ValueError:  # weights that give nan, say
+    except ValueError:  # for example weights that give nan
         return "refused"
     return "read"
 
@@ -121,7 +121,7 @@ CONFIG = GPT2Config(vocab_size=262, n_positions=8, n_embd=4, n_layer=1, n_head=2
 
 
 def tokenizer() -> Tokenizer:
-    """Make a small one; each call makes the same."""
+    """Return a small tokenizer, the same one at each call."""
     return Tokenizer.train([TEXT], CONFIG.vocab_size)
 
 
@@ -186,7 +186,7 @@ def use_model(model: GPT2 | QuantizedGPT2) -> None:
 
 
 def make_one_tokenizer(directory: Path) -> None:
-    """Write tokenizer.json, as transformers' fast tokenizers do, and what stands beside it."""
+    """Write tokenizer.json, as transformers' fast tokenizers do, and the files beside it."""
     made = tokenizer()
     made.save_pretrained(directory)
     vocabulary = json.loads((directory / "vocab.json").read_text())
@@ -265,7 +265,7 @@ def make_llmc_tokenizer(directory: Path) -> None:
 
 
 def converted(name: str, format: str | None = None) -> Callable[[Path], str]:
-    """Return what converts a file into a directory or, if it is nanoGPT's, another file."""
+    """Return a function that converts a file into a directory, or into a file for nanoGPT's."""
     out = "out.bin" if format else "out"
     return lambda d: convert(str(d / name), d / out, format, overwrite=True)
 
@@ -289,7 +289,7 @@ def make_run(directory: Path) -> None:
 
 
 def resume(directory: Path, **settings: Any) -> None:
-    """Go on for one more step, or begin with settings."""
+    """Resume for one more step, or begin a run with settings."""
     going_on = not settings
     given = settings or {"max_iters": 3, "backend": "base"}
     with mock.patch.object(sys, "stdout"), mock.patch.object(gpt2c.train.loop, "plot_loss"):
@@ -297,7 +297,7 @@ def resume(directory: Path, **settings: Any) -> None:
 
 
 def resume_mended(directory: Path) -> None:
-    """Resume when the checkpoint's sums are those of what is there: what they would keep away."""
+    """Resume after the checkpoint's checksums were corrected, which would refuse the damage."""
     for path in (directory / "run" / "checkpoints").glob("*/state.json"):
         try:
             content = read_json(path)
@@ -346,8 +346,8 @@ def make_text(directory: Path) -> None:
     (directory / "text.txt").write_text(f"{TEXT}é\n<|endoftext|>{TEXT}\n", encoding="utf-8")
 
 
-SPARE = ("generation_config.json",)  # which counts if config.json lacks what it says
-# What training writes anew from the data and the newest checkpoint, and what that can spare.
+SPARE = ("generation_config.json",)  # which counts where config.json lacks a field
+# Files that training writes again from the data and the newest checkpoint, and optional files.
 RUN_COPIES = (
     *("run/config.json", "run/generation_config.json", "run/model.safetensors", "run/vocab.json"),
     *("run/merges.txt", "run/tokenizer_config.json", "run/metrics.jsonl"),
@@ -409,13 +409,13 @@ READERS = {
 
 
 def split(content: bytes) -> tuple[bytes, bytes]:
-    """Return a safetensors file's header and what follows it."""
+    """Return the header of a safetensors file, and the rest of it."""
     end = 8 + int.from_bytes(content[:8], "little")
     return content[8:end], content[end:]
 
 
 def joined(header: bytes, body: bytes) -> bytes:
-    """Make a safetensors file of a header and what follows it."""
+    """Return a safetensors file of a header and the rest."""
     return len(header).to_bytes(8, "little") + header + body
 
 
@@ -424,7 +424,7 @@ class Pairs(list[tuple[str, Any]]):
 
 
 def dumps(value: Any) -> str:
-    """Write JSON with Pairs and without a thought for what is allowed."""
+    """Return JSON of Pairs, allowed or not."""
     if isinstance(value, Pairs):
         return "{" + ",".join(f"{json.dumps(key)}:{dumps(item)}" for key, item in value) + "}"
     if isinstance(value, list):
@@ -432,13 +432,13 @@ def dumps(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False)
 
 
-# ---- spoiling ------------------------------------------------------------------------------------
+# ---- damaging ------------------------------------------------------------------------------------
 
 NUMBERS = [
     *(0, 1, -1, 2, 3, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**16, 2**24, 2**31 - 1, 2**31),
     *(-(2**31), 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 20240520, 20240326),
 ]
-# as they may stand in JSON or TOML, and some that may not
+# some that JSON or TOML may hold, and some that they may not
 WORDS = [
     *(b"-1", b"0", b"-0", b"1.5", b"1e999", b"-1e999", b"1e-999", b"NaN", b"nan", b"Infinity"),
     *(b"inf", b"true", b"false", b"null", b'""', b'"1"', b'"gpt2"', b"[]", b"{}", b"[[0]]", b"1e3"),
@@ -452,7 +452,7 @@ WORD = re.compile(rb'"[^"\n]*"|[^\s"]+')
 
 
 def spoiled(name: str, content: bytes) -> st.SearchStrategy[bytes]:
-    """Return a file's content with one to three changes, each made for what the file is."""
+    """Return a file's content with one to three changes that suit its format."""
 
     @st.composite
     def changed(draw: Draw) -> bytes:
@@ -482,20 +482,20 @@ def _flip(draw: Draw, content: bytes) -> bytes:
 
 
 def _splice(draw: Draw, content: bytes) -> bytes:
-    """Put one piece in the place of another."""
+    """Replace one piece by another."""
     (a, b), (c, d) = _span(draw, content), _span(draw, content)
     return content[:c] + content[a:b] + content[d:]
 
 
 def _grow(draw: Draw, content: bytes) -> bytes:
-    """Put in something new, or a piece many times."""
+    """Insert new bytes, or a piece many times."""
     at, (a, b) = draw(st.integers(0, len(content))), _span(draw, content)
     new = draw(st.binary(min_size=1, max_size=16)) if draw(st.booleans()) else content[a:b]
     return content[:at] + new * draw(st.sampled_from([1, 2, 100])) + content[at:]
 
 
 def _number(draw: Draw, content: bytes) -> bytes:
-    """Put a number that is the edge of something over 1 to 8 bytes, often at the beginning."""
+    """Overwrite 1 to 8 bytes, often at the beginning, with a number at a limit."""
     width = draw(st.sampled_from([1, 2, 4, 8]))
     step = draw(st.sampled_from([1, width]))
     last = max(0, len(content) - width)
@@ -505,7 +505,7 @@ def _number(draw: Draw, content: bytes) -> bytes:
 
 
 def _word(draw: Draw, content: bytes) -> bytes:
-    """Put one of WORDS, or a word from elsewhere in the file, in the place of a number or word."""
+    """Replace a number or word by one of WORDS, or by a word from elsewhere in the file."""
     found = list(draw(st.sampled_from([INTEGER, WORD])).finditer(content))
     if not found:
         return draw(st.sampled_from(WORDS)) + content
@@ -515,7 +515,7 @@ def _word(draw: Draw, content: bytes) -> bytes:
 
 
 def _line(draw: Draw, content: bytes) -> bytes:
-    """Take a line away, write one twice, or let two change places."""
+    """Remove a line, repeat one, or swap two."""
     lines = content.split(b"\n")
     a, b = (draw(st.integers(0, len(lines) - 1)) for _ in range(2))
     what = draw(st.sampled_from(["take", "twice", "change"]))
@@ -527,11 +527,11 @@ def _line(draw: Draw, content: bytes) -> bytes:
 
 
 def _json(draw: Draw, content: bytes) -> bytes:
-    """Change one entry of what is JSON: its value, its key, its place, whether it is there."""
+    """Change one entry of JSON: its value, key or place, or remove it."""
     try:
         top = json.loads(content, object_pairs_hook=Pairs)
         found = [(holder, i) for holder in _holders(top) for i in range(len(holder))]
-    except (ValueError, RecursionError):  # spoiled already
+    except (ValueError, RecursionError):  # damaged already
         found = []
     if not found:
         return _word(draw, content)
@@ -543,7 +543,7 @@ def _json(draw: Draw, content: bytes) -> bytes:
         word = draw(st.sampled_from(WORDS))
         value = word if word.isascii() else word.decode("latin1")
     elif what == "value":
-        value = copy.deepcopy(value_there)  # it may be what holds this one
+        value = copy.deepcopy(value_there)  # it may contain this one
     elif what == "key":
         key = key_there
     elif what == "new key":

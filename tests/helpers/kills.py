@@ -1,11 +1,11 @@
-"""Training that is killed: each run is a child of its own, forked before anything was computed.
+"""Training that is killed: each run is a child process, forked before anything was computed.
 
     python tests/helpers/kills.py '{"what": "moments", "kills": 200, "data": "...", "out": "...",
                             "settings": {"max_iters": 20, "save_interval": 1}}'
 
-Prints JSON of what was done; a run that cannot go on, or ends with other bits than one that was
-left alone, is an error. A child ends by SIGKILL: nothing of it is tidied up, flushed or unlocked
-but what the system does.
+It prints JSON of its counts. It fails if a run cannot be resumed, or ends with other bits than an
+uninterrupted run. A child dies of SIGKILL: Python cleans up, flushes and unlocks nothing; only the
+system does.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ TINY: dict[str, Any] = {
     "log_interval": 1000,
 }
 
-# What a save or a start does to the disk, one call after the other.
+# The calls by which a save or a start changes the disk.
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "write")
 LOGGED = ("step", "loss", "learning_rate", "grad_norm", "val_loss", "tokens", "skipped")
 
 
 def main(job: dict[str, Any]) -> Any:
-    """Do what a job says; each kind is a function below."""
-    os.environ["GPT2C_NUM_THREADS"] = "1"  # a model this small only waits for a second one
-    # The system outlives a kill with all that it was told; the others take long and say nothing.
+    """Do a job; `what` names one of the functions below."""
+    os.environ["GPT2C_NUM_THREADS"] = "1"  # for so small a model a second thread only costs time
+    # A kill leaves the system's buffers, so no fsync is needed; the others only take time.
     os.fsync = lambda descriptor: None
     loop.plot_loss = lambda metrics, path: False
     hooks.fma_peak = lambda name, threads: 0.0
@@ -62,7 +62,7 @@ def main(job: dict[str, Any]) -> Any:
 
 
 def child(action: Callable[[], Any]) -> int:
-    """Start a child that does something."""
+    """Run a function in a child process; return its id."""
     pid = os.fork()
     if not pid:
         try:
@@ -76,29 +76,29 @@ def child(action: Callable[[], Any]) -> int:
 
 
 def ended(pid: int) -> int:
-    """Wait for a child; give its exit code, or the negative number of the signal."""
+    """Wait for a child; return its exit code, or the negative number of its signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def trained(data: Path, out: Path, settings: dict[str, Any], resume: bool = False) -> None:
-    """Train in a child that nothing kills; settings are changes to TINY."""
+    """Train in a child to the end; settings are changes to TINY."""
     code = ended(child(lambda: loop.train(data, out, full(settings, resume), resume=resume)))
     assert code == 0, f"{out} ended with {code}"
 
 
 def full(changes: dict[str, Any], resume: bool = False) -> dict[str, Any]:
-    """Return TINY with changes; a resumed run is given nothing."""
+    """Return TINY with changes, or nothing for a resumed run."""
     return {} if resume else TINY | changes
 
 
 def gone_on(data: Path, out: Path, settings: dict[str, Any]) -> None:
-    """Finish a run that was killed, as its user would."""
-    # Before there is a run.json nothing was begun; the same command begins it, without --overwrite.
+    """Finish a killed run, as its user would."""
+    # Without a run.json no run had begun; then the same command begins it, without --overwrite.
     trained(data, out, settings, (out / "run.json").exists())
 
 
 def same(out: Path, whole: Path) -> None:
-    """Check that two finished runs are equal to the last bit, and that nothing is left over."""
+    """Check that two finished runs have equal bits, and that no temporary file is left."""
     a, b = contents(out), contents(whole)
     assert a == b, f"{out}: {[(k, a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k)]}"
     for directory in (out, out / "checkpoints"):
@@ -107,7 +107,7 @@ def same(out: Path, whole: Path) -> None:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Return all that is in a run but times of day."""
+    """Return the content of a run, without times of day."""
     files = {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in out.rglob("*")
@@ -125,7 +125,7 @@ def contents(out: Path) -> dict[str, Any]:
 
 
 def counted(kill_at: int, log: Path) -> None:
-    """Count what this process does to the disk; die before one of them, or half-way in a write."""
+    """Count this process's operations on the disk; die before one, or half way through a write."""
     done = 0
 
     def watch(name: str) -> None:
@@ -153,13 +153,13 @@ def counted(kill_at: int, log: Path) -> None:
 def points(
     data: Path, out: Path, settings: dict[str, Any], first: int = 0, other: Path | None = None
 ) -> dict[str, int]:
-    """Kill a run before each of its operations.
+    """Kill a run before each of its operations on the disk.
 
-    With `first`, one that goes on after that step; with `other`, one that overwrites a run of that
+    With `first` the killed run resumes after that step; with `other` it overwrites a run of that
     data.
     """
 
-    old = out / "old"  # what there is before, the same for each kill
+    old = out / "old"  # the directory before each kill
 
     def begin(path: Path) -> None:
         if old.exists():
@@ -201,7 +201,7 @@ def points(
 
 
 def begun(out: Path, whole: Path) -> bool:
-    """Return whether a directory is of a run on this data; one to be overwritten may not be."""
+    """Return whether a directory holds a run on the data of `whole`; an overwritten run may not."""
     records = [path / "run.json" for path in (out, whole)]
     if not records[0].exists():
         return False
@@ -228,7 +228,7 @@ def stopped(data: Path, out: Path, settings: dict[str, Any], step: int) -> None:
 def moments(
     data: Path, out: Path, settings: dict[str, Any], kills: int, seed: int = 1337
 ) -> dict[str, int]:
-    """Kill a run at random moments, again and again until it is done; then the next run."""
+    """Kill runs at random moments until each is done."""
     out.mkdir()
     start = time.monotonic()
     trained(data, out / "whole", settings)
@@ -259,7 +259,7 @@ def moments(
 
 
 def exact(data: Path, out: Path, settings: list[dict[str, Any]], stop: int) -> dict[str, int]:
-    """Compare runs left alone with runs killed in step `stop`, batches and all that they wrote."""
+    """Compare uninterrupted runs with runs killed in step `stop`: their batches and their files."""
     out.mkdir()
     seen = 0
     for i, given in enumerate(settings):
@@ -279,7 +279,7 @@ def exact(data: Path, out: Path, settings: list[dict[str, Any]], stop: int) -> d
 
 
 class logged:
-    """Write a line for each batch, its number and what is in it, to a file."""
+    """Write a line for each batch to a file: its number, and a hash of its content."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.original = path, Batches.batch

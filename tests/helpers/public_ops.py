@@ -1,4 +1,4 @@
-"""The public ops: their arguments on a small shape, and what is right there."""
+"""The public ops: their arguments for a small shape, and the right results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PUBLIC = ops.PUBLIC
 def solved(
     name: str, dtype: type = np.float32, shape: Shape | None = None
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Return an op's arguments by name, floats of this type, and the reference's own outputs."""
+    """Return an op's arguments by name, floats of `dtype`, and the reference's float64 outputs."""
     shape = shape or small_shape(name)
     arguments = Case(name, shape).arguments()
     names = inspect.signature(getattr(reference, name)).parameters

@@ -1,4 +1,4 @@
-"""Files written by hand, byte after byte."""
+"""Files written byte by byte."""
 
 from __future__ import annotations
 

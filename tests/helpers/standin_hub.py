@@ -1,4 +1,4 @@
-"""A stand-in for the hub on loopback: what huggingface_hub asks for, and the faults it may meet.
+"""A stand-in for the hub on the loopback interface: the requests of huggingface_hub, and faults.
 
 GET  /api/models/{repo}/revision/{revision}        the commit, and the names of its files
 GET  /api/models/{repo}/tree/{commit}              names, sizes and hashes
@@ -23,17 +23,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class StandIn:
-    """Repositories, the faults, and what was asked for.
+    """Repositories, faults, and the requests so far.
 
-    files : repository -> name -> content, the same on every revision
+    files : repository -> name -> content, the same for every revision
     private : repository -> the token that opens it
-    gated : repositories for which access must be asked
-    cut : name -> after how many bytes of a file the connection breaks, once for each in the list
-    short : names of files of which the last byte is missing
-    status : what every request is answered with, if not 0
-    silent : accept connections and do not answer for as long as a test may take
-    commit, etag : what answers say, for tricks; etag None is the truth
-    requests : method, path and headers of each, their names in small letters
+    gated : repositories whose access must be requested
+    cut : name -> bytes of a file after which the connection breaks, once for each number
+    short : names of files that lack their last byte
+    status : the status of every answer, if not 0
+    silent : whether to accept connections and not answer while a test lasts
+    commit, etag : the identifiers in answers, which may be malicious; etag None is the right one
+    requests : method, path and headers of each request, header names in small letters
     """
 
     files: dict[str, dict[str, bytes]]
@@ -49,19 +49,19 @@ class StandIn:
     url: str = ""
 
     def asked(self, method: str, part: str = "") -> list[str]:
-        """Return the paths of requests of a method with `part` in them."""
+        """Return the paths of this method's requests that contain `part`."""
         return [path for verb, path, _ in self.requests if verb == method and part in path]
 
 
 @contextmanager
 def serve(hub: StandIn) -> Iterator[StandIn]:
-    """Serve on a port of the system's choice."""
+    """Serve on a port that the system chooses."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
+            """Write no log."""
 
         def do_GET(self) -> None:
             _answer(hub, self)
@@ -119,7 +119,7 @@ def _answer(hub: StandIn, request: BaseHTTPRequestHandler) -> None:
         return _send(request, 404, b"{}", {"X-Error-Code": "EntryNotFound"})
     content, headers = files[name], {"X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes"}
     headers["ETag"] = f'"{hub.etag or hashlib.sha1(content).hexdigest()}"'
-    if len(content) > 1000:  # as the hub says of files in large storage
+    if len(content) > 1000:  # as the hub answers for files in large storage
         headers["X-Linked-Size"] = str(len(content))
         headers["X-Linked-ETag"] = f'"{hub.etag or hashlib.sha256(content).hexdigest()}"'
     if name in hub.short:
@@ -154,7 +154,7 @@ def _send(
     headers: dict[str, str] | None = None,
     size: int | None = None,
 ) -> None:
-    """Send an answer; with `size` only so many bytes of its content, then hang up."""
+    """Send an answer; with `size` send that many bytes of its content and hang up."""
     request.send_response(status)
     for name, value in (headers or {}).items():
         request.send_header(name, value)

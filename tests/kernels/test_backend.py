@@ -1,4 +1,4 @@
-"""Backends: names, choosing, threads, messages; and the shape of the package that they stand in."""
+"""Backends: names, choice, threads, errors; and what an import loads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 
 from gpt2c.kernels import backend as backend_module
 from gpt2c.kernels import reference
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the choice to the tests, whatever variables they are run with."""
+    """Remove the variables that choose a backend or threads."""
     for variable in ("GPT2C_BACKEND", *THREAD_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
 
@@ -48,7 +49,7 @@ def test_every_machine_has_numpy_last() -> None:
     assert list(backends()) == [name for name in NAMES if name in backends()], "not fastest first"
 
 
-def test_a_backend_knows_its_name(backend_name: str) -> None:
+def test_backend_knows_its_name(backend_name: str) -> None:
     assert get_backend(backend_name).name == backend_name
 
 
@@ -61,7 +62,7 @@ def test_numpy_is_the_reference() -> None:
     assert numpy.gelu_forward is reference.gelu_forward and numpy.threads == 1
 
 
-def test_the_variable_is_what_auto_means(
+def test_variable_sets_the_backend_of_auto(
     backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPT2C_BACKEND", backend_name)
@@ -70,13 +71,13 @@ def test_the_variable_is_what_auto_means(
 
 
 @pytest.mark.parametrize("value", ["", "auto"])
-def test_the_variable_may_say_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_is_ignored(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT2C_BACKEND", value)
     assert get_backend().name == backends()[0]
 
 
 @pytest.mark.parametrize("name", ["avx1024", "", "AVX2", "numpy ", "_base"])
-def test_an_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     message = refused(get_backend, name)
     assert repr(name) in message and message.endswith(", ".join(backends()))
     if name:
@@ -86,7 +87,7 @@ def test_an_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Pretend to be a CPU with the features in `cpu.has`, on which no kernels are loaded yet."""
+    """Return a CPU with the features in `cpu.has`, and no kernels loaded yet."""
     fake = SimpleNamespace(has=set())
     lib = SimpleNamespace(cpu_supports=lambda feature: feature.decode() in fake.has)
     monkeypatch.setitem(sys.modules, "gpt2c._kernels_base", SimpleNamespace(lib=lib))
@@ -110,7 +111,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         ({*REQUIRES["avx512vnni"]}, NAMES, ""),
     ],
 )
-def test_a_cpu_gets_what_it_can_run(
+def test_cpu_gets_the_kernels_that_it_can_run(
     has: set[str], expected: tuple[str, ...], lacking: str, cpu: SimpleNamespace
 ) -> None:
     cpu.has = has
@@ -147,8 +148,8 @@ def test_threads_are_what_the_machine_allows(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(usable_cores() < 2, reason="one core: no thread can be bound to another")
 @pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
-def test_threads_that_openmp_binds_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It binds the first thread to one core, when it loads or later: the others have theirs."""
+def test_threads_are_as_many_when_openmp_binds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP binds the first thread to one core at its load or later; the others keep theirs."""
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     code = """
 from gpt2c.kernels.backend import get_backend
@@ -157,7 +158,7 @@ print(*(get_backend(name).threads for name in ("auto", "base", "auto")))
     assert python(code).split() == [str(usable_cores())] * 3
 
 
-def test_the_own_variable_outweighs_openmps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt2c_variable_precedes_that_of_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert default_threads() == 3
     monkeypatch.setenv("GPT2C_NUM_THREADS", "2")
@@ -200,7 +201,7 @@ def test_threads_that_are_no_whole_number_are_refused(wrong: object) -> None:
 
 
 @pytest.mark.skipif(not (ROOT / "build.py").exists(), reason="no build.py: not a source tree")
-def test_kernels_are_compiled_for_what_the_cpu_is_asked() -> None:
+def test_compiler_flags_match_the_cpu_features_asked_for() -> None:
     spec = importlib.util.spec_from_file_location("gpt2c_build", ROOT / "build.py")
     assert spec is not None and spec.loader is not None
     build = importlib.util.module_from_spec(spec)
@@ -213,7 +214,7 @@ def test_kernels_are_compiled_for_what_the_cpu_is_asked() -> None:
 
 
 def python(code: str) -> str:
-    """Run code in a fresh Python where a warning is an error; give what it prints."""
+    """Run code in a fresh Python where a warning is an error; return its output."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-W", "error", "-c", code]
@@ -228,16 +229,6 @@ def test_importing_is_light_and_quiet() -> None:
     assert not loaded & {"torch", "transformers", "matplotlib", "tensorflow", "jax"}
 
 
-def test_a_step_in_a_fresh_process_is_quiet(backend_name: str) -> None:
-    code = f"""
-import gpt2c, numpy as np
-config = gpt2c.GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3)
-model = gpt2c.GPT2(config, backend={backend_name!r})
-optimizer = gpt2c.AdamW(model)
-idx = np.arange(8).reshape(1, 8)
-model.loss(idx, idx)
-model.backward()
-optimizer.step(grad_clip=1.0)
-print(model.generate(idx, 2, temperature=0).shape)
-"""
-    assert python(code) == "(1, 10)\n"
+def test_step_in_a_fresh_process_is_quiet(backend_name: str) -> None:
+    done = run_process(program("programs.fresh", "step", backend_name))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 10)\n", "")

@@ -1,6 +1,6 @@
-"""Any shape and any argument through the public doors: a right result or a refusal, never a crash.
+"""Any shape and argument for the public functions: a right result or an error, never a crash.
 
-GPT2C_FUZZ_EXAMPLES says how many are tried for each op and each door, 15 if it says nothing.
+GPT2C_FUZZ_EXAMPLES is the number of examples for each op and function, 15 by default.
 tests/sanitize.sh runs this on kernels that notice a read or a write outside of an array.
 """
 
@@ -24,12 +24,12 @@ from gpt2c.kernels.backend import backends, get_backend
 from gpt2c.kernels.cases import EXAMPLES
 
 REFUSALS = (ValueError, TypeError, MemoryError, OSError)
-# How precise a kernel is, test_kernels says. Here a number may lie between two that cancel, which
-# costs it digits; from another place of the memory it would be another number altogether.
+# test_kernels checks the precision. Here two numbers may cancel, which costs digits; a read from a
+# wrong place would give an entirely different number.
 TOLERANCE = 1e-3
-# What is rounded to 8 bits now and then lies all but between two steps, and goes the other way: by
-# 1/127 of the largest in its row, which later layers pass on. That the integers are the same on
-# every backend, given the same row, is test_kernels'.
+# Rarely a number lies almost half way between two 8-bit steps, and rounds the other way: by 1/127
+# of the largest in its row, which later layers pass on. test_kernels checks that every backend
+# rounds the same row to the same integers.
 ROUNDED = 5e-2
 
 fuzzed = settings(
@@ -58,7 +58,7 @@ VALID = st.sampled_from([True, False])  # the simplest, which is tried first, is
 
 
 def attempt(valid: bool, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a call's results, or None where it is refused, which valid arguments must not be."""
+    """Return a call's results, or None where it is refused; valid arguments must not be refused."""
     try:
         return call(*arguments)
     except REFUSALS:
@@ -96,7 +96,7 @@ def read_only(array: Any) -> Any:
     return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
 
 
-# The same numbers in another form: who takes it must compute the same.
+# The same numbers in another form; a call that accepts it must compute the same.
 FORMS: list[Callable[[Any], Any]] = [
     misaligned,
     read_only,
@@ -109,11 +109,11 @@ FORMS: list[Callable[[Any], Any]] = [
     lambda array: array.view(np.ma.MaskedArray),
     lambda array: array.tolist(),
 ]
-LARGE = [2**40, 2**42]  # more than any memory, so that nobody tries
+LARGE = [2**40, 2**42]  # more than any memory, so that nothing tries
 
 
 def resized(array: Any, axis: int, size: int) -> Any:
-    """Let an axis have another size, however large: it takes no memory."""
+    """Give an axis another size, however large: it takes no memory."""
     shape = list(array.shape)
     shape[axis] = size
     return np.broadcast_to(array.reshape(-1)[:1].reshape([1] * len(shape)), shape)
@@ -121,7 +121,7 @@ def resized(array: Any, axis: int, size: int) -> Any:
 
 @st.composite
 def spoiled(draw: Any, array: Any) -> Any:
-    """Return something else in the place of an array."""
+    """Return another object in place of an array."""
     if not array.ndim or not array.size:
         return draw(WRONG)
     axis = draw(st.integers(0, array.ndim - 1))
@@ -184,8 +184,8 @@ def test_any_shape_gets_the_references_result(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if len(arrays_of(name)) > 1])
-def test_of_what_no_memory_holds_the_shape_is_refused(name: str) -> None:
-    """A copy would be no help. (Some sizes of the first array are free.)"""
+def test_shapes_larger_than_memory_are_refused(name: str) -> None:
+    """The error suggests no copy, which would not help. Some sizes of the first array are free."""
     arguments, _ = solved(name)
     for key in arrays_of(name)[1:]:
         huge = resized(arguments[key], arguments[key].ndim - 1, LARGE[0])
@@ -216,25 +216,25 @@ CONFIGS = [
     GPT2Config(vocab_size=V, n_positions=P, n_embd=C, n_layer=L, n_head=NH, n_inner=F)
     for V, P, C, L, NH, F in [
         *((5, 3, 2, 1, 1, 1), (37, 9, 24, 2, 3, None), (70, 17, 65, 1, 5, 33)),
-        (70, 9, 256, 1, 4, None),  # threads share a step of it: N * C * F is 200,000 or more
+        (70, 9, 256, 1, 4, None),  # threads share a step of N * C * F >= 200,000
     ]
 ]
 
 
-ASKED = ("max_new_tokens", "do_sample", "on_full")  # in their own way, or they change too little
+ASKED = ("max_new_tokens", "do_sample", "on_full")  # else they change too little
 
 
 @cache
 def model_of(number: int, stored: str, backend: str) -> Any:
     model = GPT2(CONFIGS[number], seed=number, backend=get_backend(backend, 2))
-    # So that no two logits are as good as equal; much more, and rounding would decide the softmax.
+    # So large that no two logits are nearly equal, and so small that rounding decides no softmax.
     model.flat_parameters *= min(10, 50 / CONFIGS[number].n_embd ** 0.5)
     return model if stored == "fp32" else QuantizedGPT2.from_model(model, stored)
 
 
 @st.composite
 def ids(draw: Any, valid: bool, low: int, high: int, *shape: int) -> Any:
-    """Return int32 numbers in [low, high), or, unless valid, half of the time something else."""
+    """Return int32 numbers in [low, high); if not valid, something else half of the time."""
     count = int(np.prod(shape))
     numbers = draw(st.lists(st.integers(low, high - 1), min_size=count, max_size=count))
     array = np.array(numbers, np.int32).reshape(shape)
@@ -245,7 +245,7 @@ def ids(draw: Any, valid: bool, low: int, high: int, *shape: int) -> Any:
 
 @st.composite
 def asked(draw: Any, valid: bool, config: GPT2Config) -> dict[str, Any]:
-    """Return arguments for every door of a model; valid ones for each of them."""
+    """Return arguments for each public method of a model; valid ones suit them all."""
     V, P = config.vocab_size, config.n_positions
     B, T, N = draw(st.integers(1, 2)), draw(st.integers(1 + valid, P)), draw(st.integers(0, 2))
     last = P - T if valid else P

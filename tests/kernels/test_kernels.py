@@ -22,7 +22,7 @@ from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS, Op
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "gpt2c.h"
-# functions of the header that are not ops; decode_step is many at once, see test_reader
+# functions of the header that are not ops; decode_step runs many ops, see test_reader
 NO_OPS = {"fma_burn", "memory_read", "pool_stop", "decode_step"}
 
 
@@ -44,7 +44,7 @@ def solved(case: Case) -> tuple[list[Any], list[Any]]:
 
 
 def run(backend: Any, case: Case, guarded: Guarded, alias: bool = False) -> list[Any]:
-    """Run a case on float32 copies, check that its inputs are unchanged, give its outputs."""
+    """Run a case on float32 copies; check that its inputs are unchanged; return its outputs."""
     arguments = [
         guarded.copy(a.astype(np.float32) if a.dtype == np.float64 else a)
         if isinstance(a, np.ndarray)
@@ -80,7 +80,7 @@ def check(case: Case, backend_name: str, actual: list[Any]) -> None:
 
 
 def every(cases: Iterable[Case]) -> list[Any]:
-    """Return each case on each backend, a case at a time: it is solved once."""
+    """Return each case on each backend, ordered by case, so that each case is solved once."""
     return [pytest.param(*run, id="-".join(map(str, run))) for run in product(cases, NAMES)]
 
 
@@ -155,7 +155,7 @@ def test_attention_of_a_ragged_batch_has_the_bits_of_each_sequence_alone(
         assert np.array_equal(one[1], dqkv[:, rows])
 
 
-# ---- a NaN is not lost ---------------------------------------------------------------------------
+# ---- NaN stays NaN -------------------------------------------------------------------------------
 
 
 # where attention masks, the reference multiplies a NaN by 0 and the kernels multiply nothing
@@ -238,10 +238,10 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize(("N", "C"), [(1, 1), (3, 40), (6, 17), (17, 33), (130, 70)])
-def test_linear_passes_what_is_no_number_on(
+def test_linear_passes_nan_and_infinity_on(
     N: int, C: int, kind: str, bad: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """With weights of 8 bits, whose integers know no NaN, the scale of the row must carry it."""
+    """8-bit integers have no NaN, so the row's scale must carry it."""
     shape = {"N": N, "C": C, "OC": 21, "kind": kind}
     arguments = [narrow(a) for a in EXAMPLES["matmul_forward"].make(rng, **shape)]
     row = N // 2
@@ -264,7 +264,7 @@ def test_cache_attention_passes_nan_on(
         if part in ("keys", "values") and position == 0:
             continue
         caches = rng.standard_normal((2, NH, P, HS), np.float32)
-        caches[:, :, position:] = np.nan  # to be written up to the end, never read beyond
+        caches[:, :, position:] = np.nan  # written up to the end, never read beyond
         qkv, out = rng.standard_normal((T, 3 * C), np.float32), np.zeros((T, C), np.float32)
         if part in ("keys", "values"):
             caches[int(part == "values"), 0, before, 0] = np.nan
@@ -294,9 +294,9 @@ def linear(backend: Any, *inputs: Any) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("N", [16, 17])  # read where it lies, and widened first
-def test_every_half_is_exact(N: int, backend: Any) -> None:
-    """Denormals too: from 6e-8 on, where fp16 has no exponent of its own any more."""
+@pytest.mark.parametrize("N", [16, 17])  # read in place, and widened first
+def test_every_float16_is_converted_exactly(N: int, backend: Any) -> None:
+    """Subnormals too, down to 6e-8."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 16)
     x = np.zeros((N, 16), np.float32)
@@ -312,11 +312,11 @@ def test_every_half_is_exact(N: int, backend: Any) -> None:
 def test_8_bits_round_as_the_reference_in_float32(
     N: int, C: int, OC: int, backend: Any, rng: np.random.Generator
 ) -> None:
-    """Any x, where a number may lie between two steps, even in the middle: those go to the even.
+    """For any x, also for numbers half way between two steps, which round to even.
 
     Had one number gone to another step, its row would differ by that step times a weight: by more
-    than 1/127 of 1/C of the largest sum there can be, 1e-5 at C = 768. What may differ are a few
-    roundings after the sums, each of 6e-8.
+    than 1/127 of 1/C of the largest possible sum, 1e-5 at C = 768. Only a few roundings after the
+    sums may differ, each of 6e-8.
     """
     weight, scale = rng.integers(1, 256, (OC, C), np.uint8), rng.random(OC, np.float32)
     x = rng.standard_normal((N, C), np.float32)
@@ -327,7 +327,7 @@ def test_8_bits_round_as_the_reference_in_float32(
 
 
 def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
-    """At the most channels and the largest numbers; 128 x 127 x 65536 is 63.5 x 2^24: exact."""
+    """With the most channels and the largest numbers: 128 x 127 x 65536 = 63.5 x 2^24, exactly."""
     C = 65536
     weight = np.repeat(np.array([[0], [255], [1]], np.uint8), C, axis=1)
     x = np.repeat(np.array([[127], [-127]], np.float32), C, axis=1)
@@ -340,7 +340,7 @@ def test_sums_of_8_bits_do_not_overflow(backend: Any) -> None:
 def test_8_bits_for_small_and_large_rows(
     largest: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """The factor 127 / largest must not become infinite; rows below 1e-36 may count as zeros."""
+    """The factor 127 / largest must stay finite; rows below 1e-36 may count as zeros."""
     weight, bias = rng.integers(1, 256, (7, 33), np.uint8), rng.standard_normal(7, np.float32)
     scale = np.full(7, 1e-3, np.float32)
     x = rng.uniform(-1, 1, (3, 33)).astype(np.float32)
@@ -357,10 +357,10 @@ def test_8_bits_for_small_and_large_rows(
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize("C", [24, 100])
-def test_a_row_gets_the_same_bits_alone_and_among_others(
+def test_row_gets_the_same_bits_alone_and_among_others(
     kind: str, C: int, backend_name: str, rng: np.random.Generator
 ) -> None:
-    """For as many rows as are read together; NumPy's own products do not promise it."""
+    """For the number of rows that are read together; NumPy's own products do not promise it."""
     if backend_name == "numpy" and kind != "uint8":
         pytest.skip("NumPy's products of one row and of several are summed in another order")
     shape = {"N": 16, "C": C, "OC": 70, "kind": kind}

@@ -1,4 +1,4 @@
-"""Limits: what /proc and cgroup's two versions say, in the layouts that there are."""
+"""Limits: /proc and both versions of cgroup, in the layouts that occur."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpt2c.kernels.limits import cgroups, cpu_quota, free_bytes, memory_limit, u
 
 Root = Callable[..., Path]
 MEMINFO = "MemTotal: 9000 kB\nMemAvailable: 7000 kB\n"
-UNLIMITED = 9223372036854771712  # what version 1 says
+UNLIMITED = 9223372036854771712  # version 1's figure for no limit
 V2_MOUNT = "31 23 0:28 {top} {point} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "35 31 0:32 {top} {point} rw,relatime - cgroup cgroup rw,{names}"
 
@@ -30,7 +30,7 @@ def v1(names: str, top: str = "/", point: str = "") -> str:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    """Return a function that makes a machine: what is in /proc, and files of cgroups."""
+    """Return a function that makes a machine of files: /proc and cgroups."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
 
     def make(own: str | None, mounts: list[str] | None, files: dict[str, object]) -> Path:
@@ -67,13 +67,13 @@ V1 = "4:memory:/a/b\n2:cpu,cpuacct:/a/b\n1:name=systemd:/c"
             2,
         ),
         ("0::/a/b", [v2()], {f"{G}/other/cpu.max": "1000 100000"}, math.inf),
-        # of a namespace: the own group is the top
+        # in a namespace: the own group is the top
         ("0::/", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),
         # bound into a container, which is told its path outside
         ("0::/a/b", [v2("/a/b")], {f"{G}/cpu.max": "100000 100000"}, 1),
         ("0::/a/b/c", [v2("/a")], {f"{G}/b/cpu.max": "100000 100000"}, 1),
         ("0::/a/b", [v2("/elsewhere")], {f"{G}/cpu.max": "100000 100000"}, 1),
-        ("0::/a/b", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),  # /a/b is not to be seen
+        ("0::/a/b", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),  # /a/b is not visible
         ("0::/../x", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),
         ("0::/", [v2("/../..")], {f"{G}/cpu.max": "100000 100000"}, 1),
         ("0::/gone (deleted)", [v2()], {f"{G}/cpu.max": "100000 100000"}, 1),
@@ -113,7 +113,7 @@ V1 = "4:memory:/a/b\n2:cpu,cpuacct:/a/b\n1:name=systemd:/c"
             },
             1,
         ),
-        # nobody says where they are
+        # no file says where they are
         (None, None, {f"{G}/cpu.max": "100000 100000"}, 1),
         (None, [], {f"{G}/cpu/cpu.cfs_quota_us": 5, f"{G}/cpu/cpu.cfs_period_us": 10}, 0.5),
         (None, None, {}, math.inf),
@@ -127,7 +127,7 @@ V1 = "4:memory:/a/b\n2:cpu,cpuacct:/a/b\n1:name=systemd:/c"
         ("0::/", [v2()], {f"{G}/cpu.max/is a directory": ""}, math.inf),
     ],
 )
-def test_cpu_quotas(
+def test_cpu_quota_is_the_strictest_of_the_cgroups(
     own: str | None, mounts: list[str] | None, files: dict[str, object], quota: float, root: Root
 ) -> None:
     assert cpu_quota(root(own, mounts, files)) == quota
@@ -142,18 +142,18 @@ def test_threads_are_no_more_than_affinity_and_quota(
 ) -> None:
     monkeypatch.setattr(limits, "AFFINITY", frozenset(range(affinity)))
     made = root("0::/", [v2()], {f"{G}/cpu.max": f"{quota} 100000"})
-    usable_cores.cache_clear()  # of another test's root it may have an answer
+    usable_cores.cache_clear()  # it may have cached the answer for another test's root
     assert usable_cores(made) == threads
 
 
-def test_affinity_without_a_system_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_counted_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
     assert limits._affinity() == {0, 3, 5}
     monkeypatch.delattr(os, "sched_getaffinity")
     assert limits._affinity() == set(range(os.cpu_count() or 1))
 
 
-def test_groups_are_named_from_the_own_one_upwards(root: Root) -> None:
+def test_cgroups_are_listed_from_the_own_one_upwards(root: Root) -> None:
     made = root("0::/a/b", [v2()], {})
     assert cgroups("memory", made) == [made / G / "a/b", made / G / "a", made / G]
 
@@ -234,7 +234,7 @@ ROOM = 7000 * 1024
             5000,
             1000,
         ),
-        # what is missing or makes no sense
+        # missing or senseless figures
         ("0::/a/b", [v2()], {f"{G}/a/b/memory.max": 5000}, 5000, 5000),
         ("0::/a/b", [v2()], group(5000, "much", "active_file\ninactive_file many"), 5000, 5000),
         ("0::/a/b", [v2()], group(-5, 1), math.inf, ROOM),
@@ -242,7 +242,7 @@ ROOM = 7000 * 1024
         (None, None, {f"{M1}/{LIMIT_1}": 5000, f"{M1}/{USED_1}": 4000}, 5000, 1000),
     ],
 )
-def test_memory_limits(
+def test_memory_limit_is_the_strictest_of_the_cgroups(
     own: str | None,
     mounts: list[str] | None,
     files: dict[str, object],
@@ -266,22 +266,24 @@ def test_memory_limits(
         ("MemAvailable: 7 kB\nCommitLimit: 6 kB\nCommitted_AS: 8 kB", "2", 0),
     ],
 )
-def test_the_systems_memory(meminfo: str, overcommit: str, free: int, root: Root) -> None:
+def test_free_bytes_are_those_of_the_system(
+    meminfo: str, overcommit: str, free: int, root: Root
+) -> None:
     files = {"proc/meminfo": meminfo, "proc/sys/vm/overcommit_memory": overcommit}
     made = root(None, [], files)
     assert free_bytes(root=made) == free
-    promises = overcommit == "2"  # that system has them among what is committed
+    promises = overcommit == "2"  # that system counts them as committed
     assert free_bytes(1, made) == free - (0 if promises else 1)
 
 
-def test_a_system_that_says_nothing_has_all_its_memory(tmp_path: Path) -> None:
+def test_memory_without_proc_is_all_of_the_machine(tmp_path: Path) -> None:
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert limits.system_bytes(tmp_path) == whole
     assert memory_limit(tmp_path) == cpu_quota(tmp_path) == math.inf
 
 
-def test_ulimits(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They count what was promised already, so that is not taken off again."""
+def test_free_bytes_respect_ulimits(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ulimit counts allocated memory already, so it is not subtracted again."""
     made = root(None, [], {"proc/self/status": "VmSize:\t  1000 kB\nVmData:\t 300 kB\nName: x"})
     for kind, free in ((resource.RLIMIT_AS, 24 * 1024), (resource.RLIMIT_DATA, 724 * 1024)):
         soft = {kind: (1024 * 1024, -1)}

@@ -1,4 +1,4 @@
-"""Memory: where arrays start, and what happens where the system gives less than is wanted."""
+"""Memory: alignment, and what happens if the system gives less than is wanted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_memory_outlives_its_maker_and_not_its_array() -> None:
     assert part.tolist() == [7, 7, 7]
 
 
-def test_a_system_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeros_work_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MADV_HUGEPAGE", 12345)  # the system answers: invalid argument
     assert not aligned_zeros(EDGE).any()
     monkeypatch.setattr(memory, "MADV_HUGEPAGE", None)
@@ -40,8 +40,8 @@ def test_too_much_is_a_memory_error() -> None:
         aligned_zeros(1 << 58)
 
 
-def test_what_is_given_counts_until_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system counts what was touched; what was only promised is not free any more, either."""
+def test_memory_counts_as_used_before_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system counts touched pages; untouched allocated pages are not free either."""
     monkeypatch.setattr(memory, "free_bytes", lambda promised: 50 * HUGE_PAGE - promised)
     before = available_bytes()
     size = 10 * HUGE_PAGE
@@ -59,14 +59,16 @@ def test_what_is_given_counts_until_it_is_touched(monkeypatch: pytest.MonkeyPatc
     del kept
 
 
-def test_a_system_that_does_not_say_what_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untouched_memory_is_0_where_the_system_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     array = aligned_zeros(EDGE)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     assert memory._untouched() == 0
     assert not array.any()
 
 
-def test_work_that_does_not_fit_is_refused_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_refuses_the_sum_of_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 900_000_000)
     parts = {"weights": 300_000_000, "gradients": 600_000_000, "nothing": 0}
     memory.require("training", parts, "lower it")

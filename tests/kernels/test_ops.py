@@ -1,15 +1,18 @@
-"""The ops on plain arrays: right on every backend, and no bad argument gets through."""
+"""The ops on plain arrays: right on every backend, and each bad argument is refused."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refused
 from helpers.public_ops import GIVEN, PUBLIC, arrays_of, results_of, solved
+from op_types import declaration
 
 from gpt2c import ops
 from gpt2c.kernels import reference
@@ -39,7 +42,7 @@ def test_results_are_the_references(name: str, backend_name: str) -> None:
     arrays = {key: value for key, value in arguments.items() if isinstance(value, np.ndarray)}
     before = {key: value.tobytes() for key, value in arrays.items()}
     for value in arrays.values():
-        value.flags.writeable = False  # such as those of a file in memory
+        value.flags.writeable = False  # such as a mapped file's
     results = results_of(name, arguments | {"backend": backend_name})
     for result, right in zip(results, expected, strict=True):
         assert np.shape(result) == np.shape(right)
@@ -66,7 +69,7 @@ def test_auto_is_the_default(name: str) -> None:
         assert np.array_equal(a, b)
 
 
-def test_a_matmul_may_have_no_bias(backend_name: str) -> None:
+def test_matmul_may_have_no_bias(backend_name: str) -> None:
     arguments, _ = solved("matmul_forward")
     bias = arguments.pop("bias")
     without = ops.matmul_forward(**arguments, backend=backend_name)
@@ -76,7 +79,7 @@ def test_a_matmul_may_have_no_bias(backend_name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_linear_layer_may_have_no_scale_and_no_bias(dtype: type, backend_name: str) -> None:
+def test_linear_layer_may_have_no_scale_and_no_bias(dtype: type, backend_name: str) -> None:
     arguments, _ = solved("matmul_forward")
     x, weight, bias = arguments["x"], arguments["weight"].astype(dtype), arguments["bias"]
     expected = x.astype(np.float64) @ weight.T.astype(np.float64)
@@ -168,7 +171,7 @@ def test_key_heads_that_divide_no_query_heads_are_refused(n_kv_head: int) -> Non
     assert "KV" in refused(function, **given | {"n_kv_head": n_kv_head})
 
 
-def test_backend_may_stand_where_it_stood_before_optional_arrays() -> None:
+def test_backend_may_stand_in_its_old_place() -> None:
     arguments, expected = solved("matmul_forward")
     given = (arguments["x"], arguments["weight"], arguments["bias"], "numpy")
     assert normalised_error(ops.matmul_forward(*given), expected[0]) <= 4e-6
@@ -178,7 +181,7 @@ def test_backend_may_stand_where_it_stood_before_optional_arrays() -> None:
     )
 
 
-def test_old_names_work_and_say_the_new_one(backend_name: str) -> None:
+def test_old_names_work_and_warn_with_the_new_one(backend_name: str) -> None:
     _, given, expected = given_with("weights of 8 bits")
     with pytest.warns(DeprecationWarning, match="matmul_forward"):
         out = ops.linear_forward(
@@ -196,7 +199,7 @@ def test_old_names_work_and_say_the_new_one(backend_name: str) -> None:
         assert all(np.array_equal(d, dout) for d in ops.residual_backward(dout, backend_name))
 
 
-def test_weights_that_are_no_numbers_are_refused_where_they_must_be(backend_name: str) -> None:
+def test_nonfinite_16_bit_weights_are_refused(backend_name: str) -> None:
     x, weight = np.ones((2, 3), np.float32), np.ones((4, 3), np.float16)
     for bad in (np.nan, np.inf, -np.inf):
         weight[3, 2] = bad
@@ -263,7 +266,7 @@ def test_floats_of_two_sizes_are_refused(name: str, argument: str, backend_name:
 
 
 @EVERY_ARRAY
-def test_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
+def test_arrays_with_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
     arguments, _ = solved(name)
     right = arguments[argument]
     wide = np.repeat(right, 2, axis=-1)
@@ -284,7 +287,7 @@ def test_empty_arrays_are_refused(name: str, argument: str, backend_name: str) -
 
 
 @EVERY_ARRAY
-def test_what_is_no_array_is_refused(name: str, argument: str, backend_name: str) -> None:
+def test_other_objects_than_arrays_are_refused(name: str, argument: str, backend_name: str) -> None:
     arguments, _ = solved(name)
     own = arguments[argument]
     for wrong in (own.tolist(), np.ma.array(own), 1.0, "text", None):
@@ -404,7 +407,7 @@ def test_results_that_do_not_fit_are_refused(
 
 
 @EVERY
-def test_an_argument_that_is_missing_or_unknown_names_the_function(name: str) -> None:
+def test_argument_that_is_missing_or_unknown_names_the_function(name: str) -> None:
     arguments, _ = solved(name)
     with pytest.raises(TypeError, match=f"^{name}: got an unexpected keyword argument 'abc'$"):
         PUBLIC[name](**arguments, abc=1)
@@ -425,7 +428,30 @@ def test_docstrings_list_every_parameter_with_its_default(name: str) -> None:
 
 
 @EVERY
-def test_an_unknown_backend_is_refused(name: str) -> None:
+def test_declared_types_are_those_of_the_function(name: str) -> None:
+    """mypy and editors read the declarations in ops.py; the table makes the functions."""
+    for node in ast.parse(Path(ops.__file__).read_text()).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            declared = {function.name: ast.unparse(function) for function in node.body}
+    assert list(declared) == list(PUBLIC)
+    assert declared[name] == ast.unparse(ast.parse(declaration(name))), (
+        "run python tests/op_types.py"
+    )
+
+
+@EVERY
+def test_results_have_the_declared_type(name: str) -> None:
+    returned = str(inspect.signature(PUBLIC[name]).return_annotation)
+    result = PUBLIC[name](**solved(name)[0])
+    if returned.startswith("tuple"):
+        assert isinstance(result, tuple) and all(isinstance(a, np.ndarray) for a in result)
+        assert returned == "tuple[Array, ...]" or len(result) == returned.count("Array")
+    else:
+        assert isinstance(result, {"Array": np.ndarray, "float": float}[returned])
+
+
+@EVERY
+def test_unknown_backend_is_refused(name: str) -> None:
     arguments, _ = solved(name)
     message = refused(PUBLIC[name], **arguments | {"backend": "cuda"})
     assert "'cuda'" in message and message.endswith(", ".join(backends()))

@@ -1,4 +1,4 @@
-"""The reference against calculus (backward functions) and closed forms (forward functions)."""
+"""The reference: backward functions against calculus, forward functions against closed forms."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_residual_gradients(rng: np.random.Generator, normal: Any) -> None:
     check_gradient(rng, loss, branch, dout)
 
 
-# ---- forward functions have the values that can be known otherwise -------------------------------
+# ---- forward functions have known values ---------------------------------------------------------
 
 
 def test_encoder_adds_token_and_position() -> None:
@@ -227,7 +227,7 @@ def test_global_norm() -> None:
     assert math.isclose(reference.global_norm(np.full(4, 1e30, np.float32)), 2e30, rel_tol=1e-6)
 
 
-# ---- what every op promises ----------------------------------------------------------------------
+# ---- promises of every op ------------------------------------------------------------------------
 
 
 def small(shape: dict[str, Any]) -> bool:
@@ -274,7 +274,7 @@ def test_output_may_be_an_input(name: str) -> None:
 
 
 class Watched(np.ndarray):
-    """An array that notes the dtype of everything computed from it."""
+    """An array that records the dtype of every result computed from it."""
 
     seen: ClassVar[set[np.dtype[Any]]] = set()
 

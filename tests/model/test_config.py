@@ -1,4 +1,4 @@
-"""GPT2Config: what it accepts, what follows from it, Hugging Face's config.json."""
+"""GPT2Config: accepted values, derived figures, and Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_sizes_are_whole_numbers(name: str, value: Any) -> None:
         assert refused(GPT2Config, **{name: value}).startswith(name)
         message = refused(GPT2Config.from_dict, {name: value, "eos_token_id": 5})
         assert message.startswith(f"config.json: {name} must be a whole number from 1 to")
-        assert len(message) < 200  # not all the digits of a stranger
+        assert len(message) < 200  # not all digits of an untrusted number
 
 
 def test_sizes_may_be_large() -> None:
-    """As large as int32, which costs nothing until memory is asked for."""
+    """Up to int32; a config allocates no memory."""
     config = GPT2Config(2**31 - 1, n_positions=2**31 - 1, n_layer=10_000)
     assert config.num_parameters() == sum(map(math.prod, config.parameter_shapes().values()))
     assert refused(GPT2Config, n_layer=10_001).startswith(
@@ -79,11 +79,11 @@ def test_other_models_are_refused(name: str, value: Any) -> None:
     [("architectures", ["GPT2Model"]), ("architectures", None), ("reorder_and_upcast_attn", True)]
     + [("activation_function", f"gelu_{f}") for f in ("new", "pytorch_tanh", "fast", "accurate")],
 )
-def test_the_same_formulae_under_other_names(name: str, value: Any) -> None:
+def test_other_names_of_the_same_gelu_are_taken(name: str, value: Any) -> None:
     assert GPT2Config.from_dict({name: value}) == GPT2Config()
 
 
-def test_a_strangers_value_is_not_repeated_at_length() -> None:
+def test_long_value_is_shortened_in_the_error() -> None:
     for name in ("model_type", "activation_function", "architectures", "n_embd", "eos_token_id"):
         for value in ("x" * 10**6, ["x"] * 10**5, {"x\n" * 9999: 1}):
             assert len(refused(GPT2Config.from_dict, {name: value})) < 400
@@ -96,8 +96,8 @@ ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"} | 
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
-def test_transformers_other_names_for_sizes(alias: str, name: str) -> None:
-    """Passed over, num_attention_heads would give a model of 12 heads that says something else."""
+def test_other_names_of_sizes_in_transformers_are_taken(alias: str, name: str) -> None:
+    """If num_attention_heads were ignored, the model would have 12 heads and give other logits."""
     expected = GPT2Config(**{name: 24})
     assert (
         GPT2Config.from_dict({alias: 24}) == GPT2Config.from_dict({alias: 24, name: 24}) == expected
@@ -119,18 +119,18 @@ def test_transformers_other_names_for_sizes(alias: str, name: str) -> None:
         ([60000, 1], None),
     ],
 )
-def test_the_end_of_a_text(stored: Any, eos: int | None) -> None:
+def test_eos_token_id_is_read(stored: Any, eos: int | None) -> None:
     assert GPT2Config.from_dict({"eos_token_id": stored}).eos_token_id == eos
 
 
 @pytest.mark.parametrize("stored", [-1, True, "7", [], [True], [[7]], {"a": 7}, 7.0])
-def test_an_end_that_is_no_token(stored: Any) -> None:
+def test_bad_eos_token_id_is_refused(stored: Any) -> None:
     assert refused(GPT2Config.from_dict, {"eos_token_id": stored}).startswith(
         "config.json: eos_tok"
     )
 
 
-def test_config_makes_the_round_trip() -> None:
+def test_config_round_trips() -> None:
     for config in (
         GPT2Config(),
         GPT2Config(n_embd=30, n_head=3, n_inner=71),
@@ -165,8 +165,8 @@ def test_hugging_faces_gpt2_is_the_default() -> None:
         (48, 25, 1600, 1_557_611_200),  # gpt2-xl
     ],
 )
-def test_the_four_sizes_of_gpt2(n_layer: int, n_head: int, n_embd: int, parameters: int) -> None:
-    """Their config.json on the hub differ in three numbers; the sums are transformers' own."""
+def test_four_sizes_of_gpt2(n_layer: int, n_head: int, n_embd: int, parameters: int) -> None:
+    """On the hub their config.json differ in three numbers; transformers counted the parameters."""
     config = GPT2Config.from_dict({"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd})
     assert config.num_parameters() == parameters
     assert sum(map(math.prod, config.parameter_shapes().values())) == parameters

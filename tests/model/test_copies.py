@@ -1,4 +1,4 @@
-"""What is copied, pickled and printed: models, optimizers, tokenizers; and threads= anywhere."""
+"""Copies, pickles and repr of models, optimizers and tokenizers; and threads= everywhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COPIES = {
 
 @pytest.fixture(params=COPIES)
 def copied(request: pytest.FixtureRequest) -> Any:
-    """Return every way to copy, in turn."""
+    """Copy in every way, in turn."""
     return COPIES[request.param]
 
 
@@ -57,7 +57,7 @@ def train(model: GPT2, optimizer: AdamW, steps: int = 2) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_gives_the_same_bits_in_memory_of_its_own(
+def test_copy_gives_the_same_bits_in_memory_of_its_own(
     kind: str, copied: Any, backend: Any
 ) -> None:
     model = make(kind, backend)
@@ -76,8 +76,8 @@ def test_a_copy_gives_the_same_bits_in_memory_of_its_own(
     assert other.generate(IDX, 2).shape == (2, 8)
 
 
-def test_what_is_trained_leaves_its_copy_alone(copied: Any) -> None:
-    """A reference model, or the moving average of weights."""
+def test_training_leaves_a_copy_alone(copied: Any) -> None:
+    """For a reference model, or a moving average of weights."""
     model = make()
     reference = copied(model)
     logits = model(IDX)
@@ -89,13 +89,13 @@ def test_what_is_trained_leaves_its_copy_alone(copied: Any) -> None:
 
 
 @pytest.mark.parametrize("recompute", [None, "light", "full"])
-def test_a_copied_pair_trains_on_to_the_same_bits(
+def test_copied_model_and_optimizer_train_on_to_the_same_bits(
     recompute: str | None, copied: Any, backend: Any
 ) -> None:
     model = make("fp32", backend, recompute=recompute)
     optimizer = AdamW(model, learning_rate=0.05)
     train(model, optimizer)
-    if copied is copy.copy:  # of each alone: the optimizer stays with the model that it has
+    if copied is copy.copy:  # copied alone, the optimizer keeps its model
         assert copied(optimizer).model is model
         return
     pair = {"model": model, "optimizer": optimizer}
@@ -110,7 +110,7 @@ def test_a_copied_pair_trains_on_to_the_same_bits(
         assert np.array_equal(moment, same)
 
 
-def test_gradients_are_copied_unless_they_are_void(copied: Any) -> None:
+def test_valid_gradients_are_copied(copied: Any) -> None:
     model = make()
     model.loss(IDX, TARGETS)
     pending = copied(model)
@@ -128,7 +128,7 @@ def test_gradients_are_copied_unless_they_are_void(copied: Any) -> None:
     assert other.flat_gradients.any()
 
 
-def test_a_model_that_is_read_asks_for_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_of_an_untrained_model_allocates_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     zeros = np.zeros
 
@@ -146,7 +146,7 @@ def test_a_model_that_is_read_asks_for_no_gradients(monkeypatch: pytest.MonkeyPa
     assert sizes.count(model.flat_parameters.size) == 3
 
 
-def test_a_loaded_model_is_copied(tmp_path: Path, copied: Any) -> None:
+def test_loaded_model_is_copied(tmp_path: Path, copied: Any) -> None:
     make().save_pretrained(tmp_path)
     model = GPT2.from_pretrained(tmp_path)
     logits = model(IDX)
@@ -157,7 +157,7 @@ def test_a_loaded_model_is_copied(tmp_path: Path, copied: Any) -> None:
     assert np.array_equal(model(IDX), logits)
 
 
-def test_a_generator_is_copied(copied: Any) -> None:
+def test_generator_is_copied(copied: Any) -> None:
     tokenizer = Tokenizer.from_name("bytes")
     config = GPT2Config(vocab_size=257, n_positions=32, n_embd=24, n_layer=1, n_head=3)
     generator = Generator(GPT2(config), tokenizer)
@@ -170,7 +170,7 @@ def test_a_generator_is_copied(copied: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_process_computes_the_same(kind: str, tmp_path: Path) -> None:
-    """As a worker of multiprocessing's spawn does."""
+    """As in a worker of multiprocessing's spawn."""
     if kind == "fp16":
         pytest.skip("a process is dear, and int8 has two arrays where this has one")
     model = make(kind, threads=1)
@@ -191,7 +191,7 @@ with open(sys.argv[1], "wb") as file:
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 @pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
-def test_a_model_of_another_machine_takes_the_backend_that_there_is(kind: str) -> None:
+def test_model_of_another_machine_takes_the_backend_that_there_is(kind: str) -> None:
     model = make(kind, "base", threads=3)
     state = model.__getstate__() | {"backend": ("avx1024", 3)}
     other = type(model).__new__(type(model))
@@ -201,17 +201,17 @@ def test_a_model_of_another_machine_takes_the_backend_that_there_is(kind: str) -
     np.testing.assert_allclose(other(IDX), model(IDX), rtol=0.05, atol=1e-2)
 
 
-def test_kernels_are_themselves_in_a_copy(backend: Any, copied: Any) -> None:
+def test_copy_shares_its_kernels(backend: Any, copied: Any) -> None:
     if backend.name == "numpy":
         pytest.skip("numpy is a module")
     assert copied({"held": [backend]})["held"][0] is backend
 
 
-# ---- printed -------------------------------------------------------------------------------------
+# ---- repr ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
-def test_what_is_printed() -> None:
+def test_repr_of_models_and_optimizers() -> None:
     model = make("fp32", "base", threads=2)
     size = f"{CONFIG.num_parameters():,} parameters"
     assert repr(model) == f"GPT2(2 layers, 24 channels, {size}, base, 2 threads)"
@@ -235,7 +235,7 @@ def test_what_is_printed() -> None:
 
 
 @pytest.mark.skipif(backends()[0] == "numpy", reason="no kernels are built")
-def test_what_else_is_printed(tmp_path: Path) -> None:
+def test_repr_of_other_objects(tmp_path: Path) -> None:
     model = make("fp32", "base", threads=2)
     assert repr(model.backend) == "Kernels('base', threads=2)"
     decoder = model.decoder(2, 8)
@@ -262,11 +262,11 @@ def test_what_else_is_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "text"), [(0, "0 tokens"), (1, "1 token"), (2, "2 tokens"), (1000, "1,000 tokens")]
 )
-def test_one_is_singular(number: int, text: str) -> None:
+def test_counted_uses_the_singular_for_one(number: int, text: str) -> None:
     assert counted(number, "token") == text
 
 
-def test_a_size_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repr_rounds_large_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     monkeypatch.setattr(GPT2Config, "num_parameters", lambda config: 124_439_808)
     assert "124M parameters" in repr(model)

@@ -1,4 +1,4 @@
-"""Hidden states, against the formula in float64; and the vectors of texts that are made of them."""
+"""Hidden states against the formula in float64, and the embeddings made of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = GPT2Config(
     V, n_positions=T, n_embd=C, n_layer=L, n_head=3, initializer_range=0.3, eos_token_id=END
 )
 KINDS = ["fp32", "fp16", "int8"]
-BOUNDS = {"fp32": 2e-6, "fp16": 2e-3, "int8": 0.05}  # of float32's sums, and of rounded weights
+BOUNDS = {"fp32": 2e-6, "fp16": 2e-3, "int8": 0.05}  # float32's sums, and rounded weights
 IDX = np.arange(2 * 7).reshape(2, 7) % V
 TEXTS = [[1, 2, 3], [4], list(range(T)), [], [7, 7, 7]]
 
@@ -32,7 +32,7 @@ def make(backend: Any = "auto", kind: str = "fp32", config: GPT2Config = CONFIG)
 
 
 def stream(model: GPT2, idx: np.ndarray) -> list[np.ndarray]:
-    """Compute what lies between the layers, (B, T, C) each, in float64 as the formula has it."""
+    """Return the hidden states between the layers, (B, T, C) each, by the formula in float64."""
     p = {name: array.astype(np.float64) for name, array in model.parameters.items()}
     B, T = idx.shape
     N, eps, heads = B * T, model.config.layer_norm_epsilon, model.config.n_head
@@ -103,7 +103,7 @@ def test_results_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.Monk
     model = make("auto", kind)
     monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     size = 4 * IDX.size * V, 4 * IDX.size * C * (L + 1)
-    decoder = 10**6  # whose caches are asked for next
+    decoder = 10**6  # the caches are allocated next
     for needed, asked in ((size[0], False), (sum(size), True)):
         monkeypatch.setattr(
             "gpt2c.kernels.memory.available_bytes", lambda needed=needed: needed - 1
@@ -114,7 +114,7 @@ def test_results_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.Monk
         model(IDX, hidden_states=asked)
 
 
-# ---- a vector for each text ----------------------------------------------------------------------
+# ---- embeddings ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +129,7 @@ def test_embeddings_are_means_of_the_last_states(kind: str, backend: Any) -> Non
     assert np.array_equal(model.embed(np.array([[1, 2, 3]]))[0], vectors[0])
 
 
-def test_embeddings_of_texts_that_cannot_be_are_refused() -> None:
+def test_embeddings_refuse_bad_texts() -> None:
     model = make()
     assert "at least one" in refused(model.embed, [])
     assert "token id 37" in refused(model.embed, [[37]])
@@ -137,7 +137,7 @@ def test_embeddings_of_texts_that_cannot_be_are_refused() -> None:
     assert refused(model.embed, [1, 2]).endswith("pass ids[None], or [ids]")
 
 
-def test_a_generator_embeds_strings() -> None:
+def test_generator_embeds_strings() -> None:
     config = GPT2Config(257, n_positions=T, n_embd=C, n_layer=1, n_head=3, eos_token_id=256)
     generator = Generator(GPT2(config, seed=1), Tokenizer.from_name("bytes"))
     texts = ["ab", "", "c"]
@@ -149,7 +149,7 @@ def test_a_generator_embeds_strings() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_of_one_text_are_refused_with_the_mend(kind: str) -> None:
+def test_embeddings_refuse_the_ids_of_one_text(kind: str) -> None:
     model, ids = make("auto", kind), np.arange(5)
     for call in (model, model.logprobs, model.embed, model.generate):
         assert refused(call, ids).endswith("got shape (5,): for one text pass ids[None], or [ids]")

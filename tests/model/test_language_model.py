@@ -1,4 +1,4 @@
-"""Continuing prompts of any lengths, scoring texts, and what is refused before any work."""
+"""Continuing prompts of several lengths, scoring texts, and refusals before any work."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def lists(texts: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 5, "top_k": 20}])
-def test_prompts_of_other_lengths_come_out_as_alone(
+def test_prompts_of_several_lengths_give_their_texts_alone(
     settings: dict[str, Any], kind: str, backend: Any
 ) -> None:
-    """The i-th text of a call has the i-th random numbers; at a temperature of 0 there are none."""
+    """The i-th text of a call has the i-th random numbers; temperature 0 needs none."""
     model = make(backend, kind)
     texts = model.generate(PROMPTS, 20, **settings)
     assert isinstance(texts, list) and all(text.dtype == np.int64 for text in texts)
@@ -71,14 +71,14 @@ def test_prompts_may_be_lists_tuples_or_arrays(backend: Any) -> None:
     assert np.array_equal(whole, before)
 
 
-def test_what_was_written_can_be_continued(backend: Any) -> None:
+def test_generated_ids_can_be_continued(backend: Any) -> None:
     model = make(backend)
     texts = model.generate(PROMPTS[:2], 5, temperature=0)
     on = model.generate(texts, 4, temperature=0)
     assert lists(on) == lists(model.generate(PROMPTS[:2], 9, temperature=0))
 
 
-def test_an_empty_prompt_starts_from_the_end_of_a_text(backend: Any) -> None:
+def test_empty_prompt_starts_from_the_end_of_a_text(backend: Any) -> None:
     model = make(backend)
     text = model.generate([[]], 5, temperature=0)
     assert np.array_equal(text[0], model.generate([[END]], 5, temperature=0)[0, 1:])
@@ -120,7 +120,7 @@ def test_texts_end_by_themselves(backend: Any) -> None:
         assert text == expected[: len(text)], "of an array they repeat their last token"
 
 
-def test_nothing_is_to_be_added(backend: Any) -> None:
+def test_generate_may_add_nothing(backend: Any) -> None:
     model = make(backend)
     assert lists(model.generate(PROMPTS, 0)) == PROMPTS
     assert np.array_equal(model.generate([[1, 2]], 0), [[1, 2]])
@@ -129,7 +129,7 @@ def test_nothing_is_to_be_added(backend: Any) -> None:
     assert list(model.stream([[1, 2]], 0)) == []
 
 
-def test_a_stream_gives_what_generate_gives(backend: Any) -> None:
+def test_stream_gives_what_generate_gives(backend: Any) -> None:
     model, settings = make(backend), {"max_new_tokens": 9, "seed": 1, "logprobs": True}
     steps = list(model.stream(PROMPTS, **settings))
     ids, logprobs = model.generate(PROMPTS, **settings)
@@ -143,27 +143,13 @@ def test_a_stream_gives_what_generate_gives(backend: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
 def test_logprobs_are_those_of_the_text(kind: str, backend: Any) -> None:
-    """Whatever filters drew the tokens; read one by one or at once, 1e-5 of some nats apart."""
+    """Whichever filters drew the tokens. Reading one by one or at once differs by about 1e-5."""
     model, idx = make(backend, kind), np.array([[1, 2, 3], [30, 20, 10]])
     settings = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 2}
     text, logprobs = model.generate(idx, T - 3, logprobs=True, **settings)
     assert text.shape == (2, T) and logprobs.shape == (2, T - 3) and logprobs.dtype == np.float64
     np.testing.assert_allclose(logprobs, model.logprobs(text)[:, 2:], atol=1e-5, rtol=1e-5)
     assert np.array_equal(text, model.generate(idx, T - 3, **settings))
-
-
-def test_logprobs_are_the_softmax_of_the_logits(backend: Any, rng: np.random.Generator) -> None:
-    model, idx = make(backend), rng.integers(0, V, (3, T))
-    logits = model(idx).astype(np.float64)
-    lse = np.log(np.exp(logits).sum(axis=2))[:, :-1]
-    chosen = np.take_along_axis(logits[:, :-1], idx[:, 1:, None], axis=2)[..., 0]
-    logprobs = model.logprobs(idx)
-    assert logprobs.shape == (3, T - 1) and logprobs.dtype == np.float32
-    np.testing.assert_allclose(logprobs, chosen - lse, atol=1e-5, rtol=1e-5)
-    assert -logprobs.mean() == pytest.approx(
-        model.loss(idx[:, :-1], idx[:, 1:], keep=False), rel=1e-6
-    )
-    assert "2 tokens" in refused(model.logprobs, [[1], [2]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +167,7 @@ def test_mean_loss_is_the_loss(kind: str, backend: Any, rng: np.random.Generator
 
 
 def slid(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Continue greedily, each token from a whole forward pass over what is remembered."""
+    """Continue greedily; compute each token by a whole forward pass over the kept tokens."""
     text, seen = list(prompt), list(prompt)
     for _ in range(count):
         text.append(int(model([seen])[0, -1].argmax()))
@@ -191,7 +177,7 @@ def slid(model: Any, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
 @pytest.mark.parametrize("length", [1, T - 1, T])
-def test_a_full_context_forgets_its_first_half(length: int, kind: str, backend: Any) -> None:
+def test_full_context_forgets_its_first_half(length: int, kind: str, backend: Any) -> None:
     model, prompt = make(backend, kind), list(range(length))
     expected = slid(model, prompt, 2 * T)
     assert model.generate([prompt], 2 * T, temperature=0)[0].tolist() == expected
@@ -200,7 +186,7 @@ def test_a_full_context_forgets_its_first_half(length: int, kind: str, backend: 
 
 
 @pytest.mark.parametrize("length", [1, T - 1, T])
-def test_a_full_context_ends_the_text_if_so_wished(length: int, backend: Any) -> None:
+def test_full_context_ends_the_text_with_the_setting(length: int, backend: Any) -> None:
     model, prompt = make(backend), list(range(length))
     text = model.generate([prompt], 2 * T, temperature=0, on_full="stop")
     assert text.shape == (1, T + 1), "n_positions tokens were read, one more follows from them"
@@ -214,7 +200,7 @@ def test_a_full_context_ends_the_text_if_so_wished(length: int, backend: Any) ->
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a model that must not begin to work."""
+    """Return a model that fails if it begins to compute."""
     model = make()
 
     def decoder(*arguments: Any) -> None:
@@ -279,7 +265,7 @@ GOOD = [[1, 2], [3]]
 def test_mistakes_are_refused_before_any_work(
     idx: Any, settings: dict[str, Any], message: str, idle: Any
 ) -> None:
-    for call in (idle.generate, idle.stream):  # the stream at the call, not at its first token
+    for call in (idle.generate, idle.stream):  # `stream` raises at the call, not at its first token
         assert refused(call, idx, **settings).startswith(message)
 
 
@@ -295,7 +281,7 @@ def test_unknown_settings_are_refused(idle: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what their caches need: for prompt and new tokens, at most n_positions, of all texts."""
+    """By the memory of their caches: prompt and new tokens, at most n_positions, of all texts."""
     model = make(kind=kind)
     monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     per_token, logits = 2 * CONFIG.n_layer * CONFIG.n_embd, V
@@ -319,7 +305,7 @@ def test_far_too_many_texts_are_refused_at_once() -> None:
     assert time.perf_counter() - start < 1
 
 
-def test_a_text_that_is_full_ends_alone_and_among_others() -> None:
+def test_text_that_is_full_ends_alone_and_among_others() -> None:
     model, settings = GPT2(CONFIG, backend="base"), {"temperature": 0, "on_full": "stop"}
     prompts = [[1] * (model.config.n_positions - 2), [2, 3]]
     together = model.generate(prompts, 9, **settings)

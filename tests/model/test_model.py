@@ -1,4 +1,4 @@
-"""The model on every backend: gradients against calculus, batches, memory, text and files."""
+"""The model on every backend: gradients against calculus, batches, memory, texts and files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def odd_model(backend: Any, config: GPT2Config = ODD, seed: int = 1) -> GPT2:
-    """Return a model all of whose parameters are random, biases and layernorm weights too."""
+    """Return a model whose parameters are all random, also biases and layernorm weights."""
     model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         noise = rng.standard_normal(parameter.shape, np.float32)
@@ -46,7 +46,7 @@ def batch_of(rng: np.random.Generator, B: int = B, T: int = T, V: int = V) -> Ba
 
 
 def solve(model: GPT2, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    """Return the loss and fresh gradients of their own memory."""
+    """Return the loss, and copies of fresh gradients."""
     model.zero_grad()
     loss = model.loss(*batch)
     model.backward()
@@ -62,7 +62,7 @@ def check_gradients(actual: Any, expected: Any, rtol: float = RTOL) -> None:
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
-    """Return a function from a model to its copy in float64: the same code, on wider memory."""
+    """Return a function that copies a model in float64: the same code, on wider numbers."""
 
     def copy(model: GPT2) -> GPT2:
         for module in ("model", "plan"):
@@ -78,7 +78,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
 # ---- fresh models --------------------------------------------------------------------------------
 
 
-def test_a_fresh_model_knows_nothing(backend: Any, rng: np.random.Generator) -> None:
+def test_fresh_model_has_the_loss_of_a_uniform_guess(
+    backend: Any, rng: np.random.Generator
+) -> None:
     loss = GPT2(ODD, backend=backend).loss(*batch_of(rng))
     assert abs(loss - math.log(V)) < 0.05
 
@@ -110,7 +112,7 @@ def test_seeds_give_weights() -> None:
         ("1", "seed must be a whole number, got '1'"),
     ],
 )
-def test_a_seed_is_a_whole_number(seed: Any, wanted: str) -> None:
+def test_seed_is_a_whole_number(seed: Any, wanted: str) -> None:
     assert refused(GPT2, TINY, seed=seed) == wanted
 
 
@@ -201,7 +203,7 @@ def test_backends_agree_with_float64(
     check_gradients(gradients, expected)
 
 
-def test_a_batch_is_the_mean_of_its_halves(backend: Any, rng: np.random.Generator) -> None:
+def test_batch_is_the_mean_of_its_halves(backend: Any, rng: np.random.Generator) -> None:
     model, (idx, targets) = odd_model(backend), batch_of(rng, B=4)
     loss, whole = solve(model, (idx, targets))
     model.zero_grad()
@@ -223,7 +225,7 @@ def test_ignored_targets_do_not_count(backend: Any, rng: np.random.Generator) ->
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, B * T - 1, B * T])
-def test_blocks_of_logits_make_no_difference(
+def test_blocks_of_logits_give_the_same_result(
     rows: int, backend: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, (idx, targets) = odd_model(backend), batch_of(rng)
@@ -252,7 +254,7 @@ def test_backward_needs_a_loss_of_its_own(backend: Any, rng: np.random.Generator
 
 
 @pytest.mark.parametrize("scale", [None, math.nan, -math.inf, 1e39, "2", "x", 10**400, True])
-def test_a_scale_that_is_no_finite_number_is_refused(
+def test_scale_that_is_no_finite_number_is_refused(
     scale: Any, backend: Any, rng: np.random.Generator
 ) -> None:
     model, batch = odd_model(backend), batch_of(rng)
@@ -268,7 +270,7 @@ def test_a_scale_that_is_no_finite_number_is_refused(
 def test_reading_between_loss_and_backward_changes_nothing(
     backend: Any, rng: np.random.Generator
 ) -> None:
-    """A decoder has memory of its own: samples may be looked at in the middle of a step."""
+    """A decoder has its own memory, so a text may be generated in the middle of a step."""
     model, batch = odd_model(backend), batch_of(rng)
     loss, expected = solve(model, batch)
     model.zero_grad()
@@ -281,7 +283,7 @@ def test_reading_between_loss_and_backward_changes_nothing(
     check_gradients(model.gradients, expected, rtol=0)
 
 
-def test_other_batches_leave_nothing_behind(backend: Any, rng: np.random.Generator) -> None:
+def test_batches_leave_no_trace_in_later_ones(backend: Any, rng: np.random.Generator) -> None:
     fresh, model = odd_model(backend), odd_model(backend)
     batch = batch_of(rng, 2, 5)
     expected_loss, expected = solve(fresh, batch)
@@ -293,14 +295,14 @@ def test_other_batches_leave_nothing_behind(backend: Any, rng: np.random.Generat
     check_gradients(gradients, expected, rtol=0)
 
 
-def test_a_loss_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
+def test_loss_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
     model, other, batch = odd_model(backend), odd_model(backend, seed=2), batch_of(rng)
     first = model.loss(*batch)
     model.load_parameters(other.parameters, "another model")
     assert model.loss(*batch) == other.loss(*batch) != first
 
 
-def test_a_batch_may_change_after_its_loss(backend: Any, rng: np.random.Generator) -> None:
+def test_batch_may_change_after_its_loss(backend: Any, rng: np.random.Generator) -> None:
     model, batch = odd_model(backend), batch_of(rng)
     _, expected = solve(model, batch)
     model.zero_grad()
@@ -332,10 +334,10 @@ def test_gradients_accumulate_until_zero_grad(backend: Any, rng: np.random.Gener
         "loss loss back",
     ],
 )
-def test_the_order_of_calls_makes_no_difference(
+def test_order_of_calls_makes_no_difference(
     order: str, scale: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """A loss computes a part of the gradients: it must not be seen before backward."""
+    """A loss computes a part of the gradients, which must not show before backward."""
     model, (first, second) = odd_model(backend), (batch_of(rng), batch_of(rng))
     once = solve(odd_model(backend), second)[1]
     held = solve(model, first)[1]
@@ -353,9 +355,7 @@ def test_the_order_of_calls_makes_no_difference(
     check_gradients(model.gradients, expected, 1e-6)
 
 
-def test_a_loss_for_its_own_sake_leaves_gradients_alone(
-    backend: Any, rng: np.random.Generator
-) -> None:
+def test_loss_without_keep_leaves_gradients_alone(backend: Any, rng: np.random.Generator) -> None:
     model, batch = odd_model(backend), batch_of(rng)
     model.zero_grad()
     for keep in (True, False):
@@ -388,13 +388,13 @@ def test_recompute_gives_the_same_bits(
 
 def test_recompute_needs_less_memory() -> None:
     plain, light, full = (bytes_needed(GPT2Config(), 4, 1024, r) for r in (None, "light", "full"))
-    per_token_and_channel = 4 * 4096 * 768 * 4  # of 4 channels of one layer, in bytes
+    per_token_and_channel = 4 * 4096 * 768 * 4  # bytes of 4 channels of one layer
     assert plain - light > 11 * per_token_and_channel  # 6 of 16 channels in 11 of 12 layers
     assert light - full > 2 * 11 * per_token_and_channel
     assert full < 2.7e9 and light < 3.8e9 and plain < 4.9e9
 
 
-def test_an_unknown_recompute_lists_the_known() -> None:
+def test_unknown_recompute_lists_the_known() -> None:
     assert "'light', 'full'" in refused(lambda: GPT2(TINY, recompute="some"))
 
 
@@ -413,7 +413,7 @@ def test_runs_repeat_bit_for_bit(threads: int, backend_name: str, rng: np.random
     assert run() == run()
 
 
-def test_one_batch_is_learnt_by_heart(backend: Any, rng: np.random.Generator) -> None:
+def test_model_memorises_one_batch(backend: Any, rng: np.random.Generator) -> None:
     config = GPT2Config(vocab_size=31, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     model, batch = GPT2(config, backend=backend), batch_of(rng, 2, 16, 31)
     optimizer = AdamW(model, learning_rate=1e-2, weight_decay=0.0)
@@ -462,24 +462,6 @@ def test_greedy_text_is_the_largest_logit(backend: Any, rng: np.random.Generator
         assert np.array_equal(alone[0], text[row])
     steps = list(model.stream(prompt, 10, temperature=0))
     assert np.array_equal(np.stack(steps, axis=1), text[:, 4:])
-
-
-def test_seeds_give_texts(backend: Any, rng: np.random.Generator) -> None:
-    model, prompt = odd_model(backend), batch_of(rng, 2, 4)[0]
-    one, same, other = (model.generate(prompt, 12, top_k=50, seed=seed) for seed in (1, 1, 2))
-    assert np.array_equal(one, same) and not np.array_equal(one, other)
-    assert ((0 <= one) & (one < V)).all()
-
-
-def test_text_stops(backend: Any, rng: np.random.Generator) -> None:
-    model, prompt = odd_model(backend), batch_of(rng, 1, 4)[0]
-    free = model.generate(prompt, 10, temperature=0)[0, 4:]
-    end = int(np.flatnonzero(free == free[2])[0]) + 1  # the third token may have come before
-    unused = next(token for token in range(V) if token not in free)
-    for stop in (int(free[2]), [int(free[2])], {int(free[2]), unused}):
-        text = model.generate(prompt, 10, temperature=0, stop=stop)
-        assert np.array_equal(text[0, 4:], free[:end])
-    assert np.array_equal(model.generate(prompt, 0), prompt)
 
 
 # ---- bad batches ---------------------------------------------------------------------------------
@@ -532,14 +514,16 @@ def test_ids_may_be_any_whole_numbers(dtype: str, backend: Any, rng: np.random.G
     assert np.array_equal(model.generate(idx.astype(dtype), 2, temperature=0), greedy)
 
 
-def test_an_unknown_backend_is_refused() -> None:
+def test_unknown_backend_is_refused() -> None:
     assert "'cuda'" in refused(GPT2, TINY, backend="cuda")
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_comes_back(backend: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_saved_model_loads_with_the_same_bits(
+    backend: Any, tmp_path: Path, rng: np.random.Generator
+) -> None:
     model, batch = odd_model(backend), batch_of(rng)
     model.save_pretrained(tmp_path / "model")
     copy = GPT2.from_pretrained(tmp_path / "model", backend=backend)
@@ -591,7 +575,7 @@ def test_refused_tensors_change_nothing() -> None:
     assert np.array_equal(model.flat_parameters, before)
 
 
-def test_a_loss_that_keeps_nothing_is_the_same(backend: Any, rng: np.random.Generator) -> None:
+def test_loss_that_keeps_nothing_is_the_same(backend: Any, rng: np.random.Generator) -> None:
     model = odd_model(backend)
     x, y = batch_of(rng)
     kept = model.loss(x, y)
@@ -609,7 +593,7 @@ def test_parameters_of_another_dtype_are_converted(dtype: Any, backend: Any) -> 
 
 
 def test_parameters_may_be_filled_and_not_replaced() -> None:
-    """C trusts their sizes."""
+    """The C code trusts their sizes."""
     model = GPT2(GPT2Config(vocab_size=11, n_positions=8, n_embd=12, n_layer=1, n_head=3))
     model.parameters["ln_f.bias"][...] = 2
     for arrays in (model.parameters, model.gradients):
@@ -652,7 +636,7 @@ def in_thread(call: Callable[[], Any]) -> Any:
 
 
 def interrupted_at(number: int, call: Callable[[], Any]) -> bool:
-    """Call; raise KeyboardInterrupt before the bytecode of this number around the claim, if any."""
+    """Call; raise KeyboardInterrupt before this bytecode instruction around the claim, if any."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -678,21 +662,21 @@ def interrupted_at(number: int, call: Callable[[], Any]) -> bool:
     return False
 
 
-def test_no_interrupt_keeps_a_model() -> None:
+def test_interrupt_leaves_a_model_usable() -> None:
     idx = np.arange(8).reshape(2, 4)
     model = odd_model(get_backend("base", 1), TINY)
     expected, number = model.loss(idx, idx), 1
     while interrupted_at(number, lambda: model.loss(idx, idx)):
         assert model.loss(idx, idx) == expected, number  # the same thread has it again
-        assert in_thread(lambda: model.loss(idx, idx)) == expected, number  # and then any
+        assert in_thread(lambda: model.loss(idx, idx)) == expected, number  # and then any thread
         gone = in_thread(lambda n=number: interrupted_at(n, lambda: model.loss(idx, idx)))
-        assert gone is True and model.loss(idx, idx) == expected, number  # of one that is gone
+        assert gone is True and model.loss(idx, idx) == expected, number  # of an ended thread
         assert not model._owner._claims
         number += 1
     assert number > 50, "the claim is what is interrupted"
 
 
-def test_a_signals_handler_in_the_middle_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_reports_a_signal_handler_that_used_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     idx = np.arange(8).reshape(2, 4)
     model = odd_model("numpy", TINY)
     start, expected = model._start, model.loss(idx, idx)
@@ -709,7 +693,7 @@ def test_a_signals_handler_in_the_middle_is_told_of(monkeypatch: pytest.MonkeyPa
     assert model.loss(idx, idx) == expected
 
 
-def test_backward_is_for_the_thread_of_the_loss() -> None:
+def test_backward_is_refused_in_another_thread_than_the_loss() -> None:
     a, b = np.arange(8).reshape(2, 4), np.arange(4).reshape(1, 4)
     model = odd_model("numpy", TINY)
     model.loss(a, a)

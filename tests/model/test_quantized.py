@@ -1,4 +1,4 @@
-"""Weights of 8 and 16 bits: how they are rounded, kept on disk, refused, and what they cost."""
+"""8-bit and 16-bit weights: rounding, files, refusals, and their error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def rounded(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return weight and scale, and in float64 what they stand for."""
+    """Return weight and scale, and in float64 the numbers that they represent."""
     weight, scale = np.empty(tensor.shape, np.uint8), np.empty(len(tensor), np.float32)
     round_rows(weight, scale, tensor)
     return weight, scale, (weight.astype(np.float64) - 128) * scale[:, None].astype(np.float64)
@@ -59,7 +59,7 @@ ROWS = arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2), el
 
 @given(ROWS)
 @settings(max_examples=200, deadline=None)
-def test_each_number_goes_to_the_nearest_of_its_rows_steps(tensor: np.ndarray) -> None:
+def test_numbers_round_to_the_nearest_step_of_their_row(tensor: np.ndarray) -> None:
     weight, scale, value = rounded(tensor)
     wide = tensor.astype(np.float64)
     largest = np.abs(wide).max(axis=1, keepdims=True)
@@ -72,7 +72,7 @@ def test_each_number_goes_to_the_nearest_of_its_rows_steps(tensor: np.ndarray) -
 
 @given(ROWS)
 @settings(max_examples=100, deadline=None)
-def test_rounding_has_no_side(tensor: np.ndarray) -> None:
+def test_rounding_is_symmetric(tensor: np.ndarray) -> None:
     weight, scale, _ = rounded(tensor)
     opposite, same, _ = rounded(-tensor)
     assert np.array_equal(opposite, 256 - weight.astype(int)) and np.array_equal(scale, same)
@@ -86,7 +86,7 @@ def test_rows_are_rounded_by_themselves() -> None:
     assert not value[2].any() and value[3, 1] == pytest.approx(-3e38)
 
 
-def test_what_is_rounded_is_not_rounded_again() -> None:
+def test_rounded_rows_do_not_change_when_rounded_again() -> None:
     tensor = np.random.default_rng(0).standard_normal((20, 50)).astype(np.float32)
     weight, scale, value = rounded(tensor)
     again, scale_again, _ = rounded(value.astype(np.float32))
@@ -108,7 +108,7 @@ def test_rows_too_small_for_steps_are_zeros(largest: float) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: Any) -> None:
+def test_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: Any) -> None:
     model, exact = GPT2.from_pretrained(directory, backend, quantize=method), make(backend)
     assert isinstance(model, QuantizedGPT2) and model.method == method
     assert model.backend is exact.backend and model.config == SMALL
@@ -136,7 +136,7 @@ def test_a_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend
 def test_logits_are_nearly_those_of_the_model(
     method: str, bound: float, backend: Any, rng: np.random.Generator
 ) -> None:
-    """Weights lose 1/254 and 1/4096 of their size, activations, with int8, 1/254 as well."""
+    """Weights lose 1/254 and 1/4096 of their size; int8 activations lose 1/254, too."""
     exact, idx = make(backend), rng.integers(0, V, (3, T))
     model = QuantizedGPT2.from_model(exact, method)
     expected, logits = exact(idx), model(idx)
@@ -144,7 +144,7 @@ def test_logits_are_nearly_those_of_the_model(
     assert 1e-7 < np.abs(logits - expected).max() / np.abs(expected).max() < bound
     assert model.loss(idx, idx) == pytest.approx(exact.loss(idx, idx), rel=bound)
     text = model.generate(idx[:, :5], 6, temperature=0)
-    again = model(text)  # in one piece, where it was read token by token
+    again = model(text)  # in one piece, unlike token by token before
     chosen = np.take_along_axis(again[:, 4:-1], text[:, 5:, None], axis=2)[..., 0]
     assert (chosen >= again[:, 4:-1].max(axis=2) - bound * np.abs(again).max()).all()
 
@@ -165,7 +165,7 @@ def test_weights_take_a_quarter_and_half(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_is_read_and_not_trained(method: str, rng: np.random.Generator) -> None:
+def test_quantized_model_cannot_train(method: str, rng: np.random.Generator) -> None:
     model, idx = QuantizedGPT2.from_model(make(), method), rng.integers(0, V, (2, 5))
     before = model.loss(idx, idx)
     for call in (model.backward, lambda: model.loss(idx, idx, keep=True)):
@@ -178,10 +178,10 @@ def test_it_is_read_and_not_trained(method: str, rng: np.random.Generator) -> No
 
 
 @pytest.mark.parametrize("method", ["int4", "", "INT8", None])
-def test_an_unknown_method_is_refused(method: Any, directory: Path) -> None:
+def test_unknown_method_is_refused(method: Any, directory: Path) -> None:
     assert "int8, fp16" in refused(QuantizedGPT2, SMALL, method)
     assert "int8, fp16" in refused(QuantizedGPT2.from_model, make(), method)
-    if method is not None:  # which means none
+    if method is not None:  # null means none
         assert "int8, fp16" in refused(GPT2.from_pretrained, directory, quantize=method)
 
 
@@ -218,7 +218,7 @@ def test_numbers_that_cannot_be_rounded_are_refused(
 
 @pytest.fixture(params=METHODS)
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """Return a method and a directory of such weights."""
+    """Return a method, and a directory of such weights."""
     QuantizedGPT2.from_model(make(), request.param).save_pretrained(tmp_path / request.param)
     return request.param, tmp_path / request.param
 
@@ -246,7 +246,7 @@ def test_saved_weights_come_back_bit_for_bit(stored: tuple[str, Path], backend: 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_of_16_bits_are_rounded_as_their_numbers(method: str, tmp_path: Path) -> None:
-    """Through the same door as a GPT2: shards, a prefix, float16; and a single file."""
+    """By the same function as a GPT2: shards, a prefix, float16; and a single file."""
     model = make()
     for parameter in model.parameters.values():
         parameter[...] = parameter.astype(np.float16)
@@ -266,7 +266,7 @@ def test_shards_of_16_bits_are_rounded_as_their_numbers(method: str, tmp_path: P
             assert np.array_equal(loaded.parameters[name], parameter), name
 
 
-def test_config_json_says_what_the_weights_are(stored: tuple[str, Path]) -> None:
+def test_config_json_names_the_kind_of_weights(stored: tuple[str, Path]) -> None:
     method, path = stored
     entries = json.loads((path / "config.json").read_text())
     entry = {"quant_method": "gpt2c", "weights": method}
@@ -343,7 +343,7 @@ def test_damaged_scales_are_refused(tmp_path: Path) -> None:
         assert name in refused(GPT2.from_pretrained, tmp_path, quantize="int8")
 
 
-def test_halves_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_nonfinite_float16_weights_are_refused(tmp_path: Path) -> None:
     QuantizedGPT2.from_model(make(), "fp16").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["wte.weight"][3, 3] = np.inf
@@ -353,7 +353,7 @@ def test_halves_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "bits"), [("int8", 8), ("fp16", 16)])
-def test_weights_that_are_no_numbers_are_not_rounded(method: str, bits: int) -> None:
+def test_nonfinite_weights_are_not_rounded(method: str, bits: int) -> None:
     model = make()
     model.parameters["wte.weight"][3, 3] = np.nan
     message = refused(QuantizedGPT2.from_model, model, method)
@@ -362,7 +362,7 @@ def test_weights_that_are_no_numbers_are_not_rounded(method: str, bits: int) -> 
     )
 
 
-def test_a_cut_file_is_refused(stored: tuple[str, Path]) -> None:
+def test_cut_file_is_refused(stored: tuple[str, Path]) -> None:
     method, path = stored
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
@@ -372,22 +372,22 @@ def test_a_cut_file_is_refused(stored: tuple[str, Path]) -> None:
         GPT2.from_pretrained(path, quantize=method)
 
 
-def test_a_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
-    """And weights of 8 bits under a GPT-2's config are refused, not read as if they were floats."""
+def test_gpt2s_file_is_no_quantized_one(stored: tuple[str, Path]) -> None:
+    """8-bit weights under a GPT-2's config are refused, and not read as floats."""
     _, path = stored
     (path / "config.json").write_text(json.dumps(SMALL.to_dict()))
     wrong = refused(GPT2.from_pretrained, path)
     assert re.search(r"has dtype U8|must be \(\d+, \d+\)", wrong)
 
 
-# ---- what it costs -------------------------------------------------------------------------------
+# ---- the error -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[GPT2, np.ndarray]:
-    """Return a small model that has learnt some of a text, and the text's held-out tokens.
+    """Return a small trained model, and held-out tokens of its text.
 
-    Random weights would show little: it is training that makes some weights and channels large.
+    Random weights would show little: training makes some weights and channels large.
     """
     folder = Path(gpt2c.__file__).parent
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
@@ -408,7 +408,7 @@ def trained() -> tuple[GPT2, np.ndarray]:
 
 
 @pytest.mark.parametrize(("method", "rise"), [("int8", 5e-3), ("fp16", 5e-4)])
-def test_the_loss_hardly_rises(method: str, rise: float, trained: tuple[GPT2, np.ndarray]) -> None:
+def test_loss_hardly_rises(method: str, rise: float, trained: tuple[GPT2, np.ndarray]) -> None:
     model, rows = trained
     exact = model.loss(rows[:, :-1], rows[:, 1:], keep=False)
     assert exact < 3.0, "it has learnt: bytes of a text by chance are 5.5 nats, by frequency 3.3"

@@ -1,4 +1,4 @@
-"""Reading with a cache: the same logits as the whole forward pass, and each text by itself."""
+"""Reading with a cache: the logits of the whole forward pass, for each text separately."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ KINDS = ["fp32", "fp16", "int8"]
 
 # The same sums in another order: some hundred roundings of 6e-8 add up.
 RTOL = 1e-5
-# One token read op by op and in one call: the products are the same, a softmax is summed otherwise.
+# Op by op and in one call the products are equal, but a softmax is summed in another order.
 STEP = 2e-6
-# With weights of 8 bits activations are rounded too, and one between two steps of 127 may go to
-# either, after a rounding in float32 that was another: a hundredth of a number of some, which
-# everything after it then sees. Few texts of this length meet such a number, so the rows as a whole
-# must agree as closely as without, and no row by less than some steps.
+# With int8, activations are rounded too. One almost half way between two of 127 steps may go to
+# either, after another rounding in float32: an error of about a hundredth, which all later numbers
+# see. Few texts of this length have such a number, so the median row must agree as closely as with
+# floats, and no row may differ by more than a few steps.
 FLIP = 0.05
 
 
 def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
-    """Compare logits (..., V), a text's rows of them each by itself."""
+    """Compare logits (..., V), the rows of each text separately."""
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, a.shape[-1])
     errors = np.abs(a - b).max(axis=1) / np.abs(b).max()
     if kind == "int8":
         assert errors.max() <= FLIP and np.median(errors) <= rtol, errors
     else:
-        assert errors.max() <= rtol, errors  # a NaN is no less
+        assert errors.max() <= rtol, errors  # a NaN must fail
 
 
 def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int = 1) -> Any:
-    """Return a model all of whose parameters are random."""
+    """Return a model whose parameters are all random."""
     model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         size = np.float32(0.1 if "ln" in name else 0.05)
@@ -57,7 +57,7 @@ def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int =
 
 
 def widened(model: LanguageModel) -> GPT2:
-    """Return the GPT2 whose weights are what a model's small weights stand for."""
+    """Return a GPT2 with the numbers that a model's small weights represent."""
     wide, p = GPT2(model.config, seed=None, backend=model.backend), model.parameters
     for name, parameter in wide.parameters.items():
         parameter[...] = p[name]
@@ -76,7 +76,7 @@ def ints(*values: int) -> np.ndarray:
 
 
 def read(decoder: Decoder, tokens: np.ndarray, *sizes: int, slot: int = 0) -> np.ndarray:
-    """Read a text in pieces of these sizes; give all logits (T, V)."""
+    """Read a text in pieces of these sizes; return all logits (T, V)."""
     logits, start = [], 0
     for size in sizes:
         for rows in decoder.hidden(tokens[start : start + size], slot, start):
@@ -88,7 +88,7 @@ def read(decoder: Decoder, tokens: np.ndarray, *sizes: int, slot: int = 0) -> np
 
 
 def step_through(decoder: Decoder, tokens: np.ndarray, start: int = 0) -> np.ndarray:
-    """Read texts (N, T) in slots 0.. token by token from `start` on; give those logits."""
+    """Read texts (N, T) in slots 0.. token by token from `start` on; return those logits."""
     N, length = tokens.shape
     slots = np.arange(N, dtype=np.int32)
     steps = [
@@ -99,7 +99,7 @@ def step_through(decoder: Decoder, tokens: np.ndarray, start: int = 0) -> np.nda
 
 
 def windows(length: int) -> list[tuple[int, int]]:
-    """Return the parts of a text that are read token by token: its ends, and around 64 and 128."""
+    """Return the parts of a text to read token by token: its ends, and around 64 and 128."""
     parts = [(0, 5), (62, 66), (127, 131), (length - 2, length)]
     return [(start, stop) for start, stop in parts if 0 <= start and stop <= length]
 
@@ -123,7 +123,7 @@ def test_reading_in_pieces_is_the_forward_pass(
 ) -> None:
     model, tokens = make(backend, kind), texts(rng, T)
     expected = widened(model)(tokens[None])[0]
-    if kind == "int8":  # what its layers read is rounded too, by up to half of each step
+    if kind == "int8":  # activations are rounded too, by up to half a step
         whole = read(model.decoder(), tokens, T)
         assert normalised_error(whole, expected) <= FLIP
         expected = whole
@@ -151,8 +151,8 @@ def test_steps_are_the_forward_pass(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random.Generator) -> None:
-    """The call for all layers against the ops one by one, on the same cache each time."""
+def test_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random.Generator) -> None:
+    """The call for all layers gives the bits of the single ops, on the same cache."""
     model, tokens = make(backend, kind), texts(rng, T)
     decoder = model.decoder()
     stepped, ops = [], []
@@ -171,7 +171,7 @@ def test_a_step_is_the_read_of_one_token(kind: str, backend: Any, rng: np.random
     agree(kind, np.stack(stepped), np.stack(ops), STEP)
 
 
-def test_a_prompt_of_several_chunks(
+def test_prompt_of_several_chunks(
     backend: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = make(backend), texts(rng, T)
@@ -207,10 +207,10 @@ def test_losses_are_those_of_the_logits(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 9, 17])
-def test_a_text_gets_the_same_bits_alone_and_among_others(
+def test_text_gets_the_same_bits_alone_and_among_others(
     N: int, kind: str, backend: Any, rng: np.random.Generator
 ) -> None:
-    """Texts of other lengths, in slots of any order, and some that have ended."""
+    """Beside texts of other lengths, in slots of any order, some of them ended."""
     model, slots = make(backend, kind), rng.permutation(N + 2)[:N].astype(np.int32)
     lengths = rng.integers(1, T - 4, N)
     lengths[0] = 64
@@ -231,8 +231,8 @@ def test_a_text_gets_the_same_bits_alone_and_among_others(
             lengths[row] += 1
 
 
-def test_a_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Generator) -> None:
-    """What it does not read is NaN, and stays it."""
+def test_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Generator) -> None:
+    """All other rows are NaN before and after."""
     model, tokens = make(backend), texts(rng, 10)
     decoder = model.decoder(3, 10)
     for cache in (decoder.keys, decoder.values):
@@ -246,7 +246,7 @@ def test_a_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Ge
         assert np.isnan(cache[:, [0, 2]]).all() and np.isnan(cache[:, 1, :, 8:]).all()
 
 
-def test_a_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generator) -> None:
+def test_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generator) -> None:
     model, (first, second) = make(backend), texts(rng, 2, 20)
     decoder = model.decoder(3)
     decoder.keys[:, 2] = decoder.values[:, 2] = np.nan
@@ -261,7 +261,7 @@ def test_a_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generat
     agree("fp32", again, read(model.decoder(), first, 20)[-1:])
 
 
-def test_a_slot_may_be_used_again(backend: Any, rng: np.random.Generator) -> None:
+def test_slot_may_be_used_again(backend: Any, rng: np.random.Generator) -> None:
     model, (first, second) = make(backend), texts(rng, 2, 30)
     decoder = model.decoder(2, 30)
     decoder.read(first, 1, 0)
@@ -291,7 +291,7 @@ def test_decoders_do_not_share_memory(backend: Any, rng: np.random.Generator) ->
             assert np.array_equal(out, logits[:, t])
 
 
-def test_a_decoder_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
+def test_decoder_sees_changed_parameters(backend: Any, rng: np.random.Generator) -> None:
     model, other, tokens = make(backend, seed=1), make(backend, seed=2), texts(rng, 1, 5)
     decoder = model.decoder()
     first = step_through(decoder, tokens)
@@ -326,7 +326,7 @@ def test_threads_do_not_change_a_bit(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", [ODD, FLAT, LEAST], ids=["odd", "flat", "least"])
-def test_a_step_stays_in_its_memory(
+def test_step_stays_in_its_memory(
     config: GPT2Config,
     kind: str,
     backend: Any,
@@ -334,7 +334,7 @@ def test_a_step_stays_in_its_memory(
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All that C is given is guarded and unaligned, and scratch memory is full of NaN."""
+    """All memory that C gets is guarded and unaligned, and its scratch memory is full of NaN."""
     if not isinstance(backend, Kernels):
         pytest.skip("numpy has no memory of C's")
     config = dataclasses.replace(config, n_positions=min(config.n_positions, 9))
@@ -372,7 +372,7 @@ def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.Monk
         model.decoder(slots)
 
 
-# ---- what never reaches C ------------------------------------------------------------------------
+# ---- refused before C ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,9 @@ def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.Monk
         *((1.5, 4, "slots"), (True, 4, "slots"), (1, "4", "capacity")),
     ],
 )
-def test_room_for_nothing_is_refused(slots: Any, capacity: Any, named: str) -> None:
+def test_decoder_without_slots_or_capacity_is_refused(
+    slots: Any, capacity: Any, named: str
+) -> None:
     model = GPT2(ODD, backend="numpy")
     assert refused(model.decoder, slots, capacity).startswith(named)
     assert "n_positions" in refused(model.decoder, 1, ODD.n_positions + 1)
@@ -455,8 +457,8 @@ def test_damaged_weights_are_an_error_and_no_warning(weights: tuple[float, float
         model.generate([[1, 2]], max_new_tokens=1)
 
 
-def test_what_nobody_wants_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The likeliest of 50,257 tokens costs more than the loss of one."""
+def test_argmax_is_computed_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argmax of 50,257 logits costs more than one token's loss."""
     decoder = GPT2(ODD, backend="numpy").decoder()
     tokens, asked = np.arange(5, dtype=np.int32), 0
 
@@ -473,7 +475,7 @@ def test_what_nobody_wants_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == 1
 
 
-def test_a_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
+def test_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
     model = QuantizedGPT2.from_model(GPT2(ODD, backend=backend), "int8")
     ids = np.arange(3, dtype=np.int32)
     expected = model.decoder().read(ids, 0, 0)
@@ -486,7 +488,7 @@ def test_a_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
     assert np.isfinite(decoder.step(zero, zero, zero + 3)).all()
 
 
-def test_a_step_of_no_text_is_nothing(backend: Any) -> None:
+def test_step_of_no_text_returns_empty_arrays(backend: Any) -> None:
     config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     none = np.empty(0, np.int32)
     assert GPT2(config, backend=backend).decoder(2).step(none, none, none).shape == (0, 11)

@@ -1,4 +1,4 @@
-"""What the programs share: a model to compute with, forks, and how a process is looked at."""
+"""Shared by the programs: a model, forks, and figures of this process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDX = np.arange(128).reshape(4, 32)
 
 
 def main(programs: dict[str, Any]) -> None:
-    """Run the function that the command line names, with the rest of it."""
+    """Run the function that the command line names, with the other arguments."""
     name, *arguments = sys.argv[1:]
     programs[name](*arguments)
 
@@ -40,7 +40,7 @@ def train(seed: int, steps: int = 3) -> tuple[list[float], bytes]:
 
 
 def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call returns in a thread of its own, or raise what it raises there."""
+    """Call in a new thread; return its result or raise its exception."""
     results, errors = [], []
 
     def work() -> None:
@@ -58,7 +58,7 @@ def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def in_child(call: Callable[..., Any], *arguments: Any) -> None:
-    """Fork; raise unless the child says True in time."""
+    """Call in a forked child; raise unless it returns True in time."""
     child = os.fork()
     if child == 0:
         try:
@@ -80,7 +80,7 @@ def in_child(call: Callable[..., Any], *arguments: Any) -> None:
 
 
 def seconds() -> dict[str, float]:
-    """Return the seconds of CPU that each thread has spent."""
+    """Return the CPU seconds of each thread."""
     stats = Path("/proc/self/task").glob("*/schedstat")
     return {path.parent.name: int(path.read_text().split()[0]) / 1e9 for path in stats}
 
@@ -90,12 +90,12 @@ def threads() -> int:
 
 
 def memory(field: int) -> int:
-    """Return the bytes of address space (0) or of memory (1) that this process has."""
+    """Return this process's bytes of address space (0) or of memory (1)."""
     return int(Path("/proc/self/statm").read_text().split()[field]) * resource.getpagesize()
 
 
 def limit_memory(room: int | None) -> None:
-    """Let the process have this number of bytes more, None any number."""
+    """Allow the process this number of further bytes, or any number for None."""
     soft = resource.RLIM_INFINITY if room is None else memory(0) + room
     resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
 

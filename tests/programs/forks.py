@@ -1,4 +1,4 @@
-"""Forks: parent and child compute the same bits, and neither waits for what the other has."""
+"""Forks: parent and child compute the same bits, and neither waits for the other."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def while_another_computes() -> None:
     worker = threading.Thread(target=work)
     worker.start()
 
-    def child() -> bool:  # where the worker, which was in the middle of it, is not
+    def child() -> bool:  # where the busy worker thread does not exist
         model.zero_grad()
         fresh = model.loss(IDX, IDX)
         model.backward()

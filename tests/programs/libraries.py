@@ -1,4 +1,4 @@
-"""Other libraries: their OpenMP threads, which the kernels neither use nor disturb."""
+"""Other libraries: the kernels neither use nor disturb their OpenMP threads."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def beside(*order: str) -> None:
             assert [future.result() for future in training] == [expected] * 2
             assert [future.result() for future in futures] == theirs
     by_torch()
-    in_child(lambda: train(1, 5) == expected)  # PyTorch itself would hang there, with or without us
+    in_child(lambda: train(1, 5) == expected)  # PyTorch itself would hang there, also without gpt2c
 
     def forking_thread() -> None:
         by_torch()

@@ -1,4 +1,4 @@
-"""Limits of threads and memory: an error in time, and what is smaller works on."""
+"""Limits of threads and memory: an error comes in time, and smaller work still succeeds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def thread_limit() -> None:
         error = refused(model.loss, IDX, IDX)
         assert isinstance(error, OSError) and "GPT2C_NUM_THREADS" in str(error), error
         assert "8 threads are wanted and the system can start only 1:" in str(error), error
-    assert few.loss(IDX, IDX) == expected  # one needs none
+    assert few.loss(IDX, IDX) == expected  # one thread needs no other
     resource.setrlimit(resource.RLIMIT_NPROC, (resource.getrlimit(resource.RLIMIT_NPROC)[1],) * 2)
     assert abs(model.loss(IDX, IDX) - expected) < 1e-5
 
@@ -51,7 +51,7 @@ def stacks() -> None:
     error = refused(model.loss, IDX, IDX)
     assert isinstance(error, OSError) and "64 threads are wanted" in str(error), error
     limit_memory(None)
-    model.loss(IDX[:1, :1], IDX[:1, :1])  # of one thread, but now the others are there
+    model.loss(IDX[:1, :1], IDX[:1, :1])  # it uses one thread, but now the others have started
     limit_memory(50 << 20)
     assert model.loss(IDX, IDX) > 0
 
@@ -119,8 +119,8 @@ def in_a_small_thread(model: GPT2) -> Any:
     return in_thread(model, IDX)
 
 
-# What is there before, what takes more than there is, and what works under the same limit; the
-# last two get a small model and what was there before.
+# Three calls: the first makes something, the second needs more memory than is left, the third works
+# under the same limit. All get a small model; the last two get the first one's result, too.
 Stage = tuple[Callable[[GPT2], Any], Callable[[GPT2, Any], Any], Callable[[GPT2, Any], Any]]
 STAGES: dict[str, Stage] = {
     "a model": (nothing, lambda model, _: GPT2(LARGE), lambda model, _: GPT2(CONFIG)),
@@ -180,7 +180,7 @@ def stage(name: str) -> None:
     works(model, there)
     limit_memory(None)
     assert model.loss(IDX, IDX) == expected
-    if name == "an engine":  # it is not made with all its slots, and must be closed
+    if name == "an engine":  # with fewer slots; an engine must be closed
         Engine(model, slots=3).close()
     else:
         fails(model, there)
@@ -199,7 +199,7 @@ def little_memory(room: str) -> None:
         model.generate(IDX[:1, :3], 5, temperature=0)
 
     calls: list[Callable[[], None]] = [training, writing]
-    if room != "50000":  # there, its threads and scratch are not there yet either
+    if room != "50000":  # with that limit its threads and scratch do not exist yet
         training()
         writing()
     limit_memory(int(room))

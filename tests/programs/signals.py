@@ -1,4 +1,4 @@
-"""Signals: a storm of them changes no bit, and a process that is told to end does."""
+"""Signals: a storm of them changes no bit, and SIGTERM ends a process."""
 
 from __future__ import annotations
 

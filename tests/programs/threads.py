@@ -1,4 +1,4 @@
-"""Threads: pools end with the thread that has them, and no two callers disturb each other."""
+"""Threads: a pool ends with its thread, and two callers do not disturb each other."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def one_model_at_once() -> None:
             except RuntimeError as error:
                 assert "another thread" in str(error)
                 counts["refused"] += 1
-            except ValueError as error:  # of another's loss, since which there was one more
+            except ValueError as error:  # another thread computed a loss in between
                 assert "backward needs a loss" in str(error)
 
     with ThreadPoolExecutor(4) as pool:

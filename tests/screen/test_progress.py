@@ -1,13 +1,13 @@
-"""What a person sees of a reading: a bar on a terminal, a line now and then elsewhere."""
+"""Progress: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import Terminal
 
 from gpt2c.cli.main import main
 from gpt2c.screen import progress
@@ -19,7 +19,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 class Clock:
-    """A time that the tests set; tqdm has its own."""
+    """A clock that the tests set; tqdm has its own."""
 
     now = 100.0
 
@@ -35,11 +35,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def read(reading: Reading, clock: Clock, seconds: float, total: int = 100 * MB) -> None:
-    """Read a text of 100 pieces in so many seconds."""
+    """Read a text of 100 pieces in this number of seconds."""
     for percent in range(1, 101):
         clock.now += seconds / 100
         reading.read(percent * MB, total)
-        if percent == 100:  # what is read after the last byte is no news
+        if percent == 100:  # a report after the last byte changes nothing
             reading.read(percent * MB, total)
 
 
@@ -57,14 +57,14 @@ def test_lines_come_ten_seconds_apart(clock: Clock, capsys: Capture) -> None:
     assert 14 <= then <= 15 and 4 <= end <= 5
 
 
-def test_a_quick_reading_is_not_shown(clock: Clock, capsys: Capture) -> None:
+def test_short_work_shows_no_progress(clock: Clock, capsys: Capture) -> None:
     with Reading() as reading:
         for _ in range(20):  # 120 seconds in all
             read(reading, clock, 6)
     assert capsys.readouterr().out == ""
 
 
-def test_each_reading_has_a_name_and_its_own_time(clock: Clock, capsys: Capture) -> None:
+def test_each_pass_has_a_name_and_its_own_time(clock: Clock, capsys: Capture) -> None:
     with Reading() as reading:
         read(reading, clock, 12)
         reading.stage("learning tokens")
@@ -76,20 +76,13 @@ def test_each_reading_has_a_name_and_its_own_time(clock: Clock, capsys: Capture)
     assert names == ["reading"] * 2 + ["encoding"] * 4
 
 
-def test_what_is_left_of_a_pipe_is_not_known(clock: Clock, capsys: Capture) -> None:
+def test_progress_of_a_pipe_shows_no_remaining_time(clock: Clock, capsys: Capture) -> None:
     with Reading() as reading:
         read(reading, clock, 15, total=0)
     assert re.fullmatch(r"reading: 6\d MB\n", capsys.readouterr().out)
 
 
-class Terminal(io.StringIO):
-    """Says that it is one."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setattr(progress, "_QUICK", 0.0)
     with Reading() as reading:
@@ -101,7 +94,7 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.endswith("\n")
 
 
-def test_a_terminal_is_written_to_ten_times_a_second_at_most(
+def test_terminal_is_written_to_ten_times_a_second_at_most(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     monkeypatch.setattr(sys, "stdout", Terminal())
@@ -111,10 +104,10 @@ def test_a_terminal_is_written_to_ten_times_a_second_at_most(
         for done in range(2000):
             clock.now += 0.001
             reading.read(done, 5000)
-    assert 10 <= len(updates) <= 16  # of two seconds, the first half second left out
+    assert 10 <= len(updates) <= 16  # two seconds, without the first half
 
 
-def test_what_cannot_be_shown_is_dropped(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_progress_survives_a_failing_stream(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     class Full(Terminal):
         def write(self, text: str) -> int:
             raise OSError("no space")
@@ -129,7 +122,7 @@ def test_what_cannot_be_shown_is_dropped(monkeypatch: pytest.MonkeyPatch, clock:
             read(reading, clock, 100)
 
 
-def test_prepare_says_what_it_reads_for(tmp_path: Path) -> None:
+def test_prepare_names_each_pass_over_the_text(tmp_path: Path) -> None:
     texts, stages = [f"the cat {n} sat on the mat. " * 20 for n in range(20)], []
     prepare(texts, tmp_path / "a", "bpe:300", stage=stages.append)
     assert stages == ["reading", "learning tokens", "encoding"]
@@ -141,7 +134,7 @@ def test_prepare_says_what_it_reads_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "verb", ["prepare", "demo --max-iters 1 --n-layer 1 --block-size 8 --text"]
 )
-def test_the_commands_show_it(
+def test_commands_show_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, verb: str
 ) -> None:
     monkeypatch.setattr(progress, "_BETWEEN", 0.0)

@@ -1,4 +1,4 @@
-"""The door for text: streams that fail, lack characters or are not there; what a terminal shows."""
+"""Text output and input: failing, limited or missing streams; what a terminal shows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from helpers.command import COMMAND, TINY, crafted
+from helpers.command import COMMAND, TINY, Terminal, crafted
 
 from gpt2c.cli.main import main
 from gpt2c.cli.tokens import whole_characters
-from gpt2c.generator import Generator, Token
-from gpt2c.gpt2 import GPT2
 from gpt2c.screen.terminal import Door, columns, open_door, padded, spelled, visible, well_formed
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -33,16 +30,9 @@ BYTES = Tokenizer.from_name("bytes")
 TEXT = "the cat sat on the mat. " * 40
 
 
-class Terminal(io.StringIO):
-    """What a terminal was shown."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a directory with a text, its tokens and a run; and models that write controls."""
+    """Return a directory with a text, its tokens and a run; and models that write controls."""
     path = tmp_path_factory.mktemp("world")
     (path / "text.txt").write_text(TEXT)
     assert main(f"prepare {path}/text.txt --out {path}/data --tokenizer bytes".split()) == 0
@@ -80,14 +70,16 @@ def full() -> Iterator[Any]:
         ("gbk", "strict", "café 你?\n".encode("gbk")),
     ],
 )
-def test_what_an_encoding_lacks_is_replaced(encoding: str, errors: str, expected: bytes) -> None:
+def test_characters_outside_an_encoding_are_replaced(
+    encoding: str, errors: str, expected: bytes
+) -> None:
     file = io.BytesIO()
     door = Door(io.TextIOWrapper(file, encoding=encoding, errors=errors))
     print("café 你\udce9", file=door)
     assert file.getvalue() == expected and door.lost is None
 
 
-def test_a_mark_of_byte_order_comes_once() -> None:
+def test_byte_order_mark_is_written_once() -> None:
     file = io.BytesIO()
     door = Door(io.TextIOWrapper(file, encoding="utf-16"))
     print("one", file=door)
@@ -95,7 +87,7 @@ def test_a_mark_of_byte_order_comes_once() -> None:
     assert file.getvalue().decode("utf-16") == "one\ntwo\n"
 
 
-def test_a_stream_that_is_not_there_takes_all() -> None:
+def test_missing_stream_swallows_writes() -> None:
     door = Door(None)
     print("text", file=door, flush=True)
     assert door.lost is None and not door.isatty() and door.encoding == "utf-8"
@@ -103,14 +95,14 @@ def test_a_stream_that_is_not_there_takes_all() -> None:
         door.fileno()
 
 
-def test_a_full_disk_is_remembered(full: Any) -> None:
+def test_full_disk_is_remembered(full: Any) -> None:
     door = Door(full)
     print("text", file=door)
     print("more", file=door, flush=True)
     assert door.lost is not None and door.lost.errno == errno.ENOSPC and not door.reader_left
 
 
-def test_a_reader_that_left_is_known() -> None:
+def test_closed_pipe_is_remembered() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as file:
@@ -119,7 +111,7 @@ def test_a_reader_that_left_is_known() -> None:
     assert door.reader_left
 
 
-def test_a_stream_that_was_closed_takes_all() -> None:
+def test_closed_stream_swallows_writes() -> None:
     stream = io.TextIOWrapper(io.BytesIO())
     door = Door(stream)
     stream.close()
@@ -127,8 +119,8 @@ def test_a_stream_that_was_closed_takes_all() -> None:
     assert door.lost is not None
 
 
-def test_a_stream_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a full one does not take is dropped, unless it is needed: then it is waited for."""
+def test_nonblocking_stream_is_written_whole_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full stream loses text, unless the text is needed; then the write waits."""
     monkeypatch.setattr("gpt2c.screen.terminal.PATIENCE", 0.01)
     text = "x" * 99 + "\n"
     for needed in (False, True):
@@ -157,7 +149,7 @@ def test_a_stream_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         assert needed or isinstance(door.lost, BlockingIOError)
 
 
-def test_streams_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     monkeypatch.setattr("sys.stdout", None)
     before = sys.stdin, sys.stdout, sys.stderr
@@ -169,20 +161,22 @@ def test_streams_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_what_is_read(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_is_read_as_utf_8_without_errors(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = io.BytesIO(b"\xef\xbb\xbfcaf\xc3\xa9\r\ncaf\xe9\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file, encoding=encoding))
     with open_door():
         assert sys.stdin.read() == "café\ncaf\ufffd\n"
 
 
-def test_another_encoding_of_the_environments_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_keeps_another_encoding_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xc4\xe3"), encoding="gbk"))
     with open_door():
         assert sys.stdin.read() == "你"
 
 
-def test_input_that_does_not_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonblocking_input_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     monkeypatch.setattr("sys.stdin", open(reader, encoding="utf-8"))
@@ -193,12 +187,13 @@ def test_input_that_does_not_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     later.join()
 
 
-def test_warnings_are_for_programmers(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_commands_show_no_warnings(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def warn(options: object) -> int:
         warnings.warn("a library\nis old", UserWarning, stacklevel=1)
         return 0
 
     monkeypatch.setattr("gpt2c.cli.info.run_info", warn)
+    monkeypatch.setattr("sys.warnoptions", [])  # this process itself may run with -W error
     assert main(["info"]) == 0
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("sys.warnoptions", ["error"])
@@ -207,7 +202,7 @@ def test_warnings_are_for_programmers(monkeypatch: pytest.MonkeyPatch, capsys: C
 
 
 @pytest.mark.parametrize("name", ["r\udcfc", "模"])
-def test_a_run_of_any_name_is_drawn(name: str, tmp_path: Path, capsys: Capture) -> None:
+def test_plot_takes_any_name_of_a_run(name: str, tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
     shutil.copytree("run", tmp_path / name)
     assert main(["plot", str(tmp_path / name)]) == 0
@@ -228,11 +223,11 @@ def test_a_run_of_any_name_is_drawn(name: str, tmp_path: Path, capsys: Capture) 
         ("\ud83d\ude00 \ud83d", "😀 \ufffd"),
     ],
 )
-def test_arguments_are_well_formed(text: str, expected: str) -> None:
+def test_arguments_become_valid_unicode(text: str, expected: str) -> None:
     assert well_formed(text) == expected
 
 
-def test_a_terminal_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\tb\n\0\x07\x08\r\x1b[2J\x7f\x9b5mé你"
     monkeypatch.setattr("sys.stdout", io.StringIO())
     assert visible(text) == text, "a file gets what the model wrote"
@@ -252,7 +247,7 @@ def test_a_terminal_is_not_steered(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"", "''"),
     ],
 )
-def test_a_token_is_spelled(data: bytes, expected: str) -> None:
+def test_token_is_spelled(data: bytes, expected: str) -> None:
     assert spelled(data) == expected
 
 
@@ -285,10 +280,10 @@ def test_characters_that_span_tokens_stand_together() -> None:
         ("generate missing", 2),
     ],
 )
-def test_a_full_disk_under_every_verb(
+def test_every_verb_reports_a_full_disk(
     arguments: str, code: int, full: Any, tmp_path: Path, monkeypatch: Any, capsys: Capture
 ) -> None:
-    """The exit code is 0 if the work is whole; of a text that is the result, only if it is."""
+    """The exit code is 0 if the work is whole; if a text is the result, only if it was written."""
     if arguments.startswith("plot"):
         pytest.importorskip("matplotlib")
     (tmp_path / "out").mkdir()
@@ -305,7 +300,7 @@ def test_a_full_disk_under_every_verb(
 
 
 @pytest.mark.parametrize("stream", [None, io.TextIOWrapper(io.BytesIO(), encoding="ascii")])
-def test_streams_that_lack_something_under_every_verb(
+def test_every_verb_works_with_limited_streams(
     stream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdout", stream)
@@ -325,7 +320,7 @@ def test_streams_that_lack_something_under_every_verb(
     assert main(["generate", f"{out}/nothing"]) == 2
 
 
-def test_a_models_controls_reach_a_file_and_no_terminal(
+def test_models_controls_reach_a_file_and_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     call = ["generate", "bell", "--temperature", "0", "--prompt", "ab", "--max-new-tokens", "3"]
@@ -338,75 +333,13 @@ def test_a_models_controls_reach_a_file_and_no_terminal(
             assert "ab\ufffd\ufffd\ufffd\n" in sys.stdout.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_turns_a_line_around_is_no_text_for_a_terminal(
+def test_bidirectional_controls_do_not_reach_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = "a\u202eb\u2066c\u2028d 你好 é\t\n"
     assert visible(text) == text  # not a terminal
     monkeypatch.setattr("sys.stdout", Terminal())
     assert visible(text) == "a\ufffdb\ufffdc\ufffdd 你好 é\t\n"
-
-
-def test_each_line_is_answered_whatever_its_bytes(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    lines = io.TextIOWrapper(io.BytesIO(b"ab\ncaf\xe9\r\nab"), encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", lines)
-    assert main("generate bell --interactive --temperature 0 --max-new-tokens 1".split()) == 0
-    first, second, third, rest = capsys.readouterr().out.split("\n---\n")
-    assert first == third == "ab\x07" and second.startswith("caf\ufffd") and rest == ""
-
-
-def test_a_prompt_may_hold_any_bytes(capsys: Capture) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0", "--prompt", "caf\udce9"]
-    for more, out in (
-        ([], "caf\ufffd\n"),
-        (
-            ["--num-samples", "2"],
-            "--- sample 1 ---\ncaf\ufffd\n--- sample 2 ---\ncaf\ufffd\n",
-        ),
-    ):
-        assert main([*call, *more]) == 0
-        assert capsys.readouterr().out == out
-
-
-def test_a_prompt_from_elsewhere(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0"]
-    monkeypatch.setattr(
-        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"two\nlines\n"), encoding="utf-8")
-    )
-    assert main([*call, "--prompt", "-"]) == 0
-    assert capsys.readouterr().out == "two\nlines\n"
-    (tmp_path / "prompt.txt").write_text("from a\nfile\n")
-    assert main([*call, "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
-    assert capsys.readouterr().out == "from a\nfile\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "prompt"),
-    [
-        (b"caf\xe9 \xe4\xbd\n", "caf\ufffd \ufffd"),
-        (b"\xef\xbb\xbfcaf\xc3\xa9\r\nb\xff\r\n", "café\nb\ufffd"),
-    ],
-    ids=["stray bytes", "as Windows writes it"],
-)
-def test_a_prompt_is_the_same_from_a_file_and_from_standard_input(
-    content: bytes, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0"]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-    (tmp_path / "prompt.txt").write_bytes(content)
-    for flags in (["--prompt", "-"], ["--prompt-file", str(tmp_path / "prompt.txt")]):
-        assert main([*call, *flags]) == 0
-        assert capsys.readouterr().out == f"{prompt}\n"
-
-
-def test_a_prompt_of_another_encoding_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "prompt.txt").write_bytes("café".encode("utf-16"))
-    assert main(["generate", "run", "--prompt-file", str(tmp_path / "prompt.txt")]) == 2
-    assert "prompt.txt is UTF-16, not UTF-8; save it as UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
@@ -433,20 +366,7 @@ def test_standard_input_is_utf_16_where_the_environment_says_so(
     assert capsys.readouterr().out == "café\n"
 
 
-@pytest.mark.parametrize(
-    "value", ["-->", "---", "--", "-ab", "-", "-h", "--seed", "--seed=1", "-5", "-1e5", "- a", ""]
-)
-def test_values_that_begin_with_dashes(value: str, capsys: Capture) -> None:
-    call = ["generate", "run", "--max-new-tokens", "0"]
-    if value != "-":  # standard input
-        assert main([*call, "--prompt", value, "--seed", "1"]) == 0
-        assert capsys.readouterr().out == value + "\n"
-    if value:
-        assert main([*call, "--stop", value, "--stop", "x", "--prompt", "a"]) == 0
-        assert capsys.readouterr().out == "a\n"
-
-
-def test_numbers_and_paths_that_begin_with_dashes(capsys: Capture, tmp_path: Path) -> None:
+def test_negative_numbers_and_dashed_paths_are_taken(capsys: Capture, tmp_path: Path) -> None:
     assert main(["generate", "run", "--temperature", "-1e-3"]) == 2
     assert "at least 0, got -0.001" in capsys.readouterr().err
     assert main(["train", "--data", "-nothing", "--out", str(tmp_path)]) == 2
@@ -457,13 +377,6 @@ def test_numbers_and_paths_that_begin_with_dashes(capsys: Capture, tmp_path: Pat
         assert "argument --data: expected one argument" in capsys.readouterr().err
 
 
-def test_a_stop_may_be_a_newline(capsys: Capture) -> None:
-    call = "generate lines --temperature 0 --prompt ab --max-new-tokens 5".split()
-    for stop, text in (r"\n", "abc"), ("\n", "abc"), (r"c\n", "ab"), (r"\\n", "abc\n\n\n\n"):
-        assert main([*call, "--stop", stop]) == 0
-        assert capsys.readouterr().out == text + "\n"
-
-
 def test_gpt2c_alone_shows_its_help(capsys: Capture) -> None:
     assert main([]) == 0
     out, err = capsys.readouterr()
@@ -472,141 +385,13 @@ def test_gpt2c_alone_shows_its_help(capsys: Capture) -> None:
         assert re.search(rf"^    {verb} +[A-Za-z]", out, re.MULTILINE)
 
 
-def test_underscores_are_understood_and_not_shown(capsys: Capture) -> None:
+def test_flags_take_underscores_and_show_hyphens(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = capsys.readouterr().out
     assert "--skip-nonfinite" in out and not re.search(r"--\w+_\w", out)
     assert main("generate run --max_new_tokens 0 --prompt a_b".split()) == 0
     assert capsys.readouterr().out == "a_b\n"
-
-
-# ---- tokens, probabilities -----------------------------------------------------------------------
-
-
-def test_tokens_of_a_text(capsys: Capture, tmp_path: Path) -> None:
-    assert main(["tokens", "你 a\n", "b", "--tokenizer", "bytes"]) == 0
-    head, _, divided, rest, _, note, _, *rows = capsys.readouterr().out.split("\n")
-    assert head == "bytes, a vocabulary of 257: 8 tokens, 6 characters, 8 bytes"
-    assert (divided, rest) == ("你| |a|", "| |b")
-    assert note.startswith("Some tokens are only a part of a character's bytes: ")
-    assert rows == [
-        " id  piece   bytes",
-        "228  '<E4>'  E4",
-        "189  '<BD>'  BD",
-        "160  '<A0>'  A0",
-        " 32  ' '     20",
-        " 97  'a'     61",
-        r" 10  '\n'    0A",
-        " 32  ' '     20",
-        " 98  'b'     62",
-        "",
-    ]
-    Tokenizer.train(["你好 " * 50], 270).save_pretrained(tmp_path)
-    assert main(["tokens", "你好", "--tokenizer", str(tmp_path)]) == 0
-    rows = capsys.readouterr().out.split("\n")
-    assert rows[2] == "你好" and rows[4] == " id  piece   bytes"
-    assert rows[5].endswith("  '你好'  E4 BD A0 E5 A5 BD"), "wide characters are aligned"
-    assert "Some tokens" not in "".join(rows), "each is a character or more"
-
-
-def test_tokens_has_a_tokenizer_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["tokens", "abab"]) == 0
-    assert capsys.readouterr().out.startswith("bytes, a vocabulary of 257: 4 tokens")
-    Tokenizer.train(["ab" * 500], 258).save_pretrained("runs/demo/run")
-    assert main(["tokens", "abab"]) == 0
-    assert capsys.readouterr().out.startswith("runs/demo/run, a vocabulary of 258: 2 tokens")
-
-
-def test_tokens_of_anything(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    for arguments, text in (
-        (["-->", "-ab"], "--> -ab"),
-        (["--", "--tokenizer"], "--tokenizer"),
-        (["caf\udce9"], "caf\ufffd"),
-        ([""], ""),
-    ):
-        assert main(["tokens", "--tokenizer", "bytes", *arguments]) == 0
-        out = capsys.readouterr().out
-        ids = [
-            int(line.split()[0]) for line in out.partition("id  piece")[2].split("\n")[1:] if line
-        ]
-        assert ids == BYTES.encode(text) and f"{len(ids)} token" in out
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc"), encoding="utf-8"))
-    assert main(["tokens", "-", "--tokenizer=bytes"]) == 0
-    assert "3 tokens" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["tokens", "a", "--tokenzier", "bytes"])
-    assert "did you mean --tokenizer?" in capsys.readouterr().err
-
-
-def test_tokens_have_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    call = ["tokens", "你a\x1b[2J", "--tokenizer", "bytes"]
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
-    assert "\x1b[30;46m你\x1b[0m\x1b[30;43ma\x1b[0m\x1b[30;46m\ufffd\x1b[0m" in shown
-    assert "\x1b[2J" not in shown
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    assert "\x1b" not in sys.stdout.getvalue()  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("flags", ["--temperature 0", "--temperature 5 --top-k 200 --seed 3"])
-def test_probabilities_are_the_models_own(flags: str, world: Path, capsys: Capture) -> None:
-    call = f"generate run --prompt the --max-new-tokens 6 {flags} --show-probabilities 3"
-    assert main(call.split()) == 0
-    head, names, *rows = capsys.readouterr().out.splitlines()
-    assert head.startswith("the model's own probabilities: before temperature")
-    assert names.endswith("the 3 likeliest") and len(rows) == 6
-    model, ids = GPT2.from_pretrained(world / "run"), BYTES.encode("the")
-    for row in rows:
-        logits = model([ids])[0, -1].astype(np.float64)
-        p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-        token = int(row.split()[0])
-        cells = re.findall(r"('.+?') +(\d+\.\d\d)%(?=  |$)", row)
-        expected = [token, *np.argsort(-p, kind="stable")[:3].tolist()]
-        assert [piece for piece, _ in cells] == [spelled(bytes([i])) for i in expected]
-        shown = [float(share) / 100 for _, share in cells]
-        assert shown == pytest.approx(p[expected], abs=6e-5)
-        ids.append(token)
-
-
-def test_probabilities_without_candidates(capsys: Capture) -> None:
-    flags = "--temperature 0 --max-new-tokens 2 --prompt ab --show-probabilities"
-    assert main(f"generate lines {flags} 0".split()) == 0
-    head, names, *rows = capsys.readouterr().out.splitlines()
-    assert head.startswith("the model's own probabilities") and names == "    id  token"
-    assert [row.split() for row in rows] == [["99", "'c'", "100.00%"], ["10", r"'\n'", "100.00%"]]
-
-
-def test_probabilities_have_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = {0.5: "42", 0.49: "43", 0.1: "43", 0.09: "41", 0.0: "41"}
-
-    def tokens(*arguments: Any, **settings: Any) -> Iterator[Token]:
-        return (Token(97, b"a", share, [(98, share)]) for share in shares)
-
-    monkeypatch.setattr(Generator, "tokens", tokens)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    call = "generate run --show-probabilities 1".split()
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    _, legend, _, *rows = sys.stdout.getvalue().splitlines()  # type: ignore[attr-defined]
-    steps = (("42", "50%"), ("43", "10%"), ("41", "0%"))
-    assert legend == ", ".join(f"\x1b[30;{color}mfrom {share}\x1b[0m" for color, share in steps)
-    for row, (share, color) in zip(rows, shares.items(), strict=True):
-        cell = f"{{}}  {share:7.2%}"
-        first, other = (cell.format(f"{name:<14}") for name in ("'a'", "'b'"))
-        assert row == f"    97  \x1b[30;{color}m{first}\x1b[0m   {other}"
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("sys.stdout", Terminal())
-    assert main(call) == 0
-    shown = sys.stdout.getvalue()  # type: ignore[attr-defined]
-    assert "\x1b" not in shown and len(shown.splitlines()) == 2 + len(shares)
 
 
 # ---- real processes ------------------------------------------------------------------------------
@@ -621,7 +406,7 @@ def test_probabilities_have_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatc
         ("generate run --max-new-tokens 3", ">/dev/full 2>/dev/full", 2),
     ],
 )
-def test_a_shells_redirections(arguments: str, redirections: str, code: int) -> None:
+def test_redirections_of_a_shell_work(arguments: str, redirections: str, code: int) -> None:
     if "full" in redirections and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     command = ["sh", "-c", f'"$@" {redirections}', "sh", *COMMAND, *arguments.split()]
@@ -629,7 +414,7 @@ def test_a_shells_redirections(arguments: str, redirections: str, code: int) -> 
     assert done.returncode == code and b"Traceback" not in done.stderr
 
 
-def test_no_file_gets_a_closed_streams_number() -> None:
+def test_closed_streams_give_no_number_to_a_file() -> None:
     code = "import os; from gpt2c.screen.terminal import open_door\n"
     code += "with open_door(): print(os.dup(0) > 2)"
     command = ["sh", "-c", '"$@" 2>&- <&-', "sh", sys.executable, "-c", code]
@@ -639,10 +424,10 @@ def test_no_file_gets_a_closed_streams_number() -> None:
 def in_a_terminal(
     arguments: str, talk: Callable[[int, Callable[[bytes], bytes]], None]
 ) -> tuple[int, bytes]:
-    """Run gpt2c in a terminal of its own while `talk` has the other side; return what it showed."""
+    """Run gpt2c in a terminal of its own while `talk` has the other side; return its output."""
     pytest.importorskip("termios")
     side, child_side = os.openpty()
-    # Who opens a terminal in a session that has none gets Ctrl-C from it.
+    # The first process that opens a terminal in a new session gets Ctrl-C from it.
     shell = ["sh", "-c", 'trap "" HUP; exec "$@" <"$0"', os.ttyname(child_side)]
     command = [*shell, *COMMAND, *arguments.split()]
     child = subprocess.Popen(
@@ -663,7 +448,7 @@ def in_a_terminal(
             try:
                 if select.select([side], [], [], left)[0]:
                     shown += os.read(side, 4096)
-            except OSError:  # how Linux says that the child has closed its side
+            except OSError:  # Linux's error when the child has closed its side
                 break
         return shown[start:]
 
@@ -677,12 +462,12 @@ def in_a_terminal(
 
 
 def press_ctrl_c(side: int) -> None:
-    """Press it at a prompt; Python does not notice one that comes before it waits for a key."""
+    """Press Ctrl-C at a prompt; Python misses one that comes before it waits for a key."""
     time.sleep(0.5)
     os.write(side, b"\x03")
 
 
-def test_lines_are_edited() -> None:
+def test_prompt_line_can_be_edited() -> None:
     pytest.importorskip("readline")
 
     def talk(side: int, until: Callable[[bytes], bytes]) -> None:
@@ -708,7 +493,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_ends() -> None:
         press_ctrl_c(side)
         assert hint in until(b"\n> ")
         os.write(side, b"ab\r")
-        assert b"dropped" not in until(b"\n> ")  # and so it is not the second in a row
+        assert b"dropped" not in until(b"\n> ")  # so this Ctrl-C is not the second in a row
         press_ctrl_c(side)
         assert hint in until(b"\n> ")
         press_ctrl_c(side)
@@ -719,7 +504,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_ends() -> None:
     assert code == 130 and shown.count(hint) == 2 and b"Traceback" not in shown
 
 
-def test_ctrl_c_ends_a_text_that_is_written() -> None:
+def test_ctrl_c_ends_a_running_text() -> None:
     def talk(side: int, until: Callable[[bytes], bytes]) -> None:
         until(b"> ")
         os.write(side, b"ab\r")
@@ -734,8 +519,8 @@ def test_ctrl_c_ends_a_text_that_is_written() -> None:
     assert code == 0
 
 
-def test_a_kill_ends_a_conversation(tmp_path: Path, world: Path) -> None:
-    """It is no Ctrl-C, which would end a text only."""
+def test_kill_ends_interactive_generate(tmp_path: Path, world: Path) -> None:
+    """Unlike Ctrl-C, which ends only a text."""
     for line, wanted in (b"", b"nothing is remembered"), (b"ab\n", b"ab"):
         side, child_side = os.openpty()
         child = subprocess.Popen(
@@ -764,7 +549,7 @@ def test_a_kill_ends_a_conversation(tmp_path: Path, world: Path) -> None:
     "arguments",
     [f"train --data data --out OUT {TINY} --max-iters 400", "generate run --max-new-tokens 20000"],
 )
-def test_a_terminal_that_goes_away(arguments: str, tmp_path: Path) -> None:
+def test_verb_ends_cleanly_when_its_terminal_closes(arguments: str, tmp_path: Path) -> None:
     def talk(side: int, until: Callable[[bytes], bytes]) -> None:
         until(b"loss" if "train" in arguments else b"t")
         os.close(side)

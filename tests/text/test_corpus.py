@@ -1,4 +1,4 @@
-"""Python's documentation: what is taken, and what is left out."""
+"""Python's documentation as a text: what it includes, and what it leaves out."""
 
 import sys
 
@@ -9,7 +9,7 @@ from gpt2c.text.corpus import python_documentation
 
 
 @pytest.mark.slow
-def test_python_documentation():
+def test_corpus_holds_the_python_documentation():
     documents = python_documentation()
     size = sum(len(document.encode()) for document in documents)
     assert len(documents) > 300
@@ -52,7 +52,7 @@ def test_sources_that_do_not_parse_are_skipped(tmp_path, source):
     assert list(corpus._docstrings(tmp_path / "a.py")) == []
 
 
-def test_python_without_its_documentation(monkeypatch):
+def test_error_reports_a_python_without_its_documentation(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(OSError, match=r"no pydoc_data.*--text FILE"):
         python_documentation()

@@ -1,4 +1,4 @@
-"""Users' texts: whatever the pieces, the same documents; what is no text is named."""
+"""Users' texts: pieces of any size give the same documents; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpt2c.text.documents import TextFiles
 
 
 def read(*paths: Any, field: str | None = None) -> list[str]:
-    """Return the documents of files; each time they are read they are the same."""
+    """Return the documents of files, which must be the same at each reading."""
     with TextFiles(paths, field) as texts:
         first = ["".join(pieces) for pieces in texts]
         assert ["".join(pieces) for pieces in texts] == first
@@ -38,7 +38,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     st.lists(st.sampled_from(["<|endoftext|>", "<|end", "<", " ", "a", "\n", "|>"]), max_size=12),
     st.integers(1, 14),
 )
-def test_a_mark_may_lie_in_two_pieces(parts: list[str], size: int) -> None:
+def test_end_of_text_mark_may_span_two_pieces(parts: list[str], size: int) -> None:
     text = "".join(parts)
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     found = ["".join(document) for document in textfiles._documents(textfiles._at_marks(pieces))]
@@ -55,13 +55,15 @@ def test_a_mark_may_lie_in_two_pieces(parts: list[str], size: int) -> None:
         (b"<|endoftext|>a\n<|endoftext|> \n<|endoftext|>b", ["a\n", "b"]),
     ],
 )
-def test_plain_files(tmp_path: Path, small_pieces: None, content: bytes, documents: Any) -> None:
+def test_plain_text_files_are_read(
+    tmp_path: Path, small_pieces: None, content: bytes, documents: Any
+) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     assert read(tmp_path / "a.txt") == documents
     assert read(tmp_path / "a.txt", tmp_path / "a.txt") == documents * 2
 
 
-def test_blanks_without_end_are_not_kept(
+def test_long_blanks_are_not_kept_in_memory(
     tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(textfiles, "_MOST_BLANK", 12)
@@ -85,14 +87,14 @@ def test_blanks_without_end_are_not_kept(
         ("今天".encode("utf-16"), "a.txt is UTF-16, not UTF-8; save it as UTF-8"),
     ],
 )
-def test_what_is_no_plain_text(
+def test_bad_plain_text_is_refused(
     tmp_path: Path, small_pieces: None, content: bytes, message: str
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     assert message in refused(read, tmp_path / "a.txt")
 
 
-def test_jsonl(tmp_path: Path) -> None:
+def test_jsonl_files_are_read(tmp_path: Path) -> None:
     entries = [{"text": "今天\r\nb", "id": 1}, {"id": 2, "text": " "}, {"text": "a<|endoftext|>c"}]
     lines = [json.dumps(entries[0]), "", *map(json.dumps, entries[1:])]
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
@@ -116,12 +118,12 @@ def test_jsonl(tmp_path: Path) -> None:
         ("[" * 100_000, " is not valid JSON: "),
     ],
 )
-def test_what_is_no_jsonl(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_jsonl_is_refused(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n', encoding="utf-8")
     assert f"a.jsonl, line 3{message}" in refused(read, tmp_path / "a.jsonl")
 
 
-def test_endings_in_capitals_are_the_same(tmp_path: Path) -> None:
+def test_suffixes_may_be_capitals(tmp_path: Path) -> None:
     (tmp_path / "A.TXT").write_text('{"text": "one"}')
     (tmp_path / "b.Md").write_text("two")
     (tmp_path / "C.JSONL").write_text('{"text": "three"}\n')
@@ -130,7 +132,7 @@ def test_endings_in_capitals_are_the_same(tmp_path: Path) -> None:
     assert read(tmp_path / "A.TXT", field="text") == ['{"text": "one"}']
 
 
-def test_directories(tmp_path: Path) -> None:
+def test_directories_are_read(tmp_path: Path) -> None:
     for name, content in {
         "b.txt": "b",
         "a.md": "a",
@@ -153,7 +155,7 @@ def test_directories(tmp_path: Path) -> None:
     assert "none has no text files (*.txt, *.text, *.md, " in message
 
 
-def test_what_of_a_directory_is_no_text_is_left_out_and_named(
+def test_other_files_of_a_directory_are_left_out_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
@@ -192,7 +194,7 @@ def test_what_of_a_directory_is_no_text_is_left_out_and_named(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_left_out_and_named(
+def test_unreadable_file_is_left_out_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
@@ -210,10 +212,10 @@ def test_what_may_not_be_read_is_left_out_and_named(
             read(tmp_path / name)
 
 
-def test_an_unreadable_folder_is_left_out_and_named(
+def test_unreadable_folder_is_left_out_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above, where root runs the tests."""
+    """Also if root runs the tests."""
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "sub").mkdir()
     scan = os.scandir
@@ -231,8 +233,8 @@ def test_an_unreadable_folder_is_left_out_and_named(
         read(tmp_path / "sub")
 
 
-def test_a_person_ends_standard_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal gives an end of file, and after it more if it is asked again."""
+def test_standard_input_ends_at_the_first_end_of_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an end of file, a terminal gives more if it is asked again."""
 
     left = [b"first line\n", b"", b"after Ctrl-D\n", b""]
 
@@ -250,7 +252,7 @@ def test_a_person_ends_standard_input_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert read("-") == ["first line\n"]
 
 
-def test_standard_input_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_and_pipes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     stdin = SimpleNamespace(buffer=io.BytesIO("今天<|endoftext|>b".encode()))
     monkeypatch.setattr(sys, "stdin", stdin)
     assert read("-") == ["今天", "b"]
@@ -258,14 +260,14 @@ def test_standard_input_and_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("-", field="a") == ["b"]
     stdin.buffer = io.BytesIO(b"")
     assert refused(read, "-") == "standard input is empty"
-    reading, writing = os.pipe()  # as of a shell's <(zcat book.gz)
+    reading, writing = os.pipe()  # as for a shell's <(zcat book.gz)
     os.write(writing, b"abc")
     os.close(writing)
     assert read(f"/dev/fd/{reading}") == ["abc"]
     os.close(reading)
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_missing_or_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"text file .*a\.txt does not exist"):
         read(tmp_path / "a.txt")
     with pytest.raises(OSError, match="/dev/zero is a device"):
@@ -279,7 +281,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
             list(map("".join, texts))
 
 
-def test_what_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_reports_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfiles, "_PIECE", 10)
     (tmp_path / "a.txt").write_text("0123456789" * 4)
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' * 5)  # of 14 bytes

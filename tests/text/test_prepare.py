@@ -1,4 +1,4 @@
-"""Hold-out and prepared data: nothing lost, whatever ends it."""
+"""Hold-out and prepared data: no token is lost, and no failure leaves half of the files."""
 
 import errno
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ BYTES = Tokenizer.from_name("bytes")
 
 
 def split(documents, fraction, seed):
-    """Return the texts to train on, and those to validate on."""
+    """Return the training texts and the validation texts."""
     texts = {"train": [], "val": []}
     for name, pieces in split_validation(documents, fraction, seed).parts(documents):
         texts[name].append("".join(pieces))
@@ -64,7 +65,7 @@ def test_copies_of_a_document_stay_together():
     assert len(train) + len(val) == len(documents)
 
 
-def test_the_tail_of_a_single_document_is_held_out_at_a_line_break():
+def test_tail_of_a_single_document_is_held_out_at_a_line_break():
     text = "".join(f"line {n}\n" for n in range(100))
     (head,), (tail,) = split([text], 0.1, seed=1)
     assert head + tail == text
@@ -72,7 +73,7 @@ def test_the_tail_of_a_single_document_is_held_out_at_a_line_break():
     assert 0.1 <= len(tail) / len(text) < 0.12
 
 
-def test_the_tail_without_line_breaks_near_is_cut_anywhere():
+def test_tail_without_line_breaks_near_is_cut_anywhere():
     text = "a\n" + "b" * 998
     (head,), (tail,) = split([text], 0.1, seed=1)
     assert (len(head), len(tail)) == (900, 100)
@@ -90,7 +91,7 @@ def test_few_large_documents_lose_a_tail_not_a_document():
     st.floats(0.01, 0.99),
     st.integers(0, 5),
 )
-def test_a_split_loses_nothing(documents, fraction, seed):
+def test_split_loses_no_character(documents, fraction, seed):
     try:
         train, val = split(documents, fraction, seed)
     except ValueError:
@@ -116,7 +117,7 @@ def test_a_split_loses_nothing(documents, fraction, seed):
         (["text"], float("nan"), "between 0 and 1, not nan"),
     ],
 )
-def test_nothing_to_hold_out(documents, fraction, message):
+def test_split_refuses_bad_fractions_and_short_texts(documents, fraction, message):
     with pytest.raises(ValueError, match=message):
         split(documents, fraction, seed=1)
 
@@ -168,7 +169,7 @@ def test_hold_out_of_more_documents_takes_no_more_memory(monkeypatch):
 # --- prepare ---------------------------------------------------------------------------------
 
 
-def test_prepare_writes_what_the_documents_say(tmp_path):
+def test_prepare_writes_the_tokens_of_the_documents(tmp_path):
     documents = [*make_documents(), "é😀 <|endoftext|> in a text"]
     out = tmp_path / "data"
     prepared = prepare(documents, out, "bytes", val_fraction=0.2, seed=1)
@@ -195,7 +196,7 @@ def test_prepare_writes_what_the_documents_say(tmp_path):
     assert not prepared.tail_held_out
 
 
-def test_prepare_says_when_it_held_out_a_tail(tmp_path):
+def test_prepare_reports_a_held_out_tail(tmp_path):
     assert prepare(["a line\n" * 50], tmp_path / "data", BYTES).tail_held_out
 
 
@@ -233,7 +234,7 @@ def test_prepare_is_deterministic(tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_a_bpe_is_trained_on_training_documents_only(tmp_path):
+def test_bpe_is_trained_on_training_documents_only(tmp_path):
     documents = make_documents()
     train, _ = split(documents, 0.1, seed=1)
     prepare(documents, tmp_path, "bpe:300", seed=1)
@@ -276,7 +277,7 @@ def test_prepare_overwrites_only_when_told(tmp_path):
     assert (tmp_path / "train.bin").read_bytes() != before
 
 
-def test_a_failed_overwrite_leaves_what_was_there(tmp_path, monkeypatch):
+def test_failed_overwrite_leaves_the_old_files(tmp_path, monkeypatch):
     prepare(make_documents(), tmp_path, "bytes")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -291,7 +292,7 @@ def test_a_failed_overwrite_leaves_what_was_there(tmp_path, monkeypatch):
     assert not (tmp_path.parent / "new").exists()
 
 
-def test_a_directory_without_permission_is_no_matter_of_temporary_files(tmp_path, monkeypatch):
+def test_error_of_permission_names_the_wanted_file(tmp_path, monkeypatch):
     def forbidden(path, mode):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
@@ -303,20 +304,10 @@ def test_a_directory_without_permission_is_no_matter_of_temporary_files(tmp_path
     )
 
 
-FULL_DISK = """
-import resource, signal, sys
-from gpt2c.cli.main import main
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead of killing
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-sys.exit(main(["prepare", "text.txt", "--out", "data", "--tokenizer", "bytes"]))
-"""
-
-
-def test_a_full_disk_names_the_file_that_was_wanted(tmp_path):
+def test_full_disk_names_the_file_that_was_wanted(tmp_path):
     (tmp_path / "text.txt").write_text("some text\n" * 200_000)  # more than is kept in memory
-    command = [sys.executable, "-c", FULL_DISK]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    arguments = ["prepare", "text.txt", "--out", "data", "--tokenizer", "bytes"]
+    done = run_process(program("programs.disks", "command", "8192", *arguments), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "gpt2c: data/train.bin: File too large"
     assert os.listdir(tmp_path) == ["text.txt"]
@@ -324,7 +315,7 @@ def test_a_full_disk_names_the_file_that_was_wanted(tmp_path):
 
 @pytest.mark.parametrize("parent", [".", "/dev/shm"])
 def test_links_stay_when_data_is_prepared_again(tmp_path, parent):
-    """Of another file system, too: there the files are moved before the old ones go."""
+    """Also to another file system, where the files are moved before the old ones go."""
     if not Path(parent).is_dir():
         pytest.skip(f"no {parent} here")
     with tempfile.TemporaryDirectory(dir=tmp_path / parent) as name:
@@ -351,8 +342,8 @@ def test_links_stay_when_data_is_prepared_again(tmp_path, parent):
         assert not [name for name in [*os.listdir(out), *os.listdir(disk)] if name[0] == "."]
 
 
-def test_a_kill_leaves_no_mixture_of_two_preparations(tmp_path, monkeypatch):
-    """Whatever moment it comes at, what has val.bin is whole."""
+def test_kill_leaves_no_mixture_of_two_preparations(tmp_path, monkeypatch):
+    """At any moment, a directory with val.bin is whole."""
     prepare(make_documents(), tmp_path, "bytes", shard_tokens=500)
     replace, done = os.replace, []
 
@@ -372,7 +363,7 @@ def test_a_kill_leaves_no_mixture_of_two_preparations(tmp_path, monkeypatch):
 
 
 class Pieces:
-    """Documents that come in pieces, and can be read as often as wanted."""
+    """Documents that come in pieces and can be read repeatedly."""
 
     def __init__(self, documents, size):
         self.documents, self.size = documents, size
@@ -414,7 +405,7 @@ def test_documents_that_change_meanwhile_are_refused(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_large_text_is_learned_from_evenly(tmp_path, monkeypatch):
+def test_large_text_is_learned_from_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr("gpt2c.text.prepare.LEARNED", 5000)
     learned = []
     train = Tokenizer.train_on_pieces
@@ -444,7 +435,7 @@ def test_lone_surrogates_are_written_as_they_are_encoded(tmp_path):
 # --- the manifest ----------------------------------------------------------------------------
 
 
-def test_the_manifest_lists_what_was_written(tmp_path):
+def test_manifest_lists_the_written_files(tmp_path):
     prepared = prepare(make_documents(), tmp_path, "bytes", shard_tokens=500)
     manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["version"] == 1
@@ -460,7 +451,7 @@ def test_the_manifest_lists_what_was_written(tmp_path):
     assert manifest["train"]["documents"] + manifest["val"]["documents"] == 40
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path):
+def test_files_of_two_preparations_are_refused(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     prepare(make_documents(), one, "bytes", shard_tokens=500)
     prepare([text.upper() for text in make_documents()], other, "bytes", shard_tokens=500)
@@ -478,7 +469,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     (one / "train_000001.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"train_000001\.bin is missing: manifest"):
         read_shards(one, "train")
-    (one / "manifest.json").unlink()  # as llm.c's directories, and older ones
+    (one / "manifest.json").unlink()  # like llm.c's directories, and older ones
     assert read_shards(one, "train")
 
 
@@ -506,13 +497,13 @@ def test_token_files_of_another_tokenizer_are_refused(tmp_path):
         ),
     ],
 )
-def test_a_manifest_that_is_none(tmp_path, content, message):
+def test_bad_manifest_is_refused(tmp_path, content, message):
     prepare(make_documents(), tmp_path, "bytes")
     (tmp_path / "manifest.json").write_bytes(content)
     assert message in refused(read_shards, tmp_path, "train")
 
 
-def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_preparation_are_removed(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
     (out / ".train.bin.12345.tmp").write_bytes(b"half")
@@ -521,12 +512,12 @@ def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_prepare_as_ctrl_c_does(tmp_path: Path, number: int) -> None:
+def test_signal_ends_prepare_as_ctrl_c_does(tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-m", "gpt2c", "prepare", "-", "--out", str(tmp_path / "data")]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--tokenizer", "bytes"], **pipes) as process:  # type: ignore[call-overload]
         process.stdin.write("some text " * 100_000)  # more than a pipe holds: it is being read
-        time.sleep(0.5)  # until it waits for more: one just before a wait is seen after it
+        time.sleep(0.5)  # until it waits: a signal just before a wait is handled after it
         process.send_signal(number)
         assert process.wait(timeout=60) == 130
         assert process.stderr.read() == "gpt2c: interrupted\n"

@@ -1,4 +1,4 @@
-"""Token files: what is written is read, and a damaged, foreign or ambiguous file is refused."""
+"""Token files: they round trip, and damaged, foreign or ambiguous files are refused."""
 
 import errno
 import io
@@ -32,7 +32,7 @@ def test_token_file_is_an_llm_c_shard(tmp_path):
     assert content[1024:] == b"\x00\x00\x01\x00\xff\xff"
 
 
-def test_read_tokens_gives_what_was_written(tmp_path):
+def test_read_tokens_returns_the_written_tokens(tmp_path):
     path = tmp_path / "a.bin"
     write_tokens(path, np.arange(1000))
     tokens = read_tokens(path, vocab_size=1000)
@@ -40,7 +40,7 @@ def test_read_tokens_gives_what_was_written(tmp_path):
     np.testing.assert_array_equal(tokens, np.arange(1000))
 
 
-def test_token_outside_the_vocabulary(tmp_path):
+def test_token_outside_the_vocabulary_is_refused(tmp_path):
     path = tmp_path / "a.bin"
     write_tokens(path, [1, 300, 2])
     with pytest.raises(ValueError, match="holds token 300, outside a vocabulary of 300"):
@@ -58,7 +58,7 @@ def test_token_outside_the_vocabulary(tmp_path):
         ([[1, 2]], r"array of integers, not int64 \(1, 2\)"),
     ],
 )
-def test_tokens_that_cannot_be_written(tmp_path, tokens, message):
+def test_bad_tokens_are_not_written(tmp_path, tokens, message):
     with pytest.raises(ValueError, match=message):
         write_tokens(tmp_path / "a.bin", tokens)
     assert not list(tmp_path.iterdir())
@@ -87,7 +87,7 @@ def damaged(content, **fields):
         (lambda content: damaged(content, count=2**31 - 1), "its 2147483647 tokens need"),
     ],
 )
-def test_damaged_token_file(tmp_path, damage, message):
+def test_damaged_token_file_is_refused(tmp_path, damage, message):
     path = tmp_path / "a.bin"
     write_tokens(path, np.arange(10))
     path.write_bytes(damage(path.read_bytes()))
@@ -95,12 +95,12 @@ def test_damaged_token_file(tmp_path, damage, message):
         read_tokens(path)
 
 
-def test_missing_token_file(tmp_path):
+def test_missing_token_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist; make it with"):
         read_tokens(tmp_path / "a.bin")
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -130,7 +130,7 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
         read_shards(tmp_path, "train")  # rather than fewer tokens
 
 
-def test_a_split_is_a_word_of_the_name(tmp_path):
+def test_split_is_a_word_of_the_file_name(tmp_path):
     for name in ("pretrained.bin", "retrieval_train_1.bin", "my-evaluation.bin", "Train.bin"):
         write_tokens(tmp_path / name, [1])
     (tmp_path / "gpt2_train.bin").write_bytes(b"a model, perhaps")
@@ -144,20 +144,20 @@ def test_a_split_is_a_word_of_the_name(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
-def test_a_name_that_says_both_is_refused(tmp_path):
+def test_name_with_both_splits_is_refused(tmp_path):
     write_tokens(tmp_path / "val_train_000001.bin", [1])
     for split in ("train", "val"):
         assert "says both train and val" in refused(find_shards, tmp_path, split)
 
 
-def test_a_missing_split_and_a_bad_shard_are_named(tmp_path):
+def test_missing_split_and_a_bad_shard_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val\.bin does not exist.*gpt2c prepare"):
         read_shards(tmp_path, "val")
     write_shards(tmp_path, "train", np.arange(10), 4)
     assert "train_000003.bin holds token 9" in refused(read_shards, tmp_path, "train", 9)
 
 
-def test_shards_hold_what_was_given(tmp_path):
+def test_shards_hold_the_given_tokens(tmp_path):
     assert [path.name for path in write_shards(tmp_path, "val", [5, 6])] == ["val.bin"]
     paths = write_shards(tmp_path, "train", np.arange(10), 4)
     assert [path.name for path in paths] == [f"train_00000{n}.bin" for n in (1, 2, 3)]
@@ -185,22 +185,22 @@ def test_nanogpts_files_have_no_header(tmp_path):
         ((20240520).to_bytes(4, "little") + b"\0" * 1020, "has llm.c's header"),
     ],
 )
-def test_what_cannot_be_nanogpts(tmp_path, content, message):
+def test_bad_nanogpt_file_is_refused(tmp_path, content, message):
     (tmp_path / "a.bin").write_bytes(content)
     assert message in refused(open_nanogpt, tmp_path / "a.bin")
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "train.bin")
     for read in (read_tokens, open_nanogpt):
         with pytest.raises(OSError, match="is a pipe or a device"):
             read(tmp_path / "train.bin")
 
 
-# ---- tokens that are read when they are needed ---------------------------------------------------
+# ---- stored tokens -------------------------------------------------------------------------------
 
 
-def test_stored_tokens_are_those_of_the_file(tmp_path):
+def test_stored_tokens_equal_the_file(tmp_path):
     write_tokens(tmp_path / "train.bin", np.arange(1000))
     (tokens,) = read_shards(tmp_path, "train", vocab_size=1000)
     whole = np.arange(1000)
@@ -212,8 +212,8 @@ def test_stored_tokens_are_those_of_the_file(tmp_path):
         tokens[::2]
 
 
-def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
-    """A mapped one would end the process."""
+def test_file_truncated_while_it_is_read_is_named(tmp_path):
+    """Reading a mapped file would end the process."""
     path = tmp_path / "train.bin"
     write_tokens(path, np.arange(1000))
     (tokens,) = read_shards(tmp_path, "train")
@@ -224,7 +224,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
 
 
 def test_tokens_that_were_read_outlive_their_file(tmp_path):
-    """In a process of its own, for a mapped one would end it."""
+    """In its own process, because reading a mapped file would end it."""
     path = tmp_path / "val.bin"
     write_tokens(path, np.arange(1 << 16))
     code = "import os, sys; from gpt2c.text.shards import read_tokens; t = read_tokens(sys.argv[1])"
@@ -233,14 +233,14 @@ def test_tokens_that_were_read_outlive_their_file(tmp_path):
     assert (done.returncode, done.stdout) == (0, b"2147450880\n")
 
 
-def test_a_file_that_is_replaced_is_still_the_one_that_was_opened(tmp_path):
+def test_replaced_file_is_still_read(tmp_path):
     write_tokens(tmp_path / "train.bin", np.arange(1000))
     (tokens,) = read_shards(tmp_path, "train")
     write_tokens(tmp_path / "train.bin", [1, 2])
     assert np.array_equal(tokens[:], np.arange(1000))
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
+def test_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
     class Full(io.BytesIO):
         def write(self, content):
             raise OSError(errno.ENOSPC, "No space left on device")

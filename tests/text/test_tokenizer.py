@@ -1,4 +1,4 @@
-"""Round trips, GPT-2's known ids, transformers' agreement, streaming, damaged files."""
+"""Tokenizers: round trips, GPT-2's known ids, agreement with transformers, damaged files."""
 
 import errno
 import io
@@ -44,7 +44,7 @@ def tokenizer(request):
     return {"bytes": BYTES, "bpe": BPE}[request.param]
 
 
-def test_sizes(tokenizer):
+def test_vocabulary_sizes(tokenizer):
     assert tokenizer.eot == tokenizer.vocab_size - 1
     assert BYTES.vocab_size == 257
     assert 257 < BPE.vocab_size <= 400
@@ -93,7 +93,7 @@ def test_encode_batch_agrees_with_encode(tokenizer):
 
 @pytest.mark.parametrize("text", ["\ud83d", "a\ude00b", "\ud83d\ude00", "x" * 9 + "\udfff"])
 def test_surrogates_are_the_same_at_every_door(text):
-    """A pair is the character that it stands for; a lone one, as JSON may have it, is U+FFFD."""
+    """A pair is its character; a lone one, as JSON may have it, becomes U+FFFD."""
     wanted = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert BYTES.encode(text) == list(wanted.encode())
     assert BYTES.encode_batch([text, "a"])[0].tolist() == list(wanted.encode())
@@ -105,7 +105,7 @@ def test_surrogates_are_the_same_at_every_door(text):
     )
 
 
-def test_one_text_and_several_are_not_confused():
+def test_tokenizer_refuses_one_text_in_place_of_several():
     assert "encode_batch takes several" in refused(BPE.encode, ["a", "b"])
     assert "got bytes" in refused(BPE.encode, b"a")
     for use in (BPE.encode_batch, lambda text: Tokenizer.train(text, 300)):
@@ -115,20 +115,20 @@ def test_one_text_and_several_are_not_confused():
 
 
 @pytest.mark.parametrize("wrong", [5, None, 1.5, True, np.array(5), np.int64(5)])
-def test_one_id_is_not_several(wrong):
+def test_tokenizer_refuses_one_id_in_place_of_several(wrong):
     for decode in (BPE.decode, lambda ids: list(BPE.stream(ids))):
         assert refused(decode, wrong) == f"ids must be several token ids, got {wrong!r}"
 
 
 @pytest.mark.parametrize("wrong", ["a", 1.5, 1.0, None, True, [1], np.float64(1), np.array([1, 2])])
-def test_an_id_is_a_whole_number(wrong):
+def test_id_is_a_whole_number(wrong):
     message = f"a token id must be a whole number, got {wrong!r}"
     for decode in (BPE.decode, lambda ids: list(BPE.stream(ids))):
         assert refused(decode, [0, wrong]) == message
     assert refused(BPE.token_bytes, wrong) == message
 
 
-def test_what_is_no_tokenizer_and_no_size():
+def test_bad_tokenizers_and_sizes_are_refused():
     assert refused(BPE.covers, "gpt2") == "other must be a Tokenizer, got 'gpt2'"
     assert refused(Tokenizer.from_spec, 5) == "the name of the tokenizer must be a string, got 5"
     for wrong in ("300", 300.5, None):
@@ -169,7 +169,7 @@ NASTY = [
 
 @pytest.mark.parametrize("window", [16, 40])
 @pytest.mark.parametrize("text", NASTY)
-def test_a_text_in_windows_has_the_ids_of_the_whole(tokenizer, text, window, monkeypatch):
+def test_text_in_windows_has_the_ids_of_the_whole(tokenizer, text, window, monkeypatch):
     whole = tokenizer._encoding.encode_ordinary(text)
     monkeypatch.setattr("gpt2c.text.tokenizer.WINDOW", window)
     monkeypatch.setattr(tokenizer, "_window", window)
@@ -191,8 +191,8 @@ def test_any_text_in_windows_has_the_ids_of_the_whole(text, window):
         assert tokenizer.encode(text) == BPE._encoding.encode_ordinary(text)
 
 
-def test_a_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
-    """In a process of its own where it is large, which gives the same tokens."""
+def test_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
+    """A large one is learned from in another process, which gives the same tokens."""
     texts = [SAMPLE * 20, "low lower lowest newer newest wider " * 50]
     whole = Tokenizer.train(texts, 400)
     monkeypatch.setattr("gpt2c.text.tokenizer.WINDOW", 64)
@@ -201,7 +201,7 @@ def test_a_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
     assert Tokenizer.train(texts, 400).fingerprint == whole.fingerprint
 
 
-def test_a_trainer_that_is_interrupted_is_ended(monkeypatch):
+def test_interrupted_trainer_process_ends(monkeypatch):
     started = []
     popen = subprocess.Popen
 
@@ -220,7 +220,7 @@ def test_a_trainer_that_is_interrupted_is_ended(monkeypatch):
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_a_trainer_that_memory_ends_is_a_memory_error(monkeypatch):
+def test_trainer_killed_for_memory_raises_memory_error(monkeypatch):
     class Ended:
         stdin, returncode = io.BytesIO(), -signal.SIGABRT
 
@@ -240,12 +240,12 @@ def test_tokenizers_agree_by_content():
     assert a.fingerprint != b.fingerprint and len(a.fingerprint) == 32
 
 
-def test_a_name_that_is_empty():
+def test_empty_name_is_refused():
     for use in (Tokenizer.from_spec, Tokenizer.from_pretrained):
         assert "the name of the tokenizer is empty" in refused(use, "")
 
 
-def test_a_cache_that_may_not_be_looked_into_is_passed_over(monkeypatch, tmp_path):
+def test_unreadable_cache_is_ignored(monkeypatch, tmp_path):
     def forbidden(path, *arguments, **keywords):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
@@ -278,7 +278,7 @@ def test_stream_ends_an_unfinished_character():
 
 
 @pytest.mark.parametrize("token_id", [-1, 257, 2**40])
-def test_ids_outside_the_vocabulary(token_id):
+def test_ids_outside_the_vocabulary_are_refused(token_id):
     with pytest.raises(ValueError, match=r"outside the vocabulary \(0 to 256\)"):
         BYTES.decode([65, token_id])
     with pytest.raises(ValueError, match="outside the vocabulary"):
@@ -305,7 +305,7 @@ def test_training_needs_room_for_the_bytes(vocab_size):
         Tokenizer.train(["text"], vocab_size)
 
 
-def test_a_run_of_spaces_too_long_to_split():
+def test_run_of_spaces_too_long_to_split_is_refused():
     text = "a" + " " * 400_000
     for use in (BYTES.encode, lambda text: BYTES.encode_batch([text])):
         with pytest.raises(ValueError, match="400000 or more whitespace"):
@@ -315,7 +315,7 @@ def test_a_run_of_spaces_too_long_to_split():
     assert BYTES.decode(BYTES.encode(text[:-1])) == text[:-1]
 
 
-def test_names_and_specs(tmp_path, monkeypatch):
+def test_names_and_specs_are_parsed(tmp_path, monkeypatch):
     BPE.save_pretrained(tmp_path)
     assert Tokenizer.from_spec("bytes").vocab_size == 257
     assert Tokenizer.from_spec(str(tmp_path)).vocab_size == BPE.vocab_size
@@ -347,10 +347,10 @@ def failing(error):
     [
         (failing(ConnectionError("no route")), "ConnectionError"),
         (failing(ValueError("Hash mismatch")), "ValueError"),
-        (forever, "TimeoutError"),  # a server that takes a connection and says nothing
+        (forever, "TimeoutError"),  # a server that accepts a connection and never answers
     ],
 )
-def test_gpt2_offline_says_what_else_there_is(monkeypatch, get_encoding, reason):
+def test_error_of_gpt2_offline_lists_alternatives(monkeypatch, get_encoding, reason):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     monkeypatch.setattr("gpt2c.text.tokenizer._PATIENCE", 0.1)
@@ -392,7 +392,7 @@ def test_saved_and_loaded_gives_the_same_ids(tokenizer, tmp_path):
     assert loaded.encode(SAMPLE) == tokenizer.encode(SAMPLE)
 
 
-def test_gpt2_files_are_openai_s(gpt2, tmp_path):
+def test_gpt2_files_equal_those_of_openai(gpt2, tmp_path):
     gpt2.save_pretrained(tmp_path)
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")
     assert merges[:4] == ["#version: 0.2", "Ġ t", "Ġ a", "h e"]
@@ -404,7 +404,7 @@ def test_gpt2_files_are_openai_s(gpt2, tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(st.text(alphabet="ab", min_size=1, max_size=80), st.integers(257, 290))
 def test_merges_are_recovered_from_any_training(text, vocab_size):
-    """Runs of one letter overlap themselves, the hard case for recovering merges."""
+    """Runs of one letter overlap themselves, which is the hard case."""
     tokenizer = Tokenizer.train([text], vocab_size)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
@@ -427,7 +427,7 @@ def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
 
 
 def test_end_of_text_may_have_any_id(tmp_path):
-    """Vocabularies trained by Hugging Face's tokenizers often give it id 0."""
+    """Hugging Face's tokenizers often give it id 0 in a new vocabulary."""
     BPE.save_pretrained(tmp_path)
     path = tmp_path / "vocab.json"
     vocabulary = json.loads(path.read_bytes())
@@ -440,7 +440,7 @@ def test_end_of_text_may_have_any_id(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
-def test_missing_file(tmp_path, name):
+def test_missing_file_is_named(tmp_path, name):
     BPE.save_pretrained(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
@@ -448,7 +448,7 @@ def test_missing_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
-def test_file_that_is_not_utf8(tmp_path, name):
+def test_file_outside_utf_8_is_refused(tmp_path, name):
     BPE.save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(b"{\xff}")
     with pytest.raises(ValueError, match=f"{name} is not UTF-8: byte 1 is 0xff"):
@@ -469,7 +469,7 @@ def test_file_that_is_not_utf8(tmp_path, name):
         (lambda v: v.update({"": len(v)}), "in the order of their ids"),
     ],
 )
-def test_damaged_vocabulary(tmp_path, change, message):
+def test_damaged_vocabulary_is_refused(tmp_path, change, message):
     BPE.save_pretrained(tmp_path)
     path = tmp_path / "vocab.json"
     vocabulary = json.loads(path.read_bytes())
@@ -480,7 +480,7 @@ def test_damaged_vocabulary(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content", ["", '{"a": 1', "[1, 2]", "[" * 100_000])
-def test_vocabulary_that_is_no_json_object(tmp_path, content):
+def test_vocabulary_must_be_a_json_object(tmp_path, content):
     BPE.save_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text(content, encoding="utf-8")
     with pytest.raises(
@@ -500,7 +500,7 @@ def test_vocabulary_that_is_no_json_object(tmp_path, content):
         (lambda lines: [*lines, ""], "two tokens separated by a space"),
     ],
 )
-def test_damaged_merges(tmp_path, change, message):
+def test_damaged_merges_are_refused(tmp_path, change, message):
     BPE.save_pretrained(tmp_path)
     path = tmp_path / "merges.txt"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -509,7 +509,7 @@ def test_damaged_merges(tmp_path, change, message):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_merges_that_use_a_token_before_it_is_made(tmp_path):
+def test_merge_of_a_later_token_is_refused(tmp_path):
     tokenizer = Tokenizer.train(["abab abab abab"], 259)
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "merges.txt"
@@ -519,7 +519,7 @@ def test_merges_that_use_a_token_before_it_is_made(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+def test_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     BYTES.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -532,7 +532,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_tokenizer_covers_one_that_has_no_more() -> None:
+def test_tokenizer_covers_a_smaller_one() -> None:
     base = Tokenizer.from_name("bytes")
     special = {**base.special_tokens, "[PAD]": 257}
     more = Tokenizer(base._ranks, base.eot, special=special)

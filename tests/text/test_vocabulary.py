@@ -1,4 +1,4 @@
-"""Vocabularies as files: three formats, what they may say, and what strangers write into them."""
+"""Vocabularies as files: three formats, and what other programs write into them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pair(tmp_path: Path) -> Path:
 
 
 def fast(directory: Path, merges_as: type = list) -> dict[str, Any]:
-    """Return what transformers 5 writes into tokenizer.json for the vocabulary of a directory."""
+    """Return the tokenizer.json of transformers 5 for the vocabulary of a directory."""
     vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8-sig"))
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     special = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
@@ -85,7 +85,7 @@ def change(path: Path, how: Change) -> None:
 @pytest.mark.parametrize("merges_as", [str, list])
 @pytest.mark.parametrize("alone", [True, False])
 def test_tokenizer_json_is_read(pair: Path, merges_as: type, alone: bool) -> None:
-    """Merges are "a b" in older files; alone, as transformers 5 leaves it, or beside the others."""
+    """Merges may be "a b", as in older files; the file may stand alone or beside the others."""
     (pair / "tokenizer.json").write_text(json.dumps(fast(pair, merges_as)), encoding="utf-8")
     if alone:
         (pair / "vocab.json").unlink()
@@ -96,7 +96,7 @@ def test_tokenizer_json_is_read(pair: Path, merges_as: type, alone: bool) -> Non
 
 
 def older(root: dict[str, Any]) -> None:
-    """Leave out what the tokenizer.json of gpt2 on the hub has not."""
+    """Remove the fields that the tokenizer.json of gpt2 on the hub lacks."""
     for name in ("type", "byte_fallback", "ignore_merges"):
         del root["model"][name]
     del root["pre_tokenizer"]["use_regex"]
@@ -114,7 +114,7 @@ def older(root: dict[str, Any]) -> None:
         lambda root: root.pop("added_tokens"),
     ],
 )
-def test_what_leaves_the_ids_as_they_are(pair: Path, how: Change) -> None:
+def test_harmless_fields_of_tokenizer_json_are_taken(pair: Path, how: Change) -> None:
     root = fast(pair)
     how(root)
     (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
@@ -189,10 +189,10 @@ def test_what_leaves_the_ids_as_they_are(pair: Path, how: Change) -> None:
     ],
 )
 @pytest.mark.parametrize("alone", [True, False])
-def test_what_changes_the_ids_is_refused(
+def test_fields_that_change_ids_are_refused(
     pair: Path, how: Change, message: str, alone: bool
 ) -> None:
-    """Beside files that would do, too: transformers would read this one."""
+    """Also beside good files, because transformers would read this one."""
     root = fast(pair)
     how(root)
     (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
@@ -212,7 +212,7 @@ def test_files_that_disagree_are_refused(pair: Path) -> None:
     assert "is another tokenizer than vocab.json and merges.txt" in refused(read, pair)
 
 
-def test_saving_takes_away_what_would_disagree(pair: Path) -> None:
+def test_saving_removes_files_that_would_disagree(pair: Path) -> None:
     (pair / "tokenizer.json").write_text(json.dumps(fast(pair)), encoding="utf-8")
     (pair / "added_tokens.json").write_text("{}", encoding="utf-8")
     BYTES.save_pretrained(pair)
@@ -223,7 +223,7 @@ def test_saving_takes_away_what_would_disagree(pair: Path) -> None:
     }
 
 
-def test_a_failed_save_takes_nothing_away(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_removes_no_file(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pair / "tokenizer.json").write_text(json.dumps(fast(pair)), encoding="utf-8")
     before = {path.name: path.read_bytes() for path in pair.iterdir()}
 
@@ -236,7 +236,7 @@ def test_a_failed_save_takes_nothing_away(pair: Path, monkeypatch: pytest.Monkey
     assert {path.name: path.read_bytes() for path in pair.iterdir()} == before
 
 
-# ---- what stands beside a vocabulary -------------------------------------------------------------
+# ---- files beside a vocabulary -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_failed_save_takes_nothing_away(pair: Path, monkeypatch: pytest.Monkey
         ({"added_tokens_decoder": ["[PAD]"]}, "added_tokens_decoder must be an object"),
     ],
 )
-def test_tokenizer_config(pair: Path, config: dict[str, Any], message: str | None) -> None:
+def test_tokenizer_config_is_read(pair: Path, config: dict[str, Any], message: str | None) -> None:
     text = json.dumps(config).replace("EOT", str(BPE.eot))
     (pair / "tokenizer_config.json").write_text(text, encoding="utf-8")
     if message is None:
@@ -269,7 +269,7 @@ PAD = {"content": "[PAD]", "special": True, "lstrip": False}
 
 @pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder", "all"])
 def test_added_tokens_are_special_ids(pair: Path, where: str) -> None:
-    """As fine-tunes of GPT-2 have them; transformers writes them into one to three files."""
+    """As in fine-tuned GPT-2s; transformers writes them into one to three files."""
     root = fast(pair)
     if where != "added_tokens_decoder":
         text = json.dumps({END_OF_TEXT: BPE.eot, "[PAD]": 293})
@@ -301,9 +301,7 @@ def test_added_tokens_are_special_ids(pair: Path, where: str) -> None:
 
 @pytest.mark.parametrize("beside", ["vocab.json", "tokenizer_config.json", "added_tokens.json"])
 @pytest.mark.parametrize("token_id", [294, 319, 293 + 1024])
-def test_a_special_token_may_stand_in_a_models_padding(
-    pair: Path, beside: str, token_id: int
-) -> None:
+def test_special_token_may_use_a_padding_id(pair: Path, beside: str, token_id: int) -> None:
     if beside == "vocab.json":
         change(pair / beside, lambda vocab: vocab.update({"[PAD]": token_id}))
     elif beside == "added_tokens.json":
@@ -328,7 +326,7 @@ def test_a_special_token_may_stand_in_a_models_padding(
 
 
 def in_front(pair: Path, names: list[str]) -> None:
-    """Return special tokens the first ids, in the place of <|endoftext|>."""
+    """Give special tokens the first ids, and remove <|endoftext|>."""
 
     def moved(vocab: dict[str, int]) -> None:
         del vocab[END_OF_TEXT]
@@ -339,8 +337,8 @@ def in_front(pair: Path, names: list[str]) -> None:
     change(pair / "vocab.json", moved)
 
 
-def test_special_tokens_in_front(pair: Path) -> None:
-    """As tokenizers' ByteLevelBPETokenizer saves them: nothing but the two files names them."""
+def test_special_tokens_may_come_first(pair: Path) -> None:
+    """As ByteLevelBPETokenizer of tokenizers saves them: only these two files name them."""
     in_front(pair, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     (pair / "tokenizer_config.json").unlink()
     loaded = Tokenizer.from_pretrained(pair)
@@ -354,7 +352,7 @@ def test_special_tokens_in_front(pair: Path) -> None:
     assert json.loads((pair / "tokenizer_config.json").read_bytes())["eos_token"] == "</s>"
 
 
-def test_a_file_may_name_what_ends_a_text(pair: Path) -> None:
+def test_file_may_name_the_end_of_a_text(pair: Path) -> None:
     in_front(pair, ["<start>", "<stop>"])
     message = refused(read, pair)
     assert "has no <|endoftext|>, nor does tokenizer_config.json name an eos_token of it" in message
@@ -365,7 +363,7 @@ def test_a_file_may_name_what_ends_a_text(pair: Path) -> None:
     assert read(pair).eot == 0
 
 
-def test_added_tokens_that_disagree(pair: Path) -> None:
+def test_added_tokens_that_disagree_are_refused(pair: Path) -> None:
     (pair / "added_tokens.json").write_text('{"[PAD]": 294, "[SEP]": 293}', encoding="utf-8")
     change(
         pair / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"293": "[PAD]"})
@@ -373,7 +371,7 @@ def test_added_tokens_that_disagree(pair: Path) -> None:
     assert 'adds token "[PAD]" as 294, which is 293 elsewhere' in refused(read, pair)
 
 
-def test_too_many_special_tokens(pair: Path) -> None:
+def test_too_many_special_tokens_are_refused(pair: Path) -> None:
     ids = {f"<extra_{i}>": 293 + i for i in range(10_001)}
     (pair / "added_tokens.json").write_text(json.dumps(ids), encoding="utf-8")
     assert "has 10,002 special tokens; at most 10,000" in refused(read, pair)
@@ -395,14 +393,14 @@ def test_too_many_special_tokens(pair: Path) -> None:
         (b"7", "must hold a JSON object|two tokens"),
     ],
 )
-def test_bad_content(pair: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_content_is_refused(pair: Path, name: str, content: bytes, message: str) -> None:
     (pair / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.*({message})"):
         Tokenizer.from_pretrained(pair)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_huge_file_is_not_read(pair: Path, name: str) -> None:
+def test_huge_file_is_not_read(pair: Path, name: str) -> None:
     with open(pair / name, "wb") as file:
         file.truncate(LARGEST + 1)  # no bytes on disk, and none in memory
     assert refused(Tokenizer.from_pretrained, pair).startswith(
@@ -412,8 +410,8 @@ def test_a_huge_file_is_not_read(pair: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["pipe", "directory", "nowhere", "circle", "device"])
-def test_what_is_no_file(pair: Path, name: str, kind: str) -> None:
-    """Nothing waits, nothing is taken for absent."""
+def test_pipe_device_directory_or_bad_link_is_refused(pair: Path, name: str, kind: str) -> None:
+    """The reader does not wait, and does not take it for a missing file."""
     path = pair / name
     path.unlink(missing_ok=True)
     if kind == "pipe":
@@ -426,7 +424,7 @@ def test_what_is_no_file(pair: Path, name: str, kind: str) -> None:
         Tokenizer.from_pretrained(pair)
 
 
-def test_files_as_windows_editors_write_them(pair: Path) -> None:
+def test_files_with_a_byte_order_mark_or_crlf_are_read(pair: Path) -> None:
     for name in ("vocab.json", "tokenizer_config.json", "merges.txt"):
         content = (pair / name).read_bytes()
         (pair / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
@@ -441,8 +439,8 @@ def test_files_as_windows_editors_write_them(pair: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_huge_token(tmp_path: Path) -> None:
-    """Read and written in no more time than its size asks for."""
+def test_token_of_a_megabyte_is_read_and_saved(tmp_path: Path) -> None:
+    """Reading and saving take time in proportion to its size."""
     ranks = BYTES._ranks | {b"a" * 2 ** (i + 1): 257 + i for i in range(20)}
     halves = [(b"a" * 2**i, b"a" * 2**i) for i in range(20)]
     write(tmp_path, Vocabulary(ranks, 256, halves, {END_OF_TEXT: 256}))
@@ -453,8 +451,10 @@ def test_a_huge_token(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=12), st.text("abc"))
-def test_merges_that_tiktoken_would_not_make(picks: list[tuple[int, int]], text: str) -> None:
-    """It knows tokens, not merges: accepted are those that its own way of merging gives back."""
+def test_merges_are_taken_only_as_tiktoken_would_make_them(
+    picks: list[tuple[int, int]], text: str
+) -> None:
+    """tiktoken knows tokens, not merges: only merges that its own algorithm makes are accepted."""
     known, halves = [b"a", b"b", b"c"], {}
     for i, j in picks:
         first, second = known[i % len(known)], known[j % len(known)]
@@ -472,7 +472,7 @@ def test_merges_that_tiktoken_would_not_make(picks: list[tuple[int, int]], text:
         assert "can never apply" in str(error) and not same
     else:
         assert same
-        parts = [byte.encode() for byte in text]  # what the merges say, one after the other
+        parts = [byte.encode() for byte in text]  # apply the merges, one after the other
         for first, second in halves.values():
             parts = vocabulary._merge_everywhere(parts, first, second)
         assert [ranks[part] for part in parts] == Tokenizer(ranks, 256).encode(text)
@@ -481,10 +481,10 @@ def test_merges_that_tiktoken_would_not_make(picks: list[tuple[int, int]], text:
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from(FILES[:3]), st.data())
 @pytest.mark.slow
-def test_mutations(
+def test_mutated_files_raise_value_error_or_os_error_only(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
-    """Bytes changed, cut or doubled anywhere: a vocabulary that works, or a sentence."""
+    """After any change of bytes: a vocabulary that works, or a sentence."""
     directory = tmp_path_factory.mktemp("mutated")
     BPE.save_pretrained(directory)
     if name == "tokenizer.json":

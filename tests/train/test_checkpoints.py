@@ -1,7 +1,8 @@
-"""Checkpoints: what was saved comes back to the bit, what is not whole is passed over by name."""
+"""Checkpoints: a save round trips bit for bit, and damaged checkpoints are passed over by name."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -36,7 +37,7 @@ def put(directory: Path, step: int, **state: Any) -> Path:
 
 
 def found(directory: Path) -> tuple[int, list[str]]:
-    """Return the step of the newest whole checkpoint, and what was said of the others."""
+    """Return the step of the newest whole checkpoint, and the messages about the others."""
     lines: list[str] = []
     checkpoint = newest(directory, lines.append)
     assert checkpoint is not None
@@ -66,7 +67,17 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read_config(path) == CONFIG  # a checkpoint is a model directory
 
 
-def test_the_newest_n_stay(three: Path) -> None:
+def test_trainer_state_survives_a_dict_and_refuses_a_bad_entry() -> None:
+    entry = {"step": 4, "loss": 1.5}
+    state = TrainerState(4, entry=entry)
+    assert TrainerState(**dataclasses.asdict(state)) == state
+    for bad in ({"step": 5}, {}, [1], 7, {"step": 4, "loss": "low"}, {"step": 4, "loss": [1]}):
+        assert "entry must be the metrics of the step" in refused(
+            TrainerState, 4, 0, 0.0, None, bad
+        )
+
+
+def test_prune_keeps_the_newest(three: Path) -> None:
     assert [path.name for path in sorted(three.iterdir())] == ["00000010", "00000020", "00000030"]
     path = put(three, 40)
     assert before(path) == three / "00000030" and before(three / "00000010") is None
@@ -75,7 +86,7 @@ def test_the_newest_n_stay(three: Path) -> None:
     assert found(three) == (40, [])
 
 
-def test_there_may_be_none(tmp_path: Path) -> None:
+def test_newest_returns_none_without_checkpoints(tmp_path: Path) -> None:
     assert newest(tmp_path / "checkpoints", pytest.fail) is None
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".00000010.77.tmp").mkdir()
@@ -90,7 +101,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change a state.json as someone would who makes the checksum right."""
+    """Change state.json and correct its checksum."""
     content = json.loads(path.read_text())
     for name, change in changes.items():
         content[name] = change(content[name])
@@ -149,7 +160,7 @@ DAMAGES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(three: Path, damage: Any, reason: str) -> None:
+def test_newest_passes_over_a_damaged_checkpoint(three: Path, damage: Any, reason: str) -> None:
     damage(three / "00000030")
     step, lines = found(three)
     assert step == 20
@@ -163,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, damage: Any, reason: s
     assert found(three) == (30, [])
 
 
-def test_one_that_is_damaged_again_is_kept_beside_the_first(three: Path) -> None:
+def test_second_damaged_checkpoint_is_kept_beside_the_first(three: Path) -> None:
     for _ in range(2):
         (three / "00000030" / "state.json").write_text("")
         assert found(three)[0] == 20
@@ -172,7 +183,7 @@ def test_one_that_is_damaged_again_is_kept_beside_the_first(three: Path) -> None
     assert names == ["00000030", "00000030.damaged", "00000030.damaged2"]
 
 
-def test_one_of_another_version_is_not_passed_over(three: Path) -> None:
+def test_checkpoint_of_another_version_is_refused(three: Path) -> None:
     rewrite(three / "00000030" / "state.json", version=lambda old: 2)
     before = {path: path.stat().st_mtime_ns for path in three.rglob("*")}
     message = refused(newest, three, pytest.fail)
@@ -180,7 +191,7 @@ def test_one_of_another_version_is_not_passed_over(three: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in three.rglob("*")} == before
 
 
-def test_none_is_whole(three: Path) -> None:
+def test_error_says_that_no_checkpoint_is_whole(three: Path) -> None:
     for path in three.iterdir():
         flip(path / "model.safetensors", -1)
     message = refused(newest, three, pytest.fail)
@@ -191,17 +202,17 @@ def test_none_is_whole(three: Path) -> None:
     )
 
 
-def test_a_later_one_does_not_count_as_one_of_the_newest(three: Path) -> None:
+def test_prune_ignores_later_checkpoints(three: Path) -> None:
     prune(put(three, 25), 1)
     assert sorted(path.name for path in three.iterdir()) == ["00000025", "00000030"]
 
 
 @pytest.mark.parametrize("name", ["read_json", "_sum"])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
+def test_unreadable_checkpoint_is_an_error(
     three: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
-    """It may be whole. Most errors of a read do not say of which file."""
+    """It may be whole. Most errors of a read do not name a file."""
 
     def failing(path: Path) -> Any:
         raise OSError(number, os.strerror(number))
@@ -213,7 +224,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(
     assert sorted(path.name for path in three.iterdir()) == ["00000010", "00000020", "00000030"]
 
 
-def test_a_save_that_fails_leaves_what_there_was(
+def test_failed_save_leaves_the_old_checkpoints(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: each step once, whatever the file looked like before."""
+"""metrics.jsonl: it has each step once, whatever it held before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def line(step: Any, **entries: Any) -> bytes:
 
 
 def opened(path: Path, step: int) -> list[str]:
-    """Open and close; give what was reported."""
+    """Open and close the file; return what was reported."""
     lines: list[str] = []
     Metrics(path, step, lines.append).close()
     return lines
@@ -28,7 +28,7 @@ def steps(path: Path) -> list[int]:
     return [entry["step"] for entry in read_metrics(path)]
 
 
-def test_a_line_is_there_when_it_is_written(tmp_path: Path) -> None:
+def test_appended_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path, 0, pytest.fail)
     metrics.append({"step": 1, "loss": 2 / 3, "grad_norm": math.nan})
@@ -51,7 +51,7 @@ def test_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [b'{"step": 6, "lo', b"\0" * 50, b"{}\n", b"\n\n", b"\xff\xfe\n"])
-def test_an_end_that_was_cut_short_is_no_damage(tmp_path: Path, end: bytes) -> None:
+def test_half_a_last_line_is_no_damage(tmp_path: Path, end: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(map(line, range(1, 6))) + end)
     assert opened(path, 5) == []
@@ -82,7 +82,7 @@ def test_an_end_that_was_cut_short_is_no_damage(tmp_path: Path, end: bytes) -> N
         line(2),
     ],
 )
-def test_a_damaged_line_is_left_out_and_kept_aside(tmp_path: Path, bad: bytes) -> None:
+def test_damaged_line_is_left_out_and_kept_aside(tmp_path: Path, bad: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     content = line(1) + line(2) + bad + line(4)
     path.write_bytes(content)
@@ -97,14 +97,16 @@ def test_a_damaged_line_is_left_out_and_kept_aside(tmp_path: Path, bad: bytes) -
     assert steps(damaged) == [1, 2, 4]  # a picture of it is drawn as well
 
 
-def test_a_file_that_is_not_there_begins_anew(tmp_path: Path) -> None:
+def test_missing_metrics_file_begins_anew(tmp_path: Path) -> None:
     assert opened(tmp_path / "metrics.jsonl", 7) == []
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     with pytest.raises(FileNotFoundError):
         read_metrics(tmp_path / "other.jsonl")
 
 
-def test_a_write_that_fails_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_failed_write_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", 0, pytest.fail)
 
     def full(descriptor: int, content: bytes) -> int:
@@ -117,7 +119,7 @@ def test_a_write_that_fails_says_where(tmp_path: Path, monkeypatch: pytest.Monke
     metrics.close()
 
 
-def test_a_write_that_takes_a_part_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     metrics = Metrics(tmp_path / "metrics.jsonl", 0, pytest.fail)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Needs: what a run takes is what it then has, and what does not fit is refused with the mend."""
+"""Memory: a run takes what was estimated, and a run that does not fit is refused with a mend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ORDER = 123_456  # bytes of the windows' order
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a function that says how many bytes are free."""
+    """Return a function that sets the number of free bytes."""
 
     def say(size: int) -> None:
         for module in ("train.needs", "kernels.memory"):
@@ -51,7 +51,7 @@ def refusal(settings: TrainSettings = SETTINGS, **how: Any) -> str:
 
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_takes_what_was_said(recompute: str, accumulate: int) -> None:
+def test_training_takes_the_estimated_memory(recompute: str, accumulate: int) -> None:
     settings = dataclasses.replace(
         SETTINGS, recompute=recompute, gradient_accumulation_steps=accumulate
     )
@@ -76,7 +76,7 @@ def test_a_run_takes_what_was_said(recompute: str, accumulate: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("shards", [1, 7])
-def test_the_order_of_the_windows_takes_what_was_said(order: int, shards: int) -> None:
+def test_order_of_the_windows_takes_the_estimated_memory(order: int, shards: int) -> None:
     tokens = [np.zeros(16 * 40_000 // shards, np.uint16) for _ in range(shards)]
     batches = Batches(tokens, 4, 16, 1, order)
     steps = batches.windows_per_epoch // 4 + 1  # the last touches the next epoch
@@ -91,10 +91,10 @@ def test_the_order_of_the_windows_takes_what_was_said(order: int, shards: int) -
     assert 0.95 * batches.order_bytes < peak < 1.01 * batches.order_bytes + 20_000
 
 
-def test_the_order_of_the_windows_counts(
+def test_order_of_the_windows_counts_as_memory(
     free: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A long text in short windows: their order takes more than the model."""
+    """For a long text in short windows it takes more memory than the model."""
     prepare(["the cat sat on the mat. " * 4000], tmp_path / "data", "bytes")
     flags = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 2 --batch-size 2 --max-iters 1"
     call = f"train --data {tmp_path}/data --out {tmp_path}/run {flags}".split()
@@ -105,7 +105,7 @@ def test_the_order_of_the_windows_counts(
     assert found and float(found[1]) == pytest.approx(56 * windows / 1e6, abs=0.06)
 
 
-def test_a_run_that_fits_just_so_is_taken(free: Callable[[int], None]) -> None:
+def test_run_that_just_fits_is_taken(free: Callable[[int], None]) -> None:
     free(need())
     check_training(CONFIG, SETTINGS, 2, ORDER)
     free(need() - 1)
@@ -114,7 +114,9 @@ def test_a_run_that_fits_just_so_is_taken(free: Callable[[int], None]) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 15])
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
-def test_the_largest_batch_is_named(rows: int, recompute: str, free: Callable[[int], None]) -> None:
+def test_error_names_the_largest_batch_that_fits(
+    rows: int, recompute: str, free: Callable[[int], None]
+) -> None:
     settings = dataclasses.replace(SETTINGS, recompute=recompute)
     free(need(settings, batch_size=rows + 1) - 1)
     said = refusal(settings)
@@ -123,7 +125,7 @@ def test_the_largest_batch_is_named(rows: int, recompute: str, free: Callable[[i
     assert ("--recompute full" in said) == (recompute != "full")
 
 
-def test_recomputing_is_named_where_it_helps(free: Callable[[int], None]) -> None:
+def test_error_names_recompute_where_it_helps(free: Callable[[int], None]) -> None:
     free(need(recompute="full"))
     assert re.search(r", or pass --recompute full, or lower --block-size$", refusal())
     free(need(recompute="full", batch_size=5))
@@ -136,14 +138,14 @@ def test_recomputing_is_named_where_it_helps(free: Callable[[int], None]) -> Non
     assert "; 0.0 MB are free: lower --n-layer" in refusal()
 
 
-def test_a_run_that_goes_on_keeps_its_batches(free: Callable[[int], None]) -> None:
+def test_resumed_run_is_offered_no_other_batch(free: Callable[[int], None]) -> None:
     free(need(recompute="full"))
     assert refusal(resumed=True).endswith("are free: pass --recompute full")
     free(need(recompute="full") - 1)
     assert refusal(resumed=True).endswith("are free: go on where more memory is free")
 
 
-def test_the_parts_are_listed(free: Callable[[int], None]) -> None:
+def test_error_lists_the_parts_of_memory(free: Callable[[int], None]) -> None:
     config = GPT2Config()
     settings = TrainSettings(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=4)
     free(2_500_000_000)
@@ -158,7 +160,7 @@ def test_the_parts_are_listed(free: Callable[[int], None]) -> None:
     ), str(error.value)
 
 
-def test_a_tensor_that_is_converted_on_the_way_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converted_tensor_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT2(CONFIG)
     tensors = {
         name: StoredTensor(Path("file"), name, "F16", parameter.astype(np.float16))
@@ -177,7 +179,7 @@ def test_a_tensor_that_is_converted_on_the_way_counts(monkeypatch: pytest.Monkey
         load(model.parameters, "a model")
 
 
-def test_nothing_is_written_by_a_run_that_does_not_fit(
+def test_run_that_does_not_fit_writes_nothing(
     free: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(["the cat sat on the mat. " * 60], tmp_path / "data", "bytes")

@@ -49,7 +49,7 @@ def test_adamw_matches_a_plain_loop(decay_size, grad_clip):
     np.testing.assert_allclose(optimizer.v, v, rtol=1e-5, atol=1e-7)
 
 
-def test_a_step_is_about_the_learning_rate():
+def test_step_is_about_the_learning_rate():
     # Adam's first step is lr * sign(gradient) whatever the gradient's size.
     model = make_model()
     before = model.flat_parameters.copy()
@@ -90,6 +90,8 @@ def test_resuming_from_state_and_steps_is_bit_equal():
         ({"v": np.ones(36)}, 1, r"v must have shape \(37,\), got \(36,\)$"),
         ({"m": np.ones((37, 1))}, 1, r"m must have shape \(37,\), got \(37, 1\)$"),
         ({}, -1, "steps must be at least 0, got -1$"),
+        ({}, np.nan, "steps must be a whole number, got nan$"),
+        ({}, 2.0, r"steps must be a whole number, got 2\.0$"),
     ],
 )
 def test_another_state_is_refused_and_nothing_is_loaded(change, steps, wanted):
@@ -101,7 +103,7 @@ def test_another_state_is_refused_and_nothing_is_loaded(change, steps, wanted):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_named(bad):
+def test_not_finite_names_the_array(bad):
     optimizer = AdamW(make_model())
     assert optimizer.not_finite() == ""
     parts = {"moment v": optimizer.v, "moment m": optimizer.m}
@@ -111,7 +113,7 @@ def test_what_is_not_finite_is_named(bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_gradient_leaves_everything_alone(bad):
+def test_bad_gradient_changes_nothing(bad):
     model = make_model()
     optimizer = AdamW(model)
     optimizer.step()
@@ -143,7 +145,7 @@ def test_a_bad_gradient_leaves_everything_alone(bad):
         ("weight_decay", "1"),
     ],
 )
-def test_settings_out_of_range(name, value):
+def test_settings_refuse_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         AdamW(make_model(), **{name: value})
 
@@ -190,14 +192,14 @@ def test_warm_up_rises_and_never_falls_back(kind):
         ("step", {29: 1.0, 30: 0.5, 49: 0.5, 50: 0.25, 70: 0.125, 90: 0.1, 500: 0.1}),
     ],
 )
-def test_corner_values(kind, values):
+def test_schedules_at_their_corners(kind, values):
     schedule = make_schedule(kind)
     assert {step: schedule(step) for step in values} == pytest.approx(values)
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("max_iters", [1, 2, 3])
-def test_short_runs(kind, max_iters):
+def test_schedules_of_short_runs(kind, max_iters):
     for warmup_iters in range(max_iters + 1):
         schedule = make_schedule(kind, max_iters=max_iters, warmup_iters=warmup_iters)
         assert all(0 < schedule(step) <= 1.0 for step in range(max_iters + 2))
@@ -236,6 +238,6 @@ def test_steps_out_of_range(kind, step):
         make_schedule(kind)(step)
 
 
-def test_an_unknown_schedule_lists_the_known():
+def test_unknown_schedule_lists_the_known():
     with pytest.raises(ValueError, match="constant, linear, cosine, wsd, step, got 'triangle'"):
         make_schedule("triangle")

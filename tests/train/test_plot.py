@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, text that can be read, a smoothed line that invents nothing."""
+"""Pictures: what they show, readable text, and a smoothed line that invents nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def entries(steps: int, height: float = 4.0) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
-    """Return a way to write a run's metrics."""
+    """Return a function that writes a run's metrics."""
 
     def write(name: str, metrics: list[dict[str, Any]]) -> Path:
         (tmp_path / name).mkdir()
@@ -55,22 +55,22 @@ def run(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 21, 22, 100, 1000])
-def test_a_straight_line_stays_where_it_is(count: int) -> None:
-    """An average that looks back only would be late by half its length."""
+def test_smoothing_keeps_a_straight_line(count: int) -> None:
+    """An average of past values alone would lag by half its length."""
     line = [20.0 - 0.01 * i for i in range(count)]
     places, medians = smoothed(range(count), line)
     np.testing.assert_allclose(medians, [line[i] for i in places], rtol=1e-9)
 
 
-def test_noise_is_averaged(rng: np.random.Generator) -> None:
+def test_smoothing_averages_noise(rng: np.random.Generator) -> None:
     _, medians = smoothed(range(4000), list(rng.standard_normal(4000)))
     # A median of 201 numbers has sqrt(pi / 2 / 201) = 0.09 of their deviation.
     assert np.std(medians) < 0.12
     assert np.abs(medians).max() < 0.5
 
 
-def test_it_falls_with_the_loss() -> None:
-    """The first hundred steps, where the loss falls fastest, are drawn without a lag."""
+def test_smoothed_line_follows_the_loss_without_a_lag() -> None:
+    """Also in the first hundred steps, where the loss falls fastest."""
     loss = 4 + 5 * np.exp(-np.arange(400) / 50)
     places, medians = smoothed(range(400), list(loss))
     assert places == list(range(10, 390))
@@ -91,20 +91,20 @@ def test_only_whole_medians_are_drawn(count: int, side: int, rng: np.random.Gene
     ]
 
 
-def test_no_end_is_invented() -> None:
-    """A last step that is far off, or a first, does not bend the curve to itself."""
+def test_smoothed_line_invents_no_end() -> None:
+    """A first or last step that is far off does not bend the curve."""
     noise = [2.0, 2.1, 1.9, 2.05, 1.95] * 60
     _, medians = smoothed(range(302), [9.0, *noise, 7.0])
     assert 1.95 <= min(medians) and max(medians) <= 2.05
 
 
-def test_a_jump_is_no_ramp() -> None:
-    """A slow first step must not bend the speed of those after it, nor one step's the others'."""
+def test_smoothing_keeps_a_jump() -> None:
+    """A slow first step must not bend the speed after it, nor one slow step the others."""
     speed = [2000.0] * 30 + [28_000.0] * 200 + [76_000.0] + [28_000.0] * 50
     assert set(smoothed(range(281), speed)[1]) == {2000.0, 28_000.0}
 
 
-def test_a_long_run_is_smoothed_as_a_short_one() -> None:
+def test_long_run_is_smoothed_as_a_short_one() -> None:
     line = np.linspace(9, 3, 1_000_000)
     places, medians = smoothed(range(1_000_000), line)  # type: ignore[arg-type]
     assert (places[0], places[-1]) == (25_000, 974_999) and len(places) <= plot.POINTS
@@ -116,7 +116,7 @@ def test_a_long_run_is_smoothed_as_a_short_one() -> None:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Collect what is drawn."""
+    """Collect the figures that are drawn."""
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
     original = plot.make_figure
@@ -174,14 +174,14 @@ def test_every_line_of_runs_shows_its_numbers(tmp_path: Path, figures: list[Any]
         assert [line for line in drawn if line[0]] == wanted  # those of the legend are empty
 
 
-def test_the_name_of_a_run_is_no_formula(tmp_path: Path, figures: list[Any]) -> None:
+def test_name_of_a_run_is_no_formula(tmp_path: Path, figures: list[Any]) -> None:
     plot_runs({"r$x_{1$": entries(3), "$a$": entries(3)}, tmp_path / "plot.png")
     (legend,) = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()][:2] == ["r$x_{1$", "$a$"]
     assert not any(text.get_parse_math() for text in legend.get_texts())
 
 
-def test_the_loss_of_a_run(tmp_path: Path, figures: list[Any]) -> None:
+def test_picture_of_a_run_shows_its_loss(tmp_path: Path, figures: list[Any]) -> None:
     assert plot_loss(entries(40), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     each, smooth, validation = figures[0].axes[0].get_lines()
@@ -197,7 +197,9 @@ def test_more_runs_than_colors_and_fewer_steps_than_a_line(
     assert len(figures[0].axes[1].get_lines()) == count
 
 
-def test_the_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_command_draws_runs(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     a, b = run("a", entries(9)), run("b", entries(5))
     assert main(["plot", str(a)]) == 0
@@ -229,7 +231,7 @@ def test_the_command(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == message
 
 
-def test_without_matplotlib(
+def test_error_names_the_extra_for_pictures(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
@@ -242,7 +244,7 @@ def test_without_matplotlib(
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_matplotlib_that_does_not_load_is_a_sentence(
+def test_broken_matplotlib_is_one_sentence(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> Any:
@@ -272,7 +274,7 @@ def test_identical_runs_are_both_seen(tmp_path: Path, figures: list[Any]) -> Non
 
 
 @pytest.mark.parametrize("steps", [(20, 40), (40, 20)])
-def test_a_longer_run_does_not_hide_a_shorter_one(
+def test_longer_run_does_not_hide_a_shorter_one(
     tmp_path: Path, figures: list[Any], steps: tuple[int, int]
 ) -> None:
     plot_runs({name: entries(n) for name, n in zip("ab", steps, strict=True)}, tmp_path / "p.png")
@@ -301,14 +303,14 @@ def test_runs_without_a_number_are_not_identical(tmp_path: Path, figures: list[A
         (["x" * 100 + "1" + "x" * 100, "x" * 201], ["x" * 100 + "1" + "x" * 100, "x" * 201]),
     ],
 )
-def test_names_are_shortened_to_what_tells_them_apart(names: list[str], short: list[str]) -> None:
+def test_names_are_shortened_to_their_differences(names: list[str], short: list[str]) -> None:
     assert shorten(names) == short
 
 
 # ---- strange runs --------------------------------------------------------------------------------
 
 
-def test_a_single_step_is_a_dot(tmp_path: Path, figures: list[Any]) -> None:
+def test_single_step_is_a_dot(tmp_path: Path, figures: list[Any]) -> None:
     plot_runs({"a": entries(1)}, tmp_path / "plot.png")
     assert plot_loss(entries(1), tmp_path / "loss.png")
     lines = [line for figure in figures for axes in figure.axes for line in axes.get_lines()]
@@ -318,7 +320,7 @@ def test_a_single_step_is_a_dot(tmp_path: Path, figures: list[Any]) -> None:
 
 
 def legend_styles(figure: Any) -> dict[str, tuple[str, str]]:
-    """Return what stands beside each name in a legend: its marker and its line."""
+    """Return the marker and the line beside each name in a legend."""
     (legend,) = figure.legends
     lines = [line for line in legend.get_lines() if len(line.get_xdata()) > 1]
     return {
@@ -330,7 +332,7 @@ def legend_styles(figure: Any) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize(
     ("steps", "validation"), [(9, ("o", "None")), (12, ("o", "-"))], ids=["one point", "two"]
 )
-def test_the_legend_shows_the_marker_of_the_picture(
+def test_legend_shows_the_marker_of_the_picture(
     tmp_path: Path, figures: list[Any], steps: int, validation: tuple[str, str]
 ) -> None:
     plot_runs({"a": entries(steps)}, tmp_path / "plot.png")
@@ -343,7 +345,7 @@ def test_the_legend_shows_the_marker_of_the_picture(
 
 
 @pytest.mark.parametrize("count", [2, 5, 11])
-def test_a_legend_of_wide_characters_stays_in_the_picture(
+def test_legend_of_wide_characters_stays_in_the_picture(
     count: int, tmp_path: Path, figures: list[Any]
 ) -> None:
     runs = {
@@ -357,13 +359,13 @@ def test_a_legend_of_wide_characters_stays_in_the_picture(
     assert 0 <= box.x0 < box.x1 <= width
 
 
-def test_no_step_is_an_empty_picture(tmp_path: Path) -> None:
+def test_run_without_steps_gives_an_empty_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert plot_loss([], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
-def test_what_is_no_number_is_left_out(run: Any, tmp_path: Path, figures: list[Any]) -> None:
+def test_nonfinite_losses_are_left_out(run: Any, tmp_path: Path, figures: list[Any]) -> None:
     good = json.dumps(entries(1)[0])
     path = run("a", entries(2)) / "metrics.jsonl"
     with path.open("a") as file:
@@ -375,7 +377,7 @@ def test_what_is_no_number_is_left_out(run: Any, tmp_path: Path, figures: list[A
     assert (list(each.get_xdata()), list(each.get_ydata())) == ([1, 2, 8], [4.0, 2.0, 2.5])
 
 
-def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path, figures: list[Any]) -> None:
+def test_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path, figures: list[Any]) -> None:
     metrics = [{"step": n, "loss": 3.0 + (n == 77_777) - (n == 5)} for n in range(1, 100_001)]
     plot_runs({"a": metrics}, tmp_path / "plot.png")
     each = figures[0].axes[0].get_lines()[0]
@@ -388,7 +390,7 @@ def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path, figures: l
 
 
 def tokenized(path: Path, text: str, bytes_per_token: Any) -> Path:
-    """Return a run the tokenizer of a text, and a run.json."""
+    """Write the tokenizer of a text, and a run.json, into a run."""
     Tokenizer.train([text], 270).save_pretrained(path)
     (path / "run.json").write_text(json.dumps({"bytes_per_token": bytes_per_token}))
     return path
@@ -407,11 +409,11 @@ def test_losses_of_different_tokenizers_are_in_bits_per_byte(
     assert validation.get_ydata()[0] == pytest.approx((4.0 / 5 + 1) / math.log(2) / 4)
     assert "bits per byte" in capsys.readouterr().out
     figures.clear()
-    assert main(["plot", str(a), str(a.parent / "a")]) == 0  # one tokenizer: as ever
+    assert main(["plot", str(a), str(a.parent / "a")]) == 0  # one tokenizer: the losses are in nats
     assert "nats per token (" in figures[0].axes[0].get_ylabel()
 
 
-def test_training_writes_how_long_its_tokens_are(tmp_path: Path, figures: list[Any]) -> None:
+def test_run_records_its_bytes_per_token(tmp_path: Path, figures: list[Any]) -> None:
     from gpt2c.text.prepare import prepare
     from gpt2c.train.loop import train
 
@@ -439,7 +441,7 @@ def test_training_writes_how_long_its_tokens_are(tmp_path: Path, figures: list[A
 
 
 @pytest.mark.parametrize("sizes", [None, {"train": 2.0}, {"train": 0, "val": 1}, "x"])
-def test_losses_that_must_not_be_compared_say_so(
+def test_incomparable_losses_are_marked(
     run: Any, figures: list[Any], sizes: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a = tokenized(run("a", entries(20)), "to be or not to be " * 9, {"train": 2.0, "val": 4.0})
@@ -449,7 +451,7 @@ def test_losses_that_must_not_be_compared_say_so(
     assert str(b) in capsys.readouterr().err
 
 
-# ---- text that can be read -----------------------------------------------------------------------
+# ---- readable text -------------------------------------------------------------------------------
 
 
 def texts_of(figure: Any) -> list[str]:
@@ -458,13 +460,13 @@ def texts_of(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
-def test_what_no_font_has_is_written_as_its_code(
+def test_characters_without_a_glyph_are_written_as_codes(
     run: Any,
     figures: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As on a machine whose only font is matplotlib's own."""
+    """As on a machine that has only matplotlib's own font."""
     monkeypatch.setattr(
         picture, "_lacking", lambda name, characters: {c for c in characters if ord(c) > 0x2E7F}
     )
@@ -478,7 +480,7 @@ def test_what_no_font_has_is_written_as_its_code(
     assert not any("模" in text for text in texts_of(figures[0]))
 
 
-def test_strange_names_neither_warn_nor_end(
+def test_strange_names_cause_no_warning_and_no_error(
     run: Any, tmp_path: Path, figures: list[Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = ["中文", "a\x07b", "$x_{1$", "हिन्दी 😀", "two\nlines", "caf\udce9", "\ufdd0"]
@@ -491,7 +493,7 @@ def test_strange_names_neither_warn_nor_end(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_font_with_chinese_is_taken_where_there_is_one() -> None:
+def test_font_with_chinese_is_taken_where_there_is_one() -> None:
     pytest.importorskip("matplotlib")
     with picture.drawing():
         families, lacking = picture._fonts(set("模型 run"))
@@ -501,7 +503,7 @@ def test_a_font_with_chinese_is_taken_where_there_is_one() -> None:
     assert not any(picture.BOXES.search(name) for name in families)
 
 
-def test_the_style_of_the_user_is_left_alone(tmp_path: Path) -> None:
+def test_style_of_the_user_is_left_alone(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     with matplotlib.rc_context({"text.usetex": True, "font.family": "No Such Font"}):
         plot_runs({"a": entries(3)}, tmp_path / "plot.png")

@@ -1,4 +1,4 @@
-"""The mean loss over windows: every token counts once, and as much as any other."""
+"""The mean loss over windows: every token counts once, with the same weight."""
 
 from __future__ import annotations
 
