@@ -55,7 +55,8 @@ class Attention:
         self.qkv.forward(run, qkv, x)
         keys, values = run.caches.get(self.name, (None, None))
         run.ops.attention_forward(
-            run.rows(att), run.a[self._lse], keys, values, run.rows(qkv), None, run.position
+            *(run.rows(att), run.a[self._lse], keys, values),
+            *(run.rows(qkv), run.offsets, run.position),
         )
         self.proj.forward(run, out, att)
 
@@ -65,5 +66,7 @@ class Attention:
         d_att = run.a["branch"]  # the op below reads att beside its gradient
         self.proj.backward(run, d_att, d_out, att)
         d_qkv = run.take(self._qkv)
-        run.ops.attention_backward(run.rows(d_qkv), run.rows(d_att), qkv, run.rows(att), lse, None)
+        run.ops.attention_backward(
+            *(run.rows(d_qkv), run.rows(d_att), qkv, run.rows(att), lse, run.offsets)
+        )
         self.qkv.backward(run, d_x, d_qkv, x)

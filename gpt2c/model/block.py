@@ -85,7 +85,10 @@ class Slot(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The sizes of a batch: B sequences of T tokens, N = B * T rows."""
+    """The sizes of a batch: B rows of T tokens, N = B * T.
+
+    A ragged batch is one row of T tokens, in which sequences of any lengths follow each other.
+    """
 
     B: int
     T: int
@@ -106,6 +109,7 @@ class Run:
     p, g, a : parameters, gradients and activations, name -> array; of a model that is only read,
         parameters may be float16, or uint8 with "....scale" beside them
     batch : its sizes
+    offsets : of a ragged batch, which is one row: the first token of each sequence, then T
     accumulate : whether backward adds to the gradients of matrices, or writes them
     caches : of a text that is read bit by bit, a block's name -> what it remembers
     position : of the first token
@@ -115,6 +119,7 @@ class Run:
     p: Mapping[str, NDArray[Any]]
     a: Mapping[str, Array]
     batch: Batch
+    offsets: IntArray | None = None
     g: Mapping[str, Array] = field(default_factory=dict)
     accumulate: bool = True
     caches: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)

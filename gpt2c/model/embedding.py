@@ -44,7 +44,7 @@ class Embedding:
         out, p = run.a["encoded"], run.p
         run.ops.encoder_forward(
             *(run.rows(out), idx, p["wte.weight"], p["wpe.weight"], p.get("wte.scale")),
-            *(None, run.position),
+            *(run.offsets, run.position),
         )
         return out
 
@@ -53,4 +53,6 @@ class Embedding:
         g = run.g
         if not run.accumulate:
             g["wpe.weight"].fill(0.0)
-        run.ops.encoder_backward(g["wte.weight"], g["wpe.weight"], run.rows(d_out), idx, None)
+        run.ops.encoder_backward(
+            g["wte.weight"], g["wpe.weight"], run.rows(d_out), idx, run.offsets
+        )

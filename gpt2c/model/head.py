@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot
 
 __all__ = ["LanguageHead"]
 
@@ -50,17 +50,51 @@ class LanguageHead:
         """Write logits (N, V) of x (N, C)."""
         run.ops.matmul_forward(out, x, run.p[self.weight], None, run.p.get(self.scale))
 
-    def blocks(self, run: Run, x: Array) -> Iterator[tuple[slice, Array]]:
-        """Yield logits (rows, V) of x (N, C), block after block; one is void at the next."""
-        memory = run.a["logits"]
-        size = -(-len(x) // -(-len(x) // len(memory)))  # blocks of nearly one size
-        for start in range(0, len(x), size):
-            rows = slice(start, min(start + size, len(x)))
-            logits = memory[: rows.stop - rows.start]
-            self.forward(run, logits, x[rows])
-            yield rows, logits
+    def losses(self, run: Run, x: Array, targets: IntArray) -> Array:
+        """Return -log p (N,) of each target (N,) in nats, from x (N, C)."""
+        losses, lse = run.a["losses"], run.a["lse"]
+        for rows in self._blocks(run, len(x)):
+            logits = self._logits(run, x[rows])
+            run.ops.crossentropy_forward(losses[rows], lse[rows], logits, targets[rows])
+        return losses
 
-    def backward(self, run: Run, d_weight: Array, d_x: Array, d_logits: Array, x: Array) -> None:
-        """Write d_x (rows, C), which may be x; run.accumulate is for d_weight (V, C)."""
-        weight = run.p[self.weight]
-        run.ops.matmul_backward(d_x, d_weight, None, d_logits, x, weight, run.accumulate)
+    def learn(
+        self,
+        run: Run,
+        d_weight: Array,
+        x: Array,
+        targets: IntArray,
+        weights: Array | None,
+        scale: float,
+    ) -> Array:
+        """Return `losses`, and turn x into its gradient, that of scale * sum(weights * losses).
+
+        Parameters
+        ----------
+        d_weight : (V, C), written; added to if run.accumulate
+        x : (N, C), becomes its own gradient
+        targets : (N,), -1 is ignored
+        weights : (N,), None for all 1
+        """
+        losses, lse, accumulate = run.a["losses"], run.a["lse"], run.accumulate
+        for rows in self._blocks(run, len(x)):
+            part, wanted, logits = x[rows], targets[rows], self._logits(run, x[rows])
+            run.ops.crossentropy_forward(losses[rows], lse[rows], logits, wanted)
+            factors = None if weights is None else weights[rows]
+            run.ops.crossentropy_backward(logits, logits, lse[rows], wanted, factors, scale)
+            run.ops.matmul_backward(
+                part, d_weight, None, logits, part, run.p[self.weight], accumulate
+            )
+            accumulate = True
+        return losses
+
+    def _logits(self, run: Run, x: Array) -> Array:
+        """Return the logits of a block of rows; they are void at the next."""
+        logits = run.a["logits"][: len(x)]
+        self.forward(run, logits, x)
+        return logits
+
+    def _blocks(self, run: Run, N: int) -> Iterator[slice]:
+        """Divide N rows into blocks of nearly one size, as many as there is memory for."""
+        size = -(-N // -(-N // len(run.a["logits"])))
+        return (slice(start, min(start + size, N)) for start in range(0, N, size))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeGuard, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,7 @@ from gpt2c.model.block import IntArray
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.reader import Decoder
 
-__all__ = ["LanguageModel", "check_ids"]
+__all__ = ["LanguageModel", "check_ids", "is_ragged"]
 
 
 class LanguageModel:
@@ -255,6 +255,13 @@ class LanguageModel:
 def _one_row(ids: NDArray[Any]) -> str:
     """Return a hint if one text was passed where several are wanted, else ""."""
     return ": for one text pass ids[None], or [ids]" if ids.ndim == 1 and ids.size else ""
+
+
+def is_ragged(rows: Any) -> TypeGuard[Sequence[Sequence[int]]]:
+    """Return whether these are sequences of different lengths."""
+    if not (isinstance(rows, list | tuple) and all(map(_is_row, rows))):
+        return False
+    return len({len(row) for row in rows}) > 1
 
 
 def _is_row(row: Any) -> bool:

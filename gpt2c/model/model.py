@@ -4,16 +4,16 @@ The model owns its memory, three flat buffers with named views (parameters, grad
 and hands them to its blocks (stack.py), which call the ops. Knows nothing about text, training or
 the instruction set.
 
-Two things are done for speed. The gradient of the lm_head is computed with the loss, a block of
-logits at a time, for a (B,T,V) that is never whole is not there for a later pass. And zero_grad
-only notes that the gradients are void: the next backward writes where it would add.
+Two things are done for speed. `loss` computes the gradient of the lm_head together with the loss, a
+block of logits at a time, because the logits of a whole batch are never in memory. And zero_grad
+only marks the gradients as void: the next backward writes where it would add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,7 @@ from gpt2c.kernels.checks import number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.model.block import Batch, IntArray, Run, Slot
 from gpt2c.model.config import GPT2Config
-from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
 from gpt2c.model.plan import KEPT, Activations
@@ -33,6 +33,13 @@ __all__ = ["Model"]
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
+def _shape(ids: IntArray, offsets: IntArray | None) -> str:
+    """Write the shape of a batch for a person, "(2, 3)" or "sequences of 2, 3 tokens"."""
+    if offsets is None:
+        return str(ids.shape)
+    return f"sequences of {', '.join(map(str, np.diff(offsets)))} tokens"
+
+
 class _Gradients:
     """The gradients' memory: flat, as views whose shapes C trusts, and as views for others."""
 
@@ -40,6 +47,38 @@ class _Gradients:
         self.flat = aligned_zeros(aligned_offsets(shapes)[""])
         self.own = named_views(self.flat, shapes)
         self.public = MappingProxyType(named_views(self.flat, shapes))
+
+
+class _Pending(NamedTuple):
+    """A loss that backward has not seen.
+
+    targets : of `losses`, whose head has no gradients yet; None after `loss`, which has computed
+        them
+    """
+
+    run: Run
+    tokens: IntArray
+    targets: IntArray | None = None
+
+    def check_weights(self, weights: ArrayLike | Sequence[ArrayLike] | None) -> Array | None:
+        """Return weights as (N,) float32."""
+        if weights is None:
+            return None
+        if self.targets is None:
+            raise ValueError("weights are for losses(idx, targets): loss() has computed a mean")
+        offsets = self.run.offsets
+        wanted = [self.run.batch] if offsets is None else [(n,) for n in np.diff(offsets).tolist()]
+        try:
+            parts = [weights] if offsets is None else list(weights)  # type: ignore[arg-type]
+            arrays = [np.asarray(part, np.float32) for part in parts]
+        except (TypeError, ValueError):
+            arrays = []
+        if [array.shape for array in arrays] != wanted:
+            raise ValueError(f"weights must be numbers of the shape of losses, {wanted!r:.70}")
+        factors = np.concatenate([array.reshape(-1) for array in arrays])
+        if not np.isfinite(factors).all():
+            raise ValueError("weights must be finite")
+        return factors
 
 
 class Model(LanguageModel):
@@ -70,7 +109,7 @@ class Model(LanguageModel):
             'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
         )
         self.flat_parameters = aligned_zeros(offsets[""])
-        # C trusts the shapes of those it gets; who changes numbers does so in views of his own.
+        # C trusts the shapes of these; users get views of their own.
         self._parameters = named_views(self.flat_parameters, shapes)
         self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
         self.decay_size = next(offsets[name] for name, one in described.items() if not one.decays)
@@ -79,7 +118,7 @@ class Model(LanguageModel):
         self._memory = Activations(self._slots, recompute)
         self._spare_memory = aligned_zeros(0)
         self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
-        self._pending: tuple[Run, IntArray] | None = None  # of a loss that backward has not seen
+        self._pending: _Pending | None = None  # of a loss that backward has not seen
         self._owner = Owner()
         if seed is not None:
             self._initialise(seed)
@@ -149,51 +188,127 @@ class Model(LanguageModel):
             out = self._stack.forward(run, tokens, states)
             self._stack.head.forward(run, logits.reshape(len(out), -1), out)
 
-    def loss(self, idx: ArrayLike, targets: ArrayLike, keep: bool = True) -> float:
-        """Mean cross-entropy in nats per token; keeps what `backward` needs.
+    def loss(
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        targets: ArrayLike | Sequence[Sequence[int]],
+        keep: bool = True,
+        count: float | None = None,
+    ) -> float:
+        """Return the mean cross-entropy in nats per token; keep what `backward` needs.
 
         Parameters
         ----------
-        idx : (B, T) token ids in [0, V), T <= n_positions
-        targets : (B, T), the token that follows each: already shifted; -1 is ignored
+        idx : (B, T) token ids in [0, V), T <= n_positions; or a list of B sequences of different
+            lengths, each of which is computed as if it were alone
+        targets : as idx, the token that follows each: already shifted; -1 is ignored
         keep : False if no backward will follow, which takes one layer's memory instead of all
+        count : divide the sum of the losses by this number instead of the number of targets that
+            are not ignored. The batches of one step that give the number of all their targets add
+            up to the mean of all, however they are divided
 
         Raises
         ------
-        ValueError : another shape, not whole numbers, an id out of range, every target ignored
+        ValueError : another shape, not whole numbers, an id out of range, every target ignored, a
+            count that is not positive
         RuntimeError : another thread computes with this model
         MemoryError, OSError : the activations do not fit, or the threads cannot start
         """
-        tokens = self._check_tokens(idx)
-        wanted = self._check_targets(targets, tokens.shape).reshape(-1)
-        ops, head = self.backend, self._stack.head
-        with self._owner.alone():
-            run = self._start(tokens, keep)
-            x, losses, lse = self._stack.forward(run, tokens), run.a["losses"], run.a["lse"]
+        tokens, offsets = self._check_batch(idx, "idx", 0)
+        wanted = self._check_batch_targets(targets, tokens, offsets)
+        if count is None:
             count = int(np.count_nonzero(wanted >= 0))
+            if not count:
+                raise ValueError("targets are all -1 (ignored): they have no mean")
+        elif not 0 < number("count", count) <= LARGEST_FLOAT:
+            raise ValueError(f"count must be positive, got {count}")
+        head = self._stack.head
+        with self._owner.alone():
+            run = self._start(tokens, keep, offsets)
+            x = self._stack.forward(run, tokens)
             if keep:
                 self._d_head = self._grads.own["wte.weight"] if self._void else self._spare()
-            for rows, logits in head.blocks(run, x):
-                ops.crossentropy_forward(losses[rows], lse[rows], logits, wanted[rows])
-                if keep:
-                    ops.crossentropy_backward(
-                        logits, logits, lse[rows], wanted[rows], None, 1 / count
-                    )
-                    run.accumulate = rows.start > 0
-                    head.backward(run, self._d_head, x[rows], logits, x[rows])
+                run.accumulate = False
+                losses = head.learn(run, self._d_head, x, wanted, None, 1 / count)
+            else:
+                losses = head.losses(run, x, wanted)
             self._owner.note_loss()
-            self._pending = (run, tokens) if keep else None
+            self._pending = _Pending(run, tokens) if keep else None
             return float(losses.sum(dtype=np.float64) / count)
+
+    def losses(
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        targets: ArrayLike | Sequence[Sequence[int]],
+    ) -> Array | list[Array]:
+        """Return the loss of each token, -log p in nats, and keep what `backward` needs.
+
+        For objectives whose weights depend on the log-probabilities: `backward(weights=...)` then
+        computes the logits a second time, so that those of a whole batch are never in memory.
+
+        Parameters
+        ----------
+        idx, targets : see `loss`
+
+        Returns
+        -------
+        (B, T) float32, or a list of B arrays of the sequences' lengths; 0 where it is ignored
+
+        Raises
+        ------
+        ValueError, RuntimeError, MemoryError, OSError : see `loss`
+        """
+        tokens, offsets = self._check_batch(idx, "idx", 0)
+        wanted = self._check_batch_targets(targets, tokens, offsets)
+        with self._owner.alone():
+            run = self._start(tokens, True, offsets)
+            losses = self._stack.head.losses(run, self._stack.forward(run, tokens), wanted).copy()
+            self._owner.note_loss()
+            self._pending = _Pending(run, tokens, wanted)
+        if offsets is None:
+            return losses.reshape(tokens.shape)
+        return np.split(losses, offsets[1:-1])
+
+    def _check_batch(
+        self, rows: ArrayLike | Sequence[Sequence[int]], name: str, low: int
+    ) -> tuple[IntArray, IntArray | None]:
+        """Return ids as (B, T), or sequences of different lengths as (1, T) with their offsets."""
+        if not is_ragged(rows):
+            if name == "idx":
+                return self._check_tokens(rows), None
+            return check_ids(rows, name, low, self.config.vocab_size), None
+        parts = [check_ids(row, name, low, self.config.vocab_size) for row in rows]
+        for part in parts:
+            if part.ndim != 1 or not 1 <= len(part) <= self.config.n_positions:
+                raise ValueError(
+                    f"{name}: each sequence must have from 1 to {self.config.n_positions} tokens"
+                    f" (n_positions), got shape {part.shape}"
+                )
+        offsets = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+        return np.concatenate(parts)[None], offsets
+
+    def _check_batch_targets(
+        self,
+        targets: ArrayLike | Sequence[Sequence[int]],
+        tokens: IntArray,
+        offsets: IntArray | None,
+    ) -> IntArray:
+        """Return targets (N,) of the same rows as the tokens."""
+        wanted, own = self._check_batch(targets, "targets", -1)
+        if (shape := _shape(tokens, offsets)) != (came := _shape(wanted, own)):
+            raise ValueError(f"targets must have the shape of idx, {shape}, got {came}")
+        return wanted.reshape(-1)
 
     def _slots(self, batch: Batch) -> Iterable[Slot]:
         yield from self._stack.slots(batch)
         yield from self._stack.head.slots(batch)
 
-    def _start(self, tokens: IntArray, keep: bool) -> Run:
+    def _start(self, tokens: IntArray, keep: bool, offsets: IntArray | None = None) -> Run:
         """Lay out the activations of a batch; with `keep`, those of backward stay."""
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.shape)
-        return Run(self.backend, self._parameters, self._memory.lay_out(batch, keep), batch)
+        a = self._memory.lay_out(batch, keep)
+        return Run(self.backend, self._parameters, a, batch, offsets)
 
     def _spare(self) -> Array:
         """Return memory of wte's shape beside the gradients, where they must not be touched."""
@@ -227,14 +342,15 @@ class Model(LanguageModel):
         return self._grads.flat[:]
 
     def zero_grad(self) -> None:
-        """Set every gradient to 0: at once for who asks for `gradients`, without work for backward.
+        """Mark all gradients as zero.
 
-        What views taken earlier hold is void until then.
+        `gradients` shows zeros; the next backward overwrites the memory instead of adding to it.
+        Views taken earlier may hold old numbers until then.
         """
         self._void = True
 
     def _settle(self) -> None:
-        """Let the memory of void gradients hold zeros."""
+        """Write zeros to the memory of void gradients."""
         if self._void:
             if self._pending is not None and self._d_head is self._grads.own["wte.weight"]:
                 spare = self._spare()
@@ -243,14 +359,23 @@ class Model(LanguageModel):
             self._grads.flat.fill(0.0)
             self._void = False
 
-    def backward(self, scale: float = 1.0) -> None:
+    def backward(
+        self, scale: float = 1.0, weights: ArrayLike | Sequence[ArrayLike] | None = None
+    ) -> None:
         """Add the gradient of `scale` times the last loss to `gradients`.
 
         To average over n batches before a step of the optimizer, give each scale=1/n.
 
+        Parameters
+        ----------
+        scale : a factor of the gradient
+        weights : after `losses`: numbers of its result's shape; the gradient is that of
+            scale * sum(weights * losses). None: all 1
+
         Raises
         ------
-        ValueError : no loss was computed since the last backward, or the scale is no finite number
+        ValueError : no loss was computed since the last backward, or the scale or a weight is not
+            finite, or weights after `loss`
         RuntimeError : another thread computes with this model, or has computed the last loss
         MemoryError, OSError : a kernel cannot start
         """
@@ -262,19 +387,23 @@ class Model(LanguageModel):
                     "backward needs a loss: call loss(idx, targets) before each backward()"
                 )
             self._owner.check_loss()
-            (run, idx), self._pending = self._pending, None
+            pending = self._pending
+            factors = pending.check_weights(weights)
+            run, self._pending = pending.run, None
             run.g, run.accumulate = self._grads.own, not self._void
             self._void = False
-            d_out = self._backward_head(run, scale)
+            d_out = run.a["ln_f"]  # the head turns its input into its gradient
+            if pending.targets is None:
+                self._add_head(run, scale)
+            else:
+                d_weight = run.g["wte.weight"]
+                self._stack.head.learn(run, d_weight, d_out, pending.targets, factors, scale)
             if not run.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
-            self._stack.backward(run, d_out, idx, KEPT[self._recompute])
+            self._stack.backward(run, d_out, pending.tokens, KEPT[self._recompute])
 
-    def _backward_head(self, run: Run, scale: float) -> Array:
-        """Bring in what `loss` has computed: add wte's gradient; return that of the head's input.
-
-        It stands in the memory of the input itself.
-        """
+    def _add_head(self, run: Run, scale: float) -> None:
+        """Bring in the gradients that `loss` has computed, of the head and its input."""
         wte, d_head, d_out = run.g["wte.weight"], self._d_head, run.a["ln_f"]
         if scale != 1.0:
             np.multiply(d_head, np.float32(scale), out=d_head)
@@ -283,4 +412,3 @@ class Model(LanguageModel):
             self.backend.residual_forward(wte, wte, d_head)
         elif d_head is not wte:
             np.copyto(wte, d_head)
-        return d_out

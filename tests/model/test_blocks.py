@@ -1,0 +1,233 @@
+"""Blocks: how long arrays live, gradients in their memory, ragged batches, weighted losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from gpt2c import GPT2, GPT2Config
+from gpt2c.kernels.memory import Array
+from gpt2c.model.block import Life, Run
+from gpt2c.model.plan import KEPT
+
+ODD = GPT2Config(vocab_size=61, n_positions=70, n_embd=34, n_layer=3, n_head=2, n_inner=51)
+LENGTHS = (3, 70, 1, 17)
+
+
+def sequences(rng: np.random.Generator, low: int = 0) -> list[Any]:
+    return [rng.integers(low, 61, length) for length in LENGTHS]
+
+
+def gradients(model: GPT2) -> Array:
+    return model.flat_gradients.copy()
+
+
+# ---- lives ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", KEPT)
+def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
+    recompute: str | None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idx = rng.integers(0, 61, (2, 33))
+    model = GPT2(ODD, recompute=recompute)
+    model.loss(idx, idx)
+    model.backward()
+    expected, taken = gradients(model), 0
+
+    def fresh(run: Run, name: str) -> Array:
+        nonlocal taken
+        taken += 1
+        return np.full_like(run.a[name], np.nan)
+
+    monkeypatch.setattr(Run, "take", fresh)
+    model.zero_grad()
+    model.loss(idx, idx)
+    model.backward()
+    assert taken == 4 * ODD.n_layer
+    assert np.array_equal(gradients(model), expected)
+
+
+@pytest.mark.parametrize("recompute", KEPT)
+def test_backward_reads_no_activation_whose_life_has_ended(
+    recompute: str | None, rng: np.random.Generator
+) -> None:
+    idx = rng.integers(0, 61, (2, 33))
+    model = GPT2(ODD, recompute=recompute)
+    model.loss(idx, idx)
+    model.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.loss(idx, idx)
+    assert model._pending is not None
+    run = model._pending.run
+    ended = [slot for slot in model._slots(run.batch) if slot.life > KEPT[recompute]]
+    for slot in ended:
+        if slot.name.startswith("h.") or slot.life is Life.SCRATCH:
+            run.a[slot.name].fill(np.nan)
+    model.backward()
+    assert ended and np.array_equal(gradients(model), expected)
+
+
+def test_recompute_cannot_be_changed() -> None:
+    model = GPT2(ODD, recompute="light")
+    with pytest.raises(AttributeError):
+        model.recompute = "full"  # type: ignore[misc]
+    assert model.recompute == "light"
+
+
+# ---- ragged batches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", KEPT)
+def test_ragged_losses_are_those_of_each_sequence_alone(
+    recompute: str | None, backend: Any, rng: np.random.Generator
+) -> None:
+    model = GPT2(ODD, backend=backend, recompute=recompute)
+    idx, targets = sequences(rng), sequences(rng, -1)
+    targets[1][0] = 5
+    together = model.losses(idx, targets)
+    assert [len(part) for part in together] == list(LENGTHS)
+    for row, wanted, losses in zip(idx, targets, together, strict=True):
+        alone = model.losses([row], [wanted])
+        np.testing.assert_allclose(losses, alone[0], rtol=1e-5, atol=1e-6)
+    counts = sum(int((wanted >= 0).sum()) for wanted in targets)
+    mean = sum(part.sum(dtype=np.float64) for part in together) / counts
+    assert model.loss(idx, targets) == pytest.approx(mean, rel=1e-6)
+
+
+def test_ragged_gradients_are_the_sums_of_the_sequences(
+    backend: Any, rng: np.random.Generator
+) -> None:
+    model = GPT2(ODD, backend=backend)
+    idx, targets = sequences(rng), sequences(rng, -1)
+    count = float(sum(int((wanted >= 0).sum()) for wanted in targets))
+    loss = model.loss(idx, targets)
+    model.backward()
+    expected, parts = gradients(model), 0.0
+    model.zero_grad()
+    for row, wanted in zip(idx, targets, strict=True):
+        parts += model.loss([row], [wanted], count=count)
+        model.backward()
+    assert parts == pytest.approx(loss, rel=1e-6)
+    assert np.abs(gradients(model) - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+def test_sequences_of_a_ragged_batch_do_not_see_each_other(
+    backend: Any, rng: np.random.Generator
+) -> None:
+    model = GPT2(ODD, backend=backend)
+    idx, targets = sequences(rng), sequences(rng)
+    weights = [np.full(length, float(number != 1)) for number, length in enumerate(LENGTHS)]
+    before = model.losses(idx, targets)
+    model.backward(weights=weights)
+    expected = gradients(model)
+    idx[1] = (idx[1] + 1) % 61
+    model.zero_grad()
+    after = model.losses(idx, targets)
+    model.backward(weights=weights)
+    changed = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert changed == [False, True, False, False]
+    assert np.array_equal(gradients(model), expected)
+
+
+def test_ragged_batch_of_bad_sequences_is_refused(rng: np.random.Generator) -> None:
+    model, idx = GPT2(ODD), sequences(rng)
+    assert "sequences of 3, 70, 1, 17 tokens" in refused(model.loss, idx, idx[:3])
+    assert "(2, 5)" in refused(model.loss, idx, np.ones((2, 5), int))
+    assert "from 1 to 70 tokens" in refused(model.loss, [[1], []], [[1], []])
+    assert "from 1 to 70 tokens" in refused(model.loss, [[1], [1] * 71], [[1], [1] * 71])
+    assert "token id 61" in refused(model.loss, [[1], [61, 2]], [[1], [1, 2]])
+
+
+# ---- counts and weights --------------------------------------------------------------------------
+
+
+def test_eight_batches_of_one_add_up_to_one_of_eight(
+    backend: Any, rng: np.random.Generator
+) -> None:
+    model = GPT2(ODD, backend=backend)
+    idx, targets = rng.integers(0, 61, (8, 20)), rng.integers(0, 61, (8, 20))
+    for number, row in enumerate(targets):
+        row[number:] = -1 if number else row[number:]
+    count = int((targets >= 0).sum())
+    loss = model.loss(idx, targets)
+    model.backward()
+    expected, sum_of_losses = gradients(model), 0.0
+    model.zero_grad()
+    for row, wanted in zip(idx, targets, strict=True):
+        sum_of_losses += model.loss(row[None], wanted[None], count=count)
+        model.backward()
+    assert sum_of_losses == pytest.approx(loss, rel=1e-6)
+    assert np.abs(gradients(model) - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("count", [0, -1, np.nan, np.inf])
+def test_count_must_be_positive(count: float) -> None:
+    ids = np.ones((1, 3), int)
+    assert "count must be positive" in refused(GPT2(ODD).loss, ids, ids, count=count)
+
+
+def test_count_allows_a_batch_without_targets() -> None:
+    model, ids = GPT2(ODD), np.ones((1, 3), int)
+    assert model.loss(ids, -ids, count=5) == 0
+    model.backward()
+    assert not model.flat_gradients.any()
+    assert "all -1" in refused(model.loss, ids, -ids)
+
+
+def test_equal_weights_give_the_bits_of_the_mean(backend: Any, rng: np.random.Generator) -> None:
+    model, ids = GPT2(ODD, backend=backend), rng.integers(0, 61, (4, 9))
+    loss = model.loss(ids, ids)
+    model.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    losses = model.losses(ids, ids)
+    assert losses.shape == (4, 9)
+    assert losses.mean(dtype=np.float64) == pytest.approx(loss, rel=1e-6)
+    model.backward(scale=1 / ids.size)
+    assert np.array_equal(gradients(model), expected)
+    model.zero_grad()
+    model.losses(ids, ids)
+    model.backward(weights=np.full((4, 9), 1 / ids.size))
+    assert np.array_equal(gradients(model), expected)
+
+
+def test_weights_make_the_weighted_sum_of_each_tokens_gradient(
+    backend: Any, rng: np.random.Generator
+) -> None:
+    config = GPT2Config(vocab_size=11, n_positions=6, n_embd=6, n_layer=1, n_head=2)
+    model = GPT2(config, backend=backend)
+    ids, targets = rng.integers(0, 11, (2, 6)), rng.integers(0, 11, (2, 6))
+    weights = rng.standard_normal((2, 6))
+    weights[0, 1:4] = 0
+    model.losses(ids, targets)
+    model.backward(scale=0.5, weights=weights)
+    weighted, expected = gradients(model), np.zeros(model.flat_gradients.size)
+    for place in np.ndindex(2, 6):
+        alone = np.full((2, 6), -1)
+        alone[place] = targets[place]
+        model.zero_grad()
+        model.loss(ids, alone)
+        model.backward()
+        expected += 0.5 * weights[place] * model.flat_gradients
+    assert np.abs(weighted - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("weights", [3, [1, 2], "x", np.ones((4, 8)), [np.ones(9)] * 3])
+def test_weights_of_another_shape_are_refused(weights: Any) -> None:
+    model, ids = GPT2(ODD), np.ones((4, 9), int)
+    model.losses(ids, ids)
+    assert "the shape of losses" in refused(model.backward, weights=weights)
+    model.backward(weights=np.ones((4, 9)))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model, ids = GPT2(ODD), np.ones((1, 2), int)
+    model.losses(ids, ids)
+    assert "weights must be finite" in refused(model.backward, weights=[[1, np.nan]])
+    model.loss(ids, ids)
+    assert "weights are for losses" in refused(model.backward, weights=[[1, 1]])
