@@ -78,7 +78,7 @@ void layernorm_forward(float *out, float *mean, float *rstd, const float *x, con
                        float eps, int64_t N, int64_t C, Team *team);
 
 /* dx (N,C), dweight and dbias (C) +=. dx too, because x is the residual stream: dx already holds the gradient of the
- * skip connection. */
+ * skip connection. dweight or dbias may be NULL. */
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                         const float *mean, const float *rstd, int64_t N, int64_t C, Team *team);
 
@@ -88,7 +88,7 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
 void rmsnorm_forward(float *out, float *rstd, const float *x, const float *weight, float eps, int64_t N, int64_t C,
                      Team *team);
 
-/* dx (N,C) +=, as layernorm_backward's, dweight (C) +=. */
+/* dx (N,C) +=, as layernorm_backward's, dweight (C) +=, which may be NULL. */
 void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float *x, const float *weight,
                       const float *rstd, int64_t N, int64_t C, Team *team);
 
@@ -100,7 +100,7 @@ void matmul_forward(float *out, const float *x, const void *weight, const float 
                     float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* dweight (OC,C) += dout^T x and dbias (OC) += column sums of dout (N,OC); both are overwritten if `accumulate` is 0.
- * Then dx (N,C) = dout weight. dbias may be NULL, dx may be x. */
+ * Then dx (N,C) = dout weight. Each of them may be NULL, dx may be x. */
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                      int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
@@ -160,12 +160,12 @@ void attention_backward(float *dqkv, const float *dout, const float *qkv, const 
 /* out (B,T,C): a row of qkv (B,T,C) holds heads of 2D channels, q, k and v. Of the first `heads`, those of q and k,
  * each pair (i, i + D) is turned by the angle whose cosine and sine stand in the token's row of cos and sin (at least
  * position + T,D); the others are copied. out may be qkv. */
-void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, int64_t heads, int64_t position,
-                  int64_t B, int64_t T, int64_t C, int64_t D, Team *team);
+void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, const int32_t *offsets,
+                  int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team);
 
 /* dqkv (B,T,C) = dout (B,T,C), its pairs turned back; dqkv may be dout. */
-void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, int64_t heads, int64_t position,
-                   int64_t B, int64_t T, int64_t C, int64_t D, Team *team);
+void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, const int32_t *offsets,
+                   int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team);
 
 /* ---- elementwise -------------------------------------------------------------------------------------------- */
 

@@ -60,6 +60,7 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
             vf_store_n(dxrow + c, vf_fma(d, s, vf_load_n(dxrow + c, C - c)), C - c);
         }
     }
+    if (!dweight && !dbias) return;
     /* dweight += column sums of dout * norm, dbias += column sums of dout. A task has whole columns, so the order of a
      * sum is fixed. */
     for_shared (vector, ceil_div(C, VF_LEN), worth(N * VF_LEN), team) {
@@ -71,7 +72,7 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
             weight_sum = vf_fma(d, norm, weight_sum);
             bias_sum = vf_add(bias_sum, d);
         }
-        vf_store_n(dweight + c, vf_add(vf_load_n(dweight + c, C - c), weight_sum), C - c);
-        vf_store_n(dbias + c, vf_add(vf_load_n(dbias + c, C - c), bias_sum), C - c);
+        if (dweight) vf_store_n(dweight + c, vf_add(vf_load_n(dweight + c, C - c), weight_sum), C - c);
+        if (dbias) vf_store_n(dbias + c, vf_add(vf_load_n(dbias + c, C - c), bias_sum), C - c);
     }
 }

@@ -59,9 +59,10 @@ static void column_sums(float *restrict dbias, const float *restrict dout, int a
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
                      int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
     /* out = x weight^T, so dweight += dout^T x (summed over N) and dx = dout weight (summed over OC) */
-    gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, OC, C, N, scratch, team);
+    if (dweight)
+        gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, OC, C, N, scratch, team);
     if (dbias) column_sums(dbias, dout, accumulate, N, OC, team);
-    gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, N, C, OC, scratch, team);
+    if (dx) gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, N, C, OC, scratch, team);
 }
 
 void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team) {

@@ -44,6 +44,7 @@ void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float 
             vf_store_n(dxrow + c, vf_fma(d, s, vf_load_n(dxrow + c, C - c)), C - c);
         }
     }
+    if (!dweight) return;
     /* out = norm * weight, so dweight += column sums of dout * norm; a task has whole columns, so the order of the sums
      * is fixed. */
     for_shared (vector, ceil_div(C, VF_LEN), worth(N * VF_LEN), team) {

@@ -6,10 +6,13 @@
 #include "internal.h"
 
 /* direction 1 turns, -1 turns back. */
-static void turn(float *out, const float *x, const float *cos, const float *sin, float direction, int64_t heads,
-                 int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, Team *team) {
+static void turn(float *out, const float *x, const float *cos, const float *sin, const int32_t *offsets,
+                 float direction, int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D,
+                 int64_t S, Team *team) {
+    const Sequences all = {offsets, B, T, S};
     for_shared (bt, B * T, worth(C), team) {
-        const float *row = x + bt * C, *c = cos + (position + bt % T) * D, *s = sin + (position + bt % T) * D;
+        const int64_t angle = (position + bt - sequence_start(all, bt)) * D;
+        const float *row = x + bt * C, *c = cos + angle, *s = sin + angle;
         float *to = out + bt * C;
         for (int64_t first = 0; first < heads * 2 * D; first += 2 * D) {
             for (int64_t i = 0; i < D; i += VF_LEN) {
@@ -24,12 +27,12 @@ static void turn(float *out, const float *x, const float *cos, const float *sin,
     }
 }
 
-void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, int64_t heads, int64_t position,
-                  int64_t B, int64_t T, int64_t C, int64_t D, Team *team) {
-    turn(out, qkv, cos, sin, 1.0f, heads, position, B, T, C, D, team);
+void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, const int32_t *offsets,
+                  int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team) {
+    turn(out, qkv, cos, sin, offsets, 1.0f, heads, position, B, T, C, D, S, team);
 }
 
-void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, int64_t heads, int64_t position,
-                   int64_t B, int64_t T, int64_t C, int64_t D, Team *team) {
-    turn(dqkv, dout, cos, sin, -1.0f, heads, position, B, T, C, D, team);
+void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, const int32_t *offsets,
+                   int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team) {
+    turn(dqkv, dout, cos, sin, offsets, -1.0f, heads, position, B, T, C, D, S, team);
 }

@@ -17,6 +17,7 @@ from gpt2c.formats.load import Pretrained, find_model
 from gpt2c.generate.continuation import Ids, Logprobs, Step, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TokenSettings
 from gpt2c.kernels.backend import Backend
+from gpt2c.model.config import GPT2Config
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.model import Model
 from gpt2c.model.parameters import check_shapes
@@ -275,6 +276,8 @@ class GPT2(WritingModel, Model):
     (1, 11, 257)
     """
 
+    config: GPT2Config
+
     @overload
     @classmethod
     def from_pretrained(
@@ -369,6 +372,8 @@ class QuantizedGPT2(WritingModel, QuantizedModel):
     >>> model.generate([[104, 101]], max_new_tokens=3).shape
     (1, 5)
     """
+
+    config: GPT2Config
 
     @classmethod
     def from_pretrained(

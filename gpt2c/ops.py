@@ -68,8 +68,9 @@ def _public(op: Op) -> Callable[..., Any]:
     defaults = {
         **{array.name: none for array in inputs if not array.optional},
         **{name: none for name, letter in given_sizes.items() if letter != "KV"},
+        **{name: none for name, value in numbers.items() if value is None},
         **{array.name: None for array in inputs if array.optional},
-        **{name: none if value is None else value for name, value in numbers.items()},
+        **{name: value for name, value in numbers.items() if value is not None},
         **{name: None for name, letter in given_sizes.items() if letter == "KV"},
         "backend": "auto",
     }
@@ -371,11 +372,23 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
     def residual_forward(x: Array, branch: Array, backend: str = "auto") -> Array: ...
 
     def rope_forward(
-        qkv: Array, cos: Array, sin: Array, heads: int, position: int = 0, backend: str = "auto"
+        qkv: Array,
+        cos: Array,
+        sin: Array,
+        heads: int,
+        offsets: Array | None = None,
+        position: int = 0,
+        backend: str = "auto",
     ) -> Array: ...
 
     def rope_backward(
-        dout: Array, cos: Array, sin: Array, heads: int, position: int = 0, backend: str = "auto"
+        dout: Array,
+        cos: Array,
+        sin: Array,
+        heads: int,
+        offsets: Array | None = None,
+        position: int = 0,
+        backend: str = "auto",
     ) -> Array: ...
 
     def crossentropy_forward(

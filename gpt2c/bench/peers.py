@@ -104,7 +104,7 @@ def _attention_forward(
     return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), None, None, None]
 
 
-def _rope(x: Any, cos: Any, sin: Any, heads: int, position: int) -> Any:
+def _rope(x: Any, cos: Any, sin: Any, offsets: None, heads: int, position: int) -> Any:
     (B, T, C), D = x.shape, cos.shape[1]
     c, s = (torch.cat([t, t], 1)[position : position + T, None] for t in (cos, sin))
     qk, v = x.view(B, T, -1, 2 * D).tensor_split([heads], dim=2)

@@ -248,14 +248,14 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     model = Model(found.config, seed=None)
     model.load_parameters(found.tensors, found.source)
     if suffix == ".bin":
-        llmc.write_model(dst, model.config, model.parameters, dtype)
+        llmc.write_model(dst, found.config, model.parameters, dtype)
         what = "llm.c's model"
     elif suffix == ".gguf":
         tokenizer = Tokenizer.from_pretrained(src)
-        write_gguf(dst, model.config, model.parameters, tokenizer, dtype)
+        write_gguf(dst, found.config, model.parameters, tokenizer, dtype)
         what = "GGUF"
     else:
-        huggingface.save_weights(dst, model.config.to_dict(), model.parameters)
+        huggingface.save_weights(dst, found.config.to_dict(), model.parameters)
         what = "Hugging Face's model"
     _warn(src, dst, model)
     more = "" if suffix else _missing_tokenizer(dst)

@@ -226,13 +226,15 @@ def _attention_backward(
     return [_unwritten(*qkv.shape), _normal(rng, B, T, NH * HS), qkv, out, lse, offsets]
 
 
-def _rope_forward(rng: Any, B: int, T: int, NH: int, D: int, position: int = 3) -> list[Any]:
+def _rope_forward(
+    rng: Any, B: int, T: int, NH: int, D: int, position: int = 3, S: int = 0
+) -> list[Any]:
     x = _normal(rng, B, T, (NH + 2) * 2 * D)  # a head of keys and one of values
     angles = rng.uniform(-np.pi, np.pi, (position + T + 2, D))  # more positions than are used
     return [
         _unwritten(*x.shape),
         *(x, _rounded(np.cos(angles)), _rounded(np.sin(angles))),
-        *(NH + 1, position),
+        *(_offsets(rng, T, S), NH + 1, position),
     ]
 
 

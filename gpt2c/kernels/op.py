@@ -46,15 +46,15 @@ encoder_backward    +dwte[V C]? +dwpe[P C]? <- dout[B T C] idx[B T]ids offsets[S
 
 layernorm_forward   out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5 | N C
     eps: 0 <= eps
-layernorm_backward  +dx[N C] +dweight[C] +dbias[C]
+layernorm_backward  +dx[N C] +dweight[C]? +dbias[C]?
                     <- dout[N C] x[N C] weight[C] mean[N] rstd[N] | N C
 rmsnorm_forward     out[N C] rstd[N] <- x[N C] weight[C] eps=1e-5 | N C
     eps: 0 <= eps
-rmsnorm_backward    +dx[N C] +dweight[C] <- dout[N C] x[N C] weight[C] rstd[N] | N C
+rmsnorm_backward    +dx[N C] +dweight[C]? <- dout[N C] x[N C] weight[C] rstd[N] | N C
 
 matmul_forward      out[N OC] <- x[N C] weight[OC C]weights bias[OC]? scale[OC]?
                     | type matmul_scratch_size(N C OC type threads) N C OC
-matmul_backward     dx[N C]=x +dweight[OC C] +dbias[OC]?
+matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
                     <- dout[N OC] x[N C] weight[OC C] accumulate=True
                     | gemm_scratch_size(threads) N C OC
 matrix_transpose    out[C R] <- x[R C] | R C
@@ -78,14 +78,18 @@ swiglu_forward      out[N C] <- x[N 2C] | N C
 swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
 
-rope_forward        out[B T C]=qkv <- qkv[B T C] cos[P D] sin[P D] heads position=0 | B T C D
+rope_forward        out[B T C]=qkv
+                    <- qkv[B T C] cos[P D] sin[P D] offsets[S]offsets? heads position=0
+                    | B T C D S
     qkv: C % (2 * D) == 0
     heads: 1 <= heads <= C // (2 * D)
-    position: 0 <= position <= P - T
-rope_backward       dqkv[B T C]=dout <- dout[B T C] cos[P D] sin[P D] heads position=0 | B T C D
+    position: 0 <= position <= P - longest
+rope_backward       dqkv[B T C]=dout
+                    <- dout[B T C] cos[P D] sin[P D] offsets[S]offsets? heads position=0
+                    | B T C D S
     dout: C % (2 * D) == 0
     heads: 1 <= heads <= C // (2 * D)
-    position: 0 <= position <= P - T
+    position: 0 <= position <= P - longest
 
 crossentropy_forward
                     losses[N] lse[N] <- logits[N V] targets[N]targets | N V

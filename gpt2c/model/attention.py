@@ -1,6 +1,6 @@
 """Attention: each token takes from those before it what its query asks for.
 
-q, k, v = x W_qkv + b
+q, k, v = x W_qkv + b                          q and k turned by their positions, if there is a Rope
 att = softmax(mask(q k^T / sqrt(HS))) v        for each of NH heads
 out = att W_proj + b
 """
@@ -12,26 +12,45 @@ from collections.abc import Iterable
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
 from gpt2c.model.linear import Linear
+from gpt2c.model.rope import Rope
 
 __all__ = ["Attention"]
 
 
 class Attention:
-    """Causal multi-head attention, Vaswani et al. 2017, arXiv:1706.03762.
+    """Causal attention of several heads, Vaswani et al. 2017, arXiv:1706.03762.
 
     Parameters
     ----------
     name : of the block; its linear layers are name.c_attn and name.c_proj
-    C, NH : channels and heads
+    C, NH : channels and query heads
     std, shrink : of the first weights; those of c_proj shrink
+    KV : key and value heads, each shared by NH / KV query heads; Ainslie et al. 2023,
+        arXiv:2305.13245. None for NH
+    HS : channels of a head, None for C / NH
+    bias : whether the linear layers have one
+    rope : turns q and k by their positions, or None
     """
 
-    def __init__(self, name: str, C: int, NH: int, std: float, shrink: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        C: int,
+        NH: int,
+        std: float,
+        shrink: float = 1.0,
+        KV: int | None = None,
+        HS: int | None = None,
+        bias: bool = True,
+        rope: Rope | None = None,
+    ) -> None:
         self.name = name
-        self.qkv = Linear(name + ".c_attn", C, 3 * C, std)
-        self.proj = Linear(name + ".c_proj", C, C, std, shrink)
-        self.C, self.NH = C, NH
+        self.NH, self.KV, self.HS, self._rope = NH, KV or NH, HS or C // NH, rope
+        heads = NH + 2 * self.KV
+        self.qkv = Linear(name + ".c_attn", C, heads * self.HS, std, bias=bias)
+        self.proj = Linear(name + ".c_proj", NH * self.HS, C, std, shrink, bias)
         self._qkv, self._att, self._lse = name + ".qkv", name + ".att", name + ".lse"
+        self._d_att = name + ".d_att"
 
     def parameters(self) -> Iterable[Parameter]:
         """Yield those of the two linear layers."""
@@ -40,19 +59,21 @@ class Attention:
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield q, k, v; the heads' outputs; the log of each softmax's denominator."""
-        yield Slot(self._qkv, (batch.N, 3 * self.C), Life.INNER)
-        yield Slot(self._att, (batch.N, self.C), Life.INNER)
+        yield Slot(self._qkv, (batch.N, self.qkv.OC), Life.INNER)
+        yield Slot(self._att, (batch.N, self.proj.C), Life.INNER)
         yield Slot(self._lse, (batch.B, self.NH, batch.T), Life.INNER)
-        yield Slot("branch", (batch.N, self.C), Life.SCRATCH)
+        yield Slot(self._d_att, (batch.N, self.proj.C), Life.SCRATCH)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds: a query sees T/2 keys on average, for q k^T and for p v."""
-        return self.qkv.flops(T) + self.proj.flops(T) + self.C * T
+        return self.qkv.flops(T) + self.proj.flops(T) + self.proj.C * T
 
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C)."""
         qkv, att = run.a[self._qkv], run.a[self._att]
         self.qkv.forward(run, qkv, x)
+        if self._rope:
+            self._rope.forward(run, qkv, self.NH + self.KV)
         keys, values = run.caches.get(self.name, (None, None))
         run.ops.attention_forward(
             *(run.rows(att), run.a[self._lse], keys, values),
@@ -60,13 +81,15 @@ class Attention:
         )
         self.proj.forward(run, out, att)
 
-    def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
+    def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""
-        qkv, att, lse = run.rows(run.a[self._qkv]), run.a[self._att], run.a[self._lse]
-        d_att = run.a["branch"]  # the op below reads att beside its gradient
+        qkv, att, lse = run.a[self._qkv], run.a[self._att], run.a[self._lse]
+        d_att = run.a[self._d_att]  # the op below reads att beside its gradient
         self.proj.backward(run, d_att, d_out, att)
         d_qkv = run.take(self._qkv)
         run.ops.attention_backward(
-            *(run.rows(d_qkv), run.rows(d_att), qkv, run.rows(att), lse, run.offsets)
+            *(run.rows(d_qkv), run.rows(d_att), run.rows(qkv), run.rows(att), lse, run.offsets)
         )
+        if self._rope:
+            self._rope.backward(run, d_qkv, self.NH + self.KV)
         self.qkv.backward(run, d_x, d_qkv, x)

@@ -1,6 +1,6 @@
-"""Embedding: a row for each token plus a row for each position.
+"""Embedding: a row for each token plus, in GPT-2, a row for each position.
 
-out = wte[idx] + wpe[position ...]
+out = wte[idx] + wpe[position + t]
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ __all__ = ["Embedding"]
 
 
 class Embedding:
-    """GPT-2's table of tokens, wte (V, C), and of positions, wpe (P, C).
+    """The table of tokens, wte (V, C), and that of positions, wpe (P, C).
 
     Parameters
     ----------
-    V, P, C : tokens, positions, channels
+    V, P, C : tokens, positions, channels; without a table of positions P is 0
     std : of the first values
+    tied : whether the head has wte as its weight, too
     """
 
-    def __init__(self, V: int, P: int, C: int, std: float) -> None:
-        self.V, self.P, self.C, self._std = V, P, C, std
+    def __init__(self, V: int, P: int, C: int, std: float, tied: bool = True) -> None:
+        self.V, self.P, self.C, self._std, self._tied = V, P, C, std, tied
 
     def parameters(self) -> Iterable[Parameter]:
         """Yield both tables."""
         V, P, C, std = self.V, self.P, self.C, self._std
         yield Parameter("wte.weight", (V, C), std=std, decays=True, small=True)
-        yield Parameter("wpe.weight", (P, C), std=std, decays=True)
+        if P:
+            yield Parameter("wpe.weight", (P, C), std=std, decays=True)
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield the first layer's input."""
@@ -43,16 +45,15 @@ class Embedding:
         """Return the embeddings (N, C) of idx (B, T)."""
         out, p = run.a["encoded"], run.p
         run.ops.encoder_forward(
-            *(run.rows(out), idx, p["wte.weight"], p["wpe.weight"], p.get("wte.scale")),
+            *(run.rows(out), idx, p["wte.weight"], p.get("wpe.weight"), p.get("wte.scale")),
             *(run.offsets, run.position),
         )
         return out
 
     def backward(self, run: Run, d_out: Array, idx: IntArray) -> None:
-        """Add to the gradients of both tables; wte's has what the head wrote."""
-        g = run.g
-        if not run.accumulate:
-            g["wpe.weight"].fill(0.0)
-        run.ops.encoder_backward(
-            g["wte.weight"], g["wpe.weight"], run.rows(d_out), idx, run.offsets
-        )
+        """Add to the gradients of both tables; a tied wte's has what the head wrote."""
+        d_wte, d_wpe = run.g.get("wte.weight"), run.g.get("wpe.weight")
+        for table in (d_wpe, None if self._tied else d_wte):
+            if table is not None and not run.accumulate:
+                table.fill(0.0)
+        run.ops.encoder_backward(d_wte, d_wpe, run.rows(d_out), idx, run.offsets)

@@ -1,6 +1,6 @@
 """Heads: what is read off the last norm's output. The language head gives logits.
 
-    logits = x wte^T
+    logits = x W^T
 
 Logits of a whole batch would be its largest array by far, (N, V). So they come in blocks of rows,
 become their own gradient in place, and are taken back before the next block.
@@ -20,20 +20,23 @@ LOGITS_FLOATS = 26_000_000
 
 
 class LanguageHead:
-    """The logits of the next token, with the embedding's table as weight.
+    """The logits of the next token.
 
     Parameters
     ----------
     V, C : tokens, channels
+    std : of the first values of a weight of its own, lm_head; None for the embedding's table, wte
     """
 
-    def __init__(self, V: int, C: int) -> None:
-        self.V, self.C = V, C
-        self.weight, self.scale = "wte.weight", "wte.scale"
+    def __init__(self, V: int, C: int, std: float | None = None) -> None:
+        self.V, self.C, self._std = V, C, std
+        name = "wte" if std is None else "lm_head"
+        self.weight, self.scale = name + ".weight", name + ".scale"
 
     def parameters(self) -> Iterable[Parameter]:
-        """None of its own: the embedding has the table."""
-        return ()
+        """Yield the weight, if it is its own."""
+        if self._std is not None:
+            yield Parameter(self.weight, (self.V, self.C), std=self._std, decays=True, small=True)
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield a block of logits, and for each row its loss and the log of its denominator."""
@@ -61,7 +64,7 @@ class LanguageHead:
     def learn(
         self,
         run: Run,
-        d_weight: Array,
+        d_weight: Array | None,
         x: Array,
         targets: IntArray,
         weights: Array | None,
@@ -71,7 +74,7 @@ class LanguageHead:
 
         Parameters
         ----------
-        d_weight : (V, C), written; added to if run.accumulate
+        d_weight : (V, C), written; added to if run.accumulate; None if the head is frozen
         x : (N, C), becomes its own gradient
         targets : (N,), -1 is ignored
         weights : (N,), None for all 1

@@ -21,7 +21,7 @@ from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import Array, require
 from gpt2c.model.block import IntArray
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.reader import Decoder
 
 __all__ = ["LanguageModel", "check_ids", "is_ragged"]
@@ -43,7 +43,7 @@ class LanguageModel:
     parameters: Mapping[str, NDArray[Any]]
     _weights: tuple[str, ...] = ()  # for repr: the kind of weights, unless float32
 
-    def __init__(self, config: GPT2Config, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self.config = config
         self.backend = backend
 

@@ -51,9 +51,13 @@ class Linear:
         p = run.p
         run.ops.matmul_forward(out, x, p[self.weight], p.get(self.bias), p.get(self.scale))
 
-    def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
-        """Write d_x (N, C), which may be x, and the gradients of weight and bias."""
+    def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
+        """Write d_x (N, C), which may be x, and the gradients of weight and bias.
+
+        What is None or frozen is not computed.
+        """
         g = run.g
         run.ops.matmul_backward(
-            d_x, g[self.weight], g.get(self.bias), d_out, x, run.p[self.weight], run.accumulate
+            *(d_x, g.get(self.weight), g.get(self.bias)),
+            *(d_out, x, run.p[self.weight], run.accumulate),
         )

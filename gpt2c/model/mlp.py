@@ -1,6 +1,7 @@
-"""MLP: two linear layers with GELU between them, for each token by itself.
+"""MLPs: what each token becomes by itself, through F inner channels.
 
-out = gelu(x W_fc + b) W_proj + b
+MLP       out = gelu(x W_fc + b) W_proj + b
+SwiGLU    out = (silu(gate) * up) W_proj,    gate and up = the halves of x W_fc
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
 from gpt2c.model.linear import Linear
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "SwiGLU"]
 
 
 class MLP:
-    """GPT-2's MLP.
+    """GPT-2's MLP, with the tanh form of GELU between two linear layers.
 
     Parameters
     ----------
@@ -27,8 +28,7 @@ class MLP:
     def __init__(self, name: str, C: int, F: int, std: float, shrink: float) -> None:
         self.fc = Linear(name + ".c_fc", C, F, std)
         self.proj = Linear(name + ".c_proj", F, C, std, shrink)
-        self.F = F
-        self._fc, self._gelu = name + ".fc", name + ".gelu"
+        self._fc, self._act = name + ".fc", name + ".act"
 
     def parameters(self) -> Iterable[Parameter]:
         """Yield those of the two linear layers."""
@@ -37,8 +37,8 @@ class MLP:
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield the inner channels before and after GELU."""
-        yield Slot(self._fc, (batch.N, self.F), Life.INNER)
-        yield Slot(self._gelu, (batch.N, self.F), Life.CHEAP, over=self._fc)
+        yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER)
+        yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAP, over=self._fc)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds of both layers."""
@@ -46,21 +46,57 @@ class MLP:
 
     def activate(self, run: Run) -> None:
         """Write the inner channels after GELU from those before it."""
-        run.ops.gelu_forward(run.a[self._gelu], run.a[self._fc])
+        run.ops.gelu_forward(run.a[self._act], run.a[self._fc])
 
     def hidden(self, run: Run, x: Array) -> Array:
         """Return the inner channels (N, F) of x (N, C): all of forward that backward needs."""
         self.fc.forward(run, run.a[self._fc], x)
         self.activate(run)
-        return run.a[self._gelu]
+        return run.a[self._act]
 
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C)."""
         self.proj.forward(run, out, self.hidden(run, x))
 
-    def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
+    def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""
-        d_gelu = run.take(self._gelu)
-        self.proj.backward(run, d_gelu, d_out, run.a[self._gelu])
-        run.ops.gelu_backward(d_gelu, d_gelu, run.a[self._fc])
-        self.fc.backward(run, d_x, d_gelu, x)
+        d_act = run.take(self._act)
+        self.proj.backward(run, d_act, d_out, run.a[self._act])
+        d_fc = self.activate_backward(run, d_act)
+        self.fc.backward(run, d_x, d_fc, x)
+
+    def activate_backward(self, run: Run, d_act: Array) -> Array:
+        """Return the gradient of the inner channels before GELU, in the memory of d_act."""
+        run.ops.gelu_backward(d_act, d_act, run.a[self._fc])
+        return d_act
+
+
+class SwiGLU(MLP):
+    """Llama's MLP: one half of the first layer gates the other. Shazeer 2020, arXiv:2002.05202.
+
+    Parameters
+    ----------
+    name : of the block; its linear layers are name.c_fc, gate above up, and name.c_proj
+    C, F : channels outside and inside
+    std : of the first weights
+    """
+
+    def __init__(self, name: str, C: int, F: int, std: float) -> None:
+        super().__init__(name, C, F, std, 1.0)
+        self.fc = Linear(name + ".c_fc", C, 2 * F, std, bias=False)
+        self.proj = Linear(name + ".c_proj", F, C, std, bias=False)
+
+    def slots(self, batch: Batch) -> Iterable[Slot]:
+        """Yield gate and up, and what becomes of them."""
+        yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER)
+        yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAP)
+
+    def activate(self, run: Run) -> None:
+        """Write silu(gate) * up."""
+        run.ops.swiglu_forward(run.a[self._act], run.a[self._fc])
+
+    def activate_backward(self, run: Run, d_act: Array) -> Array:
+        """Return the gradient of gate and up, in their own memory."""
+        d_fc = run.take(self._fc)
+        run.ops.swiglu_backward(d_fc, d_act, run.a[self._fc])
+        return d_fc

@@ -11,6 +11,7 @@ only marks the gradients as void: the next backward writes where it would add.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from gpt2c.kernels.backend import Backend, as_backend, same_backend
 from gpt2c.kernels.checks import number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.model.block import Batch, IntArray, Run, Slot
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
@@ -89,7 +90,7 @@ class Model(LanguageModel):
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: ModelConfig,
         seed: int | None = 1337,
         backend: str | Backend = "auto",
         recompute: str | None = None,
@@ -100,28 +101,93 @@ class Model(LanguageModel):
         super().__init__(config, as_backend(backend, threads))
         self._stack = config.stack()
         self._recompute = recompute
-        described = self._stack.parameters()
-        shapes = {name: one.shape for name, one in described.items()}
-        offsets = aligned_offsets(shapes)
+        sizes = {name: one.shape for name, one in self._stack.parameters().items()}
         require(
             f"a model of {config.num_parameters():,} parameters",
-            {"weights": 4 * offsets[""]},
+            {"weights": 4 * aligned_offsets(sizes)[""]},
             'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
         )
-        self.flat_parameters = aligned_zeros(offsets[""])
-        # C trusts the shapes of these; users get views of their own.
-        self._parameters = named_views(self.flat_parameters, shapes)
-        self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
-        self.decay_size = next(offsets[name] for name, one in described.items() if not one.decays)
-        self._made_grads: _Gradients | None = None
-        self._void = True  # the gradients count as 0, whatever their memory holds
+        self._lay_out(frozenset())
         self._memory = Activations(self._slots, recompute)
         self._spare_memory = aligned_zeros(0)
-        self._d_head = self._spare_memory  # of the last loss, for wte: spare, or void gradients
+        # of the last loss, for wte: spare memory, or that of void gradients
+        self._d_head: Array | None = None
         self._pending: _Pending | None = None  # of a loss that backward has not seen
         self._owner = Owner()
         if seed is not None:
             self._initialise(seed)
+
+    def _lay_out(self, frozen: frozenset[str]) -> None:
+        """Make flat memory for the parameters: those that decay, the other trained ones, frozen."""
+        described = self._stack.parameters()
+        groups: tuple[list[str], ...] = ([], [], [])
+        for name, one in described.items():
+            groups[2 if name in frozen else 0 if one.decays else 1].append(name)
+        shapes = {name: described[name].shape for group in groups for name in group}
+        offsets = [*aligned_offsets(shapes).values()]
+        self.flat_parameters = aligned_zeros(offsets[-1])
+        # C trusts the shapes of these; users get views of their own.
+        self._parameters = named_views(self.flat_parameters, shapes)
+        self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
+        self._frozen = frozen
+        self.trained = (*groups[0], *groups[1])
+        self.decay_size, self.trained_size = offsets[len(groups[0])], offsets[len(self.trained)]
+        self._made_grads: _Gradients | None = None
+        self._void = True  # the gradients count as 0, whatever their memory holds
+
+    def freeze(self, *patterns: str) -> None:
+        """Train these parameters no longer: they get no gradients, and no moments in AdamW.
+
+        Backward computes nothing below the lowest layer that is still trained. Gradients that were
+        there are gone, and `parameters` has new arrays. Make the optimizer after this.
+
+        Parameters
+        ----------
+        patterns : of names as the shell has them: "wte.*", "h.[0-5].*", "*.bias"
+
+        Raises
+        ------
+        ValueError : a pattern that fits no name, or nothing is left to train
+        RuntimeError : another thread computes with this model
+        MemoryError : the parameters do not fit a second time
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=257)
+        >>> model = gpt2c.GPT2(config)
+        >>> model.freeze("w[tp]e.*", "h.0.*")
+        >>> loss = model.loss([[1, 2, 3]], [[2, 3, 4]])
+        >>> model.backward()
+        >>> len(model.parameters), len(model.gradients)
+        (28, 14)
+        """
+        self._set_frozen(self._frozen | self._names_that_fit(patterns))
+
+    def unfreeze(self, *patterns: str) -> None:
+        """Train these parameters again, see `freeze`."""
+        self._set_frozen(self._frozen - self._names_that_fit(patterns))
+
+    def _names_that_fit(self, patterns: Sequence[str]) -> frozenset[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            fitting = fnmatch.filter(self._parameters, pattern)
+            if not fitting:
+                raise ValueError(f"no parameter has a name like {pattern!r}; one is 'wte.weight'")
+            found.update(fitting)
+        return frozenset(found)
+
+    def _set_frozen(self, frozen: frozenset[str]) -> None:
+        if len(frozen) == len(self._parameters):
+            raise ValueError("every parameter would be frozen: leave some to train")
+        with self._owner.alone():
+            self._pending = None
+            if frozen != self._frozen:
+                size = {"weights": self.flat_parameters.nbytes}
+                require("moving the parameters", size, "take a smaller model")
+                before = self._parameters
+                self._lay_out(frozen)
+                for name, parameter in self._parameters.items():
+                    parameter[...] = before[name]
 
     def _initialise(self, seed: int) -> None:
         """Write the first values that the blocks name."""
@@ -166,6 +232,7 @@ class Model(LanguageModel):
             "config": self.config,
             "backend": (self.backend.name, self.backend.threads),
             "recompute": self.recompute,
+            "frozen": self._frozen,
             "parameters": self.flat_parameters,
             "gradients": None if self._void else self._grads.flat,
         }
@@ -174,6 +241,7 @@ class Model(LanguageModel):
         """Set up the model from a state, in memory of its own."""
         backend = same_backend(*state["backend"])
         Model.__init__(self, state["config"], None, backend, state["recompute"])
+        self._lay_out(state["frozen"])
         self.flat_parameters[...] = state["parameters"]
         if state["gradients"] is not None:
             self._grads.flat[...] = state["gradients"]
@@ -227,7 +295,7 @@ class Model(LanguageModel):
             run = self._start(tokens, keep, offsets)
             x = self._stack.forward(run, tokens)
             if keep:
-                self._d_head = self._grads.own["wte.weight"] if self._void else self._spare()
+                self._d_head = self._head_memory()
                 run.accumulate = False
                 losses = head.learn(run, self._d_head, x, wanted, None, 1 / count)
             else:
@@ -310,9 +378,13 @@ class Model(LanguageModel):
         a = self._memory.lay_out(batch, keep)
         return Run(self.backend, self._parameters, a, batch, offsets)
 
-    def _spare(self) -> Array:
+    def _head_memory(self) -> Array | None:
+        """Return memory for the head's gradient: its own where that is void; None if frozen."""
+        wte = self._grads.own.get(self._stack.head.weight)
+        return wte if self._void or wte is None else self._spare(wte)
+
+    def _spare(self, wte: Array) -> Array:
         """Return memory of wte's shape beside the gradients, where they must not be touched."""
-        wte = self._grads.own["wte.weight"]
         if self._spare_memory.size != wte.size:
             self._spare_memory = aligned_zeros(wte.size)
         return self._spare_memory.reshape(wte.shape)
@@ -322,11 +394,11 @@ class Model(LanguageModel):
     @property
     def _grads(self) -> _Gradients:
         if self._made_grads is None:
-            config = self.config
-            what = f"training a model of {config.num_parameters():,} parameters"
-            sizes = {"gradients": self.flat_parameters.nbytes}
-            require(what, sizes, "take a smaller one")
-            self._made_grads = _Gradients(config.parameter_shapes())
+            what = f"training a model of {self.config.num_parameters():,} parameters"
+            sizes = {"gradients": 4 * self.trained_size}
+            require(what, sizes, "take a smaller one, or freeze some of it")
+            shapes = {name: self._parameters[name].shape for name in self.trained}
+            self._made_grads = _Gradients(shapes)
         return self._made_grads
 
     @property
@@ -337,7 +409,7 @@ class Model(LanguageModel):
 
     @property
     def flat_gradients(self) -> Array:
-        """All gradients, laid out as `flat_parameters`."""
+        """All gradients, laid out as `flat_parameters` up to `trained_size`."""
         self._settle()
         return self._grads.flat[:]
 
@@ -352,10 +424,10 @@ class Model(LanguageModel):
     def _settle(self) -> None:
         """Write zeros to the memory of void gradients."""
         if self._void:
-            if self._pending is not None and self._d_head is self._grads.own["wte.weight"]:
-                spare = self._spare()
-                np.copyto(spare, self._d_head)
-                self._d_head = spare
+            wte = self._grads.own.get(self._stack.head.weight)
+            if self._pending is not None and wte is not None and self._d_head is wte:
+                self._d_head = self._spare(wte)
+                np.copyto(self._d_head, wte)
             self._grads.flat.fill(0.0)
             self._void = False
 
@@ -396,7 +468,7 @@ class Model(LanguageModel):
             if pending.targets is None:
                 self._add_head(run, scale)
             else:
-                d_weight = run.g["wte.weight"]
+                d_weight = run.g.get(self._stack.head.weight)
                 self._stack.head.learn(run, d_weight, d_out, pending.targets, factors, scale)
             if not run.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
@@ -404,10 +476,14 @@ class Model(LanguageModel):
 
     def _add_head(self, run: Run, scale: float) -> None:
         """Bring in the gradients that `loss` has computed, of the head and its input."""
-        wte, d_head, d_out = run.g["wte.weight"], self._d_head, run.a["ln_f"]
+        d_head, d_out = self._d_head, run.a["ln_f"]
+        if scale != 1.0:
+            np.multiply(d_out, np.float32(scale), out=d_out)
+        if d_head is None:
+            return
+        wte = run.g[self._stack.head.weight]
         if scale != 1.0:
             np.multiply(d_head, np.float32(scale), out=d_head)
-            np.multiply(d_out, np.float32(scale), out=d_out)
         if run.accumulate:
             self.backend.residual_forward(wte, wte, d_head)
         elif d_head is not wte:

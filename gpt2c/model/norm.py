@@ -1,6 +1,7 @@
-"""LayerNorm: each row of x with mean 0 and variance 1, then scaled and shifted.
+"""Norms: each row of x brought to one scale.
 
-out = (x - mean) * rstd * weight + bias
+LayerNorm    out = (x - mean) * rstd * weight + bias    mean 0 and variance 1 before weight
+RMSNorm      out = x * rstd * weight                    mean square 1 before weight
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
 
-__all__ = ["LayerNorm"]
+__all__ = ["LayerNorm", "Norm", "RMSNorm"]
 
 
 class LayerNorm:
@@ -53,6 +54,45 @@ class LayerNorm:
         """Add to d_x, the gradient of the stream: what came past the block stands there."""
         p, g, a = run.p, run.g, run.a
         run.ops.layernorm_backward(
-            *(d_x, g[self.weight], g[self.bias], d_out, x, p[self.weight]),
+            *(d_x, g.get(self.weight), g.get(self.bias), d_out, x, p[self.weight]),
             *(a[self.mean], a[self.rstd]),
         )
+
+
+class RMSNorm:
+    """Root mean square normalisation, Zhang & Sennrich 2019, arXiv:1910.07467.
+
+    Parameters
+    ----------
+    name : of the gain and of the statistics
+    C : channels
+    eps : added to the mean square
+    """
+
+    def __init__(self, name: str, C: int, eps: float) -> None:
+        self.weight, self.rstd = name + ".weight", name + ".rstd"
+        self.C, self._eps = C, eps
+
+    def parameters(self) -> Iterable[Parameter]:
+        """Yield the gain."""
+        yield Parameter(self.weight, (self.C,), fill=1.0)
+
+    def slots(self, batch: Batch) -> Iterable[Slot]:
+        """Yield the statistics of each row."""
+        yield Slot(self.rstd, (batch.N,), Life.CHEAP)
+
+    def flops(self, T: int) -> float:
+        """Count no multiply-adds: there are no products of matrices."""
+        return 0.0
+
+    def forward(self, run: Run, out: Array, x: Array) -> None:
+        """Write out (N, C) of x (N, C), and the statistics."""
+        run.ops.rmsnorm_forward(out, run.a[self.rstd], x, run.p[self.weight], self._eps)
+
+    def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
+        """Add to d_x, the gradient of the stream: what came past the block stands there."""
+        weight = self.weight
+        run.ops.rmsnorm_backward(d_x, run.g.get(weight), d_out, x, run.p[weight], run.a[self.rstd])
+
+
+Norm = LayerNorm | RMSNorm

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
 from gpt2c.model.block import Batch, Life, Slot
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 
 __all__ = ["KEPT", "Activations", "bytes_needed", "parts_needed"]
 
@@ -96,7 +96,7 @@ class Activations:
 
 
 def parts_needed(
-    config: GPT2Config, B: int, T: int, recompute: str | None = None
+    config: ModelConfig, B: int, T: int, recompute: str | None = None
 ) -> dict[str, int]:
     """Return the bytes of what a model, AdamW and a batch need: name -> bytes."""
     parameters = 4 * aligned_offsets(config.parameter_shapes())[""]
@@ -110,6 +110,6 @@ def parts_needed(
     }
 
 
-def bytes_needed(config: GPT2Config, B: int, T: int, recompute: str | None = None) -> int:
+def bytes_needed(config: ModelConfig, B: int, T: int, recompute: str | None = None) -> int:
     """Return the sum of `parts_needed`."""
     return sum(parts_needed(config, B, T, recompute).values())

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
 from gpt2c.kernels.memory import Array, aligned_zeros, require
 from gpt2c.kernels.reference.linear import LONGEST, MIDDLE, TINY
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.parameters import Tensor, converted_bytes
 
@@ -53,7 +53,7 @@ class QuantizedModel(LanguageModel):
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: ModelConfig,
         method: str,
         backend: str | Backend = "auto",
         threads: int | None = None,
@@ -173,7 +173,7 @@ def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.float
         weight[rows] = np.rint(tensor[rows] / steps) + MIDDLE
 
 
-def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...], Any]]:
+def _layout(config: ModelConfig, method: str) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Return name -> (shape, dtype) of the parameters."""
     wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
     for name, one in config.stack().parameters().items():
@@ -183,7 +183,7 @@ def _layout(config: GPT2Config, method: str) -> dict[str, tuple[tuple[int, ...],
     return wanted
 
 
-def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
+def _lay_out(config: ModelConfig, method: str) -> dict[str, NDArray[Any]]:
     """Return zeroed parameters in one block, for huge pages; each starts on a cache line."""
     wanted = _layout(config, method)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in wanted.items()}
@@ -199,6 +199,6 @@ def _lay_out(config: GPT2Config, method: str) -> dict[str, NDArray[Any]]:
     return parameters
 
 
-def shapes_of(config: GPT2Config, method: str) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: ModelConfig, method: str) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of a quantized model's parameters."""
     return {name: shape for name, (shape, _) in _layout(config, method).items()}

@@ -22,7 +22,7 @@ from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
 from gpt2c.kernels.memory import Array, aligned_zeros, require, view
 from gpt2c.model.block import Batch, Run
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import GPT2Config, ModelConfig
 from gpt2c.model.plan import Activations
 
 __all__ = ["CHUNK", "Decoder"]
@@ -47,7 +47,7 @@ class Decoder:
 
     Attributes
     ----------
-    keys, values : (L, slots, NH, capacity, HS) float32
+    keys, values : (L, slots, KV, capacity, HS) float32
 
     Raises
     ------
@@ -58,7 +58,7 @@ class Decoder:
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: ModelConfig,
         parameters: Mapping[str, NDArray[Any]],
         backend: Backend,
         slots: int,
@@ -78,8 +78,9 @@ class Decoder:
         self.slots, self.capacity = slots, capacity
         self._parameters = parameters
         self._backend = backend
-        HS = config.n_embd // config.n_head
-        shape = (config.n_layer, slots, config.n_head, capacity, HS)
+        self._stack = config.stack()
+        attention = self._stack.layers[0].attention
+        shape = (config.n_layer, slots, attention.KV, capacity, attention.HS)
         sizes = {
             "keys and values": 2 * 4 * math.prod(shape),
             "logits": 4 * slots * config.vocab_size,
@@ -90,10 +91,9 @@ class Decoder:
         self.keys, self.values = memory.reshape(2, *shape)
         self._keys, self._values = memory.reshape(2, *shape)
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
-        self._stack = config.stack()
         self._activations = Activations(self._stack.slots, None)
         self._bound = None
-        if isinstance(backend, Kernels):
+        if isinstance(backend, Kernels) and isinstance(config, GPT2Config):
             eps = config.layer_norm_epsilon
             self._bound = backend.bind_decoder(parameters, config.n_layer, config.n_head, eps)
 
@@ -283,7 +283,7 @@ def _length(name: str, ids: Any) -> int:
     return len(ids)
 
 
-def check_parameters(config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:
+def check_parameters(config: ModelConfig, parameters: Mapping[str, NDArray[Any]]) -> None:
     """Refuse parameters that do not fit the config: the kernels would read beyond their memory.
 
     Raises

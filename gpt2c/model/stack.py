@@ -17,7 +17,7 @@ from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.head import LanguageHead
 from gpt2c.model.mlp import MLP
-from gpt2c.model.norm import LayerNorm
+from gpt2c.model.norm import Norm
 
 __all__ = ["Layer", "Stack"]
 
@@ -31,10 +31,11 @@ class Layer:
     """
 
     def __init__(
-        self, name: str, norm_1: LayerNorm, attention: Attention, norm_2: LayerNorm, mlp: MLP
+        self, name: str, norm_1: Norm, attention: Attention, norm_2: Norm, mlp: MLP
     ) -> None:
         self.norm_1, self.attention, self.norm_2, self.mlp = norm_1, attention, norm_2, mlp
         self.blocks: tuple[Block, ...] = (norm_1, attention, norm_2, mlp)
+        self.names = [names_of(block) for block in self.blocks]
         self._ln_1, self._middle = name + ".ln_1", name + ".middle"
         self._ln_2, self.out = name + ".ln_2", name + ".out"
 
@@ -75,16 +76,38 @@ class Layer:
         elif kept < Life.CHEAP:
             self.mlp.activate(run)
 
-    def backward(self, run: Run, stream: Array, x: Array) -> None:
+    def backward(self, run: Run, stream: Array, x: Array, below: bool) -> None:
         """Go back over the lines of `forward` on x; stream (N, C) goes from out's gradient to x's.
 
         The layer's activations are gone afterwards: their gradients took their memory.
+
+        Parameters
+        ----------
+        below : whether anything below the layer is trained; if not, x's gradient is not completed
         """
-        d_ln_2, d_ln_1 = run.take(self._ln_2), run.take(self._ln_1)
+        in_norm_1, in_attention, in_norm_2, _ = (is_trained(run, names) for names in self.names)
+        above = below or in_norm_1 or in_attention  # whether the middle's gradient is needed
+        d_ln_2 = run.take(self._ln_2) if above or in_norm_2 else None
         self.mlp.backward(run, d_ln_2, stream, run.a[self._ln_2])
+        if d_ln_2 is None:
+            return
         self.norm_2.backward(run, stream, d_ln_2, run.a[self._middle])
+        if not above:
+            return
+        d_ln_1 = run.take(self._ln_1) if below or in_norm_1 else None
         self.attention.backward(run, d_ln_1, stream, run.a[self._ln_1])
-        self.norm_1.backward(run, stream, d_ln_1, x)
+        if d_ln_1 is not None:
+            self.norm_1.backward(run, stream, d_ln_1, x)
+
+
+def names_of(block: Block) -> tuple[str, ...]:
+    """Return the names of a block's parameters."""
+    return tuple(one.name for one in block.parameters())
+
+
+def is_trained(run: Run, names: tuple[str, ...]) -> bool:
+    """Return whether one of these parameters has a gradient."""
+    return any(name in run.g for name in names)
 
 
 class Stack:
@@ -96,7 +119,7 @@ class Stack:
     """
 
     def __init__(
-        self, embedding: Embedding, layers: Sequence[Layer], norm: LayerNorm, head: LanguageHead
+        self, embedding: Embedding, layers: Sequence[Layer], norm: Norm, head: LanguageHead
     ) -> None:
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
         self.blocks: list[Block] = [
@@ -105,6 +128,7 @@ class Stack:
             norm,
             head,
         ]
+        self._embedding_names = names_of(embedding)
 
     def parameters(self) -> dict[str, Parameter]:
         """Return all parameters by name: those that decay come first."""
@@ -148,11 +172,18 @@ class Stack:
         kept : the activations that forward left
         """
         a, stream = run.a, run.a["d_stream"]
+        # whether anything before a layer is trained, and last, anything before the norm
+        below = [is_trained(run, self._embedding_names)]
+        for layer in self.layers:
+            below.append(below[-1] or any(is_trained(run, names) for names in layer.names))
         inputs = [a["encoded"], *(a[layer.out] for layer in self.layers)]
         stream.fill(0.0)
-        self.norm.backward(run, stream, d_out, inputs.pop())
-        for layer in reversed(self.layers):
-            x = inputs.pop()
+        self.norm.backward(run, stream, d_out, inputs[-1])
+        for number in reversed(range(len(self.layers))):
+            if not below[number + 1]:
+                return
+            layer, x = self.layers[number], inputs[number]
             layer.again(run, x, kept)
-            layer.backward(run, stream, x)
-        self.embedding.backward(run, stream, idx)
+            layer.backward(run, stream, x, below[number])
+        if below[0]:
+            self.embedding.backward(run, stream, idx)

@@ -44,7 +44,11 @@ class OptimizerOps(Protocol):
 
 
 class FlatModel(Protocol):
-    """The part of a model that an optimizer uses; the first `decay_size` floats decay."""
+    """The part of a model that an optimizer uses.
+
+    The first `trained_size` floats of its parameters are trained and have gradients; the first
+    `decay_size` of those decay. `trained` names them.
+    """
 
     @property
     def backend(self) -> OptimizerOps: ...
@@ -54,6 +58,10 @@ class FlatModel(Protocol):
     def flat_gradients(self) -> NDArray[np.float32]: ...
     @property
     def decay_size(self) -> int: ...
+    @property
+    def trained_size(self) -> int: ...
+    @property
+    def trained(self) -> tuple[str, ...]: ...
 
 
 class NonFiniteGradient(ValueError):
@@ -81,7 +89,7 @@ class AdamW:
 
     Attributes
     ----------
-    m, v : flat float32 arrays, the moments, laid out as the model's parameters
+    m, v : flat float32 arrays, the moments, laid out as the model's gradients
     steps : the number of steps taken, t of the last one
 
     Raises
@@ -128,10 +136,11 @@ class AdamW:
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
-        size = model.flat_parameters.size
+        size = model.trained_size
         what = f"AdamW for {size:,} numbers"
         require(what, {"moments": self.state_bytes(size)}, "take a smaller model")
         self.m, self.v = aligned_zeros(size), aligned_zeros(size)
+        self._trained = model.trained
         self.steps = 0
 
     def __repr__(self) -> str:
@@ -205,14 +214,17 @@ class AdamW:
 
         Raises
         ------
-        ValueError : a setting is out of range, or (a NonFiniteGradient) the norm is not finite;
-            parameters and moments are unchanged
+        ValueError : a setting is out of range, other parameters are trained than when the optimizer
+            was made, or (a NonFiniteGradient) the norm is not finite; parameters and moments are
+            unchanged
         """
         learning_rate = self.learning_rate if learning_rate is None else learning_rate
         _check_learning_rate(learning_rate)
         if grad_clip is not None and not number("grad_clip", grad_clip) > 0:
             raise ValueError(f"grad_clip must be above 0, or None not to clip, got {grad_clip}")
         model = self.model
+        if model.trained != self._trained:
+            raise ValueError("other parameters of the model are trained now: make a new AdamW")
         norm = float(model.backend.global_norm(model.flat_gradients))
         if not math.isfinite(norm):
             raise NonFiniteGradient(
@@ -221,7 +233,7 @@ class AdamW:
             )
         grad_scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (norm + 1e-6))
         self.steps += 1
-        decayed, rest = slice(None, model.decay_size), slice(model.decay_size, None)
+        decayed, rest = slice(model.decay_size), slice(model.decay_size, model.trained_size)
         for part, weight_decay in ((decayed, self.weight_decay), (rest, 0.0)):
             model.backend.adamw_update(
                 model.flat_parameters[part],

@@ -129,6 +129,32 @@ def test_elementwise_ops_take_any_shape(name: str, backend: Any, rng: np.random.
         assert normalised_error(a, b) <= EXAMPLES[name].rtol
 
 
+OPTIONAL = [
+    (op.name, array.name)
+    for op in OPS.values()
+    for array in op.outputs
+    if array.optional and array.mode != "~"
+]
+
+
+@pytest.mark.parametrize(("name", "output"), OPTIONAL)
+def test_output_that_is_not_wanted_changes_no_bit_of_the_others(
+    name: str, output: str, backend: Any
+) -> None:
+    def outputs(left_out: str) -> dict[str, Any]:
+        arguments = [narrow(a) for a in Case(name, small_shape(name)).arguments()]
+        names = [array.name for array in OPS[name].outputs]
+        if left_out:
+            arguments[names.index(left_out)] = None
+        getattr(backend, name)(*arguments)
+        return dict(zip(names, arguments, strict=False))
+
+    everything, others = outputs(""), outputs(output)
+    assert others[output] is None
+    for other in everything.keys() - {output}:
+        assert np.array_equal(everything[other], others[other]), other
+
+
 # ---- ragged batches ------------------------------------------------------------------------------
 
 

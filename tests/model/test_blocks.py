@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, GPT2Config
+from gpt2c import GPT2, AdamW, GPT2Config
+from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Life, Run
 from gpt2c.model.plan import KEPT
@@ -231,3 +234,118 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     assert "weights must be finite" in refused(model.backward, weights=[[1, np.nan]])
     model.loss(ids, ids)
     assert "weights are for losses" in refused(model.backward, weights=[[1, 1]])
+
+
+# ---- frozen parameters ---------------------------------------------------------------------------
+
+FREEZE = [
+    ("w[tp]e.*",),
+    ("wte.*", "h.0.*"),
+    ("w?e.*", "h.0.*", "h.1.*"),
+    ("w?e.*", "h.0.*", "h.1.ln_1.*", "h.1.attn.*"),
+    ("w?e.*", "h.0.*", "h.1.ln_1.*", "h.1.attn.c_attn.*"),
+    ("w?e.*", "h.0.*", "h.1.ln_1.*", "h.1.attn.*", "h.1.ln_2.*"),
+    ("w?e.*", "h.*"),
+    ("*.bias",),
+    ("*.weight",),
+]
+
+
+@pytest.mark.parametrize("recompute", KEPT)
+@pytest.mark.parametrize("patterns", FREEZE, ids="-".join)
+def test_frozen_parameters_change_no_bit_of_the_others_gradients(
+    patterns: tuple[str, ...], recompute: str | None, backend: Any, rng: np.random.Generator
+) -> None:
+    ids = rng.integers(0, 61, (2, 9))
+    model = GPT2(ODD, backend=backend, recompute=recompute)
+    parameters = {name: array.copy() for name, array in model.parameters.items()}
+    for _ in range(2):  # written, then added to
+        model.loss(ids, ids)
+        model.backward(scale=0.5)
+    expected = {name: array.copy() for name, array in model.gradients.items()}
+    model.freeze(*patterns)
+    assert {name: array.tobytes() for name, array in model.parameters.items()} == {
+        name: array.tobytes() for name, array in parameters.items()
+    }
+    for _ in range(2):
+        model.loss(ids, ids)
+        model.backward(scale=0.5)
+    assert set(model.gradients) == set(model.trained)
+    assert 0 < len(model.gradients) < len(expected)
+    assert model.flat_gradients.size == model.trained_size < model.flat_parameters.size
+    for name, gradient in model.gradients.items():
+        assert np.array_equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("patterns", FREEZE, ids="-".join)
+def test_optimizer_moves_what_is_trained_alone(
+    patterns: tuple[str, ...], rng: np.random.Generator
+) -> None:
+    ids = rng.integers(0, 61, (2, 9))
+    model = GPT2(ODD)
+    model.freeze(*patterns)
+    optimizer = AdamW(model)
+    before = {name: array.copy() for name, array in model.parameters.items()}
+    model.loss(ids, ids)
+    model.backward()
+    optimizer.step(0.1)
+    moved = {name for name, array in model.parameters.items() if (array != before[name]).any()}
+    assert moved == set(model.trained)
+    assert optimizer.m.size == model.trained_size
+
+
+def test_optimizer_of_other_parameters_is_refused() -> None:
+    model, ids = GPT2(ODD), np.ones((1, 2), int)
+    optimizer = AdamW(model)
+    model.freeze("wpe.*")
+    model.loss(ids, ids)
+    model.backward()
+    assert "make a new AdamW" in refused(optimizer.step)
+    model.unfreeze("wpe.*")
+    model.loss(ids, ids)
+    model.backward()
+    optimizer.step()
+
+
+def test_frozen_model_computes_nothing_below_its_lowest_trained_layer(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, model, called = rng.integers(0, 61, (2, 9)), GPT2(ODD, backend="numpy"), []
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            called.append(name)
+            return getattr(get_backend("numpy"), name)
+
+    model.freeze("w?e.*", "h.[01].*", "h.2.ln_1.*", "h.2.attn.*")
+    model.loss(ids, ids)
+    model.backend = Counted()  # type: ignore[assignment]
+    model._pending.run.ops = model.backend  # type: ignore[union-attr, assignment]
+    model.backward()
+    assert called == [
+        "layernorm_backward",  # ln_f
+        *("matmul_backward", "gelu_backward", "matmul_backward"),
+        "layernorm_backward",  # ln_2
+    ]
+
+
+def test_copies_and_pickles_keep_what_is_frozen(rng: np.random.Generator) -> None:
+    ids, model = rng.integers(0, 61, (2, 9)), GPT2(ODD)
+    model.freeze("h.0.*")
+    model.loss(ids, ids)
+    model.backward()
+    for same in (copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert same.trained == model.trained
+        assert np.array_equal(same.flat_gradients, model.flat_gradients)
+        assert np.array_equal(same.flat_parameters, model.flat_parameters)
+    model.unfreeze("*")
+    assert not model.flat_gradients.any()
+    assert same.trained != model.trained == tuple(GPT2(ODD).gradients)
+
+
+def test_freeze_refuses_names_that_are_none_and_a_model_without_a_rest() -> None:
+    model = GPT2(ODD)
+    for patterns in (("h.3.*",), ("wte",), ("wte.*", "")):
+        assert "no parameter has a name like" in refused(model.freeze, *patterns)
+    assert "leave some to train" in refused(model.freeze, "*")
+    assert len(model.trained) == len(model.parameters)

@@ -18,6 +18,8 @@ def make_model(size=37, decay_size=25, seed=0):
         flat_parameters=rng.normal(size=size).astype(np.float32),
         flat_gradients=rng.normal(size=size).astype(np.float32),
         decay_size=decay_size,
+        trained_size=size,
+        trained=("weights",),
     )
 
 

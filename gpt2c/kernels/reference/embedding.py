@@ -18,9 +18,9 @@ Array = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int32]
 
 
-def _times(idx: IntArray, offsets: IntArray | None) -> IntArray:
+def _times(rows: NDArray[Any], offsets: IntArray | None) -> IntArray:
     """Return where in its sequence each of the T tokens of a row stands, (T,)."""
-    t = np.arange(idx.shape[1], dtype=np.int32)
+    t = np.arange(rows.shape[1], dtype=np.int32)
     return t if offsets is None else t - np.repeat(offsets[:-1], np.diff(offsets))
 
 
@@ -75,7 +75,15 @@ def encoder_backward(
         np.add.at(dwpe, _times(idx, offsets), dout.sum(axis=0))
 
 
-def rope_forward(out: Array, qkv: Array, cos: Array, sin: Array, heads: int, position: int) -> None:
+def rope_forward(
+    out: Array,
+    qkv: Array,
+    cos: Array,
+    sin: Array,
+    offsets: IntArray | None,
+    heads: int,
+    position: int,
+) -> None:
     """Turn each pair of channels of q and k by an angle that its position decides.
 
     out_i = x_i cos - x_j sin,   out_j = x_j cos + x_i sin,   j = i + D, for each head x
@@ -88,8 +96,9 @@ def rope_forward(out: Array, qkv: Array, cos: Array, sin: Array, heads: int, pos
     out : (B, T, C), written; may be `qkv`
     qkv : (B, T, C)
     cos, sin : (at least position + T, D), a row for each position, an angle for each pair
-    heads : how many heads of a row are turned, the first ones: those of q and of k
-    position : where in its text the first of the T tokens stands
+    offsets : (S,) int32, the first row of each sequence of a ragged batch, then T; or None
+    heads : the number of heads of a row that are turned, the first ones: those of q and of k
+    position : position in its text of the first of the T tokens
 
     Source: Su et al. 2021, arXiv:2104.09864; the pairs are those of transformers' rotate_half.
     """
@@ -97,13 +106,19 @@ def rope_forward(out: Array, qkv: Array, cos: Array, sin: Array, heads: int, pos
     x = qkv.reshape(B, T, -1, 2, D)[:, :, :heads].copy()  # out may be qkv
     out[...] = qkv
     turned = out.reshape(B, T, -1, 2, D)[:, :, :heads]
-    c, s = (table[position : position + T, None] for table in (cos, sin))
+    c, s = (table[position + _times(qkv[..., 0], offsets), None] for table in (cos, sin))
     turned[..., 0, :] = x[..., 0, :] * c - x[..., 1, :] * s
     turned[..., 1, :] = x[..., 1, :] * c + x[..., 0, :] * s
 
 
 def rope_backward(
-    dqkv: Array, dout: Array, cos: Array, sin: Array, heads: int, position: int
+    dqkv: Array,
+    dout: Array,
+    cos: Array,
+    sin: Array,
+    offsets: IntArray | None,
+    heads: int,
+    position: int,
 ) -> None:
     """Write the gradient of qkv: the gradient of a turned pair is turned back.
 
@@ -113,7 +128,7 @@ def rope_backward(
     ----------
     dqkv : (B, T, C), written; may be `dout`
     dout : (B, T, C)
-    cos, sin, heads, position : as in the forward pass
+    cos, sin, offsets, heads, position : as in the forward pass
     """
     # out_i = x_i cos - x_j sin,   out_j = x_j cos + x_i sin
-    rope_forward(dqkv, dout, cos, -sin, heads, position)
+    rope_forward(dqkv, dout, cos, -sin, offsets, heads, position)

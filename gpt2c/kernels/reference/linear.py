@@ -63,8 +63,8 @@ def matmul_forward(
 
 
 def matmul_backward(
-    dx: Array,
-    dweight: Array,
+    dx: Array | None,
+    dweight: Array | None,
     dbias: Array | None,
     dout: Array,
     x: Array,
@@ -77,18 +77,19 @@ def matmul_backward(
 
     Parameters
     ----------
-    dx : (N, C), written; may be x
-    dweight : (OC, C), accumulated
-    dbias : (OC,), accumulated, or None if the layer has no bias
+    dx : (N, C), written; may be x; None where it is not wanted
+    dweight, dbias : (OC, C), (OC,), accumulated; None where it is not wanted
     dout : (N, OC)
     x, weight : (N, C), (OC, C)
     accumulate : False writes dweight and dbias, so they need not be 0 before
     """
     # out = x weight^T + bias
-    dweight[...] = dout.T @ x + (dweight if accumulate else 0)
+    if dweight is not None:
+        dweight[...] = dout.T @ x + (dweight if accumulate else 0)
     if dbias is not None:
         dbias[...] = dout.sum(axis=0) + (dbias if accumulate else 0)
-    dx[...] = dout @ weight
+    if dx is not None:
+        dx[...] = dout @ weight
 
 
 def matrix_transpose(out: NDArray[Any], x: NDArray[Any]) -> None:

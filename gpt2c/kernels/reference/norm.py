@@ -40,8 +40,8 @@ def layernorm_forward(
 
 def layernorm_backward(
     dx: Array,
-    dweight: Array,
-    dbias: Array,
+    dweight: Array | None,
+    dbias: Array | None,
     dout: Array,
     x: Array,
     weight: Array,
@@ -57,7 +57,7 @@ def layernorm_backward(
     ----------
     dx : (N, C), accumulated: `x` is the residual stream, and `dx` already holds the gradient that
         did not go through the branch
-    dweight, dbias : (C,), accumulated
+    dweight, dbias : (C,), accumulated; None where it is not wanted
     dout, x : (N, C)
     weight : (C,)
     mean, rstd : (N,), from the forward pass
@@ -65,8 +65,10 @@ def layernorm_backward(
     norm = (x - mean[:, None]) * rstd[:, None]
     # out = norm * weight + bias
     dnorm = dout * weight
-    dweight += (dout * norm).sum(axis=0)
-    dbias += dout.sum(axis=0)
+    if dweight is not None:
+        dweight += (dout * norm).sum(axis=0)
+    if dbias is not None:
+        dbias += dout.sum(axis=0)
     # norm = (x - mean(x)) * rstd(x). A row of norm has mean 0 and variance 1 for every x, so the
     # parts of dnorm that would change these are removed.
     shift = dnorm.mean(axis=1, keepdims=True)
@@ -94,7 +96,7 @@ def rmsnorm_forward(out: Array, rstd: Array, x: Array, weight: Array, eps: float
 
 
 def rmsnorm_backward(
-    dx: Array, dweight: Array, dout: Array, x: Array, weight: Array, rstd: Array
+    dx: Array, dweight: Array | None, dout: Array, x: Array, weight: Array, rstd: Array
 ) -> None:
     """Add the gradients of rmsnorm to those of its input and its weight.
 
@@ -104,7 +106,7 @@ def rmsnorm_backward(
     Parameters
     ----------
     dx : (N, C), accumulated, as layernorm's
-    dweight : (C,), accumulated
+    dweight : (C,), accumulated; None where it is not wanted
     dout, x : (N, C)
     weight : (C,)
     rstd : (N,), from the forward pass
@@ -112,8 +114,9 @@ def rmsnorm_backward(
     norm = x * rstd[:, None]
     # out = norm * weight
     dnorm = dout * weight
-    dweight += (dout * norm).sum(axis=0)
-    # norm = x * rstd(x): a row of norm cannot stretch, so the part of dnorm that asks for that is
-    # taken out
+    if dweight is not None:
+        dweight += (dout * norm).sum(axis=0)
+    # norm = x * rstd(x). The mean square of a row of norm is 1 for every x, so the part of dnorm
+    # that would change it is removed.
     stretch = (dnorm * norm).mean(axis=1, keepdims=True)
     dx += (dnorm - norm * stretch) * rstd[:, None]
