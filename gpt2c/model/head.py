@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot
 
@@ -79,16 +81,26 @@ class LanguageHead:
         targets : (N,), -1 is ignored
         weights : (N,), None for all 1
         """
-        losses, lse, accumulate = run.a["losses"], run.a["lse"], run.accumulate
-        for rows in self._blocks(run, len(x)):
-            part, wanted, logits = x[rows], targets[rows], self._logits(run, x[rows])
-            run.ops.crossentropy_forward(losses[rows], lse[rows], logits, wanted)
+        ops, weight, accumulate = run.ops, run.p[self.weight], run.accumulate
+        losses, lse = run.a["losses"], run.a["lse"]
+        is_live = targets >= 0 if weights is None else (targets >= 0) & (weights != 0)
+        live = None if is_live.all() else np.flatnonzero(is_live)  # other rows cost no product
+        for block in self._blocks(run, len(x) if live is None else live.size):
+            rows = block if live is None else live[block]
+            part, wanted = x[rows], targets[rows]  # views of a slice, copies of scattered rows
+            own_losses, own_lse, logits = losses[block], lse[block], self._logits(run, part)
             factors = None if weights is None else weights[rows]
-            run.ops.crossentropy_backward(logits, logits, lse[rows], wanted, factors, scale)
-            run.ops.matmul_backward(
-                part, d_weight, None, logits, part, run.p[self.weight], accumulate
-            )
+            ops.crossentropy_forward(own_losses, own_lse, logits, wanted)
+            ops.crossentropy_backward(logits, logits, own_lse, wanted, factors, scale)
+            ops.matmul_backward(part, d_weight, None, logits, part, weight, accumulate)
+            if live is not None:
+                x[rows] = part
             accumulate = True
+        if live is not None:
+            losses[live] = losses[: live.size].copy()
+            losses[~is_live] = x[~is_live] = 0
+            if d_weight is not None and not accumulate:
+                d_weight.fill(0.0)
         return losses
 
     def _logits(self, run: Run, x: Array) -> Array:
@@ -99,5 +111,7 @@ class LanguageHead:
 
     def _blocks(self, run: Run, N: int) -> Iterator[slice]:
         """Divide N rows into blocks of nearly one size, as many as there is memory for."""
-        size = -(-N // -(-N // len(run.a["logits"])))
-        return (slice(start, min(start + size, N)) for start in range(0, N, size))
+        if N:
+            size = -(-N // -(-N // len(run.a["logits"])))
+            for start in range(0, N, size):
+                yield slice(start, min(start + size, N))
