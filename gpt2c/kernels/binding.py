@@ -212,8 +212,20 @@ def source(op: Op) -> str:
     return "\n    ".join(lines)
 
 
+class _Method:
+    """An op's method, made from its source when it is used first."""
+
+    def __init__(self, op: Op) -> None:
+        self._op = op
+
+    def __get__(self, kernels: Kernels | None, owner: type[Kernels]) -> Any:
+        made: dict[str, Any] = {}
+        exec(source(self._op), made)  # a declaration of this package's own
+        method = made[self._op.name]
+        method.__doc__ = f"See `gpt2c.kernels.reference.{self._op.name}`."
+        setattr(owner, self._op.name, method)
+        return method if kernels is None else method.__get__(kernels, owner)
+
+
 for _op in OPS.values():
-    _made: dict[str, Any] = {}
-    exec(source(_op), _made)  # from this package's own declaration
-    _made[_op.name].__doc__ = f"See `gpt2c.kernels.reference.{_op.name}`."
-    setattr(Kernels, _op.name, _made[_op.name])
+    setattr(Kernels, _op.name, _Method(_op))

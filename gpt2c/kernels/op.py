@@ -29,9 +29,8 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
 from string import ascii_letters, digits
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["OPS", "Argument", "Op"]
 
@@ -112,8 +111,7 @@ ARRAY = re.compile(r"([+~]?)(\w+)\[(.*?)\](\w*)(\?)?(?:=(\w+))?")
 NUMBER = re.compile(r"(\w+)(?:=(\S+))?")
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """An array among the arguments of an op.
 
     Attributes
@@ -143,8 +141,7 @@ class Argument:
         return tuple(int(letter.rstrip(ascii_letters) or 1) for letter in self.shape)
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """A declared op.
 
     Attributes

@@ -15,8 +15,8 @@ own names and sizes. It knows nothing about the model around it, nor about who h
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = ["Batch", "Block", "IntArray", "Life", "Parameter", "Run", "Slot"]
 
 IntArray = NDArray[np.int32]
 Shape = tuple[int, ...]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Parameter(NamedTuple):
@@ -99,7 +100,6 @@ class Batch(NamedTuple):
         return self.B * self.T
 
 
-@dataclass(slots=True)
 class Run:
     """A batch on its way through the blocks: all that a block is handed; it owns nothing.
 
@@ -115,15 +115,22 @@ class Run:
     position : of the first token
     """
 
-    ops: Backend
-    p: Mapping[str, NDArray[Any]]
-    a: Mapping[str, Array]
-    batch: Batch
-    offsets: IntArray | None = None
-    g: Mapping[str, Array] = field(default_factory=dict)
-    accumulate: bool = True
-    caches: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
-    position: int = 0
+    __slots__ = ("a", "accumulate", "batch", "caches", "g", "offsets", "ops", "p", "position")
+
+    def __init__(
+        self,
+        ops: Backend,
+        p: Mapping[str, NDArray[Any]],
+        a: Mapping[str, Array],
+        batch: Batch,
+        offsets: IntArray | None = None,
+        caches: Mapping[str, tuple[Array, Array]] = NOTHING,
+        position: int = 0,
+    ) -> None:
+        self.ops, self.p, self.a, self.batch, self.offsets = ops, p, a, batch, offsets
+        self.caches, self.position = caches, position
+        self.g: Mapping[str, Array] = NOTHING
+        self.accumulate = True
 
     def rows(self, array: Array) -> Array:
         """View (N, C) as (B, T, C)."""

@@ -1,6 +1,6 @@
-"""GPT2Config and LlamaConfig: the numbers that define a model, and the blocks it is built of.
+"""GPT2Config: the numbers that define a GPT-2, under Hugging Face's names, and its blocks.
 
-Fields have the names of Hugging Face's config.json.
+Its base, ModelConfig, is the part that all kinds of models have.
 
 Knows nothing about arrays or backends.
 """
@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from gpt2c.model.attention import Attention
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.head import LanguageHead
-from gpt2c.model.mlp import MLP, SwiGLU
-from gpt2c.model.norm import LayerNorm, RMSNorm
-from gpt2c.model.rope import Rope
+from gpt2c.model.mlp import MLP
+from gpt2c.model.norm import LayerNorm
 from gpt2c.model.stack import Layer, Stack
 
-__all__ = ["FIXED", "GPT2Config", "LlamaConfig", "ModelConfig"]
+__all__ = ["FIXED", "GPT2Config", "ModelConfig", "check_eos", "check_numbers", "check_sizes"]
 
 # The fields of config.json that choose the arithmetic, each with the values that gpt2c implements.
 # `from_dict` refuses any other value; `to_dict` writes the first.
@@ -147,13 +146,13 @@ class GPT2Config(ModelConfig):
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-        _check_sizes(self, sizes, ("n_inner",), "n_layer")
+        check_sizes(self, sizes, ("n_inner",), "n_layer")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}"
             )
-        _check_numbers(self, RANGES)
-        _check_eos(self)
+        check_numbers(self, RANGES)
+        check_eos(self)
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
@@ -237,125 +236,7 @@ def _gpt2(config: GPT2Config) -> Stack:
     return Stack(embedding, layers, LayerNorm("ln_f", C, eps), head)
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig(ModelConfig):
-    """The shape of a Llama; the defaults are Llama 2 7B.
-
-    Parameters
-    ----------
-    vocab_size, max_position_embeddings : V token ids; the longest text has T tokens
-    hidden_size, num_hidden_layers, num_attention_heads : C channels, L layers, NH query heads
-    num_key_value_heads : KV heads of keys and values, which divide NH; None for NH
-    head_dim : HS channels of a head, an even number; None for C / NH
-    intermediate_size : F channels inside the MLP
-    rms_norm_eps : added to the mean square, from 1e-37 to 1
-    rope_theta : base of the rotary frequencies, from 1 to 1e9
-    tie_word_embeddings : whether the lm_head is the embedding's table
-    initializer_range : standard deviation of the initial weights, from 1e-37 to 1e4
-    eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
-
-    Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
-
-    Raises
-    ------
-    ValueError : a field is out of its range, or heads do not fit each other
-
-    Examples
-    --------
-    >>> from gpt2c.model.config import LlamaConfig
-    >>> LlamaConfig().num_parameters()
-    6738415616
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    eos_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse sizes and numbers that are out of range."""
-        sizes = (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-            *("num_attention_heads", "max_position_embeddings"),
-        )
-        _check_sizes(self, sizes, ("num_key_value_heads", "head_dim"), "num_hidden_layers")
-        _check_numbers(self, {"rms_norm_eps": (1e-37, 1.0), "rope_theta": (1.0, 1e9)})
-        _check_numbers(self, {"initializer_range": RANGES["initializer_range"]})
-        NH, KV = self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim is None and self.hidden_size % NH:
-            raise ValueError(
-                "hidden_size must be divisible by num_attention_heads, got"
-                f" {self.hidden_size} and {NH}"
-            )
-        if KV is not None and NH % KV:
-            raise ValueError(
-                f"num_attention_heads must be divisible by num_key_value_heads, got {NH} and {KV}"
-            )
-        if self.HS % 2:
-            raise ValueError(f"a head must have an even number of channels, got {self.HS}")
-        _check_eos(self)
-
-    @property
-    def HS(self) -> int:
-        """Channels of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def n_positions(self) -> int:
-        """GPT-2's name of max_position_embeddings."""
-        return self.max_position_embeddings
-
-    @property
-    def n_embd(self) -> int:
-        """GPT-2's name of hidden_size."""
-        return self.hidden_size
-
-    @property
-    def n_layer(self) -> int:
-        """GPT-2's name of num_hidden_layers."""
-        return self.num_hidden_layers
-
-    @property
-    def inner(self) -> int:
-        """Channels inside the MLP."""
-        return self.intermediate_size
-
-    def stack(self) -> Stack:
-        """Return the blocks of this model."""
-        return _llama(self)
-
-
-@functools.lru_cache(maxsize=8)
-def _llama(config: LlamaConfig) -> Stack:
-    C, std, eps = config.hidden_size, config.initializer_range, config.rms_norm_eps
-    NH, KV, HS = config.num_attention_heads, config.num_key_value_heads, config.HS
-    rope = Rope(config.max_position_embeddings, HS, config.rope_theta)
-    layers = [
-        Layer(
-            f"h.{i}",
-            RMSNorm(f"h.{i}.ln_1", C, eps),
-            Attention(f"h.{i}.attn", C, NH, std, KV=KV, HS=HS, bias=False, rope=rope),
-            RMSNorm(f"h.{i}.ln_2", C, eps),
-            SwiGLU(f"h.{i}.mlp", C, config.intermediate_size, std),
-        )
-        for i in range(config.num_hidden_layers)
-    ]
-    tied = config.tie_word_embeddings
-    embedding = Embedding(config.vocab_size, 0, C, std, tied)
-    head = LanguageHead(config.vocab_size, C, None if tied else std)
-    return Stack(embedding, layers, RMSNorm("ln_f", C, eps), head)
-
-
-def _check_sizes(
+def check_sizes(
     config: ModelConfig, sizes: tuple[str, ...], optional: tuple[str, ...], layers: str
 ) -> None:
     """Refuse sizes that are not whole numbers from 1 on; optional ones may be None."""
@@ -367,7 +248,7 @@ def _check_sizes(
             raise ValueError(f"{name} must be a whole number from 1 to {most}, got {value!r:.50}")
 
 
-def _check_numbers(config: ModelConfig, ranges: Mapping[str, tuple[float, float]]) -> None:
+def check_numbers(config: ModelConfig, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Refuse numbers that are out of their ranges."""
     for name, (least, greatest) in ranges.items():
         value = getattr(config, name)
@@ -378,7 +259,7 @@ def _check_numbers(config: ModelConfig, ranges: Mapping[str, tuple[float, float]
             )
 
 
-def _check_eos(config: ModelConfig) -> None:
+def check_eos(config: ModelConfig) -> None:
     """Refuse an end-of-text token outside of the vocabulary."""
     eos = config.eos_token_id
     if eos is not None and not (type(eos) is int and 0 <= eos < config.vocab_size):

@@ -10,7 +10,7 @@ from conftest import refused
 
 from gpt2c import AdamW
 from gpt2c.kernels.cases import normalised_error
-from gpt2c.model.config import LlamaConfig
+from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT
 from gpt2c.model.quantized import QuantizedModel
