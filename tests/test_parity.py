@@ -25,6 +25,8 @@ from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
 from gpt2c.model.config import FIXED
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
@@ -365,6 +367,70 @@ def test_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
         for name, p in model.named_parameters()
     }
     assert shapes == config.parameter_shapes()
+
+
+# ---- Llama ---------------------------------------------------------------------------------------
+
+LLAMAS = {
+    "grouped": LlamaConfig(97, 60, 71, 2, 6, 2, None, 64, tie_word_embeddings=False),
+    "wide heads": LlamaConfig(101, 30, 84, 2, 3, 1, 16, 40, rope_theta=500.0),
+    "tied": LlamaConfig(64, 48, 96, 3, 4, None, None, 64, tie_word_embeddings=True),
+}
+
+
+def torch_llama(config: LlamaConfig) -> Any:
+    """Return a Llama of transformers with random parameters."""
+    settings = transformers.LlamaConfig(
+        **dataclasses.asdict(config), attn_implementation="eager", pad_token_id=None
+    )
+    model = transformers.LlamaForCausalLM(settings).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.1 * noise)
+    return model
+
+
+def as_ours(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, np.ndarray]:
+    """Return gpt2c's parameters of transformers': q, k, v and gate, up stand in one matrix each."""
+    arrays = {name.removeprefix("model."): tensor.numpy() for name, tensor in tensors.items()}
+    ours = {"wte.weight": arrays["embed_tokens.weight"], "ln_f.weight": arrays["norm.weight"]}
+    if not config.tie_word_embeddings:
+        ours["lm_head.weight"] = arrays["lm_head.weight"]
+    for i in range(config.num_hidden_layers):
+        layer, h = f"layers.{i}.", f"h.{i}."
+        qkv = [arrays[f"{layer}self_attn.{part}_proj.weight"] for part in "qkv"]
+        gates = [arrays[f"{layer}mlp.{part}_proj.weight"] for part in ("gate", "up")]
+        ours |= {
+            h + "ln_1.weight": arrays[layer + "input_layernorm.weight"],
+            h + "attn.c_attn.weight": np.concatenate(qkv),
+            h + "attn.c_proj.weight": arrays[layer + "self_attn.o_proj.weight"],
+            h + "ln_2.weight": arrays[layer + "post_attention_layernorm.weight"],
+            h + "mlp.c_fc.weight": np.concatenate(gates),
+            h + "mlp.c_proj.weight": arrays[layer + "mlp.down_proj.weight"],
+        }
+    return ours
+
+
+@pytest.mark.parametrize("config", LLAMAS.values(), ids=LLAMAS)
+def test_llama_agrees(config: LlamaConfig, backend_name: str) -> None:
+    theirs, ours = torch_llama(config), Model(config, None, backend_name)
+    ours.load_parameters(as_ours(theirs.state_dict(), config), "transformers")
+    rng = np.random.default_rng(1)
+    idx, targets = rng.integers(0, config.vocab_size, (2, 2, config.n_positions))
+    targets[1, 5:9] = -1
+    logits = theirs(torch.from_numpy(idx)).logits
+    assert normalised_error(ours(idx), logits.detach().numpy()) <= LOGITS
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(targets).flatten(), ignore_index=-1
+    )
+    assert ours.loss(idx, targets) == pytest.approx(loss.item(), rel=LOGITS)
+    loss.backward()
+    ours.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, gradient in as_ours(gradients, config).items():
+        assert normalised_error(ours.gradients[name], gradient) <= GRADIENT, name
 
 
 # ---- texts ---------------------------------------------------------------------------------------
