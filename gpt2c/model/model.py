@@ -28,6 +28,7 @@ from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
 from gpt2c.model.plan import KEPT, Activations
+from gpt2c.model.trace import Trace
 
 __all__ = ["Model"]
 
@@ -255,6 +256,34 @@ class Model(LanguageModel):
             run = self._start(tokens, keep=False)
             out = self._stack.forward(run, tokens, states)
             self._stack.head.forward(run, logits.reshape(len(out), -1), out)
+
+    def trace(self, idx: ArrayLike) -> Trace:
+        """Return all that a forward pass writes, by name: for a look inside the model.
+
+        Parameters
+        ----------
+        idx : (B, T) token ids in [0, V), T <= n_positions
+
+        Raises
+        ------
+        ValueError : another shape, not whole numbers, an id out of range
+        RuntimeError : another thread computes with this model
+        MemoryError : the activations do not fit
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=257)
+        >>> trace = gpt2c.GPT2(config, seed=1).trace([[1, 2, 3]])
+        >>> trace["h.1.mlp.act"].shape, trace.attention(0).shape, trace.lens("h.0.out").shape
+        ((1, 3, 128), (1, 2, 3, 3), (1, 3, 257))
+        """
+        tokens = self._check_tokens(idx)
+        batch = Batch(*tokens.shape)
+        with self._owner.alone():
+            a = Activations(self._stack.slots, None).lay_out(batch, keep=True)
+            run = Run(self.backend, self._parameters, a, batch)
+            self._stack.forward(run, tokens)
+        return Trace(self._stack, run)
 
     def loss(
         self,
