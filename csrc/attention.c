@@ -10,7 +10,8 @@
  * down the rows and never across lanes. A product reads its left operand in place, one number repeated in all lanes,
  * and its right operand row by row. So q and, in backward, dout are copied, but no key or value is.
  *
- * Threads share the heads and, in forward, the blocks of queries. The order of each sum depends on T alone. */
+ * Threads share the heads and, in forward, the blocks of queries; in backward the key heads, each with the query heads
+ * that share it. The order of each sum depends on the sequence's length alone. */
 
 #include "internal.h"
 #include "vmath.h"
@@ -175,29 +176,42 @@ static int64_t lse_at(Sequences all, int64_t NH, int64_t s, int64_t h) {
     return all.offsets ? h * all.T + all.offsets[s] : (s * NH + h) * all.T;
 }
 
-/* Blocks of queries of a sequence, and of all sequences. */
-static int64_t sequence_blocks(Sequences all, int64_t s) { return ceil_div(sequence_length(all, s), TILE); }
-static int64_t all_blocks(Sequences all) {
-    if (!all.offsets) return all.B * ceil_div(all.T, TILE);
-    int64_t sum = 0;
-    for (int64_t s = 0; s < sequence_count(all); s++) sum += sequence_blocks(all, s);
-    return sum;
-}
-
-/* A task of the forward pass: a block of queries of one head. A head's last queries come first: they see the most keys,
- * so the longest tasks come first. */
+/* A task of the forward pass: a block of queries of one head, `rows` of them from `first` on in sequence s. */
 typedef struct {
-    int64_t s, h, first;
+    int64_t s, h, first, rows;
 } ForwardTask;
 
-static ForwardTask forward_task(Sequences all, int64_t NH, int64_t task) {
-    int64_t s = 0;
-    if (all.offsets)
-        for (; task >= NH * sequence_blocks(all, s); s++) task -= NH * sequence_blocks(all, s);
-    else
-        s = task / (NH * sequence_blocks(all, 0));
-    const int64_t blocks = sequence_blocks(all, s);
-    return (ForwardTask){s, task / blocks % NH, (blocks - 1 - task % blocks) * TILE};
+/* Blocks of queries are numbered so that a number gives its sequence without a list: the blocks of sequence s, in a
+ * ragged batch, begin at number offsets[s] / TILE + s. Some numbers stand for no block. */
+static int64_t block_numbers(Sequences all) {
+    return all.offsets ? all.T / TILE + all.S : all.B * ceil_div(all.T, TILE);
+}
+
+/* A head's last queries come first: they see the most keys, so the longest tasks come first. */
+static ForwardTask forward_task(Sequences all, int64_t NH, int64_t number) {
+    int64_t s, h, block;
+    if (all.offsets) {
+        const int64_t sought = number / NH;
+        int64_t high = all.S - 1;
+        for (s = 0; high - s > 1;) {
+            const int64_t middle = (s + high) / 2;
+            if (all.offsets[middle] / TILE + middle <= sought)
+                s = middle;
+            else
+                high = middle;
+        }
+        h = number % NH;
+        block = sought - all.offsets[s] / TILE - s;
+    } else {
+        const int64_t blocks = ceil_div(all.T, TILE);
+        s = number / (NH * blocks);
+        h = number / blocks % NH;
+        block = number % blocks;
+    }
+    const int64_t length = sequence_length(all, s), blocks = ceil_div(length, TILE);
+    if (block >= blocks) return (ForwardTask){s, h, 0, 0};
+    const int64_t first = (blocks - 1 - block) * TILE;
+    return (ForwardTask){s, h, first, min64(TILE, length - first)};
 }
 
 void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
@@ -214,14 +228,15 @@ void attention_forward(float *out, float *lse, float *keys, float *values, const
                 memcpy(values + (head * P + position + t) * HS, from + KV * HS, row);
             }
     }
-    for_shared (number, NH * all_blocks(all), worth(min64(T, TILE) * HS), team) {
+    for_shared (number, NH * block_numbers(all), worth(min64(T, TILE) * HS), team) {
         const ForwardTask task = forward_task(all, NH, number);
+        if (!task.rows) continue;
         const int64_t start = sequence_at(all, task.s), first = task.first, kv = task.h / (NH / KV);
         const float *q = qkv + (start + first) * W + task.h * HS, *k = qkv + start * W + C + kv * HS;
         const int64_t cached = (task.s * KV + kv) * P * HS;
         forward_block(out + (start + first) * C + task.h * HS, lse + lse_at(all, NH, task.s, task.h) + first, q,
                       keys ? keys + cached : k, keys ? values + cached : k + KV * HS, keys ? HS : W,
-                      (keys ? position : 0) + first, min64(TILE, sequence_length(all, task.s) - first), C, W, HS,
+                      (keys ? position : 0) + first, task.rows, C, W, HS,
                       scratch + team->member * thread_scratch_size(T, HS));
     }
 }

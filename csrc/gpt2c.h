@@ -157,19 +157,19 @@ void attention_backward(float *dqkv, const float *dout, const float *qkv, const 
 
 /* ---- rope: rotary positions ---------------------------------------------------------------------------------- */
 
-/* out (B,T,C): a row of qkv (B,T,C) holds heads of 2D channels, q, k and v. Of the first `heads`, those of q and k,
+/* out (B,T,W): a row of qkv (B,T,W) holds heads of 2D channels, q, k and v. Of the first `heads`, those of q and k,
  * each pair (i, i + D) is turned by the angle whose cosine and sine stand in the token's row of cos and sin (at least
  * position + T,D); the others are copied. out may be qkv. */
 void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, const int32_t *offsets,
-                  int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team);
+                  int64_t heads, int64_t position, int64_t B, int64_t T, int64_t W, int64_t D, int64_t S, Team *team);
 
-/* dqkv (B,T,C) = dout (B,T,C), its pairs turned back; dqkv may be dout. */
+/* dqkv (B,T,W) = dout (B,T,W), its pairs turned back; dqkv may be dout. */
 void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, const int32_t *offsets,
-                   int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team);
+                   int64_t heads, int64_t position, int64_t B, int64_t T, int64_t W, int64_t D, int64_t S, Team *team);
 
 /* ---- elementwise -------------------------------------------------------------------------------------------- */
 
-/* out (n) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the tanh form of GELU. */
+/* out (n) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the tanh form of GELU. out may be x. */
 void gelu_forward(float *out, const float *x, int64_t n, Team *team);
 
 /* dx (n) = dout * gelu'(x); dx may be dout. */

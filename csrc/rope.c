@@ -7,13 +7,13 @@
 
 /* direction 1 turns, -1 turns back. */
 static void turn(float *out, const float *x, const float *cos, const float *sin, const int32_t *offsets,
-                 float direction, int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D,
+                 float direction, int64_t heads, int64_t position, int64_t B, int64_t T, int64_t W, int64_t D,
                  int64_t S, Team *team) {
     const Sequences all = {offsets, B, T, S};
-    for_shared (bt, B * T, worth(C), team) {
+    for_shared (bt, B * T, worth(W), team) {
         const int64_t angle = (position + bt - sequence_start(all, bt)) * D;
-        const float *row = x + bt * C, *c = cos + angle, *s = sin + angle;
-        float *to = out + bt * C;
+        const float *row = x + bt * W, *c = cos + angle, *s = sin + angle;
+        float *to = out + bt * W;
         for (int64_t first = 0; first < heads * 2 * D; first += 2 * D) {
             for (int64_t i = 0; i < D; i += VF_LEN) {
                 vf a = vf_load_n(row + first + i, D - i), b = vf_load_n(row + first + D + i, D - i);
@@ -23,16 +23,16 @@ static void turn(float *out, const float *x, const float *cos, const float *sin,
             }
         }
         if (out != x) /* in place, the values are there already */
-            for (int64_t i = heads * 2 * D; i < C; i += VF_LEN) vf_store_n(to + i, vf_load_n(row + i, C - i), C - i);
+            for (int64_t i = heads * 2 * D; i < W; i += VF_LEN) vf_store_n(to + i, vf_load_n(row + i, W - i), W - i);
     }
 }
 
 void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, const int32_t *offsets,
-                  int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team) {
-    turn(out, qkv, cos, sin, offsets, 1.0f, heads, position, B, T, C, D, S, team);
+                  int64_t heads, int64_t position, int64_t B, int64_t T, int64_t W, int64_t D, int64_t S, Team *team) {
+    turn(out, qkv, cos, sin, offsets, 1.0f, heads, position, B, T, W, D, S, team);
 }
 
 void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, const int32_t *offsets,
-                   int64_t heads, int64_t position, int64_t B, int64_t T, int64_t C, int64_t D, int64_t S, Team *team) {
-    turn(dqkv, dout, cos, sin, offsets, -1.0f, heads, position, B, T, C, D, S, team);
+                   int64_t heads, int64_t position, int64_t B, int64_t T, int64_t W, int64_t D, int64_t S, Team *team) {
+    turn(dqkv, dout, cos, sin, offsets, -1.0f, heads, position, B, T, W, D, S, team);
 }

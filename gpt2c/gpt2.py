@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gpt2c.generate.continuation import Ids, Logprobs, Step, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TokenSettings
 from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.checks import check_kind
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.model import Model
@@ -240,10 +241,13 @@ class GPT2(WritingModel, Model):
 
     Attributes
     ----------
-    parameters, gradients : name -> float32 view into `flat_parameters`, `flat_gradients`; names and
-        order of `GPT2Config.parameter_shapes`. Each backward adds to the gradients until
-        `zero_grad`; their memory is allocated at the first use.
-    decay_size : the number of floats, at the start of the flat buffers, of tensors of 2 dimensions
+    parameters, gradients : name -> float32 view into `flat_parameters`, `flat_gradients`; names of
+        `GPT2Config.parameter_shapes`, in its order until some are frozen, which then come last and
+        have no gradients. Each backward adds to the gradients until `zero_grad`; their memory is
+        allocated at the first use.
+    trained : the names of the parameters that are trained, all that are not frozen
+    trained_size : the number of floats of these, at the start of both flat buffers
+    decay_size : the number of floats of those among them that AdamW decays, which come first
 
     Raises
     ------
@@ -282,6 +286,17 @@ class GPT2(WritingModel, Model):
     """
 
     config: GPT2Config
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        seed: int | None = 1337,
+        backend: str | Backend = "auto",
+        recompute: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        check_kind("config", config, GPT2Config, "a GPT2Config")
+        super().__init__(config, seed, backend, recompute, threads)
 
     @overload
     @classmethod

@@ -158,13 +158,12 @@ def _size(name: str, value: Any) -> int:
 
 def _check_offsets(name: str, offsets: NDArray[np.int32], B: int, T: int) -> int:
     """Check the offsets of a ragged batch; return the length of its longest sequence."""
+    if B != 1:
+        raise ValueError(f"{name} must come with a batch of B=1 row, which they divide, got B={B}")
     check_int32(name, offsets, offsets.shape, 0, T + 1)
     lengths = np.diff(offsets)
-    if B != 1 or len(offsets) < 2 or offsets[0] or offsets[-1] != T or lengths.min() < 1:
-        raise ValueError(
-            f"{name} must rise from 0 to T={T}, in a batch of B=1 row, got {offsets.tolist()!r:.50}"
-            f" and B={B}"
-        )
+    if len(offsets) < 2 or offsets[0] or offsets[-1] != T or lengths.min() < 1:
+        raise ValueError(f"{name} must rise from 0 to T={T}, got {offsets.tolist()!r:.50}")
     return int(lengths.max())
 
 
@@ -267,6 +266,8 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
 
     def line(array: Argument, absent: str = "") -> str:
         shape = "any shape" if array.shape == ("*",) else f"({', '.join(array.shape)})"
+        if array.kind == "offsets":
+            shape += " int32, the first row of each sequence of a ragged batch, then T"
         return f"{array.name} : {shape}{absent if array.optional else ''}"
 
     summary = inspect.cleandoc(getattr(reference, op.name).__doc__ or "")

@@ -204,7 +204,8 @@ def source(op: Op) -> str:
     weights = [array.name for array in op.arrays if array.kind == "weights"]
     pointers = [f"self.{VIEWS[array.kind]}({array.name})" for array in op.arrays]
     lines = [f"def {op.name}(self, {', '.join([*arguments, *defaults])}):"]
-    lines += [f"{letter} = {size(letter)}" for letter in sorted(letters, key="HS".__eq__)]
+    lines += [f"{letter} = {size(letter)}" for letter in letters if letter != "HS"]
+    lines += [f"HS = {size('HS')}"] if "HS" in letters else []  # of C and NH, which come before
     if "type" in op.told:
         lines.append(f"kind = self._type({weights[0]})")
     handed = ", ".join([repr(op.name), *pointers, *op.numbers, *map(told, op.told)])

@@ -62,32 +62,36 @@ attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
                     <- qkv[B T W] offsets[S]offsets? position=0
                     | attention_scratch_size(T HS threads) B T C NH W P S
     C = W * NH // max(1, NH + 2 * KV)
-    n_head: 1 <= KV <= NH and NH % KV == 0 and C % NH == 0 and W * NH == C * (NH + 2 * KV)
-    keys: P == 0 or NH * HS == C and S == 0
-    position: 0 <= position <= P - T if P else position == 0
+    n_head: NH >= 1
+    n_kv_head: 1 <= KV <= NH and NH % KV == 0
+    n_head: W % (NH + 2 * KV) == 0
+    keys: P == 0 or W == (NH + 2 * KV) * HS
+    offsets: P == 0 or S == 0
+    position: P > 0 or position == 0
+    position: 0 <= position <= max(0, P - T)
 attention_backward  dqkv[B T W]=qkv
                     <- dout[B T C] qkv[B T W] out[B T C] lse[B NH T] offsets[S]offsets?
                     | attention_scratch_size(T HS threads) B T C NH W S
     lse: C % NH == 0
     qkv: W > C and (W - C) % (2 * C // NH) == 0 and NH % ((W - C) // (2 * C // NH)) == 0
 
-gelu_forward        out[*] <- x[*] | n
+gelu_forward        out[*]=x <- x[*] | n
 gelu_backward       dx[*]=dout <- dout[*] x[*] | n
 swiglu_forward      out[N C] <- x[N 2C] | N C
 swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
 
-rope_forward        out[B T C]=qkv
-                    <- qkv[B T C] cos[P D] sin[P D] offsets[S]offsets? heads position=0
-                    | B T C D S
-    qkv: C % (2 * D) == 0
-    heads: 1 <= heads <= C // (2 * D)
+rope_forward        out[B T W]=qkv
+                    <- qkv[B T W] cos[P D] sin[P D] offsets[S]offsets? heads position=0
+                    | B T W D S
+    qkv: W % (2 * D) == 0
+    heads: 1 <= heads <= W // (2 * D)
     position: 0 <= position <= P - longest
-rope_backward       dqkv[B T C]=dout
-                    <- dout[B T C] cos[P D] sin[P D] offsets[S]offsets? heads position=0
-                    | B T C D S
-    dout: C % (2 * D) == 0
-    heads: 1 <= heads <= C // (2 * D)
+rope_backward       dqkv[B T W]=dout
+                    <- dout[B T W] cos[P D] sin[P D] offsets[S]offsets? heads position=0
+                    | B T W D S
+    dout: W % (2 * D) == 0
+    heads: 1 <= heads <= W // (2 * D)
     position: 0 <= position <= P - longest
 
 crossentropy_forward

@@ -58,11 +58,11 @@ class Attention:
         yield from self.proj.parameters()
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
-        """Yield q, k, v; the heads' outputs; the log of each softmax's denominator."""
+        """Yield q, k, v; the heads' outputs and their gradient; the log of the denominators."""
         yield Slot(self._qkv, (batch.N, self.qkv.OC), Life.INNER)
         yield Slot(self._att, (batch.N, self.proj.C), Life.INNER)
         yield Slot(self._lse, (batch.B, self.NH, batch.T), Life.INNER)
-        yield Slot(self._d_att, (batch.N, self.proj.C), Life.SCRATCH)
+        yield Slot(self._d_att, (batch.N, self.proj.C), Life.GRADIENT)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds: a query sees T/2 keys on average, for q k^T and for p v."""

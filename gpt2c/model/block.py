@@ -37,7 +37,8 @@ class Parameter(NamedTuple):
 
     Attributes
     ----------
-    name, shape : name is Hugging Face's without "transformer."
+    name, shape : the names are GPT-2's in Hugging Face's files, without "transformer."; the blocks
+        of other models have GPT-2's names, too
     fill : its first value, where std is 0
     std : the standard deviation of first values drawn from a normal distribution
     shrink : they are divided by this, where several layers add to one stream
@@ -111,7 +112,7 @@ class Run:
     batch : its sizes
     offsets : of a ragged batch, which is one row: the first token of each sequence, then T
     accumulate : whether backward adds to the gradients of matrices, or writes them
-    caches : of a text that is read bit by bit, a block's name -> what it remembers
+    caches : of a text that is read in parts, a block's name -> what it remembers
     position : of the first token
     """
 

@@ -1,8 +1,6 @@
 """GPT2Config: the numbers that define a GPT-2, under Hugging Face's names, and its blocks.
 
 Its base, ModelConfig, is the part that all kinds of models have.
-
-Knows nothing about arrays or backends.
 """
 
 from __future__ import annotations

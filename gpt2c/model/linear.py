@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Parameter, Run, Slot
+from gpt2c.model.block import Parameter, Run
 
 __all__ = ["Linear"]
 
@@ -37,10 +37,6 @@ class Linear:
         )
         if self.bias:
             yield Parameter(self.bias, (self.OC,))
-
-    def slots(self, batch: Batch) -> Iterable[Slot]:
-        """Nothing is needed beside x and out."""
-        return ()
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds of a token."""

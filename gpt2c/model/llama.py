@@ -25,7 +25,7 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(ModelConfig):
-    """The shape of a Llama; the defaults are Llama 2 7B.
+    """The shape of a Llama; the defaults are Llama 7B, as transformers has them.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def _llama(config: LlamaConfig) -> Stack:
             RMSNorm(f"h.{i}.ln_1", C, eps),
             Attention(f"h.{i}.attn", C, NH, std, KV=KV, HS=HS, bias=False, rope=rope),
             RMSNorm(f"h.{i}.ln_2", C, eps),
-            SwiGLU(f"h.{i}.mlp", C, config.intermediate_size, std),
+            SwiGLU(f"h.{i}.mlp", C, config.intermediate_size, std, bias=False),
         )
         for i in range(config.num_hidden_layers)
     ]

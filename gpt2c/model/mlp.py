@@ -23,11 +23,16 @@ class MLP:
     name : of the block; its linear layers are name.c_fc and name.c_proj
     C, F : channels outside and inside
     std, shrink : of the first weights; those of c_proj shrink
+    bias : whether the linear layers have one
     """
 
-    def __init__(self, name: str, C: int, F: int, std: float, shrink: float) -> None:
-        self.fc = Linear(name + ".c_fc", C, F, std)
-        self.proj = Linear(name + ".c_proj", F, C, std, shrink)
+    _width = 1  # numbers of the first layer's output for each inner channel
+
+    def __init__(
+        self, name: str, C: int, F: int, std: float, shrink: float = 1.0, bias: bool = True
+    ) -> None:
+        self.fc = Linear(name + ".c_fc", C, self._width * F, std, bias=bias)
+        self.proj = Linear(name + ".c_proj", F, C, std, shrink, bias)
         self._fc, self._act = name + ".fc", name + ".act"
 
     def parameters(self) -> Iterable[Parameter]:
@@ -76,15 +81,10 @@ class SwiGLU(MLP):
 
     Parameters
     ----------
-    name : of the block; its linear layers are name.c_fc, gate above up, and name.c_proj
-    C, F : channels outside and inside
-    std : of the first weights
+    name, C, F, std, shrink, bias : see `MLP`; the rows of name.c_fc are gate's, then up's
     """
 
-    def __init__(self, name: str, C: int, F: int, std: float) -> None:
-        super().__init__(name, C, F, std, 1.0)
-        self.fc = Linear(name + ".c_fc", C, 2 * F, std, bias=False)
-        self.proj = Linear(name + ".c_proj", F, C, std, bias=False)
+    _width = 2
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield gate and up, and what becomes of them."""

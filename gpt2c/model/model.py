@@ -69,10 +69,15 @@ class _Pending(NamedTuple):
         if self.targets is None:
             raise ValueError("weights are for losses(idx, targets): loss() has computed a mean")
         offsets = self.run.offsets
-        wanted = [self.run.batch] if offsets is None else [(n,) for n in np.diff(offsets).tolist()]
+        wanted = (
+            [tuple(self.run.batch)]
+            if offsets is None
+            else [(n,) for n in np.diff(offsets).tolist()]
+        )
         try:
             parts = [weights] if offsets is None else list(weights)  # type: ignore[arg-type]
-            arrays = [np.asarray(part, np.float32) for part in parts]
+            with np.errstate(over="ignore"):
+                arrays = [np.asarray(part, np.float32) for part in parts]
         except (TypeError, ValueError):
             arrays = []
         if [array.shape for array in arrays] != wanted:
@@ -110,9 +115,6 @@ class Model(LanguageModel):
         )
         self._lay_out(frozenset())
         self._memory = Activations(self._slots, recompute)
-        self._spare_memory = aligned_zeros(0)
-        # of the last loss, for wte: spare memory, or that of void gradients
-        self._d_head: Array | None = None
         self._pending: _Pending | None = None  # of a loss that backward has not seen
         self._owner = Owner()
         if seed is not None:
@@ -135,12 +137,16 @@ class Model(LanguageModel):
         self.decay_size, self.trained_size = offsets[len(groups[0])], offsets[len(self.trained)]
         self._made_grads: _Gradients | None = None
         self._void = True  # the gradients count as 0, whatever their memory holds
+        self._spare_memory = aligned_zeros(0)
+        # The head's gradient of the last loss: in spare memory, or in that of void gradients.
+        self._d_head: Array | None = None
 
     def freeze(self, *patterns: str) -> None:
         """Train these parameters no longer: they get no gradients, and no moments in AdamW.
 
-        Backward computes nothing below the lowest layer that is still trained. Gradients that were
-        there are gone, and `parameters` has new arrays. Make the optimizer after this.
+        Backward computes nothing below the lowest layer that is still trained. The parameters move:
+        `parameters` has new arrays, gradients are gone, and an optimizer or a decoder made before
+        must be made again. Copies and pickles keep what is frozen; files do not say it.
 
         Parameters
         ----------
@@ -162,18 +168,29 @@ class Model(LanguageModel):
         >>> len(model.parameters), len(model.gradients)
         (28, 14)
         """
+        if not patterns:
+            raise ValueError('name what to freeze, for instance freeze("wte.*", "h.0.*")')
         self._set_frozen(self._frozen | self._names_that_fit(patterns))
 
     def unfreeze(self, *patterns: str) -> None:
-        """Train these parameters again, see `freeze`."""
-        self._set_frozen(self._frozen - self._names_that_fit(patterns))
+        """Train these parameters again, without patterns all; see `freeze`.
+
+        Raises
+        ------
+        ValueError, RuntimeError, MemoryError : see `freeze`
+        """
+        self._set_frozen(self._frozen - self._names_that_fit(patterns or ("*",)))
 
     def _names_that_fit(self, patterns: Sequence[str]) -> frozenset[str]:
         found: set[str] = set()
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise ValueError(f"a pattern of names must be a string, got {pattern!r:.50}")
             fitting = fnmatch.filter(self._parameters, pattern)
             if not fitting:
-                raise ValueError(f"no parameter has a name like {pattern!r}; one is 'wte.weight'")
+                whole = fnmatch.filter(self._parameters, f"{pattern}.*")
+                hint = f"did you mean '{pattern}.*'?" if whole else "one is 'wte.weight'"
+                raise ValueError(f"no parameter has a name like {pattern!r}; {hint}")
             found.update(fitting)
         return frozenset(found)
 
@@ -242,7 +259,8 @@ class Model(LanguageModel):
         """Set up the model from a state, in memory of its own."""
         backend = same_backend(*state["backend"])
         Model.__init__(self, state["config"], None, backend, state["recompute"])
-        self._lay_out(state["frozen"])
+        if state["frozen"]:
+            self._lay_out(state["frozen"])
         self.flat_parameters[...] = state["parameters"]
         if state["gradients"] is not None:
             self._grads.flat[...] = state["gradients"]
@@ -306,8 +324,8 @@ class Model(LanguageModel):
 
         Raises
         ------
-        ValueError : another shape, not whole numbers, an id out of range, every target ignored, a
-            count that is not positive
+        ValueError : another shape, not whole numbers, an id out of range, every target ignored and
+            no count, a count that is not positive
         RuntimeError : another thread computes with this model
         MemoryError, OSError : the activations do not fit, or the threads cannot start
         """
@@ -317,8 +335,8 @@ class Model(LanguageModel):
             count = int(np.count_nonzero(wanted >= 0))
             if not count:
                 raise ValueError("targets are all -1 (ignored): they have no mean")
-        elif not 0 < number("count", count) <= LARGEST_FLOAT:
-            raise ValueError(f"count must be positive, got {count}")
+        elif not 1 / LARGEST_FLOAT <= number("count", count) <= LARGEST_FLOAT:
+            raise ValueError(f"count must be positive and finite as a float32, got {count}")
         head = self._stack.head
         with self._owner.alone():
             run = self._start(tokens, keep, offsets)
@@ -353,7 +371,7 @@ class Model(LanguageModel):
 
         Raises
         ------
-        ValueError, RuntimeError, MemoryError, OSError : see `loss`
+        ValueError, RuntimeError, MemoryError, OSError : see `loss`, but every target may be ignored
         """
         tokens, offsets = self._check_batch(idx, "idx", 0)
         wanted = self._check_batch_targets(targets, tokens, offsets)
@@ -409,14 +427,14 @@ class Model(LanguageModel):
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""
-        wte = self._grads.own.get(self._stack.head.weight)
-        return wte if self._void or wte is None else self._spare(wte)
+        own = self._grads.own.get(self._stack.head.weight)
+        return own if self._void or own is None else self._spare(own)
 
-    def _spare(self, wte: Array) -> Array:
-        """Return memory of wte's shape beside the gradients, where they must not be touched."""
-        if self._spare_memory.size != wte.size:
-            self._spare_memory = aligned_zeros(wte.size)
-        return self._spare_memory.reshape(wte.shape)
+    def _spare(self, own: Array) -> Array:
+        """Return memory for the head's gradient beside its own, which must not be touched."""
+        if self._spare_memory.size != own.size:
+            self._spare_memory = aligned_zeros(own.size)
+        return self._spare_memory.reshape(own.shape)
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -453,10 +471,10 @@ class Model(LanguageModel):
     def _settle(self) -> None:
         """Write zeros to the memory of void gradients."""
         if self._void:
-            wte = self._grads.own.get(self._stack.head.weight)
-            if self._pending is not None and wte is not None and self._d_head is wte:
-                self._d_head = self._spare(wte)
-                np.copyto(self._d_head, wte)
+            own = self._grads.own.get(self._stack.head.weight)
+            if self._pending is not None and own is not None and self._d_head is own:
+                self._d_head = self._spare(own)
+                np.copyto(self._d_head, own)
             self._grads.flat.fill(0.0)
             self._void = False
 
@@ -485,7 +503,8 @@ class Model(LanguageModel):
         with self._owner.alone():
             if self._pending is None:
                 raise ValueError(
-                    "backward needs a loss: call loss(idx, targets) before each backward()"
+                    "backward needs a loss: call loss(idx, targets) before each backward(), and"
+                    " after freeze()"
                 )
             self._owner.check_loss()
             pending = self._pending
@@ -510,10 +529,10 @@ class Model(LanguageModel):
             np.multiply(d_out, np.float32(scale), out=d_out)
         if d_head is None:
             return
-        wte = run.g[self._stack.head.weight]
+        own = run.g[self._stack.head.weight]
         if scale != 1.0:
             np.multiply(d_head, np.float32(scale), out=d_head)
         if run.accumulate:
-            self.backend.residual_forward(wte, wte, d_head)
-        elif d_head is not wte:
-            np.copyto(wte, d_head)
+            self.backend.residual_forward(own, own, d_head)
+        elif d_head is not own:
+            np.copyto(own, d_head)

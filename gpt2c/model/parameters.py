@@ -41,7 +41,7 @@ def check_shapes(
             )
     unknown = sorted(tensors.keys() - shapes.keys())
     if unknown:
-        raise ValueError(f"{source}: a GPT-2 has no tensor {unknown[0]}")
+        raise ValueError(f"{source}: this model has no tensor {unknown[0]}")
 
 
 def converted_bytes(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -98,7 +98,7 @@ class Activations:
 def parts_needed(
     config: ModelConfig, B: int, T: int, recompute: str | None = None
 ) -> dict[str, int]:
-    """Return the bytes of what a model, AdamW and a batch need: name -> bytes."""
+    """Return the bytes of a model, AdamW and a batch, without scratch memory: name -> bytes."""
     parameters = 4 * aligned_offsets(config.parameter_shapes())[""]
     stack, batch = config.stack(), Batch(B, T)
     slots = [*stack.slots(batch), *stack.head.slots(batch)]

@@ -61,7 +61,8 @@ class QuantizedModel(LanguageModel):
         super().__init__(config, as_backend(backend, threads))
         if method not in DTYPES:
             raise ValueError(f"quantize must be one of {', '.join(DTYPES)}, got {method!r}")
-        longest = max(config.n_embd, config.inner)
+        shapes = [one.shape for one in config.stack().parameters().values() if one.small]
+        longest = max(columns for _, columns in shapes)
         if method == "int8" and longest > LONGEST:
             raise ValueError(f"int8 weights have at most {LONGEST} channels, got {longest}")
         self.method = method

@@ -3,7 +3,8 @@
 A text costs one pass over the weights for each chunk of new tokens; earlier tokens are not computed
 again. Two ways lead through the layers. The blocks' own forward takes many tokens of one text. The
 kernels' `decode_step` takes one token of each of several texts in one call; the bits of a row do
-not depend on the other rows.
+not depend on the other rows. It knows GPT-2's layer only: other models, and the backend "numpy",
+read one text after the other.
 
 Knows nothing about sampling or text.
 """

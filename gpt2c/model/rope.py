@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpt2c.kernels.memory import Array
+from gpt2c.kernels.memory import Array, require
 from gpt2c.model.block import Run
 
 __all__ = ["Rope"]
@@ -25,25 +25,25 @@ class Rope:
     """
 
     def __init__(self, P: int, HS: int, theta: float) -> None:
-        self._sizes = P, HS, theta
-        self._tables: tuple[Array, Array] | None = None  # made when they are needed first
+        self._P, self._frequencies = P, theta ** -(np.arange(0, HS, 2) / HS)
+        self._tables: tuple[Array, Array] | None = None
 
-    @property
-    def tables(self) -> tuple[Array, Array]:
-        """The cosines and sines, (P, HS / 2) each."""
-        if self._tables is None:
-            P, HS, theta = self._sizes
-            frequencies = theta ** -(np.arange(0, HS, 2) / HS)
-            angles = np.arange(P)[:, None] * frequencies
-            self._tables = np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
+    def tables(self, rows: int) -> tuple[Array, Array]:
+        """Return cosines and sines (at least `rows`, HS / 2), made as far as texts have come."""
+        if self._tables is None or len(self._tables[0]) < rows:
+            positions = np.arange(min(self._P, 2 * rows))
+            size = 32 * len(positions) * len(self._frequencies)  # float64 on the way
+            require("rotary positions", {"tables": size}, "take shorter texts")
+            angles = positions[:, None] * self._frequencies
+            self._tables = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         return self._tables
 
     def forward(self, run: Run, qkv: Array, heads: int) -> None:
         """Turn the first `heads` heads, those of q and k, of each row of qkv (N, W) in place."""
-        rows = run.rows(qkv)
-        run.ops.rope_forward(rows, rows, *self.tables, run.offsets, heads, run.position)
+        rows, tables = run.rows(qkv), self.tables(run.position + run.batch.T)
+        run.ops.rope_forward(rows, rows, *tables, run.offsets, heads, run.position)
 
     def backward(self, run: Run, d_qkv: Array, heads: int) -> None:
         """Turn their gradients back, in place."""
-        rows = run.rows(d_qkv)
-        run.ops.rope_backward(rows, rows, *self.tables, run.offsets, heads, run.position)
+        rows, tables = run.rows(d_qkv), self.tables(run.position + run.batch.T)
+        run.ops.rope_backward(rows, rows, *tables, run.offsets, heads, run.position)

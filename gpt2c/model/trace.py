@@ -1,4 +1,4 @@
-"""Trace: all that a forward pass writes, by name, to look inside a model.
+"""Trace: the channels that a forward pass writes, by name, to look inside a model.
 
     encoded          the embeddings
     h.0.ln_1         the first norm's output

@@ -156,7 +156,7 @@ class AdamW:
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Return all that the next step needs of earlier ones, except `steps`: name -> array.
 
-        The arrays are the optimizer's own, not copies: float32, laid out as the parameters.
+        The arrays are the optimizer's own, not copies: float32, laid out as the gradients.
         """
         return {"m": self.m, "v": self.v}
 
@@ -165,7 +165,8 @@ class AdamW:
 
         Parameters
         ----------
-        state : the result of `state`, also when it was stored since; the arrays are copied
+        state : the result of `state`, also when it was stored since, of an optimizer for which the
+            same parameters were trained, which the arrays do not say; they are copied
         steps : int, the number of steps taken, at least 0
 
         Raises

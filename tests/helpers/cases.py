@@ -103,6 +103,9 @@ ATTENTION = shapes(
     + [(1, 19, 2, HS) for HS in VECTOR_EDGES]
     + [(1, 64, 12, 64), (2, 256, 1, 64), (1, 300, 2, 64), (1, 257, 1, 64)],
 ) + shapes("B T NH HS kind", [(2, 40, 2, 64, "saturated"), (1, 130, 1, 33, "saturated")])
+RAGGED_ROPE = shapes(
+    "B T NH D position S", [(1, 1, 2, 8, 0, 2), (1, 40, 3, 17, 64, 5), (1, 33, 2, 4, 0, 34)]
+)
 GROUPED = shapes(
     "B T NH HS KV", [(2, 65, 6, 16, 2), (1, 130, 4, 33, 1), (1, 9, 9, 64, 3), (3, 1, 2, 8, 1)]
 )
@@ -180,6 +183,8 @@ OF_BLOCKS: dict[str, list[Shape]] = {
     "matrix_transpose": TRANSPOSE,
     "attention_forward": ATTENTION + CACHE + GROUPED + GROUPED_CACHE + RAGGED,
     "attention_backward": ATTENTION + GROUPED + RAGGED,
+    "rope_forward": [*edges("rope_forward"), *RAGGED_ROPE],
+    "rope_backward": [*edges("rope_backward"), *RAGGED_ROPE],
     "crossentropy_forward": CROSSENTROPY,
     "crossentropy_backward": [
         *CROSSENTROPY,

@@ -62,6 +62,7 @@ DIFFERENTIATED = [
     Case("attention_forward", {"B": 2, "T": 5, "NH": 6, "HS": 3, "KV": 2}),
     Case("attention_forward", {"B": 1, "T": 11, "NH": 4, "HS": 3, "KV": 2, "S": 4}),
     Case("encoder_forward", {"B": 1, "T": 9, "C": 5, "V": 3, "S": 4}),
+    Case("rope_forward", {"B": 1, "T": 9, "NH": 2, "D": 3, "S": 4}),
 ]
 
 

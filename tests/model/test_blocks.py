@@ -14,9 +14,15 @@ from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Life, Run
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT
 
 ODD = GPT2Config(vocab_size=61, n_positions=70, n_embd=34, n_layer=3, n_head=2, n_inner=51)
+LLAMA = LlamaConfig(61, 30, 71, 2, 6, 2, 10, 70)
+BOTH = pytest.mark.parametrize(
+    ("config", "taken_in_a_layer"), [(ODD, 4), (LLAMA, 5)], ids=["GPT-2", "Llama"]
+)
 LENGTHS = (3, 70, 1, 17)
 
 
@@ -24,19 +30,24 @@ def sequences(rng: np.random.Generator, low: int = 0) -> list[Any]:
     return [rng.integers(low, 61, length) for length in LENGTHS]
 
 
-def gradients(model: GPT2) -> Array:
+def gradients(model: Model) -> Array:
     return model.flat_gradients.copy()
 
 
 # ---- lives ---------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("recompute", KEPT)
 def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
-    recompute: str | None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    config: Any,
+    taken_in_a_layer: int,
+    recompute: str | None,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     idx = rng.integers(0, 61, (2, 33))
-    model = GPT2(ODD, recompute=recompute)
+    model = Model(config, recompute=recompute)
     model.loss(idx, idx)
     model.backward()
     expected, taken = gradients(model), 0
@@ -50,16 +61,17 @@ def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
     model.zero_grad()
     model.loss(idx, idx)
     model.backward()
-    assert taken == 4 * ODD.n_layer
+    assert taken == taken_in_a_layer * config.n_layer
     assert np.array_equal(gradients(model), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("recompute", KEPT)
 def test_backward_reads_no_activation_whose_life_has_ended(
-    recompute: str | None, rng: np.random.Generator
+    config: Any, taken_in_a_layer: int, recompute: str | None, rng: np.random.Generator
 ) -> None:
     idx = rng.integers(0, 61, (2, 33))
-    model = GPT2(ODD, recompute=recompute)
+    model = Model(config, recompute=recompute)
     model.loss(idx, idx)
     model.backward()
     expected = gradients(model)
@@ -168,7 +180,7 @@ def test_eight_batches_of_one_add_up_to_one_of_eight(
     assert np.abs(gradients(model) - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("count", [0, -1, np.nan, np.inf])
+@pytest.mark.parametrize("count", [0, -1, np.nan, np.inf, 1e-40])
 def test_count_must_be_positive(count: float) -> None:
     ids = np.ones((1, 3), int)
     assert "count must be positive" in refused(GPT2(ODD).loss, ids, ids, count=count)
@@ -224,7 +236,7 @@ def test_weights_make_the_weighted_sum_of_each_tokens_gradient(
 def test_weights_of_another_shape_are_refused(weights: Any) -> None:
     model, ids = GPT2(ODD), np.ones((4, 9), int)
     model.losses(ids, ids)
-    assert "the shape of losses" in refused(model.backward, weights=weights)
+    assert "the shape of losses, [(4, 9)]" in refused(model.backward, weights=weights)
     model.backward(weights=np.ones((4, 9)))
 
 
@@ -294,6 +306,23 @@ def test_optimizer_moves_what_is_trained_alone(
     assert optimizer.m.size == model.trained_size
 
 
+@pytest.mark.parametrize("patterns", [("lm_head.*",), ("wte.*",), ("wte.*", "h.0.*")])
+def test_frozen_tables_of_a_llama_change_no_bit_of_the_others_gradients(
+    patterns: tuple[str, ...], backend: Any, rng: np.random.Generator
+) -> None:
+    ids, model = rng.integers(0, 61, (2, 9)), Model(LLAMA, backend=backend)
+    for _ in range(2):  # written, then added to
+        model.loss(ids, ids)
+        model.backward()
+    expected = {name: array.copy() for name, array in model.gradients.items()}
+    model.freeze(*patterns)
+    for _ in range(2):
+        model.loss(ids, ids)
+        model.backward()
+    for name, gradient in model.gradients.items():
+        assert np.array_equal(gradient, expected[name]), name
+
+
 def test_optimizer_of_other_parameters_is_refused() -> None:
     model, ids = GPT2(ODD), np.ones((1, 2), int)
     optimizer = AdamW(model)
@@ -348,4 +377,14 @@ def test_freeze_refuses_names_that_are_none_and_a_model_without_a_rest() -> None
     for patterns in (("h.3.*",), ("wte",), ("wte.*", "")):
         assert "no parameter has a name like" in refused(model.freeze, *patterns)
     assert "leave some to train" in refused(model.freeze, "*")
+    assert len(model.trained) == len(model.parameters)
+
+
+def test_freeze_refuses_what_is_no_name_and_helps_with_a_name_that_is_short() -> None:
+    model = GPT2(ODD)
+    assert "must be a string, got ['wte.*']" in refused(model.freeze, ["wte.*"])
+    assert "did you mean 'h.0.*'?" in refused(model.freeze, "h.0")
+    assert "name what to freeze" in refused(model.freeze)
+    model.freeze("wte.*", "h.0.*")
+    model.unfreeze()
     assert len(model.trained) == len(model.parameters)

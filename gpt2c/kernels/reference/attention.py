@@ -72,6 +72,7 @@ def attention_forward(
 
     p = softmax(scores),   scores = q k^T / sqrt(HS) for keys not later than the query,   out = p v
 
+    A row of qkv holds q of NH heads, then k and then v of KV heads: W = (NH + 2 KV) HS channels.
     With fewer key and value heads than query heads, NH / KV query heads share one (grouped-query
     attention). With a cache, the T tokens continue texts whose earlier keys and values the cache
     holds.

@@ -88,13 +88,13 @@ def rope_forward(
 
     out_i = x_i cos - x_j sin,   out_j = x_j cos + x_i sin,   j = i + D, for each head x
 
-    A row of qkv holds heads of 2D channels: the q, then the k, then the v. The values stay as they
-    are.
+    A row of qkv holds heads of 2D channels: the q, then the k, then the v. The first `heads` are
+    turned: NH + KV leaves the values as they are. A row of cos and sin belongs to a position.
 
     Parameters
     ----------
-    out : (B, T, C), written; may be `qkv`
-    qkv : (B, T, C)
+    out : (B, T, W), written; may be `qkv`
+    qkv : (B, T, W)
     cos, sin : (at least position + T, D), a row for each position, an angle for each pair
     offsets : (S,) int32, the first row of each sequence of a ragged batch, then T; or None
     heads : the number of heads of a row that are turned, the first ones: those of q and of k
@@ -126,8 +126,8 @@ def rope_backward(
 
     Parameters
     ----------
-    dqkv : (B, T, C), written; may be `dout`
-    dout : (B, T, C)
+    dqkv : (B, T, W), written; may be `dout`
+    dout : (B, T, W)
     cos, sin, offsets, heads, position : as in the forward pass
     """
     # out_i = x_i cos - x_j sin,   out_j = x_j cos + x_i sin

@@ -51,12 +51,14 @@ def crossentropy_backward(
     ----------
     dlogits : (N, V), written; may be `logits`
     logits, lse, targets : the inputs and an output of the forward pass
-    weights : (N,), or None: all 1
+    weights : (N,), or None: all 1; a row of weight 0 is 0
     scale : 1 / (number of rows that count) makes the loss their mean
     """
     # losses = lse - logits[target], and d(lse) / d(logits) is the softmax
     gradient = np.exp(logits - lse[:, None])
     gradient[np.arange(len(targets)), targets] -= 1
     gradient[targets == -1] = 0
+    if weights is not None:
+        gradient[weights == 0] = 0  # whatever the logits are
     gradient *= scale if weights is None else (weights * scale)[:, None]
     dlogits[...] = gradient
