@@ -2,7 +2,7 @@
 
 The functions are made from the declarations of `gpt2c.kernels.op`. Their arguments are the inputs
 of an op, the sizes of its results that no input has (vocab_size, n_positions, n_head), the optional
-inputs, the numbers and the backend. They return the outputs. `gpt2c.kernels.reference` defines what
+inputs, the numbers, offsets or weights of rows, and the backend. They return the outputs. `gpt2c.kernels.reference` defines what
 an op computes.
 
 Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), token ids int32; the
@@ -48,6 +48,7 @@ GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head", "KV": "n_kv_head
 LARGEST = 2**31 - 1  # token ids and positions are int32
 LOWEST = {"ids": 0, "targets": -1}
 INTEGERS = (*LOWEST, "offsets")
+LATER = ("offsets", "weights")  # after the numbers, so that older calls by position mean the same
 
 __all__ = list(OPS)
 
@@ -69,8 +70,9 @@ def _public(op: Op) -> Callable[..., Any]:
         **{array.name: none for array in inputs if not array.optional},
         **{name: none for name, letter in given_sizes.items() if letter != "KV"},
         **{name: none for name, value in numbers.items() if value is None},
-        **{array.name: None for array in inputs if array.optional},
+        **{array.name: None for array in inputs if array.optional and array.name not in LATER},
         **{name: value for name, value in numbers.items() if value is not None},
+        **{array.name: None for array in inputs if array.name in LATER},
         **{name: None for name, letter in given_sizes.items() if letter == "KV"},
         "backend": "auto",
     }
@@ -184,7 +186,8 @@ def _check(
     told : sizes from the caller
     """
     dtypes = ("float32", "float64") if backend == "numpy" else ("float32",)
-    floats = (getattr(a, "dtype", None) for array, a in arrays.items() if array.kind == "floats")
+    kinds = ("floats",) if any(array.kind == "floats" for array in arrays) else ("weights",)
+    floats = (getattr(a, "dtype", None) for array, a in arrays.items() if array.kind in kinds)
     common = next((str(dtype) for dtype in floats if dtype in dtypes), dtypes[0])
     for array, value in arrays.items():
         _check_type(array, value, arrays, common)
@@ -298,8 +301,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         wte: Array,
         wpe: Array | None = None,
         scale: Array | None = None,
-        offsets: Array | None = None,
         position: int = 0,
+        offsets: Array | None = None,
         backend: str = "auto",
     ) -> Array: ...
 
@@ -347,8 +350,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         n_head: int,
         keys: Array | None = None,
         values: Array | None = None,
-        offsets: Array | None = None,
         position: int = 0,
+        offsets: Array | None = None,
         n_kv_head: int | None = None,
         backend: str = "auto",
     ) -> tuple[Array, ...]: ...
@@ -377,8 +380,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         cos: Array,
         sin: Array,
         heads: int,
-        offsets: Array | None = None,
         position: int = 0,
+        offsets: Array | None = None,
         backend: str = "auto",
     ) -> Array: ...
 
@@ -387,8 +390,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         cos: Array,
         sin: Array,
         heads: int,
-        offsets: Array | None = None,
         position: int = 0,
+        offsets: Array | None = None,
         backend: str = "auto",
     ) -> Array: ...
 
@@ -400,8 +403,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         logits: Array,
         lse: Array,
         targets: Array,
-        weights: Array | None = None,
         scale: float = 1.0,
+        weights: Array | None = None,
         backend: str = "auto",
     ) -> Array: ...
 

@@ -38,7 +38,7 @@ DECLARATIONS = """
 encoder_forward     out[B T C]
                     <- idx[B T]ids wte[V C]weights wpe[P C]? scale[V]? offsets[S]offsets? position=0
                     | type B T C S
-    position: 0 <= position
+    position: 0 <= position < 2**31
     idx: P == 0 or position + longest <= P
 encoder_backward    +dwte[V C]? +dwpe[P C]? <- dout[B T C] idx[B T]ids offsets[S]offsets? | B T C S
     idx: longest <= P
@@ -63,7 +63,7 @@ attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
                     | attention_scratch_size(T HS threads) B T C NH W P S
     C = W * NH // max(1, NH + 2 * KV)
     n_head: NH >= 1
-    n_kv_head: 1 <= KV <= NH and NH % KV == 0
+    n_head: 1 <= KV <= NH and NH % KV == 0
     n_head: W % (NH + 2 * KV) == 0
     keys: P == 0 or W == (NH + 2 * KV) * HS
     offsets: P == 0 or S == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from gpt2c.kernels.checks import check_kind
 from gpt2c.model.attention import Attention
 from gpt2c.model.config import ModelConfig, check_eos, check_numbers, check_sizes
 from gpt2c.model.embedding import Embedding
@@ -75,6 +76,7 @@ class LlamaConfig(ModelConfig):
         )
         check_sizes(self, sizes, ("num_key_value_heads", "head_dim"), "num_hidden_layers")
         check_numbers(self, RANGES)
+        check_kind("tie_word_embeddings", self.tie_word_embeddings, bool, "True or False")
         NH, KV = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and self.hidden_size % NH:
             raise ValueError(

@@ -76,8 +76,9 @@ class _Pending(NamedTuple):
         )
         try:
             parts = [weights] if offsets is None else list(weights)  # type: ignore[arg-type]
+            given = [np.asarray(part) for part in parts]
             with np.errstate(over="ignore"):
-                arrays = [np.asarray(part, np.float32) for part in parts]
+                arrays = [part.astype(np.float32) for part in given if part.dtype.kind in "fiu"]
         except (TypeError, ValueError):
             arrays = []
         if [array.shape for array in arrays] != wanted:
@@ -93,6 +94,18 @@ class Model(LanguageModel):
 
     It owns its memory and has one owner at a time, the thread that computes (`gpt2c.model.owner`).
     """
+
+    flat_parameters: Array
+    trained: tuple[str, ...]
+    trained_size: int
+    decay_size: int
+    _parameters: dict[str, Array]
+    _frozen: frozenset[str]
+    _pending: _Pending | None
+    _made_grads: _Gradients | None
+    _void: bool
+    _spare_memory: Array
+    _d_head: Array | None
 
     def __init__(
         self,
@@ -115,38 +128,50 @@ class Model(LanguageModel):
         )
         self._lay_out(frozenset())
         self._memory = Activations(self._slots, recompute)
-        self._pending: _Pending | None = None  # of a loss that backward has not seen
         self._owner = Owner()
         if seed is not None:
             self._initialise(seed)
 
-    def _lay_out(self, frozen: frozenset[str]) -> None:
-        """Make flat memory for the parameters: those that decay, the other trained ones, frozen."""
+    def _lay_out(self, frozen: frozenset[str], values: Mapping[str, Array] | None = None) -> None:
+        """Move to flat memory with these values: what decays, the rest of what is trained, frozen.
+
+        All of it is there before the model has any of it, whatever interrupts this.
+        """
         described = self._stack.parameters()
         groups: tuple[list[str], ...] = ([], [], [])
         for name, one in described.items():
             groups[2 if name in frozen else 0 if one.decays else 1].append(name)
         shapes = {name: described[name].shape for group in groups for name in group}
         offsets = [*aligned_offsets(shapes).values()]
-        self.flat_parameters = aligned_zeros(offsets[-1])
-        # C trusts the shapes of these; users get views of their own.
-        self._parameters = named_views(self.flat_parameters, shapes)
-        self.parameters = MappingProxyType(named_views(self.flat_parameters, shapes))
-        self._frozen = frozen
-        self.trained = (*groups[0], *groups[1])
-        self.decay_size, self.trained_size = offsets[len(groups[0])], offsets[len(self.trained)]
-        self._made_grads: _Gradients | None = None
-        self._void = True  # the gradients count as 0, whatever their memory holds
-        self._spare_memory = aligned_zeros(0)
-        # The head's gradient of the last loss: in spare memory, or in that of void gradients.
-        self._d_head: Array | None = None
+        flat = aligned_zeros(offsets[-1])
+        own = named_views(
+            flat, shapes
+        )  # C trusts the shapes of these; users get views of their own
+        for name, value in (values or {}).items():
+            own[name][...] = value
+        trained = (*groups[0], *groups[1])
+        self.__dict__.update(  # at once
+            flat_parameters=flat,
+            parameters=MappingProxyType(named_views(flat, shapes)),
+            trained=trained,
+            trained_size=offsets[len(trained)],
+            decay_size=offsets[len(groups[0])],
+            _parameters=own,
+            _frozen=frozen,
+            _pending=None,  # of a loss that backward has not seen
+            _made_grads=None,
+            _void=True,  # the gradients count as 0, whatever their memory holds
+            _spare_memory=aligned_zeros(0),
+            _d_head=None,  # of the last loss: in spare memory, or in that of void gradients
+        )
 
     def freeze(self, *patterns: str) -> None:
         """Train these parameters no longer: they get no gradients, and no moments in AdamW.
 
         Backward computes nothing below the lowest layer that is still trained. The parameters move:
-        `parameters` has new arrays, gradients are gone, and an optimizer or a decoder made before
-        must be made again. Copies and pickles keep what is frozen; files do not say it.
+        `parameters` has new arrays and gradients are gone. Make optimizers, decoders and Engines
+        again: those made before keep the old arrays. Copies and pickles keep what is frozen; files
+        do not.
 
         Parameters
         ----------
@@ -197,15 +222,12 @@ class Model(LanguageModel):
     def _set_frozen(self, frozen: frozenset[str]) -> None:
         if len(frozen) == len(self._parameters):
             raise ValueError("every parameter would be frozen: leave some to train")
+        if frozen == self._frozen:
+            return
         with self._owner.alone():
-            self._pending = None
-            if frozen != self._frozen:
-                size = {"weights": self.flat_parameters.nbytes}
-                require("moving the parameters", size, "take a smaller model")
-                before = self._parameters
-                self._lay_out(frozen)
-                for name, parameter in self._parameters.items():
-                    parameter[...] = before[name]
+            size = {"weights": self.flat_parameters.nbytes}
+            require("moving the parameters", size, "take a smaller model")
+            self._lay_out(frozen, self._parameters)
 
     def _initialise(self, seed: int) -> None:
         """Write the first values that the blocks name."""

@@ -60,7 +60,7 @@ class Activations:
     """
 
     def __init__(self, slots: Callable[[Batch], Iterable[Slot]], recompute: str | None) -> None:
-        if recompute not in KEPT:
+        if not isinstance(recompute, str | None) or recompute not in KEPT:
             known = ", ".join(repr(policy) for policy in KEPT)
             raise ValueError(f"recompute must be one of {known}, got {recompute!r}")
         self._slots = slots

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -36,7 +36,7 @@ Document = str | Iterable[str]
 LEARNED = 1 << 24  # the most bytes of text that a tokenizer is learned from
 _MANY = 1 << 18  # documents; of more, none is remembered by itself
 _GROUPS = 1 << 16
-_BEGINNING = 4096  # characters
+_BEGINNING = 1 << 16  # characters
 
 
 def shuffled(seed: list[int], count: int) -> tuple[NDArray[np.int64], int]:
@@ -57,17 +57,15 @@ class HoldOut:
 
     validation : for each group whether it is held out, (G,) bool
     group_of : the group of each document, (D,); None if it follows from the beginning, see `_group`
-    divided : the group of the document whose tail is held out, or -1; other documents of that group
-        lose their tails
-    longest : the number of that document
+    divided : the number of the document whose tail is held out, then those of its copies, which
+        lose it; or none
     head : characters of that document that are trained on
     documents, characters, bytes : their numbers; bytes are of UTF-8
     """
 
     validation: NDArray[np.bool_]
     group_of: NDArray[np.intp] | None
-    divided: int
-    longest: int
+    divided: Sequence[int]
     head: int
     documents: int
     characters: int
@@ -80,7 +78,7 @@ class HoldOut:
         ------
         OSError : the documents have changed since this was chosen
         """
-        characters, number, group_of = 0, -1, self.group_of
+        characters, number, group_of, divided = 0, -1, self.group_of, set(self.divided)
 
         def measured(pieces: Iterable[str]) -> Iterator[str]:
             nonlocal characters
@@ -94,10 +92,10 @@ class HoldOut:
             beginning, whole = _beginning(_pieces(document))
             pieces = measured(whole)
             group = _group(beginning) if group_of is None else int(group_of[number])
-            if group == self.divided:
+            if number in divided:
                 head = _Head(pieces, self.head)
                 yield "train", iter(head)
-                if number == self.longest:
+                if number == self.divided[0]:
                     yield "val", head.rest()
             else:
                 yield "val" if self.validation[group] else "train", pieces
@@ -169,7 +167,8 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
         raise ValueError(f"seed must be at least 0, got {seed}")
     keys, lengths = array("Q"), array("q")  # of the first documents
     sizes = np.zeros(_GROUPS, np.int64)  # of groups by beginnings
-    count, characters, size_in_bytes, blank, longest, length, divided = 0, 0, 0, True, 0, -1, 0
+    count, characters, size_in_bytes, blank = 0, 0, 0, True
+    longest, length, longest_key = array("q"), -1, 0  # the first one and its copies
     for count, document in enumerate(documents, 1):
         beginning, pieces = _beginning(_pieces(document))
         digest, size = hashlib.blake2b(digest_size=8), 0
@@ -182,10 +181,13 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
         group = _group(beginning)
         sizes[group] += size
         characters += size
+        key = int.from_bytes(digest.digest(), "little")
         if size > length:
-            longest, length, divided = count - 1, size, group
+            longest, length, longest_key = array("q", [count - 1]), size, key
+        elif size == length and key == longest_key:
+            longest.append(count - 1)
         if count <= _MANY:
-            keys.append(int.from_bytes(digest.digest(), "little"))
+            keys.append(key)
             lengths.append(size)
     if blank:
         raise ValueError("there is no text: every document is blank")
@@ -197,7 +199,6 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
         rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
         group_of = rank[found.ravel()]
         sizes = np.bincount(group_of, np.array(lengths), len(first)).astype(np.int64)
-        divided = int(group_of[longest])
     budget = fraction * characters
     order = shuffled([seed], len(sizes))[0]
     # First without large ones: one document that fills the share would represent all others.
@@ -210,10 +211,10 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
                 held_out[group] = True
                 chosen += size
         if chosen >= budget / 2:
-            return HoldOut(held_out, group_of, -1, 0, 0, count, characters, size_in_bytes)
-    head = _cut(documents, longest, length, fraction, budget)
+            return HoldOut(held_out, group_of, (), 0, count, characters, size_in_bytes)
+    head = _cut(documents, longest[0], length, fraction, budget)
     held_out[:] = False
-    return HoldOut(held_out, group_of, divided, longest, head, count, characters, size_in_bytes)
+    return HoldOut(held_out, group_of, longest, head, count, characters, size_in_bytes)
 
 
 def _cut(
@@ -424,5 +425,5 @@ def _encode(
         train_bytes=sizes["train"],
         val_bytes=sizes["val"],
         vocab_size=tokenizer.vocab_size,
-        tail_held_out=held_out.divided >= 0,
+        tail_held_out=len(held_out.divided) > 0,
     )

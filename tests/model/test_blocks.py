@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -388,3 +389,33 @@ def test_freeze_refuses_what_is_no_name_and_helps_with_a_name_that_is_short() ->
     model.freeze("wte.*", "h.0.*")
     model.unfreeze()
     assert len(model.trained) == len(model.parameters)
+
+
+def test_freeze_that_is_interrupted_loses_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2(ODD)
+    before = {name: array.copy() for name, array in model.parameters.items()}
+    ends = 0
+
+    def interrupted(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename.endswith(("model/model.py", "kernels/memory.py")):
+            left -= event == "line"
+            if left == 0:
+                raise KeyboardInterrupt
+        return interrupted
+
+    for number in range(1, 400):
+        left = number
+        sys.settrace(interrupted)
+        try:
+            model.freeze("h.0.*")
+            model.unfreeze()
+        except KeyboardInterrupt:
+            ends += 1
+        finally:
+            sys.settrace(None)
+        for name, array in model.parameters.items():
+            assert np.array_equal(array, before[name]), (number, name)
+            assert np.array_equal(model._parameters[name], before[name]), (number, name)
+        model.unfreeze()
+    assert ends > 50
