@@ -2,8 +2,8 @@
 
 The functions are made from the declarations of `gpt2c.kernels.op`. Their arguments are the inputs
 of an op, the sizes of its results that no input has (vocab_size, n_positions, n_head), the optional
-inputs, the numbers, offsets or weights of rows, and the backend. They return the outputs. `gpt2c.kernels.reference` defines what
-an op computes.
+inputs, the numbers, offsets or weights of rows, and the backend. They return the outputs.
+`gpt2c.kernels.reference` defines what an op computes.
 
 Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), token ids int32; the
 weights of `matmul_forward` and `encoder_forward` may be float16 or uint8. Gradients are new arrays,
