@@ -195,6 +195,21 @@ def test_hidden_states_agree(config: GPT2Config, backend_name: str) -> None:
         assert_close("embedding", vector, row.mean(dim=0).numpy(), LOGITS)
 
 
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+def test_trace_agrees(config: GPT2Config, backend_name: str) -> None:
+    both, (idx, _) = pair(config, backend_name), batch_of(config, 2, 17)
+    with torch.no_grad():
+        found = both.torch(torch.tensor(idx), output_hidden_states=True, output_attentions=True)
+    trace = both.gpt2c.trace(idx)
+    names = ["encoded", *(f"h.{layer}.out" for layer in range(config.n_layer - 1)), "ln_f"]
+    for name, state in zip(names, found.hidden_states, strict=True):
+        assert_close(name, trace[name], state.numpy(), LOGITS)
+    for layer, weights in enumerate(found.attentions):
+        assert_close(f"attention {layer}", trace.attention(layer), weights.numpy(), LOGITS)
+    last = trace.lens(f"h.{config.n_layer - 1}.out")
+    assert_close("lens", last, found.logits.numpy(), LOGITS)
+
+
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Pair]:
     """Return GPT-2 124M on the default backend."""
