@@ -144,9 +144,7 @@ class Model(LanguageModel):
         shapes = {name: described[name].shape for group in groups for name in group}
         offsets = [*aligned_offsets(shapes).values()]
         flat = aligned_zeros(offsets[-1])
-        own = named_views(
-            flat, shapes
-        )  # C trusts the shapes of these; users get views of their own
+        own = named_views(flat, shapes)  # for C, which trusts their shapes; users get others
         for name, value in (values or {}).items():
             own[name][...] = value
         trained = (*groups[0], *groups[1])
@@ -243,7 +241,7 @@ class Model(LanguageModel):
 
     @property
     def recompute(self) -> str | None:
-        """What backward computes again; read-only, for the activations are laid out for it."""
+        """What backward computes again; read-only, because the memory is laid out for it."""
         return self._recompute
 
     def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -298,7 +296,7 @@ class Model(LanguageModel):
             self._stack.head.forward(run, logits.reshape(len(out), -1), out)
 
     def trace(self, idx: ArrayLike) -> Trace:
-        """Return all that a forward pass writes, by name: for a look inside the model.
+        """Return the channels that a forward pass writes, by name: for a look inside the model.
 
         Parameters
         ----------

@@ -154,8 +154,9 @@ def split_validation(documents: Iterable[Document], fraction: float, seed: int) 
     or few large ones), the tail of the longest document is held out instead, cut at a line break if
     there is one; its head and its tail are then two texts.
 
-    Memory does not grow with the text: no document is kept, and of more than 262,144 not even its
-    number; then documents whose beginnings have the same hash, modulo 65,536, stay together.
+    Memory does not grow with the text: no document is kept. Of more than 262,144 documents only the
+    numbers of the longest and its copies are. Then documents whose first 65,536 characters have the
+    same hash, modulo 65,536, stay together.
 
     Raises
     ------
@@ -284,7 +285,8 @@ def prepare(
     Parameters
     ----------
     documents : texts; each has an `<|endoftext|>` before it in the files, as in llm.c. In a
-        document that string is ordinary text. They are iterated several times
+        document that string is ordinary text. They are iterated several times; an iterator, which
+        can be read only once, is copied into memory first
     out : directory to make
     tokenizer : a tokenizer or its spec: "gpt2", "bytes", a directory, or "bpe:N" to train one of N
         tokens on the training documents only; of more than 16 MiB of text, on parts that are spread
