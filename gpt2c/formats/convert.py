@@ -30,9 +30,9 @@ from gpt2c.files.names import (
 from gpt2c.formats import huggingface, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
 from gpt2c.formats.gguf import write_gguf
-from gpt2c.formats.load import find_model
+from gpt2c.formats.load import find_model, read_kind
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.model import Model
 from gpt2c.text.shards import (
     MAGIC,
@@ -274,7 +274,7 @@ def _warn(src: Path, dst: Path, model: Model) -> None:
         )
 
 
-def _check_sizes(dst: Path, tokenizer: Tokenizer, config: GPT2Config) -> None:
+def _check_sizes(dst: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Refuse a directory whose tokenizer would have more tokens than its model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -308,7 +308,7 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
         llmc.write_tokenizer(dst, tokens, tokenizer.eot)
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
     if (dst / CONFIG_FILE).exists():
-        _check_sizes(dst, tokenizer, GPT2Config.from_dict(huggingface.read_config(dst)))
+        _check_sizes(dst, tokenizer, read_kind(huggingface.read_config(dst)))
     try:
         tokenizer.save_pretrained(dst)
     except ValueError as error:
