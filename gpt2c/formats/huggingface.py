@@ -8,7 +8,8 @@
 A directory is not trusted: its files are compared with each other before they are used. Knows
 nothing about models: tensors are a dict, a configuration is a dict, and the model checks names and
 shapes. The difference between files and memory stands in a small file for each kind of model:
-gpt2_layout.py, llama_layout.py. To add a kind, write such a file and enter it in LAYOUTS.
+gpt2_layout.py, llama_layout.py. To add a kind, write such a file and enter it in LAYOUTS, and its
+config in load.CONFIGS.
 """
 
 from __future__ import annotations
