@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.linear import Linear
 from gpt2c.model.rope import Rope
 
@@ -80,6 +80,15 @@ class Attention:
             *(run.rows(qkv), run.offsets, run.position),
         )
         self.proj.forward(run, out, att)
+
+    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+        """Yield the stages that add to out (N, C) what `forward` makes of x (N, C)."""
+        qkv, att = run.a[self._qkv], run.a[self._att]
+        keys, values = run.caches[self.name]
+        cos, sin = self._rope.tables(keys.shape[-2]) if self._rope else (None, None)
+        yield from self.qkv.stages(run, qkv, x)
+        yield Stage("attention", att, qkv, keys=keys, values=values, cos=cos, sin=sin, NH=self.NH)
+        yield from self.proj.stages(run, out, att, "add")
 
     def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""

@@ -6,6 +6,7 @@ A block is a small class. It has, side by side in one file:
     slots(batch)            the arrays that it writes, and how long each must live
     forward(run, out, x)    out (N, OC) of x (N, C), as a sequence of ops
     backward(run, d_x, d_out, x)    the same lines upwards, written by hand
+    stages(run, out, x)             the same for the newest token of several texts, see `Stage`
     flops(T)                the multiply-adds of a token among T
 
 No tape records what forward did: the order of the ops stands on the page, twice. A block knows its
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
 
-__all__ = ["Batch", "Block", "IntArray", "Life", "Parameter", "Run", "Slot"]
+__all__ = ["Batch", "Block", "IntArray", "Life", "Parameter", "Run", "Slot", "Stage"]
 
 IntArray = NDArray[np.int32]
 Shape = tuple[int, ...]
@@ -101,6 +102,39 @@ class Batch(NamedTuple):
         return self.B * self.T
 
 
+class Stage(NamedTuple):
+    """An op of a decoding step, which runs all of a model's in one call: `Stage` in csrc/gpt2c.h.
+
+    A stage may do what several ops of forward do: add to the stream, apply an activation, turn q
+    and k by their positions.
+
+    Attributes
+    ----------
+    op : "encoder", "layernorm", "rmsnorm", "matmul" or "attention"
+    out, x : what it writes and reads
+    then : of a matmul: "write", "add" to out, "gelu" or "swiglu"
+    the others : see the header; None or 0 where the op has none
+    """
+
+    op: str
+    out: Array
+    x: Array | None = None
+    then: str = "write"
+    inner: Array | None = None
+    weight: NDArray[Any] | None = None
+    scale: Array | None = None
+    bias: Array | None = None
+    wpe: Array | None = None
+    gain: Array | None = None
+    shift: Array | None = None
+    eps: float = 0.0
+    keys: Array | None = None
+    values: Array | None = None
+    cos: Array | None = None
+    sin: Array | None = None
+    NH: int = 0
+
+
 class Run:
     """A batch on its way through the blocks: all that a block is handed; it owns nothing.
 
@@ -112,7 +146,7 @@ class Run:
     batch : its sizes
     offsets : of a ragged batch, which is one row: the first token of each sequence, then T
     accumulate : whether backward adds to the gradients of matrices, or writes them
-    caches : of a text that is read in parts, a block's name -> what it remembers
+    caches : of texts that are read in parts, the name of a block -> what it remembers
     position : of the first token
     """
 

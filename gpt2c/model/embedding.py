@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot, Stage
 
 __all__ = ["Embedding"]
 
@@ -49,6 +49,11 @@ class Embedding:
             *(run.offsets, run.position),
         )
         return out
+
+    def stages(self, run: Run, out: Array) -> Iterable[Stage]:
+        """Yield the stage that does `forward`."""
+        wte, scale, wpe = (run.p.get(name) for name in ("wte.weight", "wte.scale", "wpe.weight"))
+        yield Stage("encoder", out, weight=wte, scale=scale, wpe=wpe)
 
     def backward(self, run: Run, d_out: Array, idx: IntArray) -> None:
         """Add to the gradients of both tables; a tied wte's has what the head wrote."""

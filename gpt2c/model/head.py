@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot, Stage
 
 __all__ = ["LanguageHead"]
 
@@ -54,6 +54,10 @@ class LanguageHead:
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write logits (N, V) of x (N, C)."""
         run.ops.matmul_forward(out, x, run.p[self.weight], None, run.p.get(self.scale))
+
+    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+        """Yield the stage that does `forward`."""
+        yield Stage("matmul", out, x, weight=run.p[self.weight], scale=run.p.get(self.scale))
 
     def losses(self, run: Run, x: Array, targets: IntArray) -> Array:
         """Return -log p (N,) of each target (N,) in nats, from x (N, C)."""

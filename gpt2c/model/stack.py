@@ -13,7 +13,7 @@ from itertools import chain
 
 from gpt2c.kernels.memory import Array
 from gpt2c.model.attention import Attention
-from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.head import LanguageHead
 from gpt2c.model.mlp import MLP
@@ -60,6 +60,14 @@ class Layer:
         self.mlp.forward(run, branch, a[self._ln_2])
         add(out, middle, branch)
         return out
+
+    def stages(self, run: Run, stream: Array) -> Iterable[Stage]:
+        """Yield the stages that do `forward` on the stream (N, C) in place."""
+        ln_1, ln_2 = run.a[self._ln_1], run.a[self._ln_2]
+        yield from self.norm_1.stages(run, ln_1, stream)
+        yield from self.attention.stages(run, stream, ln_1)
+        yield from self.norm_2.stages(run, ln_2, stream)
+        yield from self.mlp.stages(run, stream, ln_2)
 
     def again(self, run: Run, x: Array, kept: Life) -> None:
         """Compute again what was not kept for backward: by the same ops, so the same bits."""
@@ -163,6 +171,15 @@ class Stack:
         if states is not None:
             states[-1] = run.rows(out)
         return out
+
+    def stages(self, run: Run, logits: Array) -> Iterable[Stage]:
+        """Yield the stages from token ids to logits (N, V)."""
+        stream, out = run.a["encoded"], run.a["ln_f"]
+        yield from self.embedding.stages(run, stream)
+        for layer in self.layers:
+            yield from layer.stages(run, stream)
+        yield from self.norm.stages(run, out, stream)
+        yield from self.head.stages(run, logits, out)
 
     def backward(self, run: Run, d_out: Array, idx: IntArray, kept: Life) -> None:
         """Go back over the lines of `forward`; d_out (N, C) is the gradient of its result.
