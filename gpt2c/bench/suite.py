@@ -25,7 +25,7 @@ from gpt2c.kernels.backend import NAMES, backends, get_backend, why_missing
 from gpt2c.kernels.cases import EXAMPLES
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import require
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed
 
 __all__ = [
@@ -330,7 +330,7 @@ def bench_ops(
 def bench_train(
     names: Sequence[str],
     ceilings: Ceilings,
-    config: GPT2Config,
+    config: ModelConfig,
     shapes: Sequence[tuple[int, int]],
     recompute: str | None,
     quick: bool,
@@ -360,7 +360,7 @@ def bench_train(
     return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch)
 
 
-def _step(config: GPT2Config, B: int, T: int, recompute: str | None) -> Work:
+def _step(config: ModelConfig, B: int, T: int, recompute: str | None) -> Work:
     group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
     arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
     facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
@@ -472,11 +472,11 @@ def _compare_losses(results: list[Result]) -> None:
 
 
 def _check_memory(
-    names: Sequence[str], config: GPT2Config, B: int, T: int, recompute: str | None
+    names: Sequence[str], config: ModelConfig, B: int, T: int, recompute: str | None
 ) -> None:
     """Refuse work that would not fit: all rows hold their model at the same time."""
     logits = 4 * B * T * config.vocab_size
-    scores = 4 * B * config.n_head * T * T
+    scores = 4 * B * config.stack().layers[0].attention.NH * T * T
     needed: dict[str, int] = {}
     for name in names:
         own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES

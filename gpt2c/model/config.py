@@ -94,6 +94,11 @@ class ModelConfig:
         """Return the number of parameters; a table that is the lm_head too counts once."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
+    def cache_floats(self) -> int:
+        """Return the floats of the keys and values that a token leaves in a decoder's cache."""
+        layers = self.stack().layers
+        return sum(2 * layer.attention.KV * layer.attention.HS for layer in layers)
+
     def flops_per_token(self, T: int) -> float:
         """Return the float operations per token, forward and backward, in texts of T tokens.
 

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 
 from gpt2c.kernels.memory import available_bytes, megabytes, require
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed, parts_needed
 from gpt2c.train.settings import TrainSettings
 
@@ -21,7 +21,7 @@ SCRATCH = 3 << 20  # bytes of a thread: its kernels' packed arrays, and its stac
 
 
 def training_parts(
-    config: GPT2Config, settings: TrainSettings, threads: int, order_bytes: int
+    config: ModelConfig, settings: TrainSettings, threads: int, order_bytes: int
 ) -> dict[str, int]:
     """Return the memory of a run: name -> bytes. An evaluation uses that of the activations.
 
@@ -44,7 +44,7 @@ def training_parts(
 
 
 def check_training(
-    config: GPT2Config,
+    config: ModelConfig,
     settings: TrainSettings,
     threads: int,
     order_bytes: int,
