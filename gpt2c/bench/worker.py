@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 
 from gpt2c.bench.machine import fastest
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.gpt2 import GPT2
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS
 from gpt2c.model.config import GPT2Config
-from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.quantized import DTYPES
 from gpt2c.train.optimizer import AdamW
 
@@ -214,9 +213,9 @@ def _own_reader(
 
     The texts grow for SOME calls, then begin again.
     """
-    model: LanguageModel = GPT2(config, backend=backend)
+    model = GPT2(config, backend=backend)
     if precision in DTYPES:
-        model = QuantizedGPT2.from_model(model, precision)
+        model = model.quantize(precision)
     texts = _texts(config, B, T)
     decoder = model.decoder(B, T + SOME)
     if what == "prefill":

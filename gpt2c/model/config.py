@@ -78,6 +78,9 @@ class ModelConfig:
         def eos_token_id(self) -> int | None:
             """The end-of-text token, or None."""
 
+        def to_dict(self) -> dict[str, Any]:
+            """Return the entries of config.json, under Hugging Face's names."""
+
     def stack(self) -> Stack:
         """Return the blocks of this model."""
         raise NotImplementedError

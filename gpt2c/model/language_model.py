@@ -1,4 +1,4 @@
-"""LanguageModel: what every GPT-2 can compute without training, whatever the dtype of its weights.
+"""LanguageModel: what every model can compute without training, whatever the type of its weights.
 
     __call__     logits, and hidden states
     embed        a vector for each text
@@ -28,12 +28,13 @@ __all__ = ["LanguageModel", "check_ids", "is_ragged"]
 
 
 class LanguageModel:
-    """A GPT-2 with weights of any kind.
+    """A model with weights of any type.
 
     Parameters
     ----------
     config : its shape
     backend : the ops that compute
+    weights : their type
 
     Attributes
     ----------
@@ -41,11 +42,16 @@ class LanguageModel:
     """
 
     parameters: Mapping[str, NDArray[Any]]
-    _weights: tuple[str, ...] = ()  # for repr: the kind of weights, unless float32
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, weights: str = "fp32") -> None:
         self.config = config
         self.backend = backend
+        self._weights = weights
+
+    @property
+    def weights(self) -> str:
+        """The type of the matrices and the token table: "fp32", "fp16" or "int8"."""
+        return self._weights
 
     def __repr__(self) -> str:
         config, backend = self.config, self.backend
@@ -54,7 +60,7 @@ class LanguageModel:
             counted(config.n_layer, "layer"),
             counted(config.n_embd, "channel"),
             f"{size / 1e6:,.0f}M parameters" if size >= 1e7 else counted(size, "parameter"),
-            *self._weights,
+            *([] if self.weights == "fp32" else [self.weights]),
             backend.name,
         ]
         if backend.name != "numpy":  # NumPy has threads of its own
@@ -152,7 +158,7 @@ class LanguageModel:
         ------
         ValueError : another shape, not whole numbers, an id out of range
         MemoryError : the results do not fit
-        RuntimeError : the model is a `GPT2` and another thread computes with it
+        RuntimeError : another thread computes with this model, whose weights are fp32
         """
         tokens = self._check_tokens(idx)
         V, C, L = self.config.vocab_size, self.config.n_embd, self.config.n_layer

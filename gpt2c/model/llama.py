@@ -49,8 +49,7 @@ class LlamaConfig(ModelConfig):
 
     Examples
     --------
-    >>> from gpt2c.model.llama import LlamaConfig
-    >>> LlamaConfig().num_parameters()
+    >>> gpt2c.LlamaConfig().num_parameters()
     6738415616
     """
 

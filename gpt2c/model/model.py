@@ -1,4 +1,4 @@
-"""GPT-2: parameters, forward, loss, backward, on any backend.
+"""A model: parameters, forward, loss, backward, on any backend.
 
 The model owns its memory, three flat buffers with named views (parameters, gradients, activations),
 and hands them to its blocks (stack.py), which call the ops. Knows nothing about text, training or
@@ -14,7 +14,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,11 +28,26 @@ from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
 from gpt2c.model.plan import KEPT, Activations
+from gpt2c.model.quantized import (
+    check_method,
+    check_weights,
+    copy_stored,
+    layout_of,
+    room_of,
+    round_into,
+    shapes_of,
+    typed_views,
+)
 from gpt2c.model.trace import Trace
 
 __all__ = ["Model"]
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
+SMALLER = {  # the advice where a model of these weights does not fit
+    "fp32": 'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
+    "fp16": 'take a smaller one, or quantize="int8"',
+    "int8": "take a smaller one",
+}
 
 
 def _shape(ids: IntArray, offsets: IntArray | None) -> str:
@@ -92,6 +107,8 @@ class _Pending(NamedTuple):
 class Model(LanguageModel):
     """What `gpt2c.GPT2` computes, without files and texts: see there for arguments and errors.
 
+    Weights of 16 or 8 bits are only read: then nothing is trained, and no loss waits for backward.
+
     It owns its memory and has one owner at a time, the thread that computes (`gpt2c.model.owner`).
     """
 
@@ -99,7 +116,7 @@ class Model(LanguageModel):
     trained: tuple[str, ...]
     trained_size: int
     decay_size: int
-    _parameters: dict[str, Array]
+    _parameters: dict[str, NDArray[Any]]
     _frozen: frozenset[str]
     _pending: _Pending | None
     _made_grads: _Gradients | None
@@ -114,19 +131,19 @@ class Model(LanguageModel):
         backend: str | Backend = "auto",
         recompute: str | None = None,
         threads: int | None = None,
+        weights: str = "fp32",
     ) -> None:
         if seed is not None and whole("seed", seed) < 0:
             raise ValueError(f"seed must be at least 0, or None to leave the weights 0, got {seed}")
-        super().__init__(config, as_backend(backend, threads))
+        check_weights(weights, config)
+        super().__init__(config, as_backend(backend, threads), weights)
         self._stack = config.stack()
         self._recompute = recompute
-        sizes = {name: one.shape for name, one in self._stack.parameters().items()}
-        require(
-            f"a model of {config.num_parameters():,} parameters",
-            {"weights": 4 * aligned_offsets(sizes)[""]},
-            'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
-        )
-        self._lay_out(frozenset())
+        described = self._stack.parameters()
+        size = 4 * aligned_offsets(room_of(layout_of(described.values(), weights)))[""]
+        what = f"a model of {config.num_parameters():,} parameters"
+        require(what, {"weights": size}, SMALLER[weights])
+        self._lay_out(frozenset() if weights == "fp32" else frozenset(described))
         self._memory = Activations(self._slots, recompute)
         self._owner = Owner()
         if seed is not None:
@@ -141,16 +158,17 @@ class Model(LanguageModel):
         groups: tuple[list[str], ...] = ([], [], [])
         for name, one in described.items():
             groups[2 if name in frozen else 0 if one.decays else 1].append(name)
-        shapes = {name: described[name].shape for group in groups for name in group}
-        offsets = [*aligned_offsets(shapes).values()]
+        ordered = [described[name] for group in groups for name in group]
+        layout = layout_of(ordered, self.weights)
+        offsets = [*aligned_offsets(room_of(layout)).values()]
         flat = aligned_zeros(offsets[-1])
-        own = named_views(flat, shapes)  # for C, which trusts their shapes; users get others
+        own = typed_views(flat, layout)  # for C, which trusts their shapes; users get others
         for name, value in (values or {}).items():
             own[name][...] = value
         trained = (*groups[0], *groups[1])
         self.__dict__.update(  # at once
-            flat_parameters=flat,
-            parameters=MappingProxyType(named_views(flat, shapes)),
+            flat_parameters=flat if self.weights == "fp32" else flat.view(np.uint8),
+            parameters=MappingProxyType(typed_views(flat, layout)),
             trained=trained,
             trained_size=offsets[len(trained)],
             decay_size=offsets[len(groups[0])],
@@ -177,7 +195,8 @@ class Model(LanguageModel):
 
         Raises
         ------
-        ValueError : a pattern that fits no name, or nothing is left to train
+        ValueError : a pattern that fits no name, nothing is left to train, or weights that are not
+            fp32
         RuntimeError : another thread computes with this model
         MemoryError : the parameters do not fit a second time
 
@@ -218,6 +237,7 @@ class Model(LanguageModel):
         return frozenset(found)
 
     def _set_frozen(self, frozen: frozenset[str]) -> None:
+        self._check_can_train()
         if len(frozen) == len(self._parameters):
             raise ValueError("every parameter would be frozen: leave some to train")
         if frozen == self._frozen:
@@ -232,12 +252,16 @@ class Model(LanguageModel):
         rng = np.random.default_rng(seed)
         for name, one in self._stack.parameters().items():
             parameter = self._parameters[name]
+            is_small = one.small and self.weights != "fp32"
+            value = np.empty(one.shape, np.float32) if is_small else parameter
             if one.std:
-                rng.standard_normal(out=parameter, dtype=np.float32)
-                parameter *= one.std
-                parameter /= one.shrink
+                rng.standard_normal(out=value, dtype=np.float32)
+                value *= one.std
+                value /= one.shrink
             else:
-                parameter.fill(one.fill)
+                value.fill(one.fill)
+            if is_small:
+                round_into(self._parameters, self.weights, name, value, "the first values")
 
     @property
     def recompute(self) -> str | None:
@@ -247,16 +271,68 @@ class Model(LanguageModel):
     def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy tensors into the parameters, one at a time; `source` names them in errors.
 
+        Weights of 16 or 8 bits are rounded on the way.
+
         Raises
         ------
-        ValueError : a tensor is missing, unknown or of another shape; the parameters are as they
-            were
+        ValueError : a tensor is missing, unknown or of another shape, and the parameters are as
+            they were; or a number cannot be rounded
         MemoryError : a tensor of another dtype does not fit beside them
         """
         check_shapes(self.config.parameter_shapes(), tensors, source)
-        require("loading the weights", converted_bytes(tensors), 'take quantize="int8"')
+        size = converted_bytes(tensors)
+        if self.weights == "fp32":
+            require("loading the weights", size, 'take quantize="int8"')
+            for name, parameter in self._parameters.items():
+                self._fill(parameter, np.asarray(tensors[name]))
+            return
+        require("rounding the weights", size, "close programs that use much memory")
+        for name in tensors:
+            round_into(self._parameters, self.weights, name, np.asarray(tensors[name]), source)
+
+    def load_quantized(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Copy tensors that are of this model's types already; `source` names them in errors.
+
+        Raises
+        ------
+        ValueError : a tensor is missing, unknown or of another shape or type, or not finite
+        """
+        check_shapes(shapes_of(self.config, self.weights), tensors, source)
         for name, parameter in self._parameters.items():
-            self._fill(parameter, np.asarray(tensors[name]))
+            copy_stored(parameter, tensors[name], f"{source}: {name}")
+
+    def quantize(self, weights: str) -> Self:
+        """Return a model with weights of 16 or 8 bits, for inference; this one stays as it is.
+
+        It takes a half or a quarter of the memory and is faster where memory limits the speed.
+
+        Parameters
+        ----------
+        weights : "fp16" keeps 11 bits of each weight; "int8" rounds each row of a matrix to 255
+            steps between plus and minus its largest weight
+
+        Raises
+        ------
+        ValueError : another type, weights that are not fp32 now, or a weight that is not finite or
+            beyond fp16's range
+        MemoryError : the weights do not fit
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257)
+        >>> model = gpt2c.GPT2(config, seed=1).quantize("int8")
+        >>> model.weights, model.parameters["wte.weight"].dtype
+        ('int8', dtype('uint8'))
+        """
+        check_method(weights)
+        if self.weights != "fp32":
+            raise ValueError(
+                f"the model already has {self.weights} weights: start from one with fp32 weights"
+            )
+        model = type(self).__new__(type(self))
+        Model.__init__(model, self.config, None, self.backend, weights=weights)
+        model.load_parameters(self._parameters, "the model")
+        return model
 
     def _fill(self, parameter: Array, tensor: NDArray[Any]) -> None:
         if tensor.ndim == 2 and tensor.dtype == np.float32 and tensor.flags.f_contiguous:
@@ -270,6 +346,7 @@ class Model(LanguageModel):
             "config": self.config,
             "backend": (self.backend.name, self.backend.threads),
             "recompute": self.recompute,
+            "weights": self.weights,
             "frozen": self._frozen,
             "parameters": self.flat_parameters,
             "gradients": None if self._void else self._grads.flat,
@@ -278,8 +355,9 @@ class Model(LanguageModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up the model from a state, in memory of its own."""
         backend = same_backend(*state["backend"])
-        Model.__init__(self, state["config"], None, backend, state["recompute"])
-        if state["frozen"]:
+        settings = {name: state[name] for name in ("recompute", "weights")}
+        Model.__init__(self, state["config"], None, backend, **settings)
+        if state["frozen"] != self._frozen:
             self._lay_out(state["frozen"])
         self.flat_parameters[...] = state["parameters"]
         if state["gradients"] is not None:
@@ -289,7 +367,14 @@ class Model(LanguageModel):
     # ---- forward ---------------------------------------------------------------------------------
 
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
-        """See `LanguageModel._read_all`; all rows pass the layers together."""
+        """See `LanguageModel._read_all`; all rows pass the layers together.
+
+        Not with smaller weights, which are for inference: rows that follow each other take the
+        memory of one, and several threads can read at once.
+        """
+        if self.weights != "fp32":
+            super()._read_all(tokens, logits, states)
+            return
         with self._owner.alone():
             run = self._start(tokens, keep=False)
             out = self._stack.forward(run, tokens, states)
@@ -337,7 +422,8 @@ class Model(LanguageModel):
         idx : (B, T) token ids in [0, V), T <= n_positions; or a list of B sequences of different
             lengths, each of which is computed as if it were alone
         targets : as idx, the token that follows each: already shifted; -1 is ignored
-        keep : False if no backward will follow, which takes one layer's memory instead of all
+        keep : False if no backward will follow, which takes one layer's memory instead of all, as
+            with weights that are not fp32
         count : divide the sum of the losses by this number instead of the number of targets that
             are not ignored. The batches of one step that give the number of all their targets add
             up to the mean of all, however they are divided
@@ -357,7 +443,7 @@ class Model(LanguageModel):
                 raise ValueError("targets are all -1 (ignored): they have no mean")
         elif not 1 / LARGEST_FLOAT <= number("count", count) <= LARGEST_FLOAT:
             raise ValueError(f"count must be positive and finite as a float32, got {count}")
-        head = self._stack.head
+        head, keep = self._stack.head, keep and bool(self.trained)
         with self._owner.alone():
             run = self._start(tokens, keep, offsets)
             x = self._stack.forward(run, tokens)
@@ -395,11 +481,12 @@ class Model(LanguageModel):
         """
         tokens, offsets = self._check_batch(idx, "idx", 0)
         wanted = self._check_batch_targets(targets, tokens, offsets)
+        keep = bool(self.trained)
         with self._owner.alone():
-            run = self._start(tokens, True, offsets)
+            run = self._start(tokens, keep, offsets)
             losses = self._stack.head.losses(run, self._stack.forward(run, tokens), wanted).copy()
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens, wanted)
+            self._pending = _Pending(run, tokens, wanted) if keep else None
         if offsets is None:
             return losses.reshape(tokens.shape)
         return np.split(losses, offsets[1:-1])
@@ -458,9 +545,17 @@ class Model(LanguageModel):
 
     # ---- backward --------------------------------------------------------------------------------
 
+    def _check_can_train(self) -> None:
+        if self.weights != "fp32":
+            raise ValueError(
+                f"a model with {self.weights} weights has no gradients: load it without quantize to"
+                " train it"
+            )
+
     @property
     def _grads(self) -> _Gradients:
         if self._made_grads is None:
+            self._check_can_train()
             what = f"training a model of {self.config.num_parameters():,} parameters"
             sizes = {"gradients": 4 * self.trained_size}
             require(what, sizes, "take a smaller one, or freeze some of it")
@@ -513,11 +608,12 @@ class Model(LanguageModel):
 
         Raises
         ------
-        ValueError : no loss was computed since the last backward, or the scale or a weight is not
-            finite, or weights after `loss`
+        ValueError : no loss was computed since the last backward, the scale or a weight is not
+            finite, weights after `loss`, or the model's own weights are not fp32
         RuntimeError : another thread computes with this model, or has computed the last loss
         MemoryError, OSError : a kernel cannot start
         """
+        self._check_can_train()
         if not abs(number("scale", scale)) <= LARGEST_FLOAT:
             raise ValueError(f"scale must be finite as a float32, got {scale}")
         with self._owner.alone():

@@ -15,7 +15,7 @@ from gpt2c.cli.main import main
 from gpt2c.files.atomic import locked
 from gpt2c.formats import convert, llmc
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.gpt2 import GPT2
 from gpt2c.model.config import GPT2Config
 from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
 from gpt2c.text.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = GPT2Config(tokenizer.vocab_size, 8, 32, 2, 2, eos_token_id=tokenizer.eot)
     model = GPT2(config, seed=1)
     model.save_pretrained(path / "run")
-    QuantizedGPT2.from_model(model, "fp16").save_pretrained(path / "fp16")
+    model.quantize("fp16").save_pretrained(path / "fp16")
     for name in ("run", "data", "vocabulary"):
         tokenizer.save_pretrained(path / name)
     write_shards(path / "data", "train", np.arange(250), 100)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import gpt2c.train.loop
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, GPT2Config, Tokenizer
 from gpt2c.evaluate import scoring
 from gpt2c.files.untrusted import read_json, read_text
 from gpt2c.formats import llmc
@@ -170,16 +170,16 @@ def make_sharded(directory: Path) -> None:
 def make_quantized(method: str) -> Callable[[Path], None]:
     def make(directory: Path) -> None:
         model = GPT2(CONFIG, backend="numpy")
-        QuantizedGPT2.from_model(model, method).save_pretrained(directory)
+        model.quantize(method).save_pretrained(directory)
 
     return make
 
 
-def quantized(method: str) -> Callable[[Path], QuantizedGPT2]:
+def quantized(method: str) -> Callable[[Path], GPT2]:
     return lambda directory: GPT2.from_pretrained(directory, quantize=method)
 
 
-def use_model(model: GPT2 | QuantizedGPT2) -> None:
+def use_model(model: GPT2) -> None:
     ids = np.arange(3)[None] % model.config.vocab_size
     model(ids[:, : model.config.n_positions])
     model.generate(ids[:, :1], max_new_tokens=2, temperature=0)

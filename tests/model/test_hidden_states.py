@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
 from gpt2c.kernels import reference
 from gpt2c.kernels.cases import normalised_error
 from gpt2c.model.reader import CHUNK
@@ -28,7 +28,7 @@ def make(backend: Any = "auto", kind: str = "fp32", config: GPT2Config = CONFIG)
     rng = np.random.default_rng(0)
     for parameter in model.parameters.values():
         parameter += 0.1 * rng.standard_normal(parameter.shape, np.float32)
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+    return model if kind == "fp32" else model.quantize(kind)
 
 
 def stream(model: GPT2, idx: np.ndarray) -> list[np.ndarray]:

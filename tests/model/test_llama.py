@@ -14,7 +14,6 @@ from gpt2c.kernels.cases import normalised_error
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT
-from gpt2c.model.quantized import QuantizedModel
 from gpt2c.model.rope import Rope
 
 ODD = LlamaConfig(
@@ -152,9 +151,9 @@ def test_llama_of_ragged_sequences_is_each_alone(backend: Any, rng: np.random.Ge
 def test_llama_read_token_by_token_has_the_logits_of_one_pass(
     config: LlamaConfig, weights: str, backend: Any, rng: np.random.Generator
 ) -> None:
-    model: Any = odd_model(backend, config)
+    model = odd_model(backend, config)
     if weights != "fp32":
-        model = QuantizedModel.from_model(model, weights)
+        model = model.quantize(weights)
     idx = rng.integers(0, config.vocab_size, (2, config.n_positions)).astype(np.int32)
     expected = model(idx)
     decoder = model.decoder(2)

@@ -10,7 +10,6 @@ import pytest
 from conftest import Guarded, refused
 
 from gpt2c import GPT2, GPT2Config
-from gpt2c.gpt2 import QuantizedGPT2
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import normalised_error
@@ -53,7 +52,7 @@ def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int =
     for name, parameter in model.parameters.items():
         size = np.float32(0.1 if "ln" in name else 0.05)
         parameter += size * rng.standard_normal(parameter.shape, np.float32)
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+    return model if kind == "fp32" else model.quantize(kind)
 
 
 def widened(model: LanguageModel) -> GPT2:
@@ -441,11 +440,12 @@ def test_tokens_that_do_not_fit_are_refused(backend: Any) -> None:
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(name: str, change: Any, said: str) -> None:
-    model = QuantizedGPT2.from_model(GPT2(ODD), "int8")
-    array = model.parameters.pop(name)
+    model = GPT2(ODD).quantize("int8")
+    parameters = dict(model.parameters)
+    array = parameters.pop(name)
     if change is not None:
-        model.parameters[name] = change(array)
-    message = refused(model.generate, [[1]], 2)
+        parameters[name] = change(array)
+    message = refused(Decoder, ODD, parameters, model.backend, 1, 4)
     assert name in message and said in message
 
 
@@ -476,7 +476,7 @@ def test_argmax_is_computed_only_when_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
-    model = QuantizedGPT2.from_model(GPT2(ODD, backend=backend), "int8")
+    model = GPT2(ODD, backend=backend).quantize("int8")
     ids = np.arange(3, dtype=np.int32)
     expected = model.decoder().read(ids, 0, 0)
     decoder = model.decoder()

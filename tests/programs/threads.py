@@ -49,7 +49,7 @@ def models_at_once() -> None:
         return model.generate(IDX[:, :5], 20, seed=seed).tolist()
 
     readers: list[Any] = [gpt2c.GPT2(CONFIG, seed=1)]
-    readers.append(gpt2c.QuantizedGPT2.from_model(gpt2c.GPT2(CONFIG), "int8"))
+    readers.append(gpt2c.GPT2(CONFIG).quantize("int8"))
     trained = [train(seed, 10) for seed in (1, 2)]
     written = [write(model, 5) for model in readers]
     with ThreadPoolExecutor(4) as pool:
