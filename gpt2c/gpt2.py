@@ -363,6 +363,8 @@ class GPT2(WritingModel, Model):
             raise ValueError(
                 f"{found.source} holds {found.weights} weights: pass quantize={found.weights!r}"
             )
+        if not isinstance(found.config, GPT2Config):
+            raise ValueError(f"{found.source} is no GPT-2, got {found.config!r:.50}")
         check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
         model = cls(found.config, seed=None, backend=backend, threads=threads)
         model.load_parameters(found.tensors, found.source)

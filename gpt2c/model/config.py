@@ -78,6 +78,9 @@ class ModelConfig:
         def eos_token_id(self) -> int | None:
             """The end-of-text token, or None."""
 
+        def to_dict(self) -> dict[str, Any]:
+            """Return the entries of a config.json from which transformers builds the same model."""
+
     def stack(self) -> Stack:
         """Return the blocks of this model."""
         raise NotImplementedError
