@@ -10,7 +10,8 @@ from gpt2c.formats.llmc import EXPORT
 __all__ = ["add_flags", "run_convert"]
 
 EPILOG = f"""\
-gpt2c convert RUN model.bin                     llm.c's model; --dtype bf16; llama2.c's of a Llama
+gpt2c convert RUN model.bin                     llm.c's model; --dtype bf16
+gpt2c convert LLAMA model.bin                   llama2.c's model, if it is a Llama
 gpt2c convert model.bin DIR                     Hugging Face's
 gpt2c convert RUN model.gguf --dtype q8_0       llama.cpp's, with the tokenizer
 gpt2c convert RUN tokenizer.bin                 llm.c's tokenizer, if the name contains tokenizer

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.kernels.checks import check_kind, number, whole, whole_or_float
+from gpt2c.kernels.checks import number, whole, whole_or_float
 from gpt2c.kernels.memory import aligned_offsets, aligned_zeros, require
 from gpt2c.model.parameters import names_that_fit
 
@@ -300,7 +300,8 @@ def _parts(model: FlatModel, groups: Sequence[ParameterGroup], learning_rate: fl
     if not groups:
         rest = _Part(model.decay_size, model.trained_size, weight_decay=0.0)
         return [_Part(0, model.decay_size), rest]
-    check_kind("groups", groups, list, "a list of dicts")
+    if not isinstance(groups, list | tuple):
+        raise ValueError(f"groups must be a list of dicts, got {groups!r:.50}")
     starts = aligned_offsets({name: model.parameters[name].shape for name in model.trained})
     ends = dict(zip(starts, [*starts.values()][1:], strict=False))
     decaying = {name for name in model.trained if starts[name] < model.decay_size}
@@ -351,9 +352,12 @@ def _checked_settings(group: ParameterGroup, learning_rate: float) -> tuple[floa
         _check_weight_decay(decay)
     if rate == learning_rate:
         return 1.0, decay
-    if not learning_rate:
-        raise ValueError("learning_rate must be above 0 where that of a group follows it, got 0")
-    return rate / learning_rate, decay
+    factor = rate / learning_rate if learning_rate else math.inf
+    if factor == math.inf:
+        raise ValueError(
+            f"learning_rate {learning_rate} is too small: that of a group, {rate}, is a multiple of it"
+        )
+    return factor, decay
 
 
 def _names_of_trained(model: FlatModel, pattern: str) -> frozenset[str]:

@@ -320,8 +320,10 @@ def test_groups_that_say_nothing_are_refused(groups, wanted):
 
 def test_rate_of_a_group_needs_one_to_follow():
     model = GPT2(CONFIG, seed=1, backend="base")
-    groups = [{"params": "wte.*", "learning_rate": 1e-3}]
-    assert "learning_rate must be above 0" in refused(AdamW, model, 0.0, groups=groups)
+    groups = ({"params": "wte.*", "learning_rate": 1e-3},)
+    for rate in (0.0, 1e-320):
+        assert f"learning_rate {rate} is too small" in refused(AdamW, model, rate, groups=groups)
+    AdamW(model, 1e-9, groups=groups)
 
 
 # ---- schedules -----------------------------------------------------------------------------------
