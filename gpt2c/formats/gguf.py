@@ -18,6 +18,7 @@ from gpt2c.formats.rotary import to_adjacent
 from gpt2c.kernels.memory import Array
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.rope import Rope
 from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = ["DTYPES", "write_gguf"]
@@ -131,12 +132,19 @@ def _add_shape(writer: Any, config: GPT2Config | LlamaConfig) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.HS)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
+        writer.add_string("llama.rope.scaling.type", "linear")
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
 
 
 def _stored_tensors(
     config: GPT2Config | LlamaConfig, tensors: Mapping[str, Array]
 ) -> Iterator[tuple[str, str, Array]]:
-    """Yield name, llama.cpp's name, tensor; of a Llama parts, with adjacent pairs in q and k."""
+    """Yield name, llama.cpp's name, tensor; of a Llama parts, with adjacent pairs in q and k.
+
+    llama.cpp has "linear" in the header and "llama3" as numbers that divide the frequencies.
+    "dynamic" changes nothing in texts of up to n_positions tokens.
+    """
     for name, tensor in tensors.items():
         stored = _gguf_name(name)
         if isinstance(config, LlamaConfig) and name.endswith("attn.c_attn.weight"):
@@ -151,6 +159,11 @@ def _stored_tensors(
             yield name, stored, up
         else:
             yield name, stored, tensor
+    if isinstance(config, LlamaConfig):
+        scaling, shape = config.rope_scaling, (config.n_positions, config.HS, config.rope_theta)
+        if scaling is not None and scaling.rope_type == "llama3":
+            factors = Rope(*shape).frequencies / Rope(*shape, scaling).frequencies
+            yield "rope_scaling", "rope_freqs.weight", factors.astype(np.float32)
 
 
 def _gguf_name(name: str) -> str:

@@ -355,7 +355,7 @@ def _checked_settings(group: ParameterGroup, learning_rate: float) -> tuple[floa
     factor = rate / learning_rate if learning_rate else math.inf
     if factor == math.inf:
         raise ValueError(
-            f"learning_rate {learning_rate} is too small: that of a group, {rate}, is a multiple of it"
+            f"learning_rate {learning_rate} is too small: a group's, {rate}, is a multiple of it"
         )
     return factor, decay
 

@@ -15,6 +15,7 @@ from gpt2c.gpt2 import GPT2
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
+from gpt2c.model.rope_scaling import RopeScaling
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.optimizer import AdamW
 
@@ -138,6 +139,23 @@ def test_gguf_file_describes_a_llama(bpe: Tokenizer, tmp_path: Path) -> None:
         turned = tensors[name].reshape(-1, 20, 96)
         assert np.array_equal(turned[:, 0::2], ours.reshape(-1, 20, 96)[:, :10]), name
         assert np.array_equal(turned[:, 1::2], ours.reshape(-1, 20, 96)[:, 10:]), name
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "dynamic"])
+def test_rotary_scaling_is_stored_as_llama_cpp_has_it(
+    kind: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    more = (1.0, 4.0, 32) if kind == "llama3" else ()
+    model = make_llama(bpe, rope_scaling=RopeScaling(kind, 8.0, *more))
+    reader = __import__("gguf").GGUFReader(gguf_of(tmp_path / "model.gguf", model, bpe))
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    scaling = {name: values[name] for name in values if "rope.scaling" in name}
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 8.0}
+    assert scaling == (linear if kind == "linear" else {})
+    factors = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    assert len(factors) == (kind == "llama3")
+    if factors:
+        assert factors[0].shape == (12,) and factors[0][0] == 1 and factors[0][-1] == 8
 
 
 def test_tied_head_of_a_llama_is_left_out(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -305,6 +323,9 @@ def test_llama_cpp_generates_the_text_of_a_trained_model(bpe: Tokenizer, tmp_pat
         ("bpe", {"tie_word_embeddings": True, "num_key_value_heads": None}),
         ("bytes", {"num_key_value_heads": 1, "rope_theta": 500.0, "rms_norm_eps": 1e-3}),
         ("bpe", {"hidden_size": 42, "num_attention_heads": 6, "head_dim": 10, "vocab_size": 310}),
+        ("bpe", {"rope_scaling": RopeScaling("linear", 4.0)}),
+        ("bpe", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 32)}),
+        ("bpe", {"rope_scaling": RopeScaling("dynamic", 2.0)}),
     ],
 )
 def test_llama_cpp_computes_the_same_llama(

@@ -22,6 +22,7 @@ from gpt2c.kernels.cases import normalised_error
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
+from gpt2c.model.rope_scaling import RopeScaling
 
 FIELDS = "dim hidden_dim n_layers n_heads n_kv_heads vocab_size max_seq_len"
 GROUPED = LlamaConfig(
@@ -220,6 +221,10 @@ def read_model_of(config: LlamaConfig, directory: Path) -> Any:
         ({"rms_norm_eps": 1e-6}, "have rms_norm_eps 1e-05, this one has 1e-06"),
         ({"rope_theta": 5e5}, "have rope_theta 10000, this one has 500000.0"),
         ({"head_dim": 8}, "have head_dim 6, this one has 8"),
+        (
+            {"rope_scaling": RopeScaling("linear", 2.0)},
+            "no rope_scaling, this one has RopeScaling(",
+        ),
         ({"num_attention_heads": 10, "head_dim": 2}, "have head_dim 2.4, this one has 2"),
     ],
 )
@@ -231,6 +236,7 @@ def test_models_outside_run_c_are_refused(changes: Any, message: str, tmp_path: 
 
 def test_fields_that_the_file_does_not_hold_may_differ(tmp_path: Path) -> None:
     config = dataclasses.replace(GROUPED, head_dim=6, initializer_range=0.5, eos_token_id=3)
+    config = dataclasses.replace(config, bos_token_id=2)
     assert read_model_of(config, tmp_path)[0] == GROUPED
     all_heads = dataclasses.replace(GROUPED, num_key_value_heads=None)
     assert read_model_of(all_heads, tmp_path)[0].num_key_value_heads == 4
