@@ -210,6 +210,41 @@ def test_trace_agrees(config: GPT2Config, backend_name: str) -> None:
     assert_close("lens", last, found.logits.numpy(), LOGITS)
 
 
+def test_groups_of_adamw_are_those_of_pytorch(backend_name: str) -> None:
+    """PyTorch gets our gradients, so that only the steps are compared."""
+    both = pair(SMALL, backend_name)
+    named_groups: list[Any] = [
+        {"params": ["w[tp]e.*", "h.0.*"], "learning_rate": 2e-4, "weight_decay": 0.0},
+        {"params": "h.1.*", "weight_decay": 0.3},
+    ]
+    rate, groups = 1e-3, {}
+    for name, parameter in both.torch.named_parameters():
+        name, low, high = name.removeprefix("transformer."), ("wte", "wpe", "h.0."), "h.1."
+        own = 2e-4 if name.startswith(low) else rate
+        decay = 0.0 if name.startswith(low) else 0.3 if name.startswith(high) else 0.1
+        settings = own, decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault(settings, []).append(parameter)
+    theirs = torch.optim.AdamW(
+        [{"params": some, "lr": lr, "weight_decay": decay} for (lr, decay), some in groups.items()],
+        betas=(0.9, 0.95),
+    )
+    factors = [1.0, 1.0, 0.5, 0.25, 0.1]
+    schedule = torch.optim.lr_scheduler.LambdaLR(theirs, lambda step: [*factors, 0.0][step])
+    ours = AdamW(both.gpt2c, rate, groups=named_groups)
+    for step, factor in enumerate(factors):
+        both.gpt2c.zero_grad()
+        both.gpt2c.loss(*batch_of(SMALL, 2, 17, step))
+        both.gpt2c.backward()
+        for name, parameter in both.torch.named_parameters():
+            gradient = both.gpt2c.gradients[name.removeprefix("transformer.")].copy()
+            parameter.grad = torch.tensor(gradient.T if name.endswith(TRANSPOSED) else gradient)
+        theirs.step()
+        schedule.step()
+        ours.step(rate * factor)
+    for name, expected in named(both.torch.named_parameters()).items():
+        assert_close(name, both.gpt2c.parameters[name], expected, OP)
+
+
 @pytest.fixture(scope="module")
 def whole() -> Iterator[Pair]:
     """Return GPT-2 124M on the default backend."""

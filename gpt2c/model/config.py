@@ -18,7 +18,16 @@ from gpt2c.model.mlp import MLP
 from gpt2c.model.norm import LayerNorm
 from gpt2c.model.stack import Layer, Stack
 
-__all__ = ["FIXED", "GPT2Config", "ModelConfig", "check_eos", "check_numbers", "check_sizes"]
+__all__ = [
+    "FIXED",
+    "GPT2Config",
+    "ModelConfig",
+    "check_eos",
+    "check_fixed",
+    "check_numbers",
+    "check_sizes",
+    "read_token",
+]
 
 # The fields of config.json that choose the arithmetic, each with the values that gpt2c implements.
 # `from_dict` refuses any other value; `to_dict` writes the first.
@@ -79,7 +88,7 @@ class ModelConfig:
             """The end-of-text token, or None."""
 
         def to_dict(self) -> dict[str, Any]:
-            """Return the entries of config.json, under Hugging Face's names."""
+            """Return the entries of a config.json from which transformers builds the same model."""
 
     def stack(self) -> Stack:
         """Return the blocks of this model."""
@@ -176,10 +185,7 @@ class GPT2Config(ModelConfig):
             raise ValueError(
                 f"config.json: model_type must be 'gpt2', got {entries['model_type']!r:.50}"
             )
-        for name, known in FIXED.items():
-            if entries.get(name, known[0]) not in known:
-                wanted = " or ".join(map(repr, known))
-                raise ValueError(f"config.json: {name} must be {wanted}, got {entries[name]!r:.50}")
+        check_fixed(FIXED, entries)
         fields = {field.name for field in dataclasses.fields(cls)}
         known_entries = {name: value for name, value in entries.items() if name in fields}
         for alias, name in ALIASES.items():
@@ -191,11 +197,7 @@ class GPT2Config(ModelConfig):
                     f"config.json: {alias} and {name} must be equal, got {entries[alias]!r:.50}"
                     f" and {entries[name]!r:.50}"
                 )
-        eos, V = known_entries.get("eos_token_id"), known_entries.get("vocab_size", cls.vocab_size)
-        if isinstance(eos, list) and eos:
-            eos = eos[0]
-        if type(eos) is int and type(V) is int and eos >= V:
-            eos = None  # a smaller vocabulary with Hugging Face's default, 50256
+        eos = read_token("eos_token_id", entries, cls.vocab_size)
         try:
             return cls(**known_entries | {"eos_token_id": eos})
         except ValueError as error:
@@ -243,7 +245,7 @@ def _gpt2(config: GPT2Config) -> Stack:
 
 
 def check_sizes(
-    config: ModelConfig, sizes: tuple[str, ...], optional: tuple[str, ...], layers: str
+    config: object, sizes: tuple[str, ...], optional: tuple[str, ...], layers: str
 ) -> None:
     """Refuse sizes that are not whole numbers from 1 on; optional ones may be None."""
     for name in sizes + optional:
@@ -254,7 +256,7 @@ def check_sizes(
             raise ValueError(f"{name} must be a whole number from 1 to {most}, got {value!r:.50}")
 
 
-def check_numbers(config: ModelConfig, ranges: Mapping[str, tuple[float, float]]) -> None:
+def check_numbers(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Refuse numbers that are out of their ranges."""
     for name, (least, greatest) in ranges.items():
         value = getattr(config, name)
@@ -265,8 +267,27 @@ def check_numbers(config: ModelConfig, ranges: Mapping[str, tuple[float, float]]
             )
 
 
-def check_eos(config: ModelConfig) -> None:
-    """Refuse an end-of-text token outside of the vocabulary."""
-    eos = config.eos_token_id
-    if eos is not None and not (type(eos) is int and 0 <= eos < config.vocab_size):
-        raise ValueError(f"eos_token_id must be in [0, {config.vocab_size}), got {eos!r:.50}")
+def check_fixed(fixed: Mapping[str, tuple[Any, ...]], entries: Mapping[str, Any]) -> None:
+    """Refuse entries of a config.json that choose other arithmetic than `fixed` names."""
+    for name, known in fixed.items():
+        if entries.get(name, known[0]) not in known:
+            wanted = " or ".join(map(repr, known))
+            raise ValueError(f"config.json: {name} must be {wanted}, got {entries[name]!r:.50}")
+
+
+def read_token(name: str, entries: Mapping[str, Any], V: int) -> Any:
+    """Return a token's id in config.json, the first of a list; V: vocab_size where it has none.
+
+    An id beyond the vocabulary is None: Hugging Face's default, 50256, in a smaller model.
+    """
+    token, V = entries.get(name), entries.get("vocab_size", V)
+    if isinstance(token, list) and token:
+        token = token[0]
+    return None if type(token) is int and type(V) is int and token >= V else token
+
+
+def check_eos(config: ModelConfig, name: str = "eos_token_id") -> None:
+    """Refuse an end-of-text token, or another that a config names, outside of the vocabulary."""
+    token = getattr(config, name)
+    if token is not None and not (type(token) is int and 0 <= token < config.vocab_size):
+        raise ValueError(f"{name} must be in [0, {config.vocab_size}), got {token!r:.50}")

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from gpt2c.kernels.checks import check_kind
 from gpt2c.model.attention import Attention
-from gpt2c.model.config import ModelConfig, check_eos, check_numbers, check_sizes
+from gpt2c.model.config import (
+    ModelConfig,
+    check_eos,
+    check_fixed,
+    check_numbers,
+    check_sizes,
+    read_token,
+)
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.head import LanguageHead
 from gpt2c.model.mlp import SwiGLU
 from gpt2c.model.norm import RMSNorm
 from gpt2c.model.rope import Rope
+from gpt2c.model.rope_scaling import RopeScaling, read_rope
 from gpt2c.model.stack import Layer, Stack
 
 __all__ = ["LlamaConfig"]
+
+# See FIXED in config.py. pretraining_tp only divided the products.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "architectures": (["LlamaForCausalLM"], ["LlamaModel"], None),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "pretraining_tp": (1, None),
+}
 
 RANGES = {
     "rms_norm_eps": (1e-37, 1.0),
@@ -37,9 +56,11 @@ class LlamaConfig(ModelConfig):
     intermediate_size : F channels inside the MLP
     rms_norm_eps : added to the mean square, from 1e-37 to 1
     rope_theta : base of the rotary frequencies, from 1 to 1e9
+    rope_scaling : changes these frequencies, see `RopeScaling`; None leaves them
     tie_word_embeddings : whether the lm_head is the embedding's table
     initializer_range : standard deviation of the initial weights, from 1e-37 to 1e4
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
+    bos_token_id : another token that starts a text, only kept for other readers
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
 
@@ -66,6 +87,8 @@ class LlamaConfig(ModelConfig):
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     eos_token_id: int | None = None
+    rope_scaling: RopeScaling | None = None
+    bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -89,6 +112,53 @@ class LlamaConfig(ModelConfig):
         if self.HS % 2:
             raise ValueError(f"a head must have an even number of channels, got {self.HS}")
         check_eos(self)
+        check_eos(self, "bos_token_id")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(
+                f"rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r:.50}"
+            )
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> LlamaConfig:
+        """Return the config that the entries of Hugging Face's config.json describe.
+
+        Unknown keys are ignored, and so is dropout. See `GPT2Config.from_dict` for eos_token_id
+        and `read_rope` for rotary positions.
+
+        Raises
+        ------
+        ValueError : another model_type, arithmetic that gpt2c does not have, or an invalid field
+        """
+        if entries.get("model_type", "llama") != "llama":
+            raise ValueError(
+                f"config.json: model_type must be 'llama', got {entries['model_type']!r:.50}"
+            )
+        check_fixed(FIXED, entries)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known_entries = {name: value for name, value in entries.items() if name in fields}
+        for name in ("bos_token_id", "eos_token_id"):
+            known_entries[name] = read_token(name, entries, cls.vocab_size)
+        P = entries.get("max_position_embeddings", cls.max_position_embeddings)
+        try:
+            return cls(**known_entries | read_rope(entries, P))
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of a config.json from which transformers builds the same model.
+
+        The names are transformers 4's, which transformers 5 reads, too.
+        """
+        arithmetic = {name: known[0] for name, known in FIXED.items()}
+        bos = self.eos_token_id if self.bos_token_id is None else self.bos_token_id
+        scaling = self.rope_scaling
+        return (
+            {"model_type": "llama"}
+            | dataclasses.asdict(self)
+            | {"bos_token_id": bos, "rope_scaling": None if scaling is None else scaling.to_dict()}
+            | arithmetic
+            | {"attention_dropout": 0.0}
+        )
 
     @property
     def HS(self) -> int:
@@ -124,7 +194,7 @@ class LlamaConfig(ModelConfig):
 def _llama(config: LlamaConfig) -> Stack:
     C, std, eps = config.hidden_size, config.initializer_range, config.rms_norm_eps
     NH, KV, HS = config.num_attention_heads, config.num_key_value_heads, config.HS
-    rope = Rope(config.max_position_embeddings, HS, config.rope_theta)
+    rope = Rope(config.max_position_embeddings, HS, config.rope_theta, config.rope_scaling)
     layers = [
         Layer(
             f"h.{i}",

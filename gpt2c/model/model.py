@@ -11,7 +11,6 @@ only marks the gradients as void: the next backward writes where it would add.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -26,7 +25,7 @@ from gpt2c.model.block import Batch, IntArray, Run, Slot
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
 from gpt2c.model.owner import Owner
-from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
+from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
 from gpt2c.model.plan import KEPT, Activations
 from gpt2c.model.quantized import (
     check_method,
@@ -212,7 +211,7 @@ class Model(LanguageModel):
         """
         if not patterns:
             raise ValueError('name what to freeze, for instance freeze("wte.*", "h.0.*")')
-        self._set_frozen(self._frozen | self._names_that_fit(patterns))
+        self._set_frozen(self._frozen | names_that_fit(self._parameters, patterns))
 
     def unfreeze(self, *patterns: str) -> None:
         """Train these parameters again, without patterns all; see `freeze`.
@@ -221,20 +220,7 @@ class Model(LanguageModel):
         ------
         ValueError, RuntimeError, MemoryError : see `freeze`
         """
-        self._set_frozen(self._frozen - self._names_that_fit(patterns or ("*",)))
-
-    def _names_that_fit(self, patterns: Sequence[str]) -> frozenset[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise ValueError(f"a pattern of names must be a string, got {pattern!r:.50}")
-            fitting = fnmatch.filter(self._parameters, pattern)
-            if not fitting:
-                whole = fnmatch.filter(self._parameters, f"{pattern}.*")
-                hint = f"did you mean '{pattern}.*'?" if whole else "one is 'wte.weight'"
-                raise ValueError(f"no parameter has a name like {pattern!r}; {hint}")
-            found.update(fitting)
-        return frozenset(found)
+        self._set_frozen(self._frozen - names_that_fit(self._parameters, patterns or ("*",)))
 
     def _set_frozen(self, frozen: frozenset[str]) -> None:
         self._check_can_train()

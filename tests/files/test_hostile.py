@@ -364,6 +364,31 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
     ("llmc", "model.bin", "safetensors", raw(joined(b"{}", bytes(2000))), "starts with"),
     ("llmc_bf16", "model.bin", "fp32", at(4, 3), ""),
     *(
+        ("llama2c", "model.bin", f"{field} {value}", at(4 * place, value), "")
+        for place, field, values in [
+            (0, "dim", (0, -1, 7, 16, 2**31 - 2, 20240326)),
+            (1, "hidden_dim", (0, -1, 7, 2**31 - 1)),
+            (2, "n_layers", (0, -1, 3, 10_000, 2**31 - 1)),
+            (3, "n_heads", (0, -1, 1, 3, 2**31 - 1)),
+            (4, "n_kv_heads", (0, -1, 2, 3)),
+            (5, "vocab_size", (0, 17, -18, 2**31 - 1, -(2**31))),
+            (6, "max_seq_len", (0, -1, 5, 2**31 - 1)),
+        ]
+        for value in values
+    ),
+    *(
+        ("llama2c", "model.bin", what, change, "")
+        for what, change in {
+            "nothing": raw(b""),
+            "half a header": size(lambda n: 14),
+            "a header": size(lambda n: 28),
+            "one byte short": size(lambda n: n - 1),
+            "one byte more": size(lambda n: n + 1),
+            "another version": lambda content: b"24ka\2\0\0\0" + content,
+            "the magic number alone": raw(b"24ka"),
+        }.items()
+    ),
+    *(
         ("llmc_tokenizer", "tokenizer.bin", f"{field} {value}", at(4 * place, value), "")
         for place, field, values in [
             (0, "magic", (0, 20240326, 20240520)),

@@ -29,9 +29,12 @@ import gpt2c.train.loop
 from gpt2c import GPT2, GPT2Config, Tokenizer
 from gpt2c.evaluate import scoring
 from gpt2c.files.untrusted import read_json, read_text
-from gpt2c.formats import llmc
+from gpt2c.formats import llama2c, llmc
 from gpt2c.formats.convert import convert
+from gpt2c.formats.load import find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
 from gpt2c.text.batches import Batches
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import prepare
@@ -258,6 +261,28 @@ def make_llmc(dtype: str) -> Callable[[Path], None]:
     return make
 
 
+def make_llama2c(directory: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4,
+        rms_norm_eps=1e-5,
+    )
+    model = Model(config, seed=1, backend="numpy")
+    llama2c.write_model(directory / "model.bin", config, model.parameters)
+
+
+def read_llama2c(directory: Path) -> Model:
+    found = find_model(directory / "model.bin")
+    model = Model(found.config, None)
+    model.load_parameters(found.tensors, found.source)
+    return model
+
+
 def make_llmc_tokenizer(directory: Path) -> None:
     made = tokenizer()
     tokens = [made.token_bytes(token_id) for token_id in range(made.vocab_size)]
@@ -393,6 +418,14 @@ READERS = {
         use_model,
     ),
     "llmc_convert": Reader(make_llmc("fp32"), converted("model.bin"), len),
+    "llama2c": Reader(
+        make_llama2c, read_llama2c, lambda model: model([[0] * min(3, model.config.n_positions)])
+    ),
+    "llama2c_convert": Reader(
+        make_llama2c,
+        lambda d: convert(str(d / "model.bin"), d / "out.bin", overwrite=True),
+        len,
+    ),
     "llmc_tokenizer": Reader(
         make_llmc_tokenizer,
         lambda d: Tokenizer(*llmc.read_tokenizer(d / "tokenizer.bin")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -216,3 +217,58 @@ def test_llama_has_the_parameters_of_its_kind() -> None:
 )
 def test_llama_config_refuses_sizes_that_cannot_be(changes: dict[str, Any], wanted: str) -> None:
     assert re.search(wanted, refused(LlamaConfig, **changes))
+
+
+SMOLLM2 = """{
+  "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576,
+  "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+  "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama",
+  "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+  "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": false, "rope_scaling": null,
+  "rope_theta": 100000, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+  "use_cache": true, "vocab_size": 49152
+}"""
+
+
+def test_config_of_smollm2_is_read() -> None:
+    """As published for HuggingFaceTB/SmolLM2-135M."""
+    config = LlamaConfig.from_dict(json.loads(SMOLLM2))
+    assert config.num_parameters() == 134_515_008 and config.HS == 64
+    assert config.tie_word_embeddings and config.rope_theta == 100_000
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_of_llama_round_trips() -> None:
+    for config in (ODD, TIED, LlamaConfig(eos_token_id=2, bos_token_id=1)):
+        entries = json.loads(json.dumps(config.to_dict()))
+        assert entries["model_type"] == "llama"
+        assert LlamaConfig.from_dict(entries) == config
+    assert LlamaConfig(eos_token_id=7).to_dict()["bos_token_id"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_type", "mistral"),
+        ("model_type", "gpt2"),
+        ("architectures", ["LlamaForSequenceClassification"]),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("pretraining_tp", 2),
+    ],
+)
+def test_other_arithmetic_is_refused_by_name(name: str, value: Any) -> None:
+    message = refused(LlamaConfig.from_dict, {name: value})
+    assert message.startswith(f"config.json: {name} must be") and repr(value) in message
+
+
+@pytest.mark.parametrize(
+    ("stored", "token"), [(7, 7), ([7, 8], 7), (None, None), (32000, None), ([60000, 1], None)]
+)
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
+def test_token_ids_of_llama_are_read(name: str, stored: Any, token: int | None) -> None:
+    assert getattr(LlamaConfig.from_dict({name: stored}), name) == token
+    for bad in (-1, "7", [[7]], True, {"a": 1}):
+        assert refused(LlamaConfig.from_dict, {name: bad}).startswith(f"config.json: {name} must")
