@@ -21,12 +21,16 @@ from helpers.cases import small_shape
 
 from gpt2c import GPT2, AdamW, GPT2Config, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker
+from gpt2c.formats.huggingface import save_weights
+from gpt2c.formats.llama_layout import LLAMA
+from gpt2c.formats.load import find_model
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
 from gpt2c.model.config import FIXED
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
+from gpt2c.model.rope_scaling import RopeScaling
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
@@ -423,15 +427,23 @@ def test_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
 
 LLAMAS = {
     "grouped": LlamaConfig(97, 60, 71, 2, 6, 2, None, 64, tie_word_embeddings=False),
-    "wide heads": LlamaConfig(101, 30, 84, 2, 3, 1, 16, 40, rope_theta=500.0),
-    "tied": LlamaConfig(64, 48, 96, 3, 4, None, None, 64, tie_word_embeddings=True),
+    "wide heads": LlamaConfig(101, 48, 84, 2, 3, 1, 20, 40, rope_theta=500.0),
+    "smollm2": LlamaConfig(64, 72, 96, 3, 9, 3, None, 64, tie_word_embeddings=True),
+    "tinyllama": LlamaConfig(83, 128, 96, 2, 32, 4, None, 48, eos_token_id=2, bos_token_id=1),
+} | {
+    scaling.rope_type: LlamaConfig(59, 48, 80, 2, 3, 1, None, 64, rope_scaling=scaling)
+    for scaling in (
+        RopeScaling("linear", 2.5),
+        RopeScaling("dynamic", 4.0),
+        RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+    )
 }
 
 
 def torch_llama(config: LlamaConfig) -> Any:
     """Return a Llama of transformers with random parameters."""
     settings = transformers.LlamaConfig(
-        **dataclasses.asdict(config), attn_implementation="eager", pad_token_id=None
+        **config.to_dict(), attn_implementation="eager", pad_token_id=None
     )
     model = transformers.LlamaForCausalLM(settings).float().eval()
     generator = torch.Generator().manual_seed(0)
@@ -463,10 +475,34 @@ def as_ours(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, np.ndarra
     return ours
 
 
-@pytest.mark.parametrize("config", LLAMAS.values(), ids=LLAMAS)
-def test_llama_agrees(config: LlamaConfig, backend_name: str) -> None:
-    theirs, ours = torch_llama(config), Model(config, None, backend_name)
-    ours.load_parameters(as_ours(theirs.state_dict(), config), "transformers")
+def opened(directory: Path, backend: str = "auto") -> Model:
+    """Return the Llama of a directory."""
+    found = find_model(directory)
+    model = Model(found.config, None, backend)
+    model.load_parameters(found.tensors, found.source)
+    return model
+
+
+def greedy(model: Model, prompt: np.ndarray, count: int) -> list[int]:
+    """Return the likeliest tokens after a prompt, each read with a cache."""
+    decoder = model.decoder(1)
+    text = [*prompt.tolist(), int(decoder.read(prompt.astype(np.int32), 0, 0).argmax())]
+    while len(text) < len(prompt) + count:
+        slot, token, at = (np.array([n], np.int32) for n in (0, text[-1], len(text) - 1))
+        text.append(int(decoder.step(token, slot, at).argmax()))
+    return text
+
+
+EACH_LLAMA = pytest.mark.parametrize("config", LLAMAS.values(), ids=LLAMAS)
+
+
+@EACH_LLAMA
+def test_llama_agrees(config: LlamaConfig, backend_name: str, tmp_path: Path) -> None:
+    theirs = torch_llama(config)
+    theirs.save_pretrained(tmp_path)
+    ours = opened(tmp_path, backend_name)
+    for name, weight in as_ours(theirs.state_dict(), config).items():
+        assert np.array_equal(ours.parameters[name], weight), name
     rng = np.random.default_rng(1)
     idx, targets = rng.integers(0, config.vocab_size, (2, 2, config.n_positions))
     targets[1, 5:9] = -1
@@ -481,6 +517,99 @@ def test_llama_agrees(config: LlamaConfig, backend_name: str) -> None:
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, gradient in as_ours(gradients, config).items():
         assert normalised_error(ours.gradients[name], gradient) <= GRADIENT, name
+    prompt = idx[0, :9]
+    text = theirs.generate(
+        torch.from_numpy(prompt[None]),
+        max_new_tokens=config.n_positions - 9,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert greedy(ours, prompt, config.n_positions - 9) == text[0].tolist()
+
+
+@EACH_LLAMA
+def test_transformers_loads_a_saved_llama(config: LlamaConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, eos_token_id=5, bos_token_id=4)
+    first, again = tmp_path / "theirs", tmp_path / "ours"
+    torch_llama(config).save_pretrained(first)
+    ours = opened(first)
+    save_weights(again, ours.config.to_dict(), ours.parameters)
+    settings, both = {"attn_implementation": "eager", "output_loading_info": True}, []
+    for directory in (first, again):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(directory, **settings)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            assert not report[kind], f"{kind}: {report[kind]}"
+        both.append(model.eval())
+    idx = torch.from_numpy(np.random.default_rng(1).integers(0, config.vocab_size, (2, 33)))
+    assert torch.equal(both[0](idx).logits, both[1](idx).logits)
+    assert normalised_error(ours(idx.numpy()), both[1](idx).logits.detach().numpy()) <= LOGITS
+    configs = [model.config.to_dict() for model in both]
+    assert configs[0].pop("_name_or_path") != configs[1].pop("_name_or_path")
+    assert configs[0] == configs[1]
+    for model in both:
+        generation = model.generation_config
+        assert (generation.bos_token_id, generation.eos_token_id) == (4, 5)
+
+
+LLAMA_SAVES: dict[str, Any] = {
+    "shards": lambda m, d: m.save_pretrained(d, max_shard_size="40KB"),
+    "float16": lambda m, d: m.half().save_pretrained(d),
+    "bfloat16 shards": lambda m, d: m.bfloat16().save_pretrained(d, max_shard_size="20KB"),
+    "float64": lambda m, d: m.double().save_pretrained(d),
+    "no prefix": lambda m, d: m.model.save_pretrained(d),
+    "lm_head twice": lambda m, d: save_state(m, d, lambda t: None),
+    "lm_head only": lambda m, d: save_state(m, d, lambda t: t.pop("model.embed_tokens.weight")),
+}
+
+
+@pytest.mark.parametrize("save", LLAMA_SAVES)
+def test_llama_saved_by_transformers_is_read(save: str, tmp_path: Path) -> None:
+    config = LLAMAS["smollm2"]
+    LLAMA_SAVES[save](torch_llama(config), tmp_path)
+    assert ("shards" in save) == (len(list(tmp_path.glob("*.safetensors"))) > 2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = opened(tmp_path)
+    for name, weight in as_ours(theirs.state_dict(), config).items():
+        assert np.array_equal(ours.parameters[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+        LlamaConfig(32000, 2048, 5632, 22, 32, 4),
+    ],
+    ids=["SmolLM2-135M", "TinyLlama-1.1B"],
+)
+def test_two_llamas_have_transformers_names_and_shapes(config: LlamaConfig) -> None:
+    """On PyTorch's meta device, which allocates nothing, as ours are views of one zero."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_dict()))
+    zeros = {
+        name: np.broadcast_to(np.float32(0), shape)
+        for name, shape in config.parameter_shapes().items()
+    }
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {name: tensor.shape for name, tensor in LLAMA.write(zeros).items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "said"),
+    [
+        ({"hidden_act": "gelu"}, "LlamaForCausalLM", "hidden_act must be"),
+        ({"attention_bias": True}, "LlamaForCausalLM", "attention_bias must be False"),
+        ({"mlp_bias": True}, "LlamaForCausalLM", "mlp_bias must be False"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "LlamaForCausalLM", "got 'yarn'"),
+        ({}, "LlamaForSequenceClassification", "architectures must be"),
+    ],
+    ids=str,
+)
+def test_other_llamas_are_refused_by_name(
+    changes: dict[str, Any], model: str, said: str, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(**LLAMAS["grouped"].to_dict() | changes)
+    getattr(transformers, model)(config).save_pretrained(tmp_path)
+    assert said in refused(find_model, tmp_path)
 
 
 # ---- texts ---------------------------------------------------------------------------------------

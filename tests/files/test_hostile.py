@@ -187,7 +187,7 @@ CONFIGS = {
     "n_inner": [0, -1, 2**40, "16"],
     "layer_norm_epsilon": [0, -1e-5, "1e-5", True, []],
     "eos_token_id": [-1, "261", 1.5],
-    "model_type": ["llama", 2, []],
+    "model_type": ["mistral", 2, []],
     "activation_function": ["relu", "", ["gelu_new"]],
     "scale_attn_by_inverse_layer_idx": [True, "yes"],
     "tie_word_embeddings": [False],

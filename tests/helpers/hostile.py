@@ -29,12 +29,14 @@ import gpt2c.train.loop
 from gpt2c import GPT2, GPT2Config, Tokenizer
 from gpt2c.evaluate import scoring
 from gpt2c.files.untrusted import read_json, read_text
-from gpt2c.formats import llama2c, llmc
+from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.formats.convert import convert
 from gpt2c.formats.load import find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
+from gpt2c.model.parameters import check_shapes
+from gpt2c.model.rope_scaling import RopeScaling
 from gpt2c.text.batches import Batches
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import prepare
@@ -168,6 +170,36 @@ def make_sharded(directory: Path) -> None:
     places = {name: file for file, names in parts.items() for name in names}
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+LLAMA = LlamaConfig(
+    vocab_size=262,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=8,
+    rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 4),
+)
+
+
+def make_llama(directory: Path) -> None:
+    parameters = Model(LLAMA, seed=1, backend="numpy").parameters
+    huggingface.save_weights(directory, LLAMA.to_dict(), parameters)
+
+
+def read_llama(directory: Path) -> Model:
+    found = find_model(directory)
+    check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
+    model = Model(found.config, seed=None)
+    model.load_parameters(found.tensors, found.source)
+    return model
+
+
+def use_llama(model: Model) -> None:
+    ids = np.arange(3)[None] % model.config.vocab_size
+    model(ids[:, : model.config.n_positions])
 
 
 def make_quantized(method: str) -> Callable[[Path], None]:
@@ -385,6 +417,7 @@ READERS = {
     "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model, optional=SPARE),
     "sharded": Reader(make_sharded, GPT2.from_pretrained, use_model, optional=SPARE),
     "rounded": Reader(make_foreign, quantized("int8"), use_model, optional=SPARE),
+    "llama": Reader(make_llama, read_llama, use_llama, optional=SPARE),
     "int8": Reader(make_quantized("int8"), quantized("int8"), use_model, optional=SPARE),
     "fp16": Reader(make_quantized("fp16"), quantized("fp16"), use_model, optional=SPARE),
     "tokenizer": Reader(
