@@ -3,8 +3,8 @@
     python benchmarks/kinds.py             # about 5 minutes each
     python benchmarks/kinds.py --steps 200
 
-All have the demo's recipe, layers, channels and text. The loss is of the held-out text, the speed the
-median over the steps.
+All have the demo's recipe, layers, channels and text. The loss is of the held-out text, the speed
+the median over the steps.
 """
 
 from __future__ import annotations

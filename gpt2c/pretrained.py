@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import Backend
 from gpt2c.llama import Llama
+from gpt2c.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from gpt2c.formats.load import Pretrained
 
-__all__ = ["from_pretrained", "open_found"]
+__all__ = ["KINDS", "from_pretrained", "open_found"]
+
+# the class of a config -> that of its model
+KINDS: dict[type[ModelConfig], type[GPT2] | type[Llama]] = {
+    kind.config_class: kind for kind in (GPT2, Llama)
+}
 
 
 def from_pretrained(
@@ -50,6 +56,4 @@ def open_found(
     """Load a model that `find_model` has found; see `from_pretrained`."""
     if quantize is None and found.weights != "fp32":
         quantize = found.weights
-    if isinstance(found.config, Llama.config_class):
-        return Llama.from_found(found, backend, threads, quantize)
-    return GPT2.from_found(found, backend, threads, quantize)
+    return KINDS[type(found.config)].from_found(found, backend, threads, quantize)

@@ -6,7 +6,6 @@ gpt2c.bench.suite lets them take turns.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from gpt2c.bench.machine import Ceilings, fastest
@@ -21,6 +20,7 @@ from gpt2c.bench.suite import (
     Watch,
     Work,
     choose_rows,
+    kind_of,
     lacks,
     measure,
 )
@@ -124,7 +124,8 @@ def bench_generate(
 
 def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:
     group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
-    arguments = {"what": what, "config": dataclasses.asdict(config), "B": B, "T": T}
+    group += kind_of(config)
+    arguments = {"what": what, "config": config.to_dict(), "B": B, "T": T}
 
     def facts(row: str) -> dict[str, float]:
         size = PRECISIONS[row.partition(":")[2] or "fp32"]

@@ -23,9 +23,9 @@ from gpt2c.files import atomic
 from gpt2c.files.atomic import claim_directory
 from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
-from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import get_backend
 from gpt2c.model.config import ModelConfig
+from gpt2c.pretrained import KINDS
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, read_shards
@@ -83,7 +83,7 @@ def train(
     overwrite: bool = False,
     held: bool = False,
 ) -> TrainResult:
-    """Train a GPT-2 on prepared data into a run directory.
+    """Train a GPT-2 or a Llama on prepared data into a run directory.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def _prepare(
         check_config(found.path, found.config, config)
     backend = _fitting_backend(settings, config, batches.order_bytes, resume)
     seed = settings.seed if found is None else None
-    model = GPT2(config, seed, backend, settings.recomputation)
+    model = KINDS[type(config)](config, seed, backend, settings.recomputation)
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),

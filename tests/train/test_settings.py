@@ -144,7 +144,7 @@ def test_float_setting_takes_a_whole_number(tmp_path: Path) -> None:
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
         (b"n_layers = 1", r"recipe.toml: no setting 'n_layers'; did you mean n_layer\?"),
         (b"[model]\nn-layer = 1", r"recipe.toml: no setting 'n-layer'; did you mean n_layer\?"),
-        (b"xyz = 1", "recipe.toml: no setting 'xyz'; the settings are backend, batch_order, "),
+        (b"xyz = 1", "recipe.toml: no setting 'xyz'; the settings are arch, backend, batch_order, "),
         (b"[model]\nn_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (
             b"[modle]\nn_layer = 1",
