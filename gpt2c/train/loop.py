@@ -25,7 +25,7 @@ from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import get_backend
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, read_shards
@@ -151,7 +151,7 @@ def reserved(
 
 
 def _fitting_backend(
-    settings: TrainSettings, config: GPT2Config, order_bytes: int, resumed: bool = False
+    settings: TrainSettings, config: ModelConfig, order_bytes: int, resumed: bool = False
 ) -> Any:
     """Return the backend of a run; refuse a run for which a package or memory is missing."""
     if settings.tensorboard:
