@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from gpt2c.model.attention import Attention
 from gpt2c.model.embedding import Embedding
@@ -86,6 +86,10 @@ class ModelConfig:
         @property
         def eos_token_id(self) -> int | None:
             """The end-of-text token, or None."""
+
+        @classmethod
+        def from_dict(cls, entries: Mapping[str, Any]) -> Self:
+            """Return the config that the entries of config.json describe."""
 
         def to_dict(self) -> dict[str, Any]:
             """Return the entries of a config.json from which transformers builds the same model."""

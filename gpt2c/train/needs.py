@@ -32,10 +32,10 @@ def training_parts(
     threads : of the backend
     order_bytes : of the batches
     """
-    shapes = config.parameter_shapes()
+    shapes, head = config.parameter_shapes(), config.stack().head
     parts = parts_needed(config, settings.batch_size, settings.block_size, settings.recomputation)
-    if settings.gradient_accumulation_steps > 1:  # wte's next gradient has memory of its own
-        parts["gradients"] += 4 * math.prod(shapes["wte.weight"])
+    if settings.gradient_accumulation_steps > 1:  # the head's next gradient has memory of its own
+        parts["gradients"] += 4 * math.prod(shapes[head.weight])
     parts["threads"] = SCRATCH * threads
     parts["order of the windows"] = order_bytes
     parts["Python"] = PYTHON
