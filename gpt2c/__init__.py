@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gpt2c.generator import Generator
     from gpt2c.gpt2 import GPT2, QuantizedGPT2, from_pretrained
     from gpt2c.kernels.backend import backends
+    from gpt2c.model.block import Dropout
     from gpt2c.model.config import GPT2Config
     from gpt2c.text.tokenizer import Tokenizer
     from gpt2c.train.optimizer import AdamW, Schedule
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GPT2",
     "AdamW",
+    "Dropout",
     "Engine",
     "GPT2Config",
     "GenerationConfig",
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "GPT2": "gpt2",
     "AdamW": "train.optimizer",
+    "Dropout": "model.block",
     "Engine": "generate.engine",
     "GPT2Config": "model.config",
     "GenerationConfig": "generate.sampling",
