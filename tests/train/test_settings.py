@@ -95,6 +95,9 @@ def test_warmup_of_a_recipe_without_warmup_or_without_steps(tmp_path: Path) -> N
         ({"n_layer": True}, "n_layer must be int, got bool True"),
         ({"n_layer": 1.0}, r"n_layer must be int, got float 1\.0"),
         ({"beta1": True}, "beta1 must be float, got bool"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1\.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0\.1"),
+        ({"dropout": math.nan}, r"dropout must be finite, got nan"),
         ({"schedule": 1}, "schedule must be str, got int 1"),
         ({"schedule": "zigzag"}, "schedule must be one of"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
@@ -199,7 +202,7 @@ def test_resumed_run_keeps_its_settings() -> None:
         resumed(older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
         ({}, "lack n_layer: put it back, or start a new run"),
-        ({**stored, "dropout": 0.1}, "have 'dropout', which this version of gpt2c lacks: go on"),
+        ({**stored, "rope": 0.1}, "have 'rope', which this version of gpt2c lacks: go on"),
         ([], r"must be an object, got \[\]"),
         (None, "must be an object, got None"),
     ):
@@ -208,7 +211,7 @@ def test_resumed_run_keeps_its_settings() -> None:
 
 
 def test_missing_setting_of_an_older_run_gets_the_value_of_its_time() -> None:
-    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0, "dropout": 0.0}
     assert resumed(FIRST, {}, "runs/a") == TrainSettings(**FIRST, **then)
     assert resumed(FIRST, {"save_minutes": 5.0}, "runs/a").save_minutes == 5
     assert FIRST.keys() | OLDER.keys() == dataclasses.asdict(TrainSettings()).keys()
