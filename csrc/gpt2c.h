@@ -153,15 +153,16 @@ int64_t decode_scratch_size(const Stage *stages, int64_t count, int64_t N, int t
  * KV HS. Query head h attends to key head h / (NH / KV); KV = NH is multi-head attention. lse (B,NH,T), the log of each
  * row's softmax denominator, is all that the backward pass needs of the T x T scores. With a cache, keys and values
  * (B,KV,P,HS), else both NULL, the T tokens stand at `position` and after it in their text: their k and v go to its
- * rows from there on, and their q attend to all rows up to their own. */
+ * rows from there on, and their q attend to all rows up to their own. Without a cache, dropout > 0 multiplies the
+ * softmax by factors as dropout_forward's: a row is a token, a column a key of its sequence, each head has its own. */
 void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
-                       int64_t position, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
-                       int64_t P, int64_t S, Team *team);
+                       int64_t position, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
+                       int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
 
 /* dqkv (B,T,W) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        const int32_t *offsets, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
-                        int64_t S, Team *team);
+                        const int32_t *offsets, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
+                        int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team);
 
 /* ---- rope: rotary positions ---------------------------------------------------------------------------------- */
 
@@ -191,6 +192,12 @@ void swiglu_backward(float *dx, const float *dout, const float *x, int64_t N, in
 
 /* out (n) = x + branch; out may be x. */
 void residual_forward(float *out, const float *x, const float *branch, int64_t n, Team *team);
+
+/* out (N,C) = x * factor: 0 with probability `dropout`, in [0, 1), else 1 / (1 - dropout). The factors are a function
+ * of key, column and row number: row i has number first + i, whose upper 32 bits are those of first. The gradient of x
+ * is the same op on that of out. out may be x. */
+void dropout_forward(float *out, const float *x, double dropout, uint64_t key, uint64_t first, int64_t N, int64_t C,
+                     Team *team);
 
 /* ---- softmax + cross-entropy -------------------------------------------------------------------------------- */
 

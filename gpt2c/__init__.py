@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gpt2c.gpt2 import GPT2, QuantizedGPT2
     from gpt2c.kernels.backend import backends
     from gpt2c.llama import Llama
+    from gpt2c.model.block import Dropout
     from gpt2c.model.config import GPT2Config
     from gpt2c.model.llama import LlamaConfig
     from gpt2c.pretrained import from_pretrained
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GPT2",
     "AdamW",
+    "Dropout",
     "Engine",
     "GPT2Config",
     "GenerationConfig",
@@ -60,6 +62,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "GPT2": "gpt2",
     "AdamW": "train.optimizer",
+    "Dropout": "model.block",
     "Engine": "generate.engine",
     "GPT2Config": "model.config",
     "GenerationConfig": "generate.sampling",

@@ -19,7 +19,7 @@ import pytest
 from conftest import refused
 from helpers.cases import small_shape
 
-from gpt2c import GPT2, AdamW, GPT2Config, Tokenizer, ops
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.llama_layout import LLAMA
@@ -27,6 +27,7 @@ from gpt2c.formats.load import find_model
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
+from gpt2c.kernels.reference.dropout import keep_factors
 from gpt2c.model.config import FIXED
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
@@ -183,6 +184,39 @@ def test_small_models_agree(config: GPT2Config, backend_name: str) -> None:
     for B, T in [(2, config.n_positions), (3, 1), (1, 17)]:
         both.check_gradients(batch_of(config, B, T))
     both.check_steps([batch_of(config, 2, config.n_positions, seed) for seed in range(10)])
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+def test_dropout_agrees(
+    config: GPT2Config, backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the places where transformers calls dropout, it gets the masks of our reference."""
+    dropout, batch = Dropout(0.2, seed=3 << 32 | 17, first=40), batch_of(config, 3, 17)
+    layers = range(config.n_layer)
+    names = [f"h.{i}.{place}" for i in layers for place in ("attn", "middle", "out")]
+    places = iter(["encoded", *names])
+
+    def drop(x: Any, p: float, training: bool, inplace: bool = False) -> Any:
+        assert (p, training) == (dropout.rate, True)
+        B, NH, T, columns = x.shape if x.ndim == 4 else (len(x), 1, *x.shape[1:])
+        factors = keep_factors(B * T, NH, columns, *dropout.at(next(places)))
+        factors = factors.reshape(B, T, NH, columns).swapaxes(1, 2).reshape(x.shape)
+        return x * torch.tensor(factors, dtype=x.dtype)
+
+    both = pair(config, backend_name)
+    for module in both.torch.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout.rate
+    monkeypatch.setattr(torch.nn.functional, "dropout", drop)
+    loss = torch_loss(both.torch.train(), batch)[1]
+    loss.backward()
+    assert next(places, None) is None
+    own = both.gpt2c.loss(*batch, dropout=dropout)
+    assert own == pytest.approx(loss.item(), rel=LOGITS) != both.gpt2c.mean_loss(*batch)
+    both.gpt2c.backward()
+    expected = named((n, p.grad) for n, p in both.torch.named_parameters())
+    for name, gradient in both.gpt2c.gradients.items():
+        assert_close(f"gradient of {name}", gradient, expected[name], GRADIENT)
 
 
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])

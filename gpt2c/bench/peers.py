@@ -99,9 +99,17 @@ def _attention(qkv: Any, C: int, NH: int) -> Any:
 
 
 def _attention_forward(
-    out: Any, lse: Any, keys: Any, values: Any, qkv: Any, offsets: Any, position: int
+    out: Any,
+    lse: Any,
+    keys: Any,
+    values: Any,
+    qkv: Any,
+    offsets: Any,
+    position: int,
+    dropout: float,
+    *_: int,
 ) -> Call | None:
-    if keys is not None or offsets is not None:
+    if keys is not None or offsets is not None or dropout:
         return None
     return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), None, None, None]
 
@@ -121,9 +129,9 @@ def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Cal
 
 
 def _attention_backward(
-    dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any, offsets: Any
+    dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any, offsets: Any, dropout: float, *_: int
 ) -> Call | None:
-    if offsets is not None:
+    if offsets is not None or dropout:
         return None
     qkv.requires_grad_()
     return _gradient(_attention(qkv, out.shape[2], lse.shape[1]), qkv, dout)

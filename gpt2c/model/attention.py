@@ -1,7 +1,7 @@
 """Attention: each token takes from those before it what its query asks for.
 
 q, k, v = x W_qkv + b                          q and k turned by their positions, if there is a Rope
-att = softmax(mask(q k^T / sqrt(HS))) v        for each of NH heads
+att = dropout(softmax(mask(q k^T / sqrt(HS)))) v        for each of NH heads
 out = att W_proj + b
 """
 
@@ -78,6 +78,7 @@ class Attention:
         run.ops.attention_forward(
             *(run.rows(att), run.a[self._lse], keys, values),
             *(run.rows(qkv), run.offsets, run.position),
+            *run.dropout.at(self.name),
         )
         self.proj.forward(run, out, att)
 
@@ -97,7 +98,8 @@ class Attention:
         self.proj.backward(run, d_att, d_out, att)
         d_qkv = run.take(self._qkv)
         run.ops.attention_backward(
-            *(run.rows(d_qkv), run.rows(d_att), run.rows(qkv), run.rows(att), lse, run.offsets)
+            *(run.rows(d_qkv), run.rows(d_att), run.rows(qkv), run.rows(att), lse, run.offsets),
+            *run.dropout.at(self.name),
         )
         if self._rope:
             self._rope.backward(run, d_qkv, self.NH + self.KV)

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
 from gpt2c.kernels.checks import number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
-from gpt2c.model.block import Batch, IntArray, Run, Slot
+from gpt2c.model.block import NO_DROPOUT, Batch, Dropout, IntArray, Run, Slot, check_dropout
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
 from gpt2c.model.owner import Owner
@@ -400,6 +400,7 @@ class Model(LanguageModel):
         targets: ArrayLike | Sequence[Sequence[int]],
         keep: bool = True,
         count: float | None = None,
+        dropout: Dropout | None = None,
     ) -> float:
         """Return the mean cross-entropy in nats per token; keep what `backward` needs.
 
@@ -413,11 +414,12 @@ class Model(LanguageModel):
         count : divide the sum of the losses by this number instead of the number of targets that
             are not ignored. The batches of one step that give the number of all their targets add
             up to the mean of all, however they are divided
+        dropout : for training, with another seed in each step; None is without
 
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range, every target ignored and
-            no count, a count that is not positive
+            no count, a count that is not positive, dropout out of its range
         RuntimeError : another thread computes with this model
         MemoryError, OSError : the activations do not fit, or the threads cannot start
         """
@@ -430,8 +432,9 @@ class Model(LanguageModel):
         elif not 1 / LARGEST_FLOAT <= number("count", count) <= LARGEST_FLOAT:
             raise ValueError(f"count must be positive and finite as a float32, got {count}")
         head, keep = self._stack.head, keep and bool(self.trained)
+        dropout = check_dropout(dropout, tokens.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, offsets)
+            run = self._start(tokens, keep, offsets, dropout)
             x = self._stack.forward(run, tokens)
             if keep:
                 self._d_head = self._head_memory()
@@ -447,6 +450,7 @@ class Model(LanguageModel):
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
         targets: ArrayLike | Sequence[Sequence[int]],
+        dropout: Dropout | None = None,
     ) -> Array | list[Array]:
         """Return the loss of each token, -log p in nats, and keep what `backward` needs.
 
@@ -455,7 +459,7 @@ class Model(LanguageModel):
 
         Parameters
         ----------
-        idx, targets : see `loss`
+        idx, targets, dropout : see `loss`
 
         Returns
         -------
@@ -467,9 +471,9 @@ class Model(LanguageModel):
         """
         tokens, offsets = self._check_batch(idx, "idx", 0)
         wanted = self._check_batch_targets(targets, tokens, offsets)
-        keep = bool(self.trained)
+        dropout, keep = check_dropout(dropout, tokens.size), bool(self.trained)
         with self._owner.alone():
-            run = self._start(tokens, keep, offsets)
+            run = self._start(tokens, keep, offsets, dropout)
             losses = self._stack.head.losses(run, self._stack.forward(run, tokens), wanted).copy()
             self._owner.note_loss()
             self._pending = _Pending(run, tokens, wanted) if keep else None
@@ -511,12 +515,18 @@ class Model(LanguageModel):
         yield from self._stack.slots(batch)
         yield from self._stack.head.slots(batch)
 
-    def _start(self, tokens: IntArray, keep: bool, offsets: IntArray | None = None) -> Run:
+    def _start(
+        self,
+        tokens: IntArray,
+        keep: bool,
+        offsets: IntArray | None = None,
+        dropout: Dropout = NO_DROPOUT,
+    ) -> Run:
         """Lay out the activations of a batch; with `keep`, those of backward stay."""
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.shape)
         a = self._memory.lay_out(batch, keep)
-        return Run(self.backend, self._parameters, a, batch, offsets)
+        return Run(self.backend, self._parameters, a, batch, offsets, dropout=dropout)
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""

@@ -24,6 +24,7 @@ from gpt2c.files.atomic import claim_directory
 from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.kernels.backend import get_backend
+from gpt2c.model.block import Dropout
 from gpt2c.model.config import ModelConfig
 from gpt2c.pretrained import KINDS
 from gpt2c.screen.progress import Progress
@@ -345,11 +346,22 @@ def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
     loss = 0.0
     for micro in range(accumulate):
         x, y = batches.batch(run.step * accumulate + micro)
-        loss += model.loss(x, y) / accumulate
+        dropout = _dropout(settings, run.step, micro * x.size)
+        loss += model.loss(x, y, dropout=dropout) / accumulate
         if not math.isfinite(loss):
             return loss, f"the loss is {loss}"
         model.backward(scale=1 / accumulate)
     return loss, ""
+
+
+def _dropout(settings: TrainSettings, step: int, first: int) -> Dropout | None:
+    """Return the dropout of a batch whose first token is the step's token number `first`.
+
+    Seed and step alone decide the masks, so a resumed run has those of a whole one.
+    """
+    return (
+        Dropout(settings.dropout, settings.seed << 32 | step, first) if settings.dropout else None
+    )
 
 
 def _update(run: Run, learning_rate: float) -> tuple[float, str]:

@@ -115,6 +115,9 @@ class TrainSettings:
     block_size: int = setting(
         "model", 256, "tokens in a row of a batch, and the model's n_positions"
     )
+    dropout: float = setting(
+        "model", 0.0, "the share of activations that are 0 in a training step", older=0.0
+    )
     batch_size: int = setting("data", 8, "rows in a batch")
     gradient_accumulation_steps: int = setting("data", 1, "batches in a step of the optimizer")
     batch_order: int = setting(
@@ -156,7 +159,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in DEFAULTS:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
-        for name in ("beta1", "beta2"):
+        for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.recompute not in ("none", "light", "full"):

@@ -95,6 +95,9 @@ def test_warmup_of_a_recipe_without_warmup_or_without_steps(tmp_path: Path) -> N
         ({"n_layer": True}, "n_layer must be int, got bool True"),
         ({"n_layer": 1.0}, r"n_layer must be int, got float 1\.0"),
         ({"beta1": True}, "beta1 must be float, got bool"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1\.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0\.1"),
+        ({"dropout": math.nan}, r"dropout must be finite, got nan"),
         ({"schedule": 1}, "schedule must be str, got int 1"),
         ({"schedule": "zigzag"}, "schedule must be one of"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
@@ -144,7 +147,10 @@ def test_float_setting_takes_a_whole_number(tmp_path: Path) -> None:
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
         (b"n_layers = 1", r"recipe.toml: no setting 'n_layers'; did you mean n_layer\?"),
         (b"[model]\nn-layer = 1", r"recipe.toml: no setting 'n-layer'; did you mean n_layer\?"),
-        (b"xyz = 1", "recipe.toml: no setting 'xyz'; the settings are arch, backend, batch_order, "),
+        (
+            b"xyz = 1",
+            "recipe.toml: no setting 'xyz'; the settings are arch, backend, batch_order, ",
+        ),
         (b"[model]\nn_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (
             b"[modle]\nn_layer = 1",
@@ -199,7 +205,7 @@ def test_resumed_run_keeps_its_settings() -> None:
         resumed(older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
         ({}, "lack n_layer: put it back, or start a new run"),
-        ({**stored, "dropout": 0.1}, "have 'dropout', which this version of gpt2c lacks: go on"),
+        ({**stored, "rope": 0.1}, "have 'rope', which this version of gpt2c lacks: go on"),
         ([], r"must be an object, got \[\]"),
         (None, "must be an object, got None"),
     ):
@@ -208,7 +214,7 @@ def test_resumed_run_keeps_its_settings() -> None:
 
 
 def test_missing_setting_of_an_older_run_gets_the_value_of_its_time() -> None:
-    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0, "dropout": 0.0}
     assert resumed(FIRST, {}, "runs/a") == TrainSettings(**FIRST, **then)
     assert resumed(FIRST, {"save_minutes": 5.0}, "runs/a").save_minutes == 5
     assert FIRST.keys() | OLDER.keys() == dataclasses.asdict(TrainSettings()).keys()
