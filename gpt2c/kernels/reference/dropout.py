@@ -24,7 +24,7 @@ LOW, HALF = np.uint64(2**32 - 1), np.uint64(32)
 def philox(counter: tuple[Words, Words, Words, Words], key: int) -> list[Words]:
     """Return four random words for each counter of four words: the generator Philox 4x32-7.
 
-    Counters that differ in one bit have words that look independent, and so have keys.
+    The words of two counters, or of two keys, look independent even if one bit differs.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ def dropout_forward(out: Array, x: Array, dropout: float, key: int, first: int) 
 
     out = x * factor,   factor = 0 with probability dropout, else 1 / (1 - dropout)
 
-    The same key and first give the same factors. The gradient of x is the gradient of out times
-    the same factors, so it has no op of its own.
+    A factor is a function of dropout, key, column and the row's number, which is first for the
+    first row. The gradient of x is that of out times the same factors, so it has no op of its own.
 
     Parameters
     ----------
@@ -82,8 +82,8 @@ def dropout_forward(out: Array, x: Array, dropout: float, key: int, first: int) 
     x : (N, C)
     dropout : the probability in [0, 1) that an element becomes 0
     key : a number of 64 bits that decides which
-    first : the number of the first row; numbers that differ in their upper 32 bits belong to
-        different places, at which rows of the same lower 32 bits have other factors
+    first : the number of the first row, of 64 bits. A model takes the lower 32 for the token, and
+        the upper 32 for the place: rows of a batch do not reach the next place
 
     Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from
     overfitting".
