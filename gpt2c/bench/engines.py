@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.formats.gguf import write_gguf
-from gpt2c.formats.huggingface import TRANSPOSED
+from gpt2c.formats.gpt2_layout import TRANSPOSED
 from gpt2c.model.config import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 

@@ -26,6 +26,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "LARGEST_HEADER",
     "AnyTensor",
+    "JoinedTensor",
     "StoredTensor",
     "from_bf16",
     "map_tensors",
@@ -94,6 +95,34 @@ class StoredTensor:
                     f"{self.path}: {self.name} holds numbers beyond the range of float32"
                 ) from error
         return array.astype(dtype or np.float32, copy=bool(copy))
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedTensor:
+    """Matrices of a mapped file, one below the other, which are joined when they are read.
+
+    `np.asarray(tensor)` returns the numbers as float32, in memory of their own.
+
+    Parameters
+    ----------
+    parts : matrices with the same number of columns
+    """
+
+    parts: tuple[StoredTensor, ...]
+    dtype = "joined"  # no dtype of a file: each part has its own, and reading makes a copy
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the numbers as float32, or as `dtype`; see `StoredTensor`."""
+        joined, first = np.empty(self.shape, dtype or np.float32), 0
+        for part in self.parts:
+            joined[first : first + len(part.data)] = part
+            first += len(part.data)
+        return joined
 
 
 AnyTensor = NDArray[Any] | StoredTensor

@@ -2,13 +2,13 @@
 
     config.json                    the configuration, Hugging Face's field names
     generation_config.json         the tokens that start and end texts, for transformers' generate
-    model.safetensors              the weights, Hugging Face's GPT-2 names and layout; or
+    model.safetensors              the weights, Hugging Face's names and layout; or
     model.safetensors.index.json   the shard of each tensor: read, never written
 
 A directory is not trusted: its files are compared with each other before they are used. Knows
 nothing about models: tensors are a dict, a configuration is a dict, and the model checks names and
-shapes. Knows of GPT-2 only how Hugging Face's file differs from memory: four matrices are
-transposed, and names may have a prefix.
+shapes. The difference between files and memory stands in a small file for each kind of model:
+gpt2_layout.py, llama_layout.py. To add a kind, write such a file and enter it in LAYOUTS.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ from gpt2c.files.names import (
 )
 from gpt2c.files.tensors import FLOAT_DTYPES, AnyTensor, StoredTensor, map_tensors, write_tensors
 from gpt2c.files.untrusted import read_json, shown
+from gpt2c.formats.gpt2_layout import GPT2
+from gpt2c.formats.layout import Layout
+from gpt2c.formats.llama_layout import LLAMA
+from gpt2c.model.parameters import Tensor
 from gpt2c.model.quantized import DTYPES
 
 __all__ = [
     "ENTRY",
-    "TRANSPOSED",
     "load_as_they_are",
     "load_weights",
     "read_config",
@@ -50,12 +53,12 @@ __all__ = [
     "weights_file",
 ]
 
-# Hugging Face's Conv1D stores these as (C, OC); memory has llm.c's (OC, C).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# The causal mask that older versions of transformers saved with the weights.
-BUFFERS = (".attn.bias", ".attn.masked_bias")
+# model_type in config.json -> the layout of its files
+LAYOUTS = {"gpt2": GPT2, "llama": LLAMA}
 
 ENTRY = "quantization_config"  # Hugging Face's name of this entry in config.json
+
+HEAD = "lm_head.weight"
 
 # A shard's name has no slash: an index must not name files outside its directory.
 SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
@@ -71,9 +74,9 @@ def save_weights(
     Parameters
     ----------
     directory : made if it does not exist
-    config : the content of config.json
-    tensors : name -> float array, Hugging Face's GPT-2 names without "transformer.", Linear weights
-        as (OC, C); they are stored in their own dtype
+    config : the content of config.json; its model_type, or gpt2 if it has none, is the kind
+    tensors : name -> float array, names and shapes of `ModelConfig.parameter_shapes`; they are
+        stored in their own dtype
 
     Raises
     ------
@@ -82,16 +85,16 @@ def save_weights(
     ValueError : the configuration holds nan or infinity, which JSON cannot hold; the directory's
         name is empty
     """
-    stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
+    stored = _layout(config).write(tensors)
     _save(directory, config, stored, "pt")  # transformers refuses a file without this format
 
 
-def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Map the weights: name -> tensor; no number is read yet.
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Map the weights: name of `ModelConfig.parameter_shapes` -> tensor; no number is read yet.
 
-    Names lose their "transformer." prefix, stored masks are ignored, Linear weights become (OC, C).
-    GPT-2 has one tensor for wte.weight and lm_head.weight: if a file has only the second, it is
-    used as the first. float32, float16, bfloat16 and float64 become float32 when they are read.
+    Names may have the prefix of their kind, such as "transformer.", or lack it. Stored buffers are
+    ignored. Where config.json ties lm_head.weight to wte.weight, they are one tensor, whichever a
+    file has. float32, float16, bfloat16 and float64 become float32 when they are read.
 
     Parameters
     ----------
@@ -105,21 +108,33 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         other, or lm_head.weight differs from wte.weight; the message names the file, the tensor and
         the reason
     """
-    tensors: dict[str, StoredTensor] = {}
-    for stored_name, tensor in _map_weights(Path(path)).items():
-        name = stored_name.removeprefix("transformer.")
-        if name in tensors:
+    path = Path(path)
+    entries = read_config(path)
+    layout, stored = _layout(entries), {}
+    for stored_name, tensor in _map_weights(path, layout.buffers).items():
+        name = stored_name.removeprefix(layout.prefix)
+        if name in stored:
             raise ValueError(
-                f"{tensor.path} holds {name} twice, with and without the prefix transformer."
+                f"{tensor.path} holds {name} twice, with and without the prefix {layout.prefix}"
             )
-        tensors[name] = _transpose(name, tensor)
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and not _equal(tensors.setdefault("wte.weight", head), head):
+        stored[name] = tensor
+    if entries.get("tie_word_embeddings", layout.tied) and HEAD in stored:
+        head = stored.pop(HEAD)
+        if not _equal(stored.setdefault(layout.table, head), head):
+            raise ValueError(
+                f"{head.path}: {HEAD} differs from {layout.table}, but this model has one tensor"
+                " for both"
+            )
+    return layout.read(stored)
+
+
+def _layout(entries: Mapping[str, Any]) -> Layout:
+    kind = entries.get("model_type", "gpt2")
+    if kind not in tuple(LAYOUTS):  # a list cannot be looked up in a dict
         raise ValueError(
-            f"{head.path}: lm_head.weight differs from wte.weight, but GPT-2 has one tensor for"
-            " both"
+            f"config.json: model_type must be {' or '.join(LAYOUTS)}, got {shown(kind)}"
         )
-    return tensors
+    return LAYOUTS[kind]
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
@@ -135,12 +150,14 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
     return index if index.is_file() and not whole.exists() else whole
 
 
-def _map_weights(path: Path) -> dict[str, StoredTensor]:
+def _map_weights(path: Path, buffers: tuple[str, ...]) -> dict[str, StoredTensor]:
     file = weights_file(path)
-    return _map_shards(file) if file.name == INDEX_FILE else map_tensors(file, BUFFERS)[0]
+    if file.name == INDEX_FILE:
+        return _map_shards(file, buffers)
+    return map_tensors(file, buffers)[0]
 
 
-def _map_shards(index: Path) -> dict[str, StoredTensor]:
+def _map_shards(index: Path, buffers: tuple[str, ...]) -> dict[str, StoredTensor]:
     """Map all shards of an index, which must hold exactly the tensors that it lists.
 
     A tensor that the index does not list is refused: transformers would load it, but a reader that
@@ -160,13 +177,13 @@ def _map_shards(index: Path) -> dict[str, StoredTensor]:
         path = _inside(index.parent / file)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist, but {index} lists it")
-        for name, tensor in map_tensors(path, BUFFERS)[0].items():
+        for name, tensor in map_tensors(path, buffers)[0].items():
             if weight_map.get(name) != file:
                 said = f"says is in {weight_map[name]}" if name in weight_map else "does not list"
                 raise ValueError(f"{path} holds {name}, which {index.name} {said}")
             tensors[name] = tensor
     for name, file in weight_map.items():
-        if name not in tensors and not name.endswith(BUFFERS):
+        if name not in tensors and not name.endswith(buffers):
             raise ValueError(f"{index}: {shown(name)} is not in {file}")
     return tensors
 
@@ -264,11 +281,6 @@ def _texts(config: Mapping[str, Any]) -> dict[str, str]:
     generation = {"_from_model_config": True} | {n: i for n, i in ids.items() if i is not None}
     entries = {CONFIG_FILE: config, GENERATION_FILE: generation}
     return {n: json.dumps(entry, indent=2, allow_nan=False) + "\n" for n, entry in entries.items()}
-
-
-def _transpose(name: str, tensor: Any) -> Any:
-    """Return a Linear weight's transposed view, (OC, C) <-> (C, OC), and other tensors as given."""
-    return tensor.T if name.endswith(TRANSPOSED) else tensor
 
 
 def stored_method(entries: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2c.files import hub
 from gpt2c.formats import huggingface, llama2c, llmc
@@ -16,7 +17,10 @@ from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.parameters import Tensor
 
-__all__ = ["Pretrained", "find_model"]
+__all__ = ["AnyConfig", "Pretrained", "find_model", "read_kind"]
+
+AnyConfig = GPT2Config | LlamaConfig
+CONFIGS: dict[str, type[AnyConfig]] = {"gpt2": GPT2Config, "llama": LlamaConfig}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Pretrained:
 
     path: Path
     source: str
-    config: GPT2Config | LlamaConfig
+    config: AnyConfig
     weights: str
     tensors: Mapping[str, Tensor]
     ends: list[int]
@@ -64,8 +68,23 @@ def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None
         config, arrays = llmc.read_model(path)
         return Pretrained(path, str(path), config, "fp32", arrays, [])
     entries, source = huggingface.read_config(path), str(huggingface.weights_file(path))
-    stored, config = huggingface.stored_method(entries), GPT2Config.from_dict(entries)
+    stored, kind = huggingface.stored_method(entries), read_kind(entries)
     tensors: Mapping[str, Tensor] = (
         huggingface.load_as_they_are(path) if stored else huggingface.load_weights(path)
     )
-    return Pretrained(path, source, config, stored or "fp32", tensors, huggingface.read_ends(path))
+    return Pretrained(path, source, kind, stored or "fp32", tensors, huggingface.read_ends(path))
+
+
+def read_kind(entries: Mapping[str, Any]) -> AnyConfig:
+    """Return the config of the kind of model that config.json's entries name, GPT-2 if none.
+
+    Raises
+    ------
+    ValueError : an unknown model_type, or a config that gpt2c cannot compute
+    """
+    kind = entries.get("model_type", "gpt2")
+    if kind not in tuple(CONFIGS):  # a list cannot be looked up in a dict
+        raise ValueError(
+            f"config.json: model_type must be {' or '.join(CONFIGS)}, got {kind!r:.50}"
+        )
+    return CONFIGS[kind].from_dict(entries)

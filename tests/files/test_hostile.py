@@ -187,7 +187,7 @@ CONFIGS = {
     "n_inner": [0, -1, 2**40, "16"],
     "layer_norm_epsilon": [0, -1e-5, "1e-5", True, []],
     "eos_token_id": [-1, "261", 1.5],
-    "model_type": ["llama", 2, []],
+    "model_type": ["mistral", 2, []],
     "activation_function": ["relu", "", ["gelu_new"]],
     "scale_attn_by_inverse_layer_idx": [True, "yes"],
     "tie_word_embeddings": [False],
@@ -370,8 +370,8 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
             (1, "hidden_dim", (0, -1, 7, 2**31 - 1)),
             (2, "n_layers", (0, -1, 3, 10_000, 2**31 - 1)),
             (3, "n_heads", (0, -1, 1, 3, 2**31 - 1)),
-            (4, "n_kv_heads", (0, -1, 2, 3)),
-            (5, "vocab_size", (0, 17, -18, 2**31 - 1, -(2**31))),
+            (4, "n_kv_heads", (0, -1, 3, 4)),
+            (5, "vocab_size", (0, 262, -263, 2**31 - 1, -(2**31))),
             (6, "max_seq_len", (0, -1, 5, 2**31 - 1)),
         ]
         for value in values

@@ -8,6 +8,7 @@ files. Bad files made by hand go into test_hostile.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -29,12 +30,14 @@ import gpt2c.train.loop
 from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
 from gpt2c.evaluate import scoring
 from gpt2c.files.untrusted import read_json, read_text
-from gpt2c.formats import llama2c, llmc
+from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.formats.convert import convert
 from gpt2c.formats.load import find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
+from gpt2c.model.parameters import check_shapes
+from gpt2c.model.rope_scaling import RopeScaling
 from gpt2c.text.batches import Batches
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import prepare
@@ -170,6 +173,36 @@ def make_sharded(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+LLAMA = LlamaConfig(
+    vocab_size=262,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=8,
+    rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 4),
+)
+
+
+def make_llama(directory: Path) -> None:
+    parameters = Model(LLAMA, seed=1, backend="numpy").parameters
+    huggingface.save_weights(directory, LLAMA.to_dict(), parameters)
+
+
+def read_llama(path: Path) -> Model:
+    found = find_model(path)
+    check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
+    model = Model(found.config, seed=None)
+    model.load_parameters(found.tensors, found.source)
+    return model
+
+
+def use_llama(model: Model) -> None:
+    ids = np.arange(3)[None] % model.config.vocab_size
+    model(ids[:, : model.config.n_positions])
+
+
 def make_quantized(method: str) -> Callable[[Path], None]:
     def make(directory: Path) -> None:
         model = GPT2(CONFIG, backend="numpy")
@@ -262,25 +295,9 @@ def make_llmc(dtype: str) -> Callable[[Path], None]:
 
 
 def make_llama2c(directory: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=17,
-        hidden_size=8,
-        intermediate_size=6,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4,
-        rms_norm_eps=1e-5,
-    )
-    model = Model(config, seed=1, backend="numpy")
-    llama2c.write_model(directory / "model.bin", config, model.parameters)
-
-
-def read_llama2c(directory: Path) -> Model:
-    found = find_model(directory / "model.bin")
-    model = Model(found.config, None)
-    model.load_parameters(found.tensors, found.source)
-    return model
+    config = dataclasses.replace(LLAMA, rope_scaling=None, rms_norm_eps=1e-5)
+    parameters = Model(config, seed=1, backend="numpy").parameters
+    llama2c.write_model(directory / "model.bin", config, parameters)
 
 
 def make_llmc_tokenizer(directory: Path) -> None:
@@ -385,6 +402,7 @@ READERS = {
     "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model, optional=SPARE),
     "sharded": Reader(make_sharded, GPT2.from_pretrained, use_model, optional=SPARE),
     "rounded": Reader(make_foreign, quantized("int8"), use_model, optional=SPARE),
+    "llama": Reader(make_llama, read_llama, use_llama, optional=SPARE),
     "int8": Reader(make_quantized("int8"), quantized("int8"), use_model, optional=SPARE),
     "fp16": Reader(make_quantized("fp16"), quantized("fp16"), use_model, optional=SPARE),
     "tokenizer": Reader(
@@ -418,9 +436,7 @@ READERS = {
         use_model,
     ),
     "llmc_convert": Reader(make_llmc("fp32"), converted("model.bin"), len),
-    "llama2c": Reader(
-        make_llama2c, read_llama2c, lambda model: model([[0] * min(3, model.config.n_positions)])
-    ),
+    "llama2c": Reader(make_llama2c, lambda d: read_llama(d / "model.bin"), use_llama),
     "llama2c_convert": Reader(
         make_llama2c,
         lambda d: convert(str(d / "model.bin"), d / "out.bin", overwrite=True),
