@@ -13,17 +13,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from gpt2c.files import atomic, untrusted
+from gpt2c.files.tensors import JoinedTensor, StoredTensor
 from gpt2c.formats import llmc
-from gpt2c.formats.rotary import to_adjacent, to_halves
+from gpt2c.formats.rotary import halves, to_adjacent
 from gpt2c.kernels.memory import Array
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.parameters import Tensor
@@ -62,24 +62,6 @@ _OF_LAYERS = {
 _TURNED = ("wq", "wk")  # their pairs are adjacent in the file
 # run.c ends a text at token 1. Of Llama 2's 32,000 tokens that is the beginning of a text.
 _LLAMA2_TOKENS, _BEGINNING = 32000, 1
-
-
-class _Joined:
-    """A tensor made of several of the file's when it is read, see `gpt2c.model.parameters.Tensor`.
-
-    Parameters
-    ----------
-    shape : of the tensor
-    read : makes it
-    """
-
-    dtype = "F32, joined"  # not plain F32: what is read takes memory of its own
-
-    def __init__(self, shape: tuple[int, ...], read: Callable[[], NDArray[Any]]) -> None:
-        self.shape, self._read = shape, read
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        return self._read().astype(dtype or np.float32, copy=False)
 
 
 def is_llama2c(path: Path) -> bool:
@@ -138,11 +120,11 @@ def read_model(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Ten
             f"{path} has {size} bytes; the llama2.c model of its header needs {wanted}"
         )
     flat = untrusted.map_file(path)[start:].view("<f4")
-    parts, end = {}, 0
+    stored, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape)
-        parts[name] = flat[begin:end].reshape(shape)
-    return config, dict(_named(config, parts))
+        stored[name] = flat[begin:end].reshape(shape)
+    return config, dict(_named(path, config, stored))
 
 
 def _config(header: bytes, version: int) -> LlamaConfig:
@@ -178,25 +160,25 @@ def _shapes(config: LlamaConfig, version: int) -> dict[str, tuple[int, ...]]:
     return {name: shapes[name] for name in _ORDER[version] if name != "output" or not tied}
 
 
-def _named(config: LlamaConfig, parts: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, Tensor]]:
+def _named(
+    path: Path, config: LlamaConfig, stored: Mapping[str, NDArray[Any]]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield name -> tensor, from the tensors of the file."""
-    shapes = config.parameter_shapes()
     for name, own in _WHOLE.items():
-        if name in parts:
-            yield own, parts[name]
+        if name in stored:
+            yield own, stored[name]
     for layer in range(config.n_layer):
         for own, names in _OF_LAYERS.items():
-            name, pieces = f"h.{layer}.{own}", {name: parts[name][layer] for name in names}
+            found = {name: stored[name][layer] for name in names}
             if len(names) == 1:
-                yield name, pieces[names[0]]
+                yield f"h.{layer}.{own}", found[names[0]]
             else:
-                yield name, _Joined(shapes[name], partial(_join, pieces, config.HS))
-
-
-def _join(pieces: Mapping[str, NDArray[Any]], HS: int) -> NDArray[Any]:
-    return np.concatenate(
-        [to_halves(piece, HS) if name in _TURNED else piece for name, piece in pieces.items()]
-    )
+                parts = [
+                    StoredTensor(path, name, "F32", rows)
+                    for name, array in found.items()
+                    for rows in (halves(array, config.HS) if name in _TURNED else [array])
+                ]
+                yield f"h.{layer}.{own}", JoinedTensor(tuple(parts))
 
 
 def write_model(path: Path, config: LlamaConfig, tensors: Mapping[str, Array]) -> None:

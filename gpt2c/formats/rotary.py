@@ -12,16 +12,19 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["to_adjacent", "to_halves"]
+__all__ = ["halves", "to_adjacent"]
 
 
-def to_halves(weight: NDArray[Any], HS: int) -> NDArray[Any]:
-    """Return a weight (heads * HS, C) of adjacent pairs with those of gpt2c."""
-    pairs = weight.reshape(-1, HS // 2, 2, weight.shape[1])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+def halves(weight: NDArray[Any], HS: int) -> list[NDArray[Any]]:
+    """Return the rows of a weight (heads * HS, C) of adjacent pairs in gpt2c's order, as views.
+
+    Of each head they are the first row of all pairs, then the second.
+    """
+    heads = weight.reshape(-1, HS, weight.shape[1])
+    return [head[first::2] for head in heads for first in (0, 1)]
 
 
 def to_adjacent(weight: NDArray[Any], HS: int) -> NDArray[Any]:
-    """Return a weight (heads * HS, C) of gpt2c with adjacent pairs: the inverse of `to_halves`."""
-    halves = weight.reshape(-1, 2, HS // 2, weight.shape[1])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
+    """Return a weight (heads * HS, C) of gpt2c with adjacent pairs."""
+    rows = weight.reshape(-1, 2, HS // 2, weight.shape[1])
+    return rows.swapaxes(1, 2).reshape(weight.shape)

@@ -370,8 +370,8 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
             (1, "hidden_dim", (0, -1, 7, 2**31 - 1)),
             (2, "n_layers", (0, -1, 3, 10_000, 2**31 - 1)),
             (3, "n_heads", (0, -1, 1, 3, 2**31 - 1)),
-            (4, "n_kv_heads", (0, -1, 2, 3)),
-            (5, "vocab_size", (0, 17, -18, 2**31 - 1, -(2**31))),
+            (4, "n_kv_heads", (0, -1, 3, 4)),
+            (5, "vocab_size", (0, 262, -263, 2**31 - 1, -(2**31))),
             (6, "max_seq_len", (0, -1, 5, 2**31 - 1)),
         ]
         for value in values

@@ -112,6 +112,13 @@ def test_bin_of_a_llama_is_llama2_cs(run: Run, world: Path) -> None:
     assert run("llama.bin again.bin") == (0, said, "")
     assert (world / "again.bin").read_bytes() == (world / "llama.bin").read_bytes()
     assert run("llama.bin fp32.bin --dtype fp32")[0] == 0
+    said = "new: Hugging Face's model, 35,872 parameters, float32"
+    assert run("llama.bin new")[1] == f"{said}; no tokenizer yet: gpt2c convert TOKENIZER new\n"
+    assert run("vocabulary tokenizer.bin")[0] == run("tokenizer.bin new")[0] == 0
+    assert run("new back.bin")[0] == 0
+    assert (world / "back.bin").read_bytes() == (world / "llama.bin").read_bytes()
+    if importlib.util.find_spec("gguf"):
+        assert run("new model.gguf")[1] == "model.gguf: GGUF, 35,872 parameters, f32\n"
 
 
 def test_names_and_directories_are_tokenizers(run: Run, world: Path) -> None:

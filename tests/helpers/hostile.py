@@ -8,6 +8,7 @@ files. Bad files made by hand go into test_hostile.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -189,8 +190,8 @@ def make_llama(directory: Path) -> None:
     huggingface.save_weights(directory, LLAMA.to_dict(), parameters)
 
 
-def read_llama(directory: Path) -> Model:
-    found = find_model(directory)
+def read_llama(path: Path) -> Model:
+    found = find_model(path)
     check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
     model = Model(found.config, seed=None)
     model.load_parameters(found.tensors, found.source)
@@ -294,25 +295,9 @@ def make_llmc(dtype: str) -> Callable[[Path], None]:
 
 
 def make_llama2c(directory: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=17,
-        hidden_size=8,
-        intermediate_size=6,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4,
-        rms_norm_eps=1e-5,
-    )
-    model = Model(config, seed=1, backend="numpy")
-    llama2c.write_model(directory / "model.bin", config, model.parameters)
-
-
-def read_llama2c(directory: Path) -> Model:
-    found = find_model(directory / "model.bin")
-    model = Model(found.config, None)
-    model.load_parameters(found.tensors, found.source)
-    return model
+    config = dataclasses.replace(LLAMA, rope_scaling=None, rms_norm_eps=1e-5)
+    parameters = Model(config, seed=1, backend="numpy").parameters
+    llama2c.write_model(directory / "model.bin", config, parameters)
 
 
 def make_llmc_tokenizer(directory: Path) -> None:
@@ -451,9 +436,7 @@ READERS = {
         use_model,
     ),
     "llmc_convert": Reader(make_llmc("fp32"), converted("model.bin"), len),
-    "llama2c": Reader(
-        make_llama2c, read_llama2c, lambda model: model([[0] * min(3, model.config.n_positions)])
-    ),
+    "llama2c": Reader(make_llama2c, lambda d: read_llama(d / "model.bin"), use_llama),
     "llama2c_convert": Reader(
         make_llama2c,
         lambda d: convert(str(d / "model.bin"), d / "out.bin", overwrite=True),
