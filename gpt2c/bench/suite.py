@@ -47,6 +47,7 @@ __all__ = [
     "check_threads",
     "choose_rows",
     "describe",
+    "kind_of",
     "lacks",
     "measure",
     "ops_work",
