@@ -150,12 +150,11 @@ class LlamaConfig(ModelConfig):
         The names are transformers 4's, which transformers 5 reads, too.
         """
         arithmetic = {name: known[0] for name, known in FIXED.items()}
-        bos = self.eos_token_id if self.bos_token_id is None else self.bos_token_id
         scaling = self.rope_scaling
         return (
             {"model_type": "llama"}
             | dataclasses.asdict(self)
-            | {"bos_token_id": bos, "rope_scaling": None if scaling is None else scaling.to_dict()}
+            | {"rope_scaling": None if scaling is None else scaling.to_dict()}
             | arithmetic
             | {"attention_dropout": 0.0}
         )

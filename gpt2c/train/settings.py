@@ -199,6 +199,7 @@ class TrainSettings:
                     rms_norm_eps=1e-5,
                     tie_word_embeddings=True,
                     eos_token_id=eos_token_id,
+                    bos_token_id=eos_token_id,
                     **given,
                 )
             except ValueError as error:

@@ -18,6 +18,7 @@ from conftest import DOCUMENTS
 from helpers.kills import TINY, same
 from helpers.runs import FIRST, checkpoint_names, files_below, train
 
+import gpt2c
 from gpt2c import GPT2, Dropout
 from gpt2c.cli.main import main
 from gpt2c.kernels.busy import BusyCores
@@ -236,6 +237,22 @@ def test_run_of_the_first_version_resumes_to_the_same_bits(data: Path, tmp_path:
     kept = [(metrics(out), (out / "model.safetensors").read_bytes()) for out in (whole, parts, new)]
     del kept[1][0][2]["val_loss"]  # step 3 was its last once
     assert kept[0] == kept[1] != kept[2]
+
+
+def test_llama_is_trained_resumed_and_opened(data: Path, tmp_path: Path) -> None:
+    kind = {"arch": "llama", "n_kv_head": 1, "dropout": 0.1, "schedule": "constant"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = train(data, whole, **kind)
+    losses = [entry["loss"] for entry in metrics(whole)]
+    assert losses[-1] < 0.9 * losses[0] and math.isfinite(result.val_loss)
+    train(data, parts, max_iters=7, **kind)
+    train(data, parts, resume=True, max_iters=20)
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    model = gpt2c.from_pretrained(whole)
+    assert isinstance(model, gpt2c.Llama) and model.config.num_key_value_heads == 1
+    assert model.generate([[1, 2]], 3, temperature=0).shape == (1, 5)
+    with pytest.raises(ValueError, match="trained with arch=llama, so it cannot go on with"):
+        train(data, whole, resume=True, arch="gpt2")
 
 
 def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import refused
 from helpers.runs import FIRST
 
 from gpt2c.train.settings import (
@@ -43,6 +45,33 @@ def test_recipe_settings_stand_in_their_table_or_in_none(tmp_path: Path) -> None
     recipe.write_text("seed = 5\n" + "\n".join(tables.values()))
     assert read_recipe(recipe) == mixed
     assert TrainSettings(**mixed) == TrainSettings(**(default | mixed))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"arch": "rnn"}, "arch must be one of gpt2, llama, got 'rnn'"),
+        ({"arch": "gpt2", "n_kv_head": 2}, "n_kv_head is for arch llama, got arch gpt2"),
+        ({"n_kv_head": 3}, "n_head must be divisible by n_kv_head, got 4 and 3"),
+        ({"n_embd": 30}, "n_embd must be divisible by n_head, got 30 and 4"),
+        ({"n_embd": 36}, "a head must have an even number of channels, got 9"),
+        ({"n_head": 0}, "n_head must be a whole number from 1 to 2147483647, got 0"),
+        ({"n_layer": 0}, "n_layer must be a whole number from 1 to 10000, got 0"),
+    ],
+)
+def test_settings_refuse_a_llama_by_their_own_names(given: dict[str, Any], said: str) -> None:
+    assert refused(lambda: TrainSettings(**{"arch": "llama"} | given)) == said
+
+
+def test_llama_of_the_settings_has_as_many_parameters_as_a_gpt2() -> None:
+    sizes = {"n_embd": 384, "n_layer": 6, "n_head": 6}
+    gpt2, llama = (
+        TrainSettings(arch=arch, **sizes).model_config(1000).num_parameters()
+        for arch in ("gpt2", "llama")
+    )
+    assert llama == pytest.approx(gpt2, rel=0.02)
+    fewer = TrainSettings(arch="llama", n_kv_head=1, **sizes).model_config(1000)
+    assert fewer.cache_floats() == 6 * 2 * 64
 
 
 def test_file_precedes_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
