@@ -52,6 +52,7 @@ __all__ = [
 
 # Hugging Face's Conv1D stores these as (C, OC); memory has llm.c's (OC, C).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+SCORE = "score.weight"  # a classifier's head
 # The causal mask that older versions of transformers saved with the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 
@@ -82,7 +83,11 @@ def save_weights(
     ValueError : the configuration holds nan or infinity, which JSON cannot hold; the directory's
         name is empty
     """
-    stored = {name: _transpose(name, tensor) for name, tensor in tensors.items()}
+    base = "transformer." if SCORE in tensors else ""  # transformers 4 wants it beside a head
+    stored = {
+        name if name == SCORE else base + name: _transpose(name, tensor)
+        for name, tensor in tensors.items()
+    }
     _save(directory, config, stored, "pt")  # transformers refuses a file without this format
 
 

@@ -9,7 +9,6 @@ from gpt2c.kernels.checks import check_kind
 from gpt2c.model.attention import Attention
 from gpt2c.model.config import ModelConfig, check_eos, check_numbers, check_sizes
 from gpt2c.model.embedding import Embedding
-from gpt2c.model.head import LanguageHead
 from gpt2c.model.mlp import SwiGLU
 from gpt2c.model.norm import RMSNorm
 from gpt2c.model.rope import Rope
@@ -40,6 +39,7 @@ class LlamaConfig(ModelConfig):
     tie_word_embeddings : whether the lm_head is the embedding's table
     initializer_range : standard deviation of the initial weights, from 1e-37 to 1e4
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
+    num_labels : K makes a model with K scores of a text in place of logits; None for logits
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
 
@@ -67,6 +67,7 @@ class LlamaConfig(ModelConfig):
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     eos_token_id: int | None = None
+    num_labels: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -74,7 +75,8 @@ class LlamaConfig(ModelConfig):
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
             *("num_attention_heads", "max_position_embeddings"),
         )
-        check_sizes(self, sizes, ("num_key_value_heads", "head_dim"), "num_hidden_layers")
+        optional = ("num_key_value_heads", "head_dim", "num_labels")
+        check_sizes(self, sizes, optional, "num_hidden_layers")
         check_numbers(self, RANGES)
         check_kind("tie_word_embeddings", self.tie_word_embeddings, bool, "True or False")
         NH, KV = self.num_attention_heads, self.num_key_value_heads
@@ -136,7 +138,6 @@ def _llama(config: LlamaConfig) -> Stack:
         )
         for i in range(config.num_hidden_layers)
     ]
-    tied = config.tie_word_embeddings
-    embedding = Embedding(config.vocab_size, 0, C, std, tied)
-    head = LanguageHead(config.vocab_size, C, None if tied else std)
+    head = config.head("wte" if config.tie_word_embeddings else "lm_head")
+    embedding = Embedding(config.vocab_size, 0, C, std, head.tied)
     return Stack(embedding, layers, RMSNorm("ln_f", C, eps), head)

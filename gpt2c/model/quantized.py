@@ -45,7 +45,7 @@ class QuantizedModel(LanguageModel):
 
     Raises
     ------
-    ValueError : an unknown method or backend; int8 with more than 65536 channels
+    ValueError : an unknown method or backend; int8 with more than 65536 channels; num_labels
     MemoryError : the weights do not fit
 
     Copies and pickles work as those of a `gpt2c.GPT2`.
@@ -59,6 +59,7 @@ class QuantizedModel(LanguageModel):
         threads: int | None = None,
     ) -> None:
         super().__init__(config, as_backend(backend, threads))
+        config.require_language_head("a model with int8 or fp16 weights")
         if method not in DTYPES:
             raise ValueError(f"quantize must be one of {', '.join(DTYPES)}, got {method!r}")
         shapes = [one.shape for one in config.stack().parameters().values() if one.small]
