@@ -536,13 +536,13 @@ class Model(LanguageModel):
                 "the cross-entropy of one score is always 0 (num_labels=1): compute a loss of"
                 " scores(idx), and call backward(d_scores=...)"
             )
-        wanted = check_ids(labels, "targets", -1, K, "label")
-        if wanted.shape != rows.shape:
+        given = check_ids(labels, "targets", -1, 2**31 - 1, "label")
+        if given.shape != rows.shape:  # first: targets of tokens are no labels at all
             raise ValueError(
-                f"targets must be ({len(rows)},), a label for each sequence, got {wanted.shape}"
+                f"targets must be ({len(rows)},), a label for each sequence, got {given.shape}"
             )
         targets = np.full(tokens.size, -1, np.int32)
-        targets[rows] = wanted
+        targets[rows] = check_ids(given, "targets", -1, K, "label")
         return targets
 
     def _check_batch(
