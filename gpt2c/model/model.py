@@ -536,8 +536,8 @@ class Model(LanguageModel):
                 "the cross-entropy of one score is always 0 (num_labels=1): compute a loss of"
                 " scores(idx), and call backward(d_scores=...)"
             )
-        given = check_ids(labels, "targets", -1, 2**31 - 1, "label")
-        if given.shape != rows.shape:  # first: targets of tokens are no labels at all
+        given = check_ids(labels, "targets", -(2**31), 2**31, "label")
+        if given.shape != rows.shape:  # before their range: targets of tokens are no labels at all
             raise ValueError(
                 f"targets must be ({len(rows)},), a label for each sequence, got {given.shape}"
             )
