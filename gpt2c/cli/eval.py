@@ -64,6 +64,7 @@ def run_eval(options: argparse.Namespace) -> int:
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
     found = find_model(options.model)
+    found.config.require_language_head("gpt2c eval")
     model = open_found(found, options.backend, options.quantize, options.threads or None)
     questions = _questions(options.choices, found.path, model) if options.choices else []
     if options.data:

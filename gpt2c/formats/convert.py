@@ -242,6 +242,8 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
             f"{src} holds {found.weights} weights: convert the model that was quantized"
         )
     dtype = _dtype(dtype, dst, suffix, found.config)
+    if suffix:
+        found.config.require_language_head(f"{dst}, a file of llm.c, llama2.c or llama.cpp,")
     _claim(dst, () if suffix else MODEL_FILES, overwrite, () if suffix else MODEL_OTHERS)
     if not suffix and has_tokenizer(dst):
         _check_sizes(dst, Tokenizer.from_pretrained(dst), found.config)

@@ -11,6 +11,7 @@ It checks the arguments; the decoder computes. Knows nothing about training.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, TypeGuard, overload
 
@@ -141,7 +142,7 @@ class LanguageModel:
     def __call__(self, idx: ArrayLike, hidden_states: bool) -> Array | tuple[Array, Array]: ...
 
     def __call__(self, idx: ArrayLike, hidden_states: bool = False) -> Array | tuple[Array, Array]:
-        """Return the logits of the next token at every position, in new arrays.
+        """Return the logits of the next token at every position, or the scores, in new arrays.
 
         Parameters
         ----------
@@ -150,9 +151,10 @@ class LanguageModel:
 
         Returns
         -------
-        logits (B, T, V) float32; with hidden_states a pair, logits and states (L + 1, B, T, C)
-        float32, as transformers' output_hidden_states: states[0] is the embeddings, states[i] the
-        output of layer i, counted from 1, and states[L] the output of ln_f after the last layer
+        logits (B, T, V) float32, of a model with num_labels the scores (B, K); with hidden_states a
+        pair, logits and states (L + 1, B, T, C) float32, as transformers' output_hidden_states:
+        states[0] is the embeddings, states[i] the output of layer i, counted from 1, and states[L]
+        the output of ln_f after the last layer
 
         Raises
         ------
@@ -162,18 +164,20 @@ class LanguageModel:
         """
         tokens = self._check_tokens(idx)
         V, C, L = self.config.vocab_size, self.config.n_embd, self.config.n_layer
-        sizes = {"logits": 4 * tokens.size * V}
+        K = self.config.num_labels
+        shape = (*tokens.shape, V) if K is None else (len(tokens), K)
+        sizes = {"logits": 4 * math.prod(shape)}
         sizes["hidden states"] = 4 * (L + 1) * tokens.size * C if hidden_states else 0
         require(
             f"a result for {counted(tokens.size, 'token')}", sizes, "take fewer or shorter rows"
         )
-        logits = np.empty((*tokens.shape, V), np.float32)
+        logits = np.empty(shape, np.float32)
         states = np.empty((L + 1, *tokens.shape, C), np.float32) if hidden_states else None
         self._read_all(tokens, logits, states)
         return logits if states is None else (logits, states)
 
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
-        """Write logits (B, T, V) and, unless None, states (L + 1, B, T, C)."""
+        """Write logits and, unless None, states (L + 1, B, T, C)."""
         decoder = self.decoder(1, tokens.shape[1])
         for b, row in enumerate(tokens):
             start, own = 0, None if states is None else states[:, b]
@@ -274,7 +278,7 @@ def _is_row(row: Any) -> bool:
     return isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim > 0)
 
 
-def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
+def check_ids(ids: ArrayLike, name: str, low: int, high: int, what: str = "token id") -> IntArray:
     """Return a C-contiguous int32 copy of `ids`; refuse all but whole numbers in [low, high)."""
     try:
         array = np.asarray(ids)
@@ -289,6 +293,6 @@ def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
     copy = np.empty(array.shape, np.int32)  # before reading: too large an array fails early
     if array.size and not (low <= array.min() and array.max() < high):
         wrong = array[(array < low) | (array >= high)].flat[0]
-        raise ValueError(f"{name}: token id {wrong} is not in [{low}, {high})")
+        raise ValueError(f"{name}: {what} {wrong} is not in [{low}, {high})")
     copy[...] = array  # backward reads the ids after the caller may have changed them
     return copy

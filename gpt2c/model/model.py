@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
-from gpt2c.kernels.checks import number, whole
+from gpt2c.kernels.checks import counted, number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.model.block import NO_DROPOUT, Batch, Dropout, IntArray, Run, Slot, check_dropout
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
+from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
 from gpt2c.model.plan import KEPT, Activations
@@ -65,42 +66,71 @@ class _Gradients:
         self.public = MappingProxyType(named_views(self.flat, shapes))
 
 
-class _Pending(NamedTuple):
-    """A loss that backward has not seen.
+def _token_shapes(shape: tuple[int, ...], offsets: IntArray | None) -> list[tuple[int, ...]]:
+    """Return the shapes of a number for each token: (B, T), or (T,) of each sequence."""
+    return [shape] if offsets is None else [(n,) for n in np.diff(offsets).tolist()]
 
-    targets : of `losses`, whose head has no gradients yet; None after `loss`, which has computed
-        them
+
+def _last_tokens(shape: tuple[int, ...], offsets: IntArray | None) -> NDArray[np.intp]:
+    """Return the row of the last token of each sequence: (B,)."""
+    B, T = shape
+    return np.arange(1, B + 1) * T - 1 if offsets is None else offsets[1:].astype(np.intp) - 1
+
+
+def _like(name: str, given: Any, shapes: Sequence[tuple[int, ...]], what: str) -> Array:
+    """Return numbers as flat float32: an array of the one shape, or a list of arrays of several.
+
+    Raises
+    ------
+    ValueError : no numbers, or of other shapes, or not finite as float32
+    """
+    try:
+        arrays = [np.asarray(part) for part in ([given] if len(shapes) == 1 else list(given))]
+        with np.errstate(over="ignore"):
+            arrays = [part.astype(np.float32) for part in arrays if part.dtype.kind in "fiu"]
+    except (TypeError, ValueError):
+        arrays = []
+    if [array.shape for array in arrays] != list(shapes):
+        raise ValueError(f"{name} must be numbers of the shape of {what}, {list(shapes)!r:.70}")
+    flat = np.concatenate([array.reshape(-1) for array in arrays])
+    if not np.isfinite(flat).all():
+        raise ValueError(f"{name} must be finite")
+    return flat
+
+
+class _Pending(NamedTuple):
+    """A loss that backward has not seen; after `losses` and `scores` the head has no gradients yet.
+
+    shapes : of the result of `losses` or `scores`
+    targets : of `losses`, (N,)
+    rows : the tokens that `scores` has read
     """
 
     run: Run
     tokens: IntArray
+    shapes: Sequence[tuple[int, ...]] = ()
     targets: IntArray | None = None
+    rows: NDArray[np.intp] | None = None
 
     def check_weights(self, weights: ArrayLike | Sequence[ArrayLike] | None) -> Array | None:
         """Return weights as (N,) float32."""
         if weights is None:
             return None
         if self.targets is None:
-            raise ValueError("weights are for losses(idx, targets): loss() has computed a mean")
-        offsets = self.run.offsets
-        wanted = (
-            [tuple(self.run.batch)]
-            if offsets is None
-            else [(n,) for n in np.diff(offsets).tolist()]
-        )
-        try:
-            parts = [weights] if offsets is None else list(weights)  # type: ignore[arg-type]
-            given = [np.asarray(part) for part in parts]
-            with np.errstate(over="ignore"):
-                arrays = [part.astype(np.float32) for part in given if part.dtype.kind in "fiu"]
-        except (TypeError, ValueError):
-            arrays = []
-        if [array.shape for array in arrays] != wanted:
-            raise ValueError(f"weights must be numbers of the shape of losses, {wanted!r:.70}")
-        factors = np.concatenate([array.reshape(-1) for array in arrays])
-        if not np.isfinite(factors).all():
-            raise ValueError("weights must be finite")
-        return factors
+            raise ValueError("weights are for losses(idx, targets); the last call was another")
+        return _like("weights", weights, self.shapes, "losses")
+
+    def check_d_scores(self, d_scores: ArrayLike | Sequence[ArrayLike] | None) -> Array | None:
+        """Return the gradient of scores as (n, K) float32."""
+        if (d_scores is None) != (self.rows is None):
+            raise ValueError(
+                "backward needs d_scores, the gradient of the scores, after scores(idx)"
+                if d_scores is None
+                else "d_scores is for scores(idx): the last loss has a gradient of its own"
+            )
+        if d_scores is None:
+            return None
+        return _like("d_scores", d_scores, self.shapes, "scores").reshape(-1, self.shapes[0][-1])
 
 
 class Model(LanguageModel):
@@ -364,6 +394,8 @@ class Model(LanguageModel):
         with self._owner.alone():
             run = self._start(tokens, keep=False)
             out = self._stack.forward(run, tokens, states)
+            if self.config.num_labels is not None:
+                out = out[_last_tokens(tokens.shape, None)]
             self._stack.head.forward(run, logits.reshape(len(out), -1), out)
 
     def trace(self, idx: ArrayLike) -> Trace:
@@ -397,18 +429,21 @@ class Model(LanguageModel):
     def loss(
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
-        targets: ArrayLike | Sequence[Sequence[int]],
+        targets: ArrayLike | Sequence[Sequence[int]] | Objective,
         keep: bool = True,
         count: float | None = None,
         dropout: Dropout | None = None,
     ) -> float:
-        """Return the mean cross-entropy in nats per token; keep what `backward` needs.
+        """Return the mean cross-entropy in nats per target; keep what `backward` needs.
 
         Parameters
         ----------
         idx : (B, T) token ids in [0, V), T <= n_positions; or a list of B sequences of different
             lengths, each of which is computed as if it were alone
-        targets : as idx, the token that follows each: already shifted; -1 is ignored
+        targets : as idx, the token that follows each: already shifted; -1 is ignored. Of a model
+            with num_labels (B,), the label of each sequence. Or another objective of the logits,
+            see `gpt2c.model.objective`: it has a loss for each of the N tokens, and the mean is
+            that of the live ones
         keep : False if no backward will follow, which takes one layer's memory instead of all, as
             with weights that are not fp32
         count : divide the sum of the losses by this number instead of the number of targets that
@@ -424,9 +459,9 @@ class Model(LanguageModel):
         MemoryError, OSError : the activations do not fit, or the threads cannot start
         """
         tokens, offsets = self._check_batch(idx, "idx", 0)
-        wanted = self._check_batch_targets(targets, tokens, offsets)
+        objective = self._objective(targets, tokens, offsets)
         if count is None:
-            count = int(np.count_nonzero(wanted >= 0))
+            count = int(np.count_nonzero(objective.live))
             if not count:
                 raise ValueError("targets are all -1 (ignored): they have no mean")
         elif not 1 / LARGEST_FLOAT <= number("count", count) <= LARGEST_FLOAT:
@@ -439,9 +474,9 @@ class Model(LanguageModel):
             if keep:
                 self._d_head = self._head_memory()
                 run.accumulate = False
-                losses = head.learn(run, self._d_head, x, wanted, None, 1 / count)
+                losses = head.learn(run, self._d_head, x, objective, 1 / count)
             else:
-                losses = head.losses(run, x, wanted)
+                losses = head.losses(run, x, objective)
             self._owner.note_loss()
             self._pending = _Pending(run, tokens) if keep else None
             return float(losses.sum(dtype=np.float64) / count)
@@ -469,17 +504,123 @@ class Model(LanguageModel):
         ------
         ValueError, RuntimeError, MemoryError, OSError : see `loss`, but every target may be ignored
         """
+        self.config.require_language_head("losses of tokens")
         tokens, offsets = self._check_batch(idx, "idx", 0)
         wanted = self._check_batch_targets(targets, tokens, offsets)
         dropout, keep = check_dropout(dropout, tokens.size), bool(self.trained)
         with self._owner.alone():
             run = self._start(tokens, keep, offsets, dropout)
-            losses = self._stack.head.losses(run, self._stack.forward(run, tokens), wanted).copy()
+            x = self._stack.forward(run, tokens)
+            losses = self._stack.head.losses(run, x, CrossEntropy(wanted)).copy()
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens, wanted) if keep else None
+            shapes = _token_shapes(tokens.shape, offsets)
+            self._pending = _Pending(run, tokens, shapes, wanted) if keep else None
         if offsets is None:
             return losses.reshape(tokens.shape)
         return np.split(losses, offsets[1:-1])
+
+    @overload
+    def scores(self, idx: ArrayLike | Sequence[Sequence[int]], *, keep: bool = True) -> Array: ...
+
+    @overload
+    def scores(
+        self, idx: ArrayLike | Sequence[Sequence[int]], per_token: bool, keep: bool = True
+    ) -> Array | list[Array]: ...
+
+    def scores(
+        self, idx: ArrayLike | Sequence[Sequence[int]], per_token: bool = False, keep: bool = True
+    ) -> Array | list[Array]:
+        """Return the scores of each sequence, and keep what `backward` needs.
+
+        For a model with num_labels, K: a classifier, a reward model (K = 1), or a value of each
+        token (K = 1, per_token). The caller computes a loss of the scores, and
+        `backward(d_scores=...)` takes its gradient.
+
+        Parameters
+        ----------
+        idx : see `loss`
+        per_token : True returns the scores at every token, not only at the last
+        keep : False if no backward will follow, see `loss`
+
+        Returns
+        -------
+        (B, K) float32, those of the last token of each sequence; with per_token (B, T, K), or a
+        list of B arrays (T, K) if the sequences have different lengths
+
+        Raises
+        ------
+        ValueError : see `loss`; the model has no scores
+        RuntimeError, MemoryError, OSError : see `loss`
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257, num_labels=1)
+        >>> model = gpt2c.GPT2(config)
+        >>> chosen, rejected = model.scores([[1, 2, 3], [1, 4]])  # a reward for each text
+        >>> slope = -1 / (1 + np.exp(chosen - rejected))  # of -log sigmoid(chosen - rejected)
+        >>> model.backward(d_scores=[slope, -slope])
+        """
+        K = self._stack.head.V
+        if self.config.num_labels is None:
+            raise ValueError(
+                "this model has logits of tokens, not scores of texts: scores need a config with"
+                " num_labels"
+            )
+        tokens, offsets = self._check_batch(idx, "idx", 0)
+        last = _last_tokens(tokens.shape, offsets)
+        rows = np.arange(tokens.size) if per_token else last
+        each = _token_shapes(tokens.shape, offsets) if per_token else [last.shape]
+        shapes = [(*shape, K) for shape in each]
+        what, mend = f"scores of {counted(len(rows), 'token')}", "take fewer or shorter rows"
+        require(what, {"scores": 4 * len(rows) * K}, mend)
+        with self._owner.alone():
+            run = self._start(tokens, keep, offsets)
+            x = self._stack.forward(run, tokens)
+            scores = np.empty((len(rows), K), x.dtype)
+            self._stack.head.forward(run, scores, x[rows])
+            self._owner.note_loss()
+            self._pending = _Pending(run, tokens, shapes, rows=rows) if keep else None
+        if len(shapes) == 1:
+            return scores.reshape(shapes[0])
+        return np.split(scores, last[:-1] + 1)
+
+    def _objective(
+        self,
+        targets: ArrayLike | Sequence[Sequence[int]] | Objective,
+        tokens: IntArray,
+        offsets: IntArray | None,
+    ) -> Objective:
+        """Return the objective that targets, or labels, stand for."""
+        if isinstance(targets, Objective):
+            live = targets.live
+            if getattr(live, "dtype", None) != np.bool_ or live.shape != (tokens.size,):
+                raise ValueError(
+                    f"an objective's live must be bool ({tokens.size},), one for each token of idx,"
+                    f" got {live!r:.50}"
+                )
+            return targets
+        if self.config.num_labels is None:
+            return CrossEntropy(self._check_batch_targets(targets, tokens, offsets))
+        return CrossEntropy(self._check_labels(targets, tokens, offsets))
+
+    def _check_labels(
+        self, labels: ArrayLike, tokens: IntArray, offsets: IntArray | None
+    ) -> IntArray:
+        """Return targets (N,): the label (B,) of a sequence at its last token, others -1."""
+        K, rows = self._stack.head.V, _last_tokens(tokens.shape, offsets)
+        if K == 1:
+            raise ValueError(
+                "the cross-entropy of one score is always 0 (num_labels=1): compute a loss of"
+                " scores(idx), and call backward(d_scores=...)"
+            )
+        given = check_ids(labels, "targets", -(2**31), 2**31, "label")
+        if given.shape != rows.shape:  # before their range: targets of tokens are no labels at all
+            raise ValueError(
+                f"targets must be ({len(rows)},), a label for each sequence, got {given.shape}"
+            )
+        targets = np.full(tokens.size, -1, np.int32)
+        targets[rows] = check_ids(given, "targets", -1, K, "label")
+        return targets
 
     def _check_batch(
         self, rows: ArrayLike | Sequence[Sequence[int]], name: str, low: int
@@ -590,7 +731,10 @@ class Model(LanguageModel):
             self._void = False
 
     def backward(
-        self, scale: float = 1.0, weights: ArrayLike | Sequence[ArrayLike] | None = None
+        self,
+        scale: float = 1.0,
+        weights: ArrayLike | Sequence[ArrayLike] | None = None,
+        d_scores: ArrayLike | Sequence[ArrayLike] | None = None,
     ) -> None:
         """Add the gradient of `scale` times the last loss to `gradients`.
 
@@ -601,11 +745,14 @@ class Model(LanguageModel):
         scale : a factor of the gradient
         weights : after `losses`: numbers of its result's shape; the gradient is that of
             scale * sum(weights * losses). None: all 1
+        d_scores : after `scores`: numbers of its result's shape, the gradient of the caller's loss;
+            the gradient is that of scale * sum(d_scores * scores)
 
         Raises
         ------
-        ValueError : no loss was computed since the last backward, the scale or a weight is not
-            finite, weights after `loss`, or the model's own weights are not fp32
+        ValueError : no loss was computed since the last backward, the scale, a weight or a d_score
+            is not finite, weights without `losses`, d_scores without `scores`, or the model's own
+            weights are not fp32
         RuntimeError : another thread computes with this model, or has computed the last loss
         MemoryError, OSError : a kernel cannot start
         """
@@ -620,16 +767,20 @@ class Model(LanguageModel):
                 )
             self._owner.check_loss()
             pending = self._pending
+            head = self._stack.head
             factors = pending.check_weights(weights)
+            d_logits = pending.check_d_scores(d_scores)
             run, self._pending = pending.run, None
             run.g, run.accumulate = self._grads.own, not self._void
             self._void = False
             d_out = run.a["ln_f"]  # the head turns its input into its gradient
-            if pending.targets is None:
-                self._add_head(run, scale)
+            d_weight = run.g.get(head.weight)
+            if pending.targets is not None:
+                head.learn(run, d_weight, d_out, CrossEntropy(pending.targets, factors), scale)
+            elif d_logits is not None and pending.rows is not None:
+                head.backward(run, d_weight, d_out, np.float32(scale) * d_logits, pending.rows)
             else:
-                d_weight = run.g.get(self._stack.head.weight)
-                self._stack.head.learn(run, d_weight, d_out, pending.targets, factors, scale)
+                self._add_head(run, scale)
             if not run.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
             self._stack.backward(run, d_out, pending.tokens, KEPT[self._recompute])

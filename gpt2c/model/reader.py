@@ -53,7 +53,7 @@ class Decoder:
     Raises
     ------
     ValueError : slots or capacity is no whole number or out of range, or parameters do not fit
-        the config
+        the config, or the model has scores in place of logits
     MemoryError : the caches do not fit
     """
 
@@ -65,6 +65,7 @@ class Decoder:
         slots: int,
         capacity: int,
     ) -> None:
+        config.require_language_head("reading text (generate, logprobs, mean_loss, embed)")
         slots, capacity = whole("slots", slots), whole("capacity", capacity)
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")

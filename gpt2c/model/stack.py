@@ -15,7 +15,7 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.attention import Attention
 from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.embedding import Embedding
-from gpt2c.model.head import LanguageHead
+from gpt2c.model.head import Head
 from gpt2c.model.mlp import MLP
 from gpt2c.model.norm import Norm
 
@@ -135,7 +135,7 @@ class Stack:
     """
 
     def __init__(
-        self, embedding: Embedding, layers: Sequence[Layer], norm: Norm, head: LanguageHead
+        self, embedding: Embedding, layers: Sequence[Layer], norm: Norm, head: Head
     ) -> None:
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
         self.blocks: list[Block] = [

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from helpers.hostile import READERS, Pairs, attempt, dumps, joined, limits, split
 
+from gpt2c.model.config import CLASSIFIER
+
 Change = Callable[[bytes], bytes]
 
 
@@ -259,6 +261,19 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
         ("generation", "generation_config.json", what, change, "")
         for what, change in {**NO_JSON, "ends of a kind": entries(eos_token_id="x")}.items()
     ),
+    *(
+        ("classifier", "config.json", f"id2label {value!r}", entries(id2label=value), said)
+        for value, said in [
+            *(([], "id2label"), ("LABEL_0", "id2label"), ({}, "num_labels"), (3, "id2label")),
+            *(({"0": "a"}, "score.weight"), (None, "score.weight")),
+        ]
+    ),
+    *(
+        ("classifier", "config.json", f"num_labels {value!r}", entries(num_labels=value), said)
+        for value, said in [(2, "num_labels"), (2**62, "num_labels"), ("3", "num_labels")]
+    ),
+    ("classifier", "config.json", "no head", entries(architectures=None), "score.weight"),
+    ("model", "config.json", "a head", entries(architectures=CLASSIFIER), "score.weight"),
     ("model", "config.json", "more tokens", entries(vocab_size=2**31 - 1), "wte.weight"),
     *(("tokenizer", "tokenizer_config.json", what, c, "") for what, c in NO_JSON.items()),
     ("model", "config.json", "more layers", entries(n_layer=2), "h.1."),

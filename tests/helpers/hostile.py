@@ -135,6 +135,10 @@ def make_model(directory: Path) -> None:
     GPT2(CONFIG, backend="numpy").save_pretrained(directory)
 
 
+def make_classifier(directory: Path) -> None:
+    GPT2(dataclasses.replace(CONFIG, num_labels=3), backend="numpy").save_pretrained(directory)
+
+
 def make_generation(directory: Path) -> None:
     """Write a model whose end of text is in generation_config.json alone."""
     make_model(directory)
@@ -219,6 +223,12 @@ def use_model(model: GPT2) -> None:
     ids = np.arange(3)[None] % model.config.vocab_size
     model(ids[:, : model.config.n_positions])
     model.generate(ids[:, :1], max_new_tokens=2, temperature=0)
+
+
+def use_classifier(model: GPT2) -> None:
+    model.scores(np.arange(3)[None] % model.config.vocab_size)
+    model.loss([[0]], [0])
+    model.backward()
 
 
 def make_one_tokenizer(directory: Path) -> None:
@@ -398,6 +408,7 @@ RUN_COPIES = (
 
 READERS = {
     "model": Reader(make_model, GPT2.from_pretrained, use_model, optional=SPARE),
+    "classifier": Reader(make_classifier, GPT2.from_pretrained, use_classifier, optional=SPARE),
     "generation": Reader(make_generation, GPT2.from_pretrained, use_model, "generation*"),
     "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model, optional=SPARE),
     "sharded": Reader(make_sharded, GPT2.from_pretrained, use_model, optional=SPARE),
