@@ -162,6 +162,7 @@ def test_weighted_cross_entropy_has_weighted_losses_and_the_gradients_of_two_pas
     model.backward(scale=1 / 7, weights=parts)
     expected = model.flat_gradients.copy()
     objective = CrossEntropy(np.concatenate(targets).astype(np.int32), weights)
+    assert np.array_equal(objective.live, weights != 0)  # others cost no product
     loss, gradients = solve(model, idx, objective, count=7)
     assert loss == pytest.approx((weights * losses).sum(dtype=np.float64) / 7, rel=1e-5)
     assert np.array_equal(gradients, expected)
