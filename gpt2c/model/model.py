@@ -385,10 +385,10 @@ class Model(LanguageModel):
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
         """See `LanguageModel._read_all`; all rows pass the layers together.
 
-        Not with smaller weights, which are for inference: rows that follow each other take the
-        memory of one, and several threads can read at once.
+        Not the logits of smaller weights, which are for inference: rows that follow each other take
+        the memory of one, and several threads can read at once.
         """
-        if self.weights != "fp32":
+        if self.weights != "fp32" and self.config.num_labels is None:
             super()._read_all(tokens, logits, states)
             return
         with self._owner.alone():

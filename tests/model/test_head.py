@@ -15,7 +15,7 @@ from conftest import refused
 from helpers.exact import check_differences, exact, odd_model
 from safetensors.numpy import load_file
 
-from gpt2c import GPT2, AdamW, Engine, GPT2Config, QuantizedGPT2, Tokenizer, from_pretrained
+from gpt2c import GPT2, AdamW, Engine, GPT2Config, Tokenizer, from_pretrained
 from gpt2c.formats.convert import convert
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import normalised_error
@@ -548,12 +548,25 @@ def test_classifier_is_not_written_to_files_of_language_models(tmp_path: Path) -
         assert "needs a language head" in message and not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize(("weights", "rtol"), [("fp16", 2e-3), ("int8", 0.05)])
+def test_small_weights_score_as_their_model_does(
+    weights: str, rtol: float, backend: Any, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model, idx = GPT2(ODD, 1, backend), sequences(rng)
+    small = model.quantize(weights)
+    scores = small.scores(idx)
+    assert normalised_error(scores, model.scores(idx)) <= rtol
+    small.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, backend)
+    assert again.config == ODD and np.array_equal(again.scores(idx), scores)
+    assert np.array_equal(small(idx[:1]), small.scores(idx[:1]))
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def test_what_needs_a_language_head_is_refused(tmp_path: Path) -> None:
+def test_what_needs_a_language_head_is_refused() -> None:
     model, idx = GPT2(ODD), [[1, 2, 3]]
-    model.save_pretrained(tmp_path)
     for call in (
         lambda: model.generate(idx),
         lambda: model.stream(idx),
@@ -563,8 +576,6 @@ def test_what_needs_a_language_head_is_refused(tmp_path: Path) -> None:
         lambda: model.embed(idx),
         model.decoder,
         lambda: Engine(model),
-        lambda: QuantizedGPT2.from_model(model, "int8"),
-        lambda: from_pretrained(tmp_path, quantize="fp16"),
     ):
         message = refused(call)
         assert "needs a language head; this model has scores of texts" in message, message

@@ -252,7 +252,7 @@ def test_config_of_llama_round_trips() -> None:
     [
         ("model_type", "mistral"),
         ("model_type", "gpt2"),
-        ("architectures", ["LlamaForSequenceClassification"]),
+        ("architectures", ["LlamaForTokenClassification"]),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
