@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pretrained", "open_found"]
 
+KINDS: tuple[type[GPT2] | type[Llama], ...] = (GPT2, Llama)
+
 
 def from_pretrained(
     path: str | os.PathLike[str],
@@ -50,6 +52,5 @@ def open_found(
     """Load a model that `find_model` has found; see `from_pretrained`."""
     if quantize is None and found.weights != "fp32":
         quantize = found.weights
-    if isinstance(found.config, Llama.config_class):
-        return Llama.from_found(found, backend, threads, quantize)
-    return GPT2.from_found(found, backend, threads, quantize)
+    kind = next(kind for kind in KINDS if isinstance(found.config, kind.config_class))
+    return kind.from_found(found, backend, threads, quantize)
