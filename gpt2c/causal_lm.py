@@ -101,7 +101,7 @@ class CausalLM(Model):
         if not isinstance(config, cls.config_class):
             kind = type(config).__name__.removesuffix("Config")
             raise ValueError(
-                f"{found.path} is a {kind} and no {cls.__name__}: open it with"
+                f"{found.path} holds a {kind}, not a {cls.__name__}: open it with"
                 " gpt2c.from_pretrained, which takes any kind"
             )
         if quantize is not None:

@@ -177,8 +177,8 @@ def test_found_model_opens_as_its_kind(kind: str, tmp_path: Path) -> None:
         assert type(model) is Llama and model.weights == kind and model.config == CONFIG
         assert np.array_equal(model([PROMPT]), llama([PROMPT]))
     assert refused(GPT2.from_found, found) == (
-        f"{tmp_path}/llama is a Llama and no GPT2: open it with gpt2c.from_pretrained, which takes"
-        " any kind"
+        f"{tmp_path}/llama holds a Llama, not a GPT2: open it with gpt2c.from_pretrained, which"
+        " takes any kind"
     )
     if kind == "fp32":
         assert open_found(found, quantize="int8").weights == "int8"
@@ -194,5 +194,5 @@ def test_found_model_opens_as_its_kind(kind: str, tmp_path: Path) -> None:
 def test_gpt2s_directory_is_no_llama(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=V, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     GPT2(config).save_pretrained(tmp_path)
-    assert refused(Llama.from_pretrained, tmp_path).startswith(f"{tmp_path} is a GPT2 and no Llama")
+    assert refused(Llama.from_pretrained, tmp_path).startswith(f"{tmp_path} holds a GPT2, not a ")
     assert type(open_found(find_model(tmp_path))) is GPT2

@@ -66,7 +66,11 @@ RANGES = {"layer_norm_epsilon": (1e-37, 1.0), "initializer_range": (1e-37, 1e4)}
 class ModelConfig:
     """The part of a config that every model has: its sizes, under GPT-2's names, and its blocks."""
 
-    if TYPE_CHECKING:  # fields or properties of each kind of config
+    if TYPE_CHECKING:  # fields, properties and methods of each kind of config
+
+        @classmethod
+        def from_dict(cls, entries: Mapping[str, Any]) -> Self:
+            """Return the config that the entries of config.json describe."""
 
         @property
         def vocab_size(self) -> int:
@@ -99,10 +103,6 @@ class ModelConfig:
         @property
         def initializer_range(self) -> float:
             """The standard deviation of the initial weights."""
-
-        @classmethod
-        def from_dict(cls, entries: Mapping[str, Any]) -> Self:
-            """Return the config that the entries of config.json describe."""
 
         def to_dict(self) -> dict[str, Any]:
             """Return the entries of a config.json from which transformers builds the same model."""
