@@ -269,6 +269,9 @@ class Model(LanguageModel):
         for name, one in self._stack.parameters().items():
             parameter = self._parameters[name]
             is_small = one.small and self.weights != "fp32"
+            if is_small:
+                size = {"a tensor in float32": 4 * parameter.size}
+                require("rounding the first values", size, "close programs that use much memory")
             value = np.empty(one.shape, np.float32) if is_small else parameter
             if one.std:
                 rng.standard_normal(out=value, dtype=np.float32)
