@@ -17,7 +17,7 @@ from gpt2c.evaluate.loss import evaluate
 from gpt2c.evaluate.scoring import token_logprobs
 from gpt2c.formats.load import Pretrained, find_model
 from gpt2c.kernels.cases import normalised_error
-from gpt2c.pretrained import open_found
+from gpt2c.pretrained import from_pretrained, open_found
 
 V, T = 257, 40
 CONFIG = LlamaConfig(
@@ -189,6 +189,19 @@ def test_found_model_opens_as_its_kind(kind: str, tmp_path: Path) -> None:
             dataclasses.replace(found, tensors={**llama.parameters, "wpe.weight": np.ones(1)}),
             quantize=kind,
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llamas_directory_opens_as_its_kind(kind: str, tmp_path: Path) -> None:
+    model = make(kind=kind)
+    model.save_pretrained(tmp_path)
+    stored = None if kind == "fp32" else kind
+    for found in (from_pretrained(tmp_path), Llama.from_pretrained(tmp_path, quantize=stored)):
+        assert type(found) is Llama and found.weights == kind
+        assert found.config.to_dict() == CONFIG.to_dict()
+        assert np.array_equal(found([PROMPT]), model([PROMPT]))
+    message = refused(GPT2.from_pretrained, tmp_path)
+    assert message.startswith(f"{tmp_path} holds a Llama, not a GPT2: open it with gpt2c.from_pr")
 
 
 def test_gpt2s_directory_is_no_llama(tmp_path: Path) -> None:

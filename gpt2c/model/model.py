@@ -576,6 +576,7 @@ class Model(LanguageModel):
         shapes = [(*shape, K) for shape in each]
         what, mend = f"scores of {counted(len(rows), 'token')}", "take fewer or shorter rows"
         require(what, {"scores": 4 * len(rows) * K}, mend)
+        keep = keep and bool(self.trained)
         with self._owner.alone():
             run = self._start(tokens, keep, offsets)
             x = self._stack.forward(run, tokens)
