@@ -21,18 +21,26 @@ from helpers.cases import small_shape
 
 from gpt2c import GPT2, AdamW, GPT2Config, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker
+from gpt2c.formats.huggingface import save_weights
+from gpt2c.formats.llama_layout import LLAMA
+from gpt2c.formats.load import find_model
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
 from gpt2c.model.config import FIXED
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
+from gpt2c.model.rope_scaling import RopeScaling
+from gpt2c.text.splits import DIGITS, LLAMA3, QWEN2, REGEXES, Split
+from gpt2c.text.splits import GPT2 as GPT2_SPLIT
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
     torch = pytest.importorskip("torch", reason="PyTorch is not installed, nor is it needed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import tokenizers
     from safetensors.torch import save_file
+    from tokenizers import pre_tokenizers
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{category}:{package}")
@@ -423,15 +431,23 @@ def test_four_sizes_have_transformers_shapes(L: int, NH: int, C: int) -> None:
 
 LLAMAS = {
     "grouped": LlamaConfig(97, 60, 71, 2, 6, 2, None, 64, tie_word_embeddings=False),
-    "wide heads": LlamaConfig(101, 30, 84, 2, 3, 1, 16, 40, rope_theta=500.0),
-    "tied": LlamaConfig(64, 48, 96, 3, 4, None, None, 64, tie_word_embeddings=True),
+    "wide heads": LlamaConfig(101, 48, 84, 2, 3, 1, 20, 40, rope_theta=500.0),
+    "smollm2": LlamaConfig(64, 72, 96, 3, 9, 3, None, 64, tie_word_embeddings=True),
+    "tinyllama": LlamaConfig(83, 128, 96, 2, 32, 4, None, 48, eos_token_id=2, bos_token_id=1),
+} | {
+    scaling.rope_type: LlamaConfig(59, 48, 80, 2, 3, 1, None, 64, rope_scaling=scaling)
+    for scaling in (
+        RopeScaling("linear", 2.5),
+        RopeScaling("dynamic", 4.0),
+        RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+    )
 }
 
 
 def torch_llama(config: LlamaConfig) -> Any:
     """Return a Llama of transformers with random parameters."""
     settings = transformers.LlamaConfig(
-        **dataclasses.asdict(config), attn_implementation="eager", pad_token_id=None
+        **config.to_dict(), attn_implementation="eager", pad_token_id=None
     )
     model = transformers.LlamaForCausalLM(settings).float().eval()
     generator = torch.Generator().manual_seed(0)
@@ -463,10 +479,34 @@ def as_ours(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, np.ndarra
     return ours
 
 
-@pytest.mark.parametrize("config", LLAMAS.values(), ids=LLAMAS)
-def test_llama_agrees(config: LlamaConfig, backend_name: str) -> None:
-    theirs, ours = torch_llama(config), Model(config, None, backend_name)
-    ours.load_parameters(as_ours(theirs.state_dict(), config), "transformers")
+def opened(directory: Path, backend: str = "auto") -> Model:
+    """Return the Llama of a directory."""
+    found = find_model(directory)
+    model = Model(found.config, None, backend)
+    model.load_parameters(found.tensors, found.source)
+    return model
+
+
+def greedy(model: Model, prompt: np.ndarray, count: int) -> list[int]:
+    """Return the likeliest tokens after a prompt, each read with a cache."""
+    decoder = model.decoder(1)
+    text = [*prompt.tolist(), int(decoder.read(prompt.astype(np.int32), 0, 0).argmax())]
+    while len(text) < len(prompt) + count:
+        slot, token, at = (np.array([n], np.int32) for n in (0, text[-1], len(text) - 1))
+        text.append(int(decoder.step(token, slot, at).argmax()))
+    return text
+
+
+EACH_LLAMA = pytest.mark.parametrize("config", LLAMAS.values(), ids=LLAMAS)
+
+
+@EACH_LLAMA
+def test_llama_agrees(config: LlamaConfig, backend_name: str, tmp_path: Path) -> None:
+    theirs = torch_llama(config)
+    theirs.save_pretrained(tmp_path)
+    ours = opened(tmp_path, backend_name)
+    for name, weight in as_ours(theirs.state_dict(), config).items():
+        assert np.array_equal(ours.parameters[name], weight), name
     rng = np.random.default_rng(1)
     idx, targets = rng.integers(0, config.vocab_size, (2, 2, config.n_positions))
     targets[1, 5:9] = -1
@@ -481,6 +521,99 @@ def test_llama_agrees(config: LlamaConfig, backend_name: str) -> None:
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, gradient in as_ours(gradients, config).items():
         assert normalised_error(ours.gradients[name], gradient) <= GRADIENT, name
+    prompt = idx[0, :9]
+    text = theirs.generate(
+        torch.from_numpy(prompt[None]),
+        max_new_tokens=config.n_positions - 9,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert greedy(ours, prompt, config.n_positions - 9) == text[0].tolist()
+
+
+@EACH_LLAMA
+def test_transformers_loads_a_saved_llama(config: LlamaConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, eos_token_id=5, bos_token_id=4)
+    first, again = tmp_path / "theirs", tmp_path / "ours"
+    torch_llama(config).save_pretrained(first)
+    ours = opened(first)
+    save_weights(again, ours.config.to_dict(), ours.parameters)
+    settings, both = {"attn_implementation": "eager", "output_loading_info": True}, []
+    for directory in (first, again):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(directory, **settings)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            assert not report[kind], f"{kind}: {report[kind]}"
+        both.append(model.eval())
+    idx = torch.from_numpy(np.random.default_rng(1).integers(0, config.vocab_size, (2, 33)))
+    assert torch.equal(both[0](idx).logits, both[1](idx).logits)
+    assert normalised_error(ours(idx.numpy()), both[1](idx).logits.detach().numpy()) <= LOGITS
+    configs = [model.config.to_dict() for model in both]
+    assert configs[0].pop("_name_or_path") != configs[1].pop("_name_or_path")
+    assert configs[0] == configs[1]
+    for model in both:
+        generation = model.generation_config
+        assert (generation.bos_token_id, generation.eos_token_id) == (4, 5)
+
+
+LLAMA_SAVES: dict[str, Any] = {
+    "shards": lambda m, d: m.save_pretrained(d, max_shard_size="40KB"),
+    "float16": lambda m, d: m.half().save_pretrained(d),
+    "bfloat16 shards": lambda m, d: m.bfloat16().save_pretrained(d, max_shard_size="20KB"),
+    "float64": lambda m, d: m.double().save_pretrained(d),
+    "no prefix": lambda m, d: m.model.save_pretrained(d),
+    "lm_head twice": lambda m, d: save_state(m, d, lambda t: None),
+    "lm_head only": lambda m, d: save_state(m, d, lambda t: t.pop("model.embed_tokens.weight")),
+}
+
+
+@pytest.mark.parametrize("save", LLAMA_SAVES)
+def test_llama_saved_by_transformers_is_read(save: str, tmp_path: Path) -> None:
+    config = LLAMAS["smollm2"]
+    LLAMA_SAVES[save](torch_llama(config), tmp_path)
+    assert ("shards" in save) == (len(list(tmp_path.glob("*.safetensors"))) > 2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = opened(tmp_path)
+    for name, weight in as_ours(theirs.state_dict(), config).items():
+        assert np.array_equal(ours.parameters[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+        LlamaConfig(32000, 2048, 5632, 22, 32, 4),
+    ],
+    ids=["SmolLM2-135M", "TinyLlama-1.1B"],
+)
+def test_two_llamas_have_transformers_names_and_shapes(config: LlamaConfig) -> None:
+    """On PyTorch's meta device, which allocates nothing, as ours are views of one zero."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_dict()))
+    zeros = {
+        name: np.broadcast_to(np.float32(0), shape)
+        for name, shape in config.parameter_shapes().items()
+    }
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {name: tensor.shape for name, tensor in LLAMA.write(zeros).items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "said"),
+    [
+        ({"hidden_act": "gelu"}, "LlamaForCausalLM", "hidden_act must be"),
+        ({"attention_bias": True}, "LlamaForCausalLM", "attention_bias must be False"),
+        ({"mlp_bias": True}, "LlamaForCausalLM", "mlp_bias must be False"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "LlamaForCausalLM", "got 'yarn'"),
+        ({}, "LlamaForSequenceClassification", "architectures must be"),
+    ],
+    ids=str,
+)
+def test_other_llamas_are_refused_by_name(
+    changes: dict[str, Any], model: str, said: str, tmp_path: Path
+) -> None:
+    config = transformers.LlamaConfig(**LLAMAS["grouped"].to_dict() | changes)
+    getattr(transformers, model)(config).save_pretrained(tmp_path)
+    assert said in refused(find_model, tmp_path)
 
 
 # ---- texts ---------------------------------------------------------------------------------------
@@ -837,3 +970,101 @@ def test_tokenizer_trained_by_tokenizers_is_read(tmp_path: Path) -> None:
     same_ids(own, theirs)
     theirs.save_pretrained(tmp_path / "fast")
     same_ids(Tokenizer.from_pretrained(tmp_path / "fast"), theirs)
+
+
+def sequence(*steps: Any) -> Any:
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+def by_regex(split: Split) -> Any:
+    pattern = split.steps["pretokenizers"][0]["pattern"]["Regex"]
+    return sequence(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
+
+
+# name -> how the library tokenizers cuts texts, and our name of that
+STEPS: dict[str, tuple[Any, Split]] = {
+    "gpt2": (pre_tokenizers.ByteLevel(False), GPT2_SPLIT),
+    "gpt2 by regex": (
+        sequence(pre_tokenizers.Split(tokenizers.Regex(next(iter(REGEXES))), "isolated")),
+        GPT2_SPLIT,
+    ),
+    "smollm2": (
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        ),
+        DIGITS,
+    ),
+    "llama3": (by_regex(LLAMA3), LLAMA3),
+    "qwen2": (by_regex(QWEN2), QWEN2),
+}
+ODD_TEXTS = [
+    "It's 2024; they'VE 12345678 items, I'll pay $1,234.56!\n\n\tif (x) {\r\n    return;\r\n}\n",
+    "a  5   b 6\t7 \n 8\n\n9 x   ",
+    "日本語 テスト \uff11\uff12\uff13 ٣٤٥ Ⅷ ½x²",
+    "😀👩‍👩‍👧!!! ...\n---\n\n  \u3000  end\u2028\x85\xa0 \x1c\x1d",
+    "don't DON'T '\u017f ''s s'' _x_ (a) 'tis #1 @user\r\r\n!\n?\n\n",
+    "",
+    " ",
+    "\n",
+    "e\u0301 ẞß ŉ İi ﬁ Ǆ",
+]
+ALPHABETS = [
+    [*"a\u017fsTé日1\uff12²'! \n\r\t_-\u3000😀\u0301", "'s", "'LL", "  ", "\n\n", "12"],
+    ["x", "!", "\n"],
+    [*"xé-!7_", "'s", "123", "ab"],  # no whitespace to cut at
+    [*"0123456789"],
+    [";\n"],
+]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_ids_of_every_split_are_those_of_tokenizers(name: str, tmp_path: Path) -> None:
+    """Also of texts that we cut into windows, and after we saved the tokenizer."""
+    steps, split = STEPS[name]
+    rng = np.random.default_rng(0)
+    mixed = ["".join(rng.choice(letters, 60)) for _ in range(200) for letters in ALPHABETS]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = steps, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<|endoftext|>", "<|im_start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([text * 3 for text in (*ODD_TEXTS, *TEXTS, *mixed)], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    own = Tokenizer.from_pretrained(tmp_path)
+    assert own.split == split and own.eot == 0 and own.vocab_size == theirs.get_vocab_size()
+    own.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").fingerprint == own.fingerprint
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in (*ODD_TEXTS, *TEXTS, *mixed):
+        ids = theirs.encode(text).ids
+        assert own.encode(text) == ids, repr(text)
+        assert again.encode(text) == ids, repr(text)
+        assert own.decode(ids) == text
+    own._window = 100  # characters, so that there are many windows
+    for letters in ALPHABETS:
+        text = "".join(rng.choice(letters, 20_000))
+        assert own.encode(text) == theirs.encode(text).ids, letters
+
+
+def test_bytes_that_a_tokenizer_lacks_are_refused(tmp_path: Path) -> None:
+    """As SmolLM2's, which was learned without the whole alphabet; tokenizers drops such bytes."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = STEPS["smollm2"][0]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    printable = "".join(map(chr, range(32, 127)))
+    theirs.train_from_iterator([f"{printable}\n", "the cat sat, é"] * 3, trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    own = Tokenizer.from_pretrained(tmp_path)
+    text = "the 12 cats, né é\n"
+    assert own.encode(text) == theirs.encode(text).ids and own.decode(own.encode(text)) == text
+    assert theirs.encode("a\0").ids == theirs.encode("a").ids
+    said = "the tokenizer has no token for byte 0x00 of '\\x00' in the text: remove this character"
+    assert refused(own.encode, "a\0") == said
+    assert "byte 0xe6 of '日'" in refused(own.encode_batch, ["x" * 99, "a 日"])
+    own.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").fingerprint == own.fingerprint
