@@ -32,12 +32,16 @@ from gpt2c.model.config import FIXED
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.rope_scaling import RopeScaling
+from gpt2c.text.splits import DIGITS, LLAMA3, QWEN2, REGEXES, Split
+from gpt2c.text.splits import GPT2 as GPT2_SPLIT
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
     torch = pytest.importorskip("torch", reason="PyTorch is not installed, nor is it needed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import tokenizers
     from safetensors.torch import save_file
+    from tokenizers import pre_tokenizers
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{category}:{package}")
@@ -1120,3 +1124,101 @@ def test_tokenizer_trained_by_tokenizers_is_read(tmp_path: Path) -> None:
     same_ids(own, theirs)
     theirs.save_pretrained(tmp_path / "fast")
     same_ids(Tokenizer.from_pretrained(tmp_path / "fast"), theirs)
+
+
+def sequence(*steps: Any) -> Any:
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+def by_regex(split: Split) -> Any:
+    pattern = split.steps["pretokenizers"][0]["pattern"]["Regex"]
+    return sequence(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
+
+
+# name -> how the library tokenizers cuts texts, and our name of that
+STEPS: dict[str, tuple[Any, Split]] = {
+    "gpt2": (pre_tokenizers.ByteLevel(False), GPT2_SPLIT),
+    "gpt2 by regex": (
+        sequence(pre_tokenizers.Split(tokenizers.Regex(next(iter(REGEXES))), "isolated")),
+        GPT2_SPLIT,
+    ),
+    "smollm2": (
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        ),
+        DIGITS,
+    ),
+    "llama3": (by_regex(LLAMA3), LLAMA3),
+    "qwen2": (by_regex(QWEN2), QWEN2),
+}
+ODD_TEXTS = [
+    "It's 2024; they'VE 12345678 items, I'll pay $1,234.56!\n\n\tif (x) {\r\n    return;\r\n}\n",
+    "a  5   b 6\t7 \n 8\n\n9 x   ",
+    "日本語 テスト \uff11\uff12\uff13 ٣٤٥ Ⅷ ½x²",
+    "😀👩‍👩‍👧!!! ...\n---\n\n  \u3000  end\u2028\x85\xa0 \x1c\x1d",
+    "don't DON'T '\u017f ''s s'' _x_ (a) 'tis #1 @user\r\r\n!\n?\n\n",
+    "",
+    " ",
+    "\n",
+    "e\u0301 ẞß ŉ İi ﬁ Ǆ",
+]
+ALPHABETS = [
+    [*"a\u017fsTé日1\uff12²'! \n\r\t_-\u3000😀\u0301", "'s", "'LL", "  ", "\n\n", "12"],
+    ["x", "!", "\n"],
+    [*"xé-!7_", "'s", "123", "ab"],  # no whitespace to cut at
+    [*"0123456789"],
+    [";\n"],
+]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_ids_of_every_split_are_those_of_tokenizers(name: str, tmp_path: Path) -> None:
+    """Also of texts that we cut into windows, and after we saved the tokenizer."""
+    steps, split = STEPS[name]
+    rng = np.random.default_rng(0)
+    mixed = ["".join(rng.choice(letters, 60)) for _ in range(200) for letters in ALPHABETS]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = steps, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<|endoftext|>", "<|im_start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([text * 3 for text in (*ODD_TEXTS, *TEXTS, *mixed)], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    own = Tokenizer.from_pretrained(tmp_path)
+    assert own.split == split and own.eot == 0 and own.vocab_size == theirs.get_vocab_size()
+    own.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").fingerprint == own.fingerprint
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in (*ODD_TEXTS, *TEXTS, *mixed):
+        ids = theirs.encode(text).ids
+        assert own.encode(text) == ids, repr(text)
+        assert again.encode(text) == ids, repr(text)
+        assert own.decode(ids) == text
+    own._window = 100  # characters, so that there are many windows
+    for letters in ALPHABETS:
+        text = "".join(rng.choice(letters, 20_000))
+        assert own.encode(text) == theirs.encode(text).ids, letters
+
+
+def test_bytes_that_a_tokenizer_lacks_are_refused(tmp_path: Path) -> None:
+    """As SmolLM2's, which was learned without the whole alphabet; tokenizers drops such bytes."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = STEPS["smollm2"][0]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    printable = "".join(map(chr, range(32, 127)))
+    theirs.train_from_iterator([f"{printable}\n", "the cat sat, é"] * 3, trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    own = Tokenizer.from_pretrained(tmp_path)
+    text = "the 12 cats, né é\n"
+    assert own.encode(text) == theirs.encode(text).ids and own.decode(own.encode(text)) == text
+    assert theirs.encode("a\0").ids == theirs.encode("a").ids
+    said = "the tokenizer has no token for byte 0x00 of '\\x00' in the text: remove this character"
+    assert refused(own.encode, "a\0") == said
+    assert "byte 0xe6 of '日'" in refused(own.encode_batch, ["x" * 99, "a 日"])
+    own.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").fingerprint == own.fingerprint

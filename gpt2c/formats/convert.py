@@ -49,6 +49,7 @@ from gpt2c.text.shards import (
     write_shards,
     write_tokens,
 )
+from gpt2c.text.splits import GPT2
 from gpt2c.text.tokenizer import NAMES, Tokenizer
 from gpt2c.text.vocabulary import has_tokenizer
 
@@ -318,6 +319,11 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
     else:
         tokenizer = Tokenizer.from_name(src)
     if suffix:
+        if tokenizer.split != GPT2:
+            raise ValueError(
+                f"{src} cuts texts as {tokenizer.split.name} does, and llm.c's tokenizer only as"
+                " GPT-2: name a directory"
+            )
         unused = set(tokenizer.unused_ids(tokenizer.vocab_size))  # the file names every id
         tokens = [
             f"[PAD{token_id}]".encode() if token_id in unused else tokenizer.token_bytes(token_id)

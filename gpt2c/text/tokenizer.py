@@ -34,13 +34,11 @@ from gpt2c.files.names import check_named
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.text import bpe_trainer, vocabulary
+from gpt2c.text.splits import GPT2, Split
 
 __all__ = ["END_OF_TEXT", "NAMES", "SMALLEST", "Tokenizer", "split_text", "tiktoken_cache"]
 
 END_OF_TEXT = vocabulary.END_OF_TEXT
-# How GPT-2 cuts text before any merge (openai/gpt-2:src/encoder.py): contractions, words, numbers,
-# the rest, spaces.
-SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NAMES = ("gpt2", "bytes")
 SMALLEST = 257  # tokens of a vocabulary: 256 bytes and END_OF_TEXT
 WINDOW = 1 << 16  # characters that tiktoken encodes at a time
@@ -53,7 +51,7 @@ _SPACES = (
 # below.
 _MAX_SPACES = 400_000
 _ROOM = 1 << 27  # bytes that must be free: tiktoken ends the process when memory runs out
-_TRIES = 16  # cuts of a long run of letters that are tried before the window grows
+_TRIES = 16  # cuts that are tried before the window grows
 # tiktoken names a file in its cache by the SHA-1 of its URL: GPT-2's encoder.json and vocab.bpe.
 _GPT2_FILES = (
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
@@ -103,19 +101,38 @@ def _with_bytes(text: str) -> str:
     return text
 
 
-def _whole_window(text: str, size: int, ended: bool) -> tuple[int, bool]:
+def _whole_window(text: str, size: int, ended: bool, split: Split) -> tuple[int, bool]:
     """Choose how much of a text to encode at once, about `size` characters.
 
     Returns
     -------
     the number of characters, and whether a cut there keeps the ids of the whole text. No token has
-    whitespace after another character, so no token crosses a cut between the two
+    whitespace after another character, so no token crosses a cut between the two; but some splits
+    keep line ends with the punctuation before them
     """
     if ended and len(text) <= size:
         return len(text), True
-    last = max(text.rfind(space, 0, size + 1) for space in _SPACES)
-    place = len(text[: last + 1].rstrip(_SPACES))
+    end = size + 1
+    for _ in range(_TRIES):
+        last = max(text.rfind(space, 0, end) for space in _SPACES)
+        place = len(text[: last + 1].rstrip(_SPACES))
+        if not (place and split.keeps_line_ends and text[place] in "\r\n"):
+            break
+        if text[place - 1].isalnum():
+            break
+        end = place
+    else:
+        place = 0
     return (place, True) if place else (size, False)
+
+
+def _is_inside(text: str, place: int) -> bool:
+    """Return whether a place is within letters or within punctuation, for `keeps_line_ends`.
+
+    There one character of punctuation belongs to the letters behind it, and digits are counted.
+    """
+    around = text[place - 1 : place + 2]
+    return around[:2].isalpha() or not any(map(str.isalnum, around))
 
 
 class _Reader:
@@ -152,17 +169,19 @@ class Tokenizer:
     Parameters
     ----------
     ranks : bytes of each ordinary token -> its id; the 256 single bytes, then merged tokens in the
-        order of their merges
+        order of their merges. If a byte is missing, texts with it are refused
     eot : id of the token that stands between texts, `<|endoftext|>`
     merges : the halves of each merged token, in the order of their ids; None recovers them
         when the tokenizer is saved
     special : name -> id of the special tokens, with that of `eot`; None if that is the only one.
         Each token has its own id, from 0; only ids below a special token's may be unused
+    split : how a text is cut into pieces before any merge; as GPT-2 does it by default
 
     Attributes
     ----------
     vocab_size : the highest id plus 1: the number of tokens, unless ids are unused
     eot : see above. Models are trained on texts as `[tokenizer.eot, *tokenizer.encode(text)]`
+    split : see above
     special_tokens : see `special`. `decode` writes their names; `encode` treats a name in a text as
         ordinary text unless it is allowed
 
@@ -182,8 +201,10 @@ class Tokenizer:
         eot: int,
         merges: list[tuple[bytes, bytes]] | None = None,
         special: dict[str, int] | None = None,
+        split: Split = GPT2,
     ) -> None:
         self.eot = eot
+        self.split = split
         self.special_tokens = {END_OF_TEXT: eot} if special is None else special
         self.vocab_size = max(*ranks.values(), *self.special_tokens.values()) + 1
         self._ranks = ranks
@@ -196,10 +217,13 @@ class Tokenizer:
         self._lengths = np.array([len(token) for token in self._tokens], dtype=np.int64)
         self._lengths[[*self.special_tokens.values()]] = 0
         self._window = max(WINDOW, 4 * int(self._lengths.max()))  # at least a few tokens
+        # tiktoken ends with a panic at a byte that it does not know.
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        self._missing = {self.vocab_size + i: byte for i, byte in enumerate(missing)}
         self._encoding = tiktoken.Encoding(
             "gpt2c",
-            pat_str=SPLIT_PATTERN,
-            mergeable_ranks=ranks,
+            pat_str=split.pattern,
+            mergeable_ranks=ranks | {bytes([byte]): i for i, byte in self._missing.items()},
             special_tokens=self.special_tokens,
         )
 
@@ -288,11 +312,11 @@ class Tokenizer:
                 reader = _Reader(pieces)
                 reader.fill(WINDOW)
                 while reader.text:
-                    size, _ = _whole_window(reader.text, WINDOW, reader.ended)
+                    size, _ = _whole_window(reader.text, WINDOW, reader.ended, GPT2)
                     yield reader.take(size)
                     reader.fill(WINDOW)
 
-        tokens = bpe_trainer.learn(windows(), vocab_size - 1, SPLIT_PATTERN)
+        tokens = bpe_trainer.learn(windows(), vocab_size - 1, GPT2.pattern)
         return cls({token: rank for rank, token in enumerate(tokens)}, eot=len(tokens))
 
     @classmethod
@@ -322,6 +346,8 @@ class Tokenizer:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers loads.
 
+        If `split` is not GPT-2's, `tokenizer.json` stands in place of the first two.
+
         Raises
         ------
         OSError : the directory cannot be made or written; existing files are intact
@@ -333,7 +359,8 @@ class Tokenizer:
     def _vocabulary(self) -> vocabulary.Vocabulary:
         if self._merges is None:
             self._merges = vocabulary.recover_merges(self._ranks)
-        return vocabulary.Vocabulary(self._ranks, self.eot, self._merges, self.special_tokens)
+        parts = self._ranks, self.eot, self._merges, self.special_tokens, self.split
+        return vocabulary.Vocabulary(*parts)
 
     def covers(self, other: Tokenizer) -> bool:
         """Return whether this tokenizer has each token of `other` under the same id.
@@ -342,7 +369,7 @@ class Tokenizer:
         example, reads the tokens of its base model.
         """
         check_kind("other", other, Tokenizer, "a Tokenizer")
-        same = (self._ranks, self.eot) == (other._ranks, other.eot)
+        same = (self._ranks, self.eot, self.split) == (other._ranks, other.eot, other.split)
         return same and other.special_tokens.items() <= self.special_tokens.items()
 
     @property
@@ -352,7 +379,8 @@ class Tokenizer:
         Two agree if each text has the same ids, each id the same text, and `eot` is the same.
         """
         special = sorted(self.special_tokens.values())
-        digest = hashlib.blake2b(f"{self.eot} {special}".encode(), digest_size=16)
+        split = "" if self.split == GPT2 else self.split.pattern
+        digest = hashlib.blake2b(f"{self.eot} {special}{split}".encode(), digest_size=16)
         for token in self._tokens:
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()
@@ -379,8 +407,8 @@ class Tokenizer:
 
         Raises
         ------
-        ValueError : `text` is not a string, a name is not that of a special token, or a run of
-            whitespace is too long
+        ValueError : `text` is not a string, a name is not that of a special token, a run of
+            whitespace is too long, or the vocabulary lacks a byte of the text
         """
         if not isinstance(text, str):
             raise ValueError(
@@ -481,16 +509,24 @@ class Tokenizer:
         return [(number, self._ids(window)) for number, window in job]
 
     def _ids(self, window: str | NDArray[np.uint32]) -> NDArray[np.uint32]:
-        if isinstance(window, str):
-            return self._encoding.encode_to_numpy(window, disallowed_special=())
-        return window
+        if not isinstance(window, str):
+            return window
+        ids = self._encoding.encode_to_numpy(window, disallowed_special=())
+        if self._missing and (unknown := ids[ids >= self.vocab_size]).size:
+            byte = self._missing[int(unknown[0])]
+            character = next(character for character in window if byte in character.encode())
+            raise ValueError(
+                f"the tokenizer has no token for byte 0x{byte:02x} of {character!r} in the text:"
+                " remove this character"
+            )
+        return ids
 
     def _windows(self, pieces: Iterable[str]) -> Iterator[str | NDArray[np.uint32]]:
         """Yield windows of a text that no token crosses, at least one, or the ids of a long run."""
         reader = _Reader(pieces)
         reader.fill(self._window)
         while True:
-            size, exact = _whole_window(reader.text, self._window, reader.ended)
+            size, exact = _whole_window(reader.text, self._window, reader.ended, self.split)
             if exact:
                 yield reader.take(size)
             else:
@@ -514,7 +550,7 @@ class Tokenizer:
             for count, place in self._borders(reader.text[:size], ids):
                 reader.fill(place + self._window)
                 rest = reader.text[place:]
-                next_size, next_exact = _whole_window(rest, self._window, reader.ended)
+                next_size, next_exact = _whole_window(rest, self._window, reader.ended, self.split)
                 next_ids = self._ids(rest[:next_size])
                 if next_ids[0] == ids[count]:
                     yield ids[:count]
@@ -525,7 +561,7 @@ class Tokenizer:
             else:
                 wanted += self._window
                 reader.fill(wanted)
-                size, exact = _whole_window(reader.text, wanted, reader.ended)
+                size, exact = _whole_window(reader.text, wanted, reader.ended, self.split)
                 first, ids = ids[0], self._ids(reader.text[:size])
                 if joined and ids[0] != first:  # only with a vocabulary made for it
                     raise ValueError(
@@ -539,7 +575,8 @@ class Tokenizer:
         """Yield places to cut a window, from three quarters backwards: (tokens, characters) before.
 
         Places beside whitespace, or where an apostrophe may begin a contraction, are skipped: there
-        the pattern looks at more than one character on each side.
+        the pattern looks at more than one character on each side. In some splits it does so in more
+        places, see `_is_inside`.
         """
         content = window.encode()
         ends = np.cumsum(self._lengths[ids])
@@ -555,6 +592,7 @@ class Tokenizer:
                 for count, place in islice(places, 64 * _TRIES)
                 if "'" not in window[max(place - 3, 0) : place + 1]
                 and not set(window[place - 1 : place + 1]) & set(_SPACES)
+                and (not self.split.keeps_line_ends or _is_inside(window, place))
             ),
             _TRIES,
         )
@@ -667,7 +705,7 @@ def _gpt2() -> tuple[dict[bytes, int], int]:
         except (OSError, ValueError) as error:  # no network, no permission, or a wrong file
             reason = type(error).__name__
     try:
-        ranks, eot, _, _ = vocabulary.read(hub.find("gpt2", weights=False))
+        ranks, eot, *_ = vocabulary.read(hub.find("gpt2", weights=False))
     except (OSError, ValueError) as error:
         if os.path.isdir("gpt2"):
             raise

@@ -2,9 +2,10 @@
 
 The first two are OpenAI's for GPT-2, the third is that of Hugging Face's tokenizers. A file is read
 only if tiktoken gives each text the same ids as transformers does with that file; an entry that
-would change them (a normalizer, a prefix space, ...) is refused by name. Two differences are
+would change them (a normalizer, a prefix space, ...) is refused by name. Three differences are
 intended. The name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text. An
-added token keeps the id of the file, where transformers 5 renumbers it if ids are unused.
+added token keeps the id of the file, where transformers 5 renumbers it if ids are unused. A text
+with a byte that the vocabulary lacks is refused, where transformers drops the byte.
 
 Knows nothing about the use of a vocabulary.
 """
@@ -27,9 +28,11 @@ from gpt2c.files.names import (
     ROLES_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    TOKENIZER_FILES,
     TOKENIZER_OTHERS,
     VOCAB_FILE,
 )
+from gpt2c.text.splits import BYTE_LEVEL, DIGITS, GPT2, REGEXES, Split
 
 __all__ = [
     "END_OF_TEXT",
@@ -74,6 +77,14 @@ PRE_TOKENIZER = {
     "trim_offsets": ANY,
     "use_regex": (None, True),
 }
+# The steps of a Sequence: one of the first two, then ByteLevel.
+STEP_DIGITS = {"type": ("Digits",), "individual_digits": (True,)}
+STEP_SPLIT = {
+    "type": ("Split",),
+    "pattern": ANY,
+    "behavior": ("Isolated",),
+    "invert": (None, False),
+}
 MODEL = {
     "type": (None, "BPE"),
     "dropout": (None, 0),
@@ -82,10 +93,14 @@ MODEL = {
     "end_of_word_suffix": (None, ""),
     "fuse_unk": ANY,
     "byte_fallback": (None, False),
-    "ignore_merges": (None, False),
+    "ignore_merges": (None, False, True),  # if a piece is a token: all merges lead to it anyway
     "vocab": ANY,
     "merges": ANY,
 }
+
+# Bytes that a vocabulary must have. One that was learned without the whole alphabet, as SmolLM2's,
+# lacks some that its texts never had; a text with such a byte is refused.
+PRINTABLE = range(0x20, 0x7F)
 
 Merge = tuple[bytes, bytes]
 
@@ -97,12 +112,14 @@ class Vocabulary(NamedTuple):
     eot : id of the token that ends a text, `<|endoftext|>` in most
     merges : the halves of each ordinary token of more than one byte, in the order of their ids
     special : the other tokens, such as `<|endoftext|>` and `[PAD]`: name -> id
+    split : how a text is cut before any merge
     """
 
     ranks: dict[bytes, int]
     eot: int
     merges: list[Merge]
     special: dict[str, int]
+    split: Split = GPT2
 
 
 def _byte_characters() -> list[str]:
@@ -166,7 +183,8 @@ def read(directory: Path) -> Vocabulary:
     added = _added_beside(directory, config, root)
     vocabulary = _parse_tokenizer_json(json_path, root, added, config)
     if os.path.lexists(vocab_path) and os.path.lexists(merges_path):
-        if vocabulary != _read_pair(vocab_path, merges_path, added, config):
+        pair = _read_pair(vocab_path, merges_path, added, config)
+        if vocabulary != pair._replace(split=vocabulary.split):  # a pair cannot name another
             raise ValueError(
                 f"{json_path} is another tokenizer than {VOCAB_FILE} and {MERGES_FILE} beside it;"
                 " remove those that are not the model's"
@@ -204,7 +222,7 @@ def _parse_tokenizer_json(
     path: Path, root: dict[str, Any], added: dict[str, int], config: Mapping[str, Any]
 ) -> Vocabulary:
     _part(path, "", root, ROOT)
-    _part(path, "pre_tokenizer", root.get("pre_tokenizer"), PRE_TOKENIZER)
+    split = _parse_split(path, root.get("pre_tokenizer"))
     model = _part(path, "model", root.get("model"), MODEL)
     processor, decoder = root.get("post_processor"), root.get("decoder")
     adds_nothing = {"type": "TemplateProcessing", "special_tokens": {}}
@@ -223,7 +241,41 @@ def _parse_tokenizer_json(
     ]
     ranks, eot, special = _parse_vocabulary(vocab, pairs, added, config, path)
     _check_merges(ranks, pairs, f"{path}: model.merges", "model.vocab")
-    return Vocabulary(ranks, eot, pairs, special)
+    return Vocabulary(ranks, eot, pairs, special, split)
+
+
+def _parse_split(path: Path, part: Any) -> Split:
+    """Return how a pre_tokenizer cuts texts: ByteLevel, or a Sequence of a step and ByteLevel."""
+    name = "pre_tokenizer"
+    if not isinstance(part, dict) or part.get("type") != "Sequence":
+        _part(path, name, part, PRE_TOKENIZER)
+        return GPT2
+    steps = part.get("pretokenizers")
+    kinds = [_kind(step) for step in steps] if isinstance(steps, list) else []
+    if kinds not in (["ByteLevel"], ["Digits", "ByteLevel"], ["Split", "ByteLevel"]):
+        raise ValueError(
+            f"{path}: the steps of {name} must be ByteLevel, perhaps behind Digits or Split, got"
+            f" {json.dumps(kinds)[:60]}"
+        )
+    *first, last = part["pretokenizers"]
+    if kinds[0] == "Split":
+        _part(path, name, first[0], STEP_SPLIT)
+        _part(path, name, last, PRE_TOKENIZER | {"use_regex": (False,)})
+        for regex, split in REGEXES.items():
+            if first[0].get("pattern") == {"Regex": regex}:
+                return split
+        raise ValueError(
+            f"{path}: {name} must split by the pattern of GPT-2, Llama 3 or Qwen2, got"
+            f" {json.dumps(first[0].get('pattern'))[:60]}"
+        )
+    if kinds[0] == "Digits":
+        _part(path, name, first[0], STEP_DIGITS)
+    _part(path, name, last, PRE_TOKENIZER)
+    return DIGITS if first else GPT2
+
+
+def _kind(step: Any) -> Any:
+    return step.get("type") if isinstance(step, dict) else step
 
 
 def _part(
@@ -367,9 +419,10 @@ def _parse_vocabulary(
         }
     except KeyError as error:
         raise ValueError(f"{path} has a character that stands for no byte: {error}") from None
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+    if missing := [byte for byte in PRINTABLE if bytes([byte]) not in ranks]:
         raise ValueError(
-            f"{path} lacks {len(missing)} of the 256 single bytes, the first of them {missing[0]}"
+            f"{path} lacks {len(missing)} of the 95 printable ASCII bytes, the first of them"
+            f" {missing[0]}"
         )
     return ranks, special[end], special
 
@@ -392,7 +445,7 @@ def _check_merges(ranks: dict[bytes, int], merges: list[Merge], name: str, vocab
             f"{name} does not make the tokens of {vocab} in the order of their ids; take both from"
             " one tokenizer"
         )
-    made_at = ranks | dict.fromkeys((bytes([byte]) for byte in range(256)), -1)
+    made_at = {token: -1 if len(token) == 1 else token_id for token, token_id in ranks.items()}
     halves = dict(zip(made, merges, strict=True))
     for number, (token, (first, second)) in enumerate(halves.items(), start=1):
         limit = ranks[token]
@@ -439,15 +492,15 @@ def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]
 def write(directory: Path, vocabulary: Vocabulary) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, all before one is renamed.
 
-    transformers derives the rest from these. Files that it would read instead are removed after
-    that. A kill just before leaves files that disagree, which `read` refuses.
+    transformers derives the rest from these, but for how texts are cut: if it is not GPT-2's way,
+    tokenizer.json says it in place of the first two. Files that transformers would read instead are
+    removed after that. A kill just before leaves files that disagree, which `read` refuses.
 
     Raises
     ------
     OSError : the directory cannot be made or written
     """
     atomic.claim_directory(directory, overwrite=True)
-    vocab, merges = vocab_and_merges(vocabulary)
     end = next(name for name, i in vocabulary.special.items() if i == vocabulary.eot)
     config: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -456,22 +509,37 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
         "eos_token": end,
         "unk_token": end,
     }
-    if vocabulary.special.keys() != {END_OF_TEXT}:
-        as_it_is = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        config["added_tokens_decoder"] = {
-            str(token_id): {"content": name, **as_it_is, "special": True}
-            for name, token_id in vocabulary.special.items()
-        }
-    contents = {
-        VOCAB_FILE: json.dumps(vocab, ensure_ascii=False),
-        MERGES_FILE: "".join(f"{line}\n" for line in ("#version: 0.2", *merges)),
-        TOKENIZER_CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+    as_it_is = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = {
+        token_id: {"content": name, **as_it_is, "special": True}
+        for name, token_id in vocabulary.special.items()
     }
+    if vocabulary.special.keys() != {END_OF_TEXT}:
+        config["added_tokens_decoder"] = {str(token_id): entry for token_id, entry in added.items()}
+    vocab, merges = vocab_and_merges(vocabulary)
+    if vocabulary.split == GPT2:
+        contents = {
+            VOCAB_FILE: json.dumps(vocab, ensure_ascii=False),
+            MERGES_FILE: "".join(f"{line}\n" for line in ("#version: 0.2", *merges)),
+        }
+    else:
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": None}
+        config["clean_up_tokenization_spaces"] = False
+        root = {
+            "version": "1.0",
+            "added_tokens": [{"id": token_id, **added[token_id]} for token_id in sorted(added)],
+            "pre_tokenizer": vocabulary.split.steps,
+            "decoder": BYTE_LEVEL,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        }
+        contents = {TOKENIZER_FILE: json.dumps(root, ensure_ascii=False)}
+    contents[TOKENIZER_CONFIG_FILE] = json.dumps(config, indent=2) + "\n"
     with atomic.atomic_paths(*(directory / name for name in contents)) as temporaries:
         for temporary, content in zip(temporaries, contents.values(), strict=True):
             temporary.write_bytes(content.encode())
-    for path in atomic.matching(directory, TOKENIZER_OTHERS):
-        path.unlink()
+    for path in atomic.matching(directory, (*TOKENIZER_FILES, *TOKENIZER_OTHERS)):
+        if path.name not in contents:
+            path.unlink()
 
 
 # ---- merges from tokens --------------------------------------------------------------------------

@@ -466,7 +466,7 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
             "continuing_subword_prefix": ["##"],
             "end_of_word_suffix": ["</w>"],
             "byte_fallback": [True],
-            "ignore_merges": [True],
+            "ignore_merges": ["x"],
         }.items()
         for value in values
     ),

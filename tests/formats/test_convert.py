@@ -20,6 +20,7 @@ from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
+from gpt2c.text.splits import DIGITS
 from gpt2c.text.tokenizer import Tokenizer
 
 Run = Callable[[str], tuple[int, str, str]]
@@ -129,6 +130,15 @@ def test_names_and_directories_are_tokenizers(run: Run, world: Path) -> None:
     assert run("bytes plain.bin")[1] == "plain.bin: llm.c's tokenizer, 257 tokens\n"
     assert run("bytes directory")[1] == "directory: Hugging Face's tokenizer, 257 tokens\n"
     assert Tokenizer.from_pretrained("directory").vocab_size == 257
+
+
+def test_tokenizer_that_cuts_otherwise_is_not_llmcs(run: Run, world: Path) -> None:
+    ranks = {bytes([i]): i for i in range(256)}
+    Tokenizer(ranks, 256, split=DIGITS).save_pretrained("digits")
+    code, _, error = run("digits digits.bin")
+    assert code == 2 and not (world / "digits.bin").exists()
+    said = "digits cuts texts as smollm does, and llm.c's tokenizer only as GPT-2: name a directory"
+    assert said in error
 
 
 def test_ids_that_are_left_out_have_names_in_llmcs_file(run: Run, world: Path) -> None:

@@ -16,6 +16,7 @@ from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.rope_scaling import RopeScaling
+from gpt2c.text.splits import DIGITS, LLAMA3, QWEN2, Split
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.optimizer import AdamW
 
@@ -294,6 +295,15 @@ def test_llama_cpp_computes_the_same(
     model = make(tokenizer, **changes)
     engine = llama(gguf_of(tmp_path / "model.gguf", model, tokenizer))
     agree(engine, model, model.generate([tokenizer.encode(TEXT)[:20]], 100, seed=1)[0].tolist())
+
+
+@pytest.mark.parametrize("split", [DIGITS, LLAMA3, QWEN2], ids=lambda split: split.name)
+def test_llama_cpp_cuts_texts_as_we_do(split: Split, bpe: Tokenizer, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(bpe._ranks, bpe.eot, split=split)
+    engine = llama(gguf_of(tmp_path / "model.gguf", make(tokenizer), tokenizer))
+    for text in (PUZZLE, TEXT, "a  12345 b!\n\n 'S x.y\r\n", " ", "\n \n"):
+        ids = tokenizer.encode(text)
+        assert engine.tokenize(text.encode(), add_bos=False, special=False) == ids
 
 
 def test_llama_cpp_generates_the_text_of_a_trained_model(bpe: Tokenizer, tmp_path: Path) -> None:

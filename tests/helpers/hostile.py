@@ -42,6 +42,7 @@ from gpt2c.text.batches import Batches
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import prepare
 from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
+from gpt2c.text.splits import LLAMA3
 from gpt2c.train import checkpoints
 from gpt2c.train.loop import train
 from gpt2c.train.metrics import read_metrics
@@ -272,6 +273,11 @@ def make_one_tokenizer(directory: Path) -> None:
     (directory / "merges.txt").unlink()
 
 
+def make_split_tokenizer(directory: Path) -> None:
+    made = tokenizer()
+    Tokenizer(made._ranks, made.eot, split=LLAMA3).save_pretrained(directory)
+
+
 def use_tokenizer(made: Tokenizer) -> None:
     text = TEXT + "\0 é \U0001f600\n"
     assert made.decode(made.encode(text)) == text
@@ -460,6 +466,12 @@ READERS = {
     ),
     "llmc_tokenizer_convert": Reader(make_llmc_tokenizer, converted("tokenizer.bin"), len),
     "one_tokenizer": Reader(make_one_tokenizer, Tokenizer.from_pretrained, use_tokenizer),
+    "split_tokenizer": Reader(
+        make_split_tokenizer,
+        Tokenizer.from_pretrained,
+        use_tokenizer,
+        optional=("tokenizer_config.json",),
+    ),
     "metrics": Reader(make_metrics, lambda d: read_metrics(d / "metrics.jsonl"), use_metrics),
     "text": Reader(make_text, lambda d: read_text(d / "text.txt"), len),
     "texts": Reader(make_text, read_documents, len),

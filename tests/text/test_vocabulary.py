@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gpt2c import Tokenizer
 from gpt2c.text import vocabulary
+from gpt2c.text.splits import BYTE_LEVEL, DIGITS, GPT2, LLAMA3, QWEN2, REGEXES, Split
 from gpt2c.text.vocabulary import END_OF_TEXT, LARGEST, Vocabulary, read, recover_merges, write
 
 TEXTS = ["low lower lowest newer newest wider, it's a naïve test 日本"] * 3
@@ -110,6 +111,7 @@ def older(root: dict[str, Any]) -> None:
         lambda root: root.update(post_processor=None, decoder=None),
         lambda root: root.update(truncation={"max_length": 5}, padding={"pad_id": 0}),
         lambda root: root["model"].update(unk_token=END_OF_TEXT, dropout=0.0),
+        lambda root: root["model"].update(ignore_merges=True),
         lambda root: root["model"]["vocab"].pop(END_OF_TEXT),  # added_tokens have it
         lambda root: root.pop("added_tokens"),
     ],
@@ -148,7 +150,6 @@ def test_harmless_fields_of_tokenizer_json_are_taken(pair: Path, how: Change) ->
         (lambda r: r["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
         (lambda r: r["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
         (lambda r: r["model"].update(byte_fallback=True), "model.byte_fallback must be"),
-        (lambda r: r["model"].update(ignore_merges=True), "model.ignore_merges must be"),
         (lambda r: r["model"].update(vocab=[]), "needs model.vocab, an object"),
         (lambda r: r["model"].update(merges={}), "model.merges, an array"),
         (lambda r: r.update(added_tokens={"a": 1}), "added_tokens must be an array"),
@@ -202,6 +203,130 @@ def test_fields_that_change_ids_are_refused(
         Tokenizer.from_pretrained(pair)
     assert str(error.value).startswith(f"{pair}/tokenizer.json")
     assert len(str(error.value)) < 400
+
+
+# ---- other ways to cut texts ---------------------------------------------------------------------
+
+
+def regex(by: str, **changes: Any) -> dict[str, Any]:
+    """Return a pre_tokenizer that cuts by a regular expression."""
+    step = {"type": "Split", "pattern": {"Regex": by}, "behavior": "Isolated", **changes}
+    return {"type": "Sequence", "pretokenizers": [step, BYTE_LEVEL | {"use_regex": False}]}
+
+
+def behind(*steps: Any) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": [*steps]}
+
+
+SINGLE = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("part", "split"),
+    [
+        (behind(BYTE_LEVEL), GPT2),
+        (behind(SINGLE, BYTE_LEVEL), DIGITS),
+        (regex(next(iter(REGEXES)), invert=False), GPT2),
+        (regex(LLAMA3.pattern), LLAMA3),
+        (regex(QWEN2.pattern), QWEN2),
+    ],
+)
+def test_sequences_that_cut_texts_are_read(pair: Path, part: dict[str, Any], split: Split) -> None:
+    """Beside vocab.json and merges.txt, too, which cannot say it."""
+    root = fast(pair)
+    root["pre_tokenizer"] = part
+    (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    assert read(pair) == BPE._vocabulary()._replace(split=split)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (behind(), "steps of pre_tokenizer must be ByteLevel, perhaps behind Digits or Split, got"),
+        (behind(BYTE_LEVEL, SINGLE), 'got ["ByteLevel", "Digits"]'),
+        (behind(SINGLE, SINGLE, BYTE_LEVEL), 'got ["Digits", "Digits", "ByteLevel"]'),
+        (behind({"type": "Punctuation"}, BYTE_LEVEL), 'got ["Punctuation", "ByteLevel"]'),
+        (behind(7, [BYTE_LEVEL]), "got [7, [{"),
+        ({"type": "Sequence", "pretokenizers": 7}, "got []"),
+        (behind({"type": "Digits"}, BYTE_LEVEL), "individual_digits must be true"),
+        (behind(SINGLE, BYTE_LEVEL | {"use_regex": False}), "use_regex must be null or true"),
+        (behind(SINGLE, BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space must be"),
+        (behind(SINGLE | {"more": 1}, BYTE_LEVEL), "more must be no such entry"),
+        (regex("x"), 'split by the pattern of GPT-2, Llama 3 or Qwen2, got {"Regex": "x"}'),
+        (regex("x", pattern={"String": " "}), 'or Qwen2, got {"String": " "}'),
+        (regex(LLAMA3.pattern, behavior="Removed"), 'behavior must be "Isolated"'),
+        (regex(LLAMA3.pattern, invert=True), "invert must be null or false"),
+        (
+            behind(regex(LLAMA3.pattern)["pretokenizers"][0], BYTE_LEVEL),
+            "pre_tokenizer.use_regex must be false",
+        ),
+        ({"type": "Metaspace", "replacement": "_"}, 'pre_tokenizer.type must be "ByteLevel"'),
+    ],
+)
+def test_other_cuts_are_refused_by_name(pair: Path, part: Any, said: str) -> None:
+    root = fast(pair)
+    root["pre_tokenizer"] = part
+    (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    message = refused(read, pair)
+    assert message.startswith(f"{pair}/tokenizer.json: ") and said in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("split", [DIGITS, LLAMA3, QWEN2], ids=lambda split: split.name)
+def test_cuts_are_written_and_belong_to_the_tokenizer(pair: Path, split: Split) -> None:
+    own = Tokenizer(BPE._ranks, BPE.eot, special={END_OF_TEXT: BPE.eot, "[PAD]": 300}, split=split)
+    own.save_pretrained(pair)
+    assert {path.name for path in pair.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    again = Tokenizer.from_pretrained(pair)
+    assert again._vocabulary() == own._vocabulary() and again.split == split
+    assert again.fingerprint == own.fingerprint
+    plain = Tokenizer(own._ranks, own.eot, special=own.special_tokens)
+    assert plain.fingerprint != own.fingerprint and not plain.covers(own)
+    assert own.covers(again) and not own.covers(BPE)
+    plain.save_pretrained(pair)
+    assert {path.name for path in pair.iterdir()} == {*FILES[:2], "tokenizer_config.json"}
+
+
+def test_pieces_are_those_of_the_split() -> None:
+    """With whole words as tokens, a token is a piece."""
+    words = {" 1", "12", "123", "23", "  ", "!\n", "\n\n", ".a", " a", "'S"}
+    ranks = BYTES._ranks | {word.encode(): 257 + i for i, word in enumerate(sorted(words))}
+    for split, text, pieces in (
+        (GPT2, "a 123", ["a", " 1", "23"]),
+        (DIGITS, "a  12", ["a", "  ", "1", "2"]),
+        (DIGITS, "a 12", ["a", " ", "1", "2"]),
+        (LLAMA3, " 1234", [" ", "123", "4"]),
+        (QWEN2, " 12", [" ", "1", "2"]),
+        (LLAMA3, "a!\n", ["a", "!\n"]),
+        (GPT2, "a!\n", ["a", "!", "\n"]),
+        (LLAMA3, "A'S.a", ["A", "'S", ".a"]),
+        (GPT2, "A'S.a", ["A", "'", "S", ".", "a"]),
+    ):
+        own = Tokenizer(ranks, 256, split=split)
+        found = [own.decode([token]) for token in own.encode(text)]
+        assert found == pieces, (split.name, text)
+
+
+def test_vocabulary_may_lack_bytes_that_are_not_printable(pair: Path) -> None:
+    root = fast(pair)
+    names = sorted(root["model"]["vocab"], key=root["model"]["vocab"].__getitem__)
+    names.remove("\u0100")  # the character of byte 0
+    vocab = root["model"]["vocab"] = {name: token_id for token_id, name in enumerate(names)}
+    root["added_tokens"][0]["id"] = vocab[END_OF_TEXT]
+    for name in FILES[:2]:
+        (pair / name).unlink()
+    (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    own = Tokenizer.from_pretrained(pair)
+    assert own.vocab_size == BPE.vocab_size - 1
+    assert own.decode(own.encode("the lowest 日本\n")) == "the lowest 日本\n"
+    said = "no token for byte 0x00 of '\\x00' in the text: remove this character"
+    for text in ("\0", "low\0er", "x" * 99_999 + "\0"):
+        assert refused(own.encode, text).endswith(said)
+    assert refused(own.encode_batch, ["a", "b\0"]).endswith(said)
+    root["model"]["merges"].append(["\u0100", "a"])
+    vocab["\u0100a"] = own.vocab_size
+    (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    assert "uses a token that no earlier merge has made" in refused(read, pair)
 
 
 def test_files_that_disagree_are_refused(pair: Path) -> None:
