@@ -11,7 +11,6 @@ with the answer to the request alone. Rows take turns; figures are medians of th
 from __future__ import annotations
 
 import argparse
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c import GPT2, Engine, GPT2Config, QuantizedGPT2
+from gpt2c import GPT2, Engine, GPT2Config
 from gpt2c.bench.report import provenance
 
 ROUNDS = 3
@@ -28,21 +27,15 @@ SHORTEST, LONGEST = 8, 96  # prompts, in tokens
 Answers = list[list[int]]
 
 
-def make_model(options: argparse.Namespace) -> GPT2 | QuantizedGPT2:
+def make_model(options: argparse.Namespace) -> GPT2:
     """Return GPT-2 124M, or one with fewer layers and channels, with random weights."""
     channels = options.n_embd
     config = GPT2Config(n_layer=options.n_layer, n_embd=channels, n_head=max(1, channels // 64))
     model = GPT2(config, seed=1337, backend=options.backend)
-    if options.quantize is None:
-        return model
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        return QuantizedGPT2.from_pretrained(directory, options.quantize, options.backend)
+    return model if options.quantize is None else model.quantize(options.quantize)
 
 
-def one_at_a_time(
-    model: GPT2 | QuantizedGPT2, prompts: Answers, new: int
-) -> tuple[float, list[float], Answers]:
+def one_at_a_time(model: GPT2, prompts: Answers, new: int) -> tuple[float, list[float], Answers]:
     """Return the seconds of all, the seconds until each first token, and the answers."""
     start, first, answers = time.perf_counter(), [], []
     for seed, prompt in enumerate(prompts):
@@ -54,7 +47,7 @@ def one_at_a_time(
 
 
 def together(
-    model: GPT2 | QuantizedGPT2, prompts: Answers, new: int, slots: int
+    model: GPT2, prompts: Answers, new: int, slots: int
 ) -> tuple[float, list[float], Answers]:
     """Do the same through an engine, each request from a thread of its own."""
     gate = threading.Barrier(len(prompts) + 1)

@@ -79,7 +79,7 @@ def _shape(name: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
         shape = {"N": len(x), "C": weight.shape[1], "OC": len(weight)}
         return shape | ({"accumulate": True} if name == "matmul_backward" else {})
     if name.startswith("attention"):
-        B, NH, T = arguments[-1 if name == "attention_backward" else 1].shape
+        B, NH, T = arguments[4 if name == "attention_backward" else 1].shape
         return {"B": B, "T": T, "NH": NH, "HS": C // NH}
     if name.startswith("encoder"):
         B, T, _ = (first if name == "encoder_forward" else arguments[2]).shape

@@ -14,6 +14,7 @@
  * that share it. The order of each sum depends on the sequence's length alone. */
 
 #include "internal.h"
+#include "philox.h"
 #include "vmath.h"
 
 enum { TILE = 64 };
@@ -35,7 +36,7 @@ static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }
 
 /* Floats for one thread. The backward pass needs the most, because it holds dk and dv of a whole head. */
 static int64_t thread_scratch_size(int64_t T, int64_t HS) {
-    return 2 * TILE * TILE + 3 * TILE * HS + 2 * (TILE + round_up(T, TILE)) * padded(HS);
+    return 3 * TILE * TILE + 3 * TILE * HS + 2 * (TILE + round_up(T, TILE)) * padded(HS);
 }
 
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads) { return threads * thread_scratch_size(T, HS); }
@@ -125,14 +126,41 @@ static void sum_over_queries(float *sums, Block block, const float *weights, con
     }
 }
 
+/* ---- dropout ------------------------------------------------------------------------------------------------ */
+
+/* factors (keys x TILE) of a block whose first key is `key` of its sequence; drop's first row is the first query. A
+ * counter has the words of four keys: they are four rows of the block, and queries lie across the lanes. */
+static void keep_block(float *factors, Block block, const Dropout *drop, int64_t key) {
+    for (int64_t i = 0; i < block.keys; i += 4)
+        for (int64_t j = first_query(block, i) / WIDTH * WIDTH; j < TILE; j++) {
+            float four[4];
+            keep_four(four, drop, (uint32_t)((key + i) / 4), (uint32_t)j);
+            for (int64_t k = 0; k < 4; k++) factors[(i + k) * TILE + j] = four[k];
+        }
+}
+
+/* weights (keys x TILE) *= factors. */
+static void multiply(float *weights, Block block, const float *factors) {
+    for (int64_t i = 0; i < block.keys; i++)
+        for (int64_t j = first_query(block, i) / WIDTH * WIDTH; j < TILE; j += VF_LEN)
+            vf_store(weights + i * TILE + j, vf_mul(vf_load(weights + i * TILE + j), vf_load(factors + i * TILE + j)));
+}
+
+/* The dropout of a head h, for rows from `row` of the batch on. */
+static Dropout dropout_from(Dropout drop, int64_t h, int64_t row) {
+    drop.head = (uint32_t)h;
+    drop.first += (uint64_t)row;
+    return drop;
+}
+
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
 /* out (rows x HS, row stride C) and lse (rows) of one block of queries q (rows x HS, row stride W). The first query is
- * at position `first`. keys and values have the row stride `stride`. */
+ * at position `first`. keys and values have the row stride `stride`. drop is NULL without dropout. */
 static void forward_block(float *out, float *lse, const float *q, const float *keys, const float *values,
                           int64_t stride, int64_t first, int64_t rows, int64_t C, int64_t W, int64_t HS,
-                          float *scratch) {
-    float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS;
+                          const Dropout *drop, float *scratch) {
+    float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS, *factors = out_t + TILE * HS;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
@@ -160,6 +188,10 @@ static void forward_block(float *out, float *lse, const float *q, const float *k
                     vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), rescale));
             }
             vf_store(denominator + j, sum);
+        }
+        if (drop) { /* after the sums of the softmax */
+            keep_block(factors, block, drop, key);
+            multiply(p, block, factors);
         }
         sum_over_keys(out_t, block, (Operand){v, 1, stride}, p, HS, key > 0);
     }
@@ -215,10 +247,11 @@ static ForwardTask forward_task(Sequences all, int64_t NH, int64_t number) {
 }
 
 void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
-                       int64_t position, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
-                       int64_t P, int64_t S, Team *team) {
+                       int64_t position, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
+                       int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team) {
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS);
     const Sequences all = {offsets, B, T, S};
+    const Dropout batch = dropout_of(dropout, key, first);
     if (keys) {
         const size_t row = (size_t)HS * sizeof(float);
         for_shared (head, B * KV, worth(T * HS), team)
@@ -231,12 +264,13 @@ void attention_forward(float *out, float *lse, float *keys, float *values, const
     for_shared (number, NH * block_numbers(all), worth(min64(T, TILE) * HS), team) {
         const ForwardTask task = forward_task(all, NH, number);
         if (!task.rows) continue;
-        const int64_t start = sequence_at(all, task.s), first = task.first, kv = task.h / (NH / KV);
-        const float *q = qkv + (start + first) * W + task.h * HS, *k = qkv + start * W + C + kv * HS;
+        const int64_t start = sequence_at(all, task.s), row = start + task.first, kv = task.h / (NH / KV);
+        const float *q = qkv + row * W + task.h * HS, *k = qkv + start * W + C + kv * HS;
         const int64_t cached = (task.s * KV + kv) * P * HS;
-        forward_block(out + (start + first) * C + task.h * HS, lse + lse_at(all, NH, task.s, task.h) + first, q,
+        const Dropout drop = dropout_from(batch, task.h, row);
+        forward_block(out + row * C + task.h * HS, lse + lse_at(all, NH, task.s, task.h) + task.first, q,
                       keys ? keys + cached : k, keys ? values + cached : k + KV * HS, keys ? HS : W,
-                      (keys ? position : 0) + first, task.rows, C, W, HS,
+                      (keys ? position : 0) + task.first, task.rows, C, W, HS, dropout > 0 ? &drop : NULL,
                       scratch + team->member * thread_scratch_size(T, HS));
     }
 }
@@ -253,15 +287,16 @@ static void copy_rows(float *to, const float *from, int64_t stride, int64_t rows
 
 /* The query heads that share a key head: dqkv (T rows, stride W) from dout and out (T rows, stride C), qkv and lse
  * (group,lse_stride). Pointers are at the first of these heads; k and v lie `to_k` and `to_v` after q. dqkv may be qkv:
- * q of a block is read before its dq is written, and dk and dv stay in scratch until all heads are done. */
+ * q of a block is read before its dq is written, and dk and dv stay in scratch until all heads are done. drop is that
+ * of the first head, or NULL. */
 static void backward_group(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
                            int64_t lse_stride, int64_t group, int64_t to_k, int64_t to_v, int64_t T, int64_t C,
-                           int64_t W, int64_t HS, float *scratch) {
+                           int64_t W, int64_t HS, const Dropout *drop, float *scratch) {
     const int64_t HSP = padded(HS);
     float *p = scratch, *dp = p + TILE * TILE, *q_t = dp + TILE * TILE, *dout_t = q_t + TILE * HS;
     float *dq_t = dout_t + TILE * HS, *q = dq_t + TILE * HS, *dout_block = q + TILE * HSP,
           *dk = dout_block + TILE * HSP;
-    float *dv = dk + round_up(T, TILE) * HSP;
+    float *dv = dk + round_up(T, TILE) * HSP, *factors = dv + round_up(T, TILE) * HSP;
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t h = 0; h < group; h++)
         for (int64_t first = 0; first < T; first += TILE) {
@@ -288,6 +323,11 @@ static void backward_group(float *dqkv, const float *dout, const float *qkv, con
                 const int accumulate = h > 0 || first > key;
                 score(p, block, (Operand){k, W, 1}, q_t, HS);
                 score(dp, block, (Operand){v, W, 1}, dout_t, HS);
+                if (drop) {
+                    const Dropout own = dropout_from(*drop, drop->head + h, first);
+                    keep_block(factors, block, &own, key);
+                    multiply(dp, block, factors);
+                }
                 for (int64_t j = 0; j < TILE; j += VF_LEN)
                     for (int64_t i = 0; i < visible_keys(block, j); i++) {
                         float *pi = p + i * TILE + j, *dpi = dp + i * TILE + j;
@@ -297,6 +337,7 @@ static void backward_group(float *dqkv, const float *dout, const float *qkv, con
                         vf_store(pi, probability);
                         vf_store(dpi, vf_mul(dscore, scale));
                     }
+                if (drop) multiply(p, block, factors);
                 sum_over_queries(dv + key * HSP, block, p, dout_block, HS, accumulate);
                 sum_over_queries(dk + key * HSP, block, dp, q, HS, accumulate);
                 sum_over_keys(dq_t, block, (Operand){k, 1, W}, dp, HS, key > 0);
@@ -311,15 +352,17 @@ static void backward_group(float *dqkv, const float *dout, const float *qkv, con
 }
 
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        const int32_t *offsets, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
-                        int64_t S, Team *team) {
+                        const int32_t *offsets, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
+                        int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team) {
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS), group = NH / KV;
     const Sequences all = {offsets, B, T, S};
+    const Dropout batch = dropout_of(dropout, key, first);
     for_shared (task, sequence_count(all) * KV, worth(B * T / sequence_count(all) * group * HS), team) {
         const int64_t s = task / KV, kv = task % KV, h = kv * group, start = sequence_at(all, s);
         const int64_t wide = start * W + h * HS, narrow = start * C + h * HS, to_k = C + (kv - h) * HS;
+        const Dropout drop = dropout_from(batch, h, start);
         backward_group(dqkv + wide, dout + narrow, qkv + wide, out + narrow, lse + lse_at(all, NH, s, h), T, group,
-                       to_k, to_k + KV * HS, sequence_length(all, s), C, W, HS,
+                       to_k, to_k + KV * HS, sequence_length(all, s), C, W, HS, dropout > 0 ? &drop : NULL,
                        scratch + team->member * thread_scratch_size(T, HS));
     }
 }

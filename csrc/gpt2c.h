@@ -117,27 +117,35 @@ typedef struct {
     int type;
 } Linear;
 
+/* A stage of a decoding step: an op on the newest token of each of N texts. It reads x and writes out, or adds to it.
+ * Fields of other ops are 0 or NULL.
+ *
+ * ENCODER     out (N,C) = rows of linear (V,C) + rows of wpe (P,C), which may be NULL
+ * LAYERNORM   out (N,C) = (x - mean) * rstd * gain + shift;  x (N,C), gain and shift (C)
+ * RMSNORM     out (N,C) = x * rstd * gain
+ * MATMUL      out (N,OC) = linear(x (N,C)), and `then`: WRITE nothing more, ADD it to the old out, GELU(out); or SWIGLU:
+ *             out (N,OC/2) = silu(gate) * up of both halves of the columns, with inner (N,OC/2) as scratch memory
+ * ATTENTION   out (N,NH HS) from x (N,(NH + 2 KV) HS), as attention_forward's qkv, and the texts' keys and values
+ *             (S,KV,P,HS), where the token's own are stored first; q and k in x are turned by their rows of cos and sin
+ *             (at least P,HS/2), unless these are NULL */
+enum { ENCODER, LAYERNORM, RMSNORM, MATMUL, ATTENTION };
+enum { WRITE, ADD, GELU, SWIGLU };
 typedef struct {
-    const float *ln_1_weight, *ln_1_bias, *ln_2_weight, *ln_2_bias;
-    Linear c_attn, attn_proj, c_fc, mlp_proj;
-} Layer;
-
-/* A model for inference: L layers, F channels inside the MLP. wte is also the lm_head. */
-typedef struct {
-    Linear wte;
-    const float *wpe, *ln_f_weight, *ln_f_bias;
-    const Layer *layers;
-    int64_t L, NH, F;
+    int op, then;
+    float *out, *x, *inner;
+    Linear linear;
+    const float *wpe, *gain, *shift, *cos, *sin;
     float eps;
-} Decoder;
+    float *keys, *values;
+    int64_t C, NH, KV, HS, P;
+} Stage;
 
-/* One decoding step for N texts, N small: logits (N,V) of the token that follows each of tokens (N). Text i has its
- * token at positions[i] (N) and its keys and values in slot slots[i] (N) of keys and values (L,S,NH,P,HS); the slots
- * differ. A text gets the same bits alone and with others. */
-void decode_step(float *logits, float *keys, float *values, const int32_t *tokens, const int32_t *slots,
-                 const int32_t *positions, const Decoder *model, float *scratch, int64_t N, int64_t S, int64_t P,
-                 Team *team);
-int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int threads);
+/* One decoding step for N texts, N small: the `count` stages in their order. Text i has its newest token in tokens (N),
+ * at positions[i] (N), and its keys and values in slot slots[i] (N); the slots differ. A text gets the same bits alone
+ * and with others. */
+void decode_step(const Stage *stages, int64_t count, const int32_t *tokens, const int32_t *slots,
+                 const int32_t *positions, float *scratch, int64_t N, Team *team);
+int64_t decode_scratch_size(const Stage *stages, int64_t count, int64_t N, int threads);
 
 /* ---- attention: causal, grouped-query ------------------------------------------------------------------------ */
 
@@ -145,15 +153,16 @@ int64_t decode_scratch_size(const Decoder *model, int64_t N, int64_t P, int thre
  * KV HS. Query head h attends to key head h / (NH / KV); KV = NH is multi-head attention. lse (B,NH,T), the log of each
  * row's softmax denominator, is all that the backward pass needs of the T x T scores. With a cache, keys and values
  * (B,KV,P,HS), else both NULL, the T tokens stand at `position` and after it in their text: their k and v go to its
- * rows from there on, and their q attend to all rows up to their own. */
+ * rows from there on, and their q attend to all rows up to their own. Without a cache, dropout > 0 multiplies the
+ * softmax by factors as dropout_forward's: a row is a token, a column a key of its sequence, each head has its own. */
 void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
-                       int64_t position, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
-                       int64_t P, int64_t S, Team *team);
+                       int64_t position, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
+                       int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
 
 /* dqkv (B,T,W) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        const int32_t *offsets, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W,
-                        int64_t S, Team *team);
+                        const int32_t *offsets, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
+                        int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team);
 
 /* ---- rope: rotary positions ---------------------------------------------------------------------------------- */
 
@@ -183,6 +192,12 @@ void swiglu_backward(float *dx, const float *dout, const float *x, int64_t N, in
 
 /* out (n) = x + branch; out may be x. */
 void residual_forward(float *out, const float *x, const float *branch, int64_t n, Team *team);
+
+/* out (N,C) = x * factor: 0 with probability `dropout`, in [0, 1), else 1 / (1 - dropout). The factors are a function
+ * of key, column and row number: row i has number first + i, whose upper 32 bits are those of first. The gradient of x
+ * is the same op on that of out. out may be x. */
+void dropout_forward(float *out, const float *x, double dropout, uint64_t key, uint64_t first, int64_t N, int64_t C,
+                     Team *team);
 
 /* ---- softmax + cross-entropy -------------------------------------------------------------------------------- */
 

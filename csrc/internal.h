@@ -67,10 +67,14 @@ void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int ac
 /* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe, unless that is NULL. */
 void embed_row(float *out, const Linear *wte, const float *position, int32_t token);
 
-/* A row of layernorm_forward, and elements [from, to) of gelu_forward. */
+/* A row of a norm, elements [from, to) of an activation, a head of rope_forward (direction 1) or _backward (-1) at the
+ * row of its position in cos and sin. */
 void layernorm_row(float *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
                    float eps, int64_t C);
+void rmsnorm_row(float *out, float *rstd, const float *row, const float *weight, float eps, int64_t C);
 void gelu_part(float *out, const float *x, int64_t from, int64_t to);
+void swiglu_part(float *out, const float *gate, const float *up, int64_t from, int64_t to);
+void rope_head(float *out, const float *x, const float *cos, const float *sin, float direction, int64_t D);
 
 /* Rows quantized to 8 bits: row i is scales[i] * values[i * stride ...], and sums[i] is the sum of its values. */
 typedef struct {
@@ -91,6 +95,9 @@ void quantize_row(Quantized q, const float *x, int64_t i, int64_t C);
  * (N,C); an INT8 layer reads the same rows from q. One thread does all of it: threads call it for different columns. */
 void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
                     int64_t to, int accumulate);
+
+/* The layer that computes columns [from, to) of `layer`'s output. */
+Linear linear_rows_of(const Linear *layer, int64_t from, int64_t to);
 
 /* out (N,OC) = layer(x (N,C)) for few rows, or with INT8 for any number. */
 void linear_rows(float *out, const Linear *layer, const float *x, float *scratch, int64_t N, Team *team);

@@ -226,6 +226,12 @@ static inline __attribute__((always_inline)) void columns_of_type(float *out, co
     }
 }
 
+Linear linear_rows_of(const Linear *layer, int64_t from, int64_t to) {
+    const char *weight = (const char *)layer->weight + from * layer->C * weight_bytes(layer->type);
+    const float *scale = layer->scale ? layer->scale + from : NULL, *bias = layer->bias ? layer->bias + from : NULL;
+    return (Linear){weight, scale, bias, layer->C, to - from, layer->type};
+}
+
 void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
                     int64_t to, int accumulate) {
     if (layer->type == INT8)

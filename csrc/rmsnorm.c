@@ -5,22 +5,23 @@
 
 #include "internal.h"
 
+void rmsnorm_row(float *out, float *rstd, const float *row, const float *weight, float eps, int64_t C) {
+    vf squares = vf_set1(0.0f);
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        vf v = vf_load_n(row + c, C - c);
+        squares = vf_fma(v, v, squares);
+    }
+    *rstd = 1.0f / sqrtf(vf_sum(squares) / (float)C + eps);
+    vf s = vf_set1(*rstd);
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        vf norm = vf_mul(vf_load_n(row + c, C - c), s);
+        vf_store_n(out + c, vf_mul(norm, vf_load_n(weight + c, C - c)), C - c);
+    }
+}
+
 void rmsnorm_forward(float *out, float *rstd, const float *x, const float *weight, float eps, int64_t N, int64_t C,
                      Team *team) {
-    for_shared (i, N, worth(C), team) {
-        const float *row = x + i * C;
-        vf squares = vf_set1(0.0f);
-        for (int64_t c = 0; c < C; c += VF_LEN) {
-            vf v = vf_load_n(row + c, C - c);
-            squares = vf_fma(v, v, squares);
-        }
-        rstd[i] = 1.0f / sqrtf(vf_sum(squares) / (float)C + eps);
-        vf s = vf_set1(rstd[i]);
-        for (int64_t c = 0; c < C; c += VF_LEN) {
-            vf norm = vf_mul(vf_load_n(row + c, C - c), s);
-            vf_store_n(out + i * C + c, vf_mul(norm, vf_load_n(weight + c, C - c)), C - c);
-        }
-    }
+    for_shared (i, N, worth(C), team) rmsnorm_row(out + i * C, rstd + i, x + i * C, weight, eps, C);
 }
 
 void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float *x, const float *weight,

@@ -5,23 +5,25 @@
 
 #include "internal.h"
 
-/* direction 1 turns, -1 turns back. */
+void rope_head(float *out, const float *x, const float *cos, const float *sin, float direction, int64_t D) {
+    for (int64_t i = 0; i < D; i += VF_LEN) {
+        vf a = vf_load_n(x + i, D - i), b = vf_load_n(x + D + i, D - i);
+        vf c = vf_load_n(cos + i, D - i), s = vf_mul(vf_set1(direction), vf_load_n(sin + i, D - i));
+        vf_store_n(out + i, vf_sub(vf_mul(a, c), vf_mul(b, s)), D - i);
+        vf_store_n(out + D + i, vf_fma(b, c, vf_mul(a, s)), D - i);
+    }
+}
+
 static void turn(float *out, const float *x, const float *cos, const float *sin, const int32_t *offsets,
                  float direction, int64_t heads, int64_t position, int64_t B, int64_t T, int64_t W, int64_t D,
                  int64_t S, Team *team) {
     const Sequences all = {offsets, B, T, S};
     for_shared (bt, B * T, worth(W), team) {
         const int64_t angle = (position + bt - sequence_start(all, bt)) * D;
-        const float *row = x + bt * W, *c = cos + angle, *s = sin + angle;
+        const float *row = x + bt * W;
         float *to = out + bt * W;
-        for (int64_t first = 0; first < heads * 2 * D; first += 2 * D) {
-            for (int64_t i = 0; i < D; i += VF_LEN) {
-                vf a = vf_load_n(row + first + i, D - i), b = vf_load_n(row + first + D + i, D - i);
-                vf ci = vf_load_n(c + i, D - i), si = vf_mul(vf_set1(direction), vf_load_n(s + i, D - i));
-                vf_store_n(to + first + i, vf_sub(vf_mul(a, ci), vf_mul(b, si)), D - i);
-                vf_store_n(to + first + D + i, vf_fma(b, ci, vf_mul(a, si)), D - i);
-            }
-        }
+        for (int64_t first = 0; first < heads * 2 * D; first += 2 * D)
+            rope_head(to + first, row + first, cos + angle, sin + angle, direction, D);
         if (out != x) /* in place, the values are there already */
             for (int64_t i = heads * 2 * D; i < W; i += VF_LEN) vf_store_n(to + i, vf_load_n(row + i, W - i), W - i);
     }

@@ -13,14 +13,17 @@ static inline vf sigmoid(vf x) {
     return vf_div(vf_set1(1.0f), vf_add(vf_set1(1.0f), e));
 }
 
+void swiglu_part(float *out, const float *gate, const float *up, int64_t from, int64_t to) {
+    for (int64_t c = from; c < to; c += VF_LEN) {
+        vf g = vf_load_n(gate + c, to - c), silu = vf_mul(vf_max(vf_set1(-FAR), g), sigmoid(g));
+        vf_store_n(out + c, vf_mul(silu, vf_load_n(up + c, to - c)), to - c);
+    }
+}
+
 void swiglu_forward(float *out, const float *x, int64_t N, int64_t C, Team *team) {
     for_shared (i, N, worth(C), team) {
-        const float *gates = x + i * 2 * C, *ups = gates + C;
-        for (int64_t c = 0; c < C; c += VF_LEN) {
-            vf gate = vf_load_n(gates + c, C - c), up = vf_load_n(ups + c, C - c);
-            vf silu = vf_mul(vf_max(vf_set1(-FAR), gate), sigmoid(gate));
-            vf_store_n(out + i * C + c, vf_mul(silu, up), C - c);
-        }
+        const float *gate = x + i * 2 * C;
+        swiglu_part(out + i * C, gate, gate + C, 0, C);
     }
 }
 

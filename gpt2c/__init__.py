@@ -1,8 +1,9 @@
 """Train and run GPT-2 on an ordinary CPU, on C kernels.
 
-`Tokenizer` turns text into token ids, `GPT2` computes losses and gradients of them, `AdamW` updates
-the model, and `Generator` writes text with both. `from_pretrained` loads a model, `Engine` serves
-many requests with one, `gpt2c.ops` has the kernels, `gpt2c.scoring` measures how good a model is.
+`Tokenizer` turns text into token ids, `GPT2` and `Llama` compute losses and gradients of them,
+`AdamW` updates the model, and `Generator` writes text with both. `from_pretrained` loads a model of
+any kind, `Engine` serves many requests with one, `gpt2c.ops` has the kernels, `gpt2c.scoring`
+measures how good a model is.
 
 Losses are in nats per token. Letters of shapes: B batch, T time, C channels, V vocabulary, L
 layers, NH heads, HS head size, OC output channels.
@@ -28,19 +29,26 @@ if TYPE_CHECKING:
     from gpt2c.generate.engine import Engine
     from gpt2c.generate.sampling import GenerationConfig
     from gpt2c.generator import Generator
-    from gpt2c.gpt2 import GPT2, QuantizedGPT2, from_pretrained
+    from gpt2c.gpt2 import GPT2, QuantizedGPT2
     from gpt2c.kernels.backend import backends
+    from gpt2c.llama import Llama
+    from gpt2c.model.block import Dropout
     from gpt2c.model.config import GPT2Config
+    from gpt2c.model.llama import LlamaConfig
+    from gpt2c.pretrained import from_pretrained
     from gpt2c.text.tokenizer import Tokenizer
     from gpt2c.train.optimizer import AdamW, Schedule
 
 __all__ = [
     "GPT2",
     "AdamW",
+    "Dropout",
     "Engine",
     "GPT2Config",
     "GenerationConfig",
     "Generator",
+    "Llama",
+    "LlamaConfig",
     "QuantizedGPT2",
     "Schedule",
     "Tokenizer",
@@ -54,15 +62,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "GPT2": "gpt2",
     "AdamW": "train.optimizer",
+    "Dropout": "model.block",
     "Engine": "generate.engine",
     "GPT2Config": "model.config",
     "GenerationConfig": "generate.sampling",
     "Generator": "generator",
+    "Llama": "llama",
+    "LlamaConfig": "model.llama",
     "QuantizedGPT2": "gpt2",
     "Schedule": "train.optimizer",
     "Tokenizer": "text.tokenizer",
     "backends": "kernels.backend",
-    "from_pretrained": "gpt2",
+    "from_pretrained": "pretrained",
 }
 
 

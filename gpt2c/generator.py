@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from gpt2c.formats.load import find_model
 from gpt2c.generate.continuation import Look, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest
-from gpt2c.gpt2 import open_found
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.memory import Array
 from gpt2c.model.language_model import LanguageModel
+from gpt2c.pretrained import open_found
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Generator", "StringSettings", "Token", "Writer"]
@@ -115,7 +115,7 @@ class Generator:
 
     Parameters
     ----------
-    model : a `GPT2` or `QuantizedGPT2`
+    model : a `GPT2` or `Llama`
     tokenizer : its tokenizer
     eos_token_id : a token id or several that end a text unless a call names others; None is the
         tokenizer's end of text
@@ -146,7 +146,7 @@ class Generator:
         tokenizer: Tokenizer,
         eos_token_id: int | Collection[int] | None = None,
     ) -> None:
-        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
+        check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
         self._unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model

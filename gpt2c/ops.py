@@ -48,7 +48,8 @@ GIVEN = {"V": "vocab_size", "P": "n_positions", "NH": "n_head", "KV": "n_kv_head
 LARGEST = 2**31 - 1  # token ids and positions are int32
 LOWEST = {"ids": 0, "targets": -1}
 INTEGERS = (*LOWEST, "offsets")
-LATER = ("offsets", "weights")  # after the numbers, so that older calls by position mean the same
+# after the others, so that older calls by position mean the same
+LATER, LAST = ("offsets", "weights"), ("dropout", "key", "first")
 
 __all__ = list(OPS)
 
@@ -71,9 +72,10 @@ def _public(op: Op) -> Callable[..., Any]:
         **{name: none for name, letter in given_sizes.items() if letter != "KV"},
         **{name: none for name, value in numbers.items() if value is None},
         **{array.name: None for array in inputs if array.optional and array.name not in LATER},
-        **{name: value for name, value in numbers.items() if value is not None},
+        **{n: value for n, value in numbers.items() if value is not None and n not in LAST},
         **{array.name: None for array in inputs if array.name in LATER},
         **{name: None for name, letter in given_sizes.items() if letter == "KV"},
+        **{name: value for name, value in numbers.items() if name in LAST},
         "backend": "auto",
     }
     types = {array.name: "Array | None" if array.optional else "Array" for array in inputs}
@@ -353,6 +355,9 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         position: int = 0,
         offsets: Array | None = None,
         n_kv_head: int | None = None,
+        dropout: float = 0.0,
+        key: int = 0,
+        first: int = 0,
         backend: str = "auto",
     ) -> tuple[Array, ...]: ...
 
@@ -362,6 +367,9 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         out: Array,
         lse: Array,
         offsets: Array | None = None,
+        dropout: float = 0.0,
+        key: int = 0,
+        first: int = 0,
         backend: str = "auto",
     ) -> Array: ...
 
@@ -374,6 +382,10 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
     def swiglu_backward(dout: Array, x: Array, backend: str = "auto") -> Array: ...
 
     def residual_forward(x: Array, branch: Array, backend: str = "auto") -> Array: ...
+
+    def dropout_forward(
+        x: Array, dropout: float = 0.1, key: int = 0, first: int = 0, backend: str = "auto"
+    ) -> Array: ...
 
     def rope_forward(
         qkv: Array,

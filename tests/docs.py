@@ -14,7 +14,8 @@ from pathlib import Path
 import pdoc
 
 WINGS = "files kernels text model formats generate train".split()
-MODULES = ["gpt2c", "gpt2c.gpt2", "gpt2c.scoring", *(f"gpt2c.{wing}" for wing in WINGS)]
+DOORS = "gpt2 llama causal_lm pretrained scoring".split()
+MODULES = ["gpt2c", *(f"gpt2c.{name}" for name in (*DOORS, *WINGS))]
 
 
 def markdown(docstring: str) -> str:

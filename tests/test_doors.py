@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, assert_type
 
 import numpy as np
@@ -75,6 +76,18 @@ def test_types_of_the_generator(model: gpt2c.GPT2) -> None:
     assert_type(generator.generate(["a"], max_new_tokens=1), list[str])
     assert_type(generator.stream("a", max_new_tokens=1), Iterator[str])
     assert_type(next(generator.tokens("a", max_new_tokens=1)).probability, float)
+
+
+def test_types_of_the_models(model: gpt2c.GPT2, tmp_path: Path) -> None:
+    small = model.quantize("int8")
+    assert_type(small, gpt2c.GPT2)
+    assert type(small) is gpt2c.GPT2
+    model.save_pretrained(tmp_path)
+    assert_type(gpt2c.GPT2.from_pretrained(tmp_path, quantize="fp16"), gpt2c.GPT2)
+    either = gpt2c.from_pretrained(tmp_path, "numpy")
+    assert_type(either, gpt2c.GPT2 | gpt2c.Llama)
+    assert type(either) is gpt2c.GPT2
+    assert_type(either.config.vocab_size, int)
 
 
 def test_types_of_the_ops() -> None:

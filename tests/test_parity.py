@@ -19,7 +19,7 @@ import pytest
 from conftest import refused
 from helpers.cases import small_shape
 
-from gpt2c import GPT2, AdamW, GPT2Config, Tokenizer, ops
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.llama_layout import LLAMA
@@ -27,6 +27,7 @@ from gpt2c.formats.load import find_model
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
+from gpt2c.kernels.reference.dropout import keep_factors
 from gpt2c.model.config import FIXED
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
@@ -190,6 +191,39 @@ def test_small_models_agree(config: GPT2Config, backend_name: str) -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+def test_dropout_agrees(
+    config: GPT2Config, backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the places where transformers calls dropout, it gets the masks of our reference."""
+    dropout, batch = Dropout(0.2, seed=3 << 32 | 17, first=40), batch_of(config, 3, 17)
+    layers = range(config.n_layer)
+    names = [f"h.{i}.{place}" for i in layers for place in ("attn", "middle", "out")]
+    places = iter(["encoded", *names])
+
+    def drop(x: Any, p: float, training: bool, inplace: bool = False) -> Any:
+        assert (p, training) == (dropout.rate, True)
+        B, NH, T, columns = x.shape if x.ndim == 4 else (len(x), 1, *x.shape[1:])
+        factors = keep_factors(B * T, NH, columns, *dropout.at(next(places)))
+        factors = factors.reshape(B, T, NH, columns).swapaxes(1, 2).reshape(x.shape)
+        return x * torch.tensor(factors, dtype=x.dtype)
+
+    both = pair(config, backend_name)
+    for module in both.torch.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout.rate
+    monkeypatch.setattr(torch.nn.functional, "dropout", drop)
+    loss = torch_loss(both.torch.train(), batch)[1]
+    loss.backward()
+    assert next(places, None) is None
+    own = both.gpt2c.loss(*batch, dropout=dropout)
+    assert own == pytest.approx(loss.item(), rel=LOGITS) != both.gpt2c.mean_loss(*batch)
+    both.gpt2c.backward()
+    expected = named((n, p.grad) for n, p in both.torch.named_parameters())
+    for name, gradient in both.gpt2c.gradients.items():
+        assert_close(f"gradient of {name}", gradient, expected[name], GRADIENT)
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
 def test_hidden_states_agree(config: GPT2Config, backend_name: str) -> None:
     both, (idx, _) = pair(config, backend_name), batch_of(config, 2, 17)
     with torch.no_grad():
@@ -216,6 +250,41 @@ def test_trace_agrees(config: GPT2Config, backend_name: str) -> None:
         assert_close(f"attention {layer}", trace.attention(layer), weights.numpy(), LOGITS)
     last = trace.lens(f"h.{config.n_layer - 1}.out")
     assert_close("lens", last, found.logits.numpy(), LOGITS)
+
+
+def test_groups_of_adamw_are_those_of_pytorch(backend_name: str) -> None:
+    """PyTorch gets our gradients, so that only the steps are compared."""
+    both = pair(SMALL, backend_name)
+    named_groups: list[Any] = [
+        {"params": ["w[tp]e.*", "h.0.*"], "learning_rate": 2e-4, "weight_decay": 0.0},
+        {"params": "h.1.*", "weight_decay": 0.3},
+    ]
+    rate, groups = 1e-3, {}
+    for name, parameter in both.torch.named_parameters():
+        name, low, high = name.removeprefix("transformer."), ("wte", "wpe", "h.0."), "h.1."
+        own = 2e-4 if name.startswith(low) else rate
+        decay = 0.0 if name.startswith(low) else 0.3 if name.startswith(high) else 0.1
+        settings = own, decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault(settings, []).append(parameter)
+    theirs = torch.optim.AdamW(
+        [{"params": some, "lr": lr, "weight_decay": decay} for (lr, decay), some in groups.items()],
+        betas=(0.9, 0.95),
+    )
+    factors = [1.0, 1.0, 0.5, 0.25, 0.1]
+    schedule = torch.optim.lr_scheduler.LambdaLR(theirs, lambda step: [*factors, 0.0][step])
+    ours = AdamW(both.gpt2c, rate, groups=named_groups)
+    for step, factor in enumerate(factors):
+        both.gpt2c.zero_grad()
+        both.gpt2c.loss(*batch_of(SMALL, 2, 17, step))
+        both.gpt2c.backward()
+        for name, parameter in both.torch.named_parameters():
+            gradient = both.gpt2c.gradients[name.removeprefix("transformer.")].copy()
+            parameter.grad = torch.tensor(gradient.T if name.endswith(TRANSPOSED) else gradient)
+        theirs.step()
+        schedule.step()
+        ours.step(rate * factor)
+    for name, expected in named(both.torch.named_parameters()).items():
+        assert_close(name, both.gpt2c.parameters[name], expected, OP)
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +406,6 @@ def test_variants_that_are_read_compute_the_same(changes: dict[str, Any], tmp_pa
         ({"scale_attn_weights": False}, "GPT2LMHeadModel", "scale_attn_weights must be True"),
         ({"add_cross_attention": True}, "GPT2LMHeadModel", "add_cross_attention must be False"),
         ({"tie_word_embeddings": False}, "GPT2LMHeadModel", "tie_word_embeddings must be True"),
-        ({}, "GPT2ForSequenceClassification", "architectures must be"),
         ({}, "GPT2ForTokenClassification", "architectures must be"),
         ({}, "GPT2ForQuestionAnswering", "architectures must be"),
         ({}, "GPT2DoubleHeadsModel", "architectures must be"),
@@ -412,9 +480,12 @@ LLAMAS = {
 def torch_llama(config: LlamaConfig) -> Any:
     """Return a Llama of transformers with random parameters."""
     settings = transformers.LlamaConfig(
-        **config.to_dict(), attn_implementation="eager", pad_token_id=None
+        **config.to_dict(),
+        attn_implementation="eager",
+        pad_token_id=None if config.num_labels is None else PAD,
     )
-    model = transformers.LlamaForCausalLM(settings).float().eval()
+    kind = "LlamaForCausalLM" if config.num_labels is None else "LlamaForSequenceClassification"
+    model = getattr(transformers, kind)(settings).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -427,8 +498,9 @@ def as_ours(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, np.ndarra
     """Return gpt2c's parameters of transformers': q, k, v and gate, up stand in one matrix each."""
     arrays = {name.removeprefix("model."): tensor.numpy() for name, tensor in tensors.items()}
     ours = {"wte.weight": arrays["embed_tokens.weight"], "ln_f.weight": arrays["norm.weight"]}
-    if not config.tie_word_embeddings:
-        ours["lm_head.weight"] = arrays["lm_head.weight"]
+    for head in ("lm_head.weight", "score.weight"):
+        if head in arrays and head in config.parameter_shapes():
+            ours[head] = arrays[head]
     for i in range(config.num_hidden_layers):
         layer, h = f"layers.{i}.", f"h.{i}."
         qkv = [arrays[f"{layer}self_attn.{part}_proj.weight"] for part in "qkv"]
@@ -569,7 +641,7 @@ def test_two_llamas_have_transformers_names_and_shapes(config: LlamaConfig) -> N
         ({"attention_bias": True}, "LlamaForCausalLM", "attention_bias must be False"),
         ({"mlp_bias": True}, "LlamaForCausalLM", "mlp_bias must be False"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "LlamaForCausalLM", "got 'yarn'"),
-        ({}, "LlamaForSequenceClassification", "architectures must be"),
+        ({}, "LlamaForTokenClassification", "architectures must be"),
     ],
     ids=str,
 )
@@ -579,6 +651,123 @@ def test_other_llamas_are_refused_by_name(
     config = transformers.LlamaConfig(**LLAMAS["grouped"].to_dict() | changes)
     getattr(transformers, model)(config).save_pretrained(tmp_path)
     assert said in refused(find_model, tmp_path)
+
+
+# ---- scores of texts -----------------------------------------------------------------------------
+
+PAD = 0  # a token that no text has
+LENGTHS = (5, 29, 1, 17, 2, 29, 8, 11)
+LABELS = np.array([2, 0, 1, -1, 1, 2, 2, 0])
+SCORED = {
+    "gpt2": dataclasses.replace(SMALL, num_labels=3, eos_token_id=PAD),
+    "llama": LlamaConfig(97, 60, 71, 2, 6, 2, None, 64, num_labels=3, eos_token_id=PAD),
+    "tied": LlamaConfig(64, 48, 96, 3, 4, None, None, 64, num_labels=3, tie_word_embeddings=True),
+}
+KINDS = pytest.mark.parametrize("config", SCORED.values(), ids=SCORED)
+
+
+def torch_classifier(config: GPT2Config) -> Any:
+    """Return GPT2ForSequenceClassification of transformers with random parameters."""
+    base = torch_model(config)
+    settings = transformers.GPT2Config(
+        **base.config.to_dict() | {"num_labels": config.num_labels, "pad_token_id": PAD},
+        attn_implementation="eager",
+    )
+    model = transformers.GPT2ForSequenceClassification(settings).float().eval()
+    model.transformer.load_state_dict(base.transformer.state_dict())
+    torch.nn.init.normal_(model.score.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def scoring_pair(config: Any, backend: str) -> tuple[Any, Model, Any]:
+    """Return a classifier on both sides, and a function that gives theirs our names."""
+    ours = Model(config, None, backend)
+    if isinstance(config, GPT2Config):
+        theirs, rename = torch_classifier(config), lambda tensors: named(tensors.items())
+    else:
+        theirs, rename = torch_llama(config), lambda tensors: as_ours(tensors, config)
+    ours.load_parameters(rename(theirs.state_dict()), "transformers")
+    return theirs, ours, rename
+
+
+def texts_of(config: Any) -> tuple[list[np.ndarray], Any, Any]:
+    """Return texts of different lengths; padded at the right, and a mask, for transformers."""
+    rng = np.random.default_rng(3)
+    idx = [rng.integers(1, config.vocab_size, length) for length in LENGTHS]
+    padded = np.full((len(idx), max(LENGTHS)), PAD)
+    for row, text in zip(padded, idx, strict=True):
+        row[: len(text)] = text
+    return idx, torch.tensor(padded), torch.tensor(padded != PAD).long()
+
+
+def check_gradients(theirs: Any, ours: Model, rename: Any) -> None:
+    expected = rename({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    assert ours.gradients.keys() == expected.keys()
+    for name, gradient in ours.gradients.items():
+        assert_close(f"gradient of {name}", gradient, expected[name], GRADIENT)
+
+
+@KINDS
+def test_classifiers_agree(config: Any, backend_name: str) -> None:
+    theirs, ours, rename = scoring_pair(config, backend_name)
+    idx, padded, mask = texts_of(config)
+    labels = torch.tensor(np.where(LABELS < 0, IGNORED, LABELS))
+    found = theirs(padded, attention_mask=mask, labels=labels)
+    scores = found.logits.detach().numpy()
+    assert_close("scores", ours.scores(idx), scores, LOGITS)
+    for text, expected in zip(idx, scores, strict=True):
+        alone = theirs(torch.tensor(text)[None]).logits.detach().numpy()
+        assert_close("scores of one text", ours(text[None]), alone, LOGITS)
+        assert_close("scores of one text and of a batch", alone[0], expected, LOGITS)
+    assert ours.loss(idx, LABELS) == pytest.approx(found.loss.item(), rel=LOGITS)
+    found.loss.backward()
+    ours.backward()
+    check_gradients(theirs, ours, rename)
+
+
+@KINDS
+def test_rewards_and_values_agree(config: Any, backend_name: str) -> None:
+    """Bradley-Terry of the last tokens' score, and the squared error of a value at each token."""
+    theirs, ours, rename = scoring_pair(dataclasses.replace(config, num_labels=1), backend_name)
+    idx, padded, mask = texts_of(config)
+    rewards = theirs(padded, attention_mask=mask).logits[:, 0]
+    loss = -torch.nn.functional.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
+    loss.backward()
+    own = ours.scores(idx)[:, 0].astype(np.float64)
+    slopes = -1 / (1 + np.exp(own[0::2] - own[1::2])) / 4
+    ours.backward(d_scores=np.stack([slopes, -slopes], axis=1).reshape(8, 1))
+    returns = np.random.default_rng(4).standard_normal(padded.shape)
+    hidden = theirs.base_model(padded, attention_mask=mask).last_hidden_state
+    values, wanted = theirs.score(hidden)[..., 0], torch.tensor(returns, dtype=torch.float32)
+    (((values - wanted) ** 2) * mask).sum().div(100).backward()  # added to those of the rewards
+    found = ours.scores(idx, per_token=True)
+    for row, value, length in zip(values.detach().numpy(), found, LENGTHS, strict=True):
+        assert_close("values", value[:, 0], row[:length], LOGITS)
+    slopes = [2 * (v - r[: len(v), None]) for v, r in zip(found, returns, strict=True)]
+    ours.backward(scale=1 / 100, d_scores=slopes)
+    check_gradients(theirs, ours, rename)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 3])
+def test_classifier_is_exchanged_with_transformers(num_labels: int, tmp_path: Path) -> None:
+    config = dataclasses.replace(SCORED["gpt2"], num_labels=num_labels)
+    ours, (idx, padded, mask) = GPT2(config), texts_of(config)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
+    assert isinstance(theirs, transformers.GPT2ForSequenceClassification)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not report[kind], f"{kind}: {report[kind]}"
+    assert (theirs.config.num_labels, theirs.config.pad_token_id) == (num_labels, PAD)
+    for name, weight in named(theirs.named_parameters()).items():
+        assert np.array_equal(ours.parameters[name], weight), name
+    scores = theirs.eval()(padded, attention_mask=mask).logits.detach().numpy()
+    assert_close("scores", ours.scores(idx), scores, LOGITS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = GPT2.from_pretrained(tmp_path / "theirs")
+    assert back.config == config
+    assert np.array_equal(back.scores(idx), ours.scores(idx))
 
 
 # ---- texts ---------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ gpt2c.bench.suite lets them take turns.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from gpt2c.bench.machine import Ceilings, fastest
@@ -21,12 +20,13 @@ from gpt2c.bench.suite import (
     Watch,
     Work,
     choose_rows,
+    kind_of,
     lacks,
     measure,
 )
 from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import require
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 
 __all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows", "costs"]
 
@@ -86,7 +86,7 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
 def bench_generate(
     names: Sequence[str],
     ceilings: Ceilings,
-    config: GPT2Config,
+    config: ModelConfig,
     quick: bool,
     show: Callable[[list[Result]], None],
     watch: Watch = UNWATCHED,
@@ -122,9 +122,10 @@ def bench_generate(
     return measure(names, ceilings.threads, [works], rounds, ROW_SECONDS, show, watch)
 
 
-def _reading(config: GPT2Config, what: str, B: int, T: int) -> Work:
+def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:
     group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
-    arguments = {"what": what, "config": dataclasses.asdict(config), "B": B, "T": T}
+    group += kind_of(config)
+    arguments = {"what": what, "config": config.to_dict(), "B": B, "T": T}
 
     def facts(row: str) -> dict[str, float]:
         size = PRECISIONS[row.partition(":")[2] or "fp32"]
@@ -133,7 +134,7 @@ def _reading(config: GPT2Config, what: str, B: int, T: int) -> Work:
     return Work(group, "generate", arguments, "sample", facts)
 
 
-def costs(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str, float]:
+def costs(config: ModelConfig, what: str, B: int, T: int, size: int) -> dict[str, float]:
     """Return a call's operations, and the bytes of weights, keys and values that it reads.
 
     Parameters
@@ -141,11 +142,10 @@ def costs(config: GPT2Config, what: str, B: int, T: int, size: int) -> dict[str,
     what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
     size : bytes of a weight
     """
-    C, V = config.n_embd, config.vocab_size
-    matrices = config.n_layer * (4 * C * C + 2 * C * config.inner)
-    if what == "prefill":  # half of the T x T scores; the lm_head for the last token only
-        flops = 2 * matrices * T + 2 * V * C + config.n_layer * 2 * C * T * T
-        return {"flops": flops, "bytes": size * (matrices + V * C)}
-    cache = B * config.n_layer * 2 * C * T
-    flops = B * 2 * (matrices + V * C) + 2 * cache
-    return {"flops": flops, "bytes": size * (matrices + V * C) + 4 * cache}
+    stack = config.stack()
+    weights = stack.flops(0)  # a token takes one multiply-add of each
+    if what == "prefill":  # the lm_head for the last token only
+        head = stack.head.flops(T)
+        return {"flops": 2 * ((stack.flops(T) - head) * T + head), "bytes": size * weights}
+    cache = B * T * config.cache_floats()
+    return {"flops": 2 * B * stack.flops(2 * T), "bytes": size * weights + 4 * cache}

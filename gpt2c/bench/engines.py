@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.formats.gguf import write_gguf
-from gpt2c.formats.gpt2_layout import TRANSPOSED
+from gpt2c.formats.huggingface import save_weights
+from gpt2c.formats.load import AnyConfig
 from gpt2c.model.config import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ class Peer:
 
     Parameters
     ----------
-    config, parameters : of the model, names and shapes of `GPT2Config.parameter_shapes`
+    config, parameters : of the model, names and shapes of `config.parameter_shapes()`
     kind : of the weights: "fp32", "fp16" or "int8"
     what : "prefill" times reading the texts, "decode" one token more of each
     texts : (B, T) int32
@@ -44,7 +45,7 @@ class Peer:
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: AnyConfig,
         parameters: Parameters,
         kind: str,
         what: str,
@@ -104,14 +105,9 @@ class Transformers(Peer):
 
         torch.set_num_threads(self.threads)
         self.torch, self.transformers, self.guard = torch, transformers, torch.inference_mode
-        made = transformers.GPT2Config(**self.config.to_dict())
-        self.model = transformers.GPT2LMHeadModel(made).eval()
         self.read_texts = self.read_one = self.forward
-        state = {
-            f"transformer.{name}": torch.from_numpy(p.T if name.endswith(TRANSPOSED) else p)
-            for name, p in parameters.items()
-        }
-        self.model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
+        save_weights(directory, self.config.to_dict(), parameters)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
     def new_cache(self) -> Any:
         """Return an empty cache."""
@@ -158,8 +154,8 @@ class TransformersCompiled(Transformers):
         self.static = self.transformers.StaticCache(
             config=self.model.config, max_cache_len=self.room
         )
-        NH = self.config.n_head
-        shape = len(self.texts), NH, self.config.n_embd // NH
+        attention = self.config.stack().layers[0].attention
+        shape = len(self.texts), attention.KV, attention.HS
         self.static.early_initialization(*shape, torch.float32, torch.device("cpu"))
 
     def new_cache(self) -> Any:
@@ -175,8 +171,9 @@ class OnnxRuntime(Peer):
         """Write the graph and load it."""
         import onnxruntime as ort  # type: ignore[import-not-found,unused-ignore]
 
-        path = directory / "fp32.onnx"
-        write_onnx(path, self.config, parameters)
+        path, config = directory / "fp32.onnx", self.config
+        assert isinstance(config, GPT2Config)
+        write_onnx(path, config, parameters)
         if self.kind == "int8":
             from onnxruntime import quantization as q  # type: ignore[import-not-found,unused-ignore]
 
@@ -196,8 +193,8 @@ class OnnxRuntime(Peer):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        NH = self.config.n_head
-        shape = len(self.texts), NH, self.room, self.config.n_embd // NH
+        NH = config.n_head
+        shape = len(self.texts), NH, self.room, config.n_embd // NH
         self.cache = {
             f"{part}_{i}": np.zeros(shape, np.float32)
             for i in range(self.config.n_layer)
@@ -350,6 +347,7 @@ class CTranslate2(Peer):
         import ctranslate2  # type: ignore[import-not-found,unused-ignore]
         from ctranslate2 import specs
 
+        assert isinstance(self.config, GPT2Config)
         spec = specs.TransformerDecoderModelSpec.from_config(
             self.config.n_layer,
             self.config.n_head,

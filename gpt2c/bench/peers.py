@@ -7,6 +7,7 @@ results, as in training: encoder_backward allocates (V, C) zeros too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from gpt2c.kernels.cases import EPS
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import GPT2Config, ModelConfig
+from gpt2c.model.llama import LlamaConfig
 
 __all__ = ["torch_op", "torch_step"]
 
@@ -97,9 +99,17 @@ def _attention(qkv: Any, C: int, NH: int) -> Any:
 
 
 def _attention_forward(
-    out: Any, lse: Any, keys: Any, values: Any, qkv: Any, offsets: Any, position: int
+    out: Any,
+    lse: Any,
+    keys: Any,
+    values: Any,
+    qkv: Any,
+    offsets: Any,
+    position: int,
+    dropout: float,
+    *_: int,
 ) -> Call | None:
-    if keys is not None or offsets is not None:
+    if keys is not None or offsets is not None or dropout:
         return None
     return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), None, None, None]
 
@@ -119,9 +129,9 @@ def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Cal
 
 
 def _attention_backward(
-    dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any, offsets: Any
+    dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any, offsets: Any, dropout: float, *_: int
 ) -> Call | None:
-    if offsets is not None:
+    if offsets is not None or dropout:
         return None
     qkv.requires_grad_()
     return _gradient(_attention(qkv, out.shape[2], lse.shape[1]), qkv, dout)
@@ -214,32 +224,90 @@ class _Block(torch.nn.Module):
 
 
 class _GPT2(torch.nn.Module):
-    """GPT-2 with gpt2c's parameters."""
+    """GPT-2."""
 
-    def __init__(self, config: GPT2Config, parameters: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = torch.nn.Embedding(config.n_positions, config.n_embd)
         self.h = torch.nn.ModuleList(_Block(config) for _ in range(config.n_layer))
         self.ln_f = torch.nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        names = {"attn.c_attn": "c_attn", "attn.c_proj": "c_proj", "mlp.c_fc": "c_fc"}
-        names |= {"mlp.c_proj": "mlp_proj"}
-        state = self.state_dict()
-        for name, parameter in parameters.items():
-            for ours, theirs in names.items():
-                name = name.replace(ours, theirs)
-            state[name].copy_(torch.from_numpy(parameter))
+        self.head = self.wte.weight
 
     def forward(self, idx: Any, targets: Any) -> Any:
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
         for block in self.h:
             x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        return _loss(self.ln_f(x), self.head, targets)
+
+
+class _LlamaBlock(torch.nn.Module):
+    """One layer of a Llama, with q, k, v and gate, up as one matrix each."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        C, F_, HS, self.NH = config.n_embd, config.inner, config.HS, config.num_attention_heads
+        KV = config.num_key_value_heads or self.NH
+        self.turned = self.NH + KV
+        self.ln_1 = torch.nn.RMSNorm(C, config.rms_norm_eps)
+        self.c_attn = torch.nn.Linear(C, (self.NH + 2 * KV) * HS, bias=False)
+        self.c_proj = torch.nn.Linear(self.NH * HS, C, bias=False)
+        self.ln_2 = torch.nn.RMSNorm(C, config.rms_norm_eps)
+        self.c_fc = torch.nn.Linear(C, 2 * F_, bias=False)
+        self.mlp_proj = torch.nn.Linear(F_, C, bias=False)
+
+    def forward(self, x: Any, cos: Any, sin: Any) -> Any:
+        qkv = _rope(self.c_attn(self.ln_1(x)), cos, sin, None, self.turned, 0)
+        x = x + self.c_proj(_attention(qkv, self.c_proj.in_features, self.NH))
+        gate, up = self.c_fc(self.ln_2(x)).chunk(2, dim=-1)
+        return x + self.mlp_proj(F.silu(gate) * up)
+
+
+class _Llama(torch.nn.Module):
+    """Llama."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = torch.nn.ModuleList(_LlamaBlock(config) for _ in range(config.n_layer))
+        self.ln_f = torch.nn.RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.head = self.wte.weight
+        if not config.tie_word_embeddings:
+            self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.head = self.lm_head.weight
+        pairs = torch.arange(0, config.HS, 2) / config.HS
+        angles = torch.arange(config.n_positions)[:, None] * config.rope_theta**-pairs
+        self.tables = angles.cos(), angles.sin()
+
+    def forward(self, idx: Any, targets: Any) -> Any:
+        x = self.wte(idx)
+        for block in self.h:
+            x = block(x, *self.tables)
+        return _loss(self.ln_f(x), self.head, targets)
+
+
+def _loss(x: Any, head: Any, targets: Any) -> Any:
+    logits = F.linear(x, head)
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+def _module(config: ModelConfig, parameters: Mapping[str, NDArray[Any]]) -> torch.nn.Module:
+    """Return PyTorch's model of a config, with gpt2c's parameters."""
+    model: torch.nn.Module
+    if isinstance(config, LlamaConfig):
+        model = _Llama(config)
+    else:
+        assert isinstance(config, GPT2Config)
+        model = _GPT2(config)
+    state = model.state_dict()
+    for name, parameter in parameters.items():
+        name = re.sub(r"\.(attn|mlp)\.", ".", name.replace("mlp.c_proj", "mlp_proj"))
+        state[name].copy_(torch.from_numpy(parameter))
+    return model
 
 
 def torch_step(
-    config: GPT2Config,
+    config: ModelConfig,
     parameters: Mapping[str, NDArray[Any]],
     idx: NDArray[Any],
     targets: NDArray[Any],
@@ -248,7 +316,7 @@ def torch_step(
     compiled: bool,
 ) -> Callable[[], float]:
     """Return a call that does a training step, with gpt2c.AdamW's defaults, and its loss."""
-    model = _GPT2(config, parameters)
+    model = _module(config, parameters)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]

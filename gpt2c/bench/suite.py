@@ -25,7 +25,7 @@ from gpt2c.kernels.backend import NAMES, backends, get_backend, why_missing
 from gpt2c.kernels.cases import EXAMPLES
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import require
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "check_threads",
     "choose_rows",
     "describe",
+    "kind_of",
     "lacks",
     "measure",
     "ops_work",
@@ -330,7 +331,7 @@ def bench_ops(
 def bench_train(
     names: Sequence[str],
     ceilings: Ceilings,
-    config: GPT2Config,
+    config: ModelConfig,
     shapes: Sequence[tuple[int, int]],
     recompute: str | None,
     quick: bool,
@@ -360,9 +361,15 @@ def bench_train(
     return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch)
 
 
-def _step(config: GPT2Config, B: int, T: int, recompute: str | None) -> Work:
-    group = f"train {B} x {T}" + (f", recompute {recompute}" if recompute else "")
-    arguments = {"config": dataclasses.asdict(config), "B": B, "T": T, "recompute": recompute}
+def kind_of(config: ModelConfig) -> str:
+    """Return the kind of model for a heading; GPT-2 is not named."""
+    kind = type(config).__name__.removesuffix("Config")
+    return "" if kind == "GPT2" else f", {kind}"
+
+
+def _step(config: ModelConfig, B: int, T: int, recompute: str | None) -> Work:
+    group = f"train {B} x {T}{kind_of(config)}" + (f", recompute {recompute}" if recompute else "")
+    arguments = {"config": config.to_dict(), "B": B, "T": T, "recompute": recompute}
     facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
     return Work(group, "train", arguments, "step", lambda row: facts)
 
@@ -472,11 +479,11 @@ def _compare_losses(results: list[Result]) -> None:
 
 
 def _check_memory(
-    names: Sequence[str], config: GPT2Config, B: int, T: int, recompute: str | None
+    names: Sequence[str], config: ModelConfig, B: int, T: int, recompute: str | None
 ) -> None:
     """Refuse work that would not fit: all rows hold their model at the same time."""
     logits = 4 * B * T * config.vocab_size
-    scores = 4 * B * config.n_head * T * T
+    scores = 4 * B * config.stack().layers[0].attention.NH * T * T
     needed: dict[str, int] = {}
     for name in names:
         own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES

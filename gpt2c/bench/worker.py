@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from gpt2c.bench.machine import fastest
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.formats.load import AnyConfig, read_kind
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS
 from gpt2c.model.config import GPT2Config
-from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
 from gpt2c.model.quantized import DTYPES
 from gpt2c.train.optimizer import AdamW
 
@@ -36,6 +37,7 @@ __all__ = ["ENGINES", "SMALL", "TINY", "Worker"]
 
 SAMPLE_SECONDS = 0.02  # a sample is at least one call, and calls until this time is over
 TINY = GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=3)
+TINY_LLAMA = LlamaConfig(211, 48, 80, 2, 6, 2, max_position_embeddings=32)
 LEARNING_RATE, GRAD_CLIP = 1e-3, 1.0
 # PyTorch sums tens of millions of squares in float32.
 TORCH_RTOL = {"global_norm": 1e-2}
@@ -50,6 +52,8 @@ READ_RTOL = {"fp32": 1e-5, "int8": 0.05}
 # llama.cpp keeps keys and values in 16 bits.
 ENGINES = ("transformers", "transformers-compile", "onnxruntime", "ctranslate2", "llama.cpp")
 SMALL = GPT2Config(vocab_size=320, n_positions=32, n_embd=128, n_layer=2, n_head=2)
+SMALL_LLAMA = LlamaConfig(320, 128, 256, 2, 4, 2, max_position_embeddings=32)
+GPT2_ENGINES = ("onnxruntime", "ctranslate2")  # their files are written here for GPT-2 alone
 ENGINES_RTOL = {"llama.cpp:fp32": 1e-2, "llama.cpp:fp16": 1e-2, "llama.cpp:int8": 0.1}
 ENGINES_RTOL |= {"onnxruntime:int8": 0.3, "ctranslate2:int8": 0.3}
 SOME = 8  # decoding steps before the texts begin again: few, so that their length stays near T
@@ -136,11 +140,12 @@ class Worker:
 
         The first step is part of this: it fills memory and may compile.
         """
-        small = _batch(TINY, 2, 16)
-        checked, step = self._step(TINY, small, recompute), _own_step("numpy", TINY, small, None)
+        given = read_kind(config)
+        tiny = TINY if isinstance(given, GPT2Config) else TINY_LLAMA
+        small = _batch(tiny, 2, 16)
+        checked, step = self._step(tiny, small, recompute), _own_step("numpy", tiny, small, None)
         losses = [(checked(), step()) for _ in range(3)]
         error = float(np.max([abs(a - b) / abs(b) for a, b in losses]))
-        given = GPT2Config(**config)
         self._call = self._step(given, _batch(given, B, T), recompute)
         return {"error": error, "rtol": TRAIN_RTOL, "first_loss": self._call()}
 
@@ -154,13 +159,13 @@ class Worker:
         return {"seconds": seconds, "loss": loss, "peak_memory": memory}
 
     def _step(
-        self, config: GPT2Config, batch: tuple[Any, Any], recompute: str | None
+        self, config: AnyConfig, batch: tuple[Any, Any], recompute: str | None
     ) -> Callable[[], float]:
         if not self._row.startswith("torch"):
             return _own_step(self._backend, config, batch, recompute)
         from gpt2c.bench.peers import torch_step
 
-        parameters = GPT2(config, backend="numpy").parameters
+        parameters = Model(config, backend="numpy").parameters
         compiled = "compile" in self._row
         return torch_step(config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled)
 
@@ -171,7 +176,13 @@ class Worker:
         ----------
         what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
         """
-        tiny = SMALL if self._row in ENGINES else TINY
+        given = read_kind(config)
+        if isinstance(given, GPT2Config):
+            tiny: AnyConfig = SMALL if self._row in ENGINES else TINY
+        elif self._row in GPT2_ENGINES:
+            return {"missing": "measured with GPT-2 only"}
+        else:
+            tiny = SMALL_LLAMA if self._row in ENGINES else TINY_LLAMA
         small = (
             what,
             tiny,
@@ -185,15 +196,15 @@ class Worker:
             rtol = READ_RTOL.get(self._precision, READ_RTOL["fp32"])
             wanted = _own_reader("numpy", self._precision, *small)()
         error = normalised_error(self._reader(*small)(), wanted)
-        self._call = self._reader(what, GPT2Config(**config), B, T)
+        self._call = self._reader(what, given, B, T)
         return {"error": error, "rtol": rtol}
 
-    def _reader(self, what: str, config: GPT2Config, B: int, T: int) -> Callable[[], Any]:
+    def _reader(self, what: str, config: AnyConfig, B: int, T: int) -> Callable[[], Any]:
         if self._row not in ENGINES:
             return _own_reader(self._backend, self._precision, what, config, B, T)
         from gpt2c.bench.engines import PEERS
 
-        parameters, texts = GPT2(config, backend=fastest()).parameters, _texts(config, B, T)
+        parameters, texts = Model(config, backend=fastest()).parameters, _texts(config, B, T)
         made = PEERS[self._row]
         return made(config, parameters, self._precision, what, texts, SOME, self._threads)
 
@@ -208,15 +219,15 @@ def _resident() -> int:
 
 
 def _own_reader(
-    backend: Any, precision: str, what: str, config: GPT2Config, B: int, T: int
+    backend: Any, precision: str, what: str, config: AnyConfig, B: int, T: int
 ) -> Callable[[], Any]:
     """Return a call that reads a prompt, or one token more of each text, and returns logits.
 
     The texts grow for SOME calls, then begin again.
     """
-    model: LanguageModel = GPT2(config, backend=backend)
+    model = Model(config, backend=backend)
     if precision in DTYPES:
-        model = QuantizedGPT2.from_model(model, precision)
+        model = model.quantize(precision)
     texts = _texts(config, B, T)
     decoder = model.decoder(B, T + SOME)
     if what == "prefill":
@@ -232,7 +243,7 @@ def _own_reader(
     return step
 
 
-def _texts(config: GPT2Config, B: int, T: int) -> Any:
+def _texts(config: AnyConfig, B: int, T: int) -> Any:
     return np.random.default_rng(7).integers(0, config.vocab_size, (B, T), np.int32)
 
 
@@ -241,16 +252,16 @@ def _narrow(argument: Any) -> Any:
     return argument.astype(np.float32) if is_wide else argument
 
 
-def _batch(config: GPT2Config, B: int, T: int) -> tuple[Any, Any]:
+def _batch(config: AnyConfig, B: int, T: int) -> tuple[Any, Any]:
     """Return random tokens: speed does not depend on their values."""
     tokens = np.random.default_rng(1337).integers(0, config.vocab_size, (B, T + 1), np.int32)
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
 def _own_step(
-    backend: Any, config: GPT2Config, batch: tuple[Any, Any], recompute: str | None
+    backend: Any, config: AnyConfig, batch: tuple[Any, Any], recompute: str | None
 ) -> Callable[[], float]:
-    model = GPT2(config, backend=backend, recompute=recompute)
+    model = Model(config, backend=backend, recompute=recompute)
     optimizer = AdamW(model, learning_rate=LEARNING_RATE)
 
     def step() -> float:

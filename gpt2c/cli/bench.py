@@ -36,12 +36,24 @@ from gpt2c.bench.suite import (
     lacks,
     ops_work,
 )
+from gpt2c.formats.load import AnyConfig
 from gpt2c.model.config import GPT2Config
+from gpt2c.model.llama import LlamaConfig
 from gpt2c.screen.picture import why_not
 
 __all__ = ["add_flags", "run_bench"]
 
 TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
+MODELS: dict[str, AnyConfig] = {
+    "gpt2": GPT2Config(),
+    "smollm2-135m": LlamaConfig(
+        *(49152, 576, 1536, 30, 9, 3),
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+    ),
+}
 LISTENS = 9  # timings before the start that show how noisy the machine is
 HELP = {
     "ops": (
@@ -92,6 +104,8 @@ def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
     rows += "; avx2:int8 names the weights" if what in ("", "generate") else ""
     add("--backends", rows, metavar="A,B")
     add("--threads", "threads of every row (default: see gpt2c info)", type=int)
+    text = "gpt2, which is GPT-2 124M (default), or a Llama of this shape"
+    add("--model", text, "train" if what == "ops" else "", choices=sorted(MODELS))
     add("--quick", "fewer shapes, rows and samples", action="store_true")
     text = "a batch of B rows of T tokens; may be repeated (4x64)"
     add("--shape", text, "train", action="append", metavar="BxT")
@@ -114,6 +128,8 @@ def run_bench(options: argparse.Namespace) -> int:
     else:
         names = choose_rows(options.backends, options.torch_compile and options.what == "train")
     shapes = [_shape(text) for text in options.shape or ["4x64"]]
+    if options.what == "ops" and options.model:
+        raise ValueError("--model belongs to bench train and bench generate")
     if options.what != "train" and (options.shape or options.recompute or options.torch_compile):
         raise ValueError("--shape, --recompute and --torch-compile belong to bench train")
     for path in (options.json, options.plot, options.report):
@@ -139,6 +155,7 @@ def run_bench(options: argparse.Namespace) -> int:
     if (noise := _listen(threads)).startswith(NOISY):
         lines.insert(0, f"{noise} before the start: its other programs slow some rows down")
     print("\n".join([*lines, ""]), flush=True)
+    config = MODELS[options.model or "gpt2"]
     works = {"ops": len(ops_work(options.quick)), "train": len(shapes), "generate": len(WORKS)}
     watch = _Shown(works[options.what])
     tables: list[tuple[str, list[list[str]]]] = []
@@ -155,11 +172,10 @@ def run_bench(options: argparse.Namespace) -> int:
         if options.what == "ops":
             _, verdict = bench_ops(names, ceilings, options.quick, show, watch)
         elif options.what == "generate":
-            config = GPT2Config()
             _, verdict = bench_generate(names, ceilings, config, options.quick, show, watch)
         else:
             _, verdict = bench_train(
-                *(names, ceilings, GPT2Config(), shapes, options.recompute, options.quick),
+                *(names, ceilings, config, shapes, options.recompute, options.quick),
                 *(show, watch),
             )
     except KeyboardInterrupt:  # the results so far took minutes: keep them

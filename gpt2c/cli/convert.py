@@ -11,6 +11,7 @@ __all__ = ["add_flags", "run_convert"]
 
 EPILOG = f"""\
 gpt2c convert RUN model.bin                     llm.c's model; --dtype bf16
+gpt2c convert LLAMA model.bin                   llama2.c's model, if it is a Llama
 gpt2c convert model.bin DIR                     Hugging Face's
 gpt2c convert RUN model.gguf --dtype q8_0       llama.cpp's, with the tokenizer
 gpt2c convert RUN tokenizer.bin                 llm.c's tokenizer, if the name contains tokenizer
@@ -31,8 +32,8 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "src",
         metavar="SRC",
-        help="a run or other GPT-2 directory, llm.c's model or tokenizer .bin, token files, or a"
-        " tokenizer's name",
+        help="a run or other model's directory, llm.c's or llama2.c's model .bin, llm.c's tokenizer"
+        " .bin, token files, or a tokenizer's name",
     )
     verb.add_argument("dst", metavar="DST", help="FILE.bin, FILE.gguf or a directory")
     verb.add_argument(
@@ -41,7 +42,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
         help="read or write nanoGPT's token files, which have no header",
     )
     verb.add_argument(
-        "--dtype", choices=DTYPES, help="fp32 or bf16 for llm.c, f32, f16 or q8_0 for GGUF"
+        "--dtype",
+        choices=DTYPES,
+        help="fp32 or bf16 for llm.c, fp32 for llama2.c, f32, f16 or q8_0 for GGUF",
     )
     verb.add_argument("--overwrite", action="store_true", help="replace DST or its content")
 

@@ -20,6 +20,8 @@ from gpt2c.evaluate.loss import evaluate
 from gpt2c.files.atomic import claimed
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
+from gpt2c.llama import Llama
+from gpt2c.pretrained import from_pretrained
 from gpt2c.screen.command import command
 from gpt2c.screen.progress import Reading
 from gpt2c.screen.terminal import write_pieces
@@ -60,7 +62,7 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     result = _learn(text, out, recipe_settings("demo", given), overwrite)
     if result.interrupted:
         return result
-    model, tokenizer = GPT2.from_pretrained(run), Tokenizer.from_pretrained(run)
+    model, tokenizer = from_pretrained(run), Tokenizer.from_pretrained(run)
     tokens, held_out = read_tokens(data / "train.bin"), read_tokens(data / "val.bin")
     compare(model, tokenizer, tokens, held_out)
     prompts = openings(tokenizer, held_out, model.config.n_positions)
@@ -123,7 +125,7 @@ def _size(count: int) -> str:
     return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
 
 
-def compare(model: GPT2, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens) -> None:
+def compare(model: GPT2 | Llama, tokenizer: Tokenizer, tokens: Tokens, held_out: Tokens) -> None:
     """Print a table of the model, xz and a bigram model on the held-out text."""
     before, text = _Text(tokenizer, tokens), _Text(tokenizer, held_out)
     block_size, size = model.config.n_positions, sum(map(len, text))

@@ -14,14 +14,14 @@ from gpt2c.evaluate import scoring
 from gpt2c.evaluate.figures import MEANING, figures, written
 from gpt2c.evaluate.loss import evaluate
 from gpt2c.formats.load import find_model
-from gpt2c.gpt2 import GPT2, QuantizedGPT2, open_found
+from gpt2c.model.model import Model
+from gpt2c.pretrained import open_found
 from gpt2c.screen.progress import Progress
 from gpt2c.text.shards import read_shards
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["add_flags", "run_eval"]
 
-Model = GPT2 | QuantizedGPT2
 LONG = 50  # as many windows or questions take long, so progress is shown
 LINES = 5  # of progress, without a terminal
 
@@ -64,6 +64,7 @@ def run_eval(options: argparse.Namespace) -> int:
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
     found = find_model(options.model)
+    found.config.require_language_head("gpt2c eval")
     model = open_found(found, options.backend, options.quantize, options.threads or None)
     questions = _questions(options.choices, found.path, model) if options.choices else []
     if options.data:

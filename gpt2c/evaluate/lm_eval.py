@@ -52,7 +52,7 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
 
     Parameters
     ----------
-    model : a `GPT2` or `QuantizedGPT2`
+    model : a `GPT2` or `Llama`
     tokenizer : its tokenizer
 
     Raises

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.model.model import Model
 from gpt2c.text.batches import windows
 from gpt2c.text.shards import StoredTokens, Tokens
 
@@ -19,7 +19,7 @@ Shards = Sequence[Tokens | StoredTokens]
 
 
 def evaluate(
-    model: GPT2 | QuantizedGPT2,
+    model: Model,
     tokens: Shards,
     batch_size: int,
     block_size: int,

@@ -53,17 +53,17 @@ class Scorer:
 
     Parameters
     ----------
-    model : a `GPT2` or `QuantizedGPT2`
+    model : a `GPT2` or `Llama`
     capacity : the most tokens to read, one less than the longest text has; None is n_positions
 
     Raises
     ------
-    ValueError : model is neither a GPT2 nor a QuantizedGPT2
+    ValueError : model is neither a GPT2 nor a Llama
     MemoryError : keys and values of `capacity` tokens do not fit
     """
 
     def __init__(self, model: LanguageModel, capacity: int | None = None) -> None:
-        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
+        check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         self._decoder = model.decoder(1, capacity)
         self._known = np.empty(0, np.int32)  # the tokens that the decoder has read
 
@@ -125,7 +125,7 @@ def token_logprobs(
 
     Parameters
     ----------
-    model : a `GPT2` or `QuantizedGPT2`
+    model : a `GPT2` or `Llama`
     tokens : (N,) token ids
     stride : from 1, the best and slowest, to max_length, at most n_positions; None is half of
         max_length
@@ -140,7 +140,7 @@ def token_logprobs(
     Source: "Perplexity of fixed-length models", Hugging Face's guide, which averages the means of
     windows; here each token counts the same.
     """
-    check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
+    check_kind("model", model, LanguageModel, "a GPT2 or Llama")
     ids = check_ids(tokens, "tokens", 0, model.config.vocab_size)
     if ids.ndim != 1:
         raise ValueError(f"tokens must be (N,) token ids, got shape {ids.shape}")
@@ -309,7 +309,7 @@ def answer(
 
     Parameters
     ----------
-    model : a `GPT2` or `QuantizedGPT2`
+    model : a `GPT2` or `Llama`
     questions : from `read_questions`
     watch : called after each question with the number done, the number of all, the shares so far
 

@@ -1,11 +1,12 @@
-"""Conversion between the files of Hugging Face, llm.c, nanoGPT and llama.cpp.
+"""Conversion between the files of Hugging Face, llm.c, llama2.c, nanoGPT and llama.cpp.
 
-    a model             directory or llm.c's .bin   ->   directory, .bin or .gguf
+    a model             directory or .bin           ->   directory, .bin or .gguf
     a tokenizer         directory, .bin or a name   ->   directory or .bin
     token files         llm.c's, with a header     <->   nanoGPT's, without: format="nanogpt"
 
 The first bytes of a file, or the names in a directory, tell what SRC is. The name of DST tells what
-to write. Knows nothing about the formats themselves.
+to write; the .bin of a GPT-2 is llm.c's, that of a Llama llama2.c's. Knows nothing about the
+formats themselves.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from gpt2c.files.names import (
     TOKENIZER_OTHERS,
     check_named,
 )
-from gpt2c.formats import huggingface, llmc
+from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
 from gpt2c.formats.gguf import write_gguf
 from gpt2c.formats.load import find_model, read_kind
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
 from gpt2c.model.config import ModelConfig
+from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.text.shards import (
     MAGIC,
@@ -100,8 +102,8 @@ def convert(
     dst : FILE.bin, FILE.gguf, or a directory: an existing one, a name that ends in a slash, or a
         name without the suffix of another kind of file
     format : "nanogpt" converts token files: llm.c's, with a header, to nanoGPT's, or the reverse
-    dtype : of the weights in DST: fp32 (default) or bf16 for llm.c; f32 (default), f16 or q8_0 for
-        GGUF
+    dtype : of the weights in DST: fp32 (default) or bf16 for llm.c; fp32 for llama2.c; f32
+        (default), f16 or q8_0 for GGUF
     overwrite : replace existing files
 
     Returns
@@ -122,8 +124,8 @@ def convert(
     suffix = "" if directory or dst.is_dir() else dst.suffix
     if suffix.lower() in OTHERS:
         raise ValueError(
-            f"{dst}: its name must say what to write, FILE.bin (llm.c's), FILE.gguf or a directory"
-            f" ({dst}/ is one)"
+            f"{dst}: its name must say what to write, FILE.bin (llm.c's or llama2.c's), FILE.gguf"
+            f" or a directory ({dst}/ is one)"
         )
     if suffix not in (".bin", ".gguf"):  # the dot of a directory's name, as in model-0.1
         suffix = ""
@@ -179,6 +181,8 @@ def _kinds(src: str) -> set[str]:
     if path.suffix == ".safetensors":
         return {"model"}
     start = llmc.read_header(path)[0][:4]
+    if llama2c.is_llama2c(path):
+        return {"model"}
     if start == b"GGUF":
         raise ValueError(f"{src} is a GGUF file, which gpt2c can write but not read")
     magic = int.from_bytes(start, "little")
@@ -228,11 +232,6 @@ def _claim(dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[st
 
 
 def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwrite: bool) -> str:
-    known: Sequence[str] = {".bin": (*llmc.DTYPES,), ".gguf": (*GGUF_DTYPES,)}.get(suffix, ())
-    if dtype is not None and dtype not in known:
-        takes = f"takes {', '.join(known)}" if known else "is float32"
-        raise ValueError(f"{dst} {takes}, not --dtype {dtype}")
-    dtype = dtype or (known[0] if known else "float32")
     if suffix == ".gguf" and not has_tokenizer(src):
         raise ValueError(
             f"{src} has no tokenizer, which a GGUF file needs too: make a directory of both first,"
@@ -243,14 +242,21 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
         raise ValueError(
             f"{src} holds {found.weights} weights: convert the model that was quantized"
         )
+    dtype = _dtype(dtype, dst, suffix, found.config)
+    if suffix:
+        found.config.require_language_head(f"{dst}, a file of llm.c, llama2.c or llama.cpp,")
     _claim(dst, () if suffix else MODEL_FILES, overwrite, () if suffix else MODEL_OTHERS)
     if not suffix and has_tokenizer(dst):
         _check_sizes(dst, Tokenizer.from_pretrained(dst), found.config)
     model = Model(found.config, seed=None)
     model.load_parameters(found.tensors, found.source)
     if suffix == ".bin":
-        llmc.write_model(dst, found.config, model.parameters, dtype)
-        what = "llm.c's model"
+        if isinstance(found.config, LlamaConfig):
+            llama2c.write_model(dst, found.config, model.parameters)
+            what = "llama2.c's model"
+        else:
+            llmc.write_model(dst, found.config, model.parameters, dtype)
+            what = "llm.c's model"
     elif suffix == ".gguf":
         tokenizer = Tokenizer.from_pretrained(src)
         write_gguf(dst, found.config, model.parameters, tokenizer, dtype)
@@ -261,6 +267,18 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     _warn(src, dst, model)
     more = "" if suffix else _missing_tokenizer(dst)
     return f"{dst}: {what}, {model.config.num_parameters():,} parameters, {dtype}{more}"
+
+
+def _dtype(dtype: str | None, dst: Path, suffix: str, config: ModelConfig) -> str:
+    """Return the dtype to write, by default the first that the format has."""
+    if suffix == ".bin":
+        known = ["fp32"] if isinstance(config, LlamaConfig) else [*llmc.DTYPES]
+    else:
+        known = [*GGUF_DTYPES] if suffix == ".gguf" else []
+    if dtype is not None and dtype not in known:
+        takes = f"takes {', '.join(known)}" if known else "is float32"
+        raise ValueError(f"{dst} {takes}, not --dtype {dtype}")
+    return dtype or (known[0] if known else "float32")
 
 
 def _warn(src: Path, dst: Path, model: Model) -> None:

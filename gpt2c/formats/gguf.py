@@ -1,21 +1,24 @@
 """GGUF: a trained model and its tokenizer in one file, for llama.cpp and the tools built on it.
 
-Names and values are those of llama.cpp's architecture "gpt2". The lm_head is not written: without
-it llama.cpp uses the embedding. Needs the `gguf` package, `pip install 'gpt2c[gguf]'`. Knows
-nothing about directories or weights on disk.
+Names and values are those of llama.cpp's architectures "gpt2" and "llama". A tied lm_head is not
+written: without it llama.cpp uses the embedding. Needs the `gguf` package, `pip install
+'gpt2c[gguf]'`. Knows nothing about directories or weights on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt2c.files.atomic import atomic_path
+from gpt2c.formats.rotary import to_adjacent
 from gpt2c.kernels.memory import Array
 from gpt2c.model.config import GPT2Config
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.rope import Rope
 from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = ["DTYPES", "write_gguf"]
@@ -33,12 +36,13 @@ _NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
     "ln_f": "output_norm",
+    "lm_head": "output",
 }
 
 
 def write_gguf(
     path: Path,
-    config: GPT2Config,
+    config: GPT2Config | LlamaConfig,
     tensors: Mapping[str, Array],
     tokenizer: Tokenizer,
     dtype: str = "f32",
@@ -49,7 +53,7 @@ def write_gguf(
     ----------
     path : the file
     config : of the model
-    tensors : name -> float32 array, names and shapes of `GPT2Config.parameter_shapes`
+    tensors : name -> float32 array, names and shapes of `config.parameter_shapes()`
     tokenizer : of the model; it may have fewer tokens: the file marks the model's others as unused
     dtype : of the matrices: "f32", "f16", or "q8_0" (8 bits, and one factor per 32 weights);
         vectors and positions stay float32
@@ -68,7 +72,7 @@ def write_gguf(
         ) from None
     if dtype not in DTYPES:
         raise ValueError(f"the dtype of a GGUF file is one of {', '.join(DTYPES)}, not {dtype}")
-    for name, width in (("n_embd", config.n_embd), ("n_inner", config.inner)):
+    for name, width in _row_lengths(config).items():
         if dtype == "q8_0" and width % BLOCK:
             raise ValueError(
                 f"{path}: q8_0 needs a multiple of {BLOCK} weights in each row, and {name} is"
@@ -77,7 +81,7 @@ def write_gguf(
     file_type, matrix_type = DTYPES[dtype]
     tokens, types, merges = _vocabulary(tokenizer, config.vocab_size, gguf.TokenType)
     with atomic_path(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, "gpt2")
+        writer = gguf.GGUFWriter(temporary, "llama" if isinstance(config, LlamaConfig) else "gpt2")
         writer.add_name(path.stem)
         writer.add_file_type(gguf.LlamaFileType[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -90,24 +94,76 @@ def write_gguf(
         writer.add_bos_token_id(tokenizer.eot)
         writer.add_eos_token_id(tokenizer.eot)
         writer.add_add_bos_token(False)
-        for name, tensor in tensors.items():
+        for name, stored_name, tensor in _stored_tensors(config, tensors):
             is_matrix = tensor.ndim == 2 and name != "wpe.weight"
             kind = gguf.GGMLQuantizationType[matrix_type if is_matrix else "F32"]
             stored = gguf.quants.quantize(_checked(tensor, kind.name, f"{path}: {name}"), kind)
-            writer.add_tensor(_gguf_name(name), stored, raw_dtype=kind)
+            writer.add_tensor(stored_name, stored, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-def _add_shape(writer: Any, config: GPT2Config) -> None:
+def _row_lengths(config: GPT2Config | LlamaConfig) -> dict[str, int]:
+    """Return the lengths of the matrices' rows: name in the config -> numbers."""
+    if isinstance(config, GPT2Config):
+        return {"n_embd": config.n_embd, "n_inner": config.inner}
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads * head_dim": config.num_attention_heads * config.HS,
+    }
+
+
+def _add_shape(writer: Any, config: GPT2Config | LlamaConfig) -> None:
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
     writer.add_feed_forward_length(config.inner)
     writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    if isinstance(config, GPT2Config):
+        writer.add_head_count(config.n_head)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
+    writer.add_key_length(config.HS)
+    writer.add_value_length(config.HS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.HS)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
+        writer.add_string("llama.rope.scaling.type", "linear")
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+
+
+def _stored_tensors(
+    config: GPT2Config | LlamaConfig, tensors: Mapping[str, Array]
+) -> Iterator[tuple[str, str, Array]]:
+    """Yield name, llama.cpp's name, tensor; of a Llama parts, with adjacent pairs in q and k.
+
+    llama.cpp has "linear" in the header and "llama3" as numbers that divide the frequencies.
+    "dynamic" changes nothing in texts of up to n_positions tokens.
+    """
+    for name, tensor in tensors.items():
+        stored = _gguf_name(name)
+        if isinstance(config, LlamaConfig) and name.endswith("attn.c_attn.weight"):
+            HS, NH = config.HS, config.num_attention_heads
+            q, k = HS * NH, HS * (NH + (config.num_key_value_heads or NH))
+            yield name, stored.replace("qkv", "q"), to_adjacent(tensor[:q], HS)
+            yield name, stored.replace("qkv", "k"), to_adjacent(tensor[q:k], HS)
+            yield name, stored.replace("qkv", "v"), tensor[k:]
+        elif isinstance(config, LlamaConfig) and name.endswith("mlp.c_fc.weight"):
+            gate, up = tensor[: config.inner], tensor[config.inner :]
+            yield name, stored.replace("ffn_up", "ffn_gate"), gate
+            yield name, stored, up
+        else:
+            yield name, stored, tensor
+    if isinstance(config, LlamaConfig):
+        scaling, shape = config.rope_scaling, (config.n_positions, config.HS, config.rope_theta)
+        if scaling is not None and scaling.rope_type == "llama3":
+            factors = Rope(*shape).frequencies / Rope(*shape, scaling).frequencies
+            yield "rope_scaling", "rope_freqs.weight", factors.astype(np.float32)
 
 
 def _gguf_name(name: str) -> str:

@@ -13,6 +13,7 @@ __all__ = ["GPT2", "TRANSPOSED"]
 
 # Hugging Face's Conv1D stores these as (C, OC); memory has llm.c's (OC, C).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+SCORE = "score.weight"  # a classifier's head
 # The causal mask that older versions of transformers saved with the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
 
@@ -24,7 +25,11 @@ def read(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
 
 def write(tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Return parameters as a file has them."""
-    return {name: _transpose(name, tensor) for name, tensor in tensors.items()}
+    base = "transformer." if SCORE in tensors else ""  # transformers 4 wants it beside a head
+    return {
+        name if name == SCORE else base + name: _transpose(name, tensor)
+        for name, tensor in tensors.items()
+    }
 
 
 def _transpose(name: str, tensor: Any) -> Any:

@@ -22,7 +22,9 @@ NAMES = {
     "wte.weight": "embed_tokens.weight",
     "ln_f.weight": "norm.weight",
     "lm_head.weight": "lm_head.weight",
+    "score.weight": "score.weight",  # of a classifier
 }
+HEADS = ("lm_head.weight", "score.weight")  # names without prefix
 LAYER = {  # of h.0 in memory -> of layers.0 in a file
     "ln_1.weight": ("input_layernorm.weight",),
     "attn.c_attn.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
@@ -89,7 +91,7 @@ def write(tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     stored: dict[str, AnyTensor] = {}
     for own, tensor in tensors.items():
         if own in NAMES:
-            prefix = "" if own == "lm_head.weight" else "model."
+            prefix = "" if own in HEADS else "model."
             stored[prefix + NAMES[own]] = tensor
             continue
         _, number, name = own.split(".", 2)

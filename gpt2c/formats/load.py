@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c.files import hub
-from gpt2c.formats import huggingface, llmc
+from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.parameters import Tensor
@@ -51,8 +51,8 @@ def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None
     Parameters
     ----------
     path_or_name : a directory with config.json and model.safetensors, which may be in shards with
-        an index; a .safetensors file beside its config.json; an llm.c model .bin; or a name on the
-        hub, such as gpt2, see `gpt2c.files.hub.find`
+        an index; a .safetensors file beside its config.json; a model .bin of llm.c or of
+        llama2.c; or a name on the hub, such as gpt2, see `gpt2c.files.hub.find`
     revision : of a model on the hub: a branch, tag or commit
 
     Raises
@@ -61,6 +61,9 @@ def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None
     ValueError : a file is damaged, or gpt2c cannot compute the model
     """
     path = hub.find(path_or_name, revision)
+    if llama2c.is_llama2c(path):
+        llama, parts = llama2c.read_model(path)
+        return Pretrained(path, str(path), llama, "fp32", parts, [])
     if llmc.is_llmc(path):
         config, arrays = llmc.read_model(path)
         return Pretrained(path, str(path), config, "fp32", arrays, [])

@@ -156,7 +156,7 @@ class Engine:
 
     Parameters
     ----------
-    model : a `GPT2` or `QuantizedGPT2`; its weights must not change while the engine is open
+    model : a `GPT2` or `Llama`; its weights must not change while the engine is open
     slots : the number of requests that run at a time
     queue : the number of requests that may wait
     capacity : the most tokens of a request, prompt and new; None is n_positions, and then a text
@@ -187,7 +187,7 @@ class Engine:
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        check_kind("model", model, LanguageModel, "a GPT2 or QuantizedGPT2")
+        check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         most = model.config.n_positions
         slots, queue = whole("slots", slots), whole("queue", queue)
         capacity = most if capacity is None else whole("capacity", capacity)

@@ -4,7 +4,7 @@ Each op has a method, made from its declaration in `gpt2c.kernels.op`. It passes
 to the C function of the same name, which writes the outputs; print(source(OPS["..."])) shows one.
 `gpt2c.kernels.reference` defines what each op computes. Arrays must be C-contiguous float32 (int32
 for idx and targets, also float16 and uint8 for weights) of the declared shapes; `gpt2c.ops` and
-`gpt2c.model` check this before. Knows nothing about models, except their parameters' names.
+`gpt2c.model` check this before. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import importlib
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,70 +105,45 @@ class Kernels:
 
     # ---- a step of decoding, in one call ---------------------------------------------------------
 
-    def bind_decoder(self, p: Mapping[str, Array], n_layer: int, n_head: int, eps: float) -> Any:
-        """Return `decode_step`'s model with the parameters `p`, which must live as long."""
-
-        def linear(name: str) -> dict[str, Any]:
-            weight = p[name + ".weight"]
-            scale, bias = self._f(p.get(name + ".scale")), self._f(p.get(name + ".bias"))
-            OC, C = weight.shape
-            data = self._from_buffer(weight)
-            kept.extend((data, scale, bias))
-            return {
-                **{"weight": data, "scale": scale, "bias": bias},
-                **{"C": C, "OC": OC, "type": self._type(weight)},
-            }
-
-        def floats(*names: str) -> dict[str, Any]:
-            data = {name.replace(".", "_"): self._f(p[prefix + name]) for name in names}
-            kept.extend(data.values())
-            return data
-
+    def bind_step(self, stages: Iterable[NamedTuple]) -> Any:
+        """Return `decode_step`'s stages, each made of a `gpt2c.model.block.Stage`."""
+        entries: list[dict[str, Any]] = []
         kept: list[Any] = []  # a C struct does not keep alive what it points at
-        layers = []
-        for layer in range(n_layer):
-            prefix = f"h.{layer}."
-            layers.append(
-                {
-                    **floats("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"),
-                    **{"c_attn": linear(prefix + "attn.c_attn")},
-                    **{"attn_proj": linear(prefix + "attn.c_proj")},
-                    **{"c_fc": linear(prefix + "mlp.c_fc")},
-                    **{"mlp_proj": linear(prefix + "mlp.c_proj")},
-                }
-            )
-        prefix = ""
-        wpe, F = floats("wpe.weight")["wpe_weight"], layers[0]["c_fc"]["OC"]
-        kept.append(self._ffi.new("Layer[]", layers))
-        numbers = {"layers": kept[-1], "L": n_layer, "NH": n_head, "F": F, "eps": eps}
-        entries = {"wte": linear("wte"), "wpe": wpe, **floats("ln_f.weight", "ln_f.bias")}
-        return self._ffi.new("Decoder *", entries | numbers), kept
+        for stage in stages:
+            given = {name: value for name, value in stage._asdict().items() if value is not None}
+            entry = {"C": given["out"].shape[-1]}
+            if "keys" in given:
+                entry |= dict(zip(("KV", "P", "HS"), given["keys"].shape[1:], strict=True))
+            for name in ("op", "then"):
+                entry[name] = getattr(self._lib, given.pop(name).upper())
+            linear = {}
+            if "weight" in given:
+                weight = given.pop("weight")
+                linear = dict(zip(("OC", "C"), weight.shape, strict=True))
+                linear |= {"weight": self._from_buffer(weight), "type": self._type(weight)}
+            for name, value in given.items():
+                is_array = isinstance(value, np.ndarray)
+                fields = linear if name in ("scale", "bias") else entry
+                fields[name] = self._f(value) if is_array else value
+            kept.append((entry, linear))
+            entries.append(entry | {"linear": linear})
+        return self._ffi.new("Stage[]", entries), kept
 
-    def decode_step(
-        self,
-        logits: Array,
-        keys: Array,
-        values: Array,
-        tokens: Array,
-        slots: Array,
-        positions: Array,
-        model: Any,
-    ) -> None:
+    def decode_step(self, tokens: Array, slots: Array, positions: Array, stages: Any) -> None:
         """Process one more token of each of N texts, all in one call.
 
         Parameters
         ----------
-        logits : (N, V), written: the logits of the token after each
-        keys, values : (L, S, NH, P, HS), the caches of S texts; one row of each text is written
         tokens, slots, positions : (N,) int32, each text's token; its cache in [0, S), no two the
-            same; and the token's position in it, in [0, P)
-        model : from `bind_decoder`
+            same; and the token's position in it, in [0, P); N is at most the rows of the stages'
+            arrays
+        stages : from `bind_step`
         """
-        f, i, N = self._f, self._i, len(tokens)
-        _, S, _, P, _ = keys.shape
-        scratch = self._scratch(self._lib.decode_scratch_size(model[0], N, P, self.threads))
-        arrays = (f(logits), f(keys), f(values), i(tokens), i(slots), i(positions))
-        self._call("decode_step", *arrays, model[0], scratch, N, S, P)
+        i, N, (pointer, _) = self._i, len(tokens), stages
+        count = len(pointer)
+        scratch = self._scratch(self._lib.decode_scratch_size(pointer, count, N, self.threads))
+        ids = i(tokens), i(slots), i(positions)
+        self._call("decode_step", pointer, count, *ids, scratch, N)
 
 
 def source(op: Op) -> str:

@@ -28,6 +28,7 @@ __all__ = ["EPS", "EXAMPLES", "Example", "Shape", "normalised_error"]
 
 Shape = dict[str, Any]
 EPS = float(np.float32(1e-5))
+KEY, FIRST = 0x9ABCDEF012345678, 0x8765432180000003  # of dropout
 
 
 @dataclass(frozen=True)
@@ -204,26 +205,35 @@ def _attention_forward(
     P: int = 0,
     KV: int = 0,
     S: int = 0,
+    dropout: float = 0.0,
 ) -> list[Any]:
     # with 10, scores spread over hundreds, and most rows of the softmax are a 1 and zeros
     scale, KV = 10.0 if kind == "saturated" else 1.0, KV or NH
     qkv = _normal(rng, B, T, (NH + 2 * KV) * HS, scale=scale)
     outputs = [_unwritten(B, T, NH * HS), _unwritten(B, NH, T)]
     if not P:
-        return [*outputs, None, None, qkv, _offsets(rng, T, S), 0]
+        return [*outputs, None, None, qkv, _offsets(rng, T, S), 0, dropout, KEY, FIRST]
     keys, values = _normal(rng, B, KV, P, HS, scale=scale), _normal(rng, B, KV, P, HS)
     for cache in (keys, values):
         cache[:, :, position : position + T] = np.nan  # written; the rows around them stay
-    return [*outputs, keys, values, qkv, None, position]
+    return [*outputs, keys, values, qkv, None, position, 0.0, 0, 0]
 
 
 def _attention_backward(
-    rng: Any, B: int, T: int, NH: int, HS: int, kind: str = "normal", KV: int = 0, S: int = 0
+    rng: Any,
+    B: int,
+    T: int,
+    NH: int,
+    HS: int,
+    kind: str = "normal",
+    KV: int = 0,
+    S: int = 0,
+    dropout: float = 0.0,
 ) -> list[Any]:
-    arguments = _attention_forward(rng, B, T, NH, HS, kind, KV=KV, S=S)
+    arguments = _attention_forward(rng, B, T, NH, HS, kind, KV=KV, S=S, dropout=dropout)
     out, lse, *_ = _forward("attention_forward", arguments)
-    _, _, _, _, qkv, offsets, _ = arguments
-    return [_unwritten(*qkv.shape), _normal(rng, B, T, NH * HS), qkv, out, lse, offsets]
+    _, _, _, _, qkv, offsets, _, *numbers = arguments
+    return [_unwritten(*qkv.shape), _normal(rng, B, T, NH * HS), qkv, out, lse, offsets, *numbers]
 
 
 def _rope_forward(
@@ -271,6 +281,10 @@ def _swiglu_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[Any
 
 def _residual_forward(rng: Any, n: int) -> list[Any]:
     return [_unwritten(n), _normal(rng, n), _normal(rng, n)]
+
+
+def _dropout_forward(rng: Any, N: int, C: int, dropout: float = 0.25) -> list[Any]:
+    return [_unwritten(N, C), _normal(rng, N, C), dropout, KEY, FIRST]
 
 
 def _crossentropy_forward(rng: Any, N: int, V: int, kind: str = "normal") -> list[Any]:
@@ -489,6 +503,10 @@ EXAMPLES: dict[str, Example] = {
         kinds=dict.fromkeys(ODD_HIDDEN, FEW),
     ),
     "residual_forward": Example(ROUNDING, _residual_forward, STREAM, lambda n: (n, 12 * n)),
+    # integers count as operations: in 4 words, 7 rounds of 2 products, 4 exclusive ors and 2 sums
+    "dropout_forward": Example(
+        ROUNDING, _dropout_forward, ROWS, lambda N, C: (16 * N * C, 8 * N * C)
+    ),
     "crossentropy_forward": Example(
         FEW,
         _crossentropy_forward,

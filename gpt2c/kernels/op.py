@@ -59,7 +59,7 @@ matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
 matrix_transpose    out[C R] <- x[R C] | R C
 
 attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
-                    <- qkv[B T W] offsets[S]offsets? position=0
+                    <- qkv[B T W] offsets[S]offsets? position=0 dropout=0.0 key=0 first=0
                     | attention_scratch_size(T HS threads) B T C NH W P S
     C = W * NH // max(1, NH + 2 * KV)
     n_head: NH >= 1
@@ -69,17 +69,29 @@ attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
     offsets: P == 0 or S == 0
     position: P > 0 or position == 0
     position: 0 <= position <= max(0, P - T)
+    dropout: 0 <= dropout < 1
+    dropout: P == 0 or dropout == 0
+    key: 0 <= key < 2**64
+    first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
 attention_backward  dqkv[B T W]=qkv
                     <- dout[B T C] qkv[B T W] out[B T C] lse[B NH T] offsets[S]offsets?
+                    dropout=0.0 key=0 first=0
                     | attention_scratch_size(T HS threads) B T C NH W S
     lse: C % NH == 0
     qkv: W > C and (W - C) % (2 * C // NH) == 0 and NH % ((W - C) // (2 * C // NH)) == 0
+    dropout: 0 <= dropout < 1
+    key: 0 <= key < 2**64
+    first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
 
 gelu_forward        out[*]=x <- x[*] | n
 gelu_backward       dx[*]=dout <- dout[*] x[*] | n
 swiglu_forward      out[N C] <- x[N 2C] | N C
 swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
+dropout_forward     out[N C]=x <- x[N C] dropout=0.1 key=0 first=0 | N C
+    dropout: 0 <= dropout < 1
+    key: 0 <= key < 2**64
+    first: 0 <= first < 2**64 and first % 2**32 + N <= 2**32
 
 rope_forward        out[B T W]=qkv
                     <- qkv[B T W] cos[P D] sin[P D] offsets[S]offsets? heads position=0

@@ -1,7 +1,7 @@
 """Attention: each token takes from those before it what its query asks for.
 
 q, k, v = x W_qkv + b                          q and k turned by their positions, if there is a Rope
-att = softmax(mask(q k^T / sqrt(HS))) v        for each of NH heads
+att = dropout(softmax(mask(q k^T / sqrt(HS)))) v        for each of NH heads
 out = att W_proj + b
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.linear import Linear
 from gpt2c.model.rope import Rope
 
@@ -78,8 +78,18 @@ class Attention:
         run.ops.attention_forward(
             *(run.rows(att), run.a[self._lse], keys, values),
             *(run.rows(qkv), run.offsets, run.position),
+            *run.dropout.at(self.name),
         )
         self.proj.forward(run, out, att)
+
+    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+        """Yield the stages that add to out (N, C) what `forward` makes of x (N, C)."""
+        qkv, att = run.a[self._qkv], run.a[self._att]
+        keys, values = run.caches[self.name]
+        cos, sin = self._rope.tables(keys.shape[-2]) if self._rope else (None, None)
+        yield from self.qkv.stages(run, qkv, x)
+        yield Stage("attention", att, qkv, keys=keys, values=values, cos=cos, sin=sin, NH=self.NH)
+        yield from self.proj.stages(run, out, att, "add")
 
     def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""
@@ -88,7 +98,8 @@ class Attention:
         self.proj.backward(run, d_att, d_out, att)
         d_qkv = run.take(self._qkv)
         run.ops.attention_backward(
-            *(run.rows(d_qkv), run.rows(d_att), run.rows(qkv), run.rows(att), lse, run.offsets)
+            *(run.rows(d_qkv), run.rows(d_att), run.rows(qkv), run.rows(att), lse, run.offsets),
+            *run.dropout.at(self.name),
         )
         if self._rope:
             self._rope.backward(run, d_qkv, self.NH + self.KV)

@@ -6,6 +6,7 @@ A block is a small class. It has, side by side in one file:
     slots(batch)            the arrays that it writes, and how long each must live
     forward(run, out, x)    out (N, OC) of x (N, C), as a sequence of ops
     backward(run, d_x, d_out, x)    the same lines upwards, written by hand
+    stages(run, out, x)             the same for the newest token of several texts, see `Stage`
     flops(T)                the multiply-adds of a token among T
 
 No tape records what forward did: the order of the ops stands on the page, twice. A block knows its
@@ -14,6 +15,7 @@ own names and sizes. It knows nothing about the model around it, nor about who h
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from types import MappingProxyType
@@ -23,9 +25,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.checks import check_kind, number, whole
 from gpt2c.kernels.memory import Array
 
-__all__ = ["Batch", "Block", "IntArray", "Life", "Parameter", "Run", "Slot"]
+__all__ = [
+    "NO_DROPOUT",
+    "Batch",
+    "Block",
+    "Dropout",
+    "IntArray",
+    "Life",
+    "Parameter",
+    "Run",
+    "Slot",
+    "Stage",
+    "check_dropout",
+]
 
 IntArray = NDArray[np.int32]
 Shape = tuple[int, ...]
@@ -101,6 +116,102 @@ class Batch(NamedTuple):
         return self.B * self.T
 
 
+class Stage(NamedTuple):
+    """An op of a decoding step, which runs all of a model's in one call: `Stage` in csrc/gpt2c.h.
+
+    A stage may do what several ops of forward do: add to the stream, apply an activation, turn q
+    and k by their positions.
+
+    Attributes
+    ----------
+    op : "encoder", "layernorm", "rmsnorm", "matmul" or "attention"
+    out, x : what it writes and reads
+    then : of a matmul: "write", "add" to out, "gelu" or "swiglu"
+    the others : see the header; None or 0 where the op has none
+    """
+
+    op: str
+    out: Array
+    x: Array | None = None
+    then: str = "write"
+    inner: Array | None = None
+    weight: NDArray[Any] | None = None
+    scale: Array | None = None
+    bias: Array | None = None
+    wpe: Array | None = None
+    gain: Array | None = None
+    shift: Array | None = None
+    eps: float = 0.0
+    keys: Array | None = None
+    values: Array | None = None
+    cos: Array | None = None
+    sin: Array | None = None
+    NH: int = 0
+
+
+class Dropout(NamedTuple):
+    """Dropout of a batch: random activations are 0 in training, so a model relies on no single one.
+
+    The masks are a function of these numbers. Nothing stores them, and a loss with the same numbers
+    has the same masks. GPT-2 has dropout at three kinds of places: on the embeddings, on the
+    weights of attention, and on what a layer's two branches add to the stream.
+
+    Attributes
+    ----------
+    rate : the probability in [0, 1) that a number becomes 0; the others are divided by 1 - rate
+    seed : of the masks, in [0, 2^64); each step takes another one
+    first : the number of the batch's first token in its step. Batches of one step whose tokens are
+        numbered one after the other have the masks of one batch of them all
+
+    Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from
+    overfitting".
+
+    Examples
+    --------
+    >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257)
+    >>> model = gpt2c.GPT2(config, seed=1)
+    >>> loss = model.loss([[1, 2]], [[2, 3]], dropout=gpt2c.Dropout(0.1, seed=1))
+    >>> loss == model.loss([[1, 2]], [[2, 3]], dropout=gpt2c.Dropout(0.1, seed=1))
+    True
+    >>> loss == model.loss([[1, 2]], [[2, 3]], dropout=gpt2c.Dropout(0.1, seed=2))
+    False
+    """
+
+    rate: float
+    seed: int
+    first: int = 0
+
+    def at(self, place: str) -> tuple[float, int, int]:
+        """Return dropout, key and first as ops take them; each place has masks of its own."""
+        return self.rate, self.seed, zlib.crc32(place.encode()) << 32 | self.first
+
+
+NO_DROPOUT = Dropout(0.0, 0)
+
+
+def check_dropout(dropout: Dropout | None, N: int) -> Dropout:
+    """Return the dropout of a batch of N tokens with numbers that ops take.
+
+    Raises
+    ------
+    ValueError : another type, or a number out of its range
+    """
+    if dropout is None:
+        return NO_DROPOUT
+    check_kind("dropout", dropout, Dropout, "a gpt2c.Dropout")
+    rate = number("dropout's rate", dropout.rate)
+    seed, first = whole("dropout's seed", dropout.seed), whole("dropout's first", dropout.first)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout's rate must be in [0, 1), got {rate}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"dropout's seed must be in [0, 2^64), got {seed!r:.50}")
+    if not 0 <= first <= 2**32 - N:
+        raise ValueError(
+            f"dropout's first must be in [0, 2^32 - N] with N={N:,} tokens, got {first!r:.50}"
+        )
+    return Dropout(rate, seed, first)
+
+
 class Run:
     """A batch on its way through the blocks: all that a block is handed; it owns nothing.
 
@@ -112,11 +223,15 @@ class Run:
     batch : its sizes
     offsets : of a ragged batch, which is one row: the first token of each sequence, then T
     accumulate : whether backward adds to the gradients of matrices, or writes them
-    caches : of a text that is read in parts, a block's name -> what it remembers
+    caches : of texts that are read in parts, the name of a block -> what it remembers
     position : of the first token
+    dropout : of a batch to learn from
     """
 
-    __slots__ = ("a", "accumulate", "batch", "caches", "g", "offsets", "ops", "p", "position")
+    __slots__ = (
+        *("a", "accumulate", "batch", "caches", "dropout", "g", "offsets", "ops", "p"),
+        "position",
+    )
 
     def __init__(
         self,
@@ -127,15 +242,26 @@ class Run:
         offsets: IntArray | None = None,
         caches: Mapping[str, tuple[Array, Array]] = NOTHING,
         position: int = 0,
+        dropout: Dropout = NO_DROPOUT,
     ) -> None:
         self.ops, self.p, self.a, self.batch, self.offsets = ops, p, a, batch, offsets
-        self.caches, self.position = caches, position
+        self.caches, self.position, self.dropout = caches, position, dropout
         self.g: Mapping[str, Array] = NOTHING
         self.accumulate = True
 
     def rows(self, array: Array) -> Array:
         """View (N, C) as (B, T, C)."""
         return array.reshape(*self.batch, array.shape[-1])
+
+    def drop(self, out: Array, x: Array, place: str) -> Array:
+        """Write x (N, C) with dropout to out, which may be x, and return out; without, return x.
+
+        Forward and backward are the same: the factors of x are those of its gradient.
+        """
+        if not self.dropout.rate:
+            return x
+        self.ops.dropout_forward(out, x, *self.dropout.at(place))
+        return out
 
     def take(self, name: str) -> Array:
         """Return an activation's memory for a gradient.

@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from gpt2c.model.attention import Attention
 from gpt2c.model.embedding import Embedding
-from gpt2c.model.head import LanguageHead
+from gpt2c.model.head import Head
 from gpt2c.model.mlp import MLP
 from gpt2c.model.norm import LayerNorm
 from gpt2c.model.stack import Layer, Stack
@@ -26,13 +26,18 @@ __all__ = [
     "check_fixed",
     "check_numbers",
     "check_sizes",
+    "read_labels",
     "read_token",
+    "write_labels",
 ]
 
+CLASSIFIER = ["GPT2ForSequenceClassification"]
 # The fields of config.json that choose the arithmetic, each with the values that gpt2c implements.
 # `from_dict` refuses any other value; `to_dict` writes the first.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], None),  # other classes have other heads
+    "architectures": (  # other classes have other heads
+        *(["GPT2LMHeadModel"], ["GPT2Model"], None, CLASSIFIER),
+    ),
     "activation_function": (  # names of GELU's tanh form
         *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
         *("gelu_fast", "gelu_accurate"),
@@ -61,7 +66,11 @@ RANGES = {"layer_norm_epsilon": (1e-37, 1.0), "initializer_range": (1e-37, 1e4)}
 class ModelConfig:
     """The part of a config that every model has: its sizes, under GPT-2's names, and its blocks."""
 
-    if TYPE_CHECKING:  # fields or properties of each kind of config
+    if TYPE_CHECKING:  # fields, properties and methods of each kind of config
+
+        @classmethod
+        def from_dict(cls, entries: Mapping[str, Any]) -> Self:
+            """Return the config that the entries of config.json describe."""
 
         @property
         def vocab_size(self) -> int:
@@ -87,12 +96,40 @@ class ModelConfig:
         def eos_token_id(self) -> int | None:
             """The end-of-text token, or None."""
 
+        @property
+        def num_labels(self) -> int | None:
+            """K, the scores of a text; None for a language model."""
+
+        @property
+        def initializer_range(self) -> float:
+            """The standard deviation of the initial weights."""
+
         def to_dict(self) -> dict[str, Any]:
             """Return the entries of a config.json from which transformers builds the same model."""
 
     def stack(self) -> Stack:
         """Return the blocks of this model."""
         raise NotImplementedError
+
+    def head(self, name: str) -> Head:
+        """Return the head: scores, or logits whose weight has this name; see `Head`."""
+        std = self.initializer_range
+        if self.num_labels is not None:
+            return Head(self.num_labels, self.n_embd, "score", std)
+        return Head(self.vocab_size, self.n_embd, name, std)
+
+    def require_language_head(self, what: str) -> None:
+        """Refuse a model that has scores in place of logits; `what` begins the error.
+
+        Raises
+        ------
+        ValueError : the config has num_labels
+        """
+        if self.num_labels is not None:
+            raise ValueError(
+                f"{what} needs a language head; this model has scores of texts in its place"
+                f" (num_labels={self.num_labels}), see gpt2c.GPT2.scores"
+            )
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of all parameters; matrices, which AdamW decays, come first.
@@ -105,6 +142,11 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Return the number of parameters; a table that is the lm_head too counts once."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def cache_floats(self) -> int:
+        """Return the floats of the keys and values that a token leaves in a decoder's cache."""
+        layers = self.stack().layers
+        return sum(2 * layer.attention.KV * layer.attention.HS for layer in layers)
 
     def flops_per_token(self, T: int) -> float:
         """Return the float operations per token, forward and backward, in texts of T tokens.
@@ -129,6 +171,8 @@ class GPT2Config(ModelConfig):
     layer_norm_epsilon : added to the variance, from 1e-37 to 1
     initializer_range : standard deviation of the initial weights, from 1e-37 to 1e4
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
+    num_labels : K makes a model with K scores of a text in place of logits, as transformers'
+        GPT2ForSequenceClassification; None for logits
 
     Raises
     ------
@@ -153,10 +197,11 @@ class GPT2Config(ModelConfig):
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     eos_token_id: int | None = None
+    num_labels: int | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-        check_sizes(self, sizes, ("n_inner",), "n_layer")
+        check_sizes(self, sizes, ("n_inner", "num_labels"), "n_layer")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}"
@@ -170,7 +215,7 @@ class GPT2Config(ModelConfig):
 
         Unknown keys are ignored, and so is dropout, which gpt2c does not have. If eos_token_id is a
         list, the first id counts, as transformers pads with it. An id beyond the vocabulary counts
-        as None.
+        as None. The labels of a classifier count, their names do not.
 
         Raises
         ------
@@ -193,8 +238,9 @@ class GPT2Config(ModelConfig):
                     f" and {entries[name]!r:.50}"
                 )
         eos = read_token("eos_token_id", entries, cls.vocab_size)
+        labels = read_labels(entries, CLASSIFIER)
         try:
-            return cls(**known_entries | {"eos_token_id": eos})
+            return cls(**known_entries | {"eos_token_id": eos, "num_labels": labels})
         except ValueError as error:
             raise ValueError(f"config.json: {error}") from None
 
@@ -202,12 +248,15 @@ class GPT2Config(ModelConfig):
         """Return the entries of a config.json from which transformers builds the same model."""
         arithmetic = {name: known[0] for name, known in FIXED.items()}
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        fields = dataclasses.asdict(self)
+        del fields["num_labels"]
         return (
             {"model_type": "gpt2"}
-            | dataclasses.asdict(self)
+            | fields
             | {"bos_token_id": self.eos_token_id}
             | arithmetic
             | dropout
+            | write_labels(self, CLASSIFIER)
         )
 
     @property
@@ -234,9 +283,49 @@ def _gpt2(config: GPT2Config) -> Stack:
         )
         for i in range(config.n_layer)
     ]
-    embedding = Embedding(config.vocab_size, config.n_positions, C, std)
-    head = LanguageHead(config.vocab_size, C)
+    head = config.head("wte")
+    embedding = Embedding(config.vocab_size, config.n_positions, C, std, head.tied)
     return Stack(embedding, layers, LayerNorm("ln_f", C, eps), head)
+
+
+def read_labels(entries: Mapping[str, Any], classifier: list[str]) -> Any:
+    """Return the number of a classifier's labels as transformers counts them, 2 if nothing is said.
+
+    Parameters
+    ----------
+    entries : of config.json
+    classifier : the architectures of a classifier of this kind; others have no labels: None
+
+    Raises
+    ------
+    ValueError : id2label is no object, or num_labels contradicts it
+    """
+    if entries.get("architectures") != classifier:
+        return None
+    names, number = entries.get("id2label"), entries.get("num_labels")
+    if names is None:
+        return 2 if number is None else number
+    if not isinstance(names, dict):
+        raise ValueError(f"config.json: id2label must be an object, got {names!r:.50}")
+    if number is not None and number != len(names):
+        raise ValueError(
+            f"config.json: num_labels must be the {len(names)} of id2label, got {number!r:.50}"
+        )
+    return len(names)
+
+
+def write_labels(config: ModelConfig, classifier: list[str]) -> dict[str, Any]:
+    """Return the entries of config.json that a classifier has beside those of a language model."""
+    if config.num_labels is None:
+        return {}
+    # transformers counts id2label, and finds a text's last token by the pad
+    names = {number: f"LABEL_{number}" for number in range(config.num_labels)}
+    return {
+        "architectures": classifier,
+        "pad_token_id": config.eos_token_id,
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+    }
 
 
 def check_sizes(

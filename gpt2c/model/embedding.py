@@ -1,6 +1,6 @@
 """Embedding: a row for each token plus, in GPT-2, a row for each position.
 
-out = wte[idx] + wpe[position + t]
+out = dropout(wte[idx] + wpe[position + t])
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, IntArray, Life, Parameter, Run, Slot, Stage
 
 __all__ = ["Embedding"]
 
@@ -48,10 +48,19 @@ class Embedding:
             *(run.rows(out), idx, p["wte.weight"], p.get("wpe.weight"), p.get("wte.scale")),
             *(run.offsets, run.position),
         )
-        return out
+        return run.drop(out, out, "encoded")
+
+    def stages(self, run: Run, out: Array) -> Iterable[Stage]:
+        """Yield the stage that does `forward`."""
+        wte, scale, wpe = (run.p.get(name) for name in ("wte.weight", "wte.scale", "wpe.weight"))
+        yield Stage("encoder", out, weight=wte, scale=scale, wpe=wpe)
 
     def backward(self, run: Run, d_out: Array, idx: IntArray) -> None:
-        """Add to the gradients of both tables; a tied wte's has what the head wrote."""
+        """Add to the gradients of both tables; a tied wte's has what the head wrote.
+
+        With dropout, d_out (N, C) becomes the gradient of the sum before it.
+        """
+        run.drop(d_out, d_out, "encoded")
         d_wte, d_wpe = run.g.get("wte.weight"), run.g.get("wpe.weight")
         for table in (d_wpe, None if self._tied else d_wte):
             if table is not None and not run.accumulate:

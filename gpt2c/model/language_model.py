@@ -1,4 +1,4 @@
-"""LanguageModel: what every GPT-2 can compute without training, whatever the dtype of its weights.
+"""LanguageModel: what every model can compute without training, whatever the type of its weights.
 
     __call__     logits, and hidden states
     embed        a vector for each text
@@ -11,6 +11,7 @@ It checks the arguments; the decoder computes. Knows nothing about training.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, TypeGuard, overload
 
@@ -28,12 +29,13 @@ __all__ = ["LanguageModel", "check_ids", "is_ragged"]
 
 
 class LanguageModel:
-    """A GPT-2 with weights of any kind.
+    """A model with weights of any type.
 
     Parameters
     ----------
     config : its shape
     backend : the ops that compute
+    weights : their type
 
     Attributes
     ----------
@@ -41,11 +43,16 @@ class LanguageModel:
     """
 
     parameters: Mapping[str, NDArray[Any]]
-    _weights: tuple[str, ...] = ()  # for repr: the kind of weights, unless float32
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, weights: str = "fp32") -> None:
         self.config = config
         self.backend = backend
+        self._weights = weights
+
+    @property
+    def weights(self) -> str:
+        """The type of the matrices and the token table: "fp32", "fp16" or "int8"."""
+        return self._weights
 
     def __repr__(self) -> str:
         config, backend = self.config, self.backend
@@ -54,7 +61,7 @@ class LanguageModel:
             counted(config.n_layer, "layer"),
             counted(config.n_embd, "channel"),
             f"{size / 1e6:,.0f}M parameters" if size >= 1e7 else counted(size, "parameter"),
-            *self._weights,
+            *([] if self.weights == "fp32" else [self.weights]),
             backend.name,
         ]
         if backend.name != "numpy":  # NumPy has threads of its own
@@ -135,7 +142,7 @@ class LanguageModel:
     def __call__(self, idx: ArrayLike, hidden_states: bool) -> Array | tuple[Array, Array]: ...
 
     def __call__(self, idx: ArrayLike, hidden_states: bool = False) -> Array | tuple[Array, Array]:
-        """Return the logits of the next token at every position, in new arrays.
+        """Return the logits of the next token at every position, or the scores, in new arrays.
 
         Parameters
         ----------
@@ -144,30 +151,33 @@ class LanguageModel:
 
         Returns
         -------
-        logits (B, T, V) float32; with hidden_states a pair, logits and states (L + 1, B, T, C)
-        float32, as transformers' output_hidden_states: states[0] is the embeddings, states[i] the
-        output of layer i, counted from 1, and states[L] the output of ln_f after the last layer
+        logits (B, T, V) float32, of a model with num_labels the scores (B, K); with hidden_states a
+        pair, logits and states (L + 1, B, T, C) float32, as transformers' output_hidden_states:
+        states[0] is the embeddings, states[i] the output of layer i, counted from 1, and states[L]
+        the output of ln_f after the last layer
 
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range
         MemoryError : the results do not fit
-        RuntimeError : the model is a `GPT2` and another thread computes with it
+        RuntimeError : another thread computes with this model, whose weights are fp32
         """
         tokens = self._check_tokens(idx)
         V, C, L = self.config.vocab_size, self.config.n_embd, self.config.n_layer
-        sizes = {"logits": 4 * tokens.size * V}
+        K = self.config.num_labels
+        shape = (*tokens.shape, V) if K is None else (len(tokens), K)
+        sizes = {"logits": 4 * math.prod(shape)}
         sizes["hidden states"] = 4 * (L + 1) * tokens.size * C if hidden_states else 0
         require(
             f"a result for {counted(tokens.size, 'token')}", sizes, "take fewer or shorter rows"
         )
-        logits = np.empty((*tokens.shape, V), np.float32)
+        logits = np.empty(shape, np.float32)
         states = np.empty((L + 1, *tokens.shape, C), np.float32) if hidden_states else None
         self._read_all(tokens, logits, states)
         return logits if states is None else (logits, states)
 
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
-        """Write logits (B, T, V) and, unless None, states (L + 1, B, T, C)."""
+        """Write logits and, unless None, states (L + 1, B, T, C)."""
         decoder = self.decoder(1, tokens.shape[1])
         for b, row in enumerate(tokens):
             start, own = 0, None if states is None else states[:, b]
@@ -268,7 +278,7 @@ def _is_row(row: Any) -> bool:
     return isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim > 0)
 
 
-def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
+def check_ids(ids: ArrayLike, name: str, low: int, high: int, what: str = "token id") -> IntArray:
     """Return a C-contiguous int32 copy of `ids`; refuse all but whole numbers in [low, high)."""
     try:
         array = np.asarray(ids)
@@ -283,6 +293,6 @@ def check_ids(ids: ArrayLike, name: str, low: int, high: int) -> IntArray:
     copy = np.empty(array.shape, np.int32)  # before reading: too large an array fails early
     if array.size and not (low <= array.min() and array.max() < high):
         wrong = array[(array < low) | (array >= high)].flat[0]
-        raise ValueError(f"{name}: token id {wrong} is not in [{low}, {high})")
+        raise ValueError(f"{name}: {what} {wrong} is not in [{low}, {high})")
     copy[...] = array  # backward reads the ids after the caller may have changed them
     return copy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Parameter, Run
+from gpt2c.model.block import Parameter, Run, Stage
 
 __all__ = ["Linear"]
 
@@ -46,6 +46,13 @@ class Linear:
         """Write out (N, OC) of x (N, C)."""
         p = run.p
         run.ops.matmul_forward(out, x, p[self.weight], p.get(self.bias), p.get(self.scale))
+
+    def stages(
+        self, run: Run, out: Array, x: Array, then: str = "write", inner: Array | None = None
+    ) -> Iterable[Stage]:
+        """Yield the stage that does `forward` and `then`, see `Stage`."""
+        weight, scale, bias = run.p[self.weight], run.p.get(self.scale), run.p.get(self.bias)
+        yield Stage("matmul", out, x, then, inner, weight=weight, scale=scale, bias=bias)
 
     def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of weight and bias.

@@ -15,10 +15,11 @@ from gpt2c.model.config import (
     check_fixed,
     check_numbers,
     check_sizes,
+    read_labels,
     read_token,
+    write_labels,
 )
 from gpt2c.model.embedding import Embedding
-from gpt2c.model.head import LanguageHead
 from gpt2c.model.mlp import SwiGLU
 from gpt2c.model.norm import RMSNorm
 from gpt2c.model.rope import Rope
@@ -27,9 +28,10 @@ from gpt2c.model.stack import Layer, Stack
 
 __all__ = ["LlamaConfig"]
 
+CLASSIFIER = ["LlamaForSequenceClassification"]
 # See FIXED in config.py. pretraining_tp only divided the products.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "architectures": (["LlamaForCausalLM"], ["LlamaModel"], None),
+    "architectures": (["LlamaForCausalLM"], ["LlamaModel"], None, CLASSIFIER),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -61,6 +63,7 @@ class LlamaConfig(ModelConfig):
     initializer_range : standard deviation of the initial weights, from 1e-37 to 1e4
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
     bos_token_id : another token that starts a text, only kept for other readers
+    num_labels : K makes a model with K scores of a text in place of logits; None for logits
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
 
@@ -70,8 +73,7 @@ class LlamaConfig(ModelConfig):
 
     Examples
     --------
-    >>> from gpt2c.model.llama import LlamaConfig
-    >>> LlamaConfig().num_parameters()
+    >>> gpt2c.LlamaConfig().num_parameters()
     6738415616
     """
 
@@ -90,6 +92,7 @@ class LlamaConfig(ModelConfig):
     eos_token_id: int | None = None
     rope_scaling: RopeScaling | None = None
     bos_token_id: int | None = None
+    num_labels: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -97,7 +100,8 @@ class LlamaConfig(ModelConfig):
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
             *("num_attention_heads", "max_position_embeddings"),
         )
-        check_sizes(self, sizes, ("num_key_value_heads", "head_dim"), "num_hidden_layers")
+        optional = ("num_key_value_heads", "head_dim", "num_labels")
+        check_sizes(self, sizes, optional, "num_hidden_layers")
         check_numbers(self, RANGES)
         check_kind("tie_word_embeddings", self.tie_word_embeddings, bool, "True or False")
         NH, KV = self.num_attention_heads, self.num_key_value_heads
@@ -139,6 +143,7 @@ class LlamaConfig(ModelConfig):
         known_entries = {name: value for name, value in entries.items() if name in fields}
         for name in ("bos_token_id", "eos_token_id"):
             known_entries[name] = read_token(name, entries, cls.vocab_size)
+        known_entries["num_labels"] = read_labels(entries, CLASSIFIER)
         P = entries.get("max_position_embeddings", cls.max_position_embeddings)
         try:
             return cls(**known_entries | read_rope(entries, P))
@@ -151,14 +156,15 @@ class LlamaConfig(ModelConfig):
         The names are transformers 4's, which transformers 5 reads, too.
         """
         arithmetic = {name: known[0] for name, known in FIXED.items()}
-        bos = self.eos_token_id if self.bos_token_id is None else self.bos_token_id
-        scaling = self.rope_scaling
+        scaling, fields = self.rope_scaling, dataclasses.asdict(self)
+        del fields["num_labels"]
         return (
             {"model_type": "llama"}
-            | dataclasses.asdict(self)
-            | {"bos_token_id": bos, "rope_scaling": None if scaling is None else scaling.to_dict()}
+            | fields
+            | {"rope_scaling": None if scaling is None else scaling.to_dict()}
             | arithmetic
             | {"attention_dropout": 0.0}
+            | write_labels(self, CLASSIFIER)
         )
 
     @property
@@ -206,7 +212,6 @@ def _llama(config: LlamaConfig) -> Stack:
         )
         for i in range(config.num_hidden_layers)
     ]
-    tied = config.tie_word_embeddings
-    embedding = Embedding(config.vocab_size, 0, C, std, tied)
-    head = LanguageHead(config.vocab_size, C, None if tied else std)
+    head = config.head("wte" if config.tie_word_embeddings else "lm_head")
+    embedding = Embedding(config.vocab_size, 0, C, std, head.tied)
     return Stack(embedding, layers, RMSNorm("ln_f", C, eps), head)

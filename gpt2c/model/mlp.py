@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.linear import Linear
 
 __all__ = ["MLP", "SwiGLU"]
@@ -27,6 +27,7 @@ class MLP:
     """
 
     _width = 1  # numbers of the first layer's output for each inner channel
+    _activation = "gelu"  # a `then` of Stage
 
     def __init__(
         self, name: str, C: int, F: int, std: float, shrink: float = 1.0, bias: bool = True
@@ -63,6 +64,12 @@ class MLP:
         """Write out (N, C) of x (N, C)."""
         self.proj.forward(run, out, self.hidden(run, x))
 
+    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+        """Yield the stages that add to out (N, C) what `forward` makes of x (N, C)."""
+        fc, act = run.a[self._fc], run.a[self._act]
+        yield from self.fc.stages(run, act, x, self._activation, fc)
+        yield from self.proj.stages(run, out, act, "add")
+
     def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
         """Write d_x (N, C), which may be x, and the gradients of both layers."""
         d_act = run.take(self._act)
@@ -85,6 +92,7 @@ class SwiGLU(MLP):
     """
 
     _width = 2
+    _activation = "swiglu"
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield gate and up, and what becomes of them."""

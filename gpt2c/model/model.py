@@ -1,4 +1,4 @@
-"""GPT-2: parameters, forward, loss, backward, on any backend.
+"""A model: parameters, forward, loss, backward, on any backend.
 
 The model owns its memory, three flat buffers with named views (parameters, gradients, activations),
 and hands them to its blocks (stack.py), which call the ops. Knows nothing about text, training or
@@ -11,28 +11,43 @@ only marks the gradients as void: the next backward writes where it would add.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
-from gpt2c.kernels.checks import number, whole
+from gpt2c.kernels.checks import counted, number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
-from gpt2c.model.block import Batch, IntArray, Run, Slot
+from gpt2c.model.block import NO_DROPOUT, Batch, Dropout, IntArray, Run, Slot, check_dropout
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
+from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
-from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes
+from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
 from gpt2c.model.plan import KEPT, Activations
+from gpt2c.model.quantized import (
+    check_method,
+    check_weights,
+    copy_stored,
+    layout_of,
+    room_of,
+    round_into,
+    shapes_of,
+    typed_views,
+)
 from gpt2c.model.trace import Trace
 
 __all__ = ["Model"]
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
+SMALLER = {  # the advice where a model of these weights does not fit
+    "fp32": 'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
+    "fp16": 'take a smaller one, or quantize="int8"',
+    "int8": "take a smaller one",
+}
 
 
 def _shape(ids: IntArray, offsets: IntArray | None) -> str:
@@ -51,46 +66,77 @@ class _Gradients:
         self.public = MappingProxyType(named_views(self.flat, shapes))
 
 
-class _Pending(NamedTuple):
-    """A loss that backward has not seen.
+def _token_shapes(shape: tuple[int, ...], offsets: IntArray | None) -> list[tuple[int, ...]]:
+    """Return the shapes of a number for each token: (B, T), or (T,) of each sequence."""
+    return [shape] if offsets is None else [(n,) for n in np.diff(offsets).tolist()]
 
-    targets : of `losses`, whose head has no gradients yet; None after `loss`, which has computed
-        them
+
+def _last_tokens(shape: tuple[int, ...], offsets: IntArray | None) -> NDArray[np.intp]:
+    """Return the row of the last token of each sequence: (B,)."""
+    B, T = shape
+    return np.arange(1, B + 1) * T - 1 if offsets is None else offsets[1:].astype(np.intp) - 1
+
+
+def _like(name: str, given: Any, shapes: Sequence[tuple[int, ...]], what: str) -> Array:
+    """Return numbers as flat float32: an array of the one shape, or a list of arrays of several.
+
+    Raises
+    ------
+    ValueError : no numbers, or of other shapes, or not finite as float32
+    """
+    try:
+        arrays = [np.asarray(part) for part in ([given] if len(shapes) == 1 else list(given))]
+        with np.errstate(over="ignore"):
+            arrays = [part.astype(np.float32) for part in arrays if part.dtype.kind in "fiu"]
+    except (TypeError, ValueError):
+        arrays = []
+    if [array.shape for array in arrays] != list(shapes):
+        raise ValueError(f"{name} must be numbers of the shape of {what}, {list(shapes)!r:.70}")
+    flat = np.concatenate([array.reshape(-1) for array in arrays])
+    if not np.isfinite(flat).all():
+        raise ValueError(f"{name} must be finite")
+    return flat
+
+
+class _Pending(NamedTuple):
+    """A loss that backward has not seen; after `losses` and `scores` the head has no gradients yet.
+
+    shapes : of the result of `losses` or `scores`
+    targets : of `losses`, (N,)
+    rows : the tokens that `scores` has read
     """
 
     run: Run
     tokens: IntArray
+    shapes: Sequence[tuple[int, ...]] = ()
     targets: IntArray | None = None
+    rows: NDArray[np.intp] | None = None
 
     def check_weights(self, weights: ArrayLike | Sequence[ArrayLike] | None) -> Array | None:
         """Return weights as (N,) float32."""
         if weights is None:
             return None
         if self.targets is None:
-            raise ValueError("weights are for losses(idx, targets): loss() has computed a mean")
-        offsets = self.run.offsets
-        wanted = (
-            [tuple(self.run.batch)]
-            if offsets is None
-            else [(n,) for n in np.diff(offsets).tolist()]
-        )
-        try:
-            parts = [weights] if offsets is None else list(weights)  # type: ignore[arg-type]
-            given = [np.asarray(part) for part in parts]
-            with np.errstate(over="ignore"):
-                arrays = [part.astype(np.float32) for part in given if part.dtype.kind in "fiu"]
-        except (TypeError, ValueError):
-            arrays = []
-        if [array.shape for array in arrays] != wanted:
-            raise ValueError(f"weights must be numbers of the shape of losses, {wanted!r:.70}")
-        factors = np.concatenate([array.reshape(-1) for array in arrays])
-        if not np.isfinite(factors).all():
-            raise ValueError("weights must be finite")
-        return factors
+            raise ValueError("weights are for losses(idx, targets); the last call was another")
+        return _like("weights", weights, self.shapes, "losses")
+
+    def check_d_scores(self, d_scores: ArrayLike | Sequence[ArrayLike] | None) -> Array | None:
+        """Return the gradient of scores as (n, K) float32."""
+        if (d_scores is None) != (self.rows is None):
+            raise ValueError(
+                "backward needs d_scores, the gradient of the scores, after scores(idx)"
+                if d_scores is None
+                else "d_scores is for scores(idx): the last loss has a gradient of its own"
+            )
+        if d_scores is None:
+            return None
+        return _like("d_scores", d_scores, self.shapes, "scores").reshape(-1, self.shapes[0][-1])
 
 
 class Model(LanguageModel):
     """What `gpt2c.GPT2` computes, without files and texts: see there for arguments and errors.
+
+    Weights of 16 or 8 bits are only read: then nothing is trained, and no loss waits for backward.
 
     It owns its memory and has one owner at a time, the thread that computes (`gpt2c.model.owner`).
     """
@@ -99,7 +145,7 @@ class Model(LanguageModel):
     trained: tuple[str, ...]
     trained_size: int
     decay_size: int
-    _parameters: dict[str, Array]
+    _parameters: dict[str, NDArray[Any]]
     _frozen: frozenset[str]
     _pending: _Pending | None
     _made_grads: _Gradients | None
@@ -114,19 +160,19 @@ class Model(LanguageModel):
         backend: str | Backend = "auto",
         recompute: str | None = None,
         threads: int | None = None,
+        weights: str = "fp32",
     ) -> None:
         if seed is not None and whole("seed", seed) < 0:
             raise ValueError(f"seed must be at least 0, or None to leave the weights 0, got {seed}")
-        super().__init__(config, as_backend(backend, threads))
+        check_weights(weights, config)
+        super().__init__(config, as_backend(backend, threads), weights)
         self._stack = config.stack()
         self._recompute = recompute
-        sizes = {name: one.shape for name, one in self._stack.parameters().items()}
-        require(
-            f"a model of {config.num_parameters():,} parameters",
-            {"weights": 4 * aligned_offsets(sizes)[""]},
-            'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
-        )
-        self._lay_out(frozenset())
+        described = self._stack.parameters()
+        size = 4 * aligned_offsets(room_of(layout_of(described.values(), weights)))[""]
+        what = f"a model of {config.num_parameters():,} parameters"
+        require(what, {"weights": size}, SMALLER[weights])
+        self._lay_out(frozenset() if weights == "fp32" else frozenset(described))
         self._memory = Activations(self._slots, recompute)
         self._owner = Owner()
         if seed is not None:
@@ -141,16 +187,17 @@ class Model(LanguageModel):
         groups: tuple[list[str], ...] = ([], [], [])
         for name, one in described.items():
             groups[2 if name in frozen else 0 if one.decays else 1].append(name)
-        shapes = {name: described[name].shape for group in groups for name in group}
-        offsets = [*aligned_offsets(shapes).values()]
+        ordered = [described[name] for group in groups for name in group]
+        layout = layout_of(ordered, self.weights)
+        offsets = [*aligned_offsets(room_of(layout)).values()]
         flat = aligned_zeros(offsets[-1])
-        own = named_views(flat, shapes)  # for C, which trusts their shapes; users get others
+        own = typed_views(flat, layout)  # for C, which trusts their shapes; users get others
         for name, value in (values or {}).items():
             own[name][...] = value
         trained = (*groups[0], *groups[1])
         self.__dict__.update(  # at once
-            flat_parameters=flat,
-            parameters=MappingProxyType(named_views(flat, shapes)),
+            flat_parameters=flat if self.weights == "fp32" else flat.view(np.uint8),
+            parameters=MappingProxyType(typed_views(flat, layout)),
             trained=trained,
             trained_size=offsets[len(trained)],
             decay_size=offsets[len(groups[0])],
@@ -177,7 +224,8 @@ class Model(LanguageModel):
 
         Raises
         ------
-        ValueError : a pattern that fits no name, or nothing is left to train
+        ValueError : a pattern that fits no name, nothing is left to train, or weights that are not
+            fp32
         RuntimeError : another thread computes with this model
         MemoryError : the parameters do not fit a second time
 
@@ -193,7 +241,7 @@ class Model(LanguageModel):
         """
         if not patterns:
             raise ValueError('name what to freeze, for instance freeze("wte.*", "h.0.*")')
-        self._set_frozen(self._frozen | self._names_that_fit(patterns))
+        self._set_frozen(self._frozen | names_that_fit(self._parameters, patterns))
 
     def unfreeze(self, *patterns: str) -> None:
         """Train these parameters again, without patterns all; see `freeze`.
@@ -202,22 +250,10 @@ class Model(LanguageModel):
         ------
         ValueError, RuntimeError, MemoryError : see `freeze`
         """
-        self._set_frozen(self._frozen - self._names_that_fit(patterns or ("*",)))
-
-    def _names_that_fit(self, patterns: Sequence[str]) -> frozenset[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise ValueError(f"a pattern of names must be a string, got {pattern!r:.50}")
-            fitting = fnmatch.filter(self._parameters, pattern)
-            if not fitting:
-                whole = fnmatch.filter(self._parameters, f"{pattern}.*")
-                hint = f"did you mean '{pattern}.*'?" if whole else "one is 'wte.weight'"
-                raise ValueError(f"no parameter has a name like {pattern!r}; {hint}")
-            found.update(fitting)
-        return frozenset(found)
+        self._set_frozen(self._frozen - names_that_fit(self._parameters, patterns or ("*",)))
 
     def _set_frozen(self, frozen: frozenset[str]) -> None:
+        self._check_can_train()
         if len(frozen) == len(self._parameters):
             raise ValueError("every parameter would be frozen: leave some to train")
         if frozen == self._frozen:
@@ -232,12 +268,19 @@ class Model(LanguageModel):
         rng = np.random.default_rng(seed)
         for name, one in self._stack.parameters().items():
             parameter = self._parameters[name]
+            is_small = one.small and self.weights != "fp32"
+            if is_small:
+                size = {"a tensor in float32": 4 * parameter.size}
+                require("rounding the first values", size, "close programs that use much memory")
+            value = np.empty(one.shape, np.float32) if is_small else parameter
             if one.std:
-                rng.standard_normal(out=parameter, dtype=np.float32)
-                parameter *= one.std
-                parameter /= one.shrink
+                rng.standard_normal(out=value, dtype=np.float32)
+                value *= one.std
+                value /= one.shrink
             else:
-                parameter.fill(one.fill)
+                value.fill(one.fill)
+            if is_small:
+                round_into(self._parameters, self.weights, name, value, "the first values")
 
     @property
     def recompute(self) -> str | None:
@@ -247,16 +290,68 @@ class Model(LanguageModel):
     def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy tensors into the parameters, one at a time; `source` names them in errors.
 
+        Weights of 16 or 8 bits are rounded on the way.
+
         Raises
         ------
-        ValueError : a tensor is missing, unknown or of another shape; the parameters are as they
-            were
+        ValueError : a tensor is missing, unknown or of another shape, and the parameters are as
+            they were; or a number cannot be rounded
         MemoryError : a tensor of another dtype does not fit beside them
         """
         check_shapes(self.config.parameter_shapes(), tensors, source)
-        require("loading the weights", converted_bytes(tensors), 'take quantize="int8"')
+        size = converted_bytes(tensors)
+        if self.weights == "fp32":
+            require("loading the weights", size, 'take quantize="int8"')
+            for name, parameter in self._parameters.items():
+                self._fill(parameter, np.asarray(tensors[name]))
+            return
+        require("rounding the weights", size, "close programs that use much memory")
+        for name in tensors:
+            round_into(self._parameters, self.weights, name, np.asarray(tensors[name]), source)
+
+    def load_quantized(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Copy tensors that are of this model's types already; `source` names them in errors.
+
+        Raises
+        ------
+        ValueError : a tensor is missing, unknown or of another shape or type, or not finite
+        """
+        check_shapes(shapes_of(self.config, self.weights), tensors, source)
         for name, parameter in self._parameters.items():
-            self._fill(parameter, np.asarray(tensors[name]))
+            copy_stored(parameter, tensors[name], f"{source}: {name}")
+
+    def quantize(self, weights: str) -> Self:
+        """Return a model with weights of 16 or 8 bits, for inference; this one stays as it is.
+
+        It takes a half or a quarter of the memory and is faster where memory limits the speed.
+
+        Parameters
+        ----------
+        weights : "fp16" keeps 11 bits of each weight; "int8" rounds each row of a matrix to 255
+            steps between plus and minus its largest weight
+
+        Raises
+        ------
+        ValueError : another type, weights that are not fp32 now, or a weight that is not finite or
+            beyond fp16's range
+        MemoryError : the weights do not fit
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257)
+        >>> model = gpt2c.GPT2(config, seed=1).quantize("int8")
+        >>> model.weights, model.parameters["wte.weight"].dtype
+        ('int8', dtype('uint8'))
+        """
+        check_method(weights)
+        if self.weights != "fp32":
+            raise ValueError(
+                f"the model already has {self.weights} weights: start from one with fp32 weights"
+            )
+        model = type(self).__new__(type(self))
+        Model.__init__(model, self.config, None, self.backend, weights=weights)
+        model.load_parameters(self._parameters, "the model")
+        return model
 
     def _fill(self, parameter: Array, tensor: NDArray[Any]) -> None:
         if tensor.ndim == 2 and tensor.dtype == np.float32 and tensor.flags.f_contiguous:
@@ -270,6 +365,7 @@ class Model(LanguageModel):
             "config": self.config,
             "backend": (self.backend.name, self.backend.threads),
             "recompute": self.recompute,
+            "weights": self.weights,
             "frozen": self._frozen,
             "parameters": self.flat_parameters,
             "gradients": None if self._void else self._grads.flat,
@@ -278,8 +374,9 @@ class Model(LanguageModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up the model from a state, in memory of its own."""
         backend = same_backend(*state["backend"])
-        Model.__init__(self, state["config"], None, backend, state["recompute"])
-        if state["frozen"]:
+        settings = {name: state[name] for name in ("recompute", "weights")}
+        Model.__init__(self, state["config"], None, backend, **settings)
+        if state["frozen"] != self._frozen:
             self._lay_out(state["frozen"])
         self.flat_parameters[...] = state["parameters"]
         if state["gradients"] is not None:
@@ -289,10 +386,19 @@ class Model(LanguageModel):
     # ---- forward ---------------------------------------------------------------------------------
 
     def _read_all(self, tokens: IntArray, logits: Array, states: Array | None) -> None:
-        """See `LanguageModel._read_all`; all rows pass the layers together."""
+        """See `LanguageModel._read_all`; all rows pass the layers together.
+
+        Not the logits of smaller weights, which are for inference: rows that follow each other take
+        the memory of one, and several threads can read at once.
+        """
+        if self.weights != "fp32" and self.config.num_labels is None:
+            super()._read_all(tokens, logits, states)
+            return
         with self._owner.alone():
             run = self._start(tokens, keep=False)
             out = self._stack.forward(run, tokens, states)
+            if self.config.num_labels is not None:
+                out = out[_last_tokens(tokens.shape, None)]
             self._stack.head.forward(run, logits.reshape(len(out), -1), out)
 
     def trace(self, idx: ArrayLike) -> Trace:
@@ -326,47 +432,54 @@ class Model(LanguageModel):
     def loss(
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
-        targets: ArrayLike | Sequence[Sequence[int]],
+        targets: ArrayLike | Sequence[Sequence[int]] | Objective,
         keep: bool = True,
         count: float | None = None,
+        dropout: Dropout | None = None,
     ) -> float:
-        """Return the mean cross-entropy in nats per token; keep what `backward` needs.
+        """Return the mean cross-entropy in nats per target; keep what `backward` needs.
 
         Parameters
         ----------
         idx : (B, T) token ids in [0, V), T <= n_positions; or a list of B sequences of different
             lengths, each of which is computed as if it were alone
-        targets : as idx, the token that follows each: already shifted; -1 is ignored
-        keep : False if no backward will follow, which takes one layer's memory instead of all
+        targets : as idx, the token that follows each: already shifted; -1 is ignored. Of a model
+            with num_labels (B,), the label of each sequence. Or another objective of the logits,
+            see `gpt2c.model.objective`: it has a loss for each of the N tokens, and the mean is
+            that of the live ones
+        keep : False if no backward will follow, which takes one layer's memory instead of all, as
+            with weights that are not fp32
         count : divide the sum of the losses by this number instead of the number of targets that
             are not ignored. The batches of one step that give the number of all their targets add
             up to the mean of all, however they are divided
+        dropout : for training, with another seed in each step; None is without
 
         Raises
         ------
         ValueError : another shape, not whole numbers, an id out of range, every target ignored and
-            no count, a count that is not positive
+            no count, a count that is not positive, dropout out of its range
         RuntimeError : another thread computes with this model
         MemoryError, OSError : the activations do not fit, or the threads cannot start
         """
         tokens, offsets = self._check_batch(idx, "idx", 0)
-        wanted = self._check_batch_targets(targets, tokens, offsets)
+        objective = self._objective(targets, tokens, offsets)
         if count is None:
-            count = int(np.count_nonzero(wanted >= 0))
+            count = int(np.count_nonzero(objective.live))
             if not count:
                 raise ValueError("targets are all -1 (ignored): they have no mean")
         elif not 1 / LARGEST_FLOAT <= number("count", count) <= LARGEST_FLOAT:
             raise ValueError(f"count must be positive and finite as a float32, got {count}")
-        head = self._stack.head
+        head, keep = self._stack.head, keep and bool(self.trained)
+        dropout = check_dropout(dropout, tokens.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, offsets)
+            run = self._start(tokens, keep, offsets, dropout)
             x = self._stack.forward(run, tokens)
             if keep:
                 self._d_head = self._head_memory()
                 run.accumulate = False
-                losses = head.learn(run, self._d_head, x, wanted, None, 1 / count)
+                losses = head.learn(run, self._d_head, x, objective, 1 / count)
             else:
-                losses = head.losses(run, x, wanted)
+                losses = head.losses(run, x, objective)
             self._owner.note_loss()
             self._pending = _Pending(run, tokens) if keep else None
             return float(losses.sum(dtype=np.float64) / count)
@@ -375,6 +488,7 @@ class Model(LanguageModel):
         self,
         idx: ArrayLike | Sequence[Sequence[int]],
         targets: ArrayLike | Sequence[Sequence[int]],
+        dropout: Dropout | None = None,
     ) -> Array | list[Array]:
         """Return the loss of each token, -log p in nats, and keep what `backward` needs.
 
@@ -383,7 +497,7 @@ class Model(LanguageModel):
 
         Parameters
         ----------
-        idx, targets : see `loss`
+        idx, targets, dropout : see `loss`
 
         Returns
         -------
@@ -393,16 +507,124 @@ class Model(LanguageModel):
         ------
         ValueError, RuntimeError, MemoryError, OSError : see `loss`, but every target may be ignored
         """
+        self.config.require_language_head("losses of tokens")
         tokens, offsets = self._check_batch(idx, "idx", 0)
         wanted = self._check_batch_targets(targets, tokens, offsets)
+        dropout, keep = check_dropout(dropout, tokens.size), bool(self.trained)
         with self._owner.alone():
-            run = self._start(tokens, True, offsets)
-            losses = self._stack.head.losses(run, self._stack.forward(run, tokens), wanted).copy()
+            run = self._start(tokens, keep, offsets, dropout)
+            x = self._stack.forward(run, tokens)
+            losses = self._stack.head.losses(run, x, CrossEntropy(wanted)).copy()
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens, wanted)
+            shapes = _token_shapes(tokens.shape, offsets)
+            self._pending = _Pending(run, tokens, shapes, wanted) if keep else None
         if offsets is None:
             return losses.reshape(tokens.shape)
         return np.split(losses, offsets[1:-1])
+
+    @overload
+    def scores(self, idx: ArrayLike | Sequence[Sequence[int]], *, keep: bool = True) -> Array: ...
+
+    @overload
+    def scores(
+        self, idx: ArrayLike | Sequence[Sequence[int]], per_token: bool, keep: bool = True
+    ) -> Array | list[Array]: ...
+
+    def scores(
+        self, idx: ArrayLike | Sequence[Sequence[int]], per_token: bool = False, keep: bool = True
+    ) -> Array | list[Array]:
+        """Return the scores of each sequence, and keep what `backward` needs.
+
+        For a model with num_labels, K: a classifier, a reward model (K = 1), or a value of each
+        token (K = 1, per_token). The caller computes a loss of the scores, and
+        `backward(d_scores=...)` takes its gradient.
+
+        Parameters
+        ----------
+        idx : see `loss`
+        per_token : True returns the scores at every token, not only at the last
+        keep : False if no backward will follow, see `loss`
+
+        Returns
+        -------
+        (B, K) float32, those of the last token of each sequence; with per_token (B, T, K), or a
+        list of B arrays (T, K) if the sequences have different lengths
+
+        Raises
+        ------
+        ValueError : see `loss`; the model has no scores
+        RuntimeError, MemoryError, OSError : see `loss`
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257, num_labels=1)
+        >>> model = gpt2c.GPT2(config)
+        >>> chosen, rejected = model.scores([[1, 2, 3], [1, 4]])  # a reward for each text
+        >>> slope = -1 / (1 + np.exp(chosen - rejected))  # of -log sigmoid(chosen - rejected)
+        >>> model.backward(d_scores=[slope, -slope])
+        """
+        K = self._stack.head.V
+        if self.config.num_labels is None:
+            raise ValueError(
+                "this model has logits of tokens, not scores of texts: scores need a config with"
+                " num_labels"
+            )
+        tokens, offsets = self._check_batch(idx, "idx", 0)
+        last = _last_tokens(tokens.shape, offsets)
+        rows = np.arange(tokens.size) if per_token else last
+        each = _token_shapes(tokens.shape, offsets) if per_token else [last.shape]
+        shapes = [(*shape, K) for shape in each]
+        what, mend = f"scores of {counted(len(rows), 'token')}", "take fewer or shorter rows"
+        require(what, {"scores": 4 * len(rows) * K}, mend)
+        keep = keep and bool(self.trained)
+        with self._owner.alone():
+            run = self._start(tokens, keep, offsets)
+            x = self._stack.forward(run, tokens)
+            scores = np.empty((len(rows), K), x.dtype)
+            self._stack.head.forward(run, scores, x[rows])
+            self._owner.note_loss()
+            self._pending = _Pending(run, tokens, shapes, rows=rows) if keep else None
+        if len(shapes) == 1:
+            return scores.reshape(shapes[0])
+        return np.split(scores, last[:-1] + 1)
+
+    def _objective(
+        self,
+        targets: ArrayLike | Sequence[Sequence[int]] | Objective,
+        tokens: IntArray,
+        offsets: IntArray | None,
+    ) -> Objective:
+        """Return the objective that targets, or labels, stand for."""
+        if isinstance(targets, Objective):
+            live = targets.live
+            if getattr(live, "dtype", None) != np.bool_ or live.shape != (tokens.size,):
+                raise ValueError(
+                    f"an objective's live must be bool ({tokens.size},), one for each token of idx,"
+                    f" got {live!r:.50}"
+                )
+            return targets
+        if self.config.num_labels is None:
+            return CrossEntropy(self._check_batch_targets(targets, tokens, offsets))
+        return CrossEntropy(self._check_labels(targets, tokens, offsets))
+
+    def _check_labels(
+        self, labels: ArrayLike, tokens: IntArray, offsets: IntArray | None
+    ) -> IntArray:
+        """Return targets (N,): the label (B,) of a sequence at its last token, others -1."""
+        K, rows = self._stack.head.V, _last_tokens(tokens.shape, offsets)
+        if K == 1:
+            raise ValueError(
+                "the cross-entropy of one score is always 0 (num_labels=1): compute a loss of"
+                " scores(idx), and call backward(d_scores=...)"
+            )
+        given = check_ids(labels, "targets", -(2**31), 2**31, "label")
+        if given.shape != rows.shape:  # before their range: targets of tokens are no labels at all
+            raise ValueError(
+                f"targets must be ({len(rows)},), a label for each sequence, got {given.shape}"
+            )
+        targets = np.full(tokens.size, -1, np.int32)
+        targets[rows] = check_ids(given, "targets", -1, K, "label")
+        return targets
 
     def _check_batch(
         self, rows: ArrayLike | Sequence[Sequence[int]], name: str, low: int
@@ -438,12 +660,18 @@ class Model(LanguageModel):
         yield from self._stack.slots(batch)
         yield from self._stack.head.slots(batch)
 
-    def _start(self, tokens: IntArray, keep: bool, offsets: IntArray | None = None) -> Run:
+    def _start(
+        self,
+        tokens: IntArray,
+        keep: bool,
+        offsets: IntArray | None = None,
+        dropout: Dropout = NO_DROPOUT,
+    ) -> Run:
         """Lay out the activations of a batch; with `keep`, those of backward stay."""
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.shape)
         a = self._memory.lay_out(batch, keep)
-        return Run(self.backend, self._parameters, a, batch, offsets)
+        return Run(self.backend, self._parameters, a, batch, offsets, dropout=dropout)
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""
@@ -458,9 +686,17 @@ class Model(LanguageModel):
 
     # ---- backward --------------------------------------------------------------------------------
 
+    def _check_can_train(self) -> None:
+        if self.weights != "fp32":
+            raise ValueError(
+                f"a model with {self.weights} weights has no gradients: load it without quantize to"
+                " train it"
+            )
+
     @property
     def _grads(self) -> _Gradients:
         if self._made_grads is None:
+            self._check_can_train()
             what = f"training a model of {self.config.num_parameters():,} parameters"
             sizes = {"gradients": 4 * self.trained_size}
             require(what, sizes, "take a smaller one, or freeze some of it")
@@ -499,7 +735,10 @@ class Model(LanguageModel):
             self._void = False
 
     def backward(
-        self, scale: float = 1.0, weights: ArrayLike | Sequence[ArrayLike] | None = None
+        self,
+        scale: float = 1.0,
+        weights: ArrayLike | Sequence[ArrayLike] | None = None,
+        d_scores: ArrayLike | Sequence[ArrayLike] | None = None,
     ) -> None:
         """Add the gradient of `scale` times the last loss to `gradients`.
 
@@ -510,14 +749,18 @@ class Model(LanguageModel):
         scale : a factor of the gradient
         weights : after `losses`: numbers of its result's shape; the gradient is that of
             scale * sum(weights * losses). None: all 1
+        d_scores : after `scores`: numbers of its result's shape, the gradient of the caller's loss;
+            the gradient is that of scale * sum(d_scores * scores)
 
         Raises
         ------
-        ValueError : no loss was computed since the last backward, or the scale or a weight is not
-            finite, or weights after `loss`
+        ValueError : no loss was computed since the last backward, the scale, a weight or a d_score
+            is not finite, weights without `losses`, d_scores without `scores`, or the model's own
+            weights are not fp32
         RuntimeError : another thread computes with this model, or has computed the last loss
         MemoryError, OSError : a kernel cannot start
         """
+        self._check_can_train()
         if not abs(number("scale", scale)) <= LARGEST_FLOAT:
             raise ValueError(f"scale must be finite as a float32, got {scale}")
         with self._owner.alone():
@@ -528,16 +771,20 @@ class Model(LanguageModel):
                 )
             self._owner.check_loss()
             pending = self._pending
+            head = self._stack.head
             factors = pending.check_weights(weights)
+            d_logits = pending.check_d_scores(d_scores)
             run, self._pending = pending.run, None
             run.g, run.accumulate = self._grads.own, not self._void
             self._void = False
             d_out = run.a["ln_f"]  # the head turns its input into its gradient
-            if pending.targets is None:
-                self._add_head(run, scale)
+            d_weight = run.g.get(head.weight)
+            if pending.targets is not None:
+                head.learn(run, d_weight, d_out, CrossEntropy(pending.targets, factors), scale)
+            elif d_logits is not None and pending.rows is not None:
+                head.backward(run, d_weight, d_out, np.float32(scale) * d_logits, pending.rows)
             else:
-                d_weight = run.g.get(self._stack.head.weight)
-                self._stack.head.learn(run, d_weight, d_out, pending.targets, factors, scale)
+                self._add_head(run, scale)
             if not run.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
             self._stack.backward(run, d_out, pending.tokens, KEPT[self._recompute])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
 
 __all__ = ["LayerNorm", "Norm", "RMSNorm"]
 
@@ -50,6 +50,11 @@ class LayerNorm:
             out, a[self.mean], a[self.rstd], x, p[self.weight], p[self.bias], self._eps
         )
 
+    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+        """Yield the stage that does `forward`."""
+        gain, shift = run.p[self.weight], run.p[self.bias]
+        yield Stage("layernorm", out, x, gain=gain, shift=shift, eps=self._eps)
+
     def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
         """Add to d_x, the gradient of the stream: what came past the block stands there."""
         p, g, a = run.p, run.g, run.a
@@ -88,6 +93,10 @@ class RMSNorm:
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C), and the statistics."""
         run.ops.rmsnorm_forward(out, run.a[self.rstd], x, run.p[self.weight], self._eps)
+
+    def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
+        """Yield the stage that does `forward`."""
+        yield Stage("rmsnorm", out, x, gain=run.p[self.weight], eps=self._eps)
 
     def backward(self, run: Run, d_x: Array, d_out: Array, x: Array) -> None:
         """Add to d_x, the gradient of the stream: what came past the block stands there."""

@@ -1,14 +1,15 @@
-"""Tensors to load: whether they fit a config, and how much memory converting them takes."""
+"""Parameters by name: patterns of names, and tensors to load, which must fit a config."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-__all__ = ["Tensor", "check_shapes", "converted_bytes"]
+__all__ = ["Tensor", "check_shapes", "converted_bytes", "names_that_fit"]
 
 
 class Tensor(Protocol):
@@ -52,3 +53,23 @@ def converted_bytes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         if isinstance(tensor.dtype, str) and tensor.dtype != "F32"
     ]
     return {"a tensor in float32": max(sizes, default=0)}
+
+
+def names_that_fit(names: Collection[str], patterns: Iterable[str]) -> frozenset[str]:
+    """Return the names that fit a pattern, as the shell has them: "wte.*", "h.[0-5].*", "*.bias".
+
+    Raises
+    ------
+    ValueError : a pattern is not a string, or fits no name
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"a pattern of names must be a string, got {pattern!r:.50}")
+        fitting = fnmatch.filter(names, pattern)
+        if not fitting:
+            whole = fnmatch.filter(names, f"{pattern}.*")
+            hint = f"did you mean '{pattern}.*'?" if whole else "one is 'wte.weight'"
+            raise ValueError(f"no parameter has a name like {pattern!r}; {hint}")
+        found.update(fitting)
+    return frozenset(found)

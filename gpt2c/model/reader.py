@@ -2,9 +2,9 @@
 
 A text costs one pass over the weights for each chunk of new tokens; earlier tokens are not computed
 again. Two ways lead through the layers. The blocks' own forward takes many tokens of one text. The
-kernels' `decode_step` takes one token of each of several texts in one call; the bits of a row do
-not depend on the other rows. It knows GPT-2's layer only: other models, and the backend "numpy",
-read one text after the other.
+kernels' `decode_step` takes one token of each of several texts in one call that runs the stages of
+all blocks; the bits of a row do not depend on the other rows. The backend "numpy" reads one text
+after the other.
 
 Knows nothing about sampling or text.
 """
@@ -23,7 +23,7 @@ from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
 from gpt2c.kernels.memory import Array, aligned_zeros, require, view
 from gpt2c.model.block import Batch, Run
-from gpt2c.model.config import GPT2Config, ModelConfig
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import Activations
 
 __all__ = ["CHUNK", "Decoder"]
@@ -53,7 +53,7 @@ class Decoder:
     Raises
     ------
     ValueError : slots or capacity is no whole number or out of range, or parameters do not fit
-        the config
+        the config, or the model has scores in place of logits
     MemoryError : the caches do not fit
     """
 
@@ -65,6 +65,7 @@ class Decoder:
         slots: int,
         capacity: int,
     ) -> None:
+        config.require_language_head("reading text (generate, logprobs, mean_loss, embed)")
         slots, capacity = whole("slots", slots), whole("capacity", capacity)
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
@@ -93,10 +94,7 @@ class Decoder:
         self._keys, self._values = memory.reshape(2, *shape)
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
         self._activations = Activations(self._stack.slots, None)
-        self._bound = None
-        if isinstance(backend, Kernels) and isinstance(config, GPT2Config):
-            eps = config.layer_norm_epsilon
-            self._bound = backend.bind_decoder(parameters, config.n_layer, config.n_head, eps)
+        self._stages: Any = None  # bound at the first step
 
     def __repr__(self) -> str:
         return f"Decoder(slots={self.slots}, capacity={self.capacity}, {self._backend.name})"
@@ -128,14 +126,21 @@ class Decoder:
         if len(set(slots.tolist())) < len(slots):
             raise ValueError(f"slots must all be different, got {slots.tolist()}")
         logits = self._logits[: len(tokens)]
-        if self._bound is None:
+        if isinstance(self._backend, Kernels):
+            if self._stages is None:
+                self._stages = self._bind(self._backend)
+            self._backend.decode_step(tokens, slots, positions, self._stages)
+        else:
             for row, token, slot, position in zip(logits, tokens, slots, positions, strict=True):
                 row[...] = self.read(np.array([token], np.int32), int(slot), int(position))
-        else:
-            self._backend.decode_step(
-                logits, self._keys, self._values, tokens, slots, positions, self._bound
-            )
         return logits
+
+    def _bind(self, backend: Kernels) -> Any:
+        """Return the stages of a step, in memory of their own, as kernels take them."""
+        batch = Batch(self.slots, 1)
+        a = Activations(self._stack.slots, None).lay_out(batch, keep=False)
+        run = Run(backend, self._parameters, a, batch, caches=self._caches(slice(None)))
+        return backend.bind_step(self._stack.stages(run, self._logits))
 
     def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
         """Read T more tokens of one text; return the logits (V,) of the next token.
@@ -263,13 +268,16 @@ class Decoder:
 
     def _start(self, T: int, slot: int, position: int) -> Run:
         """Lay out a pass of T tokens of one text through the blocks."""
-        batch, part = Batch(1, T), slice(slot, slot + 1)
-        caches = {
-            layer.attention.name: (self._keys[number, part], self._values[number, part])
-            for number, layer in enumerate(self._stack.layers)
-        }
+        batch, caches = Batch(1, T), self._caches(slice(slot, slot + 1))
         a = self._activations.lay_out(batch, keep=False)
         return Run(self._backend, self._parameters, a, batch, caches=caches, position=position)
+
+    def _caches(self, slots: slice) -> dict[str, tuple[Array, Array]]:
+        """Return the keys and values of some slots, by the name of their attention."""
+        return {
+            layer.attention.name: (self._keys[number, slots], self._values[number, slots])
+            for number, layer in enumerate(self._stack.layers)
+        }
 
 
 def _length(name: str, ids: Any) -> int:

@@ -28,20 +28,24 @@ class Rope:
     P, HS : positions, channels of a head; i and i + HS / 2 are a pair
     theta : the base of the frequencies
     scaling : changes the frequencies of a model whose texts have become longer, or None
+
+    Attributes
+    ----------
+    frequencies : (HS / 2,) float64, the angle of each pair from one position to the next
     """
 
     def __init__(self, P: int, HS: int, theta: float, scaling: RopeScaling | None = None) -> None:
         frequencies = theta ** -(np.arange(0, HS, 2) / HS)
-        self._P, self._frequencies = P, scaling.scaled(frequencies) if scaling else frequencies
+        self._P, self.frequencies = P, scaling.scaled(frequencies) if scaling else frequencies
         self._tables: tuple[Array, Array] | None = None
 
     def tables(self, rows: int) -> tuple[Array, Array]:
         """Return cosines and sines (at least `rows`, HS / 2), made as far as texts have come."""
         if self._tables is None or len(self._tables[0]) < rows:
             positions = np.arange(min(self._P, 2 * rows))
-            size = 32 * len(positions) * len(self._frequencies)  # float64 on the way
+            size = 32 * len(positions) * len(self.frequencies)  # float64 on the way
             require("rotary positions", {"tables": size}, "take shorter texts")
-            angles = positions[:, None] * self._frequencies
+            angles = positions[:, None] * self.frequencies
             self._tables = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         return self._tables
 

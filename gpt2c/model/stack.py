@@ -1,6 +1,6 @@
 """Stack: embedding, layers and a last norm, one after the other; and the layer they are made of.
 
-    y = x + attention(norm_1(x)),   out = y + mlp(norm_2(y))
+    y = x + dropout(attention(norm_1(x))),   out = y + dropout(mlp(norm_2(y)))
 
 The residual stream, x, goes through all layers; its gradient comes back as it is and collects what
 each branch adds. Knows which blocks follow each other, nothing about what is in them.
@@ -13,9 +13,9 @@ from itertools import chain
 
 from gpt2c.kernels.memory import Array
 from gpt2c.model.attention import Attention
-from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot
+from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.embedding import Embedding
-from gpt2c.model.head import LanguageHead
+from gpt2c.model.head import Head
 from gpt2c.model.mlp import MLP
 from gpt2c.model.norm import Norm
 
@@ -51,15 +51,28 @@ class Layer:
 
     def forward(self, run: Run, x: Array) -> Array:
         """Return out (N, C) of x (N, C)."""
-        a, branch, add = run.a, run.a["branch"], run.ops.residual_forward
+        a, branch = run.a, run.a["branch"]
         middle, out = a[self._middle], a[self.out]
         self.norm_1.forward(run, a[self._ln_1], x)
         self.attention.forward(run, branch, a[self._ln_1])
-        add(middle, x, branch)
+        self._add(run, self._middle, x)
         self.norm_2.forward(run, a[self._ln_2], middle)
         self.mlp.forward(run, branch, a[self._ln_2])
-        add(out, middle, branch)
+        self._add(run, self.out, middle)
         return out
+
+    def _add(self, run: Run, name: str, x: Array) -> None:
+        """Write the stream (N, C) behind the branch: x plus the branch, with dropout."""
+        branch = run.a["branch"]
+        run.ops.residual_forward(run.a[name], x, run.drop(branch, branch, name))
+
+    def stages(self, run: Run, stream: Array) -> Iterable[Stage]:
+        """Yield the stages that do `forward` on the stream (N, C) in place."""
+        ln_1, ln_2 = run.a[self._ln_1], run.a[self._ln_2]
+        yield from self.norm_1.stages(run, ln_1, stream)
+        yield from self.attention.stages(run, stream, ln_1)
+        yield from self.norm_2.stages(run, ln_2, stream)
+        yield from self.mlp.stages(run, stream, ln_2)
 
     def again(self, run: Run, x: Array, kept: Life) -> None:
         """Compute again what was not kept for backward: by the same ops, so the same bits."""
@@ -68,7 +81,7 @@ class Layer:
             self.norm_1.forward(run, a[self._ln_1], x)
         if kept < Life.INNER:
             self.attention.forward(run, branch, a[self._ln_1])
-            run.ops.residual_forward(middle, x, branch)
+            self._add(run, self._middle, x)
         if kept < Life.CHEAP:
             self.norm_2.forward(run, a[self._ln_2], middle)
         if kept < Life.INNER:
@@ -87,15 +100,18 @@ class Layer:
         """
         in_norm_1, in_attention, in_norm_2, _ = (is_trained(run, names) for names in self.names)
         above = below or in_norm_1 or in_attention  # whether the middle's gradient is needed
+        branch = run.a["branch"]  # for the gradient of a branch with dropout
         d_ln_2 = run.take(self._ln_2) if above or in_norm_2 else None
-        self.mlp.backward(run, d_ln_2, stream, run.a[self._ln_2])
+        d_mlp = run.drop(branch, stream, self.out)
+        self.mlp.backward(run, d_ln_2, d_mlp, run.a[self._ln_2])
         if d_ln_2 is None:
             return
         self.norm_2.backward(run, stream, d_ln_2, run.a[self._middle])
         if not above:
             return
         d_ln_1 = run.take(self._ln_1) if below or in_norm_1 else None
-        self.attention.backward(run, d_ln_1, stream, run.a[self._ln_1])
+        d_attention = run.drop(branch, stream, self._middle)
+        self.attention.backward(run, d_ln_1, d_attention, run.a[self._ln_1])
         if d_ln_1 is not None:
             self.norm_1.backward(run, stream, d_ln_1, x)
 
@@ -119,7 +135,7 @@ class Stack:
     """
 
     def __init__(
-        self, embedding: Embedding, layers: Sequence[Layer], norm: Norm, head: LanguageHead
+        self, embedding: Embedding, layers: Sequence[Layer], norm: Norm, head: Head
     ) -> None:
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
         self.blocks: list[Block] = [
@@ -163,6 +179,15 @@ class Stack:
         if states is not None:
             states[-1] = run.rows(out)
         return out
+
+    def stages(self, run: Run, logits: Array) -> Iterable[Stage]:
+        """Yield the stages from token ids to logits (N, V)."""
+        stream, out = run.a["encoded"], run.a["ln_f"]
+        yield from self.embedding.stages(run, stream)
+        for layer in self.layers:
+            yield from layer.stages(run, stream)
+        yield from self.norm.stages(run, out, stream)
+        yield from self.head.stages(run, logits, out)
 
     def backward(self, run: Run, d_out: Array, idx: IntArray, kept: Life) -> None:
         """Go back over the lines of `forward`; d_out (N, C) is the gradient of its result.

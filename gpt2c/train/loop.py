@@ -23,9 +23,10 @@ from gpt2c.files import atomic
 from gpt2c.files.atomic import claim_directory
 from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
-from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import get_backend
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.block import Dropout
+from gpt2c.model.config import ModelConfig
+from gpt2c.pretrained import KINDS
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, read_shards
@@ -83,7 +84,7 @@ def train(
     overwrite: bool = False,
     held: bool = False,
 ) -> TrainResult:
-    """Train a GPT-2 on prepared data into a run directory.
+    """Train a GPT-2 or a Llama on prepared data into a run directory.
 
     Parameters
     ----------
@@ -151,7 +152,7 @@ def reserved(
 
 
 def _fitting_backend(
-    settings: TrainSettings, config: GPT2Config, order_bytes: int, resumed: bool = False
+    settings: TrainSettings, config: ModelConfig, order_bytes: int, resumed: bool = False
 ) -> Any:
     """Return the backend of a run; refuse a run for which a package or memory is missing."""
     if settings.tensorboard:
@@ -211,7 +212,7 @@ def _prepare(
         check_config(found.path, found.config, config)
     backend = _fitting_backend(settings, config, batches.order_bytes, resume)
     seed = settings.seed if found is None else None
-    model = GPT2(config, seed, backend, settings.recomputation)
+    model = KINDS[type(config)](config, seed, backend, settings.recomputation)
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),
@@ -345,11 +346,22 @@ def _gradients(run: Run, batches: Batches) -> tuple[float, str]:
     loss = 0.0
     for micro in range(accumulate):
         x, y = batches.batch(run.step * accumulate + micro)
-        loss += model.loss(x, y) / accumulate
+        dropout = _dropout(settings, run.step, micro * x.size)
+        loss += model.loss(x, y, dropout=dropout) / accumulate
         if not math.isfinite(loss):
             return loss, f"the loss is {loss}"
         model.backward(scale=1 / accumulate)
     return loss, ""
+
+
+def _dropout(settings: TrainSettings, step: int, first: int) -> Dropout | None:
+    """Return the dropout of a batch whose first token is the step's token number `first`.
+
+    Seed and step alone decide the masks, so a resumed run has those of a whole one.
+    """
+    return (
+        Dropout(settings.dropout, settings.seed << 32 | step, first) if settings.dropout else None
+    )
 
 
 def _update(run: Run, learning_rate: float) -> tuple[float, str]:

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 
 from gpt2c.kernels.memory import available_bytes, megabytes, require
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed, parts_needed
 from gpt2c.train.settings import TrainSettings
 
@@ -21,7 +21,7 @@ SCRATCH = 3 << 20  # bytes of a thread: its kernels' packed arrays, and its stac
 
 
 def training_parts(
-    config: GPT2Config, settings: TrainSettings, threads: int, order_bytes: int
+    config: ModelConfig, settings: TrainSettings, threads: int, order_bytes: int
 ) -> dict[str, int]:
     """Return the memory of a run: name -> bytes. An evaluation uses that of the activations.
 
@@ -32,10 +32,10 @@ def training_parts(
     threads : of the backend
     order_bytes : of the batches
     """
-    shapes = config.parameter_shapes()
+    shapes, head = config.parameter_shapes(), config.stack().head
     parts = parts_needed(config, settings.batch_size, settings.block_size, settings.recomputation)
-    if settings.gradient_accumulation_steps > 1:  # wte's next gradient has memory of its own
-        parts["gradients"] += 4 * math.prod(shapes["wte.weight"])
+    if settings.gradient_accumulation_steps > 1:  # the head's next gradient has memory of its own
+        parts["gradients"] += 4 * math.prod(shapes[head.weight])
     parts["threads"] = SCRATCH * threads
     parts["order of the windows"] = order_bytes
     parts["Python"] = PYTHON
@@ -44,7 +44,7 @@ def training_parts(
 
 
 def check_training(
-    config: GPT2Config,
+    config: ModelConfig,
     settings: TrainSettings,
     threads: int,
     order_bytes: int,

@@ -1,23 +1,26 @@
 """AdamW over a model's flat parameters, and learning-rate schedules as pure functions of the step.
 
-Knows nothing about layers, losses, data or files, only two flat arrays and the ops on them.
+Knows nothing about layers, losses, data or files, only two flat arrays, the names of their parts
+and the ops on them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpt2c.kernels.checks import number, whole, whole_or_float
-from gpt2c.kernels.memory import aligned_zeros, require
+from gpt2c.kernels.memory import aligned_offsets, aligned_zeros, require
+from gpt2c.model.parameters import names_that_fit
 
-__all__ = ["SCHEDULES", "AdamW", "NonFiniteGradient", "Schedule"]
+__all__ = ["SCHEDULES", "AdamW", "NonFiniteGradient", "ParameterGroup", "Schedule"]
 
 
 class OptimizerOps(Protocol):
@@ -47,7 +50,7 @@ class FlatModel(Protocol):
     """The part of a model that an optimizer uses.
 
     The first `trained_size` floats of its parameters are trained and have gradients; the first
-    `decay_size` of those decay. `trained` names them.
+    `decay_size` of those decay. `trained` names them in the order of memory.
     """
 
     @property
@@ -56,6 +59,8 @@ class FlatModel(Protocol):
     def flat_parameters(self) -> NDArray[np.float32]: ...
     @property
     def flat_gradients(self) -> NDArray[np.float32]: ...
+    @property
+    def parameters(self) -> Mapping[str, NDArray[np.float32]]: ...
     @property
     def decay_size(self) -> int: ...
     @property
@@ -66,6 +71,34 @@ class FlatModel(Protocol):
 
 class NonFiniteGradient(ValueError):
     """The gradients' norm is nan or infinite: `AdamW.step` has changed nothing."""
+
+
+class ParameterGroup(TypedDict):
+    """Parameters with settings of their own; what a group leaves out is as for all others.
+
+    Parameters
+    ----------
+    params : a pattern of names, or several, as `Model.freeze` has them
+    learning_rate : of a `step` that is called without one
+    weight_decay : of the parameters in the group that decay
+    """
+
+    params: str | Sequence[str]
+    learning_rate: NotRequired[float]
+    weight_decay: NotRequired[float]
+
+
+class _Part(NamedTuple):
+    """A slice of flat memory, updated in one call.
+
+    factor : of the learning rate
+    weight_decay : None for the optimizer's
+    """
+
+    start: int
+    end: int
+    factor: float = 1.0
+    weight_decay: float | None = None
 
 
 class AdamW:
@@ -86,6 +119,9 @@ class AdamW:
     betas : decay rates of the first and second moment, each in [0, 1)
     eps : added outside the square root
     weight_decay : each step subtracts learning_rate * weight_decay * param
+    groups : parameters with settings of their own, see `ParameterGroup`. A parameter is in the
+        first group with a pattern that fits it. `step(learning_rate=...)` is for the parameters in
+        no group; the rates of the groups change by the same factor, as with PyTorch's schedules
 
     Attributes
     ----------
@@ -94,7 +130,8 @@ class AdamW:
 
     Raises
     ------
-    ValueError : a setting is out of range, or the model has no gradients
+    ValueError : a setting is out of range, the model has no gradients, or a group has unknown
+        settings, or a pattern that fits no trained parameter
     MemoryError : gradients and moments do not fit
 
     A checkpoint stores `state()` and `steps`. `copy.deepcopy` and `pickle` copy the model too: copy
@@ -110,6 +147,8 @@ class AdamW:
     >>> norm = optimizer.step(grad_clip=1.0)  # of all gradients, before it is clipped
     >>> model.loss([[1, 2, 3]], [[2, 3, 4]]) < before
     True
+    >>> tables = {"params": "w[tp]e.*", "learning_rate": 0.001, "weight_decay": 0.0}
+    >>> optimizer = gpt2c.AdamW(model, learning_rate=0.01, groups=[tables])
     """
 
     def __init__(
@@ -119,6 +158,7 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        groups: Sequence[ParameterGroup] = (),
     ) -> None:
         if not hasattr(model, "flat_gradients"):
             raise ValueError(
@@ -129,13 +169,14 @@ class AdamW:
         betas = _checked_betas(betas)
         if not 0 < number("eps", eps) < math.inf:
             raise ValueError(f"eps must be above 0, got {eps}")
-        if not 0 <= number("weight_decay", weight_decay) < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        _check_weight_decay(weight_decay)
         self.model = model
         self.learning_rate = learning_rate
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
+        self.groups = groups
+        self._parts = _parts(model, groups, learning_rate)
         size = model.trained_size
         what = f"AdamW for {size:,} numbers"
         require(what, {"moments": self.state_bytes(size)}, "take a smaller model")
@@ -145,7 +186,8 @@ class AdamW:
 
     def __repr__(self) -> str:
         settings = f"learning_rate={self.learning_rate}, betas={self.betas}, eps={self.eps}"
-        settings += f", weight_decay={self.weight_decay}, steps={self.steps}"
+        settings += f", weight_decay={self.weight_decay}, "
+        settings += f"groups={self.groups}, " * bool(self.groups) + f"steps={self.steps}"
         return f"AdamW({self.model!r}, {settings})"
 
     @staticmethod
@@ -205,7 +247,8 @@ class AdamW:
 
         Parameters
         ----------
-        learning_rate : of this step, None for the constructor's
+        learning_rate : of this step, None for the constructor's; that of a group changes by the
+            same factor
         grad_clip : the largest global norm of the gradients, None for no limit; the step multiplies
             them by min(1, grad_clip / (norm + 1e-6)), as PyTorch's clip_grad_norm_
 
@@ -234,21 +277,95 @@ class AdamW:
             )
         grad_scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (norm + 1e-6))
         self.steps += 1
-        decayed, rest = slice(model.decay_size), slice(model.decay_size, model.trained_size)
-        for part, weight_decay in ((decayed, self.weight_decay), (rest, 0.0)):
+        for part in self._parts:
+            own = slice(part.start, part.end)
+            decay = self.weight_decay if part.weight_decay is None else part.weight_decay
             model.backend.adamw_update(
-                model.flat_parameters[part],
-                self.m[part],
-                self.v[part],
-                model.flat_gradients[part],
-                learning_rate,
+                model.flat_parameters[own],
+                self.m[own],
+                self.v[own],
+                model.flat_gradients[own],
+                learning_rate * part.factor,
                 *self.betas,
                 self.eps,
-                weight_decay,
+                decay,
                 self.steps,
                 grad_scale,
             )
         return norm
+
+
+def _parts(model: FlatModel, groups: Sequence[ParameterGroup], learning_rate: float) -> list[_Part]:
+    """Return the slices of flat memory to update: neighbours with the same settings are one."""
+    if not groups:
+        rest = _Part(model.decay_size, model.trained_size, weight_decay=0.0)
+        return [_Part(0, model.decay_size), rest]
+    if not isinstance(groups, list | tuple):
+        raise ValueError(f"groups must be a list of dicts, got {groups!r:.50}")
+    starts = aligned_offsets({name: model.parameters[name].shape for name in model.trained})
+    ends = dict(zip(starts, [*starts.values()][1:], strict=False))
+    decaying = {name for name in model.trained if starts[name] < model.decay_size}
+    settings: dict[str, tuple[float, float | None]] = {}  # the last two fields of a part
+    for group in groups:
+        factor, decay = _checked_settings(group, learning_rate)
+        patterns = group["params"]
+        names = {
+            name
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            for name in _names_of_trained(model, pattern)
+            if name not in settings
+        }
+        if not names:
+            raise ValueError(
+                f"the group of params {patterns!r:.70} is empty: name parameters that no group"
+                " before it has"
+            )
+        if decay and names.isdisjoint(decaying):
+            raise ValueError(
+                f"the group of params {patterns!r:.70} has weight_decay {decay}, but no parameter"
+                " with two or more dimensions"
+            )
+        settings |= {name: (factor, decay if name in decaying else 0.0) for name in names}
+    for name in model.trained:
+        settings.setdefault(name, (1.0, None if name in decaying else 0.0))
+    parts = []
+    for own, names_of_part in itertools.groupby(model.trained, settings.__getitem__):
+        run = [*names_of_part]
+        parts.append(_Part(starts[run[0]], ends[run[-1]], *own))
+    return parts
+
+
+def _checked_settings(group: ParameterGroup, learning_rate: float) -> tuple[float, float | None]:
+    """Return the factor of a group's learning rate, and its weight decay or None."""
+    known = [*ParameterGroup.__annotations__]
+    if not isinstance(group, dict) or "params" not in group or not group.keys() <= {*known}:
+        raise ValueError(
+            f"a group is a dict with params and perhaps {', '.join(known[1:])}, got {group!r:.90}"
+        )
+    if not isinstance(group["params"], str | list | tuple):
+        raise ValueError(
+            f"params must be a pattern of names, or a list of them, got {group['params']!r:.50}"
+        )
+    rate, decay = group.get("learning_rate", learning_rate), group.get("weight_decay")
+    _check_learning_rate(rate)
+    if decay is not None:
+        _check_weight_decay(decay)
+    if rate == learning_rate:
+        return 1.0, decay
+    factor = rate / learning_rate if learning_rate else math.inf
+    if factor == math.inf:
+        raise ValueError(
+            f"learning_rate {learning_rate} is too small: a group's, {rate}, is a multiple of it"
+        )
+    return factor, decay
+
+
+def _names_of_trained(model: FlatModel, pattern: str) -> frozenset[str]:
+    """Return the trained parameters whose names fit a pattern."""
+    fitting = names_that_fit(model.parameters, [pattern])
+    if fitting.isdisjoint(model.trained):
+        raise ValueError(f"all parameters with a name like {pattern!r} are frozen")
+    return fitting.intersection(model.trained)
 
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "step")
@@ -358,6 +475,11 @@ class Schedule:
 def _check_learning_rate(learning_rate: float) -> None:
     if not 0 <= number("learning_rate", learning_rate) < math.inf:
         raise ValueError(f"learning_rate must be finite and at least 0, got {learning_rate}")
+
+
+def _check_weight_decay(weight_decay: float) -> None:
+    if not 0 <= number("weight_decay", weight_decay) < math.inf:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
 
 
 def _checked_betas(betas: Any) -> tuple[float, float]:

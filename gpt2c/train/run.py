@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
+from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
 from gpt2c.files.atomic import atomic_path, check_link, matching, remove, remove_leftovers, through
 from gpt2c.files.names import (
@@ -41,9 +42,9 @@ from gpt2c.files.names import (
     WEIGHTS_FILE,
 )
 from gpt2c.files.untrusted import read_json, shown
-from gpt2c.gpt2 import GPT2
+from gpt2c.formats.load import read_kind
 from gpt2c.kernels.checks import counted
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import ModelConfig
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train import checkpoints, tensorboard
 from gpt2c.train.checkpoints import Checkpoint, TrainerState
@@ -177,7 +178,7 @@ def check_never_saved(out: Path) -> None:
         report(f"{out} had no checkpoint yet: it begins again with its first step")
 
 
-def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
+def check_config(source: Path, entries: Any, config: ModelConfig) -> None:
     """Refuse a run of another model before the model is built.
 
     Raises
@@ -185,7 +186,7 @@ def check_config(source: Path, entries: Any, config: GPT2Config) -> None:
     ValueError : `entries`, from the file `source`, are not those of `config`
     """
     try:
-        found = GPT2Config.from_dict(entries) if isinstance(entries, dict) else None
+        found = read_kind(entries) if isinstance(entries, dict) else None
     except ValueError as error:
         raise ValueError(f"{source}: its config is invalid: {error}") from None
     if found != config:
@@ -220,7 +221,7 @@ class Run:
         self,
         out: Path,
         settings: TrainSettings,
-        model: GPT2,
+        model: CausalLM,
         optimizer: AdamW,
         tokenizer: Tokenizer,
         data: Any,

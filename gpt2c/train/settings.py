@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from gpt2c.files.names import check_named
 from gpt2c.files.untrusted import decode, read_bytes, shown
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.config import GPT2Config, ModelConfig
+from gpt2c.model.llama import LlamaConfig
 from gpt2c.train.optimizer import SCHEDULES, Schedule
 
 __all__ = [
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 # A resumed run must keep these: they fix the weights' shapes and the order of the data.
 FIXED_BY_RUN = (
+    "arch",
+    "n_kv_head",
     "n_layer",
     "n_head",
     "n_embd",
@@ -44,6 +47,14 @@ FIXED_BY_RUN = (
     "batch_order",
 )
 TABLES = ("model", "data", "optimizer", "schedule", "run")  # of a recipe
+ARCHS = ("gpt2", "llama")
+LLAMA_NAMES = {  # of the settings
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+}
 
 LEAST = dict.fromkeys(
     (
@@ -58,11 +69,12 @@ LEAST = dict.fromkeys(
 ) | dict.fromkeys(
     (
         *("warmup_iters", "eval_interval", "eval_iters", "save_interval", "save_minutes"),
-        *("seed", "grad_clip", "threads"),
+        *("seed", "grad_clip", "threads", "n_kv_head"),
     ),
     0,
 )
 GREATEST = 2**31 - 1  # of whole numbers; no run has more steps
+INNER = 64  # a Llama's inner channels are a multiple of this, for the kernels' sake
 LARGEST_RECIPE = 1 << 20  # bytes
 
 
@@ -93,11 +105,18 @@ class TrainSettings:
     ValueError : a setting is out of range, or the model's config or the schedule refuses it
     """
 
+    arch: str = setting("model", "gpt2", f"one of {', '.join(ARCHS)}", older="gpt2")
     n_layer: int = setting("model", 4, "layers")
     n_head: int = setting("model", 4, "heads of attention")
+    n_kv_head: int = setting(
+        "model", 0, "llama: heads of keys and values; 0: as many as n_head", older=0
+    )
     n_embd: int = setting("model", 256, "channels")
     block_size: int = setting(
         "model", 256, "tokens in a row of a batch, and the model's n_positions"
+    )
+    dropout: float = setting(
+        "model", 0.0, "the share of activations that are 0 in a training step", older=0.0
     )
     batch_size: int = setting("data", 8, "rows in a batch")
     gradient_accumulation_steps: int = setting("data", 1, "batches in a step of the optimizer")
@@ -140,11 +159,15 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in DEFAULTS:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
-        for name in ("beta1", "beta2"):
+        for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.recompute not in ("none", "light", "full"):
             raise ValueError(f"recompute must be none, light or full, got {self.recompute!r}")
+        if self.arch not in ARCHS:
+            raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {shown(self.arch)}")
+        if self.n_kv_head and self.arch != "llama":
+            raise ValueError(f"n_kv_head is for arch llama, got arch {self.arch}")
         if self.batch_order not in (1, 2):
             raise ValueError(f"batch_order must be 1 or 2, got {self.batch_order}")
         self.learning_rates()
@@ -160,8 +183,30 @@ class TrainSettings:
         """The argument `recompute` of GPT2."""
         return None if self.recompute == "none" else self.recompute
 
-    def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> GPT2Config:
-        """Return the model's config for a tokenizer."""
+    def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> ModelConfig:
+        """Return the model's config for a tokenizer.
+
+        A Llama's MLP has three matrices in place of two, so 8/3 C inner channels in place of 4 C
+        give it as many parameters. Its table of tokens is also its lm_head, as GPT-2's.
+        """
+        if self.arch == "llama":
+            given = {name: getattr(self, own) for name, own in LLAMA_NAMES.items()}
+            given["num_key_value_heads"] = self.n_kv_head or None
+            try:
+                return LlamaConfig(
+                    vocab_size=vocab_size,
+                    intermediate_size=-(-8 * self.n_embd // (3 * INNER)) * INNER,
+                    rms_norm_eps=1e-5,
+                    tie_word_embeddings=True,
+                    eos_token_id=eos_token_id,
+                    bos_token_id=eos_token_id,
+                    **given,
+                )
+            except ValueError as error:
+                text = str(error)
+                for name, own in LLAMA_NAMES.items():
+                    text = text.replace(name, own)
+                raise ValueError(text) from None
         return GPT2Config(
             vocab_size=vocab_size,
             n_positions=self.block_size,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.likely import GOOD, by_hand, random_model, slide, write_lines
 
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, GPT2Config, Tokenizer
 from gpt2c.evaluate.loss import evaluate
 from gpt2c.text.shards import read_tokens, write_tokens
 
@@ -107,7 +107,7 @@ def test_eval_agrees_with_a_sum_by_hand(gpt2c, world: Path) -> None:
 def test_eval_slides_its_window(gpt2c, world: Path, stride: int, flags: str) -> None:
     model = GPT2.from_pretrained(world / "run")
     if flags:
-        model = QuantizedGPT2.from_model(model, flags.split()[1])
+        model = model.quantize(flags.split()[1])
     tokens = np.random.default_rng(5).integers(0, 257, 90)
     tokens[40] = 256
     logprobs = slide(model, tokens, stride, max(16, stride + 1))
@@ -178,7 +178,7 @@ def test_eval_of_tokens_without_bytes(gpt2c, world: Path) -> None:
 def test_eval_answers_questions(gpt2c, world: Path, flags: str) -> None:
     model = GPT2.from_pretrained(world / "run")
     if flags:
-        model = QuantizedGPT2.from_model(model, flags.split()[1])
+        model = model.quantize(flags.split()[1])
     sums = []
     for ending in (" sat", " ran far", " \u00e9\u00e9\u00e9"):
         row = np.array(list(b"a cat" + ending.encode()))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.command import SPEED, TINY, Terminal, crafted
 
-from gpt2c import GPT2, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, Tokenizer
 from gpt2c.cli.main import main
 from gpt2c.generator import Generator, Token
 from gpt2c.screen.terminal import spelled
@@ -136,7 +136,7 @@ def test_generate_writes_several_texts(gpt2c, world: Path) -> None:
 
 @pytest.mark.parametrize("method", ["int8", "fp16"])
 def test_generate_with_smaller_weights(gpt2c, world: Path, tmp_path: Path, method: str) -> None:
-    model = QuantizedGPT2.from_model(GPT2.from_pretrained(world / "run"), method)
+    model = GPT2.from_pretrained(world / "run").quantize(method)
     model.save_pretrained(tmp_path / "small")
     tokenizer = Tokenizer.from_pretrained("run")
     tokenizer.save_pretrained(tmp_path / "small")

@@ -12,7 +12,7 @@ import pytest
 from conftest import refused
 from helpers.likely import by_hand, distribution, random_model, uniform
 
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, GPT2Config, Tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are not ours
@@ -401,7 +401,7 @@ def test_harness_own_class_gives_the_same(lm: GPT2LM, model: GPT2, tmp_path: Pat
 
 
 def test_quantized_weights_generate(model: GPT2) -> None:
-    lm = GPT2LM(QuantizedGPT2.from_model(model, "int8"), TOKENIZER)
+    lm = GPT2LM(model.quantize("int8"), TOKENIZER)
     (text,) = lm.generate_until(requests("generate_until", [("the", {"max_gen_toks": 5})]), True)
     tokens = lm.model.generate([TOKENIZER.encode("the")], 5, temperature=0)[0]
     assert text == TOKENIZER.decode(tokens[len(TOKENIZER.encode("the")) :])

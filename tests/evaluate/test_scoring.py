@@ -25,7 +25,7 @@ from helpers.likely import (
     write_lines,
 )
 
-from gpt2c import GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2Config, Tokenizer
 from gpt2c.evaluate.loss import evaluate
 from gpt2c.evaluate.scoring import (
     METRICS,
@@ -77,7 +77,7 @@ def test_logprobs_of_a_model_without_weights() -> None:
 
 def test_logprobs_refuses_bad_ids() -> None:
     model = uniform()
-    for kind in (model, QuantizedGPT2.from_model(model, "int8")):
+    for kind in (model, model.quantize("int8")):
         assert "at least 2 tokens" in refused(kind.logprobs, [[1]])
         assert "got shape (2,)" in refused(kind.logprobs, [1, 2])
         assert "token id 61 is not in [0, 61)" in refused(kind.logprobs, [[1, 61]])

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from helpers.hostile import READERS, Pairs, attempt, dumps, joined, limits, split
 
+from gpt2c.model.config import CLASSIFIER
+
 Change = Callable[[bytes], bytes]
 
 
@@ -259,6 +261,19 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
         ("generation", "generation_config.json", what, change, "")
         for what, change in {**NO_JSON, "ends of a kind": entries(eos_token_id="x")}.items()
     ),
+    *(
+        ("classifier", "config.json", f"id2label {value!r}", entries(id2label=value), said)
+        for value, said in [
+            *(([], "id2label"), ("LABEL_0", "id2label"), ({}, "num_labels"), (3, "id2label")),
+            *(({"0": "a"}, "score.weight"), (None, "score.weight")),
+        ]
+    ),
+    *(
+        ("classifier", "config.json", f"num_labels {value!r}", entries(num_labels=value), said)
+        for value, said in [(2, "num_labels"), (2**62, "num_labels"), ("3", "num_labels")]
+    ),
+    ("classifier", "config.json", "no head", entries(architectures=None), "score.weight"),
+    ("model", "config.json", "a head", entries(architectures=CLASSIFIER), "score.weight"),
     ("model", "config.json", "more tokens", entries(vocab_size=2**31 - 1), "wte.weight"),
     *(("tokenizer", "tokenizer_config.json", what, c, "") for what, c in NO_JSON.items()),
     ("model", "config.json", "more layers", entries(n_layer=2), "h.1."),
@@ -363,6 +378,31 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
     ("llmc", "model.bin", "pickle", raw(pickle.dumps({"a": [1.0] * 999})), "pickle"),
     ("llmc", "model.bin", "safetensors", raw(joined(b"{}", bytes(2000))), "starts with"),
     ("llmc_bf16", "model.bin", "fp32", at(4, 3), ""),
+    *(
+        ("llama2c", "model.bin", f"{field} {value}", at(4 * place, value), "")
+        for place, field, values in [
+            (0, "dim", (0, -1, 7, 16, 2**31 - 2, 20240326)),
+            (1, "hidden_dim", (0, -1, 7, 2**31 - 1)),
+            (2, "n_layers", (0, -1, 3, 10_000, 2**31 - 1)),
+            (3, "n_heads", (0, -1, 1, 3, 2**31 - 1)),
+            (4, "n_kv_heads", (0, -1, 3, 4)),
+            (5, "vocab_size", (0, 262, -263, 2**31 - 1, -(2**31))),
+            (6, "max_seq_len", (0, -1, 5, 2**31 - 1)),
+        ]
+        for value in values
+    ),
+    *(
+        ("llama2c", "model.bin", what, change, "")
+        for what, change in {
+            "nothing": raw(b""),
+            "half a header": size(lambda n: 14),
+            "a header": size(lambda n: 28),
+            "one byte short": size(lambda n: n - 1),
+            "one byte more": size(lambda n: n + 1),
+            "another version": lambda content: b"24ka\2\0\0\0" + content,
+            "the magic number alone": raw(b"24ka"),
+        }.items()
+    ),
     *(
         ("llmc_tokenizer", "tokenizer.bin", f"{field} {value}", at(4 * place, value), "")
         for place, field, values in [

@@ -19,7 +19,7 @@ import pytest
 from conftest import refused
 from helpers.standin_hub import COMMIT, StandIn, serve
 
-from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
 from gpt2c.files import hub
 
 REPO = "user/small"
@@ -133,8 +133,8 @@ def test_model_is_downloaded_once(client: Client, saved: Path) -> None:
 import gpt2c
 generator = gpt2c.Generator.from_pretrained({REPO!r})
 print(generator.generate("hello", max_new_tokens=4, temperature=0))
-print(gpt2c.GPT2.from_pretrained({REPO!r}, quantize="int8").method)
-print(gpt2c.QuantizedGPT2.from_pretrained({REPO!r}, "fp16").method)
+print(gpt2c.GPT2.from_pretrained({REPO!r}, quantize="int8").weights)
+print(gpt2c.from_pretrained({REPO!r}, quantize="fp16").weights)
 print(gpt2c.Tokenizer.from_pretrained({REPO!r}).vocab_size)
 """
     done = client.run("-c", code)
@@ -471,7 +471,7 @@ def test_model_and_tokenizer_together(saved: Path, tmp_path: Path) -> None:
     ids = tokenizer.encode("hello")
     assert np.array_equal(generator.model([ids]), model([ids]))
     small = Generator.from_pretrained(str(saved), quantize="int8").model
-    assert isinstance(small, QuantizedGPT2)
+    assert small.weights == "int8"
     small.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert isinstance(Generator.from_pretrained(tmp_path).model, QuantizedGPT2), "as it was saved"
+    assert Generator.from_pretrained(tmp_path).model.weights == "int8", "as it was saved"

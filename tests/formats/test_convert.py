@@ -13,10 +13,12 @@ from helpers.command import program, run_process
 
 from gpt2c.cli.main import main
 from gpt2c.files.atomic import locked
-from gpt2c.formats import convert, llmc
+from gpt2c.formats import convert, llama2c, llmc
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.gpt2 import GPT2
 from gpt2c.model.config import GPT2Config
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
 from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
 from gpt2c.text.splits import DIGITS
 from gpt2c.text.tokenizer import Tokenizer
@@ -32,7 +34,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = GPT2Config(tokenizer.vocab_size, 8, 32, 2, 2, eos_token_id=tokenizer.eot)
     model = GPT2(config, seed=1)
     model.save_pretrained(path / "run")
-    QuantizedGPT2.from_model(model, "fp16").save_pretrained(path / "fp16")
+    model.quantize("fp16").save_pretrained(path / "fp16")
     for name in ("run", "data", "vocabulary"):
         tokenizer.save_pretrained(path / name)
     write_shards(path / "data", "train", np.arange(250), 100)
@@ -40,6 +42,10 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "nano").mkdir()
     np.arange(250, dtype="<u2").tofile(path / "nano" / "train.bin")
     np.array([3, 1, 2], "<u2").tofile(path / "nano" / "val.bin")
+    config = LlamaConfig(
+        tokenizer.vocab_size, 32, 64, 2, 4, 2, max_position_embeddings=8, rms_norm_eps=1e-5
+    )
+    llama2c.write_model(path / "llama.bin", config, Model(config, seed=1).parameters)
     (path / "out").mkdir()
     (path / "out" / "ckpt.pt").write_bytes(b"PK\3\4")
     (path / "empty").mkdir()
@@ -100,6 +106,20 @@ def test_bf16_is_half_as_large_and_rounded(run: Run, world: Path) -> None:
     assert (half != full).any()
     assert run("half.bin again.bin --dtype bf16")[0] == 0
     assert (world / "again.bin").read_bytes() == (world / "half.bin").read_bytes()
+
+
+def test_bin_of_a_llama_is_llama2_cs(run: Run, world: Path) -> None:
+    said = "again.bin: llama2.c's model, 35,872 parameters, fp32\n"
+    assert run("llama.bin again.bin") == (0, said, "")
+    assert (world / "again.bin").read_bytes() == (world / "llama.bin").read_bytes()
+    assert run("llama.bin fp32.bin --dtype fp32")[0] == 0
+    said = "new: Hugging Face's model, 35,872 parameters, float32"
+    assert run("llama.bin new")[1] == f"{said}; no tokenizer yet: gpt2c convert TOKENIZER new\n"
+    assert run("vocabulary tokenizer.bin")[0] == run("tokenizer.bin new")[0] == 0
+    assert run("new back.bin")[0] == 0
+    assert (world / "back.bin").read_bytes() == (world / "llama.bin").read_bytes()
+    if importlib.util.find_spec("gguf"):
+        assert run("new model.gguf")[1] == "model.gguf: GGUF, 35,872 parameters, f32\n"
 
 
 def test_names_and_directories_are_tokenizers(run: Run, world: Path) -> None:
@@ -193,6 +213,10 @@ def test_error_says_that_a_directory_hides_a_tokenizer(run: Run) -> None:
         ("out/ckpt.pt model.bin", "out/ckpt.pt is a pickle"),
         ("out/ckpt.pt a.bin --format nanogpt", "out/ckpt.pt is a pickle"),
         ("run model.bin --dtype q8_0", "model.bin takes fp32, bf16, not --dtype q8_0"),
+        ("llama.bin model.bin --dtype bf16", "model.bin takes fp32, not --dtype bf16"),
+        ("llama.bin model.gguf", "llama.bin has no tokenizer, which a GGUF file needs too"),
+        ("llama.bin tokenizer.bin", "llama.bin has no tokenizer to convert into tokenizer.bin"),
+        ("llama.bin model.onnx", "model.onnx: its name must say what to write"),
         ("run model.gguf --dtype bf16", "model.gguf takes f32, f16, q8_0, not --dtype bf16"),
         ("bytes a.bin --dtype fp32", "--dtype fp32 is for weights"),
         ("nano new --format nanogpt --dtype fp32", "--dtype fp32 is for weights"),

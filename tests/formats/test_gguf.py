@@ -13,6 +13,9 @@ from conftest import refused
 from gpt2c.formats.gguf import write_gguf
 from gpt2c.gpt2 import GPT2
 from gpt2c.model.config import GPT2Config
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
+from gpt2c.model.rope_scaling import RopeScaling
 from gpt2c.text.splits import DIGITS, LLAMA3, QWEN2, Split
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.optimizer import AdamW
@@ -32,12 +35,25 @@ def make(tokenizer: Tokenizer, more: int = 0, **changes: Any) -> GPT2:
     return model
 
 
+def make_llama(tokenizer: Tokenizer, **changes: Any) -> Model:
+    """Return a Llama of the same kind, with grouped queries and a head of its own."""
+    shape = {"max_position_embeddings": 128, "hidden_size": 96, "intermediate_size": 160}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"vocab_size": tokenizer.vocab_size, "initializer_range": 0.15} | changes
+    model = Model(LlamaConfig(**shape, eos_token_id=tokenizer.eot), seed=3)
+    rng = np.random.default_rng(0)
+    for name, parameter in model.parameters.items():
+        if "ln_" in name:
+            parameter += 0.2 * rng.standard_normal(parameter.shape, np.float32)
+    return model
+
+
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
     return Tokenizer.train([TEXT], 300)
 
 
-def gguf_of(path: Path, model: GPT2, tokenizer: Tokenizer, dtype: str = "f32") -> Path:
+def gguf_of(path: Path, model: Model, tokenizer: Tokenizer, dtype: str = "f32") -> Path:
     """Write a file, or skip the test where the gguf package is not installed."""
     pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
     write_gguf(path, model.config, model.parameters, tokenizer, dtype)
@@ -82,6 +98,73 @@ def test_gguf_file_describes_the_model(bpe: Tokenizer, tmp_path: Path) -> None:
         assert np.array_equal(tensors[name], model.parameters[ours]), name
 
 
+def test_gguf_file_describes_a_llama(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_llama(bpe, rope_theta=5e5, head_dim=20, rms_norm_eps=1e-6)
+    path = gguf_of(tmp_path / "model.gguf", model, bpe)
+    reader = __import__("gguf").GGUFReader(path)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    wanted = {
+        "general.architecture": "llama",
+        "llama.context_length": 128,
+        "llama.embedding_length": 96,
+        "llama.block_count": 3,
+        "llama.feed_forward_length": 160,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 20,
+        "llama.attention.value_length": 20,
+        "llama.rope.dimension_count": 20,
+        "llama.rope.freq_base": 5e5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+    }
+    assert {name: values[name] for name in wanted} == wanted
+    assert np.float32(values["llama.attention.layer_norm_rms_epsilon"]) == np.float32(1e-6)
+    tensors, p = {tensor.name: tensor.data for tensor in reader.tensors}, model.parameters
+    assert len(tensors) == 3 + 3 * 9, "token_embd, output_norm, output; 9 of each layer"
+    for name, ours in (
+        ("token_embd.weight", p["wte.weight"]),
+        ("output.weight", p["lm_head.weight"]),
+        ("output_norm.weight", p["ln_f.weight"]),
+        ("blk.2.attn_norm.weight", p["h.2.ln_1.weight"]),
+        ("blk.2.ffn_norm.weight", p["h.2.ln_2.weight"]),
+        ("blk.1.attn_v.weight", p["h.1.attn.c_attn.weight"][120:]),
+        ("blk.1.attn_output.weight", p["h.1.attn.c_proj.weight"]),
+        ("blk.0.ffn_gate.weight", p["h.0.mlp.c_fc.weight"][:160]),
+        ("blk.0.ffn_up.weight", p["h.0.mlp.c_fc.weight"][160:]),
+        ("blk.0.ffn_down.weight", p["h.0.mlp.c_proj.weight"]),
+    ):
+        assert np.array_equal(tensors[name], ours), name
+    q, k = np.split(p["h.1.attn.c_attn.weight"][:120], [80])
+    for name, ours in (("blk.1.attn_q.weight", q), ("blk.1.attn_k.weight", k)):
+        turned = tensors[name].reshape(-1, 20, 96)
+        assert np.array_equal(turned[:, 0::2], ours.reshape(-1, 20, 96)[:, :10]), name
+        assert np.array_equal(turned[:, 1::2], ours.reshape(-1, 20, 96)[:, 10:]), name
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "dynamic"])
+def test_rotary_scaling_is_stored_as_llama_cpp_has_it(
+    kind: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    more = (1.0, 4.0, 32) if kind == "llama3" else ()
+    model = make_llama(bpe, rope_scaling=RopeScaling(kind, 8.0, *more))
+    reader = __import__("gguf").GGUFReader(gguf_of(tmp_path / "model.gguf", model, bpe))
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    scaling = {name: values[name] for name in values if "rope.scaling" in name}
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 8.0}
+    assert scaling == (linear if kind == "linear" else {})
+    factors = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    assert len(factors) == (kind == "llama3")
+    if factors:
+        assert factors[0].shape == (12,) and factors[0][0] == 1 and factors[0][-1] == 8
+
+
+def test_tied_head_of_a_llama_is_left_out(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make_llama(bpe, tie_word_embeddings=True)
+    reader = __import__("gguf").GGUFReader(gguf_of(tmp_path / "model.gguf", model, bpe))
+    assert "output.weight" not in {tensor.name for tensor in reader.tensors}
+
+
 def test_special_and_unused_tokens_are_marked(bpe: Tokenizer, tmp_path: Path) -> None:
     V = bpe.vocab_size
     special = {"<|endoftext|>": bpe.eot, "[PAD]": V + 2, "[SEP]": V}
@@ -106,6 +189,23 @@ def test_matrices_take_fewer_bits(
     for name, kind in kinds.items():
         is_matrix = name.endswith("weight") and "norm" not in name and "position" not in name
         assert kind == (stored if is_matrix else "F32"), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 48}, "hidden_size is 48"),
+        ({"intermediate_size": 100}, "intermediate_size is 100"),
+        ({"head_dim": 6}, "num_attention_heads * head_dim is 24"),
+    ],
+)
+def test_q8_0_of_a_llama_needs_rows_of_whole_blocks(
+    changes: Any, said: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf", reason="writing GGUF needs the gguf package")
+    model, path = make_llama(bpe, **changes), tmp_path / "model.gguf"
+    assert said in refused(write_gguf, path, model.config, model.parameters, bpe, "q8_0")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("changes", [{"n_embd": 48, "n_inner": 64}, {"n_inner": 100}])
@@ -167,7 +267,7 @@ def llama(path: Path) -> Any:
     )
 
 
-def agree(engine: Any, model: GPT2, text: list[int], distance: float = DISTANCE) -> None:
+def agree(engine: Any, model: Model, text: list[int], distance: float = DISTANCE) -> None:
     """Compare the logits after every token of a text, and the likeliest token except at a tie."""
     engine.reset()
     engine.eval(text)
@@ -224,6 +324,45 @@ def test_llama_cpp_generates_the_text_of_a_trained_model(bpe: Tokenizer, tmp_pat
     assert bpe.decode(ours).startswith(TEXT[:60]), "it has learned the text"
     tokens = engine.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
     assert [next(tokens) for _ in range(120)] == ours[5:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bpe", {}),
+        ("bpe", {"tie_word_embeddings": True, "num_key_value_heads": None}),
+        ("bytes", {"num_key_value_heads": 1, "rope_theta": 500.0, "rms_norm_eps": 1e-3}),
+        ("bpe", {"hidden_size": 42, "num_attention_heads": 6, "head_dim": 10, "vocab_size": 310}),
+        ("bpe", {"rope_scaling": RopeScaling("linear", 4.0)}),
+        ("bpe", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 32)}),
+        ("bpe", {"rope_scaling": RopeScaling("dynamic", 2.0)}),
+    ],
+)
+def test_llama_cpp_computes_the_same_llama(
+    kind: str, changes: Any, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    """SiLU has no table in llama.cpp, so the logits differ by less than those of a GPT-2."""
+    tokenizer = bpe if kind == "bpe" else Tokenizer.from_name("bytes")
+    model = make_llama(tokenizer, **changes)
+    engine = llama(gguf_of(tmp_path / "model.gguf", model, tokenizer))
+    text = tokenizer.encode(TEXT)[:20]
+    for _ in range(60):
+        text.append(int(model([text])[0, -1].argmax()))
+    agree(engine, model, text, 2e-4)
+    agree(engine, model, np.random.default_rng(1).integers(0, 250, 120).tolist(), 2e-4)
+    tokens = engine.generate(text[:20], temp=0.0, top_k=1, repeat_penalty=1.0)
+    assert [next(tokens) for _ in range(60)] == text[20:]
+
+
+@pytest.mark.parametrize(("dtype", "distance"), [("f16", 0.02), ("q8_0", 0.3)])
+def test_llama_cpp_nearly_agrees_with_fewer_bits_of_a_llama(
+    dtype: str, distance: float, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    """Logits are about 3, too; SwiGLU multiplies two rounded numbers, GELU has one."""
+    model, text = make_llama(bpe, initializer_range=0.08), bpe.encode(TEXT)[:60]
+    engine = llama(gguf_of(tmp_path / "model.gguf", model, bpe, dtype))
+    engine.eval(text)
+    np.testing.assert_allclose(engine.scores[:60], model([text])[0], atol=distance)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bytes"])

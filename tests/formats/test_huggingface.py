@@ -13,7 +13,7 @@ from helpers.command import program, run_process
 from helpers.raw import write_raw
 from safetensors.numpy import load_file, save_file
 
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, GPT2Config, Tokenizer
 from gpt2c.formats import huggingface
 from gpt2c.formats.huggingface import (
     load_as_they_are,
@@ -507,7 +507,6 @@ def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, chan
     model = GPT2(GPT2Config(V, n_positions=T, n_embd=C, n_layer=1, n_head=1), backend="numpy")
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("gpt2c.model.model.aligned_zeros", None)
-    monkeypatch.setattr("gpt2c.model.quantized.aligned_zeros", None)
     for directory in (tmp_path, tmp_path / "small"):
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | changes))
@@ -517,8 +516,8 @@ def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, chan
             break
         if directory == tmp_path:  # and quantized weights on the disk
             monkeypatch.undo()
-            QuantizedGPT2.from_model(model, quantize).save_pretrained(tmp_path / "small")
-            monkeypatch.setattr("gpt2c.model.quantized.aligned_zeros", None)
+            model.quantize(quantize).save_pretrained(tmp_path / "small")
+            monkeypatch.setattr("gpt2c.model.model.aligned_zeros", None)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -537,9 +536,9 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path, dtype):
 
 def test_model_beyond_the_memory_is_refused():
     config = GPT2Config(2**31 - 1, n_positions=2**31 - 1, n_embd=2**31 - 1, n_head=1, n_layer=9999)
-    for make in (GPT2, lambda config: QuantizedGPT2(config, "fp16")):
+    for weights in ("fp32", "fp16"):
         with pytest.raises(MemoryError, match=r"^a model of [\d,]{20,} parameters needs"):
-            make(config)
+            GPT2(config, weights=weights)
 
 
 # ---- missing and damaged files -------------------------------------------------------------------
@@ -603,7 +602,7 @@ def test_empty_name_is_refused(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    quantized = QuantizedGPT2.from_model(model, "int8")
+    quantized = model.quantize("int8")
     for use in (
         *(model.save_pretrained, quantized.save_pretrained, tokenizer.save_pretrained),
         *(GPT2.from_pretrained, Tokenizer.from_pretrained),

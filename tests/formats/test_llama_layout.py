@@ -20,7 +20,7 @@ from gpt2c.formats.load import find_model
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.parameters import check_shapes
-from gpt2c.model.quantized import QuantizedModel, shapes_of
+from gpt2c.model.quantized import shapes_of
 from gpt2c.model.rope_scaling import RopeScaling
 
 CONFIG = LlamaConfig(
@@ -166,14 +166,14 @@ def test_matrices_are_joined_when_they_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fp16", "int8"])
 def test_quantized_llama_is_stored(method: str, tmp_path: Path) -> None:
-    quantized = QuantizedModel.from_model(Model(TIED, seed=1, backend="numpy"), method)
+    quantized = Model(TIED, seed=1, backend="numpy").quantize(method)
     entry = {ENTRY: {"quant_method": "gpt2c", "weights": method}}
     save_as_they_are(tmp_path, TIED.to_dict() | entry, quantized.parameters)
     found = find_model(tmp_path)
     assert (found.config, found.weights) == (TIED, method)
     check_shapes(shapes_of(TIED, method), found.tensors, found.source)
-    again = QuantizedModel(found.config, method, "numpy")
-    again.take(found.tensors, found.source)
+    again = Model(found.config, None, "numpy", weights=method)
+    again.load_quantized(found.tensors, found.source)
     for name, parameter in again.parameters.items():
         np.testing.assert_array_equal(parameter, quantized.parameters[name])
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gpt2c.formats import llmc
 from gpt2c.formats.llmc import read_model, read_tokenizer, round_bf16, write_model, write_tokenizer
-from gpt2c.gpt2 import GPT2, QuantizedGPT2
+from gpt2c.gpt2 import GPT2
 from gpt2c.model.config import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -123,7 +123,7 @@ def test_from_pretrained_takes_the_file(model: GPT2, tmp_path: Path) -> None:
     idx = np.arange(6)[None]
     assert np.array_equal(GPT2.from_pretrained(path)(idx), model(idx))
     quantized = GPT2.from_pretrained(path, quantize="int8")
-    assert np.array_equal(quantized(idx), QuantizedGPT2.from_model(model, "int8")(idx))
+    assert np.array_equal(quantized(idx), model.quantize("int8")(idx))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_padding_ids_are_never_drawn_with_a_tokenizer(settings):
         got = engine.submit([65], 20, **settings).result(WAIT)
         for one, own in zip(np.atleast_2d(got), np.atleast_2d(expected), strict=True):
             np.testing.assert_allclose(one, own, atol=1e-4)
-    assert refused(Engine, 5) == "model must be a GPT2 or QuantizedGPT2, got 5"
+    assert refused(Engine, 5) == "model must be a GPT2 or Llama, got 5"
     assert refused(Engine, make_model(), tokenizer=5) == "tokenizer must be a Tokenizer, got 5"
     with pytest.raises(ValueError, match="has 257 tokens and the model 61"):
         Engine(make_model(), tokenizer=tokenizer)
@@ -168,7 +168,7 @@ def test_request_gets_the_text_that_it_gets_alone(quantize, threads, backend_nam
     model = make_model(backend_name, threads)
     if quantize:
         model.save_pretrained(tmp_path)
-        model = gpt2c.QuantizedGPT2.from_pretrained(tmp_path, quantize, model.backend)
+        model = gpt2c.from_pretrained(tmp_path, model.backend, quantize)
     with Engine(model, slots=3, queue=len(JOBS)) as engine:
         requests = [engine.submit(ids(T), count, **settings) for T, count, settings in JOBS]
         results = [request.result(WAIT) for request in requests]

@@ -459,9 +459,7 @@ def test_mistakes_are_refused_before_any_work() -> None:
             refused(generator.embed, wrong)
             == f"texts must be a string or a list of them, got {got}"
         )
-    assert refused(Generator, BYTES, small()).startswith(
-        "model must be a GPT2 or QuantizedGPT2, got T"
-    )
+    assert refused(Generator, BYTES, small()).startswith("model must be a GPT2 or Llama, got T")
     assert refused(Generator, small(), "gpt2") == "tokenizer must be a Tokenizer, got 'gpt2'"
     assert generator.count == 0
 

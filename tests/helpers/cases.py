@@ -113,6 +113,16 @@ RAGGED = [
     *shapes("B T NH HS S", [(1, 1, 2, 8, 2), (1, 200, 3, 16, 6), (1, 70, 2, 33, 71)]),
     *shapes("B T NH HS KV S", [(1, 333, 6, 16, 2, 4)]),
 ]
+DROPPED = [
+    *shapes(
+        "B T NH HS dropout",
+        [(1, 1, 1, 1, 0.5), (2, 65, 2, 33, 0.1), (1, 200, 2, 16, 0.9)]
+        + [(3, T, 2, 8, 0.2) for T in (2, 3, 5, 7, 15, 17, 31, 33, 63, 64, 127, 129)],
+    ),
+    *shapes("B T NH HS KV dropout", [(2, 130, 6, 16, 2, 0.2), (1, 9, 9, 64, 3, 0.5)]),
+    *shapes("B T NH HS S dropout", [(1, 200, 3, 16, 6, 0.2), (1, 70, 2, 33, 71, 0.5)]),
+    *shapes("B T NH HS KV S dropout", [(1, 333, 6, 16, 2, 4, 0.1)]),
+]
 # around the 64 x 64 blocks, and vectors
 TRANSPOSE = shapes(
     "R C",
@@ -181,8 +191,8 @@ OF_BLOCKS: dict[str, list[Shape]] = {
         *({**shape, "accumulate": False} for shape in MATMUL),
     ],
     "matrix_transpose": TRANSPOSE,
-    "attention_forward": ATTENTION + CACHE + GROUPED + GROUPED_CACHE + RAGGED,
-    "attention_backward": ATTENTION + GROUPED + RAGGED,
+    "attention_forward": ATTENTION + CACHE + GROUPED + GROUPED_CACHE + RAGGED + DROPPED,
+    "attention_backward": ATTENTION + GROUPED + RAGGED + DROPPED,
     "rope_forward": [*edges("rope_forward"), *RAGGED_ROPE],
     "rope_backward": [*edges("rope_backward"), *RAGGED_ROPE],
     "crossentropy_forward": CROSSENTROPY,
@@ -198,6 +208,8 @@ SHAPES["adamw_update"] += ADAMW
 RTOL_OF = {"layernorm_backward": 2e-6}
 
 CASES = [Case(name, shape) for name in EXAMPLES for shape in SHAPES[name]]
+
+NO_DROPOUT = 0.0, 0, 0  # attention's last arguments
 
 # op: (output, input whose memory it may share), by position
 ALIASES = {

@@ -8,6 +8,7 @@ files. Bad files made by hand go into test_hostile.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -26,10 +27,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import gpt2c.train.loop
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, GPT2Config, Tokenizer
 from gpt2c.evaluate import scoring
 from gpt2c.files.untrusted import read_json, read_text
-from gpt2c.formats import huggingface, llmc
+from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.formats.convert import convert
 from gpt2c.formats.load import find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
@@ -135,6 +136,10 @@ def make_model(directory: Path) -> None:
     GPT2(CONFIG, backend="numpy").save_pretrained(directory)
 
 
+def make_classifier(directory: Path) -> None:
+    GPT2(dataclasses.replace(CONFIG, num_labels=3), backend="numpy").save_pretrained(directory)
+
+
 def make_generation(directory: Path) -> None:
     """Write a model whose end of text is in generation_config.json alone."""
     make_model(directory)
@@ -190,8 +195,8 @@ def make_llama(directory: Path) -> None:
     huggingface.save_weights(directory, LLAMA.to_dict(), parameters)
 
 
-def read_llama(directory: Path) -> Model:
-    found = find_model(directory)
+def read_llama(path: Path) -> Model:
+    found = find_model(path)
     check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
     model = Model(found.config, seed=None)
     model.load_parameters(found.tensors, found.source)
@@ -206,19 +211,25 @@ def use_llama(model: Model) -> None:
 def make_quantized(method: str) -> Callable[[Path], None]:
     def make(directory: Path) -> None:
         model = GPT2(CONFIG, backend="numpy")
-        QuantizedGPT2.from_model(model, method).save_pretrained(directory)
+        model.quantize(method).save_pretrained(directory)
 
     return make
 
 
-def quantized(method: str) -> Callable[[Path], QuantizedGPT2]:
+def quantized(method: str) -> Callable[[Path], GPT2]:
     return lambda directory: GPT2.from_pretrained(directory, quantize=method)
 
 
-def use_model(model: GPT2 | QuantizedGPT2) -> None:
+def use_model(model: GPT2) -> None:
     ids = np.arange(3)[None] % model.config.vocab_size
     model(ids[:, : model.config.n_positions])
     model.generate(ids[:, :1], max_new_tokens=2, temperature=0)
+
+
+def use_classifier(model: GPT2) -> None:
+    model.scores(np.arange(3)[None] % model.config.vocab_size)
+    model.loss([[0]], [0])
+    model.backward()
 
 
 def make_one_tokenizer(directory: Path) -> None:
@@ -297,6 +308,12 @@ def make_llmc(dtype: str) -> Callable[[Path], None]:
         llmc.write_model(directory / "model.bin", CONFIG, model.parameters, dtype)
 
     return make
+
+
+def make_llama2c(directory: Path) -> None:
+    config = dataclasses.replace(LLAMA, rope_scaling=None, rms_norm_eps=1e-5)
+    parameters = Model(config, seed=1, backend="numpy").parameters
+    llama2c.write_model(directory / "model.bin", config, parameters)
 
 
 def make_llmc_tokenizer(directory: Path) -> None:
@@ -397,6 +414,7 @@ RUN_COPIES = (
 
 READERS = {
     "model": Reader(make_model, GPT2.from_pretrained, use_model, optional=SPARE),
+    "classifier": Reader(make_classifier, GPT2.from_pretrained, use_classifier, optional=SPARE),
     "generation": Reader(make_generation, GPT2.from_pretrained, use_model, "generation*"),
     "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model, optional=SPARE),
     "sharded": Reader(make_sharded, GPT2.from_pretrained, use_model, optional=SPARE),
@@ -435,6 +453,12 @@ READERS = {
         use_model,
     ),
     "llmc_convert": Reader(make_llmc("fp32"), converted("model.bin"), len),
+    "llama2c": Reader(make_llama2c, lambda d: read_llama(d / "model.bin"), use_llama),
+    "llama2c_convert": Reader(
+        make_llama2c,
+        lambda d: convert(str(d / "model.bin"), d / "out.bin", overwrite=True),
+        len,
+    ),
     "llmc_tokenizer": Reader(
         make_llmc_tokenizer,
         lambda d: Tokenizer(*llmc.read_tokenizer(d / "tokenizer.bin")),

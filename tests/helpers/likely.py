@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2
+from gpt2c import GPT2, GPT2Config
 from gpt2c.model.language_model import LanguageModel
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3)
@@ -24,7 +24,7 @@ def random_model(config: GPT2Config = CONFIG, backend: str = "auto", kind: str =
         parameter[...] = ("ln_" in name and "weight" in name) + scale * rng.standard_normal(
             parameter.shape
         )
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+    return model if kind == "fp32" else model.quantize(kind)
 
 
 def distribution(model: LanguageModel, tokens: np.ndarray) -> np.ndarray:

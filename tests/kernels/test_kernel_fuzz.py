@@ -19,7 +19,7 @@ from helpers.public_ops import PUBLIC, arrays_of, results_of, solved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2c import GPT2, Engine, GenerationConfig, GPT2Config, QuantizedGPT2
+from gpt2c import GPT2, Engine, GenerationConfig, GPT2Config
 from gpt2c.kernels.backend import backends, get_backend
 from gpt2c.kernels.cases import EXAMPLES
 
@@ -229,7 +229,7 @@ def model_of(number: int, stored: str, backend: str) -> Any:
     model = GPT2(CONFIGS[number], seed=number, backend=get_backend(backend, 2))
     # So large that no two logits are nearly equal, and so small that rounding decides no softmax.
     model.flat_parameters *= min(10, 50 / CONFIGS[number].n_embd ** 0.5)
-    return model if stored == "fp32" else QuantizedGPT2.from_model(model, stored)
+    return model if stored == "fp32" else model.quantize(stored)
 
 
 @st.composite
@@ -273,8 +273,8 @@ def asked(draw: Any, valid: bool, config: GPT2Config) -> dict[str, Any]:
 
 
 def loss(model: Any, a: dict[str, Any]) -> list[Any]:
-    results = [model.loss(a["idx"], a["targets"], keep=isinstance(model, GPT2))]
-    if isinstance(model, GPT2):
+    results = [model.loss(a["idx"], a["targets"], keep=True)]
+    if model.trained:
         model.backward()
         results += [gradient.copy() for gradient in model.gradients.values()]
         model.zero_grad()

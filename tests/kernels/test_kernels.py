@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Guarded
-from helpers.cases import ALIASES, CASES, Case, small_shape
+from helpers.cases import ALIASES, CASES, NO_DROPOUT, Case, small_shape
 
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import NAMES, get_backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS, Op
+from gpt2c.kernels.reference.dropout import keep_factors
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "gpt2c.h"
 # functions of the header that are not ops; decode_step runs many ops, see test_reader
@@ -168,17 +169,72 @@ def test_attention_of_a_ragged_batch_has_the_bits_of_each_sequence_alone(
     qkv = rng.standard_normal((1, T, (NH + 2 * KV) * HS), np.float32)
     dout = rng.standard_normal((1, T, C), np.float32)
     out, lse, dqkv = np.empty_like(dout), np.empty((1, NH, T), np.float32), np.empty_like(qkv)
-    backend.attention_forward(out, lse, None, None, qkv, offsets, 0)
-    backend.attention_backward(dqkv, dout, qkv, out, lse, offsets)
+    backend.attention_forward(out, lse, None, None, qkv, offsets, 0, *NO_DROPOUT)
+    backend.attention_backward(dqkv, dout, qkv, out, lse, offsets, *NO_DROPOUT)
     for start, end in pairwise(offsets.tolist()):
         rows = slice(start, end)
         one = [np.empty_like(array[:, rows]) for array in (out, qkv)]
         own_lse = np.empty((1, NH, end - start), np.float32)
-        backend.attention_forward(one[0], own_lse, None, None, qkv[:, rows], None, 0)
-        backend.attention_backward(one[1], dout[:, rows], qkv[:, rows], one[0], own_lse, None)
+        backend.attention_forward(one[0], own_lse, None, None, qkv[:, rows], None, 0, *NO_DROPOUT)
+        backend.attention_backward(
+            one[1], dout[:, rows], qkv[:, rows], one[0], own_lse, None, *NO_DROPOUT
+        )
         assert np.array_equal(one[0], out[:, rows])
         assert np.array_equal(own_lse, lse[:, :, rows])
         assert np.array_equal(one[1], dqkv[:, rows])
+
+
+# ---- dropout -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1, 3, 5, 63, 64, 65, 769])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9, 0.1, 0.5, 0.999])
+def test_dropout_has_the_references_bits(dropout: float, C: int, backend: Any) -> None:
+    x, key, first = np.ones((40, C), np.float32), 2**64 - 5, 2**64 - 40
+    outs = np.empty((2, 40, C), np.float32)
+    for out, ops in zip(outs, (backend, reference), strict=True):
+        ops.dropout_forward(out, x, dropout, key, first)
+    assert np.array_equal(outs[0], outs[1])
+
+
+def test_attention_drops_the_weights_of_the_reference(backend: Any) -> None:
+    """Each key's value is a channel of its own, so the output shows each weight."""
+    B, T, NH, KV, dropout, key, first = 2, 130, 6, 2, 0.3, 77, 5 << 32 | 9
+    qkv = np.zeros((B, T, NH + 2 * KV, T), np.float32)
+    qkv[:, :, -KV:] = np.eye(T)[None, :, None]
+    out, lse = np.empty((B, T, NH * T), np.float32), np.empty((B, NH, T), np.float32)
+    backend.attention_forward(
+        out, lse, None, None, qkv.reshape(B, T, -1), None, 0, dropout, key, first
+    )
+    factors = keep_factors(B * T, NH, T, dropout, key, first).reshape(B, T, NH, T)
+    weights = np.tri(T)[:, None] / np.arange(1, T + 1)[:, None, None]
+    assert np.array_equal(out.reshape(B, T, NH, T) == 0, factors * weights == 0)
+    assert normalised_error(out.reshape(B, T, NH, T), factors * weights) < 1e-6
+    np.testing.assert_allclose(lse, np.broadcast_to(np.log(np.arange(1, T + 1)), lse.shape), 1e-6)
+
+
+def test_dropout_of_a_batch_is_that_of_its_parts(backend: Any, rng: np.random.Generator) -> None:
+    """Rows one by one, and sequences of a ragged batch, have the masks of their place in it."""
+    B, T, NH, HS, numbers = 3, 70, 2, 8, (0.2, 5, 1 << 40)
+    qkv = rng.standard_normal((B, T, 3 * NH * HS), np.float32)
+    dout = rng.standard_normal((B, T, NH * HS), np.float32)
+    offsets = np.arange(0, B * T + 1, T, dtype=np.int32)
+
+    def both(qkv: Any, dout: Any, offsets: Any, start: int) -> list[Any]:
+        own = (*numbers[:2], numbers[2] + start)
+        out, lse = np.empty_like(dout), np.empty((len(qkv), NH, qkv.shape[1]), np.float32)
+        dqkv, dropped = np.empty_like(qkv), np.empty_like(dout)
+        backend.attention_forward(out, lse, None, None, qkv, offsets, 0, *own)
+        backend.attention_backward(dqkv, dout, qkv, out, lse, offsets, *own)
+        backend.dropout_forward(dropped.reshape(-1, NH * HS), dout.reshape(-1, NH * HS), *own)
+        return [array.reshape(-1, array.shape[-1]) for array in (out, dqkv, dropped)]
+
+    whole = both(qkv, dout, None, 0)
+    ragged = both(qkv.reshape(1, B * T, -1), dout.reshape(1, B * T, -1), offsets, 0)
+    rows = [both(qkv[i : i + 1], dout[i : i + 1], None, i * T) for i in range(B)]
+    for number, expected in enumerate(whole):
+        assert np.array_equal(ragged[number], expected)
+        assert np.array_equal(np.concatenate([row[number] for row in rows]), expected)
 
 
 # ---- NaN stays NaN -------------------------------------------------------------------------------
@@ -255,7 +311,7 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
         qkv = rng.standard_normal((B, T, 3 * C), np.float32)
         qkv[0, t, "qkv".index(part) * C] = np.nan  # the first channel of the first head
         out, lse = np.zeros((B, T, C), np.float32), np.zeros((B, NH, T), np.float32)
-        backend.attention_forward(out, lse, None, None, qkv, None, 0)
+        backend.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
         channels = slice(0, 1) if part == "v" else slice(0, HS)
         assert np.isnan(out[0, first_rows, channels]).all(), f"a NaN in {part} was lost"
         assert np.isfinite(out[1]).all() and np.isfinite(out[0, :, HS:]).all(), "it spread"
@@ -298,7 +354,7 @@ def test_cache_attention_passes_nan_on(
             qkv[first, "qkv".index(part) * C] = np.nan
         cache = (part[None] for part in caches)
         lse = np.zeros((1, NH, T), np.float32)
-        backend.attention_forward(out[None], lse, *cache, qkv[None], None, position)
+        backend.attention_forward(out[None], lse, *cache, qkv[None], None, position, *NO_DROPOUT)
         rows = slice(first, first + 1) if part == "q" else slice(first, T)
         channels = slice(0, 1) if part in ("v", "values") else slice(0, HS)
         assert np.isnan(out[rows, channels]).all(), f"a NaN in {part} was lost"

@@ -104,6 +104,7 @@ SMALL: dict[str, tuple[str, Shape]] = {
     "a ragged batch": ("attention_forward", {"B": 1, "T": 9, "NH": 3, "HS": 5, "S": 4}),
     "tokens of a ragged batch": ("encoder_forward", {"B": 1, "T": 9, "C": 7, "V": 7, "S": 4}),
     "tokens alone": ("encoder_forward", {"B": 2, "T": 3, "C": 9, "V": 7, "kind": "no wpe"}),
+    "dropout": ("attention_forward", {"B": 2, "T": 5, "NH": 3, "HS": 5, "dropout": 0.4}),
     "a weight for each row": ("crossentropy_backward", {"N": 9, "V": 17, "kind": "weighted"}),
 }
 
@@ -169,6 +170,36 @@ def test_offsets_of_several_rows_are_refused(backend_name: str) -> None:
 def test_key_heads_that_divide_no_query_heads_are_refused(n_kv_head: int) -> None:
     function, given, _ = given_with("grouped queries")
     assert "KV" in refused(function, **given | {"n_kv_head": n_kv_head})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"dropout": float("nan")}, "dropout"),
+        ({"dropout": "0.1"}, "dropout must be a number"),
+        ({"key": -1}, "key"),
+        ({"key": 2**64}, "key"),
+        ({"key": 0.5}, "key must be a whole number"),
+        ({"first": -1}, "first"),
+        ({"first": 2**64}, "first"),
+        ({"first": 2**33 - 1}, "first"),  # the second row would have another place
+    ],
+)
+def test_dropout_out_of_range_is_refused(
+    changes: dict[str, Any], named: str, backend_name: str
+) -> None:
+    for name in ("dropout_forward", "attention_forward", "attention_backward"):
+        wrong = solved(name)[0] | changes | {"backend": backend_name}
+        assert refused(PUBLIC[name], **wrong).startswith(named)
+
+
+def test_dropout_with_a_cache_is_refused(backend_name: str) -> None:
+    function, given, _ = given_with("a cache")
+    assert refused(function, **given | {"dropout": 0.1, "backend": backend_name}).startswith(
+        "dropout"
+    )
 
 
 def test_backend_may_stand_in_its_old_place() -> None:

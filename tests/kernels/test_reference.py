@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from helpers.cases import ALIASES, SHAPES, Case, small_shape
+from helpers.cases import ALIASES, NO_DROPOUT, SHAPES, Case, small_shape
 
 from gpt2c.kernels import reference
 from gpt2c.kernels.cases import normalised_error
 from gpt2c.kernels.op import OPS
+from gpt2c.kernels.reference.dropout import keep_factors, philox
 
 Array = np.ndarray
 STEP = 1e-6  # central differences: error about STEP^2 from curvature, 1e-16 / STEP from rounding
@@ -61,6 +62,8 @@ DIFFERENTIATED = [
     Case("attention_forward", {"B": 1, "T": 7, "NH": 1, "HS": 1}),
     Case("attention_forward", {"B": 2, "T": 5, "NH": 6, "HS": 3, "KV": 2}),
     Case("attention_forward", {"B": 1, "T": 11, "NH": 4, "HS": 3, "KV": 2, "S": 4}),
+    Case("attention_forward", {"B": 2, "T": 5, "NH": 2, "HS": 3, "dropout": 0.3}),
+    Case("attention_forward", {"B": 1, "T": 11, "NH": 4, "HS": 3, "KV": 2, "S": 4, "dropout": 0.3}),
     Case("encoder_forward", {"B": 1, "T": 9, "C": 5, "V": 3, "S": 4}),
     Case("rope_forward", {"B": 1, "T": 9, "NH": 2, "D": 3, "S": 4}),
 ]
@@ -109,6 +112,18 @@ def test_residual_gradients(rng: np.random.Generator, normal: Any) -> None:
     check_gradient(rng, loss, branch, dout)
 
 
+def test_dropout_gradient(normal: Any, rng: np.random.Generator) -> None:
+    x, dout, out, dx = normal(5, 7), normal(5, 7), *np.empty((2, 5, 7))
+
+    def loss() -> float:
+        reference.dropout_forward(out, x, 0.4, 8, 9)
+        return float((out * dout).sum())
+
+    reference.dropout_forward(dx, dout, 0.4, 8, 9)  # which is why the gradient has no op
+    assert 0 < (dx == 0).sum() < dx.size
+    check_gradient(rng, loss, x, dx)
+
+
 # ---- forward functions have known values ---------------------------------------------------------
 
 
@@ -145,7 +160,7 @@ def test_matmul_is_a_dot_product_of_rows() -> None:
 
 def test_attention_to_one_token_is_its_value(normal: Any) -> None:
     qkv, out, lse = normal(2, 1, 12), np.empty((2, 1, 4)), np.empty((2, 2, 1))
-    reference.attention_forward(out, lse, None, None, qkv, None, 0)
+    reference.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
     np.testing.assert_allclose(out, qkv[..., 8:])
     q, k = qkv[:, 0, :4].reshape(2, 2, 2), qkv[:, 0, 4:8].reshape(2, 2, 2)
     np.testing.assert_allclose(lse[..., 0], (q * k).sum(axis=2) / math.sqrt(2))
@@ -155,7 +170,7 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
     T, C = 6, 4
     qkv, out, lse = normal(1, T, 3 * C), np.empty((1, T, C)), np.empty((1, 1, T))
     qkv[..., C : 2 * C] = 0
-    reference.attention_forward(out, lse, None, None, qkv, None, 0)
+    reference.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
     counts = np.arange(1, T + 1)
     np.testing.assert_allclose(out[0], qkv[0, :, 2 * C :].cumsum(axis=0) / counts[:, None])
     np.testing.assert_allclose(lse[0, 0], np.log(counts))
@@ -163,10 +178,10 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
 
 def test_attention_does_not_see_later_tokens(normal: Any) -> None:
     qkv, out, lse = normal(2, 7, 12), np.empty((2, 7, 4)), np.empty((2, 2, 7))
-    reference.attention_forward(out, lse, None, None, qkv, None, 0)
+    reference.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
     later_out, later_lse = np.empty_like(out), np.empty_like(lse)
     qkv[:, 4:] = normal(2, 3, 12)
-    reference.attention_forward(later_out, later_lse, None, None, qkv, None, 0)
+    reference.attention_forward(later_out, later_lse, None, None, qkv, None, 0, *NO_DROPOUT)
     assert np.array_equal(out[:, :4], later_out[:, :4])
     assert np.array_equal(lse[..., :4], later_lse[..., :4])
     assert not np.isclose(out[:, 4:], later_out[:, 4:]).any()
@@ -179,6 +194,61 @@ def test_gelu_is_close_to_x_times_the_normal_distribution() -> None:
     exact = [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x]
     assert np.abs(out - exact).max() < 5e-4
     assert out[0] == 0 and out[500] == 0 and out[-1] == 10
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+        ),
+    ],
+)
+def test_philox_has_the_words_of_random123(
+    counter: tuple[int, ...], key: int, words: tuple[int, ...]
+) -> None:
+    a, b, c, d = (np.array([word], np.uint64) for word in counter)
+    assert tuple(int(word[0]) for word in philox((a, b, c, d), key)) == words
+
+
+def test_dropout_keeps_its_share_and_the_mean() -> None:
+    for dropout in (0.01, 0.1, 0.5, 0.9):
+        factors = keep_factors(300, 4, 1000, dropout, 1, 2)
+        assert set(np.unique(factors)) == {0, 1 / (1 - dropout)}
+        n, deviation = factors.size, math.sqrt(dropout / (1 - dropout))
+        assert abs(factors.mean() - 1) < 4 * deviation / math.sqrt(n)
+        for axis in range(3):  # each token, head and column by itself, too
+            means = factors.mean(axis=tuple({0, 1, 2} - {axis}))
+            z = (means - 1) / deviation * math.sqrt(n / len(means))
+            assert np.abs(z).max() < 5
+            assert abs((z**2).mean() - 1) < 5 * math.sqrt(2 / len(z))
+
+
+def test_masks_of_neighbours_steps_places_and_heads_are_independent() -> None:
+    def mask(key: int, first: int) -> Array:
+        return keep_factors(300, 3, 1001, 0.5, key, first) - 1
+
+    def same(a: Array, b: Array) -> bool:
+        return abs((a * b).mean()) > 4.5 / math.sqrt(a.size)
+
+    key, first = 1337 << 32 | 100, 7 << 32
+    one = mask(key, first)
+    assert same(one, mask(key, first))
+    others = [(key + 1, first), (key ^ 1 << 32, first), (key, first + (1 << 32)), (0, first)]
+    assert not any(same(one, mask(*other)) for other in others)
+    for axis in range(3):
+        for shift in (1, 2, 3, 4, 5, 8, 16, 64):
+            if shift < one.shape[axis]:
+                assert not same(one, np.roll(one, shift, axis))
+
+
+def test_factors_of_a_token_do_not_depend_on_the_others() -> None:
+    whole = keep_factors(20, 5, 33, 0.3, 11, 2**63 + 7)
+    assert np.array_equal(keep_factors(9, 2, 30, 0.3, 11, 2**63 + 11), whole[4:13, :2, :30])
 
 
 def test_crossentropy_of_equal_logits_is_log_v() -> None:

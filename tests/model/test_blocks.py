@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, AdamW, GPT2Config
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Life, Run
@@ -39,17 +39,19 @@ def gradients(model: Model) -> Array:
 
 
 @BOTH
+@pytest.mark.parametrize("dropout", [None, Dropout(0.2, 3)], ids=["", "dropout"])
 @pytest.mark.parametrize("recompute", KEPT)
 def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
     config: Any,
     taken_in_a_layer: int,
+    dropout: Dropout | None,
     recompute: str | None,
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     idx = rng.integers(0, 61, (2, 33))
     model = Model(config, recompute=recompute)
-    model.loss(idx, idx)
+    model.loss(idx, idx, dropout=dropout)
     model.backward()
     expected, taken = gradients(model), 0
 
@@ -60,24 +62,29 @@ def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
 
     monkeypatch.setattr(Run, "take", fresh)
     model.zero_grad()
-    model.loss(idx, idx)
+    model.loss(idx, idx, dropout=dropout)
     model.backward()
     assert taken == taken_in_a_layer * config.n_layer
     assert np.array_equal(gradients(model), expected)
 
 
 @BOTH
+@pytest.mark.parametrize("dropout", [None, Dropout(0.2, 3)], ids=["", "dropout"])
 @pytest.mark.parametrize("recompute", KEPT)
 def test_backward_reads_no_activation_whose_life_has_ended(
-    config: Any, taken_in_a_layer: int, recompute: str | None, rng: np.random.Generator
+    config: Any,
+    taken_in_a_layer: int,
+    dropout: Dropout | None,
+    recompute: str | None,
+    rng: np.random.Generator,
 ) -> None:
     idx = rng.integers(0, 61, (2, 33))
     model = Model(config, recompute=recompute)
-    model.loss(idx, idx)
+    model.loss(idx, idx, dropout=dropout)
     model.backward()
     expected = gradients(model)
     model.zero_grad()
-    model.loss(idx, idx)
+    model.loss(idx, idx, dropout=dropout)
     assert model._pending is not None
     run = model._pending.run
     ended = [slot for slot in model._slots(run.batch) if slot.life > KEPT[recompute]]

@@ -58,7 +58,6 @@ def test_bad_settings_are_refused(name: str, value: Any) -> None:
         ("activation_function", None),
         ("activation_function", ["gelu_new"]),
         ("add_cross_attention", True),
-        ("architectures", ["GPT2ForSequenceClassification"]),
         ("architectures", ["GPT2ForTokenClassification"]),
         ("architectures", ["GPT2DoubleHeadsModel"]),
         ("architectures", ["GPT2LMHeadCustomModel"]),

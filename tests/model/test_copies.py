@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, AdamW, Engine, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, AdamW, Engine, Generator, GPT2Config, Tokenizer
 from gpt2c.evaluate.scoring import Scorer
 from gpt2c.kernels.backend import backends
 from gpt2c.kernels.checks import counted
@@ -40,7 +40,7 @@ def copied(request: pytest.FixtureRequest) -> Any:
 
 def make(kind: str = "fp32", backend: Any = "auto", **settings: Any) -> Any:
     model = GPT2(CONFIG, seed=3, backend=backend, **settings)
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+    return model if kind == "fp32" else model.quantize(kind)
 
 
 def train(model: GPT2, optimizer: AdamW, steps: int = 2) -> list[float]:
@@ -215,10 +215,8 @@ def test_repr_of_models_and_optimizers() -> None:
     model = make("fp32", "base", threads=2)
     size = f"{CONFIG.num_parameters():,} parameters"
     assert repr(model) == f"GPT2(2 layers, 24 channels, {size}, base, 2 threads)"
-    quantized = QuantizedGPT2.from_model(model, "int8")
-    assert repr(quantized) == (
-        f"QuantizedGPT2(2 layers, 24 channels, {size}, int8, base, 2 threads)"
-    )
+    quantized = model.quantize("int8")
+    assert repr(quantized) == (f"GPT2(2 layers, 24 channels, {size}, int8, base, 2 threads)")
     optimizer = AdamW(model, learning_rate=0.01)
     train(model, optimizer, 1)
     assert repr(optimizer) == (
@@ -286,9 +284,9 @@ def test_threads_are_an_argument_at_every_door(tmp_path: Path) -> None:
         model,
         GPT2.from_pretrained(tmp_path, threads=3),
         GPT2.from_pretrained(tmp_path, "base", quantize="int8", threads=3),
-        QuantizedGPT2(config, "fp16", threads=3),
-        QuantizedGPT2.from_pretrained(tmp_path, "fp16", threads=3),
-        QuantizedGPT2.from_model(model, "int8"),
+        GPT2(config, threads=3, weights="fp16"),
+        GPT2.from_pretrained(tmp_path, quantize="fp16", threads=3),
+        model.quantize("int8"),
         Generator.from_pretrained(tmp_path, threads=3).model,
         Generator.from_pretrained(tmp_path, quantize="int8", threads=3).model,
     ]

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.cases import NO_DROPOUT
 
-from gpt2c import GPT2, Generator, GPT2Config, QuantizedGPT2, Tokenizer
+from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
 from gpt2c.kernels import reference
 from gpt2c.kernels.cases import normalised_error
 from gpt2c.model.reader import CHUNK
@@ -28,7 +29,7 @@ def make(backend: Any = "auto", kind: str = "fp32", config: GPT2Config = CONFIG)
     rng = np.random.default_rng(0)
     for parameter in model.parameters.values():
         parameter += 0.1 * rng.standard_normal(parameter.shape, np.float32)
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+    return model if kind == "fp32" else model.quantize(kind)
 
 
 def stream(model: GPT2, idx: np.ndarray) -> list[np.ndarray]:
@@ -52,7 +53,7 @@ def stream(model: GPT2, idx: np.ndarray) -> list[np.ndarray]:
         h = f"h.{layer}."
         qkv = linear(h + "attn.c_attn", layernorm(h + "ln_1", x)).reshape(B, T, 3 * C)
         att, lse = np.empty((B, T, C)), np.empty((B, heads, T))
-        reference.attention_forward(att, lse, None, None, qkv, None, 0)
+        reference.attention_forward(att, lse, None, None, qkv, None, 0, *NO_DROPOUT)
         x = x + linear(h + "attn.c_proj", att.reshape(N, C))
         hidden = linear(h + "mlp.c_fc", layernorm(h + "ln_2", x))
         reference.gelu_forward(hidden, hidden.copy())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, GPT2Config, QuantizedGPT2
+from gpt2c import GPT2, GPT2Config
 
 V, T, END = 37, 16, 36
 CONFIG = GPT2Config(
@@ -21,7 +21,7 @@ KINDS = ["fp32", "fp16", "int8"]
 
 def make(backend: Any = "auto", kind: str = "fp32", config: GPT2Config = CONFIG) -> Any:
     model = GPT2(config, seed=2, backend=backend)
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+    return model if kind == "fp32" else model.quantize(kind)
 
 
 def lists(texts: Any) -> list[list[int]]:

@@ -17,7 +17,7 @@ import pytest
 from conftest import refused
 from safetensors.numpy import load_file, save_file
 
-from gpt2c import GPT2, AdamW, GPT2Config
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import normalised_error
 from gpt2c.model.plan import bytes_needed
@@ -45,10 +45,12 @@ def batch_of(rng: np.random.Generator, B: int = B, T: int = T, V: int = V) -> Ba
     return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
-def solve(model: GPT2, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+def solve(
+    model: GPT2, batch: Batch, dropout: Dropout | None = None
+) -> tuple[float, dict[str, np.ndarray]]:
     """Return the loss, and copies of fresh gradients."""
     model.zero_grad()
-    loss = model.loss(*batch)
+    loss = model.loss(*batch, dropout=dropout)
     model.backward()
     return loss, {name: gradient.copy() for name, gradient in model.gradients.items()}
 
@@ -164,12 +166,17 @@ def test_padding_stays_zero(backend: Any, rng: np.random.Generator) -> None:
 # ---- gradients -----------------------------------------------------------------------------------
 
 SHAPES = [(B, T), (B, 1), (1, T), (1, 1), (2, 17)]
+DROPOUTS = [None, Dropout(0.3, seed=5, first=9)]
 CONFIGS = [ODD, TINY, GPT2Config(vocab_size=5, n_positions=3, n_embd=1, n_layer=1, n_head=1)]
 
 
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
 @pytest.mark.parametrize("config", CONFIGS, ids=["odd", "tiny", "least"])
 def test_gradients_are_derivatives(
-    config: GPT2Config, exact: Callable[[GPT2], GPT2], rng: np.random.Generator
+    config: GPT2Config,
+    dropout: Dropout | None,
+    exact: Callable[[GPT2], GPT2],
+    rng: np.random.Generator,
 ) -> None:
     """Central differences of the loss along random directions, tensor by tensor, in float64.
 
@@ -179,26 +186,32 @@ def test_gradients_are_derivatives(
     model = exact(odd_model("numpy", config))
     idx, targets = batch_of(rng, B, config.n_positions, config.vocab_size)
     targets[0, 1:] = -1
-    _, gradients = solve(model, (idx, targets))
+    _, gradients = solve(model, (idx, targets), dropout)
     for name, parameter in model.parameters.items():
         start, direction = parameter.copy(), rng.standard_normal(parameter.shape)
         losses = []
         for step in (h, -h):
             parameter[...] = start + step * direction
-            losses.append(model.loss(idx, targets))
+            losses.append(model.loss(idx, targets, dropout=dropout))
         parameter[...] = start
         numeric = (losses[0] - losses[1]) / (2 * h)
         size = np.abs(gradients[name] * direction).sum()
         assert abs(numeric - (gradients[name] * direction).sum()) < 1e-7 * size + 1e-10, name
 
 
+@pytest.mark.parametrize("dropout", DROPOUTS, ids=["", "dropout"])
 @pytest.mark.parametrize(("B", "T"), SHAPES)
 def test_backends_agree_with_float64(
-    B: int, T: int, backend: Any, exact: Callable[[GPT2], GPT2], rng: np.random.Generator
+    B: int,
+    T: int,
+    dropout: Dropout | None,
+    backend: Any,
+    exact: Callable[[GPT2], GPT2],
+    rng: np.random.Generator,
 ) -> None:
     model, batch = odd_model(backend), batch_of(rng, B, T)
-    loss, gradients = solve(model, batch)
-    expected_loss, expected = solve(exact(model), batch)
+    loss, gradients = solve(model, batch, dropout)
+    expected_loss, expected = solve(exact(model), batch, dropout)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     check_gradients(gradients, expected)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import gpt2c
 from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2
 from gpt2c.formats.huggingface import stored_method
+from gpt2c.formats.load import find_model
 from gpt2c.model.quantized import round_rows
 
 V, T, C = 61, 24, 20
@@ -110,7 +113,7 @@ def test_rows_too_small_for_steps_are_zeros(largest: float) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: Any) -> None:
     model, exact = GPT2.from_pretrained(directory, backend, quantize=method), make(backend)
-    assert isinstance(model, QuantizedGPT2) and model.method == method
+    assert type(model) is GPT2 and model.weights == method
     assert model.backend is exact.backend and model.config == SMALL
     p = model.parameters
     scales = [name.removesuffix("weight") + "scale" for name in ROUNDED]
@@ -127,7 +130,7 @@ def test_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: 
             assert np.array_equal(p[name.removesuffix("weight") + "scale"], scale)
     for parameter in p.values():
         assert parameter.flags.c_contiguous and parameter.ctypes.data % 64 == 0
-    from_memory = QuantizedGPT2.from_model(exact, method)
+    from_memory = exact.quantize(method)
     for name, parameter in from_memory.parameters.items():
         assert parameter.tobytes() == p[name].tobytes()
 
@@ -138,7 +141,7 @@ def test_logits_are_nearly_those_of_the_model(
 ) -> None:
     """Weights lose 1/254 and 1/4096 of their size; int8 activations lose 1/254, too."""
     exact, idx = make(backend), rng.integers(0, V, (3, T))
-    model = QuantizedGPT2.from_model(exact, method)
+    model = exact.quantize(method)
     expected, logits = exact(idx), model(idx)
     assert logits.shape == expected.shape and logits.dtype == np.float32
     assert 1e-7 < np.abs(logits - expected).max() / np.abs(expected).max() < bound
@@ -152,7 +155,7 @@ def test_logits_are_nearly_those_of_the_model(
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_take_a_quarter_and_half(method: str) -> None:
     config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=96, n_layer=2, n_head=4)
-    model = QuantizedGPT2(config, method)
+    model = GPT2(config, weights=method)
     shapes = config.parameter_shapes()
     small = [name for name in shapes if len(shapes[name]) == 2 and name != "wpe.weight"]
     expected = 4 * sum(int(np.prod(shapes[name])) for name in shapes if name not in small)
@@ -166,31 +169,117 @@ def test_weights_take_a_quarter_and_half(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_quantized_model_cannot_train(method: str, rng: np.random.Generator) -> None:
-    model, idx = QuantizedGPT2.from_model(make(), method), rng.integers(0, V, (2, 5))
+    model, idx = make().quantize(method), rng.integers(0, V, (2, 5))
     before = model.loss(idx, idx)
-    for call in (model.backward, lambda: model.loss(idx, idx, keep=True)):
-        message = refused(call)
-        assert method in message and "no gradients" in message and "without quantize" in message
-    assert "loaded without quantize, got QuantizedGPT2" in refused(AdamW, model)
-    assert model.loss(idx, idx, keep=False) == model.mean_loss(idx, idx) == before
+    assert model.trained == () and model.trained_size == model.decay_size == 0
+    calls = [
+        *(model.backward, lambda: model.gradients, lambda: model.flat_gradients),
+        *(lambda: AdamW(model), lambda: model.freeze("wte.*"), model.unfreeze),
+    ]
+    for call in calls:
+        assert refused(call) == (
+            f"a model with {method} weights has no gradients: load it without quantize to train it"
+        )
+    model.zero_grad()  # of none
+    assert model.loss(idx, idx, keep=False) == before == model.loss(idx, idx, keep=True)
     assert refused(model.loss, idx + V, idx).startswith("idx")
     assert refused(model.loss, idx, idx[:1]).startswith("targets")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_those_of_the_logits(
+    method: str, backend: Any, rng: np.random.Generator
+) -> None:
+    """Of a batch, of sequences of different lengths, and of a trace."""
+    model = make(backend).quantize(method)
+    idx, targets = rng.integers(0, V, (2, 3, T))
+    logits = model(idx).astype(np.float64)
+    chosen = np.take_along_axis(logits, targets[..., None], 2)[..., 0]
+    expected = np.log(np.exp(logits).sum(2)) - chosen
+    np.testing.assert_allclose(model.losses(idx, targets), expected, rtol=1e-5, atol=1e-5)
+    assert model.loss(idx, targets) == pytest.approx(expected.mean(), rel=1e-6)
+    assert model.mean_loss(idx, targets) == pytest.approx(expected.mean(), rel=1e-6)
+    rows = [(idx[0, :3], targets[0, :3]), (idx[1], targets[1])]
+    ragged = model.losses(*zip(*rows, strict=True))
+    for losses, row in zip(ragged, (expected[0, :3], expected[1]), strict=True):
+        np.testing.assert_allclose(losses, row, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model.trace(idx).lens("h.1.out"), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_no_loss_waits_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def seen(size: int) -> np.ndarray:
+        sizes.append(size)
+        return np.zeros(size, np.float32)
+
+    model, idx = make().quantize("int8"), np.arange(10).reshape(2, 5)
+    monkeypatch.setattr("gpt2c.model.plan.aligned_zeros", seen)
+    model.loss(idx, idx, keep=False)
+    alone = max(sizes)
+    sizes.clear()
+    model.loss(idx, idx)
+    model.losses(idx, idx)
+    assert not sizes
+    make().loss(idx, idx)
+    assert max(sizes) > alone
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_an_argument_of_the_model(method: str, backend: Any) -> None:
+    """The first values are those of a float32 model, rounded."""
+    exact, model = GPT2(SMALL, 3, backend), GPT2(SMALL, 3, backend, weights=method)
+    assert (exact.weights, model.weights) == ("fp32", method)
+    before = exact.flat_parameters.copy()
+    rounded_later = exact.quantize(method)
+    assert np.array_equal(exact.flat_parameters, before) and exact.weights == "fp32"
+    assert rounded_later.backend is exact.backend
+    for name, parameter in rounded_later.parameters.items():
+        assert parameter.tobytes() == model.parameters[name].tobytes()
+        assert not np.shares_memory(parameter, exact.flat_parameters)
+    model.load_parameters(make(backend).parameters, "another")
+    assert np.array_equal(model([[1, 2, 3]]), make(backend).quantize(method)([[1, 2, 3]]))
+    message = f"the model already has {method} weights: start from one with fp32 weights"
+    assert refused(model.quantize, method) == message
+    with pytest.raises(AttributeError):
+        model.weights = "fp32"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_old_name_goes_on_working(method: str, directory: Path) -> None:
+    expected = make().quantize(method)
+    with pytest.warns(DeprecationWarning, match=r'model\.quantize\("int8"\)$') as warned:
+        found = [
+            QuantizedGPT2.from_model(make(), method),
+            QuantizedGPT2.from_pretrained(directory, method),
+            QuantizedGPT2.from_pretrained(directory, method, "auto", None, 1),
+            QuantizedGPT2.from_found(find_model(directory), method),
+        ]
+        empty = QuantizedGPT2(SMALL, method)
+    assert {warning.filename for warning in warned} == {__file__} and len(warned) == 5
+    for model in found:
+        for each in (model, copy.copy(model), pickle.loads(pickle.dumps(model))):
+            assert type(each) is QuantizedGPT2 and isinstance(each, GPT2)
+            assert each.method == each.weights == method
+            assert np.array_equal(each([[1, 2, 3]]), expected([[1, 2, 3]]))
+    assert empty.method == method and not empty.parameters["ln_f.bias"].any()
+    assert not empty.parameters["ln_f.weight"].any()
+
+
 @pytest.mark.parametrize("method", ["int4", "", "INT8", None])
 def test_unknown_method_is_refused(method: Any, directory: Path) -> None:
-    assert "int8, fp16" in refused(QuantizedGPT2, SMALL, method)
-    assert "int8, fp16" in refused(QuantizedGPT2.from_model, make(), method)
+    assert "weights must be one of fp32, int8, fp16" in refused(GPT2, SMALL, weights=method)
+    assert "quantize must be one of int8, fp16" in refused(make().quantize, method)
     if method is not None:  # null means none
         assert "int8, fp16" in refused(GPT2.from_pretrained, directory, quantize=method)
 
 
 def test_too_many_channels_are_refused() -> None:
     config = GPT2Config(1, n_positions=1, n_embd=1, n_layer=1, n_head=1, n_inner=65537)
-    assert "65536 channels, got 65537" in refused(QuantizedGPT2, config, "int8")
-    QuantizedGPT2(config, "fp16")
+    assert "65536 channels, got 65537" in refused(GPT2, config, weights="int8")
+    GPT2(config, weights="fp16")
     wide = GPT2Config(1, n_positions=1, n_embd=65600, n_layer=1, n_head=1, n_inner=8)
-    assert "65536 channels, got 65600" in refused(QuantizedGPT2, wide, "int8")
+    assert "65536 channels, got 65600" in refused(GPT2, wide, weights="int8")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -204,8 +293,11 @@ def test_numbers_that_cannot_be_rounded_are_refused(
     model.save_pretrained(tmp_path)
     fits = np.isfinite(bad) and (method == "int8" or name not in ROUNDED)
     for call, source in [
-        (lambda: QuantizedGPT2.from_pretrained(tmp_path, method), f"{tmp_path}/model.safetensors"),
-        (lambda: QuantizedGPT2.from_model(model, method), "the model"),
+        (
+            lambda: GPT2.from_pretrained(tmp_path, quantize=method),
+            f"{tmp_path}/model.safetensors",
+        ),
+        (lambda: model.quantize(method), "the model"),
     ]:
         if fits:
             call()
@@ -219,7 +311,7 @@ def test_numbers_that_cannot_be_rounded_are_refused(
 @pytest.fixture(params=METHODS)
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     """Return a method, and a directory of such weights."""
-    QuantizedGPT2.from_model(make(), request.param).save_pretrained(tmp_path / request.param)
+    make().quantize(request.param).save_pretrained(tmp_path / request.param)
     return request.param, tmp_path / request.param
 
 
@@ -227,9 +319,9 @@ def test_saved_weights_come_back_bit_for_bit(stored: tuple[str, Path], backend: 
     method, path = stored
     model, expected = (
         GPT2.from_pretrained(path, backend, quantize=method),
-        QuantizedGPT2.from_model(make(backend), method),
+        make(backend).quantize(method),
     )
-    assert model.config == SMALL and model.method == method
+    assert model.config == SMALL and model.weights == method
     assert model.parameters.keys() == expected.parameters.keys()
     for name, parameter in expected.parameters.items():
         assert model.parameters[name].dtype == parameter.dtype
@@ -250,7 +342,7 @@ def test_shards_of_16_bits_are_rounded_as_their_numbers(method: str, tmp_path: P
     model = make()
     for parameter in model.parameters.values():
         parameter[...] = parameter.astype(np.float16)
-    expected = QuantizedGPT2.from_model(model, method).parameters
+    expected = model.quantize(method).parameters
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     stored = {f"transformer.{name}": array.astype("f2") for name, array in stored.items()}
@@ -273,7 +365,7 @@ def test_config_json_names_the_kind_of_weights(stored: tuple[str, Path]) -> None
     assert entries == SMALL.to_dict() | {"quantization_config": entry}
     assert stored_method(entries) == method and stored_method(SMALL.to_dict()) is None
     size = (path / "model.safetensors").stat().st_size
-    weights = QuantizedGPT2(SMALL, method).parameters.values()
+    weights = GPT2(SMALL, weights=method).parameters.values()
     assert 0 < size - sum(parameter.nbytes for parameter in weights) < 8192  # names and shapes
 
 
@@ -333,7 +425,7 @@ def test_damaged_tensors_are_refused(stored: tuple[str, Path], name: str, change
 
 
 def test_damaged_scales_are_refused(tmp_path: Path) -> None:
-    QuantizedGPT2.from_model(make(), "int8").save_pretrained(tmp_path)
+    make().quantize("int8").save_pretrained(tmp_path)
     whole, name = load_file(tmp_path / "model.safetensors"), "h.0.attn.c_attn.scale"
     assert whole[name].dtype == np.float32 and whole["h.0.attn.c_attn.weight"].dtype == np.uint8
     for bad in (None, whole[name].astype("f2"), whole[name][1:], whole[name] * np.float32(np.nan)):
@@ -344,7 +436,7 @@ def test_damaged_scales_are_refused(tmp_path: Path) -> None:
 
 
 def test_nonfinite_float16_weights_are_refused(tmp_path: Path) -> None:
-    QuantizedGPT2.from_model(make(), "fp16").save_pretrained(tmp_path)
+    make().quantize("fp16").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["wte.weight"][3, 3] = np.inf
     save_file(tensors, tmp_path / "model.safetensors")
@@ -356,7 +448,7 @@ def test_nonfinite_float16_weights_are_refused(tmp_path: Path) -> None:
 def test_nonfinite_weights_are_not_rounded(method: str, bits: int) -> None:
     model = make()
     model.parameters["wte.weight"][3, 3] = np.nan
-    message = refused(QuantizedGPT2.from_model, model, method)
+    message = refused(model.quantize, method)
     assert message.endswith(
         f"wte.weight holds nan or infinity; only finite weights can be rounded to {bits} bits"
     )
@@ -412,5 +504,5 @@ def test_loss_hardly_rises(method: str, rise: float, trained: tuple[GPT2, np.nda
     model, rows = trained
     exact = model.loss(rows[:, :-1], rows[:, 1:], keep=False)
     assert exact < 3.0, "it has learnt: bytes of a text by chance are 5.5 nats, by frequency 3.3"
-    loss = QuantizedGPT2.from_model(model, method).loss(rows[:, :-1], rows[:, 1:])
+    loss = model.quantize(method).loss(rows[:, :-1], rows[:, 1:])
     assert exact * (1 - rise) < loss < exact * (1 + rise)

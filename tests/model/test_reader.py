@@ -10,21 +10,29 @@ import pytest
 from conftest import Guarded, refused
 
 from gpt2c import GPT2, GPT2Config
-from gpt2c.gpt2 import QuantizedGPT2
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import normalised_error
 from gpt2c.kernels.memory import view
 from gpt2c.kernels.reference.linear import MIDDLE
 from gpt2c.model import reader
+from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
 from gpt2c.model.reader import Decoder
+from gpt2c.pretrained import KINDS as MODELS
 
 V, T = 97, 140
 ODD = GPT2Config(vocab_size=V, n_positions=T, n_embd=60, n_layer=2, n_head=3, n_inner=71)
 FLAT = GPT2Config(vocab_size=7, n_positions=20, n_embd=128, n_layer=1, n_head=2)
 LEAST = GPT2Config(vocab_size=5, n_positions=3, n_embd=1, n_layer=1, n_head=1)
+# five queries share a head of keys and values: a tile of rows and one more
+GROUPED = LlamaConfig(V, 60, 71, 2, 10, 2, 18, T, rope_theta=50.0)
+SHARED = LlamaConfig(23, 32, 40, 1, 3, 1, 16, 20, tie_word_embeddings=True)
 KINDS = ["fp32", "fp16", "int8"]
+CONFIGS = {"odd": ODD, "flat": FLAT, "least": LEAST, "grouped": GROUPED, "shared": SHARED}
+EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 # The same sums in another order: some hundred roundings of 6e-8 add up.
 RTOL = 1e-5
@@ -47,18 +55,18 @@ def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
         assert errors.max() <= rtol, errors  # a NaN must fail
 
 
-def make(backend: Any, kind: str = "fp32", config: GPT2Config = ODD, seed: int = 1) -> Any:
+def make(backend: Any, kind: str = "fp32", config: ModelConfig = ODD, seed: int = 1) -> Any:
     """Return a model whose parameters are all random."""
-    model, rng = GPT2(config, seed=seed, backend=backend), np.random.default_rng(seed)
+    model, rng = MODELS[type(config)](config, seed, backend), np.random.default_rng(seed)
     for name, parameter in model.parameters.items():
         size = np.float32(0.1 if "ln" in name else 0.05)
         parameter += size * rng.standard_normal(parameter.shape, np.float32)
-    return model if kind == "fp32" else QuantizedGPT2.from_model(model, kind)
+    return model if kind == "fp32" else model.quantize(kind)
 
 
-def widened(model: LanguageModel) -> GPT2:
-    """Return a GPT2 with the numbers that a model's small weights represent."""
-    wide, p = GPT2(model.config, seed=None, backend=model.backend), model.parameters
+def widened(model: LanguageModel) -> Model:
+    """Return a model with the numbers that a model's small weights represent."""
+    wide, p = Model(model.config, None, model.backend), model.parameters
     for name, parameter in wide.parameters.items():
         parameter[...] = p[name]
         if p[name].dtype == np.uint8:
@@ -118,10 +126,11 @@ PIECES = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [ODD, GROUPED], ids=["odd", "grouped"])
 def test_reading_in_pieces_is_the_forward_pass(
-    kind: str, backend: Any, rng: np.random.Generator
+    config: ModelConfig, kind: str, backend: Any, rng: np.random.Generator
 ) -> None:
-    model, tokens = make(backend, kind), texts(rng, T)
+    model, tokens = make(backend, kind, config), texts(rng, T)
     expected = widened(model)(tokens[None])[0]
     if kind == "int8":  # activations are rounded too, by up to half a step
         whole = read(model.decoder(), tokens, T)
@@ -132,9 +141,9 @@ def test_reading_in_pieces_is_the_forward_pass(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [ODD, FLAT, LEAST], ids=["odd", "flat", "least"])
+@EACH_CONFIG
 def test_steps_are_the_forward_pass(
-    config: GPT2Config, kind: str, backend: Any, rng: np.random.Generator
+    config: ModelConfig, kind: str, backend: Any, rng: np.random.Generator
 ) -> None:
     model = make(backend, kind, config)
     tokens = texts(rng, 3, config.n_positions, V=config.vocab_size)
@@ -207,11 +216,12 @@ def test_losses_are_those_of_the_logits(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 9, 17])
+@pytest.mark.parametrize("config", [ODD, GROUPED], ids=["odd", "grouped"])
 def test_text_gets_the_same_bits_alone_and_among_others(
-    N: int, kind: str, backend: Any, rng: np.random.Generator
+    config: ModelConfig, N: int, kind: str, backend: Any, rng: np.random.Generator
 ) -> None:
     """Beside texts of other lengths, in slots of any order, some of them ended."""
-    model, slots = make(backend, kind), rng.permutation(N + 2)[:N].astype(np.int32)
+    model, slots = make(backend, kind, config), rng.permutation(N + 2)[:N].astype(np.int32)
     lengths = rng.integers(1, T - 4, N)
     lengths[0] = 64
     tokens = [texts(rng, length + 4) for length in lengths]
@@ -325,19 +335,20 @@ def test_threads_do_not_change_a_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [ODD, FLAT, LEAST], ids=["odd", "flat", "least"])
+@EACH_CONFIG
 def test_step_stays_in_its_memory(
-    config: GPT2Config,
+    config: ModelConfig,
     kind: str,
     backend: Any,
     guarded: Guarded,
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All memory that C gets is guarded and unaligned, and its scratch memory is full of NaN."""
+    """All memory that C gets is guarded and unaligned; activations and scratch are full of NaN."""
     if not isinstance(backend, Kernels):
         pytest.skip("numpy has no memory of C's")
-    config = dataclasses.replace(config, n_positions=min(config.n_positions, 9))
+    length = {"n_positions" if isinstance(config, GPT2Config) else "max_position_embeddings": 9}
+    config = dataclasses.replace(config, **length) if config.n_positions > 9 else config
     model, tokens = (
         make(backend, kind, config),
         texts(rng, 3, config.n_positions, V=config.vocab_size),
@@ -348,6 +359,20 @@ def test_step_stays_in_its_memory(
     decoder._keys, decoder._values = guarded.copy(decoder.keys), guarded.copy(decoder.values)
     decoder._logits = guarded.copy(np.full_like(decoder._logits, np.nan))
     scratch: dict[int, Any] = {}
+
+    class Alone:
+        """Activations that share no memory."""
+
+        def __init__(self, slots: Any, recompute: None) -> None:
+            self._slots = slots
+
+        def lay_out(self, batch: Any, keep: bool) -> dict[str, Any]:
+            nan = {
+                slot.name: np.full(slot.shape, np.nan, np.float32) for slot in self._slots(batch)
+            }
+            return {name: guarded.copy(array) for name, array in nan.items()}
+
+    monkeypatch.setattr(reader, "Activations", Alone)
 
     def exactly(size: int) -> Any:
         if size not in scratch:
@@ -441,11 +466,12 @@ def test_tokens_that_do_not_fit_are_refused(backend: Any) -> None:
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(name: str, change: Any, said: str) -> None:
-    model = QuantizedGPT2.from_model(GPT2(ODD), "int8")
-    array = model.parameters.pop(name)
+    model = GPT2(ODD).quantize("int8")
+    parameters = dict(model.parameters)
+    array = parameters.pop(name)
     if change is not None:
-        model.parameters[name] = change(array)
-    message = refused(model.generate, [[1]], 2)
+        parameters[name] = change(array)
+    message = refused(Decoder, ODD, parameters, model.backend, 1, 4)
     assert name in message and said in message
 
 
@@ -476,7 +502,7 @@ def test_argmax_is_computed_only_when_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_decoders_arrays_keep_the_shapes_that_c_trusts(backend: Any) -> None:
-    model = QuantizedGPT2.from_model(GPT2(ODD, backend=backend), "int8")
+    model = GPT2(ODD, backend=backend).quantize("int8")
     ids = np.arange(3, dtype=np.int32)
     expected = model.decoder().read(ids, 0, 0)
     decoder = model.decoder()

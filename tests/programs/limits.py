@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c import GPT2, AdamW, Engine, QuantizedGPT2
+from gpt2c import GPT2, AdamW, Engine
 from gpt2c.kernels.backend import get_backend
 from programs.common import CONFIG, IDX, in_thread, limit_memory, main, refused
 
@@ -157,8 +157,8 @@ STAGES: dict[str, Stage] = {
     ),
     "int8": (
         lambda model: GPT2(LARGE),
-        lambda model, big: QuantizedGPT2.from_model(big, "int8"),
-        lambda model, big: QuantizedGPT2.from_model(model, "int8"),
+        lambda model, big: big.quantize("int8"),
+        lambda model, big: model.quantize("int8"),
     ),
     "scratch": (
         lambda model: warm(GPT2(CONFIG, threads=16)),

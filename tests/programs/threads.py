@@ -49,9 +49,10 @@ def models_at_once() -> None:
         return model.generate(IDX[:, :5], 20, seed=seed).tolist()
 
     readers: list[Any] = [gpt2c.GPT2(CONFIG, seed=1)]
-    readers.append(gpt2c.QuantizedGPT2.from_model(gpt2c.GPT2(CONFIG), "int8"))
+    readers.append(gpt2c.GPT2(CONFIG).quantize("int8"))
     trained = [train(seed, 10) for seed in (1, 2)]
     written = [write(model, 5) for model in readers]
+    logits = readers[1](IDX)
     with ThreadPoolExecutor(4) as pool:
         for _ in range(4):
             training = [pool.submit(train, seed, 10) for seed in (1, 2)]
@@ -60,6 +61,8 @@ def models_at_once() -> None:
             assert [future.result() for future in writing] == written
             same = [pool.submit(write, readers[0], 5) for _ in range(3)]  # one model, three threads
             assert all(future.result() == written[0] for future in same)
+            read = [pool.submit(readers[1], IDX) for _ in range(3)]  # small weights: each alone
+            assert all(np.array_equal(future.result(), logits) for future in read)
 
 
 def one_model_at_once() -> None:

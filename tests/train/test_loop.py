@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DOCUMENTS
-from helpers.kills import same
+from helpers.kills import TINY, same
 from helpers.runs import FIRST, checkpoint_names, files_below, train
 
+import gpt2c
+from gpt2c import GPT2, Dropout
 from gpt2c.cli.main import main
 from gpt2c.kernels.busy import BusyCores
 from gpt2c.text.prepare import prepare
@@ -76,9 +78,11 @@ def test_bad_setting_makes_no_directory(data: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-def test_accumulated_batches_are_one_big_batch(data: Path, tmp_path: Path) -> None:
-    train(data, tmp_path / "big", batch_size=8, max_iters=10)
-    train(data, tmp_path / "small", batch_size=2, gradient_accumulation_steps=4, max_iters=10)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_accumulated_batches_are_one_big_batch(data: Path, tmp_path: Path, dropout: float) -> None:
+    given: dict[str, Any] = {"dropout": dropout, "max_iters": 10}
+    train(data, tmp_path / "big", batch_size=8, **given)
+    train(data, tmp_path / "small", batch_size=2, gradient_accumulation_steps=4, **given)
     big, small = metrics(tmp_path / "big"), metrics(tmp_path / "small")
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(
@@ -145,6 +149,43 @@ def test_resume_after_a_power_cut_gives_the_uninterrupted_run(
     nothing_half_written(out)
 
 
+def test_resumed_run_with_dropout_has_the_masks_of_a_whole_one(
+    data: Path, tmp_path: Path, cut: Any
+) -> None:
+    given: dict[str, Any] = {"dropout": 0.3, "gradient_accumulation_steps": 2, "save_interval": 5}
+    train(data, tmp_path / "whole", **given)
+    out = cut(data, tmp_path / "run", 14, **given)
+    assert train(data, out, resume=True).step == 20
+    same(out, tmp_path / "whole")
+
+
+def test_evaluation_has_no_dropout(data: Path, tmp_path: Path) -> None:
+    """With a learning rate of nearly 0, the weights stay: only the masks make a difference."""
+    given: dict[str, Any] = {"learning_rate": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
+    for name, dropout in (("with", 0.5), ("without", 0.0)):
+        train(data, tmp_path / name, dropout=dropout, max_iters=4, eval_interval=2, **given)
+    dropped, plain = metrics(tmp_path / "with"), metrics(tmp_path / "without")
+    assert [e.get("val_loss") for e in dropped] == [e.get("val_loss") for e in plain]
+    assert all(a["loss"] != b["loss"] for a, b in zip(dropped, plain, strict=True))
+
+
+def test_each_step_has_masks_of_its_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, seen = GPT2.loss, []
+
+    def watched(model: GPT2, *batch: Any, **given: Any) -> float:
+        seen.append(given.get("dropout"))
+        return loss(model, *batch, **given)
+
+    monkeypatch.setattr(GPT2, "loss", watched)
+    train(data, tmp_path, dropout=0.5, max_iters=3, gradient_accumulation_steps=2, seed=9)
+    rows = TINY["batch_size"] * TINY["block_size"]
+    steps = [Dropout(0.5, 9 << 32 | step, row) for step in range(3) for row in (0, rows)]
+    assert seen[:6] == steps and len(seen) > 6
+    assert not any(seen[6:])  # the evaluation
+
+
 def test_training_in_a_thread_gives_the_same_bits(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     thread = threading.Thread(target=train, args=(data, out), kwargs={"save_interval": 5})
@@ -185,7 +226,7 @@ def test_progress_lines_leave_out_a_share_of_peak_above_1(
 def test_run_of_the_first_version_resumes_to_the_same_bits(data: Path, tmp_path: Path) -> None:
     """Its run.json lacks later settings, and its batches have their own order."""
     whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
-    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0, "dropout": 0.0}
     loop.train(data, whole, FIRST | then | {"max_iters": 6})
     loop.train(data, parts, FIRST | then)
     record = json.loads((parts / "run.json").read_text(encoding="utf-8"))
@@ -196,6 +237,22 @@ def test_run_of_the_first_version_resumes_to_the_same_bits(data: Path, tmp_path:
     kept = [(metrics(out), (out / "model.safetensors").read_bytes()) for out in (whole, parts, new)]
     del kept[1][0][2]["val_loss"]  # step 3 was its last once
     assert kept[0] == kept[1] != kept[2]
+
+
+def test_llama_is_trained_resumed_and_opened(data: Path, tmp_path: Path) -> None:
+    kind = {"arch": "llama", "n_kv_head": 1, "dropout": 0.1, "schedule": "constant"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = train(data, whole, **kind)
+    losses = [entry["loss"] for entry in metrics(whole)]
+    assert losses[-1] < 0.9 * losses[0] and math.isfinite(result.val_loss)
+    train(data, parts, max_iters=7, **kind)
+    train(data, parts, resume=True, max_iters=20)
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    model = gpt2c.from_pretrained(whole)
+    assert isinstance(model, gpt2c.Llama) and model.config.num_key_value_heads == 1
+    assert model.generate([[1, 2]], 3, temperature=0).shape == (1, 5)
+    with pytest.raises(ValueError, match="trained with arch=llama, so it cannot go on with"):
+        train(data, whole, resume=True, arch="gpt2")
 
 
 def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -> None:

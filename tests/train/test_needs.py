@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2c import GPT2, AdamW, GPT2Config, QuantizedGPT2
+from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.cli.main import main
 from gpt2c.files.tensors import StoredTensor
 from gpt2c.kernels.memory import aligned_offsets
@@ -168,8 +168,8 @@ def test_converted_tensor_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> N
     }
     monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     largest = 4 * max(tensor.data.size for tensor in tensors.values())
-    quantized = QuantizedGPT2(CONFIG, "int8")
-    for load in (model.load_parameters, quantized.round):
+    quantized = GPT2(CONFIG, weights="int8")
+    for load in (model.load_parameters, quantized.load_parameters):
         monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: largest - 1)
         with pytest.raises(MemoryError, match=r"a tensor in float32 0\.0 MB; 0\.0 MB are free"):
             load(tensors, "a file")

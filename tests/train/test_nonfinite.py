@@ -37,8 +37,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             now[0] = index + 1
             return batch(self, index)
 
-        def poisoned_loss(self: GPT2, x: Any, y: Any, keep: bool = True) -> float:
-            found = loss(self, x, y, keep)
+        def poisoned_loss(self: GPT2, x: Any, y: Any, keep: bool = True, **given: Any) -> float:
+            found = loss(self, x, y, keep, **given)
             return value if keep and name == "loss" and now[0] in at else found
 
         def backward(self: GPT2, scale: float = 1.0) -> None:

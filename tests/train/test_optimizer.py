@@ -1,13 +1,18 @@
 """AdamW against a plain float64 loop, and the corners of every schedule."""
 
 import math
+import pickle
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import refused
 
+from gpt2c import GPT2, GPT2Config
 from gpt2c.kernels import reference
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
 from gpt2c.train.optimizer import SCHEDULES, AdamW, Schedule
 
 
@@ -156,6 +161,169 @@ def test_settings_refuse_values_out_of_range(name, value):
 def test_grad_clip_out_of_range(value):
     with pytest.raises(ValueError, match="grad_clip"):
         AdamW(make_model()).step(grad_clip=value)
+
+
+# ---- groups --------------------------------------------------------------------------------------
+
+
+CONFIG = GPT2Config(vocab_size=61, n_positions=9, n_embd=24, n_layer=3, n_head=3)
+GROUPS = [
+    {"params": ["wte.*", "h.[01].attn.*"], "learning_rate": 1e-3, "weight_decay": 0.5},
+    {"params": "h.0.*", "learning_rate": 0.0},
+    {"params": "ln_f.*", "learning_rate": 3e-2, "weight_decay": 0.0},
+    {"params": ["h.2.mlp.*", "*.bias"], "weight_decay": 0.02},
+]
+
+
+def expected_settings(name, decays):
+    """Return learning rate and weight decay of a parameter by GROUPS, of 1e-2 and 0.1."""
+    rate, decay = 1e-2, 0.1
+    if name.startswith(("wte.", "h.0.attn.", "h.1.attn.")):
+        rate, decay = 1e-3, 0.5
+    elif name.startswith("h.0."):
+        rate = 0.0
+    elif name.startswith("ln_f."):
+        rate, decay = 3e-2, 0.0
+    elif name.startswith("h.2.mlp.") or name.endswith(".bias"):
+        decay = 0.02
+    return rate, decay if decays else 0.0
+
+
+def learn(model, optimizer, rates=(None,), seed=1):
+    """Take a step for each of the rates, each on other tokens; return the gradients of each."""
+    rng, gradients = np.random.default_rng(seed), []
+    for rate in rates:
+        ids = rng.integers(0, model.config.vocab_size, (2, 9))
+        model.zero_grad()
+        model.loss(ids, ids)
+        model.backward()
+        gradients.append({name: array.copy() for name, array in model.gradients.items()})
+        optimizer.step(rate)
+    return gradients
+
+
+@pytest.mark.parametrize("frozen", [(), ("h.1.attn.*", "*.ln_1.bias", "wpe.*")])
+def test_each_group_is_updated_with_its_own_settings(frozen, backend):
+    model = GPT2(CONFIG, seed=1, backend=backend)
+    if frozen:
+        model.freeze(*frozen)
+    start = {name: array.copy() for name, array in model.parameters.items()}
+    rates = [None, 1e-2, 5e-3, 0.0, 2e-2]  # a schedule scales the rates of groups, too
+    gradients = learn(model, AdamW(model, 1e-2, groups=GROUPS), rates)
+    for name, array in model.parameters.items():
+        own, m, v = start[name], np.zeros_like(array), np.zeros_like(array)
+        if name in model.trained:
+            rate, decay = expected_settings(name, array.ndim == 2)
+            for t, (scaled, gradient) in enumerate(zip(rates, gradients, strict=True), 1):
+                scaled = rate * (1.0 if scaled is None else scaled / 1e-2)
+                settings = (scaled, 0.9, 0.95, 1e-8, decay, t, 1.0)
+                backend.adamw_update(own, m, v, gradient[name], *settings)
+        assert np.array_equal(array, own), name
+
+
+def test_groups_of_a_llama_with_a_head_of_its_own_and_with_a_tied_one():
+    for tied in (False, True):
+        config = LlamaConfig(61, 24, 40, 1, 3, tie_word_embeddings=tied, rms_norm_eps=1e-5)
+        model = Model(config, seed=1, backend="base")
+        before = {name: array.copy() for name, array in model.parameters.items()}
+        head = "wte.*" if tied else "lm_head.*"
+        optimizer = AdamW(model, 1e-2, groups=[{"params": head, "learning_rate": 0.0}])
+        learn(model, optimizer)
+        kept = {name for name, old in before.items() if np.array_equal(model.parameters[name], old)}
+        assert kept == {"wte.weight" if tied else "lm_head.weight"}
+
+
+class Counting:
+    """The reference, which lists the slices that it updates."""
+
+    global_norm = staticmethod(reference.global_norm)
+
+    def __init__(self):
+        self.calls = []
+
+    def adamw_update(self, param, m, v, grad, learning_rate, *settings):
+        self.calls.append((len(param), learning_rate, settings[3]))
+        reference.adamw_update(param, m, v, grad, learning_rate, *settings)
+
+
+def test_neighbours_with_the_same_settings_are_one_slice(monkeypatch):
+    model = GPT2(CONFIG, seed=1, backend="base")
+    decayed, rest = model.decay_size, model.trained_size - model.decay_size
+    model.loss([[1, 2]], [[2, 3]])
+    model.backward()
+    made = []
+    for groups in (
+        [],
+        [{"params": "*"}],
+        [{"params": "h.*", "learning_rate": 3e-4}],
+        [{"params": ["w?e.*", "ln_f.*"], "learning_rate": 6e-4}],
+    ):
+        optimizer = AdamW(model, groups=groups)
+        monkeypatch.setattr(model, "backend", Counting())
+        optimizer.step()
+        made.append(model.backend.calls)
+    plain = [(decayed, 3e-4, 0.1), (rest, 3e-4, 0.0)]
+    assert made[0] == made[1] == made[2] == plain
+    tables, ln_f = 61 * 24 + 8 + 9 * 24 + 8, 64  # each array begins on a cache line, 16 floats
+    assert made[3] == [
+        (tables, 6e-4, 0.1),
+        (decayed - tables, 3e-4, 0.1),
+        (rest - ln_f, 3e-4, 0.0),
+        (ln_f, 6e-4, 0.0),
+    ]
+
+
+def test_training_with_groups_resumes_bit_by_bit():
+    whole, half = (GPT2(CONFIG, seed=1, backend="base") for _ in range(2))
+    learn(whole, AdamW(whole, groups=GROUPS), [None] * 2)
+    first = AdamW(half, groups=GROUPS)
+    learn(half, first)
+    second = AdamW(half, groups=GROUPS)
+    second.load_state({name: array.copy() for name, array in first.state().items()}, first.steps)
+    ids = np.random.default_rng(1).integers(0, 61, (2, 2, 9))[1]
+    half.zero_grad()
+    half.loss(ids, ids)
+    half.backward()
+    second.step()
+    assert np.array_equal(half.flat_parameters, whole.flat_parameters)
+    copied = pickle.loads(pickle.dumps(second))
+    for optimizer in (second, copied):
+        learn(optimizer.model, optimizer, seed=2)
+    assert np.array_equal(half.flat_parameters, copied.model.flat_parameters)
+    assert f"groups={GROUPS}, steps=3)" in repr(copied)
+
+
+@pytest.mark.parametrize(
+    ("groups", "wanted"),
+    [
+        ([{"params": "h.7.*"}], "no parameter has a name like 'h.7.*'"),
+        ([{"params": "h.0"}], "did you mean 'h.0.*'?"),
+        ([{"params": ["wte.*", "wpe.*"]}], "all parameters with a name like 'wpe.*' are frozen"),
+        ([{"params": []}], "the group of params [] is empty"),
+        ([{"params": "h.*"}, {"params": "h.1.*"}], "params 'h.1.*' is empty: name parameters that"),
+        ([{"learning_rate": 1.0}], "a dict with params and perhaps learning_rate, weight_decay"),
+        ([{"params": "wte.*", "lr": 1e-3}], "got {'params': 'wte.*', 'lr': 0.001}"),
+        ([{"params": 5}], "params must be a pattern of names, or a list of them, got 5"),
+        ([{"params": [5]}], "a pattern of names must be a string, got 5"),
+        (["wte.*"], "a group is a dict with params"),
+        ({"params": "wte.*"}, "groups must be a list of dicts, got {'params'"),
+        ([{"params": "wte.*", "learning_rate": -1.0}], "learning_rate must be finite"),
+        ([{"params": "wte.*", "weight_decay": np.nan}], "weight_decay must be at least 0, got nan"),
+        ([{"params": "ln_f.*", "weight_decay": 0.1}], "has weight_decay 0.1, but no parameter"),
+    ],
+)
+def test_groups_that_say_nothing_are_refused(groups, wanted):
+    model = GPT2(CONFIG, seed=1, backend="base")
+    model.freeze("wpe.*")
+    assert wanted in refused(AdamW, model, groups=groups)
+
+
+def test_rate_of_a_group_needs_one_to_follow():
+    model = GPT2(CONFIG, seed=1, backend="base")
+    groups = ({"params": "wte.*", "learning_rate": 1e-3},)
+    for rate in (0.0, 1e-320):
+        assert f"learning_rate {rate} is too small" in refused(AdamW, model, rate, groups=groups)
+    AdamW(model, 1e-9, groups=groups)
 
 
 # ---- schedules -----------------------------------------------------------------------------------

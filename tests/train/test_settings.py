@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import refused
 from helpers.runs import FIRST
 
 from gpt2c.train.settings import (
@@ -43,6 +45,33 @@ def test_recipe_settings_stand_in_their_table_or_in_none(tmp_path: Path) -> None
     recipe.write_text("seed = 5\n" + "\n".join(tables.values()))
     assert read_recipe(recipe) == mixed
     assert TrainSettings(**mixed) == TrainSettings(**(default | mixed))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"arch": "rnn"}, "arch must be one of gpt2, llama, got 'rnn'"),
+        ({"arch": "gpt2", "n_kv_head": 2}, "n_kv_head is for arch llama, got arch gpt2"),
+        ({"n_kv_head": 3}, "n_head must be divisible by n_kv_head, got 4 and 3"),
+        ({"n_embd": 30}, "n_embd must be divisible by n_head, got 30 and 4"),
+        ({"n_embd": 36}, "a head must have an even number of channels, got 9"),
+        ({"n_head": 0}, "n_head must be a whole number from 1 to 2147483647, got 0"),
+        ({"n_layer": 0}, "n_layer must be a whole number from 1 to 10000, got 0"),
+    ],
+)
+def test_settings_refuse_a_llama_by_their_own_names(given: dict[str, Any], said: str) -> None:
+    assert refused(lambda: TrainSettings(**{"arch": "llama"} | given)) == said
+
+
+def test_llama_of_the_settings_has_as_many_parameters_as_a_gpt2() -> None:
+    sizes = {"n_embd": 384, "n_layer": 6, "n_head": 6}
+    gpt2, llama = (
+        TrainSettings(arch=arch, **sizes).model_config(1000).num_parameters()
+        for arch in ("gpt2", "llama")
+    )
+    assert llama == pytest.approx(gpt2, rel=0.02)
+    fewer = TrainSettings(arch="llama", n_kv_head=1, **sizes).model_config(1000)
+    assert fewer.cache_floats() == 6 * 2 * 64
 
 
 def test_file_precedes_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +124,9 @@ def test_warmup_of_a_recipe_without_warmup_or_without_steps(tmp_path: Path) -> N
         ({"n_layer": True}, "n_layer must be int, got bool True"),
         ({"n_layer": 1.0}, r"n_layer must be int, got float 1\.0"),
         ({"beta1": True}, "beta1 must be float, got bool"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1\.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0\.1"),
+        ({"dropout": math.nan}, r"dropout must be finite, got nan"),
         ({"schedule": 1}, "schedule must be str, got int 1"),
         ({"schedule": "zigzag"}, "schedule must be one of"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
@@ -144,7 +176,10 @@ def test_float_setting_takes_a_whole_number(tmp_path: Path) -> None:
         (b"n_layer = '\xe9'", "recipe.toml is not UTF-8: byte 11 is 0xe9"),
         (b"n_layers = 1", r"recipe.toml: no setting 'n_layers'; did you mean n_layer\?"),
         (b"[model]\nn-layer = 1", r"recipe.toml: no setting 'n-layer'; did you mean n_layer\?"),
-        (b"xyz = 1", "recipe.toml: no setting 'xyz'; the settings are backend, batch_order, "),
+        (
+            b"xyz = 1",
+            "recipe.toml: no setting 'xyz'; the settings are arch, backend, batch_order, ",
+        ),
         (b"[model]\nn_layer = 'one'", "recipe.toml: n_layer must be int, got str 'one'"),
         (
             b"[modle]\nn_layer = 1",
@@ -199,7 +234,7 @@ def test_resumed_run_keeps_its_settings() -> None:
         resumed(older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
         ({}, "lack n_layer: put it back, or start a new run"),
-        ({**stored, "dropout": 0.1}, "have 'dropout', which this version of gpt2c lacks: go on"),
+        ({**stored, "rope": 0.1}, "have 'rope', which this version of gpt2c lacks: go on"),
         ([], r"must be an object, got \[\]"),
         (None, "must be an object, got None"),
     ):
@@ -208,7 +243,7 @@ def test_resumed_run_keeps_its_settings() -> None:
 
 
 def test_missing_setting_of_an_older_run_gets_the_value_of_its_time() -> None:
-    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0}
+    then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0, "dropout": 0.0}
     assert resumed(FIRST, {}, "runs/a") == TrainSettings(**FIRST, **then)
     assert resumed(FIRST, {"save_minutes": 5.0}, "runs/a").save_minutes == 5
     assert FIRST.keys() | OLDER.keys() == dataclasses.asdict(TrainSettings()).keys()

@@ -18,6 +18,7 @@ Knows nothing about models, backends or C, and checks nothing that NumPy does no
 from gpt2c.kernels.op import OPS
 from gpt2c.kernels.reference.activation import *
 from gpt2c.kernels.reference.attention import *
+from gpt2c.kernels.reference.dropout import *
 from gpt2c.kernels.reference.embedding import *
 from gpt2c.kernels.reference.linear import *
 from gpt2c.kernels.reference.loss import *

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.kernels.reference.dropout import keep_factors
+
 __all__ = ["attention_backward", "attention_forward"]
 
 Array = NDArray[np.floating[Any]]
@@ -59,6 +61,13 @@ def _causal_scores(q: Array, k: Array) -> Array:
     return scores
 
 
+def _keep(p: Array, dropout: float, key: int, first: int) -> Array:
+    """Return what dropout multiplies the probabilities (B, NH, T, T) by, see `keep_factors`."""
+    B, NH, T, _ = p.shape
+    factors = keep_factors(B * T, NH, T, dropout, key, first).reshape(B, T, NH, T)
+    return factors.swapaxes(1, 2).astype(p.dtype)
+
+
 def attention_forward(
     out: Array,
     lse: Array,
@@ -67,6 +76,9 @@ def attention_forward(
     qkv: Array,
     offsets: IntArray | None,
     position: int,
+    dropout: float,
+    key: int,
+    first: int,
 ) -> None:
     """Compute for each token, in each head, a weighted mean of the values up to that token.
 
@@ -75,7 +87,8 @@ def attention_forward(
     A row of qkv holds q of NH heads, then k and then v of KV heads: W = (NH + 2 KV) HS channels.
     With fewer key and value heads than query heads, NH / KV query heads share one (grouped-query
     attention). With a cache, the T tokens continue texts whose earlier keys and values the cache
-    holds.
+    holds. With dropout, random elements of p become 0 after the softmax, and the others are divided
+    by 1 - dropout.
 
     Parameters
     ----------
@@ -88,6 +101,8 @@ def attention_forward(
     offsets : (S,) int32, the first row of each sequence of a ragged batch, then T; or None
     position : position in its text of the first of the T tokens; position + T <= P; 0 without a
         cache
+    dropout, key, first : see `dropout_forward`; a row is a token of the batch, a column a key of
+        its sequence, and each head has its own; dropout is 0 with a cache
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; lse: Dao et al. 2022, arXiv:2205.14135; grouped
     queries: Ainslie et al. 2023, arXiv:2305.13245.
@@ -95,7 +110,7 @@ def attention_forward(
     if offsets is not None:
         for rows in _sequences(offsets):
             parts = out[:, rows], lse[:, :, rows], None, None, qkv[:, rows]
-            attention_forward(*parts, None, 0)
+            attention_forward(*parts, None, 0, dropout, key, first + rows.start)
         return
     NH = lse.shape[1]
     q, k, v = _split(qkv, out.shape[2], NH)
@@ -108,27 +123,39 @@ def attention_forward(
     p = np.exp(scores - largest)
     total = p.sum(axis=3, keepdims=True)
     lse[...] = (largest + np.log(total))[..., 0]
+    if dropout:
+        p *= _keep(p, dropout, key, first)
     _heads(out, NH)[...] = (p / total) @ _for_each_query_head(v, NH)
 
 
 def attention_backward(
-    dqkv: Array, dout: Array, qkv: Array, out: Array, lse: Array, offsets: IntArray | None
+    dqkv: Array,
+    dout: Array,
+    qkv: Array,
+    out: Array,
+    lse: Array,
+    offsets: IntArray | None,
+    dropout: float,
+    key: int,
+    first: int,
 ) -> None:
     """Write the gradient of q, k and v; recompute the softmax from `lse`.
 
     dv = p^T dout,   dscores = p * (dout v^T - sum(dout * out)),   p = exp(scores - lse)
     dq = dscores k / sqrt(HS),   dk = dscores^T q / sqrt(HS)
 
+    With dropout, p in dv and dout v^T are multiplied by the factors of the forward pass.
+
     Parameters
     ----------
     dqkv : (B, T, W), written; may be qkv
     dout : (B, T, C)
-    qkv, out, lse, offsets : the inputs and the outputs of the forward pass
+    qkv, out, lse, offsets, dropout, key, first : the inputs and the outputs of the forward pass
     """
     if offsets is not None:
         for rows in _sequences(offsets):
             parts = dqkv[:, rows], dout[:, rows], qkv[:, rows], out[:, rows]
-            attention_backward(*parts, lse[:, :, rows], None)
+            attention_backward(*parts, lse[:, :, rows], None, dropout, key, first + rows.start)
         return
     C, NH = out.shape[2], lse.shape[1]
     q, k, v = _split(qkv, C, NH)
@@ -137,12 +164,15 @@ def attention_backward(
     k, v = _for_each_query_head(k, NH), _for_each_query_head(v, NH)
     dout, out = _heads(dout, NH), _heads(out, NH)
     p = np.exp(_causal_scores(q, k) - lse[..., None])
-    # out = p v
-    dp = dout @ v.swapaxes(2, 3)
+    # out = dropped v
+    dp, dropped = dout @ v.swapaxes(2, 3), p
+    if dropout:  # dropped = p * keep
+        keep = _keep(p, dropout, key, first)
+        dp, dropped = dp * keep, p * keep
     # p = softmax(scores): dscores = p * (dp - sum(p * dp)), where the sum over keys of p * dp
     # equals the sum over channels of dout * out
     dscores = p * (dp - (dout * out).sum(axis=3, keepdims=True))
     # scores = q k^T / sqrt(HS)
     dscores /= math.sqrt(q.shape[3])
     dq[...], dk[...] = dscores @ k, _sum_over_group(dscores.swapaxes(2, 3) @ q, KV)
-    dv[...] = _sum_over_group(p.swapaxes(2, 3) @ dout, KV)
+    dv[...] = _sum_over_group(dropped.swapaxes(2, 3) @ dout, KV)
