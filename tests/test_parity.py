@@ -19,9 +19,8 @@ import pytest
 from conftest import refused
 from helpers.cases import small_shape
 
-from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Tokenizer, ops
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker
-from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.llama_layout import LLAMA
 from gpt2c.formats.load import find_model
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
@@ -479,11 +478,9 @@ LLAMAS = {
 
 def torch_llama(config: LlamaConfig) -> Any:
     """Return a Llama of transformers with random parameters."""
-    settings = transformers.LlamaConfig(
-        **config.to_dict(),
-        attn_implementation="eager",
-        pad_token_id=None if config.num_labels is None else PAD,
-    )
+    pad = None if config.num_labels is None else PAD
+    changes = {"attn_implementation": "eager", "pad_token_id": pad}
+    settings = transformers.LlamaConfig(**config.to_dict() | changes)
     kind = "LlamaForCausalLM" if config.num_labels is None else "LlamaForSequenceClassification"
     model = getattr(transformers, kind)(settings).float().eval()
     generator = torch.Generator().manual_seed(0)
@@ -516,24 +513,6 @@ def as_ours(tensors: dict[str, Any], config: LlamaConfig) -> dict[str, np.ndarra
     return ours
 
 
-def opened(directory: Path, backend: str = "auto") -> Model:
-    """Return the Llama of a directory."""
-    found = find_model(directory)
-    model = Model(found.config, None, backend)
-    model.load_parameters(found.tensors, found.source)
-    return model
-
-
-def greedy(model: Model, prompt: np.ndarray, count: int) -> list[int]:
-    """Return the likeliest tokens after a prompt, each read with a cache."""
-    decoder = model.decoder(1)
-    text = [*prompt.tolist(), int(decoder.read(prompt.astype(np.int32), 0, 0).argmax())]
-    while len(text) < len(prompt) + count:
-        slot, token, at = (np.array([n], np.int32) for n in (0, text[-1], len(text) - 1))
-        text.append(int(decoder.step(token, slot, at).argmax()))
-    return text
-
-
 EACH_LLAMA = pytest.mark.parametrize("config", LLAMAS.values(), ids=LLAMAS)
 
 
@@ -541,7 +520,7 @@ EACH_LLAMA = pytest.mark.parametrize("config", LLAMAS.values(), ids=LLAMAS)
 def test_llama_agrees(config: LlamaConfig, backend_name: str, tmp_path: Path) -> None:
     theirs = torch_llama(config)
     theirs.save_pretrained(tmp_path)
-    ours = opened(tmp_path, backend_name)
+    ours = Llama.from_pretrained(tmp_path, backend_name)
     for name, weight in as_ours(theirs.state_dict(), config).items():
         assert np.array_equal(ours.parameters[name], weight), name
     rng = np.random.default_rng(1)
@@ -565,7 +544,8 @@ def test_llama_agrees(config: LlamaConfig, backend_name: str, tmp_path: Path) ->
         do_sample=False,
         eos_token_id=None,
     )
-    assert greedy(ours, prompt, config.n_positions - 9) == text[0].tolist()
+    own = ours.generate([prompt], config.n_positions - 9, temperature=0)[0]
+    assert own.tolist() == text[0].tolist()
 
 
 @EACH_LLAMA
@@ -573,8 +553,8 @@ def test_transformers_loads_a_saved_llama(config: LlamaConfig, tmp_path: Path) -
     config = dataclasses.replace(config, eos_token_id=5, bos_token_id=4)
     first, again = tmp_path / "theirs", tmp_path / "ours"
     torch_llama(config).save_pretrained(first)
-    ours = opened(first)
-    save_weights(again, ours.config.to_dict(), ours.parameters)
+    ours = Llama.from_pretrained(first)
+    ours.save_pretrained(again)
     settings, both = {"attn_implementation": "eager", "output_loading_info": True}, []
     for directory in (first, again):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(directory, **settings)
@@ -609,7 +589,7 @@ def test_llama_saved_by_transformers_is_read(save: str, tmp_path: Path) -> None:
     LLAMA_SAVES[save](torch_llama(config), tmp_path)
     assert ("shards" in save) == (len(list(tmp_path.glob("*.safetensors"))) > 2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ours = opened(tmp_path)
+    ours = Llama.from_pretrained(tmp_path)
     for name, weight in as_ours(theirs.state_dict(), config).items():
         assert np.array_equal(ours.parameters[name], weight), name
 
@@ -767,6 +747,24 @@ def test_classifier_is_exchanged_with_transformers(num_labels: int, tmp_path: Pa
     theirs.save_pretrained(tmp_path / "theirs")
     back = GPT2.from_pretrained(tmp_path / "theirs")
     assert back.config == config
+    assert np.array_equal(back.scores(idx), ours.scores(idx))
+
+
+def test_llama_classifier_is_exchanged_with_transformers(tmp_path: Path) -> None:
+    config = SCORED["llama"]
+    ours, (idx, padded, mask) = Llama(config), texts_of(config)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
+    assert isinstance(theirs, transformers.LlamaForSequenceClassification)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not report[kind], f"{kind}: {report[kind]}"
+    scores = theirs.eval()(padded, attention_mask=mask).logits.detach().numpy()
+    assert_close("scores", ours.scores(idx), scores, LOGITS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = Llama.from_pretrained(tmp_path / "theirs")
+    assert back.config.num_labels == config.num_labels
     assert np.array_equal(back.scores(idx), ours.scores(idx))
 
 

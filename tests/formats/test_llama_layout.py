@@ -14,13 +14,14 @@ import pytest
 from conftest import refused
 from safetensors.numpy import load_file, save_file
 
+import gpt2c
+from gpt2c import Llama
 from gpt2c.files.tensors import JoinedTensor
-from gpt2c.formats.huggingface import ENTRY, save_as_they_are, save_weights
+from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import find_model
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.parameters import check_shapes
-from gpt2c.model.quantized import shapes_of
 from gpt2c.model.rope_scaling import RopeScaling
 
 CONFIG = LlamaConfig(
@@ -74,9 +75,12 @@ def test_a_saved_llama_is_found(config: LlamaConfig, tmp_path: Path) -> None:
     found = find_model(tmp_path)
     assert (found.config, found.weights, found.ends) == (config, "fp32", [2])
     assert_found(tmp_path, expected)
-    model = Model(found.config, seed=None, backend="numpy")
-    model.load_parameters(found.tensors, found.source)
+    model = gpt2c.from_pretrained(tmp_path, backend="numpy")
+    assert type(model) is Llama and model.config == config
     assert np.array_equal(model.flat_parameters, Model(config, 1, "numpy").flat_parameters)
+    model.save_pretrained(tmp_path / "again")
+    for name in ("config.json", WEIGHTS):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_file_has_the_names_of_transformers(tmp_path: Path) -> None:
@@ -166,14 +170,12 @@ def test_matrices_are_joined_when_they_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fp16", "int8"])
 def test_quantized_llama_is_stored(method: str, tmp_path: Path) -> None:
-    quantized = Model(TIED, seed=1, backend="numpy").quantize(method)
-    entry = {ENTRY: {"quant_method": "gpt2c", "weights": method}}
-    save_as_they_are(tmp_path, TIED.to_dict() | entry, quantized.parameters)
+    quantized = Llama(TIED, seed=1, backend="numpy").quantize(method)
+    quantized.save_pretrained(tmp_path)
     found = find_model(tmp_path)
     assert (found.config, found.weights) == (TIED, method)
-    check_shapes(shapes_of(TIED, method), found.tensors, found.source)
-    again = Model(found.config, None, "numpy", weights=method)
-    again.load_quantized(found.tensors, found.source)
+    again = gpt2c.from_pretrained(tmp_path, backend="numpy")
+    assert (type(again), again.weights) == (Llama, method)
     for name, parameter in again.parameters.items():
         np.testing.assert_array_equal(parameter, quantized.parameters[name])
 

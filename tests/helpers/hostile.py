@@ -26,17 +26,14 @@ import numpy as np
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import gpt2c
 import gpt2c.train.loop
-from gpt2c import GPT2, GPT2Config, Tokenizer
+from gpt2c import GPT2, GPT2Config, Llama, LlamaConfig, Tokenizer
 from gpt2c.evaluate import scoring
 from gpt2c.files.untrusted import read_json, read_text
-from gpt2c.formats import huggingface, llama2c, llmc
+from gpt2c.formats import llama2c, llmc
 from gpt2c.formats.convert import convert
-from gpt2c.formats.load import find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
-from gpt2c.model.llama import LlamaConfig
-from gpt2c.model.model import Model
-from gpt2c.model.parameters import check_shapes
 from gpt2c.model.rope_scaling import RopeScaling
 from gpt2c.text.batches import Batches
 from gpt2c.text.documents import TextFiles
@@ -191,21 +188,7 @@ LLAMA = LlamaConfig(
 
 
 def make_llama(directory: Path) -> None:
-    parameters = Model(LLAMA, seed=1, backend="numpy").parameters
-    huggingface.save_weights(directory, LLAMA.to_dict(), parameters)
-
-
-def read_llama(path: Path) -> Model:
-    found = find_model(path)
-    check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
-    model = Model(found.config, seed=None)
-    model.load_parameters(found.tensors, found.source)
-    return model
-
-
-def use_llama(model: Model) -> None:
-    ids = np.arange(3)[None] % model.config.vocab_size
-    model(ids[:, : model.config.n_positions])
+    Llama(LLAMA, seed=1, backend="numpy").save_pretrained(directory)
 
 
 def make_quantized(method: str) -> Callable[[Path], None]:
@@ -220,7 +203,7 @@ def quantized(method: str) -> Callable[[Path], GPT2]:
     return lambda directory: GPT2.from_pretrained(directory, quantize=method)
 
 
-def use_model(model: GPT2) -> None:
+def use_model(model: GPT2 | Llama) -> None:
     ids = np.arange(3)[None] % model.config.vocab_size
     model(ids[:, : model.config.n_positions])
     model.generate(ids[:, :1], max_new_tokens=2, temperature=0)
@@ -312,7 +295,7 @@ def make_llmc(dtype: str) -> Callable[[Path], None]:
 
 def make_llama2c(directory: Path) -> None:
     config = dataclasses.replace(LLAMA, rope_scaling=None, rms_norm_eps=1e-5)
-    parameters = Model(config, seed=1, backend="numpy").parameters
+    parameters = Llama(config, seed=1, backend="numpy").parameters
     llama2c.write_model(directory / "model.bin", config, parameters)
 
 
@@ -419,7 +402,10 @@ READERS = {
     "foreign": Reader(make_foreign, GPT2.from_pretrained, use_model, optional=SPARE),
     "sharded": Reader(make_sharded, GPT2.from_pretrained, use_model, optional=SPARE),
     "rounded": Reader(make_foreign, quantized("int8"), use_model, optional=SPARE),
-    "llama": Reader(make_llama, read_llama, use_llama, optional=SPARE),
+    "llama": Reader(make_llama, gpt2c.from_pretrained, use_model, optional=SPARE),
+    "rounded_llama": Reader(
+        make_llama, lambda d: gpt2c.from_pretrained(d, quantize="int8"), use_model, optional=SPARE
+    ),
     "int8": Reader(make_quantized("int8"), quantized("int8"), use_model, optional=SPARE),
     "fp16": Reader(make_quantized("fp16"), quantized("fp16"), use_model, optional=SPARE),
     "tokenizer": Reader(
@@ -453,7 +439,7 @@ READERS = {
         use_model,
     ),
     "llmc_convert": Reader(make_llmc("fp32"), converted("model.bin"), len),
-    "llama2c": Reader(make_llama2c, lambda d: read_llama(d / "model.bin"), use_llama),
+    "llama2c": Reader(make_llama2c, lambda d: gpt2c.from_pretrained(d / "model.bin"), use_model),
     "llama2c_convert": Reader(
         make_llama2c,
         lambda d: convert(str(d / "model.bin"), d / "out.bin", overwrite=True),
