@@ -4,8 +4,9 @@ The first two are OpenAI's for GPT-2, the third is that of Hugging Face's tokeni
 only if tiktoken gives each text the same ids as transformers does with that file; an entry that
 would change them (a normalizer, a prefix space, ...) is refused by name. Three differences are
 intended. The name of a special token (`<|endoftext|>`, `[PAD]`) in a text is ordinary text. An
-added token keeps the id of the file, where transformers 5 renumbers it if ids are unused. A text
-with a byte that the vocabulary lacks is refused, where transformers drops the byte.
+added token keeps the id of the file, where transformers 5 renumbers it if ids are unused. And a
+vocabulary that was learned from few bytes lacks the others, as SmolLM2's does: a text with one is
+refused, where transformers drops the byte.
 
 Knows nothing about the use of a vocabulary.
 """
@@ -97,10 +98,6 @@ MODEL = {
     "vocab": ANY,
     "merges": ANY,
 }
-
-# Bytes that a vocabulary must have. One that was learned without the whole alphabet, as SmolLM2's,
-# lacks some that its texts never had; a text with such a byte is refused.
-PRINTABLE = range(0x20, 0x7F)
 
 Merge = tuple[bytes, bytes]
 
@@ -419,11 +416,8 @@ def _parse_vocabulary(
         }
     except KeyError as error:
         raise ValueError(f"{path} has a character that stands for no byte: {error}") from None
-    if missing := [byte for byte in PRINTABLE if bytes([byte]) not in ranks]:
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the 95 printable ASCII bytes, the first of them"
-            f" {missing[0]}"
-        )
+    if not any(len(token) == 1 for token in ranks):
+        raise ValueError(f"{path} has none of the 256 single bytes among its tokens")
     return ranks, special[end], special
 
 

@@ -464,7 +464,7 @@ def test_file_outside_utf_8_is_refused(tmp_path, name):
         (lambda v: v.update(a="1"), "tokens and their ids"),
         (lambda v: v.update(a=True), "tokens and their ids"),
         (lambda v: v.update({"a b": len(v)}), "stands for no byte"),
-        (lambda v: v.update({"zzzz": v.pop("a")}), "lacks 1 of the 95 printable ASCII bytes"),
+        (lambda v: v.update({"zzzz": v.pop("a")}), "in the order of their ids"),
         (lambda v: v.update({"zzzz": len(v)}), "in the order of their ids"),
         (lambda v: v.update({"": len(v)}), "in the order of their ids"),
     ],

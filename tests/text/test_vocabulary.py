@@ -307,7 +307,7 @@ def test_pieces_are_those_of_the_split() -> None:
         assert found == pieces, (split.name, text)
 
 
-def test_vocabulary_may_lack_bytes_that_are_not_printable(pair: Path) -> None:
+def test_vocabulary_may_lack_bytes(pair: Path) -> None:
     root = fast(pair)
     names = sorted(root["model"]["vocab"], key=root["model"]["vocab"].__getitem__)
     names.remove("\u0100")  # the character of byte 0
@@ -327,6 +327,10 @@ def test_vocabulary_may_lack_bytes_that_are_not_printable(pair: Path) -> None:
     vocab["\u0100a"] = own.vocab_size
     (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
     assert "uses a token that no earlier merge has made" in refused(read, pair)
+    root["model"] |= {"vocab": {END_OF_TEXT: 0}, "merges": []}
+    root["added_tokens"][0]["id"] = 0
+    (pair / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    assert refused(read, pair).endswith("has none of the 256 single bytes among its tokens")
 
 
 def test_files_that_disagree_are_refused(pair: Path) -> None:
@@ -627,5 +631,8 @@ def test_mutated_files_raise_value_error_or_os_error_only(
     except (ValueError, OSError) as error:
         assert str(error).startswith(str(directory)) and "\n" not in str(error)
     else:
-        assert tokenizer.decode(tokenizer.encode("it's the lowest")) == "it's the lowest"
+        try:
+            assert tokenizer.decode(tokenizer.encode("it's the lowest")) == "it's the lowest"
+        except ValueError as error:
+            assert "the tokenizer has no token for byte 0x" in str(error)
         tokenizer.save_pretrained(directory)
