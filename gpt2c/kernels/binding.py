@@ -50,6 +50,8 @@ class Kernels:
         self._null = module.ffi.NULL
         self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
         self._doubles = module.ffi.typeof("double[]")
+        # of weights: the dtype's character -> C's constant
+        self._types = {"f": self._lib.FP32, "e": self._lib.FP16, "B": self._lib.INT8}
         # The GIL is released while C runs, so each Python thread needs a pool and scratch of its
         # own.
         self._local = threading.local()
@@ -98,11 +100,6 @@ class Kernels:
         sums = self._sums(self._lib.SLICES)
         return float(self._call("memory_read", self._f(data), sums, data.size))
 
-    def _type(self, weight: Array) -> int:
-        """Return C's constant for a weight's dtype."""
-        lib = self._lib
-        return int({"float32": lib.FP32, "float16": lib.FP16, "uint8": lib.INT8}[weight.dtype.name])
-
     # ---- a step of decoding, in one call ---------------------------------------------------------
 
     def bind_step(self, stages: Iterable[NamedTuple]) -> Any:
@@ -120,7 +117,10 @@ class Kernels:
             if "weight" in given:
                 weight = given.pop("weight")
                 linear = dict(zip(("OC", "C"), weight.shape, strict=True))
-                linear |= {"weight": self._from_buffer(weight), "type": self._type(weight)}
+                linear |= {
+                    "weight": self._from_buffer(weight),
+                    "type": self._types[weight.dtype.char],
+                }
             for name, value in given.items():
                 is_array = isinstance(value, np.ndarray)
                 fields = linear if name in ("scale", "bias") else entry
@@ -182,7 +182,7 @@ def source(op: Op) -> str:
     lines += [f"{letter} = {size(letter)}" for letter in letters if letter != "HS"]
     lines += [f"HS = {size('HS')}"] if "HS" in letters else []  # of C and NH, which come before
     if "type" in op.told:
-        lines.append(f"kind = self._type({weights[0]})")
+        lines.append(f"kind = self._types[{weights[0]}.dtype.char]")
     handed = ", ".join([repr(op.name), *pointers, *op.numbers, *map(told, op.told)])
     lines.append(f"{'return ' if op.returns else ''}self._call({handed})")
     return "\n    ".join(lines)

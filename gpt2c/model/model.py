@@ -595,7 +595,10 @@ class Model(LanguageModel):
         offsets: IntArray | None,
     ) -> Objective:
         """Return the objective that targets, or labels, stand for."""
-        if isinstance(targets, Objective):
+        is_array = isinstance(
+            targets, np.ndarray | list | tuple
+        )  # quick, the other question is not
+        if not is_array and isinstance(targets, Objective):
             live = targets.live
             if getattr(live, "dtype", None) != np.bool_ or live.shape != (tokens.size,):
                 raise ValueError(
