@@ -595,20 +595,18 @@ class Model(LanguageModel):
         offsets: IntArray | None,
     ) -> Objective:
         """Return the objective that targets, or labels, stand for."""
-        is_array = isinstance(
-            targets, np.ndarray | list | tuple
-        )  # quick, the other question is not
-        if not is_array and isinstance(targets, Objective):
-            live = targets.live
-            if getattr(live, "dtype", None) != np.bool_ or live.shape != (tokens.size,):
-                raise ValueError(
-                    f"an objective's live must be bool ({tokens.size},), one for each token of idx,"
-                    f" got {live!r:.50}"
-                )
-            return targets
-        if self.config.num_labels is None:
-            return CrossEntropy(self._check_batch_targets(targets, tokens, offsets))
-        return CrossEntropy(self._check_labels(targets, tokens, offsets))
+        # the first question is quick, and nearly always enough
+        if isinstance(targets, np.ndarray | list | tuple) or not isinstance(targets, Objective):
+            if self.config.num_labels is None:
+                return CrossEntropy(self._check_batch_targets(targets, tokens, offsets))
+            return CrossEntropy(self._check_labels(targets, tokens, offsets))
+        live = targets.live
+        if getattr(live, "dtype", None) != np.bool_ or live.shape != (tokens.size,):
+            raise ValueError(
+                f"an objective's live must be bool ({tokens.size},), one for each token of idx,"
+                f" got {live!r:.50}"
+            )
+        return targets
 
     def _check_labels(
         self, labels: ArrayLike, tokens: IntArray, offsets: IntArray | None
