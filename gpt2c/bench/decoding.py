@@ -20,7 +20,7 @@ from gpt2c.bench.suite import (
     Watch,
     Work,
     choose_rows,
-    kind_of,
+    heading_of,
     lacks,
     measure,
 )
@@ -124,7 +124,7 @@ def bench_generate(
 
 def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:
     group = f"prefill {T} tokens" if what == "prefill" else f"decode, batch {B}"
-    group += kind_of(config)
+    group += heading_of(config)
     arguments = {"what": what, "config": config.to_dict(), "B": B, "T": T}
 
     def facts(row: str) -> dict[str, float]:

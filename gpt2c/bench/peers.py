@@ -247,7 +247,7 @@ class _LlamaBlock(torch.nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         C, F_, HS, self.NH = config.n_embd, config.inner, config.HS, config.num_attention_heads
-        KV = config.num_key_value_heads or self.NH
+        KV = config.KV
         self.turned = self.NH + KV
         self.ln_1 = torch.nn.RMSNorm(C, config.rms_norm_eps)
         self.c_attn = torch.nn.Linear(C, (self.NH + 2 * KV) * HS, bias=False)

@@ -303,7 +303,8 @@ def draw(path: Path, results: Sequence[Result], ceilings: Ceilings, verdict: str
         plot_shares(groups, path, machine)
         return
     trained = kind_of(timed) == "train"
-    title = "GPT-2 124M, " + ("fp32, AdamW included" if trained else "reading and writing")
+    model = "a Llama, " if all(group.endswith("Llama") for group in groups) else "GPT-2 124M, "
+    title = model + ("fp32, AdamW included" if trained else "reading and writing")
     plot_speed(groups, "tokens a second", path, f"{title}\n{machine}")
 
 

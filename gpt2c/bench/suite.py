@@ -47,7 +47,7 @@ __all__ = [
     "check_threads",
     "choose_rows",
     "describe",
-    "kind_of",
+    "heading_of",
     "lacks",
     "measure",
     "ops_work",
@@ -361,14 +361,16 @@ def bench_train(
     return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch)
 
 
-def kind_of(config: ModelConfig) -> str:
+def heading_of(config: ModelConfig) -> str:
     """Return the kind of model for a heading; GPT-2 is not named."""
     kind = type(config).__name__.removesuffix("Config")
     return "" if kind == "GPT2" else f", {kind}"
 
 
 def _step(config: ModelConfig, B: int, T: int, recompute: str | None) -> Work:
-    group = f"train {B} x {T}{kind_of(config)}" + (f", recompute {recompute}" if recompute else "")
+    group = f"train {B} x {T}{heading_of(config)}" + (
+        f", recompute {recompute}" if recompute else ""
+    )
     arguments = {"config": config.to_dict(), "B": B, "T": T, "recompute": recompute}
     facts = {"tokens": B * T, "flops": config.flops_per_token(T) * B * T}
     return Work(group, "train", arguments, "step", lambda row: facts)

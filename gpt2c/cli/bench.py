@@ -65,12 +65,13 @@ HELP = {
         " data came from a cache, or the machine was busy when the ceiling was measured.",
     ),
     "train": (
-        "a whole training step of GPT-2 124M, clipping and AdamW included",
+        "a whole training step of GPT-2 124M, or another --model, clipping and AdamW included",
         "The peak is that of multiply-adds in registers, measured at the start. Memory is the peak"
         " of the row's process.",
     ),
     "generate": (
-        "GPT-2 124M reading 512 tokens (prefill), and writing 1 and 8 texts (decode)",
+        "GPT-2 124M, or another --model, reading 512 tokens (prefill), and writing 1 and 8 texts"
+        " (decode)",
         "Rows: each backend with fp32, fp16 and int8 weights, and, if they are installed,"
         " transformers, onnxruntime, ctranslate2 and llama.cpp (llama-cpp-python). --quick takes"
         " the fastest backend and transformers. transformers-compile is measured if --backends"

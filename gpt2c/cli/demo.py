@@ -139,13 +139,14 @@ def compare(model: GPT2 | Llama, tokenizer: Tokenizer, tokens: Tokens, held_out:
     pieces = [tokens[start : start + piece] for start in range(0, len(tokens), step)]
     seen = evaluate(model, pieces, rows, block_size)
     print(f"\n{'on the held-out text':<28}{'nats/token':>12}{'bits/byte':>12}")
-    print(f"{'GPT-2, this run':<28}{gpt2.loss:>12.3f}{gpt2.bits_per_byte:>12.3f}")
+    name = "GPT-2" if isinstance(model, GPT2) else "Llama"
+    print(f"{name + ', this run':<28}{gpt2.loss:>12.3f}{gpt2.bits_per_byte:>12.3f}")
     print(f"{'bigram model':<28}{bigram.loss:>12.3f}{bigram.bits_per_byte:>12.3f}")
     print(f"{'xz -9 after training text':<28}{'':>12}{xz:>12.3f}")
     print(
-        f"bits/byte: what a byte of text takes, compressed with the model. GPT-2 reads windows of"
+        f"bits/byte: what a byte of text takes, compressed with the model. {name} reads windows of"
         f" {block_size} tokens\nside by side, as in training and gpt2c eval; xz has all of the"
-        f" training text before it.\nOn text that it was trained on, GPT-2's loss is {seen:.3f}:"
+        f" training text before it.\nOn text that it was trained on, {name}'s loss is {seen:.3f}:"
         " the difference is what it has learned by heart.",
         flush=True,
     )

@@ -15,7 +15,9 @@ __all__ = ["add_model", "add_settings", "given_settings"]
 def add_model(verb: argparse.ArgumentParser) -> None:
     """Add a model for inference, and how it computes: `model`, `quantize`, `backend`, `threads`."""
     verb.add_argument(
-        "model", metavar="RUN", help="a run or any GPT-2 directory, or a name on the hub (gpt2)"
+        "model",
+        metavar="RUN",
+        help="a run, a directory of a GPT-2 or Llama, or a name on the hub (gpt2)",
     )
     verb.add_argument(
         "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"

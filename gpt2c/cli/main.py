@@ -160,7 +160,7 @@ def _complain(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the whole command line."""
-    top = Parser(prog="gpt2c", description="Train and run GPT-2 on an ordinary CPU.")
+    top = Parser(prog="gpt2c", description="Train and run GPT-2 and Llama on an ordinary CPU.")
     version = importlib.metadata.version("gpt2c")
     top.add_argument("--version", action="version", version=f"gpt2c {version}")
     verbs = top.add_subparsers(required=True, metavar="COMMAND", title="commands")

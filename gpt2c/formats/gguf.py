@@ -126,7 +126,7 @@ def _add_shape(writer: Any, config: GPT2Config | LlamaConfig) -> None:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
+    writer.add_head_count_kv(config.KV)
     writer.add_key_length(config.HS)
     writer.add_value_length(config.HS)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -149,7 +149,7 @@ def _stored_tensors(
         stored = _gguf_name(name)
         if isinstance(config, LlamaConfig) and name.endswith("attn.c_attn.weight"):
             HS, NH = config.HS, config.num_attention_heads
-            q, k = HS * NH, HS * (NH + (config.num_key_value_heads or NH))
+            q, k = HS * NH, HS * (NH + config.KV)
             yield name, stored.replace("qkv", "q"), to_adjacent(tensor[:q], HS)
             yield name, stored.replace("qkv", "k"), to_adjacent(tensor[q:k], HS)
             yield name, stored.replace("qkv", "v"), tensor[k:]

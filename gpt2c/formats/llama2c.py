@@ -145,7 +145,7 @@ def _config(header: bytes, version: int) -> LlamaConfig:
 def _shapes(config: LlamaConfig, version: int) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the tensors in the file, in its order."""
     C, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.n_layer
-    W = (config.num_key_value_heads or config.num_attention_heads) * config.HS
+    W = config.KV * config.HS
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(("tok_embeddings", "output"), (V, C)),
         **dict.fromkeys(("attention_norm", "ffn_norm"), (L, C)),
@@ -197,7 +197,7 @@ def write_model(path: Path, config: LlamaConfig, tensors: Mapping[str, Array]) -
     """
     _check(path, config)
     V = config.vocab_size if config.tie_word_embeddings else -config.vocab_size
-    KV = config.num_key_value_heads or config.num_attention_heads
+    KV = config.KV
     entries = dataclasses.asdict(config) | {"vocab_size": V, "num_key_value_heads": KV}
     header = np.array([entries[name] for name in _FIELDS], "<i4")
     with atomic.atomic_path(path) as temporary, open(temporary, "wb") as file:

@@ -213,7 +213,7 @@ class GPT2Config(ModelConfig):
     def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
         """Return the config that the entries of Hugging Face's config.json describe.
 
-        Unknown keys are ignored, and so is dropout, which gpt2c does not have. If eos_token_id is a
+        Unknown keys are ignored, and so is dropout, which `Model.loss` gets. If eos_token_id is a
         list, the first id counts, as transformers pads with it. An id beyond the vocabulary counts
         as None. The labels of a classifier count, their names do not.
 

@@ -173,6 +173,11 @@ class LlamaConfig(ModelConfig):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def KV(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
     def n_positions(self) -> int:
         """GPT-2's name of max_position_embeddings."""
         return self.max_position_embeddings
@@ -200,7 +205,7 @@ class LlamaConfig(ModelConfig):
 @functools.lru_cache(maxsize=8)
 def _llama(config: LlamaConfig) -> Stack:
     C, std, eps = config.hidden_size, config.initializer_range, config.rms_norm_eps
-    NH, KV, HS = config.num_attention_heads, config.num_key_value_heads, config.HS
+    NH, KV, HS = config.num_attention_heads, config.KV, config.HS
     rope = Rope(config.max_position_embeddings, HS, config.rope_theta, config.rope_scaling)
     layers = [
         Layer(

@@ -286,7 +286,7 @@ def _part(
         if values is not ANY and part.get(key) not in values:
             wanted = " or ".join(json.dumps(value) for value in values) or "no such entry"
             raise ValueError(
-                f"{path}: {f'{name}.{key}'.lstrip('.')} must be {wanted}, as in GPT-2, got"
+                f"{path}: {f'{name}.{key}'.lstrip('.')} must be {wanted}, got"
                 f" {json.dumps(part.get(key))[:40]}"
             )
     return part

@@ -162,7 +162,7 @@ class AdamW:
     ) -> None:
         if not hasattr(model, "flat_gradients"):
             raise ValueError(
-                f"AdamW needs a model with gradients, a GPT2 loaded without quantize, got"
+                f"AdamW needs a model with gradients, loaded without quantize, got"
                 f" {type(model).__name__}"
             )
         _check_learning_rate(learning_rate)
