@@ -118,7 +118,7 @@ typedef struct {
 } Linear;
 
 /* A stage of a decoding step: an op on the newest token of each of N texts. It reads x and writes out, or adds to it.
- * Fields of other ops are 0 or NULL.
+ * An op ignores the fields of others.
  *
  * ENCODER     out (N,C) = rows of linear (V,C) + rows of wpe (P,C), which may be NULL
  * LAYERNORM   out (N,C) = (x - mean) * rstd * gain + shift;  x (N,C), gain and shift (C)

@@ -1,4 +1,4 @@
-"""Train and run GPT-2 on an ordinary CPU, on C kernels.
+"""Train and run GPT-2 and Llama on an ordinary CPU, on C kernels.
 
 `Tokenizer` turns text into token ids, `GPT2` and `Llama` compute losses and gradients of them,
 `AdamW` updates the model, and `Generator` writes text with both. `from_pretrained` loads a model of

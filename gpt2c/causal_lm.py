@@ -36,6 +36,8 @@ Texts = Ids | list[Ids]  # an array if all prompts have the same length
 class CausalLM(Model):
     """A model that continues texts of token ids; see `gpt2c.GPT2` for its arguments and attributes.
 
+    Of a config with num_labels it scores texts, and continues none.
+
     Attributes
     ----------
     config_class : of each kind of model, the class of its config
@@ -65,6 +67,7 @@ class CausalLM(Model):
         quantize: str | None = None,
         revision: str | None = None,
         threads: int | None = None,
+        recompute: str | None = None,
     ) -> Self:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
@@ -73,7 +76,7 @@ class CausalLM(Model):
         Parameters
         ----------
         path : see `gpt2c.formats.load.find_model`
-        backend, threads : see `GPT2`
+        backend, threads, recompute : see `GPT2`
         quantize : "int8" or "fp16" rounds the weights to 8 or 16 bits, one tensor at a time, for
             inference; None leaves them fp32
         revision : of a model on the hub: a branch, tag or commit
@@ -86,7 +89,7 @@ class CausalLM(Model):
         """
         from gpt2c.formats.load import find_model
 
-        return cls.from_found(find_model(path, revision), backend, threads, quantize)
+        return cls.from_found(find_model(path, revision), backend, threads, quantize, recompute)
 
     @classmethod
     def from_found(
@@ -95,6 +98,7 @@ class CausalLM(Model):
         backend: str | Backend = "auto",
         threads: int | None = None,
         quantize: str | None = None,
+        recompute: str | None = None,
     ) -> Self:
         """Load a model that `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
         config, source = found.config, found.source
@@ -112,7 +116,7 @@ class CausalLM(Model):
                 mend = f", which cannot become {quantize}: start from the model that was quantized"
             raise ValueError(f"{source} holds {found.weights} weights{mend}")
         check_shapes(shapes_of(config, found.weights), found.tensors, source)
-        model = cls(config, None, backend, threads=threads, weights=quantize or "fp32")
+        model = cls(config, None, backend, recompute, threads, quantize or "fp32")
         load = model.load_parameters if found.weights == "fp32" else model.load_quantized
         load(found.tensors, source)
         return model

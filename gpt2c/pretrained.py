@@ -27,6 +27,7 @@ def from_pretrained(
     quantize: str | None = None,
     revision: str | None = None,
     threads: int | None = None,
+    recompute: str | None = None,
 ) -> GPT2 | Llama:
     """Load a model of any kind; one that was saved quantized stays quantized.
 
@@ -44,7 +45,7 @@ def from_pretrained(
     """
     from gpt2c.formats.load import find_model
 
-    return open_found(find_model(path, revision), backend, quantize, threads)
+    return open_found(find_model(path, revision), backend, quantize, threads, recompute)
 
 
 def open_found(
@@ -52,8 +53,9 @@ def open_found(
     backend: str | Backend = "auto",
     quantize: str | None = None,
     threads: int | None = None,
+    recompute: str | None = None,
 ) -> GPT2 | Llama:
     """Load a model that `find_model` has found; see `from_pretrained`."""
     if quantize is None and found.weights != "fp32":
         quantize = found.weights
-    return KINDS[type(found.config)].from_found(found, backend, threads, quantize)
+    return KINDS[type(found.config)].from_found(found, backend, threads, quantize, recompute)

@@ -77,8 +77,6 @@ def test_stream_yields_what_generate_returns(kind: str, backend: Any) -> None:
     assert np.array_equal(np.stack([step[1] for step in steps], 1), logprobs)
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         assert [int(step[0][row]) for step in steps] == text[len(prompt) :].tolist()
-        alone = model.generate([prompt], 9, **settings)
-        assert len(alone[0]) == len(prompt) + 9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,6 +200,18 @@ def test_llamas_directory_opens_as_its_kind(kind: str, tmp_path: Path) -> None:
         assert np.array_equal(found([PROMPT]), model([PROMPT]))
     message = refused(GPT2.from_pretrained, tmp_path)
     assert message.startswith(f"{tmp_path} holds a Llama, not a GPT2: open it with gpt2c.from_pr")
+
+
+def test_loaded_model_recomputes_as_it_is_told(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path, recompute="full")
+    assert model.recompute == "full" and Llama.from_pretrained(tmp_path).recompute is None
+
+
+def test_empty_prompt_starts_from_bos_or_else_from_eos() -> None:
+    for ends, first in (({"eos_token_id": 2}, 2), ({"eos_token_id": 2, "bos_token_id": 1}, 1)):
+        model = Llama(dataclasses.replace(CONFIG, **ends))
+        assert model.check_prompts([[]]) == [[first]]
 
 
 def test_gpt2s_directory_is_no_llama(tmp_path: Path) -> None:

@@ -37,7 +37,15 @@ __all__ = ["ENGINES", "SMALL", "TINY", "Worker"]
 
 SAMPLE_SECONDS = 0.02  # a sample is at least one call, and calls until this time is over
 TINY = GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=3)
-TINY_LLAMA = LlamaConfig(211, 48, 80, 2, 6, 2, max_position_embeddings=32)
+TINY_LLAMA = LlamaConfig(
+    vocab_size=211,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+)
 LEARNING_RATE, GRAD_CLIP = 1e-3, 1.0
 # PyTorch sums tens of millions of squares in float32.
 TORCH_RTOL = {"global_norm": 1e-2}
@@ -52,7 +60,15 @@ READ_RTOL = {"fp32": 1e-5, "int8": 0.05}
 # llama.cpp keeps keys and values in 16 bits.
 ENGINES = ("transformers", "transformers-compile", "onnxruntime", "ctranslate2", "llama.cpp")
 SMALL = GPT2Config(vocab_size=320, n_positions=32, n_embd=128, n_layer=2, n_head=2)
-SMALL_LLAMA = LlamaConfig(320, 128, 256, 2, 4, 2, max_position_embeddings=32)
+SMALL_LLAMA = LlamaConfig(
+    vocab_size=320,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+)
 GPT2_ENGINES = ("onnxruntime", "ctranslate2")  # their files are written here for GPT-2 alone
 ENGINES_RTOL = {"llama.cpp:fp32": 1e-2, "llama.cpp:fp16": 1e-2, "llama.cpp:int8": 0.1}
 ENGINES_RTOL |= {"onnxruntime:int8": 0.3, "ctranslate2:int8": 0.3}

@@ -47,7 +47,12 @@ TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
 MODELS: dict[str, AnyConfig] = {
     "gpt2": GPT2Config(),
     "smollm2-135m": LlamaConfig(
-        *(49152, 576, 1536, 30, 9, 3),
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         rope_theta=100_000.0,

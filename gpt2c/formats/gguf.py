@@ -91,7 +91,8 @@ def write_gguf(
         writer.add_token_list(tokens)
         writer.add_token_types(types)
         writer.add_token_merges(merges)
-        writer.add_bos_token_id(tokenizer.eot)
+        start = config.start_token_id
+        writer.add_bos_token_id(tokenizer.eot if start is None else start)
         writer.add_eos_token_id(tokenizer.eot)
         writer.add_add_bos_token(False)
         for name, stored_name, tensor in _stored_tensors(config, tensors):

@@ -1,4 +1,4 @@
-"""Attention: each token takes from those before it what its query asks for.
+"""Attention: each token takes, from itself and those before it, what its query asks for.
 
 q, k, v = x W_qkv + b                          q and k turned by their positions, if there is a Rope
 att = dropout(softmax(mask(q k^T / sqrt(HS)))) v        for each of NH heads

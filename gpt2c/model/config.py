@@ -111,6 +111,11 @@ class ModelConfig:
         """Return the blocks of this model."""
         raise NotImplementedError
 
+    @property
+    def start_token_id(self) -> int | None:
+        """The token that starts a text where nothing else does, or None."""
+        return self.eos_token_id
+
     def head(self, name: str) -> Head:
         """Return the head: scores, or logits whose weight has this name; see `Head`."""
         std = self.initializer_range
@@ -128,7 +133,7 @@ class ModelConfig:
         if self.num_labels is not None:
             raise ValueError(
                 f"{what} needs a language head; this model has scores of texts in its place"
-                f" (num_labels={self.num_labels}), see gpt2c.GPT2.scores"
+                f" (num_labels={self.num_labels}): call its scores(idx)"
             )
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:

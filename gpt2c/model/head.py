@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
-from gpt2c.model.objective import Objective
+from gpt2c.model.objective import Objective, Rows
 
 __all__ = ["Head"]
 
@@ -69,9 +69,11 @@ class Head:
 
     def losses(self, run: Run, x: Array, objective: Objective) -> Array:
         """Return the losses (N,) of x (N, C)."""
-        losses = run.a["losses"]
-        for rows in self._blocks(run, len(x)):
-            objective.losses(run.ops, losses[rows], self._logits(run, x[rows]), rows)
+        losses, live = run.a["losses"], live_rows(objective)
+        for block, rows in self._blocks(run, len(x), live):
+            objective.losses(run.ops, losses[block], self._logits(run, x[rows]), rows)
+        if live is not None:
+            scatter(losses, live)
         return losses
 
     def learn(
@@ -85,10 +87,8 @@ class Head:
         x : (N, C), becomes its own gradient
         """
         ops, weight, accumulate = run.ops, run.p[self.weight], run.accumulate
-        losses, is_live = run.a["losses"], objective.live
-        live = None if is_live.all() else np.flatnonzero(is_live)  # other rows cost no product
-        for block in self._blocks(run, len(x) if live is None else live.size):
-            rows = block if live is None else live[block]
+        losses, live = run.a["losses"], live_rows(objective)
+        for block, rows in self._blocks(run, len(x), live):
             part = x[rows]  # a view of a slice, a copy of scattered rows
             logits = self._logits(run, part)
             objective.learn(ops, losses[block], logits, rows, scale)
@@ -97,8 +97,8 @@ class Head:
                 x[rows] = part
             accumulate = True
         if live is not None:
-            losses[live] = losses[: live.size].copy()
-            losses[~is_live] = x[~is_live] = 0
+            scatter(losses, live)
+            x[~objective.live] = 0
             if d_weight is not None and not accumulate:
                 d_weight.fill(0.0)
         return losses
@@ -123,9 +123,28 @@ class Head:
         self.forward(run, logits, x)
         return logits
 
-    def _blocks(self, run: Run, N: int) -> Iterator[slice]:
-        """Divide N rows into blocks of nearly one size, as many as there is memory for."""
-        if N:
-            size = -(-N // -(-N // len(run.a["logits"])))
-            for start in range(0, N, size):
-                yield slice(start, min(start + size, N))
+    def _blocks(
+        self, run: Run, N: int, live: NDArray[np.intp] | None
+    ) -> Iterator[tuple[slice, Rows]]:
+        """Divide N rows, or those of `live`, into blocks of nearly one size that fit the memory.
+
+        Yield the place of each block among these rows, and its rows of the batch.
+        """
+        count = N if live is None else live.size
+        if count:
+            size = -(-count // -(-count // len(run.a["logits"])))
+            for start in range(0, count, size):
+                block = slice(start, min(start + size, count))
+                yield block, block if live is None else live[block]
+
+
+def live_rows(objective: Objective) -> NDArray[np.intp] | None:
+    """Return the rows that have a loss, None for all: other rows cost no product."""
+    return None if objective.live.all() else np.flatnonzero(objective.live)
+
+
+def scatter(losses: Array, live: NDArray[np.intp]) -> None:
+    """Move the first losses (N,) to the rows of `live`; those of other rows are 0."""
+    found = losses[: live.size].copy()
+    losses.fill(0.0)
+    losses[live] = found

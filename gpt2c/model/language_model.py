@@ -83,7 +83,7 @@ class LanguageModel:
         return Decoder(self.config, self.parameters, self.backend, slots, capacity)
 
     def check_prompts(self, idx: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return prompts as lists of token ids; an empty prompt becomes [eos_token_id].
+        """Return prompts as lists of token ids; an empty prompt becomes [start_token_id].
 
         Raises
         ------
@@ -111,7 +111,7 @@ class LanguageModel:
                     f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or at most"
                     f" its last {counted(self.config.n_positions, 'token')}"
                 )
-        start = self.config.eos_token_id
+        start = self.config.start_token_id
         if start is None and any(len(row) == 0 for row in rows):
             raise ValueError(
                 "idx has an empty prompt, and the config has no eos_token_id to start it: give at"

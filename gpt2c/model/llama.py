@@ -29,13 +29,12 @@ from gpt2c.model.stack import Layer, Stack
 __all__ = ["LlamaConfig"]
 
 CLASSIFIER = ["LlamaForSequenceClassification"]
-# See FIXED in config.py. pretraining_tp only divided the products.
+# See FIXED in config.py.
 FIXED: dict[str, tuple[Any, ...]] = {
     "architectures": (["LlamaForCausalLM"], ["LlamaModel"], None, CLASSIFIER),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "pretraining_tp": (1, None),
 }
 
 RANGES = {
@@ -62,7 +61,7 @@ class LlamaConfig(ModelConfig):
     tie_word_embeddings : whether the lm_head is the embedding's table
     initializer_range : standard deviation of the initial weights, from 1e-37 to 1e4
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
-    bos_token_id : another token that starts a text, only kept for other readers
+    bos_token_id : a token that starts a text in place of eos_token_id, or None
     num_labels : K makes a model with K scores of a text in place of logits; None for logits
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
@@ -176,6 +175,11 @@ class LlamaConfig(ModelConfig):
     def KV(self) -> int:
         """Heads of keys and values."""
         return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def start_token_id(self) -> int | None:
+        """The token that starts a text where nothing else does, or None."""
+        return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     @property
     def n_positions(self) -> int:

@@ -523,15 +523,29 @@ class Model(LanguageModel):
         return np.split(losses, offsets[1:-1])
 
     @overload
-    def scores(self, idx: ArrayLike | Sequence[Sequence[int]], *, keep: bool = True) -> Array: ...
+    def scores(
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        *,
+        keep: bool = True,
+        dropout: Dropout | None = None,
+    ) -> Array: ...
 
     @overload
     def scores(
-        self, idx: ArrayLike | Sequence[Sequence[int]], per_token: bool, keep: bool = True
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        per_token: bool,
+        keep: bool = True,
+        dropout: Dropout | None = None,
     ) -> Array | list[Array]: ...
 
     def scores(
-        self, idx: ArrayLike | Sequence[Sequence[int]], per_token: bool = False, keep: bool = True
+        self,
+        idx: ArrayLike | Sequence[Sequence[int]],
+        per_token: bool = False,
+        keep: bool = True,
+        dropout: Dropout | None = None,
     ) -> Array | list[Array]:
         """Return the scores of each sequence, and keep what `backward` needs.
 
@@ -544,6 +558,7 @@ class Model(LanguageModel):
         idx : see `loss`
         per_token : True returns the scores at every token, not only at the last
         keep : False if no backward will follow, see `loss`
+        dropout : see `loss`
 
         Returns
         -------
@@ -576,9 +591,9 @@ class Model(LanguageModel):
         shapes = [(*shape, K) for shape in each]
         what, mend = f"scores of {counted(len(rows), 'token')}", "take fewer or shorter rows"
         require(what, {"scores": 4 * len(rows) * K}, mend)
-        keep = keep and bool(self.trained)
+        keep, dropout = keep and bool(self.trained), check_dropout(dropout, tokens.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, offsets)
+            run = self._start(tokens, keep, offsets, dropout)
             x = self._stack.forward(run, tokens)
             scores = np.empty((len(rows), K), x.dtype)
             self._stack.head.forward(run, scores, x[rows])

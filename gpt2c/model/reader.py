@@ -114,6 +114,7 @@ class Decoder:
         Raises
         ------
         ValueError : arrays of another shape or dtype, a number out of range, or a slot given twice
+        MemoryError : at the first step, which makes the activations
         """
         if _length("tokens", tokens) > self.slots:
             raise ValueError(

@@ -40,14 +40,21 @@ class Rope:
         self._tables: tuple[Array, Array] | None = None
 
     def tables(self, rows: int) -> tuple[Array, Array]:
-        """Return cosines and sines (at least `rows`, HS / 2), made as far as texts have come."""
-        if self._tables is None or len(self._tables[0]) < rows:
+        """Return cosines and sines (at least `rows`, HS / 2).
+
+        They are kept, and made again when a text is longer than those before.
+        """
+        tables = (
+            self._tables
+        )  # threads that share a config share them: another may set shorter ones
+        if tables is None or len(tables[0]) < rows:
             positions = np.arange(min(self._P, 2 * rows))
             size = 32 * len(positions) * len(self.frequencies)  # float64 on the way
             require("rotary positions", {"tables": size}, "take shorter texts")
             angles = positions[:, None] * self.frequencies
-            self._tables = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        return self._tables
+            tables = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+            self._tables = tables
+        return tables
 
     def forward(self, run: Run, qkv: Array, heads: int) -> None:
         """Turn the first `heads` heads, those of q and k, of each row of qkv (N, W) in place."""

@@ -1,7 +1,7 @@
 """TrainSettings: the settings of a training run, from a TOML recipe or flags of the same names.
 
 Names are nanoGPT's. Each setting is declared once, with its default, its table in a recipe and its
-help. Knows nothing about models, nor about files except recipes.
+help. Knows of models only their configs, and of files only recipes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -167,3 +168,12 @@ def test_dropout_out_of_range_is_refused(dropout: Any, wanted: str) -> None:
     for door in (model.loss, model.losses):
         assert refused(door, [[1, 2]], [[2, 3]], dropout=dropout) == wanted
     model.loss([[1, 2]], [[2, 3]], dropout=Dropout(0.1, 1, 2**32 - 2))
+    scorer = GPT2(dataclasses.replace(ODD, num_labels=2))
+    assert refused(scorer.scores, [[1, 2]], dropout=dropout) == wanted
+
+
+def test_scores_have_the_dropout_of_their_step() -> None:
+    model, idx = GPT2(dataclasses.replace(ODD, num_labels=2)), [[1, 2, 3], [4, 5]]
+    first, again, other = (model.scores(idx, dropout=Dropout(0.5, seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert not np.array_equal(first, model.scores(idx))

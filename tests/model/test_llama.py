@@ -256,7 +256,6 @@ def test_config_of_llama_round_trips() -> None:
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
-        ("pretraining_tp", 2),
     ],
 )
 def test_other_arithmetic_is_refused_by_name(name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ from conftest import refused
 from helpers.exact import check_differences, exact, odd_model
 
 from gpt2c import GPT2, GPT2Config
+from gpt2c.kernels.backend import get_backend
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.objective import CrossEntropy, Objective, Rows
@@ -200,3 +201,22 @@ def test_targets_beyond_the_vocabulary_do_not_reach_the_kernels(target: int) -> 
 )
 def test_cross_entropy_refuses_other_arrays(targets: Any, weights: Any, wanted: str) -> None:
     assert refused(CrossEntropy, targets, weights).startswith(wanted)
+
+
+def test_losses_of_ignored_rows_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two passes, as in DPO, over texts of which only the answers count."""
+    backend = get_backend("base")
+    model, idx = GPT2(GPT2Config(61, 40, 32, 1, 2), 1, backend), np.arange(60).reshape(2, 30)
+    targets = np.where(np.arange(30) < 27, -1, idx)
+    rows: list[int] = []
+    product = backend.matmul_forward
+
+    def count(out: Any, *others: Any) -> None:
+        rows.extend([len(out)] * (out.shape[1] == 61))
+        product(out, *others)
+
+    monkeypatch.setattr(backend, "matmul_forward", count)
+    losses = model.losses(idx, targets)
+    assert rows == [6] and (losses[:, 27:] > 0).all() and not losses[:, :27].any()
+    model.loss(idx, targets, keep=False)
+    assert rows == [6, 6]
