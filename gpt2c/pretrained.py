@@ -13,10 +13,10 @@ from gpt2c.model.config import ModelConfig
 if TYPE_CHECKING:
     from gpt2c.formats.load import Pretrained
 
-__all__ = ["KINDS", "from_pretrained", "open_found"]
+__all__ = ["MODELS", "from_pretrained", "open_found"]
 
 # the class of a config -> that of its model
-KINDS: dict[type[ModelConfig], type[GPT2] | type[Llama]] = {
+MODELS: dict[type[ModelConfig], type[GPT2] | type[Llama]] = {
     kind.config_class: kind for kind in (GPT2, Llama)
 }
 
@@ -58,4 +58,4 @@ def open_found(
     """Load a model that `find_model` has found; see `from_pretrained`."""
     if quantize is None and found.weights != "fp32":
         quantize = found.weights
-    return KINDS[type(found.config)].from_found(found, backend, threads, quantize, recompute)
+    return MODELS[type(found.config)].from_found(found, backend, threads, quantize, recompute)

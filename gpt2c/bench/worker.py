@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from gpt2c.bench.machine import fastest
-from gpt2c.formats.load import AnyConfig, read_kind
+from gpt2c.formats.load import AnyConfig, config_of
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
@@ -156,7 +156,7 @@ class Worker:
 
         The first step is part of this: it fills memory and may compile.
         """
-        given = read_kind(config)
+        given = config_of(config)
         tiny = TINY if isinstance(given, GPT2Config) else TINY_LLAMA
         small = _batch(tiny, 2, 16)
         checked, step = self._step(tiny, small, recompute), _own_step("numpy", tiny, small, None)
@@ -192,7 +192,7 @@ class Worker:
         ----------
         what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
         """
-        given = read_kind(config)
+        given = config_of(config)
         if isinstance(given, GPT2Config):
             tiny: AnyConfig = SMALL if self._row in ENGINES else TINY
         elif self._row in GPT2_ENGINES:

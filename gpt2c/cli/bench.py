@@ -44,7 +44,7 @@ from gpt2c.screen.picture import why_not
 __all__ = ["add_flags", "run_bench"]
 
 TABLES = {"ops": ops_table, "train": train_table, "generate": generate_table}
-MODELS: dict[str, AnyConfig] = {
+SHAPES: dict[str, AnyConfig] = {
     "gpt2": GPT2Config(),
     "smollm2-135m": LlamaConfig(
         vocab_size=49152,
@@ -111,7 +111,7 @@ def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
     add("--backends", rows, metavar="A,B")
     add("--threads", "threads of every row (default: see gpt2c info)", type=int)
     text = "gpt2, which is GPT-2 124M (default), or a Llama of this shape"
-    add("--model", text, "train" if what == "ops" else "", choices=sorted(MODELS))
+    add("--model", text, "train" if what == "ops" else "", choices=sorted(SHAPES))
     add("--quick", "fewer shapes, rows and samples", action="store_true")
     text = "a batch of B rows of T tokens; may be repeated (4x64)"
     add("--shape", text, "train", action="append", metavar="BxT")
@@ -161,7 +161,7 @@ def run_bench(options: argparse.Namespace) -> int:
     if (noise := _listen(threads)).startswith(NOISY):
         lines.insert(0, f"{noise} before the start: its other programs slow some rows down")
     print("\n".join([*lines, ""]), flush=True)
-    config = MODELS[options.model or "gpt2"]
+    config = SHAPES[options.model or "gpt2"]
     works = {"ops": len(ops_work(options.quick)), "train": len(shapes), "generate": len(WORKS)}
     watch = _Shown(works[options.what])
     tables: list[tuple[str, list[list[str]]]] = []

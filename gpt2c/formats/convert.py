@@ -31,7 +31,7 @@ from gpt2c.files.names import (
 from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
 from gpt2c.formats.gguf import write_gguf
-from gpt2c.formats.load import find_model, read_kind
+from gpt2c.formats.load import config_of, find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.llama import LlamaConfig
@@ -332,7 +332,7 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
         llmc.write_tokenizer(dst, tokens, tokenizer.eot)
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
     if (dst / CONFIG_FILE).exists():
-        _check_sizes(dst, tokenizer, read_kind(huggingface.read_config(dst)))
+        _check_sizes(dst, tokenizer, config_of(huggingface.read_config(dst)))
     try:
         tokenizer.save_pretrained(dst)
     except ValueError as error:

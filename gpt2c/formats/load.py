@@ -17,7 +17,7 @@ from gpt2c.model.config import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.parameters import Tensor
 
-__all__ = ["AnyConfig", "Pretrained", "find_model", "read_kind"]
+__all__ = ["AnyConfig", "Pretrained", "config_of", "find_model"]
 
 AnyConfig = GPT2Config | LlamaConfig
 CONFIGS: dict[str, type[AnyConfig]] = {"gpt2": GPT2Config, "llama": LlamaConfig}
@@ -61,21 +61,22 @@ def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None
     ValueError : a file is damaged, or gpt2c cannot compute the model
     """
     path = hub.find(path_or_name, revision)
+    config: AnyConfig
+    tensors: Mapping[str, Tensor]
     if llama2c.is_llama2c(path):
-        llama, parts = llama2c.read_model(path)
-        return Pretrained(path, str(path), llama, "fp32", parts, [])
+        config, tensors = llama2c.read_model(path)
+        return Pretrained(path, str(path), config, "fp32", tensors, [])
     if llmc.is_llmc(path):
-        config, arrays = llmc.read_model(path)
-        return Pretrained(path, str(path), config, "fp32", arrays, [])
+        config, tensors = llmc.read_model(path)
+        return Pretrained(path, str(path), config, "fp32", tensors, [])
     entries, source = huggingface.read_config(path), str(huggingface.weights_file(path))
-    stored, kind = huggingface.stored_method(entries), read_kind(entries)
-    tensors: Mapping[str, Tensor] = (
-        huggingface.load_as_they_are(path) if stored else huggingface.load_weights(path)
-    )
-    return Pretrained(path, source, kind, stored or "fp32", tensors, huggingface.read_ends(path))
+    stored, config = huggingface.stored_method(entries), config_of(entries)
+    load = huggingface.load_as_they_are if stored else huggingface.load_weights
+    tensors = load(path)
+    return Pretrained(path, source, config, stored or "fp32", tensors, huggingface.read_ends(path))
 
 
-def read_kind(entries: Mapping[str, Any]) -> AnyConfig:
+def config_of(entries: Mapping[str, Any]) -> AnyConfig:
     """Return the config of the kind of model that config.json's entries name, GPT-2 if none.
 
     Raises

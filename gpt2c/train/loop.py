@@ -26,7 +26,7 @@ from gpt2c.files.untrusted import shown
 from gpt2c.kernels.backend import get_backend
 from gpt2c.model.block import Dropout
 from gpt2c.model.config import ModelConfig
-from gpt2c.pretrained import KINDS
+from gpt2c.pretrained import MODELS
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, read_shards
@@ -212,7 +212,7 @@ def _prepare(
         check_config(found.path, found.config, config)
     backend = _fitting_backend(settings, config, batches.order_bytes, resume)
     seed = settings.seed if found is None else None
-    model = KINDS[type(config)](config, seed, backend, settings.recomputation)
+    model = MODELS[type(config)](config, seed, backend, settings.recomputation)
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),

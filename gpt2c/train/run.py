@@ -42,7 +42,7 @@ from gpt2c.files.names import (
     WEIGHTS_FILE,
 )
 from gpt2c.files.untrusted import read_json, shown
-from gpt2c.formats.load import read_kind
+from gpt2c.formats.load import config_of
 from gpt2c.kernels.checks import counted
 from gpt2c.model.config import ModelConfig
 from gpt2c.text.tokenizer import Tokenizer
@@ -186,7 +186,7 @@ def check_config(source: Path, entries: Any, config: ModelConfig) -> None:
     ValueError : `entries`, from the file `source`, are not those of `config`
     """
     try:
-        found = read_kind(entries) if isinstance(entries, dict) else None
+        found = config_of(entries) if isinstance(entries, dict) else None
     except ValueError as error:
         raise ValueError(f"{source}: its config is invalid: {error}") from None
     if found != config:

@@ -21,7 +21,7 @@ from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.reader import Decoder
-from gpt2c.pretrained import KINDS as MODELS
+from gpt2c.pretrained import MODELS
 
 V, T = 97, 140
 ODD = GPT2Config(vocab_size=V, n_positions=T, n_embd=60, n_layer=2, n_head=3, n_inner=71)
