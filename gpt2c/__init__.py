@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gpt2c.model.block import Dropout
     from gpt2c.model.config import GPT2Config
     from gpt2c.model.llama import LlamaConfig
+    from gpt2c.model.rope_scaling import RopeScaling
     from gpt2c.pretrained import from_pretrained
     from gpt2c.text.tokenizer import Tokenizer
     from gpt2c.train.optimizer import AdamW, Schedule
@@ -50,6 +51,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "QuantizedGPT2",
+    "RopeScaling",
     "Schedule",
     "Tokenizer",
     "backends",
@@ -70,6 +72,7 @@ _HOMES = {
     "Llama": "llama",
     "LlamaConfig": "model.llama",
     "QuantizedGPT2": "gpt2",
+    "RopeScaling": "model.rope_scaling",
     "Schedule": "train.optimizer",
     "Tokenizer": "text.tokenizer",
     "backends": "kernels.backend",

@@ -111,7 +111,7 @@ class CausalLM(Model):
         if quantize is not None:
             check_method(quantize)
         if found.weights not in ("fp32", quantize):
-            mend = f": pass quantize={found.weights!r}"
+            mend = f": pass quantize={found.weights!r}, or open it with gpt2c.from_pretrained"
             if quantize is not None:
                 mend = f", which cannot become {quantize}: start from the model that was quantized"
             raise ValueError(f"{source} holds {found.weights} weights{mend}")

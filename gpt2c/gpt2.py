@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.checks import check_kind
 from gpt2c.model.config import GPT2Config
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class QuantizedGPT2(GPT2):
     def from_model(cls, model: GPT2, method: str) -> Self:
         """See `GPT2.quantize`."""
         _warn()
+        check_kind("model", model, GPT2, "a GPT2")
         return cls._renamed(model.quantize(method))
 
     @classmethod

@@ -48,7 +48,7 @@ def is_offline() -> bool:
 def hidden(directory: Path) -> str:
     """Return the end of an error about a directory that lacks a file: it hides a hub model."""
     name = str(directory)
-    if not is_name(name):
+    if not is_name(name) or (directory / CONFIG_FILE).exists():  # it is a model, without more
         return ""
     return f"; the directory {name} here hides a model of that name on the hub"
 

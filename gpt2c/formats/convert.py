@@ -232,11 +232,6 @@ def _claim(dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[st
 
 
 def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwrite: bool) -> str:
-    if suffix == ".gguf" and not has_tokenizer(src):
-        raise ValueError(
-            f"{src} has no tokenizer, which a GGUF file needs too: make a directory of both first,"
-            f" with gpt2c convert {src} DIR and gpt2c convert TOKENIZER DIR"
-        )
     found = find_model(src)
     if found.weights != "fp32":
         raise ValueError(
@@ -245,6 +240,14 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
     dtype = _dtype(dtype, dst, suffix, found.config)
     if suffix:
         found.config.require_language_head(f"{dst}, a file of llm.c, llama2.c or llama.cpp,")
+    if suffix == ".gguf" and not has_tokenizer(src):
+        mend = f"put one beside it, with gpt2c convert TOKENIZER {src}"
+        if not src.is_dir():
+            mend = (
+                f"make a directory of both first, with gpt2c convert {src} DIR and gpt2c convert"
+                " TOKENIZER DIR"
+            )
+        raise ValueError(f"{src} has no tokenizer, which a GGUF file needs too: {mend}")
     _claim(dst, () if suffix else MODEL_FILES, overwrite, () if suffix else MODEL_OTHERS)
     if not suffix and has_tokenizer(dst):
         _check_sizes(dst, Tokenizer.from_pretrained(dst), found.config)

@@ -55,8 +55,7 @@ class RopeScaling:
 
     Examples
     --------
-    >>> from gpt2c.model.rope_scaling import RopeScaling
-    >>> RopeScaling("linear", 4.0).scaled(np.array([1.0, 0.1]))
+    >>> gpt2c.RopeScaling("linear", 4.0).scaled(np.array([1.0, 0.1]))
     array([0.25 , 0.025])
     """
 
