@@ -638,9 +638,12 @@ def test_other_llamas_are_refused_by_name(
 PAD = 0  # a token that no text has
 LENGTHS = (5, 29, 1, 17, 2, 29, 8, 11)
 LABELS = np.array([2, 0, 1, -1, 1, 2, 2, 0])
+ENDS = {"num_labels": 3, "eos_token_id": PAD, "pad_token_id": PAD}
 SCORED = {
-    "gpt2": dataclasses.replace(SMALL, num_labels=3, eos_token_id=PAD),
-    "llama": LlamaConfig(97, 60, 71, 2, 6, 2, None, 64, num_labels=3, eos_token_id=PAD),
+    "gpt2": dataclasses.replace(SMALL, **ENDS),
+    "llama": LlamaConfig(
+        97, 60, 71, 2, 6, 2, None, 64, num_labels=3, eos_token_id=PAD, pad_token_id=PAD
+    ),
     "tied": LlamaConfig(64, 48, 96, 3, 4, None, None, 64, num_labels=3, tie_word_embeddings=True),
 }
 KINDS = pytest.mark.parametrize("config", SCORED.values(), ids=SCORED)

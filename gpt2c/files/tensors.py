@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -97,6 +97,15 @@ class StoredTensor:
         return array.astype(dtype or np.float32, copy=bool(copy))
 
 
+class Matrix(Protocol):
+    """A part of a `JoinedTensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class JoinedTensor:
     """Matrices of a mapped file, one below the other, which are joined when they are read.
@@ -105,10 +114,10 @@ class JoinedTensor:
 
     Parameters
     ----------
-    parts : matrices with the same number of columns
+    parts : matrices with the same number of columns, each read by np.asarray
     """
 
-    parts: tuple[StoredTensor, ...]
+    parts: tuple[Matrix, ...]
     dtype = "joined"  # no dtype of a file: each part has its own, and reading makes a copy
 
     @property
@@ -120,8 +129,8 @@ class JoinedTensor:
         """Return the numbers as float32, or as `dtype`; see `StoredTensor`."""
         joined, first = np.empty(self.shape, dtype or np.float32), 0
         for part in self.parts:
-            joined[first : first + len(part.data)] = part
-            first += len(part.data)
+            joined[first : first + part.shape[0]] = part
+            first += part.shape[0]
         return joined
 
 

@@ -295,7 +295,7 @@ def stored_method(entries: Mapping[str, Any]) -> str | None:
     if entry is None:
         return None
     if not isinstance(entry, dict) or entry.get("quant_method") != "gpt2c":
-        raise ValueError(f"config.json: {ENTRY} must be gpt2c's own, got {entry!r}")
+        raise ValueError(f"config.json: {ENTRY} must be gpt2c's own, got {shown(entry)}")
     method = entry.get("weights")
     if method not in tuple(DTYPES):  # a list cannot be looked up in a dict
         raise ValueError(f"config.json: {ENTRY} must have weights {' or '.join(DTYPES)}")

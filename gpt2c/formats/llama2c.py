@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from gpt2c.files import atomic, untrusted
 from gpt2c.files.tensors import JoinedTensor, StoredTensor
 from gpt2c.formats import llmc
-from gpt2c.formats.rotary import halves, to_adjacent
+from gpt2c.formats.rotary import FromAdjacent, to_adjacent
 from gpt2c.kernels.memory import Array
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.parameters import Tensor
@@ -173,12 +173,13 @@ def _named(
             if len(names) == 1:
                 yield f"h.{layer}.{own}", found[names[0]]
             else:
-                parts = [
-                    StoredTensor(path, name, "F32", rows)
+                parts = tuple(
+                    FromAdjacent(array, config.HS)
+                    if name in _TURNED
+                    else StoredTensor(path, name, "F32", array)
                     for name, array in found.items()
-                    for rows in (halves(array, config.HS) if name in _TURNED else [array])
-                ]
-                yield f"h.{layer}.{own}", JoinedTensor(tuple(parts))
+                )
+                yield f"h.{layer}.{own}", JoinedTensor(parts)
 
 
 def write_model(path: Path, config: LlamaConfig, tensors: Mapping[str, Array]) -> None:

@@ -8,20 +8,38 @@ The same model in the other order has the rows of its q and k in another order, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["halves", "to_adjacent"]
+__all__ = ["FromAdjacent", "to_adjacent"]
 
 
-def halves(weight: NDArray[Any], HS: int) -> list[NDArray[Any]]:
-    """Return the rows of a weight (heads * HS, C) of adjacent pairs in gpt2c's order, as views.
+@dataclass(frozen=True, eq=False)
+class FromAdjacent:
+    """A mapped weight of adjacent pairs, whose rows are put in gpt2c's order when it is read.
 
-    Of each head they are the first row of all pairs, then the second.
+    Parameters
+    ----------
+    data : (heads * HS, C) float32
+    HS : channels of a head
     """
-    heads = weight.reshape(-1, HS, weight.shape[1])
-    return [head[first::2] for head in heads for first in (0, 1)]
+
+    data: NDArray[Any]
+    HS: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.data.shape
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the numbers in memory of their own."""
+        pairs = self.data.reshape(-1, self.HS // 2, 2, self.data.shape[1])
+        ordered = pairs.swapaxes(1, 2).reshape(self.data.shape)
+        return ordered.astype(dtype or np.float32, copy=False)
 
 
 def to_adjacent(weight: NDArray[Any], HS: int) -> NDArray[Any]:

@@ -101,6 +101,10 @@ class ModelConfig:
             """K, the scores of a text; None for a language model."""
 
         @property
+        def pad_token_id(self) -> int | None:
+            """The token behind shorter texts of a batch, only kept for other readers."""
+
+        @property
         def initializer_range(self) -> float:
             """The standard deviation of the initial weights."""
 
@@ -178,6 +182,8 @@ class GPT2Config(ModelConfig):
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
     num_labels : K makes a model with K scores of a text in place of logits, as transformers'
         GPT2ForSequenceClassification; None for logits
+    pad_token_id : of a classifier, the token that no text ends with. transformers puts it behind
+        the shorter texts of a batch, and needs it for several texts; gpt2c only stores it
 
     Raises
     ------
@@ -203,6 +209,7 @@ class GPT2Config(ModelConfig):
     initializer_range: float = 0.02
     eos_token_id: int | None = None
     num_labels: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
@@ -213,6 +220,7 @@ class GPT2Config(ModelConfig):
             )
         check_numbers(self, RANGES)
         check_eos(self)
+        check_eos(self, "pad_token_id")
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> GPT2Config:
@@ -243,9 +251,9 @@ class GPT2Config(ModelConfig):
                     f" and {entries[name]!r:.50}"
                 )
         eos = read_token("eos_token_id", entries, cls.vocab_size)
-        labels = read_labels(entries, CLASSIFIER)
+        known_entries |= {"eos_token_id": eos} | read_labels(entries, CLASSIFIER, cls.vocab_size)
         try:
-            return cls(**known_entries | {"eos_token_id": eos, "num_labels": labels})
+            return cls(**known_entries)
         except ValueError as error:
             raise ValueError(f"config.json: {error}") from None
 
@@ -254,7 +262,7 @@ class GPT2Config(ModelConfig):
         arithmetic = {name: known[0] for name, known in FIXED.items()}
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         fields = dataclasses.asdict(self)
-        del fields["num_labels"]
+        del fields["num_labels"], fields["pad_token_id"]
         return (
             {"model_type": "gpt2"}
             | fields
@@ -293,41 +301,46 @@ def _gpt2(config: GPT2Config) -> Stack:
     return Stack(embedding, layers, LayerNorm("ln_f", C, eps), head)
 
 
-def read_labels(entries: Mapping[str, Any], classifier: list[str]) -> Any:
-    """Return the number of a classifier's labels as transformers counts them, 2 if nothing is said.
+def read_labels(entries: Mapping[str, Any], classifier: list[str], V: int) -> dict[str, Any]:
+    """Return num_labels and pad_token_id of a classifier's config; both None for other models.
+
+    transformers counts labels by their names, and takes 2 if nothing is said.
 
     Parameters
     ----------
     entries : of config.json
-    classifier : the architectures of a classifier of this kind; others have no labels: None
+    classifier : the architectures of a classifier of this kind
+    V : see `read_token`
 
     Raises
     ------
     ValueError : id2label is no object, or num_labels contradicts it
     """
     if entries.get("architectures") != classifier:
-        return None
+        return {"num_labels": None, "pad_token_id": None}
+    pad = read_token("pad_token_id", entries, V)
+    read = {"pad_token_id": None if pad == -1 else pad}  # -1: older Llamas without one
     names, number = entries.get("id2label"), entries.get("num_labels")
     if names is None:
-        return 2 if number is None else number
+        return read | {"num_labels": 2 if number is None else number}
     if not isinstance(names, dict):
         raise ValueError(f"config.json: id2label must be an object, got {names!r:.50}")
     if number is not None and number != len(names):
         raise ValueError(
             f"config.json: num_labels must be the {len(names)} of id2label, got {number!r:.50}"
         )
-    return len(names)
+    return read | {"num_labels": len(names)}
 
 
 def write_labels(config: ModelConfig, classifier: list[str]) -> dict[str, Any]:
     """Return the entries of config.json that a classifier has beside those of a language model."""
     if config.num_labels is None:
         return {}
-    # transformers counts id2label, and finds a text's last token by the pad
+    # transformers counts id2label, and reads the scores at a text's last token that is no pad
     names = {number: f"LABEL_{number}" for number in range(config.num_labels)}
     return {
         "architectures": classifier,
-        "pad_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
         "id2label": names,
         "label2id": {name: number for number, name in names.items()},
     }

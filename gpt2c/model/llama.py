@@ -37,6 +37,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
 }
 
+MOST_HS = 65_536  # frequencies are computed before the memory is checked
 RANGES = {
     "rms_norm_eps": (1e-37, 1.0),
     "rope_theta": (1.0, 1e9),
@@ -63,6 +64,7 @@ class LlamaConfig(ModelConfig):
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
     bos_token_id : a token that starts a text in place of eos_token_id, or None
     num_labels : K makes a model with K scores of a text in place of logits; None for logits
+    pad_token_id : see `GPT2Config`
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
 
@@ -92,6 +94,7 @@ class LlamaConfig(ModelConfig):
     rope_scaling: RopeScaling | None = None
     bos_token_id: int | None = None
     num_labels: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -115,8 +118,11 @@ class LlamaConfig(ModelConfig):
             )
         if self.HS % 2:
             raise ValueError(f"a head must have an even number of channels, got {self.HS}")
+        if self.HS > MOST_HS:
+            raise ValueError(f"a head must have at most {MOST_HS:,} channels, got {self.HS:,}")
         check_eos(self)
         check_eos(self, "bos_token_id")
+        check_eos(self, "pad_token_id")
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise ValueError(
                 f"rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r:.50}"
@@ -142,7 +148,7 @@ class LlamaConfig(ModelConfig):
         known_entries = {name: value for name, value in entries.items() if name in fields}
         for name in ("bos_token_id", "eos_token_id"):
             known_entries[name] = read_token(name, entries, cls.vocab_size)
-        known_entries["num_labels"] = read_labels(entries, CLASSIFIER)
+        known_entries |= read_labels(entries, CLASSIFIER, cls.vocab_size)
         P = entries.get("max_position_embeddings", cls.max_position_embeddings)
         try:
             return cls(**known_entries | read_rope(entries, P))
@@ -156,7 +162,7 @@ class LlamaConfig(ModelConfig):
         """
         arithmetic = {name: known[0] for name, known in FIXED.items()}
         scaling, fields = self.rope_scaling, dataclasses.asdict(self)
-        del fields["num_labels"]
+        del fields["num_labels"], fields["pad_token_id"]
         return (
             {"model_type": "llama"}
             | fields

@@ -120,7 +120,9 @@ class _Pending(NamedTuple):
             raise ValueError("weights are for losses(idx, targets); the last call was another")
         return _like("weights", weights, self.shapes, "losses")
 
-    def check_d_scores(self, d_scores: ArrayLike | Sequence[ArrayLike] | None) -> Array | None:
+    def check_d_scores(
+        self, d_scores: ArrayLike | Sequence[ArrayLike] | None, scale: float
+    ) -> Array | None:
         """Return the gradient of scores as (n, K) float32."""
         if (d_scores is None) != (self.rows is None):
             raise ValueError(
@@ -130,7 +132,10 @@ class _Pending(NamedTuple):
             )
         if d_scores is None:
             return None
-        return _like("d_scores", d_scores, self.shapes, "scores").reshape(-1, self.shapes[0][-1])
+        given = _like("d_scores", d_scores, self.shapes, "scores").reshape(-1, self.shapes[0][-1])
+        if not float(np.abs(given).max()) * abs(scale) <= LARGEST_FLOAT:
+            raise ValueError("scale times d_scores must be finite as float32")
+        return given
 
 
 class Model(LanguageModel):
@@ -789,7 +794,7 @@ class Model(LanguageModel):
             pending = self._pending
             head = self._stack.head
             factors = pending.check_weights(weights)
-            d_logits = pending.check_d_scores(d_scores)
+            d_logits = pending.check_d_scores(d_scores, scale)
             run, self._pending = pending.run, None
             run.g, run.accumulate = self._grads.own, not self._void
             self._void = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -481,19 +482,41 @@ def test_copies_and_pickles_score_alike(rng: np.random.Generator) -> None:
 def test_classifier_comes_back_from_its_files(
     num_labels: int, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    config = GPT2Config(V, P, 34, 2, 2, eos_token_id=7, num_labels=num_labels)
+    config = GPT2Config(V, P, 34, 2, 2, eos_token_id=7, num_labels=num_labels, pad_token_id=3)
     model, idx = GPT2(config), sequences(rng)
     model.save_pretrained(tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text())
     assert entries["architectures"] == ["GPT2ForSequenceClassification"]
     assert entries["id2label"] == {str(n): f"LABEL_{n}" for n in range(num_labels)}
     assert entries["label2id"] == {f"LABEL_{n}": n for n in range(num_labels)}
-    assert entries["pad_token_id"] == 7 and "num_labels" not in entries
+    assert entries["pad_token_id"] == 3 and "num_labels" not in entries
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {name for name in names if not name.startswith("transformer.")} == {"score.weight"}
     for loaded in (GPT2.from_pretrained(tmp_path), from_pretrained(tmp_path)):
         assert isinstance(loaded, GPT2) and loaded.config == config
         assert np.array_equal(loaded.scores(idx), model.scores(idx))
+
+
+def test_pad_of_a_classifier_stays(tmp_path: Path) -> None:
+    """transformers reads the scores at the last token that is no pad."""
+    for config in (GPT2Config(V, P, 34, 1, 2, num_labels=2), TIED):
+        for pad in (None, 0, 5):
+            labelled = dataclasses.replace(config, num_labels=2, eos_token_id=2, pad_token_id=pad)
+            entries = json.loads(json.dumps(labelled.to_dict()))
+            assert entries["pad_token_id"] == pad
+            assert type(config).from_dict(entries) == labelled
+        older = type(config).from_dict(entries | {"pad_token_id": -1})
+        assert older == dataclasses.replace(labelled, pad_token_id=None)
+        assert "pad_token_id must be in [0, " in refused(
+            type(config).from_dict, entries | {"pad_token_id": "0"}
+        )
+
+
+def test_gradient_of_scores_beyond_float32_is_refused() -> None:
+    model = GPT2(GPT2Config(V, P, 34, 1, 2, num_labels=2))
+    model.scores([[1, 2]])
+    message = refused(model.backward, 3e38, d_scores=[[3e38, 1]])
+    assert message == "scale times d_scores must be finite as float32"
 
 
 def test_language_model_says_nothing_about_labels(tmp_path: Path) -> None:

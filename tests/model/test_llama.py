@@ -210,6 +210,7 @@ def test_llama_has_the_parameters_of_its_kind() -> None:
         ({"num_key_value_heads": 0}, "num_key_value_heads must be a whole number"),
         ({"hidden_size": 100}, "divisible by num_attention_heads, got 100 and 32"),
         ({"head_dim": 7}, "an even number of channels, got 7"),
+        ({"head_dim": 2**31 - 2}, "a head must have at most 65,536 channels, got 2,147,483,646"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be a number from 1e-37 to 1"),
         ({"rope_theta": 0.5}, "rope_theta must be a number from 1 to 1e"),
         ({"eos_token_id": 32000}, r"eos_token_id must be in \[0, 32000\), got 32000"),
