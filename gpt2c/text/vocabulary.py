@@ -397,7 +397,7 @@ def _parse_vocabulary(
     if (unused := max(ids, default=-1) + 1 - size) > MOST_UNUSED:
         raise ValueError(
             f"{path} has {size} tokens and the id {ids[-1]!s:.40}; at most {MOST_UNUSED:,} ids"
-            f" below a special token's may be unused, got {unused!s:.40}"
+            f" below a special token's may be unused, got {format(unused, ','):.40}"
         )
     if len(special) > MOST_SPECIAL:
         raise ValueError(f"{path} has {len(special):,} special tokens; at most {MOST_SPECIAL:,}")

@@ -16,7 +16,7 @@ from conftest import refused
 from gpt2c.formats.llama2c import is_llama2c, read_model, write_model
 from gpt2c.formats.llmc import write_model as write_llmc
 from gpt2c.formats.load import find_model
-from gpt2c.formats.rotary import halves, to_adjacent
+from gpt2c.formats.rotary import FromAdjacent, to_adjacent
 from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.cases import normalised_error
 from gpt2c.model.config import GPT2Config
@@ -199,14 +199,9 @@ def test_tensors_round_trip_bit_for_bit_and_stay_in_the_file(
 
 def test_orders_of_pairs_are_inverse() -> None:
     weight = np.arange(2 * 6 * 3).reshape(12, 3)
-    parts = halves(weight, 6)
-    assert [part[:, 0].tolist() for part in parts] == [
-        [0, 6, 12],
-        [3, 9, 15],
-        [18, 24, 30],
-        [21, 27, 33],
-    ]
-    assert np.array_equal(to_adjacent(np.concatenate(parts), 6), weight)
+    ours = np.asarray(FromAdjacent(weight, 6))
+    assert ours[:, 0].tolist() == [0, 6, 12, 3, 9, 15, 18, 24, 30, 21, 27, 33]
+    assert np.array_equal(to_adjacent(ours, 6), weight)
 
 
 def test_token_1_ends_a_text_of_llama_2s_vocabulary(tmp_path: Path) -> None:
