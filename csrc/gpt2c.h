@@ -118,17 +118,23 @@ typedef struct {
 } Linear;
 
 /* A stage of a decoding step: an op on the newest token of each of N texts. It reads x and writes out, or adds to it.
- * An op ignores the fields of others.
- *
- * ENCODER     out (N,C) = rows of linear (V,C) + rows of wpe (P,C), which may be NULL
- * LAYERNORM   out (N,C) = (x - mean) * rstd * gain + shift;  x (N,C), gain and shift (C)
- * RMSNORM     out (N,C) = x * rstd * gain
- * MATMUL      out (N,OC) = linear(x (N,C)), and `then`: WRITE nothing more, ADD it to the old out, GELU(out); or SWIGLU:
- *             out (N,OC/2) = silu(gate) * up of both halves of the columns, with inner (N,OC/2) as scratch memory
- * ATTENTION   out (N,NH HS) from x (N,(NH + 2 KV) HS), as attention_forward's qkv, and the texts' keys and values
- *             (S,KV,P,HS), where the token's own are stored first; q and k in x are turned by their rows of cos and sin
- *             (at least P,HS/2), unless these are NULL */
-enum { ENCODER, LAYERNORM, RMSNORM, MATMUL, ATTENTION };
+ * An op ignores the fields of others. */
+enum {
+    /* out (N,C) = rows of linear (V,C) + rows of wpe (P,C), which may be NULL */
+    ENCODER,
+    /* out (N,C) = (x - mean) * rstd * gain + shift;  x (N,C), gain and shift (C) */
+    LAYERNORM,
+    /* out (N,C) = x * rstd * gain */
+    RMSNORM,
+    /* out (N,OC) = linear(x (N,C)); `then` says what follows */
+    MATMUL,
+    /* out (N,NH HS) from x (N,(NH + 2 KV) HS), as attention_forward's qkv, and the texts' keys and values (S,KV,P,HS),
+     * where the token's own are stored first. q and k in x are turned by their rows of cos and sin (at least P,HS/2),
+     * unless these are NULL. */
+    ATTENTION
+};
+/* What a MATMUL does with its result: writes it, adds it to the old out, writes GELU of it, or writes out (N,OC/2) =
+ * silu(gate) * up of the two halves of its columns, with inner (N,OC/2) as scratch memory. */
 enum { WRITE, ADD, GELU, SWIGLU };
 typedef struct {
     int op, then;

@@ -615,7 +615,7 @@ class Model(LanguageModel):
         offsets: IntArray | None,
     ) -> Objective:
         """Return the objective that targets, or labels, stand for."""
-        # the first question is quick, and nearly always enough
+        # to ask for a Protocol takes 40 microseconds, so arrays and lists come first
         if isinstance(targets, np.ndarray | list | tuple) or not isinstance(targets, Objective):
             if self.config.num_labels is None:
                 return CrossEntropy(self._check_batch_targets(targets, tokens, offsets))
