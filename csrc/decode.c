@@ -149,6 +149,9 @@ void decode_step(const Stage *stages, int64_t count, const int32_t *tokens, cons
                  const int32_t *positions, float *scratch, int64_t N, Team *team) {
     const Stage *end = stages + count;
     float *scores = scratch + eight_bits_size(stages, count, N);
+    int64_t products = 0;
+    for (const Stage *s = stages; s < end; s++) products += s->op == MATMUL ? N * s->linear.C * s->linear.OC : 0;
+    expect_tasks(team, products / WORTH);
     for (const Stage *s = stages; s < end && N > 0; s++) {
         const Quantized q = quantized_in(scratch, N, s->op == MATMUL ? s->linear.C : s->C);
         if (s->op == ENCODER)

@@ -153,15 +153,17 @@ static inline __attribute__((always_inline)) void sum_int8(vi *acc, const Linear
     const int64_t C = layer->C;
     const int8_t *x = q->values + i * q->stride;
     const void *w[MAX_OUTS];
+    vi part[VF_LEN]; /* not acc, which bytes may alias: a compiler would store it at each step */
     int64_t c = 0;
     weight_rows(w, layer, j, outs, INT8);
     for (int r = 0; r < rows; r++) /* takes 128 off each byte */
-        for (int o = 0; o < outs; o++) acc[r * outs + o] = vi_first(-128 * q->sums[i + r]);
+        for (int o = 0; o < outs; o++) part[r * outs + o] = vi_first(-128 * q->sums[i + r]);
     for (; c + VB_LEN <= C; c += VB_LEN) {
         prefetch_weights(ahead, vectors, INT8);
-        int8_products(acc, w, x, q->stride, c, VB_LEN, outs, rows);
+        int8_products(part, w, x, q->stride, c, VB_LEN, outs, rows);
     }
-    if (c < C) int8_products(acc, w, x, q->stride, c, C - c, outs, rows);
+    if (c < C) int8_products(part, w, x, q->stride, c, C - c, outs, rows);
+    for (int k = 0; k < outs * rows; k++) acc[k] = part[k];
 }
 
 /* The tile at row i, column j of out: TILE_ROWS rows of x. */

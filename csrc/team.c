@@ -126,9 +126,13 @@ static void start_parallel(Team *team, int64_t tasks) {
     if (asleep > 0 && tasks >= WAKE_TASKS) wake(&pool->idle);
 }
 
+void expect_tasks(Team *team, int64_t tasks) {
+    if (team->member == 0 && team->threads > 1 && tasks > 1) start_parallel(team, tasks);
+}
+
 Loop begin_loop(Team *team, int64_t n, int64_t grain) {
     const int64_t most = (int64_t)team->threads * TASKS_EACH, worthwhile = (n + grain - 1) / grain;
-    if (team->member == 0 && team->threads > 1 && worthwhile > 1) start_parallel(team, worthwhile);
+    expect_tasks(team, worthwhile);
     return (Loop){team, n, worthwhile < most ? worthwhile : most, 0, 0, 0, 0};
 }
 

@@ -47,6 +47,10 @@ int next_task(Loop *loop); /* returns 1 if [from, to) is next, 0 if the whole lo
     for (Loop loop_##i = begin_loop(team, n, grain); next_task(&loop_##i);) \
         for (int64_t i = loop_##i.from, end_##i = loop_##i.to; i < end_##i; i++)
 
+/* Calls the other threads if so many tasks are worth it. A kernel of many loops, each too short to wake a sleeping
+ * thread, says at its start how many tasks they have together. */
+void expect_tasks(Team *team, int64_t tasks);
+
 /* The fewest iterations of `size` elements in a task: with fewer, sharing costs more than it saves. */
 static inline int64_t worth(int64_t size) { return size < 1 ? 8192 : size < 8192 ? 8192 / size : 1; }
 
