@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gpt2c.kernels.backend import backends
     from gpt2c.llama import Llama
     from gpt2c.model.block import Dropout
-    from gpt2c.model.config import GPT2Config
+    from gpt2c.model.gpt2 import GPT2Config
     from gpt2c.model.llama import LlamaConfig
     from gpt2c.model.rope_scaling import RopeScaling
     from gpt2c.pretrained import from_pretrained
@@ -66,7 +66,7 @@ _HOMES = {
     "AdamW": "train.optimizer",
     "Dropout": "model.block",
     "Engine": "generate.engine",
-    "GPT2Config": "model.config",
+    "GPT2Config": "model.gpt2",
     "GenerationConfig": "generate.sampling",
     "Generator": "generator",
     "Llama": "llama",

@@ -17,6 +17,7 @@ from gpt2c.generate.sampling import GenerationConfig, TokenSettings
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import check_kind
 from gpt2c.model.config import ModelConfig
+from gpt2c.model.inputs import check_prompts
 from gpt2c.model.model import Model
 from gpt2c.model.parameters import check_shapes
 from gpt2c.model.quantized import check_method, shapes_of
@@ -197,7 +198,7 @@ class CausalLM(Model):
         MemoryError : the keys and values of all texts do not fit
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
-        return continue_prompts(self, self.check_prompts(idx), config)
+        return continue_prompts(self, check_prompts(self.config, idx), config)
 
     @overload
     def generate(
@@ -257,7 +258,7 @@ class CausalLM(Model):
         new) float64, 0 after the end
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
-        prompts = self.check_prompts(idx)
+        prompts = check_prompts(self.config, idx)
         steps = list(continue_prompts(self, prompts, config))
         given = idx if isinstance(idx, np.ndarray) else list(idx)
         rows = [

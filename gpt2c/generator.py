@@ -23,6 +23,7 @@ from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.memory import Array
+from gpt2c.model.inputs import check_prompts
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.pretrained import open_found
 from gpt2c.text.tokenizer import Tokenizer
@@ -383,7 +384,7 @@ class Generator:
         ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
         copies = config.num_return_sequences
         writers: list[Writer] = []
-        prompts_ids = self.model.check_prompts(ids)
+        prompts_ids = check_prompts(self.model.config, ids)
         steps = continue_prompts(self.model, prompts_ids, config, writers, look, self._unused)
         special = {*self.tokenizer.special_tokens.values()}
         silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from gpt2c.causal_lm import CausalLM
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import check_kind
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 
 if TYPE_CHECKING:
     from gpt2c.formats.load import Pretrained

@@ -17,6 +17,7 @@ from gpt2c.evaluate.loss import evaluate
 from gpt2c.evaluate.scoring import token_logprobs
 from gpt2c.formats.load import Pretrained, find_model
 from gpt2c.kernels.cases import normalised_error
+from gpt2c.model.inputs import check_prompts
 from gpt2c.pretrained import from_pretrained, open_found
 
 V, T = 257, 40
@@ -211,7 +212,7 @@ def test_loaded_model_recomputes_as_it_is_told(tmp_path: Path) -> None:
 def test_empty_prompt_starts_from_bos_or_else_from_eos() -> None:
     for ends, first in (({"eos_token_id": 2}, 2), ({"eos_token_id": 2, "bos_token_id": 1}, 1)):
         model = Llama(dataclasses.replace(CONFIG, **ends))
-        assert model.check_prompts([[]]) == [[first]]
+        assert check_prompts(model.config, [[]]) == [[first]]
 
 
 def test_gpt2s_directory_is_no_llama(tmp_path: Path) -> None:

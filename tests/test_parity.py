@@ -27,7 +27,7 @@ from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
 from gpt2c.kernels.reference.dropout import keep_factors
-from gpt2c.model.config import FIXED
+from gpt2c.model.gpt2 import ARITHMETIC
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.rope_scaling import RopeScaling
@@ -377,7 +377,7 @@ def test_model_saved_by_transformers_is_read(save: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"activation_function": name} for name in FIXED["activation_function"]),
+        *({"activation_function": name} for name in ARITHMETIC["activation_function"]),
         {"reorder_and_upcast_attn": True},
         {"layer_norm_epsilon": 1e-3},
         {"n_inner": 40},

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gpt2c.formats.gguf import write_gguf
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import AnyConfig
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["PEERS", "Peer"]

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from gpt2c.kernels.cases import EPS
-from gpt2c.model.config import GPT2Config, ModelConfig
+from gpt2c.model.config import ModelConfig
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 
 __all__ = ["torch_op", "torch_step"]

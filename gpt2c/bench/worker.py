@@ -27,7 +27,7 @@ from gpt2c.kernels import reference
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.quantized import DTYPES

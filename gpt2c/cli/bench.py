@@ -37,7 +37,7 @@ from gpt2c.bench.suite import (
     ops_work,
 )
 from gpt2c.formats.load import AnyConfig
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.screen.picture import why_not
 

@@ -24,7 +24,8 @@ from gpt2c.files.untrusted import parse_json, read_text
 from gpt2c.kernels.checks import check_kind, counted, whole
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import IntArray
-from gpt2c.model.language_model import LanguageModel, check_ids
+from gpt2c.model.inputs import check_ids
+from gpt2c.model.language_model import LanguageModel
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = [

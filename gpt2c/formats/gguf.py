@@ -16,7 +16,7 @@ import numpy as np
 from gpt2c.files.atomic import atomic_path
 from gpt2c.formats.rotary import to_adjacent
 from gpt2c.kernels.memory import Array
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.rope import Rope
 from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpt2c.files import atomic, untrusted
 from gpt2c.files.tensors import from_bf16
 from gpt2c.kernels.memory import Array
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 
 __all__ = [
     "DTYPES",

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt2c.files import hub
 from gpt2c.formats import huggingface, llama2c, llmc
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.parameters import Tensor
 

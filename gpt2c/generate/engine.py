@@ -28,7 +28,8 @@ from gpt2c.generate.continuation import Ids, Logprobs, Text, read_newest
 from gpt2c.generate.forks import tell_of_forks
 from gpt2c.generate.sampling import GenerationConfig, TokenSettings
 from gpt2c.kernels.checks import check_kind, counted, number, whole
-from gpt2c.model.language_model import LanguageModel, check_ids
+from gpt2c.model.inputs import check_ids, check_prompts
+from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.reader import CHUNK, Decoder
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -332,7 +333,7 @@ class Engine:
         ids = check_ids(np.empty(0, np.int32) if empty else idx, "idx", 0, vocab_size)
         if ids.ndim != 1:
             raise ValueError(f"idx must be one prompt, (T,) token ids, got shape {ids.shape}")
-        prompt = self._model.check_prompts(ids[None])[0]
+        prompt = check_prompts(self._model.config, ids[None])[0]
         if self.capacity < min(len(prompt) + max_new_tokens, self._model.config.n_positions):
             raise ValueError(
                 f"idx: {counted(len(prompt), 'token')} and {max_new_tokens} new are more than the"

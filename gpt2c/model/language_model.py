@@ -5,7 +5,7 @@
     logprobs     the log-probability of each token
     mean_loss    the mean over all tokens
 
-It checks the arguments; the decoder computes. Knows nothing about training.
+The decoder computes. Knows nothing about training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, TypeGuard, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,9 +23,10 @@ from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import Array, require
 from gpt2c.model.block import IntArray
 from gpt2c.model.config import ModelConfig
+from gpt2c.model.inputs import Tokens, check_prompts, check_targets, check_tokens
 from gpt2c.model.reader import Decoder
 
-__all__ = ["LanguageModel", "check_ids", "is_ragged"]
+__all__ = ["LanguageModel"]
 
 
 class LanguageModel:
@@ -82,56 +83,6 @@ class LanguageModel:
         capacity = self.config.n_positions if capacity is None else capacity
         return Decoder(self.config, self.parameters, self.backend, slots, capacity)
 
-    def check_prompts(self, idx: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return prompts as lists of token ids; an empty prompt becomes [start_token_id].
-
-        Raises
-        ------
-        ValueError : no prompts, not whole numbers, an id out of range, longer than n_positions, or
-            an empty prompt without eos_token_id
-        """
-        if isinstance(idx, list | tuple) and all(_is_row(row) for row in idx):
-            given = [row if len(row) else np.empty(0, int) for row in idx]
-            rows = [check_ids(row, "idx", 0, self.config.vocab_size) for row in given]
-        else:
-            array = check_ids(idx, "idx", 0, self.config.vocab_size)
-            if array.ndim != 2:
-                raise ValueError(
-                    f"idx must be (B, T) token ids, got shape {array.shape}{_one_row(array)}"
-                )
-            rows = list(array)
-        if not rows:
-            raise ValueError("idx must hold at least one prompt, got none")
-        for row in rows:
-            if row.ndim != 1:
-                raise ValueError(f"idx must be (B, T) token ids, got a row of shape {row.shape}")
-            if len(row) > self.config.n_positions:
-                raise ValueError(
-                    f"the prompt is {len(row):,} tokens; this model's context is"
-                    f" {self.config.n_positions:,} (n_positions): give a shorter prompt, or at most"
-                    f" its last {counted(self.config.n_positions, 'token')}"
-                )
-        start = self.config.start_token_id
-        if start is None and any(len(row) == 0 for row in rows):
-            raise ValueError(
-                "idx has an empty prompt, and the config has no eos_token_id to start it: give at"
-                " least one token"
-            )
-        return [row.tolist() or [start] for row in rows]
-
-    def _check_tokens(self, idx: ArrayLike) -> IntArray:
-        ids = check_ids(idx, "idx", 0, self.config.vocab_size)
-        if ids.ndim != 2 or ids.size == 0:
-            raise ValueError(
-                f"idx must be (B, T) token ids with B, T >= 1, got shape {ids.shape}{_one_row(ids)}"
-            )
-        if ids.shape[1] > self.config.n_positions:
-            raise ValueError(
-                f"idx has rows of {ids.shape[1]:,} tokens; this model's context is"
-                f" {self.config.n_positions:,} (n_positions): give shorter rows"
-            )
-        return ids
-
     @overload
     def __call__(self, idx: ArrayLike, hidden_states: Literal[False] = ...) -> Array: ...
 
@@ -162,7 +113,7 @@ class LanguageModel:
         MemoryError : the results do not fit
         RuntimeError : another thread computes with this model, whose weights are fp32
         """
-        tokens = self._check_tokens(idx)
+        tokens = check_tokens(self.config, idx)
         V, C, L = self.config.vocab_size, self.config.n_embd, self.config.n_layer
         K = self.config.num_labels
         shape = (*tokens.shape, V) if K is None else (len(tokens), K)
@@ -202,10 +153,10 @@ class LanguageModel:
 
         Raises
         ------
-        ValueError : see `check_prompts`
+        ValueError : see `gpt2c.model.inputs.check_prompts`
         MemoryError : the keys and values of the longest text do not fit
         """
-        texts = self.check_prompts(idx)
+        texts = check_prompts(self.config, idx)
         decoder = self.decoder(1, max(map(len, texts)))
         vectors = np.empty((len(texts), self.config.n_embd), np.float32)
         for vector, text in zip(vectors, texts, strict=True):
@@ -226,7 +177,7 @@ class LanguageModel:
         ValueError : another shape, not whole numbers, an id out of range
         MemoryError : the keys and values of a row do not fit
         """
-        tokens = self._check_tokens(idx)
+        tokens = check_tokens(self.config, idx)
         if tokens.shape[1] < 2:
             raise ValueError(
                 "idx must have rows of at least 2 tokens, got 1: the first is not scored"
@@ -247,52 +198,10 @@ class LanguageModel:
         ValueError : another shape, not whole numbers, an id out of range, every target ignored
         MemoryError : the keys and values of a row do not fit
         """
-        tokens = self._check_tokens(idx)
-        wanted = self._check_targets(targets, tokens.shape)
+        tokens = check_tokens(self.config, idx)
+        wanted = check_targets(self.config, targets, Tokens(tokens)).reshape(tokens.shape)
+        if not (wanted >= 0).any():
+            raise ValueError("targets are all -1 (ignored): give at least one token id")
         decoder = self.decoder(1, tokens.shape[1])
         losses = [decoder.losses(*pair) for pair in zip(tokens, wanted, strict=True)]
         return float(np.sum(losses, dtype=np.float64) / np.count_nonzero(wanted >= 0))
-
-    def _check_targets(self, targets: ArrayLike, shape: tuple[int, ...]) -> IntArray:
-        ids = check_ids(targets, "targets", -1, self.config.vocab_size)
-        if ids.shape != shape:
-            raise ValueError(f"targets must have the shape of idx, {shape}, got {ids.shape}")
-        if not (ids >= 0).any():
-            raise ValueError("targets are all -1 (ignored): give at least one token id")
-        return ids
-
-
-def _one_row(ids: NDArray[Any]) -> str:
-    """Return a hint if one text was passed where several are wanted, else ""."""
-    return ": for one text pass ids[None], or [ids]" if ids.ndim == 1 and ids.size else ""
-
-
-def is_ragged(rows: Any) -> TypeGuard[Sequence[Sequence[int]]]:
-    """Return whether these are sequences of different lengths."""
-    if not (isinstance(rows, list | tuple) and all(map(_is_row, rows))):
-        return False
-    return len({len(row) for row in rows}) > 1
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.ndim > 0)
-
-
-def check_ids(ids: ArrayLike, name: str, low: int, high: int, what: str = "token id") -> IntArray:
-    """Return a C-contiguous int32 copy of `ids`; refuse all but whole numbers in [low, high)."""
-    try:
-        array = np.asarray(ids)
-    except ValueError as error:  # nested lists of different lengths
-        raise ValueError(
-            f"{name} must be an array of whole numbers in rows of one length"
-        ) from error
-    if array.size and array.dtype.kind not in "iu":  # an empty list is float64
-        is_number = array.dtype.kind in "fcb"  # the dtype of other kinds explains nothing
-        came = f"dtype {array.dtype}" if is_number else f"{ids!r:.50}"
-        raise ValueError(f"{name} must be whole numbers, got {came}")
-    copy = np.empty(array.shape, np.int32)  # before reading: too large an array fails early
-    if array.size and not (low <= array.min() and array.max() < high):
-        wrong = array[(array < low) | (array >= high)].flat[0]
-        raise ValueError(f"{name}: {what} {wrong} is not in [{low}, {high})")
-    copy[...] = array  # backward reads the ids after the caller may have changed them
-    return copy

@@ -9,16 +9,7 @@ from typing import Any
 
 from gpt2c.kernels.checks import check_kind
 from gpt2c.model.attention import Attention
-from gpt2c.model.config import (
-    ModelConfig,
-    check_eos,
-    check_fixed,
-    check_numbers,
-    check_sizes,
-    read_labels,
-    read_token,
-    write_labels,
-)
+from gpt2c.model.config import ModelConfig, check_eos, check_numbers, check_sizes, read_token
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.mlp import SwiGLU
 from gpt2c.model.norm import RMSNorm
@@ -28,10 +19,8 @@ from gpt2c.model.stack import Layer, Stack
 
 __all__ = ["LlamaConfig"]
 
-CLASSIFIER = ["LlamaForSequenceClassification"]
-# See FIXED in config.py.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "architectures": (["LlamaForCausalLM"], ["LlamaModel"], None, CLASSIFIER),
+ARITHMETIC: dict[str, tuple[Any, ...]] = {
+    "architectures": (["LlamaForCausalLM"], ["LlamaModel"], None),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -77,6 +66,10 @@ class LlamaConfig(ModelConfig):
     >>> gpt2c.LlamaConfig().num_parameters()
     6738415616
     """
+
+    model_type = "llama"
+    arithmetic = ARITHMETIC
+    classifier = "LlamaForSequenceClassification"
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -129,48 +122,16 @@ class LlamaConfig(ModelConfig):
             )
 
     @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> LlamaConfig:
-        """Return the config that the entries of Hugging Face's config.json describe.
-
-        Unknown keys are ignored, and so is dropout. See `GPT2Config.from_dict` for eos_token_id
-        and `read_rope` for rotary positions.
-
-        Raises
-        ------
-        ValueError : another model_type, arithmetic that gpt2c does not have, or an invalid field
-        """
-        if entries.get("model_type", "llama") != "llama":
-            raise ValueError(
-                f"config.json: model_type must be 'llama', got {entries['model_type']!r:.50}"
-            )
-        check_fixed(FIXED, entries)
-        fields = {field.name for field in dataclasses.fields(cls)}
-        known_entries = {name: value for name, value in entries.items() if name in fields}
-        for name in ("bos_token_id", "eos_token_id"):
-            known_entries[name] = read_token(name, entries, cls.vocab_size)
-        known_entries |= read_labels(entries, CLASSIFIER, cls.vocab_size)
+    def _read(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
         P = entries.get("max_position_embeddings", cls.max_position_embeddings)
-        try:
-            return cls(**known_entries | read_rope(entries, P))
-        except ValueError as error:
-            raise ValueError(f"config.json: {error}") from None
+        ids = ("bos_token_id", "eos_token_id")
+        tokens = {name: read_token(name, entries, cls.vocab_size) for name in ids}
+        return tokens | read_rope(entries, P)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entries of a config.json from which transformers builds the same model.
-
-        The names are transformers 4's, which transformers 5 reads, too.
-        """
-        arithmetic = {name: known[0] for name, known in FIXED.items()}
-        scaling, fields = self.rope_scaling, dataclasses.asdict(self)
-        del fields["num_labels"], fields["pad_token_id"]
-        return (
-            {"model_type": "llama"}
-            | fields
-            | {"rope_scaling": None if scaling is None else scaling.to_dict()}
-            | arithmetic
-            | {"attention_dropout": 0.0}
-            | write_labels(self, CLASSIFIER)
-        )
+    def _write(self) -> dict[str, Any]:
+        # the names of transformers 4, which transformers 5 reads, too
+        scaling = None if self.rope_scaling is None else self.rope_scaling.to_dict()
+        return {"rope_scaling": scaling, "attention_dropout": 0.0}
 
     @property
     def HS(self) -> int:

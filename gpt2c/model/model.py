@@ -23,7 +23,15 @@ from gpt2c.kernels.checks import counted, number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.model.block import NO_DROPOUT, Batch, Dropout, IntArray, Run, Slot, check_dropout
 from gpt2c.model.config import ModelConfig
-from gpt2c.model.language_model import LanguageModel, check_ids, is_ragged
+from gpt2c.model.inputs import (
+    Tokens,
+    check_batch,
+    check_labels,
+    check_like,
+    check_targets,
+    check_tokens,
+)
+from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
@@ -50,13 +58,6 @@ SMALLER = {  # the advice where a model of these weights does not fit
 }
 
 
-def _shape(ids: IntArray, offsets: IntArray | None) -> str:
-    """Write the shape of a batch for a person, "(2, 3)" or "sequences of 2, 3 tokens"."""
-    if offsets is None:
-        return str(ids.shape)
-    return f"sequences of {', '.join(map(str, np.diff(offsets)))} tokens"
-
-
 class _Gradients:
     """The gradients' memory: flat, as views whose shapes C trusts, and as views for others."""
 
@@ -64,38 +65,6 @@ class _Gradients:
         self.flat = aligned_zeros(aligned_offsets(shapes)[""])
         self.own = named_views(self.flat, shapes)
         self.public = MappingProxyType(named_views(self.flat, shapes))
-
-
-def _token_shapes(shape: tuple[int, ...], offsets: IntArray | None) -> list[tuple[int, ...]]:
-    """Return the shapes of a number for each token: (B, T), or (T,) of each sequence."""
-    return [shape] if offsets is None else [(n,) for n in np.diff(offsets).tolist()]
-
-
-def _last_tokens(shape: tuple[int, ...], offsets: IntArray | None) -> NDArray[np.intp]:
-    """Return the row of the last token of each sequence: (B,)."""
-    B, T = shape
-    return np.arange(1, B + 1) * T - 1 if offsets is None else offsets[1:].astype(np.intp) - 1
-
-
-def _like(name: str, given: Any, shapes: Sequence[tuple[int, ...]], what: str) -> Array:
-    """Return numbers as flat float32: an array of the one shape, or a list of arrays of several.
-
-    Raises
-    ------
-    ValueError : no numbers, or of other shapes, or not finite as float32
-    """
-    try:
-        arrays = [np.asarray(part) for part in ([given] if len(shapes) == 1 else list(given))]
-        with np.errstate(over="ignore"):
-            arrays = [part.astype(np.float32) for part in arrays if part.dtype.kind in "fiu"]
-    except (TypeError, ValueError):
-        arrays = []
-    if [array.shape for array in arrays] != list(shapes):
-        raise ValueError(f"{name} must be numbers of the shape of {what}, {list(shapes)!r:.70}")
-    flat = np.concatenate([array.reshape(-1) for array in arrays])
-    if not np.isfinite(flat).all():
-        raise ValueError(f"{name} must be finite")
-    return flat
 
 
 class _Pending(NamedTuple):
@@ -118,7 +87,7 @@ class _Pending(NamedTuple):
             return None
         if self.targets is None:
             raise ValueError("weights are for losses(idx, targets); the last call was another")
-        return _like("weights", weights, self.shapes, "losses")
+        return check_like("weights", weights, self.shapes, "losses")
 
     def check_d_scores(
         self, d_scores: ArrayLike | Sequence[ArrayLike] | None, scale: float
@@ -132,7 +101,9 @@ class _Pending(NamedTuple):
             )
         if d_scores is None:
             return None
-        given = _like("d_scores", d_scores, self.shapes, "scores").reshape(-1, self.shapes[0][-1])
+        given = check_like("d_scores", d_scores, self.shapes, "scores").reshape(
+            -1, self.shapes[0][-1]
+        )
         if not float(np.abs(given).max()) * abs(scale) <= LARGEST_FLOAT:
             raise ValueError("scale times d_scores must be finite as float32")
         return given
@@ -400,10 +371,11 @@ class Model(LanguageModel):
             super()._read_all(tokens, logits, states)
             return
         with self._owner.alone():
-            run = self._start(tokens, keep=False)
+            batch = Tokens(tokens)
+            run = self._start(batch, keep=False)
             out = self._stack.forward(run, tokens, states)
             if self.config.num_labels is not None:
-                out = out[_last_tokens(tokens.shape, None)]
+                out = out[batch.last]
             self._stack.head.forward(run, logits.reshape(len(out), -1), out)
 
     def trace(self, idx: ArrayLike) -> Trace:
@@ -426,7 +398,7 @@ class Model(LanguageModel):
         >>> trace["h.1.mlp.act"].shape, trace.attention(0).shape, trace.lens("h.0.out").shape
         ((1, 3, 128), (1, 2, 3, 3), (1, 3, 257))
         """
-        tokens = self._check_tokens(idx)
+        tokens = check_tokens(self.config, idx)
         batch = Batch(*tokens.shape)
         with self._owner.alone():
             a = Activations(self._stack.slots, None).lay_out(batch, keep=True)
@@ -466,8 +438,8 @@ class Model(LanguageModel):
         RuntimeError : another thread computes with this model
         MemoryError, OSError : the activations do not fit, or the threads cannot start
         """
-        tokens, offsets = self._check_batch(idx, "idx", 0)
-        objective = self._objective(targets, tokens, offsets)
+        tokens = check_batch(self.config, idx)
+        objective = self._objective(targets, tokens)
         if count is None:
             count = int(np.count_nonzero(objective.live))
             if not count:
@@ -475,10 +447,10 @@ class Model(LanguageModel):
         elif not 1 / LARGEST_FLOAT <= number("count", count) <= LARGEST_FLOAT:
             raise ValueError(f"count must be positive and finite as a float32, got {count}")
         head, keep = self._stack.head, keep and bool(self.trained)
-        dropout = check_dropout(dropout, tokens.size)
+        dropout = check_dropout(dropout, tokens.ids.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, offsets, dropout)
-            x = self._stack.forward(run, tokens)
+            run = self._start(tokens, keep, dropout)
+            x = self._stack.forward(run, tokens.ids)
             if keep:
                 self._d_head = self._head_memory()
                 run.accumulate = False
@@ -486,7 +458,7 @@ class Model(LanguageModel):
             else:
                 losses = head.losses(run, x, objective)
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens) if keep else None
+            self._pending = _Pending(run, tokens.ids) if keep else None
             return float(losses.sum(dtype=np.float64) / count)
 
     def losses(
@@ -513,19 +485,18 @@ class Model(LanguageModel):
         ValueError, RuntimeError, MemoryError, OSError : see `loss`, but every target may be ignored
         """
         self.config.require_language_head("losses of tokens")
-        tokens, offsets = self._check_batch(idx, "idx", 0)
-        wanted = self._check_batch_targets(targets, tokens, offsets)
-        dropout, keep = check_dropout(dropout, tokens.size), bool(self.trained)
+        tokens = check_batch(self.config, idx)
+        wanted = check_targets(self.config, targets, tokens)
+        dropout, keep = check_dropout(dropout, tokens.ids.size), bool(self.trained)
         with self._owner.alone():
-            run = self._start(tokens, keep, offsets, dropout)
-            x = self._stack.forward(run, tokens)
+            run = self._start(tokens, keep, dropout)
+            x = self._stack.forward(run, tokens.ids)
             losses = self._stack.head.losses(run, x, CrossEntropy(wanted)).copy()
             self._owner.note_loss()
-            shapes = _token_shapes(tokens.shape, offsets)
-            self._pending = _Pending(run, tokens, shapes, wanted) if keep else None
-        if offsets is None:
-            return losses.reshape(tokens.shape)
-        return np.split(losses, offsets[1:-1])
+            self._pending = _Pending(run, tokens.ids, tokens.shapes, wanted) if keep else None
+        if tokens.offsets is None:
+            return losses.reshape(tokens.ids.shape)
+        return np.split(losses, tokens.offsets[1:-1])
 
     @overload
     def scores(
@@ -589,110 +560,52 @@ class Model(LanguageModel):
                 "this model has logits of tokens, not scores of texts: scores need a config with"
                 " num_labels"
             )
-        tokens, offsets = self._check_batch(idx, "idx", 0)
-        last = _last_tokens(tokens.shape, offsets)
-        rows = np.arange(tokens.size) if per_token else last
-        each = _token_shapes(tokens.shape, offsets) if per_token else [last.shape]
+        tokens = check_batch(self.config, idx)
+        last = tokens.last
+        rows = np.arange(tokens.ids.size) if per_token else last
+        each = tokens.shapes if per_token else [last.shape]
         shapes = [(*shape, K) for shape in each]
         what, mend = f"scores of {counted(len(rows), 'token')}", "take fewer or shorter rows"
         require(what, {"scores": 4 * len(rows) * K}, mend)
-        keep, dropout = keep and bool(self.trained), check_dropout(dropout, tokens.size)
+        keep, dropout = keep and bool(self.trained), check_dropout(dropout, tokens.ids.size)
         with self._owner.alone():
-            run = self._start(tokens, keep, offsets, dropout)
-            x = self._stack.forward(run, tokens)
+            run = self._start(tokens, keep, dropout)
+            x = self._stack.forward(run, tokens.ids)
             scores = np.empty((len(rows), K), x.dtype)
             self._stack.head.forward(run, scores, x[rows])
             self._owner.note_loss()
-            self._pending = _Pending(run, tokens, shapes, rows=rows) if keep else None
+            self._pending = _Pending(run, tokens.ids, shapes, rows=rows) if keep else None
         if len(shapes) == 1:
             return scores.reshape(shapes[0])
         return np.split(scores, last[:-1] + 1)
 
     def _objective(
-        self,
-        targets: ArrayLike | Sequence[Sequence[int]] | Objective,
-        tokens: IntArray,
-        offsets: IntArray | None,
+        self, targets: ArrayLike | Sequence[Sequence[int]] | Objective, tokens: Tokens
     ) -> Objective:
         """Return the objective that targets, or labels, stand for."""
         # to ask for a Protocol takes 40 microseconds, so arrays and lists come first
         if isinstance(targets, np.ndarray | list | tuple) or not isinstance(targets, Objective):
             if self.config.num_labels is None:
-                return CrossEntropy(self._check_batch_targets(targets, tokens, offsets))
-            return CrossEntropy(self._check_labels(targets, tokens, offsets))
+                return CrossEntropy(check_targets(self.config, targets, tokens))
+            return CrossEntropy(check_labels(self.config.num_labels, targets, tokens))
         live = targets.live
-        if getattr(live, "dtype", None) != np.bool_ or live.shape != (tokens.size,):
+        if getattr(live, "dtype", None) != np.bool_ or live.shape != (tokens.ids.size,):
             raise ValueError(
-                f"an objective's live must be bool ({tokens.size},), one for each token of idx,"
+                f"an objective's live must be bool ({tokens.ids.size},), one for each token of idx,"
                 f" got {live!r:.50}"
             )
         return targets
-
-    def _check_labels(
-        self, labels: ArrayLike, tokens: IntArray, offsets: IntArray | None
-    ) -> IntArray:
-        """Return targets (N,): the label (B,) of a sequence at its last token, others -1."""
-        K, rows = self._stack.head.V, _last_tokens(tokens.shape, offsets)
-        if K == 1:
-            raise ValueError(
-                "the cross-entropy of one score is always 0 (num_labels=1): compute a loss of"
-                " scores(idx), and call backward(d_scores=...)"
-            )
-        given = check_ids(labels, "targets", -(2**31), 2**31, "label")
-        if given.shape != rows.shape:  # before their range: targets of tokens are no labels at all
-            raise ValueError(
-                f"targets must be ({len(rows)},), a label for each sequence, got {given.shape}"
-            )
-        targets = np.full(tokens.size, -1, np.int32)
-        targets[rows] = check_ids(given, "targets", -1, K, "label")
-        return targets
-
-    def _check_batch(
-        self, rows: ArrayLike | Sequence[Sequence[int]], name: str, low: int
-    ) -> tuple[IntArray, IntArray | None]:
-        """Return ids as (B, T), or sequences of different lengths as (1, T) with their offsets."""
-        if not is_ragged(rows):
-            if name == "idx":
-                return self._check_tokens(rows), None
-            return check_ids(rows, name, low, self.config.vocab_size), None
-        parts = [check_ids(row, name, low, self.config.vocab_size) for row in rows]
-        for part in parts:
-            if part.ndim != 1 or not 1 <= len(part) <= self.config.n_positions:
-                raise ValueError(
-                    f"{name}: each sequence must have from 1 to {self.config.n_positions} tokens"
-                    f" (n_positions), got shape {part.shape}"
-                )
-        offsets = np.cumsum([0, *map(len, parts)]).astype(np.int32)
-        return np.concatenate(parts)[None], offsets
-
-    def _check_batch_targets(
-        self,
-        targets: ArrayLike | Sequence[Sequence[int]],
-        tokens: IntArray,
-        offsets: IntArray | None,
-    ) -> IntArray:
-        """Return targets (N,) of the same rows as the tokens."""
-        wanted, own = self._check_batch(targets, "targets", -1)
-        if (shape := _shape(tokens, offsets)) != (came := _shape(wanted, own)):
-            raise ValueError(f"targets must have the shape of idx, {shape}, got {came}")
-        return wanted.reshape(-1)
 
     def _slots(self, batch: Batch) -> Iterable[Slot]:
         yield from self._stack.slots(batch)
         yield from self._stack.head.slots(batch)
 
-    def _start(
-        self,
-        tokens: IntArray,
-        keep: bool,
-        offsets: IntArray | None = None,
-        dropout: Dropout = NO_DROPOUT,
-    ) -> Run:
+    def _start(self, tokens: Tokens, keep: bool, dropout: Dropout = NO_DROPOUT) -> Run:
         """Lay out the activations of a batch; with `keep`, those of backward stay."""
         self._pending = None  # its views go first, so that memory which must grow is let go
-        batch = Batch(*tokens.shape)
+        batch = Batch(*tokens.ids.shape)
         a = self._memory.lay_out(batch, keep)
-        return Run(self.backend, self._parameters, a, batch, offsets, dropout=dropout)
+        return Run(self.backend, self._parameters, a, batch, tokens.offsets, dropout=dropout)
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""

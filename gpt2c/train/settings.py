@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from gpt2c.files.names import check_named
 from gpt2c.files.untrusted import decode, read_bytes, shown
-from gpt2c.model.config import GPT2Config, ModelConfig
+from gpt2c.model.config import ModelConfig
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.train.optimizer import SCHEDULES, Schedule
 

@@ -22,7 +22,7 @@ from gpt2c.cli.main import main
 from gpt2c.kernels import memory
 from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import megabytes
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
 

@@ -7,7 +7,7 @@ import pytest
 
 from gpt2c.evaluate.loss import evaluate
 from gpt2c.gpt2 import GPT2
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 
 
 def test_evaluate_counts_every_token_once(rng: np.random.Generator) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from helpers.hostile import READERS, Pairs, attempt, dumps, joined, limits, split
 
-from gpt2c.model.config import CLASSIFIER
+from gpt2c.model.gpt2 import GPT2Config
 
 Change = Callable[[bytes], bytes]
 
@@ -164,6 +164,7 @@ STATE = "run/checkpoints/00000002/state.json"
 MOMENTS = "run/checkpoints/00000002/trainer.safetensors"
 THIRD = '"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+CLASSIFIER = [GPT2Config.classifier]
 NO_JSON = {
     "empty": raw(b""),
     "zeros": raw(bytes(9)),
@@ -273,7 +274,13 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
         for value, said in [(2, "num_labels"), (2**62, "num_labels"), ("3", "num_labels")]
     ),
     ("classifier", "config.json", "no head", entries(architectures=None), "score.weight"),
-    ("model", "config.json", "a head", entries(architectures=CLASSIFIER), "score.weight"),
+    (
+        "model",
+        "config.json",
+        "a head",
+        entries(architectures=CLASSIFIER),
+        "score.weight",
+    ),
     ("model", "config.json", "more tokens", entries(vocab_size=2**31 - 1), "wte.weight"),
     *(("tokenizer", "tokenizer_config.json", what, c, "") for what, c in NO_JSON.items()),
     ("model", "config.json", "more layers", entries(n_layer=2), "h.1."),

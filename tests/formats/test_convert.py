@@ -16,7 +16,7 @@ from gpt2c.files.atomic import locked
 from gpt2c.formats import convert, llama2c, llmc
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
 from gpt2c.gpt2 import GPT2
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens

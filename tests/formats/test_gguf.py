@@ -12,7 +12,7 @@ from conftest import refused
 
 from gpt2c.formats.gguf import write_gguf
 from gpt2c.gpt2 import GPT2
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.rope_scaling import RopeScaling

@@ -19,7 +19,7 @@ from gpt2c.formats.load import find_model
 from gpt2c.formats.rotary import FromAdjacent, to_adjacent
 from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.cases import normalised_error
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.rope_scaling import RopeScaling

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gpt2c.formats import llmc
 from gpt2c.formats.llmc import read_model, read_tokenizer, round_bf16, write_model, write_tokenizer
 from gpt2c.gpt2 import GPT2
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 
 CONFIG = GPT2Config(vocab_size=130, n_positions=6, n_embd=8, n_layer=2, n_head=2)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from gpt2c.gpt2 import GPT2
-from gpt2c.model.config import GPT2Config
+from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.text.tokenizer import Tokenizer
 
 COMMAND = [sys.executable, "-W", "error", "-m", "gpt2c"]
