@@ -98,8 +98,8 @@ def train_tables(runs: list[Run]) -> list[tuple[str, Table]]:
         beside.append([name, *ratios, *peaks])
         every.append([name, *(written(rate(group[row])) if row in group else "" for row in rows)])
     return [
-        ("Training GPT-2 124M: speed beside the best row of PyTorch", beside),
-        ("Training GPT-2 124M: tokens a second", every),
+        ("Training: speed beside the best row of PyTorch", beside),
+        ("Training: tokens a second", every),
     ]
 
 
@@ -111,7 +111,8 @@ def generate_tables(run: Run) -> list[tuple[str, Table]]:
             figures.setdefault(f"{r.group}, ms", {})[r.row] = r.median * 1e3
         else:
             figures.setdefault(f"{r.group}, tokens/s", {})[r.row] = rate(r)
-    memory = {r.row: r.facts["memory"] / 1e6 for r in run.results if r.group == "decode, batch 1"}
+    one = [r for r in run.results if r.group.removesuffix(", Llama") == "decode, batch 1"]
+    memory = {r.row: r.facts["memory"] / 1e6 for r in one}
     figures["decode, batch 1, resident MB"] = memory
     best = [["", *(f"{side} {kind}" for kind in KINDS for side in ("gpt2c", "best other"))]]
     for heading, values in figures.items():
@@ -128,8 +129,8 @@ def generate_tables(run: Run) -> list[tuple[str, Table]]:
     for row in rows:
         every.append([row, *(written(v[row]) if row in v else "" for v in figures.values())])
     return [
-        ("GPT-2 124M: the best row of gpt2c and of the other engines", best),
-        ("GPT-2 124M: every row", every),
+        ("Inference: the best row of gpt2c and of the other engines", best),
+        ("Inference: every row", every),
     ]
 
 
