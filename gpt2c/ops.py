@@ -39,8 +39,7 @@ from gpt2c.kernels import reference
 from gpt2c.kernels.backend import NAMES, get_backend
 from gpt2c.kernels.checks import check_int32, check_layout, number, whole
 from gpt2c.kernels.memory import require
-from gpt2c.kernels.op import OPS, Argument, Op
-from gpt2c.kernels.reference.linear import LONGEST
+from gpt2c.kernels.op import LONGEST, OPS, Argument, Op
 
 Array = NDArray[Any]
 # sizes that inputs may lack

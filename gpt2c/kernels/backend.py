@@ -13,9 +13,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gpt2c.kernels import reference
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import whole
 from gpt2c.kernels.limits import usable_cores
@@ -61,16 +60,19 @@ class NumPy:
     name = "numpy"
     threads = 1
 
-    if TYPE_CHECKING:  # the ops
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return an op; the reference is imported when the first is used."""
+        if name not in OPS:
+            raise AttributeError(f"there is no op {name!r}")
+        from gpt2c.kernels import reference
 
-        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+        op: Callable[..., Any] = getattr(reference, name)
+        return op
 
     def __repr__(self) -> str:
         return "NumPy()"
 
 
-for _name in OPS:
-    setattr(NumPy, _name, staticmethod(getattr(reference, _name)))
 Backend = Kernels | NumPy
 
 

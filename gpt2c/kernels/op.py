@@ -32,7 +32,12 @@ import re
 from string import ascii_letters, digits
 from typing import Any, NamedTuple
 
-__all__ = ["OPS", "Argument", "Op"]
+__all__ = ["LONGEST", "MIDDLE", "OPS", "TINY", "Argument", "Op"]
+
+# of 8-bit weights, see `matmul_forward`
+MIDDLE = 128  # they are unsigned: 0 is stored as this
+LONGEST = 65536  # channels: the sum of this many 8-bit products fits 32 bits
+TINY = 1e-36  # a row with no larger number counts as zeros: 127 / largest stays finite in float32
 
 DECLARATIONS = """
 encoder_forward     out[B T C]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.memory import Array, named_views
-from gpt2c.kernels.reference.linear import LONGEST, MIDDLE, TINY
+from gpt2c.kernels.op import LONGEST, MIDDLE, TINY
 from gpt2c.model.block import Parameter
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.parameters import Tensor

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2c.kernels.reference.linear import MIDDLE
+from gpt2c.kernels.op import MIDDLE
 
 __all__ = ["encoder_backward", "encoder_forward", "rope_backward", "rope_forward"]
 

@@ -10,18 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LONGEST", "MIDDLE", "TINY", "matmul_backward", "matmul_forward", "matrix_transpose"]
+from gpt2c.kernels.op import MIDDLE, TINY
+
+__all__ = ["matmul_backward", "matmul_forward", "matrix_transpose"]
 
 Array = NDArray[np.floating[Any]]
-
-
-MIDDLE = 128  # 8-bit weights are unsigned: 0 is stored as this
-
-
-LONGEST = 65536  # channels: the sum of this many 8-bit products fits 32 bits
-
-
-TINY = 1e-36  # a row with no larger number counts as zeros: 127 / largest stays finite in float32
 
 
 def matmul_forward(
