@@ -48,6 +48,7 @@ ISAS: dict[str, dict[str, list[str]]] = {
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512vnni": [*AVX512, "-mavx512vnni"],
+        "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     },
     "aarch64": {"base": []},  # NEON is the baseline
 }

@@ -10,6 +10,9 @@
  * down the rows and never across lanes. A product reads its left operand in place, one number repeated in all lanes,
  * and its right operand row by row. So q and, in backward, dout are copied, but no key or value is.
  *
+ * BF16: the factors of a product are pairs of numbers along the sum (simd.h), which are made for each block: two
+ * channels of a row, or two rows. So all factors are copied. Softmax, its gradient and all sums stay in float.
+ *
  * Threads share the heads and, in forward, the blocks of queries; in backward the key heads, each with the query heads
  * that share it. The order of each sum depends on the sequence's length alone. */
 
@@ -36,17 +39,19 @@ static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }
 
 /* Floats for one thread. The backward pass needs the most, because it holds dk and dv of a whole head. */
 static int64_t thread_scratch_size(int64_t T, int64_t HS) {
-    return 3 * TILE * TILE + 3 * TILE * HS + 2 * (TILE + round_up(T, TILE)) * padded(HS);
+    return 4 * TILE * TILE + 6 * TILE * (HS + 1) + 2 * (TILE + round_up(T, TILE)) * padded(HS);
 }
 
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads) { return threads * thread_scratch_size(T, HS); }
 
 /* ---- products of blocks ------------------------------------------------------------------------------------- */
 
-/* c (rows x vectors * VF_LEN, row stride ldc) (+)= left (rows x depth) b (depth rows, row stride ldb). */
+/* c (rows x vectors * VF_LEN, row stride ldc) (+)= left (rows x depth) b (depth rows, row stride ldb). Here and below,
+ * depth counts lanes. */
 static inline __attribute__((always_inline)) void tile_product(float *restrict c, int64_t ldc, Operand left,
                                                                const float *restrict b, int64_t ldb, int64_t depth,
-                                                               int accumulate, const int rows, const int vectors) {
+                                                               int accumulate, const int rows, const int vectors,
+                                                               const int type) {
     vf acc[ROWS][2];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++) acc[i][j] = accumulate ? vf_load(c + i * ldc + j * VF_LEN) : vf_set1(0.0f);
@@ -55,7 +60,7 @@ static inline __attribute__((always_inline)) void tile_product(float *restrict c
         for (int j = 0; j < vectors; j++) bk[j] = vf_load(b + k * ldb + j * VF_LEN);
         for (int i = 0; i < rows; i++) {
             vf ai = vf_set1(left.data[i * left.row_stride + k * left.k_stride]);
-            for (int j = 0; j < vectors; j++) acc[i][j] = vf_fma(ai, bk[j], acc[i][j]);
+            for (int j = 0; j < vectors; j++) acc[i][j] = multiply_lanes(ai, bk[j], acc[i][j], type);
         }
     }
     for (int i = 0; i < rows; i++)
@@ -65,7 +70,7 @@ static inline __attribute__((always_inline)) void tile_product(float *restrict c
 /* c (m x n) (+)= left (m x depth) b (depth x n); n is a multiple of VF_LEN. */
 static inline __attribute__((always_inline)) void block_product(float *c, int64_t ldc, Operand left, const float *b,
                                                                 int64_t ldb, int64_t m, int64_t n, int64_t depth,
-                                                                int accumulate) {
+                                                                int accumulate, const int type) {
     for (int64_t i = 0; i < m;) {
         const int whole = m - i >= ROWS;
         const Operand rows = {left.data + i * left.row_stride, left.row_stride, left.k_stride};
@@ -73,11 +78,11 @@ static inline __attribute__((always_inline)) void block_product(float *c, int64_
             const int wide = n - j >= WIDTH;
             float *to = c + i * ldc + j;
             if (whole && wide)
-                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 2);
+                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 2, type);
             else if (whole)
-                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 1);
+                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, ROWS, 1, type);
             else
-                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, 1, 1);
+                tile_product(to, ldc, rows, b + j, ldb, depth, accumulate, 1, 1, type);
             j += whole && wide ? WIDTH : VF_LEN;
         }
         i += whole ? ROWS : 1;
@@ -104,26 +109,59 @@ static inline vf mask(Block block, int64_t key, int64_t j, vf x, vf other) {
 }
 
 /* scores (keys x TILE) = left right. Here and below, keys that none of WIDTH queries may see are left out. */
-static void score(float *scores, Block block, Operand left, const float *right, int64_t HS) {
+static inline __attribute__((always_inline)) void score(float *scores, Block block, Operand left, const float *right,
+                                                        int64_t HS, const int type) {
+    const int64_t depth = ceil_div(HS, numbers_of_lane(type));
     for (int64_t j = 0; j < TILE; j += WIDTH)
-        block_product(scores + j, TILE, left, right + j, TILE, visible_keys(block, j), WIDTH, HS, 0);
+        block_product(scores + j, TILE, left, right + j, TILE, visible_keys(block, j), WIDTH, depth, 0, type);
 }
 
 /* sums (HS x TILE) (+)= left (HS x keys) weights (keys x TILE). */
-static void sum_over_keys(float *sums, Block block, Operand left, const float *weights, int64_t HS, int accumulate) {
+static inline __attribute__((always_inline)) void sum_over_keys(float *sums, Block block, Operand left,
+                                                                const float *weights, int64_t HS, int accumulate,
+                                                                const int type) {
     for (int64_t j = 0; j < TILE; j += WIDTH)
-        block_product(sums + j, TILE, left, weights + j, TILE, HS, WIDTH, visible_keys(block, j), accumulate);
+        block_product(sums + j, TILE, left, weights + j, TILE, HS, WIDTH,
+                      ceil_div(visible_keys(block, j), numbers_of_lane(type)), accumulate, type);
 }
 
 /* sums (keys x padded HS) (+)= weights (keys x TILE) right (TILE x padded HS). */
-static void sum_over_queries(float *sums, Block block, const float *weights, const float *right, int64_t HS,
-                             int accumulate) {
-    const int64_t HSP = padded(HS);
+static inline __attribute__((always_inline)) void sum_over_queries(float *sums, Block block, const float *weights,
+                                                                   const float *right, int64_t HS, int accumulate,
+                                                                   const int type) {
+    const int64_t HSP = padded(HS), each = numbers_of_lane(type);
     for (int64_t i = 0; i < block.keys; i += ROWS) {
-        const int64_t j = first_query(block, i) / WIDTH * WIDTH;
+        const int64_t j = first_query(block, i) / WIDTH * WIDTH / each;
         block_product(sums + i * HSP, HSP, (Operand){weights + i * TILE + j, TILE, 1}, right + j * HSP, HSP,
-                      min64(ROWS, block.keys - i), HSP, TILE - j, accumulate);
+                      min64(ROWS, block.keys - i), HSP, TILE / each - j, accumulate, type);
     }
+}
+
+/* ---- pairs of BF16 ------------------------------------------------------------------------------------------ */
+
+/* to (rows x columns / 2, row stride to_stride) = from (rows x columns), two columns in a lane; to may be from. */
+static void pair_columns(float *to, int64_t to_stride, const float *from, int64_t stride, int64_t rows,
+                         int64_t columns) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = 0; c < columns; c += 2 * VF_LEN)
+            vf_store_n(to + i * to_stride + c / 2, load_lanes(from + i * stride + c, columns - c, BF16),
+                       ceil_div(columns - c, 2));
+}
+
+/* to (rows / 2 x columns, row stride to_stride) = from (rows x columns), two rows in a lane; to may be from. */
+static void pair_rows(float *to, int64_t to_stride, const float *from, int64_t stride, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; i += 2)
+        for (int64_t c = 0; c < columns; c += VF_LEN) {
+            const float *first = from + i * stride + c;
+            const vf second = i + 1 < rows ? vf_load_n(first + stride, columns - c) : vf_set1(0.0f);
+            vf_store_n(to + i / 2 * to_stride + c, vf_bf16_pair(vf_load_n(first, columns - c), second), columns - c);
+        }
+}
+
+/* pair_rows() of a block's weights (keys x TILE) where they lie. */
+static void pair_keys(float *weights, Block block) {
+    for (int64_t j = 0; j < TILE; j += WIDTH)
+        pair_rows(weights + j, TILE, weights + j, TILE, visible_keys(block, j), WIDTH);
 }
 
 /* ---- dropout ------------------------------------------------------------------------------------------------ */
@@ -157,18 +195,29 @@ static Dropout dropout_from(Dropout drop, int64_t h, int64_t row) {
 
 /* out (rows x HS, row stride C) and lse (rows) of one block of queries q (rows x HS, row stride W). The first query is
  * at position `first`. keys and values have the row stride `stride`. drop is NULL without dropout. */
-static void forward_block(float *out, float *lse, const float *q, const float *keys, const float *values,
-                          int64_t stride, int64_t first, int64_t rows, int64_t C, int64_t W, int64_t HS,
-                          const Dropout *drop, float *scratch) {
+static inline __attribute__((always_inline)) void forward_block(float *out, float *lse, const float *q,
+                                                                const float *keys, const float *values, int64_t stride,
+                                                                int64_t first, int64_t rows, int64_t C, int64_t W,
+                                                                int64_t HS, const Dropout *drop, float *scratch,
+                                                                const int type) {
+    const int64_t lanes = ceil_div(HS, 2);
     float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS, *factors = out_t + TILE * HS;
+    float *k_pairs = factors + TILE * TILE, *v_pairs = k_pairs + TILE * lanes;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
-    transpose(q_t, TILE, q, W, rows, HS, TILE);
+    transpose(q_t, TILE, q, W, rows, HS, TILE, type);
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
         const float *k = keys + key * stride, *v = values + key * stride;
-        score(p, block, (Operand){k, stride, 1}, q_t, HS);
+        Operand by_channel = {k, stride, 1}, by_key = {v, 1, stride};
+        if (type == BF16) {
+            pair_columns(k_pairs, lanes, k, stride, block.keys, HS);
+            pair_rows(v_pairs, HS, v, stride, block.keys, HS);
+            by_channel = (Operand){k_pairs, lanes, 1};
+            by_key = (Operand){v_pairs, 1, HS};
+        }
+        score(p, block, by_channel, q_t, HS, type);
         for (int64_t j = 0; j < TILE; j += VF_LEN) {
             const vf before = vf_load(maximum + j);
             vf highest = before, sum = vf_set1(0.0f);
@@ -193,13 +242,14 @@ static void forward_block(float *out, float *lse, const float *q, const float *k
             keep_block(factors, block, drop, key);
             multiply(p, block, factors);
         }
-        sum_over_keys(out_t, block, (Operand){v, 1, stride}, p, HS, key > 0);
+        if (type == BF16) pair_keys(p, block);
+        sum_over_keys(out_t, block, by_key, p, HS, key > 0, type);
     }
     for (int64_t j = 0; j < TILE; j += VF_LEN) {
         const vf inverse = vf_div(vf_set1(1.0f), vf_load(denominator + j));
         for (int64_t c = 0; c < HS; c++) vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), inverse));
     }
-    transpose(out, C, out_t, TILE, HS, rows, HS);
+    transpose(out, C, out_t, TILE, HS, rows, HS, FP32);
     for (int64_t i = 0; i < rows; i++) lse[i] = maximum[i] + logf(denominator[i]);
 }
 
@@ -247,8 +297,8 @@ static ForwardTask forward_task(Sequences all, int64_t NH, int64_t number) {
 }
 
 void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
-                       int64_t position, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
-                       int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team) {
+                       int64_t position, double dropout, uint64_t key, uint64_t first, int precision, float *scratch,
+                       int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team) {
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS);
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
@@ -268,10 +318,15 @@ void attention_forward(float *out, float *lse, float *keys, float *values, const
         const float *q = qkv + row * W + task.h * HS, *k = qkv + start * W + C + kv * HS;
         const int64_t cached = (task.s * KV + kv) * P * HS;
         const Dropout drop = dropout_from(batch, task.h, row);
-        forward_block(out + row * C + task.h * HS, lse + lse_at(all, NH, task.s, task.h) + task.first, q,
-                      keys ? keys + cached : k, keys ? values + cached : k + KV * HS, keys ? HS : W,
-                      (keys ? position : 0) + task.first, task.rows, C, W, HS, dropout > 0 ? &drop : NULL,
-                      scratch + team->member * thread_scratch_size(T, HS));
+        const float *v = keys ? values + cached : k + KV * HS;
+        float *to = out + row * C + task.h * HS, *to_lse = lse + lse_at(all, NH, task.s, task.h) + task.first;
+        float *own = scratch + team->member * thread_scratch_size(T, HS);
+        const int64_t stride = keys ? HS : W, at = (keys ? position : 0) + task.first;
+        if (keys) k = keys + cached;
+        if (precision == BF16)
+            forward_block(to, to_lse, q, k, v, stride, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, BF16);
+        else
+            forward_block(to, to_lse, q, k, v, stride, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, FP32);
     }
 }
 
@@ -289,22 +344,26 @@ static void copy_rows(float *to, const float *from, int64_t stride, int64_t rows
  * (group,lse_stride). Pointers are at the first of these heads; k and v lie `to_k` and `to_v` after q. dqkv may be qkv:
  * q of a block is read before its dq is written, and dk and dv stay in scratch until all heads are done. drop is that
  * of the first head, or NULL. */
-static void backward_group(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                           int64_t lse_stride, int64_t group, int64_t to_k, int64_t to_v, int64_t T, int64_t C,
-                           int64_t W, int64_t HS, const Dropout *drop, float *scratch) {
-    const int64_t HSP = padded(HS);
+static inline __attribute__((always_inline)) void backward_group(float *dqkv, const float *dout, const float *qkv,
+                                                                 const float *out, const float *lse, int64_t lse_stride,
+                                                                 int64_t group, int64_t to_k, int64_t to_v, int64_t T,
+                                                                 int64_t C, int64_t W, int64_t HS, const Dropout *drop,
+                                                                 float *scratch, const int type) {
+    const int64_t HSP = padded(HS), lanes = ceil_div(HS, 2);
     float *p = scratch, *dp = p + TILE * TILE, *q_t = dp + TILE * TILE, *dout_t = q_t + TILE * HS;
     float *dq_t = dout_t + TILE * HS, *q = dq_t + TILE * HS, *dout_block = q + TILE * HSP,
           *dk = dout_block + TILE * HSP;
     float *dv = dk + round_up(T, TILE) * HSP, *factors = dv + round_up(T, TILE) * HSP;
+    float *k_pairs = factors + TILE * TILE, *v_pairs = k_pairs + TILE * lanes, *key_pairs = v_pairs + TILE * lanes,
+          *dp_pairs = key_pairs + TILE * HS;
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t h = 0; h < group; h++)
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t rows = min64(TILE, T - first);
             copy_rows(q, qkv + first * W + h * HS, W, rows, HS);
             copy_rows(dout_block, dout + first * C + h * HS, C, rows, HS);
-            transpose(q_t, TILE, q, HSP, TILE, HS, TILE);
-            transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE);
+            transpose(q_t, TILE, q, HSP, TILE, HS, TILE, type);
+            transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE, type);
             /* Queries past T have q, dout, minus_lse and delta 0, so they add 0 to every sum. */
             float minus_lse[TILE] = {0.0f}, delta[TILE] = {0.0f};
             for (int64_t i = 0; i < rows; i++) {
@@ -317,12 +376,25 @@ static void backward_group(float *dqkv, const float *dout, const float *qkv, con
                 delta[i] = vf_sum(dot);
                 minus_lse[i] = -lse[h * lse_stride + first + i];
             }
+            if (type == BF16) {
+                pair_rows(q, HSP, q, HSP, TILE, HSP);
+                pair_rows(dout_block, HSP, dout_block, HSP, TILE, HSP);
+            }
             for (int64_t key = 0; key < first + rows; key += TILE) {
                 const Block block = {first - key, min64(TILE, T - key)};
                 const float *k = qkv + key * W + to_k, *v = qkv + key * W + to_v;
                 const int accumulate = h > 0 || first > key;
-                score(p, block, (Operand){k, W, 1}, q_t, HS);
-                score(dp, block, (Operand){v, W, 1}, dout_t, HS);
+                Operand k_by_channel = {k, W, 1}, v_by_channel = {v, W, 1}, by_key = {k, 1, W};
+                if (type == BF16) {
+                    pair_columns(k_pairs, lanes, k, W, block.keys, HS);
+                    pair_columns(v_pairs, lanes, v, W, block.keys, HS);
+                    pair_rows(key_pairs, HS, k, W, block.keys, HS);
+                    k_by_channel = (Operand){k_pairs, lanes, 1};
+                    v_by_channel = (Operand){v_pairs, lanes, 1};
+                    by_key = (Operand){key_pairs, 1, HS};
+                }
+                score(p, block, k_by_channel, q_t, HS, type);
+                score(dp, block, v_by_channel, dout_t, HS, type);
                 if (drop) {
                     const Dropout own = dropout_from(*drop, drop->head + h, first);
                     keep_block(factors, block, &own, key);
@@ -338,11 +410,18 @@ static void backward_group(float *dqkv, const float *dout, const float *qkv, con
                         vf_store(dpi, vf_mul(dscore, scale));
                     }
                 if (drop) multiply(p, block, factors);
-                sum_over_queries(dv + key * HSP, block, p, dout_block, HS, accumulate);
-                sum_over_queries(dk + key * HSP, block, dp, q, HS, accumulate);
-                sum_over_keys(dq_t, block, (Operand){k, 1, W}, dp, HS, key > 0);
+                const float *by_query = dp;
+                if (type == BF16) {
+                    pair_columns(p, TILE, p, TILE, block.keys, TILE);
+                    pair_columns(dp_pairs, TILE, dp, TILE, block.keys, TILE);
+                    pair_keys(dp, block);
+                    by_query = dp_pairs;
+                }
+                sum_over_queries(dv + key * HSP, block, p, dout_block, HS, accumulate, type);
+                sum_over_queries(dk + key * HSP, block, by_query, q, HS, accumulate, type);
+                sum_over_keys(dq_t, block, by_key, dp, HS, key > 0, type);
             }
-            transpose(dqkv + first * W + h * HS, W, dq_t, TILE, HS, rows, HS);
+            transpose(dqkv + first * W + h * HS, W, dq_t, TILE, HS, rows, HS, FP32);
         }
     for (int64_t t = 0; t < T; t++)
         for (int64_t c = 0; c < HS; c += VF_LEN) {
@@ -352,8 +431,8 @@ static void backward_group(float *dqkv, const float *dout, const float *qkv, con
 }
 
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        const int32_t *offsets, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
-                        int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team) {
+                        const int32_t *offsets, double dropout, uint64_t key, uint64_t first, int precision,
+                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team) {
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS), group = NH / KV;
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
@@ -361,8 +440,13 @@ void attention_backward(float *dqkv, const float *dout, const float *qkv, const 
         const int64_t s = task / KV, kv = task % KV, h = kv * group, start = sequence_at(all, s);
         const int64_t wide = start * W + h * HS, narrow = start * C + h * HS, to_k = C + (kv - h) * HS;
         const Dropout drop = dropout_from(batch, h, start);
-        backward_group(dqkv + wide, dout + narrow, qkv + wide, out + narrow, lse + lse_at(all, NH, s, h), T, group,
-                       to_k, to_k + KV * HS, sequence_length(all, s), C, W, HS, dropout > 0 ? &drop : NULL,
-                       scratch + team->member * thread_scratch_size(T, HS));
+        const float *head_lse = lse + lse_at(all, NH, s, h);
+        float *own = scratch + team->member * thread_scratch_size(T, HS);
+        if (precision == BF16)
+            backward_group(dqkv + wide, dout + narrow, qkv + wide, out + narrow, head_lse, T, group, to_k,
+                           to_k + KV * HS, sequence_length(all, s), C, W, HS, dropout > 0 ? &drop : NULL, own, BF16);
+        else
+            backward_group(dqkv + wide, dout + narrow, qkv + wide, out + narrow, head_lse, T, group, to_k,
+                           to_k + KV * HS, sequence_length(all, s), C, W, HS, dropout > 0 ? &drop : NULL, own, FP32);
     }
 }

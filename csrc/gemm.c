@@ -15,7 +15,11 @@
  * B, the weights of a linear layer, is read from memory once for MC rows of C. While the microkernel computes on one
  * block of B, it prefetches the thread's next block.
  *
- * No task divides a sum over K, so the order of each sum is the same with any number of threads. */
+ * No task divides a sum over K, so the order of each sum is the same with any number of threads.
+ *
+ * BF16: packing rounds to 16 bits and puts two numbers that follow each other in K into one lane. All sizes below count
+ * lanes, so a panel has as many bytes and twice the K; a step of the microkernel multiplies both numbers of each lane
+ * and adds the products in float. */
 
 #include "internal.h"
 
@@ -46,23 +50,29 @@ int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MC + (int64_t)thr
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
 /* Packs n rows of x into panels of `width` rows (MR or NR): panels[p * kc + k * width + i] = x(p + i, k) for p a
- * multiple of width, i < width, k < kc. Rows from n on are 0. */
-static inline __attribute__((always_inline)) void pack(float *restrict panels, Operand x, int64_t n, int64_t kc,
-                                                       const int64_t width) {
+ * multiple of width, i < width, k < kc. Rows from n on are 0. x(i, k) is a lane; the rows have `numbers` numbers. */
+static inline __attribute__((always_inline)) void pack(float *restrict panels, Operand x, int64_t n, int64_t numbers,
+                                                       const int64_t width, const int type) {
     enum { DISTANCE = 8 }; /* how many k ahead of the copy the prefetch runs */
+    const int64_t each = numbers_of_lane(type), kc = ceil_div(numbers, each);
     if (x.k_stride == 1) {
         for (int64_t p = 0; p < n; p += width)
-            transpose(panels + p * kc, width, x.data + p * x.row_stride, x.row_stride, min64(width, n - p), kc, width);
+            transpose(panels + p * kc, width, x.data + p * x.row_stride, x.row_stride, min64(width, n - p), numbers,
+                      width, type);
         return;
     }
     for (int64_t k = 0; k < kc; k++) { /* all rows of one k are contiguous: copy in memory order */
-        const float *source = x.data + k * x.k_stride;
+        const float *source = x.data + k * each * x.k_stride;
         if (k + DISTANCE < kc)
-            for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(source + DISTANCE * x.k_stride + i);
+            for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(source + DISTANCE * each * x.k_stride + i);
         for (int64_t p = 0; p < n; p += width)
             for (int64_t i = 0; i < width; i += VF_LEN) {
-                const int64_t left = n - p - i;
-                vf row = left <= 0 ? vf_set1(0.0f) : vf_load_n(source + p + i, min64(left, width - i));
+                const int64_t left = min64(n - p, width) - i;
+                vf row = left <= 0 ? vf_set1(0.0f) : vf_load_n(source + p + i, left);
+                if (type == BF16) {
+                    const int both = left > 0 && k * each + 1 < numbers;
+                    row = vf_bf16_pair(row, both ? vf_load_n(source + x.k_stride + p + i, left) : vf_set1(0.0f));
+                }
                 vf_store_n(panels + p * kc + k * width + i, row, width - i);
             }
     }
@@ -106,18 +116,20 @@ typedef struct {
 } Epilogue;
 
 /* acc (MR x NR) += a (MR) b (NR)^T, one step of k. */
-static inline __attribute__((always_inline)) void multiply_add(vf acc[MR][NV], const float *a, const float *b) {
+static inline __attribute__((always_inline)) void multiply_add(vf acc[MR][NV], const float *a, const float *b,
+                                                               const int type) {
     vf bk[NV];
     for (int j = 0; j < NV; j++) bk[j] = vf_load(b + j * VF_LEN);
     for (int i = 0; i < MR; i++) {
         vf ai = vf_set1(a[i]);
-        for (int j = 0; j < NV; j++) acc[i][j] = vf_fma(ai, bk[j], acc[i][j]);
+        for (int j = 0; j < NV; j++) acc[i][j] = multiply_lanes(ai, bk[j], acc[i][j], type);
     }
 }
 
 /* c (m x n, row stride ldc) from packed panels a (kc x MR) and b (kc x NR); m <= MR, n <= NR. */
-static inline void microkernel(float *restrict c, int64_t ldc, const float *restrict a, const float *restrict b,
-                               int64_t kc, int64_t m, int64_t n, Epilogue epilogue, Prefetch *prefetch) {
+static inline __attribute__((always_inline)) void microkernel(float *restrict c, int64_t ldc, const float *restrict a,
+                                                              const float *restrict b, int64_t kc, int64_t m, int64_t n,
+                                                              Epilogue epilogue, Prefetch *prefetch, const int type) {
     vf acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = vf_set1(0.0f);
@@ -127,9 +139,9 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
     for (; k + PREFETCH_STEPS <= kc; k += PREFETCH_STEPS, a += PREFETCH_STEPS * MR, b += PREFETCH_STEPS * NR) {
         prefetch_line(prefetch);
 #pragma GCC unroll 1 /* unrolled, 16 registers would spill */
-        for (int step = 0; step < PREFETCH_STEPS; step++) multiply_add(acc, a + step * MR, b + step * NR);
+        for (int step = 0; step < PREFETCH_STEPS; step++) multiply_add(acc, a + step * MR, b + step * NR, type);
     }
-    for (; k < kc; k++, a += MR, b += NR) multiply_add(acc, a, b);
+    for (; k < kc; k++, a += MR, b += NR) multiply_add(acc, a, b, type);
     if (m == MR && n == NR) {
         for (int j = 0; j < NV; j++) {
             vf add = epilogue.bias ? vf_load(epilogue.bias + j * VF_LEN) : vf_set1(0.0f);
@@ -151,14 +163,15 @@ static inline void microkernel(float *restrict c, int64_t ldc, const float *rest
 }
 
 /* c (m x n) from packed a and b. A panel of A stays in the first-level cache while all panels of B are read. */
-static void multiply_packed(float *c, int64_t ldc, const float *a, const float *b, int64_t m, int64_t n, int64_t kc,
-                            Epilogue epilogue, Prefetch prefetch) {
+static inline __attribute__((always_inline)) void multiply_packed(float *c, int64_t ldc, const float *a, const float *b,
+                                                                  int64_t m, int64_t n, int64_t kc, Epilogue epilogue,
+                                                                  Prefetch prefetch, const int type) {
     const float *bias = epilogue.bias;
     for (int64_t i = 0; i < m; i += MR)
         for (int64_t j = 0; j < n; j += NR) {
             if (bias) epilogue.bias = bias + j;
             microkernel(c + i * ldc + j, ldc, a + i * kc, b + j * kc, kc, min64(MR, m - i), min64(NR, n - j), epilogue,
-                        &prefetch);
+                        &prefetch, type);
         }
 }
 
@@ -183,29 +196,43 @@ static Tasks divide_block(int64_t mc, int64_t N, int64_t kc, int threads) {
     return tasks;
 }
 
-void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
-          int64_t K, float *scratch, Team *team) {
-    const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), PREFETCH_STEPS); /* equal parts of K, at most KC */
+/* gemm() compiled for one type of products. */
+static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t ldc, Operand a, Operand b,
+                                                               const float *bias, int accumulate, int64_t M, int64_t N,
+                                                               int64_t K, float *scratch, Team *team, const int type) {
+    const int64_t each = numbers_of_lane(type), lanes = ceil_div(K, each);
+    const int64_t depth = round_up(ceil_div(lanes, ceil_div(lanes, KC)), PREFETCH_STEPS); /* equal parts, at most KC */
     float *packed_a = scratch, *packed_b = scratch + (int64_t)KC * (MC + (int64_t)team->member * NC);
-    for (int64_t pc = 0; pc < K; pc += depth)
+    for (int64_t pc = 0; pc < K; pc += depth * each)
         for (int64_t ic = 0; ic < M; ic += MC) {
-            const int64_t kc = min64(depth, K - pc), mc = min64(MC, M - ic);
+            const int64_t numbers = min64(depth * each, K - pc), kc = ceil_div(numbers, each), mc = min64(MC, M - ic);
             const Tasks tasks = divide_block(mc, N, kc, team->threads);
             int64_t packed = -1; /* the first column in packed_b; -1: none */
             for_shared (group, ceil_div(mc, PACK_PANELS * MR), worth(PACK_PANELS * MR * kc), team) {
                 const int64_t i = group * PACK_PANELS * MR;
-                pack(packed_a + i * kc, operand_from(a, ic + i, pc), min64(PACK_PANELS * MR, mc - i), kc, MR);
+                pack(packed_a + i * kc, operand_from(a, ic + i, pc), min64(PACK_PANELS * MR, mc - i), numbers, MR,
+                     type);
             }
             for_shared (task, tasks.count, worth(tasks.rows * tasks.columns * kc / 16), team) {
                 const int64_t i = task % tasks.per_column * tasks.rows, j = task / tasks.per_column * tasks.columns;
                 const int64_t next_j = (task + 1) / tasks.per_column * tasks.columns, n = min64(tasks.columns, N - j);
                 Prefetch prefetch = {0};
                 if (next_j > j && next_j < N) /* most likely the thread's next columns */
-                    prefetch = prefetch_for_pack(operand_from(b, next_j, pc), min64(tasks.columns, N - next_j), kc);
-                if (packed != j) pack(packed_b, operand_from(b, j, pc), n, kc, NR);
+                    prefetch =
+                        prefetch_for_pack(operand_from(b, next_j, pc), min64(tasks.columns, N - next_j), numbers);
+                if (packed != j) pack(packed_b, operand_from(b, j, pc), n, numbers, NR, type);
                 packed = j;
                 multiply_packed(c + (ic + i) * ldc + j, ldc, packed_a + i * kc, packed_b, min64(tasks.rows, mc - i), n,
-                                kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, prefetch);
+                                kc, (Epilogue){pc == 0 && bias ? bias + j : NULL, accumulate || pc > 0}, prefetch,
+                                type);
             }
         }
+}
+
+void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int precision, int64_t M,
+          int64_t N, int64_t K, float *scratch, Team *team) {
+    if (precision == BF16)
+        gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, BF16);
+    else
+        gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, FP32);
 }

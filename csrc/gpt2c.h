@@ -26,10 +26,10 @@ typedef struct Team Team;
 /* Returns 1 if the CPU and the operating system support the x86 feature ("avx2", "fma", "avx512f", ...), else 0. */
 int cpu_supports(const char *feature);
 
-/* Runs `iterations` rounds of independent fused multiply-adds in registers for each thread. Returns the number of
- * floating-point operations done. The caller times it: operations / seconds is the peak of this instruction set.
- * sums (threads) is scratch. */
-double fma_burn(double *sums, int64_t iterations, Team *team);
+/* Runs `iterations` rounds of independent fused multiply-adds of this precision in registers for each thread. Returns
+ * the number of floating-point operations done. The caller times it: operations / seconds is the peak of this
+ * instruction set. sums (threads) is scratch. */
+double fma_burn(double *sums, int64_t iterations, int precision, Team *team);
 
 /* Reads data (n) once, except a remainder of less than 1 KB, and returns the sum of the floats that it read. The caller
  * times it: 4n / seconds is the memory's read bandwidth. sums (SLICES) is scratch. */
@@ -47,11 +47,14 @@ void pool_stop(Pool *pool);
 
 /* The type of a weight. FP16 is IEEE half precision and holds no NaN or infinity. INT8 is an unsigned byte with a scale
  * for each row: weight = scale * (byte - 128). */
-enum { FP32, FP16, INT8 };
+enum { FP32, FP16, INT8, BF16 };
+
+/* The precision of an op's products: FP32 or BF16, where both factors are rounded to 16 bits, to nearest even, and the
+ * products are added in float. BF16 takes denormals for 0. */
 
 /* Floats of scratch memory that a kernel needs; gemm_scratch_size is for matmul_backward. */
 int64_t gemm_scratch_size(int threads);
-int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads);
+int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int type, int threads);
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
 
 /* ---- ragged batches ----------------------------------------------------------------------------------------- */
@@ -95,14 +98,14 @@ void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float 
 /* ---- matmul ------------------------------------------------------------------------------------------------- */
 
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC); bias may be NULL. With INT8 weights scale is (OC), each row of x is
- * quantized to 8 bits with its own scale, and C is at most 65536. */
-void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale, int type,
-                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
+ * quantized to 8 bits with its own scale, and C is at most 65536; `precision` is that of other weights. */
+void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale,
+                    int precision, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* dweight (OC,C) += dout^T x and dbias (OC) += column sums of dout (N,OC); both are overwritten if `accumulate` is 0.
  * Then dx (N,C) = dout weight. Each of them may be NULL, dx may be x. */
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
+                     int accumulate, int precision, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* out (C,R) = x (R,C)^T, for files that store linear weights as (C,OC). */
 void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team);
@@ -162,13 +165,13 @@ int64_t decode_scratch_size(const Stage *stages, int64_t count, int64_t N, int t
  * rows from there on, and their q attend to all rows up to their own. Without a cache, dropout > 0 multiplies the
  * softmax by factors as dropout_forward's: a row is a token, a column a key of its sequence, each head has its own. */
 void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
-                       int64_t position, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
-                       int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
+                       int64_t position, double dropout, uint64_t key, uint64_t first, int precision, float *scratch,
+                       int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
 
 /* dqkv (B,T,W) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
-                        const int32_t *offsets, double dropout, uint64_t key, uint64_t first, float *scratch, int64_t B,
-                        int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team);
+                        const int32_t *offsets, double dropout, uint64_t key, uint64_t first, int precision,
+                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team);
 
 /* ---- rope: rotary positions ---------------------------------------------------------------------------------- */
 

@@ -13,17 +13,36 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-/* to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns; 0 for rows <= r < width. */
+/* Numbers of a row that one 32-bit lane holds in products of this type. */
+static inline int64_t numbers_of_lane(const int type) { return type == BF16 ? 2 : 1; }
+
+/* The first n numbers from p on, then zeros, in VF_LEN lanes. */
+static inline vf load_lanes(const float *p, int64_t n, const int type) {
+    const vf first = vf_load_n(p, n);
+    if (type != BF16) return first;
+    return vf_bf16(first, n > VF_LEN ? vf_load_n(p + VF_LEN, n - VF_LEN) : vf_set1(0.0f));
+}
+
+/* sum + a * b, or, of lanes that hold two numbers, + both products. */
+static inline vf multiply_lanes(vf a, vf b, vf sum, const int type) {
+    return type == BF16 ? vf_bf16_dot(sum, a, b) : vf_fma(a, b, sum);
+}
+
+/* to[c * to_stride + r] = lane c of row r for r < rows, c < lanes; 0 for rows <= r < width. Row r starts at
+ * from[r * from_stride] and has `columns` numbers. */
 static inline __attribute__((always_inline)) void transpose(float *restrict to, int64_t to_stride,
                                                             const float *restrict from, int64_t from_stride,
-                                                            int64_t rows, int64_t columns, const int64_t width) {
+                                                            int64_t rows, int64_t columns, const int64_t width,
+                                                            const int type) {
+    const int64_t each = numbers_of_lane(type), lanes = ceil_div(columns, each);
     for (int64_t r = 0; r < width; r += VF_LEN)
-        for (int64_t c = 0; c < columns; c += VF_LEN) {
+        for (int64_t c = 0; c < lanes; c += VF_LEN) {
             vf block[VF_LEN];
             for (int64_t i = 0; i < VF_LEN; i++)
-                block[i] = r + i < rows ? vf_load_n(from + (r + i) * from_stride + c, columns - c) : vf_set1(0.0f);
+                block[i] = r + i < rows ? load_lanes(from + (r + i) * from_stride + c * each, columns - c * each, type)
+                                        : vf_set1(0.0f);
             vf_transpose(block);
-            for (int64_t i = 0; i < min64(VF_LEN, columns - c); i++)
+            for (int64_t i = 0; i < min64(VF_LEN, lanes - c); i++)
                 vf_store_n(to + (c + i) * to_stride + r, block[i], width - r);
         }
 }
@@ -60,9 +79,10 @@ typedef struct {
     int64_t row_stride, k_stride;
 } Operand;
 
-/* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, or plus the old c if `accumulate`. */
-void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
-          int64_t K, float *scratch, Team *team);
+/* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, or plus the old c if `accumulate`. The
+ * products are of floats, or of the BF16 numbers nearest to them. */
+void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int precision, int64_t M,
+          int64_t N, int64_t K, float *scratch, Team *team);
 
 /* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe, unless that is NULL. */
 void embed_row(float *out, const Linear *wte, const float *position, int32_t token);

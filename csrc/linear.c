@@ -260,7 +260,7 @@ static void multiply_strip(float *out, const Linear *layer, Quantized q, int64_t
     const int64_t C = layer->C, OC = layer->OC;
     for (int64_t v = 0; v < n; v += VF_LEN) /* DOT bytes are moved as one float */
         transpose(packed + v, STRIP_COLUMNS, (const float *)((const uint8_t *)layer->weight + (j + v) * C), C / DOT,
-                  min64(VF_LEN, n - v), C / DOT, VF_LEN);
+                  min64(VF_LEN, n - v), C / DOT, VF_LEN, FP32);
     for (int64_t i = 0; i < N; i += STRIP_ROWS) {
         vi acc[STRIP_ROWS][STRIP_VECTORS];
         const int8_t *x[STRIP_ROWS];

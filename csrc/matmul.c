@@ -1,27 +1,32 @@
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC): the linear layer, one matrix product forward, two backward.
  *
  * Forward takes 2 N C OC operations, backward twice as many. gemm.c computes both and divides them among the threads.
- * With few rows (up to FEW_ROWS) or INT8 weights, linear.c computes forward. With more rows FP16 weights are converted
- * to FP32, some of their rows at a time. */
+ * With INT8 weights, or few rows (up to FEW_ROWS) and products of floats, linear.c computes forward. Else FP16 weights
+ * are converted to FP32, some of their rows at a time. */
 
 #include "internal.h"
 
 enum { FP32_ROWS = 3072 }; /* rows of an FP16 weight that are converted at a time */
 
-int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int type, int threads) {
-    if (type == INT8 || N <= FEW_ROWS) return linear_scratch_size(N, C, type, threads);
+/* Whether linear.c computes forward. */
+static int reads_in_place(int64_t N, int precision, int type) {
+    return type == INT8 || (N <= FEW_ROWS && precision == FP32);
+}
+
+int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int type, int threads) {
+    if (reads_in_place(N, precision, type)) return linear_scratch_size(N, C, type, threads);
     return gemm_scratch_size(threads) + (type == FP16 ? min64(OC, FP32_ROWS) * C : 0);
 }
 
-void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale, int type,
-                    float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
-    if (type == INT8 || N <= FEW_ROWS) {
+void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale,
+                    int precision, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+    if (reads_in_place(N, precision, type)) {
         const Linear layer = {weight, scale, bias, C, OC, type};
         linear_rows(out, &layer, x, scratch, N, team);
         return;
     }
     if (type == FP32) {
-        gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, N, OC, C, scratch, team);
+        gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, precision, N, OC, C, scratch, team);
         return;
     }
     float *weight32 = scratch + gemm_scratch_size(team->threads);
@@ -31,8 +36,8 @@ void matmul_forward(float *out, const float *x, const void *weight, const float 
             const int64_t i = vector * VF_LEN;
             vf_store_n(weight32 + i, vf_load_half_n((const uint16_t *)weight + j * C + i, size - i), size - i);
         }
-        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){weight32, C, 1}, bias ? bias + j : NULL, 0, N, n, C, scratch,
-             team);
+        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){weight32, C, 1}, bias ? bias + j : NULL, 0, precision, N, n, C,
+             scratch, team);
     }
 }
 
@@ -57,12 +62,13 @@ static void column_sums(float *restrict dbias, const float *restrict dout, int a
 }
 
 void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,
-                     int accumulate, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+                     int accumulate, int precision, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
     /* out = x weight^T, so dweight += dout^T x (summed over N) and dx = dout weight (summed over OC) */
     if (dweight)
-        gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, OC, C, N, scratch, team);
+        gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, precision, OC, C, N, scratch,
+             team);
     if (dbias) column_sums(dbias, dout, accumulate, N, OC, team);
-    if (dx) gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, N, C, OC, scratch, team);
+    if (dx) gemm(dx, C, (Operand){dout, OC, 1}, (Operand){weight, 1, C}, NULL, 0, precision, N, C, OC, scratch, team);
 }
 
 void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team) {
@@ -71,6 +77,6 @@ void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *te
         const int64_t c = column * BLOCK;
         for (int64_t r = 0; r < R; r += BLOCK)
             transpose(out + c * R + r, R, x + r * C + c, C, min64(BLOCK, R - r), min64(BLOCK, C - c),
-                      min64(BLOCK, R - r));
+                      min64(BLOCK, R - r), FP32);
     }
 }

@@ -15,6 +15,7 @@ int cpu_supports(const char *feature) {
     if (!strcmp(feature, "avx512dq")) return __builtin_cpu_supports("avx512dq") != 0;
     if (!strcmp(feature, "avx512vl")) return __builtin_cpu_supports("avx512vl") != 0;
     if (!strcmp(feature, "avx512vnni")) return __builtin_cpu_supports("avx512vnni") != 0;
+    if (!strcmp(feature, "avx512bf16")) return __builtin_cpu_supports("avx512bf16") != 0;
 #else
     (void)feature;
 #endif
@@ -26,12 +27,15 @@ int cpu_supports(const char *feature) {
 /* Independent sums: more than latency (4 or 5 cycles) times units (2), and few enough for SSE2's 16 registers. */
 enum { CHAINS = 12 };
 
-double fma_burn(double *sums, int64_t iterations, Team *team) {
+double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
     for_shared (i, team->threads, 1, team) {
         const vf factor = vf_set1(0.999f), term = vf_set1(0.001f); /* converges to 1: no overflow, no denormals */
+        const vf opposite = vf_bf16_pair(factor, vf_set1(-0.999f)), same = vf_bf16_pair(term, term); /* adds 0 */
         vf acc[CHAINS];
         for (int j = 0; j < CHAINS; j++) acc[j] = vf_set1((float)j);
-        for (int64_t k = 0; k < iterations; k++)
+        for (int64_t k = 0; precision == BF16 && k < iterations; k++)
+            for (int j = 0; j < CHAINS; j++) acc[j] = vf_bf16_dot(acc[j], opposite, same);
+        for (int64_t k = 0; precision == FP32 && k < iterations; k++)
             for (int j = 0; j < CHAINS; j++) acc[j] = vf_fma(acc[j], factor, term);
         sums[i] = 0.0;
         for (int j = 0; j < CHAINS; j++) sums[i] += (double)vf_sum(acc[j]);
@@ -39,7 +43,8 @@ double fma_burn(double *sums, int64_t iterations, Team *team) {
     double total = 0.0;
     for (int i = 0; i < team->threads; i++) total += sums[i];
     /* the sums are finite; the compiler would remove the loop if nothing read them */
-    return isfinite(total) ? (double)team->threads * (double)iterations * CHAINS * VF_LEN * 2 : 0.0;
+    const double each = precision == BF16 ? 4 : 2;
+    return isfinite(total) ? (double)team->threads * (double)iterations * CHAINS * VF_LEN * each : 0.0;
 }
 
 /* Vectors in a step. A remainder of less than a step is not read. */

@@ -5,6 +5,8 @@
  * takes the first n lanes from a and the others from b. Where an operand is NaN, vf_max(a, b) and vf_min(a, b) return b
  * on x86 and NaN on NEON, so kernels put a constant first and a NaN in the data survives.
  *
+ * For BF16, see the end: pairs of 16-bit numbers in the lanes of a vf.
+ *
  * For INT8: vi holds VF_LEN sums of 32 bits, vb holds VB_LEN numbers of 8 bits. vi_dot multiplies two vb and adds each
  * product to one of the sums. Nothing saturates, so every instruction set computes the same integers. */
 
@@ -50,6 +52,12 @@ static inline vf vf_zip_hi(vf a, vf b) {
     return _mm512_permutex2var_ps(a, lanes, b);
 }
 static inline vf vf_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+/* The upper halves of a's 32-bit lanes, then b's: as 16-bit lanes in this order. */
+static inline vf vf_upper_halves(vf a, vf b) {
+    const __m256i high_a = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a), 16));
+    const __m256i high_b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(b), 16));
+    return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(high_a), high_b, 1));
+}
 typedef __m512i vi;
 static inline vi vi_first(int32_t a) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(a)); } /* a, 0, 0, ... */
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
@@ -124,6 +132,11 @@ static inline vf vf_zip_hi(vf a, vf b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
 static inline vf vf_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline vf vf_upper_halves(vf a, vf b) {
+    const __m256i high_a = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
+    const __m256i high_b = _mm256_srli_epi32(_mm256_castps_si256(b), 16);
+    return _mm256_castsi256_ps(_mm256_permute4x64_epi64(_mm256_packus_epi32(high_a, high_b), 0xd8));
+}
 typedef __m256i vi;
 static inline vi vi_first(int32_t a) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(a)); }
 static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
@@ -174,6 +187,10 @@ static inline vf vf_load_half(const uint16_t *p) { /* fp16 fields at the places 
     const vf x = _mm_mul_ps(_mm_castsi128_ps(rest), vf_set1(0x1p112f));
     return _mm_or_ps(x, _mm_castsi128_ps(sign));
 }
+static inline vf vf_upper_halves(vf a, vf b) {
+    const __m128i high_a = _mm_srai_epi32(_mm_castps_si128(a), 16), high_b = _mm_srai_epi32(_mm_castps_si128(b), 16);
+    return _mm_castsi128_ps(_mm_packs_epi32(high_a, high_b));
+}
 typedef __m128i vi;
 static inline vi vi_first(int32_t a) { return _mm_cvtsi32_si128(a); }
 static inline vi vi_add(vi a, vi b) { return _mm_add_epi32(a, b); }
@@ -212,6 +229,11 @@ static inline vf vf_scale2(vf a, vf t) {
 static inline vf vf_zip_lo(vf a, vf b) { return vzip1q_f32(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return vzip2q_f32(a, b); }
 static inline vf vf_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline vf vf_upper_halves(vf a, vf b) {
+    const uint16x4_t high_a = vshrn_n_u32(vreinterpretq_u32_f32(a), 16);
+    const uint16x4_t high_b = vshrn_n_u32(vreinterpretq_u32_f32(b), 16);
+    return vreinterpretq_f32_u16(vcombine_u16(high_a, high_b));
+}
 typedef int32x4_t vi;
 static inline vi vi_first(int32_t a) { return vsetq_lane_s32(a, vdupq_n_s32(0), 0); }
 static inline vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
@@ -287,6 +309,14 @@ static inline vf vf_load_half(const uint16_t *p) { /* fp16 fields at the places 
     memcpy(&x, &rest, 4);
     return (*p & 0x8000 ? -x : x) * 0x1p112f;
 }
+static inline vf vf_upper_halves(vf a, vf b) {
+    uint32_t lower, upper;
+    memcpy(&lower, &a, 4);
+    memcpy(&upper, &b, 4);
+    lower = lower >> 16 | (upper & 0xffff0000);
+    memcpy(&a, &lower, 4);
+    return a;
+}
 typedef int32_t vi;
 static inline vi vi_first(int32_t a) { return a; }
 static inline vi vi_add(vi a, vi b) { return a + b; }
@@ -351,6 +381,60 @@ static inline vi vi_sums(vi rows[VF_LEN]) {
         }
     return rows[0];
 }
+/* ---- BF16: the upper half of a float, so 8 bits of precision and the range of float ---------------------------- */
+
+/* A pair of BF16 numbers is 32 bits, as wide as a float: vf_transpose and all that only moves lanes works on pairs.
+ *
+ * vf_bf16(a, b): lane l holds numbers 2l (lower half) and 2l + 1 of the 2 VF_LEN numbers of a, then b.
+ * vf_bf16_pair(a, b): lane l holds a[l] (lower half) and b[l].
+ * vf_bf16_dot(sum, a, b): sum + a's upper halves * b's upper halves, then + the lower halves' products.
+ *
+ * As the instructions do, all three round to nearest even, take denormals for 0 and write 0 for them. */
+#if defined(__AVX512BF16__)
+static inline vf vf_bf16(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh(b, a); }
+static inline vf vf_bf16_pair(vf a, vf b) {
+    const __m512i wide_a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
+    const __m512i wide_b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b));
+    return _mm512_castsi512_ps(_mm512_or_si512(wide_a, _mm512_slli_epi32(wide_b, 16)));
+}
+static inline vf vf_bf16_dot(vf sum, vf a, vf b) { /* see vi_dot */
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+    return sum;
+}
+#else
+/* Bits of a vector; the arithmetic on them is GCC's and Clang's own. */
+typedef uint32_t vf_bits __attribute__((vector_size(4 * VF_LEN)));
+typedef int32_t vf_signs __attribute__((vector_size(4 * VF_LEN)));
+static inline vf_bits vf_to_bits(vf x) {
+    vf_bits bits;
+    memcpy(&bits, &x, sizeof x);
+    return bits;
+}
+static inline vf vf_of_bits(vf_bits bits) {
+    vf x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+/* All ones where a < b; both are below 2^31. */
+static inline vf_bits vf_less(vf_bits a, vf_bits b) { return (vf_bits)((vf_signs)(a - b) >> 31); }
+/* x, or a zero of its sign where x is a denormal. */
+static inline vf_bits vf_flush(vf_bits x) { return x & ~(vf_less(x & 0x7fffffff, (x & 0) + 0x00800000) >> 1); }
+/* The nearest BF16 in the upper half of each lane; the lower half is 0. */
+static inline vf_bits vf_to_bf16(vf x) {
+    const vf_bits bits = vf_flush(vf_to_bits(x)), nan = vf_less((bits & 0) + 0x7f800000, bits & 0x7fffffff);
+    const vf_bits nearest = bits + 0x7fff + (bits >> 16 & 1);
+    return ((nearest & ~nan) | ((bits | 0x00400000) & nan)) & 0xffff0000;
+}
+static inline vf vf_bf16(vf a, vf b) { return vf_upper_halves(vf_of_bits(vf_to_bf16(a)), vf_of_bits(vf_to_bf16(b))); }
+static inline vf vf_bf16_pair(vf a, vf b) { return vf_of_bits(vf_to_bf16(a) >> 16 | vf_to_bf16(b)); }
+static inline vf vf_bf16_dot(vf sum, vf a, vf b) {
+    const vf_bits pa = vf_to_bits(a), pb = vf_to_bits(b);
+    sum = vf_fma(vf_of_bits(pa & 0xffff0000), vf_of_bits(pb & 0xffff0000), sum);
+    sum = vf_fma(vf_of_bits(pa << 16), vf_of_bits(pb << 16), vf_of_bits(vf_flush(vf_to_bits(sum))));
+    return vf_of_bits(vf_flush(vf_to_bits(sum)));
+}
+#endif
+
 /* The first n numbers from p, then zeros: for the end of a row. */
 static inline vf vf_load_half_n(const uint16_t *p, int64_t n) {
     uint16_t lanes[VF_LEN] = {0};

@@ -48,7 +48,7 @@ LARGEST = 2**31 - 1  # token ids and positions are int32
 LOWEST = {"ids": 0, "targets": -1}
 INTEGERS = (*LOWEST, "offsets")
 # after the others, so that older calls by position mean the same
-LATER, LAST = ("offsets", "weights"), ("dropout", "key", "first")
+LATER, LAST = ("offsets", "weights"), ("dropout", "key", "first", "precision")
 
 __all__ = list(OPS)
 
@@ -79,7 +79,7 @@ def _public(op: Op) -> Callable[..., Any]:
     }
     types = {array.name: "Array | None" if array.optional else "Array" for array in inputs}
     types |= dict.fromkeys(given_sizes, "int") | {"n_kv_head": "int | None", "backend": "str"}
-    types |= {n: "float" if isinstance(value, float) else "int" for n, value in numbers.items()}
+    types |= {n: "int" if value is None else type(value).__name__ for n, value in numbers.items()}
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature(
         [
@@ -96,10 +96,10 @@ def _public(op: Op) -> Callable[..., Any]:
             raise TypeError(f"{op.name}: {error}") from None
         bound.apply_defaults()
         given = bound.arguments
-        for array in inputs:  # an optional array may be at the earlier position of backend
-            value = given[array.name]
-            if array.optional and isinstance(value, str) and value in ("auto", *NAMES):
-                given["backend"], given[array.name] = value, None
+        for name in list(defaults)[:-1]:  # backend may be where a newer argument came in since
+            value = given[name]
+            if defaults[name] is not none and isinstance(value, str) and value in ("auto", *NAMES):
+                given["backend"], given[name] = value, defaults[name]
         backend = get_backend(given["backend"])
         arrays = {array: given[array.name] for array in inputs if given[array.name] is not None}
         updated = [array.mode == "~" for array in arrays].count(True)
@@ -119,7 +119,8 @@ def _public(op: Op) -> Callable[..., Any]:
             if array.kind == "offsets":
                 sizes["longest"] = _check_offsets(array.name, offsets, sizes["B"], sizes["T"])
         for name, default in numbers.items():
-            given[name] = (number if isinstance(default, float) else whole)(name, given[name])
+            if not isinstance(default, str):
+                given[name] = (number if isinstance(default, float) else whole)(name, given[name])
         _check_rules(op, sizes | {name: given[name] for name in numbers})
         for array, value in arrays.items():  # after the shapes: a copy does not mend a wrong shape
             check_layout(array.name, value)
@@ -130,8 +131,9 @@ def _public(op: Op) -> Callable[..., Any]:
         results = {array.name: item * math.prod(_shape(array, sizes)) for array in op.outputs}
         require(op.name, results, "take smaller arrays or sizes")
         outputs = [_output(array, given.get(array.name), sizes, dtype) for array in op.outputs]
-        arguments = (*(given[array.name] for array in op.inputs), *(given[n] for n in numbers))
-        result = getattr(backend, op.name)(*outputs, *arguments)
+        arguments = [given[array.name] for array in op.inputs]
+        told = {name: given[name] for name in numbers}
+        result = getattr(backend, op.name)(*outputs, *arguments, **told)
         outputs = [output for output in outputs if output is not None]
         return result if op.returns else outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -337,11 +339,12 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         weight: Array,
         bias: Array | None = None,
         scale: Array | None = None,
+        precision: str = "fp32",
         backend: str = "auto",
     ) -> Array: ...
 
     def matmul_backward(
-        dout: Array, x: Array, weight: Array, backend: str = "auto"
+        dout: Array, x: Array, weight: Array, precision: str = "fp32", backend: str = "auto"
     ) -> tuple[Array, Array, Array]: ...
 
     def matrix_transpose(x: Array, backend: str = "auto") -> Array: ...
@@ -357,6 +360,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         dropout: float = 0.0,
         key: int = 0,
         first: int = 0,
+        precision: str = "fp32",
         backend: str = "auto",
     ) -> tuple[Array, ...]: ...
 
@@ -369,6 +373,7 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         dropout: float = 0.0,
         key: int = 0,
         first: int = 0,
+        precision: str = "fp32",
         backend: str = "auto",
     ) -> Array: ...
 
@@ -442,7 +447,7 @@ def linear_forward(
 ) -> Array:
     """Return `matmul_forward`, the new name of this op."""
     _say_new_name("linear_forward", "matmul_forward(x, weight, bias, scale)")
-    out: Array = PUBLIC["matmul_forward"](x, weight, bias, scale, backend)
+    out: Array = PUBLIC["matmul_forward"](x, weight, bias, scale, backend=backend)
     return out
 
 

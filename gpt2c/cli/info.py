@@ -129,6 +129,8 @@ def backend_rows(threads: int | str) -> list[Row]:
         if not state and name != "numpy" and isinstance(threads, int):
             team = f"{threads} thread{'s' if threads > 1 else ''}"
             state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {team}"
+            if "avx512bf16" in REQUIRES[name]:
+                state += f", {fma_peak(name, threads, 'bf16') / 1e9:,.0f} in bf16"
         mark = "  <- chosen" if name == chosen else ""
         rows.append(("backend", f"{name:<12}{state}{mark}"))
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])

@@ -25,10 +25,12 @@ __all__ = [
     "AVX512",
     "MAX_THREADS",
     "NAMES",
+    "PRECISIONS",
     "REQUIRES",
     "THREAD_VARIABLES",
     "Backend",
     "as_backend",
+    "as_precision",
     "backends",
     "default_threads",
     "fma_peak",
@@ -42,6 +44,7 @@ __all__ = [
 AVX2 = ("avx2", "fma", "f16c")
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *AVX2)
 REQUIRES: dict[str, tuple[str, ...]] = {
+    "avx512bf16": (*AVX512, "avx512vnni", "avx512bf16"),  # with 16-bit dot products, too
     "avx512vnni": (*AVX512, "avx512vnni"),  # as avx512, with 8-bit dot products (VNNI)
     "avx512": AVX512,
     "avx2": AVX2,
@@ -49,6 +52,8 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "numpy": (),
 }
 NAMES = tuple(REQUIRES)
+# of the products of matrices; where a CPU has no instruction for 16 bits, each takes several
+PRECISIONS = ("fp32", "bf16")
 # More must be a mistake. gpt2c.kernels.threads.Pool raises OSError if the system starts fewer.
 MAX_THREADS = 1024
 THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
@@ -194,7 +199,7 @@ copyreg.pickle(NumPy, _how_to_pickle)
 
 
 @functools.cache
-def fma_peak(name: str, threads: int) -> float:
+def fma_peak(name: str, threads: int, precision: str = "fp32") -> float:
     """Measure an instruction set's peak rate of fused multiply-adds, in FLOP/s; this takes 0.1 s.
 
     Return the best of five short runs, because a busy machine slows some of them; 0.0 for "numpy",
@@ -206,8 +211,29 @@ def fma_peak(name: str, threads: int) -> float:
     iterations, best = 200_000, 0.0
     for _ in range(6):  # the first wakes the threads
         start = time.perf_counter()
-        operations = kernels.fma_burn(iterations)
+        operations = kernels.fma_burn(iterations, precision)
         seconds = time.perf_counter() - start
         best = max(best, operations / seconds)
         iterations = max(iterations, int(iterations * 0.02 / seconds))
     return best
+
+
+def as_precision(precision: str, backend: Backend) -> str:
+    """Return the precision of products; "auto" is that which this CPU computes fastest.
+
+    16 bits are faster only with instructions for them, and not on every CPU that has these: "auto"
+    measures both, once, which takes 0.2 s.
+
+    Raises
+    ------
+    ValueError : an unknown precision
+    """
+    if precision == "auto":
+        if "avx512bf16" not in REQUIRES[backend.name]:
+            return "fp32"
+        peaks = {one: fma_peak(backend.name, backend.threads, one) for one in PRECISIONS}
+        return max(peaks, key=lambda one: peaks[one])
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        known = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be {known} or 'auto', got {precision!r:.50}")
+    return precision

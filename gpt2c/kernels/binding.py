@@ -50,8 +50,9 @@ class Kernels:
         self._null = module.ffi.NULL
         self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
         self._doubles = module.ffi.typeof("double[]")
-        # of weights: the dtype's character -> C's constant
+        # C's constants of a weight's dtype character, and of the precision of products
         self._types = {"f": self._lib.FP32, "e": self._lib.FP16, "B": self._lib.INT8}
+        self._precisions = {"fp32": self._lib.FP32, "bf16": self._lib.BF16}
         # The GIL is released while C runs, so each Python thread needs a pool and scratch of its
         # own.
         self._local = threading.local()
@@ -91,9 +92,10 @@ class Kernels:
             scratch = self._local.scratch = aligned_zeros(size)
         return self._f(scratch)
 
-    def fma_burn(self, iterations: int) -> float:
+    def fma_burn(self, iterations: int, precision: str = "fp32") -> float:
         """Run multiply-adds in registers on all threads; return the operations done."""
-        return float(self._call("fma_burn", self._sums(self.threads), iterations))
+        type_ = self._precisions[precision]
+        return float(self._call("fma_burn", self._sums(self.threads), iterations, type_))
 
     def memory_read(self, data: Array) -> float:
         """Read `data` once, except a last part below 1 KB; return the sum of what was read."""
@@ -171,10 +173,15 @@ def source(op: Op) -> str:
         if text.endswith(")"):
             function, words = text[:-1].split("(")
             return f"self._scratch(self._lib.{function}({', '.join(map(told, words.split()))}))"
-        return {"threads": "self.threads", "type": "kind"}.get(text, text)
+        known = {"threads": "self.threads", "type": "kind"}
+        return (known | {"precision": "self._precisions[precision]"}).get(text, text)
 
     arguments = [array.name for array in op.arrays]
-    defaults = [n if value is not True else f"{n}=True" for n, value in op.numbers.items()]
+    # callers may leave out what says how to compute, not what
+    defaults = [
+        f"{n}={value!r}" if value is True or isinstance(value, str) else n
+        for n, value in op.numbers.items()
+    ]
     letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
     weights = [array.name for array in op.arrays if array.kind == "weights"]
     pointers = [f"self.{VIEWS[array.kind]}({array.name})" for array in op.arrays]
@@ -183,7 +190,7 @@ def source(op: Op) -> str:
     lines += [f"HS = {size('HS')}"] if "HS" in letters else []  # of C and NH, which come before
     if "type" in op.told:
         lines.append(f"kind = self._types[{weights[0]}.dtype.char]")
-    handed = ", ".join([repr(op.name), *pointers, *op.numbers, *map(told, op.told)])
+    handed = ", ".join([repr(op.name), *pointers, *map(told, [*op.numbers, *op.told])])
     lines.append(f"{'return ' if op.returns else ''}self._call({handed})")
     return "\n    ".join(lines)
 

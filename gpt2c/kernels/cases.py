@@ -24,10 +24,13 @@ import numpy as np
 from gpt2c.kernels import reference
 from gpt2c.kernels.op import OPS
 
-__all__ = ["EPS", "EXAMPLES", "Example", "Shape", "normalised_error"]
+__all__ = ["BF16_ATTENTION", "EPS", "EXAMPLES", "Example", "Shape", "normalised_error"]
 
 Shape = dict[str, Any]
 EPS = float(np.float32(1e-5))
+# of attention: a kernel rounds multiples of the softmax's weights, the reference the weights, by
+# 2^-9 of each
+BF16_ATTENTION = 2.0**-8
 KEY, FIRST = 0x9ABCDEF012345678, 0x8765432180000003  # of dropout
 
 
@@ -169,7 +172,13 @@ def _rmsnorm_backward(rng: Any, N: int, C: int, kind: str = "normal") -> list[An
 
 
 def _matmul_forward(
-    rng: Any, N: int, C: int, OC: int, kind: str = "float32", bias: bool = True
+    rng: Any,
+    N: int,
+    C: int,
+    OC: int,
+    kind: str = "float32",
+    bias: bool = True,
+    precision: str = "fp32",
 ) -> list[Any]:
     x, (weight, scale) = _normal(rng, N, C), _weight(rng, kind, OC, C)
     if kind == "uint8":
@@ -178,16 +187,22 @@ def _matmul_forward(
         steps = rng.integers(-126, 127, (N, C)) + rng.uniform(-0.4, 0.4, (N, C))
         steps[np.arange(N), rng.integers(0, C, N)] = rng.choice([-127, 127], N)
         x = _rounded(steps * rng.uniform(0.005, 0.02, (N, 1)))
-    return [_unwritten(N, OC), x, weight, _normal(rng, OC) if bias else None, scale]
+    return [_unwritten(N, OC), x, weight, _normal(rng, OC) if bias else None, scale, precision]
 
 
 def _matmul_backward(
-    rng: Any, N: int, C: int, OC: int, bias: bool = True, accumulate: bool = True
+    rng: Any,
+    N: int,
+    C: int,
+    OC: int,
+    bias: bool = True,
+    accumulate: bool = True,
+    precision: str = "fp32",
 ) -> list[Any]:
     held = _normal if accumulate else lambda rng, *shape: _unwritten(*shape)
     dweight, dbias = held(rng, OC, C), held(rng, OC) if bias else None
     dout, x, weight = _normal(rng, N, OC), _normal(rng, N, C), _normal(rng, OC, C)
-    return [_unwritten(N, C), dweight, dbias, dout, x, weight, accumulate]
+    return [_unwritten(N, C), dweight, dbias, dout, x, weight, accumulate, precision]
 
 
 def _matrix_transpose(rng: Any, R: int, C: int) -> list[Any]:
@@ -206,17 +221,18 @@ def _attention_forward(
     KV: int = 0,
     S: int = 0,
     dropout: float = 0.0,
+    precision: str = "fp32",
 ) -> list[Any]:
     # with 10, scores spread over hundreds, and most rows of the softmax are a 1 and zeros
     scale, KV = 10.0 if kind == "saturated" else 1.0, KV or NH
     qkv = _normal(rng, B, T, (NH + 2 * KV) * HS, scale=scale)
     outputs = [_unwritten(B, T, NH * HS), _unwritten(B, NH, T)]
     if not P:
-        return [*outputs, None, None, qkv, _offsets(rng, T, S), 0, dropout, KEY, FIRST]
+        return [*outputs, None, None, qkv, _offsets(rng, T, S), 0, dropout, KEY, FIRST, precision]
     keys, values = _normal(rng, B, KV, P, HS, scale=scale), _normal(rng, B, KV, P, HS)
     for cache in (keys, values):
         cache[:, :, position : position + T] = np.nan  # written; the rows around them stay
-    return [*outputs, keys, values, qkv, None, position, 0.0, 0, 0]
+    return [*outputs, keys, values, qkv, None, position, 0.0, 0, 0, precision]
 
 
 def _attention_backward(
@@ -229,8 +245,11 @@ def _attention_backward(
     KV: int = 0,
     S: int = 0,
     dropout: float = 0.0,
+    precision: str = "fp32",
 ) -> list[Any]:
-    arguments = _attention_forward(rng, B, T, NH, HS, kind, KV=KV, S=S, dropout=dropout)
+    arguments = _attention_forward(
+        rng, B, T, NH, HS, kind, KV=KV, S=S, dropout=dropout, precision=precision
+    )
     out, lse, *_ = _forward("attention_forward", arguments)
     _, _, _, _, qkv, offsets, _, *numbers = arguments
     return [_unwritten(*qkv.shape), _normal(rng, B, T, NH * HS), qkv, out, lse, offsets, *numbers]

@@ -56,15 +56,18 @@ rmsnorm_forward     out[N C] rstd[N] <- x[N C] weight[C] eps=1e-5 | N C
     eps: 0 <= eps
 rmsnorm_backward    +dx[N C] +dweight[C]? <- dout[N C] x[N C] weight[C] rstd[N] | N C
 
-matmul_forward      out[N OC] <- x[N C] weight[OC C]weights bias[OC]? scale[OC]?
-                    | type matmul_scratch_size(N C OC type threads) N C OC
+matmul_forward      out[N OC] <- x[N C] weight[OC C]weights bias[OC]? scale[OC]? precision='fp32'
+                    | type matmul_scratch_size(N C OC precision type threads) N C OC
+    precision: precision in ('fp32', 'bf16')
 matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
-                    <- dout[N OC] x[N C] weight[OC C] accumulate=True
+                    <- dout[N OC] x[N C] weight[OC C] accumulate=True precision='fp32'
                     | gemm_scratch_size(threads) N C OC
+    precision: precision in ('fp32', 'bf16')
 matrix_transpose    out[C R] <- x[R C] | R C
 
 attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
                     <- qkv[B T W] offsets[S]offsets? position=0 dropout=0.0 key=0 first=0
+                    precision='fp32'
                     | attention_scratch_size(T HS threads) B T C NH W P S
     C = W * NH // max(1, NH + 2 * KV)
     n_head: NH >= 1
@@ -78,15 +81,17 @@ attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
     dropout: P == 0 or dropout == 0
     key: 0 <= key < 2**64
     first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
+    precision: precision in ('fp32', 'bf16')
 attention_backward  dqkv[B T W]=qkv
                     <- dout[B T C] qkv[B T W] out[B T C] lse[B NH T] offsets[S]offsets?
-                    dropout=0.0 key=0 first=0
+                    dropout=0.0 key=0 first=0 precision='fp32'
                     | attention_scratch_size(T HS threads) B T C NH W S
     lse: C % NH == 0
     qkv: W > C and (W - C) % (2 * C // NH) == 0 and NH % ((W - C) // (2 * C // NH)) == 0
     dropout: 0 <= dropout < 1
     key: 0 <= key < 2**64
     first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
+    precision: precision in ('fp32', 'bf16')
 
 gelu_forward        out[*]=x <- x[*] | n
 gelu_backward       dx[*]=dout <- dout[*] x[*] | n

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.kernels.cases import EXAMPLES, Example, Shape
+from gpt2c.kernels.cases import BF16_ATTENTION, EXAMPLES, Example, Shape
 from gpt2c.kernels.op import OPS
 
 
@@ -29,6 +29,8 @@ class Case:
 
     @property
     def rtol(self) -> float:
+        if self.name.startswith("attention") and self.shape.get("precision") == "bf16":
+            return BF16_ATTENTION
         usual = RTOL_OF.get(self.name, self.example.rtol)
         return self.example.kinds.get(self.shape.get("kind"), usual)
 
@@ -123,6 +125,22 @@ DROPPED = [
     *shapes("B T NH HS S dropout", [(1, 200, 3, 16, 6, 0.2), (1, 70, 2, 33, 71, 0.5)]),
     *shapes("B T NH HS KV S dropout", [(1, 333, 6, 16, 2, 4, 0.1)]),
 ]
+# 16-bit products: lanes hold pairs, so odd and even sums, each around vectors, tiles and panels
+BF16_MATMUL = [
+    {**shape, "precision": "bf16"}
+    for shape in shapes(
+        "N C OC",
+        [
+            *((7, C, 18) for C in (*TILES, 95, 96, 97, 767, 768, 769, 1535, 1536, 1537, 3073)),
+            *((N, 24, 20) for N in (*TILES, *PANELS[:6], 1031, 1032, 1033)),
+            *((13, 23, OC) for OC in (*TILES, *PANELS[:6])),
+            *((1, 1, 1), (1, 768, 2304), (65, 768, 768), (97, 385, 257), (33, 3072, 50)),
+        ],
+    )
+]
+BF16_ATTENDED = [
+    {**shape, "precision": "bf16"} for shape in (*ATTENTION, *GROUPED, *RAGGED, *DROPPED)
+]
 # around the 64 x 64 blocks, and vectors
 TRANSPOSE = shapes(
     "R C",
@@ -184,15 +202,22 @@ OF_BLOCKS: dict[str, list[Shape]] = {
         *(ENCODER + RAGGED_TOKENS),
         *shapes("B T C V kind", [(2, 9, 17, 7, "no wpe"), (2, 9, 17, 7, "no wte")]),
     ],
-    "matmul_forward": [*MATMUL, *LINEAR, *shapes("N C OC", [(2, 64, 50257), (3, 768, 50257)])],
+    "matmul_forward": [
+        *(*MATMUL, *LINEAR, *BF16_MATMUL),
+        *shapes("N C OC", [(2, 64, 50257), (3, 768, 50257)]),
+        *shapes("N C OC kind precision", [(33, 67, 40, "float16", "bf16")]),
+    ],
     "matmul_backward": [
-        *MATMUL,
+        *(*MATMUL, *BF16_MATMUL),
         *shapes("N C OC", [(3, 64, 50257)]),
         *({**shape, "accumulate": False} for shape in MATMUL),
     ],
     "matrix_transpose": TRANSPOSE,
-    "attention_forward": ATTENTION + CACHE + GROUPED + GROUPED_CACHE + RAGGED + DROPPED,
-    "attention_backward": ATTENTION + GROUPED + RAGGED + DROPPED,
+    "attention_forward": [
+        *(*ATTENTION, *CACHE, *GROUPED, *GROUPED_CACHE, *RAGGED, *DROPPED, *BF16_ATTENDED),
+        *({**shape, "precision": "bf16"} for shape in CACHE[::5]),
+    ],
+    "attention_backward": [*ATTENTION, *GROUPED, *RAGGED, *DROPPED, *BF16_ATTENDED],
     "rope_forward": [*edges("rope_forward"), *RAGGED_ROPE],
     "rope_backward": [*edges("rope_backward"), *RAGGED_ROPE],
     "crossentropy_forward": CROSSENTROPY,

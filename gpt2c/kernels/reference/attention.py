@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.reference.dropout import keep_factors
+from gpt2c.kernels.reference.rounding import rounded
 
 __all__ = ["attention_backward", "attention_forward"]
 
@@ -79,6 +80,7 @@ def attention_forward(
     dropout: float,
     key: int,
     first: int,
+    precision: str = "fp32",
 ) -> None:
     """Compute for each token, in each head, a weighted mean of the values up to that token.
 
@@ -103,6 +105,8 @@ def attention_forward(
         cache
     dropout, key, first : see `dropout_forward`; a row is a token of the batch, a column a key of
         its sequence, and each head has its own; dropout is 0 with a cache
+    precision : "bf16" rounds the factors of both products to 16 bits, see `matmul_forward`; a
+        kernel rounds multiples of p
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; lse: Dao et al. 2022, arXiv:2205.14135; grouped
     queries: Ainslie et al. 2023, arXiv:2305.13245.
@@ -110,7 +114,7 @@ def attention_forward(
     if offsets is not None:
         for rows in _sequences(offsets):
             parts = out[:, rows], lse[:, :, rows], None, None, qkv[:, rows]
-            attention_forward(*parts, None, 0, dropout, key, first + rows.start)
+            attention_forward(*parts, None, 0, dropout, key, first + rows.start, precision)
         return
     NH = lse.shape[1]
     q, k, v = _split(qkv, out.shape[2], NH)
@@ -118,6 +122,7 @@ def attention_forward(
         end = position + qkv.shape[1]
         keys[:, :, position:end], values[:, :, position:end] = k, v
         k, v = keys[:, :, :end], values[:, :, :end]
+    q, k, v = rounded(precision, q, k, v)
     scores = _causal_scores(q, _for_each_query_head(k, NH))
     largest = scores.max(axis=3, keepdims=True)  # subtracted first, so that exp cannot overflow
     p = np.exp(scores - largest)
@@ -125,7 +130,8 @@ def attention_forward(
     lse[...] = (largest + np.log(total))[..., 0]
     if dropout:
         p *= _keep(p, dropout, key, first)
-    _heads(out, NH)[...] = (p / total) @ _for_each_query_head(v, NH)
+    (p,) = rounded(precision, p / total)
+    _heads(out, NH)[...] = p @ _for_each_query_head(v, NH)
 
 
 def attention_backward(
@@ -138,6 +144,7 @@ def attention_backward(
     dropout: float,
     key: int,
     first: int,
+    precision: str = "fp32",
 ) -> None:
     """Write the gradient of q, k and v; recompute the softmax from `lse`.
 
@@ -150,20 +157,25 @@ def attention_backward(
     ----------
     dqkv : (B, T, W), written; may be qkv
     dout : (B, T, C)
-    qkv, out, lse, offsets, dropout, key, first : the inputs and the outputs of the forward pass
+    qkv, out, lse, offsets, dropout, key, first, precision : the inputs and the outputs of the
+        forward pass
     """
     if offsets is not None:
         for rows in _sequences(offsets):
             parts = dqkv[:, rows], dout[:, rows], qkv[:, rows], out[:, rows]
-            attention_backward(*parts, lse[:, :, rows], None, dropout, key, first + rows.start)
+            own = dropout, key, first + rows.start
+            attention_backward(*parts, lse[:, :, rows], None, *own, precision)
         return
     C, NH = out.shape[2], lse.shape[1]
     q, k, v = _split(qkv, C, NH)
     dq, dk, dv = _split(dqkv, C, NH)
     KV = k.shape[1]
+    q, k, v = rounded(precision, q, k, v)
     k, v = _for_each_query_head(k, NH), _for_each_query_head(v, NH)
     dout, out = _heads(dout, NH), _heads(out, NH)
     p = np.exp(_causal_scores(q, k) - lse[..., None])
+    delta = (dout * out).sum(axis=3, keepdims=True)
+    (dout,) = rounded(precision, dout)
     # out = dropped v
     dp, dropped = dout @ v.swapaxes(2, 3), p
     if dropout:  # dropped = p * keep
@@ -171,8 +183,9 @@ def attention_backward(
         dp, dropped = dp * keep, p * keep
     # p = softmax(scores): dscores = p * (dp - sum(p * dp)), where the sum over keys of p * dp
     # equals the sum over channels of dout * out
-    dscores = p * (dp - (dout * out).sum(axis=3, keepdims=True))
+    dscores = p * (dp - delta)
     # scores = q k^T / sqrt(HS)
     dscores /= math.sqrt(q.shape[3])
+    dscores, dropped = rounded(precision, dscores, dropped)
     dq[...], dk[...] = dscores @ k, _sum_over_group(dscores.swapaxes(2, 3) @ q, KV)
     dv[...] = _sum_over_group(dropped.swapaxes(2, 3) @ dout, KV)

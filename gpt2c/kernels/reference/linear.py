@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.op import MIDDLE, TINY
+from gpt2c.kernels.reference.rounding import rounded
 
 __all__ = ["matmul_backward", "matmul_forward", "matrix_transpose"]
 
@@ -18,7 +19,12 @@ Array = NDArray[np.floating[Any]]
 
 
 def matmul_forward(
-    out: Array, x: Array, weight: NDArray[Any], bias: Array | None, scale: Array | None
+    out: Array,
+    x: Array,
+    weight: NDArray[Any],
+    bias: Array | None,
+    scale: Array | None,
+    precision: str = "fp32",
 ) -> None:
     """Apply a linear layer to each row; its weights may have 32, 16 or 8 bits.
 
@@ -36,6 +42,8 @@ def matmul_forward(
         uint8 with C <= LONGEST
     bias : (OC,), or None
     scale : (OC,) for uint8, else None
+    precision : "bf16" rounds x and a weight of float32 or float16 to 16 bits first, see `bf16`; the
+        products are added in float32. "fp32" does not
 
     Source: dynamic quantization by rows, Dettmers et al. 2022, arXiv:2208.07339, without its
     outliers.
@@ -50,7 +58,8 @@ def matmul_forward(
         sums = x8 @ (weight.astype(np.int64) - MIDDLE).T
         out[...] = sums.astype(x.dtype) * (x_scale * scale)
     else:
-        out[...] = x @ weight.astype(x.dtype, copy=False).T
+        x, weight = rounded(precision, x, weight.astype(x.dtype, copy=False))
+        out[...] = x @ weight.T
     if bias is not None:
         out += bias
 
@@ -63,6 +72,7 @@ def matmul_backward(
     x: Array,
     weight: Array,
     accumulate: bool = True,
+    precision: str = "fp32",
 ) -> None:
     """Add the gradients of a linear layer's parameters; write the gradient of its input.
 
@@ -75,12 +85,14 @@ def matmul_backward(
     dout : (N, OC)
     x, weight : (N, C), (OC, C)
     accumulate : False writes dweight and dbias, so they need not be 0 before
+    precision : of the products, see `matmul_forward`; dbias has none
     """
     # out = x weight^T + bias
-    if dweight is not None:
-        dweight[...] = dout.T @ x + (dweight if accumulate else 0)
     if dbias is not None:
         dbias[...] = dout.sum(axis=0) + (dbias if accumulate else 0)
+    dout, x, weight = rounded(precision, dout, x, weight)
+    if dweight is not None:
+        dweight[...] = dout.T @ x + (dweight if accumulate else 0)
     if dx is not None:
         dx[...] = dout @ weight
 

@@ -1,0 +1,113 @@
+"""Products of 16-bit numbers: rounding and the order of sums, to the bit, on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gpt2c.kernels.backend import as_precision, get_backend
+from gpt2c.kernels.reference.rounding import bf16
+
+TINY = np.float32(2.0**-126)
+# a number, and the bfloat16 that it becomes
+ROUNDED = {
+    "one": (1.0, 1.0),
+    "a tie, to the even one below": (1 + 2.0**-8, 1.0),
+    "a tie, to the even one above": (1 + 3 * 2.0**-8, 1 + 2.0**-6),
+    "above a tie": (1 + 2.0**-8 + 2.0**-23, 1 + 2.0**-7),
+    "into the next power of two": (2 - 2.0**-23, 2.0),
+    "the least that is not tiny": (TINY, TINY),
+    "tiny": (np.nextafter(TINY, np.float32(0)), 0.0),
+    "the largest": (2.0**127 * (2 - 2.0**-7), 2.0**127 * (2 - 2.0**-7)),
+    "beyond the largest": (np.finfo(np.float32).max, np.inf),
+    "infinity": (np.inf, np.inf),
+    "nan": (np.nan, np.nan),
+}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("what", ROUNDED)
+def test_rounding(what: str, sign: int) -> None:
+    x, expected = (np.float32(sign * value) for value in ROUNDED[what])
+    found = bf16(np.array([x]))[0]
+    assert np.isnan(found) if np.isnan(expected) else found == expected
+    assert np.signbit(found) == np.signbit(expected) or np.isnan(expected)
+
+
+def test_every_rounded_number_is_the_nearest(rng: np.random.Generator) -> None:
+    x = rng.integers(0, 2**31, 100_000, np.uint32).view(np.float32)
+    x = x[np.isfinite(x) & (x >= TINY) & (x < 2.0**127)]
+    found = bf16(x)
+    bits = found.view(np.uint32)
+    assert not (bits & 0xFFFF).any()
+    for step in (-(1 << 16), 1 << 16):
+        other = (bits.astype(np.int64) + step).clip(0).astype(np.uint32).view(np.float32)
+        assert (np.abs(found - x) <= np.abs(other - x)).all()
+
+
+def fused(total: Any, a: Any, b: Any) -> Any:
+    """Return total + a b, rounded once: the product of two bfloat16 is exact in float32."""
+    return (total.astype(np.float64) + a.astype(np.float64) * b).astype(np.float32)
+
+
+def in_order(x: NDArray[Any], weight: NDArray[Any]) -> NDArray[Any]:
+    """Return x weight^T, added as the instruction adds: of each pair the second product first."""
+    a, b = bf16(x), bf16(weight)
+    if a.shape[1] % 2:
+        a, b = (np.pad(factor, ((0, 0), (0, 1))) for factor in (a, b))
+    total = np.zeros((len(a), len(b)), np.float32)
+    for k in range(0, a.shape[1], 2):
+        for one in (k + 1, k):
+            total = fused(total, a[:, one, None], b[:, one])
+    return total
+
+
+@pytest.mark.parametrize(("N", "C", "OC"), [(1, 1, 1), (3, 2, 5), (17, 41, 33), (40, 300, 70)])
+def test_products_have_the_bits_of_the_instruction(
+    N: int, C: int, OC: int, backend_name: str, rng: np.random.Generator
+) -> None:
+    if backend_name == "numpy":
+        pytest.skip("NumPy adds in an order of its own")
+    x, weight = rng.standard_normal((N, C), np.float32), rng.standard_normal((OC, C), np.float32)
+    out, backend = np.empty((N, OC), np.float32), get_backend(backend_name)
+    backend.matmul_forward(out, x, weight, None, None, "bf16")
+    if backend_name == "avx512bf16" and not np.array_equal(out, in_order(x, weight)):
+        pytest.xfail("this CPU's instruction adds in another order than Intel's manual has it")
+    assert np.array_equal(out, in_order(x, weight))
+    dx, dweight, dout = np.empty_like(x), np.empty_like(weight), out / np.float32(np.sqrt(C))
+    backend.matmul_backward(dx, dweight, None, dout, x, weight, False, "bf16")
+    assert np.array_equal(dx, in_order(dout, weight.T))
+    assert np.array_equal(dweight, in_order(dout.T, x.T))
+
+
+def test_numbers_are_rounded_as_the_reference_rounds(backend_name: str) -> None:
+    x = np.array([[sign * value[0]] for value in ROUNDED.values() for sign in (1, -1)], np.float32)
+    x = x[np.isfinite(x[:, 0])]
+    out = np.empty_like(x)
+    get_backend(backend_name).matmul_forward(
+        out, x, np.ones((1, 1), np.float32), None, None, "bf16"
+    )
+    assert np.array_equal(out, bf16(x))
+    for value in (np.nan, np.inf, -np.inf):
+        x[3] = value
+        get_backend(backend_name).matmul_forward(
+            out, x, np.ones((1, 1), np.float32), None, None, "bf16"
+        )
+        assert np.array_equal(out[3], [value], equal_nan=True)
+        assert np.isfinite(np.delete(out, 3)).sum() == np.isfinite(np.delete(bf16(x), 3)).sum()
+
+
+def test_auto_is_what_this_cpu_computes_fastest(backend: Any) -> None:
+    found = as_precision("auto", backend)
+    assert found in ("fp32", "bf16")
+    if backend.name != "avx512bf16":
+        assert found == "fp32"  # without the instruction, 16 bits take longer
+
+
+@pytest.mark.parametrize("precision", ["bf-16", None, 16, ["bf16"]])
+def test_unknown_precision_is_refused(precision: Any, backend: Any) -> None:
+    with pytest.raises(ValueError, match=r"precision must be 'fp32', 'bf16' or 'auto', got "):
+        as_precision(precision, backend)
