@@ -54,9 +54,10 @@ class CausalLM(Model):
         recompute: str | None = None,
         threads: int | None = None,
         weights: str = "fp32",
+        precision: str = "fp32",
     ) -> None:
         check_kind("config", config, self.config_class, f"a {self.config_class.__name__}")
-        super().__init__(config, seed, backend, recompute, threads, weights)
+        super().__init__(config, seed, backend, recompute, threads, weights, precision)
 
     # ---- files -----------------------------------------------------------------------------------
 
@@ -69,6 +70,7 @@ class CausalLM(Model):
         revision: str | None = None,
         threads: int | None = None,
         recompute: str | None = None,
+        precision: str = "fp32",
     ) -> Self:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
@@ -77,7 +79,7 @@ class CausalLM(Model):
         Parameters
         ----------
         path : see `gpt2c.formats.load.find_model`
-        backend, threads, recompute : see `GPT2`
+        backend, threads, recompute, precision : see `GPT2`
         quantize : "int8" or "fp16" rounds the weights to 8 or 16 bits, one tensor at a time, for
             inference; None leaves them fp32
         revision : of a model on the hub: a branch, tag or commit
@@ -90,7 +92,8 @@ class CausalLM(Model):
         """
         from gpt2c.formats.load import find_model
 
-        return cls.from_found(find_model(path, revision), backend, threads, quantize, recompute)
+        found = find_model(path, revision)
+        return cls.from_found(found, backend, threads, quantize, recompute, precision)
 
     @classmethod
     def from_found(
@@ -100,6 +103,7 @@ class CausalLM(Model):
         threads: int | None = None,
         quantize: str | None = None,
         recompute: str | None = None,
+        precision: str = "fp32",
     ) -> Self:
         """Load a model that `gpt2c.formats.load.find_model` has found; see `from_pretrained`."""
         config, source = found.config, found.source
@@ -117,7 +121,8 @@ class CausalLM(Model):
                 mend = f", which cannot become {quantize}: start from the model that was quantized"
             raise ValueError(f"{source} holds {found.weights} weights{mend}")
         check_shapes(shapes_of(config, found.weights), found.tensors, source)
-        model = cls(config, None, backend, recompute, threads, quantize or "fp32")
+        weights = quantize or "fp32"
+        model = cls(config, None, backend, recompute, threads, weights, precision)
         load = model.load_parameters if found.weights == "fp32" else model.load_quantized
         load(found.tensors, source)
         return model

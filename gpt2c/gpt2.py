@@ -31,6 +31,10 @@ class GPT2(CausalLM):
         "light" for the outputs of layernorm and GELU, "full" for all but the residual stream
         between layers (Chen et al. 2016, arXiv:1604.06174). The results are bit for bit the same
     weights : "fp32", or "fp16" or "int8" for a model that is only read: see `quantize`
+    precision : of the products of matrices. "bf16" rounds their factors to 16 bits (bfloat16) and
+        adds in float32; weights, their moments, the residual stream, norms, softmax and loss stay
+        float32. It is faster on CPUs with instructions for it, and slow on others. "auto" takes
+        what this CPU computes fastest
 
     Attributes
     ----------
@@ -47,8 +51,8 @@ class GPT2(CausalLM):
 
     Raises
     ------
-    ValueError : an unknown backend, recompute or type of weights, a seed or threads out of range,
-        int8 with more than 65536 channels
+    ValueError : an unknown backend, recompute, type of weights or precision, a seed or threads out
+        of range, int8 with more than 65536 channels
     MemoryError : the parameters do not fit, or later the gradients
 
     `copy.copy` and `copy.deepcopy` return an independent model with the same parameters and

@@ -14,7 +14,7 @@ class Llama(CausalLM):
     Parameters
     ----------
     config : its shape
-    seed, backend, recompute, threads, weights : see `GPT2`
+    seed, backend, recompute, threads, weights, precision : see `GPT2`
 
     Source: Touvron et al. 2023, arXiv:2302.13971.
 

@@ -28,6 +28,7 @@ def from_pretrained(
     revision: str | None = None,
     threads: int | None = None,
     recompute: str | None = None,
+    precision: str = "fp32",
 ) -> GPT2 | Llama:
     """Load a model of any kind; one that was saved quantized stays quantized.
 
@@ -45,7 +46,8 @@ def from_pretrained(
     """
     from gpt2c.formats.load import find_model
 
-    return open_found(find_model(path, revision), backend, quantize, threads, recompute)
+    found = find_model(path, revision)
+    return open_found(found, backend, quantize, threads, recompute, precision)
 
 
 def open_found(
@@ -54,8 +56,10 @@ def open_found(
     quantize: str | None = None,
     threads: int | None = None,
     recompute: str | None = None,
+    precision: str = "fp32",
 ) -> GPT2 | Llama:
     """Load a model that `find_model` has found; see `from_pretrained`."""
     if quantize is None and found.weights != "fp32":
         quantize = found.weights
-    return MODELS[type(found.config)].from_found(found, backend, threads, quantize, recompute)
+    door = MODELS[type(found.config)]
+    return door.from_found(found, backend, threads, quantize, recompute, precision)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c.kernels.backend import backends, fma_peak, get_backend, why_missing
+from gpt2c.kernels.backend import REQUIRES, backends, fma_peak, get_backend, why_missing
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import aligned_zeros
 
 __all__ = [
+    "BF16_TRAIN_RTOL",
     "Ceilings",
     "Quiet",
     "commit",
@@ -26,15 +27,22 @@ __all__ = [
     "cpu_facts",
     "cpu_name",
     "fastest",
+    "in_bf16",
     "measure_ceilings",
 ]
 
 FLOATS = 1 << 26  # 256 MB: more than any last-level cache
 BURN_SECONDS = 0.005
+BF16_TRAIN_RTOL = 0.01  # of a loss; bfloat16 rounds each factor of a product by up to 0.002 of it
 # /proc/cpuinfo's numbers of a processor: x86's, then ARM's
 CPU_NUMBERS = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
 SOURCES = ("gpt2c", "csrc", "build.py")  # a benchmark measures these
 COMPILER = re.compile(rb"GCC: [ -~]+|[ -~]*clang version [ -~]+")
+
+
+def in_bf16(row: str) -> bool:
+    """Return whether a row's products are in bfloat16: "avx2:bf16", "torch-bf16"."""
+    return row.endswith(":bf16") or row.startswith("torch-bf16")
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Ceilings:
 
     Attributes
     ----------
-    peak : backend -> FLOP/s of its multiply-adds, registers only
+    peak : backend -> FLOP/s of its multiply-adds, registers only; "name:bf16" of those with
+        instructions for bfloat16
     bandwidth : number of threads, up to all cores -> bytes/s from and to memory, reading alone or
         adding in place, whichever moves more
     """
@@ -52,12 +61,15 @@ class Ceilings:
     peak: dict[str, float]
     bandwidth: dict[int, float]
 
-    def seconds(self, backend: str, flops: float, size: float) -> float:
+    def seconds(self, row: str, flops: float, size: float) -> float:
         """Return the least seconds that `flops` operations on `size` bytes can take.
 
-        NumPy and PyTorch choose their own instructions: their peak is the highest one.
+        NumPy and PyTorch choose their own instructions: their peak is the highest one of their
+        precision. Without instructions for bfloat16, that of fp32 counts.
         """
-        peak = self.peak.get(backend, max(self.peak.values()))
+        precise = [name for name in self.peak if in_bf16(name) == in_bf16(row)]
+        highest = max(self.peak[name] for name in precise or self.peak)
+        peak = self.peak.get(row, self.peak.get(row.partition(":")[0], highest))
         return max(flops / peak, size / self.full_bandwidth)
 
     def best(self, other: Ceilings) -> Ceilings:
@@ -87,7 +99,10 @@ def fastest() -> str:
 def measure_ceilings(threads: int) -> Ceilings:
     """Measure the peak of every backend's multiply-adds, and memory with 1, 2, 4 ... threads."""
     fma_peak.cache_clear()  # the machine may have been busy when they were measured last
-    peak = {name: fma_peak(name, threads) for name in backends() if name != "numpy"}
+    own = [name for name in backends() if name != "numpy"]
+    peak = {name: fma_peak(name, threads) for name in own}
+    bf16 = [name for name in own if "avx512bf16" in REQUIRES[name]]
+    peak |= {f"{name}:bf16": fma_peak(name, threads, "bf16") for name in bf16}
     data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
     data.fill(0.0)
     other.fill(0.0)

@@ -108,9 +108,11 @@ def _attention_forward(
     offsets: Any,
     position: int,
     dropout: float,
-    *_: int,
+    key: int,
+    first: int,
+    precision: str,
 ) -> Call | None:
-    if keys is not None or offsets is not None or dropout:
+    if keys is not None or offsets is not None or dropout or precision != "fp32":
         return None
     return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), None, None, None]
 
@@ -123,16 +125,42 @@ def _rope(x: Any, cos: Any, sin: Any, offsets: None, heads: int, position: int) 
     return torch.cat([qk * c + half * s, v], 2).view(B, T, C)
 
 
-def _matmul_forward(out: Any, x: Any, weight: Any, bias: Any, scale: Any) -> Call | None:
-    if weight.dtype != x.dtype:
+def _matmul_forward(
+    out: Any, x: Any, weight: Any, bias: Any, scale: Any, precision: str
+) -> Call | None:
+    if weight.dtype != x.dtype or precision != "fp32":
         return None
     return lambda: [F.linear(x, weight, bias)]
 
 
-def _attention_backward(
-    dqkv: Any, dout: Any, qkv: Any, out: Any, lse: Any, offsets: Any, dropout: float, *_: int
+def _matmul_backward(
+    dx: Any,
+    dweight: Any,
+    dbias: Any,
+    dout: Any,
+    x: Any,
+    weight: Any,
+    accumulate: bool,
+    precision: str,
 ) -> Call | None:
-    if offsets is not None or dropout:
+    if precision != "fp32":
+        return None
+    return lambda: [dout @ weight, dout.t() @ x, dout.sum(0)]
+
+
+def _attention_backward(
+    dqkv: Any,
+    dout: Any,
+    qkv: Any,
+    out: Any,
+    lse: Any,
+    offsets: Any,
+    dropout: float,
+    key: int,
+    first: int,
+    precision: str,
+) -> Call | None:
+    if offsets is not None or dropout or precision != "fp32":
         return None
     qkv.requires_grad_()
     return _gradient(_attention(qkv, out.shape[2], lse.shape[1]), qkv, dout)
@@ -179,9 +207,7 @@ _OPS: dict[str, Callable[..., Call | None]] = {
     ),
     "rmsnorm_backward": _rmsnorm_backward,
     "matmul_forward": _matmul_forward,
-    "matmul_backward": lambda dx, dweight, dbias, dout, x, weight, accumulate: (
-        lambda: [dout @ weight, dout.t() @ x, dout.sum(0)]
-    ),
+    "matmul_backward": _matmul_backward,
     "attention_forward": _attention_forward,
     "attention_backward": _attention_backward,
     "rope_forward": lambda out, *given: lambda: [_rope(*given)],
@@ -315,6 +341,7 @@ def torch_step(
     learning_rate: float,
     grad_clip: float,
     compiled: bool,
+    bf16: bool,
 ) -> Callable[[], float]:
     """Return a call that does a training step, with gpt2c.AdamW's defaults, and its loss."""
     model = _module(config, parameters)
@@ -327,7 +354,8 @@ def torch_step(
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(x, y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()

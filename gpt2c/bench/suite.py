@@ -20,8 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.bench.machine import Ceilings, Quiet, fastest
-from gpt2c.kernels.backend import NAMES, backends, get_backend, why_missing
+from gpt2c.bench.machine import BF16_TRAIN_RTOL, Ceilings, Quiet, fastest, in_bf16
+from gpt2c.kernels.backend import (
+    NAMES,
+    PRECISIONS,
+    REQUIRES,
+    backends,
+    get_backend,
+    why_missing,
+)
 from gpt2c.kernels.cases import EXAMPLES
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import require
@@ -63,7 +70,8 @@ TUNED = ":".join(
         ("mmap_max", 0),
     ]
 )
-TORCH = ("torch", "torch-tuned", "torch-compile")  # as installed; tuned; tuned and compiled
+# as installed; tuned; tuned and compiled; the last two with autocast to bfloat16
+TORCH = ("torch", "torch-tuned", "torch-compile", "torch-bf16", "torch-bf16-compile")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 # CTranslate2 computes in a thread of its own. So libgomp counts three threads on two CPUs and
 # hardly spins between parallel regions. "active" makes it spin ten times longer: int8 is 1.5 to 2
@@ -232,23 +240,33 @@ class Row:
 def choose_rows(given: str | None, compile_torch: bool = False) -> list[str]:
     """Return the rows: those given, with commas between, or all backends here and PyTorch.
 
+    A backend's row may name the precision of its products, "avx2:bf16". Without --backends, the
+    rows in bfloat16 are those of a CPU with instructions for it.
+
     Raises
     ------
     ValueError : a name is unknown, or the machine cannot run it
     """
     if given is None:
-        return [*reversed(backends()), *(TORCH if compile_torch else TORCH[:2])]
+        own = list(reversed(backends()))
+        bf16 = [f"{name}:bf16" for name in own if "avx512bf16" in REQUIRES[name]]
+        torch = [name for name in TORCH if bf16 or "bf16" not in name]
+        return [*own, *bf16, *(n for n in torch if compile_torch or "compile" not in n)]
     names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     for name in names:
         if name not in TORCH:
-            if name not in NAMES:
+            backend, _, precision = name.partition(":")
+            if backend not in NAMES or precision not in ("", *PRECISIONS):
                 known = ", ".join([*reversed(NAMES), *TORCH])
-                raise ValueError(f"there is no backend {name!r} to measure; there are {known}")
-            if name not in backends():
-                raise ValueError(f"backend {name!r}: {why_missing(name)}")
+                raise ValueError(
+                    f"there is no backend {name!r} to measure; there are {known}, and each backend"
+                    " with :bf16"
+                )
+            if backend not in backends():
+                raise ValueError(f"backend {backend!r}: {why_missing(backend)}")
     if not names:
         raise ValueError("--backends names none")
-    return [*names, *(TORCH[2:] if compile_torch and TORCH[2] not in names else ())]
+    return [*names, *(TORCH[2:3] if compile_torch and TORCH[2] not in names else ())]
 
 
 def lacks(name: str) -> str:
@@ -476,7 +494,8 @@ def _compare_losses(results: list[Result]) -> None:
     found = [r for r in results if "first_loss" in r.facts and not r.note]
     for result in found:
         loss, wanted = result.facts["first_loss"], found[0].facts["first_loss"]
-        if not abs(loss - wanted) <= 1e-4 * abs(wanted):  # not `>`: NaN is wrong, too
+        rtol = BF16_TRAIN_RTOL if in_bf16(result.row) or in_bf16(found[0].row) else 1e-4
+        if not abs(loss - wanted) <= rtol * abs(wanted):  # not `>`: NaN is wrong, too
             result.note = f"WRONG: first loss {loss:.5f}, that of {found[0].row} is {wanted:.5f}"
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2c.bench.machine import fastest
+from gpt2c.bench.machine import BF16_TRAIN_RTOL, fastest, in_bf16
 from gpt2c.formats.load import AnyConfig, config_of
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import get_backend
-from gpt2c.kernels.cases import EXAMPLES, normalised_error
+from gpt2c.kernels.cases import BF16_ATTENTION, EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
@@ -80,8 +80,9 @@ class Worker:
 
     Parameters
     ----------
-    row : a backend or one of ENGINES, with the kind of its weights, such as "avx2:int8"; or
-        "torch...": PyTorch, compiled if the name contains "compile"
+    row : a backend or one of ENGINES, with the kind of its weights, such as "avx2:int8", or the
+        precision of its products, "avx2:bf16"; or "torch...": PyTorch, compiled if the name
+        contains "compile", with autocast to bfloat16 if it contains "bf16"
     threads : number of threads
     """
 
@@ -95,6 +96,7 @@ class Worker:
             torch.set_num_threads(threads)
         elif self._row not in ENGINES:
             self._backend = get_backend(self._row, threads)
+        self._bf16 = in_bf16(row)
 
     def hello(self) -> dict[str, Any]:
         """Answer, to show that the row runs."""
@@ -103,6 +105,12 @@ class Worker:
     def op(self, name: str, shape: dict[str, Any]) -> dict[str, Any]:
         """Prepare an op and compare its results with the reference's, in float64."""
         example, outputs = EXAMPLES[name], len(OPS[name].outputs)
+        rtol = example.rtol
+        if self._precision == "bf16":
+            if "precision" not in OPS[name].numbers:
+                return {"missing": "it has no products of matrices"}
+            shape = shape | {"precision": "bf16"}
+            rtol = BF16_ATTENTION if name.startswith("attention") else rtol
         wide = example.make(np.random.default_rng(zlib.crc32(f"{name} {shape}".encode())), **shape)
         if name != "adamw_update":
             for output in wide[:outputs]:
@@ -118,14 +126,13 @@ class Worker:
             if call is None:
                 return {"missing": "PyTorch has no such op"}
             results = [None if r is None else r.detach().numpy().copy() for r in call()]
-            rtol = TORCH_RTOL.get(name, max(example.rtol, 1e-5))
+            rtol = TORCH_RTOL.get(name, max(rtol, 1e-5))
         else:
             run = getattr(self._backend, name)
             call = lambda: run(*narrow)  # noqa: E731
             result = call()
             results = narrow[:outputs] or [result]
             results = [None if r is None else np.array(r) for r in results]
-            rtol = example.rtol
         expected = getattr(reference, name)(*wide)
         wanted = wide[:outputs] or [expected]
         errors = [
@@ -163,7 +170,8 @@ class Worker:
         losses = [(checked(), step()) for _ in range(3)]
         error = float(np.max([abs(a - b) / abs(b) for a, b in losses]))
         self._call = self._step(given, _batch(given, B, T), recompute)
-        return {"error": error, "rtol": TRAIN_RTOL, "first_loss": self._call()}
+        rtol = BF16_TRAIN_RTOL if self._bf16 else TRAIN_RTOL
+        return {"error": error, "rtol": rtol, "first_loss": self._call()}
 
     def step(self) -> dict[str, Any]:
         """Return the seconds of a training step, its loss, and the peak of memory in bytes."""
@@ -178,12 +186,14 @@ class Worker:
         self, config: AnyConfig, batch: tuple[Any, Any], recompute: str | None
     ) -> Callable[[], float]:
         if not self._row.startswith("torch"):
-            return _own_step(self._backend, config, batch, recompute)
+            return _own_step(self._backend, config, batch, recompute, self._precision or "fp32")
         from gpt2c.bench.peers import torch_step
 
         parameters = Model(config, backend="numpy").parameters
         compiled = "compile" in self._row
-        return torch_step(config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled)
+        return torch_step(
+            config, parameters, *batch, LEARNING_RATE, GRAD_CLIP, compiled, self._bf16
+        )
 
     def generate(self, what: str, config: dict[str, Any], B: int, T: int) -> dict[str, Any]:
         """Prepare a model for inference; compare a small one's logits with the numpy backend's.
@@ -275,9 +285,13 @@ def _batch(config: AnyConfig, B: int, T: int) -> tuple[Any, Any]:
 
 
 def _own_step(
-    backend: Any, config: AnyConfig, batch: tuple[Any, Any], recompute: str | None
+    backend: Any,
+    config: AnyConfig,
+    batch: tuple[Any, Any],
+    recompute: str | None,
+    precision: str = "fp32",
 ) -> Callable[[], float]:
-    model = Model(config, backend=backend, recompute=recompute)
+    model = Model(config, backend=backend, recompute=recompute, precision=precision)
     optimizer = AdamW(model, learning_rate=LEARNING_RATE)
 
     def step() -> float:

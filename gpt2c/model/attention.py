@@ -78,7 +78,7 @@ class Attention:
         run.ops.attention_forward(
             *(run.rows(att), run.a[self._lse], keys, values),
             *(run.rows(qkv), run.offsets, run.position),
-            *run.dropout.at(self.name),
+            *(*run.dropout.at(self.name), run.precision),
         )
         self.proj.forward(run, out, att)
 
@@ -99,7 +99,7 @@ class Attention:
         d_qkv = run.take(self._qkv)
         run.ops.attention_backward(
             *(run.rows(d_qkv), run.rows(d_att), run.rows(qkv), run.rows(att), lse, run.offsets),
-            *run.dropout.at(self.name),
+            *(*run.dropout.at(self.name), run.precision),
         )
         if self._rope:
             self._rope.backward(run, d_qkv, self.NH + self.KV)

@@ -226,11 +226,12 @@ class Run:
     caches : of texts that are read in parts, the name of a block -> what it remembers
     position : of the first token
     dropout : of a batch to learn from
+    precision : of the products of matrices, "fp32" or "bf16"
     """
 
     __slots__ = (
         *("a", "accumulate", "batch", "caches", "dropout", "g", "offsets", "ops", "p"),
-        "position",
+        *("position", "precision"),
     )
 
     def __init__(
@@ -243,9 +244,11 @@ class Run:
         caches: Mapping[str, tuple[Array, Array]] = NOTHING,
         position: int = 0,
         dropout: Dropout = NO_DROPOUT,
+        precision: str = "fp32",
     ) -> None:
         self.ops, self.p, self.a, self.batch, self.offsets = ops, p, a, batch, offsets
         self.caches, self.position, self.dropout = caches, position, dropout
+        self.precision = precision
         self.g: Mapping[str, Array] = NOTHING
         self.accumulate = True
 

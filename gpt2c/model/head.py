@@ -61,7 +61,8 @@ class Head:
 
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write logits (N, V) of x (N, C)."""
-        run.ops.matmul_forward(out, x, run.p[self.weight], None, run.p.get(self.scale))
+        weight, scale = run.p[self.weight], run.p.get(self.scale)
+        run.ops.matmul_forward(out, x, weight, None, scale, run.precision)
 
     def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stage that does `forward`."""
@@ -92,7 +93,9 @@ class Head:
             part = x[rows]  # a view of a slice, a copy of scattered rows
             logits = self._logits(run, part)
             objective.learn(ops, losses[block], logits, rows, scale)
-            ops.matmul_backward(part, d_weight, None, logits, part, weight, accumulate)
+            ops.matmul_backward(
+                part, d_weight, None, logits, part, weight, accumulate, run.precision
+            )
             if live is not None:
                 x[rows] = part
             accumulate = True
@@ -113,7 +116,9 @@ class Head:
     ) -> None:
         """Turn x (N, C) into its gradient, from that of the logits (n, V) of n of its rows."""
         part, weight = x[rows], run.p[self.weight]
-        run.ops.matmul_backward(part, d_weight, None, d_logits, part, weight, run.accumulate)
+        run.ops.matmul_backward(
+            part, d_weight, None, d_logits, part, weight, run.accumulate, run.precision
+        )
         x.fill(0.0)
         x[rows] = part
 

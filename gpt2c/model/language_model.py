@@ -18,7 +18,7 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.backend import Backend, as_precision
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import Array, require
 from gpt2c.model.block import IntArray
@@ -37,6 +37,7 @@ class LanguageModel:
     config : its shape
     backend : the ops that compute
     weights : their type
+    precision : of the products of matrices
 
     Attributes
     ----------
@@ -45,15 +46,27 @@ class LanguageModel:
 
     parameters: Mapping[str, NDArray[Any]]
 
-    def __init__(self, config: ModelConfig, backend: Backend, weights: str = "fp32") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        weights: str = "fp32",
+        precision: str = "fp32",
+    ) -> None:
         self.config = config
         self.backend = backend
         self._weights = weights
+        self._precision = as_precision(precision, backend)
 
     @property
     def weights(self) -> str:
         """The type of the matrices and the token table: "fp32", "fp16" or "int8"."""
         return self._weights
+
+    @property
+    def precision(self) -> str:
+        """The precision of the products of matrices: "fp32" or "bf16"."""
+        return self._precision
 
     def __repr__(self) -> str:
         config, backend = self.config, self.backend
@@ -63,6 +76,7 @@ class LanguageModel:
             counted(config.n_embd, "channel"),
             f"{size / 1e6:,.0f}M parameters" if size >= 1e7 else counted(size, "parameter"),
             *([] if self.weights == "fp32" else [self.weights]),
+            *([] if self.precision == "fp32" else [f"products in {self.precision}"]),
             backend.name,
         ]
         if backend.name != "numpy":  # NumPy has threads of its own
@@ -81,7 +95,7 @@ class LanguageModel:
         ValueError, MemoryError : see `gpt2c.model.reader.Decoder`
         """
         capacity = self.config.n_positions if capacity is None else capacity
-        return Decoder(self.config, self.parameters, self.backend, slots, capacity)
+        return Decoder(self.config, self.parameters, self.backend, slots, capacity, self.precision)
 
     @overload
     def __call__(self, idx: ArrayLike, hidden_states: Literal[False] = ...) -> Array: ...

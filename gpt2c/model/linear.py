@@ -45,7 +45,9 @@ class Linear:
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write out (N, OC) of x (N, C)."""
         p = run.p
-        run.ops.matmul_forward(out, x, p[self.weight], p.get(self.bias), p.get(self.scale))
+        run.ops.matmul_forward(
+            out, x, p[self.weight], p.get(self.bias), p.get(self.scale), run.precision
+        )
 
     def stages(
         self, run: Run, out: Array, x: Array, then: str = "write", inner: Array | None = None
@@ -62,5 +64,5 @@ class Linear:
         g = run.g
         run.ops.matmul_backward(
             *(d_x, g.get(self.weight), g.get(self.bias)),
-            *(d_out, x, run.p[self.weight], run.accumulate),
+            *(d_out, x, run.p[self.weight], run.accumulate, run.precision),
         )

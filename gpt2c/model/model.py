@@ -137,11 +137,12 @@ class Model(LanguageModel):
         recompute: str | None = None,
         threads: int | None = None,
         weights: str = "fp32",
+        precision: str = "fp32",
     ) -> None:
         if seed is not None and whole("seed", seed) < 0:
             raise ValueError(f"seed must be at least 0, or None to leave the weights 0, got {seed}")
         check_weights(weights, config)
-        super().__init__(config, as_backend(backend, threads), weights)
+        super().__init__(config, as_backend(backend, threads), weights, precision)
         self._stack = config.stack()
         self._recompute = recompute
         described = self._stack.parameters()
@@ -325,7 +326,9 @@ class Model(LanguageModel):
                 f"the model already has {self.weights} weights: start from one with fp32 weights"
             )
         model = type(self).__new__(type(self))
-        Model.__init__(model, self.config, None, self.backend, weights=weights)
+        Model.__init__(
+            *(model, self.config, None, self.backend), weights=weights, precision=self.precision
+        )
         model.load_parameters(self._parameters, "the model")
         return model
 
@@ -342,6 +345,7 @@ class Model(LanguageModel):
             "backend": (self.backend.name, self.backend.threads),
             "recompute": self.recompute,
             "weights": self.weights,
+            "precision": self.precision,
             "frozen": self._frozen,
             "parameters": self.flat_parameters,
             "gradients": None if self._void else self._grads.flat,
@@ -350,7 +354,7 @@ class Model(LanguageModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up the model from a state, in memory of its own."""
         backend = same_backend(*state["backend"])
-        settings = {name: state[name] for name in ("recompute", "weights")}
+        settings = {name: state[name] for name in ("recompute", "weights", "precision")}
         Model.__init__(self, state["config"], None, backend, **settings)
         if state["frozen"] != self._frozen:
             self._lay_out(state["frozen"])
@@ -402,7 +406,7 @@ class Model(LanguageModel):
         batch = Batch(*tokens.shape)
         with self._owner.alone():
             a = Activations(self._stack.slots, None).lay_out(batch, keep=True)
-            run = Run(self.backend, self._parameters, a, batch)
+            run = Run(self.backend, self._parameters, a, batch, precision=self.precision)
             self._stack.forward(run, tokens)
         return Trace(self._stack, run)
 
@@ -605,7 +609,11 @@ class Model(LanguageModel):
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.ids.shape)
         a = self._memory.lay_out(batch, keep)
-        return Run(self.backend, self._parameters, a, batch, tokens.offsets, dropout=dropout)
+        return Run(
+            *(self.backend, self._parameters, a, batch, tokens.offsets),
+            dropout=dropout,
+            precision=self.precision,
+        )
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""

@@ -64,6 +64,7 @@ class Decoder:
         backend: Backend,
         slots: int,
         capacity: int,
+        precision: str = "fp32",
     ) -> None:
         config.require_language_head("reading text (generate, logprobs, mean_loss, embed)")
         slots, capacity = whole("slots", slots), whole("capacity", capacity)
@@ -80,6 +81,7 @@ class Decoder:
         self.slots, self.capacity = slots, capacity
         self._parameters = parameters
         self._backend = backend
+        self._precision = precision
         self._stack = config.stack()
         attention = self._stack.layers[0].attention
         shape = (config.n_layer, slots, attention.KV, capacity, attention.HS)
@@ -217,7 +219,8 @@ class Decoder:
                 )
         if not (out.flags.carray and rows.flags.c_contiguous and rows.flags.aligned):
             raise ValueError("out and rows must be C-contiguous and aligned, and out writeable")
-        run = Run(self._backend, self._parameters, {}, Batch(1, len(rows)))
+        batch = Batch(1, len(rows))
+        run = Run(self._backend, self._parameters, {}, batch, precision=self._precision)
         self._stack.head.forward(run, out, rows)
 
     def losses(
@@ -271,7 +274,12 @@ class Decoder:
         """Lay out a pass of T tokens of one text through the blocks."""
         batch, caches = Batch(1, T), self._caches(slice(slot, slot + 1))
         a = self._activations.lay_out(batch, keep=False)
-        return Run(self._backend, self._parameters, a, batch, caches=caches, position=position)
+        return Run(
+            *(self._backend, self._parameters, a, batch),
+            caches=caches,
+            position=position,
+            precision=self._precision,
+        )
 
     def _caches(self, slots: slice) -> dict[str, tuple[Array, Array]]:
         """Return the keys and values of some slots, by the name of their attention."""

@@ -79,7 +79,7 @@ def speed(run: Run, seconds: float) -> dict[str, Any]:
     """Return the speed in a step's metrics; without a share of peak if the peak is unknown."""
     tokens, backend = run.settings.tokens_per_step, run.model.backend
     entry = {"tokens": run.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
-    if peak := fma_peak(backend.name, backend.threads):
+    if peak := fma_peak(backend.name, backend.threads, run.model.precision):
         flops = run.model.config.flops_per_token(run.settings.block_size) * tokens
         share = round(flops / seconds / peak, 4)
         if share <= 1:

@@ -23,7 +23,7 @@ from gpt2c.files import atomic
 from gpt2c.files.atomic import claim_directory
 from gpt2c.files.names import CHECKPOINTS, LOSS_FILE, METRICS_FILE, RUN_FILE
 from gpt2c.files.untrusted import shown
-from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.block import Dropout
 from gpt2c.model.config import ModelConfig
 from gpt2c.pretrained import MODELS
@@ -212,7 +212,9 @@ def _prepare(
         check_config(found.path, found.config, config)
     backend = _fitting_backend(settings, config, batches.order_bytes, resume)
     seed = settings.seed if found is None else None
-    model = MODELS[type(config)](config, seed, backend, settings.recomputation)
+    model = MODELS[type(config)](
+        *(config, seed, backend, settings.recomputation), precision=settings.precision
+    )
     optimizer = AdamW(
         model,
         betas=(settings.beta1, settings.beta2),
@@ -235,9 +237,12 @@ def _prepare(
 
 def _describe(run: Run, batches: Batches) -> str:
     """Return a description of the run, with settings that may be mistakes."""
-    settings, config = run.settings, run.model.config
+    settings, config, model = run.settings, run.model.config, run.model
+    products = "" if settings.precision == "fp32" else f", products in {model.precision}"
+    if model.precision == "bf16" and "avx512bf16" not in REQUIRES[model.backend.name]:
+        products += " (slow: this CPU has no instructions for them)"
     text = (
-        f"{config.num_parameters():,} parameters, backend {run.model.backend.name};"
+        f"{config.num_parameters():,} parameters, backend {model.backend.name}{products};"
         f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens, an epoch has"
         f" {batches.targets_per_epoch:,} tokens"
     )

@@ -35,11 +35,14 @@ OWN_COLORS = {
     "avx2": "#4a90c2",
     "avx512": "#1f3f77",
     "avx512vnni": "#0b8f8f",
+    "avx512bf16": "#5b3fb5",
 }
 COLORS = OWN_COLORS | {
     "torch": "#e8a838",
     "torch-tuned": "#c8451b",
     "torch-compile": "#7d3c98",
+    "torch-bf16": "#8f5a1e",
+    "torch-bf16-compile": "#4b1f6f",
     "transformers": "#d1a000",
     "transformers-compile": "#a0522d",
     "llama.cpp": "#c2185b",

@@ -386,6 +386,7 @@ class Run:
             "bytes_per_token": self.bytes_per_token,
             "backend": self.model.backend.name,
             "threads": self.model.backend.threads,
+            "precision": self.model.precision,
         }
 
     def log(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from gpt2c.files.names import check_named
 from gpt2c.files.untrusted import decode, read_bytes, shown
+from gpt2c.kernels.backend import PRECISIONS
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
@@ -156,6 +157,9 @@ class TrainSettings:
     backend: str = setting("run", "auto", "auto, or a name that gpt2c info lists")
     threads: int = setting("run", 0, "how many threads; 0: as many as the machine allows", older=0)
     recompute: str = setting("run", "none", "none, light or full: save memory, take more time")
+    precision: str = setting(
+        "run", "fp32", "fp32, bf16 or auto: of the products of matrices", older="fp32"
+    )
 
     def __post_init__(self) -> None:
         for name in DEFAULTS:
@@ -165,6 +169,9 @@ class TrainSettings:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.recompute not in ("none", "light", "full"):
             raise ValueError(f"recompute must be none, light or full, got {self.recompute!r}")
+        if self.precision not in (*PRECISIONS, "auto"):
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"precision must be {known} or auto, got {shown(self.precision)}")
         if self.arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {shown(self.arch)}")
         if self.n_kv_head and self.arch != "llama":

@@ -30,7 +30,7 @@ def test_ceilings_are_measured() -> None:
 def test_memory_is_read_to_the_last_whole_step(n: int, backend_name: str) -> None:
     if backend_name == "numpy":
         pytest.skip("numpy has no kernels")
-    steps = {"base": 32, "avx2": 64, "avx512": 128, "avx512vnni": 128}[backend_name]
+    steps = {"base": 32, "avx2": 64}.get(backend_name, 128)
     kernels = get_backend(backend_name, 2)
     assert kernels.memory_read(np.ones(n, np.float32)) == n // steps * steps
 
@@ -97,3 +97,11 @@ def test_commit_with_changed_sources_ends_in_plus(
     assert re.fullmatch(r"[0-9a-f]{40}", head), "a result is no source"
     (tmp_path / "csrc" / "a").write_text("2")
     assert machine.commit() == head + "+"
+
+
+def test_ceiling_of_a_row_is_that_of_its_precision() -> None:
+    both = Ceilings(2, {"avx512bf16": 200e9, "avx512bf16:bf16": 400e9, "avx2": 180e9}, {1: 10e9})
+    for row, peak in (("avx512bf16", 200), ("avx512bf16:bf16", 400), ("avx2:bf16", 180)):
+        assert both.seconds(row, 1e9, 0) == pytest.approx(1 / peak)
+    for row, peak in (("torch-tuned", 200), ("torch-bf16", 400), ("numpy", 200)):
+        assert both.seconds(row, 1e9, 0) == pytest.approx(1 / peak)

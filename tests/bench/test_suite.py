@@ -19,7 +19,6 @@ from gpt2c.bench.machine import Quiet
 from gpt2c.bench.suite import Result, Row, Work, WorkerError, bench_ops, bench_train
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.kernels import memory
-from gpt2c.kernels.backend import backends
 from gpt2c.kernels.cases import EXAMPLES
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import megabytes
@@ -237,7 +236,23 @@ def test_unknown_rows_list_the_known() -> None:
     assert "none" in refused(bench.choose_rows, " , ")
     assert bench.choose_rows("base, torch") == ["base", "torch"]
     assert bench.choose_rows("base", True) == ["base", "torch-compile"]
-    assert set(bench.choose_rows(None)) == {*backends(), "torch", "torch-tuned"}
+    assert bench.choose_rows("base:bf16,torch-bf16") == ["base:bf16", "torch-bf16"]
+    assert "base:int8" in refused(bench.choose_rows, "base:int8")
+
+
+def test_rows_in_bfloat16_are_those_of_a_cpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "backends", lambda: ("avx2", "base", "numpy"))
+    own = ["numpy", "base", "avx2"]
+    assert bench.choose_rows(None) == [*own, "torch", "torch-tuned"]
+    assert bench.choose_rows(None, True) == [*own, "torch", "torch-tuned", "torch-compile"]
+    monkeypatch.setattr(bench, "backends", lambda: ("avx512bf16", "numpy"))
+    rounded = ["numpy", "avx512bf16", "avx512bf16:bf16", "torch", "torch-tuned", "torch-bf16"]
+    assert bench.choose_rows(None) == rounded
+    assert bench.choose_rows(None, True)[-3:] == [
+        "torch-compile",
+        "torch-bf16",
+        "torch-bf16-compile",
+    ]
 
 
 def test_threads_are_checked() -> None:

@@ -135,7 +135,7 @@ def test_each_place_of_a_deep_model_has_masks_of_its_own(monkeypatch: pytest.Mon
         op = getattr(backend, name)
 
         def watched(*arguments: Any, op: Any = op) -> None:
-            places.append(arguments[-1])
+            places.append([number for number in arguments if isinstance(number, int)][-1])
             op(*arguments)
 
         monkeypatch.setattr(backend, name, watched, raising=False)

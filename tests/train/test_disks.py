@@ -107,7 +107,7 @@ def test_run_goes_on_where_its_log_is_deleted_or_a_directory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(hooks, "fma_peak", lambda name, threads: 0.0)
+    monkeypatch.setattr(hooks, "fma_peak", lambda *_: 0.0)
     out = tmp_path / "run"
     (out / "metrics.jsonl").mkdir(parents=True)
     (out / "loss.png").mkdir()

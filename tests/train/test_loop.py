@@ -159,6 +159,20 @@ def test_resumed_run_with_dropout_has_the_masks_of_a_whole_one(
     same(out, tmp_path / "whole")
 
 
+def test_resumed_run_in_16_bits_equals_a_whole_one(
+    data: Path, tmp_path: Path, whole: Path, cut: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {"precision": "bf16", "save_interval": 5}
+    train(data, tmp_path / "uncut", **given)
+    assert ", products in bf16" in capsys.readouterr().out
+    out = cut(data, tmp_path / "run", 14, **given)
+    assert train(data, out, resume=True).step == 20
+    same(out, tmp_path / "uncut")
+    losses = [[entry["loss"] for entry in metrics(run)] for run in (out, whole)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert json.loads((out / "run.json").read_text())["precision"] == "bf16"
+
+
 def test_evaluation_has_no_dropout(data: Path, tmp_path: Path) -> None:
     """With a learning rate of nearly 0, the weights stay: only the masks make a difference."""
     given: dict[str, Any] = {"learning_rate": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
@@ -199,7 +213,7 @@ def test_peak_is_measured_again_when_a_step_exceeds_it(
 ) -> None:
     """If other programs kept the machine busy at the start, the first figure is too low."""
     peaks = iter([1.0, 1e18])
-    measure = functools.cache(lambda name, threads: next(peaks))
+    measure = functools.cache(lambda *_: next(peaks))
     monkeypatch.setattr("gpt2c.train.hooks.fma_peak", measure)
     train(data, tmp_path, max_iters=3)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -216,7 +230,7 @@ def test_progress_lines_leave_out_a_share_of_peak_above_1(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    measure = functools.cache(lambda name, threads: peak)
+    measure = functools.cache(lambda *_: peak)
     monkeypatch.setattr("gpt2c.train.hooks.fma_peak", measure)
     train(data, tmp_path, max_iters=2, log_interval=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]

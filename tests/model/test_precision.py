@@ -1,0 +1,116 @@
+"""Models whose products are of 16-bit numbers: their error, what stays float32, what is kept."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from gpt2c import GPT2, AdamW, GPT2Config
+from gpt2c.kernels.backend import get_backend
+from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.model import Model
+
+ODD = GPT2Config(vocab_size=61, n_positions=70, n_embd=34, n_layer=3, n_head=2, n_inner=51)
+LLAMA = LlamaConfig(61, 30, 71, 2, 6, 2, 10, 70)
+BOTH = pytest.mark.parametrize("config", [ODD, LLAMA], ids=["GPT-2", "Llama"])
+# bfloat16 has 8 bits: a factor is rounded by 2^-9 at most
+ROUNDING = 2.0**-9
+
+
+def solve(model: Model, idx: Any, targets: Any) -> tuple[float, Any]:
+    """Return the loss and fresh gradients."""
+    model.zero_grad()
+    loss = model.loss(idx, targets)
+    model.backward()
+    return loss, model.flat_gradients.astype(np.float64)
+
+
+def distance(a: Any, b: Any) -> float:
+    """Return |a - b| / |b|."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@BOTH
+@pytest.mark.parametrize("lengths", [(66, 66), (3, 70, 1, 17)], ids=["rows", "ragged"])
+def test_gradients_differ_by_the_rounding(
+    config: Any, lengths: tuple[int, ...], backend: Any, rng: np.random.Generator
+) -> None:
+    """From those of fp32: by several roundings each way, which do not add up to ten."""
+    idx = [rng.integers(0, 61, length) for length in lengths]
+    targets = [rng.integers(0, 61, length) for length in lengths]
+    exact, rounded = (
+        solve(Model(config, backend=backend, precision=one), idx, targets)
+        for one in ("fp32", "bf16")
+    )
+    assert 0 < abs(rounded[0] - exact[0]) < ROUNDING
+    assert ROUNDING / 10 < distance(rounded[1], exact[1]) < 10 * ROUNDING
+
+
+@BOTH
+def test_gradient_is_as_near_to_the_reference_on_every_backend(
+    config: Any, backend: Any, rng: np.random.Generator
+) -> None:
+    batch = rng.integers(0, 61, (2, 2, 66))
+    exact = solve(Model(config, backend="numpy"), *batch)[1]
+    errors = [
+        distance(solve(Model(config, backend=one, precision="bf16"), *batch)[1], exact)
+        for one in (backend, get_backend("numpy"))
+    ]
+    assert errors[0] < 1.5 * errors[1]
+
+
+@BOTH
+@pytest.mark.parametrize("recompute", ["light", "full"])
+def test_recompute_and_threads_have_the_same_bits(
+    config: Any, recompute: str, backend: Any, rng: np.random.Generator
+) -> None:
+    batch = rng.integers(0, 61, (2, 3, 66))
+    expected = solve(Model(config, backend=backend, precision="bf16"), *batch)
+    for threads in (1, 3):
+        model = Model(config, 1337, backend.name, recompute, threads, precision="bf16")
+        loss, gradients = solve(model, *batch)
+        assert loss == expected[0] and np.array_equal(gradients, expected[1])
+
+
+def test_copies_pickles_and_smaller_weights_keep_it(rng: np.random.Generator) -> None:
+    model = GPT2(ODD, precision="bf16")
+    idx = rng.integers(0, 61, (2, 66))
+    for same in (copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert same.precision == "bf16" and np.array_equal(same(idx), model(idx))
+    for weights in ("fp16", "int8"):
+        assert model.quantize(weights).precision == "bf16"
+    assert "products in bf16" in repr(model) and "bf16" not in repr(GPT2(ODD))
+
+
+def test_reading_has_the_precision(backend: Any, rng: np.random.Generator) -> None:
+    idx = rng.integers(0, 61, (2, 66))
+    model, other = (GPT2(ODD, backend=backend, precision=one) for one in ("bf16", "fp32"))
+    for read in (GPT2.logprobs, GPT2.embed):
+        found, exact = read(model, idx), read(other, idx)
+        assert 0 < distance(found, exact) < 10 * ROUNDING
+    assert abs(model.mean_loss(idx, idx) - model.loss(idx, idx)) < 1e-5
+    assert not np.array_equal(model.trace(idx)["h.1.out"], other.trace(idx)["h.1.out"])
+
+
+def test_it_learns_as_fp32_does(rng: np.random.Generator) -> None:
+    idx = rng.integers(0, 61, (2, 24))
+    losses = []
+    for precision in ("fp32", "bf16"):
+        model = GPT2(ODD, precision=precision)
+        optimizer = AdamW(model, learning_rate=1e-2)
+        for _ in range(60):
+            loss, _ = solve(model, idx[:, :-1], idx[:, 1:])
+            optimizer.step()
+        losses.append(loss)
+    assert losses[0] < 0.1 and losses[1] < 0.1
+    assert model.flat_parameters.dtype == model.flat_gradients.dtype == np.float32
+
+
+@pytest.mark.parametrize("wrong", ["fp16", "half", None, 16])
+def test_unknown_precision_is_refused(wrong: Any) -> None:
+    assert refused(GPT2, ODD, precision=wrong).startswith("precision must be 'fp32', 'bf16' or")
