@@ -139,7 +139,7 @@ BF16_MATMUL = [
     )
 ]
 BF16_ATTENDED = [
-    {**shape, "precision": "bf16"} for shape in (*ATTENTION, *GROUPED, *RAGGED, *DROPPED)
+    {**shape, "precision": "bf16"} for shape in (*ATTENTION[::2], *GROUPED, *RAGGED, *DROPPED[::4])
 ]
 # around the 64 x 64 blocks, and vectors
 TRANSPOSE = shapes(
