@@ -12,7 +12,7 @@
  * sum((byte - 128) x8) = sum(byte x8) - 128 sum(x8).
  *
  * With many rows arithmetic limits the speed. FP32 and FP16 then go through gemm.c (see matmul.c). INT8 stays here,
- * because one instruction does more of its products; with VNNI the columns of out then lie in the lanes. */
+ * because one instruction does more of its products; the columns of out then lie in the lanes. */
 
 #include "internal.h"
 
@@ -246,34 +246,73 @@ void linear_columns(float *out, const Linear *layer, const float *x, const Quant
 
 /* ---- many rows, INT8 ------------------------------------------------------------------------------------------ */
 
-#ifdef VB_DOT4
+#ifdef VB_OF_LANE
 /* With many rows of x arithmetic limits the speed, and reductions across lanes would cost as much as the products. So
- * columns of out lie in the lanes: weights are packed with DOT channels of each column side by side, and multiplied by
- * the same DOT channels of a row of x, repeated in all lanes. */
-enum { STRIP_ROWS = 8, STRIP_VECTORS = 2, STRIP_COLUMNS = STRIP_VECTORS * VF_LEN, DOT = 4 };
+ * columns of out lie in the lanes: weights are packed with four channels of each column side by side, and multiplied by
+ * the same four channels of a row of x, repeated in all lanes. Four channels are a word of 32 bits, their bytes. Where
+ * an instruction multiplies numbers of 16 bits they are two words, the first and third channel and the others. */
+enum {
+    CHANNELS = 4,
+    WORDS = CHANNELS / VB_OF_LANE,
+    STRIP_LEAST = WORDS > 1 ? 128 : FEW_ROWS, /* up to this N packing costs more than reductions */
+    STRIP_ROWS = VF_LEN == 16 ? 8 : 6,        /* rows times vectors of sums, and some factors, fit the registers */
+    STRIP_VECTORS = 2,
+    STRIP_COLUMNS = STRIP_VECTORS * VF_LEN
+};
 
-static int64_t packed_size(int64_t C) { return C / DOT * STRIP_COLUMNS; }
+static int64_t packed_size(int64_t C) { return C / CHANNELS * WORDS * STRIP_COLUMNS; }
+static int64_t words_size(int64_t N, int64_t C) { return WORDS > 1 ? N * (C / CHANNELS * WORDS) : 0; }
 
-/* Columns [j, j + n), n <= STRIP_COLUMNS, of out (N,OC). C is a multiple of DOT; packed (packed_size) is scratch. */
-static void multiply_strip(float *out, const Linear *layer, Quantized q, int64_t N, int64_t j, int64_t n,
-                           float *packed) {
-    const int64_t C = layer->C, OC = layer->OC;
-    for (int64_t v = 0; v < n; v += VF_LEN) /* DOT bytes are moved as one float */
-        transpose(packed + v, STRIP_COLUMNS, (const float *)((const uint8_t *)layer->weight + (j + v) * C), C / DOT,
-                  min64(VF_LEN, n - v), C / DOT, VF_LEN, FP32);
+/* A word in all lanes. */
+static inline vi repeat_word(float word) { return vf_as_vi(vf_set1(word)); }
+static inline vi repeat(int32_t a) {
+    float word;
+    memcpy(&word, &a, 4);
+    return repeat_word(word);
+}
+
+/* words (C / 2) = a quantized row, as numbers of 16 bits. */
+static void make_words(float *words, const int8_t *x, int64_t C) {
+    for (int64_t c = 0; c < C; c += CHANNELS) {
+        const int16_t numbers[CHANNELS] = {x[c], x[c + 2], x[c + 1], x[c + 3]};
+        memcpy(words + c / CHANNELS * WORDS, numbers, sizeof numbers);
+    }
+}
+
+/* packed (C / 4,WORDS,STRIP_COLUMNS) = n rows of weight (row stride C bytes). */
+static void pack_strip(float *packed, const uint8_t *weight, int64_t n, int64_t C) {
+    const int64_t size = C / CHANNELS * STRIP_COLUMNS;
+    float *bytes = packed + (WORDS - 1) * size;
+    for (int64_t v = 0; v < n; v += VF_LEN) /* a word is moved as one float */
+        transpose(bytes + v, STRIP_COLUMNS, (const float *)(weight + v * C), C / CHANNELS, min64(VF_LEN, n - v),
+                  C / CHANNELS, VF_LEN, FP32);
+    for (int64_t c = 0; WORDS > 1 && c < size; c += STRIP_COLUMNS, packed += WORDS * STRIP_COLUMNS) {
+        uint32_t row[STRIP_COLUMNS], split[WORDS * STRIP_COLUMNS];
+        memcpy(row, bytes + c, sizeof row);
+        for (int k = 0; k < STRIP_COLUMNS; k++) split[k] = row[k] & 0x00ff00ff;
+        for (int k = 0; k < STRIP_COLUMNS; k++) split[(WORDS - 1) * STRIP_COLUMNS + k] = row[k] >> 8 & 0x00ff00ff;
+        memcpy(packed, split, sizeof split);
+    }
+}
+
+/* Columns [j, j + n), n <= STRIP_COLUMNS, of out (N,OC). C is a multiple of CHANNELS; x has the words of q, packed
+ * (packed_size) is scratch. */
+static void multiply_strip(float *out, const Linear *layer, Quantized q, const float *x, int64_t N, int64_t j,
+                           int64_t n, float *packed) {
+    const int64_t OC = layer->OC, words = layer->C / CHANNELS * WORDS;
+    pack_strip(packed, (const uint8_t *)layer->weight + j * layer->C, n, layer->C);
     for (int64_t i = 0; i < N; i += STRIP_ROWS) {
         vi acc[STRIP_ROWS][STRIP_VECTORS];
-        const int8_t *x[STRIP_ROWS];
+        const float *row[STRIP_ROWS], *w = packed;
         for (int r = 0; r < STRIP_ROWS; r++) { /* rows past the last are the last */
-            x[r] = q.values + min64(i + r, N - 1) * q.stride;
-            for (int v = 0; v < STRIP_VECTORS; v++) acc[r][v] = vi_set1(-128 * q.sums[min64(i + r, N - 1)]);
+            row[r] = x + min64(i + r, N - 1) * words;
+            for (int v = 0; v < STRIP_VECTORS; v++) acc[r][v] = repeat(-128 * q.sums[min64(i + r, N - 1)]);
         }
-        const uint8_t *w = (const uint8_t *)packed;
-        for (int64_t c = 0; c < C; c += DOT, w += STRIP_VECTORS * VB_LEN) {
+        for (int64_t c = 0; c < words; c++, w += STRIP_COLUMNS) {
             vb wc[STRIP_VECTORS];
-            for (int v = 0; v < STRIP_VECTORS; v++) wc[v] = vb_load_unsigned(w + v * VB_LEN);
+            for (int v = 0; v < STRIP_VECTORS; v++) wc[v] = vf_as_vi(vf_load(w + v * VF_LEN));
             for (int r = 0; r < STRIP_ROWS; r++) {
-                const vb xc = vb_set4(x[r] + c);
+                const vb xc = repeat_word(row[r][c]);
                 for (int v = 0; v < STRIP_VECTORS; v++) acc[r][v] = vi_dot(acc[r][v], wc[v], xc);
             }
         }
@@ -288,12 +327,14 @@ static void multiply_strip(float *out, const Linear *layer, Quantized q, int64_t
             }
     }
 }
-#else /* without VNNI many rows are computed as few rows are */
-enum { STRIP_COLUMNS = VF_LEN, DOT = 1 };
+#else /* many rows are computed as few rows are */
+enum { STRIP_COLUMNS = VF_LEN, STRIP_LEAST = FEW_ROWS, CHANNELS = 1, WORDS = 1 };
 static int64_t packed_size(int64_t C) { return (void)C, 0; }
-static void multiply_strip(float *out, const Linear *layer, Quantized q, int64_t N, int64_t j, int64_t n,
-                           float *packed) {
-    (void)packed;
+static int64_t words_size(int64_t N, int64_t C) { return (void)N, (void)C, 0; }
+static void make_words(float *words, const int8_t *x, int64_t C) { (void)words, (void)x, (void)C; }
+static void multiply_strip(float *out, const Linear *layer, Quantized q, const float *x, int64_t N, int64_t j,
+                           int64_t n, float *packed) {
+    (void)packed, (void)x;
     linear_columns(out, layer, NULL, &q, N, j, j + n, 0);
 }
 #endif
@@ -306,24 +347,29 @@ enum {
 };
 
 int64_t linear_scratch_size(int64_t N, int64_t C, int type, int threads) {
-    return type == INT8 ? quantized_size(N, C) + threads * packed_size(C) : 0;
+    return type == INT8 ? quantized_size(N, C) + words_size(N, C) + threads * packed_size(C) : 0;
 }
 
 void linear_rows(float *out, const Linear *layer, const float *x, float *scratch, int64_t N, Team *team) {
     const int64_t C = layer->C, OC = layer->OC;
-    const int int8 = layer->type == INT8, in_strips = int8 && N > FEW_ROWS && C % DOT == 0;
+    const int int8 = layer->type == INT8, in_strips = int8 && N > STRIP_LEAST && C % CHANNELS == 0;
     const Quantized q = quantized_in(scratch, N, C);
     const int64_t task_rows = in_strips ? N : TASK_ROWS, task_columns = in_strips ? STRIP_COLUMNS : TASK_COLUMNS,
                   column_tasks = ceil_div(OC, task_columns);
-    float *packed = scratch + quantized_size(N, C) + team->member * packed_size(C);
+    float *words = scratch + quantized_size(N, C);
+    float *packed = words + words_size(N, C) + team->member * packed_size(C);
     if (int8)
-        for_shared (i, N, worth(C), team) quantize_row(q, x + i * C, i, C);
+        for_shared (i, N, worth(C), team) {
+            quantize_row(q, x + i * C, i, C);
+            if (in_strips && WORDS > 1) make_words(words + i * (C / CHANNELS * WORDS), q.values + i * q.stride, C);
+        }
+    const float *x_words = WORDS > 1 ? words : (const float *)q.values;
     for_shared (task, column_tasks * ceil_div(N, task_rows), worth(task_columns * min64(task_rows, N) * C / 16), team) {
         const int64_t j = task % column_tasks * task_columns, i = task / column_tasks * task_rows,
                       n = min64(task_columns, OC - j);
         const Quantized part = {q.scales + i, q.sums + i, q.values + i * q.stride, q.stride};
         if (in_strips)
-            multiply_strip(out, layer, q, N, j, n, packed);
+            multiply_strip(out, layer, q, x_words, N, j, n, packed);
         else
             linear_columns(out + i * OC, layer, x + i * C, int8 ? &part : NULL, min64(task_rows, N - i), j, j + n, 0);
     }

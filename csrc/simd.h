@@ -73,22 +73,21 @@ static inline vi vi_dot(vi sum, vb a, vb b) { /* with the intrinsic, gcc 12 copi
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
     return sum;
 }
-#define VB_DOT4 /* lane i of vi_dot sums the products 4i to 4i + 3; vb_set4 repeats four bytes in all lanes */
-static inline vb vb_set4(const int8_t *p) {
-    int32_t four;
-    memcpy(&four, p, 4);
-    return _mm512_set1_epi32(four);
-}
-static inline vi vi_set1(int32_t a) { return _mm512_set1_epi32(a); }
+#define VB_OF_LANE 4 /* lane i of vi_dot sums the products 4i to 4i + 3 */
 #else
 #define VB_LEN 32
+#define VB_OF_LANE 2 /* of 16 bits each */
 static inline vb vb_load_unsigned(const uint8_t *p) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
 }
 static inline vb vb_load_signed(const int8_t *p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 }
-static inline vi vi_dot(vi sum, vb a, vb b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+static inline vi vi_dot(vi sum, vb a, vb b) { /* with intrinsics, gcc 12 multiplies first and spills the sums */
+    vi products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(sum), "=&v"(products) : "v"(a), "vm"(b));
+    return sum;
+}
 #endif
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -145,11 +144,16 @@ static inline vi vf_as_vi(vf a) { return _mm256_castps_si256(a); }
 static inline vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
 typedef __m256i vb;
 #define VB_LEN 16
+#define VB_OF_LANE 2
 static inline vb vb_load_unsigned(const uint8_t *p) {
     return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
 }
 static inline vb vb_load_signed(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
-static inline vi vi_dot(vi sum, vb a, vb b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+static inline vi vi_dot(vi sum, vb a, vb b) { /* with intrinsics, gcc 12 multiplies first and spills the sums */
+    vi products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "xm"(b));
+    return sum;
+}
 
 #elif defined(__SSE2__) || defined(__ARM_NEON)
 #define VF_LEN 4
@@ -199,6 +203,7 @@ static inline vi vf_as_vi(vf a) { return _mm_castps_si128(a); }
 static inline vf vi_to_vf(vi a) { return _mm_cvtepi32_ps(a); }
 typedef __m128i vb;
 #define VB_LEN 8
+#define VB_OF_LANE 2
 static inline vb vb_load_unsigned(const uint8_t *p) {
     return _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *)p), _mm_setzero_si128());
 }

@@ -206,6 +206,15 @@ OF_BLOCKS: dict[str, list[Shape]] = {
         *(*MATMUL, *LINEAR, *BF16_MATMUL),
         *shapes("N C OC", [(2, 64, 50257), (3, 768, 50257)]),
         *shapes("N C OC kind precision", [(33, 67, 40, "float16", "bf16")]),
+        # many rows of x, whose products have the columns of out in their lanes
+        *shapes(
+            "N C OC kind",
+            [
+                (N, C, OC, "uint8")
+                for N, C, OC in [(129, 24, 40), (131, 4, 1), (134, 36, 17), (300, 100, 70)]
+                + [(N, 128, 33) for N in (17, 128, 129, 130, 133, 135)]
+            ],
+        ),
     ],
     "matmul_backward": [
         *(*MATMUL, *BF16_MATMUL),
