@@ -33,8 +33,8 @@ class GPT2(CausalLM):
     weights : "fp32", or "fp16" or "int8" for a model that is only read: see `quantize`
     precision : of the products of matrices. "bf16" rounds their factors to 16 bits (bfloat16) and
         adds in float32; weights, their moments, the residual stream, norms, softmax and loss stay
-        float32. It is faster on CPUs with instructions for it, and slow on others. "auto" takes
-        what this CPU computes fastest
+        float32, and so do the products of a kernel's step of decoding, which memory limits. It is
+        slow on CPUs without instructions for it. "auto" takes what this CPU computes fastest
 
     Attributes
     ----------

@@ -8,11 +8,14 @@ out = att W_proj + b
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.linear import Linear
-from gpt2c.model.rope import Rope
+
+if TYPE_CHECKING:
+    from gpt2c.model.rope import Rope
 
 __all__ = ["Attention"]
 

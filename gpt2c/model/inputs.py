@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import Array
 from gpt2c.model.block import IntArray
 from gpt2c.model.config import ModelConfig
@@ -192,7 +193,7 @@ def check_prompts(config: ModelConfig, idx: ArrayLike | Sequence[Sequence[int]])
             raise ValueError(
                 f"the prompt is {len(row):,} tokens; this model's context is"
                 f" {config.n_positions:,} (n_positions): give a shorter prompt, or at most"
-                f" its last {config.n_positions:,} tokens"
+                f" its last {counted(config.n_positions, 'token')}"
             )
     start = config.start_token_id
     if start is None and any(len(row) == 0 for row in rows):

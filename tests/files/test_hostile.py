@@ -274,13 +274,7 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
         for value, said in [(2, "num_labels"), (2**62, "num_labels"), ("3", "num_labels")]
     ),
     ("classifier", "config.json", "no head", entries(architectures=None), "score.weight"),
-    (
-        "model",
-        "config.json",
-        "a head",
-        entries(architectures=CLASSIFIER),
-        "score.weight",
-    ),
+    ("model", "config.json", "a head", entries(architectures=CLASSIFIER), "score.weight"),
     ("model", "config.json", "more tokens", entries(vocab_size=2**31 - 1), "wte.weight"),
     *(("tokenizer", "tokenizer_config.json", what, c, "") for what, c in NO_JSON.items()),
     ("model", "config.json", "more layers", entries(n_layer=2), "h.1."),
