@@ -501,6 +501,7 @@ class OpenVino(Peer):
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": self.threads,
+            "ENABLE_CPU_PINNING": False,  # a pinned thread waits for its core if another uses it
             "INFERENCE_PRECISION_HINT": precision,
             "KV_CACHE_PRECISION": precision,  # else keys and values are rounded to 8 bits
         }

@@ -175,7 +175,7 @@ def distance_text(nanoseconds: float) -> str:
     if usable_cores() < 2:
         return "one core, so there is no way from core to core"
     if not nanoseconds:
-        return "unknown: the machine is too busy to tell"
+        return "unknown: the machine is too busy to tell how far one core is from another"
     far = ": the cores share no cache at the moment" if nanoseconds > FAR else ""
     return f"a cache line takes {nanoseconds:.0f} ns from core to core{far}"
 
