@@ -4,6 +4,7 @@ import os
 
 __all__ = [
     "ADDED_FILE",
+    "CHAT_TEMPLATE_FILE",
     "CHECKPOINTS",
     "CONFIG_FILE",
     "DAMAGED_FILE",
@@ -47,6 +48,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_FILE = "added_tokens.json"
 ROLES_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE)  # see MODEL_FILES
 TOKENIZER_OTHERS = (TOKENIZER_FILE, ADDED_FILE)
 
