@@ -22,9 +22,10 @@ FLOORS = (
     {"gpt2", "llama"},
     {"pretrained"},
     {"generator"},
+    {"chat"},
     {"evaluate"},
     {"train", "scoring", "lm_eval"},
-    {"bench"},
+    {"bench", "finetune"},
     {"cli"},
     {"__init__", "__main__"},
 )
