@@ -61,8 +61,8 @@ def run_chat(options: argparse.Namespace) -> int:
             before = chat.forgotten
             pieces = chat.say(line)
             if forgotten := chat.forgotten - before:
-                oldest = f"the oldest {counted(forgotten, 'turn')}"
-                print(f"(the context is full: {oldest} forgotten)", file=sys.stderr)
+                turns = counted(forgotten, "turn")
+                print(f"(the context is full; forgotten, from the start: {turns})", file=sys.stderr)
             write_pieces(pieces)
 
     seconds = answer_lines(f"Each line is a message. {HELP}", answer)
