@@ -32,7 +32,8 @@ from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
-from gpt2c.train.loop import TrainResult, train
+from gpt2c.train.loop import TrainResult
+from gpt2c.train.pretrain import train
 from gpt2c.train.settings import recipe_settings
 
 __all__ = ["main", "parser"]

@@ -18,6 +18,7 @@ __all__ = [
     "MODEL_FILES",
     "MODEL_OTHERS",
     "MOMENTS_FILE",
+    "RESULT_FILE",
     "ROLES_FILE",
     "RUNS_FILE",
     "RUN_FILE",
@@ -64,6 +65,7 @@ MOMENTS_FILE = "trainer.safetensors"
 EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
 RUNS_FILE = "plot.png"
+RESULT_FILE = "result.json"
 
 
 def check_named(what: str, name: str | os.PathLike[str]) -> None:
