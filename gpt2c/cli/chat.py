@@ -45,7 +45,7 @@ def run_chat(options: argparse.Namespace) -> int:
     generator, loaded = open_generator(options)
     system = None if options.system is None else well_formed(options.system)
     chat = Chat(generator, system, **given_sampling(options))
-    if generator.chat_template is None:
+    if generator.tokenizer.chat_template is None:
         print(
             f"{options.model} has no chat template: it has not learned to answer, which gpt2c sft"
             " teaches",

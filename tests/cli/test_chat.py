@@ -12,7 +12,7 @@ from helpers.command import SPEED, Terminal
 
 from gpt2c import GPT2, Chat, Generator, GPT2Config, Tokenizer
 from gpt2c.screen.terminal import visible
-from gpt2c.text.chat import write_template
+from gpt2c.text.chat import CHAT_TEMPLATE
 
 Run = Callable[[str], tuple[int, str, str]]
 HELP = "/reset begins a new conversation, Ctrl-C ends an answer, Ctrl-D the program."
@@ -25,10 +25,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = GPT2(GPT2Config(257, n_positions=100, n_embd=16, n_layer=1, n_head=2), seed=2)
     for array in model.parameters.values():
         array *= 20 if array.ndim == 2 else 1
-    for directory in (path / "run", path / "base"):
-        model.save_pretrained(directory)
-        Tokenizer.from_name("bytes").save_pretrained(directory)
-    write_template(path / "run")
+    tokenizer = Tokenizer.from_name("bytes")
+    for name, template in ("base", None), ("other", "{{ messages }}"), ("run", CHAT_TEMPLATE):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(path / name)
+        model.save_pretrained(path / name)
     return path
 
 
@@ -110,10 +111,6 @@ def test_a_model_without_a_template_is_told_apart(
     assert err.startswith(
         "base has no chat template: it has not learned to answer, which gpt2c sft"
     )
-    (world / "other").mkdir(exist_ok=True)
-    for path in (world / "base").iterdir():
-        (world / "other" / path.name).write_bytes(path.read_bytes())
-    (world / "other" / "chat_template.jinja").write_text("{{ messages }}")
     code, out, err = gpt2c("chat other")
     assert (code, out) == (2, "") and err.startswith("gpt2c: the model has a chat template of its")
 
