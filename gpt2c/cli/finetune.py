@@ -29,7 +29,9 @@ def add_verbs(add: Callable[..., argparse.ArgumentParser]) -> None:
     for name, (_, kind, text) in METHODS.items():
         verb = add(name, run_method, text)
         verb.add_argument("base", metavar="BASE", help="a run, a directory of a model, or a name")
-        verb.add_argument("data", metavar="DATA", help="a file of examples: JSONL, JSON or CSV")
+        verb.add_argument(
+            "data", metavar="DATA", help="examples: JSONL, JSON, CSV, or prepared tokens"
+        )
         verb.add_argument("--out", type=Path, required=True, help="the run's directory")
         verb.add_argument("--config", help="a TOML file or a recipe's name; flags override it")
         verb.add_argument("--resume", action="store_true", help="continue the run in --out")
