@@ -14,13 +14,15 @@ from typing import Any, overload
 
 import numpy as np
 
+from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
 from gpt2c.finetune.report import Counts, coloured
 from gpt2c.finetune.settings import FinetuneSettings
-from gpt2c.finetune.tune import Base
+from gpt2c.finetune.tune import Base, Check
 from gpt2c.kernels.checks import counted
+from gpt2c.model.objective import CrossEntropy
 from gpt2c.text.chat import CHAT_TEMPLATE
-from gpt2c.text.examples import Example, fingerprint, kept, read_records, supervised
+from gpt2c.text.examples import Example, divided, fingerprint, kept, read_records, supervised
 from gpt2c.text.ragged import Order, held_out
 from gpt2c.text.shards import Split, StoredTokens, checksums, read_shards
 from gpt2c.text.tokenizer import Tokenizer
@@ -121,6 +123,23 @@ class Data:
     def judged(self) -> Sequence[Example]:
         """The examples of an evaluation: those held out or, without any, a step's worth."""
         return self.val or self.train[: self.order.batch_size]
+
+    def mean_loss(self, model: CausalLM, most: int, check: Check = None) -> float:
+        """Return the mean loss of the judged examples' learned tokens, in nats.
+
+        Parameters
+        ----------
+        most : the most tokens that are read at once
+        check : called between batches
+        """
+        total, count = 0.0, 0
+        for batch in divided(self.judged, most):
+            if check:
+                check()
+            objective = CrossEntropy(np.concatenate([one.targets for one in batch]))
+            total += model.loss([one.ids[:-1] for one in batch], objective, keep=False, count=1)
+            count += int(np.count_nonzero(objective.live))
+        return total / count
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report before the first step."""

@@ -114,7 +114,7 @@ def answered(
     """
     asked = []
     for one in examples:
-        start = int(np.flatnonzero(~one.learned)[-1]) + 1
+        start = one.asked
         if start < len(one.ids) and start < model.config.n_positions:
             asked.append((one.ids[:start], one.ids[start:].tolist()))
     ended = right = 0

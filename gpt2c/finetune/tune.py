@@ -17,7 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files.atomic import atomic_path
@@ -45,7 +49,7 @@ from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "tune"]
+__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
 
 S = TypeVar("S", bound=FinetuneSettings)
 Check = Callable[[], None] | None  # raises an error that ends an evaluation
@@ -76,6 +80,8 @@ class Method(ABC):
     longest : tokens of the longest example
     tokenizer : of the base, which the run's directory gets, too
     facts : identify the examples, in run.json
+    models : role -> checksum of each other model that the run reads, in run.json
+    fresh : whether the model begins with random weights, not with the base's
     """
 
     verb: str
@@ -85,6 +91,8 @@ class Method(ABC):
     longest: int
     tokenizer: Tokenizer
     facts: Mapping[str, Any]
+    models: Mapping[str, str] = MappingProxyType({})
+    fresh: bool = False
 
     def config(self, base: AnyConfig) -> AnyConfig:
         """Return the config of the model that is trained."""
@@ -167,7 +175,9 @@ def tune(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked_run(out))
-        run, method = _prepare(verb, kind, make, base, out, given, resume, overwrite, stack)
+        run, method, zeros = _prepare(
+            *(verb, kind, make, base, out, given, resume, overwrite), stack
+        )
         stack.callback(run.close)
         before: Mapping[str, float] = {}
         after: dict[str, float] = {}
@@ -176,6 +186,12 @@ def tune(
             after.clear()
             after.update(method.evaluate(run, check))
             return after
+
+        def learn() -> Learned:
+            learned = method.learn(run)
+            if zeros is not None:
+                np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
+            return learned
 
         with interruptible() as stop:
             if resume:
@@ -192,9 +208,7 @@ def tune(
                 report(f"before: {evaluated(before, method.unit)}")
                 _write(out, verb, {"before": before})
             method.begin(run)
-            done = train_run(
-                run, lambda: method.learn(run), evaluation, stop, method.shown, method.unit
-            )
+            done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
             interrupted = done.interrupted
         result = Result(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
@@ -214,8 +228,12 @@ def _prepare(
     resume: bool,
     overwrite: bool,
     stack: ExitStack,
-) -> tuple[Run, Method]:
-    """Check the arguments and files before anything is written, then open the run."""
+) -> tuple[Run, Method, NDArray[np.bool_] | None]:
+    """Check the arguments and files before anything is written, then open the run.
+
+    With keep_zeros, the last of the result is where the base's matrices are 0. Without gradients
+    AdamW leaves a 0 as it is, whatever its decay.
+    """
     record = read_record(out, verb) if resume else None
     if record is None:
         settings = kind(**given)
@@ -234,43 +252,52 @@ def _prepare(
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
     needs = parts_needed(config, 1, tokens, settings.recomputation)
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
-    model = _open(found, config, settings, backend)
+    model = _open(found, config, settings, backend, method.fresh)
     facts = {
         "verb": verb,
         "settings": dataclasses.asdict(settings),
         "data": method.facts,
-        "base": {
-            "path": os.fspath(base),
-            "sha256": hashlib.sha256(model.flat_parameters.data).hexdigest(),
-        },
+        "models": dict(method.models),
+        "base": {"path": os.fspath(base), "sha256": checksum(model)},
     }
     if record is not None:
         _check_same(out, record, facts)
+    zeros = model.flat_parameters[: model.decay_size] == 0 if settings.keep_zeros else None
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
     run = Run(out, planned, model, optimizer, method.tokenizer, facts)
     open_run(run, record, checkpoint, overwrite, held=False, stack=stack)
-    return run, method
+    return run, method, zeros
 
 
 def _open(
-    found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
+    found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend, fresh: bool
 ) -> CausalLM:
-    """Return the base's model with the config of the method; a head that it lacks is random."""
-    seed = None if config == found.config else settings.seed
+    """Return the base's model with the config of the method; a head that it lacks is random.
+
+    All of a fresh one is random.
+    """
+    seed = settings.seed if fresh or config != found.config else None
     model = MODELS[type(config)](
         *(config, seed, backend, settings.recomputation), precision=settings.precision
     )
+    if fresh:
+        return model
     own = config.parameter_shapes().keys()
     tensors = {name: tensor for name, tensor in found.tensors.items() if name in own}
-    fresh = {name: model.parameters[name] for name in own - tensors.keys() if seed is not None}
-    model.load_parameters(tensors | fresh, found.source)
+    heads = {name: model.parameters[name] for name in own - tensors.keys() if seed is not None}
+    model.load_parameters(tensors | heads, found.source)
     return model
 
 
+def checksum(model: CausalLM) -> str:
+    """Return what identifies a model's weights."""
+    return hashlib.sha256(model.flat_parameters.data).hexdigest()
+
+
 def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with other examples or another base."""
+    """Refuse to go on with other examples, another base, or another model beside it."""
     if record.get("data") != facts["data"]:
         raise ValueError(
             f"the examples are not those of the run {out}, whose fingerprint is in {RUN_FILE}: go"
@@ -280,6 +307,10 @@ def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) 
     if not isinstance(stored, dict) or stored.get("sha256") != facts["base"]["sha256"]:
         path = shown(stored.get("path")) if isinstance(stored, dict) else "another one"
         raise ValueError(f"the base has other weights than that of the run {out}, {path}")
+    others = record.get("models")
+    for role, sha256 in facts["models"].items():
+        if not isinstance(others, dict) or others.get(role) != sha256:
+            raise ValueError(f"the {role} has other weights than that of the run {out}")
 
 
 def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:
