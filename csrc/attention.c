@@ -8,7 +8,7 @@
  *
  * Scores are stored as k q^T, with queries across the lanes of a vector. A softmax, which runs over keys, then goes
  * down the rows and never across lanes. A product reads its left operand in place, one number repeated in all lanes,
- * and its right operand row by row. So q and, in backward, dout are copied, but no key or value is.
+ * and its right operand row by row. So q and, in backward, dout are copied, but no key or value of 32 bits is.
  *
  * BF16: the factors of a product are pairs of numbers along the sum (simd.h), which are made for each block: two
  * channels of a row, or two rows. So all factors are copied. Softmax, its gradient and all sums stay in float.
