@@ -49,9 +49,6 @@ FLIP = 0.05
 # Caches of 16 and 8 bits: what one rounding changes, as a share of the number in 16 bits, of the
 # largest in its row in 8.
 SMALL_CACHES = {"fp16": 2.0**-11, "int8": 1 / 254}
-# Read at once or in parts, keys and values differ by their sums' rounding, so a few of thousands go
-# to the next step, an error of 2 roundings in one number of a head. No row of logits may differ by
-# more than a tenth of what rounding all of them changes.
 KINDS_AND_CACHES = [
     *((kind, "fp32") for kind in KINDS),
     *(("fp32", cache) for cache in SMALL_CACHES),
@@ -246,7 +243,11 @@ def test_small_cache_changes_logits_by_its_rounding(
 def test_small_cache_gives_the_same_at_once_and_in_parts(
     config: ModelConfig, cache: str, backend: Any, rng: np.random.Generator
 ) -> None:
-    """A token sees its own key and value as later tokens see them, whichever op reads it."""
+    """A token sees its own key and value as later tokens see them, whichever op reads it.
+
+    Their sums have other orders, so of thousands a few go to the next step. That moves the logits
+    by less than a tenth of one rounding; a key or value that is not rounded moves them by more.
+    """
     length = config.n_positions
     model, tokens = make(backend, "fp32", config), texts(rng, length, V=config.vocab_size)
     expected = read(model.decoder(1, None, cache), tokens, length)
