@@ -1,0 +1,136 @@
+"""Classifier: labels and probabilities of texts, by a model with num_labels and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.kernels.backend import Backend
+from gpt2c.model.config import ModelConfig
+from gpt2c.model.model import Model
+from gpt2c.text.tokenizer import Tokenizer
+
+__all__ = ["Classifier", "by_length", "encode", "softmax"]
+
+BATCH_TOKENS = 4096  # of the texts that are read together; it decides memory alone
+
+
+class Classifier:
+    """Labels texts.
+
+    Parameters
+    ----------
+    model : with num_labels of at least 2
+    tokenizer : its tokenizer
+
+    Attributes
+    ----------
+    labels : the K names, in the order of the scores
+
+    Raises
+    ------
+    ValueError : the model has no labels, or lacks tokens of the tokenizer
+
+    Examples
+    --------
+    >>> from gpt2c.evaluate.classifier import Classifier
+    >>> config = gpt2c.GPT2Config(
+    ...     *(257, 16, 32, 1, 2), num_labels=2, id2label=("ham", "spam"), eos_token_id=256
+    ... )
+    >>> classifier = Classifier(gpt2c.GPT2(config), gpt2c.Tokenizer.from_name("bytes"))
+    >>> classifier.probabilities(["win money", "see you"]).shape
+    (2, 2)
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.labels = model.config.label_names
+        if len(self.labels) < 2:
+            has = "logits of tokens" if not self.labels else "one score, as a reward model has"
+            raise ValueError(f"a classifier has at least 2 labels, and this model has {has}")
+        tokenizer.unused_ids(model.config.vocab_size)  # refuses another model's
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        backend: str | Backend = "auto",
+        quantize: str | None = None,
+        threads: int | None = None,
+    ) -> Classifier:
+        """Load a model and its tokenizer; see `gpt2c.from_pretrained` for arguments and errors."""
+        from gpt2c.formats.load import find_model
+        from gpt2c.pretrained import open_found
+
+        found = find_model(path)
+        tokenizer = Tokenizer.from_pretrained(found.path)
+        return cls(open_found(found, backend, quantize, threads), tokenizer)
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """Return the likeliest label of each text; see `probabilities` for errors."""
+        return [self.labels[k] for k in self.probabilities(texts).argmax(1)]
+
+    def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return the probability of each label, (n, K).
+
+        A text longer than the context is cut: its beginning counts.
+
+        Raises
+        ------
+        ValueError : a text has no tokens
+        MemoryError : the activations do not fit
+        """
+        rows = [encode(text, self.tokenizer, self.model.config) for text in texts]
+        for number, row in enumerate(rows, 1):
+            if len(row) < 2:
+                raise ValueError(f"text {number} of {len(rows)} is empty: it has no label")
+        return softmax(self.scores(rows))
+
+    def scores(
+        self, rows: Sequence[Sequence[int]], check: Callable[[], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Return the scores (n, K) of texts of token ids; `check` is called before each batch."""
+        scores = np.empty((len(rows), len(self.labels)), np.float32)
+        for batch in by_length(rows, BATCH_TOKENS):
+            if check:
+                check()
+            scores[batch] = self.model.scores([rows[i] for i in batch], keep=False)
+        return scores
+
+
+def encode(text: str, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
+    """Return a text's token ids as a classifier reads it: what starts a text, and its beginning.
+
+    No end follows, because transformers reads the scores at the last token that is no pad, and the
+    end may be the pad. An empty text is one token.
+    """
+    start = config.start_token_id
+    ids = [tokenizer.eot if start is None else start, *tokenizer.encode(text)]
+    return ids[: config.n_positions]
+
+
+def by_length(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Yield the numbers of rows in batches of `most` tokens, the shortest rows first.
+
+    A row that is longer than that is a batch of its own.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if batch and tokens + len(rows[i]) > most:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += len(rows[i])
+    if batch:
+        yield batch
+
+
+def softmax(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return probabilities (n, K) in float64."""
+    e = np.exp(scores.astype(np.float64) - scores.max(1, keepdims=True))
+    p: NDArray[np.float64] = e / e.sum(1, keepdims=True)
+    return p
