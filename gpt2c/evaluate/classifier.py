@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.formats.load import find_model
 from gpt2c.kernels.backend import Backend
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.model import Model
+from gpt2c.pretrained import open_found
+from gpt2c.text.ragged import parts
 from gpt2c.text.tokenizer import Tokenizer
 
-__all__ = ["Classifier", "by_length", "encode", "softmax"]
+__all__ = ["Classifier", "encode", "scores", "softmax"]
 
 BATCH_TOKENS = 4096  # of the texts that are read together; it decides memory alone
 
@@ -62,9 +65,6 @@ class Classifier:
         threads: int | None = None,
     ) -> Classifier:
         """Load a model and its tokenizer; see `gpt2c.from_pretrained` for arguments and errors."""
-        from gpt2c.formats.load import find_model
-        from gpt2c.pretrained import open_found
-
         found = find_model(path)
         tokenizer = Tokenizer.from_pretrained(found.path)
         return cls(open_found(found, backend, quantize, threads), tokenizer)
@@ -83,53 +83,39 @@ class Classifier:
         ValueError : a text has no tokens
         MemoryError : the activations do not fit
         """
-        rows = [encode(text, self.tokenizer, self.model.config) for text in texts]
-        for number, row in enumerate(rows, 1):
+        config, rows = self.model.config, []
+        for number, text in enumerate(texts, 1):
+            row = encode(text, self.tokenizer, config)
             if len(row) < 2:
-                raise ValueError(f"text {number} of {len(rows)} is empty: it has no label")
-        return softmax(self.scores(rows))
+                raise ValueError(f"text {number} of {len(texts)} is empty, so it has no label")
+            rows.append(row[: config.n_positions])
+        return softmax(scores(self.model, rows))
 
-    def scores(
-        self, rows: Sequence[Sequence[int]], check: Callable[[], None] | None = None
-    ) -> NDArray[np.float32]:
-        """Return the scores (n, K) of texts of token ids; `check` is called before each batch."""
-        scores = np.empty((len(rows), len(self.labels)), np.float32)
-        for batch in by_length(rows, BATCH_TOKENS):
-            if check:
-                check()
-            scores[batch] = self.model.scores([rows[i] for i in batch], keep=False)
-        return scores
+
+def scores(
+    model: Model, rows: Sequence[Sequence[int]], check: Callable[[], None] | None = None
+) -> NDArray[np.float32]:
+    """Return the scores (n, K) of texts of token ids; `check` is called before each batch."""
+    found = np.empty((len(rows), model.config.num_labels or 0), np.float32)
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # batches of similar lengths
+    for part in parts([len(rows[n]) for n in order], BATCH_TOKENS):
+        if check:
+            check()
+        found[order[part]] = model.scores([rows[n] for n in order[part]], keep=False)
+    return found
 
 
 def encode(text: str, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
-    """Return a text's token ids as a classifier reads it: what starts a text, and its beginning.
+    """Return a text's token ids as a classifier reads it: what starts a text, and its tokens.
 
     No end follows, because transformers reads the scores at the last token that is no pad, and the
     end may be the pad. An empty text is one token.
     """
     start = config.start_token_id
-    ids = [tokenizer.eot if start is None else start, *tokenizer.encode(text)]
-    return ids[: config.n_positions]
+    return [tokenizer.eot if start is None else start, *tokenizer.encode(text)]
 
 
-def by_length(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
-    """Yield the numbers of rows in batches of `most` tokens, the shortest rows first.
-
-    A row that is longer than that is a batch of its own.
-    """
-    batch: list[int] = []
-    tokens = 0
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if batch and tokens + len(rows[i]) > most:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += len(rows[i])
-    if batch:
-        yield batch
-
-
-def softmax(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+def softmax(scores: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return probabilities (n, K) in float64."""
     e = np.exp(scores.astype(np.float64) - scores.max(1, keepdims=True))
     p: NDArray[np.float64] = e / e.sum(1, keepdims=True)

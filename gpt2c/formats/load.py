@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gpt2c.files import hub
 from gpt2c.formats import huggingface, llama2c, llmc
@@ -19,7 +17,7 @@ from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.parameters import Tensor
 
-__all__ = ["AnyConfig", "Pretrained", "config_of", "find_model", "with_scores"]
+__all__ = ["AnyConfig", "Pretrained", "config_of", "find_model"]
 
 AnyConfig = GPT2Config | LlamaConfig
 CONFIGS: dict[str, type[AnyConfig]] = {"gpt2": GPT2Config, "llama": LlamaConfig}
@@ -91,35 +89,3 @@ def config_of(entries: Mapping[str, Any]) -> AnyConfig:
             f"config.json: model_type must be {' or '.join(CONFIGS)}, got {kind!r:.50}"
         )
     return CONFIGS[kind].from_dict(entries)
-
-
-def with_scores(
-    found: Pretrained,
-    num_labels: int,
-    seed: int,
-    pad_token_id: int | None = None,
-    id2label: tuple[str, ...] | None = None,
-) -> Pretrained:
-    """Return the model with scores of texts in place of its logits; its layers stay as they are.
-
-    The new head has random first values; that of a model that has these labels already stays.
-
-    Parameters
-    ----------
-    num_labels, pad_token_id, id2label : see `gpt2c.GPT2Config`; a pad that the model has stays
-    seed : of the head's values, whose standard deviation is the config's initializer_range
-
-    Raises
-    ------
-    ValueError : the labels are not those of a config
-    """
-    old, head = found.config, "score.weight"
-    pad = pad_token_id if old.pad_token_id is None else old.pad_token_id
-    config = replace(old, num_labels=num_labels, id2label=id2label, pad_token_id=pad)
-    if (old.num_labels, old.id2label) == (num_labels, id2label):
-        return replace(found, config=config)
-    shapes = config.parameter_shapes()
-    first = np.random.default_rng(seed).standard_normal(shapes[head], np.float32)
-    tensors = {name: tensor for name, tensor in found.tensors.items() if name in shapes}
-    tensors[head] = first * np.float32(config.initializer_range)
-    return replace(found, config=config, tensors=tensors)
