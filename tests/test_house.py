@@ -25,7 +25,7 @@ FLOORS = (
     {"chat"},
     {"evaluate"},
     {"train", "scoring", "lm_eval"},
-    {"bench"},
+    {"bench", "finetune"},
     {"cli"},
     {"__init__", "__main__"},
 )
