@@ -229,8 +229,8 @@ def _splits(
         raise ValueError(
             f"all texts have one label, {shown(labels[0])}: a classifier needs at least 2"
         )
-    groups = [each.group for each in texts]
     if settings.folds:
+        groups = [each.group for each in texts] if settings.group_field else None
         every = Split(texts, [], [], labels, reasons)
         fold = stratified_folds(
             *(every.numbers(texts), settings.folds, settings.seed, groups, labels)
