@@ -1,6 +1,6 @@
 """Classifiers of real texts beside their baselines: `gpt2c classify` on sets made from packages.
 
-    python benchmarks/classification.py sections glosses --base runs/demo/run
+    python benchmarks/classification.py sentiment names --base runs/demo/run --out runs/classes
 
 Sets, each made anew; nothing of them is part of this repository:
     sections    one-line descriptions of Debian's packages -> their section (apt-cache dumpavail)
@@ -11,6 +11,7 @@ Sets, each made anew; nothing of them is part of this repository:
     names       given and family names -> one of 16 languages (the package Faker, installed)
 
 Each row is a classifier; all of a set learn from the same texts and answer the same others.
+Baselines of words and characters need the extra [baseline].
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from gpt2c.evaluate.metrics import Report
+from gpt2c.finetune import classify
+from gpt2c.formats.load import find_model
+from gpt2c.pretrained import MODELS
+from gpt2c.text.tokenizer import Tokenizer
 
 Record = dict[str, str]
 
@@ -40,6 +48,25 @@ NOUNS = (
     *("phenomenon", "plant", "possession", "process", "quantity", "relation", "shape", "state"),
     *("substance", "time"),
 )  # lexicographer files 3 to 28, see wninput(5WN)
+
+
+SETTINGS = {
+    "batch_size": 16,
+    "log_interval": 200,
+    "warmup_ratio": 0.05,
+    "weight_decay": 0.1,
+    "group_field": "",
+}
+EPOCHS: dict[str, dict[str, Any]] = {
+    "sections": {"max_epochs": 3.0, "group_field": "group"},
+    "glosses": {"max_epochs": 3.0},
+    "sentiment": {"max_epochs": 4.0},
+    "names": {"max_epochs": 12.0},
+}
+RATES: dict[str, dict[str, Any]] = {
+    "pretrained": {"learning_rate": 5e-4},
+    "random weights": {"learning_rate": 1e-3},
+}
 
 
 def sections() -> Iterator[Record]:
@@ -72,7 +99,7 @@ def glosses() -> Iterator[Record]:
             continue
         fields, gloss = line.split(" | ", 1)
         text = gloss.split('; "')[0].strip()
-        yield {"text": text, "label": NOUNS[int(fields.split()[1]) - 3], "group": text}
+        yield {"text": text, "label": NOUNS[int(fields.split()[1]) - 3]}
 
 
 def sentiment() -> Iterator[Record]:
@@ -114,16 +141,60 @@ SETS: dict[str, Callable[[], Iterator[Record]]] = {
 }
 
 
+def write_set(name: str, path: Path) -> None:
+    """Write a set as JSONL, and say how many texts it has."""
+    records = list(SETS[name]())
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    labels = len({record["label"] for record in records})
+    print(f"{path}: {len(records):,} texts of {labels} labels", flush=True)
+
+
+def random_base(base: Path, path: Path) -> None:
+    """Write a model of the base's shape with random weights, and its tokenizer."""
+    found = find_model(base)
+    MODELS[type(found.config)](found.config, seed=1).save_pretrained(path)
+    Tokenizer.from_pretrained(found.path).save_pretrained(path)
+
+
 def main() -> None:
+    """Make the sets, train on each, and print a table in Markdown."""
     parser = argparse.ArgumentParser(description="classifiers of real texts")
     parser.add_argument("sets", nargs="+", choices=SETS)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base", type=Path, required=True, help="a run, such as that of the demo")
+    parser.add_argument("--out", type=Path, required=True, help="gets the sets and the runs")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    random_base(options.base, out / "random")
+    lines = []
     for name in options.sets:
-        with open(options.out / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for record in SETS[name]():
-                file.write(json.dumps(record) + "\n")
+        data = out / f"{name}.jsonl"
+        if not data.exists():
+            write_set(name, data)
+        rows: dict[str, tuple[Report, str]] = {}
+        for row, base in {"pretrained": options.base, "random weights": out / "random"}.items():
+            given = SETTINGS | EPOCHS[name] | RATES[row]
+            is_first = not rows
+            found = classify(
+                *(base, data, out / f"{name}-{row.split()[0]}"),
+                overwrite=True,
+                baselines=is_first,
+                **given,
+            )
+            if found.report is None:
+                raise SystemExit(130)
+            if is_first:
+                rows |= {each: (report, "") for each, report in found.baselines.items()}
+            rows[f"GPT-2, {row}"] = found.report, f"{found.runs[0].seconds:.0f}"
+        for row, (report, seconds) in rows.items():
+            low, high = report.interval
+            lines.append(
+                f"| {name} ({report.count:,}) | {row} | {report.accuracy:.3f} | {low:.3f} to"
+                f" {high:.3f} | {report.macro.f1:.3f} | {seconds} |"
+            )
+        print(*lines, sep="\n", flush=True)
+    print("\n| set (texts of the test) | | accuracy | 95% interval | macro F1 | seconds |")
+    print("|---|---|---:|---|---:|---:|", *lines, sep="\n")
 
 
 if __name__ == "__main__":
