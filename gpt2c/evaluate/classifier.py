@@ -39,11 +39,10 @@ class Classifier:
 
     Examples
     --------
-    >>> from gpt2c.evaluate.classifier import Classifier
     >>> config = gpt2c.GPT2Config(
     ...     *(257, 16, 32, 1, 2), num_labels=2, id2label=("ham", "spam"), eos_token_id=256
     ... )
-    >>> classifier = Classifier(gpt2c.GPT2(config), gpt2c.Tokenizer.from_name("bytes"))
+    >>> classifier = gpt2c.Classifier(gpt2c.GPT2(config), gpt2c.Tokenizer.from_name("bytes"))
     >>> classifier.probabilities(["win money", "see you"]).shape
     (2, 2)
     """

@@ -438,9 +438,10 @@ def classify(
     ...     result = gpt2c.finetune.classify(
     ...         directory + "/base", texts, directory + "/run", learning_rate=0.01
     ...     )  # doctest: +ELLIPSIS
+    ...     labels = gpt2c.Classifier.from_pretrained(directory + "/run").predict(["ant", "bee"])
     32 texts to learn from, of 2 labels: ...
-    >>> result.report.accuracy
-    1.0
+    >>> result.report.accuracy, labels
+    (1.0, ['a', 'b'])
     """
     out, own = Path(out), _settings(Path(out), settings, resume)
     splits = _splits(examples, own)
