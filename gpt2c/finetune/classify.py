@@ -453,7 +453,8 @@ def classify(
             goes_on = resume and (not own.folds or (place / RUN_FILE).exists())
             if own.folds:
                 report(f"fold {k} of {own.folds}, in {place}")
-            run, method = _run(base, place, dataclasses.asdict(own), split, goes_on, overwrite)
+            given = dataclasses.asdict(own) if resume else settings
+            run, method = _run(base, place, given, split, goes_on, overwrite)
             runs.append(run)
             if run.interrupted:
                 return Classified(runs, [], None, math.nan, {})

@@ -226,6 +226,8 @@ def _prepare(
     found = find_model(base)
     if found.weights != "fp32":
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
+    if settings.random_weights:
+        found = dataclasses.replace(found, tensors={})
     method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
     planned = settings.planned(method.examples)
     config = method.config(found.config)
@@ -260,7 +262,7 @@ def _open(
     found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
 ) -> CausalLM:
     """Return the base's model with the config of the method; a head that it lacks is random."""
-    seed = None if config == found.config else settings.seed
+    seed = None if config == found.config and found.tensors else settings.seed
     model = MODELS[type(config)](
         *(config, seed, backend, settings.recomputation), precision=settings.precision
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -176,6 +177,17 @@ def test_frozen_parameters_stay(base: Path, tmp_path: Path) -> None:
     assert same == frozen and "score.weight" in after
     said = refused(lambda: classify(base, texts(30), tmp_path / "x", **QUICK, freeze="h.7.*"))
     assert "h.7.*" in said and not (tmp_path / "x").exists()
+
+
+def test_random_weights_are_those_of_the_seed(base: Path, tmp_path: Path) -> None:
+    classify(base, texts(30), tmp_path / "run", **QUICK, random_weights=True)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    config = gpt2c.from_pretrained(tmp_path / "run").config
+    first = gpt2c.GPT2(config, seed=1337).flat_parameters
+    assert record["base"]["sha256"] == hashlib.sha256(first.data).hexdigest()
+    # of a base that is a classifier of these labels already
+    classify(tmp_path / "run", texts(30), tmp_path / "more", **QUICK, random_weights=True)
+    assert weights(tmp_path / "more") == weights(tmp_path / "run")
 
 
 def test_groups_are_on_one_side(base: Path, tmp_path: Path) -> None:
