@@ -21,6 +21,9 @@ from helpers.cases import small_shape
 
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker
+from gpt2c.evaluate.classifier import Classifier, encode
+from gpt2c.evaluate.metrics import compare
+from gpt2c.finetune.classify import class_weights, classify, weighted_cross_entropy
 from gpt2c.formats.llama_layout import LLAMA
 from gpt2c.formats.load import find_model
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
@@ -1224,6 +1227,81 @@ def test_bytes_that_a_tokenizer_lacks_are_refused(tmp_path: Path) -> None:
     assert "byte 0xe6 of '日'" in refused(own.encode_batch, ["x" * 99, "a 日"])
     own.save_pretrained(tmp_path / "again")
     assert Tokenizer.from_pretrained(tmp_path / "again").fingerprint == own.fingerprint
+
+
+# ---- metrics of a classifier ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [2, 3, 12])
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_are_those_of_sklearn(K: int, seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng, labels = np.random.default_rng(seed), [f"label {k}" * (1 + k % 2) for k in range(K)]
+    true = rng.integers(0, K - (seed == 3), 60)  # with seed 3 the last label has no text
+    found = np.where(rng.random(60) < 0.6, true, rng.integers(0, max(1, K - (seed == 2)), 60))
+    report, wanted = compare(true, found, labels), {"labels": range(K), "zero_division": 0}
+    assert str(report) == metrics.classification_report(true, found, target_names=labels, **wanted)
+    assert np.array_equal(
+        report.confusion, metrics.confusion_matrix(true, found, labels=wanted["labels"])
+    )
+    each = metrics.precision_recall_fscore_support(true, found, **wanted)
+    ours = (report.precision, report.recall, report.f1, report.support)
+    assert all(np.allclose(a, b, rtol=1e-12) for a, b in zip(ours, each, strict=True))
+    for average in ("macro", "weighted"):
+        each = metrics.precision_recall_fscore_support(true, found, average=average, **wanted)
+        assert getattr(report, average) == pytest.approx(each[:3], rel=1e-12)
+    assert report.accuracy == metrics.accuracy_score(true, found)
+    assert report.matthews == pytest.approx(metrics.matthews_corrcoef(true, found), rel=1e-12)
+
+
+def test_classifier_of_gpt2c_is_one_of_transformers(tmp_path: Path) -> None:
+    """Its labels, its scores alone and in a padded batch, and the weighted loss of PyTorch."""
+    config = GPT2Config(257, 32, 48, 2, 3, eos_token_id=256)
+    GPT2(config, seed=2).save_pretrained(tmp_path / "base")
+    Tokenizer.from_name("bytes").save_pretrained(tmp_path / "base")
+    texts = [f"{'ab' * (1 + n % 5)} {n}" for n in range(24)]
+    rows = [{"text": text, "label": ("ham", "spam")[n % 3 > 1]} for n, text in enumerate(texts)]
+    classify(tmp_path / "base", rows, tmp_path / "run", learning_rate=0.01, max_iters=20)
+    ours = Classifier.from_pretrained(tmp_path / "run")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "run", attn_implementation="eager"
+    ).eval()
+    assert theirs.config.id2label == {0: "ham", 1: "spam"}
+    assert theirs.config.label2id == {"ham": 0, "spam": 1}
+    ids = [encode(text, ours.tokenizer, ours.model.config) for text in texts[:8]]
+    scores = ours.model.scores(ids, keep=False)
+    for row, expected in zip(ids, scores, strict=True):
+        assert_close(
+            "alone", theirs(torch.tensor([row])).logits[0].detach().numpy(), expected, 1e-5
+        )
+    longest = max(map(len, ids))
+    padded = torch.tensor(
+        [row + [theirs.config.pad_token_id] * (longest - len(row)) for row in ids]
+    )
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    found = theirs(padded, attention_mask=mask).logits
+    assert_close("padded", found.detach().numpy(), scores, LOGITS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert GPT2.from_pretrained(tmp_path / "theirs").config.id2label == ("ham", "spam")
+
+    labels = np.array([0, 0, 1, 0, 0, 1, 0, 1])
+    weights = class_weights(labels, 2)
+    found = found.detach().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(
+        found, torch.tensor(labels), torch.tensor(weights, dtype=torch.float32)
+    )
+    loss.backward()
+    w = weights[labels]
+    own, slopes = weighted_cross_entropy(found.detach().numpy(), labels, w, w.sum())
+    assert own == pytest.approx(loss.item(), rel=1e-6)
+    assert_close("gradient", slopes, found.grad.numpy(), 1e-6)
+
+
+def test_class_weights_are_those_of_sklearn() -> None:
+    utils = pytest.importorskip("sklearn.utils", reason="scikit-learn is not installed")
+    labels = np.array([0, 0, 1, 2, 2, 2, 2])
+    theirs = utils.compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert np.allclose(class_weights(labels, 3), theirs, rtol=1e-12)
 
 
 # ---- chat ----------------------------------------------------------------------------------------
