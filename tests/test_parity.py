@@ -783,8 +783,8 @@ PREFERENCES = [
     PairLoss("robust", 0.3, label_smoothing=0.2),
     PairLoss("hinge", 0.2),
     PairLoss("ipo", 0.5),
-    PairLoss("simpo", 2.0, gamma=0.7),
-    PairLoss("simpo", 2.0, label_smoothing=0.1, gamma=0.7),
+    PairLoss("simpo", 2.0, simpo_gamma=0.7),
+    PairLoss("simpo", 2.0, label_smoothing=0.1, simpo_gamma=0.7),
 ]
 
 
@@ -877,7 +877,7 @@ def test_losses_of_pairs_are_those_of_trl(loss: PairLoss, trl: Any) -> None:
     )
     if loss.name == "simpo" or (loss.name, loss.label_smoothing > 0) == ("sigmoid", True):
         # TRL's DPO has neither SimPO nor smoothing of "sigmoid", but its CPO has both
-        stand_in.loss_type, stand_in.alpha, stand_in.simpo_gamma = loss.name, 0.0, loss.gamma
+        stand_in.loss_type, stand_in.alpha, stand_in.simpo_gamma = loss.name, 0.0, loss.simpo_gamma
         each = logs.sum(-1)
         if loss.name == "simpo":
             each = each / torch.tensor(on.lengths)

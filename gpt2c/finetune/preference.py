@@ -62,7 +62,7 @@ class PairLoss:
     robust : the same without bias by that share: Chowdhury et al. 2024, arXiv:2403.00409
     hinge : max(0, 1 - beta margin), Zhao et al. 2023, arXiv:2305.10425
     ipo : (margin - 1 / (2 beta))^2, Azar et al. 2023, arXiv:2310.12036, equation 17, as TRL has it
-    simpo : -log sigmoid(beta margin - gamma), Meng et al. 2024, arXiv:2405.14734, equation 6
+    simpo : -log sigmoid(beta margin - simpo_gamma), Meng et al. 2024, arXiv:2405.14734, equation 6
 
     Raises
     ------
@@ -72,7 +72,7 @@ class PairLoss:
     name: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
-    gamma: float = 0.0
+    simpo_gamma: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in PAIR_LOSSES:
@@ -84,10 +84,10 @@ class PairLoss:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.name in ("hinge", "ipo"):
             raise ValueError(f"label_smoothing is for sigmoid, robust and simpo, not {self.name}")
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
-        if self.gamma and self.name != "simpo":
-            raise ValueError(f"gamma is for simpo, not {self.name}")
+        if not self.simpo_gamma >= 0:
+            raise ValueError(f"simpo_gamma must be at least 0, got {self.simpo_gamma}")
+        if self.simpo_gamma and self.name != "simpo":
+            raise ValueError(f"simpo_gamma is for simpo, not {self.name}")
 
     @property
     def has_reference(self) -> bool:
@@ -119,7 +119,7 @@ class PairLoss:
 
 
 def _logistic(of: PairLoss, margin: Array) -> Losses:
-    x, wrong = of.beta * margin - of.gamma, of.label_smoothing
+    x, wrong = of.beta * margin - of.simpo_gamma, of.label_smoothing
     losses = (1 - wrong) * _minus_log_sigmoid(x) + wrong * _minus_log_sigmoid(-x)
     return losses, of.beta * (wrong * _sigmoid(x) - (1 - wrong) * _sigmoid(-x))
 

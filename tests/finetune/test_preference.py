@@ -27,8 +27,8 @@ LOSSES = [
     PairLoss("robust", 0.3, label_smoothing=0.2),
     PairLoss("hinge", 0.4),
     PairLoss("ipo", 0.5),
-    PairLoss("simpo", 2.0, gamma=0.7),
-    PairLoss("simpo", 2.0, label_smoothing=0.1, gamma=0.7),
+    PairLoss("simpo", 2.0, simpo_gamma=0.7),
+    PairLoss("simpo", 2.0, label_smoothing=0.1, simpo_gamma=0.7),
 ]
 EACH = pytest.mark.parametrize("loss", LOSSES, ids=str)
 
@@ -133,8 +133,8 @@ def test_reference_point_is_a_mean_that_is_not_negative() -> None:
         ({"beta": math.nan}, "beta must be positive, got nan"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"name": "ipo", "label_smoothing": 0.1}, "for sigmoid, robust and simpo, not ipo"),
-        ({"gamma": 0.5}, "gamma is for simpo, not sigmoid"),
-        ({"name": "simpo", "gamma": -1.0}, "gamma must be at least 0, got -1"),
+        ({"simpo_gamma": 0.5}, "simpo_gamma is for simpo, not sigmoid"),
+        ({"name": "simpo", "simpo_gamma": -1.0}, "simpo_gamma must be at least 0, got -1"),
     ],
 )
 def test_bad_settings(settings: Any, words: str) -> None:
