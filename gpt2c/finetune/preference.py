@@ -72,7 +72,7 @@ class PairLoss:
     name: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
-    simpo_gamma: float = 0.0
+    simpo_gamma: float = 0.5
 
     def __post_init__(self) -> None:
         if self.name not in PAIR_LOSSES:
@@ -86,8 +86,6 @@ class PairLoss:
             raise ValueError(f"label_smoothing is for sigmoid, robust and simpo, not {self.name}")
         if not self.simpo_gamma >= 0:
             raise ValueError(f"simpo_gamma must be at least 0, got {self.simpo_gamma}")
-        if self.simpo_gamma and self.name != "simpo":
-            raise ValueError(f"simpo_gamma is for simpo, not {self.name}")
 
     @property
     def has_reference(self) -> bool:
@@ -119,7 +117,7 @@ class PairLoss:
 
 
 def _logistic(of: PairLoss, margin: Array) -> Losses:
-    x, wrong = of.beta * margin - of.simpo_gamma, of.label_smoothing
+    x, wrong = of.beta * margin, of.label_smoothing
     losses = (1 - wrong) * _minus_log_sigmoid(x) + wrong * _minus_log_sigmoid(-x)
     return losses, of.beta * (wrong * _sigmoid(x) - (1 - wrong) * _sigmoid(-x))
 
@@ -129,6 +127,10 @@ def _robust(of: PairLoss, margin: Array) -> Losses:
     losses = (1 - wrong) * _minus_log_sigmoid(x) - wrong * _minus_log_sigmoid(-x)
     slopes = -of.beta * ((1 - wrong) * _sigmoid(-x) + wrong * _sigmoid(x))
     return losses / (1 - 2 * wrong), slopes / (1 - 2 * wrong)
+
+
+def _simpo(of: PairLoss, margin: Array) -> Losses:
+    return _logistic(of, margin - of.simpo_gamma / of.beta)
 
 
 def _hinge(of: PairLoss, margin: Array) -> Losses:
@@ -146,7 +148,7 @@ PAIR_LOSSES: dict[str, Callable[[PairLoss, Array], Losses]] = {
     "robust": _robust,
     "hinge": _hinge,
     "ipo": _ipo,
-    "simpo": _logistic,
+    "simpo": _simpo,
 }
 
 

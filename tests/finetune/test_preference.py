@@ -133,7 +133,6 @@ def test_reference_point_is_a_mean_that_is_not_negative() -> None:
         ({"beta": math.nan}, "beta must be positive, got nan"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"name": "ipo", "label_smoothing": 0.1}, "for sigmoid, robust and simpo, not ipo"),
-        ({"simpo_gamma": 0.5}, "simpo_gamma is for simpo, not sigmoid"),
         ({"name": "simpo", "simpo_gamma": -1.0}, "simpo_gamma must be at least 0, got -1"),
     ],
 )
