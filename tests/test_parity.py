@@ -23,6 +23,7 @@ from helpers.cases import small_shape
 
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, ops
 from gpt2c.bench.worker import TINY, Worker
+from gpt2c.evaluate.metrics import compare
 from gpt2c.finetune.preference import PairLoss, bradley_terry, kto, reference_point
 from gpt2c.formats.llama_layout import LLAMA
 from gpt2c.formats.load import find_model
@@ -1437,3 +1438,28 @@ def test_chat_template_of_transformers_is_ours(tokenizer: Tokenizer, tmp_path: P
         assert out["assistant_masks"] == list(map(int, learned))
         asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)
         assert asked["input_ids"] == encode_chat(tokenizer, talk[:-1], answer=True)[0]
+
+
+# ---- metrics of a classifier ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [2, 3, 12])
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_are_those_of_sklearn(K: int, seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng, labels = np.random.default_rng(seed), [f"label {k}" * (1 + k % 2) for k in range(K)]
+    true = rng.integers(0, K - (seed == 3), 60)  # with seed 3 the last label has no text
+    found = np.where(rng.random(60) < 0.6, true, rng.integers(0, max(1, K - (seed == 2)), 60))
+    report, wanted = compare(true, found, labels), {"labels": range(K), "zero_division": 0}
+    assert str(report) == metrics.classification_report(true, found, target_names=labels, **wanted)
+    assert np.array_equal(
+        report.confusion, metrics.confusion_matrix(true, found, labels=wanted["labels"])
+    )
+    each = metrics.precision_recall_fscore_support(true, found, **wanted)
+    ours = (report.precision, report.recall, report.f1, report.support)
+    assert all(np.allclose(a, b, rtol=1e-12) for a, b in zip(ours, each, strict=True))
+    for average in ("macro", "weighted"):
+        each = metrics.precision_recall_fscore_support(true, found, average=average, **wanted)
+        assert getattr(report, average) == pytest.approx(each[:3], rel=1e-12)
+    assert report.accuracy == metrics.accuracy_score(true, found)
+    assert report.matthews == pytest.approx(metrics.matthews_corrcoef(true, found), rel=1e-12)
