@@ -21,11 +21,9 @@ from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Sour
 from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
 from gpt2c.finetune.reference import REFERENCE_FILE, reference_of
-from gpt2c.finetune.sft import fingerprint
 from gpt2c.finetune.tune import Base, Check, Result, tune
 from gpt2c.model.model import Model
-from gpt2c.text.examples import Example, Record
-from gpt2c.text.ragged import parts
+from gpt2c.text.examples import Example, Record, divided, fingerprint
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.run import Run
@@ -113,11 +111,13 @@ class Pairs(Completions):
         losses, slopes = self._loss(values, reference, lengths)
         gained = values / lengths if reference is None else values - reference
         rewards = self._loss.beta * gained
+        margin = gained[0] - gained[1]
         figures = {
             "rewards/chosen": rewards[0],
             "rewards/rejected": rewards[1],
             "rewards/margins": rewards[0] - rewards[1],
-            "rewards/accuracies": (rewards[0] > rewards[1]).astype(float),
+            # what rounding decides is right by half: before the first step no answer is preferred
+            "rewards/accuracies": np.where(abs(margin) < NEAR, 0.5, margin > 0),
             "logps/chosen": values[0],
             "logps/rejected": values[1],
         }
@@ -189,8 +189,7 @@ class _Referred(Judging):
             return
         units = [*self.train, *self.val]
         examples = [one for unit in units for one in unit.measured]
-        sizes = [len(one.ids) for one in examples]
-        batches = [examples[part] for part in parts(sizes, self.settings.batch_tokens)]
+        batches = list(divided(examples, self.settings.batch_tokens))
         key = {
             "examples": fingerprint(examples)["sha256"],
             "base": run.facts["base"]["sha256"],
@@ -236,9 +235,8 @@ class _KTO(_Referred):
         units = [*self.train, *self.val]
         # half of all further on: answers to one prompt often stand side by side
         others = [*units[len(units) // 2 :], *units[: len(units) // 2]]
-        most = self.most
         units = [
-            unit._replace(other=mismatched(unit, other, most))
+            unit._replace(other=mismatched(unit, other, self.most))
             for unit, other in zip(units, others, strict=True)
         ]
         self.train, self.val = units[: self.examples], units[self.examples :]
@@ -249,10 +247,10 @@ class _KTO(_Referred):
     def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Singles:
         others = [unit.other for unit in units if unit.other]
         policy = []
-        for part in parts([len(one.ids) for one in others], self.settings.batch_tokens):
+        for batch in divided(others, self.settings.batch_tokens):
             if check:
                 check()
-            policy.append(log_probabilities(model, others[part]))
+            policy.append(log_probabilities(model, batch))
         reference = np.array([unit.reference[-1] for unit in units])
         return Singles(self.settings, reference_point(np.concatenate(policy), reference))
 

@@ -24,10 +24,9 @@ from gpt2c.evaluate.metrics import wilson
 from gpt2c.finetune.pairs import Unit, kept_units
 from gpt2c.finetune.report import Counts, coloured
 from gpt2c.finetune.settings import FinetuneSettings
-from gpt2c.finetune.sft import fingerprint
 from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.model.model import Model
-from gpt2c.text.examples import Example, Record, read_records
+from gpt2c.text.examples import Example, Record, fingerprint, read_records
 from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
@@ -172,11 +171,13 @@ class Judging(Method):
             judge(some, values) for some, _, values in self._read(judge, run.model, units, check)
         ]
         loss, figures = _means(found)
-        figures = {"loss": loss} | figures
-        for name in self.shares:
-            right = round(figures[name] * len(units))
-            figures[f"{name}/low"], figures[f"{name}/high"] = wilson(right, len(units))
-        return {f"val_{name}": value for name, value in figures.items()}
+        every = {"val_loss": loss}
+        for name, value in figures.items():
+            every[f"val_{name}"] = value
+            if name in self.shares:
+                interval = wilson(round(value * len(units)), len(units))
+                every[f"val_{name}/low"], every[f"val_{name}/high"] = interval
+        return every
 
     def _read(
         self, judge: Judge, model: Model, units: Sequence[Unit], check: Check
