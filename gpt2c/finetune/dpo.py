@@ -26,12 +26,15 @@ from gpt2c.model.model import Model
 from gpt2c.text.examples import Example, Record, divided, fingerprint
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
-from gpt2c.train.run import Run
+from gpt2c.train.run import Run, report
 from gpt2c.train.settings import setting
 
 __all__ = ["DPOSettings", "dpo"]
 
 NEAR = 1e-4  # of the first loss to its known value; rounding moves a log-probability by about 1e-5
+
+
+LESS_LIKELY = 1.2  # times the log-probability of before: this is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +218,7 @@ class _DPO(_Referred):
         super().__init__(base, settings, source, "preference", pair_of)
         self._loss = settings.pair_loss()
         self._referred = not self._loss.has_reference
+        self._told = False
 
     def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Pairs:
         return Pairs(self._loss, self.settings.sft_weight)
@@ -225,6 +229,19 @@ class _DPO(_Referred):
             first = learned.metrics.get("preference_loss", learned.loss)
             check_start(first, self._loss.start)
         return learned
+
+    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+        figures = super().evaluate(run, check)
+        if self._loss.has_reference and not self._told:
+            chosen = figures["val_logps/chosen"]
+            before = chosen - figures["val_rewards/chosen"] / self._loss.beta
+            if chosen < LESS_LIKELY * before:
+                self._told = True
+                report(
+                    f"the chosen answers became less likely, too (logps/chosen {chosen:.1f}, before"
+                    f" {before:.1f}): usual for DPO; --sft-weight keeps them likely"
+                )
+        return figures
 
 
 class _KTO(_Referred):
@@ -240,6 +257,7 @@ class _KTO(_Referred):
             for unit, other in zip(units, others, strict=True)
         ]
         self.train, self.val = units[: self.examples], units[self.examples :]
+        self.longest = max(len(one.ids) for unit in units for one in unit.measured)
 
     def sides(self, unit: Unit) -> Sequence[str]:
         return ("liked answer" if unit.liked else "answer that is not liked",)

@@ -21,10 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.evaluate.metrics import wilson
+from gpt2c.finetune.completions import lengths_of
 from gpt2c.finetune.pairs import Unit, kept_units
 from gpt2c.finetune.report import Counts, coloured
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method
+from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
 from gpt2c.text.examples import Example, Record, fingerprint, read_records
 from gpt2c.text.ragged import Order, held_out, parts
@@ -145,6 +147,8 @@ class Judging(Method):
             f"{len(units):,} judgements{held}; left out: {Counts(self._reasons)}; the longest has"
             f" {self.longest:,} tokens"
         )
+        if len(units[0].examples) == 2:
+            yield lengths_of_pairs(units)
         for one, name in zip(units[0].examples, self.sides(units[0]), strict=True):
             yield f"the first {name}, with its learned part {coloured(one, self.tokenizer)}"
 
@@ -190,6 +194,22 @@ class Judging(Method):
             sides = zip(*(unit.examples for unit in some), strict=True)
             examples = [one for side in sides for one in side]
             yield some, examples, judge.values(model, examples).reshape(-1, len(some))
+
+
+def lengths_of_pairs(units: Sequence[Unit]) -> str:
+    """Return how long the answers of pairs are, and how often the longer is preferred."""
+    lengths = np.array([lengths_of(unit.examples) for unit in units])
+    means = lengths.mean(axis=0)
+    text = f"answers have {means[0]:.1f} tokens in the mean if chosen, {means[1]:.1f} if rejected"
+    longer = np.sign(lengths[:, 0] - lengths[:, 1])
+    right, count = int((longer > 0).sum()), int((longer != 0).sum())
+    if count:
+        low, high = wilson(right, count)
+        text += (
+            f"; of {counted(count, 'pair')} of different lengths, the longer is chosen in"
+            f" {right / count:.1%} ({low:.1%} to {high:.1%})"
+        )
+    return text
 
 
 def _means(found: Sequence[Judged]) -> tuple[float, dict[str, float]]:

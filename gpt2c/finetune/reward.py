@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from gpt2c.evaluate.metrics import wilson
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, pair_of, without_end
 from gpt2c.finetune.preference import bradley_terry
@@ -87,18 +86,6 @@ class _Reward(Judging):
 
     def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Scores:
         return Scores(self.settings.center_rewards_coefficient)
-
-    def lines(self) -> Iterator[str]:
-        yield from super().lines()
-        units = [*self.train, *self.val]
-        longer = [len(unit.examples[0].ids) - len(unit.examples[1].ids) for unit in units]
-        right, count = sum(by > 0 for by in longer), sum(by != 0 for by in longer)
-        if count:
-            low, high = wilson(right, count)
-            yield (
-                f"of {count:,} pairs of different lengths, the longer answer is preferred in"
-                f" {right / count:.1%} ({low:.1%} to {high:.1%})"
-            )
 
 
 def unended(record: Record, tokenizer: Tokenizer) -> Unit:

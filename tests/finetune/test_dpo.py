@@ -124,11 +124,16 @@ def test_kto_learns_the_labels(base: Path, tmp_path: Path) -> None:
     assert result.after["val_rewards/chosen"] > result.after["val_rewards/rejected"] + 0.3
 
 
-def test_sft_term_keeps_the_chosen_likely(base: Path, tmp_path: Path) -> None:
+def test_sft_term_keeps_the_chosen_likely(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = []
+    given = QUICK | {"learning_rate": 0.01}
     for weight in (0.0, 1.0):
         out = tmp_path / str(weight)
-        found.append(dpo(base, shorter_first(60), out, sft_weight=weight, **QUICK))
+        found.append(dpo(base, shorter_first(60), out, sft_weight=weight, **given))
+        told = "the chosen answers became less likely, too (logps/chosen" in capsys.readouterr().out
+        assert told == (weight == 0.0)
     plain, kept = (result.after["val_logps/chosen"] for result in found)
     assert kept > plain + 1
     entry = losses(tmp_path / "1.0")[0]
