@@ -9,7 +9,9 @@ from typing import Any
 
 from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
-from gpt2c.finetune import sft
+from gpt2c.finetune import dpo, reward, sft
+from gpt2c.finetune.dpo import DPOSettings
+from gpt2c.finetune.reward import RewardSettings
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.sft import SFTSettings
 from gpt2c.finetune.tune import Result
@@ -22,6 +24,8 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 # verb -> its function, the class of its settings, its help
 METHODS: dict[str, tuple[Callable[..., Result], type[FinetuneSettings], str]] = {
     "sft": (sft, SFTSettings, "fine-tune a model on examples: it learns the answers, not prompts"),
+    "reward": (reward, RewardSettings, "train a reward model: a number for each text, by pairs"),
+    "dpo": (dpo, DPOSettings, "teach a model which answers are preferred, by DPO or its kin"),
 }
 
 
