@@ -218,10 +218,8 @@ class _Distill(Method):
     shown = ("ce", "kd")
     unit = "nats/token"
 
-    def __init__(
-        self, base: Base, settings: DistillSettings, source: Source, teacher: str, fresh: bool
-    ) -> None:
-        self._settings, self.fresh, self.tokenizer = settings, fresh, base.tokenizer
+    def __init__(self, base: Base, settings: DistillSettings, source: Source, teacher: str) -> None:
+        self._settings, self.tokenizer = settings, base.tokenizer
         found = find_model(teacher)
         shared = Tokenizer.from_pretrained(found.path).fingerprint == base.tokenizer.fingerprint
         sizes = found.config.vocab_size, base.found.config.vocab_size
@@ -256,12 +254,8 @@ class _Distill(Method):
         self._teacher_loss: float | None = None
 
     def config(self, base: AnyConfig) -> AnyConfig:
-        return student_config(base, **self._sizes) if self.fresh else base
-
-    @property
-    def _sizes(self) -> dict[str, int]:
         own = self._settings
-        return {"n_layer": own.n_layer, "n_head": own.n_head, "n_embd": own.n_embd}
+        return student_config(base, own.n_layer, own.n_head, own.n_embd) if own.shape else base
 
     def lines(self) -> Iterator[str]:
         yield from self._data.lines()
@@ -380,7 +374,7 @@ def distill(
                 f"the student {student} has its own shape: drop {', '.join(own.shape)}, or the"
                 " student"
             )
-        return _Distill(base, own, examples, os.fspath(teacher), fresh=student is None)
+        return _Distill(base, own, examples, os.fspath(teacher))
 
-    base = teacher if student is None else student
-    return tune("distill", DistillSettings, make, base, out, settings, resume, overwrite)
+    base, given = (teacher, {"random_weights": True}) if student is None else (student, {})
+    return tune("distill", DistillSettings, make, base, out, given | settings, resume, overwrite)

@@ -49,7 +49,7 @@ from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
+__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune", "write_result"]
 
 S = TypeVar("S", bound=FinetuneSettings)
 Check = Callable[[], None] | None  # raises an error that ends an evaluation
@@ -81,7 +81,6 @@ class Method(ABC):
     tokenizer : of the base, which the run's directory gets, too
     facts : identify the examples, in run.json
     models : role -> checksum of each other model that the run reads, in run.json
-    fresh : whether the model begins with random weights, not with the base's
     """
 
     verb: str
@@ -92,7 +91,6 @@ class Method(ABC):
     tokenizer: Tokenizer
     facts: Mapping[str, Any]
     models: Mapping[str, str] = MappingProxyType({})
-    fresh: bool = False
 
     def config(self, base: AnyConfig) -> AnyConfig:
         """Return the config of the model that is trained."""
@@ -206,7 +204,7 @@ def tune(
                 except StoppedError:
                     return Result(out, 0, run.settings.max_iters, 0, 0.0, {}, {}, True)
                 report(f"before: {evaluated(before, method.unit)}")
-                _write(out, verb, {"before": before})
+                write_result(out, verb, {"before": before})
             method.begin(run)
             done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
             interrupted = done.interrupted
@@ -214,7 +212,7 @@ def tune(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
             *(before, {} if interrupted else after, interrupted),
         )
-        _write(out, verb, dataclasses.asdict(result) | {"out": str(out)})
+        write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
 
 
@@ -244,6 +242,8 @@ def _prepare(
     found = find_model(base)
     if found.weights != "fp32":
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
+    if settings.random_weights:
+        found = dataclasses.replace(found, tensors={})
     method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
     planned = settings.planned(method.examples)
     config = method.config(found.config)
@@ -252,7 +252,7 @@ def _prepare(
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
     needs = parts_needed(config, 1, tokens, settings.recomputation)
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
-    model = _open(found, config, settings, backend, method.fresh)
+    model = _open(found, config, settings, backend)
     facts = {
         "verb": verb,
         "settings": dataclasses.asdict(settings),
@@ -262,6 +262,8 @@ def _prepare(
     }
     if record is not None:
         _check_same(out, record, facts)
+    if settings.freeze:
+        model.freeze(*settings.freeze.split(","))
     zeros = model.flat_parameters[: model.decay_size] == 0 if settings.keep_zeros else None
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
@@ -272,22 +274,17 @@ def _prepare(
 
 
 def _open(
-    found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend, fresh: bool
+    found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
 ) -> CausalLM:
-    """Return the base's model with the config of the method; a head that it lacks is random.
-
-    All of a fresh one is random.
-    """
-    seed = settings.seed if fresh or config != found.config else None
+    """Return the base's model with the config of the method; a head that it lacks is random."""
+    seed = None if config == found.config and found.tensors else settings.seed
     model = MODELS[type(config)](
         *(config, seed, backend, settings.recomputation), precision=settings.precision
     )
-    if fresh:
-        return model
     own = config.parameter_shapes().keys()
     tensors = {name: tensor for name, tensor in found.tensors.items() if name in own}
-    heads = {name: model.parameters[name] for name in own - tensors.keys() if seed is not None}
-    model.load_parameters(tensors | heads, found.source)
+    fresh = {name: model.parameters[name] for name in own - tensors.keys() if seed is not None}
+    model.load_parameters(tensors | fresh, found.source)
     return model
 
 
@@ -323,7 +320,7 @@ def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:
     return before, after
 
 
-def _write(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
+def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
     """Write result.json; numbers that JSON lacks become null."""
 
     def plain(value: Any) -> Any:
