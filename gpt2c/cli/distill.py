@@ -11,8 +11,8 @@ from gpt2c.finetune.distill import DistillSettings
 __all__ = ["add_flags", "run_distill"]
 
 EPILOG = """\
-BASE is the teacher. The student is a model of its own, for instance a pruned teacher (--student), or
-a new one: the teacher's shape but for --n-layer, --n-head and --n-embd."""
+BASE is the teacher. The student is a model of its own, for instance a pruned teacher (--student),
+or a new one: the teacher's shape but for --n-layer, --n-head and --n-embd."""
 
 
 def add_flags(verb: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ has said what the right token is. Names are torchtune's (kd_ratio) and TRL's (be
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -104,7 +105,7 @@ def divergence(
     if beta == 1:
         toward, weight, rest = log_q, 1.0, 0.0
     else:
-        toward = np.logaddexp(log_p + np.log1p(-beta), log_q + np.log(beta))  # log m
+        toward = np.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))  # log m
         weight, rest = 1 - beta, beta * (np.exp(log_q) * (log_q - toward)).sum(axis=1)
     ratio = log_p - toward
     own = (p * ratio).sum(axis=1)  # KL(p || q) or KL(p || m)
@@ -115,7 +116,7 @@ def divergence(
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
     """Return the log-probabilities (n, V) of logits (n, V)."""
-    moved = logits - logits.max(axis=1, keepdims=True)
+    moved: NDArray[Any] = logits - logits.max(axis=1, keepdims=True)
     moved -= np.log(np.exp(moved).sum(axis=1, keepdims=True))
     return moved
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.exact import check_differences, exact, odd_model
 from helpers.tuning import capitals, losses, resumes_to_the_bit, weights
 
 import gpt2c
 from gpt2c.finetune import distill, sft
-from gpt2c.finetune.distill import DistillSettings, Distillation, divergence, student_config
+from gpt2c.finetune.distill import Distillation, DistillSettings, divergence, student_config
 from gpt2c.model.objective import CrossEntropy
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -89,11 +91,13 @@ class Sure:
         return out
 
 
-@pytest.mark.parametrize("block", [1 << 20, 600])
+@pytest.mark.parametrize("block", [1 << 20, 600])  # all rows at once; two
 def test_teacher_that_is_sure_is_cross_entropy(
     base: Path, block: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr("gpt2c.finetune.distill.BLOCK", block)  # 600: blocks of two rows
+    monkeypatch.setattr(
+        import_module("gpt2c.finetune.distill"), "BLOCK", block
+    )  # 600: blocks of two rows
     model, idx = gpt2c.from_pretrained(base, "base"), [[1, 2, 3, 4, 5], [6, 7]]
     targets = rng.integers(0, 257, 7).astype(np.int32)
     targets[[1, 6]] = -1
@@ -118,28 +122,21 @@ def test_teacher_that_is_sure_is_cross_entropy(
 
 
 @BETAS
-def test_gradients_of_a_model_are_derivatives(base: Path, beta: float) -> None:
-    student, idx = gpt2c.from_pretrained(base, "base"), [[1, 2, 3, 4], [5, 6]]
-    teacher = gpt2c.GPT2(student.config, seed=7, backend="base")
+def test_gradients_of_a_model_are_derivatives(
+    base: Path, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, idx = gpt2c.from_pretrained(base, "base").config, [[1, 2, 3, 4], [5, 6]]
+    teacher = gpt2c.GPT2(config, seed=7, backend="base")
     teacher.flat_parameters[...] *= 3
-    targets = np.array([2, 3, -1, 5, 6, 7], np.int32)
+    hidden, targets = teacher.hidden(idx), np.array([2, 3, -1, 5, 6, 7], np.int32)
+    student = exact(odd_model(config), monkeypatch)
 
-    def objective() -> Distillation:
-        return Distillation(targets, teacher, teacher.hidden(idx), 0.6, 2.0, beta)
+    def loss() -> float:
+        return student.loss(idx, Distillation(targets, teacher, hidden, 0.6, 2.0, beta))
 
-    student.loss(idx, objective())
-    student.zero_grad()
-    student.loss(idx, objective())
+    loss()
     student.backward()
-    gradient = student.flat_gradients.copy()
-    direction = gradient / np.sqrt(np.square(gradient).sum())
-    values = []
-    for sign in (1, -1):
-        student.flat_parameters[...] += np.float32(sign * 0.01) * direction
-        values.append(student.loss(idx, objective(), keep=False))
-        student.flat_parameters[...] -= np.float32(sign * 0.01) * direction
-    slope = (values[0] - values[1]) / 0.02
-    assert slope == pytest.approx(np.sqrt(np.square(gradient).sum()), rel=2e-3)
+    check_differences(student, loss)
 
 
 def test_logits_of_hidden_states_are_the_models(base: Path) -> None:
