@@ -28,6 +28,7 @@ from gpt2c.cli import generate as cli_generate
 from gpt2c.cli import info as cli_info
 from gpt2c.cli import plot as cli_plot
 from gpt2c.cli import prepare as cli_prepare
+from gpt2c.cli import prune as cli_prune
 from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
 from gpt2c.cli.flags import add_settings, given_settings
@@ -225,6 +226,8 @@ def parser() -> argparse.ArgumentParser:
     cli_classify.add_verbs(partial(_verb, inner))
     text = "teach a small model what a large one predicts"
     cli_distill.add_flags(_verb(verbs, "distill", cli_distill.run_distill, text))
+    text = "remove layers or neurons of a model, or set weights to 0"
+    cli_prune.add_flags(_verb(verbs, "prune", cli_prune.run_prune, text))
 
     text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
