@@ -24,6 +24,7 @@ FLOORS = (
     {"generator"},
     {"evaluate"},
     {"train", "scoring", "lm_eval"},
+    {"finetune"},
     {"bench"},
     {"cli"},
     {"__init__", "__main__"},

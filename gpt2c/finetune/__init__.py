@@ -1,0 +1,1 @@
+"""Fine-tuning: from a base model to one that does what examples, preferences or rewards ask."""
