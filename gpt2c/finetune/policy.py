@@ -14,7 +14,8 @@ arXiv:1707.06347; GAE, Schulman et al., arXiv:1506.02438.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,9 @@ __all__ = [
     "LOSS_TYPES",
     "SCALES",
     "Clipped",
+    "PolicyLoss",
     "PolicyObjective",
+    "Tokens",
     "centred",
     "clipped",
     "gae",
@@ -70,8 +73,8 @@ def group_advantages(rewards: Floats, scale_rewards: str = "group") -> Floats:
 def leave_one_out(rewards: Floats) -> Floats:
     """Return RLOO's advantages (P, G): each reward less the mean of the others of its group."""
     others = np.sum(~np.isnan(rewards), axis=1, keepdims=True) - 1
-    scale = (others + 1) / np.maximum(others, 1)
-    return np.nan_to_num(scale * (rewards - _mean(rewards)), nan=0.0)
+    centre: Floats = (others + 1) / np.maximum(others, 1) * (rewards - _mean(rewards))
+    return np.nan_to_num(centre, nan=0.0)
 
 
 def centred(rewards: Floats) -> Floats:
@@ -214,6 +217,94 @@ def value_loss(
     return np.maximum(free, held) / 2, slopes
 
 
+class Tokens(NamedTuple):
+    """What is known of tokens before the policy's log-probabilities, (n,) each.
+
+    Attributes
+    ----------
+    factors : of their losses, see `token_factors`
+    advantages : of their completions or, for PPO, their own
+    old : log-probabilities before the first update on these tokens; None at that update
+    reference : log-probabilities of the reference, for a divergence
+    sampled : log-probabilities of another sampler, whose samples are corrected for
+    values, returns : for PPO, of the text before each token
+    """
+
+    factors: Floats
+    advantages: Floats
+    old: Floats | None = None
+    reference: Floats | None = None
+    sampled: Floats | None = None
+    values: Floats | None = None
+    returns: Floats | None = None
+
+    def at(self, rows: Rows) -> Tokens:
+        """Return these tokens only."""
+        known = {name: part[rows] for name, part in self._asdict().items() if part is not None}
+        return Tokens(**known)
+
+
+class Terms(NamedTuple):
+    """The loss of each token (n,), its derivatives, and what metrics show.
+
+    Attributes
+    ----------
+    losses : their sum is the loss
+    s : -d loss / d log p
+    d_values : d loss / d value
+    kl : the estimated divergence from the reference
+    low, high : where the ratio was clipped
+    """
+
+    losses: Floats
+    s: Floats
+    d_values: Floats
+    kl: Floats
+    low: Bools
+    high: Bools
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The loss of tokens: the clipped one, plus beta times a divergence, plus that of values.
+
+    Without old log-probabilities the ratio is 1, and the loss is REINFORCE's, -A log p: it has the
+    same gradient, and with advantages of 1 it is the cross-entropy.
+    """
+
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    beta: float = 0.0
+    kl_estimator: str = "k2"
+    vf_coef: float = 0.1
+    cliprange_value: float = 0.2
+
+    def __call__(self, tokens: Tokens, logps: Floats, values: Floats | None = None) -> Terms:
+        """Return the terms of n tokens from their log-probabilities and values, (n,) each."""
+        none = np.zeros(len(logps), np.bool_)
+        advantages = tokens.advantages
+        if tokens.sampled is not None:
+            before = logps if tokens.old is None else tokens.old
+            advantages = advantages * truncated_ratio(before, tokens.sampled)
+        if tokens.old is None:
+            losses, s, low, high = Clipped(-advantages * logps, advantages, none, none)
+        else:
+            losses, s, low, high = clipped(
+                logps, tokens.old, advantages, self.epsilon, self.epsilon_high
+            )
+        kl = d_values = np.zeros(len(logps))
+        if tokens.reference is not None:
+            kl, slopes = kl_penalty(self.kl_estimator, logps, tokens.reference)
+            losses, s = losses + self.beta * kl, s + self.beta * slopes
+        if values is not None and tokens.values is not None and tokens.returns is not None:
+            value, d_values = value_loss(
+                values, tokens.values, tokens.returns, self.cliprange_value
+            )
+            losses, d_values = losses + self.vf_coef * value, self.vf_coef * d_values
+        f = tokens.factors
+        return Terms(f * losses, f * s, f * d_values, kl, low, high)
+
+
 # ---- figures -------------------------------------------------------------------------------------
 
 
@@ -230,8 +321,6 @@ def pass_at_k(passed: Bools, k: int) -> float:
 
 # ---- the objective -------------------------------------------------------------------------------
 
-Terms = Callable[[Rows, Floats, Floats], tuple[Floats, Floats, Floats]]
-
 
 class PolicyObjective:
     """A loss of each row's target, from its log-probability; see `gpt2c.model.objective`.
@@ -239,8 +328,8 @@ class PolicyObjective:
     Parameters
     ----------
     targets : (N,) int32; negative ones are ignored
-    terms : of rows, the log-probabilities of their targets and their values, all (n,): returns the
-        losses, s = -d loss / d log p, and d loss / d value
+    tokens : what is known of each target, (N,)
+    loss : of the tokens
     temperature : the policy is softmax(logits / temperature)
     unused : ids that no text has
     value : the id whose logit is the value of the text before each token; None for no values
@@ -253,7 +342,8 @@ class PolicyObjective:
     def __init__(
         self,
         targets: IntArray,
-        terms: Terms,
+        tokens: Tokens,
+        loss: PolicyLoss,
         temperature: float = 1.0,
         unused: Sequence[int] = (),
         value: int | None = None,
@@ -261,7 +351,8 @@ class PolicyObjective:
         self.live: Bools = targets >= 0
         self.logps = np.zeros(len(targets))
         self._targets = targets
-        self._terms = terms
+        self._tokens = tokens
+        self._loss = loss
         self._temperature = temperature
         self._unused = list(unused)
         self._value = value
@@ -273,18 +364,15 @@ class PolicyObjective:
 
     def learn(self, ops: Backend, out: Array, logits: Array, rows: Rows, scale: float) -> None:
         """See `Objective`: a row's gradient is scale * s * (softmax - onehot) / temperature."""
-        lse, s, d_values = self._forward(ops, out, logits, rows)
-        weights = (s / self._temperature).astype(np.float32)
+        lse, terms = self._forward(ops, out, logits, rows)
+        weights = (terms.s / self._temperature).astype(np.float32)
         ops.crossentropy_backward(logits, logits, lse, self._targets[rows], weights, scale)
         if self._value is not None:
-            logits[:, self._value] = scale * d_values
+            logits[:, self._value] = scale * terms.d_values
 
-    def _forward(
-        self, ops: Backend, out: Array, logits: Array, rows: Rows
-    ) -> tuple[Array, Floats, Floats]:
-        """Write the losses; return the log of each row's denominator, s, and d loss / d value."""
-        n = len(logits)
-        values = np.zeros(n) if self._value is None else logits[:, self._value].astype(np.float64)
+    def _forward(self, ops: Backend, out: Array, logits: Array, rows: Rows) -> tuple[Array, Terms]:
+        """Write the losses; return the log of each row's denominator, and the terms."""
+        values = None if self._value is None else logits[:, self._value].astype(np.float64)
         logits[:, self._unused] = NEVER
         if self._temperature != 1:
             logits /= np.float32(self._temperature)
@@ -292,6 +380,6 @@ class PolicyObjective:
         ops.crossentropy_forward(out, lse, logits, self._targets[rows])
         logps = -out.astype(np.float64)
         self.logps[rows] = logps
-        losses, s, d_values = self._terms(rows, logps, values)
-        out[...] = losses
-        return lse, s, d_values
+        terms = self._loss(self._tokens.at(rows), logps, values)
+        out[...] = terms.losses
+        return lse, terms

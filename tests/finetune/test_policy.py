@@ -13,7 +13,9 @@ from helpers.exact import check_differences, exact, odd_model
 from gpt2c import GPT2Config
 from gpt2c.finetune.policy import (
     LOSS_TYPES,
+    PolicyLoss,
     PolicyObjective,
+    Tokens,
     centred,
     clipped,
     gae,
@@ -137,10 +139,10 @@ def test_ratio_to_another_sampler_is_truncated() -> None:
 
 
 def test_one_update_of_grpo_is_reinforce(rng: np.random.Generator) -> None:
-    logps, advantages = -rng.random(9), rng.standard_normal(9)
-    found = clipped(logps, logps, advantages, 0.2, 0.2)
-    assert found.s.tolist() == advantages.tolist()
-    assert not (found.low | found.high).any()
+    logps, first = -rng.random(N), tokens(rng)
+    reinforce, grpo = PolicyLoss()(first, logps), PolicyLoss()(first._replace(old=logps), logps)
+    assert grpo.s.tolist() == reinforce.s.tolist() == (first.factors * first.advantages).tolist()
+    assert not (grpo.low | grpo.high).any()
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_pass() -> None:
@@ -159,33 +161,35 @@ def batch(rng: np.random.Generator) -> tuple[Any, Any]:
     return idx, np.where(rng.random(N) < 0.3, -1, rng.integers(0, V - 2, N)).astype(np.int32)
 
 
-def objective(rng: np.random.Generator, targets: Any, **settings: Any) -> PolicyObjective:
-    """Return a PPO objective with a divergence and, if there is a value, its loss."""
-    advantages, old, reference, returns = rng.standard_normal((4, N))
-    old, reference, factors = old / 2 - 3.4, reference / 2 - 3.4, rng.random(N)
+def tokens(rng: np.random.Generator, **parts: Any) -> Tokens:
+    return Tokens(rng.random(N), rng.standard_normal(N), **parts)
 
-    def terms(rows: Any, logps: Any, values: Any) -> Any:
-        policy = clipped(logps, old[rows], advantages[rows], 0.2, 0.3)
-        kl, s = kl_penalty("k3", logps, reference[rows])
-        value, slopes = value_loss(values, np.zeros(len(values)), returns[rows], 0.2)
-        has_value = settings.get("value") is not None
-        losses = policy.losses + 0.1 * kl + 0.5 * value * has_value
-        f = factors[rows]
-        return f * losses, f * (policy.s + 0.1 * s), f * 0.5 * slopes
 
-    return PolicyObjective(targets, terms, **settings)
+def logps_of(rng: np.random.Generator) -> Any:
+    """Return log-probabilities near those of a model that knows nothing."""
+    return rng.standard_normal(N) / 2 - np.log(V)
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"temperature": 0.7}, {"unused": [V - 1, V - 2], "value": V - 1, "temperature": 1.5}],
-    ids=["plain", "temperature", "value"],
+    ("parts", "settings"),
+    [
+        ((), {}),
+        (("old",), {"temperature": 0.7}),
+        (("old", "reference"), {}),
+        (("old", "sampled", "reference"), {"temperature": 1.5}),
+        (("old", "values", "returns"), {"unused": [V - 1, V - 2], "value": V - 1}),
+    ],
+    ids=["reinforce", "clipped", "divergence", "sampler", "value"],
 )
+@pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_gradients_of_the_objective_are_derivatives(
-    settings: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    parts: Any, settings: Any, kl: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     idx, targets = batch(rng)
-    one = objective(rng, targets, **settings)
+    known = tokens(rng, **{name: logps_of(rng) for name in parts})
+    if "values" in parts:  # near the model's
+        known = known._replace(values=rng.standard_normal(N) / 4, returns=rng.standard_normal(N))
+    one = PolicyObjective(targets, known, PolicyLoss(0.2, 0.3, 0.1, kl, 0.5), **settings)
     model = exact(odd_model(CONFIG), monkeypatch)
     model.zero_grad()
     model.loss(idx, one, count=3)
@@ -195,7 +199,7 @@ def test_gradients_of_the_objective_are_derivatives(
 
 def test_log_probabilities_are_those_of_the_policy(backend: Any, rng: np.random.Generator) -> None:
     idx, targets = batch(rng)
-    one = objective(rng, targets, unused=[V - 1, V - 2], temperature=0.5)
+    one = PolicyObjective(targets, tokens(rng), PolicyLoss(), 0.5, [V - 1, V - 2])
     model = odd_model(CONFIG, backend)
     logits = np.concatenate([model(row[None])[0] for row in idx]).astype(np.float64)
     logits = logits[:, : V - 2] / 0.5
@@ -210,14 +214,11 @@ def test_rejection_fine_tuning_has_the_bits_of_sft(rng: np.random.Generator) -> 
     idx, targets = batch(rng)
     expected, model = (odd_model(CONFIG, "auto") for _ in range(2))
     count = int((targets >= 0).sum())
-    factor = token_factors("dapo", np.array([count]), 1)[0]
-
-    def terms(rows: Any, logps: Any, _: Any) -> Any:
-        return -logps * factor, np.full(len(logps), factor), np.zeros(len(logps))
-
+    factors = np.full(N, token_factors("dapo", np.array([count]), 1)[0])
+    one = PolicyObjective(targets, Tokens(factors, np.ones(N)), PolicyLoss())
     losses = [
         expected.loss(idx, np.split(targets, np.cumsum(LENGTHS)[:-1])),
-        model.loss(idx, PolicyObjective(targets, terms), count=1),
+        model.loss(idx, one, count=1),
     ]
     expected.backward()
     model.backward()

@@ -11,7 +11,7 @@ from helpers.exact import odd_model
 
 from gpt2c import GPT2, GPT2Config, LlamaConfig
 from gpt2c.finetune import rollouts
-from gpt2c.finetune.policy import PolicyObjective
+from gpt2c.finetune.policy import PolicyLoss, PolicyObjective, Tokens
 from gpt2c.finetune.rollouts import draw, sample
 
 V, END = 23, 5
@@ -91,9 +91,8 @@ def test_sampler_and_trainer_have_the_same_log_probabilities(
         prompt = found.prompt_of(number)
         idx.append([*prompt, *ids][:-1])
         targets += [*[-1] * (len(prompt) - 1), *ids]
-    one = PolicyObjective(
-        np.array(targets, np.int32), lambda rows, a, b: (a, a, a), temperature, [0, 13]
-    )
+    tokens = Tokens(*np.ones((2, len(targets))))
+    one = PolicyObjective(np.array(targets, np.int32), tokens, PolicyLoss(), temperature, [0, 13])
     model.loss(idx, one, keep=False)
     gap = np.abs(one.logps[one.live] - np.concatenate(found.logps))
     assert 0 < gap.max() < 1e-4
