@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
@@ -26,6 +26,7 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.pretrained import open_found
+from gpt2c.text.chat import read_template
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Generator", "StringSettings", "Token", "Writer"]
@@ -120,11 +121,12 @@ class Generator:
     tokenizer : its tokenizer
     eos_token_id : a token id or several that end a text unless a call names others; None is the
         tokenizer's end of text
+    chat_template : the text of the model's chat_template.jinja; None if it has none
 
     Attributes
     ----------
     count : the number of tokens generated so far, by all calls
-    eos_token_id : see above
+    eos_token_id, chat_template : see above
 
     Raises
     ------
@@ -146,13 +148,15 @@ class Generator:
         model: LanguageModel,
         tokenizer: Tokenizer,
         eos_token_id: int | Collection[int] | None = None,
+        chat_template: str | None = None,
     ) -> None:
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
-        self._unused = tokenizer.unused_ids(model.config.vocab_size)
+        self.unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eot if eos_token_id is None else eos_token_id
+        self.chat_template = chat_template
         self.count = 0
 
     def __repr__(self) -> str:
@@ -187,7 +191,8 @@ class Generator:
         tokenizer = Tokenizer.from_pretrained(found.path)
         # A smaller vocabulary lacks transformers' default, 50256.
         known = [token for token in found.ends if 0 <= token < tokenizer.vocab_size]
-        return cls(model, tokenizer, known or None)
+        directory = found.path.parent if found.path.is_file() else found.path
+        return cls(model, tokenizer, known or None, read_template(directory))
 
     @overload
     def generate(
@@ -371,8 +376,25 @@ class Generator:
     def _begin(
         self, prompts: Sequence[str], settings: dict[str, Any], look: Look | None = None
     ) -> tuple[list[Writer], Iterator[Any], int]:
-        stop = settings.pop("stop", None)
         allowed = settings.pop("allowed_special", ())
+        config, writer = self.plan(settings)
+        ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
+        copies = config.num_return_sequences
+        writers: list[Writer] = []
+        prompts_ids = check_prompts(self.model.config, ids)
+        steps = continue_prompts(self.model, prompts_ids, config, writers, look, self.unused)
+        for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
+            writers.append(writer())
+        return writers, steps, copies
+
+    def plan(self, settings: dict[str, Any]) -> tuple[GenerationConfig, Callable[[], Writer]]:
+        """Return the settings of a call, and a function that makes the writer of each of its texts.
+
+        Raises
+        ------
+        ValueError, TypeError : see `generate`
+        """
+        stop = settings.pop("stop", None)
         several = isinstance(stop, list | tuple | set | frozenset)
         stops = list(stop) if several else [] if stop is None else [stop]
         for text in stops:
@@ -381,16 +403,9 @@ class Generator:
         config = GenerationConfig(**{"eos_token_id": self.eos_token_id} | settings)
         if config.logprobs:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
-        ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
-        copies = config.num_return_sequences
-        writers: list[Writer] = []
-        prompts_ids = check_prompts(self.model.config, ids)
-        steps = continue_prompts(self.model, prompts_ids, config, writers, look, self._unused)
         special = {*self.tokenizer.special_tokens.values()}
         silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
-        for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
-            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, silent))
-        return writers, steps, copies
+        return config, lambda: Writer(self.tokenizer, stops, config.min_new_tokens, silent)
 
 
 def _strings(name: str, texts: Any, door: str) -> list[str]:

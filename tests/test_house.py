@@ -22,6 +22,7 @@ FLOORS = (
     {"gpt2", "llama"},
     {"pretrained"},
     {"generator"},
+    {"chat"},
     {"evaluate"},
     {"train", "scoring", "lm_eval"},
     {"finetune"},

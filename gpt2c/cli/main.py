@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c.cli import bench as cli_bench
+from gpt2c.cli import chat as cli_chat
 from gpt2c.cli import convert as cli_convert
 from gpt2c.cli import eval as cli_eval
 from gpt2c.cli import generate as cli_generate
@@ -31,14 +32,19 @@ from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
-from gpt2c.train.loop import TrainResult, train
+from gpt2c.train.loop import TrainResult
+from gpt2c.train.pretrain import train
 from gpt2c.train.settings import recipe_settings
 
 __all__ = ["main", "parser"]
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 LONGEST = 2000  # characters of an error that are shown
-ANY_TEXT = ("--prompt", "--stop")  # flags whose value may be any text, another flag's name too
+ANY_TEXT = (
+    "--prompt",
+    "--stop",
+    "--system",
+)  # flags whose value may be any text, another flag's name too
 FLAG = re.compile("--[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -197,6 +203,8 @@ def parser() -> argparse.ArgumentParser:
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
     text = "continue a text"
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, text, shows=True))
+    text = "talk with a model that gpt2c sft has taught to answer"
+    cli_chat.add_flags(_verb(verbs, "chat", cli_chat.run_chat, text, shows=True))
     text = "show a text as a tokenizer cuts it: pieces, ids, bytes"
     cli_tokens.add_flags(_verb(verbs, "tokens", cli_tokens.run_tokens, text, shows=True))
     text = "draw runs: loss, learning rate, gradient norm, tokens a second"

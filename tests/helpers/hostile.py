@@ -41,8 +41,8 @@ from gpt2c.text.prepare import prepare
 from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
 from gpt2c.text.splits import LLAMA3
 from gpt2c.train import checkpoints
-from gpt2c.train.loop import train
 from gpt2c.train.metrics import read_metrics
+from gpt2c.train.pretrain import train
 from gpt2c.train.settings import TrainSettings, read_recipe
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
