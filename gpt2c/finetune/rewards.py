@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from gpt2c.finetune.tasks import verify
 from gpt2c.kernels.checks import counted, number
 
-__all__ = ["Reward", "Scores", "find_rewards", "score"]
+__all__ = ["Reward", "Scores", "find_rewards", "score", "try_rewards"]
 
 Function = Callable[..., Sequence[float | None]]
 Floats = NDArray[np.float64]
@@ -162,12 +162,7 @@ def score(
     ValueError : a function raises, or returns another number of rewards, or something that is no
         finite number, or None for all: the message names the function and the completion
     """
-    arguments: dict[str, list[Any]] = {
-        "prompts": list(prompts),
-        "completions": list(completions),
-        "completion_ids": [[*map(int, ids)] for ids in completion_ids],
-        **{name: list(values) for name, values in columns.items()},
-    }
+    arguments = _arguments(prompts, completions, completion_ids, columns)
     each = {reward.name: _of(reward, arguments) for reward in rewards}
     table = np.stack([each[reward.name] for reward in rewards])
     weights = np.array([[reward.weight] for reward in rewards])
@@ -180,6 +175,35 @@ def score(
             " nothing can be learned"
         )
     return Scores(total, each)
+
+
+def try_rewards(
+    rewards: Sequence[Reward], prompt: str, end: int, columns: Mapping[str, Any]
+) -> None:
+    """Call each function with an empty completion, before long work depends on it.
+
+    Raises
+    ------
+    ValueError : see `score`, but None is fine
+    """
+    arguments = _arguments([prompt], [""], [[end]], {name: [v] for name, v in columns.items()})
+    for reward in rewards:
+        _of(reward, arguments)
+
+
+def _arguments(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> dict[str, list[Any]]:
+    """Return what a reward function is called with."""
+    return {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": [[*map(int, ids)] for ids in completion_ids],
+        **{name: list(values) for name, values in columns.items()},
+    }
 
 
 def _of(reward: Reward, arguments: Mapping[str, list[Any]]) -> Floats:

@@ -19,11 +19,15 @@ from numpy.typing import NDArray
 
 from gpt2c.model.language_model import LanguageModel
 
-__all__ = ["Rollouts", "draw", "sample"]
+__all__ = ["Diverged", "Rollouts", "draw", "sample"]
 
 IntArray = NDArray[np.int32]
 Floats = NDArray[np.float64]
 CACHE = 1 << 28  # bytes of keys and values; more completions wait for their place
+
+
+class Diverged(ValueError):
+    """The policy's logits are not finite."""
 
 
 class Rollouts(NamedTuple):
@@ -35,6 +39,7 @@ class Rollouts(NamedTuple):
     completions : token ids of S completions, with the one that ended them
     logps : as completions, the log-probability of each token in nats, of the policy that sampled
     entropies : as completions, the entropy in nats of what each token was drawn from
+    values : as completions, the value of the text before each token; 0 of a policy without
     truncated : (S,) whether a completion has no end, because it has the most tokens
     """
 
@@ -42,6 +47,7 @@ class Rollouts(NamedTuple):
     completions: list[IntArray]
     logps: list[Floats]
     entropies: list[Floats]
+    values: list[Floats]
     truncated: NDArray[np.bool_]
 
     @property
@@ -71,12 +77,12 @@ def draw(
 
     Raises
     ------
-    ValueError : logits hold nan or infinity
+    Diverged : logits hold nan or infinity
     """
     z = logits.astype(np.float64)
     largest = z.max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():
-        raise ValueError("the policy's logits hold nan or infinity: its weights have diverged")
+        raise Diverged("the policy's logits hold nan or infinity: its weights have diverged")
     z -= largest
     z /= temperature or 1.0
     p = np.exp(z)
@@ -101,6 +107,7 @@ def sample(
     temperature: float,
     key: tuple[int, int],
     unused: Sequence[int] = (),
+    value: int | None = None,
 ) -> Rollouts:
     """Sample completions.
 
@@ -114,10 +121,11 @@ def sample(
     temperature : of the policy; 0 takes the likeliest token each time
     key : of the random numbers, such as seed and step
     unused : ids that are never drawn
+    value : the id whose logit is the value of the text before each token
 
     Raises
     ------
-    ValueError : the policy's logits are not finite
+    Diverged : the policy's logits are not finite
     MemoryError : the keys and values of one group do not fit
     """
     P, S, G = len(prompts), len(prompts) * count, count
@@ -126,7 +134,7 @@ def sample(
     decoder = model.decoder(slots, capacity)
     uniforms = np.random.Generator(np.random.Philox(key=list(key))).random((S, max_tokens))
     tokens = np.zeros((S, max_tokens), np.int32)
-    logps, entropies = np.zeros((2, S, max_tokens))
+    logps, entropies, values = np.zeros((3, S, max_tokens))
     counts = np.zeros(S, np.int64)
     slot_of = np.zeros(S, np.int32)
     starts = np.repeat([len(prompt) for prompt in prompts], G)
@@ -134,8 +142,10 @@ def sample(
     ending, never = np.array(sorted(ends), np.int64), list(unused)
 
     def choose(rows: NDArray[np.int64], logits: NDArray[Any]) -> None:
-        logits[:, never] = -np.inf
         places = rows, counts[rows]
+        if value is not None:
+            values[places] = logits[:, value]
+        logits[:, never] = -np.inf
         tokens[places], logps[places], entropies[places] = draw(
             logits, temperature, uniforms[places]
         )
@@ -162,9 +172,9 @@ def sample(
             choose(live, decoder.step(newest, slot_of[live], positions))
     kept = [
         [row[:n].copy() for row, n in zip(rows, counts, strict=True)]
-        for rows in (tokens, logps, entropies)
+        for rows in (tokens, logps, entropies, values)
     ]
-    return Rollouts(prompts, kept[0], kept[1], kept[2], ~ended)
+    return Rollouts(prompts, kept[0], kept[1], kept[2], kept[3], ~ended)
 
 
 def _slots(model: LanguageModel, capacity: int, G: int, P: int) -> int:
