@@ -25,8 +25,7 @@ FLOORS = (
     {"chat"},
     {"evaluate"},
     {"train", "scoring", "lm_eval"},
-    {"finetune"},
-    {"bench"},
+    {"bench", "finetune"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gpt2c.cli import bench as cli_bench
 from gpt2c.cli import chat as cli_chat
 from gpt2c.cli import convert as cli_convert
 from gpt2c.cli import eval as cli_eval
+from gpt2c.cli import finetune as cli_finetune
 from gpt2c.cli import generate as cli_generate
 from gpt2c.cli import info as cli_info
 from gpt2c.cli import plot as cli_plot
@@ -106,7 +108,7 @@ def _run(arguments: list[str], out: Door) -> int:
         options.verb.error(_unknown_flag(unknown[0], options.verb))
     out.needed = options.shows
     try:
-        trains = options.run in (run_train, run_demo)  # which have handlers of their own
+        trains = options.run in (run_train, run_demo, cli_finetune.run_method)  # own handlers
         with nullcontext() if trains else _ended_as_by_ctrl_c():
             code: int = options.run(options)
         out.flush()
@@ -198,6 +200,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     verb.add_argument("--overwrite", action="store_true", help="replace the content of --out")
     add_settings(verb, {})
+
+    cli_finetune.add_verbs(partial(_verb, verbs))
 
     text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files.atomic import atomic_path
-from gpt2c.files.names import CHECKPOINTS
+from gpt2c.files.tensors import map_tensors, write_tensors
 from gpt2c.finetune.policy import Tokens
 
-__all__ = ["Batch", "load", "store"]
+__all__ = ["Batch", "load", "prune", "store"]
 
 Floats = NDArray[np.float64]
 DIRECTORY = "rollouts"
@@ -45,20 +45,54 @@ class Batch(NamedTuple):
 
 
 def store(out: Path, cycle: int, batch: Batch) -> None:
-    """Write the batch of a cycle; remove those that no checkpoint needs any more.
+    """Write the batch of a cycle of updates.
 
     Raises
     ------
     OSError : it cannot be written
     """
-    directory = out / DIRECTORY
-    directory.mkdir(exist_ok=True)
+    (out / DIRECTORY).mkdir(exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {
-        name: value for name, value in batch.tokens._asdict().items() if value is not None
+        **{name: value for name, value in batch.tokens._asdict().items() if value is not None},
+        "lengths": np.array([len(ids) for ids in batch.ids]),
+        "ids": np.concatenate([np.zeros(0), *batch.ids]),
+        "targets": batch.targets,
+        "sampler": batch.sampled,
     }
-    arrays["lengths"] = np.array([len(ids) for ids in batch.ids], np.int64)
-    arrays["ids"] = np.concatenate([np.zeros(0, np.int32), *batch.ids])
-    arrays["targets"], arrays["sampler"] = batch.targets, batch.sampled
-    arrays["json"] = np.array(json.dumps([batch.read, batch.metrics]))
-    with atomic_path(directory / f"{cycle:08d}.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}  # exact for ids too
+    with atomic_path(_path(out, cycle)) as temporary:
+        write_tensors(temporary, wide, {"read": str(batch.read), "figures": json.dumps(batch.metrics)})
+
+
+def load(out: Path, cycle: int) -> Batch:
+    """Read the batch of a cycle of updates.
+
+    Raises
+    ------
+    OSError : it is missing or unreadable
+    ValueError : it is damaged
+    """
+    path = _path(out, cycle)
+    stored, metadata = map_tensors(path, dtypes=("F64",))
+    arrays = {name: np.array(tensor.data) for name, tensor in stored.items()}
+    try:
+        lengths, ids = (arrays.pop(name).astype(np.int32) for name in ("lengths", "ids"))
+        targets, sampled = arrays.pop("targets").astype(np.int32), arrays.pop("sampler")
+        figures, read = json.loads(metadata["figures"]), int(metadata["read"])
+        tokens = Tokens(**arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r:.70}") from None
+    if {len(part) for part in (targets, sampled, *arrays.values())} != {lengths.sum() - len(lengths)}:
+        raise ValueError(f"{path} is damaged: its arrays have different lengths")
+    return Batch(np.split(ids, lengths.cumsum()[:-1]), tokens, targets, sampled, read, figures)
+
+
+def prune(out: Path, first: int) -> None:
+    """Remove the batches of cycles before `first`."""
+    for path in (out / DIRECTORY).glob("*.safetensors"):
+        if path.stem.isdigit() and int(path.stem) < first:
+            path.unlink(missing_ok=True)
+
+
+def _path(out: Path, cycle: int) -> Path:
+    return out / DIRECTORY / f"{cycle:08d}.safetensors"

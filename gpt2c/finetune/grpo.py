@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.files.names import CHECKPOINTS
 from gpt2c.finetune import cycles
 from gpt2c.finetune.cycles import Batch
 from gpt2c.finetune.policy import (
@@ -250,6 +251,8 @@ class _GRPO:
             batch = batch._replace(tokens=batch.tokens._replace(old=logps))
             self._held = cycle, batch
             cycles.store(run.out, cycle, batch)
+            saved = [int(path.name) for path in (run.out / CHECKPOINTS).glob("[0-9]*")]
+            cycles.prune(run.out, min([run.step, *saved]) // settings.num_iterations)
         return Learned(loss, batch.read, metrics)
 
     def _batch(self, run: Run, cycle: int, update: int) -> Batch:

@@ -99,13 +99,13 @@ class LostModel(ValueError):
     """Weights, moments, or a loss or gradient from them, are not finite: they are not kept."""
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """Read a run's run.json.
+def read_record(out: Path, verb: str = "train") -> dict[str, Any]:
+    """Read the run.json of a run that `gpt2c verb` began.
 
     Raises
     ------
     OSError : it is missing or unreadable
-    ValueError : it is damaged, or of another version
+    ValueError : it is damaged, or of another version or verb
     """
     path = out / RUN_FILE
     if not path.is_file():
@@ -114,6 +114,9 @@ def read_record(out: Path) -> dict[str, Any]:
     version = record.get("version")
     if type(version) is not int or version != VERSION:
         raise ValueError(f"{path}: version must be {VERSION}, got {shown(version)}")
+    began = record.get("verb", "train")
+    if began != verb:
+        raise ValueError(f"{path}: gpt2c {shown(began)[1:-1]} began this run, so go on with that")
     for name in ("settings", "config", "data", "backend", "threads"):
         if name not in record:
             raise ValueError(f"{path} lacks {name}")
