@@ -61,7 +61,9 @@ def store(out: Path, cycle: int, batch: Batch) -> None:
     }
     wide = {name: array.astype(np.float64) for name, array in arrays.items()}  # exact for ids too
     with atomic_path(_path(out, cycle)) as temporary:
-        write_tensors(temporary, wide, {"read": str(batch.read), "figures": json.dumps(batch.metrics)})
+        write_tensors(
+            temporary, wide, {"read": str(batch.read), "figures": json.dumps(batch.metrics)}
+        )
 
 
 def load(out: Path, cycle: int) -> Batch:
@@ -82,7 +84,9 @@ def load(out: Path, cycle: int) -> Batch:
         tokens = Tokens(**arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r:.70}") from None
-    if {len(part) for part in (targets, sampled, *arrays.values())} != {lengths.sum() - len(lengths)}:
+    if {len(part) for part in (targets, sampled, *arrays.values())} != {
+        lengths.sum() - len(lengths)
+    }:
         raise ValueError(f"{path} is damaged: its arrays have different lengths")
     return Batch(np.split(ids, lengths.cumsum()[:-1]), tokens, targets, sampled, read, figures)
 

@@ -48,7 +48,7 @@ from gpt2c.finetune.rewards import Reward, Scores, find_rewards, score, try_rewa
 from gpt2c.finetune.rollouts import Diverged, Rollouts, sample
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tasks import TASKS
-from gpt2c.finetune.tune import Base, Check, Result, tune
+from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.formats.load import AnyConfig
 from gpt2c.pretrained import MODELS
 from gpt2c.text.ragged import Order, parts
@@ -153,10 +153,10 @@ class Sampled(NamedTuple):
     passed: NDArray[np.bool_]
 
 
-class _GRPO:
+class _GRPO(Method):
     verb = "grpo"
     shown = ("reward", "pass@1", "entropy")
-    unit = "(minus the reward)"
+    unit = "(the share that fails)"
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class _GRPO:
         run.model.zero_grad()
         loss, first = 0.0, 0
         logps = np.zeros(len(batch.targets))
-        for part in parts([len(ids) - 1 for ids in batch.ids], run.settings.batch_tokens):
+        for part in parts([len(ids) - 1 for ids in batch.ids], self._settings.batch_tokens):
             idx = [ids[:-1] for ids in batch.ids[part]]
             rows = slice(first, first + sum(map(len, idx)))
             objective = PolicyObjective(
@@ -280,14 +280,17 @@ class _GRPO:
             counted[advantages.reshape(-1) == 0] = 0
         factors = token_factors(settings.loss_type, counted, settings.max_completion_length)
         factors[counted == 0] = 0
-        # Rows of weight 0 have no gradient, unless a value or a divergence is learned from them.
-        all_of_them = self._ppo or settings.beta
-        live = (factors > 0) & (all_of_them or advantages.reshape(-1) != 0)
-        chosen = np.flatnonzero(live)
+        signal = advantages.reshape(-1) != 0  # without it nothing is learned, and nothing computed
+        if self._ppo or settings.beta:
+            signal[:] = True
+        live = signal & (factors > 0)
+        chosen = np.flatnonzero(live).tolist()
         starts = [len(rollouts.prompt_of(i)) for i in chosen]
-        ids = [np.array([*rollouts.prompt_of(i), *rollouts.completions[i]], np.int32) for i in chosen]
+        ids = [
+            np.array([*rollouts.prompt_of(i), *rollouts.completions[i]], np.int32) for i in chosen
+        ]
 
-        def rows(each: Sequence[Any]) -> Floats:
+        def rows(each: Any) -> Floats:
             """Return a number for each target, 0 in prompts."""
             out = [np.zeros(0)]
             for i, start in zip(chosen, starts, strict=True):
@@ -304,7 +307,7 @@ class _GRPO:
             tokens = tokens._replace(sampled=sampled)
         targets = np.where(marks, following, np.int32(-1)).astype(np.int32)
         if settings.beta:
-            tokens = tokens._replace(reference=self._reference_logps(run, ids, targets))
+            tokens = tokens._replace(reference=self._reference_logps(ids, targets))
         read = int(lengths.sum()) + settings.num_generations * sum(len(p.ids) for p in prompts)
         return Batch(ids, tokens, targets, sampled, read, self._metrics(found))
 
@@ -342,7 +345,7 @@ class _GRPO:
         if settings.algorithm == "rloo":
             return leave_one_out(rewards)
         if settings.algorithm == "rft":
-            return kept_once(found.passed, found.rollouts.completions)
+            return kept_once(found.passed, [ids.tolist() for ids in found.rollouts.completions])
         return centred(rewards)
 
     def _valued(self, tokens: Tokens, found: Sampled, rows: Any, marks: Any) -> Tokens:
@@ -358,11 +361,11 @@ class _GRPO:
         flat[marks] = whitened(flat[marks])
         return tokens._replace(advantages=flat, values=rows(values), returns=rows(returns))
 
-    def _reference_logps(self, run: Run, ids: Sequence[Any], targets: NDArray[np.int32]) -> Floats:
+    def _reference_logps(self, ids: Sequence[Any], targets: NDArray[np.int32]) -> Floats:
         """Return the log-probability of each target by the base."""
         logps, first = np.zeros(len(targets)), 0
         unused = self.tokenizer.unused_ids(self._reference.config.vocab_size)
-        for part in parts([len(one) - 1 for one in ids], run.settings.batch_tokens):
+        for part in parts([len(one) - 1 for one in ids], self._settings.batch_tokens):
             idx = [one[:-1] for one in ids[part]]
             rows = slice(first, first + sum(map(len, idx)))
             none = Tokens(*np.zeros((2, rows.stop - rows.start)))
@@ -403,9 +406,10 @@ class _GRPO:
 
     def _figures(self, batch: Batch, logps: Floats, update: int) -> dict[str, float]:
         """Return the figures of an update, under TRL's names."""
-        live, figures = batch.targets >= 0, {}
-        if not live.any():
-            return {}
+        live = np.flatnonzero(batch.targets >= 0)
+        figures: dict[str, float] = {}
+        if not len(live):
+            return figures
         terms = self._settings.policy_loss(batch.tokens.at(live), logps[live])
         if not update:
             gap = np.abs(logps[live] - batch.sampled[live])
@@ -436,10 +440,9 @@ class _GRPO:
         greedy = self._sample(run, held, 1, 0.0, EVALUATION)
         G = settings.num_generations
         self._passed = pass_at_k(drawn.passed, G)
-        reward = float(np.nanmean(drawn.scores.total))
         return {
-            "val_loss": -reward,
-            "val_reward": reward,
+            "val_loss": 1 - pass_at_k(drawn.passed, 1),
+            "val_reward": float(np.nanmean(drawn.scores.total)),
             "val_pass@1": pass_at_k(drawn.passed, 1),
             f"val_pass@{G}": self._passed,
             "val_greedy": pass_at_k(greedy.passed, 1),

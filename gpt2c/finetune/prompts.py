@@ -87,8 +87,8 @@ def read_prompts(
     if not prompts:
         many = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise ValueError(
-            f"no prompt is left to sample from: {many}; a prompt may have {max(0, most)} tokens, the"
-            " model's context less max_completion_length"
+            f"no prompt is left to sample from: {many}; the model's context less"
+            f" max_completion_length has room for {max(0, most)} tokens"
         )
     out = held_out(list(prompts), val_fraction, seed)
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
