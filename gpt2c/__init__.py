@@ -25,7 +25,7 @@ from gpt2c.kernels import (
 )
 
 if TYPE_CHECKING:
-    from gpt2c import finetune, ops
+    from gpt2c import ops
     from gpt2c.chat import Chat
     from gpt2c.generate.engine import Engine
     from gpt2c.generate.sampling import GenerationConfig
@@ -57,7 +57,6 @@ __all__ = [
     "Schedule",
     "Tokenizer",
     "backends",
-    "finetune",
     "from_pretrained",
     "ops",
 ]

@@ -12,7 +12,6 @@ Source: Ouyang et al. 2022, arXiv:2203.02155, for the method; TRL's SFTTrainer f
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.objective import CrossEntropy, Rows
 from gpt2c.text.chat import write_template
-from gpt2c.text.examples import Example, kept, read_records, supervised
-from gpt2c.text.ragged import Order, held_out, parts
+from gpt2c.text.examples import Example, divided, fingerprint, kept, read_records, supervised
+from gpt2c.text.ragged import Order, held_out
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import Run
@@ -144,20 +143,6 @@ class _SFT(Method):
         if asked:
             figures |= answered(run.model, asked, self.tokenizer.eot, check)
         return figures
-
-
-def divided(examples: Sequence[Example], most: int) -> Iterator[Sequence[Example]]:
-    """Divide examples into batches of at most `most` tokens."""
-    for part in parts([len(one.ids) - 1 for one in examples], most):
-        yield examples[part]
-
-
-def fingerprint(examples: Sequence[Example]) -> dict[str, Any]:
-    """Return what identifies examples: their number, and a checksum of all ids and marks."""
-    digest = hashlib.sha256()
-    for one in examples:
-        digest.update(one.ids.tobytes() + one.learned.tobytes())
-    return {"examples": len(examples), "sha256": digest.hexdigest()}
 
 
 def answered(

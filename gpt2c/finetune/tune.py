@@ -48,7 +48,7 @@ from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Method", "Result", "tune"]
+__all__ = ["Base", "Check", "Method", "Result", "tune"]
 
 S = TypeVar("S", bound=FinetuneSettings)
 Check = Callable[[], None] | None  # raises an error that ends an evaluation

@@ -7,6 +7,7 @@ Its fields show its format; all records of a file have the format of the first.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from gpt2c.files import untrusted
 from gpt2c.text.chat import Message, check_messages, encode_chat
+from gpt2c.text.ragged import parts
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "Example",
     "Record",
     "Records",
+    "divided",
+    "fingerprint",
     "kept",
     "messages_of",
     "read_records",
@@ -192,7 +196,7 @@ def _rows(content: str, name: str, delimiter: str) -> Iterator[Record]:
                 raise ValueError(f"{where} does not have the {columns} columns of the first line")
             yield Record(row, where)
     except csv.Error as error:
-        raise ValueError(f"{name}, line {reader.line_num:,} is not CSV: {error}") from None
+        raise ValueError(f"{name}, line {reader.reader.line_num:,} is not CSV: {error}") from None
 
 
 def string(record: Record, name: str) -> str:
@@ -317,3 +321,17 @@ def kept(
         except Dropped as reason:
             counts[str(reason)] = counts.get(str(reason), 0) + 1
     return examples, counts
+
+
+def divided(examples: Sequence[Example], most: int) -> Iterator[Sequence[Example]]:
+    """Divide examples into batches of at most `most` tokens."""
+    for part in parts([len(one.ids) - 1 for one in examples], most):
+        yield examples[part]
+
+
+def fingerprint(examples: Sequence[Example]) -> dict[str, Any]:
+    """Return what identifies examples: their number, and a checksum of all ids and marks."""
+    digest = hashlib.sha256()
+    for one in examples:
+        digest.update(one.ids.tobytes() + one.learned.tobytes())
+    return {"examples": len(examples), "sha256": digest.hexdigest()}
