@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
-from gpt2c.finetune import sft
+from gpt2c.finetune import grpo, sft
+from gpt2c.finetune.grpo import GRPOSettings
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.sft import SFTSettings
 from gpt2c.finetune.tune import Result
@@ -21,6 +22,7 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 # verb -> its function, the class of its settings, its help
 METHODS: dict[str, tuple[Callable[..., Result], type[FinetuneSettings], str]] = {
     "sft": (sft, SFTSettings, "fine-tune a model on examples: it learns the answers, not prompts"),
+    "grpo": (grpo, GRPOSettings, "train a model by rewards of what it writes: GRPO, RLOO, PPO, RFT"),
 }
 
 
@@ -29,7 +31,9 @@ def add_verbs(add: Callable[..., argparse.ArgumentParser]) -> None:
     for name, (_, kind, text) in METHODS.items():
         verb = add(name, run_method, text)
         verb.add_argument("base", metavar="BASE", help="a run, a directory of a model, or a name")
-        verb.add_argument("data", metavar="DATA", help="a file of examples: JSONL, JSON or CSV")
+        optional = "?" if "task" in kind.fields() else None  # a task makes them
+        text = "a file of examples: JSONL, JSON or CSV"
+        verb.add_argument("data", metavar="DATA", nargs=optional, help=text)
         verb.add_argument("--out", type=Path, required=True, help="the run's directory")
         verb.add_argument("--config", help="a TOML file or a recipe's name; flags override it")
         verb.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -51,7 +55,8 @@ def run_method(options: argparse.Namespace) -> int:
         **given,
     )
     if result.interrupted:
-        verb = command(options.method, options.base, options.data, "--out", options.out, "--resume")
+        data = [] if options.data is None else [options.data]
+        verb = command(options.method, options.base, *data, "--out", options.out, "--resume")
         print(f"stopped after step {result.step} of {result.max_iters}; go on with: {verb}")
         return INTERRUPTED
     print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s")
