@@ -73,7 +73,7 @@ class Chat:
     ) -> None:
         if not isinstance(generator, Generator):
             generator = Generator.from_pretrained(generator)
-        template = generator.chat_template
+        template = generator.tokenizer.chat_template
         if template is not None and template.strip() != CHAT_TEMPLATE.strip():
             raise ValueError(
                 "the model has a chat template of its own; gpt2c speaks only its plain one, which"

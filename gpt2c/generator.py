@@ -26,7 +26,6 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.pretrained import open_found
-from gpt2c.text.chat import read_template
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Generator", "StringSettings", "Token", "Writer"]
@@ -121,12 +120,11 @@ class Generator:
     tokenizer : its tokenizer
     eos_token_id : a token id or several that end a text unless a call names others; None is the
         tokenizer's end of text
-    chat_template : the text of the model's chat_template.jinja; None if it has none
 
     Attributes
     ----------
     count : the number of tokens generated so far, by all calls
-    eos_token_id, chat_template : see above
+    eos_token_id : see above
 
     Raises
     ------
@@ -148,7 +146,6 @@ class Generator:
         model: LanguageModel,
         tokenizer: Tokenizer,
         eos_token_id: int | Collection[int] | None = None,
-        chat_template: str | None = None,
     ) -> None:
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
@@ -156,7 +153,6 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eot if eos_token_id is None else eos_token_id
-        self.chat_template = chat_template
         self.count = 0
 
     def __repr__(self) -> str:
@@ -191,8 +187,7 @@ class Generator:
         tokenizer = Tokenizer.from_pretrained(found.path)
         # A smaller vocabulary lacks transformers' default, 50256.
         known = [token for token in found.ends if 0 <= token < tokenizer.vocab_size]
-        directory = found.path.parent if found.path.is_file() else found.path
-        return cls(model, tokenizer, known or None, read_template(directory))
+        return cls(model, tokenizer, known or None)
 
     @overload
     def generate(

@@ -40,7 +40,7 @@ from gpt2c.model.gpt2 import ARITHMETIC
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.rope_scaling import RopeScaling
-from gpt2c.text.chat import Message, encode_chat, write_template
+from gpt2c.text.chat import CHAT_TEMPLATE, Message, encode_chat
 from gpt2c.text.splits import DIGITS, LLAMA3, QWEN2, REGEXES, Split
 from gpt2c.text.splits import GPT2 as GPT2_SPLIT
 
@@ -1353,8 +1353,8 @@ def talks(count: int) -> Iterator[list[Message]]:
 
 def test_chat_template_of_transformers_is_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Their text, ids and mask of 200 conversations, and of the questions that begin these."""
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(tmp_path)
-    write_template(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for talk in talks(200):
         messages = [message._asdict() for message in talk]

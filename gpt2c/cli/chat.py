@@ -45,7 +45,7 @@ def run_chat(options: argparse.Namespace) -> int:
     generator, loaded = open_generator(options)
     system = None if options.system is None else well_formed(options.system)
     chat = Chat(generator, system, **given_sampling(options))
-    if generator.chat_template is None:
+    if generator.tokenizer.chat_template is None:
         print(
             f"{options.model} has no chat template: it has not learned to answer, which gpt2c sft"
             " teaches",
@@ -61,8 +61,8 @@ def run_chat(options: argparse.Namespace) -> int:
             before = chat.forgotten
             pieces = chat.say(line)
             if forgotten := chat.forgotten - before:
-                oldest = f"the oldest {counted(forgotten, 'turn')}"
-                print(f"(the context is full: {oldest} forgotten)", file=sys.stderr)
+                turns = counted(forgotten, "turn")
+                print(f"(the context is full; forgotten, from the start: {turns})", file=sys.stderr)
             write_pieces(pieces)
 
     seconds = answer_lines(f"Each line is a message. {HELP}", answer)

@@ -27,7 +27,7 @@ from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.objective import CrossEntropy, Rows
-from gpt2c.text.chat import write_template
+from gpt2c.text.chat import CHAT_TEMPLATE
 from gpt2c.text.examples import Example, divided, fingerprint, kept, read_records, supervised
 from gpt2c.text.ragged import Order, held_out
 from gpt2c.train.hooks import Learned
@@ -81,6 +81,8 @@ class _SFT(Method):
         }
         found = read_records(source, FORMATS, names)
         self.format = found.format
+        if found.format not in ("prompt and completion", "text"):
+            tokenizer.chat_template = CHAT_TEMPLATE
         context = base.found.config.n_positions
         most = min(settings.max_length or context, context)
         all_of_them, reasons = kept(
@@ -108,10 +110,6 @@ class _SFT(Method):
             f" {self.longest:,}"
         )
         yield f"the first example, with its learned part {coloured(every[0], self.tokenizer)}"
-
-    def begin(self, run: Run) -> None:
-        if self.format not in ("prompt and completion", "text"):
-            write_template(run.out)
 
     def learn(self, run: Run) -> Learned:
         model, step = run.model, [self._train[n] for n in self._order.step(run.step)]

@@ -7,20 +7,16 @@ token. Each header ("user:\n" and the blank line before it) and each content is 
 the ids of a conversation begin with those of its first messages, and no content yields a special
 token. A model learns the answers and the end of text that closes them.
 
-`CHAT_TEMPLATE` is the same for other programs: transformers' `apply_chat_template` renders it.
+`CHAT_TEMPLATE` is the same for other programs: transformers' `apply_chat_template` renders it. A
+tokenizer that has it as its `chat_template` saves it as chat_template.jinja.
 """
 
 from __future__ import annotations
 
-import json
-import os.path
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2c.files import atomic, untrusted
-from gpt2c.files.names import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
-from gpt2c.text import vocabulary
+from gpt2c.files import untrusted
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -28,8 +24,6 @@ __all__ = [
     "Message",
     "check_messages",
     "encode_chat",
-    "read_template",
-    "write_template",
 ]
 
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
@@ -38,7 +32,7 @@ _NEXT = {None: (SYSTEM, USER), SYSTEM: (USER,), USER: (ASSISTANT,), ASSISTANT: (
 
 CHAT_TEMPLATE = r"""{{- eos_token }}
 {%- for message in messages %}
-    {%- if not loop.first and loop.previtem['role'] != 'assistant' %}
+    {%- if not loop.first and messages[loop.index0 - 1]['role'] != 'assistant' %}
         {{- '\n\n' }}
     {%- endif %}
     {{- message['role'] + ':\n' }}
@@ -173,34 +167,3 @@ def encode_chat(
 def _header(role: str, before: str | None) -> str:
     """Return the text before a content; `before` is the role of the message before, or None."""
     return ("" if before in (None, ASSISTANT) else "\n\n") + f"{role}:\n"
-
-
-def write_template(directory: Path) -> None:
-    """Write `CHAT_TEMPLATE` as chat_template.jinja beside a tokenizer's files, for transformers.
-
-    Raises
-    ------
-    OSError : the file cannot be written; an existing one is intact
-    """
-    with atomic.atomic_path(directory / CHAT_TEMPLATE_FILE) as temporary:
-        temporary.write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-
-def read_template(directory: Path) -> str | None:
-    """Return the chat template of a tokenizer's directory, or of a checkpoint's run; None if none.
-
-    chat_template.jinja comes first, as in transformers, then the entry of tokenizer_config.json.
-
-    Raises
-    ------
-    OSError : a file cannot be read
-    ValueError : a file is not UTF-8 or not JSON, or is too large
-    """
-    directory = vocabulary.home(directory)
-    if os.path.lexists(path := directory / CHAT_TEMPLATE_FILE):
-        return untrusted.decode(untrusted.read_bytes(path, vocabulary.LARGEST), str(path))
-    if not os.path.lexists(path := directory / TOKENIZER_CONFIG_FILE):
-        return None
-    template = untrusted.read_json(path).get("chat_template")
-    # Older files may hold several templates, each with its name.
-    return template if isinstance(template, str | None) else json.dumps(template)

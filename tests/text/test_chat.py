@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +11,9 @@ from hypothesis import strategies as st
 
 from gpt2c import Tokenizer
 from gpt2c.text.chat import (
-    CHAT_TEMPLATE,
     Message,
     check_messages,
     encode_chat,
-    read_template,
-    write_template,
 )
 from gpt2c.text.splits import LLAMA3
 
@@ -129,23 +124,3 @@ def test_a_wrong_conversation_is_refused_with_its_place(messages: Any, reason: s
         else messages
     )
     assert reason in refused(check_messages, given, answered=True, place="talk")
-
-
-def test_the_template_is_a_file_beside_the_tokenizer(tmp_path: Path) -> None:
-    BPE.save_pretrained(tmp_path)
-    assert read_template(tmp_path) is None
-    write_template(tmp_path)
-    assert read_template(tmp_path) == CHAT_TEMPLATE
-    checkpoint = tmp_path / "checkpoints" / "00000040"
-    checkpoint.mkdir(parents=True)
-    assert read_template(checkpoint) == CHAT_TEMPLATE
-    assert read_template(tmp_path / "checkpoints") is None
-
-
-@pytest.mark.parametrize("template", ["{{ messages }}", [{"name": "default", "template": "x"}]])
-def test_a_template_may_stand_in_the_config(tmp_path: Path, template: Any) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    found = read_template(tmp_path)
-    assert found and found != CHAT_TEMPLATE
-    write_template(tmp_path)
-    assert read_template(tmp_path) == CHAT_TEMPLATE
