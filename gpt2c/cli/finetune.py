@@ -22,7 +22,11 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 # verb -> its function, the class of its settings, its help
 METHODS: dict[str, tuple[Callable[..., Result], type[FinetuneSettings], str]] = {
     "sft": (sft, SFTSettings, "fine-tune a model on examples: it learns the answers, not prompts"),
-    "grpo": (grpo, GRPOSettings, "train a model by rewards of what it writes: GRPO, RLOO, PPO, RFT"),
+    "grpo": (
+        grpo,
+        GRPOSettings,
+        "train a model by rewards of what it writes: GRPO, RLOO, PPO, RFT",
+    ),
 }
 
 

@@ -1,8 +1,7 @@
-"""A beginner at a task, from nothing: where reinforcement learning starts, because it sharpens what
-a model sometimes gets right.
+"""A beginner at a task, from nothing: reinforcement learning sharpens what it sometimes gets right.
 
-    base   a small model, pretrained on the text of a careless teacher, wrong in two of five
-    sft    fine-tuned on other examples of that teacher: it learns the answers, not the prompts
+base   a small model, pretrained on the text of a careless teacher, wrong in two of five
+sft    fine-tuned on other examples of that teacher: it learns the answers, not the prompts
 """
 
 from __future__ import annotations
