@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bf16", "rounded"]
+__all__ = ["bf16", "in_floats", "read", "rounded", "stored"]
 
 
 def bf16(x: NDArray[Any]) -> NDArray[Any]:
@@ -33,3 +34,33 @@ def bf16(x: NDArray[Any]) -> NDArray[Any]:
 def rounded(precision: str, *factors: NDArray[Any]) -> tuple[NDArray[Any], ...]:
     """Return the factors of products of this precision: as they are, or nearest bfloat16."""
     return tuple(map(bf16, factors)) if precision == "bf16" else factors
+
+
+def stored(x: NDArray[Any]) -> NDArray[np.uint16]:
+    """Return the nearest bfloat16 numbers as they lie in memory: the upper halves of float32."""
+    return (bf16(x).astype(np.float32, copy=False).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def read(x: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return bfloat16 numbers in memory, see `stored`, as float32."""
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def in_floats(op: Callable[..., None], outputs: int) -> Callable[..., None]:
+    """Return an op that also takes bfloat16 numbers in memory, and computes on float32.
+
+    Parameters
+    ----------
+    outputs : how many of its arguments it writes, the first ones
+    """
+
+    def run(*arguments: Any, **others: Any) -> None:
+        halves = [getattr(argument, "dtype", None) == np.uint16 for argument in arguments]
+        pairs = zip(arguments, halves, strict=True)
+        floats = [read(argument) if half else argument for argument, half in pairs]
+        op(*floats, **others)
+        for number in range(outputs):
+            if halves[number]:
+                arguments[number][...] = stored(floats[number])
+
+    return run
