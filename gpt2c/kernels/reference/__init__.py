@@ -24,6 +24,5 @@ from gpt2c.kernels.reference.linear import *
 from gpt2c.kernels.reference.loss import *
 from gpt2c.kernels.reference.norm import *
 from gpt2c.kernels.reference.optimizer import *
-from gpt2c.kernels.reference.rounding import in_floats as in_floats
 
 __all__ = list(OPS)

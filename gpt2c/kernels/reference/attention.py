@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.reference.dropout import keep_factors
-from gpt2c.kernels.reference.rounding import rounded
+from gpt2c.kernels.reference.rounding import on_factors, rounded
 
 __all__ = ["attention_backward", "attention_forward"]
 
@@ -69,6 +69,7 @@ def _keep(p: Array, dropout: float, key: int, first: int) -> Array:
     return factors.swapaxes(1, 2).astype(p.dtype)
 
 
+@on_factors
 def attention_forward(
     out: Array,
     lse: Array,
@@ -134,6 +135,7 @@ def attention_forward(
     _heads(out, NH)[...] = p @ _for_each_query_head(v, NH)
 
 
+@on_factors
 def attention_backward(
     dqkv: Array,
     dout: Array,

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bf16", "in_floats", "read", "rounded", "stored"]
+from gpt2c.kernels.op import OPS
+
+__all__ = ["bf16", "on_factors", "read", "rounded", "stored"]
+
+P = ParamSpec("P")
 
 
 def bf16(x: NDArray[Any]) -> NDArray[Any]:
@@ -46,21 +51,24 @@ def read(x: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
-def in_floats(op: Callable[..., None], outputs: int) -> Callable[..., None]:
-    """Return an op that also takes bfloat16 numbers in memory, and computes on float32.
+def on_factors(op: Callable[P, None]) -> Callable[P, None]:
+    """Let an op also take factors that are bfloat16 in memory, see `stored`.
 
-    Parameters
-    ----------
-    outputs : how many of its arguments it writes, the first ones
+    It computes on float32 numbers, and rounds what it writes.
     """
+    outputs = len(OPS[op.__name__].outputs)
 
-    def run(*arguments: Any, **others: Any) -> None:
+    @functools.wraps(op)
+    def run(*arguments: P.args, **others: P.kwargs) -> None:
         halves = [getattr(argument, "dtype", None) == np.uint16 for argument in arguments]
-        pairs = zip(arguments, halves, strict=True)
-        floats = [read(argument) if half else argument for argument, half in pairs]
-        op(*floats, **others)
-        for number in range(outputs):
-            if halves[number]:
-                arguments[number][...] = stored(floats[number])
+        if not any(halves):
+            op(*arguments, **others)
+            return
+        given: list[Any] = [*arguments]
+        floats = [read(one) if half else one for one, half in zip(given, halves, strict=True)]
+        op(*floats, **others)  # type: ignore[arg-type]
+        for array, half, found in zip(given[:outputs], halves, floats, strict=False):
+            if half:
+                array[...] = stored(found)
 
     return run
