@@ -7,6 +7,7 @@ __all__ = [
     "CHAT_TEMPLATE_FILE",
     "CHECKPOINTS",
     "CONFIG_FILE",
+    "CONFUSION_FILE",
     "DAMAGED_FILE",
     "EVENTS",
     "GENERATION_FILE",
@@ -66,6 +67,7 @@ EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
 RUNS_FILE = "plot.png"
 RESULT_FILE = "result.json"
+CONFUSION_FILE = "confusion.png"  # of a classifier
 
 
 def check_named(what: str, name: str | os.PathLike[str]) -> None:

@@ -45,7 +45,7 @@ from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "tune"]
+__all__ = ["Base", "Check", "Method", "Result", "tune", "write_result"]
 
 S = TypeVar("S", bound=FinetuneSettings)
 Check = Callable[[], None] | None  # raises an error that ends an evaluation
@@ -190,7 +190,7 @@ def tune(
                 except StoppedError:
                     return Result(out, 0, run.settings.max_iters, 0, 0.0, {}, {}, True)
                 report(f"before: {evaluated(before, method.unit)}")
-                _write(out, verb, {"before": before})
+                write_result(out, verb, {"before": before})
             method.begin(run)
             done = train_run(
                 run, lambda: method.learn(run), evaluation, stop, method.shown, method.unit
@@ -200,7 +200,7 @@ def tune(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
             *(before, {} if interrupted else after, interrupted),
         )
-        _write(out, verb, dataclasses.asdict(result) | {"out": str(out)})
+        write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
 
 
@@ -226,6 +226,8 @@ def _prepare(
     found = find_model(base)
     if found.weights != "fp32":
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
+    if settings.random_weights:
+        found = dataclasses.replace(found, tensors={})
     method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
     planned = settings.planned(method.examples)
     config = method.config(found.config)
@@ -247,6 +249,8 @@ def _prepare(
     }
     if record is not None:
         _check_same(out, record, facts)
+    if settings.freeze:
+        model.freeze(*settings.freeze.split(","))
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
@@ -259,7 +263,7 @@ def _open(
     found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
 ) -> CausalLM:
     """Return the base's model with the config of the method; a head that it lacks is random."""
-    seed = None if config == found.config else settings.seed
+    seed = None if config == found.config and found.tensors else settings.seed
     model = MODELS[type(config)](
         *(config, seed, backend, settings.recomputation), precision=settings.precision
     )
@@ -293,7 +297,7 @@ def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:
     return before, after
 
 
-def _write(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
+def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
     """Write result.json; numbers that JSON lacks become null."""
 
     def plain(value: Any) -> Any:

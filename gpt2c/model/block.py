@@ -30,9 +30,11 @@ from gpt2c.kernels.memory import Array
 
 __all__ = [
     "FLOATS",
+    "NO_CACHE",
     "NO_DROPOUT",
     "Batch",
     "Block",
+    "Cache",
     "Dropout",
     "IntArray",
     "Life",
@@ -47,6 +49,24 @@ IntArray = NDArray[np.int32]
 Shape = tuple[int, ...]
 FLOATS = ".floats"  # behind the name of a slot of 16 bits: memory for float32
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Cache(NamedTuple):
+    """What an attention remembers of texts: their keys and values.
+
+    Attributes
+    ----------
+    keys, values : (B, KV, P, HS) float32, float16 or int8
+    key_scales, value_scales : (B, KV, P) float32 for int8, else None
+    """
+
+    keys: NDArray[Any] | None = None
+    values: NDArray[Any] | None = None
+    key_scales: Array | None = None
+    value_scales: Array | None = None
+
+
+NO_CACHE = Cache()
 
 
 class Parameter(NamedTuple):
@@ -152,8 +172,10 @@ class Stage(NamedTuple):
     gain: Array | None = None
     shift: Array | None = None
     eps: float = 0.0
-    keys: Array | None = None
-    values: Array | None = None
+    keys: NDArray[Any] | None = None
+    values: NDArray[Any] | None = None
+    key_scales: Array | None = None
+    value_scales: Array | None = None
     cos: Array | None = None
     sin: Array | None = None
     NH: int = 0
@@ -233,7 +255,7 @@ class Run:
     batch : its sizes
     offsets : of a ragged batch, which is one row: the first token of each sequence, then T
     accumulate : whether backward adds to the gradients of matrices, or writes them
-    caches : of texts that are read in parts, the name of a block -> what it remembers
+    caches : of texts that are read in parts, the name of a block -> its cache
     position : of the first token
     dropout : of a batch to learn from
     precision : of the products of matrices, "fp32" or "bf16". In bf16 the factors that a training
@@ -252,7 +274,7 @@ class Run:
         a: Mapping[str, Array],
         batch: Batch,
         offsets: IntArray | None = None,
-        caches: Mapping[str, tuple[Array, Array]] = NOTHING,
+        caches: Mapping[str, Cache] = NOTHING,
         position: int = 0,
         dropout: Dropout = NO_DROPOUT,
         precision: str = "fp32",

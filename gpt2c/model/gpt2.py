@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpt2c.model.attention import Attention
-from gpt2c.model.config import ModelConfig, check_eos, check_numbers, check_sizes, read_token
+from gpt2c.model.config import (
+    ModelConfig,
+    check_eos,
+    check_label_names,
+    check_numbers,
+    check_sizes,
+    read_token,
+)
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.mlp import MLP
 from gpt2c.model.norm import LayerNorm
@@ -57,6 +64,7 @@ class GPT2Config(ModelConfig):
         GPT2ForSequenceClassification; None for logits
     pad_token_id : of a classifier, the token that no text ends with. transformers puts it behind
         the shorter texts of a batch, and needs it for several texts; gpt2c only stores it
+    id2label : of a classifier, the names of its K labels; None for LABEL_0 and so on
 
     Raises
     ------
@@ -87,6 +95,7 @@ class GPT2Config(ModelConfig):
     eos_token_id: int | None = None
     num_labels: int | None = None
     pad_token_id: int | None = None
+    id2label: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -99,6 +108,7 @@ class GPT2Config(ModelConfig):
         check_numbers(self, RANGES)
         check_eos(self)
         check_eos(self, "pad_token_id")
+        check_label_names(self)
 
     @classmethod
     def _read(cls, entries: Mapping[str, Any]) -> dict[str, Any]:

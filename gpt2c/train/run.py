@@ -29,6 +29,7 @@ from gpt2c.files import atomic
 from gpt2c.files.atomic import atomic_path, check_link, matching, remove, remove_leftovers, through
 from gpt2c.files.names import (
     CHECKPOINTS,
+    CONFUSION_FILE,
     DAMAGED_FILE,
     EVENTS,
     LOSS_FILE,
@@ -70,7 +71,7 @@ __all__ = [
 VERSION = 1
 # What a run writes at the top of its directory.
 _FILES = (RUN_FILE, *MODEL_FILES, *TOKENIZER_FILES)
-_LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE)
+_LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE, CONFUSION_FILE)
 
 
 def locked_run(out: Path) -> AbstractContextManager[None]:
