@@ -114,7 +114,8 @@ class Decoder:
         )
         self._cache = Cache(**typed_views(memory, layout))
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
-        self._activations = Activations(self._stack.slots, None)
+        halves = precision == "bf16" and all(a.dtype == np.float32 for a in parameters.values())
+        self._activations = Activations(self._stack.slots, None, halves)
         self._stages: Any = None  # bound at the first step
 
     def __repr__(self) -> str:
