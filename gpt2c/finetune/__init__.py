@@ -7,6 +7,7 @@ have: base model in, examples in, a run's directory out. See the method's file f
 from gpt2c.finetune.classify import Classified, classify
 from gpt2c.finetune.distill import distill
 from gpt2c.finetune.dpo import dpo
+from gpt2c.finetune.grpo import grpo
 from gpt2c.finetune.prune import Pruned, prune
 from gpt2c.finetune.reward import reward
 from gpt2c.finetune.sft import sft
@@ -19,6 +20,7 @@ __all__ = [
     "classify",
     "distill",
     "dpo",
+    "grpo",
     "prune",
     "reward",
     "sft",
