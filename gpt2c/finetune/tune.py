@@ -19,14 +19,17 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files.atomic import atomic_path
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
-from gpt2c.kernels.backend import Backend, get_backend
+from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.memory import require
+from gpt2c.model.parameters import Tensor
 from gpt2c.model.plan import parts_needed
 from gpt2c.pretrained import MODELS
 from gpt2c.text.tokenizer import Tokenizer
@@ -234,7 +237,8 @@ def _prepare(
     checkpoint = None if record is None else newest_checkpoint(out, record, config)
     backend = get_backend(settings.backend, settings.threads or None)
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
-    needs = parts_needed(config, 1, tokens, settings.recomputation)
+    precision = as_precision(settings.precision, backend)
+    needs = parts_needed(config, 1, tokens, settings.recomputation, precision)
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
     model = _open(found, config, settings, backend)
     facts = {
@@ -266,11 +270,21 @@ def _open(
     model = MODELS[type(config)](
         *(config, seed, backend, settings.recomputation), precision=settings.precision
     )
-    own = config.parameter_shapes().keys()
-    tensors = {name: tensor for name, tensor in found.tensors.items() if name in own}
-    fresh = {name: model.parameters[name] for name in own - tensors.keys() if seed is not None}
+    own = config.parameter_shapes()
+    tensors = {
+        name: _grown(tensor, own[name]) for name, tensor in found.tensors.items() if name in own
+    }
+    fresh = {name: model.parameters[name] for name in own.keys() - tensors if seed is not None}
     model.load_parameters(tensors | fresh, found.source)
     return model
+
+
+def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a table with as many rows as the config has: the further ones are 0."""
+    if len(shape) != 2 or tensor.shape[1:] != shape[1:] or tensor.shape[0] >= shape[0]:
+        return tensor
+    more = np.zeros((shape[0] - tensor.shape[0], shape[1]), np.float32)
+    return np.concatenate([np.asarray(tensor), more])
 
 
 def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
