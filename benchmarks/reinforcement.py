@@ -41,13 +41,16 @@ FIGURES = {
 }
 GRPO: dict[str, dict[str, Any]] = {
     "GRPO": {},
-    "GRPO, no deviation": {"scale_rewards": "none"},
     "rejection fine-tuning": {"algorithm": "rft"},
-    "control: random reward": {},
-    "control: negated reward": {},
+    "control: random reward": {"max_iters": 120},
+    "control: negated reward": {"max_iters": 120},
+    "GRPO, no deviation": {"scale_rewards": "none"},
 }
 MORE_SFT = "more examples (SFT)"
-COLOURS = dict(zip([*GRPO, MORE_SFT], ["C0", "C9", "C2", "0.6", "C3", "C1"], strict=True))
+COLOURS = {
+    **{"GRPO": "C0", "rejection fine-tuning": "C2", "control: random reward": "0.6"},
+    **{"control: negated reward": "C3", MORE_SFT: "C1", "GRPO, no deviation": "C9"},
+}
 
 
 def random_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -18,7 +18,7 @@ __all__ = ["CARELESS", "SFT", "beginner", "careless_examples"]
 
 CARELESS = 0.4  # the share of the teacher's answers that are wrong
 TEXTS = 12_000  # lines of the text that the base reads
-EXAMPLES = 22_000  # that the beginner learns from, each once
+EXAMPLES = 32_000  # that the beginner learns from, each once
 # Constant rates: weights at the end of a falling one lie in a narrow valley, and the first steps of
 # reinforcement learning throw them out of it.
 SHARED: dict[str, Any] = {
