@@ -257,7 +257,13 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
     assert "a prompt of task sort has" in said and "has room for 1: lower" in said
 
 
-def test_epochs_count_each_update(base: Path) -> None:
+def test_policy_that_diverges_stops_the_run(base: Path, tmp_path: Path) -> None:
+    given = {"learning_rate": 1e30, "max_iters": 4, "eval_interval": 4, "grad_clip": 0.0}
+    said = refused(tuned, base, tmp_path / "run", **given)
+    assert "the loss is nan at step" in said
+
+
+def test_epochs_count_each_update() -> None:
     assert GRPOSettings().planned(4096).max_iters == 256
 
 
