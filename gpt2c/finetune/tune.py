@@ -27,7 +27,7 @@ from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
-from gpt2c.kernels.backend import Backend, get_backend
+from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.memory import require
 from gpt2c.model.parameters import Tensor
 from gpt2c.model.plan import parts_needed
@@ -237,7 +237,8 @@ def _prepare(
     checkpoint = None if record is None else newest_checkpoint(out, record, config)
     backend = get_backend(settings.backend, settings.threads or None)
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
-    needs = parts_needed(config, 1, tokens, settings.recomputation)
+    precision = as_precision(settings.precision, backend)
+    needs = parts_needed(config, 1, tokens, settings.recomputation, precision)
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
     model = _open(found, config, settings, backend)
     facts = {

@@ -35,7 +35,7 @@ from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
-from gpt2c.model.plan import KEPT, Activations
+from gpt2c.model.plan import Activations
 from gpt2c.model.quantized import (
     check_method,
     check_weights,
@@ -150,7 +150,8 @@ class Model(LanguageModel):
         what = f"a model of {config.num_parameters():,} parameters"
         require(what, {"weights": size}, SMALLER[weights])
         self._lay_out(frozenset() if weights == "fp32" else frozenset(described))
-        self._memory = Activations(self._slots, recompute)
+        halves = self.precision == "bf16" and weights == "fp32"  # those of a model that is trained
+        self._memory = Activations(self._slots, recompute, halves)
         self._owner = Owner()
         if seed is not None:
             self._initialise(seed)
@@ -729,7 +730,7 @@ class Model(LanguageModel):
                 self._add_head(run, scale)
             if not run.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
-            self._stack.backward(run, d_out, pending.tokens, KEPT[self._recompute])
+            self._stack.backward(run, d_out, pending.tokens, self._memory.kept)
 
     def _add_head(self, run: Run, scale: float) -> None:
         """Bring in the gradients that `loss` has computed, of the head and its input."""
