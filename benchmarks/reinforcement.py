@@ -41,13 +41,16 @@ FIGURES = {
 }
 GRPO: dict[str, dict[str, Any]] = {
     "GRPO": {},
-    "GRPO, no deviation": {"scale_rewards": "none"},
     "rejection fine-tuning": {"algorithm": "rft"},
-    "control: random reward": {},
-    "control: negated reward": {},
+    "control: random reward": {"max_iters": 120},
+    "control: negated reward": {"max_iters": 120},
+    "GRPO, no deviation": {"scale_rewards": "none"},
 }
 MORE_SFT = "more examples (SFT)"
-COLOURS = dict(zip([*GRPO, MORE_SFT], ["C0", "C9", "C2", "0.6", "C3", "C1"], strict=True))
+COLOURS = {
+    **{"GRPO": "C0", "rejection fine-tuning": "C2", "control: random reward": "0.6"},
+    **{"control: negated reward": "C3", MORE_SFT: "C1", "GRPO, no deviation": "C9"},
+}
 
 
 def random_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -105,11 +108,11 @@ def learned(name: str, task: str, base: Path, out: Path, seed: int) -> None:
         grpo(base, None, out, reward_funcs=reward, least_pass=0.0, **given | shared)
 
 
-def measure(task: str, seeds: int, out: Path) -> dict[str, Any]:
+def measure(task: str, seeds: list[int], out: Path) -> dict[str, Any]:
     """Return the curves: name -> seed -> [(step, figures)], and the seconds of each run."""
     curves: dict[str, list[list[Any]]] = {name: [] for name in COLOURS}
     seconds: dict[str, list[float]] = {name: [] for name in COLOURS}
-    for seed in range(1, seeds + 1):
+    for seed in seeds:
         home = out / f"{task}-{seed}"
         if not (home / "sft" / "result.json").exists() or not json.loads(
             (home / "sft" / "result.json").read_text()
@@ -171,9 +174,13 @@ def main() -> None:
     parser.add_argument("--task", default="sort", choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/reinforcement"))
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--only", type=int, help="measure this seed alone, and draw nothing")
+    parser.add_argument("--picture", type=Path, default=Path("grpo.png"))
     options = parser.parse_args()
-    found = measure(options.task, options.seeds, options.out)
+    seeds = [options.only] if options.only else [*range(1, options.seeds + 1)]
+    found = measure(options.task, seeds, options.out)
+    if options.only:
+        return
     draw(options.task, found, options.picture)
     record = {
         **{"task": options.task, "settings": SETTINGS, "date": date.today().isoformat()},

@@ -35,6 +35,7 @@ __all__ = [
     "Tokens",
     "centred",
     "clipped",
+    "deviation",
     "gae",
     "group_advantages",
     "kept_once",

@@ -4,9 +4,10 @@ A reward function has TRL's signature:
 
     def reward(completions, prompts=..., completion_ids=..., answer=..., **columns): -> list
 
-Each argument is a list with an entry for each completion; the columns are the other fields of the
-prompt's example. A reward is a number, or None where the function has nothing to say. Several
-functions are added up with weights.
+Each argument is a list with an entry for each completion: a string without its end, its token ids
+with it, the prompt's string or messages, and the other fields of the prompt's example. A reward is
+a number, or None where the function has nothing to say. Several functions are added up with
+weights.
 """
 
 from __future__ import annotations

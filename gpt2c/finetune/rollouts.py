@@ -23,7 +23,7 @@ __all__ = ["Diverged", "Rollouts", "draw", "sample"]
 
 IntArray = NDArray[np.int32]
 Floats = NDArray[np.float64]
-CACHE = 1 << 28  # bytes of keys and values; more completions wait for their place
+MEMORY = 1 << 28  # bytes of keys, values and logits; more completions wait for their place
 
 
 class Diverged(ValueError):
@@ -149,7 +149,7 @@ def sample(
         tokens[places], logps[places], entropies[places] = draw(
             logits, temperature, uniforms[places]
         )
-        ended[rows] = np.isin(tokens[places], ending)
+        ended[rows] = (tokens[places][:, None] == ending).any(axis=1)
         counts[rows] += 1
 
     free, waiting, live = list(range(slots)), list(range(P)), np.empty(0, np.int64)
@@ -181,5 +181,5 @@ def _slots(model: LanguageModel, capacity: int, G: int, P: int) -> int:
     """Return how many completions run at a time, in whole groups."""
     config = model.config
     attention = config.stack().layers[0].attention
-    one = 8 * config.n_layer * attention.KV * attention.HS * capacity
-    return G * max(1, min(P, math.floor(CACHE / (G * one))))
+    one = 8 * config.n_layer * attention.KV * attention.HS * capacity + 32 * config.vocab_size
+    return G * max(1, min(P, math.floor(MEMORY / (G * one))))

@@ -13,7 +13,7 @@ from helpers.tuning import losses, resumes_to_the_bit, weights
 
 import gpt2c
 from gpt2c.cli.main import main
-from gpt2c.finetune import grpo
+from gpt2c.finetune import beginner, grpo
 from gpt2c.finetune.cycles import load
 from gpt2c.finetune.grpo import CHOICES, GRPOSettings
 from gpt2c.finetune.policy import group_advantages
@@ -257,7 +257,13 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
     assert "a prompt of task sort has" in said and "has room for 1: lower" in said
 
 
-def test_epochs_count_each_update(base: Path) -> None:
+def test_policy_that_diverges_stops_the_run(base: Path, tmp_path: Path) -> None:
+    given = {"learning_rate": 1e30, "max_iters": 4, "eval_interval": 4, "grad_clip": 0.0}
+    said = refused(tuned, base, tmp_path / "run", **given)
+    assert "the loss is nan at step" in said
+
+
+def test_epochs_count_each_update() -> None:
     assert GRPOSettings().planned(4096).max_iters == 256
 
 
@@ -287,3 +293,29 @@ def test_command_line(
 def weights_of(base: Path, tmp_path: Path) -> bytes:
     tuned(base, tmp_path / "python")
     return weights(tmp_path / "python")
+
+
+def test_command_line_begins_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A beginner, then the recipe; --resume does again what was not finished."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(beginner, "TEXTS", 60)
+    monkeypatch.setattr(beginner, "EXAMPLES", 60)
+    few = {"max_iters": 2, "batch_size": 4, "backend": "base"}
+    monkeypatch.setattr(beginner, "BASE", beginner.BASE | few | {"n_layer": 1})
+    monkeypatch.setattr(beginner, "SFT", beginner.SFT | few)
+    words = ["grpo", "--task", "format", "--out", "run", "--num-generations", "2"]
+    words += ["--least-pass", "0", "--eval-prompts", "2", "--max-iters", "2", "--backend", "base"]
+    assert main(words) == 0
+    assert {path.name for path in Path("run").iterdir()} == {"text", "base", "sft", "grpo"}
+    record = json.loads(Path("run/grpo/run.json").read_text())
+    assert record["settings"]["max_completion_length"] == 15  # of the recipe
+    bits = weights(Path("run/grpo"))
+    assert main([*words, "--resume"]) == 0 and weights(Path("run/grpo")) == bits
+    Path("run/grpo/run.json").unlink()
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == 0 and weights(Path("run/grpo")) == bits
+    assert "before: " in capsys.readouterr().out
+    assert main(["grpo", "--out", "other"]) == 2
+    assert "name a base, or a task to begin with: --task sort|add" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_sampler_and_trainer_have_the_same_log_probabilities(
 def test_a_completion_is_the_same_whatever_runs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = odd_model(CONFIG, "auto")
     expected = sampled(model)
-    monkeypatch.setattr(rollouts, "CACHE", 1)  # one group at a time
+    monkeypatch.setattr(rollouts, "MEMORY", 1)  # one group at a time
     alone = sampled(model)
     for a, b in zip(expected.completions, alone.completions, strict=True):
         assert a.tolist() == b.tolist()
