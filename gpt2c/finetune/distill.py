@@ -43,7 +43,7 @@ from gpt2c.train.settings import setting
 
 __all__ = ["DistillSettings", "Distillation", "distill", "divergence"]
 
-BLOCK = 1 << 20  # logits of the teacher that are in memory at a time
+BLOCK, ROWS = 1 << 18, 32  # logits of the teacher that are in memory at a time, if rows allow
 POLICY = 1 << 33  # beside the seed: the random numbers of on-policy steps are no others
 
 
@@ -97,28 +97,36 @@ def divergence(
     temperature, beta : see the top of the file
     """
     tau = temperature
-    log_p, log_q = log_softmax(student / tau), log_softmax(teacher / tau)
-    p = np.exp(log_p)
+    log_p, p = softmax(student, tau)
+    log_q, q = softmax(teacher, tau)
     if beta == 0:
-        q = np.exp(log_q)
-        return tau**2 * (q * (log_q - log_p)).sum(axis=1), tau * (p - q)
+        ratio = log_q - log_p
+        ratio *= q
+        p -= q
+        p *= tau
+        return tau**2 * ratio.sum(axis=1), p
     if beta == 1:
         toward, weight, rest = log_q, 1.0, 0.0
     else:
         toward = np.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))  # log m
-        weight, rest = 1 - beta, beta * (np.exp(log_q) * (log_q - toward)).sum(axis=1)
-    ratio = log_p - toward
+        weight, rest = 1 - beta, beta * (q * (log_q - toward)).sum(axis=1)
+    ratio = np.subtract(log_p, toward, out=log_p)
     own = (p * ratio).sum(axis=1)  # KL(p || q) or KL(p || m)
-    gradient = p * (ratio - own[:, None])
-    gradient *= tau * weight
-    return tau**2 * (weight * own + rest), gradient
+    ratio -= own[:, None]
+    p *= ratio
+    p *= tau * weight
+    return tau**2 * (weight * own + rest), p
 
 
-def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
-    """Return the log-probabilities (n, V) of logits (n, V)."""
-    moved: NDArray[Any] = logits - logits.max(axis=1, keepdims=True)
-    moved -= np.log(np.exp(moved).sum(axis=1, keepdims=True))
-    return moved
+def softmax(logits: NDArray[Any], temperature: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the log-probabilities (n, V) of logits (n, V), and the probabilities."""
+    logs: NDArray[Any] = logits / temperature
+    logs -= logs.max(axis=1, keepdims=True)
+    p = np.exp(logs)
+    total = p.sum(axis=1, keepdims=True)
+    p /= total
+    logs -= np.log(total)
+    return logs, p
 
 
 class Distillation(CrossEntropy):
@@ -158,7 +166,7 @@ class Distillation(CrossEntropy):
 
     def learn(self, ops: Backend, out: Array, logits: Array, rows: Rows, scale: float) -> None:
         """See `Objective`."""
-        hidden, size = self._hidden[rows], max(1, BLOCK // logits.shape[1])
+        hidden, size = self._hidden[rows], max(ROWS, BLOCK // logits.shape[1])
         numbers = np.arange(len(self.live))[rows]
         for start in range(0, len(logits), size):
             part = slice(start, start + size)

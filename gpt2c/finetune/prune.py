@@ -31,6 +31,7 @@ from gpt2c.finetune.data import Data, Source, SupervisedSettings, open_data
 from gpt2c.finetune.tune import Base
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.checks import number, whole
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.pretrained import MODELS
 from gpt2c.text.examples import divided
@@ -73,12 +74,14 @@ class PruneSettings:
         """Refuse what prunes nothing or everything."""
         if all(one is None for one in (self.layers, self.mlp, self.sparsity, self.mask_structure)):
             raise ValueError("name what to prune: layers, mlp, sparsity or mask_structure")
+        if self.layers is not None:
+            whole("layers", self.layers)
         for name in ("mlp", "sparsity"):
-            if (share := getattr(self, name)) is not None and not 0 < share < 1:
+            if (share := getattr(self, name)) is not None and not 0 < number(name, share) < 1:
                 raise ValueError(f"{name} must be a share above 0 and below 1, got {share}")
         if self.method not in METHODS:
             raise ValueError(f"method must be {' or '.join(METHODS)}, got {self.method!r:.50}")
-        if self.calibration_tokens < 1:
+        if whole("calibration_tokens", self.calibration_tokens) < 1:
             raise ValueError(
                 f"calibration_tokens must be at least 1, got {self.calibration_tokens}"
             )
@@ -90,7 +93,7 @@ class PruneSettings:
         """Return N and M of mask_structure: N of M weights stay."""
         if self.mask_structure is None:
             return None
-        numbers = self.mask_structure.split(":")
+        numbers = str(self.mask_structure).split(":")
         if len(numbers) == 2 and all(n.isascii() and n.isdecimal() for n in numbers):
             N, M = (int(n) for n in numbers)
             if 0 < N < M:
@@ -345,13 +348,13 @@ def compared(models: Sequence[CausalLM], data: Data) -> list[dict[str, float]]:
     inputs, targets = [one.ids[:-1] for one in batch], [one.targets for one in batch]
     seconds = [math.inf] * len(models)
     for _ in range(TIMED_ROUNDS):
-        for number, model in enumerate(models):
+        for place, model in enumerate(models):
             model.loss(inputs, targets, keep=False)
             began, calls = time.perf_counter(), 0
             while (spent := time.perf_counter() - began) < TIMED_SECONDS or not calls:
                 model.loss(inputs, targets, keep=False)
                 calls += 1
-            seconds[number] = min(seconds[number], spent / calls)
+            seconds[place] = min(seconds[place], spent / calls)
     figures = []
     for model, fastest in zip(models, seconds, strict=True):
         parameters = model.config.num_parameters()

@@ -72,7 +72,9 @@ def numeric_flags(options: argparse.ArgumentParser, verb: str = "") -> Iterator[
 FLAGS = sorted(set(numeric_flags(parser())))
 SHARED = {flag for verb, flag in FLAGS if verb == "sft"}  # by all methods of fine-tuning
 FLAGS = [
-    (verb, flag) for verb, flag in FLAGS if verb not in ("reward", "dpo") or flag not in SHARED
+    (verb, flag)
+    for verb, flag in FLAGS
+    if verb not in ("reward", "dpo", "distill") or flag not in SHARED
 ]
 
 

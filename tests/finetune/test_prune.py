@@ -228,6 +228,9 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     for given, said in (
         ({}, "name what to prune: layers, mlp, sparsity or mask_structure"),
         ({"layers": 0}, "layers says how many stay, from 1 to 2 of 3, got 0"),
+        ({"layers": 1.5}, "layers must be a whole number, got 1.5"),
+        ({"mlp": "half"}, "mlp must be a number, got 'half'"),
+        ({"mask_structure": 24}, "such as 2:4, got 24"),
         ({"layers": 3}, "layers says how many stay, from 1 to 2 of 3, got 3"),
         ({"mlp": 0.0}, "mlp must be a share above 0 and below 1, got 0.0"),
         ({"mlp": 0.001}, "mlp 0.001 of 40 inner neurons leaves 0: from 1 to 39 must stay"),
