@@ -113,6 +113,8 @@ class Kernels:
             entry = {"C": given["out"].shape[-1]}
             if "keys" in given:
                 entry |= dict(zip(("KV", "P", "HS"), given["keys"].shape[1:], strict=True))
+            if "low" in given:
+                entry["R"] = given["low"].shape[-1]
             for name in ("op", "then"):
                 entry[name] = getattr(self._lib, given.pop(name).upper())
             linear = {}
@@ -179,8 +181,7 @@ def source(op: Op) -> str:
     arguments = [array.name for array in op.arrays]
     # callers may leave out what says how to compute, not what
     defaults = [
-        f"{n}={value!r}" if value is True or isinstance(value, str) else n
-        for n, value in op.numbers.items()
+        f"{n}={value!r}" if isinstance(value, bool | str) else n for n, value in op.numbers.items()
     ]
     letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
     weights = [array.name for array in op.arrays if array.kind == "weights"]

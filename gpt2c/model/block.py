@@ -142,6 +142,10 @@ class Stage(NamedTuple):
     gain: Array | None = None
     shift: Array | None = None
     eps: float = 0.0
+    down: Array | None = None
+    up: Array | None = None
+    low: Array | None = None
+    factor: float = 0.0
     keys: Array | None = None
     values: Array | None = None
     cos: Array | None = None
