@@ -119,7 +119,7 @@ void lora_forward(float *out, float *u, const float *y, const float *x, const fl
                   float *scratch, int64_t N, int64_t C, int64_t OC, int64_t R, Team *team);
 
 /* dup (OC,R) += dout^T u and ddown (R,C) += du^T x with du = scale * dout up; both are overwritten if `accumulate` is
- * 0. Then dx (N,C) = du down, the adapter's part of the gradient, which may be NULL or x. */
+ * 0. Then dx (N,C) = du down, the adapter's part of the gradient. Each of them may be NULL, dx may be x. */
 void lora_backward(float *dx, float *ddown, float *dup, const float *dout, const float *x, const float *u,
                    const float *down, const float *up, float scale, int accumulate, float *scratch, int64_t N,
                    int64_t C, int64_t OC, int64_t R, Team *team);

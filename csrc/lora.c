@@ -29,9 +29,9 @@ void lora_backward(float *dx, float *ddown, float *dup, const float *dout, const
                    const float *down, const float *up, float scale, int accumulate, float *scratch, int64_t N,
                    int64_t C, int64_t OC, int64_t R, Team *team) {
     float *du = scratch + gemm_scratch_size(team->threads);
-    gemm(dup, R, (Operand){dout, 1, OC}, (Operand){u, 1, R}, NULL, accumulate, FP32, OC, R, N, scratch, team);
+    if (dup) gemm(dup, R, (Operand){dout, 1, OC}, (Operand){u, 1, R}, NULL, accumulate, FP32, OC, R, N, scratch, team);
     gemm(du, R, (Operand){dout, OC, 1}, (Operand){up, 1, R}, NULL, 0, FP32, N, R, OC, scratch, team);
     multiply_by(du, scale, N * R, team);
-    gemm(ddown, C, (Operand){du, 1, R}, (Operand){x, 1, C}, NULL, accumulate, FP32, R, C, N, scratch, team);
+    if (ddown) gemm(ddown, C, (Operand){du, 1, R}, (Operand){x, 1, C}, NULL, accumulate, FP32, R, C, N, scratch, team);
     if (dx) gemm(dx, C, (Operand){du, R, 1}, (Operand){down, 1, C}, NULL, 0, FP32, N, C, R, scratch, team);
 }

@@ -66,7 +66,7 @@ matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
     precision: precision in ('fp32', 'bf16')
 lora_forward        out[N OC]=y u[N R] <- y[N OC] x[N C] down[R C] up[OC R] scale=1.0
                     | gemm_scratch_size(threads) N C OC R
-lora_backward       dx[N C]?=x +ddown[R C] +dup[OC R]
+lora_backward       dx[N C]?=x +ddown[R C]? +dup[OC R]?
                     <- dout[N OC] x[N C] u[N R] down[R C] up[OC R] scale=1.0 accumulate=True
                     | lora_scratch_size(N R threads) N C OC R
 matrix_transpose    out[C R] <- x[R C] | R C

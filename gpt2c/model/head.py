@@ -38,16 +38,19 @@ class Head:
     Attributes
     ----------
     tied : whether its weight is the embedding's table
+    small : see `Parameter`
     """
 
     def __init__(self, V: int, C: int, name: str = "wte", std: float = 0.0) -> None:
         self.V, self.C, self._std, self.tied = V, C, std, name == "wte"
+        self.small = True
         self.weight, self.scale = name + ".weight", name + ".scale"
 
     def parameters(self) -> Iterable[Parameter]:
         """Yield the weight, if it is its own."""
         if not self.tied:
-            yield Parameter(self.weight, (self.V, self.C), std=self._std, decays=True, small=True)
+            shape = (self.V, self.C)
+            yield Parameter(self.weight, shape, std=self._std, decays=True, small=self.small)
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield a block of logits, and the loss of each row."""

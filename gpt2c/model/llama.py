@@ -9,8 +9,16 @@ from typing import Any
 
 from gpt2c.kernels.checks import check_kind
 from gpt2c.model.attention import Attention
-from gpt2c.model.config import ModelConfig, check_eos, check_numbers, check_sizes, read_token
+from gpt2c.model.config import (
+    ModelConfig,
+    check_eos,
+    check_lora,
+    check_numbers,
+    check_sizes,
+    read_token,
+)
 from gpt2c.model.embedding import Embedding
+from gpt2c.model.lora import LoRA
 from gpt2c.model.mlp import SwiGLU
 from gpt2c.model.norm import RMSNorm
 from gpt2c.model.rope import Rope
@@ -53,7 +61,7 @@ class LlamaConfig(ModelConfig):
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
     bos_token_id : a token that starts a text in place of eos_token_id, or None
     num_labels : K makes a model with K scores of a text in place of logits; None for logits
-    pad_token_id : see `GPT2Config`
+    pad_token_id, lora : see `GPT2Config`
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
 
@@ -88,6 +96,7 @@ class LlamaConfig(ModelConfig):
     bos_token_id: int | None = None
     num_labels: int | None = None
     pad_token_id: int | None = None
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -116,6 +125,7 @@ class LlamaConfig(ModelConfig):
         check_eos(self)
         check_eos(self, "bos_token_id")
         check_eos(self, "pad_token_id")
+        check_lora(self)
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise ValueError(
                 f"rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r:.50}"
@@ -190,4 +200,7 @@ def _llama(config: LlamaConfig) -> Stack:
     ]
     head = config.head("wte" if config.tie_word_embeddings else "lm_head")
     embedding = Embedding(config.vocab_size, 0, C, std, head.tied)
-    return Stack(embedding, layers, RMSNorm("ln_f", C, eps), head)
+    stack = Stack(embedding, layers, RMSNorm("ln_f", C, eps), head)
+    if config.lora:
+        config.lora.adapt(stack)
+    return stack

@@ -45,6 +45,12 @@ class MLP:
         """Yield the inner channels before and after GELU."""
         yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER)
         yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAP, over=self._fc)
+        yield from self._low(batch)
+
+    def _low(self, batch: Batch) -> Iterable[Slot]:
+        """Yield those of the linear layers."""
+        yield from self.fc.slots(batch)
+        yield from self.proj.slots(batch)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds of both layers."""
@@ -98,6 +104,7 @@ class SwiGLU(MLP):
         """Yield gate and up, and what becomes of them."""
         yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER)
         yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAP)
+        yield from self._low(batch)
 
     def activate(self, run: Run) -> None:
         """Write silu(gate) * up."""

@@ -117,7 +117,7 @@ def lora_forward(
     out : (N, OC), written; may be y
     u : (N, R), written, for the backward pass
     y, x : (N, OC), (N, C), the layer's output and input
-    down, up : (R, C), (OC, R), A and B in the paper; scale * up down is what the adapter adds to the weight
+    down, up : (R, C), (OC, R), the paper's A and B; scale * up down is added to the weight
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -127,8 +127,8 @@ def lora_forward(
 
 def lora_backward(
     dx: Array | None,
-    ddown: Array,
-    dup: Array,
+    ddown: Array | None,
+    dup: Array | None,
     dout: Array,
     x: Array,
     u: Array,
@@ -144,15 +144,17 @@ def lora_backward(
     Parameters
     ----------
     dx : (N, C), written; may be x; None where it is not wanted
-    ddown, dup : (R, C), (OC, R), accumulated
+    ddown, dup : (R, C), (OC, R), accumulated; None where it is not wanted
     dout : (N, OC), which is also the gradient of y
     accumulate : False writes ddown and dup, so they need not be 0 before
     """
     # out = y + u up^T
-    dup[...] = dout.T @ u + (dup if accumulate else 0)
+    if dup is not None:
+        dup[...] = dout.T @ u + (dup if accumulate else 0)
     # u = scale * x down^T
     du = scale * (dout @ up)
-    ddown[...] = du.T @ x + (ddown if accumulate else 0)
+    if ddown is not None:
+        ddown[...] = du.T @ x + (ddown if accumulate else 0)
     if dx is not None:
         dx[...] = du @ down
 
