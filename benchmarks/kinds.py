@@ -20,8 +20,8 @@ from gpt2c.files.names import METRICS_FILE
 from gpt2c.text.corpus import python_documentation
 from gpt2c.text.prepare import prepare
 from gpt2c.text.tokenizer import Tokenizer
-from gpt2c.train.loop import train
 from gpt2c.train.metrics import read_metrics
+from gpt2c.train.pretrain import train
 from gpt2c.train.settings import TrainSettings, recipe_settings
 
 ROWS: dict[str, dict[str, Any]] = {

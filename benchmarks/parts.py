@@ -150,7 +150,7 @@ def main() -> None:
     backend.seconds["the rest"] = total - sum(backend.seconds.values())
     del model, optimizer
     theirs = pytorch(config, idx, targets, threads) if importlib.util.find_spec("torch") else {}
-    peak, bandwidth = max(ceilings.peak.values()), ceilings.bandwidth[threads]
+    peak, bandwidth = 1 / ceilings.seconds("", 1, 0), ceilings.bandwidth[threads]
     print(provenance(threads))
     print(f"\n{B} x {T}: peak {peak / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.0f} GB/s\n")
     names, rows = ["floor", "gpt2c"], [backend.floor, backend.seconds]

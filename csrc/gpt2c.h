@@ -26,8 +26,8 @@ typedef struct Team Team;
 /* Returns 1 if the CPU and the operating system support the x86 feature ("avx2", "fma", "avx512f", ...), else 0. */
 int cpu_supports(const char *feature);
 
-/* Runs `iterations` rounds of independent fused multiply-adds of this precision in registers for each thread. Returns
- * the number of floating-point operations done. The caller times it: operations / seconds is the peak of this
+/* Runs `iterations` rounds of independent multiply-adds of this precision (FP32, BF16, INT8) in registers for each
+ * thread. Returns the number of operations done. The caller times it: operations / seconds is the peak of this
  * instruction set. sums (threads) is scratch. */
 double fma_burn(double *sums, int64_t iterations, int precision, Team *team);
 
@@ -35,6 +35,11 @@ double fma_burn(double *sums, int64_t iterations, int precision, Team *team);
  * times it: 4n / seconds is the memory's read bandwidth. sums (SLICES) is scratch. */
 enum { SLICES = 64 };
 double memory_read(const float *data, double *sums, int64_t n, Team *team);
+
+/* Sends a cache line to and fro between two threads, `rounds` times (below 2^30). Returns the mean nanoseconds of one
+ * way, or 0 if the two did not run at the same time, which is known after some 20 ms. line (16) is 0, on a cache line of
+ * its own; way (1) is scratch. */
+double line_travel(int32_t *line, double *way, int64_t rounds, Team *team);
 
 /* A pool is the memory of `threads` threads that run kernels together: pool_size bytes that start on a cache line. The
  * caller is one of the threads. pool_start starts the others and returns `threads`. If the system refuses a thread, it

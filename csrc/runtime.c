@@ -1,4 +1,5 @@
-/* This machine: its CPU features, and loops that measure the peak of its multiply-add units and of reading memory. */
+/* This machine: its CPU features, and loops that measure the peak of its multiply-add units, the speed of reading
+ * memory and the distance between its cores. */
 
 #include "internal.h"
 
@@ -31,20 +32,37 @@ double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
     for_shared (i, team->threads, 1, team) {
         const vf factor = vf_set1(0.999f), term = vf_set1(0.001f); /* converges to 1: no overflow, no denormals */
         const vf opposite = vf_bf16_pair(factor, vf_set1(-0.999f)), same = vf_bf16_pair(term, term); /* adds 0 */
+        uint8_t ones[VB_LEN];
+        int8_t signs[VB_LEN];
+        for (int j = 0; j < VB_LEN; j++) {
+            ones[j] = 1;
+            signs[j] = j % 2 ? -1 : VB_LEN > 1; /* adds 0 */
+        }
+        const vb unsigned_ones = vb_load_unsigned(ones);
+        vb plus_minus = vb_load_signed(signs);
         vf acc[CHAINS];
-        for (int j = 0; j < CHAINS; j++) acc[j] = vf_set1((float)j);
+        vi whole[CHAINS];
+        for (int j = 0; j < CHAINS; j++) {
+            acc[j] = vf_set1((float)j);
+            whole[j] = vi_first(j);
+        }
+        for (int64_t k = 0; precision == INT8 && k < iterations; k++)
+            for (int j = 0; j < CHAINS; j++) {
+                plus_minus = vb_forget(plus_minus);
+                whole[j] = vi_dot(whole[j], unsigned_ones, plus_minus);
+            }
         for (int64_t k = 0; precision == BF16 && k < iterations; k++)
             for (int j = 0; j < CHAINS; j++) acc[j] = vf_bf16_dot(acc[j], opposite, same);
         for (int64_t k = 0; precision == FP32 && k < iterations; k++)
             for (int j = 0; j < CHAINS; j++) acc[j] = vf_fma(acc[j], factor, term);
         sums[i] = 0.0;
-        for (int j = 0; j < CHAINS; j++) sums[i] += (double)vf_sum(acc[j]);
+        for (int j = 0; j < CHAINS; j++) sums[i] += (double)vf_sum(vf_add(acc[j], vi_to_vf(whole[j])));
     }
     double total = 0.0;
     for (int i = 0; i < team->threads; i++) total += sums[i];
     /* the sums are finite; the compiler would remove the loop if nothing read them */
-    const double each = precision == BF16 ? 4 : 2;
-    return isfinite(total) ? (double)team->threads * (double)iterations * CHAINS * VF_LEN * each : 0.0;
+    const double products = precision == INT8 ? VB_LEN : precision == BF16 ? 2 * VF_LEN : VF_LEN;
+    return isfinite(total) ? (double)team->threads * (double)iterations * CHAINS * products * 2 : 0.0;
 }
 
 /* Vectors in a step. A remainder of less than a step is not read. */
@@ -64,4 +82,49 @@ double memory_read(const float *data, double *sums, int64_t n, Team *team) {
     double total = 0.0;
     for (int slice = 0; slice < SLICES; slice++) total += sums[slice];
     return total;
+}
+
+/* ---- distance -------------------------------------------------------------------------------------------------- */
+
+enum { PATIENCE_NS = 10000000 }; /* of a thread that waits for the other */
+
+/* Waits until the line holds `value`; returns 0 if that is not so at the time `until`. It does not pause, because that
+ * would be measured too. */
+static int comes_to_hold(const int32_t *line, int32_t value, int64_t until) {
+    do {
+        for (int i = 0; i < 1000; i++)
+            if (__atomic_load_n(line, __ATOMIC_ACQUIRE) == value) return 1;
+    } while (nanoseconds() < until);
+    return 0;
+}
+
+/* Sends 2, 4, 6 ... when 1, 3, 5 ... comes; returns the mean nanoseconds of one way, 0 without an answer. */
+static double send_line(int32_t *line, int32_t rounds, int64_t until) {
+    if (!comes_to_hold(line, 1, until)) return 0.0;
+    const int64_t start = nanoseconds();
+    for (int32_t i = 1; i <= rounds; i++) {
+        __atomic_store_n(line, 2 * i, __ATOMIC_RELEASE);
+        if (!comes_to_hold(line, 2 * i + 1, until)) return 0.0;
+    }
+    return (double)(nanoseconds() - start) / (2.0 * rounds);
+}
+
+static void answer_line(int32_t *line, int32_t rounds, int64_t until) {
+    for (int32_t i = 0;; i++) {
+        __atomic_store_n(line, 2 * i + 1, __ATOMIC_RELEASE);
+        if (i == rounds || !comes_to_hold(line, 2 * i + 2, until)) return;
+    }
+}
+
+double line_travel(int32_t *line, double *way, int64_t rounds, Team *team) {
+    if (team->threads < 2) return 0.0;
+    expect_tasks(team, 2 * rounds);
+    for_shared (side, 2, 1, team) {
+        const int64_t until = nanoseconds() + PATIENCE_NS; /* one thread may get both sides: then nothing answers */
+        if (side == 0)
+            *way = send_line(line, (int32_t)rounds, until);
+        else
+            answer_line(line, (int32_t)rounds, until);
+    }
+    return *way;
 }

@@ -460,4 +460,16 @@ static inline vb vb_load_signed_n(const int8_t *p, int64_t n) {
     return vb_load_signed(bytes);
 }
 
+/* x as if it were computed here: the compiler does not take a product of it from before. */
+static inline vb vb_forget(vb x) {
+#if VF_LEN > 1 && defined(__SSE2__)
+    __asm__("" : "+x"(x));
+#elif VF_LEN > 1
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+r"(x));
+#endif
+    return x;
+}
+
 #endif

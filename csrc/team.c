@@ -62,7 +62,7 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-static int64_t nanoseconds(void) {
+int64_t nanoseconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;

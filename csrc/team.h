@@ -51,6 +51,9 @@ int next_task(Loop *loop); /* returns 1 if [from, to) is next, 0 if the whole lo
  * thread, says at its start how many tasks they have together. */
 void expect_tasks(Team *team, int64_t tasks);
 
+/* The time of a clock that only goes forward. */
+int64_t nanoseconds(void);
+
 /* The fewest iterations of `size` elements in a task: with fewer, sharing costs more than it saves. */
 static inline int64_t worth(int64_t size) { return size < 1 ? 8192 : size < 8192 ? 8192 / size : 1; }
 

@@ -1,9 +1,9 @@
 """Train and run GPT-2 and Llama on an ordinary CPU, on C kernels.
 
 `Tokenizer` turns text into token ids, `GPT2` and `Llama` compute losses and gradients of them,
-`AdamW` updates the model, and `Generator` writes text with both. `from_pretrained` loads a model of
-any kind, `Engine` serves many requests with one, `gpt2c.ops` has the kernels, `gpt2c.scoring`
-measures how good a model is.
+`AdamW` updates the model, `Generator` writes text with both, and `Chat` holds a conversation.
+`from_pretrained` loads a model of any kind, `Engine` serves many requests with one, `gpt2c.ops` has
+the kernels, `gpt2c.scoring` measures how good a model is.
 
 Losses are in nats per token. Letters of shapes: B batch, T time, C channels, V vocabulary, L
 layers, NH heads, HS head size, OC output channels.
@@ -26,6 +26,7 @@ from gpt2c.kernels import (
 
 if TYPE_CHECKING:
     from gpt2c import ops
+    from gpt2c.chat import Chat
     from gpt2c.generate.engine import Engine
     from gpt2c.generate.sampling import GenerationConfig
     from gpt2c.generator import Generator
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GPT2",
     "AdamW",
+    "Chat",
     "Dropout",
     "Engine",
     "GPT2Config",
@@ -66,6 +68,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "GPT2": "gpt2",
     "AdamW": "train.optimizer",
+    "Chat": "chat",
     "Dropout": "model.block",
     "Engine": "generate.engine",
     "GPT2Config": "model.gpt2",

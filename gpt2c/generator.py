@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
@@ -149,7 +149,7 @@ class Generator:
     ) -> None:
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
-        self._unused = tokenizer.unused_ids(model.config.vocab_size)
+        self.unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eot if eos_token_id is None else eos_token_id
@@ -371,8 +371,25 @@ class Generator:
     def _begin(
         self, prompts: Sequence[str], settings: dict[str, Any], look: Look | None = None
     ) -> tuple[list[Writer], Iterator[Any], int]:
-        stop = settings.pop("stop", None)
         allowed = settings.pop("allowed_special", ())
+        config, writer = self.plan(settings)
+        ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
+        copies = config.num_return_sequences
+        writers: list[Writer] = []
+        prompts_ids = check_prompts(self.model.config, ids)
+        steps = continue_prompts(self.model, prompts_ids, config, writers, look, self.unused)
+        for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
+            writers.append(writer())
+        return writers, steps, copies
+
+    def plan(self, settings: dict[str, Any]) -> tuple[GenerationConfig, Callable[[], Writer]]:
+        """Return the settings of a call, and a function that makes the writer of each of its texts.
+
+        Raises
+        ------
+        ValueError, TypeError : see `generate`
+        """
+        stop = settings.pop("stop", None)
         several = isinstance(stop, list | tuple | set | frozenset)
         stops = list(stop) if several else [] if stop is None else [stop]
         for text in stops:
@@ -381,16 +398,9 @@ class Generator:
         config = GenerationConfig(**{"eos_token_id": self.eos_token_id} | settings)
         if config.logprobs:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
-        ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
-        copies = config.num_return_sequences
-        writers: list[Writer] = []
-        prompts_ids = check_prompts(self.model.config, ids)
-        steps = continue_prompts(self.model, prompts_ids, config, writers, look, self._unused)
         special = {*self.tokenizer.special_tokens.values()}
         silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
-        for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
-            writers.append(Writer(self.tokenizer, stops, config.min_new_tokens, silent))
-        return writers, steps, copies
+        return config, lambda: Writer(self.tokenizer, stops, config.min_new_tokens, silent)
 
 
 def _strings(name: str, texts: Any, door: str) -> list[str]:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import gpt2c
-from gpt2c import ops, scoring
+from gpt2c import finetune, ops, scoring
 
+METHODS = [door for door in map(vars(finetune).get, finetune.__all__) if inspect.isfunction(door)]
 DOORS = [gpt2c, ops, scoring, *(getattr(gpt2c, name) for name in gpt2c.__all__ if name != "ops")]
+DOORS += METHODS
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)

@@ -22,9 +22,10 @@ FLOORS = (
     {"gpt2", "llama"},
     {"pretrained"},
     {"generator"},
+    {"chat"},
     {"evaluate"},
     {"train", "scoring", "lm_eval"},
-    {"bench"},
+    {"bench", "finetune"},
     {"cli"},
     {"__init__", "__main__"},
 )
@@ -32,7 +33,7 @@ FLOORS = (
 APART = {"model": {"files", "screen", "text"}, "text": {"model"}, "kernels": {"files", "screen"}}
 APART |= {"files": {"kernels", "screen"}, "screen": {"kernels"}, "plain": {"files", "kernels"}}
 OTHERS = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
-PEERS = {"torch", "transformers", "onnx", "onnxruntime", "ctranslate2", "llama_cpp"}
+PEERS = {"torch", "transformers", "onnx", "onnxruntime", "ctranslate2", "llama_cpp", "openvino"}
 KNOWN = {  # packages that few files may import: of an extra, or of a benchmark's rows
     "matplotlib": {"screen/picture.py", "train/plot.py"},
     "tensorboardX": {"train/tensorboard.py"},

@@ -31,6 +31,7 @@ from gpt2c.model.gpt2 import ARITHMETIC
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.rope_scaling import RopeScaling
+from gpt2c.text.chat import CHAT_TEMPLATE, Message, encode_chat
 from gpt2c.text.splits import DIGITS, LLAMA3, QWEN2, REGEXES, Split
 from gpt2c.text.splits import GPT2 as GPT2_SPLIT
 
@@ -1223,3 +1224,33 @@ def test_bytes_that_a_tokenizer_lacks_are_refused(tmp_path: Path) -> None:
     assert "byte 0xe6 of '日'" in refused(own.encode_batch, ["x" * 99, "a 日"])
     own.save_pretrained(tmp_path / "again")
     assert Tokenizer.from_pretrained(tmp_path / "again").fingerprint == own.fingerprint
+
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+
+def talks(count: int) -> Iterator[list[Message]]:
+    """Yield random conversations, with every odd text among their contents."""
+    rng = np.random.default_rng(0)
+    texts = [text for text in (*ODD_TEXTS, *TEXTS, "user:\n", "\n\nassistant:\nHi") if text.strip()]
+    for number in range(count):
+        roles = ["system"] * (number % 2) + ["user", "assistant"] * int(rng.integers(1, 5))
+        yield [Message(role, texts[rng.integers(len(texts))]) for role in roles]
+
+
+def test_chat_template_of_transformers_is_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Their text, ids and mask of 200 conversations, and of the questions that begin these."""
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for talk in talks(200):
+        messages = [message._asdict() for message in talk]
+        ids, learned = encode_chat(tokenizer, talk)
+        out = theirs.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
+        assert out["input_ids"] == ids
+        assert out["assistant_masks"] == list(map(int, learned))
+        asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)
+        assert asked["input_ids"] == encode_chat(tokenizer, talk[:-1], answer=True)[0]

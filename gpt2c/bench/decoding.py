@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from gpt2c.bench.machine import Ceilings, fastest
 from gpt2c.bench.suite import (
     FEWER,
+    GPT2_ENGINES,
     PROCESS_BYTES,
     QUICK_ROUNDS,
     ROUNDS,
@@ -27,16 +28,19 @@ from gpt2c.bench.suite import (
 from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import require
 from gpt2c.model.config import ModelConfig
+from gpt2c.model.gpt2 import GPT2Config
 
 __all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows", "costs"]
 
-PRECISIONS = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a weight
+PRECISIONS = ("fp32", "fp16", "int8")  # of a backend's weights
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
 TRANSFORMERS = ("transformers", "transformers-compile")
 # another engine -> the kinds of weights that it is measured with
 ENGINES = {
     "onnxruntime": ("fp32", "int8"),
     "ctranslate2": ("fp32", "int8"),
     "llama.cpp": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
 }
 PROMPT = 512  # tokens of a prefill
 CONTEXT = 32  # tokens of each text before the decoding
@@ -50,7 +54,8 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
     Parameters
     ----------
     given : names with commas between; "avx2:int8" is one row, "avx2" one for each kind. None means
-        all, but NumPy with fp32 alone, and no transformers-compile, which takes minutes to start
+        all, but NumPy with fp32 alone, no transformers-compile, which takes minutes to start, and
+        no bf16 without instructions for it
     quick : of all rows take the fastest backend and transformers only
 
     Raises
@@ -62,7 +67,13 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
         rows = [f"{name}:{precision}" for name in names for precision in PRECISIONS]
         if quick:
             return [*rows, TRANSFORMERS[0]]
-        others = [f"{name}:{kind}" for name, kinds in ENGINES.items() for kind in kinds]
+        absent = () if "avx512bf16" in backends() else ("bf16",)
+        others = [
+            f"{name}:{kind}"
+            for name, kinds in ENGINES.items()
+            for kind in kinds
+            if kind not in absent
+        ]
         return ["numpy:fp32", *rows, TRANSFORMERS[0], *others]
     rows = []
     for name in given.split(","):
@@ -74,7 +85,7 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
             raise ValueError(f"{name!r} trains: the row to compare with here is {TRANSFORMERS[0]}")
         if row in TRANSFORMERS:
             raise ValueError(f"{name!r}: {row} is measured with fp32 alone, and named {row}")
-        kinds = ENGINES.get(row, tuple(PRECISIONS))
+        kinds = ENGINES.get(row, PRECISIONS)
         if precision and precision not in kinds:
             raise ValueError(f"{name!r}: the precisions are {', '.join(kinds)}")
         if row not in ENGINES:
@@ -111,11 +122,13 @@ def bench_generate(
     MemoryError : the rows together need more than is free
     """
     size = 4 * config.num_parameters()
-    # another engine reads a file, which may lie in memory too, and the weights themselves
-    models = {name: 4 if name.partition(":")[0] in ENGINES else 2 for name in names}
-    needed = {
-        name: PROCESS_BYTES + (0 if lacks(name) else count * size) for name, count in models.items()
-    }
+    needed = {}
+    for name in names:
+        engine = name.partition(":")[0]
+        knows_it = isinstance(config, GPT2Config) or engine not in GPT2_ENGINES
+        # another engine reads a file, which may lie in memory too, and the weights themselves
+        models = 4 if engine in ENGINES else 2
+        needed[name] = PROCESS_BYTES + (0 if lacks(name) or not knows_it else models * size)
     require("a benchmark of generation", needed, FEWER)
     works = [_reading(config, *work) for work in WORKS]
     rounds = QUICK_ROUNDS if quick else ROUNDS
@@ -128,7 +141,7 @@ def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:
     arguments = {"what": what, "config": config.to_dict(), "B": B, "T": T}
 
     def facts(row: str) -> dict[str, float]:
-        size = PRECISIONS[row.partition(":")[2] or "fp32"]
+        size = BYTES[row.partition(":")[2] or "fp32"]
         return {"tokens": T if what == "prefill" else B, **costs(config, what, B, T, size)}
 
     return Work(group, "generate", arguments, "sample", facts)

@@ -1,7 +1,7 @@
 """The other engines of the inference benchmark, each with its fastest settings for few threads.
 
-They are transformers, ONNX Runtime, CTranslate2 and llama.cpp; each is imported where it is
-measured. They get gpt2c's random weights. An engine that reads files gets them from a temporary
+They are transformers, ONNX Runtime, CTranslate2, llama.cpp and OpenVINO; each is imported where it
+is measured. They get gpt2c's random weights. An engine that reads files gets them from a temporary
 directory.
 """
 
@@ -36,7 +36,7 @@ class Peer:
     Parameters
     ----------
     config, parameters : of the model, names and shapes of `config.parameter_shapes()`
-    kind : of the weights: "fp32", "fp16" or "int8"
+    kind : of the weights: "fp32", "fp16", "bf16" or "int8"
     what : "prefill" times reading the texts, "decode" one token more of each
     texts : (B, T) int32
     some : decoding steps that are timed together
@@ -484,10 +484,123 @@ class LlamaCpp(Peer):
         return self.read(ids[:, None], past)
 
 
+class OpenVino(Peer):
+    """OpenVINO on the graph of `openvino_graph`: it keeps keys and values itself.
+
+    With "bf16" all products are in bfloat16. With "int8" weights have 8 bits; on a CPU with 8-bit
+    dot products OpenVINO rounds activations to 8 bits too, in groups of its own choice.
+    """
+
+    def load(self, parameters: Parameters, directory: Path) -> None:
+        """Make the graph and compile it."""
+        import openvino  # type: ignore[import-not-found,unused-ignore]
+
+        assert isinstance(self.config, GPT2Config)
+        precision = "bf16" if self.kind == "bf16" else "f32"
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": self.threads,
+            "ENABLE_CPU_PINNING": False,  # a pinned thread waits for its core if another uses it
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": precision,  # else keys and values are rounded to 8 bits
+        }
+        graph = openvino_graph(self.config, parameters, self.kind)
+        self.request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
+        self.rows = np.arange(len(self.texts), dtype=np.int32)
+
+    def read(self, texts: NDArray[np.int32], past: int) -> NDArray[np.float32]:
+        """Read rows of tokens after `past` others; return logits of the last position."""
+        places = np.arange(past, past + texts.shape[1])
+        given = {0: texts.astype(np.int64), 1: places, 2: self.rows}
+        found = self.request.infer(given, share_inputs=True, share_outputs=True)
+        logits: NDArray[np.float32] = found[0][:, 0]
+        return logits
+
+    def prompt(self) -> Any:
+        """See `Peer.prompt`."""
+        self.request.reset_state()
+        return self.read(self.texts, 0)
+
+    def step(self, ids: NDArray[np.int32], past: int) -> Any:
+        """See `Peer.step`."""
+        return self.read(ids[:, None], past)
+
+
+def openvino_graph(config: GPT2Config, w: Parameters, kind: str) -> Any:
+    """Return the graph in the form that OpenVINO's CPU plugin fuses.
+
+    Keys and values are variables that attention appends to, and attention is causal over them. The
+    head is for the last position only. With "int8" each row of a weight has a scale. Inputs: ids
+    (B, T) int64, positions (T,) int64, and rows (B,) int32, the row of the cache that each text
+    goes on from.
+    """
+    import openvino
+    from openvino import opset15 as op  # type: ignore[import-not-found,unused-ignore]
+
+    C, NH = config.n_embd, config.n_head
+
+    def constant(*values: int) -> Any:
+        return op.constant(np.array(values, np.int64))
+
+    def weight(name: str) -> Any:
+        if kind != "int8":
+            return op.constant(w[name])
+        scale = np.abs(w[name]).max(axis=1, keepdims=True) / 127
+        small = op.constant(np.rint(w[name] / scale).astype(np.int8))
+        return op.multiply(op.convert(small, "f32"), op.constant(scale))
+
+    def vector(name: str) -> Any:
+        return op.constant(w[name][None, None])
+
+    def linear(x: Any, name: str) -> Any:
+        product = op.matmul(x, weight(f"{name}.weight"), False, True)
+        return op.add(product, vector(f"{name}.bias"))
+
+    def norm(x: Any, name: str) -> Any:
+        x = op.mvn(x, constant(-1), True, config.layer_norm_epsilon, "inside_sqrt")
+        return op.add(op.multiply(x, vector(f"{name}.weight")), vector(f"{name}.bias"))
+
+    def heads(x: Any) -> Any:
+        x = op.reshape(x, constant(0, 0, NH, C // NH), True)
+        return op.transpose(x, constant(0, 2, 1, 3))
+
+    ids = op.parameter([-1, -1], np.int64)
+    positions = op.parameter([-1], np.int64)
+    rows = op.parameter([-1], np.int32)
+    batch = op.gather(op.shape_of(ids), constant(0), constant(0))
+    size = op.concat([batch, constant(NH, 0, C // NH)], 0)
+    empty, written = op.broadcast(op.constant(np.float32(0)), size), []
+
+    def cached(x: Any, name: str) -> Any:
+        before = op.read_value(empty, name, np.float32, [-1, NH, -1, C // NH])
+        x = op.concat([op.gather(before, rows, constant(0)), x], 2)
+        written.append(op.assign(x, name))
+        return x
+
+    table, places = weight("wte.weight"), op.constant(w["wpe.weight"])
+    first = op.constant(np.int64(0))
+    x = op.add(op.gather(table, ids, first), op.gather(places, positions, first))
+    for i in range(config.n_layer):
+        h = f"h.{i}"
+        qkv = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn")
+        query, key, value = map(heads, op.split(qkv, op.constant(np.int64(2)), 3).outputs())
+        key, value = cached(key, f"key_{i}"), cached(value, f"value_{i}")
+        mixed = op.scaled_dot_product_attention(query, key, value, causal=True)
+        mixed = op.reshape(op.transpose(mixed, constant(0, 2, 1, 3)), constant(0, 0, C), True)
+        x = op.add(x, linear(mixed, f"{h}.attn.c_proj"))
+        up = op.gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc"), "tanh")
+        x = op.add(x, linear(up, f"{h}.mlp.c_proj"))
+    last = op.gather(norm(x, "ln_f"), constant(-1), op.constant(np.int64(1)))
+    logits = op.result(op.matmul(last, table, False, True))
+    return openvino.Model([logits], written, [ids, positions, rows], "gpt2")
+
+
 PEERS: dict[str, type[Peer]] = {
     "transformers": Transformers,
     "transformers-compile": TransformersCompiled,
     "onnxruntime": OnnxRuntime,
     "ctranslate2": CTranslate2,
     "llama.cpp": LlamaCpp,
+    "openvino": OpenVino,
 }

@@ -15,23 +15,31 @@ from pathlib import Path
 import numpy as np
 
 from gpt2c.kernels.backend import REQUIRES, backends, fma_peak, get_backend, why_missing
-from gpt2c.kernels.limits import usable_cores
+from gpt2c.kernels.limits import read, usable_cores
 from gpt2c.kernels.memory import aligned_zeros
 
 __all__ = [
     "BF16_TRAIN_RTOL",
+    "FLOATS",
     "Ceilings",
     "Quiet",
+    "caches",
     "commit",
     "compiler",
+    "core_distance",
     "cpu_facts",
     "cpu_name",
+    "distance_text",
     "fastest",
     "in_bf16",
     "measure_ceilings",
+    "read_bandwidth",
 ]
 
 FLOATS = 1 << 26  # 256 MB: more than any last-level cache
+TRAVELS, ROUNDS = 10, 500  # a busy machine spoils some; each takes 0.2 ms, or 0.03 s in vain
+FAR = 100.0  # ns; within a last-level cache a line takes 25 to 50, between two of them 100 to 200
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 BURN_SECONDS = 0.005
 BF16_TRAIN_RTOL = 0.01  # of a loss; bfloat16 rounds each factor of a product by up to 0.002 of it
 # /proc/cpuinfo's numbers of a processor: x86's, then ARM's
@@ -52,14 +60,16 @@ class Ceilings:
     Attributes
     ----------
     peak : backend -> FLOP/s of its multiply-adds, registers only; "name:bf16" of those with
-        instructions for bfloat16
+        instructions for bfloat16; "name:int8" are integer operations/s
     bandwidth : number of threads, up to all cores -> bytes/s from and to memory, reading alone or
         adding in place, whichever moves more
+    distances : of two cores in ns at each measurement, see `core_distance`
     """
 
     threads: int
     peak: dict[str, float]
     bandwidth: dict[int, float]
+    distances: tuple[float, ...] = ()
 
     def seconds(self, row: str, flops: float, size: float) -> float:
         """Return the least seconds that `flops` operations on `size` bytes can take.
@@ -67,16 +77,20 @@ class Ceilings:
         NumPy and PyTorch choose their own instructions: their peak is the highest one of their
         precision. Without instructions for bfloat16, that of fp32 counts.
         """
-        precise = [name for name in self.peak if in_bf16(name) == in_bf16(row)]
-        highest = max(self.peak[name] for name in precise or self.peak)
+        floats = [name for name in self.peak if not name.endswith(":int8")]
+        precise = [name for name in floats if in_bf16(name) == in_bf16(row)]
+        highest = max(self.peak[name] for name in precise or floats)
         peak = self.peak.get(row, self.peak.get(row.partition(":")[0], highest))
         return max(flops / peak, size / self.full_bandwidth)
 
     def best(self, other: Ceilings) -> Ceilings:
-        """Return the higher of each figure of two measurements, with the same threads."""
+        """Return the higher of each figure of two measurements, and the distances of both.
+
+        Both have the same threads.
+        """
         peak = {name: max(peak, other.peak[name]) for name, peak in self.peak.items()}
         bandwidth = {n: max(size, other.bandwidth[n]) for n, size in self.bandwidth.items()}
-        return Ceilings(self.threads, peak, bandwidth)
+        return Ceilings(self.threads, peak, bandwidth, self.distances + other.distances)
 
     @property
     def full_bandwidth(self) -> float:
@@ -103,6 +117,7 @@ def measure_ceilings(threads: int) -> Ceilings:
     peak = {name: fma_peak(name, threads) for name in own}
     bf16 = [name for name in own if "avx512bf16" in REQUIRES[name]]
     peak |= {f"{name}:bf16": fma_peak(name, threads, "bf16") for name in bf16}
+    peak |= {f"{name}:int8": fma_peak(name, threads, "int8") for name in own}
     data, other = aligned_zeros(FLOATS), aligned_zeros(FLOATS)
     data.fill(0.0)
     other.fill(0.0)
@@ -119,7 +134,67 @@ def measure_ceilings(threads: int) -> Ceilings:
             end = time.perf_counter()
             best = max(best, data.nbytes / (middle - start), 3 * data.nbytes / (end - middle))
         bandwidth[count] = best
-    return Ceilings(threads, peak, bandwidth)
+    return Ceilings(threads, peak, bandwidth, (core_distance(),))
+
+
+def read_bandwidth(threads: int) -> float:
+    """Measure the speed of reading memory, in bytes/s; this takes 256 MB of it and 0.2 s.
+
+    Raises
+    ------
+    ValueError : there are no kernels to measure with
+    """
+    kernels, data, best = get_backend(fastest(), threads), aligned_zeros(FLOATS), 0.0
+    data.fill(0.0)  # a page that was never written lies nowhere
+    for _ in range(5):
+        start = time.perf_counter()
+        kernels.memory_read(data)
+        best = max(best, data.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def core_distance() -> float:
+    """Measure the nanoseconds in which a cache line goes from one core to another.
+
+    The system chooses the two cores. Return 0.0 if it lets no two threads run at the same time for
+    0.2 ms, as on a busy machine, or if this process may use one core only. It takes 0.3 s at most.
+
+    Raises
+    ------
+    ValueError : there are no kernels to measure with
+    """
+    if usable_cores() < 2:
+        return 0.0
+    kernels = get_backend(fastest(), 2)
+    found = [kernels.line_travel(ROUNDS) for _ in range(TRAVELS)]
+    return min((nanoseconds for nanoseconds in found if nanoseconds), default=0.0)
+
+
+def distance_text(nanoseconds: float) -> str:
+    """Return a result of `core_distance` in words."""
+    if usable_cores() < 2:
+        return "one core, so there is no way from core to core"
+    if not nanoseconds:
+        return "unknown: the machine is too busy to tell how far one core is from another"
+    far = ": the cores share no cache at the moment" if nanoseconds > FAR else ""
+    return f"a cache line takes {nanoseconds:.0f} ns from core to core{far}"
+
+
+def caches() -> list[str]:
+    """Return the caches of core 0 in words, the nearest first; [] where the system does not tell.
+
+    Those of instructions are left out.
+    """
+    found = []
+    for index in sorted(CACHES.glob("index*")):
+        level, kind, size, cores = (
+            read(index / part) for part in ("level", "type", "size", "shared_cpu_list")
+        )
+        if kind == "Instruction" or not size:
+            continue
+        own = "" if cores in ("", "0") else f" of cores {cores}"
+        found.append(f"L{level} {size}{own}")
+    return found
 
 
 class Quiet:

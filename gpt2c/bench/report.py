@@ -20,7 +20,16 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from gpt2c.bench.machine import Ceilings, commit, compiler, cpu_facts, cpu_name, fastest
+from gpt2c.bench.machine import (
+    Ceilings,
+    caches,
+    commit,
+    compiler,
+    cpu_facts,
+    cpu_name,
+    distance_text,
+    fastest,
+)
 from gpt2c.bench.suite import Result
 from gpt2c.files.atomic import atomic_path
 from gpt2c.files.untrusted import read_json, shown
@@ -47,7 +56,10 @@ Table = list[list[str]]  # the first row is the heading; the first column is ali
 
 SCHEMA = 1  # of the JSON file; another number means that a key changed its meaning
 # Packages whose versions belong to the figures.
-PACKAGES = ("numpy", "torch", "transformers", "onnxruntime", "ctranslate2", "llama-cpp-python")
+PACKAGES = (
+    *("numpy", "torch", "transformers", "onnxruntime", "ctranslate2", "llama-cpp-python"),
+    "openvino",
+)
 # Variables that change the speed of gpt2c and of the engines beside it.
 VARIABLES = re.compile(
     r"(GPT2C|OMP|GOMP|KMP|OPENBLAS|MKL|GLIBC|MALLOC|ATEN|ONEDNN|DNNL|TORCH)_\w*|LD_PRELOAD"
@@ -56,11 +68,14 @@ NOISY = "NOISY MACHINE"
 
 
 def machine_lines(ceilings: Ceilings) -> list[str]:
-    """Return lines about the machine: `machine_line`, then a small table of its ceilings."""
+    """Return lines about the machine: `machine_line`, a small table of its ceilings, its caches.
+
+    The last line is the latest distance of its cores.
+    """
     peaks = [[name, f"{peak / 1e9:,.0f}"] for name, peak in ceilings.peak.items()]
     moves = [[threads_text(n), f"{size / 1e9:,.0f}"] for n, size in ceilings.bandwidth.items()]
     height = max(len(peaks), len(moves))
-    table = [["peak of", "GFLOP/s"], *peaks, *[["", ""]] * (height - len(peaks))]
+    table = [["peak of", "G/s"], *peaks, *[["", ""]] * (height - len(peaks))]
     right = [["memory with", "GB/s"], *moves, *[["", ""]] * (height - len(moves))]
     rows = [[*a, *b] for a, b in zip(table, right, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -70,6 +85,8 @@ def machine_lines(ceilings: Ceilings) -> list[str]:
             f"  {a:<{widths[0]}}  {b:>{widths[1]}}    {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip()
             for a, b, c, d in rows
         ),
+        *([f"caches: {', '.join(found)}"] if (found := caches()) else []),
+        *map(distance_text, ceilings.distances[-1:]),
     ]
 
 
@@ -323,6 +340,7 @@ def write_json(path: Path, ceilings: Ceilings, results: Sequence[Result], verdic
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "machine": machine_lines(ceilings),
         "cpu": cpu_facts(),
+        "caches": caches(),
         "system": platform.platform(),
         "commit": commit(),
         "compiler": compiler(kernels[0]) if kernels else "",
@@ -331,6 +349,7 @@ def write_json(path: Path, ceilings: Ceilings, results: Sequence[Result], verdic
         "threads": ceilings.threads,
         "peak_flops": ceilings.peak,
         "bandwidth": {str(count): size for count, size in ceilings.bandwidth.items()},
+        "core_distance_ns": ceilings.distances,  # at the start and at the end; 0 is unknown
         "results": [
             dataclasses.asdict(r) | ({"median": r.median} if r.seconds else {}) for r in results
         ],

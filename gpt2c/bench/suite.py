@@ -37,6 +37,7 @@ from gpt2c.model.plan import bytes_needed
 
 __all__ = [
     "FEWER",
+    "GPT2_ENGINES",
     "NEEDS",
     "PROCESS_BYTES",
     "QUICK_ROUNDS",
@@ -90,7 +91,10 @@ NEEDS = {
     "llama.cpp": (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")),
     "onnxruntime": _ONNX,
     "ctranslate2": (("ctranslate2", "ctranslate2"),),
+    "openvino": (("openvino", "openvino"),),
 }
+# the benchmark writes the files or graphs of these for GPT-2 alone
+GPT2_ENGINES = ("onnxruntime", "ctranslate2", "openvino")
 ROUNDS, QUICK_ROUNDS, ROW_SECONDS = 9, 3, 6.0
 STEP_ROUNDS, QUICK_STEP_ROUNDS, ROW_STEP_SECONDS = 7, 3, 40.0
 PROCESS_BYTES = 150_000_000  # Python, NumPy and the libraries of a worker

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from gpt2c.bench.machine import BF16_TRAIN_RTOL, fastest, in_bf16
+from gpt2c.bench.suite import GPT2_ENGINES
 from gpt2c.formats.load import AnyConfig, config_of
 from gpt2c.kernels import reference
-from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.backend import get_backend, why_missing
 from gpt2c.kernels.cases import BF16_ATTENTION, EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS
 from gpt2c.model.gpt2 import GPT2Config
@@ -58,7 +59,10 @@ READ_RTOL = {"fp32": 1e-5, "int8": 0.05}
 # The other engines. SMALL, which verifies them, is as wide as their files need it. They are
 # compared with float32: their int8 has one scale for a whole row or matrix of activations, and
 # llama.cpp keeps keys and values in 16 bits.
-ENGINES = ("transformers", "transformers-compile", "onnxruntime", "ctranslate2", "llama.cpp")
+ENGINES = (
+    *("transformers", "transformers-compile", "onnxruntime", "ctranslate2", "llama.cpp"),
+    "openvino",
+)
 SMALL = GPT2Config(vocab_size=320, n_positions=32, n_embd=128, n_layer=2, n_head=2)
 SMALL_LLAMA = LlamaConfig(
     vocab_size=320,
@@ -69,9 +73,9 @@ SMALL_LLAMA = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=32,
 )
-GPT2_ENGINES = ("onnxruntime", "ctranslate2")  # their files are written here for GPT-2 alone
 ENGINES_RTOL = {"llama.cpp:fp32": 1e-2, "llama.cpp:fp16": 1e-2, "llama.cpp:int8": 0.1}
 ENGINES_RTOL |= {"onnxruntime:int8": 0.3, "ctranslate2:int8": 0.3}
+ENGINES_RTOL |= {"openvino:bf16": 0.05, "openvino:int8": 0.1}
 SOME = 8  # decoding steps before the texts begin again: few, so that their length stays near T
 
 
@@ -203,6 +207,8 @@ class Worker:
         what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
         """
         given = config_of(config)
+        if self._bf16 and (why := why_missing("avx512bf16")):
+            return {"missing": why}
         if isinstance(given, GPT2Config):
             tiny: AnyConfig = SMALL if self._row in ENGINES else TINY
         elif self._row in GPT2_ENGINES:

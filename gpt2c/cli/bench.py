@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2c.bench.decoding import WORKS, bench_generate, choose_generate_rows
-from gpt2c.bench.machine import Quiet, measure_ceilings
+from gpt2c.bench.machine import Quiet, distance_text, measure_ceilings
 from gpt2c.bench.report import (
     NOISY,
     as_markdown,
@@ -78,9 +78,9 @@ HELP = {
         "GPT-2 124M, or another --model, reading 512 tokens (prefill), and writing 1 and 8 texts"
         " (decode)",
         "Rows: each backend with fp32, fp16 and int8 weights, and, if they are installed,"
-        " transformers, onnxruntime, ctranslate2 and llama.cpp (llama-cpp-python). --quick takes"
-        " the fastest backend and transformers. transformers-compile is measured if --backends"
-        " names it. Weights are random. int8 may exceed the peak of fp32.",
+        " transformers, onnxruntime, ctranslate2, llama.cpp (llama-cpp-python) and openvino."
+        " --quick takes the fastest backend and transformers. transformers-compile is measured if"
+        " --backends names it. Weights are random. int8 may exceed the peak of fp32.",
     ),
 }
 
@@ -192,6 +192,8 @@ def run_bench(options: argparse.Namespace) -> int:
     finally:
         watch.close()
     ceilings = ceilings.best(measure_ceilings(threads))  # other programs may have come or gone
+    for distance in ceilings.distances[-1:]:
+        print(f"at the end {distance_text(distance)}\n")
     if len(tables) > 1:
         tables.append(summary_table(results, ceilings))
         print(as_text(*tables[-1]) + "\n")

@@ -30,7 +30,8 @@ from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import Prepared, prepare
 from gpt2c.text.shards import Tokens, read_tokens
 from gpt2c.text.tokenizer import END_OF_TEXT, Tokenizer
-from gpt2c.train.loop import TrainResult, reserved, train
+from gpt2c.train.loop import TrainResult
+from gpt2c.train.pretrain import reserved, train
 from gpt2c.train.settings import find_recipe, read_recipe, recipe_settings
 
 __all__ = ["SAMPLES", "demo", "demo_recipe", "describe", "openings"]

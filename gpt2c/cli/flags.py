@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gpt2c.train.settings import TABLES, TrainSettings
+from gpt2c.train.settings import Settings, TrainSettings
 
 __all__ = ["add_model", "add_settings", "given_settings"]
 
@@ -30,28 +29,34 @@ def add_model(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def add_settings(verb: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """Add a flag for each field of TrainSettings; one that is not given sets nothing."""
+def add_settings(
+    verb: argparse.ArgumentParser,
+    defaults: Mapping[str, Any],
+    kind: type[Settings] = TrainSettings,
+) -> None:
+    """Add a flag for each setting of a kind of run; one that is not given sets nothing."""
     verb.add_argument_group(
         "settings",
         "each is a key of a TOML recipe, too, with _ for -, in the table that is named here",
     )
-    groups = {table: verb.add_argument_group(f"[{table}]") for table in TABLES}
-    for field in dataclasses.fields(TrainSettings):
-        kind = type(field.default)
-        value = {"type": kind, "metavar": kind.__name__.upper()}
-        groups[field.metadata["table"]].add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            **({"action": argparse.BooleanOptionalAction} if kind is bool else value),
-            help=f"{field.metadata['help']} ({defaults.get(field.name, field.default)})".replace(
-                "%", "%%"
-            ),
-        )
+    fields = kind.fields()
+    for table, names in kind.tables().items():
+        group = verb.add_argument_group(f"[{table}]")
+        for name in names:
+            default = fields[name].default
+            value = {"type": type(default), "metavar": type(default).__name__.upper()}
+            text = f"{fields[name].metadata['help']} ({defaults.get(name, default)})"
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                dest=name,
+                default=argparse.SUPPRESS,
+                **({"action": argparse.BooleanOptionalAction} if type(default) is bool else value),
+                help=text.replace("%", "%%"),
+            )
+    verb.set_defaults(settings=kind)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line gives."""
-    names = {field.name for field in dataclasses.fields(TrainSettings)}
-    return {name: value for name, value in vars(options).items() if name in names}
+    kind: type[Settings] = options.settings
+    return {name: value for name, value in vars(options).items() if name in kind.fields()}

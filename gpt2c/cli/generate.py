@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import re
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gpt2c.cli.flags import add_model
+from gpt2c.cli.texts import (
+    add_sampling,
+    answer_lines,
+    given_sampling,
+    open_generator,
+    write_speed,
+)
 from gpt2c.files.untrusted import read_text
-from gpt2c.generate.sampling import GenerationConfig
 from gpt2c.generator import Generator
-from gpt2c.kernels.checks import counted
 from gpt2c.screen.terminal import (
-    Terminated,
     colored,
     has_colors,
     padded,
@@ -31,8 +32,6 @@ from gpt2c.screen.terminal import (
 
 __all__ = ["add_flags", "run_generate"]
 
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-ENDS = "---"  # ends an answer that is not on one terminal with its question
 # The colour of a token on a terminal: from this probability on, black on green, yellow, red.
 LIKELY = ((0.5, "\x1b[30;42m"), (0.1, "\x1b[30;43m"), (0.0, "\x1b[30;41m"))
 CELL = 14  # columns of a piece in the table of probabilities; a longer one takes more
@@ -75,61 +74,7 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--num-samples", type=int, default=1, metavar="N", help="how many texts to write (1)"
     )
-    verb.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=200,
-        metavar="N",
-        help="maximum number of new tokens (200)",
-    )
-    verb.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="X",
-        help="higher: more random; 0: always the likeliest token (0.8)",
-    )
-    verb.add_argument(
-        "--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (0: all)"
-    )
-    verb.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="nucleus sampling: draw among the fewest tokens with probability P together (1: all)",
-    )
-    verb.add_argument(
-        "--min-p",
-        type=float,
-        metavar="P",
-        help="draw among tokens at least P times as likely as the likeliest (0: all)",
-    )
-    verb.add_argument(
-        "--repetition-penalty",
-        type=float,
-        metavar="X",
-        default=1.0,
-        help="above 1: make repeated tokens less likely (1: off)",
-    )
-    verb.add_argument(
-        "--no-repeat-ngram-size",
-        type=int,
-        metavar="N",
-        default=0,
-        help="forbid repeating any N tokens in a row (0: off)",
-    )
-    verb.add_argument(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help=r"end before this text; may be repeated; \n, \t, \r and \\ are escapes",
-    )
-    verb.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="the same seed draws the same text (default: another each time)",
-    )
+    add_sampling(verb, 200)
     verb.add_argument(
         "--show-probabilities",
         type=int,
@@ -143,13 +88,8 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
 
 def run_generate(options: argparse.Namespace) -> int:
     """`gpt2c generate`."""
-    start = time.perf_counter()
-    generator = Generator.from_pretrained(
-        options.model, options.backend, options.quantize, threads=options.threads or None
-    )
-    loaded = time.perf_counter() - start
-    names = {field.name for field in dataclasses.fields(GenerationConfig)}
-    settings = {name: value for name, value in vars(options).items() if name in names}
+    generator, loaded = open_generator(options)
+    settings = given_sampling(options)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}")
     given = options.prompt or options.prompt_file
@@ -163,12 +103,11 @@ def run_generate(options: argparse.Namespace) -> int:
     if k is not None and k < 0:
         raise ValueError(f"--show-probabilities must be at least 0, got {k}")
     settings["allowed_special"] = "all" if options.special else ()
-    settings["stop"] = [_unescaped(well_formed(stop)) for stop in options.stop or []]
     prompt = _prompt(options)
     start = time.perf_counter()
     seconds = 0.0
     if options.interactive:
-        seconds = _converse(generator, settings)
+        seconds = _answer_each(generator, settings)
     elif k is not None:
         _write_table(generator, prompt, k, settings)
     elif options.num_samples == 1:
@@ -179,15 +118,7 @@ def run_generate(options: argparse.Namespace) -> int:
         texts = generator.generate(prompt, num_return_sequences=options.num_samples, **settings)
         for number, text in enumerate(texts, start=1):
             print(f"--- sample {number} ---\n{visible(prompt + text)}")
-    seconds = seconds or time.perf_counter() - start
-    sys.stdout.flush()
-    if text_is_lost():
-        return 0
-    print(
-        f"{counted(generator.count, 'token')} in {seconds:.2f} s,"
-        f" {generator.count / seconds:.1f} tokens/s (loaded in {loaded:.2f} s)",
-        file=sys.stderr,
-    )
+    write_speed(generator, seconds or time.perf_counter() - start, loaded)
     return 0
 
 
@@ -201,11 +132,6 @@ def _prompt(options: argparse.Namespace) -> str:
     if options.prompt == "-":
         return text_input().read().removesuffix("\n")
     return well_formed(options.prompt or "")
-
-
-def _unescaped(text: str) -> str:
-    r"""Return a text with the characters that \n, \t, \r and \\ stand for."""
-    return re.sub(r"\\([ntr\\])", lambda found: ESCAPES[found[1]], text)
 
 
 def _write_table(
@@ -232,54 +158,17 @@ def _cell(data: bytes, probability: float) -> str:
     return f"{padded(spelled(data), CELL)}  {probability:7.2%}"
 
 
-def _converse(generator: Generator, settings: dict[str, Any]) -> float:
-    """Continue each line of input; return the seconds of writing, without those of typing.
+def _answer_each(generator: Generator, settings: dict[str, Any]) -> float:
+    """Continue each line of input as a new text; return the seconds."""
 
-    Ctrl-C ends a text, or drops a typed line; a second one in a row ends the program. If question
-    and answer are not on one terminal, a line of three dashes ends each answer, for programs.
-    """
-    seconds = 0.0
-    pressed = False  # Ctrl-C, at the prompt
-    typed = text_input().isatty()
-    seen = typed and sys.stdout.isatty()  # question and answer are on one terminal
-    if seen:
-        with suppress(ImportError):
-            import readline  # noqa: F401  input() edits lines with it
-    if typed:
-        print(
-            "Each line is the start of a new text; nothing is remembered. Ctrl-C ends a text,"
-            " Ctrl-D the program.",
-            file=sys.stderr,
-        )
-    while not text_is_lost():
-        try:
-            line = input("> " if seen else "")
-        except EOFError:
-            if seen:
-                print()
-            break
-        except Terminated:
-            raise
-        except KeyboardInterrupt:
-            if pressed or not typed:
-                raise
-            pressed = True
-            print("\n(Ctrl-D or Ctrl-C again ends the program)", file=sys.stderr)
-            continue
-        pressed = False
-        start = time.perf_counter()
-        try:
-            pieces = generator.stream(line, **settings)
-            if not seen:
-                sys.stdout.write(visible(line))
-            write_pieces(pieces)
-        except Terminated:
-            raise
-        except KeyboardInterrupt:
-            pass
-        except ValueError as error:
-            print(f"gpt2c: {error}", file=sys.stderr)
+    def answer(line: str, seen: bool) -> None:
+        pieces = generator.stream(line, **settings)
         if not seen:
-            print(ENDS)
-        seconds += time.perf_counter() - start
-    return seconds
+            sys.stdout.write(visible(line))
+        write_pieces(pieces)
+
+    return answer_lines(
+        "Each line is the start of a new text; nothing is remembered. Ctrl-C ends a text,"
+        " Ctrl-D the program.",
+        answer,
+    )

@@ -23,7 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c.bench.machine import compiler, cpu_name
+from gpt2c.bench.machine import (
+    FLOATS,
+    caches,
+    compiler,
+    core_distance,
+    cpu_name,
+    distance_text,
+    read_bandwidth,
+)
 from gpt2c.kernels.backend import (
     NAMES,
     REQUIRES,
@@ -78,8 +86,11 @@ def run_info(options: argparse.Namespace) -> int:
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((package, version(package)) for package in SHORT),
         ("CPU", cpu_name()),
+        ("caches", ", ".join(caches()) or "unknown"),
         ("cores", _cores()),
+        ("distance", _distance()),
         ("memory", _memory()),
+        ("bandwidth", _bandwidth(threads)),
         ("threads", _why(threads)),
         *backend_rows(threads),
     ]
@@ -90,7 +101,7 @@ def run_info(options: argparse.Namespace) -> int:
             ("NumPy's BLAS", _blas()),
             *system_rows(),
             *cpu_rows(),
-            *memory_rows(),
+            *memory_rows(threads),
             *thread_rows(threads),
             *backend_rows(threads),
             *environment_rows(),
@@ -131,6 +142,7 @@ def backend_rows(threads: int | str) -> list[Row]:
             state = f"{fma_peak(name, threads) / 1e9:,.0f} GFLOP/s at most on {team}"
             if "avx512bf16" in REQUIRES[name]:
                 state += f", {fma_peak(name, threads, 'bf16') / 1e9:,.0f} in bf16"
+            state += f", {fma_peak(name, threads, 'int8') / 1e9:,.0f} GOP/s in int8"
         mark = "  <- chosen" if name == chosen else ""
         rows.append(("backend", f"{name:<12}{state}{mark}"))
     return rows + ([("backend", f"none chosen: {problem}")] if problem else [])
@@ -207,16 +219,13 @@ def cpu_rows() -> list[Row]:
             rows.append((name, found or "none of these"))
     except ImportError:
         rows.append(("CPU has", "unknown: no kernels to ask"))
-    caches = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (read(index / part) for part in ("level", "type", "size"))
-        caches.append(f"L{level} {kind.lower()} {size}")
-    rows.append(("caches", ", ".join(caches) or "unknown"))
+    rows.append(("caches", ", ".join(caches()) or "unknown"))
     load = "unknown"
     with suppress(OSError, AttributeError):
         load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     rows += [
         ("cores", _cores()),
+        ("distance", _distance()),
         ("load", f"{load} (1, 5, 15 minutes)"),
     ]
     return rows
@@ -227,6 +236,30 @@ def _cores() -> str:
     quota = cpu_quota()
     limit = "no CPU quota" if quota == math.inf else f"a CPU quota of {quota:.3g}"
     return f"{CORES}, of which {len(AFFINITY)} for this process, {limit}"
+
+
+def _distance() -> str:
+    """Return how far one core is from another."""
+    if why_missing("base"):
+        return "unknown: no kernels to ask"
+    try:
+        return distance_text(core_distance())
+    except OSError as error:  # no second thread
+        return f"unknown: {error}"
+
+
+def _bandwidth(threads: int | str) -> str:
+    """Return how fast this process reads memory."""
+    if isinstance(threads, str):
+        return "unknown"
+    if why_missing("base"):
+        return "unknown: no kernels to ask"
+    if free_bytes() < 2 * 4 * FLOATS:
+        return f"not measured: that takes {megabytes(4 * FLOATS)} of memory"
+    try:
+        return f"{read_bandwidth(threads) / 1e9:,.0f} GB/s when memory is read"
+    except (OSError, MemoryError) as error:
+        return f"unknown: {error}"
 
 
 def _memory() -> str:
@@ -252,8 +285,8 @@ def _why(threads: int | str) -> str:
     return f"{threads}, {next(variables, why)}"
 
 
-def memory_rows() -> list[Row]:
-    """Return rows about the memory and its limits."""
+def memory_rows(threads: int | str) -> list[Row]:
+    """Return rows about the memory, its speed and its limits."""
     spaces = {}
     for name, limit in (("address space", "RLIMIT_AS"), ("data", "RLIMIT_DATA")):
         spaces[name] = "unknown"
@@ -264,6 +297,7 @@ def memory_rows() -> list[Row]:
     pages = re.search(r"\[(\w+)\]", read(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
     return [
         ("memory", _memory()),
+        ("bandwidth", _bandwidth(threads)),
         *((f"limit of {name}", text) for name, text in spaces.items()),
         ("huge pages", pages[1] if pages else "unknown"),
     ]

@@ -13,12 +13,15 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt2c.cli import bench as cli_bench
+from gpt2c.cli import chat as cli_chat
 from gpt2c.cli import convert as cli_convert
 from gpt2c.cli import eval as cli_eval
+from gpt2c.cli import finetune as cli_finetune
 from gpt2c.cli import generate as cli_generate
 from gpt2c.cli import info as cli_info
 from gpt2c.cli import plot as cli_plot
@@ -31,14 +34,19 @@ from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
-from gpt2c.train.loop import TrainResult, train
+from gpt2c.train.loop import TrainResult
+from gpt2c.train.pretrain import train
 from gpt2c.train.settings import recipe_settings
 
 __all__ = ["main", "parser"]
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 LONGEST = 2000  # characters of an error that are shown
-ANY_TEXT = ("--prompt", "--stop")  # flags whose value may be any text, another flag's name too
+ANY_TEXT = (
+    "--prompt",
+    "--stop",
+    "--system",
+)  # flags whose value may be any text, another flag's name too
 FLAG = re.compile("--[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -100,7 +108,7 @@ def _run(arguments: list[str], out: Door) -> int:
         options.verb.error(_unknown_flag(unknown[0], options.verb))
     out.needed = options.shows
     try:
-        trains = options.run in (run_train, run_demo)  # which have handlers of their own
+        trains = options.run in (run_train, run_demo, cli_finetune.run_method)  # own handlers
         with nullcontext() if trains else _ended_as_by_ctrl_c():
             code: int = options.run(options)
         out.flush()
@@ -193,10 +201,14 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--overwrite", action="store_true", help="replace the content of --out")
     add_settings(verb, {})
 
+    cli_finetune.add_verbs(partial(_verb, verbs))
+
     text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
     text = "continue a text"
     cli_generate.add_flags(_verb(verbs, "generate", cli_generate.run_generate, text, shows=True))
+    text = "talk with a model that gpt2c sft has taught to answer"
+    cli_chat.add_flags(_verb(verbs, "chat", cli_chat.run_chat, text, shows=True))
     text = "show a text as a tokenizer cuts it: pieces, ids, bytes"
     cli_tokens.add_flags(_verb(verbs, "tokens", cli_tokens.run_tokens, text, shows=True))
     text = "draw runs: loss, learning rate, gradient norm, tokens a second"

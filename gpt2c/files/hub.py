@@ -16,6 +16,7 @@ from typing import Any
 from gpt2c.files.hub_guard import MARK, guard
 from gpt2c.files.names import (
     ADDED_FILE,
+    CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
     INDEX_FILE,
@@ -33,6 +34,7 @@ NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 CONFIG = [CONFIG_FILE, GENERATION_FILE]
 WEIGHTS = [WEIGHTS_FILE, INDEX_FILE, f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"]
 TOKENIZER = [VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, ADDED_FILE]
+TOKENIZER += [CHAT_TEMPLATE_FILE]
 
 
 def is_name(source: str) -> bool:

@@ -4,6 +4,7 @@ import os
 
 __all__ = [
     "ADDED_FILE",
+    "CHAT_TEMPLATE_FILE",
     "CHECKPOINTS",
     "CONFIG_FILE",
     "DAMAGED_FILE",
@@ -17,6 +18,7 @@ __all__ = [
     "MODEL_FILES",
     "MODEL_OTHERS",
     "MOMENTS_FILE",
+    "RESULT_FILE",
     "ROLES_FILE",
     "RUNS_FILE",
     "RUN_FILE",
@@ -46,8 +48,9 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_FILE = "added_tokens.json"
 ROLES_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (VOCAB_FILE, MERGES_FILE, TOKENIZER_CONFIG_FILE)  # see MODEL_FILES
-TOKENIZER_OTHERS = (TOKENIZER_FILE, ADDED_FILE)
+TOKENIZER_OTHERS = (TOKENIZER_FILE, ADDED_FILE, CHAT_TEMPLATE_FILE)
 
 # a directory of token files
 MANIFEST_FILE = "manifest.json"
@@ -62,6 +65,7 @@ MOMENTS_FILE = "trainer.safetensors"
 EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
 RUNS_FILE = "plot.png"
+RESULT_FILE = "result.json"
 
 
 def check_named(what: str, name: str | os.PathLike[str]) -> None:

@@ -95,6 +95,8 @@ def write_gguf(
         writer.add_bos_token_id(tokenizer.eot if start is None else start)
         writer.add_eos_token_id(tokenizer.eot)
         writer.add_add_bos_token(False)
+        if tokenizer.chat_template is not None:
+            writer.add_chat_template(tokenizer.chat_template)
         for name, stored_name, tensor in _stored_tensors(config, tensors):
             is_matrix = tensor.ndim == 2 and name != "wpe.weight"
             kind = gguf.GGMLQuantizationType[matrix_type if is_matrix else "F32"]

@@ -139,11 +139,14 @@ class Text:
         return np.array(self.tokens[-max(1, capacity // 2) :], np.int32)
 
 
-def read_prompt(decoder: DecoderLike, texts: Sequence[Text]) -> None:
-    """Read the prompt of texts that share it, once; then each text chooses its next token."""
+def read_prompt(decoder: DecoderLike, texts: Sequence[Text], known: int = 0) -> None:
+    """Read the prompt of texts that share it, once; then each text chooses its next token.
+
+    The slot of the first text already holds the first `known` tokens, of which it has more.
+    """
     first = texts[0]
     tokens = np.array(first.tokens, np.int32)
-    logits = decoder.read(tokens, first.slot, 0)
+    logits = decoder.read(tokens[known:], first.slot, known)
     for text in texts:
         if text is not first:
             decoder.copy(first.slot, text.slot, len(tokens))

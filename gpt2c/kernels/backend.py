@@ -200,10 +200,14 @@ copyreg.pickle(NumPy, _how_to_pickle)
 
 @functools.cache
 def fma_peak(name: str, threads: int, precision: str = "fp32") -> float:
-    """Measure an instruction set's peak rate of fused multiply-adds, in FLOP/s; this takes 0.1 s.
+    """Measure an instruction set's peak rate of multiply-adds, in operations/s; this takes 0.1 s.
 
     Return the best of five short runs, because a busy machine slows some of them; 0.0 for "numpy",
     which has no kernels.
+
+    Parameters
+    ----------
+    precision : of the numbers that are multiplied: "fp32", "bf16" or "int8"
     """
     if name == "numpy":
         return 0.0

@@ -93,14 +93,31 @@ class Kernels:
         return self._f(scratch)
 
     def fma_burn(self, iterations: int, precision: str = "fp32") -> float:
-        """Run multiply-adds in registers on all threads; return the operations done."""
-        type_ = self._precisions[precision]
+        """Run multiply-adds in registers on all threads; return the operations done.
+
+        Parameters
+        ----------
+        precision : "fp32", "bf16" or "int8"
+        """
+        type_ = getattr(self._lib, precision.upper())
         return float(self._call("fma_burn", self._sums(self.threads), iterations, type_))
 
     def memory_read(self, data: Array) -> float:
         """Read `data` once, except a last part below 1 KB; return the sum of what was read."""
         sums = self._sums(self._lib.SLICES)
         return float(self._call("memory_read", self._f(data), sums, data.size))
+
+    def line_travel(self, rounds: int) -> float:
+        """Return the mean nanoseconds in which a cache line goes from one thread to another.
+
+        0.0 if two threads did not run at the same time. It ends within 0.03 s.
+
+        Parameters
+        ----------
+        rounds : to and fro, in [1, 2**30)
+        """
+        line = aligned_zeros(16).view(np.int32)
+        return float(self._call("line_travel", self._i(line), self._sums(1), rounds))
 
     # ---- a step of decoding, in one call ---------------------------------------------------------
 

@@ -176,12 +176,14 @@ class Tokenizer:
     special : name -> id of the special tokens, with that of `eot`; None if that is the only one.
         Each token has its own id, from 0; only ids below a special token's may be unused
     split : how a text is cut into pieces before any merge; as GPT-2 does it by default
+    chat_template : in Jinja, how a conversation becomes a text; None if there is none. gpt2c's own
+        is `gpt2c.text.chat.CHAT_TEMPLATE`
 
     Attributes
     ----------
     vocab_size : the highest id plus 1: the number of tokens, unless ids are unused
     eot : see above. Models are trained on texts as `[tokenizer.eot, *tokenizer.encode(text)]`
-    split : see above
+    split, chat_template : see above
     special_tokens : see `special`. `decode` writes their names; `encode` treats a name in a text as
         ordinary text unless it is allowed
 
@@ -202,9 +204,11 @@ class Tokenizer:
         merges: list[tuple[bytes, bytes]] | None = None,
         special: dict[str, int] | None = None,
         split: Split = GPT2,
+        chat_template: str | None = None,
     ) -> None:
         self.eot = eot
         self.split = split
+        self.chat_template = chat_template
         self.special_tokens = {END_OF_TEXT: eot} if special is None else special
         self.vocab_size = max(*ranks.values(), *self.special_tokens.values()) + 1
         self._ranks = ranks
@@ -346,7 +350,8 @@ class Tokenizer:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers loads.
 
-        If `split` is not GPT-2's, `tokenizer.json` stands in place of the first two.
+        If `split` is not GPT-2's, `tokenizer.json` stands in place of the first two. A chat
+        template is written as `chat_template.jinja`.
 
         Raises
         ------
@@ -359,8 +364,10 @@ class Tokenizer:
     def _vocabulary(self) -> vocabulary.Vocabulary:
         if self._merges is None:
             self._merges = vocabulary.recover_merges(self._ranks)
-        parts = self._ranks, self.eot, self._merges, self.special_tokens, self.split
-        return vocabulary.Vocabulary(*parts)
+        return vocabulary.Vocabulary(
+            *(self._ranks, self.eot, self._merges, self.special_tokens, self.split),
+            chat_template=self.chat_template,
+        )
 
     def covers(self, other: Tokenizer) -> bool:
         """Return whether this tokenizer has each token of `other` under the same id.

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from gpt2c.files import atomic, hub, untrusted
 from gpt2c.files.names import (
     ADDED_FILE,
+    CHAT_TEMPLATE_FILE,
     CHECKPOINTS,
     MERGES_FILE,
     ROLES_FILE,
@@ -110,6 +111,7 @@ class Vocabulary(NamedTuple):
     merges : the halves of each ordinary token of more than one byte, in the order of their ids
     special : the other tokens, such as `<|endoftext|>` and `[PAD]`: name -> id
     split : how a text is cut before any merge
+    chat_template : in Jinja, how a conversation becomes a text; None if there is none
     """
 
     ranks: dict[bytes, int]
@@ -117,6 +119,7 @@ class Vocabulary(NamedTuple):
     merges: list[Merge]
     special: dict[str, int]
     split: Split = GPT2
+    chat_template: str | None = None
 
 
 def _byte_characters() -> list[str]:
@@ -174,8 +177,11 @@ def read(directory: Path) -> Vocabulary:
     vocab_path, merges_path = directory / VOCAB_FILE, directory / MERGES_FILE
     json_path = directory / TOKENIZER_FILE
     config = _read_config(directory)
+    template = _read_template(directory, config)
     if not os.path.lexists(json_path):  # a dangling link is not an absent file
-        return _read_pair(vocab_path, merges_path, _added_beside(directory, config), config)
+        added = _added_beside(directory, config)
+        pair = _read_pair(vocab_path, merges_path, added, config)
+        return pair._replace(chat_template=template)
     root = untrusted.parse_json(_read(json_path), str(json_path))
     added = _added_beside(directory, config, root)
     vocabulary = _parse_tokenizer_json(json_path, root, added, config)
@@ -186,7 +192,7 @@ def read(directory: Path) -> Vocabulary:
                 f"{json_path} is another tokenizer than {VOCAB_FILE} and {MERGES_FILE} beside it;"
                 " remove those that are not the model's"
             )
-    return vocabulary
+    return vocabulary._replace(chat_template=template)
 
 
 def _read(path: Path) -> str:
@@ -313,6 +319,17 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if "eos_token" not in config and os.path.lexists(path := directory / ROLES_FILE):
         config["eos_token"] = untrusted.parse_json(_read(path), str(path)).get("eos_token")
     return config
+
+
+def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the template of chat_template.jinja, else that of tokenizer_config.json's entries."""
+    if os.path.lexists(path := directory / CHAT_TEMPLATE_FILE):
+        return _read(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, each with its name
+        named = (one for one in template if isinstance(one, dict) and one.get("name") == "default")
+        template = next(named, {}).get("template")
+    return template if isinstance(template, str) and _is_text(template) else None
 
 
 def _added_beside(
@@ -486,6 +503,8 @@ def vocab_and_merges(vocabulary: Vocabulary) -> tuple[dict[str, int], list[str]]
 def write(directory: Path, vocabulary: Vocabulary) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, all before one is renamed.
 
+    If there is a chat template, chat_template.jinja is written with them.
+
     transformers derives the rest from these, but for how texts are cut: if it is not GPT-2's way,
     tokenizer.json says it in place of the first two. Files that transformers would read instead are
     removed after that. A kill just before leaves files that disagree, which `read` refuses.
@@ -528,6 +547,8 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
         }
         contents = {TOKENIZER_FILE: json.dumps(root, ensure_ascii=False)}
     contents[TOKENIZER_CONFIG_FILE] = json.dumps(config, indent=2) + "\n"
+    if vocabulary.chat_template is not None:
+        contents[CHAT_TEMPLATE_FILE] = vocabulary.chat_template
     with atomic.atomic_paths(*(directory / name for name in contents)) as temporaries:
         for temporary, content in zip(temporaries, contents.values(), strict=True):
             temporary.write_bytes(content.encode())

@@ -58,6 +58,7 @@ class TrainerState:
     seconds : time spent in steps, by all processes of the run
     val_loss : of these weights, in nats per token; None if they were not evaluated
     entry : the step's metrics while its evaluation is due: metrics.jsonl does not have them yet
+    tokens : the number of tokens in the steps done
 
     Raises
     ------
@@ -69,9 +70,10 @@ class TrainerState:
     seconds: float = 0.0
     val_loss: float | None = None
     entry: dict[str, Any] | None = None
+    tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, most in (("step", 10**15 - 1), ("skipped", self.step)):
+        for name, most in (("step", 10**15 - 1), ("skipped", self.step), ("tokens", 10**18)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= most:
                 raise ValueError(

@@ -7,15 +7,14 @@ evaluation, which may take long.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from gpt2c.evaluate.figures import written
-from gpt2c.evaluate.loss import Shards, evaluate
 from gpt2c.files import atomic
 from gpt2c.kernels.backend import fma_peak
 from gpt2c.kernels.busy import BusyCores
@@ -23,36 +22,70 @@ from gpt2c.screen.progress import Progress
 from gpt2c.train.run import LostModel, Run
 from gpt2c.train.stop import Stop
 
-__all__ = ["Evaluate", "Hook", "Save", "Show", "Step", "log", "save", "speed"]
+__all__ = [
+    "Evaluate",
+    "Evaluation",
+    "Hook",
+    "Learned",
+    "Save",
+    "Show",
+    "Step",
+    "evaluated",
+    "log",
+    "save",
+    "speed",
+]
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Learned(NamedTuple):
+    """The result of an objective, whose gradients are in the model.
+
+    Attributes
+    ----------
+    loss : of the step before its update; if it is not finite, the gradients are not used
+    tokens : of the step
+    metrics : other figures of the step, for metrics.jsonl
+    flops : of the step; 0 if they are unknown
+    """
+
+    loss: float
+    tokens: int
+    metrics: Mapping[str, float] = MappingProxyType({})
+    flops: float = 0.0
+
+
+class Step(NamedTuple):
     """The result of a step.
 
-    Parameters
+    Attributes
     ----------
-    loss : of its batches before the update, in nats per token
+    learned : the objective's
     fault : which loss or gradient is not finite, so that nothing was updated; "" for none
     seconds : its duration
     """
 
-    loss: float
+    learned: Learned
     fault: str
     seconds: float
 
 
 Hook = Callable[[Run, Step], None]
+# Figures of the present weights, "val_loss" first; calls its argument between batches, if any.
+Evaluation = Callable[[Callable[[], None] | None], Mapping[str, float]]
 
 
 class Show:
     """Shows means over the steps since the last line, and reports other programs that use the CPU.
 
     On a terminal the means are over the last log_interval steps.
+
+    Parameters
+    ----------
+    shown : metrics of the objective that stand beside the loss
     """
 
-    def __init__(self, run: Run, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, run: Run, progress: Progress, shown: Sequence[str] = ()) -> None:
+        self._progress, self._shown = progress, shown
         self._recent: deque[Step] = deque(maxlen=run.settings.log_interval)
         self._busy: BusyCores | None = BusyCores(run.model.backend.threads)
 
@@ -67,20 +100,33 @@ class Show:
             self._busy = None
 
     def _figures(self, run: Run) -> str:
-        """Return the figures of a line; the loss is the mean over steps with a finite loss."""
-        finite = [step.loss for step in self._recent if math.isfinite(step.loss)]
-        loss = sum(finite) / len(finite) if finite else math.nan
-        figures = speed(run, sum(step.seconds for step in self._recent) / len(self._recent))
-        share = f"  {figures['share_of_peak']:.0%} of peak" if "share_of_peak" in figures else ""
-        return f"loss {written(loss, 3)}  {figures['tokens_per_second']:,.0f} tokens/s{share}"
+        """Return the figures of a line, means over the steps where they are finite."""
+        learned = [step.learned for step in self._recent]
+        texts = [f"loss {written(_mean([one.loss for one in learned]), 3)}"]
+        for name in self._shown:
+            values = [one.metrics[name] for one in learned if name in one.metrics]
+            texts.append(f"{name} {written(_mean(values), 3)}")
+        figures = speed(run, self._recent)
+        texts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+        if "share_of_peak" in figures:
+            texts.append(f"{figures['share_of_peak']:.0%} of peak")
+        return "  ".join(texts)
 
 
-def speed(run: Run, seconds: float) -> dict[str, Any]:
-    """Return the speed in a step's metrics; without a share of peak if the peak is unknown."""
-    tokens, backend = run.settings.tokens_per_step, run.model.backend
-    entry = {"tokens": run.step * tokens, "tokens_per_second": round(tokens / seconds, 1)}
-    if peak := fma_peak(backend.name, backend.threads, run.model.precision):
-        flops = run.model.config.flops_per_token(run.settings.block_size) * tokens
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite ones; nan if there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def speed(run: Run, steps: Iterable[Step]) -> dict[str, Any]:
+    """Return the speed in these steps' metrics; without a share of peak if it is unknown."""
+    steps, backend = list(steps), run.model.backend
+    seconds = sum(step.seconds for step in steps)
+    tokens = sum(step.learned.tokens for step in steps)
+    flops = sum(step.learned.flops for step in steps)
+    entry = {"tokens_per_second": round(tokens / seconds, 1)}
+    if flops and (peak := fma_peak(backend.name, backend.threads, run.model.precision)):
         share = round(flops / seconds / peak, 4)
         if share <= 1:
             entry["share_of_peak"] = share
@@ -118,11 +164,15 @@ class Evaluate:
 
     Parameters
     ----------
-    tokens : the validation tokens
+    evaluation : returns figures of the present weights, "val_loss" first
+    unit : of the loss
     """
 
-    def __init__(self, tokens: Shards, stop: Stop, progress: Progress) -> None:
-        self._tokens, self._stop, self._progress = tokens, stop, progress
+    def __init__(
+        self, evaluation: Evaluation, stop: Stop, progress: Progress, unit: str = "nats/token"
+    ) -> None:
+        self._evaluation, self._stop, self._progress = evaluation, stop, progress
+        self._unit = unit
 
     def __call__(self, run: Run, step: Step) -> None:
         """Evaluate the step if that is due."""
@@ -137,25 +187,24 @@ class Evaluate:
         StoppedError : raised by `check`, which is called between batches; the step stays unfinished
         LostModel : the validation loss is not finite
         """
-        settings, entry = run.settings, run.entry
+        entry = run.entry
         assert entry
-        evaluated = evaluation_is_due(run)
-        if evaluated:
-            run.val_loss = entry["val_loss"] = evaluate(
-                run.model,
-                self._tokens,
-                settings.batch_size,
-                settings.block_size,
-                settings.eval_iters,
-                check,
-            )
+        found = self._evaluation(check) if evaluation_is_due(run) else {}
+        if found:
+            entry |= found
+            run.val_loss = entry["val_loss"]
         run.log()
-        if evaluated:
+        if found:
             _check_validation(run)
-            loss = written(run.val_loss)
-            self._progress.line(f"step {run.step}: validation loss {loss} nats/token")
+            self._progress.line(f"step {run.step}: {evaluated(found, self._unit)}")
         if run.step == run.saved_step:
             save_or_tell(run, self._stop, self._progress)  # with the evaluation's result
+
+
+def evaluated(found: Mapping[str, float], unit: str) -> str:
+    """Return the figures of an evaluation for a line."""
+    texts = [f"{name.removeprefix('val_')} {written(value)}" for name, value in found.items()]
+    return "  ".join([f"validation {texts[0]} {unit}".rstrip(), *texts[1:]])
 
 
 def evaluation_is_due(run: Run) -> bool:

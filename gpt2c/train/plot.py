@@ -48,10 +48,11 @@ COLORS = OWN_COLORS | {
     "llama.cpp": "#c2185b",
     "onnxruntime": "#4e5bd1",
     "ctranslate2": "#3d7a36",
+    "openvino": "#8e44ad",
     "llm.c": "#555555",
 }
 # The weights of a row -> the strength of its colour, and the pattern on its bar.
-KINDS = {"fp32": (1.0, ""), "fp16": (0.65, "//"), "int8": (0.4, "..")}
+KINDS = {"fp32": (1.0, ""), "fp16": (0.65, "//"), "bf16": (0.65, "\\\\"), "int8": (0.4, "..")}
 UNKNOWN = "#1c1c1c"
 
 # The colours of runs, in the order in which the runs are named.

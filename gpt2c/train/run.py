@@ -5,6 +5,7 @@
     config.json, model.safetensors    copies of the newest checkpoint's; with the tokenizer's files
                                       they are a model that transformers can load
     metrics.jsonl, tensorboard/       see metrics and tensorboard
+    result.json                       the figures that the run ended with
 
 Knows nothing about batches or schedules, and of losses only whether the weights gave a finite one.
 Computes nothing.
@@ -12,7 +13,6 @@ Computes nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
@@ -35,6 +35,7 @@ from gpt2c.files.names import (
     METRICS_FILE,
     MODEL_FILES,
     MOMENTS_FILE,
+    RESULT_FILE,
     RUN_FILE,
     RUNS_FILE,
     TOKENIZER_FILES,
@@ -50,7 +51,7 @@ from gpt2c.train import checkpoints, tensorboard
 from gpt2c.train.checkpoints import Checkpoint, TrainerState
 from gpt2c.train.metrics import Metrics, read_metrics
 from gpt2c.train.optimizer import AdamW
-from gpt2c.train.settings import TrainSettings
+from gpt2c.train.settings import Settings
 from gpt2c.train.tensorboard import Events
 
 __all__ = [
@@ -60,6 +61,8 @@ __all__ = [
     "check_never_saved",
     "check_save",
     "locked_run",
+    "newest_checkpoint",
+    "open_run",
     "read_record",
     "report",
 ]
@@ -67,7 +70,7 @@ __all__ = [
 VERSION = 1
 # What a run writes at the top of its directory.
 _FILES = (RUN_FILE, *MODEL_FILES, *TOKENIZER_FILES)
-_LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE)
+_LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE)
 
 
 def locked_run(out: Path) -> AbstractContextManager[None]:
@@ -96,13 +99,13 @@ class LostModel(ValueError):
     """Weights, moments, or a loss or gradient from them, are not finite: they are not kept."""
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """Read a run's run.json.
+def read_record(out: Path, verb: str = "train") -> dict[str, Any]:
+    """Read the run.json of a run that `gpt2c verb` began.
 
     Raises
     ------
     OSError : it is missing or unreadable
-    ValueError : it is damaged, or of another version
+    ValueError : it is damaged, or of another version or verb
     """
     path = out / RUN_FILE
     if not path.is_file():
@@ -111,6 +114,9 @@ def read_record(out: Path) -> dict[str, Any]:
     version = record.get("version")
     if type(version) is not int or version != VERSION:
         raise ValueError(f"{path}: version must be {VERSION}, got {shown(version)}")
+    began = record.get("verb", "train")
+    if began != verb:
+        raise ValueError(f"{path}: gpt2c {shown(began)[1:-1]} began this run, so go on with that")
     for name in ("settings", "config", "data", "backend", "threads"):
         if name not in record:
             raise ValueError(f"{path} lacks {name}")
@@ -196,6 +202,59 @@ def check_config(source: Path, entries: Any, config: ModelConfig) -> None:
         )
 
 
+def newest_checkpoint(
+    out: Path, record: Mapping[str, Any], config: ModelConfig
+) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run that goes on; None if it begins again.
+
+    Raises
+    ------
+    OSError, ValueError : see `checkpoints.newest`, `check_config` and `check_never_saved`
+    """
+    check_config(out / RUN_FILE, record["config"], config)
+    check_link(out / CHECKPOINTS)
+    found = checkpoints.newest(out / CHECKPOINTS, report)
+    if found is None:
+        check_never_saved(out)
+    else:
+        check_config(found.path, found.config, config)
+    return found
+
+
+def open_run(
+    run: Run,
+    record: Mapping[str, Any] | None,
+    found: Checkpoint | None,
+    overwrite: bool,
+    held: bool,
+    stack: ExitStack,
+) -> None:
+    """Begin a run's directory, or continue from the checkpoint `found`.
+
+    Parameters
+    ----------
+    record : of run.json, None for a new run
+    overwrite : a new run's directory may hold files
+    held : the directory is claimed and locked already, as that of a run that goes on is locked
+    stack : holds the lock
+
+    Raises
+    ------
+    OSError, ValueError : see `claim_directory`, `check_save` and `Run.restore`
+    """
+    parameters = run.model.config.num_parameters()
+    if record is None:
+        if not held:
+            atomic.claim_directory(run.out, overwrite)
+            stack.enter_context(locked_run(run.out))
+        check_save(run.out, parameters, overwrite)
+        run.start()
+    else:
+        if found is None or found.state.step < run.settings.max_iters or found.state.entry:
+            check_save(run.out, parameters, overwrite)
+        run.restore(record, found)
+
+
 class Run:
     """A run of this process: its model, its optimizer and its locked directory.
 
@@ -203,12 +262,12 @@ class Run:
     ----------
     out : the directory, locked by `locked_run`
     settings, model, optimizer, tokenizer : of the run
-    data : the data's fingerprint, for JSON
-    bytes_per_token : of the texts of "train" and "val", to compare runs with different tokenizers
+    facts : further entries of run.json: "settings" as a resumed run reads them, "data", and others
 
     Attributes
     ----------
     step, skipped : the number of steps done, and of those without an update
+    tokens : the number of tokens in these steps
     seconds : time spent in steps
     val_loss : of the present weights; nan if they were not evaluated
     saved : the newest checkpoint, None before the first
@@ -220,17 +279,15 @@ class Run:
     def __init__(
         self,
         out: Path,
-        settings: TrainSettings,
+        settings: Settings,
         model: CausalLM,
         optimizer: AdamW,
         tokenizer: Tokenizer,
-        data: Any,
-        bytes_per_token: Mapping[str, float],
+        facts: Mapping[str, Any],
     ) -> None:
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
-        self.tokenizer, self.data = tokenizer, data
-        self.bytes_per_token = bytes_per_token
-        self.step = self.skipped = 0
+        self.tokenizer, self.facts = tokenizer, facts
+        self.step = self.skipped = self.tokens = 0
         self.seconds = 0.0
         self.val_loss = math.nan
         self.saved: Path | None = None
@@ -286,6 +343,7 @@ class Run:
             except ValueError as error:
                 raise ValueError(f"{found.path / MOMENTS_FILE}: {error}") from None
             self.step, self.skipped, self.seconds = state.step, state.skipped, state.seconds
+            self.tokens = state.tokens
             self.val_loss = math.nan if state.val_loss is None else state.val_loss
             self.entry = state.entry
             self.saved, self.saved_step, self._stored = found.path, state.step, state
@@ -380,10 +438,8 @@ class Run:
     def _record(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "settings": dataclasses.asdict(self.settings),
+            **self.facts,
             "config": self.model.config.to_dict(),
-            "data": self.data,
-            "bytes_per_token": self.bytes_per_token,
             "backend": self.model.backend.name,
             "threads": self.model.backend.threads,
             "precision": self.model.precision,
@@ -460,7 +516,9 @@ class Run:
 
     def _state(self) -> TrainerState:
         val_loss = None if math.isnan(self.val_loss) else self.val_loss
-        return TrainerState(self.step, self.skipped, self.seconds, val_loss, self.entry)
+        return TrainerState(
+            *(self.step, self.skipped, self.seconds, val_loss, self.entry), tokens=self.tokens
+        )
 
     def _sync(self) -> None:
         """Wait until the metrics are on the disk, before the checkpoint of their step is."""

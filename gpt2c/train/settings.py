@@ -1,7 +1,8 @@
-"""TrainSettings: the settings of a training run, from a TOML recipe or flags of the same names.
+"""Settings of a run, from a TOML recipe or flags of the same names.
 
-Names are nanoGPT's. Each setting is declared once, with its default, its table in a recipe and its
-help. Knows of models only their configs, and of files only recipes.
+Names are nanoGPT's, and TRL's where nanoGPT has none. Each setting is declared once, with its
+default, its table in a recipe, its range and its help: those of every run in `Settings`, those of
+pretraining in `TrainSettings`. Knows of models only their configs, and of files only recipes.
 """
 
 from __future__ import annotations
@@ -23,32 +24,19 @@ from gpt2c.model.llama import LlamaConfig
 from gpt2c.train.optimizer import SCHEDULES, Schedule
 
 __all__ = [
-    "OLDER",
-    "TABLES",
-    "TABLE_OF",
+    "Settings",
     "TrainSettings",
     "find_recipe",
     "read_recipe",
     "recipe_settings",
     "resumed",
+    "setting",
 ]
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Settings")
 
-# A resumed run must keep these: they fix the weights' shapes and the order of the data.
-FIXED_BY_RUN = (
-    "arch",
-    "n_kv_head",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "block_size",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "batch_order",
-)
-TABLES = ("model", "data", "optimizer", "schedule", "run")  # of a recipe
+TABLES = ("model", "data", "optimizer", "schedule", "run")  # of a recipe, before a method's own
 ARCHS = ("gpt2", "llama")
 LLAMA_NAMES = {  # of the settings
     "max_position_embeddings": "block_size",
@@ -57,113 +45,96 @@ LLAMA_NAMES = {  # of the settings
     "num_attention_heads": "n_head",
     "num_key_value_heads": "n_kv_head",
 }
-
-LEAST = dict.fromkeys(
-    (
-        "block_size",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "max_iters",
-        "log_interval",
-        "keep",
-    ),
-    1,
-) | dict.fromkeys(
-    (
-        *("warmup_iters", "eval_interval", "eval_iters", "save_interval", "save_minutes"),
-        *("seed", "grad_clip", "threads", "n_kv_head"),
-    ),
-    0,
-)
 GREATEST = 2**31 - 1  # of whole numbers; no run has more steps
 INNER = 64  # a Llama's inner channels are a multiple of this, for the kernels' sake
 LARGEST_RECIPE = 1 << 20  # bytes
 
 
-def setting(table: str, default: T, text: str, older: T | None = None) -> T:
-    """Make a field of TrainSettings.
+def setting(
+    table: str,
+    default: T,
+    text: str,
+    *,
+    least: float | None = None,
+    older: T | None = None,
+    fixed: bool = False,
+) -> T:
+    """Make a field of settings.
 
     Parameters
     ----------
-    table : its table in a recipe, one of TABLES
+    table : its table in a recipe, one of TABLES or a method's name
     default : of a new run
     text : a line of help
+    least : the smallest value
     older : its value in a resumed run that began before the setting existed. Each new setting needs
         it; only those of the first run.json have none
+    fixed : a resumed run must keep it: it fixes the weights' shapes or the order of the data
     """
-    metadata = {"table": table, "help": text, "older": older}
+    metadata = {"table": table, "help": text, "least": least, "older": older, "fixed": fixed}
     field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """The settings of a training run.
-
-    The defaults are a model of about 4 million parameters on short text.
+class Settings:
+    """The settings that every run has, whatever it trains.
 
     Raises
     ------
-    ValueError : a setting is out of range, or the model's config or the schedule refuses it
+    ValueError : a setting is out of range, or the schedule refuses it
     """
 
-    arch: str = setting("model", "gpt2", f"one of {', '.join(ARCHS)}", older="gpt2")
-    n_layer: int = setting("model", 4, "layers")
-    n_head: int = setting("model", 4, "heads of attention")
-    n_kv_head: int = setting(
-        "model", 0, "llama: heads of keys and values; 0: as many as n_head", older=0
-    )
-    n_embd: int = setting("model", 256, "channels")
-    block_size: int = setting(
-        "model", 256, "tokens in a row of a batch, and the model's n_positions"
-    )
     dropout: float = setting(
         "model", 0.0, "the share of activations that are 0 in a training step", older=0.0
-    )
-    batch_size: int = setting("data", 8, "rows in a batch")
-    gradient_accumulation_steps: int = setting("data", 1, "batches in a step of the optimizer")
-    batch_order: int = setting(
-        "data", 2, "2: an epoch has every token; 1: as in older runs", older=1
     )
     learning_rate: float = setting("optimizer", 1e-3, "the highest learning rate")
     weight_decay: float = setting("optimizer", 0.1, "AdamW's weight decay, of matrices only")
     beta1: float = setting("optimizer", 0.9, "AdamW's memory of gradients")
     beta2: float = setting("optimizer", 0.95, "AdamW's memory of squared gradients")
     grad_clip: float = setting(
-        "optimizer", 1.0, "clip the global gradient norm to this; 0: no clipping"
+        "optimizer", 1.0, "clip the global gradient norm to this; 0: no clipping", least=0
     )
     schedule: str = setting("schedule", "cosine", f"one of {', '.join(SCHEDULES)}")
-    warmup_iters: int = setting("schedule", 100, "steps of linear warm-up")
     min_lr: float = setting("schedule", 1e-4, "the lowest learning rate, at the end")
     decay_fraction: float = setting(
         "schedule", 0.2, "wsd: in which share of all steps the rate falls"
     )
     step_size: int = setting("schedule", 1000, "step: steps between two drops of the learning rate")
     gamma: float = setting("schedule", 0.1, "step: what a drop multiplies the rate by")
-    max_iters: int = setting("run", 1000, "steps of the optimizer")
-    eval_interval: int = setting("run", 100, "steps between two evaluations; 0: only at the end")
-    eval_iters: int = setting("run", 0, "batches of an evaluation; 0: all validation tokens")
-    log_interval: int = setting("run", 10, "steps between two lines, if no terminal shows a bar")
+    max_iters: int = setting("run", 1000, "steps of the optimizer", least=1)
+    eval_interval: int = setting(
+        "run", 100, "steps between two evaluations; 0: only at the end", least=0
+    )
+    log_interval: int = setting(
+        "run", 10, "steps between two lines, if no terminal shows a bar", least=1
+    )
     save_interval: int = setting(
-        "run", 0, "steps between two checkpoints; 0: only save-minutes counts"
+        "run", 0, "steps between two checkpoints; 0: only save-minutes counts", least=0
     )
     save_minutes: float = setting(
-        "run", 10.0, "minutes between two checkpoints; 0: only save-interval counts", older=0.0
+        *("run", 10.0, "minutes between two checkpoints; 0: only save-interval counts"),
+        least=0,
+        older=0.0,
     )
-    keep: int = setting("run", 1, "how many checkpoints to keep, the newest ones")
+    keep: int = setting("run", 1, "how many checkpoints to keep, the newest ones", least=1)
     skip_nonfinite: bool = setting("run", False, "leave out a step that is not finite, do not stop")
     tensorboard: bool = setting("run", False, "write TensorBoard's event files too")
-    seed: int = setting("run", 1337, "seed of the weights and of the order of the data")
+    seed: int = setting(
+        "run", 1337, "seed of the weights and of the order of the data", least=0, fixed=True
+    )
     backend: str = setting("run", "auto", "auto, or a name that gpt2c info lists")
-    threads: int = setting("run", 0, "how many threads; 0: as many as the machine allows", older=0)
+    threads: int = setting(
+        "run", 0, "how many threads; 0: as many as the machine allows", least=0, older=0
+    )
     recompute: str = setting("run", "none", "none, light or full: save memory, take more time")
     precision: str = setting(
         "run", "fp32", "fp32, bf16 or auto: of the products of matrices", older="fp32"
     )
 
     def __post_init__(self) -> None:
-        for name in DEFAULTS:
-            object.__setattr__(self, name, checked(name, getattr(self, name)))
+        for name in self.fields():
+            object.__setattr__(self, name, self.checked(name, getattr(self, name)))
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -172,6 +143,117 @@ class TrainSettings:
         if self.precision not in (*PRECISIONS, "auto"):
             known = ", ".join(PRECISIONS)
             raise ValueError(f"precision must be {known} or auto, got {shown(self.precision)}")
+
+    @classmethod
+    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Return name -> field."""
+        return {field.name: field for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def tables(cls) -> dict[str, list[str]]:
+        """Return the tables of a recipe, and the settings of each."""
+        found: dict[str, list[str]] = {table: [] for table in TABLES}
+        for name, field in cls.fields().items():
+            found.setdefault(field.metadata["table"], []).append(name)
+        return {table: names for table, names in found.items() if names}
+
+    @classmethod
+    def older(cls) -> dict[str, Any]:
+        """Return the values of settings that older runs lack, see `setting`."""
+        values = {name: field.metadata["older"] for name, field in cls.fields().items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def checked(cls, name: str, value: Any) -> Any:
+        """Return a setting's value, converted to float for a float setting.
+
+        Raises
+        ------
+        ValueError : the value has another type or is out of the setting's own range
+        """
+        field = cls.fields()[name]
+        default: Any = field.default
+        wanted, least = type(default), field.metadata["least"]
+        if type(value) is int and value.bit_length() > 1000:  # to become a float, or to be printed
+            raise ValueError(f"{name} is too large: a number of {value.bit_length():,} bits")
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            kind = type(value).__name__
+            raise ValueError(f"{name} must be {wanted.__name__}, got {kind} {shown(value)}")
+        if least is not None and not value >= least:  # also true for nan
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if wanted is int and value > GREATEST:
+            least = 1 if least is None else least
+            raise ValueError(
+                f"{name} must be a whole number from {least} to {GREATEST}, got {shown(value)}"
+            )
+        if wanted is float and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        return value
+
+    @property
+    def recomputation(self) -> str | None:
+        """The argument `recompute` of GPT2."""
+        return None if self.recompute == "none" else self.recompute
+
+    @property
+    def warmup(self) -> int:
+        """The steps of linear warm-up."""
+        raise NotImplementedError
+
+    def learning_rates(self) -> Schedule:
+        """Return the schedule of learning rates; a warm-up longer than the run is cut to it."""
+        return Schedule(
+            self.schedule,
+            self.learning_rate,
+            self.max_iters,
+            min(self.warmup, self.max_iters),
+            self.min_lr,
+            self.decay_fraction,
+            self.step_size,
+            self.gamma,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(Settings):
+    """The settings of a pretraining run.
+
+    The defaults are a model of about 4 million parameters on short text.
+
+    Raises
+    ------
+    ValueError : a setting is out of range, or the model's config or the schedule refuses it
+    """
+
+    arch: str = setting("model", "gpt2", f"one of {', '.join(ARCHS)}", older="gpt2", fixed=True)
+    n_layer: int = setting("model", 4, "layers", fixed=True)
+    n_head: int = setting("model", 4, "heads of attention", fixed=True)
+    n_kv_head: int = setting(
+        *("model", 0, "llama: heads of keys and values; 0: as many as n_head"),
+        least=0,
+        older=0,
+        fixed=True,
+    )
+    n_embd: int = setting("model", 256, "channels", fixed=True)
+    block_size: int = setting(
+        "model", 256, "tokens in a row of a batch, and the model's n_positions", least=1, fixed=True
+    )
+    batch_size: int = setting("data", 8, "rows in a batch", least=1, fixed=True)
+    gradient_accumulation_steps: int = setting(
+        "data", 1, "batches in a step of the optimizer", least=1, fixed=True
+    )
+    batch_order: int = setting(
+        "data", 2, "2: an epoch has every token; 1: as in older runs", older=1, fixed=True
+    )
+    warmup_iters: int = setting("schedule", 100, "steps of linear warm-up", least=0)
+    eval_iters: int = setting(
+        "run", 0, "batches of an evaluation; 0: all validation tokens", least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {shown(self.arch)}")
         if self.n_kv_head and self.arch != "llama":
@@ -187,9 +269,9 @@ class TrainSettings:
         return self.batch_size * self.block_size * self.gradient_accumulation_steps
 
     @property
-    def recomputation(self) -> str | None:
-        """The argument `recompute` of GPT2."""
-        return None if self.recompute == "none" else self.recompute
+    def warmup(self) -> int:
+        """The steps of linear warm-up."""
+        return self.warmup_iters
 
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> ModelConfig:
         """Return the model's config for a tokenizer.
@@ -224,55 +306,6 @@ class TrainSettings:
             eos_token_id=eos_token_id,
         )
 
-    def learning_rates(self) -> Schedule:
-        """Return the schedule of learning rates; a warm-up longer than the run is cut to it."""
-        return Schedule(
-            self.schedule,
-            self.learning_rate,
-            self.max_iters,
-            min(self.warmup_iters, self.max_iters),
-            self.min_lr,
-            self.decay_fraction,
-            self.step_size,
-            self.gamma,
-        )
-
-
-_FIELDS = dataclasses.fields(TrainSettings)
-DEFAULTS: dict[str, Any] = {field.name: field.default for field in _FIELDS}
-TABLE_OF: dict[str, str] = {field.name: field.metadata["table"] for field in _FIELDS}
-# Values of settings that older runs lack; see `setting`.
-OLDER: dict[str, Any] = {
-    field.name: field.metadata["older"] for field in _FIELDS if field.metadata["older"] is not None
-}
-
-
-def checked(name: str, value: Any) -> Any:
-    """Return a setting's value, converted to float for a float setting.
-
-    Raises
-    ------
-    ValueError : the value has another type or is out of the setting's own range
-    """
-    wanted = type(DEFAULTS[name])
-    if type(value) is int and value.bit_length() > 1000:  # to become a float, or to be printed
-        raise ValueError(f"{name} is too large: a number of {value.bit_length():,} bits")
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:
-        kind = type(value).__name__
-        raise ValueError(f"{name} must be {wanted.__name__}, got {kind} {shown(value)}")
-    if name in LEAST and not value >= LEAST[name]:  # also true for nan
-        raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}")
-    if wanted is int and value > GREATEST:
-        least = LEAST.get(name, 1)
-        raise ValueError(
-            f"{name} must be a whole number from {least} to {GREATEST}, got {shown(value)}"
-        )
-    if wanted is float and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
-
 
 def find_recipe(name: str) -> Path:
     """Return the TOML file of this name, or else the recipe of this name that comes with gpt2c.
@@ -293,8 +326,8 @@ def find_recipe(name: str) -> Path:
     return recipe
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a TOML file's settings, in their tables or outside of tables: name -> value.
+def read_recipe(path: Path, kind: type[Settings] = TrainSettings) -> dict[str, Any]:
+    """Read a TOML file's settings of a kind, in their tables or outside of them: name -> value.
 
     Raises
     ------
@@ -308,36 +341,40 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError also for too many digits
         raise ValueError(f"{path} is not TOML: {error}") from None
     try:
-        return _of_tables(entries)
+        return _of_tables(entries, kind)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _of_tables(entries: Mapping[str, Any]) -> dict[str, Any]:
+def _of_tables(entries: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    fields, tables = kind.fields(), kind.tables()
     for key, value in entries.items():
         table = key if isinstance(value, dict) else None  # schedule is a table and a setting
-        if table is not None and table not in TABLES:
-            raise ValueError(f"no table {shown(table)}; the tables are {', '.join(TABLES)}")
+        if table is not None and table not in tables:
+            raise ValueError(f"no table {shown(table)}; the tables are {', '.join(tables)}")
         for name, entry in ({key: value} if table is None else value).items():
-            if name not in DEFAULTS:
-                near = difflib.get_close_matches(name, DEFAULTS, n=1)
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
                 hint = (
                     f"did you mean {near[0]}?"
                     if near
-                    else f"the settings are {', '.join(sorted(DEFAULTS))}"
+                    else f"the settings are {', '.join(sorted(fields))}"
                 )
                 raise ValueError(f"no setting {shown(name)}; {hint}")
-            if table not in (None, TABLE_OF[name]):
-                raise ValueError(f"{name} belongs in [{TABLE_OF[name]}], not in [{table}]")
+            own = fields[name].metadata["table"]
+            if table not in (None, own):
+                raise ValueError(f"{name} belongs in [{own}], not in [{table}]")
             if name in found:
-                raise ValueError(f"{name} is there twice: in [{TABLE_OF[name]}] and in no table")
-            found[name] = checked(name, entry)
+                raise ValueError(f"{name} is there twice: in [{own}] and in no table")
+            found[name] = kind.checked(name, entry)
     return found
 
 
-def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's settings, replaced by those in `given`.
+def recipe_settings(
+    name: str, given: Mapping[str, Any], kind: type[Settings] = TrainSettings
+) -> dict[str, Any]:
+    """Return a recipe's settings of a kind, replaced by those in `given`.
 
     If `given` changes the number of steps but not the warm-up, the warm-up keeps its share of them.
 
@@ -345,19 +382,19 @@ def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     ------
     OSError, ValueError : see `find_recipe` and `read_recipe`; the number of steps is out of range
     """
-    recipe = read_recipe(find_recipe(name))
+    recipe = read_recipe(find_recipe(name), kind)
     settings = recipe | dict(given)
     if "warmup_iters" in recipe and "warmup_iters" not in given and "max_iters" in given:
-        steps = checked("max_iters", given["max_iters"])
-        of = recipe.get("max_iters", DEFAULTS["max_iters"])
+        steps = kind.checked("max_iters", given["max_iters"])
+        of = recipe.get("max_iters", kind.fields()["max_iters"].default)
         settings["warmup_iters"] = min(recipe["warmup_iters"] * steps // of, GREATEST)
     return settings
 
 
-def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> TrainSettings:
-    """Return the settings of a resumed run: its own, replaced by those in `given`.
+def resumed(kind: type[S], stored: Mapping[str, Any], given: Mapping[str, Any], source: str) -> S:
+    """Return the settings of a resumed run of a kind: its own, replaced by those in `given`.
 
-    A setting that the run lacks, because it is older than the setting, has the value of OLDER.
+    A setting that the run lacks, because it is older than the setting, has the value of that time.
 
     Raises
     ------
@@ -366,26 +403,27 @@ def resumed(stored: Mapping[str, Any], given: Mapping[str, Any], source: str) ->
     """
     if not isinstance(stored, Mapping):
         raise ValueError(f"{source}: its settings must be an object, got {shown(stored)}")
-    unknown = sorted(stored.keys() - DEFAULTS.keys())
+    fields = kind.fields()
+    unknown = sorted(stored.keys() - fields.keys())
     if unknown:
         raise ValueError(
             f"{source}: its settings have {shown(unknown[0])}, which this version of gpt2c lacks:"
             " go on with the version that wrote it, or start a new run"
         )
-    stored = {**OLDER, **stored}
-    lacking = [name for name in DEFAULTS if name not in stored]
+    stored = {**kind.older(), **stored}
+    lacking = [name for name in fields if name not in stored]
     if lacking:
         raise ValueError(
             f"{source}: its settings lack {lacking[0]}: put it back, or start a new run"
         )
     try:
-        TrainSettings(**stored)
+        kind(**stored)
     except ValueError as error:
         raise ValueError(f"{source}: its settings are invalid: {error}") from None
-    for name in FIXED_BY_RUN:
-        if name in given and given[name] != stored[name]:
+    for name, field in fields.items():
+        if field.metadata["fixed"] and name in given and given[name] != stored[name]:
             raise ValueError(
                 f"{source}: the run was trained with {name}={stored[name]}, so it cannot go on with"
                 f" {given[name]}; drop that setting, or train into another directory"
             )
-    return TrainSettings(**{**stored, **given})
+    return kind(**{**stored, **given})

@@ -23,8 +23,10 @@ from gpt2c.kernels import memory
 from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import megabytes
 from gpt2c.model.gpt2 import GPT2Config
+from gpt2c.model.llama import LlamaConfig
 
 CEILINGS = Ceilings(1, {"avx2": 100e9, "base": 50e9}, {1: 10e9})
+BF16 = ("openvino:bf16",) if "avx512bf16" in backends() else ()
 
 
 def test_rows_are_backends_with_each_kind_of_weights() -> None:
@@ -34,6 +36,7 @@ def test_rows_are_backends_with_each_kind_of_weights() -> None:
     assert rows[1 + len(own) :] == [
         *("transformers", "onnxruntime:fp32", "onnxruntime:int8", "ctranslate2:fp32"),
         *("ctranslate2:int8", "llama.cpp:fp32", "llama.cpp:fp16", "llama.cpp:int8"),
+        *("openvino:fp32", *BF16, "openvino:int8"),
     ]
     quick = bench_generate.choose_generate_rows(None, quick=True)
     kinds = ("fp32", "fp16", "int8")
@@ -49,6 +52,7 @@ def test_rows_are_backends_with_each_kind_of_weights() -> None:
     ]
     choose = bench_generate.choose_generate_rows
     assert "fp32, int8" in refused(choose, "onnxruntime:fp16", False)
+    assert choose("openvino", False) == [f"openvino:{kind}" for kind in ("fp32", "bf16", "int8")]
     assert "fp32 alone" in refused(choose, "transformers:int8", False)
     assert "fp32, fp16, int8" in refused(bench_generate.choose_generate_rows, "base:fp8", False)
     assert "'abacus'" in refused(bench_generate.choose_generate_rows, "abacus:int8", False)
@@ -65,6 +69,13 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     wanted = f"^a benchmark of generation needs {megabytes(one)}: base:fp32 {megabytes(one)};"
     with pytest.raises(MemoryError, match=wanted):
         bench_generate.bench_generate(["base:fp32"], CEILINGS, GPT2Config(), True, show)
+    # rows whose engine is absent, or does not know the model, hold no model
+    monkeypatch.setattr(bench_generate, "lacks", lambda name: "torch" if "trans" in name else "")
+    wanted = f"openvino:fp32 {megabytes(PROCESS_BYTES)}, transformers {megabytes(PROCESS_BYTES)};"
+    with pytest.raises(MemoryError, match=wanted):
+        bench_generate.bench_generate(
+            ["openvino:fp32", "transformers"], CEILINGS, LlamaConfig(), True, show
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -167,7 +178,7 @@ def test_timed_work_is_the_verified_work(
 # ---- the engines beside gpt2c --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", choose_generate_rows(None, quick=False)[-8:])
+@pytest.mark.parametrize("row", choose_generate_rows(None, quick=False)[-10 - len(BF16) :])
 @pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 1), ("decode", 3)])
 def test_engine_computes_what_gpt2c_does(row: str, what: str, B: int) -> None:
     if lacking := bench.lacks(row):
@@ -177,6 +188,12 @@ def test_engine_computes_what_gpt2c_does(row: str, what: str, B: int) -> None:
         assert answer["error"] <= answer["rtol"]
         found = process.ask("sample")
     assert 0 < found["seconds"] < 60 and found["memory"] > 1e7
+
+
+def test_row_in_bf16_says_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "why_missing", lambda name: f"this CPU has no {name}")
+    answer = Worker("openvino:bf16", 1).generate("decode", dataclasses.asdict(SMALL), 1, 9)
+    assert answer == {"missing": "this CPU has no avx512bf16"}
 
 
 @pytest.mark.parametrize("what", ["prefill", "decode"])
@@ -213,4 +230,5 @@ def test_every_engine_is_implemented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert bench.lacks("llama.cpp:int8") == "llama-cpp-python gguf"
     assert bench.lacks("transformers-compile") == "torch transformers"
+    assert bench.lacks("openvino:bf16") == "openvino"
     assert bench.lacks("avx2:int8") == bench.lacks("numpy") == ""

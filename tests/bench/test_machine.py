@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,16 @@ import pytest
 from helpers.measured import CEILINGS
 
 from gpt2c.bench import machine
-from gpt2c.bench.machine import Ceilings, Quiet, cpu_name, measure_ceilings
+from gpt2c.bench.machine import (
+    Ceilings,
+    Quiet,
+    caches,
+    core_distance,
+    cpu_name,
+    distance_text,
+    measure_ceilings,
+    read_bandwidth,
+)
 from gpt2c.kernels.backend import backends, get_backend
 from gpt2c.kernels.limits import usable_cores
 
@@ -20,7 +32,10 @@ from gpt2c.kernels.limits import usable_cores
 def test_ceilings_are_measured() -> None:
     cores = usable_cores()
     ceilings = measure_ceilings(cores + 1)
-    assert ceilings.peak.keys() == set(backends()) - {"numpy"}
+    own = set(backends()) - {"numpy"}
+    bf16 = {f"{name}:bf16" for name in own if name == "avx512bf16"}
+    assert ceilings.peak.keys() == own | bf16 | {f"{name}:int8" for name in own}
+    assert len(ceilings.distances) == 1 and 0 <= ceilings.distances[0] < 1e6
     assert 1 in ceilings.bandwidth and max(ceilings.bandwidth) == cores
     assert all(1e9 < size < 1e13 for size in ceilings.bandwidth.values())
     assert cpu_name()
@@ -39,11 +54,84 @@ def test_ceiling_is_arithmetic_or_memory() -> None:
     assert CEILINGS.seconds("base", 50e9, 1e9) == 1.0
     assert CEILINGS.seconds("torch", 50e9, 1e9) == 0.5  # the highest peak
     assert CEILINGS.seconds("avx2", 1e9, 20e9) == 2.0
+    whole = dataclasses.replace(CEILINGS, peak={"avx2:int8": 400e9, **CEILINGS.peak})
+    assert whole.seconds("torch", 50e9, 1e9) == 0.5  # int8 is no peak of floats
 
 
 def test_peaks_are_the_best_of_two_measurements() -> None:
-    busy = Ceilings(1, {"avx2": 3e9, "base": 60e9}, {1: 20e9})
-    assert CEILINGS.best(busy) == Ceilings(1, {"avx2": 100e9, "base": 60e9}, {1: 20e9})
+    first = dataclasses.replace(CEILINGS, distances=(41.0,))
+    busy = Ceilings(1, {"avx2": 3e9, "base": 60e9}, {1: 20e9}, (170.0,))
+    best = Ceilings(1, {"avx2": 100e9, "base": 60e9}, {1: 20e9}, (41.0, 170.0))
+    assert first.best(busy) == best
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_operations_of_a_peak_are_counted(precision: str, backend_name: str) -> None:
+    if backend_name == "numpy":
+        pytest.skip("numpy has no kernels")
+    lanes = {"base": 4, "avx2": 8}.get(backend_name, 16)
+    # numbers of 8 bits in a vector; without VNNI each is widened to 16 bits
+    small = {"base": 8, "avx2": 16, "avx512": 32}.get(backend_name, 64)
+    products = {"fp32": lanes, "bf16": 2 * lanes, "int8": small}[precision]
+    for threads in (1, 2):
+        done = get_backend(backend_name, threads).fma_burn(7, precision)
+        assert done == threads * 7 * 12 * products * 2
+
+
+def test_line_goes_from_thread_to_thread(backend_name: str) -> None:
+    if backend_name == "numpy":
+        pytest.skip("numpy has no kernels")
+    assert get_backend(backend_name, 1).line_travel(3) == 0.0, "there is no other thread"
+    for threads in (2, 3):
+        found = [get_backend(backend_name, threads).line_travel(10) for _ in range(3)]
+        assert all(0 <= way < 1e7 for way in found)  # 0: the machine was too busy
+
+
+def test_distance_is_the_shortest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = itertools.cycle([0.0, 900.0, 171.0, 0.0, 180.0])
+    fake = types.SimpleNamespace(line_travel=lambda rounds: next(ways))
+    monkeypatch.setattr(machine, "get_backend", lambda name, threads: fake)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    assert core_distance() == 171.0
+    ways = itertools.cycle([0.0])
+    assert core_distance() == 0.0
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(machine, "get_backend", lambda name, threads: pytest.fail("it measured"))
+    assert core_distance() == 0.0
+
+
+def test_distance_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    assert distance_text(41.2) == "a cache line takes 41 ns from core to core"
+    far = "a cache line takes 171 ns from core to core: the cores share no cache at the moment"
+    assert distance_text(171.0) == far
+    assert distance_text(0.0).startswith("unknown")
+    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
+    assert distance_text(0.0).startswith("one core")
+
+
+def test_caches_are_those_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CACHES", tmp_path)
+    assert caches() == []
+    for i, (level, kind, size, cores) in enumerate(
+        [
+            ("1", "Data", "32K", "0"),
+            ("1", "Instruction", "32K", "0"),
+            ("2", "Unified", "512K", "0"),
+            ("3", "Unified", "32768K", "0-7"),
+            ("4", "Unified", "", "0-7"),
+        ]
+    ):
+        (tmp_path / f"index{i}").mkdir()
+        names = ("level", "type", "size", "shared_cpu_list")
+        for name, text in zip(names, (level, kind, size, cores), strict=True):
+            (tmp_path / f"index{i}" / name).write_text(f"{text}\n")
+    assert caches() == ["L1 32K", "L2 512K", "L3 32768K of cores 0-7"]
+
+
+def test_memory_is_read_at_some_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "FLOATS", 1 << 20)
+    assert 1e8 < read_bandwidth(2) < 1e13
 
 
 def test_noise_is_reported() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -54,12 +55,17 @@ def test_json_and_pictures_are_written(tmp_path: Path) -> None:
     assert "nothing" in refused(report.draw, tmp_path / "x.png", op_results()[2:], CEILINGS)
 
 
-def test_table_of_the_machine() -> None:
-    ceilings = Ceilings(2, {"avx512vnni": 108e9, "base": 42e9}, {1: 53e9, 2: 45e9})
-    first, *table = report.machine_lines(ceilings)
+def test_table_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"avx512vnni": 108e9, "base": 42e9}
+    ceilings = Ceilings(2, peaks, {1: 53e9, 2: 45e9}, (171.0, 41.0))
+    monkeypatch.setattr(report, "caches", lambda: ["L1 32K", "L3 32768K of cores 0-1"])
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    first, *table, near, far = report.machine_lines(ceilings)
     assert first.startswith(f"{cpu_name()}, 2 threads; gpt2c ")
+    assert near == "caches: L1 32K, L3 32768K of cores 0-1"
+    assert far == "a cache line takes 41 ns from core to core"
     assert [line.split() for line in table] == [
-        ["peak", "of", "GFLOP/s", "memory", "with", "GB/s"],
+        ["peak", "of", "G/s", "memory", "with", "GB/s"],
         ["avx512vnni", "108", "1", "thread", "53"],
         ["base", "42", "2", "threads", "45"],
     ]
@@ -107,7 +113,8 @@ def test_json_records_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MY_SECRET", "x")
     wrong = Result("gelu n=9", "base", note="WRONG", facts={"error": math.nan, "flops": 1.0})
     results = [*op_results(), wrong]
-    report.write_json(tmp_path / "a.json", CEILINGS, results, "NOISY MACHINE: so")
+    measured = dataclasses.replace(CEILINGS, distances=(41.0, 171.0))
+    report.write_json(tmp_path / "a.json", measured, results, "NOISY MACHINE: so")
     text = (tmp_path / "a.json").read_text()
     assert "NaN" not in text
     content = json.loads(text)
@@ -116,6 +123,7 @@ def test_json_records_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert content["noise"] == "NOISY MACHINE: so" and content["threads"] == 1
     assert datetime.fromisoformat(content["date"]).tzinfo is not None
     assert content["versions"].keys() >= {"gpt2c", "Python", "numpy"}
+    assert content["caches"] == machine.caches() and content["core_distance_ns"] == [41.0, 171.0]
     assert content["cpu"] == machine.cpu_facts() and content["commit"] == machine.commit()
     assert content["compiler"] == "unknown compiler" or re.search("GCC|clang", content["compiler"])
     assert content["environment"]["MKL_NUM_THREADS"] == "2"

@@ -6,6 +6,7 @@ Whatever a user types, gpt2c answers with an exit code and one line, never with 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ CALLS = {
     "train": f"train --data data --out out --overwrite {SETTINGS}",
     "eval": "eval run --data data",
     "generate": "generate run --prompt a --max-new-tokens 1 --seed 1",
+    "chat": "chat run",
     "bench": "bench train --shape 1x8 --backends numpy",
 }
 # Flags whose large numbers ask for long work, which a user may want and interrupt.
@@ -77,6 +79,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("the benchmark would begin")
 
     monkeypatch.chdir(world)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr(gpt2c.train.loop, "plot_loss", lambda *_: False)
     monkeypatch.setattr(cli_bench, "measure_ceilings", measured)
 
@@ -132,6 +135,7 @@ BAD_FILES = [  # a verb, the bad file, its content, the message
     ("generate bad", "bad/config.json", b"", "config.json"),
     ("generate bad --quantize int8", "bad/model.safetensors", b"PK\3\4" * 99, "model.safetensors"),
     ("generate bad", "bad/vocab.json", b'{"a": 0, "a": 1}', "vocab.json"),
+    ("chat bad", "bad/chat_template.jinja", b"\xff", "chat_template.jinja"),
     ("prepare bad.txt --out out --overwrite --tokenizer bytes", "bad.txt", b"\xff", "bad.txt"),
     (
         "prepare text.txt --out out --overwrite --tokenizer bad",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt2c.bench import machine
 from gpt2c.cli import info as cli_info
 from gpt2c.cli.main import main
 from gpt2c.kernels import backend
@@ -26,6 +27,14 @@ Capture = pytest.CaptureFixture[str]
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("GPT2C_BACKEND", *THREAD_VARIABLES):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/bench/test_machine.py measures."""
+    monkeypatch.setattr(cli_info, "core_distance", lambda: 171.0)
+    monkeypatch.setattr(cli_info, "read_bandwidth", lambda threads: 35e9)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
 
 
 @pytest.fixture
@@ -60,6 +69,35 @@ def test_info_shows_backends_and_threads(info, monkeypatch: pytest.MonkeyPatch) 
         "threads",
         "1, from GPT2C_NUM_THREADS",
     ) in rows
+
+
+@pytest.mark.skipif("base" not in backends(), reason="no kernels here")
+@pytest.mark.parametrize("flags", [(), ("--verbose",)])
+def test_info_shows_what_limits_the_speed(
+    flags: tuple[str, ...], info, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = {"fp32": 180e9, "bf16": 360e9, "int8": 720e9}
+    monkeypatch.setattr(cli_info, "fma_peak", lambda name, threads, kind="fp32": peaks[kind])
+    monkeypatch.setattr(cli_info, "caches", lambda: ["L1 32K", "L2 512K"])
+    rows = info(*flags)
+    facts = dict(rows)
+    assert facts["caches"] == "L1 32K, L2 512K"
+    assert facts["distance"].endswith(
+        "171 ns from core to core: the cores share no cache at the moment"
+    )
+    assert facts["bandwidth"] == "35 GB/s when memory is read"
+    own = [text for name, text in rows if name == "backend" and text.split()[0] in backends()]
+    for text in own[:-1]:  # the last is numpy
+        in_bf16 = ", 360 in bf16" if text.startswith("avx512bf16") else ""
+        assert "180 GFLOP/s at most on " in text and f"{in_bf16}, 720 GOP/s in int8" in text
+    monkeypatch.setattr(cli_info, "free_bytes", lambda: 400_000_000)
+    assert dict(info(*flags))["bandwidth"] == "not measured: that takes 268 MB of memory"
+
+    def refuse() -> float:
+        raise OSError("2 threads are wanted")
+
+    monkeypatch.setattr(cli_info, "core_distance", refuse)
+    assert dict(info(*flags))["distance"] == "unknown: 2 threads are wanted"
 
 
 def test_verbose_info_has_the_rows_of_a_bug_report(info) -> None:
@@ -182,6 +220,7 @@ def test_info_works_without_proc_sys_and_etc(info, monkeypatch: pytest.MonkeyPat
     assert facts["memory"].endswith("no cgroup limit")
     for name in ("caches", "huge pages", "libc"):
         assert facts[name] == "unknown"
+    assert facts["distance"] and facts["bandwidth"]
     assert facts["load"].startswith("unknown")
 
 
@@ -203,7 +242,8 @@ def test_info_shows_errors_as_rows(info, monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows[-1][0] == "tiktoken's cache"
     facts = dict(rows)
     assert facts["backend"].startswith("none chosen: no kernels here")
-    assert facts["CPU has"] == facts["they start"] == "unknown: no kernels to ask"
+    for name in ("CPU has", "they start", "distance", "bandwidth"):
+        assert facts[name] == "unknown: no kernels to ask"
 
 
 def test_info_imports_no_package_for_its_version() -> None:

@@ -23,7 +23,7 @@ from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import backends
 from gpt2c.text.shards import read_tokens, write_tokens
 from gpt2c.text.tokenizer import Tokenizer
-from gpt2c.train.settings import TABLE_OF, TABLES
+from gpt2c.train.settings import TrainSettings
 
 Capture = pytest.CaptureFixture[str]
 TEXT = "<|endoftext|>".join(
@@ -188,11 +188,12 @@ def test_every_setting_is_a_flag_with_help(gpt2c) -> None:
     assert code == 0
     for flag in ("--n-layer INT", "--grad-clip FLOAT", "--schedule STR", "(cosine)", "--resume"):
         assert flag in out
-    heads = [out.index(f"\n[{table}]:\n") for table in TABLES] + [len(out)]
-    for name, table in TABLE_OF.items():
-        flag = out.index(f"\n  --{name.replace('_', '-')}")
-        number = TABLES.index(table)
-        assert heads[number] < flag < heads[number + 1], name
+    tables = TrainSettings.tables()
+    heads = [out.index(f"\n[{table}]:\n") for table in tables] + [len(out)]
+    for number, names in enumerate(tables.values()):
+        for name in names:
+            flag = out.index(f"\n  --{name.replace('_', '-')}")
+            assert heads[number] < flag < heads[number + 1], name
 
 
 # ---- version -------------------------------------------------------------------------------------

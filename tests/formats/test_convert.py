@@ -273,6 +273,7 @@ def test_convert_overwrites_only_when_told(run: Run, world: Path, arguments: str
         ("first.bin new", "generation_config.json"),
         ("bytes new", "tokenizer.json"),
         ("bytes new", "added_tokens.json"),
+        ("bytes new", "chat_template.jinja"),
         ("bytes new", "tokenizer_config.json"),
         ("nano new --format nanogpt", "manifest.json"),
     ],

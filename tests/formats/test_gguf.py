@@ -165,6 +165,15 @@ def test_tied_head_of_a_llama_is_left_out(bpe: Tokenizer, tmp_path: Path) -> Non
     assert "output.weight" not in {tensor.name for tensor in reader.tensors}
 
 
+def test_chat_template_is_stored(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make(bpe)
+    tokenizer = Tokenizer(bpe._ranks, bpe.eot, chat_template="{{ é }}")
+    for number, one in enumerate((bpe, tokenizer)):
+        path = gguf_of(tmp_path / f"{number}.gguf", model, one)
+        field = __import__("gguf").GGUFReader(path).fields.get("tokenizer.chat_template")
+        assert (field and field.contents()) == one.chat_template
+
+
 def test_special_and_unused_tokens_are_marked(bpe: Tokenizer, tmp_path: Path) -> None:
     V = bpe.vocab_size
     special = {"<|endoftext|>": bpe.eot, "[PAD]": V + 2, "[SEP]": V}

@@ -41,8 +41,8 @@ from gpt2c.text.prepare import prepare
 from gpt2c.text.shards import read_shards, read_tokens, write_shards, write_tokens
 from gpt2c.text.splits import LLAMA3
 from gpt2c.train import checkpoints
-from gpt2c.train.loop import train
 from gpt2c.train.metrics import read_metrics
+from gpt2c.train.pretrain import train
 from gpt2c.train.settings import TrainSettings, read_recipe
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -258,7 +258,9 @@ def make_one_tokenizer(directory: Path) -> None:
 
 def make_split_tokenizer(directory: Path) -> None:
     made = tokenizer()
-    Tokenizer(made._ranks, made.eot, split=LLAMA3).save_pretrained(directory)
+    Tokenizer(made._ranks, made.eot, split=LLAMA3, chat_template="{{ x }}").save_pretrained(
+        directory
+    )
 
 
 def use_tokenizer(made: Tokenizer) -> None:
@@ -456,7 +458,7 @@ READERS = {
         make_split_tokenizer,
         Tokenizer.from_pretrained,
         use_tokenizer,
-        optional=("tokenizer_config.json",),
+        optional=("tokenizer_config.json", "chat_template.jinja"),
     ),
     "metrics": Reader(make_metrics, lambda d: read_metrics(d / "metrics.jsonl"), use_metrics),
     "text": Reader(make_text, lambda d: read_text(d / "text.txt"), len),

@@ -27,7 +27,7 @@ from typing import Any
 from gpt2c.files.atomic import TEMPORARY
 from gpt2c.screen.progress import Progress
 from gpt2c.text.batches import Batches
-from gpt2c.train import hooks, loop
+from gpt2c.train import hooks, loop, pretrain
 
 TINY: dict[str, Any] = {
     "n_layer": 1,
@@ -82,7 +82,7 @@ def ended(pid: int) -> int:
 
 def trained(data: Path, out: Path, settings: dict[str, Any], resume: bool = False) -> None:
     """Train in a child to the end; settings are changes to TINY."""
-    code = ended(child(lambda: loop.train(data, out, full(settings, resume), resume=resume)))
+    code = ended(child(lambda: pretrain.train(data, out, full(settings, resume), resume=resume)))
     assert code == 0, f"{out} ended with {code}"
 
 
@@ -170,7 +170,7 @@ def points(
             counted(kill_at, out / "count")
             resume, overwrite = bool(first), bool(other)
             given = full(settings, resume)
-            loop.train(data, path, given, resume=resume, overwrite=overwrite)
+            pretrain.train(data, path, given, resume=resume, overwrite=overwrite)
 
         return ended(child(action))
 
@@ -219,7 +219,7 @@ def stopped(data: Path, out: Path, settings: dict[str, Any], step: int) -> None:
         original(self, now, figures)
 
     Progress.step = watch
-    loop.train(data, out, full(settings))
+    pretrain.train(data, out, full(settings))
 
 
 # ---- at any moment -------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def moments(
         for _ in range(5):
             resume = (path / "run.json").exists()
             given = full(settings, resume)
-            pid = child(lambda: loop.train(data, path, given, resume=resume))  # noqa: B023
+            pid = child(lambda: pretrain.train(data, path, given, resume=resume))  # noqa: B023
             time.sleep(chance.uniform(0, longest))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

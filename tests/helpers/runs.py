@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import draw_nothing
 
-from gpt2c.train import loop
+from gpt2c.train import pretrain
 from gpt2c.train.loop import TrainResult
 from helpers.kills import TINY, contents
 
@@ -30,7 +30,7 @@ def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> Tra
     """Train 20 steps with TINY and these changes; a resumed run gets the changes alone."""
     given = changes if resume else TINY | changes
     overwrite = bool(given.pop("overwrite", False))
-    return loop.train(data, out, given, resume=resume, overwrite=overwrite)
+    return pretrain.train(data, out, given, resume=resume, overwrite=overwrite)
 
 
 def train_short(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:

@@ -24,7 +24,7 @@ from gpt2c.kernels.reference.dropout import keep_factors
 
 HEADER = Path(__file__).resolve().parents[2] / "csrc" / "gpt2c.h"
 # functions of the header that are not ops; decode_step runs many ops, see test_reader
-NO_OPS = {"fma_burn", "memory_read", "pool_stop", "decode_step"}
+NO_OPS = {"fma_burn", "memory_read", "line_travel", "pool_stop", "decode_step"}
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any]]:

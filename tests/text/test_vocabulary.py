@@ -636,3 +636,38 @@ def test_mutated_files_raise_value_error_or_os_error_only(
         except ValueError as error:
             assert "the tokenizer has no token for byte 0x" in str(error)
         tokenizer.save_pretrained(directory)
+
+
+# ---- chat templates ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [GPT2, LLAMA3])
+def test_a_chat_template_is_a_file_of_the_tokenizer(split: Split, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(BPE._ranks, BPE.eot, split=split, chat_template="{{ é }}\n")
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text("utf-8") == "{{ é }}\n"
+    found = Tokenizer.from_pretrained(tmp_path)
+    assert found.chat_template == "{{ é }}\n" and found.covers(tokenizer)
+    found.chat_template = None
+    found.save_pretrained(tmp_path)
+    assert not (tmp_path / "chat_template.jinja").exists()
+    assert Tokenizer.from_pretrained(tmp_path).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "template"),
+    [
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
+        ([{"name": ["default"], "template": "r"}, "default", {"name": "default"}], None),
+        *(([], None), ({"default": "d"}, None), ("", None), ("\ud800", None), (5, None)),
+    ],
+)
+def test_an_older_config_has_the_chat_template(pair: Path, entry: Any, template: Any) -> None:
+    config = json.loads((pair / "tokenizer_config.json").read_text())
+    (pair / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": entry}))
+    assert Tokenizer.from_pretrained(pair).chat_template == template
+    (pair / "chat_template.jinja").write_text("{{ b }}")  # transformers takes the file
+    assert Tokenizer.from_pretrained(pair).chat_template == "{{ b }}"
+    (pair / "chat_template.jinja").write_bytes(b"\xff")
+    assert "chat_template.jinja is not UTF-8" in refused(Tokenizer.from_pretrained, pair)

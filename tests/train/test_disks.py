@@ -20,7 +20,7 @@ from gpt2c.cli.main import main
 from gpt2c.files import atomic, untrusted
 from gpt2c.gpt2 import GPT2
 from gpt2c.text.prepare import prepare
-from gpt2c.train import checkpoints, hooks, loop
+from gpt2c.train import checkpoints, hooks, loop, pretrain
 from gpt2c.train import run as run_module
 from gpt2c.train.metrics import Metrics, read_metrics
 
@@ -350,7 +350,7 @@ def test_run_saves_after_a_failed_save_and_an_error(
 ) -> None:
     out = tmp_path / "run"
     done = refuse("moments", (4,), times=1)
-    monkeypatch.setattr(hooks, "evaluate", fail(MemoryError("none left")))
+    monkeypatch.setattr(pretrain, "evaluate", fail(MemoryError("none left")))
     with pytest.raises(MemoryError):
         train_short(data, out, save_interval=4)
     assert len(done) == 1 and checkpoint_names(out) == ["00000004"]

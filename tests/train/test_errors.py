@@ -16,7 +16,7 @@ from helpers.runs import checkpoint_names, resume_and_compare, train_short
 
 from gpt2c.gpt2 import GPT2
 from gpt2c.text.batches import Batches
-from gpt2c.train import hooks, loop
+from gpt2c.train import loop, pretrain
 from gpt2c.train import run as run_module
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import AdamW
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 def test_kill_in_an_evaluation_loses_at_most_the_save_interval(
     data: Path, tmp_path: Path, whole_short: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    out, evaluate = tmp_path / "run", hooks.evaluate
+    out, evaluate = tmp_path / "run", pretrain.evaluate
 
     def killed(*arguments: Any, **keywords: Any) -> float:
         if f"{step:08d}" in checkpoint_names(out):
@@ -36,7 +36,7 @@ def test_kill_in_an_evaluation_loses_at_most_the_save_interval(
         return evaluate(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hooks, "evaluate", killed)
+        patch.setattr(pretrain, "evaluate", killed)
         patch.setattr(loop, "_rescue", lambda *run: None)
         with pytest.raises(RuntimeError, match="power cut"):
             train_short(data, out, save_interval=4)
@@ -55,7 +55,7 @@ def test_run_saves_after_an_error_outside_the_weights(
 ) -> None:  # fmt: skip
     out, calls = tmp_path / "run", [0]
     owner, name = {
-        "evaluation": (hooks, "evaluate"),
+        "evaluation": (pretrain, "evaluate"),
         "batch": (Batches, "batch"),
         "loss": (GPT2, "loss"),
     }[where]

@@ -23,7 +23,7 @@ from gpt2c import GPT2, Dropout
 from gpt2c.cli.main import main
 from gpt2c.kernels.busy import BusyCores
 from gpt2c.text.prepare import prepare
-from gpt2c.train import loop
+from gpt2c.train import pretrain
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import SCHEDULES, AdamW
 
@@ -241,13 +241,13 @@ def test_run_of_the_first_version_resumes_to_the_same_bits(data: Path, tmp_path:
     """Its run.json lacks later settings, and its batches have their own order."""
     whole, parts, new = tmp_path / "whole", tmp_path / "parts", tmp_path / "new"
     then = {"batch_order": 1, "save_minutes": 0.0, "threads": 0, "dropout": 0.0}
-    loop.train(data, whole, FIRST | then | {"max_iters": 6})
-    loop.train(data, parts, FIRST | then)
+    pretrain.train(data, whole, FIRST | then | {"max_iters": 6})
+    pretrain.train(data, parts, FIRST | then)
     record = json.loads((parts / "run.json").read_text(encoding="utf-8"))
     record["settings"] = FIRST
     (parts / "run.json").write_text(json.dumps(record), encoding="utf-8")
     train(data, parts, resume=True, max_iters=6)
-    loop.train(data, new, FIRST | {"max_iters": 6})
+    pretrain.train(data, new, FIRST | {"max_iters": 6})
     kept = [(metrics(out), (out / "model.safetensors").read_bytes()) for out in (whole, parts, new)]
     del kept[1][0][2]["val_loss"]  # step 3 was its last once
     assert kept[0] == kept[1] != kept[2]

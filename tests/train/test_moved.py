@@ -16,7 +16,7 @@ from helpers.runs import checkpoint_names, files_below, train_short
 
 from gpt2c.cli.main import main
 from gpt2c.gpt2 import GPT2
-from gpt2c.train import checkpoints, hooks
+from gpt2c.train import checkpoints, pretrain
 from gpt2c.train import run as run_module
 from gpt2c.train.metrics import read_metrics
 
@@ -189,8 +189,8 @@ def test_run_makes_a_directory_lost_after_the_last_save_again(
     data: Path, tmp_path: Path, whole_short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last checkpoint is written before its evaluation, and again after it."""
-    out, evaluate = tmp_path / "run", hooks.evaluate
-    monkeypatch.setattr(hooks, "evaluate", lambda *a: [evaluate(*a), shutil.rmtree(out)][0])
+    out, evaluate = tmp_path / "run", pretrain.evaluate
+    monkeypatch.setattr(pretrain, "evaluate", lambda *a: [evaluate(*a), shutil.rmtree(out)][0])
     train_short(data, out, eval_interval=0)
     name = "checkpoints/00000008/model.safetensors"
     assert (out / name).read_bytes() == (whole_short / name).read_bytes()
@@ -247,7 +247,7 @@ def test_lost_model_removes_no_checkpoint_of_another_run(
         shutil.copytree(whole_short, out)
         return math.nan
 
-    monkeypatch.setattr(hooks, "evaluate", evaluate)
+    monkeypatch.setattr(pretrain, "evaluate", evaluate)
     with pytest.raises(OSError, match="another run may have taken its name"):
         train_short(data, out, eval_interval=0)
     assert files_below(out) == {

@@ -415,7 +415,7 @@ def test_losses_of_different_tokenizers_are_in_bits_per_byte(
 
 def test_run_records_its_bytes_per_token(tmp_path: Path, figures: list[Any]) -> None:
     from gpt2c.text.prepare import prepare
-    from gpt2c.train.loop import train
+    from gpt2c.train.pretrain import train
 
     text = "the cat sat on the mat. " * 40
     small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 1}

@@ -282,7 +282,7 @@ def test_resume_warns_of_another_backend(
         (b'{"version": 2}', "version must be 1, got 2"),
         (b'{"version": 1}', "lacks settings"),
         ({"settings": []}, r"its settings must be an object, got \[\]"),
-        ({"settings": {"n_layer": 1}}, "its settings lack n_head: put it back, or"),
+        ({"settings": {"n_layer": 1}}, "its settings lack learning_rate: put it back, or"),
         ({"n_layer": "one"}, "its settings are invalid: n_layer must be int"),
         ({"n_embd": 10**9}, "holds a model of another config"),
         ({"learning_rate": 10**400}, "learning_rate is too large"),

@@ -1,0 +1,10 @@
+"""Fine-tuning: from a base model to one that does what is asked.
+
+A method is an objective, a reader of examples and a verb. tune.py is the frame that all of them
+have: base model in, examples in, a run's directory out. See the method's file for its formulas.
+"""
+
+from gpt2c.finetune.sft import sft
+from gpt2c.finetune.tune import Result
+
+__all__ = ["Result", "sft"]

@@ -1,0 +1,73 @@
+"""FinetuneSettings: the settings that all methods of fine-tuning share.
+
+Names are nanoGPT's, and TRL's where nanoGPT has none. Defaults fit a pretrained model of 124
+million parameters; small models of one's own take about a tenth of the rate they were trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Self
+
+from gpt2c.train.settings import Settings, setting
+
+__all__ = ["FinetuneSettings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings(Settings):
+    """The settings of a run that begins with a trained model.
+
+    Raises
+    ------
+    ValueError : a setting is out of range, or the schedule refuses it
+    """
+
+    learning_rate: float = setting("optimizer", 2e-5, "the highest learning rate")
+    weight_decay: float = setting("optimizer", 0.0, "AdamW's weight decay, of matrices only")
+    beta2: float = setting("optimizer", 0.999, "AdamW's memory of squared gradients")
+    schedule: str = setting("schedule", "linear", Settings.fields()["schedule"].metadata["help"])
+    min_lr: float = setting("schedule", 0.0, "the lowest learning rate, at the end")
+    warmup_ratio: float = setting("schedule", 0.03, "the share of all steps that warm up")
+    max_iters: int = setting(
+        "run", 0, "steps of the optimizer; 0: as many as max-epochs takes", least=0
+    )
+    max_epochs: float = setting("run", 1.0, "how often each example is learned")
+    eval_interval: int = setting(
+        "run", 0, "steps between two evaluations; 0: after each epoch", least=0
+    )
+    batch_size: int = setting("data", 8, "examples in a step", least=1, fixed=True)
+    batch_tokens: int = setting(
+        "data", 4096, "the most tokens that are read at once; it changes memory alone", least=1
+    )
+    max_length: int = setting(
+        *("data", 0, "the most tokens of an example; 0: the model's context"), least=0, fixed=True
+    )
+    val_fraction: float = setting(
+        "data", 0.05, "the share of the examples that is held out", least=0, fixed=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("val_fraction", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not self.max_epochs > 0:
+            raise ValueError(f"max_epochs must be above 0, got {self.max_epochs}")
+        if self.max_iters:
+            self.learning_rates()
+
+    @property
+    def warmup(self) -> int:
+        """The steps of linear warm-up."""
+        return math.ceil(self.warmup_ratio * self.max_iters)
+
+    def planned(self, examples: int) -> Self:
+        """Return the settings with the steps that these epochs of so many examples take."""
+        epoch = math.ceil(examples / self.batch_size)
+        return dataclasses.replace(
+            self,
+            max_iters=self.max_iters or math.ceil(self.max_epochs * examples / self.batch_size),
+            eval_interval=self.eval_interval or epoch,
+        )

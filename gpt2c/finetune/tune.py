@@ -1,0 +1,306 @@
+"""The frame of fine-tuning: a base model and examples -> a run's directory, whatever the method.
+
+A run can be killed at any moment and goes on with resume=True, to the bit, as in pretraining: each
+step is a function of its number, the settings, the examples, and the weights and moments before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from gpt2c.causal_lm import CausalLM
+from gpt2c.files.atomic import atomic_path
+from gpt2c.files.names import RESULT_FILE, RUN_FILE
+from gpt2c.files.untrusted import read_json, shown
+from gpt2c.finetune.settings import FinetuneSettings
+from gpt2c.formats.load import AnyConfig, Pretrained, find_model
+from gpt2c.kernels.backend import Backend, get_backend
+from gpt2c.kernels.memory import require
+from gpt2c.model.plan import parts_needed
+from gpt2c.pretrained import MODELS
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.hooks import Learned, evaluated
+from gpt2c.train.loop import train_run
+from gpt2c.train.optimizer import AdamW
+from gpt2c.train.run import (
+    Run,
+    locked_run,
+    newest_checkpoint,
+    open_run,
+    read_record,
+    report,
+)
+from gpt2c.train.settings import resumed
+from gpt2c.train.stop import StoppedError, interruptible
+from gpt2c.train.tensorboard import check_tensorboard
+
+__all__ = ["Base", "Check", "Method", "Result", "tune"]
+
+S = TypeVar("S", bound=FinetuneSettings)
+Check = Callable[[], None] | None  # raises an error that ends an evaluation
+
+
+class Base(NamedTuple):
+    """What a run begins with.
+
+    Attributes
+    ----------
+    found : the model on disk
+    tokenizer : its tokenizer
+    """
+
+    found: Pretrained
+    tokenizer: Tokenizer
+
+
+class Method(ABC):
+    """A way of fine-tuning; tune() calls these in this order.
+
+    Attributes
+    ----------
+    verb : its command
+    shown : the metrics that the progress shows beside the loss
+    unit : of the loss
+    examples : the number of examples of an epoch
+    longest : tokens of the longest example
+    tokenizer : of the base, which the run's directory gets, too
+    facts : identify the examples, in run.json
+    """
+
+    verb: str
+    shown: tuple[str, ...]
+    unit: str
+    examples: int
+    longest: int
+    tokenizer: Tokenizer
+    facts: Mapping[str, Any]
+
+    def config(self, base: AnyConfig) -> AnyConfig:
+        """Return the config of the model that is trained."""
+        return base
+
+    @abstractmethod
+    def lines(self) -> Iterable[str]:
+        """Yield the lines of the report before the first step: what is learned from."""
+
+    def begin(self, run: Run) -> None:
+        """Prepare for the steps, for instance by further files in the run's directory."""
+        return
+
+    @abstractmethod
+    def learn(self, run: Run) -> Learned:
+        """Compute the gradients of step `run.step` into the run's model."""
+
+    @abstractmethod
+    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+        """Return figures of the present weights on the examples held out, "val_loss" first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of a run of fine-tuning; result.json in its directory holds the same.
+
+    Attributes
+    ----------
+    out : the directory: a model that `gpt2c.from_pretrained` and transformers open
+    step, max_iters : steps done, and steps of the whole run
+    skipped : steps without an update
+    seconds : time of this call
+    before, after : figures of the evaluations, of the base model and of the last step
+    interrupted : whether a signal ended the run early
+    """
+
+    out: Path
+    step: int
+    max_iters: int
+    skipped: int
+    seconds: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    interrupted: bool
+
+
+def tune(
+    verb: str,
+    kind: type[S],
+    make: Callable[[Base, S], Method],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    given: Mapping[str, Any],
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Result:
+    """Fine-tune a base model into a run's directory.
+
+    Parameters
+    ----------
+    verb : the command, which run.json records
+    kind : the class of its settings
+    make : reads the examples and returns the method
+    base : a directory of a model with its tokenizer, or a name on the hub
+    out : the directory of the run
+    given : settings that differ from the defaults or, with `resume`, from the run's own
+    resume : continue from the newest whole checkpoint in `out`
+    overwrite : `out` may exist and hold files
+
+    Raises
+    ------
+    OSError, ValueError, MemoryError : see `gpt2c.train.pretrain.train`; the base or an example is
+        not as it must be, and nothing was written
+    """
+    if resume and overwrite:
+        raise ValueError(
+            f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
+        )
+    began, out = time.monotonic(), Path(out)
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked_run(out))
+        run, method = _prepare(verb, kind, make, base, out, given, resume, overwrite, stack)
+        stack.callback(run.close)
+        before: Mapping[str, float] = {}
+        after: dict[str, float] = {}
+
+        def evaluation(check: Check) -> Mapping[str, float]:
+            after.clear()
+            after.update(method.evaluate(run, check))
+            return after
+
+        with interruptible() as stop:
+            if resume:
+                before, stored = _results(out)
+                after |= stored if run.step == run.settings.max_iters else {}
+            for line in method.lines() if run.step < run.settings.max_iters else ():
+                report(line)
+            interrupted = False
+            if not run.step:
+                try:
+                    before = method.evaluate(run, stop.check)
+                except StoppedError:
+                    return Result(out, 0, run.settings.max_iters, 0, 0.0, {}, {}, True)
+                report(f"before: {evaluated(before, method.unit)}")
+                _write(out, verb, {"before": before})
+            method.begin(run)
+            done = train_run(
+                run, lambda: method.learn(run), evaluation, stop, method.shown, method.unit
+            )
+            interrupted = done.interrupted
+        result = Result(
+            *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
+            *(before, {} if interrupted else after, interrupted),
+        )
+        _write(out, verb, dataclasses.asdict(result) | {"out": str(out)})
+        return result
+
+
+def _prepare(
+    verb: str,
+    kind: type[S],
+    make: Callable[[Base, S], Method],
+    base: str | os.PathLike[str],
+    out: Path,
+    given: Mapping[str, Any],
+    resume: bool,
+    overwrite: bool,
+    stack: ExitStack,
+) -> tuple[Run, Method]:
+    """Check the arguments and files before anything is written, then open the run."""
+    record = read_record(out, verb) if resume else None
+    if record is None:
+        settings = kind(**given)
+    else:
+        settings = resumed(kind, record["settings"], given, str(out / RUN_FILE))
+    if settings.tensorboard:
+        check_tensorboard()
+    found = find_model(base)
+    if found.weights != "fp32":
+        raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
+    method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
+    planned = settings.planned(method.examples)
+    config = method.config(found.config)
+    checkpoint = None if record is None else newest_checkpoint(out, record, config)
+    backend = get_backend(settings.backend, settings.threads or None)
+    tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
+    needs = parts_needed(config, 1, tokens, settings.recomputation)
+    require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
+    model = _open(found, config, settings, backend)
+    facts = {
+        "verb": verb,
+        "settings": dataclasses.asdict(settings),
+        "data": method.facts,
+        "base": {
+            "path": os.fspath(base),
+            "sha256": hashlib.sha256(model.flat_parameters.data).hexdigest(),
+        },
+    }
+    if record is not None:
+        _check_same(out, record, facts)
+    optimizer = AdamW(
+        model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+    )
+    run = Run(out, planned, model, optimizer, method.tokenizer, facts)
+    open_run(run, record, checkpoint, overwrite, held=False, stack=stack)
+    return run, method
+
+
+def _open(
+    found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
+) -> CausalLM:
+    """Return the base's model with the config of the method; a head that it lacks is random."""
+    seed = None if config == found.config else settings.seed
+    model = MODELS[type(config)](
+        *(config, seed, backend, settings.recomputation), precision=settings.precision
+    )
+    own = config.parameter_shapes().keys()
+    tensors = {name: tensor for name, tensor in found.tensors.items() if name in own}
+    fresh = {name: model.parameters[name] for name in own - tensors.keys() if seed is not None}
+    model.load_parameters(tensors | fresh, found.source)
+    return model
+
+
+def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with other examples or another base."""
+    if record.get("data") != facts["data"]:
+        raise ValueError(
+            f"the examples are not those of the run {out}, whose fingerprint is in {RUN_FILE}: go"
+            " on with those"
+        )
+    stored = record.get("base")
+    if not isinstance(stored, dict) or stored.get("sha256") != facts["base"]["sha256"]:
+        path = shown(stored.get("path")) if isinstance(stored, dict) else "another one"
+        raise ValueError(f"the base has other weights than that of the run {out}, {path}")
+
+
+def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the figures before and after that result.json holds; {} if it has none."""
+    found: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        found = read_json(out / RESULT_FILE)
+    parts = [found.get("before"), found.get("after")]
+    before, after = (part if isinstance(part, dict) else {} for part in parts)
+    return before, after
+
+
+def _write(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
+    """Write result.json; numbers that JSON lacks become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(entry) for name, entry in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    version = {"gpt2c": importlib.metadata.version("gpt2c")}
+    text = json.dumps(plain({"verb": verb, "versions": version, **entries}), indent=2)
+    with atomic_path(out / RESULT_FILE) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

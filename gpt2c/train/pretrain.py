@@ -1,0 +1,264 @@
+"""Pretraining: a model of random weights learns the next token of prepared data.
+
+Knows tokens; it only compares their tokenizer and passes it on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpt2c.evaluate.loss import Shards, evaluate
+from gpt2c.files import atomic
+from gpt2c.files.names import RUN_FILE
+from gpt2c.kernels.backend import REQUIRES, get_backend
+from gpt2c.model.config import ModelConfig
+from gpt2c.pretrained import MODELS
+from gpt2c.text.batches import Batches
+from gpt2c.text.shards import StoredTokens, read_shards
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.hooks import Learned
+from gpt2c.train.loop import TrainResult, dropout_of, train_run
+from gpt2c.train.needs import check_training
+from gpt2c.train.optimizer import AdamW
+from gpt2c.train.run import (
+    Run,
+    check_save,
+    locked_run,
+    newest_checkpoint,
+    open_run,
+    read_record,
+    report,
+)
+from gpt2c.train.settings import TrainSettings, resumed
+from gpt2c.train.stop import interruptible
+from gpt2c.train.tensorboard import check_tensorboard
+
+__all__ = ["reserved", "train"]
+
+
+def train(
+    data: Path,
+    out: Path,
+    given: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    held: bool = False,
+) -> TrainResult:
+    """Train a GPT-2 or a Llama on prepared data into a run directory.
+
+    Parameters
+    ----------
+    data : the directory that `gpt2c prepare` made: train.bin, val.bin or shards of them, and the
+        tokenizer's files
+    out : the directory of the run
+    given : fields of TrainSettings that differ from the defaults or, with `resume`, from the run's
+        own
+    resume : continue from the newest whole checkpoint in `out`, or from the first step if the run
+        has none yet. On the same backend the result is, bit for bit, that of an uninterrupted run.
+        With another `max_iters` or schedule, only the coming steps have the new learning rates
+    overwrite : `out` may exist and hold files
+    held : the caller has locked `out`, see `reserved`
+
+    Raises
+    ------
+    OSError : a file is missing, damaged or cannot be written; an output directory is not empty;
+        another process trains into `out` or prepares `data`; the run's checkpoints are gone. A
+        checkpoint that cannot be written ends the run only if it is the last one
+    ValueError : settings, data and checkpoint do not fit each other; `resume` and `overwrite`
+        together; or a loss or gradient is not finite: it updated nothing, and the checkpoints are
+        unchanged
+
+    Before any other error after the first step, the run is saved.
+    """
+    if resume and overwrite:
+        raise ValueError(
+            f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
+        )
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked_run(out))
+        run, settings, batches, val_tokens = _prepare(
+            *(data, out, given or {}, resume, overwrite, held), stack
+        )
+        stack.callback(run.close)
+        if run.step < settings.max_iters:
+            report(_describe(run, settings, batches))
+        windows = settings.batch_size, settings.block_size, settings.eval_iters
+
+        def evaluation(check: Callable[[], None] | None) -> dict[str, float]:
+            return {"val_loss": evaluate(run.model, val_tokens, *windows, check)}
+
+        with interruptible() as stop:
+            return train_run(run, lambda: _learn(run, settings, batches), evaluation, stop)
+
+
+@contextmanager
+def reserved(
+    out: Path, given: Mapping[str, Any], vocab_size: int, overwrite: bool
+) -> Iterator[None]:
+    """Check and lock a run's directory before long work, so that the `train` after it succeeds.
+
+    The directory is made if it does not exist, and then removed again if the work fails.
+
+    Parameters
+    ----------
+    out, given, overwrite : see `train`
+    vocab_size : the most tokens that the tokenizer will have
+
+    Raises
+    ------
+    OSError, ValueError : see `train`
+    MemoryError : the training needs more memory than is free
+    """
+    settings = TrainSettings(**given)
+    config = settings.model_config(vocab_size)
+    _fitting_backend(settings, config, order_bytes=0)  # there are no tokens yet
+    with atomic.claimed(out, overwrite), locked_run(out):
+        check_save(out, config.num_parameters(), overwrite)
+        yield
+
+
+def _fitting_backend(
+    settings: TrainSettings, config: ModelConfig, order_bytes: int, resumed: bool = False
+) -> Any:
+    """Return the backend of a run; refuse a run for which a package or memory is missing."""
+    if settings.tensorboard:
+        check_tensorboard()
+    backend = get_backend(settings.backend, settings.threads or None)
+    check_training(config, settings, backend.threads, order_bytes, resumed)
+    return backend
+
+
+def _prepare(
+    data: Path,
+    out: Path,
+    given: Mapping[str, Any],
+    resume: bool,
+    overwrite: bool,
+    held: bool,
+    stack: ExitStack,
+) -> tuple[Run, TrainSettings, Batches, Shards]:
+    """Check the arguments and files before anything is written, then open the run."""
+    record = read_record(out) if resume else None
+    if record is None:
+        settings = TrainSettings(**given)
+    else:
+        settings = resumed(TrainSettings, record["settings"], given, str(out / RUN_FILE))
+        _tell_older(record["settings"], settings, out)
+    if not data.is_dir():
+        raise FileNotFoundError(
+            f"{data} is not a directory of token files; gpt2c prepare makes one"
+        )
+    if not (out.is_dir() and out.samefile(data)):
+        refusal = f"another process prepares {data}: wait for it, or name another directory"
+        stack.enter_context(atomic.locked(data, refusal, shared=True))
+    tokenizer = Tokenizer.from_pretrained(data)
+    if resume:
+        _check_tokenizer(tokenizer, data, out)
+    vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.token_lengths
+    tokens = read_shards(data, "train", *vocabulary)
+    val_tokens = read_shards(data, "val", *vocabulary)
+    fingerprint = {"train": _fingerprint(tokens), "val": _fingerprint(val_tokens)}
+    if record is not None and record["data"] != fingerprint:
+        raise ValueError(
+            f"{data} does not hold the training and validation tokens of the run {out}, whose"
+            f" fingerprint is in {RUN_FILE}: go on with those"
+        )
+    batches = Batches(
+        tokens, settings.batch_size, settings.block_size, settings.seed, settings.batch_order
+    )
+    config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
+    found = None if record is None else newest_checkpoint(out, record, config)
+    backend = _fitting_backend(settings, config, batches.order_bytes, resume)
+    seed = settings.seed if found is None else None
+    model = MODELS[type(config)](
+        *(config, seed, backend, settings.recomputation), precision=settings.precision
+    )
+    optimizer = AdamW(
+        model,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    facts = {
+        "settings": dataclasses.asdict(settings),
+        "data": fingerprint,
+        "bytes_per_token": {"train": _token_size(tokens), "val": _token_size(val_tokens)},
+    }
+    run = Run(out, settings, model, optimizer, tokenizer, facts)
+    open_run(run, record, found, overwrite, held, stack)
+    run.tokens = run.step * settings.tokens_per_step  # older runs did not store it
+    return run, settings, batches, val_tokens
+
+
+def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:
+    """Return a description of the run, with settings that may be mistakes."""
+    config, model = run.model.config, run.model
+    products = "" if settings.precision == "fp32" else f", products in {model.precision}"
+    if model.precision == "bf16" and "avx512bf16" not in REQUIRES[model.backend.name]:
+        products += " (slow: this CPU has no instructions for them)"
+    text = (
+        f"{config.num_parameters():,} parameters, backend {model.backend.name}{products};"
+        f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens, an epoch has"
+        f" {batches.targets_per_epoch:,} tokens"
+    )
+    if batches.left_out:
+        text += (
+            f"; {batches.left_out} of {len(batches.shards)} shards have fewer than block_size + 1 ="
+            f" {settings.block_size + 1:,} tokens and are left out"
+        )
+    if settings.warmup_iters >= settings.max_iters > 1:
+        text += f"; all of it is warm-up (warmup_iters {settings.warmup_iters:,})"
+    return text
+
+
+def _token_size(tokens: Sequence[StoredTokens]) -> float:
+    """Return the mean number of bytes of a token."""
+    return sum(shard.text_bytes for shard in tokens) / sum(map(len, tokens))
+
+
+def _fingerprint(tokens: Sequence[StoredTokens]) -> list[int]:
+    """Return the length and the checksum of each token file, which identify them."""
+    return [mark for shard in tokens for mark in (len(shard), shard.checksum)]
+
+
+def _learn(run: Run, settings: TrainSettings, batches: Batches) -> Learned:
+    """Compute the next step's loss and gradients."""
+    model = run.model
+    accumulate = settings.gradient_accumulation_steps
+    model.zero_grad()
+    loss, flops = 0.0, model.config.flops_per_token(settings.block_size)
+    for micro in range(accumulate):
+        x, y = batches.batch(run.step * accumulate + micro)
+        dropout = dropout_of(settings, run.step, micro * x.size)
+        loss += model.loss(x, y, dropout=dropout) / accumulate
+        if not math.isfinite(loss):
+            break
+        model.backward(scale=1 / accumulate)
+    tokens = settings.tokens_per_step
+    return Learned(loss, tokens, flops=flops * tokens)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
+    """Refuse data of another tokenizer, whose vocabulary may have the same size."""
+    try:
+        own = Tokenizer.from_pretrained(out)
+    except FileNotFoundError:  # after a kill at its start; the run will write these files
+        return
+    if own.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{data} has another tokenizer than the run {out}: go on with the data that it was"
+            " trained on"
+        )
+
+
+def _tell_older(stored: Mapping[str, Any], settings: TrainSettings, out: Path) -> None:
+    """Report the settings that a run of another version lacks."""
+    lacking = [name for name in settings.older() if name not in stored]
+    if lacking:
+        taken = ", ".join(f"{name}={getattr(settings, name)}" for name in lacking)
+        report(f"{out / RUN_FILE} is another version's; settings that it lacks become {taken}")

@@ -1,0 +1,171 @@
+"""Supervised fine-tuning: its loss, its equivalences, its runs, and bad input."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+from helpers.tuning import capitals, losses, resumes_to_the_bit, weights
+
+import gpt2c
+from gpt2c.finetune import sft
+from gpt2c.finetune.sft import Answers, SFTSettings
+from gpt2c.text.examples import Record, supervised
+from gpt2c.text.tokenizer import Tokenizer
+
+QUICK: dict[str, Any] = {
+    "learning_rate": 0.01, "max_iters": 8, "eval_interval": 4, "batch_size": 6, "eval_answers": 4,
+    "backend": "base",
+}  # fmt: skip
+
+
+def test_model_learns_the_answers_and_to_end_them(base: Path, tmp_path: Path) -> None:
+    given = QUICK | {"max_iters": 60, "eval_interval": 60, "learning_rate": 0.01}
+    result = sft(base, capitals(100), tmp_path / "run", **given)
+    assert result.before["val_ended"] == 0.0
+    assert result.after["val_ended"] == 1.0
+    assert result.after["val_loss"] < 0.5 * result.before["val_loss"]
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert stored["after"] == result.after and stored["before"] == result.before
+    assert (stored["verb"], stored["step"]) == ("sft", 60)
+
+
+def test_first_loss_is_that_of_the_base_on_the_learned_tokens(base: Path, tmp_path: Path) -> None:
+    rows = capitals(6)
+    given = QUICK | {"max_iters": 1, "val_fraction": 0.0, "eval_answers": 0}
+    sft(base, rows, tmp_path / "run", **given)
+    model, tokenizer = gpt2c.from_pretrained(base, "base"), Tokenizer.from_name("bytes")
+    total = count = 0.0
+    for row in rows:
+        one = supervised(Record(row, ""), "prompt and completion", tokenizer)
+        found = model.logprobs([one.ids])[0][one.learned[1:]]
+        total, count = total - found.sum(dtype=np.float64), count + found.size
+    (entry,) = losses(tmp_path / "run")
+    assert entry["loss"] == pytest.approx(total / count, rel=1e-6)
+    assert entry["tokens"] == sum(len(row["prompt"] + row["completion"]) + 1 for row in rows)
+
+
+def test_division_of_a_step_changes_rounding_alone(base: Path, tmp_path: Path) -> None:
+    rows = capitals(24)
+    runs = {}
+    for most in (1, 20, 4096):  # each example alone, a few, all of a step together
+        out = tmp_path / str(most)
+        sft(base, rows, out, **QUICK, batch_tokens=most)
+        runs[most] = np.array([entry["loss"] for entry in losses(out)])
+        norms = [entry["grad_norm"] for entry in losses(out)]
+        runs[most] = np.array([runs[most], norms])
+    np.testing.assert_allclose(runs[1], runs[4096], rtol=2e-4)
+    np.testing.assert_allclose(runs[20], runs[4096], rtol=2e-4)
+
+
+def test_text_that_is_all_learned_has_the_loss_of_pretraining(base: Path, tmp_path: Path) -> None:
+    given = QUICK | {"max_iters": 1, "val_fraction": 0.0, "batch_size": 2}
+    texts = [{"text": "all of it"}, {"text": "and that!"}]  # of one length
+    sft(base, texts, tmp_path / "run", **given)
+    ids = [[256, *text["text"].encode(), 256] for text in texts]
+    model = gpt2c.from_pretrained(base, "base")
+    loss = model.loss([row[:-1] for row in ids], [row[1:] for row in ids])
+    assert losses(tmp_path / "run")[0]["loss"] == loss  # to the bit, whatever their order
+
+
+def test_accuracy_counts_the_likeliest_tokens(base: Path) -> None:
+    model = gpt2c.from_pretrained(base, "base")
+    ids = np.arange(40)[None] % 7
+    right = model(ids)[0].argmax(axis=1).astype(np.int32)
+    objective = Answers(np.where(np.arange(40) % 4 == 0, -1, right).astype(np.int32))
+    model.loss(ids, objective, keep=False)
+    assert objective.right == 30
+    other = Answers(((right + 1) % 257).astype(np.int32))
+    model.loss(ids, other)
+    assert other.right == 0
+
+
+@pytest.mark.parametrize("at", [1, 5, 8])
+def test_killed_run_goes_on_to_the_bit(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    tune = partial(sft, base, capitals(30))
+    given = QUICK | {"dropout": 0.1}
+
+    def run(out: Path, resume: bool = False, **others: Any) -> Any:
+        return tune(out, resume=resume, **({} if resume else given | others))
+
+    resumes_to_the_bit(run, tmp_path / "whole", tmp_path / "parts", monkeypatch, at)
+
+
+def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "run", capitals(30)
+    done = sft(base, rows, out, **QUICK)
+    before = weights(out)
+    again = sft(base, rows, out, resume=True)
+    assert (again.step, again.before, again.after) == (8, done.before, done.after)
+    assert weights(out) == before
+    longer = sft(base, rows, out, resume=True, max_iters=10)
+    assert longer.step == 10 and weights(out) != before
+
+
+def test_conversations_leave_their_template_for_others(base: Path, tmp_path: Path) -> None:
+    talk = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": "Yes."}]}
+        for word in "abcd"
+    ]
+    sft(base, talk, tmp_path / "run", **QUICK | {"max_iters": 1})
+    chat = gpt2c.Chat(tmp_path / "run", max_new_tokens=2)
+    assert chat.ask("a") == chat.messages[-1].content
+    sft(base, capitals(4), tmp_path / "other", **QUICK | {"max_iters": 1})
+    assert not (tmp_path / "other" / "chat_template.jinja").exists()
+
+
+def test_epochs_become_steps() -> None:
+    settings = SFTSettings(max_epochs=2.5, batch_size=8).planned(20)
+    assert (settings.max_iters, settings.eval_interval, settings.warmup) == (7, 3, 1)
+    assert SFTSettings(max_iters=5, eval_interval=2).planned(20).max_iters == 5
+    for given, said in (
+        ({"max_epochs": 0.0}, "max_epochs must be above 0, got 0.0"),
+        ({"val_fraction": 1.0}, "val_fraction must be in [0, 1), got 1.0"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio must be in [0, 1), got 1.5"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
+        ({"max_iters": 3, "schedule": "no"}, "schedule must be one of constant, linear, cosine, w"),
+    ):
+        assert said in refused(lambda given=given: SFTSettings(**given))
+
+
+def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for rows, given, said in (
+        ([{"prompt": "a", "completion": ""}], {}, "no example is left to learn from: 1 without an"),
+        ([{"prompt": "a" * 60, "completion": "b"}], {}, "1 whose prompt fills the context"),
+        (capitals(1), {}, "validation needs at least 2 different examples, or val_fraction 0"),
+        (capitals(9), {"max_iters": -1}, "max_iters must be at least 0, got -1"),
+        (capitals(9), {"backend": "gpu"}, "gpu"),
+    ):
+        assert said in refused(lambda rows=rows, given=given: sft(base, rows, out, **given))
+        assert not out.exists()
+    sft(base, capitals(9), out, **QUICK | {"max_iters": 2})
+    bits = weights(out)
+    with pytest.raises(OSError, match="not empty"):
+        sft(base, capitals(9), out, **QUICK)
+    for rows, resumed_base, said in (
+        (capitals(8), base, "the examples are not those of the run"),
+        (capitals(9), out, "the base has other weights than that of the run"),
+    ):
+        assert said in refused(
+            lambda rows=rows, of=resumed_base: sft(of, rows, out, resume=True, max_iters=9)
+        )
+    assert "batch_size=6, so it cannot go on with 7" in refused(
+        lambda: sft(base, capitals(9), out, resume=True, batch_size=7)
+    )
+    assert weights(out) == bits
+
+
+def test_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    gpt2c.from_pretrained(base).quantize("int8").save_pretrained(small)
+    Tokenizer.from_name("bytes").save_pretrained(small)
+    said = refused(lambda: sft(small, capitals(9), tmp_path / "run", **QUICK))
+    assert "has int8 weights: only fp32 weights are trained" in said

@@ -1,0 +1,220 @@
+"""Examples: formats of records, what is learned, what is left out; steps without padding."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from gpt2c.text.chat import Message
+from gpt2c.text.examples import (
+    FORMATS,
+    Dropped,
+    Record,
+    kept,
+    messages_of,
+    read_records,
+    shortened,
+    supervised,
+)
+from gpt2c.text.ragged import Order, held_out, parts
+from gpt2c.text.tokenizer import Tokenizer
+
+BYTES = Tokenizer.from_name("bytes")
+PAIR = {"prompt": "1+1=", "completion": "2"}
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+KNOWN: dict[str, dict[str, Any]] = {
+    "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "messages": {"messages": TALK},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    },
+    "alpaca": {"instruction": "Hi", "input": "", "output": "Ho"},
+    "kto": PAIR | {"label": True},
+    "prompt and completion": PAIR,
+    "label": {"text": "a", "label": "b"},
+    "text": {"text": "a"},
+    "prompt": {"prompt": "a", "answer": 2},
+}
+
+
+def example(fields: dict[str, Any], format: str) -> Any:
+    return supervised(Record(fields, "here"), format, BYTES)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_fields_show_the_format(format: str) -> None:
+    assert read_records([KNOWN[format]], list(FORMATS)).format == format
+
+
+def test_files_of_every_kind_hold_the_same_records(tmp_path: Path) -> None:
+    rows = [PAIR, {"prompt": 'say "a, b"\n', "completion": "é"}]
+    files = {
+        "a.jsonl": "\n".join(map(json.dumps, rows)) + "\n\n",
+        "a.json": json.dumps(rows),
+        "a.csv": 'prompt,response\r\n1+1=,2\r\n"say ""a, b""\n",é\r\n',
+        "a.tsv": 'prompt\tcompletion\n1+1=\t2\n"say ""a, b""\n"\té\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode())
+        found = read_records(tmp_path / name, ["prompt and completion"])
+        assert [dict(record.fields) for record in found.records] == rows, name
+    assert read_records(tmp_path / "a.jsonl", FORMATS.keys()).records[1].where.endswith("line 2")
+
+
+def test_renamed_field_hides_one_of_its_new_name() -> None:
+    rows = [{"q": "1+1=", "prompt": "no", "completion": "2"}]
+    found = read_records(rows, ["prompt and completion"], {"prompt": "q", "completion": ""})
+    assert found.records[0].fields["prompt"] == "1+1="
+    said = refused(lambda: read_records(rows, ["text"], {"text": "body"}))
+    assert said == "example 1 has no field 'body' for its text"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "the examples has no examples"),
+        ([{"a": 1}], "example 1 has the fields 'a'; wanted are prompt and completion; or text"),
+        ([{}], "example 1 has the fields none; wanted are prompt and completion; or text"),
+        ([PAIR, 3], "example 2 must be an object of named fields, got int"),
+        ([PAIR, {"text": "a"}], "example 2 has the format text, and the first record has prompt and"
+         " completion: put them into files of their own"),
+    ],
+)  # fmt: skip
+def test_records_of_other_formats_are_refused(rows: list[Any], said: str) -> None:
+    assert refused(lambda: read_records(rows, ["prompt and completion", "text"])) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"", "a.jsonl has no examples"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2 must hold a JSON object, got list"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1 is not valid JSON: 'text' is there"),
+        ("a.jsonl", b'{"text": "\xff"}', "a.jsonl is not UTF-8"),
+        ("a.json", b'[{"text": "a"}', "a.json is not valid JSON"),
+        ("a.csv", b"text\na,b\n", "line 2 does not have the 1 columns of the first line"),
+        ("a.csv", b'text\n"a', "line 2 is not CSV: unexpected end of data"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert said in refused(lambda: read_records(tmp_path / name, ["text"]))
+
+
+def test_answers_are_learned_with_their_end_and_prompts_are_not() -> None:
+    one = example(PAIR, "prompt and completion")
+    assert BYTES.decode(one.ids.tolist()) == "<|endoftext|>1+1=2<|endoftext|>"
+    assert one.learned.tolist() == [False] * 5 + [True, True]
+    assert one.targets.tolist() == [-1] * 4 + [ord("2"), BYTES.eot]
+    whole = example({"text": "ab"}, "text")
+    assert whole.targets.tolist() == [ord("a"), ord("b"), BYTES.eot]
+    sneaky = example({"prompt": "<|endoftext|>", "completion": "x"}, "prompt and completion")
+    assert (sneaky.ids == BYTES.eot).sum() == 2  # the first and the last
+
+
+def test_conversations_of_three_formats_are_one() -> None:
+    wanted = [Message("user", "Hi"), Message("assistant", "Ho")]
+    for format in ("messages", "sharegpt", "alpaca"):
+        assert messages_of(Record(KNOWN[format], "here"), format) == wanted
+    given = {"instruction": "Add. ", "input": "1, 2", "output": "3"}
+    found = messages_of(Record(given, "here"), "alpaca")
+    assert found is not None and found[0].content == "Add.\n\n1, 2"
+
+
+@pytest.mark.parametrize(
+    ("fields", "format", "reason"),
+    [
+        (PAIR | {"completion": ""}, "prompt and completion", "without an answer"),
+        ({"instruction": "a", "output": " "}, "alpaca", "without an answer"),
+        ({"messages": [TALK[0], TALK[1] | {"content": ""}]}, "messages", "without an answer"),
+        ({"text": ""}, "text", "empty"),
+    ],
+)
+def test_example_without_an_answer_is_dropped(
+    fields: dict[str, Any], format: str, reason: str
+) -> None:
+    with pytest.raises(Dropped, match=f"^{reason}$"):
+        example(fields, format)
+
+
+@pytest.mark.parametrize(
+    ("fields", "format", "said"),
+    [
+        (PAIR | {"completion": 2}, "prompt and completion", "here: completion must be a string, g"),
+        ({"messages": TALK[::-1]}, "messages", "here: message 1 must be the system's or the user"),
+        ({"messages": TALK[:1]}, "messages", "here: the last message must be the assistant's, not"),
+        ({"messages": "Hi"}, "messages", "here must be a list of messages, got 'Hi'"),
+        (
+            {"conversations": [{"from": "human"}]},
+            "sharegpt",
+            "here: conversations must be a list o",
+        ),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "sharegpt", "has the role 'bot'"),
+    ],
+)
+def test_damaged_records_are_refused(fields: dict[str, Any], format: str, said: str) -> None:
+    assert said in refused(lambda: example(fields, format))
+
+
+def test_long_example_loses_its_end_and_keeps_its_prompt() -> None:
+    one = example({"prompt": "abc", "completion": "defg"}, "prompt and completion")
+    assert BYTES.decode(shortened(one, 5).ids[1:].tolist()) == "abcde"
+    with pytest.raises(Dropped, match="whose prompt fills the context"):
+        shortened(one, 3)
+
+
+def test_what_is_left_out_is_counted() -> None:
+    rows = [PAIR, PAIR, PAIR | {"completion": ""}, {"prompt": "abcdefgh", "completion": "i"}]
+    rows += [{"prompt": "ab", "completion": "cdefgh"}]
+    found = read_records(rows, ["prompt and completion"])
+    examples, counts = kept(found.records, lambda one: supervised(one, found.format, BYTES), 6)
+    assert [one.where for one in examples] == ["example 1", "example 5"]
+    assert counts == {
+        "that are there already": 1,
+        "without an answer": 1,
+        "whose prompt fills the context": 1,
+        "cut at the end": 1,
+    }
+
+
+def test_epochs_have_each_example_once_in_another_order() -> None:
+    order = Order(7, 3, seed=5)
+    numbers = [n for step in range(14) for n in order.step(step)]  # 42, six epochs
+    epochs = [numbers[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    again = Order(7, 3, seed=5)
+    assert [again.step(step) for step in (13, 4, 0)] == [
+        numbers[39:42], numbers[12:15], numbers[:3]
+    ]  # fmt: skip
+    assert Order(7, 3, seed=6).step(0) != order.step(0)
+
+
+def test_parts_hold_most_tokens_or_one_sequence() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        lengths, most = rng.integers(1, 20, 30).tolist(), int(rng.integers(1, 40))
+        slices = list(parts(lengths, most))
+        assert [n for part in slices for n in lengths[part]] == lengths
+        for part in slices:
+            assert sum(lengths[part]) <= most or part.stop - part.start == 1
+        for one, after in pairwise(slices):
+            assert sum(lengths[one]) + lengths[after.start] > most
+
+
+def test_groups_are_held_out_whole() -> None:
+    groups = [n // 3 for n in range(60)]
+    held = held_out(groups, 0.2, seed=1)
+    assert sum(held) == 12 and all(len(set(held[n : n + 3])) == 1 for n in range(0, 60, 3))
+    assert held == held_out(groups, 0.2, seed=1) != held_out(groups, 0.2, seed=2)
+    assert sum(held_out(groups, 0.0, seed=1)) == 0
+    assert sum(held_out(range(2), 0.99, seed=1)) == 1  # each side has one
+    assert sum(held_out(range(2), 0.01, seed=1)) == 1
+    with pytest.raises(ValueError, match="at least 2 different examples"):
+        held_out([1, 1], 0.5, seed=1)
