@@ -3,6 +3,7 @@
 import os
 
 __all__ = [
+    "ADAPTER_FILES",
     "ADDED_FILE",
     "CHAT_TEMPLATE_FILE",
     "CHECKPOINTS",
@@ -40,6 +41,9 @@ INDEX_FILE = "model.safetensors.index.json"
 # The files that a save writes, and patterns of others that it removes: a reader may prefer those.
 MODEL_FILES = (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
 MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors")
+
+# the adapters of a model, as in PEFT
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # a tokenizer, as in transformers
 VOCAB_FILE = "vocab.json"

@@ -233,6 +233,8 @@ def _claim(dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[st
 
 def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwrite: bool) -> str:
     found = find_model(src)
+    if found.config.lora is not None:
+        raise ValueError(f"{src} holds adapters of {found.name}: make one model with gpt2c merge")
     if found.weights != "fp32":
         raise ValueError(
             f"{src} holds {found.weights} weights: convert the model that was quantized"
