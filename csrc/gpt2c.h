@@ -37,7 +37,7 @@ enum { SLICES = 64 };
 double memory_read(const float *data, double *sums, int64_t n, Team *team);
 
 /* Sends a cache line to and fro between two threads, `rounds` times (below 2^30). Returns the mean nanoseconds of one
- * way, or 0 if the two did not run at the same time, which is known after some 20 ms. line (16) is 0, on a cache line of
+ * way, or 0 if the two did not run at the same time, which is known after some 6 ms. line (16) is 0, on a cache line of
  * its own; way (1) is scratch. */
 double line_travel(int32_t *line, double *way, int64_t rounds, Team *team);
 

@@ -86,7 +86,7 @@ double memory_read(const float *data, double *sums, int64_t n, Team *team) {
 
 /* ---- distance -------------------------------------------------------------------------------------------------- */
 
-enum { PATIENCE_NS = 10000000 }; /* of a thread that waits for the other */
+enum { PATIENCE_NS = 3000000 }; /* of a thread that waits for the other */
 
 /* Waits until the line holds `value`; returns 0 if that is not so at the time `until`. It does not pause, because that
  * would be measured too. */

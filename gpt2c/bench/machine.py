@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 FLOATS = 1 << 26  # 256 MB: more than any last-level cache
-TRAVELS, ROUNDS = 10, 500  # a busy machine spoils some; each takes 0.2 ms, or 0.03 s in vain
+TRAVELS, ROUNDS, TRY_SECONDS = 5, 200, 0.25  # a busy machine spoils most tries
 FAR = 100.0  # ns; within a last-level cache a line takes 25 to 50, between two of them 100 to 200
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 BURN_SECONDS = 0.005
@@ -156,8 +156,9 @@ def read_bandwidth(threads: int) -> float:
 def core_distance() -> float:
     """Measure the nanoseconds in which a cache line goes from one core to another.
 
-    The system chooses the two cores. Return 0.0 if it lets no two threads run at the same time for
-    0.2 ms, as on a busy machine, or if this process may use one core only. It takes 0.3 s at most.
+    The system chooses the two cores. Return the shortest of five means; 0.0 if two threads do not
+    run at the same time within TRY_SECONDS, as on a busy machine, or if this process may use one
+    core only.
 
     Raises
     ------
@@ -166,8 +167,11 @@ def core_distance() -> float:
     if usable_cores() < 2:
         return 0.0
     kernels = get_backend(fastest(), 2)
-    found = [kernels.line_travel(ROUNDS) for _ in range(TRAVELS)]
-    return min((nanoseconds for nanoseconds in found if nanoseconds), default=0.0)
+    found: list[float] = []
+    until = time.perf_counter() + TRY_SECONDS
+    while len(found) < TRAVELS and time.perf_counter() < until:
+        found += [way for way in [kernels.line_travel(ROUNDS)] if way]
+    return min(found, default=0.0)
 
 
 def distance_text(nanoseconds: float) -> str:

@@ -110,7 +110,7 @@ class Kernels:
     def line_travel(self, rounds: int) -> float:
         """Return the mean nanoseconds in which a cache line goes from one thread to another.
 
-        0.0 if two threads did not run at the same time. It ends within 0.03 s.
+        0.0 if two threads did not run at the same time. It gives up after 0.01 s.
 
         Parameters
         ----------
