@@ -12,7 +12,7 @@ only marks the gradients as void: the next backward writes where it would add.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, overload
 
@@ -42,7 +42,7 @@ from gpt2c.model.inputs import (
     check_tokens,
 )
 from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.lora import TARGETS, LoRA, is_adapter
+from gpt2c.model.lora import TARGETS, LoRA
 from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
@@ -61,7 +61,7 @@ from gpt2c.model.quantized import (
 from gpt2c.model.stack import Stack
 from gpt2c.model.trace import Trace
 
-__all__ = ["Model"]
+__all__ = ["Model", "first_values"]
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 SMALLER = {  # the advice where a model of these weights does not fit
@@ -311,11 +311,8 @@ class Model(LanguageModel):
             require(
                 "moving the parameters", {"weights": 4 * self._flat.size}, "take a smaller model"
             )
-            rng, values = np.random.default_rng(seed), dict(self._parameters)
-            for name, one in config.stack().parameters().items():
-                if is_adapter(name):
-                    values[name] = np.empty(one.shape, np.float32)
-                    draw(one, rng, values[name])
+            new = config.parameter_shapes().keys() - self._parameters.keys()
+            values = {**self._parameters, **first_values(config, seed, new)}
             self._lay_out(config, config.frozen(), values)
 
     def merge(self) -> Self:
@@ -401,6 +398,19 @@ class Model(LanguageModel):
         require("rounding the weights", size, "close programs that use much memory")
         for name in tensors:
             round_into(self._parameters, self.weights, name, np.asarray(tensors[name]), source)
+
+    def load_adapters(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Copy tensors into the adapters and, if there are any, the scores.
+
+        Raises
+        ------
+        ValueError : see `load_parameters`
+        """
+        frozen = self.config.frozen()
+        shapes = {n: s for n, s in self.config.parameter_shapes().items() if n not in frozen}
+        check_shapes(shapes, tensors, source)
+        for name in shapes:
+            self._parameters[name][...] = np.asarray(tensors[name])
 
     def load_quantized(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy tensors that are of this model's types already; `source` names them in errors.
@@ -861,6 +871,16 @@ class Model(LanguageModel):
             self.backend.residual_forward(own, own, d_head)
         elif d_head is not own:
             np.copyto(own, d_head)
+
+
+def first_values(config: ModelConfig, seed: int, names: Collection[str]) -> dict[str, Array]:
+    """Return the first values of some parameters, name -> float32 array."""
+    rng, values = np.random.default_rng(seed), dict[str, Array]()
+    for name, one in config.stack().parameters().items():
+        if name in names:
+            values[name] = np.empty(one.shape, np.float32)
+            draw(one, rng, values[name])
+    return values
 
 
 def draw(one: Parameter, rng: np.random.Generator, value: Array) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
 from gpt2c.model.block import Batch, Life, Slot
 from gpt2c.model.config import ModelConfig
+from gpt2c.model.quantized import layout_of, room_of
 
 __all__ = ["KEPT", "Activations", "bytes_needed", "parts_needed"]
 
@@ -96,16 +97,18 @@ class Activations:
 
 
 def parts_needed(
-    config: ModelConfig, B: int, T: int, recompute: str | None = None
+    config: ModelConfig, B: int, T: int, recompute: str | None = None, weights: str = "fp32"
 ) -> dict[str, int]:
     """Return the bytes of a model, AdamW and a batch, without scratch memory: name -> bytes."""
-    parameters = 4 * aligned_offsets(config.parameter_shapes())[""]
-    stack, batch = config.stack(), Batch(B, T)
+    stack, batch, frozen = config.stack(), Batch(B, T), config.frozen()
+    described = stack.parameters().values()
+    trained = {one.name: one.shape for one in described if one.name not in frozen}
+    learned = 4 * aligned_offsets(trained)[""]
     slots = [*stack.slots(batch), *stack.head.slots(batch)]
     return {
-        "weights": parameters,
-        "gradients": parameters,
-        "moments": 2 * parameters,
+        "weights": 4 * aligned_offsets(room_of(layout_of(described, weights)))[""],
+        "gradients": learned,
+        "moments": 2 * learned,
         "activations": 4 * slot_offsets(slots, KEPT[recompute])[""],
     }
 
