@@ -33,6 +33,9 @@ __all__ = [
     "check_named",
 ]
 
+# the adapters of a model, as in PEFT
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 # a model, as in transformers
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -40,10 +43,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # The files that a save writes, and patterns of others that it removes: a reader may prefer those.
 MODEL_FILES = (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
-MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors")
-
-# the adapters of a model, as in PEFT
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors", *ADAPTER_FILES)
 
 # a tokenizer, as in transformers
 VOCAB_FILE = "vocab.json"

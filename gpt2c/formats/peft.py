@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2c.files.atomic import atomic_paths, claim_directory
-from gpt2c.files.names import ADAPTER_FILES, check_named
+from gpt2c.files.names import ADAPTER_FILES, CONFIG_FILE, check_named
 from gpt2c.files.tensors import AnyTensor, read_tensors, write_tensors
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.formats import llama_layout
@@ -93,7 +93,7 @@ class Stored(NamedTuple):
 
 def is_adapter_directory(path: Path) -> bool:
     """Return whether a directory holds adapters and no model of its own."""
-    return (path / CONFIG).is_file() and not (path / "config.json").exists()
+    return (path / CONFIG).is_file() and not (path / CONFIG_FILE).exists()
 
 
 def digest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
@@ -266,7 +266,7 @@ def save_adapter(
     Raises
     ------
     OSError : a file cannot be written; existing files are unchanged
-    ValueError : the directory's name is empty
+    ValueError : the directory's name is empty, or it holds a whole model
     """
     check_named("the name of the directory", directory)
     directory, lora = Path(directory), config.lora
@@ -309,6 +309,8 @@ def save_adapter(
         "layers_to_transform": None,
     }
     metadata = {"format": "pt"} | ({} if sha256 is None else {HASH: sha256})
+    if (directory / CONFIG_FILE).exists():
+        raise ValueError(f"{directory} holds a model, which readers prefer: name another directory")
     claim_directory(directory, overwrite=True)
     with atomic_paths(directory / WEIGHTS, directory / CONFIG) as files:
         write_tensors(files[0], stored, metadata)
