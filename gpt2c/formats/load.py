@@ -128,11 +128,9 @@ def _adapted(found: Pretrained, stored: peft.Stored, check_base: bool) -> Pretra
     ValueError : they do not fit it, or are of a base with other weights
     """
     lora, own = peft.adapters_of(stored, found.config)
-    base: AnyConfig = found.config
-    if stored.num_labels is not None:
-        base = dataclasses.replace(base, num_labels=stored.num_labels)
+    labels = found.config.num_labels if stored.num_labels is None else stored.num_labels
     try:
-        config = dataclasses.replace(base, lora=lora)
+        config: AnyConfig = dataclasses.replace(found.config, lora=lora, num_labels=labels)
     except ValueError as error:
         raise ValueError(f"{stored.source}: {error}") from None
     names = config.parameter_shapes().keys() | shapes_of(config, found.weights).keys()
@@ -142,7 +140,7 @@ def _adapted(found: Pretrained, stored: peft.Stored, check_base: bool) -> Pretra
     if check_base and stored.sha256 is not None and found.weights == "fp32":
         if peft.digest(tensors, config.frozen()) != stored.sha256:
             raise ValueError(
-                f"{stored.path} was trained on a base with other weights than {found.path} has"
+                f"{stored.source} was trained on a base with other weights than {found.path} has"
             )
     return dataclasses.replace(found, config=config, tensors=tensors)
 

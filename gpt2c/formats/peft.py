@@ -12,6 +12,7 @@ Knows nothing about models: tensors are a dict.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -133,6 +134,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Stored:
         if not name.startswith(PREFIX) or own in tensors:
             raise ValueError(f"{path / WEIGHTS}: {shown(name)} is no part of an adapter")
         tensors[own] = tensor
+    if SCORE in tensors and tensors[SCORE].ndim != 2:
+        raise ValueError(f"{path / WEIGHTS}: {PREFIX}{SCORE} must have rows and columns")
     return Stored(path, lora, base, metadata.get(HASH), tensors)
 
 
@@ -197,9 +200,13 @@ def adapters_of(stored: Stored, config: ModelConfig) -> tuple[LoRA, dict[str, Ar
         rows = _rows(config, kind) if isinstance(config, LlamaConfig) else {kind: -1}
         joined[name] = _join(parts, rows, f"{stored.source}: {name}")
     R = max((len(down) for down, _ in joined.values()), default=lora.r)
-    if R > lora.r:  # the scale stays: it is alpha / r
-        lora = LoRA(R, lora.scale * R, targets)
-    lora = LoRA(lora.r, lora.alpha, targets, lora.use_rslora)
+    try:
+        if R > lora.r:
+            lora = LoRA(R, lora.scale * R, targets)  # of the same scale
+        else:
+            lora = dataclasses.replace(lora, targets=targets)
+    except ValueError as error:
+        raise ValueError(f"{stored.source}: {error}") from None
     tensors: dict[str, Array] = dict(scores)
     for name, (down, up) in joined.items():
         more = R - len(down)

@@ -20,7 +20,7 @@ from gpt2c.model.block import Batch, Life, Parameter, Run, Slot
 if TYPE_CHECKING:
     from gpt2c.model.stack import Stack
 
-__all__ = ["TARGETS", "Adapter", "LoRA", "is_adapter"]
+__all__ = ["TARGETS", "A", "Adapter", "B", "LoRA", "is_adapter"]
 
 TARGETS = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")  # all linear layers
 A, B = ".lora_A.weight", ".lora_B.weight"  # PEFT's names
