@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c.evaluate.metrics import wilson
-
 from gpt2c.finetune import sft
 
 MOST = 12  # parameters of a function

@@ -8,7 +8,7 @@
  *
  * Scores are stored as k q^T, with queries across the lanes of a vector. A softmax, which runs over keys, then goes
  * down the rows and never across lanes. A product reads its left operand in place, one number repeated in all lanes,
- * and its right operand row by row. So q and, in backward, dout are copied, but no key or value is.
+ * and its right operand row by row. So q and, in backward, dout are copied, but no key or value of 32 bits is.
  *
  * BF16: the factors of a product are pairs of numbers along the sum (simd.h), which are made for each block: two
  * channels of a row, or two rows. So all factors are copied. Softmax, its gradient and all sums stay in float.
@@ -191,25 +191,58 @@ static Dropout dropout_from(Dropout drop, int64_t h, int64_t row) {
     return drop;
 }
 
+/* ---- rows of a cache ---------------------------------------------------------------------------------------- */
+
+void store_cached(void *cache, float *scales, int64_t row, const float *x, int64_t HS, int type) {
+    int32_t sum;
+    if (type == SIGNED8)
+        scales[row] = quantize((int8_t *)cache + row * HS, &sum, x, HS);
+    else if (type == FP16)
+        for (int64_t c = 0; c < HS; c += VF_LEN)
+            vf_store_half_n((uint16_t *)cache + row * HS + c, vf_load_n(x + c, HS - c), HS - c);
+    else
+        memcpy((float *)cache + row * HS, x, (size_t)HS * sizeof(float));
+}
+
+/* to (n x HS) = n rows from number `first` on, of type FP16 or SIGNED8, as floats. */
+static void widen(float *to, Rows from, int64_t first, int64_t n, int64_t HS) {
+    for (int64_t row = first; row < first + n; row++, to += HS)
+        for (int64_t c = 0; c < HS; c += VF_LEN) {
+            const int64_t at = row * from.stride + c;
+            const vf x = from.type == FP16
+                             ? load_numbers(from.numbers, at, HS - c, FP16)
+                             : vf_mul(load_numbers(from.numbers, at, HS - c, SIGNED8), vf_set1(from.scales[row]));
+            vf_store_n(to + c, x, HS - c);
+        }
+}
+
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
 /* out (rows x HS, row stride C) and lse (rows) of one block of queries q (rows x HS, row stride W). The first query is
- * at position `first`. keys and values have the row stride `stride`. drop is NULL without dropout. */
-static inline __attribute__((always_inline)) void forward_block(float *out, float *lse, const float *q,
-                                                                const float *keys, const float *values, int64_t stride,
-                                                                int64_t first, int64_t rows, int64_t C, int64_t W,
-                                                                int64_t HS, const Dropout *drop, float *scratch,
-                                                                const int type) {
-    const int64_t lanes = ceil_div(HS, 2);
+ * at position `first` of keys and values. Those of 16 and 8 bits are widened block by block. drop is NULL without
+ * dropout. */
+static inline __attribute__((always_inline)) void forward_block(float *out, float *lse, const float *q, Rows keys,
+                                                                Rows values, int64_t first, int64_t rows, int64_t C,
+                                                                int64_t W, int64_t HS, const Dropout *drop,
+                                                                float *scratch, const int type) {
+    const int64_t lanes = ceil_div(HS, 2), stride = keys.type == FP32 ? keys.stride : HS;
     float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS, *factors = out_t + TILE * HS;
-    float *k_pairs = factors + TILE * TILE, *v_pairs = k_pairs + TILE * lanes;
+    float *k_pairs = factors + TILE * TILE, *v_pairs = k_pairs + TILE * lanes, *k_wide = v_pairs + TILE / 2 * HS,
+          *v_wide = k_wide + TILE * HS;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
     transpose(q_t, TILE, q, W, rows, HS, TILE, type);
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
-        const float *k = keys + key * stride, *v = values + key * stride;
+        const float *k = k_wide, *v = v_wide;
+        if (keys.type == FP32) {
+            k = (const float *)keys.numbers + key * stride;
+            v = (const float *)values.numbers + key * stride;
+        } else {
+            widen(k_wide, keys, key, block.keys, HS);
+            widen(v_wide, values, key, block.keys, HS);
+        }
         Operand by_channel = {k, stride, 1}, by_key = {v, 1, stride};
         if (type == BF16) {
             pair_columns(k_pairs, lanes, k, stride, block.keys, HS);
@@ -296,37 +329,37 @@ static ForwardTask forward_task(Sequences all, int64_t NH, int64_t number) {
     return (ForwardTask){s, h, first, min64(TILE, length - first)};
 }
 
-void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
-                       int64_t position, double dropout, uint64_t key, uint64_t first, int precision, float *scratch,
-                       int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team) {
+void attention_forward(float *out, float *lse, void *keys, void *values, float *key_scales, float *value_scales,
+                       const float *qkv, const int32_t *offsets, int64_t position, double dropout, uint64_t key,
+                       uint64_t first, int precision, int type, float *scratch, int64_t B, int64_t T, int64_t C,
+                       int64_t NH, int64_t W, int64_t P, int64_t S, Team *team) {
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS);
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
-    if (keys) {
-        const size_t row = (size_t)HS * sizeof(float);
+    if (keys)
         for_shared (head, B * KV, worth(T * HS), team)
             for (int64_t t = 0; t < T; t++) {
                 const float *from = qkv + (head / KV * T + t) * W + C + head % KV * HS;
-                memcpy(keys + (head * P + position + t) * HS, from, row);
-                memcpy(values + (head * P + position + t) * HS, from + KV * HS, row);
+                store_cached(keys, key_scales, head * P + position + t, from, HS, type);
+                store_cached(values, value_scales, head * P + position + t, from + KV * HS, HS, type);
             }
-    }
     for_shared (number, NH * block_numbers(all), worth(min64(T, TILE) * HS), team) {
         const ForwardTask task = forward_task(all, NH, number);
         if (!task.rows) continue;
         const int64_t start = sequence_at(all, task.s), row = start + task.first, kv = task.h / (NH / KV);
-        const float *q = qkv + row * W + task.h * HS, *k = qkv + start * W + C + kv * HS;
-        const int64_t cached = (task.s * KV + kv) * P * HS;
+        const float *q = qkv + row * W + task.h * HS, *own_keys = qkv + start * W + C + kv * HS;
+        const int64_t cached = (task.s * KV + kv) * P;
         const Dropout drop = dropout_from(batch, task.h, row);
-        const float *v = keys ? values + cached : k + KV * HS;
+        const Rows k = keys ? cached_rows(keys, key_scales, cached, HS, type) : (Rows){own_keys, NULL, W, FP32};
+        const Rows v =
+            keys ? cached_rows(values, value_scales, cached, HS, type) : (Rows){own_keys + KV * HS, NULL, W, FP32};
         float *to = out + row * C + task.h * HS, *to_lse = lse + lse_at(all, NH, task.s, task.h) + task.first;
         float *own = scratch + team->member * thread_scratch_size(T, HS);
-        const int64_t stride = keys ? HS : W, at = (keys ? position : 0) + task.first;
-        if (keys) k = keys + cached;
+        const int64_t at = (keys ? position : 0) + task.first;
         if (precision == BF16)
-            forward_block(to, to_lse, q, k, v, stride, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, BF16);
+            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, BF16);
         else
-            forward_block(to, to_lse, q, k, v, stride, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, FP32);
+            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, FP32);
     }
 }
 

@@ -16,24 +16,25 @@ enum { WORTH = 100000 };
 
 /* ---- queries over the cache --------------------------------------------------------------------------------- */
 
-/* out (width, in `vectors` vectors) = sum over t of weights (n) times values (n x width, row stride HS). */
-static inline __attribute__((always_inline)) void weighted_sum(float *out, const float *weights, const float *values,
-                                                               int64_t n, int64_t HS, int64_t width,
-                                                               const int vectors) {
-    enum { MOST = 4 };
-    vf acc[MOST];
+/* out (width, in `vectors` vectors) = sum over t of weights (n) times columns of values (n x HS), from `from` on. */
+static inline __attribute__((always_inline)) void weighted_sum(float *out, const float *weights, const void *values,
+                                                               int64_t n, int64_t HS, int64_t from, int64_t width,
+                                                               const int vectors, const int type) {
+    vf acc[8];
     for (int k = 0; k < vectors; k++) acc[k] = vf_set1(0.0f);
     for (int64_t t = 0; t < n; t++)
         for (int k = 0; k < vectors; k++)
-            acc[k] = vf_fma(vf_set1(weights[t]), vf_load_n(values + t * HS + k * VF_LEN, width - k * VF_LEN), acc[k]);
+            acc[k] = vf_fma(vf_set1(weights[t]),
+                            load_numbers(values, t * HS + from + k * VF_LEN, width - k * VF_LEN, type), acc[k]);
     for (int k = 0; k < vectors; k++) vf_store_n(out + k * VF_LEN, acc[k], width - k * VF_LEN);
 }
 
 /* out (heads,HS) = softmax(q (heads,HS) keys^T / sqrt(HS)) values, with keys and values (n,HS) that all heads share;
- * scores (heads,n) is scratch. */
-static void attend(float *out, const float *q, const float *keys, const float *values, int64_t heads, int64_t n,
-                   int64_t HS, float *scores) {
-    const Linear by_keys = {keys, NULL, NULL, HS, n, FP32};
+ * scores (heads,n) is scratch. A key's scale multiplies its score, and a value's its weight. */
+static inline __attribute__((always_inline)) void attend(float *out, const float *q, Rows keys, Rows values,
+                                                         int64_t heads, int64_t n, int64_t HS, float *scores,
+                                                         const int type) {
+    const Linear by_keys = {keys.numbers, keys.scales, NULL, HS, n, type};
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     linear_columns(scores, &by_keys, q, NULL, heads, 0, n, 0);
     for (int64_t h = 0; h < heads; h++, out += HS, scores += n) {
@@ -47,11 +48,16 @@ static void attend(float *out, const float *q, const float *keys, const float *v
         for (int64_t t = 0; t < n; t += VF_LEN) {
             const vf e = vf_keep_n(vf_exp(vf_sub(vf_load_n(scores + t, n - t), highest)), n - t);
             sum = vf_add(sum, e);
-            vf_store_n(scores + t, e, n - t);
+            vf_store_n(scores + t, type == SIGNED8 ? vf_mul(e, vf_load_n(values.scales + t, n - t)) : e, n - t);
         }
         int64_t c = 0;
-        for (; c + 4 * VF_LEN <= HS; c += 4 * VF_LEN) weighted_sum(out + c, scores, values + c, n, HS, 4 * VF_LEN, 4);
-        for (; c < HS; c += VF_LEN) weighted_sum(out + c, scores, values + c, n, HS, min64(VF_LEN, HS - c), 1);
+        if (type != FP32) /* more columns of a small row at once, because it is one or two cache lines */
+            for (; c + 8 * VF_LEN <= HS; c += 8 * VF_LEN)
+                weighted_sum(out + c, scores, values.numbers, n, HS, c, 8 * VF_LEN, 8, type);
+        for (; c + 4 * VF_LEN <= HS; c += 4 * VF_LEN)
+            weighted_sum(out + c, scores, values.numbers, n, HS, c, 4 * VF_LEN, 4, type);
+        for (; c < HS; c += VF_LEN)
+            weighted_sum(out + c, scores, values.numbers, n, HS, c, min64(VF_LEN, HS - c), 1, type);
         const vf inverse = vf_set1(1.0f / vf_sum(sum));
         for (c = 0; c < HS; c += VF_LEN) vf_store_n(out + c, vf_mul(vf_load_n(out + c, HS - c), inverse), HS - c);
     }
@@ -134,16 +140,24 @@ static void attention(const Stage *s, const int32_t *slots, const int32_t *posit
     int64_t longest = 0;
     for (int64_t i = 0; i < N; i++) longest = positions[i] >= longest ? positions[i] + 1 : longest;
     for_shared (task, N * KV, 1 + WORTH / (2 * longest * HS * heads), team) {
-        const int64_t i = task / KV, h = task % KV, t = positions[i], start = (slots[i] * KV + h) * P * HS;
+        const int64_t i = task / KV, h = task % KV, t = positions[i], start = (slots[i] * KV + h) * P;
         float *q = s->x + i * W + h * heads * HS, *k = s->x + i * W + (s->NH + h) * HS, *v = k + KV * HS;
         if (s->cos) {
             for (int64_t c = 0; c < heads * HS; c += HS)
                 rope_head(q + c, q + c, s->cos + t * D, s->sin + t * D, 1.0f, D);
             rope_head(k, k, s->cos + t * D, s->sin + t * D, 1.0f, D);
         }
-        memcpy(s->keys + start + t * HS, k, (size_t)HS * sizeof(float));
-        memcpy(s->values + start + t * HS, v, (size_t)HS * sizeof(float));
-        attend(s->out + (i * s->NH + h * heads) * HS, q, s->keys + start, s->values + start, heads, t + 1, HS, scores);
+        store_cached(s->keys, s->key_scales, start + t, k, HS, s->cache);
+        store_cached(s->values, s->value_scales, start + t, v, HS, s->cache);
+        const Rows keys = cached_rows(s->keys, s->key_scales, start, HS, s->cache);
+        const Rows values = cached_rows(s->values, s->value_scales, start, HS, s->cache);
+        float *out = s->out + (i * s->NH + h * heads) * HS;
+        if (s->cache == SIGNED8)
+            attend(out, q, keys, values, heads, t + 1, HS, scores, SIGNED8);
+        else if (s->cache == FP16)
+            attend(out, q, keys, values, heads, t + 1, HS, scores, FP16);
+        else
+            attend(out, q, keys, values, heads, t + 1, HS, scores, FP32);
     }
 }
 

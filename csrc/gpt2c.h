@@ -50,9 +50,10 @@ int64_t pool_size(int threads);
 int pool_start(Pool *pool, int threads);
 void pool_stop(Pool *pool);
 
-/* The type of a weight. FP16 is IEEE half precision and holds no NaN or infinity. INT8 is an unsigned byte with a scale
- * for each row: weight = scale * (byte - 128). */
-enum { FP32, FP16, INT8, BF16 };
+/* The type of a weight or of a cache. FP16 is IEEE half precision; weights hold no NaN or infinity. INT8 is of weights,
+ * an unsigned byte with a scale for each row: weight = scale * (byte - 128). SIGNED8 is of caches, a signed byte with a
+ * scale for each row: number = scale * byte. */
+enum { FP32, FP16, INT8, BF16, SIGNED8 };
 
 /* The precision of an op's products: FP32 or BF16, where both factors are rounded to 16 bits, to nearest even, and the
  * products are added in float. BF16 takes denormals for 0. */
@@ -154,9 +155,9 @@ enum {
     /* out (N,OC) = linear(x (N,C)); `then` says what follows. With an adapter, down (R,C) and up (OC,R), factor * x
      * down^T up^T is added before that; down is else NULL. low (N,R) is scratch memory. */
     MATMUL,
-    /* out (N,NH HS) from x (N,(NH + 2 KV) HS), as attention_forward's qkv, and the texts' keys and values (S,KV,P,HS),
-     * where the token's own are stored first. q and k in x are turned by their rows of cos and sin (at least P,HS/2),
-     * unless these are NULL. */
+    /* out (N,NH HS) from x (N,(NH + 2 KV) HS), as attention_forward's qkv, and the texts' keys and values (S,KV,P,HS)
+     * of type `cache`, with scales (S,KV,P) for SIGNED8, where the token's own are stored first. q and k in x are
+     * turned by their rows of cos and sin (at least P,HS/2), unless these are NULL. */
     ATTENTION
 };
 /* What a MATMUL does with its result: writes it, adds it to the old out, writes GELU of it, or writes out (N,OC/2) =
@@ -170,7 +171,9 @@ typedef struct {
     float eps;
     const float *down, *up;
     float *low, factor;
-    float *keys, *values;
+    void *keys, *values;
+    float *key_scales, *value_scales;
+    int cache;
     int64_t C, NH, KV, HS, P, R;
 } Stage;
 
@@ -187,11 +190,14 @@ int64_t decode_scratch_size(const Stage *stages, int64_t count, int64_t N, int t
  * KV HS. Query head h attends to key head h / (NH / KV); KV = NH is multi-head attention. lse (B,NH,T), the log of each
  * row's softmax denominator, is all that the backward pass needs of the T x T scores. With a cache, keys and values
  * (B,KV,P,HS), else both NULL, the T tokens stand at `position` and after it in their text: their k and v go to its
- * rows from there on, and their q attend to all rows up to their own. Without a cache, dropout > 0 multiplies the
- * softmax by factors as dropout_forward's: a row is a token, a column a key of its sequence, each head has its own. */
-void attention_forward(float *out, float *lse, float *keys, float *values, const float *qkv, const int32_t *offsets,
-                       int64_t position, double dropout, uint64_t key, uint64_t first, int precision, float *scratch,
-                       int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
+ * rows from there on, rounded to the cache's `type`, and their q attend to all rows up to their own, as the cache holds
+ * them. SIGNED8 has a scale for each row in key_scales and value_scales (B,KV,P), which are NULL otherwise. Without a
+ * cache, dropout > 0 multiplies the softmax by factors as dropout_forward's: a row is a token, a column a key of its
+ * sequence, each head has its own. */
+void attention_forward(float *out, float *lse, void *keys, void *values, float *key_scales, float *value_scales,
+                       const float *qkv, const int32_t *offsets, int64_t position, double dropout, uint64_t key,
+                       uint64_t first, int precision, int type, float *scratch, int64_t B, int64_t T, int64_t C,
+                       int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
 
 /* dqkv (B,T,W) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
 void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,

@@ -96,6 +96,10 @@ void gelu_part(float *out, const float *x, int64_t from, int64_t to);
 void swiglu_part(float *out, const float *gate, const float *up, int64_t from, int64_t to);
 void rope_head(float *out, const float *x, const float *cos, const float *sin, float direction, int64_t D);
 
+/* Rounds x (C) to 8 bits and returns their scale: x = scale * to, -127 <= to <= 127; *sum is the sum of `to`. NaN or
+ * infinity in x makes the scale NaN. */
+float quantize(int8_t *to, int32_t *sum, const float *x, int64_t C);
+
 /* Rows quantized to 8 bits: row i is scales[i] * values[i * stride ...], and sums[i] is the sum of its values. */
 typedef struct {
     float *scales;
@@ -108,11 +112,39 @@ typedef struct {
 int64_t quantized_size(int64_t N, int64_t C);
 Quantized quantized_in(float *memory, int64_t N, int64_t C);
 
-/* Quantizes x (C) into row i of q. NaN or infinity in x makes the row's scale NaN. */
+/* Quantizes x (C) into row i of q. */
 void quantize_row(Quantized q, const float *x, int64_t i, int64_t C);
 
+/* Bytes of a number of this type. */
+static inline int64_t bytes_of(const int type) { return type == INT8 || type == SIGNED8 ? 1 : type == FP16 ? 2 : 4; }
+
+/* n numbers of type FP32, FP16 or SIGNED8, without its scale, from number i on; then zeros. */
+static inline __attribute__((always_inline)) vf load_numbers(const void *numbers, int64_t i, int64_t n,
+                                                             const int type) {
+    if (type == FP16) return vf_load_half_n((const uint16_t *)numbers + i, n);
+    if (type == SIGNED8) return vf_load_bytes_n((const int8_t *)numbers + i, n);
+    return vf_load_n((const float *)numbers + i, n);
+}
+
+/* Keys or values of one head: row i begins at number i * stride, and has a scale where the type is SIGNED8. */
+typedef struct {
+    const void *numbers;
+    const float *scales;
+    int64_t stride;
+    int type;
+} Rows;
+
+/* The rows of a cache (rows of HS) from row number `row` on. */
+static inline Rows cached_rows(const void *cache, const float *scales, int64_t row, int64_t HS, int type) {
+    return (Rows){(const char *)cache + row * HS * bytes_of(type), scales ? scales + row : NULL, HS, type};
+}
+
+/* Row number `row` of a cache (rows of HS) = x (HS), rounded to the cache's type. */
+void store_cached(void *cache, float *scales, int64_t row, const float *x, int64_t HS, int type);
+
 /* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`. `from` is a multiple of VF_LEN. x is
- * (N,C); an INT8 layer reads the same rows from q. One thread does all of it: threads call it for different columns. */
+ * (N,C); an INT8 layer reads the same rows from q, and one of SIGNED8 is a cache, whose rows multiply floats. One
+ * thread does all of it: threads call it for different columns. */
 void linear_columns(float *out, const Linear *layer, const float *x, const Quantized *q, int64_t N, int64_t from,
                     int64_t to, int accumulate);
 

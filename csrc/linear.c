@@ -34,7 +34,7 @@ Quantized quantized_in(float *memory, int64_t N, int64_t C) {
     return (Quantized){memory, (int32_t *)(memory + N), (int8_t *)(memory + 2 * N), C};
 }
 
-void quantize_row(Quantized q, const float *x, int64_t i, int64_t C) {
+float quantize(int8_t *to, int32_t *sum, const float *x, int64_t C) {
     vf highest = vf_set1(0.0f), not_finite = vf_set1(0.0f);
     for (int64_t c = 0; c < C; c += VF_LEN) {
         const vf xc = vf_load_n(x + c, C - c);
@@ -43,35 +43,32 @@ void quantize_row(Quantized q, const float *x, int64_t i, int64_t C) {
     }
     const float largest = vf_hmax(highest), inverse = largest > 1e-36f ? 127.0f / largest : 0.0f; /* never infinite */
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
-    int8_t *to = q.values + i * q.stride;
-    int32_t sum = 0;
+    int32_t all = 0;
     for (int64_t c = 0; c < C; c++) {
         const float shifted = x[c] * inverse + shift;
         uint32_t bits;
         memcpy(&bits, &shifted, 4);
         to[c] = (int8_t)bits;
-        sum += to[c];
+        all += to[c];
     }
-    q.sums[i] = sum;
-    q.scales[i] = largest / 127.0f + vf_sum(not_finite);
+    *sum = all;
+    return largest / 127.0f + vf_sum(not_finite);
+}
+
+void quantize_row(Quantized q, const float *x, int64_t i, int64_t C) {
+    q.scales[i] = quantize(q.values + i * q.stride, q.sums + i, x, C);
 }
 
 /* ---- a tile ------------------------------------------------------------------------------------------------- */
-
-static inline __attribute__((always_inline)) vf load_float(const void *weight, int64_t i, int64_t n, const int type) {
-    return type == FP16 ? vf_load_half_n((const uint16_t *)weight + i, n) : vf_load_n((const float *)weight + i, n);
-}
 
 /* Prefetches `vectors` vectors of the weights that follow this tile's, from `ahead` on. Each step of a tile prefetches
  * a few, so that memory stays busy. */
 static inline __attribute__((always_inline)) void prefetch_weights(const char **ahead, const int vectors,
                                                                    const int type) {
-    const int bytes = type == INT8 ? VB_LEN : VF_LEN * (type == FP16 ? 2 : 4);
+    const int bytes = type == INT8 ? VB_LEN : VF_LEN * (int)bytes_of(type);
     for (int i = 0; i < vectors; i++) __builtin_prefetch(*ahead + i * bytes, 0, 3);
     *ahead += vectors * bytes;
 }
-
-static inline int64_t weight_bytes(int type) { return type == INT8 ? 1 : type == FP16 ? 2 : 4; }
 
 /* acc[r * outs + o] += weight row o . row r of x over the n channels from c on, at most one vector. w[o] and
  * x + r * ldx are the rows. */
@@ -79,7 +76,7 @@ static inline __attribute__((always_inline)) void float_products(vf *acc, const 
                                                                  int64_t ldx, int64_t c, int64_t n, const int outs,
                                                                  const int rows, const int type) {
     vf wc[MAX_OUTS];
-    for (int o = 0; o < outs; o++) wc[o] = load_float(w[o], c, n, type);
+    for (int o = 0; o < outs; o++) wc[o] = load_numbers(w[o], c, n, type);
     for (int r = 0; r < rows; r++) {
         const vf xc = vf_load_n(x + r * ldx + c, n);
         for (int o = 0; o < outs; o++) acc[r * outs + o] = vf_fma(wc[o], xc, acc[r * outs + o]);
@@ -97,16 +94,17 @@ static inline __attribute__((always_inline)) void int8_products(vi *acc, const v
     }
 }
 
-/* Stores a tile (rows x outs, of which n columns are in out) at row i, column j of out: scales the sums of INT8, adds
+/* Stores a tile (rows x outs, of which n columns are in out) at row i, column j of out: scales the sums of bytes, adds
  * the bias and, if `accumulate`, the old out. */
 static inline __attribute__((always_inline)) void store_tile(float *out, vf sums, const Linear *layer,
                                                              const Quantized *q, int64_t i, int64_t j, const int64_t n,
                                                              int accumulate, const int rows, const int type) {
     const int outs = VF_LEN / rows;
     float lanes[VF_LEN] = {0.0f};
-    if (type == INT8) {
+    if (type == INT8 || type == SIGNED8) {
         for (int r = 0; r < rows; r++)
-            for (int64_t o = 0; o < n; o++) lanes[r * outs + o] = q->scales[i + r] * layer->scale[j + o];
+            for (int64_t o = 0; o < n; o++)
+                lanes[r * outs + o] = (type == INT8 ? q->scales[i + r] : 1.0f) * layer->scale[j + o];
         sums = vf_mul(sums, vf_load(lanes));
     }
     if (layer->bias) {
@@ -127,7 +125,7 @@ static inline __attribute__((always_inline)) void store_tile(float *out, vf sums
 /* w = `outs` rows of weight from row j on; rows past the last are the last. */
 static inline __attribute__((always_inline)) void weight_rows(const void *w[MAX_OUTS], const Linear *layer, int64_t j,
                                                               const int outs, const int type) {
-    const int64_t row_bytes = layer->C * weight_bytes(type);
+    const int64_t row_bytes = layer->C * bytes_of(type);
     for (int o = 0; o < outs; o++) w[o] = (const char *)layer->weight + min64(j + o, layer->OC - 1) * row_bytes;
 }
 
@@ -215,7 +213,7 @@ static inline __attribute__((always_inline)) void columns_of_type(float *out, co
                                                                   int64_t to, int accumulate, const int type) {
     const int64_t groups = TILE_ROWS > 1 ? N / TILE_ROWS : 0;
     for (int64_t j = from; j < to; j += VF_LEN) {
-        const char *ahead = (const char *)layer->weight + (j + VF_LEN) * layer->C * weight_bytes(type);
+        const char *ahead = (const char *)layer->weight + (j + VF_LEN) * layer->C * bytes_of(type);
         for (int64_t k = j; k < min64(j + VF_LEN, to) && groups > 0; k += TILE_OUTS) {
             if (groups == 1)
                 multi_row_tile(out, layer, x, q, 0, k, accumulate, &ahead, TILE_OUTS, type);
@@ -229,7 +227,7 @@ static inline __attribute__((always_inline)) void columns_of_type(float *out, co
 }
 
 Linear linear_rows_of(const Linear *layer, int64_t from, int64_t to) {
-    const char *weight = (const char *)layer->weight + from * layer->C * weight_bytes(layer->type);
+    const char *weight = (const char *)layer->weight + from * layer->C * bytes_of(layer->type);
     const float *scale = layer->scale ? layer->scale + from : NULL, *bias = layer->bias ? layer->bias + from : NULL;
     return (Linear){weight, scale, bias, layer->C, to - from, layer->type};
 }
@@ -240,6 +238,8 @@ void linear_columns(float *out, const Linear *layer, const float *x, const Quant
         columns_of_type(out, layer, x, q, N, from, to, accumulate, INT8);
     else if (layer->type == FP16)
         columns_of_type(out, layer, x, NULL, N, from, to, accumulate, FP16);
+    else if (layer->type == SIGNED8)
+        columns_of_type(out, layer, x, NULL, N, from, to, accumulate, SIGNED8);
     else
         columns_of_type(out, layer, x, NULL, N, from, to, accumulate, FP32);
 }

@@ -52,6 +52,12 @@ static inline vf vf_zip_hi(vf a, vf b) {
     return _mm512_permutex2var_ps(a, lanes, b);
 }
 static inline vf vf_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline void vf_store_half(uint16_t *p, vf x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline vf vf_load_bytes(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 /* The upper halves of a's 32-bit lanes, then b's: as 16-bit lanes in this order. */
 static inline vf vf_upper_halves(vf a, vf b) {
     const __m256i high_a = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a), 16));
@@ -131,6 +137,12 @@ static inline vf vf_zip_hi(vf a, vf b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
 static inline vf vf_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline void vf_store_half(uint16_t *p, vf x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline vf vf_load_bytes(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 static inline vf vf_upper_halves(vf a, vf b) {
     const __m256i high_a = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
     const __m256i high_b = _mm256_srli_epi32(_mm256_castps_si256(b), 16);
@@ -189,7 +201,15 @@ static inline vf vf_load_half(const uint16_t *p) { /* fp16 fields at the places 
     const __m128i sign = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x8000)), 16);
     const __m128i rest = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi32(0x7fff)), 13);
     const vf x = _mm_mul_ps(_mm_castsi128_ps(rest), vf_set1(0x1p112f));
-    return _mm_or_ps(x, _mm_castsi128_ps(sign));
+    /* infinity and NaN, which became 2^16 and more, get float's largest exponent */
+    const vf beyond = _mm_and_ps(_mm_cmpge_ps(x, vf_set1(0x1p16f)), vf_set1(INFINITY));
+    return _mm_or_ps(_mm_or_ps(x, beyond), _mm_castsi128_ps(sign));
+}
+static inline vf vf_load_bytes(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    const __m128i x = _mm_cvtsi32_si128(four), twice = _mm_unpacklo_epi8(x, x);
+    return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
 }
 static inline vf vf_upper_halves(vf a, vf b) {
     const __m128i high_a = _mm_srai_epi32(_mm_castps_si128(a), 16), high_b = _mm_srai_epi32(_mm_castps_si128(b), 16);
@@ -234,6 +254,12 @@ static inline vf vf_scale2(vf a, vf t) {
 static inline vf vf_zip_lo(vf a, vf b) { return vzip1q_f32(a, b); }
 static inline vf vf_zip_hi(vf a, vf b) { return vzip2q_f32(a, b); }
 static inline vf vf_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline void vf_store_half(uint16_t *p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+static inline vf vf_load_bytes(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 static inline vf vf_upper_halves(vf a, vf b) {
     const uint16x4_t high_a = vshrn_n_u32(vreinterpretq_u32_f32(a), 16);
     const uint16x4_t high_b = vshrn_n_u32(vreinterpretq_u32_f32(b), 16);
@@ -312,8 +338,11 @@ static inline vf vf_load_half(const uint16_t *p) { /* fp16 fields at the places 
     const uint32_t rest = (uint32_t)(*p & 0x7fff) << 13;
     float x;
     memcpy(&x, &rest, 4);
-    return (*p & 0x8000 ? -x : x) * 0x1p112f;
+    x *= 0x1p112f;
+    if (x >= 0x1p16f) x = *p & 0x3ff ? NAN : INFINITY;
+    return *p & 0x8000 ? -x : x;
 }
+static inline vf vf_load_bytes(const int8_t *p) { return *p; }
 static inline vf vf_upper_halves(vf a, vf b) {
     uint32_t lower, upper;
     memcpy(&lower, &a, 4);
@@ -440,12 +469,46 @@ static inline vf vf_bf16_dot(vf sum, vf a, vf b) {
 }
 #endif
 
+#if !defined(__F16C__) && !defined(__ARM_NEON)
+/* The IEEE half nearest to x, of two the even one. */
+static inline uint16_t half_of(float x) {
+    uint32_t bits, sign;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);  /* NaN */
+    if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* from 65520 on: infinity */
+    if (bits >= 0x38800000) return (uint16_t)(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+    memcpy(&x, &bits, 4); /* denormals are multiples of 2^-24, to which adding 0.5 rounds */
+    x += 0.5f;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)(sign | (bits - 0x3f000000));
+}
+static inline void vf_store_half(uint16_t *p, vf x) {
+    float lanes[VF_LEN];
+    vf_store(lanes, x);
+    for (int i = 0; i < VF_LEN; i++) p[i] = half_of(lanes[i]);
+}
+#endif
+
 /* The first n numbers from p, then zeros: for the end of a row. */
 static inline vf vf_load_half_n(const uint16_t *p, int64_t n) {
     uint16_t lanes[VF_LEN] = {0};
     if (n >= VF_LEN) return vf_load_half(p);
     memcpy(lanes, p, (size_t)n * sizeof(uint16_t));
     return vf_load_half(lanes);
+}
+static inline vf vf_load_bytes_n(const int8_t *p, int64_t n) {
+    int8_t lanes[VF_LEN] = {0};
+    if (n >= VF_LEN) return vf_load_bytes(p);
+    memcpy(lanes, p, (size_t)n);
+    return vf_load_bytes(lanes);
+}
+/* Writes the first n numbers only. */
+static inline void vf_store_half_n(uint16_t *p, vf x, int64_t n) {
+    uint16_t lanes[VF_LEN];
+    vf_store_half(lanes, x);
+    memcpy(p, lanes, (size_t)(n < VF_LEN ? n : VF_LEN) * sizeof(uint16_t));
 }
 static inline vb vb_load_unsigned_n(const uint8_t *p, int64_t n) {
     uint8_t bytes[VB_LEN] = {0};

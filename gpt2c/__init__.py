@@ -1,7 +1,8 @@
 """Train and run GPT-2 and Llama on an ordinary CPU, on C kernels.
 
 `Tokenizer` turns text into token ids, `GPT2` and `Llama` compute losses and gradients of them,
-`AdamW` updates the model, `Generator` writes text with both, and `Chat` holds a conversation.
+`AdamW` updates the model, `Generator` writes text with both, `Chat` holds a conversation, and
+`Classifier` labels texts.
 `from_pretrained` loads a model of any kind, `Engine` serves many requests with one, `gpt2c.ops` has
 the kernels, `gpt2c.scoring` measures how good a model is.
 
@@ -27,6 +28,7 @@ from gpt2c.kernels import (
 if TYPE_CHECKING:
     from gpt2c import ops
     from gpt2c.chat import Chat
+    from gpt2c.evaluate.classifier import Classifier
     from gpt2c.generate.engine import Engine
     from gpt2c.generate.sampling import GenerationConfig
     from gpt2c.generator import Generator
@@ -46,6 +48,7 @@ __all__ = [
     "GPT2",
     "AdamW",
     "Chat",
+    "Classifier",
     "Dropout",
     "Engine",
     "GPT2Config",
@@ -69,6 +72,7 @@ _HOMES = {
     "GPT2": "gpt2",
     "AdamW": "train.optimizer",
     "Chat": "chat",
+    "Classifier": "evaluate.classifier",
     "Dropout": "model.block",
     "Engine": "generate.engine",
     "GPT2Config": "model.gpt2",

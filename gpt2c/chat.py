@@ -24,6 +24,8 @@ from gpt2c.text.chat import CHAT_TEMPLATE, Message, check_messages, encode_chat
 
 __all__ = ["Chat"]
 
+ROOM = 1024  # tokens that there is memory for at first: a Llama's whole context may be too large
+
 
 class Chat:
     """A conversation with a model.
@@ -91,7 +93,8 @@ class Chat:
         self._ends = self._config.ends(generator.model.config.vocab_size)
         self._ends |= {generator.tokenizer.eot}
         self._generator = generator
-        self._decoder = generator.model.decoder()
+        self._context = generator.model.config.n_positions
+        self._decoder = generator.model.decoder(1, min(ROOM, self._context))
         self._cached: list[int] = []  # the tokens whose keys and values the decoder has
         self._system = [] if system is None else check_messages([Message("system", system)])
         self._answer: Pieces[str, None, None] | None = None
@@ -125,13 +128,14 @@ class Chat:
         self._end_answer()
         question = check_messages([*self.messages, Message("user", text)], place="the chat")[-1]
         ids = self._make_room(question)
+        self._grow(len(ids) + self._config.max_new_tokens)
         self._turns += 1
         self._answer = self._pieces(question, ids, self._turns)
         return self._answer
 
     def _make_room(self, question: Message) -> list[int]:
         """Forget the oldest turns until an answer has room; return the ids that it continues."""
-        tokenizer, context = self._generator.tokenizer, self._decoder.capacity
+        tokenizer, context = self._generator.tokenizer, self._context
         ids, _ = encode_chat(tokenizer, [*self._system, question], answer=True)
         if len(ids) > context:
             told = " with the system message" if self._system else ""
@@ -147,6 +151,15 @@ class Chat:
             del self.messages[len(self._system) : len(self._system) + 2]
             self.forgotten += 1
         return ids
+
+    def _grow(self, size: int) -> None:
+        """Take memory for `size` tokens, or for the whole context, and keep what is cached."""
+        old = self._decoder
+        if old.capacity < min(size, self._context):
+            capacity = min(max(size, 2 * old.capacity), self._context)
+            self._decoder = self._generator.model.decoder(1, capacity)
+            self._decoder.keys[..., : old.capacity, :] = old.keys
+            self._decoder.values[..., : old.capacity, :] = old.values
 
     def _pieces(self, question: Message, ids: list[int], turn: int) -> Pieces[str, None, None]:
         """Read what is new of a conversation, and yield its answer."""

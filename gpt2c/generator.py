@@ -25,6 +25,7 @@ from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.memory import Array
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.reader import check_cache
 from gpt2c.pretrained import open_found
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -120,16 +121,17 @@ class Generator:
     tokenizer : its tokenizer
     eos_token_id : a token id or several that end a text unless a call names others; None is the
         tokenizer's end of text
+    cache : the type of keys and values unless a call names another, see `gpt2c.GenerationConfig`
 
     Attributes
     ----------
     count : the number of tokens generated so far, by all calls
-    eos_token_id : see above
+    eos_token_id, cache : see above
 
     Raises
     ------
     ValueError : the tokenizer has tokens that the model lacks; a model may have more, as padding,
-        which are never chosen
+        which are never chosen; or an unknown cache
 
     Examples
     --------
@@ -146,13 +148,16 @@ class Generator:
         model: LanguageModel,
         tokenizer: Tokenizer,
         eos_token_id: int | Collection[int] | None = None,
+        cache: str = "fp32",
     ) -> None:
+        check_cache(cache)
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         check_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer")
         self.unused = tokenizer.unused_ids(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eot if eos_token_id is None else eos_token_id
+        self.cache = cache
         self.count = 0
 
     def __repr__(self) -> str:
@@ -166,6 +171,7 @@ class Generator:
         quantize: str | None = None,
         revision: str | None = None,
         threads: int | None = None,
+        cache: str = "fp32",
         adapter: str | os.PathLike[str] | None = None,
         check_base: bool = True,
     ) -> Generator:
@@ -178,6 +184,7 @@ class Generator:
         ----------
         path_or_name, backend, revision, threads, adapter, check_base : see `GPT2.from_pretrained`
         quantize : see there; None keeps a model quantized that was saved so
+        cache : see `Generator`
 
         Raises
         ------
@@ -189,7 +196,7 @@ class Generator:
         tokenizer = Tokenizer.from_pretrained(found.path)
         # A smaller vocabulary lacks transformers' default, 50256.
         known = [token for token in found.ends if 0 <= token < tokenizer.vocab_size]
-        return cls(model, tokenizer, known or None)
+        return cls(model, tokenizer, known or None, cache)
 
     @overload
     def generate(
@@ -240,8 +247,8 @@ class Generator:
         prompt : a string, or several; an empty one starts a new text. `model.generate` continues
             token ids
         settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and the
-            default of eos_token_id is the generator's. allowed_special, see `Tokenizer.encode`: the
-            names of special tokens to recognize in the prompt, or "all"
+            defaults of eos_token_id and cache are the generator's. allowed_special, see
+            `Tokenizer.encode`: the names of special tokens to recognize in the prompt, or "all"
 
         Returns
         -------
@@ -397,6 +404,8 @@ class Generator:
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be strings of at least one character, got {text!r}")
+        if settings.get("cache") is None:
+            settings["cache"] = self.cache
         config = GenerationConfig(**{"eos_token_id": self.eos_token_id} | settings)
         if config.logprobs:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")

@@ -6,8 +6,9 @@ inputs, the numbers, offsets or weights of rows, and the backend. They return th
 `gpt2c.kernels.reference` defines what an op computes.
 
 Arrays must be C-contiguous float32 (backend "numpy" takes float64 as well), token ids int32; the
-weights of `matmul_forward` and `encoder_forward` may be float16 or uint8. Gradients are new arrays,
-not added to earlier ones.
+weights of `matmul_forward` and `encoder_forward` may be float16 or uint8, the caches of
+`attention_forward` float16, or int8 with scales. Gradients are new arrays, not added to earlier
+ones.
 Every function raises ValueError if an array has another dtype, layout or shape, a number or token
 id is out of range, or the backend is unknown, and MemoryError if the results do not fit. Knows
 nothing about models.
@@ -48,7 +49,9 @@ LARGEST = 2**31 - 1  # token ids and positions are int32
 LOWEST = {"ids": 0, "targets": -1}
 INTEGERS = (*LOWEST, "offsets")
 # after the others, so that older calls by position mean the same
-LATER, LAST = ("offsets", "weights"), ("dropout", "key", "first", "precision")
+LATER = ("offsets", "weights")
+LAST = ("dropout", "key", "first", "precision", "key_scales", "value_scales")
+EIGHT_BITS = {"weights": "uint8", "cache": "int8"}
 
 __all__ = list(OPS)
 
@@ -70,11 +73,12 @@ def _public(op: Op) -> Callable[..., Any]:
         **{array.name: none for array in inputs if not array.optional},
         **{name: none for name, letter in given_sizes.items() if letter != "KV"},
         **{name: none for name, value in numbers.items() if value is None},
-        **{array.name: None for array in inputs if array.optional and array.name not in LATER},
+        **{a.name: None for a in inputs if a.optional and a.name not in LATER + LAST},
         **{n: value for n, value in numbers.items() if value is not None and n not in LAST},
         **{array.name: None for array in inputs if array.name in LATER},
         **{name: None for name, letter in given_sizes.items() if letter == "KV"},
         **{name: value for name, value in numbers.items() if name in LAST},
+        **{array.name: None for array in inputs if array.name in LAST},
         "backend": "auto",
     }
     types = {array.name: "Array | None" if array.optional else "Array" for array in inputs}
@@ -102,9 +106,11 @@ def _public(op: Op) -> Callable[..., Any]:
                 given["backend"], given[name] = value, defaults[name]
         backend = get_backend(given["backend"])
         arrays = {array: given[array.name] for array in inputs if given[array.name] is not None}
-        updated = [array.mode == "~" for array in arrays].count(True)
+        updated = {array.kind for array in arrays if array.mode == "~"}
+        if "scales" in updated:  # of a cache
+            updated.add("cache")
         for array in inputs:
-            missing = not array.optional or (updated and array.mode == "~")
+            missing = not array.optional or (array.mode == "~" and array.kind in updated)
             if missing and given[array.name] is None:
                 raise ValueError(f"{array.name} must be a NumPy array, got None")
         if "KV" in given_sizes.values() and given["n_kv_head"] is None:
@@ -230,14 +236,20 @@ def _check_type(array: Argument, value: Any, arrays: dict[Argument, Any], common
     allowed: tuple[str, ...] = (common,)
     if array.kind in INTEGERS:
         allowed = ("int32",)
-    elif array.kind == "weights":
-        scaled = any(other.name == "scale" for other in arrays)
-        if value.dtype == np.uint8 and not scaled:
-            raise ValueError("scale must be given for weights of 8 bits")
-        allowed = ("uint8",) if scaled else (common, "float16")
+    elif array.kind == "scales":
+        allowed = ("float32",)
+    elif array.kind in EIGHT_BITS:
+        eight, scales = EIGHT_BITS[array.kind], [a.name for a in arrays if "scale" in a.name]
+        if value.dtype == eight and not scales:
+            needed = "scale" if array.kind == "weights" else "key_scales"
+            raise ValueError(f"{needed} must be given for {array.kind} of 8 bits")
+        allowed = (eight,) if scales else (common, "float16")
+        first = next(other for other in arrays if other.kind == array.kind)
+        if arrays[first].dtype in allowed:  # keys and values have one type
+            allowed = (str(arrays[first].dtype),)
     if value.dtype not in [np.dtype(dtype) for dtype in allowed]:
         raise ValueError(f"{name} must be {' or '.join(allowed)}, got {value.dtype}")
-    if value.dtype == np.float16 and not np.isfinite(value).all():
+    if array.kind == "weights" and value.dtype == np.float16 and not np.isfinite(value).all():
         raise ValueError(f"{name} holds nan or infinity; weights of 16 bits must be finite")
     if value.dtype == np.uint8 and value.shape[-1:] > (LONGEST,):
         raise ValueError(
@@ -380,6 +392,8 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
         key: int = 0,
         first: int = 0,
         precision: str = "fp32",
+        key_scales: Array | None = None,
+        value_scales: Array | None = None,
         backend: str = "auto",
     ) -> tuple[Array, ...]: ...
 

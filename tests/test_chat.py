@@ -16,6 +16,7 @@ from gpt2c.model.reader import Decoder
 from gpt2c.text.chat import CHAT_TEMPLATE, Message, encode_chat
 
 BYTES = Tokenizer.from_name("bytes")
+BPE = Tokenizer.train(["the assistant and the user: hello, hello"] * 3, 280)
 
 
 class Upper:
@@ -70,13 +71,13 @@ def capitals(capacity: int = 400, system: str | None = None, **settings: Any) ->
     return Chat(Generator(model, BYTES), system, temperature=0, **settings), model.upper
 
 
-def babbling(**settings: Any) -> Chat:
+def babbling(tokenizer: Tokenizer = BYTES, **settings: Any) -> Chat:
     """Return a chat with a random model: its answers depend on all that it reads."""
-    config = GPT2Config(257, n_positions=400, n_embd=32, n_layer=2, n_head=2)
+    config = GPT2Config(tokenizer.vocab_size, n_positions=400, n_embd=32, n_layer=2, n_head=2)
     model = GPT2(config, seed=2)
     for array in model.parameters.values():
         array *= 20 if array.ndim == 2 else 1
-    return Chat(Generator(model, BYTES), **settings)
+    return Chat(Generator(model, tokenizer), **settings)
 
 
 # ---- what is read and remembered -----------------------------------------------------------------
@@ -121,9 +122,17 @@ def test_blanks_around_an_answer_are_forgotten() -> None:
     assert upper.seen == encode_chat(BYTES, chat.messages)[0][:-1]
 
 
-def test_answers_are_those_of_a_conversation_that_is_read_at_once() -> None:
-    """The kept keys and values change nothing."""
-    chat = babbling(system="Be brief.", temperature=0, max_new_tokens=12)
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("room", [10, 1024])
+def test_answers_are_those_of_a_conversation_that_is_read_at_once(
+    tokenizer: Tokenizer, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept keys and values change nothing, also where their memory grows."""
+    settings = {"system": "Be brief.", "temperature": 0, "max_new_tokens": 12}
+    monkeypatch.setattr("gpt2c.chat.ROOM", room)
+    chat = babbling(tokenizer, **settings)
+    monkeypatch.undo()
+    assert chat._decoder.capacity == min(room, 400)
     reads = []
     read = Decoder.read
 
@@ -132,7 +141,7 @@ def test_answers_are_those_of_a_conversation_that_is_read_at_once() -> None:
         return read(self, tokens, slot, position)
 
     for question in ("Hi", "Why?", "And then?"):
-        other = babbling(system="Be brief.", temperature=0, max_new_tokens=12)
+        other = babbling(tokenizer, **settings)
         other.messages = [*chat.messages]
         expected = other.ask(question)
         with pytest.MonkeyPatch.context() as patch:
@@ -140,6 +149,7 @@ def test_answers_are_those_of_a_conversation_that_is_read_at_once() -> None:
             assert chat.ask(question) == expected and len(expected) > 1
     assert len({message.content for message in chat.messages[2::2]}) == 3
     assert reads[0][0] == 0 and all(position > 20 for position, _ in reads[1:])
+    assert 100 < chat._decoder.capacity <= 400
 
 
 def test_the_same_seed_has_the_same_conversation() -> None:

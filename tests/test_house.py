@@ -40,6 +40,7 @@ KNOWN = {  # packages that few files may import: of an extra, or of a benchmark'
     "gguf": {"formats/gguf.py"},
     "huggingface_hub": {"files/hub.py", "files/hub_guard.py"},
     "lm_eval": {"evaluate/lm_eval.py"},
+    "sklearn": {"evaluate/text_baselines.py"},
     **{name: {"bench/peers.py", "bench/engines.py", "bench/worker.py"} for name in PEERS},
 }
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -6,12 +6,14 @@ Both sides compute in float32 and round differently, by 6e-8 at each of thousand
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,10 @@ from helpers.cases import small_shape
 
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, from_pretrained, ops
 from gpt2c.bench.worker import TINY, Worker
+from gpt2c.evaluate.classifier import Classifier, encode
+from gpt2c.evaluate.metrics import compare
+from gpt2c.finetune.classify import class_weights, classify, weighted_cross_entropy
+from gpt2c.finetune.preference import PairLoss, bradley_terry, kto, reference_point
 from gpt2c.formats.llama_layout import LLAMA
 from gpt2c.formats.load import find_model
 from gpt2c.formats.peft import PARTS
@@ -876,6 +882,186 @@ def test_we_load_adapters_of_peft(kind: str, peft: Any, tmp_path: Path) -> None:
     check_adapted(adapted, from_pretrained(tmp_path / "ours"), config)
 
 
+# ---- preferences ---------------------------------------------------------------------------------
+
+PROMPTS, ENDS_AT = (5, 3, 1, 9), ((17, 29, 4, 10), (8, 29, 3, 20))  # of the chosen, the rejected
+PREFERENCES = [
+    PairLoss(),
+    PairLoss("sigmoid", 0.3, label_smoothing=0.2),
+    PairLoss("robust", 0.3, label_smoothing=0.2),
+    PairLoss("hinge", 0.2),
+    PairLoss("ipo", 0.5),
+    PairLoss("simpo", 2.0, simpo_gamma=0.7),
+    PairLoss("simpo", 2.0, label_smoothing=0.1, simpo_gamma=0.7),
+]
+
+
+@pytest.fixture
+def trl() -> Any:
+    """Return TRL's trainers, whose losses are called on an object that stands for a trainer."""
+    pytest.importorskip("trl", reason="TRL is not installed, nor is it needed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are not ours
+        from trl import DPOTrainer, KTOTrainer, RewardTrainer
+        from trl.experimental.cpo import CPOTrainer
+    return SimpleNamespace(dpo=DPOTrainer, kto=KTOTrainer, reward=RewardTrainer, cpo=CPOTrainer)
+
+
+class Preferring:
+    """A model on both sides, and completions of which some are chosen and as many rejected."""
+
+    def __init__(self) -> None:
+        self.both = pair(SMALL, get_backend().name)
+        rng = np.random.default_rng(5)
+        self.ends = [end for side in ENDS_AT for end in side]
+        self.idx = [rng.integers(0, SMALL.vocab_size, end) for end in self.ends]
+        self.starts = PROMPTS * 2
+        self.lengths = np.subtract(self.ends, self.starts)
+        self.mask = torch.zeros(len(self.idx), max(self.ends), dtype=torch.long)
+        for row, start, end in zip(self.mask, self.starts, self.ends, strict=True):
+            row[start:end] = 1
+
+    def theirs(self) -> Any:
+        """Return the log-probability of each token of a completion, and 0 elsewhere."""
+        padded = torch.zeros_like(self.mask)
+        for row, ids in zip(padded, self.idx, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        logs = self.both.torch(padded).logits[:, :-1].log_softmax(-1)
+        return logs.gather(-1, padded[:, 1:, None])[..., 0] * self.mask[:, 1:]
+
+    def ours(self) -> Any:
+        """Return the log-probabilities of completions, (B,) float64."""
+        masks = zip(self.idx, self.starts, strict=True)
+        targets = [np.where(np.arange(1, len(ids)) >= start, ids[1:], -1) for ids, start in masks]
+        losses = self.both.gpt2c.losses([ids[:-1] for ids in self.idx], targets)
+        return -np.array([one.sum(dtype=np.float64) for one in losses])
+
+    def stand_in(self, **fields: Any) -> Any:
+        """Return what a trainer's loss asks of the trainer."""
+        same = lambda value: value  # noqa: E731
+        return SimpleNamespace(
+            model=SimpleNamespace(training=True),
+            accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
+            args=SimpleNamespace(center_rewards_coefficient=None),
+            aux_loss_enabled=False,
+            precompute_ref_logps=True,
+            _metrics={"train": collections.defaultdict(list)},
+            _total_train_tokens=0,
+            _tp_size=1,
+            **fields,
+        )
+
+    def output(self, logs: Any) -> Any:
+        """Return what a trainer's loss asks of the model: only log_probs are in a loss."""
+        others = dict.fromkeys(("entropy", "mean_logits"), torch.zeros_like(logs))
+        return SimpleNamespace(log_probs=logs, is_top1=self.mask[:, 1:] > 0, **others)
+
+    def check(self, losses: Any, slopes: Any, loss: Any) -> None:
+        """Compare the mean of losses, and the gradients that slopes (B,) of sequences give."""
+        assert losses.mean() == pytest.approx(loss.item(), rel=LOGITS)
+        self.both.torch.zero_grad()
+        loss.backward()
+        self.both.gpt2c.zero_grad()
+        share = -slopes / losses.size
+        self.both.gpt2c.backward(
+            weights=[np.full(end - 1, s) for end, s in zip(self.ends, share, strict=True)]
+        )
+        check_gradients(self.both.torch, self.both.gpt2c, lambda tensors: named(tensors.items()))
+
+
+@pytest.mark.parametrize("loss", PREFERENCES, ids=str)
+def test_losses_of_pairs_are_those_of_trl(loss: PairLoss, trl: Any) -> None:
+    on = Preferring()
+    logs, policy, lengths = on.theirs(), on.ours().reshape(2, 4), on.lengths.reshape(2, 4)
+    reference = policy + np.random.default_rng(6).normal(0, 3, (2, 4))
+    stand_in = on.stand_in(
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss.name],
+        loss_weights=[1.0],
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        use_weighting=False,
+    )
+    if loss.name == "simpo" or (loss.name, loss.label_smoothing > 0) == ("sigmoid", True):
+        # TRL's DPO has neither SimPO nor smoothing of "sigmoid", but its CPO has both
+        stand_in.loss_type, stand_in.alpha, stand_in.simpo_gamma = loss.name, 0.0, loss.simpo_gamma
+        each = logs.sum(-1)
+        if loss.name == "simpo":
+            each = each / torch.tensor(on.lengths)
+        else:
+            each = each - torch.tensor(reference.reshape(-1))
+        theirs = trl.cpo.cpo_loss(stand_in, each[:4], each[4:])[0].mean()
+        on.check(*flat(loss(policy, reference if loss.has_reference else None, lengths)), theirs)
+        return
+    inputs = {
+        "input_ids": torch.zeros_like(on.mask),
+        "attention_mask": torch.ones_like(on.mask),
+        "completion_mask": on.mask,
+        "ref_chosen_logps": torch.tensor(reference[0]),
+        "ref_rejected_logps": torch.tensor(reference[1]),
+    }
+    theirs = trl.dpo._compute_loss(stand_in, lambda **_: on.output(logs), inputs, False)
+    on.check(*flat(loss(policy, reference, lengths)), theirs)
+
+
+def flat(found: Any) -> Any:
+    """Return losses, and slopes (2,B) as those of the 2B sequences."""
+    return found[0], found[1].reshape(-1)
+
+
+def test_loss_of_single_completions_is_that_of_trl(trl: Any) -> None:
+    on = Preferring()
+    logs, policy = on.theirs(), on.ours()
+    rng, liked = np.random.default_rng(7), np.arange(8) % 3 > 0
+    reference = policy + rng.normal(0, 3, 8)
+    far = rng.normal(2, 1, (2, 8))
+    stand_in = on.stand_in(
+        loss_type="kto",
+        beta=0.2,
+        desirable_weight=1.5,
+        undesirable_weight=0.7,
+        calculate_KL=True,
+        _compute_kl_logps=lambda *_: torch.tensor(far[0]),
+    )
+    inputs = {
+        "input_ids": torch.zeros_like(on.mask),
+        "attention_mask": torch.ones_like(on.mask),
+        "completion_mask": on.mask,
+        "label": torch.tensor(liked),
+        "ref_logps": torch.tensor(reference),
+        "ref_KL_logps": torch.tensor(far[1]),
+    }
+    theirs = trl.kto._compute_loss(stand_in, lambda **_: on.output(logs), inputs, False)
+    point = reference_point(*far)
+    assert point == pytest.approx(stand_in._metrics["train"]["kl"][0])
+    losses, slopes = kto(policy, reference, liked, point, 0.2, 1.5, 0.7)
+    on.check(losses, slopes, theirs)
+
+
+@pytest.mark.parametrize(("margin", "centring"), [(None, None), ([0.5, 0.0, 2.0, 1.0], 0.02)])
+def test_loss_of_rewards_is_that_of_trl(margin: Any, centring: Any, trl: Any) -> None:
+    config = dataclasses.replace(SCORED["gpt2"], num_labels=1)
+    theirs, ours, rename = scoring_pair(config, get_backend().name)
+    idx, padded, mask = texts_of(config)
+    stand_in = Preferring.stand_in(None)
+    stand_in.args.center_rewards_coefficient = centring
+    inputs = {"input_ids": padded, "attention_mask": mask}
+    if margin:
+        inputs["margin"] = torch.tensor(margin)
+
+    def model(input_ids: Any, attention_mask: Any, **_: Any) -> Any:
+        return theirs(input_ids, attention_mask=attention_mask)
+
+    loss = trl.reward.compute_loss(stand_in, model, inputs)
+    rewards = ours.scores(idx)[:, 0].astype(np.float64).reshape(2, 4)
+    losses, slopes = bradley_terry(rewards, np.array(margin or 0.0), centring or 0.0)
+    assert losses.mean() == pytest.approx(loss.item(), rel=LOGITS)
+    loss.backward()
+    ours.backward(d_scores=slopes.reshape(8, 1) / 4)
+    check_gradients(theirs, ours, rename)
+
+
 # ---- texts ---------------------------------------------------------------------------------------
 
 END = 0  # of torch_model
@@ -1328,6 +1514,81 @@ def test_bytes_that_a_tokenizer_lacks_are_refused(tmp_path: Path) -> None:
     assert "byte 0xe6 of '日'" in refused(own.encode_batch, ["x" * 99, "a 日"])
     own.save_pretrained(tmp_path / "again")
     assert Tokenizer.from_pretrained(tmp_path / "again").fingerprint == own.fingerprint
+
+
+# ---- metrics of a classifier ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [2, 3, 12])
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_are_those_of_sklearn(K: int, seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng, labels = np.random.default_rng(seed), [f"label {k}" * (1 + k % 2) for k in range(K)]
+    true = rng.integers(0, K - (seed == 3), 60)  # with seed 3 the last label has no text
+    found = np.where(rng.random(60) < 0.6, true, rng.integers(0, max(1, K - (seed == 2)), 60))
+    report, wanted = compare(true, found, labels), {"labels": range(K), "zero_division": 0}
+    assert str(report) == metrics.classification_report(true, found, target_names=labels, **wanted)
+    assert np.array_equal(
+        report.confusion, metrics.confusion_matrix(true, found, labels=wanted["labels"])
+    )
+    each = metrics.precision_recall_fscore_support(true, found, **wanted)
+    ours = (report.precision, report.recall, report.f1, report.support)
+    assert all(np.allclose(a, b, rtol=1e-12) for a, b in zip(ours, each, strict=True))
+    for average in ("macro", "weighted"):
+        each = metrics.precision_recall_fscore_support(true, found, average=average, **wanted)
+        assert getattr(report, average) == pytest.approx(each[:3], rel=1e-12)
+    assert report.accuracy == metrics.accuracy_score(true, found)
+    assert report.matthews == pytest.approx(metrics.matthews_corrcoef(true, found), rel=1e-12)
+
+
+def test_classifier_of_gpt2c_is_one_of_transformers(tmp_path: Path) -> None:
+    """Its labels, its scores alone and in a padded batch, and the weighted loss of PyTorch."""
+    config = GPT2Config(257, 32, 48, 2, 3, eos_token_id=256)
+    GPT2(config, seed=2).save_pretrained(tmp_path / "base")
+    Tokenizer.from_name("bytes").save_pretrained(tmp_path / "base")
+    texts = [f"{'ab' * (1 + n % 5)} {n}" for n in range(24)]
+    rows = [{"text": text, "label": ("ham", "spam")[n % 3 > 1]} for n, text in enumerate(texts)]
+    classify(tmp_path / "base", rows, tmp_path / "run", learning_rate=0.01, max_iters=20)
+    ours = Classifier.from_pretrained(tmp_path / "run")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "run", attn_implementation="eager"
+    ).eval()
+    assert theirs.config.id2label == {0: "ham", 1: "spam"}
+    assert theirs.config.label2id == {"ham": 0, "spam": 1}
+    ids = [encode(text, ours.tokenizer, ours.model.config) for text in texts[:8]]
+    scores = ours.model.scores(ids, keep=False)
+    for row, expected in zip(ids, scores, strict=True):
+        assert_close(
+            "alone", theirs(torch.tensor([row])).logits[0].detach().numpy(), expected, 1e-5
+        )
+    longest = max(map(len, ids))
+    padded = torch.tensor(
+        [row + [theirs.config.pad_token_id] * (longest - len(row)) for row in ids]
+    )
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    found = theirs(padded, attention_mask=mask).logits
+    assert_close("padded", found.detach().numpy(), scores, LOGITS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert GPT2.from_pretrained(tmp_path / "theirs").config.id2label == ("ham", "spam")
+
+    labels = np.array([0, 0, 1, 0, 0, 1, 0, 1])
+    weights = class_weights(labels, 2)
+    found = found.detach().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(
+        found, torch.tensor(labels), torch.tensor(weights, dtype=torch.float32)
+    )
+    loss.backward()
+    w = weights[labels]
+    own, slopes = weighted_cross_entropy(found.detach().numpy(), labels, w, w.sum())
+    assert own == pytest.approx(loss.item(), rel=1e-6)
+    assert_close("gradient", slopes, found.grad.numpy(), 1e-6)
+
+
+def test_class_weights_are_those_of_sklearn() -> None:
+    utils = pytest.importorskip("sklearn.utils", reason="scikit-learn is not installed")
+    labels = np.array([0, 0, 1, 2, 2, 2, 2])
+    theirs = utils.compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert np.allclose(class_weights(labels, 3), theirs, rtol=1e-12)
 
 
 # ---- chat ----------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ def _attention_forward(
     lse: Any,
     keys: Any,
     values: Any,
+    key_scales: Any,
+    value_scales: Any,
     qkv: Any,
     offsets: Any,
     position: int,
@@ -114,7 +116,7 @@ def _attention_forward(
 ) -> Call | None:
     if keys is not None or offsets is not None or dropout or precision != "fp32":
         return None
-    return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), None, None, None]
+    return lambda: [_attention(qkv, out.shape[2], lse.shape[1]), *[None] * 5]
 
 
 def _rope(x: Any, cos: Any, sin: Any, offsets: None, heads: int, position: int) -> Any:

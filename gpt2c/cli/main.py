@@ -19,6 +19,7 @@ from typing import Any
 
 from gpt2c.cli import bench as cli_bench
 from gpt2c.cli import chat as cli_chat
+from gpt2c.cli import classify as cli_classify
 from gpt2c.cli import convert as cli_convert
 from gpt2c.cli import eval as cli_eval
 from gpt2c.cli import finetune as cli_finetune
@@ -101,15 +102,18 @@ def _run(arguments: list[str], out: Door) -> int:
     if not arguments:
         top.print_help()
         return 0
-    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
-    if verb := verbs.get(arguments[0]):
-        arguments[1:] = _for_argparse(arguments[1:], verb)
+    verb, place = top, 0
+    while place < len(arguments) and (inner := _verbs_of(verb).get(arguments[place])):
+        verb, place = inner, place + 1
+    if place:
+        arguments[place:] = _for_argparse(arguments[place:], verb)
     options, unknown = top.parse_known_args(arguments)
     if unknown:
         options.verb.error(_unknown_flag(unknown[0], options.verb))
     out.needed = options.shows
     try:
-        trains = options.run in (run_train, run_demo, cli_finetune.run_method)  # own handlers
+        own = (run_train, run_demo, cli_finetune.run_method, cli_classify.run_train)
+        trains = options.run in own  # they have handlers of their own
         with nullcontext() if trains else _ended_as_by_ctrl_c():
             code: int = options.run(options)
         out.flush()
@@ -127,6 +131,14 @@ def _run(arguments: list[str], out: Door) -> int:
     except MemoryError as error:
         _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
     return 2
+
+
+def _verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the verbs of the command line, or those of a verb such as `classify`; {} for none."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    return {}
 
 
 def _for_argparse(arguments: list[str], verb: argparse.ArgumentParser) -> list[str]:
@@ -203,6 +215,11 @@ def parser() -> argparse.ArgumentParser:
     add_settings(verb, {})
 
     cli_finetune.add_verbs(partial(_verb, verbs))
+    text = "label texts: train a classifier, evaluate it, predict with it"
+    inner = verbs.add_parser("classify", help=text, description=text).add_subparsers(
+        required=True, metavar="COMMAND", title="commands"
+    )
+    cli_classify.add_verbs(partial(_verb, inner))
 
     text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))

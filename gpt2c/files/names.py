@@ -8,6 +8,7 @@ __all__ = [
     "CHAT_TEMPLATE_FILE",
     "CHECKPOINTS",
     "CONFIG_FILE",
+    "CONFUSION_FILE",
     "DAMAGED_FILE",
     "EVENTS",
     "GENERATION_FILE",
@@ -70,6 +71,7 @@ EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
 RUNS_FILE = "plot.png"
 RESULT_FILE = "result.json"
+CONFUSION_FILE = "confusion.png"  # of a classifier
 
 
 def check_named(what: str, name: str | os.PathLike[str]) -> None:

@@ -4,7 +4,10 @@ A method is an objective, a reader of examples and a verb. tune.py is the frame 
 have: base model in, examples in, a run's directory out. See the method's file for its formulas.
 """
 
+from gpt2c.finetune.classify import Classified, classify
+from gpt2c.finetune.dpo import dpo
+from gpt2c.finetune.reward import reward
 from gpt2c.finetune.sft import sft
 from gpt2c.finetune.tune import Result
 
-__all__ = ["Result", "sft"]
+__all__ = ["Classified", "Result", "classify", "dpo", "reward", "sft"]

@@ -27,6 +27,14 @@ class FinetuneSettings(Settings):
     ValueError : a setting is out of range, or the schedule refuses it
     """
 
+    freeze: str = setting(
+        *("model", "", 'parameters that stay as they are, such as "wte.*,h.[0-3].*"'),
+        fixed=True,
+    )
+    random_weights: bool = setting(
+        *("model", False, "begin with random weights, not the base's: what is the base worth?"),
+        fixed=True,
+    )
     learning_rate: float = setting("optimizer", 2e-5, "the highest learning rate")
     weight_decay: float = setting("optimizer", 0.0, "AdamW's weight decay, of matrices only")
     beta2: float = setting("optimizer", 0.999, "AdamW's memory of squared gradients")

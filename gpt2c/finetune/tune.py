@@ -47,7 +47,7 @@ from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "tune"]
+__all__ = ["Base", "Check", "Method", "Result", "tune", "write_result"]
 
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
@@ -194,7 +194,7 @@ def tune(
                 except StoppedError:
                     return Result(out, 0, run.settings.max_iters, 0, 0.0, {}, {}, True)
                 report(f"before: {evaluated(before, method.unit)}")
-                _write(out, verb, {"before": before})
+                write_result(out, verb, {"before": before})
             method.begin(run)
             done = train_run(
                 run, lambda: method.learn(run), evaluation, stop, method.shown, method.unit
@@ -204,7 +204,7 @@ def tune(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
             *(before, {} if interrupted else after, interrupted),
         )
-        _write(out, verb, dataclasses.asdict(result) | {"out": str(out)})
+        write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
 
 
@@ -249,6 +249,8 @@ def _prepare(
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
     if found.config.lora is not None:
         raise ValueError(f"{base} holds adapters: make one model with gpt2c merge, and train that")
+    if settings.random_weights:
+        found = dataclasses.replace(found, tensors={})
     method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
     planned = settings.planned(method.examples)
     config = dataclasses.replace(method.config(found.config), lora=settings.adapters)
@@ -272,6 +274,8 @@ def _prepare(
     }
     if record is not None:
         _check_same(out, record, facts)
+    if settings.freeze:
+        model.freeze(*settings.freeze.split(","))
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
@@ -317,7 +321,7 @@ def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:
     return before, after
 
 
-def _write(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
+def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
     """Write result.json; numbers that JSON lacks become null."""
 
     def plain(value: Any) -> Any:

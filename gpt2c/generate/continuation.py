@@ -242,5 +242,6 @@ def continue_prompts(
     ends = config.ends(model.config.vocab_size)
     longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
     capacity = min(longest, model.config.n_positions)
-    decoder = model.decoder(len(prompts) * config.num_return_sequences, capacity)
+    count = len(prompts) * config.num_return_sequences
+    decoder = model.decoder(count, capacity, config.cache)
     return stream(decoder, prompts, config, ends, watches, look, unused)

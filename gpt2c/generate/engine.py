@@ -163,11 +163,12 @@ class Engine:
     capacity : the most tokens of a request, prompt and new; None is n_positions, and then a text
         may become longer, see on_full of `gpt2c.GenerationConfig`
     tokenizer : of the model; ids that it lacks, such as a model's padding, are then never chosen
+    cache : the type of the texts' keys and values, see `gpt2c.GenerationConfig`
 
     Raises
     ------
     ValueError : slots, queue or capacity is not a whole number or is out of range, or the tokenizer
-        has tokens that the model lacks
+        has tokens that the model lacks, or an unknown cache
     MemoryError : the keys and values of `slots` texts do not fit
 
     Examples
@@ -187,6 +188,7 @@ class Engine:
         queue: int = 64,
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
+        cache: str = "fp32",
     ) -> None:
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         most = model.config.n_positions
@@ -209,7 +211,7 @@ class Engine:
         # share, here and in requests, changes only under the lock; no thread holds it for long.
         self._live: list[Request[Any]] = []
         self._make_locks()
-        decoder = model.decoder(slots, self.capacity)
+        decoder = model.decoder(slots, self.capacity, cache)
         # A daemon: the end of the program would wait for another thread before it calls `close`.
         self._thread = threading.Thread(
             target=self._serve, args=(decoder,), name="gpt2c.Engine", daemon=True
@@ -257,7 +259,8 @@ class Engine:
         idx : (T,) token ids; an empty prompt starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
         logprobs : the request also has the log-probability of each token
-        settings : the other fields of `gpt2c.GenerationConfig`, except num_return_sequences
+        settings : the other fields of `gpt2c.GenerationConfig`, except num_return_sequences and
+            cache
 
         Raises
         ------
@@ -272,6 +275,8 @@ class Engine:
                 "a request is one text: num_return_sequences must be 1, got"
                 f" {config.num_return_sequences}; submit the prompt several times"
             )
+        if settings.get("cache") is not None:
+            raise ValueError("cache is the engine's: give it to Engine, not to a request")
         prompt = self._check(idx, config.max_new_tokens)
         ends = config.ends(self._model.config.vocab_size)
         text = Text(prompt, config, ends, slot=-1, unused=self._unused)

@@ -27,7 +27,11 @@ __all__ = ["Kernels", "source"]
 
 Array = NDArray[Any]
 # the method that makes a pointer of an array, for each kind of gpt2c.kernels.op
-VIEWS = {"floats": "_f", "ids": "_i", "targets": "_i", "weights": "_from_buffer", "offsets": "_i"}
+VIEWS = {
+    **dict.fromkeys(("ids", "targets", "offsets"), "_i"),
+    **dict.fromkeys(("floats", "scales"), "_f"),
+    **dict.fromkeys(("weights", "cache"), "_any"),
+}
 
 
 class Kernels:
@@ -50,8 +54,10 @@ class Kernels:
         self._null = module.ffi.NULL
         self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
         self._doubles = module.ffi.typeof("double[]")
-        # C's constants of a weight's dtype character, and of the precision of products
+        # C's constants of the dtype character of a weight or a cache, and of the precision of
+        # products
         self._types = {"f": self._lib.FP32, "e": self._lib.FP16, "B": self._lib.INT8}
+        self._types["b"] = self._lib.SIGNED8
         self._precisions = {"fp32": self._lib.FP32, "bf16": self._lib.BF16}
         # The GIL is released while C runs, so each Python thread needs a pool and scratch of its
         # own.
@@ -85,6 +91,9 @@ class Kernels:
 
     def _i(self, array: Array | None) -> Any:
         return self._null if array is None else self._from_buffer(self._ints, array)
+
+    def _any(self, array: Array | None) -> Any:
+        return self._null if array is None else self._from_buffer(array)
 
     def _scratch(self, size: int) -> Any:
         scratch = getattr(self._local, "scratch", None)
@@ -130,6 +139,8 @@ class Kernels:
             entry = {"C": given["out"].shape[-1]}
             if "keys" in given:
                 entry |= dict(zip(("KV", "P", "HS"), given["keys"].shape[1:], strict=True))
+                entry["cache"] = self._types[given["keys"].dtype.char]
+                entry |= {name: self._any(given.pop(name)) for name in ("keys", "values")}
             if "low" in given:
                 entry["R"] = given["low"].shape[-1]
             for name in ("op", "then"):
@@ -201,13 +212,14 @@ def source(op: Op) -> str:
         f"{n}={value!r}" if isinstance(value, bool | str) else n for n, value in op.numbers.items()
     ]
     letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
-    weights = [array.name for array in op.arrays if array.kind == "weights"]
+    typed = next((array for array in op.arrays if array.kind in ("weights", "cache")), None)
     pointers = [f"self.{VIEWS[array.kind]}({array.name})" for array in op.arrays]
     lines = [f"def {op.name}(self, {', '.join([*arguments, *defaults])}):"]
     lines += [f"{letter} = {size(letter)}" for letter in letters if letter != "HS"]
     lines += [f"HS = {size('HS')}"] if "HS" in letters else []  # of C and NH, which come before
-    if "type" in op.told:
-        lines.append(f"kind = self._types[{weights[0]}.dtype.char]")
+    if typed is not None and "type" in op.told:
+        absent = f"'f' if {typed.name} is None else " if typed.optional else ""
+        lines.append(f"kind = self._types[{absent}{typed.name}.dtype.char]")
     handed = ", ".join([repr(op.name), *pointers, *map(told, [*op.numbers, *op.told])])
     lines.append(f"{'return ' if op.returns else ''}self._call({handed})")
     return "\n    ".join(lines)

@@ -1,10 +1,11 @@
 """Examples of every op: arguments, tolerance, cost, and shapes that GPT-2 uses.
 
 The kernel tests and the benchmarks use it. `EXAMPLES[name].make(rng, **shape)` returns an op's
-arguments for any shape, outputs first: float64 and int32, with float16 and uint8 weights. Outputs
-that are written hold NaN, so that a missed element shows; outputs that are accumulated or updated
-hold numbers. All floats are representable in float32, so that the float64 reference and a float32
-kernel start from the same numbers.
+arguments for any shape, outputs first: float64 and int32, with float16 and uint8 weights, and
+caches of float16, or of int8 with float32 scales. Outputs that are written hold NaN, so that a
+missed element shows; outputs that are accumulated or updated hold numbers. All floats are
+representable in float32, so that the float64 reference and a float32 kernel start from the same
+numbers.
 
 The metric is the normalised error max|a - b| / max|b| over one output, where b is the float64
 reference. The rounding error of a sum grows with the size of its terms, not with the size of a
@@ -241,17 +242,26 @@ def _attention_forward(
     S: int = 0,
     dropout: float = 0.0,
     precision: str = "fp32",
+    cache: str = "float64",
 ) -> list[Any]:
     # with 10, scores spread over hundreds, and most rows of the softmax are a 1 and zeros
     scale, KV = 10.0 if kind == "saturated" else 1.0, KV or NH
     qkv = _normal(rng, B, T, (NH + 2 * KV) * HS, scale=scale)
     outputs = [_unwritten(B, T, NH * HS), _unwritten(B, NH, T)]
     if not P:
-        return [*outputs, None, None, qkv, _offsets(rng, T, S), 0, dropout, KEY, FIRST, precision]
-    keys, values = _normal(rng, B, KV, P, HS, scale=scale), _normal(rng, B, KV, P, HS)
-    for cache in (keys, values):
-        cache[:, :, position : position + T] = np.nan  # written; the rows around them stay
-    return [*outputs, keys, values, qkv, None, position, 0.0, 0, 0, precision]
+        inputs = [None, None, None, None, qkv, _offsets(rng, T, S)]
+        return [*outputs, *inputs, 0, dropout, KEY, FIRST, precision]
+    caches = [_normal(rng, B, KV, P, HS, scale=scale), _normal(rng, B, KV, P, HS)]
+    scales: list[Any] = [None, None]
+    if cache == "int8":
+        caches = [rng.integers(-127, 128, rows.shape, np.int8) for rows in caches]
+        steps = rng.uniform(0.005, 0.02, (2, B, KV, P)).astype(np.float32)
+        scales = [np.float32(scale) * steps[0], steps[1]]
+    written = np.s_[:, :, position : position + T]  # the rows around them stay
+    caches = [rows.astype(cache, copy=False) for rows in caches]
+    for rows in scales if cache == "int8" else caches:
+        rows[written] = np.nan
+    return [*outputs, *caches, *scales, qkv, None, position, 0.0, 0, 0, precision]
 
 
 def _attention_backward(
@@ -270,7 +280,7 @@ def _attention_backward(
         rng, B, T, NH, HS, kind, KV=KV, S=S, dropout=dropout, precision=precision
     )
     out, lse, *_ = _forward("attention_forward", arguments)
-    _, _, _, _, qkv, offsets, _, *numbers = arguments
+    _, _, _, _, _, _, qkv, offsets, _, *numbers = arguments
     return [_unwritten(*qkv.shape), _normal(rng, B, T, NH * HS), qkv, out, lse, offsets, *numbers]
 
 

@@ -4,15 +4,16 @@
 
 Left of the arrow are the outputs, right of it the inputs, then numbers with their defaults; one
 without a default is an int. After the bar are C's other arguments, which follow from the arrays:
-sizes, `type`, the type of the weights, and `f(N threads)`, scratch memory of as many floats as C's
-function f returns, in the order of csrc/gpt2c.h.
+sizes, `type`, that of the weights or of the cache, and `f(N threads)`, scratch memory of as many
+floats as C's function f returns, in the order of csrc/gpt2c.h.
 
     x[N C]     floats, N rows of C; 3C is three times C; * is any shape, the same for all arrays
     +dx[N C]   is added to, because gradients add up
     ~m[*]      is updated, that is, read and written
     dx[*]=x    may be the same memory as x
     bias[C]?   may be None; a letter that only such arrays have is then 0
-    idx[N]ids, targets[N]targets, weight[OC C]weights, offsets[S]offsets    of the types in KINDS
+    idx[N]ids, targets[N]targets, weight[OC C]weights, offsets[S]offsets, keys[P HS]cache,
+    key_scales[P]scales    of the types in KINDS
     t: 1 <= t  a rule, on a line of its own, after the argument that its error names; in it,
                "longest" is the length of the longest sequence
     C = W * NH // ...  the size of a letter that no input has
@@ -71,10 +72,11 @@ lora_backward       dx[N C]?=x +ddown[R C]? +dup[OC R]?
                     | lora_scratch_size(N R threads) N C OC R
 matrix_transpose    out[C R] <- x[R C] | R C
 
-attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]? ~values[B KV P HS]?
+attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]cache? ~values[B KV P HS]cache?
+                    ~key_scales[B KV P]scales? ~value_scales[B KV P]scales?
                     <- qkv[B T W] offsets[S]offsets? position=0 dropout=0.0 key=0 first=0
                     precision='fp32'
-                    | attention_scratch_size(T HS threads) B T C NH W P S
+                    | type attention_scratch_size(T HS threads) B T C NH W P S
     C = W * NH // max(1, NH + 2 * KV)
     n_head: NH >= 1
     n_head: 1 <= KV <= NH and NH % KV == 0
@@ -137,8 +139,8 @@ adamw_update        ~param[*] ~m[*] ~v[*] <- grad[*] learning_rate=3e-4 beta1=0.
 global_norm         norm <- grad[*] | sums n
 """
 # ids in [0, V), targets in [-1, V), weights of float32, float16 or uint8, offsets of the sequences
-# in a ragged batch
-KINDS = ("floats", "ids", "targets", "weights", "offsets")
+# in a ragged batch, a cache of float32, float16 or int8, and its scales, which are always float32
+KINDS = ("floats", "ids", "targets", "weights", "offsets", "cache", "scales")
 ARRAY = re.compile(r"([+~]?)(\w+)\[(.*?)\](\w*)(\?)?(?:=(\w+))?")
 NUMBER = re.compile(r"(\w+)(?:=(\S+))?")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Batch, Life, Parameter, Run, Slot, Stage
+from gpt2c.model.block import NO_CACHE, Batch, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.linear import Linear
 
 if TYPE_CHECKING:
@@ -79,9 +79,8 @@ class Attention:
         self.qkv.forward(run, qkv, x)
         if self._rope:
             self._rope.forward(run, qkv, self.NH + self.KV)
-        keys, values = run.caches.get(self.name, (None, None))
         run.ops.attention_forward(
-            *(run.rows(att), run.a[self._lse], keys, values),
+            *(run.rows(att), run.a[self._lse], *run.caches.get(self.name, NO_CACHE)),
             *(run.rows(qkv), run.offsets, run.position),
             *(*run.dropout.at(self.name), run.precision),
         )
@@ -90,10 +89,10 @@ class Attention:
     def stages(self, run: Run, out: Array, x: Array) -> Iterable[Stage]:
         """Yield the stages that add to out (N, C) what `forward` makes of x (N, C)."""
         qkv, att = run.a[self._qkv], run.a[self._att]
-        keys, values = run.caches[self.name]
-        cos, sin = self._rope.tables(keys.shape[-2]) if self._rope else (None, None)
+        cache = run.caches[self.name]._asdict()
+        cos, sin = self._rope.tables(cache["keys"].shape[-2]) if self._rope else (None, None)
         yield from self.qkv.stages(run, qkv, x)
-        yield Stage("attention", att, qkv, keys=keys, values=values, cos=cos, sin=sin, NH=self.NH)
+        yield Stage("attention", att, qkv, **cache, cos=cos, sin=sin, NH=self.NH)
         yield from self.proj.stages(run, out, att, "add")
 
     def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:

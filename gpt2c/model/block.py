@@ -29,9 +29,11 @@ from gpt2c.kernels.checks import check_kind, number, whole
 from gpt2c.kernels.memory import Array
 
 __all__ = [
+    "NO_CACHE",
     "NO_DROPOUT",
     "Batch",
     "Block",
+    "Cache",
     "Dropout",
     "IntArray",
     "Life",
@@ -45,6 +47,24 @@ __all__ = [
 IntArray = NDArray[np.int32]
 Shape = tuple[int, ...]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Cache(NamedTuple):
+    """What an attention remembers of texts: their keys and values.
+
+    Attributes
+    ----------
+    keys, values : (B, KV, P, HS) float32, float16 or int8
+    key_scales, value_scales : (B, KV, P) float32 for int8, else None
+    """
+
+    keys: NDArray[Any] | None = None
+    values: NDArray[Any] | None = None
+    key_scales: Array | None = None
+    value_scales: Array | None = None
+
+
+NO_CACHE = Cache()
 
 
 class Parameter(NamedTuple):
@@ -149,8 +169,10 @@ class Stage(NamedTuple):
     up: Array | None = None
     low: Array | None = None
     factor: float = 0.0
-    keys: Array | None = None
-    values: Array | None = None
+    keys: NDArray[Any] | None = None
+    values: NDArray[Any] | None = None
+    key_scales: Array | None = None
+    value_scales: Array | None = None
     cos: Array | None = None
     sin: Array | None = None
     NH: int = 0
@@ -230,7 +252,7 @@ class Run:
     batch : its sizes
     offsets : of a ragged batch, which is one row: the first token of each sequence, then T
     accumulate : whether backward adds to the gradients of matrices, or writes them
-    caches : of texts that are read in parts, the name of a block -> what it remembers
+    caches : of texts that are read in parts, the name of a block -> its cache
     position : of the first token
     dropout : of a batch to learn from
     precision : of the products of matrices, "fp32" or "bf16"
@@ -248,7 +270,7 @@ class Run:
         a: Mapping[str, Array],
         batch: Batch,
         offsets: IntArray | None = None,
-        caches: Mapping[str, tuple[Array, Array]] = NOTHING,
+        caches: Mapping[str, Cache] = NOTHING,
         position: int = 0,
         dropout: Dropout = NO_DROPOUT,
         precision: str = "fp32",

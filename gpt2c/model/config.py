@@ -19,6 +19,7 @@ from gpt2c.model.stack import Stack
 __all__ = [
     "ModelConfig",
     "check_eos",
+    "check_label_names",
     "check_lora",
     "check_numbers",
     "check_sizes",
@@ -75,6 +76,10 @@ class ModelConfig:
             """K, the scores of a text; None for a language model."""
 
         @property
+        def id2label(self) -> tuple[str, ...] | None:
+            """The K names of the labels; None for LABEL_0 and so on."""
+
+        @property
         def pad_token_id(self) -> int | None:
             """The token behind shorter texts of a batch, only kept for other readers."""
 
@@ -92,7 +97,7 @@ class ModelConfig:
 
         Unknown keys are ignored, and so is dropout, which `Model.loss` gets. If eos_token_id is a
         list, the first id counts, as transformers pads with it. An id beyond the vocabulary counts
-        as None. The labels of a classifier count, their names do not.
+        as None, and so do names of labels that are not K different texts.
 
         Raises
         ------
@@ -109,7 +114,7 @@ class ModelConfig:
                     raise ValueError(f"{name} must be {wanted}, got {entries[name]!r:.50}")
             names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
             fields = {name: value for name, value in entries.items() if name in names}
-            labels = dict.fromkeys(("num_labels", "pad_token_id"))
+            labels = dict.fromkeys(("num_labels", "id2label", "pad_token_id"))
             if entries.get("architectures") == [cls.classifier]:
                 default: Any = cls.vocab_size  # the field's, as this is the class
                 labels = _read_labels(entries, default)
@@ -125,7 +130,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of a config.json from which transformers builds the same model."""
         fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
-        del fields["num_labels"], fields["pad_token_id"], fields["lora"]
+        for name in ("num_labels", "id2label", "pad_token_id", "lora"):
+            del fields[name]
         arithmetic = {name: known[0] for name, known in self.arithmetic.items()}
         return (
             {"model_type": self.model_type} | fields | arithmetic | self._write() | self._labels()
@@ -140,13 +146,18 @@ class ModelConfig:
         if self.num_labels is None:
             return {}
         # transformers counts id2label, and reads the scores at a text's last token that is no pad
-        names = {number: f"LABEL_{number}" for number in range(self.num_labels)}
+        names = dict(enumerate(self.label_names))
         return {
             "architectures": [self.classifier],
             "pad_token_id": self.pad_token_id,
             "id2label": names,
             "label2id": {name: number for number, name in names.items()},
         }
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The name of each label: id2label, or transformers' names where it is None."""
+        return self.id2label or _unnamed(self.num_labels or 0)
 
     def stack(self) -> Stack:
         """Return the blocks of this model."""
@@ -215,7 +226,7 @@ class ModelConfig:
 
 
 def _read_labels(entries: Mapping[str, Any], V: int) -> dict[str, Any]:
-    """Return num_labels and pad_token_id of a classifier's config.json; V: see `read_token`.
+    """Return num_labels, id2label and pad_token_id of config.json; V: see `read_token`.
 
     transformers counts labels by their names, and takes 2 if nothing is said.
     """
@@ -228,7 +239,28 @@ def _read_labels(entries: Mapping[str, Any], V: int) -> dict[str, Any]:
         raise ValueError(f"id2label must be an object, got {names!r:.50}")
     if number is not None and number != len(names):
         raise ValueError(f"num_labels must be the {len(names)} of id2label, got {number!r:.50}")
-    return read | {"num_labels": len(names)}
+    ordered = tuple(names.get(str(number)) for number in range(len(names)))
+    is_named = _are_names(ordered) and ordered != _unnamed(len(names))
+    return read | {"num_labels": len(names), "id2label": ordered if is_named else None}
+
+
+def _unnamed(K: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{number}" for number in range(K))
+
+
+def _are_names(names: tuple[Any, ...]) -> bool:
+    return all(isinstance(name, str) and name for name in names) and len({*names}) == len(names)
+
+
+def check_label_names(config: ModelConfig) -> None:
+    """Refuse names of labels that are not a tuple of num_labels different texts."""
+    names, K = config.id2label, config.num_labels
+    if names is None:
+        return
+    if not (isinstance(names, tuple) and len(names) == K and _are_names(names)):
+        raise ValueError(
+            f"id2label must be None or a tuple of num_labels={K} different names, got {names!r:.50}"
+        )
 
 
 def check_sizes(

@@ -12,6 +12,7 @@ from gpt2c.model.attention import Attention
 from gpt2c.model.config import (
     ModelConfig,
     check_eos,
+    check_label_names,
     check_lora,
     check_numbers,
     check_sizes,
@@ -65,6 +66,7 @@ class GPT2Config(ModelConfig):
         GPT2ForSequenceClassification; None for logits
     pad_token_id : of a classifier, the token that no text ends with. transformers puts it behind
         the shorter texts of a batch, and needs it for several texts; gpt2c only stores it
+    id2label : of a classifier, the names of its K labels; None for LABEL_0 and so on
     lora : the adapters of its linear layers, which no config.json has; None for none
 
     Raises
@@ -96,6 +98,7 @@ class GPT2Config(ModelConfig):
     eos_token_id: int | None = None
     num_labels: int | None = None
     pad_token_id: int | None = None
+    id2label: tuple[str, ...] | None = None
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +112,7 @@ class GPT2Config(ModelConfig):
         check_numbers(self, RANGES)
         check_eos(self)
         check_eos(self, "pad_token_id")
+        check_label_names(self)
         check_lora(self)
 
     @classmethod

@@ -87,15 +87,20 @@ class LanguageModel:
         """Return a model with memory of its own, as copy.copy does."""
         return copy.copy(self)
 
-    def decoder(self, slots: int = 1, capacity: int | None = None) -> Decoder:
+    def decoder(self, slots: int = 1, capacity: int | None = None, cache: str = "fp32") -> Decoder:
         """Return a decoder for `slots` texts of `capacity` tokens each, n_positions if None.
+
+        Parameters
+        ----------
+        cache : the type of keys and values: "fp32", "fp16" or "int8"
 
         Raises
         ------
         ValueError, MemoryError : see `gpt2c.model.reader.Decoder`
         """
         capacity = self.config.n_positions if capacity is None else capacity
-        return Decoder(self.config, self.parameters, self.backend, slots, capacity, self.precision)
+        given = self.config, self.parameters, self.backend, slots, capacity
+        return Decoder(*given, self.precision, cache)
 
     @overload
     def __call__(self, idx: ArrayLike, hidden_states: Literal[False] = ...) -> Array: ...

@@ -12,6 +12,7 @@ from gpt2c.model.attention import Attention
 from gpt2c.model.config import (
     ModelConfig,
     check_eos,
+    check_label_names,
     check_lora,
     check_numbers,
     check_sizes,
@@ -61,7 +62,7 @@ class LlamaConfig(ModelConfig):
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
     bos_token_id : a token that starts a text in place of eos_token_id, or None
     num_labels : K makes a model with K scores of a text in place of logits; None for logits
-    pad_token_id, lora : see `GPT2Config`
+    pad_token_id, id2label, lora : see `GPT2Config`
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
 
@@ -96,6 +97,7 @@ class LlamaConfig(ModelConfig):
     bos_token_id: int | None = None
     num_labels: int | None = None
     pad_token_id: int | None = None
+    id2label: tuple[str, ...] | None = None
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +127,7 @@ class LlamaConfig(ModelConfig):
         check_eos(self)
         check_eos(self, "bos_token_id")
         check_eos(self, "pad_token_id")
+        check_label_names(self)
         check_lora(self)
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise ValueError(

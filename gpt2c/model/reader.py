@@ -21,17 +21,26 @@ from numpy.typing import NDArray
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
-from gpt2c.kernels.memory import Array, aligned_zeros, require, view
-from gpt2c.model.block import Batch, Run
+from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
+from gpt2c.model.block import Batch, Cache, Run
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import Activations
+from gpt2c.model.quantized import Layout, room_of, typed_views
 
-__all__ = ["CHUNK", "Decoder"]
+__all__ = ["CHUNK", "Decoder", "check_cache"]
 
 # Tokens in one pass: enough that arithmetic takes longer than loading the weights, and few enough
 # that the activations stay in the cache.
 CHUNK = 512
 LOGITS_ROWS = 64  # rows of logits in memory while a text is scored: 13 MB at V = 50257
+# the types of a cache; int8 has a float32 scale for each row of HS numbers
+CACHES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a type that a cache cannot have."""
+    if cache not in tuple(CACHES):  # a list cannot be looked up in a dict
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r:.50}")
 
 
 class Decoder:
@@ -45,15 +54,20 @@ class Decoder:
     backend : the ops that compute
     slots : the number of texts, a slot for each
     capacity : the most tokens of a text, at most n_positions
+    precision : of the products of matrices
+    cache : the type of keys and values, "fp32", "fp16" or "int8". All that a token sees of a text
+        comes from the cache, its own key and value too, so a text read at once or in parts gets the
+        same logits, but for the order of sums
 
     Attributes
     ----------
-    keys, values : (L, slots, KV, capacity, HS) float32
+    keys, values : (L, slots, KV, capacity, HS) float32, float16 or int8
+    key_scales, value_scales : (L, slots, KV, capacity) float32 for int8, else None
 
     Raises
     ------
     ValueError : slots or capacity is no whole number or out of range, or parameters do not fit
-        the config, or the model has scores in place of logits
+        the config, or the model has scores in place of logits, or an unknown cache
     MemoryError : the caches do not fit
     """
 
@@ -65,7 +79,9 @@ class Decoder:
         slots: int,
         capacity: int,
         precision: str = "fp32",
+        cache: str = "fp32",
     ) -> None:
+        check_cache(cache)
         config.require_language_head("reading text (generate, logprobs, mean_loss, embed)")
         slots, capacity = whole("slots", slots), whole("capacity", capacity)
         if slots < 1:
@@ -85,15 +101,18 @@ class Decoder:
         self._stack = config.stack()
         attention = self._stack.layers[0].attention
         shape = (config.n_layer, slots, attention.KV, capacity, attention.HS)
+        layout = _layout(cache, shape)
         sizes = {
-            "keys and values": 2 * 4 * math.prod(shape),
+            "keys and values": sum(math.prod(size) * of.itemsize for size, of in layout.values()),
             "logits": 4 * slots * config.vocab_size,
         }
         texts = f"{counted(slots, 'text')} of {counted(capacity, 'token')}"
         require(f"reading {texts}", sizes, "take fewer texts or tokens")
-        memory = aligned_zeros(2 * math.prod(shape))
-        self.keys, self.values = memory.reshape(2, *shape)
-        self._keys, self._values = memory.reshape(2, *shape)
+        memory = aligned_zeros(aligned_offsets(room_of(layout))[""])
+        self.keys, self.values, self.key_scales, self.value_scales = Cache(
+            **typed_views(memory, layout)
+        )
+        self._cache = Cache(**typed_views(memory, layout))
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
         self._activations = Activations(self._stack.slots, None)
         self._stages: Any = None  # bound at the first step
@@ -267,8 +286,9 @@ class Decoder:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens from slot `source` to `target`."""
-        for cache in (self.keys, self.values):
-            cache[:, target, :, :length] = cache[:, source, :, :length]
+        for part in self._cache:
+            if part is not None:
+                part[:, target, :, :length] = part[:, source, :, :length]
 
     def _start(self, T: int, slot: int, position: int) -> Run:
         """Lay out a pass of T tokens of one text through the blocks."""
@@ -281,12 +301,21 @@ class Decoder:
             precision=self._precision,
         )
 
-    def _caches(self, slots: slice) -> dict[str, tuple[Array, Array]]:
+    def _caches(self, slots: slice) -> dict[str, Cache]:
         """Return the keys and values of some slots, by the name of their attention."""
         return {
-            layer.attention.name: (self._keys[number, slots], self._values[number, slots])
+            layer.attention.name: Cache(
+                *(part if part is None else part[number, slots] for part in self._cache)
+            )
             for number, layer in enumerate(self._stack.layers)
         }
+
+
+def _layout(cache: str, shape: tuple[int, ...]) -> Layout:
+    """Return the arrays of a `Cache` of this type; shape is that of keys and values."""
+    numbers, scales = (shape, np.dtype(CACHES[cache])), (shape[:-1], np.dtype(np.float32))
+    layout = {"keys": numbers, "values": numbers}
+    return layout | {"key_scales": scales, "value_scales": scales} if cache == "int8" else layout
 
 
 def _length(name: str, ids: Any) -> int:

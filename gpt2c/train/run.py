@@ -31,6 +31,7 @@ from gpt2c.files.atomic import atomic_path, check_link, matching, remove, remove
 from gpt2c.files.names import (
     ADAPTER_FILES,
     CHECKPOINTS,
+    CONFUSION_FILE,
     DAMAGED_FILE,
     EVENTS,
     LOSS_FILE,
@@ -73,7 +74,7 @@ __all__ = [
 VERSION = 1
 # What a run writes at the top of its directory.
 _FILES = (RUN_FILE, *MODEL_FILES, *ADAPTER_FILES, *TOKENIZER_FILES)
-_LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE)
+_LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE, CONFUSION_FILE)
 
 
 def locked_run(out: Path) -> AbstractContextManager[None]:

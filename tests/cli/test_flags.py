@@ -6,6 +6,7 @@ Whatever a user types, gpt2c answers with an exit code and one line, never with 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from helpers.hostile import READERS, TEXT, limits
 
+import gpt2c
 import gpt2c.train.loop
 from gpt2c.cli import bench as cli_bench
 from gpt2c.cli.main import main, parser
@@ -36,6 +38,9 @@ CALLS = {
     "eval": "eval run --data data",
     "generate": "generate run --prompt a --max-new-tokens 1 --seed 1",
     "chat": "chat run",
+    "classify train": "classify train run labels.csv --out out --overwrite --max-iters=1",
+    "classify eval": "classify eval classifier labels.csv",
+    "classify predict": "classify predict classifier labels.csv",
     "bench": "bench train --shape 1x8 --backends numpy",
 }
 # Flags whose large numbers ask for long work, which a user may want and interrupt.
@@ -45,21 +50,21 @@ VALUES = [
     *(str(2**31 - 1), str(2**31), str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63))),
     *(str(2**64), "9" * 400, "9" * 5000, "", " ", "1_0", "٣", "0x10", "1,5", "None", "1e3", "\x1b"),
 ]
-FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # for the demo's settings, which are those of train
+FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # for settings that are those of train
 
 
-def numeric_flags() -> Iterator[tuple[str, str]]:
-    """Return (verb, flag) of every flag that takes a number."""
-    verbs = next(
-        action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)
-    )
-    for verb, options in verbs.choices.items():
-        for action in options._actions:
-            if action.type in (int, float):
-                yield verb, action.option_strings[0]
+def numeric_flags(options: argparse.ArgumentParser, verb: str = "") -> Iterator[tuple[str, str]]:
+    """Return (verb, flag) of every flag that takes a number; a verb may have two words."""
+    own = [action for action in options._actions if action.type in (int, float)]
+    for action in own:
+        yield verb, action.option_strings[0]
+    for action in [] if own else options._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from numeric_flags(inner, f"{verb} {name}".strip())
 
 
-FLAGS = sorted(set(numeric_flags()))
+FLAGS = sorted(set(numeric_flags(parser())))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a text, its tokens and a run."""
     path = tmp_path_factory.mktemp("world")
     READERS["run"].make(path)
+    shutil.copytree(path / "run", path / "classifier")
+    labels = {"num_labels": 2, "id2label": ("a", "b")}
+    config = dataclasses.replace(gpt2c.from_pretrained(path / "run").config, **labels)
+    gpt2c.GPT2(config, backend="numpy").save_pretrained(path / "classifier")
+    rows = [f"{word},{word[0]}" for word in ("ant", "bee", "asp", "bat", "ape", "boa") * 2]
+    (path / "labels.csv").write_text("text,label\n" + "\n".join(rows))
     (path / "text.txt").write_text("<|endoftext|>".join(f"{n} {TEXT}" for n in range(40)))
     return path
 
@@ -107,7 +118,7 @@ def test_every_verb_with_a_number_is_tested() -> None:
 @pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
 def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = flag.lstrip("-").replace("-", "_")
-    for value in FEW if verb == "demo" else VALUES:
+    for value in FEW if verb in ("demo", "classify train") else VALUES:
         try:
             with limits(60), interrupted() if name in LONG else nullcontext():
                 code = main([*CALLS[verb].split(), f"{flag}={value}"])

@@ -156,6 +156,22 @@ def test_generate_with_smaller_weights(gpt2c, world: Path, tmp_path: Path, metho
     assert f"holds {method} weights, which cannot become {other}" in err
 
 
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_generate_with_a_small_cache(
+    gpt2c, world: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    decoder = GPT2.decoder
+    monkeypatch.setattr(
+        GPT2, "decoder", lambda model, *given: taken.append(given[2]) or decoder(model, *given)
+    )
+    settings = "--prompt the --max-new-tokens 8 --temperature 0"
+    code, out, err = gpt2c(f"generate run --cache {cache} {settings}")
+    assert code == 0 and out.startswith("the") and re.fullmatch(SPEED, err) and taken == [cache]
+    code, out, err = gpt2c(f"generate run --cache bf16 {settings}")
+    assert (code, out) == (2, "") and "bf16" in err and "fp16" in err and "Traceback" not in err
+
+
 def test_interactive_generate_continues_each_line(
     gpt2c, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

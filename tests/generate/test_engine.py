@@ -187,6 +187,18 @@ def test_request_gets_the_text_that_it_gets_alone(quantize, threads, backend_nam
     assert len(results[6]) == 3, "two more positions and the token that follows the last"
 
 
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_request_gets_the_text_that_it_gets_alone_with_a_small_cache(cache, backend_name):
+    """In slots that other texts have left, and with prompts that share a beginning."""
+    model = make_model(backend_name)
+    with Engine(model, slots=3, queue=len(JOBS), cache=cache) as engine:
+        requests = [engine.submit(ids(T), count, **settings) for T, count, settings in JOBS]
+        results = [request.result(WAIT) for request in requests]
+    for (T, count, settings), result in zip(JOBS, results, strict=True):
+        expected = alone(model, ids(T), count, cache=cache, **settings)
+        np.testing.assert_array_equal(np.atleast_2d(result)[0], np.atleast_2d(expected)[0])
+
+
 def test_long_prompts_are_read_in_chunks(monkeypatch):
     monkeypatch.undo()
     size = 2 * decoder_module.CHUNK
@@ -484,6 +496,7 @@ def test_many_threads_submit_at_once(backend_name):
         (([1],), {"stop": V}, "stop"),
         (([1],), {"stop": "."}, "token ids"),
         (([1],), {"num_return_sequences": 2}, "num_return_sequences must be 1, got 2"),
+        (([1],), {"cache": "fp16"}, "cache is the engine's: give it to Engine"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_waits(arguments, settings, words, gated):
@@ -499,7 +512,8 @@ def test_bad_arguments_are_refused_before_anything_waits(arguments, settings, wo
 
 
 @pytest.mark.parametrize(
-    "settings", [{"slots": 0}, {"queue": -1}, {"capacity": 0}, {"capacity": POSITIONS + 1}]
+    "settings",
+    [{"slots": 0}, {"queue": -1}, {"capacity": 0}, {"capacity": POSITIONS + 1}, {"cache": "bf16"}],
 )
 def test_sizes_out_of_range_are_refused(settings):
     before = threading.active_count()

@@ -56,7 +56,7 @@ class Scripted(LanguageModel):
         super().__init__(config, get_backend("numpy"))
         self._answers = answers
 
-    def decoder(self, slots: int = 1, capacity: int | None = None) -> Any:
+    def decoder(self, slots: int = 1, capacity: int | None = None, cache: str = "fp32") -> Any:
         return Script(self._answers, slots, capacity or 400)
 
 
@@ -377,6 +377,21 @@ def test_generators_ends_count_unless_a_call_has_its_own() -> None:
     assert generator.generate("ab", eos_token_id=ord("d")) == "cd"
 
 
+def test_generators_cache_counts_unless_a_call_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, taken = small(), []
+    decoder = model.decoder
+    monkeypatch.setattr(model, "decoder", lambda *given: taken.append(given[2]) or decoder(*given))
+    generator = Generator(model, BYTES, cache="int8")
+    generator.generate("ab", max_new_tokens=2)
+    generator.generate(["ab", "cd"], max_new_tokens=2, cache="fp16")
+    list(generator.stream("ab", max_new_tokens=2, cache=None))
+    model.generate([[1, 2]], 2)
+    list(model.stream([[1, 2]], 2, cache="fp16"))
+    assert taken == ["int8", "fp16", "int8", "fp32", "fp16"]
+
+
 def test_special_end_token_is_not_in_the_text() -> None:
     special = {"<|endoftext|>": END, "<|im_end|>": 0}
     ranks = {token: i for token, i in BYTES._ranks.items() if i} | {b"\0": 257}
@@ -441,6 +456,7 @@ def test_mistakes_are_refused_before_any_work() -> None:
         ({"eos_token_id": 257}, "eos_token_id"),
         ({"logprobs": True}, "logprobs belong to tokens"),
         ({"num_return_sequences": 0}, "num_return_sequences"),
+        ({"cache": "bf16"}, "cache must be one of fp32, fp16, int8, got 'bf16'"),
     ]:
         for call in (generator.generate, generator.stream):
             assert refused(call, "ab", **wrong).startswith(message)
@@ -461,6 +477,7 @@ def test_mistakes_are_refused_before_any_work() -> None:
         )
     assert refused(Generator, BYTES, small()).startswith("model must be a GPT2 or Llama, got T")
     assert refused(Generator, small(), "gpt2") == "tokenizer must be a Tokenizer, got 'gpt2'"
+    assert refused(Generator, small(), BYTES, cache="q8").startswith("cache must be one of fp32,")
     assert generator.count == 0
 
 

@@ -395,7 +395,7 @@ def test_whole_number_may_be_a_float() -> None:
         ("min_length", "did you mean min_new_tokens?"),
         ("stop_strings", "did you mean stop?"),
         ("temprature", "did you mean temperature?"),
-        ("xyz", "its settings are do_sample, "),
+        ("xyz", "its settings are cache, do_sample, "),
     ],
 )
 def test_error_suggests_the_setting_that_was_meant(name: str, meant: str) -> None:

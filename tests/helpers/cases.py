@@ -189,6 +189,11 @@ CACHE = shapes(
     + [(1, 1, 12, 64, 255, 256), (1, 64, 12, 64, 130, 256)],
 ) + shapes("B T NH HS position P kind", [(1, T, 2, 64, 70, 200, "saturated") for T in (1, 65)])
 GROUPED_CACHE = shapes("B T NH HS position P KV", [(2, T, 6, 17, 70, 140, 2) for T in (1, 5, 65)])
+SMALL_CACHE = [
+    {**shape, "cache": cache}
+    for shape in (*CACHE[::3], *GROUPED_CACHE, CACHE[-1], {**GROUPED_CACHE[2], "precision": "bf16"})
+    for cache in ("float16", "int8")
+]
 CROSSENTROPY = shapes(
     "N V", [*((5, V) for V in VECTOR_EDGES), (1, 257), (97, 65), (3, 50257), (1, 50257)]
 ) + shapes(
@@ -248,6 +253,7 @@ OF_BLOCKS: dict[str, list[Shape]] = {
     "attention_forward": [
         *(*ATTENTION, *CACHE, *GROUPED, *GROUPED_CACHE, *RAGGED, *DROPPED, *BF16_ATTENDED),
         *({**shape, "precision": "bf16"} for shape in CACHE[::5]),
+        *SMALL_CACHE,
     ],
     "attention_backward": [*ATTENTION, *GROUPED, *RAGGED, *DROPPED, *BF16_ATTENDED],
     "rope_forward": [*edges("rope_forward"), *RAGGED_ROPE],
@@ -267,6 +273,7 @@ RTOL_OF = {"layernorm_backward": 2e-6}
 CASES = [Case(name, shape) for name in EXAMPLES for shape in SHAPES[name]]
 
 NO_DROPOUT = 0.0, 0, 0  # attention's last arguments
+NO_CACHE = None, None, None, None  # and those after out and lse
 
 # op: (output, input whose memory it may share), by position
 ALIASES = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Guarded
-from helpers.cases import ALIASES, CASES, NO_DROPOUT, Case, small_shape
+from helpers.cases import ALIASES, CASES, NO_CACHE, NO_DROPOUT, Case, small_shape
 
 from gpt2c.kernels import reference
 from gpt2c.kernels.backend import NAMES, get_backend
@@ -170,13 +170,13 @@ def test_attention_of_a_ragged_batch_has_the_bits_of_each_sequence_alone(
     qkv = rng.standard_normal((1, T, (NH + 2 * KV) * HS), np.float32)
     dout = rng.standard_normal((1, T, C), np.float32)
     out, lse, dqkv = np.empty_like(dout), np.empty((1, NH, T), np.float32), np.empty_like(qkv)
-    backend.attention_forward(out, lse, None, None, qkv, offsets, 0, *NO_DROPOUT)
+    backend.attention_forward(out, lse, *NO_CACHE, qkv, offsets, 0, *NO_DROPOUT)
     backend.attention_backward(dqkv, dout, qkv, out, lse, offsets, *NO_DROPOUT)
     for start, end in pairwise(offsets.tolist()):
         rows = slice(start, end)
         one = [np.empty_like(array[:, rows]) for array in (out, qkv)]
         own_lse = np.empty((1, NH, end - start), np.float32)
-        backend.attention_forward(one[0], own_lse, None, None, qkv[:, rows], None, 0, *NO_DROPOUT)
+        backend.attention_forward(one[0], own_lse, *NO_CACHE, qkv[:, rows], None, 0, *NO_DROPOUT)
         backend.attention_backward(
             one[1], dout[:, rows], qkv[:, rows], one[0], own_lse, None, *NO_DROPOUT
         )
@@ -205,7 +205,7 @@ def test_attention_drops_the_weights_of_the_reference(backend: Any) -> None:
     qkv[:, :, -KV:] = np.eye(T)[None, :, None]
     out, lse = np.empty((B, T, NH * T), np.float32), np.empty((B, NH, T), np.float32)
     backend.attention_forward(
-        out, lse, None, None, qkv.reshape(B, T, -1), None, 0, dropout, key, first
+        out, lse, *NO_CACHE, qkv.reshape(B, T, -1), None, 0, dropout, key, first
     )
     factors = keep_factors(B * T, NH, T, dropout, key, first).reshape(B, T, NH, T)
     weights = np.tri(T)[:, None] / np.arange(1, T + 1)[:, None, None]
@@ -225,7 +225,7 @@ def test_dropout_of_a_batch_is_that_of_its_parts(backend: Any, rng: np.random.Ge
         own = (*numbers[:2], numbers[2] + start)
         out, lse = np.empty_like(dout), np.empty((len(qkv), NH, qkv.shape[1]), np.float32)
         dqkv, dropped = np.empty_like(qkv), np.empty_like(dout)
-        backend.attention_forward(out, lse, None, None, qkv, offsets, 0, *own)
+        backend.attention_forward(out, lse, *NO_CACHE, qkv, offsets, 0, *own)
         backend.attention_backward(dqkv, dout, qkv, out, lse, offsets, *own)
         backend.dropout_forward(dropped.reshape(-1, NH * HS), dout.reshape(-1, NH * HS), *own)
         return [array.reshape(-1, array.shape[-1]) for array in (out, dqkv, dropped)]
@@ -312,7 +312,7 @@ def test_attention_passes_nan_on(T: int, backend: Any, rng: np.random.Generator)
         qkv = rng.standard_normal((B, T, 3 * C), np.float32)
         qkv[0, t, "qkv".index(part) * C] = np.nan  # the first channel of the first head
         out, lse = np.zeros((B, T, C), np.float32), np.zeros((B, NH, T), np.float32)
-        backend.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
+        backend.attention_forward(out, lse, *NO_CACHE, qkv, None, 0, *NO_DROPOUT)
         channels = slice(0, 1) if part == "v" else slice(0, HS)
         assert np.isnan(out[0, first_rows, channels]).all(), f"a NaN in {part} was lost"
         assert np.isfinite(out[1]).all() and np.isfinite(out[0, :, HS:]).all(), "it spread"
@@ -337,30 +337,84 @@ def test_linear_passes_nan_and_infinity_on(
     assert np.isfinite(np.delete(out, row, axis=0)).all(), "it spread"
 
 
+@pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
 @pytest.mark.parametrize(("T", "position"), [(1, 0), (1, 100), (20, 50), (70, 64)])
 def test_cache_attention_passes_nan_on(
-    T: int, position: int, backend: Any, rng: np.random.Generator
+    T: int, position: int, cache: str, backend: Any, rng: np.random.Generator
 ) -> None:
+    """A NaN in a row of 8 bits is its scale's, so it is in all channels."""
     NH, HS, P = 2, 8, 200
     C, end, before = NH * HS, position + T, position // 2
     for part, first in [("q", 0), ("k", T // 2), ("v", T // 2), ("keys", 0), ("values", 0)]:
         if part in ("keys", "values") and position == 0:
             continue
-        caches = rng.standard_normal((2, NH, P, HS), np.float32)
-        caches[:, :, position:] = np.nan  # written up to the end, never read beyond
+        caches = rng.standard_normal((2, 1, NH, P, HS), np.float32).astype(cache)
+        scales = np.ones((2, 1, NH, P), np.float32) if cache == "int8" else (None, None)
+        marked = scales if cache == "int8" else caches
+        marked[:, 0, :, position:] = np.nan  # written up to the end, never read beyond
         qkv, out = rng.standard_normal((T, 3 * C), np.float32), np.zeros((T, C), np.float32)
         if part in ("keys", "values"):
-            caches[int(part == "values"), 0, before, 0] = np.nan
+            marked[int(part == "values"), 0, 0, before, ...].flat[:1] = np.nan
         else:
             qkv[first, "qkv".index(part) * C] = np.nan
-        cache = (part[None] for part in caches)
         lse = np.zeros((1, NH, T), np.float32)
-        backend.attention_forward(out[None], lse, *cache, qkv[None], None, position, *NO_DROPOUT)
+        given = out[None], lse, *caches, *scales, qkv[None]
+        backend.attention_forward(*given, None, position, *NO_DROPOUT)
         rows = slice(first, first + 1) if part == "q" else slice(first, T)
-        channels = slice(0, 1) if part in ("v", "values") else slice(0, HS)
+        one = part in ("v", "values") and cache != "int8"
+        channels = slice(0, 1) if one else slice(0, HS)
         assert np.isnan(out[rows, channels]).all(), f"a NaN in {part} was lost"
         assert np.isfinite(out[:, HS:]).all(), "it spread"
-        assert np.isnan(caches[:, :, end:]).all() and np.isfinite(caches[:, 1, :end]).all()
+        assert np.isnan(marked[:, 0, :, end:]).all() and np.isfinite(marked[:, 0, 1, :end]).all()
+
+
+# ---- caches of 16 and 8 bits ---------------------------------------------------------------------
+
+
+def stored(backend: Any, rows: np.ndarray, cache: str) -> tuple[Any, ...]:
+    """Return the keys (T, HS), and their scales (T,) or None, that a cache holds of rows."""
+    T, HS = rows.shape
+    caches = np.zeros((2, 1, 1, T, HS), cache)
+    scales = np.zeros((2, 1, 1, T), np.float32) if cache == "int8" else (None, None)
+    qkv = np.concatenate([np.zeros_like(rows), rows, rows], axis=1)[None]
+    out, lse = np.empty((1, T, HS), np.float32), np.empty((1, 1, T), np.float32)
+    with np.errstate(all="ignore"):  # of infinity
+        backend.attention_forward(out, lse, *caches, *scales, qkv, None, 0, *NO_DROPOUT)
+    for keys_and_values in (caches, scales):
+        np.testing.assert_array_equal(*keys_and_values)
+    return caches[0, 0, 0], None if scales[0] is None else scales[0][0, 0]
+
+
+def test_cache_of_16_bits_rounds_to_the_nearest_half(backend: Any) -> None:
+    """Every half, what lies between two of them, and on both sides of there; beyond, infinity."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = np.append(halves, np.float32(65536))  # the next, if there were one
+    middle = (halves[:-1] + halves[1:]) / 2
+    numbers = [halves, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.inf)]
+    x = np.concatenate([*numbers, [1e-45, 1e-9, 65519, 65520, 1e5, 3e38]]).astype(np.float32)
+    x = np.concatenate([x, -x, np.zeros(-2 * len(x) % 101, np.float32)]).reshape(-1, 101)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    assert stored(backend, x, "float16")[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("HS", [1, 3, 17, 64, 130])
+def test_cache_of_8_bits_has_the_references_bits(
+    HS: int, backend: Any, rng: np.random.Generator
+) -> None:
+    """Also for what is half way between two steps, rows of zeros, and tiny and huge rows."""
+    x = rng.standard_normal((12, HS), np.float32)
+    x[0] = rng.integers(-254, 255, HS) / 2
+    x[1], x[3] = 0, -x[2]
+    x[4:10] *= np.array([1e-45, 1e-40, 1e-36, 1e-30, 1e30, 1e38], np.float32)[:, None]
+    keys, scales = stored(backend, x, "int8")
+    expected, expected_scales = stored(reference, x, "int8")
+    assert np.array_equal(keys, expected) and np.array_equal(scales, expected_scales)
+    steps = x.astype(np.float64) - scales[:, None].astype(np.float64) * keys
+    assert (np.abs(steps) <= np.abs(x).max(axis=1, keepdims=True) / 254 * 1.00001 + 1e-36).all()
+    assert np.array_equal(keys[2], -keys[3].astype(int)) and not keys[1].any()
+    bad = np.array([[np.nan], [np.inf], [-np.inf], [1]], np.float32) * np.ones(HS, np.float32)
+    assert np.isnan(stored(backend, bad, "int8")[1]).tolist() == [True, True, True, False]
 
 
 # ---- weights of 16 and 8 bits --------------------------------------------------------------------

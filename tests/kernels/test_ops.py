@@ -100,6 +100,14 @@ SMALL: dict[str, tuple[str, Shape]] = {
         "attention_forward",
         {"B": 2, "T": 5, "NH": 3, "HS": 5, "position": 4, "P": 11},
     ),
+    "a cache of 16 bits": (
+        "attention_forward",
+        {"B": 2, "T": 5, "NH": 3, "HS": 5, "position": 4, "P": 11, "cache": "float16"},
+    ),
+    "a cache of 8 bits": (
+        "attention_forward",
+        {"B": 2, "T": 5, "NH": 6, "HS": 5, "KV": 2, "position": 4, "P": 11, "cache": "int8"},
+    ),
     "grouped queries": ("attention_forward", {"B": 2, "T": 5, "NH": 6, "HS": 5, "KV": 2}),
     "a ragged batch": ("attention_forward", {"B": 1, "T": 9, "NH": 3, "HS": 5, "S": 4}),
     "tokens of a ragged batch": ("encoder_forward", {"B": 1, "T": 9, "C": 7, "V": 7, "S": 4}),
@@ -135,6 +143,31 @@ def test_optional_arrays_are_taken(what: str, backend_name: str) -> None:
         ("tokens of 8 bits", {"scale": None}, "scale"),
         ("tokens of 16 bits", {"position": 7}, "idx"),  # T = 3, P = 9
         ("tokens of 16 bits", {"position": -1}, "position"),
+        ("a cache of 8 bits", {"key_scales": None}, "key_scales"),
+        ("a cache of 8 bits", {"key_scales": None, "value_scales": None}, "key_scales must be"),
+        ("a cache of 8 bits", {"keys": None}, "keys"),
+        ("a cache of 8 bits", {"keys": None, "values": None}, "keys"),
+        (
+            "a cache of 8 bits",
+            {"values": np.zeros((2, 2, 11, 5), np.float32)},
+            "values must be int8",
+        ),
+        ("a cache of 8 bits", {"value_scales": np.ones((2, 2, 10), np.float32)}, "value_scales"),
+        (
+            "a cache of 8 bits",
+            {"value_scales": np.ones((2, 2, 11))},
+            "value_scales must be float32",
+        ),
+        (
+            "a cache of 16 bits",
+            {"keys": np.zeros((2, 3, 11, 5), np.float32)},
+            "values must be float32",
+        ),
+        (
+            "a cache of 16 bits",
+            {"keys": np.zeros((2, 3, 11, 5), np.uint8)},
+            "keys must be float32 or",
+        ),
         ("a cache", {"position": -1}, "position"),
         ("a cache", {"position": 7}, "position"),  # T = 5, P = 11
         ("a cache", {"position": 4.0}, "position must be a whole number"),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from helpers.cases import ALIASES, NO_DROPOUT, SHAPES, Case, small_shape
+from helpers.cases import ALIASES, NO_CACHE, NO_DROPOUT, SHAPES, Case, small_shape
 
 from gpt2c.kernels import reference
 from gpt2c.kernels.cases import normalised_error
@@ -173,7 +173,7 @@ def test_gradient_through_small_weights_is_that_of_their_numbers(kind: str) -> N
 
 def test_attention_to_one_token_is_its_value(normal: Any) -> None:
     qkv, out, lse = normal(2, 1, 12), np.empty((2, 1, 4)), np.empty((2, 2, 1))
-    reference.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
+    reference.attention_forward(out, lse, *NO_CACHE, qkv, None, 0, *NO_DROPOUT)
     np.testing.assert_allclose(out, qkv[..., 8:])
     q, k = qkv[:, 0, :4].reshape(2, 2, 2), qkv[:, 0, 4:8].reshape(2, 2, 2)
     np.testing.assert_allclose(lse[..., 0], (q * k).sum(axis=2) / math.sqrt(2))
@@ -183,7 +183,7 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
     T, C = 6, 4
     qkv, out, lse = normal(1, T, 3 * C), np.empty((1, T, C)), np.empty((1, 1, T))
     qkv[..., C : 2 * C] = 0
-    reference.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
+    reference.attention_forward(out, lse, *NO_CACHE, qkv, None, 0, *NO_DROPOUT)
     counts = np.arange(1, T + 1)
     np.testing.assert_allclose(out[0], qkv[0, :, 2 * C :].cumsum(axis=0) / counts[:, None])
     np.testing.assert_allclose(lse[0, 0], np.log(counts))
@@ -191,13 +191,44 @@ def test_attention_to_equal_keys_is_the_mean_so_far(normal: Any) -> None:
 
 def test_attention_does_not_see_later_tokens(normal: Any) -> None:
     qkv, out, lse = normal(2, 7, 12), np.empty((2, 7, 4)), np.empty((2, 2, 7))
-    reference.attention_forward(out, lse, None, None, qkv, None, 0, *NO_DROPOUT)
+    reference.attention_forward(out, lse, *NO_CACHE, qkv, None, 0, *NO_DROPOUT)
     later_out, later_lse = np.empty_like(out), np.empty_like(lse)
     qkv[:, 4:] = normal(2, 3, 12)
-    reference.attention_forward(later_out, later_lse, None, None, qkv, None, 0, *NO_DROPOUT)
+    reference.attention_forward(later_out, later_lse, *NO_CACHE, qkv, None, 0, *NO_DROPOUT)
     assert np.array_equal(out[:, :4], later_out[:, :4])
     assert np.array_equal(lse[..., :4], later_lse[..., :4])
     assert not np.isclose(out[:, 4:], later_out[:, 4:]).any()
+
+
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+@pytest.mark.parametrize("KV", [1, 2, 6])
+@pytest.mark.parametrize("HS", [17, 64])
+def test_attention_over_a_small_cache_errs_by_its_rounding(
+    HS: int, KV: int, cache: str, normal: Any
+) -> None:
+    """With keys k + dk and values v + dv, |dk| <= rk and |dv| <= rv, half a step each:
+
+    A score moves by at most s = max |q| . rk / sqrt(HS), so a weight by a factor in [e^-2s, e^2s],
+    because each term of the sum it is divided by moves by s too. The weights add up to 1, so the
+    output moves by at most max rv + (e^2s - 1) max |v|.
+    """
+    T, NH = 40, 6
+    qkv = normal(1, T, (NH + 2 * KV) * HS).astype(np.float32).astype(np.float64)
+    outs, lse = np.empty((2, 1, T, NH * HS)), np.empty((1, NH, T))
+    reference.attention_forward(outs[0], lse, *NO_CACHE, qkv, None, 0, *NO_DROPOUT)
+    caches = [np.zeros((1, KV, T, HS), cache) for _ in range(2)]
+    scales = [np.zeros((1, KV, T), np.float32) if cache == "int8" else None for _ in range(2)]
+    reference.attention_forward(outs[1], lse, *caches, *scales, qkv, None, 0, *NO_DROPOUT)
+    q, k, v = np.split(qkv[0].reshape(T, -1, HS), [NH, NH + KV], axis=1)
+    if cache == "float16":  # 11 bits, or steps of 2^-24 below 2^-14
+        rk, rv = (np.abs(x) * 2.0**-11 + 2.0**-25 for x in (k, v))
+    else:  # 127 steps to the row's largest, which float32 computes
+        rk, rv = (0 * x + np.abs(x).max(axis=2, keepdims=True) / 254 * (1 + 1e-6) for x in (k, v))
+    rk, rv, v = (np.repeat(x, NH // KV, axis=1) for x in (rk, rv, v))
+    moved = np.einsum("thc,uhc->htu", np.abs(q), rk).max(axis=(1, 2)) / math.sqrt(HS)
+    bound = rv.max(axis=(0, 2)) + np.expm1(2 * moved) * np.abs(v).max(axis=(0, 2))
+    error = np.abs(outs[1] - outs[0]).reshape(T, NH, HS).max(axis=(0, 2))
+    assert (error <= bound).all() and (error > bound / 500).all()
 
 
 def test_gelu_is_close_to_x_times_the_normal_distribution() -> None:

@@ -528,6 +528,34 @@ def test_language_model_says_nothing_about_labels(tmp_path: Path) -> None:
     assert GPT2Config.from_dict(entries | labels) == config
 
 
+@pytest.mark.parametrize("config", [GPT2Config(V, P, 34, 1, 2), TIED])
+def test_names_of_labels_come_back(config: Any) -> None:
+    names = ("ham", "spam 垃圾", "\n")
+    labelled = dataclasses.replace(config, num_labels=3, id2label=names)
+    entries = json.loads(json.dumps(labelled.to_dict()))
+    assert entries["id2label"] == dict(zip("012", names, strict=True))
+    assert entries["label2id"] == {name: number for number, name in enumerate(names)}
+    assert type(config).from_dict(entries) == labelled and labelled.label_names == names
+    assert dataclasses.replace(labelled, id2label=None).label_names[2] == "LABEL_2"
+
+
+@pytest.mark.parametrize(
+    "id2label",
+    [{"0": "a", "1": "a"}, {"0": "a", "2": "b"}, {"0": "a", "1": 3}, {"0": "", "1": "b"}],
+)
+def test_names_that_name_no_label_count_as_none(id2label: dict[str, Any]) -> None:
+    config = GPT2Config.from_dict(CLASSIFIER | {"id2label": id2label})
+    assert (config.num_labels, config.id2label) == (2, None)
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "a"), ["a", "b"], ("a", 1), ("a", ""), "ab"])
+def test_bad_names_of_labels_are_refused(names: Any) -> None:
+    for config in (GPT2Config, LlamaConfig):
+        said = refused(config, num_labels=2, id2label=names)
+        assert said.startswith("id2label must be None or a tuple of num_labels=2 different names")
+    assert "num_labels=None" in refused(GPT2Config, id2label=("a", "b"))
+
+
 CLASSIFIER = {"architectures": ["GPT2ForSequenceClassification"]}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
-from helpers.cases import NO_DROPOUT
+from helpers.cases import NO_CACHE, NO_DROPOUT
 
 from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
 from gpt2c.kernels import reference
@@ -53,7 +53,7 @@ def stream(model: GPT2, idx: np.ndarray) -> list[np.ndarray]:
         h = f"h.{layer}."
         qkv = linear(h + "attn.c_attn", layernorm(h + "ln_1", x)).reshape(B, T, 3 * C)
         att, lse = np.empty((B, T, C)), np.empty((B, heads, T))
-        reference.attention_forward(att, lse, None, None, qkv, None, 0, *NO_DROPOUT)
+        reference.attention_forward(att, lse, *NO_CACHE, qkv, None, 0, *NO_DROPOUT)
         x = x + linear(h + "attn.c_proj", att.reshape(N, C))
         hidden = linear(h + "mlp.c_fc", layernorm(h + "ln_2", x))
         reference.gelu_forward(hidden, hidden.copy())

@@ -16,6 +16,7 @@ from gpt2c.kernels.cases import normalised_error
 from gpt2c.kernels.memory import view
 from gpt2c.kernels.reference.linear import MIDDLE
 from gpt2c.model import reader
+from gpt2c.model.block import Cache
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.model.llama import LlamaConfig
@@ -43,6 +44,15 @@ STEP = 2e-6
 # see. Few texts of this length have such a number, so the median row must agree as closely as with
 # floats, and no row may differ by more than a few steps.
 FLIP = 0.05
+
+
+# Caches of 16 and 8 bits: what one rounding changes, as a share of the number in 16 bits, of the
+# largest in its row in 8.
+SMALL_CACHES = {"fp16": 2.0**-11, "int8": 1 / 254}
+KINDS_AND_CACHES = [
+    *((kind, "fp32") for kind in KINDS),
+    *(("fp32", cache) for cache in SMALL_CACHES),
+]
 
 
 def agree(kind: str, a: Any, b: Any, rtol: float = RTOL) -> None:
@@ -211,21 +221,107 @@ def test_losses_are_those_of_the_logits(
         agree(kind, losses[:, None], expected[:, None])
 
 
+# ---- caches of 16 and 8 bits ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", SMALL_CACHES)
+@pytest.mark.parametrize("config", [ODD, GROUPED, FLAT], ids=["odd", "grouped", "flat"])
+def test_small_cache_changes_logits_by_its_rounding(
+    config: ModelConfig, cache: str, backend: Any, rng: np.random.Generator
+) -> None:
+    """A layer rounds keys and values; neither moves the logits by more than its own share."""
+    length = config.n_positions
+    model, tokens = make(backend, "fp32", config), texts(rng, length, V=config.vocab_size)
+    exact = read(model.decoder(), tokens, length)
+    error = normalised_error(read(model.decoder(1, None, cache), tokens, length), exact)
+    share = 2 * config.n_layer * SMALL_CACHES[cache]
+    assert share / 100 < error < share
+
+
+@pytest.mark.parametrize("cache", SMALL_CACHES)
+@pytest.mark.parametrize("config", [ODD, GROUPED, FLAT], ids=["odd", "grouped", "flat"])
+def test_small_cache_gives_the_same_at_once_and_in_parts(
+    config: ModelConfig, cache: str, backend: Any, rng: np.random.Generator
+) -> None:
+    """A token sees its own key and value as later tokens see them, whichever op reads it.
+
+    Their sums have other orders, so of thousands a few go to the next step. That moves the logits
+    by less than a tenth of one rounding; a key or value that is not rounded moves them by more.
+    """
+    length = config.n_positions
+    model, tokens = make(backend, "fp32", config), texts(rng, length, V=config.vocab_size)
+    expected = read(model.decoder(1, None, cache), tokens, length)
+    rtol = SMALL_CACHES[cache] / 10
+    pieces = PIECES[1::2] if length == T else [(1, length - 1), (7, 1, length - 8)]
+    for sizes in pieces:
+        agree("fp32", read(model.decoder(1, None, cache), tokens, *sizes), expected, rtol)
+    stepped = step_through(model.decoder(1, None, cache), tokens[None])[0]
+    agree("fp32", stepped, expected, rtol)
+
+
+@pytest.mark.parametrize("cache", SMALL_CACHES)
+def test_small_cache_holds_the_rounded_keys_and_values(
+    cache: str, backend: Any, rng: np.random.Generator
+) -> None:
+    """Of the first layer, which sees no rounded number, by the reader of tokens and the stages."""
+    model, tokens = make(backend, "fp32", GROUPED), texts(rng, 20)
+    wide = model.decoder()
+    wide.read(tokens, 0, 0)
+    for stepped in (False, True):
+        decoder = model.decoder(1, None, cache)
+        if stepped:
+            step_through(decoder, tokens[None])
+        else:
+            decoder.read(tokens, 0, 0)
+        for name in ("keys", "values"):
+            exact, held = getattr(wide, name)[0, 0, :, :20], getattr(decoder, name)[0, 0, :, :20]
+            assert held.dtype == {"fp16": np.float16, "int8": np.int8}[cache]
+            held, largest = held.astype(np.float64), np.abs(exact)
+            if cache == "int8":
+                held *= getattr(decoder, name.removesuffix("s") + "_scales")[0, 0, :, :20, None]
+                largest = largest.max(axis=-1, keepdims=True)
+            rounding = np.abs(held - exact) / largest
+            assert rounding.max() <= SMALL_CACHES[cache] * 1.01
+            assert rounding.max() > SMALL_CACHES[cache] / 2
+
+
+@pytest.mark.parametrize("config", [ODD, GROUPED], ids=["odd", "grouped"])
+def test_small_caches_take_a_half_and_a_quarter_of_the_memory(config: ModelConfig) -> None:
+    model = make("numpy", "fp32", config)
+    numbers = config.cache_floats() * T
+    heads = numbers // config.stack().layers[0].attention.HS
+    for cache, size in [
+        ("fp32", 4 * numbers),
+        ("fp16", 2 * numbers),
+        ("int8", numbers + 4 * heads),
+    ]:
+        parts = model.decoder(1, None, cache)._cache
+        assert sum(part.nbytes for part in parts if part is not None) == size
+
+
+def test_unknown_caches_are_refused() -> None:
+    model = GPT2(ODD, backend="numpy")
+    for wrong in ("bf16", "FP16", None, 16, ["int8"], ""):
+        message = f"cache must be one of fp32, fp16, int8, got {wrong!r}"
+        assert refused(model.decoder, 1, 4, wrong) == message
+
+
 # ---- texts side by side --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "cache"), KINDS_AND_CACHES)
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 9, 17])
 @pytest.mark.parametrize("config", [ODD, GROUPED], ids=["odd", "grouped"])
 def test_text_gets_the_same_bits_alone_and_among_others(
-    config: ModelConfig, N: int, kind: str, backend: Any, rng: np.random.Generator
+    config: ModelConfig, N: int, kind: str, cache: str, backend: Any, rng: np.random.Generator
 ) -> None:
     """Beside texts of other lengths, in slots of any order, some of them ended."""
     model, slots = make(backend, kind, config), rng.permutation(N + 2)[:N].astype(np.int32)
     lengths = rng.integers(1, T - 4, N)
     lengths[0] = 64
     tokens = [texts(rng, length + 4) for length in lengths]
-    together, alone = model.decoder(N + 2), [model.decoder() for _ in range(N)]
+    together = model.decoder(N + 2, None, cache)
+    alone = [model.decoder(1, None, cache) for _ in range(N)]
     for text, slot, length, one in zip(tokens, slots, lengths, alone, strict=True):
         first = together.read(text[:length], int(slot), 0)
         assert np.array_equal(first, one.read(text[:length], 0, 0))
@@ -256,27 +352,34 @@ def test_text_touches_nothing_but_its_own_rows(backend: Any, rng: np.random.Gene
         assert np.isnan(cache[:, [0, 2]]).all() and np.isnan(cache[:, 1, :, 8:]).all()
 
 
-def test_copy_begins_with_the_same_tokens(backend: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("cache", ["fp32", *SMALL_CACHES])
+def test_copy_begins_with_the_same_tokens(
+    cache: str, backend: Any, rng: np.random.Generator
+) -> None:
     model, (first, second) = make(backend), texts(rng, 2, 20)
-    decoder = model.decoder(3)
-    decoder.keys[:, 2] = decoder.values[:, 2] = np.nan
+    decoder = model.decoder(3, None, cache)
+    for part in decoder._cache:
+        if part is not None:
+            part[:, 2] = 99
     decoder.read(first[:12], 0, 0)
     decoder.read(first[12:], 0, 12)
     decoder.copy(0, 2, 12)
-    fresh = model.decoder()
+    fresh = model.decoder(1, None, cache)
     fresh.read(first[:12], 0, 0)
     expected = fresh.read(second[12:], 0, 12)
     assert np.array_equal(decoder.read(second[12:], 2, 12), expected)
     again = decoder.step(first[19:], ints(0), ints(19))  # the other goes on as before
-    agree("fp32", again, read(model.decoder(), first, 20)[-1:])
+    rtol = SMALL_CACHES.get(cache, 10 * RTOL) / 10
+    agree("fp32", again, read(model.decoder(1, None, cache), first, 20)[-1:], rtol)
 
 
-def test_slot_may_be_used_again(backend: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("cache", ["fp32", *SMALL_CACHES])
+def test_slot_may_be_used_again(cache: str, backend: Any, rng: np.random.Generator) -> None:
     model, (first, second) = make(backend), texts(rng, 2, 30)
-    decoder = model.decoder(2, 30)
+    decoder = model.decoder(2, 30, cache)
     decoder.read(first, 1, 0)
     again = decoder.read(second[:17], 1, 0)
-    assert np.array_equal(again, model.decoder(1, 17).read(second[:17], 0, 0))
+    assert np.array_equal(again, model.decoder(1, 17, cache).read(second[:17], 0, 0))
 
 
 def test_capacity_changes_nothing(backend: Any, rng: np.random.Generator) -> None:
@@ -314,9 +417,9 @@ def test_decoder_sees_changed_parameters(backend: Any, rng: np.random.Generator)
 # ---- threads and memory --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "cache"), KINDS_AND_CACHES)
 def test_threads_do_not_change_a_bit(
-    kind: str, backend_name: str, rng: np.random.Generator
+    kind: str, cache: str, backend_name: str, rng: np.random.Generator
 ) -> None:
     """Threads share rows, columns and heads; each sum is one thread's.
 
@@ -327,18 +430,20 @@ def test_threads_do_not_change_a_bit(
     config = GPT2Config(vocab_size=300, n_positions=150, n_embd=256, n_layer=1, n_head=4)
     tokens, results = texts(rng, 5, 134, V=300), []
     for threads in (1, 2, 3):
-        decoder = make(get_backend(backend_name, threads), kind, config).decoder(5)
+        model = make(get_backend(backend_name, threads), kind, config)
+        decoder = model.decoder(5, None, cache)
         prompts = [decoder.read(row[:130], slot, 0) for slot, row in enumerate(tokens)]
         results.append((np.stack(prompts), step_through(decoder, tokens, 130)))
     for prompts, steps in results[1:]:
         assert np.array_equal(prompts, results[0][0]) and np.array_equal(steps, results[0][1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "cache"), KINDS_AND_CACHES)
 @EACH_CONFIG
 def test_step_stays_in_its_memory(
     config: ModelConfig,
     kind: str,
+    cache: str,
     backend: Any,
     guarded: Guarded,
     rng: np.random.Generator,
@@ -353,10 +458,10 @@ def test_step_stays_in_its_memory(
         make(backend, kind, config),
         texts(rng, 3, config.n_positions, V=config.vocab_size),
     )
-    expected = step_through(model.decoder(3), tokens)
+    expected = step_through(model.decoder(3, None, cache), tokens)
     model.parameters = {name: guarded.copy(array) for name, array in model.parameters.items()}
-    decoder = model.decoder(3)
-    decoder._keys, decoder._values = guarded.copy(decoder.keys), guarded.copy(decoder.values)
+    decoder = model.decoder(3, None, cache)
+    decoder._cache = Cache(*(p if p is None else guarded.copy(p) for p in decoder._cache))
     decoder._logits = guarded.copy(np.full_like(decoder._logits, np.nan))
     scratch: dict[int, Any] = {}
 
@@ -384,17 +489,20 @@ def test_step_stays_in_its_memory(
     assert len(scratch) == 1
 
 
+@pytest.mark.parametrize(("cache", "row"), [("fp32", 4 * 20), ("fp16", 2 * 20), ("int8", 20 + 4)])
 @pytest.mark.parametrize("slots", [1, 1000])
-def test_caches_that_do_not_fit_are_refused(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_that_do_not_fit_are_refused(
+    slots: int, cache: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make("numpy")
-    needed = 4 * slots * (2 * 2 * 60 * T + V)
+    needed = slots * (2 * 2 * 3 * T * row + 4 * V)
     monkeypatch.setattr("gpt2c.kernels.memory.UNASKED", 0)
     monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: needed)
-    model.decoder(slots)
+    model.decoder(slots, None, cache)
     monkeypatch.setattr("gpt2c.kernels.memory.available_bytes", lambda: needed - 1)
     texts = f"{slots:,} texts?"
     with pytest.raises(MemoryError, match=rf"^reading {texts} of {T} tokens needs .*: keys and"):
-        model.decoder(slots)
+        model.decoder(slots, None, cache)
 
 
 # ---- refused before C ----------------------------------------------------------------------------

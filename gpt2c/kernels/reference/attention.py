@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.kernels.op import TINY
 from gpt2c.kernels.reference.dropout import keep_factors
 from gpt2c.kernels.reference.rounding import rounded
 
@@ -69,11 +70,37 @@ def _keep(p: Array, dropout: float, key: int, first: int) -> Array:
     return factors.swapaxes(1, 2).astype(p.dtype)
 
 
+def _through_cache(
+    rows: NDArray[Any], scales: NDArray[np.float32] | None, x: Array, position: int
+) -> Array:
+    """Write x (B, KV, T, HS) to a cache, rounded to its type; return all rows up to there, widened.
+
+    int8 has a scale for each row: its largest magnitude becomes 127 steps. If that is at most TINY,
+    all become 0. The steps are those of float32 in any dtype of x.
+    """
+    end = position + x.shape[2]
+    new, seen = np.s_[:, :, position:end], np.s_[:, :, :end]
+    if scales is None:
+        with np.errstate(over="ignore"):  # from 65520 on a float16 is infinity
+            rows[new] = x
+        return rows[seen].astype(x.dtype, copy=False)
+    narrow = x.astype(np.float32)
+    largest = np.abs(narrow).max(axis=3, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > TINY)
+    with np.errstate(invalid="ignore"):  # nan and infinity in a row make its scale nan
+        rows[new] = np.rint(narrow * inverse)
+        scales[new] = largest[..., 0] / np.float32(127) + (0 * narrow).sum(axis=3)
+    widened: Array = rows[seen] * scales[seen][..., None].astype(x.dtype)
+    return widened
+
+
 def attention_forward(
     out: Array,
     lse: Array,
-    keys: Array | None,
-    values: Array | None,
+    keys: NDArray[Any] | None,
+    values: NDArray[Any] | None,
+    key_scales: NDArray[np.float32] | None,
+    value_scales: NDArray[np.float32] | None,
     qkv: Array,
     offsets: IntArray | None,
     position: int,
@@ -89,8 +116,9 @@ def attention_forward(
     A row of qkv holds q of NH heads, then k and then v of KV heads: W = (NH + 2 KV) HS channels.
     With fewer key and value heads than query heads, NH / KV query heads share one (grouped-query
     attention). With a cache, the T tokens continue texts whose earlier keys and values the cache
-    holds. With dropout, random elements of p become 0 after the softmax, and the others are divided
-    by 1 - dropout.
+    holds. A cache of 16 or 8 bits rounds them (number = scale * byte), those of the T tokens before
+    any query sees them: a text read at once and in parts is the same. With dropout, random elements
+    of p become 0 after the softmax, and the others are divided by 1 - dropout.
 
     Parameters
     ----------
@@ -98,7 +126,9 @@ def attention_forward(
     lse : (B, NH, T), written: log(sum(exp(scores))) over the keys, which is all that the backward
         pass needs of the T x T scores
     keys, values : (B, KV, P, HS), the cache: rows position to position + T are written, those
-        before are read; None without a cache
+        before are read; the dtype of out, float16 or int8; None without a cache
+    key_scales, value_scales : (B, KV, P) float32, the scales of an int8 cache's rows, written and
+        read with them; else None
     qkv : (B, T, W), a row holds q of NH heads, then k and then v of KV heads, W = C + 2 KV HS
     offsets : (S,) int32, the first row of each sequence of a ragged batch, then T; or None
     position : position in its text of the first of the T tokens; position + T <= P; 0 without a
@@ -113,15 +143,14 @@ def attention_forward(
     """
     if offsets is not None:
         for rows in _sequences(offsets):
-            parts = out[:, rows], lse[:, :, rows], None, None, qkv[:, rows]
+            parts = out[:, rows], lse[:, :, rows], None, None, None, None, qkv[:, rows]
             attention_forward(*parts, None, 0, dropout, key, first + rows.start, precision)
         return
     NH = lse.shape[1]
     q, k, v = _split(qkv, out.shape[2], NH)
     if keys is not None and values is not None:
-        end = position + qkv.shape[1]
-        keys[:, :, position:end], values[:, :, position:end] = k, v
-        k, v = keys[:, :, :end], values[:, :, :end]
+        k = _through_cache(keys, key_scales, k, position)
+        v = _through_cache(values, value_scales, v, position)
     q, k, v = rounded(precision, q, k, v)
     scores = _causal_scores(q, _for_each_query_head(k, NH))
     largest = scores.max(axis=3, keepdims=True)  # subtracted first, so that exp cannot overflow

@@ -1,0 +1,46 @@
+"""Log-probabilities of completions by a model, and the gradients that slopes of them give.
+
+A completion is the learned part of an example. Its log-probability is the sum over its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.model.model import Model
+from gpt2c.text.examples import Example
+
+__all__ = ["learn_completions", "lengths_of", "log_probabilities"]
+
+
+def log_probabilities(model: Model, examples: Sequence[Example]) -> NDArray[np.float64]:
+    """Return the log-probability of each completion, (B,), in nats.
+
+    The model keeps what `learn_completions` needs.
+    """
+    losses = model.losses([one.ids[:-1] for one in examples], [one.targets for one in examples])
+    return -np.array([row.sum(dtype=np.float64) for row in losses])
+
+
+def learn_completions(
+    model: Model, examples: Sequence[Example], slopes: NDArray[np.float64]
+) -> None:
+    """Add the gradient of sum(slopes * log-probabilities), for those computed last.
+
+    Parameters
+    ----------
+    slopes : (B,)
+    """
+    model.backward(
+        weights=[
+            np.full(len(one.ids) - 1, -slope) for one, slope in zip(examples, slopes, strict=True)
+        ]
+    )
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Return the number of tokens in each completion, (B,)."""
+    return np.array([np.count_nonzero(one.learned) for one in examples])

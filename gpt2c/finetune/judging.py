@@ -1,0 +1,224 @@
+"""Learning from judgements: of two answers the better, or of one answer whether it is liked.
+
+    units -> values of their examples -> losses and slopes -> gradients
+
+A unit is what is judged at once: two examples, the chosen before the rejected, or one. A value is a
+number of an example that the model computes: a log-probability, or a reward.
+
+Letters: U units of K examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.evaluate.metrics import wilson
+from gpt2c.finetune.completions import lengths_of
+from gpt2c.finetune.pairs import Unit, kept_units
+from gpt2c.finetune.report import Counts, coloured
+from gpt2c.finetune.settings import FinetuneSettings
+from gpt2c.finetune.tune import Base, Check, Method
+from gpt2c.kernels.checks import counted
+from gpt2c.model.model import Model
+from gpt2c.text.examples import Example, Record, fingerprint, read_records
+from gpt2c.text.ragged import Order, held_out, parts
+from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.hooks import Learned
+from gpt2c.train.run import Run
+from gpt2c.train.settings import setting
+
+__all__ = ["Array", "Judge", "Judged", "Judging", "JudgingSettings", "Source"]
+
+Array = NDArray[np.float64]
+Source = str | Path | Sequence[Mapping[str, Any]]  # of examples
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgingSettings(FinetuneSettings):
+    """The settings of methods that learn from judgements.
+
+    Raises
+    ------
+    ValueError : a setting is out of range
+    """
+
+    prompt_field: str = setting("data", "", "the name of the field prompt, if it is another")
+    chosen_field: str = setting("data", "", "the name of the field chosen")
+    rejected_field: str = setting("data", "", "the name of the field rejected")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout:  # or the untrained model would not equal its reference
+            raise ValueError(f"dropout must be 0 to learn from judgements, got {self.dropout}")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of fields, see `read_records`."""
+        ending = "_field"
+        names = [name for name in self.fields() if name.endswith(ending)]
+        return {name.removesuffix(ending): getattr(self, name) for name in names}
+
+
+class Judged(NamedTuple):
+    """The judgement of U units.
+
+    Attributes
+    ----------
+    losses : (U,)
+    slopes : (K,U), of the sum of losses, in the values
+    figures : name -> (U,), nan for a unit that has none
+    """
+
+    losses: Array
+    slopes: Array
+    figures: Mapping[str, Array]
+
+
+class Judge(Protocol):
+    """Values of examples, and judgements by them."""
+
+    def values(self, model: Model, examples: Sequence[Example]) -> Array:
+        """Return a value for each example; the model keeps what `push` needs."""
+
+    def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
+        """Add the gradient of sum(slopes * values), for the values computed last."""
+
+    def __call__(self, units: Sequence[Unit], values: Array) -> Judged:
+        """Judge units by their values (K,U)."""
+
+
+class Judging(Method):
+    """A method that learns from judgements.
+
+    Parameters
+    ----------
+    formats : of the records, see `read_records`
+    encode : returns the unit of a record
+    most : the most tokens of an example that are read, beside a last one that is only a target
+    """
+
+    unit = ""
+    shares: tuple[str, ...] = ()  # figures that are shares of all units: they get an interval
+
+    def __init__(
+        self,
+        base: Base,
+        settings: JudgingSettings,
+        source: Source,
+        formats: Sequence[str],
+        encode: Callable[[Record, Tokenizer], Unit],
+        most: int,
+    ) -> None:
+        self.tokenizer, self.settings, self.most = base.tokenizer, settings, most
+        records = read_records(source, formats, settings.names).records
+        units, self._reasons = kept_units(
+            records, lambda record: encode(record, base.tokenizer), most
+        )
+        if not units:
+            raise ValueError(f"no example is left to learn from: {Counts(self._reasons)}")
+        out = held_out(range(len(units)), settings.val_fraction, settings.seed)
+        self.train = [unit for unit, held in zip(units, out, strict=True) if not held]
+        self.val = [unit for unit, held in zip(units, out, strict=True) if held]
+        self.examples = len(self.train)
+        self.longest = max(unit.tokens for unit in units)
+        marks = repr([(unit.liked, unit.margin) for unit in units]).encode()
+        self.facts = fingerprint([one for unit in units for one in unit.examples]) | {
+            "marks": hashlib.sha256(marks).hexdigest()
+        }
+        self.order = Order(self.examples, settings.batch_size, settings.seed)
+
+    @abstractmethod
+    def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Judge:
+        """Return the judge of a step or an evaluation, whose units these are."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the report before the first step."""
+        units = [*self.train, *self.val]
+        held = f", {len(self.val):,} held out" if self.val else ""
+        yield (
+            f"{len(units):,} judgements{held}; left out: {Counts(self._reasons)}; the longest has"
+            f" {self.longest:,} tokens"
+        )
+        if len(units[0].examples) == 2:
+            yield lengths_of_pairs(units)
+        for one, name in zip(units[0].examples, self.sides(units[0]), strict=True):
+            yield f"the first {name}, with its learned part {coloured(one, self.tokenizer)}"
+
+    def sides(self, unit: Unit) -> Sequence[str]:
+        """Return the names of a unit's examples."""
+        return ("chosen", "rejected")
+
+    def learn(self, run: Run) -> Learned:
+        """See `Method`."""
+        units = [self.train[n] for n in self.order.step(run.step)]
+        run.model.zero_grad()
+        judge, found = self.judge(run.model, units, None), []
+        for some, examples, values in self._read(judge, run.model, units, None):
+            found.append(judge(some, values))
+            judge.push(run.model, examples, found[-1].slopes.reshape(-1) / len(units))
+        loss, figures = _means(found)
+        return Learned(loss, sum(unit.tokens for unit in units), figures)
+
+    def evaluate(self, run: Run, check: Check) -> dict[str, float]:
+        """See `Method`."""
+        units = self.val or self.train[: self.settings.batch_size]
+        judge = self.judge(run.model, units, check)
+        found = [
+            judge(some, values) for some, _, values in self._read(judge, run.model, units, check)
+        ]
+        loss, figures = _means(found)
+        every = {"val_loss": loss}
+        for name, value in figures.items():
+            every[f"val_{name}"] = value
+            if name in self.shares:
+                interval = wilson(round(value * len(units)), len(units))
+                every[f"val_{name}/low"], every[f"val_{name}/high"] = interval
+        return every
+
+    def _read(
+        self, judge: Judge, model: Model, units: Sequence[Unit], check: Check
+    ) -> Iterator[tuple[Sequence[Unit], list[Example], Array]]:
+        """Yield units, their examples side by side, and the values (K,U), a part at a time."""
+        for part in parts([unit.tokens for unit in units], self.settings.batch_tokens):
+            if check:
+                check()
+            some = units[part]
+            sides = zip(*(unit.examples for unit in some), strict=True)
+            examples = [one for side in sides for one in side]
+            yield some, examples, judge.values(model, examples).reshape(-1, len(some))
+
+
+def lengths_of_pairs(units: Sequence[Unit]) -> str:
+    """Return how long the answers of pairs are, and how often the longer is preferred."""
+    lengths = np.array([lengths_of(unit.examples) for unit in units])
+    means = lengths.mean(axis=0)
+    text = f"answers have {means[0]:.1f} tokens in the mean if chosen, {means[1]:.1f} if rejected"
+    longer = np.sign(lengths[:, 0] - lengths[:, 1])
+    right, count = int((longer > 0).sum()), int((longer != 0).sum())
+    if count:
+        low, high = wilson(right, count)
+        text += (
+            f"; of {counted(count, 'pair')} of different lengths, the longer is chosen in"
+            f" {right / count:.1%} ({low:.1%} to {high:.1%})"
+        )
+    return text
+
+
+def _means(found: Sequence[Judged]) -> tuple[float, dict[str, float]]:
+    """Return the mean loss and figures over all units; of "min_..." and "max_..." the extreme."""
+    figures = {}
+    for name in found[0].figures:
+        values = np.concatenate([judged.figures[name] for judged in found])
+        values = values[~np.isnan(values)]
+        if values.size:
+            how = {"min": np.min, "max": np.max}.get(name.partition("_")[0], np.mean)
+            figures[name] = float(how(values))
+    return float(np.mean(np.concatenate([judged.losses for judged in found]))), figures
