@@ -128,15 +128,19 @@ def _adapted(found: Pretrained, stored: peft.Stored, check_base: bool) -> Pretra
     ValueError : they do not fit it, or are of a base with other weights
     """
     lora, own = peft.adapters_of(stored, found.config)
-    labels = found.config.num_labels if stored.num_labels is None else stored.num_labels
+    scores: dict[str, Any] = {}
+    if stored.num_labels is not None:
+        same = found.config.num_labels == stored.num_labels
+        names = stored.labels or (found.config.id2label if same else None)
+        scores = {"num_labels": stored.num_labels, "id2label": names}
     try:
-        config: AnyConfig = dataclasses.replace(found.config, lora=lora, num_labels=labels)
+        config: AnyConfig = dataclasses.replace(found.config, lora=lora, **scores)
     except ValueError as error:
         raise ValueError(f"{stored.source}: {error}") from None
-    names = config.parameter_shapes().keys() | shapes_of(config, found.weights).keys()
-    kept = {name: tensor for name, tensor in found.tensors.items() if name in names}
+    shapes = shapes_of(config, found.weights)
+    kept = {name: tensor for name, tensor in found.tensors.items() if name in shapes}
     tensors: dict[str, Tensor] = kept | own
-    check_shapes(shapes_of(config, found.weights), tensors, stored.source)
+    check_shapes(shapes, tensors, stored.source)
     if check_base and stored.sha256 is not None and found.weights == "fp32":
         if peft.digest(tensors, config.frozen()) != stored.sha256:
             raise ValueError(

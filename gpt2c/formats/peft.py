@@ -26,7 +26,7 @@ import numpy as np
 from gpt2c.files.atomic import atomic_paths, claim_directory
 from gpt2c.files.names import ADAPTER_FILES, CONFIG_FILE, check_named
 from gpt2c.files.tensors import AnyTensor, read_tensors, write_tensors
-from gpt2c.files.untrusted import read_json, shown
+from gpt2c.files.untrusted import parse_json, read_json, shown
 from gpt2c.formats import llama_layout
 from gpt2c.kernels.memory import Array
 from gpt2c.model.config import ModelConfig
@@ -46,7 +46,7 @@ __all__ = [
 CONFIG, WEIGHTS = ADAPTER_FILES
 PREFIX = "base_model.model."
 SCORE = "score.weight"
-HASH = "base_sha256"  # in the file's metadata, which PEFT ignores
+HASH, LABELS = "base_sha256", "id2label"  # in the file's metadata, which PEFT ignores
 # fields that must be empty, because each stands for other arithmetic
 EMPTY = (
     *("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"),
@@ -72,6 +72,7 @@ class Stored(NamedTuple):
     lora : their settings, still without targets' names in memory
     base : the name of the model that they adapt, "" if none is recorded
     sha256 : `digest` of its weights; None if PEFT wrote the files
+    labels : the names of the scores, or None
     tensors : name without prefix -> float32 array
     """
 
@@ -79,6 +80,7 @@ class Stored(NamedTuple):
     lora: LoRA
     base: str
     sha256: str | None
+    labels: tuple[str, ...] | None
     tensors: Mapping[str, Array]
 
     @property
@@ -136,7 +138,19 @@ def read_adapter(path: str | os.PathLike[str]) -> Stored:
         tensors[own] = tensor
     if SCORE in tensors and tensors[SCORE].ndim != 2:
         raise ValueError(f"{path / WEIGHTS}: {PREFIX}{SCORE} must have rows and columns")
-    return Stored(path, lora, base, metadata.get(HASH), tensors)
+    labels = _read_labels(metadata.get(LABELS), str(path / WEIGHTS))
+    return Stored(path, lora, base, metadata.get(HASH), labels, tensors)
+
+
+def _read_labels(text: str | None, source: str) -> tuple[str, ...] | None:
+    """Return the names of the scores in a file's metadata, or None."""
+    if text is None:
+        return None
+    entries = parse_json(text, f"{source}: {LABELS}")
+    names = tuple(entries.get(str(number), "") for number in range(len(entries)))
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{source}: {LABELS} must name each score, got {shown(entries)}")
+    return names
 
 
 def _read_config(entries: Mapping[str, Any]) -> tuple[LoRA, str]:
@@ -316,6 +330,8 @@ def save_adapter(
         "layers_to_transform": None,
     }
     metadata = {"format": "pt"} | ({} if sha256 is None else {HASH: sha256})
+    if config.id2label is not None:
+        metadata[LABELS] = json.dumps(dict(enumerate(config.id2label)))
     if (directory / CONFIG_FILE).exists():
         raise ValueError(f"{directory} holds a model, which readers prefer: name another directory")
     claim_directory(directory, overwrite=True)

@@ -42,7 +42,7 @@ from gpt2c.model.inputs import (
     check_tokens,
 )
 from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.lora import TARGETS, LoRA
+from gpt2c.model.lora import TARGETS, LoRA, is_adapter
 from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
@@ -360,7 +360,7 @@ class Model(LanguageModel):
 
     def _initialise(self, seed: int) -> None:
         """Write the first values that the blocks name."""
-        rng = np.random.default_rng(seed)
+        streams = Streams(seed)
         for name, one in self._stack.parameters().items():
             parameter = self._parameters[name]
             is_small = one.small and self.weights != "fp32"
@@ -368,7 +368,7 @@ class Model(LanguageModel):
                 size = {"a tensor in float32": 4 * parameter.size}
                 require("rounding the first values", size, "close programs that use much memory")
             value = np.empty(one.shape, np.float32) if is_small else parameter
-            draw(one, rng, value)
+            draw(one, streams.of(name), value)
             if is_small:
                 round_into(self._parameters, self.weights, name, value, "the first values")
 
@@ -874,13 +874,28 @@ class Model(LanguageModel):
 
 
 def first_values(config: ModelConfig, seed: int, names: Collection[str]) -> dict[str, Array]:
-    """Return the first values of some parameters, name -> float32 array."""
-    rng, values = np.random.default_rng(seed), dict[str, Array]()
-    for name, one in config.stack().parameters().items():
-        if name in names:
-            values[name] = np.empty(one.shape, np.float32)
-            draw(one, rng, values[name])
+    """Return the values that a new model of this seed has in some parameters: name -> array."""
+    described, values = config.stack().parameters(), dict[str, Array]()
+    streams, left = Streams(seed), set(names)
+    for name, one in described.items():
+        if left and (is_adapter(name) or any(not is_adapter(other) for other in left)):
+            value = np.empty(one.shape, np.float32)
+            draw(one, streams.of(name), value)  # also those not wanted, which come before others
+            if name in left:
+                values[name] = value
+                left.remove(name)
     return values
+
+
+class Streams:
+    """The random numbers of a seed: adapters have their own, whatever model they are for."""
+
+    def __init__(self, seed: int) -> None:
+        self._model, self._adapters = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+
+    def of(self, name: str) -> np.random.Generator:
+        """Return those of a parameter."""
+        return self._adapters if is_adapter(name) else self._model
 
 
 def draw(one: Parameter, rng: np.random.Generator, value: Array) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import refused
 from helpers.tuning import capitals, losses, resumes_to_the_bit
 
 import gpt2c
-from gpt2c.finetune import sft
+from gpt2c.finetune import classify, dpo, reward, sft
 from gpt2c.finetune.sft import SFTSettings
 
 QUICK: dict[str, Any] = {
@@ -92,3 +93,35 @@ def test_bad_settings_are_refused_and_nothing_is_written(base: Path, tmp_path: P
     gpt2c.Tokenizer.from_name("bytes").save_pretrained(tmp_path / "other")
     wanted = "the base has other weights than that of the run"
     assert wanted in refused(sft, tmp_path / "other", rows, out, resume=True)
+
+
+def test_classifier_keeps_its_names_and_is_evaluated(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": word * n, "label": word} for word in ("ab", "cd", "ef") for n in range(1, 7)]
+    given = {"lora": True, "max_iters": 6, "eval_interval": 3, "batch_size": 6, "backend": "base"}
+
+    def tune(out: Path, **others: Any) -> Any:
+        return classify(base, rows, out, **given | others).runs[0]
+
+    resumes_to_the_bit(tune, tmp_path / "whole", tmp_path / "killed", monkeypatch, at=3)
+    model = gpt2c.from_pretrained(tmp_path / "whole")
+    assert model.config.id2label == ("ab", "cd", "ef") and model.trained[0] == "score.weight"
+    merged = model.merge()
+    merged.save_pretrained(tmp_path / "merged")
+    same = gpt2c.from_pretrained(tmp_path / "merged")
+    assert same.config == merged.config == dataclasses.replace(model.config, lora=None)
+    idx = [[1, 2, 3]]
+    np.testing.assert_allclose(same.scores(idx), model.scores(idx), atol=1e-5)
+
+
+def test_preferences_train_adapters(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{a}=", "chosen": a, "rejected": a.upper()} for a in "abcdefgh"]
+    given = {"lora": True, "max_iters": 6, "eval_interval": 3, "batch_size": 3, "backend": "base"}
+    for method in (dpo, reward):
+        out = tmp_path / method.__name__
+        tune = partial(method, base, rows, **given)
+        resumes_to_the_bit(tune, out / "whole", out / "killed", monkeypatch, at=3)
+        assert gpt2c.from_pretrained(out / "whole").config.lora == gpt2c.LoRA()
