@@ -59,7 +59,7 @@ static inline __attribute__((always_inline)) void tile_product(float *restrict c
         vf bk[2];
         for (int j = 0; j < vectors; j++) bk[j] = vf_load(b + k * ldb + j * VF_LEN);
         for (int i = 0; i < rows; i++) {
-            vf ai = vf_set1(left.data[i * left.row_stride + k * left.k_stride]);
+            vf ai = vf_set1(((const float *)left.data)[i * left.row_stride + k * left.k_stride]);
             for (int j = 0; j < vectors; j++) acc[i][j] = multiply_lanes(ai, bk[j], acc[i][j], type);
         }
     }
@@ -73,7 +73,7 @@ static inline __attribute__((always_inline)) void block_product(float *c, int64_
                                                                 int accumulate, const int type) {
     for (int64_t i = 0; i < m;) {
         const int whole = m - i >= ROWS;
-        const Operand rows = {left.data + i * left.row_stride, left.row_stride, left.k_stride};
+        const Operand rows = {(const float *)left.data + i * left.row_stride, left.row_stride, left.k_stride, FP32};
         for (int64_t j = 0; j < n;) {
             const int wide = n - j >= WIDTH;
             float *to = c + i * ldc + j;
@@ -132,7 +132,7 @@ static inline __attribute__((always_inline)) void sum_over_queries(float *sums, 
     const int64_t HSP = padded(HS), each = numbers_of_lane(type);
     for (int64_t i = 0; i < block.keys; i += ROWS) {
         const int64_t j = first_query(block, i) / WIDTH * WIDTH / each;
-        block_product(sums + i * HSP, HSP, (Operand){weights + i * TILE + j, TILE, 1}, right + j * HSP, HSP,
+        block_product(sums + i * HSP, HSP, (Operand){weights + i * TILE + j, TILE, 1, FP32}, right + j * HSP, HSP,
                       min64(ROWS, block.keys - i), HSP, TILE / each - j, accumulate, type);
     }
 }
@@ -140,28 +140,30 @@ static inline __attribute__((always_inline)) void sum_over_queries(float *sums, 
 /* ---- pairs of BF16 ------------------------------------------------------------------------------------------ */
 
 /* to (rows x columns / 2, row stride to_stride) = from (rows x columns), two columns in a lane; to may be from. */
-static void pair_columns(float *to, int64_t to_stride, const float *from, int64_t stride, int64_t rows,
-                         int64_t columns) {
+static void pair_columns(float *to, int64_t to_stride, const void *from, int64_t stride, int64_t rows, int64_t columns,
+                         int memory) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t c = 0; c < columns; c += 2 * VF_LEN)
-            vf_store_n(to + i * to_stride + c / 2, load_lanes(from + i * stride + c, columns - c, BF16),
+            vf_store_n(to + i * to_stride + c / 2,
+                       load_lanes(element(from, i * stride + c, memory), columns - c, BF16, memory),
                        ceil_div(columns - c, 2));
 }
 
 /* to (rows / 2 x columns, row stride to_stride) = from (rows x columns), two rows in a lane; to may be from. */
-static void pair_rows(float *to, int64_t to_stride, const float *from, int64_t stride, int64_t rows, int64_t columns) {
+static void pair_rows(float *to, int64_t to_stride, const void *from, int64_t stride, int64_t rows, int64_t columns,
+                      int memory) {
     for (int64_t i = 0; i < rows; i += 2)
         for (int64_t c = 0; c < columns; c += VF_LEN) {
-            const float *first = from + i * stride + c;
-            const vf second = i + 1 < rows ? vf_load_n(first + stride, columns - c) : vf_set1(0.0f);
-            vf_store_n(to + i / 2 * to_stride + c, vf_bf16_pair(vf_load_n(first, columns - c), second), columns - c);
+            const void *first = element(from, i * stride + c, memory);
+            const void *second = i + 1 < rows ? element(first, stride, memory) : NULL;
+            vf_store_n(to + i / 2 * to_stride + c, load_pair(first, second, columns - c, memory), columns - c);
         }
 }
 
 /* pair_rows() of a block's weights (keys x TILE) where they lie. */
 static void pair_keys(float *weights, Block block) {
     for (int64_t j = 0; j < TILE; j += WIDTH)
-        pair_rows(weights + j, TILE, weights + j, TILE, visible_keys(block, j), WIDTH);
+        pair_rows(weights + j, TILE, weights + j, TILE, visible_keys(block, j), WIDTH, FP32);
 }
 
 /* ---- dropout ------------------------------------------------------------------------------------------------ */
@@ -219,36 +221,37 @@ static void widen(float *to, Rows from, int64_t first, int64_t n, int64_t HS) {
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
 /* out (rows x HS, row stride C) and lse (rows) of one block of queries q (rows x HS, row stride W). The first query is
- * at position `first` of keys and values. Those of 16 and 8 bits are widened block by block. drop is NULL without
- * dropout. */
-static inline __attribute__((always_inline)) void forward_block(float *out, float *lse, const float *q, Rows keys,
+ * at position `first` of keys and values. Those of a cache of 16 and 8 bits are widened block by block. drop is NULL
+ * without dropout. `memory` is the type of q and out: BF16 only where the products are. */
+static inline __attribute__((always_inline)) void forward_block(void *out, float *lse, const void *q, Rows keys,
                                                                 Rows values, int64_t first, int64_t rows, int64_t C,
                                                                 int64_t W, int64_t HS, const Dropout *drop,
-                                                                float *scratch, const int type) {
-    const int64_t lanes = ceil_div(HS, 2), stride = keys.type == FP32 ? keys.stride : HS;
+                                                                float *scratch, const int type, int memory) {
+    const int direct = keys.type == FP32 || keys.type == BF16, held = direct ? keys.type : FP32;
+    const int64_t lanes = ceil_div(HS, 2), stride = direct ? keys.stride : HS;
     float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS, *factors = out_t + TILE * HS;
     float *k_pairs = factors + TILE * TILE, *v_pairs = k_pairs + TILE * lanes, *k_wide = v_pairs + TILE / 2 * HS,
           *v_wide = k_wide + TILE * HS;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
-    transpose(q_t, TILE, q, W, rows, HS, TILE, type);
+    transpose(q_t, TILE, q, W, rows, HS, TILE, type, memory);
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
-        const float *k = k_wide, *v = v_wide;
-        if (keys.type == FP32) {
-            k = (const float *)keys.numbers + key * stride;
-            v = (const float *)values.numbers + key * stride;
+        const void *k = k_wide, *v = v_wide;
+        if (direct) {
+            k = element(keys.numbers, key * stride, held);
+            v = element(values.numbers, key * stride, held);
         } else {
             widen(k_wide, keys, key, block.keys, HS);
             widen(v_wide, values, key, block.keys, HS);
         }
-        Operand by_channel = {k, stride, 1}, by_key = {v, 1, stride};
+        Operand by_channel = {k, stride, 1, FP32}, by_key = {v, 1, stride, FP32};
         if (type == BF16) {
-            pair_columns(k_pairs, lanes, k, stride, block.keys, HS);
-            pair_rows(v_pairs, HS, v, stride, block.keys, HS);
-            by_channel = (Operand){k_pairs, lanes, 1};
-            by_key = (Operand){v_pairs, 1, HS};
+            pair_columns(k_pairs, lanes, k, stride, block.keys, HS, held);
+            pair_rows(v_pairs, HS, v, stride, block.keys, HS, held);
+            by_channel = (Operand){k_pairs, lanes, 1, FP32};
+            by_key = (Operand){v_pairs, 1, HS, FP32};
         }
         score(p, block, by_channel, q_t, HS, type);
         for (int64_t j = 0; j < TILE; j += VF_LEN) {
@@ -282,7 +285,13 @@ static inline __attribute__((always_inline)) void forward_block(float *out, floa
         const vf inverse = vf_div(vf_set1(1.0f), vf_load(denominator + j));
         for (int64_t c = 0; c < HS; c++) vf_store(out_t + c * TILE + j, vf_mul(vf_load(out_t + c * TILE + j), inverse));
     }
-    transpose(out, C, out_t, TILE, HS, rows, HS, FP32);
+    if (memory == BF16) {
+        transpose(q_t, HS, out_t, TILE, HS, rows, HS, FP32, FP32); /* the queries are not needed any more */
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t c = 0; c < HS; c += VF_LEN)
+                store_n(out, i * C + c, vf_load_n(q_t + i * HS + c, HS - c), HS - c, memory);
+    } else
+        transpose(out, C, out_t, TILE, HS, rows, HS, FP32, FP32);
     for (int64_t i = 0; i < rows; i++) lse[i] = maximum[i] + logf(denominator[i]);
 }
 
@@ -329,59 +338,72 @@ static ForwardTask forward_task(Sequences all, int64_t NH, int64_t number) {
     return (ForwardTask){s, h, first, min64(TILE, length - first)};
 }
 
-void attention_forward(float *out, float *lse, void *keys, void *values, float *key_scales, float *value_scales,
-                       const float *qkv, const int32_t *offsets, int64_t position, double dropout, uint64_t key,
-                       uint64_t first, int precision, int type, float *scratch, int64_t B, int64_t T, int64_t C,
-                       int64_t NH, int64_t W, int64_t P, int64_t S, Team *team) {
+void attention_forward(void *out, float *lse, void *keys, void *values, float *key_scales, float *value_scales,
+                       const void *qkv, const int32_t *offsets, int64_t position, double dropout, uint64_t key,
+                       uint64_t first, int precision, int qkv_type, int type, float *scratch, int64_t B, int64_t T,
+                       int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team) {
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS);
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
+    float *own = scratch + team->member * thread_scratch_size(T, HS);
     if (keys)
         for_shared (head, B * KV, worth(T * HS), team)
             for (int64_t t = 0; t < T; t++) {
-                const float *from = qkv + (head / KV * T + t) * W + C + head % KV * HS;
-                store_cached(keys, key_scales, head * P + position + t, from, HS, type);
-                store_cached(values, value_scales, head * P + position + t, from + KV * HS, HS, type);
+                const void *row = element(qkv, (head / KV * T + t) * W + C + head % KV * HS, qkv_type);
+                const float *k = row, *v = k + KV * HS;
+                if (qkv_type == BF16) {
+                    k = own;
+                    v = own + HS;
+                    for (int64_t c = 0; c < HS; c += VF_LEN) {
+                        vf_store_n(own + c, load_n(row, c, HS - c, BF16), HS - c);
+                        vf_store_n(own + HS + c, load_n(row, KV * HS + c, HS - c, BF16), HS - c);
+                    }
+                }
+                store_cached(keys, key_scales, head * P + position + t, k, HS, type);
+                store_cached(values, value_scales, head * P + position + t, v, HS, type);
             }
     for_shared (number, NH * block_numbers(all), worth(min64(T, TILE) * HS), team) {
         const ForwardTask task = forward_task(all, NH, number);
         if (!task.rows) continue;
         const int64_t start = sequence_at(all, task.s), row = start + task.first, kv = task.h / (NH / KV);
-        const float *q = qkv + row * W + task.h * HS, *own_keys = qkv + start * W + C + kv * HS;
+        const void *q = element(qkv, row * W + task.h * HS, qkv_type);
+        const void *own_keys = element(qkv, start * W + C + kv * HS, qkv_type);
+        const void *own_values = element(own_keys, KV * HS, qkv_type);
         const int64_t cached = (task.s * KV + kv) * P;
         const Dropout drop = dropout_from(batch, task.h, row);
-        const Rows k = keys ? cached_rows(keys, key_scales, cached, HS, type) : (Rows){own_keys, NULL, W, FP32};
+        const Rows k = keys ? cached_rows(keys, key_scales, cached, HS, type) : (Rows){own_keys, NULL, W, qkv_type};
         const Rows v =
-            keys ? cached_rows(values, value_scales, cached, HS, type) : (Rows){own_keys + KV * HS, NULL, W, FP32};
-        float *to = out + row * C + task.h * HS, *to_lse = lse + lse_at(all, NH, task.s, task.h) + task.first;
-        float *own = scratch + team->member * thread_scratch_size(T, HS);
+            keys ? cached_rows(values, value_scales, cached, HS, type) : (Rows){own_values, NULL, W, qkv_type};
+        void *to = element_to(out, row * C + task.h * HS, qkv_type);
+        float *to_lse = lse + lse_at(all, NH, task.s, task.h) + task.first;
         const int64_t at = (keys ? position : 0) + task.first;
+        const Dropout *dropped = dropout > 0 ? &drop : NULL;
         if (precision == BF16)
-            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, BF16);
+            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropped, own, BF16, qkv_type);
         else
-            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropout > 0 ? &drop : NULL, own, FP32);
+            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropped, own, FP32, FP32);
     }
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------------- */
 
 /* to (TILE x padded HS) = from (rows x HS, row stride `stride`), and zeros around it. */
-static void copy_rows(float *to, const float *from, int64_t stride, int64_t rows, int64_t HS) {
+static void copy_rows(float *to, const void *from, int64_t stride, int64_t rows, int64_t HS, int memory) {
     const int64_t HSP = padded(HS);
     for (int64_t i = 0; i < TILE; i++)
         for (int64_t c = 0; c < HSP; c += VF_LEN)
-            vf_store(to + i * HSP + c, i < rows ? vf_load_n(from + i * stride + c, HS - c) : vf_set1(0.0f));
+            vf_store(to + i * HSP + c, i < rows ? load_n(from, i * stride + c, HS - c, memory) : vf_set1(0.0f));
 }
 
 /* The query heads that share a key head: dqkv (T rows, stride W) from dout and out (T rows, stride C), qkv and lse
  * (group,lse_stride). Pointers are at the first of these heads; k and v lie `to_k` and `to_v` after q. dqkv may be qkv:
  * q of a block is read before its dq is written, and dk and dv stay in scratch until all heads are done. drop is that
- * of the first head, or NULL. */
-static inline __attribute__((always_inline)) void backward_group(float *dqkv, const float *dout, const float *qkv,
-                                                                 const float *out, const float *lse, int64_t lse_stride,
+ * of the first head, or NULL. `memory` is the type of qkv and out: BF16 only where the products are. */
+static inline __attribute__((always_inline)) void backward_group(float *dqkv, const float *dout, const void *qkv,
+                                                                 const void *out, const float *lse, int64_t lse_stride,
                                                                  int64_t group, int64_t to_k, int64_t to_v, int64_t T,
                                                                  int64_t C, int64_t W, int64_t HS, const Dropout *drop,
-                                                                 float *scratch, const int type) {
+                                                                 float *scratch, const int type, int memory) {
     const int64_t HSP = padded(HS), lanes = ceil_div(HS, 2);
     float *p = scratch, *dp = p + TILE * TILE, *q_t = dp + TILE * TILE, *dout_t = q_t + TILE * HS;
     float *dq_t = dout_t + TILE * HS, *q = dq_t + TILE * HS, *dout_block = q + TILE * HSP,
@@ -393,38 +415,38 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
     for (int64_t h = 0; h < group; h++)
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t rows = min64(TILE, T - first);
-            copy_rows(q, qkv + first * W + h * HS, W, rows, HS);
-            copy_rows(dout_block, dout + first * C + h * HS, C, rows, HS);
-            transpose(q_t, TILE, q, HSP, TILE, HS, TILE, type);
-            transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE, type);
+            copy_rows(q, element(qkv, first * W + h * HS, memory), W, rows, HS, memory);
+            copy_rows(dout_block, dout + first * C + h * HS, C, rows, HS, FP32);
+            transpose(q_t, TILE, q, HSP, TILE, HS, TILE, type, FP32);
+            transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE, type, FP32);
             /* Queries past T have q, dout, minus_lse and delta 0, so they add 0 to every sum. */
             float minus_lse[TILE] = {0.0f}, delta[TILE] = {0.0f};
             for (int64_t i = 0; i < rows; i++) {
                 /* Gradient of softmax: dscores = p * (dp - delta); delta = sum(p * dp) over all keys equals dout . out.
                  */
-                const float *out_row = out + (first + i) * C + h * HS;
+                const int64_t row = (first + i) * C + h * HS;
                 vf dot = vf_set1(0.0f);
                 for (int64_t c = 0; c < HS; c += VF_LEN)
-                    dot = vf_fma(vf_load(dout_block + i * HSP + c), vf_load_n(out_row + c, HS - c), dot);
+                    dot = vf_fma(vf_load(dout_block + i * HSP + c), load_n(out, row + c, HS - c, memory), dot);
                 delta[i] = vf_sum(dot);
                 minus_lse[i] = -lse[h * lse_stride + first + i];
             }
             if (type == BF16) {
-                pair_rows(q, HSP, q, HSP, TILE, HSP);
-                pair_rows(dout_block, HSP, dout_block, HSP, TILE, HSP);
+                pair_rows(q, HSP, q, HSP, TILE, HSP, FP32);
+                pair_rows(dout_block, HSP, dout_block, HSP, TILE, HSP, FP32);
             }
             for (int64_t key = 0; key < first + rows; key += TILE) {
                 const Block block = {first - key, min64(TILE, T - key)};
-                const float *k = qkv + key * W + to_k, *v = qkv + key * W + to_v;
+                const void *k = element(qkv, key * W + to_k, memory), *v = element(qkv, key * W + to_v, memory);
                 const int accumulate = h > 0 || first > key;
-                Operand k_by_channel = {k, W, 1}, v_by_channel = {v, W, 1}, by_key = {k, 1, W};
+                Operand k_by_channel = {k, W, 1, FP32}, v_by_channel = {v, W, 1, FP32}, by_key = {k, 1, W, FP32};
                 if (type == BF16) {
-                    pair_columns(k_pairs, lanes, k, W, block.keys, HS);
-                    pair_columns(v_pairs, lanes, v, W, block.keys, HS);
-                    pair_rows(key_pairs, HS, k, W, block.keys, HS);
-                    k_by_channel = (Operand){k_pairs, lanes, 1};
-                    v_by_channel = (Operand){v_pairs, lanes, 1};
-                    by_key = (Operand){key_pairs, 1, HS};
+                    pair_columns(k_pairs, lanes, k, W, block.keys, HS, memory);
+                    pair_columns(v_pairs, lanes, v, W, block.keys, HS, memory);
+                    pair_rows(key_pairs, HS, k, W, block.keys, HS, memory);
+                    k_by_channel = (Operand){k_pairs, lanes, 1, FP32};
+                    v_by_channel = (Operand){v_pairs, lanes, 1, FP32};
+                    by_key = (Operand){key_pairs, 1, HS, FP32};
                 }
                 score(p, block, k_by_channel, q_t, HS, type);
                 score(dp, block, v_by_channel, dout_t, HS, type);
@@ -445,8 +467,8 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                 if (drop) multiply(p, block, factors);
                 const float *by_query = dp;
                 if (type == BF16) {
-                    pair_columns(p, TILE, p, TILE, block.keys, TILE);
-                    pair_columns(dp_pairs, TILE, dp, TILE, block.keys, TILE);
+                    pair_columns(p, TILE, p, TILE, block.keys, TILE, FP32);
+                    pair_columns(dp_pairs, TILE, dp, TILE, block.keys, TILE, FP32);
                     pair_keys(dp, block);
                     by_query = dp_pairs;
                 }
@@ -454,7 +476,7 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                 sum_over_queries(dk + key * HSP, block, by_query, q, HS, accumulate, type);
                 sum_over_keys(dq_t, block, by_key, dp, HS, key > 0, type);
             }
-            transpose(dqkv + first * W + h * HS, W, dq_t, TILE, HS, rows, HS, FP32);
+            transpose(dqkv + first * W + h * HS, W, dq_t, TILE, HS, rows, HS, FP32, FP32);
         }
     for (int64_t t = 0; t < T; t++)
         for (int64_t c = 0; c < HS; c += VF_LEN) {
@@ -463,9 +485,10 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
         }
 }
 
-void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+void attention_backward(float *dqkv, const float *dout, const void *qkv, const void *out, const float *lse,
                         const int32_t *offsets, double dropout, uint64_t key, uint64_t first, int precision,
-                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team) {
+                        int qkv_type, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S,
+                        Team *team) {
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS), group = NH / KV;
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
@@ -475,11 +498,14 @@ void attention_backward(float *dqkv, const float *dout, const float *qkv, const 
         const Dropout drop = dropout_from(batch, h, start);
         const float *head_lse = lse + lse_at(all, NH, s, h);
         float *own = scratch + team->member * thread_scratch_size(T, HS);
-        if (precision == BF16)
-            backward_group(dqkv + wide, dout + narrow, qkv + wide, out + narrow, head_lse, T, group, to_k,
-                           to_k + KV * HS, sequence_length(all, s), C, W, HS, dropout > 0 ? &drop : NULL, own, BF16);
+        const void *heads = element(qkv, wide, qkv_type), *outs = element(out, narrow, qkv_type);
+        const int64_t length = sequence_length(all, s), to_v = to_k + KV * HS;
+        const Dropout *dropped = dropout > 0 ? &drop : NULL;
+        if (precision == FP32)
+            backward_group(dqkv + wide, dout + narrow, heads, outs, head_lse, T, group, to_k, to_v, length, C, W, HS,
+                           dropped, own, FP32, FP32);
         else
-            backward_group(dqkv + wide, dout + narrow, qkv + wide, out + narrow, head_lse, T, group, to_k,
-                           to_k + KV * HS, sequence_length(all, s), C, W, HS, dropout > 0 ? &drop : NULL, own, FP32);
+            backward_group(dqkv + wide, dout + narrow, heads, outs, head_lse, T, group, to_k, to_v, length, C, W, HS,
+                           dropped, own, BF16, qkv_type);
     }
 }

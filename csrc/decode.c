@@ -85,9 +85,9 @@ static void norm(const Stage *s, const Quantized *q, int64_t N, Team *team) {
         const float *row = s->x + i * C;
         float mean, rstd;
         if (s->op == LAYERNORM)
-            layernorm_row(s->out + i * C, &mean, &rstd, row, s->gain, s->shift, s->eps, C);
+            layernorm_row(s->out + i * C, &mean, &rstd, row, s->gain, s->shift, s->eps, FP32, C);
         else
-            rmsnorm_row(s->out + i * C, &rstd, row, s->gain, s->eps, C);
+            rmsnorm_row(s->out + i * C, &rstd, row, s->gain, s->eps, FP32, C);
         if (q) quantize_row(*q, s->out + i * C, i, C);
     }
 }

@@ -45,42 +45,56 @@ enum {
     PACK_PANELS = 8     /* panels of A in a task of packing */
 };
 
+int64_t gemm_rows(void) { return MC; }
+
 int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MC + (int64_t)threads * NC); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
 /* Packs n rows of x into panels of `width` rows (MR or NR): panels[p * kc + k * width + i] = x(p + i, k) for p a
  * multiple of width, i < width, k < kc. Rows from n on are 0. x(i, k) is a lane; the rows have `numbers` numbers. */
-static inline __attribute__((always_inline)) void pack(float *restrict panels, Operand x, int64_t n, int64_t numbers,
-                                                       const int64_t width, const int type) {
+static inline __attribute__((always_inline)) void pack_from(float *restrict panels, Operand x, int64_t n,
+                                                            int64_t numbers, const int64_t width, const int type,
+                                                            const int memory) {
     enum { DISTANCE = 8 }; /* how many k ahead of the copy the prefetch runs */
     const int64_t each = numbers_of_lane(type), kc = ceil_div(numbers, each);
     if (x.k_stride == 1) {
         for (int64_t p = 0; p < n; p += width)
-            transpose(panels + p * kc, width, x.data + p * x.row_stride, x.row_stride, min64(width, n - p), numbers,
-                      width, type);
+            transpose(panels + p * kc, width, element(x.data, p * x.row_stride, memory), x.row_stride,
+                      min64(width, n - p), numbers, width, type, memory);
         return;
     }
     for (int64_t k = 0; k < kc; k++) { /* all rows of one k are contiguous: copy in memory order */
-        const float *source = x.data + k * each * x.k_stride;
+        const void *source = element(x.data, k * each * x.k_stride, memory);
         if (k + DISTANCE < kc)
-            for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(source + DISTANCE * each * x.k_stride + i);
+            for (int64_t i = 0; i < n; i += LINE)
+                __builtin_prefetch(element(source, DISTANCE * each * x.k_stride + i, memory));
         for (int64_t p = 0; p < n; p += width)
             for (int64_t i = 0; i < width; i += VF_LEN) {
                 const int64_t left = min64(n - p, width) - i;
-                vf row = left <= 0 ? vf_set1(0.0f) : vf_load_n(source + p + i, left);
-                if (type == BF16) {
-                    const int both = left > 0 && k * each + 1 < numbers;
-                    row = vf_bf16_pair(row, both ? vf_load_n(source + x.k_stride + p + i, left) : vf_set1(0.0f));
-                }
+                const void *first = element(source, p + i, memory);
+                vf row = vf_set1(0.0f);
+                if (left > 0 && type == BF16)
+                    row = load_pair(first, k * each + 1 < numbers ? element(first, x.k_stride, memory) : NULL, left,
+                                    memory);
+                else if (left > 0)
+                    row = vf_load_n(first, left);
                 vf_store_n(panels + p * kc + k * width + i, row, width - i);
             }
     }
 }
 
+static inline __attribute__((always_inline)) void pack(float *restrict panels, Operand x, int64_t n, int64_t numbers,
+                                                       const int64_t width, const int type) {
+    if (type == BF16 && x.memory == BF16)
+        pack_from(panels, x, n, numbers, width, type, BF16);
+    else
+        pack_from(panels, x, n, numbers, width, type, FP32);
+}
+
 /* x from this row and this k on. */
 static inline Operand operand_from(Operand x, int64_t row, int64_t k) {
-    x.data += row * x.row_stride + k * x.k_stride;
+    x.data = element(x.data, row * x.row_stride + k * x.k_stride, x.memory);
     return x;
 }
 
@@ -101,10 +115,12 @@ static inline void prefetch_line(Prefetch *prefetch) {
     prefetch->runs--;
 }
 
-/* The memory that packing n rows and kc columns of x reads. */
+/* The memory that packing n rows and kc columns of x reads. Two numbers of BF16 lie in a float. */
 static Prefetch prefetch_for_pack(Operand x, int64_t n, int64_t kc) {
-    return x.k_stride == 1 ? (Prefetch){x.data, x.data + kc, n, kc, x.row_stride}
-                           : (Prefetch){x.data, x.data + n, kc, n, x.k_stride};
+    const int64_t numbers = x.memory == BF16 ? 2 : 1, length = ceil_div(x.k_stride == 1 ? kc : n, numbers);
+    const float *data = x.data;
+    return x.k_stride == 1 ? (Prefetch){data, data + length, n, length, x.row_stride / numbers}
+                           : (Prefetch){data, data + length, kc, length, x.k_stride / numbers};
 }
 
 /* ---- microkernel -------------------------------------------------------------------------------------------- */

@@ -56,12 +56,16 @@ void pool_stop(Pool *pool);
 enum { FP32, FP16, INT8, BF16, SIGNED8 };
 
 /* The precision of an op's products: FP32 or BF16, where both factors are rounded to 16 bits, to nearest even, and the
- * products are added in float. BF16 takes denormals for 0. */
+ * products are added in float. BF16 takes denormals for 0.
+ *
+ * An array that is a factor of such products may hold 16 bits itself, rounded when it is written: half the memory, and
+ * the same products. It is a void pointer here, and the argument out_type, x_type or qkv_type says FP32 or BF16. BF16
+ * is for products of BF16 alone. */
 
 /* Floats of scratch memory that a kernel needs; gemm_scratch_size is for lora_forward, lora_scratch_size for
  * lora_backward. */
 int64_t gemm_scratch_size(int threads);
-int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int type, int threads);
+int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int out_type, int type, int threads);
 int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int type, int threads);
 int64_t lora_scratch_size(int64_t N, int64_t R, int threads);
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
@@ -86,8 +90,8 @@ void encoder_backward(float *dwte, float *dwpe, const float *dout, const int32_t
 /* ---- layernorm ---------------------------------------------------------------------------------------------- */
 
 /* out (N,C) = (x - mean) * rstd * weight + bias; weight, bias (C). mean and rstd (N) are for the backward pass. */
-void layernorm_forward(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
-                       float eps, int64_t N, int64_t C, Team *team);
+void layernorm_forward(void *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
+                       float eps, int out_type, int64_t N, int64_t C, Team *team);
 
 /* dx (N,C), dweight and dbias (C) +=. dx too, because x is the residual stream: dx already holds the gradient of the
  * skip connection. dweight or dbias may be NULL. */
@@ -97,8 +101,8 @@ void layernorm_backward(float *dx, float *dweight, float *dbias, const float *do
 /* ---- rmsnorm ------------------------------------------------------------------------------------------------ */
 
 /* out (N,C) = x * rstd * weight;  rstd (N) = 1 / sqrt(mean(x^2) + eps) is kept for the backward pass. */
-void rmsnorm_forward(float *out, float *rstd, const float *x, const float *weight, float eps, int64_t N, int64_t C,
-                     Team *team);
+void rmsnorm_forward(void *out, float *rstd, const float *x, const float *weight, float eps, int out_type, int64_t N,
+                     int64_t C, Team *team);
 
 /* dx (N,C) +=, as layernorm_backward's, dweight (C) +=, which may be NULL. */
 void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float *x, const float *weight,
@@ -108,14 +112,14 @@ void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float 
 
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC); bias may be NULL. With INT8 weights scale is (OC), each row of x is
  * quantized to 8 bits with its own scale, and C is at most 65536; `precision` is that of other weights. */
-void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale,
-                    int precision, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
+void matmul_forward(void *out, const void *x, const void *weight, const float *bias, const float *scale, int precision,
+                    int out_type, int x_type, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* dweight (OC,C) += dout^T x and dbias (OC) += column sums of dout (N,OC); both are overwritten if `accumulate` is 0.
  * Then dx (N,C) = dout weight, added to the old dx if `add`. Each of them may be NULL, dx may be x if it is written. */
-void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const void *weight,
-                     const float *scale, int accumulate, int precision, int add, int type, float *scratch, int64_t N,
-                     int64_t C, int64_t OC, Team *team);
+void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const void *x, const void *weight,
+                     const float *scale, int accumulate, int precision, int add, int x_type, int type, float *scratch,
+                     int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* ---- lora: low-rank adapters -------------------------------------------------------------------------------- */
 
@@ -193,24 +197,26 @@ int64_t decode_scratch_size(const Stage *stages, int64_t count, int64_t N, int t
  * rows from there on, rounded to the cache's `type`, and their q attend to all rows up to their own, as the cache holds
  * them. SIGNED8 has a scale for each row in key_scales and value_scales (B,KV,P), which are NULL otherwise. Without a
  * cache, dropout > 0 multiplies the softmax by factors as dropout_forward's: a row is a token, a column a key of its
- * sequence, each head has its own. */
-void attention_forward(float *out, float *lse, void *keys, void *values, float *key_scales, float *value_scales,
-                       const float *qkv, const int32_t *offsets, int64_t position, double dropout, uint64_t key,
-                       uint64_t first, int precision, int type, float *scratch, int64_t B, int64_t T, int64_t C,
-                       int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
+ * sequence, each head has its own. out has the type of qkv. */
+void attention_forward(void *out, float *lse, void *keys, void *values, float *key_scales, float *value_scales,
+                       const void *qkv, const int32_t *offsets, int64_t position, double dropout, uint64_t key,
+                       uint64_t first, int precision, int qkv_type, int type, float *scratch, int64_t B, int64_t T,
+                       int64_t C, int64_t NH, int64_t W, int64_t P, int64_t S, Team *team);
 
 /* dqkv (B,T,W) from dout (B,T,C) and what the forward pass read and wrote; dqkv may be qkv. */
-void attention_backward(float *dqkv, const float *dout, const float *qkv, const float *out, const float *lse,
+void attention_backward(float *dqkv, const float *dout, const void *qkv, const void *out, const float *lse,
                         const int32_t *offsets, double dropout, uint64_t key, uint64_t first, int precision,
-                        float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S, Team *team);
+                        int qkv_type, float *scratch, int64_t B, int64_t T, int64_t C, int64_t NH, int64_t W, int64_t S,
+                        Team *team);
 
 /* ---- rope: rotary positions ---------------------------------------------------------------------------------- */
 
 /* out (B,T,W): a row of qkv (B,T,W) holds heads of 2D channels, q, k and v. Of the first `heads`, those of q and k,
  * each pair (i, i + D) is turned by the angle whose cosine and sine stand in the token's row of cos and sin (at least
  * position + T,D); the others are copied. out may be qkv. */
-void rope_forward(float *out, const float *qkv, const float *cos, const float *sin, const int32_t *offsets,
-                  int64_t heads, int64_t position, int64_t B, int64_t T, int64_t W, int64_t D, int64_t S, Team *team);
+void rope_forward(void *out, const float *qkv, const float *cos, const float *sin, const int32_t *offsets,
+                  int64_t heads, int64_t position, int out_type, int64_t B, int64_t T, int64_t W, int64_t D, int64_t S,
+                  Team *team);
 
 /* dqkv (B,T,W) = dout (B,T,W), its pairs turned back; dqkv may be dout. */
 void rope_backward(float *dqkv, const float *dout, const float *cos, const float *sin, const int32_t *offsets,
@@ -218,17 +224,19 @@ void rope_backward(float *dqkv, const float *dout, const float *cos, const float
 
 /* ---- elementwise -------------------------------------------------------------------------------------------- */
 
-/* out (n) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the tanh form of GELU. out may be x. */
-void gelu_forward(float *out, const float *x, int64_t n, Team *team);
+/* out (n) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), the tanh form of GELU. out may be x, whose type it has.
+ */
+void gelu_forward(void *out, const void *x, int x_type, int64_t n, Team *team);
 
 /* dx (n) = dout * gelu'(x); dx may be dout. */
-void gelu_backward(float *dx, const float *dout, const float *x, int64_t n, Team *team);
+void gelu_backward(float *dx, const float *dout, const void *x, int x_type, int64_t n, Team *team);
 
-/* out (N,C) = silu(gate) * up, silu(gate) = gate / (1 + e^-gate); a row of x (N,2C) holds gate, then up. */
-void swiglu_forward(float *out, const float *x, int64_t N, int64_t C, Team *team);
+/* out (N,C) = silu(gate) * up, silu(gate) = gate / (1 + e^-gate); a row of x (N,2C) holds gate, then up. out has the
+ * type of x. */
+void swiglu_forward(void *out, const void *x, int x_type, int64_t N, int64_t C, Team *team);
 
 /* dx (N,2C) = the gradients of gate and up, from dout (N,C); dx may be x. */
-void swiglu_backward(float *dx, const float *dout, const float *x, int64_t N, int64_t C, Team *team);
+void swiglu_backward(float *dx, const float *dout, const void *x, int x_type, int64_t N, int64_t C, Team *team);
 
 /* out (n) = x + branch; out may be x. */
 void residual_forward(float *out, const float *x, const float *branch, int64_t n, Team *team);

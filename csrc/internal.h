@@ -13,14 +13,39 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+/* An array that is a factor of products holds floats or, in a training step in BF16, these: its type is FP32 or BF16.
+ * Below, `memory` is such a type, and `i` the number of an element. */
+static inline const void *element(const void *x, int64_t i, const int memory) {
+    return (const char *)x + i * (memory == BF16 ? 2 : 4);
+}
+static inline void *element_to(void *x, int64_t i, const int memory) {
+    return (char *)x + i * (memory == BF16 ? 2 : 4);
+}
+static inline vf load_n(const void *x, int64_t i, int64_t n, const int memory) {
+    return memory == BF16 ? vf_load_bf16_n((const uint16_t *)x + i, n) : vf_load_n((const float *)x + i, n);
+}
+static inline void store_n(void *out, int64_t i, vf x, int64_t n, const int memory) {
+    if (memory == BF16)
+        vf_store_bf16_n((uint16_t *)out + i, x, n);
+    else
+        vf_store_n((float *)out + i, x, n);
+}
+
 /* Numbers of a row that one 32-bit lane holds in products of this type. */
 static inline int64_t numbers_of_lane(const int type) { return type == BF16 ? 2 : 1; }
 
-/* The first n numbers from p on, then zeros, in VF_LEN lanes. */
-static inline vf load_lanes(const float *p, int64_t n, const int type) {
-    const vf first = vf_load_n(p, n);
+/* The first n numbers of a row, then zeros, in VF_LEN lanes. */
+static inline vf load_lanes(const void *row, int64_t n, const int type, const int memory) {
+    if (memory == BF16) return vf_load_bf16_row_n(row, n);
+    const vf first = vf_load_n(row, n);
     if (type != BF16) return first;
-    return vf_bf16(first, n > VF_LEN ? vf_load_n(p + VF_LEN, n - VF_LEN) : vf_set1(0.0f));
+    return vf_bf16(first, n > VF_LEN ? vf_load_n((const float *)row + VF_LEN, n - VF_LEN) : vf_set1(0.0f));
+}
+
+/* Lanes of two rows in products of BF16: n numbers of `first` and, unless it is NULL, of `second`. */
+static inline vf load_pair(const void *first, const void *second, int64_t n, const int memory) {
+    if (memory == BF16) return second ? vf_load_bf16_pair_n(first, second, n) : vf_of_bits(vf_load_halves_n(first, n));
+    return vf_bf16_pair(vf_load_n(first, n), second ? vf_load_n(second, n) : vf_set1(0.0f));
 }
 
 /* sum + a * b, or, of lanes that hold two numbers, + both products. */
@@ -31,15 +56,16 @@ static inline vf multiply_lanes(vf a, vf b, vf sum, const int type) {
 /* to[c * to_stride + r] = lane c of row r for r < rows, c < lanes; 0 for rows <= r < width. Row r starts at
  * from[r * from_stride] and has `columns` numbers. */
 static inline __attribute__((always_inline)) void transpose(float *restrict to, int64_t to_stride,
-                                                            const float *restrict from, int64_t from_stride,
+                                                            const void *restrict from, int64_t from_stride,
                                                             int64_t rows, int64_t columns, const int64_t width,
-                                                            const int type) {
+                                                            const int type, const int memory) {
     const int64_t each = numbers_of_lane(type), lanes = ceil_div(columns, each);
     for (int64_t r = 0; r < width; r += VF_LEN)
         for (int64_t c = 0; c < lanes; c += VF_LEN) {
             vf block[VF_LEN];
             for (int64_t i = 0; i < VF_LEN; i++)
-                block[i] = r + i < rows ? load_lanes(from + (r + i) * from_stride + c * each, columns - c * each, type)
+                block[i] = r + i < rows ? load_lanes(element(from, (r + i) * from_stride + c * each, memory),
+                                                     columns - c * each, type, memory)
                                         : vf_set1(0.0f);
             vf_transpose(block);
             for (int64_t i = 0; i < min64(VF_LEN, lanes - c); i++)
@@ -73,25 +99,27 @@ static inline int64_t sequence_start(Sequences all, int64_t row) {
 }
 
 /* An operand of a matrix product: element (i, k), where k is summed over, is data[i * row_stride + k * k_stride]. One
- * of the strides is 1; exchanging them transposes the operand. */
+ * of the strides is 1; exchanging them transposes the operand. Its memory is BF16 only where the products are. */
 typedef struct {
-    const float *data;
+    const void *data;
     int64_t row_stride, k_stride;
+    int memory;
 } Operand;
 
 /* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, or plus the old c if `accumulate`. The
  * products are of floats, or of the BF16 numbers nearest to them. */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int precision, int64_t M,
           int64_t N, int64_t K, float *scratch, Team *team);
+int64_t gemm_rows(void); /* of C in a block: those that a packed part of B serves */
 
 /* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe, unless that is NULL. */
 void embed_row(float *out, const Linear *wte, const float *position, int32_t token);
 
 /* A row of a norm, elements [from, to) of an activation, a head of rope_forward (direction 1) or _backward (-1) at the
  * row of its position in cos and sin. */
-void layernorm_row(float *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
-                   float eps, int64_t C);
-void rmsnorm_row(float *out, float *rstd, const float *row, const float *weight, float eps, int64_t C);
+void layernorm_row(void *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
+                   float eps, int out_type, int64_t C);
+void rmsnorm_row(void *out, float *rstd, const float *row, const float *weight, float eps, int out_type, int64_t C);
 void gelu_part(float *out, const float *x, int64_t from, int64_t to);
 void swiglu_part(float *out, const float *gate, const float *up, int64_t from, int64_t to);
 void rope_head(float *out, const float *x, const float *cos, const float *sin, float direction, int64_t D);

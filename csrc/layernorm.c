@@ -8,8 +8,20 @@
 
 #include "internal.h"
 
-void layernorm_row(float *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
-                   float eps, int64_t C) {
+/* out (C) = (row - mean) * rstd * weight + bias. */
+static inline __attribute__((always_inline)) void write_row(void *out, const float *row, float mean, float rstd,
+                                                            const float *weight, const float *bias, int64_t C,
+                                                            const int type) {
+    vf m = vf_set1(mean);
+    vf s = vf_set1(rstd);
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        vf norm = vf_mul(vf_sub(vf_load_n(row + c, C - c), m), s);
+        store_n(out, c, vf_fma(norm, vf_load_n(weight + c, C - c), vf_load_n(bias + c, C - c)), C - c, type);
+    }
+}
+
+void layernorm_row(void *out, float *mean, float *rstd, const float *row, const float *weight, const float *bias,
+                   float eps, int out_type, int64_t C) {
     vf sum = vf_set1(0.0f);
     for (int64_t c = 0; c < C; c += VF_LEN) sum = vf_add(sum, vf_load_n(row + c, C - c));
     float rounded = vf_sum(sum) / (float)C;
@@ -24,17 +36,16 @@ void layernorm_row(float *out, float *mean, float *rstd, const float *row, const
     *mean = rounded + correction;
     float variance = vf_sum(squares) / (float)C - correction * correction;
     *rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps); /* unlike fmaxf, it keeps NaN */
-    vf m = vf_set1(*mean);
-    vf s = vf_set1(*rstd);
-    for (int64_t c = 0; c < C; c += VF_LEN) {
-        vf norm = vf_mul(vf_sub(vf_load_n(row + c, C - c), m), s);
-        vf_store_n(out + c, vf_fma(norm, vf_load_n(weight + c, C - c), vf_load_n(bias + c, C - c)), C - c);
-    }
+    if (out_type == BF16)
+        write_row(out, row, *mean, *rstd, weight, bias, C, BF16);
+    else
+        write_row(out, row, *mean, *rstd, weight, bias, C, FP32);
 }
 
-void layernorm_forward(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
-                       float eps, int64_t N, int64_t C, Team *team) {
-    for_shared (i, N, worth(C), team) layernorm_row(out + i * C, mean + i, rstd + i, x + i * C, weight, bias, eps, C);
+void layernorm_forward(void *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
+                       float eps, int out_type, int64_t N, int64_t C, Team *team) {
+    for_shared (i, N, worth(C), team)
+        layernorm_row(element_to(out, i * C, out_type), mean + i, rstd + i, x + i * C, weight, bias, eps, out_type, C);
 }
 
 void layernorm_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const float *weight,

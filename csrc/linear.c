@@ -284,8 +284,8 @@ static void pack_strip(float *packed, const uint8_t *weight, int64_t n, int64_t 
     const int64_t size = C / CHANNELS * STRIP_COLUMNS;
     float *bytes = packed + (WORDS - 1) * size;
     for (int64_t v = 0; v < n; v += VF_LEN) /* a word is moved as one float */
-        transpose(bytes + v, STRIP_COLUMNS, (const float *)(weight + v * C), C / CHANNELS, min64(VF_LEN, n - v),
-                  C / CHANNELS, VF_LEN, FP32);
+        transpose(bytes + v, STRIP_COLUMNS, weight + v * C, C / CHANNELS, min64(VF_LEN, n - v), C / CHANNELS, VF_LEN,
+                  FP32, FP32);
     for (int64_t c = 0; WORDS > 1 && c < size; c += STRIP_COLUMNS, packed += WORDS * STRIP_COLUMNS) {
         uint32_t row[STRIP_COLUMNS], split[WORDS * STRIP_COLUMNS];
         memcpy(row, bytes + c, sizeof row);

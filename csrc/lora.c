@@ -20,18 +20,22 @@ void lora_forward(float *out, float *u, const float *y, const float *x, const fl
                   float *scratch, int64_t N, int64_t C, int64_t OC, int64_t R, Team *team) {
     if (out != y)
         for_shared (i, N, worth(OC), team) memcpy(out + i * OC, y + i * OC, (size_t)OC * sizeof(float));
-    gemm(u, R, (Operand){x, C, 1}, (Operand){down, C, 1}, NULL, 0, FP32, N, R, C, scratch, team);
+    gemm(u, R, (Operand){x, C, 1, FP32}, (Operand){down, C, 1, FP32}, NULL, 0, FP32, N, R, C, scratch, team);
     multiply_by(u, scale, N * R, team);
-    gemm(out, OC, (Operand){u, R, 1}, (Operand){up, R, 1}, NULL, 1, FP32, N, OC, R, scratch, team);
+    gemm(out, OC, (Operand){u, R, 1, FP32}, (Operand){up, R, 1, FP32}, NULL, 1, FP32, N, OC, R, scratch, team);
 }
 
 void lora_backward(float *dx, float *ddown, float *dup, const float *dout, const float *x, const float *u,
                    const float *down, const float *up, float scale, int accumulate, float *scratch, int64_t N,
                    int64_t C, int64_t OC, int64_t R, Team *team) {
     float *du = scratch + gemm_scratch_size(team->threads);
-    if (dup) gemm(dup, R, (Operand){dout, 1, OC}, (Operand){u, 1, R}, NULL, accumulate, FP32, OC, R, N, scratch, team);
-    gemm(du, R, (Operand){dout, OC, 1}, (Operand){up, 1, R}, NULL, 0, FP32, N, R, OC, scratch, team);
+    if (dup)
+        gemm(dup, R, (Operand){dout, 1, OC, FP32}, (Operand){u, 1, R, FP32}, NULL, accumulate, FP32, OC, R, N, scratch,
+             team);
+    gemm(du, R, (Operand){dout, OC, 1, FP32}, (Operand){up, 1, R, FP32}, NULL, 0, FP32, N, R, OC, scratch, team);
     multiply_by(du, scale, N * R, team);
-    if (ddown) gemm(ddown, C, (Operand){du, 1, R}, (Operand){x, 1, C}, NULL, accumulate, FP32, R, C, N, scratch, team);
-    if (dx) gemm(dx, C, (Operand){du, R, 1}, (Operand){down, 1, C}, NULL, 0, FP32, N, C, R, scratch, team);
+    if (ddown)
+        gemm(ddown, C, (Operand){du, 1, R, FP32}, (Operand){x, 1, C, FP32}, NULL, accumulate, FP32, R, C, N, scratch,
+             team);
+    if (dx) gemm(dx, C, (Operand){du, R, 1, FP32}, (Operand){down, 1, C, FP32}, NULL, 0, FP32, N, C, R, scratch, team);
 }

@@ -2,7 +2,8 @@
  *
  * Forward takes 2 N C OC operations, backward twice as many. gemm.c computes both and divides them among the threads.
  * With INT8 weights, or few rows (up to FEW_ROWS) and products of floats, linear.c computes forward. Else smaller
- * weights are converted to FP32, some of their rows at a time. */
+ * weights are converted to FP32, some of their rows at a time. An out of BF16 is computed in float, a block of rows at
+ * a time. */
 
 #include "internal.h"
 
@@ -21,32 +22,53 @@ static int reads_in_place(int64_t N, int precision, int type) {
     return type == INT8 || (N <= FEW_ROWS && precision == FP32);
 }
 
-int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int type, int threads) {
-    if (reads_in_place(N, precision, type)) return linear_scratch_size(N, C, type, threads);
-    return gemm_scratch_size(threads) + converted_size(C, OC, type);
+int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int out_type, int type, int threads) {
+    const int64_t rows = out_type == BF16 ? min64(N, gemm_rows()) * OC : 0;
+    if (reads_in_place(N, precision, type)) return rows + linear_scratch_size(N, C, type, threads);
+    return rows + gemm_scratch_size(threads) + converted_size(C, OC, type);
 }
 
 int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int type, int threads) {
     return gemm_scratch_size(threads) + converted_size(C, OC, type);
 }
 
-void matmul_forward(float *out, const float *x, const void *weight, const float *bias, const float *scale,
-                    int precision, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+/* matmul_forward() in float. */
+static void forward(float *out, Operand x, const void *weight, const float *bias, const float *scale, int precision,
+                    int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
     const Linear layer = {weight, scale, bias, C, OC, type};
     if (reads_in_place(N, precision, type)) {
-        linear_rows(out, &layer, x, scratch, N, team);
+        linear_rows(out, &layer, x.data, scratch, N, team);
         return;
     }
     if (type == FP32) {
-        gemm(out, OC, (Operand){x, C, 1}, (Operand){weight, C, 1}, bias, 0, precision, N, OC, C, scratch, team);
+        gemm(out, OC, x, (Operand){weight, C, 1, FP32}, bias, 0, precision, N, OC, C, scratch, team);
         return;
     }
     float *weight32 = scratch + gemm_scratch_size(team->threads);
     for (int64_t j = 0; j < OC; j += FP32_ROWS) {
         const int64_t n = min64(FP32_ROWS, OC - j);
         convert_rows(weight32, &layer, j, n, team);
-        gemm(out + j, OC, (Operand){x, C, 1}, (Operand){weight32, C, 1}, bias ? bias + j : NULL, 0, precision, N, n, C,
-             scratch, team);
+        gemm(out + j, OC, x, (Operand){weight32, C, 1, FP32}, bias ? bias + j : NULL, 0, precision, N, n, C, scratch,
+             team);
+    }
+}
+
+void matmul_forward(void *out, const void *x, const void *weight, const float *bias, const float *scale, int precision,
+                    int out_type, int x_type, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+    if (out_type == FP32) {
+        forward(out, (Operand){x, C, 1, x_type}, weight, bias, scale, precision, type, scratch, N, C, OC, team);
+        return;
+    }
+    const int64_t block = min64(N, gemm_rows());
+    for (int64_t i = 0; i < N; i += block) { /* the rows of a block are in the cache when they are rounded */
+        const int64_t n = min64(block, N - i), size = n * OC;
+        uint16_t *to = (uint16_t *)out + i * OC;
+        forward(scratch, (Operand){element(x, i * C, x_type), C, 1, x_type}, weight, bias, scale, precision, type,
+                scratch + block * OC, n, C, OC, team);
+        for_shared (vector, ceil_div(size, VF_LEN), worth(VF_LEN), team) {
+            const int64_t k = vector * VF_LEN;
+            vf_store_bf16_n(to + k, vf_load_n(scratch + k, size - k), size - k);
+        }
     }
 }
 
@@ -70,13 +92,13 @@ static void column_sums(float *restrict dbias, const float *restrict dout, int a
     }
 }
 
-void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const float *x, const void *weight,
-                     const float *scale, int accumulate, int precision, int add, int type, float *scratch, int64_t N,
-                     int64_t C, int64_t OC, Team *team) {
+void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const void *x, const void *weight,
+                     const float *scale, int accumulate, int precision, int add, int x_type, int type, float *scratch,
+                     int64_t N, int64_t C, int64_t OC, Team *team) {
     /* out = x weight^T, so dweight += dout^T x (summed over N) and dx = dout weight (summed over OC) */
     if (dweight)
-        gemm(dweight, C, (Operand){dout, 1, OC}, (Operand){x, 1, C}, NULL, accumulate, precision, OC, C, N, scratch,
-             team);
+        gemm(dweight, C, (Operand){dout, 1, OC, FP32}, (Operand){x, 1, C, x_type}, NULL, accumulate, precision, OC, C,
+             N, scratch, team);
     if (dbias) column_sums(dbias, dout, accumulate, N, OC, team);
     if (!dx) return;
     const Linear layer = {weight, scale, NULL, C, OC, type};
@@ -85,8 +107,8 @@ void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout,
     for (int64_t j = 0; j < OC; j += rows) {
         const int64_t n = min64(rows, OC - j);
         if (type != FP32) convert_rows(weight32, &layer, j, n, team);
-        gemm(dx, C, (Operand){dout + j, OC, 1}, (Operand){type == FP32 ? weight : weight32, 1, C}, NULL, add || j > 0,
-             precision, N, C, n, scratch, team);
+        gemm(dx, C, (Operand){dout + j, OC, 1, FP32}, (Operand){type == FP32 ? weight : weight32, 1, C, FP32}, NULL,
+             add || j > 0, precision, N, C, n, scratch, team);
     }
 }
 
@@ -96,6 +118,6 @@ void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *te
         const int64_t c = column * BLOCK;
         for (int64_t r = 0; r < R; r += BLOCK)
             transpose(out + c * R + r, R, x + r * C + c, C, min64(BLOCK, R - r), min64(BLOCK, C - c),
-                      min64(BLOCK, R - r), FP32);
+                      min64(BLOCK, R - r), FP32, FP32);
     }
 }

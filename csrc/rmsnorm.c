@@ -5,23 +5,33 @@
 
 #include "internal.h"
 
-void rmsnorm_row(float *out, float *rstd, const float *row, const float *weight, float eps, int64_t C) {
+/* out (C) = row * rstd * weight. */
+static inline __attribute__((always_inline)) void write_row(void *out, const float *row, float rstd,
+                                                            const float *weight, int64_t C, const int type) {
+    vf s = vf_set1(rstd);
+    for (int64_t c = 0; c < C; c += VF_LEN) {
+        vf norm = vf_mul(vf_load_n(row + c, C - c), s);
+        store_n(out, c, vf_mul(norm, vf_load_n(weight + c, C - c)), C - c, type);
+    }
+}
+
+void rmsnorm_row(void *out, float *rstd, const float *row, const float *weight, float eps, int out_type, int64_t C) {
     vf squares = vf_set1(0.0f);
     for (int64_t c = 0; c < C; c += VF_LEN) {
         vf v = vf_load_n(row + c, C - c);
         squares = vf_fma(v, v, squares);
     }
     *rstd = 1.0f / sqrtf(vf_sum(squares) / (float)C + eps);
-    vf s = vf_set1(*rstd);
-    for (int64_t c = 0; c < C; c += VF_LEN) {
-        vf norm = vf_mul(vf_load_n(row + c, C - c), s);
-        vf_store_n(out + c, vf_mul(norm, vf_load_n(weight + c, C - c)), C - c);
-    }
+    if (out_type == BF16)
+        write_row(out, row, *rstd, weight, C, BF16);
+    else
+        write_row(out, row, *rstd, weight, C, FP32);
 }
 
-void rmsnorm_forward(float *out, float *rstd, const float *x, const float *weight, float eps, int64_t N, int64_t C,
-                     Team *team) {
-    for_shared (i, N, worth(C), team) rmsnorm_row(out + i * C, rstd + i, x + i * C, weight, eps, C);
+void rmsnorm_forward(void *out, float *rstd, const float *x, const float *weight, float eps, int out_type, int64_t N,
+                     int64_t C, Team *team) {
+    for_shared (i, N, worth(C), team)
+        rmsnorm_row(element_to(out, i * C, out_type), rstd + i, x + i * C, weight, eps, out_type, C);
 }
 
 void rmsnorm_backward(float *dx, float *dweight, const float *dout, const float *x, const float *weight,

@@ -417,13 +417,24 @@ static inline vi vi_sums(vi rows[VF_LEN]) {
 }
 /* ---- BF16: the upper half of a float, so 8 bits of precision and the range of float ---------------------------- */
 
+/* Bits of a vector, and VF_LEN numbers of 16 bits; the arithmetic on them is GCC's and Clang's own. */
+typedef uint32_t vf_bits __attribute__((vector_size(4 * VF_LEN)));
+typedef int32_t vf_signs __attribute__((vector_size(4 * VF_LEN)));
+typedef uint16_t vf_halves __attribute__((vector_size(2 * VF_LEN)));
+static inline vf vf_of_bits(vf_bits bits) {
+    vf x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* A pair of BF16 numbers is 32 bits, as wide as a float: vf_transpose and all that only moves lanes works on pairs.
  *
  * vf_bf16(a, b): lane l holds numbers 2l (lower half) and 2l + 1 of the 2 VF_LEN numbers of a, then b.
  * vf_bf16_pair(a, b): lane l holds a[l] (lower half) and b[l].
  * vf_bf16_dot(sum, a, b): sum + a's upper halves * b's upper halves, then + the lower halves' products.
+ * vf_to_halves(x): the numbers of x, for memory.
  *
- * As the instructions do, all three round to nearest even, take denormals for 0 and write 0 for them. */
+ * As the instructions do, all of them round to nearest even, take denormals for 0 and write 0 for them. */
 #if defined(__AVX512BF16__)
 static inline vf vf_bf16(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh(b, a); }
 static inline vf vf_bf16_pair(vf a, vf b) {
@@ -435,19 +446,12 @@ static inline vf vf_bf16_dot(vf sum, vf a, vf b) { /* see vi_dot */
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
     return sum;
 }
+static inline vf_halves vf_to_halves(vf x) { return (vf_halves)_mm512_cvtneps_pbh(x); }
 #else
-/* Bits of a vector; the arithmetic on them is GCC's and Clang's own. */
-typedef uint32_t vf_bits __attribute__((vector_size(4 * VF_LEN)));
-typedef int32_t vf_signs __attribute__((vector_size(4 * VF_LEN)));
 static inline vf_bits vf_to_bits(vf x) {
     vf_bits bits;
     memcpy(&bits, &x, sizeof x);
     return bits;
-}
-static inline vf vf_of_bits(vf_bits bits) {
-    vf x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
 }
 /* All ones where a < b; both are below 2^31. */
 static inline vf_bits vf_less(vf_bits a, vf_bits b) { return (vf_bits)((vf_signs)(a - b) >> 31); }
@@ -467,7 +471,38 @@ static inline vf vf_bf16_dot(vf sum, vf a, vf b) {
     sum = vf_fma(vf_of_bits(pa << 16), vf_of_bits(pb << 16), vf_of_bits(vf_flush(vf_to_bits(sum))));
     return vf_of_bits(vf_flush(vf_to_bits(sum)));
 }
+static inline vf_halves vf_to_halves(vf x) { return __builtin_convertvector(vf_to_bf16(x) >> 16, vf_halves); }
 #endif
+
+/* Numbers of BF16 in memory: n of them from p on, then zeros. As floats; two rows of them, as vf_bf16_pair has them; 2
+ * VF_LEN of a row, as vf_bf16 has them. vf_store_bf16_n rounds. */
+static inline vf_bits vf_load_halves_n(const uint16_t *p, int64_t n) {
+    vf_halves x = {0};
+    if (n >= VF_LEN)
+        memcpy(&x, p, sizeof x);
+    else
+        memcpy(&x, p, (size_t)n * sizeof(uint16_t));
+    return __builtin_convertvector(x, vf_bits);
+}
+static inline vf vf_load_bf16_n(const uint16_t *p, int64_t n) { return vf_of_bits(vf_load_halves_n(p, n) << 16); }
+static inline vf vf_load_bf16_pair_n(const uint16_t *a, const uint16_t *b, int64_t n) {
+    return vf_of_bits(vf_load_halves_n(a, n) | vf_load_halves_n(b, n) << 16);
+}
+static inline vf vf_load_bf16_row_n(const uint16_t *p, int64_t n) {
+    vf x = vf_set1(0.0f);
+    if (n >= 2 * VF_LEN)
+        memcpy(&x, p, sizeof x);
+    else
+        memcpy(&x, p, (size_t)n * sizeof(uint16_t));
+    return x;
+}
+static inline void vf_store_bf16_n(uint16_t *p, vf x, int64_t n) {
+    const vf_halves halves = vf_to_halves(x);
+    if (n >= VF_LEN)
+        memcpy(p, &halves, sizeof halves);
+    else
+        memcpy(p, &halves, (size_t)n * sizeof(uint16_t));
+}
 
 #if !defined(__F16C__) && !defined(__ARM_NEON)
 /* The IEEE half nearest to x, of two the even one. */

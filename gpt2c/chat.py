@@ -94,7 +94,8 @@ class Chat:
         self._ends |= {generator.tokenizer.eot}
         self._generator = generator
         self._context = generator.model.config.n_positions
-        self._decoder = generator.model.decoder(1, min(ROOM, self._context))
+        capacity = min(ROOM, self._context)
+        self._decoder = generator.model.decoder(1, capacity, self._config.cache)
         self._cached: list[int] = []  # the tokens whose keys and values the decoder has
         self._system = [] if system is None else check_messages([Message("system", system)])
         self._answer: Pieces[str, None, None] | None = None
@@ -157,9 +158,8 @@ class Chat:
         old = self._decoder
         if old.capacity < min(size, self._context):
             capacity = min(max(size, 2 * old.capacity), self._context)
-            self._decoder = self._generator.model.decoder(1, capacity)
-            self._decoder.keys[..., : old.capacity, :] = old.keys
-            self._decoder.values[..., : old.capacity, :] = old.values
+            self._decoder = self._generator.model.decoder(1, capacity, self._config.cache)
+            self._decoder.copy(0, 0, old.capacity, old)
 
     def _pieces(self, question: Message, ids: list[int], turn: int) -> Pieces[str, None, None]:
         """Read what is new of a conversation, and yield its answer."""

@@ -62,7 +62,7 @@ class Capitals(LanguageModel):
         super().__init__(config, get_backend("numpy"))
         self.upper = Upper(capacity)
 
-    def decoder(self, slots: int = 1, capacity: int | None = None) -> Any:
+    def decoder(self, slots: int = 1, capacity: int | None = None, cache: str = "fp32") -> Any:
         return self.upper
 
 
@@ -150,6 +150,18 @@ def test_answers_are_those_of_a_conversation_that_is_read_at_once(
     assert len({message.content for message in chat.messages[2::2]}) == 3
     assert reads[0][0] == 0 and all(position > 20 for position, _ in reads[1:])
     assert 100 < chat._decoder.capacity <= 400
+
+
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_chat_has_the_cache_that_it_is_told_also_where_its_memory_grows(
+    cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt2c.chat.ROOM", 60)
+    chat = babbling(temperature=0, max_new_tokens=12, cache=cache)
+    for question in ("Hi", "Why?", "And then?"):
+        assert chat.ask(question)
+        assert chat._decoder.keys.dtype == {"fp16": np.float16, "int8": np.int8}[cache]
+    assert chat._decoder.capacity > 60
 
 
 def test_the_same_seed_has_the_same_conversation() -> None:

@@ -26,6 +26,13 @@ from gpt2c.bench.worker import TINY, Worker
 from gpt2c.evaluate.classifier import Classifier, encode
 from gpt2c.evaluate.metrics import compare
 from gpt2c.finetune.classify import class_weights, classify, weighted_cross_entropy
+from gpt2c.finetune.policy import (
+    LOSS_TYPES,
+    PolicyLoss,
+    PolicyObjective,
+    Tokens,
+    token_factors,
+)
 from gpt2c.finetune.preference import PairLoss, bradley_terry, kto, reference_point
 from gpt2c.formats.llama_layout import LLAMA
 from gpt2c.formats.load import find_model
@@ -1181,6 +1188,110 @@ def test_probabilities_of_sampling_agree(settings: dict[str, Any]) -> None:
         p[ids] = weights / weights.sum()
         assert np.array_equal(p > 0, expected > 0)
         np.testing.assert_allclose(p, expected, rtol=2e-5)  # logits of 30, rounded by 6e-8 of that
+
+
+# ---- policies ------------------------------------------------------------------------------------
+
+
+class Policies:
+    """A model on both sides, completions of prompts, and log-probabilities before an update."""
+
+    temperature, most = 0.8, 20
+
+    def __init__(self) -> None:
+        self.both, rng = pair(SMALL, get_backend().name), np.random.default_rng(7)
+        self.starts, self.ends = np.array([5, 3, 1, 9, 9, 2]), np.array([8, 20, 15, 29, 10, 17])
+        self.idx = rng.integers(0, SMALL.vocab_size, (6, 29))
+        places = np.arange(1, 29)
+        self.mask = (places >= self.starts[:, None]) & (places < self.ends[:, None])
+        logs = self.logps(torch.tensor(self.idx)).detach().numpy()
+        moves = rng.standard_normal((3, *logs.shape), np.float32) / 4
+        self.old, self.reference, self.sampled = logs + moves
+        self.advantages = rng.standard_normal(6).astype(np.float32)
+
+    def logps(self, idx: Any) -> Any:
+        """Return the log-probability of each token after the first, by the model in PyTorch."""
+        logits = self.both.torch(idx).logits[:, :-1] / self.temperature
+        return logits.log_softmax(-1).gather(-1, idx[:, 1:, None])[..., 0]
+
+    def theirs(self, loss_type: str, beta: float, sampled: bool) -> tuple[float, Any]:
+        """Return TRL's loss, with its gradients in the model, and its metrics."""
+        same = lambda value, **_: value  # noqa: E731
+        lengths = self.mask.sum()
+        trainer = SimpleNamespace(
+            _get_per_token_logps_and_entropies=lambda model, idx, *_, **__: (
+                *(self.logps(idx), torch.zeros(self.mask.shape)),
+                None,
+            ),
+            accelerator=SimpleNamespace(num_processes=1, gather=same, reduce=same),
+            args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+            **{"loss_type": loss_type, "beta": beta, "epsilon_low": 0.2, "epsilon_high": 0.3},
+            **{"use_vllm": sampled, "vllm_importance_sampling_correction": sampled},
+            **{"aux_loss_enabled": False, "_entropy_bonus_enabled": False},
+            **{"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None},
+            **{"importance_sampling_level": "token", "current_gradient_accumulation_steps": 1},
+            max_completion_length=self.most,
+            model=SimpleNamespace(training=True),
+            _metrics={"train": collections.defaultdict(list)},
+        )
+        inputs = {
+            **{"prompt_ids": self.idx[:, :1], "prompt_mask": np.ones((6, 1), np.int64)},
+            **{"completion_ids": self.idx[:, 1:], "completion_mask": self.mask.astype(np.int64)},
+            **{"advantages": self.advantages, "old_per_token_logps": self.old},
+            **{"ref_per_token_logps": self.reference, "num_items_in_batch": lengths},
+            "importance_sampling_ratio": np.minimum(np.exp(self.old - self.sampled), 2.0),
+        }
+        tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
+        self.both.torch.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are not ours
+            trainers = pytest.importorskip("trl", reason="TRL is not installed, nor is it needed")
+            loss = trainers.GRPOTrainer._compute_loss(trainer, None, tensors)
+        loss.backward()
+        return loss.item(), trainer._metrics["train"]
+
+    def ours(self, loss_type: str, beta: float, sampled: bool) -> tuple[float, Any]:
+        """Return our loss, with its gradients in the model, and the terms of all tokens."""
+        flat = [
+            np.concatenate([row[: end - 1] for row, end in zip(rows, self.ends, strict=True)])
+            for rows in (self.idx[:, 1:], self.mask, self.old, self.reference, self.sampled)
+        ]
+        counts = np.repeat(np.arange(6), self.ends - 1)
+        factors = token_factors(loss_type, self.ends - self.starts, self.most)
+        tokens = Tokens(
+            *(factors[counts], self.advantages[counts].astype(np.float64), flat[2]),
+            reference=flat[3] if beta else None,
+            sampled=flat[4] if sampled else None,
+        )
+        loss = PolicyLoss(0.2, 0.3, beta, "k3")
+        targets = np.where(flat[1], flat[0], -1).astype(np.int32)
+        objective = PolicyObjective(targets, tokens, loss, self.temperature)
+        idx = [row[: end - 1] for row, end in zip(self.idx, self.ends, strict=True)]
+        self.both.gpt2c.zero_grad()
+        value = self.both.gpt2c.loss(idx, objective, count=1)
+        self.both.gpt2c.backward()
+        return value, loss(tokens.at(objective.live), objective.logps[objective.live])
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["", "sampler"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_losses_of_policies_are_those_of_trl(loss_type: str, beta: float, sampled: bool) -> None:
+    policies = Policies()
+    expected, metrics = policies.theirs(loss_type, beta, sampled)
+    loss, terms = policies.ours(loss_type, beta, sampled)
+    assert loss == pytest.approx(expected, rel=LOGITS)
+    gradients = named((n, p.grad) for n, p in policies.both.torch.named_parameters())
+    for name, gradient in policies.both.gpt2c.gradients.items():
+        assert_close(f"gradient of {name}", gradient, gradients[name], GRADIENT)
+    for name, value in [
+        ("low", terms.low),
+        ("high", terms.high),
+        ("region", terms.low | terms.high),
+    ]:
+        assert 0 < metrics[f"clip_ratio/{name}_mean"][0] == pytest.approx(value.mean(), rel=1e-6)
+    if beta:
+        assert terms.kl.mean() == pytest.approx(metrics["kl"][0], rel=1e-4)
 
 
 # ---- each op -------------------------------------------------------------------------------------

@@ -511,7 +511,8 @@ def _check_memory(
     scores = 4 * B * config.stack().layers[0].attention.NH * T * T
     needed: dict[str, int] = {}
     for name in names:
-        own = bytes_needed(config, B, T, None if name in TORCH else recompute) + PROCESS_BYTES
+        policy, precision = None if name in TORCH else recompute, name.partition(":")[2] or "fp32"
+        own = bytes_needed(config, B, T, policy, precision) + PROCESS_BYTES
         if name in TORCH:  # it holds logits, their log-softmax and a gradient
             own += 3 * logits
         elif name == "numpy":  # a few T x T matrices, and AdamW's temporary arrays

@@ -9,11 +9,15 @@ from typing import Any
 
 from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
-from gpt2c.finetune import dpo, reward, sft
+from gpt2c.files.names import RUN_FILE
+from gpt2c.finetune import dpo, grpo, reward, sft
+from gpt2c.finetune.beginner import beginner
 from gpt2c.finetune.dpo import DPOSettings
+from gpt2c.finetune.grpo import GRPOSettings
 from gpt2c.finetune.reward import RewardSettings
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.sft import SFTSettings
+from gpt2c.finetune.tasks import TASKS
 from gpt2c.finetune.tune import Result
 from gpt2c.screen.command import command
 from gpt2c.train.settings import recipe_settings
@@ -26,6 +30,7 @@ METHODS: dict[str, tuple[Callable[..., Result], type[FinetuneSettings], str]] = 
     "sft": (sft, SFTSettings, "fine-tune a model on examples: it learns the answers, not prompts"),
     "reward": (reward, RewardSettings, "train a reward model: a number for each text, by pairs"),
     "dpo": (dpo, DPOSettings, "teach a model which answers are preferred, by DPO or its kin"),
+    "grpo": (grpo, GRPOSettings, "train a model by rewards of its texts: GRPO, RLOO, PPO, RFT"),
 }
 
 
@@ -39,8 +44,11 @@ def add_verbs(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def add_run(verb: argparse.ArgumentParser, kind: type[FinetuneSettings]) -> None:
     """Add what a run begins with, its directory, and its settings."""
-    verb.add_argument("base", metavar="BASE", help="a run, a directory of a model, or a name")
-    verb.add_argument("data", metavar="DATA", help="a file of examples: JSONL, JSON or CSV")
+    optional = "?" if "task" in kind.fields() else None  # a task makes both
+    text = "a run, a directory of a model, or a name"
+    verb.add_argument("base", metavar="BASE", nargs=optional, help=text)
+    text = "a file of examples: JSONL, JSON or CSV"
+    verb.add_argument("data", metavar="DATA", nargs=optional, help=text)
     verb.add_argument("--out", type=Path, required=True, help="the run's directory")
     verb.add_argument("--config", help="a TOML file or a recipe's name; flags override it")
     verb.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -51,12 +59,39 @@ def add_run(verb: argparse.ArgumentParser, kind: type[FinetuneSettings]) -> None
 def run_method(options: argparse.Namespace) -> int:
     """Run a method of fine-tuning."""
     tune, kind, _ = METHODS[options.method]
+    if options.base is None and not _begin(options, given_settings(options)):
+        return INTERRUPTED
     result = tune(*(options.base, options.data, options.out), **given_run(options, kind))
     if result.interrupted:
         return say_stopped(result, options.method, options)
     print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s")
     print_change(result.before, result.after)
     return 0
+
+
+def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
+    """Make the base that options lack, a beginner at a task, in --out; the run moves into it, too.
+
+    With --resume a run that had begun goes on, and else all is made again.
+
+    Returns
+    -------
+    whether it is there; a signal may have ended it
+    """
+    if "task" not in given:
+        raise ValueError(f"name a base, or a task to begin with: --task {'|'.join(TASKS)}")
+    home = options.out
+    options.base, options.out = home / "sft", home / options.method
+    options.config = options.config or options.method
+    if options.resume and (options.out / RUN_FILE).exists():
+        return True
+    options.overwrite |= options.resume
+    options.resume = False
+    shared = {name: given[name] for name in ("threads", "backend", "seed") if name in given}
+    if beginner(given["task"], home, overwrite=options.overwrite, **shared):
+        return True
+    print(f"stopped before {options.out}; begin again with --overwrite")
+    return False
 
 
 def given_run(options: argparse.Namespace, kind: type[FinetuneSettings]) -> dict[str, Any]:
@@ -69,7 +104,8 @@ def given_run(options: argparse.Namespace, kind: type[FinetuneSettings]) -> dict
 
 def say_stopped(result: Result, verb: str, options: argparse.Namespace) -> int:
     """Say how a run that a signal has stopped goes on; return the exit code."""
-    go_on = command(*verb.split(), options.base, options.data, "--out", options.out, "--resume")
+    data = [] if options.data is None else [options.data]
+    go_on = command(*verb.split(), options.base, *data, "--out", options.out, "--resume")
     print(f"stopped after step {result.step} of {result.max_iters}; go on with: {go_on}")
     return INTERRUPTED
 

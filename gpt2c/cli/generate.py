@@ -76,13 +76,6 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     )
     add_sampling(verb, 200)
     verb.add_argument(
-        "--cache",
-        choices=["fp32", "fp16", "int8"],
-        default="fp32",
-        help="keys and values of the text in memory: fp32, fp16 or int8, which are smaller and"
-        " faster to read in long texts (fp32)",
-    )
-    verb.add_argument(
         "--show-probabilities",
         type=int,
         nargs="?",

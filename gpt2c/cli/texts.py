@@ -79,6 +79,13 @@ def add_sampling(verb: argparse.ArgumentParser, max_new_tokens: int) -> None:
         metavar="N",
         help="the same seed draws the same text (default: another each time)",
     )
+    verb.add_argument(
+        "--cache",
+        choices=["fp32", "fp16", "int8"],
+        default="fp32",
+        help="keys and values of the text in memory: fp32, fp16 or int8, which are smaller and"
+        " faster to read in long texts (fp32)",
+    )
 
 
 def given_sampling(options: argparse.Namespace) -> dict[str, Any]:

@@ -206,10 +206,11 @@ def weighted_cross_entropy(
     total : the sum of the weights of the whole step, of which these texts are a part
     """
     z = scores.astype(np.float64)
-    z -= z.max(1, keepdims=True)
     rows, share = np.arange(len(z)), weights / total
-    losses = np.log(np.exp(z).sum(1)) - z[rows, labels]
-    d_scores = softmax(z)
+    with np.errstate(invalid="ignore"):  # of scores that are infinite: the loss is nan
+        z -= z.max(1, keepdims=True)
+        losses = np.log(np.exp(z).sum(1)) - z[rows, labels]
+        d_scores = softmax(z)
     d_scores[rows, labels] -= 1
     return float(share @ losses), d_scores * share[:, None]
 
@@ -356,8 +357,10 @@ class _Classify(Method):
             dropout = dropout_of(run.settings, run.step, first)
             found = run.model.scores(rows[part], dropout=dropout)
             more, d_scores = weighted_cross_entropy(found, labels[part], weights[part], total)
-            run.model.backward(d_scores=d_scores)
             loss += more
+            if not math.isfinite(loss):
+                return Learned(loss, first)
+            run.model.backward(d_scores=d_scores)
             right += int((found.argmax(1) == labels[part]).sum())
             first += sum(map(len, rows[part]))
         return Learned(loss, first, {"accuracy": right / len(step)})
@@ -445,6 +448,7 @@ def classify(
     """
     out, own = Path(out), _settings(Path(out), settings, resume)
     splits = _splits(examples, own)
+    _check_place(out, own.folds)
     runs: list[Result] = []
     answers: list[tuple[Ints, Floats]] = []
     with claimed(out, overwrite) if own.folds and not resume else nullcontext():
@@ -483,6 +487,19 @@ def _settings(out: Path, given: Mapping[str, Any], resume: bool) -> ClassifySett
         return ClassifySettings(**given)
     record = read_record(place, "classify")
     return resumed(ClassifySettings, record["settings"], given, str(place / RUN_FILE))
+
+
+def _check_place(out: Path, folds: int) -> None:
+    """Refuse a directory that holds other runs than these, which would seem to belong to them.
+
+    Raises
+    ------
+    FileExistsError : it holds more folds, or a run beside which there would be folds
+    """
+    others = [out / f"fold-{folds + 1}", *([out / RUN_FILE] if folds else [])]
+    for other in others:
+        if other.exists():
+            raise FileExistsError(f"{other} is of another run: name another directory")
 
 
 def _run(

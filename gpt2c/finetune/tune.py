@@ -19,6 +19,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files.atomic import atomic_path
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
@@ -26,9 +28,10 @@ from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
 from gpt2c.formats.peft import digest
-from gpt2c.kernels.backend import Backend, get_backend
+from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.memory import require
 from gpt2c.model.model import first_values
+from gpt2c.model.parameters import Tensor
 from gpt2c.model.plan import parts_needed
 from gpt2c.pretrained import MODELS
 from gpt2c.text.tokenizer import Tokenizer
@@ -258,7 +261,8 @@ def _prepare(
     backend = get_backend(settings.backend, settings.threads or None)
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
     weights = "fp32" if settings.quantize == "none" else settings.quantize
-    needs = parts_needed(config, 1, tokens, settings.recomputation, weights)
+    precision = as_precision(settings.precision, backend)
+    needs = parts_needed(config, 1, tokens, settings.recomputation, precision, weights)
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
     model = _open(found, config, settings, backend)
     facts = {
@@ -288,14 +292,24 @@ def _open(
     found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
 ) -> CausalLM:
     """Return the base's model with the config of the method; what it lacks is random."""
-    own = config.parameter_shapes().keys()
-    tensors = {name: tensor for name, tensor in found.tensors.items() if name in own}
-    fresh = first_values(config, settings.seed, own - tensors.keys())
+    own = config.parameter_shapes()
+    tensors = {
+        name: _grown(tensor, own[name]) for name, tensor in found.tensors.items() if name in own
+    }
+    fresh = first_values(config, settings.seed, own.keys() - tensors)
     found = dataclasses.replace(found, config=config, tensors={**tensors, **fresh})
     return MODELS[type(config)].from_found(
         *(found, backend, None, None if settings.quantize == "none" else settings.quantize),
         *(settings.recomputation, settings.precision),
     )
+
+
+def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a table with as many rows as the config has: the further ones are 0."""
+    if len(shape) != 2 or tensor.shape[1:] != shape[1:] or tensor.shape[0] >= shape[0]:
+        return tensor
+    more = np.zeros((shape[0] - tensor.shape[0], shape[1]), np.float32)
+    return np.concatenate([np.asarray(tensor), more])
 
 
 def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
 Each op has a method, made from its declaration in `gpt2c.kernels.op`. It passes pointers and sizes
 to the C function of the same name, which writes the outputs; print(source(OPS["..."])) shows one.
 `gpt2c.kernels.reference` defines what each op computes. Arrays must be C-contiguous float32 (int32
-for idx and targets, also float16 and uint8 for weights) of the declared shapes; `gpt2c.ops` and
-`gpt2c.model` check this before. Knows nothing about models.
+for idx and targets, also float16 and uint8 for weights, uint16 for factors of products in bfloat16)
+of the declared shapes; `gpt2c.ops` and `gpt2c.model` check this before. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ class Kernels:
         self._null = module.ffi.NULL
         self._floats, self._ints = module.ffi.typeof("float[]"), module.ffi.typeof("int32_t[]")
         self._doubles = module.ffi.typeof("double[]")
-        # C's constants of the dtype character of a weight or a cache, and of the precision of
-        # products
+        # C's constants of an array's dtype character, and of the precision of products
         self._types = {"f": self._lib.FP32, "e": self._lib.FP16, "B": self._lib.INT8}
-        self._types["b"] = self._lib.SIGNED8
+        self._types |= {"H": self._lib.BF16, "b": self._lib.SIGNED8}
         self._precisions = {"fp32": self._lib.FP32, "bf16": self._lib.BF16}
         # The GIL is released while C runs, so each Python thread needs a pool and scratch of its
         # own.
@@ -203,6 +202,8 @@ def source(op: Op) -> str:
         if text.endswith(")"):
             function, words = text[:-1].split("(")
             return f"self._scratch(self._lib.{function}({', '.join(map(told, words.split()))}))"
+        if text.endswith("_type"):
+            return f"self._types[{text.removesuffix('_type')}.dtype.char]"
         known = {"threads": "self.threads", "type": "kind"}
         return (known | {"precision": "self._precisions[precision]"}).get(text, text)
 
@@ -213,7 +214,10 @@ def source(op: Op) -> str:
     ]
     letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
     typed = next((array for array in op.arrays if array.kind in ("weights", "cache")), None)
-    pointers = [f"self.{VIEWS[array.kind]}({array.name})" for array in op.arrays]
+    pointers = [
+        f"self.{'_from_buffer' if array.factor else VIEWS[array.kind]}({array.name})"
+        for array in op.arrays
+    ]
     lines = [f"def {op.name}(self, {', '.join([*arguments, *defaults])}):"]
     lines += [f"{letter} = {size(letter)}" for letter in letters if letter != "HS"]
     lines += [f"HS = {size('HS')}"] if "HS" in letters else []  # of C and NH, which come before

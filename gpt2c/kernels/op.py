@@ -4,8 +4,8 @@
 
 Left of the arrow are the outputs, right of it the inputs, then numbers with their defaults; one
 without a default is an int. After the bar are C's other arguments, which follow from the arrays:
-sizes, `type`, that of the weights or of the cache, and `f(N threads)`, scratch memory of as many
-floats as C's function f returns, in the order of csrc/gpt2c.h.
+sizes, `type`, that of the weights or of the cache, `x_type`, that of x, and `f(N threads)`, scratch
+memory of as many floats as C's function f returns, in the order of csrc/gpt2c.h.
 
     x[N C]     floats, N rows of C; 3C is three times C; * is any shape, the same for all arrays
     +dx[N C]   is added to, because gradients add up
@@ -14,6 +14,9 @@ floats as C's function f returns, in the order of csrc/gpt2c.h.
     bias[C]?   may be None; a letter that only such arrays have is then 0
     idx[N]ids, targets[N]targets, weight[OC C]weights, offsets[S]offsets, keys[P HS]cache,
     key_scales[P]scales    of the types in KINDS
+    x[N C]factors
+               floats, or numbers of 16 bits (bfloat16 in uint16) where the products have them: an
+               array that is a factor of products is rounded when it is written, not when it is read
     t: 1 <= t  a rule, on a line of its own, after the argument that its error names; in it,
                "longest" is the length of the longest sequence
     C = W * NH // ...  the size of a letter that no input has
@@ -49,21 +52,24 @@ encoder_forward     out[B T C]
 encoder_backward    +dwte[V C]? +dwpe[P C]? <- dout[B T C] idx[B T]ids offsets[S]offsets? | B T C S
     idx: longest <= P
 
-layernorm_forward   out[N C] mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5 | N C
+layernorm_forward   out[N C]factors mean[N] rstd[N] <- x[N C] weight[C] bias[C] eps=1e-5
+                    | out_type N C
     eps: 0 <= eps
 layernorm_backward  +dx[N C] +dweight[C]? +dbias[C]?
                     <- dout[N C] x[N C] weight[C] mean[N] rstd[N] | N C
-rmsnorm_forward     out[N C] rstd[N] <- x[N C] weight[C] eps=1e-5 | N C
+rmsnorm_forward     out[N C]factors rstd[N] <- x[N C] weight[C] eps=1e-5 | out_type N C
     eps: 0 <= eps
 rmsnorm_backward    +dx[N C] +dweight[C]? <- dout[N C] x[N C] weight[C] rstd[N] | N C
 
-matmul_forward      out[N OC] <- x[N C] weight[OC C]weights bias[OC]? scale[OC]? precision='fp32'
-                    | type matmul_scratch_size(N C OC precision type threads) N C OC
+matmul_forward      out[N OC]factors
+                    <- x[N C]factors weight[OC C]weights bias[OC]? scale[OC]? precision='fp32'
+                    | out_type x_type type
+                    matmul_scratch_size(N C OC precision out_type type threads) N C OC
     precision: precision in ('fp32', 'bf16')
 matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
-                    <- dout[N OC] x[N C] weight[OC C]weights scale[OC]? accumulate=True
+                    <- dout[N OC] x[N C]factors weight[OC C]weights scale[OC]? accumulate=True
                     precision='fp32' add=False
-                    | type matmul_backward_scratch_size(C OC type threads) N C OC
+                    | x_type type matmul_backward_scratch_size(C OC type threads) N C OC
     precision: precision in ('fp32', 'bf16')
 lora_forward        out[N OC]=y u[N R] <- y[N OC] x[N C] down[R C] up[OC R] scale=1.0
                     | gemm_scratch_size(threads) N C OC R
@@ -72,11 +78,11 @@ lora_backward       dx[N C]?=x +ddown[R C]? +dup[OC R]?
                     | lora_scratch_size(N R threads) N C OC R
 matrix_transpose    out[C R] <- x[R C] | R C
 
-attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]cache? ~values[B KV P HS]cache?
+attention_forward   out[B T C]factors lse[B NH T] ~keys[B KV P HS]cache? ~values[B KV P HS]cache?
                     ~key_scales[B KV P]scales? ~value_scales[B KV P]scales?
-                    <- qkv[B T W] offsets[S]offsets? position=0 dropout=0.0 key=0 first=0
+                    <- qkv[B T W]factors offsets[S]offsets? position=0 dropout=0.0 key=0 first=0
                     precision='fp32'
-                    | type attention_scratch_size(T HS threads) B T C NH W P S
+                    | qkv_type type attention_scratch_size(T HS threads) B T C NH W P S
     C = W * NH // max(1, NH + 2 * KV)
     n_head: NH >= 1
     n_head: 1 <= KV <= NH and NH % KV == 0
@@ -91,9 +97,9 @@ attention_forward   out[B T C] lse[B NH T] ~keys[B KV P HS]cache? ~values[B KV P
     first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
     precision: precision in ('fp32', 'bf16')
 attention_backward  dqkv[B T W]=qkv
-                    <- dout[B T C] qkv[B T W] out[B T C] lse[B NH T] offsets[S]offsets?
-                    dropout=0.0 key=0 first=0 precision='fp32'
-                    | attention_scratch_size(T HS threads) B T C NH W S
+                    <- dout[B T C] qkv[B T W]factors out[B T C]factors lse[B NH T]
+                    offsets[S]offsets? dropout=0.0 key=0 first=0 precision='fp32'
+                    | qkv_type attention_scratch_size(T HS threads) B T C NH W S
     lse: C % NH == 0
     qkv: W > C and (W - C) % (2 * C // NH) == 0 and NH % ((W - C) // (2 * C // NH)) == 0
     dropout: 0 <= dropout < 1
@@ -101,19 +107,19 @@ attention_backward  dqkv[B T W]=qkv
     first: 0 <= first < 2**64 and first % 2**32 + B * T <= 2**32
     precision: precision in ('fp32', 'bf16')
 
-gelu_forward        out[*]=x <- x[*] | n
-gelu_backward       dx[*]=dout <- dout[*] x[*] | n
-swiglu_forward      out[N C] <- x[N 2C] | N C
-swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C] | N C
+gelu_forward        out[*]factors=x <- x[*]factors | x_type n
+gelu_backward       dx[*]=dout <- dout[*] x[*]factors | x_type n
+swiglu_forward      out[N C]factors <- x[N 2C]factors | x_type N C
+swiglu_backward     dx[N 2C]=x <- dout[N C] x[N 2C]factors | x_type N C
 residual_forward    out[*]=x <- x[*] branch[*] | n
 dropout_forward     out[N C]=x <- x[N C] dropout=0.1 key=0 first=0 | N C
     dropout: 0 <= dropout < 1
     key: 0 <= key < 2**64
     first: 0 <= first < 2**64 and first % 2**32 + N <= 2**32
 
-rope_forward        out[B T W]=qkv
+rope_forward        out[B T W]factors=qkv
                     <- qkv[B T W] cos[P D] sin[P D] offsets[S]offsets? heads position=0
-                    | B T W D S
+                    | out_type B T W D S
     qkv: W % (2 * D) == 0
     heads: 1 <= heads <= W // (2 * D)
     position: 0 <= position <= P - longest
@@ -155,6 +161,7 @@ class Argument(NamedTuple):
     mode : of an output, "+" if it is added to, "~" if updated, "" if written
     optional : whether it may be None
     alias : of an output, the input whose memory it may share
+    factor : whether floats may be numbers of 16 bits
     """
 
     name: str
@@ -163,6 +170,7 @@ class Argument(NamedTuple):
     mode: str = ""
     optional: bool = False
     alias: str = ""
+    factor: bool = False
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -225,10 +233,11 @@ def _parse(text: str) -> dict[str, Op]:
 
 
 def _arrays(text: str) -> tuple[Argument, ...]:
-    return tuple(
-        Argument(name, tuple(shape.split()), kind or "floats", mode, bool(optional), alias)
-        for mode, name, shape, kind, optional, alias in ARRAY.findall(text)
-    )
+    found = []
+    for mode, name, shape, kind, optional, alias in ARRAY.findall(text):
+        own, factor = "floats" if kind in ("", "factors") else kind, kind == "factors"
+        found.append(Argument(name, tuple(shape.split()), own, mode, bool(optional), alias, factor))
+    return tuple(found)
 
 
 OPS = _parse(DECLARATIONS)

@@ -62,8 +62,8 @@ class Attention:
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield q, k, v; the heads' outputs and their gradient; the log of the denominators."""
-        yield Slot(self._qkv, (batch.N, self.qkv.OC), Life.INNER)
-        yield Slot(self._att, (batch.N, self.proj.C), Life.INNER)
+        yield Slot(self._qkv, (batch.N, self.qkv.OC), Life.INNER, factor=True, taken=True)
+        yield Slot(self._att, (batch.N, self.proj.C), Life.INNER, factor=True)
         yield Slot(self._lse, (batch.B, self.NH, batch.T), Life.INNER)
         yield Slot(self._d_att, (batch.N, self.proj.C), Life.GRADIENT)
         yield from self.qkv.slots(batch)
@@ -76,9 +76,10 @@ class Attention:
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write out (N, C) of x (N, C)."""
         qkv, att = run.a[self._qkv], run.a[self._att]
-        self.qkv.forward(run, qkv, x)
+        straight = run.floats(self._qkv) if self._rope else qkv  # q and k are rounded when turned
+        self.qkv.forward(run, straight, x)
         if self._rope:
-            self._rope.forward(run, qkv, self.NH + self.KV)
+            self._rope.forward(run, qkv, straight, self.NH + self.KV)
         run.ops.attention_forward(
             *(run.rows(att), run.a[self._lse], *run.caches.get(self.name, NO_CACHE)),
             *(run.rows(qkv), run.offsets, run.position),

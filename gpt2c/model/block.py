@@ -29,6 +29,7 @@ from gpt2c.kernels.checks import check_kind, number, whole
 from gpt2c.kernels.memory import Array
 
 __all__ = [
+    "FLOATS",
     "NO_CACHE",
     "NO_DROPOUT",
     "Batch",
@@ -46,6 +47,7 @@ __all__ = [
 
 IntArray = NDArray[np.int32]
 Shape = tuple[int, ...]
+FLOATS = ".floats"  # behind the name of a slot of 16 bits: memory for float32
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -98,15 +100,19 @@ class Life(IntEnum):
     STREAM : until backward, whatever the policy: the next layer's input
     INNER : until backward; recompute="full" computes it again from the layer's input
     CHEAP : until backward; recompute="light" computes it again from INNER ones, without products
+    CHEAPEST : as CHEAP; where INNER ones have 16 bits, it is always computed again
     SCRATCH : within one call of a block
+    LOGITS : within the head's work, when no layer works
     GRADIENT : within backward
     """
 
     STREAM = 0
     INNER = 1
     CHEAP = 2
-    SCRATCH = 3
-    GRADIENT = 4
+    CHEAPEST = 3
+    SCRATCH = 4
+    LOGITS = 5
+    GRADIENT = 6
 
 
 class Slot(NamedTuple):
@@ -115,12 +121,16 @@ class Slot(NamedTuple):
     Attributes
     ----------
     over : the slot whose memory it may overwrite when no backward pass follows
+    factor : whether it is a factor of products, and so may hold 16 bits, see `Run.precision`
+    taken : whether a gradient takes its memory, or with 16 bits that of float32, see `Run.take`
     """
 
     name: str
     shape: Shape
     life: Life
     over: str = ""
+    factor: bool = False
+    taken: bool = False
 
 
 class Batch(NamedTuple):
@@ -255,7 +265,8 @@ class Run:
     caches : of texts that are read in parts, the name of a block -> its cache
     position : of the first token
     dropout : of a batch to learn from
-    precision : of the products of matrices, "fp32" or "bf16"
+    precision : of the products of matrices, "fp32" or "bf16". In bf16 the factors that a training
+        step keeps may be uint16 that hold bfloat16: rounded once, when an op writes them
     """
 
     __slots__ = (
@@ -300,7 +311,15 @@ class Run:
 
         The op that writes it is the last that reads the activation.
         """
-        return self.a[name]
+        return self.floats(name)
+
+    def floats(self, name: str) -> Array:
+        """Return an activation's memory, or float32 memory in place of one of 16 bits.
+
+        All layers share such memory.
+        """
+        own = self.a[name]
+        return self.a[name + FLOATS] if own.dtype == np.uint16 else own
 
 
 class Block(Protocol):

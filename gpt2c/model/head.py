@@ -55,7 +55,7 @@ class Head:
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield a block of logits, and the loss of each row."""
         rows = max(1, min(batch.N, LOGITS_FLOATS // self.V))
-        yield Slot("logits", (rows, self.V), Life.SCRATCH)
+        yield Slot("logits", (rows, self.V), Life.LOGITS)
         yield Slot("losses", (batch.N,), Life.SCRATCH)
 
     def flops(self, T: int) -> float:

@@ -43,8 +43,9 @@ class MLP:
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield the inner channels before and after GELU."""
-        yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER)
-        yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAP, over=self._fc)
+        yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER, factor=True)
+        shape = batch.N, self.proj.C
+        yield Slot(self._act, shape, Life.CHEAPEST, over=self._fc, factor=True, taken=True)
         yield from self._low(batch)
 
     def _low(self, batch: Batch) -> Iterable[Slot]:
@@ -102,8 +103,8 @@ class SwiGLU(MLP):
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield gate and up, and what becomes of them."""
-        yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER)
-        yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAP)
+        yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER, factor=True, taken=True)
+        yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAPEST, factor=True, taken=True)
         yield from self._low(batch)
 
     def activate(self, run: Run) -> None:

@@ -46,7 +46,7 @@ from gpt2c.model.lora import TARGETS, LoRA, is_adapter
 from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
-from gpt2c.model.plan import KEPT, Activations
+from gpt2c.model.plan import Activations, has_halves
 from gpt2c.model.quantized import (
     check_method,
     check_weights,
@@ -196,6 +196,7 @@ class Model(LanguageModel):
                 same = place.dtype == values[name].dtype
                 place[...] = values[name] if same else restored(values, name)
         trained = (*groups[0], *groups[1])
+        halves = self.precision == "bf16" and has_halves(config, self.weights)
         if self.weights == "fp32":
             shown = flat
         else:  # bytes of several types, but what is trained is of floats and comes first
@@ -208,7 +209,7 @@ class Model(LanguageModel):
             trained_size=offsets[len(trained)],
             decay_size=offsets[len(groups[0])],
             _stack=stack,
-            _memory=Activations(self._slots, self._recompute),  # of this stack, from now on
+            _memory=Activations(self._slots, self._recompute, halves),
             _flat=flat,
             _parameters=own,
             _frozen=frozen,
@@ -855,7 +856,7 @@ class Model(LanguageModel):
                 self._add_head(run, scale)
             if not run.accumulate:  # ops add to those of norms
                 self._grads.flat[self.decay_size :].fill(0.0)
-            self._stack.backward(run, d_out, pending.tokens, KEPT[self._recompute])
+            self._stack.backward(run, d_out, pending.tokens, self._memory.kept)
 
     def _add_head(self, run: Run, scale: float) -> None:
         """Bring in the gradients that `loss` has computed, of the head and its input."""

@@ -114,7 +114,8 @@ class Decoder:
         )
         self._cache = Cache(**typed_views(memory, layout))
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
-        self._activations = Activations(self._stack.slots, None)
+        halves = precision == "bf16" and all(a.dtype == np.float32 for a in parameters.values())
+        self._activations = Activations(self._stack.slots, None, halves)
         self._stages: Any = None  # bound at the first step
 
     def __repr__(self) -> str:
@@ -284,11 +285,16 @@ class Decoder:
                 start = end
         return losses
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the keys and values of the first `length` tokens from slot `source` to `target`."""
-        for part in self._cache:
-            if part is not None:
-                part[:, target, :, :length] = part[:, source, :, :length]
+    def copy(self, source: int, target: int, length: int, of: Decoder | None = None) -> None:
+        """Copy the keys and values of the first `length` tokens from slot `source` to `target`.
+
+        Parameters
+        ----------
+        of : another decoder of the model that has the slot `source`, with the same type of cache
+        """
+        for ours, theirs in zip(self._cache, (of or self)._cache, strict=True):
+            if ours is not None and theirs is not None:
+                ours[:, target, :, :length] = theirs[:, source, :, :length]
 
     def _start(self, T: int, slot: int, position: int) -> Run:
         """Lay out a pass of T tokens of one text through the blocks."""

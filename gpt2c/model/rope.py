@@ -56,10 +56,13 @@ class Rope:
             self._tables = tables
         return tables
 
-    def forward(self, run: Run, qkv: Array, heads: int) -> None:
-        """Turn the first `heads` heads, those of q and k, of each row of qkv (N, W) in place."""
+    def forward(self, run: Run, out: Array, qkv: Array, heads: int) -> None:
+        """Turn the first `heads` heads, those of q and k, of each row of qkv (N, W).
+
+        Write out (N, W), which may be qkv.
+        """
         rows, tables = run.rows(qkv), self.tables(run.position + run.batch.T)
-        run.ops.rope_forward(rows, rows, *tables, run.offsets, heads, run.position)
+        run.ops.rope_forward(run.rows(out), rows, *tables, run.offsets, heads, run.position)
 
     def backward(self, run: Run, d_qkv: Array, heads: int) -> None:
         """Turn their gradients back, in place."""

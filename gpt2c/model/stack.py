@@ -48,9 +48,9 @@ class Layer:
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield those of the blocks, the norms' outputs, and the stream behind each branch."""
         shape = (batch.N, self.norm_1.C)
-        yield Slot(self._ln_1, shape, Life.CHEAP)
+        yield Slot(self._ln_1, shape, Life.CHEAP, factor=True, taken=True)
         yield Slot(self._middle, shape, Life.INNER, over=self.out)
-        yield Slot(self._ln_2, shape, Life.CHEAP, over=self._ln_1)
+        yield Slot(self._ln_2, shape, Life.CHEAP, over=self._ln_1, factor=True, taken=True)
         yield Slot(self.out, shape, Life.STREAM)
         yield Slot("branch", shape, Life.SCRATCH)
         yield from chain.from_iterable(block.slots(batch) for block in self.blocks)
@@ -92,7 +92,7 @@ class Layer:
             self.norm_2.forward(run, a[self._ln_2], middle)
         if kept < Life.INNER:
             self.mlp.hidden(run, a[self._ln_2])
-        elif kept < Life.CHEAP:
+        elif kept < Life.CHEAPEST:
             self.mlp.activate(run)
 
     def backward(self, run: Run, stream: Array, x: Array, below: bool) -> None:

@@ -36,7 +36,7 @@ class Trace(Mapping[str, Array]):
         self._arrays = {
             slot.name: run.rows(run.a[slot.name])
             for slot in stack.slots(run.batch)
-            if slot.life <= Life.CHEAP and len(slot.shape) == 2
+            if slot.life <= Life.CHEAPEST and len(slot.shape) == 2
         }
 
     def __getitem__(self, name: str) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
+from gpt2c.kernels.backend import Backend, as_precision
 from gpt2c.kernels.memory import available_bytes, megabytes, require
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed, parts_needed
@@ -18,10 +19,11 @@ __all__ = ["PYTHON", "check_training", "training_parts"]
 
 PYTHON = 32 << 20  # bytes that Python takes later, for the picture and its imports
 SCRATCH = 3 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
+ROWS = 1032  # of a product in 16 bits, which kernels compute in floats before they round them
 
 
 def training_parts(
-    config: ModelConfig, settings: TrainSettings, threads: int, order_bytes: int
+    config: ModelConfig, settings: TrainSettings, backend: Backend, order_bytes: int
 ) -> dict[str, int]:
     """Return the memory of a run: name -> bytes. An evaluation uses that of the activations.
 
@@ -29,14 +31,21 @@ def training_parts(
     ----------
     config : of the model
     settings : of the run
-    threads : of the backend
+    backend : of the run
     order_bytes : of the batches
     """
     shapes, head = config.parameter_shapes(), config.stack().head
-    parts = parts_needed(config, settings.batch_size, settings.block_size, settings.recomputation)
+    precision = as_precision(settings.precision, backend)
+    parts = parts_needed(
+        *(config, settings.batch_size, settings.block_size, settings.recomputation), precision
+    )
     if settings.gradient_accumulation_steps > 1:  # the head's next gradient has memory of its own
         parts["gradients"] += 4 * math.prod(shapes[head.weight])
-    parts["threads"] = SCRATCH * threads
+    parts["threads"] = SCRATCH * backend.threads
+    if precision == "bf16":
+        rows = min(ROWS, settings.batch_size * settings.block_size)
+        widest = max(shape[0] for name, shape in shapes.items() if name.startswith("h."))
+        parts["threads"] += 4 * rows * widest
     parts["order of the windows"] = order_bytes
     parts["Python"] = PYTHON
     parts["a save"] = 4 * max(map(math.prod, shapes.values()))  # a copy of one tensor
@@ -46,7 +55,7 @@ def training_parts(
 def check_training(
     config: ModelConfig,
     settings: TrainSettings,
-    threads: int,
+    backend: Backend,
     order_bytes: int,
     resumed: bool = False,
 ) -> None:
@@ -54,22 +63,25 @@ def check_training(
 
     Parameters
     ----------
-    config, settings, threads, order_bytes : see `training_parts`
+    config, settings, backend, order_bytes : see `training_parts`
     resumed : the run is resumed, so its model and its batches cannot change
 
     Raises
     ------
     MemoryError : the run does not fit; nothing was allocated
     """
-    parts, free = training_parts(config, settings, threads, order_bytes), available_bytes()
+    parts, free = training_parts(config, settings, backend, order_bytes), available_bytes()
     if sum(parts.values()) <= free:
         return
     B, T, recompute = settings.batch_size, settings.block_size, settings.recomputation
-    fixed = sum(parts.values()) - bytes_needed(config, B, T, recompute)
+    precision = as_precision(settings.precision, backend)
+    fixed = sum(parts.values()) - bytes_needed(config, B, T, recompute, precision)
 
     def most_rows(recompute: str | None) -> int:
         return bisect_right(
-            range(1, B + 1), free - fixed, key=lambda rows: bytes_needed(config, rows, T, recompute)
+            range(1, B + 1),
+            free - fixed,
+            key=lambda rows: bytes_needed(config, rows, T, recompute, precision),
         )
 
     mends, rows, rows_full = [], most_rows(recompute), most_rows("full")

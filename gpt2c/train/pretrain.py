@@ -130,7 +130,7 @@ def _fitting_backend(
     if settings.tensorboard:
         check_tensorboard()
     backend = get_backend(settings.backend, settings.threads or None)
-    check_training(config, settings, backend.threads, order_bytes, resumed)
+    check_training(config, settings, backend, order_bytes, resumed)
     return backend
 
 

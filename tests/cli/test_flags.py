@@ -39,6 +39,9 @@ CALLS = {
     "generate": "generate run --prompt a --max-new-tokens 1 --seed 1",
     "chat": "chat run",
     "classify train": "classify train run labels.csv --out out --overwrite --max-iters=1",
+    "sft": "sft run answers.csv --out out --overwrite --max-iters=1",
+    "reward": "reward run pairs.csv --out out --overwrite --max-iters=1",
+    "dpo": "dpo run pairs.csv --out out --overwrite --max-iters=1",
     "classify eval": "classify eval classifier labels.csv",
     "classify predict": "classify predict classifier labels.csv",
     "bench": "bench train --shape 1x8 --backends numpy",
@@ -65,6 +68,10 @@ def numeric_flags(options: argparse.ArgumentParser, verb: str = "") -> Iterator[
 
 
 FLAGS = sorted(set(numeric_flags(parser())))
+SHARED = {flag for verb, flag in FLAGS if verb == "sft"}  # by all methods of fine-tuning
+FLAGS = [
+    (verb, flag) for verb, flag in FLAGS if verb not in ("reward", "dpo") or flag not in SHARED
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gpt2c.GPT2(config, backend="numpy").save_pretrained(path / "classifier")
     rows = [f"{word},{word[0]}" for word in ("ant", "bee", "asp", "bat", "ape", "boa") * 2]
     (path / "labels.csv").write_text("text,label\n" + "\n".join(rows))
+    (path / "answers.csv").write_text("prompt,completion\na,b\nc,d\ne,f\n")
+    (path / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\nd,e,f\ng,h,i\n")
     (path / "text.txt").write_text("<|endoftext|>".join(f"{n} {TEXT}" for n in range(40)))
     return path
 

@@ -295,6 +295,29 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
     assert not (tmp_path / "other").exists()
 
 
+def test_diverged_run_stops(base: Path, tmp_path: Path) -> None:
+    scores = np.array([[np.inf, 1], [0, 1]], np.float32)
+    assert math.isnan(weighted_cross_entropy(scores, np.array([1, 0]), np.ones(2), 2)[0])
+    given = QUICK | {"learning_rate": 1e38, "min_lr": 1e38, "schedule": "constant"}
+    said = refused(classify, base, texts(30), tmp_path / "run", **given)
+    assert "loss is nan" in said or "not finite" in said
+
+
+def test_folds_and_a_run_have_directories_of_their_own(base: Path, tmp_path: Path) -> None:
+    given = QUICK | {"max_iters": 1}
+    classify(base, texts(30), tmp_path / "run", **given)
+    classify(base, texts(30), tmp_path / "folds", **given, folds=3)
+    for name, folds, other in (
+        ("run", 2, "run.json"),
+        ("folds", 0, "fold-1"),
+        ("folds", 2, "fold-3"),
+    ):
+        with pytest.raises(FileExistsError, match=f"{other} is of another run: name another"):
+            classify(base, texts(30), tmp_path / name, **given, folds=folds, overwrite=True)
+    again = classify(base, texts(30), tmp_path / "folds", **given, folds=3, overwrite=True)
+    assert len(again.reports) == 3
+
+
 def test_classifier_learns_more_of_its_labels(base: Path, tmp_path: Path) -> None:
     classify(base, texts(60), tmp_path / "run", **QUICK | {"max_iters": 60, "eval_interval": 60})
     more = classify(tmp_path / "run", texts(60, seed=2), tmp_path / "more", **QUICK)

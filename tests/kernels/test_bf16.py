@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Guarded
+from helpers.cases import CASES, Case
 from numpy.typing import NDArray
 
 from gpt2c.kernels.backend import as_precision, get_backend
-from gpt2c.kernels.reference.rounding import bf16
+from gpt2c.kernels.op import OPS
+from gpt2c.kernels.reference.rounding import bf16, read, stored
 
 TINY = np.float32(2.0**-126)
 # a number, and the bfloat16 that it becomes
@@ -98,6 +101,55 @@ def test_numbers_are_rounded_as_the_reference_rounds(backend_name: str) -> None:
         )
         assert np.array_equal(out[3], [value], equal_nan=True)
         assert np.isfinite(np.delete(out, 3)).sum() == np.isfinite(np.delete(bf16(x), 3)).sum()
+
+
+# ---- arrays that hold 16 bits --------------------------------------------------------------------
+
+STORED = [
+    case
+    for case in CASES
+    if any(array.factor for array in OPS[case.name].arrays)
+    and ("precision" not in OPS[case.name].numbers or case.shape.get("precision") == "bf16")
+]
+
+
+@pytest.mark.parametrize("case", STORED, ids=str)
+def test_16_bits_in_memory_have_the_bits_of_rounded_floats(
+    case: Case, backend: Any, guarded: Guarded
+) -> None:
+    """Inputs are rounded before, outputs after: no product and no sum knows the difference."""
+    op, given = OPS[case.name], case.arguments()
+    factors = {array.name for array in op.arrays if array.factor}
+    each = [factors, {"x"}, {"out"}] if case.name == "matmul_forward" else [factors]
+
+    def run(halves: set[str]) -> list[Any]:
+        arguments: list[Any] = []
+        for array, value in zip(op.arrays, given, strict=False):
+            if value is None or value.dtype != np.float64:
+                arguments.append(value)
+                continue
+            own = value.astype(np.float32)
+            if array.name in factors:
+                own = bf16(own)
+            arguments.append(guarded.copy(stored(own) if array.name in halves else own))
+        getattr(backend, case.name)(*arguments, *given[len(op.arrays) :])
+        return arguments[: len(op.outputs)]
+
+    floats = run(set())
+    for halves in each:
+        for array, half, full in zip(op.outputs, run(halves), floats, strict=True):
+            if full is not None:
+                wanted = stored(full) if array.name in halves else full
+                assert half.tobytes() == wanted.tobytes(), f"{array.name} with {halves} in 16 bits"
+
+
+@pytest.mark.parametrize("W", [1, 7, 8, 9, 16, 17, 33])
+def test_numbers_are_written_as_the_reference_writes_them(W: int, backend: Any) -> None:
+    values = [sign * value[0] for value in ROUNDED.values() for sign in (1, -1)]
+    x = np.resize(np.array(values, np.float32), (1, 50, 2 + W + W % 2))
+    out, ones = np.zeros(x.shape, np.uint16), np.ones((50, 1), np.float32)
+    backend.rope_forward(out, x, ones, 0 * ones, None, 1, 0)  # copies all but the first head
+    assert np.array_equal(read(out)[..., 2:], bf16(x)[..., 2:], equal_nan=True)
 
 
 def test_auto_is_what_this_cpu_computes_fastest(backend: Any) -> None:

@@ -14,7 +14,7 @@ from conftest import refused
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Life, Run
+from gpt2c.model.block import FLOATS, Life, Run
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT
@@ -24,6 +24,7 @@ LLAMA = LlamaConfig(61, 30, 71, 2, 6, 2, 10, 70)
 BOTH = pytest.mark.parametrize(
     ("config", "taken_in_a_layer"), [(ODD, 4), (LLAMA, 5)], ids=["GPT-2", "Llama"]
 )
+PRECISION = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 LENGTHS = (3, 70, 1, 17)
 
 
@@ -39,26 +40,28 @@ def gradients(model: Model) -> Array:
 
 
 @BOTH
+@PRECISION
 @pytest.mark.parametrize("dropout", [None, Dropout(0.2, 3)], ids=["", "dropout"])
 @pytest.mark.parametrize("recompute", KEPT)
 def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
     config: Any,
     taken_in_a_layer: int,
+    precision: str,
     dropout: Dropout | None,
     recompute: str | None,
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     idx = rng.integers(0, 61, (2, 33))
-    model = Model(config, recompute=recompute)
+    model = Model(config, recompute=recompute, precision=precision)
     model.loss(idx, idx, dropout=dropout)
     model.backward()
-    expected, taken = gradients(model), 0
+    expected, taken, take = gradients(model), 0, Run.take
 
     def fresh(run: Run, name: str) -> Array:
         nonlocal taken
         taken += 1
-        return np.full_like(run.a[name], np.nan)
+        return np.full_like(take(run, name), np.nan)
 
     monkeypatch.setattr(Run, "take", fresh)
     model.zero_grad()
@@ -69,17 +72,19 @@ def test_take_of_memory_that_is_not_the_activations_changes_no_bit(
 
 
 @BOTH
+@PRECISION
 @pytest.mark.parametrize("dropout", [None, Dropout(0.2, 3)], ids=["", "dropout"])
 @pytest.mark.parametrize("recompute", KEPT)
 def test_backward_reads_no_activation_whose_life_has_ended(
     config: Any,
     taken_in_a_layer: int,
+    precision: str,
     dropout: Dropout | None,
     recompute: str | None,
     rng: np.random.Generator,
 ) -> None:
     idx = rng.integers(0, 61, (2, 33))
-    model = Model(config, recompute=recompute)
+    model = Model(config, recompute=recompute, precision=precision)
     model.loss(idx, idx, dropout=dropout)
     model.backward()
     expected = gradients(model)
@@ -87,10 +92,15 @@ def test_backward_reads_no_activation_whose_life_has_ended(
     model.loss(idx, idx, dropout=dropout)
     assert model._pending is not None
     run = model._pending.run
-    ended = [slot for slot in model._slots(run.batch) if slot.life > KEPT[recompute]]
-    for slot in ended:
-        if slot.name.startswith("h.") or slot.life is Life.SCRATCH:
-            run.a[slot.name].fill(np.nan)
+    ended = [
+        slot.name
+        for slot in model._slots(run.batch)
+        if slot.life > model._memory.kept
+        and (slot.name.startswith("h.") or slot.life in (Life.SCRATCH, Life.LOGITS))
+    ]
+    ended += [name for name in run.a if name.endswith(FLOATS)]
+    for name in ended:
+        run.a[name].view(np.uint8).fill(255)  # a NaN of 32 and of 16 bits
     model.backward()
     assert ended and np.array_equal(gradients(model), expected)
 

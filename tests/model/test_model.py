@@ -407,6 +407,13 @@ def test_recompute_needs_less_memory() -> None:
     assert full < 2.7e9 and light < 3.8e9 and plain < 4.9e9
 
 
+def test_16_bits_need_less_memory() -> None:
+    plain, light, full = (
+        bytes_needed(GPT2Config(), 4, 1024, r, "bf16") for r in (None, "light", "full")
+    )
+    assert full < light < plain < 3.3e9
+
+
 def test_unknown_recompute_lists_the_known() -> None:
     assert "'light', 'full'" in refused(lambda: GPT2(TINY, recompute="some"))
 

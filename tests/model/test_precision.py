@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c import GPT2, AdamW, GPT2Config
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config
 from gpt2c.kernels.backend import get_backend
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
+from gpt2c.model.plan import KEPT, Activations
 
 ODD = GPT2Config(vocab_size=61, n_positions=70, n_embd=34, n_layer=3, n_head=2, n_inner=51)
 LLAMA = LlamaConfig(61, 30, 71, 2, 6, 2, 10, 70)
@@ -75,6 +76,47 @@ def test_recompute_and_threads_have_the_same_bits(
         model = Model(config, 1337, backend.name, recompute, threads, precision="bf16")
         loss, gradients = solve(model, *batch)
         assert loss == expected[0] and np.array_equal(gradients, expected[1])
+
+
+@BOTH
+@pytest.mark.parametrize("recompute", KEPT)
+def test_factors_are_kept_in_16_bits(
+    config: Any, recompute: str | None, backend: Any, rng: np.random.Generator
+) -> None:
+    """Without changing what a loss is, whether backward follows or not."""
+    batch = rng.integers(0, 61, (2, 2, 66))
+    dropout = Dropout(0.2, 3)
+    model = Model(config, 1337, backend, recompute, precision="bf16")
+    loss = model.loss(*batch, dropout=dropout)
+    assert model._pending is not None
+    kept = model._pending.run.a
+    halves = {name for name, array in kept.items() if array.dtype == np.uint16}
+    inside = {"ln_1", "ln_2", "attn.qkv", "attn.att", "mlp.fc", "mlp.act"}
+    layers = range(config.n_layer)
+    assert halves == {f"h.{layer}.{name}" for layer in layers for name in inside}
+    gradients = []
+    for keep in (True, False, True):
+        assert model.loss(*batch, keep=keep, dropout=dropout) == loss
+        if keep:
+            model.zero_grad()
+            model.backward()
+            gradients.append(model.flat_gradients.copy())
+    assert np.array_equal(*gradients)
+
+
+@BOTH
+def test_what_is_kept_in_16_bits_adds_little_to_the_error(
+    config: Any, backend: Any, rng: np.random.Generator
+) -> None:
+    """To that of the products, whose factors are rounded with or without it."""
+    batch = rng.integers(0, 61, (2, 2, 66))
+    exact = solve(Model(config, backend="numpy"), *batch)[1]
+    errors = []
+    for halves in (True, False):
+        model = Model(config, backend=backend, precision="bf16")
+        model._memory = Activations(model._slots, None, halves)
+        errors.append(distance(solve(model, *batch)[1], exact))
+    assert errors[0] != errors[1] and errors[0] < 1.2 * errors[1]
 
 
 def test_copies_pickles_and_smaller_weights_keep_it(rng: np.random.Generator) -> None:

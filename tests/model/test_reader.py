@@ -368,6 +368,9 @@ def test_copy_begins_with_the_same_tokens(
     fresh.read(first[:12], 0, 0)
     expected = fresh.read(second[12:], 0, 12)
     assert np.array_equal(decoder.read(second[12:], 2, 12), expected)
+    larger = model.decoder(2, None, cache)
+    larger.copy(0, 1, 12, decoder)
+    assert np.array_equal(larger.read(second[12:], 1, 12), expected)
     again = decoder.step(first[19:], ints(0), ints(19))  # the other goes on as before
     rtol = SMALL_CACHES.get(cache, 10 * RTOL) / 10
     agree("fp32", again, read(model.decoder(1, None, cache), first, 20)[-1:], rtol)

@@ -15,6 +15,7 @@ import pytest
 from gpt2c import GPT2, AdamW, GPT2Config
 from gpt2c.cli.main import main
 from gpt2c.files.tensors import StoredTensor
+from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.memory import aligned_offsets
 from gpt2c.text.batches import Batches
 from gpt2c.text.prepare import prepare
@@ -26,6 +27,7 @@ from gpt2c.train.settings import TrainSettings
 SETTINGS = TrainSettings(n_layer=3, n_head=2, n_embd=48, block_size=32, batch_size=16)
 CONFIG = SETTINGS.model_config(257, 256)
 ORDER = 123_456  # bytes of the windows' order
+TWO = get_backend(threads=2)
 
 
 @pytest.fixture
@@ -40,23 +42,31 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def need(settings: TrainSettings = SETTINGS, **changes: Any) -> int:
-    return sum(training_parts(CONFIG, dataclasses.replace(settings, **changes), 2, ORDER).values())
+    return sum(
+        training_parts(CONFIG, dataclasses.replace(settings, **changes), TWO, ORDER).values()
+    )
 
 
 def refusal(settings: TrainSettings = SETTINGS, **how: Any) -> str:
     with pytest.raises(MemoryError) as error:
-        check_training(CONFIG, settings, 2, ORDER, **how)
+        check_training(CONFIG, settings, TWO, ORDER, **how)
     return str(error.value)
 
 
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_takes_the_estimated_memory(recompute: str, accumulate: int) -> None:
+def test_training_takes_the_estimated_memory(
+    recompute: str, precision: str, accumulate: int
+) -> None:
     settings = dataclasses.replace(
-        SETTINGS, recompute=recompute, gradient_accumulation_steps=accumulate
+        SETTINGS,
+        recompute=recompute,
+        precision=precision,
+        gradient_accumulation_steps=accumulate,
     )
-    parts = training_parts(CONFIG, settings, 2, ORDER)
-    model = GPT2(CONFIG, recompute=settings.recomputation)
+    parts = training_parts(CONFIG, settings, TWO, ORDER)
+    model = GPT2(CONFIG, recompute=settings.recomputation, precision=precision)
     optimizer = AdamW(model)
     idx = np.arange(16 * 32).reshape(16, 32) % 257
     model.zero_grad()
@@ -107,7 +117,7 @@ def test_order_of_the_windows_counts_as_memory(
 
 def test_run_that_just_fits_is_taken(free: Callable[[int], None]) -> None:
     free(need())
-    check_training(CONFIG, SETTINGS, 2, ORDER)
+    check_training(CONFIG, SETTINGS, TWO, ORDER)
     free(need() - 1)
     assert refusal().startswith("training needs ")
 
@@ -121,7 +131,7 @@ def test_error_names_the_largest_batch_that_fits(
     free(need(settings, batch_size=rows + 1) - 1)
     said = refusal(settings)
     assert f"lower --batch-size to {rows} (a row takes 0." in said
-    check_training(CONFIG, dataclasses.replace(settings, batch_size=rows), 2, ORDER)
+    check_training(CONFIG, dataclasses.replace(settings, batch_size=rows), TWO, ORDER)
     assert ("--recompute full" in said) == (recompute != "full")
 
 
@@ -150,7 +160,7 @@ def test_error_lists_the_parts_of_memory(free: Callable[[int], None]) -> None:
     settings = TrainSettings(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=4)
     free(2_500_000_000)
     with pytest.raises(MemoryError) as error:
-        check_training(config, settings, 2, 56_000_000)
+        check_training(config, settings, TWO, 56_000_000)
     assert re.match(
         r"training needs 4,\d{3} MB: weights 498 MB, gradients 498 MB, moments 996 MB,"
         r" activations 2,\d{3} MB, threads 6.3 MB, order of the windows 56 MB, Python 34 MB,"

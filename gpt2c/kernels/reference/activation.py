@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.kernels.reference.rounding import on_factors
+
 __all__ = [
     "gelu_backward",
     "gelu_forward",
@@ -28,6 +30,7 @@ GELU_SCALE = math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715  # keeps the tanh form within 5e-4 of x * Phi(x)
 
 
+@on_factors
 def gelu_forward(out: Array, x: Array) -> None:
     """Apply the tanh form of GELU: near x for large x, near 0 for very negative x.
 
@@ -42,6 +45,7 @@ def gelu_forward(out: Array, x: Array) -> None:
     out[...] = 0.5 * x * (1 + np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x)))
 
 
+@on_factors
 def gelu_backward(dx: Array, dout: Array, x: Array) -> None:
     """Write the gradient of GELU's input.
 
@@ -64,6 +68,7 @@ def _swiglu_parts(x: Array) -> tuple[Array, Array, Array]:
     return gate, up, 0.5 * (1 + np.tanh(0.5 * gate))  # 1 / (1 + e^-gate) could overflow
 
 
+@on_factors
 def swiglu_forward(out: Array, x: Array) -> None:
     """Multiply `up` by the smooth gate silu(gate), where a row of `x` holds gate, then up.
 
@@ -80,6 +85,7 @@ def swiglu_forward(out: Array, x: Array) -> None:
     out[...] = gate * s * up
 
 
+@on_factors
 def swiglu_backward(dx: Array, dout: Array, x: Array) -> None:
     """Write the gradients of gate and up.
 

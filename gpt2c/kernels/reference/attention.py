@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.op import TINY
 from gpt2c.kernels.reference.dropout import keep_factors
-from gpt2c.kernels.reference.rounding import rounded
+from gpt2c.kernels.reference.rounding import on_factors, rounded
 
 __all__ = ["attention_backward", "attention_forward"]
 
@@ -94,6 +94,7 @@ def _through_cache(
     return widened
 
 
+@on_factors
 def attention_forward(
     out: Array,
     lse: Array,
@@ -163,6 +164,7 @@ def attention_forward(
     _heads(out, NH)[...] = p @ _for_each_query_head(v, NH)
 
 
+@on_factors
 def attention_backward(
     dqkv: Array,
     dout: Array,

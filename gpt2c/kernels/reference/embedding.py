@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.op import MIDDLE
+from gpt2c.kernels.reference.rounding import on_factors
 
 __all__ = ["encoder_backward", "encoder_forward", "rope_backward", "rope_forward"]
 
@@ -75,6 +76,7 @@ def encoder_backward(
         np.add.at(dwpe, _times(idx, offsets), dout.sum(axis=0))
 
 
+@on_factors
 def rope_forward(
     out: Array,
     qkv: Array,

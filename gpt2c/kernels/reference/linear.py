@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.op import MIDDLE, TINY
-from gpt2c.kernels.reference.rounding import rounded
+from gpt2c.kernels.reference.rounding import on_factors, rounded
 
 __all__ = ["lora_backward", "lora_forward", "matmul_backward", "matmul_forward", "matrix_transpose"]
 
 Array = NDArray[np.floating[Any]]
 
 
+@on_factors
 def matmul_forward(
     out: Array,
     x: Array,
@@ -64,6 +65,7 @@ def matmul_forward(
         out += bias
 
 
+@on_factors
 def matmul_backward(
     dx: Array | None,
     dweight: Array | None,

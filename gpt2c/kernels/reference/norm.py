@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.kernels.reference.rounding import on_factors
+
 __all__ = ["layernorm_backward", "layernorm_forward", "rmsnorm_backward", "rmsnorm_forward"]
 
 Array = NDArray[np.floating[Any]]
 
 
+@on_factors
 def layernorm_forward(
     out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array, eps: float
 ) -> None:
@@ -76,6 +79,7 @@ def layernorm_backward(
     dx += (dnorm - shift - norm * stretch) * rstd[:, None]
 
 
+@on_factors
 def rmsnorm_forward(out: Array, rstd: Array, x: Array, weight: Array, eps: float) -> None:
     """Scale each row of `x` to a mean square of 1, then channel by channel.
 

@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bf16", "rounded"]
+from gpt2c.kernels.op import OPS
+
+__all__ = ["bf16", "on_factors", "read", "rounded", "stored"]
+
+P = ParamSpec("P")
 
 
 def bf16(x: NDArray[Any]) -> NDArray[Any]:
@@ -33,3 +39,36 @@ def bf16(x: NDArray[Any]) -> NDArray[Any]:
 def rounded(precision: str, *factors: NDArray[Any]) -> tuple[NDArray[Any], ...]:
     """Return the factors of products of this precision: as they are, or nearest bfloat16."""
     return tuple(map(bf16, factors)) if precision == "bf16" else factors
+
+
+def stored(x: NDArray[Any]) -> NDArray[np.uint16]:
+    """Return the nearest bfloat16 numbers as they lie in memory: the upper halves of float32."""
+    return (bf16(x).astype(np.float32, copy=False).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def read(x: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return bfloat16 numbers in memory, see `stored`, as float32."""
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def on_factors(op: Callable[P, None]) -> Callable[P, None]:
+    """Let an op also take factors that are bfloat16 in memory, see `stored`.
+
+    It computes on float32 numbers, and rounds what it writes.
+    """
+    outputs = len(OPS[op.__name__].outputs)
+
+    @functools.wraps(op)
+    def run(*arguments: P.args, **others: P.kwargs) -> None:
+        halves = [getattr(argument, "dtype", None) == np.uint16 for argument in arguments]
+        if not any(halves):
+            op(*arguments, **others)
+            return
+        given: list[Any] = [*arguments]
+        floats = [read(one) if half else one for one, half in zip(given, halves, strict=True)]
+        op(*floats, **others)  # type: ignore[arg-type]
+        for array, half, found in zip(given[:outputs], halves, floats, strict=False):
+            if half:
+                array[...] = stored(found)
+
+    return run

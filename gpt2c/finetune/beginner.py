@@ -1,0 +1,64 @@
+"""A beginner at a task, from nothing: reinforcement learning sharpens what it sometimes gets right.
+
+base   a small model, pretrained on the text of a careless teacher, wrong in two of five
+sft    fine-tuned on other examples of that teacher: it learns the answers, not the prompts
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpt2c.finetune.sft import sft
+from gpt2c.finetune.tasks import examples
+from gpt2c.text.prepare import prepare
+from gpt2c.train.pretrain import train
+
+__all__ = ["CARELESS", "SFT", "beginner", "careless_examples"]
+
+CARELESS = 0.4  # the share of the teacher's answers that are wrong
+TEXTS = 12_000  # lines of the text that the base reads
+EXAMPLES = 32_000  # that the beginner learns from, each once
+# Constant rates: weights at the end of a falling one lie in a narrow valley, and the first steps of
+# reinforcement learning throw them out of it.
+SHARED: dict[str, Any] = {
+    **{"learning_rate": 2e-3, "schedule": "constant", "beta2": 0.99, "weight_decay": 0.1},
+    **{"batch_size": 64, "log_interval": 100},
+}
+BASE: dict[str, Any] = SHARED | {
+    **{"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32},
+    **{"max_iters": 150, "warmup_iters": 15, "eval_interval": 0},
+}
+SFT: dict[str, Any] = SHARED | {"val_fraction": 0.01}
+
+
+def careless_examples(task: str, count: int, seed: int) -> list[dict[str, str]]:
+    """Return examples of the careless teacher, see `tasks.examples`."""
+    return examples(task, "train", count, seed, CARELESS)
+
+
+def beginner(
+    task: str, out: Path, seed: int = 1337, overwrite: bool = False, **given: Any
+) -> Path | None:
+    """Train a beginner at a task; return its directory, `out`/sft, or None if a signal ended it.
+
+    Parameters
+    ----------
+    task : of `tasks.TASKS`
+    out : gets text, base and sft
+    seed : of the weights and the examples
+    overwrite : they may hold files
+    given : settings of the runs that both have, such as threads
+
+    Raises
+    ------
+    OSError, ValueError : see `prepare`, `train` and `sft`
+    """
+    text = [one["prompt"] + one["completion"] for one in careless_examples(task, TEXTS, seed + 1)]
+    prepare(text, out / "text", "bytes", overwrite=overwrite)
+    given = given | {"seed": seed}
+    if train(out / "text", out / "base", BASE | given, overwrite=overwrite).interrupted:
+        return None
+    taught = careless_examples(task, EXAMPLES, seed)
+    done = sft(out / "base", taught, out / "sft", overwrite=overwrite, **SFT | given)
+    return None if done.interrupted else out / "sft"

@@ -1,0 +1,102 @@
+"""Batches of completions that several updates learn from, on disk while a run may need them.
+
+A run that was stopped between two updates on the same completions goes on with these: it cannot
+sample them again, because the weights have changed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.files.atomic import atomic_path
+from gpt2c.files.tensors import map_tensors, write_tensors
+from gpt2c.finetune.policy import Tokens
+
+__all__ = ["Batch", "load", "prune", "store"]
+
+Floats = NDArray[np.float64]
+DIRECTORY = "rollouts"
+
+
+class Batch(NamedTuple):
+    """What updates on the completions of a step learn from.
+
+    Attributes
+    ----------
+    ids : token ids of the completions that are learned from, each with its prompt
+    tokens : what is known of the targets (N,), completion after completion
+    targets : (N,) int32, -1 in prompts
+    sampled : (N,) the sampler's log-probabilities
+    read : the number of tokens of all completions and their prompts
+    metrics : figures of the completions
+    """
+
+    ids: list[NDArray[np.int32]]
+    tokens: Tokens
+    targets: NDArray[np.int32]
+    sampled: Floats
+    read: int
+    metrics: dict[str, float]
+
+
+def store(out: Path, cycle: int, batch: Batch) -> None:
+    """Write the batch of a cycle of updates.
+
+    Raises
+    ------
+    OSError : it cannot be written
+    """
+    (out / DIRECTORY).mkdir(exist_ok=True)
+    arrays: dict[str, NDArray[Any]] = {
+        **{name: value for name, value in batch.tokens._asdict().items() if value is not None},
+        "lengths": np.array([len(ids) for ids in batch.ids]),
+        "ids": np.concatenate([np.zeros(0), *batch.ids]),
+        "targets": batch.targets,
+        "sampler": batch.sampled,
+    }
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}  # exact for ids too
+    with atomic_path(_path(out, cycle)) as temporary:
+        write_tensors(
+            temporary, wide, {"read": str(batch.read), "figures": json.dumps(batch.metrics)}
+        )
+
+
+def load(out: Path, cycle: int) -> Batch:
+    """Read the batch of a cycle of updates.
+
+    Raises
+    ------
+    OSError : it is missing or unreadable
+    ValueError : it is damaged
+    """
+    path = _path(out, cycle)
+    stored, metadata = map_tensors(path, dtypes=("F64",))
+    arrays = {name: np.array(tensor.data) for name, tensor in stored.items()}
+    try:
+        lengths, ids = (arrays.pop(name).astype(np.int32) for name in ("lengths", "ids"))
+        targets, sampled = arrays.pop("targets").astype(np.int32), arrays.pop("sampler")
+        figures, read = json.loads(metadata["figures"]), int(metadata["read"])
+        tokens = Tokens(**arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r:.70}") from None
+    if {len(part) for part in (targets, sampled, *arrays.values())} != {
+        lengths.sum() - len(lengths)
+    }:
+        raise ValueError(f"{path} is damaged: its arrays have different lengths")
+    return Batch(np.split(ids, lengths.cumsum()[:-1]), tokens, targets, sampled, read, figures)
+
+
+def prune(out: Path, first: int) -> None:
+    """Remove the batches of cycles before `first`."""
+    for path in (out / DIRECTORY).glob("*.safetensors"):
+        if path.stem.isdigit() and int(path.stem) < first:
+            path.unlink(missing_ok=True)
+
+
+def _path(out: Path, cycle: int) -> Path:
+    return out / DIRECTORY / f"{cycle:08d}.safetensors"

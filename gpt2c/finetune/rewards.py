@@ -1,0 +1,254 @@
+"""Rewards: a number for each completion, from a function of the user's or from a verifier.
+
+A reward function has TRL's signature:
+
+    def reward(completions, prompts=..., completion_ids=..., answer=..., **columns): -> list
+
+Each argument is a list with an entry for each completion: a string without its end, its token ids
+with it, the prompt's string or messages, and the other fields of the prompt's example. A reward is
+a number, or None where the function has nothing to say. Several functions are added up with
+weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2c.finetune.tasks import verify
+from gpt2c.kernels.checks import counted, number
+
+__all__ = ["Reward", "Scores", "find_rewards", "score", "try_rewards"]
+
+Function = Callable[..., Sequence[float | None]]
+Floats = NDArray[np.float64]
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+
+
+class Reward(NamedTuple):
+    """A reward function, its name in metrics, and its weight in the sum."""
+
+    name: str
+    function: Function
+    weight: float = 1.0
+
+
+class Scores(NamedTuple):
+    """The rewards of S completions: the sum (S,), and those of each function, (S,) by its name.
+
+    A completion about which no function says anything has nan.
+    """
+
+    total: Floats
+    each: dict[str, Floats]
+
+
+def _last_number(text: str) -> float | None:
+    found = NUMBER.findall(text.replace(",", ""))
+    return float(found[-1]) if found else None
+
+
+def _number(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
+    """Return 1.0 where the last number of the completion is the last one of the answer."""
+    pairs = zip(completions, answer, strict=True)
+    wanted = [(_last_number(text), _last_number(str(right))) for text, right in pairs]
+    return [float(a is not None and a == b) for a, b in wanted]
+
+
+def _exact(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
+    """Return 1.0 where the completion is the answer, spaces around both apart."""
+    return verify(completions, [str(right).strip() for right in answer])
+
+
+def _matching(pattern: str) -> Function:
+    """Return a function that gives 1.0 to completions which match a pattern as a whole."""
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"reward regex:{pattern!r:.50} is not a pattern: {error}") from None
+    return lambda completions, **_: [
+        float(compiled.fullmatch(text.strip()) is not None) for text in completions
+    ]
+
+
+VERIFIERS: dict[str, Function] = {"exact": _exact, "number": _number}
+
+
+def find_rewards(
+    given: Sequence[str | Function], weights: Sequence[float] = ()
+) -> tuple[Reward, ...]:
+    """Return the reward functions that names stand for.
+
+    Parameters
+    ----------
+    given : functions, or names: "exact" and "number" compare the completion with the field answer,
+        "regex:PATTERN" wants a match, "module:function" imports a function, also from the current
+        directory. That is code, and it runs with your rights
+    weights : one for each; none for all 1
+
+    Raises
+    ------
+    ValueError : a name that cannot be found, another number of weights
+    """
+    if not given:
+        raise ValueError(f"name a reward: {', '.join(VERIFIERS)}, regex:PATTERN or module:function")
+    weights = [number("reward_weights", weight) for weight in weights] or [1.0] * len(given)
+    if len(weights) != len(given):
+        raise ValueError(
+            f"reward_weights must be one for each of {counted(len(given), 'reward')}, got"
+            f" {len(weights)}"
+        )
+    rewards = [
+        Reward(*(_found(one) if isinstance(one, str) else (_name(one), one)), weight)
+        for one, weight in zip(given, weights, strict=True)
+    ]
+    if len({reward.name for reward in rewards}) < len(rewards):
+        raise ValueError(f"rewards must be different, got {[reward.name for reward in rewards]}")
+    return tuple(rewards)
+
+
+def _name(function: Function) -> str:
+    if not callable(function):
+        raise ValueError(f"a reward must be a name or a function, got {function!r:.50}")
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _found(name: str) -> tuple[str, Function]:
+    if name in VERIFIERS:
+        return name, VERIFIERS[name]
+    module, colon, rest = name.partition(":")
+    if not (colon and module and rest):
+        raise ValueError(
+            f"no reward {name!r:.50}; the rewards are {', '.join(VERIFIERS)}, regex:PATTERN and"
+            " module:function"
+        )
+    if module == "regex":
+        return "regex", _matching(rest)
+    sys.path.insert(0, os.getcwd())  # as python does for a script there
+    try:
+        function = getattr(importlib.import_module(module), rest)
+    except Exception as error:  # whatever the user's module does
+        raise ValueError(f"reward {name!r:.70} cannot be imported: {error!r:.200}") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(function):
+        raise ValueError(f"reward {name!r:.70} must be a function, got {function!r:.50}")
+    return rest, function
+
+
+def score(
+    rewards: Sequence[Reward],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> Scores:
+    """Return the rewards of S completions.
+
+    Parameters
+    ----------
+    prompts, completions, completion_ids : S each
+    columns : the other fields of the examples, S each
+
+    Raises
+    ------
+    ValueError : a function raises, or returns another number of rewards, or something that is no
+        finite number, or None for all: the message names the function and the completion
+    """
+    arguments = _arguments(prompts, completions, completion_ids, columns)
+    each = {reward.name: _of(reward, arguments) for reward in rewards}
+    table = np.stack([each[reward.name] for reward in rewards])
+    weights = np.array([[reward.weight] for reward in rewards])
+    said = ~np.isnan(table)
+    total = np.where(said.any(axis=0), np.nansum(table * weights, axis=0), np.nan)
+    if not said.any():
+        names = ", ".join(each)
+        raise ValueError(
+            f"reward {names} returned None for all of {counted(len(completions), 'completion')}:"
+            " nothing can be learned"
+        )
+    return Scores(total, each)
+
+
+def try_rewards(
+    rewards: Sequence[Reward], prompt: str, end: int, columns: Mapping[str, Any]
+) -> None:
+    """Call each function with an empty completion, before long work depends on it.
+
+    Raises
+    ------
+    ValueError : see `score`, but None is fine
+    """
+    arguments = _arguments([prompt], [""], [[end]], {name: [v] for name, v in columns.items()})
+    for reward in rewards:
+        _of(reward, arguments)
+
+
+def _arguments(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> dict[str, list[Any]]:
+    """Return what a reward function is called with."""
+    return {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": [[*map(int, ids)] for ids in completion_ids],
+        **{name: list(values) for name, values in columns.items()},
+    }
+
+
+def _of(reward: Reward, arguments: Mapping[str, list[Any]]) -> Floats:
+    """Return a function's rewards (S,), nan for None."""
+    texts = arguments["completions"]
+    try:
+        returned = list(reward.function(**arguments))
+    except Exception as error:  # whatever the user's function does
+        raise ValueError(_blame(reward, arguments, error)) from error
+    if len(returned) != len(texts):
+        raise ValueError(
+            f"reward {reward.name} must return a number for each of"
+            f" {counted(len(texts), 'completion')}, got {len(returned)}, for prompt"
+            f" {arguments['prompts'][0]!r:.70} and those after it"
+        )
+    values = np.full(len(texts), np.nan)
+    for i, value in enumerate(returned):
+        if value is None:
+            continue
+        try:
+            values[i] = float(value)
+        except (TypeError, ValueError):
+            values[i] = math.nan
+        if not math.isfinite(values[i]):
+            raise ValueError(
+                f"reward {reward.name} must return finite numbers or None, got {value!r:.50} for"
+                f" {_rollout(arguments, i)}"
+            )
+    return values
+
+
+def _blame(reward: Reward, arguments: Mapping[str, list[Any]], error: Exception) -> str:
+    """Return the sentence about an error, with the first completion that alone causes one."""
+    where = f"the batch that starts with {_rollout(arguments, 0)}"
+    for i in range(len(arguments["completions"])):
+        try:
+            reward.function(**{name: [values[i]] for name, values in arguments.items()})
+        except Exception as again:  # as above
+            where, error = _rollout(arguments, i), again
+            break
+    return f"reward {reward.name} raised {error!r:.200} for {where}"
+
+
+def _rollout(arguments: Mapping[str, list[Any]], i: int) -> str:
+    return (
+        f"completion {arguments['completions'][i]!r:.70} of prompt {arguments['prompts'][i]!r:.70}"
+    )
