@@ -25,7 +25,9 @@ from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, from_pretr
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.evaluate.classifier import Classifier, encode
 from gpt2c.evaluate.metrics import compare
+from gpt2c.finetune import prune
 from gpt2c.finetune.classify import class_weights, classify, weighted_cross_entropy
+from gpt2c.finetune.distill import divergence
 from gpt2c.finetune.policy import (
     LOSS_TYPES,
     PolicyLoss,
@@ -1730,3 +1732,49 @@ def test_chat_template_of_transformers_is_ours(tokenizer: Tokenizer, tmp_path: P
         assert out["assistant_masks"] == list(map(int, learned))
         asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)
         assert asked["input_ids"] == encode_chat(tokenizer, talk[:-1], answer=True)[0]
+
+
+# ---- distillation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.9, 2.0])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_distillation_is_that_of_pytorch(beta: float, tau: float, rng: np.random.Generator) -> None:
+    """The loss and its gradient; PyTorch's kl_div(a, b) is KL(b || a)."""
+    given = [3 * rng.standard_normal((9, 50), np.float32) for _ in "zt"]
+    z, t = (torch.tensor(each, dtype=torch.float64) for each in given)
+    z.requires_grad_()
+    p, q = (torch.log_softmax(each / tau, dim=1) for each in (z, t))
+
+    def kl(first: Any, second: Any) -> Any:
+        return torch.nn.functional.kl_div(second, first, log_target=True, reduction="none").sum(1)
+
+    m = torch.log((1 - beta) * p.exp() + beta * q.exp())
+    wanted = {0.0: kl(q, p), 1.0: kl(p, q)}.get(beta, beta * kl(q, m) + (1 - beta) * kl(p, m))
+    (tau**2 * wanted).sum().backward()
+    loss, gradient = divergence(*given, tau, beta)
+    np.testing.assert_allclose(loss, tau**2 * wanted.detach().numpy(), rtol=2e-5)
+    np.testing.assert_allclose(gradient, z.grad.numpy(), rtol=1e-4, atol=2e-6)
+
+
+# ---- pruning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+def test_transformers_loads_a_pruned_model(kind: str, tmp_path: Path) -> None:
+    config = GPT2Config(257, 32, 48, 3, 3) if kind == "GPT-2" else LlamaConfig(257, 48, 80, 3, 4, 2)
+    model = (GPT2 if kind == "GPT-2" else Llama)(config, seed=2)
+    model.flat_parameters[...] *= 2
+    model.save_pretrained(tmp_path / "whole")
+    Tokenizer.from_name("bytes").save_pretrained(tmp_path / "whole")
+    texts = [{"text": f"{n} and {n + 1}"} for n in range(20)]
+    prune(tmp_path / "whole", texts, tmp_path / "small", layers=2, mlp=0.4, sparsity=0.5)
+    small = type(model).from_pretrained(tmp_path / "small")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", attn_implementation="eager"
+    )
+    ids = np.arange(20)[None] * 11 % 257
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(ids)).logits.numpy()
+    assert small.config.n_layer == len(small.config.stack().layers) == 2
+    np.testing.assert_allclose(small(ids), wanted, atol=2e-5)

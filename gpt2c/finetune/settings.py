@@ -38,6 +38,10 @@ class FinetuneSettings(Settings):
     learning_rate: float = setting("optimizer", 2e-5, "the highest learning rate")
     weight_decay: float = setting("optimizer", 0.0, "AdamW's weight decay, of matrices only")
     beta2: float = setting("optimizer", 0.999, "AdamW's memory of squared gradients")
+    keep_zeros: bool = setting(
+        *("optimizer", False, "weights of matrices that are 0 in the base stay 0, as pruned ones"),
+        fixed=True,
+    )
     schedule: str = setting("schedule", "linear", Settings.fields()["schedule"].metadata["help"])
     min_lr: float = setting("schedule", 0.0, "the lowest learning rate, at the end")
     warmup_ratio: float = setting("schedule", 0.03, "the share of all steps that warm up")

@@ -17,9 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files.atomic import atomic_path
@@ -50,7 +52,7 @@ from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "tune", "write_result"]
+__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune", "write_result"]
 
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
@@ -82,6 +84,7 @@ class Method(ABC):
     longest : tokens of the longest example
     tokenizer : of the base, which the run's directory gets, too
     facts : identify the examples, in run.json
+    models : role -> checksum of each other model that the run reads, in run.json
     """
 
     verb: str
@@ -91,6 +94,7 @@ class Method(ABC):
     longest: int
     tokenizer: Tokenizer
     facts: Mapping[str, Any]
+    models: Mapping[str, str] = MappingProxyType({})
 
     def config(self, base: AnyConfig) -> AnyConfig:
         """Return the config of the model that is trained."""
@@ -173,7 +177,9 @@ def tune(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked_run(out))
-        run, method = _prepare(verb, kind, make, base, out, given, resume, overwrite, stack)
+        run, method, zeros = _prepare(
+            *(verb, kind, make, base, out, given, resume, overwrite), stack
+        )
         stack.callback(run.close)
         before: Mapping[str, float] = {}
         after: dict[str, float] = {}
@@ -182,6 +188,12 @@ def tune(
             after.clear()
             after.update(method.evaluate(run, check))
             return after
+
+        def learn() -> Learned:
+            learned = method.learn(run)
+            if zeros is not None:
+                np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
+            return learned
 
         with interruptible() as stop:
             if resume:
@@ -199,9 +211,7 @@ def tune(
                 report(f"before: {evaluated(before, method.unit)}")
                 write_result(out, verb, {"before": before})
             method.begin(run)
-            done = train_run(
-                run, lambda: method.learn(run), evaluation, stop, method.shown, method.unit
-            )
+            done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
             interrupted = done.interrupted
         result = Result(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
@@ -235,8 +245,12 @@ def _prepare(
     resume: bool,
     overwrite: bool,
     stack: ExitStack,
-) -> tuple[Run, Method]:
-    """Check the arguments and files before anything is written, then open the run."""
+) -> tuple[Run, Method, NDArray[np.bool_] | None]:
+    """Check the arguments and files before anything is written, then open the run.
+
+    With keep_zeros, the last of the result is where the base's matrices are 0. Without gradients
+    AdamW leaves a 0 as it is, whatever its decay.
+    """
     record = read_record(out, verb) if resume else None
     if record is None:
         settings = kind(**given)
@@ -269,23 +283,25 @@ def _prepare(
         "verb": verb,
         "settings": dataclasses.asdict(settings),
         "data": method.facts,
+        "models": dict(method.models),
         "base": {
             "path": os.fspath(base),
             "sha256": digest(model.parameters, config.frozen())
             if settings.lora
-            else hashlib.sha256(model.flat_parameters.data).hexdigest(),
+            else checksum(model),
         },
     }
     if record is not None:
         _check_same(out, record, facts)
     if settings.freeze:
         model.freeze(*settings.freeze.split(","))
+    zeros = model.flat_parameters[: model.decay_size] == 0 if settings.keep_zeros else None
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
     run = Run(out, planned, model, optimizer, method.tokenizer, facts)
     open_run(run, record, checkpoint, overwrite, held=False, stack=stack)
-    return run, method
+    return run, method, zeros
 
 
 def _open(
@@ -304,6 +320,11 @@ def _open(
     )
 
 
+def checksum(model: CausalLM) -> str:
+    """Return what identifies a model's weights."""
+    return hashlib.sha256(model.flat_parameters.data).hexdigest()
+
+
 def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a table with as many rows as the config has: the further ones are 0."""
     if len(shape) != 2 or tensor.shape[1:] != shape[1:] or tensor.shape[0] >= shape[0]:
@@ -313,7 +334,7 @@ def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with other examples or another base."""
+    """Refuse to go on with other examples, another base, or another model beside it."""
     if record.get("data") != facts["data"]:
         raise ValueError(
             f"the examples are not those of the run {out}, whose fingerprint is in {RUN_FILE}: go"
@@ -323,6 +344,10 @@ def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) 
     if not isinstance(stored, dict) or stored.get("sha256") != facts["base"]["sha256"]:
         path = shown(stored.get("path")) if isinstance(stored, dict) else "another one"
         raise ValueError(f"the base has other weights than that of the run {out}, {path}")
+    others = record.get("models")
+    for role, sha256 in facts["models"].items():
+        if not isinstance(others, dict) or others.get(role) != sha256:
+            raise ValueError(f"the {role} has other weights than that of the run {out}")
 
 
 def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -629,6 +629,55 @@ class Model(LanguageModel):
             return losses.reshape(tokens.ids.shape)
         return np.split(losses, tokens.offsets[1:-1])
 
+    def hidden(self, idx: ArrayLike | Sequence[Sequence[int]]) -> Array:
+        """Return the last norm's output (N, C) for each of N tokens, sequence after sequence.
+
+        It is all of a forward pass but the head: `logits` turns rows of it into logits, a block at
+        a time, because those of a whole batch may not fit.
+
+        Parameters
+        ----------
+        idx : see `loss`
+
+        Raises
+        ------
+        ValueError, RuntimeError, MemoryError, OSError : see `loss`
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257)
+        >>> model = gpt2c.GPT2(config)
+        >>> hidden = model.hidden([[1, 2, 3], [1, 4]])
+        >>> hidden.shape, model.logits(hidden[2:]).shape
+        ((5, 32), (3, 257))
+        """
+        tokens = check_batch(self.config, idx)
+        require(
+            "the last states", {"states": 4 * tokens.ids.size * self.config.n_embd}, "take less"
+        )
+        with self._owner.alone():
+            run = self._start(tokens, keep=False)
+            return self._stack.forward(run, tokens.ids).copy()
+
+    def logits(self, hidden: Array) -> Array:
+        """Return the logits (n, V) of rows (n, C) of `hidden`, of a model with num_labels scores.
+
+        Raises
+        ------
+        ValueError : another shape or dtype
+        MemoryError : the logits do not fit
+        """
+        C, head = self.config.n_embd, self._stack.head
+        is_array = isinstance(hidden, np.ndarray) and hidden.dtype == np.float32
+        if not is_array or hidden.shape != (len(hidden), C) or not len(hidden):
+            raise ValueError(f"hidden must be float32 (n, {C}), got {hidden!r:.50}")
+        require("the logits", {"logits": 4 * len(hidden) * head.V}, "take fewer rows")
+        out = np.empty((len(hidden), head.V), np.float32)
+        batch = Batch(1, len(hidden))
+        run = Run(self.backend, self._parameters, {}, batch, precision=self.precision)
+        head.forward(run, out, np.ascontiguousarray(hidden))
+        return out
+
     @overload
     def scores(
         self,

@@ -44,6 +44,8 @@ CALLS = {
     "dpo": "dpo run pairs.csv --out out --overwrite --max-iters=1",
     "classify eval": "classify eval classifier labels.csv",
     "classify predict": "classify predict classifier labels.csv",
+    "distill": "distill run data --out out --overwrite --max-iters=1 --n-layer=1",
+    "prune": "prune run data --out pruned --mlp=0.5",
     "bench": "bench train --shape 1x8 --backends numpy",
 }
 # Flags whose large numbers ask for long work, which a user may want and interrupt.
@@ -70,7 +72,9 @@ def numeric_flags(options: argparse.ArgumentParser, verb: str = "") -> Iterator[
 FLAGS = sorted(set(numeric_flags(parser())))
 SHARED = {flag for verb, flag in FLAGS if verb == "sft"}  # by all methods of fine-tuning
 FLAGS = [
-    (verb, flag) for verb, flag in FLAGS if verb not in ("reward", "dpo") or flag not in SHARED
+    (verb, flag)
+    for verb, flag in FLAGS
+    if verb not in ("reward", "dpo", "distill") or flag not in SHARED
 ]
 
 
@@ -127,7 +131,7 @@ def test_every_verb_with_a_number_is_tested() -> None:
 @pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
 def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = flag.lstrip("-").replace("-", "_")
-    for value in FEW if verb in ("demo", "classify train") else VALUES:
+    for value in FEW if verb in ("demo", "classify train", "distill") else VALUES:
         try:
             with limits(60), interrupted() if name in LONG else nullcontext():
                 code = main([*CALLS[verb].split(), f"{flag}={value}"])
