@@ -21,7 +21,7 @@ import pytest
 from conftest import refused
 from helpers.cases import small_shape
 
-from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, ops
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, from_pretrained, ops
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.evaluate.classifier import Classifier, encode
 from gpt2c.evaluate.metrics import compare
@@ -38,6 +38,7 @@ from gpt2c.finetune.policy import (
 from gpt2c.finetune.preference import PairLoss, bradley_terry, kto, reference_point
 from gpt2c.formats.llama_layout import LLAMA
 from gpt2c.formats.load import find_model
+from gpt2c.formats.peft import PARTS
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
@@ -785,6 +786,109 @@ def test_llama_classifier_is_exchanged_with_transformers(tmp_path: Path) -> None
     back = Llama.from_pretrained(tmp_path / "theirs")
     assert back.config.num_labels == config.num_labels
     assert np.array_equal(back.scores(idx), ours.scores(idx))
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+ADAPTED = {"gpt2": SMALL, "llama": LLAMAS["grouped"], **{"classifier": SCORED["gpt2"]}}
+EACH_ADAPTED = pytest.mark.parametrize("kind", ADAPTED)
+
+
+@pytest.fixture(scope="module")
+def peft() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("peft", reason="peft is not installed")
+
+
+def save_base(kind: str, directory: Path) -> Any:
+    """Save a model of transformers with random parameters, and return it."""
+    config = ADAPTED[kind]
+    if kind == "classifier":
+        theirs = torch_classifier(config)
+    else:
+        theirs = torch_llama(config) if kind == "llama" else torch_model(config)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+def check_adapted(theirs: Any, ours: Any, config: Any) -> None:
+    """Compare logits, or scores of texts of different lengths."""
+    if config.num_labels:
+        idx, padded, mask = texts_of(config)
+        scores = theirs(padded, attention_mask=mask).logits.detach().numpy()
+        assert_close("scores", ours.scores(idx), scores, LOGITS)
+        return
+    idx, _ = batch_of(config, 2, 23)
+    assert_close("logits", ours(idx), theirs(torch.tensor(idx)).logits.detach().numpy(), LOGITS)
+
+
+def their_parts(kind: str, number: str, layer: str) -> list[str]:
+    """Return the names in transformers of a linear layer's parts."""
+    if kind == "gpt2":
+        return [f"transformer.h.{number}.{layer}"]
+    return [f"model.layers.{number}.{part}" for part in PARTS[layer]]
+
+
+@EACH_ADAPTED
+def test_peft_loads_our_adapters(kind: str, peft: Any, tmp_path: Path) -> None:
+    theirs, config, rng = (
+        save_base(kind, tmp_path / "base"),
+        ADAPTED[kind],
+        np.random.default_rng(5),
+    )
+    ours = from_pretrained(tmp_path / "base")
+    ours.add_lora(r=3, alpha=7, use_rslora=kind == "gpt2")
+    for name, parameter in ours.parameters.items():
+        if "lora_B" in name or name == "score.weight":
+            parameter[...] = 0.3 * rng.standard_normal(parameter.shape)
+    ours.save_pretrained(tmp_path / "ours")
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours", is_trainable=True).eval()
+    check_adapted(adapted, ours, config)
+    merged = ours.merge()
+    check_adapted(adapted, merged, config)
+    if kind == "classifier":
+        return
+    batch = batch_of(config, 2, 23)
+    torch_loss(adapted, batch)[1].backward()
+    ours.loss(*batch)
+    ours.backward()
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    for name, gradient in ours.gradients.items():
+        _, number, layer = name.removesuffix(".weight").split(".", 2)
+        layer, side = layer.rsplit(".", 1)
+        parts = [gradients[f"{part}.{side}.weight"] for part in their_parts(kind, number, layer)]
+        expected = np.concatenate(parts) if side == "lora_B" else sum(parts)
+        assert_close(f"gradient of {name}", gradient, expected, GRADIENT)
+
+
+@EACH_ADAPTED
+def test_we_load_adapters_of_peft(kind: str, peft: Any, tmp_path: Path) -> None:
+    theirs, config = save_base(kind, tmp_path / "base"), ADAPTED[kind]
+    targets = {
+        "gpt2": ["c_attn", "mlp.c_proj"],
+        "classifier": ["c_attn"],
+        "llama": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
+    }[kind]
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=targets,
+        task_type="SEQ_CLS" if kind == "classifier" else "CAUSAL_LM",
+        fan_in_fan_out=kind != "llama",
+        use_rslora=kind == "gpt2",
+        init_lora_weights=False,  # B is not 0
+    )
+    adapted = peft.get_peft_model(theirs, settings).eval()
+    adapted.save_pretrained(tmp_path / "theirs")
+    ours = from_pretrained(tmp_path / "base", adapter=tmp_path / "theirs")
+    check_adapted(adapted, ours, config)
+    ours.save_pretrained(tmp_path / "ours")
+    check_adapted(adapted, from_pretrained(tmp_path / "ours"), config)
 
 
 # ---- preferences ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from gpt2c.cli import eval as cli_eval
 from gpt2c.cli import finetune as cli_finetune
 from gpt2c.cli import generate as cli_generate
 from gpt2c.cli import info as cli_info
+from gpt2c.cli import merge as cli_merge
 from gpt2c.cli import plot as cli_plot
 from gpt2c.cli import prepare as cli_prepare
 from gpt2c.cli import prune as cli_prune
@@ -241,6 +242,8 @@ def parser() -> argparse.ArgumentParser:
     cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
     text = "convert a model, tokenizer or token files for llm.c, llama.cpp and others, or from them"
     cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
+    text = "make one model of a base and its adapters"
+    cli_merge.add_flags(_verb(verbs, "merge", cli_merge.run_merge, text))
     text = "measure backends and PyTorch in turn; their results are verified"
     cli_bench.add_flags(_verb(verbs, "bench", cli_bench.run_bench, text, shows=True))
     text = "show the CPU, backends, threads, versions"

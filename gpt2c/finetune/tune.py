@@ -29,8 +29,10 @@ from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
+from gpt2c.formats.peft import digest
 from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.memory import require
+from gpt2c.model.model import first_values
 from gpt2c.model.parameters import Tensor
 from gpt2c.model.plan import parts_needed
 from gpt2c.pretrained import MODELS
@@ -52,6 +54,7 @@ from gpt2c.train.tensorboard import check_tensorboard
 
 __all__ = ["Base", "Check", "Method", "Result", "checksum", "tune", "write_result"]
 
+LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
 Check = Callable[[], None] | None  # raises an error that ends an evaluation
 
@@ -196,8 +199,9 @@ def tune(
             if resume:
                 before, stored = _results(out)
                 after |= stored if run.step == run.settings.max_iters else {}
-            for line in method.lines() if run.step < run.settings.max_iters else ():
-                report(line)
+            if run.step < run.settings.max_iters:
+                for line in (*method.lines(), *_adapter_lines(run)):
+                    report(line)
             interrupted = False
             if not run.step:
                 try:
@@ -215,6 +219,20 @@ def tune(
         )
         write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
+
+
+def _adapter_lines(run: Run) -> Iterable[str]:
+    """Yield what is trained, if it is not the whole model."""
+    model = run.model
+    if model.config.lora is not None:
+        trained = sum(model.parameters[name].size for name in model.trained)
+        share = trained / model.config.num_parameters()
+        held = "" if model.weights == "fp32" else f", beside weights of {model.weights}"
+        yield (
+            f"adapters of rank {model.config.lora.r}: {trained:,} numbers are trained, {share:.2%}"
+            f" of the model{held}; the learning rate is {run.settings.learning_rate:g}, usually"
+            f" {LORA_RATE} times that of a whole model"
+        )
 
 
 def _prepare(
@@ -236,6 +254,9 @@ def _prepare(
     record = read_record(out, verb) if resume else None
     if record is None:
         settings = kind(**given)
+        if settings.lora and "learning_rate" not in given:
+            rate = LORA_RATE * settings.learning_rate
+            settings = dataclasses.replace(settings, learning_rate=rate)
     else:
         settings = resumed(kind, record["settings"], given, str(out / RUN_FILE))
     if settings.tensorboard:
@@ -243,16 +264,19 @@ def _prepare(
     found = find_model(base)
     if found.weights != "fp32":
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
+    if found.config.lora is not None:
+        raise ValueError(f"{base} holds adapters: make one model with gpt2c merge, and train that")
     if settings.random_weights:
         found = dataclasses.replace(found, tensors={})
     method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
     planned = settings.planned(method.examples)
-    config = method.config(found.config)
+    config = dataclasses.replace(method.config(found.config), lora=settings.adapters)
     checkpoint = None if record is None else newest_checkpoint(out, record, config)
     backend = get_backend(settings.backend, settings.threads or None)
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
+    weights = "fp32" if settings.quantize == "none" else settings.quantize
     precision = as_precision(settings.precision, backend)
-    needs = parts_needed(config, 1, tokens, settings.recomputation, precision)
+    needs = parts_needed(config, 1, tokens, settings.recomputation, precision, weights)
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
     model = _open(found, config, settings, backend)
     facts = {
@@ -260,7 +284,12 @@ def _prepare(
         "settings": dataclasses.asdict(settings),
         "data": method.facts,
         "models": dict(method.models),
-        "base": {"path": os.fspath(base), "sha256": checksum(model)},
+        "base": {
+            "path": os.fspath(base),
+            "sha256": digest(model.parameters, config.frozen())
+            if settings.lora
+            else checksum(model),
+        },
     }
     if record is not None:
         _check_same(out, record, facts)
@@ -278,18 +307,17 @@ def _prepare(
 def _open(
     found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
 ) -> CausalLM:
-    """Return the base's model with the config of the method; a head that it lacks is random."""
-    seed = None if config == found.config and found.tensors else settings.seed
-    model = MODELS[type(config)](
-        *(config, seed, backend, settings.recomputation), precision=settings.precision
-    )
+    """Return the base's model with the config of the method; what it lacks is random."""
     own = config.parameter_shapes()
     tensors = {
         name: _grown(tensor, own[name]) for name, tensor in found.tensors.items() if name in own
     }
-    fresh = {name: model.parameters[name] for name in own.keys() - tensors if seed is not None}
-    model.load_parameters(tensors | fresh, found.source)
-    return model
+    fresh = first_values(config, settings.seed, own.keys() - tensors)
+    found = dataclasses.replace(found, config=config, tensors={**tensors, **fresh})
+    return MODELS[type(config)].from_found(
+        *(found, backend, None, None if settings.quantize == "none" else settings.quantize),
+        *(settings.recomputation, settings.precision),
+    )
 
 
 def checksum(model: CausalLM) -> str:
