@@ -109,7 +109,7 @@ $(VENV)/installed-wheel: $(VENV)/installed-test
 	$(PYTHON) -m venv .venv-parity || { rm -rf .venv-parity; exit 1; }
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	.venv-parity/bin/python -m pip install --quiet torch==2.13.0
-	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57' lm_eval accelerate tensorboard trl
+	.venv-parity/bin/python -m pip install --quiet --editable . --group test 'transformers>=4.57' peft lm_eval accelerate tensorboard trl
 	touch $@
 
 .venv-lowest/installed: pyproject.toml tests/lowest.txt build.py $(wildcard csrc/*)

@@ -180,7 +180,7 @@ def main() -> None:
                 f"| {name} ({report.count:,}) | {row} | {report.accuracy:.3f} | {low:.3f} to"
                 f" {high:.3f} | {report.macro.f1:.3f} | {seconds} |"
             )
-        print(*lines, sep="\n", flush=True)
+        print(*lines[-len(rows) :], sep="\n", flush=True)
     print("\n| set (texts of the test) | | accuracy | 95% interval | macro F1 | seconds |")
     print("|---|---|---:|---|---:|---:|", *lines, sep="\n")
 

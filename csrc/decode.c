@@ -92,20 +92,38 @@ static void norm(const Stage *s, const Quantized *q, int64_t N, Team *team) {
     }
 }
 
+/* Writes low (N,R) = factor * x down^T of an adapter. */
+static void adapter(const Stage *s, int64_t N, Team *team) {
+    const Linear down = {s->down, NULL, NULL, s->linear.C, s->R, FP32};
+    for_shared (vector, ceil_div(s->R, VF_LEN), 1 + WORTH / (N * down.C * VF_LEN), team) {
+        const int64_t from = vector * VF_LEN, to = min64(s->R, from + VF_LEN);
+        linear_columns(s->low, &down, s->x, NULL, N, from, to, 0);
+        for (int64_t i = 0; i < N; i++)
+            for (int64_t r = from; r < to; r++) s->low[i * s->R + r] *= s->factor;
+    }
+}
+
+/* Columns [from, to) of out (N,OC) = the rows of the layer from `row` on, and of its adapter. */
+static void adapted_columns(float *out, const Stage *s, const Quantized *q, int64_t row, int64_t OC, int64_t N,
+                            int64_t from, int64_t to, int accumulate) {
+    const Linear rows = linear_rows_of(&s->linear, row, row + OC);
+    linear_columns(out, &rows, s->x, q, N, from, to, accumulate);
+    if (!s->down) return;
+    const Linear up = {s->up + row * s->R, NULL, NULL, s->R, OC, FP32};
+    linear_columns(out, &up, s->low, NULL, N, from, to, 1);
+}
+
 /* An INT8 layer reads x from q; `ready` says whether it is there. */
 static void matmul(const Stage *s, Quantized q, int ready, int64_t N, Team *team) {
     const Linear *layer = &s->linear;
     const int64_t C = layer->C, OC = s->then == SWIGLU ? layer->OC / 2 : layer->OC;
-    const Linear first = linear_rows_of(layer, 0, OC);
     if (layer->type == INT8 && !ready)
         for_shared (i, N, worth(C), team) quantize_row(q, s->x + i * C, i, C);
+    if (s->down) adapter(s, N, team);
     for_shared (vector, ceil_div(OC, VF_LEN), 1 + WORTH / (N * C * VF_LEN), team) {
         const int64_t from = vector * VF_LEN, to = min64(OC, from + VF_LEN);
-        linear_columns(s->out, &first, s->x, &q, N, from, to, s->then == ADD);
-        if (s->then == SWIGLU) {
-            const Linear second = linear_rows_of(layer, OC, 2 * OC);
-            linear_columns(s->inner, &second, s->x, &q, N, from, to, 0);
-        }
+        adapted_columns(s->out, s, &q, 0, OC, N, from, to, s->then == ADD);
+        if (s->then == SWIGLU) adapted_columns(s->inner, s, &q, OC, OC, N, from, to, 0);
         for (int64_t i = 0; i < N; i++) {
             float *row = s->out + i * OC;
             if (s->then == GELU) gelu_part(row, row, from, to);

@@ -62,9 +62,12 @@ enum { FP32, FP16, INT8, BF16, SIGNED8 };
  * the same products. It is a void pointer here, and the argument out_type, x_type or qkv_type says FP32 or BF16. BF16
  * is for products of BF16 alone. */
 
-/* Floats of scratch memory that a kernel needs; gemm_scratch_size is for matmul_backward. */
+/* Floats of scratch memory that a kernel needs; gemm_scratch_size is for lora_forward, lora_scratch_size for
+ * lora_backward. */
 int64_t gemm_scratch_size(int threads);
 int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int out_type, int type, int threads);
+int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int type, int threads);
+int64_t lora_scratch_size(int64_t N, int64_t R, int threads);
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
 
 /* ---- ragged batches ----------------------------------------------------------------------------------------- */
@@ -113,10 +116,23 @@ void matmul_forward(void *out, const void *x, const void *weight, const float *b
                     int out_type, int x_type, int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team);
 
 /* dweight (OC,C) += dout^T x and dbias (OC) += column sums of dout (N,OC); both are overwritten if `accumulate` is 0.
- * Then dx (N,C) = dout weight. Each of them may be NULL, dx may be x. */
-void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const void *x, const float *weight,
-                     int accumulate, int precision, int x_type, float *scratch, int64_t N, int64_t C, int64_t OC,
-                     Team *team);
+ * Then dx (N,C) = dout weight, added to the old dx if `add`. Each of them may be NULL, dx may be x if it is written. */
+void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const void *x, const void *weight,
+                     const float *scale, int accumulate, int precision, int add, int x_type, int type, float *scratch,
+                     int64_t N, int64_t C, int64_t OC, Team *team);
+
+/* ---- lora: low-rank adapters -------------------------------------------------------------------------------- */
+
+/* out (N,OC) = y + u up^T, u (N,R) = scale * x down^T: the adapter down (R,C), up (OC,R) of a linear layer with the
+ * input x (N,C) and the output y (N,OC). out may be y; u is for the backward pass. */
+void lora_forward(float *out, float *u, const float *y, const float *x, const float *down, const float *up, float scale,
+                  float *scratch, int64_t N, int64_t C, int64_t OC, int64_t R, Team *team);
+
+/* dup (OC,R) += dout^T u and ddown (R,C) += du^T x with du = scale * dout up; both are overwritten if `accumulate` is
+ * 0. Then dx (N,C) = du down, the adapter's part of the gradient. Each of them may be NULL, dx may be x. */
+void lora_backward(float *dx, float *ddown, float *dup, const float *dout, const float *x, const float *u,
+                   const float *down, const float *up, float scale, int accumulate, float *scratch, int64_t N,
+                   int64_t C, int64_t OC, int64_t R, Team *team);
 
 /* out (C,R) = x (R,C)^T, for files that store linear weights as (C,OC). */
 void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team);
@@ -140,7 +156,8 @@ enum {
     LAYERNORM,
     /* out (N,C) = x * rstd * gain */
     RMSNORM,
-    /* out (N,OC) = linear(x (N,C)); `then` says what follows */
+    /* out (N,OC) = linear(x (N,C)); `then` says what follows. With an adapter, down (R,C) and up (OC,R), factor * x
+     * down^T up^T is added before that; down is else NULL. low (N,R) is scratch memory. */
     MATMUL,
     /* out (N,NH HS) from x (N,(NH + 2 KV) HS), as attention_forward's qkv, and the texts' keys and values (S,KV,P,HS)
      * of type `cache`, with scales (S,KV,P) for SIGNED8, where the token's own are stored first. q and k in x are
@@ -156,10 +173,12 @@ typedef struct {
     Linear linear;
     const float *wpe, *gain, *shift, *cos, *sin;
     float eps;
+    const float *down, *up;
+    float *low, factor;
     void *keys, *values;
     float *key_scales, *value_scales;
     int cache;
-    int64_t C, NH, KV, HS, P;
+    int64_t C, NH, KV, HS, P, R;
 } Stage;
 
 /* One decoding step for N texts, N small: the `count` stages in their order. Text i has its newest token in tokens (N),

@@ -1,13 +1,21 @@
 /* out (N,OC) = x (N,C) weight (OC,C)^T + bias (OC): the linear layer, one matrix product forward, two backward.
  *
  * Forward takes 2 N C OC operations, backward twice as many. gemm.c computes both and divides them among the threads.
- * With INT8 weights, or few rows (up to FEW_ROWS) and products of floats, linear.c computes forward. Else FP16 weights
- * are converted to FP32, some of their rows at a time. An out of BF16 is computed in float, a block of rows at a
- * time. */
+ * With INT8 weights, or few rows (up to FEW_ROWS) and products of floats, linear.c computes forward. Else smaller
+ * weights are converted to FP32, some of their rows at a time. An out of BF16 is computed in float, a block of rows at
+ * a time. */
 
 #include "internal.h"
 
-enum { FP32_ROWS = 3072 }; /* rows of an FP16 weight that are converted at a time */
+enum { FP32_ROWS = 3072 }; /* rows of a smaller weight that are converted at a time */
+
+/* Floats of memory for converted rows. */
+static int64_t converted_size(int64_t C, int64_t OC, int type) { return type == FP32 ? 0 : min64(OC, FP32_ROWS) * C; }
+
+/* weight32 (n,C) = rows [j, j + n) of a weight. */
+static void convert_rows(float *weight32, const Linear *layer, int64_t j, int64_t n, Team *team) {
+    for_shared (i, n, worth(layer->C), team) embed_row(weight32 + i * layer->C, layer, NULL, (int32_t)(j + i));
+}
 
 /* Whether linear.c computes forward. */
 static int reads_in_place(int64_t N, int precision, int type) {
@@ -17,14 +25,18 @@ static int reads_in_place(int64_t N, int precision, int type) {
 int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int out_type, int type, int threads) {
     const int64_t rows = out_type == BF16 ? min64(N, gemm_rows()) * OC : 0;
     if (reads_in_place(N, precision, type)) return rows + linear_scratch_size(N, C, type, threads);
-    return rows + gemm_scratch_size(threads) + (type == FP16 ? min64(OC, FP32_ROWS) * C : 0);
+    return rows + gemm_scratch_size(threads) + converted_size(C, OC, type);
+}
+
+int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int type, int threads) {
+    return gemm_scratch_size(threads) + converted_size(C, OC, type);
 }
 
 /* matmul_forward() in float. */
 static void forward(float *out, Operand x, const void *weight, const float *bias, const float *scale, int precision,
                     int type, float *scratch, int64_t N, int64_t C, int64_t OC, Team *team) {
+    const Linear layer = {weight, scale, bias, C, OC, type};
     if (reads_in_place(N, precision, type)) {
-        const Linear layer = {weight, scale, bias, C, OC, type};
         linear_rows(out, &layer, x.data, scratch, N, team);
         return;
     }
@@ -34,11 +46,8 @@ static void forward(float *out, Operand x, const void *weight, const float *bias
     }
     float *weight32 = scratch + gemm_scratch_size(team->threads);
     for (int64_t j = 0; j < OC; j += FP32_ROWS) {
-        const int64_t n = min64(FP32_ROWS, OC - j), size = n * C;
-        for_shared (vector, ceil_div(size, VF_LEN), worth(VF_LEN), team) {
-            const int64_t i = vector * VF_LEN;
-            vf_store_n(weight32 + i, vf_load_half_n((const uint16_t *)weight + j * C + i, size - i), size - i);
-        }
+        const int64_t n = min64(FP32_ROWS, OC - j);
+        convert_rows(weight32, &layer, j, n, team);
         gemm(out + j, OC, x, (Operand){weight32, C, 1, FP32}, bias ? bias + j : NULL, 0, precision, N, n, C, scratch,
              team);
     }
@@ -83,17 +92,24 @@ static void column_sums(float *restrict dbias, const float *restrict dout, int a
     }
 }
 
-void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const void *x, const float *weight,
-                     int accumulate, int precision, int x_type, float *scratch, int64_t N, int64_t C, int64_t OC,
-                     Team *team) {
+void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout, const void *x, const void *weight,
+                     const float *scale, int accumulate, int precision, int add, int x_type, int type, float *scratch,
+                     int64_t N, int64_t C, int64_t OC, Team *team) {
     /* out = x weight^T, so dweight += dout^T x (summed over N) and dx = dout weight (summed over OC) */
     if (dweight)
         gemm(dweight, C, (Operand){dout, 1, OC, FP32}, (Operand){x, 1, C, x_type}, NULL, accumulate, precision, OC, C,
              N, scratch, team);
     if (dbias) column_sums(dbias, dout, accumulate, N, OC, team);
-    if (dx)
-        gemm(dx, C, (Operand){dout, OC, 1, FP32}, (Operand){weight, 1, C, FP32}, NULL, 0, precision, N, C, OC, scratch,
-             team);
+    if (!dx) return;
+    const Linear layer = {weight, scale, NULL, C, OC, type};
+    float *weight32 = scratch + gemm_scratch_size(team->threads);
+    const int64_t rows = type == FP32 ? OC : FP32_ROWS;
+    for (int64_t j = 0; j < OC; j += rows) {
+        const int64_t n = min64(rows, OC - j);
+        if (type != FP32) convert_rows(weight32, &layer, j, n, team);
+        gemm(dx, C, (Operand){dout + j, OC, 1, FP32}, (Operand){type == FP32 ? weight : weight32, 1, C, FP32}, NULL,
+             add || j > 0, precision, N, C, n, scratch, team);
+    }
 }
 
 void matrix_transpose(float *out, const float *x, int64_t R, int64_t C, Team *team) {

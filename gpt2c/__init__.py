@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gpt2c.model.block import Dropout
     from gpt2c.model.gpt2 import GPT2Config
     from gpt2c.model.llama import LlamaConfig
+    from gpt2c.model.lora import LoRA
     from gpt2c.model.rope_scaling import RopeScaling
     from gpt2c.pretrained import from_pretrained
     from gpt2c.text.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ __all__ = [
     "Generator",
     "Llama",
     "LlamaConfig",
+    "LoRA",
     "QuantizedGPT2",
     "RopeScaling",
     "Schedule",
@@ -78,6 +80,7 @@ _HOMES = {
     "Generator": "generator",
     "Llama": "llama",
     "LlamaConfig": "model.llama",
+    "LoRA": "model.lora",
     "QuantizedGPT2": "gpt2",
     "RopeScaling": "model.rope_scaling",
     "Schedule": "train.optimizer",

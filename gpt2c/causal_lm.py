@@ -45,6 +45,7 @@ class CausalLM(Model):
     """
 
     config_class: ClassVar[type[ModelConfig]]
+    _found: Pretrained | None = None  # where it was loaded from, which adapters' files name
 
     def __init__(
         self,
@@ -71,6 +72,8 @@ class CausalLM(Model):
         threads: int | None = None,
         recompute: str | None = None,
         precision: str = "fp32",
+        adapter: str | os.PathLike[str] | None = None,
+        check_base: bool = True,
     ) -> Self:
         """Load a directory with config.json and model.safetensors, gpt2c's or Hugging Face's.
 
@@ -81,18 +84,21 @@ class CausalLM(Model):
         path : see `gpt2c.formats.load.find_model`
         backend, threads, recompute, precision : see `GPT2`
         quantize : "int8" or "fp16" rounds the weights to 8 or 16 bits, one tensor at a time, for
-            inference; None leaves them fp32
+            inference or to train adapters; None leaves them fp32
         revision : of a model on the hub: a branch, tag or commit
+        adapter : a directory of LoRA adapters for this model, gpt2c's or PEFT's
+        check_base : False takes adapters that were trained on a base with other weights, too
 
         Raises
         ------
         OSError : a file is missing or unreadable, or the hub does not have it
         ValueError : a file is damaged, or its tensors are not those of its config; the model is of
-            another kind; quantize is unknown, or differs from the type of stored quantized weights
+            another kind; quantize is unknown, or differs from the type of stored quantized weights;
+            the adapters do not fit the model
         """
         from gpt2c.formats.load import find_model
 
-        found = find_model(path, revision)
+        found = find_model(path, revision, adapter, check_base)
         return cls.from_found(found, backend, threads, quantize, recompute, precision)
 
     @classmethod
@@ -125,20 +131,32 @@ class CausalLM(Model):
         model = cls(config, None, backend, recompute, threads, weights, precision)
         load = model.load_parameters if found.weights == "fp32" else model.load_quantized
         load(found.tensors, source)
+        model._found = found
         return model
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json, generation_config.json and model.safetensors, as transformers does.
 
-        Weights of 16 or 8 bits are stored as they are, for gpt2c only.
+        Weights of 16 or 8 bits are stored as they are, for gpt2c only. Of a model with adapters,
+        only these and the scores are written, as PEFT does: adapter_config.json, which names the
+        base, and adapter_model.safetensors.
 
         Raises
         ------
         OSError : the files cannot be written; existing files are unchanged
         ValueError : the directory's name is empty
         """
-        from gpt2c.formats import huggingface
+        from gpt2c.formats import huggingface, peft
 
+        if self.config.lora is not None:
+            found, names = self._found, self.config.frozen()
+            if not names.isdisjoint(self.trained):
+                raise ValueError("other parameters than adapters were trained: merge() them first")
+            base = self._parameters if self.weights == "fp32" else found and found.tensors
+            sha256 = peft.digest(base, names) if base else None
+            name = found.name if found else ""
+            peft.save_adapter(directory, self.config, self._parameters, name, sha256)
+            return
         config = self.config.to_dict()
         if self.weights == "fp32":
             huggingface.save_weights(directory, config, self._parameters)

@@ -172,6 +172,8 @@ class Generator:
         revision: str | None = None,
         threads: int | None = None,
         cache: str = "fp32",
+        adapter: str | os.PathLike[str] | None = None,
+        check_base: bool = True,
     ) -> Generator:
         """Load a model and its tokenizer together, from a directory or the hub.
 
@@ -180,7 +182,7 @@ class Generator:
 
         Parameters
         ----------
-        path_or_name, backend, revision, threads : see `GPT2.from_pretrained`
+        path_or_name, backend, revision, threads, adapter, check_base : see `GPT2.from_pretrained`
         quantize : see there; None keeps a model quantized that was saved so
         cache : see `Generator`
 
@@ -189,7 +191,7 @@ class Generator:
         OSError : a file is missing or cannot be read or downloaded
         ValueError : a file is damaged, or model and tokenizer do not belong together
         """
-        found = find_model(path_or_name, revision)
+        found = find_model(path_or_name, revision, adapter, check_base)
         model = open_found(found, backend, quantize, threads)
         tokenizer = Tokenizer.from_pretrained(found.path)
         # A smaller vocabulary lacks transformers' default, 50256.

@@ -67,7 +67,7 @@ def _public(op: Op) -> Callable[..., Any]:
     lacking -= known | op.sizes.keys()
     given_sizes = {name: letter for letter, name in GIVEN.items() if letter in lacking}
     # flags are for callers that keep memory from call to call
-    numbers = {name: value for name, value in op.numbers.items() if value is not True}
+    numbers = {name: value for name, value in op.numbers.items() if not isinstance(value, bool)}
     none: Any = inspect.Parameter.empty
     defaults = {
         **{array.name: none for array in inputs if not array.optional},
@@ -356,7 +356,26 @@ if TYPE_CHECKING:  # type checkers and editors do not run the line above; a test
     ) -> Array: ...
 
     def matmul_backward(
-        dout: Array, x: Array, weight: Array, precision: str = "fp32", backend: str = "auto"
+        dout: Array,
+        x: Array,
+        weight: Array,
+        scale: Array | None = None,
+        precision: str = "fp32",
+        backend: str = "auto",
+    ) -> tuple[Array, Array, Array]: ...
+
+    def lora_forward(
+        y: Array, x: Array, down: Array, up: Array, scale: float = 1.0, backend: str = "auto"
+    ) -> tuple[Array, Array]: ...
+
+    def lora_backward(
+        dout: Array,
+        x: Array,
+        u: Array,
+        down: Array,
+        up: Array,
+        scale: float = 1.0,
+        backend: str = "auto",
     ) -> tuple[Array, Array, Array]: ...
 
     def matrix_transpose(x: Array, backend: str = "auto") -> Array: ...

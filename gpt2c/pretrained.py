@@ -29,6 +29,8 @@ def from_pretrained(
     threads: int | None = None,
     recompute: str | None = None,
     precision: str = "fp32",
+    adapter: str | os.PathLike[str] | None = None,
+    check_base: bool = True,
 ) -> GPT2 | Llama:
     """Load a model of any kind; one that was saved quantized stays quantized.
 
@@ -46,7 +48,7 @@ def from_pretrained(
     """
     from gpt2c.formats.load import find_model
 
-    found = find_model(path, revision)
+    found = find_model(path, revision, adapter, check_base)
     return open_found(found, backend, quantize, threads, recompute, precision)
 
 

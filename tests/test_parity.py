@@ -21,11 +21,13 @@ import pytest
 from conftest import refused
 from helpers.cases import small_shape
 
-from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, ops
+from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, from_pretrained, ops
 from gpt2c.bench.worker import TINY, Worker
 from gpt2c.evaluate.classifier import Classifier, encode
 from gpt2c.evaluate.metrics import compare
+from gpt2c.finetune import prune
 from gpt2c.finetune.classify import class_weights, classify, weighted_cross_entropy
+from gpt2c.finetune.distill import divergence
 from gpt2c.finetune.policy import (
     LOSS_TYPES,
     PolicyLoss,
@@ -36,6 +38,7 @@ from gpt2c.finetune.policy import (
 from gpt2c.finetune.preference import PairLoss, bradley_terry, kto, reference_point
 from gpt2c.formats.llama_layout import LLAMA
 from gpt2c.formats.load import find_model
+from gpt2c.formats.peft import PARTS
 from gpt2c.generate.sampling import GenerationConfig, distribution, penalised
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.cases import OPS, normalised_error
@@ -783,6 +786,109 @@ def test_llama_classifier_is_exchanged_with_transformers(tmp_path: Path) -> None
     back = Llama.from_pretrained(tmp_path / "theirs")
     assert back.config.num_labels == config.num_labels
     assert np.array_equal(back.scores(idx), ours.scores(idx))
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+ADAPTED = {"gpt2": SMALL, "llama": LLAMAS["grouped"], **{"classifier": SCORED["gpt2"]}}
+EACH_ADAPTED = pytest.mark.parametrize("kind", ADAPTED)
+
+
+@pytest.fixture(scope="module")
+def peft() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("peft", reason="peft is not installed")
+
+
+def save_base(kind: str, directory: Path) -> Any:
+    """Save a model of transformers with random parameters, and return it."""
+    config = ADAPTED[kind]
+    if kind == "classifier":
+        theirs = torch_classifier(config)
+    else:
+        theirs = torch_llama(config) if kind == "llama" else torch_model(config)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+def check_adapted(theirs: Any, ours: Any, config: Any) -> None:
+    """Compare logits, or scores of texts of different lengths."""
+    if config.num_labels:
+        idx, padded, mask = texts_of(config)
+        scores = theirs(padded, attention_mask=mask).logits.detach().numpy()
+        assert_close("scores", ours.scores(idx), scores, LOGITS)
+        return
+    idx, _ = batch_of(config, 2, 23)
+    assert_close("logits", ours(idx), theirs(torch.tensor(idx)).logits.detach().numpy(), LOGITS)
+
+
+def their_parts(kind: str, number: str, layer: str) -> list[str]:
+    """Return the names in transformers of a linear layer's parts."""
+    if kind == "gpt2":
+        return [f"transformer.h.{number}.{layer}"]
+    return [f"model.layers.{number}.{part}" for part in PARTS[layer]]
+
+
+@EACH_ADAPTED
+def test_peft_loads_our_adapters(kind: str, peft: Any, tmp_path: Path) -> None:
+    theirs, config, rng = (
+        save_base(kind, tmp_path / "base"),
+        ADAPTED[kind],
+        np.random.default_rng(5),
+    )
+    ours = from_pretrained(tmp_path / "base")
+    ours.add_lora(r=3, alpha=7, use_rslora=kind == "gpt2")
+    for name, parameter in ours.parameters.items():
+        if "lora_B" in name or name == "score.weight":
+            parameter[...] = 0.3 * rng.standard_normal(parameter.shape)
+    ours.save_pretrained(tmp_path / "ours")
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours", is_trainable=True).eval()
+    check_adapted(adapted, ours, config)
+    merged = ours.merge()
+    check_adapted(adapted, merged, config)
+    if kind == "classifier":
+        return
+    batch = batch_of(config, 2, 23)
+    torch_loss(adapted, batch)[1].backward()
+    ours.loss(*batch)
+    ours.backward()
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    for name, gradient in ours.gradients.items():
+        _, number, layer = name.removesuffix(".weight").split(".", 2)
+        layer, side = layer.rsplit(".", 1)
+        parts = [gradients[f"{part}.{side}.weight"] for part in their_parts(kind, number, layer)]
+        expected = np.concatenate(parts) if side == "lora_B" else sum(parts)
+        assert_close(f"gradient of {name}", gradient, expected, GRADIENT)
+
+
+@EACH_ADAPTED
+def test_we_load_adapters_of_peft(kind: str, peft: Any, tmp_path: Path) -> None:
+    theirs, config = save_base(kind, tmp_path / "base"), ADAPTED[kind]
+    targets = {
+        "gpt2": ["c_attn", "mlp.c_proj"],
+        "classifier": ["c_attn"],
+        "llama": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
+    }[kind]
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=targets,
+        task_type="SEQ_CLS" if kind == "classifier" else "CAUSAL_LM",
+        fan_in_fan_out=kind != "llama",
+        use_rslora=kind == "gpt2",
+        init_lora_weights=False,  # B is not 0
+    )
+    adapted = peft.get_peft_model(theirs, settings).eval()
+    adapted.save_pretrained(tmp_path / "theirs")
+    ours = from_pretrained(tmp_path / "base", adapter=tmp_path / "theirs")
+    check_adapted(adapted, ours, config)
+    ours.save_pretrained(tmp_path / "ours")
+    check_adapted(adapted, from_pretrained(tmp_path / "ours"), config)
 
 
 # ---- preferences ---------------------------------------------------------------------------------
@@ -1626,3 +1732,49 @@ def test_chat_template_of_transformers_is_ours(tokenizer: Tokenizer, tmp_path: P
         assert out["assistant_masks"] == list(map(int, learned))
         asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)
         assert asked["input_ids"] == encode_chat(tokenizer, talk[:-1], answer=True)[0]
+
+
+# ---- distillation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.9, 2.0])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_distillation_is_that_of_pytorch(beta: float, tau: float, rng: np.random.Generator) -> None:
+    """The loss and its gradient; PyTorch's kl_div(a, b) is KL(b || a)."""
+    given = [3 * rng.standard_normal((9, 50), np.float32) for _ in "zt"]
+    z, t = (torch.tensor(each, dtype=torch.float64) for each in given)
+    z.requires_grad_()
+    p, q = (torch.log_softmax(each / tau, dim=1) for each in (z, t))
+
+    def kl(first: Any, second: Any) -> Any:
+        return torch.nn.functional.kl_div(second, first, log_target=True, reduction="none").sum(1)
+
+    m = torch.log((1 - beta) * p.exp() + beta * q.exp())
+    wanted = {0.0: kl(q, p), 1.0: kl(p, q)}.get(beta, beta * kl(q, m) + (1 - beta) * kl(p, m))
+    (tau**2 * wanted).sum().backward()
+    loss, gradient = divergence(*given, tau, beta)
+    np.testing.assert_allclose(loss, tau**2 * wanted.detach().numpy(), rtol=2e-5)
+    np.testing.assert_allclose(gradient, z.grad.numpy(), rtol=1e-4, atol=2e-6)
+
+
+# ---- pruning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
+def test_transformers_loads_a_pruned_model(kind: str, tmp_path: Path) -> None:
+    config = GPT2Config(257, 32, 48, 3, 3) if kind == "GPT-2" else LlamaConfig(257, 48, 80, 3, 4, 2)
+    model = (GPT2 if kind == "GPT-2" else Llama)(config, seed=2)
+    model.flat_parameters[...] *= 2
+    model.save_pretrained(tmp_path / "whole")
+    Tokenizer.from_name("bytes").save_pretrained(tmp_path / "whole")
+    texts = [{"text": f"{n} and {n + 1}"} for n in range(20)]
+    prune(tmp_path / "whole", texts, tmp_path / "small", layers=2, mlp=0.4, sparsity=0.5)
+    small = type(model).from_pretrained(tmp_path / "small")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", attn_implementation="eager"
+    )
+    ids = np.arange(20)[None] * 11 % 257
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(ids)).logits.numpy()
+    assert small.config.n_layer == len(small.config.stack().layers) == 2
+    np.testing.assert_allclose(small(ids), wanted, atol=2e-5)

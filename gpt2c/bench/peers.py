@@ -142,10 +142,12 @@ def _matmul_backward(
     dout: Any,
     x: Any,
     weight: Any,
+    scale: Any,
     accumulate: bool,
     precision: str,
+    add: bool,
 ) -> Call | None:
-    if precision != "fp32":
+    if weight.dtype != x.dtype or precision != "fp32":
         return None
     return lambda: [dout @ weight, dout.t() @ x, dout.sum(0)]
 

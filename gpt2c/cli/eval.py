@@ -63,7 +63,7 @@ def run_eval(options: argparse.Namespace) -> int:
         raise ValueError("eval needs --data, --choices or both: there is nothing to score")
     if options.data is None and options.stride is not None:
         raise ValueError("--stride is for --data, which is not given")
-    found = find_model(options.model)
+    found = find_model(options.model, None, options.adapter, not options.any_base)
     found.config.require_language_head("gpt2c eval")
     model = open_found(found, options.backend, options.quantize, options.threads or None)
     questions = _questions(options.choices, found.path, model) if options.choices else []

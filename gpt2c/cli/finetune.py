@@ -47,7 +47,7 @@ def add_run(verb: argparse.ArgumentParser, kind: type[FinetuneSettings]) -> None
     optional = "?" if "task" in kind.fields() else None  # a task makes both
     text = "a run, a directory of a model, or a name"
     verb.add_argument("base", metavar="BASE", nargs=optional, help=text)
-    text = "a file of examples: JSONL, JSON or CSV"
+    text = "a file of examples: JSONL, JSON or CSV; of texts also a directory of gpt2c prepare"
     verb.add_argument("data", metavar="DATA", nargs=optional, help=text)
     verb.add_argument("--out", type=Path, required=True, help="the run's directory")
     verb.add_argument("--config", help="a TOML file or a recipe's name; flags override it")
@@ -102,10 +102,11 @@ def given_run(options: argparse.Namespace, kind: type[FinetuneSettings]) -> dict
     return {"resume": options.resume, "overwrite": options.overwrite, **given}
 
 
-def say_stopped(result: Result, verb: str, options: argparse.Namespace) -> int:
-    """Say how a run that a signal has stopped goes on; return the exit code."""
+def say_stopped(result: Result, verb: str, options: argparse.Namespace, *flags: str) -> int:
+    """Say how a run that a signal has stopped goes on, with these flags; return the exit code."""
     data = [] if options.data is None else [options.data]
-    go_on = command(*verb.split(), options.base, *data, "--out", options.out, "--resume")
+    rest = (*data, *flags, "--out", options.out, "--resume")
+    go_on = command(*verb.split(), options.base, *rest)
     print(f"stopped after step {result.step} of {result.max_iters}; go on with: {go_on}")
     return INTERRUPTED
 

@@ -12,11 +12,18 @@ __all__ = ["add_model", "add_settings", "given_settings"]
 
 
 def add_model(verb: argparse.ArgumentParser) -> None:
-    """Add a model for inference, and how it computes: `model`, `quantize`, `backend`, `threads`."""
+    """Add a model for inference, and how it computes.
+
+    These are `model`, `adapter`, `any_base`, `quantize`, `backend` and `threads`.
+    """
     verb.add_argument(
         "model",
         metavar="RUN",
         help="a run, a directory of a GPT-2 or Llama, or a name on the hub (gpt2)",
+    )
+    verb.add_argument("--adapter", metavar="DIR", help="LoRA adapters for it, gpt2c's or PEFT's")
+    verb.add_argument(
+        "--any-base", action="store_true", help="take adapters of a base with other weights, too"
     )
     verb.add_argument(
         "--quantize", choices=["int8", "fp16"], help="smaller weights: faster, less exact"

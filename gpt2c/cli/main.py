@@ -21,12 +21,15 @@ from gpt2c.cli import bench as cli_bench
 from gpt2c.cli import chat as cli_chat
 from gpt2c.cli import classify as cli_classify
 from gpt2c.cli import convert as cli_convert
+from gpt2c.cli import distill as cli_distill
 from gpt2c.cli import eval as cli_eval
 from gpt2c.cli import finetune as cli_finetune
 from gpt2c.cli import generate as cli_generate
 from gpt2c.cli import info as cli_info
+from gpt2c.cli import merge as cli_merge
 from gpt2c.cli import plot as cli_plot
 from gpt2c.cli import prepare as cli_prepare
+from gpt2c.cli import prune as cli_prune
 from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
 from gpt2c.cli.flags import add_settings, given_settings
@@ -111,7 +114,10 @@ def _run(arguments: list[str], out: Door) -> int:
         options.verb.error(_unknown_flag(unknown[0], options.verb))
     out.needed = options.shows
     try:
-        own = (run_train, run_demo, cli_finetune.run_method, cli_classify.run_train)
+        own = (
+            *(run_train, run_demo, cli_finetune.run_method, cli_classify.run_train),
+            cli_distill.run_distill,
+        )
         trains = options.run in own  # they have handlers of their own
         with nullcontext() if trains else _ended_as_by_ctrl_c():
             code: int = options.run(options)
@@ -219,6 +225,10 @@ def parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND", title="commands"
     )
     cli_classify.add_verbs(partial(_verb, inner))
+    text = "teach a small model what a large one predicts"
+    cli_distill.add_flags(_verb(verbs, "distill", cli_distill.run_distill, text))
+    text = "remove layers or neurons of a model, or set weights to 0"
+    cli_prune.add_flags(_verb(verbs, "prune", cli_prune.run_prune, text))
 
     text = "score a model: its loss on held-out text, its answers to questions"
     cli_eval.add_flags(_verb(verbs, "eval", cli_eval.run_eval, text, shows=True))
@@ -232,6 +242,8 @@ def parser() -> argparse.ArgumentParser:
     cli_plot.add_flags(_verb(verbs, "plot", cli_plot.run_plot, text))
     text = "convert a model, tokenizer or token files for llm.c, llama.cpp and others, or from them"
     cli_convert.add_flags(_verb(verbs, "convert", cli_convert.run_convert, text))
+    text = "make one model of a base and its adapters"
+    cli_merge.add_flags(_verb(verbs, "merge", cli_merge.run_merge, text))
     text = "measure backends and PyTorch in turn; their results are verified"
     cli_bench.add_flags(_verb(verbs, "bench", cli_bench.run_bench, text, shows=True))
     text = "show the CPU, backends, threads, versions"

@@ -104,7 +104,10 @@ def open_generator(options: argparse.Namespace) -> tuple[Generator, float]:
     """Return the model of the flags of `add_model`, and the seconds that loading it took."""
     start = time.perf_counter()
     generator = Generator.from_pretrained(
-        options.model, options.backend, options.quantize, threads=options.threads or None
+        *(options.model, options.backend, options.quantize),
+        threads=options.threads or None,
+        adapter=options.adapter,
+        check_base=not options.any_base,
     )
     return generator, time.perf_counter() - start
 

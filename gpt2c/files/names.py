@@ -3,6 +3,7 @@
 import os
 
 __all__ = [
+    "ADAPTER_FILES",
     "ADDED_FILE",
     "CHAT_TEMPLATE_FILE",
     "CHECKPOINTS",
@@ -33,6 +34,9 @@ __all__ = [
     "check_named",
 ]
 
+# the adapters of a model, as in PEFT
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 # a model, as in transformers
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -40,7 +44,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # The files that a save writes, and patterns of others that it removes: a reader may prefer those.
 MODEL_FILES = (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
-MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors")
+MODEL_OTHERS = (INDEX_FILE, "model-[0-9]*-of-[0-9]*.safetensors", *ADAPTER_FILES)
 
 # a tokenizer, as in transformers
 VOCAB_FILE = "vocab.json"

@@ -22,6 +22,7 @@ from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
 from gpt2c.finetune.reference import REFERENCE_FILE, reference_of
 from gpt2c.finetune.tune import Base, Check, Result, tune
+from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
 from gpt2c.text.examples import Example, Record, divided, fingerprint
 from gpt2c.text.tokenizer import Tokenizer
@@ -198,6 +199,9 @@ class _Referred(Judging):
             "base": run.facts["base"]["sha256"],
             "precision": run.model.precision,
         }
+        if not run.step:
+            answers = counted(len(examples), "answer")
+            report(f"the base's log-probabilities of {answers} are kept in {REFERENCE_FILE}")
         values = reference_of(
             run.model, batches, run.out / REFERENCE_FILE, key, not run.step, check
         )

@@ -2,8 +2,8 @@
 
     units -> values of their examples -> losses and slopes -> gradients
 
-A unit is what is judged at once: two examples, the chosen before the rejected, or one. A value is a
-number of an example that the model computes: a log-probability, or a reward.
+A unit is judged at once: two examples, the chosen before the rejected, or one. The model computes a
+value of each example: a log-probability, or a reward.
 
 Letters: U units of K examples.
 """
@@ -28,6 +28,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
+from gpt2c.text.chat import CHAT_TEMPLATE
 from gpt2c.text.examples import Example, Record, fingerprint, read_records
 from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
@@ -119,6 +120,11 @@ class Judging(Method):
     ) -> None:
         self.tokenizer, self.settings, self.most = base.tokenizer, settings, most
         records = read_records(source, formats, settings.names).records
+        answers = [
+            record.fields.get("chosen", record.fields.get("completion")) for record in records
+        ]
+        if any(isinstance(answer, list) for answer in answers):
+            self.tokenizer.chat_template = CHAT_TEMPLATE
         units, self._reasons = kept_units(
             records, lambda record: encode(record, base.tokenizer), most
         )

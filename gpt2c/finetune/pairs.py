@@ -27,7 +27,7 @@ __all__ = ["Unit", "kept_units", "mismatched", "pair_of", "single_of", "without_
 
 
 class Unit(NamedTuple):
-    """What is judged at once.
+    """A pair or a single answer, which is judged at once.
 
     Attributes
     ----------

@@ -2,6 +2,7 @@
 
 Names are nanoGPT's, and TRL's where nanoGPT has none. Defaults fit a pretrained model of 124
 million parameters; small models of one's own take about a tenth of the rate they were trained with.
+Adapters take ten times the rate, unless another is given.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import dataclasses
 import math
 from typing import Self
 
+from gpt2c.model.lora import TARGETS, LoRA
+from gpt2c.model.quantized import check_method
 from gpt2c.train.settings import Settings, setting
 
 __all__ = ["FinetuneSettings"]
@@ -35,6 +38,10 @@ class FinetuneSettings(Settings):
     learning_rate: float = setting("optimizer", 2e-5, "the highest learning rate")
     weight_decay: float = setting("optimizer", 0.0, "AdamW's weight decay, of matrices only")
     beta2: float = setting("optimizer", 0.999, "AdamW's memory of squared gradients")
+    keep_zeros: bool = setting(
+        *("optimizer", False, "weights of matrices that are 0 in the base stay 0, as pruned ones"),
+        fixed=True,
+    )
     schedule: str = setting("schedule", "linear", Settings.fields()["schedule"].metadata["help"])
     min_lr: float = setting("schedule", 0.0, "the lowest learning rate, at the end")
     warmup_ratio: float = setting("schedule", 0.03, "the share of all steps that warm up")
@@ -56,8 +63,24 @@ class FinetuneSettings(Settings):
         "data", 0.05, "the share of the examples that is held out", least=0, fixed=True
     )
 
+    lora: bool = setting("lora", False, "train low-rank adapters, not the model", fixed=True)
+    lora_r: int = setting("lora", 8, "the adapters' rank", least=1, fixed=True)
+    lora_alpha: float = setting(
+        "lora", 16.0, "the adapters' output is multiplied by alpha / r", fixed=True
+    )
+    lora_targets: str = setting(
+        "lora", ",".join(TARGETS), "linear layers that have adapters: ends of names", fixed=True
+    )
+    quantize: str = setting(
+        "lora", "none", "int8 or fp16: hold the model in 8 or 16 bits under adapters", fixed=True
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.quantize != "none":
+            check_method(self.quantize)
+            if not self.lora:
+                raise ValueError("quantize needs lora: weights of 16 or 8 bits are not trained")
         for name in ("val_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -65,6 +88,14 @@ class FinetuneSettings(Settings):
             raise ValueError(f"max_epochs must be above 0, got {self.max_epochs}")
         if self.max_iters:
             self.learning_rates()
+
+    @property
+    def adapters(self) -> LoRA | None:
+        """The adapters that are trained, or None."""
+        if not self.lora:
+            return None
+        targets = tuple(target.strip() for target in self.lora_targets.split(","))
+        return LoRA(self.lora_r, self.lora_alpha, targets)
 
     @property
     def warmup(self) -> int:

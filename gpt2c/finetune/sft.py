@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
-from gpt2c.finetune.report import Counts, coloured
-from gpt2c.finetune.settings import FinetuneSettings
+from gpt2c.finetune.data import Source, SupervisedSettings, open_data
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.objective import CrossEntropy, Rows
-from gpt2c.text.chat import CHAT_TEMPLATE
-from gpt2c.text.examples import Example, divided, fingerprint, kept, read_records, supervised
-from gpt2c.text.ragged import Order, held_out
+from gpt2c.text.examples import Example, divided
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import Run
@@ -37,17 +33,13 @@ from gpt2c.train.settings import setting
 
 __all__ = ["SFTSettings", "sft"]
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt and completion", "text")
 AT_ONCE = 16  # prompts that are answered together
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTSettings(FinetuneSettings):
+class SFTSettings(SupervisedSettings):
     """The settings of `gpt2c sft`."""
 
-    prompt_field: str = setting("sft", "", "the name of the field prompt, if it is another")
-    completion_field: str = setting("sft", "", "the name of the field completion")
-    text_field: str = setting("sft", "", "the name of the field text")
     eval_answers: int = setting(
         "sft", 32, "held-out prompts that each evaluation answers, greedily", least=0
     )
@@ -70,49 +62,16 @@ class _SFT(Method):
     shown = ("mean_token_accuracy",)
     unit = "nats/token"
 
-    def __init__(
-        self, base: Base, settings: SFTSettings, source: str | Path | Sequence[Mapping[str, Any]]
-    ) -> None:
-        self.tokenizer = tokenizer = base.tokenizer
-        names = {
-            "prompt": settings.prompt_field,
-            "completion": settings.completion_field,
-            "text": settings.text_field,
-        }
-        found = read_records(source, FORMATS, names)
-        self.format = found.format
-        if found.format not in ("prompt and completion", "text"):
-            tokenizer.chat_template = CHAT_TEMPLATE
-        context = base.found.config.n_positions
-        most = min(settings.max_length or context, context)
-        all_of_them, reasons = kept(
-            found.records, lambda record: supervised(record, found.format, tokenizer), most
-        )
-        if not all_of_them:
-            raise ValueError(f"no example is left to learn from: {Counts(reasons)}")
-        out = held_out(range(len(all_of_them)), settings.val_fraction, settings.seed)
-        self._train = [one for one, held in zip(all_of_them, out, strict=True) if not held]
-        self._val = [one for one, held in zip(all_of_them, out, strict=True) if held]
-        self._settings, self._reasons = settings, reasons
-        self.examples = len(self._train)
-        self.longest = max(len(one.ids) for one in all_of_them)
-        self.facts = fingerprint(all_of_them)
-        self._order = Order(self.examples, settings.batch_size, settings.seed)
+    def __init__(self, base: Base, settings: SFTSettings, source: Source) -> None:
+        self._data, self._settings = open_data(source, base, settings), settings
+        self.tokenizer, self.facts = base.tokenizer, self._data.facts
+        self.examples, self.longest = len(self._data.train), self._data.longest
 
     def lines(self) -> Iterator[str]:
-        every = [*self._train, *self._val]
-        tokens = sum(len(one.ids) for one in every)
-        learned = sum(int(one.learned[1:].sum()) for one in every)
-        held = f", {len(self._val):,} held out" if self._val else ""
-        yield (
-            f"{len(every):,} examples ({self.format}){held}; left out: {Counts(self._reasons)};"
-            f" {tokens:,} tokens, {learned / tokens:.0%} of them learned; the longest example has"
-            f" {self.longest:,}"
-        )
-        yield f"the first example, with its learned part {coloured(every[0], self.tokenizer)}"
+        return self._data.lines()
 
     def learn(self, run: Run) -> Learned:
-        model, step = run.model, [self._train[n] for n in self._order.step(run.step)]
+        model, step = run.model, self._data.step(run.step)
         count = sum(int(one.learned[1:].sum()) for one in step)
         model.zero_grad()
         loss, right, first = 0.0, 0, 0
@@ -127,7 +86,7 @@ class _SFT(Method):
         return Learned(loss, first, {"mean_token_accuracy": right / count})
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
-        examples = self._val or self._train[: self._settings.batch_size]
+        examples = self._data.judged
         total, right, count = 0.0, 0, 0
         for batch in divided(examples, self._settings.batch_tokens):
             if check:
@@ -137,7 +96,7 @@ class _SFT(Method):
             right += objective.right
             count += int(objective.live.sum())
         figures = {"val_loss": total / count, "val_mean_token_accuracy": right / count}
-        asked = [] if self.format == "text" else examples[: self._settings.eval_answers]
+        asked = [] if self._data.format == "text" else examples[: self._settings.eval_answers]
         if asked:
             figures |= answered(run.model, asked, self.tokenizer.eot, check)
         return figures
@@ -155,7 +114,7 @@ def answered(
     """
     asked = []
     for one in examples:
-        start = int(np.flatnonzero(~one.learned)[-1]) + 1
+        start = one.asked
         if start < len(one.ids) and start < model.config.n_positions:
             asked.append((one.ids[:start], one.ids[start:].tolist()))
     ended = right = 0
@@ -179,7 +138,7 @@ def answered(
 
 def sft(
     base: str | os.PathLike[str],
-    examples: str | Path | Sequence[Mapping[str, Any]],
+    examples: Source,
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
@@ -192,7 +151,8 @@ def sft(
     ----------
     base : a directory of a model with its tokenizer, or a name on the hub
     examples : a file (JSONL, a JSON list, CSV), or a list of dicts: {"prompt", "completion"},
-        {"messages"}, Alpaca's, ShareGPT's, or {"text"}
+        {"messages"}, Alpaca's, ShareGPT's, or {"text"}; or a directory of `gpt2c prepare`, whose
+        text is learned as in pretraining
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files

@@ -17,9 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files.atomic import atomic_path
@@ -27,8 +29,10 @@ from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
+from gpt2c.formats.peft import digest
 from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.memory import require
+from gpt2c.model.model import first_values
 from gpt2c.model.parameters import Tensor
 from gpt2c.model.plan import parts_needed
 from gpt2c.pretrained import MODELS
@@ -48,8 +52,9 @@ from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "tune", "write_result"]
+__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune", "write_result"]
 
+LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
 Check = Callable[[], None] | None  # raises an error that ends an evaluation
 
@@ -79,6 +84,7 @@ class Method(ABC):
     longest : tokens of the longest example
     tokenizer : of the base, which the run's directory gets, too
     facts : identify the examples, in run.json
+    models : role -> checksum of each other model that the run reads, in run.json
     """
 
     verb: str
@@ -88,6 +94,7 @@ class Method(ABC):
     longest: int
     tokenizer: Tokenizer
     facts: Mapping[str, Any]
+    models: Mapping[str, str] = MappingProxyType({})
 
     def config(self, base: AnyConfig) -> AnyConfig:
         """Return the config of the model that is trained."""
@@ -170,7 +177,9 @@ def tune(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked_run(out))
-        run, method = _prepare(verb, kind, make, base, out, given, resume, overwrite, stack)
+        run, method, zeros = _prepare(
+            *(verb, kind, make, base, out, given, resume, overwrite), stack
+        )
         stack.callback(run.close)
         before: Mapping[str, float] = {}
         after: dict[str, float] = {}
@@ -180,12 +189,19 @@ def tune(
             after.update(method.evaluate(run, check))
             return after
 
+        def learn() -> Learned:
+            learned = method.learn(run)
+            if zeros is not None:
+                np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
+            return learned
+
         with interruptible() as stop:
             if resume:
                 before, stored = _results(out)
                 after |= stored if run.step == run.settings.max_iters else {}
-            for line in method.lines() if run.step < run.settings.max_iters else ():
-                report(line)
+            if run.step < run.settings.max_iters:
+                for line in (*method.lines(), *_adapter_lines(run)):
+                    report(line)
             interrupted = False
             if not run.step:
                 try:
@@ -195,9 +211,7 @@ def tune(
                 report(f"before: {evaluated(before, method.unit)}")
                 write_result(out, verb, {"before": before})
             method.begin(run)
-            done = train_run(
-                run, lambda: method.learn(run), evaluation, stop, method.shown, method.unit
-            )
+            done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
             interrupted = done.interrupted
         result = Result(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
@@ -205,6 +219,20 @@ def tune(
         )
         write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
+
+
+def _adapter_lines(run: Run) -> Iterable[str]:
+    """Yield what is trained, if it is not the whole model."""
+    model = run.model
+    if model.config.lora is not None:
+        trained = sum(model.parameters[name].size for name in model.trained)
+        share = trained / model.config.num_parameters()
+        held = "" if model.weights == "fp32" else f", beside weights of {model.weights}"
+        yield (
+            f"adapters of rank {model.config.lora.r}: {trained:,} numbers are trained, {share:.2%}"
+            f" of the model{held}; the learning rate is {run.settings.learning_rate:g}, usually"
+            f" {LORA_RATE} times that of a whole model"
+        )
 
 
 def _prepare(
@@ -217,11 +245,18 @@ def _prepare(
     resume: bool,
     overwrite: bool,
     stack: ExitStack,
-) -> tuple[Run, Method]:
-    """Check the arguments and files before anything is written, then open the run."""
+) -> tuple[Run, Method, NDArray[np.bool_] | None]:
+    """Check the arguments and files before anything is written, then open the run.
+
+    With keep_zeros, the last of the result is where the base's matrices are 0. Without gradients
+    AdamW leaves a 0 as it is, whatever its decay.
+    """
     record = read_record(out, verb) if resume else None
     if record is None:
         settings = kind(**given)
+        if settings.lora and "learning_rate" not in given:
+            rate = LORA_RATE * settings.learning_rate
+            settings = dataclasses.replace(settings, learning_rate=rate)
     else:
         settings = resumed(kind, record["settings"], given, str(out / RUN_FILE))
     if settings.tensorboard:
@@ -229,54 +264,65 @@ def _prepare(
     found = find_model(base)
     if found.weights != "fp32":
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
+    if found.config.lora is not None:
+        raise ValueError(f"{base} holds adapters: make one model with gpt2c merge, and train that")
     if settings.random_weights:
         found = dataclasses.replace(found, tensors={})
     method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
     planned = settings.planned(method.examples)
-    config = method.config(found.config)
+    config = dataclasses.replace(method.config(found.config), lora=settings.adapters)
     checkpoint = None if record is None else newest_checkpoint(out, record, config)
     backend = get_backend(settings.backend, settings.threads or None)
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
+    weights = "fp32" if settings.quantize == "none" else settings.quantize
     precision = as_precision(settings.precision, backend)
-    needs = parts_needed(config, 1, tokens, settings.recomputation, precision)
+    needs = parts_needed(config, 1, tokens, settings.recomputation, precision, weights)
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
     model = _open(found, config, settings, backend)
     facts = {
         "verb": verb,
         "settings": dataclasses.asdict(settings),
         "data": method.facts,
+        "models": dict(method.models),
         "base": {
             "path": os.fspath(base),
-            "sha256": hashlib.sha256(model.flat_parameters.data).hexdigest(),
+            "sha256": digest(model.parameters, config.frozen())
+            if settings.lora
+            else checksum(model),
         },
     }
     if record is not None:
         _check_same(out, record, facts)
     if settings.freeze:
         model.freeze(*settings.freeze.split(","))
+    zeros = model.flat_parameters[: model.decay_size] == 0 if settings.keep_zeros else None
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
     run = Run(out, planned, model, optimizer, method.tokenizer, facts)
     open_run(run, record, checkpoint, overwrite, held=False, stack=stack)
-    return run, method
+    return run, method, zeros
 
 
 def _open(
     found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
 ) -> CausalLM:
-    """Return the base's model with the config of the method; a head that it lacks is random."""
-    seed = None if config == found.config and found.tensors else settings.seed
-    model = MODELS[type(config)](
-        *(config, seed, backend, settings.recomputation), precision=settings.precision
-    )
+    """Return the base's model with the config of the method; what it lacks is random."""
     own = config.parameter_shapes()
     tensors = {
         name: _grown(tensor, own[name]) for name, tensor in found.tensors.items() if name in own
     }
-    fresh = {name: model.parameters[name] for name in own.keys() - tensors if seed is not None}
-    model.load_parameters(tensors | fresh, found.source)
-    return model
+    fresh = first_values(config, settings.seed, own.keys() - tensors)
+    found = dataclasses.replace(found, config=config, tensors={**tensors, **fresh})
+    return MODELS[type(config)].from_found(
+        *(found, backend, None, None if settings.quantize == "none" else settings.quantize),
+        *(settings.recomputation, settings.precision),
+    )
+
+
+def checksum(model: CausalLM) -> str:
+    """Return what identifies a model's weights."""
+    return hashlib.sha256(model.flat_parameters.data).hexdigest()
 
 
 def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -288,7 +334,7 @@ def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with other examples or another base."""
+    """Refuse to go on with other examples, another base, or another model beside it."""
     if record.get("data") != facts["data"]:
         raise ValueError(
             f"the examples are not those of the run {out}, whose fingerprint is in {RUN_FILE}: go"
@@ -298,6 +344,10 @@ def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) 
     if not isinstance(stored, dict) or stored.get("sha256") != facts["base"]["sha256"]:
         path = shown(stored.get("path")) if isinstance(stored, dict) else "another one"
         raise ValueError(f"the base has other weights than that of the run {out}, {path}")
+    others = record.get("models")
+    for role, sha256 in facts["models"].items():
+        if not isinstance(others, dict) or others.get(role) != sha256:
+            raise ValueError(f"the {role} has other weights than that of the run {out}")
 
 
 def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:

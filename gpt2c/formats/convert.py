@@ -33,6 +33,7 @@ from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
 from gpt2c.formats.gguf import write_gguf
 from gpt2c.formats.load import config_of, find_model
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
+from gpt2c.formats.peft import is_adapter_directory
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
@@ -163,6 +164,8 @@ def _kinds(src: str) -> set[str]:
         if src in NAMES:
             return {"tokenizer"}
         raise FileNotFoundError(f"{src} does not exist, nor is it one of {', '.join(NAMES)}")
+    if is_adapter_directory(path):
+        raise ValueError(f"{src} holds adapters: make one model of them with gpt2c merge")
     if path.is_dir():
         held = {
             "model": (path / CONFIG_FILE).exists(),

@@ -5,6 +5,7 @@ This is the only place that asks which format a path has. It builds no model.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c.files import hub
-from gpt2c.formats import huggingface, llama2c, llmc
+from gpt2c.formats import huggingface, llama2c, llmc, peft
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
-from gpt2c.model.parameters import Tensor
+from gpt2c.model.parameters import Tensor, check_shapes
+from gpt2c.model.quantized import shapes_of
+from gpt2c.text.vocabulary import has_tokenizer
 
 __all__ = ["AnyConfig", "Pretrained", "config_of", "find_model"]
 
@@ -35,6 +38,7 @@ class Pretrained:
     weights : "fp16" or "int8" if gpt2c quantized them, else "fp32": they become float32
     tensors : name -> tensor, in memory's layout
     ends : the token ids that end a text; [] if the model names none
+    name : of the base, as an adapter's files record it: on the hub, or an absolute path
     """
 
     path: Path
@@ -43,37 +47,106 @@ class Pretrained:
     weights: str
     tensors: Mapping[str, Tensor]
     ends: list[int]
+    name: str = ""
 
 
-def find_model(path_or_name: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
+def find_model(
+    path_or_name: str | os.PathLike[str],
+    revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    check_base: bool = True,
+) -> Pretrained:
     """Find a model, read its config and map its tensors.
 
     Parameters
     ----------
     path_or_name : a directory with config.json and model.safetensors, which may be in shards with
         an index; a .safetensors file beside its config.json; a model .bin of llm.c or of
-        llama2.c; or a name on the hub, such as gpt2, see `gpt2c.files.hub.find`
+        llama2.c; a directory of adapters, which names its base; or a name on the hub, such as gpt2,
+        see `gpt2c.files.hub.find`
     revision : of a model on the hub: a branch, tag or commit
+    adapter : a directory of adapters for this model, PEFT's or `gpt2c.formats.peft`'s
+    check_base : False takes adapters that were trained on a base with other weights, too
 
     Raises
     ------
     OSError : a file is missing or unreadable, or the hub does not have it
-    ValueError : a file is damaged, or gpt2c cannot compute the model
+    ValueError : a file is damaged, gpt2c cannot compute the model, or the adapters do not fit it
     """
     path = hub.find(path_or_name, revision)
+    if peft.is_adapter_directory(path):
+        if adapter is not None:
+            raise ValueError(f"{path} holds adapters, so it takes no others: merge these first")
+        return _of_adapters(peft.read_adapter(path), check_base)
+    here = path_or_name if os.path.lexists(path_or_name) else None
+    found = _find(path, str(path_or_name) if here is None else os.path.abspath(here))
+    if adapter is None:
+        return found
+    return _adapted(found, peft.read_adapter(adapter), check_base)
+
+
+def _find(path: Path, name: str) -> Pretrained:
+    """Return a model without adapters."""
     config: AnyConfig
     tensors: Mapping[str, Tensor]
     if llama2c.is_llama2c(path):
         config, tensors = llama2c.read_model(path)
-        return Pretrained(path, str(path), config, "fp32", tensors, [])
+        return Pretrained(path, str(path), config, "fp32", tensors, [], name)
     if llmc.is_llmc(path):
         config, tensors = llmc.read_model(path)
-        return Pretrained(path, str(path), config, "fp32", tensors, [])
+        return Pretrained(path, str(path), config, "fp32", tensors, [], name)
     entries, source = huggingface.read_config(path), str(huggingface.weights_file(path))
     stored, config = huggingface.stored_method(entries), config_of(entries)
     load = huggingface.load_as_they_are if stored else huggingface.load_weights
     tensors = load(path)
-    return Pretrained(path, source, config, stored or "fp32", tensors, huggingface.read_ends(path))
+    ends = huggingface.read_ends(path)
+    return Pretrained(path, source, config, stored or "fp32", tensors, ends, name)
+
+
+def _of_adapters(stored: peft.Stored, check_base: bool) -> Pretrained:
+    """Return the adapters of a directory with the base that it names."""
+    if not stored.base:
+        raise ValueError(f"{stored.path} names no base: open the base, with this as its adapter")
+    path = hub.find(stored.base)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{stored.path} adapts {stored.base}, which does not exist here: open the base from its"
+            " own path, with this as its adapter"
+        )
+    if peft.is_adapter_directory(path):
+        raise ValueError(f"{stored.path} adapts {stored.base}, which holds adapters: merge those")
+    found = _adapted(_find(path, stored.base), stored, check_base)
+    tokens = stored.path if has_tokenizer(stored.path) else path
+    return dataclasses.replace(found, path=tokens)
+
+
+def _adapted(found: Pretrained, stored: peft.Stored, check_base: bool) -> Pretrained:
+    """Return a model with these adapters.
+
+    Raises
+    ------
+    ValueError : they do not fit it, or are of a base with other weights
+    """
+    lora, own = peft.adapters_of(stored, found.config)
+    scores: dict[str, Any] = {}
+    if stored.num_labels is not None:
+        same = found.config.num_labels == stored.num_labels
+        names = stored.labels or (found.config.id2label if same else None)
+        scores = {"num_labels": stored.num_labels, "id2label": names}
+    try:
+        config: AnyConfig = dataclasses.replace(found.config, lora=lora, **scores)
+    except ValueError as error:
+        raise ValueError(f"{stored.source}: {error}") from None
+    shapes = shapes_of(config, found.weights)
+    kept = {name: tensor for name, tensor in found.tensors.items() if name in shapes}
+    tensors: dict[str, Tensor] = kept | own
+    check_shapes(shapes, tensors, stored.source)
+    if check_base and stored.sha256 is not None and found.weights == "fp32":
+        if peft.digest(tensors, config.frozen()) != stored.sha256:
+            raise ValueError(
+                f"{stored.source} was trained on a base with other weights than {found.path} has"
+            )
+    return dataclasses.replace(found, config=config, tensors=tensors)
 
 
 def config_of(entries: Mapping[str, Any]) -> AnyConfig:

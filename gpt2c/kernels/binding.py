@@ -140,6 +140,8 @@ class Kernels:
                 entry |= dict(zip(("KV", "P", "HS"), given["keys"].shape[1:], strict=True))
                 entry["cache"] = self._types[given["keys"].dtype.char]
                 entry |= {name: self._any(given.pop(name)) for name in ("keys", "values")}
+            if "low" in given:
+                entry["R"] = given["low"].shape[-1]
             for name in ("op", "then"):
                 entry[name] = getattr(self._lib, given.pop(name).upper())
             linear = {}
@@ -208,8 +210,7 @@ def source(op: Op) -> str:
     arguments = [array.name for array in op.arrays]
     # callers may leave out what says how to compute, not what
     defaults = [
-        f"{n}={value!r}" if value is True or isinstance(value, str) else n
-        for n, value in op.numbers.items()
+        f"{n}={value!r}" if isinstance(value, bool | str) else n for n, value in op.numbers.items()
     ]
     letters = dict.fromkeys(re.findall(r"\b[A-Zn]+\b", " ".join(op.told)))
     typed = next((array for array in op.arrays if array.kind in ("weights", "cache")), None)

@@ -196,14 +196,33 @@ def _matmul_backward(
     N: int,
     C: int,
     OC: int,
+    kind: str = "float32",
     bias: bool = True,
     accumulate: bool = True,
     precision: str = "fp32",
+    add: bool = False,
 ) -> list[Any]:
     held = _normal if accumulate else lambda rng, *shape: _unwritten(*shape)
     dweight, dbias = held(rng, OC, C), held(rng, OC) if bias else None
-    dout, x, weight = _normal(rng, N, OC), _normal(rng, N, C), _normal(rng, OC, C)
-    return [_unwritten(N, C), dweight, dbias, dout, x, weight, accumulate, precision]
+    dout, x, (weight, scale) = _normal(rng, N, OC), _normal(rng, N, C), _weight(rng, kind, OC, C)
+    dx = _normal(rng, N, C) if add else _unwritten(N, C)
+    return [dx, dweight, dbias, dout, x, weight, scale, accumulate, precision, add]
+
+
+def _lora_forward(rng: Any, N: int, C: int, OC: int, R: int, scale: float = 0.7) -> list[Any]:
+    y, x, down, up = (_normal(rng, *shape) for shape in ((N, OC), (N, C), (R, C), (OC, R)))
+    return [_unwritten(N, OC), _unwritten(N, R), y, x, down, up, _scalar(scale)]
+
+
+def _lora_backward(
+    rng: Any, N: int, C: int, OC: int, R: int, scale: float = 0.7, accumulate: bool = True
+) -> list[Any]:
+    arguments = _lora_forward(rng, N, C, OC, R, scale)
+    _, u = _forward("lora_forward", arguments)
+    held = _normal if accumulate else lambda rng, *shape: _unwritten(*shape)
+    _, _, _, x, down, up, factor = arguments
+    gradients = [_unwritten(N, C), held(rng, R, C), held(rng, OC, R)]
+    return [*gradients, _normal(rng, N, OC), x, u, down, up, factor, accumulate]
 
 
 def _matrix_transpose(rng: Any, R: int, C: int) -> list[Any]:
@@ -399,6 +418,7 @@ CACHE: list[Shape] = [
     {"B": 1, "T": 256, "NH": 12, "HS": 64, "position": 768, "P": 1024},
 ]
 LOGITS: list[Shape] = [{"N": 512, "V": 50257}]
+ADAPTERS: list[Shape] = [{**shape, "R": 8} for shape in MATMUL]
 HIDDEN: list[Shape] = [{"n": 4096 * 3072}]
 GATED: list[Shape] = [{"N": 4096, "C": 2048}]
 STREAM: list[Shape] = [{"n": 4096 * 768}]
@@ -469,6 +489,22 @@ EXAMPLES: dict[str, Example] = {
         _matmul_backward,
         [{**shape, "accumulate": False} for shape in MATMUL],
         lambda N, C, OC, accumulate: (4 * N * C * OC, 8 * (N * C + OC * C) + 4 * N * OC),
+        kinds={"float16": SUM, "uint8": SUM},
+    ),
+    "lora_forward": Example(
+        SUM,
+        _lora_forward,
+        ADAPTERS,
+        lambda N, C, OC, R: (2 * N * R * (C + OC), 4 * (N * C + 2 * N * OC + R * (N + C + OC))),
+    ),
+    "lora_backward": Example(
+        SUM,
+        _lora_backward,
+        [{**shape, "accumulate": False} for shape in ADAPTERS],
+        lambda N, C, OC, R, accumulate: (
+            4 * N * R * (C + OC),
+            4 * (2 * N * C + N * OC + R * (N + 2 * C + 2 * OC)),
+        ),
     ),
     "matrix_transpose": Example(COPY, _matrix_transpose, TRANSPOSE, lambda R, C: (0, 8 * R * C)),
     # the causal half; backward computes the scores again, which is not counted

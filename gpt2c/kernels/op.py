@@ -25,8 +25,8 @@ The binding of the C kernels (gpt2c.kernels.binding), the checks and the public 
 (gpt2c.ops) are made from these lines. The reference defines what an op computes;
 gpt2c.kernels.cases has its arguments for tests and benchmarks. Letters: B sequences, T time, N
 rows, C channels, OC output channels, V vocabulary, NH query heads, KV key and value heads, HS head
-size, D pairs of a head's channels, W channels of q, k and v, P positions, R rows of a matrix, S
-offsets, n all elements of an array.
+size, D pairs of a head's channels, W channels of q, k and v, P positions, R rows of a matrix or an
+adapter's rank, S offsets, n all elements of an array.
 """
 
 from __future__ import annotations
@@ -67,9 +67,15 @@ matmul_forward      out[N OC]factors
                     matmul_scratch_size(N C OC precision out_type type threads) N C OC
     precision: precision in ('fp32', 'bf16')
 matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
-                    <- dout[N OC] x[N C]factors weight[OC C] accumulate=True precision='fp32'
-                    | x_type gemm_scratch_size(threads) N C OC
+                    <- dout[N OC] x[N C]factors weight[OC C]weights scale[OC]? accumulate=True
+                    precision='fp32' add=False
+                    | x_type type matmul_backward_scratch_size(C OC type threads) N C OC
     precision: precision in ('fp32', 'bf16')
+lora_forward        out[N OC]=y u[N R] <- y[N OC] x[N C] down[R C] up[OC R] scale=1.0
+                    | gemm_scratch_size(threads) N C OC R
+lora_backward       dx[N C]?=x +ddown[R C]? +dup[OC R]?
+                    <- dout[N OC] x[N C] u[N R] down[R C] up[OC R] scale=1.0 accumulate=True
+                    | lora_scratch_size(N R threads) N C OC R
 matrix_transpose    out[C R] <- x[R C] | R C
 
 attention_forward   out[B T C]factors lse[B NH T] ~keys[B KV P HS]cache? ~values[B KV P HS]cache?

@@ -66,6 +66,8 @@ class Attention:
         yield Slot(self._att, (batch.N, self.proj.C), Life.INNER, factor=True)
         yield Slot(self._lse, (batch.B, self.NH, batch.T), Life.INNER)
         yield Slot(self._d_att, (batch.N, self.proj.C), Life.GRADIENT)
+        yield from self.qkv.slots(batch)
+        yield from self.proj.slots(batch)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds: a query sees T/2 keys on average, for q k^T and for p v."""

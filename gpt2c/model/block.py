@@ -79,6 +79,7 @@ class Parameter(NamedTuple):
     fill : its first value, where std is 0
     std : the standard deviation of first values drawn from a normal distribution
     shrink : they are divided by this, where several layers add to one stream
+    bound : first values drawn evenly from -bound to bound, where std is 0
     decays : whether AdamW's weight decay applies
     small : whether a model that is only read may hold it in 16 or 8 bits
     """
@@ -88,6 +89,7 @@ class Parameter(NamedTuple):
     fill: float = 0.0
     std: float = 0.0
     shrink: float = 1.0
+    bound: float = 0.0
     decays: bool = False
     small: bool = False
 
@@ -157,6 +159,7 @@ class Stage(NamedTuple):
     op : "encoder", "layernorm", "rmsnorm", "matmul" or "attention"
     out, x : what it writes and reads
     then : of a matmul: "write", "add" to out, "gelu" or "swiglu"
+    down, up, low, factor : of a matmul with an adapter
     the others : see the header; None or 0 where the op has none
     """
 
@@ -172,6 +175,10 @@ class Stage(NamedTuple):
     gain: Array | None = None
     shift: Array | None = None
     eps: float = 0.0
+    down: Array | None = None
+    up: Array | None = None
+    low: Array | None = None
+    factor: float = 0.0
     keys: NDArray[Any] | None = None
     values: NDArray[Any] | None = None
     key_scales: Array | None = None

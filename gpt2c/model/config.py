@@ -11,13 +11,16 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from gpt2c.kernels.checks import check_kind
 from gpt2c.model.head import Head
+from gpt2c.model.lora import LoRA, is_adapter
 from gpt2c.model.stack import Stack
 
 __all__ = [
     "ModelConfig",
     "check_eos",
     "check_label_names",
+    "check_lora",
     "check_numbers",
     "check_sizes",
     "read_token",
@@ -81,6 +84,10 @@ class ModelConfig:
             """The token behind shorter texts of a batch, only kept for other readers."""
 
         @property
+        def lora(self) -> LoRA | None:
+            """The adapters of the linear layers, or None."""
+
+        @property
         def initializer_range(self) -> float:
             """The standard deviation of the initial weights."""
 
@@ -111,7 +118,7 @@ class ModelConfig:
             if entries.get("architectures") == [cls.classifier]:
                 default: Any = cls.vocab_size  # the field's, as this is the class
                 labels = _read_labels(entries, default)
-            return cls(**fields | labels | cls._read(entries))
+            return cls(**fields | labels | cls._read(entries) | {"lora": None})
         except ValueError as error:
             raise ValueError(f"config.json: {error}") from None
 
@@ -123,7 +130,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of a config.json from which transformers builds the same model."""
         fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
-        del fields["num_labels"], fields["id2label"], fields["pad_token_id"]
+        for name in ("num_labels", "id2label", "pad_token_id", "lora"):
+            del fields[name]
         arithmetic = {name: known[0] for name, known in self.arithmetic.items()}
         return (
             {"model_type": self.model_type} | fields | arithmetic | self._write() | self._labels()
@@ -188,6 +196,11 @@ class ModelConfig:
         """
         return {name: one.shape for name, one in self.stack().parameters().items()}
 
+    def frozen(self) -> frozenset[str]:
+        """Return the parameters that do not learn at first: beside adapters only scores do."""
+        names = self.parameter_shapes() if self.lora else ()
+        return frozenset(n for n in names if not is_adapter(n) and n != "score.weight")
+
     def num_parameters(self) -> int:
         """Return the number of parameters; a table that is the lm_head too counts once."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
@@ -201,11 +214,15 @@ class ModelConfig:
         """Return the float operations per token, forward and backward, in texts of T tokens.
 
         A multiply-add counts 2 operations forward and 4 backward (the gradients of input and
-        weight). A query attends to T/2 keys on average. Softmax, norms, activations and
-        recomputation are not counted. Source: Kaplan et al. 2020, arXiv:2001.08361; PaLM,
-        arXiv:2204.02311, which counts all T keys.
+        weight; beside adapters, other weights have none). A query attends to T/2 keys on average.
+        Softmax, norms, activations and recomputation are not counted. Source: Kaplan et al. 2020,
+        arXiv:2001.08361; PaLM, arXiv:2204.02311, which counts all T keys.
         """
-        return 6.0 * self.stack().flops(T)
+        stack = self.stack()
+        frozen = 0.0 if self.lora is None else sum(one.OC * one.C for one in stack.linears())
+        if self.lora and self.num_labels is None:
+            frozen += stack.head.flops(T)
+        return 6.0 * stack.flops(T) - 2.0 * frozen
 
 
 def _read_labels(entries: Mapping[str, Any], V: int) -> dict[str, Any]:
@@ -288,3 +305,10 @@ def check_eos(config: ModelConfig, name: str = "eos_token_id") -> None:
     token = getattr(config, name)
     if token is not None and not (type(token) is int and 0 <= token < config.vocab_size):
         raise ValueError(f"{name} must be in [0, {config.vocab_size}), got {token!r:.50}")
+
+
+def check_lora(config: ModelConfig) -> None:
+    """Refuse adapters that are no `LoRA`, or fit no layer."""
+    if config.lora is not None:
+        check_kind("lora", config.lora, LoRA, "a gpt2c.LoRA or None")
+        config.stack()  # which looks for the targets

@@ -13,11 +13,13 @@ from gpt2c.model.config import (
     ModelConfig,
     check_eos,
     check_label_names,
+    check_lora,
     check_numbers,
     check_sizes,
     read_token,
 )
 from gpt2c.model.embedding import Embedding
+from gpt2c.model.lora import LoRA
 from gpt2c.model.mlp import MLP
 from gpt2c.model.norm import LayerNorm
 from gpt2c.model.stack import Layer, Stack
@@ -65,6 +67,7 @@ class GPT2Config(ModelConfig):
     pad_token_id : of a classifier, the token that no text ends with. transformers puts it behind
         the shorter texts of a batch, and needs it for several texts; gpt2c only stores it
     id2label : of a classifier, the names of its K labels; None for LABEL_0 and so on
+    lora : the adapters of its linear layers, which no config.json has; None for none
 
     Raises
     ------
@@ -96,6 +99,7 @@ class GPT2Config(ModelConfig):
     num_labels: int | None = None
     pad_token_id: int | None = None
     id2label: tuple[str, ...] | None = None
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -109,6 +113,7 @@ class GPT2Config(ModelConfig):
         check_eos(self)
         check_eos(self, "pad_token_id")
         check_label_names(self)
+        check_lora(self)
 
     @classmethod
     def _read(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,4 +158,7 @@ def _gpt2(config: GPT2Config) -> Stack:
     ]
     head = config.head("wte")
     embedding = Embedding(config.vocab_size, config.n_positions, C, std, head.tied)
-    return Stack(embedding, layers, LayerNorm("ln_f", C, eps), head)
+    stack = Stack(embedding, layers, LayerNorm("ln_f", C, eps), head)
+    if config.lora:
+        config.lora.adapt(stack)
+    return stack

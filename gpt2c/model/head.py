@@ -38,16 +38,19 @@ class Head:
     Attributes
     ----------
     tied : whether its weight is the embedding's table
+    small : see `Parameter`
     """
 
     def __init__(self, V: int, C: int, name: str = "wte", std: float = 0.0) -> None:
         self.V, self.C, self._std, self.tied = V, C, std, name == "wte"
+        self.small = True
         self.weight, self.scale = name + ".weight", name + ".scale"
 
     def parameters(self) -> Iterable[Parameter]:
         """Yield the weight, if it is its own."""
         if not self.tied:
-            yield Parameter(self.weight, (self.V, self.C), std=self._std, decays=True, small=True)
+            shape = (self.V, self.C)
+            yield Parameter(self.weight, shape, std=self._std, decays=True, small=self.small)
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield a block of logits, and the loss of each row."""
@@ -87,14 +90,16 @@ class Head:
         d_weight : (V, C), written; added to if run.accumulate; None if the head is frozen
         x : (N, C), becomes its own gradient
         """
-        ops, weight, accumulate = run.ops, run.p[self.weight], run.accumulate
+        ops, accumulate = run.ops, run.accumulate
+        weight, w_scale = run.p[self.weight], run.p.get(self.scale)
         losses, live = run.a["losses"], live_rows(objective)
         for block, rows in self._blocks(run, len(x), live):
             part = x[rows]  # a view of a slice, a copy of scattered rows
             logits = self._logits(run, part)
             objective.learn(ops, losses[block], logits, rows, scale)
             ops.matmul_backward(
-                part, d_weight, None, logits, part, weight, accumulate, run.precision
+                *(part, d_weight, None, logits, part, weight, w_scale),
+                *(accumulate, run.precision),
             )
             if live is not None:
                 x[rows] = part
@@ -115,9 +120,10 @@ class Head:
         rows: NDArray[np.intp],
     ) -> None:
         """Turn x (N, C) into its gradient, from that of the logits (n, V) of n of its rows."""
-        part, weight = x[rows], run.p[self.weight]
+        part, weight, scale = x[rows], run.p[self.weight], run.p.get(self.scale)
         run.ops.matmul_backward(
-            part, d_weight, None, d_logits, part, weight, run.accumulate, run.precision
+            *(part, d_weight, None, d_logits, part, weight, scale),
+            *(run.accumulate, run.precision),
         )
         x.fill(0.0)
         x[rows] = part

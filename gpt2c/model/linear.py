@@ -1,11 +1,15 @@
-"""Linear: out = x W^T + b."""
+"""Linear: out = x W^T + b, and what an adapter adds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from gpt2c.kernels.memory import Array
-from gpt2c.model.block import Parameter, Run, Stage
+from gpt2c.model.block import Batch, Parameter, Run, Slot, Stage
+
+if TYPE_CHECKING:
+    from gpt2c.model.lora import Adapter
 
 __all__ = ["Linear"]
 
@@ -19,28 +23,41 @@ class Linear:
     C, OC : channels of x and of out
     std, shrink : of the first weights, see `Parameter`
     bias : whether there is one
+
+    Attributes
+    ----------
+    adapter : see `gpt2c.model.lora`; None if the layer has none
     """
+
+    adapter: Adapter | None = None
 
     def __init__(
         self, name: str, C: int, OC: int, std: float, shrink: float = 1.0, bias: bool = True
     ) -> None:
-        self.weight, self.scale = name + ".weight", name + ".scale"
+        self.name, self.weight, self.scale = name, name + ".weight", name + ".scale"
         self.bias = name + ".bias" if bias else ""
         self.C, self.OC = C, OC
         self._std, self._shrink = std, shrink
 
     def parameters(self) -> Iterable[Parameter]:
-        """Yield the weight and the bias."""
+        """Yield the weight, the bias, and those of the adapter."""
         shape = (self.OC, self.C)
         yield Parameter(
             self.weight, shape, std=self._std, shrink=self._shrink, decays=True, small=True
         )
         if self.bias:
             yield Parameter(self.bias, (self.OC,))
+        if self.adapter:
+            yield from self.adapter.parameters()
+
+    def slots(self, batch: Batch) -> Iterable[Slot]:
+        """Yield those of the adapter."""
+        if self.adapter:
+            yield from self.adapter.slots(batch)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds of a token."""
-        return self.OC * self.C
+        return self.OC * self.C + (self.adapter.flops() if self.adapter else 0)
 
     def forward(self, run: Run, out: Array, x: Array) -> None:
         """Write out (N, OC) of x (N, C)."""
@@ -48,21 +65,30 @@ class Linear:
         run.ops.matmul_forward(
             out, x, p[self.weight], p.get(self.bias), p.get(self.scale), run.precision
         )
+        if self.adapter:
+            self.adapter.forward(run, out, x)
 
     def stages(
         self, run: Run, out: Array, x: Array, then: str = "write", inner: Array | None = None
     ) -> Iterable[Stage]:
         """Yield the stage that does `forward` and `then`, see `Stage`."""
         weight, scale, bias = run.p[self.weight], run.p.get(self.scale), run.p.get(self.bias)
-        yield Stage("matmul", out, x, then, inner, weight=weight, scale=scale, bias=bias)
+        adapter = self.adapter.stage(run) if self.adapter else {}
+        yield Stage("matmul", out, x, then, inner, weight=weight, scale=scale, bias=bias, **adapter)
 
     def backward(self, run: Run, d_x: Array | None, d_out: Array, x: Array) -> None:
-        """Write d_x (N, C), which may be x, and the gradients of weight and bias.
+        """Write d_x (N, C), which may be x, and the gradients of the parameters.
 
         What is None or frozen is not computed.
         """
-        g = run.g
-        run.ops.matmul_backward(
-            *(d_x, g.get(self.weight), g.get(self.bias)),
-            *(d_out, x, run.p[self.weight], run.accumulate, run.precision),
-        )
+        g, weight, scale = run.g, run.p[self.weight], run.p.get(self.scale)
+        d_weight, d_bias = g.get(self.weight), g.get(self.bias)
+        given = (d_out, x, weight, scale, run.accumulate, run.precision)
+        if not self.adapter:
+            run.ops.matmul_backward(d_x, d_weight, d_bias, *given)
+            return
+        if d_weight is not None or d_bias is not None:
+            run.ops.matmul_backward(None, d_weight, d_bias, *given)
+        self.adapter.backward(run, d_x, d_out, x)  # x is read before d_x takes its memory
+        if d_x is not None:
+            run.ops.matmul_backward(d_x, None, None, *given, True)

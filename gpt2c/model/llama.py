@@ -13,11 +13,13 @@ from gpt2c.model.config import (
     ModelConfig,
     check_eos,
     check_label_names,
+    check_lora,
     check_numbers,
     check_sizes,
     read_token,
 )
 from gpt2c.model.embedding import Embedding
+from gpt2c.model.lora import LoRA
 from gpt2c.model.mlp import SwiGLU
 from gpt2c.model.norm import RMSNorm
 from gpt2c.model.rope import Rope
@@ -60,7 +62,7 @@ class LlamaConfig(ModelConfig):
     eos_token_id : the end-of-text token in [0, V), which also starts a text; None if there is none
     bos_token_id : a token that starts a text in place of eos_token_id, or None
     num_labels : K makes a model with K scores of a text in place of logits; None for logits
-    pad_token_id, id2label : see `GPT2Config`
+    pad_token_id, id2label, lora : see `GPT2Config`
 
     Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
 
@@ -96,6 +98,7 @@ class LlamaConfig(ModelConfig):
     num_labels: int | None = None
     pad_token_id: int | None = None
     id2label: tuple[str, ...] | None = None
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes and numbers that are out of range."""
@@ -125,6 +128,7 @@ class LlamaConfig(ModelConfig):
         check_eos(self, "bos_token_id")
         check_eos(self, "pad_token_id")
         check_label_names(self)
+        check_lora(self)
         if not isinstance(self.rope_scaling, RopeScaling | None):
             raise ValueError(
                 f"rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r:.50}"
@@ -199,4 +203,7 @@ def _llama(config: LlamaConfig) -> Stack:
     ]
     head = config.head("wte" if config.tie_word_embeddings else "lm_head")
     embedding = Embedding(config.vocab_size, 0, C, std, head.tied)
-    return Stack(embedding, layers, RMSNorm("ln_f", C, eps), head)
+    stack = Stack(embedding, layers, RMSNorm("ln_f", C, eps), head)
+    if config.lora:
+        config.lora.adapt(stack)
+    return stack

@@ -46,6 +46,12 @@ class MLP:
         yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER, factor=True)
         shape = batch.N, self.proj.C
         yield Slot(self._act, shape, Life.CHEAPEST, over=self._fc, factor=True, taken=True)
+        yield from self._low(batch)
+
+    def _low(self, batch: Batch) -> Iterable[Slot]:
+        """Yield those of the linear layers."""
+        yield from self.fc.slots(batch)
+        yield from self.proj.slots(batch)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds of both layers."""
@@ -99,6 +105,7 @@ class SwiGLU(MLP):
         """Yield gate and up, and what becomes of them."""
         yield Slot(self._fc, (batch.N, self.fc.OC), Life.INNER, factor=True, taken=True)
         yield Slot(self._act, (batch.N, self.proj.C), Life.CHEAPEST, factor=True, taken=True)
+        yield from self._low(batch)
 
     def activate(self, run: Run) -> None:
         """Write silu(gate) * up."""

@@ -11,7 +11,8 @@ only marks the gradients as void: the next backward writes where it would add.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, overload
 
@@ -21,7 +22,16 @@ from numpy.typing import ArrayLike, NDArray
 from gpt2c.kernels.backend import Backend, as_backend, same_backend
 from gpt2c.kernels.checks import counted, number, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
-from gpt2c.model.block import NO_DROPOUT, Batch, Dropout, IntArray, Run, Slot, check_dropout
+from gpt2c.model.block import (
+    NO_DROPOUT,
+    Batch,
+    Dropout,
+    IntArray,
+    Parameter,
+    Run,
+    Slot,
+    check_dropout,
+)
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.inputs import (
     Tokens,
@@ -32,23 +42,26 @@ from gpt2c.model.inputs import (
     check_tokens,
 )
 from gpt2c.model.language_model import LanguageModel
+from gpt2c.model.lora import TARGETS, LoRA, is_adapter
 from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
-from gpt2c.model.plan import Activations
+from gpt2c.model.plan import Activations, has_halves
 from gpt2c.model.quantized import (
     check_method,
     check_weights,
     copy_stored,
     layout_of,
+    restored,
     room_of,
     round_into,
     shapes_of,
     typed_views,
 )
+from gpt2c.model.stack import Stack
 from gpt2c.model.trace import Trace
 
-__all__ = ["Model"]
+__all__ = ["Model", "first_values"]
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 SMALLER = {  # the advice where a model of these weights does not fit
@@ -112,7 +125,8 @@ class _Pending(NamedTuple):
 class Model(LanguageModel):
     """What `gpt2c.GPT2` computes, without files and texts: see there for arguments and errors.
 
-    Weights of 16 or 8 bits are only read: then nothing is trained, and no loss waits for backward.
+    Weights of 16 or 8 bits are only read. Without adapters nothing is trained then, and no loss
+    waits for backward.
 
     It owns its memory and has one owner at a time, the thread that computes (`gpt2c.model.owner`).
     """
@@ -121,6 +135,9 @@ class Model(LanguageModel):
     trained: tuple[str, ...]
     trained_size: int
     decay_size: int
+    _flat: Array
+    _stack: Stack
+    _memory: Activations
     _parameters: dict[str, NDArray[Any]]
     _frozen: frozenset[str]
     _pending: _Pending | None
@@ -143,25 +160,29 @@ class Model(LanguageModel):
             raise ValueError(f"seed must be at least 0, or None to leave the weights 0, got {seed}")
         check_weights(weights, config)
         super().__init__(config, as_backend(backend, threads), weights, precision)
-        self._stack = config.stack()
         self._recompute = recompute
-        described = self._stack.parameters()
+        described = config.stack().parameters()
         size = 4 * aligned_offsets(room_of(layout_of(described.values(), weights)))[""]
         what = f"a model of {config.num_parameters():,} parameters"
         require(what, {"weights": size}, SMALLER[weights])
-        self._lay_out(frozenset() if weights == "fp32" else frozenset(described))
-        halves = self.precision == "bf16" and weights == "fp32"  # those of a model that is trained
-        self._memory = Activations(self._slots, recompute, halves)
+        learns = weights == "fp32" or config.lora is not None
+        self._lay_out(config, config.frozen() if learns else frozenset(described))
         self._owner = Owner()
         if seed is not None:
             self._initialise(seed)
 
-    def _lay_out(self, frozen: frozenset[str], values: Mapping[str, Array] | None = None) -> None:
+    def _lay_out(
+        self,
+        config: ModelConfig,
+        frozen: frozenset[str],
+        values: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         """Move to flat memory with these values: what decays, the rest of what is trained, frozen.
 
         All of it is there before the model has any of it, whatever interrupts this.
         """
-        described = self._stack.parameters()
+        stack = config.stack()
+        described = stack.parameters()
         groups: tuple[list[str], ...] = ([], [], [])
         for name, one in described.items():
             groups[2 if name in frozen else 0 if one.decays else 1].append(name)
@@ -170,15 +191,26 @@ class Model(LanguageModel):
         offsets = [*aligned_offsets(room_of(layout)).values()]
         flat = aligned_zeros(offsets[-1])
         own = typed_views(flat, layout)  # for C, which trusts their shapes; users get others
-        for name, value in (values or {}).items():
-            own[name][...] = value
+        if values is not None:
+            for name, place in own.items():
+                same = place.dtype == values[name].dtype
+                place[...] = values[name] if same else restored(values, name)
         trained = (*groups[0], *groups[1])
+        halves = self.precision == "bf16" and has_halves(config, self.weights)
+        if self.weights == "fp32":
+            shown = flat
+        else:  # bytes of several types, but what is trained is of floats and comes first
+            shown = flat[: offsets[len(trained)]] if trained else flat.view(np.uint8)
         self.__dict__.update(  # at once
-            flat_parameters=flat if self.weights == "fp32" else flat.view(np.uint8),
+            config=config,
+            flat_parameters=shown,
             parameters=MappingProxyType(typed_views(flat, layout)),
             trained=trained,
             trained_size=offsets[len(trained)],
             decay_size=offsets[len(groups[0])],
+            _stack=stack,
+            _memory=Activations(self._slots, self._recompute, halves),
+            _flat=flat,
             _parameters=own,
             _frozen=frozen,
             _pending=None,  # of a loss that backward has not seen
@@ -230,20 +262,106 @@ class Model(LanguageModel):
         """
         self._set_frozen(self._frozen - names_that_fit(self._parameters, patterns or ("*",)))
 
+    def add_lora(
+        self,
+        r: int = 8,
+        alpha: float = 16.0,
+        targets: Sequence[str] = TARGETS,
+        use_rslora: bool = False,
+        seed: int = 1337,
+    ) -> None:
+        """Give linear layers low-rank adapters, and train these in place of all other parameters.
+
+        The adapters change nothing before the first step. The scores of a model with num_labels are
+        trained, too. The parameters move, as with `freeze`; those of 16 or 8 bits stay as they are.
+        Copies and pickles keep the adapters; `save_pretrained` writes them alone.
+
+        Parameters
+        ----------
+        r, alpha, targets, use_rslora : see `gpt2c.LoRA`
+        seed : of the first values
+
+        Raises
+        ------
+        ValueError : a setting is out of range, a target fits no layer, or the model has adapters
+        RuntimeError : another thread computes with this model
+        MemoryError : the parameters do not fit a second time
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=257)
+        >>> model = gpt2c.GPT2(config)
+        >>> before = model.loss([[1, 2, 3]], [[2, 3, 4]])
+        >>> model.add_lora(r=4, alpha=8, targets=["c_attn"])
+        >>> model.loss([[1, 2, 3]], [[2, 3, 4]]) == before
+        True
+        >>> model.trained[:2]
+        ('h.0.attn.c_attn.lora_A.weight', 'h.0.attn.c_attn.lora_B.weight')
+        >>> optimizer = gpt2c.AdamW(model, learning_rate=1e-3)
+        >>> model.backward()
+        >>> norm = optimizer.step()
+        >>> merged = model.merge()  # without adapters, for other programs
+        """
+        if self.config.lora is not None:
+            raise ValueError("the model has adapters: call merge() before it gets others")
+        if whole("seed", seed) < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        lora = LoRA(r, alpha, tuple(targets), use_rslora)
+        config: ModelConfig = dataclasses.replace(self.config, lora=lora)  # type: ignore[type-var]
+        with self._owner.alone():
+            require(
+                "moving the parameters", {"weights": 4 * self._flat.size}, "take a smaller model"
+            )
+            new = config.parameter_shapes().keys() - self._parameters.keys()
+            values = {**self._parameters, **first_values(config, seed, new)}
+            self._lay_out(config, config.frozen(), values)
+
+    def merge(self) -> Self:
+        """Return a model without adapters that computes the same: its weights are W + s B A.
+
+        Weights of 16 or 8 bits become float32. This model stays as it is.
+
+        Raises
+        ------
+        ValueError : the model has no adapters
+        MemoryError : the weights do not fit
+        """
+        if self.config.lora is None:
+            raise ValueError("the model has no adapters to merge")
+        config: ModelConfig = dataclasses.replace(self.config, lora=None)  # type: ignore[type-var]
+        model, own = type(self).__new__(type(self)), self._parameters
+        Model.__init__(
+            *(model, config, None, self.backend, self.recompute), precision=self.precision
+        )
+        for name, parameter in model._parameters.items():
+            parameter[...] = restored(own, name)
+        for linear in self._stack.linears():
+            if linear.adapter is not None:
+                change = own[linear.adapter.up] @ own[linear.adapter.down]
+                change *= np.float32(linear.adapter.scale)
+                model._parameters[linear.weight] += change
+        return model
+
     def _set_frozen(self, frozen: frozenset[str]) -> None:
         self._check_can_train()
         if len(frozen) == len(self._parameters):
             raise ValueError("every parameter would be frozen: leave some to train")
         if frozen == self._frozen:
             return
+        if self.weights != "fp32":
+            described = self._stack.parameters()
+            small = [name for name, one in described.items() if one.small and name not in frozen]
+            if small:
+                raise ValueError(f"{small[0]} has {self.weights} weights, which cannot be trained")
         with self._owner.alone():
-            size = {"weights": self.flat_parameters.nbytes}
-            require("moving the parameters", size, "take a smaller model")
-            self._lay_out(frozen, self._parameters)
+            require(
+                "moving the parameters", {"weights": 4 * self._flat.size}, "take a smaller model"
+            )
+            self._lay_out(self.config, frozen, self._parameters)
 
     def _initialise(self, seed: int) -> None:
         """Write the first values that the blocks name."""
-        rng = np.random.default_rng(seed)
+        streams = Streams(seed)
         for name, one in self._stack.parameters().items():
             parameter = self._parameters[name]
             is_small = one.small and self.weights != "fp32"
@@ -251,12 +369,7 @@ class Model(LanguageModel):
                 size = {"a tensor in float32": 4 * parameter.size}
                 require("rounding the first values", size, "close programs that use much memory")
             value = np.empty(one.shape, np.float32) if is_small else parameter
-            if one.std:
-                rng.standard_normal(out=value, dtype=np.float32)
-                value *= one.std
-                value /= one.shrink
-            else:
-                value.fill(one.fill)
+            draw(one, streams.of(name), value)
             if is_small:
                 round_into(self._parameters, self.weights, name, value, "the first values")
 
@@ -286,6 +399,19 @@ class Model(LanguageModel):
         require("rounding the weights", size, "close programs that use much memory")
         for name in tensors:
             round_into(self._parameters, self.weights, name, np.asarray(tensors[name]), source)
+
+    def load_adapters(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Copy tensors into the adapters and, if there are any, the scores.
+
+        Raises
+        ------
+        ValueError : see `load_parameters`
+        """
+        frozen = self.config.frozen()
+        shapes = {n: s for n, s in self.config.parameter_shapes().items() if n not in frozen}
+        check_shapes(shapes, tensors, source)
+        for name in shapes:
+            self._parameters[name][...] = np.asarray(tensors[name])
 
     def load_quantized(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy tensors that are of this model's types already; `source` names them in errors.
@@ -348,7 +474,7 @@ class Model(LanguageModel):
             "weights": self.weights,
             "precision": self.precision,
             "frozen": self._frozen,
-            "parameters": self.flat_parameters,
+            "parameters": self._flat,
             "gradients": None if self._void else self._grads.flat,
         }
 
@@ -358,8 +484,8 @@ class Model(LanguageModel):
         settings = {name: state[name] for name in ("recompute", "weights", "precision")}
         Model.__init__(self, state["config"], None, backend, **settings)
         if state["frozen"] != self._frozen:
-            self._lay_out(state["frozen"])
-        self.flat_parameters[...] = state["parameters"]
+            self._lay_out(self.config, state["frozen"])
+        self._flat[...] = state["parameters"]
         if state["gradients"] is not None:
             self._grads.flat[...] = state["gradients"]
             self._void = False
@@ -503,6 +629,55 @@ class Model(LanguageModel):
             return losses.reshape(tokens.ids.shape)
         return np.split(losses, tokens.offsets[1:-1])
 
+    def hidden(self, idx: ArrayLike | Sequence[Sequence[int]]) -> Array:
+        """Return the last norm's output (N, C) for each of N tokens, sequence after sequence.
+
+        It is all of a forward pass but the head: `logits` turns rows of it into logits, a block at
+        a time, because those of a whole batch may not fit.
+
+        Parameters
+        ----------
+        idx : see `loss`
+
+        Raises
+        ------
+        ValueError, RuntimeError, MemoryError, OSError : see `loss`
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257)
+        >>> model = gpt2c.GPT2(config)
+        >>> hidden = model.hidden([[1, 2, 3], [1, 4]])
+        >>> hidden.shape, model.logits(hidden[2:]).shape
+        ((5, 32), (3, 257))
+        """
+        tokens = check_batch(self.config, idx)
+        require(
+            "the last states", {"states": 4 * tokens.ids.size * self.config.n_embd}, "take less"
+        )
+        with self._owner.alone():
+            run = self._start(tokens, keep=False)
+            return self._stack.forward(run, tokens.ids).copy()
+
+    def logits(self, hidden: Array) -> Array:
+        """Return the logits (n, V) of rows (n, C) of `hidden`, of a model with num_labels scores.
+
+        Raises
+        ------
+        ValueError : another shape or dtype
+        MemoryError : the logits do not fit
+        """
+        C, head = self.config.n_embd, self._stack.head
+        is_array = isinstance(hidden, np.ndarray) and hidden.dtype == np.float32
+        if not is_array or hidden.shape != (len(hidden), C) or not len(hidden):
+            raise ValueError(f"hidden must be float32 (n, {C}), got {hidden!r:.50}")
+        require("the logits", {"logits": 4 * len(hidden) * head.V}, "take fewer rows")
+        out = np.empty((len(hidden), head.V), np.float32)
+        batch = Batch(1, len(hidden))
+        run = Run(self.backend, self._parameters, {}, batch, precision=self.precision)
+        head.forward(run, out, np.ascontiguousarray(hidden))
+        return out
+
     @overload
     def scores(
         self,
@@ -630,10 +805,10 @@ class Model(LanguageModel):
     # ---- backward --------------------------------------------------------------------------------
 
     def _check_can_train(self) -> None:
-        if self.weights != "fp32":
+        if self.weights != "fp32" and self.config.lora is None:
             raise ValueError(
-                f"a model with {self.weights} weights has no gradients: load it without quantize to"
-                " train it"
+                f"a model with {self.weights} weights has no gradients: give it adapters with"
+                " add_lora, or load it without quantize to train it"
             )
 
     @property
@@ -746,3 +921,42 @@ class Model(LanguageModel):
             self.backend.residual_forward(own, own, d_head)
         elif d_head is not own:
             np.copyto(own, d_head)
+
+
+def first_values(config: ModelConfig, seed: int, names: Collection[str]) -> dict[str, Array]:
+    """Return the values that a new model of this seed has in some parameters: name -> array."""
+    described, values = config.stack().parameters(), dict[str, Array]()
+    streams, left = Streams(seed), set(names)
+    for name, one in described.items():
+        if left and (is_adapter(name) or any(not is_adapter(other) for other in left)):
+            value = np.empty(one.shape, np.float32)
+            draw(one, streams.of(name), value)  # also those not wanted, which come before others
+            if name in left:
+                values[name] = value
+                left.remove(name)
+    return values
+
+
+class Streams:
+    """The random numbers of a seed: adapters have their own, whatever model they are for."""
+
+    def __init__(self, seed: int) -> None:
+        self._model, self._adapters = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+
+    def of(self, name: str) -> np.random.Generator:
+        """Return those of a parameter."""
+        return self._adapters if is_adapter(name) else self._model
+
+
+def draw(one: Parameter, rng: np.random.Generator, value: Array) -> None:
+    """Write the first values of a parameter."""
+    if one.std:
+        rng.standard_normal(out=value, dtype=np.float32)
+        value *= one.std
+        value /= one.shrink
+    elif one.bound:
+        rng.random(out=value, dtype=np.float32)
+        value *= 2 * one.bound
+        value -= one.bound
+    else:
+        value.fill(one.fill)

@@ -14,8 +14,9 @@ import numpy as np
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
 from gpt2c.model.block import FLOATS, Batch, Life, Slot
 from gpt2c.model.config import ModelConfig
+from gpt2c.model.quantized import layout_of, room_of
 
-__all__ = ["KEPT", "Activations", "bytes_needed", "parts_needed"]
+__all__ = ["KEPT", "Activations", "bytes_needed", "has_halves", "parts_needed"]
 
 # The activations that stay until the backward pass, by the name of the policy; the others are
 # computed again just before. A layer of GPT-2 keeps 16, 10 and 1 times C numbers a token, which are
@@ -142,17 +143,33 @@ class Activations:
         return self._layouts[batch, keep]
 
 
+def has_halves(config: ModelConfig, weights: str) -> bool:
+    """Return whether factors have 16 bits in a model of precision "bf16".
+
+    Adapters read their input in float32, and a model that is only read keeps no activations.
+    """
+    return weights == "fp32" and config.lora is None
+
+
 def parts_needed(
-    config: ModelConfig, B: int, T: int, recompute: str | None = None, precision: str = "fp32"
+    config: ModelConfig,
+    B: int,
+    T: int,
+    recompute: str | None = None,
+    precision: str = "fp32",
+    weights: str = "fp32",
 ) -> dict[str, int]:
     """Return the bytes of a model, AdamW and a batch, without scratch memory: name -> bytes."""
-    parameters = 4 * aligned_offsets(config.parameter_shapes())[""]
-    stack, batch, halves = config.stack(), Batch(B, T), precision == "bf16"
+    stack, batch, frozen = config.stack(), Batch(B, T), config.frozen()
+    halves = precision == "bf16" and has_halves(config, weights)
+    described = stack.parameters().values()
+    trained = {one.name: one.shape for one in described if one.name not in frozen}
+    learned = 4 * aligned_offsets(trained)[""]
     slots = [*stack.slots(batch), *stack.head.slots(batch)]
     return {
-        "weights": parameters,
-        "gradients": parameters,
-        "moments": 2 * parameters,
+        "weights": 4 * aligned_offsets(room_of(layout_of(described, weights)))[""],
+        "gradients": learned,
+        "moments": 2 * learned,
         "activations": 4 * slot_offsets(slots, lasting(recompute, halves), halves)[""],
     }
 

@@ -28,6 +28,7 @@ __all__ = [
     "check_weights",
     "copy_stored",
     "layout_of",
+    "restored",
     "room_of",
     "round_into",
     "round_rows",
@@ -145,6 +146,15 @@ def round_rows(weight: NDArray[np.uint8], scale: Array, tensor: NDArray[np.float
         scale[rows] = np.where(largest > TINY, largest, 0) / np.float32(STEPS)
         steps = np.where(scale[rows] > 0, scale[rows], np.float32(1))[:, None]
         weight[rows] = np.rint(tensor[rows] / steps) + MIDDLE
+
+
+def restored(parameters: Mapping[str, NDArray[Any]], name: str) -> Array:
+    """Return the numbers that a parameter stands for, in float32; a float32 one is returned."""
+    parameter = parameters[name]
+    if parameter.dtype == np.uint8:
+        scale = parameters[_scale_of(name)][:, None]
+        return scale * (parameter - np.float32(MIDDLE))
+    return parameter.astype(np.float32) if parameter.dtype == np.float16 else parameter
 
 
 def copy_stored(parameter: NDArray[Any], tensor: Tensor, name: str) -> None:

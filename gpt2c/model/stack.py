@@ -9,6 +9,7 @@ each branch adds. Knows which blocks follow each other, nothing about what is in
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import chain
 
 from gpt2c.kernels.memory import Array
@@ -16,6 +17,7 @@ from gpt2c.model.attention import Attention
 from gpt2c.model.block import Batch, Block, IntArray, Life, Parameter, Run, Slot, Stage
 from gpt2c.model.embedding import Embedding
 from gpt2c.model.head import Head
+from gpt2c.model.linear import Linear
 from gpt2c.model.mlp import MLP
 from gpt2c.model.norm import Norm
 
@@ -35,9 +37,13 @@ class Layer:
     ) -> None:
         self.norm_1, self.attention, self.norm_2, self.mlp = norm_1, attention, norm_2, mlp
         self.blocks: tuple[Block, ...] = (norm_1, attention, norm_2, mlp)
-        self.names = [names_of(block) for block in self.blocks]
         self._ln_1, self._middle = name + ".ln_1", name + ".middle"
         self._ln_2, self.out = name + ".ln_2", name + ".out"
+
+    @cached_property  # at the first use: a stack gets its adapters after its layers
+    def names(self) -> list[tuple[str, ...]]:
+        """The names of each block's parameters."""
+        return [names_of(block) for block in self.blocks]
 
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield those of the blocks, the norms' outputs, and the stream behind each branch."""
@@ -158,6 +164,11 @@ class Stack:
         yield Slot("ln_f", (batch.N, self.norm.C), Life.STREAM)
         yield Slot("d_stream", (batch.N, self.norm.C), Life.GRADIENT)
         yield from self.norm.slots(batch)
+
+    def linears(self) -> Iterable[Linear]:
+        """Yield the linear layers, without the head."""
+        for layer in self.layers:
+            yield from (layer.attention.qkv, layer.attention.proj, layer.mlp.fc, layer.mlp.proj)
 
     def flops(self, T: int) -> float:
         """Count the multiply-adds of a token among T, forward."""

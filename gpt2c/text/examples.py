@@ -88,6 +88,11 @@ class Example(NamedTuple):
         """The target of each token but the last, (T-1,), -1 where nothing is learned."""
         return np.where(self.learned[1:], self.ids[1:], np.int32(-1))
 
+    @property
+    def asked(self) -> int:
+        """The number of tokens before the last answer; all, if the answer was cut off."""
+        return int(np.flatnonzero(~self.learned)[-1]) + 1
+
 
 class Dropped(ValueError):
     """An example cannot be learned from, and is left out; the text says why, in a few words."""

@@ -16,7 +16,7 @@ import re
 import shutil
 import weakref
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -36,6 +36,7 @@ __all__ = [
     "TokenWriter",
     "Tokens",
     "alone",
+    "checksums",
     "find_shards",
     "has_header",
     "open_tokens",
@@ -405,6 +406,11 @@ def open_tokens(
     if vocab_size is not None:
         _check_vocabulary(path, largest, vocab_size)
     return tokens
+
+
+def checksums(shards: Sequence[StoredTokens]) -> list[int]:
+    """Return the length and the checksum of each opened token file, which identify them."""
+    return [mark for shard in shards for mark in (len(shard), shard.checksum)]
 
 
 def _check_vocabulary(path: Path, largest: int, vocab_size: int) -> None:

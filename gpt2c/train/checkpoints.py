@@ -1,6 +1,7 @@
 """Checkpoints of a run, which resumes from the newest whole one, bit for bit.
 
-    00000040/config.json, model.safetensors   the model of step 40, as transformers loads it
+    00000040/config.json, model.safetensors   the model of step 40, as transformers loads it; or
+    00000040/adapter_config.json, adapter_model.safetensors    its adapters, as PEFT loads them
     00000040/trainer.safetensors              the arrays of the optimizer's state, by name
     00000040/state.json                       the counts, and size and SHA-256 of the other files
 
@@ -26,10 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files.atomic import atomic_directory, atomic_path, naming, remove
-from gpt2c.files.names import CONFIG_FILE, MOMENTS_FILE, STATE_FILE, WEIGHTS_FILE
+from gpt2c.files.names import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    MOMENTS_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+)
 from gpt2c.files.tensors import read_tensors, write_tensors
 from gpt2c.files.untrusted import open_file, read_json, shown
-from gpt2c.formats.huggingface import load_weights, read_config, save_weights
+from gpt2c.formats.huggingface import load_weights, read_config
+from gpt2c.formats.peft import Stored, is_adapter_directory, read_adapter
 
 __all__ = [
     "Checkpoint",
@@ -95,20 +103,28 @@ class TrainerState:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read; see `save` for its parts. Tensors may be mapped from files."""
+    """A checkpoint that was read. Tensors may be mapped from files.
+
+    Attributes
+    ----------
+    path, state : of the checkpoint
+    config, tensors : of the whole model; empty beside adapters
+    adapters : in place of these, or None
+    optimizer : its state, name -> array
+    """
 
     path: Path
     state: TrainerState
     config: dict[str, Any]
     tensors: Mapping[str, Any]
+    adapters: Stored | None
     optimizer: Mapping[str, Any]
 
 
 def save(
     directory: Path,
     state: TrainerState,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, NDArray[Any]],
+    write: Callable[[Path], object],
     optimizer: Mapping[str, NDArray[np.float32]],
 ) -> Path:
     """Write a checkpoint beside the others; return its path.
@@ -116,7 +132,7 @@ def save(
     Parameters
     ----------
     directory : of the run's checkpoints, made if it does not exist
-    config, tensors : see `gpt2c.formats.huggingface.save_weights`
+    write : writes the model's files into a directory, as `GPT2.save_pretrained`
     optimizer : its state, name -> float32 array
 
     Raises
@@ -126,7 +142,7 @@ def save(
     directory.mkdir(exist_ok=True)
     path = directory / f"{state.step:08d}"
     with atomic_directory(path) as temporary:
-        save_weights(temporary, config, tensors)
+        write(temporary)
         write_tensors(temporary / MOMENTS_FILE, optimizer, {"format": "gpt2c"})
         files = {file.name: _sum(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE_FILE).write_text(_text(state, files), encoding="utf-8")
@@ -258,16 +274,18 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError(f"{STATE_FILE}: {error}") from None
     if int(path.name) != state.step:
         raise ValueError(f"{STATE_FILE} is of step {state.step}")
-    config, tensors = read_config(path), load_weights(path)
     optimizer, _ = read_tensors(path / MOMENTS_FILE)
-    return Checkpoint(path, state, config, tensors, optimizer)
+    if is_adapter_directory(path):
+        return Checkpoint(path, state, {}, {}, read_adapter(path), optimizer)
+    return Checkpoint(path, state, read_config(path), load_weights(path), None, optimizer)
 
 
 def _check_files(path: Path, files: Any) -> None:
     """Compare the files of a checkpoint with the sizes and SHA-256 in its state."""
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise ValueError(f"{STATE_FILE}: files must be an object of objects")
-    missing = {CONFIG_FILE, WEIGHTS_FILE, MOMENTS_FILE} - files.keys()
+    model = set(ADAPTER_FILES) if ADAPTER_FILES[0] in files else {CONFIG_FILE, WEIGHTS_FILE}
+    missing = (model | {MOMENTS_FILE}) - files.keys()
     if missing:
         raise ValueError(f"{STATE_FILE}: files lacks {min(missing)}")
     for name, wanted in files.items():

@@ -19,7 +19,7 @@ from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.config import ModelConfig
 from gpt2c.pretrained import MODELS
 from gpt2c.text.batches import Batches
-from gpt2c.text.shards import StoredTokens, read_shards
+from gpt2c.text.shards import StoredTokens, checksums, read_shards
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import TrainResult, dropout_of, train_run
@@ -163,7 +163,7 @@ def _prepare(
     vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.token_lengths
     tokens = read_shards(data, "train", *vocabulary)
     val_tokens = read_shards(data, "val", *vocabulary)
-    fingerprint = {"train": _fingerprint(tokens), "val": _fingerprint(val_tokens)}
+    fingerprint = {"train": checksums(tokens), "val": checksums(val_tokens)}
     if record is not None and record["data"] != fingerprint:
         raise ValueError(
             f"{data} does not hold the training and validation tokens of the run {out}, whose"
@@ -219,11 +219,6 @@ def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:
 def _token_size(tokens: Sequence[StoredTokens]) -> float:
     """Return the mean number of bytes of a token."""
     return sum(shard.text_bytes for shard in tokens) / sum(map(len, tokens))
-
-
-def _fingerprint(tokens: Sequence[StoredTokens]) -> list[int]:
-    """Return the length and the checksum of each token file, which identify them."""
-    return [mark for shard in tokens for mark in (len(shard), shard.checksum)]
 
 
 def _learn(run: Run, settings: TrainSettings, batches: Batches) -> Learned:

@@ -13,6 +13,7 @@ Computes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -28,6 +29,7 @@ from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
 from gpt2c.files.atomic import atomic_path, check_link, matching, remove, remove_leftovers, through
 from gpt2c.files.names import (
+    ADAPTER_FILES,
     CHECKPOINTS,
     CONFUSION_FILE,
     DAMAGED_FILE,
@@ -44,6 +46,7 @@ from gpt2c.files.names import (
     WEIGHTS_FILE,
 )
 from gpt2c.files.untrusted import read_json, shown
+from gpt2c.formats import peft
 from gpt2c.formats.load import config_of
 from gpt2c.kernels.checks import counted
 from gpt2c.model.config import ModelConfig
@@ -70,7 +73,7 @@ __all__ = [
 
 VERSION = 1
 # What a run writes at the top of its directory.
-_FILES = (RUN_FILE, *MODEL_FILES, *TOKENIZER_FILES)
+_FILES = (RUN_FILE, *MODEL_FILES, *ADAPTER_FILES, *TOKENIZER_FILES)
 _LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE, CONFUSION_FILE)
 
 
@@ -176,7 +179,8 @@ def check_never_saved(out: Path) -> None:
     with suppress(OSError):
         steps = len(read_metrics(out / METRICS_FILE))
     # A run killed before its first save has an empty directory of checkpoints and no model.
-    if (out / WEIGHTS_FILE).exists() or (steps and not (out / CHECKPOINTS).is_dir()):
+    saved = any((out / name).exists() for name in (WEIGHTS_FILE, ADAPTER_FILES[1]))
+    if saved or (steps and not (out / CHECKPOINTS).is_dir()):
         raise FileNotFoundError(
             f"{out} has done {steps:,} steps, but {out / CHECKPOINTS} holds no checkpoint to go on"
             " from: put it back, or begin the run again with --overwrite"
@@ -196,7 +200,7 @@ def check_config(source: Path, entries: Any, config: ModelConfig) -> None:
         found = config_of(entries) if isinstance(entries, dict) else None
     except ValueError as error:
         raise ValueError(f"{source}: its config is invalid: {error}") from None
-    if found != config:
+    if found != dataclasses.replace(config, lora=None):  # type: ignore[type-var]
         raise ValueError(
             f"{source} holds a model of another config than its settings and this data's tokenizer"
             f" give: {found}, wanted {config}"
@@ -217,6 +221,10 @@ def newest_checkpoint(
     found = checkpoints.newest(out / CHECKPOINTS, report)
     if found is None:
         check_never_saved(out)
+    elif found.adapters is not None:
+        lora, _ = peft.adapters_of(found.adapters, config)
+        if lora != config.lora:
+            raise ValueError(f"{found.path} holds {lora}; its settings give {config.lora}")
     else:
         check_config(found.path, found.config, config)
     return found
@@ -243,7 +251,8 @@ def open_run(
     ------
     OSError, ValueError : see `claim_directory`, `check_save` and `Run.restore`
     """
-    parameters = run.model.config.num_parameters()
+    config = run.model.config
+    parameters = run.model.trained_size if config.lora else config.num_parameters()
     if record is None:
         if not held:
             atomic.claim_directory(run.out, overwrite)
@@ -337,7 +346,11 @@ class Run:
                 " result will not be bit-for-bit that of a run on one of them"
             )
         if found:
-            self.model.load_parameters(found.tensors, str(found.path))
+            if found.adapters is None:
+                self.model.load_parameters(found.tensors, str(found.path))
+            else:
+                _, tensors = peft.adapters_of(found.adapters, self.model.config)
+                self.model.load_adapters(tensors, found.adapters.source)
             state = found.state
             try:
                 self.optimizer.load_state(found.optimizer, state.step - state.skipped)
@@ -486,8 +499,7 @@ class Run:
             self.saved = checkpoints.save(
                 self.out / CHECKPOINTS,
                 state,
-                self.model.config.to_dict(),
-                self.model.parameters,
+                self.model.save_pretrained,
                 self.optimizer.state(),
             )
             self.saved_step = self.step

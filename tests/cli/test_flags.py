@@ -39,8 +39,13 @@ CALLS = {
     "generate": "generate run --prompt a --max-new-tokens 1 --seed 1",
     "chat": "chat run",
     "classify train": "classify train run labels.csv --out out --overwrite --max-iters=1",
+    "sft": "sft run answers.csv --out out --overwrite --max-iters=1",
+    "reward": "reward run pairs.csv --out out --overwrite --max-iters=1",
+    "dpo": "dpo run pairs.csv --out out --overwrite --max-iters=1",
     "classify eval": "classify eval classifier labels.csv",
     "classify predict": "classify predict classifier labels.csv",
+    "distill": "distill run data --out out --overwrite --max-iters=1 --n-layer=1",
+    "prune": "prune run data --out pruned --mlp=0.5",
     "bench": "bench train --shape 1x8 --backends numpy",
 }
 # Flags whose large numbers ask for long work, which a user may want and interrupt.
@@ -65,6 +70,12 @@ def numeric_flags(options: argparse.ArgumentParser, verb: str = "") -> Iterator[
 
 
 FLAGS = sorted(set(numeric_flags(parser())))
+SHARED = {flag for verb, flag in FLAGS if verb == "sft"}  # by all methods of fine-tuning
+FLAGS = [
+    (verb, flag)
+    for verb, flag in FLAGS
+    if verb not in ("reward", "dpo", "distill") or flag not in SHARED
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +89,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gpt2c.GPT2(config, backend="numpy").save_pretrained(path / "classifier")
     rows = [f"{word},{word[0]}" for word in ("ant", "bee", "asp", "bat", "ape", "boa") * 2]
     (path / "labels.csv").write_text("text,label\n" + "\n".join(rows))
+    (path / "answers.csv").write_text("prompt,completion\na,b\nc,d\ne,f\n")
+    (path / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\nd,e,f\ng,h,i\n")
     (path / "text.txt").write_text("<|endoftext|>".join(f"{n} {TEXT}" for n in range(40)))
     return path
 
@@ -118,7 +131,7 @@ def test_every_verb_with_a_number_is_tested() -> None:
 @pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
 def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = flag.lstrip("-").replace("-", "_")
-    for value in FEW if verb in ("demo", "classify train") else VALUES:
+    for value in FEW if verb in ("demo", "classify train", "distill") else VALUES:
         try:
             with limits(60), interrupted() if name in LONG else nullcontext():
                 code = main([*CALLS[verb].split(), f"{flag}={value}"])

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from helpers.hostile import READERS, Pairs, attempt, dumps, joined, limits, split
 
+from gpt2c.files.names import ADAPTER_FILES
 from gpt2c.model.gpt2 import GPT2Config
 
 Change = Callable[[bytes], bytes]
@@ -249,6 +250,7 @@ LLMC = [
     (6, "n_embd", (0, -1, 2, 2**31 - 1), ""),
     (7, "padded_vocab_size", (0, -1, 261, 385, 2**31 - 1), ""),
 ]
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = (f"adapter/{name}" for name in ADAPTER_FILES)
 CORPUS: list[tuple[str, str, str, Change, str]] = [
     *(("model", "config.json", what, change, "") for what, change in NO_JSON.items()),
     *(("tokenizer", "vocab.json", what, change, "") for what, change in NO_JSON.items()),
@@ -272,6 +274,45 @@ CORPUS: list[tuple[str, str, str, Change, str]] = [
     *(
         ("classifier", "config.json", f"num_labels {value!r}", entries(num_labels=value), said)
         for value, said in [(2, "num_labels"), (2**62, "num_labels"), ("3", "num_labels")]
+    ),
+    *(
+        (
+            "adapters",
+            f"adapter/{ADAPTER_FILES[0]}",
+            f"{name} {value!r}",
+            entries(**{name: value}),
+            said,
+        )
+        for name, said, values in [
+            ("peft_type", "peft_type", ("LOHA", None, 1)),
+            ("r", "r must be", (0, -1, 2.5, "2", None, 2**40, True)),
+            ("r", "must have lora_A", (1, 3)),
+            ("lora_alpha", "alpha must be", (0, -1.0, "16", None, [1])),
+            ("use_dora", "use_dora must be empty", (True, "yes")),
+            ("rank_pattern", "rank_pattern must be empty", ({"c_attn": 3},)),
+            ("alpha_pattern", "alpha_pattern must be empty", ({"c_attn": 3},)),
+            ("layers_to_transform", "layers_to_transform must be empty", ([0],)),
+            ("bias", "bias must be", ("all", "lora_only")),
+            ("modules_to_save", "modules_to_save must be", (["wte"], "score", [["score"]])),
+            ("init_lora_weights", "changes the base", ("pissa", "PiSSA_niter_4", "olora")),
+            ("use_rslora", "use_rslora", ("yes", 1)),
+            ("base_model_name_or_path", "base_model_name_or_path", (1, ["gpt2"])),
+        ]
+        for value in values
+    ),
+    *(("adapters", ADAPTER_CONFIG, w, c, "") for w, c in NO_JSON.items()),
+    *(
+        (reader, ADAPTER_WEIGHTS, what, header(swap(old, new)), said)
+        for reader, what, old, new, said in [
+            ("adapters", "another layer", "h.0.attn.c_attn", "h.7.attn.c_attn", "h.7."),
+            ("adapters", "no such layer", "h.0.attn.c_attn", "h.0.attn.c_bttn", "no layer for"),
+            ("adapters", "no adapter", "base_model.model", "case_model.model", "no part of"),
+            ("adapters", "no lora_B", "c_attn.lora_B", "c_attn.lora_C", "no place for"),
+            ("adapters", "another kind", "transformer.h.0", "transformer.g.0", "no place for"),
+            ("adapters", "another base", '"base_sha256":"', '"base_sha256":"0', "other weights"),
+            ("llama_adapters", "no q", "self_attn.q_proj", "self_attn.w_proj", "no layer for"),
+            ("llama_adapters", "q twice", "self_attn.k_proj", "self_attn.q_proj", ""),
+        ]
     ),
     ("classifier", "config.json", "no head", entries(architectures=None), "score.weight"),
     ("model", "config.json", "a head", entries(architectures=CLASSIFIER), "score.weight"),

@@ -216,6 +216,16 @@ def test_metrics_have_the_names_of_trl(base: Path, tmp_path: Path) -> None:
     assert names <= set().union(*losses(tmp_path / "singles"))
 
 
+def test_conversations_leave_their_template_for_others(base: Path, tmp_path: Path) -> None:
+    ask = [{"role": "user", "content": "Hi"}]
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("Ho", "He"))
+    given = QUICK | {"max_iters": 1, "val_fraction": 0.0}
+    dpo(base, [{"prompt": ask, "chosen": yes, "rejected": no}], tmp_path / "talk", **given)
+    assert (tmp_path / "talk" / "chat_template.jinja").exists()
+    dpo(base, shorter_first(4), tmp_path / "text", **given)
+    assert not (tmp_path / "text" / "chat_template.jinja").exists()
+
+
 def unit(lengths: tuple[int, ...], reference: tuple[float, ...], label: bool = True) -> Unit:
     ids = [np.zeros(n + 3, np.int32) for n in lengths]
     examples = tuple(Example(one, np.arange(len(one)) >= 3, "") for one in ids)

@@ -141,6 +141,14 @@ BF16_MATMUL = [
 BF16_ATTENDED = [
     {**shape, "precision": "bf16"} for shape in (*ATTENTION[::2], *GROUPED, *RAGGED, *DROPPED[::4])
 ]
+ADAPTERS = shapes(
+    "N C OC R",
+    [
+        *((5, 3, 7, R) for R in VECTOR_EDGES),
+        *((N, 24, 20, 8) for N in (1, 2, 15, 16, 17, 131)),
+        *((1, 768, 2304, 8), (65, 3072, 768, 4), (97, 385, 257, 33)),
+    ],
+)
 # around the 64 x 64 blocks, and vectors
 TRANSPOSE = shapes(
     "R C",
@@ -225,7 +233,22 @@ OF_BLOCKS: dict[str, list[Shape]] = {
         *(*MATMUL, *BF16_MATMUL),
         *shapes("N C OC", [(3, 64, 50257)]),
         *({**shape, "accumulate": False} for shape in MATMUL),
+        *shapes("N C OC add", [(1, 1, 1, True), (13, 24, 33, True), (98, 259, 194, True)]),
+        # 3072 rows of a smaller weight are converted at a time
+        *shapes(
+            "N C OC kind",
+            [
+                (N, C, OC, kind)
+                for kind in ("float16", "uint8")
+                for N, C, OC in [(5, C, 9) for C in (1, 4, 7, 8, 9, 15, 16, 17, 33)]
+                + [(1, 24, 20), (98, 70, 131), (3, 33, 3072), (3, 33, 3073), (3, 33, 6145)]
+            ],
+        ),
+        *shapes("N C OC kind add", [(3, 33, 3073, "uint8", True), (4, 5, 6, "float16", True)]),
+        *shapes("N C OC kind precision", [(33, 67, 40, "uint8", "bf16")]),
     ],
+    "lora_forward": ADAPTERS,
+    "lora_backward": [*ADAPTERS, *({**shape, "accumulate": False} for shape in ADAPTERS[::5])],
     "matrix_transpose": TRANSPOSE,
     "attention_forward": [
         *(*ATTENTION, *CACHE, *GROUPED, *GROUPED_CACHE, *RAGGED, *DROPPED, *BF16_ATTENDED),

@@ -191,6 +191,28 @@ def make_llama(directory: Path) -> None:
     Llama(LLAMA, seed=1, backend="numpy").save_pretrained(directory)
 
 
+def make_adapters(model: GPT2 | Llama) -> Callable[[Path], None]:
+    """Write a base and adapters for it, with scores in place of its logits."""
+
+    def make(directory: Path) -> None:
+        model.save_pretrained(directory / "base")
+        config = dataclasses.replace(model.config, num_labels=3)
+        scorer = type(model)(config, seed=1, backend="numpy")
+        scorer.add_lora(r=2)
+        for name in scorer.trained:
+            scorer.parameters[name][...] = 0.5
+        scorer.save_pretrained(directory / "adapter")
+
+    return make
+
+
+ADAPTED: tuple[Any, ...] = (
+    lambda d: gpt2c.from_pretrained(d / "base", adapter=d / "adapter"),
+    lambda model: model.scores([[1, 2, 3]]),
+    "adapter/*",
+)
+
+
 def make_quantized(method: str) -> Callable[[Path], None]:
     def make(directory: Path) -> None:
         model = GPT2(CONFIG, backend="numpy")
@@ -398,6 +420,8 @@ RUN_COPIES = (
 )
 
 READERS = {
+    "adapters": Reader(make_adapters(GPT2(CONFIG, seed=1, backend="numpy")), *ADAPTED),
+    "llama_adapters": Reader(make_adapters(Llama(LLAMA, seed=1, backend="numpy")), *ADAPTED),
     "model": Reader(make_model, GPT2.from_pretrained, use_model, optional=SPARE),
     "classifier": Reader(make_classifier, GPT2.from_pretrained, use_classifier, optional=SPARE),
     "generation": Reader(make_generation, GPT2.from_pretrained, use_model, "generation*"),

@@ -81,7 +81,7 @@ def test_products_have_the_bits_of_the_instruction(
         pytest.xfail("this CPU's instruction adds in another order than Intel's manual has it")
     assert np.array_equal(out, in_order(x, weight))
     dx, dweight, dout = np.empty_like(x), np.empty_like(weight), out / np.float32(np.sqrt(C))
-    backend.matmul_backward(dx, dweight, None, dout, x, weight, False, "bf16")
+    backend.matmul_backward(dx, dweight, None, dout, x, weight, None, False, "bf16")
     assert np.array_equal(dx, in_order(dout, weight.T))
     assert np.array_equal(dweight, in_order(dout.T, x.T))
 

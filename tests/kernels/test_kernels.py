@@ -97,7 +97,8 @@ def test_kernel_matches_reference_with_the_same_bits_on_two_threads(
 
 @pytest.mark.parametrize(
     ("case", "backend_name"),
-    every(case for case in CASES if case.name in ALIASES),
+    # where dx is added to, it is not x
+    every(case for case in CASES if case.name in ALIASES and "add" not in case.shape),
     indirect=["backend_name"],
 )
 def test_output_may_be_an_input(case: Case, backend_name: str, guarded: Guarded) -> None:
@@ -297,7 +298,7 @@ def test_matmul_passes_nan_on(N: int, C: int, OC: int, backend: Any) -> None:
     assert np.isnan(out[1]).all()
     assert np.isfinite(np.delete(out, 1, axis=0)).all()
     dx, dweight = np.zeros_like(x), np.zeros_like(weight)
-    backend.matmul_backward(dx, dweight, None, np.ones_like(out), x, weight)
+    backend.matmul_backward(dx, dweight, None, np.ones_like(out), x, weight, None)
     assert np.isnan(dweight[:, C - 1]).all()
     assert np.isfinite(dweight[:, : C - 1]).all()
     assert np.isfinite(dx).all()

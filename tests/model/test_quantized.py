@@ -178,7 +178,8 @@ def test_quantized_model_cannot_train(method: str, rng: np.random.Generator) -> 
     ]
     for call in calls:
         assert refused(call) == (
-            f"a model with {method} weights has no gradients: load it without quantize to train it"
+            f"a model with {method} weights has no gradients: give it adapters with add_lora, or"
+            " load it without quantize to train it"
         )
     model.zero_grad()  # of none
     assert model.loss(idx, idx, keep=False) == before == model.loss(idx, idx, keep=True)

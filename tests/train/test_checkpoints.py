@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c.formats.huggingface import read_config
+from gpt2c.formats.huggingface import read_config, save_weights
 from gpt2c.train import checkpoints
 from gpt2c.train.checkpoints import TrainerState, before, newest, prune, save
 
@@ -33,7 +34,9 @@ def arrays(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def put(directory: Path, step: int, **state: Any) -> Path:
-    return save(directory, TrainerState(step, **state), CONFIG, *arrays(step))
+    weights, moments = arrays(step)
+    write = partial(save_weights, config=CONFIG, tensors=weights)
+    return save(directory, TrainerState(step, **state), write, moments)
 
 
 def found(directory: Path) -> tuple[int, list[str]]:
@@ -55,7 +58,8 @@ def three(tmp_path: Path) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     state = TrainerState(40, skipped=3, seconds=1.25, val_loss=2 / 3)
     weights, moments = arrays(1)
-    path = save(tmp_path / "checkpoints", state, CONFIG, weights, moments)
+    write = partial(save_weights, config=CONFIG, tensors=weights)
+    path = save(tmp_path / "checkpoints", state, write, moments)
     assert path == tmp_path / "checkpoints" / "00000040"
     assert sorted(file.name for file in path.iterdir()) == FILES
     checkpoint = newest(path.parent, pytest.fail)

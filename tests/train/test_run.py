@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from helpers.runs import checkpoint_names, files_below, train
 
 from gpt2c.cli.main import main
 from gpt2c.files import atomic
+from gpt2c.formats.huggingface import save_weights
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
 from gpt2c.text.prepare import prepare
@@ -368,7 +370,8 @@ def test_resume_refuses_the_state_of_another_optimizer(
     assert found is not None
     tensors = {name: np.asarray(tensor) for name, tensor in found.tensors.items()}
     shutil.rmtree(checkpoint)
-    checkpoints.save(checkpoint.parent, found.state, found.config, tensors, state)
+    write = partial(save_weights, config=found.config, tensors=tensors)
+    checkpoints.save(checkpoint.parent, found.state, write, state)
     before = contents(whole)
     message = refused(train, data, whole, resume=True, max_iters=30)
     assert re.fullmatch(f"{checkpoint / 'trainer.safetensors'}: {wanted}", message)

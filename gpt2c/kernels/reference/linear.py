@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gpt2c.kernels.op import MIDDLE, TINY
 from gpt2c.kernels.reference.rounding import on_factors, rounded
 
-__all__ = ["matmul_backward", "matmul_forward", "matrix_transpose"]
+__all__ = ["lora_backward", "lora_forward", "matmul_backward", "matmul_forward", "matrix_transpose"]
 
 Array = NDArray[np.floating[Any]]
 
@@ -72,31 +72,93 @@ def matmul_backward(
     dbias: Array | None,
     dout: Array,
     x: Array,
-    weight: Array,
+    weight: NDArray[Any],
+    scale: Array | None,
     accumulate: bool = True,
     precision: str = "fp32",
+    add: bool = False,
 ) -> None:
     """Add the gradients of a linear layer's parameters; write the gradient of its input.
 
-    dweight += dout^T x,   dbias += the column sums of dout,   dx = dout weight
+    dweight += dout^T x,   dbias += the column sums of dout,   dx = dout W
+
+    W is that of `matmul_forward`. The rounding of x to 8 bits counts as no change of x.
 
     Parameters
     ----------
     dx : (N, C), written; may be x; None where it is not wanted
     dweight, dbias : (OC, C), (OC,), accumulated; None where it is not wanted
     dout : (N, OC)
-    x, weight : (N, C), (OC, C)
+    x, weight, scale : (N, C), and see `matmul_forward`
     accumulate : False writes dweight and dbias, so they need not be 0 before
     precision : of the products, see `matmul_forward`; dbias has none
+    add : True adds to dx in place of writing it; then dx is not x
     """
     # out = x weight^T + bias
     if dbias is not None:
         dbias[...] = dout.sum(axis=0) + (dbias if accumulate else 0)
+    weight = weight.astype(x.dtype, copy=False)
+    if scale is not None:
+        weight = scale[:, None] * (weight - x.dtype.type(MIDDLE))
     dout, x, weight = rounded(precision, dout, x, weight)
     if dweight is not None:
         dweight[...] = dout.T @ x + (dweight if accumulate else 0)
     if dx is not None:
-        dx[...] = dout @ weight
+        dx[...] = dout @ weight + (dx if add else 0)
+
+
+def lora_forward(
+    out: Array, u: Array, y: Array, x: Array, down: Array, up: Array, scale: float
+) -> None:
+    """Add a low-rank adapter's output to that of its linear layer (LoRA).
+
+    out = y + u up^T,   u = scale * x down^T
+
+    Parameters
+    ----------
+    out : (N, OC), written; may be y
+    u : (N, R), written, for the backward pass
+    y, x : (N, OC), (N, C), the layer's output and input
+    down, up : (R, C), (OC, R), the paper's A and B; scale * up down is added to the weight
+
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+    u[...] = scale * (x @ down.T)
+    out[...] = y + u @ up.T
+
+
+def lora_backward(
+    dx: Array | None,
+    ddown: Array | None,
+    dup: Array | None,
+    dout: Array,
+    x: Array,
+    u: Array,
+    down: Array,
+    up: Array,
+    scale: float,
+    accumulate: bool = True,
+) -> None:
+    """Add the gradients of an adapter; write its part of the gradient of its input.
+
+    dup += dout^T u,   du = scale * dout up,   ddown += du^T x,   dx = du down
+
+    Parameters
+    ----------
+    dx : (N, C), written; may be x; None where it is not wanted
+    ddown, dup : (R, C), (OC, R), accumulated; None where it is not wanted
+    dout : (N, OC), which is also the gradient of y
+    accumulate : False writes ddown and dup, so they need not be 0 before
+    """
+    # out = y + u up^T
+    if dup is not None:
+        dup[...] = dout.T @ u + (dup if accumulate else 0)
+    # u = scale * x down^T
+    du = scale * (dout @ up)
+    if ddown is not None:
+        ddown[...] = du.T @ x + (ddown if accumulate else 0)
+    if dx is not None:
+        dx[...] = du @ down
 
 
 def matrix_transpose(out: NDArray[Any], x: NDArray[Any]) -> None:
