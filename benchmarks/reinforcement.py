@@ -146,7 +146,9 @@ def draw(task: str, found: dict[str, Any], path: Path) -> None:
                 values = np.array([[point[figure_name] for _, point in run] for run in runs])
                 colour = COLOURS[name]
                 dashes = "--" if name.startswith("control") else "-"
-                axes.plot(steps, values.mean(axis=0), dashes, color=colour, label=name)
+                axes.plot(
+                    steps, values.mean(axis=0), dashes, color=colour, label=f"{name} ({len(runs)})"
+                )
                 axes.fill_between(
                     steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0
                 )
@@ -162,10 +164,7 @@ def draw(task: str, found: dict[str, Any], path: Path) -> None:
         panels[2].legend(fontsize=8, loc="center right")
         for axes in panels[2:]:
             axes.set_xlabel("steps of 16 prompts x 16 completions, or of 64 examples")
-        seeds = len(next(iter(found["curves"].values())))
-        figure.suptitle(
-            f"gpt2c grpo --task {task}: held-out problems, mean and range of {seeds} seeds"
-        )
+        figure.suptitle(f"gpt2c grpo --task {task}: held-out problems, mean and range over seeds")
         write(figure, path)
 
 
