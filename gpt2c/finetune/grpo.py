@@ -137,6 +137,11 @@ class GRPOSettings(FinetuneSettings):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.50}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.lora and self.algorithm == "ppo":
+            raise ValueError(
+                "ppo trains values in a row of the token table, which adapters leave as it is: pass"
+                " lora or algorithm ppo, not both"
+            )
         if self.num_generations == 1 and self.algorithm in ("grpo", "rloo"):
             raise ValueError(
                 f"{self.algorithm} compares completions of one prompt: num_generations must be at"

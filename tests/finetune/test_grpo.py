@@ -115,7 +115,7 @@ def test_division_of_a_step_changes_rounding_alone(base: Path, tmp_path: Path) -
         {},
         {"num_iterations": 3, "beta": 0.1, "dropout": 0.1},
         {"algorithm": "ppo", "num_iterations": 2},
-        {"rollouts": "int8", "algorithm": "rloo"},
+        {"rollouts": "int8", "algorithm": "rloo", "lora": True},
     ],
     ids=["grpo", "iterations", "ppo", "int8"],
 )
@@ -331,6 +331,7 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
         ({"loss_type": "mean"}, "loss_type must be one of dapo, dr_grpo, grpo, bnpo, got 'mean'"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ({"algorithm": "ppo", "lora": True}, "pass lora or algorithm ppo, not both"),
         ({"task": "sort"}, "name prompts or a task, not both"),
         ({"reward_funcs": []}, "name a reward: exact, number, regex:PATTERN or module:function"),
         ({"reward_funcs": [], "reward": "exact"}, "with the field answer, which prompt 'def'"),
