@@ -147,8 +147,6 @@ class GRPOSettings(FinetuneSettings):
                 f"{self.algorithm} compares completions of one prompt: num_generations must be at"
                 " least 2, got 1"
             )
-        if self.lora and self.algorithm == "ppo":
-            raise ValueError("ppo trains a row of the token table, which lora leaves as it is")
 
     @property
     def policy_loss(self) -> PolicyLoss:

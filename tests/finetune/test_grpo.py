@@ -337,7 +337,6 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
         ({"reward_funcs": [], "reward": "exact"}, "with the field answer, which prompt 'def'"),
         ({"reward_weights": "nan"}, "reward_weights must be finite numbers, got [nan]"),
         ({"reward_weights": "-inf"}, "reward_weights must be finite numbers, got [-inf]"),
-        ({"algorithm": "ppo", "lora": True}, "ppo trains a row of the token table, which lora"),
         ({"reward_weights": "1 2"}, "reward_weights must be one for each of 1 reward, got 2"),
         ({"reward_weights": "x"}, "reward_weights must be numbers, got 'x'"),
         ({"reward_funcs": [failing]}, "reward failing raised RuntimeError('no judge') for"),
