@@ -354,7 +354,7 @@ def distill(
         for a new one of the teacher's kind, whose n_layer, n_head or n_embd is in the settings
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
-    settings : fields of `gpt2c.finetune.distill.DistillSettings`
+    settings : fields of `gpt2c.finetune.DistillSettings`
 
     Raises
     ------

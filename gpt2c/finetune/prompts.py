@@ -16,6 +16,7 @@ from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Prompt", "Prompts", "read_prompts", "task_prompts"]
 
+ARGUMENTS = ("prompts", "completions", "completion_ids")  # that reward functions get beside columns
 VAL_SEED = 0  # of a task's held-out problems, which are the same for every run
 
 
@@ -127,8 +128,14 @@ def _prompt(record: Record, format: str, tokenizer: Tokenizer) -> Prompt:
 
     Raises
     ------
-    ValueError : the record is damaged, or its last message is the assistant's
+    ValueError : the record is damaged, its last message is the assistant's, or a field has the name
+        of another argument of reward functions
     """
+    if taken := [name for name in ARGUMENTS if name in record.fields]:
+        raise ValueError(
+            f"{record.where}: reward functions get an argument {taken[0]} of gpt2c's own, so no"
+            " field may have that name"
+        )
     columns = {
         name: value
         for name, value in record.fields.items()

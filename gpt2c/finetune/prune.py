@@ -273,7 +273,7 @@ def prune(
     examples : see `gpt2c.finetune.sft`; the part that is held out measures the loss
     out : the directory of the pruned model, new or empty
     backend, threads : see `gpt2c.from_pretrained`; 0 threads: as many as the machine allows
-    settings : fields of `gpt2c.finetune.prune.PruneSettings`
+    settings : fields of `gpt2c.finetune.PruneSettings`
 
     Raises
     ------

@@ -42,6 +42,7 @@ from gpt2c.train.loop import train_run
 from gpt2c.train.optimizer import AdamW
 from gpt2c.train.run import (
     Run,
+    copy_model,
     locked_run,
     newest_checkpoint,
     open_run,
@@ -111,6 +112,10 @@ class Method(ABC):
     @abstractmethod
     def learn(self, run: Run) -> Learned:
         """Compute the gradients of step `run.step` into the run's model."""
+
+    def publish(self, checkpoint: Path, out: Path) -> None:
+        """Write the model of a checkpoint to the run's directory."""
+        copy_model(checkpoint, out)
 
     @abstractmethod
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
@@ -299,7 +304,7 @@ def _prepare(
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
-    run = Run(out, planned, model, optimizer, method.tokenizer, facts)
+    run = Run(out, planned, model, optimizer, method.tokenizer, facts, method.publish)
     open_run(run, record, checkpoint, overwrite, held=False, stack=stack)
     return run, method, zeros
 
