@@ -37,7 +37,7 @@ from gpt2c.pretrained import MODELS
 from gpt2c.text.examples import divided
 from gpt2c.text.tokenizer import Tokenizer
 
-__all__ = ["Observed", "PruneSettings", "Pruned", "observe", "prune", "stays"]
+__all__ = ["METHODS", "Observed", "PruneSettings", "Pruned", "observe", "prune", "stays"]
 
 METHODS = ("wanda", "magnitude")
 READ_AT_ONCE = 4096  # tokens of an evaluation
