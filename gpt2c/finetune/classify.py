@@ -367,7 +367,8 @@ class _Classify(Method):
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
         texts = self._val if self._val.rows else self._train
-        found, weights = scores(run.model, texts.rows, check), self._weights[texts.labels]
+        found = scores(run.model, texts.rows, self._settings.batch_tokens, check)
+        weights = self._weights[texts.labels]
         loss, _ = weighted_cross_entropy(found, texts.labels, weights, float(weights.sum()))
         report = compare(texts.labels, found.argmax(1), self._split.labels)
         return {
@@ -386,7 +387,7 @@ class _Classify(Method):
             threads=settings.threads or None,
             precision=settings.precision,
         )
-        return texts.labels, softmax(scores(model, texts.rows))
+        return texts.labels, softmax(scores(model, texts.rows, settings.batch_tokens))
 
 
 def _listed(labels: Sequence[str]) -> str:

@@ -86,8 +86,8 @@ class Judged(NamedTuple):
 class Judge(Protocol):
     """Values of examples, and judgements by them."""
 
-    def values(self, model: Model, examples: Sequence[Example]) -> Array:
-        """Return a value for each example; the model keeps what `push` needs."""
+    def values(self, model: Model, examples: Sequence[Example], keep: bool) -> Array:
+        """Return a value for each example; with `keep` the model keeps what `push` needs."""
 
     def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
         """Add the gradient of sum(slopes * values), for the values computed last."""
@@ -167,7 +167,7 @@ class Judging(Method):
         units = [self.train[n] for n in self.order.step(run.step)]
         run.model.zero_grad()
         judge, found = self.judge(run.model, units, None), []
-        for some, examples, values in self._read(judge, run.model, units, None):
+        for some, examples, values in self._read(judge, run.model, units, keep=True):
             found.append(judge(some, values))
             judge.push(run.model, examples, found[-1].slopes.reshape(-1) / len(units))
         loss, figures = _means(found)
@@ -177,9 +177,8 @@ class Judging(Method):
         """See `Method`."""
         units = self.val or self.train[: self.settings.batch_size]
         judge = self.judge(run.model, units, check)
-        found = [
-            judge(some, values) for some, _, values in self._read(judge, run.model, units, check)
-        ]
+        read = self._read(judge, run.model, units, keep=False, check=check)
+        found = [judge(some, values) for some, _, values in read]
         loss, figures = _means(found)
         every = {"val_loss": loss}
         for name, value in figures.items():
@@ -190,7 +189,12 @@ class Judging(Method):
         return every
 
     def _read(
-        self, judge: Judge, model: Model, units: Sequence[Unit], check: Check
+        self,
+        judge: Judge,
+        model: Model,
+        units: Sequence[Unit],
+        keep: bool,
+        check: Check = None,
     ) -> Iterator[tuple[Sequence[Unit], list[Example], Array]]:
         """Yield units, their examples side by side, and the values (K,U), a part at a time."""
         for part in parts([unit.tokens for unit in units], self.settings.batch_tokens):
@@ -199,7 +203,7 @@ class Judging(Method):
             some = units[part]
             sides = zip(*(unit.examples for unit in some), strict=True)
             examples = [one for side in sides for one in side]
-            yield some, examples, judge.values(model, examples).reshape(-1, len(some))
+            yield some, examples, judge.values(model, examples, keep).reshape(-1, len(some))
 
 
 def lengths_of_pairs(units: Sequence[Unit]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,10 @@ def pair_of(record: Record, tokenizer: Tokenizer) -> Unit:
     asked, other = (one.ids[~one.learned] for one in (chosen, rejected))
     if not np.array_equal(asked, other):
         raise ValueError(f"{record.where}: chosen and rejected answer different prompts")
-    margin = number(f"{record.where}: margin", record.fields.get("margin", 0.0))
+    given = record.fields.get("margin", 0.0)
+    with suppress(ValueError):  # in CSV it is a text
+        given = float(given) if isinstance(given, str) else given
+    margin = number(f"{record.where}: margin", given)
     if not math.isfinite(margin):
         raise ValueError(f"{record.where}: margin must be finite, got {margin}")
     return Unit((chosen, rejected), margin=margin)

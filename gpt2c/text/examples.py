@@ -131,16 +131,17 @@ def read_records(
         found = [Record(fields, f"example {number}") for number, fields in enumerate(source, 1)]
     if not found:
         raise ValueError(f"{name} has no examples")
-    renamed = {own: ours for ours, own in (names or {}).items() if own}
+    renamed = {ours: own for ours, own in (names or {}).items() if own}
     records = []
     kind = ""
     for fields, where in found:
         if not isinstance(fields, Mapping):
             kind_of = type(fields).__name__
             raise ValueError(f"{where} must be an object of named fields, got {kind_of}")
-        for own, ours in renamed.items():
+        for ours, own in renamed.items():
             if own not in fields:
                 raise ValueError(f"{where} has no field {untrusted.shown(own)} for its {ours}")
+        both = [pair for pair in ALTERNATIVES.items() if fields.keys() >= {*pair}]
         fields = _renamed(fields, renamed)
         known = _format(fields, formats)
         if not known:
@@ -152,6 +153,9 @@ def read_records(
                 f"{where} has the format {known}, and the first record has {kind}: put them into"
                 " files of their own"
             )
+        for other, ours in both:
+            if ours in FORMATS[known] and ours not in renamed:
+                raise ValueError(f"{where} has both {ours} and {other}, which mean the same")
         kind = known
         records.append(Record(fields, where))
     return Records(kind, records)
@@ -160,7 +164,7 @@ def read_records(
 def _renamed(fields: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
     """Return fields under our names; a field that was renamed hides one that has its new name."""
     out = {ALTERNATIVES.get(name, name): value for name, value in fields.items()}
-    for own, ours in renamed.items():
+    for ours, own in renamed.items():
         out[ours] = fields[own]
     return out
 
@@ -193,6 +197,7 @@ def _read(path: Path) -> Iterator[Record]:
 def _rows(content: str, name: str, delimiter: str) -> Iterator[Record]:
     """Yield the rows of CSV; all fields are strings."""
     reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(len(content) + 1)  # a text may be longer than csv's 131,072
     try:
         for row in reader:
             where = f"{name}, line {reader.line_num:,}"
@@ -202,6 +207,8 @@ def _rows(content: str, name: str, delimiter: str) -> Iterator[Record]:
             yield Record(row, where)
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.reader.line_num:,} is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def string(record: Record, name: str) -> str:

@@ -183,6 +183,23 @@ def test_what_is_left_out_is_counted() -> None:
     }
 
 
+def test_a_field_of_csv_may_be_long(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.csv", "ab " * 70_000
+    path.write_text(f"text\n{text}\n")
+    assert read_records(path, ["text"]).records[0].fields == {"text": text}
+
+
+def test_two_names_of_one_field_are_refused() -> None:
+    both = PAIR | {"response": "3"}
+    kinds = ["prompt and completion", "preference"]
+    said = "example 1 has both completion and response, which mean the same"
+    assert said == refused(read_records, [both], kinds)
+    (one,) = read_records([both], kinds, {"completion": "response"}).records
+    assert one.fields["completion"] == "3"
+    pair = both | {"chosen": "b", "rejected": "c"}
+    assert read_records([pair], kinds).format == "preference"  # it needs neither
+
+
 def test_epochs_have_each_example_once_in_another_order() -> None:
     order = Order(7, 3, seed=5)
     numbers = [n for step in range(14) for n in order.step(step)]  # 42, six epochs
