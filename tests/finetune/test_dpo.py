@@ -95,6 +95,21 @@ def test_first_loss_of_another_reference_is_refused(
     assert not [*(out / "checkpoints").iterdir()]
 
 
+def test_a_run_that_is_refused_at_its_first_step_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, own, rows = tmp_path / "made" / "run", tmp_path / "own", shorter_first(20)
+    own.mkdir()
+    (own / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo_module, "NEAR", -1.0)
+        assert "the first loss is" in refused(dpo, base, rows, out, **QUICK)
+        assert "the first loss is" in refused(dpo, base, rows, own, overwrite=True, **QUICK)
+    assert not out.parent.exists()
+    assert [path.name for path in own.iterdir()] == ["notes.txt"]
+    dpo(base, rows, out, **QUICK | {"max_iters": 1})
+
+
 def test_margin_goes_to_its_optimum(base: Path, tmp_path: Path) -> None:
     """With a share e of wrong labels, the best reward margin is log((1 - e) / e), exactly."""
     rows = [{"prompt": "abc", "chosen": "d", "rejected": "e"}]

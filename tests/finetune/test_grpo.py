@@ -229,6 +229,7 @@ def test_conversations_are_prompts(base: Path, tmp_path: Path) -> None:
 
 def test_start_without_a_pass_is_refused(base: Path, tmp_path: Path) -> None:
     said = refused(tuned, base, tmp_path / "run", threshold=9.0, least_pass=0.01)
+    assert not (tmp_path / "run").exists()
     assert "of 3 prompts 0.0% have a completion that passes, and 1.0% is wanted" in said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
-from helpers.tuning import capitals, losses, resumes_to_the_bit, weights
+from helpers.tuning import Killed, capitals, losses, resumes_to_the_bit, weights
 
 import gpt2c
+from gpt2c.files.tensors import map_tensors, write_tensors
 from gpt2c.finetune import sft
+from gpt2c.finetune import tune as tune_module
 from gpt2c.finetune.sft import Answers, SFTSettings
 from gpt2c.text.examples import Record, supervised
 from gpt2c.text.tokenizer import Tokenizer
@@ -107,6 +110,46 @@ def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path) -> None:
     assert weights(out) == before
     longer = sft(base, rows, out, resume=True, max_iters=10)
     assert longer.step == 10 and weights(out) != before
+
+
+def test_figures_outlive_a_kill_before_the_result_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rows = tmp_path / "run", capitals(30)
+    real, kept = tune_module.write_result, []
+
+    def write(path: Path, verb: str, entries: Any) -> None:
+        if "step" in entries and not kept:
+            kept.append(entries)
+            raise Killed
+        real(path, verb, entries)
+
+    monkeypatch.setattr(tune_module, "write_result", write)
+    with pytest.raises(Killed):
+        sft(base, rows, out, **QUICK)
+    again = sft(base, rows, out, resume=True)
+    assert (again.before, again.after) == (kept[0]["before"], kept[0]["after"])
+    assert again.after and again.before and not again.interrupted
+    stored = json.loads((out / "result.json").read_text())
+    assert (stored["before"], stored["after"]) == (again.before, again.after)
+
+
+def test_a_base_that_does_not_fit_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    for name, change, said in (
+        ("wte.weight", lambda tensor: tensor[:-1], "tensor wte.weight must be (257, 32)"),
+        ("ln_f.bias", None, "tensor ln_f.bias is missing"),
+    ):
+        spoiled, out = tmp_path / name, tmp_path / "run"
+        shutil.copytree(base, spoiled)
+        tensors, metadata = map_tensors(spoiled / "model.safetensors")
+        arrays = {each: np.array(np.asarray(tensor)) for each, tensor in tensors.items()}
+        if change is None:
+            del arrays[name]
+        else:
+            arrays[name] = change(arrays[name])
+        write_tensors(spoiled / "model.safetensors", arrays, metadata)
+        assert said in refused(lambda spoiled=spoiled, out=out: sft(spoiled, capitals(9), out))
+        assert not out.exists()
 
 
 def test_conversations_leave_their_template_for_others(base: Path, tmp_path: Path) -> None:
