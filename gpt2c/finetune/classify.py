@@ -89,9 +89,6 @@ class ClassifySettings(FinetuneSettings):
     )
     text_field: str = setting("classify", "", "the name of the field text, if it is another")
     label_field: str = setting("classify", "", "the name of the field label")
-    group_field: str = setting(
-        "classify", "", "a field: texts that have the same one are never on both sides of a split"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -179,11 +179,13 @@ def open_data(source: Source, base: Base, settings: SupervisedSettings) -> Data:
     if found.format not in ("prompt and completion", "text"):
         tokenizer.chat_template = CHAT_TEMPLATE
     every, reasons = kept(
-        found.records, lambda record: supervised(record, found.format, tokenizer), most
+        found.records,
+        lambda record: supervised(record, found.format, tokenizer, settings.group_field),
+        most,
     )
     if not every:
         raise ValueError(f"no example is left to learn from: {Counts(reasons)}")
-    out = held_out(range(len(every)), settings.val_fraction, settings.seed)
+    out = held_out([one.group for one in every], settings.val_fraction, settings.seed)
     train = [one for one, held in zip(every, out, strict=True) if not held]
     return Data(
         format=found.format,

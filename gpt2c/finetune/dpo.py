@@ -208,8 +208,13 @@ class _Referred(Judging):
             answers = counted(len(examples), "answer")
             report(f"the base's log-probabilities of {answers} are kept in {REFERENCE_FILE}")
         values = reference_of(
-            *(run.model, examples, self.settings.batch_tokens),
-            *(run.out / REFERENCE_FILE, key, not run.step, check),
+            run.model,
+            examples,
+            self.settings.batch_tokens,
+            run.out / REFERENCE_FILE,
+            key,
+            not run.step,
+            check,
         )
         ends = np.cumsum([len(unit.measured) for unit in units])[:-1]
         units = [

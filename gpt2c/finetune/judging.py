@@ -29,7 +29,7 @@ from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
 from gpt2c.text.chat import CHAT_TEMPLATE
-from gpt2c.text.examples import Example, Record, fingerprint, read_records
+from gpt2c.text.examples import Example, Record, fingerprint, group_of, read_records
 from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
@@ -65,6 +65,7 @@ class JudgingSettings(FinetuneSettings):
         """The names of fields, see `read_records`."""
         ending = "_field"
         names = [name for name in self.fields() if name.endswith(ending)]
+        names.remove("group_field")  # it gives no field another name
         return {name.removesuffix(ending): getattr(self, name) for name in names}
 
 
@@ -125,12 +126,16 @@ class Judging(Method):
         ]
         if any(isinstance(answer, list) for answer in answers):
             self.tokenizer.chat_template = CHAT_TEMPLATE
-        units, self._reasons = kept_units(
-            records, lambda record: encode(record, base.tokenizer), most
-        )
+        field = settings.group_field
+
+        def read(record: Record) -> Unit:
+            unit = encode(record, base.tokenizer)
+            return unit._replace(group=group_of(record, field, unit.asked))
+
+        units, self._reasons = kept_units(records, read, most)
         if not units:
             raise ValueError(f"no example is left to learn from: {Counts(self._reasons)}")
-        out = held_out(range(len(units)), settings.val_fraction, settings.seed)
+        out = held_out([unit.group for unit in units], settings.val_fraction, settings.seed)
         self.train = [unit for unit, held in zip(units, out, strict=True) if not held]
         self.val = [unit for unit, held in zip(units, out, strict=True) if held]
         self.examples = len(self.train)

@@ -38,6 +38,7 @@ class Unit(NamedTuple):
     other : the prompt of a single example with an answer to another one, for KTO
     reference : (K,), log-probabilities by the untrained model, and last that of `other` if there is
         one; empty if no reference is needed
+    group : units of one group stay together when units are divided
     """
 
     examples: tuple[Example, ...]
@@ -45,11 +46,18 @@ class Unit(NamedTuple):
     margin: float = 0.0
     other: Example | None = None
     reference: tuple[float, ...] = ()
+    group: Any = None
 
     @property
     def tokens(self) -> int:
         """The number of its tokens."""
         return sum(len(one.ids) for one in self.examples)
+
+    @property
+    def asked(self) -> bytes:
+        """The ids of its prompt."""
+        one = self.examples[0]
+        return one.ids[~one.learned].tobytes()
 
     @property
     def measured(self) -> tuple[Example, ...]:

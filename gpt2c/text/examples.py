@@ -29,6 +29,7 @@ __all__ = [
     "Records",
     "divided",
     "fingerprint",
+    "group_of",
     "kept",
     "messages_of",
     "read_records",
@@ -77,11 +78,13 @@ class Example(NamedTuple):
     ids : (T,) int32, with the end of text that begins each text
     learned : (T,) bool: the tokens that a model learns to write
     where : names it in errors
+    group : examples of one group stay together when examples are divided
     """
 
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
     where: str
+    group: Any = None
 
     @property
     def targets(self) -> NDArray[np.int32]:
@@ -92,6 +95,20 @@ class Example(NamedTuple):
     def asked(self) -> int:
         """The number of tokens before the last answer; all, if the answer was cut off."""
         return int(np.flatnonzero(~self.learned)[-1]) + 1
+
+
+def group_of(record: Record, field: str, own: Any) -> Any:
+    """Return the group of a record: that of its field, or without one its `own`.
+
+    Raises
+    ------
+    ValueError : the record has no such field
+    """
+    if not field:
+        return own
+    if field not in record.fields:
+        raise ValueError(f"{record.where} has no field {untrusted.shown(field)} for its group")
+    return str(record.fields[field])
 
 
 class Dropped(ValueError):
@@ -263,8 +280,11 @@ def messages_of(record: Record, format: str) -> list[Message] | None:
     return check_messages(given, answered=True, place=record.where)
 
 
-def supervised(record: Record, format: str, tokenizer: Tokenizer) -> Example:
+def supervised(record: Record, format: str, tokenizer: Tokenizer, group_field: str = "") -> Example:
     """Return a record as an example: its answers are learned, or all of a text.
+
+    Its group is that of `group_field`, or the tokens before its first answer: two answers to one
+    prompt stay together. Without a prompt it is all tokens.
 
     A prompt and its completion are encoded each alone, so the ids of the prompt are always the
     first of the whole; the text of a prompt yields no special tokens.
@@ -286,7 +306,9 @@ def supervised(record: Record, format: str, tokenizer: Tokenizer) -> Example:
         learned = [False] * len(prompt) + [True] * (len(answer) + 1)
     if sum(learned) < 2:  # the end of text alone
         raise Dropped("without an answer" if format != "text" else "empty")
-    return Example(np.array(ids, np.int32), np.array(learned), record.where)
+    asked = ids if format == "text" else ids[: learned.index(True)]
+    group = group_of(record, group_field, tuple(asked))
+    return Example(np.array(ids, np.int32), np.array(learned), record.where, group)
 
 
 def shortened(example: Example, most: int) -> Example:
@@ -296,7 +318,7 @@ def shortened(example: Example, most: int) -> Example:
     ------
     Dropped : they have nothing to learn
     """
-    cut = Example(example.ids[: most + 1], example.learned[: most + 1], example.where)
+    cut = example._replace(ids=example.ids[: most + 1], learned=example.learned[: most + 1])
     if not cut.learned[1:].any():
         raise Dropped("whose prompt fills the context")
     return cut

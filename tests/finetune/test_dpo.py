@@ -34,6 +34,11 @@ def words(rng: random.Random) -> str:
     return "".join(rng.choice("abcde") for _ in range(rng.randint(2, 8)))
 
 
+def numbered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with a group each, so that a prompt that comes twice moves no split."""
+    return [row | {"number": number} for number, row in enumerate(rows)]
+
+
 def shorter_first(count: int, seed: int = 1) -> list[dict[str, Any]]:
     """Return pairs of words of which the shorter is preferred."""
     rng, rows = random.Random(seed), []
@@ -136,7 +141,8 @@ def test_pairs_are_learned(base: Path, tmp_path: Path, loss_type: str) -> None:
 
 def test_kto_learns_the_labels(base: Path, tmp_path: Path) -> None:
     given = QUICK | {"max_iters": 60, "eval_interval": 60, "val_fraction": 0.2, "batch_size": 16}
-    result = dpo(base, liked(160), tmp_path / "run", loss_type="kto", **given)
+    given |= {"loss_type": "kto", "group_field": "number"}
+    result = dpo(base, numbered(liked(160)), tmp_path / "run", **given)
     assert result.after["val_loss"] < 0.9 * result.before["val_loss"]
     assert result.after["val_rewards/chosen"] > result.after["val_rewards/rejected"] + 0.3
 
@@ -145,10 +151,10 @@ def test_sft_term_keeps_the_chosen_likely(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []
-    given = QUICK | {"learning_rate": 0.01}
+    given, rows = QUICK | {"learning_rate": 0.01, "group_field": "number"}, shorter_first(60)
     for weight in (0.0, 1.0):
         out = tmp_path / str(weight)
-        found.append(dpo(base, shorter_first(60), out, sft_weight=weight, **given))
+        found.append(dpo(base, numbered(rows), out, sft_weight=weight, **given))
         told = "the chosen answers became less likely, too (logps/chosen" in capsys.readouterr().out
         assert told == (weight == 0.0)
     plain, kept = (result.after["val_logps/chosen"] for result in found)
@@ -310,6 +316,38 @@ def test_evaluations_keep_nothing_for_a_backward(
     rows = shorter_first(20) if loss_type == "sigmoid" else liked(20)
     dpo(base, rows, tmp_path / "run", loss_type=loss_type, **QUICK | {"max_iters": 2})
     assert kept.count(True) == 2  # the steps
+
+
+def sides_of(
+    base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, **given: Any
+) -> list[set[str]]:
+    """Return the prompts of the two sides of a run's split."""
+    made: list[Any] = []
+    real = dpo_module.Judging.__init__
+
+    def keep(self: Any, *args: Any) -> None:
+        real(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(dpo_module.Judging, "__init__", keep)
+    dpo(base, rows, out, **QUICK | {"val_fraction": 0.3, "max_iters": 1} | given)
+    return [{unit.asked.decode("utf-32-le")[1:] for unit in side} for side in
+            (made[0].train, made[0].val)]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
+def test_a_prompt_is_on_one_side_of_the_split(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str
+) -> None:
+    rows = shorter_first(24) if loss_type == "sigmoid" else liked(24)
+    rows = [row | {"prompt": "abcdef"[n % 6], "of": n % 6 // 3} for n, row in enumerate(rows)]
+    train, val = sides_of(base, tmp_path / "run", monkeypatch, rows, loss_type=loss_type)
+    assert train | val == {*"abcdef"} and train and val and not train & val
+    given = {"loss_type": loss_type, "group_field": "of"}
+    train, val = sides_of(base, tmp_path / "own", monkeypatch, rows, **given)
+    assert {"".join(sorted(side)) for side in (train, val)} == {"abc", "def"}
+    said = refused(dpo, base, rows, tmp_path / "x", loss_type=loss_type, group_field="no")
+    assert said == "example 1 has no field 'no' for its group"
 
 
 def test_mismatched_answers_are_of_the_same_side(

@@ -17,7 +17,10 @@ import gpt2c
 from gpt2c.files.tensors import map_tensors, write_tensors
 from gpt2c.finetune import sft
 from gpt2c.finetune import tune as tune_module
+from gpt2c.finetune.data import open_data
 from gpt2c.finetune.sft import Answers, SFTSettings
+from gpt2c.finetune.tune import Base
+from gpt2c.formats.load import find_model
 from gpt2c.text.examples import Record, supervised
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -150,6 +153,14 @@ def test_a_base_that_does_not_fit_its_config_is_refused(base: Path, tmp_path: Pa
         write_tensors(spoiled / "model.safetensors", arrays, metadata)
         assert said in refused(lambda spoiled=spoiled, out=out: sft(spoiled, capitals(9), out))
         assert not out.exists()
+
+
+def test_a_prompt_is_on_one_side_of_the_split(base: Path) -> None:
+    rows = [{"prompt": "abcdef"[n % 6], "completion": str(n)} for n in range(24)]
+    opened = Base(find_model(base), Tokenizer.from_name("bytes"))
+    data = open_data(rows, opened, SFTSettings(val_fraction=0.3))
+    train, val = ({int(one.ids[1]) for one in side} for side in (data.train, data.val))
+    assert train and val and not train & val
 
 
 def test_conversations_leave_their_template_for_others(base: Path, tmp_path: Path) -> None:

@@ -183,6 +183,19 @@ def test_what_is_left_out_is_counted() -> None:
     }
 
 
+def test_examples_of_one_prompt_are_a_group() -> None:
+    def group(format: str, fields: dict[str, Any], field: str = "") -> Any:
+        return supervised(Record(fields, "here"), format, BYTES, field).group
+
+    kind, other = "prompt and completion", PAIR | {"completion": "3", "of": 7}
+    assert group(kind, PAIR) == group(kind, other) == (256, *b"1+1=")
+    assert group(kind, PAIR) != group(kind, PAIR | {"prompt": "1+2="})
+    assert group(kind, other, "of") == "7"
+    answer = [TALK[0], {"role": "assistant", "content": "Hm"}]
+    assert group("messages", {"messages": TALK}) == group("messages", {"messages": answer})
+    assert group("text", {"text": "a"}) != group("text", {"text": "b"})
+
+
 def test_a_field_of_csv_may_be_long(tmp_path: Path) -> None:
     path, text = tmp_path / "a.csv", "ab " * 70_000
     path.write_text(f"text\n{text}\n")
