@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from gpt2c.evaluate.metrics import wilson
 from gpt2c.finetune.completions import lengths_of
-from gpt2c.finetune.pairs import Unit, kept_units
-from gpt2c.finetune.report import Counts, coloured
+from gpt2c.finetune.pairs import Unit, shortened_unit
+from gpt2c.finetune.report import Counts, coloured, held
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
-from gpt2c.text.chat import CHAT_TEMPLATE
-from gpt2c.text.examples import Example, Record, fingerprint, group_of, read_records
+from gpt2c.text.chat import CHAT_TEMPLATE, check_template
+from gpt2c.text.examples import Example, Record, fingerprint, group_of, kept, read_records
 from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
@@ -125,19 +125,21 @@ class Judging(Method):
             record.fields.get("chosen", record.fields.get("completion")) for record in records
         ]
         if any(isinstance(answer, list) for answer in answers):
+            check_template(self.tokenizer)
             self.tokenizer.chat_template = CHAT_TEMPLATE
         field = settings.group_field
 
         def read(record: Record) -> Unit:
             unit = encode(record, base.tokenizer)
-            return unit._replace(group=group_of(record, field, unit.asked))
+            unit = unit._replace(group=group_of(record, field, unit.asked))
+            return shortened_unit(unit, most)
 
-        units, self._reasons = kept_units(records, read, most)
+        units, self._reasons = kept(records, read, lambda unit: unit.content)
         if not units:
             raise ValueError(f"no example is left to learn from: {Counts(self._reasons)}")
         out = held_out([unit.group for unit in units], settings.val_fraction, settings.seed)
-        self.train = [unit for unit, held in zip(units, out, strict=True) if not held]
-        self.val = [unit for unit, held in zip(units, out, strict=True) if held]
+        self.train = [unit for unit, apart in zip(units, out, strict=True) if not apart]
+        self.val = [unit for unit, apart in zip(units, out, strict=True) if apart]
         self.examples = len(self.train)
         self.longest = max(unit.tokens for unit in units)
         marks = repr([(unit.liked, unit.margin) for unit in units]).encode()
@@ -153,9 +155,9 @@ class Judging(Method):
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report before the first step."""
         units = [*self.train, *self.val]
-        held = f", {len(self.val):,} held out" if self.val else ""
+        told = held(len(self.val), sum(unit.cut for unit in units))
         yield (
-            f"{len(units):,} judgements{held}; left out: {Counts(self._reasons)}; the longest has"
+            f"{len(units):,} judgements, {told}; left out: {Counts(self._reasons)}; the longest has"
             f" {self.longest:,} tokens"
         )
         if len(units[0].examples) == 2:

@@ -10,9 +10,10 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ __all__ = [
     "supervised",
 ]
 
+T = TypeVar("T")
 LARGEST = 1 << 30  # bytes of a file of examples
 ALTERNATIVES = {"response": "completion"}  # other names of fields -> ours
 # The fields that show a format, in the order in which they are tried.
@@ -79,12 +81,19 @@ class Example(NamedTuple):
     learned : (T,) bool: the tokens that a model learns to write
     where : names it in errors
     group : examples of one group stay together when examples are divided
+    cut : whether its end is lost
     """
 
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
     where: str
     group: Any = None
+    cut: bool = False
+
+    @property
+    def content(self) -> bytes:
+        """Its ids and marks; examples of one content are one."""
+        return self.ids.tobytes() + self.learned.tobytes()
 
     @property
     def targets(self) -> NDArray[np.int32]:
@@ -314,47 +323,47 @@ def supervised(record: Record, format: str, tokenizer: Tokenizer, group_field: s
 def shortened(example: Example, most: int) -> Example:
     """Return the first `most` + 1 tokens of an example: `most` are read, and the last is a target.
 
+    A shorter one stays as it is.
+
     Raises
     ------
     Dropped : they have nothing to learn
     """
-    cut = example._replace(ids=example.ids[: most + 1], learned=example.learned[: most + 1])
+    if len(example.ids) <= most + 1:
+        return example
+    ids, learned = example.ids[: most + 1], example.learned[: most + 1]
+    cut = example._replace(ids=ids, learned=learned, cut=True)
     if not cut.learned[1:].any():
         raise Dropped("whose prompt fills the context")
     return cut
 
 
 def kept(
-    records: Sequence[Record], encode: Callable[[Record], Example], most: int
-) -> tuple[list[Example], dict[str, int]]:
-    """Encode records; leave out what cannot be learned, and what is there already.
+    records: Sequence[Record], read: Callable[[Record], T], key: Callable[[T], object]
+) -> tuple[list[T], dict[str, int]]:
+    """Read records; leave out what cannot be learned, and what is there already.
 
     Parameters
     ----------
-    encode : returns the example of a record
-    most : the most tokens of an example that are read; longer ones lose their end
+    read : returns what is learned of a record, cut to the length that a model reads: texts that
+        differ only further on are one
+    key : returns what is the same for two that are one
 
     Returns
     -------
-    the examples, and how many were left out or cut for each reason
+    what is learned, and how many records were left out for each reason
     """
-    examples: list[Example] = []
-    counts: dict[str, int] = {}
-    seen: set[bytes] = set()
+    found: dict[object, T] = {}
+    counts: Counter[str] = Counter()
     for record in records:
         try:
-            example = encode(record)
-            content = example.ids.tobytes() + example.learned.tobytes()
-            if content in seen:
+            one = read(record)
+            if key(one) in found:
                 raise Dropped("that are there already")
-            seen.add(content)
-            if len(example.ids) > most + 1:
-                example = shortened(example, most)
-                counts["cut at the end"] = counts.get("cut at the end", 0) + 1
-            examples.append(example)
+            found[key(one)] = one
         except Dropped as reason:
-            counts[str(reason)] = counts.get(str(reason), 0) + 1
-    return examples, counts
+            counts[str(reason)] += 1
+    return list(found.values()), dict(counts)
 
 
 def divided(examples: Sequence[Example], most: int) -> Iterator[Sequence[Example]]:
@@ -367,5 +376,5 @@ def fingerprint(examples: Sequence[Example]) -> dict[str, Any]:
     """Return what identifies examples: their number, and a checksum of all ids and marks."""
     digest = hashlib.sha256()
     for one in examples:
-        digest.update(one.ids.tobytes() + one.learned.tobytes())
+        digest.update(one.content)
     return {"examples": len(examples), "sha256": digest.hexdigest()}

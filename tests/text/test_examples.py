@@ -171,15 +171,18 @@ def test_long_example_loses_its_end_and_keeps_its_prompt() -> None:
 
 def test_what_is_left_out_is_counted() -> None:
     rows = [PAIR, PAIR, PAIR | {"completion": ""}, {"prompt": "abcdefgh", "completion": "i"}]
-    rows += [{"prompt": "ab", "completion": "cdefgh"}]
+    rows += [{"prompt": "ab", "completion": f"cdefgh{n}"} for n in range(3)]  # one, if they are cut
     found = read_records(rows, ["prompt and completion"])
-    examples, counts = kept(found.records, lambda one: supervised(one, found.format, BYTES), 6)
-    assert [one.where for one in examples] == ["example 1", "example 5"]
+    examples, counts = kept(
+        found.records,
+        lambda one: shortened(supervised(one, found.format, BYTES), 6),
+        lambda one: one.content,
+    )
+    assert [(one.where, one.cut) for one in examples] == [("example 1", False), ("example 5", True)]
     assert counts == {
-        "that are there already": 1,
+        "that are there already": 3,
         "without an answer": 1,
         "whose prompt fills the context": 1,
-        "cut at the end": 1,
     }
 
 
