@@ -95,7 +95,7 @@ def pruned(teacher: Path, data: Path, work: Path, steps: int) -> None:
     whole = part(data, work / "whole", 1.0)
     print(
         f"\nhealed: {steps} steps of distillation, the unpruned model as the teacher\n\n"
-        "| pruned | parameters | tokens/s | loss | healed |\n|---|---:|---:|---:|---:|"
+        "| pruned | parameters | speed | loss | healed |\n|---|---:|---:|---:|---:|"
     )
     for name, way in WAYS.items():
         out, healed = work / f"pruned {name}", work / f"healed {name}"
@@ -110,13 +110,11 @@ def pruned(teacher: Path, data: Path, work: Path, steps: int) -> None:
         )
         if way == {"layers": 1}:
             row = result.before
-            print(
-                f"| nothing | {row['parameters']:,} | {row['tokens_per_second']:,.0f} |"
-                f" {row['val_loss']:.3f} | |"
-            )
+            print(f"| nothing | {row['parameters']:,} | 1 | {row['val_loss']:.3f} | |")
         row = result.after
+        speed = row["tokens_per_second"] / result.before["tokens_per_second"]
         print(
-            f"| {name} | {row['parameters']:,} | {row['tokens_per_second']:,.0f} |"
+            f"| {name} | {row['parameters']:,} | {speed:.2f} |"
             f" {row['val_loss']:.3f} | {heal.after['val_loss']:.3f} |"
         )
 

@@ -3,9 +3,9 @@
     python benchmarks/reinforcement.py --out runs/rl --picture benchmarks/results/grpo-sort.png
 
 For each seed a beginner (gpt2c/finetune/beginner.py) is trained further in five ways: by GRPO, by
-rejection fine-tuning, by as many further examples of its careless teacher as GRPO samples, and, as
-controls, by GRPO with random and with negated rewards. Runs that are there already are read, so it
-can be stopped and begun again.
+rejection fine-tuning, by further examples of its careless teacher, four for each of GRPO's prompts,
+and, as controls, by GRPO with random and with negated rewards. Runs that are there already are
+read, so it can be stopped and begun again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from gpt2c.train.settings import recipe_settings
 
 SETTINGS = recipe_settings("grpo", {}, GRPOSettings)
 FIGURES = {
-    "pass@1": "drawn at temperature 1 and right",
-    "greedy": "likeliest completion right",
-    "pass@16": "one of 16 drawn right",
+    "pass@1": "right if drawn at temperature 1",
+    "greedy": "right if the likeliest token is taken",
+    "pass@16": "one of 16 that are drawn is right",
     "entropy": "entropy, nats per token",
 }
 GRPO: dict[str, dict[str, Any]] = {
@@ -97,10 +97,10 @@ def learned(name: str, task: str, base: Path, out: Path, seed: int) -> None:
     shared = {"seed": seed, "save_interval": interval, "keep": steps // interval + 1}
     shared |= {"overwrite": True, "log_interval": steps}
     if name == MORE_SFT:
-        count = steps * 256  # completions that GRPO samples: 16 of each of 16 prompts a step
-        given = SFT | {"learning_rate": SETTINGS["learning_rate"], "batch_size": 256}
+        given = SFT | {"learning_rate": SETTINGS["learning_rate"], "schedule": "linear"}
         given |= {"max_iters": steps, "eval_interval": steps, "eval_answers": 0}
-        sft(base, careless_examples(task, count, seed + 2), out, **given | shared)
+        taught = careless_examples(task, steps * given["batch_size"], seed + 2)
+        sft(base, taught, out, **given | shared)
     else:
         reward = [REWARDS[name]] if name in REWARDS else []
         given = SETTINGS | GRPO[name] | {"eval_interval": steps, "task": task}
@@ -146,7 +146,9 @@ def draw(task: str, found: dict[str, Any], path: Path) -> None:
                 values = np.array([[point[figure_name] for _, point in run] for run in runs])
                 colour = COLOURS[name]
                 dashes = "--" if name.startswith("control") else "-"
-                axes.plot(steps, values.mean(axis=0), dashes, color=colour, label=name)
+                axes.plot(
+                    steps, values.mean(axis=0), dashes, color=colour, label=f"{name} ({len(runs)})"
+                )
                 axes.fill_between(
                     steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0
                 )
@@ -156,15 +158,13 @@ def draw(task: str, found: dict[str, Any], path: Path) -> None:
                 axes.set_ylim(0)
                 continue
             axes.set_ylim(0, 1.02)
-            axes.axhline(1 - CARELESS, color="k", lw=0.8, ls=":")
-            axes.text(0, 1 - CARELESS, " the teacher", fontsize=8, va="bottom")
-        panels[0].legend(fontsize=8, loc="center right")
+            if figure_name == "pass@1":
+                axes.axhline(1 - CARELESS, color="k", lw=0.8, ls=":")
+                axes.text(0, 1 - CARELESS, " the teacher", fontsize=8, va="bottom")
+        panels[2].legend(fontsize=8, loc="center right")
         for axes in panels[2:]:
-            axes.set_xlabel("steps of 16 prompts x 16 completions, or of 256 examples")
-        seeds = len(next(iter(found["curves"].values())))
-        figure.suptitle(
-            f"gpt2c grpo --task {task}: held-out problems, mean and range of {seeds} seeds"
-        )
+            axes.set_xlabel("steps of 16 prompts x 16 completions, or of 64 examples")
+        figure.suptitle(f"gpt2c grpo --task {task}: held-out problems, mean and range over seeds")
         write(figure, path)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pdoc
 
-WINGS = "files kernels text model formats generate train".split()
-DOORS = "gpt2 llama causal_lm pretrained scoring".split()
+WINGS = "files kernels text model formats generate train finetune".split()
+DOORS = "gpt2 llama causal_lm pretrained scoring chat".split()
 MODULES = ["gpt2c", *(f"gpt2c.{name}" for name in (*DOORS, *WINGS))]
 
 

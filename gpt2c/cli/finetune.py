@@ -9,6 +9,7 @@ from typing import Any
 
 from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
+from gpt2c.files.atomic import check_directory
 from gpt2c.files.names import RUN_FILE
 from gpt2c.finetune import dpo, grpo, reward, sft
 from gpt2c.finetune.beginner import beginner
@@ -72,7 +73,7 @@ def run_method(options: argparse.Namespace) -> int:
 def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
     """Make the base that options lack, a beginner at a task, in --out; the run moves into it, too.
 
-    With --resume a run that had begun goes on, and else all is made again.
+    With --resume a run that had begun goes on, and else the beginner is made again.
 
     Returns
     -------
@@ -85,12 +86,12 @@ def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
     options.config = options.config or options.method
     if options.resume and (options.out / RUN_FILE).exists():
         return True
-    options.overwrite |= options.resume
-    options.resume = False
+    resume, options.resume = options.resume, False
+    check_directory(options.out, options.overwrite)
     shared = {name: given[name] for name in ("threads", "backend", "seed") if name in given}
-    if beginner(given["task"], home, overwrite=options.overwrite, **shared):
+    if beginner(given["task"], home, overwrite=options.overwrite, resume=resume, **shared):
         return True
-    print(f"stopped before {options.out}; begin again with --overwrite")
+    print(f"stopped before {options.out}; begin again with --resume")
     return False
 
 

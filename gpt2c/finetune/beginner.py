@@ -6,16 +6,23 @@ sft    fine-tuned on other examples of that teacher: it learns the answers, not 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from gpt2c.files.atomic import atomic_path, check_directory
+from gpt2c.files.names import RUN_FILE
+from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.sft import sft
 from gpt2c.finetune.tasks import examples
 from gpt2c.text.prepare import prepare
 from gpt2c.train.pretrain import train
+from gpt2c.train.run import read_record
 
 __all__ = ["CARELESS", "SFT", "beginner", "careless_examples"]
 
+RECORD = "beginner.json"  # names the task; written before the directories
+TEXT, BASE_RUN, SFT_RUN = "text", "base", "sft"
 CARELESS = 0.4  # the share of the teacher's answers that are wrong
 TEXTS = 12_000  # lines of the text that the base reads
 EXAMPLES = 32_000  # that the beginner learns from, each once
@@ -38,27 +45,49 @@ def careless_examples(task: str, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def beginner(
-    task: str, out: Path, seed: int = 1337, overwrite: bool = False, **given: Any
+    task: str,
+    out: Path,
+    seed: int = 1337,
+    overwrite: bool = False,
+    resume: bool = False,
+    **given: Any,
 ) -> Path | None:
     """Train a beginner at a task; return its directory, `out`/sft, or None if a signal ended it.
 
     Parameters
     ----------
     task : of `tasks.TASKS`
-    out : gets text, base and sft
+    out : gets text, base and sft, and beginner.json, which says that they are made here
     seed : of the weights and the examples
     overwrite : they may hold files
+    resume : they may hold what an earlier call for the same task made, which is made again
     given : settings of the runs that both have, such as threads
 
     Raises
     ------
-    OSError, ValueError : see `prepare`, `train` and `sft`
+    OSError, ValueError : see `prepare`, `train` and `sft`; with `resume` a directory holds files
+        that no earlier call made
     """
+    record = out / RECORD
+    if resume and record.exists():
+        if (before := read_json(record).get("task")) != task:
+            raise ValueError(f"{record}: the task must be {shown(before)}, got {task!r:.50}")
+        for name, verb in ((BASE_RUN, "train"), (SFT_RUN, "sft")):
+            if (out / name / RUN_FILE).exists():
+                read_record(out / name, verb)
+            else:
+                check_directory(out / name, False)
+        overwrite = True
+    for name in (TEXT, BASE_RUN, SFT_RUN):
+        check_directory(out / name, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(record) as temporary:
+        temporary.write_text(json.dumps({"task": task}) + "\n", encoding="utf-8")
     text = [one["prompt"] + one["completion"] for one in careless_examples(task, TEXTS, seed + 1)]
-    prepare(text, out / "text", "bytes", overwrite=overwrite)
+    prepare(text, out / TEXT, "bytes", overwrite=overwrite)
     given = given | {"seed": seed}
-    if train(out / "text", out / "base", BASE | given, overwrite=overwrite).interrupted:
+    if train(out / TEXT, out / BASE_RUN, BASE | given, overwrite=overwrite).interrupted:
         return None
     taught = careless_examples(task, EXAMPLES, seed)
-    done = sft(out / "base", taught, out / "sft", overwrite=overwrite, **SFT | given)
-    return None if done.interrupted else out / "sft"
+    done = sft(out / BASE_RUN, taught, out / SFT_RUN, overwrite=overwrite, **SFT | given)
+    return None if done.interrupted else out / SFT_RUN

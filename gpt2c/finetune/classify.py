@@ -421,7 +421,7 @@ def classify(
     baselines : also test others on the same texts, see `gpt2c.evaluate.text_baselines`
     resume : continue the run, or the folds, in `out`
     overwrite : `out` may exist and hold files
-    settings : fields of `gpt2c.finetune.classify.ClassifySettings`
+    settings : fields of `gpt2c.finetune.ClassifySettings`
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Batches of completions that several updates learn from, on disk while a run may need them.
+"""Experience: completions that several updates learn from, on disk while a run may need them.
 
 A run that was stopped between two updates on the same completions goes on with these: it cannot
 sample them again, because the weights have changed.
@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files.atomic import atomic_path
+from gpt2c.files.names import ROLLOUTS
 from gpt2c.files.tensors import map_tensors, write_tensors
 from gpt2c.finetune.policy import Tokens
 
-__all__ = ["Batch", "load", "prune", "store"]
+__all__ = ["Experience", "load", "prune", "store"]
 
 Floats = NDArray[np.float64]
-DIRECTORY = "rollouts"
 
 
-class Batch(NamedTuple):
+class Experience(NamedTuple):
     """What updates on the completions of a step learn from.
 
     Attributes
@@ -44,14 +44,14 @@ class Batch(NamedTuple):
     metrics: dict[str, float]
 
 
-def store(out: Path, cycle: int, batch: Batch) -> None:
-    """Write the batch of a cycle of updates.
+def store(out: Path, cycle: int, batch: Experience) -> None:
+    """Write what a cycle of updates learns from.
 
     Raises
     ------
     OSError : it cannot be written
     """
-    (out / DIRECTORY).mkdir(exist_ok=True)
+    (out / ROLLOUTS).mkdir(exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {
         **{name: value for name, value in batch.tokens._asdict().items() if value is not None},
         "lengths": np.array([len(ids) for ids in batch.ids]),
@@ -66,8 +66,8 @@ def store(out: Path, cycle: int, batch: Batch) -> None:
         )
 
 
-def load(out: Path, cycle: int) -> Batch:
-    """Read the batch of a cycle of updates.
+def load(out: Path, cycle: int) -> Experience:
+    """Read what a cycle of updates learns from.
 
     Raises
     ------
@@ -88,15 +88,16 @@ def load(out: Path, cycle: int) -> Batch:
         lengths.sum() - len(lengths)
     }:
         raise ValueError(f"{path} is damaged: its arrays have different lengths")
-    return Batch(np.split(ids, lengths.cumsum()[:-1]), tokens, targets, sampled, read, figures)
+    each = np.split(ids, lengths.cumsum())[:-1]  # of no completions none
+    return Experience(each, tokens, targets, sampled, read, figures)
 
 
 def prune(out: Path, first: int) -> None:
-    """Remove the batches of cycles before `first`."""
-    for path in (out / DIRECTORY).glob("*.safetensors"):
+    """Remove the files of cycles before `first`."""
+    for path in (out / ROLLOUTS).glob("*.safetensors"):
         if path.stem.isdigit() and int(path.stem) < first:
             path.unlink(missing_ok=True)
 
 
 def _path(out: Path, cycle: int) -> Path:
-    return out / DIRECTORY / f"{cycle:08d}.safetensors"
+    return out / ROLLOUTS / f"{cycle:08d}.safetensors"

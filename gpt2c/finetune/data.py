@@ -155,8 +155,9 @@ class Data:
         """Yield the lines of the report before the first step."""
         count = len(self.train) + len(self.val)
         share = f"{self.learned / self.tokens:.0%} of them learned"
+        told = held(len(self.val), self.cut)
         yield (
-            f"{count:,} examples ({self.format}), {held(len(self.val), self.cut)}; left out: {self.left_out};"
+            f"{count:,} examples ({self.format}), {told}; left out: {self.left_out};"
             f" {self.tokens:,} tokens, {share}; the longest example has {self.longest:,}"
         )
         yield f"the first example, with its learned part {coloured(self.train[0], self.tokenizer)}"

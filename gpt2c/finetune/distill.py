@@ -230,6 +230,8 @@ class _Distill(Method):
     def __init__(self, base: Base, settings: DistillSettings, source: Source, teacher: str) -> None:
         self._settings, self.tokenizer = settings, base.tokenizer
         found = find_model(teacher)
+        for config in (found.config, base.found.config):
+            config.require_language_head("distillation")
         shared = Tokenizer.from_pretrained(found.path).fingerprint == base.tokenizer.fingerprint
         sizes = found.config.vocab_size, base.found.config.vocab_size
         if not shared or sizes[0] != sizes[1]:
@@ -352,7 +354,7 @@ def distill(
         for a new one of the teacher's kind, whose n_layer, n_head or n_embd is in the settings
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
-    settings : fields of `gpt2c.finetune.distill.DistillSettings`
+    settings : fields of `gpt2c.finetune.DistillSettings`
 
     Raises
     ------

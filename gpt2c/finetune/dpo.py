@@ -336,7 +336,7 @@ def dpo(
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
-    settings : fields of `gpt2c.finetune.dpo.DPOSettings`
+    settings : fields of `gpt2c.finetune.DPOSettings`
 
     Raises
     ------

@@ -7,7 +7,8 @@ has the formulas and their sources. A step is a function of its number, the seed
 the weights.
 
 PPO's value of a text is the logit of an id that no text has, one more row of the token table: the
-policy's own forward pass computes it, and the row's gradient comes with the others.
+policy's own forward pass computes it, and the row's gradient comes with the others. Checkpoints
+have the row, and the model that is published lacks it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.causal_lm import CausalLM
 from gpt2c.files.names import CHECKPOINTS
 from gpt2c.finetune import cycles
-from gpt2c.finetune.cycles import Batch
+from gpt2c.finetune.cycles import Experience
 from gpt2c.finetune.policy import (
     LOSS_TYPES,
     SCALES,
@@ -43,13 +45,15 @@ from gpt2c.finetune.policy import (
     whitened,
 )
 from gpt2c.finetune.prompts import Prompt, read_prompts, task_prompts
-from gpt2c.finetune.report import Counts
-from gpt2c.finetune.rewards import Reward, Scores, find_rewards, score, try_rewards
+from gpt2c.finetune.report import Counts, held
 from gpt2c.finetune.rollouts import Diverged, Rollouts, sample
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tasks import TASKS
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
-from gpt2c.formats.load import AnyConfig
+from gpt2c.finetune.verifiers import Reward, Rewards, find_rewards, score, try_rewards
+from gpt2c.formats.huggingface import save_weights
+from gpt2c.formats.load import AnyConfig, find_model
+from gpt2c.model.model import first_values
 from gpt2c.pretrained import MODELS
 from gpt2c.text.ragged import Order, parts
 from gpt2c.train.hooks import Learned
@@ -91,7 +95,7 @@ class GRPOSettings(FinetuneSettings):
     )
     prompt_field: str = setting("grpo", "", "the name of the field prompt, if it is another")
     reward: str = setting(
-        *("grpo", "", "exact, number, regex:PATTERN, module:function; several with spaces between"),
+        *("grpo", "", "exact, number, regex:PATTERN, module:function; several: 'exact + number'"),
         fixed=True,
     )
     reward_weights: str = setting("grpo", "", "a weight for each reward", fixed=True)
@@ -121,7 +125,9 @@ class GRPOSettings(FinetuneSettings):
     least_pass: float = setting(
         *("grpo", 0.01, "do not begin if a smaller share of the prompts has a pass"), least=0
     )
-    eval_prompts: int = setting("grpo", 128, "held-out prompts of an evaluation", least=1)
+    eval_prompts: int = setting(
+        "grpo", 128, "held-out prompts of an evaluation", least=1, fixed=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +137,11 @@ class GRPOSettings(FinetuneSettings):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r:.50}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.lora and self.algorithm == "ppo":
+            raise ValueError(
+                "ppo trains values in a row of the token table, which adapters leave as it is: pass"
+                " lora or algorithm ppo, not both"
+            )
         if self.num_generations == 1 and self.algorithm in ("grpo", "rloo"):
             raise ValueError(
                 f"{self.algorithm} compares completions of one prompt: num_generations must be at"
@@ -149,7 +160,7 @@ class Sampled(NamedTuple):
     """Rollouts with their rewards (S,), and which of them pass (P, G)."""
 
     rollouts: Rollouts
-    scores: Scores
+    scores: Rewards
     passed: NDArray[np.bool_]
 
 
@@ -174,18 +185,17 @@ class _GRPO(Method):
         else:
             found = read_prompts(
                 *(source, self.tokenizer, most, settings.prompt_field),
-                *(settings.val_fraction, settings.seed),
+                *(settings.val_fraction, settings.seed, settings.group_field),
             )
-        first = found.train[0]
-        try_rewards(rewards, first.text, self.tokenizer.eot, first.columns)
+        try_rewards(rewards, [*found.train, *found.val], self.tokenizer.eot)
         self._prompts, self.facts = found, found.fingerprint
         self.examples = len(found.train) * settings.num_iterations
         longest = max(len(one.ids) for one in (*found.train, *found.val))
         self.longest = longest + settings.max_completion_length - 1
         self._order = Order(len(found.train), settings.batch_size, settings.seed)
         self._ppo = settings.algorithm == "ppo"
-        self._held: tuple[int, Batch] | None = None  # the number of a cycle, and its completions
-        self._passed = 0.0
+        self._held: tuple[int, Experience] | None = None  # the number of a cycle, and what it has
+        self._passed = self._varied = 0.0  # shares of the prompts of the last evaluation
 
     def config(self, base: AnyConfig) -> AnyConfig:
         config = dataclasses.replace(base, vocab_size=base.vocab_size + 1) if self._ppo else base
@@ -195,28 +205,49 @@ class _GRPO(Method):
 
     def lines(self) -> Iterator[str]:
         settings, found = self._settings, self._prompts
-        held = f", {len(found.val):,} held out" if found.val else ""
+        names = ", ".join(reward.name for reward in self._rewards)
         yield (
-            f"{len(found.train):,} prompts{held}; left out: {Counts(found.left_out)};"
-            f" {settings.batch_size} of them in a step, {settings.num_generations} completions of"
-            f" each; rewards: {', '.join(reward.name for reward in self._rewards)}"
+            f"{len(found.train):,} prompts, {held(len(found.val))}; left out:"
+            f" {Counts(found.left_out)}; {settings.batch_size} of them in a step,"
+            f" {settings.num_generations} completions of each; rewards: {names}"
         )
         if self._ppo:
-            yield "the model gets one more row in its token table, for PPO's values"
+            yield "checkpoints have one more row in the token table, for PPO's values"
+
+    def publish(self, checkpoint: Path, out: Path) -> None:
+        if self._value is None:
+            super().publish(checkpoint, out)
+            return
+        config = self._base.found.config  # no text has the row of values, so readers do without
+        shapes, found = config.parameter_shapes(), find_model(checkpoint)
+        cut = {name: np.asarray(one)[: shapes[name][0]] for name, one in found.tensors.items()}
+        save_weights(out, config.to_dict(), cut)
 
     def begin(self, run: Run) -> None:
-        share, least = self._passed, self._settings.least_pass
-        if not run.step and share < least:
+        settings = self._settings
+        share, least = self._passed, settings.least_pass
+        # Rejection fine-tuning learns from what passes, the others from rewards that differ, too.
+        varied = 0.0 if settings.algorithm == "rft" else self._varied
+        if not run.step and max(share, varied) < least:
             raise ValueError(
-                f"of {len(self._held_out)} prompts {share:.1%} have a completion that passes, and"
-                f" {least:.1%} is wanted: nothing can be learned from rewards that are all the"
-                " same; fine-tune the base first, or lower least_pass"
+                f"of {len(self._held_out)} prompts {share:.1%} have a completion whose reward is at"
+                f" least the threshold, {settings.threshold:g}, and {least:.1%} is wanted: nothing"
+                " can be learned; fine-tune the base first, or lower threshold or least_pass"
             )
-        if self._settings.beta:
-            self._reference = MODELS[type(self._base.found.config)](
-                self._base.found.config, None, run.model.backend
-            )
-            self._reference.load_parameters(self._base.found.tensors, self._base.found.source)
+        if settings.beta:
+            self._reference = self._first_model(run)
+
+    def _first_model(self, run: Run) -> CausalLM:
+        """Return the run's model as it was before step 1, without adapters."""
+        found, model = self._base.found, run.model
+        if self._settings.random_weights:  # the seed gives them again
+            own = self.config(found.config)
+            fresh = first_values(own, self._settings.seed, own.parameter_shapes().keys())
+            found = dataclasses.replace(found, config=own, tensors=fresh)
+        weights = None if model.weights == "fp32" else model.weights
+        return MODELS[type(found.config)].from_found(
+            found, model.backend, quantize=weights, precision=model.precision
+        )
 
     @property
     def _held_out(self) -> list[Prompt]:
@@ -255,7 +286,7 @@ class _GRPO(Method):
             cycles.prune(run.out, min([run.step, *saved]) // settings.num_iterations)
         return Learned(loss, batch.read, metrics)
 
-    def _batch(self, run: Run, cycle: int, update: int) -> Batch:
+    def _batch(self, run: Run, cycle: int, update: int) -> Experience:
         """Return the completions of a cycle of updates: new ones at its start, else those of it."""
         if not update:
             batch = self._sampled_batch(run, cycle)
@@ -266,11 +297,12 @@ class _GRPO(Method):
         self._held = cycle, batch
         return batch
 
-    def _sampled_batch(self, run: Run, cycle: int) -> Batch:
+    def _sampled_batch(self, run: Run, cycle: int) -> Experience:
         """Sample completions, and compute the advantages of their tokens."""
         settings = self._settings
         prompts = [self._prompts.train[n] for n in self._order.step(cycle)]
-        found = self._sample(run, prompts, settings.num_generations, settings.temperature, cycle)
+        policy = run.model if settings.rollouts == "fp32" else run.model.quantize(settings.rollouts)
+        found = self._sample(policy, prompts, settings.num_generations, settings.temperature, cycle)
         rollouts, lengths = found.rollouts, found.rollouts.lengths
         advantages = self._advantages(found)
         counted = lengths.copy()
@@ -309,18 +341,23 @@ class _GRPO(Method):
         if settings.beta:
             tokens = tokens._replace(reference=self._reference_logps(ids, targets))
         read = int(lengths.sum()) + settings.num_generations * sum(len(p.ids) for p in prompts)
-        return Batch(ids, tokens, targets, sampled, read, self._metrics(found))
+        return Experience(ids, tokens, targets, sampled, read, self._metrics(found))
 
     def _sample(
-        self, run: Run, prompts: Sequence[Prompt], count: int, temperature: float, number: int
+        self,
+        policy: CausalLM,
+        prompts: Sequence[Prompt],
+        count: int,
+        temperature: float,
+        number: int,
+        check: Check = None,
     ) -> Sampled:
         """Sample completions of prompts, and reward them."""
         settings = self._settings
-        policy = run.model if settings.rollouts == "fp32" else run.model.quantize(settings.rollouts)
         rollouts = sample(
             *(policy, [one.ids for one in prompts], count, {self.tokenizer.eot}),
             *(settings.max_completion_length, temperature, (settings.seed, number)),
-            *(self._unused, self._value),
+            *(self._unused, self._value, check),
         )
         texts = [
             self.tokenizer.decode((ids if cut else ids[:-1]).tolist())
@@ -404,7 +441,7 @@ class _GRPO(Method):
             metrics[f"rewards/{name}/std"] = float(deviation(values[None])[0, 0])
         return metrics
 
-    def _figures(self, batch: Batch, logps: Floats, update: int) -> dict[str, float]:
+    def _figures(self, batch: Experience, logps: Floats, update: int) -> dict[str, float]:
         """Return the figures of an update, under TRL's names."""
         live = np.flatnonzero(batch.targets >= 0)
         figures: dict[str, float] = {}
@@ -431,15 +468,13 @@ class _GRPO(Method):
         return figures
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
-        settings, held = self._settings, self._held_out
-        if check:
-            check()
-        drawn = self._sample(run, held, settings.num_generations, settings.temperature, EVALUATION)
-        if check:
-            check()
-        greedy = self._sample(run, held, 1, 0.0, EVALUATION)
-        G = settings.num_generations
+        settings, held, G = self._settings, self._held_out, self._settings.num_generations
+        # The model that is saved, not its copy in fewer bits that samples what is learned from.
+        drawn = self._sample(run.model, held, G, settings.temperature, EVALUATION, check)
+        greedy = self._sample(run.model, held, 1, 0.0, EVALUATION, check)
         self._passed = pass_at_k(drawn.passed, G)
+        spread = deviation(drawn.scores.total.reshape(drawn.passed.shape))
+        self._varied = float(np.mean(~np.isclose(spread, 0)))
         return {
             "val_loss": 1 - pass_at_k(drawn.passed, 1),
             "val_reward": float(np.nanmean(drawn.scores.total)),
@@ -468,11 +503,11 @@ def grpo(
     prompts : a file (JSONL, a JSON list, CSV), or a list of dicts, of {"prompt"} or {"messages"};
         other fields go to the reward functions. None with the setting task, which makes prompts
     out : the directory of the run, which becomes a model's
-    reward_funcs : functions of TRL's signature, see `gpt2c.finetune.rewards`, in place of the names
-        in the setting reward
+    reward_funcs : functions of TRL's signature, see `gpt2c.finetune.verifiers`, in place of the
+        names in the setting reward
     resume : continue the run in `out`, with the same functions
     overwrite : `out` may exist and hold files
-    settings : fields of `gpt2c.finetune.grpo.GRPOSettings`
+    settings : fields of `gpt2c.finetune.GRPOSettings`
 
     Raises
     ------
@@ -493,7 +528,7 @@ def grpo(
     ...         **dict(reward_funcs=[short], max_completion_length=16, max_iters=20),
     ...         **dict(learning_rate=0.01, val_fraction=0),
     ...     )  # doctest: +ELLIPSIS
-    2 prompts; ...
+    2 prompts, ...
     >>> result.after["val_reward"] > result.before["val_reward"]
     True
     """
@@ -503,7 +538,7 @@ def grpo(
             raise ValueError(
                 "name prompts or a task, not both" if own.task else "name prompts, or a task"
             )
-        names = own.reward.split() or (["exact"] if own.task else [])
+        names = own.reward.split(" + ") if own.reward else ["exact"] * bool(own.task)
         weights = [_weight(text) for text in own.reward_weights.split()]
         return _GRPO(opened, own, prompts, find_rewards([*reward_funcs] or names, weights))
 

@@ -37,7 +37,7 @@ from gpt2c.pretrained import MODELS
 from gpt2c.text.examples import divided
 from gpt2c.text.tokenizer import Tokenizer
 
-__all__ = ["Observed", "PruneSettings", "Pruned", "observe", "prune", "stays"]
+__all__ = ["METHODS", "Observed", "PruneSettings", "Pruned", "observe", "prune", "stays"]
 
 METHODS = ("wanda", "magnitude")
 READ_AT_ONCE = 4096  # tokens of an evaluation
@@ -273,7 +273,7 @@ def prune(
     examples : see `gpt2c.finetune.sft`; the part that is held out measures the loss
     out : the directory of the pruned model, new or empty
     backend, threads : see `gpt2c.from_pretrained`; 0 threads: as many as the machine allows
-    settings : fields of `gpt2c.finetune.prune.PruneSettings`
+    settings : fields of `gpt2c.finetune.PruneSettings`
 
     Raises
     ------

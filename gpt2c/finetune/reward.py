@@ -113,7 +113,7 @@ def reward(
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
-    settings : fields of `gpt2c.finetune.reward.RewardSettings`
+    settings : fields of `gpt2c.finetune.RewardSettings`
 
     Raises
     ------

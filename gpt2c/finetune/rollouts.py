@@ -11,7 +11,7 @@ and penalties would sample from another one than is trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +108,7 @@ def sample(
     key: tuple[int, int],
     unused: Sequence[int] = (),
     value: int | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Rollouts:
     """Sample completions.
 
@@ -122,6 +123,7 @@ def sample(
     key : of the random numbers, such as seed and step
     unused : ids that are never drawn
     value : the id whose logit is the value of the text before each token
+    check : called before each step of all; it may raise an error that ends the work
 
     Raises
     ------
@@ -154,6 +156,8 @@ def sample(
 
     free, waiting, live = list(range(slots)), list(range(P)), np.empty(0, np.int64)
     while waiting or len(live):
+        if check:
+            check()
         while waiting and len(free) >= G:
             prompt = waiting.pop(0)
             group = np.arange(prompt * G, prompt * G + G)

@@ -86,6 +86,8 @@ class FinetuneSettings(Settings):
             check_method(self.quantize)
             if not self.lora:
                 raise ValueError("quantize needs lora: weights of 16 or 8 bits are not trained")
+        if self.keep_zeros and self.lora:
+            raise ValueError("keep_zeros is for whole models: merged adapters would fill the zeros")
         for name in ("val_fraction", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

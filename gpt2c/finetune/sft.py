@@ -156,7 +156,7 @@ def sft(
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
-    settings : fields of `gpt2c.finetune.sft.SFTSettings`
+    settings : fields of `gpt2c.finetune.SFTSettings`
 
     Raises
     ------

@@ -129,6 +129,6 @@ def examples(
 def verify(completions: list[str], answer: list[str], **_: object) -> list[float]:
     """Return 1.0 for each completion that is the answer, spaces around it apart, else 0.0.
 
-    It is a reward function, see `gpt2c.finetune.rewards`.
+    It is a reward function, see `gpt2c.finetune.verifiers`.
     """
     return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]

@@ -43,6 +43,7 @@ from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import AdamW
 from gpt2c.train.run import (
     Run,
+    copy_model,
     locked_run,
     newest_checkpoint,
     open_run,
@@ -112,6 +113,10 @@ class Method(ABC):
     @abstractmethod
     def learn(self, run: Run) -> Learned:
         """Compute the gradients of step `run.step` into the run's model."""
+
+    def publish(self, checkpoint: Path, out: Path) -> None:
+        """Write the model of a checkpoint to the run's directory."""
+        copy_model(checkpoint, out)
 
     @abstractmethod
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
@@ -317,7 +322,7 @@ def _prepare(
     optimizer = AdamW(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
-    run = Run(out, planned, model, optimizer, method.tokenizer, facts)
+    run = Run(out, planned, model, optimizer, method.tokenizer, facts, method.publish)
     if record is None:
         stack.enter_context(claimed(out, overwrite))
         stack.enter_context(locked_run(out))

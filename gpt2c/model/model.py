@@ -653,9 +653,8 @@ class Model(LanguageModel):
         ((5, 32), (3, 257))
         """
         tokens = check_batch(self.config, idx)
-        require(
-            "the last states", {"states": 4 * tokens.ids.size * self.config.n_embd}, "take less"
-        )
+        size = {"states": 4 * tokens.ids.size * self.config.n_embd}
+        require("the last states", size, "take fewer or shorter rows")
         with self._owner.alone():
             run = self._start(tokens, keep=False)
             return self._stack.forward(run, tokens.ids).copy()

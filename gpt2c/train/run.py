@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ __all__ = [
     "check_config",
     "check_never_saved",
     "check_save",
+    "copy_model",
     "locked_run",
     "newest_checkpoint",
     "open_run",
@@ -267,6 +268,13 @@ def open_run(
         run.restore(record, found)
 
 
+def copy_model(checkpoint: Path, out: Path) -> None:
+    """Copy the model of a checkpoint: a link would let other programs write into it."""
+    for source in checkpoints.model_files(checkpoint):
+        with atomic_path(out / source.name) as temporary:
+            shutil.copyfile(source, temporary)
+
+
 class Run:
     """A run of this process: its model, its optimizer and its locked directory.
 
@@ -275,6 +283,7 @@ class Run:
     out : the directory, locked by `locked_run`
     settings, model, optimizer, tokenizer : of the run
     facts : further entries of run.json: "settings" as a resumed run reads them, "data", and others
+    publish : writes the model of a checkpoint to the top of the directory
 
     Attributes
     ----------
@@ -296,7 +305,9 @@ class Run:
         optimizer: AdamW,
         tokenizer: Tokenizer,
         facts: Mapping[str, Any],
+        publish: Callable[[Path, Path], None] = copy_model,
     ) -> None:
+        self._write_model = publish
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
         self.tokenizer, self.facts = tokenizer, facts
         self.step = self.skipped = self.tokens = 0
@@ -587,13 +598,8 @@ class Run:
         return f"the newest checkpoint is {self.saved}, {steps} ago"
 
     def _publish(self, checkpoint: Path) -> None:
-        """Copy the model of a checkpoint to the top of the directory.
-
-        A link would let other programs write into the checkpoint.
-        """
-        for source in checkpoints.model_files(checkpoint):
-            with atomic_path(self.out / source.name) as temporary:
-                shutil.copyfile(source, temporary)
+        """Write the model of a checkpoint to the top of the directory."""
+        self._write_model(checkpoint, self.out)
         self._published = checkpoint
 
     def close(self) -> None:

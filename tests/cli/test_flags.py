@@ -46,6 +46,8 @@ CALLS = {
     "classify predict": "classify predict classifier labels.csv",
     "distill": "distill run data --out out --overwrite --max-iters=1 --n-layer=1",
     "prune": "prune run data --out pruned --mlp=0.5",
+    "grpo": "grpo run prompts.csv --out out --overwrite --max-iters=1 --reward regex:a"
+    " --num-generations=2 --max-completion-length=2 --batch-size=1 --least-pass=0",
     "bench": "bench train --shape 1x8 --backends numpy",
 }
 # Flags whose large numbers ask for long work, which a user may want and interrupt.
@@ -74,7 +76,7 @@ SHARED = {flag for verb, flag in FLAGS if verb == "sft"}  # by all methods of fi
 FLAGS = [
     (verb, flag)
     for verb, flag in FLAGS
-    if verb not in ("reward", "dpo", "distill") or flag not in SHARED
+    if verb not in ("reward", "dpo", "grpo", "distill") or flag not in SHARED
 ]
 
 
@@ -90,6 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"{word},{word[0]}" for word in ("ant", "bee", "asp", "bat", "ape", "boa") * 2]
     (path / "labels.csv").write_text("text,label\n" + "\n".join(rows))
     (path / "answers.csv").write_text("prompt,completion\na,b\nc,d\ne,f\n")
+    (path / "prompts.csv").write_text("prompt\na\nb\nc\n")
     (path / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\nd,e,f\ng,h,i\n")
     (path / "text.txt").write_text("<|endoftext|>".join(f"{n} {TEXT}" for n in range(40)))
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -259,6 +260,11 @@ def test_bad_input_is_refused_before_anything_is_written(
             )
         )
         assert said in text
+    scorer = tmp_path / "scorer"
+    gpt2c.GPT2(dataclasses.replace(config, num_labels=2)).save_pretrained(scorer)
+    Tokenizer.from_name("bytes").save_pretrained(scorer)
+    said = refused(lambda: distill(scorer, rows, out, student=base))
+    assert "distillation needs a language head" in said
     texts = [{"text": word} for word in ("one", "two", "three")]
     said = refused(lambda: distill(teacher, texts, out, n_layer=1, lmbda=0.5))
     assert "on-policy steps need prompts, but the data is text: lmbda must be 0" in said

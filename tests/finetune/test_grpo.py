@@ -17,6 +17,7 @@ from gpt2c.finetune import beginner, grpo
 from gpt2c.finetune.cycles import load
 from gpt2c.finetune.grpo import CHOICES, GRPOSettings
 from gpt2c.finetune.policy import group_advantages
+from gpt2c.finetune.prompts import read_prompts
 from gpt2c.finetune.rollouts import sample
 from gpt2c.text.ragged import Order
 from gpt2c.text.tokenizer import Tokenizer
@@ -114,7 +115,7 @@ def test_division_of_a_step_changes_rounding_alone(base: Path, tmp_path: Path) -
         {},
         {"num_iterations": 3, "beta": 0.1, "dropout": 0.1},
         {"algorithm": "ppo", "num_iterations": 2},
-        {"rollouts": "int8", "algorithm": "rloo"},
+        {"rollouts": "int8", "algorithm": "rloo", "lora": True},
     ],
     ids=["grpo", "iterations", "ppo", "int8"],
 )
@@ -137,9 +138,8 @@ def test_updates_on_the_same_completions_are_clipped(base: Path, tmp_path: Path)
     shares = [entry.get("clip_ratio/region_mean") for entry in entries]
     assert shares[0] is None is shares[3] and 0 < shares[1] < shares[2] < 1
     # The second cycle is all that the last checkpoint needs.
-    assert [path.name for path in (tmp_path / "run" / "rollouts").iterdir()][-1:] == [
-        "00000001.safetensors"
-    ]
+    names = [path.name for path in (tmp_path / "run" / "rollouts").iterdir()]
+    assert names == ["00000001.safetensors"]
     (tmp_path / "run" / "rollouts" / "00000001.safetensors").write_bytes(b"damaged")
     assert "00000001.safetensors" in refused(load, tmp_path / "run", 1)
 
@@ -171,13 +171,77 @@ def test_smaller_weights_sample_and_are_corrected_for(
 
 def test_ppos_value_is_a_row_that_no_text_has(base: Path, tmp_path: Path) -> None:
     tuned(base, tmp_path / "run", algorithm="ppo", max_iters=12, vf_coef=1.0)
+    trained = gpt2c.from_pretrained(tmp_path / "run" / "checkpoints" / "00000012")
+    assert trained.config.vocab_size == 258
+    assert np.abs(trained.parameters["wte.weight"][257]).max() > 0
+    # Readers of the run get a model of texts alone, which a second run begins with.
     model = gpt2c.from_pretrained(tmp_path / "run")
-    assert model.config.vocab_size == 258
-    assert np.abs(model.parameters["wte.weight"][257]).max() > 0
-    text = gpt2c.Generator(model, Tokenizer.from_name("bytes")).generate(
-        "a", max_new_tokens=5, seed=1
-    )
-    assert isinstance(text, str)
+    assert model.config == gpt2c.from_pretrained(base).config
+    for name, value in model.parameters.items():
+        assert np.array_equal(value, trained.parameters[name][: len(value)])
+    tuned(tmp_path / "run", tmp_path / "again", algorithm="ppo", max_iters=1, eval_interval=1)
+    again = gpt2c.from_pretrained(tmp_path / "again" / "checkpoints" / "00000001")
+    assert again.config.vocab_size == 258
+
+
+def test_evaluation_measures_the_model_that_is_saved(base: Path, tmp_path: Path) -> None:
+    """The sampler's smaller weights have no part in it."""
+    figures = {}
+    for rollouts in ("fp32", "int8"):
+        given = {"rollouts": rollouts, "learning_rate": 0.0, "max_iters": 1, "max_epochs": 1.0}
+        figures[rollouts] = tuned(base, tmp_path / rollouts, **given)
+    assert figures["int8"].before == figures["fp32"].before
+    assert figures["int8"].after == figures["fp32"].after
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_random_weights_are_their_own_reference(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    def run(out: Path, resume: bool = False, **others: Any) -> Any:
+        given = {"random_weights": True, "beta": 0.5, "algorithm": algorithm, "max_iters": 4}
+        own = {} if resume else QUICK | given | others
+        return grpo(base, PROMPTS, out, reward_funcs=[low], resume=resume, **own)
+
+    resumes_to_the_bit(run, tmp_path / "whole", tmp_path / "parts", monkeypatch, 3)
+    entries = losses(tmp_path / "parts")
+    assert entries[0]["kl"] < 1e-8 < entries[-1]["kl"]
+
+
+def test_reference_has_the_weights_and_the_precision_of_the_run(base: Path, tmp_path: Path) -> None:
+    given = {"beta": 0.5, "lora": True, "quantize": "int8", "max_iters": 1}
+    tuned(base, tmp_path / "run", **given)
+    assert losses(tmp_path / "run")[0]["kl"] < 1e-8  # that of fp32 weights is far away
+
+
+def test_a_stop_ends_an_evaluation_between_two_tokens(base: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    model = gpt2c.from_pretrained(base)
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, [[256, 97]], 2, {256}, 8, 1.0, (1, 2), check=check)
+    assert len(calls) == 3
+
+
+def test_cycle_without_signal_goes_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rewards are equal, so a cycle has nothing to learn from, and is read again as such."""
+
+    def same(completions: Any, **_: Any) -> list[float]:
+        return [0.7] * len(completions)
+
+    def run(out: Path, resume: bool = False, **others: Any) -> Any:
+        own = {} if resume else QUICK | {"num_iterations": 3} | others
+        return grpo(base, PROMPTS, out, reward_funcs=[same], resume=resume, **own)
+
+    resumes_to_the_bit(run, tmp_path / "whole", tmp_path / "parts", monkeypatch, 3)
+    assert load(tmp_path / "parts", 0).ids == []
 
 
 def test_groups_without_signal_change_nothing(base: Path, tmp_path: Path) -> None:
@@ -227,10 +291,43 @@ def test_conversations_are_prompts(base: Path, tmp_path: Path) -> None:
     assert "example 1: the last message must be the user's" in said
 
 
+def test_prompts_of_a_group_are_on_one_side_of_the_split() -> None:
+    rows = [{"prompt": f"{n}", "of": n // 3} for n in range(9)]
+    tokenizer = gpt2c.Tokenizer.from_name("bytes")
+    found = read_prompts(rows, tokenizer, 9, "", 0.3, seed=1, group_field="of")
+    train, val = ({one.columns["of"] for one in side} for side in (found.train, found.val))
+    assert len(train) == 2 and len(val) == 1 and not train & val
+
+
 def test_start_without_a_pass_is_refused(base: Path, tmp_path: Path) -> None:
-    said = refused(tuned, base, tmp_path / "run", threshold=9.0, least_pass=0.01)
-    assert not (tmp_path / "run").exists()
-    assert "of 3 prompts 0.0% have a completion that passes, and 1.0% is wanted" in said
+    def same(completions: Any, **_: Any) -> list[float]:
+        return [0.7] * len(completions)
+
+    for given in ({"reward_funcs": [same]}, {"algorithm": "rft"}):
+        said = refused(tuned, base, tmp_path / "run", threshold=9.0, least_pass=0.01, **given)
+        assert (
+            "of 3 prompts 0.0% have a completion whose reward is at least the threshold, 9, and"
+            " 1.0% is wanted" in said
+        )
+        assert not (tmp_path / "run").exists()
+    # Rewards that differ within groups teach something, whatever passes.
+    assert tuned(base, tmp_path / "run", threshold=9.0, least_pass=0.01, max_iters=1).step == 1
+
+
+def test_evaluations_keep_their_prompts(base: Path, tmp_path: Path) -> None:
+    tuned(base, tmp_path / "run", max_iters=2, eval_prompts=2)
+    given = {"reward_funcs": [low], "resume": True, "eval_prompts": 3}
+    said = refused(grpo, base, PROMPTS, tmp_path / "run", **given)
+    assert "the run was trained with eval_prompts=2, so it cannot go on with 3" in said
+
+
+def test_several_rewards_may_hold_spaces(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": one["prompt"], "answer": "a b"} for one in PROMPTS]
+    given = QUICK | {"reward": "exact + regex:a b + regex:.*", "reward_weights": "1 2 3"}
+    grpo(base, rows, tmp_path / "run", **given | {"max_iters": 1})
+    entry = losses(tmp_path / "run")[0]
+    means = [entry[f"rewards/{name}/mean"] for name in ("exact", "regex:a b", "regex:.*")]
+    assert means == [0, 0, 1] and entry["reward"] == 3
 
 
 def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
@@ -242,9 +339,12 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
         ({"loss_type": "mean"}, "loss_type must be one of dapo, dr_grpo, grpo, bnpo, got 'mean'"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ({"algorithm": "ppo", "lora": True}, "pass lora or algorithm ppo, not both"),
         ({"task": "sort"}, "name prompts or a task, not both"),
         ({"reward_funcs": []}, "name a reward: exact, number, regex:PATTERN or module:function"),
-        ({"reward_funcs": [], "reward": "exact"}, "reward exact raised TypeError"),
+        ({"reward_funcs": [], "reward": "exact"}, "with the field answer, which prompt 'def'"),
+        ({"reward_weights": "nan"}, "reward_weights must be finite numbers, got [nan]"),
+        ({"reward_weights": "-inf"}, "reward_weights must be finite numbers, got [-inf]"),
         ({"reward_weights": "1 2"}, "reward_weights must be one for each of 1 reward, got 2"),
         ({"reward_weights": "x"}, "reward_weights must be numbers, got 'x'"),
         ({"reward_funcs": [failing]}, "reward failing raised RuntimeError('no judge') for"),
@@ -252,6 +352,10 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
     ):
         assert said in refused(tuned, base, tmp_path / "run", **given)
         assert not (tmp_path / "run").exists()
+    for name in ("completions", "prompts", "completion_ids"):
+        rows = [{"prompt": "a"}, {"prompt": "b", name: "mine"}]
+        said = refused(grpo, base, rows, tmp_path / "run", reward_funcs=[low], **QUICK)
+        assert f"example 2: reward functions get an argument {name} of gpt2c's own" in said
     said = refused(grpo, base, None, tmp_path / "run", **QUICK)
     assert said == "name prompts, or a task"
     said = refused(grpo, base, None, tmp_path / "run", task="sort", max_completion_length=48)
@@ -309,14 +413,45 @@ def test_command_line_begins_from_nothing(
     words = ["grpo", "--task", "format", "--out", "run", "--num-generations", "2"]
     words += ["--least-pass", "0", "--eval-prompts", "2", "--max-iters", "2", "--backend", "base"]
     assert main(words) == 0
-    assert {path.name for path in Path("run").iterdir()} == {"text", "base", "sft", "grpo"}
+    made = {"beginner.json", "text", "base", "sft", "grpo"}
+    assert {path.name for path in Path("run").iterdir()} == made
     record = json.loads(Path("run/grpo/run.json").read_text())
     assert record["settings"]["max_completion_length"] == 15  # of the recipe
     bits = weights(Path("run/grpo"))
     assert main([*words, "--resume"]) == 0 and weights(Path("run/grpo")) == bits
-    Path("run/grpo/run.json").unlink()
+    Path("run/grpo").rename("elsewhere")
     capsys.readouterr()
     assert main([*words, "--resume"]) == 0 and weights(Path("run/grpo")) == bits
     assert "before: " in capsys.readouterr().out
     assert main(["grpo", "--out", "other"]) == 2
     assert "name a base, or a task to begin with: --task sort|add" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["text", "base", "sft", "grpo"])
+@pytest.mark.parametrize("began", [False, True])
+def test_beginner_replaces_nothing_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, began: bool
+) -> None:
+    """With --resume it makes again what it had made, and nothing else."""
+    if began and name == "text":
+        pytest.skip("a text has no record of its own")
+    monkeypatch.chdir(tmp_path)
+    Path("run", name).mkdir(parents=True)
+    mine = Path("run", name, "model.safetensors")
+    mine.write_bytes(b"mine")
+    if began:
+        Path("run/beginner.json").write_text('{"task": "format"}')
+    before = sorted(Path("run").rglob("*"))
+    assert main(["grpo", "--task", "format", "--out", "run", "--resume"]) == 2
+    assert f"run/{name} exists and is not empty" in capsys.readouterr().err
+    assert sorted(Path("run").rglob("*")) == before and mine.read_bytes() == b"mine"
+
+
+def test_beginner_keeps_its_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/beginner.json").write_text('{"task": "format"}')
+    assert main(["grpo", "--task", "sort", "--out", "run", "--resume"]) == 2
+    assert "the task must be 'format', got 'sort'" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import gpt2c
 from gpt2c.cli.main import main
 from gpt2c.finetune import distill, prune, sft
 from gpt2c.finetune.prune import PruneSettings, observe, stays
+from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -250,3 +251,5 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     said = refused(lambda: prune(small, ROWS, out, layers=1))
     assert "has int8 weights: prune it before it is quantized" in said
     assert PruneSettings(mask_structure="2:4").group() == (2, 4)
+    said = refused(lambda: FinetuneSettings(keep_zeros=True, lora=True))
+    assert "merged adapters would fill the zeros" in said

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt2c.finetune.prompts import Prompt
 from gpt2c.finetune.tasks import verify
 from gpt2c.kernels.checks import counted, number
 
-__all__ = ["Reward", "Scores", "find_rewards", "score", "try_rewards"]
+__all__ = ["Reward", "Rewards", "find_rewards", "score", "try_rewards"]
 
 Function = Callable[..., Sequence[float | None]]
 Floats = NDArray[np.float64]
@@ -41,7 +42,7 @@ class Reward(NamedTuple):
     weight: float = 1.0
 
 
-class Scores(NamedTuple):
+class Rewards(NamedTuple):
     """The rewards of S completions: the sum (S,), and those of each function, (S,) by its name.
 
     A completion about which no function says anything has nan.
@@ -101,18 +102,25 @@ def find_rewards(
     if not given:
         raise ValueError(f"name a reward: {', '.join(VERIFIERS)}, regex:PATTERN or module:function")
     weights = [number("reward_weights", weight) for weight in weights] or [1.0] * len(given)
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"reward_weights must be finite numbers, got {weights}")
     if len(weights) != len(given):
         raise ValueError(
             f"reward_weights must be one for each of {counted(len(given), 'reward')}, got"
             f" {len(weights)}"
         )
-    rewards = [
-        Reward(*(_found(one) if isinstance(one, str) else (_name(one), one)), weight)
-        for one, weight in zip(given, weights, strict=True)
+    found = [_found(one) if isinstance(one, str) else (_name(one), one) for one in given]
+    names = [name for name, _ in found]
+    if len({*found}) < len(found) or len({*given}) < len(given):
+        raise ValueError(f"rewards must be different, got {names}")
+    own = [
+        name if names.count(name) == 1 else f"{name}_{names[:i].count(name) + 1}"
+        for i, name in enumerate(names)
     ]
-    if len({reward.name for reward in rewards}) < len(rewards):
-        raise ValueError(f"rewards must be different, got {[reward.name for reward in rewards]}")
-    return tuple(rewards)
+    return tuple(
+        Reward(name, function, weight)
+        for name, (_, function), weight in zip(own, found, weights, strict=True)
+    )
 
 
 def _name(function: Function) -> str:
@@ -128,10 +136,10 @@ def _found(name: str) -> tuple[str, Function]:
     if not (colon and module and rest):
         raise ValueError(
             f"no reward {name!r:.50}; the rewards are {', '.join(VERIFIERS)}, regex:PATTERN and"
-            " module:function"
+            " module:function, several with ' + ' between"
         )
     if module == "regex":
-        return "regex", _matching(rest)
+        return name, _matching(rest)
     sys.path.insert(0, os.getcwd())  # as python does for a script there
     try:
         function = getattr(importlib.import_module(module), rest)
@@ -150,7 +158,7 @@ def score(
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
-) -> Scores:
+) -> Rewards:
     """Return the rewards of S completions.
 
     Parameters
@@ -175,20 +183,31 @@ def score(
             f"reward {names} returned None for all of {counted(len(completions), 'completion')}:"
             " nothing can be learned"
         )
-    return Scores(total, each)
+    return Rewards(total, each)
 
 
-def try_rewards(
-    rewards: Sequence[Reward], prompt: str, end: int, columns: Mapping[str, Any]
-) -> None:
+def try_rewards(rewards: Sequence[Reward], prompts: Sequence[Prompt], end: int) -> None:
     """Call each function with an empty completion, before long work depends on it.
+
+    Parameters
+    ----------
+    prompts : all that are sampled from
+    end : the token id of an empty completion
 
     Raises
     ------
-    ValueError : see `score`, but None is fine
+    ValueError : see `score`, but None is fine; a prompt lacks the answer that a verifier needs
     """
-    arguments = _arguments([prompt], [""], [[end]], {name: [v] for name, v in columns.items()})
+    first = prompts[0]
+    columns = {name: [value] for name, value in first.columns.items()}
+    arguments = _arguments([first.text], [""], [[end]], columns)
+    lacking = [one for one in prompts if one.columns.get("answer") is None]
     for reward in rewards:
+        if lacking and reward.function in VERIFIERS.values():
+            raise ValueError(
+                f"reward {reward.name} compares completions with the field answer, which prompt"
+                f" {lacking[0].text!r:.70} lacks"
+            )
         _of(reward, arguments)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from gpt2c.finetune.rewards import find_rewards, score
+from gpt2c.finetune.prompts import Prompt
+from gpt2c.finetune.verifiers import find_rewards, score, try_rewards
 
 PROMPTS, COMPLETIONS = ["2+2 =", "2+2 =", "3+4 ="], [" 4", " 5.", " it is 7"]
 COLUMNS = {"answer": ["4", "4", 7]}
@@ -117,10 +118,32 @@ def test_bad_rewards_are_named_with_the_completion() -> None:
     assert "raised TypeError" in refused(scored, lambda completions: [0, 0, 0])
 
 
+def test_rewards_of_one_name_are_numbered() -> None:
+    both = find_rewards([bad(1, 1, 1), "exact", bad(2, 2, 2)])
+    assert [one.name for one in both] == ["<lambda>_1", "exact", "<lambda>_2"]
+    found = scored(r"regex:\d", r"regex:.*\d")
+    assert set(found.each) == {r"regex:\d", r"regex:.*\d"} and found.total.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["exact", "number"])
+@pytest.mark.parametrize("columns", [{}, {"answer": None}])
+def test_every_prompt_needs_the_answer_that_is_compared(name: str, columns: Any) -> None:
+    prompts = [Prompt([1], "2+2 =", {"answer": 4}), Prompt([1], "3+4 =", columns)]
+    assert refused(try_rewards, find_rewards([name]), prompts, 0) == (
+        f"reward {name} compares completions with the field answer, which prompt '3+4 =' lacks"
+    )
+    try_rewards(find_rewards([name]), prompts[:1], 0)
+    try_rewards(find_rewards(["regex:a"]), prompts, 0)
+
+
 def test_bad_names_are_refused() -> None:
     assert "name a reward: exact, number" in refused(find_rewards, [])
     assert "no reward 'exactly'" in refused(find_rewards, ["exactly"])
     assert "is not a pattern" in refused(find_rewards, ["regex:("])
     assert "one for each of 2 rewards, got 1" in refused(find_rewards, ["exact", "number"], [1])
     assert "must be different" in refused(find_rewards, ["exact", "exact"])
+    assert "must be different" in refused(find_rewards, ["regex:a", "regex:a"])
+    assert "no reward 'exact number'" in refused(find_rewards, ["exact number"])
+    for weight in (float("nan"), float("inf")):
+        assert "must be finite numbers" in refused(find_rewards, ["exact"], [weight])
     assert "a name or a function, got 3" in refused(find_rewards, [3])
