@@ -20,7 +20,7 @@ from gpt2c.generate.continuation import Text, read_prompt, step
 from gpt2c.generate.sampling import TextSettings
 from gpt2c.generator import Generator
 from gpt2c.kernels.checks import counted
-from gpt2c.text.chat import CHAT_TEMPLATE, Message, check_messages, encode_chat
+from gpt2c.text.chat import Message, check_messages, check_template, encode_chat
 
 __all__ = ["Chat"]
 
@@ -75,12 +75,7 @@ class Chat:
     ) -> None:
         if not isinstance(generator, Generator):
             generator = Generator.from_pretrained(generator)
-        template = generator.tokenizer.chat_template
-        if template is not None and template.strip() != CHAT_TEMPLATE.strip():
-            raise ValueError(
-                "the model has a chat template of its own; gpt2c speaks only its plain one, which"
-                " gpt2c sft teaches"
-            )
+        check_template(generator.tokenizer)
         given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
         self._config, self._writer = generator.plan({"on_full": "stop", **given})
         if self._config.num_return_sequences > 1 or self._config.on_full != "stop":

@@ -18,8 +18,6 @@ from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Classifier", "encode", "scores", "softmax"]
 
-BATCH_TOKENS = 4096  # of the texts that are read together; it decides memory alone
-
 
 class Classifier:
     """Labels texts.
@@ -92,12 +90,22 @@ class Classifier:
 
 
 def scores(
-    model: Model, rows: Sequence[Sequence[int]], check: Callable[[], None] | None = None
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    batch_tokens: int = 4096,
+    check: Callable[[], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Return the scores (n, K) of texts of token ids; `check` is called before each batch."""
+    """Return the scores (n, K) of texts of token ids.
+
+    Parameters
+    ----------
+    rows : the ids of each text
+    batch_tokens : the most tokens that are read at once; it changes memory alone
+    check : called before each batch
+    """
     found = np.empty((len(rows), model.config.num_labels or 0), np.float32)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # batches of similar lengths
-    for part in parts([len(rows[n]) for n in order], BATCH_TOKENS):
+    for part in parts([len(rows[n]) for n in order], batch_tokens):
         if check:
             check()
         found[order[part]] = model.scores([rows[n] for n in order[part]], keep=False)

@@ -20,8 +20,10 @@ __all__ = [
     "MODEL_FILES",
     "MODEL_OTHERS",
     "MOMENTS_FILE",
+    "REFERENCE_FILE",
     "RESULT_FILE",
     "ROLES_FILE",
+    "ROLLOUTS",
     "RUNS_FILE",
     "RUN_FILE",
     "STATE_FILE",
@@ -71,6 +73,8 @@ EVENTS = "tensorboard"
 LOSS_FILE = "loss.png"
 RUNS_FILE = "plot.png"
 RESULT_FILE = "result.json"
+REFERENCE_FILE = "reference.jsonl"  # of dpo: log-probabilities by the base
+ROLLOUTS = "rollouts"  # of grpo: a directory of completions that a run learns from
 CONFUSION_FILE = "confusion.png"  # of a classifier
 
 

@@ -89,9 +89,6 @@ class ClassifySettings(FinetuneSettings):
     )
     text_field: str = setting("classify", "", "the name of the field text, if it is another")
     label_field: str = setting("classify", "", "the name of the field label")
-    group_field: str = setting(
-        "classify", "", "a field: texts that have the same one are never on both sides of a split"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -367,7 +364,8 @@ class _Classify(Method):
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
         texts = self._val if self._val.rows else self._train
-        found, weights = scores(run.model, texts.rows, check), self._weights[texts.labels]
+        found = scores(run.model, texts.rows, self._settings.batch_tokens, check)
+        weights = self._weights[texts.labels]
         loss, _ = weighted_cross_entropy(found, texts.labels, weights, float(weights.sum()))
         report = compare(texts.labels, found.argmax(1), self._split.labels)
         return {
@@ -386,7 +384,7 @@ class _Classify(Method):
             threads=settings.threads or None,
             precision=settings.precision,
         )
-        return texts.labels, softmax(scores(model, texts.rows))
+        return texts.labels, softmax(scores(model, texts.rows, settings.batch_tokens))
 
 
 def _listed(labels: Sequence[str]) -> str:

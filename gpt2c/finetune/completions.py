@@ -16,12 +16,15 @@ from gpt2c.text.examples import Example
 __all__ = ["learn_completions", "lengths_of", "log_probabilities"]
 
 
-def log_probabilities(model: Model, examples: Sequence[Example]) -> NDArray[np.float64]:
+def log_probabilities(
+    model: Model, examples: Sequence[Example], keep: bool = True
+) -> NDArray[np.float64]:
     """Return the log-probability of each completion, (B,), in nats.
 
-    The model keeps what `learn_completions` needs.
+    With `keep` the model keeps what `learn_completions` needs.
     """
-    losses = model.losses([one.ids[:-1] for one in examples], [one.targets for one in examples])
+    inputs, targets = [one.ids[:-1] for one in examples], [one.targets for one in examples]
+    losses = model.losses(inputs, targets, keep=keep)
     return -np.array([row.sum(dtype=np.float64) for row in losses])
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files.atomic import atomic_path
+from gpt2c.files.names import ROLLOUTS
 from gpt2c.files.tensors import map_tensors, write_tensors
 from gpt2c.finetune.policy import Tokens
 
 __all__ = ["Experience", "load", "prune", "store"]
 
 Floats = NDArray[np.float64]
-DIRECTORY = "rollouts"
 
 
 class Experience(NamedTuple):
@@ -51,7 +51,7 @@ def store(out: Path, cycle: int, batch: Experience) -> None:
     ------
     OSError : it cannot be written
     """
-    (out / DIRECTORY).mkdir(exist_ok=True)
+    (out / ROLLOUTS).mkdir(exist_ok=True)
     arrays: dict[str, NDArray[Any]] = {
         **{name: value for name, value in batch.tokens._asdict().items() if value is not None},
         "lengths": np.array([len(ids) for ids in batch.ids]),
@@ -94,10 +94,10 @@ def load(out: Path, cycle: int) -> Experience:
 
 def prune(out: Path, first: int) -> None:
     """Remove the files of cycles before `first`."""
-    for path in (out / DIRECTORY).glob("*.safetensors"):
+    for path in (out / ROLLOUTS).glob("*.safetensors"):
         if path.stem.isdigit() and int(path.stem) < first:
             path.unlink(missing_ok=True)
 
 
 def _path(out: Path, cycle: int) -> Path:
-    return out / DIRECTORY / f"{cycle:08d}.safetensors"
+    return out / ROLLOUTS / f"{cycle:08d}.safetensors"

@@ -16,13 +16,21 @@ import numpy as np
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
-from gpt2c.finetune.report import Counts, coloured
+from gpt2c.finetune.report import Counts, coloured, held
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check
 from gpt2c.kernels.checks import counted
 from gpt2c.model.objective import CrossEntropy
-from gpt2c.text.chat import CHAT_TEMPLATE
-from gpt2c.text.examples import Example, divided, fingerprint, kept, read_records, supervised
+from gpt2c.text.chat import CHAT_TEMPLATE, check_template
+from gpt2c.text.examples import (
+    Example,
+    divided,
+    fingerprint,
+    kept,
+    read_records,
+    shortened,
+    supervised,
+)
 from gpt2c.text.ragged import Order, held_out
 from gpt2c.text.shards import Split, StoredTokens, checksums, read_shards
 from gpt2c.text.tokenizer import Tokenizer
@@ -99,6 +107,7 @@ class Data:
     tokens, learned : how many all examples have, and how many of these are learned
     longest : tokens of the longest example
     facts : identify the examples, in run.json
+    cut : how many lost their end
     left_out : how many records were left out, as a text
     order : the examples of each step
     tokenizer : of the base
@@ -111,6 +120,7 @@ class Data:
     learned: int
     longest: int
     facts: Mapping[str, Any]
+    cut: int
     left_out: str
     order: Order
     tokenizer: Tokenizer
@@ -144,10 +154,10 @@ class Data:
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report before the first step."""
         count = len(self.train) + len(self.val)
-        held = f", {len(self.val):,} held out" if self.val else ""
         share = f"{self.learned / self.tokens:.0%} of them learned"
+        told = held(len(self.val), self.cut)
         yield (
-            f"{count:,} examples ({self.format}){held}; left out: {self.left_out};"
+            f"{count:,} examples ({self.format}), {told}; left out: {self.left_out};"
             f" {self.tokens:,} tokens, {share}; the longest example has {self.longest:,}"
         )
         yield f"the first example, with its learned part {coloured(self.train[0], self.tokenizer)}"
@@ -177,22 +187,28 @@ def open_data(source: Source, base: Base, settings: SupervisedSettings) -> Data:
     }
     found = read_records(source, FORMATS, names)
     if found.format not in ("prompt and completion", "text"):
+        check_template(tokenizer)
         tokenizer.chat_template = CHAT_TEMPLATE
     every, reasons = kept(
-        found.records, lambda record: supervised(record, found.format, tokenizer), most
+        found.records,
+        lambda record: shortened(
+            supervised(record, found.format, tokenizer, settings.group_field), most
+        ),
+        lambda one: one.content,
     )
     if not every:
         raise ValueError(f"no example is left to learn from: {Counts(reasons)}")
-    out = held_out(range(len(every)), settings.val_fraction, settings.seed)
-    train = [one for one, held in zip(every, out, strict=True) if not held]
+    out = held_out([one.group for one in every], settings.val_fraction, settings.seed)
+    train = [one for one, apart in zip(every, out, strict=True) if not apart]
     return Data(
         format=found.format,
         train=train,
-        val=[one for one, held in zip(every, out, strict=True) if held],
+        val=[one for one, apart in zip(every, out, strict=True) if apart],
         tokens=sum(len(one.ids) for one in every),
         learned=sum(int(one.learned[1:].sum()) for one in every),
         longest=max(len(one.ids) for one in every),
         facts=fingerprint(every),
+        cut=sum(one.cut for one in every),
         left_out=str(Counts(reasons)),
         order=Order(len(train), settings.batch_size, settings.seed),
         tokenizer=tokenizer,
@@ -219,6 +235,7 @@ def _prepared(path: Path, tokenizer: Tokenizer, settings: FinetuneSettings, most
         learned=train.targets + val.targets,
         longest=min(most + 1, max(map(len, shards))),
         facts={split: checksums(opened) for split, opened in parts.items()},
+        cut=0,
         left_out="none",
         order=Order(len(train), settings.batch_size, settings.seed),
         tokenizer=tokenizer,

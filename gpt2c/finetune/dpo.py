@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from gpt2c.files.names import REFERENCE_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.finetune.completions import learn_completions, lengths_of, log_probabilities
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
-from gpt2c.finetune.reference import REFERENCE_FILE, reference_of
+from gpt2c.finetune.reference import reference_of
 from gpt2c.finetune.tune import Base, Check, Result, tune
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
@@ -55,7 +56,9 @@ class DPOSettings(JudgingSettings):
     loss_type: str = setting(
         "dpo", "sigmoid", f"of pairs {', '.join(PAIR_LOSSES)}; of single answers kto", fixed=True
     )
-    beta: float = setting("dpo", 0.1, "how dear it is to leave the base model; simpo: about 2")
+    beta: float = setting(
+        "dpo", 0.0, "how dear it is to leave the base model; 0: 0.1, or 2 with simpo", least=0
+    )
     label_smoothing: float = setting(
         "dpo", 0.0, "sigmoid, robust, simpo: the share of preferences that are wrong", least=0
     )
@@ -71,12 +74,15 @@ class DPOSettings(JudgingSettings):
         if self.loss_type != "kto":
             self.pair_loss()
             return
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
         if self.label_smoothing or self.sft_weight:
             raise ValueError("label_smoothing and sft_weight are for losses of pairs, not for kto")
         if self.batch_size < 2:
             raise ValueError("kto compares the answers of a batch: batch_size must be at least 2")
+
+    @property
+    def price(self) -> float:
+        """The loss's beta."""
+        return self.beta or (2.0 if self.loss_type == "simpo" else 0.1)
 
     def pair_loss(self) -> PairLoss:
         """Return the loss of pairs."""
@@ -85,15 +91,15 @@ class DPOSettings(JudgingSettings):
             raise ValueError(
                 f"loss_type must be one of {known} or kto, got {shown(self.loss_type)}"
             )
-        return PairLoss(self.loss_type, self.beta, self.label_smoothing, self.simpo_gamma)
+        return PairLoss(self.loss_type, self.price, self.label_smoothing, self.simpo_gamma)
 
 
 class Completions:
     """Values that are log-probabilities of completions."""
 
-    def values(self, model: Model, examples: Sequence[Example]) -> Array:
+    def values(self, model: Model, examples: Sequence[Example], keep: bool) -> Array:
         """See `Judge`."""
-        return log_probabilities(model, examples)
+        return log_probabilities(model, examples, keep)
 
     def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
         """See `Judge`."""
@@ -149,10 +155,10 @@ class Singles(Completions):
         of, liked = self._settings, np.array([unit.liked for unit in units])
         reference = np.array([unit.reference[0] for unit in units])
         losses, slopes = kto(
-            *(values[0], reference, liked, self._point, of.beta),
+            *(values[0], reference, liked, self._point, of.price),
             *(of.desirable_weight, of.undesirable_weight),
         )
-        rewards = of.beta * (values[0] - reference)
+        rewards = of.price * (values[0] - reference)
         figures = {"kl": np.full(len(units), self._point)}
         for name, some in (("chosen", liked), ("rejected", ~liked)):
             figures[f"rewards/{name}"] = np.where(some, rewards, np.nan)
@@ -193,7 +199,6 @@ class _Referred(Judging):
             return
         units = [*self.train, *self.val]
         examples = [one for unit in units for one in unit.measured]
-        batches = list(divided(examples, self.settings.batch_tokens))
         key = {
             "examples": fingerprint(examples)["sha256"],
             "base": run.facts["base"]["sha256"],
@@ -203,7 +208,13 @@ class _Referred(Judging):
             answers = counted(len(examples), "answer")
             report(f"the base's log-probabilities of {answers} are kept in {REFERENCE_FILE}")
         values = reference_of(
-            run.model, batches, run.out / REFERENCE_FILE, key, not run.step, check
+            run.model,
+            examples,
+            self.settings.batch_tokens,
+            run.out / REFERENCE_FILE,
+            key,
+            not run.step,
+            check,
         )
         ends = np.cumsum([len(unit.measured) for unit in units])[:-1]
         units = [
@@ -253,15 +264,18 @@ class _KTO(_Referred):
 
     def __init__(self, base: Base, settings: DPOSettings, source: Source) -> None:
         super().__init__(base, settings, source, "kto", single_of)
-        units = [*self.train, *self.val]
+        self.train, self.val = self._mismatched(self.train), self._mismatched(self.val)
+        every = (*self.train, *self.val)
+        self.longest = max(len(one.ids) for unit in every for one in unit.measured)
+
+    def _mismatched(self, units: Sequence[Unit]) -> list[Unit]:
+        """Give each unit the answer of another of its side, so that no side sees the other's."""
         # half of all further on: answers to one prompt often stand side by side
         others = [*units[len(units) // 2 :], *units[: len(units) // 2]]
-        units = [
+        return [
             unit._replace(other=mismatched(unit, other, self.most))
             for unit, other in zip(units, others, strict=True)
         ]
-        self.train, self.val = units[: self.examples], units[self.examples :]
-        self.longest = max(len(one.ids) for unit in units for one in unit.measured)
 
     def sides(self, unit: Unit) -> Sequence[str]:
         return ("liked answer" if unit.liked else "answer that is not liked",)
@@ -272,7 +286,7 @@ class _KTO(_Referred):
         for batch in divided(others, self.settings.batch_tokens):
             if check:
                 check()
-            policy.append(log_probabilities(model, batch))
+            policy.append(log_probabilities(model, batch, keep=False))
         reference = np.array([unit.reference[-1] for unit in units])
         return Singles(self.settings, reference_point(np.concatenate(policy), reference))
 

@@ -45,7 +45,7 @@ from gpt2c.finetune.policy import (
     whitened,
 )
 from gpt2c.finetune.prompts import Prompt, read_prompts, task_prompts
-from gpt2c.finetune.report import Counts
+from gpt2c.finetune.report import Counts, held
 from gpt2c.finetune.rollouts import Diverged, Rollouts, sample
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tasks import TASKS
@@ -185,7 +185,7 @@ class _GRPO(Method):
         else:
             found = read_prompts(
                 *(source, self.tokenizer, most, settings.prompt_field),
-                *(settings.val_fraction, settings.seed),
+                *(settings.val_fraction, settings.seed, settings.group_field),
             )
         try_rewards(rewards, [*found.train, *found.val], self.tokenizer.eot)
         self._prompts, self.facts = found, found.fingerprint
@@ -205,11 +205,11 @@ class _GRPO(Method):
 
     def lines(self) -> Iterator[str]:
         settings, found = self._settings, self._prompts
-        held = f", {len(found.val):,} held out" if found.val else ""
+        names = ", ".join(reward.name for reward in self._rewards)
         yield (
-            f"{len(found.train):,} prompts{held}; left out: {Counts(found.left_out)};"
-            f" {settings.batch_size} of them in a step, {settings.num_generations} completions of"
-            f" each; rewards: {', '.join(reward.name for reward in self._rewards)}"
+            f"{len(found.train):,} prompts, {held(len(found.val))}; left out:"
+            f" {Counts(found.left_out)}; {settings.batch_size} of them in a step,"
+            f" {settings.num_generations} completions of each; rewards: {names}"
         )
         if self._ppo:
             yield "checkpoints have one more row in the token table, for PPO's values"
@@ -528,7 +528,7 @@ def grpo(
     ...         **dict(reward_funcs=[short], max_completion_length=16, max_iters=20),
     ...         **dict(learning_rate=0.01, val_fraction=0),
     ...     )  # doctest: +ELLIPSIS
-    2 prompts; ...
+    2 prompts, ...
     >>> result.after["val_reward"] > result.before["val_reward"]
     True
     """

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from gpt2c.evaluate.metrics import wilson
 from gpt2c.finetune.completions import lengths_of
-from gpt2c.finetune.pairs import Unit, kept_units
-from gpt2c.finetune.report import Counts, coloured
+from gpt2c.finetune.pairs import Unit, shortened_unit
+from gpt2c.finetune.report import Counts, coloured, held
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
-from gpt2c.text.chat import CHAT_TEMPLATE
-from gpt2c.text.examples import Example, Record, fingerprint, read_records
+from gpt2c.text.chat import CHAT_TEMPLATE, check_template
+from gpt2c.text.examples import Example, Record, fingerprint, group_of, kept, read_records
 from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
@@ -65,6 +65,7 @@ class JudgingSettings(FinetuneSettings):
         """The names of fields, see `read_records`."""
         ending = "_field"
         names = [name for name in self.fields() if name.endswith(ending)]
+        names.remove("group_field")  # it gives no field another name
         return {name.removesuffix(ending): getattr(self, name) for name in names}
 
 
@@ -86,8 +87,8 @@ class Judged(NamedTuple):
 class Judge(Protocol):
     """Values of examples, and judgements by them."""
 
-    def values(self, model: Model, examples: Sequence[Example]) -> Array:
-        """Return a value for each example; the model keeps what `push` needs."""
+    def values(self, model: Model, examples: Sequence[Example], keep: bool) -> Array:
+        """Return a value for each example; with `keep` the model keeps what `push` needs."""
 
     def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
         """Add the gradient of sum(slopes * values), for the values computed last."""
@@ -124,15 +125,21 @@ class Judging(Method):
             record.fields.get("chosen", record.fields.get("completion")) for record in records
         ]
         if any(isinstance(answer, list) for answer in answers):
+            check_template(self.tokenizer)
             self.tokenizer.chat_template = CHAT_TEMPLATE
-        units, self._reasons = kept_units(
-            records, lambda record: encode(record, base.tokenizer), most
-        )
+        field = settings.group_field
+
+        def read(record: Record) -> Unit:
+            unit = encode(record, base.tokenizer)
+            unit = unit._replace(group=group_of(record, field, unit.asked))
+            return shortened_unit(unit, most)
+
+        units, self._reasons = kept(records, read, lambda unit: unit.content)
         if not units:
             raise ValueError(f"no example is left to learn from: {Counts(self._reasons)}")
-        out = held_out(range(len(units)), settings.val_fraction, settings.seed)
-        self.train = [unit for unit, held in zip(units, out, strict=True) if not held]
-        self.val = [unit for unit, held in zip(units, out, strict=True) if held]
+        out = held_out([unit.group for unit in units], settings.val_fraction, settings.seed)
+        self.train = [unit for unit, apart in zip(units, out, strict=True) if not apart]
+        self.val = [unit for unit, apart in zip(units, out, strict=True) if apart]
         self.examples = len(self.train)
         self.longest = max(unit.tokens for unit in units)
         marks = repr([(unit.liked, unit.margin) for unit in units]).encode()
@@ -148,9 +155,9 @@ class Judging(Method):
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report before the first step."""
         units = [*self.train, *self.val]
-        held = f", {len(self.val):,} held out" if self.val else ""
+        told = held(len(self.val), sum(unit.cut for unit in units))
         yield (
-            f"{len(units):,} judgements{held}; left out: {Counts(self._reasons)}; the longest has"
+            f"{len(units):,} judgements, {told}; left out: {Counts(self._reasons)}; the longest has"
             f" {self.longest:,} tokens"
         )
         if len(units[0].examples) == 2:
@@ -167,7 +174,7 @@ class Judging(Method):
         units = [self.train[n] for n in self.order.step(run.step)]
         run.model.zero_grad()
         judge, found = self.judge(run.model, units, None), []
-        for some, examples, values in self._read(judge, run.model, units, None):
+        for some, examples, values in self._read(judge, run.model, units, keep=True):
             found.append(judge(some, values))
             judge.push(run.model, examples, found[-1].slopes.reshape(-1) / len(units))
         loss, figures = _means(found)
@@ -177,9 +184,8 @@ class Judging(Method):
         """See `Method`."""
         units = self.val or self.train[: self.settings.batch_size]
         judge = self.judge(run.model, units, check)
-        found = [
-            judge(some, values) for some, _, values in self._read(judge, run.model, units, check)
-        ]
+        read = self._read(judge, run.model, units, keep=False, check=check)
+        found = [judge(some, values) for some, _, values in read]
         loss, figures = _means(found)
         every = {"val_loss": loss}
         for name, value in figures.items():
@@ -190,7 +196,12 @@ class Judging(Method):
         return every
 
     def _read(
-        self, judge: Judge, model: Model, units: Sequence[Unit], check: Check
+        self,
+        judge: Judge,
+        model: Model,
+        units: Sequence[Unit],
+        keep: bool,
+        check: Check = None,
     ) -> Iterator[tuple[Sequence[Unit], list[Example], Array]]:
         """Yield units, their examples side by side, and the values (K,U), a part at a time."""
         for part in parts([unit.tokens for unit in units], self.settings.batch_tokens):
@@ -199,7 +210,7 @@ class Judging(Method):
             some = units[part]
             sides = zip(*(unit.examples for unit in some), strict=True)
             examples = [one for side in sides for one in side]
-            yield some, examples, judge.values(model, examples).reshape(-1, len(some))
+            yield some, examples, judge.values(model, examples, keep).reshape(-1, len(some))
 
 
 def lengths_of_pairs(units: Sequence[Unit]) -> str:

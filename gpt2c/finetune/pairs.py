@@ -11,8 +11,7 @@ answer has its end of text, unless it is cut.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from gpt2c.text.chat import check_messages, encode_chat
 from gpt2c.text.examples import Dropped, Example, Record, shortened, string
 from gpt2c.text.tokenizer import Tokenizer
 
-__all__ = ["Unit", "kept_units", "mismatched", "pair_of", "single_of", "without_end"]
+__all__ = ["Unit", "mismatched", "pair_of", "shortened_unit", "single_of", "without_end"]
 
 
 class Unit(NamedTuple):
@@ -37,6 +36,7 @@ class Unit(NamedTuple):
     other : the prompt of a single example with an answer to another one, for KTO
     reference : (K,), log-probabilities by the untrained model, and last that of `other` if there is
         one; empty if no reference is needed
+    group : units of one group stay together when units are divided
     """
 
     examples: tuple[Example, ...]
@@ -44,11 +44,28 @@ class Unit(NamedTuple):
     margin: float = 0.0
     other: Example | None = None
     reference: tuple[float, ...] = ()
+    group: Any = None
 
     @property
     def tokens(self) -> int:
         """The number of its tokens."""
         return sum(len(one.ids) for one in self.examples)
+
+    @property
+    def cut(self) -> bool:
+        """Whether an end is lost."""
+        return any(one.cut for one in self.examples)
+
+    @property
+    def content(self) -> tuple[bytes, bool]:
+        """Its examples and its mark; units of one content are one."""
+        return b"".join(one.content for one in self.examples), self.liked
+
+    @property
+    def asked(self) -> bytes:
+        """The ids of its prompt."""
+        one = self.examples[0]
+        return one.ids[~one.learned].tobytes()
 
     @property
     def measured(self) -> tuple[Example, ...]:
@@ -72,7 +89,10 @@ def pair_of(record: Record, tokenizer: Tokenizer) -> Unit:
     asked, other = (one.ids[~one.learned] for one in (chosen, rejected))
     if not np.array_equal(asked, other):
         raise ValueError(f"{record.where}: chosen and rejected answer different prompts")
-    margin = number(f"{record.where}: margin", record.fields.get("margin", 0.0))
+    given = record.fields.get("margin", 0.0)
+    with suppress(ValueError):  # in CSV it is a text
+        given = float(given) if isinstance(given, str) else given
+    margin = number(f"{record.where}: margin", given)
     if not math.isfinite(margin):
         raise ValueError(f"{record.where}: margin must be finite, got {margin}")
     return Unit((chosen, rejected), margin=margin)
@@ -95,7 +115,9 @@ def single_of(record: Record, tokenizer: Tokenizer) -> Unit:
 def without_end(unit: Unit) -> Unit:
     """Return a unit whose examples lack their last token, the end of text."""
     return unit._replace(
-        examples=tuple(Example(one.ids[:-1], one.learned[:-1], one.where) for one in unit.examples)
+        examples=tuple(
+            one._replace(ids=one.ids[:-1], learned=one.learned[:-1]) for one in unit.examples
+        )
     )
 
 
@@ -128,32 +150,14 @@ def _answered(record: Record, name: str, tokenizer: Tokenizer) -> Example:
     return Example(np.array(ids, np.int32), np.arange(len(ids)) >= start, record.where)
 
 
-def kept_units(
-    records: Sequence[Record], encode: Callable[[Record], Unit], most: int
-) -> tuple[list[Unit], dict[str, int]]:
-    """Encode records; leave out what cannot be judged, and what is there already.
+def shortened_unit(unit: Unit, most: int) -> Unit:
+    """Return a unit whose examples are cut to `most` + 1 tokens, see `shortened`.
 
-    Parameters
-    ----------
-    most : the most tokens of an example that are read; longer ones lose their end
-
-    Returns
-    -------
-    the units, and how many were left out or cut for each reason
+    Raises
+    ------
+    Dropped : an example has nothing to learn, or both are equal now
     """
-    units: dict[Any, Unit] = {}
-    counts: Counter[str] = Counter()
-    for record in records:
-        try:
-            whole = encode(record)
-            unit = whole._replace(examples=tuple(shortened(one, most) for one in whole.examples))
-            texts = [one.ids.tobytes() for one in unit.examples]
-            if len({*texts}) < len(texts):
-                raise Dropped("whose answers are equal up to where they are cut")
-            if (*texts, unit.liked) in units:
-                raise Dropped("that are there already")
-            units[(*texts, unit.liked)] = unit
-            counts["cut at the end"] += unit.tokens < whole.tokens
-        except Dropped as reason:
-            counts[str(reason)] += 1
-    return list(units.values()), {reason: count for reason, count in counts.items() if count}
+    examples = tuple(shortened(one, most) for one in unit.examples)
+    if len({one.ids.tobytes() for one in examples}) < len(examples):
+        raise Dropped("whose answers are equal up to where they are cut")
+    return unit._replace(examples=examples)

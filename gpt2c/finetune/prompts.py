@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gpt2c.finetune import tasks
 from gpt2c.text.chat import check_messages, encode_chat
-from gpt2c.text.examples import Record, read_records, string
+from gpt2c.text.examples import Record, group_of, read_records, string
 from gpt2c.text.ragged import held_out
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -58,6 +58,7 @@ def read_prompts(
     prompt_field: str,
     val_fraction: float,
     seed: int,
+    group_field: str = "",
 ) -> Prompts:
     """Read prompts.
 
@@ -68,6 +69,7 @@ def read_prompts(
     most : the most tokens of a prompt; longer ones are left out, and so is what is there already
     prompt_field : the name of the field prompt, "" for that
     val_fraction, seed : see `held_out`
+    group_field : see `group_of`; without it each prompt is its own group
 
     Raises
     ------
@@ -75,6 +77,7 @@ def read_prompts(
     """
     found = read_records(source, ("messages", "prompt"), {"prompt": prompt_field})
     prompts: dict[tuple[int, ...], Prompt] = {}
+    groups: list[Any] = []
     left_out: dict[str, int] = {}
     for record in found.records:
         one = _prompt(record, found.format, tokenizer)
@@ -85,13 +88,14 @@ def read_prompts(
             left_out[reason] = left_out.get(reason, 0) + 1
         else:
             prompts[tuple(one.ids)] = one
+            groups.append(group_of(record, group_field, tuple(one.ids)))
     if not prompts:
         many = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise ValueError(
             f"no prompt is left to sample from: {many}; the model's context less"
             f" max_completion_length has room for {max(0, most)} tokens"
         )
-    out = held_out(list(prompts), val_fraction, seed)
+    out = held_out(groups, val_fraction, seed)
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
     for one, held in zip(prompts.values(), out, strict=True):
         sides[held].append(one)

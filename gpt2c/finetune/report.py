@@ -10,7 +10,7 @@ from gpt2c.screen.terminal import colored, has_colors, visible
 from gpt2c.text.examples import Example
 from gpt2c.text.tokenizer import Tokenizer
 
-__all__ = ["Counts", "coloured"]
+__all__ = ["Counts", "coloured", "held"]
 
 GREEN = "\x1b[32m"
 LONGEST = 400  # tokens of an example that are shown
@@ -24,6 +24,12 @@ class Counts(dict[str, int]):
 
     def __init__(self, counts: Mapping[str, int]) -> None:
         super().__init__(counts)
+
+
+def held(count: int, cut: int = 0) -> str:
+    """Return how many examples are held out, perhaps none, and how many of all are cut."""
+    told = f"{count:,} held out" if count else "none held out, so the figures are of learned ones"
+    return f"{told}, {cut:,} cut at the end" if cut else told
 
 
 def coloured(example: Example, tokenizer: Tokenizer) -> str:

@@ -44,9 +44,9 @@ class Scores:
     def __init__(self, centring: float) -> None:
         self._centring = centring
 
-    def values(self, model: Model, examples: Sequence[Example]) -> Array:
+    def values(self, model: Model, examples: Sequence[Example], keep: bool) -> Array:
         """See `Judge`."""
-        return model.scores([one.ids for one in examples])[:, 0].astype(np.float64)
+        return model.scores([one.ids for one in examples], keep=keep)[:, 0].astype(np.float64)
 
     def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
         """See `Judge`."""

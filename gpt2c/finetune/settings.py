@@ -63,6 +63,11 @@ class FinetuneSettings(Settings):
         "data", 0.05, "the share of the examples that is held out", least=0, fixed=True
     )
 
+    group_field: str = setting(
+        *("data", "", "a field: examples that have the same one are on one side of a split"),
+        fixed=True,
+    )
+
     lora: bool = setting("lora", False, "train low-rank adapters, not the model", fixed=True)
     lora_r: int = setting("lora", 8, "the adapters' rank", least=1, fixed=True)
     lora_alpha: float = setting(

@@ -105,7 +105,7 @@ class _SFT(Method):
 def answered(
     model: CausalLM, examples: Sequence[Example], eot: int, check: Check = None
 ) -> dict[str, float]:
-    """Answer the last prompt of examples greedily; return how well.
+    """Answer the last prompt of examples greedily; return how well. One that is cut is not asked.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def answered(
     asked = []
     for one in examples:
         start = one.asked
-        if start < len(one.ids) and start < model.config.n_positions:
+        if not one.cut and start < len(one.ids) and start < model.config.n_positions:
             asked.append((one.ids[:start], one.ids[start:].tolist()))
     ended = right = 0
     longest = max((len(answer) for _, answer in asked), default=0)

@@ -14,8 +14,8 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
-from gpt2c.files.atomic import atomic_path
-from gpt2c.files.names import RESULT_FILE, RUN_FILE
+from gpt2c.files.atomic import atomic_path, claimed
+from gpt2c.files.names import CHECKPOINTS, EVENTS, METRICS_FILE, RESULT_FILE, ROLLOUTS, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
@@ -33,12 +33,13 @@ from gpt2c.formats.peft import digest
 from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.memory import require
 from gpt2c.model.model import first_values
-from gpt2c.model.parameters import Tensor
+from gpt2c.model.parameters import Tensor, check_shapes
 from gpt2c.model.plan import parts_needed
 from gpt2c.pretrained import MODELS
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned, evaluated
 from gpt2c.train.loop import train_run
+from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import AdamW
 from gpt2c.train.run import (
     Run,
@@ -186,6 +187,8 @@ def tune(
             *(verb, kind, make, base, out, given, resume, overwrite), stack
         )
         stack.callback(run.close)
+        if not resume:
+            stack.enter_context(_cleared(run))
         before: Mapping[str, float] = {}
         after: dict[str, float] = {}
 
@@ -202,8 +205,8 @@ def tune(
 
         with interruptible() as stop:
             if resume:
-                before, stored = _results(out)
-                after |= stored if run.step == run.settings.max_iters else {}
+                before, evaluations = _before(out), _evaluations(out)
+                after |= evaluations.get(run.settings.max_iters, {})
             if run.step < run.settings.max_iters:
                 for line in (*method.lines(), *_adapter_lines(run)):
                     report(line)
@@ -224,6 +227,20 @@ def tune(
         )
         write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
+
+
+@contextmanager
+def _cleared(run: Run) -> Iterator[None]:
+    """Remove what a new run has written if it is refused before its first step."""
+    try:
+        yield
+    except (ValueError, MemoryError):
+        if not run.step:
+            run.clear()
+            for directory in (CHECKPOINTS, ROLLOUTS, EVENTS):
+                with suppress(OSError):
+                    (run.out / directory).rmdir()
+        raise
 
 
 def _adapter_lines(run: Run) -> Iterable[str]:
@@ -271,6 +288,7 @@ def _prepare(
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
     if found.config.lora is not None:
         raise ValueError(f"{base} holds adapters: make one model with gpt2c merge, and train that")
+    check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
     if settings.random_weights:
         found = dataclasses.replace(found, tensors={})
     method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
@@ -305,14 +323,17 @@ def _prepare(
         model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
     )
     run = Run(out, planned, model, optimizer, method.tokenizer, facts, method.publish)
-    open_run(run, record, checkpoint, overwrite, held=False, stack=stack)
+    if record is None:
+        stack.enter_context(claimed(out, overwrite))
+        stack.enter_context(locked_run(out))
+    open_run(run, record, checkpoint, overwrite, held=True, stack=stack)
     return run, method, zeros
 
 
 def _open(
     found: Pretrained, config: AnyConfig, settings: FinetuneSettings, backend: Backend
 ) -> CausalLM:
-    """Return the base's model with the config of the method; what it lacks is random."""
+    """Return the base's model with the config of the method; what only this has is random."""
     own = config.parameter_shapes()
     tensors = {
         name: _grown(tensor, own[name]) for name, tensor in found.tensors.items() if name in own
@@ -355,14 +376,27 @@ def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) 
             raise ValueError(f"the {role} has other weights than that of the run {out}")
 
 
-def _results(out: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the figures before and after that result.json holds; {} if it has none."""
-    found: dict[str, Any] = {}
+def _before(out: Path) -> dict[str, float]:
+    """Return the figures of the base model, which result.json holds since step 0."""
+    found: Any = None
     with suppress(OSError, ValueError):
-        found = read_json(out / RESULT_FILE)
-    parts = [found.get("before"), found.get("after")]
-    before, after = (part if isinstance(part, dict) else {} for part in parts)
-    return before, after
+        found = read_json(out / RESULT_FILE).get("before")
+    return found if isinstance(found, dict) else {}
+
+
+def _evaluations(out: Path) -> dict[int, dict[str, float]]:
+    """Return the figures of each evaluated step, which metrics.jsonl has before result.json."""
+    steps: list[dict[str, Any]] = []
+    with suppress(OSError):
+        steps = read_metrics(out / METRICS_FILE)
+    return {
+        entry["step"]: {
+            name: math.nan if value is None else value
+            for name, value in entry.items()
+            if name.startswith("val_")
+        }
+        for entry in steps
+    }
 
 
 def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:

@@ -597,6 +597,7 @@ class Model(LanguageModel):
         idx: ArrayLike | Sequence[Sequence[int]],
         targets: ArrayLike | Sequence[Sequence[int]],
         dropout: Dropout | None = None,
+        keep: bool = True,
     ) -> Array | list[Array]:
         """Return the loss of each token, -log p in nats, and keep what `backward` needs.
 
@@ -605,7 +606,7 @@ class Model(LanguageModel):
 
         Parameters
         ----------
-        idx, targets, dropout : see `loss`
+        idx, targets, dropout, keep : see `loss`
 
         Returns
         -------
@@ -618,7 +619,7 @@ class Model(LanguageModel):
         self.config.require_language_head("losses of tokens")
         tokens = check_batch(self.config, idx)
         wanted = check_targets(self.config, targets, tokens)
-        dropout, keep = check_dropout(dropout, tokens.ids.size), bool(self.trained)
+        keep, dropout = keep and bool(self.trained), check_dropout(dropout, tokens.ids.size)
         with self._owner.alone():
             run = self._start(tokens, keep, dropout)
             x = self._stack.forward(run, tokens.ids)

@@ -23,6 +23,7 @@ __all__ = [
     "CHAT_TEMPLATE",
     "Message",
     "check_messages",
+    "check_template",
     "encode_chat",
 ]
 
@@ -61,6 +62,21 @@ class Message(NamedTuple):
 
     role: str
     content: str
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose chat template is another than gpt2c's.
+
+    Raises
+    ------
+    ValueError : its conversations have another form
+    """
+    template = tokenizer.chat_template
+    if template is not None and template.strip() != CHAT_TEMPLATE.strip():
+        raise ValueError(
+            "the model has a chat template of its own; gpt2c speaks only its plain one, which"
+            " gpt2c sft teaches"
+        )
 
 
 def check_messages(

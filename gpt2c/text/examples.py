@@ -10,9 +10,10 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ __all__ = [
     "Records",
     "divided",
     "fingerprint",
+    "group_of",
     "kept",
     "messages_of",
     "read_records",
@@ -37,6 +39,7 @@ __all__ = [
     "supervised",
 ]
 
+T = TypeVar("T")
 LARGEST = 1 << 30  # bytes of a file of examples
 ALTERNATIVES = {"response": "completion"}  # other names of fields -> ours
 # The fields that show a format, in the order in which they are tried.
@@ -77,11 +80,20 @@ class Example(NamedTuple):
     ids : (T,) int32, with the end of text that begins each text
     learned : (T,) bool: the tokens that a model learns to write
     where : names it in errors
+    group : examples of one group stay together when examples are divided
+    cut : whether its end is lost
     """
 
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
     where: str
+    group: Any = None
+    cut: bool = False
+
+    @property
+    def content(self) -> bytes:
+        """Its ids and marks; examples of one content are one."""
+        return self.ids.tobytes() + self.learned.tobytes()
 
     @property
     def targets(self) -> NDArray[np.int32]:
@@ -92,6 +104,20 @@ class Example(NamedTuple):
     def asked(self) -> int:
         """The number of tokens before the last answer; all, if the answer was cut off."""
         return int(np.flatnonzero(~self.learned)[-1]) + 1
+
+
+def group_of(record: Record, field: str, own: Any) -> Any:
+    """Return the group of a record: that of its field, or without one its `own`.
+
+    Raises
+    ------
+    ValueError : the record has no such field
+    """
+    if not field:
+        return own
+    if field not in record.fields:
+        raise ValueError(f"{record.where} has no field {untrusted.shown(field)} for its group")
+    return str(record.fields[field])
 
 
 class Dropped(ValueError):
@@ -131,16 +157,17 @@ def read_records(
         found = [Record(fields, f"example {number}") for number, fields in enumerate(source, 1)]
     if not found:
         raise ValueError(f"{name} has no examples")
-    renamed = {own: ours for ours, own in (names or {}).items() if own}
+    renamed = {ours: own for ours, own in (names or {}).items() if own}
     records = []
     kind = ""
     for fields, where in found:
         if not isinstance(fields, Mapping):
             kind_of = type(fields).__name__
             raise ValueError(f"{where} must be an object of named fields, got {kind_of}")
-        for own, ours in renamed.items():
+        for ours, own in renamed.items():
             if own not in fields:
                 raise ValueError(f"{where} has no field {untrusted.shown(own)} for its {ours}")
+        both = [pair for pair in ALTERNATIVES.items() if fields.keys() >= {*pair}]
         fields = _renamed(fields, renamed)
         known = _format(fields, formats)
         if not known:
@@ -152,6 +179,9 @@ def read_records(
                 f"{where} has the format {known}, and the first record has {kind}: put them into"
                 " files of their own"
             )
+        for other, ours in both:
+            if ours in FORMATS[known] and ours not in renamed:
+                raise ValueError(f"{where} has both {ours} and {other}, which mean the same")
         kind = known
         records.append(Record(fields, where))
     return Records(kind, records)
@@ -160,7 +190,7 @@ def read_records(
 def _renamed(fields: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
     """Return fields under our names; a field that was renamed hides one that has its new name."""
     out = {ALTERNATIVES.get(name, name): value for name, value in fields.items()}
-    for own, ours in renamed.items():
+    for ours, own in renamed.items():
         out[ours] = fields[own]
     return out
 
@@ -193,6 +223,7 @@ def _read(path: Path) -> Iterator[Record]:
 def _rows(content: str, name: str, delimiter: str) -> Iterator[Record]:
     """Yield the rows of CSV; all fields are strings."""
     reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(len(content) + 1)  # a text may be longer than csv's 131,072
     try:
         for row in reader:
             where = f"{name}, line {reader.line_num:,}"
@@ -202,6 +233,8 @@ def _rows(content: str, name: str, delimiter: str) -> Iterator[Record]:
             yield Record(row, where)
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.reader.line_num:,} is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def string(record: Record, name: str) -> str:
@@ -256,8 +289,11 @@ def messages_of(record: Record, format: str) -> list[Message] | None:
     return check_messages(given, answered=True, place=record.where)
 
 
-def supervised(record: Record, format: str, tokenizer: Tokenizer) -> Example:
+def supervised(record: Record, format: str, tokenizer: Tokenizer, group_field: str = "") -> Example:
     """Return a record as an example: its answers are learned, or all of a text.
+
+    Its group is that of `group_field`, or the tokens before its first answer: two answers to one
+    prompt stay together. Without a prompt it is all tokens.
 
     A prompt and its completion are encoded each alone, so the ids of the prompt are always the
     first of the whole; the text of a prompt yields no special tokens.
@@ -279,53 +315,55 @@ def supervised(record: Record, format: str, tokenizer: Tokenizer) -> Example:
         learned = [False] * len(prompt) + [True] * (len(answer) + 1)
     if sum(learned) < 2:  # the end of text alone
         raise Dropped("without an answer" if format != "text" else "empty")
-    return Example(np.array(ids, np.int32), np.array(learned), record.where)
+    asked = ids if format == "text" else ids[: learned.index(True)]
+    group = group_of(record, group_field, tuple(asked))
+    return Example(np.array(ids, np.int32), np.array(learned), record.where, group)
 
 
 def shortened(example: Example, most: int) -> Example:
     """Return the first `most` + 1 tokens of an example: `most` are read, and the last is a target.
 
+    A shorter one stays as it is.
+
     Raises
     ------
     Dropped : they have nothing to learn
     """
-    cut = Example(example.ids[: most + 1], example.learned[: most + 1], example.where)
+    if len(example.ids) <= most + 1:
+        return example
+    ids, learned = example.ids[: most + 1], example.learned[: most + 1]
+    cut = example._replace(ids=ids, learned=learned, cut=True)
     if not cut.learned[1:].any():
         raise Dropped("whose prompt fills the context")
     return cut
 
 
 def kept(
-    records: Sequence[Record], encode: Callable[[Record], Example], most: int
-) -> tuple[list[Example], dict[str, int]]:
-    """Encode records; leave out what cannot be learned, and what is there already.
+    records: Sequence[Record], read: Callable[[Record], T], key: Callable[[T], object]
+) -> tuple[list[T], dict[str, int]]:
+    """Read records; leave out what cannot be learned, and what is there already.
 
     Parameters
     ----------
-    encode : returns the example of a record
-    most : the most tokens of an example that are read; longer ones lose their end
+    read : returns what is learned of a record, cut to the length that a model reads: texts that
+        differ only further on are one
+    key : returns what is the same for two that are one
 
     Returns
     -------
-    the examples, and how many were left out or cut for each reason
+    what is learned, and how many records were left out for each reason
     """
-    examples: list[Example] = []
-    counts: dict[str, int] = {}
-    seen: set[bytes] = set()
+    found: dict[object, T] = {}
+    counts: Counter[str] = Counter()
     for record in records:
         try:
-            example = encode(record)
-            content = example.ids.tobytes() + example.learned.tobytes()
-            if content in seen:
+            one = read(record)
+            if key(one) in found:
                 raise Dropped("that are there already")
-            seen.add(content)
-            if len(example.ids) > most + 1:
-                example = shortened(example, most)
-                counts["cut at the end"] = counts.get("cut at the end", 0) + 1
-            examples.append(example)
+            found[key(one)] = one
         except Dropped as reason:
-            counts[str(reason)] = counts.get(str(reason), 0) + 1
-    return examples, counts
+            counts[str(reason)] += 1
+    return list(found.values()), dict(counts)
 
 
 def divided(examples: Sequence[Example], most: int) -> Iterator[Sequence[Example]]:
@@ -338,5 +376,5 @@ def fingerprint(examples: Sequence[Example]) -> dict[str, Any]:
     """Return what identifies examples: their number, and a checksum of all ids and marks."""
     digest = hashlib.sha256()
     for one in examples:
-        digest.update(one.ids.tobytes() + one.learned.tobytes())
+        digest.update(one.content)
     return {"examples": len(examples), "sha256": digest.hexdigest()}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from gpt2c.files.untrusted import shown
-from gpt2c.text.examples import Record, string
+from gpt2c.text.examples import Record, group_of, string
 
 __all__ = ["Labelled", "labelled", "sorted_labels", "unique"]
 
@@ -47,11 +47,7 @@ def labelled(records: Iterable[Record], group_field: str = "") -> list[Labelled]
         text = string(record, "text")
         if not text:
             raise ValueError(f"{record.where}: the text is empty, so it has no tokens")
-        group: Any = text
-        if group_field:
-            if group_field not in record.fields:
-                raise ValueError(f"{record.where} has no field {shown(group_field)} for its group")
-            group = str(record.fields[group_field])
+        group = group_of(record, group_field, text)
         found.append(Labelled(text, _label(record), group, record.where))
     return found
 

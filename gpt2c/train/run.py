@@ -38,7 +38,9 @@ from gpt2c.files.names import (
     METRICS_FILE,
     MODEL_FILES,
     MOMENTS_FILE,
+    REFERENCE_FILE,
     RESULT_FILE,
+    ROLLOUTS,
     RUN_FILE,
     RUNS_FILE,
     TOKENIZER_FILES,
@@ -74,7 +76,7 @@ __all__ = [
 
 VERSION = 1
 # What a run writes at the top of its directory.
-_FILES = (RUN_FILE, *MODEL_FILES, *ADAPTER_FILES, *TOKENIZER_FILES)
+_FILES = (RUN_FILE, *MODEL_FILES, *ADAPTER_FILES, *TOKENIZER_FILES, REFERENCE_FILE)
 _LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE, CONFUSION_FILE)
 
 
@@ -330,6 +332,11 @@ class Run:
         run.json is removed first and written first: with it a run can go on, and without it old
         files cannot be mistaken for a run.
         """
+        self.clear()
+        self._open()
+
+    def clear(self) -> None:
+        """Remove the files of a run from the directory; other files stay."""
         for name in _FILES:
             through(self.out / name).unlink(missing_ok=True)
         # A reader may take another program's tokenizer in place of the run's.
@@ -341,7 +348,8 @@ class Run:
         if (self.out / CHECKPOINTS).is_dir():
             checkpoints.clear(self.out / CHECKPOINTS)
         tensorboard.clear(self.out / EVENTS)
-        self._open()
+        for path in (self.out / ROLLOUTS).glob("*.safetensors"):
+            path.unlink()
 
     def restore(self, record: Mapping[str, Any], found: Checkpoint | None) -> None:
         """Continue from a checkpoint, or from the first step if there is none.

@@ -10,15 +10,14 @@ import pytest
 from conftest import refused
 
 from gpt2c import GPT2, GPT2Config, Tokenizer
-from gpt2c.evaluate import classifier
-from gpt2c.evaluate.classifier import Classifier, encode, softmax
+from gpt2c.evaluate.classifier import Classifier, encode, scores, softmax
 
 CONFIG = GPT2Config(257, 12, 32, 1, 2, eos_token_id=256, num_labels=3, id2label=("a", "b", "c"))
 BYTES = Tokenizer.from_name("bytes")
 TEXTS = ["hello", "x", "as long as the context", "hello again", "as long as the others"]
 
 
-def test_texts_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_do_not_depend_on_each_other() -> None:
     model = GPT2(dataclasses.replace(CONFIG, initializer_range=0.3), seed=2)
     found = Classifier(model, BYTES).probabilities(TEXTS)
     assert found.shape == (5, 3) and np.allclose(found.sum(1), 1)
@@ -26,8 +25,9 @@ def test_texts_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> N
         row = [256, *text.encode()][:12]
         assert np.allclose(p, softmax(model.scores([row], keep=False))[0], rtol=1e-5)
     assert np.array_equal(found[2], found[4])  # their beginnings are the same
-    monkeypatch.setattr(classifier, "BATCH_TOKENS", 8)
-    assert np.allclose(Classifier(model, BYTES).probabilities(TEXTS), found, rtol=1e-5)
+    rows, read = [[256, *text.encode()][:12] for text in TEXTS], []
+    parted = scores(model, rows, batch_tokens=8, check=lambda: read.append(1))
+    assert np.allclose(softmax(parted), found, rtol=1e-5) and len(read) == 4
     assert Classifier(model, BYTES).predict(TEXTS) == ["abc"[k] for k in found.argmax(1)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from conftest import refused
 from helpers.tuning import Killed, kill_after, losses, resumes_to_the_bit, weights
 
 import gpt2c
+from gpt2c.files.names import REFERENCE_FILE, ROLLOUTS
 from gpt2c.finetune import dpo, reference
 from gpt2c.finetune.dpo import DPOSettings, Pairs, Singles
 from gpt2c.finetune.pairs import Unit, pair_of
 from gpt2c.finetune.preference import PairLoss
-from gpt2c.finetune.reference import REFERENCE_FILE
 from gpt2c.text.examples import Example, Record
 from gpt2c.text.tokenizer import Tokenizer
 
+dpo_module = sys.modules[DPOSettings.__module__]  # its name is the function's too
 QUICK: dict[str, Any] = {
     "learning_rate": 3e-3, "max_iters": 8, "eval_interval": 4, "batch_size": 6, "backend": "base",
 }  # fmt: skip
@@ -30,6 +32,11 @@ QUICK: dict[str, Any] = {
 
 def words(rng: random.Random) -> str:
     return "".join(rng.choice("abcde") for _ in range(rng.randint(2, 8)))
+
+
+def numbered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with a group each, so that a prompt that comes twice moves no split."""
+    return [row | {"number": number} for number, row in enumerate(rows)]
 
 
 def shorter_first(count: int, seed: int = 1) -> list[dict[str, Any]]:
@@ -86,11 +93,26 @@ def test_first_loss_of_another_reference_is_refused(
         kill_after(patch, 1)
         dpo(base, shorter_first(20), out, **given)
     key, *lines = (out / REFERENCE_FILE).read_text().splitlines()
-    spoiled = [json.dumps([value * 1.01 for value in json.loads(line)]) for line in lines]
+    spoiled = [json.dumps(json.loads(line) * 1.01) for line in lines]
     (out / REFERENCE_FILE).write_text("\n".join([key, *spoiled, ""]))
     message = refused(dpo, base, shorter_first(20), out, resume=True)
     assert "the first loss is" in message and "must be 0.693147" in message
     assert not [*(out / "checkpoints").iterdir()]
+
+
+def test_a_run_that_is_refused_at_its_first_step_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, own, rows = tmp_path / "made" / "run", tmp_path / "own", shorter_first(20)
+    own.mkdir()
+    (own / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo_module, "NEAR", -1.0)
+        assert "the first loss is" in refused(dpo, base, rows, out, **QUICK)
+        assert "the first loss is" in refused(dpo, base, rows, own, overwrite=True, **QUICK)
+    assert not out.parent.exists()
+    assert [path.name for path in own.iterdir()] == ["notes.txt"]
+    dpo(base, rows, out, **QUICK | {"max_iters": 1})
 
 
 def test_margin_goes_to_its_optimum(base: Path, tmp_path: Path) -> None:
@@ -119,7 +141,8 @@ def test_pairs_are_learned(base: Path, tmp_path: Path, loss_type: str) -> None:
 
 def test_kto_learns_the_labels(base: Path, tmp_path: Path) -> None:
     given = QUICK | {"max_iters": 60, "eval_interval": 60, "val_fraction": 0.2, "batch_size": 16}
-    result = dpo(base, liked(160), tmp_path / "run", loss_type="kto", **given)
+    given |= {"loss_type": "kto", "group_field": "number"}
+    result = dpo(base, numbered(liked(160)), tmp_path / "run", **given)
     assert result.after["val_loss"] < 0.9 * result.before["val_loss"]
     assert result.after["val_rewards/chosen"] > result.after["val_rewards/rejected"] + 0.3
 
@@ -128,10 +151,10 @@ def test_sft_term_keeps_the_chosen_likely(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []
-    given = QUICK | {"learning_rate": 0.01}
+    given, rows = QUICK | {"learning_rate": 0.01, "group_field": "number"}, shorter_first(60)
     for weight in (0.0, 1.0):
         out = tmp_path / str(weight)
-        found.append(dpo(base, shorter_first(60), out, sft_weight=weight, **given))
+        found.append(dpo(base, numbered(rows), out, sft_weight=weight, **given))
         told = "the chosen answers became less likely, too (logps/chosen" in capsys.readouterr().out
         assert told == (weight == 0.0)
     plain, kept = (result.after["val_logps/chosen"] for result in found)
@@ -187,11 +210,11 @@ def test_reference_goes_on_after_a_kill(
     out, whole, real = tmp_path / "run", tmp_path / "whole", reference.log_probabilities
     computed = []
 
-    def count(model: Any, examples: Any) -> Any:
+    def count(model: Any, examples: Any, keep: bool) -> Any:
         if len(computed) == 4:
             raise Killed
         computed.append(len(examples))
-        return real(model, examples)
+        return real(model, examples, keep)
 
     given = QUICK | {"batch_tokens": 60}
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -204,6 +227,26 @@ def test_reference_goes_on_after_a_kill(
     assert weights(out) == weights(whole) and losses(out) == losses(whole)
     (out / REFERENCE_FILE).unlink()
     assert "lacks log-probabilities" in refused(tune, out, resume=True, max_iters=9)
+
+
+def test_reference_does_not_depend_on_the_batches(base: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "run", shorter_first(30)
+    dpo(base, rows, out, **QUICK | {"batch_tokens": 60})
+    stored = (out / REFERENCE_FILE).read_bytes()
+    dpo(base, rows, out, resume=True, max_iters=9, batch_tokens=99)
+    assert (out / REFERENCE_FILE).read_bytes() == stored
+
+
+def test_an_overwritten_run_computes_its_own_reference(base: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "run", shorter_first(30)
+    dpo(base, rows, out, **QUICK)
+    stored = (out / REFERENCE_FILE).read_bytes()
+    (out / REFERENCE_FILE).write_bytes(stored.replace(b"-", b"-1"))
+    (out / ROLLOUTS).mkdir()
+    (out / ROLLOUTS / "00000001.safetensors").write_bytes(b"of another run")
+    dpo(base, rows, out, overwrite=True, **QUICK)
+    assert (out / REFERENCE_FILE).read_bytes() == stored
+    assert not [*(out / ROLLOUTS).iterdir()]
 
 
 def test_metrics_have_the_names_of_trl(base: Path, tmp_path: Path) -> None:
@@ -250,6 +293,81 @@ def test_figures_of_pairs() -> None:
     assert list(simpo.figures["rewards/rejected"]) == pytest.approx([-3.2, -1.0])
 
 
+def test_each_loss_has_its_own_beta() -> None:
+    assert DPOSettings().pair_loss().beta == 0.1
+    assert DPOSettings(loss_type="simpo").pair_loss().beta == 2.0
+    assert DPOSettings(loss_type="simpo", beta=0.5).pair_loss().beta == 0.5
+    units = [unit((2,), (-3.0, -1.0))]
+    judged = Singles(DPOSettings(loss_type="kto"), 0.0)(units, np.array([[-1.0]]))
+    assert judged.figures["rewards/chosen"] == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
+def test_evaluations_keep_nothing_for_a_backward(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str
+) -> None:
+    real, kept = gpt2c.GPT2.losses, []
+
+    def losses_of(self: Any, *given: Any, keep: bool = True) -> Any:
+        kept.append(keep)
+        return real(self, *given, keep=keep)
+
+    monkeypatch.setattr(gpt2c.GPT2, "losses", losses_of)
+    rows = shorter_first(20) if loss_type == "sigmoid" else liked(20)
+    dpo(base, rows, tmp_path / "run", loss_type=loss_type, **QUICK | {"max_iters": 2})
+    assert kept.count(True) == 2  # the steps
+
+
+def sides_of(
+    base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, **given: Any
+) -> list[set[str]]:
+    """Return the prompts of the two sides of a run's split."""
+    made: list[Any] = []
+    real = dpo_module.Judging.__init__
+
+    def keep(self: Any, *args: Any) -> None:
+        real(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(dpo_module.Judging, "__init__", keep)
+    dpo(base, rows, out, **QUICK | {"val_fraction": 0.3, "max_iters": 1} | given)
+    return [{unit.asked.decode("utf-32-le")[1:] for unit in side} for side in
+            (made[0].train, made[0].val)]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
+def test_a_prompt_is_on_one_side_of_the_split(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str
+) -> None:
+    rows = shorter_first(24) if loss_type == "sigmoid" else liked(24)
+    rows = [row | {"prompt": "abcdef"[n % 6], "of": n % 6 // 3} for n, row in enumerate(rows)]
+    train, val = sides_of(base, tmp_path / "run", monkeypatch, rows, loss_type=loss_type)
+    assert train | val == {*"abcdef"} and train and val and not train & val
+    given = {"loss_type": loss_type, "group_field": "of"}
+    train, val = sides_of(base, tmp_path / "own", monkeypatch, rows, **given)
+    assert {"".join(sorted(side)) for side in (train, val)} == {"abc", "def"}
+    said = refused(dpo, base, rows, tmp_path / "x", loss_type=loss_type, group_field="no")
+    assert said == "example 1 has no field 'no' for its group"
+
+
+def test_mismatched_answers_are_of_the_same_side(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    real = dpo_module._KTO.__init__
+
+    def keep(self: Any, *given: Any) -> None:
+        real(self, *given)
+        made.append(self)
+
+    monkeypatch.setattr(dpo_module._KTO, "__init__", keep)
+    given = QUICK | {"loss_type": "kto", "val_fraction": 0.3, "max_iters": 1}
+    dpo(base, liked(20), tmp_path / "run", **given)
+    for side in (made[0].train, made[0].val):
+        own = {one.ids[one.learned].tobytes() for unit in side for one in unit.examples}
+        assert {unit.other.ids[unit.other.learned].tobytes() for unit in side} <= own
+
+
 def test_figures_of_single_answers() -> None:
     units = [unit((2,), (-3.0, -1.0)), unit((5,), (-2.0, -1.0), label=False)]
     judged = Singles(DPOSettings(loss_type="kto", beta=0.5), 0.4)(units, np.array([[-1.0, -5.0]]))
@@ -288,7 +406,7 @@ SINGLE = {"prompt": "a", "completion": "b", "label": True}
         ([PAIR | {"rejected": "b"}], {}, "example 1: chosen and rejected are equal, so neither"),
         ([PAIR | {"chosen": " "}], {}, "example 1: chosen is empty"),
         ([PAIR | {"chosen": 3}], {}, "example 1: chosen must be a string, got int"),
-        ([PAIR | {"margin": "1"}], {}, "example 1: margin must be a number, got '1'"),
+        ([PAIR | {"margin": "much"}], {}, "example 1: margin must be a number, got 'much'"),
         ([PAIR | {"margin": math.inf}], {}, "example 1: margin must be finite, got inf"),
         (
             [PAIR | {"chosen": "b" * 60 + "x", "rejected": "b" * 60 + "y"}],
@@ -301,8 +419,7 @@ SINGLE = {"prompt": "a", "completion": "b", "label": True}
         ([SINGLE | {"label": "yes"}], {"loss_type": "kto"}, "label must be true or false, got 'y"),
         ([PAIR], {"dropout": 0.1}, "dropout must be 0 to learn from judgements, got 0.1"),
         ([PAIR], {"loss_type": "dpo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, si"),
-        ([PAIR], {"beta": 0.0}, "beta must be positive, got 0.0"),
-        ([SINGLE], {"loss_type": "kto", "beta": 0.0}, "beta must be positive, got 0.0"),
+        ([PAIR], {"beta": -1.0}, "beta must be at least 0, got -1.0"),
         ([SINGLE], {"loss_type": "kto", "batch_size": 1}, "batch_size must be at least 2"),
         ([SINGLE], {"loss_type": "kto", "sft_weight": 1.0}, "are for losses of pairs, not for kto"),
     ],

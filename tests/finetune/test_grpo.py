@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from gpt2c.finetune import beginner, grpo
 from gpt2c.finetune.cycles import load
 from gpt2c.finetune.grpo import CHOICES, GRPOSettings
 from gpt2c.finetune.policy import group_advantages
+from gpt2c.finetune.prompts import read_prompts
 from gpt2c.finetune.rollouts import sample
 from gpt2c.text.ragged import Order
 from gpt2c.text.tokenizer import Tokenizer
@@ -291,6 +291,14 @@ def test_conversations_are_prompts(base: Path, tmp_path: Path) -> None:
     assert "example 1: the last message must be the user's" in said
 
 
+def test_prompts_of_a_group_are_on_one_side_of_the_split() -> None:
+    rows = [{"prompt": f"{n}", "of": n // 3} for n in range(9)]
+    tokenizer = gpt2c.Tokenizer.from_name("bytes")
+    found = read_prompts(rows, tokenizer, 9, "", 0.3, seed=1, group_field="of")
+    train, val = ({one.columns["of"] for one in side} for side in (found.train, found.val))
+    assert len(train) == 2 and len(val) == 1 and not train & val
+
+
 def test_start_without_a_pass_is_refused(base: Path, tmp_path: Path) -> None:
     def same(completions: Any, **_: Any) -> list[float]:
         return [0.7] * len(completions)
@@ -301,7 +309,7 @@ def test_start_without_a_pass_is_refused(base: Path, tmp_path: Path) -> None:
             "of 3 prompts 0.0% have a completion whose reward is at least the threshold, 9, and"
             " 1.0% is wanted" in said
         )
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert not (tmp_path / "run").exists()
     # Rewards that differ within groups teach something, whatever passes.
     assert tuned(base, tmp_path / "run", threshold=9.0, least_pass=0.01, max_iters=1).step == 1
 

@@ -63,9 +63,11 @@ def test_random_preferences_teach_nothing(base: Path, tmp_path: Path) -> None:
 
 def test_centring_pulls_rewards_to_0(base: Path, tmp_path: Path) -> None:
     means = []
+    rows = [row | {"number": number} for number, row in enumerate(more_of_a(60))]
     for weight in (0.0, 1.0):
         given = QUICK | {"center_rewards_coefficient": weight, "max_iters": 30}
-        after = reward(base, more_of_a(60), tmp_path / str(weight), **given).after
+        given |= {"group_field": "number"}  # a prompt that comes twice moves no split
+        after = reward(base, rows, tmp_path / str(weight), **given).after
         means.append(abs(after["val_mean_reward"]))
     assert means[1] < 0.1 < means[0]
 

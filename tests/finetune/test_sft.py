@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
-from helpers.tuning import capitals, losses, resumes_to_the_bit, weights
+from helpers.tuning import Killed, capitals, losses, resumes_to_the_bit, weights
 
 import gpt2c
+from gpt2c.files.tensors import map_tensors, write_tensors
 from gpt2c.finetune import sft
-from gpt2c.finetune.sft import Answers, SFTSettings
-from gpt2c.text.examples import Record, supervised
+from gpt2c.finetune import tune as tune_module
+from gpt2c.finetune.data import open_data
+from gpt2c.finetune.sft import Answers, SFTSettings, answered
+from gpt2c.finetune.tune import Base
+from gpt2c.formats.load import find_model
+from gpt2c.text.examples import Example, Record, supervised
 from gpt2c.text.tokenizer import Tokenizer
 
 QUICK: dict[str, Any] = {
@@ -107,6 +113,102 @@ def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path) -> None:
     assert weights(out) == before
     longer = sft(base, rows, out, resume=True, max_iters=10)
     assert longer.step == 10 and weights(out) != before
+
+
+def test_figures_outlive_a_kill_before_the_result_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rows = tmp_path / "run", capitals(30)
+    real, kept = tune_module.write_result, []
+
+    def write(path: Path, verb: str, entries: Any) -> None:
+        if "step" in entries and not kept:
+            kept.append(entries)
+            raise Killed
+        real(path, verb, entries)
+
+    monkeypatch.setattr(tune_module, "write_result", write)
+    with pytest.raises(Killed):
+        sft(base, rows, out, **QUICK)
+    again = sft(base, rows, out, resume=True)
+    assert (again.before, again.after) == (kept[0]["before"], kept[0]["after"])
+    assert again.after and again.before and not again.interrupted
+    stored = json.loads((out / "result.json").read_text())
+    assert (stored["before"], stored["after"]) == (again.before, again.after)
+
+
+def test_a_base_that_does_not_fit_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    for name, change, said in (
+        ("wte.weight", lambda tensor: tensor[:-1], "tensor wte.weight must be (257, 32)"),
+        ("ln_f.bias", None, "tensor ln_f.bias is missing"),
+    ):
+        spoiled, out = tmp_path / name, tmp_path / "run"
+        shutil.copytree(base, spoiled)
+        tensors, metadata = map_tensors(spoiled / "model.safetensors")
+        arrays = {each: np.array(np.asarray(tensor)) for each, tensor in tensors.items()}
+        if change is None:
+            del arrays[name]
+        else:
+            arrays[name] = change(arrays[name])
+        write_tensors(spoiled / "model.safetensors", arrays, metadata)
+        assert said in refused(lambda spoiled=spoiled, out=out: sft(spoiled, capitals(9), out))
+        assert not out.exists()
+
+
+def test_figures_of_learned_examples_are_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = QUICK | {"max_iters": 1, "val_fraction": 0.0}
+    sft(base, capitals(4), tmp_path / "run", **given)
+    said = "none held out, so the figures are of learned ones"
+    assert capsys.readouterr().out.count(said) == 1
+    sft(base, capitals(4), tmp_path / "other", **given | {"val_fraction": 0.3})
+    assert said not in capsys.readouterr().out
+
+
+def test_a_base_with_another_chat_template_keeps_it(base: Path, tmp_path: Path) -> None:
+    own, out, ask = tmp_path / "own", tmp_path / "run", [{"role": "user", "content": "Hi"}]
+    shutil.copytree(base, own)
+    (own / "chat_template.jinja").write_text("[INST]{{ messages }}")
+    yes, no = ([{"role": "assistant", "content": text}] for text in ("Ho", "He"))
+    pair = {"prompt": ask, "chosen": yes, "rejected": no}
+    said = "the model has a chat template of its own"
+    assert said in refused(lambda: sft(own, [{"messages": ask + yes}], out))
+    assert said in refused(lambda: gpt2c.finetune.dpo(own, [pair], out))
+    assert not out.exists()
+    sft(own, capitals(4), out, **QUICK | {"max_iters": 1})
+    assert (out / "chat_template.jinja").read_text() == "[INST]{{ messages }}"
+
+
+def test_answers_that_are_cut_are_told_and_not_asked(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{n}", "completion": "a" * 90} for n in range(3)] + capitals(3)
+    given = QUICK | {"max_iters": 1, "val_fraction": 0.0}
+    sft(base, rows, tmp_path / "run", **given)
+    assert "6 examples (prompt and completion), none held out, so the figures are of learned" in (
+        shown := capsys.readouterr().out
+    )
+    assert "ones, 3 cut at the end; left out: none;" in shown
+    model = gpt2c.from_pretrained(base, "base")
+    (row,) = model.generate([[1, 2, 3]], 1, temperature=0)
+    one = Example(np.array(row, np.int32), np.arange(4) > 2, "")
+    other = one._replace(ids=np.array([1, 2, 3, (row[-1] + 1) % 257], np.int32))
+    for examples, right in (
+        ([one], 1.0),
+        ([one, other], 0.5),
+        ([one, other._replace(cut=True)], 1),
+    ):
+        found = answered(model, examples, eot=int(row[-1]))
+        assert found == {"val_ended": 1.0, "val_exact_match": right}
+
+
+def test_a_prompt_is_on_one_side_of_the_split(base: Path) -> None:
+    rows = [{"prompt": "abcdef"[n % 6], "completion": str(n)} for n in range(24)]
+    opened = Base(find_model(base), Tokenizer.from_name("bytes"))
+    data = open_data(rows, opened, SFTSettings(val_fraction=0.3))
+    train, val = ({int(one.ids[1]) for one in side} for side in (data.train, data.val))
+    assert train and val and not train & val
 
 
 def test_conversations_leave_their_template_for_others(base: Path, tmp_path: Path) -> None:

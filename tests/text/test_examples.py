@@ -171,16 +171,49 @@ def test_long_example_loses_its_end_and_keeps_its_prompt() -> None:
 
 def test_what_is_left_out_is_counted() -> None:
     rows = [PAIR, PAIR, PAIR | {"completion": ""}, {"prompt": "abcdefgh", "completion": "i"}]
-    rows += [{"prompt": "ab", "completion": "cdefgh"}]
+    rows += [{"prompt": "ab", "completion": f"cdefgh{n}"} for n in range(3)]  # one, if they are cut
     found = read_records(rows, ["prompt and completion"])
-    examples, counts = kept(found.records, lambda one: supervised(one, found.format, BYTES), 6)
-    assert [one.where for one in examples] == ["example 1", "example 5"]
+    examples, counts = kept(
+        found.records,
+        lambda one: shortened(supervised(one, found.format, BYTES), 6),
+        lambda one: one.content,
+    )
+    assert [(one.where, one.cut) for one in examples] == [("example 1", False), ("example 5", True)]
     assert counts == {
-        "that are there already": 1,
+        "that are there already": 3,
         "without an answer": 1,
         "whose prompt fills the context": 1,
-        "cut at the end": 1,
     }
+
+
+def test_examples_of_one_prompt_are_a_group() -> None:
+    def group(format: str, fields: dict[str, Any], field: str = "") -> Any:
+        return supervised(Record(fields, "here"), format, BYTES, field).group
+
+    kind, other = "prompt and completion", PAIR | {"completion": "3", "of": 7}
+    assert group(kind, PAIR) == group(kind, other) == (256, *b"1+1=")
+    assert group(kind, PAIR) != group(kind, PAIR | {"prompt": "1+2="})
+    assert group(kind, other, "of") == "7"
+    answer = [TALK[0], {"role": "assistant", "content": "Hm"}]
+    assert group("messages", {"messages": TALK}) == group("messages", {"messages": answer})
+    assert group("text", {"text": "a"}) != group("text", {"text": "b"})
+
+
+def test_a_field_of_csv_may_be_long(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.csv", "ab " * 70_000
+    path.write_text(f"text\n{text}\n")
+    assert read_records(path, ["text"]).records[0].fields == {"text": text}
+
+
+def test_two_names_of_one_field_are_refused() -> None:
+    both = PAIR | {"response": "3"}
+    kinds = ["prompt and completion", "preference"]
+    said = "example 1 has both completion and response, which mean the same"
+    assert said == refused(read_records, [both], kinds)
+    (one,) = read_records([both], kinds, {"completion": "response"}).records
+    assert one.fields["completion"] == "3"
+    pair = both | {"chosen": "b", "rejected": "c"}
+    assert read_records([pair], kinds).format == "preference"  # it needs neither
 
 
 def test_epochs_have_each_example_once_in_another_order() -> None:
