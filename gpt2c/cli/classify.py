@@ -169,6 +169,8 @@ def _labelled(path: Path, options: argparse.Namespace, labels: Iterable[str]) ->
 
 def run_predict(options: argparse.Namespace) -> int:
     """`gpt2c classify predict`."""
+    if options.out is not None and options.out.exists() and options.out.samefile(options.data):
+        raise ValueError(f"{options.out} holds the texts, which --out would replace: name another")
     classifier = _open(options)
     records = read_records(options.data, ["text"], {"text": options.text_field}).records
     texts = [string(record, "text") for record in records]

@@ -32,6 +32,7 @@ __all__ = [
     "not_utf8",
     "open_file",
     "parse_json",
+    "parse_json_list",
     "read_bytes",
     "read_header",
     "read_json",
@@ -198,15 +199,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """Parse one JSON object; `source` names it in errors. See `read_json`."""
-    if isinstance(text, bytes):
-        text = decode(text, source)
-    try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    value = _parsed(text, source)
     if not isinstance(value, dict):
         raise ValueError(f"{source} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def parse_json_list(text: str | bytes, source: str) -> list[Any]:
+    """Parse one JSON list; `source` names it in errors. See `read_json`."""
+    value = _parsed(text, source)
+    if not isinstance(value, list):
+        raise ValueError(f"{source} must hold a JSON list, got {type(value).__name__}")
+    return value
+
+
+def _parsed(text: str | bytes, source: str) -> Any:
+    if isinstance(text, bytes):
+        text = decode(text, source)
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
 
 
 def shown(value: object) -> str:

@@ -106,13 +106,17 @@ class GRPOSettings(FinetuneSettings):
     max_completion_length: int = setting(
         "grpo", 64, "the most tokens of a completion", least=1, fixed=True
     )
-    temperature: float = setting("grpo", 1.0, "of the policy, which samples and is trained")
+    temperature: float = setting(
+        "grpo", 1.0, "of the policy, which samples and is trained", fixed=True
+    )
     num_iterations: int = setting(
         "grpo", 1, "updates on each step's completions", least=1, fixed=True
     )
     epsilon: float = setting("grpo", 0.2, "how far a ratio may fall below 1", least=0)
     epsilon_high: float = setting("grpo", 0.0, "how far it may rise; 0: as epsilon", least=0)
-    beta: float = setting("grpo", 0.0, "weight of the divergence from the base", least=0)
+    beta: float = setting(
+        "grpo", 0.0, "weight of the divergence from the base", least=0, fixed=True
+    )
     kl_estimator: str = choice("kl_estimator", "k2", "of the divergence; TRL has k3")
     mask_truncated_completions: bool = setting(
         "grpo", False, "learn nothing from completions that have no end"
@@ -142,6 +146,8 @@ class GRPOSettings(FinetuneSettings):
                 "ppo trains values in a row of the token table, which adapters leave as it is: pass"
                 " lora or algorithm ppo, not both"
             )
+        if self.least_pass > 1:
+            raise ValueError(f"least_pass must be in [0, 1], got {self.least_pass}")
         if self.num_generations == 1 and self.algorithm in ("grpo", "rloo"):
             raise ValueError(
                 f"{self.algorithm} compares completions of one prompt: num_generations must be at"
@@ -178,7 +184,10 @@ class _GRPO(Method):
     ) -> None:
         self.tokenizer, self._base, self._settings = base.tokenizer, base, settings
         self._rewards = rewards
-        most = base.found.config.n_positions + 1 - settings.max_completion_length
+        base.found.config.require_language_head("grpo")
+        context = base.found.config.n_positions
+        context = min(settings.max_length or context, context)
+        most = context + 1 - settings.max_completion_length
         if source is None:
             counts = settings.task_prompts, settings.eval_prompts
             found = task_prompts(settings.task, self.tokenizer, most, *counts, settings.seed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -176,6 +177,8 @@ class Judging(Method):
         judge, found = self.judge(run.model, units, None), []
         for some, examples, values in self._read(judge, run.model, units, keep=True):
             found.append(judge(some, values))
+            if not np.isfinite(found[-1].losses).all():
+                return Learned(math.nan, sum(unit.tokens for unit in units))
             judge.push(run.model, examples, found[-1].slopes.reshape(-1) / len(units))
         loss, figures = _means(found)
         return Learned(loss, sum(unit.tokens for unit in units), figures)

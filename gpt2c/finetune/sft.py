@@ -12,6 +12,7 @@ Source: Ouyang et al. 2022, arXiv:2203.02155, for the method; TRL's SFTTrainer f
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -63,6 +64,7 @@ class _SFT(Method):
     unit = "nats/token"
 
     def __init__(self, base: Base, settings: SFTSettings, source: Source) -> None:
+        base.found.config.require_language_head("sft")
         self._data, self._settings = open_data(source, base, settings), settings
         self.tokenizer, self.facts = base.tokenizer, self._data.facts
         self.examples, self.longest = len(self._data.train), self._data.longest
@@ -97,7 +99,7 @@ class _SFT(Method):
             count += int(objective.live.sum())
         figures = {"val_loss": total / count, "val_mean_token_accuracy": right / count}
         asked = [] if self._data.format == "text" else examples[: self._settings.eval_answers]
-        if asked:
+        if asked and math.isfinite(total):
             figures |= answered(run.model, asked, self.tokenizer.eot, check)
         return figures
 

@@ -180,6 +180,10 @@ def tune(
             f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
         )
     began, out = time.monotonic(), Path(out)
+    if os.path.exists(base) and out.exists() and os.path.samefile(base, out):
+        raise ValueError(
+            f"{out} is the base itself, which the run would replace: name another directory"
+        )
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked_run(out))
@@ -291,7 +295,9 @@ def _prepare(
     check_shapes(found.config.parameter_shapes(), found.tensors, found.source)
     if settings.random_weights:
         found = dataclasses.replace(found, tensors={})
-    method = make(Base(found, Tokenizer.from_pretrained(found.path)), settings)
+    tokenizer = Tokenizer.from_pretrained(found.path)
+    tokenizer.unused_ids(found.config.vocab_size)  # refuses one with more tokens than the model
+    method = make(Base(found, tokenizer), settings)
     planned = settings.planned(method.examples)
     config = dataclasses.replace(method.config(found.config), lora=settings.adapters)
     checkpoint = None if record is None else newest_checkpoint(out, record, config)
@@ -381,7 +387,9 @@ def _before(out: Path) -> dict[str, float]:
     found: Any = None
     with suppress(OSError, ValueError):
         found = read_json(out / RESULT_FILE).get("before")
-    return found if isinstance(found, dict) else {}
+    numbers = (int, float)
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in pairs if type(value) in numbers}
 
 
 def _evaluations(out: Path) -> dict[int, dict[str, float]]:

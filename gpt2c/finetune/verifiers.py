@@ -31,6 +31,7 @@ __all__ = ["Reward", "Rewards", "find_rewards", "score", "try_rewards"]
 
 Function = Callable[..., Sequence[float | None]]
 Floats = NDArray[np.float64]
+LARGEST = 1e30  # of a reward
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
@@ -143,8 +144,10 @@ def _found(name: str) -> tuple[str, Function]:
     sys.path.insert(0, os.getcwd())  # as python does for a script there
     try:
         function = getattr(importlib.import_module(module), rest)
-    except Exception as error:  # whatever the user's module does
-        raise ValueError(f"reward {name!r:.70} cannot be imported: {error!r:.200}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's module does, sys.exit too
+        raise ValueError(f"reward {name!r:.70} cannot be imported: {_text(error)}") from None
     finally:
         sys.path.pop(0)
     if not callable(function):
@@ -231,7 +234,9 @@ def _of(reward: Reward, arguments: Mapping[str, list[Any]]) -> Floats:
     texts = arguments["completions"]
     try:
         returned = list(reward.function(**arguments))
-    except Exception as error:  # whatever the user's function does
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's function does, sys.exit too
         raise ValueError(_blame(reward, arguments, error)) from error
     if len(returned) != len(texts):
         raise ValueError(
@@ -245,26 +250,36 @@ def _of(reward: Reward, arguments: Mapping[str, list[Any]]) -> Floats:
             continue
         try:
             values[i] = float(value)
-        except (TypeError, ValueError):
+        except Exception:  # whatever the user's object does
             values[i] = math.nan
-        if not math.isfinite(values[i]):
+        if not abs(values[i]) <= LARGEST:  # so that sums and squares of rewards are finite
             raise ValueError(
-                f"reward {reward.name} must return finite numbers or None, got {value!r:.50} for"
+                f"reward {reward.name} must return finite numbers or None, got {_text(value)} for"
                 f" {_rollout(arguments, i)}"
             )
     return values
 
 
-def _blame(reward: Reward, arguments: Mapping[str, list[Any]], error: Exception) -> str:
+def _text(value: Any) -> str:
+    """Return a value of a user's class for an error, whose repr may fail."""
+    try:
+        return f"{value!r:.200}"
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def _blame(reward: Reward, arguments: Mapping[str, list[Any]], error: BaseException) -> str:
     """Return the sentence about an error, with the first completion that alone causes one."""
     where = f"the batch that starts with {_rollout(arguments, 0)}"
     for i in range(len(arguments["completions"])):
         try:
             reward.function(**{name: [values[i]] for name, values in arguments.items()})
-        except Exception as again:  # as above
+        except KeyboardInterrupt:
+            raise
+        except BaseException as again:  # as above
             where, error = _rollout(arguments, i), again
             break
-    return f"reward {reward.name} raised {error!r:.200} for {where}"
+    return f"reward {reward.name} raised {_text(error)} for {where}"
 
 
 def _rollout(arguments: Mapping[str, list[Any]], i: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -207,10 +206,7 @@ def _read(path: Path) -> Iterator[Record]:
     if path.suffix.lower() in (".csv", ".tsv"):
         yield from _rows(content, str(path), "\t" if path.suffix.lower() == ".tsv" else ",")
     elif content.lstrip().startswith("["):
-        try:
-            entries = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        entries = untrusted.parse_json_list(content, str(path))
         for number, entry in enumerate(entries, 1):
             yield Record(entry, f"{path}, entry {number:,}")
     else:
@@ -225,11 +221,15 @@ def _rows(content: str, name: str, delimiter: str) -> Iterator[Record]:
     reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(len(content) + 1)  # a text may be longer than csv's 131,072
     try:
+        names = [*(reader.fieldnames or ())]
+        if twice := next((one for one in names if names.count(one) > 1), None):
+            raise ValueError(f"{name} has two columns {untrusted.shown(twice)}")
         for row in reader:
             where = f"{name}, line {reader.line_num:,}"
             if None in row or None in row.values():
-                columns = len(reader.fieldnames or ())
-                raise ValueError(f"{where} does not have the {columns} columns of the first line")
+                raise ValueError(
+                    f"{where} does not have the {len(names)} columns of the first line"
+                )
             yield Record(row, where)
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.reader.line_num:,} is not CSV: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -252,9 +253,11 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
     bits = weights(out)
     with pytest.raises(OSError, match="not empty"):
         sft(base, capitals(9), out, **QUICK)
+    shutil.copytree(base, tmp_path / "other")
+    gpt2c.GPT2(gpt2c.from_pretrained(base).config, seed=9).save_pretrained(tmp_path / "other")
     for rows, resumed_base, said in (
         (capitals(8), base, "the examples are not those of the run"),
-        (capitals(9), out, "the base has other weights than that of the run"),
+        (capitals(9), tmp_path / "other", "the base has other weights than that of the run"),
     ):
         assert said in refused(
             lambda rows=rows, of=resumed_base: sft(of, rows, out, resume=True, max_iters=9)
@@ -271,3 +274,43 @@ def test_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
     Tokenizer.from_name("bytes").save_pretrained(small)
     said = refused(lambda: sft(small, capitals(9), tmp_path / "run", **QUICK))
     assert "has int8 weights: only fp32 weights are trained" in said
+
+
+def test_base_is_not_replaced_by_its_own_run(base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    (tmp_path / "link").symlink_to(own)
+    for out in (own, tmp_path / "link"):
+        said = refused(lambda out=out: sft(own, capitals(9), out, overwrite=True, **QUICK))
+        assert "is the base itself, which the run would replace" in said
+    assert weights(own) == weights(base)
+
+
+def test_classifier_and_larger_tokenizer_are_refused_as_a_base(base: Path, tmp_path: Path) -> None:
+    model = gpt2c.from_pretrained(base)
+    shutil.copytree(base, tmp_path / "scores")
+    config = dataclasses.replace(model.config, num_labels=2)
+    gpt2c.GPT2(config).save_pretrained(tmp_path / "scores")
+    shutil.copytree(base, tmp_path / "less")
+    config = dataclasses.replace(model.config, vocab_size=256, eos_token_id=None)
+    gpt2c.GPT2(config).save_pretrained(tmp_path / "less")
+    for name, said in (("scores", "sft needs a language head"), ("less", "257 token")):
+        assert said in refused(
+            lambda name=name: sft(tmp_path / name, capitals(9), tmp_path / "run", **QUICK)
+        )
+        assert not (tmp_path / "run").exists()
+
+
+def test_diverged_run_stops_at_its_evaluation(base: Path, tmp_path: Path) -> None:
+    given = QUICK | {"learning_rate": 1e9, "skip_nonfinite": True, "grad_clip": 0.0}
+    said = refused(lambda: sft(base, capitals(30), tmp_path / "run", **given))
+    assert "is nan" in said or "is inf" in said or "not finite" in said
+
+
+def test_damaged_result_is_written_again(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = sft(base, capitals(30), out, **QUICK)
+    for content in ('{"before": {"val_loss": "x"}}', "[", '{"before": 3}'):
+        (out / "result.json").write_text(content)
+        again = sft(base, capitals(30), out, resume=True)
+        assert (again.before, again.after) == ({}, done.after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,21 @@ def test_bad_rewards_are_named_with_the_completion() -> None:
     )
     assert "returned None for all of 3 completions" in refused(scored, bad(None, None, None))
     assert "raised TypeError" in refused(scored, lambda completions: [0, 0, 0])
+
+
+def test_no_reward_ends_the_program_or_overflows() -> None:
+    class Odd:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    def leaves(completions: Any, **_: Any) -> list[float]:
+        raise SystemExit(7)
+
+    assert "raised SystemExit(7) for completion" in refused(scored, leaves)
+    for value in (10**400, 1e308, math.nan, Odd(), "a"):
+        assert "must return finite numbers or None, got" in refused(
+            scored, lambda completions, value=value, **_: [value] * len(completions)
+        )
 
 
 def test_rewards_of_one_name_are_numbered() -> None:

@@ -98,6 +98,8 @@ def test_records_of_other_formats_are_refused(rows: list[Any], said: str) -> Non
         ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1 is not valid JSON: 'text' is there"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl is not UTF-8"),
         ("a.json", b'[{"text": "a"}', "a.json is not valid JSON"),
+        ("a.json", b'[{"text": "a", "text": "b"}]', "a.json is not valid JSON: 'text' is there tw"),
+        ("a.csv", b"text,label,text\na,b,c\n", "a.csv has two columns 'text'"),
         ("a.csv", b"text\na,b\n", "line 2 does not have the 1 columns of the first line"),
         ("a.csv", b'text\n"a', "line 2 is not CSV: unexpected end of data"),
     ],
