@@ -110,7 +110,7 @@ STORED = [
     for case in CASES
     if any(array.factor for array in OPS[case.name].arrays)
     and ("precision" not in OPS[case.name].numbers or case.shape.get("precision") == "bf16")
-]
+][::3]  # test_kernels.py has every one with floats
 
 
 @pytest.mark.parametrize("case", STORED, ids=str)
