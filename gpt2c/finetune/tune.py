@@ -33,13 +33,14 @@ from gpt2c.formats.peft import digest
 from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.memory import require
 from gpt2c.model.model import first_values
-from gpt2c.model.parameters import Tensor, check_shapes
+from gpt2c.model.parameters import Tensor, check_shapes, names_that_fit
 from gpt2c.model.plan import parts_needed
 from gpt2c.pretrained import MODELS
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned, evaluated
 from gpt2c.train.loop import train_run
 from gpt2c.train.metrics import read_metrics
+from gpt2c.train.needs import with_scratch
 from gpt2c.train.optimizer import AdamW
 from gpt2c.train.run import (
     Run,
@@ -305,7 +306,15 @@ def _prepare(
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
     weights = "fp32" if settings.quantize == "none" else settings.quantize
     precision = as_precision(settings.precision, backend)
-    needs = parts_needed(config, 1, tokens, settings.recomputation, precision, weights)
+    frozen = config.frozen()
+    if settings.freeze:
+        frozen |= names_that_fit(config.parameter_shapes(), settings.freeze.split(","))
+    needs = with_scratch(
+        parts_needed(config, 1, tokens, settings.recomputation, precision, weights, frozen),
+        *(config, backend, tokens, precision),
+        divided=method.longest * settings.batch_size > settings.batch_tokens
+        and config.stack().head.weight not in frozen,
+    )
     require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
     model = _open(found, config, settings, backend)
     facts = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -158,9 +158,13 @@ def parts_needed(
     recompute: str | None = None,
     precision: str = "fp32",
     weights: str = "fp32",
+    frozen: Collection[str] = (),
 ) -> dict[str, int]:
-    """Return the bytes of a model, AdamW and a batch, without scratch memory: name -> bytes."""
-    stack, batch, frozen = config.stack(), Batch(B, T), config.frozen()
+    """Return the bytes of a model, AdamW and a batch, without scratch memory: name -> bytes.
+
+    What is `frozen`, beside what the config freezes, has no gradient and no moments.
+    """
+    stack, batch, frozen = config.stack(), Batch(B, T), {*config.frozen(), *frozen}
     halves = precision == "bf16" and has_halves(config, weights)
     described = stack.parameters().values()
     trained = {one.name: one.shape for one in described if one.name not in frozen}

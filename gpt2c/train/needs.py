@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 
 from gpt2c.kernels.backend import Backend, as_precision
 from gpt2c.kernels.memory import available_bytes, megabytes, require
@@ -15,7 +16,7 @@ from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed, parts_needed
 from gpt2c.train.settings import TrainSettings
 
-__all__ = ["PYTHON", "check_training", "training_parts"]
+__all__ = ["PYTHON", "check_training", "training_parts", "with_scratch"]
 
 PYTHON = 32 << 20  # bytes that Python takes later, for the picture and its imports
 SCRATCH = 3 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
@@ -34,19 +35,38 @@ def training_parts(
     backend : of the run
     order_bytes : of the batches
     """
-    shapes, head = config.parameter_shapes(), config.stack().head
     precision = as_precision(settings.precision, backend)
     parts = parts_needed(
         *(config, settings.batch_size, settings.block_size, settings.recomputation), precision
     )
-    if settings.gradient_accumulation_steps > 1:  # the head's next gradient has memory of its own
-        parts["gradients"] += 4 * math.prod(shapes[head.weight])
+    parts["order of the windows"] = order_bytes
+    divided = settings.gradient_accumulation_steps > 1
+    tokens = settings.batch_size * settings.block_size
+    return with_scratch(parts, config, backend, tokens, precision, divided)
+
+
+def with_scratch(
+    parts: Mapping[str, int],
+    config: ModelConfig,
+    backend: Backend,
+    tokens: int,
+    precision: str,
+    divided: bool,
+) -> dict[str, int]:
+    """Return the parts of `parts_needed` with what a run takes beside them: name -> bytes.
+
+    Parameters
+    ----------
+    tokens : that are read at once
+    divided : a step has several batches, and the head learns: its next gradient has its own memory
+    """
+    parts, shapes = dict(parts), config.parameter_shapes()
+    if divided:
+        parts["gradients"] += 4 * math.prod(shapes[config.stack().head.weight])
     parts["threads"] = SCRATCH * backend.threads
     if precision == "bf16":
-        rows = min(ROWS, settings.batch_size * settings.block_size)
         widest = max(shape[0] for name, shape in shapes.items() if name.startswith("h."))
-        parts["threads"] += 4 * rows * widest
-    parts["order of the windows"] = order_bytes
+        parts["threads"] += 4 * min(ROWS, tokens) * widest
     parts["Python"] = PYTHON
     parts["a save"] = 4 * max(map(math.prod, shapes.values()))  # a copy of one tensor
     return parts

@@ -204,6 +204,22 @@ def test_answers_that_are_cut_are_told_and_not_asked(
         assert found == {"val_ended": 1.0, "val_exact_match": right}
 
 
+def test_memory_is_counted_as_it_is_taken(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, int]] = []
+    monkeypatch.setattr(tune_module, "require", lambda what, parts, mend: found.append(parts))
+    given = QUICK | {"max_iters": 1, "val_fraction": 0.0}
+    for how in ({}, {"batch_tokens": 20}, {"batch_tokens": 20, "freeze": "wte.*,h.0.*"}):
+        sft(base, capitals(9), tmp_path / str(len(found)), **given | how)
+    head, layer = 4 * 257 * 32, 4 * (12 * 32 * 32 + 13 * 32)
+    whole, divided, frozen = found
+    assert divided["gradients"] - whole["gradients"] == head
+    assert whole["gradients"] - frozen["gradients"] == head + layer
+    assert whole["moments"] - frozen["moments"] == 2 * (head + layer)
+    assert whole["a save"] == head and whole["threads"] > 0
+
+
 def test_a_prompt_is_on_one_side_of_the_split(base: Path) -> None:
     rows = [{"prompt": "abcdef"[n % 6], "completion": str(n)} for n in range(24)]
     opened = Base(find_model(base), Tokenizer.from_name("bytes"))
