@@ -62,6 +62,7 @@ SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
 PACKAGES = (
     *("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"),
     *("matplotlib", "huggingface_hub", "gguf", "tensorboardX", "torch", "transformers", "lm_eval"),
+    "scikit-learn",
 )
 # Variables that change the behaviour of gpt2c or of its libraries.
 VARIABLES = re.compile(

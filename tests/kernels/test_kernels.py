@@ -97,8 +97,8 @@ def test_kernel_matches_reference_with_the_same_bits_on_two_threads(
 
 @pytest.mark.parametrize(
     ("case", "backend_name"),
-    # where dx is added to, it is not x
-    every(case for case in CASES if case.name in ALIASES and "add" not in case.shape),
+    # where dx is added to, it is not x; a third of the cases has each path of each op
+    every([case for case in CASES if case.name in ALIASES and "add" not in case.shape][::3]),
     indirect=["backend_name"],
 )
 def test_output_may_be_an_input(case: Case, backend_name: str, guarded: Guarded) -> None:
