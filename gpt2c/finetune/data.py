@@ -180,12 +180,7 @@ def open_data(source: Source, base: Base, settings: SupervisedSettings) -> Data:
     if isinstance(source, str | Path) and Path(source).is_dir():
         return _prepared(Path(source), base.tokenizer, settings, most)
     tokenizer = base.tokenizer
-    names = {
-        "prompt": settings.prompt_field,
-        "completion": settings.completion_field,
-        "text": settings.text_field,
-    }
-    found = read_records(source, FORMATS, names)
+    found = read_records(source, FORMATS, settings.names)
     if found.format not in ("prompt and completion", "text"):
         check_template(tokenizer)
         tokenizer.chat_template = CHAT_TEMPLATE

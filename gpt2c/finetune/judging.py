@@ -61,14 +61,6 @@ class JudgingSettings(FinetuneSettings):
         if self.dropout:  # or the untrained model would not equal its reference
             raise ValueError(f"dropout must be 0 to learn from judgements, got {self.dropout}")
 
-    @property
-    def names(self) -> dict[str, str]:
-        """The names of fields, see `read_records`."""
-        ending = "_field"
-        names = [name for name in self.fields() if name.endswith(ending)]
-        names.remove("group_field")  # it gives no field another name
-        return {name.removesuffix(ending): getattr(self, name) for name in names}
-
 
 class Judged(NamedTuple):
     """The judgement of U units.

@@ -62,12 +62,10 @@ class FinetuneSettings(Settings):
     val_fraction: float = setting(
         "data", 0.05, "the share of the examples that is held out", least=0, fixed=True
     )
-
     group_field: str = setting(
         *("data", "", "a field: examples that have the same one are on one side of a split"),
         fixed=True,
     )
-
     lora: bool = setting("lora", False, "train low-rank adapters, not the model", fixed=True)
     lora_r: int = setting("lora", 8, "the adapters' rank", least=1, fixed=True)
     lora_alpha: float = setting(
@@ -95,6 +93,14 @@ class FinetuneSettings(Settings):
             raise ValueError(f"max_epochs must be above 0, got {self.max_epochs}")
         if self.max_iters:
             self.learning_rates()
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names that fields have in the records, by ours; see `read_records`."""
+        ending = "_field"
+        names = [name for name in self.fields() if name.endswith(ending)]
+        names.remove("group_field")  # it gives no field another name
+        return {name.removesuffix(ending): getattr(self, name) for name in names}
 
     @property
     def adapters(self) -> LoRA | None:

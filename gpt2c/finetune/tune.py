@@ -215,7 +215,6 @@ def tune(
             if run.step < run.settings.max_iters:
                 for line in (*method.lines(), *_adapter_lines(run)):
                     report(line)
-            interrupted = False
             if not run.step:
                 try:
                     before = method.evaluate(run, stop.check)
@@ -225,10 +224,9 @@ def tune(
                 write_result(out, verb, {"before": before})
             method.begin(run)
             done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
-            interrupted = done.interrupted
         result = Result(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
-            *(before, {} if interrupted else after, interrupted),
+            *(before, {} if done.interrupted else after, done.interrupted),
         )
         write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result

@@ -97,7 +97,7 @@ def test_kernel_matches_reference_with_the_same_bits_on_two_threads(
 
 @pytest.mark.parametrize(
     ("case", "backend_name"),
-    # where dx is added to, it is not x; a third of the cases has each path of each op
+    # where dx is added to, it is not x; of the others a third, among them each op
     every([case for case in CASES if case.name in ALIASES and "add" not in case.shape][::3]),
     indirect=["backend_name"],
 )
