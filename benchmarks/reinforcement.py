@@ -41,9 +41,9 @@ FIGURES = {
 }
 GRPO: dict[str, dict[str, Any]] = {
     "GRPO": {},
-    "rejection fine-tuning": {"algorithm": "rft"},
-    "control: random reward": {"max_iters": 120},
-    "control: negated reward": {"max_iters": 120},
+    "rejection fine-tuning": {"algorithm": "rft", "beta": 0.0},
+    "control: random reward": {},
+    "control: negated reward": {},
 }
 MORE_SFT = "more examples (SFT)"
 COLOURS = {

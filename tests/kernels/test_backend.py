@@ -49,8 +49,12 @@ def test_every_machine_has_numpy_last() -> None:
     assert list(backends()) == [name for name in NAMES if name in backends()], "not fastest first"
 
 
-def test_backend_knows_its_name(backend_name: str) -> None:
-    assert get_backend(backend_name).name == backend_name
+@pytest.mark.parametrize("name", NAMES)
+def test_backend_knows_its_name(name: str) -> None:
+    """What is skipped here is what no test of this machine tries."""
+    if name not in backends():
+        pytest.skip(f"backend {name!r} does not run here, only {', '.join(backends())}")
+    assert get_backend(name).name == name
 
 
 def test_auto_is_the_fastest() -> None:

@@ -16,7 +16,7 @@ from conftest import Guarded
 from helpers.cases import ALIASES, CASES, NO_CACHE, NO_DROPOUT, Case, small_shape
 
 from gpt2c.kernels import reference
-from gpt2c.kernels.backend import NAMES, get_backend
+from gpt2c.kernels.backend import backends, get_backend
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.cases import EXAMPLES, normalised_error
 from gpt2c.kernels.op import OPS, Op
@@ -81,8 +81,8 @@ def check(case: Case, backend_name: str, actual: list[Any]) -> None:
 
 
 def every(cases: Iterable[Case]) -> list[Any]:
-    """Return each case on each backend, ordered by case, so that each case is solved once."""
-    return [pytest.param(*run, id="-".join(map(str, run))) for run in product(cases, NAMES)]
+    """Return each case on each backend of this machine, ordered by case, so that each case is solved once."""
+    return [pytest.param(*run, id="-".join(map(str, run))) for run in product(cases, backends())]
 
 
 @pytest.mark.parametrize(("case", "backend_name"), every(CASES), indirect=["backend_name"])
