@@ -15,7 +15,7 @@ PACKAGE = Path(gpt2c.__file__).parent
 # Each wing, or public module, may import those of its own line and of the lines before it,
 FLOORS = (
     {"files", "kernels", "screen", "plain"},
-    {"text", "model", "ops"},
+    {"text", "model", "ops", "parallel"},
     {"formats"},
     {"generate"},
     {"causal_lm"},
@@ -32,6 +32,7 @@ FLOORS = (
 # except these.
 APART = {"model": {"files", "screen", "text"}, "text": {"model"}, "kernels": {"files", "screen"}}
 APART |= {"files": {"kernels", "screen"}, "screen": {"kernels"}, "plain": {"files", "kernels"}}
+APART |= {"parallel": {"text", "model", "screen"}}
 OTHERS = {"numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"}
 PEERS = {"torch", "transformers", "onnx", "onnxruntime", "ctranslate2", "llama_cpp", "openvino"}
 KNOWN = {  # packages that few files may import: of an extra, or of a benchmark's rows
@@ -40,6 +41,7 @@ KNOWN = {  # packages that few files may import: of an extra, or of a benchmark'
     "gguf": {"formats/gguf.py"},
     "huggingface_hub": {"files/hub.py", "files/hub_guard.py"},
     "lm_eval": {"evaluate/lm_eval.py"},
+    "mpi4py": {"parallel/world.py"},
     "sklearn": {"evaluate/text_baselines.py"},
     **{name: {"bench/peers.py", "bench/engines.py", "bench/worker.py"} for name in PEERS},
 }

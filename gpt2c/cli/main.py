@@ -36,6 +36,7 @@ from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
+from gpt2c.parallel.world import first_voice, require_alone
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult
@@ -278,6 +279,7 @@ def _path(text: str) -> Path:
 
 def run_demo(options: argparse.Namespace) -> int:
     """`gpt2c demo`."""
+    require_alone("gpt2c demo")
     result = demo(options.text, options.out, given_settings(options), options.overwrite)
     return (
         _interrupted(result, options.out / "data", options.out / "run") if result.interrupted else 0
@@ -289,7 +291,13 @@ def run_train(options: argparse.Namespace) -> int:
     given = given_settings(options)
     if options.config is not None:
         given = recipe_settings(options.config, given)
-    result = train(options.data, options.out, given, options.resume, options.overwrite)
+    with first_voice():
+        result = train(options.data, options.out, given, options.resume, options.overwrite)
+        return _ended(result, options)
+
+
+def _ended(result: TrainResult, options: argparse.Namespace) -> int:
+    """Tell how a run has ended; return the exit code."""
     if result.interrupted:
         return _interrupted(result, options.data, options.out)
     steps = result.step - result.started

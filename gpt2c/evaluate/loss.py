@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gpt2c.model.model import Model
+from gpt2c.parallel.world import ALONE, World
 from gpt2c.text.batches import windows
 from gpt2c.text.shards import StoredTokens, Tokens
 
@@ -25,6 +26,7 @@ def evaluate(
     block_size: int,
     eval_iters: int = 0,
     check: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> float:
     """Return the mean loss over consecutive windows of `tokens`, in nats per token.
 
@@ -33,14 +35,18 @@ def evaluate(
     batch_size, block_size : B windows of T tokens at a time
     eval_iters : the most batches to evaluate; 0 is all
     check : called before each batch; an error that it raises ends the evaluation
+    world : its ranks take turns with the batches, and `check` is called before each turn of all
     """
     total, count = 0.0, 0
     for i, (x, y) in enumerate(windows(tokens, batch_size, block_size)):
-        if check:
+        if check and i % world.size == 0:
             check()
         if eval_iters and i == eval_iters:
             break
+        if i % world.size != world.rank:
+            continue
         scored = int(np.count_nonzero(y >= 0))
         total += model.loss(x, y, keep=False) * scored
         count += scored
-    return total / count
+    total, targets = world.sum([total, count])
+    return total / targets

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -27,6 +27,7 @@ __all__ = [
     "LARGEST_HEADER",
     "AnyTensor",
     "JoinedTensor",
+    "PiecedTensor",
     "StoredTensor",
     "from_bf16",
     "map_tensors",
@@ -143,7 +144,16 @@ def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return wide
 
 
-def write_tensors(path: Path, tensors: Mapping[str, AnyTensor], metadata: dict[str, str]) -> None:
+class PiecedTensor(NamedTuple):
+    """A float32 tensor that is not in memory: `pieces` yields its numbers in order as arrays."""
+
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[NDArray[np.float32]]]
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, AnyTensor | PiecedTensor], metadata: dict[str, str]
+) -> None:
     """Write tensors in their own dtypes, a `StoredTensor` as float32.
 
     The library would copy all tensors in memory. Here only a tensor that is not contiguous, such as
@@ -171,16 +181,22 @@ def write_tensors(path: Path, tensors: Mapping[str, AnyTensor], metadata: dict[s
     with naming(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            for piece in _pieces(np.asarray(tensors[name])):
+            for piece in _pieces(tensors[name]):
                 file.write(piece.data)
 
 
-def _dtype(tensor: AnyTensor) -> np.dtype[Any]:
-    return np.dtype(np.float32) if isinstance(tensor, StoredTensor) else tensor.dtype
+def _dtype(tensor: AnyTensor | PiecedTensor) -> np.dtype[Any]:
+    if isinstance(tensor, StoredTensor | PiecedTensor):
+        return np.dtype(np.float32)
+    return tensor.dtype
 
 
-def _pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Yield the numbers of an array in order, as contiguous arrays; copy it if it is not one."""
+def _pieces(tensor: AnyTensor | PiecedTensor) -> Iterator[NDArray[Any]]:
+    """Yield the numbers of a tensor in order, as contiguous arrays; copy it if it is not one."""
+    if isinstance(tensor, PiecedTensor):
+        yield from tensor.pieces()
+        return
+    array = np.asarray(tensor)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     if array.flags.c_contiguous or not array.ndim:
         yield np.ascontiguousarray(array)

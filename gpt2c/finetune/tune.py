@@ -35,6 +35,7 @@ from gpt2c.kernels.memory import require
 from gpt2c.model.model import first_values
 from gpt2c.model.parameters import Tensor, check_shapes, names_that_fit
 from gpt2c.model.plan import parts_needed
+from gpt2c.parallel.world import require_alone
 from gpt2c.pretrained import MODELS
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned, evaluated
@@ -176,6 +177,7 @@ def tune(
     OSError, ValueError, MemoryError : see `gpt2c.train.pretrain.train`; the base or an example is
         not as it must be, and nothing was written
     """
+    require_alone(f"gpt2c {verb}")
     if resume and overwrite:
         raise ValueError(
             f"--resume continues the run in {out} and --overwrite removes it: pass one of them"

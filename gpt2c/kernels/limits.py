@@ -15,13 +15,14 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 __all__ = [
     "AFFINITY",
     "CORES",
+    "bind",
     "cgroups",
     "cpu_quota",
     "free_bytes",
@@ -71,6 +72,12 @@ def unbound() -> Iterator[None]:
     finally:
         with suppress(OSError):
             os.sched_setaffinity(0, bound)
+
+
+def bind(cores: Collection[int]) -> None:
+    """Restrict this thread, and those that it starts, to these cores; some systems cannot."""
+    with suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, cores)
 
 
 @functools.cache  # the answer is read from files

@@ -16,7 +16,7 @@ own names and sizes. It knows nothing about the model around it, nor about who h
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -267,10 +267,12 @@ class Run:
     dropout : of a batch to learn from
     precision : of the products of matrices, "fp32" or "bf16". In bf16 the factors that a training
         step keeps may be uint16 that hold bfloat16: rounded once, when an op writes them
+    final : backward calls it with the names of parameters whose gradients it will not touch again;
+        or None
     """
 
     __slots__ = (
-        *("a", "accumulate", "batch", "caches", "dropout", "g", "offsets", "ops", "p"),
+        *("a", "accumulate", "batch", "caches", "dropout", "final", "g", "offsets", "ops", "p"),
         *("position", "precision"),
     )
 
@@ -291,6 +293,7 @@ class Run:
         self.precision = precision
         self.g: Mapping[str, Array] = NOTHING
         self.accumulate = True
+        self.final: Callable[[Iterable[str]], None] | None = None
 
     def rows(self, array: Array) -> Array:
         """View (N, C) as (B, T, C)."""

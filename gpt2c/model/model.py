@@ -12,7 +12,7 @@ only marks the gradients as void: the next backward writes where it would add.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, overload
 
@@ -834,6 +834,18 @@ class Model(LanguageModel):
         self._settle()
         return self._grads.flat[:]
 
+    @property
+    def trained_slices(self) -> dict[str, slice]:
+        """Name -> its place in `flat_gradients`, up to where the next begins."""
+        starts = aligned_offsets({name: self._parameters[name].shape for name in self.trained})
+        names, places = [*starts], [*starts.values()]
+        return {name: slice(*ends) for name, *ends in zip(names, places, places[1:], strict=False)}
+
+    @property
+    def final_order(self) -> Sequence[tuple[str, ...]]:
+        """The parameters whose gradients `backward` finishes together, in its order."""
+        return self._stack.final_order
+
     def zero_grad(self) -> None:
         """Mark all gradients as zero.
 
@@ -857,6 +869,7 @@ class Model(LanguageModel):
         scale: float = 1.0,
         weights: ArrayLike | Sequence[ArrayLike] | None = None,
         d_scores: ArrayLike | Sequence[ArrayLike] | None = None,
+        final: Callable[[Iterable[str]], None] | None = None,
     ) -> None:
         """Add the gradient of `scale` times the last loss to `gradients`.
 
@@ -869,6 +882,8 @@ class Model(LanguageModel):
             scale * sum(weights * losses). None: all 1
         d_scores : after `scores`: numbers of its result's shape, the gradient of the caller's loss;
             the gradient is that of scale * sum(d_scores * scores)
+        final : is called on the way with the names of parameters whose gradients this call will not
+            touch again, the last layer's first, so that others can have them while it goes on
 
         Raises
         ------
@@ -893,7 +908,7 @@ class Model(LanguageModel):
             factors = pending.check_weights(weights)
             d_logits = pending.check_d_scores(d_scores, scale)
             run, self._pending = pending.run, None
-            run.g, run.accumulate = self._grads.own, not self._void
+            run.g, run.accumulate, run.final = self._grads.own, not self._void, final
             self._void = False
             d_out = run.a["ln_f"]  # the head turns its input into its gradient
             d_weight = run.g.get(head.weight)

@@ -157,6 +157,13 @@ class Stack:
         found = chain.from_iterable(block.parameters() for block in self.blocks)
         return {one.name: one for one in sorted(found, key=lambda one: not one.decays)}
 
+    @cached_property
+    def final_order(self) -> list[tuple[str, ...]]:
+        """The names of parameters whose gradients are final together, in the order of backward."""
+        head = names_of(self.head)  # none, if the embedding's table is its weight
+        layers = [tuple(chain.from_iterable(layer.names)) for layer in reversed(self.layers)]
+        return [(*head, *names_of(self.norm)), *layers, self._embedding_names]
+
     def slots(self, batch: Batch) -> Iterable[Slot]:
         """Yield the arrays of all but the head."""
         yield from self.embedding.slots(batch)
@@ -215,11 +222,17 @@ class Stack:
         inputs = [a["encoded"], *(a[layer.out] for layer in self.layers)]
         stream.fill(0.0)
         self.norm.backward(run, stream, d_out, inputs[-1])
+        if run.final is not None:
+            run.final(self.final_order[0])
         for number in reversed(range(len(self.layers))):
             if not below[number + 1]:
                 return
             layer, x = self.layers[number], inputs[number]
             layer.again(run, x, kept)
             layer.backward(run, stream, x, below[number])
+            if run.final is not None:
+                run.final(self.final_order[len(self.layers) - number])
         if below[0]:
             self.embedding.backward(run, stream, idx)
+            if run.final is not None:
+                run.final(self.final_order[-1])

@@ -113,8 +113,12 @@ class Batches:
 
     def batch(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the batch of a step, from 0: x and y, both (B,T) int32, y one token ahead of x."""
-        rows = np.empty((self.batch_size, self.block_size + 1), np.int32)
-        for row, n in enumerate(range(step * self.batch_size, (step + 1) * self.batch_size)):
+        return self.windows(step * self.batch_size, self.batch_size)
+
+    def windows(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return windows `first` to `first + count` of all epochs; see `batch`."""
+        rows = np.empty((count, self.block_size + 1), np.int32)
+        for row, n in enumerate(range(first, first + count)):
             shard, starts = self._epoch(n // self.windows_per_epoch)
             window = n % self.windows_per_epoch
             start = starts[window]

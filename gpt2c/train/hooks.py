@@ -87,7 +87,8 @@ class Show:
     def __init__(self, run: Run, progress: Progress, shown: Sequence[str] = ()) -> None:
         self._progress, self._shown = progress, shown
         self._recent: deque[Step] = deque(maxlen=run.settings.log_interval)
-        self._busy: BusyCores | None = BusyCores(run.model.backend.threads)
+        # Beside other ranks the cores are busy with their work.
+        self._busy = BusyCores(run.model.backend.threads) if run.world.size == 1 else None
 
     def __call__(self, run: Run, step: Step) -> None:
         """Show the step."""
@@ -127,7 +128,7 @@ def speed(run: Run, steps: Iterable[Step]) -> dict[str, Any]:
     flops = sum(step.learned.flops for step in steps)
     entry = {"tokens_per_second": round(tokens / seconds, 1)}
     if flops and (peak := fma_peak(backend.name, backend.threads, run.model.precision)):
-        share = round(flops / seconds / peak, 4)
+        share = round(flops / seconds / (peak * run.world.size), 4)
         if share <= 1:
             entry["share_of_peak"] = share
         else:  # the machine was busy when the peak was measured: measure it again
@@ -154,6 +155,7 @@ class Save:
         due = run.step == settings.max_iters or _due(run.step, settings.save_interval)
         if settings.save_minutes and time.monotonic() - self._saved > 60 * settings.save_minutes:
             due = True
+        due = run.world.any(due)  # each rank has a clock of its own
         if due and not step.fault:
             save_or_tell(run, self._stop, self._progress)
             self._saved = time.monotonic()

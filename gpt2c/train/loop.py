@@ -121,6 +121,7 @@ def take_steps(
     try:
         # Lost weights may have caused a skipped step: a stop, which saves, waits for a good step.
         while run.step < run.settings.max_iters and (skips.in_a_row or not stop.asked):
+            run.world.doing = f"step {run.step + 1}"
             step = _step(run, learn, schedule(run.step), skips, stop)
             for hook in hooks:
                 hook(run, step)
@@ -134,7 +135,8 @@ def _step(
     run: Run, learn: Callable[[], Learned], learning_rate: float, skips: _Skips, stop: Stop
 ) -> Step:
     """Take a step: the objective's gradients, an update with them, the step's metrics."""
-    began = time.perf_counter()
+    began, world = time.perf_counter(), run.world
+    sent, waited = world.bytes_sent, world.waited
     learned = learn()
     loss = learned.loss
     fault = "" if math.isfinite(loss) else f"the loss is {loss}"
@@ -158,6 +160,11 @@ def _step(
         }
         run.entry |= speed(run, [step])
         run.entry |= learned.metrics
+        if world.size > 1:
+            run.entry |= {
+                "mpi_bytes": world.bytes_sent - sent,
+                "mpi_share": round((world.waited - waited) / step.seconds, 4),
+            }
         if run.settings.skip_nonfinite:
             run.entry["skipped"] = run.skipped
     return step
@@ -176,16 +183,19 @@ def dropout_of(settings: Settings, step: int, first: int) -> Dropout | None:
 def _update(run: Run, learning_rate: float) -> tuple[float, str]:
     """Update the weights; return the gradients' norm and their fault, "" for none.
 
-    Gradients that are not finite update nothing.
+    Gradients that are not finite update nothing. On several ranks their sums are not, and those of
+    one rank may be.
     """
     run.torn = True
     try:
         return run.optimizer.step(learning_rate, run.settings.grad_clip or None), ""
-    except NonFiniteGradient:
+    except NonFiniteGradient as error:
         for name, gradient in run.model.gradients.items():
             bad = gradient[~np.isfinite(gradient)]
             if bad.size:
                 return math.nan, f"the gradient of {name} holds {bad[0]}"
+        if run.world.size > 1:
+            return math.nan, f"the gradient norm is {error.norm}"
         raise
 
 
@@ -242,8 +252,11 @@ def _save_last(run: Run, stop: Stop) -> None:
 
 
 def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
-    """Save after an error that lost weights did not cause; a failing save must not hide it."""
-    if run.torn or run.step in (run.saved_step, 0):
+    """Save after an error that lost weights did not cause; a failing save must not hide it.
+
+    Several ranks cannot: an error of one does not stop the others where they could help.
+    """
+    if run.world.size > 1 or run.torn or run.step in (run.saved_step, 0):
         return
     with suppress(OSError, ValueError, MemoryError):
         _save_last(run, stop)
@@ -252,6 +265,8 @@ def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
 
 def _draw(run: Run) -> bool:
     """Draw the loss; return whether that worked: the run does not fail without a picture."""
+    if run.world.rank:
+        return False
     try:
         return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
     except Exception as error:

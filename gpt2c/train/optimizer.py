@@ -70,7 +70,14 @@ class FlatModel(Protocol):
 
 
 class NonFiniteGradient(ValueError):
-    """The gradients' norm is nan or infinite: `AdamW.step` has changed nothing."""
+    """The gradients' `norm` is nan or infinite: `AdamW.step` has changed nothing."""
+
+    def __init__(self, norm: float, step: int) -> None:
+        super().__init__(
+            f"the gradient norm is {norm} at step {step}, so the weights were not"
+            " changed; lower the learning rate"
+        )
+        self.norm = norm
 
 
 class ParameterGroup(TypedDict):
@@ -177,7 +184,10 @@ class AdamW:
         self.weight_decay = weight_decay
         self.groups = groups
         self._parts = _parts(model, groups, learning_rate)
-        size = model.trained_size
+        self._owns = self._owned()
+        ends = [*itertools.accumulate((own.stop - own.start for own in self._owns), initial=0)]
+        self._held = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        size = ends[-1]
         what = f"AdamW for {size:,} numbers"
         require(what, {"moments": self.state_bytes(size)}, "take a smaller model")
         self.m, self.v = aligned_zeros(size), aligned_zeros(size)
@@ -194,6 +204,10 @@ class AdamW:
     def state_bytes(parameters: int) -> int:
         """Return the size in bytes of the state for this many parameters."""
         return 2 * 4 * parameters
+
+    def _owned(self) -> list[slice]:
+        """Return the slices of flat memory that are updated; their moments lie side by side."""
+        return [slice(0, self.model.trained_size)]
 
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Return all that the next step needs of earlier ones, except `steps`: name -> array.
@@ -228,15 +242,19 @@ class AdamW:
         if steps < 0:
             raise ValueError(f"steps must be at least 0, got {steps}")
         for name, array in arrays.items():
-            own[name][...] = array
+            self._load(name, array)
         self.steps = steps
+
+    def _load(self, name: str, array: NDArray[Any]) -> None:
+        """Copy a moment of the whole model."""
+        getattr(self, name)[...] = array
 
     def not_finite(self) -> str:
         """Return "weights" or the name of a moment that is not finite; "" if all are finite.
 
         A step may overflow even if its gradients were finite. This reads all of that memory once.
         """
-        state = {f"moment {name}": array for name, array in self.state().items()}
+        state = {"moment m": self.m, "moment v": self.v}
         for name, array in ({"weights": self.model.flat_parameters} | state).items():
             if not math.isfinite(self.model.backend.global_norm(array)):
                 return name
@@ -269,30 +287,40 @@ class AdamW:
         model = self.model
         if model.trained != self._trained:
             raise ValueError("other parameters of the model are trained now: make a new AdamW")
-        norm = float(model.backend.global_norm(model.flat_gradients))
+        norm = self._norm()
         if not math.isfinite(norm):
-            raise NonFiniteGradient(
-                f"the gradient norm is {norm} at step {self.steps + 1}, so the weights were not"
-                " changed; lower the learning rate"
-            )
+            raise NonFiniteGradient(norm, self.steps + 1)
         grad_scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (norm + 1e-6))
         self.steps += 1
-        for part in self._parts:
-            own = slice(part.start, part.end)
-            decay = self.weight_decay if part.weight_decay is None else part.weight_decay
-            model.backend.adamw_update(
-                model.flat_parameters[own],
-                self.m[own],
-                self.v[own],
-                model.flat_gradients[own],
-                learning_rate * part.factor,
-                *self.betas,
-                self.eps,
-                decay,
-                self.steps,
-                grad_scale,
-            )
+        self._update(learning_rate, grad_scale)
         return norm
+
+    def _norm(self) -> float:
+        return float(self.model.backend.global_norm(self.model.flat_gradients))
+
+    def _update(self, learning_rate: float, grad_scale: float) -> None:
+        """Update the slices that this optimizer owns, part by part."""
+        model = self.model
+        for owned, moments in zip(self._owns, self._held, strict=True):
+            for part in self._parts:
+                own = slice(max(part.start, owned.start), min(part.end, owned.stop))
+                if own.start >= own.stop:
+                    continue
+                first = moments.start - owned.start
+                held = slice(first + own.start, first + own.stop)
+                decay = self.weight_decay if part.weight_decay is None else part.weight_decay
+                model.backend.adamw_update(
+                    model.flat_parameters[own],
+                    self.m[held],
+                    self.v[held],
+                    model.flat_gradients[own],
+                    learning_rate * part.factor,
+                    *self.betas,
+                    self.eps,
+                    decay,
+                    self.steps,
+                    grad_scale,
+                )
 
 
 def _parts(model: FlatModel, groups: Sequence[ParameterGroup], learning_rate: float) -> list[_Part]:

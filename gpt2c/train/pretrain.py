@@ -6,6 +6,7 @@ Knows tokens; it only compares their tokenizer and passes it on.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,15 +18,18 @@ from gpt2c.files import atomic
 from gpt2c.files.names import RUN_FILE
 from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.config import ModelConfig
+from gpt2c.parallel.same import check_same
+from gpt2c.parallel.world import World, join, launched
 from gpt2c.pretrained import MODELS
 from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, checksums, read_shards
 from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.checkpoints import Checkpoint
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import TrainResult, dropout_of, train_run
 from gpt2c.train.needs import check_training
-from gpt2c.train.optimizer import AdamW
 from gpt2c.train.run import (
+    LostModel,
     Run,
     check_save,
     locked_run,
@@ -35,10 +39,13 @@ from gpt2c.train.run import (
     report,
 )
 from gpt2c.train.settings import TrainSettings, resumed
+from gpt2c.train.sharded import optimizer_of
 from gpt2c.train.stop import interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
 __all__ = ["reserved", "train"]
+
+LOCAL = ("backend", "threads")  # settings that may differ from machine to machine
 
 
 def train(
@@ -79,11 +86,15 @@ def train(
         raise ValueError(
             f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
         )
-    with ExitStack() as stack:
-        if resume:
-            stack.enter_context(locked_run(out))
+    given, world = given or {}, join()
+    if world.size == 1 and "zero" in given and launched() is None:
+        raise ValueError(
+            f"--zero {given['zero']} is for several ranks, and this process is alone: begin the"
+            " command with mpiexec -n 2, or leave --zero out"
+        )
+    with world.guard(LostModel), ExitStack() as stack:
         run, settings, batches, val_tokens = _prepare(
-            *(data, out, given or {}, resume, overwrite, held), stack
+            *(data, out, given, resume, overwrite, held), world, stack
         )
         stack.callback(run.close)
         if run.step < settings.max_iters:
@@ -91,9 +102,9 @@ def train(
         windows = settings.batch_size, settings.block_size, settings.eval_iters
 
         def evaluation(check: Callable[[], None] | None) -> dict[str, float]:
-            return {"val_loss": evaluate(run.model, val_tokens, *windows, check)}
+            return {"val_loss": evaluate(run.model, val_tokens, *windows, check, world)}
 
-        with interruptible() as stop:
+        with interruptible(world) as stop:
             return train_run(run, lambda: _learn(run, settings, batches), evaluation, stop)
 
 
@@ -117,19 +128,23 @@ def reserved(
     """
     settings = TrainSettings(**given)
     config = settings.model_config(vocab_size)
-    _fitting_backend(settings, config, order_bytes=0)  # there are no tokens yet
+    _fitting_backend(settings, config, 0, settings.threads)  # there are no tokens yet
     with atomic.claimed(out, overwrite), locked_run(out):
         check_save(out, config.num_parameters(), overwrite)
         yield
 
 
 def _fitting_backend(
-    settings: TrainSettings, config: ModelConfig, order_bytes: int, resumed: bool = False
+    settings: TrainSettings,
+    config: ModelConfig,
+    order_bytes: int,
+    threads: int,
+    resumed: bool = False,
 ) -> Any:
     """Return the backend of a run; refuse a run for which a package or memory is missing."""
     if settings.tensorboard:
         check_tensorboard()
-    backend = get_backend(settings.backend, settings.threads or None)
+    backend = get_backend(settings.backend, threads or None)
     check_training(config, settings, backend, order_bytes, resumed)
     return backend
 
@@ -141,10 +156,41 @@ def _prepare(
     resume: bool,
     overwrite: bool,
     held: bool,
+    world: World,
     stack: ExitStack,
 ) -> tuple[Run, TrainSettings, Batches, Shards]:
-    """Check the arguments and files before anything is written, then open the run."""
-    record = read_record(out) if resume else None
+    """Check the arguments and files before anything is written, then open the run.
+
+    Rank 0 alone looks at the run's directory. An error of any rank ends all.
+    """
+    record: dict[str, Any] | None = None
+    with world.agreement():
+        if resume and world.rank == 0:
+            stack.enter_context(locked_run(out))
+            record = read_record(out)
+    record = world.first(record)
+    with world.agreement():
+        run, settings, found, batches, val_tokens = _checked(
+            *(data, out, given, record, world), stack
+        )
+    _check_same(world, run)
+    with world.agreement(), run.leading() as leads:
+        if leads:
+            open_run(run, record, found, overwrite, held, stack)
+    run.share()
+    run.tokens = run.step * settings.tokens_per_step  # older runs did not store it
+    return run, settings, batches, val_tokens
+
+
+def _checked(
+    data: Path,
+    out: Path,
+    given: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    world: World,
+    stack: ExitStack,
+) -> tuple[Run, TrainSettings, Checkpoint | None, Batches, Shards]:
+    """Check the arguments and files; return the run, not yet opened, and its checkpoint."""
     if record is None:
         settings = TrainSettings(**given)
     else:
@@ -158,7 +204,7 @@ def _prepare(
         refusal = f"another process prepares {data}: wait for it, or name another directory"
         stack.enter_context(atomic.locked(data, refusal, shared=True))
     tokenizer = Tokenizer.from_pretrained(data)
-    if resume:
+    if record is not None and world.rank == 0:
         _check_tokenizer(tokenizer, data, out)
     vocabulary = tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.token_lengths
     tokens = read_shards(data, "train", *vocabulary)
@@ -173,14 +219,22 @@ def _prepare(
         tokens, settings.batch_size, settings.block_size, settings.seed, settings.batch_order
     )
     config = settings.model_config(tokenizer.vocab_size, tokenizer.eot)
-    found = None if record is None else newest_checkpoint(out, record, config)
-    backend = _fitting_backend(settings, config, batches.order_bytes, resume)
-    seed = settings.seed if found is None else None
+    found = None
+    if record is not None and world.rank == 0:
+        found = newest_checkpoint(out, record, config)
+    _check_shares(settings, world)
+    world.timeout = settings.mpi_timeout
+    threads = world.take_cores(settings.threads)
+    backend = _fitting_backend(settings, config, batches.order_bytes, threads, record is not None)
+    # Rank 0 gives the others its weights.
+    seed = settings.seed if found is None and world.rank == 0 else None
     model = MODELS[type(config)](
         *(config, seed, backend, settings.recomputation), precision=settings.precision
     )
-    optimizer = AdamW(
+    optimizer, exchange = optimizer_of(
+        world,
         model,
+        settings.zero,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
@@ -189,10 +243,35 @@ def _prepare(
         "data": fingerprint,
         "bytes_per_token": {"train": _token_size(tokens), "val": _token_size(val_tokens)},
     }
-    run = Run(out, settings, model, optimizer, tokenizer, facts)
-    open_run(run, record, found, overwrite, held, stack)
-    run.tokens = run.step * settings.tokens_per_step  # older runs did not store it
-    return run, settings, batches, val_tokens
+    run = Run(out, settings, model, optimizer, tokenizer, facts, world=world, exchange=exchange)
+    return run, settings, found, batches, val_tokens
+
+
+def _check_shares(settings: TrainSettings, world: World) -> None:
+    """Refuse ranks that cannot have the same number of windows in a step."""
+    if settings.windows_per_step % world.size:
+        raise ValueError(
+            f"a step has {settings.windows_per_step} windows, batch_size {settings.batch_size} x"
+            f" gradient_accumulation_steps {settings.gradient_accumulation_steps}, which"
+            f" {world.size} ranks cannot share equally: start a number of ranks that divides it"
+        )
+
+
+def _check_same(world: World, run: Run) -> None:
+    """Refuse ranks that would train something else; report other backends."""
+    backend = [run.model.backend.name, run.model.precision]
+    own = {
+        "gpt2c": importlib.metadata.version("gpt2c"),
+        "settings": dataclasses.asdict(run.settings),
+        "data": run.facts["data"],
+    }
+    check_same(world, own, {*LOCAL})
+    for rank, other in enumerate(world.all(backend)):
+        if other != backend:
+            report(
+                f"rank {rank} computes with {' in '.join(other)} and rank 0 with"
+                f" {' in '.join(backend)}: the result will not be bit-for-bit that of one of them"
+            )
 
 
 def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:
@@ -213,7 +292,7 @@ def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:
         )
     if settings.warmup_iters >= settings.max_iters > 1:
         text += f"; all of it is warm-up (warmup_iters {settings.warmup_iters:,})"
-    return text
+    return text + run.world.report
 
 
 def _token_size(tokens: Sequence[StoredTokens]) -> float:
@@ -222,20 +301,32 @@ def _token_size(tokens: Sequence[StoredTokens]) -> float:
 
 
 def _learn(run: Run, settings: TrainSettings, batches: Batches) -> Learned:
-    """Compute the next step's loss and gradients."""
-    model = run.model
-    accumulate = settings.gradient_accumulation_steps
+    """Compute the next step's loss and gradients, those of this rank's windows.
+
+    The windows of a step are dealt to the ranks in order. Each rank takes them in batches of at
+    most batch_size, which count by their share of all windows.
+    """
+    model, world, exchange = run.model, run.world, run.exchange
+    windows = settings.windows_per_step
+    own = windows // world.size
+    count = -(-own // settings.batch_size)
+    ends = [own * (micro + 1) // count for micro in range(count)]
     model.zero_grad()
-    loss, flops = 0.0, model.config.flops_per_token(settings.block_size)
-    for micro in range(accumulate):
-        x, y = batches.batch(run.step * accumulate + micro)
-        dropout = dropout_of(settings, run.step, micro * x.size)
-        loss += model.loss(x, y, dropout=dropout) / accumulate
-        if not math.isfinite(loss):
+    loss, flops, first = 0.0, model.config.flops_per_token(settings.block_size), 0
+    for end in ends:
+        place, rows = world.rank * own + first, end - first
+        x, y = batches.windows(run.step * windows + place, rows)
+        dropout = dropout_of(settings, run.step, place * settings.block_size)
+        loss += model.loss(x, y, dropout=dropout) / (windows / rows)
+        if not math.isfinite(loss) and exchange is None:  # other ranks wait for gradients
             break
-        model.backward(scale=1 / accumulate)
+        final = exchange.send if exchange is not None and end == own else None
+        model.backward(scale=1 / (windows / rows), final=final)
+        first = end
+    if exchange is not None:
+        exchange.finish()
     tokens = settings.tokens_per_step
-    return Learned(loss, tokens, flops=flops * tokens)
+    return Learned(world.sum([loss])[0], tokens, flops=flops * tokens)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:

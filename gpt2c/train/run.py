@@ -52,12 +52,15 @@ from gpt2c.formats import peft
 from gpt2c.formats.load import config_of
 from gpt2c.kernels.checks import counted
 from gpt2c.model.config import ModelConfig
+from gpt2c.parallel.gradients import Exchange
+from gpt2c.parallel.world import ALONE, Ranks, World
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train import checkpoints, tensorboard
 from gpt2c.train.checkpoints import Checkpoint, TrainerState
 from gpt2c.train.metrics import Metrics, read_metrics
 from gpt2c.train.optimizer import AdamW
 from gpt2c.train.settings import Settings
+from gpt2c.train.sharded import ShardedAdamW
 from gpt2c.train.tensorboard import Events
 
 __all__ = [
@@ -284,9 +287,11 @@ class Run:
     settings, model, optimizer, tokenizer : of the run
     facts : further entries of run.json: "settings" as a resumed run reads them, "data", and others
     publish : writes the model of a checkpoint to the top of the directory
+    world : the ranks that train; the first one alone reads and writes the directory
 
     Attributes
     ----------
+    exchange : of the gradients of several ranks; None in a world of one
     step, skipped : the number of steps done, and of those without an update
     tokens : the number of tokens in these steps
     seconds : time spent in steps
@@ -306,7 +311,10 @@ class Run:
         tokenizer: Tokenizer,
         facts: Mapping[str, Any],
         publish: Callable[[Path, Path], None] = copy_model,
+        world: World = ALONE,
+        exchange: Exchange | None = None,
     ) -> None:
+        self.world, self.exchange = world, exchange
         self._write_model = publish
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
         self.tokenizer, self.facts = tokenizer, facts
@@ -494,6 +502,33 @@ class Run:
                 self._events.append(entry)
         self.entry = None
 
+    def share(self) -> None:
+        """Give the other ranks the weights and counts with which rank 0 goes on."""
+        if self.world.size == 1:
+            return
+        assert isinstance(self.world, Ranks)
+        state = TrainerState(**self.world.first(dataclasses.asdict(self._state())))
+        self.saved_step = self.world.first(self.saved_step)
+        self.optimizer.steps = self.world.first(self.optimizer.steps)
+        self.step, self.skipped, self.tokens = state.step, state.skipped, state.tokens
+        self.seconds, self.entry = state.seconds, state.entry
+        self.val_loss = math.nan if state.val_loss is None else state.val_loss
+        self.world.broadcast(self.model.flat_parameters)
+
+    @contextmanager
+    def leading(self) -> Iterator[bool]:
+        """Yield whether this rank is the first, which others serve with their moments within."""
+        if not isinstance(self.optimizer, ShardedAdamW):
+            yield True
+        elif self.world.rank:
+            self.optimizer.serve()
+            yield False
+        else:
+            try:
+                yield True
+            finally:
+                self.optimizer.release()
+
     def save(self) -> None:
         """Write a checkpoint, and copy its model to the top of the directory.
 
@@ -504,8 +539,16 @@ class Run:
         Raises
         ------
         OSError : it cannot be written, and the last one is whole; or the run's path leads to
-            another directory
+            another directory; on rank 0 alone
         """
+        try:
+            with self.leading() as leads:
+                if leads:
+                    self._save()
+        finally:
+            self.saved_step = self.world.first(self.saved_step)
+
+    def _save(self) -> None:
         try:
             self._check_own()
         except FileNotFoundError:

@@ -36,7 +36,8 @@ __all__ = [
 T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
 
-TABLES = ("model", "data", "optimizer", "schedule", "run")  # of a recipe, before a method's own
+# of a recipe, before a method's own
+TABLES = ("model", "data", "optimizer", "schedule", "run", "parallel")
 ARCHS = ("gpt2", "llama")
 LLAMA_NAMES = {  # of the settings
     "max_position_embeddings": "block_size",
@@ -131,6 +132,16 @@ class Settings:
     precision: str = setting(
         "run", "fp32", "fp32, bf16 or auto: of the products of matrices", older="fp32"
     )
+    zero: int = setting(
+        *("parallel", 1, "1: each rank of mpiexec holds its share of AdamW's moments; 0: all"),
+        least=0,
+        older=1,
+    )
+    mpi_timeout: float = setting(
+        *("parallel", 600.0, "seconds that a rank of mpiexec waits for the others"),
+        least=1,
+        older=600.0,
+    )
 
     def __post_init__(self) -> None:
         for name in self.fields():
@@ -138,6 +149,8 @@ class Settings:
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.zero not in (0, 1):
+            raise ValueError(f"zero must be 0 or 1, got {self.zero}")
         if self.recompute not in ("none", "light", "full"):
             raise ValueError(f"recompute must be none, light or full, got {self.recompute!r}")
         if self.precision not in (*PRECISIONS, "auto"):
@@ -264,9 +277,14 @@ class TrainSettings(Settings):
         self.model_config(vocab_size=1)
 
     @property
+    def windows_per_step(self) -> int:
+        """Rows of a batch in a step of the optimizer, of all ranks."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in a step of the optimizer."""
-        return self.batch_size * self.block_size * self.gradient_accumulation_steps
+        return self.windows_per_step * self.block_size
 
     @property
     def warmup(self) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gpt2c.parallel.world import ALONE, World
+
 __all__ = ["SIGNALS", "Stop", "StoppedError", "interruptible"]
 
 # Signals that end a program without a handler: of Ctrl-C, of kill and timeout, of a terminal that
@@ -19,11 +21,22 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGX
 
 
 class Stop:
-    """Whether a signal has asked for a stop, see `interruptible`."""
+    """Whether a signal has asked for a stop, see `interruptible`.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Parameters
+    ----------
+    world : a signal to one of its ranks stops all
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._signalled = False
         self._held = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come, to any rank; all ranks ask at the same places."""
+        return self._world.any(self._signalled)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -45,10 +58,14 @@ class Stop:
             raise StoppedError
 
     def receive(self, signum: int, frame: object) -> None:
-        """Handle a signal: ask for a stop; a second Ctrl-C interrupts the step."""
-        if self.asked and signum == signal.SIGINT and not self._held:
+        """Handle a signal: ask for a stop; a second Ctrl-C interrupts the step.
+
+        One of several ranks gets Ctrl-C from the terminal and from mpiexec: it does not count them.
+        """
+        again = self._signalled and self._world.size == 1
+        if again and signum == signal.SIGINT and not self._held:
             raise KeyboardInterrupt
-        self.asked = True
+        self._signalled = True
 
 
 class StoppedError(Exception):
@@ -56,13 +73,13 @@ class StoppedError(Exception):
 
 
 @contextmanager
-def interruptible() -> Iterator[Stop]:
+def interruptible(world: World = ALONE) -> Iterator[Stop]:
     """Make signals ask for a stop, so that no step is interrupted, except by a second Ctrl-C.
 
     A signal that the program handles itself, or ignores as under nohup, keeps its handler; only
     Ctrl-C gets a new one. Signals reach the main thread only; in another thread nothing is changed.
     """
-    stop = Stop()
+    stop = Stop(world)
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]

@@ -1,0 +1,1 @@
+"""Training on several processes: the ranks of an MPI job, and the exchange of their gradients."""

@@ -1,0 +1,205 @@
+"""The exchange of gradients, in buckets, while backward goes on; and the pieces that a rank owns.
+
+Backward finishes the gradients of the last layer first. A bucket is a slice of the flat gradients
+whose parameters are finished one after the other. Each bucket has a piece for each rank. As soon as
+all of a bucket is final, every rank sends piece r to rank r (all-to-all), and rank r adds what it
+gets in the order of ranks, in float32: the sums are the same to the bit on every MPI, which an
+all-reduce of MPI's own does not promise. Then each rank holds the sums of its pieces, and an
+all-gather of pieces makes any flat array whole again. Both together send 2 (p - 1) / p of the
+gradients' bytes, as a ring's all-reduce does.
+
+Knows of a model only the names, order and flat memory of what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpt2c.kernels.memory import ALIGNMENT, Array
+from gpt2c.parallel.world import Ranks
+
+__all__ = ["BUCKET", "Bucket", "Exchange", "buckets"]
+
+BUCKET = 25_000_000 // 4  # floats; as PyTorch's DistributedDataParallel
+IN_FLIGHT = 4  # buckets; each takes its size again for what is received
+
+
+class Trained(Protocol):
+    """The part of a model that an exchange uses."""
+
+    @property
+    def backend(self) -> Any: ...
+    @property
+    def flat_gradients(self) -> Array: ...
+    @property
+    def final_order(self) -> Sequence[tuple[str, ...]]: ...
+    @property
+    def trained_slices(self) -> Mapping[str, slice]: ...
+
+
+class Bucket(NamedTuple):
+    """A slice of the flat gradients, sent in one message to each rank.
+
+    Attributes
+    ----------
+    start, end : in floats
+    names : the parameters in it
+    """
+
+    start: int
+    end: int
+    names: frozenset[str]
+
+    def pieces(self, size: int) -> list[slice]:
+        """Return the piece of each of `size` ranks, a slice of flat memory; it may be empty.
+
+        A piece begins on a cache line, so that kernels see it as they see the whole.
+        """
+        lines = (self.end - self.start) // ALIGNMENT
+        ends = [self.start + ALIGNMENT * (lines * rank // size) for rank in range(size)]
+        return [slice(a, b) for a, b in zip(ends, [*ends[1:], self.end], strict=True)]
+
+
+def buckets(
+    order: Iterable[Sequence[str]], slices: Mapping[str, slice], most: int = BUCKET
+) -> list[Bucket]:
+    """Return the buckets in the order in which backward finishes them.
+
+    Parameters
+    ----------
+    order : the names of parameters that are finished together, group after group
+    slices : of the flat gradients, by name; a name that is not there has no gradient
+    most : floats of a bucket; a longer array is divided
+    """
+    done: list[Bucket] = []
+    open_: list[Bucket] = []  # matrices and vectors of a layer lie apart, each grows downwards
+    for names in order:
+        for name in sorted((n for n in names if n in slices), key=lambda n: -slices[n].start):
+            start, end = slices[name].start, slices[name].stop
+            near = next((one for one in open_ if end == one.start or start == one.end), None)
+            if near is not None:
+                open_.remove(near)
+                if end - start + near.end - near.start <= most:
+                    start, end = min(start, near.start), max(end, near.end)
+                    open_.append(Bucket(start, end, near.names | {name}))
+                    continue
+                done.append(near)
+            open_.append(Bucket(start, end, frozenset({name})))
+    return [part for one in [*done, *open_] for part in _divided(one, most)]
+
+
+def _divided(bucket: Bucket, most: int) -> Iterator[Bucket]:
+    """Yield a bucket in parts of at most `most` floats, nearly equal."""
+    lines = (bucket.end - bucket.start) // ALIGNMENT
+    count = max(1, math.ceil((bucket.end - bucket.start) / most))
+    ends = [bucket.start + ALIGNMENT * (lines * part // count) for part in range(count)]
+    for start, end in zip(ends, [*ends[1:], bucket.end], strict=True):
+        yield Bucket(start, end, bucket.names)
+
+
+class _Sent(NamedTuple):
+    """A bucket on its way: what is received has a row for each rank."""
+
+    request: Any
+    bucket: Bucket
+    received: Array
+
+
+class Exchange:
+    """Sums the gradients of ranks; each rank gets those of its own pieces.
+
+    Parameters
+    ----------
+    world : the ranks
+    model : its gradients are exchanged; what it trains must not change
+
+    Attributes
+    ----------
+    buckets : in the order in which they are sent
+    pieces : for each bucket in the order of memory, the piece of each rank
+    own : the pieces of this rank, in the order of memory
+    """
+
+    def __init__(self, world: Ranks, model: Trained) -> None:
+        self._world, self._model = world, model
+        self.buckets = buckets(model.final_order, model.trained_slices)
+        in_memory = sorted(self.buckets)
+        self.pieces = [bucket.pieces(world.size) for bucket in in_memory]
+        self.own = [pieces[world.rank] for pieces in self.pieces]
+        self._final: set[str] = set()
+        self._next = 0  # of the buckets to send
+        self._sent: deque[_Sent] = deque()
+
+    def send(self, names: Iterable[str]) -> None:
+        """Send the buckets that these names complete: their gradients are final.
+
+        All ranks send in the same order, as MPI wants it.
+        """
+        self._final.update(names)
+        while self._next < len(self.buckets) and self.buckets[self._next].names <= self._final:
+            if len(self._sent) == IN_FLIGHT:
+                self._add_first()
+            self._post(self.buckets[self._next])
+            self._next += 1
+        # MPI moves nothing while nobody calls it.
+        self._world.MPI.Request.Testall([one.request for one in self._sent])
+
+    def finish(self) -> None:
+        """Send what is not sent yet, and wait until the own pieces hold the sums of all ranks."""
+        self.send(self._model.trained_slices)
+        while self._sent:
+            self._add_first()
+        self._final.clear()
+        self._next = 0
+
+    def norm(self) -> float:
+        """Return the Euclidean norm of the summed gradients, the same on all ranks."""
+        flat, ops = self._model.flat_gradients, self._model.backend
+        squares = sum(ops.global_norm(flat[own]) ** 2 for own in self.own if own.start < own.stop)
+        return math.sqrt(self._world.sum([squares])[0])
+
+    def gather(self, flat: Array) -> None:
+        """Make a flat array whole from the pieces that ranks own."""
+        world, requests = self._world, []
+        for bucket in self.buckets:
+            pieces, part = bucket.pieces(world.size), flat[bucket.start : bucket.end]
+            counts, begins = _counts(pieces, bucket.start)
+            whole = [part, counts, begins, world.MPI.FLOAT]
+            requests.append(world.comm.Iallgatherv(world.MPI.IN_PLACE, whole))
+            world.bytes_sent += 4 * counts[world.rank] * (world.size - 1)
+        for request in requests:
+            world.wait(request, "the pieces of other ranks")
+
+    def _post(self, bucket: Bucket) -> None:
+        """Begin to send a bucket and to receive the own piece from all ranks."""
+        world, pieces = self._world, bucket.pieces(self._world.size)
+        counts, begins = _counts(pieces, bucket.start)
+        own = counts[world.rank]
+        received = np.empty((world.size, own), np.float32)
+        sent = self._model.flat_gradients[bucket.start : bucket.end]
+        rows = [own] * world.size, [own * rank for rank in range(world.size)]
+        request = world.comm.Ialltoallv(
+            [sent, counts, begins, world.MPI.FLOAT], [received, *rows, world.MPI.FLOAT]
+        )
+        world.bytes_sent += 4 * (sum(counts) - own)
+        self._sent.append(_Sent(request, bucket, received))
+
+    def _add_first(self) -> None:
+        """Wait for the first bucket on its way, and add its rows in the order of ranks."""
+        request, bucket, received = self._sent.popleft()
+        self._world.wait(request, "gradients")
+        own = bucket.pieces(self._world.size)[self._world.rank]
+        total = self._model.flat_gradients[own]
+        np.copyto(total, received[0])
+        for row in received[1:]:
+            total += row
+
+
+def _counts(pieces: Sequence[slice], start: int) -> tuple[list[int], list[int]]:
+    """Return the lengths of pieces, and where each begins after `start`."""
+    return [one.stop - one.start for one in pieces], [one.start - start for one in pieces]

@@ -1,0 +1,49 @@
+"""Whether all ranks have the same settings, data and version: else they would train nonsense."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gpt2c.parallel.world import World
+
+__all__ = ["check_same"]
+
+
+def check_same(world: World, own: Mapping[str, Any], local: Collection[str]) -> None:
+    """Refuse ranks that differ from rank 0; collective.
+
+    Parameters
+    ----------
+    own : "gpt2c", the version; "settings", name -> value; "data", what identifies it
+    local : settings that may differ
+
+    Raises
+    ------
+    ValueError : a rank differs; on rank 0, the others end
+    """
+    found = world.all({**own})
+    with world.agreement():
+        for rank, other in enumerate(found):
+            _compare(rank, other, found[0], local)
+
+
+def _compare(
+    rank: int, other: Mapping[str, Any], first: Mapping[str, Any], local: Collection[str]
+) -> None:
+    if other["gpt2c"] != first["gpt2c"]:
+        raise ValueError(
+            f"rank {rank} runs gpt2c {other['gpt2c']} and rank 0 runs {first['gpt2c']}: install one"
+            " version on all machines"
+        )
+    for name, value in first["settings"].items():
+        if name not in local and other["settings"].get(name) != value:
+            raise ValueError(
+                f"rank {rank} has {name}={other['settings'].get(name)} and rank 0 has"
+                f" {name}={value}: start all ranks with the same settings"
+            )
+    if other["data"] != first["data"]:
+        raise ValueError(
+            f"rank {rank} has other training or validation tokens than rank 0: each machine needs"
+            " the same data"
+        )
