@@ -257,8 +257,8 @@ class Ranks(World):
     def abort(self, why: str) -> NoReturn:
         """Tell why, and end all ranks of the job."""
         print(f"gpt2c: rank {self.rank}: {why}", file=sys.stderr, flush=True)
-        self.comm.Abort(FAILED)
-        os._exit(FAILED)  # not reached
+        self.MPI.COMM_WORLD.Abort(FAILED)
+        os._exit(FAILED)  # for a reader: Abort does not return
 
 
 def _bytes(value: Any) -> NDArray[np.uint8]:

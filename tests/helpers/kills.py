@@ -282,22 +282,22 @@ class logged:
     """Write a line for each batch to a file: its number, and a hash of its content."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.original = path, Batches.batch
+        self.path, self.original = path, Batches.windows
 
     def __enter__(self) -> None:
         path, original = self.path, self.original
 
-        def batch(self: Batches, step: int) -> Any:
-            x, y = original(self, step)
+        def windows(self: Batches, first: int, count: int) -> Any:
+            x, y = original(self, first, count)
             digest = hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()
             with open(path, "a") as file:
-                file.write(f"{step} {digest}\n")
+                file.write(f"{first // count} {digest}\n")
             return x, y
 
-        Batches.batch = batch
+        Batches.windows = windows
 
     def __exit__(self, *error: object) -> None:
-        Batches.batch = self.original
+        Batches.windows = self.original
 
 
 if __name__ == "__main__":

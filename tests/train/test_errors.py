@@ -56,7 +56,7 @@ def test_run_saves_after_an_error_outside_the_weights(
     out, calls = tmp_path / "run", [0]
     owner, name = {
         "evaluation": (pretrain, "evaluate"),
-        "batch": (Batches, "batch"),
+        "batch": (Batches, "windows"),
         "loss": (GPT2, "loss"),
     }[where]
     original = getattr(owner, name)

@@ -31,23 +31,23 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that replaces a number in the gradients, or the loss, of some steps."""
 
     def arrange(at: tuple[int, ...], name: str, value: float) -> None:
-        loss, batch, now = GPT2.loss, Batches.batch, [0]
+        loss, windows, now = GPT2.loss, Batches.windows, [0]
 
-        def watched(self: Batches, index: int) -> Any:
-            now[0] = index + 1
-            return batch(self, index)
+        def watched(self: Batches, first: int, count: int) -> Any:
+            now[0] = first // count + 1
+            return windows(self, first, count)
 
         def poisoned_loss(self: GPT2, x: Any, y: Any, keep: bool = True, **given: Any) -> float:
             found = loss(self, x, y, keep, **given)
             return value if keep and name == "loss" and now[0] in at else found
 
-        def backward(self: GPT2, scale: float = 1.0) -> None:
-            original(self, scale)
+        def backward(self: GPT2, scale: float = 1.0, **given: Any) -> None:
+            original(self, scale, **given)
             if name != "loss" and now[0] in at:
                 self.gradients[name].flat[3] = value
 
         original = GPT2.backward
-        monkeypatch.setattr(Batches, "batch", watched)
+        monkeypatch.setattr(Batches, "windows", watched)
         monkeypatch.setattr(GPT2, "loss", poisoned_loss)
         monkeypatch.setattr(GPT2, "backward", backward)
 

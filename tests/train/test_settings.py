@@ -35,13 +35,17 @@ def test_recipe_settings_stand_in_their_table_or_in_none(tmp_path: Path) -> None
     default = dataclasses.asdict(TrainSettings())
     recipe = tmp_path / "recipe.toml"
     tables = {"model": "n_layer = 3", "data": "batch_size = 2", "optimizer": "beta1 = 0.8"}
-    tables |= {"schedule": 'schedule = "linear"', "run": "tensorboard = true"}
+    tables |= {
+        "schedule": 'schedule = "linear"',
+        "run": "tensorboard = true",
+        "parallel": "zero = 0",
+    }
     assert list(tables) == list(TrainSettings.tables())
     recipe.write_text("seed = 5\n" + "".join(f"[{n}]\n{line}\n" for n, line in tables.items()))
     mixed = read_recipe(recipe)
     assert mixed == {
         "seed": 5, "n_layer": 3, "batch_size": 2, "beta1": 0.8, "schedule": "linear",
-        "tensorboard": True,
+        "tensorboard": True, "zero": 0,
     }  # fmt: skip
     recipe.write_text("seed = 5\n" + "\n".join(tables.values()))
     assert read_recipe(recipe) == mixed
