@@ -65,9 +65,7 @@ class Bucket(NamedTuple):
         return [slice(a, b) for a, b in zip(ends, [*ends[1:], self.end], strict=True)]
 
 
-def buckets(
-    order: Iterable[Sequence[str]], slices: Mapping[str, slice], most: int = BUCKET
-) -> list[Bucket]:
+def buckets(order: Iterable[Sequence[str]], slices: Mapping[str, slice], most: int) -> list[Bucket]:
     """Return the buckets in the order in which backward finishes them.
 
     Parameters
@@ -76,6 +74,8 @@ def buckets(
     slices : of the flat gradients, by name; a name that is not there has no gradient
     most : floats of a bucket; a longer array is divided
     """
+    order = [*order]
+    when = {name: number for number, names in enumerate(order) for name in names}
     done: list[Bucket] = []
     open_: list[Bucket] = []  # matrices and vectors of a layer lie apart, each grows downwards
     for names in order:
@@ -90,7 +90,8 @@ def buckets(
                     continue
                 done.append(near)
             open_.append(Bucket(start, end, frozenset({name})))
-    return [part for one in [*done, *open_] for part in _divided(one, most)]
+    done = sorted([*done, *open_], key=lambda one: max(map(when.__getitem__, one.names)))
+    return [part for one in done for part in _divided(one, most)]
 
 
 def _divided(bucket: Bucket, most: int) -> Iterator[Bucket]:
@@ -127,7 +128,7 @@ class Exchange:
 
     def __init__(self, world: Ranks, model: Trained) -> None:
         self._world, self._model = world, model
-        self.buckets = buckets(model.final_order, model.trained_slices)
+        self.buckets = buckets(model.final_order, model.trained_slices, BUCKET)
         in_memory = sorted(self.buckets)
         self.pieces = [bucket.pieces(world.size) for bucket in in_memory]
         self.own = [pieces[world.rank] for pieces in self.pieces]

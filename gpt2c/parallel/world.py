@@ -39,6 +39,7 @@ VARIABLES = (
 )
 TIMEOUT = 600.0  # seconds, until the settings are known
 LONGEST_SLEEP = 2e-4  # seconds; with longer ones a large message would stand still in between
+LAST_WORDS = 0.3  # seconds: a launcher that ends the job at once would lose the reason
 FAILED = 2  # the exit code of a user's error
 
 
@@ -241,6 +242,7 @@ class Ranks(World):
     @contextmanager
     def guard(self, *agreed: type[Exception]) -> Iterator[None]:
         """See `World`."""
+        self._is_agreed = False
         try:
             yield
         except agreed:
@@ -257,6 +259,7 @@ class Ranks(World):
     def abort(self, why: str) -> NoReturn:
         """Tell why, and end all ranks of the job."""
         print(f"gpt2c: rank {self.rank}: {why}", file=sys.stderr, flush=True)
+        time.sleep(LAST_WORDS)
         self.MPI.COMM_WORLD.Abort(FAILED)
         os._exit(FAILED)  # for a reader: Abort does not return
 

@@ -1,0 +1,154 @@
+"""Training on several ranks, against one process, in few launches of mpiexec."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DOCUMENTS, draw_nothing
+from helpers.command import environment, program
+from programs.ranks import SETTINGS
+
+from gpt2c.files.tensors import read_tensors
+from gpt2c.text.prepare import prepare
+from gpt2c.train import pretrain
+from gpt2c.train.metrics import read_metrics
+
+MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+pytest.importorskip("mpi4py")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec"),
+]
+OPEN_MPI = {  # which refuses root, and more ranks than cores, unless told otherwise
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def launch(ranks: int, *arguments: object, status: int = 0) -> str:
+    """Run a function of programs.ranks on so many ranks; return standard error."""
+    command = [str(MPIEXEC), "-n", str(ranks), *program("programs.ranks", *map(str, arguments))]
+    variables = environment(GPT2C_NUM_THREADS="1", **OPEN_MPI)
+    done = subprocess.run(command, env=variables, timeout=120, capture_output=True, text=True)
+    assert (done.returncode == 0) == (status == 0), (done.returncode, done.stdout, done.stderr)
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return runs of one process: a whole one, and its first half."""
+    out = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        patch.setenv("GPT2C_NUM_THREADS", "1")
+        pretrain.train(data, out / "whole", SETTINGS)
+        pretrain.train(data, out / "half", SETTINGS | {"max_iters": 4})
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return runs of two ranks; "of one" is the half run of one process, and two went on."""
+    out = tmp_path_factory.mktemp("two")
+    prepare(DOCUMENTS[1:], out / "other", "bytes")
+    shutil.copytree(one / "half", out / "of one")
+    launch(2, "halves", data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def three(data: Path, one: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return runs of three ranks; "of two" is the first half of one of two ranks."""
+    out = tmp_path_factory.mktemp("three")
+    shutil.copytree(two / "whole", out / "of two")
+    shutil.rmtree(out / "of two" / "checkpoints" / "00000008")
+    launch(3, "thirds", data, out)
+    return out
+
+
+def checkpoint(run: Path) -> dict[str, bytes]:
+    """Return the files of a run's last checkpoint whose bytes are those of its numbers."""
+    names = ("model.safetensors", "trainer.safetensors")
+    return {name: (run / "checkpoints" / "00000008" / name).read_bytes() for name in names}
+
+
+def close(run: Path, whole: Path) -> None:
+    """Compare losses, weights and moments with those of one process."""
+    losses = [
+        [step["loss"] for step in read_metrics(path / "metrics.jsonl")] for path in (run, whole)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    found, expected = (
+        [step["val_loss"] for step in read_metrics(path / "metrics.jsonl") if "val_loss" in step]
+        for path in (run, whole)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert len(found) == 2
+    for name in ("model.safetensors", "trainer.safetensors"):
+        files = [read_tensors(path / "checkpoints" / "00000008" / name)[0] for path in (run, whole)]
+        assert files[0].keys() == files[1].keys()
+        # All together: the bias of keys has no gradient but rounding, which Adam makes large.
+        pair = [np.concatenate([file[key].ravel() for key in file]) for file in files]
+        assert np.linalg.norm(pair[0] - pair[1]) < 1e-5 * np.linalg.norm(pair[1]), name
+
+
+@pytest.mark.parametrize("name", ["whole", "halves", "of one"])
+def test_two_ranks_train_as_one_process(one: Path, two: Path, name: str) -> None:
+    close(two / name, one / "whole")
+
+
+@pytest.mark.parametrize("name", ["whole", "of two"])
+def test_three_ranks_train_as_one_process(one: Path, three: Path, name: str) -> None:
+    close(three / name, one / "whole")
+
+
+@pytest.mark.parametrize("name", ["again", "unsharded", "halves"])
+def test_two_ranks_give_the_same_bits(two: Path, name: str) -> None:
+    assert checkpoint(two / name) == checkpoint(two / "whole")
+
+
+def test_three_ranks_give_the_same_bits_without_zero(three: Path) -> None:
+    assert checkpoint(three / "unsharded") == checkpoint(three / "whole")
+
+
+def test_one_process_goes_on_with_a_run_of_ranks(
+    data: Path, one: Path, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_nothing(monkeypatch)
+    shutil.copytree(two / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
+    pretrain.train(data, tmp_path / "run", {}, resume=True)
+    close(tmp_path / "run", one / "whole")
+
+
+def test_metrics_have_the_bytes_of_the_model_of_traffic(two: Path, three: Path) -> None:
+    for run, p in ((two, 2), (three, 3)):
+        config = json.loads((run / "whole" / "config.json").read_text())
+        moments, _ = read_tensors(run / "whole/checkpoints/00000008/trainer.safetensors")
+        size = 4 * moments["m"].size  # the flat gradients
+        assert config["n_layer"] == 2
+        for step in read_metrics(run / "whole" / "metrics.jsonl"):
+            wanted = 2 * (p - 1) / p * size
+            assert abs(step["mpi_bytes"] - wanted) < 0.05 * wanted  # pieces differ by a line
+            assert 0 <= step["mpi_share"] <= 1
+
+
+def test_job_ends_with_the_reason_of_a_rank(data: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    said = launch(2, "raises", data, tmp_path, status=2)
+    assert said.count("gpt2c: rank 1: a broken disk\n") == 1
+    assert time.monotonic() - began < 30
+    assert (tmp_path / "raises" / "checkpoints").is_dir()
+
+
+def test_rank_that_hangs_is_found(data: Path, tmp_path: Path) -> None:
+    said = launch(2, "hangs", data, tmp_path, status=2)
+    assert "gpt2c: rank 0: waited 1 s (--mpi-timeout) for gradients in step 1: another" in said

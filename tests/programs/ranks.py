@@ -1,0 +1,198 @@
+"""Several ranks: each function runs in all processes of mpiexec, and fails on any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gpt2c
+from gpt2c.cli.main import main as command
+from gpt2c.parallel import gradients
+from gpt2c.parallel.gradients import Exchange
+from gpt2c.parallel.world import Ranks, first_voice, join
+from gpt2c.text.batches import Batches
+from gpt2c.train import hooks, loop, pretrain
+from gpt2c.train.sharded import optimizer_of
+from programs.common import main
+
+
+def replace(owner: Any, name: str, stub: Any) -> None:
+    setattr(owner, name, stub)
+
+
+replace(loop, "plot_loss", lambda metrics, path: False)  # see draw_nothing of conftest.py
+replace(hooks, "fma_peak", lambda *_: 0.0)
+
+# A step of 12 windows, which 2, 3 and 4 ranks share; those of 4 are 3, of which a batch takes 2.
+SETTINGS: dict[str, Any] = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "dropout": 0.1,
+    "gradient_accumulation_steps": 6, "max_iters": 8, "learning_rate": 1e-2, "warmup_iters": 0,
+    "schedule": "constant", "eval_interval": 4, "save_interval": 4, "keep": 2,
+}  # fmt: skip
+
+
+def world() -> Ranks:
+    found = join()
+    assert isinstance(found, Ranks)
+    return found
+
+
+def train(data: str, out: Path, resume: bool = False, **changes: Any) -> None:
+    given = changes if resume else SETTINGS | changes
+    with first_voice():
+        pretrain.train(Path(data), out, given, resume)
+
+
+def halves(data: str, out: str) -> None:
+    """Train whole runs, with ZeRO and without, and one in two halves."""
+    place = Path(out)
+    gradients.BUCKET = 1000  # floats: many buckets, some of which divide an array
+    train(data, place / "whole")
+    train(data, place / "again")
+    train(data, place / "unsharded", zero=0)
+    train(data, place / "halves", max_iters=4)
+    train(data, place / "halves", resume=True, max_iters=8)
+    others(data, out)
+    exchange()
+    refusals(data, out)
+
+
+def others(data: str, out: str) -> None:
+    """Go on with runs of one process, and of as many ranks as there are not."""
+    place = Path(out)
+    for name in ("of one", "of two"):
+        if (place / name).exists():
+            train(data, place / name, resume=True, max_iters=8)
+
+
+def thirds(data: str, out: str) -> None:
+    train(data, Path(out) / "whole")
+    train(data, Path(out) / "unsharded", zero=0)
+    others(data, out)
+    exchange()
+
+
+def exchange() -> None:
+    """Sum gradients of models whose memory differs; each rank has its rows of one batch."""
+    ranks = world()
+    config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=8, vocab_size=257)
+    llama = gpt2c.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    frozen, adapted = gpt2c.GPT2(config, seed=1), gpt2c.GPT2(config, seed=1)
+    frozen.freeze("w[tp]e.*", "h.0.*")
+    adapted.add_lora(r=2)
+    idx = np.random.default_rng(1).integers(0, 257, (6, 9))
+    for model in (gpt2c.GPT2(config, seed=1), gpt2c.Llama(llama, seed=1), frozen, adapted):
+        model.loss(idx[:, :-1], idx[:, 1:])
+        model.backward()
+        expected = model.flat_gradients.copy()
+        weights = model.flat_parameters.copy()
+        found = []
+        for zero in (0, 1):
+            model.flat_parameters[...] = weights
+            optimizer, exchanged = optimizer_of(ranks, model, zero)
+            assert exchanged is not None
+            for _ in range(2):
+                step(ranks, model, exchanged, idx)
+                if zero == 0:
+                    exchanged.gather(model.flat_gradients)
+                    worst = np.abs(model.flat_gradients - expected).max()
+                    assert worst <= 1e-6 * np.abs(expected).max(), worst
+                norm = optimizer.step(grad_clip=0.5)
+                assert abs(norm - np.linalg.norm(expected)) < 1e-5 * norm
+                if zero == 1:
+                    held = optimizer.m.size + optimizer.v.size
+                    assert held <= 2 * model.trained_size / ranks.size + 64 * len(exchanged.own)
+                found.append((norm, model.flat_parameters.tobytes()))
+                model.flat_parameters[...] = weights
+        assert found[:2] == found[2:]  # the same bits
+        norms = [norm for norm, _ in found]
+        assert ranks.all(norms) == [norms] * ranks.size
+
+
+def step(ranks: Ranks, model: Any, exchanged: Exchange, idx: Any) -> None:
+    own = np.array_split(idx, ranks.size)[ranks.rank]
+    model.zero_grad()
+    for last, rows in enumerate((own[:1], own[1:])):
+        if len(rows):
+            model.loss(rows[:, :-1], rows[:, 1:], count=idx[:, 1:].size)
+            model.backward(final=exchanged.send if last or len(own) == 1 else None)
+    assert exchanged._next == len(exchanged.buckets)  # all were sent on the way
+    exchanged.finish()
+
+
+def refusals(data: str, out: str) -> None:
+    """Refuse what a user can get wrong: exit code 2 everywhere, a sentence on rank 0 alone."""
+    ranks, bad = world(), Path(out) / f"bad{world().size}"
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    other = str(Path(out) / "other") if ranks.rank == 1 else data
+    cases: list[tuple[str, Sequence[str]]] = [
+        (
+            "a step has 3 windows, batch_size 3 x gradient_accumulation_steps 1, which 2 ranks"
+            " cannot share equally: start a number of ranks that divides it",
+            ["--batch-size=3", "--gradient-accumulation-steps=1"],
+        ),
+        (
+            "rank 1 has learning_rate=1.0 and rank 0 has learning_rate=0.1: start all ranks with"
+            " the same settings",
+            [f"--learning-rate={1.0 if ranks.rank else 0.1}"],
+        ),
+        (
+            "rank 1 has other training or validation tokens than rank 0: each machine needs the"
+            " same data",
+            [f"--data={other}"],
+        ),
+        (
+            "/nowhere is not a directory of token files; gpt2c prepare makes one",
+            ["--data=/nowhere"],
+        ),
+        (
+            "rank 1: /nowhere is not a directory of token files; gpt2c prepare makes one",
+            [f"--data={'/nowhere' if ranks.rank else data}"],
+        ),
+        ("zero must be 0 or 1, got 2", ["--zero=2"]),
+    ]
+    for said, given in cases:
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            try:
+                code: Any = command(["train", "--data", data, "--out", str(bad), *flags, *given])
+            except SystemExit as error:
+                code = error.code
+        assert code == 2
+        assert errors.getvalue() == ("" if ranks.rank else f"gpt2c: {said}\n"), errors.getvalue()
+        assert not bad.exists()
+
+
+def raises(data: str, out: str) -> None:
+    """Raise an error on rank 1 in a step: the job must end."""
+    if world().rank == 1:
+        original = Batches.windows
+
+        def windows(self: Batches, first: int, count: int) -> Any:
+            if first >= 24:
+                raise RuntimeError("a broken disk")
+            return original(self, first, count)
+
+        replace(Batches, "windows", windows)
+    train(data, Path(out) / "raises", max_iters=100)
+
+
+def hangs(data: str, out: str) -> None:
+    """Sleep on rank 1 in a step: rank 0 must end the job."""
+    if world().rank == 1:
+        replace(Batches, "windows", lambda *_: time.sleep(60))
+    train(data, Path(out) / "hangs", mpi_timeout=1.0)
+
+
+if __name__ == "__main__":
+    with join().guard():
+        main(globals())
