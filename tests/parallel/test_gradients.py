@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_backward_tells_each_gradient_once_when_it_is_final(model: Any) -> None:
         assert told.keys() == model.gradients.keys()
         for name, gradient in model.gradients.items():
             np.testing.assert_array_equal(told[name], gradient, err_msg=name)
-    first, last = [*told][0], [*told][-1]
+    first, *_, last = told
     assert not first.startswith("h.0") and not last.startswith("h.2")
 
 
@@ -56,7 +57,7 @@ def test_buckets_have_every_float_once_and_none_is_long(model: Any, most: int) -
     found = buckets(model.final_order, model.trained_slices, most)
     ends = sorted((one.start, one.end) for one in found)
     assert ends[0][0] == 0 and ends[-1][1] == model.trained_size
-    assert all(end == start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in pairwise(ends))
     assert all(one.end - one.start <= most for one in found)
     for one in found:
         inside = {
@@ -82,7 +83,7 @@ def test_pieces_of_ranks_are_a_bucket() -> None:
             pieces = Bucket(32, 32 + end, frozenset()).pieces(size)
             assert len(pieces) == size
             assert (pieces[0].start, pieces[-1].stop) == (32, 32 + end)
-            for piece, after in zip(pieces, pieces[1:], strict=False):
+            for piece, after in pairwise(pieces):
                 assert piece.stop == after.start and piece.stop % 16 == 0
             lengths = [piece.stop - piece.start for piece in pieces]
             assert max(lengths) - min(lengths) <= 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,17 @@ def test_two_ranks_give_the_same_bits(two: Path, name: str) -> None:
     assert checkpoint(two / name) == checkpoint(two / "whole")
 
 
+def test_save_that_fails_halfway_changes_no_bit(two: Path) -> None:
+    assert checkpoint(two / "full") == checkpoint(two / "whole")
+    assert [path.name for path in (two / "full" / "checkpoints").iterdir()] == ["00000008"]
+    assert len([*(two / "whole" / "checkpoints").iterdir()]) == 2
+
+
+def test_all_ranks_skip_a_step_that_one_finds_not_finite(two: Path) -> None:
+    skipped = [step["skipped"] for step in read_metrics(two / "skips" / "metrics.jsonl")]
+    assert skipped == [0, 1, 1, 1, 1, 1, 1, 1]  # a rank takes three batches in a step
+
+
 def test_three_ranks_give_the_same_bits_without_zero(three: Path) -> None:
     assert checkpoint(three / "unsharded") == checkpoint(three / "whole")
 
@@ -147,6 +159,28 @@ def test_job_ends_with_the_reason_of_a_rank(data: Path, tmp_path: Path) -> None:
     assert said.count("gpt2c: rank 1: a broken disk\n") == 1
     assert time.monotonic() - began < 30
     assert (tmp_path / "raises" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("who", ["mpiexec", "a rank"])
+def test_signal_saves_and_stops_all_ranks(
+    data: Path, tmp_path: Path, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(MPIEXEC), "-n", "2", *program("programs.ranks", "signalled")]
+    command += [str(data), str(tmp_path), "1" if who == "a rank" else ""]
+    with subprocess.Popen(
+        command, env=environment(GPT2C_NUM_THREADS="1", **OPEN_MPI), stdout=subprocess.PIPE
+    ) as job:
+        assert job.stdout is not None
+        if who == "mpiexec":
+            while b" 3/100000 " not in (line := job.stdout.readline()):
+                assert line
+            job.send_signal(signal.SIGINT)
+        job.communicate(timeout=60)
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    steps = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert int(saved.name) == len(steps) > 2
+    draw_nothing(monkeypatch)
+    pretrain.train(data, tmp_path / "run", {"max_iters": len(steps) + 1}, resume=True)
 
 
 def test_rank_that_hangs_is_found(data: Path, tmp_path: Path) -> None:

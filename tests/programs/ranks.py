@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +16,13 @@ import numpy as np
 
 import gpt2c
 from gpt2c.cli.main import main as command
+from gpt2c.files import tensors
+from gpt2c.gpt2 import GPT2
 from gpt2c.parallel import gradients
 from gpt2c.parallel.gradients import Exchange
 from gpt2c.parallel.world import Ranks, first_voice, join
 from gpt2c.text.batches import Batches
-from gpt2c.train import hooks, loop, pretrain
+from gpt2c.train import checkpoints, hooks, loop, pretrain
 from gpt2c.train.sharded import optimizer_of
 from programs.common import main
 
@@ -60,7 +65,32 @@ def halves(data: str, out: str) -> None:
     train(data, place / "halves", resume=True, max_iters=8)
     others(data, out)
     exchange()
+    faults(data, out)
     refusals(data, out)
+
+
+def faults(data: str, out: str) -> None:
+    """Skip a step that one rank alone finds not finite; go on after a save that fails halfway."""
+    ranks, place, original, write = world(), Path(out), GPT2.loss, tensors.write_tensors
+    calls: list[int] = []
+
+    def loss(self: GPT2, x: Any, y: Any, keep: bool = True, **given: Any) -> float:
+        found = original(self, x, y, keep, **given)
+        calls.append(keep)
+        return float("nan") if keep and ranks.rank == 1 and sum(calls) == 5 else found
+
+    def full(path: Path, given: Any, metadata: Any) -> None:
+        if path.parent.name.startswith(".") and "00000004" in path.parent.name:
+            next(given["m"].pieces())
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, given, metadata)
+
+    replace(GPT2, "loss", loss)
+    train(data, place / "skips", skip_nonfinite=True)
+    replace(GPT2, "loss", original)
+    replace(checkpoints, "write_tensors", full)
+    train(data, place / "full")
+    replace(checkpoints, "write_tensors", write)
 
 
 def others(data: str, out: str) -> None:
@@ -184,6 +214,20 @@ def raises(data: str, out: str) -> None:
 
         replace(Batches, "windows", windows)
     train(data, Path(out) / "raises", max_iters=100)
+
+
+def signalled(data: str, out: str, rank: str) -> None:
+    """Train until a signal comes, to this rank in its third step or to mpiexec."""
+    if rank and world().rank == int(rank):
+        original = Batches.windows
+
+        def windows(self: Batches, first: int, count: int) -> Any:
+            if first >= 24:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, first, count)
+
+        replace(Batches, "windows", windows)
+    train(data, Path(out) / "run", max_iters=100_000, save_interval=0, log_interval=1)
 
 
 def hangs(data: str, out: str) -> None:
