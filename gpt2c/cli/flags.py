@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from gpt2c.parallel.world import launched
 from gpt2c.train.settings import Settings, TrainSettings
 
 __all__ = ["add_model", "add_settings", "given_settings"]
@@ -64,6 +65,17 @@ def add_settings(
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the command line gives."""
+    """Return the settings that the command line gives.
+
+    Raises
+    ------
+    ValueError : --zero without a launcher of ranks; a recipe may have it, for any number of them
+    """
     kind: type[Settings] = options.settings
-    return {name: value for name, value in vars(options).items() if name in kind.fields()}
+    given = {name: value for name, value in vars(options).items() if name in kind.fields()}
+    if "zero" in given and launched() is None:
+        raise ValueError(
+            f"--zero {given['zero']} is for several ranks, and this process is alone: begin the"
+            " command with mpiexec -n 2, or leave --zero out"
+        )
+    return given

@@ -23,7 +23,7 @@ import numpy as np
 from gpt2c.kernels.memory import ALIGNMENT, Array
 from gpt2c.parallel.world import Ranks
 
-__all__ = ["BUCKET", "Bucket", "Exchange", "buckets"]
+__all__ = ["BUCKET", "IN_FLIGHT", "Bucket", "Exchange", "buckets"]
 
 BUCKET = 25_000_000 // 4  # floats; as PyTorch's DistributedDataParallel
 IN_FLIGHT = 4  # buckets; each takes its size again for what is received

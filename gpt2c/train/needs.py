@@ -14,6 +14,7 @@ from gpt2c.kernels.backend import Backend, as_precision
 from gpt2c.kernels.memory import available_bytes, megabytes, require
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed, parts_needed
+from gpt2c.parallel.gradients import BUCKET, IN_FLIGHT
 from gpt2c.train.settings import TrainSettings
 
 __all__ = ["PYTHON", "check_training", "training_parts", "with_scratch"]
@@ -24,9 +25,15 @@ ROWS = 1032  # of a product in 16 bits, which kernels compute in floats before t
 
 
 def training_parts(
-    config: ModelConfig, settings: TrainSettings, backend: Backend, order_bytes: int
+    config: ModelConfig,
+    settings: TrainSettings,
+    backend: Backend,
+    order_bytes: int,
+    ranks: int = 1,
 ) -> dict[str, int]:
     """Return the memory of a run: name -> bytes. An evaluation uses that of the activations.
+
+    It is that of one rank, of which a machine may have several.
 
     Parameters
     ----------
@@ -34,12 +41,16 @@ def training_parts(
     settings : of the run
     backend : of the run
     order_bytes : of the batches
+    ranks : that share the moments, and send each other gradients
     """
     precision = as_precision(settings.precision, backend)
     parts = parts_needed(
         *(config, settings.batch_size, settings.block_size, settings.recomputation), precision
     )
     parts["order of the windows"] = order_bytes
+    if ranks > 1:
+        parts["gradients of other ranks"] = min(parts["gradients"], 4 * BUCKET * IN_FLIGHT)
+        parts["moments"] //= ranks if settings.zero else 1
     divided = settings.gradient_accumulation_steps > 1
     tokens = settings.batch_size * settings.block_size
     return with_scratch(parts, config, backend, tokens, precision, divided)
@@ -78,19 +89,21 @@ def check_training(
     backend: Backend,
     order_bytes: int,
     resumed: bool = False,
+    ranks: int = 1,
 ) -> None:
     """Refuse a run that does not fit into memory, and name the settings that lower its need.
 
     Parameters
     ----------
-    config, settings, backend, order_bytes : see `training_parts`
+    config, settings, backend, order_bytes, ranks : see `training_parts`
     resumed : the run is resumed, so its model and its batches cannot change
 
     Raises
     ------
     MemoryError : the run does not fit; nothing was allocated
     """
-    parts, free = training_parts(config, settings, backend, order_bytes), available_bytes()
+    parts = training_parts(config, settings, backend, order_bytes, ranks)
+    free = available_bytes()
     if sum(parts.values()) <= free:
         return
     B, T, recompute = settings.batch_size, settings.block_size, settings.recomputation

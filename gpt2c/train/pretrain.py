@@ -19,7 +19,7 @@ from gpt2c.files.names import RUN_FILE
 from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.config import ModelConfig
 from gpt2c.parallel.same import check_same
-from gpt2c.parallel.world import World, join, launched
+from gpt2c.parallel.world import World, join
 from gpt2c.pretrained import MODELS
 from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, checksums, read_shards
@@ -87,11 +87,6 @@ def train(
             f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
         )
     given, world = given or {}, join()
-    if world.size == 1 and "zero" in given and launched() is None:
-        raise ValueError(
-            f"--zero {given['zero']} is for several ranks, and this process is alone: begin the"
-            " command with mpiexec -n 2, or leave --zero out"
-        )
     with world.guard(LostModel), ExitStack() as stack:
         run, settings, batches, val_tokens = _prepare(
             *(data, out, given, resume, overwrite, held), world, stack
@@ -140,12 +135,13 @@ def _fitting_backend(
     order_bytes: int,
     threads: int,
     resumed: bool = False,
+    ranks: int = 1,
 ) -> Any:
     """Return the backend of a run; refuse a run for which a package or memory is missing."""
     if settings.tensorboard:
         check_tensorboard()
     backend = get_backend(settings.backend, threads or None)
-    check_training(config, settings, backend, order_bytes, resumed)
+    check_training(config, settings, backend, order_bytes, resumed, ranks)
     return backend
 
 
@@ -225,7 +221,9 @@ def _checked(
     _check_shares(settings, world)
     world.timeout = settings.mpi_timeout
     threads = world.take_cores(settings.threads)
-    backend = _fitting_backend(settings, config, batches.order_bytes, threads, record is not None)
+    backend = _fitting_backend(
+        *(settings, config, batches.order_bytes, threads, record is not None, world.size)
+    )
     # Rank 0 gives the others its weights.
     seed = settings.seed if found is None and world.rank == 0 else None
     model = MODELS[type(config)](

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import refused
 from helpers.command import run_process
 
+from gpt2c.cli.main import main
 from gpt2c.parallel import world
 from gpt2c.parallel.same import check_same
 from gpt2c.parallel.world import ALONE, World, first_voice, launched, require_alone
@@ -133,3 +135,22 @@ FACTS = {"gpt2c": "1.0", "settings": {"seed": 1, "threads": 2}, "data": {"train"
 def test_ranks_that_differ_are_refused(other: dict[str, Any], said: str) -> None:
     assert refused(check_same, Told(**other), FACTS, {"threads"}).startswith(said)
     check_same(Told(settings={"seed": 1, "threads": 9}), FACTS, {"threads"})
+
+
+def test_zero_is_refused_without_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [
+        "train",
+        "--data",
+        str(tmp_path / "none"),
+        "--out",
+        str(tmp_path / "run"),
+        "--zero=1",
+    ]
+    assert main(command) == 2
+    said = "gpt2c: --zero 1 is for several ranks, and this process is alone: begin the command with"
+    assert capsys.readouterr().err.startswith(said)
+    launch(monkeypatch, 0, 1)
+    assert main(command) == 2
+    assert "is not a directory of token files" in capsys.readouterr().err

@@ -115,6 +115,15 @@ def test_order_of_the_windows_counts_as_memory(
     assert found and float(found[1]) == pytest.approx(56 * windows / 1e6, abs=0.06)
 
 
+def test_ranks_share_the_moments_with_zero_alone() -> None:
+    alone = training_parts(CONFIG, SETTINGS, TWO, ORDER)
+    shared = training_parts(CONFIG, SETTINGS, TWO, ORDER, ranks=4)
+    others = {"gradients of other ranks": alone["gradients"]}
+    assert shared == alone | others | {"moments": alone["moments"] // 4}
+    whole = dataclasses.replace(SETTINGS, zero=0)
+    assert training_parts(CONFIG, whole, TWO, ORDER, ranks=4) == alone | others
+
+
 def test_run_that_just_fits_is_taken(free: Callable[[int], None]) -> None:
     free(need())
     check_training(CONFIG, SETTINGS, TWO, ORDER)
