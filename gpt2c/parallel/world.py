@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from gpt2c.files.atomic import reason
 from gpt2c.kernels.backend import THREAD_VARIABLES, default_threads
 from gpt2c.kernels.checks import counted
-from gpt2c.kernels.limits import AFFINITY, bind, usable_cores
+from gpt2c.kernels.limits import AFFINITY, CORES, bind, usable_cores
 
 __all__ = ["ALONE", "Ranks", "World", "first_voice", "join", "launched", "require_alone"]
 
@@ -151,8 +151,8 @@ class Ranks(World):
             given = any(map(os.environ.get, THREAD_VARIABLES))
             threads = default_threads() if given else share
         how = "unbound"
-        if len(peers) == 1 and sum(other.host == own.host for other in self._places) > 1:
-            how = "bound by the launcher"
+        if len(peers) == 1 and len(own.cores) < CORES:
+            how = f"bound by the launcher to {len(own.cores)} of {CORES} cores"
         elif 1 < len(peers) <= len(own.cores) and threads <= share:
             first = share * peers.index(self.rank)
             bind(own.cores[first : first + share])
