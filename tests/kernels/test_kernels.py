@@ -81,7 +81,7 @@ def check(case: Case, backend_name: str, actual: list[Any]) -> None:
 
 
 def every(cases: Iterable[Case]) -> list[Any]:
-    """Return each case on each backend of this machine, ordered by case, so that each case is solved once."""
+    """Return each case on each backend of this machine, ordered so that each is solved once."""
     return [pytest.param(*run, id="-".join(map(str, run))) for run in product(cases, backends())]
 
 
