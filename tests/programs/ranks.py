@@ -31,9 +31,6 @@ def replace(owner: Any, name: str, stub: Any) -> None:
     setattr(owner, name, stub)
 
 
-replace(loop, "plot_loss", lambda metrics, path: False)  # see draw_nothing of conftest.py
-replace(hooks, "fma_peak", lambda *_: 0.0)
-
 # A step of 12 windows, which 2, 3 and 4 ranks share; those of 4 are 3, of which a batch takes 2.
 SETTINGS: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "dropout": 0.1,
@@ -238,5 +235,7 @@ def hangs(data: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    replace(loop, "plot_loss", lambda metrics, path: False)  # see draw_nothing of conftest.py
+    replace(hooks, "fma_peak", lambda *_: 0.0)
     with join().guard():
         main(globals())
