@@ -36,7 +36,7 @@ from gpt2c.cli.flags import add_settings, given_settings
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
-from gpt2c.parallel.world import first_voice, require_alone
+from gpt2c.parallel.world import first_voice, join, require_alone
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
 from gpt2c.train.loop import TrainResult
@@ -110,9 +110,10 @@ def _run(arguments: list[str], out: Door) -> int:
         verb, place = inner, place + 1
     if place:
         arguments[place:] = _for_argparse(arguments[place:], verb)
-    options, unknown = top.parse_known_args(arguments)
-    if unknown:
-        options.verb.error(_unknown_flag(unknown[0], options.verb))
+    with first_voice(errors=True):  # all ranks of mpiexec have the same arguments
+        options, unknown = top.parse_known_args(arguments)
+        if unknown:
+            options.verb.error(_unknown_flag(unknown[0], options.verb))
     out.needed = options.shows
     try:
         own = (
@@ -288,9 +289,10 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c train`."""
-    given = given_settings(options)
-    if options.config is not None:
-        given = recipe_settings(options.config, given)
+    with join().agreement():
+        given = given_settings(options)
+        if options.config is not None:
+            given = recipe_settings(options.config, given)
     with first_voice():
         result = train(options.data, options.out, given, options.resume, options.overwrite)
         return _ended(result, options)

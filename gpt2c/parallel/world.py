@@ -17,7 +17,13 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -321,13 +327,17 @@ def require_alone(what: str) -> None:
 
 
 @contextmanager
-def first_voice() -> Iterator[None]:
-    """Print nothing on other ranks than the first."""
+def first_voice(errors: bool = False) -> Iterator[None]:
+    """Print nothing on other ranks than the first; with `errors`, not to standard error either."""
     place = launched()
     if place is None or not place.rank:
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere if errors else sys.stderr),
+    ):
         yield
 
 
