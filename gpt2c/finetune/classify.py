@@ -31,7 +31,7 @@ from gpt2c.evaluate import text_baselines
 from gpt2c.evaluate.classifier import encode, scores, softmax
 from gpt2c.evaluate.folds import stratified_folds
 from gpt2c.evaluate.metrics import Report, calibration_error, compare
-from gpt2c.files.atomic import claimed
+from gpt2c.files.atomic import check_apart, claimed
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.report import Counts
@@ -445,6 +445,8 @@ def classify(
     (1.0, ['a', 'b'])
     """
     out, own = Path(out), _settings(Path(out), settings, resume)
+    if not resume:
+        check_apart(out, base, examples)
     splits = _splits(examples, own)
     _check_place(out, own.folds)
     runs: list[Result] = []

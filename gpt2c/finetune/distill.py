@@ -388,4 +388,6 @@ def distill(
         return _Distill(base, own, examples, os.fspath(teacher))
 
     base, given = (teacher, {"random_weights": True}) if student is None else (student, {})
-    return tune("distill", DistillSettings, make, base, out, given | settings, resume, overwrite)
+    given |= settings
+    reads = [examples, teacher]
+    return tune("distill", DistillSettings, make, base, out, given, resume, overwrite, reads)

@@ -362,4 +362,4 @@ def dpo(
     def make(opened: Base, own: DPOSettings) -> Judging:
         return (_KTO if own.loss_type == "kto" else _DPO)(opened, own, examples)
 
-    return tune("dpo", DPOSettings, make, base, out, settings, resume, overwrite)
+    return tune("dpo", DPOSettings, make, base, out, settings, resume, overwrite, [examples])

@@ -551,7 +551,7 @@ def grpo(
         weights = [_weight(text) for text in own.reward_weights.split()]
         return _GRPO(opened, own, prompts, find_rewards([*reward_funcs] or names, weights))
 
-    return tune("grpo", GRPOSettings, make, base, out, settings, resume, overwrite)
+    return tune("grpo", GRPOSettings, make, base, out, settings, resume, overwrite, [prompts])
 
 
 def _weight(text: str) -> float:

@@ -140,4 +140,4 @@ def reward(
     def make(opened: Base, own: RewardSettings) -> Judging:
         return _Reward(opened, own, examples)
 
-    return tune("reward", RewardSettings, make, base, out, settings, resume, overwrite)
+    return tune("reward", RewardSettings, make, base, out, settings, resume, overwrite, [examples])

@@ -183,5 +183,5 @@ def sft(
         "sft",
         SFTSettings,
         lambda opened, own: _SFT(opened, own, examples),
-        *(base, out, settings, resume, overwrite),
+        *(base, out, settings, resume, overwrite, [examples]),
     )

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
-from gpt2c.files.atomic import atomic_path, claimed
+from gpt2c.files.atomic import atomic_path, check_apart, claimed
 from gpt2c.files.names import CHECKPOINTS, EVENTS, METRICS_FILE, RESULT_FILE, ROLLOUTS, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
@@ -157,6 +157,7 @@ def tune(
     given: Mapping[str, Any],
     resume: bool = False,
     overwrite: bool = False,
+    reads: Sequence[object] = (),
 ) -> Result:
     """Fine-tune a base model into a run's directory.
 
@@ -170,6 +171,7 @@ def tune(
     given : settings that differ from the defaults or, with `resume`, from the run's own
     resume : continue from the newest whole checkpoint in `out`
     overwrite : `out` may exist and hold files
+    reads : the files and models beside the base that are read; none may be in `out` of a new run
 
     Raises
     ------
@@ -181,10 +183,8 @@ def tune(
             f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
         )
     began, out = time.monotonic(), Path(out)
-    if os.path.exists(base) and out.exists() and os.path.samefile(base, out):
-        raise ValueError(
-            f"{out} is the base itself, which the run would replace: name another directory"
-        )
+    if not resume:
+        check_apart(out, base, *reads)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked_run(out))

@@ -70,8 +70,8 @@ def train(
         another process trains into `out` or prepares `data`; the run's checkpoints are gone. A
         checkpoint that cannot be written ends the run only if it is the last one
     ValueError : settings, data and checkpoint do not fit each other; `resume` and `overwrite`
-        together; or a loss or gradient is not finite: it updated nothing, and the checkpoints are
-        unchanged
+        together; a new run's `out` is or holds `data`; or a loss or gradient is not finite: it
+        updated nothing, and the checkpoints are unchanged
 
     Before any other error after the first step, the run is saved.
     """
@@ -82,6 +82,8 @@ def train(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked_run(out))
+        else:
+            atomic.check_apart(out, data)
         run, settings, batches, val_tokens = _prepare(
             *(data, out, given or {}, resume, overwrite, held), stack
         )
