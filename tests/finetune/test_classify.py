@@ -98,6 +98,22 @@ def test_first_loss_is_ln_k_with_a_head_of_zeros(base: Path, tmp_path: Path) -> 
         assert losses(out)[0]["loss"] == pytest.approx(math.log(3), abs=1e-7)
 
 
+def test_texts_that_are_one_for_the_model_are_one(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = texts(20) + [
+        {"text": "one and " + end, "label": "abb"[n]} for n, end in enumerate("xyz")
+    ]
+    given = QUICK | {"max_iters": 1, "max_length": 9, "test_fraction": 0.0}
+    classify(base, rows, tmp_path / "run", **given)
+    shown = capsys.readouterr().out
+    assert shown.startswith("18 texts to learn from") and "held out: 3 for validation;" in shown
+    assert (
+        "left out: 2 that are there already, with another label: 'one and y' is 'a' in example 21"
+        f" and 'b' in example 22; cut at the end: {sum(len(row['text']) > 8 for row in rows) - 2};"
+    ) in shown
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 
