@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -276,6 +276,15 @@ class _KTO(_Referred):
             unit._replace(other=mismatched(unit, other, self.most))
             for unit, other in zip(units, others, strict=True)
         ]
+
+    def lines(self) -> Iterator[str]:
+        yield from super().lines()
+        liked = self.train[0].liked
+        if all(unit.liked == liked for unit in self.train):
+            yield (
+                f"all answers to learn from are {'' if liked else 'not '}liked: kto learns what both"
+                f" kinds differ in, and makes all of these {'more' if liked else 'less'} likely"
+            )
 
     def sides(self, unit: Unit) -> Sequence[str]:
         return ("liked answer" if unit.liked else "answer that is not liked",)

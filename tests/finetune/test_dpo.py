@@ -139,6 +139,18 @@ def test_pairs_are_learned(base: Path, tmp_path: Path, loss_type: str) -> None:
     assert (tmp_path / "run" / REFERENCE_FILE).exists() == (loss_type != "simpo")
 
 
+@pytest.mark.parametrize("label", [True, False, None])
+def test_kto_tells_that_its_answers_are_of_one_kind(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], label: bool | None
+) -> None:
+    rows = [row | {"label": row["label"] if label is None else label} for row in liked(30)]
+    dpo(base, rows, tmp_path / "run", **QUICK | {"loss_type": "kto", "max_iters": 1})
+    shown = capsys.readouterr().out
+    assert shown.count("all answers to learn from are") == (label is not None)
+    assert ("are liked: kto" in shown) == (label is True)
+    assert ("are not liked: kto" in shown) == (label is False)
+
+
 def test_kto_learns_the_labels(base: Path, tmp_path: Path) -> None:
     given = QUICK | {"max_iters": 60, "eval_interval": 60, "val_fraction": 0.2, "batch_size": 16}
     given |= {"loss_type": "kto", "group_field": "number"}
