@@ -25,6 +25,7 @@ __all__ = [
     "check_messages",
     "check_template",
     "encode_chat",
+    "teach_template",
 ]
 
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
@@ -77,6 +78,17 @@ def check_template(tokenizer: Tokenizer) -> None:
             "the model has a chat template of its own; gpt2c speaks only its plain one, which"
             " gpt2c sft teaches"
         )
+
+
+def teach_template(tokenizer: Tokenizer) -> None:
+    """Give the tokenizer of a model that learns conversations gpt2c's chat template.
+
+    Raises
+    ------
+    ValueError : it has another one
+    """
+    check_template(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
 
 
 def check_messages(

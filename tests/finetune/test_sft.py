@@ -176,6 +176,8 @@ def test_a_base_with_another_chat_template_keeps_it(base: Path, tmp_path: Path) 
     said = "the model has a chat template of its own"
     assert said in refused(lambda: sft(own, [{"messages": ask + yes}], out))
     assert said in refused(lambda: gpt2c.finetune.dpo(own, [pair], out))
+    talks: list[Any] = [{"messages": ask}] * 2
+    assert said in refused(lambda: gpt2c.finetune.grpo(own, talks, out, reward="regex:a"))
     assert not out.exists()
     sft(own, capitals(4), out, **QUICK | {"max_iters": 1})
     assert (out / "chat_template.jinja").read_text() == "[INST]{{ messages }}"
