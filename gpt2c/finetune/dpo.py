@@ -281,9 +281,10 @@ class _KTO(_Referred):
         yield from super().lines()
         liked = self.train[0].liked
         if all(unit.liked == liked for unit in self.train):
+            kind, change = ("liked", "more") if liked else ("not liked", "less")
             yield (
-                f"all answers to learn from are {'' if liked else 'not '}liked: kto learns what both"
-                f" kinds differ in, and makes all of these {'more' if liked else 'less'} likely"
+                f"all answers to learn from are {kind}: kto learns in what both kinds differ, and"
+                f" makes all of these {change} likely"
             )
 
     def sides(self, unit: Unit) -> Sequence[str]:

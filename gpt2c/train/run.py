@@ -203,11 +203,21 @@ def check_config(source: Path, entries: Any, config: ModelConfig) -> None:
         found = config_of(entries) if isinstance(entries, dict) else None
     except ValueError as error:
         raise ValueError(f"{source}: its config is invalid: {error}") from None
-    if found != dataclasses.replace(config, lora=None):  # type: ignore[type-var]
-        raise ValueError(
-            f"{source} holds a model of another config than its settings and this data's tokenizer"
-            f" give: {found}, wanted {config}"
-        )
+    own, wanted = _fields(found), _fields(dataclasses.replace(config, lora=None))  # type: ignore[type-var]
+    for name, value in wanted.items():
+        if own.get(name) != value:
+            raise ValueError(
+                f"{source} holds a model of another config: its {name} is {shown(own.get(name))},"
+                f" and what the run is given now makes it {shown(value)}"
+            )
+
+
+def _fields(config: ModelConfig | None) -> dict[str, Any]:
+    """Return the kind and the fields of a config, {} of none."""
+    if config is None:
+        return {}
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return {name: getattr(config, name) for name in ("model_type", *names)}
 
 
 def newest_checkpoint(

@@ -280,6 +280,11 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
         assert said in refused(
             lambda rows=rows, of=resumed_base: sft(of, rows, out, resume=True, max_iters=9)
         )
+    larger = gpt2c.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=48, vocab_size=257)
+    gpt2c.GPT2(dataclasses.replace(larger, eos_token_id=256)).save_pretrained(tmp_path / "other")
+    said = refused(lambda: sft(tmp_path / "other", capitals(9), out, resume=True, max_iters=9))
+    wanted = "another config: its n_head is 2, and what the run is given now makes it 4"
+    assert said == f"{out / 'run.json'} holds a model of {wanted}"
     assert "batch_size=6, so it cannot go on with 7" in refused(
         lambda: sft(base, capitals(9), out, resume=True, batch_size=7)
     )

@@ -288,7 +288,8 @@ def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -
     (out / "run.json").write_text(
         (out / "run.json").read_text().replace('"n_positions": 16', '"n_positions": 8')
     )
-    with pytest.raises(ValueError, match="holds a model of another config"):
+    said = "holds a model of another config: its n_positions is 8, and what the run is given now"
+    with pytest.raises(ValueError, match=f"{said} makes it 16$"):
         train(tmp_path / "own", out, resume=True)
 
 
