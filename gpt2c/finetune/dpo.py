@@ -341,8 +341,9 @@ def dpo(
     ----------
     base : a directory of a model with its tokenizer, or a name on the hub
     examples : a file (JSONL, a JSON list, CSV), or a list of dicts: {"prompt", "chosen",
-        "rejected"}, strings or lists of messages; with loss_type="kto" {"prompt", "completion",
-        "label"}, whose label says whether the completion is liked
+        "rejected"}, strings or lists of messages, or OpenAI's {"input", "preferred_output",
+        "non_preferred_output"}; with loss_type="kto" {"prompt", "completion", "label"}, whose label
+        says whether the completion is liked
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files

@@ -21,7 +21,7 @@ from gpt2c.finetune import dpo, reference
 from gpt2c.finetune.dpo import DPOSettings, Pairs, Singles
 from gpt2c.finetune.pairs import Unit, pair_of
 from gpt2c.finetune.preference import PairLoss
-from gpt2c.text.examples import Example, Record
+from gpt2c.text.examples import Example, Record, read_records
 from gpt2c.text.tokenizer import Tokenizer
 
 dpo_module = sys.modules[DPOSettings.__module__]  # its name is the function's too
@@ -400,7 +400,11 @@ def test_prompts_are_not_learned() -> None:
     answers = [[{"role": "assistant", "content": text}] for text in ("Ho", "He")]
     split = {"prompt": ask, "chosen": answers[0], "rejected": answers[1]}
     joined = {"prompt": "Hi", "chosen": ask + answers[0], "rejected": ask + answers[1]}
-    for fields in (split, joined):
+    openai = {"input": {"messages": ask, "tools": []}} | dict(
+        zip(("preferred_output", "non_preferred_output"), answers, strict=True)
+    )
+    (renamed,) = read_records([openai], ["preference"]).records
+    for fields in (split, joined, renamed.fields):
         for one, said in zip(
             pair_of(Record(fields, ""), tokenizer).examples, (b"Ho", b"He"), strict=True
         ):
@@ -415,6 +419,16 @@ SINGLE = {"prompt": "a", "completion": "b", "label": True}
 @pytest.mark.parametrize(
     ("rows", "given", "said"),
     [
+        (
+            [{"input": {}, "preferred_output": [], "non_preferred_output": []}],
+            {},
+            "example 1: input must hold messages, got {}",
+        ),
+        (
+            [PAIR | {"preferred_output": []}],
+            {},
+            "example 1 has both chosen and preferred_output, which mean the same",
+        ),
         ([PAIR | {"rejected": "b"}], {}, "example 1: chosen and rejected are equal, so neither"),
         ([PAIR | {"chosen": " "}], {}, "example 1: chosen is empty"),
         ([PAIR | {"chosen": 3}], {}, "example 1: chosen must be a string, got int"),
