@@ -36,7 +36,7 @@ from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.report import Counts
 from gpt2c.finetune.settings import FinetuneSettings
-from gpt2c.finetune.tune import Base, Check, Method, Result, tune, write_result
+from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
 from gpt2c.pretrained import from_pretrained
@@ -47,7 +47,7 @@ from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
-from gpt2c.train.run import Run, read_record, report
+from gpt2c.train.run import Run, read_record, report, write_result
 from gpt2c.train.settings import resumed, setting
 
 __all__ = [

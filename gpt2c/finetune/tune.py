@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import json
 import math
 import os
 import time
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
-from gpt2c.files.atomic import atomic_path, check_apart, claimed
+from gpt2c.files.atomic import check_apart, claimed
 from gpt2c.files.names import CHECKPOINTS, EVENTS, METRICS_FILE, RESULT_FILE, ROLLOUTS, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
@@ -50,12 +48,13 @@ from gpt2c.train.run import (
     open_run,
     read_record,
     report,
+    write_result,
 )
 from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune", "write_result"]
+__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
 
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
@@ -412,17 +411,3 @@ def _evaluations(out: Path) -> dict[int, dict[str, float]]:
         }
         for entry in steps
     }
-
-
-def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
-    """Write result.json; numbers that JSON lacks become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: plain(entry) for name, entry in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    version = {"gpt2c": importlib.metadata.version("gpt2c")}
-    text = json.dumps(plain({"verb": verb, "versions": version, **entries}), indent=2)
-    with atomic_path(out / RESULT_FILE) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 
 from gpt2c.evaluate.loss import Shards, evaluate
 from gpt2c.files import atomic
-from gpt2c.files.names import RUN_FILE
+from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.config import ModelConfig
 from gpt2c.pretrained import MODELS
@@ -88,6 +88,7 @@ def train(
             *(data, out, given or {}, resume, overwrite, held), stack
         )
         stack.callback(run.close)
+        finished = run.step == settings.max_iters and not run.entry
         if run.step < settings.max_iters:
             report(_describe(run, settings, batches))
         windows = settings.batch_size, settings.block_size, settings.eval_iters
@@ -96,7 +97,17 @@ def train(
             return {"val_loss": evaluate(run.model, val_tokens, *windows, check)}
 
         with interruptible() as stop:
-            return train_run(run, lambda: _learn(run, settings, batches), evaluation, stop)
+            result = train_run(run, lambda: _learn(run, settings, batches), evaluation, stop)
+        if not finished or not (out / RESULT_FILE).exists():
+            run.finish("train", _figures(out, result))
+        return result
+
+
+def _figures(out: Path, result: TrainResult) -> dict[str, Any]:
+    """Return the figures of a run for result.json, under the names of fine-tuning's."""
+    names = ("step", "max_iters", "skipped", "seconds", "interrupted")
+    after = {} if math.isnan(result.val_loss) else {"val_loss": result.val_loss}
+    return {"out": str(out), **{name: getattr(result, name) for name in names}, "after": after}
 
 
 @contextmanager

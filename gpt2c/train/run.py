@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import math
 import os
@@ -72,6 +73,7 @@ __all__ = [
     "open_run",
     "read_record",
     "report",
+    "write_result",
 ]
 
 VERSION = 1
@@ -283,6 +285,20 @@ def copy_model(checkpoint: Path, out: Path) -> None:
     for source in checkpoints.model_files(checkpoint):
         with atomic_path(out / source.name) as temporary:
             shutil.copyfile(source, temporary)
+
+
+def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
+    """Write result.json; numbers that JSON lacks become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(entry) for name, entry in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    version = {"gpt2c": importlib.metadata.version("gpt2c")}
+    text = json.dumps(plain({"verb": verb, "versions": version, **entries}), indent=2)
+    with atomic_path(out / RESULT_FILE) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 class Run:
@@ -538,6 +554,11 @@ class Run:
         self._stored = state
         if not self.entry and self._published != self.saved:
             self.publish()
+
+    def finish(self, verb: str, entries: Mapping[str, Any]) -> None:
+        """Write result.json, see `write_result`."""
+        with self._logging(self.out / RESULT_FILE):
+            write_result(self.out, verb, entries)
 
     def forget(self) -> None:
         """Remove the checkpoint of this step, whose evaluation shows that the model is lost."""
