@@ -226,6 +226,7 @@ class _Distill(Method):
     verb = "distill"
     shown = ("ce", "kd")
     unit = "nats/token"
+    loss = "loss\nvalidation: nats per token (lower is better)"
 
     def __init__(self, base: Base, settings: DistillSettings, source: Source, teacher: str) -> None:
         self._settings, self.tokenizer = settings, base.tokenizer

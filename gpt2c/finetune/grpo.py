@@ -175,6 +175,7 @@ class _GRPO(Method):
     verb = "grpo"
     shown = ("reward", "pass@1", "entropy")
     unit = "(the share that fails)"
+    loss = "loss of the policy\nvalidation: the share that fails"
 
     def __init__(
         self,

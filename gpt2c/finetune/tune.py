@@ -81,7 +81,7 @@ class Method(ABC):
     ----------
     verb : its command
     shown : the metrics that the progress shows beside the loss
-    unit : of the loss
+    unit : of the loss of an evaluation
     examples : the number of examples of an epoch
     longest : tokens of the longest example
     tokenizer : of the base, which the run's directory gets, too
@@ -101,6 +101,12 @@ class Method(ABC):
     def config(self, base: AnyConfig) -> AnyConfig:
         """Return the config of the model that is trained."""
         return base
+
+    @property
+    def loss(self) -> str:
+        """The label of the losses in pictures."""
+        unit = f", {self.unit.replace('/', ' per ')}" if self.unit else ""
+        return f"loss{unit} (lower is better)"
 
     @abstractmethod
     def lines(self) -> Iterable[str]:
@@ -318,6 +324,7 @@ def _prepare(
         "verb": verb,
         "settings": dataclasses.asdict(settings),
         "data": method.facts,
+        "picture": {"loss": method.loss, "metrics": [*method.shown]},
         "models": dict(method.models),
         "base": {
             "path": os.fspath(base),

@@ -117,11 +117,16 @@ def test_texts_that_are_one_for_the_model_are_one(
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def test_labels_are_learned_and_kept(base: Path, tmp_path: Path) -> None:
+def test_labels_are_learned_and_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("gpt2c.train.loop.plot_loss", lambda *how: drawn.append(how[2]))
     given = QUICK | {"max_iters": 60, "eval_interval": 60}
     result = classify(base, texts(100), tmp_path / "run", **given)
     assert result.report and result.report.accuracy == 1.0 and result.report.count == 10
     assert 0 < result.calibration < 0.2
+    assert drawn == ["loss, nats per text (lower is better)"]
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
     assert stored["test"] == result.figures() and stored["verb"] == "classify"
     assert stored["after"] == result.runs[0].after and stored["after"]["val_accuracy"] == 1.0

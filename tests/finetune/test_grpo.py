@@ -273,6 +273,8 @@ def test_tasks_make_prompts_and_name_their_verifier(base: Path, tmp_path: Path) 
     assert result.before["val_pass@1"] == 0.0  # the base writes nonsense
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["examples"] == 12
+    assert record["picture"]["metrics"] == ["reward", "pass@1", "entropy"]
+    assert "validation: the share that fails" in record["picture"]["loss"]
 
 
 def test_conversations_are_prompts(base: Path, tmp_path: Path) -> None:
