@@ -343,7 +343,9 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
         llmc.write_tokenizer(dst, tokens, tokenizer.eot)
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
     if (dst / CONFIG_FILE).exists():
-        _check_sizes(dst, tokenizer, config_of(huggingface.read_config(dst)))
+        with huggingface.naming_config(dst):
+            config = config_of(huggingface.read_config(dst))
+        _check_sizes(dst, tokenizer, config)
     try:
         tokenizer.save_pretrained(dst)
     except ValueError as error:
