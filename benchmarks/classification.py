@@ -26,11 +26,16 @@ import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from gpt2c.bench.report import provenance
 from gpt2c.evaluate.metrics import Report
 from gpt2c.finetune import classify
+from gpt2c.finetune.classify import ClassifySettings
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.train.settings import recipe_settings
 
 Record = dict[str, str]
 
@@ -47,21 +52,15 @@ NOUNS = (
 )  # lexicographer files 3 to 28, see wninput(5WN)
 
 
-SETTINGS = {
-    "batch_size": 16,
-    "log_interval": 200,
-    "warmup_ratio": 0.05,
-    "weight_decay": 0.1,
-    "group_field": "",
-}
-EPOCHS: dict[str, dict[str, Any]] = {
+SETTINGS = recipe_settings("classify-names", {}, ClassifySettings)
+OWN: dict[str, dict[str, Any]] = {
     "sections": {"max_epochs": 2.0, "group_field": "group"},
     "glosses": {"max_epochs": 2.0},
     "sentiment": {"max_epochs": 3.0},
-    "names": {"max_epochs": 5.0},
+    "names": {},
 }
 ROWS: dict[str, dict[str, Any]] = {
-    "pretrained": {"learning_rate": 5e-4},
+    "pretrained": {},
     "random weights": {"learning_rate": 1e-3, "random_weights": True},
 }
 
@@ -152,10 +151,11 @@ def main() -> None:
     parser.add_argument("sets", nargs="+", choices=SETS)
     parser.add_argument("--base", type=Path, required=True, help="a run, such as that of the demo")
     parser.add_argument("--out", type=Path, required=True, help="gets the sets and the runs")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, figures = [], []
     for name in options.sets:
         data = out / f"{name}.jsonl"
         if not data.exists():
@@ -167,7 +167,7 @@ def main() -> None:
                 *(options.base, data, out / f"{name}-{row.split()[0]}"),
                 overwrite=True,
                 baselines=is_first,
-                **SETTINGS | EPOCHS[name] | own,
+                **SETTINGS | OWN[name] | own,
             )
             if found.report is None:
                 raise SystemExit(130)
@@ -176,11 +176,19 @@ def main() -> None:
             rows[f"GPT-2, {row}"] = found.report, f"{found.runs[0].seconds:.0f}"
         for row, (report, seconds) in rows.items():
             low, high = report.interval
+            figures.append(
+                {"set": name, "classifier": row, "seconds": float(seconds or "nan")}
+                | {"accuracy": report.accuracy, "low": low, "high": high}
+                | {"macro_f1": report.macro.f1, "texts": report.count}
+            )
             lines.append(
                 f"| {name} ({report.count:,}) | {row} | {report.accuracy:.3f} | {low:.3f} to"
                 f" {high:.3f} | {report.macro.f1:.3f} | {seconds} |"
             )
         print(*lines[-len(rows) :], sep="\n", flush=True)
+    if options.json:
+        record = {"date": date.today().isoformat(), "machine": provenance(usable_cores())}
+        options.json.write_text(json.dumps(record | {"rows": figures}, indent=1) + "\n")
     print("\n| set (texts of the test) | | accuracy | 95% interval | macro F1 | seconds |")
     print("|---|---|---:|---|---:|---:|", *lines, sep="\n")
 

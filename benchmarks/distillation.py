@@ -12,15 +12,21 @@ teacher itself is pruned in several ways, and each result is healed by a short d
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import tempfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import gpt2c
+from gpt2c.bench.report import provenance
 from gpt2c.finetune import distill, prune, sft
-from gpt2c.finetune.distill import student_config
+from gpt2c.finetune.distill import DistillSettings, student_config
+from gpt2c.kernels.limits import usable_cores
 from gpt2c.text.shards import read_shards, write_tokens
 from gpt2c.train.metrics import read_metrics
+from gpt2c.train.settings import recipe_settings
 
 VALIDATION = 20_000  # tokens
 WAYS: dict[str, dict[str, Any]] = {
@@ -50,27 +56,24 @@ def evaluations(run: Path) -> list[tuple[int, float, float]]:
     ]
 
 
-def students(teacher: Path, data: Path, work: Path, steps: int, share: float) -> None:
-    """Print a table of students that learn from little data."""
+def students(teacher: Path, data: Path, work: Path, steps: int, share: float) -> dict[str, Any]:
+    """Train students on little data, and print a table."""
     little = part(data, work / "little", share)
     model = gpt2c.from_pretrained(teacher)
-    C = model.config.n_embd // 2
-    config = student_config(model.config, 1, 0, C)
+    given = recipe_settings("distill-little", {"max_iters": steps}, DistillSettings)
+    sizes = [given.pop(name) for name in ("n_layer", "n_head", "n_embd")]
+    most = given.pop("kd_ratio")
+    config = student_config(model.config, *sizes)
     gpt2c.GPT2(config, seed=1).save_pretrained(work / "student")
     gpt2c.Tokenizer.from_pretrained(teacher).save_pretrained(work / "student")
-    given: dict[str, Any] = {
-        "learning_rate": 3e-3,
-        "max_iters": steps,
-        "eval_interval": steps // 12,
-        "log_interval": steps // 4,
-    }
-    runs: dict[str, Path] = {"cross-entropy": work / "ce"}
-    sft(work / "student", little, runs["cross-entropy"], **given)
-    for ratio in (0.5, 0.9):
-        name = f"teacher's share {ratio}"
-        runs[name] = work / f"kd {ratio}"
-        distill(teacher, little, runs[name], student=work / "student", kd_ratio=ratio, **given)
-    limit = evaluations(runs["cross-entropy"])[-1][1]
+    curves = {}
+    sft(work / "student", little, work / "ce", **given)
+    curves["cross-entropy"] = evaluations(work / "ce")
+    for ratio in (0.5, most):
+        run = work / f"kd {ratio}"
+        distill(teacher, little, run, student=work / "student", kd_ratio=ratio, **given)
+        curves[f"teacher's share {ratio}"] = evaluations(run)
+    limit = curves["cross-entropy"][-1][1]
     tokens = len(read_shards(little, "train")[0])
     print(
         f"\n{config.num_parameters():,} parameters learn {tokens:,} tokens, {steps} steps; the"
@@ -78,20 +81,19 @@ def students(teacher: Path, data: Path, work: Path, steps: int, share: float) ->
     )
     print("| student | seconds | loss | lowest loss | at its step | lowest in equal seconds |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name, run in runs.items():
-        found = evaluations(run)
+    for name, found in curves.items():
         best = min(found, key=lambda one: one[2])
-        in_time = min(
-            (loss for _, seconds, loss in found if seconds <= limit), default=float("nan")
-        )
+        in_time = min((loss for _, seconds, loss in found if seconds <= limit), default=math.nan)
         _, seconds, loss = found[-1]
         print(
             f"| {name} | {seconds:.0f} | {loss:.3f} | {best[2]:.3f} | {best[0]} | {in_time:.3f} |"
         )
+    return {"tokens": tokens, "parameters": config.num_parameters(), "curves": curves}
 
 
-def pruned(teacher: Path, data: Path, work: Path, steps: int) -> None:
-    """Print a table of pruned teachers, before and after healing."""
+def pruned(teacher: Path, data: Path, work: Path, steps: int) -> dict[str, Any]:
+    """Prune the teacher in several ways and heal it, and print a table."""
+    rows = {}
     whole = part(data, work / "whole", 1.0)
     print(
         f"\nhealed: {steps} steps of distillation, the unpruned model as the teacher\n\n"
@@ -112,11 +114,13 @@ def pruned(teacher: Path, data: Path, work: Path, steps: int) -> None:
             row = result.before
             print(f"| nothing | {row['parameters']:,} | 1 | {row['val_loss']:.3f} | |")
         row = result.after
+        rows[name] = {"before": result.before, "after": row, "healed": heal.after}
         speed = row["tokens_per_second"] / result.before["tokens_per_second"]
         print(
             f"| {name} | {row['parameters']:,} | {speed:.2f} |"
             f" {row['val_loss']:.3f} | {heal.after['val_loss']:.3f} |"
         )
+    return rows
 
 
 def main() -> None:
@@ -127,10 +131,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="of each student")
     parser.add_argument("--heal-steps", type=int, default=100)
     parser.add_argument("--share", type=float, default=0.05, help="of the teacher's text")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        students(options.teacher, options.data, Path(work), options.steps, options.share)
-        pruned(options.teacher, options.data, Path(work), options.heal_steps)
+        given = options.teacher, options.data, Path(work)
+        record = {"date": date.today().isoformat(), "machine": provenance(usable_cores())}
+        record["students"] = students(*given, options.steps, options.share)
+        record["pruned"] = pruned(*given, options.heal_steps)
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,19 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import gpt2c
+from gpt2c.bench.report import provenance
 from gpt2c.evaluate.metrics import wilson
+from gpt2c.finetune.dpo import DPOSettings
+from gpt2c.finetune.reward import RewardSettings
+from gpt2c.kernels.limits import usable_cores
+from gpt2c.train.settings import recipe_settings
 
 ANIMALS = ("cat", "dog", "hen", "cow", "owl", "bee", "fox", "ant", "elk", "eel")
 ADJECTIVES = ("old", "big", "red", "shy", "wet", "odd", "sad", "hot")
@@ -135,7 +141,6 @@ def main() -> None:
         if rng.random() < 0.5:
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
     texts = [{"prompt": question(rng), "completion": answer(rng)} for _ in range(30_000)]
-    quick = {"batch_size": 64, "log_interval": 50, "warmup_ratio": 0.1}
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         base, start = Path(directory, "base"), Path(directory, "start")
@@ -144,12 +149,15 @@ def main() -> None:
         )
         gpt2c.GPT2(config, seed=1).save_pretrained(start)
         gpt2c.Tokenizer.from_name("bytes").save_pretrained(start)
-        result = gpt2c.finetune.sft(start, texts, base, learning_rate=3e-3, eval_answers=0, **quick)
+        result = gpt2c.finetune.sft(
+            *(start, texts, base),
+            **dict(learning_rate=3e-3, warmup_ratio=0.1, batch_size=64, eval_answers=0),
+        )
         model = gpt2c.from_pretrained(base)
         found["base"] = behaviour(model, 512) | {"seconds": result.seconds}
 
-        rates = {"learning_rate": 3e-4, "max_epochs": 3.0, "val_fraction": 0.1}
-        result = gpt2c.finetune.reward(base, pairs, Path(directory, "reward"), **quick | rates)
+        given = recipe_settings("reward-preferences", {}, RewardSettings)
+        result = gpt2c.finetune.reward(base, pairs, Path(directory, "reward"), **given)
         model = gpt2c.from_pretrained(Path(directory, "reward"))
         held, low, high = accuracy(model, [pair for pair, _ in test])
         found["reward"] = {
@@ -159,19 +167,22 @@ def main() -> None:
             "best": float(np.mean([p for _, p in test])),
             "seconds": result.seconds,
         }
-        for name, rows, given in (
+        for name, rows, own in (
             ("dpo, beta 1", pairs, {"beta": 1.0}),
-            ("dpo, beta 0.5", pairs, {"beta": 0.5}),
-            ("ipo, beta 0.5", pairs, {"beta": 0.5, "loss_type": "ipo"}),
-            ("kto, beta 0.5", singles, {"beta": 0.5, "loss_type": "kto"}),
-            ("dpo, beta 0.5, random preferences", shuffled, {"beta": 0.5}),
+            ("dpo, beta 0.5", pairs, {}),
+            ("ipo, beta 0.5", pairs, {"loss_type": "ipo"}),
+            ("kto, beta 0.5", singles, {"loss_type": "kto"}),
+            ("dpo, beta 0.5, random preferences", shuffled, {}),
         ):
             out = Path(directory, name)
-            result = gpt2c.finetune.dpo(base, rows, out, **quick | rates | given)
+            given = recipe_settings("dpo-preferences", own, DPOSettings)
+            result = gpt2c.finetune.dpo(base, rows, out, **given)
             found[name] = {"seconds": result.seconds, "before": result.before}
             found[name] |= {"after": result.after} | behaviour(gpt2c.from_pretrained(out), 512)
     if options.out:
-        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        record = {"date": date.today().isoformat(), "machine": provenance(usable_cores())}
+        record |= {"pairs": options.pairs, "rows": found}
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     one = found["reward"]
     print(
         f"\nreward model: {one['accuracy']:.1%} ({one['low']:.1%} to {one['high']:.1%}) of 4,000"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -276,10 +277,12 @@ class _GRPO(Method):
     def learn(self, run: Run) -> Learned:
         settings, loss_of = self._settings, self._settings.policy_loss
         cycle, update = divmod(run.step, settings.num_iterations)
+        began = time.perf_counter()
         try:
             batch = self._batch(run, cycle, update)
         except Diverged:
             return Learned(math.nan, 0)
+        spent = time.perf_counter() - began
         run.model.zero_grad()
         loss, first = 0.0, 0
         logps = np.zeros(len(batch.targets))
@@ -296,6 +299,7 @@ class _GRPO(Method):
             logps[rows] = objective.logps
             first = rows.stop
         metrics = batch.metrics | self._figures(batch, logps, update)
+        metrics["rollout_seconds"] = round(spent, 4)
         if not update and settings.num_iterations > 1:
             batch = batch._replace(tokens=batch.tokens._replace(old=logps))
             self._held = cycle, batch

@@ -14,7 +14,7 @@ import gpt2c
 from gpt2c.train import hooks
 from gpt2c.train.metrics import read_metrics
 
-TIMES = ("elapsed_seconds", "time", "tokens_per_second", "share_of_peak")
+TIMES = ("elapsed_seconds", "time", "tokens_per_second", "share_of_peak", "rollout_seconds")
 
 
 def capitals(count: int, seed: int = 1) -> list[dict[str, Any]]:

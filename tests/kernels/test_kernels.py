@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,16 @@ def check(case: Case, backend_name: str, actual: list[Any]) -> None:
 
 
 def every(cases: Iterable[Case]) -> list[Any]:
-    """Return each case on each backend of this machine, ordered by case, so that each case is solved once."""
-    return [pytest.param(*run, id="-".join(map(str, run))) for run in product(cases, backends())]
+    """Return each case on each backend of this machine, ordered so that each is solved once.
+
+    The backend numpy is the reference itself in float32: every fifth case shows its roundings.
+    """
+    return [
+        pytest.param(case, name, id=f"{case}-{name}")
+        for number, case in enumerate(cases)
+        for name in backends()
+        if name != "numpy" or number % 5 == 0
+    ]
 
 
 @pytest.mark.parametrize(("case", "backend_name"), every(CASES), indirect=["backend_name"])

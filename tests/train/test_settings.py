@@ -12,7 +12,10 @@ from conftest import refused
 from helpers.runs import FIRST
 
 from gpt2c.cli.finetune import METHODS
+from gpt2c.finetune.classify import ClassifySettings
+from gpt2c.finetune.distill import DistillSettings
 from gpt2c.train.settings import (
+    Settings,
     TrainSettings,
     find_recipe,
     read_recipe,
@@ -20,13 +23,15 @@ from gpt2c.train.settings import (
     resumed,
 )
 
+SETTINGS: dict[str, type[Settings]] = {name: kind for name, (_, kind, _) in METHODS.items()}
+SETTINGS |= {"classify": ClassifySettings, "distill": DistillSettings}
+
 
 def test_shipped_recipes_are_valid_settings() -> None:
     recipes = list((Path(__file__).resolve().parents[2] / "gpt2c" / "recipes").glob("*.toml"))
     assert recipes
     for path in recipes:
-        method = METHODS.get(path.stem.split("-")[0])
-        kind = TrainSettings if method is None else method[1]
+        kind = SETTINGS.get(path.stem.split("-")[0], TrainSettings)
         kind(**read_recipe(path, kind))
         assert find_recipe(path.stem) == path
 
