@@ -135,9 +135,10 @@ class Chat:
         ids, _ = encode_chat(tokenizer, [*self._system, question], answer=True)
         if len(ids) > context:
             told = " with the system message" if self._system else ""
+            name = self._generator.model.config.context_name
             raise ValueError(
                 f"the question{told} is {counted(len(ids), 'token')}; this model's context is"
-                f" {context} (n_positions): give a shorter one"
+                f" {context} ({name}): give a shorter one"
             )
         room = min(self._config.max_new_tokens, context // 4)
         while len(self.messages) > len(self._system):

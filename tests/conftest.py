@@ -71,7 +71,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes longer than a tiny run: the picture, and the peak's measurement."""
-    patch.setattr("gpt2c.train.loop.plot_loss", lambda metrics, path: False)
+    patch.setattr("gpt2c.train.loop.plot_loss", lambda *_: False)
     patch.setattr("gpt2c.train.hooks.fma_peak", lambda *_: 0.0)
 
 

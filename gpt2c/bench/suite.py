@@ -375,7 +375,9 @@ def bench_train(
     """
     for B, T in shapes:
         if T > config.n_positions:
-            raise ValueError(f"T = {T} is more than the model's n_positions, {config.n_positions}")
+            raise ValueError(
+                f"T = {T} is more than the model's {config.context_name}, {config.n_positions}"
+            )
         _check_memory([name for name in names if not lacks(name)], config, B, T, recompute)
     # new processes for each shape: the peak of memory is theirs
     works = [[_step(config, B, T, recompute)] for B, T in shapes]

@@ -17,7 +17,7 @@ from typing import Any
 from gpt2c.evaluate.baselines import BLOCK, bigram_nats, xz_bits_per_byte
 from gpt2c.evaluate.figures import figures
 from gpt2c.evaluate.loss import evaluate
-from gpt2c.files.atomic import claimed
+from gpt2c.files.atomic import check_apart, claimed
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
 from gpt2c.llama import Llama
@@ -84,6 +84,7 @@ def _learn(
 ) -> TrainResult:
     """Prepare the text and train on it; refuse bad settings before anything is replaced."""
     data, run = out / "data", out / "run"
+    check_apart(run, text)
     with ExitStack() as stack:
         stack.enter_context(claimed(out, overwrite))
         stack.enter_context(reserved(run, settings, VOCABULARY, overwrite))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c.files.atomic import check_directory
+from gpt2c.files.atomic import check_apart, check_directory
 from gpt2c.formats.load import find_model
 from gpt2c.formats.peft import is_adapter_directory
 from gpt2c.kernels.checks import counted
@@ -38,6 +38,7 @@ def run_merge(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.model} holds no adapters to merge; --adapter names some")
     if is_adapter_directory(options.out):
         raise ValueError(f"{options.out} holds adapters: name another directory")
+    check_apart(options.out, options.model, options.adapter, found.name)
     check_directory(options.out, options.overwrite)
     model = open_found(found)
     merged = model.merge()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from gpt2c.files.names import METRICS_FILE, RUN_FILE, RUNS_FILE
 from gpt2c.files.untrusted import read_json
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.metrics import read_metrics
-from gpt2c.train.plot import plot_runs, shorten
+from gpt2c.train.plot import LOSS, plot_runs, shorten
 
 __all__ = ["add_flags", "run_plot"]
 
@@ -28,7 +28,9 @@ LAST = 10  # losses that are averaged, as in a line of training: a single one is
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `gpt2c plot`."""
-    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run of gpt2c train")
+    verb.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run of any verb that trains"
+    )
     verb.add_argument(
         "--out", type=Path, metavar="FILE.png", help="default: plot.png in the first run"
     )
@@ -49,8 +51,11 @@ def run_plot(options: argparse.Namespace) -> int:
         if not entries:
             raise ValueError(f"{path / METRICS_FILE} holds no step that can be drawn")
         runs[path] = entries
-    unit = TOKENS
-    if not _one_tokenizer(runs):
+    pictures = {path: _picture(path) for path in runs}
+    unit, (loss, *different) = TOKENS, dict.fromkeys(own.loss for own in pictures.values())
+    if different:
+        loss = "losses of different kinds: do not compare"
+    if loss == LOSS and not _one_tokenizer(runs):
         sizes = {path: _bytes_per_token(path) for path in runs}
         if all(sizes.values()):
             unit = BYTES
@@ -64,16 +69,44 @@ def run_plot(options: argparse.Namespace) -> int:
                 " not be compared; gpt2c eval gives bits per byte",
                 file=sys.stderr,
             )
-    lacking = plot_runs({str(path): entries for path, entries in runs.items()}, out, unit)
+        loss = LOSS.replace(TOKENS, unit)
+    others = [*dict.fromkeys(name for own in pictures.values() for name in own.metrics)]
+    named = {str(path): entries for path, entries in runs.items()}
+    lacking = plot_runs(named, out, loss, others)
     if shown := "".join(c for c in lacking if c.isprintable()):  # a control character has no font
         print(
             f"gpt2c: no font here has {shown}: the picture shows their codes; install a font"
             " such as Noto Sans CJK",
             file=sys.stderr,
         )
-    _tell(runs, unit)
+    _tell(runs, pictures, unit)
     print(out)
     return 0
+
+
+class Picture(NamedTuple):
+    """What a run's picture shows: the label of its losses, and metrics beside them."""
+
+    loss: str
+    metrics: Sequence[str]
+
+
+def _picture(path: Path) -> Picture:
+    """Return what run.json says of a run's picture; a run without one is of pretraining."""
+    try:
+        record = read_json(path / RUN_FILE)
+    except (OSError, ValueError):
+        return Picture(LOSS, ())
+    if "verb" not in record:
+        return Picture(LOSS, ())
+    found = record.get("picture")
+    entries = found if isinstance(found, dict) else {}
+    loss, metrics = entries.get("loss"), entries.get("metrics")
+    names = metrics if isinstance(metrics, list) else []
+    return Picture(
+        loss if isinstance(loss, str) else "loss (lower is better)",
+        [name for name in names if isinstance(name, str) and name.isprintable()],
+    )
 
 
 def _one_tokenizer(paths: Iterable[Path]) -> bool:
@@ -115,24 +148,34 @@ def _in_bits(entries: Entries, sizes: dict[str, float]) -> Entries:
     return found
 
 
-def _tell(runs: dict[Path, Entries], unit: str) -> None:
-    """Print a line for each run: its steps, last losses and speed."""
+def _tell(runs: dict[Path, Entries], pictures: Mapping[Path, Picture], unit: str) -> None:
+    """Print a line for each run: its steps, last losses, other metrics and speed."""
     labels = shorten([str(path) for path in runs])
-    for label, entries in zip(labels, runs.values(), strict=True):
+    for label, (path, entries) in zip(labels, runs.items(), strict=True):
         parts = [f"{entries[-1]['step']:,} steps"]
-        losses, validation = (
-            [entry[name] for entry in entries if entry.get(name) is not None]
-            for name in ("loss", "val_loss")
-        )
+        own = f" {unit}" if pictures[path].loss == LOSS else ""
+        losses, validation = (_values(entries, name) for name in ("loss", "val_loss"))
         if losses:
             last = losses[-LAST:]
-            mean = math.fsum(last) / len(last)
             of = f"mean of the last {len(last)} steps" if len(last) > 1 else "of one step"
-            parts.append(f"training loss {written(mean)} {unit} ({of})")
+            parts.append(f"training loss {written(_mean(last))}{own} ({of})")
         if validation:
             lowest = f"lowest {written(min(validation))}"
-            parts.append(f"validation loss {written(validation[-1])} {unit} ({lowest})")
+            parts.append(f"validation loss {written(validation[-1])}{own} ({lowest})")
+        for name in pictures[path].metrics:
+            if values := _values(entries, name):
+                checked = _values(entries, f"val_{name}")
+                held = f" (validation {written(checked[-1])})" if checked else ""
+                parts.append(f"{name} {written(_mean(values[-LAST:]))}{held}")
         speeds = [e["tokens_per_second"] for e in entries if e.get("tokens_per_second")]
         if speeds:
             parts.append(f"{np.median(speeds):,.0f} tokens/s")
         print(f"{label}: {', '.join(parts)}")
+
+
+def _values(entries: Entries, name: str) -> list[float]:
+    return [entry[name] for entry in entries if entry.get(name) is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

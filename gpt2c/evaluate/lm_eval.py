@@ -216,7 +216,8 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
             )
         if config.max_new_tokens >= self.max_length:
             raise ValueError(
-                f"max_gen_toks must leave room for a context in n_positions = {self.max_length}"
-                f" tokens, got {config.max_new_tokens}"
+                "max_gen_toks must leave room for a context in"
+                f" {self.model.config.context_name} = {self.max_length} tokens, got"
+                f" {config.max_new_tokens}"
             )
         return [stop for stop in stops if stop], config, total

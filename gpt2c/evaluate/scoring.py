@@ -153,7 +153,8 @@ def token_logprobs(
     most = model.config.n_positions
     length = most if max_length is None else whole("max_length", max_length)
     if not 2 <= length <= most + 1:
-        raise ValueError(f"max_length must be from 2 to n_positions + 1 = {most + 1}, got {length}")
+        name = model.config.context_name
+        raise ValueError(f"max_length must be from 2 to {name} + 1 = {most + 1}, got {length}")
     stride = max(1, length // 2) if stride is None else whole("stride", stride)
     if not 1 <= stride <= min(length, most):
         raise ValueError(
@@ -287,7 +288,7 @@ def _question(line: str, tokenizer: Tokenizer, n_positions: int) -> Question:
         size = len(pairs[-1][0]) + len(pairs[-1][1])
         if size > n_positions + 1:  # the last token is not read
             raise ValueError(
-                f"ctx and ending {number} have {size} tokens, at most n_positions + 1 ="
+                f"ctx and ending {number} have {size} tokens, at most one more than the context ="
                 f" {n_positions + 1} can be scored"
             )
     return Question(
@@ -352,8 +353,8 @@ def _check_question(question: Question, model: LanguageModel) -> int:
     size = len(question.context) + max(lengths)
     if size > model.config.n_positions + 1:
         raise ValueError(
-            f"a question has {size} tokens with an ending, at most n_positions + 1 ="
-            f" {model.config.n_positions + 1} can be scored"
+            f"a question has {size} tokens with an ending, at most {model.config.context_name} + 1"
+            f" = {model.config.n_positions + 1} can be scored"
         )
     for ids in (question.context, *question.endings):
         check_ids(ids, "a question", 0, model.config.vocab_size)

@@ -23,6 +23,7 @@ __all__ = [
     "atomic_directory",
     "atomic_path",
     "atomic_paths",
+    "check_apart",
     "check_directory",
     "check_link",
     "claim_directory",
@@ -305,6 +306,29 @@ def check_directory(path: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{path} exists and is not empty; name another directory or pass --overwrite"
         )
+
+
+def check_apart(out: Path, *inputs: object) -> None:
+    """Refuse an output that is or holds an input: what a path has before may be removed.
+
+    Parameters
+    ----------
+    inputs : paths; what is no path, or a path of nothing, is passed over
+
+    Raises
+    ------
+    ValueError : `out` is or holds one of them
+    """
+    home = os.path.realpath(out)
+    for each in inputs:
+        if isinstance(each, str | os.PathLike) and os.path.exists(each):
+            place = os.path.realpath(each)
+            if Path(place).is_relative_to(home):
+                own = "is read itself" if place == home else f"holds {each!s}, which is read"
+                raise ValueError(
+                    f"{out} {own}, and its content would be replaced: name another directory to"
+                    " write to"
+                )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,22 +31,23 @@ from gpt2c.evaluate import text_baselines
 from gpt2c.evaluate.classifier import encode, scores, softmax
 from gpt2c.evaluate.folds import stratified_folds
 from gpt2c.evaluate.metrics import Report, calibration_error, compare
-from gpt2c.files.atomic import claimed
+from gpt2c.files.atomic import check_apart, claimed
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.report import Counts
 from gpt2c.finetune.settings import FinetuneSettings
-from gpt2c.finetune.tune import Base, Check, Method, Result, tune, write_result
-from gpt2c.formats.load import AnyConfig
+from gpt2c.finetune.tune import Base, Check, Method, Result, tune
+from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
 from gpt2c.pretrained import from_pretrained
 from gpt2c.screen.terminal import one_line
 from gpt2c.text.examples import read_records
 from gpt2c.text.labelled import Labelled, labelled, sorted_labels, unique
 from gpt2c.text.ragged import Order, held_out, parts
+from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
-from gpt2c.train.run import Run, read_record, report
+from gpt2c.train.run import Run, read_record, report, write_result
 from gpt2c.train.settings import resumed, setting
 
 __all__ = [
@@ -111,6 +112,8 @@ class Split(NamedTuple):
     ----------
     train, val, test : learned; evaluated after each epoch; evaluated once
     labels : the K names
+    rows : text -> its tokens as the model reads them, without the end of one that is too long
+    cut : the texts that are too long
     reasons : how many texts were left out, for each reason
     """
 
@@ -118,6 +121,8 @@ class Split(NamedTuple):
     val: list[Labelled]
     test: list[Labelled]
     labels: tuple[str, ...]
+    rows: Mapping[str, list[int]]
+    cut: Set[str]
     reasons: dict[str, int]
 
     @property
@@ -216,12 +221,34 @@ def weighted_cross_entropy(
 
 
 def _splits(
-    examples: str | Path | Sequence[Mapping[str, Any]], settings: ClassifySettings
+    examples: str | Path | Sequence[Mapping[str, Any]],
+    settings: ClassifySettings,
+    tokenizer: Tokenizer,
+    base: AnyConfig,
 ) -> list[Split]:
-    """Read texts and divide them: one split, or one for each fold."""
+    """Read texts and divide them: one split, or one for each fold.
+
+    Texts that differ only behind what the model reads are one.
+    """
+    most = min(settings.max_length or base.n_positions, base.n_positions)
+    if most < 2:
+        raise ValueError(
+            f"a text needs at least 2 tokens, one before it, and {most} are read: take another"
+            " model, or a larger max_length"
+        )
     names = {"text": settings.text_field, "label": settings.label_field}
     found = read_records(examples, ["label"], names)
-    texts, reasons = unique(labelled(found.records, settings.group_field))
+    rows: dict[str, list[int]] = {}
+    cut: set[str] = set()
+
+    def read(text: str) -> tuple[int, ...]:
+        row = encode(text, tokenizer, base)
+        if len(row) > most:
+            cut.add(text)
+        rows[text] = row[:most]
+        return tuple(rows[text])
+
+    texts, reasons = unique(labelled(found.records, settings.group_field), read)
     labels = sorted_labels(texts)
     if len(labels) < 2:
         raise ValueError(
@@ -229,7 +256,7 @@ def _splits(
         )
     if settings.folds:
         groups = [each.group for each in texts] if settings.group_field else None
-        every = Split(texts, [], [], labels, reasons)
+        every = Split(texts, [], [], labels, rows, cut, reasons)
         fold = stratified_folds(
             *(every.numbers(texts), settings.folds, settings.seed, groups, labels)
         )
@@ -250,7 +277,7 @@ def _splits(
                 f"the label {shown(label)} has {has}, and none is left to learn from: remove the"
                 " label, or take another seed or smaller fractions"
             )
-    return [Split(train, val, test, labels, reasons)]
+    return [Split(train, val, test, labels, rows, cut, reasons)]
 
 
 def _divided(
@@ -280,16 +307,7 @@ class _Classify(Method):
     unit = "nats/text"
 
     def __init__(self, base: Base, settings: ClassifySettings, split: Split) -> None:
-        self.tokenizer, self._config = base.tokenizer, base.found.config
-        self._settings, self._split = settings, split
-        context = self._config.n_positions
-        self._most = min(settings.max_length or context, context)
-        if self._most < 2:
-            raise ValueError(
-                f"a text needs at least 2 tokens, one before it, and {self._most} are read: take"
-                " another model, or a larger max_length"
-            )
-        self._cut = 0
+        self.tokenizer, self._settings, self._split = base.tokenizer, settings, split
         self._train, self._val = self._read(split.train), self._read(split.val)
         self.test = self._read(split.test)
         how, K = settings.class_weights, len(split.labels)
@@ -300,10 +318,7 @@ class _Classify(Method):
         self._order = Order(self.examples, settings.batch_size, settings.seed)
 
     def _read(self, texts: Sequence[Labelled]) -> _Texts:
-        """Encode texts; the beginning of one that is too long stays."""
-        rows = [encode(each.text, self.tokenizer, self._config) for each in texts]
-        self._cut += sum(len(row) > self._most for row in rows)
-        return _Texts([row[: self._most] for row in rows], self._split.numbers(texts))
+        return _Texts([self._split.rows[each.text] for each in texts], self._split.numbers(texts))
 
     def config(self, base: AnyConfig) -> AnyConfig:
         labels = self._split.labels
@@ -332,9 +347,10 @@ class _Classify(Method):
             f"{self.examples:,} texts to learn from, of {len(split.labels)} labels: {kinds}"
             + (f" and {more} more" if more > 0 else "")
         )
+        cut = sum(each.text in split.cut for each in (*split.train, *split.val, *split.test))
         yield (
             f"held out: {held or 'none, so the figures are of texts that it learns from'};"
-            f" left out: {Counts(split.reasons)}; cut at the end: {self._cut:,}; the longest text"
+            f" left out: {Counts(split.reasons)}; cut at the end: {cut:,}; the longest text"
             f" has {self.longest} tokens"
         )
         first = split.train[0]
@@ -445,7 +461,10 @@ def classify(
     (1.0, ['a', 'b'])
     """
     out, own = Path(out), _settings(Path(out), settings, resume)
-    splits = _splits(examples, own)
+    if not resume:
+        check_apart(out, base, examples)
+    model = find_model(base)
+    splits = _splits(examples, own, Tokenizer.from_pretrained(model.path), model.config)
     _check_place(out, own.folds)
     runs: list[Result] = []
     answers: list[tuple[Ints, Floats]] = []

@@ -21,7 +21,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check
 from gpt2c.kernels.checks import counted
 from gpt2c.model.objective import CrossEntropy
-from gpt2c.text.chat import CHAT_TEMPLATE, check_template
+from gpt2c.text.chat import teach_template
 from gpt2c.text.examples import (
     Example,
     divided,
@@ -182,8 +182,7 @@ def open_data(source: Source, base: Base, settings: SupervisedSettings) -> Data:
     tokenizer = base.tokenizer
     found = read_records(source, FORMATS, settings.names)
     if found.format not in ("prompt and completion", "text"):
-        check_template(tokenizer)
-        tokenizer.chat_template = CHAT_TEMPLATE
+        teach_template(tokenizer)
     every, reasons = kept(
         found.records,
         lambda record: shortened(

@@ -226,6 +226,7 @@ class _Distill(Method):
     verb = "distill"
     shown = ("ce", "kd")
     unit = "nats/token"
+    loss = "loss\nvalidation: nats per token (lower is better)"
 
     def __init__(self, base: Base, settings: DistillSettings, source: Source, teacher: str) -> None:
         self._settings, self.tokenizer = settings, base.tokenizer
@@ -388,4 +389,6 @@ def distill(
         return _Distill(base, own, examples, os.fspath(teacher))
 
     base, given = (teacher, {"random_weights": True}) if student is None else (student, {})
-    return tune("distill", DistillSettings, make, base, out, given | settings, resume, overwrite)
+    given |= settings
+    reads = [examples, teacher]
+    return tune("distill", DistillSettings, make, base, out, given, resume, overwrite, reads)

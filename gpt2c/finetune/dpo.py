@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -277,6 +277,16 @@ class _KTO(_Referred):
             for unit, other in zip(units, others, strict=True)
         ]
 
+    def lines(self) -> Iterator[str]:
+        yield from super().lines()
+        liked = self.train[0].liked
+        if all(unit.liked == liked for unit in self.train):
+            kind, change = ("liked", "more") if liked else ("not liked", "less")
+            yield (
+                f"all answers to learn from are {kind}: kto learns in what both kinds differ, and"
+                f" makes all of these {change} likely"
+            )
+
     def sides(self, unit: Unit) -> Sequence[str]:
         return ("liked answer" if unit.liked else "answer that is not liked",)
 
@@ -331,8 +341,9 @@ def dpo(
     ----------
     base : a directory of a model with its tokenizer, or a name on the hub
     examples : a file (JSONL, a JSON list, CSV), or a list of dicts: {"prompt", "chosen",
-        "rejected"}, strings or lists of messages; with loss_type="kto" {"prompt", "completion",
-        "label"}, whose label says whether the completion is liked
+        "rejected"}, strings or lists of messages, or OpenAI's {"input", "preferred_output",
+        "non_preferred_output"}; with loss_type="kto" {"prompt", "completion", "label"}, whose label
+        says whether the completion is liked
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
@@ -362,4 +373,4 @@ def dpo(
     def make(opened: Base, own: DPOSettings) -> Judging:
         return (_KTO if own.loss_type == "kto" else _DPO)(opened, own, examples)
 
-    return tune("dpo", DPOSettings, make, base, out, settings, resume, overwrite)
+    return tune("dpo", DPOSettings, make, base, out, settings, resume, overwrite, [examples])

@@ -55,6 +55,7 @@ from gpt2c.finetune.verifiers import Reward, Rewards, find_rewards, score, try_r
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.model.model import first_values
+from gpt2c.model.parameters import names_that_fit
 from gpt2c.pretrained import MODELS
 from gpt2c.text.ragged import Order, parts
 from gpt2c.train.hooks import Learned
@@ -175,6 +176,7 @@ class _GRPO(Method):
     verb = "grpo"
     shown = ("reward", "pass@1", "entropy")
     unit = "(the share that fails)"
+    loss = "loss of the policy\nvalidation: the share that fails"
 
     def __init__(
         self,
@@ -211,6 +213,13 @@ class _GRPO(Method):
         config = dataclasses.replace(base, vocab_size=base.vocab_size + 1) if self._ppo else base
         self._unused = self.tokenizer.unused_ids(config.vocab_size)
         self._value = base.vocab_size if self._ppo else None
+        head, freeze = config.stack().head.weight, self._settings.freeze
+        if self._ppo and freeze:
+            if head in names_that_fit(config.parameter_shapes(), freeze.split(",")):
+                raise ValueError(
+                    f"ppo trains values in a row of {head}, which freeze leaves as it is: freeze"
+                    " other parameters only, or take another algorithm"
+                )
         return config
 
     def lines(self) -> Iterator[str]:
@@ -555,7 +564,7 @@ def grpo(
         weights = [_weight(text) for text in own.reward_weights.split()]
         return _GRPO(opened, own, prompts, find_rewards([*reward_funcs] or names, weights))
 
-    return tune("grpo", GRPOSettings, make, base, out, settings, resume, overwrite)
+    return tune("grpo", GRPOSettings, make, base, out, settings, resume, overwrite, [prompts])
 
 
 def _weight(text: str) -> float:

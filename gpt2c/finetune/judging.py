@@ -29,7 +29,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
-from gpt2c.text.chat import CHAT_TEMPLATE, check_template
+from gpt2c.text.chat import teach_template
 from gpt2c.text.examples import Example, Record, fingerprint, group_of, kept, read_records
 from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
@@ -118,8 +118,7 @@ class Judging(Method):
             record.fields.get("chosen", record.fields.get("completion")) for record in records
         ]
         if any(isinstance(answer, list) for answer in answers):
-            check_template(self.tokenizer)
-            self.tokenizer.chat_template = CHAT_TEMPLATE
+            teach_template(self.tokenizer)
         field = settings.group_field
 
         def read(record: Record) -> Unit:

@@ -2,6 +2,7 @@
 
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
     {"prompt": [{"role": "user", "content": "Hi"}], "chosen": [...], "rejected": [...]}
+    {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
     {"prompt": "2 + 2 =", "completion": " 5", "label": false}
 
 Prompt and answer are encoded each alone, so the prompt's ids are the same in both of a pair. Each
@@ -11,6 +12,7 @@ answer has its end of text, unless it is cut.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -136,6 +138,11 @@ def _answered(record: Record, name: str, tokenizer: Tokenizer) -> Example:
     Messages without a prompt of their own begin with it: all before the last is the prompt.
     """
     prompt, answer = record.fields.get("prompt", ""), record.fields[name]
+    given = record.fields.get("input")
+    if not prompt and isinstance(given, Mapping):  # OpenAI's
+        prompt = given.get("messages")
+        if not isinstance(prompt, list):
+            raise ValueError(f"{record.where}: input must hold messages, got {shown(given)}")
     if isinstance(answer, list):
         asked = prompt if isinstance(prompt, list) else []
         messages = check_messages([*asked, *answer], answered=True, place=record.where)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2c.finetune import tasks
-from gpt2c.text.chat import check_messages, encode_chat
+from gpt2c.text.chat import check_messages, encode_chat, teach_template
 from gpt2c.text.examples import Record, group_of, read_records, string
 from gpt2c.text.ragged import held_out
 from gpt2c.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def read_prompts(
     Parameters
     ----------
     source : see `read_records`: records with a prompt, or messages, of which the last is the user's
-    tokenizer : encodes them
+    tokenizer : encodes them; messages give it a chat template
     most : the most tokens of a prompt; longer ones are left out, and so is what is there already
     prompt_field : the name of the field prompt, "" for that
     val_fraction, seed : see `held_out`
@@ -73,9 +73,12 @@ def read_prompts(
 
     Raises
     ------
-    OSError, ValueError : see `read_records`; no prompt is left
+    OSError, ValueError : see `read_records`; no prompt is left; the tokenizer has another chat
+        template than gpt2c's
     """
     found = read_records(source, ("messages", "prompt"), {"prompt": prompt_field})
+    if found.format == "messages":
+        teach_template(tokenizer)
     prompts: dict[tuple[int, ...], Prompt] = {}
     groups: list[Any] = []
     left_out: dict[str, int] = {}

@@ -108,8 +108,9 @@ def reward(
     ----------
     base : a directory of a model with its tokenizer, or a name on the hub
     examples : a file (JSONL, a JSON list, CSV), or a list of dicts: {"prompt", "chosen",
-        "rejected"}, strings or lists of messages; and "margin", if it is known by how much the
-        chosen should be worth more
+        "rejected"}, strings or lists of messages, or OpenAI's {"input", "preferred_output",
+        "non_preferred_output"}; and "margin", if it is known by how much the chosen should be worth
+        more
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
@@ -140,4 +141,4 @@ def reward(
     def make(opened: Base, own: RewardSettings) -> Judging:
         return _Reward(opened, own, examples)
 
-    return tune("reward", RewardSettings, make, base, out, settings, resume, overwrite)
+    return tune("reward", RewardSettings, make, base, out, settings, resume, overwrite, [examples])

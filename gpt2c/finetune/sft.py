@@ -154,7 +154,7 @@ def sft(
     base : a directory of a model with its tokenizer, or a name on the hub
     examples : a file (JSONL, a JSON list, CSV), or a list of dicts: {"prompt", "completion"},
         {"messages"}, Alpaca's, ShareGPT's, or {"text"}; or a directory of `gpt2c prepare`, whose
-        text is learned as in pretraining
+        text is learned as in pretraining. An answer in messages whose "weight" is 0 is context
     out : the directory of the run, which becomes a model's
     resume : continue the run in `out`
     overwrite : `out` may exist and hold files
@@ -183,5 +183,5 @@ def sft(
         "sft",
         SFTSettings,
         lambda opened, own: _SFT(opened, own, examples),
-        *(base, out, settings, resume, overwrite),
+        *(base, out, settings, resume, overwrite, [examples]),
     )

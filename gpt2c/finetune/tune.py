@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import json
 import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
-from gpt2c.files.atomic import atomic_path, claimed
+from gpt2c.files.atomic import check_apart, claimed
 from gpt2c.files.names import CHECKPOINTS, EVENTS, METRICS_FILE, RESULT_FILE, ROLLOUTS, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.settings import FinetuneSettings
@@ -51,12 +49,13 @@ from gpt2c.train.run import (
     open_run,
     read_record,
     report,
+    write_result,
 )
 from gpt2c.train.settings import resumed
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
-__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune", "write_result"]
+__all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
 
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
@@ -83,7 +82,7 @@ class Method(ABC):
     ----------
     verb : its command
     shown : the metrics that the progress shows beside the loss
-    unit : of the loss
+    unit : of the loss of an evaluation
     examples : the number of examples of an epoch
     longest : tokens of the longest example
     tokenizer : of the base, which the run's directory gets, too
@@ -103,6 +102,12 @@ class Method(ABC):
     def config(self, base: AnyConfig) -> AnyConfig:
         """Return the config of the model that is trained."""
         return base
+
+    @property
+    def loss(self) -> str:
+        """The label of the losses in pictures."""
+        unit = f", {self.unit.replace('/', ' per ')}" if self.unit else ""
+        return f"loss{unit} (lower is better)"
 
     @abstractmethod
     def lines(self) -> Iterable[str]:
@@ -158,6 +163,7 @@ def tune(
     given: Mapping[str, Any],
     resume: bool = False,
     overwrite: bool = False,
+    reads: Sequence[object] = (),
 ) -> Result:
     """Fine-tune a base model into a run's directory.
 
@@ -171,6 +177,7 @@ def tune(
     given : settings that differ from the defaults or, with `resume`, from the run's own
     resume : continue from the newest whole checkpoint in `out`
     overwrite : `out` may exist and hold files
+    reads : the files and models beside the base that are read; none may be in `out` of a new run
 
     Raises
     ------
@@ -183,10 +190,8 @@ def tune(
             f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
         )
     began, out = time.monotonic(), Path(out)
-    if os.path.exists(base) and out.exists() and os.path.samefile(base, out):
-        raise ValueError(
-            f"{out} is the base itself, which the run would replace: name another directory"
-        )
+    if not resume:
+        check_apart(out, base, *reads)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked_run(out))
@@ -321,6 +326,7 @@ def _prepare(
         "verb": verb,
         "settings": dataclasses.asdict(settings),
         "data": method.facts,
+        "picture": {"loss": method.loss, "metrics": [*method.shown]},
         "models": dict(method.models),
         "base": {
             "path": os.fspath(base),
@@ -414,17 +420,3 @@ def _evaluations(out: Path) -> dict[int, dict[str, float]]:
         }
         for entry in steps
     }
-
-
-def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
-    """Write result.json; numbers that JSON lacks become null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: plain(entry) for name, entry in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    version = {"gpt2c": importlib.metadata.version("gpt2c")}
-    text = json.dumps(plain({"verb": verb, "versions": version, **entries}), indent=2)
-    with atomic_path(out / RESULT_FILE) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")

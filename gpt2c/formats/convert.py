@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c.files.atomic import check_directory, claim_directory, matching, places
+from gpt2c.files.atomic import check_apart, check_directory, claim_directory, matching, places
 from gpt2c.files.names import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -216,8 +216,10 @@ def _refuse_dtype(dtype: str | None, dst: Path, what: str) -> None:
         raise ValueError(f"--dtype {dtype} is for weights, but {dst} will hold {what}")
 
 
-def _claim(dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[str] = ()) -> None:
-    """Refuse to replace DST, or the files `names` in it, unless `overwrite`.
+def _claim(
+    src: str | Path, dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[str] = ()
+) -> None:
+    """Refuse to replace DST, or the files `names` in it, unless `overwrite`; SRC stays anyhow.
 
     `others` are patterns of files that the later write removes from that directory.
     """
@@ -227,6 +229,8 @@ def _claim(dst: Path, names: Sequence[str], overwrite: bool, others: Sequence[st
     there = [path for path in paths if path.exists()] + matching(dst, others)
     if there and not overwrite:
         raise FileExistsError(f"{there[0]} exists; name another place or pass --overwrite")
+    for path in there:
+        check_apart(path, src)
     places(*paths)
     claim_directory(dst.parent, overwrite=True)
 
@@ -251,7 +255,7 @@ def _convert_model(src: Path, dst: Path, suffix: str, dtype: str | None, overwri
                 " TOKENIZER DIR"
             )
         raise ValueError(f"{src} has no tokenizer, which a GGUF file needs too: {mend}")
-    _claim(dst, () if suffix else MODEL_FILES, overwrite, () if suffix else MODEL_OTHERS)
+    _claim(src, dst, () if suffix else MODEL_FILES, overwrite, () if suffix else MODEL_OTHERS)
     if not suffix and has_tokenizer(dst):
         _check_sizes(dst, Tokenizer.from_pretrained(dst), found.config)
     model = Model(found.config, seed=None)
@@ -317,7 +321,8 @@ def _missing_tokenizer(dst: Path) -> str:
 
 
 def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str:
-    _claim(dst, () if suffix else TOKENIZER_FILES, overwrite, () if suffix else TOKENIZER_OTHERS)
+    others = () if suffix else TOKENIZER_OTHERS
+    _claim(src, dst, () if suffix else TOKENIZER_FILES, overwrite, others)
     if Path(src).is_file():
         tokenizer = Tokenizer(*llmc.read_tokenizer(src))
     elif Path(src).is_dir():
@@ -338,7 +343,9 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
         llmc.write_tokenizer(dst, tokens, tokenizer.eot)
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
     if (dst / CONFIG_FILE).exists():
-        _check_sizes(dst, tokenizer, config_of(huggingface.read_config(dst)))
+        with huggingface.naming_config(dst):
+            config = config_of(huggingface.read_config(dst))
+        _check_sizes(dst, tokenizer, config)
     try:
         tokenizer.save_pretrained(dst)
     except ValueError as error:
@@ -362,7 +369,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
         )
     if not src.is_dir():
         headed, shards = _open_tokens([src])
-        _claim(dst, (), overwrite)
+        _claim(src, dst, (), overwrite)
         if headed:
             write_nanogpt(dst, shards)
         else:
@@ -373,7 +380,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     if not found:
         raise FileNotFoundError(f"{src} has no token files train.bin or val.bin")
     there = [path for split in splits for path in find_shards(dst, split)]
-    _claim(dst, [path.name for path in there] or ["val.bin"], overwrite, [MANIFEST_FILE])
+    _claim(src, dst, [path.name for path in there] or ["val.bin"], overwrite, [MANIFEST_FILE])
     dst.mkdir(exist_ok=True)
     coming = [
         name

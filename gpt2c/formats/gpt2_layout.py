@@ -37,4 +37,4 @@ def _transpose(name: str, tensor: Any) -> Any:
     return tensor.T if name.endswith(TRANSPOSED) else tensor
 
 
-GPT2 = Layout("transformer.", BUFFERS, True, "wte.weight", read, write)
+GPT2 = Layout("transformer.", BUFFERS, True, "wte.weight", "GPT2Model", read, write)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,13 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ------
     FileNotFoundError : `path` or a file in it does not exist
     ValueError : a file is damaged, a tensor is not of floats, shards and index contradict each
-        other, or lm_head.weight differs from wte.weight; the message names the file, the tensor and
-        the reason
+        other, lm_head.weight differs from wte.weight, or the model was saved without its head; the
+        message names the file, the tensor and the reason
     """
     path = Path(path)
-    entries = read_config(path)
-    layout, stored = _layout(entries), {}
+    entries, stored = read_config(path), {}
+    with naming_config(path):
+        layout = _layout(entries)
     for stored_name, tensor in _map_weights(path, layout.buffers).items():
         name = stored_name.removeprefix(layout.prefix)
         if name in stored:
@@ -119,7 +121,13 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"{tensor.path} holds {name} twice, with and without the prefix {layout.prefix}"
             )
         stored[name] = tensor
-    if entries.get("tie_word_embeddings", layout.tied) and HEAD in stored:
+    tied = entries.get("tie_word_embeddings", layout.tied)
+    if not tied and HEAD not in stored and entries.get("architectures") == [layout.headless]:
+        raise ValueError(
+            f"{weights_file(path)} has no {HEAD}, as it was saved from a {layout.headless}, which"
+            " has no head: save it from transformers' AutoModelForCausalLM"
+        )
+    if tied and HEAD in stored:
         head = stored.pop(HEAD)
         if not _equal(stored.setdefault(layout.table, head), head):
             raise ValueError(
@@ -226,6 +234,18 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         eos = read_json(generation).get("eos_token_id")
         config |= {} if eos is None else {"eos_token_id": eos}
     return config
+
+
+@contextmanager
+def naming_config(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the directory in errors of its config.json's entries."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(f"{CONFIG_FILE}: "):
+            raise
+        directory = Path(path).parent if Path(path).is_file() else Path(path)
+        raise ValueError(f"{directory / str(error)}") from None
 
 
 def read_ends(path: str | os.PathLike[str]) -> list[int]:

@@ -21,6 +21,7 @@ class Layout:
     buffers : ends of names that are no parameters; they are ignored
     tied : whether lm_head.weight is the embedding's table where config.json does not say it
     table : the name of that table in a file, without prefix
+    headless : the architecture of a model that was saved without its head
     read : tensors of a file, names without prefix -> those in memory; it reads no number
     write : parameters in memory -> tensors of a file, as views
     """
@@ -29,5 +30,6 @@ class Layout:
     buffers: tuple[str, ...]
     tied: bool
     table: str
+    headless: str
     read: Callable[[Mapping[str, StoredTensor]], dict[str, Tensor]]
     write: Callable[[Mapping[str, AnyTensor]], dict[str, AnyTensor]]

@@ -107,4 +107,4 @@ def write(tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     return stored
 
 
-LLAMA = Layout("model.", BUFFERS, False, "embed_tokens.weight", read, write)
+LLAMA = Layout("model.", BUFFERS, False, "embed_tokens.weight", "LlamaModel", read, write)

@@ -96,7 +96,8 @@ def _find(path: Path, name: str) -> Pretrained:
         config, tensors = llmc.read_model(path)
         return Pretrained(path, str(path), config, "fp32", tensors, [], name)
     entries, source = huggingface.read_config(path), str(huggingface.weights_file(path))
-    stored, config = huggingface.stored_method(entries), config_of(entries)
+    with huggingface.naming_config(path):
+        stored, config = huggingface.stored_method(entries), config_of(entries)
     load = huggingface.load_as_they_are if stored else huggingface.load_weights
     tensors = load(path)
     ends = huggingface.read_ends(path)

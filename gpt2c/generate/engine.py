@@ -199,7 +199,8 @@ class Engine:
         if queue < 0:
             raise ValueError(f"queue must be at least 0, got {queue}")
         if not 1 <= capacity <= most:
-            raise ValueError(f"capacity must be in [1, {most}], n_positions, got {capacity}")
+            name = model.config.context_name
+            raise ValueError(f"capacity must be in [1, {most}], {name}, got {capacity}")
         self.slots, self.queue, self.capacity = slots, queue, capacity
         self._model = model
         self._unused: list[int] = []

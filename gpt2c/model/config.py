@@ -39,11 +39,13 @@ class ModelConfig:
     arithmetic : the fields of config.json that choose it, each with the values that gpt2c
         implements: `from_dict` refuses any other, `to_dict` writes the first
     classifier : the architecture of a model with num_labels
+    context_name : its field n_positions, for errors
     """
 
     model_type: ClassVar[str]
     arithmetic: ClassVar[dict[str, tuple[Any, ...]]]
     classifier: ClassVar[str]
+    context_name: ClassVar[str] = "n_positions"
 
     if TYPE_CHECKING:  # fields and properties of each kind of config
 

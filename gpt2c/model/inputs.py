@@ -96,7 +96,7 @@ def check_tokens(config: ModelConfig, idx: ArrayLike) -> IntArray:
     if ids.shape[1] > config.n_positions:
         raise ValueError(
             f"idx has rows of {ids.shape[1]:,} tokens; this model's context is"
-            f" {config.n_positions:,} (n_positions): give shorter rows"
+            f" {config.n_positions:,} ({config.context_name}): give shorter rows"
         )
     return ids
 
@@ -122,7 +122,7 @@ def check_batch(
         if part.ndim != 1 or not 1 <= len(part) <= config.n_positions:
             raise ValueError(
                 f"{name}: each sequence must have from 1 to {config.n_positions} tokens"
-                f" (n_positions), got shape {part.shape}"
+                f" ({config.context_name}), got shape {part.shape}"
             )
     offsets = np.cumsum([0, *map(len, parts)]).astype(np.int32)
     return Tokens(np.concatenate(parts)[None], offsets)
@@ -192,8 +192,8 @@ def check_prompts(config: ModelConfig, idx: ArrayLike | Sequence[Sequence[int]])
         if len(row) > config.n_positions:
             raise ValueError(
                 f"the prompt is {len(row):,} tokens; this model's context is"
-                f" {config.n_positions:,} (n_positions): give a shorter prompt, or at most"
-                f" its last {counted(config.n_positions, 'token')}"
+                f" {config.n_positions:,} ({config.context_name}): give a shorter prompt, or at"
+                f" most its last {counted(config.n_positions, 'token')}"
             )
     start = config.start_token_id
     if start is None and any(len(row) == 0 for row in rows):

@@ -79,6 +79,7 @@ class LlamaConfig(ModelConfig):
     model_type = "llama"
     arithmetic = ARITHMETIC
     classifier = "LlamaForSequenceClassification"
+    context_name = "max_position_embeddings"
 
     vocab_size: int = 32000
     hidden_size: int = 4096

@@ -88,7 +88,8 @@ class Decoder:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if not 1 <= capacity <= config.n_positions:
             raise ValueError(
-                f"capacity must be in [1, {config.n_positions}] (n_positions), got {capacity}"
+                f"capacity must be in [1, {config.n_positions}] ({config.context_name}), got"
+                f" {capacity}"
             )
         # Own views: C trusts their shapes, and a caller can change the shapes of arrays it holds.
         parameters = {name: array.view() for name, array in parameters.items()}

@@ -13,7 +13,7 @@ tokenizer that has it as its `chat_template` saves it as chat_template.jinja.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpt2c.files import untrusted
@@ -25,6 +25,7 @@ __all__ = [
     "check_messages",
     "check_template",
     "encode_chat",
+    "teach_template",
 ]
 
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
@@ -77,6 +78,17 @@ def check_template(tokenizer: Tokenizer) -> None:
             "the model has a chat template of its own; gpt2c speaks only its plain one, which"
             " gpt2c sft teaches"
         )
+
+
+def teach_template(tokenizer: Tokenizer) -> None:
+    """Give the tokenizer of a model that learns conversations gpt2c's chat template.
+
+    Raises
+    ------
+    ValueError : it has another one
+    """
+    check_template(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
 
 
 def check_messages(
@@ -135,7 +147,10 @@ def check_messages(
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], answer: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    answer: bool = False,
+    context: Collection[int] = (),
 ) -> tuple[list[int], list[bool]]:
     r"""Return the token ids of a conversation, and which of them a model learns to write.
 
@@ -144,10 +159,11 @@ def encode_chat(
     tokenizer : its `eot` closes the answers
     messages : see `check_messages`
     answer : whether the header of an answer ends the ids: a model continues with the answer
+    context : the places of answers that are not learned, from 0
 
     Returns
     -------
-    (ids, learned) : T token ids, and for each whether it belongs to an answer or closes one
+    (ids, learned) : T token ids, and for each whether it belongs to a learned answer or closes one
 
     Raises
     ------
@@ -165,15 +181,16 @@ def encode_chat(
     """
     ids, learned = [tokenizer.eot], [False]
 
-    def add(text: str, live: bool = False) -> None:
-        new = tokenizer.encode(text) + [tokenizer.eot] * live
+    def add(text: str, closed: bool = False, live: bool = False) -> None:
+        new = tokenizer.encode(text) + [tokenizer.eot] * closed
         ids.extend(new)
         learned.extend([live] * len(new))
 
     before = None
-    for role, content in messages:
+    for place, (role, content) in enumerate(messages):
         add(_header(role, before))
-        add(content.strip(), live=role == ASSISTANT)
+        answers = role == ASSISTANT
+        add(content.strip(), closed=answers, live=answers and place not in context)
         before = role
     if answer:
         add(_header(ASSISTANT, before))

@@ -2,6 +2,9 @@
 
 A record is an object of named fields: a line of JSONL, an entry of a JSON list, or a row of CSV.
 Its fields show its format; all records of a file have the format of the first.
+
+OpenAI's files of fine-tuning are among them: {"messages"}, in which an answer of "weight" 0 is
+context and not learned, and {"input", "preferred_output", "non_preferred_output"}.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ __all__ = [
 
 T = TypeVar("T")
 LARGEST = 1 << 30  # bytes of a file of examples
-ALTERNATIVES = {"response": "completion"}  # other names of fields -> ours
+ALTERNATIVES = {  # other names of fields -> ours
+    "response": "completion",
+    "preferred_output": "chosen",
+    "non_preferred_output": "rejected",
+}
 # The fields that show a format, in the order in which they are tried.
 FORMATS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
@@ -289,8 +296,30 @@ def messages_of(record: Record, format: str) -> list[Message] | None:
     return check_messages(given, answered=True, place=record.where)
 
 
+def _context(record: Record) -> set[int]:
+    """Return the places of a conversation's answers that are not learned: their weight is 0.
+
+    Raises
+    ------
+    ValueError : a weight is neither 0 nor 1, or another message than an answer has weight 1
+    """
+    places = set()
+    for place, message in enumerate(record.fields["messages"]):
+        weight = message.get("weight") if isinstance(message, Mapping) else None
+        at = f"{record.where}: message {place + 1}"
+        if weight not in (None, 0, 1):
+            raise ValueError(f"{at}: the weight must be 0 or 1, got {untrusted.shown(weight)}")
+        if weight and message["role"] != "assistant":
+            raise ValueError(f"{at}: only answers are learned, so the weight must be 0, got 1")
+        if weight == 0:
+            places.add(place)
+    return places
+
+
 def supervised(record: Record, format: str, tokenizer: Tokenizer, group_field: str = "") -> Example:
     """Return a record as an example: its answers are learned, or all of a text.
+
+    An answer whose weight is 0 is context; what follows the last that is learned is left out.
 
     Its group is that of `group_field`, or the tokens before its first answer: two answers to one
     prompt stay together. Without a prompt it is all tokens.
@@ -304,7 +333,12 @@ def supervised(record: Record, format: str, tokenizer: Tokenizer, group_field: s
     Dropped : there is nothing to learn
     """
     if messages := messages_of(record, format):
-        ids, learned = encode_chat(tokenizer, messages)
+        context = _context(record) if format == "messages" else ()
+        ids, learned = encode_chat(tokenizer, messages, context=context)
+        if not any(learned):
+            raise Dropped("whose answers have weight 0")
+        end = len(ids) - learned[::-1].index(True)
+        ids, learned = ids[:end], learned[:end]
     elif format == "text":
         ids = [tokenizer.eot, *tokenizer.encode(string(record, "text")), tokenizer.eot]
         learned = [False] + [True] * (len(ids) - 1)

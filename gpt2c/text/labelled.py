@@ -6,7 +6,8 @@ A label is a string or a whole number, and both are one: 1 in JSON is "1" in CSV
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 from gpt2c.files.untrusted import shown
@@ -65,18 +66,29 @@ def _label(record: Record) -> str:
     return label
 
 
-def unique(texts: Sequence[Labelled]) -> tuple[list[Labelled], dict[str, int]]:
-    """Return each text once, with its first label, and how many others were left out, by reason."""
-    first: dict[str, Labelled] = {}
-    counts: dict[str, int] = {}
+def unique(
+    texts: Iterable[Labelled], key: Callable[[str], Hashable] = str
+) -> tuple[list[Labelled], dict[str, int]]:
+    """Return each text once, with its first label, and how many others were left out, by reason.
+
+    Parameters
+    ----------
+    key : returns what is the same for two texts that are one
+    """
+    first: dict[Hashable, Labelled] = {}
+    counts: Counter[str] = Counter()
+    other = ""  # names the first text with two labels
     for each in texts:
-        kept = first.setdefault(each.text, each)
-        if kept is not each:
-            reason = "that are there already"
-            if kept.label != each.label:
-                reason += ", with another label"
-            counts[reason] = counts.get(reason, 0) + 1
-    return list(first.values()), counts
+        kept = first.setdefault(key(each.text), each)
+        if kept is not each and kept.label == each.label:
+            counts["that are there already"] += 1
+        elif kept is not each:
+            other = other or (
+                f"that are there already, with another label: {shown(each.text)} is"
+                f" {shown(kept.label)} in {kept.where} and {shown(each.label)} in {each.where}"
+            )
+            counts[other] += 1
+    return list(first.values()), dict(counts)
 
 
 def sorted_labels(texts: Iterable[Labelled]) -> tuple[str, ...]:

@@ -18,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.files import atomic
+from gpt2c.files.names import MANIFEST_FILE, TOKENIZER_FILES, TOKENIZER_OTHERS
 from gpt2c.kernels.checks import counted
+from gpt2c.text.documents import TextFiles
 from gpt2c.text.shards import (
     MAX_VOCABULARY,
     Split,
     TokenWriter,
     alone,
+    find_shards,
     remove_shards,
 )
 from gpt2c.text.tokenizer import SMALLEST, Tokenizer, split_text
@@ -300,8 +303,8 @@ def prepare(
 
     Raises
     ------
-    ValueError : nothing to hold out, a bad spec, a vocabulary of more than 65536 tokens, or a
-        negative `shard_tokens`
+    ValueError : nothing to hold out, a bad spec, a vocabulary of more than 65536 tokens, a negative
+        `shard_tokens`, or a text file that would be replaced
     OSError : `out` is not empty, or cannot be written; the documents changed meanwhile; another
         process trains on what `out` holds
     """
@@ -310,6 +313,11 @@ def prepare(
     if isinstance(documents, str):
         raise ValueError("documents must be several texts, got one string; put it into a list")
     atomic.check_directory(out, overwrite)
+    if isinstance(documents, TextFiles):
+        names = (*TOKENIZER_FILES, *TOKENIZER_OTHERS, MANIFEST_FILE)
+        shards = find_shards(out, "train") + find_shards(out, "val")
+        for path in (*(out / name for name in names), *shards):
+            atomic.check_apart(path, *documents.names)
     with alone(out):  # refuse `out` in use before long work, and again before a change
         pass
     if isinstance(documents, Iterator):  # an iterator can be read only once

@@ -34,7 +34,7 @@ from gpt2c.train.hooks import (
 )
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import NonFiniteGradient
-from gpt2c.train.plot import plot_loss
+from gpt2c.train.plot import LOSS, plot_loss
 from gpt2c.train.run import LostModel, Run, report
 from gpt2c.train.settings import Settings
 from gpt2c.train.stop import Stop, StoppedError
@@ -268,7 +268,8 @@ def _draw(run: Run) -> bool:
     if run.world.rank:
         return False
     try:
-        return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE)
+        loss = run.facts.get("picture", {}).get("loss", LOSS)
+        return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE, loss)
     except Exception as error:
         report(f"{run.out / LOSS_FILE} cannot be drawn: {shown(error)}")
         return False

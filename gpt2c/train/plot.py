@@ -16,6 +16,7 @@ from gpt2c.screen.terminal import columns
 
 __all__ = [
     "COLORS",
+    "LOSS",
     "POINTS",
     "color",
     "plot_lines",
@@ -61,6 +62,7 @@ RUN_COLORS = (
     *("#d16ba5", "#6b6b6b", "#8fb339", "#38b6ff", "#2b2b2b"),
 )
 POINTS = 2000  # drawn points of a curve: the picture has fewer columns of pixels
+LOSS = "loss, nats per token (lower is better)"
 LONGEST = 48  # characters of a run's name in a legend
 
 Metric = tuple[list[int], list[float]]
@@ -69,13 +71,14 @@ Metric = tuple[list[int], list[float]]
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
+def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, loss: str = LOSS) -> bool:
     """Draw training and validation loss over the steps; return False if matplotlib is missing.
 
     Parameters
     ----------
     metrics : the objects of metrics.jsonl
     path : the PNG file to write, in the run's directory
+    loss : the label of its axis
 
     Raises
     ------
@@ -101,16 +104,19 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
                 va="center",
             )
         axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats per token (lower is better)")
+        axes.set_ylabel(loss)
         axes.set_title(shorten([str(path.absolute().parent)])[0], fontsize=10)
         _finish(figure, axes, path)
     return True
 
 
 def plot_runs(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, unit: str = "nats per token"
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path,
+    loss: str = LOSS,
+    others: Sequence[str] = (),
 ) -> str:
-    """Draw loss, learning rate, gradient norm and speed of runs over one another.
+    """Draw loss, learning rate, gradient norm, speed and others of runs over one another.
 
     A curve on top of an earlier run's curve is dashed, so that both are visible. The legend names
     identical runs.
@@ -119,7 +125,8 @@ def plot_runs(
     ----------
     runs : name or path -> the objects of metrics.jsonl
     path : the PNG file to write
-    unit : of the losses
+    loss : the label of the losses' axis
+    others : further metrics that are drawn, each with its "val_..."
 
     Returns
     -------
@@ -131,15 +138,19 @@ def plot_runs(
     OSError : the picture cannot be written
     """
     panels = {
-        "loss": f"loss, {unit} (lower is better)",
+        "loss": loss,
         "learning_rate": "learning rate",
         "grad_norm": "gradient norm before clipping",
         "tokens_per_second": "tokens a second (higher is better)",
-    }
+    } | dict(zip(others, others, strict=True))
     labels = shorten(list(runs))
     with drawing():
-        figure = make_figure((11, 7))
-        grid = dict(zip(panels, figure.subplots(2, 2).flat, strict=True))
+        rows = -(-len(panels) // 2)
+        figure = make_figure((11, 3.5 * rows))
+        places = [*figure.subplots(rows, 2).flat]
+        for place in places[len(panels) :]:
+            place.set_visible(False)
+        grid = dict(zip(panels, places, strict=False))
         for metric, axes in grid.items():
             curves = [_metric(metrics, metric) for metrics in runs.values()]
             twins = _twins(curves)
@@ -150,8 +161,8 @@ def plot_runs(
                     continue
                 _line(axes, *_thinned(steps, values), lw=0.6, alpha=0.3, **style | {"ls": "-"})
                 _line(axes, *smoothed(steps, values), lw=1.4, **style)
-                if metric == "loss":
-                    validation = _thinned(*_metric(list(runs.values())[i], "val_loss"))
+                if metric == "loss" or metric in others:
+                    validation = _thinned(*_metric(list(runs.values())[i], f"val_{metric}"))
                     _line(axes, *validation, marker="o", ms=4, mec="white", lw=1, **style)
             axes.set_xlabel("step")
             axes.set_ylabel(panels[metric])

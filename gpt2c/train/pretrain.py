@@ -15,7 +15,7 @@ from typing import Any
 
 from gpt2c.evaluate.loss import Shards, evaluate
 from gpt2c.files import atomic
-from gpt2c.files.names import RUN_FILE
+from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.config import ModelConfig
 from gpt2c.parallel.same import check_same
@@ -77,8 +77,8 @@ def train(
         another process trains into `out` or prepares `data`; the run's checkpoints are gone. A
         checkpoint that cannot be written ends the run only if it is the last one
     ValueError : settings, data and checkpoint do not fit each other; `resume` and `overwrite`
-        together; or a loss or gradient is not finite: it updated nothing, and the checkpoints are
-        unchanged
+        together; a new run's `out` is or holds `data`; or a loss or gradient is not finite: it
+        updated nothing, and the checkpoints are unchanged
 
     Before any other error after the first step, the run is saved.
     """
@@ -92,6 +92,7 @@ def train(
             *(data, out, given, resume, overwrite, held), world, stack
         )
         stack.callback(run.close)
+        finished = run.step == settings.max_iters and not run.entry
         if run.step < settings.max_iters:
             report(_describe(run, settings, batches))
         windows = settings.batch_size, settings.block_size, settings.eval_iters
@@ -100,7 +101,17 @@ def train(
             return {"val_loss": evaluate(run.model, val_tokens, *windows, check, world)}
 
         with interruptible(world) as stop:
-            return train_run(run, lambda: _learn(run, settings, batches), evaluation, stop)
+            result = train_run(run, lambda: _learn(run, settings, batches), evaluation, stop)
+        if world.rank == 0 and not (finished and (out / RESULT_FILE).exists()):
+            run.finish("train", _figures(out, result))
+        return result
+
+
+def _figures(out: Path, result: TrainResult) -> dict[str, Any]:
+    """Return the figures of a run for result.json, under the names of fine-tuning's."""
+    names = ("step", "max_iters", "skipped", "seconds", "interrupted")
+    after = {} if math.isnan(result.val_loss) else {"val_loss": result.val_loss}
+    return {"out": str(out), **{name: getattr(result, name) for name in names}, "after": after}
 
 
 @contextmanager
@@ -161,7 +172,9 @@ def _prepare(
     """
     record: dict[str, Any] | None = None
     with world.agreement():
-        if resume and world.rank == 0:
+        if world.rank == 0 and not resume:
+            atomic.check_apart(out, data)
+        elif world.rank == 0:
             stack.enter_context(locked_run(out))
             record = read_record(out)
     record = world.first(record)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import math
 import os
@@ -75,6 +76,7 @@ __all__ = [
     "open_run",
     "read_record",
     "report",
+    "write_result",
 ]
 
 VERSION = 1
@@ -206,11 +208,21 @@ def check_config(source: Path, entries: Any, config: ModelConfig) -> None:
         found = config_of(entries) if isinstance(entries, dict) else None
     except ValueError as error:
         raise ValueError(f"{source}: its config is invalid: {error}") from None
-    if found != dataclasses.replace(config, lora=None):  # type: ignore[type-var]
-        raise ValueError(
-            f"{source} holds a model of another config than its settings and this data's tokenizer"
-            f" give: {found}, wanted {config}"
-        )
+    own, wanted = _fields(found), _fields(dataclasses.replace(config, lora=None))  # type: ignore[type-var]
+    for name, value in wanted.items():
+        if own.get(name) != value:
+            raise ValueError(
+                f"{source} holds a model of another config: its {name} is {shown(own.get(name))},"
+                f" and what the run is given now makes it {shown(value)}"
+            )
+
+
+def _fields(config: ModelConfig | None) -> dict[str, Any]:
+    """Return the kind and the fields of a config, {} of none."""
+    if config is None:
+        return {}
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return {name: getattr(config, name) for name in ("model_type", *names)}
 
 
 def newest_checkpoint(
@@ -276,6 +288,20 @@ def copy_model(checkpoint: Path, out: Path) -> None:
     for source in checkpoints.model_files(checkpoint):
         with atomic_path(out / source.name) as temporary:
             shutil.copyfile(source, temporary)
+
+
+def write_result(out: Path, verb: str, entries: Mapping[str, Any]) -> None:
+    """Write result.json; numbers that JSON lacks become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(entry) for name, entry in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    version = {"gpt2c": importlib.metadata.version("gpt2c")}
+    text = json.dumps(plain({"verb": verb, "versions": version, **entries}), indent=2)
+    with atomic_path(out / RESULT_FILE) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 class Run:
@@ -571,6 +597,11 @@ class Run:
         self._stored = state
         if not self.entry and self._published != self.saved:
             self.publish()
+
+    def finish(self, verb: str, entries: Mapping[str, Any]) -> None:
+        """Write result.json, see `write_result`."""
+        with self._logging(self.out / RESULT_FILE):
+            write_result(self.out, verb, entries)
 
     def forget(self) -> None:
         """Remove the checkpoint of this step, whose evaluation shows that the model is lost."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from helpers.hostile import READERS, TEXT, limits
+from helpers.runs import files_below
 
 import gpt2c
 import gpt2c.train.loop
@@ -147,6 +148,51 @@ def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFix
         if code == 2:
             last = err.splitlines()[-1]  # argparse shows the usage before it
             assert re.match(rf"gpt2c(: | {verb}( train)?: error: )", last) and last.isprintable()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "train --data data --out data",
+        "train --data out/data --out out",
+        "sft run out/reference.jsonl --out out",
+        "sft out/run answers.csv --out out",
+        "dpo run out/reference.jsonl --out out",
+        "reward run out/reference.jsonl --out out",
+        "grpo run out/reference.jsonl --out out --reward regex:a",
+        "classify train run out/reference.jsonl --out out",
+        "classify train out/fold-2 labels.csv --out out --folds 2",
+        "distill out data --out out --n-layer 1",
+        "distill run data --student out/run --out out",
+        "distill run out/data --student run --out out",
+        "prepare out/vocab.json --out out --tokenizer bytes",
+        "demo --text out/data/vocab.json --out out",
+        "demo --text out/run/merges.txt --out out",
+        "convert out/run/model.safetensors out/run",
+    ],
+)
+def test_what_is_read_is_not_replaced(
+    call: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("answers.csv", "labels.csv"):
+        shutil.copy(world / name, name)
+    for name in ("data", "run", "out/data", "out/run", "out/fold-2"):
+        shutil.copytree(world / name.split("/")[-1].replace("fold-2", "run"), name)
+    Path("out/reference.jsonl").write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b", "text": "a", "label":'
+        ' "x"}\n'
+    )
+    Path("out/vocab.json").write_text(TEXT * 40)
+    Path("out/data/vocab.json").write_text(TEXT * 40)
+    before = files_below(tmp_path)
+    assert main([*call.split(), "--overwrite"]) == 2
+    assert "its content would be replaced: name another directory" in capsys.readouterr().err
+    assert files_below(tmp_path) == before
 
 
 # ---- bad files -----------------------------------------------------------------------------------

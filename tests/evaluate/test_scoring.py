@@ -329,7 +329,10 @@ WRONG: list[tuple[Any, str]] = [
     (GOOD | {"label": 1.0}, r"label must be .* got 1\.0"),
     (GOOD | {"label": True}, "label must be .* got True"),
     (GOOD | {"label": None}, "label must be .* got None"),
-    (GOOD | {"ctx": "a" * 57}, r"ctx and ending 1 have 66 tokens, at most n_positions \+ 1 = 65"),
+    (
+        GOOD | {"ctx": "a" * 57},
+        r"ctx and ending 1 have 66 tokens, at most one more than the context = 65",
+    ),
 ]
 
 

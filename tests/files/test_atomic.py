@@ -420,3 +420,18 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path):
     assert untrusted.read_json(tmp_path / "a.json") == {"a": 1}
     (tmp_path / "a.json").write_bytes('{"a": 1}'.encode("utf-16"))
     assert "a.json is UTF-16, not UTF-8" in refused(untrusted.read_json, tmp_path / "a.json")
+
+
+def test_an_output_that_is_or_holds_an_input_is_refused(tmp_path: Path) -> None:
+    held = tmp_path / "out" / "deep" / "data.jsonl"
+    held.parent.mkdir(parents=True)
+    held.touch()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for out in (tmp_path / "out", tmp_path / "link"):
+        for given in (held, str(held), tmp_path / "link" / "deep"):
+            said = refused(atomic.check_apart, out, None, [1], "", given)
+            assert said.startswith(f"{out} holds {given}, which is read, and its content would be")
+        said = f"{out} is read itself, and its content would be replaced: name another directory"
+        assert said in refused(atomic.check_apart, out, tmp_path / "out")
+    (tmp_path / "out-2").touch()
+    atomic.check_apart(tmp_path / "out", tmp_path, tmp_path / "out-2", tmp_path / "out" / "none")

@@ -12,7 +12,7 @@ from gpt2c.text.tokenizer import Tokenizer
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt2c.train.loop.plot_loss", lambda metrics, path: False)
+    monkeypatch.setattr("gpt2c.train.loop.plot_loss", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

@@ -98,14 +98,35 @@ def test_first_loss_is_ln_k_with_a_head_of_zeros(base: Path, tmp_path: Path) -> 
         assert losses(out)[0]["loss"] == pytest.approx(math.log(3), abs=1e-7)
 
 
+def test_texts_that_are_one_for_the_model_are_one(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = texts(20) + [
+        {"text": "one and " + end, "label": "abb"[n]} for n, end in enumerate("xyz")
+    ]
+    given = QUICK | {"max_iters": 1, "max_length": 9, "test_fraction": 0.0}
+    classify(base, rows, tmp_path / "run", **given)
+    shown = capsys.readouterr().out
+    assert shown.startswith("18 texts to learn from") and "held out: 3 for validation;" in shown
+    assert (
+        "left out: 2 that are there already, with another label: 'one and y' is 'a' in example 21"
+        f" and 'b' in example 22; cut at the end: {sum(len(row['text']) > 8 for row in rows) - 2};"
+    ) in shown
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def test_labels_are_learned_and_kept(base: Path, tmp_path: Path) -> None:
+def test_labels_are_learned_and_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("gpt2c.train.loop.plot_loss", lambda *how: drawn.append(how[2]))
     given = QUICK | {"max_iters": 60, "eval_interval": 60}
     result = classify(base, texts(100), tmp_path / "run", **given)
     assert result.report and result.report.accuracy == 1.0 and result.report.count == 10
     assert 0 < result.calibration < 0.2
+    assert drawn == ["loss, nats per text (lower is better)"]
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
     assert stored["test"] == result.figures() and stored["verb"] == "classify"
     assert stored["after"] == result.runs[0].after and stored["after"]["val_accuracy"] == 1.0

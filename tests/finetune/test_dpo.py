@@ -21,7 +21,7 @@ from gpt2c.finetune import dpo, reference
 from gpt2c.finetune.dpo import DPOSettings, Pairs, Singles
 from gpt2c.finetune.pairs import Unit, pair_of
 from gpt2c.finetune.preference import PairLoss
-from gpt2c.text.examples import Example, Record
+from gpt2c.text.examples import Example, Record, read_records
 from gpt2c.text.tokenizer import Tokenizer
 
 dpo_module = sys.modules[DPOSettings.__module__]  # its name is the function's too
@@ -137,6 +137,18 @@ def test_pairs_are_learned(base: Path, tmp_path: Path, loss_type: str) -> None:
     low, high = (result.after[f"val_rewards/accuracies/{end}"] for end in ("low", "high"))
     assert 0 < low < result.after["val_rewards/accuracies"] <= high <= 1
     assert (tmp_path / "run" / REFERENCE_FILE).exists() == (loss_type != "simpo")
+
+
+@pytest.mark.parametrize("label", [True, False, None])
+def test_kto_tells_that_its_answers_are_of_one_kind(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], label: bool | None
+) -> None:
+    rows = [row | {"label": row["label"] if label is None else label} for row in liked(30)]
+    dpo(base, rows, tmp_path / "run", **QUICK | {"loss_type": "kto", "max_iters": 1})
+    shown = capsys.readouterr().out
+    assert shown.count("all answers to learn from are") == (label is not None)
+    assert ("are liked: kto" in shown) == (label is True)
+    assert ("are not liked: kto" in shown) == (label is False)
 
 
 def test_kto_learns_the_labels(base: Path, tmp_path: Path) -> None:
@@ -388,7 +400,11 @@ def test_prompts_are_not_learned() -> None:
     answers = [[{"role": "assistant", "content": text}] for text in ("Ho", "He")]
     split = {"prompt": ask, "chosen": answers[0], "rejected": answers[1]}
     joined = {"prompt": "Hi", "chosen": ask + answers[0], "rejected": ask + answers[1]}
-    for fields in (split, joined):
+    openai = {"input": {"messages": ask, "tools": []}} | dict(
+        zip(("preferred_output", "non_preferred_output"), answers, strict=True)
+    )
+    (renamed,) = read_records([openai], ["preference"]).records
+    for fields in (split, joined, renamed.fields):
         for one, said in zip(
             pair_of(Record(fields, ""), tokenizer).examples, (b"Ho", b"He"), strict=True
         ):
@@ -403,6 +419,16 @@ SINGLE = {"prompt": "a", "completion": "b", "label": True}
 @pytest.mark.parametrize(
     ("rows", "given", "said"),
     [
+        (
+            [{"input": {}, "preferred_output": [], "non_preferred_output": []}],
+            {},
+            "example 1: input must hold messages, got {}",
+        ),
+        (
+            [PAIR | {"preferred_output": []}],
+            {},
+            "example 1 has both chosen and preferred_output, which mean the same",
+        ),
         ([PAIR | {"rejected": "b"}], {}, "example 1: chosen and rejected are equal, so neither"),
         ([PAIR | {"chosen": " "}], {}, "example 1: chosen is empty"),
         ([PAIR | {"chosen": 3}], {}, "example 1: chosen must be a string, got int"),

@@ -273,6 +273,8 @@ def test_tasks_make_prompts_and_name_their_verifier(base: Path, tmp_path: Path) 
     assert result.before["val_pass@1"] == 0.0  # the base writes nonsense
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["examples"] == 12
+    assert record["picture"]["metrics"] == ["reward", "pass@1", "entropy"]
+    assert "validation: the share that fails" in record["picture"]["loss"]
 
 
 def test_conversations_are_prompts(base: Path, tmp_path: Path) -> None:
@@ -286,6 +288,7 @@ def test_conversations_are_prompts(base: Path, tmp_path: Path) -> None:
     given = QUICK | {"max_iters": 1, "val_fraction": 0.0}
     grpo(base, talk, tmp_path / "run", reward_funcs=[reward], **given)
     assert [*talk[0]["messages"]] in seen
+    assert Tokenizer.from_pretrained(tmp_path / "run").chat_template
     answered = [{"messages": [*talk[0]["messages"], {"role": "assistant", "content": "no"}]}]
     said = refused(grpo, base, answered, tmp_path / "other", reward_funcs=[low], **QUICK)
     assert "example 1: the last message must be the user's" in said
@@ -340,6 +343,10 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
         ({"algorithm": "ppo", "lora": True}, "pass lora or algorithm ppo, not both"),
+        (
+            {"algorithm": "ppo", "freeze": "h.*,wte.*"},
+            "values in a row of wte.weight, which freeze",
+        ),
         ({"task": "sort"}, "name prompts or a task, not both"),
         ({"reward_funcs": []}, "name a reward: exact, number, regex:PATTERN or module:function"),
         ({"reward_funcs": [], "reward": "exact"}, "with the field answer, which prompt 'def'"),

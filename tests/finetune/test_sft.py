@@ -176,6 +176,8 @@ def test_a_base_with_another_chat_template_keeps_it(base: Path, tmp_path: Path) 
     said = "the model has a chat template of its own"
     assert said in refused(lambda: sft(own, [{"messages": ask + yes}], out))
     assert said in refused(lambda: gpt2c.finetune.dpo(own, [pair], out))
+    talks: list[Any] = [{"messages": ask}] * 2
+    assert said in refused(lambda: gpt2c.finetune.grpo(own, talks, out, reward="regex:a"))
     assert not out.exists()
     sft(own, capitals(4), out, **QUICK | {"max_iters": 1})
     assert (out / "chat_template.jinja").read_text() == "[INST]{{ messages }}"
@@ -278,6 +280,11 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
         assert said in refused(
             lambda rows=rows, of=resumed_base: sft(of, rows, out, resume=True, max_iters=9)
         )
+    larger = gpt2c.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=48, vocab_size=257)
+    gpt2c.GPT2(dataclasses.replace(larger, eos_token_id=256)).save_pretrained(tmp_path / "other")
+    said = refused(lambda: sft(tmp_path / "other", capitals(9), out, resume=True, max_iters=9))
+    wanted = "another config: its n_head is 2, and what the run is given now makes it 4"
+    assert said == f"{out / 'run.json'} holds a model of {wanted}"
     assert "batch_size=6, so it cannot go on with 7" in refused(
         lambda: sft(base, capitals(9), out, resume=True, batch_size=7)
     )
@@ -298,7 +305,7 @@ def test_base_is_not_replaced_by_its_own_run(base: Path, tmp_path: Path) -> None
     (tmp_path / "link").symlink_to(own)
     for out in (own, tmp_path / "link"):
         said = refused(lambda out=out: sft(own, capitals(9), out, overwrite=True, **QUICK))
-        assert "is the base itself, which the run would replace" in said
+        assert f"{out} is read itself, and its content would be replaced" in said
     assert weights(own) == weights(base)
 
 

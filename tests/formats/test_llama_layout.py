@@ -241,6 +241,20 @@ def test_damaged_llamas_are_refused(
     assert said in message and message.startswith(str(tmp_path)) and len(message) < 400
 
 
+def test_a_model_that_was_saved_without_its_head_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    change(tmp_path, lambda t: t.pop("lm_head.weight"))
+    path = tmp_path / "config.json"
+    entries = json.loads(path.read_text()) | {"architectures": ["LlamaModel"]}
+    path.write_text(json.dumps(entries))
+    assert refused(find_model, tmp_path) == (
+        f"{tmp_path / 'model.safetensors'} has no lm_head.weight, as it was saved from a"
+        " LlamaModel, which has no head: save it from transformers' AutoModelForCausalLM"
+    )
+    path.write_text(json.dumps(entries | {"tie_word_embeddings": True}))
+    assert find_model(tmp_path).config.vocab_size == 61
+
+
 def test_head_that_is_tied_and_differs_is_refused(tmp_path: Path) -> None:
     save(tmp_path, TIED)
     change(tmp_path, lambda t: t.update({"lm_head.weight": 1 + t["model.embed_tokens.weight"]}))
@@ -253,3 +267,22 @@ def test_other_kinds_are_refused_by_name(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": kind}))
     assert f"model_type must be gpt2 or llama, got {kind!r}" in refused(find_model, tmp_path)
+
+
+def test_errors_name_the_field_of_a_llama_and_the_file(tmp_path: Path) -> None:
+    save(tmp_path)
+    model = gpt2c.from_pretrained(tmp_path)
+    length = model.config.max_position_embeddings  # type: ignore[union-attr]
+    for call in (
+        lambda: model(np.zeros((1, length + 1), int)),
+        lambda: model.logprobs(np.zeros((1, length + 2), int)),
+        lambda: model.generate([[1] * (length + 1)], 1),
+        lambda: model.decoder(1, length + 1),
+    ):
+        said = refused(call)
+        assert "max_position_embeddings" in said and "n_positions" not in said
+    path = tmp_path / "config.json"
+    entries = json.loads(path.read_text())
+    for wrong in ({"model_type": "mamba"}, {"hidden_size": "wide"}, {"quantization_config": 3}):
+        path.write_text(json.dumps(entries | wrong))
+        assert refused(find_model, tmp_path).startswith(f"{path}: {next(iter(wrong))} must be")

@@ -186,6 +186,16 @@ def test_merge(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main(["merge", *map(str, arguments)]) == 2
         assert wanted in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    shutil.copytree(tmp_path / "adapter", out / "own")
+    for model, adapter, given in (
+        ("base", "adapter", "base"),  # the base, named and by its adapters
+        ("adapter", None, "base"),
+        ("base", out / "own", out),
+    ):
+        flags = [] if adapter is None else ["--adapter", str(tmp_path / adapter)]
+        place = ["--out", str(tmp_path / given), "--overwrite"]
+        assert main(["merge", str(tmp_path / model), *flags, *place]) == 2
+        assert "and its content would be replaced" in capsys.readouterr().err
     together = ["--adapter", str(tmp_path / "adapter"), "--out", str(out), "--overwrite"]
     assert main(["merge", str(tmp_path / "base"), *together]) == 0
 

@@ -416,6 +416,7 @@ SPARE = ("generation_config.json",)  # which counts where config.json lacks a fi
 RUN_COPIES = (
     *("run/config.json", "run/generation_config.json", "run/model.safetensors", "run/vocab.json"),
     *("run/merges.txt", "run/tokenizer_config.json", "run/metrics.jsonl"),
+    "run/result.json",
     "run/checkpoints/00000002/generation_config.json",
 )
 

@@ -53,7 +53,7 @@ def main(job: dict[str, Any]) -> Any:
     os.environ["GPT2C_NUM_THREADS"] = "1"  # for so small a model a second thread only costs time
     # A kill leaves the system's buffers, so no fsync is needed; the others only take time.
     os.fsync = lambda descriptor: None
-    loop.plot_loss = lambda metrics, path: False
+    loop.plot_loss = lambda *_: False
     hooks.fma_peak = lambda *_: 0.0
     kinds = {"points": points, "moments": moments, "exact": exact}
     return kinds[job.pop("what")](
@@ -111,8 +111,11 @@ def contents(out: Path) -> dict[str, Any]:
     files = {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in out.rglob("*")
-        if path.is_file() and path.name not in ("metrics.jsonl", "state.json")
+        if path.is_file() and path.name not in ("metrics.jsonl", "state.json", "result.json")
     }
+    if (out / "result.json").exists():
+        result = json.loads((out / "result.json").read_text())
+        files["result"] = {k: v for k, v in result.items() if k not in ("seconds", "out")}
     for path in (out / "checkpoints").glob("*/state.json"):
         state = json.loads(path.read_text())["state"]
         files[str(path)[len(str(out)) :]] = {k: v for k, v in state.items() if k != "seconds"}

@@ -396,7 +396,7 @@ def test_weights_rounded_by_others_are_refused(entry: Any, directory: Path) -> N
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": entry}))
     for quantize in (None, "int8"):
         message = refused(GPT2.from_pretrained, directory, quantize=quantize)
-        assert message.startswith("config.json: quantization_config")
+        assert message.startswith(f"{file}: quantization_config")
 
 
 Change = Callable[[dict[str, np.ndarray]], Any]

@@ -129,6 +129,32 @@ def test_conversations_of_three_formats_are_one() -> None:
     assert found is not None and found[0].content == "Add.\n\n1, 2"
 
 
+def test_an_answer_of_weight_0_is_context() -> None:
+    def weighed(*weights: Any) -> Any:
+        talk = [message | {} for _ in weights for message in TALK]
+        for message, weight in zip(talk[1::2], weights, strict=True):
+            message["weight"] = weight
+        return example({"messages": talk}, "messages")
+
+    turn = b"user:\nHi\n\nassistant:\n"
+    plain = example({"messages": TALK * 2}, "messages")
+    one = weighed(0, 1)
+    assert one.ids.tolist() == plain.ids.tolist() == [256, *turn, *b"Ho", 256, *turn, *b"Ho", 256]
+    start = len(turn) + 1
+    assert plain.learned[start : start + 3].all() and not one.learned[:-3].any()
+    assert one.learned[-3:].all() and one.asked == len(one.ids) - 3
+    for weights in ((1, 1), (None, 1.0)):
+        assert weighed(*weights).content == plain.content
+    # nothing is learned behind the last answer that is
+    assert (
+        weighed(1, 0).content
+        == weighed(1).content
+        == example({"messages": TALK}, "messages").content
+    )
+    with pytest.raises(Dropped, match=r"^whose answers have weight 0$"):
+        weighed(0, 0)
+
+
 @pytest.mark.parametrize(
     ("fields", "format", "reason"),
     [
@@ -152,6 +178,16 @@ def test_example_without_an_answer_is_dropped(
         ({"messages": TALK[::-1]}, "messages", "here: message 1 must be the system's or the user"),
         ({"messages": TALK[:1]}, "messages", "here: the last message must be the assistant's, not"),
         ({"messages": "Hi"}, "messages", "here must be a list of messages, got 'Hi'"),
+        (
+            {"messages": [TALK[0], TALK[1] | {"weight": 0.5}]},
+            "messages",
+            "here: message 2: the weight must be 0 or 1, got 0.5",
+        ),
+        (
+            {"messages": [TALK[0] | {"weight": 1}, TALK[1]]},
+            "messages",
+            "here: message 1: only answers are learned, so the weight must be 0, got 1",
+        ),
         (
             {"conversations": [{"from": "human"}]},
             "sharegpt",

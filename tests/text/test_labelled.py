@@ -35,7 +35,11 @@ def test_each_text_counts_once() -> None:
     assert [(each.text, each.label, each.where) for each in texts] == [
         ("a", "1", "0"), ("b", "1", "1"), ("A", "1", "5"),
     ]  # fmt: skip
-    assert counts == {"that are there already": 2, "that are there already, with another label": 1}
+    already = "that are there already"
+    other = f"{already}, with another label: 'a' is '1' in 0 and '2' in 3"
+    assert counts == {already: 2, other: 1}
+    texts, counts = unique([Labelled(*row, "", str(n)) for n, row in enumerate(rows)], str.lower)
+    assert [each.where for each in texts] == ["0", "1"] and counts == {already: 3, other: 1}
 
 
 def test_groups_are_a_field_or_the_text() -> None:

@@ -43,7 +43,14 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def nothing_half_written(out: Path) -> None:
-    known = {*FILES, "tokenizer_config.json", "metrics.jsonl", "loss.png", "run.json"}
+    known = {
+        *FILES,
+        "tokenizer_config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "run.json",
+        "result.json",
+    }
     assert {path.name for path in out.iterdir()} <= known | {"checkpoints"}
     assert all(path.name.isdecimal() for path in (out / "checkpoints").glob("*"))
 
@@ -288,7 +295,8 @@ def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -
     (out / "run.json").write_text(
         (out / "run.json").read_text().replace('"n_positions": 16', '"n_positions": 8')
     )
-    with pytest.raises(ValueError, match="holds a model of another config"):
+    said = "holds a model of another config: its n_positions is 8, and what the run is given now"
+    with pytest.raises(ValueError, match=f"{said} makes it 16$"):
         train(tmp_path / "own", out, resume=True)
 
 
@@ -350,6 +358,26 @@ def test_resume_takes_the_same_tokenizer_in_other_files(data: Path, tmp_path: Pa
         assert train(directory, tmp_path / f"run {i}", resume=True, max_iters=3).step == 3
     (tmp_path / "run 0" / "merges.txt").unlink()  # as a kill at the start might leave it
     assert train(json_only, tmp_path / "run 0", resume=True, max_iters=4).step == 4
+
+
+def test_result_is_kept_for_scripts(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for given in ({"max_iters": 2, "eval_iters": 0}, {"resume": True, "max_iters": 4}):
+        done = train(data, out, **given)
+        assert json.loads((out / "result.json").read_text()) == {
+            "verb": "train",
+            "versions": {"gpt2c": gpt2c.__version__},
+            "out": str(out),
+            "step": given["max_iters"],
+            "max_iters": given["max_iters"],
+            "skipped": 0,
+            "seconds": done.seconds,
+            "interrupted": False,
+            "after": {"val_loss": done.val_loss},
+        }
+    (out / "result.json").unlink()
+    (out / "result.json").mkdir()  # it cannot be written, and the run does not fail for it
+    assert train(data, out, resume=True, max_iters=5).step == 5
 
 
 def test_resume_and_overwrite_exclude_each_other(data: Path, tmp_path: Path) -> None:

@@ -413,6 +413,44 @@ def test_losses_of_different_tokenizers_are_in_bits_per_byte(
     assert "nats per token (" in figures[0].axes[0].get_ylabel()
 
 
+def test_runs_of_fine_tuning_show_their_own_metrics(
+    run: Any, figures: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tuned(name: str, picture: Any) -> str:
+        steps = [entry | {"reward": 0.1 * entry["step"]} for entry in entries(10)]
+        path = run(name, [*steps[:-1], steps[-1] | {"val_reward": 0.9}])
+        (path / "run.json").write_text(json.dumps({"verb": "grpo", "picture": picture}))
+        return str(path)
+
+    a = tuned("a", {"loss": "loss of the policy", "metrics": ["reward", "entropy"]})
+    assert main(["plot", a]) == 0
+    loss, *_, reward, entropy = (axes for axes in figures[0].axes if axes.get_visible())
+    assert loss.get_ylabel() == "loss of the policy"
+    assert (reward.get_ylabel(), entropy.get_ylabel()) == ("reward", "entropy")
+    each, _, validation = reward.get_lines()
+    assert list(each.get_ydata()) == [pytest.approx(0.1 * step) for step in range(1, 11)]
+    assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([10], [0.9])
+    assert not any(len(line.get_xdata()) for line in entropy.get_lines())
+    said = capsys.readouterr().out
+    assert "validation loss 1.4000 (lowest 1.4000), reward 0.5500 (validation 0.9000), 550" in said
+    for number, (content, label) in enumerate(
+        [
+            (None, "loss (lower is better)"),
+            (3, "loss (lower is better)"),
+            ({"loss": 3, "metrics": 3}, "loss (lower is better)"),
+            ({"loss": "loss", "metrics": [3, "\x1b"]}, "loss"),
+        ]
+    ):
+        figures.clear()
+        path = tuned(f"b{number}", content)
+        assert main(["plot", path]) == 0
+        assert figures[0].axes[0].get_ylabel() == label
+        assert len(figures[0].axes) == 4
+    figures.clear()
+    assert main(["plot", a, str(run("c", entries(3)))]) == 0
+    assert figures[0].axes[0].get_ylabel() == "losses of different kinds: do not compare"
+
+
 def test_run_records_its_bytes_per_token(tmp_path: Path, figures: list[Any]) -> None:
     from gpt2c.text.prepare import prepare
     from gpt2c.train.pretrain import train
