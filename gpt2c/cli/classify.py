@@ -73,7 +73,8 @@ def run_train(options: argparse.Namespace) -> int:
     )
     last = found.runs[-1]
     if last.interrupted:
-        return say_stopped(last, "classify train", options)
+        flags = ["--baselines"] * options.baselines
+        return say_stopped(last, "classify train", options, *flags)
     seconds = sum(run.seconds for run in found.runs)
     print(f"{out}: {sum(run.step for run in found.runs)} steps in {seconds:.0f} s")
     if found.report is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.sft import SFTSettings
 from gpt2c.finetune.tasks import TASKS
 from gpt2c.finetune.tune import Result
+from gpt2c.parallel.world import join
 from gpt2c.screen.command import command
 from gpt2c.train.settings import recipe_settings
+from gpt2c.train.stop import interruptible
 
 __all__ = ["add_run", "add_verbs", "given_run", "print_change", "run_method", "say_stopped"]
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+AGAIN = ("--overwrite", "--resume")  # say what becomes of an earlier run
 # verb -> its function, the class of its settings, its help
 METHODS: dict[str, tuple[Callable[..., Result], type[FinetuneSettings], str]] = {
     "sft": (sft, SFTSettings, "fine-tune a model on examples: it learns the answers, not prompts"),
@@ -60,9 +64,11 @@ def add_run(verb: argparse.ArgumentParser, kind: type[FinetuneSettings]) -> None
 def run_method(options: argparse.Namespace) -> int:
     """Run a method of fine-tuning."""
     tune, kind, _ = METHODS[options.method]
-    if options.base is None and not _begin(options, given_settings(options)):
-        return INTERRUPTED
-    result = tune(*(options.base, options.data, options.out), **given_run(options, kind))
+    chain = options.base is None
+    with interruptible(join()) if chain else nullcontext():
+        if chain and not _begin(options, given_settings(options)):
+            return INTERRUPTED
+        result = tune(*(options.base, options.data, options.out), **given_run(options, kind))
     if result.interrupted:
         return say_stopped(result, options.method, options)
     print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s")
@@ -81,7 +87,7 @@ def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
     """
     if "task" not in given:
         raise ValueError(f"name a base, or a task to begin with: --task {'|'.join(TASKS)}")
-    home = options.out
+    home, words = options.out, [word for word in options.words if word not in AGAIN]
     options.base, options.out = home / "sft", home / options.method
     options.config = options.config or options.method
     if options.resume and (options.out / RUN_FILE).exists():
@@ -91,7 +97,7 @@ def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
     shared = {name: given[name] for name in ("threads", "backend", "seed") if name in given}
     if beginner(given["task"], home, overwrite=options.overwrite, resume=resume, **shared):
         return True
-    print(f"stopped before {options.out}; begin again with --resume")
+    print(f"stopped before {options.out}; go on with: {command(*words, '--resume')}")
     return False
 
 

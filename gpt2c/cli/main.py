@@ -101,7 +101,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _run(arguments: list[str], out: Door) -> int:
-    top = parser()
+    top, words = parser(), list(arguments)
     if not arguments:
         top.print_help()
         return 0
@@ -114,6 +114,7 @@ def _run(arguments: list[str], out: Door) -> int:
         options, unknown = top.parse_known_args(arguments)
         if unknown:
             options.verb.error(_unknown_flag(unknown[0], options.verb))
+    options.words = words
     out.needed = options.shows
     try:
         own = (
@@ -129,7 +130,10 @@ def _run(arguments: list[str], out: Door) -> int:
             code = 2
         return code
     except KeyboardInterrupt:
-        print("gpt2c: interrupted", file=sys.stderr)
+        again = ""
+        if trains and options.run is not run_demo and not options.out.exists():
+            again = f"; begin again with: {command(*words)}"
+        print(f"gpt2c: interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         _complain(reason(error))

@@ -18,6 +18,7 @@ from gpt2c.finetune.tasks import examples
 from gpt2c.text.prepare import prepare
 from gpt2c.train.pretrain import train
 from gpt2c.train.run import read_record
+from gpt2c.train.stop import interruptible
 
 __all__ = ["CARELESS", "SFT", "beginner", "careless_examples"]
 
@@ -84,10 +85,12 @@ def beginner(
     with atomic_path(record) as temporary:
         temporary.write_text(json.dumps({"task": task}) + "\n", encoding="utf-8")
     text = [one["prompt"] + one["completion"] for one in careless_examples(task, TEXTS, seed + 1)]
-    prepare(text, out / TEXT, "bytes", overwrite=overwrite)
     given = given | {"seed": seed}
-    if train(out / TEXT, out / BASE_RUN, BASE | given, overwrite=overwrite).interrupted:
-        return None
-    taught = careless_examples(task, EXAMPLES, seed)
-    done = sft(out / BASE_RUN, taught, out / SFT_RUN, overwrite=overwrite, **SFT | given)
-    return None if done.interrupted else out / SFT_RUN
+    with interruptible() as stop:
+        prepare(text, out / TEXT, "bytes", overwrite=overwrite)
+        train(out / TEXT, out / BASE_RUN, BASE | given, overwrite=overwrite)
+        if stop.asked:
+            return None
+        taught = careless_examples(task, EXAMPLES, seed)
+        sft(out / BASE_RUN, taught, out / SFT_RUN, overwrite=overwrite, **SFT | given)
+        return None if stop.asked else out / SFT_RUN

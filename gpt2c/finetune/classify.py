@@ -39,6 +39,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
+from gpt2c.parallel.world import join
 from gpt2c.pretrained import from_pretrained
 from gpt2c.screen.terminal import one_line
 from gpt2c.text.examples import read_records
@@ -49,6 +50,7 @@ from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import Run, read_record, report, write_result
 from gpt2c.train.settings import resumed, setting
+from gpt2c.train.stop import interruptible
 
 __all__ = [
     "Classified",
@@ -468,7 +470,10 @@ def classify(
     _check_place(out, own.folds)
     runs: list[Result] = []
     answers: list[tuple[Ints, Floats]] = []
-    with claimed(out, overwrite) if own.folds and not resume else nullcontext():
+    with (
+        claimed(out, overwrite) if own.folds and not resume else nullcontext(),
+        interruptible(join()) as stop,
+    ):
         for k, split in enumerate(splits, 1):
             place = out / f"fold-{k}" if own.folds else out
             goes_on = resume and (not own.folds or (place / RUN_FILE).exists())
@@ -476,11 +481,11 @@ def classify(
                 report(f"fold {k} of {own.folds}, in {place}")
             given = dataclasses.asdict(own) if resume else settings
             run, method = _run(base, place, given, split, goes_on, overwrite)
-            runs.append(run)
-            if run.interrupted:
-                return Classified(runs, [], None, math.nan, {})
-            if split.held:
+            if split.held and not run.interrupted:
                 answers.append(method.answer(place))
+            runs.append(dataclasses.replace(run, interrupted=stop.asked))
+            if stop.asked:
+                return Classified(runs, [], None, math.nan, {})
     if not answers:
         return Classified(runs, [], None, math.nan, {})
     names = splits[0].labels

@@ -78,10 +78,15 @@ def interruptible(world: World = ALONE) -> Iterator[Stop]:
 
     A signal that the program handles itself, or ignores as under nohup, keeps its handler; only
     Ctrl-C gets a new one. Signals reach the main thread only; in another thread nothing is changed.
+    Within another `interruptible` the stop is that one's: a signal to a run ends its whole chain.
     """
     stop = Stop(world)
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
+        chain = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+        if isinstance(chain, Stop):
+            yield chain
+            return
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         for number in numbers:
             if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_DFL:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,14 @@ from gpt2c.evaluate import text_baselines
 from gpt2c.evaluate.classifier import Classifier
 from gpt2c.evaluate.metrics import wilson
 from gpt2c.finetune import classify
-from gpt2c.finetune.classify import ClassifySettings, class_weights, weighted_cross_entropy
+from gpt2c.finetune.classify import (
+    ClassifySettings,
+    _Classify,
+    class_weights,
+    weighted_cross_entropy,
+)
 from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train import hooks
 
 QUICK: dict[str, Any] = {
     "learning_rate": 0.01, "max_iters": 8, "eval_interval": 4, "batch_size": 6, "backend": "base",
@@ -242,6 +249,30 @@ def test_each_fold_begins_with_the_base_and_tests_other_texts(base: Path, tmp_pa
     assert weights(tmp_path / "run" / "fold-1") != weights(tmp_path / "run" / "fold-2")
     stored = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
     assert stored == again.figures() and len(stored["folds"]) == 3
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_ctrl_c_ends_all_folds(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool
+) -> None:
+    """At a step, or after the last step of a fold; then --resume goes on."""
+    tune = partial(classify, base, texts(50))
+    whole = tune(tmp_path / "whole", **QUICK, folds=2)
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        where, name = (_Classify, "answer") if evaluated else (hooks.Show, "__call__")
+        original = getattr(where, name)
+        patched.setattr(where, name, interrupted)
+        stopped = tune(tmp_path / "folds", **QUICK, folds=2)
+    assert [run.interrupted for run in stopped.runs] == [True] and stopped.report is None
+    assert stopped.runs[0].step == (8 if evaluated else 1)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert tune(tmp_path / "folds", resume=True).figures() == whole.figures()
 
 
 def test_killed_folds_go_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers.tuning import losses, resumes_to_the_bit, weights
 import gpt2c
 from gpt2c.cli.main import main
 from gpt2c.finetune import beginner, grpo
+from gpt2c.finetune.beginner import careless_examples
 from gpt2c.finetune.cycles import load
 from gpt2c.finetune.grpo import CHOICES, GRPOSettings
 from gpt2c.finetune.policy import group_advantages
@@ -407,6 +409,11 @@ def weights_of(base: Path, tmp_path: Path) -> bytes:
     return weights(tmp_path / "python")
 
 
+def interrupted(*given: Any) -> list[dict[str, str]]:
+    signal.raise_signal(signal.SIGINT)
+    return careless_examples(*given)
+
+
 def test_command_line_begins_from_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -419,7 +426,12 @@ def test_command_line_begins_from_nothing(
     monkeypatch.setattr(beginner, "SFT", beginner.SFT | few)
     words = ["grpo", "--task", "format", "--out", "run", "--num-generations", "2"]
     words += ["--least-pass", "0", "--eval-prompts", "2", "--max-iters", "2", "--backend", "base"]
-    assert main(words) == 0
+    with monkeypatch.context() as patched:  # Ctrl-C between two runs ends all of them
+        patched.setattr(beginner, "careless_examples", lambda *given: interrupted(*given))
+        assert main(words) == 130 and not Path("run/sft").exists()
+    out = capsys.readouterr().out
+    assert f"go on with: gpt2c {' '.join(words)} --resume\n" in out
+    assert main([*words, "--resume"]) == 0
     made = {"beginner.json", "text", "base", "sft", "grpo"}
     assert {path.name for path in Path("run").iterdir()} == made
     record = json.loads(Path("run/grpo/run.json").read_text())
