@@ -66,6 +66,7 @@ def _add_file(verb: argparse.ArgumentParser, what: str) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """`gpt2c classify train`."""
     out: Path = options.out
+    _say_lacking(options.baselines)
     found = classify(
         *(options.base, options.data, out),
         baselines=options.baselines,
@@ -121,12 +122,17 @@ def _compare(reports: Mapping[str, Report]) -> None:
             f"{name:{width}}  {report.accuracy:8.4f}  {low:.4f} to {high:.4f}"
             f"  {report.macro.f1:8.4f}"
         )
-    if not have_sklearn():
+
+
+def _say_lacking(wanted: object) -> None:
+    """Say before the work which of the baselines that are wanted there will not be."""
+    if wanted and not have_sklearn():
         print(f"baselines of words and characters need scikit-learn: {INSTALL}")
 
 
 def run_eval(options: argparse.Namespace) -> int:
     """`gpt2c classify eval`."""
+    _say_lacking(options.baselines)
     classifier = _open(options)
     texts = _labelled(options.data, options, classifier.labels)
     learned = _labelled(options.baselines, options, classifier.labels) if options.baselines else []

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 __all__ = ["INSTALL", "baselines", "have_sklearn"]
 
 Labels = NDArray[np.int64]
-INSTALL = "pip install 'gpt2c[baseline]'"
+INSTALL = "pip install scikit-learn"
 WORDS = r"(?u)\w+|[^\w\s]"  # single letters and marks too, so that no text is empty
 
 

@@ -89,7 +89,7 @@ def find(source: str | os.PathLike[str], revision: str | None = None, weights: b
     except (ImportError, AttributeError):  # not installed, or older than 1.0
         raise FileNotFoundError(
             f"{_absent(source)}, and a download of a model of that name from the hub needs"
-            " huggingface_hub 1.24 or newer: pip install 'gpt2c[hub]'"
+            " huggingface_hub 1.24 or newer: pip install 'huggingface_hub>=1.24'"
         ) from None
     wanted = CONFIG * weights + WEIGHTS * weights + TOKENIZER
     try:

@@ -35,7 +35,7 @@ from gpt2c.files.atomic import check_apart, claimed
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.report import Counts
-from gpt2c.finetune.settings import FinetuneSettings
+from gpt2c.finetune.settings import FinetuneSettings, rate
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
@@ -71,7 +71,7 @@ LONGEST = 200  # characters of a text in a line
 class ClassifySettings(FinetuneSettings):
     """The settings of `gpt2c classify train`."""
 
-    learning_rate: float = setting("optimizer", 5e-5, "the highest learning rate")
+    learning_rate: float = rate(5e-5)
     max_epochs: float = setting("run", 5.0, "how often each text is learned")
     val_fraction: float = setting(
         "data", 0.1, "the share of the texts that is evaluated after each epoch", fixed=True

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.finetune.data import Source, SupervisedSettings, open_data
+from gpt2c.finetune.settings import rate
 from gpt2c.finetune.tune import Base, Check, Method, Result, checksum, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.backend import Backend, get_backend
@@ -51,7 +52,7 @@ POLICY = 1 << 33  # beside the seed: the random numbers of on-policy steps are n
 class DistillSettings(SupervisedSettings):
     """The settings of `gpt2c distill`."""
 
-    learning_rate: float = setting("optimizer", 3e-4, "the highest learning rate")
+    learning_rate: float = rate(3e-4)
     n_layer: int = setting(
         "model", 0, "layers of a new student; 0: the teacher's", least=0, fixed=True
     )

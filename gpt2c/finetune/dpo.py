@@ -22,6 +22,7 @@ from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Sour
 from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
 from gpt2c.finetune.reference import reference_of
+from gpt2c.finetune.settings import rate
 from gpt2c.finetune.tune import Base, Check, Result, tune
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
@@ -50,9 +51,7 @@ class DPOSettings(JudgingSettings):
 
     completion_field: str = setting("data", "", "kto: the name of the field completion")
     label_field: str = setting("data", "", "kto: the name of the field label")
-    learning_rate: float = setting(
-        "optimizer", 1e-6, "the highest learning rate; small models of one's own take about 1e-4"
-    )
+    learning_rate: float = rate(1e-6, 3e-4)
     loss_type: str = setting(
         "dpo", "sigmoid", f"of pairs {', '.join(PAIR_LOSSES)}; of single answers kto", fixed=True
     )

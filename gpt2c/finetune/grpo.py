@@ -48,7 +48,7 @@ from gpt2c.finetune.policy import (
 from gpt2c.finetune.prompts import Prompt, read_prompts, task_prompts
 from gpt2c.finetune.report import Counts, held
 from gpt2c.finetune.rollouts import Diverged, Rollouts, sample
-from gpt2c.finetune.settings import FinetuneSettings
+from gpt2c.finetune.settings import FinetuneSettings, rate
 from gpt2c.finetune.tasks import TASKS
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.finetune.verifiers import Reward, Rewards, find_rewards, score, try_rewards
@@ -85,6 +85,7 @@ def choice(name: str, default: str, text: str, fixed: bool = False) -> str:
 class GRPOSettings(FinetuneSettings):
     """The settings of `gpt2c grpo`, under TRL's names."""
 
+    learning_rate: float = rate(2e-5, 5e-4)
     max_epochs: float = setting("run", 1.0, "how often each prompt is sampled from")
     batch_size: int = setting(
         "data", 16, "prompts in a step, each with its generations", least=1, fixed=True

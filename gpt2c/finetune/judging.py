@@ -25,7 +25,7 @@ from gpt2c.evaluate.metrics import wilson
 from gpt2c.finetune.completions import lengths_of
 from gpt2c.finetune.pairs import Unit, shortened_unit
 from gpt2c.finetune.report import Counts, coloured, held
-from gpt2c.finetune.settings import FinetuneSettings
+from gpt2c.finetune.settings import FinetuneSettings, rate
 from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
@@ -52,6 +52,7 @@ class JudgingSettings(FinetuneSettings):
     ValueError : a setting is out of range
     """
 
+    learning_rate: float = rate(2e-5, 3e-4)
     prompt_field: str = setting("data", "", "the name of the field prompt, if it is another")
     chosen_field: str = setting("data", "", "the name of the field chosen")
     rejected_field: str = setting("data", "", "the name of the field rejected")

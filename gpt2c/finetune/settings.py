@@ -1,7 +1,7 @@
 """FinetuneSettings: the settings that all methods of fine-tuning share.
 
 Names are nanoGPT's, and TRL's where nanoGPT has none. Defaults fit a pretrained model of 124
-million parameters; small models of one's own take about a tenth of the rate they were trained with.
+million parameters; small models of one's own take about what `--help` says.
 Adapters take ten times the rate, unless another is given.
 """
 
@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Self
+from typing import Any, Self
 
 from gpt2c.model.lora import TARGETS, LoRA
 from gpt2c.model.quantized import check_method
 from gpt2c.train.settings import Settings, setting
 
-__all__ = ["FinetuneSettings"]
+__all__ = ["FinetuneSettings", "rate"]
+
+
+def rate(default: float, small: float = 1e-3) -> float:
+    """Make the field learning_rate: its default, and about what small models take."""
+    field: Any = setting(
+        "optimizer", default, f"the highest learning rate; small models take about {small:g}"
+    )
+    rate: float = dataclasses.field(default=default, metadata={**field.metadata, "small": small})
+    return rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +44,7 @@ class FinetuneSettings(Settings):
         *("model", False, "begin with random weights, not the base's: what is the base worth?"),
         fixed=True,
     )
-    learning_rate: float = setting("optimizer", 2e-5, "the highest learning rate")
+    learning_rate: float = rate(2e-5)
     weight_decay: float = setting("optimizer", 0.0, "AdamW's weight decay, of matrices only")
     beta2: float = setting("optimizer", 0.999, "AdamW's memory of squared gradients")
     keep_zeros: bool = setting(

@@ -57,6 +57,7 @@ from gpt2c.train.tensorboard import check_tensorboard
 
 __all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
 
+SMALL = 20_000_000  # parameters: below it the default learning rate teaches next to nothing
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
 Check = Callable[[], None] | None  # raises an error that ends an evaluation
@@ -220,7 +221,7 @@ def tune(
                 before, evaluations = _before(out), _evaluations(out)
                 after |= evaluations.get(run.settings.max_iters, {})
             if run.step < run.settings.max_iters:
-                for line in (*method.lines(), *_adapter_lines(run)):
+                for line in (*method.lines(), *_adapter_lines(run), *_rate_lines(run, given)):
                     report(line)
             if not run.step:
                 try:
@@ -264,6 +265,18 @@ def _adapter_lines(run: Run) -> Iterable[str]:
             f"adapters of rank {model.config.lora.r}: {trained:,} numbers are trained, {share:.2%}"
             f" of the model{held}; the learning rate is {run.settings.learning_rate:g}, usually"
             f" {LORA_RATE} times that of a whole model"
+        )
+
+
+def _rate_lines(run: Run, given: Mapping[str, Any]) -> Iterable[str]:
+    """Yield a line about the default learning rate if the model is small."""
+    size = run.model.config.num_parameters()
+    if not run.step and "learning_rate" not in given and size < SMALL:
+        small = run.settings.fields()["learning_rate"].metadata["small"]
+        yield (
+            f"the learning rate is the default, {run.settings.learning_rate:g}, which fits 124"
+            f" million parameters, and the model has {size / 1e6:.3g}: small models take about"
+            f" {small:g}"
         )
 
 

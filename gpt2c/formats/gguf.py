@@ -1,8 +1,8 @@
 """GGUF: a trained model and its tokenizer in one file, for llama.cpp and the tools built on it.
 
 Names and values are those of llama.cpp's architectures "gpt2" and "llama". A tied lm_head is not
-written: without it llama.cpp uses the embedding. Needs the `gguf` package, `pip install
-'gpt2c[gguf]'`. Knows nothing about directories or weights on disk.
+written: without it llama.cpp uses the embedding. Needs the package gguf. Knows
+nothing about directories or weights on disk.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def write_gguf(
     try:
         import gguf
     except ImportError:
-        raise OSError(
-            f"{path}: writing GGUF needs the gguf package: pip install 'gpt2c[gguf]'"
-        ) from None
+        raise OSError(f"{path}: writing GGUF needs the gguf package: pip install gguf") from None
     if dtype not in DTYPES:
         raise ValueError(f"the dtype of a GGUF file is one of {', '.join(DTYPES)}, not {dtype}")
     for name, width in _row_lengths(config).items():

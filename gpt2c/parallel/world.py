@@ -299,7 +299,7 @@ def join() -> World:
         mpi4py.rc.thread_level = "funneled"  # kernels' threads never call MPI
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # absent; or its MPI is
-        why = f"mpi4py cannot be loaded ({error}): pip install 'gpt2c[mpi]', and an MPI"
+        why = f"mpi4py cannot be loaded ({error}): pip install mpi4py, and an MPI"
     else:
         if MPI.COMM_WORLD.size == place.size:
             return Ranks(MPI)

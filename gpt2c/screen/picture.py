@@ -17,7 +17,7 @@ from gpt2c.files.atomic import atomic_path
 
 __all__ = ["BOXES", "drawing", "make_figure", "why_not", "write"]
 
-INSTALL = "pip install 'gpt2c[plot]'"
+INSTALL = "pip install matplotlib"
 # matplotlib's own font, then fonts with Chinese, Japanese and Korean, simplified Chinese first.
 FONTS = (
     *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC"),

@@ -95,4 +95,4 @@ def check_tensorboard() -> None:
     ValueError : tensorboardX is not installed
     """
     if importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError("tensorboard needs tensorboardX: pip install 'gpt2c[tensorboard]'")
+        raise ValueError("tensorboard needs tensorboardX: pip install tensorboardX")

@@ -25,7 +25,7 @@ from gpt2c.files import hub
 REPO = "user/small"
 needs_client = pytest.mark.skipif(
     importlib.util.find_spec("huggingface_hub") is None,
-    reason="huggingface_hub is not installed: pip install 'gpt2c[hub]'",
+    reason="huggingface_hub is not installed: pip install huggingface_hub",
 )
 
 

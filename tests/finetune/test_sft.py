@@ -42,6 +42,16 @@ def test_model_learns_the_answers_and_to_end_them(base: Path, tmp_path: Path) ->
     assert (stored["verb"], stored["step"]) == ("sft", 60)
 
 
+def test_default_rate_is_told_for_a_small_model(base: Path, tmp_path: Path, capsys: Any) -> None:
+    given = QUICK | {"max_iters": 1}
+    told = "small models take about 0.001"
+    sft(base, capitals(9), tmp_path / "given", **given)
+    assert told not in capsys.readouterr().out
+    given.pop("learning_rate")
+    sft(base, capitals(9), tmp_path / "default", **given)
+    assert told in capsys.readouterr().out
+
+
 def test_first_loss_is_that_of_the_base_on_the_learned_tokens(base: Path, tmp_path: Path) -> None:
     rows = capitals(6)
     given = QUICK | {"max_iters": 1, "val_fraction": 0.0, "eval_answers": 0}

@@ -70,7 +70,7 @@ def test_absent_mpi_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exce
     launch(monkeypatch, 0, 2)
     assert refused(world.join) == (
         f"2 processes were started, and mpi4py cannot be loaded ({error}): pip install"
-        " 'gpt2c[mpi]', and an MPI"
+        " mpi4py, and an MPI"
     )
     launch(monkeypatch, 1, 2)
     with pytest.raises(SystemExit) as ended:

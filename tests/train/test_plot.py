@@ -236,7 +236,7 @@ def test_error_names_the_extra_for_pictures(
 ) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    wanted = "a picture needs matplotlib: pip install 'gpt2c[plot]'"
+    wanted = "a picture needs matplotlib: pip install matplotlib"
     assert refused(plot_runs, {"a": entries(3)}, tmp_path / "plot.png") == wanted
     assert main(["plot", str(run("a", entries(3)))]) == 2
     assert capsys.readouterr().err == f"gpt2c: {wanted}\n"

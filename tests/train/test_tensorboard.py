@@ -73,5 +73,5 @@ def test_run_names_the_extra_that_tensorboard_needs(
 ) -> None:
     monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
     message = refused(train, data, tmp_path / "run", tensorboard=True)
-    assert message == "tensorboard needs tensorboardX: pip install 'gpt2c[tensorboard]'"
+    assert message == "tensorboard needs tensorboardX: pip install tensorboardX"
     assert not (tmp_path / "run").exists()
