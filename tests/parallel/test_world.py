@@ -121,7 +121,10 @@ class Told(World):
         return [value, {**value, **self.other}]
 
 
-FACTS = {"gpt2c": "1.0", "settings": {"seed": 1, "threads": 2}, "data": {"train": [5, 7]}}
+FACTS: dict[str, Any] = {
+    "gpt2c": "1.0", "settings": {"seed": 1, "threads": 2}, "data": {"train": [5, 7]},
+    "models": {"base": "1f", "teacher": "2e"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,7 @@ FACTS = {"gpt2c": "1.0", "settings": {"seed": 1, "threads": 2}, "data": {"train"
         ({"gpt2c": "1.1"}, "rank 1 runs gpt2c 1.1 and rank 0 runs 1.0: install one version on all"),
         ({"settings": {"seed": 2}}, "rank 1 has seed=2 and rank 0 has seed=1: start all ranks"),
         ({"data": {"train": [5, 8]}}, "rank 1 has other training or validation tokens than rank 0"),
+        ({"models": {"base": "1f"}}, "rank 1 has another teacher than rank 0: each machine needs"),
     ],
 )
 def test_ranks_that_differ_are_refused(other: dict[str, Any], said: str) -> None:
