@@ -2,6 +2,8 @@
 
 A run can be killed at any moment and goes on with resume=True, to the bit, as in pretraining: each
 step is a function of its number, the settings, the examples, and the weights and moments before it.
+
+On several ranks of MPI each has a share of a step's examples. Their gradients are summed here.
 """
 
 from __future__ import annotations
@@ -123,7 +125,11 @@ class Method(ABC):
 
     @abstractmethod
     def learn(self, run: Run) -> Learned:
-        """Compute the gradients of step `run.step` into the run's model."""
+        """Compute the gradients of step `run.step` into the run's model.
+
+        They are those of this rank's examples, `run.world.share` of the step's, divided by counts
+        of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`.
+        """
 
     def publish(self, checkpoint: Path, out: Path) -> None:
         """Write the model of a checkpoint to the run's directory."""
@@ -131,7 +137,10 @@ class Method(ABC):
 
     @abstractmethod
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
-        """Return figures of the present weights on the examples held out, "val_loss" first."""
+        """Return figures of the present weights on the examples held out, "val_loss" first.
+
+        All ranks return the same; they may take turns: `run.world.turns`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,19 @@ def two(base: Path, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def killed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run whose second rank was killed in the middle of a cycle of updates."""
+    """Return a run of two ranks; one was killed, after a save in the middle of a cycle."""
     out = tmp_path_factory.mktemp("killed")
     launch(2, "killed", base, out, "cycles", status=2)
-    assert [path.name for path in (out / "cycles" / "checkpoints").iterdir()] == ["00000002"]
-    (out / "cycles" / "checkpoints" / "00000002").rename(out / "saved")
+    assert [path.name for path in (out / "cycles" / "checkpoints").iterdir()] == ["00000003"]
+    return out
+
+
+@pytest.fixture(scope="module")
+def three(base: Path, killed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the runs of three ranks; the killed one goes on."""
+    out = tmp_path_factory.mktemp("three")
+    shutil.copytree(killed / "cycles", out / "cycles")
+    launch(3, "some", base, out, "sft", "cycles")
     return out
 
 
@@ -109,7 +118,7 @@ def same_run(run: Path, expected: Path) -> None:
     """Compare the metrics of each step, the figures and the weights with those of one process."""
     for part in [path.relative_to(expected) for path in expected.rglob("metrics.jsonl")]:
         close(read_metrics(run / part), read_metrics(expected / part))
-        assert all(step["mpi_bytes"] > 0 for step in read_metrics(run / part))
+        assert all(step["mpi_bytes"] > 0 for step in read_metrics(run / part)[-3:])
         weights = [
             read_tensors(next((path / part).parent.glob("*model.safetensors")))[0]
             for path in (run, expected)
@@ -129,3 +138,18 @@ def test_files_are_those_of_one_process(one: Path, two: Path) -> None:
     for name in CASES:
         pair = [{path.relative_to(out) for path in out.rglob("*")} for out in (one, two)]
         assert pair[0] == {path for path in pair[1] if path.parts[0] not in ("data", "bad")}, name
+
+
+@pytest.mark.parametrize("name", ["sft", "cycles"])
+def test_three_ranks_tune_as_one_process(one: Path, three: Path, name: str) -> None:
+    same_run(three / name, one / name)
+
+
+def test_one_process_goes_on_with_a_run_of_ranks(
+    base: Path, one: Path, killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_nothing(monkeypatch)
+    shutil.copytree(killed / "cycles", tmp_path / "cycles")
+    tune("cycles", base, tmp_path, resume=True)
+    assert len(read_metrics(tmp_path / "cycles" / "metrics.jsonl")) == 6
+    close(*(json.loads((out / "cycles" / "result.json").read_text()) for out in (tmp_path, one)))

@@ -141,6 +141,23 @@ def test_ranks_that_differ_are_refused(other: dict[str, Any], said: str) -> None
     check_same(Told(settings={"seed": 1, "threads": 9}), FACTS, {"threads"})
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_ranks_share_all_things_nearly_equally_and_in_order(size: int) -> None:
+    for count in (0, 1, 5, 12):
+        shares, turns, checks = [], [], []
+        for rank in range(size):
+            world, asked = World(), [0]
+            world.rank, world.size = rank, size
+            shares.append([*range(count)][world.share(count)])
+            turns.append([*world.turns(range(count), lambda: asked.append(1))])  # noqa: B023
+            checks.append(len(asked))
+        assert [thing for share in shares for thing in share] == [*range(count)]
+        assert sorted(thing for turn in turns for thing in turn) == [*range(count)]
+        for lengths in ([*map(len, shares)], [*map(len, turns)]):
+            assert max(lengths) - min(lengths) <= 1
+        assert len({*checks}) == 1  # a check is an exchange of all ranks
+
+
 def test_zero_is_refused_without_ranks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

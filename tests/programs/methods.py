@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def every(base: str, out: str) -> None:
     for name in CASES:
         tune(name, base, Path(out))
     refusals(base, out)
+    patience()
 
 
 def some(base: str, out: str, *names: str) -> None:
@@ -119,16 +121,27 @@ def some(base: str, out: str, *names: str) -> None:
 
 
 def killed(base: str, out: str, name: str) -> None:
-    """Kill rank 1 after its third step, in the middle of a cycle and before a save."""
+    """Kill rank 1 after its fifth step; the only save is in the middle of a cycle of updates."""
     show = hooks.Show.__call__
 
     def kill(self: hooks.Show, run: Any, step: hooks.Step) -> None:
-        if run.step == 3 and world().rank == 1:
+        if run.step == 5 and world().rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         show(self, run, step)
 
     replace(hooks.Show, "__call__", kill)
-    tune(name, base, Path(out))
+    tune(name, base, Path(out), save_interval=3)
+
+
+def patience() -> None:
+    """Let rank 0 work longer than ranks wait for each other."""
+    ranks = world()
+    ranks.timeout = 0.2
+    assert ranks.by_first(lambda: time.sleep(0.5)) is None
+    assert ranks.timeout == 0.2
+    ranks.timeout = 60.0
+    assert ranks.by_first(lambda: ranks.rank) == 0
+    assert ranks.rows(np.full((ranks.rank, 2), 3.5)).tolist() == [[3.5, 3.5]]
 
 
 def refusals(base: str, out: str) -> None:
