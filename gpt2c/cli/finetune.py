@@ -21,7 +21,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.sft import SFTSettings
 from gpt2c.finetune.tasks import TASKS
 from gpt2c.finetune.tune import Result
-from gpt2c.parallel.world import join
+from gpt2c.parallel.world import join, require_alone
 from gpt2c.screen.command import command
 from gpt2c.train.settings import recipe_settings
 from gpt2c.train.stop import interruptible
@@ -66,7 +66,7 @@ def run_method(options: argparse.Namespace) -> int:
     tune, kind, _ = METHODS[options.method]
     chain = options.base is None
     with interruptible(join()) if chain else nullcontext():
-        if chain and not _begin(options, given_settings(options)):
+        if chain and not _begin(options):
             return INTERRUPTED
         result = tune(*(options.base, options.data, options.out), **given_run(options, kind))
     if result.interrupted:
@@ -76,7 +76,7 @@ def run_method(options: argparse.Namespace) -> int:
     return 0
 
 
-def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
+def _begin(options: argparse.Namespace) -> bool:
     """Make the base that options lack, a beginner at a task, in --out; the run moves into it, too.
 
     With --resume a run that had begun goes on, and else the beginner is made again.
@@ -85,13 +85,16 @@ def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
     -------
     whether it is there; a signal may have ended it
     """
-    if "task" not in given:
-        raise ValueError(f"name a base, or a task to begin with: --task {'|'.join(TASKS)}")
+    with join().agreement():
+        given = given_settings(options)
+        if "task" not in given:
+            raise ValueError(f"name a base, or a task to begin with: --task {'|'.join(TASKS)}")
     home, words = options.out, [word for word in options.words if word not in AGAIN]
     options.base, options.out = home / "sft", home / options.method
     options.config = options.config or options.method
-    if options.resume and (options.out / RUN_FILE).exists():
+    if options.resume and join().by_first((options.out / RUN_FILE).exists):
         return True
+    require_alone("the making of a beginner")
     resume, options.resume = options.resume, False
     check_directory(options.out, options.overwrite)
     shared = {name: given[name] for name in ("threads", "backend", "seed") if name in given}
@@ -103,9 +106,10 @@ def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
 
 def given_run(options: argparse.Namespace, kind: type[FinetuneSettings]) -> dict[str, Any]:
     """Return what the flags of `add_run` and a recipe give."""
-    given = given_settings(options)
-    if options.config is not None:
-        given = recipe_settings(options.config, given, kind)
+    with join().agreement():
+        given = given_settings(options)
+        if options.config is not None:
+            given = recipe_settings(options.config, given, kind)
     return {"resume": options.resume, "overwrite": options.overwrite, **given}
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -37,6 +38,7 @@ from gpt2c.kernels.limits import AFFINITY, CORES, bind, usable_cores
 __all__ = ["ALONE", "Ranks", "World", "first_voice", "join", "launched", "require_alone"]
 
 T = TypeVar("T")
+D = TypeVar("D", bound=np.generic)
 # Rank and size, as Open MPI, MPICH with its descendants, and Slurm tell them.
 VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -120,6 +122,26 @@ class World:
         """Return the values of all ranks, which JSON can hold."""
         return [value]
 
+    def rows(self, own: NDArray[D]) -> NDArray[D]:
+        """Return the rows of all ranks, in the order of ranks; there may be none of a rank."""
+        return own
+
+    def share(self, count: int) -> slice:
+        """Return this rank's share of `count` things: shares follow each other, nearly equal."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def turns(self, things: Iterable[T], check: Callable[[], None] | None = None) -> Iterator[T]:
+        """Yield this rank's things: all take turns. Before each turn of all, `check` is called."""
+        for number, thing in enumerate(things):
+            if check and number % self.size == 0:
+                check()
+            if number % self.size == self.rank:
+                yield thing
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """Return what rank 0 alone makes, which JSON can hold; the others wait without a limit."""
+        return work()
+
     def agreement(self) -> AbstractContextManager[None]:
         """Raise an error within on all ranks: rank 0 tells it, the others end. Not collective."""
         return nullcontext()
@@ -198,11 +220,34 @@ class Ranks(World):
 
     def all(self, value: T) -> list[T]:
         """See `World`."""
-        text, lengths = _bytes(value), np.empty(self.size, np.int64)
-        self.wait(self.comm.Iallgather(np.array([text.size]), lengths), "what each rank tells")
+        return [json.loads(part.tobytes()) for part in self._gathered(_bytes(value))]
+
+    def rows(self, own: NDArray[D]) -> NDArray[D]:
+        """See `World`."""
+        found = self._gathered(np.frombuffer(bytearray(own.tobytes()), np.uint8))
+        return np.concatenate(found).view(own.dtype).reshape(-1, *own.shape[1:])
+
+    def _gathered(self, own: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Return the bytes of each rank."""
+        lengths = np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([own.size]), lengths), "what each rank tells")
         found = np.empty(lengths.sum(), np.uint8)
-        self.wait(self.comm.Iallgatherv(text, [found, lengths.tolist()]), "what each rank tells")
-        return [json.loads(part.tobytes()) for part in np.split(found, np.cumsum(lengths)[:-1])]
+        self.wait(self.comm.Iallgatherv(own, [found, lengths.tolist()]), "what each rank tells")
+        self.bytes_sent += own.size * (self.size - 1)
+        return np.split(found, np.cumsum(lengths)[:-1])
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """See `World`."""
+        limit = self.timeout
+        if self.rank:
+            self.timeout = math.inf
+        try:
+            with self.agreement():
+                found = [work()] if self.rank == 0 else []
+            (made,) = self.first(found)
+            return made
+        finally:
+            self.timeout = limit
 
     def broadcast(self, array: NDArray[Any]) -> None:
         """Copy the array of rank 0 into that of all ranks, a piece at a time."""
@@ -252,6 +297,7 @@ class Ranks(World):
         try:
             yield
         except agreed:
+            self._is_agreed = True  # for a guard around this one
             if self.rank:
                 raise SystemExit(FAILED) from None
             raise
