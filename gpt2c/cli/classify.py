@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2c.cli.finetune import add_run, given_run, print_change, say_stopped
+from gpt2c.cli.finetune import add_run, given_run, print_change, print_done, say_stopped
 from gpt2c.cli.flags import add_model
 from gpt2c.evaluate.classifier import Classifier
 from gpt2c.evaluate.confusion import confusion_text, plot_confusion
@@ -77,20 +77,21 @@ def run_train(options: argparse.Namespace) -> int:
     if last.interrupted:
         flags = ["--baselines"] * options.baselines
         return say_stopped(last, "classify train", options, *flags)
-    seconds = sum(run.seconds for run in found.runs)
-    print(f"{out}: {sum(run.step for run in found.runs)} steps in {seconds:.0f} s")
+    print_done(options, found.runs)
     if found.report is None:
         print_change(last.before, last.after)
         return 0
-    print(f"\non {found.report.count:,} texts that it did not learn from:")
+    folds = len(found.reports)
+    pooled = f", those of the {folds} folds pooled" * (folds > 1)
+    print(f"\non {found.report.count:,} texts that it did not learn from{pooled}:")
     _show(found.report, found.calibration)
-    if len(found.reports) > 1:
+    if folds > 1:
         for name, values in {
             "accuracy": [each.accuracy for each in found.reports],
             "macro F1": [each.macro.f1 for each in found.reports],
         }.items():
             mean, spread = statistics.mean(values), statistics.stdev(values)
-            print(f"{name} of the {len(values)} folds: {mean:.4f} +/- {spread:.4f}")
+            print(f"{name}, mean of the {folds} folds: {mean:.4f} +/- {spread:.4f}")
     if options.baselines:
         _compare({"this classifier": found.report, **found.baselines})
     if join().rank == 0 and not why_not():
@@ -105,9 +106,8 @@ def _show(report: Report, calibration: float) -> None:
     print(confusion_text(report))
     low, high = report.interval
     print(
-        f"accuracy {report.accuracy:.4f}, of more texts from {low:.4f} to {high:.4f} with 95%"
-        f" confidence; Matthews correlation {report.matthews:.4f}; calibration error"
-        f" {calibration:.4f}"
+        f"accuracy {report.accuracy:.4f} (95% interval: {low:.4f} to {high:.4f}); Matthews"
+        f" correlation {report.matthews:.4f}; calibration error {calibration:.4f}"
     )
     for note in report.notes:
         print(note)

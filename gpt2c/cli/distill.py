@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gpt2c.cli.finetune import add_run, given_run, print_change, say_stopped
+from gpt2c.cli.finetune import add_run, given_run, print_change, print_done, say_stopped
 from gpt2c.finetune import distill
 from gpt2c.finetune.distill import DistillSettings
 
@@ -29,6 +29,6 @@ def run_distill(options: argparse.Namespace) -> int:
     if result.interrupted:
         flags = () if options.student is None else ("--student", options.student)
         return say_stopped(result, "distill", options, *flags)
-    print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s")
+    print_done(options, [result])
     print_change(result.before, result.after)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gpt2c.files.atomic import check_directory
 from gpt2c.files.names import RUN_FILE
 from gpt2c.finetune import dpo, grpo, reward, sft
 from gpt2c.finetune.beginner import beginner
+from gpt2c.finetune.data import SupervisedSettings
 from gpt2c.finetune.dpo import DPOSettings
 from gpt2c.finetune.grpo import GRPOSettings
 from gpt2c.finetune.reward import RewardSettings
@@ -26,10 +27,50 @@ from gpt2c.screen.command import command
 from gpt2c.train.settings import recipe_settings
 from gpt2c.train.stop import interruptible
 
-__all__ = ["add_run", "add_verbs", "given_run", "print_change", "run_method", "say_stopped"]
+__all__ = [
+    "add_run",
+    "add_verbs",
+    "given_run",
+    "print_change",
+    "print_done",
+    "run_method",
+    "say_stopped",
+]
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 AGAIN = ("--overwrite", "--resume")  # say what becomes of an earlier run
+PAIRS = """\
+DATA is JSONL, a JSON list, or CSV with a line of names; prompt, chosen and rejected are strings or
+lists of messages:
+  {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+  {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
+  {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
+"""
+DATA = {  # verb -> the fields of its examples
+    "sft": """\
+DATA is JSONL, a JSON list, or CSV with a line of names:
+  {"prompt": "2+2=", "completion": "4"}
+  {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+  {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}
+  {"instruction": "Add.", "input": "2+2", "output": "4"}
+  {"text": "all of it is learned"}
+or a directory of gpt2c prepare, whose text is learned as in pretraining.
+""",
+    "reward": f"""\
+{PAIRS}\
+"margin": 1.5 says by how much the chosen should be worth more, if that is known.
+""",
+    "dpo": f"""\
+{PAIRS}\
+with --loss-type kto single answers, which were liked or not:
+  {{"prompt": "2+2=", "completion": "4", "label": true}}
+""",
+    "grpo": """\
+DATA is JSONL, a JSON list, or CSV with a line of names; other fields go to the reward functions:
+  {"prompt": "2+2=", "answer": "4"}
+  {"messages": [{"role": "user", "content": "2+2?"}], "answer": "4"}
+""",
+}
 # verb -> its function, the class of its settings, its help
 METHODS: dict[str, tuple[Callable[..., Result], type[FinetuneSettings], str]] = {
     "sft": (sft, SFTSettings, "fine-tune a model on examples: it learns the answers, not prompts"),
@@ -44,6 +85,8 @@ def add_verbs(add: Callable[..., argparse.ArgumentParser]) -> None:
     for name, (_, kind, text) in METHODS.items():
         verb = add(name, run_method, text)
         add_run(verb, kind)
+        verb.formatter_class = argparse.RawDescriptionHelpFormatter
+        verb.epilog = DATA[name]
         verb.set_defaults(method=name)
 
 
@@ -52,7 +95,9 @@ def add_run(verb: argparse.ArgumentParser, kind: type[FinetuneSettings]) -> None
     optional = "?" if "task" in kind.fields() else None  # a task makes both
     text = "a run, a directory of a model, or a name"
     verb.add_argument("base", metavar="BASE", nargs=optional, help=text)
-    text = "a file of examples: JSONL, JSON or CSV; of texts also a directory of gpt2c prepare"
+    text = "a file of examples: JSONL, JSON or CSV"
+    if issubclass(kind, SupervisedSettings):
+        text += "; of texts also a directory of gpt2c prepare"
     verb.add_argument("data", metavar="DATA", nargs=optional, help=text)
     verb.add_argument("--out", type=Path, required=True, help="the run's directory")
     verb.add_argument("--config", help="a TOML file or a recipe's name; flags override it")
@@ -71,7 +116,7 @@ def run_method(options: argparse.Namespace) -> int:
         result = tune(*(options.base, options.data, options.out), **given_run(options, kind))
     if result.interrupted:
         return say_stopped(result, options.method, options)
-    print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s")
+    print_done(options, [result])
     print_change(result.before, result.after)
     return 0
 
@@ -120,6 +165,13 @@ def say_stopped(result: Result, verb: str, options: argparse.Namespace, *flags: 
     go_on = command(*verb.split(), options.base, *rest)
     print(f"stopped after step {result.step} of {result.max_iters}; go on with: {go_on}")
     return INTERRUPTED
+
+
+def print_done(options: argparse.Namespace, runs: Sequence[Result]) -> None:
+    """Print the steps of runs, and their time."""
+    step, seconds = sum(run.step for run in runs), sum(run.seconds for run in runs)
+    whole = f"; {sum(run.step_seconds for run in runs):.0f} s of steps in all, before --resume too"
+    print(f"{options.out}: {step} steps in {seconds:.0f} s{whole * options.resume}")
 
 
 def print_change(before: Mapping[str, float], after: Mapping[str, float]) -> None:

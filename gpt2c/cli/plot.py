@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2c.evaluate.figures import figures, written
-from gpt2c.files.names import METRICS_FILE, RUN_FILE, RUNS_FILE
+from gpt2c.files.names import METRICS_FILE, RUN_FILE, RUNS_FILE, meant
 from gpt2c.files.untrusted import read_json
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.metrics import read_metrics
@@ -45,7 +45,8 @@ def run_plot(options: argparse.Namespace) -> int:
     for path in options.runs:
         if not (path / METRICS_FILE).is_file():
             raise FileNotFoundError(
-                f"{path / METRICS_FILE} does not exist: a run of gpt2c train has it"
+                f"{path / METRICS_FILE} does not exist: a run of a verb that trains has it"
+                + meant(path, METRICS_FILE)
             )
         entries = read_metrics(path / METRICS_FILE)
         if not entries:

@@ -1,6 +1,7 @@
 """Names of files, each defined only here: of a model, a tokenizer, token files and a run."""
 
 import os
+from pathlib import Path
 
 __all__ = [
     "ADAPTER_FILES",
@@ -34,6 +35,7 @@ __all__ = [
     "VOCAB_FILE",
     "WEIGHTS_FILE",
     "check_named",
+    "meant",
 ]
 
 # the adapters of a model, as in PEFT
@@ -87,3 +89,15 @@ def check_named(what: str, name: str | os.PathLike[str]) -> None:
     """
     if not os.fspath(name):
         raise ValueError(f"{what} is empty: is a variable of the shell not set?")
+
+
+def meant(path: Path, file: str) -> str:
+    """Return a question for an error if `path` lacks a file that directories in it have, else "".
+
+    It names those written last.
+    """
+    if not path.is_dir() or (path / file).exists():
+        return ""
+    found = [(each.stat().st_mtime, str(each.parent)) for each in path.glob(f"*/{file}")]
+    names = [name for _, name in sorted(found, reverse=True)[:3]]
+    return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -340,15 +340,18 @@ class _Classify(Method):
             f"{one_line(label)} {sizes[label]:,}" for label in split.labels[:MOST_LABELS]
         )
         more = len(split.labels) - MOST_LABELS
+        use = "the test of this fold" if self._settings.folds else "validation"
         held = ", ".join(
             f"{len(texts):,} for {use}"
-            for use, texts in (("validation", split.val), ("the test at the end", split.test))
+            for use, texts in ((use, split.val), ("the test at the end", split.test))
             if texts
         )
         yield (
             f"{self.examples:,} texts to learn from, of {len(split.labels)} labels: {kinds}"
             + (f" and {more} more" if more > 0 else "")
         )
+        if single := [label for label in split.labels if sizes[label] == 1]:
+            yield f"a single text to learn from, too few, has each of: {_listed(single)}"
         cut = sum(each.text in split.cut for each in (*split.train, *split.val, *split.test))
         yield (
             f"held out: {held or 'none, so the figures are of texts that it learns from'};"
@@ -491,6 +494,7 @@ def _classify(
     """See `classify`; rank 0 alone looks at `out`."""
     record = world.by_first(lambda: _record(out) if resume else None)
     with world.agreement():
+        ClassifySettings.check_names(settings)
         if record is None:
             own = ClassifySettings(**settings)
         else:

@@ -161,7 +161,8 @@ class Data:
         told = held(len(self.val), self.cut)
         yield (
             f"{count:,} examples ({self.format}), {told}; left out: {self.left_out};"
-            f" {self.tokens:,} tokens, {share}; the longest example has {self.longest:,}"
+            f" {self.tokens:,} tokens, {share}; of the longest example the model"
+            f" reads {self.longest - 1:,}"
         )
         yield f"the first example, with its learned part {coloured(self.train[0], self.tokenizer)}"
 

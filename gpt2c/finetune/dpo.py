@@ -368,7 +368,7 @@ def dpo(
     ...     result = gpt2c.finetune.dpo(
     ...         directory + "/base", pairs, directory + "/run", learning_rate=1e-3
     ...     )  # doctest: +ELLIPSIS
-    40 judgements, 2 held out; ...
+    40 pairs, 2 held out; ...
     >>> result.after["val_rewards/accuracies"]
     1.0
     """

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
+from gpt2c.evaluate.figures import written
 from gpt2c.files.names import CHECKPOINTS
 from gpt2c.finetune import cycles
 from gpt2c.finetune.cycles import Experience
@@ -58,10 +59,11 @@ from gpt2c.model.model import first_values
 from gpt2c.model.parameters import names_that_fit
 from gpt2c.parallel.world import World
 from gpt2c.pretrained import MODELS
+from gpt2c.screen.terminal import fitted
 from gpt2c.text.ragged import Order, parts
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
-from gpt2c.train.run import Run
+from gpt2c.train.run import Run, report
 from gpt2c.train.settings import setting
 
 __all__ = ["GRPOSettings", "grpo"]
@@ -75,6 +77,7 @@ CHOICES = {
     "kl_estimator": ("k2", "k3"),
     "rollouts": ("fp32", "fp16", "int8"),
 }
+SEEN = 2  # completions of the base that are shown
 EVALUATION = 1 << 48  # in place of a step, in the key of an evaluation's random numbers
 
 
@@ -211,6 +214,8 @@ class _GRPO(Method):
         self._ppo = settings.algorithm == "ppo"
         self._held: tuple[int, Experience] | None = None  # the number of a cycle, and what it has
         self._passed = self._varied = 0.0  # shares of the prompts of the last evaluation
+        self._best = 0.0  # reward of it
+        self._seen: list[tuple[float, str]] = []  # rewards and completions of its first prompt
 
     def config(self, base: AnyConfig) -> AnyConfig:
         config = dataclasses.replace(base, vocab_size=base.vocab_size + 1) if self._ppo else base
@@ -233,6 +238,8 @@ class _GRPO(Method):
             f" {Counts(found.left_out)}; {settings.batch_size} of them in a step,"
             f" {settings.num_generations} completions of each; rewards: {names}"
         )
+        text = self.tokenizer.decode(found.train[0].ids)
+        yield fitted(f"the first prompt: {text}")
         if self._ppo:
             yield "checkpoints have one more row in the token table, for PPO's values"
 
@@ -250,13 +257,15 @@ class _GRPO(Method):
         share, least = self._passed, settings.least_pass
         # Rejection fine-tuning learns from what passes, the others from rewards that differ, too.
         varied = 0.0 if settings.algorithm == "rft" else self._varied
+        for reward, text in () if run.step else self._seen:
+            report(fitted(f"reward {written(reward)}: {text}"))
         with run.world.agreement():
             if not run.step and max(share, varied) < least:
                 raise ValueError(
                     f"of {len(self._held_out)} prompts {share:.1%} have a completion whose reward"
                     f" is at least the threshold, {settings.threshold:g}, and {least:.1%} is"
-                    " wanted: nothing can be learned; fine-tune the base first, or lower threshold"
-                    " or least_pass"
+                    f" wanted; the best reward is {self._best:g}: nothing can be learned; fine-tune"
+                    " the base first, or lower --threshold or --least-pass"
                 )
         if settings.beta:
             self._reference = self._first_model(run)
@@ -398,10 +407,7 @@ class _GRPO(Method):
             *(self._unused, self._value, check),
             world=world,
         )
-        texts = [
-            self.tokenizer.decode((ids if cut else ids[:-1]).tolist())
-            for ids, cut in zip(rollouts.completions, rollouts.truncated, strict=True)
-        ]
+        texts = self._texts(rollouts)
         repeated = [one for one in prompts for _ in range(count)]
         columns = {
             name: [one.columns.get(name) for one in repeated]
@@ -418,6 +424,13 @@ class _GRPO(Method):
         scores = Rewards(np.array(total), {name: np.array(told) for name, told in each.items()})
         passed = (scores.total >= settings.threshold).reshape(-1, count)
         return Sampled(rollouts, scores, passed)
+
+    def _texts(self, rollouts: Rollouts) -> list[str]:
+        """Return completions without their ends."""
+        return [
+            self.tokenizer.decode((ids if cut else ids[:-1]).tolist())
+            for ids, cut in zip(rollouts.completions, rollouts.truncated, strict=True)
+        ]
 
     def _advantages(self, found: Sampled) -> Floats:
         """Return the advantage of each completion, (P, G); PPO's are those of tokens."""
@@ -523,13 +536,16 @@ class _GRPO(Method):
         self._passed = pass_at_k(drawn.passed, G)
         spread = deviation(drawn.scores.total.reshape(drawn.passed.shape))
         self._varied = float(np.mean(~np.isclose(spread, 0)))
+        self._best = float(np.nanmax(drawn.scores.total))
+        texts = self._texts(drawn.rollouts)[: min(G, SEEN)]
+        self._seen = [*zip(drawn.scores.total.tolist(), texts, strict=False)]
         return {
-            "val_loss": 1 - pass_at_k(drawn.passed, 1),
             "val_reward": float(np.nanmean(drawn.scores.total)),
             "val_pass@1": pass_at_k(drawn.passed, 1),
             f"val_pass@{G}": self._passed,
             "val_greedy": pass_at_k(greedy.passed, 1),
             "val_entropy": float(np.concatenate(drawn.rollouts.entropies).mean()),
+            "val_loss": 1 - pass_at_k(drawn.passed, 1),
         }
 
 
@@ -538,7 +554,7 @@ def grpo(
     prompts: str | Path | Sequence[Mapping[str, Any]] | None,
     out: str | os.PathLike[str],
     *,
-    reward_funcs: Sequence[Any] = (),
+    reward_funcs: Any = (),
     resume: bool = False,
     overwrite: bool = False,
     **settings: Any,
@@ -551,8 +567,8 @@ def grpo(
     prompts : a file (JSONL, a JSON list, CSV), or a list of dicts, of {"prompt"} or {"messages"};
         other fields go to the reward functions. None with the setting task, which makes prompts
     out : the directory of the run, which becomes a model's
-    reward_funcs : functions of TRL's signature, see `gpt2c.finetune.verifiers`, in place of the
-        names in the setting reward
+    reward_funcs : functions of TRL's signature, or one, see `gpt2c.finetune.verifiers`, in place of
+        the names in the setting reward
     resume : continue the run in `out`, with the same functions
     overwrite : `out` may exist and hold files
     settings : fields of `gpt2c.finetune.GRPOSettings`
@@ -580,6 +596,8 @@ def grpo(
     >>> result.after["val_reward"] > result.before["val_reward"]
     True
     """
+    one = callable(reward_funcs) or isinstance(reward_funcs, str)
+    functions = [reward_funcs] if one else [*reward_funcs]
 
     def make(opened: Base, own: GRPOSettings) -> _GRPO:
         if bool(own.task) == (prompts is not None):
@@ -588,7 +606,7 @@ def grpo(
             )
         names = own.reward.split(" + ") if own.reward else ["exact"] * bool(own.task)
         weights = [_weight(text) for text in own.reward_weights.split()]
-        return _GRPO(opened, own, prompts, find_rewards([*reward_funcs] or names, weights))
+        return _GRPO(opened, own, prompts, find_rewards(functions or names, weights))
 
     return tune("grpo", GRPOSettings, make, base, out, settings, resume, overwrite, [prompts])
 

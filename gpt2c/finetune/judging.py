@@ -103,6 +103,7 @@ class Judging(Method):
     """
 
     unit = ""
+    unread = 1  # the last token of an example, which is only a target
     shares: tuple[str, ...] = ()  # figures that are shares of all units: they get an interval
 
     def __init__(
@@ -150,9 +151,11 @@ class Judging(Method):
         """Yield the lines of the report before the first step."""
         units = [*self.train, *self.val]
         told = held(len(self.val), sum(unit.cut for unit in units))
+        noun = "pair" if len(units[0].examples) == 2 else "judged answer"
+        longest = max(len(one.ids) for unit in units for one in unit.examples) - self.unread
         yield (
-            f"{len(units):,} judgements, {told}; left out: {Counts(self._reasons)}; the longest has"
-            f" {self.longest:,} tokens"
+            f"{counted(len(units), noun)}, {told}; left out: {Counts(self._reasons)}; of the"
+            f" longest answer with its prompt the model reads {longest:,} tokens"
         )
         if len(units[0].examples) == 2:
             yield lengths_of_pairs(units)

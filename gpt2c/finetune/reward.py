@@ -72,6 +72,7 @@ class _Reward(Judging):
     verb = "reward"
     shown = ("accuracy", "margin")
     shares = ("accuracy",)
+    unread = 0
     settings: RewardSettings
 
     def __init__(self, base: Base, settings: RewardSettings, source: Source) -> None:
@@ -133,7 +134,7 @@ def reward(
     ...         directory + "/base", pairs, directory + "/run", learning_rate=1e-3
     ...     )  # doctest: +ELLIPSIS
     ...     model = gpt2c.from_pretrained(directory + "/run")
-    40 judgements, 2 held out; ...
+    40 pairs, 2 held out; ...
     >>> yes, no = model.scores([list(b"3?yes"), list(b"3?no")])[:, 0]
     >>> bool(yes > no)
     True

@@ -139,7 +139,7 @@ class Method(ABC):
 
     @abstractmethod
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
-        """Return figures of the present weights on the examples held out, "val_loss" first.
+        """Return figures of the present weights on the examples held out; "val_loss" is one.
 
         All ranks return the same; they may take turns: `run.world.turns`.
         """
@@ -155,6 +155,7 @@ class Result:
     step, max_iters : steps done, and steps of the whole run
     skipped : steps without an update
     seconds : time of this call
+    step_seconds : time spent in steps, of all calls that went on with the run
     before, after : figures of the evaluations, of the base model and of the last step
     interrupted : whether a signal ended the run early
     """
@@ -167,6 +168,7 @@ class Result:
     before: Mapping[str, float]
     after: Mapping[str, float]
     interrupted: bool
+    step_seconds: float = 0.0
 
 
 def tune(
@@ -247,6 +249,7 @@ def tune(
             if resume:
                 before = world.by_first(lambda: _before(out))
                 after |= world.by_first(lambda: _evaluation(out, run.settings.max_iters))
+                report(_goes_on(run, record, given))
             if run.step < run.settings.max_iters:
                 told = _adapter_lines(run), _rank_lines(run), _rate_lines(run, given)
                 for line in chain(method.lines(), *told):
@@ -256,14 +259,14 @@ def tune(
                     before = method.evaluate(run, stop.check)
                 except StoppedError:
                     return Result(out, 0, run.settings.max_iters, 0, 0.0, {}, {}, True)
-                report(f"before: {evaluated(before, method.unit)}")
+                report(f"before: {evaluated(before, method.unit, method.shown)}")
                 if world.rank == 0:
                     write_result(out, verb, {"before": before})
             method.begin(run)
             done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
         result = Result(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
-            *(before, {} if done.interrupted else after, done.interrupted),
+            *(before, {} if done.interrupted else after, done.interrupted, run.seconds),
         )
         if world.rank == 0:
             write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
@@ -296,6 +299,18 @@ def _adapter_lines(run: Run) -> Iterable[str]:
             f" of the model{held}; the learning rate is {run.settings.learning_rate:g}, usually"
             f" {LORA_RATE} times that of a whole model"
         )
+
+
+def _goes_on(run: Run, record: Mapping[str, Any] | None, given: Mapping[str, Any]) -> str:
+    """Return where a run goes on; or that it is finished, and which new settings are in vain."""
+    if run.step < run.settings.max_iters or run.entry:
+        return f"the run goes on after step {run.step} of {run.settings.max_iters}"
+    stored = record["settings"] if record else {}
+    vain = [f"{name}={value}" for name, value in given.items() if stored.get(name) != value]
+    told = f", so {', '.join(vain)} changes nothing" if vain else ""
+    return (
+        f"the run was finished already, after {run.step} steps{told} (a larger max_iters goes on)"
+    )
 
 
 def _rate_lines(run: Run, given: Mapping[str, Any]) -> Iterable[str]:
@@ -331,6 +346,7 @@ def _checked(
     With keep_zeros, the third of the result is where the base's matrices are 0. Without gradients
     AdamW leaves a 0 as it is, whatever its decay.
     """
+    kind.check_names(given)
     if record is None:
         settings = kind(**given)
         if settings.lora and "learning_rate" not in given:

@@ -141,6 +141,9 @@ def _found(name: str) -> tuple[str, Function]:
         )
     if module == "regex":
         return name, _matching(rest)
+    if module.endswith(".py"):
+        right = f"{module.removesuffix('.py').replace('/', '.')}:{rest}"
+        raise ValueError(f"reward {name!r:.70} must name a module, not a file: write {right:.70}")
     sys.path.insert(0, os.getcwd())  # as python does for a script there
     try:
         function = getattr(importlib.import_module(module), rest)

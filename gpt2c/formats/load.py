@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2c.files import hub
+from gpt2c.files.names import CONFIG_FILE, meant
 from gpt2c.formats import huggingface, llama2c, llmc, peft
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
@@ -73,6 +74,11 @@ def find_model(
     OSError : a file is missing or unreadable, or the hub does not have it
     ValueError : a file is damaged, gpt2c cannot compute the model, or the adapters do not fit it
     """
+    if not isinstance(path_or_name, str | os.PathLike):
+        raise ValueError(
+            "a model is named by its directory or its name on the hub, got a"
+            f" {type(path_or_name).__name__}: save it with save_pretrained, and pass the directory"
+        )
     path = hub.find(path_or_name, revision)
     if peft.is_adapter_directory(path):
         if adapter is not None:
@@ -89,6 +95,8 @@ def _find(path: Path, name: str) -> Pretrained:
     """Return a model without adapters."""
     config: AnyConfig
     tensors: Mapping[str, Tensor]
+    if inner := meant(path, CONFIG_FILE):
+        raise FileNotFoundError(f"{path} holds no model{inner}")
     if llama2c.is_llama2c(path):
         config, tensors = llama2c.read_model(path)
         return Pretrained(path, str(path), config, "fp32", tensors, [], name)

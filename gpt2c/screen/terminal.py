@@ -14,6 +14,7 @@ import io
 import os
 import re
 import select
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ __all__ = [
     "Terminated",
     "colored",
     "columns",
+    "fitted",
     "has_colors",
     "one_line",
     "open_door",
@@ -274,6 +276,17 @@ def has_colors() -> bool:
 def colored(text: str, color: str) -> str:
     """Return text in a colour if colours are shown."""
     return f"{color}{text}{PLAIN}" if has_colors() else text
+
+
+def fitted(text: str) -> str:
+    """Return text as one line that fits into the terminal's width; a longer one ends in "..."."""
+    width = shutil.get_terminal_size().columns
+    line = one_line(text[: width + 1])
+    if text[width + 1 :] or columns(line) > width:
+        while columns(line) > max(0, width - 3):
+            line = line[:-1]
+        line += "..."
+    return line
 
 
 def columns(text: str) -> int:

@@ -158,12 +158,12 @@ def read_records(
     'prompt and completion'
     """
     if isinstance(source, str | Path):
-        name, found = str(source), list(_read(Path(source)))
+        name, found = str(source), list(_read(Path(source), "text" in formats))
     else:
-        name = "the examples"
+        name = ""
         found = [Record(fields, f"example {number}") for number, fields in enumerate(source, 1)]
     if not found:
-        raise ValueError(f"{name} has no examples")
+        raise ValueError(f"{name} has no examples" if name else "there are no examples")
     renamed = {ours: own for ours, own in (names or {}).items() if own}
     records = []
     kind = ""
@@ -180,7 +180,11 @@ def read_records(
         if not known:
             there = ", ".join(map(untrusted.shown, list(fields)[:8])) or "none"
             wanted = "; or ".join(" and ".join(FORMATS[each]) for each in formats)
-            raise ValueError(f"{where} has the fields {there}; wanted are {wanted}")
+            flags = [f"--{ours}-field" for ours in names or () if ours in wanted]
+            hint = f" (other names: {', '.join(flags)})" if flags else ""
+            if len(fields) == 1 and ";" in there:
+                hint = ", with commas between them, not semicolons"
+            raise ValueError(f"{where} has the fields {there}; wanted are {wanted}{hint}")
         if kind and known != kind:
             raise ValueError(
                 f"{where} has the format {known}, and the first record has {kind}: put them into"
@@ -209,7 +213,8 @@ def _format(fields: Mapping[str, Any], formats: Sequence[str]) -> str:
     )
 
 
-def _read(path: Path) -> Iterator[Record]:
+def _read(path: Path, takes_text: bool) -> Iterator[Record]:
+    """Yield the records of a file; `takes_text`: token files would do, too."""
     content = untrusted.decode(untrusted.read_bytes(path, LARGEST), str(path))
     if path.suffix.lower() in (".csv", ".tsv"):
         yield from _rows(content, str(path), "\t" if path.suffix.lower() == ".tsv" else ",")
@@ -221,7 +226,16 @@ def _read(path: Path) -> Iterator[Record]:
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 where = f"{path}, line {number:,}"
-                yield Record(untrusted.parse_json(line, where), where)
+                try:
+                    fields = untrusted.parse_json(line, where)
+                except ValueError:
+                    if takes_text and path.suffix.lower() == ".txt":
+                        raise ValueError(
+                            f"{path} is not JSONL: make text into tokens with gpt2c prepare, and"
+                            " name that directory"
+                        ) from None
+                    raise
+                yield Record(fields, where)
 
 
 def _rows(content: str, name: str, delimiter: str) -> Iterator[Record]:

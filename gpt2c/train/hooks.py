@@ -37,6 +37,16 @@ __all__ = [
 ]
 
 
+MOST = 4  # figures of an evaluation in a line
+SHORT = {  # names of figures in lines, which have 80 columns
+    "mean_token_accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "chosen",
+    "rewards/rejected": "rejected",
+}
+
+
 class Learned(NamedTuple):
     """The result of an objective, whose gradients are in the model.
 
@@ -70,7 +80,7 @@ class Step(NamedTuple):
 
 
 Hook = Callable[[Run, Step], None]
-# Figures of the present weights, "val_loss" first; calls its argument between batches, if any.
+# Figures of the present weights, "val_loss" among them; calls its argument between batches, if any.
 Evaluation = Callable[[Callable[[], None] | None], Mapping[str, float]]
 
 
@@ -106,7 +116,7 @@ class Show:
         texts = [f"loss {written(_mean([one.loss for one in learned]), 3)}"]
         for name in self._shown:
             values = [one.metrics[name] for one in learned if name in one.metrics]
-            texts.append(f"{name} {written(_mean(values), 3)}")
+            texts.append(f"{SHORT.get(name, name)} {written(_mean(values), 3)}")
         figures = speed(run, self._recent)
         texts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
         if "share_of_peak" in figures:
@@ -166,15 +176,21 @@ class Evaluate:
 
     Parameters
     ----------
-    evaluation : returns figures of the present weights, "val_loss" first
+    evaluation : returns figures of the present weights, "val_loss" among them
     unit : of the loss
+    shown : see `evaluated`
     """
 
     def __init__(
-        self, evaluation: Evaluation, stop: Stop, progress: Progress, unit: str = "nats/token"
+        self,
+        evaluation: Evaluation,
+        stop: Stop,
+        progress: Progress,
+        unit: str = "nats/token",
+        shown: Sequence[str] = (),
     ) -> None:
         self._evaluation, self._stop, self._progress = evaluation, stop, progress
-        self._unit = unit
+        self._unit, self._shown = unit, shown
 
     def __call__(self, run: Run, step: Step) -> None:
         """Evaluate the step if that is due."""
@@ -198,15 +214,26 @@ class Evaluate:
         run.log()
         if found:
             _check_validation(run)
-            self._progress.line(f"step {run.step}: {evaluated(found, self._unit)}")
+            self._progress.line(f"step {run.step}: {evaluated(found, self._unit, self._shown)}")
         if run.step == run.saved_step:
             save_or_tell(run, self._stop, self._progress)  # with the evaluation's result
 
 
-def evaluated(found: Mapping[str, float], unit: str) -> str:
-    """Return the figures of an evaluation for a line."""
-    texts = [f"{name.removeprefix('val_')} {written(value)}" for name, value in found.items()]
-    return "  ".join([f"validation {texts[0]} {unit}".rstrip(), *texts[1:]])
+def evaluated(found: Mapping[str, float], unit: str, shown: Sequence[str] = ()) -> str:
+    """Return the figures of an evaluation for a line.
+
+    Parameters
+    ----------
+    unit : of the loss
+    shown : the metrics beside the loss that stand in the line if there are more than MOST
+    """
+    names = [name.removeprefix("val_") for name in found]
+    if len(names) > MOST:
+        names = [name for name in names if name in ("loss", *shown)]
+    texts = [f"{SHORT.get(name, name)} {written(found[f'val_{name}'])}" for name in names]
+    if unit:
+        texts[names.index("loss")] += f" {unit}"
+    return f"validation {'  '.join(texts)}"
 
 
 def evaluation_is_due(run: Run) -> bool:

@@ -80,7 +80,7 @@ def train_run(
     """
     start, started = time.monotonic(), run.step
     progress = Progress(run.step, run.settings.max_iters, run.settings.log_interval)
-    evaluate = Evaluate(evaluation, stop, progress, unit)
+    evaluate = Evaluate(evaluation, stop, progress, unit, shown)
     hooks = (Show(run, progress, shown), log, Save(stop, progress), evaluate)
     with closing(progress), suppress(StoppedError):
         if run.entry:

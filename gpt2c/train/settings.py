@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -161,6 +161,24 @@ class Settings:
     def fields(cls) -> dict[str, dataclasses.Field[Any]]:
         """Return name -> field."""
         return {field.name: field for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse names that are no settings.
+
+        Raises
+        ------
+        ValueError : one is none; the message has the nearest, also for initials, such as lr
+        """
+        fields = cls.fields()
+        for name in names:
+            if name in fields:
+                continue
+            initials = [one for one in fields if "".join(w[0] for w in one.split("_")) == name]
+            near = initials or difflib.get_close_matches(name, fields, n=1)
+            known = f"the settings are {', '.join(sorted(fields))}"
+            hint = f"did you mean {near[0]}?" if near else known
+            raise ValueError(f"no setting {shown(name)}; {hint}")
 
     @classmethod
     def tables(cls) -> dict[str, list[str]]:
@@ -372,14 +390,7 @@ def _of_tables(entries: Mapping[str, Any], kind: type[Settings]) -> dict[str, An
         if table is not None and table not in tables:
             raise ValueError(f"no table {shown(table)}; the tables are {', '.join(tables)}")
         for name, entry in ({key: value} if table is None else value).items():
-            if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
-                hint = (
-                    f"did you mean {near[0]}?"
-                    if near
-                    else f"the settings are {', '.join(sorted(fields))}"
-                )
-                raise ValueError(f"no setting {shown(name)}; {hint}")
+            kind.check_names([name])
             own = fields[name].metadata["table"]
             if table not in (None, own):
                 raise ValueError(f"{name} belongs in [{own}], not in [{table}]")

@@ -47,15 +47,15 @@ def test_train_shows_the_report(gpt2c, world: Path, no_picture: None) -> None:
     for part in (
         "fold 2 of 2, in shown/fold-2",
         "30 texts to learn from, of 2 labels: 0 15, 1 15",
-        "on 60 texts that it did not learn from:",
+        "on 60 texts that it did not learn from, those of the 2 folds pooled:",
         "              precision    recall  f1-score   support\n\n           0       ",
         "      predicted\ntrue   0   1\n",
-        "macro F1 of the 2 folds: ",
+        "macro F1, mean of the 2 folds: ",
         "picture: shown/confusion.png",
     ):
         assert part in out, part
     stored = json.loads((world / "shown" / "result.json").read_text())["test"]
-    assert f"accuracy {stored['accuracy']:.4f}, of more texts from" in out
+    assert f"accuracy {stored['accuracy']:.4f} (95% interval: " in out
     assert (world / "shown" / "confusion.png").is_file()
 
 
@@ -104,7 +104,10 @@ def test_predict_writes_a_file(gpt2c, world: Path, run: str) -> None:
         ("predict run empty.jsonl", "empty.jsonl, line 3: the text is empty, so it has no label"),
         ("predict run missing.jsonl", "missing.jsonl"),
         ("train base other.jsonl --out x --folds 2", "the label '0' has 1 text, and 2 folds"),
-        ("train base texts.csv --out x", "wanted are text and label"),
+        (
+            "train base texts.csv --out x",
+            "wanted are text and label (other names: --text-field, --label-field)",
+        ),
         ("train base texts.jsonl --out run", "run"),
         ("train base texts.jsonl --out x --bad", "unrecognized argument --bad"),
         ("guess", "invalid choice: 'guess'"),

@@ -112,9 +112,11 @@ def test_texts_that_are_one_for_the_model_are_one(
         {"text": "one and " + end, "label": "abb"[n]} for n, end in enumerate("xyz")
     ]
     given = QUICK | {"max_iters": 1, "max_length": 9, "test_fraction": 0.0}
+    rows.append({"text": "zz", "label": "z"})
     classify(base, rows, tmp_path / "run", **given)
     shown = capsys.readouterr().out
-    assert shown.startswith("18 texts to learn from") and "held out: 3 for validation;" in shown
+    assert "a single text to learn from, too few, has each of: z\n" in shown
+    assert shown.startswith("19 texts to learn from") and "held out: 3 for validation;" in shown
     assert (
         "left out: 2 that are there already, with another label: 'one and y' is 'a' in example 21"
         f" and 'b' in example 22; cut at the end: {sum(len(row['text']) > 8 for row in rows) - 2};"

@@ -312,7 +312,7 @@ def test_start_without_a_pass_is_refused(base: Path, tmp_path: Path) -> None:
         said = refused(tuned, base, tmp_path / "run", threshold=9.0, least_pass=0.01, **given)
         assert (
             "of 3 prompts 0.0% have a completion whose reward is at least the threshold, 9, and"
-            " 1.0% is wanted" in said
+            " 1.0% is wanted; the best reward is 0." in said
         )
         assert not (tmp_path / "run").exists()
     # Rewards that differ within groups teach something, whatever passes.
@@ -397,9 +397,15 @@ def test_command_line(
         for name, value in flags.items()
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    words = ["grpo", str(base), "prompts.jsonl", "--reward", "judge:low", "--out", "run", *given]
+    words = ["grpo", str(base), "prompts.jsonl", "--reward", "judge.py:low", "--out", "run", *given]
+    assert main(words) == 2
+    assert "must name a module, not a file: write judge:low" in capsys.readouterr().err
+    words[4] = "judge:low"
     assert main(words) == 0
     said = capsys.readouterr().out
+    first, *seen = [line for line in said.splitlines() if line.startswith(("the first", "reward "))]
+    assert first.startswith("the first prompt: ") and len(seen) == 2
+    assert "before: validation reward " in said
     assert "4 prompts, 3 held out" in said and "val_pass@4" in said
     assert weights(tmp_path / "run") == weights_of(base, tmp_path)
 

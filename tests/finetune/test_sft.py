@@ -52,6 +52,19 @@ def test_default_rate_is_told_for_a_small_model(base: Path, tmp_path: Path, caps
     assert told in capsys.readouterr().out
 
 
+def test_wrong_arguments_are_told(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = refused(sft, base, capitals(9), out, lr=1e-3)
+    assert said == "no setting 'lr'; did you mean learning_rate?"
+    assert refused(sft, base, [], out) == "there are no examples"
+    model = gpt2c.from_pretrained(base)
+    assert "got a GPT2: save it with save_pretrained" in refused(sft, model, capitals(9), out)
+    (tmp_path / "all").mkdir()
+    shutil.copytree(base, tmp_path / "all" / "one")
+    with pytest.raises(FileNotFoundError, match=r"all holds no model; did you mean .*all/one\?$"):
+        sft(tmp_path / "all", capitals(9), out)
+
+
 def test_first_loss_is_that_of_the_base_on_the_learned_tokens(base: Path, tmp_path: Path) -> None:
     rows = capitals(6)
     given = QUICK | {"max_iters": 1, "val_fraction": 0.0, "eval_answers": 0}
@@ -115,15 +128,21 @@ def test_killed_run_goes_on_to_the_bit(
     resumes_to_the_bit(run, tmp_path / "whole", tmp_path / "parts", monkeypatch, at)
 
 
-def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path) -> None:
+def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path, capsys: Any) -> None:
     out, rows = tmp_path / "run", capitals(30)
     done = sft(base, rows, out, **QUICK)
     before = weights(out)
-    again = sft(base, rows, out, resume=True)
+    capsys.readouterr()
+    again = sft(base, rows, out, resume=True, learning_rate=0.5)
+    said = "finished already, after 8 steps, so learning_rate=0.5 changes nothing (a larger"
+    assert said in capsys.readouterr().out
+    assert again.step_seconds == done.step_seconds > 0
     assert (again.step, again.before, again.after) == (8, done.before, done.after)
     assert weights(out) == before
     longer = sft(base, rows, out, resume=True, max_iters=10)
     assert longer.step == 10 and weights(out) != before
+    assert longer.step_seconds > done.step_seconds
+    assert "the run goes on after step 8 of 10\n" in capsys.readouterr().out
 
 
 def test_figures_outlive_a_kill_before_the_result_is_written(
@@ -203,6 +222,7 @@ def test_answers_that_are_cut_are_told_and_not_asked(
         shown := capsys.readouterr().out
     )
     assert "ones, 3 cut at the end; left out: none;" in shown
+    assert "of the longest example the model reads 48\n" in shown  # its context
     model = gpt2c.from_pretrained(base, "base")
     (row,) = model.generate([[1, 2, 3]], 1, temperature=0)
     one = Example(np.array(row, np.int32), np.arange(4) > 2, "")

@@ -78,7 +78,7 @@ def test_renamed_field_hides_one_of_its_new_name() -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([], "the examples has no examples"),
+        ([], "there are no examples"),
         ([{"a": 1}], "example 1 has the fields 'a'; wanted are prompt and completion; or text"),
         ([{}], "example 1 has the fields none; wanted are prompt and completion; or text"),
         ([PAIR, 3], "example 2 must be an object of named fields, got int"),
@@ -94,6 +94,8 @@ def test_records_of_other_formats_are_refused(rows: list[Any], said: str) -> Non
     ("name", "content", "said"),
     [
         ("a.jsonl", b"", "a.jsonl has no examples"),
+        ("a.txt", b"Once upon", "a.txt is not JSONL: make text into tokens with gpt2c prepare"),
+        ("a.csv", b"prompt;completion\na;b", "wanted are text, with commas"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2 must hold a JSON object, got list"),
         ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1 is not valid JSON: 'text' is there"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl is not UTF-8"),
