@@ -15,7 +15,7 @@ from gpt2c.evaluate.figures import figures, written
 from gpt2c.files.names import METRICS_FILE, RUN_FILE, RUNS_FILE, meant
 from gpt2c.files.untrusted import read_json
 from gpt2c.text.tokenizer import Tokenizer
-from gpt2c.train.metrics import read_metrics
+from gpt2c.train.metrics import read_figures
 from gpt2c.train.plot import LOSS, plot_runs, shorten
 
 __all__ = ["add_flags", "run_plot"]
@@ -48,7 +48,7 @@ def run_plot(options: argparse.Namespace) -> int:
                 f"{path / METRICS_FILE} does not exist: a run of a verb that trains has it"
                 + meant(path, METRICS_FILE)
             )
-        entries = read_metrics(path / METRICS_FILE)
+        entries = read_figures(path)
         if not entries:
             raise ValueError(f"{path / METRICS_FILE} holds no step that can be drawn")
         runs[path] = entries

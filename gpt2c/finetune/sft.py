@@ -68,6 +68,8 @@ class _SFT(Method):
         base.found.config.require_language_head("sft")
         self._data, self._settings = open_data(source, base, settings), settings
         self.tokenizer, self.facts = base.tokenizer, self._data.facts
+        if settings.eval_answers and self._data.format != "text":
+            self.drawn = ("ended", "exact_match")
         self.examples, self.longest = len(self._data.train), self._data.longest
 
     def lines(self) -> Iterator[str]:

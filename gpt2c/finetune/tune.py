@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files.atomic import check_apart, claimed
-from gpt2c.files.names import CHECKPOINTS, EVENTS, METRICS_FILE, RESULT_FILE, ROLLOUTS, RUN_FILE
-from gpt2c.files.untrusted import read_json, shown
+from gpt2c.files.names import CHECKPOINTS, EVENTS, METRICS_FILE, ROLLOUTS, RUN_FILE
+from gpt2c.files.untrusted import shown
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
 from gpt2c.formats.peft import digest
@@ -43,7 +43,7 @@ from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.checkpoints import Checkpoint
 from gpt2c.train.hooks import Learned, evaluated
 from gpt2c.train.loop import train_run
-from gpt2c.train.metrics import read_metrics
+from gpt2c.train.metrics import read_before, read_metrics
 from gpt2c.train.needs import on_ranks, with_scratch
 from gpt2c.train.run import (
     LostModel,
@@ -90,6 +90,7 @@ class Method(ABC):
     ----------
     verb : its command
     shown : the metrics that the progress shows beside the loss
+    drawn : further metrics of evaluations, which pictures show
     unit : of the loss of an evaluation
     examples : the number of examples of an epoch
     longest : tokens of the longest example
@@ -100,6 +101,7 @@ class Method(ABC):
 
     verb: str
     shown: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
     unit: str
     examples: int
     longest: int
@@ -247,7 +249,7 @@ def tune(
 
         with interruptible(world) as stop:
             if resume:
-                before = world.by_first(lambda: _before(out))
+                before = world.by_first(lambda: read_before(out))
                 after |= world.by_first(lambda: _evaluation(out, run.settings.max_iters))
                 report(_goes_on(run, record, given))
             if run.step < run.settings.max_iters:
@@ -399,7 +401,7 @@ def _checked(
         "verb": verb,
         "settings": dataclasses.asdict(settings),
         "data": method.facts,
-        "picture": {"loss": method.loss, "metrics": [*method.shown]},
+        "picture": {"loss": method.loss, "metrics": [*method.shown, *method.drawn]},
         "models": dict(method.models),
         "base": {
             "path": os.fspath(base),
@@ -469,16 +471,6 @@ def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) 
     for role, sha256 in facts["models"].items():
         if not isinstance(others, dict) or others.get(role) != sha256:
             raise ValueError(f"the {role} has other weights than that of the run {out}")
-
-
-def _before(out: Path) -> dict[str, float]:
-    """Return the figures of the base model, which result.json holds since step 0."""
-    found: Any = None
-    with suppress(OSError, ValueError):
-        found = read_json(out / RESULT_FILE).get("before")
-    numbers = (int, float)
-    pairs = found.items() if isinstance(found, dict) else ()
-    return {name: value for name, value in pairs if type(value) in numbers}
 
 
 def _evaluation(out: Path, step: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 
 import numpy as np
 
-from gpt2c.files.names import LOSS_FILE, METRICS_FILE
+from gpt2c.files.names import LOSS_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.model.block import Dropout
 from gpt2c.screen.progress import Progress
@@ -32,7 +32,7 @@ from gpt2c.train.hooks import (
     save,
     speed,
 )
-from gpt2c.train.metrics import read_metrics
+from gpt2c.train.metrics import read_figures
 from gpt2c.train.optimizer import NonFiniteGradient
 from gpt2c.train.plot import LOSS, plot_loss
 from gpt2c.train.run import LostModel, Run, report
@@ -269,7 +269,7 @@ def _draw(run: Run) -> bool:
         return False
     try:
         loss = run.facts.get("picture", {}).get("loss", LOSS)
-        return plot_loss(read_metrics(run.out / METRICS_FILE), run.out / LOSS_FILE, loss)
+        return plot_loss(read_figures(run.out), run.out / LOSS_FILE, loss)
     except Exception as error:
         report(f"{run.out / LOSS_FILE} cannot be drawn: {shown(error)}")
         return False

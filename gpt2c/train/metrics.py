@@ -12,14 +12,15 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gpt2c.files.atomic import atomic_path, naming, refinement
-from gpt2c.files.names import DAMAGED_FILE, METRICS_FILE
-from gpt2c.files.untrusted import open_file, parse_json
+from gpt2c.files.names import DAMAGED_FILE, METRICS_FILE, RESULT_FILE
+from gpt2c.files.untrusted import open_file, parse_json, read_json
 
-__all__ = ["Metrics", "read_metrics"]
+__all__ = ["Metrics", "read_before", "read_figures", "read_metrics"]
 
 _LONGEST = 1 << 16  # bytes of a line; `Metrics` writes no longer one
 
@@ -95,6 +96,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     entries = {entry["step"]: entry for _, entry in _lines(path, missing_ok=False) if entry}
     return [entries[step] for step in sorted(entries)]
+
+
+def read_before(out: Path) -> dict[str, float]:
+    """Return the figures of a run's base model, which result.json holds since step 0; {} if none."""
+    found: Any = None
+    with suppress(OSError, ValueError):
+        found = read_json(out / RESULT_FILE).get("before")
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in pairs if type(value) in (int, float)}
+
+
+def read_figures(out: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics for a picture: the evaluation before the first step is step 0.
+
+    Raises
+    ------
+    OSError : metrics.jsonl is missing or unreadable
+    """
+    entries, before = read_metrics(out / METRICS_FILE), read_before(out)
+    return [{"step": 0, **before}, *entries] if entries and before else entries
 
 
 def _lines(path: Path, missing_ok: bool = True) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

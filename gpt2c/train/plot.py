@@ -103,7 +103,7 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, loss: str = LOSS
                 textcoords="offset points",
                 va="center",
             )
-        axes.set_xlabel("step")
+        _steps(axes)
         axes.set_ylabel(loss)
         axes.set_title(shorten([str(path.absolute().parent)])[0], fontsize=10)
         _finish(figure, axes, path)
@@ -143,6 +143,10 @@ def plot_runs(
         "grad_norm": "gradient norm before clipping",
         "tokens_per_second": "tokens a second (higher is better)",
     } | dict(zip(others, others, strict=True))
+    for name, same in _equals(runs, others).items():
+        panels[same] += f", the same as {name}"
+        del panels[name]
+    others = [name for name in others if name in panels]
     labels = shorten(list(runs))
     with drawing():
         rows = -(-len(panels) // 2)
@@ -164,7 +168,7 @@ def plot_runs(
                 if metric == "loss" or metric in others:
                     validation = _thinned(*_metric(list(runs.values())[i], f"val_{metric}"))
                     _line(axes, *validation, marker="o", ms=4, mec="white", lw=1, **style)
-            axes.set_xlabel("step")
+            _steps(axes)
             axes.set_ylabel(panels[metric])
             _tidy(axes)
         grid["tokens_per_second"].set_ylim(bottom=0)
@@ -203,6 +207,28 @@ def shorten(names: Sequence[str]) -> list[str]:
     half = LONGEST // 2 - 1
     cut = [s if len(s) <= LONGEST else f"{s[:half]}…{s[-half:]}" for s in short]
     return cut if len(set(cut)) == len(set(short)) else short
+
+
+def _equals(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]
+) -> dict[str, str]:
+    """Return metric -> an earlier metric that has the same numbers in all runs."""
+    found: dict[str, Any] = {}
+    equals = {}
+    for name in names:
+        numbers = [[_metric(own, one) for one in (name, f"val_{name}")] for own in runs.values()]
+        same = next((one for one, known in found.items() if known == numbers), None)
+        if same is not None and any(steps for pair in numbers for steps, _ in pair):
+            equals[name] = same
+        else:
+            found[name] = numbers
+    return equals
+
+
+def _steps(axes: Any) -> None:
+    """Label the axis of steps, which are whole numbers."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(_locator(integer=True))
 
 
 def _twins(curves: Sequence[Metric]) -> list[int]:
@@ -278,7 +304,7 @@ def _line(axes: Any, steps: Sequence[int], values: Sequence[float], **style: Any
 
 def _dot(steps: Sequence[int]) -> dict[str, Any]:
     """Return the style of a curve of one point, in the picture and in its legend: a dot."""
-    return {"marker": "o", "ms": 4, "ls": ""} if len(steps) == 1 else {}
+    return {"marker": "o", "ms": 6, "mec": "none", "ls": ""} if len(steps) == 1 else {}
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------
@@ -372,17 +398,17 @@ def plot_speed(
             axes.set_title(work, fontsize=9)
             axes.tick_params(axis="x", labelsize=7)
             axes.xaxis.set_major_formatter("{x:,g}")
-            axes.xaxis.set_major_locator(_locator())
+            axes.xaxis.set_major_locator(_locator(nbins=4))
             _tidy(axes)
         panels[0].set_ylim(len(rows) - 0.4, -0.6)  # the panels share it
         figure.suptitle(title, fontsize=9)
         write(figure, path)
 
 
-def _locator() -> Any:
+def _locator(**how: Any) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(4)
+    return MaxNLocator(**how)
 
 
 def plot_lines(

@@ -420,6 +420,7 @@ def test_runs_of_fine_tuning_show_their_own_metrics(
         steps = [entry | {"reward": 0.1 * entry["step"]} for entry in entries(10)]
         path = run(name, [*steps[:-1], steps[-1] | {"val_reward": 0.9}])
         (path / "run.json").write_text(json.dumps({"verb": "grpo", "picture": picture}))
+        (path / "result.json").write_text('{"before": {"val_loss": 5.0, "val_reward": 0.1}}')
         return str(path)
 
     a = tuned("a", {"loss": "loss of the policy", "metrics": ["reward", "entropy"]})
@@ -429,7 +430,8 @@ def test_runs_of_fine_tuning_show_their_own_metrics(
     assert (reward.get_ylabel(), entropy.get_ylabel()) == ("reward", "entropy")
     each, _, validation = reward.get_lines()
     assert list(each.get_ydata()) == [pytest.approx(0.1 * step) for step in range(1, 11)]
-    assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([10], [0.9])
+    assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([0, 10], [0.1, 0.9])
+    assert all(tick == int(tick) for tick in reward.get_xticks())
     assert not any(len(line.get_xdata()) for line in entropy.get_lines())
     said = capsys.readouterr().out
     assert "validation loss 1.4000 (lowest 1.4000), reward 0.5500 (validation 0.9000), 550" in said
@@ -449,6 +451,13 @@ def test_runs_of_fine_tuning_show_their_own_metrics(
     figures.clear()
     assert main(["plot", a, str(run("c", entries(3)))]) == 0
     assert figures[0].axes[0].get_ylabel() == "losses of different kinds: do not compare"
+
+
+def test_equal_metrics_are_drawn_once(tmp_path: Path, figures: list[Any]) -> None:
+    steps = [entry | {"a": entry["step"], "b": entry["step"], "c": 1} for entry in entries(9)]
+    plot_runs({"run": steps}, tmp_path / "plot.png", others=["a", "b", "c", "d"])
+    shown = [axes.get_ylabel() for axes in figures[0].axes if axes.get_visible()]
+    assert shown[4:] == ["a, the same as b", "c", "d"]
 
 
 def test_run_records_its_bytes_per_token(tmp_path: Path, figures: list[Any]) -> None:
