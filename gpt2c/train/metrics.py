@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_before(out: Path) -> dict[str, float]:
-    """Return the figures of a run's base model, which result.json holds since step 0; {} if none."""
+    """Return the figures of a run's base model, which result.json has since step 0, or {}."""
     found: Any = None
     with suppress(OSError, ValueError):
         found = read_json(out / RESULT_FILE).get("before")

@@ -304,7 +304,7 @@ def _line(axes: Any, steps: Sequence[int], values: Sequence[float], **style: Any
 
 def _dot(steps: Sequence[int]) -> dict[str, Any]:
     """Return the style of a curve of one point, in the picture and in its legend: a dot."""
-    return {"marker": "o", "ms": 6, "mec": "none", "ls": ""} if len(steps) == 1 else {}
+    return {"marker": "o", "ms": 6, "ls": ""} if len(steps) == 1 else {}
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------
