@@ -34,7 +34,16 @@ from gpt2c.kernels.backend import THREAD_VARIABLES, default_threads
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.limits import AFFINITY, CORES, bind, usable_cores
 
-__all__ = ["ALONE", "Ranks", "World", "first_voice", "join", "launched", "require_alone"]
+__all__ = [
+    "ALONE",
+    "Ranks",
+    "World",
+    "first_voice",
+    "join",
+    "launched",
+    "mpi_library",
+    "require_alone",
+]
 
 T = TypeVar("T")
 # Rank and size, as Open MPI, MPICH with its descendants, and Slurm tell them.
@@ -166,7 +175,7 @@ class Ranks(World):
         hosts = len({place.host for place in self._places})
         self.report = (
             f"; {self.size} ranks on {counted(hosts, 'host')}, {counted(threads, 'thread')} each"
-            f" ({how}), {_library(self.MPI)}"
+            f" ({how}), {mpi_library(self.MPI)}"
         )
         return threads
 
@@ -304,7 +313,7 @@ def join() -> World:
         if MPI.COMM_WORLD.size == place.size:
             return Ranks(MPI)
         why = (
-            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {_library(MPI)}, which must be the"
+            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {mpi_library(MPI)}, which must be the"
             " MPI of the launcher"
         )
     if place.rank:
@@ -341,6 +350,7 @@ def first_voice(errors: bool = False) -> Iterator[None]:
         yield
 
 
-def _library(MPI: Any) -> str:
+def library(MPI: Any) -> str:
+    """Return the name and version of the MPI that the module mpi4py.MPI has loaded."""
     line = MPI.Get_library_version().splitlines()[0].split(",")[0]
     return " ".join(line.replace("Version:", "").split())
