@@ -313,8 +313,8 @@ def join() -> World:
         if MPI.COMM_WORLD.size == place.size:
             return Ranks(MPI)
         why = (
-            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {mpi_library(MPI)}, which must be the"
-            " MPI of the launcher"
+            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {mpi_library(MPI)}, which must be"
+            " the MPI of the launcher"
         )
     if place.rank:
         raise SystemExit(FAILED)
@@ -350,7 +350,7 @@ def first_voice(errors: bool = False) -> Iterator[None]:
         yield
 
 
-def library(MPI: Any) -> str:
+def mpi_library(MPI: Any) -> str:
     """Return the name and version of the MPI that the module mpi4py.MPI has loaded."""
     line = MPI.Get_library_version().splitlines()[0].split(",")[0]
     return " ".join(line.replace("Version:", "").split())

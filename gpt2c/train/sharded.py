@@ -126,16 +126,17 @@ class ShardedAdamW(AdamW):
 
 
 def optimizer_of(
-    world: World, model: Any, zero: int, **settings: Any
+    world: World, model: Any, zero: int, transport: str = "fp32", **settings: Any
 ) -> tuple[AdamW, Exchange | None]:
     """Return a rank's optimizer, and the exchange of its gradients: None in a world of one.
 
     Parameters
     ----------
     zero : 1 to shard the moments, else 0
+    transport : of the gradients, see `Exchange`
     settings : see `AdamW`
     """
     if not isinstance(world, Ranks):
         return AdamW(model, **settings), None
-    exchange = Exchange(world, model)
+    exchange = Exchange(world, model, transport)
     return ShardedAdamW(world, exchange, model, zero == 1, **settings), exchange

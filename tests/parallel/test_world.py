@@ -137,19 +137,14 @@ def test_ranks_that_differ_are_refused(other: dict[str, Any], said: str) -> None
     check_same(Told(settings={"seed": 1, "threads": 9}), FACTS, {"threads"})
 
 
-def test_zero_is_refused_without_ranks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flag", ["zero 1", "transport bf16"])
+def test_flag_for_ranks_is_refused_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    command = [
-        "train",
-        "--data",
-        str(tmp_path / "none"),
-        "--out",
-        str(tmp_path / "run"),
-        "--zero=1",
-    ]
+    places = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    command = ["train", *places, *f"--{flag}".split()]
     assert main(command) == 2
-    said = "gpt2c: --zero 1 is for several ranks, and this process is alone: begin the command with"
+    said = f"gpt2c: --{flag} is for several ranks, and this process is alone: begin the command"
     assert capsys.readouterr().err.startswith(said)
     launch(monkeypatch, 0, 1)
     assert main(command) == 2

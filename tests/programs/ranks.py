@@ -18,6 +18,7 @@ import gpt2c
 from gpt2c.cli.main import main as command
 from gpt2c.files import tensors
 from gpt2c.gpt2 import GPT2
+from gpt2c.kernels.reference.rounding import bf16
 from gpt2c.parallel import gradients
 from gpt2c.parallel.gradients import Exchange
 from gpt2c.parallel.world import Ranks, first_voice, join
@@ -52,7 +53,7 @@ def train(data: str, out: Path, resume: bool = False, **changes: Any) -> None:
 
 
 def halves(data: str, out: str) -> None:
-    """Train whole runs, with ZeRO and without, and one in two halves."""
+    """Train whole runs, with ZeRO and without, in 32 bits and 16, and such in two halves."""
     place = Path(out)
     gradients.BUCKET = 1000  # floats: many buckets, some of which divide an array
     train(data, place / "whole")
@@ -60,8 +61,12 @@ def halves(data: str, out: str) -> None:
     train(data, place / "unsharded", zero=0)
     train(data, place / "halves", max_iters=4)
     train(data, place / "halves", resume=True, max_iters=8)
+    train(data, place / "narrow", transport="bf16")
+    train(data, place / "narrow halves", transport="bf16", max_iters=4)
+    train(data, place / "narrow halves", resume=True, max_iters=8)
     others(data, out)
     exchange()
+    narrow()
     faults(data, out)
     refusals(data, out)
 
@@ -145,6 +150,30 @@ def exchange() -> None:
         assert ranks.all(norms) == [norms] * ranks.size
 
 
+def narrow() -> None:
+    """Sum gradients that are sent in 16 bits: each is rounded once, and their sum is not."""
+    ranks = world()
+    config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=8, vocab_size=257)
+    model = gpt2c.GPT2(config, seed=1)
+    exchanged = Exchange(ranks, model, "bf16")
+    rng = np.random.default_rng(ranks.rank)
+    model.flat_gradients[...] = own = rng.standard_normal(model.trained_size, np.float32)
+    every = np.empty((ranks.size, own.size), np.float32)
+    ranks.comm.Allgather(own, every)
+    exchanged.finish()
+    exchanged.gather(model.flat_gradients)
+    expected = np.zeros_like(own)
+    for gradients_of_rank in every:
+        expected += bf16(gradients_of_rank)
+    np.testing.assert_array_equal(model.flat_gradients, expected)
+    error = np.abs(model.flat_gradients - every.astype(np.float64).sum(0))
+    assert 0 < (error / np.abs(every).sum(0)).max() <= 2.0**-8  # half a unit
+    for bad in (np.nan, np.inf):  # also of one rank
+        model.flat_gradients[...] = bad if ranks.rank else 1.0
+        exchanged.finish()
+        assert not np.isfinite(exchanged.norm())
+
+
 def step(ranks: Ranks, model: Any, exchanged: Exchange, idx: Any) -> None:
     own = np.array_split(idx, ranks.size)[ranks.rank]
     model.zero_grad()
@@ -186,6 +215,7 @@ def refusals(data: str, out: str) -> None:
             [f"--data={'/nowhere' if ranks.rank else data}"],
         ),
         ("zero must be 0 or 1, got 2", ["--zero=2"]),
+        ("transport must be fp32 or bf16, got 'fp16'", ["--transport=fp16"]),
         ("/nowhere.toml: no such recipe; gpt2c comes with", ["--config=/nowhere.toml"]),
     ]
     for said, given in cases:
