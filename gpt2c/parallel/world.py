@@ -87,6 +87,7 @@ class World:
     Attributes
     ----------
     rank, size : the number of this process, and of all
+    here : the number of ranks on this host
     timeout : the most seconds that a rank waits for the others
     doing : the present work, for the message of a rank that waits too long
     bytes_sent : to other ranks, until now
@@ -96,6 +97,7 @@ class World:
 
     rank = 0
     size = 1
+    here = 1
 
     def __init__(self) -> None:
         self.timeout = TIMEOUT
@@ -156,6 +158,7 @@ class Ranks(World):
         self._is_agreed = False
         host = self.MPI.Get_processor_name()
         self._places = [Place(*found) for found in self.all((host, sorted(AFFINITY)))]
+        self.here = sum(place.host == host for place in self._places)
 
     def take_cores(self, threads: int) -> int:
         """See `World`; ranks that the launcher has bound to cores of their own stay there."""

@@ -174,6 +174,10 @@ def test_transport_in_16_bits_halves_the_bytes_of_gradients(two: Path) -> None:
     np.testing.assert_allclose(narrow, np.multiply(0.75, whole), rtol=0.01)
 
 
+def test_ranks_are_shown_and_measured(tmp_path: Path) -> None:
+    launch(2, "shows", tmp_path)
+
+
 def test_job_ends_with_the_reason_of_a_rank(data: Path, tmp_path: Path) -> None:
     said = launch(2, "raises", data, tmp_path, status=2)
     assert said.count("gpt2c: rank 1: a broken disk\n") == 1

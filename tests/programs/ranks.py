@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
+import math
 import os
 import signal
 import time
@@ -13,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.measured import CEILINGS
 
 import gpt2c
+from gpt2c.bench.worker import TINY
+from gpt2c.cli import bench as cli_bench
+from gpt2c.cli import info as cli_info
 from gpt2c.cli.main import main as command
 from gpt2c.files import tensors
 from gpt2c.gpt2 import GPT2
+from gpt2c.kernels.backend import backends
 from gpt2c.kernels.reference.rounding import bf16
 from gpt2c.parallel import gradients
 from gpt2c.parallel.gradients import Exchange
@@ -230,6 +237,77 @@ def refusals(data: str, out: str) -> None:
         assert len(lines) == (ranks.rank == 0), lines
         assert all(line.startswith(f"gpt2c: {said}") for line in lines), lines
         assert not bad.exists()
+
+
+def said(*arguments: str) -> tuple[int, list[str], list[str]]:
+    """Run a command; return its exit code and the lines of its output and errors."""
+    texts = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(texts[0]), contextlib.redirect_stderr(texts[1]):
+        try:
+            code: Any = command(arguments)
+        except SystemExit as error:
+            code = error.code
+    out, errors = (text.getvalue().splitlines() for text in texts)
+    return code, out, errors
+
+
+def shows(out: str) -> None:
+    """Show the ranks, one of which has another backend; measure them; refuse the rest."""
+    ranks, variable = world(), "GPT2C_BACKEND"
+    replace(cli_info, "_machine_rows", lambda verbose: [("gpt2c", "here")])
+    os.environ[variable] = "numpy" if ranks.rank else backends()[0]
+    code, lines, errors = said("info")
+    assert (code, errors) == (0, []) and len(lines) == (0 if ranks.rank else 3 + ranks.size)
+    if ranks.rank == 0:
+        assert lines[0].split() == ["gpt2c", "here"] and "mpi4py" in lines[1]
+        assert lines[2].split() == ["ranks", "host", "cores", "threads", "backend"]
+        host = ranks.MPI.Get_processor_name()
+        for rank, (line, name) in enumerate(zip(lines[3:], (backends()[0], "numpy"), strict=True)):
+            assert line.split()[:3] == ["rank", str(rank), host] and line.split()[5] == name
+            assert line.endswith("<- not that of rank 0") == (rank > 0 and name != backends()[0])
+    del os.environ[variable]
+    measured(Path(out) / "bench.json")
+    for wanted, given in [
+        ("gpt2c bench ops does not run on several ranks yet: start it without mpiexec", "ops"),
+        ("2 ranks cannot share 3 rows equally: pass a --shape such as 2x8", "train --shape 3x8"),
+        ("PyTorch is measured in one process: start gpt2c bench train", "train --torch-compile"),
+        ("PyTorch is measured in one process", "train --backends numpy,torch"),
+        ("threads must be", "train --threads 0"),
+        ("T = 64 is more than the model's n_positions, 32", "train --shape 2x64"),
+    ]:
+        code, lines, errors = said("bench", *given.split())
+        late = "n_positions" in wanted  # found by rank 0, which the other serves already
+        assert code == (0 if ranks.rank and late else 2)
+        assert not [line for line in lines if "waiting" in line]
+        errors = [line for line in errors if "measuring" not in line]
+        assert len(errors) == (ranks.rank == 0), errors
+        assert all(line.startswith(f"gpt2c: {wanted}") for line in errors), errors
+
+
+def measured(path: Path) -> None:
+    """Measure training steps of one rank alone and of all."""
+    ranks, name = world(), backends()[0]
+    replace(cli_bench, "measure_ceilings", lambda threads: CEILINGS)
+    replace(cli_bench, "SHAPES", {"gpt2": TINY})
+    flags = ["--quick", "--backends", f"{name},numpy", "--shape", "4x8", "--json", str(path)]
+    code, lines, errors = said("bench", "train", *flags)
+    assert code == 0
+    if ranks.rank:
+        assert lines == errors == []
+        return
+    found = {result["row"]: result for result in json.loads(path.read_text())["results"]}
+    assert [*found] == [name, f"2 x {name}", "numpy", "2 x numpy"]
+    size = 4 * GPT2(TINY).trained_size
+    for alone in (name, "numpy"):
+        one, both = found[alone], found[f"2 x {alone}"]
+        facts = both["facts"]
+        assert one["note"] == both["note"] == "" and len(both["seconds"]) == 3
+        assert math.isclose(facts["loss"], one["facts"]["loss"], rel_tol=1e-5)  # of their 4th step
+        assert math.isclose(facts["speed_up"], one["median"] / both["median"])
+        assert math.isclose(facts["efficiency"], facts["speed_up"] / 2)
+        assert abs(facts["mpi_bytes"] - size) < 0.05 * size and 0 <= facts["mpi_share"] <= 1
+        (line,) = (line for line in lines if line.split()[:3] == ["2", "x", alone])
+        assert f"{facts['efficiency']:.0%}" in line
 
 
 def raises(data: str, out: str) -> None:
