@@ -197,6 +197,7 @@ def test_signal_saves_and_stops_all_ranks(
         if who == "mpiexec":
             while b" 3/100000 " not in (line := job.stdout.readline()):
                 assert line
+            assert b"% waiting" in line
             job.send_signal(signal.SIGINT)
         job.communicate(timeout=60)
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
