@@ -290,6 +290,7 @@ def measured(path: Path) -> None:
     replace(cli_bench, "measure_ceilings", lambda threads: CEILINGS)
     replace(cli_bench, "SHAPES", {"gpt2": TINY})
     flags = ["--quick", "--backends", f"{name},numpy", "--shape", "4x8", "--json", str(path)]
+    flags += ["--report", str(path.with_suffix(".md"))]
     code, lines, errors = said("bench", "train", *flags)
     assert code == 0
     if ranks.rank:
@@ -308,6 +309,7 @@ def measured(path: Path) -> None:
         assert abs(facts["mpi_bytes"] - size) < 0.05 * size and 0 <= facts["mpi_share"] <= 1
         (line,) = (line for line in lines if line.split()[:3] == ["2", "x", alone])
         assert f"{facts['efficiency']:.0%}" in line
+        assert f"| 2 x {alone} |" in path.with_suffix(".md").read_text()
 
 
 def raises(data: str, out: str) -> None:
