@@ -137,7 +137,7 @@ def exchange() -> None:
         found = []
         for zero in (0, 1):
             model.flat_parameters[...] = weights
-            optimizer, exchanged = optimizer_of(ranks, model, zero)
+            optimizer, exchanged = optimizer_of(ranks, model, zero, "fp32")
             assert exchanged is not None
             for _ in range(2):
                 step(ranks, model, exchanged, idx)
