@@ -419,6 +419,7 @@ def _checked(
         world,
         model,
         settings.zero,
+        settings.transport,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )

@@ -35,7 +35,16 @@ from gpt2c.kernels.backend import THREAD_VARIABLES, default_threads
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.limits import AFFINITY, CORES, bind, usable_cores
 
-__all__ = ["ALONE", "Ranks", "World", "first_voice", "join", "launched", "require_alone"]
+__all__ = [
+    "ALONE",
+    "Ranks",
+    "World",
+    "first_voice",
+    "join",
+    "launched",
+    "mpi_library",
+    "require_alone",
+]
 
 T = TypeVar("T")
 D = TypeVar("D", bound=np.generic)
@@ -80,6 +89,7 @@ class World:
     Attributes
     ----------
     rank, size : the number of this process, and of all
+    here : the number of ranks on this host
     timeout : the most seconds that a rank waits for the others
     doing : the present work, for the message of a rank that waits too long
     bytes_sent : to other ranks, until now
@@ -89,6 +99,7 @@ class World:
 
     rank = 0
     size = 1
+    here = 1
 
     def __init__(self) -> None:
         self.timeout = TIMEOUT
@@ -169,6 +180,7 @@ class Ranks(World):
         self._is_agreed = False
         host = self.MPI.Get_processor_name()
         self._places = [Place(*found) for found in self.all((host, sorted(AFFINITY)))]
+        self.here = sum(place.host == host for place in self._places)
 
     def take_cores(self, threads: int) -> int:
         """See `World`; ranks that the launcher has bound to cores of their own stay there."""
@@ -188,7 +200,7 @@ class Ranks(World):
         hosts = len({place.host for place in self._places})
         self.report = (
             f"; {self.size} ranks on {counted(hosts, 'host')}, {counted(threads, 'thread')} each"
-            f" ({how}), {_library(self.MPI)}"
+            f" ({how}), {mpi_library(self.MPI)}"
         )
         return threads
 
@@ -350,8 +362,8 @@ def join() -> World:
         if MPI.COMM_WORLD.size == place.size:
             return Ranks(MPI)
         why = (
-            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {_library(MPI)}, which must be the"
-            " MPI of the launcher"
+            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {mpi_library(MPI)}, which must be"
+            " the MPI of the launcher"
         )
     if place.rank:
         raise SystemExit(FAILED)
@@ -387,6 +399,7 @@ def first_voice(errors: bool = False) -> Iterator[None]:
         yield
 
 
-def _library(MPI: Any) -> str:
+def mpi_library(MPI: Any) -> str:
+    """Return the name and version of the MPI that the module mpi4py.MPI has loaded."""
     line = MPI.Get_library_version().splitlines()[0].split(",")[0]
     return " ".join(line.replace("Version:", "").split())

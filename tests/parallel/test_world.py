@@ -158,19 +158,14 @@ def test_ranks_share_all_things_nearly_equally_and_in_order(size: int) -> None:
         assert len({*checks}) == 1  # a check is an exchange of all ranks
 
 
-def test_zero_is_refused_without_ranks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flag", ["zero 1", "transport bf16"])
+def test_flag_for_ranks_is_refused_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    command = [
-        "train",
-        "--data",
-        str(tmp_path / "none"),
-        "--out",
-        str(tmp_path / "run"),
-        "--zero=1",
-    ]
+    places = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    command = ["train", *places, *f"--{flag}".split()]
     assert main(command) == 2
-    said = "gpt2c: --zero 1 is for several ranks, and this process is alone: begin the command with"
+    said = f"gpt2c: --{flag} is for several ranks, and this process is alone: begin the command"
     assert capsys.readouterr().err.startswith(said)
     launch(monkeypatch, 0, 1)
     assert main(command) == 2

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from gpt2c.cli.main import main as command
-from gpt2c.finetune import classify, distill, dpo, grpo, reward, sft
+from gpt2c.finetune import classify, distill, dpo, grpo, reward, rollouts, sft
 from gpt2c.finetune.dpo import DPOSettings
+from gpt2c.gpt2 import GPT2
 from gpt2c.parallel.world import first_voice, join
 from gpt2c.train import hooks, loop
 from programs.common import main
@@ -56,7 +57,9 @@ def low(completion_ids: Any, **_: Any) -> list[float | None]:
 
 
 def noisy(completion_ids: Any, **_: Any) -> list[float]:
-    return [float(sum(ids) % 7) + len(completion_ids) for ids in completion_ids]
+    """Return numbers that depend on the other completions, of which all must be there."""
+    found = np.array([sum(ids) % 7 for ids in completion_ids])
+    return [float(value) for value in found - found.mean()]
 
 
 def sampled(**given: Any) -> Callable[..., Any]:
@@ -93,7 +96,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "cycles": sampled(num_iterations=2, beta=0.1, loss_type="grpo", scale_rewards="batch"),
     "ppo": sampled(algorithm="ppo", loss_type="bnpo", num_iterations=2),
     "rloo": sampled(algorithm="rloo", loss_type="dr_grpo", mask_truncated_completions=True),
-    "rft": sampled(algorithm="rft", rollouts="int8"),
+    "rft": sampled(algorithm="rft", rollouts="fp16"),
 }
 
 
@@ -107,6 +110,7 @@ def every(base: str, out: str) -> None:
     """Run all cases, then what must be refused."""
     for name in CASES:
         tune(name, base, Path(out))
+    faults(base, out)
     refusals(base, out)
     patience()
 
@@ -131,6 +135,45 @@ def killed(base: str, out: str, name: str) -> None:
 
     replace(hooks.Show, "__call__", kill)
     tune(name, base, Path(out), save_interval=3)
+
+
+def faults(base: str, out: str) -> None:
+    """Skip a step that one rank alone finds not finite, wherever it finds it."""
+    ranks, place = world(), Path(out) / "faults"
+    scores, losses, draw = GPT2.scores, GPT2.losses, rollouts.draw
+    steps = [0]
+
+    def once(real: Any) -> Any:
+        """Return a method whose result is not finite at the third step of rank 1."""
+
+        def stub(self: GPT2, *given: Any, keep: bool = True, **others: Any) -> Any:
+            found = real(self, *given, keep=keep, **others)
+            steps[0] += keep
+            if steps[0] == 3 and ranks.rank == 1 and keep:
+                for row in found:
+                    row *= np.nan
+            return found
+
+        return stub
+
+    def drawn(*given: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 30 and ranks.rank == 1:
+            raise rollouts.Diverged("infinite")
+        return draw(*given)
+
+    replace(GPT2, "scores", once(scores))
+    replace(GPT2, "losses", once(losses))
+    replace(rollouts, "draw", drawn)
+    for name in ("classify", "dpo", "grpo"):
+        steps[0] = 0
+        with np.errstate(invalid="ignore"):  # of the losses of nan
+            result = tune(name, base, place, skip_nonfinite=True)
+        (run,) = getattr(result, "runs", [result])
+        assert (run.step, run.skipped) == (6, 1), (name, run.skipped)
+    replace(GPT2, "scores", scores)
+    replace(GPT2, "losses", losses)
+    replace(rollouts, "draw", draw)
 
 
 def patience() -> None:
