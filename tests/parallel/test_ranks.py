@@ -6,13 +6,13 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import DOCUMENTS, draw_nothing
 from helpers.command import environment, program
+from helpers.mpi import MPIEXEC, OPEN_MPI
 from programs.ranks import SETTINGS
 
 from gpt2c.files.tensors import read_tensors
@@ -20,17 +20,11 @@ from gpt2c.text.prepare import prepare
 from gpt2c.train import pretrain
 from gpt2c.train.metrics import read_metrics
 
-MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
 pytest.importorskip("mpi4py")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec"),
 ]
-OPEN_MPI = {  # which refuses root, and more ranks than cores, unless told otherwise
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
 
 
 def launch(ranks: int, *arguments: object, status: int = 0) -> str:
