@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,15 @@ def test_signal_saves_and_stops_all_ranks(
 def test_rank_that_hangs_is_found(data: Path, tmp_path: Path) -> None:
     said = launch(2, "hangs", data, tmp_path, status=2)
     assert "gpt2c: rank 0: waited 4 s (--mpi-timeout) for gradients in step 1: another" in said
+
+
+def test_rank_that_does_not_start_mpi_is_found() -> None:
+    code = (
+        "import time, gpt2c.parallel.world as w; w.TIMEOUT = 2.0\n"
+        "w.launched().rank and time.sleep(60); w.join()"
+    )
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=environment(**OPEN_MPI), timeout=40, capture_output=True, text=True
+    )
+    assert done.returncode and "Timeout (0:00:02)!" in done.stderr, done
