@@ -1,6 +1,6 @@
 """Training with 1, 2 and 4 ranks on this machine, and on hosts that a slow link joins.
 
-    python benchmarks/ranks.py --json benchmarks/results/ranks.json      # fifteen minutes; root
+    python benchmarks/ranks.py --json benchmarks/results/ranks.json      # half an hour; root
     python benchmarks/ranks.py --quick                                   # without GPT-2 124M
     python benchmarks/ranks.py --openmpi ENV/bin/python           # where openmpi is installed, too
 
@@ -143,6 +143,13 @@ class Hosts:
             for pid in map(int, left.stdout.split()):
                 os.kill(pid, signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", name], check=False)
+
+    @staticmethod
+    def sweep() -> None:
+        """Remove the namespaces of a benchmark that was killed."""
+        for path in Path("/run/netns").glob("gpt2c-*-*"):
+            if not Path("/proc", path.name.split("-")[1]).exists():
+                subprocess.run(["ip", "netns", "delete", path.name], check=False)
 
     def launcher(self, path: Path) -> Path:
         """Write the program that launchers call in place of ssh: [options] HOST COMMAND."""
@@ -390,7 +397,9 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     is_root = os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc", "unshare")))
-    if not is_root:
+    if is_root:
+        Hosts.sweep()
+    else:
         print("Network namespaces need root and iproute2: the rows of this machine only.")
     print(provenance(usable_cores()))
     with ExitStack() as stack:
@@ -402,18 +411,25 @@ def main() -> None:
         for model, tokenizer in tokenizers.items():
             prepare(text, work / model, tokenizer)
             vocabs[model] = gpt2c.Tokenizer.from_pretrained(work / model).vocab_size
-        measure(bench, [*vocabs], is_root)
-        tables(bench, vocabs)
         record = {"machine": provenance(usable_cores()), "burst": BURST, "latency": LATENCY}
-        record |= {"models": MODELS, "rows": [row._asdict() for row in bench.rows]}
+        try:
+            measure(bench, [*vocabs], is_root)
+        finally:  # what there is, if the rest fails or is stopped
+            record |= {"models": MODELS, "rows": [row._asdict() for row in bench.rows]}
+            write(options.json, record)
+        tables(bench, vocabs)
         if options.openmpi:
             record["same bits"] = {str(n): bench.same_bits(n) for n in (2, 3)}
             print(f"\nThe same bits from MPICH and Open MPI: {record['same bits']}")
         one = next((row for row in bench.rows if row[:2] == ("124M", 1)), None)
         if rate := options.rate or (one and tokens_of("124M") / one.seconds):
             record["projection"] = projection(rate)
-        if options.json:
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write(options.json, record)
+
+
+def write(path: Path | None, record: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def measure(bench: Bench, models: list[str], is_root: bool) -> None:
