@@ -161,7 +161,7 @@ def draw(task: str, found: dict[str, Any], path: Path) -> None:
             if figure_name == "pass@1":
                 axes.axhline(1 - CARELESS, color="k", lw=0.8, ls=":")
                 axes.text(0, 1 - CARELESS, " the teacher", fontsize=8, va="bottom")
-        panels[2].legend(fontsize=8, loc="center right")
+        panels[2].legend(fontsize=8, loc="lower center", ncol=2)
         for axes in panels[2:]:
             axes.set_xlabel("steps of 16 prompts x 16 completions, or of 64 examples")
         figure.suptitle(f"gpt2c grpo --task {task}: held-out problems, mean and range over seeds")

@@ -18,7 +18,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from gpt2c.text.tokenizer import Tokenizer
 __all__ = ["METHODS", "Observed", "PruneSettings", "Pruned", "observe", "prune", "stays"]
 
 METHODS = ("wanda", "magnitude")
+Texts = Callable[[], Iterator[NDArray[np.int32]]]  # of token ids, (T,) each, from the start
 READ_AT_ONCE = 4096  # tokens of an evaluation
 TIMED_ROUNDS, TIMED_SECONDS = 3, 0.15  # of each model, in turn
 
@@ -173,8 +175,8 @@ def stays(
 
 
 def without_layers(
-    model: CausalLM, seen: Observed, own: PruneSettings
-) -> tuple[AnyConfig, dict[str, Any], str]:
+    model: CausalLM, texts: Texts, own: PruneSettings
+) -> tuple[AnyConfig, Mapping[str, Any], str]:
     """Return the config and the tensors without the layers of least influence, and what went."""
     config: Any = model.config
     keep = own.layers or 0
@@ -183,7 +185,8 @@ def without_layers(
             f"layers says how many stay, from 1 to {config.n_layer - 1} of {config.n_layer}, got"
             f" {keep}"
         )
-    kept = np.sort(np.argsort(-seen.influence, kind="stable")[:keep]).tolist()
+    influence = observe(model, texts()).influence
+    kept = np.sort(np.argsort(-influence, kind="stable")[:keep]).tolist()
     tensors = {}
     for name, tensor in model.parameters.items():
         start, _, rest = name.removeprefix("h.").partition(".")
@@ -198,8 +201,8 @@ def without_layers(
 
 
 def without_neurons(
-    model: CausalLM, seen: Observed, own: PruneSettings
-) -> tuple[AnyConfig, dict[str, Any], str]:
+    model: CausalLM, texts: Texts, own: PruneSettings
+) -> tuple[AnyConfig, Mapping[str, Any], str]:
     """Return the config and the tensors without the inner neurons that fire least, and a text."""
     config: Any = model.config
     F = config.inner
@@ -208,7 +211,7 @@ def without_neurons(
         raise ValueError(
             f"mlp {own.mlp} of {F} inner neurons leaves {keep}: from 1 to {F - 1} must stay"
         )
-    tensors = dict(model.parameters)
+    tensors, seen = dict(model.parameters), observe(model, texts())
     for layer, firing in zip(config.stack().layers, seen.firing, strict=True):
         kept = np.sort(np.argsort(-firing, kind="stable")[:keep])
         fc, proj = layer.mlp.fc, layer.mlp.proj
@@ -223,17 +226,27 @@ def without_neurons(
 
 
 def with_zeros(
-    model: CausalLM, seen: Observed, own: PruneSettings
-) -> tuple[AnyConfig, dict[str, Any], str]:
-    """Return the config and the tensors with zeros in the layers' matrices, and a text."""
+    model: CausalLM, texts: Texts, own: PruneSettings
+) -> tuple[AnyConfig, Mapping[str, Any], str]:
+    """Return the config and the tensors with zeros in the layers' matrices, and a text.
+
+    One layer after the other: Wanda's norms are those of the inputs that the layers below, which
+    have their zeros by then, give a layer.
+    """
     config: Any = model.config
-    tensors, zeros, total = dict(model.parameters), 0, 0
-    for name, norms in seen.norms.items():
-        weight = model.parameters[name]
-        scores = np.abs(weight) * (norms if own.method == "wanda" else 1.0)
-        tensors[name] = np.where(stays(scores, own.sparsity, own.group()), weight, np.float32(0))
-        zeros, total = zeros + int((tensors[name] == 0).sum()), total + weight.size
-    return config, tensors, f"{zeros / total:.0%} of the layers' weights are 0, by {own.method}"
+    zeros = total = 0
+    sparse = type(model)(config, None, model.backend)
+    sparse.load_parameters(model.parameters, "the dense model")
+    for i in range(config.n_layer):
+        norms = observe(sparse, texts()).norms if own.method == "wanda" else {}
+        for name, weight in sparse.parameters.items():
+            if not name.startswith(f"h.{i}.") or weight.ndim < 2:
+                continue
+            scores = np.abs(weight) * norms.get(name, 1.0)
+            weight[~stays(scores, own.sparsity, own.group())] = 0
+            zeros, total = zeros + int((weight == 0).sum()), total + weight.size
+    said = f"{zeros / total:.0%} of the layers' weights are 0, by {own.method}"
+    return config, sparse.parameters, said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +323,7 @@ def prune(
         examples, Base(found, Tokenizer.from_pretrained(found.path)), SupervisedSettings()
     )
     kind, ops = MODELS[type(found.config)], get_backend(backend, threads or None)
+    texts = partial(calibration, data, own.calibration_tokens)
     first = last = kind.from_found(found, ops)
     said = []
     for stage, wanted in (
@@ -318,8 +332,7 @@ def prune(
         (with_zeros, own.sparsity or own.mask_structure),
     ):
         if wanted is not None:
-            seen = observe(last, calibration(data, own.calibration_tokens))
-            config, tensors, text = stage(last, seen, own)
+            config, tensors, text = stage(last, texts, own)
             last = kind(config, None, ops)
             last.load_parameters(tensors, "the pruned model")
             said.append(text)

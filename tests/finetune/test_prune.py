@@ -149,6 +149,27 @@ def test_wanda_of_equal_norms_is_magnitude(
 
 
 @BOTH
+def test_wanda_sees_what_pruned_layers_give(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = odd(config), []
+
+    def kept(model: Any, texts: Any) -> Any:
+        calls.append([*texts])
+        return observe(model, calls[-1])
+
+    monkeypatch.setitem(prune.__globals__, "observe", kept)
+    prune(saved(model, tmp_path / "m"), ROWS, tmp_path / "out", sparsity=0.5, backend="base")
+    assert len(calls) == config.n_layer
+    sparse = gpt2c.from_pretrained(tmp_path / "out", "base")
+    name = config.stack().layers[-1].attention.qkv.weight  # no zeros of its own layer change x
+    by = [observe(one, calls[-1]).norms[name] for one in (sparse, model)]
+    masks = [stays(np.abs(model.parameters[name]) * norms, 0.5) for norms in by]
+    assert np.array_equal(sparse.parameters[name] != 0, masks[0])
+    assert not np.array_equal(*masks)
+
+
+@BOTH
 @pytest.mark.parametrize("given", [{"sparsity": 0.75}, {"mask_structure": "1:4"}])
 def test_zeros_are_in_the_layers_alone(config: Any, given: Any, tmp_path: Path) -> None:
     model = odd(config)

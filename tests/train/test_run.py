@@ -246,8 +246,9 @@ def test_checkpoint_shares_no_file_with_the_run_directory(
     out = tmp_path / "run"
     train(data, out, save_interval=5)
     inodes = {path.stat().st_ino for path in (out / "checkpoints").rglob("*")}
-    # A resumed run reads these; it only writes the others.
-    read = (*("run.json", "metrics.jsonl"), *("vocab.json", "merges.txt", "tokenizer_config.json"))
+    # A resumed run reads these, or keeps them if it had finished; it only writes the others.
+    read = ("run.json", "metrics.jsonl", "result.json")
+    read += ("vocab.json", "merges.txt", "tokenizer_config.json")
     for path in [path for path in out.iterdir() if path.is_file()]:
         assert path.stat().st_ino not in inodes, path
         content = path.read_text() if path.name in read else "ruined"
