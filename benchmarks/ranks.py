@@ -255,7 +255,8 @@ class Bench:
             if python != self.python:
                 mpiexec += ["--map-by", ":oversubscribe"]
             windows = {"batch_size": 3, "gradient_accumulation_steps": 2}  # for 2 and 3 ranks
-            job = {"settings": MODELS["11M"] | windows | {"threads": 1}, "late": False}
+            settings = MODELS["11M"] | windows | {"threads": 1, "max_iters": 6}
+            job = {"settings": settings, "late": False}
             here = [python, str(Path(__file__).resolve()), "rank", str(self.work / "11M")]
             variables = {**os.environ, **OPEN_MPI, "PYTHONPATH": str(ROOT)}
             command = [*mpiexec, *here, str(out), json.dumps(job)]
@@ -439,7 +440,7 @@ def measure(bench: Bench, models: list[str], is_root: bool) -> None:
         for ranks in counts:
             bench.launch(model, ranks)
         for rate in (1 * GBIT, 100 * MBIT) if is_root else ():
-            steps = {} if rate == GBIT else {"max_iters": 6 if model == "11M" else 3}
+            steps = {} if rate == GBIT else {"max_iters": 6 if model == "11M" else 2}
             for ranks in counts[1:]:
                 with Hosts(ranks, rate) as hosts:
                     for late in (False, True):

@@ -25,7 +25,6 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from helpers.command import environment
@@ -53,18 +52,18 @@ class Job:
         self.ranks = ranks
         settings = ["--resume"] if (out / "run.json").exists() else SETTINGS
         train = [sys.executable, "-m", "gpt2c", "train", "--data", str(data), "--out", str(out)]
-        self.log: IO[str] = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [str(MPIEXEC), "-n", str(ranks), *train, *settings, *flags],
-            env=environment(GPT2C_NUM_THREADS="1", **OPEN_MPI),
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-        )
+        self.log = out.with_suffix(".log")
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [str(MPIEXEC), "-n", str(ranks), *train, *settings, *flags],
+                env=environment(GPT2C_NUM_THREADS="1", **OPEN_MPI),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def said(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
+        return self.log.read_text(errors="replace")
 
     def finish(self) -> None:
         """Wait for the end of a job that nobody kills."""
