@@ -326,7 +326,8 @@ def tables(bench: Bench, vocabs: dict[str, int]) -> None:
         cells = (row.step_bytes, wanted, first["bytes"], first["interface"])
         print(f"| {where(row)} | {' | '.join(f'{cell / 1e6:.1f}' for cell in cells)} |")
     print(
-        "\n| exchange | during backward, s | after it, s | hidden, s | model's t, s | t / model |"
+        "\n| exchange | during backward, s | after it, s | hidden, s | model, s |"
+        " model without overlap, s |"
     )
     print("|---|---:|---:|---:|---:|---:|")
     for row in bench.rows:
