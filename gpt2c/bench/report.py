@@ -46,6 +46,7 @@ __all__ = [
     "machine_lines",
     "ops_table",
     "provenance",
+    "ranks_table",
     "read_old",
     "summary_table",
     "train_table",
@@ -160,6 +161,33 @@ def train_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Tab
             ]
         )
     return f"{results[0].group}   (B x T tokens a step)", table
+
+
+def ranks_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:
+    """Return the heading and table of one shape: one rank alone, and several ranks together."""
+    columns = ["", "s a step", "±", "tokens/s", "% of peak", "memory, GB"]
+    table = [[*columns, "speed-up", "efficiency", "MB sent", "waiting"]]
+    for r in results:
+        if not r.seconds or r.note:
+            table.append([r.row, r.note])
+            continue
+        facts, name = r.facts, r.row.rpartition(" ")[2]
+        least = ceilings.seconds(name, facts["flops"], 0) / facts.get("ranks", 1)
+        table.append(
+            [
+                r.row,
+                f"{r.median:.3f}",
+                f"{r.spread:.0%}",
+                f"{facts['tokens'] / r.median:,.1f}",
+                f"{least / r.median:.0%}",
+                f"{facts['peak_memory'] / 1e9:.2f}",
+                f"{facts['speed_up']:.2f}" if "speed_up" in facts else "",
+                f"{facts['efficiency']:.0%}" if "efficiency" in facts else "",
+                f"{facts['mpi_bytes'] / 1e6:,.1f}" if "ranks" in facts else "",
+                f"{facts['mpi_share']:.0%}" if "ranks" in facts else "",
+            ]
+        )
+    return f"{results[0].group}   (B x T tokens a step; memory, MB sent: of a rank)", table
 
 
 def generate_table(results: Sequence[Result], ceilings: Ceilings) -> tuple[str, Table]:

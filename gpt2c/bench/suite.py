@@ -34,6 +34,7 @@ from gpt2c.kernels.limits import usable_cores
 from gpt2c.kernels.memory import require
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import bytes_needed
+from gpt2c.parallel.world import ALONE, World
 
 __all__ = [
     "FEWER",
@@ -59,6 +60,7 @@ __all__ = [
     "lacks",
     "measure",
     "ops_work",
+    "start",
 ]
 
 # glibc's variables with which PyTorch is fastest: it keeps freed memory, in pages of 2 MB.
@@ -279,6 +281,10 @@ def lacks(name: str) -> str:
     return " ".join(pip for module, pip in needed if importlib.util.find_spec(module) is None)
 
 
+# Starts rows by their names, with a number of threads; the stack ends them.
+Begin = Callable[[Sequence[str], int, ExitStack], Iterator[Row | Result]]
+
+
 def start(names: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Row | Result]:
     """Start the rows' processes; a row that cannot start is a result with the reason."""
     for name in names:
@@ -359,6 +365,8 @@ def bench_train(
     quick: bool,
     show: Callable[[list[Result]], None],
     watch: Watch = UNWATCHED,
+    begin: Begin | None = None,
+    world: World = ALONE,
 ) -> tuple[list[Result], str]:
     """Time a whole training step, optimizer and clipping included, on every row.
 
@@ -368,6 +376,8 @@ def bench_train(
     config : of the model
     shapes : (B, T) of the batches
     recompute : see `GPT2`; PyTorch's rows keep everything
+    begin : see `measure`
+    world : the ranks that share a batch in rows that `begin` adds, one for each backend
 
     Raises
     ------
@@ -378,11 +388,12 @@ def bench_train(
             raise ValueError(
                 f"T = {T} is more than the model's {config.context_name}, {config.n_positions}"
             )
-        _check_memory([name for name in names if not lacks(name)], config, B, T, recompute)
+        installed = [name for name in names if not lacks(name)]
+        _check_memory(installed, config, B, T, recompute, world)
     # new processes for each shape: the peak of memory is theirs
     works = [[_step(config, B, T, recompute)] for B, T in shapes]
     rounds = QUICK_STEP_ROUNDS if quick else STEP_ROUNDS
-    return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch)
+    return measure(names, ceilings.threads, works, rounds, ROW_STEP_SECONDS, show, watch, begin)
 
 
 def heading_of(config: ModelConfig) -> str:
@@ -408,6 +419,7 @@ def measure(
     limit: float,
     show: Callable[[list[Result]], None],
     watch: Watch = UNWATCHED,
+    begin: Begin | None = None,
 ) -> tuple[list[Result], str]:
     """Measure rows on one work after the other: they get ready, are verified, and take turns.
 
@@ -418,6 +430,7 @@ def measure(
     works : in groups; a row has one process for each group
     rounds, limit : see `take_turns`
     show, watch : see `bench_ops`
+    begin : in place of `start`
 
     Returns
     -------
@@ -427,7 +440,7 @@ def measure(
     quiet = Quiet(threads)
     for group in works:
         with ExitStack() as stack:
-            rows = list(start(names, threads, stack))
+            rows = list((begin or start)(names, threads, stack))
             for work in group:
                 watch.work(work.group)
                 watch.now("each row gets ready and is verified")
@@ -506,7 +519,12 @@ def _compare_losses(results: list[Result]) -> None:
 
 
 def _check_memory(
-    names: Sequence[str], config: ModelConfig, B: int, T: int, recompute: str | None
+    names: Sequence[str],
+    config: ModelConfig,
+    B: int,
+    T: int,
+    recompute: str | None,
+    world: World = ALONE,
 ) -> None:
     """Refuse work that would not fit: all rows hold their model at the same time."""
     logits = 4 * B * T * config.vocab_size
@@ -520,6 +538,9 @@ def _check_memory(
         elif name == "numpy":  # a few T x T matrices, and AdamW's temporary arrays
             own += max(4 * scores, 6 * 4 * config.num_parameters())
         needed[name] = own
+        if world.size > 1:  # with all moments: the sums of other ranks take memory, too
+            shared = bytes_needed(config, B // world.size, T, policy, precision)
+            needed[f"{world.size} x {name}"] = world.here * (shared + PROCESS_BYTES)
     require(f"a benchmark of {B} x {T} tokens", needed, FEWER)
 
 

@@ -32,7 +32,8 @@ from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.quantized import DTYPES
-from gpt2c.train.optimizer import AdamW
+from gpt2c.parallel.world import ALONE, World
+from gpt2c.train.sharded import optimizer_of
 
 __all__ = ["ENGINES", "SMALL", "TINY", "Worker"]
 
@@ -88,10 +89,12 @@ class Worker:
         precision of its products, "avx2:bf16"; or "torch...": PyTorch, compiled if the name
         contains "compile", with autocast to bfloat16 if it contains "bf16"
     threads : number of threads
+    world : the ranks that share the batch of a training step
     """
 
-    def __init__(self, row: str, threads: int) -> None:
+    def __init__(self, row: str, threads: int, world: World = ALONE) -> None:
         self._row, _, self._precision = row.partition(":")
+        self._world = world
         self._call: Callable[[], Any] = lambda: None
         self._threads = threads
         if row.startswith("torch"):
@@ -169,7 +172,7 @@ class Worker:
         """
         given = config_of(config)
         tiny = TINY if isinstance(given, GPT2Config) else TINY_LLAMA
-        small = _batch(tiny, 2, 16)
+        small = _batch(tiny, 2 * self._world.size, 16)
         checked, step = self._step(tiny, small, recompute), _own_step("numpy", tiny, small, None)
         losses = [(checked(), step()) for _ in range(3)]
         error = float(np.max([abs(a - b) / abs(b) for a, b in losses]))
@@ -190,7 +193,8 @@ class Worker:
         self, config: AnyConfig, batch: tuple[Any, Any], recompute: str | None
     ) -> Callable[[], float]:
         if not self._row.startswith("torch"):
-            return _own_step(self._backend, config, batch, recompute, self._precision or "fp32")
+            precision = self._precision or "fp32"
+            return _own_step(self._backend, config, batch, recompute, precision, self._world)
         from gpt2c.bench.peers import torch_step
 
         parameters = Model(config, backend="numpy").parameters
@@ -296,16 +300,21 @@ def _own_step(
     batch: tuple[Any, Any],
     recompute: str | None,
     precision: str = "fp32",
+    world: World = ALONE,
 ) -> Callable[[], float]:
     model = Model(config, backend=backend, recompute=recompute, precision=precision)
-    optimizer = AdamW(model, learning_rate=LEARNING_RATE)
+    optimizer, exchange = optimizer_of(world, model, 1, "fp32", learning_rate=LEARNING_RATE)
+    rows, share = len(batch[0]) // world.size, 1 / world.size
+    idx, targets = (part[world.rank * rows :][:rows] for part in batch)
 
     def step() -> float:
         model.zero_grad()
-        loss = model.loss(*batch)
-        model.backward()
+        loss = model.loss(idx, targets) * share
+        model.backward(share, final=exchange.send if exchange else None)
+        if exchange:
+            exchange.finish()
         optimizer.step(grad_clip=GRAD_CLIP)
-        return loss
+        return world.sum([loss])[0]
 
     return step
 

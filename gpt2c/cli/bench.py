@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2c.bench.decoding import WORKS, bench_generate, choose_generate_rows
-from gpt2c.bench.machine import Quiet, distance_text, measure_ceilings
+from gpt2c.bench.machine import Quiet, distance_text, fastest, measure_ceilings
+from gpt2c.bench.ranks import Team, add_speed_ups
 from gpt2c.bench.report import (
     NOISY,
     as_markdown,
@@ -21,12 +22,14 @@ from gpt2c.bench.report import (
     generate_table,
     machine_lines,
     ops_table,
+    ranks_table,
     read_old,
     summary_table,
     train_table,
     write_json,
 )
 from gpt2c.bench.suite import (
+    TORCH,
     Result,
     Watch,
     bench_ops,
@@ -39,6 +42,7 @@ from gpt2c.bench.suite import (
 from gpt2c.formats.load import AnyConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
+from gpt2c.parallel.world import ALONE, Ranks, World, join, require_alone
 from gpt2c.screen.picture import why_not
 
 __all__ = ["add_flags", "run_bench"]
@@ -72,7 +76,9 @@ HELP = {
     "train": (
         "a whole training step of GPT-2 124M, or another --model, clipping and AdamW included",
         "The peak is that of multiply-adds in registers, measured at the start. Memory is the peak"
-        " of the row's process.",
+        " of the row's process. Under mpiexec, the fastest backend or each of --backends has a"
+        " row of one rank alone, and a row of all ranks, which share the batch. MB sent and waiting"
+        " are of one rank: the bytes of a step, and the share of its time.",
     ),
     "generate": (
         "GPT-2 124M, or another --model, reading 512 tokens (prefill), and writing 1 and 8 texts"
@@ -127,13 +133,53 @@ def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """`gpt2c bench`."""
-    threads, warning = check_threads(options.threads)
+    """`gpt2c bench`: of several ranks the first one measures, and the others serve it."""
+    if options.what != "train":
+        require_alone(f"gpt2c bench {options.what}")
+    world = join()
+    if not isinstance(world, Ranks):
+        return _bench(options, *check_threads(options.threads))
+    with world.agreement():
+        _check_ranks(options, world)
+        threads, warning = check_threads(world.take_cores(options.threads or 0))
+    team = Team(world, threads)
+    if world.rank:
+        with world.guard():
+            team.serve()
+        return 0
+    options.backends = options.backends or fastest()
+    try:
+        return _bench(options, threads, warning, team)
+    finally:
+        team.end()
+
+
+def _check_ranks(options: argparse.Namespace, world: World) -> None:
+    """Refuse what several ranks cannot do; the other flags are checked as in one process."""
+    check_threads(options.threads)
+    names = [name.strip() for name in (options.backends or "").split(",")]
+    if options.torch_compile or set(names) & {*TORCH}:
+        raise ValueError(
+            "PyTorch is measured in one process: start gpt2c bench train without mpiexec, or leave"
+            " PyTorch out"
+        )
+    for B, T in _shapes(options):
+        if B % world.size:
+            raise ValueError(
+                f"{world.size} ranks cannot share {B} rows equally: pass a --shape such as"
+                f" {world.size * max(1, B // world.size)}x{T}"
+            )
+
+
+def _bench(
+    options: argparse.Namespace, threads: int, warning: str, team: Team | None = None
+) -> int:
+    """Check the flags, measure, and show the results."""
     if options.what == "generate":
         names = choose_generate_rows(options.backends, options.quick)
     else:
         names = choose_rows(options.backends, options.torch_compile and options.what == "train")
-    shapes = [_shape(text) for text in options.shape or ["4x64"]]
+    shapes = _shapes(options)
     if options.what == "ops" and options.model:
         raise ValueError("--model belongs to bench train and bench generate")
     if options.what != "train" and (options.shape or options.recompute or options.torch_compile):
@@ -158,6 +204,7 @@ def run_bench(options: argparse.Namespace) -> int:
         raise ValueError(f"not installed: {', '.join(said)}")
     ceilings = measure_ceilings(threads)
     lines = machine_lines(ceilings) + ([f"not installed: {'; '.join(said)}"] if said else [])
+    lines += [team.world.report.removeprefix("; ")] if team else []
     if (noise := _listen(threads)).startswith(NOISY):
         lines.insert(0, f"{noise} before the start: its other programs slow some rows down")
     print("\n".join([*lines, ""]), flush=True)
@@ -171,7 +218,9 @@ def run_bench(options: argparse.Namespace) -> int:
 
     def show(found: list[Result]) -> None:
         results.extend(found)
-        tables.append(TABLES[options.what](found, ceilings))
+        if team:
+            add_speed_ups(found)
+        tables.append((ranks_table if team else TABLES[options.what])(found, ceilings))
         watch.print(as_text(*tables[-1]) + "\n")
 
     try:
@@ -183,6 +232,8 @@ def run_bench(options: argparse.Namespace) -> int:
             _, verdict = bench_train(
                 *(names, ceilings, config, shapes, options.recompute, options.quick),
                 *(show, watch),
+                begin=team.begin if team else None,
+                world=team.world if team else ALONE,
             )
     except KeyboardInterrupt:  # the results so far took minutes: keep them
         if not results:
@@ -273,6 +324,10 @@ def _check_output(path: Path | None) -> None:
         raise IsADirectoryError(f"{path} is a directory; name a file")
     if not os.access(path.absolute().parent, os.W_OK):
         raise PermissionError(f"{path}: the directory {path.parent} cannot be written to")
+
+
+def _shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
+    return [_shape(text) for text in options.shape or ["4x64"]]
 
 
 def _shape(text: str) -> tuple[int, int]:

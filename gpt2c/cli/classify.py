@@ -22,6 +22,7 @@ from gpt2c.files.names import CONFUSION_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.finetune import classify
 from gpt2c.finetune.classify import ClassifySettings
+from gpt2c.parallel.world import join
 from gpt2c.screen.picture import why_not
 from gpt2c.screen.terminal import columns
 from gpt2c.text.examples import read_records, string
@@ -90,7 +91,7 @@ def run_train(options: argparse.Namespace) -> int:
             print(f"{name} of the {len(values)} folds: {mean:.4f} +/- {spread:.4f}")
     if options.baselines:
         _compare({"this classifier": found.report, **found.baselines})
-    if not why_not():
+    if join().rank == 0 and not why_not():
         plot_confusion(found.report, out / CONFUSION_FILE)
         print(f"picture: {out / CONFUSION_FILE}")
     return 0

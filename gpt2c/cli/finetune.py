@@ -20,6 +20,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.sft import SFTSettings
 from gpt2c.finetune.tasks import TASKS
 from gpt2c.finetune.tune import Result
+from gpt2c.parallel.world import join, require_alone
 from gpt2c.screen.command import command
 from gpt2c.train.settings import recipe_settings
 
@@ -60,7 +61,7 @@ def add_run(verb: argparse.ArgumentParser, kind: type[FinetuneSettings]) -> None
 def run_method(options: argparse.Namespace) -> int:
     """Run a method of fine-tuning."""
     tune, kind, _ = METHODS[options.method]
-    if options.base is None and not _begin(options, given_settings(options)):
+    if options.base is None and not _begin(options):
         return INTERRUPTED
     result = tune(*(options.base, options.data, options.out), **given_run(options, kind))
     if result.interrupted:
@@ -70,7 +71,7 @@ def run_method(options: argparse.Namespace) -> int:
     return 0
 
 
-def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
+def _begin(options: argparse.Namespace) -> bool:
     """Make the base that options lack, a beginner at a task, in --out; the run moves into it, too.
 
     With --resume a run that had begun goes on, and else the beginner is made again.
@@ -79,13 +80,16 @@ def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
     -------
     whether it is there; a signal may have ended it
     """
-    if "task" not in given:
-        raise ValueError(f"name a base, or a task to begin with: --task {'|'.join(TASKS)}")
+    with join().agreement():
+        given = given_settings(options)
+        if "task" not in given:
+            raise ValueError(f"name a base, or a task to begin with: --task {'|'.join(TASKS)}")
     home = options.out
     options.base, options.out = home / "sft", home / options.method
     options.config = options.config or options.method
-    if options.resume and (options.out / RUN_FILE).exists():
+    if options.resume and join().by_first((options.out / RUN_FILE).exists):
         return True
+    require_alone("the making of a beginner")
     resume, options.resume = options.resume, False
     check_directory(options.out, options.overwrite)
     shared = {name: given[name] for name in ("threads", "backend", "seed") if name in given}
@@ -97,9 +101,10 @@ def _begin(options: argparse.Namespace, given: Mapping[str, Any]) -> bool:
 
 def given_run(options: argparse.Namespace, kind: type[FinetuneSettings]) -> dict[str, Any]:
     """Return what the flags of `add_run` and a recipe give."""
-    given = given_settings(options)
-    if options.config is not None:
-        given = recipe_settings(options.config, given, kind)
+    with join().agreement():
+        given = given_settings(options)
+        if options.config is not None:
+            given = recipe_settings(options.config, given, kind)
     return {"resume": options.resume, "overwrite": options.overwrite, **given}
 
 

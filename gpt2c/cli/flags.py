@@ -69,13 +69,14 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError : --zero without a launcher of ranks; a recipe may have it, for any number of them
+    ValueError : a flag for several ranks, without a launcher of them; a recipe may have it
     """
     kind: type[Settings] = options.settings
     given = {name: value for name, value in vars(options).items() if name in kind.fields()}
-    if "zero" in given and launched() is None:
-        raise ValueError(
-            f"--zero {given['zero']} is for several ranks, and this process is alone: begin the"
-            " command with mpiexec -n 2, or leave --zero out"
-        )
+    for name in ("zero", "transport"):
+        if name in given and launched() is None:
+            raise ValueError(
+                f"--{name} {given[name]} is for several ranks, and this process is alone: begin the"
+                f" command with mpiexec -n 2, or leave --{name} out"
+            )
     return given

@@ -1,4 +1,4 @@
-"""`gpt2c info`: versions and the machine; --verbose: all that a bug report needs.
+"""`gpt2c info`: versions, the machine, the ranks of mpiexec; --verbose: all of a bug report.
 
 A fact that a system does not tell is "unknown", never an error. No secret is printed. The versions
 of packages are read without importing them.
@@ -17,7 +17,9 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from gpt2c.kernels.backend import (
 from gpt2c.kernels.limits import (
     AFFINITY,
     CORES,
+    bound,
     cpu_quota,
     free_bytes,
     memory_limit,
@@ -52,6 +55,7 @@ from gpt2c.kernels.limits import (
     usable_cores,
 )
 from gpt2c.kernels.memory import megabytes
+from gpt2c.parallel.world import ALONE, Ranks, World, join, mpi_library
 from gpt2c.text.tokenizer import tiktoken_cache
 
 __all__ = ["PACKAGES", "add_flags", "run_info"]
@@ -62,7 +66,7 @@ SHORT = ("numpy", "cffi", "tiktoken", "safetensors")
 PACKAGES = (
     *("numpy", "cffi", "tiktoken", "rustbpe", "safetensors", "tqdm"),
     *("matplotlib", "huggingface_hub", "gguf", "tensorboardX", "torch", "transformers", "lm_eval"),
-    "scikit-learn",
+    *("scikit-learn", "mpi4py"),
 )
 # Variables that change the behaviour of gpt2c or of its libraries.
 VARIABLES = re.compile(
@@ -73,6 +77,15 @@ VARIABLES = re.compile(
 # The value of a variable with such a word in its name is not shown.
 SECRETS = {"TOKEN", "KEY", "SECRET", "PASSWORD"}
 
+LOADS_MPI = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+from gpt2c.parallel.world import mpi_library
+print(mpi_library(MPI))
+"""
+LONGEST_LOAD = 60.0  # seconds
+
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `gpt2c info`."""
@@ -80,9 +93,39 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    """`gpt2c info`."""
+    """`gpt2c info`: on several ranks the first one shows its machine, and a row for each rank."""
+    try:
+        world, problem = join(), ""
+    except ValueError as error:  # a fact as others
+        world, problem = ALONE, f"none: {error}"
+    except SystemExit:  # of another rank; a launcher would end the first one for its exit code
+        return 0
+    with world.guard():
+        rows = _machine_rows(options.verbose) if world.rank == 0 else []
+        rows += [("MPI", problem)] if problem else rank_rows(world)
+    if world.rank == 0:
+        width = max(12, 2 + max(len(name) for name, _ in rows))
+        for name, text in rows:
+            print(f"{name:<{width}}{text}".rstrip())
+    return 0
+
+
+def _machine_rows(verbose: bool) -> list[Row]:
+    """Return the rows about this process and its machine."""
     threads = _threads()
-    rows: list[Row] = [
+    if verbose:
+        return [
+            *install_rows(),
+            *((package, version(package)) for package in PACKAGES),
+            ("NumPy's BLAS", _blas()),
+            *system_rows(),
+            *cpu_rows(),
+            *memory_rows(threads),
+            *thread_rows(threads),
+            *backend_rows(threads),
+            *environment_rows(),
+        ]
+    return [
         ("gpt2c", version("gpt2c")),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((package, version(package)) for package in SHORT),
@@ -95,22 +138,53 @@ def run_info(options: argparse.Namespace) -> int:
         ("threads", _why(threads)),
         *backend_rows(threads),
     ]
-    if options.verbose:
-        rows = [
-            *install_rows(),
-            *((package, version(package)) for package in PACKAGES),
-            ("NumPy's BLAS", _blas()),
-            *system_rows(),
-            *cpu_rows(),
-            *memory_rows(threads),
-            *thread_rows(threads),
-            *backend_rows(threads),
-            *environment_rows(),
-        ]
-    width = max(12, 2 + max(len(name) for name, _ in rows))
-    for name, text in rows:
-        print(f"{name:<{width}}{text}".rstrip())
-    return 0
+
+
+def rank_rows(world: World) -> list[Row]:
+    """Return a row about MPI, and one for each of several ranks; collective."""
+    if not isinstance(world, Ranks):
+        return [("MPI", _mpi())]
+    try:
+        threads = str(world.take_cores(0))
+        backend = get_backend().name
+    except ValueError as error:
+        threads, backend = "none", f"none: {error}"
+    host = world.MPI.Get_processor_name()
+    found = world.all([host, _ranges(sorted(bound())), threads, backend])
+    table = [["host", "cores", "threads", "backend"], *found]
+    widths = [2 + max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["".join(map(str.ljust, line, widths)) for line in table]
+    rows = [("MPI", f"{mpi_library(world.MPI)}, mpi4py {version('mpi4py')}"), ("ranks", lines[0])]
+    for rank, (line, (*_, own)) in enumerate(zip(lines[1:], found, strict=True)):
+        mark = "" if own == found[0][-1] else "<- not that of rank 0"
+        rows.append((f"rank {rank}", line + mark))
+    return rows
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return increasing numbers as text: "0-3,8"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
+def _mpi() -> str:
+    """Return whether several ranks could run here: the versions of mpi4py and of its MPI."""
+    if (found := version("mpi4py")) == "not installed":
+        return (
+            "mpi4py is not installed; several ranks need it: pip install 'gpt2c[mpi]', and an MPI"
+        )
+    # in a process of its own: a broken MPI may end it, and a whole one changes how signals act
+    command = [sys.executable, "-c", LOADS_MPI]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_LOAD)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"mpi4py {found}; whether there is an MPI is unknown: {error}"
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ends with code {done.returncode}"]
+        return f"mpi4py {found}, and no MPI that it can load ({said[-1]})"
+    return f"mpi4py {found} with {done.stdout.strip()}, for several ranks (mpiexec)"
 
 
 def version(package: str) -> str:

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def _run(arguments: list[str], out: Door) -> int:
             cli_distill.run_distill,
         )
         trains = options.run in own  # they have handlers of their own
-        with nullcontext() if trains else _ended_as_by_ctrl_c():
+        with first_voice() if trains else _ended_as_by_ctrl_c():
             code: int = options.run(options)
         out.flush()
         if code == 0 and out.needed and out.lost and not out.reader_left:
@@ -293,9 +293,8 @@ def run_train(options: argparse.Namespace) -> int:
         given = given_settings(options)
         if options.config is not None:
             given = recipe_settings(options.config, given)
-    with first_voice():
-        result = train(options.data, options.out, given, options.resume, options.overwrite)
-        return _ended(result, options)
+    result = train(options.data, options.out, given, options.resume, options.overwrite)
+    return _ended(result, options)
 
 
 def _ended(result: TrainResult, options: argparse.Namespace) -> int:

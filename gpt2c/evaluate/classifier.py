@@ -12,6 +12,7 @@ from gpt2c.formats.load import find_model
 from gpt2c.kernels.backend import Backend
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.model import Model
+from gpt2c.parallel.world import ALONE, World
 from gpt2c.pretrained import open_found
 from gpt2c.text.ragged import parts
 from gpt2c.text.tokenizer import Tokenizer
@@ -94,6 +95,7 @@ def scores(
     rows: Sequence[Sequence[int]],
     batch_tokens: int = 4096,
     check: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> NDArray[np.float32]:
     """Return the scores (n, K) of texts of token ids.
 
@@ -102,13 +104,15 @@ def scores(
     rows : the ids of each text
     batch_tokens : the most tokens that are read at once; it changes memory alone
     check : called before each batch
+    world : its ranks take turns with the batches
     """
     found = np.empty((len(rows), model.config.num_labels or 0), np.float32)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # batches of similar lengths
-    for part in parts([len(rows[n]) for n in order], batch_tokens):
-        if check:
-            check()
+    own: list[int] = []
+    for part in world.turns(parts([len(rows[n]) for n in order], batch_tokens), check):
         found[order[part]] = model.scores([rows[n] for n in order[part]], keep=False)
+        own += order[part]
+    found[world.rows(np.array(own, np.int64))] = world.rows(found[own])
     return found
 
 

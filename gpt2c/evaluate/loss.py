@@ -6,6 +6,7 @@ Knows nothing about training or the meaning of the tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -38,13 +39,8 @@ def evaluate(
     world : its ranks take turns with the batches, and `check` is called before each turn of all
     """
     total, count = 0.0, 0
-    for i, (x, y) in enumerate(windows(tokens, batch_size, block_size)):
-        if check and i % world.size == 0:
-            check()
-        if eval_iters and i == eval_iters:
-            break
-        if i % world.size != world.rank:
-            continue
+    batches = islice(windows(tokens, batch_size, block_size), eval_iters or None)
+    for x, y in world.turns(batches, check):
         scored = int(np.count_nonzero(y >= 0))
         total += model.loss(x, y, keep=False) * scored
         count += scored

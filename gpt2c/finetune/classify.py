@@ -20,7 +20,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
+from gpt2c.parallel.world import World, join
 from gpt2c.pretrained import from_pretrained
 from gpt2c.screen.terminal import one_line
 from gpt2c.text.examples import read_records
@@ -47,7 +48,7 @@ from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
-from gpt2c.train.run import Run, read_record, report, write_result
+from gpt2c.train.run import LostModel, Run, read_record, report, write_result
 from gpt2c.train.settings import resumed, setting
 
 __all__ = [
@@ -364,23 +365,27 @@ class _Classify(Method):
         weights = self._weights[labels]
         total = float(weights.sum())
         rows = [self._train.rows[n] for n in step]
+        lengths, own = [*map(len, rows)], run.world.share(len(rows))
         run.model.zero_grad()
-        loss, right, first = 0.0, 0, 0
-        for part in parts([*map(len, rows)], self._settings.batch_tokens):
+        loss, right, first = 0.0, 0.0, sum(lengths[: own.start])
+        rows, labels, weights = rows[own], labels[own], weights[own]
+        for part in parts(lengths[own], self._settings.batch_tokens):
             dropout = dropout_of(run.settings, run.step, first)
             found = run.model.scores(rows[part], dropout=dropout)
             more, d_scores = weighted_cross_entropy(found, labels[part], weights[part], total)
             loss += more
             if not math.isfinite(loss):
-                return Learned(loss, first)
+                break
             run.model.backward(d_scores=d_scores)
             right += int((found.argmax(1) == labels[part]).sum())
             first += sum(map(len, rows[part]))
-        return Learned(loss, first, {"accuracy": right / len(step)})
+        loss, right = run.world.sum([loss, right])
+        metrics = {"accuracy": right / len(step)} if math.isfinite(loss) else {}
+        return Learned(loss, sum(lengths), metrics)
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
         texts = self._val if self._val.rows else self._train
-        found = scores(run.model, texts.rows, self._settings.batch_tokens, check)
+        found = scores(run.model, texts.rows, self._settings.batch_tokens, check, run.world)
         weights = self._weights[texts.labels]
         loss, _ = weighted_cross_entropy(found, texts.labels, weights, float(weights.sum()))
         report = compare(texts.labels, found.argmax(1), self._split.labels)
@@ -390,17 +395,22 @@ class _Classify(Method):
             "val_macro_f1": report.macro.f1,
         }
 
-    def answer(self, out: Path) -> tuple[Ints, Floats]:
+    def answer(self, out: Path, world: World) -> tuple[Ints, Floats]:
         """Return the labels of the texts held out, and the probabilities of a run's model."""
         texts = self.test if self.test.rows else self._val
         settings = self._settings
-        model = from_pretrained(
-            out,
-            settings.backend,
-            threads=settings.threads or None,
-            precision=settings.precision,
-        )
-        return texts.labels, softmax(scores(model, texts.rows, settings.batch_tokens))
+
+        def probabilities() -> list[list[float]]:
+            model = from_pretrained(
+                out,
+                settings.backend,
+                threads=settings.threads or None,
+                precision=settings.precision,
+            )
+            found = softmax(scores(model, texts.rows, settings.batch_tokens))
+            return [[*map(float, row)] for row in found]
+
+        return texts.labels, np.array(world.by_first(probabilities))
 
 
 def _listed(labels: Sequence[str]) -> str:
@@ -434,7 +444,8 @@ def classify(
     base : a directory of a model with its tokenizer, or a name on the hub
     examples : a file (JSONL, a JSON list, CSV), or a list of dicts, with text and label
     out : the directory of the run; with folds it holds one of each, fold-1 and so on
-    baselines : also test others on the same texts, see `gpt2c.evaluate.text_baselines`
+    baselines : also test others on the same texts, see `gpt2c.evaluate.text_baselines`; of several
+        ranks the first one does
     resume : continue the run, or the folds, in `out`
     overwrite : `out` may exist and hold files
     settings : fields of `gpt2c.finetune.ClassifySettings`
@@ -460,27 +471,51 @@ def classify(
     >>> result.report.accuracy, labels
     (1.0, ['a', 'b'])
     """
-    out, own = Path(out), _settings(Path(out), settings, resume)
-    if not resume:
-        check_apart(out, base, examples)
-    model = find_model(base)
-    splits = _splits(examples, own, Tokenizer.from_pretrained(model.path), model.config)
-    _check_place(out, own.folds)
+    out, world = Path(out), join()
+    with world.guard(LostModel), ExitStack() as stack:
+        return _classify(base, examples, out, baselines, resume, overwrite, settings, world, stack)
+
+
+def _classify(
+    base: str | os.PathLike[str],
+    examples: str | Path | Sequence[Mapping[str, Any]],
+    out: Path,
+    baselines: bool,
+    resume: bool,
+    overwrite: bool,
+    settings: Mapping[str, Any],
+    world: World,
+    stack: ExitStack,
+) -> Classified:
+    """See `classify`; rank 0 alone looks at `out`."""
+    record = world.by_first(lambda: _record(out) if resume else None)
+    with world.agreement():
+        if record is None:
+            own = ClassifySettings(**settings)
+        else:
+            own = resumed(ClassifySettings, record[1]["settings"], settings, record[0])
+        if not resume:
+            check_apart(out, base, examples)
+        model = find_model(base)
+        splits = _splits(examples, own, Tokenizer.from_pretrained(model.path), model.config)
+    world.by_first(lambda: _check_place(out, own.folds))
     runs: list[Result] = []
     answers: list[tuple[Ints, Floats]] = []
-    with claimed(out, overwrite) if own.folds and not resume else nullcontext():
-        for k, split in enumerate(splits, 1):
-            place = out / f"fold-{k}" if own.folds else out
-            goes_on = resume and (not own.folds or (place / RUN_FILE).exists())
-            if own.folds:
-                report(f"fold {k} of {own.folds}, in {place}")
-            given = dataclasses.asdict(own) if resume else settings
-            run, method = _run(base, place, given, split, goes_on, overwrite)
-            runs.append(run)
-            if run.interrupted:
-                return Classified(runs, [], None, math.nan, {})
-            if split.held:
-                answers.append(method.answer(place))
+    with world.agreement():
+        if own.folds and not resume and world.rank == 0:
+            stack.enter_context(claimed(out, overwrite))
+    for k, split in enumerate(splits, 1):
+        place = out / f"fold-{k}" if own.folds else out
+        goes_on = resume and (not own.folds or world.by_first((place / RUN_FILE).exists))
+        if own.folds:
+            report(f"fold {k} of {own.folds}, in {place}")
+        given = dataclasses.asdict(own) if resume else settings
+        run, method = _run(base, place, given, split, goes_on, overwrite)
+        runs.append(run)
+        if run.interrupted:
+            return Classified(runs, [], None, math.nan, {})
+        if split.held:
+            answers.append(method.answer(place, world))
     if not answers:
         return Classified(runs, [], None, math.nan, {})
     names = splits[0].labels
@@ -489,21 +524,20 @@ def classify(
     p = np.concatenate([probabilities for _, probabilities in answers])
     found = Classified(
         *(runs, reports, compare(true, p.argmax(1), names), calibration_error(p, true)),
-        _compared(splits, own) if baselines else {},
+        _compared(splits, own) if baselines and world.rank == 0 else {},
     )
-    stored = {} if own.folds else read_json(out / RESULT_FILE)
-    write_result(out, "classify", stored | {"test": found.figures()})
+    if world.rank == 0:
+        stored = {} if own.folds else read_json(out / RESULT_FILE)
+        write_result(out, "classify", stored | {"test": found.figures()})
     return found
 
 
-def _settings(out: Path, given: Mapping[str, Any], resume: bool) -> ClassifySettings:
-    """Return the settings that divide the texts: given ones, or those of the run that goes on."""
-    places = (out, out / "fold-1")
-    place = next((place for place in places if (place / RUN_FILE).exists()), None)
-    if not resume or place is None:
-        return ClassifySettings(**given)
-    record = read_record(place, "classify")
-    return resumed(ClassifySettings, record["settings"], given, str(place / RUN_FILE))
+def _record(out: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return run.json of the run that goes on, or of its first fold, and where it is."""
+    for place in (out, out / "fold-1"):
+        if (place / RUN_FILE).exists():
+            return str(place / RUN_FILE), read_record(place, "classify")
+    return None
 
 
 def _check_place(out: Path, folds: int) -> None:

@@ -17,6 +17,7 @@ from gpt2c.files.atomic import atomic_path
 from gpt2c.files.names import ROLLOUTS
 from gpt2c.files.tensors import map_tensors, write_tensors
 from gpt2c.finetune.policy import Tokens
+from gpt2c.parallel.world import ALONE, World
 
 __all__ = ["Experience", "load", "prune", "store"]
 
@@ -66,8 +67,8 @@ def store(out: Path, cycle: int, batch: Experience) -> None:
         )
 
 
-def load(out: Path, cycle: int) -> Experience:
-    """Read what a cycle of updates learns from.
+def load(out: Path, cycle: int, world: World = ALONE) -> Experience:
+    """Read what a cycle of updates learns from; rank 0 reads it for all.
 
     Raises
     ------
@@ -75,8 +76,13 @@ def load(out: Path, cycle: int) -> Experience:
     ValueError : it is damaged
     """
     path = _path(out, cycle)
-    stored, metadata = map_tensors(path, dtypes=("F64",))
-    arrays = {name: np.array(tensor.data) for name, tensor in stored.items()}
+
+    def stored() -> tuple[dict[str, list[float]], dict[str, str]]:
+        found, metadata = map_tensors(path, dtypes=("F64",))
+        return {name: tensor.data.tolist() for name, tensor in found.items()}, metadata
+
+    lists, metadata = world.by_first(stored)
+    arrays: dict[str, NDArray[Any]] = {name: np.array(values) for name, values in lists.items()}
     try:
         lengths, ids = (arrays.pop(name).astype(np.int32) for name in ("lengths", "ids"))
         targets, sampled = arrays.pop("targets").astype(np.int32), arrays.pop("sampler")

@@ -21,6 +21,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check
 from gpt2c.kernels.checks import counted
 from gpt2c.model.objective import CrossEntropy
+from gpt2c.parallel.world import ALONE, World
 from gpt2c.text.chat import teach_template
 from gpt2c.text.examples import (
     Example,
@@ -134,22 +135,24 @@ class Data:
         """The examples of an evaluation: those held out or, without any, a step's worth."""
         return self.val or self.train[: self.order.batch_size]
 
-    def mean_loss(self, model: CausalLM, most: int, check: Check = None) -> float:
+    def mean_loss(
+        self, model: CausalLM, most: int, check: Check = None, world: World = ALONE
+    ) -> float:
         """Return the mean loss of the judged examples' learned tokens, in nats.
 
         Parameters
         ----------
         most : the most tokens that are read at once
         check : called between batches
+        world : its ranks take turns with the batches
         """
         total, count = 0.0, 0
-        for batch in divided(self.judged, most):
-            if check:
-                check()
+        for batch in world.turns(divided(self.judged, most), check):
             objective = CrossEntropy(np.concatenate([one.targets for one in batch]))
             total += model.loss([one.ids[:-1] for one in batch], objective, keep=False, count=1)
             count += int(np.count_nonzero(objective.live))
-        return total / count
+        total, targets = world.sum([total, count])
+        return total / targets
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report before the first step."""

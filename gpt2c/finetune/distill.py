@@ -34,7 +34,7 @@ from gpt2c.kernels.memory import Array
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.objective import CrossEntropy, Rows
 from gpt2c.pretrained import MODELS
-from gpt2c.text.examples import Example, divided
+from gpt2c.text.examples import Example, divided, tokens_of
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
@@ -278,9 +278,10 @@ class _Distill(Method):
         written = self._written(run, examples) if self._is_on_policy(run.step) else []
         examples, ratio = (written, 1.0) if written else (examples, own.kd_ratio)
         count = sum(int(one.learned[1:].sum()) for one in examples)
+        share = run.world.share(len(examples))
         model.zero_grad()
-        loss, ce, kd, first = 0.0, 0.0, 0.0, 0
-        for batch in divided(examples, own.batch_tokens):
+        loss, ce, kd, first = 0.0, 0.0, 0.0, tokens_of(examples[: share.start])
+        for batch in divided(examples[share], own.batch_tokens):
             targets = np.concatenate([one.targets for one in batch])
             inputs = [one.ids[:-1] for one in batch]
             hidden = self._teacher.hidden(inputs)
@@ -292,16 +293,17 @@ class _Distill(Method):
             model.backward()
             ce, kd = ce + objective.ce, kd + objective.kd
             first += sum(map(len, inputs))
+        loss, ce, kd = run.world.sum([loss, ce, kd])
         metrics = {"kd": kd / count} | ({"ce": ce / count} if ratio < 1 else {})
         if own.lmbda:
             metrics["on_policy"] = float(bool(written))
-        return Learned(loss, first, metrics)
+        return Learned(loss, tokens_of(examples), metrics)
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
-        most = self._settings.batch_tokens
+        most, world = self._settings.batch_tokens, run.world
         if self._teacher_loss is None:
-            self._teacher_loss = self._data.mean_loss(self._teacher, most, check)
-        loss = self._data.mean_loss(run.model, most, check)
+            self._teacher_loss = self._data.mean_loss(self._teacher, most, check, world)
+        loss = self._data.mean_loss(run.model, most, check, world)
         return {"val_loss": loss, "val_teacher_loss": self._teacher_loss}
 
     def _is_on_policy(self, step: int) -> bool:
@@ -319,17 +321,21 @@ class _Distill(Method):
         prompts = [prompt for prompt in prompts if len(prompt) <= model.config.n_positions]
         if not prompts:
             return []
-        texts = model.generate(
-            prompts,
-            own.max_new_tokens,
-            stop=eot,
-            on_full="stop",
-            seed=own.seed << 32 | run.step,
-        )
+
+        def texts() -> list[list[int]]:
+            found = model.generate(
+                prompts,
+                own.max_new_tokens,
+                stop=eot,
+                on_full="stop",
+                seed=own.seed << 32 | run.step,
+            )
+            return [text.tolist() for text in found]
+
         written = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            ends = np.flatnonzero(text[len(prompt) :] == eot)
-            ids = text[: len(prompt) + int(ends[0]) + 1 if len(ends) else None].astype(np.int32)
+        for prompt, text in zip(prompts, run.world.by_first(texts), strict=True):
+            ends = [place for place in range(len(prompt), len(text)) if text[place] == eot]
+            ids = np.array(text[: ends[0] + 1 if ends else None], np.int32)
             written.append(Example(ids, np.arange(len(ids)) >= len(prompt), "the student's text"))
         return written
 

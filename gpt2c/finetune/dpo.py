@@ -25,7 +25,8 @@ from gpt2c.finetune.reference import reference_of
 from gpt2c.finetune.tune import Base, Check, Result, tune
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
-from gpt2c.text.examples import Example, Record, divided, fingerprint
+from gpt2c.text.examples import Example, Record, fingerprint
+from gpt2c.text.ragged import parts
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.hooks import Learned
 from gpt2c.train.run import Run, report
@@ -215,6 +216,7 @@ class _Referred(Judging):
             key,
             not run.step,
             check,
+            run.world,
         )
         ends = np.cumsum([len(unit.measured) for unit in units])[:-1]
         units = [
@@ -235,14 +237,15 @@ class _DPO(_Referred):
         self._referred = not self._loss.has_reference
         self._told = False
 
-    def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Pairs:
+    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Pairs:
         return Pairs(self._loss, self.settings.sft_weight)
 
     def learn(self, run: Run) -> Learned:
         learned = super().learn(run)
         if not run.step and self._loss.has_reference:
             first = learned.metrics.get("preference_loss", learned.loss)
-            check_start(first, self._loss.start)
+            with run.world.agreement():
+                check_start(first, self._loss.start)
         return learned
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
@@ -290,15 +293,15 @@ class _KTO(_Referred):
     def sides(self, unit: Unit) -> Sequence[str]:
         return ("liked answer" if unit.liked else "answer that is not liked",)
 
-    def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Singles:
+    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Singles:
         others = [unit.other for unit in units if unit.other]
-        policy = []
-        for batch in divided(others, self.settings.batch_tokens):
-            if check:
-                check()
-            policy.append(log_probabilities(model, batch, keep=False))
+        policy = np.zeros(len(units))
+        batches = parts([len(one.ids) - 1 for one in others], self.settings.batch_tokens)
+        for part in run.world.turns(batches, check):
+            policy[part] = log_probabilities(run.model, others[part], keep=False)
+        policy = np.array(run.world.sum(policy.tolist()))
         reference = np.array([unit.reference[-1] for unit in units])
-        return Singles(self.settings, reference_point(np.concatenate(policy), reference))
+        return Singles(self.settings, reference_point(policy, reference))
 
     def learn(self, run: Run) -> Learned:
         learned = super().learn(run)
@@ -308,7 +311,8 @@ class _KTO(_Referred):
                 of.desirable_weight if self.train[n].liked else of.undesirable_weight
                 for n in self.order.step(0)
             ]
-            check_start(learned.loss, sum(weights) / len(weights) / 2)
+            with run.world.agreement():
+                check_start(learned.loss, sum(weights) / len(weights) / 2)
         return learned
 
 

@@ -56,6 +56,7 @@ from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.model.model import first_values
 from gpt2c.model.parameters import names_that_fit
+from gpt2c.parallel.world import World
 from gpt2c.pretrained import MODELS
 from gpt2c.text.ragged import Order, parts
 from gpt2c.train.hooks import Learned
@@ -66,6 +67,7 @@ from gpt2c.train.settings import setting
 __all__ = ["GRPOSettings", "grpo"]
 
 Floats = NDArray[np.float64]
+IntArray = NDArray[np.int32]
 CHOICES = {
     "algorithm": ("grpo", "rloo", "reinforce", "ppo", "rft"),
     "loss_type": LOSS_TYPES,
@@ -247,12 +249,14 @@ class _GRPO(Method):
         share, least = self._passed, settings.least_pass
         # Rejection fine-tuning learns from what passes, the others from rewards that differ, too.
         varied = 0.0 if settings.algorithm == "rft" else self._varied
-        if not run.step and max(share, varied) < least:
-            raise ValueError(
-                f"of {len(self._held_out)} prompts {share:.1%} have a completion whose reward is at"
-                f" least the threshold, {settings.threshold:g}, and {least:.1%} is wanted: nothing"
-                " can be learned; fine-tune the base first, or lower threshold or least_pass"
-            )
+        with run.world.agreement():
+            if not run.step and max(share, varied) < least:
+                raise ValueError(
+                    f"of {len(self._held_out)} prompts {share:.1%} have a completion whose reward"
+                    f" is at least the threshold, {settings.threshold:g}, and {least:.1%} is"
+                    " wanted: nothing can be learned; fine-tune the base first, or lower threshold"
+                    " or least_pass"
+                )
         if settings.beta:
             self._reference = self._first_model(run)
 
@@ -284,10 +288,11 @@ class _GRPO(Method):
             return Learned(math.nan, 0)
         spent = time.perf_counter() - began
         run.model.zero_grad()
-        loss, first = 0.0, 0
+        own, start = self._share(run, batch.ids)
+        loss, first = 0.0, start
         logps = np.zeros(len(batch.targets))
-        for part in parts([len(ids) - 1 for ids in batch.ids], self._settings.batch_tokens):
-            idx = [ids[:-1] for ids in batch.ids[part]]
+        for part in parts([len(ids) - 1 for ids in own], self._settings.batch_tokens):
+            idx = [ids[:-1] for ids in own[part]]
             rows = slice(first, first + sum(map(len, idx)))
             objective = PolicyObjective(
                 *(batch.targets[rows], batch.tokens.at(rows), loss_of),
@@ -298,15 +303,23 @@ class _GRPO(Method):
             run.model.backward()
             logps[rows] = objective.logps
             first = rows.stop
+        (loss,) = run.world.sum([loss])
+        logps = run.world.rows(logps[start:first])
         metrics = batch.metrics | self._figures(batch, logps, update)
         metrics["rollout_seconds"] = round(spent, 4)
         if not update and settings.num_iterations > 1:
             batch = batch._replace(tokens=batch.tokens._replace(old=logps))
             self._held = cycle, batch
-            cycles.store(run.out, cycle, batch)
-            saved = [int(path.name) for path in (run.out / CHECKPOINTS).glob("[0-9]*")]
-            cycles.prune(run.out, min([run.step, *saved]) // settings.num_iterations)
+            if run.world.rank == 0:
+                cycles.store(run.out, cycle, batch)
+                saved = [int(path.name) for path in (run.out / CHECKPOINTS).glob("[0-9]*")]
+                cycles.prune(run.out, min([run.step, *saved]) // settings.num_iterations)
         return Learned(loss, batch.read, metrics)
+
+    def _share(self, run: Run, ids: Sequence[IntArray]) -> tuple[Sequence[IntArray], int]:
+        """Return the completions that this rank learns from, and the targets of those before."""
+        own = run.world.share(len(ids))
+        return ids[own], sum(len(one) - 1 for one in ids[: own.start])
 
     def _batch(self, run: Run, cycle: int, update: int) -> Experience:
         """Return the completions of a cycle of updates: new ones at its start, else those of it."""
@@ -315,7 +328,7 @@ class _GRPO(Method):
         elif self._held is not None and self._held[0] == cycle:
             batch = self._held[1]
         else:  # the run goes on within a cycle
-            batch = cycles.load(run.out, cycle)
+            batch = cycles.load(run.out, cycle, run.world)
         self._held = cycle, batch
         return batch
 
@@ -324,7 +337,8 @@ class _GRPO(Method):
         settings = self._settings
         prompts = [self._prompts.train[n] for n in self._order.step(cycle)]
         policy = run.model if settings.rollouts == "fp32" else run.model.quantize(settings.rollouts)
-        found = self._sample(policy, prompts, settings.num_generations, settings.temperature, cycle)
+        asked = settings.num_generations, settings.temperature, cycle
+        found = self._sample(policy, prompts, *asked, run.world)
         rollouts, lengths = found.rollouts, found.rollouts.lengths
         advantages = self._advantages(found)
         counted = lengths.copy()
@@ -361,7 +375,7 @@ class _GRPO(Method):
             tokens = tokens._replace(sampled=sampled)
         targets = np.where(marks, following, np.int32(-1)).astype(np.int32)
         if settings.beta:
-            tokens = tokens._replace(reference=self._reference_logps(ids, targets))
+            tokens = tokens._replace(reference=self._reference_logps(run, ids, targets))
         read = int(lengths.sum()) + settings.num_generations * sum(len(p.ids) for p in prompts)
         return Experience(ids, tokens, targets, sampled, read, self._metrics(found))
 
@@ -372,14 +386,16 @@ class _GRPO(Method):
         count: int,
         temperature: float,
         number: int,
+        world: World,
         check: Check = None,
     ) -> Sampled:
-        """Sample completions of prompts, and reward them."""
+        """Sample completions of prompts, and reward them; rank 0 alone calls the user's code."""
         settings = self._settings
         rollouts = sample(
             *(policy, [one.ids for one in prompts], count, {self.tokenizer.eot}),
             *(settings.max_completion_length, temperature, (settings.seed, number)),
             *(self._unused, self._value, check),
+            world=world,
         )
         texts = [
             self.tokenizer.decode((ids if cut else ids[:-1]).tolist())
@@ -391,7 +407,14 @@ class _GRPO(Method):
             for name in dict.fromkeys(name for one in prompts for name in one.columns)
         }
         ids = [ids.tolist() for ids in rollouts.completions]
-        scores = score(self._rewards, [one.text for one in repeated], texts, ids, columns)
+
+        def rewarded() -> tuple[list[float], dict[str, list[float]]]:
+            asked = [one.text for one in repeated]
+            total, each = score(self._rewards, asked, texts, ids, columns)
+            return total.tolist(), {name: values.tolist() for name, values in each.items()}
+
+        total, each = world.by_first(rewarded)
+        scores = Rewards(np.array(total), {name: np.array(told) for name, told in each.items()})
         passed = (scores.total >= settings.threshold).reshape(-1, count)
         return Sampled(rollouts, scores, passed)
 
@@ -420,12 +443,13 @@ class _GRPO(Method):
         flat[marks] = whitened(flat[marks])
         return tokens._replace(advantages=flat, values=rows(values), returns=rows(returns))
 
-    def _reference_logps(self, ids: Sequence[Any], targets: NDArray[np.int32]) -> Floats:
+    def _reference_logps(self, run: Run, ids: Sequence[IntArray], targets: IntArray) -> Floats:
         """Return the log-probability of each target by the base."""
-        logps, first = np.zeros(len(targets)), 0
+        own, start = self._share(run, ids)
+        logps, first = np.zeros(len(targets)), start
         unused = self.tokenizer.unused_ids(self._reference.config.vocab_size)
-        for part in parts([len(one) - 1 for one in ids], self._settings.batch_tokens):
-            idx = [one[:-1] for one in ids[part]]
+        for part in parts([len(one) - 1 for one in own], self._settings.batch_tokens):
+            idx = [one[:-1] for one in own[part]]
             rows = slice(first, first + sum(map(len, idx)))
             none = Tokens(*np.zeros((2, rows.stop - rows.start)))
             objective = PolicyObjective(
@@ -434,7 +458,7 @@ class _GRPO(Method):
             self._reference.loss(idx, objective, keep=False, count=1)
             logps[rows] = objective.logps
             first = rows.stop
-        return logps
+        return run.world.rows(logps[start:first])
 
     # ---- figures ---------------------------------------------------------------------------------
 
@@ -492,8 +516,9 @@ class _GRPO(Method):
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
         settings, held, G = self._settings, self._held_out, self._settings.num_generations
         # The model that is saved, not its copy in fewer bits that samples what is learned from.
-        drawn = self._sample(run.model, held, G, settings.temperature, EVALUATION, check)
-        greedy = self._sample(run.model, held, 1, 0.0, EVALUATION, check)
+        asked = EVALUATION, run.world, check
+        drawn = self._sample(run.model, held, G, settings.temperature, *asked)
+        greedy = self._sample(run.model, held, 1, 0.0, *asked)
         self._passed = pass_at_k(drawn.passed, G)
         spread = deviation(drawn.scores.total.reshape(drawn.passed.shape))
         self._varied = float(np.mean(~np.isclose(spread, 0)))

@@ -29,6 +29,7 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.finetune.tune import Base, Check, Method
 from gpt2c.kernels.checks import counted
 from gpt2c.model.model import Model
+from gpt2c.parallel.world import World
 from gpt2c.text.chat import teach_template
 from gpt2c.text.examples import Example, Record, fingerprint, group_of, kept, read_records
 from gpt2c.text.ragged import Order, held_out, parts
@@ -141,8 +142,8 @@ class Judging(Method):
         self.order = Order(self.examples, settings.batch_size, settings.seed)
 
     @abstractmethod
-    def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Judge:
-        """Return the judge of a step or an evaluation, whose units these are."""
+    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Judge:
+        """Return the judge of a step or an evaluation, whose units these are, of all ranks."""
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the report before the first step."""
@@ -164,23 +165,26 @@ class Judging(Method):
     def learn(self, run: Run) -> Learned:
         """See `Method`."""
         units = [self.train[n] for n in self.order.step(run.step)]
+        own, tokens = units[run.world.share(len(units))], sum(unit.tokens for unit in units)
         run.model.zero_grad()
-        judge, found = self.judge(run.model, units, None), []
-        for some, examples, values in self._read(judge, run.model, units, keep=True):
-            found.append(judge(some, values))
+        judge, found = self.judge(run, units, None), []
+        for part in self._parts(own):
+            examples, values = self._read(judge, run.model, own[part], keep=True)
+            found.append(judge(own[part], values))
             if not np.isfinite(found[-1].losses).all():
-                return Learned(math.nan, sum(unit.tokens for unit in units))
+                break
             judge.push(run.model, examples, found[-1].slopes.reshape(-1) / len(units))
-        loss, figures = _means(found)
-        return Learned(loss, sum(unit.tokens for unit in units), figures)
+        loss, figures = _means(run.world, found)
+        return Learned(loss, tokens, figures) if math.isfinite(loss) else Learned(math.nan, tokens)
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
         """See `Method`."""
         units = self.val or self.train[: self.settings.batch_size]
-        judge = self.judge(run.model, units, check)
-        read = self._read(judge, run.model, units, keep=False, check=check)
-        found = [judge(some, values) for some, _, values in read]
-        loss, figures = _means(found)
+        judge, found = self.judge(run, units, check), []
+        for part in run.world.turns(self._parts(units), check):
+            _, values = self._read(judge, run.model, units[part], keep=False)
+            found.append(judge(units[part], values))
+        loss, figures = _means(run.world, found)
         every = {"val_loss": loss}
         for name, value in figures.items():
             every[f"val_{name}"] = value
@@ -189,22 +193,17 @@ class Judging(Method):
                 every[f"val_{name}/low"], every[f"val_{name}/high"] = interval
         return every
 
+    def _parts(self, units: Sequence[Unit]) -> Iterator[slice]:
+        """Divide units into parts that are read at once."""
+        return parts([unit.tokens for unit in units], self.settings.batch_tokens)
+
     def _read(
-        self,
-        judge: Judge,
-        model: Model,
-        units: Sequence[Unit],
-        keep: bool,
-        check: Check = None,
-    ) -> Iterator[tuple[Sequence[Unit], list[Example], Array]]:
-        """Yield units, their examples side by side, and the values (K,U), a part at a time."""
-        for part in parts([unit.tokens for unit in units], self.settings.batch_tokens):
-            if check:
-                check()
-            some = units[part]
-            sides = zip(*(unit.examples for unit in some), strict=True)
-            examples = [one for side in sides for one in side]
-            yield some, examples, judge.values(model, examples, keep).reshape(-1, len(some))
+        self, judge: Judge, model: Model, units: Sequence[Unit], keep: bool
+    ) -> tuple[list[Example], Array]:
+        """Return the examples of units side by side, and their values (K,U)."""
+        sides = zip(*(unit.examples for unit in units), strict=True)
+        examples = [one for side in sides for one in side]
+        return examples, judge.values(model, examples, keep).reshape(-1, len(units))
 
 
 def lengths_of_pairs(units: Sequence[Unit]) -> str:
@@ -223,13 +222,21 @@ def lengths_of_pairs(units: Sequence[Unit]) -> str:
     return text
 
 
-def _means(found: Sequence[Judged]) -> tuple[float, dict[str, float]]:
-    """Return the mean loss and figures over all units; of "min_..." and "max_..." the extreme."""
+def _means(world: World, found: Sequence[Judged]) -> tuple[float, dict[str, float]]:
+    """Return the mean loss and figures over the units of all ranks, each of which has found some.
+
+    Of "min_..." and "max_..." it is the extreme.
+    """
+    own = [
+        (one.losses.tolist(), {name: figure.tolist() for name, figure in one.figures.items()})
+        for one in found
+    ]
+    every = [one for some in world.all(own) for one in some]
     figures = {}
-    for name in found[0].figures:
-        values = np.concatenate([judged.figures[name] for judged in found])
+    for name in every[0][1]:
+        values = np.concatenate([known[name] for _, known in every])
         values = values[~np.isnan(values)]
         if values.size:
             how = {"min": np.min, "max": np.max}.get(name.partition("_")[0], np.mean)
             figures[name] = float(how(values))
-    return float(np.mean(np.concatenate([judged.losses for judged in found]))), figures
+    return float(np.mean(np.concatenate([losses for losses, _ in every]))), figures

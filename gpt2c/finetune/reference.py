@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gpt2c.files.atomic import atomic_path, naming
 from gpt2c.files.untrusted import open_file
 from gpt2c.finetune.completions import log_probabilities
 from gpt2c.model.model import Model
+from gpt2c.parallel.world import ALONE, World
 from gpt2c.text.examples import Example, divided
 
 __all__ = ["reference_of"]
@@ -35,6 +37,7 @@ def reference_of(
     key: Mapping[str, str],
     untrained: bool,
     check: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> NDArray[np.float64]:
     """Return the log-probabilities (N,) of all completions by the untrained model.
 
@@ -48,12 +51,46 @@ def reference_of(
     key : identifies the examples and the untrained model
     untrained : whether `model` is the untrained one, which can compute what is missing
     check : called before each batch; if it raises, the file keeps what is done
+    world : its ranks share the batches; the file is rank 0's
 
     Raises
     ------
     ValueError : numbers are missing and the model is trained already, or they are not finite
     OSError : the file cannot be read or written
     """
+    found = world.by_first(lambda: _kept(examples, most, path, key, untrained))
+    batches, size = [], 0
+    for batch in divided(examples, most):
+        if size >= len(found):
+            batches.append(batch)
+        size += len(batch)
+    if not batches:
+        return np.array(found)
+    with naming(path), open(path, "ab") if world.rank == 0 else nullcontext() as file:
+        for start in range(0, len(batches), world.size):
+            if check:
+                check()
+            own = batches[start + world.rank : start + world.rank + 1]
+            values = [log_probabilities(model, batch, keep=False).tolist() for batch in own]
+            new = [value for some in world.all(values) for each in some for value in each]
+            if not np.isfinite(new).all():
+                with world.agreement():
+                    raise ValueError(
+                        "the untrained model's log-probabilities are not finite numbers"
+                    )
+            found += new
+            if file is not None:
+                file.write(b"".join(json.dumps(value).encode() + b"\n" for value in new))
+                file.flush()
+        if file is not None:
+            os.fsync(file.fileno())
+    return np.array(found)
+
+
+def _kept(
+    examples: Sequence[Example], most: int, path: Path, key: Mapping[str, str], untrained: bool
+) -> list[float]:
+    """Return the numbers of whole batches that the file has, and remove the rest from it."""
     lines = _lines(path)
     if lines and _parsed(lines[0], dict, {}) != key:
         lines = []
@@ -64,35 +101,22 @@ def reference_of(
             break
         found.append(value)
     if len(found) == len(examples):
-        return np.array(found)
+        return found
     if not untrained:
         raise ValueError(
             f"{path} lacks log-probabilities of these examples by the untrained model, and the"
             " run's model is trained already: put the file back, or begin the run again"
         )
-    batches, size = [], 0
+    size = 0
     for batch in divided(examples, most):  # one that is there in part is computed again
         if size + len(batch) > len(found):
-            batches.append(batch)
-        else:
-            size += len(batch)
-    del found[size:]
+            break
+        size += len(batch)
     with atomic_path(path) as temporary:
         temporary.write_bytes(
             b"".join(lines[: 1 + size]) if size else json.dumps(key).encode() + b"\n"
         )
-    with naming(path), open(path, "ab") as file:
-        for batch in batches:
-            if check:
-                check()
-            values = log_probabilities(model, batch, keep=False)
-            if not np.isfinite(values).all():
-                raise ValueError("the untrained model's log-probabilities are not finite numbers")
-            found += values.tolist()
-            file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values.tolist()))
-            file.flush()
-        os.fsync(file.fileno())
-    return np.array(found)
+    return found[:size]
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -24,6 +24,7 @@ from gpt2c.formats.load import AnyConfig
 from gpt2c.model.model import Model
 from gpt2c.text.examples import Example, Record
 from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
 
 __all__ = ["RewardSettings", "reward"]
@@ -84,7 +85,7 @@ class _Reward(Judging):
         pad = self.tokenizer.eot if base.pad_token_id is None else base.pad_token_id
         return dataclasses.replace(base, num_labels=1, pad_token_id=pad)
 
-    def judge(self, model: Model, units: Sequence[Unit], check: Check) -> Scores:
+    def judge(self, run: Run, units: Sequence[Unit], check: Check) -> Scores:
         return Scores(self.settings.center_rewards_coefficient)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.model.language_model import LanguageModel
+from gpt2c.parallel.world import ALONE, World
+from gpt2c.train.run import LostModel
 
 __all__ = ["Diverged", "Rollouts", "draw", "sample"]
 
@@ -26,7 +28,7 @@ Floats = NDArray[np.float64]
 MEMORY = 1 << 28  # bytes of keys, values and logits; more completions wait for their place
 
 
-class Diverged(ValueError):
+class Diverged(LostModel):
     """The policy's logits are not finite."""
 
 
@@ -53,7 +55,7 @@ class Rollouts(NamedTuple):
     @property
     def lengths(self) -> NDArray[np.int64]:
         """The number of tokens of each completion, (S,)."""
-        return np.array([len(ids) for ids in self.completions])
+        return np.array([len(ids) for ids in self.completions], np.int64)
 
     def prompt_of(self, number: int) -> Sequence[int]:
         """Return the prompt of a completion."""
@@ -109,6 +111,7 @@ def sample(
     unused: Sequence[int] = (),
     value: int | None = None,
     check: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> Rollouts:
     """Sample completions.
 
@@ -123,18 +126,65 @@ def sample(
     key : of the random numbers, such as seed and step
     unused : ids that are never drawn
     value : the id whose logit is the value of the text before each token
-    check : called before each step of all; it may raise an error that ends the work
+    check : called before each step of all; it may raise an error that ends the work. On several
+        ranks, whose steps are not as many, it is called once
+    world : its ranks share the prompts, and each gets the completions of all
 
     Raises
     ------
     Diverged : the policy's logits are not finite
     MemoryError : the keys and values of one group do not fit
     """
-    P, S, G = len(prompts), len(prompts) * count, count
+    S, share = len(prompts) * count, world.share(len(prompts))
     capacity = max(map(len, prompts)) + max_tokens - 1
+    uniforms = np.random.Generator(np.random.Philox(key=list(key))).random((S, max_tokens))
+    uniforms = uniforms[share.start * count : share.stop * count]
+    own, error = None, ""
+    if check and world.size > 1:
+        check()
+        check = None
+    try:
+        own = _sampled(
+            *(model, prompts[share], count, ends, capacity, temperature, uniforms),
+            *(unused, value, check),
+        )
+    except Diverged as diverged:
+        error = str(diverged)
+    for told in world.all(error):
+        if told:
+            raise Diverged(told)
+    assert own is not None
+    return own if world.size == 1 else _gathered(own, prompts, world)
+
+
+def _gathered(own: Rollouts, prompts: Sequence[Sequence[int]], world: World) -> Rollouts:
+    """Return the completions of all ranks, those of their shares of the prompts."""
+    ends = np.cumsum(world.rows(own.lengths))[:-1]
+
+    def rows(each: Sequence[NDArray[Any]], dtype: Any) -> list[NDArray[Any]]:
+        return np.split(world.rows(np.concatenate([np.zeros(0, dtype), *each])), ends)
+
+    floats = [rows(each, np.float64) for each in (own.logps, own.entropies, own.values)]
+    tokens = rows(own.completions, np.int32)
+    return Rollouts(prompts, tokens, floats[0], floats[1], floats[2], world.rows(own.truncated))
+
+
+def _sampled(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    ends: Collection[int],
+    capacity: int,
+    temperature: float,
+    uniforms: Floats,
+    unused: Sequence[int],
+    value: int | None,
+    check: Callable[[], None] | None,
+) -> Rollouts:
+    """Sample the completions of P prompts, see `sample`; `uniforms` are (P * G, max_tokens)."""
+    P, G, (S, max_tokens) = len(prompts), count, uniforms.shape
     slots = _slots(model, capacity, G, P)
     decoder = model.decoder(slots, capacity)
-    uniforms = np.random.Generator(np.random.Philox(key=list(key))).random((S, max_tokens))
     tokens = np.zeros((S, max_tokens), np.int32)
     logps, entropies, values = np.zeros((3, S, max_tokens))
     counts = np.zeros(S, np.int64)

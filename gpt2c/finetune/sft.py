@@ -26,7 +26,8 @@ from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
 from gpt2c.model.objective import CrossEntropy, Rows
-from gpt2c.text.examples import Example, divided
+from gpt2c.parallel.world import ALONE, World
+from gpt2c.text.examples import Example, divided, tokens_of
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
 from gpt2c.train.run import Run
@@ -75,9 +76,10 @@ class _SFT(Method):
     def learn(self, run: Run) -> Learned:
         model, step = run.model, self._data.step(run.step)
         count = sum(int(one.learned[1:].sum()) for one in step)
+        own = run.world.share(len(step))
         model.zero_grad()
-        loss, right, first = 0.0, 0, 0
-        for batch in divided(step, self._settings.batch_tokens):
+        loss, right, first = 0.0, 0.0, tokens_of(step[: own.start])
+        for batch in divided(step[own], self._settings.batch_tokens):
             objective = Answers(np.concatenate([one.targets for one in batch]))
             dropout = dropout_of(run.settings, run.step, first)
             inputs = [one.ids[:-1] for one in batch]
@@ -85,29 +87,35 @@ class _SFT(Method):
             model.backward()
             right += objective.right
             first += sum(map(len, inputs))
-        return Learned(loss, first, {"mean_token_accuracy": right / count})
+        loss, right = run.world.sum([loss, right])
+        return Learned(loss, tokens_of(step), {"mean_token_accuracy": right / count})
 
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
         examples = self._data.judged
-        total, right, count = 0.0, 0, 0
-        for batch in divided(examples, self._settings.batch_tokens):
-            if check:
-                check()
+        total, right, count = 0.0, 0.0, 0.0
+        for batch in run.world.turns(divided(examples, self._settings.batch_tokens), check):
             objective = Answers(np.concatenate([one.targets for one in batch]))
             total += run.model.loss([one.ids[:-1] for one in batch], objective, keep=False, count=1)
             right += objective.right
             count += int(objective.live.sum())
+        total, right, count = run.world.sum([total, right, count])
         figures = {"val_loss": total / count, "val_mean_token_accuracy": right / count}
         asked = [] if self._data.format == "text" else examples[: self._settings.eval_answers]
         if asked and math.isfinite(total):
-            figures |= answered(run.model, asked, self.tokenizer.eot, check)
+            figures |= answered(run.model, asked, self.tokenizer.eot, check, run.world)
         return figures
 
 
 def answered(
-    model: CausalLM, examples: Sequence[Example], eot: int, check: Check = None
+    model: CausalLM,
+    examples: Sequence[Example],
+    eot: int,
+    check: Check = None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Answer the last prompt of examples greedily; return how well. One that is cut is not asked.
+
+    The ranks of `world` take turns.
 
     Returns
     -------
@@ -119,11 +127,9 @@ def answered(
         start = one.asked
         if not one.cut and start < len(one.ids) and start < model.config.n_positions:
             asked.append((one.ids[:start], one.ids[start:].tolist()))
-    ended = right = 0
+    ended = right = 0.0
     longest = max((len(answer) for _, answer in asked), default=0)
-    for start in range(0, len(asked), AT_ONCE):
-        if check:
-            check()
+    for start in world.turns(range(0, len(asked), AT_ONCE), check):
         group = asked[start : start + AT_ONCE]
         texts = model.generate(
             [prompt for prompt, _ in group], 2 * longest, temperature=0, stop=eot, on_full="stop"
@@ -134,6 +140,7 @@ def answered(
                 new = new[: new.index(eot) + 1]
                 ended += 1
             right += new == answer
+    ended, right = world.sum([ended, right])
     count = max(1, len(asked))
     return {"val_ended": ended / count, "val_exact_match": right / count}
 

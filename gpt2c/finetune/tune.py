@@ -2,6 +2,8 @@
 
 A run can be killed at any moment and goes on with resume=True, to the bit, as in pretraining: each
 step is a function of its number, the settings, the examples, and the weights and moments before it.
+
+On several ranks of MPI each has a share of a step's examples. Their gradients are summed here.
 """
 
 from __future__ import annotations
@@ -29,20 +31,23 @@ from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.formats.load import AnyConfig, Pretrained, find_model
 from gpt2c.formats.peft import digest
 from gpt2c.kernels.backend import Backend, as_precision, get_backend
+from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import require
 from gpt2c.model.model import first_values
 from gpt2c.model.parameters import Tensor, check_shapes, names_that_fit
 from gpt2c.model.plan import parts_needed
-from gpt2c.parallel.world import require_alone
+from gpt2c.parallel.world import World, join
 from gpt2c.pretrained import MODELS
 from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.checkpoints import Checkpoint
 from gpt2c.train.hooks import Learned, evaluated
 from gpt2c.train.loop import train_run
 from gpt2c.train.metrics import read_metrics
-from gpt2c.train.needs import with_scratch
-from gpt2c.train.optimizer import AdamW
+from gpt2c.train.needs import on_ranks, with_scratch
 from gpt2c.train.run import (
+    LostModel,
     Run,
+    check_ranks,
     copy_model,
     locked_run,
     newest_checkpoint,
@@ -52,6 +57,7 @@ from gpt2c.train.run import (
     write_result,
 )
 from gpt2c.train.settings import resumed
+from gpt2c.train.sharded import optimizer_of
 from gpt2c.train.stop import StoppedError, interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
@@ -119,7 +125,11 @@ class Method(ABC):
 
     @abstractmethod
     def learn(self, run: Run) -> Learned:
-        """Compute the gradients of step `run.step` into the run's model."""
+        """Compute the gradients of step `run.step` into the run's model.
+
+        They are those of this rank's examples, `run.world.share` of the step's, divided by counts
+        of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`.
+        """
 
     def publish(self, checkpoint: Path, out: Path) -> None:
         """Write the model of a checkpoint to the run's directory."""
@@ -127,7 +137,10 @@ class Method(ABC):
 
     @abstractmethod
     def evaluate(self, run: Run, check: Check) -> dict[str, float]:
-        """Return figures of the present weights on the examples held out, "val_loss" first."""
+        """Return figures of the present weights on the examples held out, "val_loss" first.
+
+        All ranks return the same; they may take turns: `run.world.turns`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,22 +197,33 @@ def tune(
     OSError, ValueError, MemoryError : see `gpt2c.train.pretrain.train`; the base or an example is
         not as it must be, and nothing was written
     """
-    require_alone(f"gpt2c {verb}")
-    if resume and overwrite:
-        raise ValueError(
-            f"--resume continues the run in {out} and --overwrite removes it: pass one of them"
-        )
-    began, out = time.monotonic(), Path(out)
-    if not resume:
-        check_apart(out, base, *reads)
-    with ExitStack() as stack:
-        if resume:
-            stack.enter_context(locked_run(out))
-        run, method, zeros = _prepare(
-            *(verb, kind, make, base, out, given, resume, overwrite), stack
-        )
+    began, out, world = time.monotonic(), Path(out), join()
+    with world.guard(LostModel), ExitStack() as stack:
+        record: dict[str, Any] | None = None
+        with world.agreement():
+            if resume and overwrite:
+                raise ValueError(
+                    f"--resume continues the run in {out} and --overwrite removes it: pass one of"
+                    " them"
+                )
+            if world.rank == 0 and not resume:
+                check_apart(out, base, *reads)
+            elif world.rank == 0:
+                stack.enter_context(locked_run(out))
+                record = read_record(out, verb)
+        record = world.first(record)
+        with world.agreement():
+            run, method, zeros, found = _checked(verb, kind, make, base, out, given, record, world)
         stack.callback(run.close)
-        if not resume:
+        check_ranks(run)
+        with world.agreement(), run.leading() as leads:
+            if leads and record is None:
+                stack.enter_context(claimed(out, overwrite))
+                stack.enter_context(locked_run(out))
+            if leads:
+                open_run(run, record, found, overwrite, held=True, stack=stack)
+        run.share()
+        if world.rank == 0 and not resume:
             stack.enter_context(_cleared(run))
         before: Mapping[str, float] = {}
         after: dict[str, float] = {}
@@ -213,14 +237,16 @@ def tune(
             learned = method.learn(run)
             if zeros is not None:
                 np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
+            if run.exchange is not None:
+                run.exchange.finish()
             return learned
 
-        with interruptible() as stop:
+        with interruptible(world) as stop:
             if resume:
-                before, evaluations = _before(out), _evaluations(out)
-                after |= evaluations.get(run.settings.max_iters, {})
+                before = world.by_first(lambda: _before(out))
+                after |= world.by_first(lambda: _evaluation(out, run.settings.max_iters))
             if run.step < run.settings.max_iters:
-                for line in (*method.lines(), *_adapter_lines(run)):
+                for line in (*method.lines(), *_adapter_lines(run), *_rank_lines(run)):
                     report(line)
             if not run.step:
                 try:
@@ -228,14 +254,16 @@ def tune(
                 except StoppedError:
                     return Result(out, 0, run.settings.max_iters, 0, 0.0, {}, {}, True)
                 report(f"before: {evaluated(before, method.unit)}")
-                write_result(out, verb, {"before": before})
+                if world.rank == 0:
+                    write_result(out, verb, {"before": before})
             method.begin(run)
             done = train_run(run, learn, evaluation, stop, method.shown, method.unit)
         result = Result(
             *(out, run.step, run.settings.max_iters, run.skipped, time.monotonic() - began),
             *(before, {} if done.interrupted else after, done.interrupted),
         )
-        write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
+        if world.rank == 0:
+            write_result(out, verb, dataclasses.asdict(result) | {"out": str(out)})
         return result
 
 
@@ -267,23 +295,27 @@ def _adapter_lines(run: Run) -> Iterable[str]:
         )
 
 
-def _prepare(
+def _rank_lines(run: Run) -> Iterable[str]:
+    """Yield the ranks, if there are several."""
+    if run.world.report:
+        yield run.world.report.removeprefix("; ")
+
+
+def _checked(
     verb: str,
     kind: type[S],
     make: Callable[[Base, S], Method],
     base: str | os.PathLike[str],
     out: Path,
     given: Mapping[str, Any],
-    resume: bool,
-    overwrite: bool,
-    stack: ExitStack,
-) -> tuple[Run, Method, NDArray[np.bool_] | None]:
-    """Check the arguments and files before anything is written, then open the run.
+    record: Mapping[str, Any] | None,
+    world: World,
+) -> tuple[Run, Method, NDArray[np.bool_] | None, Checkpoint | None]:
+    """Check the arguments and files; return the run, not yet opened, and its checkpoint.
 
-    With keep_zeros, the last of the result is where the base's matrices are 0. Without gradients
+    With keep_zeros, the third of the result is where the base's matrices are 0. Without gradients
     AdamW leaves a 0 as it is, whatever its decay.
     """
-    record = read_record(out, verb) if resume else None
     if record is None:
         settings = kind(**given)
         if settings.lora and "learning_rate" not in given:
@@ -293,6 +325,13 @@ def _prepare(
         settings = resumed(kind, record["settings"], given, str(out / RUN_FILE))
     if settings.tensorboard:
         check_tensorboard()
+    if settings.batch_size < world.size:
+        raise ValueError(
+            f"a step has {counted(settings.batch_size, 'example')} (batch_size), which {world.size}"
+            " ranks cannot share: start fewer ranks"
+        )
+    world.timeout = settings.mpi_timeout
+    threads = world.take_cores(settings.threads)
     found = find_model(base)
     if found.weights != "fp32":
         raise ValueError(f"{base} has {found.weights} weights: only fp32 weights are trained")
@@ -303,19 +342,22 @@ def _prepare(
         found = dataclasses.replace(found, tensors={})
     tokenizer = Tokenizer.from_pretrained(found.path)
     tokenizer.unused_ids(found.config.vocab_size)  # refuses one with more tokens than the model
-    method = make(Base(found, tokenizer), settings)
+    method = make(Base(found, tokenizer), dataclasses.replace(settings, threads=threads))
     planned = settings.planned(method.examples)
     config = dataclasses.replace(method.config(found.config), lora=settings.adapters)
-    checkpoint = None if record is None else newest_checkpoint(out, record, config)
-    backend = get_backend(settings.backend, settings.threads or None)
+    checkpoint = None
+    if record is not None and world.rank == 0:
+        checkpoint = newest_checkpoint(out, record, config)
+    backend = get_backend(settings.backend, threads or None)
     tokens = max(method.longest, min(settings.batch_tokens, method.longest * settings.batch_size))
     weights = "fp32" if settings.quantize == "none" else settings.quantize
     precision = as_precision(settings.precision, backend)
     frozen = config.frozen()
     if settings.freeze:
         frozen |= names_that_fit(config.parameter_shapes(), settings.freeze.split(","))
+    parts = parts_needed(config, 1, tokens, settings.recomputation, precision, weights, frozen)
     needs = with_scratch(
-        parts_needed(config, 1, tokens, settings.recomputation, precision, weights, frozen),
+        on_ranks(parts, world.size, settings.zero),
         *(config, backend, tokens, precision),
         divided=method.longest * settings.batch_size > settings.batch_tokens
         and config.stack().head.weight not in frozen,
@@ -340,15 +382,17 @@ def _prepare(
     if settings.freeze:
         model.freeze(*settings.freeze.split(","))
     zeros = model.flat_parameters[: model.decay_size] == 0 if settings.keep_zeros else None
-    optimizer = AdamW(
-        model, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+    optimizer, exchange = optimizer_of(
+        world,
+        model,
+        settings.zero,
+        settings.transport,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
     )
-    run = Run(out, planned, model, optimizer, method.tokenizer, facts, method.publish)
-    if record is None:
-        stack.enter_context(claimed(out, overwrite))
-        stack.enter_context(locked_run(out))
-    open_run(run, record, checkpoint, overwrite, held=True, stack=stack)
-    return run, method, zeros
+    of_model = planned, model, optimizer, method.tokenizer
+    run = Run(out, *of_model, facts, method.publish, world, exchange)
+    return run, method, zeros, checkpoint
 
 
 def _open(
@@ -407,16 +451,15 @@ def _before(out: Path) -> dict[str, float]:
     return {name: value for name, value in pairs if type(value) in numbers}
 
 
-def _evaluations(out: Path) -> dict[int, dict[str, float]]:
-    """Return the figures of each evaluated step, which metrics.jsonl has before result.json."""
+def _evaluation(out: Path, step: int) -> dict[str, float]:
+    """Return the figures of an evaluated step, which metrics.jsonl has before result.json."""
     steps: list[dict[str, Any]] = []
     with suppress(OSError):
         steps = read_metrics(out / METRICS_FILE)
     return {
-        entry["step"]: {
-            name: math.nan if value is None else value
-            for name, value in entry.items()
-            if name.startswith("val_")
-        }
+        name: math.nan if value is None else value
         for entry in steps
+        if entry["step"] == step
+        for name, value in entry.items()
+        if name.startswith("val_")
     }

@@ -23,6 +23,7 @@ __all__ = [
     "AFFINITY",
     "CORES",
     "bind",
+    "bound",
     "cgroups",
     "cpu_quota",
     "free_bytes",
@@ -38,7 +39,7 @@ ROOT = Path("/")
 UNLIMITED = 1 << 60  # bytes: cgroup version 1 writes a larger number for no limit
 
 
-def _affinity() -> frozenset[int]:
+def bound() -> frozenset[int]:
     """Return the cores that this thread may run on, by their numbers."""
     asked = getattr(os, "sched_getaffinity", None)
     return frozenset(asked(0) if asked else range(CORES))
@@ -48,7 +49,7 @@ CORES = os.cpu_count() or 1
 # The affinity at the import of gpt2c. An OpenMP library that binds threads (OMP_PROC_BIND) binds
 # this thread to a single core when it loads, and its other threads to the other cores. A forked
 # child has the same AFFINITY. A process that restricts itself later must pass `threads`.
-AFFINITY = _affinity()
+AFFINITY = bound()
 
 
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
@@ -64,14 +65,14 @@ def unbound() -> Iterator[None]:
     if asked is None or not any(map(os.environ.get, BINDING)):
         yield
         return
-    bound = asked(0)
+    before = asked(0)
     with suppress(OSError):  # cores may have been taken away since
         os.sched_setaffinity(0, AFFINITY)
     try:
         yield
     finally:
         with suppress(OSError):
-            os.sched_setaffinity(0, bound)
+            os.sched_setaffinity(0, before)
 
 
 def bind(cores: Collection[int]) -> None:

@@ -8,6 +8,9 @@ all-reduce of MPI's own does not promise. Then each rank holds the sums of its p
 all-gather of pieces makes any flat array whole again. Both together send 2 (p - 1) / p of the
 gradients' bytes, as a ring's all-reduce does.
 
+The transport "bf16" sends gradients as the nearest bfloat16 numbers, in half the bytes. They are
+summed in float32, and what is gathered stays float32.
+
 Knows of a model only the names, order and flat memory of what is trained.
 """
 
@@ -19,14 +22,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2c.kernels.memory import ALIGNMENT, Array
+from gpt2c.kernels.reference.rounding import read, stored
 from gpt2c.parallel.world import Ranks
 
-__all__ = ["BUCKET", "IN_FLIGHT", "Bucket", "Exchange", "buckets"]
+__all__ = ["BUCKET", "IN_FLIGHT", "TRANSPORTS", "Bucket", "Exchange", "buckets"]
 
 BUCKET = 25_000_000 // 4  # floats; as PyTorch's DistributedDataParallel
 IN_FLIGHT = 4  # buckets; each takes its size again for what is received
+TRANSPORTS = ("fp32", "bf16")
+BLOCK = 1 << 14  # floats that are rounded at once, in the cache
 
 
 class Trained(Protocol):
@@ -108,7 +115,7 @@ class _Sent(NamedTuple):
 
     request: Any
     bucket: Bucket
-    received: Array
+    received: NDArray[Any]
 
 
 class Exchange:
@@ -118,6 +125,7 @@ class Exchange:
     ----------
     world : the ranks
     model : its gradients are exchanged; what it trains must not change
+    transport : of the gradients, one of TRANSPORTS
 
     Attributes
     ----------
@@ -126,8 +134,8 @@ class Exchange:
     own : the pieces of this rank, in the order of memory
     """
 
-    def __init__(self, world: Ranks, model: Trained) -> None:
-        self._world, self._model = world, model
+    def __init__(self, world: Ranks, model: Trained, transport: str = "fp32") -> None:
+        self._world, self._model, self._narrow = world, model, transport == "bf16"
         self.buckets = buckets(model.final_order, model.trained_slices, BUCKET)
         in_memory = sorted(self.buckets)
         self.pieces = [bucket.pieces(world.size) for bucket in in_memory]
@@ -181,13 +189,14 @@ class Exchange:
         world, pieces = self._world, bucket.pieces(self._world.size)
         counts, begins = _counts(pieces, bucket.start)
         own = counts[world.rank]
-        received = np.empty((world.size, own), np.float32)
-        sent = self._model.flat_gradients[bucket.start : bucket.end]
+        sent: NDArray[Any] = self._model.flat_gradients[bucket.start : bucket.end]
+        kind = world.MPI.FLOAT
+        if self._narrow:
+            sent, kind = _rounded(sent), world.MPI.UINT16_T
+        received = np.empty((world.size, own), sent.dtype)
         rows = [own] * world.size, [own * rank for rank in range(world.size)]
-        request = world.comm.Ialltoallv(
-            [sent, counts, begins, world.MPI.FLOAT], [received, *rows, world.MPI.FLOAT]
-        )
-        world.bytes_sent += 4 * (sum(counts) - own)
+        request = world.comm.Ialltoallv([sent, counts, begins, kind], [received, *rows, kind])
+        world.bytes_sent += sent.itemsize * (sum(counts) - own)
         self._sent.append(_Sent(request, bucket, received))
 
     def _add_first(self) -> None:
@@ -196,9 +205,20 @@ class Exchange:
         self._world.wait(request, "gradients")
         own = bucket.pieces(self._world.size)[self._world.rank]
         total = self._model.flat_gradients[own]
-        np.copyto(total, received[0])
+        np.copyto(total, self._read(received[0]))
         for row in received[1:]:
-            total += row
+            total += self._read(row)
+
+    def _read(self, row: NDArray[Any]) -> Array:
+        return read(row) if self._narrow else row
+
+
+def _rounded(x: Array) -> NDArray[np.uint16]:
+    """Return the nearest bfloat16 numbers."""
+    found = np.empty(x.size, np.uint16)
+    for start in range(0, x.size, BLOCK):
+        found[start : start + BLOCK] = stored(x[start : start + BLOCK])
+    return found
 
 
 def _counts(pieces: Sequence[slice], start: int) -> tuple[list[int], list[int]]:

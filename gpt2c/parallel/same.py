@@ -15,7 +15,8 @@ def check_same(world: World, own: Mapping[str, Any], local: Collection[str]) -> 
 
     Parameters
     ----------
-    own : "gpt2c", the version; "settings", name -> value; "data", what identifies it
+    own : "gpt2c", the version; "settings", name -> value; "data", what identifies it; "models",
+        role -> checksum of each model that is read
     local : settings that may differ
 
     Raises
@@ -47,3 +48,8 @@ def _compare(
             f"rank {rank} has other training or validation tokens than rank 0: each machine needs"
             " the same data"
         )
+    for role, checksum in first["models"].items():
+        if other["models"].get(role) != checksum:
+            raise ValueError(
+                f"rank {rank} has another {role} than rank 0: each machine needs the same model"
+            )

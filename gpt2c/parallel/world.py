@@ -13,11 +13,12 @@ from __future__ import annotations
 import faulthandler
 import functools
 import json
+import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -35,9 +36,19 @@ from gpt2c.kernels.backend import THREAD_VARIABLES, default_threads
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.limits import AFFINITY, CORES, bind, usable_cores
 
-__all__ = ["ALONE", "Ranks", "World", "first_voice", "join", "launched", "require_alone"]
+__all__ = [
+    "ALONE",
+    "Ranks",
+    "World",
+    "first_voice",
+    "join",
+    "launched",
+    "mpi_library",
+    "require_alone",
+]
 
 T = TypeVar("T")
+D = TypeVar("D", bound=np.generic)
 # Rank and size, as Open MPI, MPICH with its descendants, and Slurm tell them.
 VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -79,6 +90,7 @@ class World:
     Attributes
     ----------
     rank, size : the number of this process, and of all
+    here : the number of ranks on this host
     timeout : the most seconds that a rank waits for the others
     doing : the present work, for the message of a rank that waits too long
     bytes_sent : to other ranks, until now
@@ -88,6 +100,7 @@ class World:
 
     rank = 0
     size = 1
+    here = 1
 
     def __init__(self) -> None:
         self.timeout = TIMEOUT
@@ -121,6 +134,26 @@ class World:
         """Return the values of all ranks, which JSON can hold."""
         return [value]
 
+    def rows(self, own: NDArray[D]) -> NDArray[D]:
+        """Return the rows of all ranks, in the order of ranks; there may be none of a rank."""
+        return own
+
+    def share(self, count: int) -> slice:
+        """Return this rank's share of `count` things: shares follow each other, nearly equal."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def turns(self, things: Iterable[T], check: Callable[[], None] | None = None) -> Iterator[T]:
+        """Yield this rank's things: all take turns. Before each turn of all, `check` is called."""
+        for number, thing in enumerate(things):
+            if check and number % self.size == 0:
+                check()
+            if number % self.size == self.rank:
+                yield thing
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """Return what rank 0 alone makes, which JSON can hold; the others wait without a limit."""
+        return work()
+
     def agreement(self) -> AbstractContextManager[None]:
         """Raise an error within on all ranks: rank 0 tells it, the others end. Not collective."""
         return nullcontext()
@@ -148,6 +181,7 @@ class Ranks(World):
         self._is_agreed = False
         host = self.MPI.Get_processor_name()
         self._places = [Place(*found) for found in self.all((host, sorted(AFFINITY)))]
+        self.here = sum(place.host == host for place in self._places)
 
     def take_cores(self, threads: int) -> int:
         """See `World`; ranks that the launcher has bound to cores of their own stay there."""
@@ -167,7 +201,7 @@ class Ranks(World):
         hosts = len({place.host for place in self._places})
         self.report = (
             f"; {self.size} ranks on {counted(hosts, 'host')}, {counted(threads, 'thread')} each"
-            f" ({how}), {_library(self.MPI)}"
+            f" ({how}), {mpi_library(self.MPI)}"
         )
         return threads
 
@@ -199,11 +233,34 @@ class Ranks(World):
 
     def all(self, value: T) -> list[T]:
         """See `World`."""
-        text, lengths = _bytes(value), np.empty(self.size, np.int64)
-        self.wait(self.comm.Iallgather(np.array([text.size]), lengths), "what each rank tells")
+        return [json.loads(part.tobytes()) for part in self._gathered(_bytes(value))]
+
+    def rows(self, own: NDArray[D]) -> NDArray[D]:
+        """See `World`."""
+        found = self._gathered(np.frombuffer(bytearray(own.tobytes()), np.uint8))
+        return np.concatenate(found).view(own.dtype).reshape(-1, *own.shape[1:])
+
+    def _gathered(self, own: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Return the bytes of each rank."""
+        lengths = np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([own.size]), lengths), "what each rank tells")
         found = np.empty(lengths.sum(), np.uint8)
-        self.wait(self.comm.Iallgatherv(text, [found, lengths.tolist()]), "what each rank tells")
-        return [json.loads(part.tobytes()) for part in np.split(found, np.cumsum(lengths)[:-1])]
+        self.wait(self.comm.Iallgatherv(own, [found, lengths.tolist()]), "what each rank tells")
+        self.bytes_sent += own.size * (self.size - 1)
+        return np.split(found, np.cumsum(lengths)[:-1])
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """See `World`."""
+        limit = self.timeout
+        if self.rank:
+            self.timeout = math.inf
+        try:
+            with self.agreement():
+                found = [work()] if self.rank == 0 else []
+            (made,) = self.first(found)
+            return made
+        finally:
+            self.timeout = limit
 
     def broadcast(self, array: NDArray[Any]) -> None:
         """Copy the array of rank 0 into that of all ranks, a piece at a time."""
@@ -253,6 +310,7 @@ class Ranks(World):
         try:
             yield
         except agreed:
+            self._is_agreed = True  # for a guard around this one
             if self.rank:
                 raise SystemExit(FAILED) from None
             raise
@@ -305,8 +363,8 @@ def join() -> World:
         if MPI.COMM_WORLD.size == place.size:
             return Ranks(MPI)
         why = (
-            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {_library(MPI)}, which must be the"
-            " MPI of the launcher"
+            f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {mpi_library(MPI)}, which must be"
+            " the MPI of the launcher"
         )
     except (ImportError, RuntimeError) as error:  # absent; or its MPI is
         why = f"mpi4py cannot be loaded ({error}): pip install 'gpt2c[mpi]', and an MPI"
@@ -346,6 +404,7 @@ def first_voice(errors: bool = False) -> Iterator[None]:
         yield
 
 
-def _library(MPI: Any) -> str:
+def mpi_library(MPI: Any) -> str:
+    """Return the name and version of the MPI that the module mpi4py.MPI has loaded."""
     line = MPI.Get_library_version().splitlines()[0].split(",")[0]
     return " ".join(line.replace("Version:", "").split())

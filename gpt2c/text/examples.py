@@ -39,6 +39,7 @@ __all__ = [
     "shortened",
     "string",
     "supervised",
+    "tokens_of",
 ]
 
 T = TypeVar("T")
@@ -404,6 +405,11 @@ def divided(examples: Sequence[Example], most: int) -> Iterator[Sequence[Example
     """Divide examples into batches of at most `most` tokens."""
     for part in parts([len(one.ids) - 1 for one in examples], most):
         yield examples[part]
+
+
+def tokens_of(examples: Sequence[Example]) -> int:
+    """Return the number of tokens of examples that a model reads."""
+    return sum(len(one.ids) - 1 for one in examples)
 
 
 def fingerprint(examples: Sequence[Example]) -> dict[str, Any]:

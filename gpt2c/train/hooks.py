@@ -62,11 +62,13 @@ class Step(NamedTuple):
     learned : the objective's
     fault : which loss or gradient is not finite, so that nothing was updated; "" for none
     seconds : its duration
+    waited : the seconds of it in which this rank waited for others
     """
 
     learned: Learned
     fault: str
     seconds: float
+    waited: float = 0.0
 
 
 Hook = Callable[[Run, Step], None]
@@ -111,6 +113,9 @@ class Show:
         texts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
         if "share_of_peak" in figures:
             texts.append(f"{figures['share_of_peak']:.0%} of peak")
+        if run.world.size > 1:
+            waited = sum(step.waited for step in self._recent)
+            texts.append(f"{waited / sum(step.seconds for step in self._recent):.0%} waiting")
         return "  ".join(texts)
 
 

@@ -149,7 +149,7 @@ def _step(
         run.tokens += learned.tokens
         run.torn = False
         run.val_loss = math.nan
-        step = Step(learned, fault, time.perf_counter() - began)
+        step = Step(learned, fault, time.perf_counter() - began, world.waited - waited)
         run.seconds += step.seconds
         run.entry = {
             "step": run.step,
@@ -163,7 +163,7 @@ def _step(
         if world.size > 1:
             run.entry |= {
                 "mpi_bytes": world.bytes_sent - sent,
-                "mpi_share": round((world.waited - waited) / step.seconds, 4),
+                "mpi_share": round(step.waited / step.seconds, 4),
             }
         if run.settings.skip_nonfinite:
             run.entry["skipped"] = run.skipped

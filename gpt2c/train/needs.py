@@ -17,7 +17,7 @@ from gpt2c.model.plan import bytes_needed, parts_needed
 from gpt2c.parallel.gradients import BUCKET, IN_FLIGHT
 from gpt2c.train.settings import TrainSettings
 
-__all__ = ["PYTHON", "check_training", "training_parts", "with_scratch"]
+__all__ = ["PYTHON", "check_training", "on_ranks", "training_parts", "with_scratch"]
 
 PYTHON = 32 << 20  # bytes that Python takes later, for the picture and its imports
 SCRATCH = 3 << 20  # bytes of a thread: its kernels' packed arrays, and its stack
@@ -48,12 +48,19 @@ def training_parts(
         *(config, settings.batch_size, settings.block_size, settings.recomputation), precision
     )
     parts["order of the windows"] = order_bytes
-    if ranks > 1:
-        parts["gradients of other ranks"] = min(parts["gradients"], 4 * BUCKET * IN_FLIGHT)
-        parts["moments"] //= ranks if settings.zero else 1
+    parts = on_ranks(parts, ranks, settings.zero)
     divided = settings.gradient_accumulation_steps > 1
     tokens = settings.batch_size * settings.block_size
     return with_scratch(parts, config, backend, tokens, precision, divided)
+
+
+def on_ranks(parts: Mapping[str, int], ranks: int, zero: int) -> dict[str, int]:
+    """Return the parts of one of several ranks, which get gradients and may share the moments."""
+    parts = dict(parts)
+    if ranks > 1:
+        parts["gradients of other ranks"] = min(parts["gradients"], 4 * BUCKET * IN_FLIGHT)
+        parts["moments"] //= ranks if zero else 1
+    return parts
 
 
 def with_scratch(

@@ -6,7 +6,6 @@ Knows tokens; it only compares their tokenizer and passes it on.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,6 @@ from gpt2c.files import atomic
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.config import ModelConfig
-from gpt2c.parallel.same import check_same
 from gpt2c.parallel.world import World, join
 from gpt2c.pretrained import MODELS
 from gpt2c.text.batches import Batches
@@ -31,6 +29,7 @@ from gpt2c.train.needs import check_training
 from gpt2c.train.run import (
     LostModel,
     Run,
+    check_ranks,
     check_save,
     locked_run,
     newest_checkpoint,
@@ -44,8 +43,6 @@ from gpt2c.train.stop import interruptible
 from gpt2c.train.tensorboard import check_tensorboard
 
 __all__ = ["reserved", "train"]
-
-LOCAL = ("backend", "threads")  # settings that may differ from machine to machine
 
 
 def train(
@@ -182,7 +179,7 @@ def _prepare(
         run, settings, found, batches, val_tokens = _checked(
             *(data, out, given, record, world), stack
         )
-    _check_same(world, run)
+    check_ranks(run)
     with world.agreement(), run.leading() as leads:
         if leads:
             open_run(run, record, found, overwrite, held, stack)
@@ -246,6 +243,7 @@ def _checked(
         world,
         model,
         settings.zero,
+        settings.transport,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
@@ -266,23 +264,6 @@ def _check_shares(settings: TrainSettings, world: World) -> None:
             f" gradient_accumulation_steps {settings.gradient_accumulation_steps}, which"
             f" {world.size} ranks cannot share equally: start a number of ranks that divides it"
         )
-
-
-def _check_same(world: World, run: Run) -> None:
-    """Refuse ranks that would train something else; report other backends."""
-    backend = [run.model.backend.name, run.model.precision]
-    own = {
-        "gpt2c": importlib.metadata.version("gpt2c"),
-        "settings": dataclasses.asdict(run.settings),
-        "data": run.facts["data"],
-    }
-    check_same(world, own, {*LOCAL})
-    for rank, other in enumerate(world.all(backend)):
-        if other != backend:
-            report(
-                f"rank {rank} computes with {' in '.join(other)} and rank 0 with"
-                f" {' in '.join(backend)}: the result will not be bit-for-bit that of one of them"
-            )
 
 
 def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:

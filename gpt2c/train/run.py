@@ -54,6 +54,7 @@ from gpt2c.formats.load import config_of
 from gpt2c.kernels.checks import counted
 from gpt2c.model.config import ModelConfig
 from gpt2c.parallel.gradients import Exchange
+from gpt2c.parallel.same import check_same
 from gpt2c.parallel.world import ALONE, Ranks, World
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train import checkpoints, tensorboard
@@ -69,6 +70,7 @@ __all__ = [
     "Run",
     "check_config",
     "check_never_saved",
+    "check_ranks",
     "check_save",
     "copy_model",
     "locked_run",
@@ -80,6 +82,7 @@ __all__ = [
 ]
 
 VERSION = 1
+LOCAL = ("backend", "threads")  # settings that may differ from machine to machine
 # What a run writes at the top of its directory.
 _FILES = (RUN_FILE, *MODEL_FILES, *ADAPTER_FILES, *TOKENIZER_FILES, REFERENCE_FILE)
 _LOGS = (METRICS_FILE, DAMAGED_FILE, LOSS_FILE, RUNS_FILE, RESULT_FILE, CONFUSION_FILE)
@@ -246,6 +249,32 @@ def newest_checkpoint(
     else:
         check_config(found.path, found.config, config)
     return found
+
+
+def check_ranks(run: Run) -> None:
+    """Refuse ranks that would train something else; report other backends. Collective.
+
+    Raises
+    ------
+    ValueError : settings, data, a model or the version differ
+    """
+    facts, backend = run.facts, [run.model.backend.name, run.model.precision]
+    own = {
+        "gpt2c": importlib.metadata.version("gpt2c"),
+        "settings": dataclasses.asdict(run.settings),
+        "data": facts["data"],
+        "models": {
+            **({"base": facts["base"]["sha256"]} if "base" in facts else {}),
+            **facts.get("models", {}),
+        },
+    }
+    check_same(run.world, own, {*LOCAL})
+    for rank, other in enumerate(run.world.all(backend)):
+        if other != backend:
+            report(
+                f"rank {rank} computes with {' in '.join(other)} and rank 0 with"
+                f" {' in '.join(backend)}: the result will not be bit-for-bit that of one of them"
+            )
 
 
 def open_run(

@@ -21,6 +21,7 @@ from gpt2c.kernels.backend import PRECISIONS
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
+from gpt2c.parallel.gradients import TRANSPORTS
 from gpt2c.train.optimizer import SCHEDULES, Schedule
 
 __all__ = [
@@ -137,6 +138,10 @@ class Settings:
         least=0,
         older=1,
     )
+    transport: str = setting(
+        *("parallel", "fp32", "fp32, or bf16: ranks send each other gradients in half the bytes"),
+        older="fp32",
+    )
     mpi_timeout: float = setting(
         *("parallel", 600.0, "seconds that a rank of mpiexec waits for the others"),
         least=1,
@@ -151,6 +156,10 @@ class Settings:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.zero not in (0, 1):
             raise ValueError(f"zero must be 0 or 1, got {self.zero}")
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"transport must be {' or '.join(TRANSPORTS)}, got {shown(self.transport)}"
+            )
         if self.recompute not in ("none", "light", "full"):
             raise ValueError(f"recompute must be none, light or full, got {self.recompute!r}")
         if self.precision not in (*PRECISIONS, "auto"):

@@ -15,6 +15,7 @@ from helpers.measured import CEILINGS, op_results
 
 from gpt2c.bench import machine, report
 from gpt2c.bench.machine import Ceilings, cpu_name
+from gpt2c.bench.ranks import add_speed_ups
 from gpt2c.bench.suite import Result
 
 
@@ -40,6 +41,25 @@ def test_table_of_training() -> None:
     assert table[0][-1] == "times as fast as best PyTorch" and table[0][4] == "% of peak"
     assert report.train_table(results[:1], CEILINGS)[1][0][-1] == "times as fast as avx2"
     assert table[1] == ["avx2", "0.020", "0%", "5,000.0", "50%", "2.00", "2.00"]
+
+
+def test_table_of_ranks() -> None:
+    facts = {"flops": 1e9, "tokens": 100, "peak_memory": 2e9}
+    shared = facts | {"ranks": 4, "mpi_bytes": 3e6, "mpi_share": 0.25}
+    results = [
+        Result("train 4 x 25", "avx2", [0.02] * 3, facts=facts),
+        Result("train 4 x 25", "4 x avx2", [0.01] * 3, facts=shared),
+        Result("train 4 x 25", "base", note="FAILED: it died"),
+        Result("train 4 x 25", "4 x base", [0.04] * 3, facts=dict(shared)),
+    ]
+    add_speed_ups(results)
+    _, table = report.ranks_table(results, CEILINGS)
+    assert table[0][-4:] == ["speed-up", "efficiency", "MB sent", "waiting"]
+    assert table[1] == ["avx2", "0.020", "0%", "5,000.0", "50%", "2.00", "", "", "", ""]
+    shown = ["10,000.0", "25%", "2.00", "2.00", "50%", "3.0", "25%"]
+    assert table[2] == ["4 x avx2", "0.010", "0%", *shown]
+    assert table[3] == ["base", "FAILED: it died"]
+    assert table[4][-4:] == ["", "", "3.0", "25%"]  # one rank alone was not measured
 
 
 def test_json_and_pictures_are_written(tmp_path: Path) -> None:

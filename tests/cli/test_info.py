@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,8 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tests/bench/test_machine.py measures."""
+    """tests/bench/test_machine.py measures, and one test below loads MPI."""
+    monkeypatch.setattr(cli_info, "_mpi", lambda: "some MPI")
     monkeypatch.setattr(cli_info, "core_distance", lambda: 171.0)
     monkeypatch.setattr(cli_info, "read_bandwidth", lambda threads: 35e9)
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
@@ -239,11 +242,41 @@ def test_info_shows_errors_as_rows(info, monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         monkeypatch.undo()
         backends.cache_clear()
-    assert rows[-1][0] == "tiktoken's cache"
+    assert [name for name, _ in rows[-2:]] == ["tiktoken's cache", "MPI"]
     facts = dict(rows)
     assert facts["backend"].startswith("none chosen: no kernels here")
     for name in ("CPU has", "they start", "distance", "bandwidth"):
         assert facts[name] == "unknown: no kernels to ask"
+
+
+def test_info_shows_whether_ranks_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    lacking = "mpi4py is not installed; several ranks need it: pip install 'gpt2c[mpi]', and an MPI"
+    if importlib.util.find_spec("mpi4py") is None:
+        assert cli_info._mpi() == lacking
+    else:
+        own = f"mpi4py {importlib.metadata.version('mpi4py')}"
+        assert re.match(rf"{own}( with .+, for several|, and no MPI that it can)", cli_info._mpi())
+    monkeypatch.setattr(cli_info, "version", lambda package: "not installed")
+    assert cli_info._mpi() == lacking
+    monkeypatch.setattr(cli_info, "version", lambda package: "4.1")
+    monkeypatch.setattr(cli_info, "LOADS_MPI", "raise RuntimeError('no libmpi')")
+    no = "mpi4py 4.1, and no MPI that it can load"
+    assert cli_info._mpi() == f"{no} (RuntimeError: no libmpi)"
+    monkeypatch.setattr(cli_info, "LOADS_MPI", "import os; os.abort()")
+    assert cli_info._mpi() == f"{no} (it ends with code -6)"
+
+
+def test_info_shows_an_mpi_that_does_not_connect(info, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone() -> Any:
+        raise ValueError("2 processes were started, and MPI sees 1")
+
+    monkeypatch.setattr(cli_info, "join", alone)
+    assert info()[-1] == ("MPI", "none: 2 processes were started, and MPI sees 1")
+
+
+def test_cores_are_written_as_ranges() -> None:
+    assert cli_info._ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
 def test_info_imports_no_package_for_its_version() -> None:

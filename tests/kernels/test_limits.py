@@ -148,9 +148,9 @@ def test_threads_are_no_more_than_affinity_and_quota(
 
 def test_cores_are_counted_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    assert limits._affinity() == {0, 3, 5}
+    assert limits.bound() == {0, 3, 5}
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert limits._affinity() == set(range(os.cpu_count() or 1))
+    assert limits.bound() == set(range(os.cpu_count() or 1))
 
 
 def test_cgroups_are_listed_from_the_own_one_upwards(root: Root) -> None:

@@ -110,6 +110,20 @@ def test_two_ranks_give_the_same_bits(two: Path, name: str) -> None:
     assert checkpoint(two / name) == checkpoint(two / "whole")
 
 
+def test_transport_in_16_bits_gives_the_same_bits_after_a_resume(two: Path) -> None:
+    assert checkpoint(two / "narrow halves") == checkpoint(two / "narrow")
+    assert checkpoint(two / "narrow") != checkpoint(two / "whole")
+
+
+def test_transport_in_16_bits_trains_nearly_as_one_process(one: Path, two: Path) -> None:
+    """A gradient loses at most 2^-8 of itself; AdamW makes more of that in small gradients."""
+    found, expected = (
+        [step["loss"] for step in read_metrics(path / "metrics.jsonl")]
+        for path in (two / "narrow", one / "whole")
+    )
+    np.testing.assert_allclose(found, expected, rtol=2**-8)
+
+
 def test_save_that_fails_halfway_changes_no_bit(two: Path) -> None:
     assert checkpoint(two / "full") == checkpoint(two / "whole")
     assert [path.name for path in (two / "full" / "checkpoints").iterdir()] == ["00000008"]
@@ -147,6 +161,18 @@ def test_metrics_have_the_bytes_of_the_model_of_traffic(two: Path, three: Path) 
             assert 0 <= step["mpi_share"] <= 1
 
 
+def test_transport_in_16_bits_halves_the_bytes_of_gradients(two: Path) -> None:
+    narrow, whole = (
+        [step["mpi_bytes"] for step in read_metrics(two / name / "metrics.jsonl")]
+        for name in ("narrow", "whole")
+    )
+    np.testing.assert_allclose(narrow, np.multiply(0.75, whole), rtol=0.01)
+
+
+def test_ranks_are_shown_and_measured(tmp_path: Path) -> None:
+    launch(2, "shows", tmp_path)
+
+
 def test_job_ends_with_the_reason_of_a_rank(data: Path, tmp_path: Path) -> None:
     said = launch(2, "raises", data, tmp_path, status=2)
     assert said.count("gpt2c: rank 1: a broken disk\n") == 1
@@ -166,6 +192,7 @@ def test_signal_saves_and_stops_all_ranks(
         if who == "mpiexec":
             while b" 3/100000 " not in (line := job.stdout.readline()):
                 assert line
+            assert b"% waiting" in line
             job.send_signal(signal.SIGINT)
         job.communicate(timeout=60)
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()

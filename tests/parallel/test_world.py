@@ -121,7 +121,10 @@ class Told(World):
         return [value, {**value, **self.other}]
 
 
-FACTS = {"gpt2c": "1.0", "settings": {"seed": 1, "threads": 2}, "data": {"train": [5, 7]}}
+FACTS: dict[str, Any] = {
+    "gpt2c": "1.0", "settings": {"seed": 1, "threads": 2}, "data": {"train": [5, 7]},
+    "models": {"base": "1f", "teacher": "2e"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,7 @@ FACTS = {"gpt2c": "1.0", "settings": {"seed": 1, "threads": 2}, "data": {"train"
         ({"gpt2c": "1.1"}, "rank 1 runs gpt2c 1.1 and rank 0 runs 1.0: install one version on all"),
         ({"settings": {"seed": 2}}, "rank 1 has seed=2 and rank 0 has seed=1: start all ranks"),
         ({"data": {"train": [5, 8]}}, "rank 1 has other training or validation tokens than rank 0"),
+        ({"models": {"base": "1f"}}, "rank 1 has another teacher than rank 0: each machine needs"),
     ],
 )
 def test_ranks_that_differ_are_refused(other: dict[str, Any], said: str) -> None:
@@ -137,19 +141,31 @@ def test_ranks_that_differ_are_refused(other: dict[str, Any], said: str) -> None
     check_same(Told(settings={"seed": 1, "threads": 9}), FACTS, {"threads"})
 
 
-def test_zero_is_refused_without_ranks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_ranks_share_all_things_nearly_equally_and_in_order(size: int) -> None:
+    for count in (0, 1, 5, 12):
+        shares, turns, checks = [], [], []
+        for rank in range(size):
+            world, asked = World(), [0]
+            world.rank, world.size = rank, size
+            shares.append([*range(count)][world.share(count)])
+            turns.append([*world.turns(range(count), lambda: asked.append(1))])  # noqa: B023
+            checks.append(len(asked))
+        assert [thing for share in shares for thing in share] == [*range(count)]
+        assert sorted(thing for turn in turns for thing in turn) == [*range(count)]
+        for lengths in ([*map(len, shares)], [*map(len, turns)]):
+            assert max(lengths) - min(lengths) <= 1
+        assert len({*checks}) == 1  # a check is an exchange of all ranks
+
+
+@pytest.mark.parametrize("flag", ["zero 1", "transport bf16"])
+def test_flag_for_ranks_is_refused_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    command = [
-        "train",
-        "--data",
-        str(tmp_path / "none"),
-        "--out",
-        str(tmp_path / "run"),
-        "--zero=1",
-    ]
+    places = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    command = ["train", *places, *f"--{flag}".split()]
     assert main(command) == 2
-    said = "gpt2c: --zero 1 is for several ranks, and this process is alone: begin the command with"
+    said = f"gpt2c: --{flag} is for several ranks, and this process is alone: begin the command"
     assert capsys.readouterr().err.startswith(said)
     launch(monkeypatch, 0, 1)
     assert main(command) == 2

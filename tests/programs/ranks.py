@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
+import math
 import os
 import signal
 import time
@@ -13,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.measured import CEILINGS
 
 import gpt2c
+from gpt2c.bench.worker import TINY
+from gpt2c.cli import bench as cli_bench
+from gpt2c.cli import info as cli_info
 from gpt2c.cli.main import main as command
 from gpt2c.files import tensors
 from gpt2c.gpt2 import GPT2
+from gpt2c.kernels.backend import backends
+from gpt2c.kernels.reference.rounding import bf16
 from gpt2c.parallel import gradients
 from gpt2c.parallel.gradients import Exchange
 from gpt2c.parallel.world import Ranks, first_voice, join
@@ -52,7 +60,7 @@ def train(data: str, out: Path, resume: bool = False, **changes: Any) -> None:
 
 
 def halves(data: str, out: str) -> None:
-    """Train whole runs, with ZeRO and without, and one in two halves."""
+    """Train whole runs, with ZeRO and without, in 32 bits and 16, and such in two halves."""
     place = Path(out)
     gradients.BUCKET = 1000  # floats: many buckets, some of which divide an array
     train(data, place / "whole")
@@ -60,8 +68,12 @@ def halves(data: str, out: str) -> None:
     train(data, place / "unsharded", zero=0)
     train(data, place / "halves", max_iters=4)
     train(data, place / "halves", resume=True, max_iters=8)
+    train(data, place / "narrow", transport="bf16")
+    train(data, place / "narrow halves", transport="bf16", max_iters=4)
+    train(data, place / "narrow halves", resume=True, max_iters=8)
     others(data, out)
     exchange()
+    narrow()
     faults(data, out)
     refusals(data, out)
 
@@ -125,7 +137,7 @@ def exchange() -> None:
         found = []
         for zero in (0, 1):
             model.flat_parameters[...] = weights
-            optimizer, exchanged = optimizer_of(ranks, model, zero)
+            optimizer, exchanged = optimizer_of(ranks, model, zero, "fp32")
             assert exchanged is not None
             for _ in range(2):
                 step(ranks, model, exchanged, idx)
@@ -143,6 +155,30 @@ def exchange() -> None:
         assert found[:2] == found[2:]  # the same bits
         norms = [norm for norm, _ in found]
         assert ranks.all(norms) == [norms] * ranks.size
+
+
+def narrow() -> None:
+    """Sum gradients that are sent in 16 bits: each is rounded once, and their sum is not."""
+    ranks = world()
+    config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=8, vocab_size=257)
+    model = gpt2c.GPT2(config, seed=1)
+    exchanged = Exchange(ranks, model, "bf16")
+    rng = np.random.default_rng(ranks.rank)
+    model.flat_gradients[...] = own = rng.standard_normal(model.trained_size, np.float32)
+    every = np.empty((ranks.size, own.size), np.float32)
+    ranks.comm.Allgather(own, every)
+    exchanged.finish()
+    exchanged.gather(model.flat_gradients)
+    expected = np.zeros_like(own)
+    for gradients_of_rank in every:
+        expected += bf16(gradients_of_rank)
+    np.testing.assert_array_equal(model.flat_gradients, expected)
+    error = np.abs(model.flat_gradients - every.astype(np.float64).sum(0))
+    assert 0 < (error / np.abs(every).sum(0)).max() <= 2.0**-8  # half a unit
+    for bad in (np.nan, np.inf):  # also of one rank
+        model.flat_gradients[...] = bad if ranks.rank else 1.0
+        exchanged.finish()
+        assert not np.isfinite(exchanged.norm())
 
 
 def step(ranks: Ranks, model: Any, exchanged: Exchange, idx: Any) -> None:
@@ -186,6 +222,7 @@ def refusals(data: str, out: str) -> None:
             [f"--data={'/nowhere' if ranks.rank else data}"],
         ),
         ("zero must be 0 or 1, got 2", ["--zero=2"]),
+        ("transport must be fp32 or bf16, got 'fp16'", ["--transport=fp16"]),
         ("/nowhere.toml: no such recipe; gpt2c comes with", ["--config=/nowhere.toml"]),
     ]
     for said, given in cases:
@@ -200,6 +237,79 @@ def refusals(data: str, out: str) -> None:
         assert len(lines) == (ranks.rank == 0), lines
         assert all(line.startswith(f"gpt2c: {said}") for line in lines), lines
         assert not bad.exists()
+
+
+def said(*arguments: str) -> tuple[int, list[str], list[str]]:
+    """Run a command; return its exit code and the lines of its output and errors."""
+    texts = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(texts[0]), contextlib.redirect_stderr(texts[1]):
+        try:
+            code: Any = command(arguments)
+        except SystemExit as error:
+            code = error.code
+    out, errors = (text.getvalue().splitlines() for text in texts)
+    return code, out, errors
+
+
+def shows(out: str) -> None:
+    """Show the ranks, one of which has another backend; measure them; refuse the rest."""
+    ranks, variable = world(), "GPT2C_BACKEND"
+    replace(cli_info, "_machine_rows", lambda verbose: [("gpt2c", "here")])
+    os.environ[variable] = "numpy" if ranks.rank else backends()[0]
+    code, lines, errors = said("info")
+    assert (code, errors) == (0, []) and len(lines) == (0 if ranks.rank else 3 + ranks.size)
+    if ranks.rank == 0:
+        assert lines[0].split() == ["gpt2c", "here"] and "mpi4py" in lines[1]
+        assert lines[2].split() == ["ranks", "host", "cores", "threads", "backend"]
+        host = ranks.MPI.Get_processor_name()
+        for rank, (line, name) in enumerate(zip(lines[3:], (backends()[0], "numpy"), strict=True)):
+            assert line.split()[:3] == ["rank", str(rank), host] and line.split()[5] == name
+            assert line.endswith("<- not that of rank 0") == (rank > 0 and name != backends()[0])
+    del os.environ[variable]
+    measured(Path(out) / "bench.json")
+    for wanted, given in [
+        ("gpt2c bench ops does not run on several ranks yet: start it without mpiexec", "ops"),
+        ("2 ranks cannot share 3 rows equally: pass a --shape such as 2x8", "train --shape 3x8"),
+        ("PyTorch is measured in one process: start gpt2c bench train", "train --torch-compile"),
+        ("PyTorch is measured in one process", "train --backends numpy,torch"),
+        ("threads must be", "train --threads 0"),
+        ("T = 64 is more than the model's n_positions, 32", "train --shape 2x64"),
+    ]:
+        code, lines, errors = said("bench", *given.split())
+        late = "n_positions" in wanted  # found by rank 0, which the other serves already
+        assert code == (0 if ranks.rank and late else 2)
+        assert not [line for line in lines if "waiting" in line]
+        errors = [line for line in errors if "measuring" not in line]
+        assert len(errors) == (ranks.rank == 0), errors
+        assert all(line.startswith(f"gpt2c: {wanted}") for line in errors), errors
+
+
+def measured(path: Path) -> None:
+    """Measure training steps of one rank alone and of all."""
+    ranks, name = world(), backends()[0]
+    replace(cli_bench, "measure_ceilings", lambda threads: CEILINGS)
+    replace(cli_bench, "SHAPES", {"gpt2": TINY})
+    flags = ["--quick", "--backends", f"{name},numpy", "--shape", "4x8", "--json", str(path)]
+    flags += ["--report", str(path.with_suffix(".md"))]
+    code, lines, errors = said("bench", "train", *flags)
+    assert code == 0
+    if ranks.rank:
+        assert lines == errors == []
+        return
+    found = {result["row"]: result for result in json.loads(path.read_text())["results"]}
+    assert [*found] == [name, f"2 x {name}", "numpy", "2 x numpy"]
+    size = 4 * GPT2(TINY).trained_size
+    for alone in (name, "numpy"):
+        one, both = found[alone], found[f"2 x {alone}"]
+        facts = both["facts"]
+        assert one["note"] == both["note"] == "" and len(both["seconds"]) == 3
+        assert math.isclose(facts["loss"], one["facts"]["loss"], rel_tol=1e-5)  # of their 4th step
+        assert math.isclose(facts["speed_up"], one["median"] / both["median"])
+        assert math.isclose(facts["efficiency"], facts["speed_up"] / 2)
+        assert abs(facts["mpi_bytes"] - size) < 0.05 * size and 0 <= facts["mpi_share"] <= 1
+        (line,) = (line for line in lines if line.split()[:3] == ["2", "x", alone])
+        assert f"{facts['efficiency']:.0%}" in line
+        assert f"| 2 x {alone} |" in path.with_suffix(".md").read_text()
 
 
 def raises(data: str, out: str) -> None:
