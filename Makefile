@@ -6,7 +6,7 @@ REPORT := bench-report.md
 FUZZ_SECONDS := 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test check fuzz lint bench sanitize parity lowest wheel docs clean
+.PHONY: setup demo test check fuzz kills lint bench sanitize parity lowest wheel docs clean
 
 # gpt2c, with what draws pictures and writes llama.cpp's files.
 setup: $(VENV)/installed
@@ -27,6 +27,10 @@ check: $(VENV)/installed-lint
 # Spoiled files for every reader, ten minutes on all cores; what is found stays in fuzz-findings/.
 fuzz: $(VENV)/installed-test
 	$(BIN)/python -W error tests/fuzz.py --seconds $(FUZZ_SECONDS)
+
+# Ranks of mpiexec are killed at fifty random moments, and go on each time: five minutes.
+kills: $(VENV)/installed-test
+	$(BIN)/python -W error tests/ranks_kill.py
 
 lint: $(VENV)/installed-test $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -172,9 +172,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _mpi() -> str:
     """Return whether several ranks could run here: the versions of mpi4py and of its MPI."""
     if (found := version("mpi4py")) == "not installed":
-        return (
-            "mpi4py is not installed; several ranks need it: pip install 'gpt2c[mpi]', and an MPI"
-        )
+        return "mpi4py is not installed; several ranks need it: pip install mpi4py, and an MPI"
     # in a process of its own: a broken MPI may end it, and a whole one changes how signals act
     command = [sys.executable, "-c", LOADS_MPI]
     try:

@@ -1,7 +1,7 @@
 """Tasks with a verifier: problems made from a seed, and a check of each answer.
 
     sort      "sort 52914 ="      " 12459"
-    add       "add 123+456 ="     " 975"            the sum, its lowest digit first
+    add       "add 47+85 ="       " 231"            the sum in three digits, the lowest first
     reverse   "reverse kxqad ="   " daqxk"
     format    "tag kxqad ="       " <a>kxqad</a>"
 
@@ -56,18 +56,18 @@ def _sort(rng: np.random.Generator) -> Problem:
 
 
 def _add(rng: np.random.Generator) -> Problem:
-    a, b = (int(n) for n in rng.integers(0, 1000, 2))
-    answer = str(a + b)[::-1]
-    return Problem(f"add {a}+{b} =", answer, str(a + b + int(rng.choice([-10, -1, 1, 10])))[::-1])
+    a, b = (int(n) for n in rng.integers(0, 100, 2))
+    wrong = (a + b + int(rng.choice([-10, -1, 1, 10]))) % 1000
+    return Problem(f"add {a:02}+{b:02} =", f"{a + b:03}"[::-1], f"{wrong:03}"[::-1])
 
 
 def _reverse(rng: np.random.Generator) -> Problem:
-    word = _drawn(rng, LETTERS, 4, 7)
+    word = _drawn(rng, LETTERS, 5, 5)
     return Problem(f"reverse {word} =", word[::-1], _swapped(rng, word[::-1]))
 
 
 def _format(rng: np.random.Generator) -> Problem:
-    word = _drawn(rng, LETTERS, 3, 6)
+    word = _drawn(rng, LETTERS, 5, 5)
     return Problem(f"tag {word} =", f"<a>{word}</a>", word)
 
 

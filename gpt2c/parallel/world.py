@@ -10,6 +10,7 @@ take the core from the one it waits for, and so that signals are seen. Knows not
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import math
@@ -351,20 +352,24 @@ def join() -> World:
     place = launched()
     if place is None or place.size == 1:
         return ALONE
+    # MPI waits without a limit until all ranks have come, and no Python runs meanwhile.
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True, file=2)
     try:
         import mpi4py
 
         mpi4py.rc.thread_level = "funneled"  # kernels' threads never call MPI
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # absent; or its MPI is
-        why = f"mpi4py cannot be loaded ({error}): pip install mpi4py, and an MPI"
-    else:
+
         if MPI.COMM_WORLD.size == place.size:
             return Ranks(MPI)
         why = (
             f"MPI sees {MPI.COMM_WORLD.size}: mpi4py has loaded {mpi_library(MPI)}, which must be"
             " the MPI of the launcher"
         )
+    except (ImportError, RuntimeError) as error:  # absent; or its MPI is
+        why = f"mpi4py cannot be loaded ({error}): pip install mpi4py, and an MPI"
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if place.rank:
         raise SystemExit(FAILED)
     raise ValueError(f"{place.size} processes were started, and {why}")

@@ -251,7 +251,7 @@ def test_info_shows_errors_as_rows(info, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_info_shows_whether_ranks_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    lacking = "mpi4py is not installed; several ranks need it: pip install 'gpt2c[mpi]', and an MPI"
+    lacking = "mpi4py is not installed; several ranks need it: pip install mpi4py, and an MPI"
     if importlib.util.find_spec("mpi4py") is None:
         assert cli_info._mpi() == lacking
     else:

@@ -425,10 +425,9 @@ def test_command_line_begins_from_nothing(
 ) -> None:
     """A beginner, then the recipe; --resume does again what was not finished."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(beginner, "TEXTS", 60)
-    monkeypatch.setattr(beginner, "EXAMPLES", 60)
+    monkeypatch.setitem(beginner.LESSONS, "format", beginner.Lesson(64, 2, 60))
     few = {"max_iters": 2, "batch_size": 4, "backend": "base"}
-    monkeypatch.setattr(beginner, "BASE", beginner.BASE | few | {"n_layer": 1})
+    monkeypatch.setattr(beginner, "BASE", beginner.BASE | few | {"n_layer": 1, "warmup_iters": 1})
     monkeypatch.setattr(beginner, "SFT", beginner.SFT | few)
     words = ["grpo", "--task", "format", "--out", "run", "--num-generations", "2"]
     words += ["--least-pass", "0", "--eval-prompts", "2", "--max-iters", "2", "--backend", "base"]

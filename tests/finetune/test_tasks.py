@@ -15,7 +15,7 @@ def expected(prompt: str) -> str:
     """Return the right answer of a prompt."""
     verb, given, _ = prompt.split()
     if verb == "add":
-        return str(sum(map(int, given.split("+"))))[::-1]
+        return f"{sum(map(int, given.split('+'))):03}"[::-1]
     return {"sort": "".join(sorted(given)), "reverse": given[::-1], "tag": f"<a>{given}</a>"}[verb]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import DOCUMENTS, draw_nothing
 from helpers.command import environment, program
+from helpers.mpi import MPIEXEC, OPEN_MPI
 from programs.ranks import SETTINGS
 
 from gpt2c.files.tensors import read_tensors
@@ -20,17 +21,11 @@ from gpt2c.text.prepare import prepare
 from gpt2c.train import pretrain
 from gpt2c.train.metrics import read_metrics
 
-MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
 pytest.importorskip("mpi4py")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec"),
 ]
-OPEN_MPI = {  # which refuses root, and more ranks than cores, unless told otherwise
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
 
 
 def launch(ranks: int, *arguments: object, status: int = 0) -> str:
@@ -210,3 +205,15 @@ def test_signal_saves_and_stops_all_ranks(
 def test_rank_that_hangs_is_found(data: Path, tmp_path: Path) -> None:
     said = launch(2, "hangs", data, tmp_path, status=2)
     assert "gpt2c: rank 0: waited 4 s (--mpi-timeout) for gradients in step 1: another" in said
+
+
+def test_rank_that_does_not_start_mpi_is_found() -> None:
+    code = (
+        "import time, gpt2c.parallel.world as w; w.TIMEOUT = 2.0\n"
+        "w.launched().rank and time.sleep(60); w.join()"
+    )
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=environment(**OPEN_MPI), timeout=40, capture_output=True, text=True
+    )
+    assert done.returncode and "Timeout (0:00:02)!" in done.stderr, done
