@@ -460,7 +460,7 @@ def test_error_names_the_extra_for_the_hub(
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     with pytest.raises(
         FileNotFoundError,
-        match=rf"^the file or directory {name} does not.*pip install 'gpt2c\[hub\]'$",
+        match=rf"^the file or directory {name} does not.*pip install 'huggingface_hub>=1.24'$",
     ):
         hub.find(name)
 
