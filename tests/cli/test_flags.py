@@ -59,6 +59,7 @@ VALUES = [
     *(str(2**64), "9" * 400, "9" * 5000, "", " ", "1_0", "٣", "0x10", "1,5", "None", "1e3", "\x1b"),
 ]
 FEW = ["nan", "1e999", "1e308", str(2**63), ""]  # for settings that are those of train
+SOME = [*FEW, "-1", "0", "-0", "1e-999"]  # for a method's own: declared as those of train are
 
 
 def numeric_flags(options: argparse.ArgumentParser, verb: str = "") -> Iterator[tuple[str, str]]:
@@ -135,7 +136,9 @@ def test_every_verb_with_a_number_is_tested() -> None:
 @pytest.mark.parametrize(("verb", "flag"), FLAGS, ids=lambda part: part)
 def test_bad_numbers_are_refused(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = flag.lstrip("-").replace("-", "_")
-    for value in FEW if verb in ("demo", "classify train", "distill") else VALUES:
+    few = {"demo": FEW, "classify train": FEW, "distill": FEW}
+    few |= dict.fromkeys(("sft", "reward", "dpo", "grpo", "chat"), SOME)
+    for value in few.get(verb, VALUES):
         try:
             with limits(60), interrupted() if name in LONG else nullcontext():
                 code = main([*CALLS[verb].split(), f"{flag}={value}"])

@@ -102,7 +102,7 @@ def numbers(entry: Any, name: str = "") -> dict[str, float]:
         return {name: told} if isinstance(told, int | float) else {}
     found: dict[str, float] = {}
     for key, value in pairs:
-        if key not in (*TIMES, *OF_RANKS, "seconds"):
+        if key not in (*TIMES, *OF_RANKS, "seconds", "step_seconds"):
             found |= numbers(value, f"{name}/{key}")
     return found
 
