@@ -136,7 +136,7 @@ def share_of_rollouts(work: Path) -> dict[str, float]:
     base = beginner("sort", work / "beginner")
     assert base
     gpt2c.GPT2(gpt2c.GPT2Config(), seed=1).save_pretrained(work / "gpt2")
-    gpt2c.Tokenizer.from_name("gpt2").save_pretrained(work / "gpt2")
+    gpt2c.Tokenizer.from_name("bytes").save_pretrained(work / "gpt2")
     prompts = [{"prompt": f"Write the numbers from {n} to 100, one a line."} for n in range(16)]
     large = {"batch_size": 2, "num_generations": 8, "max_completion_length": 64, "max_iters": 3}
 
