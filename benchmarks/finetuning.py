@@ -190,6 +190,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--step", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if (options.base is None) != (options.examples is None):
+        parser.error("--base and --examples belong together")
     if options.step:
         step(options.step)
         return

@@ -93,8 +93,6 @@ def test_lines_that_take_minutes_have_flags_that_exist() -> None:
     assert long
     for line in long:
         program, *rest = shlex.split(line)
-        if program in ("mpiexec", "srun"):  # their own arguments first
-            program, *rest = rest[rest.index("gpt2c") :]
         if program == "gpt2c":
             parser().parse_args(rest)
         else:
