@@ -124,13 +124,13 @@ def _of_adapters(stored: peft.Stored, check_base: bool) -> Pretrained:
         )
     if peft.is_adapter_directory(path):
         raise ValueError(f"{stored.path} adapts {stored.base}, which holds adapters: merge those")
-    found = _adapted(_find(path, stored.base), stored, check_base)
-    tokens = stored.path if has_tokenizer(stored.path) else path
-    return dataclasses.replace(found, path=tokens)
+    return _adapted(_find(path, stored.base), stored, check_base)
 
 
 def _adapted(found: Pretrained, stored: peft.Stored, check_base: bool) -> Pretrained:
-    """Return a model with these adapters.
+    """Return a model with these adapters, and with their tokenizer if they have one.
+
+    It may have learned a chat template that the base's lacks.
 
     Raises
     ------
@@ -155,7 +155,8 @@ def _adapted(found: Pretrained, stored: peft.Stored, check_base: bool) -> Pretra
             raise ValueError(
                 f"{stored.source} was trained on a base with other weights than {found.path} has"
             )
-    return dataclasses.replace(found, config=config, tensors=tensors)
+    path = stored.path if has_tokenizer(stored.path) else found.path
+    return dataclasses.replace(found, path=path, config=config, tensors=tensors)
 
 
 def config_of(entries: Mapping[str, Any]) -> AnyConfig:

@@ -44,6 +44,24 @@ def test_adapters_learn_and_the_base_stays(base: Path, tmp_path: Path, quantize:
     assert stored["base_model_name_or_path"] == str(base)
 
 
+def test_adapters_bring_their_chat_template(base: Path, tmp_path: Path) -> None:
+    chats = [
+        {
+            "messages": [
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
+        }
+        for pair in (("Hi", "Ho"), ("He", "Ha"))
+    ]
+    given = QUICK | {"max_iters": 1, "eval_interval": 1, "val_fraction": 0.0}
+    sft(base, chats, tmp_path / "run", **given)
+    assert gpt2c.Generator.from_pretrained(base).tokenizer.chat_template is None
+    for model, adapter in ((base, tmp_path / "run"), (tmp_path / "run", None)):
+        found = gpt2c.Generator.from_pretrained(model, adapter=adapter)
+        assert found.tokenizer.chat_template is not None
+
+
 def test_first_loss_is_the_bases(base: Path, tmp_path: Path) -> None:
     given = QUICK | {"max_iters": 1, "eval_answers": 0}
     sft(base, capitals(12), tmp_path / "adapters", **given)
