@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from helpers.command import environment, program
 
 MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
 OPEN_MPI = {  # which refuses root, and more ranks than cores, unless told otherwise
@@ -13,6 +16,15 @@ OPEN_MPI = {  # which refuses root, and more ranks than cores, unless told other
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
+
+
+def launch(module: str, ranks: int, *arguments: object, status: int = 0) -> str:
+    """Run a function of a program on so many ranks; return standard error."""
+    command = [str(MPIEXEC), "-n", str(ranks), *program(module, *map(str, arguments))]
+    variables = environment(GPT2C_NUM_THREADS="1", **OPEN_MPI)
+    done = subprocess.run(command, env=variables, timeout=120, capture_output=True, text=True)
+    assert (done.returncode == 0) == (status == 0), (done.returncode, done.stdout, done.stderr)
+    return done.stderr
 
 
 def rank_processes(launcher: int) -> list[int]:

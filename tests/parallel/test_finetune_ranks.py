@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import draw_nothing
-from helpers.command import environment, program
-from helpers.mpi import MPIEXEC, OPEN_MPI
+from helpers import mpi
+from helpers.mpi import MPIEXEC
 from helpers.tuning import TIMES
 from programs.methods import CASES, tune
 
@@ -28,15 +28,7 @@ pytestmark = [
     pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec"),
 ]
 OF_RANKS = ("mpi_bytes", "mpi_share")
-
-
-def launch(ranks: int, *arguments: object, status: int = 0) -> str:
-    """Run a function of programs.methods on so many ranks; return standard error."""
-    command = [str(MPIEXEC), "-n", str(ranks), *program("programs.methods", *map(str, arguments))]
-    variables = environment(GPT2C_NUM_THREADS="1", **OPEN_MPI)
-    done = subprocess.run(command, env=variables, timeout=120, capture_output=True, text=True)
-    assert (done.returncode == 0) == (status == 0), (done.returncode, done.stdout, done.stderr)
-    return done.stderr
+launch = partial(mpi.launch, "programs.methods")
 
 
 @pytest.fixture(scope="module")

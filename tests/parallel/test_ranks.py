@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import DOCUMENTS, draw_nothing
+from helpers import mpi
 from helpers.command import environment, program
 from helpers.mpi import MPIEXEC, OPEN_MPI
 from programs.ranks import SETTINGS
@@ -26,15 +28,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec"),
 ]
-
-
-def launch(ranks: int, *arguments: object, status: int = 0) -> str:
-    """Run a function of programs.ranks on so many ranks; return standard error."""
-    command = [str(MPIEXEC), "-n", str(ranks), *program("programs.ranks", *map(str, arguments))]
-    variables = environment(GPT2C_NUM_THREADS="1", **OPEN_MPI)
-    done = subprocess.run(command, env=variables, timeout=120, capture_output=True, text=True)
-    assert (done.returncode == 0) == (status == 0), (done.returncode, done.stdout, done.stderr)
-    return done.stderr
+launch = partial(mpi.launch, "programs.ranks")
 
 
 @pytest.fixture(scope="module")
