@@ -177,7 +177,7 @@ def main() -> None:
         for row, (report, seconds) in rows.items():
             low, high = report.interval
             figures.append(
-                {"set": name, "classifier": row, "seconds": float(seconds or "nan")}
+                {"set": name, "classifier": row, "seconds": float(seconds) if seconds else None}
                 | {"accuracy": report.accuracy, "low": low, "high": high}
                 | {"macro_f1": report.macro.f1, "texts": report.count}
             )
