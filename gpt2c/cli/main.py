@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,9 @@ def _complain(text: str) -> None:
     print(f"gpt2c: {one_line(text[:LONGEST])}{'...' if text[LONGEST:] else ''}", file=sys.stderr)
 
 
+@cache
 def parser() -> argparse.ArgumentParser:
-    """Return the whole command line."""
+    """Return the whole command line, built once."""
     top = Parser(prog="gpt2c", description="Train and run GPT-2 and Llama on an ordinary CPU.")
     version = importlib.metadata.version("gpt2c")
     top.add_argument("--version", action="version", version=f"gpt2c {version}")
