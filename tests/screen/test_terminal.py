@@ -188,14 +188,14 @@ def test_nonblocking_input_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_commands_show_no_warnings(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    def warn(options: object) -> int:
+    def warn(verbose: bool) -> list[tuple[str, str]]:
         warnings.warn("a library\nis old", UserWarning, stacklevel=1)
-        return 0
+        return [("CPU", "any")]
 
-    monkeypatch.setattr("gpt2c.cli.info.run_info", warn)
+    monkeypatch.setattr("gpt2c.cli.info._machine_rows", warn)
     monkeypatch.setattr("sys.warnoptions", [])  # this process itself may run with -W error
     assert main(["info"]) == 0
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("CPU         any\n", "")
     monkeypatch.setattr("sys.warnoptions", ["error"])
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "gpt2c: a library\\nis old\n"
