@@ -288,8 +288,7 @@ class Generator:
         ValueError : no texts, or one longer than the context
         """
         several = _strings("texts", texts, "embed")
-        ids = [self.tokenizer.encode(text) or [self.tokenizer.eot] for text in several]
-        vectors = self.model.embed(ids)
+        vectors = self.model.embed([self._ids(text) for text in several])
         return vectors[0] if isinstance(texts, str) else vectors
 
     def stream(
@@ -382,7 +381,7 @@ class Generator:
     ) -> tuple[list[Writer], Iterator[Any], int]:
         allowed = settings.pop("allowed_special", ())
         config, writer = self.plan(settings)
-        ids = [self.tokenizer.encode(text, allowed) or [self.tokenizer.eot] for text in prompts]
+        ids = [self._ids(text, allowed) for text in prompts]
         copies = config.num_return_sequences
         writers: list[Writer] = []
         prompts_ids = check_prompts(self.model.config, ids)
@@ -390,6 +389,11 @@ class Generator:
         for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
             writers.append(writer())
         return writers, steps, copies
+
+    def _ids(self, text: str, allowed: Any = ()) -> list[int]:
+        """Return the ids of a text, after `eot` if its tokenizer begins texts so."""
+        start, ids = [self.tokenizer.eot], self.tokenizer.encode(text, allowed)
+        return start + ids if self.tokenizer.add_bos_token else ids or start
 
     def plan(self, settings: dict[str, Any]) -> tuple[GenerationConfig, Callable[[], Writer]]:
         """Return the settings of a call, and a function that makes the writer of each of its texts.

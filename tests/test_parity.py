@@ -1499,6 +1499,19 @@ def test_transformers_reads_our_tokenizer(tokenizer: Tokenizer, tmp_path: Path) 
         same_ids(tokenizer, theirs.from_pretrained(tmp_path))
 
 
+@pytest.mark.parametrize("split", [GPT2_SPLIT, LLAMA3], ids=lambda split: split.name)
+def test_transformers_begins_texts_as_ours_does(split: Split, tmp_path: Path) -> None:
+    """As our Generator does; transformers' own files say the same to us."""
+    bpe = Tokenizer.train([text * 2 for text in TEXTS], 330)
+    own = Tokenizer(bpe._ranks, bpe.eot, split=split, add_bos_token=True)
+    own.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("line and control")["input_ids"] == [own.eot, *own.encode("line and control")]
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = Tokenizer.from_pretrained(tmp_path / "theirs")
+    assert found.add_bos_token and found.fingerprint == own.fingerprint
+
+
 def test_tokenizer_of_transformers_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Version 5 writes tokenizer.json alone; older versions write all three files."""
     tokenizer.save_pretrained(tmp_path)

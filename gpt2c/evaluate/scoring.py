@@ -216,7 +216,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[i
     """Encode a context and its ending as one text; return the tokens of both.
 
     Spaces at the context's end belong to the ending, for a token begins with its space. An empty
-    context becomes the end-of-text token. If one token would hold the end of the context and the
+    context becomes the end-of-text token, and others follow it if the tokenizer's `add_bos_token`
+    is set. If one token would hold the end of the context and the
     beginning of the ending, the two are encoded separately.
     """
     kept = context.rstrip()
@@ -224,9 +225,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[i
     if not kept:
         return [tokenizer.eot], whole
     before = tokenizer.encode(kept)
+    start = [tokenizer.eot] * tokenizer.add_bos_token
     if whole[: len(before)] != before:
-        return before, tokenizer.encode(context[len(kept) :] + ending)
-    return before, whole[len(before) :]
+        return start + before, tokenizer.encode(context[len(kept) :] + ending)
+    return start + before, whole[len(before) :]
 
 
 def read_questions(

@@ -291,12 +291,10 @@ class _GRPO(Method):
     def learn(self, run: Run) -> Learned:
         settings, loss_of = self._settings, self._settings.policy_loss
         cycle, update = divmod(run.step, settings.num_iterations)
-        began = time.perf_counter()
         try:
             batch = self._batch(run, cycle, update)
         except Diverged:
             return Learned(math.nan, 0)
-        spent = time.perf_counter() - began
         run.model.zero_grad()
         own, start = self._share(run, batch.ids)
         loss, first = 0.0, start
@@ -316,7 +314,8 @@ class _GRPO(Method):
         (loss,) = run.world.sum([loss])
         logps = run.world.rows(logps[start:first])
         metrics = batch.metrics | self._figures(batch, logps, update)
-        metrics["rollout_seconds"] = round(spent, 4)
+        if update:
+            metrics["rollout_seconds"] = 0.0
         if not update and settings.num_iterations > 1:
             batch = batch._replace(tokens=batch.tokens._replace(old=logps))
             self._held = cycle, batch
@@ -348,7 +347,9 @@ class _GRPO(Method):
         prompts = [self._prompts.train[n] for n in self._order.step(cycle)]
         policy = run.model if settings.rollouts == "fp32" else run.model.quantize(settings.rollouts)
         asked = settings.num_generations, settings.temperature, cycle
+        began = time.perf_counter()
         found = self._sample(policy, prompts, *asked, run.world)
+        spent = {"rollout_seconds": round(time.perf_counter() - began, 4)}
         rollouts, lengths = found.rollouts, found.rollouts.lengths
         advantages = self._advantages(found)
         counted = lengths.copy()
@@ -363,20 +364,23 @@ class _GRPO(Method):
             signal[:] = True
         live = signal & (factors > 0)
         chosen = np.flatnonzero(live).tolist()
-        starts = [len(rollouts.prompt_of(i)) for i in chosen]
         ids = [
             np.array([*rollouts.prompt_of(i), *rollouts.completions[i]], np.int32) for i in chosen
         ]
-
-        def rows(each: Any) -> Floats:
-            """Return a number for each target, 0 in prompts."""
-            out = [np.zeros(0)]
-            for i, start in zip(chosen, starts, strict=True):
-                out += [np.zeros(start - 1), np.broadcast_to(each[i], lengths[i])]
-            return np.concatenate(out)
-
-        marks = rows(np.ones(len(lengths))) > 0
         following = np.concatenate([np.zeros(0, np.int32), *(one[1:] for one in ids)])
+        asked_for = [len(rollouts.prompt_of(i)) - 1 for i in chosen]  # targets in prompts
+        spans = np.array([asked_for, lengths[chosen]], np.int64).T  # and in completions
+        marks = np.repeat(np.tile([False, True], len(chosen)), spans.reshape(-1))
+
+        def rows(each: Floats | Sequence[Floats]) -> Floats:
+            """Return a number for each target, 0 in prompts, of one or several a completion."""
+            out = np.zeros(len(marks))
+            if isinstance(each, np.ndarray):
+                out[marks] = np.repeat(each[chosen], lengths[chosen])
+            elif len(chosen):
+                out[marks] = np.concatenate([each[i] for i in chosen])
+            return out
+
         tokens = Tokens(rows(factors), rows(advantages.reshape(-1)))
         if self._ppo:
             tokens = self._valued(tokens, found, rows, marks)
@@ -387,7 +391,7 @@ class _GRPO(Method):
         if settings.beta:
             tokens = tokens._replace(reference=self._reference_logps(run, ids, targets))
         read = int(lengths.sum()) + settings.num_generations * sum(len(p.ids) for p in prompts)
-        return Experience(ids, tokens, targets, sampled, read, self._metrics(found))
+        return Experience(ids, tokens, targets, sampled, read, self._metrics(found) | spent)
 
     def _sample(
         self,

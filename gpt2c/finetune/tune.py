@@ -375,6 +375,7 @@ def _checked(
         found = dataclasses.replace(found, tensors={})
     tokenizer = Tokenizer.from_pretrained(found.path)
     tokenizer.unused_ids(found.config.vocab_size)  # refuses one with more tokens than the model
+    tokenizer.add_bos_token = True  # as the examples of all methods begin
     method = make(Base(found, tokenizer), dataclasses.replace(settings, threads=threads))
     planned = settings.planned(method.examples)
     config = dataclasses.replace(method.config(found.config), lora=settings.adapters)

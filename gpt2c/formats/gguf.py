@@ -92,7 +92,7 @@ def write_gguf(
         start = config.start_token_id
         writer.add_bos_token_id(tokenizer.eot if start is None else start)
         writer.add_eos_token_id(tokenizer.eot)
-        writer.add_add_bos_token(False)
+        writer.add_add_bos_token(tokenizer.add_bos_token)
         if tokenizer.chat_template is not None:
             writer.add_chat_template(tokenizer.chat_template)
         for name, stored_name, tensor in _stored_tensors(config, tensors):

@@ -17,6 +17,7 @@ Knows of a model only the names, order and flat memory of what is trained.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +33,7 @@ __all__ = ["BUCKET", "IN_FLIGHT", "TRANSPORTS", "Bucket", "Exchange", "buckets"]
 
 BUCKET = 25_000_000 // 4  # floats; as PyTorch's DistributedDataParallel
 IN_FLIGHT = 4  # buckets; each takes its size again for what is received
+PAUSE = 1e-3  # seconds between two looks at MPI while backward goes on; the system's buffers last
 TRANSPORTS = ("fp32", "bf16")
 BLOCK = 1 << 14  # floats that are rounded at once, in the cache
 
@@ -118,6 +120,25 @@ class _Sent(NamedTuple):
     received: NDArray[Any]
 
 
+class _Mover(threading.Thread):
+    """Moves what is on its way while kernels compute: MPI moves nothing while nobody calls it.
+
+    It ends with the main thread, too, so that no thread calls an MPI that has ended.
+    """
+
+    def __init__(self, world: Ranks) -> None:
+        super().__init__(name="gpt2c-mpi")
+        self._comm, self._stop_asked = world.comm, threading.Event()
+
+    def run(self) -> None:
+        while threading.main_thread().is_alive() and not self._stop_asked.wait(PAUSE):
+            self._comm.Iprobe()
+
+    def stop(self) -> None:
+        self._stop_asked.set()
+        self.join()
+
+
 class Exchange:
     """Sums the gradients of ranks; each rank gets those of its own pieces.
 
@@ -143,6 +164,8 @@ class Exchange:
         self._final: set[str] = set()
         self._next = 0  # of the buckets to send
         self._sent: deque[_Sent] = deque()
+        self._mover: _Mover | None = None
+        self._threads = world.MPI.Query_thread() == world.MPI.THREAD_MULTIPLE
 
     def send(self, names: Iterable[str]) -> None:
         """Send the buckets that these names complete: their gradients are final.
@@ -155,12 +178,16 @@ class Exchange:
                 self._add_first()
             self._post(self.buckets[self._next])
             self._next += 1
-        # MPI moves nothing while nobody calls it.
-        self._world.MPI.Request.Testall([one.request for one in self._sent])
+        if self._sent and self._mover is None and self._threads:
+            self._mover = _Mover(self._world)
+            self._mover.start()
 
     def finish(self) -> None:
         """Send what is not sent yet, and wait until the own pieces hold the sums of all ranks."""
         self.send(self._model.trained_slices)
+        if self._mover is not None:
+            self._mover.stop()
+            self._mover = None
         while self._sent:
             self._add_first()
         self._final.clear()

@@ -178,12 +178,14 @@ class Tokenizer:
     split : how a text is cut into pieces before any merge; as GPT-2 does it by default
     chat_template : in Jinja, how a conversation becomes a text; None if there is none. gpt2c's own
         is `gpt2c.text.chat.CHAT_TEMPLATE`
+    add_bos_token : whether a prompt begins with `eot`, as the examples of fine-tuning do;
+        `Generator` puts it there, `encode` does not
 
     Attributes
     ----------
     vocab_size : the highest id plus 1: the number of tokens, unless ids are unused
     eot : see above. Models are trained on texts as `[tokenizer.eot, *tokenizer.encode(text)]`
-    split, chat_template : see above
+    split, chat_template, add_bos_token : see above
     special_tokens : see `special`. `decode` writes their names; `encode` treats a name in a text as
         ordinary text unless it is allowed
 
@@ -205,10 +207,12 @@ class Tokenizer:
         special: dict[str, int] | None = None,
         split: Split = GPT2,
         chat_template: str | None = None,
+        add_bos_token: bool = False,
     ) -> None:
         self.eot = eot
         self.split = split
         self.chat_template = chat_template
+        self.add_bos_token = add_bos_token
         self.special_tokens = {END_OF_TEXT: eot} if special is None else special
         self.vocab_size = max(*ranks.values(), *self.special_tokens.values()) + 1
         self._ranks = ranks
@@ -366,7 +370,7 @@ class Tokenizer:
             self._merges = vocabulary.recover_merges(self._ranks)
         return vocabulary.Vocabulary(
             *(self._ranks, self.eot, self._merges, self.special_tokens, self.split),
-            chat_template=self.chat_template,
+            *(self.chat_template, self.add_bos_token),
         )
 
     def covers(self, other: Tokenizer) -> bool:

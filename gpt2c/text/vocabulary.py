@@ -112,6 +112,7 @@ class Vocabulary(NamedTuple):
     special : the other tokens, such as `<|endoftext|>` and `[PAD]`: name -> id
     split : how a text is cut before any merge
     chat_template : in Jinja, how a conversation becomes a text; None if there is none
+    add_bos_token : whether a text begins with eot
     """
 
     ranks: dict[bytes, int]
@@ -120,6 +121,7 @@ class Vocabulary(NamedTuple):
     special: dict[str, int]
     split: Split = GPT2
     chat_template: str | None = None
+    add_bos_token: bool = False
 
 
 def _byte_characters() -> list[str]:
@@ -177,22 +179,25 @@ def read(directory: Path) -> Vocabulary:
     vocab_path, merges_path = directory / VOCAB_FILE, directory / MERGES_FILE
     json_path = directory / TOKENIZER_FILE
     config = _read_config(directory)
-    template = _read_template(directory, config)
+    template, begins = _read_template(directory, config), bool(config.get("add_bos_token"))
     if not os.path.lexists(json_path):  # a dangling link is not an absent file
         added = _added_beside(directory, config)
         pair = _read_pair(vocab_path, merges_path, added, config)
-        return pair._replace(chat_template=template)
+        return pair._replace(chat_template=template, add_bos_token=begins)
     root = untrusted.parse_json(_read(json_path), str(json_path))
     added = _added_beside(directory, config, root)
     vocabulary = _parse_tokenizer_json(json_path, root, added, config)
     if os.path.lexists(vocab_path) and os.path.lexists(merges_path):
         pair = _read_pair(vocab_path, merges_path, added, config)
-        if vocabulary != pair._replace(split=vocabulary.split):  # a pair cannot name another
+        split, begins_too = vocabulary.split, vocabulary.add_bos_token
+        # A pair of files can name neither.
+        if vocabulary != pair._replace(split=split, add_bos_token=begins_too):
             raise ValueError(
                 f"{json_path} is another tokenizer than {VOCAB_FILE} and {MERGES_FILE} beside it;"
                 " remove those that are not the model's"
             )
-    return vocabulary._replace(chat_template=template)
+    begins |= vocabulary.add_bos_token  # by its post_processor
+    return vocabulary._replace(chat_template=template, add_bos_token=begins)
 
 
 def _read(path: Path) -> str:
@@ -228,9 +233,6 @@ def _parse_tokenizer_json(
     split = _parse_split(path, root.get("pre_tokenizer"))
     model = _part(path, "model", root.get("model"), MODEL)
     processor, decoder = root.get("post_processor"), root.get("decoder")
-    adds_nothing = {"type": "TemplateProcessing", "special_tokens": {}}
-    if not (_is(processor, {"type": "ByteLevel"}) or _is(processor, adds_nothing)):
-        raise ValueError(f"{path}: post_processor may add tokens; only one that adds none is read")
     if not _is(decoder, {"type": "ByteLevel"}):
         raise ValueError(f"{path}: decoder must be ByteLevel")
     vocab, merges = model.get("vocab"), model.get("merges")
@@ -244,7 +246,39 @@ def _parse_tokenizer_json(
     ]
     ranks, eot, special = _parse_vocabulary(vocab, pairs, added, config, path)
     _check_merges(ranks, pairs, f"{path}: model.merges", "model.vocab")
-    return Vocabulary(ranks, eot, pairs, special, split)
+    return Vocabulary(ranks, eot, pairs, special, split, None, _adds_eot(path, processor, eot))
+
+
+def _adds_eot(path: Path, processor: Any, eot: int) -> bool:
+    """Return whether a post_processor begins each text with the end-of-text token."""
+    adds_nothing = {"type": "TemplateProcessing", "special_tokens": {}}
+    if _is(processor, {"type": "ByteLevel"}) or _is(processor, adds_nothing):
+        return False
+    names = processor.get("special_tokens") if isinstance(processor, dict) else None
+    if isinstance(names, dict) and len(names) == 1:
+        (name,) = names
+        wanted = _begin(name, eot)
+        kept = ("type", "single", "special_tokens")  # a pair of texts is not asked for
+        if {key: processor.get(key) for key in kept} == {key: wanted[key] for key in kept}:
+            return True
+    raise ValueError(
+        f"{path}: post_processor may add tokens; only one that adds none, or begins a text with the"
+        " end-of-text token, is read"
+    )
+
+
+def _begin(name: str, eot: int) -> dict[str, Any]:
+    """Return the post_processor that begins a text, and each of two, with the end-of-text token."""
+    pieces = [
+        [{"SpecialToken": {"id": name, "type_id": i}}, {"Sequence": {"id": part, "type_id": i}}]
+        for i, part in enumerate("AB")
+    ]
+    return {
+        "type": "TemplateProcessing",
+        "single": pieces[0],
+        "pair": pieces[0] + pieces[1],
+        "special_tokens": {name: {"id": name, "ids": [eot], "tokens": [name]}},
+    }
 
 
 def _parse_split(path: Path, part: Any) -> Split:
@@ -313,9 +347,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     if os.path.lexists(path := directory / TOKENIZER_CONFIG_FILE):
         config = untrusted.parse_json(_read(path), str(path))
-        for key in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+        for key in ("add_prefix_space", "add_eos_token"):
             if config.get(key):
                 raise ValueError(f"{path}: {key} must be false, got {json.dumps(config[key])[:40]}")
+        if config.get("add_bos_token") and config.get("bos_token") != config.get("eos_token"):
+            raise ValueError(
+                f"{path}: add_bos_token must be false where bos_token is not eos_token, got"
+                f" {json.dumps(config.get('bos_token'))[:40]}"
+            )
     if "eos_token" not in config and os.path.lexists(path := directory / ROLES_FILE):
         config["eos_token"] = untrusted.parse_json(_read(path), str(path)).get("eos_token")
     return config
@@ -542,10 +581,13 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
             "version": "1.0",
             "added_tokens": [{"id": token_id, **added[token_id]} for token_id in sorted(added)],
             "pre_tokenizer": vocabulary.split.steps,
+            "post_processor": _begin(end, vocabulary.eot) if vocabulary.add_bos_token else None,
             "decoder": BYTE_LEVEL,
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }
         contents = {TOKENIZER_FILE: json.dumps(root, ensure_ascii=False)}
+    if vocabulary.add_bos_token:
+        config["add_bos_token"] = True
     contents[TOKENIZER_CONFIG_FILE] = json.dumps(config, indent=2) + "\n"
     if vocabulary.chat_template is not None:
         contents[CHAT_TEMPLATE_FILE] = vocabulary.chat_template

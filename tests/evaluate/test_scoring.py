@@ -387,6 +387,13 @@ def test_context_and_answer_are_encoded_as_one_text() -> None:
         assert (before, after) == (tokenizer.encode(context), tokenizer.encode(ending))
     cat, sat = encode_pair(tokenizer, "the cat ", "sat")
     assert (tokenizer.decode(cat), tokenizer.decode(sat)) == ("the cat", " sat")
+    tokenizer.add_bos_token = True
+    assert encode_pair(tokenizer, "the cat ", "sat") == ([tokenizer.eot, *cat], sat)
+    assert encode_pair(tokenizer, "the ca", "t sat")[0] == [
+        tokenizer.eot,
+        *tokenizer.encode("the ca"),
+    ]
+    assert encode_pair(tokenizer, "", "the")[0] == [tokenizer.eot]
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)

@@ -425,7 +425,7 @@ def test_command_line_begins_from_nothing(
 ) -> None:
     """A beginner, then the recipe; --resume does again what was not finished."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(beginner.LESSONS, "format", beginner.Lesson(64, 2, 60, 2e-3))
+    monkeypatch.setitem(beginner.LESSONS, "format", beginner.Lesson(60))
     few = {"max_iters": 2, "batch_size": 4, "backend": "base"}
     monkeypatch.setattr(beginner, "BASE", beginner.BASE | few | {"n_layer": 1, "warmup_iters": 1})
     monkeypatch.setattr(beginner, "SFT", beginner.SFT | few)

@@ -42,6 +42,16 @@ def test_model_learns_the_answers_and_to_end_them(base: Path, tmp_path: Path) ->
     assert (stored["verb"], stored["step"]) == ("sft", 60)
 
 
+def test_prompt_alone_gets_the_learned_answer(base: Path, tmp_path: Path) -> None:
+    """The tokenizer tells that examples begin with the end of text, here and to other programs."""
+    example = {"prompt": "a prompt", "completion": " its answer"}
+    sft(base, [example], tmp_path / "run", **QUICK | {"max_iters": 60, "val_fraction": 0.0})
+    generator = gpt2c.Generator.from_pretrained(tmp_path / "run")
+    assert generator.generate("a prompt", temperature=0) == " its answer"
+    generator.tokenizer.add_bos_token = False
+    assert generator.generate("a prompt", temperature=0) != " its answer"
+
+
 def test_default_rate_is_told_for_a_small_model(base: Path, tmp_path: Path, capsys: Any) -> None:
     given = QUICK | {"max_iters": 1}
     told = "small models take about 0.001"

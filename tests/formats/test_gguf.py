@@ -98,6 +98,14 @@ def test_gguf_file_describes_the_model(bpe: Tokenizer, tmp_path: Path) -> None:
         assert np.array_equal(tensors[name], model.parameters[ours]), name
 
 
+def test_gguf_file_tells_how_a_text_begins(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_name("bytes")
+    tokenizer.add_bos_token = True
+    path = gguf_of(tmp_path / "model.gguf", make(tokenizer), tokenizer)
+    field = __import__("gguf").GGUFReader(path).fields["tokenizer.ggml.add_bos_token"]
+    assert field.contents() is True
+
+
 def test_gguf_file_describes_a_llama(bpe: Tokenizer, tmp_path: Path) -> None:
     model = make_llama(bpe, rope_theta=5e5, head_dim=20, rms_norm_eps=1e-6)
     path = gguf_of(tmp_path / "model.gguf", model, bpe)

@@ -275,6 +275,21 @@ def test_empty_prompt_starts_a_text() -> None:
         assert text == BYTES.decode(token for token in ids if token != END)
 
 
+def test_texts_begin_as_the_tokenizer_says() -> None:
+    model, tokenizer = small(), Tokenizer.from_name("bytes")
+    plain = Generator(model, tokenizer).embed("ab")
+    tokenizer.add_bos_token = True
+    generator = Generator(model, tokenizer)
+    (ids,) = model.generate([[END, 97, 98]], 12, temperature=0).tolist()
+    wanted = [token for token in ids[3:] if token != END]
+    assert generator.generate("ab", max_new_tokens=12, temperature=0) == BYTES.decode(wanted)
+    (start,) = model.generate([[END]], 5, temperature=0).tolist()
+    wanted = [token for token in start[1:] if token != END]
+    assert generator.generate("", max_new_tokens=5, temperature=0) == BYTES.decode(wanted)
+    assert not np.array_equal(generator.embed("ab"), plain)
+    assert np.array_equal(generator.embed("ab"), model.embed([[END, 97, 98]])[0])
+
+
 def padded(backend: Any = "auto", V: int = 300) -> tuple[GPT2, GPT2]:
     """Return a model, and the same model with additional rows, which it finds likeliest."""
     model, larger = small(backend), small(backend, V=V)

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from gpt2c import Tokenizer
 from gpt2c.text import vocabulary
 from gpt2c.text.splits import BYTE_LEVEL, DIGITS, GPT2, LLAMA3, QWEN2, REGEXES, Split
-from gpt2c.text.vocabulary import END_OF_TEXT, LARGEST, Vocabulary, read, recover_merges, write
+from gpt2c.text.vocabulary import (
+    END_OF_TEXT,
+    LARGEST,
+    Vocabulary,
+    _begin,
+    read,
+    recover_merges,
+    write,
+)
 
 TEXTS = ["low lower lowest newer newest wider, it's a naïve test 日本"] * 3
 BPE = Tokenizer.train(TEXTS, 300)  # of 293 tokens, <|endoftext|> the last
@@ -140,6 +148,10 @@ def test_harmless_fields_of_tokenizer_json_are_taken(pair: Path, how: Change) ->
         (
             lambda r: r["post_processor"].update(special_tokens={"<s>": {}}),
             "post_processor may add tokens",
+        ),
+        (
+            lambda r: r["post_processor"].update(_begin("<s>", 3)),
+            "only one that adds none, or begins a text with the end-of-text token, is read",
         ),
         (lambda r: r.update(post_processor={"type": "RobertaProcessing"}), "may add tokens"),
         (lambda r: r.update(post_processor=[]), "may add tokens"),
@@ -374,7 +386,10 @@ def test_failed_save_removes_no_file(pair: Path, monkeypatch: pytest.MonkeyPatch
         ({"model_max_length": 1024, "add_prefix_space": False, "add_bos_token": False}, None),
         ({"added_tokens_decoder": {"EOT": {"content": END_OF_TEXT}}}, None),
         ({"add_prefix_space": True}, "add_prefix_space must be false, got true"),
-        ({"add_bos_token": True}, "add_bos_token must be false"),
+        (
+            {"add_bos_token": True, "bos_token": "<s>", "eos_token": END_OF_TEXT},
+            'add_bos_token must be false where bos_token is not eos_token, got "<s>"',
+        ),
         ({"added_tokens_decoder": {"9": {"content": END_OF_TEXT}}}, "adds it as 9"),
         (
             {"added_tokens_decoder": {"x": {"content": "[PAD]"}}},
@@ -652,6 +667,24 @@ def test_a_chat_template_is_a_file_of_the_tokenizer(split: Split, tmp_path: Path
     found.save_pretrained(tmp_path)
     assert not (tmp_path / "chat_template.jinja").exists()
     assert Tokenizer.from_pretrained(tmp_path).chat_template is None
+
+
+@pytest.mark.parametrize("split", [GPT2, LLAMA3])
+def test_texts_may_begin_with_the_end_of_text(split: Split, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(BPE._ranks, BPE.eot, split=split, add_bos_token=True)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["add_bos_token"] is True
+    found = Tokenizer.from_pretrained(tmp_path)
+    assert found.add_bos_token and found.encode("a") == BPE.encode("a")
+    assert found.fingerprint == tokenizer.fingerprint
+    if split != GPT2:  # transformers moves it from one file to the other
+        del config["add_bos_token"]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert Tokenizer.from_pretrained(tmp_path).add_bos_token
+    found.add_bos_token = False
+    found.save_pretrained(tmp_path)
+    assert not Tokenizer.from_pretrained(tmp_path).add_bos_token
 
 
 @pytest.mark.parametrize(
