@@ -33,7 +33,7 @@ __all__ = ["BUCKET", "IN_FLIGHT", "TRANSPORTS", "Bucket", "Exchange", "buckets"]
 
 BUCKET = 25_000_000 // 4  # floats; as PyTorch's DistributedDataParallel
 IN_FLIGHT = 4  # buckets; each takes its size again for what is received
-PAUSE = 1e-3  # seconds between two looks at MPI while backward goes on; the system's buffers last
+PAUSE, LOOKS = 2e-4, 40  # seconds between looks at MPI while kernels compute, and looks each time
 TRANSPORTS = ("fp32", "bf16")
 BLOCK = 1 << 14  # floats that are rounded at once, in the cache
 
@@ -121,9 +121,10 @@ class _Sent(NamedTuple):
 
 
 class _Mover(threading.Thread):
-    """Moves what is on its way while kernels compute: MPI moves nothing while nobody calls it.
+    """Moves what is on its way while kernels compute.
 
-    It ends with the main thread, too, so that no thread calls an MPI that has ended.
+    MPI moves a few kilobytes each time that somebody calls it, and nothing in between. The thread
+    ends with the main thread, too, so that none calls an MPI that has ended.
     """
 
     def __init__(self, world: Ranks) -> None:
@@ -132,7 +133,8 @@ class _Mover(threading.Thread):
 
     def run(self) -> None:
         while threading.main_thread().is_alive() and not self._stop_asked.wait(PAUSE):
-            self._comm.Iprobe()
+            for _ in range(LOOKS):
+                self._comm.Iprobe()
 
     def stop(self) -> None:
         self._stop_asked.set()
@@ -209,7 +211,7 @@ class Exchange:
             requests.append(world.comm.Iallgatherv(world.MPI.IN_PLACE, whole))
             world.bytes_sent += 4 * counts[world.rank] * (world.size - 1)
         for request in requests:
-            world.wait(request, "the pieces of other ranks")
+            world.wait(request, "the pieces of other ranks", bulk=True)
 
     def _post(self, bucket: Bucket) -> None:
         """Begin to send a bucket and to receive the own piece from all ranks."""
@@ -229,7 +231,7 @@ class Exchange:
     def _add_first(self) -> None:
         """Wait for the first bucket on its way, and add its rows in the order of ranks."""
         request, bucket, received = self._sent.popleft()
-        self._world.wait(request, "gradients")
+        self._world.wait(request, "gradients", bulk=True)
         own = bucket.pieces(self._world.size)[self._world.rank]
         total = self._model.flat_gradients[own]
         np.copyto(total, self._read(received[0]))
