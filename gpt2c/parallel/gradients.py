@@ -31,8 +31,8 @@ from gpt2c.parallel.world import Ranks
 
 __all__ = ["BUCKET", "IN_FLIGHT", "TRANSPORTS", "Bucket", "Exchange", "buckets"]
 
-BUCKET = 25_000_000 // 4  # floats; as PyTorch's DistributedDataParallel
-IN_FLIGHT = 4  # buckets; each takes its size again for what is received
+BUCKET = 1 << 20  # floats: small ones are on their way sooner
+IN_FLIGHT = 24  # buckets; each takes its size again for what is received
 PAUSE, LOOKS = 2e-4, 40  # seconds between looks at MPI while kernels compute, and looks each time
 TRANSPORTS = ("fp32", "bf16")
 BLOCK = 1 << 14  # floats that are rounded at once, in the cache
