@@ -162,7 +162,7 @@ def say_stopped(result: Result, verb: str, options: argparse.Namespace, *flags: 
     """Say how a run that a signal has stopped goes on, with these flags; return the exit code."""
     data = [] if options.data is None else [options.data]
     rest = (*data, *flags, "--out", options.out, "--resume")
-    go_on = command(*verb.split(), options.base, *rest)
+    go_on = command(*verb.split(), options.base, *rest, ranks=join().size)
     print(f"stopped after step {result.step} of {result.max_iters}; go on with: {go_on}")
     return INTERRUPTED
 

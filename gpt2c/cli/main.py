@@ -321,8 +321,9 @@ def _ended(result: TrainResult, options: argparse.Namespace) -> int:
 
 
 def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
+    words = "train", "--data", data, "--out", out, "--resume"
     print(
         f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
-        f" {command('train', '--data', data, '--out', out, '--resume')}"
+        f" {command(*words, ranks=join().size)}"
     )
     return INTERRUPTED

@@ -14,9 +14,13 @@ from pathlib import Path
 __all__ = ["command"]
 
 
-def command(*words: str | Path) -> str:
-    """Return a shell command that calls gpt2c as it was called now, with other arguments."""
-    return shlex.join([*_program(), *map(str, words)])
+def command(*words: str | Path, ranks: int = 1) -> str:
+    """Return a shell command that calls gpt2c as it was called now, with other arguments.
+
+    Its hosts are not known here: several ranks are those of one machine.
+    """
+    launcher = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
+    return shlex.join([*launcher, *_program(), *map(str, words)])
 
 
 def _program() -> list[str]:
