@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from gpt2c.kernels.limits import usable_cores
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.settings import recipe_settings
 
+PARTS = ("adapters", "ragged", "rollouts", "losses")
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "all weights": ("fp32", {}),
     "LoRA": ("fp32", {"lora": True}),
@@ -187,7 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="what fine-tuning costs")
     parser.add_argument("--base", type=Path, help="a model, for losses")
     parser.add_argument("--examples", type=Path, help="what it learns")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures here, beside those of others")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="these alone")
     parser.add_argument("--step", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if (options.base is None) != (options.examples is None):
@@ -195,15 +196,23 @@ def main() -> None:
     if options.step:
         step(options.step)
         return
-    record: dict[str, Any] = {"date": date.today().isoformat()}
-    record |= {"machine": provenance(usable_cores()), "adapters": adapters(), "ragged": ragged()}
+    record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
-        record["rollouts"] = share_of_rollouts(Path(directory))
-        for name, share in record["rollouts"].items():
-            print(f"rollouts' share of a step, {name}: {share:.0%}")
-        if options.base:
-            record["losses"] = losses(options.base, options.examples, Path(directory))
+        for part in options.only:
+            if part == "adapters":
+                record[part] = adapters()
+            elif part == "ragged":
+                record[part] = ragged()
+            elif part == "rollouts":
+                record[part] = share_of_rollouts(Path(directory))
+                for name, share in record[part].items():
+                    print(f"rollouts' share of a step, {name}: {share:.0%}")
+            elif options.base:
+                record[part] = losses(options.base, options.examples, Path(directory))
     if options.json:
+        before = json.loads(options.json.read_text("utf-8")) if options.json.exists() else {}
+        measured = dict.fromkeys(record, provenance(usable_cores()))  # with the date
+        record = before | record | {"measured": before.get("measured", {}) | measured}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

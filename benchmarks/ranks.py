@@ -39,6 +39,7 @@ from gpt2c.files.tensors import read_tensors
 from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.limits import usable_cores
+from gpt2c.parallel.gradients import BUCKET, MANY
 from gpt2c.parallel.world import first_voice, join
 from gpt2c.text.prepare import prepare
 from gpt2c.train import hooks, loop, pretrain
@@ -376,7 +377,7 @@ def projection(rate: float) -> list[dict[str, float]]:
     for ranks in (2, 4, 16, 64, 256):
         for gbit in (0.1, 1, 10):
             alone = TOKENS / ranks / rate
-            messages = 2 * (ranks - 1) * -(-size // 25_000_000)
+            messages = 2 * (ranks - 1) * -(-size // (4 * BUCKET * max(1, ranks // MANY)))
             comm = traffic(size, ranks) / (gbit * GBIT * PAYLOAD) + messages * START
             seconds = alone + comm
             print(

@@ -393,7 +393,8 @@ class Generator:
     def _ids(self, text: str, allowed: Any = ()) -> list[int]:
         """Return the ids of a text, after `eot` if its tokenizer begins texts so."""
         start, ids = [self.tokenizer.eot], self.tokenizer.encode(text, allowed)
-        return start + ids if self.tokenizer.add_bos_token else ids or start
+        adds = self.tokenizer.add_bos_token and ids[:1] != start
+        return start + ids if adds else ids or start
 
     def plan(self, settings: dict[str, Any]) -> tuple[GenerationConfig, Callable[[], Writer]]:
         """Return the settings of a call, and a function that makes the writer of each of its texts.

@@ -47,8 +47,8 @@ def run_chat(options: argparse.Namespace) -> int:
     chat = Chat(generator, system, **given_sampling(options))
     if generator.tokenizer.chat_template is None:
         print(
-            f"{options.model} has no chat template: it has not learned to answer, which gpt2c sft"
-            " teaches",
+            f"{options.model} has no chat template: it has not learned from conversations, as gpt2c"
+            " sft teaches; gpt2c generate continues a prompt",
             file=sys.stderr,
         )
 

@@ -124,7 +124,7 @@ def run_method(options: argparse.Namespace) -> int:
 def _begin(options: argparse.Namespace) -> bool:
     """Make the base that options lack, a beginner at a task, in --out; the run moves into it, too.
 
-    With --resume a run that had begun goes on, and else the beginner is made again.
+    With --resume each run that had begun goes on.
 
     Returns
     -------

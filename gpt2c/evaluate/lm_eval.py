@@ -79,7 +79,10 @@ class GPT2LM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encode a string; "<|endoftext|>" in it becomes that token, as in transformers."""
+        """Encode a string; "<|endoftext|>" in it becomes that token, as in transformers.
+
+        As the harness' HFLM does by default, it adds none, whatever `Tokenizer.add_bos_token` is.
+        """
         first, *others = map(self.tokenizer.encode, string.split(END_OF_TEXT))
         return first + [token for part in others for token in (self.tokenizer.eot, *part)]
 

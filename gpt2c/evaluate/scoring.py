@@ -217,8 +217,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, ending: str) -> tuple[list[i
 
     Spaces at the context's end belong to the ending, for a token begins with its space. An empty
     context becomes the end-of-text token, and others follow it if the tokenizer's `add_bos_token`
-    is set. If one token would hold the end of the context and the
-    beginning of the ending, the two are encoded separately.
+    is set. If one token would hold the end of the context and the beginning of the ending, the two
+    are encoded separately.
     """
     kept = context.rstrip()
     whole = tokenizer.encode(context + ending)

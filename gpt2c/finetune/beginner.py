@@ -85,7 +85,7 @@ def beginner(
     out : gets text, base and sft, and beginner.json, which says that they are made here
     seed : of the weights and the examples
     overwrite : they may hold files
-    resume : they may hold what an earlier call for the same task made, which is made again
+    resume : they may hold what an earlier call for the same task made, which goes on
     given : settings of the runs that both have, such as threads
 
     Raises
@@ -114,14 +114,24 @@ def beginner(
         one["prompt"] + one["completion"]
         for one in careless_examples(task, LINES * BASE["max_iters"], seed + 1)
     ]
+
+    def goes_on(name: str) -> bool:
+        return resume and (out / name / RUN_FILE).exists()
+
     given = given | {"seed": seed}
     base = BASE | {"block_size": lesson.block_size} | given
     with interruptible() as stop:
         prepare(text, out / TEXT, "bytes", overwrite=overwrite)
-        train(out / TEXT, out / BASE_RUN, base, overwrite=overwrite)
+        if goes_on(BASE_RUN):
+            train(out / TEXT, out / BASE_RUN, {}, resume=True)
+        else:
+            train(out / TEXT, out / BASE_RUN, base, overwrite=overwrite)
         if stop.asked:
             return None
-        tuned = SFT | {"max_epochs": lesson.epochs} | given
         taught = careless_examples(task, lesson.examples, seed)
-        sft(out / BASE_RUN, taught, out / SFT_RUN, overwrite=overwrite, **tuned)
+        if goes_on(SFT_RUN):
+            sft(out / BASE_RUN, taught, out / SFT_RUN, resume=True)
+        else:
+            tuned = SFT | {"max_epochs": lesson.epochs} | given
+            sft(out / BASE_RUN, taught, out / SFT_RUN, overwrite=overwrite, **tuned)
         return None if stop.asked else out / SFT_RUN

@@ -310,6 +310,8 @@ class _Classify(Method):
 
     def __init__(self, base: Base, settings: ClassifySettings, split: Split) -> None:
         self.tokenizer, self._settings, self._split = base.tokenizer, settings, split
+        start = base.found.config.start_token_id
+        self.tokenizer.add_bos_token = start is None or start == self.tokenizer.eot
         self._train, self._val = self._read(split.train), self._read(split.val)
         self.test = self._read(split.test)
         how, K = settings.class_weights, len(split.labels)

@@ -168,7 +168,9 @@ class Data:
 
 
 def open_data(source: Source, base: Base, settings: SupervisedSettings) -> Data:
-    """Read examples; conversations give the base's tokenizer a chat template.
+    """Read examples, and let the base's tokenizer tell how they begin.
+
+    Conversations give it a chat template, too.
 
     Parameters
     ----------
@@ -184,6 +186,7 @@ def open_data(source: Source, base: Base, settings: SupervisedSettings) -> Data:
     if isinstance(source, str | Path) and Path(source).is_dir():
         return _prepared(Path(source), base.tokenizer, settings, most)
     tokenizer = base.tokenizer
+    tokenizer.add_bos_token = True
     found = read_records(source, FORMATS, settings.names)
     if found.format not in ("prompt and completion", "text"):
         teach_template(tokenizer)

@@ -192,6 +192,7 @@ class _GRPO(Method):
         rewards: Sequence[Reward],
     ) -> None:
         self.tokenizer, self._base, self._settings = base.tokenizer, base, settings
+        self.tokenizer.add_bos_token = True
         self._rewards = rewards
         base.found.config.require_language_head("grpo")
         context = base.found.config.n_positions

@@ -116,6 +116,7 @@ class Judging(Method):
         most: int,
     ) -> None:
         self.tokenizer, self.settings, self.most = base.tokenizer, settings, most
+        self.tokenizer.add_bos_token = True
         records = read_records(source, formats, settings.names).records
         answers = [
             record.fields.get("chosen", record.fields.get("completion")) for record in records

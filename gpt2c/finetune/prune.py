@@ -314,6 +314,8 @@ def prune(
     found = find_model(model)
     if found.weights != "fp32":
         raise ValueError(f"{model} has {found.weights} weights: prune it before it is quantized")
+    if found.config.lora is not None:
+        raise ValueError(f"{model} holds adapters: make one model with gpt2c merge, and prune that")
     found.config.require_language_head("pruning")
     check_directory(out, overwrite=True)
     if out.is_dir() and any(out.iterdir()):

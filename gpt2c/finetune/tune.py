@@ -253,7 +253,8 @@ def tune(
                 after |= world.by_first(lambda: _evaluation(out, run.settings.max_iters))
                 report(_goes_on(run, record, given))
             if run.step < run.settings.max_iters:
-                told = _adapter_lines(run), _rank_lines(run), _rate_lines(run, given)
+                told = [_adapter_lines(run), _rank_lines(run)]
+                told += [] if resume else [_rate_lines(run, given)]
                 for line in chain(method.lines(), *told):
                     report(line)
             if not run.step:
@@ -304,12 +305,13 @@ def _adapter_lines(run: Run) -> Iterable[str]:
 
 
 def _goes_on(run: Run, record: Mapping[str, Any] | None, given: Mapping[str, Any]) -> str:
-    """Return where a run goes on; or that it is finished, and which new settings are in vain."""
-    if run.step < run.settings.max_iters or run.entry:
-        return f"the run goes on after step {run.step} of {run.settings.max_iters}"
+    """Return where a run goes on, and with which new settings; or that these are in vain."""
     stored = record["settings"] if record else {}
-    vain = [f"{name}={value}" for name, value in given.items() if stored.get(name) != value]
-    told = f", so {', '.join(vain)} changes nothing" if vain else ""
+    new = ", ".join(f"{name}={value}" for name, value in given.items() if stored.get(name) != value)
+    if run.step < run.settings.max_iters or run.entry:
+        told = f", now with {new}" if new else ""
+        return f"the run goes on after step {run.step} of {run.settings.max_iters}{told}"
+    told = f", so {new} changes nothing" if new else ""
     return (
         f"the run was finished already, after {run.step} steps{told} (a larger max_iters goes on)"
     )
@@ -318,7 +320,7 @@ def _goes_on(run: Run, record: Mapping[str, Any] | None, given: Mapping[str, Any
 def _rate_lines(run: Run, given: Mapping[str, Any]) -> Iterable[str]:
     """Yield a line about the default learning rate if the model is small."""
     size = run.model.config.num_parameters()
-    if not run.step and "learning_rate" not in given and size < SMALL:
+    if "learning_rate" not in given and size < SMALL:
         small = run.settings.fields()["learning_rate"].metadata["small"]
         yield (
             f"the learning rate is the default, {run.settings.learning_rate:g}, which fits 124"
@@ -375,7 +377,6 @@ def _checked(
         found = dataclasses.replace(found, tensors={})
     tokenizer = Tokenizer.from_pretrained(found.path)
     tokenizer.unused_ids(found.config.vocab_size)  # refuses one with more tokens than the model
-    tokenizer.add_bos_token = True  # as the examples of all methods begin
     method = make(Base(found, tokenizer), dataclasses.replace(settings, threads=threads))
     planned = settings.planned(method.examples)
     config = dataclasses.replace(method.config(found.config), lora=settings.adapters)

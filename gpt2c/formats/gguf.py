@@ -90,7 +90,9 @@ def write_gguf(
         writer.add_token_types(types)
         writer.add_token_merges(merges)
         start = config.start_token_id
-        writer.add_bos_token_id(tokenizer.eot if start is None else start)
+        if start is None or tokenizer.add_bos_token:  # fine-tuned: examples begin with the end
+            start = tokenizer.eot
+        writer.add_bos_token_id(start)
         writer.add_eos_token_id(tokenizer.eot)
         writer.add_add_bos_token(tokenizer.add_bos_token)
         if tokenizer.chat_template is not None:

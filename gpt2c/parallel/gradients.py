@@ -32,6 +32,7 @@ from gpt2c.parallel.world import Ranks
 __all__ = ["BUCKET", "IN_FLIGHT", "TRANSPORTS", "Bucket", "Exchange", "buckets"]
 
 BUCKET = 1 << 20  # floats: small ones are on their way sooner
+MANY = 16  # ranks; of more, the buckets are so much larger that pieces stay as they are
 IN_FLIGHT = 24  # buckets; each takes its size again for what is received
 PAUSE, LOOKS = 2e-4, 40  # seconds between looks at MPI while kernels compute, and looks each time
 TRANSPORTS = ("fp32", "bf16")
@@ -159,7 +160,9 @@ class Exchange:
 
     def __init__(self, world: Ranks, model: Trained, transport: str = "fp32") -> None:
         self._world, self._model, self._narrow = world, model, transport == "bf16"
-        self.buckets = buckets(model.final_order, model.trained_slices, BUCKET)
+        times = max(1, world.size // MANY)
+        self.buckets = buckets(model.final_order, model.trained_slices, times * BUCKET)
+        self._most = max(2, IN_FLIGHT // times)  # on their way
         in_memory = sorted(self.buckets)
         self.pieces = [bucket.pieces(world.size) for bucket in in_memory]
         self.own = [pieces[world.rank] for pieces in self.pieces]
@@ -167,26 +170,33 @@ class Exchange:
         self._next = 0  # of the buckets to send
         self._sent: deque[_Sent] = deque()
         self._mover: _Mover | None = None
-        self._threads = world.MPI.Query_thread() == world.MPI.THREAD_MULTIPLE
+        # On one host all arrives in a moment, and the thread would only take time from kernels.
+        threads = world.MPI.Query_thread() == world.MPI.THREAD_MULTIPLE
+        self._moves = threads and world.here < world.size
 
     def send(self, names: Iterable[str]) -> None:
         """Send the buckets that these names complete: their gradients are final.
 
         All ranks send in the same order, as MPI wants it.
         """
+        self._post_final(names)
+        if self._sent and self._mover is None and self._moves:
+            self._mover = _Mover(self._world)
+            self._mover.start()
+        elif not self._moves:
+            self._world.MPI.Request.Testall([one.request for one in self._sent])
+
+    def _post_final(self, names: Iterable[str]) -> None:
         self._final.update(names)
         while self._next < len(self.buckets) and self.buckets[self._next].names <= self._final:
-            if len(self._sent) == IN_FLIGHT:
+            if len(self._sent) == self._most:
                 self._add_first()
             self._post(self.buckets[self._next])
             self._next += 1
-        if self._sent and self._mover is None and self._threads:
-            self._mover = _Mover(self._world)
-            self._mover.start()
 
     def finish(self) -> None:
         """Send what is not sent yet, and wait until the own pieces hold the sums of all ranks."""
-        self.send(self._model.trained_slices)
+        self._post_final(self._model.trained_slices)
         if self._mover is not None:
             self._mover.stop()
             self._mover = None

@@ -5,7 +5,8 @@ they get, and MPI is never imported. All ranks run the same program, and each me
 something is called by all of them in the same order (it is collective).
 
 Every wait for the others has a limit. It sleeps between two looks, because a rank that spins would
-take the core from the one it waits for, and so that signals are seen. Knows nothing about models.
+take the core from the one it waits for. A wait for much data only yields its core, because MPI
+moves a few kilobytes at each look. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ VARIABLES = (
 )
 TIMEOUT = 600.0  # seconds, until the settings are known
 LONGEST_SLEEP = 2e-4  # seconds; with longer ones a large message would stand still in between
+SMALL = 1 << 16  # bytes of a message that needs no hurry
 LAST_WORDS = 0.3  # seconds: a launcher that ends the job at once would lose the reason
 FAILED = 2  # the exit code of a user's error
 
@@ -267,14 +269,11 @@ class Ranks(World):
         flat, piece = array.reshape(-1).view(np.uint8), 1 << 24
         for start in range(0, flat.size, piece):
             part = flat[start : start + piece]
-            self.wait(self.comm.Ibcast(part, root=0), "what rank 0 tells", bulk=True)
+            self.wait(self.comm.Ibcast(part, root=0), "what rank 0 tells", part.size > SMALL)
             self.bytes_sent += 0 if self.rank else part.size
 
     def wait(self, request: Any, what: str, bulk: bool = False) -> None:
-        """Wait for a request; a rank that waits longer than `timeout` ends the job.
-
-        MPI moves a few kilobytes at each look, so there is no sleep between two if it is `bulk`.
-        """
+        """Wait for a request, of much data if `bulk`; after `timeout` seconds end the job."""
         began, pause = time.perf_counter(), 0.0
         while not request.Test():
             if bulk:

@@ -6,6 +6,7 @@ token files (shards.py).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from array import array
 from collections import deque
@@ -345,7 +346,9 @@ def prepare(
             # val.bin is removed first and written last: a directory that has it never mixes two
             # preparations and never lacks a shard.
             remove_shards(out, writer.names())
-            tokenizer.save_pretrained(out)
+            plain = copy.copy(tokenizer)
+            plain.add_bos_token = False  # windows begin anywhere in a text
+            plain.save_pretrained(out)
             writer.publish(
                 {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
                 {

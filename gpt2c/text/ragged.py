@@ -89,7 +89,10 @@ def held_out(groups: Sequence[object], fraction: float, seed: int) -> list[bool]
     names = list(dict.fromkeys(groups))
     chosen: set[object] = set()
     if fraction and len(names) < 2:
-        raise ValueError("validation needs at least 2 different examples, or val_fraction 0")
+        raise ValueError(
+            "validation needs at least 2 different examples, or val_fraction 0; those of one prompt"
+            " or group are on one side"
+        )
     order, _ = shuffled([seed, 1 << 32], len(names))
     sizes: dict[object, int] = {}
     for group in groups:

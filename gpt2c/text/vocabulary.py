@@ -112,7 +112,7 @@ class Vocabulary(NamedTuple):
     special : the other tokens, such as `<|endoftext|>` and `[PAD]`: name -> id
     split : how a text is cut before any merge
     chat_template : in Jinja, how a conversation becomes a text; None if there is none
-    add_bos_token : whether a text begins with eot
+    add_bos_token : whether a prompt begins with eot
     """
 
     ranks: dict[bytes, int]
@@ -179,10 +179,11 @@ def read(directory: Path) -> Vocabulary:
     vocab_path, merges_path = directory / VOCAB_FILE, directory / MERGES_FILE
     json_path = directory / TOKENIZER_FILE
     config = _read_config(directory)
-    template, begins = _read_template(directory, config), bool(config.get("add_bos_token"))
+    template = _read_template(directory, config)
     if not os.path.lexists(json_path):  # a dangling link is not an absent file
         added = _added_beside(directory, config)
         pair = _read_pair(vocab_path, merges_path, added, config)
+        begins = _begins(directory, config, pair)
         return pair._replace(chat_template=template, add_bos_token=begins)
     root = untrusted.parse_json(_read(json_path), str(json_path))
     added = _added_beside(directory, config, root)
@@ -196,6 +197,7 @@ def read(directory: Path) -> Vocabulary:
                 f"{json_path} is another tokenizer than {VOCAB_FILE} and {MERGES_FILE} beside it;"
                 " remove those that are not the model's"
             )
+    begins = _begins(directory, config, vocabulary)
     begins |= vocabulary.add_bos_token  # by its post_processor
     return vocabulary._replace(chat_template=template, add_bos_token=begins)
 
@@ -342,7 +344,7 @@ def _is(part: Any, wanted: Mapping[str, Any]) -> bool:
 def _read_config(directory: Path) -> dict[str, Any]:
     """Read tokenizer_config.json, if there is one; refuse entries that would change the ids.
 
-    If it has no `eos_token`, take that of special_tokens_map.json.
+    A `bos_token` or `eos_token` that it lacks is that of special_tokens_map.json.
     """
     config: dict[str, Any] = {}
     if os.path.lexists(path := directory / TOKENIZER_CONFIG_FILE):
@@ -350,14 +352,29 @@ def _read_config(directory: Path) -> dict[str, Any]:
         for key in ("add_prefix_space", "add_eos_token"):
             if config.get(key):
                 raise ValueError(f"{path}: {key} must be false, got {json.dumps(config[key])[:40]}")
-        if config.get("add_bos_token") and config.get("bos_token") != config.get("eos_token"):
-            raise ValueError(
-                f"{path}: add_bos_token must be false where bos_token is not eos_token, got"
-                f" {json.dumps(config.get('bos_token'))[:40]}"
-            )
-    if "eos_token" not in config and os.path.lexists(path := directory / ROLES_FILE):
-        config["eos_token"] = untrusted.parse_json(_read(path), str(path)).get("eos_token")
+    if os.path.lexists(path := directory / ROLES_FILE):
+        roles = untrusted.parse_json(_read(path), str(path))
+        for role in ("bos_token", "eos_token"):
+            config.setdefault(role, roles.get(role))
     return config
+
+
+def _begins(directory: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> bool:
+    """Return whether the config begins texts with the end-of-text token; refuse another one."""
+    path, adds = directory / TOKENIZER_CONFIG_FILE, config.get("add_bos_token")
+    if adds is not None and not isinstance(adds, bool):
+        raise ValueError(
+            f"{path}: add_bos_token must be true or false, got {json.dumps(adds)[:40]}"
+        )
+    if not adds:
+        return False
+    name = _content(config.get("bos_token") or END_OF_TEXT)  # GPT-2's own, if none is named
+    if not isinstance(name, str) or vocabulary.special.get(name) != vocabulary.eot:
+        raise ValueError(
+            f"{path}: add_bos_token must be false where bos_token is not the end of text, got"
+            f" {json.dumps(name)[:40]}"
+        )
+    return True
 
 
 def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:

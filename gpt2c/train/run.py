@@ -450,7 +450,8 @@ class Run:
         """Write the files that the directory lacks, and open the metrics."""
         self._place = os.stat(self.out)
         remove_leftovers(self.out)
-        self._write_facts()
+        if not self.saved or self.entry or self.step < self.settings.max_iters:
+            self._write_facts()  # a finished run keeps the settings that it was trained with
         (self.out / CHECKPOINTS).mkdir(exist_ok=True)
         remove_leftovers(self.out / CHECKPOINTS)
         if self.saved:

@@ -60,8 +60,6 @@ class ShardedAdamW(AdamW):
             self._exchange.gather(self.model.flat_gradients)
         super()._update(learning_rate, grad_scale)
         if self._shard:
-            # To wait bucket by bucket in the next forward saves nothing that can be measured, over
-            # shared memory or 1 Gbit/s: MPI moves little while kernels compute.
             self._exchange.gather(self.model.flat_parameters)
 
     def not_finite(self) -> str:

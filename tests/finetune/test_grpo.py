@@ -445,8 +445,11 @@ def test_command_line_begins_from_nothing(
     assert main([*words, "--resume"]) == 0 and weights(Path("run/grpo")) == bits
     Path("run/grpo").rename("elsewhere")
     capsys.readouterr()
+    times = [Path("run", name, "metrics.jsonl").read_bytes() for name in ("base", "sft")]
     assert main([*words, "--resume"]) == 0 and weights(Path("run/grpo")) == bits
     assert "before: " in capsys.readouterr().out
+    after = [Path("run", name, "metrics.jsonl").read_bytes() for name in ("base", "sft")]
+    assert after == times  # what was finished is not made again
     assert main(["grpo", "--out", "other"]) == 2
     assert "name a base, or a task to begin with: --task sort|add" in capsys.readouterr().err
 

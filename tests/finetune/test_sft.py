@@ -141,9 +141,10 @@ def test_killed_run_goes_on_to_the_bit(
 def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path, capsys: Any) -> None:
     out, rows = tmp_path / "run", capitals(30)
     done = sft(base, rows, out, **QUICK)
-    before = weights(out)
+    before, record = weights(out), (out / "run.json").read_bytes()
     capsys.readouterr()
     again = sft(base, rows, out, resume=True, learning_rate=0.5)
+    assert (out / "run.json").read_bytes() == record  # it was not trained with 0.5
     said = "finished already, after 8 steps, so learning_rate=0.5 changes nothing (a larger"
     assert said in capsys.readouterr().out
     assert again.step_seconds == done.step_seconds > 0
@@ -152,7 +153,7 @@ def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path, capsys: Any) ->
     longer = sft(base, rows, out, resume=True, max_iters=10)
     assert longer.step == 10 and weights(out) != before
     assert longer.step_seconds > done.step_seconds
-    assert "the run goes on after step 8 of 10\n" in capsys.readouterr().out
+    assert "the run goes on after step 8 of 10, now with max_iters=10\n" in capsys.readouterr().out
 
 
 def test_figures_outlive_a_kill_before_the_result_is_written(

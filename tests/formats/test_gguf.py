@@ -101,9 +101,11 @@ def test_gguf_file_describes_the_model(bpe: Tokenizer, tmp_path: Path) -> None:
 def test_gguf_file_tells_how_a_text_begins(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_name("bytes")
     tokenizer.add_bos_token = True
-    path = gguf_of(tmp_path / "model.gguf", make(tokenizer), tokenizer)
-    field = __import__("gguf").GGUFReader(path).fields["tokenizer.ggml.add_bos_token"]
-    assert field.contents() is True
+    model = make_llama(tokenizer, bos_token_id=5)  # fine-tuned, so examples began with the end
+    path = gguf_of(tmp_path / "model.gguf", model, tokenizer)
+    fields = __import__("gguf").GGUFReader(path).fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer.eot
 
 
 def test_gguf_file_describes_a_llama(bpe: Tokenizer, tmp_path: Path) -> None:

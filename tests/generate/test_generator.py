@@ -286,6 +286,8 @@ def test_texts_begin_as_the_tokenizer_says() -> None:
     (start,) = model.generate([[END]], 5, temperature=0).tolist()
     wanted = [token for token in start[1:] if token != END]
     assert generator.generate("", max_new_tokens=5, temperature=0) == BYTES.decode(wanted)
+    named = {"allowed_special": "all", "max_new_tokens": 5, "temperature": 0}
+    assert generator.generate("<|endoftext|>", **named) == BYTES.decode(wanted)  # is there already
     assert not np.array_equal(generator.embed("ab"), plain)
     assert np.array_equal(generator.embed("ab"), model.embed([[END, 97, 98]])[0])
 

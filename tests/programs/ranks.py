@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ def halves(data: str, out: str) -> None:
     train(data, place / "narrow halves", resume=True, max_iters=8)
     others(data, out)
     exchange()
+    moved()
     narrow()
     faults(data, out)
     refusals(data, out)
@@ -179,6 +181,34 @@ def narrow() -> None:
         model.flat_gradients[...] = bad if ranks.rank else 1.0
         exchanged.finish()
         assert not np.isfinite(exchanged.norm())
+
+
+def moved() -> None:
+    """Between hosts a thread moves what is on its way, from the first bucket to the last."""
+
+    def moving() -> int:
+        return sum(thread.name == "gpt2c-mpi" for thread in threading.enumerate())
+
+    ranks = world()
+    model = gpt2c.GPT2(
+        gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=8, vocab_size=257), seed=1
+    )
+    idx = np.random.default_rng(1).integers(0, 257, (6, 9))
+    here, found = ranks.here, []
+    for ranks.here in (here, 1):
+        exchanged = Exchange(ranks, model)
+        model.zero_grad()
+        model.loss(idx[:, :-1], idx[:, 1:])
+        model.backward(final=exchanged.send)
+        assert moving() == (ranks.here == 1)
+        exchanged.finish()
+        assert not moving()
+        exchanged.gather(model.flat_gradients)
+        found.append(model.flat_gradients.copy())
+        exchanged.finish()  # all at once, as fine-tuning does: nothing to move meanwhile
+        assert not moving()
+    ranks.here = here
+    assert np.array_equal(found[0], found[1])
 
 
 def step(ranks: Ranks, model: Any, exchanged: Exchange, idx: Any) -> None:

@@ -388,8 +388,13 @@ def test_failed_save_removes_no_file(pair: Path, monkeypatch: pytest.MonkeyPatch
         ({"add_prefix_space": True}, "add_prefix_space must be false, got true"),
         (
             {"add_bos_token": True, "bos_token": "<s>", "eos_token": END_OF_TEXT},
-            'add_bos_token must be false where bos_token is not eos_token, got "<s>"',
+            'add_bos_token must be false where bos_token is not the end of text, got "<s>"',
         ),
+        *(
+            ({"add_bos_token": True, "bos_token": bos}, f"not the end of text, got {got}")
+            for bos, got in (({"content": "[PAD]"}, '"\\[PAD\\]"'), (["a"], ".*a"), (5, "5"))
+        ),
+        ({"add_bos_token": "false"}, 'add_bos_token must be true or false, got "false"'),
         ({"added_tokens_decoder": {"9": {"content": END_OF_TEXT}}}, "adds it as 9"),
         (
             {"added_tokens_decoder": {"x": {"content": "[PAD]"}}},
@@ -682,6 +687,14 @@ def test_texts_may_begin_with_the_end_of_text(split: Split, tmp_path: Path) -> N
         del config["add_bos_token"]
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         assert Tokenizer.from_pretrained(tmp_path).add_bos_token
+    config = {"add_bos_token": True, "bos_token": {"content": END_OF_TEXT}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_pretrained(tmp_path).add_bos_token
+    roles = tmp_path / "special_tokens_map.json"
+    roles.write_text(json.dumps({"bos_token": "<s>"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    with pytest.raises(ValueError, match="bos_token is not the end of text"):
+        Tokenizer.from_pretrained(tmp_path)
     found.add_bos_token = False
     found.save_pretrained(tmp_path)
     assert not Tokenizer.from_pretrained(tmp_path).add_bos_token
