@@ -271,6 +271,11 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     Tokenizer.from_name("bytes").save_pretrained(small)
     said = refused(lambda: prune(small, ROWS, out, layers=1))
     assert "has int8 weights: prune it before it is quantized" in said
+    adapted = gpt2c.from_pretrained(path)
+    adapted.add_lora(r=2)
+    adapted.save_pretrained(tmp_path / "adapters")
+    said = refused(lambda: prune(tmp_path / "adapters", ROWS, out, layers=1))
+    assert "holds adapters: make one model with gpt2c merge" in said and not out.exists()
     assert PruneSettings(mask_structure="2:4").group() == (2, 4)
     said = refused(lambda: FinetuneSettings(keep_zeros=True, lora=True))
     assert "merged adapters would fill the zeros" in said
