@@ -109,7 +109,7 @@ def test_a_model_without_a_template_is_told_apart(
     code, out, err = gpt2c(CALL.replace("run", "base"))
     assert (code, out) == (0, f"{answers(world, 'Hi')[0]}\n---\n")
     assert err.startswith(
-        "base has no chat template: it has not learned to answer, which gpt2c sft"
+        "base has no chat template: it has not learned from conversations, as gpt2c sft"
     )
     code, out, err = gpt2c("chat other")
     assert (code, out) == (2, "") and err.startswith("gpt2c: the model has a chat template of its")

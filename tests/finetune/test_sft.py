@@ -277,7 +277,7 @@ def test_conversations_leave_their_template_for_others(base: Path, tmp_path: Pat
         for word in "abcd"
     ]
     sft(base, talk, tmp_path / "run", **QUICK | {"max_iters": 1})
-    chat = gpt2c.Chat(tmp_path / "run", max_new_tokens=2)
+    chat = gpt2c.Chat(tmp_path / "run", max_new_tokens=2, min_new_tokens=1)
     assert chat.ask("a") == chat.messages[-1].content
     sft(base, capitals(4), tmp_path / "other", **QUICK | {"max_iters": 1})
     assert not (tmp_path / "other" / "chat_template.jinja").exists()
