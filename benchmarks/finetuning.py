@@ -193,6 +193,8 @@ def main() -> None:
     options = parser.parse_args()
     if (options.base is None) != (options.examples is None):
         parser.error("--base and --examples belong together")
+    if options.only == ["losses"] and options.base is None:
+        parser.error("losses are those of --base on --examples")
     if options.step:
         step(options.step)
         return

@@ -160,9 +160,9 @@ class Exchange:
 
     def __init__(self, world: Ranks, model: Trained, transport: str = "fp32") -> None:
         self._world, self._model, self._narrow = world, model, transport == "bf16"
-        times = max(1, world.size // MANY)
+        times = min(IN_FLIGHT, max(1, world.size // MANY))
         self.buckets = buckets(model.final_order, model.trained_slices, times * BUCKET)
-        self._most = max(2, IN_FLIGHT // times)  # on their way
+        self._most = IN_FLIGHT // times  # on their way
         in_memory = sorted(self.buckets)
         self.pieces = [bucket.pieces(world.size) for bucket in in_memory]
         self.own = [pieces[world.rank] for pieces in self.pieces]

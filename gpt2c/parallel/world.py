@@ -362,7 +362,7 @@ def join() -> World:
     try:
         import mpi4py
 
-        mpi4py.rc.thread_level = "multiple"
+        mpi4py.rc.thread_level = "multiple"  # gradients.py has a thread that calls MPI
         from mpi4py import MPI
 
         if MPI.COMM_WORLD.size == place.size:

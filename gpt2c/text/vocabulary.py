@@ -259,7 +259,7 @@ def _adds_eot(path: Path, processor: Any, eot: int) -> bool:
     names = processor.get("special_tokens") if isinstance(processor, dict) else None
     if isinstance(names, dict) and len(names) == 1:
         (name,) = names
-        wanted = _begin(name, eot)
+        wanted = _processor(name, eot)
         kept = ("type", "single", "special_tokens")  # a pair of texts is not asked for
         if {key: processor.get(key) for key in kept} == {key: wanted[key] for key in kept}:
             return True
@@ -269,7 +269,7 @@ def _adds_eot(path: Path, processor: Any, eot: int) -> bool:
     )
 
 
-def _begin(name: str, eot: int) -> dict[str, Any]:
+def _processor(name: str, eot: int) -> dict[str, Any]:
     """Return the post_processor that begins a text, and each of two, with the end-of-text token."""
     pieces = [
         [{"SpecialToken": {"id": name, "type_id": i}}, {"Sequence": {"id": part, "type_id": i}}]
@@ -598,7 +598,7 @@ def write(directory: Path, vocabulary: Vocabulary) -> None:
             "version": "1.0",
             "added_tokens": [{"id": token_id, **added[token_id]} for token_id in sorted(added)],
             "pre_tokenizer": vocabulary.split.steps,
-            "post_processor": _begin(end, vocabulary.eot) if vocabulary.add_bos_token else None,
+            "post_processor": _processor(end, vocabulary.eot) if vocabulary.add_bos_token else None,
             "decoder": BYTE_LEVEL,
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }

@@ -21,7 +21,7 @@ from gpt2c.text.vocabulary import (
     END_OF_TEXT,
     LARGEST,
     Vocabulary,
-    _begin,
+    _processor,
     read,
     recover_merges,
     write,
@@ -150,7 +150,7 @@ def test_harmless_fields_of_tokenizer_json_are_taken(pair: Path, how: Change) ->
             "post_processor may add tokens",
         ),
         (
-            lambda r: r["post_processor"].update(_begin("<s>", 3)),
+            lambda r: r["post_processor"].update(_processor("<s>", 3)),
             "only one that adds none, or begins a text with the end-of-text token, is read",
         ),
         (lambda r: r.update(post_processor={"type": "RobertaProcessing"}), "may add tokens"),
