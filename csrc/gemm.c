@@ -47,7 +47,13 @@ enum {
 
 int64_t gemm_rows(void) { return MC; }
 
-int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MC + (int64_t)threads * NC); }
+int64_t gemm_scratch_size(int threads) {
+    const int64_t size = (int64_t)KC * (MC + (int64_t)threads * NC);
+#ifdef HAS_TILES
+    if (tiles_scratch_size(threads) > size) return tiles_scratch_size(threads);
+#endif
+    return size;
+}
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
@@ -248,7 +254,11 @@ static inline __attribute__((always_inline)) void gemm_of_type(float *c, int64_t
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int precision, int64_t M,
           int64_t N, int64_t K, float *scratch, Team *team) {
     if (precision == BF16)
+#ifdef HAS_TILES
+        gemm_in_tiles(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team);
+#else
         gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, BF16);
+#endif
     else
         gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, FP32);
 }

@@ -3,6 +3,23 @@
 
 #include "internal.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Whether the CPU has tiles and their products of BF16 and INT8. A process must ask Linux (from 5.16 on) for the memory
+ * in which their registers are saved; its threads may then use them. */
+static int allows_tiles(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18, NEEDED = 1 << 22 | 1 << 24 | 1 << 25 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_... */
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return 0;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#else
+static int allows_tiles(void) { return 0; }
+#endif
+
 int cpu_supports(const char *feature) {
 #if defined(__x86_64__) || defined(__i386__)
     /* The builtin takes literals only. It also checks whether the operating system saves the wide registers. */
@@ -17,6 +34,7 @@ int cpu_supports(const char *feature) {
     if (!strcmp(feature, "avx512vl")) return __builtin_cpu_supports("avx512vl") != 0;
     if (!strcmp(feature, "avx512vnni")) return __builtin_cpu_supports("avx512vnni") != 0;
     if (!strcmp(feature, "avx512bf16")) return __builtin_cpu_supports("avx512bf16") != 0;
+    if (!strcmp(feature, "amx")) return allows_tiles();
 #else
     (void)feature;
 #endif

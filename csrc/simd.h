@@ -474,6 +474,37 @@ static inline vf vf_bf16_dot(vf sum, vf a, vf b) {
 static inline vf_halves vf_to_halves(vf x) { return __builtin_convertvector(vf_to_bf16(x) >> 16, vf_halves); }
 #endif
 
+/* ---- tiles: 8 registers of 16 rows of 64 bytes ------------------------------------------------------------------- */
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define HAS_TILES
+/* A thread may use tiles between these two. All eight are whole. */
+static inline void tiles_begin(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shape.row_bytes[i] = 64;
+        shape.rows[i] = 16;
+    }
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+}
+static inline void tiles_end(void) { __asm__ volatile("tilerelease"); }
+/* t, a and b are numbers of tiles, written as digits; rows in memory are `stride` bytes apart. gcc's own intrinsics do
+ * not say that they read memory. */
+#define tile_load(t, from, stride)                                                                                    \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((const void *)(from)), "r"((int64_t)(stride)) : "memory")
+#define tile_store(t, to, stride)                                                                                     \
+    __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"((void *)(to)), "r"((int64_t)(stride)) : "memory")
+#define tile_zero(t) __asm__ volatile("tilezero %tmm" #t)
+/* t += a b, of 16 x 16 floats: a has rows of 32 numbers, b 16 pairs of numbers for each column. */
+#define tile_dot_bf16(t, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #t)
+/* The same of 16 x 16 sums of 32 bits: a has rows of 64 unsigned bytes, b four signed ones for each column. */
+#define tile_dot_bytes(t, a, b) __asm__ volatile("tdpbusd %tmm" #b ", %tmm" #a ", %tmm" #t)
+#endif
+
 /* Numbers of BF16 in memory: n of them from p on, then zeros. As floats; two rows of them, as vf_bf16_pair has them; 2
  * VF_LEN of a row, as vf_bf16 has them. vf_store_bf16_n rounds. */
 static inline vf_bits vf_load_halves_n(const uint16_t *p, int64_t n) {
