@@ -1,6 +1,7 @@
 """Where a training step's time goes, part by part: the floor, gpt2c and PyTorch. Prints Markdown.
 
     python benchmarks/parts.py 1 1024          B, T; PyTorch's column needs torch
+    python benchmarks/parts.py 1 1024 bf16     the same with products of bfloat16, PyTorch's too
 
 The floor of a part is its cost in gpt2c.kernels.cases against the ceilings measured at the start.
 gpt2c's calls are timed one by one inside whole steps, PyTorch's by its profiler; both are summed by
@@ -92,7 +93,9 @@ def _shape(name: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
     return {"n": first.size}
 
 
-def pytorch(config: GPT2Config, idx: Any, targets: Any, threads: int) -> dict[str, float]:
+def pytorch(
+    config: GPT2Config, idx: Any, targets: Any, threads: int, bf16: bool
+) -> dict[str, float]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -100,7 +103,7 @@ def pytorch(config: GPT2Config, idx: Any, targets: Any, threads: int) -> dict[st
 
     torch.set_num_threads(threads)
     parameters = GPT2(config, backend="numpy").parameters
-    step = torch_step(config, parameters, idx, targets, 1e-3, 1.0, compiled=False)
+    step = torch_step(config, parameters, idx, targets, 1e-3, 1.0, compiled=False, bf16=bf16)
     for _ in range(2):
         step()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -128,13 +131,14 @@ def pytorch(config: GPT2Config, idx: Any, targets: Any, threads: int) -> dict[st
 
 def main() -> None:
     B, T = int(sys.argv[1]), int(sys.argv[2])
+    precision = sys.argv[3] if len(sys.argv) > 3 else "fp32"
     threads = default_threads()
     ceilings = measure_ceilings(threads)
     config = GPT2Config()
     tokens = np.random.default_rng(1337).integers(0, V, (B, T + 1), np.int32)
     idx, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
     backend: Any = Timed(get_backend("auto", threads), ceilings)
-    model = GPT2(config, backend=backend)
+    model = GPT2(config, backend=backend, precision=precision)
     optimizer = AdamW(model, learning_rate=1e-3)
     total = 0.0
     for step in range(STEPS + 2):
@@ -149,7 +153,9 @@ def main() -> None:
         total += time.perf_counter() - start if step >= 2 else 0.0
     backend.seconds["the rest"] = total - sum(backend.seconds.values())
     del model, optimizer
-    theirs = pytorch(config, idx, targets, threads) if importlib.util.find_spec("torch") else {}
+    theirs = {}
+    if importlib.util.find_spec("torch"):
+        theirs = pytorch(config, idx, targets, threads, precision == "bf16")
     peak, bandwidth = 1 / ceilings.seconds("", 1, 0), ceilings.bandwidth[threads]
     print(provenance(threads))
     print(f"\n{B} x {T}: peak {peak / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.0f} GB/s\n")

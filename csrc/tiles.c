@@ -26,7 +26,7 @@ enum {
     PANEL = 2 * SIDE,
     STEP = 2 * SIDE * SIDE, /* floats of a panel's two tiles at one depth */
     PAIR = 2,               /* numbers in a lane */
-    KC = 512,               /* lanes: a panel has 64 KB, of which the first-level cache holds most */
+    KC = 192,               /* lanes: a panel has 24 KB, half of the first-level cache */
     MC = 128 * PANEL,       /* rows of A packed at a time: 8 MB at most, in the last-level cache */
     NC = 16 * PANEL,        /* rows of B that a thread packs at a time: 1 MB at most */
     PACK_PANELS = 8         /* panels of A in a task of packing */
