@@ -39,7 +39,7 @@ static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }
 
 /* Floats for one thread. The backward pass needs the most, because it holds dk and dv of a whole head. */
 static int64_t thread_scratch_size(int64_t T, int64_t HS) {
-    return 4 * TILE * TILE + 6 * TILE * (HS + 1) + 2 * (TILE + round_up(T, TILE)) * padded(HS);
+    return 4 * TILE * TILE + (8 * TILE + 2 * round_up(T, TILE)) * padded(HS);
 }
 
 int64_t attention_scratch_size(int64_t T, int64_t HS, int threads) { return threads * thread_scratch_size(T, HS); }
@@ -65,6 +65,66 @@ static inline __attribute__((always_inline)) void tile_product(float *restrict c
     }
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++) vf_store(c + i * ldc + j * VF_LEN, acc[i][j]);
+}
+
+#ifdef HAS_TILES
+/* The same on tiles: c (m x n) (+)= left (m x depth) b (depth x n), with m and depth rounded up to 16 and n a multiple
+ * of 16; what left and b hold in the added lanes are zeros. k_stride of left is 1. */
+static void product_on_tiles(float *c, int64_t ldc, Operand left, const float *b, int64_t ldb, int64_t m, int64_t n,
+                             int64_t depth, int accumulate) {
+    enum { SIDE = 16 };
+    for (int64_t i = 0; i < m; i += SIDE)
+        for (int64_t j = 0; j < n; j += 4 * SIDE) {
+            const int64_t columns = min64(4, (n - j) / SIDE);
+            const float *a = (const float *)left.data + i * left.row_stride, *right = b + j;
+            float *to = c + i * ldc + j;
+            if (accumulate) {
+                tile_load(0, to, 4 * ldc);
+                if (columns > 1) tile_load(1, to + SIDE, 4 * ldc);
+                if (columns > 2) tile_load(2, to + 2 * SIDE, 4 * ldc);
+                if (columns > 3) tile_load(3, to + 3 * SIDE, 4 * ldc);
+            } else {
+                tile_zero(0);
+                tile_zero(1);
+                tile_zero(2);
+                tile_zero(3);
+            }
+            for (int64_t k = 0; k < depth; k += SIDE, right += SIDE * ldb) {
+                tile_load(4, a + k, 4 * left.row_stride);
+                tile_load(5, right, 4 * ldb);
+                tile_dot_bf16(0, 4, 5);
+                if (columns > 1) {
+                    tile_load(6, right + SIDE, 4 * ldb);
+                    tile_dot_bf16(1, 4, 6);
+                }
+                if (columns > 2) {
+                    tile_load(7, right + 2 * SIDE, 4 * ldb);
+                    tile_dot_bf16(2, 4, 7);
+                }
+                if (columns > 3) {
+                    tile_load(5, right + 3 * SIDE, 4 * ldb);
+                    tile_dot_bf16(3, 4, 5);
+                }
+            }
+            tile_store(0, to, 4 * ldc);
+            if (columns > 1) tile_store(1, to + SIDE, 4 * ldc);
+            if (columns > 2) tile_store(2, to + 2 * SIDE, 4 * ldc);
+            if (columns > 3) tile_store(3, to + 3 * SIDE, 4 * ldc);
+        }
+}
+/* Whether products of this type go through it. */
+static inline int on_tiles(const int type) { return type == BF16; }
+#else
+static inline int on_tiles(const int type) { return (void)type, 0; }
+static void product_on_tiles(float *c, int64_t ldc, Operand left, const float *b, int64_t ldb, int64_t m, int64_t n,
+                             int64_t depth, int accumulate) {
+    (void)c, (void)ldc, (void)left, (void)b, (void)ldb, (void)m, (void)n, (void)depth, (void)accumulate;
+}
+#endif
+
+/* The lanes of `numbers` in a block of BF16: where tiles multiply, whole tiles. */
+static inline int64_t block_lanes(int64_t numbers) {
+    return on_tiles(BF16) ? round_up(ceil_div(numbers, 2), VF_LEN) : ceil_div(numbers, 2);
 }
 
 /* c (m x n) (+)= left (m x depth) b (depth x n); n is a multiple of VF_LEN. */
@@ -112,6 +172,10 @@ static inline vf mask(Block block, int64_t key, int64_t j, vf x, vf other) {
 static inline __attribute__((always_inline)) void score(float *scores, Block block, Operand left, const float *right,
                                                         int64_t HS, const int type) {
     const int64_t depth = ceil_div(HS, numbers_of_lane(type));
+    if (on_tiles(type)) {
+        product_on_tiles(scores, TILE, left, right, TILE, block.keys, TILE, depth, 0);
+        return;
+    }
     for (int64_t j = 0; j < TILE; j += WIDTH)
         block_product(scores + j, TILE, left, right + j, TILE, visible_keys(block, j), WIDTH, depth, 0, type);
 }
@@ -120,6 +184,10 @@ static inline __attribute__((always_inline)) void score(float *scores, Block blo
 static inline __attribute__((always_inline)) void sum_over_keys(float *sums, Block block, Operand left,
                                                                 const float *weights, int64_t HS, int accumulate,
                                                                 const int type) {
+    if (on_tiles(type)) {
+        product_on_tiles(sums, TILE, left, weights, TILE, HS, TILE, ceil_div(block.keys, 2), accumulate);
+        return;
+    }
     for (int64_t j = 0; j < TILE; j += WIDTH)
         block_product(sums + j, TILE, left, weights + j, TILE, HS, WIDTH,
                       ceil_div(visible_keys(block, j), numbers_of_lane(type)), accumulate, type);
@@ -130,6 +198,11 @@ static inline __attribute__((always_inline)) void sum_over_queries(float *sums, 
                                                                    const float *right, int64_t HS, int accumulate,
                                                                    const int type) {
     const int64_t HSP = padded(HS), each = numbers_of_lane(type);
+    if (on_tiles(type)) {
+        const Operand left = {weights, TILE, 1, FP32};
+        product_on_tiles(sums, HSP, left, right, HSP, block.keys, HSP, TILE / 2, accumulate);
+        return;
+    }
     for (int64_t i = 0; i < block.keys; i += ROWS) {
         const int64_t j = first_query(block, i) / WIDTH * WIDTH / each;
         block_product(sums + i * HSP, HSP, (Operand){weights + i * TILE + j, TILE, 1, FP32}, right + j * HSP, HSP,
@@ -139,14 +212,15 @@ static inline __attribute__((always_inline)) void sum_over_queries(float *sums, 
 
 /* ---- pairs of BF16 ------------------------------------------------------------------------------------------ */
 
-/* to (rows x columns / 2, row stride to_stride) = from (rows x columns), two columns in a lane; to may be from. */
+/* to (rows x columns / 2, row stride to_stride) = from (rows x columns), two columns in a lane, then the zeros that
+ * tiles need; to may be from. */
 static void pair_columns(float *to, int64_t to_stride, const void *from, int64_t stride, int64_t rows, int64_t columns,
                          int memory) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t c = 0; c < columns; c += 2 * VF_LEN)
             vf_store_n(to + i * to_stride + c / 2,
                        load_lanes(element(from, i * stride + c, memory), columns - c, BF16, memory),
-                       ceil_div(columns - c, 2));
+                       block_lanes(columns - c));
 }
 
 /* to (rows / 2 x columns, row stride to_stride) = from (rows x columns), two rows in a lane; to may be from. */
@@ -160,10 +234,36 @@ static void pair_rows(float *to, int64_t to_stride, const void *from, int64_t st
         }
 }
 
+/* Rows [from, to) of x (row stride TILE), `columns` of them wide, are 0. */
+static void clear_rows(float *x, int64_t from, int64_t to, int64_t columns) {
+    for (int64_t i = from; i < to; i++)
+        for (int64_t j = 0; j < columns; j += VF_LEN) vf_store(x + i * TILE + j, vf_set1(0.0f));
+}
+
 /* pair_rows() of a block's weights (keys x TILE) where they lie. */
 static void pair_keys(float *weights, Block block) {
-    for (int64_t j = 0; j < TILE; j += WIDTH)
-        pair_rows(weights + j, TILE, weights + j, TILE, visible_keys(block, j), WIDTH, FP32);
+    for (int64_t j = 0; j < TILE; j += WIDTH) {
+        const int64_t visible = visible_keys(block, j);
+        pair_rows(weights + j, TILE, weights + j, TILE, visible, WIDTH, FP32);
+        if (on_tiles(BF16)) clear_rows(weights + j, ceil_div(visible, 2), TILE / 2, WIDTH);
+    }
+}
+
+/* q_t (lanes x TILE) = the transpose of a block of queries, or of their gradients, with lanes as a product takes them.
+ */
+static inline __attribute__((always_inline)) void transpose_queries(float *q_t, const void *q, int64_t stride,
+                                                                    int64_t rows, int64_t HS, const int type,
+                                                                    int memory) {
+    transpose(q_t, TILE, q, stride, rows, HS, TILE, type, memory);
+    if (on_tiles(type)) clear_rows(q_t, ceil_div(HS, 2), block_lanes(HS), TILE);
+}
+
+/* The left operand (HS x keys) of a sum over keys: to (HS x TILE / 2) is memory for it. x has two rows in a lane (keys /
+ * 2 x HS), which are transposed only for tiles. */
+static Operand by_key_pairs(float *to, const float *x, int64_t keys, int64_t HS) {
+    if (!on_tiles(BF16)) return (Operand){x, 1, HS, FP32};
+    transpose(to, TILE / 2, x, HS, ceil_div(keys, 2), HS, TILE / 2, FP32, FP32);
+    return (Operand){to, TILE / 2, 1, FP32};
 }
 
 /* ---- dropout ------------------------------------------------------------------------------------------------ */
@@ -228,14 +328,14 @@ static inline __attribute__((always_inline)) void forward_block(void *out, float
                                                                 int64_t W, int64_t HS, const Dropout *drop,
                                                                 float *scratch, const int type, int memory) {
     const int direct = keys.type == FP32 || keys.type == BF16, held = direct ? keys.type : FP32;
-    const int64_t lanes = ceil_div(HS, 2), stride = direct ? keys.stride : HS;
-    float *p = scratch, *q_t = p + TILE * TILE, *out_t = q_t + TILE * HS, *factors = out_t + TILE * HS;
-    float *k_pairs = factors + TILE * TILE, *v_pairs = k_pairs + TILE * lanes, *k_wide = v_pairs + TILE / 2 * HS,
-          *v_wide = k_wide + TILE * HS;
+    const int64_t lanes = block_lanes(HS), stride = direct ? keys.stride : HS, size = TILE * padded(HS);
+    float *p = scratch, *factors = p + TILE * TILE, *q_t = factors + TILE * TILE, *out_t = q_t + size;
+    float *k_pairs = out_t + size, *v_pairs = k_pairs + size, *v_t = v_pairs + size / 2, *k_wide = v_t + size / 2,
+          *v_wide = k_wide + size;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
-    transpose(q_t, TILE, q, W, rows, HS, TILE, type, memory);
+    transpose_queries(q_t, q, W, rows, HS, type, memory);
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
         const void *k = k_wide, *v = v_wide;
@@ -251,7 +351,7 @@ static inline __attribute__((always_inline)) void forward_block(void *out, float
             pair_columns(k_pairs, lanes, k, stride, block.keys, HS, held);
             pair_rows(v_pairs, HS, v, stride, block.keys, HS, held);
             by_channel = (Operand){k_pairs, lanes, 1, FP32};
-            by_key = (Operand){v_pairs, 1, HS, FP32};
+            by_key = by_key_pairs(v_t, v_pairs, block.keys, HS);
         }
         score(p, block, by_channel, q_t, HS, type);
         for (int64_t j = 0; j < TILE; j += VF_LEN) {
@@ -346,6 +446,7 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
     float *own = scratch + team->member * thread_scratch_size(T, HS);
+    if (precision == BF16) tiles_begin();
     if (keys)
         for_shared (head, B * KV, worth(T * HS), team)
             for (int64_t t = 0; t < T; t++) {
@@ -383,6 +484,7 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
         else
             forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropped, own, FP32, FP32);
     }
+    if (precision == BF16) tiles_end();
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------------- */
@@ -404,21 +506,19 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                                                                  int64_t group, int64_t to_k, int64_t to_v, int64_t T,
                                                                  int64_t C, int64_t W, int64_t HS, const Dropout *drop,
                                                                  float *scratch, const int type, int memory) {
-    const int64_t HSP = padded(HS), lanes = ceil_div(HS, 2);
-    float *p = scratch, *dp = p + TILE * TILE, *q_t = dp + TILE * TILE, *dout_t = q_t + TILE * HS;
-    float *dq_t = dout_t + TILE * HS, *q = dq_t + TILE * HS, *dout_block = q + TILE * HSP,
-          *dk = dout_block + TILE * HSP;
-    float *dv = dk + round_up(T, TILE) * HSP, *factors = dv + round_up(T, TILE) * HSP;
-    float *k_pairs = factors + TILE * TILE, *v_pairs = k_pairs + TILE * lanes, *key_pairs = v_pairs + TILE * lanes,
-          *dp_pairs = key_pairs + TILE * HS;
+    const int64_t HSP = padded(HS), lanes = block_lanes(HS), size = TILE * HSP;
+    float *p = scratch, *dp = p + TILE * TILE, *dp_pairs = dp + TILE * TILE, *factors = dp_pairs + TILE * TILE;
+    float *q_t = factors + TILE * TILE, *dout_t = q_t + size, *dq_t = dout_t + size, *q = dq_t + size;
+    float *dout_block = q + size, *k_pairs = dout_block + size, *v_pairs = k_pairs + size, *key_pairs = v_pairs + size;
+    float *k_t = key_pairs + size / 2, *dk = k_t + size / 2, *dv = dk + round_up(T, TILE) * HSP;
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t h = 0; h < group; h++)
         for (int64_t first = 0; first < T; first += TILE) {
             const int64_t rows = min64(TILE, T - first);
             copy_rows(q, element(qkv, first * W + h * HS, memory), W, rows, HS, memory);
             copy_rows(dout_block, dout + first * C + h * HS, C, rows, HS, FP32);
-            transpose(q_t, TILE, q, HSP, TILE, HS, TILE, type, FP32);
-            transpose(dout_t, TILE, dout_block, HSP, TILE, HS, TILE, type, FP32);
+            transpose_queries(q_t, q, HSP, TILE, HS, type, FP32);
+            transpose_queries(dout_t, dout_block, HSP, TILE, HS, type, FP32);
             /* Queries past T have q, dout, minus_lse and delta 0, so they add 0 to every sum. */
             float minus_lse[TILE] = {0.0f}, delta[TILE] = {0.0f};
             for (int64_t i = 0; i < rows; i++) {
@@ -446,7 +546,7 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                     pair_rows(key_pairs, HS, k, W, block.keys, HS, memory);
                     k_by_channel = (Operand){k_pairs, lanes, 1, FP32};
                     v_by_channel = (Operand){v_pairs, lanes, 1, FP32};
-                    by_key = (Operand){key_pairs, 1, HS, FP32};
+                    by_key = by_key_pairs(k_t, key_pairs, block.keys, HS);
                 }
                 score(p, block, k_by_channel, q_t, HS, type);
                 score(dp, block, v_by_channel, dout_t, HS, type);
@@ -455,7 +555,7 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                     keep_block(factors, block, &own, key);
                     multiply(dp, block, factors);
                 }
-                for (int64_t j = 0; j < TILE; j += VF_LEN)
+                for (int64_t j = 0; j < TILE; j += VF_LEN) {
                     for (int64_t i = 0; i < visible_keys(block, j); i++) {
                         float *pi = p + i * TILE + j, *dpi = dp + i * TILE + j;
                         vf probability = vf_exp(vf_fma(vf_load(pi), scale, vf_load(minus_lse + j)));
@@ -464,6 +564,11 @@ static inline __attribute__((always_inline)) void backward_group(float *dqkv, co
                         vf_store(pi, probability);
                         vf_store(dpi, vf_mul(dscore, scale));
                     }
+                    if (on_tiles(type)) {
+                        clear_rows(p + j, visible_keys(block, j), block.keys, VF_LEN);
+                        clear_rows(dp + j, visible_keys(block, j), block.keys, VF_LEN);
+                    }
+                }
                 if (drop) multiply(p, block, factors);
                 const float *by_query = dp;
                 if (type == BF16) {
@@ -492,6 +597,7 @@ void attention_backward(float *dqkv, const float *dout, const void *qkv, const v
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS), group = NH / KV;
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
+    if (precision == BF16) tiles_begin();
     for_shared (task, sequence_count(all) * KV, worth(B * T / sequence_count(all) * group * HS), team) {
         const int64_t s = task / KV, kv = task % KV, h = kv * group, start = sequence_at(all, s);
         const int64_t wide = start * W + h * HS, narrow = start * C + h * HS, to_k = C + (kv - h) * HS;
@@ -508,4 +614,5 @@ void attention_backward(float *dqkv, const float *dout, const void *qkv, const v
             backward_group(dqkv + wide, dout + narrow, heads, outs, head_lse, T, group, to_k, to_v, length, C, W, HS,
                            dropped, own, BF16, qkv_type);
     }
+    if (precision == BF16) tiles_end();
 }

@@ -503,6 +503,9 @@ static inline void tiles_end(void) { __asm__ volatile("tilerelease"); }
 #define tile_dot_bf16(t, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #t)
 /* The same of 16 x 16 sums of 32 bits: a has rows of 64 unsigned bytes, b four signed ones for each column. */
 #define tile_dot_bytes(t, a, b) __asm__ volatile("tdpbusd %tmm" #b ", %tmm" #a ", %tmm" #t)
+#else
+static inline void tiles_begin(void) {}
+static inline void tiles_end(void) {}
 #endif
 
 /* Numbers of BF16 in memory: n of them from p on, then zeros. As floats; two rows of them, as vf_bf16_pair has them; 2
