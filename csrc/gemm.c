@@ -255,7 +255,7 @@ void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int ac
           int64_t N, int64_t K, float *scratch, Team *team) {
     if (precision == BF16)
 #ifdef HAS_TILES
-        gemm_in_tiles(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team);
+        gemm_in_tiles(c, FP32, ldc, a, b, bias, accumulate, M, N, K, scratch, team);
 #else
         gemm_of_type(c, ldc, a, b, bias, accumulate, M, N, K, scratch, team, BF16);
 #endif

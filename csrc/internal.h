@@ -110,10 +110,12 @@ typedef struct {
  * products are of floats, or of the BF16 numbers nearest to them. */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int precision, int64_t M,
           int64_t N, int64_t K, float *scratch, Team *team);
-/* gemm() in BF16 on tiles, where HAS_TILES is defined. */
-void gemm_in_tiles(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
-                   int64_t K, float *scratch, Team *team);
+/* gemm() in BF16 where HAS_TILES is defined. It writes a c of BF16, too, if K is at most tiles_depth() and it does not
+ * accumulate. */
+void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M,
+                   int64_t N, int64_t K, float *scratch, Team *team);
 int64_t tiles_scratch_size(int threads);
+int64_t tiles_depth(void);
 int64_t gemm_rows(void); /* of C in a block: those that a packed part of B serves */
 
 /* A row of encoder_forward: out (C) = the token's row of wte + its position's row of wpe, unless that is NULL. */

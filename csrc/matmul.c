@@ -59,6 +59,13 @@ void matmul_forward(void *out, const void *x, const void *weight, const float *b
         forward(out, (Operand){x, C, 1, x_type}, weight, bias, scale, precision, type, scratch, N, C, OC, team);
         return;
     }
+#ifdef HAS_TILES
+    if (precision == BF16 && type == FP32 && C <= tiles_depth()) {
+        gemm_in_tiles(out, BF16, OC, (Operand){x, C, 1, x_type}, (Operand){weight, C, 1, FP32}, bias, 0, N, OC, C,
+                      scratch, team);
+        return;
+    }
+#endif
     const int64_t block = min64(N, gemm_rows());
     for (int64_t i = 0; i < N; i += block) { /* the rows of a block are in the cache when they are rounded */
         const int64_t n = min64(block, N - i), size = n * OC;

@@ -3,19 +3,21 @@
  *
  * A tile is 16 rows of 64 bytes. One instruction multiplies a tile of A, 16 rows of 32 numbers along K, by a tile of B,
  * 16 pairs along K for each of 16 columns, and adds the products to a tile of 16 x 16 floats: 16,384 operations in 16
- * cycles. So nearly everything else takes longer, and the method of gemm.c serves here with other sizes:
+ * cycles. So all else takes longer: the second-level cache gives 50 bytes a cycle, what lies behind it less than 10. The
+ * method of gemm.c serves here with other sizes, and a block of C stays in the second-level cache, too:
  *
  *   for each KC of K:
  *     for each MC rows of C:                     threads pack A together: MC x KC
- *       for each task, shared by the threads:    up to NC columns, some of the MC rows
- *         pack B, unless the thread has it:      NC x KC, in the thread's second-level cache
- *         for each 32 rows of the task:          a panel of A, in the first-level cache as far as it goes
- *           for each 32 columns: microkernel     2 x 2 tiles of C; for each tile that is read, one is multiplied
+ *       for each task, shared by the threads:    a block of C, and
+ *         pack B, unless the thread has it:      its columns x KC: both in the thread's second-level cache
+ *         for each DEPTH of KC:
+ *           for each 32 rows of the block:       a panel of A: 32 x DEPTH, in the first-level cache
+ *             for each 32 columns: microkernel   2 x 2 tiles of C; for each tile that is read, one is multiplied
  *
- * A panel is 32 rows of A (or B), KC deep: for each 16 lanes, which are pairs along K, two tiles one after the other. A
- * tile of A has a row of A in each row, a tile of B a pair along K. Memory that lies the other way is transposed, 16 x
- * 16 lanes at a time. The edges are padded with zeros. Of each 32 numbers along K the products of even and of odd ones
- * are summed apart, then both sums are added to C's; denormals are 0. */
+ * A panel is 32 rows of A (or B), KC deep: for each 32 numbers along K, two tiles one after the other. A tile of A has a
+ * row of A in each row, a tile of B a pair along K. Memory that lies the other way is transposed, 16 x 16 lanes at a
+ * time. The edges are padded with zeros. Of 32 numbers along K the products of even and of odd ones are summed apart,
+ * then both sums are added to C's; denormals are 0. */
 
 #include "internal.h"
 
@@ -24,17 +26,21 @@
 enum {
     SIDE = 16, /* rows of a tile, and lanes of 32 bits in each */
     PANEL = 2 * SIDE,
-    STEP = 2 * SIDE * SIDE, /* floats of a panel's two tiles at one depth */
-    PAIR = 2,               /* numbers in a lane */
-    KC = 192,               /* lanes: a panel has 24 KB, half of the first-level cache */
-    MC = 128 * PANEL,       /* rows of A packed at a time: 8 MB at most, in the last-level cache */
-    NC = 16 * PANEL,        /* rows of B that a thread packs at a time: 1 MB at most */
-    PACK_PANELS = 8         /* panels of A in a task of packing */
+    PAIR = 2,                    /* numbers in a lane */
+    DEEP = PAIR * SIDE,          /* numbers along K in a tile */
+    STEP = 2 * SIDE * SIDE,      /* floats of a panel's two tiles */
+    DEPTH_STEPS = 12,            /* tiles along K that a microkernel goes: a panel of A has 24 KB of them */
+    KC = 48 * DEEP,              /* numbers */
+    MC = 128 * PANEL,            /* rows of A packed at a time: 12 MB at most, in the last-level cache */
+    BLOCK_B = 16 * PANEL * KC / 2, /* numbers of B that a thread packs at a time: 768 KB */
+    BLOCK_C = 256 * 16 * PANEL,  /* floats of C in a task: 512 KB */
+    PACK_PANELS = 4,             /* panels of A in a task of packing */
+    WORTH = 1 << 22              /* multiply-adds: about two microseconds */
 };
 
-int64_t tiles_rows(void) { return MC; }
+int64_t tiles_depth(void) { return KC; }
 
-int64_t tiles_scratch_size(int threads) { return (int64_t)KC * (MC + (int64_t)threads * NC); }
+int64_t tiles_scratch_size(int threads) { return (int64_t)MC * KC / PAIR + threads * (BLOCK_B / PAIR + BLOCK_C); }
 
 /* tile (SIDE x SIDE lanes) = `rows` rows of x from (row, k) on, `numbers` along K; the rest is 0. by_row: a row of x is
  * a row of the tile, else a lane of each. */
@@ -60,10 +66,10 @@ static inline __attribute__((always_inline)) void pack_tile(float *tile, Operand
 /* Packs n rows of x, `numbers` along K, into panels. */
 static inline __attribute__((always_inline)) void pack_of(float *panels, Operand x, int64_t n, int64_t numbers,
                                                           const int by_row, const int k_contiguous, const int memory) {
-    const int64_t steps = ceil_div(numbers, PAIR * SIDE), count = ceil_div(n, PANEL), all = steps * count;
+    const int64_t steps = ceil_div(numbers, DEEP), count = ceil_div(n, PANEL), all = steps * count;
     for (int64_t each = 0; each < all; each++) { /* in the order of memory */
         const int64_t panel = k_contiguous ? each / steps : each % count, step = k_contiguous ? each % steps : each / count;
-        const int64_t k = step * PAIR * SIDE, left = min64(PAIR * SIDE, numbers - k);
+        const int64_t k = step * DEEP, left = min64(DEEP, numbers - k);
         for (int64_t half = 0; half < 2; half++) {
             const int64_t row = panel * PANEL + half * SIDE;
             pack_tile(panels + (panel * steps + step) * STEP + half * SIDE * SIDE, x, row, k,
@@ -83,9 +89,10 @@ static void pack(float *panels, Operand x, int64_t n, int64_t numbers, const int
         pack_of(panels, x, n, numbers, by_row, 0, FP32);
 }
 
-/* c (m x n, row stride ldc; m, n <= PANEL) = a b^T of two panels, plus bias (n), plus the old c, or alone. */
+/* c (m x n, row stride ldc; m, n <= PANEL) = a b^T of two panels, plus bias (n), plus the old c, or alone. Lines of
+ * `ahead` are brought into the second-level cache. */
 static inline void microkernel(float *c, int64_t ldc, const float *a, const float *b, int64_t steps, int64_t m,
-                               int64_t n, const float *bias, int accumulate) {
+                               int64_t n, const float *bias, int accumulate, const float *ahead, int64_t lines) {
     float edge[PANEL * PANEL];
     const int whole = m == PANEL && n == PANEL;
     float *to = whole ? c : edge;
@@ -110,6 +117,7 @@ static inline void microkernel(float *c, int64_t ldc, const float *a, const floa
         tile_zero(3);
     }
     for (int64_t s = 0; s < steps; s++, a += STEP, b += STEP) {
+        for (int64_t line = 0; line < lines; line++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
         tile_load(6, b, 4 * SIDE);
         tile_load(4, a, 4 * SIDE);
         tile_load(7, b + SIDE * SIDE, 4 * SIDE);
@@ -126,39 +134,66 @@ static inline void microkernel(float *c, int64_t ldc, const float *a, const floa
     for (int64_t i = 0; !whole && i < m; i++) memcpy(c + i * ldc, edge + i * PANEL, (size_t)n * sizeof(float));
 }
 
-void gemm_in_tiles(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M, int64_t N,
-                   int64_t K, float *scratch, Team *team) {
-    enum { TASK_PRODUCTS = 1 << 24 }; /* multiply-adds: about ten microseconds */
-    const int64_t lanes = ceil_div(K, PAIR);
-    const int64_t depth = PAIR * round_up(ceil_div(lanes, ceil_div(lanes, KC)), SIDE); /* equal parts, at most KC */
-    const int64_t columns = min64(NC, round_up(ceil_div(N, team->threads), PANEL));
-    float *packed_a = scratch, *packed_b = scratch + (int64_t)KC * (MC + (int64_t)team->member * NC);
+/* A block of C (m x n) from packed a and b, `steps` tiles along K. */
+static void multiply_packed(float *c, int64_t ldc, const float *a, const float *b, int64_t m, int64_t n, int64_t steps,
+                            const float *bias, int accumulate) {
+    const int64_t panels = ceil_div(n, PANEL);
+    for (int64_t s = 0; s < steps; s += DEPTH_STEPS) {
+        const int64_t depth = min64(DEPTH_STEPS, steps - s);
+        const int add = accumulate || s > 0;
+        for (int64_t i = 0; i < m; i += PANEL) {
+            const float *panel = a + i / PANEL * steps * STEP + s * STEP, *ahead = panel + steps * STEP;
+            const int64_t lines = i + PANEL < m ? ceil_div(STEP / LINE, panels) : 0;
+            for (int64_t j = 0; j < n; j += PANEL, ahead += lines * depth * LINE)
+                microkernel(c + i * ldc + j, ldc, panel, b + j / PANEL * steps * STEP + s * STEP, depth,
+                            min64(PANEL, m - i), min64(PANEL, n - j), bias && !add ? bias + j : NULL, add, ahead,
+                            lines);
+        }
+    }
+}
+
+/* x from this row and this k on. */
+static Operand operand_from(Operand x, int64_t row, int64_t k) {
+    x.data = element(x.data, row * x.row_stride + k * x.k_stride, x.memory);
+    return x;
+}
+
+void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M,
+                   int64_t N, int64_t K, float *scratch, Team *team) {
+    const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), DEEP); /* equal parts, at most KC */
+    const int64_t columns = PANEL * min64(BLOCK_B / depth / PANEL, ceil_div(N, (int64_t)team->threads * PANEL));
+    float *packed_a = scratch;
+    float *packed_b = scratch + (int64_t)MC * KC / PAIR + (int64_t)team->member * (BLOCK_B / PAIR + BLOCK_C);
+    float *block = packed_b + BLOCK_B / PAIR;
+    expect_tasks(team, M * N * K / WORTH);
     tiles_begin();
     for (int64_t pc = 0; pc < K; pc += depth)
         for (int64_t ic = 0; ic < M; ic += MC) {
-            const int64_t numbers = min64(depth, K - pc), steps = ceil_div(numbers, PAIR * SIDE), mc = min64(MC, M - ic);
-            const int64_t rows = round_up(min64(mc, ceil_div(TASK_PRODUCTS, columns * numbers)), PANEL);
-            const int64_t per_column = ceil_div(mc, rows), tasks = ceil_div(N, columns) * per_column;
+            const int64_t numbers = min64(depth, K - pc), steps = ceil_div(numbers, DEEP), mc = min64(MC, M - ic);
+            const int64_t groups = ceil_div(N, columns), fair = ceil_div(mc * groups, 4 * (int64_t)team->threads);
+            const int64_t rows = PANEL * min64(BLOCK_C / columns / PANEL, ceil_div(min64(mc, fair), PANEL));
+            const int64_t per_column = ceil_div(mc, rows);
             int64_t packed = -1; /* the first column in packed_b; -1: none */
             for_shared (group, ceil_div(mc, PACK_PANELS * PANEL), worth(PACK_PANELS * PANEL * numbers / 4), team) {
                 const int64_t i = group * PACK_PANELS * PANEL;
-                const Operand part = {element(a.data, (ic + i) * a.row_stride + pc * a.k_stride, a.memory),
-                                      a.row_stride, a.k_stride, a.memory};
-                pack(packed_a + i / PANEL * steps * STEP, part, min64(PACK_PANELS * PANEL, mc - i), numbers, 1);
+                pack(packed_a + i / PANEL * steps * STEP, operand_from(a, ic + i, pc),
+                     min64(PACK_PANELS * PANEL, mc - i), numbers, 1);
             }
-            for_shared (task, tasks, worth(rows * columns * numbers / 256), team) {
-                const int64_t i0 = task % per_column * rows, j0 = task / per_column * columns, n = min64(columns, N - j0);
-                if (packed != j0) {
-                    const Operand part = {element(b.data, j0 * b.row_stride + pc * b.k_stride, b.memory), b.row_stride,
-                                          b.k_stride, b.memory};
-                    pack(packed_b, part, n, numbers, 0);
+            for_shared (task, groups * per_column, worth(rows * columns * numbers / 256), team) {
+                const int64_t i = task % per_column * rows, j = task / per_column * columns;
+                const int64_t m = min64(rows, mc - i), n = min64(columns, N - j);
+                const float *panels = packed_a + i / PANEL * steps * STEP, *add = pc == 0 && bias ? bias + j : NULL;
+                const int64_t at = (ic + i) * ldc + j;
+                if (packed != j) pack(packed_b, operand_from(b, j, pc), n, numbers, 0);
+                packed = j;
+                if (c_type == FP32)
+                    multiply_packed((float *)c + at, ldc, panels, packed_b, m, n, steps, add, accumulate || pc > 0);
+                else {
+                    multiply_packed(block, columns, panels, packed_b, m, n, steps, add, 0);
+                    for (int64_t r = 0; r < m; r++)
+                        for (int64_t k = 0; k < n; k += VF_LEN)
+                            store_n(c, at + r * ldc + k, vf_load_n(block + r * columns + k, n - k), n - k, BF16);
                 }
-                packed = j0;
-                for (int64_t i = i0; i < min64(i0 + rows, mc); i += PANEL)
-                    for (int64_t j = 0; j < n; j += PANEL)
-                        microkernel(c + (ic + i) * ldc + j0 + j, ldc, packed_a + i / PANEL * steps * STEP,
-                                    packed_b + j / PANEL * steps * STEP, steps, min64(PANEL, mc - i),
-                                    min64(PANEL, n - j), pc == 0 && bias ? bias + j0 + j : NULL, accumulate || pc > 0);
             }
         }
     tiles_end();
