@@ -260,7 +260,12 @@ enum {
     STRIP_COLUMNS = STRIP_VECTORS * VF_LEN
 };
 
-static int64_t packed_size(int64_t C) { return C / CHANNELS * WORDS * STRIP_COLUMNS; }
+#ifdef HAS_TILES
+enum { PACKED_CHANNELS = 64 }; /* a row of a tile; the channels that are added are 0 in the weights */
+#else
+enum { PACKED_CHANNELS = CHANNELS };
+#endif
+static int64_t packed_size(int64_t C) { return round_up(C, PACKED_CHANNELS) / CHANNELS * WORDS * STRIP_COLUMNS; }
 static int64_t words_size(int64_t N, int64_t C) { return WORDS > 1 ? N * (C / CHANNELS * WORDS) : 0; }
 
 /* A word in all lanes. */
@@ -295,6 +300,53 @@ static void pack_strip(float *packed, const uint8_t *weight, int64_t n, int64_t 
     }
 }
 
+/* out (n) = a row of sums of products, scaled; column j of the layer is the first. */
+static inline void store_sums(float *out, vi sums, const Linear *layer, float scale, int64_t j, int64_t n) {
+    vf y = vf_mul(vi_to_vf(sums), vf_mul(vf_set1(scale), vf_load_n(layer->scale + j, n)));
+    if (layer->bias) y = vf_add(y, vf_load_n(layer->bias + j, n));
+    vf_store_n(out, y, n);
+}
+
+#ifdef HAS_TILES
+/* Columns [j, j + n), n <= STRIP_COLUMNS, of out (N,OC), on tiles, 32 rows at a time. Rows of x are tiles where they lie; what is read behind the last row is memory
+ * of `packed`, and its products are not used. */
+static void multiply_strip(float *out, const Linear *layer, Quantized q, const float *x, int64_t N, int64_t j,
+                           int64_t n, float *packed) {
+    enum { SIDE = 16, ROWS = 2 * SIDE };
+    const int64_t C = layer->C, used = C / CHANNELS * STRIP_COLUMNS, row = 4 * STRIP_COLUMNS;
+    (void)x;
+    pack_strip(packed, (const uint8_t *)layer->weight + j * C, n, C);
+    memset(packed + used, 0, (size_t)(packed_size(C) - used) * sizeof(float));
+    for (int64_t i = 0; i < N; i += ROWS) {
+        const int8_t *a = q.values + i * q.stride;
+        int32_t sums[ROWS][STRIP_COLUMNS];
+        const float *w = packed;
+        tile_zero(0);
+        tile_zero(1);
+        tile_zero(2);
+        tile_zero(3);
+        for (int64_t c = 0; c < C; c += PACKED_CHANNELS, w += SIDE * STRIP_COLUMNS) {
+            tile_load(6, w, row);
+            tile_load(4, a + c, q.stride);
+            tile_load(7, w + SIDE, row);
+            tile_load(5, a + SIDE * q.stride + c, q.stride);
+            tile_dot_bytes(0, 4, 6);
+            tile_dot_bytes(1, 4, 7);
+            tile_dot_bytes(2, 5, 6);
+            tile_dot_bytes(3, 5, 7);
+        }
+        tile_store(0, sums[0], row);
+        tile_store(1, sums[0] + SIDE, row);
+        tile_store(2, sums[SIDE], row);
+        tile_store(3, sums[SIDE] + SIDE, row);
+        for (int64_t r = 0; r < min64(ROWS, N - i); r++)
+            for (int64_t v = 0; v < n; v += VF_LEN) {
+                const vi whole = vi_add(vf_as_vi(vf_load((const float *)sums[r] + v)), repeat(-128 * q.sums[i + r]));
+                store_sums(out + (i + r) * layer->OC + j + v, whole, layer, q.scales[i + r], j + v, n - v);
+            }
+    }
+}
+#else
 /* Columns [j, j + n), n <= STRIP_COLUMNS, of out (N,OC). C is a multiple of CHANNELS; x has the words of q, packed
  * (packed_size) is scratch. */
 static void multiply_strip(float *out, const Linear *layer, Quantized q, const float *x, int64_t N, int64_t j,
@@ -319,14 +371,12 @@ static void multiply_strip(float *out, const Linear *layer, Quantized q, const f
         for (int r = 0; r < STRIP_ROWS; r++)
             for (int v = 0; v < STRIP_VECTORS; v++) {
                 const int64_t left = n - v * VF_LEN, column = j + v * VF_LEN;
-                if (i + r >= N || left <= 0) continue;
-                vf y = vi_to_vf(acc[r][v]);
-                y = vf_mul(y, vf_mul(vf_set1(q.scales[i + r]), vf_load_n(layer->scale + column, left)));
-                if (layer->bias) y = vf_add(y, vf_load_n(layer->bias + column, left));
-                vf_store_n(out + (i + r) * OC + column, y, left);
+                if (i + r < N && left > 0)
+                    store_sums(out + (i + r) * OC + column, acc[r][v], layer, q.scales[i + r], column, left);
             }
     }
 }
+#endif
 #else /* many rows are computed as few rows are */
 enum { STRIP_COLUMNS = VF_LEN, STRIP_LEAST = FEW_ROWS, CHANNELS = 1, WORDS = 1 };
 static int64_t packed_size(int64_t C) { return (void)C, 0; }
@@ -363,6 +413,7 @@ void linear_rows(float *out, const Linear *layer, const float *x, float *scratch
             quantize_row(q, x + i * C, i, C);
             if (in_strips && WORDS > 1) make_words(words + i * (C / CHANNELS * WORDS), q.values + i * q.stride, C);
         }
+    if (in_strips) tiles_begin();
     const float *x_words = WORDS > 1 ? words : (const float *)q.values;
     for_shared (task, column_tasks * ceil_div(N, task_rows), worth(task_columns * min64(task_rows, N) * C / 16), team) {
         const int64_t j = task % column_tasks * task_columns, i = task / column_tasks * task_rows,
@@ -373,4 +424,5 @@ void linear_rows(float *out, const Linear *layer, const float *x, float *scratch
         else
             linear_columns(out + i * OC, layer, x + i * C, int8 ? &part : NULL, min64(task_rows, N - i), j, j + n, 0);
     }
+    if (in_strips) tiles_end();
 }

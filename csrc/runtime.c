@@ -34,7 +34,9 @@ int cpu_supports(const char *feature) {
     if (!strcmp(feature, "avx512vl")) return __builtin_cpu_supports("avx512vl") != 0;
     if (!strcmp(feature, "avx512vnni")) return __builtin_cpu_supports("avx512vnni") != 0;
     if (!strcmp(feature, "avx512bf16")) return __builtin_cpu_supports("avx512bf16") != 0;
-    if (!strcmp(feature, "amx")) return allows_tiles();
+    if (!strcmp(feature, "amx-tile")) return allows_tiles();
+    if (!strcmp(feature, "amx-bf16")) return allows_tiles();
+    if (!strcmp(feature, "amx-int8")) return allows_tiles();
 #else
     (void)feature;
 #endif
@@ -46,7 +48,36 @@ int cpu_supports(const char *feature) {
 /* Independent sums: more than latency (4 or 5 cycles) times units (2), and few enough for SSE2's 16 registers. */
 enum { CHAINS = 12 };
 
+#ifdef HAS_TILES
+/* A round of products of tiles, for fma_burn(); returns its operations. All numbers are 0. */
+static double burn_tiles(int64_t iterations, int precision) {
+    enum { PRODUCTS = 4 * 16 * 16 * 32 };
+    tiles_begin(); /* tiles are 0 */
+    for (int64_t k = 0; precision == BF16 && k < iterations; k++) {
+        tile_dot_bf16(0, 4, 6);
+        tile_dot_bf16(1, 4, 7);
+        tile_dot_bf16(2, 5, 6);
+        tile_dot_bf16(3, 5, 7);
+    }
+    for (int64_t k = 0; precision == INT8 && k < iterations; k++) {
+        tile_dot_bytes(0, 4, 6);
+        tile_dot_bytes(1, 4, 7);
+        tile_dot_bytes(2, 5, 6);
+        tile_dot_bytes(3, 5, 7);
+    }
+    tiles_end();
+    return 2.0 * PRODUCTS * (precision == INT8 ? 2 : 1) * (double)iterations;
+}
+#endif
+
 double fma_burn(double *sums, int64_t iterations, int precision, Team *team) {
+    expect_tasks(team, iterations); /* they are long, few as they are */
+#ifdef HAS_TILES
+    if (precision != FP32) {
+        for_shared (i, team->threads, 1, team) sums[i] = burn_tiles(iterations, precision);
+        return (double)team->threads * sums[0];
+    }
+#endif
     for_shared (i, team->threads, 1, team) {
         const vf factor = vf_set1(0.999f), term = vf_set1(0.001f); /* converges to 1: no overflow, no denormals */
         const vf opposite = vf_bf16_pair(factor, vf_set1(-0.999f)), same = vf_bf16_pair(term, term); /* adds 0 */

@@ -501,8 +501,8 @@ static inline void tiles_end(void) { __asm__ volatile("tilerelease"); }
 #define tile_zero(t) __asm__ volatile("tilezero %tmm" #t)
 /* t += a b, of 16 x 16 floats: a has rows of 32 numbers, b 16 pairs of numbers for each column. */
 #define tile_dot_bf16(t, a, b) __asm__ volatile("tdpbf16ps %tmm" #b ", %tmm" #a ", %tmm" #t)
-/* The same of 16 x 16 sums of 32 bits: a has rows of 64 unsigned bytes, b four signed ones for each column. */
-#define tile_dot_bytes(t, a, b) __asm__ volatile("tdpbusd %tmm" #b ", %tmm" #a ", %tmm" #t)
+/* The same of 16 x 16 sums of 32 bits: a has rows of 64 signed bytes, b four unsigned ones for each column. */
+#define tile_dot_bytes(t, a, b) __asm__ volatile("tdpbsud %tmm" #b ", %tmm" #a ", %tmm" #t)
 #else
 static inline void tiles_begin(void) {}
 static inline void tiles_end(void) {}

@@ -44,7 +44,8 @@ __all__ = [
 AVX2 = ("avx2", "fma", "f16c")
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *AVX2)
 REQUIRES: dict[str, tuple[str, ...]] = {
-    "amx": (*AVX512, "avx512vnni", "avx512bf16", "amx"),  # with products of 16 x 16 tiles, too
+    # with products of whole tiles of 16-bit and 8-bit numbers, too
+    "amx": (*AVX512, "avx512vnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"),
     "avx512bf16": (*AVX512, "avx512vnni", "avx512bf16"),  # with 16-bit dot products, too
     "avx512vnni": (*AVX512, "avx512vnni"),  # as avx512, with 8-bit dot products (VNNI)
     "avx512": AVX512,

@@ -37,6 +37,7 @@ OWN_COLORS = {
     "avx512": "#1f3f77",
     "avx512vnni": "#0b8f8f",
     "avx512bf16": "#5b3fb5",
+    "amx": "#c2185b",
 }
 COLORS = OWN_COLORS | {
     "torch": "#e8a838",

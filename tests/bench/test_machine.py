@@ -33,7 +33,7 @@ def test_ceilings_are_measured() -> None:
     cores = usable_cores()
     ceilings = measure_ceilings(cores + 1)
     own = set(backends()) - {"numpy"}
-    bf16 = {f"{name}:bf16" for name in own if name == "avx512bf16"}
+    bf16 = {f"{name}:bf16" for name in own if name in ("amx", "avx512bf16")}
     assert ceilings.peak.keys() == own | bf16 | {f"{name}:int8" for name in own}
     assert len(ceilings.distances) == 1 and 0 <= ceilings.distances[0] < 1e6
     assert 1 in ceilings.bandwidth and max(ceilings.bandwidth) == cores

@@ -91,7 +91,7 @@ def test_info_shows_what_limits_the_speed(
     assert facts["bandwidth"] == "35 GB/s when memory is read"
     own = [text for name, text in rows if name == "backend" and text.split()[0] in backends()]
     for text in own[:-1]:  # the last is numpy
-        in_bf16 = ", 360 in bf16" if text.startswith("avx512bf16") else ""
+        in_bf16 = ", 360 in bf16" if text.startswith(("amx", "avx512bf16")) else ""
         assert "180 GFLOP/s at most on " in text and f"{in_bf16}, 720 GOP/s in int8" in text
     monkeypatch.setattr(cli_info, "free_bytes", lambda: 400_000_000)
     assert dict(info(*flags))["bandwidth"] == "not measured: that takes 268 MB of memory"
