@@ -258,8 +258,8 @@ static inline __attribute__((always_inline)) void transpose_queries(float *q_t, 
     if (on_tiles(type)) clear_rows(q_t, ceil_div(HS, 2), block_lanes(HS), TILE);
 }
 
-/* The left operand (HS x keys) of a sum over keys: to (HS x TILE / 2) is memory for it. x has two rows in a lane (keys /
- * 2 x HS), which are transposed only for tiles. */
+/* The left operand (HS x keys) of a sum over keys: to (HS x TILE / 2) is memory for it. x has two rows in a lane (keys
+ * / 2 x HS), which are transposed only for tiles. */
 static Operand by_key_pairs(float *to, const float *x, int64_t keys, int64_t HS) {
     if (!on_tiles(BF16)) return (Operand){x, 1, HS, FP32};
     transpose(to, TILE / 2, x, HS, ceil_div(keys, 2), HS, TILE / 2, FP32, FP32);

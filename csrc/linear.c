@@ -308,8 +308,8 @@ static inline void store_sums(float *out, vi sums, const Linear *layer, float sc
 }
 
 #ifdef HAS_TILES
-/* Columns [j, j + n), n <= STRIP_COLUMNS, of out (N,OC), on tiles, 32 rows at a time. Rows of x are tiles where they lie; what is read behind the last row is memory
- * of `packed`, and its products are not used. */
+/* Columns [j, j + n), n <= STRIP_COLUMNS, of out (N,OC), on tiles, 32 rows at a time. Rows of x are tiles where they
+ * lie; what is read behind the last row is memory of `packed`, and its products are not used. */
 static void multiply_strip(float *out, const Linear *layer, Quantized q, const float *x, int64_t N, int64_t j,
                            int64_t n, float *packed) {
     enum { SIDE = 16, ROWS = 2 * SIDE };

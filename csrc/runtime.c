@@ -11,7 +11,11 @@
 /* Whether the CPU has tiles and their products of BF16 and INT8. A process must ask Linux (from 5.16 on) for the memory
  * in which their registers are saved; its threads may then use them. */
 static int allows_tiles(void) {
-    enum { REQUEST = 0x1023, TILE_DATA = 18, NEEDED = 1 << 22 | 1 << 24 | 1 << 25 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_... */
+    enum {
+        REQUEST = 0x1023,
+        TILE_DATA = 18,
+        NEEDED = 1 << 22 | 1 << 24 | 1 << 25
+    }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_... */
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return 0;
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;

@@ -494,9 +494,9 @@ static inline void tiles_begin(void) {
 static inline void tiles_end(void) { __asm__ volatile("tilerelease"); }
 /* t, a and b are numbers of tiles, written as digits; rows in memory are `stride` bytes apart. gcc's own intrinsics do
  * not say that they read memory. */
-#define tile_load(t, from, stride)                                                                                    \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((const void *)(from)), "r"((int64_t)(stride)) : "memory")
-#define tile_store(t, to, stride)                                                                                     \
+#define tile_load(t, from, stride) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"((const void *)(from)), "r"((int64_t)(stride)) : "memory")
+#define tile_store(t, to, stride) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"((void *)(to)), "r"((int64_t)(stride)) : "memory")
 #define tile_zero(t) __asm__ volatile("tilezero %tmm" #t)
 /* t += a b, of 16 x 16 floats: a has rows of 32 numbers, b 16 pairs of numbers for each column. */

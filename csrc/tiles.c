@@ -3,8 +3,8 @@
  *
  * A tile is 16 rows of 64 bytes. One instruction multiplies a tile of A, 16 rows of 32 numbers along K, by a tile of B,
  * 16 pairs along K for each of 16 columns, and adds the products to a tile of 16 x 16 floats: 16,384 operations in 16
- * cycles. So all else takes longer: the second-level cache gives 50 bytes a cycle, what lies behind it less than 10. The
- * method of gemm.c serves here with other sizes, and a block of C stays in the second-level cache, too:
+ * cycles. So all else takes longer: the second-level cache gives 50 bytes a cycle, what lies behind it less than 10.
+ * The method of gemm.c serves here with other sizes, and a block of C stays in the second-level cache, too:
  *
  *   for each KC of K:
  *     for each MC rows of C:                     threads pack A together: MC x KC
@@ -14,8 +14,8 @@
  *           for each 32 rows of the block:       a panel of A: 32 x DEPTH, in the first-level cache
  *             for each 32 columns: microkernel   2 x 2 tiles of C; for each tile that is read, one is multiplied
  *
- * A panel is 32 rows of A (or B), KC deep: for each 32 numbers along K, two tiles one after the other. A tile of A has a
- * row of A in each row, a tile of B a pair along K. Memory that lies the other way is transposed, 16 x 16 lanes at a
+ * A panel is 32 rows of A (or B), KC deep: for each 32 numbers along K, two tiles one after the other. A tile of A has
+ * a row of A in each row, a tile of B a pair along K. Memory that lies the other way is transposed, 16 x 16 lanes at a
  * time. The edges are padded with zeros. Of 32 numbers along K the products of even and of odd ones are summed apart,
  * then both sums are added to C's; denormals are 0. */
 
@@ -26,16 +26,16 @@
 enum {
     SIDE = 16, /* rows of a tile, and lanes of 32 bits in each */
     PANEL = 2 * SIDE,
-    PAIR = 2,                    /* numbers in a lane */
-    DEEP = PAIR * SIDE,          /* numbers along K in a tile */
-    STEP = 2 * SIDE * SIDE,      /* floats of a panel's two tiles */
-    DEPTH_STEPS = 12,            /* tiles along K that a microkernel goes: a panel of A has 24 KB of them */
-    KC = 48 * DEEP,              /* numbers */
-    MC = 128 * PANEL,            /* rows of A packed at a time: 12 MB at most, in the last-level cache */
+    PAIR = 2,                      /* numbers in a lane */
+    DEEP = PAIR * SIDE,            /* numbers along K in a tile */
+    STEP = 2 * SIDE * SIDE,        /* floats of a panel's two tiles */
+    DEPTH_STEPS = 12,              /* tiles along K that a microkernel goes: a panel of A has 24 KB of them */
+    KC = 48 * DEEP,                /* numbers */
+    MC = 128 * PANEL,              /* rows of A packed at a time: 12 MB at most, in the last-level cache */
     BLOCK_B = 16 * PANEL * KC / 2, /* numbers of B that a thread packs at a time: 768 KB */
-    BLOCK_C = 256 * 16 * PANEL,  /* floats of C in a task: 512 KB */
-    PACK_PANELS = 4,             /* panels of A in a task of packing */
-    WORTH = 1 << 22              /* multiply-adds: about two microseconds */
+    BLOCK_C = 256 * 16 * PANEL,    /* floats of C in a task: 512 KB */
+    PACK_PANELS = 4,               /* panels of A in a task of packing */
+    WORTH = 1 << 22                /* multiply-adds: about two microseconds */
 };
 
 int64_t tiles_depth(void) { return KC; }
@@ -68,7 +68,8 @@ static inline __attribute__((always_inline)) void pack_of(float *panels, Operand
                                                           const int by_row, const int k_contiguous, const int memory) {
     const int64_t steps = ceil_div(numbers, DEEP), count = ceil_div(n, PANEL), all = steps * count;
     for (int64_t each = 0; each < all; each++) { /* in the order of memory */
-        const int64_t panel = k_contiguous ? each / steps : each % count, step = k_contiguous ? each % steps : each / count;
+        const int64_t panel = k_contiguous ? each / steps : each % count,
+                      step = k_contiguous ? each % steps : each / count;
         const int64_t k = step * DEEP, left = min64(DEEP, numbers - k);
         for (int64_t half = 0; half < 2; half++) {
             const int64_t row = panel * PANEL + half * SIDE;
