@@ -29,6 +29,7 @@ from gpt2c.kernels.backend import backends
 from gpt2c.kernels.memory import require
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.gpt2 import GPT2Config
+from gpt2c.model.reader import CACHES
 
 __all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows", "costs"]
 
@@ -53,9 +54,10 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
 
     Parameters
     ----------
-    given : names with commas between; "avx2:int8" is one row, "avx2" one for each kind. None means
-        all, but NumPy with fp32 alone, no transformers-compile, which takes minutes to start, and
-        no bf16 without instructions for it
+    given : names with commas between; "avx2:int8" is one row, "avx2" one for each kind, and
+        "avx2:int8:fp16" a row whose keys and values are fp16. None means all, but NumPy with fp32
+        alone, keys and values of small types for the fastest backend alone, no
+        transformers-compile, which takes minutes to start, and no bf16 without instructions for it
     quick : of all rows take the fastest backend and transformers only
 
     Raises
@@ -74,10 +76,11 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
             for kind in kinds
             if kind not in absent
         ]
+        rows += [f"{fastest()}:{kind}:{kind}" for kind in ("fp16", "int8")]
         return ["numpy:fp32", *rows, TRANSFORMERS[0], *others]
     rows = []
     for name in given.split(","):
-        row, _, precision = name.strip().partition(":")
+        row, precision, cache = (*name.strip().split(":", 2), "", "")[:3]
         if row in TRANSFORMERS and not precision:
             rows.append(row)
             continue
@@ -90,7 +93,11 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
             raise ValueError(f"{name!r}: the precisions are {', '.join(kinds)}")
         if row not in ENGINES:
             choose_rows(row)
-        rows += [f"{row}:{kind}" for kind in ([precision] if precision else kinds)]
+        if cache and (cache not in CACHES or row in ENGINES):
+            wanted = f"one of {', '.join(CACHES)}, of a backend of gpt2c"
+            raise ValueError(f"{name!r}: the third word is the type of keys and values, {wanted}")
+        end = f":{cache}" if cache else ""
+        rows += [f"{row}:{kind}{end}" for kind in ([precision] if precision else kinds)]
     return list(dict.fromkeys(rows))
 
 
@@ -141,19 +148,23 @@ def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:
     arguments = {"what": what, "config": config.to_dict(), "B": B, "T": T}
 
     def facts(row: str) -> dict[str, float]:
-        size = BYTES[row.partition(":")[2] or "fp32"]
-        return {"tokens": T if what == "prefill" else B, **costs(config, what, B, T, size)}
+        weights, cache = (*row.split(":")[1:], "fp32", "fp32")[:2]
+        sizes = BYTES[weights], BYTES[cache]
+        return {"tokens": T if what == "prefill" else B, **costs(config, what, B, T, *sizes)}
 
     return Work(group, "generate", arguments, "sample", facts)
 
 
-def costs(config: ModelConfig, what: str, B: int, T: int, size: int) -> dict[str, float]:
+def costs(
+    config: ModelConfig, what: str, B: int, T: int, size: int, cached: int = 4
+) -> dict[str, float]:
     """Return a call's operations, and the bytes of weights, keys and values that it reads.
 
     Parameters
     ----------
     what : "prefill" of T tokens, or "decode": one token more of each of B texts of T tokens
     size : bytes of a weight
+    cached : bytes of a number among keys and values
     """
     stack = config.stack()
     weights = stack.flops(0)  # a token takes one multiply-add of each
@@ -161,4 +172,4 @@ def costs(config: ModelConfig, what: str, B: int, T: int, size: int) -> dict[str
         head = stack.head.flops(T)
         return {"flops": 2 * ((stack.flops(T) - head) * T + head), "bytes": size * weights}
     cache = B * T * config.cache_floats()
-    return {"flops": 2 * B * stack.flops(2 * T), "bytes": size * weights + 4 * cache}
+    return {"flops": 2 * B * stack.flops(2 * T), "bytes": size * weights + cached * cache}

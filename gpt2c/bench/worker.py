@@ -56,7 +56,7 @@ TORCH_RTOL = {"global_norm": 1e-2}
 TRAIN_RTOL = 1e-4
 # Of logits: float32 sums have another order. With int8, an activation between two of the 127 steps
 # may be rounded the other way; so may a factor of bfloat16, by up to 0.004 of it.
-READ_RTOL = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.05}
+READ_RTOL = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 0.01, "int8": 0.05}
 # The other engines. SMALL, which verifies them, is as wide as their files need it. They are
 # compared with float32: their int8 has one scale for a whole row or matrix of activations, and
 # llama.cpp keeps keys and values in 16 bits.
@@ -86,14 +86,16 @@ class Worker:
     Parameters
     ----------
     row : a backend or one of ENGINES, with the kind of its weights, such as "avx2:int8", or the
-        precision of its products, "avx2:bf16"; or "torch...": PyTorch, compiled if the name
-        contains "compile", with autocast to bfloat16 if it contains "bf16"
+        precision of its products, "avx2:bf16"; a third word is the type of its keys and values,
+        "avx2:int8:fp16"; or "torch...": PyTorch, compiled if the name contains "compile", with
+        autocast to bfloat16 if it contains "bf16"
     threads : number of threads
     world : the ranks that share the batch of a training step
     """
 
     def __init__(self, row: str, threads: int, world: World = ALONE) -> None:
-        self._row, _, self._precision = row.partition(":")
+        self._row, self._precision, cache = (*row.split(":"), "", "")[:3]
+        self._cache = cache or "fp32"
         self._world = world
         self._call: Callable[[], Any] = lambda: None
         self._threads = threads
@@ -227,22 +229,29 @@ class Worker:
         )  # enough rows for the timed kernels
         if self._row in ENGINES:
             rtol = ENGINES_RTOL.get(f"{self._row}:{self._precision}", READ_RTOL["fp32"])
-            wanted = _own_reader("numpy", "fp32", "fp32", *small)()
+            wanted = _own_reader("numpy", ("fp32", "fp32", "fp32"), *small)()
         else:
-            products = self._products()
-            rtol = max(READ_RTOL.get(kind, 0.0) for kind in ("fp32", self._precision, products))
-            wanted = _own_reader("numpy", self._precision, products, *small)()
+            kinds = self._kinds()
+            weights, cache, products = kinds
+            of_weights = READ_RTOL["int8" if weights == "int8" else "fp32"]  # fp16 is exact
+            rtol = max(of_weights, READ_RTOL[cache], READ_RTOL[products])
+            wanted = _own_reader("numpy", kinds, *small)()
         error = normalised_error(self._reader(*small)(), wanted)
         self._call = self._reader(what, given, B, T)
         return {"error": error, "rtol": rtol}
 
-    def _products(self) -> str:
-        """Return the precision of products: beside smaller weights, the fastest that there is."""
-        return as_precision("auto" if self._precision in DTYPES else "fp32", self._backend)
+    def _kinds(self) -> tuple[str, str, str]:
+        """Return the types of weights, of keys and values, and of the factors of products.
+
+        Beside smaller weights, products are the fastest that there are.
+        """
+        small = self._precision in DTYPES
+        products = as_precision("auto" if small else "fp32", self._backend)
+        return self._precision if small else "fp32", self._cache, products
 
     def _reader(self, what: str, config: AnyConfig, B: int, T: int) -> Callable[[], Any]:
         if self._row not in ENGINES:
-            return _own_reader(self._backend, self._precision, self._products(), what, config, B, T)
+            return _own_reader(self._backend, self._kinds(), what, config, B, T)
         from gpt2c.bench.engines import PEERS
 
         parameters, texts = Model(config, backend=fastest()).parameters, _texts(config, B, T)
@@ -260,17 +269,18 @@ def _resident() -> int:
 
 
 def _own_reader(
-    backend: Any, precision: str, products: str, what: str, config: AnyConfig, B: int, T: int
+    backend: Any, kinds: tuple[str, str, str], what: str, config: AnyConfig, B: int, T: int
 ) -> Callable[[], Any]:
     """Return a call that reads a prompt, or one token more of each text, and returns logits.
 
     The texts grow for SOME calls, then begin again.
     """
+    weights, cache, products = kinds
     model = Model(config, backend=backend, precision=products)
-    if precision in DTYPES:
-        model = model.quantize(precision)
+    if weights in DTYPES:
+        model = model.quantize(weights)
     texts = _texts(config, B, T)
-    decoder = model.decoder(B, T + SOME)
+    decoder = model.decoder(B, T + SOME, cache)
     if what == "prefill":
         return lambda: decoder.read(texts[0], 0, 0)
     for slot, text in enumerate(texts):

@@ -78,6 +78,16 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         )
 
 
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_row_names_the_type_of_its_keys_and_values(cache: str) -> None:
+    worker = Worker(f"base:fp16:{cache}", 1)
+    answer = worker.generate("decode", dataclasses.asdict(TINY), 3, 9)
+    assert answer["error"] <= answer["rtol"] == {"fp16": 1e-3, "int8": 0.05}[cache]
+    assert choose_generate_rows(f"base:fp16:{cache}", False) == [f"base:fp16:{cache}"]
+    for wrong in ("base:fp16:fp8", "openvino:fp32:fp16"):
+        assert "keys and values" in refused(choose_generate_rows, wrong, False)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 3)])
 def test_worker_verifies_and_times(what: str, B: int, precision: str, backend_name: str) -> None:
