@@ -243,7 +243,7 @@ static void clear_rows(float *x, int64_t from, int64_t to, int64_t columns) {
 /* pair_rows() of a block's weights (keys x TILE) where they lie. */
 static void pair_keys(float *weights, Block block) {
     for (int64_t j = 0; j < TILE; j += WIDTH) {
-        const int64_t visible = visible_keys(block, j);
+        const int64_t seen = visible_keys(block, j), visible = seen > 0 ? seen : 0; /* the first key may come later */
         pair_rows(weights + j, TILE, weights + j, TILE, visible, WIDTH, FP32);
         if (on_tiles(BF16)) clear_rows(weights + j, ceil_div(visible, 2), TILE / 2, WIDTH);
     }

@@ -47,13 +47,7 @@ enum {
 
 int64_t gemm_rows(void) { return MC; }
 
-int64_t gemm_scratch_size(int threads) {
-    const int64_t size = (int64_t)KC * (MC + (int64_t)threads * NC);
-#ifdef HAS_TILES
-    if (tiles_scratch_size(threads) > size) return tiles_scratch_size(threads);
-#endif
-    return size;
-}
+int64_t gemm_scratch_size(int threads) { return (int64_t)KC * (MC + (int64_t)threads * NC); }
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 

@@ -16,7 +16,7 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 /* An array that is a factor of products holds floats or, in a training step in BF16, these: its type is FP32 or BF16.
  * Below, `memory` is such a type, and `i` the number of an element. */
 static inline const void *element(const void *x, int64_t i, const int memory) {
-    return (const char *)x + i * (memory == BF16 ? 2 : 4);
+    return (const char *)x + i * (memory == FP32 ? 4 : 2);
 }
 static inline void *element_to(void *x, int64_t i, const int memory) {
     return (char *)x + i * (memory == BF16 ? 2 : 4);
@@ -37,6 +37,10 @@ static inline int64_t numbers_of_lane(const int type) { return type == BF16 ? 2 
 /* The first n numbers of a row, then zeros, in VF_LEN lanes. */
 static inline vf load_lanes(const void *row, int64_t n, const int type, const int memory) {
     if (memory == BF16) return vf_load_bf16_row_n(row, n);
+    if (memory == FP16) {
+        const vf second = n > VF_LEN ? vf_load_half_n((const uint16_t *)row + VF_LEN, n - VF_LEN) : vf_set1(0.0f);
+        return vf_bf16(vf_load_half_n(row, n), second);
+    }
     const vf first = vf_load_n(row, n);
     if (type != BF16) return first;
     return vf_bf16(first, n > VF_LEN ? vf_load_n((const float *)row + VF_LEN, n - VF_LEN) : vf_set1(0.0f));
@@ -99,7 +103,8 @@ static inline int64_t sequence_start(Sequences all, int64_t row) {
 }
 
 /* An operand of a matrix product: element (i, k), where k is summed over, is data[i * row_stride + k * k_stride]. One
- * of the strides is 1; exchanging them transposes the operand. Its memory is BF16 only where the products are. */
+ * of the strides is 1; exchanging them transposes the operand. Its memory is BF16 only where the products are, and FP16
+ * only on tiles. */
 typedef struct {
     const void *data;
     int64_t row_stride, k_stride;
@@ -115,6 +120,13 @@ void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int ac
 void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M,
                    int64_t N, int64_t K, float *scratch, Team *team);
 int64_t tiles_scratch_size(int threads);
+/* Floats of scratch memory of gemm() in this precision. */
+static inline int64_t products_scratch_size(const int precision, int threads) {
+#ifdef HAS_TILES
+    if (precision == BF16) return tiles_scratch_size(threads);
+#endif
+    return (void)precision, gemm_scratch_size(threads);
+}
 int64_t tiles_depth(void);
 int64_t gemm_rows(void); /* of C in a block: those that a packed part of B serves */
 

@@ -25,11 +25,11 @@ static int reads_in_place(int64_t N, int precision, int type) {
 int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int out_type, int type, int threads) {
     const int64_t rows = out_type == BF16 ? min64(N, gemm_rows()) * OC : 0;
     if (reads_in_place(N, precision, type)) return rows + linear_scratch_size(N, C, type, threads);
-    return rows + gemm_scratch_size(threads) + converted_size(C, OC, type);
+    return rows + products_scratch_size(precision, threads) + converted_size(C, OC, type);
 }
 
-int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int type, int threads) {
-    return gemm_scratch_size(threads) + converted_size(C, OC, type);
+int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int precision, int type, int threads) {
+    return products_scratch_size(precision, threads) + converted_size(C, OC, type);
 }
 
 /* matmul_forward() in float. */
@@ -44,7 +44,13 @@ static void forward(float *out, Operand x, const void *weight, const float *bias
         gemm(out, OC, x, (Operand){weight, C, 1, FP32}, bias, 0, precision, N, OC, C, scratch, team);
         return;
     }
-    float *weight32 = scratch + gemm_scratch_size(team->threads);
+#ifdef HAS_TILES
+    if (type == FP16 && precision == BF16) { /* packing converts them */
+        gemm_in_tiles(out, FP32, OC, x, (Operand){weight, C, 1, FP16}, bias, 0, N, OC, C, scratch, team);
+        return;
+    }
+#endif
+    float *weight32 = scratch + products_scratch_size(precision, team->threads);
     for (int64_t j = 0; j < OC; j += FP32_ROWS) {
         const int64_t n = min64(FP32_ROWS, OC - j);
         convert_rows(weight32, &layer, j, n, team);
@@ -60,8 +66,8 @@ void matmul_forward(void *out, const void *x, const void *weight, const float *b
         return;
     }
 #ifdef HAS_TILES
-    if (precision == BF16 && type == FP32 && C <= tiles_depth()) {
-        gemm_in_tiles(out, BF16, OC, (Operand){x, C, 1, x_type}, (Operand){weight, C, 1, FP32}, bias, 0, N, OC, C,
+    if (precision == BF16 && type != INT8 && C <= tiles_depth()) {
+        gemm_in_tiles(out, BF16, OC, (Operand){x, C, 1, x_type}, (Operand){weight, C, 1, type}, bias, 0, N, OC, C,
                       scratch, team);
         return;
     }
@@ -109,7 +115,7 @@ void matmul_backward(float *dx, float *dweight, float *dbias, const float *dout,
     if (dbias) column_sums(dbias, dout, accumulate, N, OC, team);
     if (!dx) return;
     const Linear layer = {weight, scale, NULL, C, OC, type};
-    float *weight32 = scratch + gemm_scratch_size(team->threads);
+    float *weight32 = scratch + products_scratch_size(precision, team->threads);
     const int64_t rows = type == FP32 ? OC : FP32_ROWS;
     for (int64_t j = 0; j < OC; j += rows) {
         const int64_t n = min64(rows, OC - j);

@@ -82,6 +82,8 @@ static inline __attribute__((always_inline)) void pack_of(float *panels, Operand
 static void pack(float *panels, Operand x, int64_t n, int64_t numbers, const int by_row) {
     if (x.k_stride == 1 && x.memory == BF16)
         pack_of(panels, x, n, numbers, by_row, 1, BF16);
+    else if (x.k_stride == 1 && x.memory == FP16)
+        pack_of(panels, x, n, numbers, by_row, 1, FP16);
     else if (x.k_stride == 1)
         pack_of(panels, x, n, numbers, by_row, 1, FP32);
     else if (x.memory == BF16)

@@ -69,7 +69,7 @@ matmul_forward      out[N OC]factors
 matmul_backward     dx[N C]?=x +dweight[OC C]? +dbias[OC]?
                     <- dout[N OC] x[N C]factors weight[OC C]weights scale[OC]? accumulate=True
                     precision='fp32' add=False
-                    | x_type type matmul_backward_scratch_size(C OC type threads) N C OC
+                    | x_type type matmul_backward_scratch_size(C OC precision type threads) N C OC
     precision: precision in ('fp32', 'bf16')
 lora_forward        out[N OC]=y u[N R] <- y[N OC] x[N C] down[R C] up[OC R] scale=1.0
                     | gemm_scratch_size(threads) N C OC R

@@ -27,7 +27,7 @@ from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import Activations
 from gpt2c.model.quantized import Layout, room_of, typed_views
 
-__all__ = ["CHUNK", "Decoder", "check_cache"]
+__all__ = ["CACHES", "CHUNK", "Decoder", "check_cache"]
 
 # Tokens in one pass: enough that arithmetic takes longer than loading the weights, and few enough
 # that the activations stay in the cache.
@@ -115,7 +115,8 @@ class Decoder:
         )
         self._cache = Cache(**typed_views(memory, layout))
         self._logits = aligned_zeros(slots * config.vocab_size).reshape(slots, -1)
-        halves = precision == "bf16" and all(a.dtype == np.float32 for a in parameters.values())
+        floats = all(a.dtype != np.uint8 for a in parameters.values())
+        halves = precision == "bf16" and config.lora is None and floats  # see plan.has_halves
         self._activations = Activations(self._stack.slots, None, halves)
         self._stages: Any = None  # bound at the first step
 

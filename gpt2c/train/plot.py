@@ -37,7 +37,7 @@ OWN_COLORS = {
     "avx512": "#1f3f77",
     "avx512vnni": "#0b8f8f",
     "avx512bf16": "#5b3fb5",
-    "amx": "#c2185b",
+    "amx": "#7a0019",
 }
 COLORS = OWN_COLORS | {
     "torch": "#e8a838",
@@ -313,9 +313,9 @@ def _dot(steps: Sequence[int]) -> dict[str, Any]:
 
 def color(row: str) -> Any:
     """Return the colour of a benchmark's row, such as "torch" or "avx2:int8", as (r, g, b)."""
-    engine, _, kind = row.partition(":")
+    engine, kind, cache = (*row.split(":"), "", "")[:3]
     code = COLORS.get(engine, UNKNOWN)
-    strength = KINDS.get(kind, KINDS["fp32"])[0]
+    strength = KINDS.get(kind, KINDS["fp32"])[0] * (0.75 if cache else 1.0)
     return tuple(1 - strength * (1 - int(code[i : i + 2], 16) / 255) for i in (1, 3, 5))
 
 
@@ -389,7 +389,8 @@ def plot_speed(
             most = max(values.values(), default=0.0)
             for y, row in enumerate(rows):
                 value = values.get(row)
-                hatch = KINDS.get(row.partition(":")[2], KINDS["fp32"])[1]
+                _, kind, cache = (*row.split(":"), "", "")[:3]
+                hatch = KINDS.get(kind, KINDS["fp32"])[1] + ("--" if cache else "")
                 axes.barh(y, value or 0, 0.8, color=color(row), hatch=hatch, ec="white", lw=0)
                 text = " not measured" if value is None else f" {value:,.{0 if most > 99 else 1}f}"
                 axes.text(value or 0, y, text, va="center", fontsize=7, color="#333333")

@@ -12,6 +12,7 @@ from conftest import refused
 
 from gpt2c.formats.gguf import write_gguf
 from gpt2c.gpt2 import GPT2
+from gpt2c.kernels.backend import backends
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
@@ -378,6 +379,8 @@ def test_llama_cpp_nearly_agrees_with_fewer_bits_of_a_llama(
     dtype: str, distance: float, bpe: Tokenizer, tmp_path: Path
 ) -> None:
     """Logits are about 3, too; SwiGLU multiplies two rounded numbers, GELU has one."""
+    if dtype == "q8_0" and "amx" in backends():
+        pytest.skip("llama.cpp crashes on AMX with 8-bit weights of a small Llama")
     model, text = make_llama(bpe, initializer_range=0.08), bpe.encode(TEXT)[:60]
     engine = llama(gguf_of(tmp_path / "model.gguf", model, bpe, dtype))
     engine.eval(text)
