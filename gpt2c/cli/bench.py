@@ -113,7 +113,11 @@ def _add_flags(parser: argparse.ArgumentParser, what: str) -> None:
         parser.add_argument(flag, help=text, **more, **given)
 
     rows = "rows to measure, commas between (default: all that run here)"
-    rows += "; avx2:int8 names the weights, avx2:int8:fp16 keys and values too" if what in ("", "generate") else ""
+    rows += (
+        "; avx2:int8 names the weights, avx2:int8:fp16 keys and values too"
+        if what in ("", "generate")
+        else ""
+    )
     add("--backends", rows, metavar="A,B")
     add("--threads", "threads of every row (default: see gpt2c info)", type=int)
     text = "gpt2, which is GPT-2 124M (default), or a Llama of this shape"
