@@ -92,12 +92,6 @@ static inline __attribute__((always_inline)) void pack(float *restrict panels, O
         pack_from(panels, x, n, numbers, width, type, FP32);
 }
 
-/* x from this row and this k on. */
-static inline Operand operand_from(Operand x, int64_t row, int64_t k) {
-    x.data = element(x.data, row * x.row_stride + k * x.k_stride, x.memory);
-    return x;
-}
-
 /* Memory to prefetch: `runs` runs of `length` consecutive floats, which start `stride` floats apart. `next` is the next
  * line, `end` the end of its run. */
 typedef struct {

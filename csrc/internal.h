@@ -111,6 +111,12 @@ typedef struct {
     int memory;
 } Operand;
 
+/* x from this row and this k on. */
+static inline Operand operand_from(Operand x, int64_t row, int64_t k) {
+    x.data = element(x.data, row * x.row_stride + k * x.k_stride, x.memory);
+    return x;
+}
+
 /* c[i*ldc + j] (M x N) = sum over k of a(i,k) b(j,k), plus bias[j] if not NULL, or plus the old c if `accumulate`. The
  * products are of floats, or of the BF16 numbers nearest to them. */
 void gemm(float *c, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int precision, int64_t M,

@@ -155,12 +155,6 @@ static void multiply_packed(float *c, int64_t ldc, const float *a, const float *
     }
 }
 
-/* x from this row and this k on. */
-static Operand operand_from(Operand x, int64_t row, int64_t k) {
-    x.data = element(x.data, row * x.row_stride + k * x.k_stride, x.memory);
-    return x;
-}
-
 void gemm_in_tiles(void *c, int c_type, int64_t ldc, Operand a, Operand b, const float *bias, int accumulate, int64_t M,
                    int64_t N, int64_t K, float *scratch, Team *team) {
     const int64_t depth = round_up(ceil_div(K, ceil_div(K, KC)), DEEP); /* equal parts, at most KC */

@@ -404,6 +404,8 @@ def test_llama_cpp_nearly_agrees_with_fewer_bits(
     dtype: str, distance: float, bpe: Tokenizer, tmp_path: Path
 ) -> None:
     """Logits are about 3; f16 keeps 11 bits of a weight, q8_0 8 bits of the largest in 32."""
+    if dtype == "q8_0" and "amx" in backends():
+        pytest.skip("llama.cpp crashes on AMX with 8-bit weights of a small GPT-2")
     model = make(bpe)
     engine = llama(gguf_of(tmp_path / "model.gguf", model, bpe, dtype))
     text = bpe.encode(TEXT)[:60]
