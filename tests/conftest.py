@@ -108,12 +108,13 @@ class Guarded:
     def _guards(self, size: int) -> np.ndarray:
         return np.full(-(-size // 4), self.PATTERN).view(np.uint8)
 
-    def check(self) -> None:
-        """Fail if a guard was overwritten."""
+    def check(self, after: str = "the test") -> None:
+        """Fail if a guard of a copy made since the last check was overwritten."""
         for buffer, start, stop in self._buffers:
             guards = self._guards(buffer.nbytes)
-            assert (buffer[:start] == guards[:start]).all(), "memory before an array was written"
-            assert (buffer[stop:] == guards[stop:]).all(), "memory after an array was written"
+            assert (buffer[:start] == guards[:start]).all(), f"{after} wrote before an array"
+            assert (buffer[stop:] == guards[stop:]).all(), f"{after} wrote behind an array"
+        self._buffers.clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from conftest import Guarded
 from helpers.cases import CASES, Case
 from numpy.typing import NDArray
 
-from gpt2c.kernels.backend import as_precision, get_backend
+from gpt2c.kernels.backend import as_precision, backends, get_backend
 from gpt2c.kernels.op import OPS
 from gpt2c.kernels.reference.rounding import bf16, read, stored
 
@@ -133,15 +133,13 @@ STORED = [
 
 
 @pytest.mark.parametrize("case", STORED, ids=str)
-def test_16_bits_in_memory_have_the_bits_of_rounded_floats(
-    case: Case, backend: Any, guarded: Guarded
-) -> None:
+def test_16_bits_in_memory_have_the_bits_of_rounded_floats(case: Case, guarded: Guarded) -> None:
     """Inputs are rounded before, outputs after: no product and no sum knows the difference."""
     op, given = OPS[case.name], case.arguments()
     factors = {array.name for array in op.arrays if array.factor}
     each = [factors, {"x"}, {"out"}] if case.name == "matmul_forward" else [factors]
 
-    def run(halves: set[str]) -> list[Any]:
+    def run(backend: Any, halves: set[str]) -> list[Any]:
         arguments: list[Any] = []
         for array, value in zip(op.arrays, given, strict=False):
             if value is None or value.dtype != np.float64:
@@ -154,12 +152,17 @@ def test_16_bits_in_memory_have_the_bits_of_rounded_floats(
         getattr(backend, case.name)(*arguments, *given[len(op.arrays) :])
         return arguments[: len(op.outputs)]
 
-    floats = run(set())
-    for halves in each:
-        for array, half, full in zip(op.outputs, run(halves), floats, strict=True):
-            if full is not None:
-                wanted = stored(full) if array.name in halves else full
-                assert half.tobytes() == wanted.tobytes(), f"{array.name} with {halves} in 16 bits"
+    for name in backends():
+        backend = get_backend(name)
+        floats = run(backend, set())
+        for halves in each:
+            for array, half, full in zip(op.outputs, run(backend, halves), floats, strict=True):
+                if full is not None:
+                    wanted = stored(full) if array.name in halves else full
+                    assert half.tobytes() == wanted.tobytes(), (
+                        f"{name}: {array.name} with {halves} in 16 bits"
+                    )
+        guarded.check(name)
 
 
 @pytest.mark.parametrize("W", [1, 7, 8, 9, 16, 17, 33])

@@ -26,6 +26,13 @@ EVERY_ARRAY = pytest.mark.parametrize(
     ("name", "argument"), [(name, argument) for name in PUBLIC for argument in arrays_of(name)]
 )
 
+
+@pytest.fixture(params=["numpy", "auto"])
+def either(request: pytest.FixtureRequest) -> str:
+    """Return the name of the reference, then of a compiled backend: all have the same checks."""
+    return request.param
+
+
 # ---- results -------------------------------------------------------------------------------------
 
 
@@ -179,23 +186,23 @@ def test_optional_arrays_are_taken(what: str, backend_name: str) -> None:
     ],
 )
 def test_optional_arrays_that_do_not_fit_are_refused(
-    what: str, changes: dict[str, Any], named: str, backend_name: str
+    what: str, changes: dict[str, Any], named: str, either: str
 ) -> None:
     function, given, _ = given_with(what)
-    assert refused(function, **given | changes, backend=backend_name).startswith(named)
+    assert refused(function, **given | changes, backend=either).startswith(named)
 
 
 @pytest.mark.parametrize("offsets", [[0, 4], [1, 9], [0, 5, 5, 9], [0, 9, 4, 9], [9], [0, 10]])
-def test_offsets_that_divide_no_row_are_refused(offsets: list[int], backend_name: str) -> None:
+def test_offsets_that_divide_no_row_are_refused(offsets: list[int], either: str) -> None:
     for what in ("a ragged batch", "tokens of a ragged batch"):
         function, given, _ = given_with(what)
-        wrong = given | {"offsets": np.array(offsets, np.int32), "backend": backend_name}
+        wrong = given | {"offsets": np.array(offsets, np.int32), "backend": either}
         assert refused(function, **wrong).startswith("offsets")
 
 
-def test_offsets_of_several_rows_are_refused(backend_name: str) -> None:
+def test_offsets_of_several_rows_are_refused(either: str) -> None:
     function, given, _ = given_with("grouped queries")
-    wrong = given | {"offsets": np.array([0, 5], np.int32), "backend": backend_name}
+    wrong = given | {"offsets": np.array([0, 5], np.int32), "backend": either}
     assert "a batch of B=1 row" in refused(function, **wrong)
 
 
@@ -220,19 +227,15 @@ def test_key_heads_that_divide_no_query_heads_are_refused(n_kv_head: int) -> Non
         ({"first": 2**33 - 1}, "first"),  # the second row would have another place
     ],
 )
-def test_dropout_out_of_range_is_refused(
-    changes: dict[str, Any], named: str, backend_name: str
-) -> None:
+def test_dropout_out_of_range_is_refused(changes: dict[str, Any], named: str, either: str) -> None:
     for name in ("dropout_forward", "attention_forward", "attention_backward"):
-        wrong = solved(name)[0] | changes | {"backend": backend_name}
+        wrong = solved(name)[0] | changes | {"backend": either}
         assert refused(PUBLIC[name], **wrong).startswith(named)
 
 
-def test_dropout_with_a_cache_is_refused(backend_name: str) -> None:
+def test_dropout_with_a_cache_is_refused(either: str) -> None:
     function, given, _ = given_with("a cache")
-    assert refused(function, **given | {"dropout": 0.1, "backend": backend_name}).startswith(
-        "dropout"
-    )
+    assert refused(function, **given | {"dropout": 0.1, "backend": either}).startswith("dropout")
 
 
 def test_backend_may_stand_in_its_old_place() -> None:
@@ -301,70 +304,70 @@ def test_elementwise_ops_take_any_shape(
 
 @EVERY_ARRAY
 @pytest.mark.parametrize("dtype", ["f2", ">f4", "i8", "c8", "O", "U1"])
-def test_another_dtype_is_refused(name: str, argument: str, dtype: str, backend_name: str) -> None:
+def test_another_dtype_is_refused(name: str, argument: str, dtype: str, either: str) -> None:
     declared = next(array for array in OPS[name].arrays if array.name == argument)
     if dtype == "f2" and declared.kind == "weights":
         pytest.skip("a weight may have 16 bits")
     arguments, _ = solved(name)
     arguments[argument] = np.zeros(arguments[argument].shape, dtype)
-    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    message = refused(PUBLIC[name], **arguments | {"backend": either})
     assert message.startswith(argument) and str(np.dtype(dtype)) in message
 
 
 @EVERY
-def test_float64_is_for_numpy(name: str, backend_name: str) -> None:
-    if backend_name == "numpy":
+def test_float64_is_for_numpy(name: str, either: str) -> None:
+    if either == "numpy":
         pytest.skip("numpy computes in float64")
     arguments, _ = solved(name, np.float64)
-    assert "float32" in refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    assert "float32" in refused(PUBLIC[name], **arguments | {"backend": either})
 
 
 @EVERY_ARRAY
-def test_floats_of_two_sizes_are_refused(name: str, argument: str, backend_name: str) -> None:
+def test_floats_of_two_sizes_are_refused(name: str, argument: str, either: str) -> None:
     arguments, _ = solved(name)
     floats = [value for value in arguments.values() if getattr(value, "dtype", None) == np.float32]
-    if arguments[argument].dtype != np.float32 or (len(floats) == 1 and backend_name == "numpy"):
+    if arguments[argument].dtype != np.float32 or (len(floats) == 1 and either == "numpy"):
         pytest.skip("no float, or the only one")
     arguments[argument] = arguments[argument].astype(np.float64)
-    assert "float64" in refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    assert "float64" in refused(PUBLIC[name], **arguments | {"backend": either})
 
 
 @EVERY_ARRAY
-def test_arrays_with_gaps_are_refused(name: str, argument: str, backend_name: str) -> None:
+def test_arrays_with_gaps_are_refused(name: str, argument: str, either: str) -> None:
     arguments, _ = solved(name)
     right = arguments[argument]
     wide = np.repeat(right, 2, axis=-1)
     arguments[argument] = wide[..., ::2]
     assert np.array_equal(arguments[argument], right, equal_nan=True)
-    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    message = refused(PUBLIC[name], **arguments | {"backend": either})
     assert message.startswith(argument) and "contiguous" in message
     if right.ndim > 1:  # right shape, wrong order
         arguments[argument] = np.asfortranarray(right)
-        assert refused(PUBLIC[name], **arguments | {"backend": backend_name}).startswith(argument)
+        assert refused(PUBLIC[name], **arguments | {"backend": either}).startswith(argument)
 
 
 @EVERY_ARRAY
-def test_empty_arrays_are_refused(name: str, argument: str, backend_name: str) -> None:
+def test_empty_arrays_are_refused(name: str, argument: str, either: str) -> None:
     arguments, _ = solved(name)
     arguments[argument] = arguments[argument][:0]
-    assert refused(PUBLIC[name], **arguments | {"backend": backend_name}).startswith(argument)
+    assert refused(PUBLIC[name], **arguments | {"backend": either}).startswith(argument)
 
 
 @EVERY_ARRAY
-def test_other_objects_than_arrays_are_refused(name: str, argument: str, backend_name: str) -> None:
+def test_other_objects_than_arrays_are_refused(name: str, argument: str, either: str) -> None:
     arguments, _ = solved(name)
     own = arguments[argument]
     for wrong in (own.tolist(), np.ma.array(own), 1.0, "text", None):
         optional = any(a.name == argument and a.optional for a in OPS[name].inputs)
         if not (optional and wrong is None):
-            bad = arguments | {argument: wrong, "backend": backend_name}
+            bad = arguments | {argument: wrong, "backend": either}
             assert refused(PUBLIC[name], **bad).startswith(argument)
 
 
 @EVERY_ARRAY
 @pytest.mark.parametrize("axes", ["more", "fewer"])
 def test_another_number_of_axes_is_refused(
-    name: str, argument: str, axes: str, backend_name: str
+    name: str, argument: str, axes: str, either: str
 ) -> None:
     arguments, _ = solved(name)
     arrays = arrays_of(name)
@@ -372,13 +375,13 @@ def test_another_number_of_axes_is_refused(
         pytest.skip("any shape will do")
     right = arguments[argument]
     arguments[argument] = right[None] if axes == "more" else right[0, ...].copy()
-    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    message = refused(PUBLIC[name], **arguments | {"backend": either})
     named = arrays if name in ELEMENTWISE else [argument]
     assert message.startswith(tuple(named))
 
 
 @EVERY_ARRAY
-def test_sizes_that_do_not_fit_are_refused(name: str, argument: str, backend_name: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(name: str, argument: str, either: str) -> None:
     """One more of a size that other arrays have; of two that differ, either may be named."""
     arguments, _ = solved(name)
     declared = {array.name: array for array in OPS[name].arrays if array.name in arrays_of(name)}
@@ -387,15 +390,15 @@ def test_sizes_that_do_not_fit_are_refused(name: str, argument: str, backend_nam
         alike = [array.name for array in declared.values() if letter in array.letters]
         one_more = np.concatenate([right, right.take([0], axis)], axis)
         if len(alike) > 1:
-            wrong = arguments | {argument: one_more, "backend": backend_name}
+            wrong = arguments | {argument: one_more, "backend": either}
             named = tuple(alike) if len(alike) == 2 else argument
             assert refused(PUBLIC[name], **wrong).startswith(named)
 
 
-def test_heads_that_do_not_divide_the_channels_are_refused(backend_name: str) -> None:
+def test_heads_that_do_not_divide_the_channels_are_refused(either: str) -> None:
     arguments, _ = solved("attention_backward")
     lse = np.zeros((2, 4, 5), np.float32)  # C = 15
-    wrong = arguments | {"lse": lse, "backend": backend_name}
+    wrong = arguments | {"lse": lse, "backend": either}
     assert refused(ops.attention_backward, **wrong).startswith("lse")
 
 
@@ -408,12 +411,10 @@ def test_heads_that_do_not_divide_the_channels_are_refused(backend_name: str) ->
         *(("crossentropy_backward", "targets", token) for token in (-2, 19, -(2**31))),
     ],
 )
-def test_ids_out_of_range_are_refused(
-    name: str, argument: str, wrong: int, backend_name: str
-) -> None:
+def test_ids_out_of_range_are_refused(name: str, argument: str, wrong: int, either: str) -> None:
     arguments, _ = solved(name)
     arguments[argument].flat[-1] = wrong
-    message = refused(PUBLIC[name], **arguments | {"backend": backend_name})
+    message = refused(PUBLIC[name], **arguments | {"backend": either})
     assert message.startswith(argument) and str(wrong) in message
 
 
@@ -452,22 +453,20 @@ def test_ids_out_of_range_are_refused(
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(
-    name: str, changes: dict[str, Any], named: str, backend_name: str
+    name: str, changes: dict[str, Any], named: str, either: str
 ) -> None:
     arguments, _ = solved(name)
-    assert refused(PUBLIC[name], **arguments | changes | {"backend": backend_name}).startswith(
-        named
-    )
+    assert refused(PUBLIC[name], **arguments | changes | {"backend": either}).startswith(named)
 
 
 @pytest.mark.parametrize("size", ["vocab_size", "n_positions"])
 def test_results_that_do_not_fit_are_refused(
-    size: str, backend_name: str, monkeypatch: pytest.MonkeyPatch
+    size: str, either: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpt2c.kernels.memory.free_bytes", lambda untouched: 10**9)
     arguments, _ = solved("encoder_backward")
     with pytest.raises(MemoryError, match=r"^encoder_backward needs .* MB are free: take smaller"):
-        PUBLIC["encoder_backward"](**arguments | {size: 2**31 - 1, "backend": backend_name})
+        PUBLIC["encoder_backward"](**arguments | {size: 2**31 - 1, "backend": either})
 
 
 @EVERY
