@@ -55,7 +55,7 @@ from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.finetune.verifiers import Reward, Rewards, find_rewards, score, try_rewards
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import AnyConfig, find_model
-from gpt2c.model.model import first_values
+from gpt2c.model.first_values import first_values
 from gpt2c.model.parameters import names_that_fit
 from gpt2c.parallel.world import World
 from gpt2c.pretrained import MODELS

@@ -34,7 +34,7 @@ from gpt2c.formats.peft import digest
 from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import require
-from gpt2c.model.model import first_values
+from gpt2c.model.first_values import first_values
 from gpt2c.model.parameters import Tensor, check_shapes, names_that_fit
 from gpt2c.model.plan import parts_needed
 from gpt2c.parallel.world import World, join

@@ -12,7 +12,7 @@ only marks the gradients as void: the next backward writes where it would add.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, overload
 
@@ -27,12 +27,12 @@ from gpt2c.model.block import (
     Batch,
     Dropout,
     IntArray,
-    Parameter,
     Run,
     Slot,
     check_dropout,
 )
 from gpt2c.model.config import ModelConfig
+from gpt2c.model.first_values import Streams, draw, first_values
 from gpt2c.model.inputs import (
     Tokens,
     check_batch,
@@ -42,7 +42,7 @@ from gpt2c.model.inputs import (
     check_tokens,
 )
 from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.lora import TARGETS, LoRA, is_adapter
+from gpt2c.model.lora import TARGETS, LoRA
 from gpt2c.model.objective import CrossEntropy, Objective
 from gpt2c.model.owner import Owner
 from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
@@ -61,7 +61,7 @@ from gpt2c.model.quantized import (
 from gpt2c.model.stack import Stack
 from gpt2c.model.trace import Trace
 
-__all__ = ["Model", "first_values"]
+__all__ = ["Model"]
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 SMALLER = {  # the advice where a model of these weights does not fit
@@ -936,42 +936,3 @@ class Model(LanguageModel):
             self.backend.residual_forward(own, own, d_head)
         elif d_head is not own:
             np.copyto(own, d_head)
-
-
-def first_values(config: ModelConfig, seed: int, names: Collection[str]) -> dict[str, Array]:
-    """Return the values that a new model of this seed has in some parameters: name -> array."""
-    described, values = config.stack().parameters(), dict[str, Array]()
-    streams, left = Streams(seed), set(names)
-    for name, one in described.items():
-        if left and (is_adapter(name) or any(not is_adapter(other) for other in left)):
-            value = np.empty(one.shape, np.float32)
-            draw(one, streams.of(name), value)  # also those not wanted, which come before others
-            if name in left:
-                values[name] = value
-                left.remove(name)
-    return values
-
-
-class Streams:
-    """The random numbers of a seed: adapters have their own, whatever model they are for."""
-
-    def __init__(self, seed: int) -> None:
-        self._model, self._adapters = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-
-    def of(self, name: str) -> np.random.Generator:
-        """Return those of a parameter."""
-        return self._adapters if is_adapter(name) else self._model
-
-
-def draw(one: Parameter, rng: np.random.Generator, value: Array) -> None:
-    """Write the first values of a parameter."""
-    if one.std:
-        rng.standard_normal(out=value, dtype=np.float32)
-        value *= one.std
-        value /= one.shrink
-    elif one.bound:
-        rng.random(out=value, dtype=np.float32)
-        value *= 2 * one.bound
-        value -= one.bound
-    else:
-        value.fill(one.fill)
