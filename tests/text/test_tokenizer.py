@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2c.files import atomic
-from gpt2c.text.tokenizer import Tokenizer, tiktoken_cache
+from gpt2c.text.gpt2_vocabulary import tiktoken_cache
+from gpt2c.text.tokenizer import Tokenizer
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog; they're quick, aren't they?\n\n"
@@ -167,11 +168,16 @@ NASTY = [
 ]
 
 
+def small_windows(patch, size):
+    for module in ("tokenizer", "windows"):
+        patch.setattr(f"gpt2c.text.{module}.WINDOW", size)
+
+
 @pytest.mark.parametrize("window", [16, 40])
 @pytest.mark.parametrize("text", NASTY)
 def test_text_in_windows_has_the_ids_of_the_whole(tokenizer, text, window, monkeypatch):
     whole = tokenizer._encoding.encode_ordinary(text)
-    monkeypatch.setattr("gpt2c.text.tokenizer.WINDOW", window)
+    small_windows(monkeypatch, window)
     monkeypatch.setattr(tokenizer, "_window", window)
     assert tokenizer.encode(text) == whole
     pieces = ([text[i : i + size] for i in range(0, len(text), size)] for size in (1, 7, 1000))
@@ -186,7 +192,7 @@ def test_text_in_windows_has_the_ids_of_the_whole(tokenizer, text, window, monke
 def test_any_text_in_windows_has_the_ids_of_the_whole(text, window):
     tokenizer = Tokenizer(BPE._ranks, BPE.eot)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt2c.text.tokenizer.WINDOW", window)
+        small_windows(patch, window)
         tokenizer._window = window
         assert tokenizer.encode(text) == BPE._encoding.encode_ordinary(text)
 
@@ -195,7 +201,7 @@ def test_text_is_learned_from_in_windows_as_a_whole(monkeypatch):
     """A large one is learned from in another process, which gives the same tokens."""
     texts = [SAMPLE * 20, "low lower lowest newer newest wider " * 50]
     whole = Tokenizer.train(texts, 400)
-    monkeypatch.setattr("gpt2c.text.tokenizer.WINDOW", 64)
+    small_windows(monkeypatch, 64)
     assert Tokenizer.train(texts, 400).fingerprint == whole.fingerprint
     monkeypatch.setattr("gpt2c.text.bpe_trainer._SMALL", 100)
     assert Tokenizer.train(texts, 400).fingerprint == whole.fingerprint
@@ -353,7 +359,7 @@ def failing(error):
 def test_error_of_gpt2_offline_lists_alternatives(monkeypatch, get_encoding, reason):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    monkeypatch.setattr("gpt2c.text.tokenizer._PATIENCE", 0.1)
+    monkeypatch.setattr("gpt2c.text.gpt2_vocabulary._PATIENCE", 0.1)
     monkeypatch.setattr("gpt2c.files.hub.find", failing(OSError("gpt2 is not there")))
     with pytest.raises(OSError) as error:
         Tokenizer.from_name("gpt2")
