@@ -10,7 +10,7 @@ from pathlib import Path
 import tiktoken
 
 from gpt2c.files import hub
-from gpt2c.text import vocabulary
+from gpt2c.text import vocabulary_reader
 
 __all__ = ["read_gpt2", "tiktoken_cache"]
 
@@ -48,7 +48,7 @@ def read_gpt2() -> tuple[dict[bytes, int], int]:
         except (OSError, ValueError) as error:  # no network, no permission, or a wrong file
             reason = type(error).__name__
     try:
-        ranks, eot, *_ = vocabulary.read(hub.find("gpt2", weights=False))
+        ranks, eot, *_ = vocabulary_reader.read(hub.find("gpt2", weights=False))
     except (OSError, ValueError) as error:
         if os.path.isdir("gpt2"):
             raise

@@ -32,9 +32,12 @@ from gpt2c.files.names import check_named
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.text import bpe_trainer, vocabulary
-from gpt2c.text.gpt2_vocabulary import read_gpt2
+from gpt2c.text.merges import recover_merges
 from gpt2c.text.splits import GPT2, Split
 from gpt2c.text.windows import SPACES, TRIES, WINDOW, Reader, is_inside, whole_window
+
+# Methods import the readers of files when they need them: a tokenizer of bytes, or one that is
+# trained, needs none.
 
 __all__ = ["END_OF_TEXT", "NAMES", "SMALLEST", "Tokenizer"]
 
@@ -140,6 +143,8 @@ class Tokenizer:
         if name == "bytes":
             return cls({bytes([byte]): byte for byte in range(256)}, eot=256)
         if name == "gpt2":
+            from gpt2c.text.gpt2_vocabulary import read_gpt2
+
             return cls(*read_gpt2())
         raise ValueError(f"unknown tokenizer {name!r}; known names are {', '.join(NAMES)}")
 
@@ -229,10 +234,12 @@ class Tokenizer:
         ValueError : a file is damaged or asks for something that tiktoken does not do, or two files
             do not belong together
         """
+        from gpt2c.text import vocabulary_reader
+
         check_named("the name of the tokenizer", path_or_name)
         path = hub.find(path_or_name, revision, weights=False)
         directory = path.parent if path.is_file() else path
-        return cls(*vocabulary.read(vocabulary.home(directory)))
+        return cls(*vocabulary_reader.read(vocabulary.home(directory)))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers loads.
@@ -250,7 +257,7 @@ class Tokenizer:
 
     def _vocabulary(self) -> vocabulary.Vocabulary:
         if self._merges is None:
-            self._merges = vocabulary.recover_merges(self._ranks)
+            self._merges = recover_merges(self._ranks)
         return vocabulary.Vocabulary(
             *(self._ranks, self.eot, self._merges, self.special_tokens, self.split),
             *(self.chat_template, self.add_bos_token),
