@@ -61,9 +61,10 @@ from gpt2c.parallel.world import World
 from gpt2c.pretrained import MODELS
 from gpt2c.screen.terminal import fitted
 from gpt2c.text.ragged import Order, parts
+from gpt2c.train.directory import report
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
-from gpt2c.train.run import Run, report
+from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
 
 __all__ = ["GRPOSettings", "grpo"]
