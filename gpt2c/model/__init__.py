@@ -2,3 +2,30 @@
 
 Knows nothing of files, text and training.
 """
+
+__all__ = [
+    "attention",
+    "block",
+    "config",
+    "embedding",
+    "gpt2",
+    "head",
+    "inputs",
+    "language_model",
+    "linear",
+    "llama",
+    "lora",
+    "mlp",
+    "model",
+    "norm",
+    "objective",
+    "owner",
+    "parameters",
+    "plan",
+    "quantized",
+    "reader",
+    "rope",
+    "rope_scaling",
+    "stack",
+    "trace",
+]
