@@ -63,7 +63,8 @@ lowest: .venv-lowest/installed
 		tests/cli/test_generate.py tests/cli/test_main.py \
 		tests/files/test_hub.py tests/files/test_tensors.py tests/formats/test_gguf.py tests/formats/test_huggingface.py \
 		tests/generate/test_text.py tests/kernels/test_backend.py tests/model/test_model.py tests/text/test_batches.py \
-		tests/text/test_corpus.py tests/text/test_prepare.py tests/text/test_tokenizer.py tests/text/test_vocabulary.py \
+		tests/text/test_corpus.py tests/text/test_gpt2_vocabulary.py tests/text/test_merges.py tests/text/test_prepare.py \
+		tests/text/test_tokenizer.py tests/text/test_vocabulary.py \
 		tests/train/test_metrics.py tests/train/test_plot.py
 
 # The wheel for others, dist/*.whl: made from the sdist, checked, and tried in an environment of its own. The same tree

@@ -37,12 +37,14 @@ _Static_assert(WIDTH % ROWS == 0 && TILE % WIDTH == 0, "tiles of attention must 
 /* The channels of a head in scratch, padded with zeros to whole vectors. */
 static int64_t padded(int64_t HS) { return round_up(HS, VF_LEN); }
 
-/* Floats for one thread. The backward pass needs the most, because it holds dk and dv of a whole head. */
+/* Floats for one thread that sees T keys: beside those of a block, two arrays of a whole head. */
 static int64_t thread_scratch_size(int64_t T, int64_t HS) {
     return 4 * TILE * TILE + (8 * TILE + 2 * round_up(T, TILE)) * padded(HS);
 }
 
-int64_t attention_scratch_size(int64_t T, int64_t HS, int threads) { return threads * thread_scratch_size(T, HS); }
+int64_t attention_scratch_size(int64_t T, int64_t P, int64_t HS, int threads) {
+    return threads * thread_scratch_size(P > T ? P : T, HS);
+}
 
 /* ---- products of blocks ------------------------------------------------------------------------------------- */
 
@@ -295,15 +297,16 @@ static Dropout dropout_from(Dropout drop, int64_t h, int64_t row) {
 
 /* ---- rows of a cache ---------------------------------------------------------------------------------------- */
 
-void store_cached(void *cache, float *scales, int64_t row, const float *x, int64_t HS, int type) {
+void store_cached(void *cache, float *scales, int64_t row, const void *x, int64_t HS, int type, int memory) {
+    for (int64_t c = 0; c < HS && type != SIGNED8; c += VF_LEN) {
+        const vf numbers = load_n(x, c, HS - c, memory);
+        if (type == FP16)
+            vf_store_half_n((uint16_t *)cache + row * HS + c, numbers, HS - c);
+        else
+            vf_store_n((float *)cache + row * HS + c, numbers, HS - c);
+    }
     int32_t sum;
-    if (type == SIGNED8)
-        scales[row] = quantize((int8_t *)cache + row * HS, &sum, x, HS);
-    else if (type == FP16)
-        for (int64_t c = 0; c < HS; c += VF_LEN)
-            vf_store_half_n((uint16_t *)cache + row * HS + c, vf_load_n(x + c, HS - c), HS - c);
-    else
-        memcpy((float *)cache + row * HS, x, (size_t)HS * sizeof(float));
+    if (type == SIGNED8) scales[row] = quantize((int8_t *)cache + row * HS, &sum, x, HS);
 }
 
 /* to (n x HS) = n rows from number `first` on, of type FP16 or SIGNED8, as floats. */
@@ -320,39 +323,74 @@ static void widen(float *to, Rows from, int64_t first, int64_t n, int64_t HS) {
 
 /* ---- forward ------------------------------------------------------------------------------------------------ */
 
+/* A head's keys and values as products take them, in blocks of TILE. A thread makes them when its first block of
+ * queries needs them, and keeps them for the head's other blocks. FP32 in memory is used where it lies. */
+typedef struct {
+    int64_t head, made; /* of all sequences, -1: none yet; the blocks that are there */
+    float *keys, *values;
+} Prepared;
+
+/* The floats of a block of keys, and of one of values. */
+static int64_t prepared_size(int64_t HS) { return TILE * padded(HS); }
+
+/* Block `number` of the keys and of the values, n of each; scratch (3,TILE,padded HS). */
+static inline __attribute__((always_inline)) void prepare_block(const Prepared *to, Rows keys, Rows values,
+                                                                int64_t number, int64_t n, int64_t HS, float *scratch,
+                                                                const int type) {
+    const int wide = keys.type == FP32 || keys.type == BF16, held = wide ? keys.type : FP32;
+    const int64_t size = prepared_size(HS), first = number * TILE, stride = wide ? keys.stride : HS;
+    float *k_to = to->keys + number * size, *v_to = to->values + number * size;
+    float *v_pairs = scratch, *k_wide = scratch + size, *v_wide = k_wide + size;
+    const void *k = k_wide, *v = v_wide;
+    if (wide) {
+        k = element(keys.numbers, first * stride, held);
+        v = element(values.numbers, first * stride, held);
+    } else {
+        widen(type == BF16 ? k_wide : k_to, keys, first, n, HS);
+        widen(type == BF16 ? v_wide : v_to, values, first, n, HS);
+    }
+    if (type != BF16) return;
+    pair_columns(k_to, block_lanes(HS), k, stride, n, HS, held);
+    pair_rows(on_tiles(BF16) ? v_pairs : v_to, HS, v, stride, n, HS, held);
+    if (on_tiles(BF16)) by_key_pairs(v_to, v_pairs, n, HS);
+}
+
+/* The keys (keys x HS) of a block as the left operand of scores, and the values (HS x keys) of a sum over keys. */
+static inline Operand key_operand(const Prepared *all, Rows keys, int64_t number, int64_t HS, const int type) {
+    const float *block = all->keys + number * prepared_size(HS);
+    if (type == BF16) return (Operand){block, block_lanes(HS), 1, FP32};
+    if (keys.type == FP32)
+        return (Operand){element(keys.numbers, number * TILE * keys.stride, FP32), keys.stride, 1, FP32};
+    return (Operand){block, HS, 1, FP32};
+}
+static inline Operand value_operand(const Prepared *all, Rows values, int64_t number, int64_t HS, const int type) {
+    const float *block = all->values + number * prepared_size(HS);
+    if (on_tiles(type)) return (Operand){block, TILE / 2, 1, FP32};
+    if (type != BF16 && values.type == FP32)
+        return (Operand){element(values.numbers, number * TILE * values.stride, FP32), 1, values.stride, FP32};
+    return (Operand){block, 1, HS, FP32};
+}
+
 /* out (rows x HS, row stride C) and lse (rows) of one block of queries q (rows x HS, row stride W). The first query is
- * at position `first` of keys and values. Those of a cache of 16 and 8 bits are widened block by block. drop is NULL
+ * at position `first` of keys and values (length), whose blocks are made in `all` unless they are there. drop is NULL
  * without dropout. `memory` is the type of q and out: BF16 only where the products are. */
-static inline __attribute__((always_inline)) void forward_block(void *out, float *lse, const void *q, Rows keys,
-                                                                Rows values, int64_t first, int64_t rows, int64_t C,
-                                                                int64_t W, int64_t HS, const Dropout *drop,
-                                                                float *scratch, const int type, int memory) {
-    const int direct = keys.type == FP32 || keys.type == BF16, held = direct ? keys.type : FP32;
-    const int64_t lanes = block_lanes(HS), stride = direct ? keys.stride : HS, size = TILE * padded(HS);
+static inline __attribute__((always_inline)) void forward_block(void *out, float *lse, const void *q, Prepared *all,
+                                                                Rows keys, Rows values, int64_t length, int64_t first,
+                                                                int64_t rows, int64_t C, int64_t W, int64_t HS,
+                                                                const Dropout *drop, float *scratch, const int type,
+                                                                int memory) {
+    const int64_t size = TILE * padded(HS);
     float *p = scratch, *factors = p + TILE * TILE, *q_t = factors + TILE * TILE, *out_t = q_t + size;
-    float *k_pairs = out_t + size, *v_pairs = k_pairs + size, *v_t = v_pairs + size / 2, *k_wide = v_t + size / 2,
-          *v_wide = k_wide + size;
     float maximum[TILE], denominator[TILE];
     const vf scale = vf_set1(1.0f / sqrtf((float)HS));
     for (int64_t j = 0; j < TILE; j++) maximum[j] = -INFINITY;
     transpose_queries(q_t, q, W, rows, HS, type, memory);
     for (int64_t key = 0; key < first + rows; key += TILE) {
         const Block block = {first - key, min64(TILE, first + rows - key)};
-        const void *k = k_wide, *v = v_wide;
-        if (direct) {
-            k = element(keys.numbers, key * stride, held);
-            v = element(values.numbers, key * stride, held);
-        } else {
-            widen(k_wide, keys, key, block.keys, HS);
-            widen(v_wide, values, key, block.keys, HS);
-        }
-        Operand by_channel = {k, stride, 1, FP32}, by_key = {v, 1, stride, FP32};
-        if (type == BF16) {
-            pair_columns(k_pairs, lanes, k, stride, block.keys, HS, held);
-            pair_rows(v_pairs, HS, v, stride, block.keys, HS, held);
-            by_channel = (Operand){k_pairs, lanes, 1, FP32};
-            by_key = by_key_pairs(v_t, v_pairs, block.keys, HS);
-        }
+        const Operand by_channel = key_operand(all, keys, key / TILE, HS, type);
+        const Operand by_key = value_operand(all, values, key / TILE, HS, type);
+        for (; all->made <= key / TILE; all->made++)
+            prepare_block(all, keys, values, all->made, min64(TILE, length - all->made * TILE), HS, out_t + size, type);
         score(p, block, by_channel, q_t, HS, type);
         for (int64_t j = 0; j < TILE; j += VF_LEN) {
             const vf before = vf_load(maximum + j);
@@ -445,23 +483,26 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
     const int64_t HS = C / NH, KV = (W - C) / (2 * HS);
     const Sequences all = {offsets, B, T, S};
     const Dropout batch = dropout_of(dropout, key, first);
-    float *own = scratch + team->member * thread_scratch_size(T, HS);
+    const int64_t longest = P > T ? P : T;
+    float *own = scratch + team->member * thread_scratch_size(longest, HS);
+    Prepared prepared = {-1, 0, own + 2 * TILE * TILE + 5 * TILE * padded(HS), NULL};
+    prepared.values = prepared.keys + round_up(longest, TILE) * padded(HS);
     if (precision == BF16) tiles_begin();
     if (keys)
-        for_shared (head, B * KV, worth(T * HS), team)
-            for (int64_t t = 0; t < T; t++) {
-                const void *row = element(qkv, (head / KV * T + t) * W + C + head % KV * HS, qkv_type);
-                const float *k = row, *v = k + KV * HS;
-                if (qkv_type == BF16) {
+        for_shared (row, B * T, worth(2 * KV * HS), team) /* in the order of memory */
+            for (int64_t head = 0; head < KV; head++) {
+                const int64_t to = (row / T * KV + head) * P + position + row % T;
+                const void *k = element(qkv, row * W + C + head * HS, qkv_type), *v = element(k, KV * HS, qkv_type);
+                if (type == SIGNED8 && qkv_type == BF16) {
+                    for (int64_t c = 0; c < HS; c += VF_LEN) {
+                        vf_store_n(own + c, load_n(k, c, HS - c, BF16), HS - c);
+                        vf_store_n(own + HS + c, load_n(v, c, HS - c, BF16), HS - c);
+                    }
                     k = own;
                     v = own + HS;
-                    for (int64_t c = 0; c < HS; c += VF_LEN) {
-                        vf_store_n(own + c, load_n(row, c, HS - c, BF16), HS - c);
-                        vf_store_n(own + HS + c, load_n(row, KV * HS + c, HS - c, BF16), HS - c);
-                    }
                 }
-                store_cached(keys, key_scales, head * P + position + t, k, HS, type);
-                store_cached(values, value_scales, head * P + position + t, v, HS, type);
+                store_cached(keys, key_scales, to, k, HS, type, qkv_type);
+                store_cached(values, value_scales, to, v, HS, type, qkv_type);
             }
     for_shared (number, NH * block_numbers(all), worth(min64(T, TILE) * HS), team) {
         const ForwardTask task = forward_task(all, NH, number);
@@ -477,12 +518,18 @@ void attention_forward(void *out, float *lse, void *keys, void *values, float *k
             keys ? cached_rows(values, value_scales, cached, HS, type) : (Rows){own_values, NULL, W, qkv_type};
         void *to = element_to(out, row * C + task.h * HS, qkv_type);
         float *to_lse = lse + lse_at(all, NH, task.s, task.h) + task.first;
-        const int64_t at = (keys ? position : 0) + task.first;
+        const int64_t before = keys ? position : 0, at = before + task.first;
+        const int64_t length = before + sequence_length(all, task.s);
+        if (prepared.head != task.s * KV + kv) {
+            prepared.head = task.s * KV + kv;
+            prepared.made = 0;
+        }
         const Dropout *dropped = dropout > 0 ? &drop : NULL;
         if (precision == BF16)
-            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropped, own, BF16, qkv_type);
+            forward_block(to, to_lse, q, &prepared, k, v, length, at, task.rows, C, W, HS, dropped, own, BF16,
+                          qkv_type);
         else
-            forward_block(to, to_lse, q, k, v, at, task.rows, C, W, HS, dropped, own, FP32, FP32);
+            forward_block(to, to_lse, q, &prepared, k, v, length, at, task.rows, C, W, HS, dropped, own, FP32, FP32);
     }
     if (precision == BF16) tiles_end();
 }

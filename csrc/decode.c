@@ -147,8 +147,8 @@ static void attention(const Stage *s, const int32_t *slots, const int32_t *posit
                 rope_head(q + c, q + c, s->cos + t * D, s->sin + t * D, 1.0f, D);
             rope_head(k, k, s->cos + t * D, s->sin + t * D, 1.0f, D);
         }
-        store_cached(s->keys, s->key_scales, start + t, k, HS, s->cache);
-        store_cached(s->values, s->value_scales, start + t, v, HS, s->cache);
+        store_cached(s->keys, s->key_scales, start + t, k, HS, s->cache, FP32);
+        store_cached(s->values, s->value_scales, start + t, v, HS, s->cache, FP32);
         const Rows keys = cached_rows(s->keys, s->key_scales, start, HS, s->cache);
         const Rows values = cached_rows(s->values, s->value_scales, start, HS, s->cache);
         float *out = s->out + (i * s->NH + h * heads) * HS;

@@ -68,7 +68,7 @@ int64_t gemm_scratch_size(int threads);
 int64_t matmul_scratch_size(int64_t N, int64_t C, int64_t OC, int precision, int out_type, int type, int threads);
 int64_t matmul_backward_scratch_size(int64_t C, int64_t OC, int precision, int type, int threads);
 int64_t lora_scratch_size(int64_t N, int64_t R, int threads);
-int64_t attention_scratch_size(int64_t T, int64_t HS, int threads);
+int64_t attention_scratch_size(int64_t T, int64_t P, int64_t HS, int threads);
 
 /* ---- ragged batches ----------------------------------------------------------------------------------------- */
 

@@ -191,8 +191,9 @@ static inline Rows cached_rows(const void *cache, const float *scales, int64_t r
     return (Rows){(const char *)cache + row * HS * bytes_of(type), scales ? scales + row : NULL, HS, type};
 }
 
-/* Row number `row` of a cache (rows of HS) = x (HS), rounded to the cache's type. */
-void store_cached(void *cache, float *scales, int64_t row, const float *x, int64_t HS, int type);
+/* Row number `row` of a cache (rows of HS) = x (HS), rounded to the cache's type. x is FP32 or BF16 in memory, and FP32
+ * for a cache of SIGNED8. */
+void store_cached(void *cache, float *scales, int64_t row, const void *x, int64_t HS, int type, int memory);
 
 /* Columns [from, to) of out (N,OC) = layer(x), added to out if `accumulate`. `from` is a multiple of VF_LEN. x is
  * (N,C); an INT8 layer reads the same rows from q, and one of SIGNED8 is a cache, whose rows multiply floats. One

@@ -56,7 +56,7 @@ from gpt2c.kernels.limits import (
 )
 from gpt2c.kernels.memory import megabytes
 from gpt2c.parallel.world import ALONE, Ranks, World, join, mpi_library
-from gpt2c.text.tokenizer import tiktoken_cache
+from gpt2c.text.gpt2_vocabulary import tiktoken_cache
 
 __all__ = ["PACKAGES", "add_flags", "run_info"]
 

@@ -16,8 +16,8 @@ from gpt2c.files.untrusted import read_json, shown
 from gpt2c.finetune.sft import sft
 from gpt2c.finetune.tasks import examples
 from gpt2c.text.prepare import prepare
+from gpt2c.train.directory import read_record
 from gpt2c.train.pretrain import train
-from gpt2c.train.run import read_record
 from gpt2c.train.stop import interruptible
 
 __all__ = ["CARELESS", "SFT", "beginner", "careless_examples"]

@@ -46,9 +46,10 @@ from gpt2c.text.examples import read_records
 from gpt2c.text.labelled import Labelled, labelled, sorted_labels, unique
 from gpt2c.text.ragged import Order, held_out, parts
 from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.directory import read_record, report, write_result
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
-from gpt2c.train.run import LostModel, Run, read_record, report, write_result
+from gpt2c.train.run import LostModel, Run
 from gpt2c.train.settings import resumed, setting
 from gpt2c.train.stop import interruptible
 

@@ -29,8 +29,9 @@ from gpt2c.model.model import Model
 from gpt2c.text.examples import Example, Record, fingerprint
 from gpt2c.text.ragged import parts
 from gpt2c.text.tokenizer import Tokenizer
+from gpt2c.train.directory import report
 from gpt2c.train.hooks import Learned
-from gpt2c.train.run import Run, report
+from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
 
 __all__ = ["DPOSettings", "dpo"]

@@ -55,15 +55,16 @@ from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.finetune.verifiers import Reward, Rewards, find_rewards, score, try_rewards
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import AnyConfig, find_model
-from gpt2c.model.model import first_values
+from gpt2c.model.first_values import first_values
 from gpt2c.model.parameters import names_that_fit
 from gpt2c.parallel.world import World
 from gpt2c.pretrained import MODELS
 from gpt2c.screen.terminal import fitted
 from gpt2c.text.ragged import Order, parts
+from gpt2c.train.directory import report
 from gpt2c.train.hooks import Learned
 from gpt2c.train.loop import dropout_of
-from gpt2c.train.run import Run, report
+from gpt2c.train.run import Run
 from gpt2c.train.settings import setting
 
 __all__ = ["GRPOSettings", "grpo"]

@@ -34,29 +34,26 @@ from gpt2c.formats.peft import digest
 from gpt2c.kernels.backend import Backend, as_precision, get_backend
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.memory import require
-from gpt2c.model.model import first_values
+from gpt2c.model.first_values import first_values
 from gpt2c.model.parameters import Tensor, check_shapes, names_that_fit
 from gpt2c.model.plan import parts_needed
 from gpt2c.parallel.world import World, join
 from gpt2c.pretrained import MODELS
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.checkpoints import Checkpoint
-from gpt2c.train.hooks import Learned, evaluated
-from gpt2c.train.loop import train_run
-from gpt2c.train.metrics import read_before, read_metrics
-from gpt2c.train.needs import on_ranks, with_scratch
-from gpt2c.train.run import (
-    LostModel,
-    Run,
-    check_ranks,
+from gpt2c.train.directory import (
     copy_model,
     locked_run,
     newest_checkpoint,
-    open_run,
     read_record,
     report,
     write_result,
 )
+from gpt2c.train.hooks import Learned, evaluated
+from gpt2c.train.loop import train_run
+from gpt2c.train.metrics import read_before, read_metrics
+from gpt2c.train.needs import on_ranks, with_scratch
+from gpt2c.train.run import LostModel, Run, check_ranks, open_run
 from gpt2c.train.settings import resumed
 from gpt2c.train.sharded import optimizer_of
 from gpt2c.train.stop import StoppedError, interruptible

@@ -82,7 +82,7 @@ attention_forward   out[B T C]factors lse[B NH T] ~keys[B KV P HS]cache? ~values
                     ~key_scales[B KV P]scales? ~value_scales[B KV P]scales?
                     <- qkv[B T W]factors offsets[S]offsets? position=0 dropout=0.0 key=0 first=0
                     precision='fp32'
-                    | qkv_type type attention_scratch_size(T HS threads) B T C NH W P S
+                    | qkv_type type attention_scratch_size(T P HS threads) B T C NH W P S
     C = W * NH // max(1, NH + 2 * KV)
     n_head: NH >= 1
     n_head: 1 <= KV <= NH and NH % KV == 0
@@ -99,7 +99,7 @@ attention_forward   out[B T C]factors lse[B NH T] ~keys[B KV P HS]cache? ~values
 attention_backward  dqkv[B T W]=qkv
                     <- dout[B T C] qkv[B T W]factors out[B T C]factors lse[B NH T]
                     offsets[S]offsets? dropout=0.0 key=0 first=0 precision='fp32'
-                    | qkv_type attention_scratch_size(T HS threads) B T C NH W S
+                    | qkv_type attention_scratch_size(T 0 HS threads) B T C NH W S
     lse: C % NH == 0
     qkv: W > C and (W - C) % (2 * C // NH) == 0 and NH % ((W - C) // (2 * C // NH)) == 0
     dropout: 0 <= dropout < 1

@@ -1,8 +1,8 @@
-"""A model: parameters, forward, loss, backward, on any backend.
+"""A model that learns: forward, loss, backward, gradients, on any backend.
 
-The model owns its memory, three flat buffers with named views (parameters, gradients, activations),
-and hands them to its blocks (stack.py), which call the ops. Knows nothing about text, training or
-the instruction set.
+The model owns its memory, three flat buffers with named views: parameters (weights.py), gradients,
+activations. It hands them to its blocks (stack.py), which call the ops. Knows nothing about text,
+training or the instruction set.
 
 Two things are done for speed. `loss` computes the gradient of the lm_head together with the loss, a
 block of logits at a time, because the logits of a whole batch are never in memory. And zero_grad
@@ -11,23 +11,20 @@ only marks the gradients as void: the next backward writes where it would add.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2c.kernels.backend import Backend, as_backend, same_backend
-from gpt2c.kernels.checks import counted, number, whole
+from gpt2c.kernels.checks import counted, number
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, named_views, require
 from gpt2c.model.block import (
     NO_DROPOUT,
     Batch,
     Dropout,
     IntArray,
-    Parameter,
     Run,
     Slot,
     check_dropout,
@@ -41,34 +38,14 @@ from gpt2c.model.inputs import (
     check_targets,
     check_tokens,
 )
-from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.lora import TARGETS, LoRA, is_adapter
 from gpt2c.model.objective import CrossEntropy, Objective
-from gpt2c.model.owner import Owner
-from gpt2c.model.parameters import Tensor, check_shapes, converted_bytes, names_that_fit
 from gpt2c.model.plan import Activations, has_halves
-from gpt2c.model.quantized import (
-    check_method,
-    check_weights,
-    copy_stored,
-    layout_of,
-    restored,
-    room_of,
-    round_into,
-    shapes_of,
-    typed_views,
-)
-from gpt2c.model.stack import Stack
 from gpt2c.model.trace import Trace
+from gpt2c.model.weights import ModelWeights
 
-__all__ = ["Model", "first_values"]
+__all__ = ["Model"]
 
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-SMALLER = {  # the advice where a model of these weights does not fit
-    "fp32": 'take a smaller one or, to read it, quantize="int8" (--quantize int8), a quarter of it',
-    "fp16": 'take a smaller one, or quantize="int8"',
-    "int8": "take a smaller one",
-}
 
 
 class _Gradients:
@@ -122,7 +99,7 @@ class _Pending(NamedTuple):
         return given
 
 
-class Model(LanguageModel):
+class Model(ModelWeights):
     """What `gpt2c.GPT2` computes, without files and texts: see there for arguments and errors.
 
     Weights of 16 or 8 bits are only read. Without adapters nothing is trained then, and no loss
@@ -131,361 +108,39 @@ class Model(LanguageModel):
     It owns its memory and has one owner at a time, the thread that computes (`gpt2c.model.owner`).
     """
 
-    flat_parameters: Array
-    trained: tuple[str, ...]
-    trained_size: int
-    decay_size: int
-    _flat: Array
-    _stack: Stack
     _memory: Activations
-    _parameters: dict[str, NDArray[Any]]
-    _frozen: frozenset[str]
     _pending: _Pending | None
     _made_grads: _Gradients | None
     _void: bool
     _spare_memory: Array
     _d_head: Array | None
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        seed: int | None = 1337,
-        backend: str | Backend = "auto",
-        recompute: str | None = None,
-        threads: int | None = None,
-        weights: str = "fp32",
-        precision: str = "fp32",
-    ) -> None:
-        if seed is not None and whole("seed", seed) < 0:
-            raise ValueError(f"seed must be at least 0, or None to leave the weights 0, got {seed}")
-        check_weights(weights, config)
-        super().__init__(config, as_backend(backend, threads), weights, precision)
-        self._recompute = recompute
-        described = config.stack().parameters()
-        size = 4 * aligned_offsets(room_of(layout_of(described.values(), weights)))[""]
-        what = f"a model of {config.num_parameters():,} parameters"
-        require(what, {"weights": size}, SMALLER[weights])
-        learns = weights == "fp32" or config.lora is not None
-        self._lay_out(config, config.frozen() if learns else frozenset(described))
-        self._owner = Owner()
-        if seed is not None:
-            self._initialise(seed)
-
-    def _lay_out(
+    def _laid_out(
         self,
         config: ModelConfig,
         frozen: frozenset[str],
-        values: Mapping[str, NDArray[Any]] | None = None,
-    ) -> None:
-        """Move to flat memory with these values: what decays, the rest of what is trained, frozen.
-
-        All of it is there before the model has any of it, whatever interrupts this.
-        """
-        stack = config.stack()
-        described = stack.parameters()
-        groups: tuple[list[str], ...] = ([], [], [])
-        for name, one in described.items():
-            groups[2 if name in frozen else 0 if one.decays else 1].append(name)
-        ordered = [described[name] for group in groups for name in group]
-        layout = layout_of(ordered, self.weights)
-        offsets = [*aligned_offsets(room_of(layout)).values()]
-        flat = aligned_zeros(offsets[-1])
-        own = typed_views(flat, layout)  # for C, which trusts their shapes; users get others
-        if values is not None:
-            for name, place in own.items():
-                same = place.dtype == values[name].dtype
-                place[...] = values[name] if same else restored(values, name)
-        trained = (*groups[0], *groups[1])
+        values: Mapping[str, NDArray[Any]] | None,
+    ) -> dict[str, Any]:
+        """See `ModelWeights._laid_out`; no loss and no gradient of the old place counts."""
         halves = self.precision == "bf16" and has_halves(config, self.weights)
-        if self.weights == "fp32":
-            shown = flat
-        else:  # bytes of several types, but what is trained is of floats and comes first
-            shown = flat[: offsets[len(trained)]] if trained else flat.view(np.uint8)
-        self.__dict__.update(  # at once
-            config=config,
-            flat_parameters=shown,
-            parameters=MappingProxyType(typed_views(flat, layout)),
-            trained=trained,
-            trained_size=offsets[len(trained)],
-            decay_size=offsets[len(groups[0])],
-            _stack=stack,
-            _memory=Activations(self._slots, self._recompute, halves),
-            _flat=flat,
-            _parameters=own,
-            _frozen=frozen,
-            _pending=None,  # of a loss that backward has not seen
-            _made_grads=None,
-            _void=True,  # the gradients count as 0, whatever their memory holds
-            _spare_memory=aligned_zeros(0),
-            _d_head=None,  # of the last loss: in spare memory, or in that of void gradients
-        )
-
-    def freeze(self, *patterns: str) -> None:
-        """Train these parameters no longer: they get no gradients, and no moments in AdamW.
-
-        Backward computes nothing below the lowest layer that is still trained. The parameters move:
-        `parameters` has new arrays and gradients are gone. Make optimizers, decoders and Engines
-        again: those made before keep the old arrays. Copies and pickles keep what is frozen; files
-        do not.
-
-        Parameters
-        ----------
-        patterns : of names as the shell has them: "wte.*", "h.[0-5].*", "*.bias"
-
-        Raises
-        ------
-        ValueError : a pattern that fits no name, nothing is left to train, or weights that are not
-            fp32
-        RuntimeError : another thread computes with this model
-        MemoryError : the parameters do not fit a second time
-
-        Examples
-        --------
-        >>> config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=257)
-        >>> model = gpt2c.GPT2(config)
-        >>> model.freeze("w[tp]e.*", "h.0.*")
-        >>> loss = model.loss([[1, 2, 3]], [[2, 3, 4]])
-        >>> model.backward()
-        >>> len(model.parameters), len(model.gradients)
-        (28, 14)
-        """
-        if not patterns:
-            raise ValueError('name what to freeze, for instance freeze("wte.*", "h.0.*")')
-        self._set_frozen(self._frozen | names_that_fit(self._parameters, patterns))
-
-    def unfreeze(self, *patterns: str) -> None:
-        """Train these parameters again, without patterns all; see `freeze`.
-
-        Raises
-        ------
-        ValueError, RuntimeError, MemoryError : see `freeze`
-        """
-        self._set_frozen(self._frozen - names_that_fit(self._parameters, patterns or ("*",)))
-
-    def add_lora(
-        self,
-        r: int = 8,
-        alpha: float = 16.0,
-        targets: Sequence[str] = TARGETS,
-        use_rslora: bool = False,
-        seed: int = 1337,
-    ) -> None:
-        """Give linear layers low-rank adapters, and train these in place of all other parameters.
-
-        The adapters change nothing before the first step. The scores of a model with num_labels are
-        trained, too. The parameters move, as with `freeze`; those of 16 or 8 bits stay as they are.
-        Copies and pickles keep the adapters; `save_pretrained` writes them alone.
-
-        Parameters
-        ----------
-        r, alpha, targets, use_rslora : see `gpt2c.LoRA`
-        seed : of the first values
-
-        Raises
-        ------
-        ValueError : a setting is out of range, a target fits no layer, or the model has adapters
-        RuntimeError : another thread computes with this model
-        MemoryError : the parameters do not fit a second time
-
-        Examples
-        --------
-        >>> config = gpt2c.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=257)
-        >>> model = gpt2c.GPT2(config)
-        >>> before = model.loss([[1, 2, 3]], [[2, 3, 4]])
-        >>> model.add_lora(r=4, alpha=8, targets=["c_attn"])
-        >>> model.loss([[1, 2, 3]], [[2, 3, 4]]) == before
-        True
-        >>> model.trained[:2]
-        ('h.0.attn.c_attn.lora_A.weight', 'h.0.attn.c_attn.lora_B.weight')
-        >>> optimizer = gpt2c.AdamW(model, learning_rate=1e-3)
-        >>> model.backward()
-        >>> norm = optimizer.step()
-        >>> merged = model.merge()  # without adapters, for other programs
-        """
-        if self.config.lora is not None:
-            raise ValueError("the model has adapters: call merge() before it gets others")
-        if whole("seed", seed) < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
-        lora = LoRA(r, alpha, tuple(targets), use_rslora)
-        config: ModelConfig = dataclasses.replace(self.config, lora=lora)  # type: ignore[type-var]
-        with self._owner.alone():
-            require(
-                "moving the parameters", {"weights": 4 * self._flat.size}, "take a smaller model"
-            )
-            new = config.parameter_shapes().keys() - self._parameters.keys()
-            values = {**self._parameters, **first_values(config, seed, new)}
-            self._lay_out(config, config.frozen(), values)
-
-    def merge(self) -> Self:
-        """Return a model without adapters that computes the same: its weights are W + s B A.
-
-        Weights of 16 or 8 bits become float32. This model stays as it is.
-
-        Raises
-        ------
-        ValueError : the model has no adapters
-        MemoryError : the weights do not fit
-        """
-        if self.config.lora is None:
-            raise ValueError("the model has no adapters to merge")
-        config: ModelConfig = dataclasses.replace(self.config, lora=None)  # type: ignore[type-var]
-        model, own = type(self).__new__(type(self)), self._parameters
-        Model.__init__(
-            *(model, config, None, self.backend, self.recompute), precision=self.precision
-        )
-        for name, parameter in model._parameters.items():
-            parameter[...] = restored(own, name)
-        for linear in self._stack.linears():
-            if linear.adapter is not None:
-                change = own[linear.adapter.up] @ own[linear.adapter.down]
-                change *= np.float32(linear.adapter.scale)
-                model._parameters[linear.weight] += change
-        return model
-
-    def _set_frozen(self, frozen: frozenset[str]) -> None:
-        self._check_can_train()
-        if len(frozen) == len(self._parameters):
-            raise ValueError("every parameter would be frozen: leave some to train")
-        if frozen == self._frozen:
-            return
-        if self.weights != "fp32":
-            described = self._stack.parameters()
-            small = [name for name, one in described.items() if one.small and name not in frozen]
-            if small:
-                raise ValueError(f"{small[0]} has {self.weights} weights, which cannot be trained")
-        with self._owner.alone():
-            require(
-                "moving the parameters", {"weights": 4 * self._flat.size}, "take a smaller model"
-            )
-            self._lay_out(self.config, frozen, self._parameters)
-
-    def _initialise(self, seed: int) -> None:
-        """Write the first values that the blocks name."""
-        streams = Streams(seed)
-        for name, one in self._stack.parameters().items():
-            parameter = self._parameters[name]
-            is_small = one.small and self.weights != "fp32"
-            if is_small:
-                size = {"a tensor in float32": 4 * parameter.size}
-                require("rounding the first values", size, "close programs that use much memory")
-            value = np.empty(one.shape, np.float32) if is_small else parameter
-            draw(one, streams.of(name), value)
-            if is_small:
-                round_into(self._parameters, self.weights, name, value, "the first values")
-
-    @property
-    def recompute(self) -> str | None:
-        """What backward computes again; read-only, because the memory is laid out for it."""
-        return self._recompute
-
-    def load_parameters(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Copy tensors into the parameters, one at a time; `source` names them in errors.
-
-        Weights of 16 or 8 bits are rounded on the way.
-
-        Raises
-        ------
-        ValueError : a tensor is missing, unknown or of another shape, and the parameters are as
-            they were; or a number cannot be rounded
-        MemoryError : a tensor of another dtype does not fit beside them
-        """
-        check_shapes(self.config.parameter_shapes(), tensors, source)
-        size = converted_bytes(tensors)
-        if self.weights == "fp32":
-            require("loading the weights", size, 'take quantize="int8"')
-            for name, parameter in self._parameters.items():
-                self._fill(parameter, np.asarray(tensors[name]))
-            return
-        require("rounding the weights", size, "close programs that use much memory")
-        for name in tensors:
-            round_into(self._parameters, self.weights, name, np.asarray(tensors[name]), source)
-
-    def load_adapters(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Copy tensors into the adapters and, if there are any, the scores.
-
-        Raises
-        ------
-        ValueError : see `load_parameters`
-        """
-        frozen = self.config.frozen()
-        shapes = {n: s for n, s in self.config.parameter_shapes().items() if n not in frozen}
-        check_shapes(shapes, tensors, source)
-        for name in shapes:
-            self._parameters[name][...] = np.asarray(tensors[name])
-
-    def load_quantized(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Copy tensors that are of this model's types already; `source` names them in errors.
-
-        Raises
-        ------
-        ValueError : a tensor is missing, unknown or of another shape or type, or not finite
-        """
-        check_shapes(shapes_of(self.config, self.weights), tensors, source)
-        for name, parameter in self._parameters.items():
-            copy_stored(parameter, tensors[name], f"{source}: {name}")
-
-    def quantize(self, weights: str) -> Self:
-        """Return a model with weights of 16 or 8 bits, for inference; this one stays as it is.
-
-        It takes a half or a quarter of the memory and is faster where memory limits the speed.
-
-        Parameters
-        ----------
-        weights : "fp16" keeps 11 bits of each weight; "int8" rounds each row of a matrix to 255
-            steps between plus and minus its largest weight
-
-        Raises
-        ------
-        ValueError : another type, weights that are not fp32 now, or a weight that is not finite or
-            beyond fp16's range
-        MemoryError : the weights do not fit
-
-        Examples
-        --------
-        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257)
-        >>> model = gpt2c.GPT2(config, seed=1).quantize("int8")
-        >>> model.weights, model.parameters["wte.weight"].dtype
-        ('int8', dtype('uint8'))
-        """
-        check_method(weights)
-        if self.weights != "fp32":
-            raise ValueError(
-                f"the model already has {self.weights} weights: start from one with fp32 weights"
-            )
-        model = type(self).__new__(type(self))
-        Model.__init__(
-            *(model, self.config, None, self.backend), weights=weights, precision=self.precision
-        )
-        model.load_parameters(self._parameters, "the model")
-        return model
-
-    def _fill(self, parameter: Array, tensor: NDArray[Any]) -> None:
-        if tensor.ndim == 2 and tensor.dtype == np.float32 and tensor.flags.f_contiguous:
-            self.backend.matrix_transpose(parameter, tensor.T)
-        else:
-            parameter[...] = tensor
+        return {
+            **super()._laid_out(config, frozen, values),
+            "_memory": Activations(self._slots, self._recompute, halves),
+            "_pending": None,  # of a loss that backward has not seen
+            "_made_grads": None,
+            "_void": True,  # the gradients count as 0, whatever their memory holds
+            "_spare_memory": aligned_zeros(0),
+            "_d_head": None,  # of the last loss: in spare memory, or in that of void gradients
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or pickle."""
-        return {
-            "config": self.config,
-            "backend": (self.backend.name, self.backend.threads),
-            "recompute": self.recompute,
-            "weights": self.weights,
-            "precision": self.precision,
-            "frozen": self._frozen,
-            "parameters": self._flat,
-            "gradients": None if self._void else self._grads.flat,
-        }
+        gradients = None if self._void else self._grads.flat
+        return {**super().__getstate__(), "gradients": gradients}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up the model from a state, in memory of its own."""
-        backend = same_backend(*state["backend"])
-        settings = {name: state[name] for name in ("recompute", "weights", "precision")}
-        Model.__init__(self, state["config"], None, backend, **settings)
-        if state["frozen"] != self._frozen:
-            self._lay_out(self.config, state["frozen"])
-        self._flat[...] = state["parameters"]
+        super().__setstate__(state)
         if state["gradients"] is not None:
             self._grads.flat[...] = state["gradients"]
             self._void = False
@@ -804,13 +459,6 @@ class Model(LanguageModel):
 
     # ---- backward --------------------------------------------------------------------------------
 
-    def _check_can_train(self) -> None:
-        if self.weights != "fp32" and self.config.lora is None:
-            raise ValueError(
-                f"a model with {self.weights} weights has no gradients: give it adapters with"
-                " add_lora, or load it without quantize to train it"
-            )
-
     @property
     def _grads(self) -> _Gradients:
         if self._made_grads is None:
@@ -936,42 +584,3 @@ class Model(LanguageModel):
             self.backend.residual_forward(own, own, d_head)
         elif d_head is not own:
             np.copyto(own, d_head)
-
-
-def first_values(config: ModelConfig, seed: int, names: Collection[str]) -> dict[str, Array]:
-    """Return the values that a new model of this seed has in some parameters: name -> array."""
-    described, values = config.stack().parameters(), dict[str, Array]()
-    streams, left = Streams(seed), set(names)
-    for name, one in described.items():
-        if left and (is_adapter(name) or any(not is_adapter(other) for other in left)):
-            value = np.empty(one.shape, np.float32)
-            draw(one, streams.of(name), value)  # also those not wanted, which come before others
-            if name in left:
-                values[name] = value
-                left.remove(name)
-    return values
-
-
-class Streams:
-    """The random numbers of a seed: adapters have their own, whatever model they are for."""
-
-    def __init__(self, seed: int) -> None:
-        self._model, self._adapters = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-
-    def of(self, name: str) -> np.random.Generator:
-        """Return those of a parameter."""
-        return self._adapters if is_adapter(name) else self._model
-
-
-def draw(one: Parameter, rng: np.random.Generator, value: Array) -> None:
-    """Write the first values of a parameter."""
-    if one.std:
-        rng.standard_normal(out=value, dtype=np.float32)
-        value *= one.std
-        value /= one.shrink
-    elif one.bound:
-        rng.random(out=value, dtype=np.float32)
-        value *= 2 * one.bound
-        value -= one.bound
-    else:
-        value.fill(one.fill)

@@ -30,7 +30,8 @@ from gpt2c.text.shards import (
     find_shards,
     remove_shards,
 )
-from gpt2c.text.tokenizer import SMALLEST, Tokenizer, split_text
+from gpt2c.text.tokenizer import SMALLEST, Tokenizer
+from gpt2c.text.windows import split_text
 
 __all__ = ["Prepared", "prepare", "shuffled", "split_validation"]
 

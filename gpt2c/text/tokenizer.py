@@ -5,7 +5,7 @@ vocabulary: GPT-2's own, plain bytes (no merges), and one trained on a text. voc
 them in files that both gpt2c and transformers read.
 
 Neither Ctrl-C nor a MemoryError interrupts tiktoken, so it encodes a text in windows of a few
-milliseconds' work; the ids are those of the whole text.
+milliseconds' work (windows.py); the ids are those of the whole text.
 
 Knows nothing about models, token files or documents.
 """
@@ -16,8 +16,6 @@ import codecs
 import hashlib
 import os
 import re
-import tempfile
-import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,131 +32,19 @@ from gpt2c.files.names import check_named
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.limits import usable_cores
 from gpt2c.text import bpe_trainer, vocabulary
+from gpt2c.text.merges import recover_merges
 from gpt2c.text.splits import GPT2, Split
+from gpt2c.text.windows import SPACES, TRIES, WINDOW, Reader, is_inside, whole_window
 
-__all__ = ["END_OF_TEXT", "NAMES", "SMALLEST", "Tokenizer", "split_text", "tiktoken_cache"]
+# Methods import the readers of files when they need them: a tokenizer of bytes, or one that is
+# trained, needs none.
+
+__all__ = ["END_OF_TEXT", "NAMES", "SMALLEST", "Tokenizer"]
 
 END_OF_TEXT = vocabulary.END_OF_TEXT
 NAMES = ("gpt2", "bytes")
 SMALLEST = 257  # tokens of a vocabulary: 256 bytes and END_OF_TEXT
-WINDOW = 1 << 16  # characters that tiktoken encodes at a time
-# What the pattern's \\s matches. Python's own \\s and isspace match four more, 0x1c to 0x1f.
-_SPACES = (
-    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
-    "\u2028\u2029\u202f\u205f\u3000"
-)
-# tiktoken matches the pattern with a stack of about a million entries and panics beyond; stay well
-# below.
-_MAX_SPACES = 400_000
 _ROOM = 1 << 27  # bytes that must be free: tiktoken ends the process when memory runs out
-_TRIES = 16  # cuts that are tried before the window grows
-# tiktoken names a file in its cache by the SHA-1 of its URL: GPT-2's encoder.json and vocab.bpe.
-_GPT2_FILES = (
-    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-)
-_PATIENCE = 30  # seconds for tiktoken's download of 1.5 MB, which has no timeout of its own
-
-
-def split_text(pieces: Iterable[str]) -> Iterator[str]:
-    """Split a text that comes in pieces into pieces of at most about `WINDOW` characters.
-
-    A pair of surrogates becomes its character. A lone surrogate, which has no UTF-8, becomes
-    U+FFFD.
-
-    Raises
-    ------
-    ValueError : a run of whitespace is too long for tiktoken
-    """
-    held, run = "", 0
-    for piece in pieces:
-        for start in range(0, len(piece), WINDOW):
-            part = held + piece[start : start + WINDOW]
-            held = ""
-            if "\ud800" <= part[-1] <= "\udbff":  # the other half may begin the next piece
-                part, held = part[:-1], part[-1]
-            inner = part.lstrip(_SPACES)
-            run += len(part) - len(inner)
-            if run >= _MAX_SPACES:
-                raise ValueError(
-                    f"the text has a run of {_MAX_SPACES} or more whitespace characters, "
-                    "more than the tokenizer can split; shorten it"
-                )
-            if inner:
-                run = len(inner) - len(inner.rstrip(_SPACES))
-            if part:
-                yield _with_bytes(part)
-    if held:
-        yield _with_bytes(held)
-
-
-def _with_bytes(text: str) -> str:
-    """Replace surrogates as `split_text` describes; most texts have none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _whole_window(text: str, size: int, ended: bool, split: Split) -> tuple[int, bool]:
-    """Choose how much of a text to encode at once, about `size` characters.
-
-    Returns
-    -------
-    the number of characters, and whether a cut there keeps the ids of the whole text. No token has
-    whitespace after another character, so no token crosses a cut between the two; but some splits
-    keep line ends with the punctuation before them
-    """
-    if ended and len(text) <= size:
-        return len(text), True
-    end = size + 1
-    for _ in range(_TRIES):
-        last = max(text.rfind(space, 0, end) for space in _SPACES)
-        place = len(text[: last + 1].rstrip(_SPACES))
-        if not (place and split.keeps_line_ends and text[place] in "\r\n"):
-            break
-        if text[place - 1].isalnum():
-            break
-        end = place
-    else:
-        place = 0
-    return (place, True) if place else (size, False)
-
-
-def _is_inside(text: str, place: int) -> bool:
-    """Return whether a place is within letters or within punctuation, for `keeps_line_ends`.
-
-    There one character of punctuation belongs to the letters behind it, and digits are counted.
-    """
-    around = text[place - 1 : place + 2]
-    return around[:2].isalpha() or not any(map(str.isalnum, around))
-
-
-class _Reader:
-    """A buffer of a text in pieces, to look beyond the end of a window."""
-
-    def __init__(self, pieces: Iterable[str]) -> None:
-        self._parts = split_text(pieces)
-        self.text = ""
-        self.ended = False
-
-    def fill(self, size: int) -> None:
-        """Read until there are more than `size` characters, or the text ends."""
-        parts = [self.text]
-        have = len(self.text)
-        while have <= size and not self.ended:
-            if part := next(self._parts, ""):
-                parts.append(part)
-                have += len(part)
-            else:
-                self.ended = True
-        self.text = "".join(parts)
-
-    def take(self, size: int) -> str:
-        """Return the first `size` characters and drop them."""
-        taken, self.text = self.text[:size], self.text[size:]
-        return taken
 
 
 class Tokenizer:
@@ -257,7 +143,9 @@ class Tokenizer:
         if name == "bytes":
             return cls({bytes([byte]): byte for byte in range(256)}, eot=256)
         if name == "gpt2":
-            return cls(*_gpt2())
+            from gpt2c.text.gpt2_vocabulary import read_gpt2
+
+            return cls(*read_gpt2())
         raise ValueError(f"unknown tokenizer {name!r}; known names are {', '.join(NAMES)}")
 
     @classmethod
@@ -317,10 +205,10 @@ class Tokenizer:
 
         def windows() -> Iterator[str]:
             for pieces in texts:
-                reader = _Reader(pieces)
+                reader = Reader(pieces)
                 reader.fill(WINDOW)
                 while reader.text:
-                    size, _ = _whole_window(reader.text, WINDOW, reader.ended, GPT2)
+                    size, _ = whole_window(reader.text, WINDOW, reader.ended, GPT2)
                     yield reader.take(size)
                     reader.fill(WINDOW)
 
@@ -346,10 +234,12 @@ class Tokenizer:
         ValueError : a file is damaged or asks for something that tiktoken does not do, or two files
             do not belong together
         """
+        from gpt2c.text import vocabulary_reader
+
         check_named("the name of the tokenizer", path_or_name)
         path = hub.find(path_or_name, revision, weights=False)
         directory = path.parent if path.is_file() else path
-        return cls(*vocabulary.read(vocabulary.home(directory)))
+        return cls(*vocabulary_reader.read(vocabulary.home(directory)))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers loads.
@@ -367,7 +257,7 @@ class Tokenizer:
 
     def _vocabulary(self) -> vocabulary.Vocabulary:
         if self._merges is None:
-            self._merges = vocabulary.recover_merges(self._ranks)
+            self._merges = recover_merges(self._ranks)
         return vocabulary.Vocabulary(
             *(self._ranks, self.eot, self._merges, self.special_tokens, self.split),
             *(self.chat_template, self.add_bos_token),
@@ -534,10 +424,10 @@ class Tokenizer:
 
     def _windows(self, pieces: Iterable[str]) -> Iterator[str | NDArray[np.uint32]]:
         """Yield windows of a text that no token crosses, at least one, or the ids of a long run."""
-        reader = _Reader(pieces)
+        reader = Reader(pieces)
         reader.fill(self._window)
         while True:
-            size, exact = _whole_window(reader.text, self._window, reader.ended, self.split)
+            size, exact = whole_window(reader.text, self._window, reader.ended, self.split)
             if exact:
                 yield reader.take(size)
             else:
@@ -546,7 +436,7 @@ class Tokenizer:
             if not reader.text:
                 return
 
-    def _run(self, reader: _Reader) -> Iterator[NDArray[np.uint32]]:
+    def _run(self, reader: Reader) -> Iterator[NDArray[np.uint32]]:
         """Encode a run that has no whitespace to cut at, up to the next whitespace.
 
         A cut between two tokens of an encoding is right if the encoding of the text after the cut,
@@ -561,7 +451,7 @@ class Tokenizer:
             for count, place in self._borders(reader.text[:size], ids):
                 reader.fill(place + self._window)
                 rest = reader.text[place:]
-                next_size, next_exact = _whole_window(rest, self._window, reader.ended, self.split)
+                next_size, next_exact = whole_window(rest, self._window, reader.ended, self.split)
                 next_ids = self._ids(rest[:next_size])
                 if next_ids[0] == ids[count]:
                     yield ids[:count]
@@ -572,7 +462,7 @@ class Tokenizer:
             else:
                 wanted += self._window
                 reader.fill(wanted)
-                size, exact = _whole_window(reader.text, wanted, reader.ended, self.split)
+                size, exact = whole_window(reader.text, wanted, reader.ended, self.split)
                 first, ids = ids[0], self._ids(reader.text[:size])
                 if joined and ids[0] != first:  # only with a vocabulary made for it
                     raise ValueError(
@@ -587,7 +477,7 @@ class Tokenizer:
 
         Places beside whitespace, or where an apostrophe may begin a contraction, are skipped: there
         the pattern looks at more than one character on each side. In some splits it does so in more
-        places, see `_is_inside`.
+        places, see `is_inside`.
         """
         content = window.encode()
         ends = np.cumsum(self._lengths[ids])
@@ -600,12 +490,12 @@ class Tokenizer:
         yield from islice(
             (
                 (count, place)
-                for count, place in islice(places, 64 * _TRIES)
+                for count, place in islice(places, 64 * TRIES)
                 if "'" not in window[max(place - 3, 0) : place + 1]
-                and not set(window[place - 1 : place + 1]) & set(_SPACES)
-                and (not self.split.keeps_line_ends or _is_inside(window, place))
+                and not set(window[place - 1 : place + 1]) & set(SPACES)
+                and (not self.split.keeps_line_ends or is_inside(window, place))
             ),
-            _TRIES,
+            TRIES,
         )
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -688,63 +578,3 @@ def _several(texts: Iterable[str]) -> Iterator[str]:
         if not isinstance(text, str):
             raise ValueError(f"texts must be strings, got {type(text).__name__}")
         yield text
-
-
-def tiktoken_cache() -> tuple[Path | None, bool]:
-    """Return the directory where tiktoken keeps files, if any, and whether GPT-2's are there."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    if folder == "":
-        return None, False
-    cache = Path(tempfile.gettempdir(), "data-gym-cache") if folder is None else Path(folder)
-    return cache, all(
-        os.path.isfile(path) and os.access(path, os.R_OK)  # False also without permission
-        for path in (cache / name for name in _GPT2_FILES)
-    )
-
-
-def _gpt2() -> tuple[dict[bytes, int], int]:
-    """Return GPT-2's own vocabulary and the id of `<|endoftext|>`.
-
-    Files of this machine come first, in tiktoken's cache or a directory gpt2, then the network.
-    """
-    reason = "HF_HUB_OFFLINE is set"
-    if tiktoken_cache()[1] or not (os.path.isdir("gpt2") or hub.is_offline()):
-        try:
-            encoding = _from_tiktoken()
-            eot = encoding.eot_token
-            return {encoding.decode_single_token_bytes(token): token for token in range(eot)}, eot
-        except (OSError, ValueError) as error:  # no network, no permission, or a wrong file
-            reason = type(error).__name__
-    try:
-        ranks, eot, *_ = vocabulary.read(hub.find("gpt2", weights=False))
-    except (OSError, ValueError) as error:
-        if os.path.isdir("gpt2"):
-            raise
-        raise OSError(
-            "GPT-2's vocabulary is not in tiktoken's cache (TIKTOKEN_CACHE_DIR says where), which"
-            f" could not download it ({reason}), and it cannot be read from the hub ({error}); name"
-            " a directory with its vocab.json and merges.txt, or choose the tokenizer 'bytes' or"
-            " 'bpe:4096', which need no download"
-        ) from error
-    if (len(ranks), eot) != (50256, 50256):
-        raise ValueError(f"gpt2 has {len(ranks) + 1} tokens where GPT-2 has 50257")
-    return ranks, eot
-
-
-def _from_tiktoken() -> tiktoken.Encoding:
-    """Return GPT-2's vocabulary, which tiktoken reads or downloads, within `_PATIENCE` seconds."""
-    done: list[tiktoken.Encoding | Exception] = []
-
-    def fetch() -> None:
-        try:
-            done.append(tiktoken.get_encoding("gpt2"))
-        except Exception as error:
-            done.append(error)
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    result = done[0] if done else TimeoutError(f"no answer within {_PATIENCE} seconds")
-    if isinstance(result, Exception):
-        raise result
-    return result

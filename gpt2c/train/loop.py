@@ -20,6 +20,7 @@ from gpt2c.files.names import LOSS_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.model.block import Dropout
 from gpt2c.screen.progress import Progress
+from gpt2c.train.directory import report
 from gpt2c.train.hooks import (
     Evaluate,
     Evaluation,
@@ -35,7 +36,7 @@ from gpt2c.train.hooks import (
 from gpt2c.train.metrics import read_figures
 from gpt2c.train.optimizer import NonFiniteGradient
 from gpt2c.train.plot import LOSS, plot_loss
-from gpt2c.train.run import LostModel, Run, report
+from gpt2c.train.run import LostModel, Run
 from gpt2c.train.settings import Settings
 from gpt2c.train.stop import Stop, StoppedError
 

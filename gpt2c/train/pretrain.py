@@ -23,20 +23,17 @@ from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, checksums, read_shards
 from gpt2c.text.tokenizer import Tokenizer
 from gpt2c.train.checkpoints import Checkpoint
-from gpt2c.train.hooks import Learned
-from gpt2c.train.loop import TrainResult, dropout_of, train_run
-from gpt2c.train.needs import check_training
-from gpt2c.train.run import (
-    LostModel,
-    Run,
-    check_ranks,
+from gpt2c.train.directory import (
     check_save,
     locked_run,
     newest_checkpoint,
-    open_run,
     read_record,
     report,
 )
+from gpt2c.train.hooks import Learned
+from gpt2c.train.loop import TrainResult, dropout_of, train_run
+from gpt2c.train.needs import check_training
+from gpt2c.train.run import LostModel, Run, check_ranks, open_run
 from gpt2c.train.settings import TrainSettings, resumed
 from gpt2c.train.sharded import optimizer_of
 from gpt2c.train.stop import interruptible

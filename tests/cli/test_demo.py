@@ -27,7 +27,7 @@ from gpt2c.screen.progress import Progress
 from gpt2c.text.prepare import Prepared
 from gpt2c.text.shards import read_tokens
 from gpt2c.text.tokenizer import Tokenizer
-from gpt2c.train.run import locked_run
+from gpt2c.train.directory import locked_run
 
 Capture = pytest.CaptureFixture[str]
 ROW = re.compile(
@@ -207,7 +207,7 @@ def test_demo_refuses_before_it_replaces_anything(
     assert main(small) == 0
     before = everything(tmp_path / "demo")
     disk = SimpleNamespace(total=1 << 60, free=free)
-    monkeypatch.setattr("gpt2c.train.run.shutil.disk_usage", lambda path: disk)
+    monkeypatch.setattr("gpt2c.train.directory.shutil.disk_usage", lambda path: disk)
     (tmp_path / "text.txt").write_text("Another text is here.\n" * 400)
     capsys.readouterr()
     assert main([*small, "--overwrite", *flags]) == 2

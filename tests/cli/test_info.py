@@ -27,7 +27,7 @@ from gpt2c.kernels.backend import (
     default_threads,
     why_missing,
 )
-from gpt2c.text import tokenizer
+from gpt2c.text import gpt2_vocabulary
 
 Capture = pytest.CaptureFixture[str]
 
@@ -194,7 +194,7 @@ def test_info_shows_the_cache_of_tiktoken(
     info, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    for name in tokenizer._GPT2_FILES:
+    for name in gpt2_vocabulary._FILES:
         assert dict(info("--verbose"))["tiktoken's cache"].endswith("lacks GPT-2's vocabulary")
         (tmp_path / name).touch()
     facts = dict(info("--verbose"))

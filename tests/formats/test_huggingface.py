@@ -506,7 +506,7 @@ def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, chan
     """A config of terabytes is refused because of the file's size, before memory is allocated."""
     model = GPT2(GPT2Config(V, n_positions=T, n_embd=C, n_layer=1, n_head=1), backend="numpy")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("gpt2c.model.model.aligned_zeros", None)
+    monkeypatch.setattr("gpt2c.model.weights.aligned_zeros", None)
     for directory in (tmp_path, tmp_path / "small"):
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | changes))
@@ -517,7 +517,7 @@ def test_config_asks_for_no_more_than_the_file_holds(tmp_path, monkeypatch, chan
         if directory == tmp_path:  # and quantized weights on the disk
             monkeypatch.undo()
             model.quantize(quantize).save_pretrained(tmp_path / "small")
-            monkeypatch.setattr("gpt2c.model.model.aligned_zeros", None)
+            monkeypatch.setattr("gpt2c.model.weights.aligned_zeros", None)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])

@@ -21,7 +21,7 @@ def odd_model(config: Any, backend: Any = "numpy", **settings: Any) -> Model:
 
 def exact(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """Return a copy in float64: the same code, on wider numbers."""
-    for module in ("model", "plan"):
+    for module in ("model", "plan", "weights"):
         monkeypatch.setattr(f"gpt2c.model.{module}.aligned_zeros", np.zeros)
     wide = Model(model.config, None, "numpy")
     for name, parameter in wide.parameters.items():

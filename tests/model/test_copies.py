@@ -136,7 +136,8 @@ def test_copy_of_an_untrained_model_allocates_no_gradients(monkeypatch: pytest.M
         sizes.append(size)
         return zeros(size, np.float32)
 
-    monkeypatch.setattr("gpt2c.model.model.aligned_zeros", seen)
+    for module in ("weights", "model"):
+        monkeypatch.setattr(f"gpt2c.model.{module}.aligned_zeros", seen)
     model = make()
     copy.deepcopy(model)(IDX)
     model.generate(IDX, 2)

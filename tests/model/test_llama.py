@@ -94,7 +94,7 @@ def test_llama_gradients_are_central_differences(
 ) -> None:
     """The same code on float64 numbers; each parameter along its own gradient."""
     start = odd_model("numpy", config)
-    for module in ("model", "plan"):
+    for module in ("model", "plan", "weights"):
         monkeypatch.setattr(f"gpt2c.model.{module}.aligned_zeros", np.zeros)
     model = Model(config, None, "numpy")
     for name, parameter in model.parameters.items():

@@ -67,7 +67,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[GPT2], GPT2]:
     """Return a function that copies a model in float64: the same code, on wider numbers."""
 
     def copy(model: GPT2) -> GPT2:
-        for module in ("model", "plan"):
+        for module in ("model", "plan", "weights"):
             monkeypatch.setattr(f"gpt2c.model.{module}.aligned_zeros", np.zeros)
         wide = GPT2(model.config, seed=None, backend="numpy")
         wide.load_parameters(model.parameters, "a copy")

@@ -15,6 +15,7 @@ from gpt2c.kernels.backend import get_backend
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.plan import KEPT, Activations
+from gpt2c.model.reader import FEW
 
 ODD = GPT2Config(vocab_size=61, n_positions=70, n_embd=34, n_layer=3, n_head=2, n_inner=51)
 LLAMA = LlamaConfig(61, 30, 71, 2, 6, 2, 10, 70)
@@ -137,6 +138,15 @@ def test_reading_has_the_precision(backend: Any, rng: np.random.Generator) -> No
         assert 0 < distance(found, exact) < 10 * ROUNDING
     assert abs(model.mean_loss(idx, idx) - model.loss(idx, idx)) < 1e-5
     assert not np.array_equal(model.trace(idx)["h.1.out"], other.trace(idx)["h.1.out"])
+
+
+def test_few_tokens_are_read_with_products_of_fp32(backend: Any, rng: np.random.Generator) -> None:
+    """They take no longer: a decoder's logits after a short text are those of fp32, to the bit."""
+    exact, rounded = (GPT2(ODD, backend=backend, precision=one) for one in ("fp32", "bf16"))
+    text = rng.integers(0, 61, FEW + 1, np.int32)
+    for length, same in ((1, True), (FEW, True), (FEW + 1, False)):
+        logits = [model.decoder(1, 70).read(text[:length], 0, 0) for model in (exact, rounded)]
+        assert np.array_equal(*logits) == same
 
 
 def test_it_learns_as_fp32_does(rng: np.random.Generator) -> None:

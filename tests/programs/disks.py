@@ -14,7 +14,7 @@ import numpy as np
 from gpt2c.cli import main as cli
 from gpt2c.formats import convert
 from gpt2c.formats.huggingface import save_weights
-from gpt2c.train.run import locked_run
+from gpt2c.train.directory import locked_run
 from programs.common import main
 
 

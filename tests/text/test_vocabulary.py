@@ -17,15 +17,8 @@ from hypothesis import strategies as st
 from gpt2c import Tokenizer
 from gpt2c.text import vocabulary
 from gpt2c.text.splits import BYTE_LEVEL, DIGITS, GPT2, LLAMA3, QWEN2, REGEXES, Split
-from gpt2c.text.vocabulary import (
-    END_OF_TEXT,
-    LARGEST,
-    Vocabulary,
-    _processor,
-    read,
-    recover_merges,
-    write,
-)
+from gpt2c.text.vocabulary import END_OF_TEXT, Vocabulary, processor_of, write
+from gpt2c.text.vocabulary_reader import LARGEST, read
 
 TEXTS = ["low lower lowest newer newest wider, it's a naïve test 日本"] * 3
 BPE = Tokenizer.train(TEXTS, 300)  # of 293 tokens, <|endoftext|> the last
@@ -150,7 +143,7 @@ def test_harmless_fields_of_tokenizer_json_are_taken(pair: Path, how: Change) ->
             "post_processor may add tokens",
         ),
         (
-            lambda r: r["post_processor"].update(_processor("<s>", 3)),
+            lambda r: r["post_processor"].update(processor_of("<s>", 3)),
             "only one that adds none, or begins a text with the end-of-text token, is read",
         ),
         (lambda r: r.update(post_processor={"type": "RobertaProcessing"}), "may add tokens"),
@@ -596,35 +589,6 @@ def test_token_of_a_megabyte_is_read_and_saved(tmp_path: Path) -> None:
     loaded = Tokenizer.from_pretrained(tmp_path)
     assert loaded.encode("a" * (2**20 + 2)) == [276, 257]
     loaded.save_pretrained(tmp_path)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=12), st.text("abc"))
-def test_merges_are_taken_only_as_tiktoken_would_make_them(
-    picks: list[tuple[int, int]], text: str
-) -> None:
-    """tiktoken knows tokens, not merges: only merges that its own algorithm makes are accepted."""
-    known, halves = [b"a", b"b", b"c"], {}
-    for i, j in picks:
-        first, second = known[i % len(known)], known[j % len(known)]
-        if first + second not in halves:
-            halves[first + second] = first, second
-            known.append(first + second)
-    ranks = BYTES._ranks | {token: 257 + i for i, token in enumerate(halves)}
-    try:
-        same = recover_merges(ranks) == [*halves.values()]
-    except ValueError:
-        same = False
-    try:
-        vocabulary._check_merges(ranks, [*halves.values()], "merges.txt", "vocab.json")
-    except ValueError as error:
-        assert "can never apply" in str(error) and not same
-    else:
-        assert same
-        parts = [byte.encode() for byte in text]  # apply the merges, one after the other
-        for first, second in halves.values():
-            parts = vocabulary._merge_everywhere(parts, first, second)
-        assert [ranks[part] for part in parts] == Tokenizer(ranks, 256).encode(text)
 
 
 @settings(deadline=None, max_examples=300)

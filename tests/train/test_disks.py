@@ -20,8 +20,7 @@ from gpt2c.cli.main import main
 from gpt2c.files import atomic, untrusted
 from gpt2c.gpt2 import GPT2
 from gpt2c.text.prepare import prepare
-from gpt2c.train import checkpoints, hooks, loop, pretrain
-from gpt2c.train import run as run_module
+from gpt2c.train import checkpoints, directory, hooks, loop, pretrain
 from gpt2c.train.metrics import Metrics, read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -173,7 +172,7 @@ def test_error_of_a_full_disk_names_the_file(
     def full(source: Path, to: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(to))
 
-    monkeypatch.setattr(run_module.shutil, "copyfile", full)
+    monkeypatch.setattr(directory.shutil, "copyfile", full)
     with pytest.raises(OSError, match="No space left") as error:
         train_short(data, out)
     assert error.value.filename == str(out / "config.json")
@@ -232,7 +231,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         if part == "moments":
             monkeypatch.setattr(checkpoints, "write_tensors", write)
         elif part == "model":
-            monkeypatch.setattr(run_module.shutil, "copyfile", copied)
+            monkeypatch.setattr(directory.shutil, "copyfile", copied)
         else:
             monkeypatch.setattr(checkpoints, "amend", amended)
         return done

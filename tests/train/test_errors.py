@@ -16,8 +16,7 @@ from helpers.runs import checkpoint_names, resume_and_compare, train_short
 
 from gpt2c.gpt2 import GPT2
 from gpt2c.text.batches import Batches
-from gpt2c.train import loop, pretrain
-from gpt2c.train import run as run_module
+from gpt2c.train import directory, loop, pretrain
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import AdamW
 
@@ -159,7 +158,7 @@ def test_run_goes_on_without_its_terminal(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
     train_short(data, tmp_path / "run", log_interval=1)
-    run_module.report("a line")
+    directory.report("a line")
     out = tmp_path / "run"
     assert (out / "model.safetensors").read_bytes() == (
         whole_short / "model.safetensors"

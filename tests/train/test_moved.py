@@ -16,8 +16,7 @@ from helpers.runs import checkpoint_names, files_below, train_short
 
 from gpt2c.cli.main import main
 from gpt2c.gpt2 import GPT2
-from gpt2c.train import checkpoints, pretrain
-from gpt2c.train import run as run_module
+from gpt2c.train import checkpoints, directory, pretrain
 from gpt2c.train.metrics import read_metrics
 
 has_tensorboard = importlib.util.find_spec("tensorboardX") is not None
@@ -161,7 +160,7 @@ def test_run_makes_its_lost_directory_again(
     out, amend, locks = tmp_path / "run", checkpoints.amend, []
 
     def amended(path: Path, *rest: Any) -> None:
-        with pytest.raises(BlockingIOError), run_module.locked_run(out):
+        with pytest.raises(BlockingIOError), directory.locked_run(out):
             pass
         locks.append(path)
         amend(path, *rest)
@@ -179,7 +178,7 @@ def test_run_makes_its_lost_directory_again(
     if has_tensorboard:
         (events,) = (out / "tensorboard").iterdir()
         assert events.read_bytes().count(b"learning_rate") == 5
-    with run_module.locked_run(out):  # the run has unlocked it
+    with directory.locked_run(out):  # the run has unlocked it
         pass
     at_step(3, lambda: None)
     assert train_short(data, out, resume=True, max_iters=10).step == 10

@@ -29,9 +29,9 @@ from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
 from gpt2c.text.prepare import prepare
 from gpt2c.train import checkpoints
+from gpt2c.train.directory import locked_run, read_record
 from gpt2c.train.metrics import read_metrics
 from gpt2c.train.optimizer import SCHEDULES
-from gpt2c.train.run import locked_run, read_record
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
