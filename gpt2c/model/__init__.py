@@ -8,6 +8,7 @@ __all__ = [
     "block",
     "config",
     "embedding",
+    "first_values",
     "gpt2",
     "head",
     "inputs",
@@ -28,4 +29,5 @@ __all__ = [
     "rope_scaling",
     "stack",
     "trace",
+    "weights",
 ]

@@ -2,6 +2,7 @@
 
 __all__ = [
     "checkpoints",
+    "directory",
     "hooks",
     "loop",
     "metrics",
