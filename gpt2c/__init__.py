@@ -1,21 +1,39 @@
 """Train and run GPT-2 and Llama on an ordinary CPU, on C kernels.
 
-`Tokenizer` turns text into token ids, `GPT2` and `Llama` compute losses and gradients of them,
-`AdamW` updates the model, `Generator` writes text with both, `Chat` holds a conversation, and
-`Classifier` labels texts.
-`from_pretrained` loads a model of any kind, `Engine` serves many requests with one, `gpt2c.ops` has
-the kernels, `gpt2c.scoring` measures how good a model is.
+Text becomes token ids, a model learns them, and writes text again:
 
-Losses are in nats per token. Letters of shapes: B batch, T time, C channels, V vocabulary, L
-layers, NH heads, HS head size, OC output channels.
+    Tokenizer                 text to token ids, and back
+    GPT2, Llama               models: loss, gradients, logits, texts of token ids
+    GPT2Config, LlamaConfig   their shapes; RopeScaling: a Llama whose texts have become longer
+    from_pretrained           a model of any kind, from a directory or the hub
+    AdamW, Schedule           the steps of training, and the learning rate of each
+    Dropout, LoRA             training against learning by heart; training a small part
+    Generator, Chat           a model and its tokenizer: text to text; a conversation
+    GenerationConfig          how the next token is chosen
+    Engine                    many requests that share one model
+    Classifier                labels of texts
+    gpt2c.scoring             how good a model is
+    gpt2c.finetune            from a base model to one that does what is asked
+    gpt2c.ops, backends       the kernels on NumPy arrays, and the sets of them that run here
+
+Each has an example in its help, such as help(gpt2c.Tokenizer). Losses are in nats per token.
+Letters of shapes: B batch, T time, C channels, V vocabulary, L layers, NH heads, HS head size, OC
+output channels. The first file to read is gpt2c/plain.py, a GPT-2 in plain NumPy.
 
 Examples
 --------
 >>> import gpt2c
 >>> tokenizer = gpt2c.Tokenizer.from_name("bytes")
 >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=257)
->>> generator = gpt2c.Generator(gpt2c.GPT2(config, seed=1), tokenizer)
->>> text = generator.generate("Once", max_new_tokens=8, temperature=0.8, seed=1)
+>>> model, ids = gpt2c.GPT2(config, seed=1), tokenizer.encode("hello world")
+>>> optimizer = gpt2c.AdamW(model, learning_rate=0.01)
+>>> for step in range(50):
+...     model.zero_grad()
+...     loss = model.loss([ids[:-1]], [ids[1:]])
+...     model.backward()
+...     norm = optimizer.step()
+>>> gpt2c.Generator(model, tokenizer).generate("hello", max_new_tokens=6, temperature=0)
+' world'
 """
 
 import importlib.util
@@ -102,4 +120,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [name for name in __all__ if name != "QuantizedGPT2"]  # an old name, which warns

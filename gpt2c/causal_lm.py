@@ -95,6 +95,16 @@ class CausalLM(Model):
         ValueError : a file is damaged, or its tensors are not those of its config; the model is of
             another kind; quantize is unknown, or differs from the type of stored quantized weights;
             the adapters do not fit the model
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     model.save_pretrained(directory)
+        ...     small = gpt2c.GPT2.from_pretrained(directory, quantize="int8")
+        >>> small.weights
+        'int8'
         """
         from gpt2c.formats.load import find_model
 
@@ -145,6 +155,15 @@ class CausalLM(Model):
         ------
         OSError : the files cannot be written; existing files are unchanged
         ValueError : the directory's name is empty
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     model.save_pretrained(directory)
+        ...     sorted(os.listdir(directory))
+        ['config.json', 'generation_config.json', 'model.safetensors']
         """
         from gpt2c.formats import huggingface, peft
 
@@ -219,6 +238,13 @@ class CausalLM(Model):
         ValueError : an argument is out of range (raised at once, not at the first token)
         TypeError : an unknown setting
         MemoryError : the keys and values of all texts do not fit
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> steps = model.stream([[1, 2, 3], [4]], max_new_tokens=3, seed=1)
+        >>> [tokens.shape for tokens in steps]  # one token for each of the two prompts
+        [(2,), (2,), (2,)]
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         return continue_prompts(self, check_prompts(self.config, idx), config)
@@ -279,6 +305,14 @@ class CausalLM(Model):
         ended early repeat their last token. Otherwise a list of arrays, each up to its end. With
         logprobs=True, a pair of that and the log-probabilities in nats, (B * num_return_sequences,
         new) float64, 0 after the end
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> model.generate([[1, 2], [3, 4]], max_new_tokens=3, seed=1).shape
+        (2, 5)
+        >>> [len(text) for text in model.generate([[1, 2, 3], [4]], max_new_tokens=3, seed=1)]
+        [6, 4]
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         prompts = check_prompts(self.config, idx)

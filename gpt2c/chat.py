@@ -100,14 +100,34 @@ class Chat:
         return f"Chat({self._generator!r}, {counted(len(self.messages), 'message')})"
 
     def reset(self) -> None:
-        """Begin a new conversation, with the same system message."""
+        """Begin a new conversation, with the same system message.
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> chat = gpt2c.Chat(generator, system="Be brief.", max_new_tokens=8, seed=1)
+        >>> answer = chat.ask("Hi")
+        >>> chat.reset()
+        >>> [message.content for message in chat.messages]
+        ['Be brief.']
+        """
         self._end_answer()
         self.messages = [*self._system]
         self.forgotten = 0
         self._turns = 0
 
     def ask(self, text: str) -> str:
-        """Return the answer to a text; see `say`."""
+        """Return the answer to a text; see `say`.
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> chat = gpt2c.Chat(generator, max_new_tokens=8, seed=1)
+        >>> chat.ask("Hi") == chat.messages[-1].content
+        True
+        """
         return "".join(self.say(text))
 
     def say(self, text: str) -> Iterator[str]:
@@ -120,6 +140,15 @@ class Chat:
         ------
         ValueError : `text` is empty or no string, or it and the system message are longer than the
             context; raised at once, not at the first piece
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> chat = gpt2c.Chat(generator, max_new_tokens=8, seed=1)
+        >>> pieces = [*chat.say("Hi")]
+        >>> "".join(pieces) == chat.messages[-1].content
+        True
         """
         self._end_answer()
         question = check_messages([*self.messages, Message("user", text)], place="the chat")[-1]

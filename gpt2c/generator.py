@@ -190,6 +190,17 @@ class Generator:
         ------
         OSError : a file is missing or cannot be read or downloaded
         ValueError : a file is damaged, or model and tokenizer do not belong together
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     model.save_pretrained(directory)
+        ...     gpt2c.Tokenizer.from_name("bytes").save_pretrained(directory)
+        ...     generator = gpt2c.Generator.from_pretrained(directory)
+        >>> generator.model.config == model.config
+        True
         """
         found = find_model(path_or_name, revision, adapter, check_base)
         model = open_found(found, backend, quantize, threads)
@@ -260,6 +271,14 @@ class Generator:
         ValueError : a setting is out of range, or a prompt is not a string or is longer than the
             context
         TypeError : an unknown setting
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> texts = generator.generate(["Once", "Then"], max_new_tokens=8, temperature=0.8, seed=1)
+        >>> len(texts)
+        2
         """
         given: dict[str, Any] = {
             **{"num_return_sequences": num_return_sequences, "stop": stop},
@@ -286,6 +305,13 @@ class Generator:
         Raises
         ------
         ValueError : no texts, or one longer than the context
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> generator.embed("hello").shape, generator.embed(["hello", "world"]).shape
+        ((32,), (2, 32))
         """
         several = _strings("texts", texts, "embed")
         vectors = self.model.embed([self._ids(text) for text in several])
@@ -306,6 +332,14 @@ class Generator:
         Raises
         ------
         ValueError : see `generate`; raised at once, not at the first piece
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> pieces = [*generator.stream("Once", max_new_tokens=8, seed=1)]
+        >>> "".join(pieces) == generator.generate("Once", max_new_tokens=8, seed=1)
+        True
         """
         given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
         writers, steps = self._begin_one(prompt, given)
@@ -341,6 +375,14 @@ class Generator:
         Raises
         ------
         ValueError : see `generate`; raised at once, not at the first token
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> token = next(generator.tokens("Once", candidates=3, temperature=0))
+        >>> token.id == token.candidates[0][0], len(token.candidates)
+        (True, 3)
         """
         if whole("candidates", candidates) < 0:
             raise ValueError(f"candidates must be at least 0, got {candidates}")

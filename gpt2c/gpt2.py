@@ -18,7 +18,7 @@ __all__ = ["GPT2", "QuantizedGPT2"]
 
 
 class GPT2(CausalLM):
-    """A GPT-2 that can be trained; `LanguageModel` has its logits, logprobs and embed.
+    """A GPT-2 that can be trained and continues texts; a call of it returns the logits.
 
     Parameters
     ----------

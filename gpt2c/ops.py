@@ -289,7 +289,8 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
         return f"{array.name} : {shape}{absent if array.optional else ''}"
 
     summary = inspect.cleandoc(getattr(reference, op.name).__doc__ or "")
-    formula = summary.split("\nParameters\n")[0].rstrip()
+    formula, _, examples = summary.partition("\nExamples\n--------\n")
+    formula = formula.split("\nParameters\n")[0].rstrip()
     lines = {array.name: line(array, ", or None") for array in op.arrays}
     lines |= {name: f"{name} : int, the size {letter}" for letter, name in GIVEN.items()}
     for name, default in op.numbers.items():
@@ -303,7 +304,7 @@ def _documentation(op: Op, parameters: dict[str, Any]) -> str:
     ]
     results = results or [f"{op.returns} : float"]
     parts = [formula, "", "Parameters", "----------", *inputs, "", "Returns", "-------", *results]
-    return "\n".join(parts)
+    return "\n".join([*parts, "", "Examples", "--------", examples])
 
 
 PUBLIC = {op.name: _public(op) for op in OPS.values()}

@@ -6,16 +6,26 @@ pdoc writes the pages. The docstrings have numpydoc's sections, whose lists have
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pdoc
 
-WINGS = "files kernels text model formats generate train finetune".split()
-DOORS = "gpt2 llama causal_lm pretrained scoring chat".split()
-MODULES = ["gpt2c", *(f"gpt2c.{name}" for name in (*DOORS, *WINGS))]
+import gpt2c
+
+LEFT_OUT = {"bench", "cli", "screen"}  # programs, which have no doors in Python
+LEFT_OUT |= {*gpt2c.__all__}  # pdoc finds what the package names
+NAMES = sorted({module.name for module in pkgutil.iter_modules(gpt2c.__path__)} - LEFT_OUT)
+MODULES = ["gpt2c", *(f"gpt2c.{name}" for name in NAMES if not name.startswith("_"))]
+HARNESS = {  # module -> what gpt2c.lm_eval imports of it; an empty class will do for its page
+    "lm_eval": "utils",
+    "lm_eval.api.instance": "Instance",
+    "lm_eval.api.model": "TemplateLM",
+}
 
 
 def markdown(docstring: str) -> str:
@@ -43,6 +53,9 @@ def main(folder: Path) -> None:
     # pdoc looks for the source of NamedTuples and TypedDicts in the wrong place.
     warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")
     warnings.filterwarnings("ignore", "Cannot determine where .* is taken from")
+    for module, name in HARNESS.items():
+        sys.modules[module] = ModuleType(module)
+        setattr(sys.modules[module], name, type(name, (), {}))
     pdoc.docstrings.convert = lambda docstring, *_: markdown(docstring)
     pdoc.pdoc(*MODULES, output_directory=folder)
 

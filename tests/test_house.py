@@ -112,6 +112,17 @@ def test_modules_import_only_names_of_all() -> None:
                 assert not others, f"{path} imports what {node.module} does not have in __all__"
 
 
+def test_wings_list_their_names() -> None:
+    """`__all__` of a wing has what it imports for users, or else its modules."""
+    for init in (path for path in FILES if path.name == "__init__.py" and len(path.parts) == 2):
+        tree = ast.parse((PACKAGE / init).read_text(encoding="utf-8"))
+        froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        doors = {alias.name for node in froms for alias in node.names}
+        below = [path.parts[1] for path in FILES if path.parts[0] == wing(init) and path != init]
+        modules = {name.removesuffix(".py") for name in below}
+        assert exported(init) == (doors or modules), f"{init}: see its __all__"
+
+
 def test_reference_imports_numpy_alone() -> None:
     for path in [*(PACKAGE / "kernels" / "reference").iterdir(), PACKAGE / "plain.py"]:
         if path.suffix == ".py":

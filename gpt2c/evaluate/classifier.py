@@ -62,13 +62,34 @@ class Classifier:
         quantize: str | None = None,
         threads: int | None = None,
     ) -> Classifier:
-        """Load a model and its tokenizer; see `gpt2c.from_pretrained` for arguments and errors."""
+        """Load a model and its tokenizer; see `gpt2c.from_pretrained` for arguments and errors.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> config = gpt2c.GPT2Config(257, 16, 32, 1, 2, num_labels=2, id2label=("ham", "spam"))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     gpt2c.GPT2(config).save_pretrained(directory)
+        ...     gpt2c.Tokenizer.from_name("bytes").save_pretrained(directory)
+        ...     classifier = gpt2c.Classifier.from_pretrained(directory)
+        >>> classifier.labels
+        ('ham', 'spam')
+        """
         found = find_model(path)
         tokenizer = Tokenizer.from_pretrained(found.path)
         return cls(open_found(found, backend, quantize, threads), tokenizer)
 
     def predict(self, texts: Sequence[str]) -> list[str]:
-        """Return the likeliest label of each text; see `probabilities` for errors."""
+        """Return the likeliest label of each text; see `probabilities` for errors.
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(257, 16, 32, 1, 2, num_labels=2, id2label=("ham", "spam"))
+        >>> model = gpt2c.GPT2(config, seed=None)  # all weights are 0, so both labels are as likely
+        >>> classifier = gpt2c.Classifier(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> classifier.predict(["win money", "see you"])
+        ['ham', 'ham']
+        """
         return [self.labels[k] for k in self.probabilities(texts).argmax(1)]
 
     def probabilities(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -80,6 +101,14 @@ class Classifier:
         ------
         ValueError : a text has no tokens
         MemoryError : the activations do not fit
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(257, 16, 32, 1, 2, num_labels=2, id2label=("ham", "spam"))
+        >>> model = gpt2c.GPT2(config, seed=None)  # all weights are 0, so both labels are as likely
+        >>> classifier = gpt2c.Classifier(model, gpt2c.Tokenizer.from_name("bytes"))
+        >>> classifier.probabilities(["win money"])
+        array([[0.5, 0.5]])
         """
         config, rows = self.model.config, []
         for number, text in enumerate(texts, 1):

@@ -61,6 +61,14 @@ class Scorer:
     ------
     ValueError : model is neither a GPT2 nor a Llama
     MemoryError : keys and values of `capacity` tokens do not fit
+
+    Examples
+    --------
+    >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+    >>> scorer = gpt2c.scoring.Scorer(model)
+    >>> logprobs, likeliest = scorer(np.array([1, 2, 3, 4], np.int32), first=2)
+    >>> logprobs.shape, likeliest.shape  # of tokens 3 and 4
+    ((2,), (2,))
     """
 
     def __init__(self, model: LanguageModel, capacity: int | None = None) -> None:
@@ -140,6 +148,13 @@ def token_logprobs(
 
     Source: "Perplexity of fixed-length models", Hugging Face's guide, which averages the means of
     windows; here each token counts the same.
+
+    Examples
+    --------
+    >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+    >>> logprobs = gpt2c.scoring.token_logprobs(model, [*range(100)], stride=8, max_length=16)
+    >>> logprobs.shape, np.flatnonzero(np.isnan(logprobs)).tolist()
+    ((100,), [0])
     """
     check_kind("model", model, LanguageModel, "a GPT2 or Llama")
     ids = check_ids(tokens, "tokens", 0, model.config.vocab_size)
@@ -189,6 +204,13 @@ def perplexity(
     Raises
     ------
     ValueError : see `token_logprobs`
+
+    Examples
+    --------
+    >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+    >>> loss, perplexity = gpt2c.scoring.perplexity(model, [*range(100)], stride=8, max_length=16)
+    >>> 240 < perplexity < 280  # as if it chose among 257 equally likely tokens
+    True
     """
     logprobs = token_logprobs(model, tokens, stride, max_length)[1:]
     loss, exponential, *_ = figures(-float(logprobs.sum()), len(logprobs))
@@ -204,6 +226,13 @@ class Question:
 
     `characters` are the lengths of the endings in characters, before a space was put in front of
     them.
+
+    Examples
+    --------
+    >>> context, endings = tuple(b"2+2="), (tuple(b"4"), tuple(b"five"))
+    >>> question = gpt2c.scoring.Question(context, endings, label=0, characters=(1, 4))
+    >>> question.endings
+    ((52,), (102, 105, 118, 101))
     """
 
     context: tuple[int, ...]
@@ -250,6 +279,18 @@ def read_questions(
     ------
     OSError : the file is missing or cannot be read
     ValueError : it holds no questions, or a line is not a question; the message names the line
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> line = '{"ctx": "She opened the door and", "endings": ["left.", "flew."], "label": 0}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = pathlib.Path(directory, "questions.jsonl")
+    ...     size = path.write_text(line)
+    ...     tokenizer = gpt2c.Tokenizer.from_name("bytes")
+    ...     questions = gpt2c.scoring.read_questions(path, tokenizer, n_positions=64)
+    >>> tokenizer.decode(questions[0].endings[0])
+    ' left.'
     """
     questions = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -321,6 +362,14 @@ def answer(
     ------
     ValueError : there are no questions, a question has no tokens or more than fit, an id or a label
         is out of range, or the model's weights give nan or infinity
+
+    Examples
+    --------
+    >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+    >>> question = gpt2c.scoring.Question((1, 2), ((3,), (4, 5)), label=0, characters=(1, 2))
+    >>> right = gpt2c.scoring.answer(model, [question])
+    >>> right.shape, gpt2c.scoring.METRICS
+    ((1, 3), ('acc', 'acc_norm', 'acc_per_token'))
     """
     if not questions:
         raise ValueError("at least one question is wanted, got none")
@@ -378,6 +427,11 @@ def accuracy(right: NDArray[Any]) -> list[tuple[float, float]]:
     Raises
     ------
     ValueError : there are no answers
+
+    Examples
+    --------
+    >>> gpt2c.scoring.accuracy(np.array([[True], [True], [True], [False]]))
+    [(0.75, 0.25)]
     """
     count = len(right)
     if not count:

@@ -2,3 +2,12 @@
 
 Knows no text and no model.
 """
+
+__all__ = [
+    "atomic",
+    "hub",
+    "hub_guard",
+    "names",
+    "tensors",
+    "untrusted",
+]

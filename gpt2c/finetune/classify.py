@@ -70,7 +70,14 @@ LONGEST = 200  # characters of a text in a line
 
 @dataclasses.dataclass(frozen=True)
 class ClassifySettings(FinetuneSettings):
-    """The settings of `gpt2c classify train`."""
+    """The settings of `gpt2c classify train`.
+
+    Examples
+    --------
+    >>> settings = gpt2c.finetune.ClassifySettings(max_epochs=2.0).planned(examples=100)
+    >>> settings.max_iters, settings.eval_interval  # an evaluation after each epoch
+    (25, 13)
+    """
 
     learning_rate: float = rate(5e-5)
     max_epochs: float = setting("run", 5.0, "how often each text is learned")

@@ -50,7 +50,13 @@ POLICY = 1 << 33  # beside the seed: the random numbers of on-policy steps are n
 
 @dataclasses.dataclass(frozen=True)
 class DistillSettings(SupervisedSettings):
-    """The settings of `gpt2c distill`."""
+    """The settings of `gpt2c distill`.
+
+    Examples
+    --------
+    >>> gpt2c.finetune.DistillSettings(n_layer=2).shape
+    {'n_layer': 2}
+    """
 
     learning_rate: float = rate(3e-4)
     n_layer: int = setting(

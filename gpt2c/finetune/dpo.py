@@ -49,6 +49,11 @@ class DPOSettings(JudgingSettings):
     Raises
     ------
     ValueError : a setting is out of range, or the loss does not have it
+
+    Examples
+    --------
+    >>> gpt2c.finetune.DPOSettings().price, gpt2c.finetune.DPOSettings(loss_type="simpo").price
+    (0.1, 2.0)
     """
 
     completion_field: str = setting("data", "", "kto: the name of the field completion")
@@ -86,7 +91,13 @@ class DPOSettings(JudgingSettings):
         return self.beta or (2.0 if self.loss_type == "simpo" else 0.1)
 
     def pair_loss(self) -> PairLoss:
-        """Return the loss of pairs."""
+        """Return the loss of pairs.
+
+        Examples
+        --------
+        >>> gpt2c.finetune.DPOSettings(label_smoothing=0.1).pair_loss().beta
+        0.1
+        """
         if self.loss_type not in PAIR_LOSSES:
             known = ", ".join(PAIR_LOSSES)
             raise ValueError(

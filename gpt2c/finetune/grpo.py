@@ -89,7 +89,14 @@ def choice(name: str, default: str, text: str, fixed: bool = False) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class GRPOSettings(FinetuneSettings):
-    """The settings of `gpt2c grpo`, under TRL's names."""
+    """The settings of `gpt2c grpo`, under TRL's names.
+
+    Examples
+    --------
+    >>> gpt2c.finetune.GRPOSettings(num_generations=1)
+    Traceback (most recent call last):
+    ValueError: grpo compares completions of one prompt: num_generations must be at least 2, got 1
+    """
 
     learning_rate: float = rate(2e-5, 5e-4)
     max_epochs: float = setting("run", 1.0, "how often each prompt is sampled from")

@@ -63,6 +63,12 @@ class PruneSettings:
     Raises
     ------
     ValueError : nothing to prune, or a value is out of its range
+
+    Examples
+    --------
+    >>> gpt2c.finetune.PruneSettings()
+    Traceback (most recent call last):
+    ValueError: name what to prune: layers, mlp, sparsity or mask_structure
     """
 
     layers: int | None = None
@@ -92,7 +98,13 @@ class PruneSettings:
         self.group()
 
     def group(self) -> tuple[int, int] | None:
-        """Return N and M of mask_structure: N of M weights stay."""
+        """Return N and M of mask_structure: N of M weights stay.
+
+        Examples
+        --------
+        >>> gpt2c.finetune.PruneSettings(mask_structure="2:4").group()
+        (2, 4)
+        """
         if self.mask_structure is None:
             return None
         numbers = str(self.mask_structure).split(":")

@@ -32,7 +32,13 @@ __all__ = ["RewardSettings", "reward"]
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings(JudgingSettings):
-    """The settings of `gpt2c reward`."""
+    """The settings of `gpt2c reward`.
+
+    Examples
+    --------
+    >>> gpt2c.finetune.RewardSettings(batch_size=4, max_epochs=2.0).planned(examples=10).max_iters
+    5
+    """
 
     center_rewards_coefficient: float = setting(
         "reward", 0.0, "pulls the mean of rewards to 0; 0.01 is usual", least=0

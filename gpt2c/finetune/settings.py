@@ -125,7 +125,13 @@ class FinetuneSettings(Settings):
         return math.ceil(self.warmup_ratio * self.max_iters)
 
     def planned(self, examples: int) -> Self:
-        """Return the settings with the steps that these epochs of so many examples take."""
+        """Return the settings with the steps that these epochs of so many examples take.
+
+        Examples
+        --------
+        >>> gpt2c.finetune.SFTSettings(batch_size=8, max_epochs=2.0).planned(examples=100).max_iters
+        25
+        """
         epoch = math.ceil(examples / self.batch_size)
         return dataclasses.replace(
             self,

@@ -40,7 +40,13 @@ AT_ONCE = 16  # prompts that are answered together
 
 @dataclasses.dataclass(frozen=True)
 class SFTSettings(SupervisedSettings):
-    """The settings of `gpt2c sft`."""
+    """The settings of `gpt2c sft`.
+
+    Examples
+    --------
+    >>> gpt2c.finetune.SFTSettings(lora=True, lora_r=4).adapters.r
+    4
+    """
 
     eval_answers: int = setting(
         "sft", 32, "held-out prompts that each evaluation answers, greedily", least=0

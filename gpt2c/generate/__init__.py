@@ -2,3 +2,10 @@
 
 Knows nothing about training.
 """
+
+__all__ = [
+    "continuation",
+    "engine",
+    "forks",
+    "sampling",
+]

@@ -39,7 +39,17 @@ NewToken = TypeVar("NewToken", int, tuple[int, float])
 
 
 class EngineFull(RuntimeError):
-    """All slots and the whole queue are taken; a later call may succeed."""
+    """All slots and the whole queue are taken; a later call may succeed.
+
+    Examples
+    --------
+    >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+    >>> with gpt2c.Engine(model, slots=1, queue=0) as engine:
+    ...     request = engine.submit([1], max_new_tokens=10**6)
+    ...     engine.submit([2])
+    Traceback (most recent call last):
+    gpt2c.generate.engine.EngineFull: the engine is full: it has room for 1 request at a time ...
+    """
 
 
 class Request(Generic[NewToken]):
@@ -53,6 +63,15 @@ class Request(Generic[NewToken]):
     ----------
     ended : why it ended: "end" (a token that ends a text), "length" (it has max_new_tokens, or the
         context is full), "cancelled" or "error"; None before its end
+
+    Examples
+    --------
+    >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+    >>> with gpt2c.Engine(model) as engine:
+    ...     request = engine.submit([1, 2, 3], max_new_tokens=4, seed=1)
+    ...     tokens = [*request]
+    >>> len(tokens), request.ended
+    (4, 'length')
     """
 
     def __init__(self, engine: Engine, text: Text, logprobs: bool) -> None:
@@ -112,6 +131,14 @@ class Request(Generic[NewToken]):
         ValueError : its logits hold nan or infinity, or every token is forbidden; timeout is not a
             number
         RuntimeError : the engine was closed before the end of the request
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> with gpt2c.Engine(model) as engine:
+        ...     result = engine.submit([1, 2, 3], max_new_tokens=4, seed=1).result(timeout=60)
+        >>> result.shape
+        (4,)
         """
         until = None if timeout is None else time.monotonic() + number("timeout", timeout)
         with self._news() as news:
@@ -128,7 +155,17 @@ class Request(Generic[NewToken]):
         return tokens, np.array([logprob for _, logprob in self._tokens], np.float64)
 
     def cancel(self) -> None:
-        """End the request with the tokens it has; another can have its slot in the next step."""
+        """End the request with the tokens it has; another can have its slot in the next step.
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> with gpt2c.Engine(model) as engine:
+        ...     request = engine.submit([1, 2, 3], max_new_tokens=10**6)
+        ...     request.cancel()
+        >>> request.ended
+        'cancelled'
+        """
         self._engine._end(self, "cancelled")
 
     @contextmanager
@@ -269,6 +306,15 @@ class Engine:
         TypeError : an unknown setting
         EngineFull : all slots and the queue are taken
         RuntimeError : the engine is closed
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> with gpt2c.Engine(model) as engine:
+        ...     request = engine.submit([1, 2, 3], max_new_tokens=4, temperature=0)
+        ...     tokens = [*request]  # each as soon as it is chosen
+        >>> tokens == model.generate([[1, 2, 3]], max_new_tokens=4, temperature=0)[0, 3:].tolist()
+        True
         """
         config = GenerationConfig(max_new_tokens=max_new_tokens, logprobs=logprobs, **settings)
         if config.num_return_sequences != 1:
@@ -306,7 +352,17 @@ class Engine:
         raise TypeError("an Engine cannot be copied or pickled: make another one with its model")
 
     def close(self) -> None:
-        """Close the engine and end its requests with an error; a second call changes nothing."""
+        """Close the engine and end its requests with an error; a second call changes nothing.
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> engine = gpt2c.Engine(model)
+        >>> engine.close()
+        >>> engine.submit([1, 2, 3])
+        Traceback (most recent call last):
+        RuntimeError: the engine is closed
+        """
         self._close("the engine is closed", "the engine was closed before the request was done")
         self._thread.join()
         atexit.unregister(self.close)

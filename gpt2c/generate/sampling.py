@@ -223,6 +223,11 @@ class GenerationConfig:
         Raises
         ------
         ValueError : an id is not a whole number, or is outside the vocabulary
+
+        Examples
+        --------
+        >>> sorted(gpt2c.GenerationConfig(eos_token_id=256, stop=[10, 13]).ends(vocab_size=257))
+        [10, 13, 256]
         """
         ids: set[int] = set()
         for name in ("eos_token_id", "stop"):

@@ -2,3 +2,16 @@
 
 Knows no model.
 """
+
+__all__ = [
+    "backend",
+    "binding",
+    "busy",
+    "cases",
+    "checks",
+    "limits",
+    "memory",
+    "op",
+    "reference",
+    "threads",
+]

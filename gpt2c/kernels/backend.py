@@ -83,6 +83,7 @@ class NumPy:
 Backend = Kernels | NumPy
 
 
+@functools.cache
 def why_missing(name: str) -> str:
     """Return why this machine cannot run backend `name`, "" if it can."""
     if name == "numpy":
@@ -98,7 +99,6 @@ def why_missing(name: str) -> str:
     return ""
 
 
-@functools.cache
 def backends() -> tuple[str, ...]:
     """Return the names of the backends that this machine can run, fastest first.
 

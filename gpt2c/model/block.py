@@ -221,7 +221,14 @@ class Dropout(NamedTuple):
     first: int = 0
 
     def at(self, place: str) -> tuple[float, int, int]:
-        """Return dropout, key and first as ops take them; each place has masks of its own."""
+        """Return dropout, key and first as ops take them; each place has masks of its own.
+
+        Examples
+        --------
+        >>> dropout = gpt2c.Dropout(0.1, seed=1)
+        >>> dropout.at("h.0.mlp")[0], dropout.at("h.0.mlp") == dropout.at("h.1.mlp")
+        (0.1, False)
+        """
         return self.rate, self.seed, zlib.crc32(place.encode()) << 32 | self.first
 
 

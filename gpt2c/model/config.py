@@ -104,6 +104,12 @@ class ModelConfig:
         Raises
         ------
         ValueError : another model_type, arithmetic that gpt2c does not have, or an invalid field
+
+        Examples
+        --------
+        >>> entries = {"model_type": "gpt2", "n_layer": 24, "n_head": 16, "n_embd": 1024}
+        >>> gpt2c.GPT2Config.from_dict(entries).n_layer
+        24
         """
         kind = entries.get("model_type", cls.model_type)
         try:
@@ -130,7 +136,14 @@ class ModelConfig:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entries of a config.json from which transformers builds the same model."""
+        """Return the entries of a config.json from which transformers builds the same model.
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=2)
+        >>> config.to_dict()["model_type"], gpt2c.GPT2Config.from_dict(config.to_dict()) == config
+        ('gpt2', True)
+        """
         fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
         for name in ("num_labels", "id2label", "pad_token_id", "lora"):
             del fields[name]
@@ -171,7 +184,13 @@ class ModelConfig:
         return self.eos_token_id
 
     def head(self, name: str) -> Head:
-        """Return the head: scores, or logits whose weight has this name; see `Head`."""
+        """Return the head: scores, or logits whose weight has this name; see `Head`.
+
+        Examples
+        --------
+        >>> gpt2c.GPT2Config(num_labels=2).head("wte").weight
+        'score.weight'
+        """
         std = self.initializer_range
         if self.num_labels is not None:
             return Head(self.num_labels, self.n_embd, "score", std)
@@ -183,6 +202,12 @@ class ModelConfig:
         Raises
         ------
         ValueError : the config has num_labels
+
+        Examples
+        --------
+        >>> gpt2c.GPT2Config(num_labels=2).require_language_head("generate")
+        Traceback (most recent call last):
+        ValueError: generate needs a language head; this model has scores of texts in its place...
         """
         if self.num_labels is not None:
             raise ValueError(
@@ -195,20 +220,45 @@ class ModelConfig:
 
         Linear weights are (OC, C), as in llm.c. GPT-2's names are Hugging Face's without
         "transformer."; other models have GPT-2's names, too.
+
+        Examples
+        --------
+        >>> shapes = gpt2c.GPT2Config().parameter_shapes()
+        >>> shapes["wte.weight"], shapes["h.0.mlp.c_fc.weight"]
+        ((50257, 768), (3072, 768))
         """
         return {name: one.shape for name, one in self.stack().parameters().items()}
 
     def frozen(self) -> frozenset[str]:
-        """Return the parameters that do not learn at first: beside adapters only scores do."""
+        """Return the parameters that do not learn at first: beside adapters only scores do.
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, lora=gpt2c.LoRA(r=4))
+        >>> len(config.frozen()), len(config.parameter_shapes())
+        (16, 24)
+        """
         names = self.parameter_shapes() if self.lora else ()
         return frozenset(n for n in names if not is_adapter(n) and n != "score.weight")
 
     def num_parameters(self) -> int:
-        """Return the number of parameters; a table that is the lm_head too counts once."""
+        """Return the number of parameters; a table that is the lm_head too counts once.
+
+        Examples
+        --------
+        >>> f"{gpt2c.GPT2Config().num_parameters():,}"  # GPT-2's smallest
+        '124,439,808'
+        """
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
     def cache_floats(self) -> int:
-        """Return the floats of the keys and values that a token leaves in a decoder's cache."""
+        """Return the floats of the keys and values that a token leaves in a decoder's cache.
+
+        Examples
+        --------
+        >>> gpt2c.GPT2Config().cache_floats()  # of 12 layers, a key and a value of 768 channels
+        18432
+        """
         layers = self.stack().layers
         return sum(2 * layer.attention.KV * layer.attention.HS for layer in layers)
 
@@ -219,6 +269,11 @@ class ModelConfig:
         weight; beside adapters, other weights have none). A query attends to T/2 keys on average.
         Softmax, norms, activations and recomputation are not counted. Source: Kaplan et al. 2020,
         arXiv:2001.08361; PaLM, arXiv:2204.02311, which counts all T keys.
+
+        Examples
+        --------
+        >>> round(gpt2c.GPT2Config().flops_per_token(1024) / 1e6)  # millions
+        798
         """
         stack = self.stack()
         frozen = 0.0 if self.lora is None else sum(one.OC * one.C for one in stack.linears())

@@ -138,7 +138,13 @@ class GPT2Config(ModelConfig):
         return self.n_inner or 4 * self.n_embd
 
     def stack(self) -> Stack:
-        """Return the blocks of this model."""
+        """Return the blocks of this model.
+
+        Examples
+        --------
+        >>> len(gpt2c.GPT2Config(n_layer=2).stack().layers)
+        2
+        """
         return _gpt2(self)
 
 

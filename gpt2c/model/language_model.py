@@ -97,6 +97,15 @@ class LanguageModel:
         Raises
         ------
         ValueError, MemoryError : see `gpt2c.model.reader.Decoder`
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> decoder = model.decoder(slots=1, capacity=8)
+        >>> logits = decoder.read(np.array([1, 2], np.int32), slot=0, position=0)
+        >>> logits = decoder.read(np.array([3], np.int32), slot=0, position=2)  # 1 and 2 are kept
+        >>> bool(np.allclose(logits, model([[1, 2, 3]])[0, 2], atol=1e-5))
+        True
         """
         capacity = self.config.n_positions if capacity is None else capacity
         given = self.config, self.parameters, self.backend, slots, capacity
@@ -174,6 +183,13 @@ class LanguageModel:
         ------
         ValueError : see `gpt2c.model.inputs.check_prompts`
         MemoryError : the keys and values of the longest text do not fit
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> vectors = model.embed([[1, 2, 3], [4]])
+        >>> vectors.shape
+        (2, 32)
         """
         texts = check_prompts(self.config, idx)
         decoder = self.decoder(1, max(map(len, texts)))
@@ -195,6 +211,12 @@ class LanguageModel:
         ------
         ValueError : another shape, not whole numbers, an id out of range
         MemoryError : the keys and values of a row do not fit
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> np.exp(model.logprobs([[1, 2, 3]])).round(3)  # a fresh model: each near 1 / 257
+        array([[0.003, 0.004]], dtype=float32)
         """
         tokens = check_tokens(self.config, idx)
         if tokens.shape[1] < 2:
@@ -216,6 +238,13 @@ class LanguageModel:
         ------
         ValueError : another shape, not whole numbers, an id out of range, every target ignored
         MemoryError : the keys and values of a row do not fit
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> idx, targets = [[1, 2, 3]], [[2, 3, 4]]
+        >>> abs(model.mean_loss(idx, targets) - model.loss(idx, targets)) < 1e-5
+        True
         """
         tokens = check_tokens(self.config, idx)
         wanted = check_targets(self.config, targets, Tokens(tokens)).reshape(tokens.shape)

@@ -183,7 +183,13 @@ class LlamaConfig(ModelConfig):
         return self.intermediate_size
 
     def stack(self) -> Stack:
-        """Return the blocks of this model."""
+        """Return the blocks of this model.
+
+        Examples
+        --------
+        >>> len(gpt2c.LlamaConfig(num_hidden_layers=2).stack().layers)
+        2
+        """
         return _llama(self)
 
 

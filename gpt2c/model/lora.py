@@ -70,7 +70,13 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """The factor of the adapters' output."""
+        """The factor of the adapters' output.
+
+        Examples
+        --------
+        >>> gpt2c.LoRA(r=4, alpha=8.0).scale
+        2.0
+        """
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def adapt(self, stack: Stack) -> None:

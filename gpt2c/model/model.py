@@ -223,6 +223,13 @@ class Model(ModelWeights):
             no count, a count that is not positive, dropout out of its range
         RuntimeError : another thread computes with this model
         MemoryError, OSError : the activations do not fit, or the threads cannot start
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> loss = model.loss([[1, 2, 3]], [[2, 3, 4]])
+        >>> round(loss, 1)  # nothing is learned: near log(257), where all tokens are equally likely
+        5.6
         """
         tokens = check_batch(self.config, idx)
         objective = self._objective(targets, tokens)
@@ -270,6 +277,14 @@ class Model(ModelWeights):
         Raises
         ------
         ValueError, RuntimeError, MemoryError, OSError : see `loss`, but every target may be ignored
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> losses = model.losses([[1, 2, 3]], [[2, 3, -1]])
+        >>> losses.shape, float(losses[0, 2])
+        ((1, 3), 0.0)
+        >>> model.backward(weights=[[1, 0, 0]])  # learn from the first target alone
         """
         self.config.require_language_head("losses of tokens")
         tokens = check_batch(self.config, idx)
@@ -321,6 +336,13 @@ class Model(ModelWeights):
         ------
         ValueError : another shape or dtype
         MemoryError : the logits do not fit
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> hidden = model.hidden([[1, 2, 3]])
+        >>> bool(np.allclose(model.logits(hidden), model([[1, 2, 3]])[0], atol=1e-5))
+        True
         """
         C, head = self.config.n_embd, self._stack.head
         is_array = isinstance(hidden, np.ndarray) and hidden.dtype == np.float32
@@ -499,6 +521,15 @@ class Model(ModelWeights):
 
         `gradients` shows zeros; the next backward overwrites the memory instead of adding to it.
         Views taken earlier may hold old numbers until then.
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> loss = model.loss([[1, 2, 3]], [[2, 3, 4]])
+        >>> model.backward()
+        >>> model.zero_grad()
+        >>> bool(model.gradients["wte.weight"].any())
+        False
         """
         self._void = True
 
@@ -540,6 +571,15 @@ class Model(ModelWeights):
             weights are not fp32
         RuntimeError : another thread computes with this model, or has computed the last loss
         MemoryError, OSError : a kernel cannot start
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> loss = model.loss([[1, 2, 3]], [[2, 3, 4]])
+        >>> model.backward()
+        >>> used = model.gradients["wpe.weight"].any(axis=1)
+        >>> np.flatnonzero(used).tolist()  # only the vectors of three positions were used
+        [0, 1, 2]
         """
         self._check_can_train()
         if not abs(number("scale", scale)) <= LARGEST_FLOAT:

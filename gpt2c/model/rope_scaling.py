@@ -84,13 +84,26 @@ class RopeScaling:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entries that transformers reads."""
+        """Return the entries that transformers reads.
+
+        Examples
+        --------
+        >>> gpt2c.RopeScaling("linear", factor=4.0).to_dict()
+        {'rope_type': 'linear', 'factor': 4.0}
+        """
         return {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None
         }
 
     def scaled(self, frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the frequencies (HS / 2,) of a model with this scaling."""
+        """Return the frequencies (HS / 2,) of a model with this scaling.
+
+        Examples
+        --------
+        >>> scaling = gpt2c.RopeScaling("linear", factor=2.0)  # texts have become twice as long
+        >>> scaling.scaled(np.array([1.0, 0.1]))
+        array([0.5 , 0.05])
+        """
         if self.rope_type == "dynamic":
             return frequencies
         slow: NDArray[np.float64] = frequencies / self.factor

@@ -178,6 +178,16 @@ class ModelWeights(LanguageModel):
         Raises
         ------
         ValueError, RuntimeError, MemoryError : see `freeze`
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> model.freeze("h.*")
+        >>> model.trained
+        ('wte.weight', 'wpe.weight', 'ln_f.weight', 'ln_f.bias')
+        >>> model.unfreeze()
+        >>> len(model.trained) == len(model.parameters)
+        True
         """
         self._set_frozen(self._frozen - names_that_fit(self._parameters, patterns or ("*",)))
 
@@ -244,6 +254,16 @@ class ModelWeights(LanguageModel):
         ------
         ValueError : the model has no adapters
         MemoryError : the weights do not fit
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> model.add_lora(r=4)
+        >>> merged = model.merge()
+        >>> len(merged.parameters) < len(model.parameters)
+        True
+        >>> bool(np.allclose(merged([[1, 2, 3]]), model([[1, 2, 3]]), atol=1e-5))
+        True
         """
         if self.config.lora is None:
             raise ValueError("the model has no adapters to merge")
@@ -314,6 +334,14 @@ class ModelWeights(LanguageModel):
         ValueError : a tensor is missing, unknown or of another shape, and the parameters are as
             they were; or a number cannot be rounded
         MemoryError : a tensor of another dtype does not fit beside them
+
+        Examples
+        --------
+        >>> config = gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257)
+        >>> model, other = gpt2c.GPT2(config, seed=1), gpt2c.GPT2(config, seed=2)
+        >>> other.load_parameters(model.parameters, "the first model")
+        >>> bool((other([[1, 2, 3]]) == model([[1, 2, 3]])).all())
+        True
         """
         check_shapes(self.config.parameter_shapes(), tensors, source)
         size = converted_bytes(tensors)

@@ -139,6 +139,11 @@ class Tokenizer:
         ------
         ValueError : unknown name
         OSError : GPT-2's vocabulary is in none of these places
+
+        Examples
+        --------
+        >>> gpt2c.Tokenizer.from_name("bytes").vocab_size
+        257
         """
         if name == "bytes":
             return cls({bytes([byte]): byte for byte in range(256)}, eot=256)
@@ -156,6 +161,11 @@ class Tokenizer:
         ------
         ValueError : `spec` is none of these, or is "bpe:N", which must be trained on a text
         OSError : the vocabulary cannot be read or downloaded
+
+        Examples
+        --------
+        >>> gpt2c.Tokenizer.from_spec("bytes").vocab_size
+        257
         """
         check_kind("the name of the tokenizer", spec, str, "a string")
         if spec in NAMES:
@@ -187,6 +197,12 @@ class Tokenizer:
         ------
         ValueError : `vocab_size` is below 257; a whitespace run too long to split
         MemoryError : the texts have more different words than memory can hold
+
+        Examples
+        --------
+        >>> tokenizer = gpt2c.Tokenizer.train(["low lower lowest"], vocab_size=260)
+        >>> [tokenizer.decode([token]) for token in tokenizer.encode("slow")]
+        ['s', 'low']
         """
         return cls.train_on_pieces(([text] for text in _several(texts)), vocab_size)
 
@@ -195,6 +211,12 @@ class Tokenizer:
         """Learn merges from texts that come in pieces; see `train`.
 
         A run of more than `WINDOW` characters without whitespace is cut into parts of that size.
+
+        Examples
+        --------
+        >>> tokenizer = gpt2c.Tokenizer.train_on_pieces([["low low", "er lowest"]], vocab_size=260)
+        >>> [tokenizer.decode([token]) for token in tokenizer.encode("slow")]
+        ['s', 'low']
         """
         bytearray(_ROOM)
         if whole("vocab_size", vocab_size) < SMALLEST:
@@ -233,6 +255,16 @@ class Tokenizer:
         OSError : a file is missing or cannot be read or downloaded
         ValueError : a file is damaged or asks for something that tiktoken does not do, or two files
             do not belong together
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> tokenizer = gpt2c.Tokenizer.train(["hello world"], vocab_size=260)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     tokenizer.save_pretrained(directory)
+        ...     same = gpt2c.Tokenizer.from_pretrained(directory)
+        >>> same.encode("hello") == tokenizer.encode("hello")
+        True
         """
         from gpt2c.text import vocabulary_reader
 
@@ -251,6 +283,14 @@ class Tokenizer:
         ------
         OSError : the directory cannot be made or written; existing files are intact
         ValueError : the directory's name is empty
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     gpt2c.Tokenizer.from_name("bytes").save_pretrained(directory)
+        ...     sorted(os.listdir(directory))
+        ['merges.txt', 'tokenizer_config.json', 'vocab.json']
         """
         check_named("the name of the directory", directory)
         vocabulary.write(Path(directory), self._vocabulary())
@@ -268,6 +308,12 @@ class Tokenizer:
 
         This one may have more special tokens: a model that was fine-tuned with an added [PAD], for
         example, reads the tokens of its base model.
+
+        Examples
+        --------
+        >>> base = gpt2c.Tokenizer.from_name("bytes")
+        >>> base.covers(base), base.covers(gpt2c.Tokenizer.train(["hello hello"], vocab_size=260))
+        (True, False)
         """
         check_kind("other", other, Tokenizer, "a Tokenizer")
         same = (self._ranks, self.eot, self.split) == (other._ranks, other.eot, other.split)
@@ -292,6 +338,12 @@ class Tokenizer:
         Raises
         ------
         ValueError : a token cannot be made from those before it
+
+        Examples
+        --------
+        >>> vocab, merges = gpt2c.Tokenizer.train(["aa"], vocab_size=258).vocab_and_merges()
+        >>> vocab["aa"], merges
+        (256, ['a a'])
         """
         return vocabulary.vocab_and_merges(self._vocabulary())
 
@@ -310,6 +362,14 @@ class Tokenizer:
         ------
         ValueError : `text` is not a string, a name is not that of a special token, a run of
             whitespace is too long, or the vocabulary lacks a byte of the text
+
+        Examples
+        --------
+        >>> tokenizer = gpt2c.Tokenizer.from_name("bytes")
+        >>> tokenizer.encode("Hi")
+        [72, 105]
+        >>> tokenizer.encode("Hi<|endoftext|>", allowed_special="all")
+        [72, 105, 256]
         """
         if not isinstance(text, str):
             raise ValueError(
@@ -347,6 +407,12 @@ class Tokenizer:
         Raises
         ------
         ValueError : see `encode`
+
+        Examples
+        --------
+        >>> tokenizer = gpt2c.Tokenizer.from_name("bytes")
+        >>> [ids.tolist() for ids in tokenizer.encode_batch(["Hi", "you"])]
+        [[72, 105], [121, 111, 117]]
         """
         parts: list[list[NDArray[np.uint32]]] = []
         for number, ids in self.encode_pieces([text] for text in _several(texts)):
@@ -373,6 +439,13 @@ class Tokenizer:
         ------
         ValueError : see `encode`
         MemoryError : there is too little memory
+
+        Examples
+        --------
+        >>> tokenizer = gpt2c.Tokenizer.from_name("bytes")
+        >>> pieces = tokenizer.encode_pieces([["H", "i"], ["you"]])  # the first text comes in two
+        >>> [(number, ids.tolist()) for number, ids in pieces]
+        [(0, [72, 105]), (1, [121, 111, 117])]
         """
         bytearray(_ROOM)
         workers = usable_cores()
@@ -504,6 +577,11 @@ class Tokenizer:
         Raises
         ------
         ValueError : an id is not a whole number, or has no token in the vocabulary
+
+        Examples
+        --------
+        >>> gpt2c.Tokenizer.from_name("bytes").decode([72, 105])
+        'Hi'
         """
         return b"".join(map(self.token_bytes, _ids(ids))).decode(errors="replace")
 
@@ -515,6 +593,12 @@ class Tokenizer:
         Raises
         ------
         ValueError : an id is not a whole number, or has no token in the vocabulary
+
+        Examples
+        --------
+        >>> tokenizer = gpt2c.Tokenizer.from_name("bytes")
+        >>> [*tokenizer.stream(tokenizer.encode("né!"))]  # é is two bytes, so two tokens
+        ['n', 'é', '!']
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in _ids(ids):
@@ -529,6 +613,11 @@ class Tokenizer:
         Raises
         ------
         ValueError : the model has fewer tokens
+
+        Examples
+        --------
+        >>> gpt2c.Tokenizer.from_name("bytes").unused_ids(vocab_size=260)
+        [257, 258, 259]
         """
         if whole("vocab_size", vocab_size) < self.vocab_size:
             raise ValueError(
@@ -549,6 +638,11 @@ class Tokenizer:
         Raises
         ------
         ValueError : an id is not a whole number, or has no token in the vocabulary
+
+        Examples
+        --------
+        >>> gpt2c.Tokenizer.from_name("bytes").token_bytes(72)
+        b'H'
         """
         token_id = whole("a token id", token_id)
         if not 0 <= token_id < self.vocab_size:

@@ -1,1 +1,18 @@
 """Training: settings, optimizer, the loop, runs and their checkpoints."""
+
+__all__ = [
+    "checkpoints",
+    "directory",
+    "hooks",
+    "loop",
+    "metrics",
+    "needs",
+    "optimizer",
+    "plot",
+    "pretrain",
+    "run",
+    "settings",
+    "sharded",
+    "stop",
+    "tensorboard",
+]

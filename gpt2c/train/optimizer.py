@@ -202,7 +202,13 @@ class AdamW:
 
     @staticmethod
     def state_bytes(parameters: int) -> int:
-        """Return the size in bytes of the state for this many parameters."""
+        """Return the size in bytes of the state for this many parameters.
+
+        Examples
+        --------
+        >>> gpt2c.AdamW.state_bytes(124_000_000)  # two moments, of 4 bytes each
+        992000000
+        """
         return 2 * 4 * parameters
 
     def _owned(self) -> list[slice]:
@@ -213,6 +219,13 @@ class AdamW:
         """Return all that the next step needs of earlier ones, except `steps`: name -> array.
 
         The arrays are the optimizer's own, not copies: float32, laid out as the gradients.
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> state = gpt2c.AdamW(model).state()
+        >>> [*state], state["m"].size == model.trained_size
+        (['m', 'v'], True)
         """
         return {"m": self.m, "v": self.v}
 
@@ -229,6 +242,16 @@ class AdamW:
         ------
         ValueError : the state is another optimizer's or another model's, or steps is not a whole
             number of at least 0; nothing was loaded
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> optimizer = gpt2c.AdamW(model)
+        >>> stored = {name: array.copy() for name, array in optimizer.state().items()}
+        >>> later = gpt2c.AdamW(model)
+        >>> later.load_state(stored, steps=100)
+        >>> later.steps
+        100
         """
         own = self.state()
         if state.keys() != own.keys():
@@ -253,6 +276,16 @@ class AdamW:
         """Return "weights" or the name of a moment that is not finite; "" if all are finite.
 
         A step may overflow even if its gradients were finite. This reads all of that memory once.
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> optimizer = gpt2c.AdamW(model)
+        >>> optimizer.not_finite()
+        ''
+        >>> model.parameters["wte.weight"][0, 0] = np.nan
+        >>> optimizer.not_finite()
+        'weights'
         """
         state = {"moment m": self.m, "moment v": self.v}
         for name, array in ({"weights": self.model.flat_parameters} | state).items():
@@ -279,6 +312,16 @@ class AdamW:
         ValueError : a setting is out of range, other parameters are trained than when the optimizer
             was made, or (a NonFiniteGradient) the norm is not finite; parameters and moments are
             unchanged
+
+        Examples
+        --------
+        >>> model = gpt2c.GPT2(gpt2c.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=257))
+        >>> optimizer = gpt2c.AdamW(model)
+        >>> loss = model.loss([[1, 2, 3]], [[2, 3, 4]])
+        >>> model.backward()
+        >>> norm = optimizer.step(learning_rate=0.01, grad_clip=1.0)
+        >>> model.loss([[1, 2, 3]], [[2, 3, 4]]) < loss
+        True
         """
         learning_rate = self.learning_rate if learning_rate is None else learning_rate
         _check_learning_rate(learning_rate)

@@ -168,7 +168,13 @@ class Settings:
 
     @classmethod
     def fields(cls) -> dict[str, dataclasses.Field[Any]]:
-        """Return name -> field."""
+        """Return name -> field.
+
+        Examples
+        --------
+        >>> gpt2c.finetune.SFTSettings.fields()["lora_r"].default
+        8
+        """
         return {field.name: field for field in dataclasses.fields(cls)}
 
     @classmethod
@@ -178,6 +184,12 @@ class Settings:
         Raises
         ------
         ValueError : one is none; the message has the nearest, also for initials, such as lr
+
+        Examples
+        --------
+        >>> gpt2c.finetune.SFTSettings.check_names(["seed", "lr"])
+        Traceback (most recent call last):
+        ValueError: no setting 'lr'; did you mean learning_rate?
         """
         fields = cls.fields()
         for name in names:
@@ -191,7 +203,13 @@ class Settings:
 
     @classmethod
     def tables(cls) -> dict[str, list[str]]:
-        """Return the tables of a recipe, and the settings of each."""
+        """Return the tables of a recipe, and the settings of each.
+
+        Examples
+        --------
+        >>> gpt2c.finetune.SFTSettings.tables()["lora"]
+        ['lora', 'lora_r', 'lora_alpha', 'lora_targets', 'quantize']
+        """
         found: dict[str, list[str]] = {table: [] for table in TABLES}
         for name, field in cls.fields().items():
             found.setdefault(field.metadata["table"], []).append(name)
@@ -199,7 +217,13 @@ class Settings:
 
     @classmethod
     def older(cls) -> dict[str, Any]:
-        """Return the values of settings that older runs lack, see `setting`."""
+        """Return the values of settings that older runs lack, see `setting`.
+
+        Examples
+        --------
+        >>> gpt2c.finetune.SFTSettings.older()["precision"]
+        'fp32'
+        """
         values = {name: field.metadata["older"] for name, field in cls.fields().items()}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -210,6 +234,11 @@ class Settings:
         Raises
         ------
         ValueError : the value has another type or is out of the setting's own range
+
+        Examples
+        --------
+        >>> gpt2c.finetune.SFTSettings.checked("max_epochs", 2)
+        2.0
         """
         field = cls.fields()[name]
         default: Any = field.default
@@ -243,7 +272,14 @@ class Settings:
         raise NotImplementedError
 
     def learning_rates(self) -> Schedule:
-        """Return the schedule of learning rates; a warm-up longer than the run is cut to it."""
+        """Return the schedule of learning rates; a warm-up longer than the run is cut to it.
+
+        Examples
+        --------
+        >>> rates = gpt2c.finetune.SFTSettings(learning_rate=1.0, max_iters=10).learning_rates()
+        >>> [round(rates(step), 1) for step in (0, 5, 10)]
+        [1.0, 0.6, 0.0]
+        """
         return Schedule(
             self.schedule,
             self.learning_rate,

@@ -19,7 +19,14 @@ from gpt2c.bench import machine
 from gpt2c.cli import info as cli_info
 from gpt2c.cli.main import main
 from gpt2c.kernels import backend
-from gpt2c.kernels.backend import NAMES, REQUIRES, THREAD_VARIABLES, backends, default_threads
+from gpt2c.kernels.backend import (
+    NAMES,
+    REQUIRES,
+    THREAD_VARIABLES,
+    backends,
+    default_threads,
+    why_missing,
+)
 from gpt2c.text import gpt2_vocabulary
 
 Capture = pytest.CaptureFixture[str]
@@ -236,12 +243,12 @@ def test_info_shows_errors_as_rows(info, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("GPT2C_NUM_THREADS")
     for name in NAMES:
         monkeypatch.setitem(sys.modules, f"gpt2c._kernels_{name}", None)  # their import fails
-    backends.cache_clear()
+    why_missing.cache_clear()
     try:
         rows = info("--verbose")
     finally:
         monkeypatch.undo()
-        backends.cache_clear()
+        why_missing.cache_clear()
     assert [name for name, _ in rows[-2:]] == ["tiktoken's cache", "MPI"]
     facts = dict(rows)
     assert facts["backend"].startswith("none chosen: no kernels here")

@@ -26,6 +26,7 @@ from gpt2c.kernels.backend import (
     backends,
     default_threads,
     get_backend,
+    why_missing,
 )
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.limits import usable_cores
@@ -97,9 +98,9 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setitem(sys.modules, "gpt2c._kernels_base", SimpleNamespace(lib=lib))
     for name in set(NAMES) - {"base", "numpy"}:  # importing the real ones could end the process
         monkeypatch.setitem(sys.modules, f"gpt2c._kernels_{name}", ModuleType(name))
-    backends.cache_clear()
+    why_missing.cache_clear()
     yield fake
-    backends.cache_clear()
+    why_missing.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -134,13 +135,13 @@ def test_cpu_gets_the_kernels_that_it_can_run(
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "numpy"])
 def test_kernels_that_are_not_built_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, f"gpt2c._kernels_{name}", None)  # its import fails
-    backends.cache_clear()
+    why_missing.cache_clear()
     try:
         assert name not in backends() and "numpy" in backends()
         message = refused(get_backend, name)
         assert repr(name) in message and message.endswith(", ".join(backends()))
     finally:
-        backends.cache_clear()
+        why_missing.cache_clear()
 
 
 # ---- threads -------------------------------------------------------------------------------------

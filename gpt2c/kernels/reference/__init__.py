@@ -8,7 +8,8 @@ and nothing is blocked or fused. Each file has one family of ops.
 Every op writes into arrays that the caller made, outputs first; sizes come from their shapes.
 Gradients of parameters (dweight, dbias, dwte, dwpe) are accumulated (+=), because batches add up.
 Activations and their gradients are written (=), except the dx of a norm. Each backward function
-quotes the line that it differentiates; dy is the derivative of the loss by y.
+quotes the line that it differentiates; dy is the derivative of the loss by y. Examples call the
+public functions, `gpt2c.ops`, whose docstrings are made from these.
 
 Letters: those of `gpt2c.kernels.op`.
 

@@ -41,6 +41,11 @@ def gelu_forward(out: Array, x: Array) -> None:
     out, x : any shape, the same; `out` is written
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+
+    Examples
+    --------
+    >>> gpt2c.ops.gelu_forward(np.array([-1, 0, 1, 10], np.float32)).round(2)
+    array([-0.16,  0.  ,  0.84, 10.  ], dtype=float32)
     """
     out[...] = 0.5 * x * (1 + np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x)))
 
@@ -55,6 +60,12 @@ def gelu_backward(dx: Array, dout: Array, x: Array) -> None:
     Parameters
     ----------
     dx, dout, x : any shape, the same; `dx` is written and may be `dout`
+
+    Examples
+    --------
+    >>> x = np.array([-1, 0, 1, 10], np.float32)
+    >>> gpt2c.ops.gelu_backward(np.ones_like(x), x).round(2)
+    array([-0.08,  0.5 ,  1.08,  1.  ], dtype=float32)
     """
     # out = x/2 * (1 + tanh(u))
     tanh = np.tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x))
@@ -80,6 +91,12 @@ def swiglu_forward(out: Array, x: Array) -> None:
     x : (N, 2C); one linear layer makes both halves, its weight is gate's rows above up's
 
     Source: Shazeer 2020, arXiv:2002.05202.
+
+    Examples
+    --------
+    >>> x = np.array([[10, 1, 0, 7, 7, 7]], np.float32)  # three gates, then what they let through
+    >>> gpt2c.ops.swiglu_forward(x).round(2)
+    array([[70.  ,  5.12,  0.  ]], dtype=float32)
     """
     gate, up, s = _swiglu_parts(x)
     out[...] = gate * s * up
@@ -96,6 +113,12 @@ def swiglu_backward(dx: Array, dout: Array, x: Array) -> None:
     dx : (N, 2C), written; may be `x`
     dout : (N, C)
     x : (N, 2C)
+
+    Examples
+    --------
+    >>> x = np.array([[0, 3]], np.float32)  # a closed gate
+    >>> gpt2c.ops.swiglu_backward(np.ones((1, 1), np.float32), x).round(2).tolist()
+    [[1.5, 0.0]]
     """
     gate, up, s = _swiglu_parts(x)
     # out = gate * s * up,   s' = s * (1 - s)
@@ -113,5 +136,11 @@ def residual_forward(out: Array, x: Array, branch: Array) -> None:
     out, x, branch : any shape, the same; `out` is written and may be `x`
 
     Source: He et al. 2015, arXiv:1512.03385.
+
+    Examples
+    --------
+    >>> x, branch = np.array([1, 2], np.float32), np.array([10, 20], np.float32)
+    >>> gpt2c.ops.residual_forward(x, branch).tolist()
+    [11.0, 22.0]
     """
     out[...] = x + branch

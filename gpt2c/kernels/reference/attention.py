@@ -141,6 +141,14 @@ def attention_forward(
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; lse: Dao et al. 2022, arXiv:2205.14135; grouped
     queries: Ainslie et al. 2023, arXiv:2305.13245.
+
+    Examples
+    --------
+    >>> qkv = np.zeros((1, 3, 6), np.float32)  # q and k are 0: each key counts as much as any other
+    >>> qkv[0, :, 4:] = [[1, 0], [3, 0], [8, 0]]  # v
+    >>> out, lse = gpt2c.ops.attention_forward(qkv, n_head=1)
+    >>> out[0, :, 0].round(3).tolist()  # the mean of the values up to there
+    [1.0, 2.0, 4.0]
     """
     if offsets is not None:
         for rows in _sequences(offsets):
@@ -190,6 +198,15 @@ def attention_backward(
     dout : (B, T, C)
     qkv, out, lse, offsets, dropout, key, first, precision : the inputs and the outputs of the
         forward pass
+
+    Examples
+    --------
+    >>> qkv = np.zeros((1, 3, 6), np.float32)
+    >>> out, lse = gpt2c.ops.attention_forward(qkv, n_head=1)
+    >>> dout = np.zeros_like(out)
+    >>> dout[0, 1] = 1  # the second query sees two keys, and not the third
+    >>> gpt2c.ops.attention_backward(dout, qkv, out, lse)[0, :, 4].round(3).tolist()
+    [0.5, 0.5, 0.0]
     """
     if offsets is not None:
         for rows in _sequences(offsets):

@@ -87,5 +87,11 @@ def dropout_forward(out: Array, x: Array, dropout: float, key: int, first: int) 
 
     Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from
     overfitting".
+
+    Examples
+    --------
+    >>> out = gpt2c.ops.dropout_forward(np.ones((100, 100), np.float32), dropout=0.5, key=1)
+    >>> sorted({*out.flat}) == [0, 2], 0.9 < float(out.mean()) < 1.1
+    (True, True)
     """
     out[...] = x * keep_factors(len(x), 1, x.shape[1], dropout, key, first)[:, 0].astype(x.dtype)

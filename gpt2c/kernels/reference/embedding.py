@@ -49,6 +49,14 @@ def encoder_forward(
     position : position in its text of the first of the T tokens
 
     Source: Radford et al. 2019 (GPT-2); names follow karpathy/llm.c.
+
+    Examples
+    --------
+    >>> wte = np.array([[0, 0], [1, 1], [2, 2]], np.float32)  # a vector for each of three tokens
+    >>> wpe = np.array([[0.1, 0], [0.2, 0]], np.float32)  # and for each of two positions
+    >>> gpt2c.ops.encoder_forward(np.array([[2, 1]], np.int32), wte, wpe).round(1)
+    array([[[2.1, 2. ],
+            [1.2, 1. ]]], dtype=float32)
     """
     tokens = wte[idx].astype(out.dtype, copy=False)
     if scale is not None:
@@ -67,6 +75,13 @@ def encoder_backward(
     dout : (B, T, C)
     idx : (B, T) int32
     offsets : see `encoder_forward`
+
+    Examples
+    --------
+    >>> idx, dout = np.array([[2, 0, 2]], np.int32), np.ones((1, 3, 2), np.float32)
+    >>> dwte, dwpe = gpt2c.ops.encoder_backward(dout, idx, vocab_size=3, n_positions=4)
+    >>> dwte[:, 0].tolist(), dwpe[:, 0].tolist()  # token 2 came twice, and position 3 never
+    ([1.0, 0.0, 2.0], [1.0, 1.0, 1.0, 0.0])
     """
     # out = wte[idx] + wpe[t]. A row of wte that several tokens use gets the sum of their gradients;
     # dwte[idx] += dout would add only one of them.
@@ -103,6 +118,14 @@ def rope_forward(
     position : position in its text of the first of the T tokens
 
     Source: Su et al. 2021, arXiv:2104.09864; the pairs are those of transformers' rotate_half.
+
+    Examples
+    --------
+    >>> angles = np.pi / 3 * np.arange(3)[:, None]  # 60 degrees for each position, for one pair
+    >>> cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    >>> qkv = np.array([[[1, 0, 1, 0, 5, 5]]], np.float32)  # q, k and v of a head of two channels
+    >>> gpt2c.ops.rope_forward(qkv, cos, sin, heads=2, position=1).round(2)
+    array([[[0.5 , 0.87, 0.5 , 0.87, 5.  , 5.  ]]], dtype=float32)
     """
     (B, T, _), D = qkv.shape, cos.shape[1]
     x = qkv.reshape(B, T, -1, 2, D)[:, :, :heads].copy()  # out may be qkv
@@ -131,6 +154,16 @@ def rope_backward(
     dqkv : (B, T, W), written; may be `dout`
     dout : (B, T, W)
     cos, sin, offsets, heads, position : as in the forward pass
+
+    Examples
+    --------
+    >>> angles = np.arange(3)[:, None]
+    >>> cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    >>> qkv = np.arange(18, dtype=np.float32).reshape(1, 3, 6)
+    >>> turned = gpt2c.ops.rope_forward(qkv, cos, sin, heads=2)
+    >>> back = gpt2c.ops.rope_backward(turned, cos, sin, heads=2)
+    >>> bool(np.allclose(back, qkv, atol=1e-5))
+    True
     """
     # out_i = x_i cos - x_j sin,   out_j = x_j cos + x_i sin
     rope_forward(dqkv, dout, cos, -sin, offsets, heads, position)

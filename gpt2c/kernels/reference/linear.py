@@ -48,6 +48,12 @@ def matmul_forward(
 
     Source: dynamic quantization by rows, Dettmers et al. 2022, arXiv:2208.07339, without its
     outliers.
+
+    Examples
+    --------
+    >>> x, weight = np.array([[1, 2]], np.float32), np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    >>> gpt2c.ops.matmul_forward(x, weight, bias=np.array([0, 0, 10], np.float32))
+    array([[ 1.,  2., 13.]], dtype=float32)
     """
     if weight.dtype == np.uint8:
         assert scale is not None
@@ -93,6 +99,14 @@ def matmul_backward(
     accumulate : False writes dweight and dbias, so they need not be 0 before
     precision : of the products, see `matmul_forward`; dbias has none
     add : True adds to dx in place of writing it; then dx is not x
+
+    Examples
+    --------
+    >>> x, weight = np.array([[1, 2]], np.float32), np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    >>> dout = np.array([[0, 0, 1]], np.float32)  # only the last output counts
+    >>> dx, dweight, dbias = gpt2c.ops.matmul_backward(dout, x, weight)
+    >>> dx.tolist(), dweight.tolist(), dbias.tolist()
+    ([[1.0, 1.0]], [[0.0, 0.0], [0.0, 0.0], [1.0, 2.0]], [0.0, 0.0, 1.0])
     """
     # out = x weight^T + bias
     if dbias is not None:
@@ -122,6 +136,14 @@ def lora_forward(
     down, up : (R, C), (OC, R), the paper's A and B; scale * up down is added to the weight
 
     Source: Hu et al. 2021, arXiv:2106.09685.
+
+    Examples
+    --------
+    >>> y, x = np.zeros((1, 3), np.float32), np.array([[1, 2]], np.float32)
+    >>> down, up = np.array([[1, 1]], np.float32), np.array([[1], [0], [2]], np.float32)  # rank 1
+    >>> out, u = gpt2c.ops.lora_forward(y, x, down, up, scale=10.0)
+    >>> out.tolist()
+    [[30.0, 0.0, 60.0]]
     """
     u[...] = scale * (x @ down.T)
     out[...] = y + u @ up.T
@@ -149,6 +171,15 @@ def lora_backward(
     ddown, dup : (R, C), (OC, R), accumulated; None where it is not wanted
     dout : (N, OC), which is also the gradient of y
     accumulate : False writes ddown and dup, so they need not be 0 before
+
+    Examples
+    --------
+    >>> y, x = np.zeros((1, 3), np.float32), np.array([[1, 2]], np.float32)
+    >>> down, up = np.array([[1, 1]], np.float32), np.zeros((3, 1), np.float32)  # as at the start
+    >>> out, u = gpt2c.ops.lora_forward(y, x, down, up)
+    >>> dx, ddown, dup = gpt2c.ops.lora_backward(np.ones_like(y), x, u, down, up)
+    >>> ddown.tolist(), dup.tolist()  # B is 0, so only B learns in the first step
+    ([[0.0, 0.0]], [[3.0], [3.0], [3.0]])
     """
     # out = y + u up^T
     if dup is not None:
@@ -170,5 +201,10 @@ def matrix_transpose(out: NDArray[Any], x: NDArray[Any]) -> None:
     ----------
     out : (C, R), written
     x : (R, C)
+
+    Examples
+    --------
+    >>> gpt2c.ops.matrix_transpose(np.array([[1, 2, 3], [4, 5, 6]], np.float32)).tolist()
+    [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
     """
     out[...] = x.T

@@ -27,6 +27,13 @@ def crossentropy_forward(losses: Array, lse: Array, logits: Array, targets: IntA
     lse : (N,), written, kept for the backward pass
     logits : (N, V)
     targets : (N,) int32, in [0, V), or -1 to ignore the row
+
+    Examples
+    --------
+    >>> logits, targets = np.zeros((1, 4), np.float32), np.array([2], np.int32)
+    >>> losses, lse = gpt2c.ops.crossentropy_forward(logits, targets)
+    >>> losses.round(3), np.log(4).round(3)  # four tokens that are equally likely
+    (array([1.386], dtype=float32), np.float64(1.386))
     """
     largest = logits.max(axis=1)  # subtracted first, so that exp cannot overflow
     lse[...] = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
@@ -53,6 +60,13 @@ def crossentropy_backward(
     logits, lse, targets : the inputs and an output of the forward pass
     weights : (N,), or None: all 1; a row of weight 0 is 0
     scale : 1 / (number of rows that count) makes the loss their mean
+
+    Examples
+    --------
+    >>> logits, targets = np.zeros((1, 4), np.float32), np.array([2], np.int32)
+    >>> losses, lse = gpt2c.ops.crossentropy_forward(logits, targets)
+    >>> gpt2c.ops.crossentropy_backward(logits, lse, targets).round(3).tolist()
+    [[0.25, 0.25, -0.75, 0.25]]
     """
     # losses = lse - logits[target], and d(lse) / d(logits) is the softmax
     gradient = np.exp(logits - lse[:, None])

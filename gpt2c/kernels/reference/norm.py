@@ -34,6 +34,14 @@ def layernorm_forward(
     eps : added to the variance (not to its root)
 
     Source: Ba et al. 2016, arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> x = np.array([[1, 3], [10, 30]], np.float32)
+    >>> weight, bias = np.ones(2, np.float32), np.zeros(2, np.float32)
+    >>> out, mean, rstd = gpt2c.ops.layernorm_forward(x, weight, bias)
+    >>> out.round(2).tolist(), mean.tolist()
+    ([[-1.0, 1.0], [-1.0, 1.0]], [2.0, 20.0])
     """
     mean[...] = x.mean(axis=1)
     centred = x - mean[:, None]
@@ -64,6 +72,15 @@ def layernorm_backward(
     dout, x : (N, C)
     weight : (C,)
     mean, rstd : (N,), from the forward pass
+
+    Examples
+    --------
+    >>> x, dout = np.array([[1, 3]], np.float32), np.array([[1, 1]], np.float32)
+    >>> weight, bias = np.ones(2, np.float32), np.zeros(2, np.float32)
+    >>> out, mean, rstd = gpt2c.ops.layernorm_forward(x, weight, bias)
+    >>> dx, dweight, dbias = gpt2c.ops.layernorm_backward(dout, x, weight, mean, rstd)
+    >>> bool(np.allclose(dx, 0, atol=1e-6)), dbias.tolist()  # a shift of x changes nothing
+    (True, [1.0, 1.0])
     """
     norm = (x - mean[:, None]) * rstd[:, None]
     # out = norm * weight + bias
@@ -94,6 +111,14 @@ def rmsnorm_forward(out: Array, rstd: Array, x: Array, weight: Array, eps: float
     eps : added to the mean square (not to its root)
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; eps as in transformers' LlamaRMSNorm.
+
+    Examples
+    --------
+    >>> x, weight = np.array([[3, 4], [30, 40]], np.float32), np.ones(2, np.float32)
+    >>> out, rstd = gpt2c.ops.rmsnorm_forward(x, weight)
+    >>> out.round(2)
+    array([[0.85, 1.13],
+           [0.85, 1.13]], dtype=float32)
     """
     rstd[...] = 1 / np.sqrt(np.square(x).mean(axis=1) + eps)
     out[...] = x * rstd[:, None] * weight
@@ -114,6 +139,14 @@ def rmsnorm_backward(
     dout, x : (N, C)
     weight : (C,)
     rstd : (N,), from the forward pass
+
+    Examples
+    --------
+    >>> x, weight = np.array([[3, 4]], np.float32), np.ones(2, np.float32)
+    >>> out, rstd = gpt2c.ops.rmsnorm_forward(x, weight)
+    >>> dx, dweight = gpt2c.ops.rmsnorm_backward(x, x, weight, rstd)
+    >>> bool(np.allclose(dx, 0, atol=1e-4))  # a longer x changes nothing
+    True
     """
     norm = x * rstd[:, None]
     # out = norm * weight

@@ -45,6 +45,14 @@ def adamw_update(
     grad_scale : applied to `grad` first, for clipping
 
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
+
+    Examples
+    --------
+    >>> param, grad, zero = (np.array([x], np.float32) for x in (1, 5, 0))
+    >>> settings = {"learning_rate": 0.5, "weight_decay": 0.0}
+    >>> param, m, v = gpt2c.ops.adamw_update(param, zero, zero, grad, **settings)
+    >>> param.round(3).tolist()  # the first step has the size of the learning rate
+    [0.5]
     """
     g = grad * grad_scale
     m[...] = beta1 * m + (1 - beta1) * g
@@ -59,5 +67,10 @@ def global_norm(grad: Array) -> float:
     """Return the Euclidean norm of a gradient of any shape, summed in float64 whatever its dtype.
 
     sqrt(sum(grad^2))
+
+    Examples
+    --------
+    >>> round(gpt2c.ops.global_norm(np.array([3, -4], np.float32)), 3)
+    5.0
     """
     return math.sqrt(np.square(grad, dtype=np.float64).sum())
