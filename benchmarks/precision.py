@@ -25,7 +25,7 @@ from gpt2c.text.corpus import python_documentation
 from gpt2c.text.documents import TextFiles
 from gpt2c.text.prepare import prepare
 from gpt2c.train.metrics import read_metrics
-from gpt2c.train.plot import plot_lines
+from gpt2c.train.plot import plot_runs
 from gpt2c.train.pretrain import train
 from gpt2c.train.settings import recipe_settings
 
@@ -40,14 +40,6 @@ PRECISIONS = ("fp32", "bf16")
 Curve = list[tuple[int, float]]
 
 
-def run(data: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train once; return the seconds and the validation curve."""
-    result = train(data, out, settings)
-    entries = read_metrics(out / "metrics.jsonl")
-    curve = [(one["step"], one["val_loss"]) for one in entries if "val_loss" in one]
-    return {"seconds": result.seconds, "curve": curve}
-
-
 def part(name: str, data: Path, folder: Path, seeds: int) -> list[dict[str, Any]]:
     """Return a row for each run of a part."""
     given = dict(LONG) if name == "long" else recipe_settings(RECIPES[name], {})
@@ -55,9 +47,13 @@ def part(name: str, data: Path, folder: Path, seeds: int) -> list[dict[str, Any]
     for seed in range(1, seeds + 1):
         for precision in PRECISIONS:
             settings = given | {"seed": seed, "precision": precision, "save_minutes": 1000.0}
-            row = run(data, folder / f"{name}-{seed}-{precision}", settings)
-            rows.append({"part": name, "seed": seed, "precision": precision} | row)
-            print(f"{name} {seed} {precision}: {row['curve'][-1][1]:.4f}, {row['seconds']:.0f} s")
+            out = folder / f"{name} {precision}, seed {seed}"
+            seconds = train(data, out, settings).seconds
+            entries = read_metrics(out / "metrics.jsonl")
+            curve = [(one["step"], one["val_loss"]) for one in entries if "val_loss" in one]
+            row = {"part": name, "seed": seed, "precision": precision, "seconds": seconds}
+            rows.append(row | {"curve": curve})
+            print(f"{name} {seed} {precision}: {curve[-1][1]:.4f}, {seconds:.0f} s", flush=True)
     return rows
 
 
@@ -112,12 +108,15 @@ def main() -> None:
             else:
                 prepare(python_documentation(), data, "bpe:4096")
             rows += part(name, data, folder, given.seeds)
+        if given.plot:
+            runs = {
+                path.parent.name: read_metrics(path)
+                for path in sorted(folder.glob("*/metrics.jsonl"))
+            }
+            plot_runs(runs, given.plot)
     print(table(rows))
     if given.json:
         given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    if given.plot:
-        lines = {f"{row['part']} {row['precision']} {row['seed']}": row["curve"] for row in rows}
-        plot_lines(lines, "step", "validation loss, nats per token", given.plot, machine)
 
 
 if __name__ == "__main__":
