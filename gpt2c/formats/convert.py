@@ -27,6 +27,7 @@ from gpt2c.files.names import (
     TOKENIZER_FILES,
     TOKENIZER_OTHERS,
     check_named,
+    token_file,
 )
 from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
@@ -376,9 +377,10 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     splits: tuple[Split, ...] = ("train", "val")
     found = {split: _open_tokens(paths) for split in splits if (paths := find_shards(src, split))}
     if not found:
-        raise FileNotFoundError(f"{src} has no token files train.bin or val.bin")
+        raise FileNotFoundError(f"{src} has no token files {' or '.join(map(token_file, splits))}")
     there = [path for split in splits for path in find_shards(dst, split)]
-    _claim(src, dst, [path.name for path in there] or ["val.bin"], overwrite, [MANIFEST_FILE])
+    names = [path.name for path in there] or [token_file("val")]
+    _claim(src, dst, names, overwrite, [MANIFEST_FILE])
     dst.mkdir(exist_ok=True)
     coming = [
         name
@@ -389,7 +391,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
         remove_shards(dst, coming)
         for split, (headed, shards) in found.items():  # val is last, as in `gpt2c prepare`
             if headed:
-                write_nanogpt(dst / f"{split}.bin", shards)
+                write_nanogpt(dst / token_file(split), shards)
             else:
                 write_shards(dst, split, shards[0], SHARD_TOKENS)
     written = "; ".join(f"{split}: {_describe(*found[split])}" for split in found)
