@@ -43,6 +43,8 @@ class Kernels:
     threads : the number of threads that each kernel uses
     """
 
+    has_step = True  # of decoding, in one call: bind_step and decode_step
+
     def __init__(self, name: str, threads: int) -> None:
         module = importlib.import_module(f"gpt2c._kernels_{name}")
         self.name = name
