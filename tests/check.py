@@ -118,9 +118,9 @@ def tests_of(name: str) -> set[str]:
 def lint(names: list[str]) -> list[list[str]]:
     """Return the commands that check the changed files without running them."""
     own_build = any(re.fullmatch(r"csrc/\w+\.[ch]|build\.py", name) for name in names)
-    typed = any(re.fullmatch(r"build\.py|(gpt2c|tests/programs)/.*\.py", name) for name in names)
+    typed = any(re.fullmatch(r"build\.py|(gpt2c|tests/programs)/.*\.pyi?", name) for name in names)
     names = [name for name in names if (ROOT / name).exists()]
-    python = [name for name in names if name.endswith(".py")]
+    python = [name for name in names if name.endswith((".py", ".pyi"))]
     c = [name for name in names if name.startswith("csrc/") and name.endswith((".c", ".h"))]
     commands = []
     if python:

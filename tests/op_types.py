@@ -1,8 +1,8 @@
-"""The types of the public ops, which gpt2c/ops.py declares for mypy and editors.
+"""The types of the public ops, which gpt2c/kernels/op_types.pyi declares for mypy and editors.
 
-    python tests/op_types.py    # write the declarations again
+    python tests/op_types.py    # write the file again
 
-The functions themselves are made from the table when the module is imported, and no type checker
+The functions themselves are made from the table when gpt2c.ops is imported, and no type checker
 runs it.
 """
 
@@ -16,7 +16,18 @@ from pathlib import Path
 
 from gpt2c import ops
 
-FIRST = re.compile(r"^if TYPE_CHECKING:.*\n", re.MULTILINE)
+STUB = Path(ops.__file__).with_name("kernels") / "op_types.pyi"
+HEAD = """\
+# The types of the functions of gpt2c.ops, for mypy and editors. Generated from the declarations of
+# gpt2c.kernels.op by tests/op_types.py: do not edit.
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+"""
 
 
 def declaration(name: str) -> str:
@@ -27,13 +38,9 @@ def declaration(name: str) -> str:
 
 
 def main() -> None:
-    """Write the declarations into gpt2c/ops.py."""
-    path = Path(ops.__file__)
-    before, first, after = re.split(f"({FIRST.pattern})", path.read_text(), flags=re.MULTILINE)
-    rest = re.split(r"^(?=\S)", after, maxsplit=1, flags=re.MULTILINE)[1]
-    declared = "".join(f"\n    {declaration(name)}\n" for name in ops.PUBLIC)
-    path.write_text(f"{before}{first}{declared}\n\n{rest}")
-    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", str(path)], check=True)
+    """Write the declarations."""
+    STUB.write_text(HEAD + "".join(f"{declaration(name)}\n" for name in ops.PUBLIC))
+    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", str(STUB)], check=True)
 
 
 if __name__ == "__main__":

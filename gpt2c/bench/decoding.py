@@ -30,6 +30,7 @@ from gpt2c.kernels.memory import require
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.reader import CACHES
+from gpt2c.train.plot import row_words
 
 __all__ = ["ENGINES", "TRANSFORMERS", "WORKS", "bench_generate", "choose_generate_rows", "costs"]
 
@@ -80,7 +81,7 @@ def choose_generate_rows(given: str | None, quick: bool) -> list[str]:
         return ["numpy:fp32", *rows, TRANSFORMERS[0], *others]
     rows = []
     for name in given.split(","):
-        row, precision, cache = (*name.strip().split(":", 2), "", "")[:3]
+        row, precision, cache = row_words(name.strip())
         if row in TRANSFORMERS and not precision:
             rows.append(row)
             continue
@@ -131,7 +132,7 @@ def bench_generate(
     size = 4 * config.num_parameters()
     needed = {}
     for name in names:
-        engine = name.partition(":")[0]
+        engine, _, _ = row_words(name)
         knows_it = isinstance(config, GPT2Config) or engine not in GPT2_ENGINES
         # another engine reads a file, which may lie in memory too, and the weights themselves
         models = 4 if engine in ENGINES else 2
@@ -148,8 +149,7 @@ def _reading(config: ModelConfig, what: str, B: int, T: int) -> Work:
     arguments = {"what": what, "config": config.to_dict(), "B": B, "T": T}
 
     def facts(row: str) -> dict[str, float]:
-        weights, cache = (*row.split(":")[1:], "fp32", "fp32")[:2]
-        sizes = BYTES[weights], BYTES[cache]
+        sizes = (BYTES[word or "fp32"] for word in row_words(row)[1:])
         return {"tokens": T if what == "prefill" else B, **costs(config, what, B, T, *sizes)}
 
     return Work(group, "generate", arguments, "sample", facts)
@@ -166,10 +166,8 @@ def costs(
     size : bytes of a weight
     cached : bytes of a number among keys and values
     """
-    stack = config.stack()
-    weights = stack.flops(0)  # a token takes one multiply-add of each
-    if what == "prefill":  # the lm_head for the last token only
-        head = stack.head.flops(T)
-        return {"flops": 2 * ((stack.flops(T) - head) * T + head), "bytes": size * weights}
-    cache = B * T * config.cache_floats()
-    return {"flops": 2 * B * stack.flops(2 * T), "bytes": size * weights + cached * cache}
+    weights = size * config.stack().flops(0)  # a token takes one multiply-add of each
+    if what == "prefill":
+        return {"flops": config.prefill_flops(T), "bytes": weights}
+    cache = cached * B * T * config.cache_floats()
+    return {"flops": B * config.decode_flops(T), "bytes": weights + cache}

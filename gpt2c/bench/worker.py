@@ -33,6 +33,7 @@ from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
 from gpt2c.model.quantized import DTYPES
 from gpt2c.parallel.world import ALONE, World
+from gpt2c.train.plot import row_words
 from gpt2c.train.sharded import optimizer_of
 
 __all__ = ["ENGINES", "SMALL", "TINY", "Worker"]
@@ -94,7 +95,7 @@ class Worker:
     """
 
     def __init__(self, row: str, threads: int, world: World = ALONE) -> None:
-        self._row, self._precision, cache = (*row.split(":"), "", "")[:3]
+        self._row, self._precision, cache = row_words(row)
         self._cache = cache or "fp32"
         self._world = world
         self._call: Callable[[], Any] = lambda: None

@@ -18,6 +18,7 @@ from gpt2c.evaluate.baselines import BLOCK, bigram_nats, xz_bits_per_byte
 from gpt2c.evaluate.figures import figures
 from gpt2c.evaluate.loss import evaluate
 from gpt2c.files.atomic import check_apart, claimed
+from gpt2c.files.names import LOSS_FILE, token_file
 from gpt2c.generator import Generator
 from gpt2c.gpt2 import GPT2
 from gpt2c.llama import Llama
@@ -64,14 +65,14 @@ def demo(text: Path | None, out: Path, given: Mapping[str, Any], overwrite: bool
     if result.interrupted:
         return result
     model, tokenizer = from_pretrained(run), Tokenizer.from_pretrained(run)
-    tokens, held_out = read_tokens(data / "train.bin"), read_tokens(data / "val.bin")
+    tokens, held_out = (read_tokens(data / token_file(split)) for split in ("train", "val"))
     compare(model, tokenizer, tokens, held_out)
     prompts = openings(tokenizer, held_out, model.config.n_positions)
     write_samples(Generator(model, tokenizer), prompts)
     print()
     show(
         "loss curve",
-        str(run / "loss.png") if result.has_plot else "none: pip install matplotlib draws one",
+        str(run / LOSS_FILE) if result.has_plot else "none: pip install matplotlib draws one",
     )
     show("time", f"{time.perf_counter() - start:.0f} s in all, {result.seconds:.0f} s of training")
     show("evaluate", command("eval", run, "--data", data))

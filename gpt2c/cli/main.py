@@ -7,12 +7,9 @@ import difflib
 import importlib.metadata
 import math
 import re
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +30,13 @@ from gpt2c.cli import prune as cli_prune
 from gpt2c.cli import tokens as cli_tokens
 from gpt2c.cli.demo import demo, demo_recipe
 from gpt2c.cli.flags import add_settings, given_settings
+from gpt2c.cli.signals import ended_as_by_ctrl_c
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
 from gpt2c.parallel.world import first_voice, join, require_alone
 from gpt2c.screen.command import command
-from gpt2c.screen.terminal import Door, Terminated, one_line, open_door
+from gpt2c.screen.terminal import Door, one_line, open_door
 from gpt2c.train.loop import TrainResult
 from gpt2c.train.pretrain import train
 from gpt2c.train.settings import recipe_settings
@@ -78,28 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if arguments is None else arguments), out)
 
 
-@contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Turn signals that end the process into `Terminated`, so that no file is left half-written.
-
-    A signal that is ignored, as under nohup, stays ignored.
-    """
-
-    def stop(signum: int, frame: object) -> None:
-        raise Terminated
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    ends = [signal.SIGTERM, signal.SIGHUP] if main_thread else []
-    changed = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]
-    for number in changed:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def _run(arguments: list[str], out: Door) -> int:
     top, words = parser(), list(arguments)
     if not arguments:
@@ -122,7 +98,7 @@ def _run(arguments: list[str], out: Door) -> int:
             cli_distill.run_distill,
         )
         trains = options.run in own  # they have handlers of their own
-        with first_voice() if trains else _ended_as_by_ctrl_c():
+        with first_voice() if trains else ended_as_by_ctrl_c():
             code: int = options.run(options)
         out.flush()
         if code == 0 and out.needed and out.lost and not out.reader_left:

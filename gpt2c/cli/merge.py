@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2c.files.atomic import check_apart, check_directory
-from gpt2c.formats.load import find_model
-from gpt2c.formats.peft import is_adapter_directory
+from gpt2c.formats.load import find_model, model_kind
 from gpt2c.kernels.checks import counted
 from gpt2c.pretrained import open_found
 from gpt2c.text.tokenizer import Tokenizer
@@ -36,7 +35,7 @@ def run_merge(options: argparse.Namespace) -> int:
     found = find_model(options.model, None, options.adapter, not options.any_base)
     if found.config.lora is None:
         raise ValueError(f"{options.model} holds no adapters to merge; --adapter names some")
-    if is_adapter_directory(options.out):
+    if model_kind(options.out) == "adapters":
         raise ValueError(f"{options.out} holds adapters: name another directory")
     check_apart(options.out, options.model, options.adapter, found.name)
     check_directory(options.out, options.overwrite)

@@ -36,6 +36,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "check_named",
     "meant",
+    "token_file",
 ]
 
 # the adapters of a model, as in PEFT
@@ -78,6 +79,11 @@ RESULT_FILE = "result.json"
 REFERENCE_FILE = "reference.jsonl"  # of dpo: log-probabilities by the base
 ROLLOUTS = "rollouts"  # of grpo: a directory of completions that a run learns from
 CONFUSION_FILE = "confusion.png"  # of a classifier
+
+
+def token_file(split: str, shard: int = 0) -> str:
+    """Return the name of the token file of a split, train or val, or of its n-th shard."""
+    return f"{split}_{shard:06d}.bin" if shard else f"{split}.bin"
 
 
 def check_named(what: str, name: str | os.PathLike[str]) -> None:

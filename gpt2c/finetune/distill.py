@@ -104,8 +104,8 @@ def divergence(
     temperature, beta : see the top of the file
     """
     tau = temperature
-    log_p, p = softmax(student, tau)
-    log_q, q = softmax(teacher, tau)
+    log_p, p = log_softmax(student, tau)
+    log_q, q = log_softmax(teacher, tau)
     if beta == 0:
         ratio = log_q - log_p
         ratio *= q
@@ -125,7 +125,7 @@ def divergence(
     return tau**2 * (weight * own + rest), p
 
 
-def softmax(logits: NDArray[Any], temperature: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def log_softmax(logits: NDArray[Any], temperature: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the log-probabilities (n, V) of logits (n, V), and the probabilities."""
     logs: NDArray[Any] = logits / temperature
     logs -= logs.max(axis=1, keepdims=True)

@@ -27,13 +27,13 @@ from gpt2c.files.names import (
     TOKENIZER_FILES,
     TOKENIZER_OTHERS,
     check_named,
+    token_file,
 )
 from gpt2c.formats import huggingface, llama2c, llmc
 from gpt2c.formats.gguf import DTYPES as GGUF_DTYPES
 from gpt2c.formats.gguf import write_gguf
-from gpt2c.formats.load import config_of, find_model
+from gpt2c.formats.load import config_of, find_model, model_kind
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
-from gpt2c.formats.peft import is_adapter_directory
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.model.model import Model
@@ -164,11 +164,12 @@ def _kinds(src: str) -> set[str]:
         if src in NAMES:
             return {"tokenizer"}
         raise FileNotFoundError(f"{src} does not exist, nor is it one of {', '.join(NAMES)}")
-    if is_adapter_directory(path):
+    kind = model_kind(path)
+    if kind == "adapters":
         raise ValueError(f"{src} holds adapters: make one model of them with gpt2c merge")
     if path.is_dir():
         held = {
-            "model": (path / CONFIG_FILE).exists(),
+            "model": kind is not None,
             "tokenizer": has_tokenizer(path),
             "tokens": bool(find_shards(path, "train") or find_shards(path, "val")),
         }
@@ -181,11 +182,9 @@ def _kinds(src: str) -> set[str]:
                 f"{src} holds no {CONFIG_FILE}, vocab.json or token files to convert{hidden}"
             )
         return kinds
-    if path.suffix == ".safetensors":
+    if kind in ("huggingface", "llama2.c"):
         return {"model"}
-    start = llmc.read_header(path)[0][:4]
-    if llama2c.is_llama2c(path):
-        return {"model"}
+    start = llmc.read_header(path)[0][:4]  # which tells llm.c's files from each other
     if start == b"GGUF":
         raise ValueError(f"{src} is a GGUF file, which gpt2c can write but not read")
     magic = int.from_bytes(start, "little")
@@ -344,7 +343,7 @@ def _convert_tokenizer(src: str, dst: Path, suffix: str, overwrite: bool) -> str
         return f"{dst}: llm.c's tokenizer, {len(tokens):,} tokens"
     if (dst / CONFIG_FILE).exists():
         with huggingface.naming_config(dst):
-            config = config_of(huggingface.read_config(dst))
+            config = config_of(huggingface.read_config(dst)[0])
         _check_sizes(dst, tokenizer, config)
     try:
         tokenizer.save_pretrained(dst)
@@ -378,9 +377,10 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
     splits: tuple[Split, ...] = ("train", "val")
     found = {split: _open_tokens(paths) for split in splits if (paths := find_shards(src, split))}
     if not found:
-        raise FileNotFoundError(f"{src} has no token files train.bin or val.bin")
+        raise FileNotFoundError(f"{src} has no token files {' or '.join(map(token_file, splits))}")
     there = [path for split in splits for path in find_shards(dst, split)]
-    _claim(src, dst, [path.name for path in there] or ["val.bin"], overwrite, [MANIFEST_FILE])
+    names = [path.name for path in there] or [token_file("val")]
+    _claim(src, dst, names, overwrite, [MANIFEST_FILE])
     dst.mkdir(exist_ok=True)
     coming = [
         name
@@ -391,7 +391,7 @@ def _convert_tokens(src: Path, dst: Path, suffix: str, overwrite: bool) -> str:
         remove_shards(dst, coming)
         for split, (headed, shards) in found.items():  # val is last, as in `gpt2c prepare`
             if headed:
-                write_nanogpt(dst / f"{split}.bin", shards)
+                write_nanogpt(dst / token_file(split), shards)
             else:
                 write_shards(dst, split, shards[0], SHARD_TOKENS)
     written = "; ".join(f"{split}: {_describe(*found[split])}" for split in found)

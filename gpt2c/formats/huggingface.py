@@ -48,7 +48,6 @@ __all__ = [
     "load_as_they_are",
     "load_weights",
     "read_config",
-    "read_ends",
     "save_as_they_are",
     "save_weights",
     "stored_method",
@@ -91,7 +90,7 @@ def save_weights(
     _save(directory, config, stored, "pt")  # transformers refuses a file without this format
 
 
-def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_weights(path: str | os.PathLike[str], entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """Map the weights: name of `ModelConfig.parameter_shapes` -> tensor; no number is read yet.
 
     Names may have the prefix of their kind, such as "transformer.", or lack it. Stored buffers are
@@ -102,6 +101,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ----------
     path : a directory with model.safetensors or, in its absence, the shards of an index; or a
         .safetensors file with config.json beside it
+    entries : of config.json, see `read_config`
 
     Raises
     ------
@@ -110,8 +110,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         other, lm_head.weight differs from wte.weight, or the model was saved without its head; the
         message names the file, the tensor and the reason
     """
-    path = Path(path)
-    entries, stored = read_config(path), {}
+    path, stored = Path(path), {}
     with naming_config(path):
         layout = _layout(entries)
     for stored_name, tensor in _map_weights(path, layout.buffers).items():
@@ -211,15 +210,19 @@ def _inside(path: Path) -> Path:
     return path
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read only the configuration; see `load_weights` for path and errors.
+def read_config(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[int]]:
+    """Read config.json and generation_config.json; see `load_weights` for path and errors.
 
-    If config.json has no eos_token_id, the one in generation_config.json is used.
+    Returns
+    -------
+    (entries, ends) : those of config.json, which takes an eos_token_id that it lacks from
+        generation_config.json; and the token ids that end a text by generation_config.json, [] if
+        it names none
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a directory, nor a .safetensors file")
-    directory = path.parent if path.is_file() else path
+    directory = _home(path)
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory; name one with {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -229,11 +232,21 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{directory / CONFIG_FILE} does not exist; a model directory has {CONFIG_FILE} and"
             f" {WEIGHTS_FILE}{hub.hidden(directory)}"
         )
-    config, generation = read_json(directory / CONFIG_FILE), directory / GENERATION_FILE
-    if config.get("eos_token_id") is None and os.path.lexists(generation):
-        eos = read_json(generation).get("eos_token_id")
-        config |= {} if eos is None else {"eos_token_id": eos}
-    return config
+    entries, generation = read_json(directory / CONFIG_FILE), directory / GENERATION_FILE
+    eos = read_json(generation).get("eos_token_id") if os.path.lexists(generation) else None
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int for token in ends):
+        raise ValueError(
+            f"{generation}: eos_token_id must be a token id or several, got {shown(eos)}"
+        )
+    if eos is not None and entries.get("eos_token_id") is None:
+        entries["eos_token_id"] = eos
+    return entries, ends
+
+
+def _home(path: Path) -> Path:
+    """Return the directory of a model: `path`, or the one that this file is in."""
+    return path.parent if path.is_file() else path
 
 
 @contextmanager
@@ -244,24 +257,7 @@ def naming_config(path: str | os.PathLike[str]) -> Iterator[None]:
     except ValueError as error:
         if not str(error).startswith(f"{CONFIG_FILE}: "):
             raise
-        directory = Path(path).parent if Path(path).is_file() else Path(path)
-        raise ValueError(f"{directory / str(error)}") from None
-
-
-def read_ends(path: str | os.PathLike[str]) -> list[int]:
-    """Return the token ids that end a text, from generation_config.json; [] if it names none.
-
-    Raises
-    ------
-    ValueError : eos_token_id is neither a whole number nor a list of them
-    """
-    path = Path(path)
-    file = (path.parent if path.is_file() else path) / GENERATION_FILE
-    eos = read_json(file).get("eos_token_id") if os.path.lexists(file) else None
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(token) is not int for token in ids):
-        raise ValueError(f"{file}: eos_token_id must be a token id or several, got {shown(eos)}")
-    return ids
+        raise ValueError(f"{_home(Path(path)) / str(error)}") from None
 
 
 def save_as_they_are(
@@ -273,9 +269,7 @@ def save_as_they_are(
 
 def load_as_they_are(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     """Map the weights that `save_as_they_are` wrote: name -> read-only array."""
-    path = Path(path)
-    file = path if path.is_file() else path / WEIGHTS_FILE
-    stored, _ = map_tensors(file, dtypes=(*FLOAT_DTYPES, "U8"))
+    stored, _ = map_tensors(weights_file(path), dtypes=(*FLOAT_DTYPES, "U8"))
     return {name: tensor.data for name, tensor in stored.items()}
 
 

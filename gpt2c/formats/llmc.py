@@ -228,10 +228,9 @@ def _write(file: Any, tensor: Array, dtype: str) -> None:
 
 def round_bf16(tensor: Array) -> NDArray[np.uint16]:
     """Round float32 numbers to the nearest bf16, ties to even; return their bits."""
-    bits = tensor.view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    # A nan keeps its upper half, and one bit is set so that it stays a nan.
-    return np.where(np.isnan(tensor), bits >> 16 | 0x40, rounded).astype("<u2")
+    from gpt2c.kernels.reference.rounding import nearest
+
+    return (nearest(tensor).view(np.uint32) >> 16).astype("<u2")
 
 
 def _names(layers: int) -> Iterator[str]:

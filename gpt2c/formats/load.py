@@ -1,6 +1,6 @@
 """Finding a model on disk, in any format that gpt2c reads: its config, its tensors, their type.
 
-This is the only place that asks which format a path has. It builds no model.
+`model_kind` is the only place that asks which format the model at a path has. Builds no model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpt2c.files import hub
 from gpt2c.files.names import CONFIG_FILE, meant
@@ -21,10 +21,12 @@ from gpt2c.model.parameters import Tensor, check_shapes
 from gpt2c.model.quantized import shapes_of
 from gpt2c.text.vocabulary import has_tokenizer
 
-__all__ = ["AnyConfig", "Pretrained", "config_of", "find_model"]
+__all__ = ["AnyConfig", "Kind", "Pretrained", "config_of", "find_model", "model_kind"]
 
 AnyConfig = GPT2Config | LlamaConfig
 CONFIGS: dict[str, type[AnyConfig]] = {"gpt2": GPT2Config, "llama": LlamaConfig}
+
+Kind = Literal["adapters", "huggingface", "llama2.c", "llm.c"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,21 @@ class Pretrained:
     tensors: Mapping[str, Tensor]
     ends: list[int]
     name: str = ""
+
+
+def model_kind(path: Path) -> Kind | None:
+    """Return the format of the model at a path, or None.
+
+    The names in a directory tell; of a file, its name and its first bytes. "llm.c" is also each
+    other .bin and a pickle, which its reader refuses.
+    """
+    if peft.is_adapter_directory(path):
+        return "adapters"
+    if (path / CONFIG_FILE).exists() or (path.suffix == ".safetensors" and path.is_file()):
+        return "huggingface"
+    if llama2c.is_llama2c(path):
+        return "llama2.c"
+    return "llm.c" if llmc.is_llmc(path) else None
 
 
 def find_model(
@@ -80,35 +97,36 @@ def find_model(
             f" {type(path_or_name).__name__}: save it with save_pretrained, and pass the directory"
         )
     path = hub.find(path_or_name, revision)
-    if peft.is_adapter_directory(path):
+    kind = model_kind(path)
+    if kind == "adapters":
         if adapter is not None:
             raise ValueError(f"{path} holds adapters, so it takes no others: merge these first")
         return _of_adapters(peft.read_adapter(path), check_base)
     here = path_or_name if os.path.lexists(path_or_name) else None
-    found = _find(path, str(path_or_name) if here is None else os.path.abspath(here))
+    found = _find(path, kind, str(path_or_name) if here is None else os.path.abspath(here))
     if adapter is None:
         return found
     return _adapted(found, peft.read_adapter(adapter), check_base)
 
 
-def _find(path: Path, name: str) -> Pretrained:
+def _find(path: Path, kind: Kind | None, name: str) -> Pretrained:
     """Return a model without adapters."""
     config: AnyConfig
     tensors: Mapping[str, Tensor]
     if inner := meant(path, CONFIG_FILE):
         raise FileNotFoundError(f"{path} holds no model{inner}")
-    if llama2c.is_llama2c(path):
-        config, tensors = llama2c.read_model(path)
+    if kind == "llama2.c" or kind == "llm.c":
+        read = llama2c.read_model if kind == "llama2.c" else llmc.read_model
+        config, tensors = read(path)
         return Pretrained(path, str(path), config, "fp32", tensors, [], name)
-    if llmc.is_llmc(path):
-        config, tensors = llmc.read_model(path)
-        return Pretrained(path, str(path), config, "fp32", tensors, [], name)
-    entries, source = huggingface.read_config(path), str(huggingface.weights_file(path))
+    entries, ends = huggingface.read_config(path)
     with huggingface.naming_config(path):
         stored, config = huggingface.stored_method(entries), config_of(entries)
-    load = huggingface.load_as_they_are if stored else huggingface.load_weights
-    tensors = load(path)
-    ends = huggingface.read_ends(path)
+    if stored:
+        tensors = huggingface.load_as_they_are(path)
+    else:
+        tensors = huggingface.load_weights(path, entries)
+    source = str(huggingface.weights_file(path))
     return Pretrained(path, source, config, stored or "fp32", tensors, ends, name)
 
 
@@ -122,9 +140,10 @@ def _of_adapters(stored: peft.Stored, check_base: bool) -> Pretrained:
             f"{stored.path} adapts {stored.base}, which does not exist here: open the base from its"
             " own path, with this as its adapter"
         )
-    if peft.is_adapter_directory(path):
+    kind = model_kind(path)
+    if kind == "adapters":
         raise ValueError(f"{stored.path} adapts {stored.base}, which holds adapters: merge those")
-    return _adapted(_find(path, stored.base), stored, check_base)
+    return _adapted(_find(path, kind, stored.base), stored, check_base)
 
 
 def _adapted(found: Pretrained, stored: peft.Stored, check_base: bool) -> Pretrained:

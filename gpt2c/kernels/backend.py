@@ -66,6 +66,7 @@ class NumPy:
 
     name = "numpy"
     threads = 1
+    has_step = False  # see Kernels
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Return an op; the reference is imported when the first is used."""

@@ -10,7 +10,6 @@ of the declared shapes; `gpt2c.ops` and `gpt2c.model` check this before. Knows n
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.memory import aligned_zeros
 from gpt2c.kernels.op import OPS, Op
-from gpt2c.kernels.threads import Pool
+from gpt2c.kernels.threads import Pools
 
 __all__ = ["Kernels", "source"]
 
@@ -44,6 +43,8 @@ class Kernels:
     threads : the number of threads that each kernel uses
     """
 
+    has_step = True  # of decoding, in one call: bind_step and decode_step
+
     def __init__(self, name: str, threads: int) -> None:
         module = importlib.import_module(f"gpt2c._kernels_{name}")
         self.name = name
@@ -58,9 +59,8 @@ class Kernels:
         self._types = {"f": self._lib.FP32, "e": self._lib.FP16, "B": self._lib.INT8}
         self._types |= {"H": self._lib.BF16, "b": self._lib.SIGNED8}
         self._precisions = {"fp32": self._lib.FP32, "bf16": self._lib.BF16}
-        # The GIL is released while C runs, so each Python thread needs a pool and scratch of its
-        # own.
-        self._local = threading.local()
+        self._pools = Pools(module.lib, module.ffi, threads)
+        self._local = threading.local()  # for scratch memory: each Python thread needs its own
 
     if TYPE_CHECKING:  # the ops, which are added below
 
@@ -70,17 +70,8 @@ class Kernels:
         return f"Kernels({self.name!r}, threads={self.threads})"
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call a kernel on this Python thread's pool.
-
-        Raises
-        ------
-        OSError : the system cannot start all threads
-        MemoryError : there is too little memory for them
-        """
-        pool = getattr(self._local, "pool", None)
-        if pool is None or pool.process != os.getpid():  # a forked child has no threads
-            pool = self._local.pool = Pool(self._lib, self._ffi, self.threads)
-        return getattr(self._lib, name)(*arguments, pool.pointer)
+        """Call a kernel on this Python thread's pool; see `Pools.mine` for errors."""
+        return getattr(self._lib, name)(*arguments, self._pools.mine())
 
     def _sums(self, size: int) -> Any:
         return self._from_buffer(self._doubles, np.empty(size))

@@ -6,12 +6,13 @@ csrc/team.c implements the pool. Knows nothing about ops.
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from gpt2c.kernels.limits import unbound
 from gpt2c.kernels.memory import aligned_zeros
 
-__all__ = ["Pool"]
+__all__ = ["Pool", "Pools"]
 
 
 class Pool:
@@ -46,3 +47,29 @@ class Pool:
         """Stop the threads; a forked child has none to stop."""
         if self._stop is not None and self.process == os.getpid():
             self._stop(self.pointer)
+
+
+class Pools:
+    """The pool of each Python thread: the GIL is released while C runs, so none can be shared.
+
+    Parameters
+    ----------
+    lib, ffi, threads : see `Pool`
+    """
+
+    def __init__(self, lib: Any, ffi: Any, threads: int) -> None:
+        self._making = lib, ffi, threads
+        self._local = threading.local()
+
+    def mine(self) -> Any:
+        """Return the pointer to this thread's pool, which is made at its first kernel.
+
+        Raises
+        ------
+        OSError : the system cannot start all threads
+        MemoryError : there is too little memory for them
+        """
+        pool = getattr(self._local, "pool", None)
+        if pool is None or pool.process != os.getpid():  # a forked child has no threads
+            pool = self._local.pool = Pool(*self._making)
+        return pool.pointer

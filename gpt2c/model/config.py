@@ -281,6 +281,19 @@ class ModelConfig:
             frozen += stack.head.flops(T)
         return 6.0 * stack.flops(T) - 2.0 * frozen
 
+    def prefill_flops(self, T: int) -> float:
+        """Return the float operations that read a text of T tokens: the logits of the last only."""
+        stack = self.stack()
+        head = stack.head.flops(T)
+        return 2.0 * ((stack.flops(T) - head) * T + head)
+
+    def decode_flops(self, T: int) -> float:
+        """Return the float operations of one token more behind T tokens: its queries see them all.
+
+        A block's `flops` count half of the keys that they are told.
+        """
+        return 2.0 * self.stack().flops(2 * T)
+
 
 def _read_labels(entries: Mapping[str, Any], V: int) -> dict[str, Any]:
     """Return num_labels, id2label and pad_token_id of config.json; V: see `read_token`.

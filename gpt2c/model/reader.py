@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.backend import Backend
-from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import check_int32, check_layout, counted, whole
 from gpt2c.kernels.memory import Array, aligned_offsets, aligned_zeros, require, view
 from gpt2c.model.block import Batch, Cache, Run
@@ -159,21 +158,21 @@ class Decoder:
         if len(set(slots.tolist())) < len(slots):
             raise ValueError(f"slots must all be different, got {slots.tolist()}")
         logits = self._logits[: len(tokens)]
-        if isinstance(self._backend, Kernels):
+        if self._backend.has_step:
             if self._stages is None:
-                self._stages = self._bind(self._backend)
+                self._stages = self._bind()
             self._backend.decode_step(tokens, slots, positions, self._stages)
         else:
             for row, token, slot, position in zip(logits, tokens, slots, positions, strict=True):
                 row[...] = self.read(np.array([token], np.int32), int(slot), int(position))
         return logits
 
-    def _bind(self, backend: Kernels) -> Any:
+    def _bind(self) -> Any:
         """Return the stages of a step, in memory of their own, as kernels take them."""
         batch = Batch(self.slots, 1)
         a = Activations(self._stack.slots, None).lay_out(batch, keep=False)
-        run = Run(backend, self._parameters, a, batch, caches=self._caches(slice(None)))
-        return backend.bind_step(self._stack.stages(run, self._logits))
+        run = Run(self._backend, self._parameters, a, batch, caches=self._caches(slice(None)))
+        return self._backend.bind_step(self._stack.stages(run, self._logits))
 
     def read(self, tokens: NDArray[np.int32], slot: int, position: int) -> Array:
         """Read T more tokens of one text; return the logits (V,) of the next token.

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from gpt2c.files import atomic, untrusted
-from gpt2c.files.names import MANIFEST_FILE
+from gpt2c.files.names import MANIFEST_FILE, token_file
 from gpt2c.kernels.checks import counted
 
 __all__ = [
@@ -156,8 +156,8 @@ def write_shards(
 def shard_names(split: Split, count: int, shard_tokens: int) -> list[str]:
     """Return the names of the files that `write_shards` writes of `count` tokens."""
     if count <= (shard_tokens or count):
-        return [f"{split}.bin"]
-    return [f"{split}_{number:06d}.bin" for number in range(1, -(-count // shard_tokens) + 1)]
+        return [token_file(split)]
+    return [token_file(split, shard) for shard in range(1, -(-count // shard_tokens) + 1)]
 
 
 def _source(tokens: ArrayLike | StoredTokens) -> NDArray[Any] | StoredTokens:
@@ -246,11 +246,11 @@ class TokenWriter:
         files_ = self._files[split]
         while len(tokens):
             if not files_ or files_[-1].count == self._most[split]:
-                name = f"{split}.bin"
+                name = token_file(split)
                 if files_:
                     files_[-1].finish()
-                    files_[0].path = self._directory / f"{split}_000001.bin"
-                    name = f"{split}_{len(files_) + 1:06d}.bin"
+                    files_[0].path = self._directory / token_file(split, 1)
+                    name = token_file(split, len(files_) + 1)
                 files_.append(_TokenFile(self._directory / name))
             room = self._most[split] - files_[-1].count
             files_[-1].append(tokens[:room].astype("<u2"))

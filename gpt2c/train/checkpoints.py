@@ -37,7 +37,8 @@ from gpt2c.files.names import (
 from gpt2c.files.tensors import read_tensors, write_tensors
 from gpt2c.files.untrusted import open_file, read_json, shown
 from gpt2c.formats.huggingface import load_weights, read_config
-from gpt2c.formats.peft import Stored, is_adapter_directory, read_adapter
+from gpt2c.formats.load import model_kind
+from gpt2c.formats.peft import Stored, read_adapter
 
 __all__ = [
     "Checkpoint",
@@ -275,9 +276,10 @@ def _read(path: Path) -> Checkpoint:
     if int(path.name) != state.step:
         raise ValueError(f"{STATE_FILE} is of step {state.step}")
     optimizer, _ = read_tensors(path / MOMENTS_FILE)
-    if is_adapter_directory(path):
+    if model_kind(path) == "adapters":
         return Checkpoint(path, state, {}, {}, read_adapter(path), optimizer)
-    return Checkpoint(path, state, read_config(path), load_weights(path), None, optimizer)
+    entries, _ = read_config(path)
+    return Checkpoint(path, state, entries, load_weights(path, entries), None, optimizer)
 
 
 def _check_files(path: Path, files: Any) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "plot_shares",
     "plot_speed",
     "row_label",
+    "row_words",
     "shorten",
     "smoothed",
 ]
@@ -311,9 +312,18 @@ def _dot(steps: Sequence[int]) -> dict[str, Any]:
 # ---- benchmarks ----------------------------------------------------------------------------------
 
 
+def row_words(row: str) -> tuple[str, str, str]:
+    """Return the words of a row's name: the engine, the type of its weights, and of its cache.
+
+    One that the name lacks is "": "avx2:int8" has the type of its weights alone.
+    """
+    engine, kind, cache = (*row.split(":", 2), "", "")[:3]
+    return engine, kind, cache
+
+
 def color(row: str) -> Any:
     """Return the colour of a benchmark's row, such as "torch" or "avx2:int8", as (r, g, b)."""
-    engine, kind, cache = (*row.split(":"), "", "")[:3]
+    engine, kind, cache = row_words(row)
     code = COLORS.get(engine, UNKNOWN)
     strength = KINDS.get(kind, KINDS["fp32"])[0] * (0.75 if cache else 1.0)
     return tuple(1 - strength * (1 - int(code[i : i + 2], 16) / 255) for i in (1, 3, 5))
@@ -321,7 +331,7 @@ def color(row: str) -> Any:
 
 def row_label(row: str) -> str:
     """Return a row's name in pictures: "avx2:int8" becomes "gpt2c avx2 int8"."""
-    own = row.partition(":")[0] in OWN_COLORS
+    own = row_words(row)[0] in OWN_COLORS
     return f"{'gpt2c ' if own else ''}{row.replace(':', ' ')}"
 
 
@@ -349,7 +359,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, float]], path: Path, title: st
             axes.plot(
                 [100 * share for share, _ in points],
                 [y + offset for _, y in points],
-                "o" if row.partition(":")[0] in OWN_COLORS else "D",
+                "o" if row_words(row)[0] in OWN_COLORS else "D",
                 color=color(row),
                 ms=5,
                 label=row_label(row),
@@ -389,7 +399,7 @@ def plot_speed(
             most = max(values.values(), default=0.0)
             for y, row in enumerate(rows):
                 value = values.get(row)
-                _, kind, cache = (*row.split(":"), "", "")[:3]
+                _, kind, cache = row_words(row)
                 hatch = KINDS.get(kind, KINDS["fp32"])[1] + ("--" if cache else "")
                 axes.barh(y, value or 0, 0.8, color=color(row), hatch=hatch, ec="white", lw=0)
                 text = " not measured" if value is None else f" {value:,.{0 if most > 99 else 1}f}"

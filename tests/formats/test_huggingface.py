@@ -17,7 +17,6 @@ from gpt2c import GPT2, GPT2Config, Tokenizer
 from gpt2c.formats import huggingface
 from gpt2c.formats.huggingface import (
     load_as_they_are,
-    read_config,
     save_as_they_are,
     save_weights,
 )
@@ -62,8 +61,12 @@ def directory(tmp_path):
 
 def load_weights(path):
     """Read a model as `gpt2c.formats.load.find_model` does: first its kind, then its tensors."""
-    read_config(path)
-    return huggingface.load_weights(path)
+    return huggingface.load_weights(path, read_config(path))
+
+
+def read_config(path):
+    """Return config.json's entries alone."""
+    return huggingface.read_config(path)[0]
 
 
 # ---- weights -------------------------------------------------------------------------------------

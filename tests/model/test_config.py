@@ -172,6 +172,13 @@ def test_four_sizes_of_gpt2(n_layer: int, n_head: int, n_embd: int, parameters: 
     assert config.inner == 4 * n_embd and (config.vocab_size, config.n_positions) == (50257, 1024)
 
 
+def test_prefill_is_decoding_without_the_logits_of_all_tokens_but_the_last() -> None:
+    config, T = GPT2Config(), 100
+    decoded = sum(config.decode_flops(t + 0.5) for t in range(T))  # T / 2 keys on average
+    head = 2 * config.vocab_size * config.n_embd
+    assert config.prefill_flops(T) == pytest.approx(decoded - (T - 1) * head)
+
+
 @pytest.mark.parametrize(("T", "gigaflops"), [(1024, 0.798), (64, 0.745)])
 def test_flops_per_token(T: int, gigaflops: float) -> None:
     assert GPT2Config().flops_per_token(T) == pytest.approx(gigaflops * 1e9, rel=1e-3)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gpt2c.kernels.op import OPS
 
-__all__ = ["bf16", "on_factors", "read", "rounded", "stored"]
+__all__ = ["bf16", "nearest", "on_factors", "read", "rounded", "stored"]
 
 P = ParamSpec("P")
 
@@ -22,18 +22,26 @@ P = ParamSpec("P")
 def bf16(x: NDArray[Any]) -> NDArray[Any]:
     """Return the nearest bfloat16 numbers, in the dtype of x.
 
-    They have float32's range and 8 bits of precision: they are the upper half of a float32. Of two
-    that are as near the even one is taken. Numbers below 2^-126 become 0 of their sign, as the
-    instructions of AVX512_BF16 have it; infinity and nan stay.
+    Numbers below 2^-126 become 0 of their sign, as the instructions of AVX512_BF16 have it.
 
     Source: Intel, bfloat16 Hardware Numerics Definition, 2018.
     """
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    nearest = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
-    nearest = np.where(np.isnan(x), bits | 0x00400000, nearest) & np.uint32(0xFFFF0000)
+    narrow = np.ascontiguousarray(x, np.float32)
     tiny = np.abs(x) < np.float32(2.0**-126)
-    found = np.where(tiny, bits & np.uint32(0x80000000), nearest).view(np.float32)
+    found = np.where(tiny, np.copysign(np.float32(0), narrow), nearest(narrow))
     return found.reshape(x.shape).astype(x.dtype, copy=False)
+
+
+def nearest(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the nearest bfloat16 numbers, as float32; infinity and nan stay.
+
+    They have float32's range and 8 bits of precision: they are the upper half of a float32. Of two
+    that are as near the even one is taken. A nan gets a bit, or its upper half could be infinity.
+    """
+    bits = x.view(np.uint32)
+    found = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
+    found = np.where(np.isnan(x), bits | 0x00400000, found) & np.uint32(0xFFFF0000)
+    return found.view(np.float32)
 
 
 def rounded(precision: str, *factors: NDArray[Any]) -> tuple[NDArray[Any], ...]:
