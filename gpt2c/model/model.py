@@ -80,6 +80,19 @@ class _Gradients:
         self.public = MappingProxyType(named_views(self.flat, shapes))
 
 
+class _Placed(NamedTuple):
+    """The parameters' memory.
+
+    flat, shown : all of it; and what `flat_parameters` shows of it
+    own, public : views by name, whose shapes C trusts; and views for others
+    """
+
+    flat: Array
+    shown: Array
+    own: dict[str, NDArray[Any]]
+    public: Mapping[str, NDArray[Any]]
+
+
 class _Pending(NamedTuple):
     """A loss that backward has not seen; after `losses` and `scores` the head has no gradients yet.
 
@@ -131,14 +144,13 @@ class Model(LanguageModel):
     It owns its memory and has one owner at a time, the thread that computes (`gpt2c.model.owner`).
     """
 
-    flat_parameters: Array
     trained: tuple[str, ...]
     trained_size: int
     decay_size: int
-    _flat: Array
     _stack: Stack
     _memory: Activations
-    _parameters: dict[str, NDArray[Any]]
+    _placed: _Placed
+    _arrive: Callable[[Iterable[str]], None] | None = None
     _frozen: frozenset[str]
     _pending: _Pending | None
     _made_grads: _Gradients | None
@@ -203,15 +215,12 @@ class Model(LanguageModel):
             shown = flat[: offsets[len(trained)]] if trained else flat.view(np.uint8)
         self.__dict__.update(  # at once
             config=config,
-            flat_parameters=shown,
-            parameters=MappingProxyType(typed_views(flat, layout)),
+            _placed=_Placed(flat, shown, own, MappingProxyType(typed_views(flat, layout))),
             trained=trained,
             trained_size=offsets[len(trained)],
             decay_size=offsets[len(groups[0])],
             _stack=stack,
             _memory=Activations(self._slots, self._recompute, halves),
-            _flat=flat,
-            _parameters=own,
             _frozen=frozen,
             _pending=None,  # of a loss that backward has not seen
             _made_grads=None,
@@ -219,6 +228,39 @@ class Model(LanguageModel):
             _spare_memory=aligned_zeros(0),
             _d_head=None,  # of the last loss: in spare memory, or in that of void gradients
         )
+
+    def expect(self, arrive: Callable[[Iterable[str]], None]) -> None:
+        """Call `arrive` before parameters are read: it waits for those that other ranks send.
+
+        It gets their names: in a forward pass those of each layer in its turn, else all. Arrays
+        that were taken before they were on their way do not wait.
+        """
+        self._arrive = arrive
+
+    @property
+    def _whole(self) -> _Placed:
+        """The parameters' memory, all of which has arrived: every reader but forward comes here."""
+        if self._arrive is not None:
+            self._arrive(self._placed.own)
+        return self._placed
+
+    @property
+    def parameters(self) -> Mapping[str, NDArray[Any]]:
+        """Name -> view into `flat_parameters`."""
+        return self._whole.public
+
+    @property
+    def flat_parameters(self) -> Array:
+        """All parameters: those that decay, the rest of what is trained, the frozen ones."""
+        return self._whole.shown
+
+    @property
+    def _flat(self) -> Array:
+        return self._whole.flat
+
+    @property
+    def _parameters(self) -> dict[str, NDArray[Any]]:
+        return self._whole.own
 
     def freeze(self, *patterns: str) -> None:
         """Train these parameters no longer: they get no gradients, and no moments in AdamW.
@@ -785,11 +827,13 @@ class Model(LanguageModel):
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.ids.shape)
         a = self._memory.lay_out(batch, keep)
-        return Run(
-            *(self.backend, self._parameters, a, batch, tokens.offsets),
+        run = Run(
+            *(self.backend, self._placed.own, a, batch, tokens.offsets),
             dropout=dropout,
             precision=self.precision,
         )
+        run.arrive = self._arrive
+        return run
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""
@@ -818,7 +862,7 @@ class Model(LanguageModel):
             what = f"training a model of {self.config.num_parameters():,} parameters"
             sizes = {"gradients": 4 * self.trained_size}
             require(what, sizes, "take a smaller one, or freeze some of it")
-            shapes = {name: self._parameters[name].shape for name in self.trained}
+            shapes = {name: self._placed.own[name].shape for name in self.trained}
             self._made_grads = _Gradients(shapes)
         return self._made_grads
 
@@ -837,7 +881,7 @@ class Model(LanguageModel):
     @property
     def trained_slices(self) -> dict[str, slice]:
         """Name -> its place in `flat_gradients`, up to where the next begins."""
-        starts = aligned_offsets({name: self._parameters[name].shape for name in self.trained})
+        starts = aligned_offsets({name: self._placed.own[name].shape for name in self.trained})
         names, places = [*starts], [*starts.values()]
         return {name: slice(*ends) for name, *ends in zip(names, places, places[1:], strict=False)}
 
@@ -908,6 +952,7 @@ class Model(LanguageModel):
             factors = pending.check_weights(weights)
             d_logits = pending.check_d_scores(d_scores, scale)
             run, self._pending = pending.run, None
+            run.p = self._parameters  # whole, if a step has updated them since the loss
             run.g, run.accumulate, run.final = self._grads.own, not self._void, final
             self._void = False
             d_out = run.a["ln_f"]  # the head turns its input into its gradient
