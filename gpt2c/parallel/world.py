@@ -174,11 +174,16 @@ class Ranks(World):
     Parameters
     ----------
     MPI : the module mpi4py.MPI
+
+    Attributes
+    ----------
+    comm, bulk : communicators, on each of which all ranks do the same in the same order; what goes
+        over `bulk`, gradients and weights, may begin before or after a message on `comm`
     """
 
     def __init__(self, MPI: Any) -> None:
         super().__init__()
-        self.MPI, self.comm = MPI, MPI.COMM_WORLD.Dup()
+        self.MPI, self.comm, self.bulk = MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self._is_agreed = False
         host = self.MPI.Get_processor_name()

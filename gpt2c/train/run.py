@@ -352,6 +352,7 @@ class Run:
     seconds : time spent in steps
     val_loss : of the present weights; nan if they were not evaluated
     saved : the newest checkpoint, None before the first
+    tried : when the last save was tried, by the monotonic clock
     good : the newest checkpoint whose weights gave a finite loss; only older ones are removed
     entry : the last step's metrics until they are logged, after a due evaluation; then None
     torn : whether an update began and did not end: then the weights belong to no step
@@ -377,6 +378,7 @@ class Run:
         self.seconds = 0.0
         self.val_loss = math.nan
         self.saved: Path | None = None
+        self.tried = time.monotonic()
         self.good: Path | None = None
         self.saved_step = -1
         self.entry: dict[str, Any] | None = None
@@ -707,7 +709,9 @@ class Run:
         self._published = checkpoint
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; let weights arrive, because MPI must not end before they have."""
+        if self.exchange is not None:
+            self.exchange.arrive()
         self._close_logs()
         self._locks.close()
 
