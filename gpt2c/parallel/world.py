@@ -39,6 +39,7 @@ from gpt2c.kernels.limits import AFFINITY, CORES, bind, usable_cores
 
 __all__ = [
     "ALONE",
+    "FAILED",
     "Ranks",
     "World",
     "first_voice",

@@ -290,7 +290,7 @@ def refusals(data: str, out: str) -> None:
     """Refuse what a user can get wrong: exit code 2 everywhere, a sentence on rank 0 alone."""
     ranks, bad = world(), Path(out) / f"bad{world().size}"
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    other = str(Path(out) / "other") if ranks.rank == 1 else data
+    tokens = str(Path(out) / "other") if ranks.rank == 1 else data
     cases: list[tuple[str, Sequence[str]]] = [
         (
             "a step has 3 windows, batch_size 3 x gradient_accumulation_steps 1, which 2 ranks"
@@ -305,7 +305,7 @@ def refusals(data: str, out: str) -> None:
         (
             "rank 1 has other training or validation tokens than rank 0: each machine needs the"
             " same data",
-            [f"--data={other}"],
+            [f"--data={tokens}"],
         ),
         (
             "/nowhere is not a directory of token files; gpt2c prepare makes one",
@@ -319,11 +319,22 @@ def refusals(data: str, out: str) -> None:
         ("transport must be fp32 or bf16, got 'fp16'", ["--transport=fp16"]),
         ("/nowhere.toml: no such recipe; gpt2c comes with", ["--config=/nowhere.toml"]),
     ]
-    for said, given in cases:
+    calls = [(said, ["train", "--data", data, *flags, *given]) for said, given in cases]
+    # A rank that was started otherwise may have other flags, unknown ones, or another verb.
+    for began, other in (
+        ("train --data --out --resume", ["train", "--data", data, "--resume"]),
+        ("train --out --typo", ["train", "--typo"]),
+        ("sft --out", ["sft", "base", "examples.jsonl"]),
+    ):
+        said = (
+            f"rank 1 was started with 'gpt2c {began}', and rank 0 with 'gpt2c train --data --out'"
+        )
+        calls.append((said, other if ranks.rank == 1 else ["train", "--data", data]))
+    for said, words in calls:
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
             try:
-                code: Any = command(["train", "--data", data, "--out", str(bad), *flags, *given])
+                code: Any = command([*words, "--out", str(bad)])
             except SystemExit as error:
                 code = error.code
         assert code == 2
