@@ -132,7 +132,8 @@ class Method(ABC):
         """Compute the gradients of step `run.step` into the run's model.
 
         They are those of this rank's examples, `run.world.share` of the step's, divided by counts
-        of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`.
+        of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`. The
+        share is read in `run.parts`, and each backward pass gets `run.final`.
         """
 
     def publish(self, checkpoint: Path, out: Path) -> None:
@@ -241,10 +242,10 @@ def tune(
 
         def learn() -> Learned:
             learned = method.learn(run)
-            if zeros is not None:
-                np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
             if run.exchange is not None:
                 run.exchange.finish()
+            if zeros is not None:  # in the sums, because ranks have sent gradients already
+                np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
             return learned
 
         with interruptible(world) as stop:

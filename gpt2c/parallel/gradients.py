@@ -212,11 +212,16 @@ class Exchange:
         """Send what is not sent yet, and wait until the own pieces hold the sums of all ranks."""
         self.arrive()  # where no forward pass has read all weights
         self._post_final(self._model.trained_slices)
+        self.close()
+        self._final.clear()
+        self._next = 0
+
+    def close(self) -> None:
+        """Wait for all that is on its way, before MPI may end."""
+        self.arrive()
         self._rest()
         while self._sent:
             self._add_first()
-        self._final.clear()
-        self._next = 0
 
     def norm(self) -> float:
         """Return the Euclidean norm of the summed gradients, the same on all ranks."""

@@ -21,10 +21,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
@@ -66,6 +66,7 @@ from gpt2c.train.sharded import ShardedAdamW
 from gpt2c.train.tensorboard import Events
 
 __all__ = [
+    "LOCAL",
     "LostModel",
     "Run",
     "check_config",
@@ -81,6 +82,7 @@ __all__ = [
     "write_result",
 ]
 
+T = TypeVar("T")
 VERSION = 1
 LOCAL = ("backend", "threads")  # settings that may differ from machine to machine
 # What a run writes at the top of its directory.
@@ -347,6 +349,7 @@ class Run:
     Attributes
     ----------
     exchange : of the gradients of several ranks; None in a world of one
+    final : of the backward pass of a part of a step, see `parts`
     step, skipped : the number of steps done, and of those without an update
     tokens : the number of tokens in these steps
     seconds : time spent in steps
@@ -371,6 +374,7 @@ class Run:
         exchange: Exchange | None = None,
     ) -> None:
         self.world, self.exchange = world, exchange
+        self.final: Callable[[Iterable[str]], None] | None = None
         self._write_model = publish
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
         self.tokenizer, self.facts = tokenizer, facts
@@ -544,6 +548,17 @@ class Run:
             "precision": self.model.precision,
         }
 
+    def parts(self, parts: Iterable[T]) -> Iterator[T]:
+        """Yield the parts of this rank's share of a step.
+
+        With the last one, `final` sends gradients to other ranks while backward goes on.
+        """
+        self.final, every = None, [*parts]
+        for number, part in enumerate(every, 1):
+            if self.exchange is not None and number == len(every):
+                self.final = self.exchange.send
+            yield part
+
     def log(self) -> None:
         """Write the last step's metrics, with the run's duration and the time of day.
 
@@ -709,9 +724,9 @@ class Run:
         self._published = checkpoint
 
     def close(self) -> None:
-        """Close the files; let weights arrive, because MPI must not end before they have."""
+        """Close the files and the exchange."""
         if self.exchange is not None:
-            self.exchange.arrive()
+            self.exchange.close()
         self._close_logs()
         self._locks.close()
 

@@ -20,6 +20,7 @@ from gpt2c.cli.main import main as command
 from gpt2c.finetune import classify, distill, dpo, grpo, reward, rollouts, sft
 from gpt2c.finetune.dpo import DPOSettings
 from gpt2c.gpt2 import GPT2
+from gpt2c.parallel.gradients import Exchange
 from gpt2c.parallel.world import first_voice, join
 from gpt2c.train import hooks, loop
 from programs.common import main
@@ -108,8 +109,17 @@ def tune(name: str, base: str | Path, out: Path, **others: Any) -> Any:
 
 def every(base: str, out: str) -> None:
     """Run all cases, then what must be refused."""
+    finish, sent = Exchange.finish, list[bool]()
+
+    def noted(self: Exchange) -> None:
+        sent.append(self._next == len(self.buckets))  # during backward
+        finish(self)
+
+    replace(Exchange, "finish", noted)
     for name in CASES:
+        sent.clear()
         tune(name, base, Path(out))
+        assert any(sent), name  # not all: of the completions of a step a rank may get none
     faults(base, out)
     refusals(base, out)
     patience()
