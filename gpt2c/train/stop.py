@@ -52,14 +52,18 @@ class Stop:
         finally:
             self._held = before
 
-    def check(self) -> None:
+    def check(self, here: bool = False) -> None:
         """End an evaluation after a signal; the resumed run will begin with that evaluation.
+
+        Parameters
+        ----------
+        here : only after a signal to this rank, which then tells the others
 
         Raises
         ------
         StoppedError : a signal has come
         """
-        if self.asked:
+        if self._signalled if here else self.asked:
             raise StoppedError
 
     def receive(self, signum: int, frame: object) -> None:

@@ -123,6 +123,7 @@ def every(base: str, out: str) -> None:
     faults(base, out)
     refusals(base, out)
     patience()
+    stopped(base, out)
 
 
 def some(base: str, out: str, *names: str) -> None:
@@ -183,6 +184,24 @@ def faults(base: str, out: str) -> None:
         assert (run.step, run.skipped) == (6, 1), (name, run.skipped)
     replace(GPT2, "scores", scores)
     replace(GPT2, "losses", losses)
+    replace(rollouts, "draw", draw)
+
+
+def stopped(base: str, out: str) -> None:
+    """Stop the sampling of an evaluation at a signal, which comes to one rank or to both."""
+    draw, drawn, ranks = rollouts.draw, list[int](), world()
+
+    def signalled(*given: Any) -> Any:
+        drawn.append(1)
+        if ranks.rank in those:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*given)
+
+    replace(rollouts, "draw", signalled)
+    for those in ((1,), (0, 1)):
+        drawn.clear()
+        assert tune("grpo", base, Path(out) / f"stopped {len(those)}").interrupted
+        assert len(drawn) <= 4 or ranks.rank not in those, drawn  # the first tokens of its prompts
     replace(rollouts, "draw", draw)
 
 
