@@ -67,7 +67,7 @@ __all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
 SMALL = 20_000_000  # parameters: below it the default learning rate teaches next to nothing
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
-Check = Callable[[], None] | None  # raises an error that ends an evaluation
+Check = Callable[..., None] | None  # `Stop.check`, which raises an error that ends an evaluation
 
 
 class Base(NamedTuple):
@@ -398,7 +398,8 @@ def _checked(
         divided=method.longest * settings.batch_size > settings.batch_tokens
         and config.stack().head.weight not in frozen,
     )
-    require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
+    mend = "lower --batch-tokens or --max-length, or pass --recompute full"
+    require("fine-tuning", needs, mend, world.memory)
     model = _open(found, config, settings, backend)
     facts = {
         "verb": verb,

@@ -167,6 +167,7 @@ def exchange() -> None:
 def arriving() -> None:
     """Read weights on their way: each layer waits for its own, all other readers for all."""
     ranks, before = world(), gradients.BUCKET
+    assert 0 < ranks.memory <= min(place.free for place in ranks._places) / ranks.size
     gradients.BUCKET = 1000
     config = gpt2c.GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=8, vocab_size=257)
     idx = np.random.default_rng(1).integers(0, 257, (6, 9))
