@@ -11,8 +11,10 @@ results and bytes are right, and not how fast four machines are: ranks share the
 
 The model of a step's time: t = t_compute + max(0, t_comm - t_overlap). t_compute is the step of as
 many ranks without a link. t_comm = bytes / bandwidth, with 2 (p - 1) / p * 4 P bytes a rank.
-t_overlap is the shorter of: the gradients' half of t_comm, without the tables of tokens and
-positions, whose gradients are final last; and the last batch's backward, 2/3 of its time.
+t_overlap has two parts. One is the shorter of: the gradients' half of t_comm, without the tables of
+tokens and positions, whose gradients are final last; and the last batch's backward, 2/3 of its
+time. The other is the shorter of: the weights' half, without these tables, which forward reads
+first; and the first batch's forward, 1/3.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from gpt2c.files.tensors import read_tensors
 from gpt2c.gpt2 import GPT2
 from gpt2c.kernels.backend import get_backend
 from gpt2c.kernels.limits import usable_cores
-from gpt2c.parallel.gradients import BUCKET, MANY
+from gpt2c.parallel.gradients import BUCKET, MANY, Exchange
 from gpt2c.parallel.world import first_voice, join
 from gpt2c.text.prepare import prepare
 from gpt2c.train import hooks, loop, pretrain
@@ -81,6 +83,8 @@ def rank(data: str, out: str, text: str) -> None:
     if job["late"]:
         backward = GPT2.backward
         GPT2.backward = lambda self, scale=1.0, final=None: backward(self, scale)
+        begin = Exchange.begin
+        Exchange.begin = lambda self, flat: (begin(self, flat), self.arrive())
     world = join()
     rss, sent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, counter()
     with first_voice():
@@ -178,7 +182,7 @@ class Row(NamedTuple):
     model: str
     ranks: int
     rate: float  # bytes a second of the link; 0 without one
-    late: bool  # the exchange began after backward
+    late: bool  # nothing was on its way during forward and backward
     mpi: str
     losses: list[float]
     seconds: float  # of the fastest step after the first: other programs may run, too
@@ -271,7 +275,7 @@ class Bench:
 
 def where(row: Row) -> str:
     link = f"hosts, {row.rate * 8 / 1e6:,.0f} Mbit/s" if row.rate else "this machine"
-    late = ", exchange after backward" if row.late else ""
+    late = ", nothing sent meanwhile" if row.late else ""
     return f"{row.model}, {row.ranks} rank{'s' * (row.ranks > 1)}, {row.mpi}, {link}{late}"
 
 
@@ -301,11 +305,11 @@ def exposed(size: tuple[int, int], ranks: int, bandwidth: float, batch: float) -
     Parameters
     ----------
     size : see `flat_bytes`
-    batch : seconds of the last batch, forward and backward
+    batch : seconds of a batch, forward and backward
     """
     seconds = traffic(size[0], ranks) / bandwidth
-    early = traffic(size[0] - size[1], ranks) / 2 / bandwidth
-    return max(0.0, seconds - min(early, batch * 2 / 3))
+    half = traffic(size[0] - size[1], ranks) / 2 / bandwidth
+    return max(0.0, seconds - min(half, batch * 2 / 3) - min(half, batch / 3))
 
 
 def tables(bench: Bench, vocabs: dict[str, int]) -> None:
@@ -327,7 +331,7 @@ def tables(bench: Bench, vocabs: dict[str, int]) -> None:
         cells = (row.step_bytes, wanted, first["bytes"], first["interface"])
         print(f"| {where(row)} | {' | '.join(f'{cell / 1e6:.1f}' for cell in cells)} |")
     print(
-        "\n| exchange | during backward, s | after it, s | hidden, s | model, s |"
+        "\n| exchange | while kernels compute, s | between, s | hidden, s | model, s |"
         " model without overlap, s |"
     )
     print("|---|---:|---:|---:|---:|---:|")

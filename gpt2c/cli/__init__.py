@@ -17,6 +17,7 @@ __all__ = [
     "plot",
     "prepare",
     "prune",
+    "signals",
     "texts",
     "tokens",
 ]

@@ -42,6 +42,7 @@ from gpt2c.bench.suite import (
 from gpt2c.formats.load import AnyConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
+from gpt2c.parallel.same import check_command
 from gpt2c.parallel.world import ALONE, Ranks, World, join, require_alone
 from gpt2c.screen.picture import why_not
 
@@ -143,6 +144,7 @@ def run_bench(options: argparse.Namespace) -> int:
     world = join()
     if not isinstance(world, Ranks):
         return _bench(options, *check_threads(options.threads))
+    check_command(world, "gpt2c bench train")
     with world.agreement():
         _check_ranks(options, world)
         threads, warning = check_threads(world.take_cores(options.threads or 0))

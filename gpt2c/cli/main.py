@@ -34,11 +34,13 @@ from gpt2c.cli.signals import ended_as_by_ctrl_c
 from gpt2c.evaluate.figures import written
 from gpt2c.files.atomic import reason
 from gpt2c.files.names import check_named
+from gpt2c.parallel.same import check_command
 from gpt2c.parallel.world import first_voice, join, require_alone
 from gpt2c.screen.command import command
 from gpt2c.screen.terminal import Door, one_line, open_door
 from gpt2c.train.loop import TrainResult
 from gpt2c.train.pretrain import train
+from gpt2c.train.run import LOCAL
 from gpt2c.train.settings import recipe_settings
 
 __all__ = ["main", "parser"]
@@ -84,6 +86,17 @@ def _run(arguments: list[str], out: Door) -> int:
     verb, place = top, 0
     while place < len(arguments) and (inner := _verbs_of(verb).get(arguments[place])):
         verb, place = inner, place + 1
+    own = (
+        *(run_train, run_demo, cli_finetune.run_method, cli_classify.run_train),
+        cli_distill.run_distill,
+    )
+    trains = verb.get_default("run") in own  # they have handlers of their own
+    if trains and verb.get_default("run") is not run_demo and not {"-h", "--help"} & {*words}:
+        try:  # before the flags are read, which may end one rank alone
+            check_command(join(), _spoken(words, place))
+        except ValueError as error:
+            _complain(str(error))
+            return 2
     if place:
         arguments[place:] = _for_argparse(arguments[place:], verb)
     with first_voice(errors=True):  # all ranks of mpiexec have the same arguments
@@ -93,11 +106,6 @@ def _run(arguments: list[str], out: Door) -> int:
     options.words = words
     out.needed = options.shows
     try:
-        own = (
-            *(run_train, run_demo, cli_finetune.run_method, cli_classify.run_train),
-            cli_distill.run_distill,
-        )
-        trains = options.run in own  # they have handlers of their own
         with first_voice() if trains else ended_as_by_ctrl_c():
             code: int = options.run(options)
         out.flush()
@@ -118,6 +126,17 @@ def _run(arguments: list[str], out: Door) -> int:
     except MemoryError as error:
         _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
     return 2
+
+
+def _spoken(words: Sequence[str], place: int) -> str:
+    """Return a command without values, of which ranks may have other ones or tell more clearly.
+
+    Parameters
+    ----------
+    place : the number of words of the verb
+    """
+    flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    return " ".join(["gpt2c", *words[:place], *sorted(flags - {f"--{name}" for name in LOCAL})])
 
 
 def _verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

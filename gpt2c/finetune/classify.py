@@ -383,14 +383,14 @@ class _Classify(Method):
         run.model.zero_grad()
         loss, right, first = 0.0, 0.0, sum(lengths[: own.start])
         rows, labels, weights = rows[own], labels[own], weights[own]
-        for part in parts(lengths[own], self._settings.batch_tokens):
+        for part in run.parts(parts(lengths[own], self._settings.batch_tokens)):
             dropout = dropout_of(run.settings, run.step, first)
             found = run.model.scores(rows[part], dropout=dropout)
             more, d_scores = weighted_cross_entropy(found, labels[part], weights[part], total)
             loss += more
             if not math.isfinite(loss):
                 break
-            run.model.backward(d_scores=d_scores)
+            run.model.backward(d_scores=d_scores, final=run.final)
             right += int((found.argmax(1) == labels[part]).sum())
             first += sum(map(len, rows[part]))
         loss, right = run.world.sum([loss, right])

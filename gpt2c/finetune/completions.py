@@ -5,7 +5,7 @@ A completion is the learned part of an example. Its log-probability is the sum o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from gpt2c.model.model import Model
 from gpt2c.text.examples import Example
 
-__all__ = ["learn_completions", "lengths_of", "log_probabilities"]
+__all__ = ["Send", "learn_completions", "lengths_of", "log_probabilities"]
+
+Send = Callable[[Iterable[str]], None] | None  # the argument `final` of `Model.backward`
 
 
 def log_probabilities(
@@ -29,18 +31,20 @@ def log_probabilities(
 
 
 def learn_completions(
-    model: Model, examples: Sequence[Example], slopes: NDArray[np.float64]
+    model: Model, examples: Sequence[Example], slopes: NDArray[np.float64], final: Send = None
 ) -> None:
     """Add the gradient of sum(slopes * log-probabilities), for those computed last.
 
     Parameters
     ----------
     slopes : (B,)
+    final : see `Model.backward`
     """
     model.backward(
         weights=[
             np.full(len(one.ids) - 1, -slope) for one, slope in zip(examples, slopes, strict=True)
-        ]
+        ],
+        final=final,
     )
 
 

@@ -288,7 +288,7 @@ class _Distill(Method):
         share = run.world.share(len(examples))
         model.zero_grad()
         loss, ce, kd, first = 0.0, 0.0, 0.0, tokens_of(examples[: share.start])
-        for batch in divided(examples[share], own.batch_tokens):
+        for batch in run.parts(divided(examples[share], own.batch_tokens)):
             targets = np.concatenate([one.targets for one in batch])
             inputs = [one.ids[:-1] for one in batch]
             hidden = self._teacher.hidden(inputs)
@@ -297,7 +297,7 @@ class _Distill(Method):
             )
             dropout = dropout_of(run.settings, run.step, first)
             loss += model.loss(inputs, objective, count=count, dropout=dropout)
-            model.backward()
+            model.backward(final=run.final)
             ce, kd = ce + objective.ce, kd + objective.kd
             first += sum(map(len, inputs))
         loss, ce, kd = run.world.sum([loss, ce, kd])

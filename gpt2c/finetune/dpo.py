@@ -17,7 +17,12 @@ import numpy as np
 
 from gpt2c.files.names import REFERENCE_FILE
 from gpt2c.files.untrusted import shown
-from gpt2c.finetune.completions import learn_completions, lengths_of, log_probabilities
+from gpt2c.finetune.completions import (
+    Send,
+    learn_completions,
+    lengths_of,
+    log_probabilities,
+)
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
@@ -113,9 +118,11 @@ class Completions:
         """See `Judge`."""
         return log_probabilities(model, examples, keep)
 
-    def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
+    def push(
+        self, model: Model, examples: Sequence[Example], slopes: Array, final: Send = None
+    ) -> None:
         """See `Judge`."""
-        learn_completions(model, examples, slopes)
+        learn_completions(model, examples, slopes, final)
 
 
 class Pairs(Completions):

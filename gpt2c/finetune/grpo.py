@@ -308,7 +308,8 @@ class _GRPO(Method):
         own, start = self._share(run, batch.ids)
         loss, first = 0.0, start
         logps = np.zeros(len(batch.targets))
-        for part in parts([len(ids) - 1 for ids in own], self._settings.batch_tokens):
+        each = parts([len(ids) - 1 for ids in own], self._settings.batch_tokens)
+        for part in run.parts(each):
             idx = [ids[:-1] for ids in own[part]]
             rows = slice(first, first + sum(map(len, idx)))
             objective = PolicyObjective(
@@ -317,7 +318,7 @@ class _GRPO(Method):
             )
             dropout = dropout_of(run.settings, run.step, first)
             loss += run.model.loss(idx, objective, count=1, dropout=dropout)
-            run.model.backward()
+            run.model.backward(final=run.final)
             logps[rows] = objective.logps
             first = rows.stop
         (loss,) = run.world.sum([loss])

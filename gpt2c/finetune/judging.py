@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.evaluate.metrics import wilson
-from gpt2c.finetune.completions import lengths_of
+from gpt2c.finetune.completions import Send, lengths_of
 from gpt2c.finetune.pairs import Unit, shortened_unit
 from gpt2c.finetune.report import Counts, coloured, held
 from gpt2c.finetune.settings import FinetuneSettings, rate
@@ -85,8 +85,13 @@ class Judge(Protocol):
     def values(self, model: Model, examples: Sequence[Example], keep: bool) -> Array:
         """Return a value for each example; with `keep` the model keeps what `push` needs."""
 
-    def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
-        """Add the gradient of sum(slopes * values), for the values computed last."""
+    def push(
+        self, model: Model, examples: Sequence[Example], slopes: Array, final: Send = None
+    ) -> None:
+        """Add the gradient of sum(slopes * values), for the values computed last.
+
+        `final` is that of `Model.backward`.
+        """
 
     def __call__(self, units: Sequence[Unit], values: Array) -> Judged:
         """Judge units by their values (K,U)."""
@@ -173,12 +178,13 @@ class Judging(Method):
         own, tokens = units[run.world.share(len(units))], sum(unit.tokens for unit in units)
         run.model.zero_grad()
         judge, found = self.judge(run, units, None), []
-        for part in self._parts(own):
+        for part in run.parts(self._parts(own)):
             examples, values = self._read(judge, run.model, own[part], keep=True)
             found.append(judge(own[part], values))
             if not np.isfinite(found[-1].losses).all():
                 break
-            judge.push(run.model, examples, found[-1].slopes.reshape(-1) / len(units))
+            slopes = found[-1].slopes.reshape(-1) / len(units)
+            judge.push(run.model, examples, slopes, run.final)
         loss, figures = _means(run.world, found)
         return Learned(loss, tokens, figures) if math.isfinite(loss) else Learned(math.nan, tokens)
 

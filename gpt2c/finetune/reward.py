@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2c.finetune.completions import Send
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, pair_of, without_end
 from gpt2c.finetune.preference import bradley_terry
@@ -55,9 +56,11 @@ class Scores:
         """See `Judge`."""
         return model.scores([one.ids for one in examples], keep=keep)[:, 0].astype(np.float64)
 
-    def push(self, model: Model, examples: Sequence[Example], slopes: Array) -> None:
+    def push(
+        self, model: Model, examples: Sequence[Example], slopes: Array, final: Send = None
+    ) -> None:
         """See `Judge`."""
-        model.backward(d_scores=slopes[:, None])
+        model.backward(d_scores=slopes[:, None], final=final)
 
     def __call__(self, units: Sequence[Unit], values: Array) -> Judged:
         """See `Judge`."""

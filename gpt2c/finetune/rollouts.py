@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from gpt2c.model.language_model import LanguageModel
 from gpt2c.parallel.world import ALONE, World
 from gpt2c.train.run import LostModel
+from gpt2c.train.stop import StoppedError
 
 __all__ = ["Diverged", "Rollouts", "draw", "sample"]
 
@@ -110,7 +112,7 @@ def sample(
     key: tuple[int, int],
     unused: Sequence[int] = (),
     value: int | None = None,
-    check: Callable[[], None] | None = None,
+    check: Callable[..., None] | None = None,
     world: World = ALONE,
 ) -> Rollouts:
     """Sample completions.
@@ -127,22 +129,22 @@ def sample(
     unused : ids that are never drawn
     value : the id whose logit is the value of the text before each token
     check : called before each step of all; it may raise an error that ends the work. On several
-        ranks, whose steps are not as many, it is called once
+        ranks, whose steps are not as many, it is `Stop.check` of one rank, and a stop ends all
     world : its ranks share the prompts, and each gets the completions of all
 
     Raises
     ------
     Diverged : the policy's logits are not finite
+    StoppedError : a signal has come to a rank
     MemoryError : the keys and values of one group do not fit
     """
     S, share = len(prompts) * count, world.share(len(prompts))
     capacity = max(map(len, prompts)) + max_tokens - 1
     uniforms = np.random.Generator(np.random.Philox(key=list(key))).random((S, max_tokens))
     uniforms = uniforms[share.start * count : share.stop * count]
-    own, error = None, ""
+    own, error, stopped = None, "", False
     if check and world.size > 1:
-        check()
-        check = None
+        check = partial(check, here=True)
     try:
         own = _sampled(
             *(model, prompts[share], count, ends, capacity, temperature, uniforms),
@@ -150,6 +152,10 @@ def sample(
         )
     except Diverged as diverged:
         error = str(diverged)
+    except StoppedError:
+        stopped = True
+    if world.any(stopped):
+        raise StoppedError
     for told in world.all(error):
         if told:
             raise Diverged(told)

@@ -87,12 +87,12 @@ class _SFT(Method):
         own = run.world.share(len(step))
         model.zero_grad()
         loss, right, first = 0.0, 0.0, tokens_of(step[: own.start])
-        for batch in divided(step[own], self._settings.batch_tokens):
+        for batch in run.parts(divided(step[own], self._settings.batch_tokens)):
             objective = Answers(np.concatenate([one.targets for one in batch]))
             dropout = dropout_of(run.settings, run.step, first)
             inputs = [one.ids[:-1] for one in batch]
             loss += model.loss(inputs, objective, count=count, dropout=dropout)
-            model.backward()
+            model.backward(final=run.final)
             right += objective.right
             first += sum(map(len, inputs))
         loss, right = run.world.sum([loss, right])

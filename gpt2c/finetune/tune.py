@@ -64,7 +64,7 @@ __all__ = ["Base", "Check", "Method", "Result", "checksum", "tune"]
 SMALL = 20_000_000  # parameters: below it the default learning rate teaches next to nothing
 LORA_RATE = 10  # adapters' learning rate: this times a whole model's
 S = TypeVar("S", bound=FinetuneSettings)
-Check = Callable[[], None] | None  # raises an error that ends an evaluation
+Check = Callable[..., None] | None  # `Stop.check`, which raises an error that ends an evaluation
 
 
 class Base(NamedTuple):
@@ -129,7 +129,8 @@ class Method(ABC):
         """Compute the gradients of step `run.step` into the run's model.
 
         They are those of this rank's examples, `run.world.share` of the step's, divided by counts
-        of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`.
+        of the whole step. Loss, tokens and metrics are of the whole step: `run.world.sum`. The
+        share is read in `run.parts`, and each backward pass gets `run.final`.
         """
 
     def publish(self, checkpoint: Path, out: Path) -> None:
@@ -238,10 +239,10 @@ def tune(
 
         def learn() -> Learned:
             learned = method.learn(run)
-            if zeros is not None:
-                np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
             if run.exchange is not None:
                 run.exchange.finish()
+            if zeros is not None:  # in the sums, because ranks have sent gradients already
+                np.copyto(run.model.flat_gradients[: zeros.size], 0, where=zeros)
             return learned
 
         with interruptible(world) as stop:
@@ -394,7 +395,8 @@ def _checked(
         divided=method.longest * settings.batch_size > settings.batch_tokens
         and config.stack().head.weight not in frozen,
     )
-    require("fine-tuning", needs, "lower --batch-tokens or --max-length, or pass --recompute full")
+    mend = "lower --batch-tokens or --max-length, or pass --recompute full"
+    require("fine-tuning", needs, mend, world.memory)
     model = _open(found, config, settings, backend)
     facts = {
         "verb": verb,

@@ -51,7 +51,7 @@ def available_bytes() -> int:
     return max(0, free_bytes(_untouched()) - RESERVE)
 
 
-def require(what: str, parts: Mapping[str, int], mend: str) -> None:
+def require(what: str, parts: Mapping[str, int], mend: str, most: float = math.inf) -> None:
     """Refuse work that does not fit into memory, before any of its memory is allocated.
 
     A system may allocate more than it has, and kill the process when that memory is used.
@@ -61,6 +61,7 @@ def require(what: str, parts: Mapping[str, int], mend: str) -> None:
     what : the work, as the error names it: "a model"
     parts : name -> bytes
     mend : the advice of the error
+    most : bytes; the share of this process, if others take memory beside it
 
     Raises
     ------
@@ -69,11 +70,12 @@ def require(what: str, parts: Mapping[str, int], mend: str) -> None:
     total = sum(parts.values())
     if total < UNASKED:
         return
-    free = available_bytes()
+    free = min(available_bytes(), most)
     if total > free:
         listed = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
         raise MemoryError(
-            f"{what} needs {megabytes(total)}: {listed}; {megabytes(free)} are free: {mend}"
+            f"{what} needs {megabytes(total)}: {listed}; {megabytes(free)} are free"
+            f"{' for this rank' if free == most else ''}: {mend}"
         )
 
 

@@ -276,11 +276,13 @@ class Run:
         step keeps may be uint16 that hold bfloat16: rounded once, when an op writes them
     final : backward calls it with the names of parameters whose gradients it will not touch again;
         or None
+    arrive : forward calls it with the names of parameters before it reads these, which may be on
+        their way; or None
     """
 
     __slots__ = (
-        *("a", "accumulate", "batch", "caches", "dropout", "final", "g", "offsets", "ops", "p"),
-        *("position", "precision"),
+        *("a", "accumulate", "arrive", "batch", "caches", "dropout", "final", "g", "offsets"),
+        *("ops", "p", "position", "precision"),
     )
 
     def __init__(
@@ -301,6 +303,7 @@ class Run:
         self.g: Mapping[str, Array] = NOTHING
         self.accumulate = True
         self.final: Callable[[Iterable[str]], None] | None = None
+        self.arrive: Callable[[Iterable[str]], None] | None = None
 
     def rows(self, array: Array) -> Array:
         """View (N, C) as (B, T, C)."""

@@ -38,13 +38,7 @@ class LanguageModel:
     backend : the ops that compute
     weights : their type
     precision : of the products of matrices
-
-    Attributes
-    ----------
-    parameters : name -> array, see `gpt2c.model.reader.Decoder`; a subclass sets it
     """
-
-    parameters: Mapping[str, NDArray[Any]]
 
     def __init__(
         self,
@@ -57,6 +51,11 @@ class LanguageModel:
         self.backend = backend
         self._weights = weights
         self._precision = as_precision(precision, backend)
+
+    @property
+    def parameters(self) -> Mapping[str, NDArray[Any]]:
+        """Name -> array, see `gpt2c.model.reader.Decoder`; a subclass has them."""
+        raise NotImplementedError
 
     @property
     def weights(self) -> str:

@@ -462,11 +462,13 @@ class Model(ModelWeights):
         self._pending = None  # its views go first, so that memory which must grow is let go
         batch = Batch(*tokens.ids.shape)
         a = self._memory.lay_out(batch, keep)
-        return Run(
-            *(self.backend, self._parameters, a, batch, tokens.offsets),
+        run = Run(
+            *(self.backend, self._placed.own, a, batch, tokens.offsets),
             dropout=dropout,
             precision=self.precision,
         )
+        run.arrive = self._arrive
+        return run
 
     def _head_memory(self) -> Array | None:
         """Return memory for the head's gradient: its own where that is void; None if frozen."""
@@ -488,7 +490,7 @@ class Model(ModelWeights):
             what = f"training a model of {self.config.num_parameters():,} parameters"
             sizes = {"gradients": 4 * self.trained_size}
             require(what, sizes, "take a smaller one, or freeze some of it")
-            shapes = {name: self._parameters[name].shape for name in self.trained}
+            shapes = {name: self._placed.own[name].shape for name in self.trained}
             self._made_grads = _Gradients(shapes)
         return self._made_grads
 
@@ -507,7 +509,7 @@ class Model(ModelWeights):
     @property
     def trained_slices(self) -> dict[str, slice]:
         """Name -> its place in `flat_gradients`, up to where the next begins."""
-        starts = aligned_offsets({name: self._parameters[name].shape for name in self.trained})
+        starts = aligned_offsets({name: self._placed.own[name].shape for name in self.trained})
         names, places = [*starts], [*starts.values()]
         return {name: slice(*ends) for name, *ends in zip(names, places, places[1:], strict=False)}
 
@@ -596,6 +598,7 @@ class Model(ModelWeights):
             factors = pending.check_weights(weights)
             d_logits = pending.check_d_scores(d_scores, scale)
             run, self._pending = pending.run, None
+            run.p = self._parameters  # whole, if a step has updated them since the loss
             run.g, run.accumulate, run.final = self._grads.own, not self._void, final
             self._void = False
             d_out = run.a["ln_f"]  # the head turns its input into its gradient

@@ -188,11 +188,18 @@ class Stack:
         and the output.
         """
         out = run.a["ln_f"]
+        *above, first = self.final_order  # of backward, so the next is the last
+        if run.arrive is not None:
+            run.arrive(first)
         x = self.embedding.forward(run, idx)
         for number, layer in enumerate(self.layers):
             if states is not None:
                 states[number] = run.rows(x)
+            if run.arrive is not None:
+                run.arrive(above.pop())
             x = layer.forward(run, x)
+        if run.arrive is not None:
+            run.arrive(above.pop())  # the norm's, and those of the head, which reads `out`
         self.norm.forward(run, out, x)
         if states is not None:
             states[-1] = run.rows(out)

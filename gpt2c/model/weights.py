@@ -10,9 +10,9 @@ Knows nothing about losses and gradients.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,19 +48,31 @@ SMALLER = {  # the advice where a model of these weights does not fit
 }
 
 
+class _Placed(NamedTuple):
+    """The parameters' memory.
+
+    flat, shown : all of it; and what `flat_parameters` shows of it
+    own, public : views by name, whose shapes C trusts; and views for others
+    """
+
+    flat: Array
+    shown: Array
+    own: dict[str, NDArray[Any]]
+    public: Mapping[str, NDArray[Any]]
+
+
 class ModelWeights(LanguageModel):
     """A model that owns its weights. `Model` is one that learns, too: see there.
 
     It has one owner at a time, the thread that computes or moves the weights (`gpt2c.model.owner`).
     """
 
-    flat_parameters: Array
     trained: tuple[str, ...]
     trained_size: int
     decay_size: int
-    _flat: Array
     _stack: Stack
-    _parameters: dict[str, NDArray[Any]]
+    _placed: _Placed
+    _arrive: Callable[[Iterable[str]], None] | None = None
     _frozen: frozenset[str]
 
     def __init__(
@@ -128,16 +140,46 @@ class ModelWeights(LanguageModel):
             shown = flat[: offsets[len(trained)]] if trained else flat.view(np.uint8)
         return {
             "config": config,
-            "flat_parameters": shown,
-            "parameters": MappingProxyType(typed_views(flat, layout)),
+            "_placed": _Placed(flat, shown, own, MappingProxyType(typed_views(flat, layout))),
             "trained": trained,
             "trained_size": offsets[len(trained)],
             "decay_size": offsets[len(groups[0])],
             "_stack": stack,
-            "_flat": flat,
-            "_parameters": own,
             "_frozen": frozen,
         }
+
+    def expect(self, arrive: Callable[[Iterable[str]], None]) -> None:
+        """Call `arrive` before parameters are read: it waits for those that other ranks send.
+
+        It gets their names: in a forward pass those of each layer in its turn, else all. Arrays
+        that were taken before they were on their way do not wait.
+        """
+        self._arrive = arrive
+
+    @property
+    def _whole(self) -> _Placed:
+        """The parameters' memory, all of which has arrived: every reader but forward comes here."""
+        if self._arrive is not None:
+            self._arrive(self._placed.own)
+        return self._placed
+
+    @property
+    def parameters(self) -> Mapping[str, NDArray[Any]]:
+        """Name -> view into `flat_parameters`."""
+        return self._whole.public
+
+    @property
+    def flat_parameters(self) -> Array:
+        """All parameters: those that decay, the rest of what is trained, the frozen ones."""
+        return self._whole.shown
+
+    @property
+    def _flat(self) -> Array:
+        return self._whole.flat
+
+    @property
+    def _parameters(self) -> dict[str, NDArray[Any]]:
+        return self._whole.own
 
     def freeze(self, *patterns: str) -> None:
         """Train these parameters no longer: they get no gradients, and no moments in AdamW.

@@ -1,4 +1,4 @@
-"""The exchange of gradients, in buckets, while backward goes on; and the pieces that a rank owns.
+"""The exchange of gradients and weights, in buckets, while kernels compute; the pieces of a rank.
 
 Backward finishes the gradients of the last layer first. A bucket is a slice of the flat gradients
 whose parameters are finished one after the other. Each bucket has a piece for each rank. As soon as
@@ -6,7 +6,8 @@ all of a bucket is final, every rank sends piece r to rank r (all-to-all), and r
 gets in the order of ranks, in float32: the sums are the same to the bit on every MPI, which an
 all-reduce of MPI's own does not promise. Then each rank holds the sums of its pieces, and an
 all-gather of pieces makes any flat array whole again. Both together send 2 (p - 1) / p of the
-gradients' bytes, as a ring's all-reduce does.
+gradients' bytes, as a ring's all-reduce does. Weights come back in the order in which forward reads
+them, and each layer waits for its own.
 
 The transport "bf16" sends gradients as the nearest bfloat16 numbers, in half the bytes. They are
 summed in float32, and what is gathered stays float32.
@@ -169,6 +170,7 @@ class Exchange:
         self._final: set[str] = set()
         self._next = 0  # of the buckets to send
         self._sent: deque[_Sent] = deque()
+        self._coming: dict[Bucket, Any] = {}  # the requests of buckets that are gathered
         self._mover: _Mover | None = None
         # On one host all arrives in a moment, and the thread would only take time from kernels.
         threads = world.MPI.Query_thread() == world.MPI.THREAD_MULTIPLE
@@ -180,11 +182,23 @@ class Exchange:
         All ranks send in the same order, as MPI wants it.
         """
         self._post_final(names)
-        if self._sent and self._mover is None and self._moves:
+        self._move()
+
+    def _move(self) -> None:
+        """Let what is on its way go on while kernels compute."""
+        requests = [*self._coming.values(), *(one.request for one in self._sent)]
+        if not self._moves:
+            self._world.MPI.Request.Testall(requests)
+        elif requests and self._mover is None:
             self._mover = _Mover(self._world)
             self._mover.start()
-        elif not self._moves:
-            self._world.MPI.Request.Testall([one.request for one in self._sent])
+        elif not requests:
+            self._rest()
+
+    def _rest(self) -> None:
+        if self._mover is not None:
+            self._mover.stop()
+            self._mover = None
 
     def _post_final(self, names: Iterable[str]) -> None:
         self._final.update(names)
@@ -196,14 +210,18 @@ class Exchange:
 
     def finish(self) -> None:
         """Send what is not sent yet, and wait until the own pieces hold the sums of all ranks."""
+        self.arrive()  # where no forward pass has read all weights
         self._post_final(self._model.trained_slices)
-        if self._mover is not None:
-            self._mover.stop()
-            self._mover = None
-        while self._sent:
-            self._add_first()
+        self.close()
         self._final.clear()
         self._next = 0
+
+    def close(self) -> None:
+        """Wait for all that is on its way, before MPI may end."""
+        self.arrive()
+        self._rest()
+        while self._sent:
+            self._add_first()
 
     def norm(self) -> float:
         """Return the Euclidean norm of the summed gradients, the same on all ranks."""
@@ -213,15 +231,34 @@ class Exchange:
 
     def gather(self, flat: Array) -> None:
         """Make a flat array whole from the pieces that ranks own."""
-        world, requests = self._world, []
-        for bucket in self.buckets:
+        self.begin(flat)
+        self.arrive()
+
+    def begin(self, flat: Array) -> None:
+        """Begin to make a flat array whole, first what forward reads first: see `arrive`.
+
+        Until it has arrived it must neither be read nor written.
+        """
+        self.arrive()
+        world = self._world
+        for bucket in reversed(self.buckets):
             pieces, part = bucket.pieces(world.size), flat[bucket.start : bucket.end]
             counts, begins = _counts(pieces, bucket.start)
             whole = [part, counts, begins, world.MPI.FLOAT]
-            requests.append(world.comm.Iallgatherv(world.MPI.IN_PLACE, whole))
+            self._coming[bucket] = world.bulk.Iallgatherv(world.MPI.IN_PLACE, whole)
             world.bytes_sent += 4 * counts[world.rank] * (world.size - 1)
-        for request in requests:
-            world.wait(request, "the pieces of other ranks", bulk=True)
+        self._move()
+
+    def arrive(self, names: Iterable[str] | None = None) -> None:
+        """Wait until the buckets of these names have arrived, None for all. Not collective."""
+        if not self._coming:
+            return
+        wanted = None if names is None else {*names}
+        for bucket, request in [*self._coming.items()]:
+            if wanted is None or not bucket.names.isdisjoint(wanted):
+                self._world.wait(request, "the pieces of other ranks", bulk=True)
+                del self._coming[bucket]  # last: an error in the wait must not let it be read
+        self._move()
 
     def _post(self, bucket: Bucket) -> None:
         """Begin to send a bucket and to receive the own piece from all ranks."""
@@ -234,7 +271,7 @@ class Exchange:
             sent, kind = _rounded(sent), world.MPI.UINT16_T
         received = np.empty((world.size, own), sent.dtype)
         rows = [own] * world.size, [own * rank for rank in range(world.size)]
-        request = world.comm.Ialltoallv([sent, counts, begins, kind], [received, *rows, kind])
+        request = world.bulk.Ialltoallv([sent, counts, begins, kind], [received, *rows, kind])
         world.bytes_sent += sent.itemsize * (sum(counts) - own)
         self._sent.append(_Sent(request, bucket, received))
 

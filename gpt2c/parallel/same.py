@@ -1,13 +1,34 @@
-"""Whether all ranks have the same settings, data and version: else they would train nonsense."""
+"""Whether all ranks have the same command, settings, data and version: else they train nonsense."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from gpt2c.parallel.world import World
+from gpt2c.parallel.world import FAILED, World
 
-__all__ = ["check_same"]
+__all__ = ["check_command", "check_same"]
+
+
+def check_command(world: World, own: str) -> None:
+    """Refuse ranks that were started with another command than rank 0; collective.
+
+    It is the first that ranks do together, and needs nothing of a rank that does other work.
+
+    Raises
+    ------
+    ValueError : a rank was; on rank 0, the others end
+    """
+    first, *others = world.all(own)
+    bad = next((rank for rank, other in enumerate(others, 1) if other != first), None)
+    if bad is None:
+        return
+    if world.rank:
+        raise SystemExit(FAILED)
+    raise ValueError(
+        f"rank {bad} was started with {others[bad - 1]!r:.200}, and rank 0 with {first!r:.200}:"
+        " start all ranks with the same command and the same flags"
+    )
 
 
 def check_same(world: World, own: Mapping[str, Any], local: Collection[str]) -> None:

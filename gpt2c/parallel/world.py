@@ -36,9 +36,11 @@ from gpt2c.files.atomic import reason
 from gpt2c.kernels.backend import THREAD_VARIABLES, default_threads
 from gpt2c.kernels.checks import counted
 from gpt2c.kernels.limits import AFFINITY, CORES, bind, usable_cores
+from gpt2c.kernels.memory import available_bytes
 
 __all__ = [
     "ALONE",
+    "FAILED",
     "Ranks",
     "World",
     "first_voice",
@@ -80,10 +82,11 @@ def launched() -> Launched | None:
 
 
 class Place(NamedTuple):
-    """The host of a rank, and the cores that the launcher left to it."""
+    """The host of a rank, its free memory, and the cores that the launcher left to the rank."""
 
     host: str
     cores: list[int]
+    free: int
 
 
 class World:
@@ -93,6 +96,7 @@ class World:
     ----------
     rank, size : the number of this process, and of all
     here : the number of ranks on this host
+    memory : bytes; this rank's share of what was free on the host before any rank took some
     timeout : the most seconds that a rank waits for the others
     doing : the present work, for the message of a rank that waits too long
     bytes_sent : to other ranks, until now
@@ -103,6 +107,7 @@ class World:
     rank = 0
     size = 1
     here = 1
+    memory = math.inf
 
     def __init__(self) -> None:
         self.timeout = TIMEOUT
@@ -174,21 +179,29 @@ class Ranks(World):
     Parameters
     ----------
     MPI : the module mpi4py.MPI
+
+    Attributes
+    ----------
+    comm, bulk : communicators, on each of which all ranks do the same in the same order; what goes
+        over `bulk`, gradients and weights, may begin before or after a message on `comm`
     """
 
     def __init__(self, MPI: Any) -> None:
         super().__init__()
-        self.MPI, self.comm = MPI, MPI.COMM_WORLD.Dup()
+        self.MPI, self.comm, self.bulk = MPI, MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self._is_agreed = False
         host = self.MPI.Get_processor_name()
-        self._places = [Place(*found) for found in self.all((host, sorted(AFFINITY)))]
-        self.here = sum(place.host == host for place in self._places)
+        own = host, sorted(AFFINITY), available_bytes()
+        self._places = [Place(*found) for found in self.all(own)]
+        beside = [place for place in self._places if place.host == host]
+        self.here = len(beside)
+        self.memory = min(place.free for place in beside) // self.here
 
     def take_cores(self, threads: int) -> int:
         """See `World`; ranks that the launcher has bound to cores of their own stay there."""
         own = self._places[self.rank]
-        peers = [rank for rank, other in enumerate(self._places) if other == own]
+        peers = [rank for rank, other in enumerate(self._places) if other[:2] == own[:2]]
         share = max(1, min(len(own.cores), usable_cores()) // len(peers))
         if not threads:
             given = any(map(os.environ.get, THREAD_VARIABLES))

@@ -73,12 +73,16 @@ class Step(NamedTuple):
     fault : which loss or gradient is not finite, so that nothing was updated; "" for none
     seconds : its duration
     waited : the seconds of it in which this rank waited for others
+    late : whether a save by the clock is due on any rank
+    stopped : whether a signal had come to any rank before the update
     """
 
     learned: Learned
     fault: str
     seconds: float
     waited: float = 0.0
+    late: bool = False
+    stopped: bool = False
 
 
 Hook = Callable[[Run, Step], None]
@@ -162,18 +166,14 @@ class Save:
 
     def __init__(self, stop: Stop, progress: Progress) -> None:
         self._stop, self._progress = stop, progress
-        self._saved = time.monotonic()
 
     def __call__(self, run: Run, step: Step) -> None:
         """Save the run if that is due; after a fault there is nothing new to save."""
         settings = run.settings
         due = run.step == settings.max_iters or _due(run.step, settings.save_interval)
-        if settings.save_minutes and time.monotonic() - self._saved > 60 * settings.save_minutes:
-            due = True
-        due = run.world.any(due)  # each rank has a clock of its own
-        if due and not step.fault:
+        if (due or step.late) and not step.fault:
             save_or_tell(run, self._stop, self._progress)
-            self._saved = time.monotonic()
+            run.tried = time.monotonic()
 
 
 class Evaluate:

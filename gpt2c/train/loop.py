@@ -80,6 +80,7 @@ def train_run(
     shown : the metrics of the objective that are shown beside the loss
     """
     start, started = time.monotonic(), run.step
+    run.tried = start
     progress = Progress(run.step, run.settings.max_iters, run.settings.log_interval)
     evaluate = Evaluate(evaluation, stop, progress, unit, shown)
     hooks = (Show(run, progress, shown), log, Save(stop, progress), evaluate)
@@ -121,11 +122,13 @@ def take_steps(
     schedule, skips = run.settings.learning_rates(), _Skips(run, progress)
     try:
         # Lost weights may have caused a skipped step: a stop, which saves, waits for a good step.
-        while run.step < run.settings.max_iters and (skips.in_a_row or not stop.asked):
+        stopped = stop.asked
+        while run.step < run.settings.max_iters and (skips.in_a_row or not stopped):
             run.world.doing = f"step {run.step + 1}"
             step = _step(run, learn, schedule(run.step), skips, stop)
             for hook in hooks:
                 hook(run, step)
+            stopped = stop.asked if run.world.size == 1 else step.stopped
     except BaseException as error:
         if not (isinstance(error, LostModel | StoppedError) or skips.in_a_row):
             _rescue(run, stop, progress)
@@ -140,6 +143,8 @@ def _step(
     sent, waited = world.bytes_sent, world.waited
     learned = learn()
     loss = learned.loss
+    # Ranks agree now: after the update a message would wait behind the weights on their way.
+    stopped, late = stop.agree(_late(run))
     fault = "" if math.isfinite(loss) else f"the loss is {loss}"
     with stop.held():
         if not fault:
@@ -150,7 +155,8 @@ def _step(
         run.tokens += learned.tokens
         run.torn = False
         run.val_loss = math.nan
-        step = Step(learned, fault, time.perf_counter() - began, world.waited - waited)
+        times = time.perf_counter() - began, world.waited - waited
+        step = Step(learned, fault, *times, late, stopped)
         run.seconds += step.seconds
         run.entry = {
             "step": run.step,
@@ -169,6 +175,12 @@ def _step(
         if run.settings.skip_nonfinite:
             run.entry["skipped"] = run.skipped
     return step
+
+
+def _late(run: Run) -> bool:
+    """Return whether a save by the clock is due."""
+    minutes = run.settings.save_minutes
+    return bool(minutes) and time.monotonic() - run.tried > 60 * minutes
 
 
 def dropout_of(settings: Settings, step: int, first: int) -> Dropout | None:

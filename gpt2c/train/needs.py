@@ -97,6 +97,7 @@ def check_training(
     order_bytes: int,
     resumed: bool = False,
     ranks: int = 1,
+    most: float = math.inf,
 ) -> None:
     """Refuse a run that does not fit into memory, and name the settings that lower its need.
 
@@ -104,13 +105,14 @@ def check_training(
     ----------
     config, settings, backend, order_bytes, ranks : see `training_parts`
     resumed : the run is resumed, so its model and its batches cannot change
+    most : see `require`
 
     Raises
     ------
     MemoryError : the run does not fit; nothing was allocated
     """
     parts = training_parts(config, settings, backend, order_bytes, ranks)
-    free = available_bytes()
+    free = min(available_bytes(), most)
     if sum(parts.values()) <= free:
         return
     B, T, recompute = settings.batch_size, settings.block_size, settings.recomputation
@@ -133,4 +135,4 @@ def check_training(
         mends.append(f"pass --recompute full{fewer}")
     if not resumed:
         mends.append("lower --block-size" if mends else "lower --n-layer, --n-embd or --block-size")
-    require("training", parts, ", or ".join(mends) or "go on where more memory is free")
+    require("training", parts, ", or ".join(mends) or "go on where more memory is free", most)

@@ -17,7 +17,7 @@ from gpt2c.files import atomic
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.kernels.backend import REQUIRES, get_backend
 from gpt2c.model.config import ModelConfig
-from gpt2c.parallel.world import World, join
+from gpt2c.parallel.world import ALONE, World, join
 from gpt2c.pretrained import MODELS
 from gpt2c.text.batches import Batches
 from gpt2c.text.shards import StoredTokens, checksums, read_shards
@@ -140,13 +140,13 @@ def _fitting_backend(
     order_bytes: int,
     threads: int,
     resumed: bool = False,
-    ranks: int = 1,
+    world: World = ALONE,
 ) -> Any:
     """Return the backend of a run; refuse a run for which a package or memory is missing."""
     if settings.tensorboard:
         check_tensorboard()
     backend = get_backend(settings.backend, threads or None)
-    check_training(config, settings, backend, order_bytes, resumed, ranks)
+    check_training(config, settings, backend, order_bytes, resumed, world.size, world.memory)
     return backend
 
 
@@ -229,7 +229,7 @@ def _checked(
     world.timeout = settings.mpi_timeout
     threads = world.take_cores(settings.threads)
     backend = _fitting_backend(
-        *(settings, config, batches.order_bytes, threads, record is not None, world.size)
+        *(settings, config, batches.order_bytes, threads, record is not None, world)
     )
     # Rank 0 gives the others its weights.
     seed = settings.seed if found is None and world.rank == 0 else None

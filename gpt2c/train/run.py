@@ -13,10 +13,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.files import atomic
@@ -55,8 +55,9 @@ from gpt2c.train.settings import Settings
 from gpt2c.train.sharded import ShardedAdamW
 from gpt2c.train.tensorboard import Events
 
-__all__ = ["LostModel", "Run", "check_ranks", "open_run"]
+__all__ = ["LOCAL", "LostModel", "Run", "check_ranks", "open_run"]
 
+T = TypeVar("T")
 LOCAL = ("backend", "threads")  # settings that may differ from machine to machine
 
 
@@ -139,11 +140,13 @@ class Run:
     Attributes
     ----------
     exchange : of the gradients of several ranks; None in a world of one
+    final : of the backward pass of a part of a step, see `parts`
     step, skipped : the number of steps done, and of those without an update
     tokens : the number of tokens in these steps
     seconds : time spent in steps
     val_loss : of the present weights; nan if they were not evaluated
     saved : the newest checkpoint, None before the first
+    tried : when the last save was tried, by the monotonic clock
     good : the newest checkpoint whose weights gave a finite loss; only older ones are removed
     entry : the last step's metrics until they are logged, after a due evaluation; then None
     torn : whether an update began and did not end: then the weights belong to no step
@@ -162,6 +165,7 @@ class Run:
         exchange: Exchange | None = None,
     ) -> None:
         self.world, self.exchange = world, exchange
+        self.final: Callable[[Iterable[str]], None] | None = None
         self._write_model = publish
         self.out, self.settings, self.model, self.optimizer = out, settings, model, optimizer
         self.tokenizer, self.facts = tokenizer, facts
@@ -169,6 +173,7 @@ class Run:
         self.seconds = 0.0
         self.val_loss = math.nan
         self.saved: Path | None = None
+        self.tried = time.monotonic()
         self.good: Path | None = None
         self.saved_step = -1
         self.entry: dict[str, Any] | None = None
@@ -333,6 +338,17 @@ class Run:
             "threads": self.model.backend.threads,
             "precision": self.model.precision,
         }
+
+    def parts(self, parts: Iterable[T]) -> Iterator[T]:
+        """Yield the parts of this rank's share of a step.
+
+        With the last one, `final` sends gradients to other ranks while backward goes on.
+        """
+        self.final, every = None, [*parts]
+        for number, part in enumerate(every, 1):
+            if self.exchange is not None and number == len(every):
+                self.final = self.exchange.send
+            yield part
 
     def log(self) -> None:
         """Write the last step's metrics, with the run's duration and the time of day.
@@ -499,7 +515,9 @@ class Run:
         self._published = checkpoint
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and the exchange."""
+        if self.exchange is not None:
+            self.exchange.close()
         self._close_logs()
         self._locks.close()
 

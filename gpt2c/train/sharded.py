@@ -48,6 +48,8 @@ class ShardedAdamW(AdamW):
     ) -> None:
         self._world, self._exchange, self._shard = world, exchange, shard
         super().__init__(model, **settings)
+        if shard:
+            model.expect(exchange.arrive)
 
     def _owned(self) -> list[slice]:
         return self._exchange.own if self._shard else super()._owned()
@@ -59,8 +61,8 @@ class ShardedAdamW(AdamW):
         if not self._shard:
             self._exchange.gather(self.model.flat_gradients)
         super()._update(learning_rate, grad_scale)
-        if self._shard:
-            self._exchange.gather(self.model.flat_parameters)
+        if self._shard:  # the next forward pass waits for each layer's weights, all else for all
+            self._exchange.begin(self.model.flat_parameters)
 
     def not_finite(self) -> str:
         """See `AdamW`; all ranks return the same."""

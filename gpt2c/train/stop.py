@@ -38,6 +38,11 @@ class Stop:
         """Whether a signal has come, to any rank; all ranks ask at the same places."""
         return self._world.any(self._signalled)
 
+    def agree(self, flag: bool) -> tuple[bool, bool]:
+        """Return whether a signal has come, and whether the flag is set: each on any rank."""
+        signalled, flagged = self._world.sum([self._signalled, flag])
+        return signalled > 0, flagged > 0
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Protect an update or a save from a second Ctrl-C."""
@@ -47,14 +52,18 @@ class Stop:
         finally:
             self._held = before
 
-    def check(self) -> None:
+    def check(self, here: bool = False) -> None:
         """End an evaluation after a signal; the resumed run will begin with that evaluation.
+
+        Parameters
+        ----------
+        here : only after a signal to this rank, which then tells the others
 
         Raises
         ------
         StoppedError : a signal has come
         """
-        if self.asked:
+        if self._signalled if here else self.asked:
             raise StoppedError
 
     def receive(self, signum: int, frame: object) -> None:

@@ -462,7 +462,8 @@ def test_step_stays_in_its_memory(
         texts(rng, 3, config.n_positions, V=config.vocab_size),
     )
     expected = step_through(model.decoder(3, None, cache), tokens)
-    model.parameters = {name: guarded.copy(array) for name, array in model.parameters.items()}
+    copies = {name: guarded.copy(array) for name, array in model.parameters.items()}
+    model._placed = model._placed._replace(public=copies)
     decoder = model.decoder(3, None, cache)
     decoder._cache = Cache(*(p if p is None else guarded.copy(p) for p in decoder._cache))
     decoder._logits = guarded.copy(np.full_like(decoder._logits, np.nan))

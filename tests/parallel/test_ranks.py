@@ -104,6 +104,11 @@ def test_two_ranks_give_the_same_bits(two: Path, name: str) -> None:
     assert checkpoint(two / name) == checkpoint(two / "whole")
 
 
+def test_recomputation_and_bf16_give_the_same_bits_with_zero_and_without(two: Path) -> None:
+    assert checkpoint(two / "recomputed 1") == checkpoint(two / "recomputed 0")
+    assert checkpoint(two / "recomputed 1") != checkpoint(two / "whole")
+
+
 def test_transport_in_16_bits_gives_the_same_bits_after_a_resume(two: Path) -> None:
     assert checkpoint(two / "narrow halves") == checkpoint(two / "narrow")
     assert checkpoint(two / "narrow") != checkpoint(two / "whole")

@@ -20,6 +20,7 @@ from gpt2c.cli.main import main as command
 from gpt2c.finetune import classify, distill, dpo, grpo, reward, rollouts, sft
 from gpt2c.finetune.dpo import DPOSettings
 from gpt2c.gpt2 import GPT2
+from gpt2c.parallel.gradients import Exchange
 from gpt2c.parallel.world import first_voice, join
 from gpt2c.train import hooks, loop
 from programs.common import main
@@ -108,11 +109,21 @@ def tune(name: str, base: str | Path, out: Path, **others: Any) -> Any:
 
 def every(base: str, out: str) -> None:
     """Run all cases, then what must be refused."""
+    finish, sent = Exchange.finish, list[bool]()
+
+    def noted(self: Exchange) -> None:
+        sent.append(self._next == len(self.buckets))  # during backward
+        finish(self)
+
+    replace(Exchange, "finish", noted)
     for name in CASES:
+        sent.clear()
         tune(name, base, Path(out))
+        assert any(sent), name  # not all: of the completions of a step a rank may get none
     faults(base, out)
     refusals(base, out)
     patience()
+    stopped(base, out)
 
 
 def some(base: str, out: str, *names: str) -> None:
@@ -173,6 +184,24 @@ def faults(base: str, out: str) -> None:
         assert (run.step, run.skipped) == (6, 1), (name, run.skipped)
     replace(GPT2, "scores", scores)
     replace(GPT2, "losses", losses)
+    replace(rollouts, "draw", draw)
+
+
+def stopped(base: str, out: str) -> None:
+    """Stop the sampling of an evaluation at a signal, which comes to one rank or to both."""
+    draw, drawn, ranks = rollouts.draw, list[int](), world()
+
+    def signalled(*given: Any) -> Any:
+        drawn.append(1)
+        if ranks.rank in those:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*given)
+
+    replace(rollouts, "draw", signalled)
+    for those in ((1,), (0, 1)):
+        drawn.clear()
+        assert tune("grpo", base, Path(out) / f"stopped {len(those)}").interrupted
+        assert len(drawn) <= 4 or ranks.rank not in those, drawn  # the first tokens of its prompts
     replace(rollouts, "draw", draw)
 
 

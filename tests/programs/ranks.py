@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import io
 import json
@@ -67,6 +68,8 @@ def halves(data: str, out: str) -> None:
     train(data, place / "whole")
     train(data, place / "again")
     train(data, place / "unsharded", zero=0)
+    for zero in (0, 1):
+        train(data, place / f"recomputed {zero}", zero=zero, recompute="full", precision="bf16")
     train(data, place / "halves", max_iters=4)
     train(data, place / "halves", resume=True, max_iters=8)
     train(data, place / "narrow", transport="bf16")
@@ -74,6 +77,7 @@ def halves(data: str, out: str) -> None:
     train(data, place / "narrow halves", resume=True, max_iters=8)
     others(data, out)
     exchange()
+    arriving()
     moved()
     narrow()
     faults(data, out)
@@ -117,6 +121,7 @@ def thirds(data: str, out: str) -> None:
     train(data, Path(out) / "unsharded", zero=0)
     others(data, out)
     exchange()
+    arriving()
 
 
 def exchange() -> None:
@@ -157,6 +162,60 @@ def exchange() -> None:
         assert found[:2] == found[2:]  # the same bits
         norms = [norm for norm, _ in found]
         assert ranks.all(norms) == [norms] * ranks.size
+
+
+def arriving() -> None:
+    """Read weights on their way: each layer waits for its own, all other readers for all."""
+    ranks, before = world(), gradients.BUCKET
+    assert 0 < ranks.memory <= min(place.free for place in ranks._places) / ranks.size
+    gradients.BUCKET = 1000
+    config = gpt2c.GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=8, vocab_size=257)
+    idx = np.random.default_rng(1).integers(0, 257, (6, 9))
+
+    def stepped(zero: int) -> tuple[Any, Any, Exchange]:
+        model = gpt2c.GPT2(config, seed=1)
+        optimizer, exchanged = optimizer_of(ranks, model, zero, "fp32")
+        assert exchanged is not None
+        for _ in range(2):
+            step(ranks, model, exchanged, idx)
+            assert not exchanged._coming
+            optimizer.step(grad_clip=0.5)
+        assert len(exchanged._coming) == (len(exchanged.buckets) if zero else 0)
+        return model, optimizer, exchanged
+
+    def again(model: Any, optimizer: Any) -> Any:
+        optimizer.step(grad_clip=0.5)
+        return model.flat_parameters
+
+    doors: list[Any] = [
+        lambda model, _: model.flat_parameters,
+        lambda model, _: np.concatenate([one.ravel() for one in model.parameters.values()]),
+        lambda model, _: copy.copy(model).flat_parameters,
+        lambda model, _: model(idx[:, :8]),
+        lambda model, _: model.generate(idx[:, :3], 4, temperature=0)[0],
+        lambda model, _: model.loss(idx[:, :-1], idx[:, 1:], keep=False),
+        lambda _, optimizer: np.array([optimizer.not_finite() == ""]),
+        again,  # without a forward pass in between
+    ]
+    for read in doors:
+        expected = read(*stepped(0)[:2])
+        model, optimizer, exchanged = stepped(1)
+        if ranks.rank == 1:
+            time.sleep(0.05)  # the weights of this rank are late
+        np.testing.assert_array_equal(read(model, optimizer), expected)
+        exchanged.arrive()
+    model, _, exchanged = stepped(1)
+    told: list[int] = []  # the buckets that are on their way when a layer has its own
+
+    def arrive(names: Any) -> None:
+        exchanged.arrive(names)
+        assert all(bucket.names.isdisjoint(names) for bucket in exchanged._coming)
+        told.append(len(exchanged._coming))
+
+    model.expect(arrive)
+    model.loss(idx[:, :-1], idx[:, 1:], keep=False)
+    assert len(told) == 5 and told == [*sorted({*told}, reverse=True), 0], told
+    gradients.BUCKET = before
 
 
 def narrow() -> None:
@@ -205,7 +264,13 @@ def moved() -> None:
         assert not moving()
         exchanged.gather(model.flat_gradients)
         found.append(model.flat_gradients.copy())
-        exchanged.finish()  # all at once, as fine-tuning does: nothing to move meanwhile
+        exchanged.finish()  # all at once: nothing to move meanwhile
+        assert not moving()
+        exchanged.begin(model.flat_parameters)
+        assert moving() == (ranks.here == 1)
+        exchanged.arrive(["wte.weight"])
+        assert moving() == (ranks.here == 1 and bool(exchanged._coming))
+        exchanged.arrive()
         assert not moving()
     ranks.here = here
     assert np.array_equal(found[0], found[1])
@@ -226,7 +291,7 @@ def refusals(data: str, out: str) -> None:
     """Refuse what a user can get wrong: exit code 2 everywhere, a sentence on rank 0 alone."""
     ranks, bad = world(), Path(out) / f"bad{world().size}"
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    other = str(Path(out) / "other") if ranks.rank == 1 else data
+    tokens = str(Path(out) / "other") if ranks.rank == 1 else data
     cases: list[tuple[str, Sequence[str]]] = [
         (
             "a step has 3 windows, batch_size 3 x gradient_accumulation_steps 1, which 2 ranks"
@@ -241,7 +306,7 @@ def refusals(data: str, out: str) -> None:
         (
             "rank 1 has other training or validation tokens than rank 0: each machine needs the"
             " same data",
-            [f"--data={other}"],
+            [f"--data={tokens}"],
         ),
         (
             "/nowhere is not a directory of token files; gpt2c prepare makes one",
@@ -255,11 +320,22 @@ def refusals(data: str, out: str) -> None:
         ("transport must be fp32 or bf16, got 'fp16'", ["--transport=fp16"]),
         ("/nowhere.toml: no such recipe; gpt2c comes with", ["--config=/nowhere.toml"]),
     ]
-    for said, given in cases:
+    calls = [(said, ["train", "--data", data, *flags, *given]) for said, given in cases]
+    # A rank that was started otherwise may have other flags, unknown ones, or another verb.
+    for began, other in (
+        ("train --data --out --resume", ["train", "--data", data, "--resume"]),
+        ("train --out --typo", ["train", "--typo"]),
+        ("sft --out", ["sft", "base", "examples.jsonl"]),
+    ):
+        said = (
+            f"rank 1 was started with 'gpt2c {began}', and rank 0 with 'gpt2c train --data --out'"
+        )
+        calls.append((said, other if ranks.rank == 1 else ["train", "--data", data]))
+    for said, words in calls:
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
             try:
-                code: Any = command(["train", "--data", data, "--out", str(bad), *flags, *given])
+                code: Any = command([*words, "--out", str(bad)])
             except SystemExit as error:
                 code = error.code
         assert code == 2
@@ -379,7 +455,7 @@ def hangs(data: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    replace(loop, "plot_loss", lambda metrics, path: False)  # see draw_nothing of conftest.py
+    replace(loop, "plot_loss", lambda *_: False)  # see draw_nothing of conftest.py
     replace(hooks, "fma_peak", lambda *_: 0.0)
     with join().guard():
         main(globals())

@@ -131,6 +131,12 @@ def test_run_that_just_fits_is_taken(free: Callable[[int], None]) -> None:
     assert refusal().startswith("training needs ")
 
 
+def test_rank_takes_no_more_than_its_share_of_the_host(free: Callable[[int], None]) -> None:
+    free(2 * need())
+    check_training(CONFIG, SETTINGS, TWO, ORDER, most=need())
+    assert refusal(most=need() - 1).startswith("training needs ")
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 15])
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
 def test_error_names_the_largest_batch_that_fits(
