@@ -74,7 +74,7 @@ def written(value: float) -> str:
 
 def train_tables(runs: list[Run]) -> list[tuple[str, Table]]:
     """Return the best row of gpt2c beside that of PyTorch, with equal numbers; and every row."""
-    beside = [["", "gpt2c", "best of PyTorch", "gpt2c / PyTorch", "of the CPU's peak"]]
+    beside = [["", "gpt2c", "best of PyTorch", "gpt2c / PyTorch", "of its peak"]]
     for kind in KINDS:
         for run in runs:
             for group in dict.fromkeys(r.group for r in run.results):
