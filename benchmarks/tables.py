@@ -1,7 +1,7 @@
 """The READMEs' tables and picture of speed, made from the files in benchmarks/results/.
 
-    python benchmarks/tables.py benchmarks/results/*-train.json
-    python benchmarks/tables.py benchmarks/results/zen5-generate.json
+    python benchmarks/tables.py benchmarks/results/{zen3,xeon}-train.json
+    python benchmarks/tables.py benchmarks/results/zen3-generate.json
 
 Prints Markdown. A file is what `gpt2c bench train --json` or `gpt2c bench generate --json` writes.
 Its name begins with the CPU. The lines of llm.c (see llmc.c) stand beside it, in CPU-llmc.txt.
@@ -22,8 +22,8 @@ from gpt2c.bench.suite import Result
 from gpt2c.kernels.backend import NAMES
 from gpt2c.train.plot import plot_speed
 
-OWN = tuple(reversed(NAMES))  # gpt2c's backends, the widest vectors last
-KINDS = ("fp32", "fp16", "int8")  # of weights
+CPUS = {"zen3": "AMD Zen 3", "xeon": "Xeon with AMX"}  # the first word of a file's name
+KINDS = ("fp32", "16-bit", "int8")  # of weights, or of the numbers that training multiplies
 FIELDS = [field.name for field in dataclasses.fields(Result)]
 
 Table = list[list[str]]
@@ -34,11 +34,12 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text())
-        self.cpu, self.kind = path.name.partition("-")[0], content["kind"]
+        cpu, self.kind = path.name.partition("-")[0], content["kind"]
+        self.cpu = CPUS.get(cpu, cpu)
         found = [Result(**{name: r[name] for name in FIELDS}) for r in content["results"]]
         self.results = [r for r in found if r.seconds and not r.note]
         if self.kind == "train":
-            self.results += llmc(path.with_name(f"{self.cpu}-llmc.txt"))
+            self.results += llmc(path.with_name(f"{cpu}-llmc.txt"))
         bandwidth = {int(count): size for count, size in content["bandwidth"].items()}
         self.ceilings = Ceilings(content["threads"], content["peak_flops"], bandwidth)
         self.title = f"{content['machine'][0].partition(';')[0]}, {content['date'][:10]}"
@@ -72,35 +73,34 @@ def written(value: float) -> str:
 
 
 def train_tables(runs: list[Run]) -> list[tuple[str, Table]]:
-    """Return gpt2c's backends beside the best row of PyTorch, and every row's tokens a second."""
-    groups: dict[str, dict[str, Result]] = {}
-    shares: dict[tuple[str, str], float] = {}
+    """Return the best row of gpt2c beside that of PyTorch, with equal numbers; and every row."""
+    beside = [["", "gpt2c", "best of PyTorch", "gpt2c / PyTorch", "of its peak"]]
+    for kind in KINDS:
+        for run in runs:
+            for group in dict.fromkeys(r.group for r in run.results):
+                rows = [r for r in run.results if r.group == group and kind_of(r.row) == kind]
+                own, torch = (
+                    min((r for r in rows if side(r.row)), key=lambda r: r.median, default=None)
+                    for side in (is_own, is_torch)
+                )
+                if not own or not torch:
+                    continue
+                floor = run.ceilings.seconds(own.row, own.facts["flops"], 0)
+                share = f"{100 * floor / own.median:.0f} %" if kind == "fp32" else ""
+                name = f"{run.cpu}, {kind}: {group.removeprefix('train ')}"
+                cells = [f"{written(rate(r))} ({r.row})" for r in (own, torch)]
+                beside.append([name, *cells, f"{torch.median / own.median:.2f}", share])
+    every = []
     for run in runs:
+        figures: dict[str, dict[str, float]] = {}
         for r in run.results:
-            name = f"{run.cpu}, {r.group.removeprefix('train ')}"
-            groups.setdefault(name, {})[r.row] = r
-            if r.row in OWN:
-                least = run.ceilings.seconds(r.row, r.facts["flops"], 0)
-                shares[name, r.row] = least / r.median
-    rows = list(dict.fromkeys(row for group in groups.values() for row in group))
-    own = [row for row in OWN if row in rows]
-    rows = own + [row for row in rows if row not in own]
-    beside = [
-        ["", *(f"{row} / best PyTorch" for row in own), *(f"{row}, % of peak" for row in own)]
-    ]
-    every = [["", *rows]]
-    for name, group in groups.items():
-        torch = min((r.median for row, r in group.items() if row.startswith("torch")), default=None)
-        ratios = [
-            f"{torch / group[row].median:.2f}" if torch and row in group else "" for row in own
-        ]
-        peaks = [f"{shares[name, row]:.0%}" if row in group else "" for row in own]
-        beside.append([name, *ratios, *peaks])
-        every.append([name, *(written(rate(group[row])) if row in group else "" for row in rows)])
-    return [
-        ("Training: speed beside the best row of PyTorch", beside),
-        ("Training: tokens a second", every),
-    ]
+            shape = r.group.removeprefix("train ")
+            figures.setdefault(f"{shape}, tokens/s", {})[r.row] = rate(r)
+            gigabytes = figures.setdefault(f"{shape}, GB", {})
+            if "peak_memory" in r.facts:  # llm.c tells none
+                gigabytes[r.row] = r.facts["peak_memory"] / 1e9
+        every.append((f"Training, {run.cpu}: every row", of_rows(figures)))
+    return [("Training, tokens a second: the best rows of gpt2c and PyTorch", beside), *every]
 
 
 def generate_tables(run: Run) -> list[tuple[str, Table]]:
@@ -122,25 +122,35 @@ def generate_tables(run: Run) -> list[tuple[str, Table]]:
             for own in (True, False):
                 found = [row for row in values if kind_of(row) == kind and is_own(row) == own]
                 row = first(found, key=values.__getitem__, default="")
-                cells.append(f"{written(values[row])} ({row.partition(':')[0]})" if row else "")
+                cells.append(f"{written(values[row])} ({row})" if row else "")
         best.append([heading, *cells])
-    rows = dict.fromkeys(row for values in figures.values() for row in values)
-    every = [["", *figures]]
-    for row in rows:
-        every.append([row, *(written(v[row]) if row in v else "" for v in figures.values())])
     return [
-        ("Inference: the best row of gpt2c and of the other engines", best),
-        ("Inference: every row", every),
+        (f"Inference, {run.cpu}: the best row of gpt2c and of the other engines", best),
+        (f"Inference, {run.cpu}: every row", of_rows(figures)),
     ]
 
 
+def of_rows(figures: dict[str, dict[str, float]]) -> Table:
+    """Return a table with a line for each row and a column for each figure."""
+    table = [["", *figures]]
+    for row in dict.fromkeys(row for values in figures.values() for row in values):
+        table.append([row, *(written(v[row]) if row in v else "" for v in figures.values())])
+    return table
+
+
 def kind_of(row: str) -> str:
-    """Return the kind of a row's weights; an engine without a kind has fp32."""
-    return row.partition(":")[2] or "fp32"
+    """Return the kind of a row's numbers: fp32 unless its name says otherwise."""
+    name, _, kind = row.partition(":")
+    kind = kind or ("bf16" if name.startswith("torch-bf16") else "fp32")
+    return "16-bit" if kind in ("fp16", "bf16") else kind
 
 
 def is_own(row: str) -> bool:
-    return row.partition(":")[0] in OWN
+    return row.partition(":")[0] in NAMES
+
+
+def is_torch(row: str) -> bool:
+    return row.startswith("torch")
 
 
 def main() -> None:

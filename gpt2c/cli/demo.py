@@ -117,8 +117,9 @@ def describe(prepared: Prepared) -> str:
     """Return the size of the text, and how it was split."""
     size = prepared.train_bytes + prepared.val_bytes
     share = prepared.val_bytes / size
-    held_out = "the tail" if prepared.tail_held_out else "whole documents"
-    return f"{_size(size)}; {share:.0%} of it, {held_out}, is held out for validation"
+    whole = f"{share:.0%} of it, whole documents,"
+    part = f"the last {share:.0%}" if prepared.tail_held_out else whole
+    return f"{_size(size)}; {part} is held out for validation"
 
 
 def _size(count: int) -> str:

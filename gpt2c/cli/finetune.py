@@ -124,7 +124,7 @@ def run_method(options: argparse.Namespace) -> int:
 def _begin(options: argparse.Namespace) -> bool:
     """Make the base that options lack, a beginner at a task, in --out; the run moves into it, too.
 
-    With --resume each run that had begun goes on.
+    With --resume each run that had begun continues.
 
     Returns
     -------
@@ -145,7 +145,7 @@ def _begin(options: argparse.Namespace) -> bool:
     shared = {name: given[name] for name in ("threads", "backend", "seed") if name in given}
     if beginner(given["task"], home, overwrite=options.overwrite, resume=resume, **shared):
         return True
-    print(f"stopped before {options.out}; go on with: {command(*words, '--resume')}")
+    print(f"stopped before {options.out}; continue with: {command(*words, '--resume')}")
     return False
 
 
@@ -159,11 +159,11 @@ def given_run(options: argparse.Namespace, kind: type[FinetuneSettings]) -> dict
 
 
 def say_stopped(result: Result, verb: str, options: argparse.Namespace, *flags: str) -> int:
-    """Say how a run that a signal has stopped goes on, with these flags; return the exit code."""
+    """Say how to continue a run that a signal has stopped; return the exit code."""
     data = [] if options.data is None else [options.data]
     rest = (*data, *flags, "--out", options.out, "--resume")
-    go_on = command(*verb.split(), options.base, *rest, ranks=join().size)
-    print(f"stopped after step {result.step} of {result.max_iters}; go on with: {go_on}")
+    again = command(*verb.split(), options.base, *rest, ranks=join().size)
+    print(f"stopped after step {result.step} of {result.max_iters}; continue with: {again}")
     return INTERRUPTED
 
 

@@ -304,7 +304,7 @@ def _ended(result: TrainResult, options: argparse.Namespace) -> int:
     steps = result.step - result.started
     done = f"{steps} steps in {result.seconds:.0f} s"
     if not steps:
-        done = f"was finished already, after {result.step} steps (a larger --max-iters goes on)"
+        done = f"is already finished after {result.step} steps: raise --max-iters to train further"
     elif result.started:
         done += f", {result.step} in all"
     if result.skipped:
@@ -318,7 +318,7 @@ def _ended(result: TrainResult, options: argparse.Namespace) -> int:
 def _interrupted(result: TrainResult, data: Path, out: Path) -> int:
     words = "train", "--data", data, "--out", out, "--resume"
     print(
-        f"stopped and saved after step {result.step} of {result.max_iters}; go on with:"
+        f"stopped and saved after step {result.step} of {result.max_iters}; continue with:"
         f" {command(*words, ranks=join().size)}"
     )
     return INTERRUPTED

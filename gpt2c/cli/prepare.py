@@ -87,10 +87,7 @@ def run_prepare(options: argparse.Namespace) -> int:
     print(f"{prepared.documents:,} document{plural}, {describe(prepared)}")
     wanted = options.tokenizer.removeprefix("bpe:")
     if wanted != options.tokenizer and int(wanted) > prepared.vocab_size:
-        print(
-            f"the text repeats too little for {int(wanted):,} tokens:"
-            f" {prepared.vocab_size:,} is all that can be learned from it"
-        )
+        print(f"the text is too small for {int(wanted):,} tokens: using {prepared.vocab_size:,}")
     print(
         f"{options.out}: {prepared.train_tokens:,} tokens to train, {prepared.val_tokens:,} to"
         f" validate, vocabulary {prepared.vocab_size:,}"

@@ -249,7 +249,7 @@ def tune(
             if resume:
                 before = world.by_first(lambda: read_before(out))
                 after |= world.by_first(lambda: _evaluation(out, run.settings.max_iters))
-                report(_goes_on(run, record, given))
+                report(_continues(run, record, given))
             if run.step < run.settings.max_iters:
                 told = [_adapter_lines(run), _rank_lines(run)]
                 told += [] if resume else [_rate_lines(run, given)]
@@ -302,16 +302,17 @@ def _adapter_lines(run: Run) -> Iterable[str]:
         )
 
 
-def _goes_on(run: Run, record: Mapping[str, Any] | None, given: Mapping[str, Any]) -> str:
-    """Return where a run goes on, and with which new settings; or that these are in vain."""
+def _continues(run: Run, record: Mapping[str, Any] | None, given: Mapping[str, Any]) -> str:
+    """Return where a run continues, and with which new settings; or that they have no effect."""
     stored = record["settings"] if record else {}
     new = ", ".join(f"{name}={value}" for name, value in given.items() if stored.get(name) != value)
     if run.step < run.settings.max_iters or run.entry:
         told = f", now with {new}" if new else ""
-        return f"the run goes on after step {run.step} of {run.settings.max_iters}{told}"
-    told = f", so {new} changes nothing" if new else ""
+        return f"the run continues after step {run.step} of {run.settings.max_iters}{told}"
+    told = f", so {new} has no effect" if new else ""
     return (
-        f"the run was finished already, after {run.step} steps{told} (a larger max_iters goes on)"
+        f"the run is already finished after {run.step} steps{told}: raise max_iters to train"
+        " further"
     )
 
 
@@ -459,11 +460,11 @@ def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_same(out: Path, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with other examples, another base, or another model beside it."""
+    """Refuse to continue with other examples, another base, or another model beside it."""
     if record.get("data") != facts["data"]:
         raise ValueError(
-            f"the examples are not those of the run {out}, whose fingerprint is in {RUN_FILE}: go"
-            " on with those"
+            f"the examples are not those of the run {out}, whose fingerprint is in {RUN_FILE}:"
+            " continue with those"
         )
     stored = record.get("base")
     if not isinstance(stored, dict) or stored.get("sha256") != facts["base"]["sha256"]:

@@ -86,7 +86,7 @@ class Request(Generic[NewToken]):
         self._readers: list[SimpleQueue[None]] = []
 
     def __repr__(self) -> str:
-        return f"Request({counted(len(self._tokens), 'new token')}, {self.ended or 'goes on'})"
+        return f"Request({counted(len(self._tokens), 'new token')}, {self.ended or 'continues'})"
 
     @property
     def done(self) -> bool:

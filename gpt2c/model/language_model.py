@@ -30,11 +30,11 @@ __all__ = ["LanguageModel"]
 
 
 class LanguageModel:
-    """A model with weights of any type.
+    """A language model, whatever the type of its weights.
 
     Parameters
     ----------
-    config : its shape
+    config : its kind and its sizes
     backend : the ops that compute
     weights : their type
     precision : of the products of matrices

@@ -256,8 +256,8 @@ def _read(path: Path) -> Checkpoint:
     version = content.get("version")
     if type(version) is int and version != VERSION:
         raise _OtherVersion(
-            f"{path / STATE_FILE} is of version {shown(version)}, wanted {VERSION}: go on with the"
-            f" gpt2c that wrote it, or move {path} away"
+            f"{path / STATE_FILE} is of version {shown(version)}, wanted {VERSION}: continue with"
+            f" the gpt2c that wrote it, or move {path} away"
         )
     if type(version) is not int:
         raise ValueError(f"{STATE_FILE} is of version {shown(version)}, wanted {VERSION}")

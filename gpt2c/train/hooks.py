@@ -284,6 +284,6 @@ def save_or_tell(run: Run, stop: Stop, progress: Progress) -> None:
         save(run, stop)
     except OSError as error:
         progress.line(
-            f"step {run.step}: {atomic.reason(error)}; {run.newest()}; the run goes on and tries"
+            f"step {run.step}: {atomic.reason(error)}; {run.newest()}; the run continues and tries"
             " again with its next checkpoint"
         )

@@ -273,7 +273,7 @@ def _rescue(run: Run, stop: Stop, progress: Progress) -> None:
         return
     with suppress(OSError, ValueError, MemoryError):
         _save_last(run, stop)
-        progress.line(f"saved after step {run.step}, to go on from with --resume")
+        progress.line(f"saved after step {run.step}; continue with --resume")
 
 
 def _draw(run: Run) -> bool:

@@ -135,4 +135,4 @@ def check_training(
         mends.append(f"pass --recompute full{fewer}")
     if not resumed:
         mends.append("lower --block-size" if mends else "lower --n-layer, --n-embd or --block-size")
-    require("training", parts, ", or ".join(mends) or "go on where more memory is free", most)
+    require("training", parts, ", or ".join(mends) or "continue where more memory is free", most)

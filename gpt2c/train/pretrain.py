@@ -216,7 +216,7 @@ def _checked(
     if record is not None and record["data"] != fingerprint:
         raise ValueError(
             f"{data} does not hold the training and validation tokens of the run {out}, whose"
-            f" fingerprint is in {RUN_FILE}: go on with those"
+            f" fingerprint is in {RUN_FILE}: continue with those"
         )
     batches = Batches(
         tokens, settings.batch_size, settings.block_size, settings.seed, settings.batch_order
@@ -271,7 +271,7 @@ def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:
         products += " (slow: this CPU has no instructions for them)"
     text = (
         f"{config.num_parameters():,} parameters, backend {model.backend.name}{products};"
-        f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens, an epoch has"
+        f" {settings.max_iters:,} steps of {settings.tokens_per_step:,} tokens; an epoch is"
         f" {batches.targets_per_epoch:,} tokens"
     )
     if batches.left_out:
@@ -280,7 +280,7 @@ def _describe(run: Run, settings: TrainSettings, batches: Batches) -> str:
             f" {settings.block_size + 1:,} tokens and are left out"
         )
     if settings.warmup_iters >= settings.max_iters > 1:
-        text += f"; all of it is warm-up (warmup_iters {settings.warmup_iters:,})"
+        text += f"; the learning rate rises to the end: warmup_iters is {settings.warmup_iters:,}"
     return text + run.world.report
 
 
@@ -326,8 +326,8 @@ def _check_tokenizer(tokenizer: Tokenizer, data: Path, out: Path) -> None:
         return
     if own.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{data} has another tokenizer than the run {out}: go on with the data that it was"
-            " trained on"
+            f"{data} has another tokenizer than the run {out}: continue with the data that it"
+            " was trained on"
         )
 
 

@@ -92,18 +92,22 @@ class Settings:
     )
     learning_rate: float = setting("optimizer", 1e-3, "the highest learning rate")
     weight_decay: float = setting("optimizer", 0.1, "AdamW's weight decay, of matrices only")
-    beta1: float = setting("optimizer", 0.9, "AdamW's memory of gradients")
-    beta2: float = setting("optimizer", 0.95, "AdamW's memory of squared gradients")
+    beta1: float = setting("optimizer", 0.9, "AdamW's decay rate for the mean of gradients")
+    beta2: float = setting(
+        "optimizer", 0.95, "AdamW's decay rate for the mean of squared gradients"
+    )
     grad_clip: float = setting(
         "optimizer", 1.0, "clip the global gradient norm to this; 0: no clipping", least=0
     )
     schedule: str = setting("schedule", "cosine", f"one of {', '.join(SCHEDULES)}")
     min_lr: float = setting("schedule", 1e-4, "the lowest learning rate, at the end")
     decay_fraction: float = setting(
-        "schedule", 0.2, "wsd: in which share of all steps the rate falls"
+        "schedule",
+        0.2,
+        "wsd: the share of all steps, the last ones, in which the learning rate falls",
     )
     step_size: int = setting("schedule", 1000, "step: steps between two drops of the learning rate")
-    gamma: float = setting("schedule", 0.1, "step: what a drop multiplies the rate by")
+    gamma: float = setting("schedule", 0.1, "step: the factor of each drop of the learning rate")
     max_iters: int = setting("run", 1000, "steps of the optimizer", least=1)
     eval_interval: int = setting(
         "run", 100, "steps between two evaluations; 0: only at the end", least=0
@@ -120,7 +124,7 @@ class Settings:
         older=0.0,
     )
     keep: int = setting("run", 1, "how many checkpoints to keep, the newest ones", least=1)
-    skip_nonfinite: bool = setting("run", False, "leave out a step that is not finite, do not stop")
+    skip_nonfinite: bool = setting("run", False, "skip non-finite steps instead of stopping")
     tensorboard: bool = setting("run", False, "write TensorBoard's event files too")
     seed: int = setting(
         "run", 1337, "seed of the weights and of the order of the data", least=0, fixed=True
@@ -482,7 +486,7 @@ def resumed(kind: type[S], stored: Mapping[str, Any], given: Mapping[str, Any], 
     if unknown:
         raise ValueError(
             f"{source}: its settings have {shown(unknown[0])}, which this version of gpt2c lacks:"
-            " go on with the version that wrote it, or start a new run"
+            " continue with the version that wrote it, or start a new run"
         )
     stored = {**kind.older(), **stored}
     lacking = [name for name in fields if name not in stored]
@@ -497,7 +501,7 @@ def resumed(kind: type[S], stored: Mapping[str, Any], given: Mapping[str, Any], 
     for name, field in fields.items():
         if field.metadata["fixed"] and name in given and given[name] != stored[name]:
             raise ValueError(
-                f"{source}: the run was trained with {name}={stored[name]}, so it cannot go on with"
-                f" {given[name]}; drop that setting, or train into another directory"
+                f"{source}: the run was trained with {name}={stored[name]}, so it cannot continue"
+                f" with {given[name]}; drop that setting, or train into another directory"
             )
     return kind(**{**stored, **given})

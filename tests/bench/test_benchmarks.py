@@ -65,20 +65,19 @@ def test_tables_of_training_are_made_from_json_and_llmc(
 ) -> None:
     monkeypatch.setenv("MKL_CBWR", "AVX2")
     facts = {"tokens": 256, "flops": 1e9, "peak_memory": 1e9, "first_loss": 11.0}
-    seconds = {"torch": 0.4, "avx512": 0.1, "avx2": 0.2, "torch-tuned": 0.3}
+    seconds = {"torch": 0.4, "base": 0.3, "avx2": 0.2, "torch-tuned": 0.3}
+    seconds |= {"avx512bf16": 0.25, "avx2:bf16": 0.05, "torch-bf16": 0.1}
     results = [Result("train 4 x 64", row, [s] * 3, facts=facts) for row, s in seconds.items()]
-    results.append(Result("train 4 x 64", "base", [0.1], "WRONG: error 1.0e+00", facts))
-    path = tmp_path / "zen5-train.json"
+    results.append(Result("train 4 x 64", "amx", [0.1], "WRONG: error 1.0e+00", facts))
+    path = tmp_path / "cpu-train.json"
     report.write_json(path, CEILINGS, results, "quiet machine: so")
-    (tmp_path / "zen5-llmc.txt").write_text("4 x 64: 0.512 s a step, 500.0 tokens/s, loss 9.1\n")
+    (tmp_path / "cpu-llmc.txt").write_text("4 x 64: 0.512 s a step, 500.0 tokens/s, loss 9.1\n")
     out = tables(monkeypatch, capsys, path)
-    assert (
-        "|  | avx2 / best PyTorch | avx512 / best PyTorch | avx2, % of peak | avx512, % of" in out
-    )
-    assert "| zen5, 4 x 64 | 1.50 | 3.00 | 5% | 10% |" in out
-    assert "|  | avx2 | avx512 | torch | torch-tuned | llm.c |" in out
-    assert "| zen5, 4 x 64 | 1,280 | 2,560 | 640 | 853 | 500 |" in out
-    assert out.splitlines()[-2].startswith("zen5: ") and "2 threads" in out
+    assert "| cpu, fp32: 4 x 64 | 1,280 (avx2) | 853 (torch-tuned) | 1.50 | 5 % |" in out
+    assert "| cpu, 16-bit: 4 x 64 | 5,120 (avx2:bf16) | 2,560 (torch-bf16) | 2.00 |  |" in out
+    assert "|  | 4 x 64, tokens/s | 4 x 64, GB |" in out
+    assert "| avx512bf16 | 1,024 | 1.0 |" in out and "| llm.c | 500 |  |" in out
+    assert out.splitlines()[-2].startswith("cpu: ") and "2 threads" in out
     assert "; MKL_CBWR=AVX2; " in out and out.endswith("; quiet machine: so\n\n")
 
 
@@ -90,19 +89,41 @@ def test_tables_of_generation_show_the_best_of_both_sides(
         "base:fp32": (0.04, 400e6),
         "transformers": (0.05, 800e6),
         "llama.cpp:fp32": (0.025, 900e6),
+        "openvino:bf16": (0.015, 700e6),
         "avx2:int8": (0.01, 200e6),
+        "avx2:int8:int8": (0.005, 100e6),
     }
     results = [
         Result(group, row, [seconds], facts={"tokens": tokens, "memory": memory})
         for group, tokens in (("prefill 512 tokens", 512), ("decode, batch 1", 1))
         for row, (seconds, memory) in rows.items()
     ]
-    path = tmp_path / "zen5-generate.json"
+    path = tmp_path / "cpu-generate.json"
     report.write_json(path, CEILINGS, results, "quiet machine: so")
     out = tables(monkeypatch, capsys, path)
-    assert (
-        "| prefill 512 tokens, ms | 20.0 (avx2) | 25.0 (llama.cpp) |  |  | 10.0 (avx2) |  |" in out
-    )
-    assert "| decode, batch 1, tokens/s | 50.0 (avx2) | 40.0 (llama.cpp) |" in out
-    assert "| decode, batch 1, resident MB | 400 (base) | 800 (transformers) |" in out
+    best = "20.0 (avx2:fp32) | 25.0 (llama.cpp:fp32) |  | 15.0 (openvino:bf16) | 10.0 (avx2:int8)"
+    assert f"| prefill 512 tokens, ms | {best} |  |" in out
+    assert "| decode, batch 1, tokens/s | 50.0 (avx2:fp32) | 40.0 (llama.cpp:fp32) |" in out
+    assert "| decode, batch 1, resident MB | 400 (base:fp32) | 800 (transformers) |" in out
     assert "| transformers | 50.0 | 20.0 | 800 |" in out
+
+
+def test_the_readmes_have_the_tables_of_the_committed_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((BENCHMARKS / "results").glob("*-generate.json"))
+    files += sorted((BENCHMARKS / "results").glob("*-train.json"))
+    printed = tables(monkeypatch, capsys, *files)
+
+    def best(text: str) -> list[str]:  # without the first column, which has words
+        rows = [line for line in text.splitlines() if re.match(r"\|.*\d \([a-z]", line)]
+        return sorted(row.removeprefix("| ").partition(" | ")[2] for row in rows)
+
+    def every(text: str) -> set[str]:
+        return {line for line in text.splitlines() if re.match(r"\| [a-z]\S* \| ", line)}
+
+    gpt2 = re.findall(r": \d+ x \d+ \|.*\(torch\S*\) \| ([\d.]+) \|", printed)
+    for name, to in (("README.md", "to"), ("README.zh-CN.md", "到")):
+        text = (BENCHMARKS.parent / name).read_text("utf-8")
+        assert best(text) == best(printed) and f"[{min(gpt2)} {to} {max(gpt2)} " in text
+    assert every((BENCHMARKS / "README.md").read_text("utf-8")) == every(printed)

@@ -102,7 +102,7 @@ def test_demo_on_a_text_of_the_user(tmp_path: Path, capsys: Capture) -> None:
     output = capsys.readouterr().out
     assert output.startswith(f"text        {text}\n")
     assert "1 of 11.0 kB; " in output
-    assert "the tail, is held out for validation" in output
+    assert "the last 10% is held out for validation" in output
     assert "warm-up" not in output
     assert len(rows(output)) == 3
     assert re.fullmatch(r"cats sat on", follow(output, capsys))
@@ -145,7 +145,7 @@ def test_sizes_have_a_fitting_unit() -> None:
         counts = dict.fromkeys(("documents", "train_documents", "val_documents"), 1)
         tokens = {"train_tokens": 9, "val_tokens": 1}
         prepared = Prepared(**sizes, **counts, **tokens, tail_held_out=True)
-        assert describe(prepared) == f"{shown}; 10% of it, the tail, is held out for validation"
+        assert describe(prepared) == f"{shown}; the last 10% is held out for validation"
 
 
 def test_suggested_command_calls_the_program_as_it_was_called(
@@ -251,7 +251,7 @@ def test_demo_prints_how_to_resume_after_ctrl_c(
     assert main(["demo", "--text", str(text), "--out", str(out), *TINY]) == 130
     last = capsys.readouterr().out.splitlines()[-1]
     command = f"gpt2c train --data {out}/data --out {out}/run --resume"
-    assert last == f"stopped and saved after step 1 of 3; go on with: {command}"
+    assert last == f"stopped and saved after step 1 of 3; continue with: {command}"
     monkeypatch.undo()
     assert main(command.split()[1:]) == 0
     assert ": 2 steps in " in capsys.readouterr().out

@@ -121,7 +121,7 @@ def test_prepare_needs_no_network_and_no_tokenizer(gpt2c, tmp_path: Path) -> Non
     code, out, err = gpt2c(f"prepare text.txt --out {tmp_path}/data")
     tokenizer = Tokenizer.from_pretrained(tmp_path / "data")
     assert (code, err) == (0, "") and 257 < tokenizer.vocab_size < 4096
-    assert f"too little for 4,096 tokens: {tokenizer.vocab_size} is all" in out
+    assert f"too small for 4,096 tokens: using {tokenizer.vocab_size}\n" in out
 
 
 def test_prepare_reads_directories_jsonl_and_standard_input(
@@ -163,7 +163,7 @@ def test_prepare_reports_a_vocabulary_smaller_than_asked(
     )
     got = Tokenizer.from_pretrained(tmp_path / "data").vocab_size
     assert code == 0 and (got < int(size)) == said
-    assert (f"repeats too little for {size} tokens: {got} is all" in out) == said
+    assert (f"too small for {size} tokens: using {got}\n" in out) == said
     assert out.endswith(f"vocabulary {got}\n"), "the last line is for scripts"
 
 

@@ -323,7 +323,7 @@ def test_evaluations_keep_their_prompts(base: Path, tmp_path: Path) -> None:
     tuned(base, tmp_path / "run", max_iters=2, eval_prompts=2)
     given = {"reward_funcs": [low], "resume": True, "eval_prompts": 3}
     said = refused(grpo, base, PROMPTS, tmp_path / "run", **given)
-    assert "the run was trained with eval_prompts=2, so it cannot go on with 3" in said
+    assert "the run was trained with eval_prompts=2, so it cannot continue with 3" in said
 
 
 def test_several_rewards_may_hold_spaces(base: Path, tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_command_line_begins_from_nothing(
         patched.setattr(beginner, "careless_examples", lambda *given: interrupted(*given))
         assert main(words) == 130 and not Path("run/sft").exists()
     out = capsys.readouterr().out
-    assert f"go on with: gpt2c {' '.join(words)} --resume\n" in out
+    assert f"continue with: gpt2c {' '.join(words)} --resume\n" in out
     assert main([*words, "--resume"]) == 0
     made = {"beginner.json", "text", "base", "sft", "grpo"}
     assert {path.name for path in Path("run").iterdir()} == made

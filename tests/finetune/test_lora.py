@@ -103,7 +103,7 @@ def test_bad_settings_are_refused_and_nothing_is_written(base: Path, tmp_path: P
         assert wanted in refused(sft, base, rows, out, **QUICK | given)
     assert not out.exists()
     sft(base, rows, out, **QUICK)
-    assert "it cannot go on with 2" in refused(sft, base, rows, out, resume=True, lora_r=2)
+    assert "it cannot continue with 2" in refused(sft, base, rows, out, resume=True, lora_r=2)
     assert "holds adapters: make one model" in refused(sft, out, rows, tmp_path / "next", **QUICK)
     other = gpt2c.from_pretrained(base)
     other.parameters["ln_f.bias"][0] += 1

@@ -145,7 +145,7 @@ def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path, capsys: Any) ->
     capsys.readouterr()
     again = sft(base, rows, out, resume=True, learning_rate=0.5)
     assert (out / "run.json").read_bytes() == record  # it was not trained with 0.5
-    said = "finished already, after 8 steps, so learning_rate=0.5 changes nothing (a larger"
+    said = "is already finished after 8 steps, so learning_rate=0.5 has no effect: raise max_iters"
     assert said in capsys.readouterr().out
     assert again.step_seconds == done.step_seconds > 0
     assert (again.step, again.before, again.after) == (8, done.before, done.after)
@@ -153,7 +153,9 @@ def test_finished_run_stays_as_it_is(base: Path, tmp_path: Path, capsys: Any) ->
     longer = sft(base, rows, out, resume=True, max_iters=10)
     assert longer.step == 10 and weights(out) != before
     assert longer.step_seconds > done.step_seconds
-    assert "the run goes on after step 8 of 10, now with max_iters=10\n" in capsys.readouterr().out
+    assert (
+        "the run continues after step 8 of 10, now with max_iters=10\n" in capsys.readouterr().out
+    )
 
 
 def test_figures_outlive_a_kill_before_the_result_is_written(
@@ -326,7 +328,7 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
     said = refused(lambda: sft(tmp_path / "other", capitals(9), out, resume=True, max_iters=9))
     wanted = "another config: its n_head is 2, and what the run is given now makes it 4"
     assert said == f"{out / 'run.json'} holds a model of {wanted}"
-    assert "batch_size=6, so it cannot go on with 7" in refused(
+    assert "batch_size=6, so it cannot continue with 7" in refused(
         lambda: sft(base, capitals(9), out, resume=True, batch_size=7)
     )
     assert weights(out) == bits

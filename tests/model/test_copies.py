@@ -248,7 +248,7 @@ def test_repr_of_other_objects(tmp_path: Path) -> None:
         assert repr(request) == "Request(1 new token, length)"
         assert repr(engine.submit([1], 0)) == "Request(0 new tokens, length)"
         long = engine.submit([1], 100_000)
-        assert repr(long).endswith(", goes on)")
+        assert repr(long).endswith(", continues)")
     assert repr(engine) == f"Engine({model!r}, {sizes}, closed)"
     assert re.fullmatch(r"Request\([\d,]+ new tokens?, error\)", repr(long))
     write_tokens(tmp_path / "a.bin", np.arange(40))

@@ -282,7 +282,7 @@ def test_run_prints_a_line_for_each_failed_save(
     train_short(data, tmp_path / "other", save_interval=1, eval_interval=0)
     told = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
     why = "trainer.safetensors: No space left on device"
-    end = "the run goes on and tries again with its next checkpoint"
+    end = "the run continues and tries again with its next checkpoint"
     other = tmp_path / "other" / "checkpoints"
     assert told == [
         f"step 2: {place}/00000002/{why}; there is no checkpoint yet; {end}",

@@ -272,7 +272,7 @@ def test_llama_is_trained_resumed_and_opened(data: Path, tmp_path: Path) -> None
     model = gpt2c.from_pretrained(whole)
     assert isinstance(model, gpt2c.Llama) and model.config.num_key_value_heads == 1
     assert model.generate([[1, 2]], 3, temperature=0).shape == (1, 5)
-    with pytest.raises(ValueError, match="trained with arch=llama, so it cannot go on with"):
+    with pytest.raises(ValueError, match="trained with arch=llama, so it cannot continue with"):
         train(data, whole, resume=True, arch="gpt2")
 
 
@@ -283,7 +283,7 @@ def test_resume_refuses_another_model_or_tokenizer(data: Path, tmp_path: Path) -
     train(tmp_path / "own", out, max_iters=3)
     files = files_below(out)
     for changes, wanted in (
-        ({"n_embd": 32}, r"was trained with n_embd=16, so it cannot go on with 32; drop that"),
+        ({"n_embd": 32}, r"was trained with n_embd=16, so it cannot continue with 32; drop that"),
         ({"seed": 5}, r"was trained with seed=1337"),
     ):
         with pytest.raises(ValueError, match=wanted):
@@ -397,7 +397,7 @@ def test_finished_run_without_an_evaluation_prints_no_loss(
     capsys.readouterr()
     command = ["train", "--data", str(data), "--out", str(out), "--resume", "--max-iters", "7"]
     assert main(command) == 0
-    line = f"{out}: was finished already, after 7 steps (a larger --max-iters goes on)\n"
+    line = f"{out}: is already finished after 7 steps: raise --max-iters to train further\n"
     assert capsys.readouterr().out == line
 
 

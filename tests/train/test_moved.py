@@ -231,7 +231,7 @@ def test_run_leaves_another_run_of_its_name_untouched(
         " taken its name; the checkpoints are in the run's own directory, if that was only renamed"
     )
     assert written.err == f"gpt2c: {why}\n"
-    assert f"step 6: {why}; the run goes on and tries again" in written.out
+    assert f"step 6: {why}; the run continues and tries again" in written.out
     assert checkpoint_names(away) == ["00000002"]
     assert [entry["step"] for entry in read_metrics(away / "metrics.jsonl")] == [*range(1, 9)]
 

@@ -167,7 +167,7 @@ def test_resumed_run_is_offered_no_other_batch(free: Callable[[int], None]) -> N
     free(need(recompute="full"))
     assert refusal(resumed=True).endswith("are free: pass --recompute full")
     free(need(recompute="full") - 1)
-    assert refusal(resumed=True).endswith("are free: go on where more memory is free")
+    assert refusal(resumed=True).endswith("are free: continue where more memory is free")
 
 
 def test_error_lists_the_parts_of_memory(free: Callable[[int], None]) -> None:

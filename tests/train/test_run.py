@@ -174,7 +174,7 @@ def test_resume_of_a_finished_run_reports_that_it_is_finished(
     command = ["train", "--data", str(data), "--out", str(whole), "--resume"]
     assert main(command) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{whole}: was finished already, after 20 steps (a larger --max-iters")
+    assert line.startswith(f"{whole}: is already finished after 20 steps: raise --max-iters")
     assert files_below(whole) == before
     assert main([*command, "--max-iters", "24"]) == 0
     assert re.search(r": 4 steps in \d+ s, 24 in all, validation", capsys.readouterr().out)

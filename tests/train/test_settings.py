@@ -235,18 +235,20 @@ def test_resumed_run_keeps_its_settings() -> None:
     settings = resumed(TrainSettings, stored, {"max_iters": 20, "n_layer": 2}, "runs/a")
     assert (settings.n_layer, settings.max_iters, settings.seed) == (2, 20, 3)
     with pytest.raises(
-        ValueError, match="runs/a: the run was trained with n_layer=2, so it cannot go on"
+        ValueError, match="runs/a: the run was trained with n_layer=2, so it cannot continue"
     ):
         resumed(TrainSettings, stored, {"n_layer": 3}, "runs/a")
     older = {name: value for name, value in stored.items() if name != "batch_order"}
     assert (
         stored["batch_order"] == 2 and resumed(TrainSettings, older, {}, "runs/a").batch_order == 1
     )
-    with pytest.raises(ValueError, match="trained with batch_order=1, so it cannot go on with 2"):
+    with pytest.raises(
+        ValueError, match="trained with batch_order=1, so it cannot continue with 2"
+    ):
         resumed(TrainSettings, older, {"batch_order": 2}, "runs/a")
     for strange, wanted in (
         ({}, "lack learning_rate: put it back, or start a new run"),
-        ({**stored, "rope": 0.1}, "have 'rope', which this version of gpt2c lacks: go on"),
+        ({**stored, "rope": 0.1}, "have 'rope', which this version of gpt2c lacks: continue"),
         ([], r"must be an object, got \[\]"),
         (None, "must be an object, got None"),
     ):

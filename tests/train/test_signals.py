@@ -48,7 +48,7 @@ def test_train_command_reports_a_stop_in_the_last_evaluation(
     at_step(8, lambda: signal.raise_signal(signal.SIGTERM))
     flags = [f"--{name}={value}" for name, value in (TINY | {"max_iters": 8}).items()]
     assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *flags]) == 130
-    assert "stopped and saved after step 8 of 8; go on with: " in capsys.readouterr().out
+    assert "stopped and saved after step 8 of 8; continue with: " in capsys.readouterr().out
 
 
 def test_ignored_signal_stays_ignored(data: Path, tmp_path: Path, at_step: Any) -> None:
@@ -76,7 +76,7 @@ def test_second_ctrl_c_saves_and_raises(
     at_step(step, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         train_short(data, out)
-    assert f"saved after step {step}, to go on from with --resume\n" in capsys.readouterr().out
+    assert f"saved after step {step}; continue with --resume\n" in capsys.readouterr().out
     assert resume_and_compare(data, out, whole_short, monkeypatch).started == step
 
 
@@ -134,7 +134,7 @@ def test_train_process_prints_how_to_resume_after_sigint(data: Path, tmp_path: P
     finally:
         child.kill()
     assert (child.returncode, errors) == (130, "")
-    message, _, advice = output.splitlines()[-1].partition("; go on with: ")
+    message, _, advice = output.splitlines()[-1].partition("; continue with: ")
     step = int(message.split()[5])
     assert message == f"stopped and saved after step {step} of 1000000"
     program, arguments = shlex.split(advice)[:3], shlex.split(advice)[3:]
