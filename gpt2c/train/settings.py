@@ -70,7 +70,7 @@ def setting(
     text : a line of help
     least : the smallest value
     older : its value in a resumed run that began before the setting existed. Each new setting needs
-        it; only those of the first run.json have none
+        it; only those of a method's first run.json have none
     fixed : a resumed run must keep it: it fixes the weights' shapes or the order of the data
     """
     metadata = {"table": table, "help": text, "least": least, "older": older, "fixed": fixed}
