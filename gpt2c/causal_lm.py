@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.generate.continuation import Ids, Logprobs, Step, continue_prompts
-from gpt2c.generate.sampling import GenerationConfig, TokenSettings
+from gpt2c.generate.sampling import GenerationConfig, TokenSettings, shows
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.checks import check_kind
 from gpt2c.model.config import ModelConfig
@@ -187,6 +187,7 @@ class CausalLM(Model):
         **settings: Unpack[TokenSettings],
     ) -> Iterator[tuple[Ids, Logprobs]]: ...
 
+    @shows(TokenSettings)
     def stream(
         self,
         idx: Prompts,
@@ -206,8 +207,22 @@ class CausalLM(Model):
             n_positions tokens; an empty one starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
         logprobs : also return the log-probability of each token
-        settings : the other fields of `gpt2c.GenerationConfig`: temperature, top_k, top_p, min_p,
-            seed, stop and so on
+        min_new_tokens : the least tokens before the end
+        do_sample : False takes the likeliest token each time
+        temperature : divides the logits; 0 takes the likeliest token each time
+        top_k : draw among the k likeliest tokens
+        top_p : draw among the likeliest tokens, the fewest whose probabilities add up to p
+        min_p : draw among the tokens at least p times as likely as the likeliest
+        repetition_penalty : above 1 makes tokens that the text already has less likely
+        no_repeat_ngram_size : n forbids to repeat a sequence of n tokens
+        eos_token_id, stop : a token id or several that end a text
+        seed : the same seed draws the same tokens
+        on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
+        cache : the type of the keys and values in memory, "fp32", "fp16" or "int8"
+        num_return_sequences : the number of continuations of each prompt
+        settings : others of transformers, at values that leave them off
+
+        `gpt2c.GenerationConfig` says more of each.
 
         Returns
         -------
@@ -263,6 +278,7 @@ class CausalLM(Model):
         **settings: Unpack[TokenSettings],
     ) -> tuple[Texts, Logprobs]: ...
 
+    @shows(TokenSettings)
     def generate(
         self,
         idx: Prompts,

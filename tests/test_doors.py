@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 
 import gpt2c
 from gpt2c.generate.engine import Request
+from gpt2c.generator import Continuation
 
 Ids = NDArray[np.int64]
 Logprobs = NDArray[np.float64]
@@ -72,10 +76,70 @@ def test_types_of_the_engine(model: gpt2c.GPT2) -> None:
 
 def test_types_of_the_generator(model: gpt2c.GPT2) -> None:
     generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
-    assert_type(generator.generate("a", max_new_tokens=1), str)
-    assert_type(generator.generate(["a"], max_new_tokens=1), list[str])
+    assert_type(generator.generate("a", max_new_tokens=1), Continuation)
+    assert_type(generator.generate(["a"], max_new_tokens=1), list[Continuation])
     assert_type(generator.stream("a", max_new_tokens=1), Iterator[str])
     assert_type(next(generator.tokens("a", max_new_tokens=1)).probability, float)
+
+
+def test_text_says_why_it_ended(model: gpt2c.GPT2) -> None:
+    generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+    whole = generator.generate("a", max_new_tokens=4, seed=1)
+    assert whole.ended == "length" and type(str(whole)) is str
+    (stopped,) = generator.generate(["a"], max_new_tokens=4, seed=1, stop=whole[:1])
+    assert stopped == "" and stopped.ended == "stop"
+    for twin in (copy.deepcopy(stopped), pickle.loads(pickle.dumps(stopped))):
+        assert twin == stopped and twin.ended == "stop"
+    second = int(model.generate([[97]], 2, seed=1)[0][2])
+    assert generator.generate("a", max_new_tokens=4, seed=1, eos_token_id=second).ended == "end"
+
+
+# The doors of texts, and the settings that each lacks.
+TEXTS: list[tuple[Callable[..., Any], set[str]]] = [
+    (gpt2c.GenerationConfig, set()),
+    (gpt2c.GPT2.generate, set()),
+    (gpt2c.GPT2.stream, set()),
+    (gpt2c.Engine.submit, {"num_return_sequences", "cache"}),
+    (gpt2c.Generator.generate, {"logprobs"}),
+    (gpt2c.Generator.stream, {"logprobs", "num_return_sequences"}),
+    (gpt2c.Generator.tokens, {"logprobs", "num_return_sequences"}),
+    (gpt2c.Chat, {"logprobs", "num_return_sequences"}),
+]
+OTHER = {"Chat": {"max_new_tokens": 256, "on_full": "stop"}}  # defaults
+
+
+@pytest.mark.parametrize(("door", "lacks"), TEXTS)
+def test_signature_shows_every_setting(door: Callable[..., Any], lacks: set[str]) -> None:
+    """With its default; of eos_token_id and cache those of the generator are not known there."""
+    shown = inspect.signature(door).parameters
+    fields = {one.name: one.default for one in dataclasses.fields(gpt2c.GenerationConfig)}
+    of_generator = set()
+    if door.__module__ in ("gpt2c.generator", "gpt2c.chat"):
+        of_generator = {"eos_token_id", "cache"}
+    assert fields.keys() - shown.keys() == lacks
+    for name in fields.keys() - lacks - of_generator:
+        wanted = OTHER.get(door.__name__, {}).get(name, fields[name])
+        assert shown[name].default == wanted and shown[name].annotation != "Any", name
+
+
+@pytest.mark.parametrize("door", [gpt2c.GPT2.stream, gpt2c.Generator.generate])
+def test_every_setting_has_a_line(door: Callable[..., Any]) -> None:
+    entries = re.findall(r"^        (\w[\w, ]*) : ", door.__doc__ or "", re.M)
+    told = {name for entry in entries for name in entry.split(", ")}
+    assert inspect.signature(door).parameters.keys() - told == {"self"}
+
+
+def test_unknown_and_mistyped_settings_are_refused(model: gpt2c.GPT2) -> None:
+    """By mypy, too, which reports an ignored error that is none."""
+    generator = gpt2c.Generator(model, gpt2c.Tokenizer.from_name("bytes"))
+    with pytest.raises(TypeError, match="did you mean temperature"):
+        model.generate(IDS, temperatur=1)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="top_k"):
+        model.stream(IDS, top_k="two")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="did you mean top_p"):
+        generator.stream("a", topp=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="did you mean seed"):
+        gpt2c.GenerationConfig(seeds=1)  # type: ignore[call-arg]
 
 
 def test_types_of_the_models(model: gpt2c.GPT2, tmp_path: Path) -> None:
