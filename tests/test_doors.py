@@ -7,17 +7,29 @@ import dataclasses
 import inspect
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, assert_type
+from types import ModuleType
+from typing import Any, Literal, assert_type, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import gpt2c
+import gpt2c.finetune
+import gpt2c.scoring
+from gpt2c.finetune import given
+from gpt2c.finetune.classify import WEIGHTS
+from gpt2c.finetune.grpo import CHOICES
+from gpt2c.finetune.preference import PAIR_LOSSES
+from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.generate.engine import Request
 from gpt2c.generator import Continuation
+from gpt2c.kernels.backend import PRECISIONS
+from gpt2c.model.quantized import DTYPES
+from gpt2c.parallel.gradients import TRANSPORTS
+from gpt2c.train.optimizer import SCHEDULES
 
 Ids = NDArray[np.int64]
 Logprobs = NDArray[np.float64]
@@ -142,6 +154,58 @@ def test_unknown_and_mistyped_settings_are_refused(model: gpt2c.GPT2) -> None:
         gpt2c.GenerationConfig(seeds=1)  # type: ignore[call-arg]
 
 
+METHODS: dict[str, tuple[type[FinetuneSettings], type[Any]]] = {
+    "sft": (gpt2c.finetune.SFTSettings, given.SFTGiven),
+    "distill": (gpt2c.finetune.DistillSettings, given.DistillGiven),
+    "classify": (gpt2c.finetune.ClassifySettings, given.ClassifyGiven),
+    "reward": (gpt2c.finetune.RewardSettings, given.RewardGiven),
+    "dpo": (gpt2c.finetune.DPOSettings, given.DPOGiven),
+    "grpo": (gpt2c.finetune.GRPOSettings, given.GRPOGiven),
+}
+
+
+@pytest.mark.parametrize("verb", METHODS)
+def test_types_of_given_settings_are_those_of_the_settings(verb: str) -> None:
+    kind, names = METHODS[verb]
+    door = getattr(gpt2c.finetune, verb)
+    assert door.__annotations__["settings"] == f"Unpack[{names.__name__}]"
+    types, wanted = get_type_hints(names), get_type_hints(kind)
+    assert types.keys() == kind.fields().keys()
+    known: dict[str, Iterable[object]] = {
+        "schedule": SCHEDULES,
+        "recompute": ("none", "light", "full"),
+        "precision": (*PRECISIONS, "auto"),
+        "zero": (0, 1),
+        "transport": TRANSPORTS,
+        "quantize": ("none", *DTYPES),
+        "class_weights": WEIGHTS,
+        **(CHOICES if verb == "grpo" else {"loss_type": (*PAIR_LOSSES, "kto")}),
+    }
+    for name, own in types.items():
+        if get_origin(own) is Literal:
+            assert {*get_args(own)} == {*known[name]}, name
+            own = type(get_args(own)[0])
+        assert own is wanted[name], name
+
+
+def test_prune_takes_the_fields_of_its_settings() -> None:
+    shown = inspect.signature(gpt2c.finetune.prune).parameters
+    for field in dataclasses.fields(gpt2c.finetune.PruneSettings):
+        assert shown[field.name].default == field.default
+
+
+def test_mypy_refuses_wrong_settings_of_fine_tuning(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    with pytest.raises(ValueError, match="did you mean learning_rate"):
+        gpt2c.finetune.sft(base, [], out, learning_rat=1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="precision must be fp32, bf16 or auto"):
+        gpt2c.finetune.dpo(base, [], out, precision="fp8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_epochs must be float, got str"):
+        gpt2c.finetune.grpo(base, [], out, max_epochs="3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="layer"):
+        gpt2c.finetune.prune(base, [], out, layer=3)  # type: ignore[call-arg]
+
+
 def test_types_of_the_models(model: gpt2c.GPT2, tmp_path: Path) -> None:
     small = model.quantize("int8")
     assert_type(small, gpt2c.GPT2)
@@ -162,20 +226,33 @@ def test_types_of_the_ops() -> None:
         gpt2c.ops.gelu_forward(y=x)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("name", [name for name in gpt2c.__all__ if name != "ops"])
-def test_no_door_returns_any(name: str) -> None:
-    """Except in mappings to values of several types, such as a config's entries."""
-    door: Any = getattr(gpt2c, name)
+DOORS = [
+    (module, name)
+    for module in (gpt2c, gpt2c.finetune, gpt2c.scoring, gpt2c.ops)
+    for name in module.__all__
+    if callable(getattr(module, name))
+]
+
+
+@pytest.mark.parametrize(("module", "name"), DOORS)
+def test_no_door_takes_or_returns_any(module: ModuleType, name: str) -> None:
+    """Except arrays of any type of numbers."""
+    door: Any = getattr(module, name)
     called = [inspect.unwrap(door)]
     if inspect.isclass(door):
         members = [
             inspect.getattr_static(door, key)
-            for key in ("__call__", *dir(door))
-            if key == "__call__" or key[0] != "_"
+            for key in dir(door)
+            if key in ("__call__", "__init__") or key[0] != "_"
         ]
         called = [getattr(m, "fget", None) or getattr(m, "__func__", m) for m in members]
     called = [function for function in called if inspect.isfunction(function)]
     assert called
     for function in called:
-        returned = function.__annotations__["return"]
-        assert not re.search(r"\bAny\b(?!\])", returned), f"{function.__qualname__} -> {returned}"
+        signature = inspect.signature(function)
+        told = {key: value.annotation for key, value in signature.parameters.items()}
+        told |= {"->": signature.return_annotation}
+        for key, annotation in told.items():
+            text = str(annotation).replace("NDArray[Any]", "")
+            assert not re.search(r"\bAny\b", text), f"{function.__qualname__}: {key}: {annotation}"
+            assert key in ("self", "cls") or annotation is not inspect.Parameter.empty, key

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from gpt2c.files.names import REFERENCE_FILE
 from gpt2c.files.untrusted import shown
 from gpt2c.finetune.completions import learn_completions, lengths_of, log_probabilities
+from gpt2c.finetune.given import DPOGiven
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
@@ -336,7 +337,7 @@ def dpo(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **settings: Unpack[DPOGiven],
 ) -> Result:
     """Teach a model which answers people prefer, by DPO or one of its kin.
 

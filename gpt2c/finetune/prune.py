@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -272,9 +272,14 @@ def prune(
     examples: Source,
     out: str | os.PathLike[str],
     *,
+    layers: int | None = None,
+    mlp: float | None = None,
+    sparsity: float | None = None,
+    method: Literal["wanda", "magnitude"] = "wanda",
+    mask_structure: str | None = None,
+    calibration_tokens: int = 4096,
     backend: str = "auto",
     threads: int = 0,
-    **settings: Any,
 ) -> Pruned:
     """Remove layers or neurons of a model, or set weights to 0, by what it does with examples.
 
@@ -285,8 +290,9 @@ def prune(
     model : a directory of a model with its tokenizer, or a name on the hub; it stays as it is
     examples : see `gpt2c.finetune.sft`; the part that is held out measures the loss
     out : the directory of the pruned model, new or empty
+    layers, mlp, sparsity, method, mask_structure, calibration_tokens : what is pruned, and how, see
+        `gpt2c.finetune.PruneSettings`
     backend, threads : see `gpt2c.from_pretrained`; 0 threads: as many as the machine allows
-    settings : fields of `gpt2c.finetune.PruneSettings`
 
     Raises
     ------
@@ -310,7 +316,8 @@ def prune(
     >>> pruned.after["parameters"] < pruned.before["parameters"]
     True
     """
-    own, out = PruneSettings(**settings), Path(out)
+    own = PruneSettings(layers, mlp, sparsity, method, mask_structure, calibration_tokens)
+    out = Path(out)
     found = find_model(model)
     if found.weights != "fp32":
         raise ValueError(f"{model} has {found.weights} weights: prune it before it is quantized")

@@ -13,7 +13,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from gpt2c.files.names import check_named
 from gpt2c.files.untrusted import decode, read_bytes, shown
@@ -36,6 +36,7 @@ __all__ = [
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
+Value = bool | int | float | str  # of a setting
 
 # of a recipe, before a method's own
 TABLES = ("model", "data", "optimizer", "schedule", "run", "parallel")
@@ -167,7 +168,7 @@ class Settings:
             raise ValueError(f"precision must be {known} or auto, got {shown(self.precision)}")
 
     @classmethod
-    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
+    def fields(cls) -> dict[str, dataclasses.Field[Value]]:
         """Return name -> field."""
         return {field.name: field for field in dataclasses.fields(cls)}
 
@@ -198,13 +199,13 @@ class Settings:
         return {table: names for table, names in found.items() if names}
 
     @classmethod
-    def older(cls) -> dict[str, Any]:
+    def older(cls) -> dict[str, Value]:
         """Return the values of settings that older runs lack, see `setting`."""
         values = {name: field.metadata["older"] for name, field in cls.fields().items()}
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
-    def checked(cls, name: str, value: Any) -> Any:
+    def checked(cls, name: str, value: object) -> Value:
         """Return a setting's value, converted to float for a float setting.
 
         Raises
@@ -221,16 +222,17 @@ class Settings:
         if type(value) is not wanted:
             kind = type(value).__name__
             raise ValueError(f"{name} must be {wanted.__name__}, got {kind} {shown(value)}")
-        if least is not None and not value >= least:  # also true for nan
+        own: Any = value  # of the wanted type
+        if least is not None and not own >= least:  # also true for nan
             raise ValueError(f"{name} must be at least {least}, got {value}")
-        if wanted is int and value > GREATEST:
+        if wanted is int and own > GREATEST:
             least = 1 if least is None else least
             raise ValueError(
                 f"{name} must be a whole number from {least} to {GREATEST}, got {shown(value)}"
             )
-        if wanted is float and not math.isfinite(value):
+        if wanted is float and not math.isfinite(own):
             raise ValueError(f"{name} must be finite, got {value}")
-        return value
+        return cast(Value, value)
 
     @property
     def recomputation(self) -> str | None:
