@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from gpt2c.generate.continuation import Ids, Logprobs, Step, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TokenSettings, shows
-from gpt2c.kernels.backend import Backend
-from gpt2c.kernels.checks import check_kind
+from gpt2c.kernels.backend import Backend, BackendName, Precision
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.model import Model
@@ -47,31 +46,18 @@ class CausalLM(Model):
     config_class: ClassVar[type[ModelConfig]]
     _found: Pretrained | None = None  # where it was loaded from, which adapters' files name
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        seed: int | None = 1337,
-        backend: str | Backend = "auto",
-        recompute: str | None = None,
-        threads: int | None = None,
-        weights: str = "fp32",
-        precision: str = "fp32",
-    ) -> None:
-        check_kind("config", config, self.config_class, f"a {self.config_class.__name__}")
-        super().__init__(config, seed, backend, recompute, threads, weights, precision)
-
     # ---- files -----------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        backend: str | Backend = "auto",
-        quantize: str | None = None,
+        backend: BackendName | Backend = "auto",
+        quantize: Literal["int8", "fp16"] | None = None,
         revision: str | None = None,
         threads: int | None = None,
-        recompute: str | None = None,
-        precision: str = "fp32",
+        recompute: Literal["light", "full"] | None = None,
+        precision: Precision = "fp32",
         adapter: str | os.PathLike[str] | None = None,
         check_base: bool = True,
     ) -> Self:

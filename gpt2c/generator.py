@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from gpt2c.formats.load import find_model
 from gpt2c.generate.continuation import Look, Step, continue_prompts
 from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest, shows
-from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.backend import Backend, BackendName
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.memory import Array
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.reader import check_cache
+from gpt2c.model.reader import CacheType, check_cache
 from gpt2c.pretrained import open_found
 from gpt2c.text.tokenizer import Tokenizer
 
@@ -182,7 +182,7 @@ class Generator:
         model: LanguageModel,
         tokenizer: Tokenizer,
         eos_token_id: int | Collection[int] | None = None,
-        cache: str = "fp32",
+        cache: CacheType = "fp32",
     ) -> None:
         check_cache(cache)
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
@@ -201,11 +201,11 @@ class Generator:
     def from_pretrained(
         cls,
         path_or_name: str | os.PathLike[str],
-        backend: str | Backend = "auto",
-        quantize: str | None = None,
+        backend: BackendName | Backend = "auto",
+        quantize: Literal["int8", "fp16"] | None = None,
         revision: str | None = None,
         threads: int | None = None,
-        cache: str = "fp32",
+        cache: CacheType = "fp32",
         adapter: str | os.PathLike[str] | None = None,
         check_base: bool = True,
     ) -> Generator:

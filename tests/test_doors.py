@@ -26,8 +26,9 @@ from gpt2c.finetune.preference import PAIR_LOSSES
 from gpt2c.finetune.settings import FinetuneSettings
 from gpt2c.generate.engine import Request
 from gpt2c.generator import Continuation
-from gpt2c.kernels.backend import PRECISIONS
-from gpt2c.model.quantized import DTYPES
+from gpt2c.kernels.backend import NAMES, PRECISIONS, REQUIRES, Precision
+from gpt2c.model.quantized import DTYPES, Weights
+from gpt2c.model.reader import CACHES, CacheType
 from gpt2c.parallel.gradients import TRANSPORTS
 from gpt2c.train.optimizer import SCHEDULES
 
@@ -173,6 +174,7 @@ def test_types_of_given_settings_are_those_of_the_settings(verb: str) -> None:
     assert types.keys() == kind.fields().keys()
     known: dict[str, Iterable[object]] = {
         "schedule": SCHEDULES,
+        "backend": ("auto", *REQUIRES),
         "recompute": ("none", "light", "full"),
         "precision": (*PRECISIONS, "auto"),
         "zero": (0, 1),
@@ -216,6 +218,23 @@ def test_types_of_the_models(model: gpt2c.GPT2, tmp_path: Path) -> None:
     assert_type(either, gpt2c.GPT2 | gpt2c.Llama)
     assert type(either) is gpt2c.GPT2
     assert_type(either.config.vocab_size, int)
+
+
+def test_types_of_names_are_those_that_the_program_knows(model: gpt2c.GPT2) -> None:
+    assert NAMES == (*REQUIRES,) and get_args(Precision) == (*PRECISIONS, "auto")
+    assert get_args(CacheType) == (*CACHES,) and get_args(Weights) == ("fp32", *DTYPES)
+    for name in gpt2c.backends():
+        gpt2c.GPT2(model.config, backend=name)
+    with pytest.raises(ValueError, match="backend 'cuda': unknown name"):
+        gpt2c.GPT2(model.config, backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="precision must be"):
+        gpt2c.GPT2(model.config, precision="fp16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config must be a LlamaConfig"):
+        gpt2c.Llama(model.config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cache must be one of"):
+        gpt2c.Engine(model, cache="bf16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        gpt2c.Schedule("cos", 1.0, 10)  # type: ignore[arg-type]
 
 
 def test_types_of_the_ops() -> None:

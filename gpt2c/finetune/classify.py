@@ -41,7 +41,7 @@ from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
 from gpt2c.parallel.world import World, join
-from gpt2c.pretrained import from_pretrained
+from gpt2c.pretrained import open_found
 from gpt2c.screen.terminal import one_line
 from gpt2c.text.examples import read_records
 from gpt2c.text.labelled import Labelled, labelled, sorted_labels, unique
@@ -408,8 +408,8 @@ class _Classify(Method):
         settings = self._settings
 
         def probabilities() -> list[list[float]]:
-            model = from_pretrained(
-                out,
+            model = open_found(
+                find_model(out),
                 settings.backend,
                 threads=settings.threads or None,
                 precision=settings.precision,

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from gpt2c.kernels.backend import BackendName, Precision
+from gpt2c.train.optimizer import ScheduleKind
+
 __all__ = [
     "ClassifyGiven",
     "DPOGiven",
@@ -28,7 +31,7 @@ class FinetuneGiven(TypedDict, total=False):
     beta1: float
     beta2: float
     grad_clip: float
-    schedule: Literal["constant", "linear", "cosine", "wsd", "step"]
+    schedule: ScheduleKind
     min_lr: float
     decay_fraction: float
     step_size: int
@@ -42,10 +45,10 @@ class FinetuneGiven(TypedDict, total=False):
     skip_nonfinite: bool
     tensorboard: bool
     seed: int
-    backend: str
+    backend: BackendName
     threads: int
     recompute: Literal["none", "light", "full"]
-    precision: Literal["fp32", "bf16", "auto"]
+    precision: Precision
     zero: Literal[0, 1]
     transport: Literal["fp32", "bf16"]
     mpi_timeout: float

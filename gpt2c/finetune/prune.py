@@ -31,7 +31,7 @@ from gpt2c.files.atomic import atomic_directory, check_directory
 from gpt2c.finetune.data import Data, Source, SupervisedSettings, open_data
 from gpt2c.finetune.tune import Base
 from gpt2c.formats.load import AnyConfig, find_model
-from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.backend import BackendName, get_backend
 from gpt2c.kernels.checks import number, whole
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.pretrained import MODELS
@@ -278,7 +278,7 @@ def prune(
     method: Literal["wanda", "magnitude"] = "wanda",
     mask_structure: str | None = None,
     calibration_tokens: int = 4096,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     threads: int = 0,
 ) -> Pruned:
     """Remove layers or neurons of a model, or set weights to 0, by what it does with examples.
@@ -290,8 +290,8 @@ def prune(
     model : a directory of a model with its tokenizer, or a name on the hub; it stays as it is
     examples : see `gpt2c.finetune.sft`; the part that is held out measures the loss
     out : the directory of the pruned model, new or empty
-    layers, mlp, sparsity, method, mask_structure, calibration_tokens : what is pruned, and how, see
-        `gpt2c.finetune.PruneSettings`
+    layers, mlp, sparsity, method, mask_structure, calibration_tokens : what is pruned, and how: the
+        fields of `gpt2c.finetune.PruneSettings`
     backend, threads : see `gpt2c.from_pretrained`; 0 threads: as many as the machine allows
 
     Raises
@@ -331,7 +331,8 @@ def prune(
     data = open_data(
         examples, Base(found, Tokenizer.from_pretrained(found.path)), SupervisedSettings()
     )
-    kind, ops = MODELS[type(found.config)], get_backend(backend, threads or None)
+    kind: type[CausalLM] = MODELS[type(found.config)]
+    ops = get_backend(backend, threads or None)
     texts = partial(calibration, data, own.calibration_tokens)
     first = last = kind.from_found(found, ops)
     said = []

@@ -30,7 +30,7 @@ from gpt2c.generate.sampling import GenerationConfig, RequestSettings, shows
 from gpt2c.kernels.checks import check_kind, counted, number, whole
 from gpt2c.model.inputs import check_ids, check_prompts
 from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.reader import CHUNK, Decoder
+from gpt2c.model.reader import CHUNK, CacheType, Decoder
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineFull", "Request"]
@@ -189,7 +189,7 @@ class Engine:
         queue: int = 64,
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
-        cache: str = "fp32",
+        cache: CacheType = "fp32",
     ) -> None:
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         most = model.config.n_positions

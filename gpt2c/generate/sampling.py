@@ -14,13 +14,13 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.checks import number, whole_or_float
-from gpt2c.model.reader import check_cache
+from gpt2c.model.reader import CacheType, check_cache
 
 __all__ = [
     "OFF",
@@ -86,7 +86,7 @@ class DrawSettings(TypedDict, total=False):
     no_repeat_ngram_size: int | None
     eos_token_id: int | Collection[int] | None
     seed: int | None
-    on_full: str
+    on_full: Literal["slide", "stop"] | None
     num_beams: int | None
     typical_p: float | None
     use_cache: bool | None
@@ -98,7 +98,7 @@ class DrawSettings(TypedDict, total=False):
 class TextSettings(DrawSettings, total=False):
     """`GenerationConfig`'s settings for texts of a call."""
 
-    cache: str | None
+    cache: CacheType | None
 
 
 class TokenSettings(TextSettings, total=False):
@@ -204,8 +204,8 @@ class GenerationConfig:
     stop: int | Collection[int] | None = None
     seed: int | None = None
     logprobs: bool = False
-    on_full: str = "slide"
-    cache: str = "fp32"
+    on_full: Literal["slide", "stop"] = "slide"
+    cache: CacheType = "fp32"
 
     def __init__(
         self,

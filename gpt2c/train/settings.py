@@ -22,7 +22,7 @@ from gpt2c.model.config import ModelConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.parallel.gradients import TRANSPORTS
-from gpt2c.train.optimizer import SCHEDULES, Schedule
+from gpt2c.train.optimizer import SCHEDULES, Schedule, ScheduleKind
 
 __all__ = [
     "Settings",
@@ -247,7 +247,7 @@ class Settings:
     def learning_rates(self) -> Schedule:
         """Return the schedule of learning rates; a warm-up longer than the run is cut to it."""
         return Schedule(
-            self.schedule,
+            cast(ScheduleKind, self.schedule),  # refused there if it is none
             self.learning_rate,
             self.max_iters,
             min(self.warmup, self.max_iters),
