@@ -118,7 +118,7 @@ def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
     """Return a decorator that writes out `**settings` in the signature of a function.
 
     So `help` lists each setting of `GenerationConfig` with its default. A type checker and an
-    editor find them in the TypedDict. Written by hand, the list of 15 would stand in each overload
+    editor find them in the TypedDict. Written by hand, the list of 14 would stand in each overload
     of each of eight functions.
 
     Parameters
