@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.generate.continuation import Ids, Logprobs, Step, continue_prompts
-from gpt2c.generate.sampling import GenerationConfig, TokenSettings
-from gpt2c.kernels.backend import Backend
-from gpt2c.kernels.checks import check_kind
+from gpt2c.generate.sampling import GenerationConfig, TokenSettings, shows
+from gpt2c.kernels.backend import Backend, BackendName, Precision
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.model import Model
@@ -47,31 +46,18 @@ class CausalLM(Model):
     config_class: ClassVar[type[ModelConfig]]
     _found: Pretrained | None = None  # where it was loaded from, which adapters' files name
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        seed: int | None = 1337,
-        backend: str | Backend = "auto",
-        recompute: str | None = None,
-        threads: int | None = None,
-        weights: str = "fp32",
-        precision: str = "fp32",
-    ) -> None:
-        check_kind("config", config, self.config_class, f"a {self.config_class.__name__}")
-        super().__init__(config, seed, backend, recompute, threads, weights, precision)
-
     # ---- files -----------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        backend: str | Backend = "auto",
-        quantize: str | None = None,
+        backend: BackendName | Backend = "auto",
+        quantize: Literal["int8", "fp16"] | None = None,
         revision: str | None = None,
         threads: int | None = None,
-        recompute: str | None = None,
-        precision: str = "fp32",
+        recompute: Literal["light", "full"] | None = None,
+        precision: Precision = "fp32",
         adapter: str | os.PathLike[str] | None = None,
         check_base: bool = True,
     ) -> Self:
@@ -206,6 +192,7 @@ class CausalLM(Model):
         **settings: Unpack[TokenSettings],
     ) -> Iterator[tuple[Ids, Logprobs]]: ...
 
+    @shows(TokenSettings)
     def stream(
         self,
         idx: Prompts,
@@ -225,8 +212,22 @@ class CausalLM(Model):
             n_positions tokens; an empty one starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
         logprobs : also return the log-probability of each token
-        settings : the other fields of `gpt2c.GenerationConfig`: temperature, top_k, top_p, min_p,
-            seed, stop and so on
+        min_new_tokens : the least tokens before the end
+        do_sample : False takes the likeliest token each time
+        temperature : divides the logits; 0 takes the likeliest token each time
+        top_k : draw among the k likeliest tokens
+        top_p : draw among the likeliest tokens, the fewest whose probabilities add up to p
+        min_p : draw among the tokens at least p times as likely as the likeliest
+        repetition_penalty : above 1 makes tokens that the text already has less likely
+        no_repeat_ngram_size : n forbids to repeat a sequence of n tokens
+        eos_token_id, stop : a token id or several that end a text
+        seed : the same seed draws the same tokens
+        on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
+        cache : the type of the keys and values in memory, "fp32", "fp16" or "int8"
+        num_return_sequences : the number of continuations of each prompt
+        settings : others of transformers, at values that leave them off
+
+        `gpt2c.GenerationConfig` says more of each.
 
         Returns
         -------
@@ -289,6 +290,7 @@ class CausalLM(Model):
         **settings: Unpack[TokenSettings],
     ) -> tuple[Texts, Logprobs]: ...
 
+    @shows(TokenSettings)
     def generate(
         self,
         idx: Prompts,

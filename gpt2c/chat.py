@@ -14,10 +14,10 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Generator as Pieces
 from itertools import takewhile
-from typing import Any, Unpack
+from typing import Unpack
 
 from gpt2c.generate.continuation import Text, read_prompt, step
-from gpt2c.generate.sampling import TextSettings
+from gpt2c.generate.sampling import TextSettings, shows
 from gpt2c.generator import Generator
 from gpt2c.kernels.checks import counted
 from gpt2c.text.chat import Message, check_messages, check_template, encode_chat
@@ -38,8 +38,9 @@ class Chat:
     ----------
     generator : a `Generator`, or a path or name that `Generator.from_pretrained` opens
     system : what the model is told before all else; never forgotten
-    settings : fields of `gpt2c.GenerationConfig`, and `stop`, see `Generator.generate`. With a
-        seed, the same conversation has the same answers
+    stop, max_new_tokens : see `Generator.generate`
+    settings : the other settings of `Generator.generate`, which says what each does; no on_full.
+        With a seed, the same conversation has the same answers
 
     Attributes
     ----------
@@ -64,6 +65,7 @@ class Chat:
     ['system', 'user', 'assistant']
     """
 
+    @shows(TextSettings, eos_token_id=..., cache=None, on_full="stop")
     def __init__(
         self,
         generator: Generator | str | os.PathLike[str],
@@ -76,8 +78,10 @@ class Chat:
         if not isinstance(generator, Generator):
             generator = Generator.from_pretrained(generator)
         check_template(generator.tokenizer)
-        given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
-        self._config, self._writer = generator.plan({"on_full": "stop", **given})
+        settings.setdefault("on_full", "stop")
+        self._config, self._writer = generator.plan(
+            stop=stop, max_new_tokens=max_new_tokens, **settings
+        )
         if self._config.num_return_sequences > 1 or self._config.on_full != "stop":
             raise ValueError(
                 "a chat has one answer at a time, which ends where the context is full: leave"

@@ -18,18 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.formats.load import find_model
-from gpt2c.generate.continuation import Look, continue_prompts
-from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest
-from gpt2c.kernels.backend import Backend
+from gpt2c.generate.continuation import Look, Step, continue_prompts
+from gpt2c.generate.sampling import GenerationConfig, TextSettings, likeliest, shows
+from gpt2c.kernels.backend import Backend, BackendName
 from gpt2c.kernels.checks import check_kind, whole
 from gpt2c.kernels.memory import Array
 from gpt2c.model.inputs import check_prompts
 from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.reader import check_cache
+from gpt2c.model.reader import CacheType, check_cache
 from gpt2c.pretrained import open_found
 from gpt2c.text.tokenizer import Tokenizer
 
-__all__ = ["Generator", "StringSettings", "Token", "Writer"]
+__all__ = ["Continuation", "Generator", "Token", "Writer"]
+
+Allowed = Collection[str] | Literal["all"]
+Why = Literal["end", "stop", "length"]
 
 
 class Token(NamedTuple):
@@ -50,10 +53,16 @@ class Token(NamedTuple):
     candidates: list[tuple[int, float]]
 
 
-class StringSettings(TextSettings, total=False):
-    """`GenerationConfig`'s settings for strings, and the special tokens of their prompts."""
+class Continuation(str):
+    """A generated text: a string that also knows why it ended.
 
-    allowed_special: Collection[str] | Literal["all"]
+    Attributes
+    ----------
+    ended : "end" (a token that ends a text), "stop" (a stop string) or "length" (it has
+        max_new_tokens, or the context is full)
+    """
+
+    ended: Why
 
 
 class Writer:
@@ -65,24 +74,37 @@ class Writer:
     stops : strings that end the text; they are not part of it
     least : the number of tokens after which a stop string may begin
     silent : tokens without text
+    ends : tokens that end the text
+
+    Attributes
+    ----------
+    count : the number of tokens
+    ended : why the text ends here, see `Continuation`
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], least: int, silent: Collection[int]
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        least: int,
+        silent: Collection[int],
+        ends: Collection[int] = (),
     ) -> None:
         self.count = 0
+        self.ended: Why = "length"
         self._tokenizer = tokenizer
         self._stops = stops
         self._least = least
         self._silent = silent
+        self._ends = ends
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._certain = ""  # certain, and not yet taken
         self._open = ""  # may be the beginning of a stop string
-        self._stopped = False
 
     def __call__(self, token: int) -> bool:
         """Add a token; return whether a stop string has come."""
         self.count += 1
+        self.ended = "end" if token in self._ends else "length"
         if token not in self._silent:
             self._open += self._decode(self._tokenizer.token_bytes(token))
         held = 0
@@ -90,26 +112,36 @@ class Writer:
             places = [self._open.find(stop) for stop in self._stops]
             found = [place for place in places if place >= 0]
             if found:
-                self._open, self._stopped = self._open[: min(found)], True
+                self._open, self.ended = self._open[: min(found)], "stop"
             else:
                 held = max((_overlap(self._open, stop) for stop in self._stops), default=0)
         size = len(self._open) - held
         self._certain += self._open[:size]
         self._open = self._open[size:]
-        return self._stopped
+        return self.ended == "stop"
 
     def take(self, last: bool = False) -> str:
         """Return the characters that became certain since the last call; with `last`, all left."""
-        if last and not self._stopped:
+        if last and self.ended != "stop":
             self._certain += self._open + self._decode(b"", final=True)
         piece, self._certain = self._certain, ""
         return piece
+
+    def text(self) -> Continuation:
+        """Return the characters that were not taken, all that is left."""
+        text = Continuation(self.take(last=True))
+        text.ended = self.ended
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:
     """Count the characters at the end of text that could begin `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+# The settings of a call, and a function that makes the writer of each of its texts.
+Plan = tuple[GenerationConfig, Callable[[], Writer]]
 
 
 class Generator:
@@ -141,6 +173,8 @@ class Generator:
     >>> text = generator.generate("hello", max_new_tokens=8, top_p=0.9, seed=1)
     >>> "".join(generator.stream("hello", max_new_tokens=8, top_p=0.9, seed=1)) == text
     True
+    >>> text.ended
+    'length'
     """
 
     def __init__(
@@ -148,7 +182,7 @@ class Generator:
         model: LanguageModel,
         tokenizer: Tokenizer,
         eos_token_id: int | Collection[int] | None = None,
-        cache: str = "fp32",
+        cache: CacheType = "fp32",
     ) -> None:
         check_cache(cache)
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
@@ -167,11 +201,11 @@ class Generator:
     def from_pretrained(
         cls,
         path_or_name: str | os.PathLike[str],
-        backend: str | Backend = "auto",
-        quantize: str | None = None,
+        backend: BackendName | Backend = "auto",
+        quantize: Literal["int8", "fp16"] | None = None,
         revision: str | None = None,
         threads: int | None = None,
-        cache: str = "fp32",
+        cache: CacheType = "fp32",
         adapter: str | os.PathLike[str] | None = None,
         check_base: bool = True,
     ) -> Generator:
@@ -217,8 +251,9 @@ class Generator:
         num_return_sequences: Literal[1] | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[StringSettings],
-    ) -> str: ...
+        allowed_special: Allowed = (),
+        **settings: Unpack[TextSettings],
+    ) -> Continuation: ...
 
     @overload
     def generate(
@@ -228,8 +263,9 @@ class Generator:
         num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[StringSettings],
-    ) -> list[str]: ...
+        allowed_special: Allowed = (),
+        **settings: Unpack[TextSettings],
+    ) -> list[Continuation]: ...
 
     @overload
     def generate(
@@ -239,9 +275,11 @@ class Generator:
         num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[StringSettings],
-    ) -> str | list[str]: ...
+        allowed_special: Allowed = (),
+        **settings: Unpack[TextSettings],
+    ) -> Continuation | list[Continuation]: ...
 
+    @shows(TextSettings, eos_token_id=..., cache=None)
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -249,22 +287,41 @@ class Generator:
         num_return_sequences: int | None = 1,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[StringSettings],
-    ) -> str | list[str]:
+        allowed_special: Allowed = (),
+        **settings: Unpack[TextSettings],
+    ) -> Continuation | list[Continuation]:
         """Continue one text or several together.
 
         Parameters
         ----------
         prompt : a string, or several; an empty one starts a new text. `model.generate` continues
             token ids
-        settings : fields of `gpt2c.GenerationConfig`; `stop` takes a string or several, and the
-            defaults of eos_token_id and cache are the generator's. allowed_special, see
-            `Tokenizer.encode`: the names of special tokens to recognize in the prompt, or "all"
+        num_return_sequences : the number of continuations of each prompt
+        stop : a string or several that end a text, and are no part of it
+        max_new_tokens : the most tokens to add
+        allowed_special : the names of special tokens to recognize in the prompt, or "all", see
+            `Tokenizer.encode`
+        min_new_tokens : the least tokens before the end
+        do_sample : False takes the likeliest token each time
+        temperature : divides the logits; 0 takes the likeliest token each time
+        top_k : draw among the k likeliest tokens
+        top_p : draw among the likeliest tokens, the fewest whose probabilities add up to p
+        min_p : draw among the tokens at least p times as likely as the likeliest
+        repetition_penalty : above 1 makes tokens that the text already has less likely
+        no_repeat_ngram_size : n forbids to repeat a sequence of n tokens
+        eos_token_id : a token id or several that end a text; None for none; left out, the
+            generator's
+        seed : the same seed draws the same tokens
+        on_full : when the text fills the context, "slide" forgets its first half, "stop" ends it
+        cache : the type of the keys and values in memory; None is the generator's
+        settings : others of transformers, at values that leave them off
+
+        `gpt2c.GenerationConfig` says more of each.
 
         Returns
         -------
-        the text after the prompt, up to the end or a stop string: a string; for several prompts, or
-        num_return_sequences above 1, a list of strings
+        the text after the prompt, up to the end or a stop string: a string that knows why it ended;
+        for several prompts, or num_return_sequences above 1, a list of such strings
 
         Raises
         ------
@@ -280,15 +337,18 @@ class Generator:
         >>> len(texts)
         2
         """
-        given: dict[str, Any] = {
-            **{"num_return_sequences": num_return_sequences, "stop": stop},
-            **{"max_new_tokens": max_new_tokens, **settings},
-        }
-        writers, steps, copies = self._begin(_strings("prompt", prompt, "generate"), given)
+        plan = self.plan(
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=num_return_sequences,
+            **settings,
+        )
+        copies = plan[0].num_return_sequences
+        writers, steps = self._begin(_strings("prompt", prompt, "generate"), plan, allowed_special)
         for _ in steps:
             pass
         self.count += sum(writer.count for writer in writers)
-        texts = [writer.take(last=True) for writer in writers]
+        texts = [writer.text() for writer in writers]
         return texts[0] if isinstance(prompt, str) and copies == 1 else texts
 
     def embed(self, texts: str | Sequence[str]) -> Array:
@@ -317,13 +377,15 @@ class Generator:
         vectors = self.model.embed([self._ids(text) for text in several])
         return vectors[0] if isinstance(texts, str) else vectors
 
+    @shows(TextSettings, eos_token_id=..., cache=None)
     def stream(
         self,
         prompt: str,
         *,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[StringSettings],
+        allowed_special: Allowed = (),
+        **settings: Unpack[TextSettings],
     ) -> Iterator[str]:
         """Continue one text, yielding each piece as soon as it is certain; see `generate`.
 
@@ -341,8 +403,8 @@ class Generator:
         >>> "".join(pieces) == generator.generate("Once", max_new_tokens=8, seed=1)
         True
         """
-        given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
-        writers, steps = self._begin_one(prompt, given)
+        plan = self.plan(stop=stop, max_new_tokens=max_new_tokens, **settings)
+        writers, steps = self._begin_one(prompt, plan, allowed_special)
 
         def pieces() -> Iterator[str]:
             for _ in steps:
@@ -354,6 +416,7 @@ class Generator:
 
         return pieces()
 
+    @shows(TextSettings, eos_token_id=..., cache=None)
     def tokens(
         self,
         prompt: str,
@@ -361,7 +424,8 @@ class Generator:
         *,
         stop: str | Collection[str] | None = None,
         max_new_tokens: int | None = 64,
-        **settings: Unpack[StringSettings],
+        allowed_special: Allowed = (),
+        **settings: Unpack[TextSettings],
     ) -> Iterator[Token]:
         """Continue one text token by token, with the probability of each; see `generate`.
 
@@ -398,8 +462,8 @@ class Generator:
             data = self.tokenizer.token_bytes(token)
             new.append(Token(token, data, float(shares[token]), pairs))
 
-        given: dict[str, Any] = {**settings, "stop": stop, "max_new_tokens": max_new_tokens}
-        _, steps = self._begin_one(prompt, given, look)
+        plan = self.plan(stop=stop, max_new_tokens=max_new_tokens, **settings)
+        _, steps = self._begin_one(prompt, plan, allowed_special, look)
 
         def tokens() -> Iterator[Token]:
             for _ in steps:
@@ -409,56 +473,64 @@ class Generator:
         return tokens()
 
     def _begin_one(
-        self, prompt: str, settings: dict[str, Any], look: Look | None = None
-    ) -> tuple[list[Writer], Iterator[Any]]:
+        self, prompt: str, plan: Plan, allowed: Allowed, look: Look | None = None
+    ) -> tuple[list[Writer], Iterator[Step]]:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be a string, got {type(prompt).__name__}")
-        writers, steps, copies = self._begin([prompt], settings, look)
-        if copies > 1:
+        if plan[0].num_return_sequences > 1:
             raise ValueError("stream and tokens continue one text: leave num_return_sequences out")
-        return writers, steps
+        return self._begin([prompt], plan, allowed, look)
 
     def _begin(
-        self, prompts: Sequence[str], settings: dict[str, Any], look: Look | None = None
-    ) -> tuple[list[Writer], Iterator[Any], int]:
-        allowed = settings.pop("allowed_special", ())
-        config, writer = self.plan(settings)
+        self, prompts: Sequence[str], plan: Plan, allowed: Allowed, look: Look | None = None
+    ) -> tuple[list[Writer], Iterator[Step]]:
+        config, writer = plan
         ids = [self._ids(text, allowed) for text in prompts]
-        copies = config.num_return_sequences
         writers: list[Writer] = []
         prompts_ids = check_prompts(self.model.config, ids)
         steps = continue_prompts(self.model, prompts_ids, config, writers, look, self.unused)
+        copies = config.num_return_sequences
         for _ in range(len(ids) * copies):  # after continue_prompts: it may refuse so many texts
             writers.append(writer())
-        return writers, steps, copies
+        return writers, steps
 
-    def _ids(self, text: str, allowed: Any = ()) -> list[int]:
+    def _ids(self, text: str, allowed: Allowed = ()) -> list[int]:
         """Return the ids of a text, after `eot` if its tokenizer begins texts so."""
         start, ids = [self.tokenizer.eot], self.tokenizer.encode(text, allowed)
         adds = self.tokenizer.add_bos_token and ids[:1] != start
         return start + ids if adds else ids or start
 
-    def plan(self, settings: dict[str, Any]) -> tuple[GenerationConfig, Callable[[], Writer]]:
+    def plan(
+        self,
+        *,
+        stop: str | Collection[str] | None = None,
+        max_new_tokens: int | None = 64,
+        num_return_sequences: int | None = 1,
+        **settings: Unpack[TextSettings],
+    ) -> Plan:
         """Return the settings of a call, and a function that makes the writer of each of its texts.
 
         Raises
         ------
         ValueError, TypeError : see `generate`
         """
-        stop = settings.pop("stop", None)
         several = isinstance(stop, list | tuple | set | frozenset)
-        stops = list(stop) if several else [] if stop is None else [stop]
+        stops: list[Any] = [] if stop is None else list(stop) if several else [stop]
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop must be strings of at least one character, got {text!r}")
         if settings.get("cache") is None:
             settings["cache"] = self.cache
-        config = GenerationConfig(**{"eos_token_id": self.eos_token_id} | settings)
+        settings.setdefault("eos_token_id", self.eos_token_id)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences, **settings
+        )
         if config.logprobs:
             raise ValueError("logprobs belong to tokens: use model.generate(ids, logprobs=True)")
         special = {*self.tokenizer.special_tokens.values()}
-        silent = {self.tokenizer.eot} | (config.ends(self.model.config.vocab_size) & special)
-        return config, lambda: Writer(self.tokenizer, stops, config.min_new_tokens, silent)
+        ends = config.ends(self.model.config.vocab_size)
+        silent = {self.tokenizer.eot} | (ends & special)
+        return config, lambda: Writer(self.tokenizer, stops, config.min_new_tokens, silent, ends)
 
 
 def _strings(name: str, texts: Any, door: str) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from gpt2c.causal_lm import CausalLM
-from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.backend import Backend, BackendName, Precision
 from gpt2c.kernels.checks import check_kind
 from gpt2c.model.gpt2 import GPT2Config
+from gpt2c.model.quantized import Weights
 
 if TYPE_CHECKING:
     from gpt2c.formats.load import Pretrained
@@ -91,6 +92,19 @@ class GPT2(CausalLM):
     config: GPT2Config
     config_class = GPT2Config
 
+    def __init__(
+        self,
+        config: GPT2Config,
+        seed: int | None = 1337,
+        backend: BackendName | Backend = "auto",
+        recompute: Literal["light", "full"] | None = None,
+        threads: int | None = None,
+        weights: Weights = "fp32",
+        precision: Precision = "fp32",
+    ) -> None:
+        check_kind("config", config, GPT2Config, "a GPT2Config")
+        super().__init__(config, seed, backend, recompute, threads, weights, precision)
+
 
 class QuantizedGPT2(GPT2):
     """The old name of a `GPT2` with int8 or fp16 weights; each use of it warns.
@@ -109,8 +123,8 @@ class QuantizedGPT2(GPT2):
     def __init__(
         self,
         config: GPT2Config,
-        method: str,
-        backend: str | Backend = "auto",
+        method: Literal["int8", "fp16"],
+        backend: BackendName | Backend = "auto",
         threads: int | None = None,
     ) -> None:
         _warn()
@@ -125,8 +139,8 @@ class QuantizedGPT2(GPT2):
     def from_pretrained(  # type: ignore[override]
         cls,
         path: str | os.PathLike[str],
-        method: str,
-        backend: str | Backend = "auto",
+        method: Literal["int8", "fp16"],
+        backend: BackendName | Backend = "auto",
         revision: str | None = None,
         threads: int | None = None,
     ) -> Self:

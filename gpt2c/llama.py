@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from gpt2c.causal_lm import CausalLM
+from gpt2c.kernels.backend import Backend, BackendName, Precision
+from gpt2c.kernels.checks import check_kind
 from gpt2c.model.llama import LlamaConfig
+from gpt2c.model.quantized import Weights
 
 __all__ = ["Llama"]
 
@@ -40,3 +45,16 @@ class Llama(CausalLM):
 
     config: LlamaConfig
     config_class = LlamaConfig
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        seed: int | None = 1337,
+        backend: BackendName | Backend = "auto",
+        recompute: Literal["light", "full"] | None = None,
+        threads: int | None = None,
+        weights: Weights = "fp32",
+        precision: Precision = "fp32",
+    ) -> None:
+        check_kind("config", config, LlamaConfig, "a LlamaConfig")
+        super().__init__(config, seed, backend, recompute, threads, weights, precision)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gpt2c.gpt2 import GPT2
-from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.backend import Backend, BackendName, Precision
 from gpt2c.llama import Llama
 from gpt2c.model.config import ModelConfig
 
@@ -23,12 +23,12 @@ MODELS: dict[type[ModelConfig], type[GPT2] | type[Llama]] = {
 
 def from_pretrained(
     path: str | os.PathLike[str],
-    backend: str | Backend = "auto",
-    quantize: str | None = None,
+    backend: BackendName | Backend = "auto",
+    quantize: Literal["int8", "fp16"] | None = None,
     revision: str | None = None,
     threads: int | None = None,
-    recompute: str | None = None,
-    precision: str = "fp32",
+    recompute: Literal["light", "full"] | None = None,
+    precision: Precision = "fp32",
     adapter: str | os.PathLike[str] | None = None,
     check_base: bool = True,
 ) -> GPT2 | Llama:

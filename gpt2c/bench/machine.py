@@ -113,7 +113,7 @@ def fastest() -> str:
 def measure_ceilings(threads: int) -> Ceilings:
     """Measure the peak of every backend's multiply-adds, and memory with 1, 2, 4 ... threads."""
     fma_peak.cache_clear()  # the machine may have been busy when they were measured last
-    own = [name for name in backends() if name != "numpy"]
+    own: list[str] = [name for name in backends() if name != "numpy"]
     peak = {name: fma_peak(name, threads) for name in own}
     bf16 = [name for name in own if "avx512bf16" in REQUIRES[name]]
     peak |= {f"{name}:bf16": fma_peak(name, threads, "bf16") for name in bf16}

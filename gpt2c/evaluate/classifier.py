@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.formats.load import find_model
-from gpt2c.kernels.backend import Backend
+from gpt2c.kernels.backend import Backend, BackendName
 from gpt2c.model.config import ModelConfig
 from gpt2c.model.model import Model
 from gpt2c.parallel.world import ALONE, World
@@ -58,8 +59,8 @@ class Classifier:
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        backend: str | Backend = "auto",
-        quantize: str | None = None,
+        backend: BackendName | Backend = "auto",
+        quantize: Literal["int8", "fp16"] | None = None,
         threads: int | None = None,
     ) -> Classifier:
         """Load a model and its tokenizer; see `gpt2c.from_pretrained` for arguments and errors.

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +34,14 @@ from gpt2c.evaluate.metrics import Report, calibration_error, compare
 from gpt2c.files.atomic import check_apart, claimed
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
 from gpt2c.files.untrusted import read_json, shown
+from gpt2c.finetune.given import ClassifyGiven
 from gpt2c.finetune.report import Counts
 from gpt2c.finetune.settings import FinetuneSettings, rate
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.kernels.checks import counted
 from gpt2c.parallel.world import World, join
-from gpt2c.pretrained import from_pretrained
+from gpt2c.pretrained import open_found
 from gpt2c.screen.terminal import one_line
 from gpt2c.text.examples import read_records
 from gpt2c.text.labelled import Labelled, labelled, sorted_labels, unique
@@ -165,7 +166,7 @@ class Classified:
     calibration: float
     baselines: Mapping[str, Report]
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """Return the figures for result.json."""
         if self.report is None:
             return {}
@@ -231,7 +232,7 @@ def weighted_cross_entropy(
 
 
 def _splits(
-    examples: str | Path | Sequence[Mapping[str, Any]],
+    examples: str | Path | Sequence[Mapping[str, object]],
     settings: ClassifySettings,
     tokenizer: Tokenizer,
     base: AnyConfig,
@@ -415,8 +416,8 @@ class _Classify(Method):
         settings = self._settings
 
         def probabilities() -> list[list[float]]:
-            model = from_pretrained(
-                out,
+            model = open_found(
+                find_model(out),
                 settings.backend,
                 threads=settings.threads or None,
                 precision=settings.precision,
@@ -443,13 +444,13 @@ def _fingerprint(sides: Sequence[_Texts], labels: Sequence[str]) -> dict[str, An
 
 def classify(
     base: str | os.PathLike[str],
-    examples: str | Path | Sequence[Mapping[str, Any]],
+    examples: str | Path | Sequence[Mapping[str, object]],
     out: str | os.PathLike[str],
     *,
     baselines: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **settings: Unpack[ClassifyGiven],
 ) -> Classified:
     """Train a classifier of texts from a base model, and test it on texts that it did not learn.
 
@@ -492,7 +493,7 @@ def classify(
 
 def _classify(
     base: str | os.PathLike[str],
-    examples: str | Path | Sequence[Mapping[str, Any]],
+    examples: str | Path | Sequence[Mapping[str, object]],
     out: Path,
     baselines: bool,
     resume: bool,

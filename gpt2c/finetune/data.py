@@ -40,7 +40,7 @@ from gpt2c.train.settings import setting
 __all__ = ["Data", "Source", "SupervisedSettings", "Windows", "open_data"]
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt and completion", "text")
-Source = str | Path | Sequence[Mapping[str, Any]]
+Source = str | Path | Sequence[Mapping[str, object]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,14 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.finetune.data import Source, SupervisedSettings, open_data
+from gpt2c.finetune.given import DistillGiven
 from gpt2c.finetune.settings import rate
 from gpt2c.finetune.tune import Base, Check, Method, Result, checksum, tune
 from gpt2c.formats.load import AnyConfig, find_model
@@ -355,7 +356,7 @@ def distill(
     student: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **settings: Unpack[DistillGiven],
 ) -> Result:
     """Teach a small model what a large one predicts.
 
@@ -401,7 +402,8 @@ def distill(
             )
         return _Distill(base, own, examples, os.fspath(teacher))
 
-    base, given = (teacher, {"random_weights": True}) if student is None else (student, {})
-    given |= settings
+    base = teacher if student is None else student
+    if student is None:
+        settings.setdefault("random_weights", True)
     reads = [examples, teacher]
-    return tune("distill", DistillSettings, make, base, out, given, resume, overwrite, reads)
+    return tune("distill", DistillSettings, make, base, out, settings, resume, overwrite, reads)

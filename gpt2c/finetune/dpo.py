@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from gpt2c.finetune.completions import (
     lengths_of,
     log_probabilities,
 )
+from gpt2c.finetune.given import DPOGiven
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, mismatched, pair_of, single_of
 from gpt2c.finetune.preference import PAIR_LOSSES, PairLoss, kto, reference_point, sft
@@ -355,7 +356,7 @@ def dpo(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **settings: Unpack[DPOGiven],
 ) -> Result:
     """Teach a model which answers people prefer, by DPO or one of its kin.
 

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from gpt2c.evaluate.figures import written
 from gpt2c.files.names import CHECKPOINTS
 from gpt2c.finetune import cycles
 from gpt2c.finetune.cycles import Experience
+from gpt2c.finetune.given import GRPOGiven
 from gpt2c.finetune.policy import (
     LOSS_TYPES,
     SCALES,
@@ -52,7 +53,7 @@ from gpt2c.finetune.rollouts import Diverged, Rollouts, sample
 from gpt2c.finetune.settings import FinetuneSettings, rate
 from gpt2c.finetune.tasks import TASKS
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
-from gpt2c.finetune.verifiers import Reward, Rewards, find_rewards, score, try_rewards
+from gpt2c.finetune.verifiers import Function, Reward, Rewards, find_rewards, score, try_rewards
 from gpt2c.formats.huggingface import save_weights
 from gpt2c.formats.load import AnyConfig, find_model
 from gpt2c.model.first_values import first_values
@@ -565,13 +566,13 @@ class _GRPO(Method):
 
 def grpo(
     base: str | os.PathLike[str],
-    prompts: str | Path | Sequence[Mapping[str, Any]] | None,
+    prompts: str | Path | Sequence[Mapping[str, object]] | None,
     out: str | os.PathLike[str],
     *,
-    reward_funcs: Any = (),
+    reward_funcs: str | Function | Sequence[str | Function] = (),
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **settings: Unpack[GRPOGiven],
 ) -> Result:
     """Train a model by the rewards of what it writes.
 
@@ -610,8 +611,11 @@ def grpo(
     >>> result.after["val_reward"] > result.before["val_reward"]
     True
     """
-    one = callable(reward_funcs) or isinstance(reward_funcs, str)
-    functions = [reward_funcs] if one else [*reward_funcs]
+    functions: list[str | Function] = (
+        [reward_funcs]
+        if isinstance(reward_funcs, str) or callable(reward_funcs)
+        else [*reward_funcs]
+    )
 
     def make(opened: Base, own: GRPOSettings) -> _GRPO:
         if bool(own.task) == (prompts is not None):

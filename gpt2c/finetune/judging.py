@@ -16,7 +16,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ from gpt2c.train.settings import setting
 __all__ = ["Array", "Judge", "Judged", "Judging", "JudgingSettings", "Source"]
 
 Array = NDArray[np.float64]
-Source = str | Path | Sequence[Mapping[str, Any]]  # of examples
+Source = str | Path | Sequence[Mapping[str, object]]  # of examples
 
 
 @dataclasses.dataclass(frozen=True)

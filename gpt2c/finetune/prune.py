@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from gpt2c.files.atomic import atomic_directory, check_directory
 from gpt2c.finetune.data import Data, Source, SupervisedSettings, open_data
 from gpt2c.finetune.tune import Base
 from gpt2c.formats.load import AnyConfig, find_model
-from gpt2c.kernels.backend import get_backend
+from gpt2c.kernels.backend import BackendName, get_backend
 from gpt2c.kernels.checks import number, whole
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.pretrained import MODELS
@@ -284,9 +284,14 @@ def prune(
     examples: Source,
     out: str | os.PathLike[str],
     *,
-    backend: str = "auto",
+    layers: int | None = None,
+    mlp: float | None = None,
+    sparsity: float | None = None,
+    method: Literal["wanda", "magnitude"] = "wanda",
+    mask_structure: str | None = None,
+    calibration_tokens: int = 4096,
+    backend: BackendName = "auto",
     threads: int = 0,
-    **settings: Any,
 ) -> Pruned:
     """Remove layers or neurons of a model, or set weights to 0, by what it does with examples.
 
@@ -297,8 +302,9 @@ def prune(
     model : a directory of a model with its tokenizer, or a name on the hub; it stays as it is
     examples : see `gpt2c.finetune.sft`; the part that is held out measures the loss
     out : the directory of the pruned model, new or empty
+    layers, mlp, sparsity, method, mask_structure, calibration_tokens : what is pruned, and how: the
+        fields of `gpt2c.finetune.PruneSettings`
     backend, threads : see `gpt2c.from_pretrained`; 0 threads: as many as the machine allows
-    settings : fields of `gpt2c.finetune.PruneSettings`
 
     Raises
     ------
@@ -322,7 +328,8 @@ def prune(
     >>> pruned.after["parameters"] < pruned.before["parameters"]
     True
     """
-    own, out = PruneSettings(**settings), Path(out)
+    own = PruneSettings(layers, mlp, sparsity, method, mask_structure, calibration_tokens)
+    out = Path(out)
     found = find_model(model)
     if found.weights != "fp32":
         raise ValueError(f"{model} has {found.weights} weights: prune it before it is quantized")
@@ -336,7 +343,8 @@ def prune(
     data = open_data(
         examples, Base(found, Tokenizer.from_pretrained(found.path)), SupervisedSettings()
     )
-    kind, ops = MODELS[type(found.config)], get_backend(backend, threads or None)
+    kind: type[CausalLM] = MODELS[type(found.config)]
+    ops = get_backend(backend, threads or None)
     texts = partial(calibration, data, own.calibration_tokens)
     first = last = kind.from_found(found, ops)
     said = []

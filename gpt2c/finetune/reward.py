@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from gpt2c.finetune.completions import Send
+from gpt2c.finetune.given import RewardGiven
 from gpt2c.finetune.judging import Array, Judged, Judging, JudgingSettings, Source
 from gpt2c.finetune.pairs import Unit, pair_of, without_end
 from gpt2c.finetune.preference import bradley_terry
@@ -111,7 +112,7 @@ def reward(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **settings: Unpack[RewardGiven],
 ) -> Result:
     """Train a reward model on pairs of answers, the better and the worse.
 

@@ -38,10 +38,12 @@ class FinetuneSettings(Settings):
 
     freeze: str = setting(
         *("model", "", 'parameters that stay as they are, such as "wte.*,h.[0-3].*"'),
+        older="",
         fixed=True,
     )
     random_weights: bool = setting(
         *("model", False, "begin with random weights, not the base's: what is the base worth?"),
+        older=False,
         fixed=True,
     )
     learning_rate: float = rate(2e-5)
@@ -49,6 +51,7 @@ class FinetuneSettings(Settings):
     beta2: float = setting("optimizer", 0.999, "AdamW's memory of squared gradients")
     keep_zeros: bool = setting(
         *("optimizer", False, "weights of matrices that are 0 in the base stay 0, as pruned ones"),
+        older=False,
         fixed=True,
     )
     schedule: str = setting("schedule", "linear", Settings.fields()["schedule"].metadata["help"])
@@ -73,18 +76,25 @@ class FinetuneSettings(Settings):
     )
     group_field: str = setting(
         *("data", "", "a field: examples that have the same one are on one side of a split"),
+        older="",
         fixed=True,
     )
-    lora: bool = setting("lora", False, "train low-rank adapters, not the model", fixed=True)
-    lora_r: int = setting("lora", 8, "the adapters' rank", least=1, fixed=True)
+    lora: bool = setting(
+        "lora", False, "train low-rank adapters, not the model", older=False, fixed=True
+    )
+    lora_r: int = setting("lora", 8, "the adapters' rank", least=1, older=8, fixed=True)
     lora_alpha: float = setting(
-        "lora", 16.0, "the adapters' output is multiplied by alpha / r", fixed=True
+        "lora", 16.0, "the adapters' output is multiplied by alpha / r", older=16.0, fixed=True
     )
     lora_targets: str = setting(
-        "lora", ",".join(TARGETS), "linear layers that have adapters: ends of names", fixed=True
+        *("lora", ",".join(TARGETS), "linear layers that have adapters: ends of names"),
+        older=",".join(TARGETS),
+        fixed=True,
     )
     quantize: str = setting(
-        "lora", "none", "int8 or fp16: hold the model in 8 or 16 bits under adapters", fixed=True
+        *("lora", "none", "int8 or fp16: hold the model in 8 or 16 bits under adapters"),
+        older="none",
+        fixed=True,
     )
 
     def __post_init__(self) -> None:

@@ -15,13 +15,14 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.causal_lm import CausalLM
 from gpt2c.finetune.data import Source, SupervisedSettings, open_data
+from gpt2c.finetune.given import SFTGiven
 from gpt2c.finetune.tune import Base, Check, Method, Result, tune
 from gpt2c.kernels.backend import Backend
 from gpt2c.kernels.memory import Array
@@ -160,7 +161,7 @@ def sft(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
+    **settings: Unpack[SFTGiven],
 ) -> Result:
     """Fine-tune a base model on examples of what it should write.
 

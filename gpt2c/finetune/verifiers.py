@@ -27,7 +27,7 @@ from gpt2c.finetune.prompts import Prompt
 from gpt2c.finetune.tasks import verify
 from gpt2c.kernels.checks import counted, number
 
-__all__ = ["Reward", "Rewards", "find_rewards", "score", "try_rewards"]
+__all__ = ["Function", "Reward", "Rewards", "find_rewards", "score", "try_rewards"]
 
 Function = Callable[..., Sequence[float | None]]
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ class Text:
     ) -> None:
         self.tokens = list(prompt)
         self.count = 0
-        self.ended: str | None = None
+        self.ended: Literal["end", "length"] | None = None
         self.logprob = 0.0
         self.position = 0
         self.slot = slot

@@ -26,15 +26,16 @@ from numpy.typing import NDArray
 
 from gpt2c.generate.continuation import Ids, Logprobs, Text, read_newest
 from gpt2c.generate.forks import tell_of_forks
-from gpt2c.generate.sampling import GenerationConfig, TokenSettings
+from gpt2c.generate.sampling import GenerationConfig, RequestSettings, shows
 from gpt2c.kernels.checks import check_kind, counted, number, whole
 from gpt2c.model.inputs import check_ids, check_prompts
 from gpt2c.model.language_model import LanguageModel
-from gpt2c.model.reader import CHUNK, Decoder
+from gpt2c.model.reader import CHUNK, CacheType, Decoder
 from gpt2c.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineFull", "Request"]
 
+Why = Literal["end", "length", "cancelled", "error"]
 NewToken = TypeVar("NewToken", int, tuple[int, float])
 
 
@@ -75,7 +76,7 @@ class Request(Generic[NewToken]):
     """
 
     def __init__(self, engine: Engine, text: Text, logprobs: bool) -> None:
-        self.ended: str | None = None
+        self.ended: Why | None = None
         self._engine = engine
         self._text = text
         self._unread = np.array(text.tokens, np.int32)  # it must read these to join the others
@@ -225,7 +226,7 @@ class Engine:
         queue: int = 64,
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
-        cache: str = "fp32",
+        cache: CacheType = "fp32",
     ) -> None:
         check_kind("model", model, LanguageModel, "a GPT2 or Llama")
         most = model.config.n_positions
@@ -269,7 +270,7 @@ class Engine:
         max_new_tokens: int | None = 64,
         *,
         logprobs: Literal[False] = False,
-        **settings: Unpack[TokenSettings],
+        **settings: Unpack[RequestSettings],
     ) -> Request[int]: ...
 
     @overload
@@ -279,16 +280,17 @@ class Engine:
         max_new_tokens: int | None = 64,
         *,
         logprobs: Literal[True],
-        **settings: Unpack[TokenSettings],
+        **settings: Unpack[RequestSettings],
     ) -> Request[tuple[int, float]]: ...
 
+    @shows(RequestSettings)
     def submit(
         self,
         idx: Sequence[int],
         max_new_tokens: int | None = 64,
         *,
         logprobs: bool = False,
-        **settings: Unpack[TokenSettings],
+        **settings: Unpack[RequestSettings],
     ) -> Request[int] | Request[tuple[int, float]]:
         """Submit one prompt to be continued; return its request at once.
 
@@ -297,8 +299,8 @@ class Engine:
         idx : (T,) token ids; an empty prompt starts from eos_token_id of the config
         max_new_tokens : the most tokens to add
         logprobs : the request also has the log-probability of each token
-        settings : the other fields of `gpt2c.GenerationConfig`, except num_return_sequences and
-            cache
+        settings : the other settings of `GPT2.stream`, which says what each does; no
+            num_return_sequences and cache
 
         Raises
         ------
@@ -403,7 +405,7 @@ class Engine:
             )
         return prompt
 
-    def _end(self, request: Request[Any], why: str, error: Exception | None = None) -> None:
+    def _end(self, request: Request[Any], why: Why, error: Exception | None = None) -> None:
         """End a request that has not ended yet, and free its slot."""
         with self._lock:
             if request.ended is not None:

@@ -11,26 +11,31 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
-from collections.abc import Collection, Sequence
-from typing import Any, NoReturn, TypedDict, Unpack
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NoReturn, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2c.kernels.checks import number, whole_or_float
-from gpt2c.model.reader import check_cache
+from gpt2c.model.reader import CacheType, check_cache
 
 __all__ = [
     "OFF",
     "GenerationConfig",
+    "RequestSettings",
     "TextSettings",
     "TokenSettings",
     "choose",
     "distribution",
     "likeliest",
     "penalised",
+    "shows",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Other programs' names of settings -> GenerationConfig's.
 MEANT = {"stop_strings": "stop", "stop_token_ids": "stop", "n": "num_return_sequences"}
@@ -65,8 +70,8 @@ def is_off(name: str, value: Any) -> bool:
     return off is ANY or value is None or (plain and value in off)
 
 
-class TextSettings(TypedDict, total=False):
-    """`GenerationConfig`'s settings for texts: their names and types, for a type checker.
+class DrawSettings(TypedDict, total=False):
+    """`GenerationConfig`'s settings of any text: their names and types, for a type checker.
 
     Of the settings in `OFF` only the common ones are here, though all are accepted.
     """
@@ -81,8 +86,7 @@ class TextSettings(TypedDict, total=False):
     no_repeat_ngram_size: int | None
     eos_token_id: int | Collection[int] | None
     seed: int | None
-    on_full: str
-    cache: str
+    on_full: Literal["slide", "stop"] | None
     num_beams: int | None
     typical_p: float | None
     use_cache: bool | None
@@ -91,11 +95,54 @@ class TextSettings(TypedDict, total=False):
     pad_token_id: int | None
 
 
+class TextSettings(DrawSettings, total=False):
+    """`GenerationConfig`'s settings for texts of a call."""
+
+    cache: CacheType | None
+
+
 class TokenSettings(TextSettings, total=False):
     """`GenerationConfig`'s settings for token ids, except max_new_tokens and logprobs."""
 
     num_return_sequences: int | None
     stop: int | Collection[int] | None
+
+
+class RequestSettings(DrawSettings, total=False):
+    """`GenerationConfig`'s settings for one of the texts that share an engine's memory."""
+
+    stop: int | Collection[int] | None
+
+
+def shows(settings: type[Any], **other: object) -> Callable[[F], F]:
+    """Return a decorator that writes out `**settings` in the signature of a function.
+
+    So `help` lists each setting of `GenerationConfig` with its default. A type checker and an
+    editor find them in the TypedDict. Written by hand, the list of 14 would stand in each overload
+    of each of eight functions.
+
+    Parameters
+    ----------
+    settings : the TypedDict of the function's `**settings`
+    other : defaults that are not `GenerationConfig`'s
+    """
+
+    def show(function: F) -> F:
+        defaults = {one.name: one.default for one in dataclasses.fields(GenerationConfig)} | other
+        own = inspect.signature(function)
+        *first, rest = own.parameters.values()  # `rest` stays: it takes those in `OFF`
+        only = inspect.Parameter.KEYWORD_ONLY
+        named = [
+            inspect.Parameter(name, only, default=defaults[name], annotation=kind.__forward_arg__)
+            for name, kind in settings.__annotations__.items()
+            if name in defaults
+        ]
+        function.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=[*first, *named, rest]
+        )
+        return function
+
+    return show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,8 +204,8 @@ class GenerationConfig:
     stop: int | Collection[int] | None = None
     seed: int | None = None
     logprobs: bool = False
-    on_full: str = "slide"
-    cache: str = "fp32"
+    on_full: Literal["slide", "stop"] = "slide"
+    cache: CacheType = "fp32"
 
     def __init__(
         self,
@@ -246,6 +293,9 @@ class GenerationConfig:
                     raise ValueError(f"{name}: {token!r} is not a token id in [0, {vocab_size})")
                 ids.add(int(token))
         return frozenset(ids)
+
+
+shows(TokenSettings)(GenerationConfig.__init__)
 
 
 def _refuse(name: str, value: Any, known: Collection[str]) -> NoReturn:

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from gpt2c.kernels.binding import Kernels
 from gpt2c.kernels.checks import whole
@@ -29,6 +29,8 @@ __all__ = [
     "REQUIRES",
     "THREAD_VARIABLES",
     "Backend",
+    "BackendName",
+    "Precision",
     "as_backend",
     "as_precision",
     "backends",
@@ -53,9 +55,12 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "base": (),
     "numpy": (),
 }
-NAMES = tuple(REQUIRES)
+# what a caller may name: "auto", and the keys of REQUIRES
+BackendName = Literal["auto", "amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "base", "numpy"]
+NAMES: tuple[BackendName, ...] = get_args(BackendName)[1:]
 # of the products of matrices; where a CPU has no instruction for 16 bits, each takes several
 PRECISIONS = ("fp32", "bf16")
+Precision = Literal["fp32", "bf16", "auto"]
 # More must be a mistake. gpt2c.kernels.threads.Pool raises OSError if the system starts fewer.
 MAX_THREADS = 1024
 THREAD_VARIABLES = ("GPT2C_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
@@ -100,7 +105,7 @@ def why_missing(name: str) -> str:
     return ""
 
 
-def backends() -> tuple[str, ...]:
+def backends() -> tuple[BackendName, ...]:
     """Return the names of the backends that this machine can run, fastest first.
 
     Examples

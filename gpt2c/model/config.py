@@ -94,7 +94,7 @@ class ModelConfig:
             """The standard deviation of the initial weights."""
 
     @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> Self:
+    def from_dict(cls, entries: Mapping[str, object]) -> Self:
         """Return the config that the entries of Hugging Face's config.json describe.
 
         Unknown keys are ignored, and so is dropout, which `Model.loss` gets. If eos_token_id is a
@@ -135,7 +135,7 @@ class ModelConfig:
         """Return the fields that config.json has under other names, or in another form."""
         raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the entries of a config.json from which transformers builds the same model.
 
         Examples

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ __all__ = [
     "DTYPES",
     "WEIGHTS",
     "Layout",
+    "Weights",
     "check_method",
     "check_weights",
     "copy_stored",
@@ -39,6 +40,7 @@ __all__ = [
 STEPS = 127  # steps from 0 to a row's largest weight, and as many below 0
 ROWS = 1024  # rows rounded at a time, so that the temporary arrays stay small
 DTYPES = {"int8": np.uint8, "fp16": np.float16}
+Weights = Literal["fp32", "int8", "fp16"]
 WEIGHTS = ("fp32", *DTYPES)  # the types of weights that a model can have
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # name -> shape, dtype

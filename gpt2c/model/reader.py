@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from gpt2c.model.config import ModelConfig
 from gpt2c.model.plan import Activations
 from gpt2c.model.quantized import Layout, room_of, typed_views
 
-__all__ = ["CACHES", "CHUNK", "Decoder", "check_cache"]
+__all__ = ["CACHES", "CHUNK", "CacheType", "Decoder", "check_cache"]
 
 # Tokens in one pass: enough that arithmetic takes longer than loading the weights, and few enough
 # that the activations stay in the cache.
@@ -36,6 +36,7 @@ CHUNK = 512
 FEW = 16
 LOGITS_ROWS = 64  # rows of logits in memory while a text is scored: 13 MB at V = 50257
 # the types of a cache; int8 has a float32 scale for each row of HS numbers
+CacheType = Literal["fp32", "fp16", "int8"]
 CACHES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 

@@ -83,7 +83,7 @@ class RopeScaling:
                 f"low_freq_factor must be lower than high_freq_factor, got {low} and {high}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the entries that transformers reads.
 
         Examples

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ from gpt2c.kernels.checks import number, whole, whole_or_float
 from gpt2c.kernels.memory import aligned_offsets, aligned_zeros, require
 from gpt2c.model.parameters import names_that_fit
 
-__all__ = ["SCHEDULES", "AdamW", "NonFiniteGradient", "ParameterGroup", "Schedule"]
+__all__ = ["SCHEDULES", "AdamW", "NonFiniteGradient", "ParameterGroup", "Schedule", "ScheduleKind"]
 
 
 class OptimizerOps(Protocol):
@@ -439,7 +439,8 @@ def _names_of_trained(model: FlatModel, pattern: str) -> frozenset[str]:
     return fitting.intersection(model.trained)
 
 
-SCHEDULES = ("constant", "linear", "cosine", "wsd", "step")
+ScheduleKind = Literal["constant", "linear", "cosine", "wsd", "step"]
+SCHEDULES: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
 
 
 @dataclass(frozen=True)
@@ -481,7 +482,7 @@ class Schedule:
     [0.5, 1.0, 1.0, 0.55, 0.1]
     """
 
-    kind: str
+    kind: ScheduleKind
     learning_rate: float
     max_iters: int
     warmup_iters: int = 0

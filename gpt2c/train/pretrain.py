@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt2c.causal_lm import CausalLM
 from gpt2c.evaluate.loss import Shards, evaluate
 from gpt2c.files import atomic
 from gpt2c.files.names import RESULT_FILE, RUN_FILE
@@ -233,9 +234,8 @@ def _checked(
     )
     # Rank 0 gives the others its weights.
     seed = settings.seed if found is None and world.rank == 0 else None
-    model = MODELS[type(config)](
-        *(config, seed, backend, settings.recomputation), precision=settings.precision
-    )
+    kind: type[CausalLM] = MODELS[type(config)]
+    model = kind(config, seed, backend, settings.recomputation, precision=settings.precision)
     optimizer, exchange = optimizer_of(
         world,
         model,

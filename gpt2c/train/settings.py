@@ -13,7 +13,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from gpt2c.files.names import check_named
 from gpt2c.files.untrusted import decode, read_bytes, shown
@@ -22,7 +22,7 @@ from gpt2c.model.config import ModelConfig
 from gpt2c.model.gpt2 import GPT2Config
 from gpt2c.model.llama import LlamaConfig
 from gpt2c.parallel.gradients import TRANSPORTS
-from gpt2c.train.optimizer import SCHEDULES, Schedule
+from gpt2c.train.optimizer import SCHEDULES, Schedule, ScheduleKind
 
 __all__ = [
     "Settings",
@@ -36,6 +36,7 @@ __all__ = [
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
+Value = bool | int | float | str  # of a setting
 
 # of a recipe, before a method's own
 TABLES = ("model", "data", "optimizer", "schedule", "run", "parallel")
@@ -70,7 +71,7 @@ def setting(
     text : a line of help
     least : the smallest value
     older : its value in a resumed run that began before the setting existed. Each new setting needs
-        it; only those of the first run.json have none
+        it; only those of a method's first run.json have none
     fixed : a resumed run must keep it: it fixes the weights' shapes or the order of the data
     """
     metadata = {"table": table, "help": text, "least": least, "older": older, "fixed": fixed}
@@ -171,7 +172,7 @@ class Settings:
             raise ValueError(f"precision must be {known} or auto, got {shown(self.precision)}")
 
     @classmethod
-    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
+    def fields(cls) -> dict[str, dataclasses.Field[Value]]:
         """Return name -> field.
 
         Examples
@@ -220,7 +221,7 @@ class Settings:
         return {table: names for table, names in found.items() if names}
 
     @classmethod
-    def older(cls) -> dict[str, Any]:
+    def older(cls) -> dict[str, Value]:
         """Return the values of settings that older runs lack, see `setting`.
 
         Examples
@@ -232,7 +233,7 @@ class Settings:
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
-    def checked(cls, name: str, value: Any) -> Any:
+    def checked(cls, name: str, value: object) -> Value:
         """Return a setting's value, converted to float for a float setting.
 
         Raises
@@ -254,16 +255,17 @@ class Settings:
         if type(value) is not wanted:
             kind = type(value).__name__
             raise ValueError(f"{name} must be {wanted.__name__}, got {kind} {shown(value)}")
-        if least is not None and not value >= least:  # also true for nan
+        own: Any = value  # of the wanted type
+        if least is not None and not own >= least:  # also true for nan
             raise ValueError(f"{name} must be at least {least}, got {value}")
-        if wanted is int and value > GREATEST:
+        if wanted is int and own > GREATEST:
             least = 1 if least is None else least
             raise ValueError(
                 f"{name} must be a whole number from {least} to {GREATEST}, got {shown(value)}"
             )
-        if wanted is float and not math.isfinite(value):
+        if wanted is float and not math.isfinite(own):
             raise ValueError(f"{name} must be finite, got {value}")
-        return value
+        return cast(Value, value)
 
     @property
     def recomputation(self) -> str | None:
@@ -285,7 +287,7 @@ class Settings:
         [1.0, 0.6, 0.0]
         """
         return Schedule(
-            self.schedule,
+            cast(ScheduleKind, self.schedule),  # refused there if it is none
             self.learning_rate,
             self.max_iters,
             min(self.warmup, self.max_iters),

@@ -25,6 +25,28 @@ FIRST: dict[str, Any] = {
     "recompute": "none",
 }  # fmt: skip
 
+# The names of the settings in the first run.json of each method of fine-tuning: those of every
+# method, and its own. None is ever added here either.
+FIRST_TUNED = frozenset(
+    "learning_rate weight_decay beta1 beta2 grad_clip dropout schedule min_lr decay_fraction"
+    " step_size gamma warmup_ratio max_iters max_epochs eval_interval log_interval save_interval"
+    " save_minutes keep skip_nonfinite tensorboard seed backend threads recompute precision"
+    " batch_size batch_tokens max_length val_fraction".split()
+)
+FIRST_OWN = {
+    "sft": "prompt_field completion_field text_field eval_answers",
+    "classify": "freeze group_field test_fraction folds class_weights text_field label_field",
+    "reward": "prompt_field chosen_field rejected_field center_rewards_coefficient",
+    "dpo": "prompt_field chosen_field rejected_field completion_field label_field loss_type beta"
+    " label_smoothing simpo_gamma sft_weight desirable_weight undesirable_weight",
+    "distill": "freeze random_weights keep_zeros prompt_field completion_field text_field n_layer"
+    " n_head n_embd kd_ratio temperature beta lmbda max_new_tokens",
+    "grpo": "task task_prompts prompt_field reward reward_weights algorithm loss_type"
+    " scale_rewards num_generations max_completion_length temperature num_iterations epsilon"
+    " epsilon_high beta kl_estimator mask_truncated_completions rollouts vf_coef cliprange_value"
+    " lam threshold least_pass eval_prompts",
+}
+
 
 def train(data: Path, out: Path, *, resume: bool = False, **changes: Any) -> TrainResult:
     """Train 20 steps with TINY and these changes; a resumed run gets the changes alone."""

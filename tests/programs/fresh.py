@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 import gpt2c
+from gpt2c.kernels.backend import BackendName
 from programs.common import main
 
 CONFIG = gpt2c.GPT2Config(vocab_size=11, n_positions=64, n_embd=12, n_layer=1, n_head=3)
 
 
-def step(backend: str) -> None:
+def step(backend: BackendName) -> None:
     model = gpt2c.GPT2(CONFIG, backend=backend)
     optimizer = gpt2c.AdamW(model)
     idx = np.arange(8).reshape(1, 8)

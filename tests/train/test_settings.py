@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from conftest import refused
-from helpers.runs import FIRST
+from helpers.runs import FIRST, FIRST_OWN, FIRST_TUNED
 
+from gpt2c import finetune
 from gpt2c.cli.finetune import METHODS
 from gpt2c.finetune.classify import ClassifySettings
 from gpt2c.finetune.distill import DistillSettings
@@ -265,3 +266,21 @@ def test_missing_setting_of_an_older_run_gets_the_value_of_its_time() -> None:
         lacking = {other: value for other, value in FIRST.items() if other != name}
         with pytest.raises(ValueError, match=f"lack {name}: put it back, or start a new run"):
             resumed(TrainSettings, lacking, {}, "runs/a")
+
+
+def test_missing_setting_of_an_older_run_of_fine_tuning_gets_the_value_of_its_time() -> None:
+    """A new setting needs a value for the runs that began before it, in every class of settings."""
+    public = [getattr(finetune, name) for name in finetune.__all__]
+    stored = {kind for kind in public if isinstance(kind, type) and issubclass(kind, Settings)}
+    assert FIRST_OWN.keys() == SETTINGS.keys() and stored == set(SETTINGS.values())
+    then = {"lora": False, "freeze": "", "random_weights": False, "keep_zeros": False}
+    for verb, kind in SETTINGS.items():
+        names = FIRST_TUNED | set(FIRST_OWN[verb].split())
+        assert names | kind.older().keys() == kind.fields().keys(), verb
+        first = {name: kind.fields()[name].default for name in names} | {"seed": 3}
+        settings = resumed(kind, first, {}, "runs/a")
+        assert settings == kind(**then | first) and settings.seed == 3
+        for name in names - kind.older().keys():
+            lacking = {other: value for other, value in first.items() if other != name}
+            with pytest.raises(ValueError, match=f"lack {name}: put it back"):
+                resumed(kind, lacking, {}, "runs/a")
