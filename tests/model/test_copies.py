@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 
 from gpt2c import GPT2, AdamW, Engine, Generator, GPT2Config, Tokenizer
 from gpt2c.evaluate.scoring import Scorer
@@ -176,14 +175,8 @@ def test_another_process_computes_the_same(kind: str, tmp_path: Path) -> None:
     model = make(kind, threads=1)
     file = tmp_path / "model.pickle"
     file.write_bytes(pickle.dumps((model, IDX)))
-    code = """
-import pickle, sys
-with open(sys.argv[1], "rb") as file:
-    model, idx = pickle.load(file)
-with open(sys.argv[1], "wb") as file:
-    pickle.dump((model, model(idx)), file)
-"""
-    subprocess.run([sys.executable, "-W", "error", "-c", code, str(file)], check=True)
+    done = run_process(program("programs.fresh", "compute", str(file)))
+    assert done.returncode == 0, done.stderr
     other, logits = pickle.loads(file.read_bytes())
     assert np.array_equal(logits, model(IDX)) and np.array_equal(other(IDX), logits)
     assert repr(other) == repr(model)
