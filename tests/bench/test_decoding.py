@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 
 from gpt2c.bench import decoding as bench_generate
 from gpt2c.bench import report, worker
@@ -89,6 +90,7 @@ def test_row_names_the_type_of_its_keys_and_values(cache: str) -> None:
         assert "keys and values" in refused(choose_generate_rows, wrong, False)
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize(("what", "B"), [("prefill", 1), ("decode", 3)])
 def test_worker_verifies_and_times(what: str, B: int, precision: str, backend_name: str) -> None:

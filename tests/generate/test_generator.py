@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,6 +302,7 @@ def padded(backend: Any = "auto", V: int = 300) -> tuple[GPT2, GPT2]:
     return model, larger
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize(
     "settings",
     [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_k": 280}, {"seed": 2, "top_p": 1}],
