@@ -166,7 +166,7 @@ def test_each_place_of_a_deep_model_has_masks_of_its_own(monkeypatch: pytest.Mon
         ),
     ],
 )
-def test_dropout_out_of_range_is_refused(dropout: Any, wanted: str) -> None:
+def test_model_refuses_dropout_out_of_range(dropout: Any, wanted: str) -> None:
     model = GPT2(ODD)
     for door in (model.loss, model.losses):
         assert refused(door, [[1, 2]], [[2, 3]], dropout=dropout) == wanted

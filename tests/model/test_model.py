@@ -540,7 +540,7 @@ def test_ids_may_be_any_whole_numbers(dtype: str, backend: Any, rng: np.random.G
     assert np.array_equal(model.generate(idx.astype(dtype), 2, temperature=0), greedy)
 
 
-def test_unknown_backend_is_refused() -> None:
+def test_model_refuses_an_unknown_backend() -> None:
     assert "'cuda'" in refused(GPT2, TINY, backend="cuda")
 
 
