@@ -9,6 +9,7 @@ Above 1 this clone is faster.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -27,46 +28,15 @@ ROWS = {
     "decoding 2 layers, 192 channels": (2, 192, 6, 4096, 1, 64, "decode"),
     "prefill 124M, 512 tokens": (12, 768, 12, 50257, 1, 512, "prefill"),
 }
-WORKER = """
-import sys, time
-import numpy as np
-import gpt2c
-
-*sizes, what = sys.argv[1:]
-L, C, NH, V, B, T = map(int, sizes)
-config = gpt2c.GPT2Config(n_layer=L, n_embd=C, n_head=NH, vocab_size=V, n_positions=1024)
-model = gpt2c.GPT2(config, seed=1)
-idx = np.random.default_rng(1).integers(0, V, (B, T)).astype(np.int32)
-optimizer = gpt2c.AdamW(model) if what == "train" else None
-
-def work():
-    if what == "train":
-        model.zero_grad()
-        model.loss(idx, idx)
-        model.backward()
-        optimizer.step(grad_clip=1.0)
-    elif what == "decode":
-        model.generate(idx[:, :3], T - 3, temperature=0)
-    else:
-        model.generate(idx, 1, temperature=0)
-
-work()
-print("ready", flush=True)
-for line in sys.stdin:
-    count, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < float(line):
-        work()
-        count += 1
-    print(seconds / count, flush=True)
-"""
 
 
 def start(row: tuple[object, ...], clone: Path) -> subprocess.Popen[str]:
     """Start a row's process in a clone and wait until it is warm."""
-    command = [sys.executable, "-c", WORKER, *map(str, row)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "worker.py"), *map(str, row)]
+    variables = {**os.environ, "PYTHONPATH": str(clone)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process: subprocess.Popen[str] = subprocess.Popen(
-        command, cwd=clone, text=True, bufsize=1, **pipes
+        command, env=variables, text=True, bufsize=1, **pipes
     )
     if process.stdout is None or process.stdout.readline() != "ready\n":
         sys.exit(f"{clone} does not start")

@@ -22,47 +22,14 @@ from gpt2c.bench.report import provenance
 from gpt2c.kernels.backend import default_threads
 
 ROOT = Path(__file__).resolve().parent.parent
-# name: layers, channels, heads, vocabulary, B, T; B = 0 is decoding
+# name: layers, channels, heads, vocabulary, B, T, work
 SIZES = {
-    "2 layers, 192 channels": (2, 192, 6, 4096, 4, 128),
-    "6 layers, 384 channels": (6, 384, 6, 4096, 4, 128),
-    "124M, 4 x 64": (12, 768, 12, 50257, 4, 64),
-    "decoding, 2 layers, 192 channels": (2, 192, 6, 4096, 0, 256),
-    "decoding, 124M": (12, 768, 12, 50257, 0, 256),
+    "2 layers, 192 channels": (2, 192, 6, 4096, 4, 128, "train"),
+    "6 layers, 384 channels": (6, 384, 6, 4096, 4, 128, "train"),
+    "124M, 4 x 64": (12, 768, 12, 50257, 4, 64, "train"),
+    "decoding, 2 layers, 192 channels": (2, 192, 6, 4096, 1, 35, "decode"),
+    "decoding, 124M": (12, 768, 12, 50257, 1, 35, "decode"),
 }
-WORKER = """
-import sys, time
-import numpy as np
-import gpt2c
-
-L, C, NH, V, B, T = map(int, sys.argv[1:])
-config = gpt2c.GPT2Config(n_layer=L, n_embd=C, n_head=NH, vocab_size=V, n_positions=max(T, 64))
-model = gpt2c.GPT2(config, seed=1)
-rng = np.random.default_rng(1)
-if B:
-    optimizer = gpt2c.AdamW(model)
-    idx = rng.integers(0, V, (B, T)).astype(np.int32)
-
-    def work():
-        model.zero_grad()
-        model.loss(idx, idx)
-        model.backward()
-        optimizer.step(grad_clip=1.0)
-        return B * T
-else:
-
-    def work():
-        return model.generate([[1, 2, 3]], 32, temperature=0)[0].size - 3
-
-
-work()
-print("ready", flush=True)
-for line in sys.stdin:
-    tokens, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < float(line):
-        tokens += work()
-    print(tokens / seconds, flush=True)
-"""
 
 
 @contextmanager
@@ -78,14 +45,14 @@ def busy(loops: int) -> Iterator[None]:
             program.wait()
 
 
-def start(size: tuple[int, ...], checkout: Path, threads: int | None) -> subprocess.Popen[str]:
+def start(size: tuple[object, ...], checkout: Path, threads: int | None) -> subprocess.Popen[str]:
     """Start a row's process and wait until it is warm."""
-    variables = dict(os.environ)
+    variables = {**os.environ, "PYTHONPATH": str(checkout)}
     if threads is not None:
         variables["GPT2C_NUM_THREADS"] = str(threads)
-    command = [sys.executable, "-c", WORKER, *map(str, size)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "worker.py"), *map(str, size)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    row = subprocess.Popen(command, cwd=checkout, env=variables, text=True, bufsize=1, **pipes)
+    row = subprocess.Popen(command, env=variables, text=True, bufsize=1, **pipes)
     if row.stdout is None or row.stdout.readline() != "ready\n":
         sys.exit(f"the row of {checkout} does not start")
     return row
@@ -106,6 +73,8 @@ def main() -> None:
     for name, size in SIZES.items():
         if options.sizes and options.sizes not in name:
             continue
+        *_, B, T, work = size
+        tokens = B * (T if work == "train" else T - 3)
         others = [start(size, checkout.resolve(), None) for checkout in options.checkout]
         rows = [start(size, ROOT, None), start(size, ROOT, 1), *others]
         medians: list[list[float]] = [[] for _ in rows]
@@ -116,7 +85,7 @@ def main() -> None:
                     for row, found in zip(rows, samples, strict=True):
                         assert row.stdin is not None and row.stdout is not None
                         row.stdin.write(f"{seconds}\n")
-                        found.append(float(row.stdout.readline()))
+                        found.append(tokens / float(row.stdout.readline()))
             for found, median in zip(samples, medians, strict=True):
                 median.append(statistics.median(found))
         cells = (" / ".join(f"{rate:,.0f}" for rate in median) for median in medians)

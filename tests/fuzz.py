@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def again(directory: Path) -> str:
             return attempt(READERS[directory.name.split("-")[0]], directory)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def play_all(readers: list[str], number: int, inputs: int, out: Path) -> None:
+    """Run a round of each reader in a child, which need not import anything; print its end."""
+    for reader in readers:
+        child = os.fork()
+        if child == 0:
+            try:
+                play(reader, number, inputs, out)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            print(json.dumps({"round": reader, "ended": code}), flush=True)
 
 
 def play(reader: str, number: int, inputs: int, out: Path) -> None:
@@ -94,7 +110,7 @@ def play(reader: str, number: int, inputs: int, out: Path) -> None:
             known.add(smaller[0])
         attempts += 1
     shutil.rmtree(work)
-    print(json.dumps({**counts, "findings": sorted(known)}), flush=True)
+    print(json.dumps({"round": reader, **counts, "findings": sorted(known)}), flush=True)
 
 
 def _save(bad: Path, out: Path, signature: str, text: str) -> None:
@@ -103,24 +119,29 @@ def _save(bad: Path, out: Path, signature: str, text: str) -> None:
     (kept / "finding.txt").write_text(f"{signature}\n\n{text}", encoding="utf-8")
 
 
-def start_round(
-    reader: str, number: int, inputs: int, out: Path
-) -> tuple[collections.Counter[str], list[str]]:
-    """Run a round in a process of its own; return its counts and findings."""
-    round_ = [reader, str(number), str(inputs), str(out)]
-    command = [sys.executable, "-X", "faulthandler", "-W", "error", __file__, "--round", *round_]
+def start_rounds(
+    readers: list[str], number: int, inputs: int, out: Path
+) -> Iterator[tuple[str, collections.Counter[str], list[str]]]:
+    """Run a round of each reader, in processes; yield the reader, its counts and its findings."""
+    rounds = [str(number), str(inputs), str(out), *readers]
+    command = [sys.executable, "-X", "faulthandler", "-W", "error", __file__, "--rounds", *rounds]
     threads = {"GPT2C_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", env={**os.environ, **threads}
     )
-    if done.returncode == 0:
-        counts = json.loads(done.stdout.splitlines()[-1])
-        return collections.Counter(counts), counts.pop("findings")
-    signature = f"the process ended with {done.returncode}"
-    for bad in out.glob(f"{reader}-*/{reader}-{number}"):
-        _save(bad, out, signature, done.stderr)
-        shutil.rmtree(bad.parent)
-    return collections.Counter(inputs=1), [f"{signature}: {done.stderr[-2000:]}"]
+    ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"round":')]
+    assert [end["round"] for end in ends] == readers, done.stderr
+    for end in ends:
+        reader = end.pop("round")
+        if "ended" not in end:
+            findings = end.pop("findings")
+            yield reader, collections.Counter(end), findings
+            continue
+        signature = f"the process ended with {end['ended']}"
+        for bad in out.glob(f"{reader}-*/{reader}-{number}"):
+            _save(bad, out, signature, done.stderr)
+            shutil.rmtree(bad.parent)
+        yield reader, collections.Counter(inputs=1), [f"{signature}: {done.stderr[-2000:]}"]
 
 
 def fuzz(readers: list[str], seconds: float, number: int, out: Path) -> int:
@@ -132,7 +153,7 @@ def fuzz(readers: list[str], seconds: float, number: int, out: Path) -> int:
     def line(task: tuple[int, str]) -> None:
         if time.monotonic() >= end:
             return
-        counts, found = start_round(task[1], number + task[0], ROUND, out)
+        ((_, counts, found),) = start_rounds([task[1]], number + task[0], ROUND, out)
         totals[task[1]].update({key: counts[key] for key in ("inputs", "read", "refused")})
         findings.update((task[1], signature.splitlines()[0]) for signature in found)
         total = totals[task[1]]
@@ -161,14 +182,14 @@ def main() -> int:
     parser.add_argument("--reader", action="append", choices=READERS, help="default: all")
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"))
     parser.add_argument("--again", type=Path, metavar="DIR", help="read a saved input again")
-    parser.add_argument("--round", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.again:
         print(again(options.again))
         return 0
-    if options.round:
-        reader, number, inputs, out = options.round
-        play(reader, int(number), int(inputs), Path(out))
+    if options.rounds:
+        number, inputs, out, *readers = options.rounds
+        play_all(readers, int(number), int(inputs), Path(out))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"seed {options.seed}, {options.seconds:g} seconds", flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 
 from gpt2c import GPT2, AdamW, Engine, Generator, GPT2Config, Llama, LlamaConfig, Tokenizer
 from gpt2c.evaluate.loss import evaluate
@@ -69,6 +70,7 @@ def test_greedy_text_of_int8_is_nearly_the_argmax(backend: Any) -> None:
     assert (chosen >= logits.max(1) - 0.05 * np.abs(logits).max()).all()
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_stream_yields_what_generate_returns(kind: str, backend: Any) -> None:
     model, prompts = make(backend, kind), [PROMPT, PROMPT[:2], []]
@@ -94,6 +96,7 @@ def test_logprobs_and_vectors_are_those_of_the_logits(kind: str, backend: Any) -
     assert loss == pytest.approx(-expected[0].mean(), rel=1e-5)
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_engine_and_generator_take_a_llama(kind: str, backend: Any) -> None:
     model = make(backend, kind)
@@ -125,6 +128,7 @@ def test_llama_is_quantized(kind: str, bound: float, backend: Any) -> None:
     assert refused(AdamW, model).startswith(f"a model with {kind} weights has no gradients")
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_llama_is_copied(way: Any, kind: str, backend: Any) -> None:

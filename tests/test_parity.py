@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from helpers.cases import small_shape
 
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config, Llama, Tokenizer, from_pretrained, ops
@@ -1119,6 +1120,7 @@ def their_texts(model: Any, prompts: list[np.ndarray], **settings: Any) -> list[
     return [row[longest - len(p) :] for row, p in zip(out.numpy(), prompts, strict=True)]
 
 
+@TWO_BACKENDS  # the settings are Python's; the logits agree above on every backend
 @pytest.mark.parametrize("lengths", [(11, 11, 11, 11), (1, 5, 17, 40)], ids=str)
 @pytest.mark.parametrize("settings", GREEDY, ids=str)
 def test_greedy_texts_agree(

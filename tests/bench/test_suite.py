@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from helpers.cases import small_shape
 from helpers.measured import CEILINGS
 
@@ -26,6 +27,7 @@ from gpt2c.kernels.memory import megabytes
 # ---- a row ---------------------------------------------------------------------------------------
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_worker_verifies_and_times_every_op(name: str, backend_name: str) -> None:
     worker = Worker(backend_name, 1)

@@ -47,12 +47,9 @@ def test_run_on_the_command_line(
     assert f"compared with {path}" in out and out.count("gelu_forward n=99  base") == 1
 
 
-@pytest.mark.slow
 def test_ops_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gelu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = {"gelu_forward": dataclasses.replace(EXAMPLES["gelu_forward"], shapes=[{"n": 999}])}
-    monkeypatch.setattr(bench, "EXAMPLES", one)
     files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "png", "md")}
     command = f"bench ops --quick --backends numpy,base --threads 1 --json {files['json']}"
     command += f" --plot {files['png']} --report {files['md']}"

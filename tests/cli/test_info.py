@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import program, run_process
 
 from gpt2c.bench import machine
 from gpt2c.cli import info as cli_info
@@ -288,17 +289,11 @@ def test_cores_are_written_as_ranges() -> None:
 
 def test_info_imports_no_package_for_its_version() -> None:
     """Torch takes seconds and starts threads, and other packages do too."""
-    code = """
-import sys
-from gpt2c.cli.main import main
-main(["info", "--verbose"])
-print(*({"torch", "transformers", "matplotlib", "huggingface_hub", "gguf"} & sys.modules.keys()))
-"""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
-    assert done.stdout.endswith("\n\n")
+    done = run_process(program("programs.fresh", "imports", "info", "--verbose"))
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "gpt2c.cli.info" in loaded
+    assert not loaded & {"torch", "transformers", "matplotlib", "huggingface_hub", "gguf"}
 
 
 def test_python_m_gpt2c() -> None:

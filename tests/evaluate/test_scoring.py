@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from helpers.likely import (
     CONFIG,
     GOOD,
@@ -56,6 +57,7 @@ def text(rng: np.random.Generator) -> np.ndarray:
 # ---- model.logprobs, Scorer ----------------------------------------------------------------------
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", TOLERANCE)
 def test_logprobs_are_those_of_the_logits(backend_name: str, kind: str, rng) -> None:
     model, reference = (random_model(backend=name, kind=kind) for name in (backend_name, "numpy"))
@@ -84,6 +86,7 @@ def test_logprobs_refuses_bad_ids() -> None:
         assert "context is 16 (n_positions)" in refused(kind.logprobs, np.zeros((1, 17), int))
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", TOLERANCE)
 def test_scorer_gives_the_end_of_a_text(backend_name: str, kind: str, text) -> None:
     model = random_model(backend=backend_name, kind=kind)
@@ -396,6 +399,7 @@ def test_context_and_answer_are_encoded_as_one_text() -> None:
     assert encode_pair(tokenizer, "", "the")[0] == [tokenizer.eot]
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", TOLERANCE)
 def test_answers_are_those_of_whole_texts(backend_name: str, kind: str, text, reads) -> None:
     model = random_model(backend=backend_name, kind=kind)

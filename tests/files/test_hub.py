@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import COMMAND, environment, program
 from helpers.standin_hub import COMMIT, StandIn, serve
 
 from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
@@ -49,35 +52,52 @@ def files(saved: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in saved.iterdir()} | others
 
 
-@pytest.fixture
-def standin(files: dict[str, bytes]) -> Iterator[StandIn]:
-    """Serve a hub with one model."""
-    with serve(StandIn({REPO: files})) as standin:
+@pytest.fixture(scope="module")
+def server() -> Iterator[StandIn]:
+    """Serve a hub."""
+    with serve(StandIn({})) as standin:
         yield standin
 
 
-class Client:
-    """Runs Python in a process of its own, because the client reads its environment at import."""
+@pytest.fixture
+def standin(server: StandIn, files: dict[str, bytes]) -> StandIn:
+    """Return the hub as if it were new, with one model."""
+    vars(server).update(vars(StandIn({REPO: files}, url=server.url)))
+    return server
 
-    def __init__(self, standin: StandIn, path: Path) -> None:
+
+class Client:
+    """Runs processes of their own, because the client reads its environment at import.
+
+    One of them answers all questions of this file that change no variable, each in a fork of its
+    own: importing the client takes longer than a download.
+    """
+
+    def __init__(self, standin: StandIn, root: Path) -> None:
         self.standin = standin
-        self.path = path / "work"
-        self.home = path / "some" / "where" / "home"
-        self.path.mkdir()
+        self.root = root
+        self.path = root / "work"
+        self.home = root / "some" / "where" / "home"
+        self.answers = subprocess.Popen(
+            program("programs.downloads", "answers"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env=self.environment(),
+        )
 
     def environment(self, **variables: str) -> dict[str, str]:
         """Return this process's variables without those of the hub and of proxies."""
         own = {
             name: value
-            for name, value in os.environ.items()
+            for name, value in environment().items()
             if not name.startswith("HF_") and not name.lower().endswith("_proxy")
         }
-        own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         return own | {"HF_HOME": str(self.home), "HF_ENDPOINT": self.standin.url} | variables
 
-    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run Python with these arguments."""
-        command = [sys.executable, "-W", "error", *arguments]
+    def run(self, command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command."""
         return subprocess.run(
             command,
             capture_output=True,
@@ -87,29 +107,40 @@ class Client:
             timeout=60,
         )
 
-    def find(self, name: str = REPO, tail: str = "", **variables: str) -> Path:
-        """Find a model that must be there."""
-        code = f"from gpt2c.files import hub; print(hub.find({name!r}{tail}))"
-        done = self.run("-c", code, **variables)
-        assert done.returncode == 0, done.stderr
-        return Path(done.stdout.rstrip("\n"))
+    def ask(
+        self, name: str, revision: str | None, weights: bool, variables: dict[str, str]
+    ) -> tuple[str, str]:
+        """Ask for a model; return an error's name and message, or nothing and its path."""
+        question = json.dumps({"source": name, "revision": revision, "weights": weights})
+        if variables:
+            command = program("programs.downloads", "find", question)
+            done = self.run(command, **variables)
+            assert done.returncode == 0, done.stderr
+            answer = done.stdout
+        else:
+            assert self.answers.stdin is not None and self.answers.stdout is not None
+            print(question, file=self.answers.stdin, flush=True)
+            answer = self.answers.stdout.readline()
+        error, text = json.loads(answer)
+        return error, text
 
-    def fails(self, name: str = REPO, tail: str = "", **variables: str) -> str:
+    def find(
+        self, name: str = REPO, revision: str | None = None, weights: bool = True, **variables: str
+    ) -> Path:
+        """Find a model that must be there."""
+        error, path = self.ask(name, revision, weights, variables)
+        assert not error, path
+        return Path(path)
+
+    def fails(self, name: str = REPO, revision: str | None = None, **variables: str) -> str:
         """Look for a model that cannot be found; return the error, which is one sentence."""
-        code = (
-            f"from gpt2c.files import hub\ntry: hub.find({name!r}{tail})\n"
-            "except (OSError, ValueError) as error: print(type(error).__name__, error)"
-        )
-        done = self.run("-c", code, **variables)
-        assert done.returncode == 0, done.stderr
-        message = done.stdout.rstrip("\n")
-        assert message and not re.search(r"\n|\. [A-Z]", message), message
-        return message
+        error, text = self.ask(name, revision, True, variables)
+        assert error and text and not re.search(r"\n|\. [A-Z]", text), text
+        return f"{error} {text}"
 
     def outside(self) -> set[str]:
         """Return the names of files written outside HF_HOME."""
-        root = self.path.parent
-        names = {str(path.relative_to(root)) for path in root.rglob("*")}
+        names = {str(path.relative_to(self.root)) for path in self.root.rglob("*")}
         return {name for name in names if not name.startswith("some/where/home")} - {
             "work",
             "some",
@@ -117,10 +148,22 @@ class Client:
         }
 
 
-@pytest.fixture
-def client(standin: StandIn, tmp_path: Path) -> Client:
+@pytest.fixture(scope="module")
+def clients(server: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Return processes that use the stand-in."""
-    return Client(standin, tmp_path)
+    client = Client(server, tmp_path_factory.mktemp("client"))
+    yield client
+    with client.answers:  # which ends when its questions do
+        client.answers.communicate(timeout=60)
+
+
+@pytest.fixture
+def client(clients: Client, standin: StandIn) -> Client:
+    """Return such processes, and nothing on their disk."""
+    for path in clients.root.iterdir():
+        shutil.rmtree(path)
+    clients.path.mkdir()
+    return clients
 
 
 # ---- downloads -----------------------------------------------------------------------------------
@@ -129,15 +172,7 @@ def client(standin: StandIn, tmp_path: Path) -> Client:
 @needs_client
 def test_model_is_downloaded_once(client: Client, saved: Path) -> None:
     """And a file that could hold a pickle is never downloaded."""
-    code = f"""
-import gpt2c
-generator = gpt2c.Generator.from_pretrained({REPO!r})
-print(generator.generate("hello", max_new_tokens=4, temperature=0))
-print(gpt2c.GPT2.from_pretrained({REPO!r}, quantize="int8").weights)
-print(gpt2c.from_pretrained({REPO!r}, quantize="fp16").weights)
-print(gpt2c.Tokenizer.from_pretrained({REPO!r}).vocab_size)
-"""
-    done = client.run("-c", code)
+    done = client.run(program("programs.downloads", "read", REPO))
     assert done.returncode == 0, done.stderr
     here = Generator.from_pretrained(saved)
     text = here.generate("hello", max_new_tokens=4, temperature=0)
@@ -161,7 +196,7 @@ def test_second_load_comes_from_the_cache(client: Client) -> None:
 
 @needs_client
 def test_tokenizer_needs_no_weights(client: Client) -> None:
-    directory = client.find(tail=", weights=False")
+    directory = client.find(weights=False)
     assert {path.name for path in directory.iterdir()} == {
         "vocab.json",
         "merges.txt",
@@ -173,10 +208,11 @@ def test_tokenizer_needs_no_weights(client: Client) -> None:
 
 
 @needs_client
-@pytest.mark.parametrize("revision", ["main", "v1", COMMIT])
-def test_revision_is_asked_for(client: Client, revision: str) -> None:
-    assert client.find(tail=f", revision={revision!r}").name == COMMIT
-    message = client.fails(tail=", revision='v2'")
+def test_revision_is_asked_for(client: Client) -> None:
+    for revision in ("main", "v1", COMMIT):
+        assert client.find(revision=revision).name == COMMIT
+        shutil.rmtree(client.home)
+    message = client.fails(revision="v2")
     assert message.startswith(f"FileNotFoundError {REPO} has no revision v2")
 
 
@@ -224,7 +260,8 @@ def test_terminal_has_a_bar(client: Client) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))  # in a terminal of size 0 tqdm shows nothing
     subprocess.run(
-        [sys.executable, "-c", f"from gpt2c.files import hub; hub.find({REPO!r})"],
+        program("programs.downloads", "find", json.dumps({"source": REPO})),
+        stdout=subprocess.DEVNULL,
         stderr=theirs,
         check=True,
         env=client.environment(TERM="xterm"),
@@ -253,10 +290,10 @@ def test_commands_take_repository_names(client: Client) -> None:
         f"generate {REPO} --prompt hello --max-new-tokens 3",
         f"eval {REPO} --choices {choices}",
     ):
-        done = client.run("-m", "gpt2c", *arguments.split())
+        done = client.run([*COMMAND, *arguments.split()])
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(("hello", "acc "))
-    done = client.run("-m", "gpt2c", *f"generate {REPO}x --prompt hello".split())
+    done = client.run([*COMMAND, "generate", f"{REPO}x", "--prompt", "hello"])
     assert done.returncode == 2
     assert re.fullmatch(
         rf"gpt2c: the file or directory {REPO}x does not exist here, nor is {REPO}x a model on the"
@@ -324,10 +361,10 @@ def test_repository_of_pickles_is_refused(client: Client, files: dict[str, bytes
 
 
 @needs_client
-@pytest.mark.parametrize("name", ["a--b", "a..b", "user/x.git", "user/x-", "x" * 200])
-def test_bad_repository_names_are_refused(client: Client, name: str) -> None:
-    message = client.fails(name)
-    assert message.startswith("ValueError") and name in message
+def test_bad_repository_names_are_refused(client: Client) -> None:
+    for name in ("a--b", "a..b", "user/x.git", "user/x-", "x" * 200):
+        message = client.fails(name)
+        assert message.startswith("ValueError") and name in message
     assert not client.standin.requests
 
 
@@ -366,7 +403,7 @@ def test_downloads_of_two_threads_are_guarded(client: Client, files: dict[str, b
     """The first download ends while the second goes on, for which the hub sends a bad hash."""
     client.standin.files["user/other"] = files
     arguments = ("two", REPO, "user/other", client.standin.url)
-    done = client.run("-m", "programs.downloads", *arguments)
+    done = client.run(program("programs.downloads", *arguments))
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and lines[0] == COMMIT, done.stderr
     assert re.match(r"ValueError .* a path where an identifier belongs, \.\./", lines[1])
@@ -379,7 +416,7 @@ def test_downloaded_files_are_checked_like_any_others(
     client: Client, files: dict[str, bytes]
 ) -> None:
     files["config.json"] = b'{"n_layer": 1, "n_layer": 2}'
-    done = client.run("-m", "gpt2c", "generate", REPO)
+    done = client.run([*COMMAND, "generate", REPO])
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "config.json is not valid JSON: 'n_layer' is there twice" in done.stderr
 
@@ -397,12 +434,13 @@ def test_gpt2_vocabulary_comes_from_the_hub(client: Client, tmp_path: Path) -> N
         pytest.skip(f"GPT-2's vocabulary is not reachable: {error}")
     client.standin.files["gpt2"] = {p.name: p.read_bytes() for p in (tmp_path / "bpe").iterdir()}
     code = "import gpt2c; print(gpt2c.Tokenizer.from_spec('gpt2').encode('hello world'))"
+    command = [sys.executable, "-W", "error", "-c", code]
     unreachable = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     unreachable["NO_PROXY"] = "127.0.0.1"
-    done = client.run("-c", code, **unreachable)
+    done = client.run(command, **unreachable)
     assert done.stdout == "[31373, 995]\n", done.stderr
     client.standin.files.clear()
-    done = client.run("-c", code, **unreachable, HF_HOME=str(tmp_path / "empty"))
+    done = client.run(command, **unreachable, HF_HOME=str(tmp_path / "empty"))
     last = done.stderr.rstrip("\n").split("\n")[-1]
     assert re.match(r"OSError: GPT-2's .*TIKTOKEN_CACHE_DIR.* the hub .* a directory with", last)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 
 from gpt2c.formats.llama2c import is_llama2c, read_model, write_model
 from gpt2c.formats.llmc import write_model as write_llmc
@@ -151,6 +152,7 @@ def loaded(path: Path, backend: Any = "auto") -> Model:
     return model
 
 
+@TWO_BACKENDS
 @CONFIGS
 @pytest.mark.parametrize("version", [0, 1])
 def test_file_of_export_py_has_the_logits_of_run_c(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from helpers.command import program, run_process
 
 import gpt2c
@@ -163,6 +164,7 @@ JOBS = [
 ]
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize(("quantize", "threads"), [(None, 2), ("int8", 1), ("fp16", 1)])
 def test_request_gets_the_text_that_it_gets_alone(quantize, threads, backend_name, tmp_path):
     model = make_model(backend_name, threads)
@@ -187,6 +189,7 @@ def test_request_gets_the_text_that_it_gets_alone(quantize, threads, backend_nam
     assert len(results[6]) == 3, "two more positions and the token that follows the last"
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("cache", ["fp16", "int8"])
 def test_request_gets_the_text_that_it_gets_alone_with_a_small_cache(cache, backend_name):
     """In slots that other texts have left, and with prompts that share a beginning."""

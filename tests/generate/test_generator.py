@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -222,7 +223,8 @@ def small(backend: Any = "auto", V: int = 257, eos: int | None = END) -> GPT2:
 PROMPTS = ["a", "", "the cat sat on the mat", "你好", "ab" * 20]
 
 
-def test_prompts_of_several_lengths_give_their_texts_alone(backend: Any) -> None:
+@TWO_BACKENDS
+def test_texts_together_are_those_alone_and_those_of_the_stream(backend: Any) -> None:
     generator = Generator(small(backend), BYTES)
     settings = {"max_new_tokens": 30, "temperature": 0}  # the last prompt's context is full
     together = generator.generate(PROMPTS, **settings)
@@ -231,7 +233,8 @@ def test_prompts_of_several_lengths_give_their_texts_alone(backend: Any) -> None
     assert len(set(together)) > 1
 
 
-def test_text_does_not_see_the_others(backend: Any) -> None:
+@TWO_BACKENDS
+def test_each_text_has_its_own_random_numbers_and_stop_strings(backend: Any) -> None:
     generator = Generator(small(backend), BYTES)
     settings = {"max_new_tokens": 20, "seed": 3, "top_k": 40}
     together = generator.generate(PROMPTS, **settings)
@@ -301,6 +304,7 @@ def padded(backend: Any = "auto", V: int = 300) -> tuple[GPT2, GPT2]:
     return model, larger
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize(
     "settings",
     [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_k": 280}, {"seed": 2, "top_p": 1}],
@@ -464,7 +468,7 @@ def test_tokens_are_counted() -> None:
     assert generator.count == 7
 
 
-def test_mistakes_are_refused_before_any_work() -> None:
+def test_generator_refuses_mistakes_before_any_work() -> None:
     generator = Generator(small(), BYTES)
     for wrong, message in [
         ({"temperature": -1}, "temperature"),

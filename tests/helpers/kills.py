@@ -127,36 +127,48 @@ def contents(out: Path) -> dict[str, Any]:
 # ---- between any two operations on the disk ------------------------------------------------------
 
 
-def counted(kill_at: int, log: Path) -> None:
-    """Count this process's operations on the disk; die before one, or half way through a write."""
-    done = 0
+def counted(kill_at: int, log: Path) -> Callable[[], int]:
+    """Count this process's points; die at one of them. Return a function that returns the count.
+
+    A point is before an operation that finds the disk other than the point before did, or half way
+    through a write. After an operation that failed, or a sync, there is nothing new to find.
+    """
+    done, changed = 0, True
+
+    def opened(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal changed
+        if event == "open" and isinstance(arguments[2], int):
+            changed = changed or bool(arguments[2] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR))
 
     def watch(name: str) -> None:
         original = getattr(os, name)
 
         def operation(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == kill_at:
-                with open(log, "w") as file:
-                    print(name, arguments, file=file)
-                if name == "write":
-                    original(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kill_at == 0:
-                log.write_bytes(b"%d" % done)
-            return original(*arguments, **keywords)
+            nonlocal done, changed
+            if changed or name == "write":
+                done, changed = done + 1, False
+                if done == kill_at:
+                    with open(log, "w") as file:
+                        print(name, arguments, file=file)
+                    if name == "write":
+                        original(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **keywords)
+            changed = changed or name != "fsync"
+            return result
 
         setattr(os, name, operation)
 
+    sys.addaudithook(opened)
     for name in OPERATIONS:
         watch(name)
+    return lambda: done
 
 
 def points(
     data: Path, out: Path, settings: dict[str, Any], first: int = 0, other: Path | None = None
 ) -> dict[str, int]:
-    """Kill a run before each of its operations on the disk.
+    """Kill a run in each state of the disk that its operations leave.
 
     With `first` the killed run resumes after that step; with `other` it overwrites a run of that
     data.
@@ -170,10 +182,11 @@ def points(
 
     def attempt(path: Path, kill_at: int) -> int:
         def action() -> None:
-            counted(kill_at, out / "count")
+            count = counted(kill_at, out / "killed at")
             resume, overwrite = bool(first), bool(other)
             given = full(settings, resume)
             pretrain.train(data, path, given, resume=resume, overwrite=overwrite)
+            (out / "count").write_text(str(count()))
 
         return ended(child(action))
 

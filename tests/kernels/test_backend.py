@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,11 +156,8 @@ def test_threads_are_what_the_machine_allows(monkeypatch: pytest.MonkeyPatch) ->
 def test_threads_are_as_many_when_openmp_binds_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP binds the first thread to one core at its load or later; the others keep theirs."""
     monkeypatch.setenv("OMP_PROC_BIND", "true")
-    code = """
-from gpt2c.kernels.backend import get_backend
-print(*(get_backend(name).threads for name in ("auto", "base", "auto")))
-"""
-    assert python(code).split() == [str(usable_cores())] * 3
+    done = run_process(program("programs.fresh", "teams"))
+    assert done.stdout.split() == [str(usable_cores())] * 3, done.stderr
 
 
 def test_gpt2c_variable_precedes_that_of_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,18 +215,11 @@ def test_compiler_flags_match_the_cpu_features_asked_for() -> None:
     assert set(build.ISAS["x86_64"]) == set(NAMES) - {"numpy"}
 
 
-def python(code: str) -> str:
-    """Run code in a fresh Python where a warning is an error; return its output."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
-    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return done.stdout
-
-
 def test_importing_is_light_and_quiet() -> None:
-    loaded = set(re.findall(r"\w+", python("import gpt2c, sys; print(*sys.modules)")))
+    code = "import gpt2c, sys; print(*sys.modules)"
+    done = run_process([sys.executable, "-W", "error", "-c", code])
+    assert not done.stderr
+    loaded = set(re.findall(r"\w+", done.stdout))
     assert "gpt2c" in loaded
     assert not loaded & {"torch", "transformers", "matplotlib", "tensorflow", "jax"}
 

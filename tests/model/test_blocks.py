@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config
 from gpt2c.kernels.backend import get_backend
@@ -281,6 +282,7 @@ FREEZE = [
 ]
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("recompute", KEPT)
 @pytest.mark.parametrize("patterns", FREEZE, ids="-".join)
 def test_frozen_parameters_change_no_bit_of_the_others_gradients(
@@ -324,6 +326,7 @@ def test_optimizer_moves_what_is_trained_alone(
     assert optimizer.m.size == model.trained_size
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("patterns", [("lm_head.*",), ("wte.*",), ("wte.*", "h.0.*")])
 def test_frozen_tables_of_a_llama_change_no_bit_of_the_others_gradients(
     patterns: tuple[str, ...], backend: Any, rng: np.random.Generator

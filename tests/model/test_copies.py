@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
+from helpers.command import program, run_process
 
 from gpt2c import GPT2, AdamW, Engine, Generator, GPT2Config, Tokenizer
 from gpt2c.evaluate.scoring import Scorer
@@ -56,6 +56,7 @@ def train(model: GPT2, optimizer: AdamW, steps: int = 2) -> list[float]:
 # ---- copies --------------------------------------------------------------------------------------
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_copy_gives_the_same_bits_in_memory_of_its_own(
     kind: str, copied: Any, backend: Any
@@ -88,6 +89,7 @@ def test_training_leaves_a_copy_alone(copied: Any) -> None:
     reference.flat_parameters[...] += 0.5 * model.flat_parameters
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("recompute", [None, "light", "full"])
 def test_copied_model_and_optimizer_train_on_to_the_same_bits(
     recompute: str | None, copied: Any, backend: Any
@@ -177,14 +179,8 @@ def test_another_process_computes_the_same(kind: str, tmp_path: Path) -> None:
     model = make(kind, threads=1)
     file = tmp_path / "model.pickle"
     file.write_bytes(pickle.dumps((model, IDX)))
-    code = """
-import pickle, sys
-with open(sys.argv[1], "rb") as file:
-    model, idx = pickle.load(file)
-with open(sys.argv[1], "wb") as file:
-    pickle.dump((model, model(idx)), file)
-"""
-    subprocess.run([sys.executable, "-W", "error", "-c", code, str(file)], check=True)
+    done = run_process(program("programs.fresh", "compute", str(file)))
+    assert done.returncode == 0, done.stderr
     other, logits = pickle.loads(file.read_bytes())
     assert np.array_equal(logits, model(IDX)) and np.array_equal(other(IDX), logits)
     assert repr(other) == repr(model)
@@ -202,6 +198,7 @@ def test_model_of_another_machine_takes_the_backend_that_there_is(kind: str) -> 
     np.testing.assert_allclose(other(IDX), model(IDX), rtol=0.05, atol=1e-2)
 
 
+@TWO_BACKENDS
 def test_copy_shares_its_kernels(backend: Any, copied: Any) -> None:
     if backend.name == "numpy":
         pytest.skip("numpy is a module")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 
 from gpt2c import GPT2, Dropout, GPT2Config
 from gpt2c.kernels.backend import get_backend
@@ -48,6 +49,7 @@ def test_seed_decides_the_masks(config: Any, backend: Any, rng: np.random.Genera
     assert np.array_equal(without[1], none[1]) and np.array_equal(without[1], zero[1])
 
 
+@TWO_BACKENDS
 @BOTH
 @pytest.mark.parametrize("recompute", ["light", "full"])
 def test_recompute_has_the_same_masks(
@@ -59,6 +61,7 @@ def test_recompute_has_the_same_masks(
     assert loss == same[0] and np.array_equal(gradients, same[1])
 
 
+@TWO_BACKENDS
 @BOTH
 @pytest.mark.parametrize("lengths", [(20,) * 8, (3, 70, 1, 17)], ids=["rows", "ragged"])
 def test_parts_of_a_batch_have_its_masks(
@@ -163,7 +166,7 @@ def test_each_place_of_a_deep_model_has_masks_of_its_own(monkeypatch: pytest.Mon
         ),
     ],
 )
-def test_dropout_out_of_range_is_refused(dropout: Any, wanted: str) -> None:
+def test_model_refuses_dropout_out_of_range(dropout: Any, wanted: str) -> None:
     model = GPT2(ODD)
     for door in (model.loss, model.losses):
         assert refused(door, [[1, 2]], [[2, 3]], dropout=dropout) == wanted

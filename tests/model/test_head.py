@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from helpers.exact import check_differences, exact, odd_model
 from safetensors.numpy import load_file
 
@@ -221,6 +222,7 @@ def test_gradients_are_those_of_the_reference(
         assert normalised_error(gradient, found[1][name]) <= 2e-5, name
 
 
+@TWO_BACKENDS
 @CONFIGS
 @pytest.mark.parametrize("per_token", [False, True])
 def test_recomputed_gradients_have_the_same_bits(
@@ -288,6 +290,7 @@ def test_eight_sequences_add_up_to_a_batch_of_eight(
     assert np.abs(model.flat_gradients - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@TWO_BACKENDS
 @CONFIGS
 @pytest.mark.parametrize("per_token", [False, True])
 def test_changing_one_sequence_leaves_the_others_bits(
@@ -409,6 +412,7 @@ FREEZE = [
 ]
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("recompute", KEPT)
 @pytest.mark.parametrize("patterns", FREEZE, ids="-".join)
 def test_frozen_parameters_change_no_bit_of_the_others_gradients(

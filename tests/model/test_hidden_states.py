@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from helpers.cases import NO_CACHE, NO_DROPOUT
 
 from gpt2c import GPT2, Generator, GPT2Config, Tokenizer
@@ -118,6 +119,7 @@ def test_results_that_do_not_fit_are_refused(kind: str, monkeypatch: pytest.Monk
 # ---- embeddings ----------------------------------------------------------------------------------
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_are_means_of_the_last_states(kind: str, backend: Any) -> None:
     model = make(backend, kind)

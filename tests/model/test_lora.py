@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from helpers.exact import check_differences, exact, odd_model
 
 from gpt2c import GPT2, AdamW, GPT2Config, Llama, LoRA
@@ -53,6 +54,7 @@ def learned(model: Model, given: tuple[Any, Any]) -> Any:
 # ---- what B = 0 changes --------------------------------------------------------------------------
 
 
+@TWO_BACKENDS
 @KINDS
 @WEIGHTS
 def test_new_adapters_change_no_bit(
@@ -224,6 +226,7 @@ def test_adapters_learn_and_the_weights_stay(weights: str, rng: np.random.Genera
         assert same.config.lora == LoRA(4)
 
 
+@TWO_BACKENDS
 @WEIGHTS
 @KINDS
 def test_texts_are_read_with_adapters_as_they_are_now(

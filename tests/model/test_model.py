@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from safetensors.numpy import load_file, save_file
 
 from gpt2c import GPT2, AdamW, Dropout, GPT2Config
@@ -266,6 +267,7 @@ def test_backward_needs_a_loss_of_its_own(backend: Any, rng: np.random.Generator
         assert np.array_equal(model.flat_gradients, before)
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("scale", [None, math.nan, -math.inf, 1e39, "2", "x", 10**400, True])
 def test_scale_that_is_no_finite_number_is_refused(
     scale: Any, backend: Any, rng: np.random.Generator
@@ -336,6 +338,7 @@ def test_gradients_accumulate_until_zero_grad(backend: Any, rng: np.random.Gener
     assert not model.flat_gradients.any()
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize(
     "order",
@@ -507,6 +510,7 @@ BAD_IDX = BAD_IDS | {
 }
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("wrong", [*BAD_IDX, "too long"])
 def test_bad_idx_is_refused(wrong: str, backend: Any) -> None:
     model, idx = odd_model(backend), {**BAD_IDX, "too long": np.zeros((1, T + 1), int)}[wrong]
@@ -517,6 +521,7 @@ def test_bad_idx_is_refused(wrong: str, backend: Any) -> None:
     assert refused(model.stream, idx, 1).startswith(refusal)  # at the call, not at the first token
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("wrong", [*BAD_IDS, "below -1", "another shape", "flat", "all ignored"])
 def test_bad_targets_are_refused(wrong: str, backend: Any) -> None:
     more = {"below -1": GOOD - 2, "another shape": GOOD.T, "flat": GOOD[0], "all ignored": GOOD - 1}
@@ -524,6 +529,7 @@ def test_bad_targets_are_refused(wrong: str, backend: Any) -> None:
     assert message.startswith("targets")
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i4", ">i4", "u4", "i8", "u8"])
 def test_ids_may_be_any_whole_numbers(dtype: str, backend: Any, rng: np.random.Generator) -> None:
     model, (idx, targets) = odd_model(backend), batch_of(rng)
@@ -534,13 +540,14 @@ def test_ids_may_be_any_whole_numbers(dtype: str, backend: Any, rng: np.random.G
     assert np.array_equal(model.generate(idx.astype(dtype), 2, temperature=0), greedy)
 
 
-def test_unknown_backend_is_refused() -> None:
+def test_model_refuses_an_unknown_backend() -> None:
     assert "'cuda'" in refused(GPT2, TINY, backend="cuda")
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
+@TWO_BACKENDS
 def test_saved_model_loads_with_the_same_bits(
     backend: Any, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -603,6 +610,7 @@ def test_loss_that_keeps_nothing_is_the_same(backend: Any, rng: np.random.Genera
     assert "call loss" in refused(model.backward)
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
 def test_parameters_of_another_dtype_are_converted(dtype: Any, backend: Any) -> None:
     model, other = odd_model(backend), odd_model("numpy", seed=2)
@@ -621,6 +629,7 @@ def test_parameters_may_be_filled_and_not_replaced() -> None:
             arrays["ln_f.bias"] = np.zeros(1, np.float32)  # type: ignore[index]
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight", "ln_f.bias"])
 def test_arrays_whose_shape_is_changed_in_place_do_not_reach_c(name: str, backend: Any) -> None:
     model, idx = odd_model(backend, TINY), np.arange(8).reshape(2, 4)

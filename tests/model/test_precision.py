@@ -164,5 +164,5 @@ def test_it_learns_as_fp32_does(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["fp16", "half", None, 16])
-def test_unknown_precision_is_refused(wrong: Any) -> None:
+def test_model_refuses_an_unknown_precision(wrong: Any) -> None:
     assert refused(GPT2, ODD, precision=wrong).startswith("precision must be 'fp32', 'bf16' or")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.backends import TWO_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -110,6 +111,7 @@ def test_rows_too_small_for_steps_are_zeros(largest: float) -> None:
 # ---- models --------------------------------------------------------------------------------------
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("method", METHODS)
 def test_gpt2_is_rounded_as_it_is_loaded(method: str, directory: Path, backend: Any) -> None:
     model, exact = GPT2.from_pretrained(directory, backend, quantize=method), make(backend)
@@ -226,6 +228,7 @@ def test_no_loss_waits_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) > alone
 
 
+@TWO_BACKENDS
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_an_argument_of_the_model(method: str, backend: Any) -> None:
     """The first values are those of a float32 model, rounded."""
@@ -316,6 +319,7 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     return request.param, tmp_path / request.param
 
 
+@TWO_BACKENDS
 def test_saved_weights_come_back_bit_for_bit(stored: tuple[str, Path], backend: Any) -> None:
     method, path = stored
     model, expected = (

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -207,11 +206,7 @@ def test_rank_that_hangs_is_found(data: Path, tmp_path: Path) -> None:
 
 
 def test_rank_that_does_not_start_mpi_is_found() -> None:
-    code = (
-        "import time, gpt2c.parallel.world as w; w.TIMEOUT = 2.0\n"
-        "w.launched().rank and time.sleep(60); w.join()"
-    )
-    command = [str(MPIEXEC), "-n", "2", sys.executable, "-c", code]
+    command = [str(MPIEXEC), "-n", "2", *program("programs.fresh", "join_late")]
     done = subprocess.run(
         command, env=environment(**OPEN_MPI), timeout=40, capture_output=True, text=True
     )

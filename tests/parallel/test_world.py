@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import builtins
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import refused
-from helpers.command import run_process
+from helpers.command import program, run_process
 
 from gpt2c.cli.main import main
 from gpt2c.parallel import world
@@ -50,10 +49,7 @@ def test_launcher_is_known_by_its_variables(monkeypatch: pytest.MonkeyPatch, whi
 
 
 def test_one_rank_does_not_import_mpi() -> None:
-    code = (
-        "import sys, gpt2c.cli.main as m, gpt2c.parallel.world as w; w.join(); print(*sys.modules)"
-    )
-    done = run_process([sys.executable, "-c", code], PMI_RANK="0", PMI_SIZE="1")
+    done = run_process(program("programs.fresh", "join_world"), PMI_RANK="0", PMI_SIZE="1")
     assert "gpt2c.parallel.world" in done.stdout and "mpi4py" not in done.stdout
 
 
@@ -81,8 +77,8 @@ def test_absent_mpi_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exce
 def test_mpi_of_another_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The MPI that mpi4py loads sees one process where this launcher is not its own."""
     pytest.importorskip("mpi4py")
-    code = "import gpt2c.parallel.world as w; w.join()"
-    done = run_process([sys.executable, "-c", code], SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
+    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    done = run_process(program("programs.fresh", "join_world"), **slurm)
     if "cannot be loaded" in done.stderr:
         pytest.skip("there is no MPI")
     assert "ValueError: 2 processes were started, and MPI sees 1: mpi4py has loaded" in done.stderr

@@ -3,12 +3,11 @@
 import errno
 import io
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conftest import refused
+from helpers.command import program, run_process
 
 from gpt2c.files import atomic
 from gpt2c.formats.nanogpt import open_nanogpt, write_nanogpt
@@ -227,10 +226,8 @@ def test_tokens_that_were_read_outlive_their_file(tmp_path):
     """In its own process, because reading a mapped file would end it."""
     path = tmp_path / "val.bin"
     write_tokens(path, np.arange(1 << 16))
-    code = "import os, sys; from gpt2c.text.shards import read_tokens; t = read_tokens(sys.argv[1])"
-    code += "; os.truncate(sys.argv[1], 0); print(t.sum(dtype=int))"
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, b"2147450880\n")
+    done = run_process(program("programs.fresh", "read_and_truncate", str(path)))
+    assert (done.returncode, done.stdout) == (0, "2147450880\n")
 
 
 def test_replaced_file_is_still_read(tmp_path):

@@ -152,7 +152,7 @@ def test_bad_gradient_changes_nothing(bad):
         ("weight_decay", "1"),
     ],
 )
-def test_settings_refuse_values_out_of_range(name, value):
+def test_adamw_refuses_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         AdamW(make_model(), **{name: value})
 

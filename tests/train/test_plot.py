@@ -115,7 +115,7 @@ def test_long_run_is_smoothed_as_a_short_one() -> None:
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def pictures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the figures that are drawn."""
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
@@ -129,11 +129,20 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return drawn
 
 
-def test_runs_are_drawn_over_one_another(tmp_path: Path, figures: list[Any]) -> None:
+@pytest.fixture
+def figures(pictures: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect figures whose lines and words are looked at, without their pixels."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(PNG))
+    return pictures
+
+
+def test_runs_are_drawn_over_one_another(tmp_path: Path, pictures: list[Any]) -> None:
     runs = {"a": entries(40), "b": entries(20, 2.0), "c": entries(1)}
     plot_runs(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
-    loss, rate, norm, speed = figures[0].axes
+    loss, rate, norm, speed = pictures[0].axes
     assert [axes.get_ylabel().split(",")[0] for axes in (loss, rate, norm, speed)] == [
         "loss",
         "learning rate",
@@ -151,7 +160,7 @@ def test_runs_are_drawn_over_one_another(tmp_path: Path, figures: list[Any]) -> 
     evaluated = [line for line in loss.get_lines() if line.get_marker() == "o"][:2]
     assert list(evaluated[0].get_xdata()) == list(range(5, 41, 5))
     assert list(evaluated[0].get_ydata()) == [4 / n + 1 for n in range(5, 41, 5)]
-    (legend,) = figures[0].legends
+    (legend,) = pictures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c", "validation"]
 
 
@@ -181,10 +190,10 @@ def test_name_of_a_run_is_no_formula(tmp_path: Path, figures: list[Any]) -> None
     assert not any(text.get_parse_math() for text in legend.get_texts())
 
 
-def test_picture_of_a_run_shows_its_loss(tmp_path: Path, figures: list[Any]) -> None:
+def test_picture_of_a_run_shows_its_loss(tmp_path: Path, pictures: list[Any]) -> None:
     assert plot_loss(entries(40), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
-    each, smooth, validation = figures[0].axes[0].get_lines()
+    each, smooth, validation = pictures[0].axes[0].get_lines()
     assert len(each.get_xdata()) == 27 and len(smooth.get_xdata()) == 27 - 2 * 2  # a tenth
     assert len(validation.get_xdata()) == 8
 
@@ -346,7 +355,7 @@ def test_legend_shows_the_marker_of_the_picture(
 
 @pytest.mark.parametrize("count", [2, 5, 11])
 def test_legend_of_wide_characters_stays_in_the_picture(
-    count: int, tmp_path: Path, figures: list[Any]
+    count: int, tmp_path: Path, pictures: list[Any]
 ) -> None:
     runs = {
         f"中文模型第{number}号训练很长很长的名字": entries(9, 2.0 + number)
@@ -354,8 +363,8 @@ def test_legend_of_wide_characters_stays_in_the_picture(
     }
     if plot_runs(runs, tmp_path / "plot.png"):
         pytest.skip("no font here has Chinese")
-    (legend,) = figures[0].legends
-    box, width = legend.get_window_extent(), figures[0].bbox.width
+    (legend,) = pictures[0].legends
+    box, width = legend.get_window_extent(), pictures[0].bbox.width
     assert 0 <= box.x0 < box.x1 <= width
 
 
@@ -509,7 +518,7 @@ def texts_of(figure: Any) -> list[str]:
 
 def test_characters_without_a_glyph_are_written_as_codes(
     run: Any,
-    figures: list[Any],
+    pictures: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -523,12 +532,12 @@ def test_characters_without_a_glyph_are_written_as_codes(
         assert main(["plot", str(path)]) == 0
     out, err = capsys.readouterr()
     assert out.endswith("模型/plot.png\n") and "no font here has 模型" in err
-    assert any("\\u6a21\\u578b" in text for text in texts_of(figures[0]))
-    assert not any("模" in text for text in texts_of(figures[0]))
+    assert any("\\u6a21\\u578b" in text for text in texts_of(pictures[0]))
+    assert not any("模" in text for text in texts_of(pictures[0]))
 
 
 def test_strange_names_cause_no_warning_and_no_error(
-    run: Any, tmp_path: Path, figures: list[Any], capfd: pytest.CaptureFixture[str]
+    run: Any, tmp_path: Path, pictures: list[Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = ["中文", "a\x07b", "$x_{1$", "हिन्दी 😀", "two\nlines", "caf\udce9", "\ufdd0"]
     with warnings.catch_warnings():
@@ -536,7 +545,7 @@ def test_strange_names_cause_no_warning_and_no_error(
         lacking = plot_runs({name: entries(3) for name in names}, tmp_path / "p.png")
         assert plot_loss(entries(3), run("运行", []) / "loss.png")
     assert {"\x07", "\udce9", "\ufdd0"} <= set(lacking)
-    assert any("\\udce9" in text for text in texts_of(figures[0]))
+    assert any("\\udce9" in text for text in texts_of(pictures[0]))
     assert capfd.readouterr() == ("", "")
 
 
@@ -597,12 +606,12 @@ def test_bars_of_every_row_are_drawn(tmp_path: Path, figures: list[Any]) -> None
     assert values.count(" not measured") == 1
 
 
-def test_no_two_labels_of_a_benchmark_overlap(tmp_path: Path, figures: list[Any]) -> None:
+def test_no_two_labels_of_a_benchmark_overlap(tmp_path: Path, pictures: list[Any]) -> None:
     speeds = {work: {row: 1000.0 + i for i, row in enumerate(ROWS)} for work in ("a", "b")}
     plot.plot_speed(speeds, "tokens a second", tmp_path / "bars.png", "a machine")
     shares = {f"op {n}": {row: 0.5 for row in ROWS} for n in range(40)}
     plot.plot_shares(shares, tmp_path / "ops.png", "a machine")
-    for figure in figures:
+    for figure in pictures:
         for axes in figure.axes:
             labels = [*axes.texts, *axes.get_yticklabels(), axes.title]
             boxes = [text.get_window_extent() for text in labels if text.get_text()]
@@ -610,10 +619,10 @@ def test_no_two_labels_of_a_benchmark_overlap(tmp_path: Path, figures: list[Any]
                 assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
 
-def test_lines_of_many_threads_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
+def test_lines_of_many_threads_are_drawn(tmp_path: Path, pictures: list[Any]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for count in (1, 2, 4, 8, 16, 32, 64, 96):
         lines[f"{count} threads"] = lines[f"{count} threads, at peak"] = [(64, 2.0), (128, 1.0)]
     plot.plot_lines(lines, "T", "ms per token", tmp_path / "lines.png", "a machine")
-    solid, dashed = figures[0].axes[0].get_lines()[:2]
+    solid, dashed = pictures[0].axes[0].get_lines()[:2]
     assert solid.get_color() == dashed.get_color() and dashed.get_linestyle() == "--"
